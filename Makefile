@@ -1,0 +1,38 @@
+# Two commands for a newcomer: `make demo` and `make test`. Both make .venv and install pinned versions first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test test-slow lint docs policy clean
+
+demo: $(STAMP)
+	$(BIN)/cropi run quickstart
+
+test: $(STAMP)
+	$(BIN)/pytest -n 2
+
+test-slow: $(STAMP)
+	$(BIN)/pytest -m slow
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python scripts/config_reference.py --check
+
+docs: $(STAMP)
+	$(BIN)/python scripts/config_reference.py
+
+policy: $(STAMP)
+	$(BIN)/python scripts/pretrain_builtin.py
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade -c constraints.txt pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e . --group dev
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs build dist

@@ -1,0 +1,115 @@
+"""Write docs/config.md from config.py; with --check, fail where the page is not what would be written."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+
+from cropi import config
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "config.md"
+INTRODUCTION = """# Config reference
+
+One YAML file describes a run; `cropi recipes copy quickstart` writes a complete one. `cropi run CONFIG key.path=value`
+replaces single settings, with a number for a position in a list (`prompts.train.0.count=50`). Numbers and booleans are
+those of YAML 1.2: `1e-4` is a number, only `true` and `false` are booleans. Unknown keys are refused.
+
+This page is generated from `src/cropi/config.py` by `make docs`.
+"""
+
+
+def tables_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [table for argument in get_args(annotation) for table in tables_in(argument)]
+
+
+def sections(table: type[BaseModel], path: str, seen: dict[str, type[BaseModel]]) -> None:
+    """All tables below a table, in reading order, by the path where they stand first."""
+    if table in seen.values():
+        return
+    seen[path] = table
+    for name, field in table.model_fields.items():
+        inner = tables_in(field.annotation)
+        for member in inner:
+            label = f"{path}.{name}" if path else name
+            if "type" in member.model_fields:
+                label += f" (type: {get_args(member.model_fields['type'].annotation)[0]})"
+            sections(member, label, seen)
+
+
+def type_text(annotation: Any) -> str:
+    text = str(annotation) if get_args(annotation) else getattr(annotation, "__name__", str(annotation))
+    for noise in ("typing.", "cropi.config.", "pydantic.", "NoneType"):
+        text = text.replace(noise, "None" if noise == "NoneType" else "")
+    return text
+
+
+def bounds(field: Any) -> str:
+    signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<", "min_length": "at least", "pattern": "matching"}
+    parts = [
+        f"{sign} {getattr(item, key)}"
+        for item in field.metadata
+        for key, sign in signs.items()
+        if getattr(item, key, None) is not None
+    ]
+    return ", ".join(parts)
+
+
+def shown_type(field: Any) -> str:
+    tables = tables_in(field.annotation)
+    if tables:
+        kinds = [t for t in tables if "type" in t.model_fields]
+        return "table" if not kinds else "one of " + ", ".join(
+            dict.fromkeys(get_args(t.model_fields["type"].annotation)[0] for t in kinds)
+        )
+    text = type_text(field.annotation)
+    limits = bounds(field)
+    return f"{text} {limits}".strip()
+
+
+def default_text(field: Any) -> str:
+    if field.default is PydanticUndefined and field.default_factory is None:
+        return "required"
+    if isinstance(field.default, BaseModel):
+        return "see below"
+    return f"`{field.default!r}`"
+
+
+def page() -> str:
+    seen: dict[str, type[BaseModel]] = {}
+    sections(config.Config, "", seen)
+    lines = [INTRODUCTION]
+    for path, table in seen.items():
+        lines.append(f"## {f'`{path}`' if path else 'Top level'}\n\n{(table.__doc__ or '').strip()}\n")
+        lines.append("| key | type | default | meaning |\n|---|---|---|---|")
+        for name, field in table.model_fields.items():
+            cells = [f"`{name}`", shown_type(field), default_text(field), field.description or ""]
+            lines.append("| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in cells) + " |")
+        lines.append("")
+    owned = "\n".join(f"| `{key}` | {where} |" for key, where in config.OWNED_TRAINER_KEYS.items())
+    lines.append(f"## Keys that `trainer` refuses\n\n| key | set instead |\n|---|---|\n{owned}\n")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="compare only")
+    arguments = parser.parse_args()
+    text = page()
+    if not arguments.check:
+        PAGE.write_text(text, encoding="utf-8")
+        return 0
+    if PAGE.is_file() and PAGE.read_text(encoding="utf-8") == text:
+        return 0
+    print("docs/config.md is out of date: run `make docs`", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

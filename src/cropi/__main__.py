@@ -1,0 +1,5 @@
+"""`python -m cropi`."""
+
+from cropi.cli import main
+
+main()

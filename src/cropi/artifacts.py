@@ -1,0 +1,302 @@
+"""Typed tables on disk, and the manifest that is written last.
+
+An artifact is a folder that holds data files and a `manifest.json`. A folder without a manifest is unfinished; one with
+a manifest is complete, and its files carry the checksums recorded there. That one rule gives resume and provenance.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cropi import __version__
+from cropi.errors import ArtifactError, UserError
+
+FORMAT_VERSION = 1
+
+# Status of a row. A row that enters a stage leaves it with one of these.
+OK = "ok"
+NO_SIGNAL = "no_signal"  # all rewards of the group are equal: its gradient is zero
+TRUNCATED = "truncated"  # the completion ended at the length limit, without end-of-sequence
+GOLD_UNPARSEABLE = "gold_unparseable"  # the recorded answer cannot be read by the verifier: excluded, never scored 0
+PROMPT_TOO_LONG = "prompt_too_long"  # prompt and completion would not fit into the policy's context
+
+PROMPTS = pa.schema(
+    [
+        ("prompt_id", pa.string()),
+        ("set", pa.string()),  # "train", "validation/NAME" or "test/NAME"
+        ("source", pa.string()),
+        ("messages", pa.string()),  # JSON: a string, or a list of chat messages
+        ("answer", pa.string()),
+    ]
+)
+
+TRAJECTORIES = pa.schema(
+    [
+        ("prompt_id", pa.string()),
+        ("set", pa.string()),
+        ("sample", pa.int32()),
+        ("prompt_ids", pa.list_(pa.int32())),
+        ("completion_ids", pa.list_(pa.int32())),
+        ("behaviour_logprobs", pa.list_(pa.float32())),
+        ("completion", pa.string()),
+        ("reward", pa.float64()),
+        ("verdict", pa.string()),
+        ("status", pa.string()),
+    ]
+)
+
+SELECTION = pa.schema(
+    [
+        ("prompt_id", pa.string()),
+        ("source", pa.string()),
+        ("selected", pa.bool_()),
+        ("rank", pa.int32()),  # 1 is best; null where the strategy could not rank the prompt
+        ("score", pa.float64()),  # fused score
+        ("scores", pa.map_(pa.string(), pa.float64())),  # influence by validation set
+        ("pass_rate", pa.float64()),
+        ("status", pa.string()),
+        ("reason", pa.string()),
+    ]
+)
+
+EVALUATION = pa.schema(
+    [
+        ("set", pa.string()),
+        ("prompt_id", pa.string()),
+        ("source", pa.string()),
+        ("step", pa.int32()),
+        ("greedy", pa.float64()),  # 1 right, 0 wrong
+        ("sampled", pa.float64()),  # mean over the sampled completions; null where none were asked for
+        ("samples", pa.int32()),
+        ("completion", pa.string()),  # the greedy one
+        ("verdict", pa.string()),
+    ]
+)
+
+
+def scores_schema(validation_sets: Iterable[str]) -> pa.Schema:
+    """Columns of an influence table: one `influence/NAME` per validation set."""
+    return pa.schema(
+        [
+            ("prompt_id", pa.string()),
+            ("source", pa.string()),
+            ("status", pa.string()),
+            ("pass_rate", pa.float64()),
+            ("completion_tokens", pa.int64()),
+            ("feature_norm", pa.float64()),
+            ("ratio_ess", pa.float64()),  # effective sample size of the token ratios, as a share of the tokens
+            *((f"influence/{name}", pa.float64()) for name in validation_sets),
+        ]
+    )
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What an artifact is, what it was made from, and the checksums of its files."""
+
+    kind: str
+    inputs: Mapping[str, str]  # name -> identity of an input artifact or setting
+    counts: Mapping[str, int]  # rows by status
+    files: Mapping[str, str]  # file name -> sha256
+    details: Mapping[str, Any]
+    version: int = FORMAT_VERSION
+    cropi: str = __version__
+
+    @property
+    def identity(self) -> str:
+        """SHA-256 over the kind and the content of all files."""
+        return hashlib.sha256(json.dumps([self.kind, dict(sorted(self.files.items()))]).encode()).hexdigest()
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """A temporary path that replaces `path` once the block has ended well; nothing is left behind otherwise."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+            raise no_space(path) from None
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def no_space(path: Path) -> UserError:
+    """The error for a full disk."""
+    return ArtifactError(
+        "no space left on the disk; everything finished so far is kept",
+        where=str(path),
+        fix="free some space and run the same command again: it goes on where it stopped.",
+    )
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file in one step."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON in one step. NaN and infinities are refused: JSON has none."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def write_table(path: Path, rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> None:
+    """Write a Parquet file in one step."""
+    table = pa.Table.from_pylist(list(rows), schema=schema)
+    with atomic_file(path) as temporary:
+        try:
+            pq.write_table(table, temporary, compression="zstd")
+        except OSError as error:
+            if error.errno in {errno.ENOSPC, errno.EDQUOT} or "No space left" in str(error):
+                raise no_space(path) from None
+            raise
+
+
+def read_table(path: Path, schema: pa.Schema) -> pa.Table:
+    """Read a Parquet file and hold it to its schema."""
+    try:
+        table = pq.read_table(path)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise _corrupt(path, f"cannot be read as Parquet ({error})") from None
+    if table.schema.names != schema.names:
+        raise _corrupt(path, f"has the columns {table.schema.names}, not {schema.names}")
+    return table.cast(schema)
+
+
+def finish(
+    folder: Path,
+    kind: str,
+    *,
+    inputs: Mapping[str, str],
+    counts: Mapping[str, int],
+    details: Mapping[str, Any] | None = None,
+) -> Manifest:
+    """Write the manifest of a folder whose files are all there: from now on the artifact counts as complete."""
+    files = {
+        str(path.relative_to(folder)): _sha256(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != "manifest.json" and not path.name.endswith(".part")
+    }
+    manifest = Manifest(kind, dict(inputs), dict(counts), files, dict(details or {}))
+    write_json(folder / "manifest.json", {**manifest.__dict__})
+    return manifest
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether the artifact's manifest has been written."""
+    return (folder / "manifest.json").is_file()
+
+
+def open_artifact(folder: Path, kind: str, *, made_by: str) -> Manifest:
+    """Check an artifact's manifest and the checksums of all its files; `made_by` is the command that makes it."""
+    path = folder / "manifest.json"
+    if not path.is_file():
+        raise ArtifactError(f"there is no finished {kind} artifact", where=str(folder), fix=f"run `{made_by}` first.")
+    try:
+        manifest = Manifest(**json.loads(path.read_text(encoding="utf-8")))
+        files = dict(manifest.files)
+    except (OSError, ValueError, TypeError) as error:
+        raise _corrupt(path, f"cannot be read ({error})") from None
+    if manifest.kind != kind or manifest.version != FORMAT_VERSION:
+        raise _corrupt(path, f"describes {manifest.kind!r} version {manifest.version}, not {kind!r} {FORMAT_VERSION}")
+    for name, checksum in files.items():
+        if not (folder / name).is_file():
+            raise _corrupt(folder / name, "is missing")
+        if _sha256(folder / name) != checksum:
+            raise _corrupt(folder / name, "differs from the checksum in its manifest")
+    return manifest
+
+
+def _corrupt(path: Path, what: str) -> ArtifactError:
+    folder = path if path.is_dir() else path.parent
+    return ArtifactError(what, where=str(path), fix=f"delete {folder} and run the same command again: it is made anew.")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def build(
+    folder: Path,
+    kind: str,
+    make: Callable[[Path], tuple[Mapping[str, int], Mapping[str, Any]]],
+    *,
+    inputs: Mapping[str, str],
+    made_by: str,
+    keep_parts: bool = False,
+) -> Manifest:
+    """The artifact in `folder`: opened where it is complete, made otherwise.
+
+    `make` fills the folder and returns (counts, details). The folder is emptied first, unless `keep_parts` says that
+    `make` goes on from what an interruption left. An artifact made from other inputs is refused.
+    """
+    if is_finished(folder):
+        manifest = open_artifact(folder, kind, made_by=made_by)
+        stale = sorted(key for key in {*inputs, *manifest.inputs} if inputs.get(key) != manifest.inputs.get(key))
+        if stale:
+            raise ArtifactError(
+                f"was made from another {', '.join(stale)}",
+                where=str(folder),
+                fix=f"delete {folder} to make it anew, or give the run another name (name=...).",
+            )
+        return manifest
+    if folder.exists() and not keep_parts:
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.glob(".*.part"):
+        leftover.unlink()
+    counts, details = make(folder)
+    return finish(folder, kind, inputs=inputs, counts=counts, details=details)
+
+
+def append_jsonl(path: Path, row: Mapping[str, Any]) -> None:
+    """Add one line to a stream; a line that an interruption cut short is dropped first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with path.open("ab+") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":
+                    file.seek(0)
+                    file.truncate(file.read().rfind(b"\n") + 1)
+            file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
+    except OSError as error:
+        raise no_space(path) if error.errno in {errno.ENOSPC, errno.EDQUOT} else error from None
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """All whole lines of a stream; a last line cut short by an interruption is left out."""
+    if not path.is_file():
+        return []
+    rows = []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            if number < len(lines):
+                raise _corrupt(path, f"line {number} is not JSON") from None
+    return rows
+
+
+def count_status(statuses: Iterable[str]) -> dict[str, int]:
+    """Rows by status, in alphabetical order."""
+    return dict(sorted(Counter(statuses).items()))

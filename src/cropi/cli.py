@@ -1,0 +1,270 @@
+"""The command line. The only file that parses arguments; torch is imported by the commands that need it, never by --help."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+import typer.core
+
+from cropi import __version__
+from cropi.errors import UserError
+
+if TYPE_CHECKING:
+    from cropi.config import Config
+    from cropi.pipeline import Pipeline
+
+class _Commands(typer.core.TyperGroup):
+    """Turns errors into messages and exit codes around every command; a bug keeps its traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            _leave(f"error: {error}", 2)
+        except KeyboardInterrupt:
+            _leave("interrupted; the same command goes on from here", 130)
+        except Exception as error:
+            if _disk_is_full(error):
+                _leave("error: no space left on the disk\nFix: free some space and run the same command again.", 2)
+            raise
+
+
+app = typer.Typer(
+    cls=_Commands,
+    help="Train on the prompts that help most now: influence-guided curricula for RL with verifiable rewards.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+recipes = typer.Typer(help="Complete configs that come with the package.", invoke_without_command=True)
+app.add_typer(recipes, name="recipes")
+
+ConfigArgument = Annotated[str, typer.Argument(metavar="CONFIG", help="A recipe's name or a YAML file.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="key=value", help="Settings that replace the config's.", show_default=False)
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
+StageOption = Annotated[int, typer.Option("--stage", min=0, help="Stage to work on, counted from 0.")]
+CheckpointOption = Annotated[
+    Path | None, typer.Option("--checkpoint", help="Folder of a checkpoint of the policy.", show_default=False)
+]
+
+
+def _config(config: str, overrides: list[str] | None) -> Config:
+    from cropi.config import load_config
+
+    return load_config(config, overrides or [])
+
+
+def _pipeline(config: str, overrides: list[str] | None) -> Pipeline:
+    loaded = _config(config, overrides)
+    _quiet_libraries()
+    from cropi.pipeline import Pipeline
+
+    return Pipeline(loaded)
+
+
+def _quiet_libraries() -> None:
+    """No telemetry, and no progress bars beside our own. Set before the libraries are imported."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    import datasets
+
+    datasets.disable_progress_bars()
+
+
+def _print(value: dict[str, Any], as_json: bool, text: str) -> None:
+    print(json.dumps(value, indent=2, allow_nan=False) if as_json else text)
+
+
+@app.command()
+def run(config: ConfigArgument, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Prompts to report: collect, then score, select, train and evaluate every arm. Run it again to go on."""
+    pipeline = _pipeline(config, overrides)
+    from cropi.reporting.summary import headline
+
+    summary = pipeline.run()
+    _print(summary.as_json(), as_json, f"\n{headline(summary)}\n\nreport: {pipeline.space.folder / 'report.html'}")
+
+
+@app.command()
+def collect(config: ConfigArgument, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Sample K trajectories per prompt from the base policy and judge them."""
+    pipeline = _pipeline(config, overrides)
+    manifest = pipeline.collect()
+    path = str(pipeline.space.trajectories)
+    _print({"path": path, "counts": dict(manifest.counts)}, as_json, path)
+
+
+@app.command()
+def score(
+    config: ConfigArgument,
+    overrides: Overrides = None,
+    stage: StageOption = 0,
+    checkpoint: CheckpointOption = None,
+    as_json: AsJson = False,
+) -> None:
+    """Influence of every training prompt on every validation set, at a stage's policy or any checkpoint."""
+    pipeline = _pipeline(config, overrides)
+    arm = pipeline.space.arms[pipeline.config.select.strategy.type]
+    policy, origin = pipeline.policy_at(arm, stage, checkpoint)
+    manifest = pipeline.score(arm, stage, policy.model, origin)
+    path = str(arm.scores(stage) / "scores.parquet")
+    _print({"path": path, "counts": dict(manifest.counts)}, as_json, path)
+
+
+@app.command()
+def select(
+    config: ConfigArgument, overrides: Overrides = None, stage: StageOption = 0, as_json: AsJson = False
+) -> None:
+    """The prompts a stage trains on, with rank, score per set and the reason."""
+    pipeline = _pipeline(config, overrides)
+    arm = pipeline.space.arms[pipeline.config.select.strategy.type]
+    chosen = pipeline.select(arm, stage)
+    path = str(arm.selection(stage) / "selected.jsonl")
+    _print({"path": path, "selected": len(chosen)}, as_json, path)
+
+
+@app.command()
+def train(config: ConfigArgument, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Train all stages of every arm on stored trajectories."""
+    pipeline = _pipeline(config, overrides)
+    paths = {arm.name: str(pipeline.train(arm)) for arm in pipeline.space.arms.values()}
+    _print(paths, as_json, "\n".join(f"{name}: {path}" for name, path in paths.items()))
+
+
+@app.command()
+def evaluate(
+    config: ConfigArgument, overrides: Overrides = None, checkpoint: CheckpointOption = None, as_json: AsJson = False
+) -> None:
+    """Accuracy on the test sets, of the base policy or any checkpoint."""
+    pipeline = _pipeline(config, overrides)
+    from cropi.evaluation.evaluate import accuracy, as_plain
+
+    pipeline.prompts()
+    settings = pipeline.config
+    location = Path(pipeline.base.model.name_or_path) if checkpoint is None else checkpoint
+    folder = pipeline.space.folder / "evaluation" / ("base" if checkpoint is None else f"of-{checkpoint.name}")
+    table = pipeline.evaluate_checkpoint(location, folder)
+    result = as_plain(accuracy(table, settings.evaluate, seed=settings.seed))
+    lines = [
+        f"{name}  {kind}  {value['mean']:.3f}  [{value['low']:.3f}, {value['high']:.3f}]"
+        for name, kinds in result.items()
+        for kind, value in kinds.items()
+    ]
+    _print(result, as_json, "\n".join(lines))
+
+
+@app.command()
+def report(config: ConfigArgument, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Write report.html, report.md and summary.json from what a run's folder holds."""
+    from cropi.errors import ArtifactError
+    from cropi.reporting.report import make_report
+    from cropi.reporting.summary import headline
+
+    loaded = _config(config, overrides)
+    if not loaded.folder.is_dir():
+        raise ArtifactError("there is no such run", where=str(loaded.folder), fix=f"run `cropi run {config}` first.")
+    summary = make_report(loaded, loaded.folder)
+    _print(summary.as_json(), as_json, f"{headline(summary)}\n\nreport: {loaded.folder / 'report.html'}")
+
+
+@app.command()
+def check(config: ConfigArgument, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Read config, data and policy, judge real rows, and estimate what a run costs. Writes nothing."""
+    loaded = _config(config, overrides)
+    _quiet_libraries()
+    from cropi.inspection import check_run
+
+    result = check_run(loaded)
+    _print(result.as_json(), as_json, result.as_text())
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Versions, devices, memory and disk, to paste into a bug report."""
+    _quiet_libraries()
+    from cropi.inspection import environment
+
+    facts = environment()
+    _print(facts, as_json, "\n".join(f"{name:<16} {value}" for name, value in facts.items()))
+
+
+@recipes.callback()
+def list_recipes(context: typer.Context, as_json: AsJson = False) -> None:
+    """List the recipes."""
+    if context.invoked_subcommand is not None:
+        return
+    from cropi.config import recipe_names, recipe_text
+
+    first_line = {name: recipe_text(name).splitlines()[0].lstrip("# ") for name in recipe_names()}
+    _print(first_line, as_json, "\n".join(f"{name:<16} {line}" for name, line in first_line.items()))
+
+
+@recipes.command("copy")
+def copy_recipe(
+    name: Annotated[str, typer.Argument(help="Name of the recipe.")],
+    target: Annotated[Path, typer.Argument(help="Folder or file to write.")] = Path("."),
+) -> None:
+    """Write a recipe to a file, to be changed."""
+    from cropi.config import recipe_names, recipe_text
+
+    if name not in recipe_names():
+        raise UserError(f"there is no recipe {name!r}", fix=f"choose one of: {', '.join(recipe_names())}.")
+    path = target / f"{name}.yaml" if target.is_dir() else target
+    if path.exists():
+        raise UserError("exists already", where=str(path), fix="choose another name; nothing is overwritten.")
+    path.write_text(recipe_text(name), encoding="utf-8")
+    print(path)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"cropi {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    """Options of the command itself."""
+
+
+def main() -> None:
+    """Entry point: 0 done, 1 failed, 2 something the user can fix, 130 interrupted."""
+    signal.signal(signal.SIGTERM, _terminated)
+    app()
+
+
+def _terminated(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _leave(text: str, code: int) -> NoReturn:
+    print(text, file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+def _disk_is_full(error: BaseException | None) -> bool:
+    """Whether a full disk is behind an error: libraries wrap it in errors of their own."""
+    while error is not None:
+        if getattr(error, "errno", None) in {errno.ENOSPC, errno.EDQUOT} or "No space left" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""What a person sees: one bar per stage on a terminal, plain lines elsewhere. Results go to stdout, progress to stderr."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Protocol
+
+PLAIN_EVERY_S = 10.0
+
+
+class Progress(Protocol):
+    """Counts what is done of a stage."""
+
+    def advance(self, amount: int = 1) -> None: ...
+
+
+class _Bar:
+    def __init__(self, bar: object, task: object) -> None:
+        self._bar, self._task = bar, task
+
+    def advance(self, amount: int = 1) -> None:
+        self._bar.advance(self._task, amount)  # type: ignore[attr-defined]
+
+
+class _Lines:
+    def __init__(self, label: str, total: int, unit: str) -> None:
+        self._label, self._total, self._unit, self._done = label, total, unit, 0
+        self._start = self._said = time.monotonic()
+
+    def advance(self, amount: int = 1) -> None:
+        self._done += amount
+        now = time.monotonic()
+        if now - self._said >= PLAIN_EVERY_S and self._done < self._total:
+            self._said = now
+            left = (now - self._start) / self._done * (self._total - self._done) if self._done else float("nan")
+            _print(f"{self._label}  {self._done}/{self._total} {self._unit}  {duration(left)} left")
+
+
+def _print(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def say(text: str) -> None:
+    """One line for the person watching."""
+    _print(text)
+
+
+def warn(text: str) -> None:
+    """A likely mistake that does not stop the run."""
+    _print(f"warning: {text}")
+
+
+@contextmanager
+def progress(label: str, total: int, unit: str) -> Iterator[Progress]:
+    """A bar with rate and time left on a terminal; elsewhere a line every ten seconds and one at the end."""
+    start = time.monotonic()
+    if sys.stderr.isatty():
+        # Imported here: a bar is never drawn by `--help`.
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import Progress as RichProgress
+
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn(unit),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        with RichProgress(*columns, console=Console(stderr=True), transient=True) as bar:
+            yield _Bar(bar, bar.add_task(label, total=total))
+    else:
+        yield _Lines(label, total, unit)
+    _print(f"{label}  {total} {unit}  {duration(time.monotonic() - start)}")
+
+
+def counts_text(counts: Mapping[str, int]) -> str:
+    """`ok 812 · no_signal 388`."""
+    return " · ".join(f"{name} {count}" for name, count in counts.items())
+
+
+def duration(seconds: float) -> str:
+    """`1:02:03`, `2:03` or `4.1 s`."""
+    if seconds != seconds:
+        return "?"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

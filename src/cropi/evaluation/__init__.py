@@ -1,0 +1,1 @@
+"""Greedy accuracy and avg@n on test sets, with intervals over questions."""

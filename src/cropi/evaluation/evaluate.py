@@ -1,0 +1,114 @@
+"""`evaluate`: one row per test prompt, and accuracy by test set."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from cropi.artifacts import EVALUATION, read_table, write_table
+from cropi.config import EvaluateConfig
+from cropi.functional.statistics import Interval, bootstrap_mean
+from cropi.rewards.verifiers import Verify, reward
+
+# (prompts as token ids, temperature or None for greedy, seed) -> completions as text
+Generate = Callable[[Sequence[list[int]], float | None, int], list[str]]
+
+STEP_FILE = re.compile(r"step-(\d+)\.parquet")
+
+
+@dataclass(frozen=True)
+class TestPrompt:
+    """One test question."""
+
+    set: str
+    prompt_id: str
+    source: str
+    answer: str
+    prompt_ids: list[int]
+
+
+def evaluate(
+    prompts: Sequence[TestPrompt],
+    generate: Generate,
+    verify: Verify,
+    config: EvaluateConfig,
+    *,
+    step: int,
+    seed: int,
+    folder: Path,
+) -> pa.Table:
+    """Judge greedy and sampled completions of all test prompts and write `step-NNNNNN.parquet`.
+
+    The same seed draws the same completions from the same policy, so two policies are compared on the same questions and
+    random numbers. Prompts whose gold answer cannot be read are left out of the file.
+    """
+    texts = generate([prompt.prompt_ids for prompt in prompts], None, seed)
+    sampled: list[list[float]] = [[] for _ in prompts]
+    if config.samples:
+        repeated = [prompt.prompt_ids for prompt in prompts for _ in range(config.samples)]
+        for index, text in enumerate(generate(repeated, config.temperature, seed)):
+            row = index // config.samples
+            sampled[row].append(reward(verify(text, prompts[row].answer)) or 0.0)
+    rows = []
+    for prompt, text, values in zip(prompts, texts, sampled, strict=True):
+        verdict = verify(text, prompt.answer)
+        greedy = reward(verdict)
+        if greedy is None:
+            continue
+        rows.append(
+            {
+                "set": prompt.set,
+                "prompt_id": prompt.prompt_id,
+                "source": prompt.source,
+                "step": step,
+                "greedy": greedy,
+                "sampled": float(np.mean(values)) if values else None,
+                "samples": len(values),
+                "completion": text,
+                "verdict": verdict,
+            }
+        )
+    write_table(folder / f"step-{step:06}.parquet", rows, EVALUATION)
+    return pa.Table.from_pylist(rows, schema=EVALUATION)
+
+
+def accuracy(table: pa.Table, config: EvaluateConfig, *, seed: int) -> dict[str, dict[str, Interval]]:
+    """Accuracy by test set: `greedy`, and `sampled` (avg@n) where there are samples, each with a bootstrap interval."""
+    result: dict[str, dict[str, Interval]] = {}
+    for name in dict.fromkeys(table.column("set").to_pylist()):
+        rows = [row for row in table.to_pylist() if row["set"] == name]
+        columns = {"greedy": [row["greedy"] for row in rows]}
+        if all(row["sampled"] is not None for row in rows):
+            columns["sampled"] = [row["sampled"] for row in rows]
+        result[name] = {
+            column: bootstrap_mean(
+                np.array(values), redraws=config.bootstrap, confidence=config.confidence, seed=seed
+            )
+            for column, values in columns.items()
+        }
+    return result
+
+
+def read_evaluations(folder: Path) -> dict[int, pa.Table]:
+    """Tables by optimiser step, in ascending order."""
+    found = [(int(match.group(1)), path) for path in folder.glob("step-*.parquet") if (match := STEP_FILE.fullmatch(path.name))]
+    return {step: read_table(path, EVALUATION) for step, path in sorted(found)}
+
+
+def forget_after(folder: Path, step: int) -> None:
+    """Drop evaluations beyond the step that an interrupted training goes on from."""
+    for path in folder.glob("step-*.parquet"):
+        match = STEP_FILE.fullmatch(path.name)
+        if match and int(match.group(1)) > step:
+            path.unlink()
+
+
+def as_plain(accuracies: Mapping[str, Mapping[str, Interval]]) -> dict[str, Any]:
+    """Accuracies as JSON values."""
+    return {name: {kind: vars(interval) for kind, interval in kinds.items()} for name, kinds in accuracies.items()}

@@ -1,0 +1,30 @@
+"""Fusion of several rankings into one. NumPy only: selection runs without torch."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float, Int
+
+
+def ranks(scores_N: Float[np.ndarray, " N"], ids: Sequence[str]) -> Int[np.ndarray, " N"]:
+    """Rank of each row, 1 for the highest score; equal scores are ranked by id, in ascending order."""
+    if np.isnan(scores_N).any():
+        raise ValueError("a score is NaN and cannot be ranked")
+    order = sorted(range(len(ids)), key=lambda row: (-scores_N[row], ids[row]))
+    ranks_N = np.empty(len(ids), dtype=np.int64)
+    ranks_N[order] = np.arange(1, len(ids) + 1)
+    return ranks_N
+
+
+def reciprocal_rank_fusion(
+    ranks_NV: Int[np.ndarray, "N V"], *, kappa: float = 60.0, depth: int | None = None
+) -> Float[np.ndarray, " N"]:
+    """F_i = sum_v 1 / (kappa + rank_v(i)) (Cormack et al. 2009).
+
+    With `depth`, only ranks up to it count and the others add 0. The paper's released code is kappa = 0 with
+    depth = floor(alpha N): there, first place in one list outweighs third place in two.
+    """
+    if kappa < 0:
+        raise ValueError(f"kappa must be at least 0, got {kappa}")
+    terms_NV = 1.0 / (kappa + ranks_NV)
+    return np.where(ranks_NV <= depth, terms_NV, 0.0).sum(axis=1) if depth is not None else terms_NV.sum(axis=1)

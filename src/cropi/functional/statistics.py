@@ -1,0 +1,32 @@
+"""Intervals. NumPy only."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean and its bootstrap interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def bootstrap_mean(
+    values_N: Float[np.ndarray, " N"], *, redraws: int, confidence: float, seed: int
+) -> Interval:
+    """Mean over questions with its percentile bootstrap interval (Efron 1979): questions are redrawn with replacement.
+
+    Samples of one question belong together, so pass one value (their mean) per question. Raises ValueError when empty.
+    """
+    if not len(values_N):
+        raise ValueError("cannot take the mean of no questions")
+    generator = np.random.default_rng(seed)
+    counts_RN = generator.multinomial(len(values_N), np.full(len(values_N), 1 / len(values_N)), size=redraws)
+    means_R = counts_RN @ values_N / len(values_N)
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(means_R, [tail, 1 - tail])
+    return Interval(float(values_N.mean()), float(low), float(high))

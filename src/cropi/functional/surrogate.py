@@ -1,0 +1,79 @@
+"""The off-policy surrogate of one prompt, as weights on the log-probs of its tokens."""
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+Normalizer = Literal["sequence", "token", "constant"]
+
+# The per-prompt normaliser that ranks prompts as the trainer's loss weighs them. A divisor that all prompts of a batch
+# share (`dapo`, `bnpo`, `cispo`: the batch's token count) does not change the ranking, so it acts like a constant.
+NORMALIZER_OF_LOSS: Mapping[str, Normalizer] = {
+    "grpo": "sequence",
+    "sapo": "sequence",
+    "dr_grpo": "constant",
+    "dapo": "constant",
+    "bnpo": "constant",
+    "cispo": "constant",
+    "vespo": "constant",
+    "luspo": "constant",
+}
+
+
+def token_logprobs(
+    logits_KTW: Float[Tensor, "K T W"], ids_KT: torch.Tensor, *, temperature: float
+) -> Float[Tensor, "K T"]:
+    """log pi(x_t | s_t) at a sampling temperature: log_softmax(logits / temperature) in at least float32, read at x_t."""
+    dtype = torch.promote_types(logits_KTW.dtype, torch.float32)
+    return torch.log_softmax(logits_KTW.to(dtype) / temperature, dim=-1).gather(-1, ids_KT.unsqueeze(-1)).squeeze(-1)
+
+
+def importance_ratios(
+    logprobs_KT: Float[Tensor, "K T"], behaviour_logprobs_KT: Float[Tensor, "K T"]
+) -> Float[Tensor, "K T"]:
+    """rho_{k,t} = pi_theta(x_t | s_t) / beta(x_t | s_t), per token and without clipping (paper eq. 4)."""
+    return (logprobs_KT - behaviour_logprobs_KT).exp()
+
+
+def normalizers(
+    mask_KT: Bool[Tensor, "K T"], normalizer: Normalizer, max_completion_length: int
+) -> Float[Tensor, " K"]:
+    """Z of each trajectory, so that the surrogate is sum_k (1 / Z_k) sum_t rho_{k,t} A_k.
+
+    `sequence`: K |tau_k| (paper eq. 4, TRL's `grpo`); `token`: sum_k |tau_k|; `constant`: K times the longest completion
+    allowed (TRL's `dr_grpo`). An empty completion has no token to weigh and gets Z = 1 instead of 0.
+    """
+    lengths_K = mask_KT.sum(dim=1)
+    group = mask_KT.shape[0]
+    match normalizer:
+        case "sequence":
+            return group * lengths_K.clamp(min=1).double()
+        case "token":
+            return lengths_K.sum().clamp(min=1).double().expand(group)
+        case "constant":
+            return torch.full((group,), float(group * max_completion_length), dtype=torch.float64, device=mask_KT.device)
+
+
+def token_weights(
+    ratios_KT: Float[Tensor, "K T"],
+    advantages_K: Float[Tensor, " K"],
+    normalizers_K: Float[Tensor, " K"],
+    mask_KT: Bool[Tensor, "K T"],
+) -> Float[Tensor, "K T"]:
+    """w_{k,t} = rho_{k,t} A_k / Z_k on completion tokens, 0 elsewhere, without gradient.
+
+    Since grad rho = rho grad log pi, the gradient of sum_{k,t} w_{k,t} log pi(x_{k,t}) is that of the surrogate
+    sum_k (1/Z_k) sum_t rho_{k,t} A_k: the off-policy estimate of paper eq. 4, by one backward pass.
+    """
+    scale_K1 = (advantages_K.double() / normalizers_K).unsqueeze(1)
+    weights_KT = ratios_KT.detach().double() * scale_K1
+    return torch.where(mask_KT, weights_KT, torch.zeros_like(weights_KT))
+
+
+def effective_sample_share(ratios_T: Float[Tensor, " T"]) -> float:
+    """(sum rho)^2 / (T sum rho^2) in (0, 1]: the share of the tokens that the weighted sum is worth (Kish 1965)."""
+    ratios_T = ratios_T.double()
+    return float(ratios_T.sum() ** 2 / (ratios_T.numel() * (ratios_T**2).sum())) if ratios_T.numel() else 1.0

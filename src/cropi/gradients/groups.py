@@ -1,0 +1,70 @@
+"""A group: the K trajectories of one prompt."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+from cropi.artifacts import GOLD_UNPARSEABLE, NO_SIGNAL, OK
+
+
+@dataclass(frozen=True)
+class Group:
+    """Token ids, rewards and behaviour log-probs of a prompt's K completions.
+
+    A completion ends with its end-of-sequence token if it has one; every completion token counts. Behaviour log-probs of
+    None stand for on-policy trajectories: every importance ratio is 1.
+    """
+
+    prompt_id: str
+    prompt_ids: list[int]
+    completions: list[list[int]]
+    rewards: list[float]
+    behaviour_logprobs: list[list[float]] | None
+
+    def __post_init__(self) -> None:
+        if not self.prompt_ids:
+            raise ValueError(f"prompt {self.prompt_id}: the prompt holds no token")
+        if len(self.completions) != len(self.rewards):
+            raise ValueError(f"prompt {self.prompt_id}: {len(self.completions)} completions, {len(self.rewards)} rewards")
+        logprobs = self.behaviour_logprobs
+        if logprobs is not None and [len(row) for row in logprobs] != [len(row) for row in self.completions]:
+            raise ValueError(f"prompt {self.prompt_id}: behaviour log-probs and completions differ in length")
+
+    @property
+    def status(self) -> str:
+        """`ok` where the rewards differ and some token can carry them, `no_signal` where the gradient is zero."""
+        mixed = len(set(self.rewards)) > 1 and any(self.completions)
+        return OK if mixed else NO_SIGNAL
+
+    @property
+    def pass_rate(self) -> float:
+        """Mean reward."""
+        return sum(self.rewards) / len(self.rewards) if self.rewards else float("nan")
+
+    @property
+    def completion_tokens(self) -> int:
+        return sum(len(completion) for completion in self.completions)
+
+
+def groups_of(trajectories: Iterable[Mapping[str, Any]]) -> dict[str, Group | None]:
+    """Groups by prompt id from trajectory rows of one set, sorted by prompt id.
+
+    None stands for a prompt whose gold answer cannot be read (status `gold_unparseable`): it has no reward to learn from.
+    """
+    rows = sorted(trajectories, key=lambda row: (row["prompt_id"], row["sample"]))
+    return {
+        prompt_id: _group(prompt_id, list(members)) for prompt_id, members in groupby(rows, lambda r: r["prompt_id"])
+    }
+
+
+def _group(prompt_id: str, rows: list[Mapping[str, Any]]) -> Group | None:
+    if any(row["status"] == GOLD_UNPARSEABLE for row in rows):
+        return None
+    return Group(
+        prompt_id,
+        rows[0]["prompt_ids"],
+        [row["completion_ids"] for row in rows],
+        [row["reward"] for row in rows],
+        [row["behaviour_logprobs"] for row in rows],
+    )

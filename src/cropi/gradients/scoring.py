@@ -1,0 +1,134 @@
+"""`score`: the influence of every training prompt on every validation set, at the current policy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+from torch import Tensor, nn
+
+from cropi.artifacts import GOLD_UNPARSEABLE, NO_SIGNAL, OK, count_status, scores_schema, write_table
+from cropi.config import Config, ScoreConfig
+from cropi.console import progress, warn
+from cropi.errors import SignalError
+from cropi.functional.influence import influence, mean_direction
+from cropi.functional.projection import Projector, SparseProjection
+from cropi.functional.surrogate import NORMALIZER_OF_LOSS
+from cropi.gradients.groups import Group, groups_of
+from cropi.gradients.reference import SurrogateSettings, prompt_gradient, trainable_parameters
+
+def surrogate_settings(config: Config, loss_type: str) -> SurrogateSettings:
+    """The surrogate that a run's settings and its trainer's loss call for."""
+    normalizer = config.score.normalizer
+    return SurrogateSettings(
+        normalizer=NORMALIZER_OF_LOSS[loss_type] if normalizer == "auto" else normalizer,
+        max_completion_length=config.collect.max_completion_length,
+        temperature=config.collect.temperature,
+        advantage_std=config.score.advantage_std,
+        batch_tokens=config.score.batch_tokens,
+    )
+
+
+class FeatureMaker:
+    """Turns groups into gradient features of one model under one projection."""
+
+    def __init__(self, model: nn.Module, projection: SparseProjection, settings: SurrogateSettings) -> None:
+        self._model, self._settings = model, settings
+        parameters = trainable_parameters(model)
+        device = next(iter(parameters.values())).device
+        self._projector = Projector(projection, {name: p.numel() for name, p in parameters.items()}, device)
+
+    def __call__(self, group: Group) -> tuple[Tensor, float]:
+        """(feature_D float32, effective sample share of the ratios)."""
+        gradient = prompt_gradient(self._model, group, self._settings)
+        return self._projector(gradient.gradients), gradient.ratio_ess
+
+
+def score(
+    config: Config,
+    loss_type: str,
+    model: nn.Module,
+    trajectories: Mapping[str, pa.Table],
+    sources: Mapping[str, str],
+    folder: Path,
+) -> tuple[dict[str, int], dict[str, Any]]:
+    """Write `scores.parquet` to `folder`: one row per training prompt, groups without signal included (influence 0).
+
+    `trajectories` maps "train" and "validation/NAME" to their tables, `sources` prompt ids to sources. Returns
+    (rows by status, details). Raises SignalError where a validation set has no mixed group.
+    """
+    settings = surrogate_settings(config, loss_type)
+    projection = SparseProjection(**config.score.projection.model_dump())
+    make_feature = FeatureMaker(model, projection, settings)
+    train = groups_of(trajectories["train"].to_pylist())
+    names = sorted(name.removeprefix("validation/") for name in trajectories if name != "train")
+    validation = {name: _validation_groups(trajectories[f"validation/{name}"], name, config.score) for name in names}
+    total = sum(len(groups) for groups in validation.values()) + sum(_has_signal(group) for group in train.values())
+    with progress("score", total, "prompts") as bar:
+        directions = []
+        for name in names:
+            features = []
+            for group in validation[name]:
+                features.append(make_feature(group)[0])
+                bar.advance()
+            directions.append(mean_direction(torch.stack(features), config.score.validation_mean))
+        directions_VD = torch.stack(directions)
+        rows = []
+        for prompt_id, group in train.items():
+            rows.append(_score_row(prompt_id, group, sources[prompt_id], make_feature, directions_VD, names, config.score))
+            if _has_signal(group):
+                bar.advance()
+    write_table(folder / "scores.parquet", rows, scores_schema(names))
+    details = {
+        "projection": projection.identity,
+        "normalizer": settings.normalizer,
+        "score": config.score.score,
+        "validation_groups": {name: len(groups) for name, groups in validation.items()},
+        "tokens": sum(g.completion_tokens for g in [*train.values(), *sum(validation.values(), [])] if g and _has_signal(g)),
+    }
+    return count_status(row["status"] for row in rows), details
+
+
+def _has_signal(group: Group | None) -> bool:
+    return group is not None and group.status == OK
+
+
+def _validation_groups(table: pa.Table, name: str, config: ScoreConfig) -> list[Group]:
+    """The first validation prompts in id order, those without signal left out: their gradient is zero."""
+    groups = list(groups_of(table.to_pylist()).values())[: config.max_validation_prompts]
+    mixed = [group for group in groups if group is not None and group.status == OK]
+    if not mixed:
+        raise SignalError(
+            f"none of the {len(groups)} prompts of this validation set has both right and wrong completions, so it "
+            "gives no direction to select by",
+            where=f"prompts.validation.{name}",
+            fix="use problems that the policy solves sometimes, add prompts, or raise collect.validation_num_generations.",
+        )
+    if len(mixed) < 8:
+        warn(f"validation set {name}: only {len(mixed)} prompts carry signal; influence will be noisy")
+    return mixed
+
+
+def _score_row(
+    prompt_id: str,
+    group: Group | None,
+    source: str,
+    make_feature: FeatureMaker,
+    directions_VD: Tensor,
+    names: Sequence[str],
+    config: ScoreConfig,
+) -> dict[str, Any]:
+    row: dict[str, Any] = {"prompt_id": prompt_id, "source": source, "feature_norm": 0.0, "ratio_ess": None}
+    row |= {f"influence/{name}": 0.0 for name in names}
+    if group is None:
+        return row | {"status": GOLD_UNPARSEABLE, "pass_rate": None, "completion_tokens": 0}
+    row |= {"pass_rate": group.pass_rate, "completion_tokens": group.completion_tokens}
+    if group.status == NO_SIGNAL:
+        return row | {"status": NO_SIGNAL}
+    feature_D, ratio_ess = make_feature(group)
+    values_V = influence(feature_D, directions_VD, config.score).tolist()
+    row |= {f"influence/{name}": value for name, value in zip(names, values_V, strict=True)}
+    return row | {"status": OK, "feature_norm": float(feature_D.norm()), "ratio_ess": ratio_ess}

@@ -1,0 +1,270 @@
+"""The order of the stages, and what goes from one to the next. The only file that knows it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from torch import nn
+
+from cropi.artifacts import OK, SELECTION, Manifest, build, is_finished, open_artifact, read_table, scores_schema
+from cropi.config import Config, InfluenceStrategy, config_hash
+from cropi.console import counts_text, say
+from cropi.errors import ArtifactError, PolicyError, SignalError
+from cropi.evaluation.evaluate import TestPrompt, evaluate, forget_after, read_evaluations
+from cropi.gradients.groups import groups_of
+from cropi.gradients.scoring import score
+from cropi.policy import Policy, encode_prompts, load_policy, trainer_prompt, uses_chat
+from cropi.prompts import make_prompts
+from cropi.reporting.report import make_report
+from cropi.reporting.summary import Summary
+from cropi.rewards.verifiers import verifier
+from cropi.rollouts.collect import collect, read_trajectories
+from cropi.rollouts.generation import Sampling, TransformersGenerator
+from cropi.seeds import derived_seed
+from cropi.selection.candidates import Candidates
+from cropi.selection.select import select
+from cropi.training.reward import RecordedReward, training_pass_rates
+from cropi.training.settings import grpo_config
+from cropi.training.train import TrainTask, newest_checkpoint, train
+from cropi.workspace import Arm, Workspace
+
+
+class Pipeline:
+    """The stages of a run. Each is skipped where its artifact is complete, so the same command goes on where it stopped."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.base = load_policy(config.policy)
+        # Settings that TRL refuses are refused here, before anything is written.
+        self.settings = grpo_config(config, config.folder, self.base.model.device)
+        self._chat = uses_chat(self.base.tokenizer, config.prompts.chat)
+        self.space = Workspace(config)
+
+    def run(self) -> Summary:
+        """Prompts to report."""
+        self.collect()
+        self.evaluate_base()
+        for arm in self.space.arms.values():
+            self.train(arm)
+        return self.report()
+
+    # -- collect ---------------------------------------------------------------------------------------------------
+
+    def prompts(self) -> Manifest:
+        """The prompt table."""
+        inputs = {"prompts": config_hash(self.config.resolved()["prompts"])}
+        make = lambda folder: make_prompts(self.config, folder)  # noqa: E731
+        return build(self.space.prompts, "prompts", make, inputs=inputs, made_by="cropi collect")
+
+    def collect(self) -> Manifest:
+        """Trajectories of the base policy."""
+
+        def make(folder: Path) -> tuple[Mapping[str, int], Mapping[str, Any]]:
+            with self.space.ledger.charge("collect") as entry:
+                counts, details = collect(self.config, self.base, self.space.prompt_rows, folder)
+                entry["tokens"] = details["generated_tokens"]
+            return counts, details
+
+        inputs = {"prompts": self.prompts().identity}
+        folder = self.space.trajectories
+        manifest = build(folder, "trajectories", make, inputs=inputs, made_by="cropi collect", keep_parts=True)
+        say(f"trajectories: {counts_text(manifest.counts)}")
+        mixed = sum(group is not None and group.status == OK for group in self._groups.values())
+        if not mixed:
+            raise SignalError(
+                f"none of the {len(self._groups)} training prompts has both right and wrong completions",
+                where="prompts.train",
+                fix="use problems that the policy solves sometimes, raise collect.num_generations, or look at what "
+                "`cropi check` says of the verifier.",
+            )
+        say(f"groups: {mixed} of {len(self._groups)} mixed, the others carry no signal now")
+        return manifest
+
+    @cached_property
+    def _trajectory_identity(self) -> str:
+        return open_artifact(self.space.trajectories, "trajectories", made_by="cropi collect").identity
+
+    @cached_property
+    def _trajectories(self) -> dict[str, pa.Table]:
+        assert self._trajectory_identity
+        return read_trajectories(self.space.trajectories)
+
+    @cached_property
+    def _groups(self) -> dict[str, Any]:
+        return groups_of(self._trajectories["train"].to_pylist())
+
+    # -- score and select --------------------------------------------------------------------------------------------
+
+    def score(self, arm: Arm, stage: int, model: nn.Module, origin: str) -> Manifest:
+        """Influence of all training prompts at a policy; `origin` says which policy it is."""
+
+        def make(folder: Path) -> tuple[Mapping[str, int], Mapping[str, Any]]:
+            with self.space.ledger.charge("score", arm=arm.name, stage=stage) as entry:
+                sources = {i: row["source"] for i, row in self.space.train_prompts.items()}
+                result = score(self.config, self.settings.loss_type, model, self._trajectories, sources, folder)
+                entry["tokens"] = result[1]["tokens"]
+            return result
+
+        inputs = {"trajectories": self._trajectory_identity, "policy": origin}
+        manifest = build(arm.scores(stage), "scores", make, inputs=inputs, made_by="cropi score")
+        say(f"scores of stage {stage}: {counts_text(manifest.counts)}")
+        return manifest
+
+    def select(self, arm: Arm, stage: int) -> list[str]:
+        """Prompt ids of a stage's selection, read back where it has been made."""
+
+        def make(folder: Path) -> tuple[Mapping[str, int], Mapping[str, Any]]:
+            with self.space.ledger.charge("select", arm=arm.name, stage=stage):
+                strategy = self.config.arms[arm.name]
+                return select(self.config, strategy, self._candidates(arm, stage), self.space.train_prompts, folder)
+
+        inputs = {"trajectories": self._trajectory_identity}
+        if self._uses_influence(arm):
+            folder = arm.scores(self._scored_stage(arm, stage))
+            inputs["scores"] = open_artifact(folder, "scores", made_by="cropi score").identity
+        folder = arm.selection(stage)
+        new = not is_finished(folder)
+        manifest = build(folder, "selection", make, inputs=inputs, made_by="cropi select")
+        if new:
+            say(f"selection of {arm.name}, stage {stage}: {manifest.counts['selected']} of {len(self._groups)} prompts")
+        rows = read_table(folder / "selection.parquet", SELECTION).to_pylist()
+        return [row["prompt_id"] for row in rows if row["selected"]]
+
+    def _uses_influence(self, arm: Arm) -> bool:
+        return isinstance(self.config.arms[arm.name], InfluenceStrategy)
+
+    def _scored_stage(self, arm: Arm, stage: int) -> int:
+        strategy = self.config.arms[arm.name]
+        return 0 if isinstance(strategy, InfluenceStrategy) and strategy.static else stage
+
+    def _candidates(self, arm: Arm, stage: int) -> Candidates:
+        ids = list(self._groups)
+        groups = list(self._groups.values())
+        names = sorted(self.config.prompts.validation)
+        influence: dict[str, np.ndarray] = {}
+        statuses = ["gold_unparseable" if group is None else group.status for group in groups]
+        if self._uses_influence(arm):
+            path = arm.scores(self._scored_stage(arm, stage)) / "scores.parquet"
+            table = read_table(path, scores_schema(names))
+            if table.column("prompt_id").to_pylist() != ids:
+                raise ArtifactError("holds other prompts than the trajectories", where=str(path), fix="delete the run.")
+            influence = {name: table.column(f"influence/{name}").to_numpy() for name in names}
+        return Candidates(
+            prompt_ids=ids,
+            sources=[self.space.train_prompts[i]["source"] for i in ids],
+            statuses=statuses,
+            pass_rates_N=np.array([float("nan") if group is None else group.pass_rate for group in groups]),
+            training_pass_rates=training_pass_rates(arm.rewards, stage * self.config.train.steps_per_stage),
+            influence=influence,
+            stage=stage,
+            seed=self.config.seed,
+        )
+
+    def _select_stage(self, arm: Arm, stage: int, model: nn.Module, in_progress: bool) -> Sequence[str]:
+        """What the trainer asks at the start of a stage, with the policy in memory."""
+        if in_progress and not is_finished(arm.selection(stage)):
+            raise ArtifactError(
+                f"the selection of stage {stage} is gone, but training stands in or beyond that stage",
+                where=str(arm.selection(stage)),
+                fix=f"delete {arm.folder} to train this arm anew.",
+            )
+        if self._uses_influence(arm) and self._scored_stage(arm, stage) == stage and not in_progress:
+            self.score(arm, stage, model, self._origin(arm, stage))
+        return self.select(arm, stage)
+
+    def _origin(self, arm: Arm, stage: int) -> str:
+        return f"{arm.name} after step {stage * self.config.train.steps_per_stage}" if stage else "base"
+
+    def policy_at(self, arm: Arm, stage: int, checkpoint: Path | None) -> tuple[Policy, str]:
+        """The policy at the start of a stage, and what it is called: for scoring outside training."""
+        if checkpoint is not None:
+            return load_policy(self.config.policy, str(checkpoint)), f"checkpoint {checkpoint}"
+        if stage == 0:
+            return self.base, "base"
+        path = arm.checkpoints / f"checkpoint-{stage * self.config.train.steps_per_stage}"
+        if not path.is_dir():
+            raise PolicyError(
+                f"there is no checkpoint of stage {stage}",
+                where=str(path),
+                fix="name one with --checkpoint, or keep more of them with trainer.save_total_limit.",
+            )
+        return load_policy(self.config.policy, str(path)), self._origin(arm, stage)
+
+    # -- train and evaluate ------------------------------------------------------------------------------------------
+
+    def train(self, arm: Arm) -> Path:
+        """Train all stages of an arm; returns the final checkpoint."""
+        settings = grpo_config(self.config, arm.checkpoints, self.base.model.device)
+        forget_after(arm.evaluation, newest_checkpoint(arm.checkpoints)[1])
+        policy = load_policy(self.config.policy)
+        rows = [
+            {"prompt_id": prompt_id, "prompt": self._trainer_prompt(row), "answer": row["answer"]}
+            for prompt_id, row in self.space.train_prompts.items()
+            if prompt_id in self._groups
+        ]
+        task = TrainTask(
+            label=arm.name,
+            rows=rows,
+            settings=settings,
+            stages=self.config.train.stages,
+            steps_per_stage=self.config.train.steps_per_stage,
+            evaluate_every=self.config.evaluate.every or self.config.train.steps_per_stage,
+            reward=RecordedReward(verifier(self.config.verifier), arm.rewards),
+            select_stage=lambda stage, model, in_progress: self._select_stage(arm, stage, model, in_progress),
+            evaluate=lambda step, model: self._evaluate(model, step, arm.evaluation, arm.name),
+            folder=arm.folder,
+        )
+        return train(task, policy)
+
+    def evaluate_base(self) -> None:
+        """Accuracy before training, the common first point of all arms."""
+        if 0 not in read_evaluations(self.space.evaluation):
+            self._evaluate(self.base.model, 0, self.space.evaluation, "")
+
+    def evaluate_checkpoint(self, checkpoint: Path, folder: Path) -> pa.Table:
+        """Accuracy of any checkpoint of the policy, written to `folder`."""
+        return self._evaluate(load_policy(self.config.policy, str(checkpoint)).model, 0, folder, "")
+
+    def _evaluate(self, model: nn.Module, step: int, folder: Path, arm: str) -> pa.Table:
+        policy = Policy(model, self.base.tokenizer)  # type: ignore[arg-type]
+        sampler = TransformersGenerator(policy, self.config.collect.batch_size)
+
+        def generate(prompts: Sequence[list[int]], temperature: float | None, seed: int) -> list[str]:
+            sampling = Sampling(self.config.collect.max_completion_length, temperature)
+            completions = sampler(prompts, sampling, seed=seed)
+            return policy.tokenizer.batch_decode(completions, skip_special_tokens=True)
+
+        seed = derived_seed(self.config.seed, "evaluate")
+        with self.space.ledger.charge("evaluate", arm=arm, stage=step // self.config.train.steps_per_stage):
+            return evaluate(
+                self._test_prompts,
+                generate,
+                verifier(self.config.verifier),
+                self.config.evaluate,
+                step=step,
+                seed=seed,
+                folder=folder,
+            )
+
+    @cached_property
+    def _test_prompts(self) -> list[TestPrompt]:
+        rows = [row for row in self.space.prompt_rows if row["set"].startswith("test/")]
+        encoded = encode_prompts(self.base.tokenizer, [self._trainer_prompt(row) for row in rows])
+        return [
+            TestPrompt(row["set"].removeprefix("test/"), row["prompt_id"], row["source"], row["answer"], ids)
+            for row, ids in zip(rows, encoded, strict=True)
+        ]
+
+    def _trainer_prompt(self, row: Mapping[str, Any]) -> str | list[dict[str, Any]]:
+        return trainer_prompt(row["messages"], chat=self._chat, system_prompt=self.config.prompts.system_prompt)
+
+    # -- report ------------------------------------------------------------------------------------------------------
+
+    def report(self) -> Summary:
+        """Write report.html, report.md and summary.json from what the folder holds."""
+        return make_report(self.config, self.space.folder)

@@ -1,0 +1,177 @@
+"""The policy: loading it, writing prompts in its words, and the log-probs it gives to completions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from cropi.config import BUILTIN_POLICY, PolicyConfig
+from cropi.errors import PolicyError
+from cropi.functional.surrogate import token_logprobs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A causal language model with its tokenizer."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def eos_ids(self) -> list[int]:
+        """Tokens that end a completion: those of the generation config, and the tokenizer's own."""
+        configured = self.model.generation_config.eos_token_id
+        listed = configured if isinstance(configured, list) else [configured]
+        return sorted({i for i in [*listed, self.tokenizer.eos_token_id] if i is not None})
+
+    @property
+    def context_length(self) -> int | None:
+        """Longest sequence the model has positions for, where it says so."""
+        return getattr(self.model.config, "max_position_embeddings", None)
+
+
+def policy_location(config: PolicyConfig) -> str:
+    """The path or Hub id to load from."""
+    if config.path == BUILTIN_POLICY:
+        from cropi.builtin import POLICY_DIR
+
+        return str(POLICY_DIR)
+    looks_local = config.path.startswith((".", "/", "~")) or config.path.count("/") > 1
+    path = Path(config.path).expanduser()
+    if looks_local and not path.is_dir():
+        raise PolicyError(
+            f"there is no folder {path}",
+            where="policy.path",
+            fix="give the folder of a model in Hugging Face format (config.json, *.safetensors, tokenizer), or a Hub id.",
+        )
+    return str(path) if path.is_dir() else config.path
+
+
+def device_of(config: PolicyConfig) -> torch.device:
+    """The device that a policy is to live on."""
+    if config.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise PolicyError("no CUDA device is available", where="policy.device", fix="set policy.device=auto.")
+    return torch.device(config.device)
+
+
+def load_tokenizer(config: PolicyConfig, location: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer alone, with a padding token and an end-of-sequence token for certain."""
+    from transformers import AutoTokenizer
+
+    location = location or policy_location(config)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(location, revision=config.revision, padding_side="left")
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise _cannot_load("tokenizer", location, error) from None
+    if tokenizer.eos_token_id is None or len(tokenizer) == 0:
+        raise PolicyError(
+            "the model comes without a usable tokenizer (no end-of-sequence token)",
+            where=f"policy.path {location}",
+            fix="put tokenizer.json and tokenizer_config.json beside the weights.",
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_policy(config: PolicyConfig, location: str | None = None) -> Policy:
+    """Load the policy named in the config, or a checkpoint of it from `location`. Remote code is never run.
+
+    Raises PolicyError for a missing folder, missing weights or a missing tokenizer.
+    """
+    from transformers import AutoModelForCausalLM
+
+    location = location or policy_location(config)
+    tokenizer = load_tokenizer(config, location)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            location, revision=config.revision, dtype=getattr(torch, config.dtype), use_safetensors=True
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise _cannot_load("model", location, error) from None
+    return Policy(model.to(device_of(config)).eval(), tokenizer)
+
+
+def _cannot_load(what: str, location: str, error: Exception) -> PolicyError:
+    first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return PolicyError(
+        f"the {what} at {location} cannot be loaded: {first_line}",
+        where="policy.path",
+        fix="check the path or Hub id and its files: config.json, *.safetensors, tokenizer.json. Offline, give a local folder.",
+    )
+
+
+def uses_chat(tokenizer: PreTrainedTokenizerBase, chat: bool | None) -> bool:
+    """Whether prompts go through the chat template."""
+    has_template = bool(tokenizer.chat_template)
+    if chat and not has_template:
+        raise PolicyError("the tokenizer has no chat template", where="prompts.chat", fix="set prompts.chat=false.")
+    return has_template if chat is None else chat
+
+
+def trainer_prompt(messages: str, *, chat: bool, system_prompt: str | None) -> str | list[dict[str, Any]]:
+    """A stored prompt in the form TRL takes: a string, or a list of chat messages."""
+    value = json.loads(messages)
+    if not chat:
+        return value if isinstance(value, str) else "\n".join(message["content"] for message in value)
+    turns = [{"role": "user", "content": value}] if isinstance(value, str) else value
+    system = [{"role": "system", "content": system_prompt}] if system_prompt is not None else []
+    return system + turns
+
+
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str | list[dict[str, Any]]]) -> list[list[int]]:
+    """Token ids of prompts, the same that TRL's GRPOTrainer gives the model."""
+    if not prompts:
+        return []
+    if isinstance(prompts[0], str):
+        return tokenizer(text=list(prompts))["input_ids"]
+    encoded = tokenizer.apply_chat_template(
+        conversation=list(prompts), add_generation_prompt=True, tokenize=True, return_dict=True
+    )
+    return encoded["input_ids"]
+
+
+def completion_logprobs(
+    model: torch.nn.Module,
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    *,
+    temperature: float,
+) -> tuple[Tensor, Tensor]:
+    """Log-probs that a model gives to completion tokens, by one teacher-forced forward pass.
+
+    Returns (logprobs_KT float32 or wider, mask_KT bool), padded on the right to the longest completion; entries outside
+    the mask are 0. Prompt and completion stand side by side and padding follows them, so that under a causal mask no row
+    sees another row's length.
+    """
+    device = next(model.parameters()).device
+    rows = [[*prompt, *completion] for prompt, completion in zip(prompts, completions, strict=True)]
+    width = max(len(row) for row in rows)
+    longest = max(1, max(len(completion) for completion in completions))
+    input_ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
+    lengths = torch.tensor([len(row) for row in rows], device=device)
+    attention_mask = (torch.arange(width, device=device)[None] < lengths[:, None]).long()
+    logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+    starts = torch.tensor([len(prompt) for prompt in prompts], device=device)[:, None]
+    offsets = torch.arange(longest, device=device)[None]
+    mask_KT = offsets < (lengths[:, None] - starts)
+    positions = (starts + offsets).clamp(max=width - 1)  # of the tokens themselves; their logits stand one before
+    rows_index = torch.arange(len(rows), device=device)[:, None]
+    picked = logits[rows_index, positions - 1]
+    logprobs_KT = token_logprobs(picked, input_ids[rows_index, positions], temperature=temperature)
+    return torch.where(mask_KT, logprobs_KT, torch.zeros_like(logprobs_KT)), mask_KT

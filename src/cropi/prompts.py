@@ -1,0 +1,226 @@
+"""Prompts: reading every source into one table, with stable ids, and refusing what would spoil a run.
+
+Free of torch. Rows have the columns of `artifacts.PROMPTS`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cropi.artifacts import PROMPTS, write_table
+from cropi.config import BuiltinSource, Config, FileSource, HubSource
+from cropi.errors import DataError
+
+PROMPT_COLUMNS = ("prompt", "question", "problem")
+ANSWER_COLUMNS = ("answer", "solution", "ground_truth")
+
+
+class Row(NamedTuple):
+    """A raw row and where it stands, for errors."""
+
+    values: dict[str, Any]
+    where: str
+
+
+def load_prompts(config: Config) -> list[dict[str, Any]]:
+    """All prompts of a run: the training pool, the validation sets and the test sets, in that order.
+
+    Raises DataError for a source that is missing, empty, unreadable (with the line), lacks a column or repeats an id, and
+    for a prompt that stands in train and validation, train and test, or validation and test.
+    """
+    sets = {"train": config.prompts.train}
+    sets |= {f"validation/{name}": sources for name, sources in config.prompts.validation.items()}
+    sets |= {f"test/{name}": test.sources for name, test in config.prompts.test.items()}
+    prompts = [row for name, sources in sets.items() for row in _load_set(name, sources)]
+    _refuse_overlap(prompts)
+    return prompts
+
+
+def make_prompts(config: Config, folder: Path) -> tuple[dict[str, int], dict[str, Any]]:
+    """Write `prompts.parquet` to `folder`; returns (rows by set, {})."""
+    rows = load_prompts(config)
+    write_table(folder / "prompts.parquet", rows, PROMPTS)
+    counts: dict[str, int] = {}
+    for row in rows:
+        counts[row["set"]] = counts.get(row["set"], 0) + 1
+    return counts, {}
+
+
+def _load_set(name: str, sources: Sequence[BuiltinSource | FileSource | HubSource]) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    seen: dict[str, str] = {}
+    for number, source in enumerate(sources):
+        key = f"prompts.{name.replace('/', '.')}.{number}"
+        loaded = list(_builtin(source, name, key) if isinstance(source, BuiltinSource) else _from_rows(source, key))
+        if not loaded:
+            raise DataError("the source holds no rows", where=key, fix="check its path, hash_range and limit.")
+        for row, where in loaded:
+            first = seen.setdefault(row["prompt_id"], where)
+            if first is not where:
+                raise DataError(
+                    f"the prompt id {row['prompt_id']!r} occurs twice in {name}: at {first} and at {where}",
+                    where=key,
+                    fix="remove the repeated row, or name a column of unique ids with id_column.",
+                )
+            rows.append(row | {"set": name})
+    return rows
+
+
+def _builtin(source: BuiltinSource, set_name: str, key: str) -> Iterator[tuple[dict[str, Any], str]]:
+    from cropi.builtin import generate
+
+    options = source.model_dump(exclude={"type", "families"})
+    for family in source.families:
+        try:
+            rows = generate(family, split=set_name.split("/")[0], **options)
+        except ValueError as error:
+            raise DataError(str(error), where=key, fix="change the setting it names.") from None
+        for number, row in enumerate(rows):
+            prompt = {"messages": json.dumps(row["prompt"]), "answer": row["answer"], "source": family}
+            yield prompt | {"prompt_id": row["prompt_id"]}, f"{key} {family} problem {number}"
+
+
+def _from_rows(source: FileSource | HubSource, key: str) -> Iterator[tuple[dict[str, Any], str]]:
+    rows = [(_prompt(source, row, key), row.where) for row in _raw_rows(source, key)]
+    low, high = source.hash_range
+    rows = [row for row in rows if low <= _unit_hash(row[0]["prompt_id"]) < high or (high == 1.0 == low)]
+    if source.limit is not None:
+        rows = sorted(rows, key=lambda row: _unit_hash(row[0]["prompt_id"]))[: source.limit]
+    yield from rows
+
+
+def _raw_rows(source: FileSource | HubSource, key: str) -> Iterable[Row]:
+    if isinstance(source, HubSource):
+        return _hub_rows(source, key)
+    path = Path(source.path).expanduser()
+    if not path.is_file():
+        raise DataError(f"there is no file {path}", where=f"{key}.path", fix="check the path.")
+    if path.suffix == ".parquet":
+        try:
+            table = pq.read_table(path)
+        except (OSError, pa.ArrowInvalid) as error:
+            raise DataError(f"{path} cannot be read as Parquet ({error})", where=key, fix="write the file anew.") from None
+        return [Row(values, f"{path}, row {number}") for number, values in enumerate(table.to_pylist(), start=1)]
+    if path.suffix == ".jsonl":
+        return _jsonl_rows(path, key)
+    raise DataError(f"{path} is neither .jsonl nor .parquet", where=f"{key}.path", fix="convert or rename the file.")
+
+
+def _jsonl_rows(path: Path, key: str) -> Iterator[Row]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                values = json.loads(line)
+            except ValueError as error:
+                raise DataError(f"line {number} is not JSON ({error})", where=str(path), fix="mend that line.") from None
+            if not isinstance(values, dict):
+                raise DataError(f"line {number} is not a JSON object", where=str(path), fix="mend that line.")
+            yield Row(values, f"{path}, line {number}")
+
+
+def _hub_rows(source: HubSource, key: str) -> Iterator[Row]:
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(source.dataset, source.name, split=source.split, revision=source.revision)
+    except Exception as error:  # datasets raises many kinds; each means that the dataset is not to be had
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DataError(
+            f"the dataset {source.dataset!r} cannot be loaded: {first}",
+            where=f"{key}.dataset",
+            fix="check its id, name, split and revision; offline, download it and use type: file.",
+        ) from None
+    for number, values in enumerate(rows, start=1):
+        yield Row(dict(values), f"{source.dataset}, row {number}")
+
+
+def _prompt(source: FileSource | HubSource, row: Row, key: str) -> dict[str, Any]:
+    """A raw row in the project's columns."""
+    messages = _column(row, source.prompt_column, PROMPT_COLUMNS, "prompt", key)
+    answer = _answer(row, source, key)
+    name = Path(source.path).stem if isinstance(source, FileSource) else source.dataset
+    identity = row.values.get(source.id_column or "prompt_id")
+    if source.id_column is not None and identity is None:
+        raise _missing(row, source.id_column, "id", key)
+    origin = row.values.get(source.source_column or "source", row.values.get("data_source", name))
+    text = json.dumps(_checked_messages(messages, row, key), ensure_ascii=False)
+    return {
+        "prompt_id": str(identity) if identity is not None else content_id(text, answer),
+        "source": str(origin),
+        "messages": text,
+        "answer": answer,
+    }
+
+
+def _answer(row: Row, source: FileSource | HubSource, key: str) -> str:
+    nested = row.values.get("reward_model")  # verl keeps the gold answer in here
+    if source.answer_column is None and isinstance(nested, dict) and nested.get("ground_truth") is not None:
+        return str(nested["ground_truth"])
+    return str(_column(row, source.answer_column, ANSWER_COLUMNS, "answer", key))
+
+
+def _column(row: Row, named: str | None, usual: Sequence[str], what: str, key: str) -> Any:
+    for column in [named] if named is not None else usual:
+        if row.values.get(column) is not None:
+            return row.values[column]
+    raise _missing(row, named or " / ".join(usual), what, key)
+
+
+def _missing(row: Row, column: str, what: str, key: str) -> DataError:
+    return DataError(
+        f"{row.where} has no {what} (column {column}); its columns are: {', '.join(row.values)}",
+        where=key,
+        fix=f"name the column with {what}_column.",
+    )
+
+
+def _checked_messages(messages: Any, row: Row, key: str) -> Any:
+    """A non-empty string, or chat messages with string contents."""
+    turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+    good = isinstance(turns, list) and turns and all(
+        isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
+        for turn in turns
+    )
+    if not good or not "".join(turn["content"] for turn in turns).strip():
+        raise DataError(
+            f"{row.where}: the prompt is neither text nor a list of chat messages with role and content, or it is empty",
+            where=key,
+            fix="mend the row, or name another column with prompt_column.",
+        )
+    return messages if isinstance(messages, str) else [{"role": t["role"], "content": t["content"]} for t in turns]
+
+
+def content_id(text: str, answer: str) -> str:
+    """16 hexadecimal digits of the SHA-256 of a prompt and its answer."""
+    return hashlib.sha256(json.dumps([text, answer]).encode()).hexdigest()[:16]
+
+
+def _unit_hash(identity: str) -> float:
+    """A number in [0, 1) that depends on an id alone."""
+    return int.from_bytes(hashlib.sha256(identity.encode()).digest()[:6], "big") / (1 << 48)
+
+
+def _refuse_overlap(prompts: Iterable[dict[str, Any]]) -> None:
+    """Validation steers the selection and test judges it: neither may be trained on, nor one be the other."""
+    first: dict[str, dict[str, str]] = {}
+    for row in prompts:
+        role = row["set"].split("/")[0]
+        for mark in (f"id {row['prompt_id']}", " ".join(row["messages"].split()).lower()):
+            roles = first.setdefault(mark, {})
+            roles.setdefault(role, row["set"])
+            if len(roles) > 1:
+                there = next(name for other, name in roles.items() if other != role)
+                raise DataError(
+                    f"the prompt {row['prompt_id']!r} ({row['messages'][:60]}) is in {there} and in {row['set']}",
+                    where="prompts",
+                    fix="split one file with disjoint hash_range values, or remove the prompt from one of the sets.",
+                )

@@ -1,0 +1,164 @@
+"""`collect`: K trajectories per prompt, once, from the base policy, in shards that survive an interruption."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+
+from cropi.artifacts import GOLD_UNPARSEABLE, OK, PROMPT_TOO_LONG, TRAJECTORIES, TRUNCATED, count_status, read_table, write_table
+from cropi.config import Config
+from cropi.console import progress, warn
+from cropi.errors import ArtifactError, DataError
+from cropi.policy import Policy, completion_logprobs, encode_prompts, trainer_prompt, uses_chat
+from cropi.rewards.verifiers import reward, verifier
+from cropi.rollouts.generation import Sampling, TransformersGenerator
+from cropi.seeds import derived_seed
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Prompts of one set that are generated and stored together."""
+
+    name: str
+    set: str
+    samples: int
+    prompts: Sequence[Mapping[str, Any]]
+    prompt_ids: Sequence[list[int]]
+
+
+def collect(config: Config, policy: Policy, prompts: Sequence[Mapping[str, Any]], folder: Path) -> tuple[dict[str, int], dict[str, Any]]:
+    """Write one `part-*.parquet` per shard to `folder`; shards that are already there are kept.
+
+    Behaviour log-probs are recomputed by the model itself in one forward pass per batch, at the sampling temperature.
+    Returns (trajectories by status, details).
+    """
+    if config.collect.top_p < 1:
+        warn("collect.top_p is below 1: the sampler is not the policy whose log-probs are stored, so ratios are biased")
+    shards, skipped = plan(config, policy, prompts)
+    generate = TransformersGenerator(policy, config.collect.batch_size)
+    statuses: list[str] = [PROMPT_TOO_LONG] * skipped
+    tokens, generation_seconds = 0, 0.0
+    with progress("collect", sum(len(s.prompts) * s.samples for s in shards), "trajectories") as bar:
+        for shard in shards:
+            path = folder / f"{shard.name}.parquet"
+            if path.is_file():
+                rows = _stored(path, shard)
+            else:
+                start = time.perf_counter()
+                rows = _sample(config, policy, generate, shard)
+                generation_seconds += time.perf_counter() - start
+                write_table(path, rows, TRAJECTORIES)
+            statuses += [row["status"] for row in rows]
+            tokens += sum(len(row["completion_ids"]) for row in rows)
+            bar.advance(len(rows))
+    return count_status(statuses), {"generated_tokens": tokens, "shards": len(shards)}
+
+
+def plan(config: Config, policy: Policy, prompts: Sequence[Mapping[str, Any]]) -> tuple[list[Shard], int]:
+    """The shards of a collection, longest prompts first, and how many prompts do not fit into the context."""
+    chat = uses_chat(policy.tokenizer, config.prompts.chat)
+    limit = policy.context_length
+    shards, skipped = [], 0
+    sets = dict.fromkeys(row["set"] for row in prompts if not row["set"].startswith("test/"))
+    for name in sets:
+        rows = [row for row in prompts if row["set"] == name]
+        encoded = encode_prompts(
+            policy.tokenizer,
+            [trainer_prompt(r["messages"], chat=chat, system_prompt=config.prompts.system_prompt) for r in rows],
+        )
+        pairs = [(row, ids) for row, ids in zip(rows, encoded, strict=True)]
+        fitting = [p for p in pairs if limit is None or len(p[1]) + config.collect.max_completion_length <= limit]
+        skipped += len(pairs) - len(fitting)
+        if not fitting:
+            raise DataError(
+                f"no prompt of {name} fits into the policy's {limit} positions with {config.collect.max_completion_length} more",
+                where="collect.max_completion_length",
+                fix="lower it, or use a policy with a longer context.",
+            )
+        fitting.sort(key=lambda pair: (-len(pair[1]), pair[0]["prompt_id"]))
+        samples = config.collect.num_generations if name == "train" else config.collect.validation_num_generations
+        size = config.collect.shard_prompts
+        for start in range(0, len(fitting), size):
+            chosen = fitting[start : start + size]
+            label = f"part-{name.replace('/', '-')}-{start // size:05}"
+            shards.append(Shard(label, name, samples, [row for row, _ in chosen], [ids for _, ids in chosen]))
+    if skipped:
+        warn(f"{skipped} prompts do not fit into the policy's context of {limit} tokens and are left out")
+    return shards, skipped
+
+
+def _stored(path: Path, shard: Shard) -> list[dict[str, Any]]:
+    """A shard from an earlier attempt, held to the prompts it must contain."""
+    rows = read_table(path, TRAJECTORIES).to_pylist()
+    expected = [(row["prompt_id"], sample) for row in shard.prompts for sample in range(shard.samples)]
+    if [(row["prompt_id"], row["sample"]) for row in rows] != expected:
+        raise ArtifactError("holds other prompts than this run's", where=str(path), fix=f"delete {path} and run again.")
+    return rows
+
+
+def _sample(config: Config, policy: Policy, generate: TransformersGenerator, shard: Shard) -> list[dict[str, Any]]:
+    settings = config.collect
+    repeated = [ids for ids in shard.prompt_ids for _ in range(shard.samples)]
+    sampling = Sampling(settings.max_completion_length, settings.temperature, settings.top_p)
+    completions = generate(repeated, sampling, seed=derived_seed(config.seed, "collect", shard.name))
+    logprobs = behaviour_logprobs(policy, repeated, completions, settings.temperature, config.score.batch_tokens)
+    texts = policy.tokenizer.batch_decode(completions, skip_special_tokens=True)
+    verify, eos = verifier(config.verifier), set(policy.eos_ids)
+    rows = []
+    for index, (ids, completion) in enumerate(zip(repeated, completions, strict=True)):
+        prompt = shard.prompts[index // shard.samples]
+        verdict = verify(texts[index], prompt["answer"])
+        value = reward(verdict)
+        ended = bool(completion) and completion[-1] in eos
+        rows.append(
+            {
+                "prompt_id": prompt["prompt_id"],
+                "set": shard.set,
+                "sample": index % shard.samples,
+                "prompt_ids": ids,
+                "completion_ids": completion,
+                "behaviour_logprobs": logprobs[index],
+                "completion": texts[index],
+                "reward": value,
+                "verdict": verdict,
+                "status": GOLD_UNPARSEABLE if value is None else OK if ended else TRUNCATED,
+            }
+        )
+    return rows
+
+
+@torch.no_grad()
+def behaviour_logprobs(
+    policy: Policy,
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    temperature: float,
+    batch_tokens: int,
+) -> list[list[float]]:
+    """log beta of every completion token, float32, by batches of at most `batch_tokens` padded tokens."""
+    order = sorted(range(len(prompts)), key=lambda row: -(len(prompts[row]) + len(completions[row])))
+    result: list[list[float]] = [[] for _ in prompts]
+    while order:
+        width = len(prompts[order[0]]) + len(completions[order[0]])
+        rows, order = order[: max(1, batch_tokens // width)], order[max(1, batch_tokens // width) :]
+        logprobs_KT, _ = completion_logprobs(
+            policy.model, [prompts[r] for r in rows], [completions[r] for r in rows], temperature=temperature
+        )
+        for row, values in zip(rows, logprobs_KT.float().cpu().tolist(), strict=True):
+            result[row] = values[: len(completions[row])]
+    return result
+
+
+def read_trajectories(folder: Path) -> dict[str, pa.Table]:
+    """All trajectories by set."""
+    table = pa.concat_tables([read_table(path, TRAJECTORIES) for path in sorted(folder.glob("part-*.parquet"))])
+    sets = table.column("set").to_pylist()
+    return {
+        name: table.take(pa.array([row for row, value in enumerate(sets) if value == name])) for name in dict.fromkeys(sets)
+    }

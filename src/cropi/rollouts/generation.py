@@ -1,0 +1,107 @@
+"""Batched sampling with transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from cropi.console import warn
+from cropi.policy import Policy
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How completions are drawn. `temperature` None is greedy decoding."""
+
+    max_completion_length: int
+    temperature: float | None
+    top_p: float = 1.0
+
+
+class TransformersGenerator:
+    """Draws completions with `model.generate`. Remembers a batch size that memory did not hold."""
+
+    def __init__(self, policy: Policy, batch_size: int) -> None:
+        self._policy, self._batch_size = policy, batch_size
+        self._eos = torch.tensor(policy.eos_ids)
+
+    def __call__(self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, seed: int) -> list[list[int]]:
+        """One completion per prompt, in the order given: token ids up to and with the first end-of-sequence token.
+
+        Prompts are generated in order of length, so that a batch pads little. The random state of the caller is left as
+        it was: the same seed and prompts give the same completions wherever they are drawn.
+        """
+        order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
+        completions: list[list[int]] = [[] for _ in prompts]
+        devices = [self._policy.device] if self._policy.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed)
+            start = 0
+            while start < len(order):
+                rows = order[start : start + self._batch_size]
+                drawn = self._within_memory([prompts[row] for row in rows], sampling)
+                if drawn is None:
+                    continue
+                for row, completion in zip(rows, drawn, strict=True):
+                    completions[row] = completion
+                start += len(rows)
+        return completions
+
+    def _within_memory(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[int]] | None:
+        """The batch's completions, or None after memory ran out and the batch size was halved."""
+        try:
+            return self._generate(prompts, sampling)
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not _out_of_memory(error) or self._batch_size == 1:
+                raise
+            self._batch_size = max(1, min(self._batch_size, len(prompts)) // 2)
+        warn(f"out of memory while generating; the batch size is now {self._batch_size}")
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return None
+
+    @torch.no_grad()
+    def _generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[int]]:
+        from transformers import GenerationConfig
+
+        model, tokenizer = self._policy.model, self._policy.tokenizer
+        width = max(len(prompt) for prompt in prompts)
+        ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(p)) + list(p) for p in prompts])
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+        chosen = (
+            {"do_sample": False}
+            if sampling.temperature is None
+            else {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+        )
+        generation_config = GenerationConfig(
+            max_new_tokens=sampling.max_completion_length,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=self._eos.tolist(),
+            bos_token_id=tokenizer.bos_token_id,
+            disable_compile=True,
+            **chosen,
+        )
+        was_training = model.training
+        # A sampling setting that a model ships with (a repetition penalty, say) would make the stored log-probs not
+        # those of the sampler, so the model's own generation config is put aside.
+        shipped, model.generation_config = model.generation_config, generation_config
+        model.eval()
+        try:
+            output = model.generate(
+                input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=generation_config
+            )
+        finally:
+            model.train(was_training)
+            model.generation_config = shipped
+        return [self._cut(row) for row in output[:, width:].cpu()]
+
+    def _cut(self, completion: torch.Tensor) -> list[int]:
+        ended = torch.isin(completion, self._eos).nonzero()
+        return completion[: int(ended[0]) + 1].tolist() if len(ended) else completion.tolist()
+
+
+def _out_of_memory(error: Exception) -> bool:
+    text = str(error)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text

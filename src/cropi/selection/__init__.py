@@ -1,0 +1,1 @@
+"""Strategies: tables in, selection out. Free of torch."""

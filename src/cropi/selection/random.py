@@ -1,0 +1,19 @@
+"""A uniformly random subset."""
+
+import numpy as np
+
+from cropi.artifacts import GOLD_UNPARSEABLE
+from cropi.config import RandomStrategy
+from cropi.seeds import unit_interval
+from cropi.selection.candidates import Candidates, Ranking
+
+
+def random(candidates: Candidates, strategy: RandomStrategy) -> Ranking:
+    """s_i = u(seed, i), or u(seed, stage, i) with `redraw`: uniform numbers that depend on nothing else.
+
+    The control that the paper lacks. Prompts without signal take part: they may have one by now.
+    """
+    purpose = ("random", candidates.stage) if strategy.redraw else ("random",)
+    scores_N = np.array([unit_interval(candidates.seed, *purpose, i) for i in candidates.prompt_ids])
+    eligible_N = np.array([status != GOLD_UNPARSEABLE for status in candidates.statuses])
+    return Ranking(scores_N, eligible_N, "drawn at random", {})

@@ -1,0 +1,152 @@
+"""`select`: from a strategy's ranking to the prompts of a stage, with a reason for every prompt."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cropi.artifacts import OK, SELECTION, write_table, write_text
+from cropi.config import (
+    Config,
+    FullStrategy,
+    InfluenceStrategy,
+    LearnabilityStrategy,
+    PassRateStrategy,
+    RandomStrategy,
+    SelectConfig,
+    Strategy,
+)
+from cropi.errors import SignalError
+from cropi.functional.fusion import ranks
+from cropi.seeds import unit_interval
+from cropi.selection.candidates import Candidates, Ranking
+from cropi.selection.full import full
+from cropi.selection.influence import influence
+from cropi.selection.learnability import learnability
+from cropi.selection.pass_rate import pass_rate
+from cropi.selection.random import random
+
+
+def rank(candidates: Candidates, strategy: Strategy, config: SelectConfig) -> Ranking:
+    """A strategy's scores for all candidates."""
+    match strategy:
+        case FullStrategy():
+            return full(candidates)
+        case RandomStrategy():
+            return random(candidates, strategy)
+        case PassRateStrategy():
+            return pass_rate(candidates, strategy)
+        case LearnabilityStrategy():
+            return learnability(candidates, strategy)
+        case InfluenceStrategy():
+            return influence(candidates, config.fusion, config.fraction)
+
+
+def choose(candidates: Candidates, ranking: Ranking, config: SelectConfig, size: int) -> list[dict[str, Any]]:
+    """Rows of the selection table, best first: the top `size` under quotas and the exploration share.
+
+    Ties break by prompt id. round(exploration x size) places go to prompts drawn at random among those that the strategy
+    did not choose, those without signal included, so that nothing is excluded for ever. A quota caps a source's places at
+    floor(quota x size), and at no less than one.
+    """
+    ids = candidates.prompt_ids
+    eligible_ids = [i for i, fine in zip(ids, ranking.eligible_N, strict=True) if fine]
+    order_of = dict(zip(eligible_ids, ranks(ranking.scores_N[ranking.eligible_N], eligible_ids).tolist(), strict=True))
+    row_of = {prompt_id: row for row, prompt_id in enumerate(ids)}
+    room = Counter({source: max(1, math.floor(share * size)) for source, share in config.quotas.items()})
+    explored = round(config.exploration * size)
+    best_first = sorted(order_of, key=order_of.__getitem__)
+    chosen = _take(best_first, size - explored, candidates, row_of, config.quotas, room)
+    rest = [i for i in ids if i not in chosen]
+    rest.sort(key=lambda i: (unit_interval(candidates.seed, "explore", candidates.stage, i), i))
+    extra = _take(rest, explored, candidates, row_of, config.quotas, room)
+    if not chosen and not extra:
+        raise SignalError(
+            f"the selection of stage {candidates.stage} is empty: none of the {len(candidates)} prompts qualifies",
+            where="select.strategy",
+            fix="widen the strategy's band, raise collect.num_generations, or set select.exploration above 0.",
+        )
+    reasons = {i: _reason(ranking, row_of[i], order_of[i]) for i in chosen} | dict.fromkeys(extra, "exploration")
+    best = [*best_first, *sorted(set(ids) - set(best_first))]
+    return [_selection_row(candidates, ranking, row_of[i], order_of.get(i), reasons.get(i)) for i in best]
+
+
+def _take(
+    queue: list[str],
+    count: int,
+    candidates: Candidates,
+    row_of: Mapping[str, int],
+    quotas: Mapping[str, float],
+    room: Counter[str],
+) -> dict[str, None]:
+    """The first `count` prompts of a queue whose source has room left, as an ordered set."""
+    taken: dict[str, None] = {}
+    for prompt_id in queue:
+        if len(taken) >= count:
+            break
+        source = candidates.sources[row_of[prompt_id]]
+        if source in quotas:
+            if room[source] == 0:
+                continue
+            room[source] -= 1
+        taken[prompt_id] = None
+    return taken
+
+
+def _reason(ranking: Ranking, row: int, order: int) -> str:
+    by_set = ", ".join(f"{name} #{ranks_N[row]}" for name, ranks_N in sorted(ranking.set_ranks.items()))
+    return f"{ranking.reason}: #{order}" + (f" ({by_set})" if by_set else "")
+
+
+def _selection_row(
+    candidates: Candidates, ranking: Ranking, row: int, order: int | None, reason: str | None
+) -> dict[str, Any]:
+    p = float(candidates.pass_rates_N[row])
+    return {
+        "prompt_id": candidates.prompt_ids[row],
+        "source": candidates.sources[row],
+        "selected": reason is not None,
+        "rank": order,
+        "score": float(ranking.scores_N[row]),
+        "scores": [(name, float(values_N[row])) for name, values_N in sorted(candidates.influence.items())],
+        "pass_rate": None if math.isnan(p) else p,
+        "status": candidates.statuses[row],
+        "reason": reason,
+    }
+
+
+def select(
+    config: Config,
+    strategy: Strategy,
+    candidates: Candidates,
+    prompts: Mapping[str, Mapping[str, Any]],
+    folder: Path,
+) -> tuple[dict[str, int], dict[str, Any]]:
+    """Write `selection.parquet` (every prompt) and `selected.jsonl` (the chosen ones, with prompt and answer)."""
+    if not any(status == OK for status in candidates.statuses):
+        raise SignalError(
+            f"none of the {len(candidates)} training prompts has both right and wrong completions",
+            where="prompts.train",
+            fix="use problems that the policy solves sometimes, raise collect.num_generations, or check the verifier "
+            "with `cropi check`.",
+        )
+    settings, size = config.select, math.ceil(config.select.fraction * len(candidates))
+    if isinstance(strategy, FullStrategy):
+        settings, size = settings.model_copy(update={"quotas": {}, "exploration": 0.0}), len(candidates)
+    rows = choose(candidates, rank(candidates, strategy, settings), settings, size)
+    write_table(folder / "selection.parquet", rows, SELECTION)
+    selected = [row for row in rows if row["selected"]]
+    lines = [json.dumps(_export_row(row, prompts[row["prompt_id"]]), ensure_ascii=False) for row in selected]
+    write_text(folder / "selected.jsonl", "".join(line + "\n" for line in lines))
+    counts = {"selected": len(selected), "left_out": len(rows) - len(selected)}
+    return counts, {"asked_for": size, "strategy": strategy.type, "stage": candidates.stage}
+
+
+def _export_row(row: Mapping[str, Any], prompt: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {key: row[key] for key in ("prompt_id", "source", "rank", "score", "pass_rate", "reason")}
+    return {"prompt": json.loads(prompt["messages"]), "answer": prompt["answer"]} | kept | {"scores": dict(row["scores"])}
+

@@ -1,0 +1,1 @@
+"""TRL integration: an epoch of the trainer is a stage, and a stage trains on its selection alone."""

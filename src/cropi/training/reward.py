@@ -1,0 +1,60 @@
+"""The run's verifier as TRL's reward function, and a record of the rewards that training saw."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from cropi.artifacts import append_jsonl, read_jsonl, write_text
+from cropi.rewards.verifiers import Verify, reward
+
+
+class RecordedReward:
+    """Judges completions and writes one line per generation batch: step, prompt ids, rewards, verdicts, tokens.
+
+    The lines are what re-scored strategies and the cost ledger read. `forget_from` drops what an interrupted attempt wrote
+    beyond the checkpoint that training resumes from.
+    """
+
+    __name__ = "verdict"
+
+    def __init__(self, verify: Verify, path: Path) -> None:
+        self._verify, self._path = verify, path
+
+    def __call__(
+        self, completions: list[Any], answer: list[str], prompt_id: list[str], completion_ids: list[Any], **columns: Any
+    ) -> list[float | None]:
+        texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
+        verdicts = [self._verify(text, gold) for text, gold in zip(texts, answer, strict=True)]
+        rewards = [reward(verdict) for verdict in verdicts]
+        row = {
+            "step": columns["trainer_state"].global_step,
+            "prompt_ids": prompt_id,
+            "rewards": rewards,
+            "verdicts": dict(sorted(Counter(verdicts).items())),
+            "tokens": sum(len(ids) for ids in completion_ids),
+        }
+        append_jsonl(self._path, row)
+        return rewards
+
+    def forget_from(self, step: int) -> None:
+        """Drop the lines of batches at or after an optimiser step."""
+        import json
+
+        kept = [row for row in read_jsonl(self._path) if row["step"] < step]
+        write_text(self._path, "".join(json.dumps(row) + "\n" for row in kept))
+
+
+def training_pass_rates(path: Path, before_step: int) -> dict[str, float]:
+    """Newest mean training reward of every prompt trained on before a step."""
+    newest: dict[str, float] = {}
+    for row in read_jsonl(path):
+        if row["step"] >= before_step:
+            break
+        values: dict[str, list[float]] = {}
+        for prompt_id, value in zip(row["prompt_ids"], row["rewards"], strict=True):
+            if value is not None:
+                values.setdefault(prompt_id, []).append(value)
+        newest |= {prompt_id: sum(rewards) / len(rewards) for prompt_id, rewards in values.items()}
+    return newest

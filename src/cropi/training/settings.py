@@ -1,0 +1,80 @@
+"""From the `trainer` table of a config to TRL's GRPOConfig."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from pathlib import Path
+from typing import Any
+
+import torch
+from trl import GRPOConfig
+
+from cropi.config import OWNED_TRAINER_KEYS, Config
+from cropi.errors import ConfigError
+from cropi.functional.surrogate import NORMALIZER_OF_LOSS
+
+
+def grpo_config(config: Config, output_dir: Path, device: torch.device) -> GRPOConfig:
+    """The trainer's settings: TRL's defaults, then what a run decides, then the user's `trainer` table.
+
+    Raises ConfigError for a name that GRPOConfig does not have or that the run decides itself, and for values that TRL
+    refuses.
+    """
+    fields = {field.name for field in dataclasses.fields(GRPOConfig) if field.init}
+    for key in config.trainer:
+        if key in OWNED_TRAINER_KEYS:
+            raise ConfigError(
+                f"trainer.{key} is decided by the run", where="trainer", fix=f"set {OWNED_TRAINER_KEYS[key]} instead."
+            )
+        if key not in fields:
+            close = difflib.get_close_matches(key, fields, n=1, cutoff=0.6)
+            hint = f"did you mean {close[0]!r}?" if close else "see TRL's GRPOConfig for the names"
+            raise ConfigError(f"unknown key trainer.{key} - {hint}", where="trainer", fix="correct or remove the key.")
+    defaults: dict[str, Any] = {
+        "num_generations": config.collect.num_generations,
+        "temperature": config.collect.temperature,
+        "top_p": config.collect.top_p,
+        "use_cpu": device.type == "cpu",
+        "report_to": [],
+        "logging_steps": 1,
+        "save_strategy": "epoch",
+        "save_total_limit": 2,
+        "disable_tqdm": True,
+    }
+    if device.type == "cpu":  # TRL's defaults are for accelerators
+        defaults |= {"bf16": config.policy.dtype == "bfloat16", "gradient_checkpointing": False}
+    owned: dict[str, Any] = {
+        "output_dir": str(output_dir),
+        "num_train_epochs": config.train.stages,
+        "max_steps": -1,
+        "seed": config.seed,
+        "data_seed": config.seed,
+        "max_completion_length": config.collect.max_completion_length,
+        "remove_unused_columns": False,
+        "eval_strategy": "no",
+    }
+    try:
+        settings = GRPOConfig(**(defaults | config.trainer | owned))
+    except (ValueError, TypeError) as error:
+        raise ConfigError(" ".join(str(error).split()), where="trainer", fix="correct the value it names.") from None
+    _check(settings, config)
+    return settings
+
+
+def _check(settings: GRPOConfig, config: Config) -> None:
+    if settings.loss_type not in NORMALIZER_OF_LOSS:
+        raise ConfigError(
+            f"no per-prompt normaliser is known for the loss {settings.loss_type!r}",
+            where="trainer.loss_type",
+            fix=f"use one of {', '.join(NORMALIZER_OF_LOSS)}, or set score.normalizer.",
+        )
+    per_generation = settings.steps_per_generation * settings.num_iterations
+    micro_steps = config.train.steps_per_stage * settings.gradient_accumulation_steps
+    if micro_steps % per_generation:
+        raise ConfigError(
+            f"a stage has {micro_steps} micro-steps, which is no multiple of the {per_generation} that one generation "
+            "batch serves, so a batch would reach into the next stage",
+            where="train.steps_per_stage",
+            fix="make steps_per_stage x gradient_accumulation_steps a multiple of steps_per_generation x num_iterations.",
+        )

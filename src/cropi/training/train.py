@@ -1,0 +1,178 @@
+"""`train`: one `GRPOTrainer.train()` for all stages of an arm."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+from torch import nn
+from torch.utils.data import Sampler
+from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from trl import GRPOConfig, GRPOTrainer
+
+from cropi.artifacts import append_jsonl, read_jsonl, write_json, write_text
+from cropi.console import Progress, progress
+from cropi.errors import ArtifactError
+from cropi.policy import Policy
+from cropi.training.reward import RecordedReward
+from cropi.training.sampler import BatchShape, StageSampler
+
+COMPLETE = "stage.json"  # written into a checkpoint last: without it the checkpoint is unfinished
+
+# (stage, model, whether training stands in the middle of the stage) -> selected prompt ids
+SelectStage = Callable[[int, nn.Module, bool], Sequence[str]]
+Evaluate = Callable[[int, nn.Module], None]  # (optimiser step, model)
+
+
+class StageTrainer(GRPOTrainer):
+    """TRL's GRPOTrainer with the batches of a StageSampler. Nothing else is changed."""
+
+    def __init__(self, *args: Any, steps_per_stage: int, **kwargs: Any) -> None:
+        self._steps_per_stage = steps_per_stage
+        self.stage_sampler: StageSampler | None = None
+        super().__init__(*args, **kwargs)
+
+    def _get_train_sampler(self, dataset: datasets.Dataset | None = None) -> Sampler:
+        repeats = self.args.steps_per_generation * self.num_iterations
+        shape = BatchShape(self.args.generation_batch_size // self.num_generations, self.num_generations, repeats)
+        micro_steps = self._steps_per_stage * self.args.gradient_accumulation_steps
+        self.stage_sampler = StageSampler(shape, micro_steps // repeats, self.args.seed)
+        return self.stage_sampler
+
+
+@dataclass
+class StageCallback(TrainerCallback):
+    """Starts every stage with its selection, evaluates on schedule, and marks checkpoints as complete."""
+
+    select_stage: SelectStage
+    evaluate: Evaluate
+    evaluate_every: int
+    steps_per_stage: int
+    position_of: Mapping[str, int]
+    folder: Path
+    bar: Progress
+    trainer: StageTrainer = field(init=False)
+    _selections: list[tuple[int, ...]] = field(default_factory=list)
+
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        stage, inside = divmod(state.global_step, self.steps_per_stage)
+        while len(self._selections) < stage:  # after a resume: the selections of the stages already trained
+            self._remember(len(self._selections), in_progress=True)
+        self._remember(stage, in_progress=inside > 0)
+        first = stage
+        while first > 0 and self._selections[first - 1] == self._selections[stage]:
+            first -= 1
+        sampler = self.trainer.stage_sampler
+        assert sampler is not None, "the data loader is made before the first epoch begins"
+        sampler.start_stage(stage, self._selections[stage], first)
+        self._step_began = time.perf_counter()
+
+    def _remember(self, stage: int, *, in_progress: bool) -> None:
+        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        ids = self.select_stage(stage, model, in_progress)
+        self._selections.append(tuple(sorted(self.position_of[prompt_id] for prompt_id in ids)))
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._step_began = time.perf_counter()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        append_jsonl(self.folder / "steps.jsonl", {"step": state.global_step, "seconds": time.perf_counter() - self._step_began})
+        self.bar.advance()
+        if state.global_step % self.evaluate_every == 0 or state.global_step == state.max_steps:
+            self.evaluate(state.global_step, self.trainer.accelerator.unwrap_model(self.trainer.model))
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **_: Any
+    ) -> None:
+        finite = {k: v for k, v in (logs or {}).items() if isinstance(v, int | float) and abs(v) < float("inf")}
+        append_jsonl(self.folder / "metrics.jsonl", finite | {"step": state.global_step})
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        write_json(checkpoint / COMPLETE, {"step": state.global_step, "stage": state.global_step // self.steps_per_stage})
+
+
+@dataclass(frozen=True)
+class TrainTask:
+    """What one arm is to be trained on, and what happens around its steps."""
+
+    label: str
+    rows: Sequence[Mapping[str, Any]]  # prompt_id, prompt (as TRL takes it), answer
+    settings: GRPOConfig
+    stages: int
+    steps_per_stage: int
+    evaluate_every: int
+    reward: RecordedReward
+    select_stage: SelectStage
+    evaluate: Evaluate
+    folder: Path
+
+
+def train(task: TrainTask, policy: Policy) -> Path:
+    """Train all stages of an arm, going on from its newest complete checkpoint; returns the last checkpoint.
+
+    One `train()` call keeps the optimiser state, the learning-rate schedule, the step count and the KL reference (the
+    initial policy) over all stages.
+    """
+    total = task.stages * task.steps_per_stage
+    resume_from, done = newest_checkpoint(Path(task.settings.output_dir))
+    if done == total and resume_from is not None:
+        return resume_from
+    _forget_after(task, done)
+    with progress(f"train {task.label}", total, "steps") as bar:
+        bar.advance(done)
+        callback = StageCallback(
+            task.select_stage,
+            task.evaluate,
+            task.evaluate_every,
+            task.steps_per_stage,
+            {row["prompt_id"]: position for position, row in enumerate(task.rows)},
+            task.folder,
+            bar,
+        )
+        trainer = StageTrainer(
+            model=policy.model,
+            reward_funcs=task.reward,
+            args=task.settings,
+            train_dataset=datasets.Dataset.from_list([dict(row) for row in task.rows]),
+            processing_class=policy.tokenizer,
+            callbacks=[callback],
+            steps_per_stage=task.steps_per_stage,
+        )
+        callback.trainer = trainer
+        trainer.remove_callback(PrinterCallback)  # this project has its own progress
+        trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+    finished, done = newest_checkpoint(Path(task.settings.output_dir))
+    if finished is None or done != total:
+        raise ArtifactError(
+            f"training ended after {done} of {total} steps",
+            where=str(task.folder),
+            fix="run the same command again; if it ends there again, report it with the output of `cropi doctor`.",
+        )
+    return finished
+
+
+def newest_checkpoint(folder: Path) -> tuple[Path | None, int]:
+    """The newest complete checkpoint and its step; unfinished ones are removed. (None, 0) where there is none."""
+    complete: dict[int, Path] = {}
+    for path in folder.glob("checkpoint-*"):
+        if (path / COMPLETE).is_file():
+            complete[json.loads((path / COMPLETE).read_text(encoding="utf-8"))["step"]] = path
+        else:
+            shutil.rmtree(path)
+    return (complete[max(complete)], max(complete)) if complete else (None, 0)
+
+
+def _forget_after(task: TrainTask, step: int) -> None:
+    """Drop what an interrupted attempt recorded beyond the step that training goes on from."""
+    task.reward.forget_from(step)
+    for name in ("steps.jsonl", "metrics.jsonl"):
+        kept = [row for row in read_jsonl(task.folder / name) if row["step"] <= step]
+        write_text(task.folder / name, "".join(json.dumps(row) + "\n" for row in kept))
+
