@@ -65,8 +65,10 @@ def shown_type(field: Any) -> str:
     tables = tables_in(field.annotation)
     if tables:
         kinds = [t for t in tables if "type" in t.model_fields]
-        return "table" if not kinds else "one of " + ", ".join(
-            dict.fromkeys(get_args(t.model_fields["type"].annotation)[0] for t in kinds)
+        return (
+            "table"
+            if not kinds
+            else "one of " + ", ".join(dict.fromkeys(get_args(t.model_fields["type"].annotation)[0] for t in kinds))
         )
     text = type_text(field.annotation)
     limits = bounds(field)

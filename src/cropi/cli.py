@@ -1,4 +1,4 @@
-"""The command line. The only file that parses arguments; torch is imported by the commands that need it, never by --help."""
+"""The command line. The only file that parses arguments; only the commands that need torch import it."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from cropi.errors import UserError
 if TYPE_CHECKING:
     from cropi.config import Config
     from cropi.pipeline import Pipeline
+
 
 class _Commands(typer.core.TyperGroup):
     """Turns errors into messages and exit codes around every command; a bug keeps its traceback."""
@@ -50,7 +51,8 @@ app.add_typer(recipes, name="recipes")
 
 ConfigArgument = Annotated[str, typer.Argument(metavar="CONFIG", help="A recipe's name or a YAML file.")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="key=value", help="Settings that replace the config's.", show_default=False)
+    list[str] | None,
+    typer.Argument(metavar="key=value", help="Settings that replace the config's.", show_default=False),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 StageOption = Annotated[int, typer.Option("--stage", min=0, help="Stage to work on, counted from 0.")]
@@ -80,8 +82,10 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     import datasets
+    from transformers.utils import logging
 
     datasets.disable_progress_bars()
+    logging.disable_progress_bar()
 
 
 def _print(value: dict[str, Any], as_json: bool, text: str) -> None:
@@ -215,7 +219,7 @@ def list_recipes(context: typer.Context, as_json: AsJson = False) -> None:
 @recipes.command("copy")
 def copy_recipe(
     name: Annotated[str, typer.Argument(help="Name of the recipe.")],
-    target: Annotated[Path, typer.Argument(help="Folder or file to write.")] = Path("."),
+    target: Annotated[Path, typer.Argument(help="Folder or file to write.")] = Path(),
 ) -> None:
     """Write a recipe to a file, to be changed."""
     from cropi.config import recipe_names, recipe_text
@@ -237,7 +241,9 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def options(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     """Options of the command itself."""
 

@@ -1,4 +1,4 @@
-"""Every setting of a run: typed, frozen, unknown keys refused. Free of torch; `docs/config.md` is generated from here."""
+"""Every setting of a run: typed, frozen, unknown keys refused. Free of torch; `make docs` writes docs/config.md."""
 
 from __future__ import annotations
 
@@ -41,6 +41,8 @@ class PolicyConfig(Table):
     """Number format of the weights while collecting, scoring and training."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes CUDA where there is one."""
+    cpu_threads: Positive | None = None
+    """CPU threads of a computation; torch's choice when unset. A policy of few parameters is fastest with 1."""
 
 
 class BuiltinSource(Table):
@@ -397,9 +399,11 @@ class _YamlLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            key = self.construct_object(key_node, deep=True)
             if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} occurs twice", key_node.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} occurs twice", key_node.start_mark
+                )
             seen.add(key)
         return super().construct_mapping(node, deep)
 
@@ -416,18 +420,24 @@ _YamlLoader.add_implicit_resolver(
     list("-+0123456789."),
 )
 
+# PyYAML itself reads a leading zero as octal.
+_YamlLoader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value))
+
 
 def parse_yaml(text: str, where: str) -> Any:
     """The value of a YAML text; `where` names it in errors."""
     try:
         return yaml.load(text, Loader=_YamlLoader)  # noqa: S506 - a subclass of SafeLoader
     except yaml.YAMLError as error:
-        raise ConfigError(f"not valid YAML: {' '.join(str(error).split())}", where=where, fix="correct the line named.")
+        text = " ".join(str(error).split())
+        raise ConfigError(f"not valid YAML: {text}", where=where, fix="correct the line named.") from None
 
 
 def recipe_names() -> list[str]:
     """Names of the recipes in the package."""
-    return sorted(entry.name[:-5] for entry in resources.files("cropi.recipes").iterdir() if entry.name.endswith(".yaml"))
+    return sorted(
+        entry.name[:-5] for entry in resources.files("cropi.recipes").iterdir() if entry.name.endswith(".yaml")
+    )
 
 
 def recipe_text(name: str) -> str:
@@ -470,10 +480,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         raise ConfigError("an override is written key.path=value", where=where, fix="for example seed=1.")
     target: Any = values
     for part in parts[:-1]:
-        if isinstance(target, dict):
-            target = target.setdefault(part, {})
-        else:
-            target = target[_position(target, part, where)]
+        target = target.setdefault(part, {}) if isinstance(target, dict) else target[_position(target, part, where)]
     if isinstance(target, dict):
         target[parts[-1]] = parse_yaml(text, where)
     else:
@@ -495,7 +502,9 @@ def validate_config(values: Mapping[str, Any], where: str) -> Config:
     except ValidationError as error:
         problems = error.errors(include_url=False)
         # A list whose only entry is faulty is reported as too short as well; the entry's own fault says it all.
-        blamed = [p for p in problems if not any(q["loc"][: len(p["loc"])] == p["loc"] and q is not p for q in problems)]
+        blamed = [
+            p for p in problems if not any(q["loc"][: len(p["loc"])] == p["loc"] and q is not p for q in problems)
+        ]
         lines = dict.fromkeys(_explain(problem) for problem in blamed)
         raise ConfigError("; ".join(lines), where=where, fix="see docs/config.md or `cropi recipes copy`.") from None
 
@@ -506,14 +515,15 @@ def _explain(problem: Any) -> str:
     shown, tables = _walk(parts)
     key = ".".join(shown) or "the config"
     if kind == "extra_forbidden":
-        return f"unknown key {key} - {_hint(str(parts[-1]), sorted({f for t in tables for f in t.model_fields}), 'keys here')}"
+        known = sorted({field for table in tables for field in table.model_fields})
+        return f"unknown key {key} - {_hint(str(parts[-1]), known, 'keys here')}"
     if kind == "missing":
         return f"{key} is missing"
     if kind == "union_tag_not_found":
         return f"{key}.type is missing"
     if kind == "union_tag_invalid":
-        options = re.findall(r"'([^']+)'", problem["ctx"]["expected_tags"])
-        return f"{key}.type is {problem['ctx']['tag']!r}, which is unknown - {_hint(problem['ctx']['tag'], options, 'types')}"
+        options, tag = re.findall(r"'([^']+)'", problem["ctx"]["expected_tags"]), problem["ctx"]["tag"]
+        return f"{key}.type is {tag!r}, which is unknown - {_hint(tag, options, 'types')}"
     if kind == "value_error":
         return f"{key}: {problem['ctx']['error']}"
     return f"{key} is {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
@@ -525,7 +535,7 @@ def _hint(word: str, known: Sequence[str], noun: str) -> str:
 
 
 def _walk(parts: Sequence[Any]) -> tuple[list[str], list[type[BaseModel]]]:
-    """An error path as the user wrote it (without pydantic's union tags) and the tables its last part may be a key of."""
+    """An error path as the user wrote it, without pydantic's union tags, and the tables that may hold its last part."""
     shown: list[str] = []
     tables: list[type[BaseModel]] = [Config]
     for index, part in enumerate(parts):

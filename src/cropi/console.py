@@ -1,4 +1,4 @@
-"""What a person sees: one bar per stage on a terminal, plain lines elsewhere. Results go to stdout, progress to stderr."""
+"""What a person sees: a bar per stage on a terminal, plain lines elsewhere. Results go to stdout, this to stderr."""
 
 from __future__ import annotations
 

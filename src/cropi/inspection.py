@@ -48,7 +48,10 @@ class CheckResult:
         lines = ["prompts          " + ", ".join(f"{name} {count}" for name, count in self.prompts.items())]
         lines.append(f"parameters       {self.parameters:,}")
         lines.append("gold vs itself   " + ", ".join(f"{v} {n}" for v, n in self.gold_against_itself.items()))
-        lines += [f"  {s['verdict']:<19} {s['prompt'][:48]!r} -> {s['completion'][:48]!r} (gold {s['answer']!r})" for s in self.samples]
+        lines += [
+            f"  {s['verdict']:<19} {s['prompt'][:48]!r} -> {s['completion'][:48]!r} (gold {s['answer']!r})"
+            for s in self.samples
+        ]
         for name, value in self.estimates.items():
             shown = duration(value) if name.endswith("_s") else f"{value:,.0f}"
             lines.append(f"{name:<32} {shown}")
@@ -116,7 +119,9 @@ def _sample(config: Config, policy: Policy, shards: Sequence[Shard]) -> _Sample:
     return _Sample([row for row, _ in pairs], texts, tokens, sum(map(len, ids)), generate_s, gradient_s)
 
 
-def _estimate(config: Config, settings: Any, policy: Policy, shards: Sequence[Shard], sample: _Sample) -> dict[str, float]:
+def _estimate(
+    config: Config, settings: Any, policy: Policy, shards: Sequence[Shard], sample: _Sample
+) -> dict[str, float]:
     mean_completion = sample.tokens / len(sample.rows)
     trajectories = sum(len(shard.prompts) * shard.samples for shard in shards)
     batch = min(config.collect.batch_size, trajectories)

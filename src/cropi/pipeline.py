@@ -35,7 +35,7 @@ from cropi.workspace import Arm, Workspace
 
 
 class Pipeline:
-    """The stages of a run. Each is skipped where its artifact is complete, so the same command goes on where it stopped."""
+    """The stages of a run. One whose artifact is complete is skipped, so the same command goes on where it stopped."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -231,7 +231,7 @@ class Pipeline:
         return self._evaluate(load_policy(self.config.policy, str(checkpoint)).model, 0, folder, "")
 
     def _evaluate(self, model: nn.Module, step: int, folder: Path, arm: str) -> pa.Table:
-        policy = Policy(model, self.base.tokenizer)  # type: ignore[arg-type]
+        policy = Policy(model, self.base.tokenizer)
         sampler = TransformersGenerator(policy, self.config.collect.batch_size)
 
         def generate(prompts: Sequence[list[int]], temperature: float | None, seed: int) -> list[str]:

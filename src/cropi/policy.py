@@ -55,7 +55,7 @@ def policy_location(config: PolicyConfig) -> str:
         raise PolicyError(
             f"there is no folder {path}",
             where="policy.path",
-            fix="give the folder of a model in Hugging Face format (config.json, *.safetensors, tokenizer), or a Hub id.",
+            fix="give a folder in Hugging Face format (config.json, *.safetensors, tokenizer), or a Hub id.",
         )
     return str(path) if path.is_dir() else config.path
 
@@ -97,6 +97,8 @@ def load_policy(config: PolicyConfig, location: str | None = None) -> Policy:
     from transformers import AutoModelForCausalLM
 
     location = location or policy_location(config)
+    if config.cpu_threads is not None:
+        torch.set_num_threads(config.cpu_threads)
     tokenizer = load_tokenizer(config, location)
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -112,7 +114,7 @@ def _cannot_load(what: str, location: str, error: Exception) -> PolicyError:
     return PolicyError(
         f"the {what} at {location} cannot be loaded: {first_line}",
         where="policy.path",
-        fix="check the path or Hub id and its files: config.json, *.safetensors, tokenizer.json. Offline, give a local folder.",
+        fix="check the path or Hub id and its files (config.json, *.safetensors, tokenizer.json).",
     )
 
 
@@ -134,7 +136,9 @@ def trainer_prompt(messages: str, *, chat: bool, system_prompt: str | None) -> s
     return system + turns
 
 
-def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str | list[dict[str, Any]]]) -> list[list[int]]:
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str | list[dict[str, Any]]]
+) -> list[list[int]]:
     """Token ids of prompts, the same that TRL's GRPOTrainer gives the model."""
     if not prompts:
         return []
@@ -156,8 +160,8 @@ def completion_logprobs(
     """Log-probs that a model gives to completion tokens, by one teacher-forced forward pass.
 
     Returns (logprobs_KT float32 or wider, mask_KT bool), padded on the right to the longest completion; entries outside
-    the mask are 0. Prompt and completion stand side by side and padding follows them, so that under a causal mask no row
-    sees another row's length.
+    the mask are 0. Prompt and completion stand side by side and padding follows them, so that under a causal mask no
+    row sees another row's length.
     """
     device = next(model.parameters()).device
     rows = [[*prompt, *completion] for prompt, completion in zip(prompts, completions, strict=True)]

@@ -32,8 +32,8 @@ class Row(NamedTuple):
 def load_prompts(config: Config) -> list[dict[str, Any]]:
     """All prompts of a run: the training pool, the validation sets and the test sets, in that order.
 
-    Raises DataError for a source that is missing, empty, unreadable (with the line), lacks a column or repeats an id, and
-    for a prompt that stands in train and validation, train and test, or validation and test.
+    Raises DataError for a source that is missing, empty, unreadable (with the line), lacks a column or repeats an id,
+    and for a prompt that stands in train and validation, train and test, or validation and test.
     """
     sets = {"train": config.prompts.train}
     sets |= {f"validation/{name}": sources for name, sources in config.prompts.validation.items()}
@@ -106,7 +106,9 @@ def _raw_rows(source: FileSource | HubSource, key: str) -> Iterable[Row]:
         try:
             table = pq.read_table(path)
         except (OSError, pa.ArrowInvalid) as error:
-            raise DataError(f"{path} cannot be read as Parquet ({error})", where=key, fix="write the file anew.") from None
+            raise DataError(
+                f"{path} cannot be read as Parquet ({error})", where=key, fix="write the file anew."
+            ) from None
         return [Row(values, f"{path}, row {number}") for number, values in enumerate(table.to_pylist(), start=1)]
     if path.suffix == ".jsonl":
         return _jsonl_rows(path, key)
@@ -121,7 +123,9 @@ def _jsonl_rows(path: Path, key: str) -> Iterator[Row]:
             try:
                 values = json.loads(line)
             except ValueError as error:
-                raise DataError(f"line {number} is not JSON ({error})", where=str(path), fix="mend that line.") from None
+                raise DataError(
+                    f"line {number} is not JSON ({error})", where=str(path), fix="mend that line."
+                ) from None
             if not isinstance(values, dict):
                 raise DataError(f"line {number} is not a JSON object", where=str(path), fix="mend that line.")
             yield Row(values, f"{path}, line {number}")
@@ -186,13 +190,17 @@ def _missing(row: Row, column: str, what: str, key: str) -> DataError:
 def _checked_messages(messages: Any, row: Row, key: str) -> Any:
     """A non-empty string, or chat messages with string contents."""
     turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
-    good = isinstance(turns, list) and turns and all(
-        isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
-        for turn in turns
+    good = (
+        isinstance(turns, list)
+        and turns
+        and all(
+            isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
+            for turn in turns
+        )
     )
     if not good or not "".join(turn["content"] for turn in turns).strip():
         raise DataError(
-            f"{row.where}: the prompt is neither text nor a list of chat messages with role and content, or it is empty",
+            f"{row.where}: the prompt is neither text nor a list of chat messages, or it is empty",
             where=key,
             fix="mend the row, or name another column with prompt_column.",
         )

@@ -1,8 +1,8 @@
 """The folder of a run: where everything lies, and whose it is. Free of torch.
 
-    config.json  ledger.jsonl  summary.json  report.html  report.md
-    prompts/  trajectories/  evaluation/ (the base policy)
-    arms/ARM/  stages/NNN/{scores,selection}/  evaluation/  checkpoints/  steps.jsonl  metrics.jsonl  rewards.jsonl
+config.json  ledger.jsonl  summary.json  report.html  report.md
+prompts/  trajectories/  evaluation/ (the base policy)
+arms/ARM/  stages/NNN/{scores,selection}/  evaluation/  checkpoints/  steps.jsonl  metrics.jsonl  rewards.jsonl
 """
 
 from __future__ import annotations
@@ -83,7 +83,9 @@ class Workspace:
     @cached_property
     def train_prompts(self) -> dict[str, dict[str, Any]]:
         """Training prompts by id, in ascending order of id."""
-        return {r["prompt_id"]: r for r in sorted(self.prompt_rows, key=lambda r: r["prompt_id"]) if r["set"] == "train"}
+        return {
+            r["prompt_id"]: r for r in sorted(self.prompt_rows, key=lambda r: r["prompt_id"]) if r["set"] == "train"
+        }
 
 
 def _claim(config: Config) -> None:

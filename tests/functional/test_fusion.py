@@ -17,9 +17,7 @@ def test_nan_is_refused() -> None:
 
 def test_fusion_by_hand() -> None:
     ranks_NV = np.array([[1, 4], [3, 3], [2, 1]])
-    np.testing.assert_allclose(
-        reciprocal_rank_fusion(ranks_NV, kappa=60.0), [1 / 61 + 1 / 64, 2 / 63, 1 / 62 + 1 / 61]
-    )
+    np.testing.assert_allclose(reciprocal_rank_fusion(ranks_NV, kappa=60.0), [1 / 61 + 1 / 64, 2 / 63, 1 / 62 + 1 / 61])
     # kappa = 0: first in one list beats third in two
     fused_N = reciprocal_rank_fusion(np.array([[1, 4], [3, 3]]), kappa=0.0)
     assert fused_N[0] > fused_N[1]

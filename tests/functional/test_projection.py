@@ -117,7 +117,8 @@ def test_bits_depend_on_name_seed_and_position_alone() -> None:
     assert torch.equal(projection.mask("w", backwards_P).flip(0), projection.mask("w", torch.arange(1000)))
     assert not torch.equal(projection.mask("w", backwards_P), projection.mask("other", backwards_P))
     assert not torch.equal(
-        projection.buckets("w", backwards_P), SparseProjection(dim=32, keep_fraction=0.5, seed=3).buckets("w", backwards_P)
+        projection.buckets("w", backwards_P),
+        SparseProjection(dim=32, keep_fraction=0.5, seed=3).buckets("w", backwards_P),
     )
 
 

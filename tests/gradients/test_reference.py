@@ -4,12 +4,12 @@ import dataclasses
 
 import pytest
 import torch
+from tests.conftest import tiny_llama
 from transformers import LlamaForCausalLM
 
 from cropi.functional.projection import Projector, SparseProjection
 from cropi.gradients.groups import Group
 from cropi.gradients.reference import SurrogateSettings, prompt_gradient, trainable_parameters
-from tests.conftest import tiny_llama
 
 GROUP = Group(
     "p",
@@ -22,7 +22,9 @@ ON_POLICY = dataclasses.replace(GROUP, behaviour_logprobs=None)
 SETTINGS = SurrogateSettings("sequence", max_completion_length=8, temperature=0.8)
 
 
-def surrogate(model: LlamaForCausalLM, group: Group, settings: SurrogateSettings, behaviour: list[list[float]]) -> float:
+def surrogate(
+    model: LlamaForCausalLM, group: Group, settings: SurrogateSettings, behaviour: list[list[float]]
+) -> float:
     """L(theta) = sum_k (1/Z_k) sum_t rho_{k,t} A_k by plain loops, one trajectory at a time, without padding."""
     rewards = torch.tensor(group.rewards, dtype=torch.float64)
     advantages = rewards - rewards.mean()
@@ -99,7 +101,9 @@ def test_micro_batches_and_order_do_not_change_the_gradient(model: LlamaForCausa
 
 def test_tied_weights_are_counted_once_with_both_paths() -> None:
     tied, untied = tiny_llama(tied=True), tiny_llama(tied=False)
-    untied.load_state_dict({**tied.state_dict(), "lm_head.weight": tied.state_dict()["model.embed_tokens.weight"].clone()})
+    untied.load_state_dict(
+        {**tied.state_dict(), "lm_head.weight": tied.state_dict()["model.embed_tokens.weight"].clone()}
+    )
     assert "lm_head.weight" not in trainable_parameters(tied)
     both = prompt_gradient(untied, GROUP, SETTINGS).gradients
     one = prompt_gradient(tied, GROUP, SETTINGS).gradients
@@ -153,7 +157,9 @@ def test_feature_with_everything_kept_preserves_inner_products(model: LlamaForCa
     second = prompt_gradient(model, dataclasses.replace(ON_POLICY, prompt_ids=[8, 9]), SETTINGS).gradients
     make = Projector(SparseProjection(1 << 18, 1.0, 0), {n: g.numel() for n, g in first.items()}, torch.device("cpu"))
     true = sum(float((first[n] * second[n]).sum()) for n in first)
-    scale = (sum(float((g**2).sum()) for g in first.values()) * sum(float((g**2).sum()) for g in second.values())) ** 0.5
+    scale = (
+        sum(float((g**2).sum()) for g in first.values()) * sum(float((g**2).sum()) for g in second.values())
+    ) ** 0.5
     assert abs(float(make(first).double() @ make(second).double()) - true) < 0.02 * scale
 
 

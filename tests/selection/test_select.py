@@ -72,7 +72,9 @@ def test_influence_by_hand() -> None:
 
 def test_truncated_fusion_is_the_released_codes() -> None:
     # n = ceil(0.5 * 6) = 3: u counts a1 d2 b3, v counts c1 b2 d3
-    config = SelectConfig(strategy=InfluenceStrategy(type="influence"), fraction=0.5, fusion=FusionConfig(kappa=0, truncate=True))
+    config = SelectConfig(
+        strategy=InfluenceStrategy(type="influence"), fraction=0.5, fusion=FusionConfig(kappa=0, truncate=True)
+    )
     ranking = rank(POOL, config.strategy, config)
     np.testing.assert_allclose(ranking.scores_N, [1, 1 / 3 + 1 / 2, 1, 1 / 2 + 1 / 3, 0, 0])
 

@@ -45,8 +45,8 @@ def evaluate(
 ) -> pa.Table:
     """Judge greedy and sampled completions of all test prompts and write `step-NNNNNN.parquet`.
 
-    The same seed draws the same completions from the same policy, so two policies are compared on the same questions and
-    random numbers. Prompts whose gold answer cannot be read are left out of the file.
+    The same seed draws the same completions from the same policy, so two policies are compared on the same questions
+    and random numbers. Prompts whose gold answer cannot be read are left out of the file.
     """
     texts = generate([prompt.prompt_ids for prompt in prompts], None, seed)
     sampled: list[list[float]] = [[] for _ in prompts]
@@ -87,9 +87,7 @@ def accuracy(table: pa.Table, config: EvaluateConfig, *, seed: int) -> dict[str,
         if all(row["sampled"] is not None for row in rows):
             columns["sampled"] = [row["sampled"] for row in rows]
         result[name] = {
-            column: bootstrap_mean(
-                np.array(values), redraws=config.bootstrap, confidence=config.confidence, seed=seed
-            )
+            column: bootstrap_mean(np.array(values), redraws=config.bootstrap, confidence=config.confidence, seed=seed)
             for column, values in columns.items()
         }
     return result
@@ -97,7 +95,11 @@ def accuracy(table: pa.Table, config: EvaluateConfig, *, seed: int) -> dict[str,
 
 def read_evaluations(folder: Path) -> dict[int, pa.Table]:
     """Tables by optimiser step, in ascending order."""
-    found = [(int(match.group(1)), path) for path in folder.glob("step-*.parquet") if (match := STEP_FILE.fullmatch(path.name))]
+    found = [
+        (int(match.group(1)), path)
+        for path in folder.glob("step-*.parquet")
+        if (match := STEP_FILE.fullmatch(path.name))
+    ]
     return {step: read_table(path, EVALUATION) for step, path in sorted(found)}
 
 

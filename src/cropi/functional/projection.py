@@ -46,9 +46,11 @@ class SparseProjection:
 
     Row j of the projected vector is sum of s(i) g_i / sqrt(keep_fraction) over kept coordinates i with bucket b(i) = j,
     where s(i) is +1 or -1. Then E<Pu, Pv> = <u, v> over seeds. The mask contributes the variance
-    (1/q - 1) sum_i u_i^2 v_i^2, q = keep_fraction, and the sketch (<u', u'><v', v'> + <u', v'>^2 - 2 sum u'^2 v'^2) / dim
+    (1/q - 1) sum_i u_i^2 v_i^2, q = keep_fraction, and the sketch (<u', u'><v', v'> + <u', v'>^2 - 2 sum u'^2 v'^2) /
+    dim
     on the masked vectors u', v' (paper section on sparse random projection; count-sketch: Charikar et al. 2002; feature
-    hashing: Weinberger et al. 2009). The released code of the paper keeps the first coordinates instead; see docs/paper.md.
+    hashing: Weinberger et al. 2009). The released code of the paper keeps the first coordinates instead; see
+    docs/paper.md.
     """
 
     dim: int = 32768
@@ -69,7 +71,9 @@ class SparseProjection:
         if self.keep_fraction >= 1.0:
             return torch.ones_like(counters_P, dtype=torch.bool)
         # The upper 53 bits are a uniform integer that a float64 threshold meets exactly.
-        return _shift_right(hash_counters(self._key(name, "mask"), counters_P), 11) < int(self.keep_fraction * (1 << 53))
+        return _shift_right(hash_counters(self._key(name, "mask"), counters_P), 11) < int(
+            self.keep_fraction * (1 << 53)
+        )
 
     def buckets(self, name: str, counters_P: Int[Tensor, " P"]) -> Int[Tensor, " P"]:
         """b(i) in [0, dim)."""

@@ -15,9 +15,7 @@ class Interval:
     high: float
 
 
-def bootstrap_mean(
-    values_N: Float[np.ndarray, " N"], *, redraws: int, confidence: float, seed: int
-) -> Interval:
+def bootstrap_mean(values_N: Float[np.ndarray, " N"], *, redraws: int, confidence: float, seed: int) -> Interval:
     """Mean over questions with its percentile bootstrap interval (Efron 1979): questions are redrawn with replacement.
 
     Samples of one question belong together, so pass one value (their mean) per question. Raises ValueError when empty.

@@ -26,7 +26,7 @@ NORMALIZER_OF_LOSS: Mapping[str, Normalizer] = {
 def token_logprobs(
     logits_KTW: Float[Tensor, "K T W"], ids_KT: torch.Tensor, *, temperature: float
 ) -> Float[Tensor, "K T"]:
-    """log pi(x_t | s_t) at a sampling temperature: log_softmax(logits / temperature) in at least float32, read at x_t."""
+    """log pi(x_t | s_t) at a sampling temperature: log_softmax(logits / temperature), in at least float32, at x_t."""
     dtype = torch.promote_types(logits_KTW.dtype, torch.float32)
     return torch.log_softmax(logits_KTW.to(dtype) / temperature, dim=-1).gather(-1, ids_KT.unsqueeze(-1)).squeeze(-1)
 
@@ -43,8 +43,8 @@ def normalizers(
 ) -> Float[Tensor, " K"]:
     """Z of each trajectory, so that the surrogate is sum_k (1 / Z_k) sum_t rho_{k,t} A_k.
 
-    `sequence`: K |tau_k| (paper eq. 4, TRL's `grpo`); `token`: sum_k |tau_k|; `constant`: K times the longest completion
-    allowed (TRL's `dr_grpo`). An empty completion has no token to weigh and gets Z = 1 instead of 0.
+    `sequence`: K |tau_k| (paper eq. 4, TRL's `grpo`); `token`: sum_k |tau_k|; `constant`: K times the longest
+    completion allowed (TRL's `dr_grpo`). An empty completion has no token to weigh and gets Z = 1 instead of 0.
     """
     lengths_K = mask_KT.sum(dim=1)
     group = mask_KT.shape[0]
@@ -54,7 +54,9 @@ def normalizers(
         case "token":
             return lengths_K.sum().clamp(min=1).double().expand(group)
         case "constant":
-            return torch.full((group,), float(group * max_completion_length), dtype=torch.float64, device=mask_KT.device)
+            return torch.full(
+                (group,), float(group * max_completion_length), dtype=torch.float64, device=mask_KT.device
+            )
 
 
 def token_weights(

@@ -12,8 +12,8 @@ from cropi.artifacts import GOLD_UNPARSEABLE, NO_SIGNAL, OK
 class Group:
     """Token ids, rewards and behaviour log-probs of a prompt's K completions.
 
-    A completion ends with its end-of-sequence token if it has one; every completion token counts. Behaviour log-probs of
-    None stand for on-policy trajectories: every importance ratio is 1.
+    A completion ends with its end-of-sequence token if it has one; every completion token counts. Behaviour log-probs
+    of None stand for on-policy trajectories: every importance ratio is 1.
     """
 
     prompt_id: str
@@ -26,7 +26,9 @@ class Group:
         if not self.prompt_ids:
             raise ValueError(f"prompt {self.prompt_id}: the prompt holds no token")
         if len(self.completions) != len(self.rewards):
-            raise ValueError(f"prompt {self.prompt_id}: {len(self.completions)} completions, {len(self.rewards)} rewards")
+            raise ValueError(
+                f"prompt {self.prompt_id}: {len(self.completions)} completions, {len(self.rewards)} rewards"
+            )
         logprobs = self.behaviour_logprobs
         if logprobs is not None and [len(row) for row in logprobs] != [len(row) for row in self.completions]:
             raise ValueError(f"prompt {self.prompt_id}: behaviour log-probs and completions differ in length")
@@ -50,7 +52,8 @@ class Group:
 def groups_of(trajectories: Iterable[Mapping[str, Any]]) -> dict[str, Group | None]:
     """Groups by prompt id from trajectory rows of one set, sorted by prompt id.
 
-    None stands for a prompt whose gold answer cannot be read (status `gold_unparseable`): it has no reward to learn from.
+    None stands for a prompt whose gold answer cannot be read (status `gold_unparseable`): it has no reward to learn
+    from.
     """
     rows = sorted(trajectories, key=lambda row: (row["prompt_id"], row["sample"]))
     return {

@@ -45,7 +45,8 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def prompt_gradient(model: nn.Module, group: Group, settings: SurrogateSettings) -> PromptGradient:
     """Off-policy policy gradient of one prompt at the model's current weights.
 
-    g = sum_k (1/Z_k) sum_t A_k grad rho_{k,t}, rho_{k,t} = pi_theta / beta per token (paper eq. 4): the direction in which
+    g = sum_k (1/Z_k) sum_t A_k grad rho_{k,t}, rho_{k,t} = pi_theta / beta per token (paper eq. 4): the direction in
+    which
     the prompt's surrogate grows. No clipping, no KL and no entropy term. Trajectories whose advantage is zero are not
     computed. The model is left as it was found: mode, `requires_grad` and `.grad` stay untouched.
     """

@@ -20,6 +20,7 @@ from cropi.functional.surrogate import NORMALIZER_OF_LOSS
 from cropi.gradients.groups import Group, groups_of
 from cropi.gradients.reference import SurrogateSettings, prompt_gradient, trainable_parameters
 
+
 def surrogate_settings(config: Config, loss_type: str) -> SurrogateSettings:
     """The surrogate that a run's settings and its trainer's loss call for."""
     normalizer = config.score.normalizer
@@ -66,20 +67,23 @@ def score(
     train = groups_of(trajectories["train"].to_pylist())
     names = sorted(name.removeprefix("validation/") for name in trajectories if name != "train")
     validation = {name: _validation_groups(trajectories[f"validation/{name}"], name, config.score) for name in names}
-    total = sum(len(groups) for groups in validation.values()) + sum(_has_signal(group) for group in train.values())
-    with progress("score", total, "prompts") as bar:
+    scored = [group for group in train.values() if group is not None and group.status == OK]
+    scored += [group for groups in validation.values() for group in groups]
+    with progress("score", len(scored), "prompts") as bar:
         directions = []
         for name in names:
             features = []
-            for group in validation[name]:
-                features.append(make_feature(group)[0])
+            for mixed in validation[name]:
+                features.append(make_feature(mixed)[0])
                 bar.advance()
             directions.append(mean_direction(torch.stack(features), config.score.validation_mean))
         directions_VD = torch.stack(directions)
         rows = []
         for prompt_id, group in train.items():
-            rows.append(_score_row(prompt_id, group, sources[prompt_id], make_feature, directions_VD, names, config.score))
-            if _has_signal(group):
+            rows.append(
+                _score_row(prompt_id, group, sources[prompt_id], make_feature, directions_VD, names, config.score)
+            )
+            if rows[-1]["status"] == OK:
                 bar.advance()
     write_table(folder / "scores.parquet", rows, scores_schema(names))
     details = {
@@ -87,13 +91,9 @@ def score(
         "normalizer": settings.normalizer,
         "score": config.score.score,
         "validation_groups": {name: len(groups) for name, groups in validation.items()},
-        "tokens": sum(g.completion_tokens for g in [*train.values(), *sum(validation.values(), [])] if g and _has_signal(g)),
+        "tokens": sum(group.completion_tokens for group in scored),
     }
     return count_status(row["status"] for row in rows), details
-
-
-def _has_signal(group: Group | None) -> bool:
-    return group is not None and group.status == OK
 
 
 def _validation_groups(table: pa.Table, name: str, config: ScoreConfig) -> list[Group]:
@@ -105,7 +105,7 @@ def _validation_groups(table: pa.Table, name: str, config: ScoreConfig) -> list[
             f"none of the {len(groups)} prompts of this validation set has both right and wrong completions, so it "
             "gives no direction to select by",
             where=f"prompts.validation.{name}",
-            fix="use problems that the policy solves sometimes, add prompts, or raise collect.validation_num_generations.",
+            fix="use problems that the policy solves sometimes, or raise collect.validation_num_generations.",
         )
     if len(mixed) < 8:
         warn(f"validation set {name}: only {len(mixed)} prompts carry signal; influence will be noisy")

@@ -16,8 +16,8 @@ UNPARSEABLE_GOLD = "unparseable_gold"  # the recorded answer is not in that form
 
 Verify = Callable[[str, str], str]  # (completion, gold) -> verdict
 
-# A number as people write it: sign, digits with thousands separators, decimals or a fraction. No power of ten is left to
-# chance: the length bound keeps a completion of a million digits from becoming a million-digit integer.
+# A number as people write it: sign, digits with thousands separators, decimals or a fraction. No power of ten is left
+# to chance: the length bound keeps a completion of a million digits from becoming a million-digit integer.
 _NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d{1,40})(?:\.\d{1,40})?(?:/\d{1,40}|[eE][-+]?\d{1,2}(?!\d))?")
 
 
@@ -78,10 +78,8 @@ def first_number(text: str) -> Fraction | None:
 
 def last_number(text: str) -> Fraction | None:
     """The last number of a text, exactly; None where there is none."""
-    found = None
-    for found in _NUMBER.finditer(text):
-        pass
-    return _value(found.group()) if found else None
+    numbers = _NUMBER.findall(text)
+    return _value(numbers[-1]) if numbers else None
 
 
 def _value(text: str) -> Fraction | None:

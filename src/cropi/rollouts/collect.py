@@ -11,7 +11,16 @@ from typing import Any
 import pyarrow as pa
 import torch
 
-from cropi.artifacts import GOLD_UNPARSEABLE, OK, PROMPT_TOO_LONG, TRAJECTORIES, TRUNCATED, count_status, read_table, write_table
+from cropi.artifacts import (
+    GOLD_UNPARSEABLE,
+    OK,
+    PROMPT_TOO_LONG,
+    TRAJECTORIES,
+    TRUNCATED,
+    count_status,
+    read_table,
+    write_table,
+)
 from cropi.config import Config
 from cropi.console import progress, warn
 from cropi.errors import ArtifactError, DataError
@@ -32,7 +41,9 @@ class Shard:
     prompt_ids: Sequence[list[int]]
 
 
-def collect(config: Config, policy: Policy, prompts: Sequence[Mapping[str, Any]], folder: Path) -> tuple[dict[str, int], dict[str, Any]]:
+def collect(
+    config: Config, policy: Policy, prompts: Sequence[Mapping[str, Any]], folder: Path
+) -> tuple[dict[str, int], dict[str, Any]]:
     """Write one `part-*.parquet` per shard to `folder`; shards that are already there are kept.
 
     Behaviour log-probs are recomputed by the model itself in one forward pass per batch, at the sampling temperature.
@@ -77,7 +88,7 @@ def plan(config: Config, policy: Policy, prompts: Sequence[Mapping[str, Any]]) -
         skipped += len(pairs) - len(fitting)
         if not fitting:
             raise DataError(
-                f"no prompt of {name} fits into the policy's {limit} positions with {config.collect.max_completion_length} more",
+                f"no prompt of {name} fits into the policy's context of {limit} tokens beside its completion",
                 where="collect.max_completion_length",
                 fix="lower it, or use a policy with a longer context.",
             )
@@ -160,5 +171,6 @@ def read_trajectories(folder: Path) -> dict[str, pa.Table]:
     table = pa.concat_tables([read_table(path, TRAJECTORIES) for path in sorted(folder.glob("part-*.parquet"))])
     sets = table.column("set").to_pylist()
     return {
-        name: table.take(pa.array([row for row, value in enumerate(sets) if value == name])) for name in dict.fromkeys(sets)
+        name: table.take(pa.array([row for row, value in enumerate(sets) if value == name]))
+        for name in dict.fromkeys(sets)
     }

@@ -90,7 +90,9 @@ class TransformersGenerator:
         model.eval()
         try:
             output = model.generate(
-                input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=generation_config
+                input_ids=ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                generation_config=generation_config,
             )
         finally:
             model.train(was_training)

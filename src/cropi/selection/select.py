@@ -49,9 +49,10 @@ def rank(candidates: Candidates, strategy: Strategy, config: SelectConfig) -> Ra
 def choose(candidates: Candidates, ranking: Ranking, config: SelectConfig, size: int) -> list[dict[str, Any]]:
     """Rows of the selection table, best first: the top `size` under quotas and the exploration share.
 
-    Ties break by prompt id. round(exploration x size) places go to prompts drawn at random among those that the strategy
-    did not choose, those without signal included, so that nothing is excluded for ever. A quota caps a source's places at
-    floor(quota x size), and at no less than one.
+    Ties break by prompt id. round(exploration x size) places go to prompts drawn at random among those that the
+    strategy
+    did not choose, those without signal included, so that nothing is excluded for ever. A quota caps a source's places
+    at floor(quota x size), and at no less than one.
     """
     ids = candidates.prompt_ids
     eligible_ids = [i for i, fine in zip(ids, ranking.eligible_N, strict=True) if fine]
@@ -148,5 +149,6 @@ def select(
 
 def _export_row(row: Mapping[str, Any], prompt: Mapping[str, Any]) -> dict[str, Any]:
     kept = {key: row[key] for key in ("prompt_id", "source", "rank", "score", "pass_rate", "reason")}
-    return {"prompt": json.loads(prompt["messages"]), "answer": prompt["answer"]} | kept | {"scores": dict(row["scores"])}
-
+    return (
+        {"prompt": json.loads(prompt["messages"]), "answer": prompt["answer"]} | kept | {"scores": dict(row["scores"])}
+    )

@@ -13,8 +13,8 @@ from cropi.rewards.verifiers import Verify, reward
 class RecordedReward:
     """Judges completions and writes one line per generation batch: step, prompt ids, rewards, verdicts, tokens.
 
-    The lines are what re-scored strategies and the cost ledger read. `forget_from` drops what an interrupted attempt wrote
-    beyond the checkpoint that training resumes from.
+    The lines are what re-scored strategies and the cost ledger read. `forget_from` drops what an interrupted attempt
+    wrote beyond the checkpoint that training resumes from.
     """
 
     __name__ = "verdict"

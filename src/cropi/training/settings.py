@@ -76,5 +76,5 @@ def _check(settings: GRPOConfig, config: Config) -> None:
             f"a stage has {micro_steps} micro-steps, which is no multiple of the {per_generation} that one generation "
             "batch serves, so a batch would reach into the next stage",
             where="train.steps_per_stage",
-            fix="make steps_per_stage x gradient_accumulation_steps a multiple of steps_per_generation x num_iterations.",
+            fix="make the micro-steps of a stage a multiple of steps_per_generation x num_iterations.",
         )

@@ -38,7 +38,7 @@ class StageTrainer(GRPOTrainer):
         self.stage_sampler: StageSampler | None = None
         super().__init__(*args, **kwargs)
 
-    def _get_train_sampler(self, dataset: datasets.Dataset | None = None) -> Sampler:
+    def _get_train_sampler(self, dataset: datasets.Dataset | None = None) -> Sampler[int]:
         repeats = self.args.steps_per_generation * self.num_iterations
         shape = BatchShape(self.args.generation_batch_size // self.num_generations, self.num_generations, repeats)
         micro_steps = self._steps_per_stage * self.args.gradient_accumulation_steps
@@ -82,20 +82,29 @@ class StageCallback(TrainerCallback):
         self._step_began = time.perf_counter()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        append_jsonl(self.folder / "steps.jsonl", {"step": state.global_step, "seconds": time.perf_counter() - self._step_began})
+        append_jsonl(
+            self.folder / "steps.jsonl", {"step": state.global_step, "seconds": time.perf_counter() - self._step_began}
+        )
         self.bar.advance()
         if state.global_step % self.evaluate_every == 0 or state.global_step == state.max_steps:
             self.evaluate(state.global_step, self.trainer.accelerator.unwrap_model(self.trainer.model))
 
     def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **_: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
     ) -> None:
         finite = {k: v for k, v in (logs or {}).items() if isinstance(v, int | float) and abs(v) < float("inf")}
         append_jsonl(self.folder / "metrics.jsonl", finite | {"step": state.global_step})
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        write_json(checkpoint / COMPLETE, {"step": state.global_step, "stage": state.global_step // self.steps_per_stage})
+        write_json(
+            checkpoint / COMPLETE, {"step": state.global_step, "stage": state.global_step // self.steps_per_stage}
+        )
 
 
 @dataclass(frozen=True)
@@ -175,4 +184,3 @@ def _forget_after(task: TrainTask, step: int) -> None:
     for name in ("steps.jsonl", "metrics.jsonl"):
         kept = [row for row in read_jsonl(task.folder / name) if row["step"] <= step]
         write_text(task.folder / name, "".join(json.dumps(row) + "\n" for row in kept))
-

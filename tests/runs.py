@@ -1,0 +1,45 @@
+"""A small real run for tests: the built-in policy, few prompts, few steps."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+# Four families, one of them the target; two stages of three steps; under half a minute for all arms.
+SMALL = [
+    "prompts.train=[{type: builtin, families: [sum, parity, count, machine], count: 12, seed: 1, label_noise: 0.25}]",
+    "prompts.validation={sum: [{type: builtin, families: [sum], count: 6, seed: 2}]}",
+    "prompts.test={sum: {sources: [{type: builtin, families: [sum], count: 16, seed: 3}]}}",
+    "collect.validation_num_generations=8",
+    "collect.shard_prompts=16",
+    "select.fraction=0.25",
+    "train.stages=2",
+    "train.steps_per_stage=3",
+    "trainer.per_device_train_batch_size=32",
+    "evaluate.every=2",
+    "evaluate.bootstrap=200",
+    "score.max_validation_prompts=6",
+]
+
+
+def cropi(*arguments: str, cwd: Path, timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
+    """Run the real command."""
+    return subprocess.run(
+        [sys.executable, "-m", "cropi", *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+        check=False,
+    )
+
+
+def selections(folder: Path) -> dict[str, bytes]:
+    """Selection files of all arms and stages, by path."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.glob("arms/*/stages/*/selection/sel*"))}
+
+
+def evaluations(folder: Path) -> dict[str, bytes]:
+    """Evaluation files of all arms, by path."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.glob("**/evaluation/step-*.parquet"))}

@@ -1,0 +1,176 @@
+"""The real command, end to end, and its exit codes."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.runs import SMALL, cropi, evaluations, selections
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small finished run with all arms."""
+    cwd = tmp_path_factory.mktemp("run")
+    done = cropi("run", "quickstart", *SMALL, cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    (cwd / "stdout").write_text(done.stdout)
+    (cwd / "stderr").write_text(done.stderr)
+    return cwd
+
+
+def test_a_run_ends_with_headline_report_and_all_files(finished: Path) -> None:
+    folder = finished / "runs" / "quickstart"
+    output = (finished / "stdout").read_text()
+    assert "report: runs/quickstart/report.html" in output
+    assert "`influence`" in output
+    assert "random" in output
+    for arm in ("influence", "full", "random"):
+        assert (folder / "arms" / arm / "checkpoints" / "checkpoint-6" / "model.safetensors").is_file()
+        steps = [json.loads(line)["step"] for line in (folder / "arms" / arm / "steps.jsonl").read_text().splitlines()]
+        assert steps == [1, 2, 3, 4, 5, 6]
+        names = sorted(path.name for path in (folder / "arms" / arm / "evaluation").iterdir())
+        assert names == ["step-000002.parquet", "step-000004.parquet", "step-000006.parquet"]
+    assert (folder / "report.html").stat().st_size > 10_000
+    assert json.loads((folder / "summary.json").read_text())
+
+
+def test_training_saw_only_the_selection_of_its_stage(finished: Path) -> None:
+    folder = finished / "runs" / "quickstart" / "arms" / "influence"
+    for stage in range(2):
+        chosen = {
+            json.loads(line)["prompt_id"]
+            for line in (folder / "stages" / f"{stage:03}" / "selection" / "selected.jsonl").read_text().splitlines()
+        }
+        rows = [json.loads(line) for line in (folder / "rewards.jsonl").read_text().splitlines()]
+        seen = {i for row in rows if stage * 3 <= row["step"] < stage * 3 + 3 for i in row["prompt_ids"]}
+        assert len(chosen) == 12
+        assert seen
+        assert seen <= chosen
+
+
+def test_the_same_command_again_changes_nothing(finished: Path) -> None:
+    before = selections(finished), evaluations(finished)
+    stamp = (finished / "runs/quickstart/trajectories/manifest.json").stat().st_mtime_ns
+    again = cropi("run", "quickstart", *SMALL, "--json", cwd=finished)
+    assert again.returncode == 0, again.stderr
+    assert json.loads(again.stdout)
+    assert (selections(finished), evaluations(finished)) == before
+    assert (finished / "runs/quickstart/trajectories/manifest.json").stat().st_mtime_ns == stamp
+
+
+def test_two_runs_with_one_seed_select_byte_identically(finished: Path, tmp_path: Path) -> None:
+    for verb in (["collect"], ["score"], ["select"]):
+        done = cropi(*verb, "quickstart", *SMALL, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    path = "runs/quickstart/arms/influence/stages/000/selection/selection.parquet"
+    assert (tmp_path / path).read_bytes() == (finished / path).read_bytes()
+
+
+def test_a_changed_config_is_refused_with_the_difference(finished: Path) -> None:
+    done = cropi("run", "quickstart", *SMALL, "seed=7", cwd=finished)
+    assert done.returncode == 2
+    assert "seed: 0 -> 7" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_damaged_artifact_is_found(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished / "runs", tmp_path / "runs")
+    part = next((tmp_path / "runs/quickstart/trajectories").glob("part-*.parquet"))
+    part.write_bytes(part.read_bytes()[:-20])
+    done = cropi("run", "quickstart", *SMALL, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "checksum" in done.stderr
+    assert "Fix: delete" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "quickstart", "sed=1"], "did you mean 'seed'"),
+        (["run", "quickstart", "policy.path=./nowhere"], "there is no folder"),
+        (["run", "quickstart", "trainer.learning_rat=1"], "did you mean 'learning_rate'"),
+        (["run", "quickstart", "trainer.max_steps=5"], "train.stages"),
+        (["run", "quickstart", "trainer.num_generations=7"], "trainer"),
+        (["run", "nosuch"], "no recipe named 'nosuch'"),
+        (["score", "quickstart"], "run `cropi collect` first"),
+        (["recipes", "copy", "nosuch"], "there is no recipe"),
+        (["report", "quickstart"], "there is no such run"),
+        (["frobnicate"], "No such command"),
+    ],
+)
+def test_what_a_user_can_fix_exits_2_without_traceback(arguments: list[str], message: str, tmp_path: Path) -> None:
+    done = cropi(*arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_model_without_tokenizer_is_refused(tmp_path: Path) -> None:
+    from cropi.builtin import POLICY_DIR
+
+    (tmp_path / "bare").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(POLICY_DIR / name, tmp_path / "bare" / name)
+    done = cropi("run", "quickstart", "policy.path=./bare", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "tokenizer" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_no_mixed_group_is_refused_after_collection(tmp_path: Path) -> None:
+    done = cropi("run", "quickstart", *SMALL, "verifier.marker=never", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "both right and wrong" in done.stderr
+
+
+def test_interrupt_exits_130_and_the_run_goes_on(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "cropi", "collect", "quickstart", *SMALL]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=os.environ)
+    parts = tmp_path / "runs/quickstart/trajectories"
+    deadline = time.monotonic() + 120
+    while not list(parts.glob("part-*.parquet")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert "goes on from here" in stderr
+    done = cropi("collect", "quickstart", *SMALL, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_check_judges_real_rows_and_writes_nothing(tmp_path: Path) -> None:
+    done = cropi("check", "quickstart", *SMALL, "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["gold_against_itself"] == {"correct": 48 + 6 + 16}
+    assert result["prompts"]["train"] == 48
+    assert len(result["samples"]) == 8
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_leaves_torch_out() -> None:
+    code = """
+import sys
+import cropi.cli
+sys.argv = ["cropi", "--help"]
+try:
+    cropi.cli.main()
+except SystemExit:
+    sys.exit("torch" in sys.modules)
+"""
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
+
+
+def test_doctor_and_recipes_answer_in_json(tmp_path: Path) -> None:
+    assert json.loads(cropi("doctor", "--json", cwd=tmp_path).stdout)["torch"]
+    assert "quickstart" in json.loads(cropi("recipes", "--json", cwd=tmp_path).stdout)
+    assert cropi("recipes", "copy", "quickstart", cwd=tmp_path).returncode == 0
+    assert cropi("recipes", "copy", "quickstart", cwd=tmp_path).returncode == 2
+    assert cropi("check", "quickstart.yaml", *SMALL, cwd=tmp_path).returncode == 0

@@ -1,0 +1,111 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cropi.config import config_difference, load_config, parse_yaml, recipe_names, validate_config
+from cropi.errors import ConfigError
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_is_valid(name: str) -> None:
+    assert load_config(name).name == name
+
+
+def test_overrides_reach_lists_tables_and_the_trainer() -> None:
+    config = load_config("quickstart", ["seed=3", "trainer.learning_rate=1e-3", "prompts.train.0.count=5"])
+    assert (config.seed, config.trainer["learning_rate"], config.prompts.train[0].count) == (3, 1e-3, 5)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("sed=3", "unknown key sed - did you mean 'seed'"),
+        ("select.fracton=0.2", "unknown key select.fracton - did you mean 'fraction'"),
+        ("prompts.train.0.cout=5", "unknown key prompts.train.0.cout - did you mean 'count'"),
+        ("prompts.test.sum.targetd=true", "did you mean 'targeted'"),
+        ("score.projection.dims=5", "unknown key score.projection.dims - did you mean 'dim'"),
+        ("select.strategy.type=influnce", "did you mean 'influence'"),
+        ("select.strategy.lo=1", "known keys here: static, type"),
+        ("select.fraction=1.5", "select.fraction is 1.5: input should be less than or equal to 1"),
+        ("seed=abc", "seed is 'abc': input should be a valid integer"),
+        ("collect={}", "collect.max_completion_length is missing"),
+        ("verifier={marker: x}", "verifier.type is missing"),
+        ("collect.temperature=.nan", "collect.temperature"),
+        ("prompts.train.7.count=1", "no position in a list of 1"),
+        ("seed.x=1", "single value"),
+        ("seed", "key.path=value"),
+        ("baselines=[{type: full}, {type: full}]", "more than once"),
+        ("prompts.validation={a/b: [{type: file, path: x.jsonl}]}", "the set name 'a/b'"),
+        ("select.strategy={type: pass_rate, low: 0.9, high: 0.1}", "must not exceed"),
+        ("name=../evil", "name is '../evil'"),
+        ("x=[1", "not valid YAML"),
+    ],
+)
+def test_mistakes_are_named_with_a_way_out(override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config("quickstart", [override])
+    assert message in str(caught.value)
+    assert "Fix: " in str(caught.value)
+
+
+def test_a_faulty_entry_is_reported_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config("quickstart", ["prompts.train.0.cout=5"])
+    assert "at least 1" not in str(caught.value)
+
+
+def test_no_such_config_lists_the_recipes(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="quickstart"):
+        load_config("quikstart")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_config(str(tmp_path / "missing.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-4", 1e-4),
+        ("on", "on"),
+        ("true", True),
+        ("012", 12),
+        ("1_000", "1_000"),
+        (".5", 0.5),
+        ("2001-01-01", "2001-01-01"),
+    ],
+)
+def test_numbers_and_booleans_are_those_of_yaml_1_2(text: str, value: object) -> None:
+    parsed = parse_yaml(text, "test")
+    assert parsed == value
+    assert type(parsed) is type(value)
+
+
+def test_yaml_is_data_only_and_repeated_keys_are_refused() -> None:
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        parse_yaml("!!python/object/apply:os.system ['true']", "test")
+    with pytest.raises(ConfigError, match="occurs twice"):
+        parse_yaml("seed: 1\nseed: 2", "test")
+
+
+def test_resolved_config_reads_back_the_same() -> None:
+    config = load_config("quickstart")
+    assert validate_config(config.resolved(), "test") == config
+
+
+def test_difference_names_each_changed_key() -> None:
+    before, after = (
+        load_config("quickstart").resolved(),
+        load_config("quickstart", ["seed=1", "select.fraction=0.2"]).resolved(),
+    )
+    assert config_difference(before, after) == ["seed: 0 -> 1", "select.fraction: 0.1 -> 0.2"] or config_difference(
+        before, after
+    ) == ["select.fraction: 0.1 -> 0.2", "seed: 0 -> 1"]
+
+
+@pytest.mark.parametrize(
+    "module", ["cropi.config", "cropi.cli", "cropi.selection.select", "cropi.reporting.report", "cropi.prompts"]
+)
+def test_import_leaves_torch_out(module: str) -> None:
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,134 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from cropi.config import Config, load_config, validate_config
+from cropi.errors import DataError
+from cropi.prompts import load_prompts
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def question(number: int, **more: Any) -> dict[str, Any]:
+    return {"question": f"What is {number} + 1?", "answer": str(number + 1), **more}
+
+
+def config(train: str, **source: Any) -> Config:
+    values = load_config("quickstart").resolved()
+    folder = Path(train).parent
+    write_rows(folder / "validation.jsonl", [question(n) for n in range(1000, 1010)])
+    write_rows(folder / "test.jsonl", [question(n) for n in range(2000, 2010)])
+    values["prompts"] |= {
+        "train": [{"type": "file", "path": train, **source}],
+        "validation": {"v": [{"type": "file", "path": str(folder / "validation.jsonl")}]},
+        "test": {"t": {"sources": [{"type": "file", "path": str(folder / "test.jsonl")}]}},
+    }
+    return validate_config(values, "test")
+
+
+def train_rows(config: Config) -> list[dict[str, Any]]:
+    return [row for row in load_prompts(config) if row["set"] == "train"]
+
+
+def test_jsonl_and_parquet_give_the_same_prompts(tmp_path: Path) -> None:
+    rows = [question(n) for n in range(5)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "pool.parquet")
+    from_jsonl = train_rows(config(write_rows(tmp_path / "pool.jsonl", rows)))
+    from_parquet = train_rows(config(str(tmp_path / "pool.parquet")))
+    assert from_jsonl == from_parquet
+    assert json.loads(from_jsonl[0]["messages"]) == "What is 0 + 1?"
+    assert {row["source"] for row in from_jsonl} == {"pool"}
+
+
+def test_ids_come_from_content_or_a_column(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "pool.jsonl", [question(n, key=f"k{n}") for n in range(3)])
+    by_content = [row["prompt_id"] for row in train_rows(config(path))]
+    assert len(set(by_content)) == 3
+    assert by_content == [row["prompt_id"] for row in train_rows(config(path))]
+    assert [row["prompt_id"] for row in train_rows(config(path, id_column="key"))] == ["k0", "k1", "k2"]
+
+
+def test_chat_messages_and_verl_rows_are_read(tmp_path: Path) -> None:
+    row = {
+        "prompt": [{"role": "user", "content": "1+1?"}],
+        "reward_model": {"style": "rule", "ground_truth": "2"},
+        "data_source": "sums",
+    }
+    (loaded,) = train_rows(config(write_rows(tmp_path / "pool.jsonl", [row])))
+    assert json.loads(loaded["messages"]) == row["prompt"]
+    assert (loaded["answer"], loaded["source"]) == ("2", "sums")
+
+
+def test_hash_ranges_split_a_file_into_disjoint_parts(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "pool.jsonl", [question(n) for n in range(200)])
+    parts = [{r["prompt_id"] for r in train_rows(config(path, hash_range=[a, b]))} for a, b in ((0, 0.5), (0.5, 1))]
+    assert not parts[0] & parts[1]
+    assert len(parts[0] | parts[1]) == 200
+    assert 70 < len(parts[0]) < 130
+    limited = train_rows(config(path, limit=20))
+    assert len(limited) == 20
+    assert [r["prompt_id"] for r in limited] == [r["prompt_id"] for r in train_rows(config(path, limit=20))]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "holds no rows"),
+        ([question(1), question(1)], "occurs twice in train: at .*line 1 and at .*line 2"),
+        ([{"question": "a"}], r"line 1 has no answer \(column answer / solution / ground_truth\)"),
+        ([{"text": "a", "answer": "1"}], "has no prompt .*its columns are: text, answer"),
+        ([question(1), {"question": "  ", "answer": "1"}], "line 2: the prompt is neither"),
+        ([{"prompt": [{"role": "user"}], "answer": "1"}], "neither text nor a list of chat messages"),
+        ([question(1000)], "is in validation/v|is in train and in validation/v"),
+        ([{"question": "what is  2000 + 1?", "answer": "other"}], "test/t"),  # same words, other case and spaces
+    ],
+)
+def test_bad_data_is_refused_with_the_place(tmp_path: Path, rows: list[dict[str, Any]], message: str) -> None:
+    settings = config(write_rows(tmp_path / "pool.jsonl", rows))
+    with pytest.raises(DataError, match=message) as caught:
+        load_prompts(settings)
+    assert "Fix: " in str(caught.value)
+
+
+def test_an_unreadable_line_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "pool.jsonl"
+    path.write_text(json.dumps(question(1)) + '\n{"question": "a", \n')
+    with pytest.raises(DataError, match="line 2 is not JSON"):
+        load_prompts(config(str(path)))
+    path.write_text(json.dumps(question(1)) + "\n[1]\n")
+    with pytest.raises(DataError, match="line 2 is not a JSON object"):
+        load_prompts(config(str(path)))
+    path.write_bytes(json.dumps(question(1)).encode() + b"\n\xff\xfe\n")
+    with pytest.raises(DataError, match="line 2 is not JSON"):
+        load_prompts(config(str(path)))
+
+
+def test_missing_files_and_unknown_formats(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="there is no file"):
+        load_prompts(config(str(tmp_path / "none.jsonl")))
+    (tmp_path / "pool.csv").write_text("a,b")
+    with pytest.raises(DataError, match=r"neither \.jsonl nor \.parquet"):
+        load_prompts(config(str(tmp_path / "pool.csv")))
+    (tmp_path / "pool.parquet").write_bytes(b"PAR1 not really")
+    with pytest.raises(DataError, match="cannot be read as Parquet"):
+        load_prompts(config(str(tmp_path / "pool.parquet")))
+
+
+def test_a_hub_dataset_out_of_reach_is_an_error() -> None:
+    values = load_config("quickstart").resolved()
+    values["prompts"]["train"] = [{"type": "hub", "dataset": "nobody/nothing"}]
+    with pytest.raises(DataError, match="cannot be loaded"):
+        load_prompts(validate_config(values, "test"))
+
+
+def test_builtin_parameters_out_of_range_are_named() -> None:
+    for override in ("prompts.train.0.families=[nosuch]", "prompts.train.0.max_length=99"):
+        with pytest.raises(DataError, match=r"prompts\.train\.0"):
+            load_prompts(load_config("quickstart", [override]))
