@@ -43,7 +43,9 @@ def grpo_config(config: Config, output_dir: Path, device: torch.device) -> GRPOC
         "disable_tqdm": True,
     }
     if device.type == "cpu":  # TRL's defaults are for accelerators
-        defaults |= {"bf16": config.policy.dtype == "bfloat16", "gradient_checkpointing": False}
+        # transformers renamed the setting and warns of the old name
+        checkpointing = "activation_checkpointing" if "activation_checkpointing" in fields else "gradient_checkpointing"
+        defaults |= {"bf16": config.policy.dtype == "bfloat16", checkpointing: False}
     owned: dict[str, Any] = {
         "output_dir": str(output_dir),
         "num_train_epochs": config.train.stages,

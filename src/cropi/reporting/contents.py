@@ -1,0 +1,252 @@
+"""What a report says: its sections, from the numbers and the files of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from cropi.config import Config
+from cropi.reporting import figures
+from cropi.reporting.blocks import Block, Picture, Section, Table, Text
+from cropi.reporting.closeups import closeups
+from cropi.reporting.funnel import funnel
+from cropi.reporting.provenance import reproduction, settings
+from cropi.reporting.reading import Selection, read_scores, read_selections, rows_with
+from cropi.reporting.results import ArmSummary, Summary
+from cropi.reporting.shares import Shares, jaccard, source_shares
+from cropi.reporting.summary import headline
+from cropi.reporting.wording import ABSENT, count, decimal, difference, percent, seconds, share, tenths, with_interval
+from cropi.workspace import Workspace
+
+COST_NOTE = (
+    "Every arm is charged as if it were run alone. Collection is charged in full to each arm that uses the stored "
+    "trajectories (`influence`, `learnability`, `pass_rate`), and not to `full` and `random`, which need none. The "
+    "total is collect + score + select + train. Evaluation is shown beside it, not in it: it decides nothing. Training "
+    "seconds are those of the optimiser steps, their rollouts included, that led to the final weights. Work that an "
+    "interruption made void is counted for collection, scoring and selection, and not for training."
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that the sections are made from, read once."""
+
+    config: Config
+    space: Workspace
+    summary: Summary
+    selections: Mapping[str, Mapping[int, Selection]]  # by arm and stage
+    scores: Mapping[int, pa.Table]  # of the influence arm, by stage
+
+
+def read_run(config: Config, space: Workspace, summary: Summary) -> Run:
+    """Read selections and scores, as far as they are there."""
+    stages = config.train.stages
+    made = {name: read_selections(arm, stages) for name, arm in space.arms.items()}
+    scored = read_scores(space.arm("influence"), stages, config.prompts.validation)
+    return Run(config, space, summary, {name: by_stage for name, by_stage in made.items() if by_stage}, scored)
+
+
+def sections(run: Run) -> list[Section]:
+    """The report, in order."""
+    return [
+        Section("Result", _result(run.summary)),
+        Section("Learning curves", _curves(run.summary)),
+        Section("What was selected", _selected(run)),
+        Section("Turnover between stages", _turnover(run)),
+        Section("Distribution of the scores", _distributions(run)),
+        Section("What became of every prompt", funnel(run.space, run.selections, run.scores)),
+        Section("Cost", _cost(run.summary)),
+        Section("Prompts, close up", closeups(run.config, run.space)),
+        Section("Settings", settings(run.config, run.space)),
+        Section("How to reproduce it", reproduction(run.config)),
+    ]
+
+
+# -- result and curves ---------------------------------------------------------------------------------------------
+
+
+def _result(summary: Summary) -> list[Block]:
+    blocks: list[Block] = [Text(headline(summary), lead=True)]
+    if summary.base is None and not any(arm.steps for arm in summary.arms):
+        return blocks
+    main = summary.main.name
+    header = ["arm", "steps", "targeted", "untargeted", f"{main} − arm", "steps to full's", "time", "tokens generated"]
+    base = summary.base
+    first = ["base policy", "0", *(with_interval(i) for i in (base.targeted, base.untargeted))] if base else []
+    rows = [[*first, *([ABSENT] * 4)]] if base else []
+    rows += [_arm_row(arm, summary) for arm in summary.arms]
+    caption = (
+        "Greedy accuracy at the last evaluated step: the mean over test sets, with its interval over questions. The "
+        "difference is paired: the same questions, targeted sets. Steps to `full`'s: the first evaluated step at its "
+        f"final targeted accuracy; evaluated every {summary.evaluate_every} steps. Time and tokens include stored "
+        "rollouts and selection where the arm uses them (section 7)."
+    )
+    blocks.append(Table(caption, header, rows, strong=1 if base else 0))
+    return [*blocks, *_by_set(summary)]
+
+
+def _arm_row(arm: ArmSummary, summary: Summary) -> list[str]:
+    last = arm.last
+    against = next((d.accuracy for d in summary.differences if d.other == arm.name), None)
+    accuracies = [with_interval(last.targeted), with_interval(last.untargeted)] if last else [ABSENT, ABSENT]
+    return [
+        arm.name,
+        str(arm.steps) if arm.finished else f"{arm.steps} of {summary.total_steps}",
+        *accuracies,
+        difference(against) if against else ABSENT,
+        _reached(arm, summary),
+        seconds(arm.cost.total),
+        count(arm.cost.tokens),
+    ]
+
+
+def _reached(arm: ArmSummary, summary: Summary) -> str:
+    if summary.target is None or not arm.steps:
+        return ABSENT
+    if arm.steps_to_target is not None:
+        return str(arm.steps_to_target)
+    return "not reached" if arm.finished else "not yet"
+
+
+def _by_set(summary: Summary) -> list[Block]:
+    """Accuracy by test set; no table where there is one set only."""
+    columns = {"base policy": summary.base_by_set} | {arm.name: arm.final for arm in summary.arms if arm.final}
+    names = list(dict.fromkeys(name for by_set in columns.values() for name in by_set))
+    keys = [(name, kind) for name in names for kind in ("greedy", "sampled")]
+    rows = [
+        [name, kind, *(with_interval(by_set.get(name, {}).get(kind)) for by_set in columns.values())]
+        for name, kind in keys
+        if any(kind in by_set.get(name, {}) for by_set in columns.values())
+    ]
+    return [Table("Accuracy by test set.", ["test set", "answers", *columns], rows, left=2)] if len(rows) > 1 else []
+
+
+def _curves(summary: Summary) -> list[Block]:
+    drawn = figures.learning_curves(summary)
+    if drawn is None:
+        return [Text("No arm has been evaluated yet.")]
+    level = percent(summary.confidence)
+    caption = f"Greedy accuracy, mean over test sets. Bands: {level} bootstrap intervals over questions, one seed."
+    arms = [arm for arm in summary.arms if arm.steps]
+    steps = sorted({point.step for arm in arms for point in arm.curve})
+    values = {arm.name: {point.step: with_interval(point.targeted) for point in arm.curve} for arm in arms}
+    rows = [[str(step), *(values[arm.name].get(step, ABSENT) for arm in arms)] for step in steps]
+    header = ["step", *(arm.name for arm in arms)]
+    return [Picture(drawn, caption), Table("Targeted accuracy by step.", header, rows, left=0, collapsed=True)]
+
+
+# -- selections ----------------------------------------------------------------------------------------------------
+
+
+def _selected(run: Run) -> list[Block]:
+    shares = source_shares(run.selections)
+    if not shares:
+        return [Text("Nothing has been selected yet.")]
+    # `full` takes the pool as it is, which is the first column of every other arm.
+    shown = {arm: table for arm, table in shares.items() if arm != "full"} or shares
+    drawn = figures.selection_shares(shown)
+    caption = (
+        "Share of each source in %, in the pool and in the selection of every stage. `full`, where it is an arm, takes "
+        "the pool as it is."
+    )
+    blocks: list[Block] = [Picture(drawn, caption)] if drawn else []
+    main = run.summary.main.name
+    return [*blocks, _share_table(main, shares[main])] if main in shares else blocks
+
+
+def _share_table(arm: str, shares: Shares) -> Table:
+    stages = zip(shares.stage_counts.values(), shares.by_stage.values(), strict=True)
+    columns = [(shares.pool_counts, shares.pool), *stages]
+    rows = [
+        [source, *(_counted(counts[row], part[row]) for counts, part in columns)]
+        for row, source in enumerate(shares.sources)
+    ]
+    rows.append(["all", *(count(sum(counts)) for counts, _ in columns)])
+    header = ["source", "pool", *(f"stage {stage}" for stage in shares.stage_counts)]
+    return Table(f"Prompts selected by `{arm}`, by source.", header, rows, strong=len(rows) - 1)
+
+
+def _counted(number: int, part: float) -> str:
+    return f"{number:,} ({100 * part:.0f} %)" if number else "0"
+
+
+def _turnover(run: Run) -> list[Block]:
+    rows = []
+    for arm, stages in run.selections.items():
+        for stage, overlap in jaccard(stages).items():
+            before, now = stages[stage - 1].chosen, stages[stage].chosen
+            numbers = (count(len(part)) for part in (before & now, now - before, before - now))
+            rows.append([arm, f"{stage - 1} → {stage}", *numbers, decimal(overlap)])
+    if not rows:
+        return [Text("There are no two consecutive selections of one arm.")]
+    drawn = figures.turnover(run.selections, run.config.select.fraction)
+    caption = "1: the same prompts again; 0: none of them. Dotted: what two independent random draws would share."
+    header = ["arm", "stages", "kept", "new", "dropped", "overlap"]
+    table = Table("Prompts kept, new and dropped. Overlap: kept ÷ (kept + new + dropped).", header, rows, left=2)
+    return [*([Picture(drawn, caption)] if drawn else []), table]
+
+
+def _distributions(run: Run) -> list[Block]:
+    if not run.scores:
+        return [Text("No arm has been scored by influence.")]
+    names, chosen = sorted(run.config.prompts.validation), run.selections.get("influence", {})
+    drawn = figures.score_distributions(run.scores, chosen, names)
+    caption = (
+        f"Influence of the training prompts on each validation set (`{run.config.score.score}`): all prompts with a "
+        "signal, and those selected. Prompts without one are left out; the outermost bars hold what lies beyond. At "
+        f"most {figures.MAX_PANELS} sets and stages are drawn."
+    )
+    rows = [
+        [name, str(stage), *_quantiles(table, name, chosen.get(stage))]
+        for name in names
+        for stage, table in run.scores.items()
+    ]
+    header = ["validation set", "stage", "prompts", "5 %", "median", "95 %", "selected", "their median"]
+    table = Table("Influence: quantiles over all prompts with a signal, and over those selected.", header, rows, left=1)
+    return [*([Picture(drawn, caption)] if drawn else []), table]
+
+
+def _quantiles(table: pa.Table, name: str, selection: Selection | None) -> list[str]:
+    with_signal = rows_with(table)
+    values_N = with_signal.column(f"influence/{name}").to_numpy()
+    if not len(values_N):
+        return ["0", *([ABSENT] * 5)]
+    cells = [count(len(values_N)), *(_short(float(value)) for value in np.percentile(values_N, (5, 50, 95)))]
+    if selection is None:
+        return [*cells, ABSENT, ABSENT]
+    taken_N = np.isin(with_signal.column("prompt_id").to_pylist(), list(selection.chosen))
+    return [*cells, count(int(taken_N.sum())), _short(float(np.median(values_N[taken_N]))) if taken_N.any() else ABSENT]
+
+
+def _short(value: float) -> str:
+    return f"{value:.3g}".replace("-", "−")
+
+
+# -- cost ----------------------------------------------------------------------------------------------------------
+
+
+def _cost(summary: Summary) -> list[Block]:
+    spent = [arm for arm in summary.arms if arm.cost.train is not None or arm.cost.score or arm.cost.select]
+    if not spent and not summary.shared_seconds:
+        return [Text("Nothing has been spent yet.")]
+    phases = ("collect", "score", "select", "train", "total", "evaluate")
+    rows = [
+        [
+            arm.name,
+            *(tenths(getattr(arm.cost, phase)) for phase in phases),
+            share(arm.cost.selection_share),
+            count(arm.cost.collect_tokens),
+            count(arm.cost.train_tokens),
+        ]
+        for arm in spent
+    ]
+    shared = summary.shared_seconds
+    rows.append(["once, for all arms", *(tenths(shared.get(phase)) for phase in phases), *([ABSENT] * 3)])
+    header = ["arm", *phases, "(score + select) ÷ train", "tokens collected", "tokens in training"]
+    drawn = figures.cost_split(summary)
+    caption = "Seconds by arm, evaluation left out."
+    blocks: list[Block] = [Picture(drawn, caption)] if drawn else []
+    return [*blocks, Table("Seconds by phase, and generated tokens.", header, rows), Text(COST_NOTE)]

@@ -1,0 +1,164 @@
+"""What a report reads from a run's folder. Everything may be missing: a run can be reported at any time."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from cropi.artifacts import (
+    EVALUATION,
+    GOLD_UNPARSEABLE,
+    NO_SIGNAL,
+    OK,
+    PROMPT_TOO_LONG,
+    SELECTION,
+    is_finished,
+    open_artifact,
+    read_table,
+    scores_schema,
+)
+from cropi.workspace import Arm, Workspace
+
+STEP_FILE = re.compile(r"step-(\d+)\.parquet")
+MIXED = "mixed"  # a group with right and wrong completions: status `ok`, in words
+
+Results = Mapping[str, Mapping[str, float]]  # test set -> prompt id -> 1 right, 0 wrong, or a mean of samples
+
+
+@dataclass(frozen=True)
+class Answers:
+    """One evaluation: what was answered right. `sampled` holds the sets for which completions were sampled."""
+
+    greedy: Results
+    sampled: Results
+
+
+@dataclass(frozen=True)
+class Selection:
+    """One stage's selection, in the order of the strategy's ranking."""
+
+    prompt_ids: Sequence[str]
+    sources: Sequence[str]
+    selected: Sequence[bool]
+
+    @property
+    def chosen(self) -> frozenset[str]:
+        """Ids of the selected prompts."""
+        return frozenset(i for i, taken in zip(self.prompt_ids, self.selected, strict=True) if taken)
+
+
+def read_answers(folder: Path) -> dict[int, Answers]:
+    """Evaluations by optimiser step, in ascending order."""
+    found = [(int(m.group(1)), path) for path in folder.glob("step-*.parquet") if (m := STEP_FILE.fullmatch(path.name))]
+    return {step: _answers(read_table(path, EVALUATION)) for step, path in sorted(found)}
+
+
+def _answers(table: pa.Table) -> Answers:
+    columns = (table.column(name).to_pylist() for name in ("set", "prompt_id", "greedy", "sampled"))
+    greedy: dict[str, dict[str, float]] = {}
+    sampled: dict[str, dict[str, float]] = {}
+    for name, prompt_id, right, mean in zip(*columns, strict=True):
+        greedy.setdefault(name, {})[prompt_id] = right
+        if mean is not None:
+            sampled.setdefault(name, {})[prompt_id] = mean
+    whole = {name: values for name, values in sampled.items() if len(values) == len(greedy[name])}
+    return Answers(greedy, whole)
+
+
+def selection_table(arm: Arm, stage: int) -> pa.Table | None:
+    """A stage's selection with all columns; None where it has not been made."""
+    folder = arm.selection(stage)
+    if not is_finished(folder):
+        return None
+    open_artifact(folder, "selection", made_by="cropi select")
+    return read_table(folder / "selection.parquet", SELECTION)
+
+
+def read_selections(arm: Arm, stages: int) -> dict[int, Selection]:
+    """Finished selections by stage."""
+    tables = {stage: selection_table(arm, stage) for stage in range(stages)}
+    return {
+        stage: Selection(*(table.column(name).to_pylist() for name in ("prompt_id", "source", "selected")))
+        for stage, table in tables.items()
+        if table is not None
+    }
+
+
+def read_scores(arm: Arm, stages: int, validation_sets: Iterable[str]) -> dict[int, pa.Table]:
+    """Finished influence tables by stage."""
+    schema, tables = scores_schema(sorted(validation_sets)), {}
+    for stage in range(stages):
+        folder = arm.scores(stage)
+        if is_finished(folder):
+            open_artifact(folder, "scores", made_by="cropi score")
+            tables[stage] = read_table(folder / "scores.parquet", schema)
+    return tables
+
+
+def prompts_left_out(space: Workspace) -> int:
+    """How many prompts were too long to be collected."""
+    if not is_finished(space.trajectories):
+        return 0
+    manifest = json.loads((space.trajectories / "manifest.json").read_text(encoding="utf-8"))
+    return int(manifest["counts"].get(PROMPT_TOO_LONG, 0))
+
+
+def read_verdicts(space: Workspace) -> pa.Table | None:
+    """set, prompt_id, reward, verdict, status and `tokens` (how many) of every stored trajectory.
+
+    Verifies the checksums of all trajectories. None where collection has not finished.
+    """
+    if not is_finished(space.trajectories):
+        return None
+    open_artifact(space.trajectories, "trajectories", made_by="cropi collect")
+    columns = ["set", "prompt_id", "reward", "verdict", "status", "completion_ids"]
+    table = pa.concat_tables([pq.read_table(path, columns=columns) for path in _parts(space)])
+    tokens = pc.list_value_length(table.column("completion_ids"))
+    return table.drop_columns(["completion_ids"]).append_column("tokens", tokens)
+
+
+def read_completions(space: Workspace, prompt_ids: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+    """Stored completions of a few training prompts, by prompt id and in the order they were sampled."""
+    if not is_finished(space.trajectories):
+        return {}
+    columns = ["set", "prompt_id", "sample", "completion", "verdict", "status"]
+    wanted = [("prompt_id", "in", list(prompt_ids)), ("set", "=", "train")]
+    rows = [row for path in _parts(space) for row in pq.read_table(path, columns=columns, filters=wanted).to_pylist()]
+    rows.sort(key=lambda row: row["sample"])
+    return {prompt_id: [row for row in rows if row["prompt_id"] == prompt_id] for prompt_id in prompt_ids}
+
+
+def group_statuses(verdicts: pa.Table) -> dict[str, str]:
+    """`mixed`, `no_signal` or `gold_unparseable` for every training prompt."""
+    table = verdicts.filter(pc.equal(verdicts.column("set"), "train"))
+    rewards: dict[str, set[float]] = {}
+    tokens: dict[str, int] = {}
+    unreadable: set[str] = set()
+    columns = (table.column(name).to_pylist() for name in ("prompt_id", "reward", "status", "tokens"))
+    for prompt_id, reward, status, length in zip(*columns, strict=True):
+        rewards.setdefault(prompt_id, set()).add(reward)
+        tokens[prompt_id] = tokens.get(prompt_id, 0) + length
+        if status == GOLD_UNPARSEABLE:
+            unreadable.add(prompt_id)
+    return {i: GOLD_UNPARSEABLE if i in unreadable else _signal(rewards[i], tokens[i]) for i in rewards}
+
+
+def _signal(rewards: set[float], tokens: int) -> str:
+    return MIXED if len(rewards) > 1 and tokens else NO_SIGNAL
+
+
+def rows_with(table: pa.Table, status: str = OK) -> pa.Table:
+    """Rows of a table that have a status."""
+    return table.filter(pc.equal(table.column("status"), status))
+
+
+def _parts(space: Workspace) -> list[Path]:
+    return sorted(space.trajectories.glob("part-*.parquet"))

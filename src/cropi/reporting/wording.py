@@ -1,0 +1,71 @@
+"""Numbers as people read them."""
+
+from __future__ import annotations
+
+from cropi.console import duration
+from cropi.functional.statistics import Interval
+
+ABSENT = "–"
+
+
+def decimal(value: float | None, digits: int = 2) -> str:
+    """`0.93`; a value that rounds to zero has no sign."""
+    if value is None:
+        return ABSENT
+    text = f"{value:.{digits}f}"
+    return text.lstrip("-") if float(text) == 0 else text.replace("-", "−")
+
+
+def signed(value: float) -> str:
+    """`+0.22`, `−0.03`, `0.00`."""
+    text = decimal(value)
+    return text if text.startswith("−") or not float(text) else f"+{text}"
+
+
+def with_interval(interval: Interval | None) -> str:
+    """`0.93 [0.89, 0.96]`."""
+    if interval is None:
+        return ABSENT
+    return f"{decimal(interval.mean)} [{decimal(interval.low)}, {decimal(interval.high)}]"
+
+
+def difference(interval: Interval) -> str:
+    """`+0.22 [+0.15, +0.29]`."""
+    return f"{signed(interval.mean)} [{signed(interval.low)}, {signed(interval.high)}]"
+
+
+def count(value: float | None) -> str:
+    """`1,200`."""
+    return ABSENT if value is None else f"{value:,.0f}"
+
+
+def seconds(value: float | None) -> str:
+    """`4.1 s`, `2:03`, `1:02:03`."""
+    return ABSENT if value is None else duration(value)
+
+
+def tenths(value: float | None) -> str:
+    """`1,234.5`, and `0.02` where one decimal would show too little."""
+    return ABSENT if value is None else f"{value:,.1f}" if value >= 1 else f"{value:.2f}"
+
+
+def percent(share: float | None) -> str:
+    """`10 %`, `12.5 %`."""
+    if share is None:
+        return ABSENT
+    return f"{100 * share:.3g} %" if abs(share) < 10 else f"{100 * share:,.0f} %"
+
+
+def share(value: float | None) -> str:
+    """`10.0 %`: with one decimal, for columns."""
+    return ABSENT if value is None else f"{100 * value:.1f} %"
+
+
+def times(ratio: float) -> str:
+    """`2.0×`, `0.35×`: two digits that mean something."""
+    return f"{ratio:.0f}×" if ratio >= 10 else f"{ratio:.1f}×" if ratio >= 1 else f"{ratio:.2f}×"
+
+
+def listed(parts: list[str]) -> str:
+    """`a, b and c`."""
+    return " and ".join([", ".join(parts[:-1]), parts[-1]]) if len(parts) > 1 else "".join(parts)

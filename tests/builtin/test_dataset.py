@@ -1,0 +1,109 @@
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+
+from cropi.builtin.dataset import SPLITS, generate
+from cropi.builtin.families import FAMILIES
+
+FIRST_ROW = {
+    "prompt_id": "1a6f6ca4d241fe57",
+    "prompt": "sum mod 7 : 2 3 2 4 2 0 5 6 =",
+    "answer": "4",  # a wrong one: the sum is 24, so 3
+    "source": "sum",
+    "mislabelled": True,
+}
+
+
+def test_the_rows_are_pinned_and_the_same_in_another_process():
+    code = "from cropi.builtin import generate; print(generate('sum', split='train', count=3, seed=0, label_noise=0.5))"
+    printed = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env={"PYTHONHASHSEED": seed, "PYTHONPATH": ":".join(sys.path)},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+        for seed in ("1", "2")
+    }
+    rows = generate("sum", split="train", count=3, seed=0, label_noise=0.5)
+    assert printed == {str(rows)}
+    assert rows[0] == FIRST_ROW
+
+
+def test_another_seed_gives_other_rows():
+    first, second = (generate("sum", split="train", count=50, seed=seed) for seed in (0, 1))
+    assert first != second
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_splits_are_disjoint_whatever_the_seed_and_rows_are_distinct(family):
+    ids = {split: [] for split in SPLITS}
+    for seed, split in enumerate(SPLITS):
+        rows = generate(family, split=split, count=100, seed=seed)
+        ids[split] = [row["prompt_id"] for row in rows]
+        assert len(set(ids[split])) == len({row["prompt"] for row in rows}) == 100
+        assert all(row["source"] == family and not row["mislabelled"] for row in rows)
+    assert len({prompt_id for split in SPLITS for prompt_id in ids[split]}) == 300
+
+
+def test_splits_hold_80_10_and_10_percent():
+    # parity of exactly 10 bits: 1,024 problems, so the three splits together are the whole space
+    sizes = {}
+    for split in SPLITS:
+        with pytest.raises(ValueError, match="found only") as caught:
+            generate("parity", split=split, count=1_025, seed=0, min_length=10, max_length=10)
+        sizes[split] = int(str(caught.value).split("found only ")[1].split()[0])
+    assert sum(sizes.values()) == 1_024
+    # four standard deviations of a binomial
+    assert abs(sizes["train"] - 819) < 52
+    assert abs(sizes["validation"] - 102) < 39
+    assert abs(sizes["test"] - 102) < 39
+
+
+def test_a_small_space_names_the_knobs():
+    message = (
+        "asked for 99 distinct 'elevator' problems in split 'train' .* raise max_length .now 2. or modulus .now 7."
+    )
+    with pytest.raises(ValueError, match=message):
+        generate("elevator", split="train", count=99, seed=0, min_length=2, max_length=2)
+
+
+def test_lengths_and_modulus_reach_the_problems():
+    rows = generate("sum", split="train", count=40, seed=0, min_length=3, max_length=4, modulus=5)
+    assert {len(row["prompt"].split()) for row in rows} == {8, 9}
+    assert all(row["prompt"].startswith("sum mod 5 :") for row in rows)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("label_noise", [0.0, 0.33, 1.0])
+def test_label_noise_is_exact_and_always_wrong(family, label_noise):
+    clean = generate(family, split="train", count=50, seed=7)
+    noisy = generate(family, split="train", count=50, seed=7, label_noise=label_noise)
+    assert [row["prompt"] for row in noisy] == [row["prompt"] for row in clean]
+    assert sum(row["mislabelled"] for row in noisy) == round(label_noise * 50)
+    for right, row in zip(clean, noisy, strict=True):
+        assert (row["answer"] != right["answer"]) == row["mislabelled"]
+
+
+def test_mislabelled_answers_are_plausible():
+    rows = generate("compass", split="train", count=200, seed=0, label_noise=1.0)
+    answers = Counter(row["answer"] for row in rows)
+    assert set(answers) == {"north", "east", "south", "west"}
+    assert min(answers.values()) > 20
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"split": "dev"}, "unknown split 'dev'; known: train, validation, test"),
+        ({"count": 0}, "count is 0; it must be at least 1"),
+        ({"label_noise": 1.5}, "label_noise is 1.5; it is a share, from 0 to 1"),
+        ({"label_noise": -0.1}, "label_noise is -0.1"),
+    ],
+)
+def test_a_bad_argument_says_what_is_allowed(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        generate("sum", **{"split": "train", "count": 5, "seed": 0, **arguments})

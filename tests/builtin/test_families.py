@@ -1,0 +1,166 @@
+import random
+from types import SimpleNamespace
+
+import pytest
+
+from cropi.builtin.families import (
+    DEFAULTS,
+    FAMILIES,
+    MAX_LENGTH,
+    MIN_LENGTH,
+    STYLES,
+    VOCABULARY,
+    Difficulty,
+    difficulty,
+    draw,
+    guess,
+)
+
+
+def scripted(**returns):
+    """A stand-in for random.Random whose methods return the given values in order."""
+
+    def method(values):
+        values = iter(values)
+        return lambda *args, **kwargs: next(values)
+
+    return SimpleNamespace(**{name: method(values) for name, values in returns.items()})
+
+
+# Worked by hand: family, length, modulus, what the generator is made to draw, prompt, step-by-step completion.
+HAND_WORKED = [
+    ("sum", 4, 7, {"randrange": [3, 5, 6, 1]}, "sum mod 7 : 3 5 6 1 =", "steps 3 1 0 1 answer 1"),
+    ("alternate", 4, 7, {"randrange": [3, 5, 6, 1]}, "alternate mod 7 : 3 5 6 1 =", "steps 3 5 4 3 answer 3"),
+    ("product", 4, 7, {"randrange": [3, 5, 6, 2]}, "product mod 7 : 3 5 6 2 =", "steps 3 1 6 5 answer 5"),
+    ("horner", 3, 5, {"randrange": [3, 2, 4, 1]}, "horner 3 mod 5 : 2 4 1 =", "steps 2 0 1 answer 1"),
+    ("parity", 4, None, {"randrange": [1, 0, 1, 1]}, "parity : 1 0 1 1 =", "tally odd odd even odd answer odd"),
+    (
+        "maximum",
+        5,
+        None,
+        {"randrange": [9], "randint": [3, 5, 2, 6, 1]},
+        "maximum : 3 5 2 6 1 =",
+        "list 3 5 5 6 6 answer 6",
+    ),
+    (
+        "count",
+        5,
+        None,
+        {"choice": ["b"], "choices": [list("abcbb")]},
+        "count b : a b c b b =",
+        "tally 0 1 1 2 3 answer 3",
+    ),
+    ("machine", 4, None, {"choices": [list("xyzx")]}, "machine : x y z x =", "trace b a a b answer b"),
+    (
+        "shell",
+        4,
+        None,
+        {"choice": ["b"], "choices": [["ab", "cd", "ad", "bd"]]},
+        "shell b : ab cd ad bd =",
+        "trace a a d b answer b",
+    ),
+    (
+        "depth",
+        4,
+        None,
+        {"choice": ["(", "[", "{"], "random": [0.9, 0.1, 0.9]},
+        "depth : ( [ ] { =",
+        "tally 1 2 1 2 answer 2",
+    ),
+    (
+        "compass",
+        4,
+        None,
+        {"randrange": [0], "choices": [["left", "right", "around", "left"]]},
+        "compass north : left right around left =",
+        "trace west north south east answer east",
+    ),
+    (
+        "elevator",
+        5,
+        4,
+        {"randrange": [2], "choices": [["up", "up", "down", "down", "down"]]},
+        "elevator 2 of 4 : up up down down down =",
+        "trace 3 3 2 1 0 answer 0",
+    ),
+    ("runs", 5, None, {"choices": [list("aabca")]}, "runs : a a b c a =", "tally 1 1 2 3 4 answer 4"),
+    (
+        "hop",
+        3,
+        None,
+        {"sample": [list("badce")], "choice": ["d", "c", "b", "e", "a", "c"]},
+        "hop 3 from c : b > d a > c d > b c > e e > a =",
+        "trace e a c answer c",
+    ),
+    ("median", 5, None, {"randrange": [3, 9, 1, 7, 2]}, "median : 3 9 1 7 2 =", "list 1 2 3 7 9 answer 3"),
+    ("median", 4, None, {"randrange": [8, 0, 5, 6]}, "median : 8 0 5 6 =", "list 0 5 6 8 answer 5"),
+    ("reverse", 4, None, {"sample": [list("acld")]}, "reverse : a c l d =", "list d l c a answer d l c a"),
+]
+
+
+@pytest.mark.parametrize(("family", "length", "modulus", "draws", "prompt", "steps"), HAND_WORKED)
+def test_hand_worked_problem(family, length, modulus, draws, prompt, steps):
+    problem = FAMILIES[family](scripted(**draws), length, modulus)
+    assert (problem.family, problem.prompt, problem.steps) == (family, prompt, steps)
+    assert problem.answer == steps.split(" answer ")[1]
+
+
+def test_every_family_has_a_hand_worked_problem_and_a_default():
+    assert {row[0] for row in HAND_WORKED} == set(FAMILIES) == set(DEFAULTS)
+    assert len(FAMILIES) >= 12
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_steps_end_with_the_answer_and_every_text_is_short_and_in_the_vocabulary(family):
+    rng = random.Random(0)
+    modulus = None if DEFAULTS[family].modulus is None else 10
+    for level in (DEFAULTS[family], Difficulty(MIN_LENGTH, MAX_LENGTH, modulus)):
+        for _ in range(200):
+            problem = draw(family, rng, level)
+            assert problem.steps.split()[0] == STYLES[family]
+            assert problem.steps.rpartition(" answer ")[2] == problem.answer
+            assert problem.prompt.split()[0] == family
+            assert max(len(problem.prompt.split()), len(problem.steps.split()) + 1) <= 32
+            assert set(f"{problem.prompt} {problem.steps}".split()) <= set(VOCABULARY)
+
+
+def test_the_vocabulary_is_small_and_has_no_word_twice():
+    assert len(VOCABULARY) == len(set(VOCABULARY)) < 128 - 3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_guess_is_right_only_by_chance(family):
+    rng, level = random.Random(1), DEFAULTS[family]
+    problems = [draw(family, rng, level) for _ in range(1_000)]
+    right = sum(guess(problem, rng, level) == problem.answer for problem in problems)
+    most = {"parity": 600}.get(family, 350)
+    assert right <= most
+
+
+def test_a_guess_at_several_words_reorders_them():
+    problem = draw("reverse", random.Random(2), Difficulty(8, 8))
+    guessed = guess(problem, random.Random(3), Difficulty(8, 8))
+    assert guessed != problem.answer
+    assert sorted(guessed.split()) == sorted(problem.answer.split())
+
+
+def test_difficulty_replaces_only_what_is_given():
+    assert difficulty("sum") == DEFAULTS["sum"]
+    assert difficulty("sum", max_length=11, modulus=3) == Difficulty(DEFAULTS["sum"].min_length, 11, 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"family": "sums"}, "unknown family 'sums'; known: sum, alternate"),
+        ({"family": "sum", "min_length": 1}, "min_length is 1; allowed: 2 to 12"),
+        ({"family": "sum", "max_length": 13}, "max_length is 13; allowed: 2 to 12"),
+        ({"family": "sum", "min_length": 6, "max_length": 5}, r"min_length \(6\) is above max_length \(5\)"),
+        ({"family": "sum", "modulus": 2}, "modulus is 2; allowed: 3 to 10"),
+        ({"family": "sum", "modulus": 11}, "modulus is 11; allowed: 3 to 10"),
+        ({"family": "parity", "modulus": 3}, "family 'parity' has no modulus; families with one: sum,"),
+    ],
+)
+def test_a_bad_difficulty_says_what_is_allowed(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        difficulty(**arguments)

@@ -1,0 +1,127 @@
+import importlib.util
+import json
+import random
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from cropi.builtin import FAMILIES, POLICY_DIR
+from cropi.builtin.families import DEFAULTS, VOCABULARY, draw
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "pretrain_builtin.py"
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("pretrain_builtin", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(POLICY_DIR)
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return AutoModelForCausalLM.from_pretrained(POLICY_DIR)
+
+
+@pytest.fixture(scope="module")
+def stored():
+    return json.loads((POLICY_DIR / "pass_rates.json").read_text())
+
+
+def test_the_folder_is_small_and_complete():
+    names = {path.name for path in POLICY_DIR.iterdir()}
+    assert names == {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "pass_rates.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    assert sum(path.stat().st_size for path in POLICY_DIR.iterdir()) <= 5_000_000
+
+
+def test_loading_warns_of_nothing(caplog):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        AutoTokenizer.from_pretrained(POLICY_DIR)
+        _, info = AutoModelForCausalLM.from_pretrained(POLICY_DIR, output_loading_info=True)
+    assert not any(info.values())
+    assert not caplog.records
+
+
+def test_the_policy_is_a_small_fp32_llama(policy, tokenizer):
+    assert policy.config.model_type == "llama"
+    assert {parameter.dtype for parameter in policy.parameters()} == {torch.float32}
+    assert 800_000 <= policy.num_parameters() <= 1_100_000
+    assert policy.config.vocab_size == len(tokenizer) == len(VOCABULARY) + 3
+    assert policy.config.eos_token_id == policy.generation_config.eos_token_id == tokenizer.eos_token_id
+    assert policy.config.pad_token_id == tokenizer.pad_token_id
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_texts_encode_to_bare_ids_and_decode_to_themselves(family, tokenizer):
+    rng = random.Random(0)
+    for _ in range(50):
+        problem = draw(family, rng, DEFAULTS[family])
+        for text in (problem.prompt, problem.steps, f"answer {problem.answer}"):
+            ids = tokenizer(text)["input_ids"]
+            assert len(ids) == len(text.split())
+            assert tokenizer.unk_token_id not in ids
+            assert tokenizer.decode(ids) == text
+
+
+def test_padding_and_unknown_words(tokenizer):
+    batch = tokenizer(["sum mod 7 : 3 =", "unheard of"], padding=True)
+    assert batch["attention_mask"] == [[1] * 6, [0, 0, 0, 0, 1, 1]]
+    assert batch["input_ids"][1] == [tokenizer.pad_token_id] * 4 + [tokenizer.unk_token_id, *tokenizer("of").input_ids]
+    assert tokenizer.decode(batch["input_ids"][1], skip_special_tokens=True) == "of"
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "passed"),
+    [
+        ("steps 3 1 answer 1", "1", True),
+        ("answer 1", "1", True),
+        ("answer 2 answer 1", "1", True),
+        ("answer 1 answer 2", "1", False),
+        ("steps 3 1", "1", False),
+        ("answer 1 1", "1", False),
+        ("answer d l c a", "d l c a", True),
+        ("answer", "", True),
+    ],
+)
+def test_the_verdict_is_the_text_after_the_last_answer(script, text, answer, passed):
+    assert script.passes(text, answer) is passed
+
+
+def test_the_stored_pass_rates_leave_room_and_carry_signal(stored, script):
+    families = stored["families"]
+    assert set(families) == set(script.STEP_SHARE) == set(FAMILIES)
+    assert stored["K"] == 8
+    assert stored["prompts"] >= 64
+    rates = [row["pass_rate"] for row in families.values()]
+    assert min(rates) < 0.3
+    assert 0.6 < max(rates) < 0.9
+    assert sum(row["mixed_groups"] for row in families.values()) / len(families) >= 0.4
+    assert sum(row["pass_rate_stepwise"] >= 0.9 for row in families.values()) > len(families) / 2
+    for family, row in families.items():
+        assert abs(row["step_share"] - script.STEP_SHARE[family]) < 0.12
+
+
+@pytest.mark.parametrize("family", ["sum", "product", "reverse"])
+def test_the_packaged_policy_passes_as_often_as_stored(family, stored, script, policy, tokenizer):
+    torch.manual_seed(0)
+    measured = script.measure(policy, tokenizer, family, prompts=64, K=8)
+    # four standard errors of a share near a half over 64 prompts, were all of a prompt's samples alike
+    assert abs(measured["pass_rate"] - stored["families"][family]["pass_rate"]) < 0.12
+    assert abs(measured["step_share"] - stored["families"][family]["step_share"]) < 0.12

@@ -1,0 +1,59 @@
+from pathlib import Path
+
+import pytest
+
+from cropi.config import EvaluateConfig
+from cropi.evaluation.evaluate import TestPrompt, accuracy, evaluate, forget_after, read_evaluations
+
+PROMPTS = [
+    TestPrompt("easy", "a", "s", "1", [1]),
+    TestPrompt("easy", "b", "s", "2", [2]),
+    TestPrompt("hard", "c", "s", "3", [3]),
+    TestPrompt("hard", "d", "s", "unreadable", [4]),
+]
+
+
+def generate(prompts: list[list[int]], temperature: float | None, seed: int) -> list[str]:
+    """Greedy repeats the prompt's number; sampling alternates between it and 9."""
+    if temperature is None:
+        return [str(ids[0]) if ids[0] != 2 else "9" for ids in prompts]
+    return [str(ids[0]) if n % 2 else "9" for n, ids in enumerate(prompts)]
+
+
+def verify(completion: str, gold: str) -> str:
+    if gold == "unreadable":
+        return "unparseable_gold"
+    return "correct" if completion == gold else "wrong"
+
+
+def test_per_prompt_results_and_accuracy_by_hand(tmp_path: Path) -> None:
+    config = EvaluateConfig(samples=4, bootstrap=200)
+    table = evaluate(PROMPTS, generate, verify, config, step=7, seed=0, folder=tmp_path)
+    assert [(r["prompt_id"], r["greedy"], r["sampled"], r["samples"]) for r in table.to_pylist()] == [
+        ("a", 1.0, 0.5, 4),
+        ("b", 0.0, 0.5, 4),
+        ("c", 1.0, 0.5, 4),
+    ]
+    result = accuracy(table, config, seed=0)
+    assert result["easy"]["greedy"].mean == 0.5
+    assert result["easy"]["greedy"].low == 0.0
+    assert result["easy"]["greedy"].high == 1.0
+    assert result["hard"]["sampled"].mean == 0.5
+
+
+def test_files_are_found_by_step_and_forgotten_after_a_resume(tmp_path: Path) -> None:
+    config = EvaluateConfig()
+    for step in (10, 2, 30):
+        evaluate(PROMPTS, generate, verify, config, step=step, seed=0, folder=tmp_path)
+    assert list(read_evaluations(tmp_path)) == [2, 10, 30]
+    assert read_evaluations(tmp_path)[2].column("sampled").to_pylist() == [None] * 3
+    forget_after(tmp_path, 10)
+    assert list(read_evaluations(tmp_path)) == [2, 10]
+
+
+def test_an_empty_test_set_cannot_pass_silently(tmp_path: Path) -> None:
+    table = evaluate(PROMPTS[3:], generate, verify, EvaluateConfig(), step=0, seed=0, folder=tmp_path)
+    assert table.num_rows == 0
+    assert accuracy(table, EvaluateConfig(), seed=0) == {}
+    with pytest.raises(KeyError):
+        accuracy(table, EvaluateConfig(), seed=0)["hard"]

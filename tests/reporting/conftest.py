@@ -1,0 +1,247 @@
+"""A small finished run, fabricated by hand through the public writers."""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cropi.artifacts import (
+    EVALUATION,
+    NO_SIGNAL,
+    OK,
+    PROMPTS,
+    SELECTION,
+    TRAJECTORIES,
+    TRUNCATED,
+    append_jsonl,
+    finish,
+    scores_schema,
+    write_table,
+)
+from cropi.config import Config, validate_config
+from cropi.workspace import Workspace
+
+BUILTIN = {"type": "builtin", "families": ["sum"], "count": 4}
+SOURCES = ("sum", "swaps", "sort")
+VALIDATION = ("alpha", "beta")
+
+# Right and wrong answers by test set: `near` and `far` are targeted. Means of means: (near + far) / 2.
+# The base policy starts at 0.125; the others end at 1, 0.625 and 0.25.
+BASE = {"near": "1000", "far": "00", "other": "10"}
+WINNING = {2: ("1100", "10", "10"), 4: ("1110", "10", "10"), 6: ("1111", "10", "10"), 8: ("1111", "11", "10")}
+SLOW = {2: ("1000", "00", "10"), 4: ("1100", "00", "10"), 6: ("1100", "10", "00"), 8: ("1110", "10", "00")}
+POOR = {2: ("1000", "00", "10"), 4: ("1000", "00", "10"), 6: ("1000", "00", "10"), 8: ("1100", "00", "10")}
+
+
+@dataclass
+class Fabrication:
+    """Everything that can be varied about the fabricated run."""
+
+    strategies: tuple[str, ...] = ("influence", "full", "random")  # the first is the main arm's
+    evaluations: Mapping[str, Mapping[int, tuple[str, str, str]]] = field(
+        default_factory=lambda: {"influence": WINNING, "full": SLOW, "random": POOR}
+    )
+    base: Mapping[str, str] | None = field(default_factory=lambda: dict(BASE))
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    prompts: int = 12
+    stages_scored: int = 2
+    stages_selected: int = 2
+    collected: bool = True
+    trained: bool = True
+    source_names: tuple[str, ...] = SOURCES
+    prompt_text: str = "what is 1 + 1 ?"
+    completion_text: str = "the answer is 2"
+
+
+def make_config(folder: Path, made: Fabrication) -> Config:
+    values: dict[str, Any] = {
+        "name": "small",
+        "run_dir": str(folder),
+        "seed": 3,
+        "policy": {"path": "builtin"},
+        "prompts": {
+            "train": [BUILTIN],
+            "validation": {name: [BUILTIN] for name in VALIDATION},
+            "test": {
+                "near": {"sources": [BUILTIN]},
+                "far": {"sources": [BUILTIN]},
+                "other": {"targeted": False, "sources": [BUILTIN]},
+            },
+        },
+        "verifier": {"type": "exact"},
+        "collect": {"num_generations": 4, "max_completion_length": 8},
+        "select": {"strategy": {"type": made.strategies[0]}, "fraction": 0.25},
+        "baselines": [{"type": name} for name in made.strategies[1:]],
+        "train": {"stages": 2, "steps_per_stage": 4},
+        "evaluate": {"every": 2, "bootstrap": 200},
+    }
+    return validate_config(values | made.settings, "test")
+
+
+def write_evaluation(folder: Path, step: int, answers: Mapping[str, str], completion: str = "2") -> None:
+    rows = [
+        {
+            "set": name,
+            "prompt_id": f"{name}-{number}",
+            "source": "sum",
+            "step": step,
+            "greedy": float(right),
+            "sampled": None,
+            "samples": 0,
+            "completion": completion,
+            "verdict": "correct" if right == "1" else "wrong",
+        }
+        for name, marks in answers.items()
+        for number, right in enumerate(marks)
+    ]
+    write_table(folder / f"step-{step:06}.parquet", rows, EVALUATION)
+
+
+def train_rows(made: Fabrication) -> list[dict[str, Any]]:
+    return [
+        {
+            "prompt_id": f"p{number:03}",
+            "set": "train",
+            "source": made.source_names[number % len(made.source_names)],
+            "messages": json.dumps(made.prompt_text),
+            "answer": "2",
+        }
+        for number in range(made.prompts)
+    ]
+
+
+def write_prompts(space: Workspace, made: Fabrication) -> None:
+    rows = train_rows(made)
+    rows += [{**rows[0], "prompt_id": f"v-{name}", "set": f"validation/{name}"} for name in VALIDATION]
+    write_table(space.prompts / "prompts.parquet", rows, PROMPTS)
+    finish(space.prompts, "prompts", inputs={}, counts={"train": made.prompts})
+
+
+def write_trajectories(space: Workspace, made: Fabrication) -> None:
+    """Four per prompt. Every third prompt is solved always: no signal. One completion of p000 is truncated."""
+    rows = []
+    for number, prompt in enumerate(train_rows(made)):
+        for sample in range(4):
+            right = number % 3 == 2 or sample < 2
+            rows.append(
+                {
+                    "prompt_id": prompt["prompt_id"],
+                    "set": "train",
+                    "sample": sample,
+                    "prompt_ids": [1, 2],
+                    "completion_ids": [3, 4, 5],
+                    "behaviour_logprobs": [-0.5] * 3,
+                    "completion": made.completion_text,
+                    "reward": float(right),
+                    "verdict": "correct" if right else "wrong",
+                    "status": TRUNCATED if (number, sample) == (0, 3) else OK,
+                }
+            )
+    write_table(space.trajectories / "part-train-00000.parquet", rows, TRAJECTORIES)
+    counts = {"ok": len(rows) - 1, "prompt_too_long": 1, "truncated": 1}
+    finish(space.trajectories, "trajectories", inputs={}, counts=counts)
+    append_jsonl(space.folder / "ledger.jsonl", charge("", "collect", None, 10.0, tokens=144))
+
+
+def charge(arm: str, phase: str, stage: int | None, seconds: float, **more: int) -> dict[str, Any]:
+    return {"arm": arm, "phase": phase, "stage": stage, **more, "seconds": seconds}
+
+
+def influence_of(number: int, stage: int, name: str) -> float:
+    return math.sin(1.0 + number * 1.7 + stage + len(name)) * 10**-stage
+
+
+def write_scores(space: Workspace, made: Fabrication, stage: int) -> None:
+    rows = [
+        {
+            "prompt_id": prompt["prompt_id"],
+            "source": prompt["source"],
+            "status": NO_SIGNAL if number % 3 == 2 else OK,
+            "pass_rate": 1.0 if number % 3 == 2 else 0.5,
+            "completion_tokens": 12,
+            "feature_norm": 1.0,
+            "ratio_ess": 1.0,
+        }
+        | {f"influence/{name}": 0.0 if number % 3 == 2 else influence_of(number, stage, name) for name in VALIDATION}
+        for number, prompt in enumerate(train_rows(made))
+    ]
+    folder = space.arm("influence").scores(stage)
+    write_table(folder / "scores.parquet", rows, scores_schema(VALIDATION))
+    finish(folder, "scores", inputs={}, counts={})
+    append_jsonl(space.folder / "ledger.jsonl", charge("influence", "score", stage, 3.0, tokens=100))
+
+
+def write_selection(space: Workspace, made: Fabrication, arm: str, stage: int) -> None:
+    """A quarter of the pool (all of it for `full`), taken in the pool's order from a place that moves on by stage."""
+    prompts = train_rows(made)
+    size = len(prompts) if arm == "full" else len(prompts) // 4
+    first = stage * (size // 3) if arm == "influence" else 0
+    order = [*prompts[first:], *prompts[:first]]
+    rows = [
+        {
+            "prompt_id": prompt["prompt_id"],
+            "source": prompt["source"],
+            "selected": place < size,
+            "rank": place + 1,
+            "score": 1 / (place + 1),
+            "scores": [(name, influence_of(place, stage, name)) for name in VALIDATION] if arm == "influence" else [],
+            "pass_rate": 0.5,
+            "status": OK,
+            "reason": f"{arm}: #{place + 1}" if place < size else None,
+        }
+        for place, prompt in enumerate(order)
+    ]
+    folder = space.arm(arm).selection(stage)
+    write_table(folder / "selection.parquet", rows, SELECTION)
+    finish(folder, "selection", inputs={}, counts={"selected": size, "left_out": len(rows) - size})
+    append_jsonl(space.folder / "ledger.jsonl", charge(arm, "select", stage, 0.5))
+
+
+def write_training(space: Workspace, made: Fabrication, arm: str) -> None:
+    """Eight steps of 2 s and 30 tokens; evaluations of 1.5 s each."""
+    folder = space.arm(arm).folder
+    for step in range(1, 9):
+        append_jsonl(folder / "steps.jsonl", {"step": step, "seconds": 2.0})
+        row = {"step": step - 1, "prompt_ids": ["p000"], "rewards": [1.0], "verdicts": {"correct": 1}, "tokens": 30}
+        append_jsonl(folder / "rewards.jsonl", row)
+    for step, marks in made.evaluations.get(arm, {}).items():
+        write_evaluation(space.arm(arm).evaluation, step, dict(zip(("near", "far", "other"), marks, strict=True)))
+        append_jsonl(space.folder / "ledger.jsonl", charge(arm, "evaluate", step // 4, 1.5))
+
+
+def fabricate_in(folder: Path, made: Fabrication) -> Workspace:
+    space = Workspace(make_config(folder, made))
+    if made.collected:
+        write_prompts(space, made)
+        write_trajectories(space, made)
+    if made.base is not None:
+        write_evaluation(space.evaluation, 0, made.base)
+        append_jsonl(space.folder / "ledger.jsonl", charge("", "evaluate", 0, 4.0))
+    if "influence" in made.strategies:
+        for stage in range(made.stages_scored):
+            write_scores(space, made, stage)
+    for arm in made.strategies:
+        for stage in range(made.stages_selected):
+            write_selection(space, made, arm, stage)
+        if made.trained:
+            write_training(space, made, arm)
+    return space
+
+
+Fabricate = Callable[..., Workspace]
+
+
+@pytest.fixture
+def fabricate(tmp_path: Path) -> Fabricate:
+    """Makes the run, with `Fabrication`'s fields as keywords."""
+    return lambda **changes: fabricate_in(tmp_path, Fabrication(**changes))
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """The run as it stands by default, for tests that only read it."""
+    return fabricate_in(tmp_path_factory.mktemp("finished"), Fabrication())

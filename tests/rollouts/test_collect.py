@@ -1,0 +1,124 @@
+"""Generation and collection with a real model."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from cropi.artifacts import TRAJECTORIES, read_table
+from cropi.config import Config, PolicyConfig, load_config
+from cropi.errors import ArtifactError
+from cropi.policy import Policy, completion_logprobs, load_policy
+from cropi.prompts import load_prompts
+from cropi.rollouts import generation
+from cropi.rollouts.collect import behaviour_logprobs, collect, read_trajectories
+from cropi.rollouts.generation import Sampling, TransformersGenerator
+from tests.runs import SMALL
+
+PROMPTS = ["sum mod 7 : 3 5 6 =", "parity : 1 0 1 1 0 1 =", "sum mod 7 : 1 1 ="]
+SAMPLING = Sampling(max_completion_length=12, temperature=1.0)
+
+
+@pytest.fixture(scope="module")
+def policy() -> Policy:
+    return load_policy(PolicyConfig(path="builtin", cpu_threads=1))
+
+
+def ids(policy: Policy) -> list[list[int]]:
+    return policy.tokenizer(PROMPTS)["input_ids"]
+
+
+def test_same_seed_same_completions_and_the_callers_state_is_kept(policy: Policy) -> None:
+    state = torch.random.get_rng_state()
+    generate = TransformersGenerator(policy, 8)
+    first, second = (generate(ids(policy) * 4, SAMPLING, seed=5) for _ in range(2))
+    assert first == second
+    assert generate(ids(policy) * 4, SAMPLING, seed=6) != first
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_completions_end_at_their_first_eos(policy: Policy) -> None:
+    eos = policy.eos_ids[0]
+    for completion in TransformersGenerator(policy, 64)(ids(policy) * 20, SAMPLING, seed=0):
+        assert 1 <= len(completion) <= 12
+        assert eos not in completion[:-1]
+        assert completion[-1] == eos or len(completion) == 12
+
+
+def test_greedy_does_not_depend_on_the_batch(policy: Policy) -> None:
+    greedy = Sampling(max_completion_length=12, temperature=None)
+    together = TransformersGenerator(policy, 8)(ids(policy), greedy, seed=0)
+    alone = [TransformersGenerator(policy, 1)([one], greedy, seed=0)[0] for one in ids(policy)]
+    assert together == alone
+
+
+def test_out_of_memory_halves_the_batch(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+    real = generation.TransformersGenerator._generate
+
+    def tight(self: TransformersGenerator, prompts: list[list[int]], sampling: Sampling) -> list[list[int]]:
+        sizes.append(len(prompts))
+        if len(prompts) > 3:
+            raise torch.OutOfMemoryError("out of memory")
+        return real(self, prompts, sampling)
+
+    monkeypatch.setattr(generation.TransformersGenerator, "_generate", tight)
+    completions = TransformersGenerator(policy, 8)(ids(policy) * 4, SAMPLING, seed=0)
+    assert all(completions)
+    assert sizes[:3] == [8, 4, 2]
+    monkeypatch.setattr(generation.TransformersGenerator, "_generate", lambda *_: (_ for _ in ()).throw(RuntimeError("x")))
+    with pytest.raises(RuntimeError, match="x"):
+        TransformersGenerator(policy, 8)(ids(policy), SAMPLING, seed=0)
+
+
+def test_log_probs_are_those_of_a_loop_without_padding(policy: Policy) -> None:
+    completions = [[5, 6, 7, 1], [8, 1], [9, 10, 11]]
+    batched, mask_KT = completion_logprobs(policy.model, ids(policy), completions, temperature=0.7)
+    assert mask_KT.sum(dim=1).tolist() == [4, 2, 3]
+    for row, (prompt, completion) in enumerate(zip(ids(policy), completions, strict=True)):
+        logits = policy.model(input_ids=torch.tensor([prompt + completion])).logits[0].double() / 0.7
+        for t, token in enumerate(completion):
+            expected = torch.log_softmax(logits[len(prompt) + t - 1], dim=-1)[token]
+            assert float(batched[row, t]) == pytest.approx(float(expected), abs=2e-5)
+    assert float(batched[~mask_KT].abs().sum()) == 0
+    stored = behaviour_logprobs(policy, ids(policy), completions, 0.7, batch_tokens=1)
+    assert [len(row) for row in stored] == [4, 2, 3]
+    assert stored[0] == pytest.approx(batched[0, :4].tolist(), abs=2e-5)
+
+
+def small() -> Config:
+    return load_config("quickstart", SMALL)
+
+
+def test_collection_stores_what_it_says_and_resumes_at_any_shard(policy: Policy, tmp_path: Path) -> None:
+    prompts = load_prompts(small())
+    counts, details = collect(small(), policy, prompts, tmp_path)
+    table = read_trajectories(tmp_path)
+    rows = table["train"].to_pylist()
+    assert sorted(table) == ["train", "validation/sum"]
+    assert len(rows) == 48 * 8
+    assert sum(counts.values()) == 48 * 8 + 6 * 8
+    answers = {row["prompt_id"]: row for row in prompts}
+    for row in rows:
+        assert len(row["behaviour_logprobs"]) == len(row["completion_ids"])
+        assert max(row["behaviour_logprobs"]) <= 0
+        assert row["reward"] == float(row["completion"].rpartition("answer")[2].split() == answers[row["prompt_id"]]["answer"].split())
+        assert policy.tokenizer.decode(row["prompt_ids"]) == json.loads(answers[row["prompt_id"]]["messages"])
+    assert details["generated_tokens"] == sum(len(r["completion_ids"]) for t in table.values() for r in t.to_pylist())
+
+    parts = sorted(tmp_path.glob("part-*.parquet"))
+    before = {part.name: part.read_bytes() for part in parts}
+    parts[1].unlink()
+    collect(small(), policy, prompts, tmp_path)
+    assert {part.name: part.read_bytes() for part in sorted(tmp_path.glob("part-*.parquet"))} == before
+
+
+def test_a_shard_of_other_prompts_is_refused(policy: Policy, tmp_path: Path) -> None:
+    prompts = load_prompts(small())
+    collect(small(), policy, prompts, tmp_path)
+    part = sorted(tmp_path.glob("part-train-*.parquet"))[0]
+    (tmp_path / sorted(tmp_path.glob("part-train-*.parquet"))[1].name).write_bytes(part.read_bytes())
+    with pytest.raises(ArtifactError, match="other prompts"):
+        collect(small(), policy, prompts, tmp_path)
+    assert read_table(part, TRAJECTORIES).num_rows == 16 * 8

@@ -1,0 +1,194 @@
+"""The stage loop against real TRL: which prompts, how many steps, and a resume that changes no bit."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from cropi.builtin import POLICY_DIR
+from cropi.config import Config, PolicyConfig, load_config
+from cropi.errors import ConfigError
+from cropi.policy import Policy, encode_prompts, load_policy
+from cropi.training.reward import RecordedReward, training_pass_rates
+from cropi.training.settings import grpo_config
+from cropi.training.train import TrainTask, newest_checkpoint, train
+
+STAGES, STEPS = 2, 4
+SELECTIONS = [["p0", "p1", "p2"], ["p7", "p8"]]
+ROWS = [{"prompt_id": f"p{n}", "prompt": f"sum mod 7 : {n % 7} 3 5 =", "answer": "1"} for n in range(10)]
+
+
+def config(*overrides: str) -> Config:
+    settings = [
+        f"train.stages={STAGES}",
+        f"train.steps_per_stage={STEPS}",
+        "collect.max_completion_length=6",
+        "collect.num_generations=4",
+        "trainer={num_generations: 4, per_device_train_batch_size: 8, learning_rate: 1e-3, save_strategy: steps, save_steps: 3}",
+    ]
+    return load_config("quickstart", [*settings, *overrides])
+
+
+class Recorder:
+    """Stands for the pipeline: hands out selections and notes what the trainer asks."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[int, bool]] = []
+        self.evaluated: list[int] = []
+
+    def select(self, stage: int, model: nn.Module, in_progress: bool) -> Sequence[str]:
+        self.asked.append((stage, in_progress))
+        return SELECTIONS[stage]
+
+    def evaluate(self, step: int, model: nn.Module) -> None:
+        self.evaluated.append(step)
+
+
+def policy() -> Policy:
+    return load_policy(PolicyConfig(path="builtin", cpu_threads=1))
+
+
+def verdict(completion: str, gold: str) -> str:
+    """A rule that splits nearly every group: an even or odd number of words."""
+    return "correct" if len(completion.split()) % 2 else "wrong"
+
+
+def run(folder: Path, *overrides: str) -> tuple[Recorder, dict[str, torch.Tensor]]:
+    recorder, settings = Recorder(), config(*overrides)
+    task = TrainTask(
+        label="test",
+        rows=ROWS,
+        settings=grpo_config(settings, folder / "checkpoints", torch.device("cpu")),
+        stages=STAGES,
+        steps_per_stage=STEPS,
+        evaluate_every=2,
+        reward=RecordedReward(verdict, folder / "rewards.jsonl"),
+        select_stage=recorder.select,
+        evaluate=recorder.evaluate,
+        folder=folder,
+    )
+    last = train(task, policy())
+    return recorder, load_file(last / "model.safetensors")
+
+
+def seen(folder: Path) -> list[tuple[int, set[str]]]:
+    rows = [json.loads(line) for line in (folder / "rewards.jsonl").read_text().splitlines()]
+    return [(row["step"], set(row["prompt_ids"])) for row in rows]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Recorder, dict[str, torch.Tensor]]:
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("whole")
+    return (folder, *run(folder))
+
+
+def test_each_stage_trains_its_selection_for_exactly_its_steps(
+    whole: tuple[Path, Recorder, dict[str, torch.Tensor]],
+) -> None:
+    folder, recorder, _ = whole
+    assert recorder.asked == [(0, False), (1, False)]
+    assert recorder.evaluated == [2, 4, 6, 8]
+    steps = seen(folder)
+    assert [step for step, _ in steps] == list(range(8))
+    for step, prompts in steps:
+        assert prompts <= set(SELECTIONS[step // STEPS]), f"step {step} saw another stage's prompts"
+    assert set().union(*(p for s, p in steps if s < STEPS)) == set(SELECTIONS[0])
+    assert newest_checkpoint(folder / "checkpoints")[1] == 8
+
+
+@pytest.mark.parametrize("step", [3, 6])
+def test_resume_from_inside_a_stage_changes_no_bit(
+    whole: tuple[Path, Recorder, dict[str, torch.Tensor]], step: int, tmp_path: Path
+) -> None:
+    folder, _, weights = whole
+    shutil.copytree(folder, tmp_path / "run")
+    for path in (tmp_path / "run" / "checkpoints").glob("checkpoint-*"):
+        if int(path.name.split("-")[1]) > step:
+            shutil.rmtree(path)
+    if not (tmp_path / "run" / "checkpoints" / f"checkpoint-{step}").is_dir():
+        pytest.skip("save_total_limit removed this checkpoint")
+    recorder, resumed = run(tmp_path / "run")
+    assert recorder.asked == [(s, True) for s in range(step // STEPS + 1)] + [
+        (s, False) for s in range(step // STEPS + 1, STAGES)
+    ]
+    assert seen(tmp_path / "run") == seen(folder)
+    assert weights.keys() == resumed.keys()
+    for name, weight in weights.items():
+        assert torch.equal(weight, resumed[name]), name
+
+
+def test_an_unfinished_checkpoint_is_not_resumed_from(tmp_path: Path) -> None:
+    for step, complete in ((4, True), (8, False)):
+        path = tmp_path / f"checkpoint-{step}"
+        path.mkdir()
+        if complete:
+            (path / "stage.json").write_text(json.dumps({"step": step, "stage": 1}))
+    assert newest_checkpoint(tmp_path) == (tmp_path / "checkpoint-4", 4)
+    assert not (tmp_path / "checkpoint-8").exists()
+
+
+def test_gradient_accumulation_and_iterations_keep_the_stage_length(tmp_path: Path) -> None:
+    _, weights = run(
+        tmp_path,
+        "trainer={num_generations: 4, per_device_train_batch_size: 8, gradient_accumulation_steps: 2, num_iterations: 2}",
+    )
+    steps = seen(tmp_path)
+    assert newest_checkpoint(tmp_path / "checkpoints")[1] == 8
+    # one generation batch of 2 x 8 completions serves two optimiser steps
+    assert [step for step, _ in steps] == [0, 2, 4, 6]
+    assert all(prompts <= set(SELECTIONS[step // STEPS]) for step, prompts in steps)
+    assert weights
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("trainer.learning_rat=1", "did you mean 'learning_rate'"),
+        ("trainer.max_steps=3", "train.stages and train.steps_per_stage"),
+        ("trainer.loss_type=nosuch", "no per-prompt normaliser"),
+        ("trainer.num_iterations=3", "no multiple of the 3"),
+        ("trainer.num_generations=5", "trainer"),
+        ("trainer.learning_rate=fast", "trainer"),
+    ],
+)
+def test_trainer_settings_that_cannot_work_are_refused(override: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        grpo_config(config(override), tmp_path, torch.device("cpu"))
+
+
+def test_prompts_are_tokenised_as_trl_does(tmp_path: Path) -> None:
+    from cropi.training.train import StageTrainer
+
+    base = policy()
+    trainer = StageTrainer(
+        model=base.model,
+        reward_funcs=lambda completions, **_: [0.0] * len(completions),
+        args=grpo_config(config(), tmp_path, torch.device("cpu")),
+        train_dataset=__import__("datasets").Dataset.from_list(ROWS),
+        processing_class=base.tokenizer,
+        steps_per_stage=STEPS,
+    )
+    texts = [row["prompt"] for row in ROWS]
+    assert encode_prompts(base.tokenizer, texts) == trainer._tokenize_prompts(texts)[0]
+    assert set(base.eos_ids) == set(trainer.eos_token_ids)
+
+
+def test_pass_rates_come_from_the_newest_training_rewards(tmp_path: Path) -> None:
+    reward = RecordedReward(lambda completion, gold: "correct" if completion == gold else "wrong", tmp_path / "r.jsonl")
+    for step, completions in ((0, ["1", "2"]), (1, ["1", "1"]), (2, ["2", "2"])):
+        state = type("State", (), {"global_step": step})()
+        reward(completions, ["1", "1"], ["p", "p"], [[1], [1]], trainer_state=state)
+    assert training_pass_rates(tmp_path / "r.jsonl", 2) == {"p": 1.0}
+    assert training_pass_rates(tmp_path / "r.jsonl", 3) == {"p": 0.0}
+    reward.forget_from(1)
+    assert training_pass_rates(tmp_path / "r.jsonl", 3) == {"p": 0.5}
+
+
+def test_the_builtin_policy_is_there() -> None:
+    assert (POLICY_DIR / "model.safetensors").is_file()
