@@ -199,9 +199,9 @@ def check(config: ConfigArgument, overrides: Overrides = None, as_json: AsJson =
 def doctor(as_json: AsJson = False) -> None:
     """Versions, devices, memory and disk, to paste into a bug report."""
     _quiet_libraries()
-    from cropi.inspection import environment
+    from cropi.inspection import hardware
 
-    facts = environment()
+    facts = hardware()
     _print(facts, as_json, "\n".join(f"{name:<16} {value}" for name, value in facts.items()))
 
 

@@ -383,7 +383,6 @@ OWNED_TRAINER_KEYS: dict[str, str] = {
     "data_seed": "seed",
     "max_completion_length": "collect.max_completion_length",
     "shuffle_dataset": "nothing: a stage is always shuffled by seed",
-    "save_strategy": "nothing: a checkpoint is written at the end of every stage",
     "eval_strategy": "evaluate.every",
     "resume_from_checkpoint": "nothing: the same command resumes",
     "remove_unused_columns": "nothing",

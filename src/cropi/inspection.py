@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
-import platform
 import shutil
 import time
 from collections import Counter
@@ -15,7 +13,6 @@ from typing import Any
 
 import torch
 
-from cropi import __version__
 from cropi.config import Config, InfluenceStrategy
 from cropi.console import duration
 from cropi.gradients.groups import Group
@@ -23,10 +20,11 @@ from cropi.gradients.reference import prompt_gradient, trainable_parameters
 from cropi.gradients.scoring import surrogate_settings
 from cropi.policy import Policy, load_policy
 from cropi.prompts import load_prompts
-from cropi.rewards.verifiers import CORRECT, UNPARSEABLE_GOLD, verifier
+from cropi.rewards.verifiers import verifier
 from cropi.rollouts.collect import Shard, behaviour_logprobs, plan
 from cropi.rollouts.generation import Sampling, TransformersGenerator
 from cropi.training.settings import grpo_config
+from cropi.workspace import environment
 
 SAMPLE_PROMPTS = 8
 
@@ -150,19 +148,11 @@ def _existing(path: Path) -> Path:
     return path
 
 
-def gold_is_sound(result: CheckResult) -> bool:
-    """Whether every recorded answer is judged right against itself."""
-    return set(result.gold_against_itself) <= {CORRECT, UNPARSEABLE_GOLD}
-
-
-def environment() -> dict[str, str]:
+def hardware() -> dict[str, str]:
     """Versions and hardware, nothing that identifies a person."""
-    packages = ("torch", "transformers", "trl", "accelerate", "datasets", "pyarrow", "numpy", "pydantic")
-    facts = {"cropi": __version__, "python": platform.python_version(), "platform": platform.platform()}
-    facts |= {name: importlib.metadata.version(name) for name in packages}
-    facts["cpus"] = str(os.cpu_count())
-    facts["torch threads"] = str(torch.get_num_threads())
-    facts["cuda"] = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none"
-    facts["memory"] = f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f} GiB"
-    facts["free disk here"] = f"{shutil.disk_usage('.').free / 2**30:.1f} GiB"
-    return facts
+    return environment() | {
+        "torch threads": str(torch.get_num_threads()),
+        "cuda": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none",
+        "memory": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f} GiB",
+        "free disk here": f"{shutil.disk_usage('.').free / 2**30:.1f} GiB",
+    }

@@ -15,7 +15,7 @@ from cropi.artifacts import OK, SELECTION, Manifest, build, is_finished, open_ar
 from cropi.config import Config, InfluenceStrategy, config_hash
 from cropi.console import counts_text, say
 from cropi.errors import ArtifactError, PolicyError, SignalError
-from cropi.evaluation.evaluate import TestPrompt, evaluate, forget_after, read_evaluations
+from cropi.evaluation.evaluate import Question, evaluate, forget_after, read_evaluations
 from cropi.gradients.groups import groups_of
 from cropi.gradients.scoring import score
 from cropi.policy import Policy, encode_prompts, load_policy, trainer_prompt, uses_chat
@@ -252,11 +252,11 @@ class Pipeline:
             )
 
     @cached_property
-    def _test_prompts(self) -> list[TestPrompt]:
+    def _test_prompts(self) -> list[Question]:
         rows = [row for row in self.space.prompt_rows if row["set"].startswith("test/")]
         encoded = encode_prompts(self.base.tokenizer, [self._trainer_prompt(row) for row in rows])
         return [
-            TestPrompt(row["set"].removeprefix("test/"), row["prompt_id"], row["source"], row["answer"], ids)
+            Question(row["set"].removeprefix("test/"), row["prompt_id"], row["source"], row["answer"], ids)
             for row, ids in zip(rows, encoded, strict=True)
         ]
 

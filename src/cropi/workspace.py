@@ -1,6 +1,6 @@
 """The folder of a run: where everything lies, and whose it is. Free of torch.
 
-config.json  ledger.jsonl  summary.json  report.html  report.md
+config.json  environment.json  ledger.jsonl  summary.json  report.html  report.md
 prompts/  trajectories/  evaluation/ (the base policy)
 arms/ARM/  stages/NNN/{scores,selection}/  evaluation/  checkpoints/  steps.jsonl  metrics.jsonl  rewards.jsonl
 """
@@ -8,8 +8,11 @@ arms/ARM/  stages/NNN/{scores,selection}/  evaluation/  checkpoints/  steps.json
 from __future__ import annotations
 
 import json
+import os
+import platform
 from dataclasses import dataclass
 from functools import cached_property
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -88,12 +91,27 @@ class Workspace:
         }
 
 
+PACKAGES = ("cropi", "torch", "transformers", "trl", "accelerate", "datasets", "tokenizers", "numpy", "pyarrow")
+
+
+def environment() -> dict[str, str]:
+    """Versions and machine that decide a run's numbers, as far as they can be had without importing anything."""
+    versions = {name: metadata.version(name) for name in PACKAGES}
+    return {
+        "python": platform.python_version(),
+        **versions,
+        "platform": platform.platform(),
+        "cpus": str(os.cpu_count()),
+    }
+
+
 def _claim(config: Config) -> None:
     """Write the resolved config into a new folder; refuse a folder that was made with another one."""
     folder, path = config.folder, config.folder / "config.json"
     if not path.is_file():
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ArtifactError("exists and is not a run", where=str(folder), fix="choose another name= or run_dir=.")
+        write_json(folder / "environment.json", environment())
         write_json(path, config.resolved())
         return
     try:

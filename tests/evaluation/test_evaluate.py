@@ -3,13 +3,13 @@ from pathlib import Path
 import pytest
 
 from cropi.config import EvaluateConfig
-from cropi.evaluation.evaluate import TestPrompt, accuracy, evaluate, forget_after, read_evaluations
+from cropi.evaluation.evaluate import Question, accuracy, evaluate, forget_after, read_evaluations
 
 PROMPTS = [
-    TestPrompt("easy", "a", "s", "1", [1]),
-    TestPrompt("easy", "b", "s", "2", [2]),
-    TestPrompt("hard", "c", "s", "3", [3]),
-    TestPrompt("hard", "d", "s", "unreadable", [4]),
+    Question("easy", "a", "s", "1", [1]),
+    Question("easy", "b", "s", "2", [2]),
+    Question("hard", "c", "s", "3", [3]),
+    Question("hard", "d", "s", "unreadable", [4]),
 ]
 
 

@@ -67,11 +67,14 @@ def test_out_of_memory_halves_the_batch(policy: Policy, monkeypatch: pytest.Monk
     completions = TransformersGenerator(policy, 8)(ids(policy) * 4, SAMPLING, seed=0)
     assert all(completions)
     assert sizes[:3] == [8, 4, 2]
-    monkeypatch.setattr(generation.TransformersGenerator, "_generate", lambda *_: (_ for _ in ()).throw(RuntimeError("x")))
+    monkeypatch.setattr(
+        generation.TransformersGenerator, "_generate", lambda *_: (_ for _ in ()).throw(RuntimeError("x"))
+    )
     with pytest.raises(RuntimeError, match="x"):
         TransformersGenerator(policy, 8)(ids(policy), SAMPLING, seed=0)
 
 
+@torch.no_grad()
 def test_log_probs_are_those_of_a_loop_without_padding(policy: Policy) -> None:
     completions = [[5, 6, 7, 1], [8, 1], [9, 10, 11]]
     batched, mask_KT = completion_logprobs(policy.model, ids(policy), completions, temperature=0.7)
@@ -103,7 +106,9 @@ def test_collection_stores_what_it_says_and_resumes_at_any_shard(policy: Policy,
     for row in rows:
         assert len(row["behaviour_logprobs"]) == len(row["completion_ids"])
         assert max(row["behaviour_logprobs"]) <= 0
-        assert row["reward"] == float(row["completion"].rpartition("answer")[2].split() == answers[row["prompt_id"]]["answer"].split())
+        assert row["reward"] == float(
+            row["completion"].rpartition("answer")[2].split() == answers[row["prompt_id"]]["answer"].split()
+        )
         assert policy.tokenizer.decode(row["prompt_ids"]) == json.loads(answers[row["prompt_id"]]["messages"])
     assert details["generated_tokens"] == sum(len(r["completion_ids"]) for t in table.values() for r in t.to_pylist())
 

@@ -23,7 +23,7 @@ STEP_FILE = re.compile(r"step-(\d+)\.parquet")
 
 
 @dataclass(frozen=True)
-class TestPrompt:
+class Question:
     """One test question."""
 
     set: str
@@ -34,7 +34,7 @@ class TestPrompt:
 
 
 def evaluate(
-    prompts: Sequence[TestPrompt],
+    prompts: Sequence[Question],
     generate: Generate,
     verify: Verify,
     config: EvaluateConfig,

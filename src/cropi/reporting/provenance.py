@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import json
-import platform
 import shlex
-from importlib import metadata
 
 from cropi.config import Config
 from cropi.reporting.blocks import Block, Code, Table, Text
 from cropi.workspace import Workspace
 
-PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "tokenizers", "numpy", "pyarrow")
-
 
 def settings(config: Config, space: Workspace) -> list[Block]:
     """The resolved config, and the versions of the packages that decide the numbers."""
-    rows = [["cropi", version, "as recorded with the run's artifacts"] for version in _recorded(space)]
-    rows.append(["Python", platform.python_version(), "where this report was written"])
-    rows += [[name, version, "where this report was written"] for name in PACKAGES if (version := _installed(name))]
+    rows = [[name, value] for name, value in _environment(space).items()]
     resolved = json.dumps(config.resolved(), indent=2, ensure_ascii=False)
     return [
         Code("Every setting, defaults included (config.json)", resolved, collapsed=True),
-        Table("Versions.", ["package", "version", "known from"], rows, left=3, collapsed=True),
+        Table("Where the run was started (environment.json).", ["what", "version"], rows, left=2, collapsed=True),
     ]
 
 
@@ -45,19 +39,7 @@ def reproduction(config: Config) -> list[Block]:
     ]
 
 
-def _recorded(space: Workspace) -> list[str]:
-    """Versions of cropi in the manifests of the run."""
-    found = set()
-    for path in space.folder.rglob("manifest.json"):
-        try:
-            found.add(str(json.loads(path.read_text(encoding="utf-8"))["cropi"]))
-        except (ValueError, KeyError, TypeError):
-            continue  # not one of ours
-    return sorted(found)
-
-
-def _installed(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return ""
+def _environment(space: Workspace) -> dict[str, str]:
+    """What the run noted of its machine and packages when it was started."""
+    path = space.folder / "environment.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

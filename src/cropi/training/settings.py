@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from trl import GRPOConfig
 
 from cropi.config import OWNED_TRAINER_KEYS, Config
@@ -22,15 +23,7 @@ def grpo_config(config: Config, output_dir: Path, device: torch.device) -> GRPOC
     refuses.
     """
     fields = {field.name for field in dataclasses.fields(GRPOConfig) if field.init}
-    for key in config.trainer:
-        if key in OWNED_TRAINER_KEYS:
-            raise ConfigError(
-                f"trainer.{key} is decided by the run", where="trainer", fix=f"set {OWNED_TRAINER_KEYS[key]} instead."
-            )
-        if key not in fields:
-            close = difflib.get_close_matches(key, fields, n=1, cutoff=0.6)
-            hint = f"did you mean {close[0]!r}?" if close else "see TRL's GRPOConfig for the names"
-            raise ConfigError(f"unknown key trainer.{key} - {hint}", where="trainer", fix="correct or remove the key.")
+    _check_names(config, fields)
     defaults: dict[str, Any] = {
         "num_generations": config.collect.num_generations,
         "temperature": config.collect.temperature,
@@ -64,7 +57,36 @@ def grpo_config(config: Config, output_dir: Path, device: torch.device) -> GRPOC
     return settings
 
 
+def _check_names(config: Config, fields: set[str]) -> None:
+    """Every key of `trainer` is one of GRPOConfig's, is the user's to set, and has a value of the right type."""
+    hints = get_type_hints(GRPOConfig)
+    for key, value in config.trainer.items():
+        if key in OWNED_TRAINER_KEYS:
+            raise ConfigError(
+                f"trainer.{key} is decided by the run", where="trainer", fix=f"set {OWNED_TRAINER_KEYS[key]} instead."
+            )
+        if key not in fields:
+            close = difflib.get_close_matches(key, fields, n=1, cutoff=0.6)
+            hint = f"did you mean {close[0]!r}?" if close else "see TRL's GRPOConfig for the names"
+            raise ConfigError(f"unknown key trainer.{key} - {hint}", where="trainer", fix="correct or remove the key.")
+        try:
+            TypeAdapter(hints[key], config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
+        except ValidationError as error:
+            message = error.errors(include_url=False)[0]["msg"]
+            raise ConfigError(
+                f"trainer.{key} is {value!r}: {message[0].lower()}{message[1:]}",
+                where="trainer",
+                fix="correct the value.",
+            ) from None
+
+
 def _check(settings: GRPOConfig, config: Config) -> None:
+    if settings.save_strategy not in {"epoch", "steps"}:
+        raise ConfigError(
+            f"save_strategy {settings.save_strategy!s} would leave a run that cannot be resumed",
+            where="trainer.save_strategy",
+            fix="use epoch (every stage) or steps with save_steps.",
+        )
     if settings.loss_type not in NORMALIZER_OF_LOSS:
         raise ConfigError(
             f"no per-prompt normaliser is known for the loss {settings.loss_type!r}",
