@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.runs import SMALL
 
 from cropi.artifacts import TRAJECTORIES, read_table
 from cropi.config import Config, PolicyConfig, load_config
@@ -14,7 +15,6 @@ from cropi.prompts import load_prompts
 from cropi.rollouts import generation
 from cropi.rollouts.collect import behaviour_logprobs, collect, read_trajectories
 from cropi.rollouts.generation import Sampling, TransformersGenerator
-from tests.runs import SMALL
 
 PROMPTS = ["sum mod 7 : 3 5 6 =", "parity : 1 0 1 1 0 1 =", "sum mod 7 : 1 1 ="]
 SAMPLING = Sampling(max_completion_length=12, temperature=1.0)

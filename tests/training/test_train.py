@@ -30,7 +30,10 @@ def config(*overrides: str) -> Config:
         f"train.steps_per_stage={STEPS}",
         "collect.max_completion_length=6",
         "collect.num_generations=4",
-        "trainer={num_generations: 4, per_device_train_batch_size: 8, learning_rate: 1e-3, save_strategy: steps, save_steps: 3, save_total_limit: 9}",
+        "trainer={num_generations: 4, per_device_train_batch_size: 8, learning_rate: 1e-3}",
+        "trainer.save_strategy=steps",
+        "trainer.save_steps=3",
+        "trainer.save_total_limit=9",
     ]
     return load_config("quickstart", [*settings, *overrides])
 
@@ -135,7 +138,8 @@ def test_an_unfinished_checkpoint_is_not_resumed_from(tmp_path: Path) -> None:
 def test_gradient_accumulation_and_iterations_keep_the_stage_length(tmp_path: Path) -> None:
     _, weights = run(
         tmp_path,
-        "trainer={num_generations: 4, per_device_train_batch_size: 8, gradient_accumulation_steps: 2, num_iterations: 2}",
+        "trainer.gradient_accumulation_steps=2",
+        "trainer.num_iterations=2",
     )
     steps = seen(tmp_path)
     assert newest_checkpoint(tmp_path / "checkpoints")[1] == 8
