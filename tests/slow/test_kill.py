@@ -70,6 +70,6 @@ def test_killed_five_times_ends_like_uninterrupted(uninterrupted: Path, tmp_path
     assert selections(ours) == selections(uninterrupted)
     assert len(selections(ours)) == 3 * 3 * 2
     assert evaluations(ours) == evaluations(uninterrupted)
-    assert len(evaluations(ours)) == 1 + 3 * 6
+    assert len(evaluations(ours)) == 1 + 3 * 12
     rewards = [(f / "arms/influence/rewards.jsonl").read_text().splitlines() for f in (ours, uninterrupted)]
     assert [json.loads(line)["rewards"] for line in rewards[0]] == [json.loads(line)["rewards"] for line in rewards[1]]
