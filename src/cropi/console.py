@@ -6,7 +6,11 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Protocol
+from functools import cache
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 PLAIN_EVERY_S = 10.0
 
@@ -39,8 +43,22 @@ class _Lines:
             _print(f"{self._label}  {self._done}/{self._total} {self._unit}  {duration(left)} left")
 
 
+@cache
+def _terminal() -> Console | None:
+    """The terminal on stderr, one for bars and lines alike so that neither overwrites the other; None elsewhere."""
+    if not sys.stderr.isatty():
+        return None
+    from rich.console import Console  # imported here: `--help` draws nothing
+
+    return Console(stderr=True)
+
+
 def _print(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    terminal = _terminal()
+    if terminal is None:
+        print(text, file=sys.stderr, flush=True)
+    else:
+        terminal.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def say(text: str) -> None:
@@ -57,9 +75,8 @@ def warn(text: str) -> None:
 def progress(label: str, total: int, unit: str) -> Iterator[Progress]:
     """A bar with rate and time left on a terminal; elsewhere a line every ten seconds and one at the end."""
     start = time.monotonic()
-    if sys.stderr.isatty():
-        # Imported here: a bar is never drawn by `--help`.
-        from rich.console import Console
+    terminal = _terminal()
+    if terminal is not None:
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
         from rich.progress import Progress as RichProgress
 
@@ -71,7 +88,7 @@ def progress(label: str, total: int, unit: str) -> Iterator[Progress]:
             TimeElapsedColumn(),
             TimeRemainingColumn(),
         )
-        with RichProgress(*columns, console=Console(stderr=True), transient=True) as bar:
+        with RichProgress(*columns, console=terminal, transient=True) as bar:
             yield _Bar(bar, bar.add_task(label, total=total))
     else:
         yield _Lines(label, total, unit)

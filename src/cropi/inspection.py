@@ -93,7 +93,7 @@ class _Sample:
     tokens: int
     prompt_tokens: int
     generate_s: float
-    gradient_s: float  # per trajectory
+    gradient_s: float  # of a whole group
 
 
 def _sample(config: Config, policy: Policy, shards: Sequence[Shard]) -> _Sample:
@@ -107,11 +107,14 @@ def _sample(config: Config, policy: Policy, shards: Sequence[Shard]) -> _Sample:
     completions = generate(ids, sampling, seed=config.seed)
     generate_s = time.perf_counter() - start
     logprobs = behaviour_logprobs(policy, ids, completions, config.collect.temperature, config.score.batch_tokens)
-    # Rewards are made up here: a gradient costs the same whichever they are.
-    group = Group("check", ids[0], completions[:2], [0.0, 1.0], logprobs[:2])
+    # The group and its rewards are made up: a gradient costs the same whichever they are.
+    count = config.collect.num_generations
+    rows = [row % len(completions) for row in range(count)]
+    rewards = [float(row % 2) for row in range(count)]
+    group = Group("check", ids[0], [completions[row] for row in rows], rewards, [logprobs[row] for row in rows])
     start = time.perf_counter()
     prompt_gradient(policy.model, group, surrogate_settings(config, "grpo"))
-    gradient_s = (time.perf_counter() - start) / 2
+    gradient_s = time.perf_counter() - start
     tokens = sum(len(c) for c in completions)
     texts = policy.tokenizer.batch_decode(completions, skip_special_tokens=True)
     return _Sample([row for row, _ in pairs], texts, tokens, sum(map(len, ids)), generate_s, gradient_s)
@@ -132,7 +135,7 @@ def _estimate(
         "trajectories": trajectories,
         "collect_tokens": trajectories * mean_completion,
         "collect_s": collect_s,
-        "score_s_per_stage": trajectories * sample.gradient_s if scored else 0.0,
+        "score_s_per_stage": trajectories / config.collect.num_generations * sample.gradient_s if scored else 0.0,
         "train_completions_per_step": per_step,
         "train_steps_per_arm": config.train.stages * config.train.steps_per_stage,
         "train_tokens_per_arm": config.train.stages * config.train.steps_per_stage * per_step * mean_completion,

@@ -1,0 +1,100 @@
+"""Rows of procedural problems: seeded, split by content, optionally mislabelled."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from typing import Any
+
+from cropi.builtin.families import Difficulty, Problem, difficulty, draw, guess
+
+SPLITS = ("train", "validation", "test")
+# So many draws in a row without a new problem, and the space counts as used up.
+PATIENCE = 5_000
+
+
+def generate(
+    family: str,
+    *,
+    split: str,
+    count: int,
+    seed: int,
+    min_length: int | None = None,
+    max_length: int | None = None,
+    modulus: int | None = None,
+    label_noise: float = 0.0,
+) -> list[dict[str, Any]]:
+    """`count` distinct problems of one family as rows; the same arguments give the same rows in any process.
+
+    A problem belongs to the split that the hash of its prompt says (80 % train, 10 % validation, 10 % test), so
+    splits are disjoint whatever the seeds. Exactly ``round(label_noise * count)`` rows, chosen by the seed, carry a
+    wrong but plausible answer.
+
+    Returns rows with the keys `prompt_id` (16 hex digits from family and prompt), `prompt`, `answer`, `source` (the
+    family) and `mislabelled`.
+    Raises ValueError for an argument out of range, or when there are fewer distinct problems than `count`.
+    """
+    _check(split, count, label_noise)
+    level = difficulty(family, min_length=min_length, max_length=max_length, modulus=modulus)
+    rng = random.Random(f"{family}/{split}/{seed}")
+    problems = _distinct(family, split, count, rng, level)
+    mislabelled = set(rng.sample(range(count), round(label_noise * count)))
+    return [
+        {
+            "prompt_id": prompt_id(problem),
+            "prompt": problem.prompt,
+            "answer": wrong_answer(problem, rng, level) if i in mislabelled else problem.answer,
+            "source": family,
+            "mislabelled": i in mislabelled,
+        }
+        for i, problem in enumerate(problems)
+    ]
+
+
+def prompt_id(problem: Problem) -> str:
+    """Content hash of family and prompt: the first 16 hex digits of SHA-256."""
+    return hashlib.sha256(f"{problem.family}\n{problem.prompt}".encode()).hexdigest()[:16]
+
+
+def split_of(problem: Problem) -> str:
+    """The split a problem belongs to: 80 % train, 10 % validation, 10 % test, by content hash."""
+    return SPLITS[max(0, int(prompt_id(problem), 16) % 10 - 7)]
+
+
+def wrong_answer(problem: Problem, rng: random.Random, level: Difficulty) -> str:
+    """A plausible answer that is not the right one."""
+    while (answer := guess(problem, rng, level)) == problem.answer:
+        pass
+    return answer
+
+
+def _check(split: str, count: int, label_noise: float) -> None:
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
+    if count < 1:
+        raise ValueError(f"count is {count}; it must be at least 1")
+    if not 0.0 <= label_noise <= 1.0:
+        raise ValueError(f"label_noise is {label_noise}; it is a share, from 0 to 1")
+
+
+def _distinct(family: str, split: str, count: int, rng: random.Random, level: Difficulty) -> list[Problem]:
+    found: dict[str, Problem] = {}
+    misses = 0
+    while len(found) < count:
+        problem = draw(family, rng, level)
+        if problem.prompt not in found and split_of(problem) == split:
+            found[problem.prompt] = problem
+            misses = 0
+        elif (misses := misses + 1) == PATIENCE:
+            raise ValueError(_too_small(family, split, count, len(found), level))
+    return list(found.values())
+
+
+def _too_small(family: str, split: str, count: int, found: int, level: Difficulty) -> str:
+    knobs = f"max_length (now {level.max_length})"
+    if level.modulus is not None:
+        knobs += f" or modulus (now {level.modulus})"
+    return (
+        f"asked for {count} distinct {family!r} problems in split {split!r} but found only {found} "
+        f"with length {level.min_length} to {level.max_length}; ask for fewer, or raise {knobs}"
+    )

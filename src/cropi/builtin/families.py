@@ -1,0 +1,317 @@
+"""Procedural problems that are easy step by step and hard at once.
+
+A problem is a line of words such as ``sum mod 7 : 3 5 6 1 =``. Worked step by step its completion is
+``steps 3 1 0 1 answer 1``; answered at once it is ``answer 1``. The verdict is an exact match of the text after
+the last ``answer``. Every word comes from the closed `VOCABULARY`, one token each.
+
+A family is worked in one of four styles, named by the completion's first word (`STYLES`): arithmetic in ``steps``,
+counting in a ``tally``, moves in a ``trace``, ordering in a ``list``. Which style suits a problem is what a policy
+has to learn family by family, so practice on one family helps those of its style and not the others.
+
+To add a family, write one generator `(rng, length, modulus) -> Problem` and add one line to `FAMILIES`, `STYLES` and
+`DEFAULTS`. Generators whose problems have no modulus are handed ``None`` and ignore it.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+STYLES = {
+    **dict.fromkeys(("sum", "alternate", "product", "horner"), "steps"),
+    **dict.fromkeys(("parity", "count", "runs", "depth"), "tally"),
+    **dict.fromkeys(("machine", "shell", "compass", "elevator", "hop"), "trace"),
+    **dict.fromkeys(("maximum", "median", "reverse"), "list"),
+}
+MIN_LENGTH, MAX_LENGTH = 2, 12
+MIN_MODULUS, MAX_MODULUS = 3, 10
+
+DIGITS = tuple(str(digit) for digit in range(10))
+LETTERS = tuple("abcdefghijkl")
+CUP_SWAPS = ("ab", "ac", "ad", "bc", "bd", "cd")
+BRACKETS = {"(": ")", "[": "]", "{": "}"}
+HEADINGS = ("north", "east", "south", "west")
+TURNS = {"right": 1, "around": 2, "left": 3}
+HOP_LETTERS = LETTERS[:5]
+# Where `machine` goes from each state on x, y and z.
+MACHINE = {
+    "a": {"x": "b", "y": "e", "z": "a"},
+    "b": {"x": "d", "y": "a", "z": "c"},
+    "c": {"x": "a", "y": "c", "z": "e"},
+    "d": {"x": "e", "y": "b", "z": "b"},
+    "e": {"x": "c", "y": "d", "z": "d"},
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One question, its right answer and its full step-by-step completion."""
+
+    family: str
+    prompt: str
+    answer: str
+    steps: str
+
+
+@dataclass(frozen=True)
+class Difficulty:
+    """How long a problem is, in items to work through, and the modulus where the family has one (else None)."""
+
+    min_length: int
+    max_length: int
+    modulus: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, length in (("min_length", self.min_length), ("max_length", self.max_length)):
+            if not MIN_LENGTH <= length <= MAX_LENGTH:
+                raise ValueError(f"{name} is {length}; allowed: {MIN_LENGTH} to {MAX_LENGTH}")
+        if self.min_length > self.max_length:
+            raise ValueError(f"min_length ({self.min_length}) is above max_length ({self.max_length})")
+        if self.modulus is not None and not MIN_MODULUS <= self.modulus <= MAX_MODULUS:
+            raise ValueError(f"modulus is {self.modulus}; allowed: {MIN_MODULUS} to {MAX_MODULUS}")
+
+
+def _problem(question: str, items: Iterable[object], steps: Iterable[object], answer: object) -> Problem:
+    """Join the parts; the family is the question's first word."""
+    family = question.split()[0]
+    prompt = " ".join([question, ":", *map(str, items), "="])
+    worked = " ".join([STYLES[family], *map(str, steps), "answer", str(answer)])
+    return Problem(family, prompt, str(answer), worked)
+
+
+def _scan(question: str, items: Sequence[object], states: Sequence[object]) -> Problem:
+    """A problem with one state per item, whose answer is the last state."""
+    return _problem(question, items, states, states[-1])
+
+
+def sum_mod(rng: random.Random, length: int, modulus: int) -> Problem:
+    """Running sum of digits modulo `modulus`."""
+    items = [rng.randrange(modulus) for _ in range(length)]
+    states = [sum(items[: i + 1]) % modulus for i in range(length)]
+    return _scan(f"sum mod {modulus}", items, states)
+
+
+def alternate(rng: random.Random, length: int, modulus: int) -> Problem:
+    """First minus second plus third minus fourth ..., modulo `modulus`."""
+    items = [rng.randrange(modulus) for _ in range(length)]
+    states = [(sum(items[: i + 1 : 2]) - sum(items[1 : i + 1 : 2])) % modulus for i in range(length)]
+    return _scan(f"alternate mod {modulus}", items, states)
+
+
+def product(rng: random.Random, length: int, modulus: int) -> Problem:
+    """Running product of non-zero digits modulo `modulus`."""
+    items = [rng.randrange(1, modulus) for _ in range(length)]
+    states = [items[0]]
+    for item in items[1:]:
+        states.append(states[-1] * item % modulus)
+    return _scan(f"product mod {modulus}", items, states)
+
+
+def horner(rng: random.Random, length: int, modulus: int) -> Problem:
+    """Value of the polynomial with the given coefficients at a point, by Horner's rule, modulo `modulus`."""
+    point = rng.randrange(1, modulus)
+    items = [rng.randrange(modulus) for _ in range(length)]
+    states = [items[0]]
+    for item in items[1:]:
+        states.append((states[-1] * point + item) % modulus)
+    return _scan(f"horner {point} mod {modulus}", items, states)
+
+
+def parity(rng: random.Random, length: int, _modulus: None) -> Problem:
+    """Whether the number of ones so far is even or odd."""
+    bits = [rng.randrange(2) for _ in range(length)]
+    states = [("even", "odd")[sum(bits[: i + 1]) % 2] for i in range(length)]
+    return _scan("parity", bits, states)
+
+
+def maximum(rng: random.Random, length: int, _modulus: None) -> Problem:
+    """Running maximum; the ceiling varies, so that no single answer is a good guess."""
+    ceiling = rng.randrange(1, 10)
+    items = [rng.randint(0, ceiling) for _ in range(length)]
+    return _scan("maximum", items, [max(items[: i + 1]) for i in range(length)])
+
+
+def count(rng: random.Random, length: int, _modulus: None) -> Problem:
+    """How often the named letter has come so far."""
+    letter = rng.choice("abc")
+    items = rng.choices("abc", k=length)
+    return _scan(f"count {letter}", items, [items[: i + 1].count(letter) for i in range(length)])
+
+
+def machine(rng: random.Random, length: int, _modulus: None) -> Problem:
+    """State of the fixed finite automaton `MACHINE`, started in a."""
+    items = rng.choices("xyz", k=length)
+    states = [MACHINE["a"][items[0]]]
+    for item in items[1:]:
+        states.append(MACHINE[states[-1]][item])
+    return _scan("machine", items, states)
+
+
+def shell(rng: random.Random, length: int, _modulus: None) -> Problem:
+    """Shell game: the cup the ball is under, after each swap of two of the cups a, b, c and d."""
+    ball = rng.choice("abcd")
+    swaps = rng.choices(CUP_SWAPS, k=length)
+    states, question = [], f"shell {ball}"
+    for swap in swaps:
+        ball = swap.replace(ball, "") if ball in swap else ball
+        states.append(ball)
+    return _scan(question, swaps, states)
+
+
+def depth(rng: random.Random, length: int, _modulus: None) -> Problem:
+    """How many brackets are open; every closing bracket closes the one opened last."""
+    items: list[str] = []
+    states: list[int] = []
+    expected: list[str] = []
+    for _ in range(length):
+        if expected and rng.random() < 0.5:
+            items.append(expected.pop())
+        else:
+            items.append(rng.choice(list(BRACKETS)))
+            expected.append(BRACKETS[items[-1]])
+        states.append(len(expected))
+    return _scan("depth", items, states)
+
+
+def compass(rng: random.Random, length: int, _modulus: None) -> Problem:
+    """The heading after each turn."""
+    heading = rng.randrange(4)
+    turns = rng.choices(list(TURNS), k=length)
+    states, question = [], f"compass {HEADINGS[heading]}"
+    for turn in turns:
+        heading = (heading + TURNS[turn]) % 4
+        states.append(HEADINGS[heading])
+    return _scan(question, turns, states)
+
+
+def elevator(rng: random.Random, length: int, modulus: int) -> Problem:
+    """The floor of a lift in a house of `modulus` floors, counted from 0; it stays put at the top and bottom."""
+    floor = rng.randrange(modulus)
+    moves = rng.choices(["up", "down"], k=length)
+    states, question = [], f"elevator {floor} of {modulus}"
+    for move in moves:
+        floor = min(floor + 1, modulus - 1) if move == "up" else max(floor - 1, 0)
+        states.append(floor)
+    return _scan(question, moves, states)
+
+
+def runs(rng: random.Random, length: int, _modulus: None) -> Problem:
+    """How many runs of equal letters have begun."""
+    items = rng.choices("abc", k=length)
+    states = [1 + sum(items[j] != items[j - 1] for j in range(1, i + 1)) for i in range(length)]
+    return _scan("runs", items, states)
+
+
+def hop(rng: random.Random, length: int, _modulus: None) -> Problem:
+    """Follow the arrows `length` times; the arrows come in any order."""
+    arrows = {letter: rng.choice(HOP_LETTERS) for letter in rng.sample(HOP_LETTERS, len(HOP_LETTERS))}
+    at = rng.choice(HOP_LETTERS)
+    states, question = [], f"hop {length} from {at}"
+    for _ in range(length):
+        at = arrows[at]
+        states.append(at)
+    return _scan(question, [f"{start} > {end}" for start, end in arrows.items()], states)
+
+
+def median(rng: random.Random, length: int, _modulus: None) -> Problem:
+    """The middle digit once sorted (the lower of the two when the length is even); the steps sort them."""
+    items = [rng.randrange(10) for _ in range(length)]
+    ordered = sorted(items)
+    return _problem("median", items, ordered, ordered[(length - 1) // 2])
+
+
+def reverse(rng: random.Random, length: int, _modulus: None) -> Problem:
+    """The letters from last to first: an answer of several words."""
+    items = rng.sample(LETTERS, length)
+    return _problem("reverse", items, items[::-1], " ".join(items[::-1]))
+
+
+# The modulus is an int for families that have one and None for the others.
+Generator = Callable[[random.Random, int, Any], Problem]
+FAMILIES: dict[str, Generator] = {
+    "sum": sum_mod,
+    "alternate": alternate,
+    "product": product,
+    "horner": horner,
+    "parity": parity,
+    "maximum": maximum,
+    "count": count,
+    "machine": machine,
+    "shell": shell,
+    "depth": depth,
+    "compass": compass,
+    "elevator": elevator,
+    "runs": runs,
+    "hop": hop,
+    "median": median,
+    "reverse": reverse,
+}
+DEFAULTS: dict[str, Difficulty] = {
+    "sum": Difficulty(4, 8, modulus=7),
+    "alternate": Difficulty(4, 8, modulus=7),
+    "product": Difficulty(4, 8, modulus=7),
+    "horner": Difficulty(4, 7, modulus=5),
+    "parity": Difficulty(6, 10),
+    "maximum": Difficulty(4, 8),
+    "count": Difficulty(5, 9),
+    "machine": Difficulty(4, 8),
+    "shell": Difficulty(4, 8),
+    "depth": Difficulty(4, 9),
+    "compass": Difficulty(4, 8),
+    "elevator": Difficulty(5, 9, modulus=7),
+    "runs": Difficulty(5, 9),
+    "hop": Difficulty(2, 5),
+    "median": Difficulty(4, 7),
+    "reverse": Difficulty(4, 7),
+}
+QUESTION_WORDS = ("mod", "of", "from", ":", ">", "=", "answer", "even", "odd", "x", "y", "z", "up", "down")
+VOCABULARY: tuple[str, ...] = (
+    *FAMILIES,
+    *QUESTION_WORDS,
+    *dict.fromkeys(STYLES.values()),
+    *DIGITS,
+    "10",
+    "11",
+    "12",
+    *LETTERS,
+    *CUP_SWAPS,
+    *BRACKETS,
+    *BRACKETS.values(),
+    *HEADINGS,
+    *TURNS,
+)
+
+
+def difficulty(
+    family: str, *, min_length: int | None = None, max_length: int | None = None, modulus: int | None = None
+) -> Difficulty:
+    """The family's default difficulty with the given parts replaced.
+
+    Raises ValueError for an unknown family, a part out of range, or a modulus where the family has none.
+    """
+    if family not in FAMILIES:
+        raise ValueError(f"unknown family {family!r}; known: {', '.join(FAMILIES)}")
+    default = DEFAULTS[family]
+    if modulus is not None and default.modulus is None:
+        with_modulus = ", ".join(name for name, level in DEFAULTS.items() if level.modulus is not None)
+        raise ValueError(f"family {family!r} has no modulus; families with one: {with_modulus}")
+    return Difficulty(
+        default.min_length if min_length is None else min_length,
+        default.max_length if max_length is None else max_length,
+        default.modulus if modulus is None else modulus,
+    )
+
+
+def draw(family: str, rng: random.Random, level: Difficulty) -> Problem:
+    """A random problem, its length uniform over the level's range."""
+    return FAMILIES[family](rng, rng.randint(level.min_length, level.max_length), level.modulus)
+
+
+def guess(problem: Problem, rng: random.Random, level: Difficulty) -> str:
+    """A plausible answer given without working: another problem's, or these words in another order."""
+    words = problem.answer.split()
+    if len(words) > 1:
+        return " ".join(rng.sample(words, len(words)))
+    return draw(problem.family, rng, level).answer
