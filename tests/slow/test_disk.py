@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
 from tests.runs import SMALL, cropi
 
 pytestmark = pytest.mark.slow
@@ -16,7 +15,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of its own, of 6 MB."""
     place = tmp_path / "disk"
     place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(place)], capture_output=True, check=False)
+    mount = ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(place)]
+    mounted = subprocess.run(mount, capture_output=True, check=False)
     if mounted.returncode:
         pytest.skip("mounting a file system needs root")
     yield place
