@@ -11,10 +11,19 @@ import numpy as np
 import pyarrow as pa
 from torch import nn
 
-from cropi.artifacts import OK, SELECTION, Manifest, build, is_finished, open_artifact, read_table, scores_schema
+from cropi.artifacts import (
+    GOLD_UNPARSEABLE,
+    SELECTION,
+    Manifest,
+    build,
+    is_finished,
+    open_artifact,
+    read_table,
+    scores_schema,
+)
 from cropi.config import Config, InfluenceStrategy, config_hash
 from cropi.console import counts_text, say
-from cropi.errors import ArtifactError, PolicyError, SignalError
+from cropi.errors import ArtifactError, PolicyError
 from cropi.evaluation.evaluate import Question, evaluate, forget_after, read_evaluations
 from cropi.gradients.groups import groups_of
 from cropi.gradients.scoring import score
@@ -27,7 +36,7 @@ from cropi.rollouts.collect import collect, read_trajectories
 from cropi.rollouts.generation import Sampling, TransformersGenerator
 from cropi.seeds import derived_seed
 from cropi.selection.candidates import Candidates
-from cropi.selection.select import select
+from cropi.selection.select import require_signal, select
 from cropi.training.reward import RecordedReward, training_pass_rates
 from cropi.training.settings import grpo_config
 from cropi.training.train import TrainTask, newest_checkpoint, train
@@ -74,14 +83,7 @@ class Pipeline:
         folder = self.space.trajectories
         manifest = build(folder, "trajectories", make, inputs=inputs, made_by="cropi collect", keep_parts=True)
         say(f"trajectories: {counts_text(manifest.counts)}")
-        mixed = sum(group is not None and group.status == OK for group in self._groups.values())
-        if not mixed:
-            raise SignalError(
-                f"none of the {len(self._groups)} training prompts has both right and wrong completions",
-                where="prompts.train",
-                fix="use problems that the policy solves sometimes, raise collect.num_generations, or look at what "
-                "`cropi check` says of the verifier.",
-            )
+        mixed = require_signal(self._statuses)
         say(f"groups: {mixed} of {len(self._groups)} mixed, the others carry no signal now")
         return manifest
 
@@ -97,6 +99,10 @@ class Pipeline:
     @cached_property
     def _groups(self) -> dict[str, Any]:
         return groups_of(self._trajectories["train"].to_pylist())
+
+    @cached_property
+    def _statuses(self) -> list[str]:
+        return [GOLD_UNPARSEABLE if group is None else group.status for group in self._groups.values()]
 
     # -- score and select --------------------------------------------------------------------------------------------
 
@@ -147,7 +153,6 @@ class Pipeline:
         groups = list(self._groups.values())
         names = sorted(self.config.prompts.validation)
         influence: dict[str, np.ndarray] = {}
-        statuses = ["gold_unparseable" if group is None else group.status for group in groups]
         if self._uses_influence(arm):
             path = arm.scores(self._scored_stage(arm, stage)) / "scores.parquet"
             table = read_table(path, scores_schema(names))
@@ -157,7 +162,7 @@ class Pipeline:
         return Candidates(
             prompt_ids=ids,
             sources=[self.space.train_prompts[i]["source"] for i in ids],
-            statuses=statuses,
+            statuses=self._statuses,
             pass_rates_N=np.array([float("nan") if group is None else group.pass_rate for group in groups]),
             training_pass_rates=training_pass_rates(arm.rewards, stage * self.config.train.steps_per_stage),
             influence=influence,

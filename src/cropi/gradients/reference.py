@@ -55,7 +55,10 @@ def prompt_gradient(model: nn.Module, group: Group, settings: SurrogateSettings)
     mask_KT = torch.arange(int(lengths_K.max()))[None] < lengths_K[:, None]
     normalizers_K = normalizers(mask_KT, settings.normalizer, settings.max_completion_length)
     parameters = trainable_parameters(model)
-    total = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
+    # A sum over micro-batches in bfloat16 would lose the small terms.
+    total = {
+        name: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for name, p in parameters.items()
+    }
     ratios: list[Tensor] = []
     was_training = model.training
     model.eval()

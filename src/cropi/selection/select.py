@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -128,13 +128,7 @@ def select(
     folder: Path,
 ) -> tuple[dict[str, int], dict[str, Any]]:
     """Write `selection.parquet` (every prompt) and `selected.jsonl` (the chosen ones, with prompt and answer)."""
-    if not any(status == OK for status in candidates.statuses):
-        raise SignalError(
-            f"none of the {len(candidates)} training prompts has both right and wrong completions",
-            where="prompts.train",
-            fix="use problems that the policy solves sometimes, raise collect.num_generations, or check the verifier "
-            "with `cropi check`.",
-        )
+    require_signal(candidates.statuses)
     settings, size = config.select, math.ceil(config.select.fraction * len(candidates))
     if isinstance(strategy, FullStrategy):
         settings, size = settings.model_copy(update={"quotas": {}, "exploration": 0.0}), len(candidates)
@@ -145,6 +139,19 @@ def select(
     write_text(folder / "selected.jsonl", "".join(line + "\n" for line in lines))
     counts = {"selected": len(selected), "left_out": len(rows) - len(selected)}
     return counts, {"asked_for": size, "strategy": strategy.type, "stage": candidates.stage}
+
+
+def require_signal(statuses: Sequence[str]) -> int:
+    """How many groups are mixed; SignalError where none is, for then there is nothing to learn from."""
+    mixed = sum(status == OK for status in statuses)
+    if not mixed:
+        raise SignalError(
+            f"none of the {len(statuses)} training prompts has both right and wrong completions",
+            where="prompts.train",
+            fix="use problems that the policy solves sometimes, raise collect.num_generations, or see in `cropi check` "
+            "how the verifier judges real completions.",
+        )
+    return mixed
 
 
 def _export_row(row: Mapping[str, Any], prompt: Mapping[str, Any]) -> dict[str, Any]:
