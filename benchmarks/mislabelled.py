@@ -1,0 +1,46 @@
+"""How many of the prompts that a quickstart run selected carry a wrong answer, by arm and stage.
+
+    python benchmarks/mislabelled.py runs/quickstart
+
+The strategies never see which answers are wrong; this script makes the problems again from the run's config and looks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from cropi.artifacts import SELECTION, read_table
+from cropi.builtin import generate
+from cropi.config import BuiltinSource, Config, validate_config
+
+
+def wrong_answers(config: Config) -> dict[str, bool]:
+    """Whether the recorded answer is wrong, by prompt id, for the built-in part of the training pool."""
+    known = {}
+    for source in config.prompts.train:
+        if isinstance(source, BuiltinSource):
+            options = source.model_dump(exclude={"type", "families"})
+            for family in source.families:
+                known |= {r["prompt_id"]: r["mislabelled"] for r in generate(family, split="train", **options)}
+    return known
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    run = parser.parse_args().run
+    config = validate_config(json.loads((run / "config.json").read_text(encoding="utf-8")), str(run))
+    wrong = wrong_answers(config)
+    print(
+        f"pool: {sum(wrong.values())} of {len(wrong)} answers wrong\n\n| arm | stage | selected | wrong |\n|---|---|---|---|"
+    )
+    for path in sorted(run.glob("arms/*/stages/*/selection/selection.parquet")):
+        chosen = [row["prompt_id"] for row in read_table(path, SELECTION).to_pylist() if row["selected"]]
+        share = sum(wrong[prompt_id] for prompt_id in chosen) / len(chosen)
+        print(f"| {path.parts[-5]} | {int(path.parts[-3])} | {len(chosen)} | {share:.2f} |")
+
+
+if __name__ == "__main__":
+    main()
