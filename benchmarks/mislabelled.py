@@ -33,9 +33,8 @@ def main() -> None:
     run = parser.parse_args().run
     config = validate_config(json.loads((run / "config.json").read_text(encoding="utf-8")), str(run))
     wrong = wrong_answers(config)
-    print(
-        f"pool: {sum(wrong.values())} of {len(wrong)} answers wrong\n\n| arm | stage | selected | wrong |\n|---|---|---|---|"
-    )
+    print(f"pool: {sum(wrong.values())} of {len(wrong)} answers wrong\n")
+    print("| arm | stage | selected | wrong |\n|---|---|---|---|")
     for path in sorted(run.glob("arms/*/stages/*/selection/selection.parquet")):
         chosen = [row["prompt_id"] for row in read_table(path, SELECTION).to_pylist() if row["selected"]]
         share = sum(wrong[prompt_id] for prompt_id in chosen) / len(chosen)

@@ -1,5 +1,6 @@
 """The real command, end to end, and its exit codes."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -90,6 +91,77 @@ def test_a_damaged_artifact_is_found(finished: Path, tmp_path: Path) -> None:
     assert "Fix: delete" in done.stderr
 
 
+def test_a_changed_policy_or_data_file_is_noticed(tmp_path: Path) -> None:
+    from cropi.builtin import POLICY_DIR
+
+    shutil.copytree(POLICY_DIR, tmp_path / "policy")
+    command = ["collect", "quickstart", *SMALL, "policy.path=./policy"]
+    assert cropi(*command, cwd=tmp_path).returncode == 0
+    settings = tmp_path / "policy" / "generation_config.json"
+    settings.write_text(settings.read_text() + " ")
+    done = cropi(*command, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "made from another policy" in done.stderr
+
+
+def test_a_moved_run_goes_on_and_a_busy_one_is_refused(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished / "runs", tmp_path / "elsewhere")
+    again = cropi("run", "quickstart", *SMALL, "run_dir=elsewhere", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    with (tmp_path / "elsewhere/quickstart/lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        busy = cropi("run", "quickstart", *SMALL, "run_dir=elsewhere", cwd=tmp_path)
+    assert busy.returncode == 2
+    assert "another process" in busy.stderr
+
+
+def test_a_lost_final_evaluation_is_made_again(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished / "runs", tmp_path / "runs")
+    path = tmp_path / "runs/quickstart/arms/influence/evaluation/step-000006.parquet"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-30])
+    done = cropi("run", "quickstart", *SMALL, cwd=tmp_path)
+    assert done.returncode == 2
+    assert f"Fix: delete runs/quickstart/arms/influence/evaluation/{path.name}" in done.stderr
+    path.unlink()
+    assert cropi("run", "quickstart", *SMALL, cwd=tmp_path).returncode == 0
+    assert path.read_bytes() == whole
+
+
+def test_a_checkpoint_from_elsewhere_is_scored_and_selected_by_itself(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished / "runs", tmp_path / "runs")
+    other = ["--checkpoint", "runs/quickstart/arms/full/checkpoints/checkpoint-6"]
+    for verb in ("score", "select", "evaluate"):
+        done = cropi(verb, "quickstart", *SMALL, *other, "--json", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "runs/quickstart/checkpoints").iterdir())) == 1
+    assert selections(tmp_path) == selections(finished)
+    early = cropi("select", "quickstart", *SMALL, "name=new", "--stage", "1", cwd=tmp_path)
+    assert early.returncode == 2
+
+
+def test_a_run_killed_while_it_claimed_its_folder_goes_on(tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "quickstart"
+    folder.mkdir(parents=True)
+    (folder / ".config.json.123.part").write_text("{")
+    done = cropi("collect", "quickstart", *SMALL, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_remote_code_is_never_run(tmp_path: Path) -> None:
+    from cropi.builtin import POLICY_DIR
+
+    shutil.copytree(POLICY_DIR, tmp_path / "policy")
+    settings = json.loads((tmp_path / "policy/config.json").read_text())
+    settings |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}}
+    (tmp_path / "policy/config.json").write_text(json.dumps(settings))
+    (tmp_path / "policy/evil.py").write_text("open('ran', 'w')")
+    command = [sys.executable, "-m", "cropi", "collect", "quickstart", *SMALL, "policy.path=./policy"]
+    done = subprocess.run(command, cwd=tmp_path, input="y\ny\n", capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert not (tmp_path / "ran").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -103,6 +175,10 @@ def test_a_damaged_artifact_is_found(finished: Path, tmp_path: Path) -> None:
         (["recipes", "copy", "nosuch"], "there is no recipe"),
         (["report", "quickstart"], "there is no such run"),
         (["frobnicate"], "No such command"),
+        (["run", "quickstart", "run_dir=/dev/null/x"], "cannot be used"),
+        (["recipes", "copy", "quickstart", "nowhere/x.yaml"], "cannot be written"),
+        (["score", "quickstart", "--checkpoint", "nowhere"], "there is no folder nowhere"),
+        (["check", "quickstart", "verifier.type=numeric", "verifier.marker=x"], "unknown key verifier.marker"),
     ],
 )
 def test_what_a_user_can_fix_exits_2_without_traceback(arguments: list[str], message: str, tmp_path: Path) -> None:

@@ -31,7 +31,8 @@ OK = "ok"
 NO_SIGNAL = "no_signal"  # all rewards of the group are equal: its gradient is zero
 TRUNCATED = "truncated"  # the completion ended at the length limit, without end-of-sequence
 GOLD_UNPARSEABLE = "gold_unparseable"  # the recorded answer cannot be read by the verifier: excluded, never scored 0
-PROMPT_TOO_LONG = "prompt_too_long"  # prompt and completion would not fit into the policy's context
+PROMPT_TOO_LONG = "prompt_too_long"  # prompt and completion would not fit into the policy's context: no trajectories
+USABLE = frozenset({OK, NO_SIGNAL})  # statuses of a prompt that can be trained on
 
 PROMPTS = pa.schema(
     [
@@ -158,11 +159,11 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_table(path: Path, rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> None:
-    """Write a Parquet file in one step."""
+    """Write a Parquet file in one step, with a checksum on every page."""
     table = pa.Table.from_pylist(list(rows), schema=schema)
     with atomic_file(path) as temporary:
         try:
-            pq.write_table(table, temporary, compression="zstd")
+            pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
         except OSError as error:
             if error.errno in {errno.ENOSPC, errno.EDQUOT} or "No space left" in str(error):
                 raise no_space(path) from None
@@ -172,7 +173,7 @@ def write_table(path: Path, rows: Iterable[Mapping[str, Any]], schema: pa.Schema
 def read_table(path: Path, schema: pa.Schema) -> pa.Table:
     """Read a Parquet file and hold it to its schema."""
     try:
-        table = pq.read_table(path)
+        table = pq.read_table(path, page_checksum_verification=True)
     except (OSError, pa.ArrowInvalid) as error:
         raise _corrupt(path, f"cannot be read as Parquet ({error})") from None
     if table.schema.names != schema.names:
@@ -225,8 +226,9 @@ def open_artifact(folder: Path, kind: str, *, made_by: str) -> Manifest:
 
 
 def _corrupt(path: Path, what: str) -> ArtifactError:
-    folder = path if path.is_dir() else path.parent
-    return ArtifactError(what, where=str(path), fix=f"delete {folder} and run the same command again: it is made anew.")
+    """The error for a damaged file: what belongs to one manifest is made anew together, any other file by itself."""
+    part = path.parent if is_finished(path.parent) else path
+    return ArtifactError(what, where=str(path), fix=f"delete {part} and run the same command again.")
 
 
 def _sha256(path: Path) -> str:
@@ -258,13 +260,23 @@ def build(
                 fix=f"delete {folder} to make it anew, or give the run another name (name=...).",
             )
         return manifest
-    if folder.exists() and not keep_parts:
+    if folder.exists() and not (keep_parts and _begun_with(folder, inputs)):
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    if keep_parts:
+        write_json(folder / "inputs.json", dict(inputs))
     for leftover in folder.glob(".*.part"):
         leftover.unlink()
     counts, details = make(folder)
     return finish(folder, kind, inputs=inputs, counts=counts, details=details)
+
+
+def _begun_with(folder: Path, inputs: Mapping[str, str]) -> bool:
+    """Whether the parts that an interruption left were made from the same inputs."""
+    try:
+        return bool(json.loads((folder / "inputs.json").read_text(encoding="utf-8")) == dict(inputs))
+    except (OSError, ValueError):
+        return False
 
 
 def append_jsonl(path: Path, row: Mapping[str, Any]) -> None:
@@ -287,7 +299,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     rows = []
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_bytes().splitlines()
     for number, line in enumerate(lines, start=1):
         try:
             rows.append(json.loads(line))

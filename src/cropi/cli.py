@@ -121,7 +121,7 @@ def score(
 ) -> None:
     """Influence of every training prompt on every validation set, at a stage's policy or any checkpoint."""
     pipeline = _pipeline(config, overrides)
-    arm = pipeline.space.arms[pipeline.config.select.strategy.type]
+    arm = pipeline.arm_at(stage, checkpoint)
     policy, origin = pipeline.policy_at(arm, stage, checkpoint)
     manifest = pipeline.score(arm, stage, policy.model, origin)
     path = str(arm.scores(stage) / "scores.parquet")
@@ -130,11 +130,16 @@ def score(
 
 @app.command()
 def select(
-    config: ConfigArgument, overrides: Overrides = None, stage: StageOption = 0, as_json: AsJson = False
+    config: ConfigArgument,
+    overrides: Overrides = None,
+    stage: StageOption = 0,
+    checkpoint: CheckpointOption = None,
+    as_json: AsJson = False,
 ) -> None:
     """The prompts a stage trains on, with rank, score per set and the reason."""
     pipeline = _pipeline(config, overrides)
-    arm = pipeline.space.arms[pipeline.config.select.strategy.type]
+    arm = pipeline.arm_at(stage, checkpoint)
+    pipeline.require_reached(arm, stage)
     chosen = pipeline.select(arm, stage)
     path = str(arm.selection(stage) / "selected.jsonl")
     _print({"path": path, "selected": len(chosen)}, as_json, path)
@@ -156,11 +161,8 @@ def evaluate(
     pipeline = _pipeline(config, overrides)
     from cropi.evaluation.evaluate import accuracy, as_plain
 
-    pipeline.prompts()
     settings = pipeline.config
-    location = Path(pipeline.base.model.name_or_path) if checkpoint is None else checkpoint
-    folder = pipeline.space.folder / "evaluation" / ("base" if checkpoint is None else f"of-{checkpoint.name}")
-    table = pipeline.evaluate_checkpoint(location, folder)
+    table = pipeline.evaluate_at(checkpoint)
     result = as_plain(accuracy(table, settings.evaluate, seed=settings.seed))
     lines = [
         f"{name}  {kind}  {value['mean']:.3f}  [{value['low']:.3f}, {value['high']:.3f}]"
@@ -229,7 +231,12 @@ def copy_recipe(
     path = target / f"{name}.yaml" if target.is_dir() else target
     if path.exists():
         raise UserError("exists already", where=str(path), fix="choose another name; nothing is overwritten.")
-    path.write_text(recipe_text(name), encoding="utf-8")
+    try:
+        path.write_text(recipe_text(name), encoding="utf-8")
+    except OSError as error:
+        raise UserError(
+            f"cannot be written ({error.strerror})", where=str(path), fix="choose another folder."
+        ) from None
     print(path)
 
 

@@ -144,7 +144,7 @@ class ExactVerifier(Table):
 
     type: Literal["exact"]
     """Picks this verifier."""
-    marker: str | None = None
+    marker: Annotated[str, Field(min_length=1)] | None = None
     """The answer stands after the last occurrence of this text. Unset: the whole completion is the answer."""
 
 
@@ -204,12 +204,12 @@ class ScoreConfig(Table):
     """What a prompt's surrogate is divided by. `auto` matches the trainer's loss; see docs/decisions."""
     score: Literal["dot", "cosine"] = "dot"
     """`dot` is the first-order gain of a step along the prompt's gradient; `cosine` is what the paper's runs use."""
-    advantage_std: bool = True
-    """Divide advantages by the group's standard deviation (GRPO). False: Dr. GRPO's."""
+    advantage_std: bool | Literal["auto"] = "auto"
+    """Divide advantages by the group's standard deviation (GRPO). `auto` follows `trainer.scale_rewards`."""
     validation_mean: Literal["plain", "normalized"] = "plain"
     """Mean of the validation features as they are, or each scaled to length 1 first."""
     max_validation_prompts: Positive = 100
-    """Validation prompts used per set, the first in id order (paper's code: 100)."""
+    """Validation prompts used per set, a fixed random choice (paper's code: 100)."""
     batch_tokens: Positive = 8192
     """Padded tokens per forward pass of a group; a larger group is split and its gradients are added."""
     projection: ProjectionConfig = ProjectionConfig()
@@ -222,7 +222,7 @@ class FusionConfig(Table):
     kappa: Annotated[float, Field(ge=0)] = 60.0
     """Larger values even out the head of the lists (60: Cormack et al. 2009; the paper's code: 0)."""
     truncate: bool = False
-    """Rank only the first ceil(fraction N) of each list; others add nothing (the paper's code: true)."""
+    """Rank only the first ceil(fraction N) of each list; others add nothing (the paper's code: true, with floor)."""
 
 
 class FullStrategy(Table):
@@ -381,6 +381,11 @@ OWNED_TRAINER_KEYS: dict[str, str] = {
     "num_train_epochs": "train.stages",
     "seed": "seed",
     "data_seed": "seed",
+    "temperature": "collect.temperature",
+    "top_p": "collect.top_p",
+    "chat_template_kwargs": "nothing: prompts are encoded by the template's defaults",
+    "save_only_model": "nothing: a run without the optimiser's state cannot go on",
+    "ignore_data_skip": "nothing: a resumed run goes on with the next batch",
     "max_completion_length": "collect.max_completion_length",
     "shuffle_dataset": "nothing: a stage is always shuffled by seed",
     "eval_strategy": "evaluate.every",

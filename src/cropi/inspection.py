@@ -15,12 +15,13 @@ import torch
 
 from cropi.config import Config, InfluenceStrategy
 from cropi.console import duration
+from cropi.errors import DataError
 from cropi.gradients.groups import Group
 from cropi.gradients.reference import prompt_gradient, trainable_parameters
 from cropi.gradients.scoring import surrogate_settings
 from cropi.policy import Policy, load_policy
 from cropi.prompts import load_prompts
-from cropi.rewards.verifiers import verifier
+from cropi.rewards.verifiers import CORRECT, verifier
 from cropi.rollouts.collect import Shard, behaviour_logprobs, plan
 from cropi.rollouts.generation import Sampling, TransformersGenerator
 from cropi.training.settings import grpo_config
@@ -68,6 +69,12 @@ def check_run(config: Config) -> CheckResult:
     verify = verifier(config.verifier)
     gold = Counter(verify(_written_gold(config, row["answer"]), row["answer"]) for row in prompts)
     train = [shard for shard in shards if shard.set == "train"]
+    if not gold[CORRECT]:
+        raise DataError(
+            f"the verifier judges none of the recorded answers right against itself ({dict(gold)})",
+            where="verifier",
+            fix="choose another verifier or other settings of it, or mend the answers.",
+        )
     sample = _sample(config, policy, train)
     estimates = _estimate(config, settings, policy, shards, sample)
     shown = [
@@ -113,7 +120,7 @@ def _sample(config: Config, policy: Policy, shards: Sequence[Shard]) -> _Sample:
     rewards = [float(row % 2) for row in range(count)]
     group = Group("check", ids[0], [completions[row] for row in rows], rewards, [logprobs[row] for row in rows])
     start = time.perf_counter()
-    prompt_gradient(policy.model, group, surrogate_settings(config, "grpo"))
+    prompt_gradient(policy.model, group, surrogate_settings(config, "grpo", "group"))
     gradient_s = time.perf_counter() - start
     tokens = sum(len(c) for c in completions)
     texts = policy.tokenizer.batch_decode(completions, skip_special_tokens=True)

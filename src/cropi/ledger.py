@@ -10,7 +10,6 @@ from typing import Any
 
 from cropi.artifacts import append_jsonl, read_jsonl
 
-PHASES = ("collect", "score", "select", "train", "evaluate")
 SHARED = ""  # the arm of work that all arms use
 
 

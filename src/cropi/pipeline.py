@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,9 @@ from torch import nn
 
 from cropi.artifacts import (
     GOLD_UNPARSEABLE,
+    PROMPT_TOO_LONG,
     SELECTION,
+    USABLE,
     Manifest,
     build,
     is_finished,
@@ -21,14 +23,14 @@ from cropi.artifacts import (
     read_table,
     scores_schema,
 )
-from cropi.config import Config, InfluenceStrategy, config_hash
+from cropi.config import Config, InfluenceStrategy
 from cropi.console import counts_text, say
-from cropi.errors import ArtifactError, PolicyError
+from cropi.errors import ArtifactError, DataError, PolicyError
 from cropi.evaluation.evaluate import Question, evaluate, forget_after, read_evaluations
-from cropi.gradients.groups import groups_of
-from cropi.gradients.scoring import score
-from cropi.policy import Policy, encode_prompts, load_policy, trainer_prompt, uses_chat
-from cropi.prompts import make_prompts
+from cropi.gradients.groups import Group, groups_of
+from cropi.gradients.scoring import score, surrogate_settings, validation_groups
+from cropi.policy import Policy, encode_prompts, fingerprint, load_policy, trainer_prompt, uses_chat
+from cropi.prompts import data_identity, make_prompts
 from cropi.reporting.report import make_report
 from cropi.reporting.summary import Summary
 from cropi.rewards.verifiers import verifier
@@ -51,8 +53,11 @@ class Pipeline:
         self.base = load_policy(config.policy)
         # Settings that TRL refuses are refused here, before anything is written.
         self.settings = grpo_config(config, config.folder, self.base.model.device)
+        self._surrogate = surrogate_settings(config, self.settings.loss_type, self.settings.scale_rewards)
         self._chat = uses_chat(self.base.tokenizer, config.prompts.chat)
+        self._base_identity = fingerprint(config.policy)
         self.space = Workspace(config)
+        self.space.lock()
 
     def run(self) -> Summary:
         """Prompts to report."""
@@ -66,25 +71,25 @@ class Pipeline:
 
     def prompts(self) -> Manifest:
         """The prompt table."""
-        inputs = {"prompts": config_hash(self.config.resolved()["prompts"])}
-        make = lambda folder: make_prompts(self.config, folder)  # noqa: E731
-        return build(self.space.prompts, "prompts", make, inputs=inputs, made_by="cropi collect")
+        inputs = data_identity(self.config)
+        return build(
+            self.space.prompts, "prompts", partial(make_prompts, self.config), inputs=inputs, made_by="cropi collect"
+        )
 
     def collect(self) -> Manifest:
-        """Trajectories of the base policy."""
+        """Trajectories of the base policy. SignalError where they hold nothing that the run's arms could learn from."""
 
         def make(folder: Path) -> tuple[Mapping[str, int], Mapping[str, Any]]:
-            with self.space.ledger.charge("collect") as entry:
-                counts, details = collect(self.config, self.base, self.space.prompt_rows, folder)
-                entry["tokens"] = details["generated_tokens"]
-            return counts, details
+            return collect(self.config, self.base, self.space.prompt_rows, folder, self.space.ledger)
 
-        inputs = {"prompts": self.prompts().identity}
+        inputs = {"prompts": self.prompts().identity, "policy": self._base_identity}
         folder = self.space.trajectories
         manifest = build(folder, "trajectories", make, inputs=inputs, made_by="cropi collect", keep_parts=True)
         say(f"trajectories: {counts_text(manifest.counts)}")
         mixed = require_signal(self._statuses)
-        say(f"groups: {mixed} of {len(self._groups)} mixed, the others carry no signal now")
+        say(f"groups: {mixed} of {len(self._statuses)} mixed, the others carry no signal now")
+        if any(isinstance(strategy, InfluenceStrategy) for strategy in self.config.arms.values()):
+            validation_groups(self._trajectories, self.config.score)
         return manifest
 
     @cached_property
@@ -93,16 +98,22 @@ class Pipeline:
 
     @cached_property
     def _trajectories(self) -> dict[str, pa.Table]:
-        assert self._trajectory_identity
+        open_artifact(self.space.trajectories, "trajectories", made_by="cropi collect")  # checks the files
         return read_trajectories(self.space.trajectories)
 
     @cached_property
-    def _groups(self) -> dict[str, Any]:
+    def _groups(self) -> dict[str, Group | None]:
         return groups_of(self._trajectories["train"].to_pylist())
 
     @cached_property
     def _statuses(self) -> list[str]:
-        return [GOLD_UNPARSEABLE if group is None else group.status for group in self._groups.values()]
+        return [self._status(prompt_id) for prompt_id in self.space.train_prompts]
+
+    def _status(self, prompt_id: str) -> str:
+        if prompt_id not in self._groups:
+            return PROMPT_TOO_LONG
+        group = self._groups[prompt_id]
+        return GOLD_UNPARSEABLE if group is None else group.status
 
     # -- score and select --------------------------------------------------------------------------------------------
 
@@ -112,7 +123,7 @@ class Pipeline:
         def make(folder: Path) -> tuple[Mapping[str, int], Mapping[str, Any]]:
             with self.space.ledger.charge("score", arm=arm.name, stage=stage) as entry:
                 sources = {i: row["source"] for i, row in self.space.train_prompts.items()}
-                result = score(self.config, self.settings.loss_type, model, self._trajectories, sources, folder)
+                result = score(self.config, self._surrogate, model, self._trajectories, sources, folder)
                 entry["tokens"] = result[1]["tokens"]
             return result
 
@@ -137,7 +148,8 @@ class Pipeline:
         new = not is_finished(folder)
         manifest = build(folder, "selection", make, inputs=inputs, made_by="cropi select")
         if new:
-            say(f"selection of {arm.name}, stage {stage}: {manifest.counts['selected']} of {len(self._groups)} prompts")
+            chosen = manifest.counts["selected"]
+            say(f"selection of {arm.name}, stage {stage}: {chosen} of {len(self._statuses)} prompts")
         rows = read_table(folder / "selection.parquet", SELECTION).to_pylist()
         return [row["prompt_id"] for row in rows if row["selected"]]
 
@@ -149,19 +161,19 @@ class Pipeline:
         return 0 if isinstance(strategy, InfluenceStrategy) and strategy.static else stage
 
     def _candidates(self, arm: Arm, stage: int) -> Candidates:
-        ids = list(self._groups)
-        groups = list(self._groups.values())
+        ids = list(self.space.train_prompts)
+        groups = [self._groups.get(prompt_id) for prompt_id in ids]
         names = sorted(self.config.prompts.validation)
         influence: dict[str, np.ndarray] = {}
         if self._uses_influence(arm):
             path = arm.scores(self._scored_stage(arm, stage)) / "scores.parquet"
             table = read_table(path, scores_schema(names))
             if table.column("prompt_id").to_pylist() != ids:
-                raise ArtifactError("holds other prompts than the trajectories", where=str(path), fix="delete the run.")
+                raise ArtifactError("holds other prompts than the run", where=str(path), fix="delete the run's folder.")
             influence = {name: table.column(f"influence/{name}").to_numpy() for name in names}
         return Candidates(
             prompt_ids=ids,
-            sources=[self.space.train_prompts[i]["source"] for i in ids],
+            sources=[row["source"] for row in self.space.train_prompts.values()],
             statuses=self._statuses,
             pass_rates_N=np.array([float("nan") if group is None else group.pass_rate for group in groups]),
             training_pass_rates=training_pass_rates(arm.rewards, stage * self.config.train.steps_per_stage),
@@ -185,20 +197,40 @@ class Pipeline:
     def _origin(self, arm: Arm, stage: int) -> str:
         return f"{arm.name} after step {stage * self.config.train.steps_per_stage}" if stage else "base"
 
+    def arm_at(self, stage: int, checkpoint: Path | None) -> Arm:
+        """The main arm, or a folder of its own for a checkpoint from elsewhere."""
+        if checkpoint is None:
+            return self.space.arms[self.config.select.strategy.type]
+        if stage:
+            raise PolicyError("a checkpoint from elsewhere has one stage only", where="--stage", fix="leave it out.")
+        if not checkpoint.is_dir():
+            raise PolicyError(f"there is no folder {checkpoint}", where="--checkpoint", fix="check the path.")
+        return self.space.foreign(checkpoint, fingerprint(self.config.policy, str(checkpoint)))
+
     def policy_at(self, arm: Arm, stage: int, checkpoint: Path | None) -> tuple[Policy, str]:
         """The policy at the start of a stage, and what it is called: for scoring outside training."""
         if checkpoint is not None:
-            return load_policy(self.config.policy, str(checkpoint)), f"checkpoint {checkpoint}"
+            return load_policy(self.config.policy, str(checkpoint)), f"checkpoint {arm.folder.name}"
         if stage == 0:
             return self.base, "base"
         path = arm.checkpoints / f"checkpoint-{stage * self.config.train.steps_per_stage}"
         if not path.is_dir():
             raise PolicyError(
-                f"there is no checkpoint of stage {stage}",
+                f"there is no checkpoint of the start of stage {stage}",
                 where=str(path),
-                fix="name one with --checkpoint, or keep more of them with trainer.save_total_limit.",
+                fix="train up to it first, or keep more checkpoints with trainer.save_total_limit.",
             )
         return load_policy(self.config.policy, str(path)), self._origin(arm, stage)
+
+    def require_reached(self, arm: Arm, stage: int) -> None:
+        """A stage may be selected by hand once training has come to its start: some strategies read its rewards."""
+        reached = newest_checkpoint(arm.checkpoints)[1] // self.config.train.steps_per_stage
+        if stage > reached:
+            raise ArtifactError(
+                f"training of {arm.name} has not come to stage {stage} yet, only to {reached}",
+                where="--stage",
+                fix="run `cropi train` first.",
+            )
 
     # -- train and evaluate ------------------------------------------------------------------------------------------
 
@@ -210,7 +242,7 @@ class Pipeline:
         rows = [
             {"prompt_id": prompt_id, "prompt": self._trainer_prompt(row), "answer": row["answer"]}
             for prompt_id, row in self.space.train_prompts.items()
-            if prompt_id in self._groups
+            if self._status(prompt_id) in USABLE
         ]
         task = TrainTask(
             label=arm.name,
@@ -224,16 +256,27 @@ class Pipeline:
             evaluate=lambda step, model: self._evaluate(model, step, arm.evaluation, arm.name),
             folder=arm.folder,
         )
-        return train(task, policy)
+        final = train(task, policy)
+        total = self.config.train.stages * self.config.train.steps_per_stage
+        if total not in read_evaluations(arm.evaluation):  # a damaged one that was deleted
+            self._evaluate(load_policy(self.config.policy, str(final)).model, total, arm.evaluation, arm.name)
+        return final
 
     def evaluate_base(self) -> None:
         """Accuracy before training, the common first point of all arms."""
         if 0 not in read_evaluations(self.space.evaluation):
             self._evaluate(self.base.model, 0, self.space.evaluation, "")
 
-    def evaluate_checkpoint(self, checkpoint: Path, folder: Path) -> pa.Table:
-        """Accuracy of any checkpoint of the policy, written to `folder`."""
-        return self._evaluate(load_policy(self.config.policy, str(checkpoint)).model, 0, folder, "")
+    def evaluate_at(self, checkpoint: Path | None) -> pa.Table:
+        """Accuracy of the base policy or of any checkpoint, read back where it has been measured."""
+        self.prompts()
+        arm = None if checkpoint is None else self.arm_at(0, checkpoint)
+        folder = self.space.evaluation if arm is None else arm.evaluation
+        known = read_evaluations(folder)
+        if 0 in known:
+            return known[0]
+        policy = self.base if checkpoint is None else load_policy(self.config.policy, str(checkpoint))
+        return self._evaluate(policy.model, 0, folder, "" if arm is None else arm.folder.name)
 
     def _evaluate(self, model: nn.Module, step: int, folder: Path, arm: str) -> pa.Table:
         policy = Policy(model, self.base.tokenizer)
@@ -245,7 +288,7 @@ class Pipeline:
             return policy.tokenizer.batch_decode(completions, skip_special_tokens=True)
 
         seed = derived_seed(self.config.seed, "evaluate")
-        with self.space.ledger.charge("evaluate", arm=arm, stage=step // self.config.train.steps_per_stage):
+        with self.space.ledger.charge("evaluate", arm=arm, stage=max(0, step - 1) // self.config.train.steps_per_stage):
             return evaluate(
                 self._test_prompts,
                 generate,
@@ -260,6 +303,13 @@ class Pipeline:
     def _test_prompts(self) -> list[Question]:
         rows = [row for row in self.space.prompt_rows if row["set"].startswith("test/")]
         encoded = encode_prompts(self.base.tokenizer, [self._trainer_prompt(row) for row in rows])
+        limit, longest = self.base.context_length, max(len(ids) for ids in encoded)
+        if limit is not None and longest + self.config.collect.max_completion_length > limit:
+            raise DataError(
+                f"the longest test prompt has {longest} tokens, which leaves no room for a completion in {limit}",
+                where="prompts.test",
+                fix="leave such prompts out, or lower collect.max_completion_length.",
+            )
         return [
             Question(row["set"].removeprefix("test/"), row["prompt_id"], row["source"], row["answer"], ids)
             for row, ids in zip(rows, encoded, strict=True)

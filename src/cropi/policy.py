@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -75,8 +76,10 @@ def load_tokenizer(config: PolicyConfig, location: str | None = None) -> PreTrai
 
     location = location or policy_location(config)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(location, revision=config.revision, padding_side="left")
-    except (OSError, ValueError, KeyError, ImportError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(
+            location, revision=config.revision, padding_side="left", trust_remote_code=False
+        )
+    except Exception as error:  # transformers raises many kinds; each means that it cannot be had
         raise _cannot_load("tokenizer", location, error) from None
     if tokenizer.eos_token_id is None or len(tokenizer) == 0:
         raise PolicyError(
@@ -102,11 +105,41 @@ def load_policy(config: PolicyConfig, location: str | None = None) -> Policy:
     tokenizer = load_tokenizer(config, location)
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            location, revision=config.revision, dtype=getattr(torch, config.dtype), use_safetensors=True
+            location,
+            revision=config.revision,
+            dtype=getattr(torch, config.dtype),
+            use_safetensors=True,
+            trust_remote_code=False,
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # as above; a damaged file has an error class of its own
         raise _cannot_load("model", location, error) from None
+    rows = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows:
+        raise PolicyError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model only {rows}",
+            where=f"policy.path {location}",
+            fix="put the tokenizer beside the weights that it belongs to.",
+        )
     return Policy(model.to(device_of(config)).eval(), tokenizer)
+
+
+def fingerprint(config: PolicyConfig, location: str | None = None) -> str:
+    """SHA-256 over the files of a local policy, or the commit of one on the Hub: what its results depend on."""
+    location = location or policy_location(config)
+    folder = Path(location)
+    if not folder.is_dir():
+        from transformers import AutoConfig
+
+        commit = AutoConfig.from_pretrained(location, revision=config.revision, trust_remote_code=False)._commit_hash
+        return f"{location}@{commit}"
+    digest = hashlib.sha256()
+    for path in sorted(
+        p for p in folder.iterdir() if p.suffix in {".safetensors", ".json", ".jinja", ".model", ".txt"}
+    ):
+        if path.name not in {"trainer_state.json", "complete.json", "pass_rates.json"}:
+            with path.open("rb") as file:
+                digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
 def _cannot_load(what: str, location: str, error: Exception) -> PolicyError:
@@ -144,9 +177,18 @@ def encode_prompts(
         return []
     if isinstance(prompts[0], str):
         return tokenizer(text=list(prompts))["input_ids"]
-    encoded = tokenizer.apply_chat_template(
-        conversation=list(prompts), add_generation_prompt=True, tokenize=True, return_dict=True
-    )
+    import jinja2  # templates of chat models run in its sandbox
+
+    try:
+        encoded = tokenizer.apply_chat_template(
+            conversation=list(prompts), add_generation_prompt=True, tokenize=True, return_dict=True
+        )
+    except jinja2.TemplateError as error:
+        raise PolicyError(
+            f"the tokenizer's chat template refuses the prompts: {error}",
+            where="prompts",
+            fix="change prompts.system_prompt or the messages, or set prompts.chat=false.",
+        ) from None
     return encoded["input_ids"]
 
 

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cropi.artifacts import PROMPTS, write_table
-from cropi.config import BuiltinSource, Config, FileSource, HubSource
+from cropi.config import BuiltinSource, Config, FileSource, HubSource, config_hash
 from cropi.errors import DataError
 
 PROMPT_COLUMNS = ("prompt", "question", "problem")
@@ -46,11 +46,35 @@ def load_prompts(config: Config) -> list[dict[str, Any]]:
 def make_prompts(config: Config, folder: Path) -> tuple[dict[str, int], dict[str, Any]]:
     """Write `prompts.parquet` to `folder`; returns (rows by set, {})."""
     rows = load_prompts(config)
+    _check_quotas(config, rows)
     write_table(folder / "prompts.parquet", rows, PROMPTS)
     counts: dict[str, int] = {}
     for row in rows:
         counts[row["set"]] = counts.get(row["set"], 0) + 1
     return counts, {}
+
+
+def data_identity(config: Config) -> dict[str, str]:
+    """What the prompt table depends on: the settings, and the content of local files."""
+    sources = [*config.prompts.train, *(s for sources in config.prompts.validation.values() for s in sources)]
+    sources += [s for test in config.prompts.test.values() for s in test.sources]
+    identity = {"prompts": config_hash(config.resolved()["prompts"])}
+    for path in sorted({Path(s.path).expanduser() for s in sources if isinstance(s, FileSource)}):
+        if path.is_file():  # a missing one is reported where it is read
+            with path.open("rb") as file:
+                identity[str(path)] = hashlib.file_digest(file, "sha256").hexdigest()
+    return identity
+
+
+def _check_quotas(config: Config, rows: Iterable[dict[str, Any]]) -> None:
+    known = sorted({row["source"] for row in rows if row["set"] == "train"})
+    unknown = sorted(set(config.select.quotas) - set(known))
+    if unknown:
+        raise DataError(
+            f"no training prompt has the source {unknown[0]!r}",
+            where="select.quotas",
+            fix=f"use one of: {', '.join(known)}.",
+        )
 
 
 def _load_set(name: str, sources: Sequence[BuiltinSource | FileSource | HubSource]) -> list[dict[str, Any]]:
@@ -90,7 +114,7 @@ def _builtin(source: BuiltinSource, set_name: str, key: str) -> Iterator[tuple[d
 def _from_rows(source: FileSource | HubSource, key: str) -> Iterator[tuple[dict[str, Any], str]]:
     rows = [(_prompt(source, row, key), row.where) for row in _raw_rows(source, key)]
     low, high = source.hash_range
-    rows = [row for row in rows if low <= _unit_hash(row[0]["prompt_id"]) < high or (high == 1.0 == low)]
+    rows = [row for row in rows if low <= _unit_hash(row[0]["prompt_id"]) < high]
     if source.limit is not None:
         rows = sorted(rows, key=lambda row: _unit_hash(row[0]["prompt_id"]))[: source.limit]
     yield from rows
@@ -155,8 +179,12 @@ def _prompt(source: FileSource | HubSource, row: Row, key: str) -> dict[str, Any
     identity = row.values.get(source.id_column or "prompt_id")
     if source.id_column is not None and identity is None:
         raise _missing(row, source.id_column, "id", key)
-    origin = row.values.get(source.source_column or "source", row.values.get("data_source", name))
+    origin = row.values.get(source.source_column or "source") or row.values.get("data_source") or name
     text = json.dumps(_checked_messages(messages, row, key), ensure_ascii=False)
+    try:
+        f"{text}{answer}{identity}{origin}".encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{row.where} holds half a surrogate pair", where=key, fix="mend the row's text.") from None
     return {
         "prompt_id": str(identity) if identity is not None else content_id(text, answer),
         "source": str(origin),
@@ -169,7 +197,14 @@ def _answer(row: Row, source: FileSource | HubSource, key: str) -> str:
     nested = row.values.get("reward_model")  # verl keeps the gold answer in here
     if source.answer_column is None and isinstance(nested, dict) and nested.get("ground_truth") is not None:
         return str(nested["ground_truth"])
-    return str(_column(row, source.answer_column, ANSWER_COLUMNS, "answer", key))
+    answer = _column(row, source.answer_column, ANSWER_COLUMNS, "answer", key)
+    if isinstance(answer, bool) or not isinstance(answer, str | int | float):
+        raise DataError(
+            f"{row.where}: the answer {answer!r} is neither text nor a number",
+            where=key,
+            fix="write it as the text that a right completion would give, or name another column with answer_column.",
+        )
+    return str(answer)
 
 
 def _column(row: Row, named: str | None, usual: Sequence[str], what: str, key: str) -> Any:

@@ -2,11 +2,13 @@
 
 config.json  environment.json  ledger.jsonl  summary.json  report.html  report.md
 prompts/  trajectories/  evaluation/ (the base policy)
+checkpoints/NAME-HASH/  (scores, selections, evaluations of checkpoints from elsewhere)
 arms/ARM/  stages/NNN/{scores,selection}/  evaluation/  checkpoints/  steps.jsonl  metrics.jsonl  rewards.jsonl
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import platform
@@ -50,6 +52,21 @@ class Arm:
 
 class Workspace:
     """A run's folder, claimed for one config."""
+
+    def lock(self) -> None:
+        """Keep other processes from writing to this run until this one ends, however it ends."""
+        self._lock = (self.folder / "lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ArtifactError(
+                "another process is working on this run", where=str(self.folder), fix="wait for it, or stop it."
+            ) from None
+
+    def foreign(self, checkpoint: Path, identity: str) -> Arm:
+        """Where scores, selections and evaluations of a checkpoint from elsewhere go: by its name and content."""
+        name = self.config.select.strategy.type
+        return Arm(name, self.folder / "checkpoints" / f"{checkpoint.resolve().name}-{identity[:12]}")
 
     def __init__(self, config: Config) -> None:
         self.config, self.folder = config, config.folder
@@ -106,19 +123,26 @@ def environment() -> dict[str, str]:
 
 
 def _claim(config: Config) -> None:
-    """Write the resolved config into a new folder; refuse a folder that was made with another one."""
+    """Write the resolved config into a new folder; refuse a folder that was made with another one.
+
+    Where the folder lies is not part of what was claimed: a run may be moved.
+    """
     folder, path = config.folder, config.folder / "config.json"
-    if not path.is_file():
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ArtifactError("exists and is not a run", where=str(folder), fix="choose another name= or run_dir=.")
-        write_json(folder / "environment.json", environment())
-        write_json(path, config.resolved())
-        return
     try:
+        if not path.is_file():
+            if folder.exists() and (not folder.is_dir() or any(p.suffix != ".part" for p in folder.iterdir())):
+                raise ArtifactError(
+                    "exists and is not a run", where=str(folder), fix="choose another name= or run_dir=."
+                )
+            write_json(path, config.resolved())
+        if not (folder / "environment.json").is_file():
+            write_json(folder / "environment.json", environment())
         before = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ArtifactError(f"cannot be used ({error})", where=str(folder), fix="choose another run_dir=.") from None
     except ValueError:
         raise ArtifactError("is not JSON", where=str(path), fix=f"delete {folder} and run again.") from None
-    changed = config_difference(before, config.resolved())
+    changed = config_difference(before | {"run_dir": ""}, config.resolved() | {"run_dir": ""})
     if changed:
         raise ConfigError(
             "this run was started with another config: " + "; ".join(changed),

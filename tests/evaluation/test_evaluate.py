@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 
 from cropi.config import EvaluateConfig
+from cropi.errors import DataError
 from cropi.evaluation.evaluate import Question, accuracy, evaluate, forget_after, read_evaluations
 
 PROMPTS = [
@@ -51,9 +52,7 @@ def test_files_are_found_by_step_and_forgotten_after_a_resume(tmp_path: Path) ->
     assert list(read_evaluations(tmp_path)) == [2, 10]
 
 
-def test_an_empty_test_set_cannot_pass_silently(tmp_path: Path) -> None:
-    table = evaluate(PROMPTS[3:], generate, verify, EvaluateConfig(), step=0, seed=0, folder=tmp_path)
-    assert table.num_rows == 0
-    assert accuracy(table, EvaluateConfig(), seed=0) == {}
-    with pytest.raises(KeyError):
-        accuracy(table, EvaluateConfig(), seed=0)["hard"]
+def test_a_test_set_without_readable_answers_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="can read none of the recorded answers"):
+        evaluate(PROMPTS[3:], generate, verify, EvaluateConfig(), step=0, seed=0, folder=tmp_path)
+    assert list(tmp_path.iterdir()) == []

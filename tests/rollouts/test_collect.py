@@ -10,6 +10,7 @@ from tests.runs import SMALL
 from cropi.artifacts import TRAJECTORIES, read_table
 from cropi.config import Config, PolicyConfig, load_config
 from cropi.errors import ArtifactError
+from cropi.ledger import Ledger
 from cropi.policy import Policy, completion_logprobs, load_policy
 from cropi.prompts import load_prompts
 from cropi.rollouts import generation
@@ -96,7 +97,7 @@ def small() -> Config:
 
 def test_collection_stores_what_it_says_and_resumes_at_any_shard(policy: Policy, tmp_path: Path) -> None:
     prompts = load_prompts(small())
-    counts, details = collect(small(), policy, prompts, tmp_path)
+    counts, details = collect(small(), policy, prompts, tmp_path, Ledger(tmp_path / "ledger.jsonl"))
     table = read_trajectories(tmp_path)
     rows = table["train"].to_pylist()
     assert sorted(table) == ["train", "validation/sum"]
@@ -115,15 +116,15 @@ def test_collection_stores_what_it_says_and_resumes_at_any_shard(policy: Policy,
     parts = sorted(tmp_path.glob("part-*.parquet"))
     before = {part.name: part.read_bytes() for part in parts}
     parts[1].unlink()
-    collect(small(), policy, prompts, tmp_path)
+    collect(small(), policy, prompts, tmp_path, Ledger(tmp_path / "ledger.jsonl"))
     assert {part.name: part.read_bytes() for part in sorted(tmp_path.glob("part-*.parquet"))} == before
 
 
 def test_a_shard_of_other_prompts_is_refused(policy: Policy, tmp_path: Path) -> None:
     prompts = load_prompts(small())
-    collect(small(), policy, prompts, tmp_path)
+    collect(small(), policy, prompts, tmp_path, Ledger(tmp_path / "ledger.jsonl"))
     part = sorted(tmp_path.glob("part-train-*.parquet"))[0]
     (tmp_path / sorted(tmp_path.glob("part-train-*.parquet"))[1].name).write_bytes(part.read_bytes())
     with pytest.raises(ArtifactError, match="other prompts"):
-        collect(small(), policy, prompts, tmp_path)
+        collect(small(), policy, prompts, tmp_path, Ledger(tmp_path / "ledger.jsonl"))
     assert read_table(part, TRAJECTORIES).num_rows == 16 * 8

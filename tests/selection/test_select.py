@@ -19,7 +19,7 @@ from cropi.config import (
     load_config,
 )
 from cropi.errors import SignalError
-from cropi.selection.candidates import Candidates
+from cropi.selection.candidates import Candidates, places
 from cropi.selection.select import choose, rank, select
 
 POOL = Candidates(
@@ -70,7 +70,7 @@ def test_influence_by_hand() -> None:
     assert set(chosen(strategy, 6)) == {"a", "b", "c", "d"}  # without signal there is no influence
 
 
-def test_truncated_fusion_is_the_released_codes() -> None:
+def test_truncated_fusion_counts_the_head_of_each_list() -> None:
     # n = ceil(0.5 * 6) = 3: u counts a1 d2 b3, v counts c1 b2 d3
     config = SelectConfig(
         strategy=InfluenceStrategy(type="influence"), fraction=0.5, fusion=FusionConfig(kappa=0, truncate=True)
@@ -99,6 +99,17 @@ def test_exploration_reaches_prompts_without_signal() -> None:
         assert set(rows[:2]) == {"b", "d"}
         seen |= set(rows)
     assert "e" in seen
+
+
+def test_exploration_is_never_rounded_away_nor_wasted() -> None:
+    for stage in range(20):
+        rows = chosen(InfluenceStrategy(type="influence"), 4, dataclasses.replace(POOL, stage=stage), exploration=0.01)
+        assert len(rows) == 4
+        assert "f" not in rows  # its answer cannot be read: there is nothing to explore
+
+
+def test_a_fraction_means_what_is_written() -> None:
+    assert [places(f, n) for f, n in ((0.07, 100), (0.14, 50), (0.55, 100), (0.1, 101), (1.0, 7))] == [7, 7, 55, 11, 7]
 
 
 def test_quota_caps_a_source() -> None:

@@ -62,8 +62,8 @@ def verdict(completion: str, gold: str) -> str:
     return "correct" if len(completion.split()) % 2 else "wrong"
 
 
-def run(folder: Path, *overrides: str) -> tuple[Recorder, dict[str, torch.Tensor]]:
-    recorder, settings = Recorder(), config(*overrides)
+def run(folder: Path, *overrides: str, recorder: Recorder | None = None) -> tuple[Recorder, dict[str, torch.Tensor]]:
+    recorder, settings = recorder or Recorder(), config(*overrides)
     task = TrainTask(
         label="test",
         rows=ROWS,
@@ -125,12 +125,49 @@ def test_resume_from_inside_a_stage_changes_no_bit(
         assert torch.equal(weight, resumed[name]), name
 
 
+def test_resume_inside_a_stage_with_two_updates_per_generation_changes_no_bit(tmp_path: Path) -> None:
+    twice = ("trainer.num_iterations=2", "trainer.save_steps=2")
+    _, weights = run(tmp_path / "whole", *twice)
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    for step in (4, 6, 8):
+        shutil.rmtree(tmp_path / "cut" / "checkpoints" / f"checkpoint-{step}")
+    _, resumed = run(tmp_path / "cut", *twice)
+    assert seen(tmp_path / "cut") == seen(tmp_path / "whole")
+    assert all(torch.equal(weight, resumed[name]) for name, weight in weights.items())
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "complete.json", "trainer_state.json"])
+def test_a_damaged_checkpoint_is_passed_over(
+    whole: tuple[Path, Recorder, dict[str, torch.Tensor]], name: str, tmp_path: Path
+) -> None:
+    shutil.copytree(whole[0] / "checkpoints", tmp_path / "checkpoints")
+    path = tmp_path / "checkpoints" / "checkpoint-8" / name
+    path.write_bytes(path.read_bytes()[:-7])
+    assert newest_checkpoint(tmp_path / "checkpoints")[1] == 6
+
+
+def test_stages_see_the_policy_without_mixed_precision(tmp_path: Path) -> None:
+    kinds = []
+
+    class Looker(Recorder):
+        def evaluate(self, step: int, model: nn.Module) -> None:
+            with torch.no_grad():
+                kinds.append(model.model.layers[0].mlp.up_proj(torch.zeros(1, 128)).dtype)
+                model.model.register_forward_hook(lambda *_: kinds.append(torch.is_autocast_enabled("cpu")))
+                model(input_ids=torch.tensor([[3, 4]]))
+
+    run(tmp_path, "trainer.bf16=true", recorder=Looker())
+    assert kinds
+    assert torch.float32 in kinds
+    assert kinds[1] is False
+
+
 def test_an_unfinished_checkpoint_is_not_resumed_from(tmp_path: Path) -> None:
     for step, complete in ((4, True), (8, False)):
         path = tmp_path / f"checkpoint-{step}"
         path.mkdir()
         if complete:
-            (path / "stage.json").write_text(json.dumps({"step": step, "stage": 1}))
+            (path / "complete.json").write_text(json.dumps({"step": step, "sizes": {}}))
     assert newest_checkpoint(tmp_path) == (tmp_path / "checkpoint-4", 4)
     assert not (tmp_path / "checkpoint-8").exists()
 
@@ -140,6 +177,7 @@ def test_gradient_accumulation_and_iterations_keep_the_stage_length(tmp_path: Pa
         tmp_path,
         "trainer.gradient_accumulation_steps=2",
         "trainer.num_iterations=2",
+        "trainer.save_steps=2",
     )
     steps = seen(tmp_path)
     assert newest_checkpoint(tmp_path / "checkpoints")[1] == 8
@@ -155,9 +193,14 @@ def test_gradient_accumulation_and_iterations_keep_the_stage_length(tmp_path: Pa
         ("trainer.learning_rat=1", "did you mean 'learning_rate'"),
         ("trainer.max_steps=3", "train.stages and train.steps_per_stage"),
         ("trainer.loss_type=nosuch", "no per-prompt normaliser"),
-        ("trainer.num_iterations=3", "no multiple of the 3"),
-        ("trainer.num_generations=5", "trainer"),
-        ("trainer.lr_scheduler_type=fast", "trainer"),
+        ("trainer.num_iterations=3", "train.steps_per_stage: .*no multiple of the 3"),
+        ("trainer.num_iterations=2", "trainer.save_steps: .*no multiple of the 2"),
+        ("trainer.num_generations=5", "must be divisible by"),
+        ("trainer.lr_scheduler_type=fast", "fast is not a valid"),
+        ("trainer.save_total_limit=1", "would lose both"),
+        ("trainer.save_only_model=true", "optimiser's state"),
+        ("trainer.temperature=0.5", "collect.temperature"),
+        ("trainer.report_to=[wandb]", "wandb is not installed"),
         ("trainer.learning_rate=fast", "trainer.learning_rate is 'fast': input should be a valid number"),
         ("trainer.save_strategy=no", "cannot be resumed"),
     ],

@@ -13,6 +13,8 @@ import pyarrow as pa
 
 from cropi.artifacts import EVALUATION, read_table, write_table
 from cropi.config import EvaluateConfig
+from cropi.console import warn
+from cropi.errors import DataError
 from cropi.functional.statistics import Interval, bootstrap_mean
 from cropi.rewards.verifiers import Verify, reward
 
@@ -74,8 +76,22 @@ def evaluate(
                 "verdict": verdict,
             }
         )
+    _refuse_empty(prompts, rows)
     write_table(folder / f"step-{step:06}.parquet", rows, EVALUATION)
     return pa.Table.from_pylist(rows, schema=EVALUATION)
+
+
+def _refuse_empty(prompts: Sequence[Question], rows: Sequence[Mapping[str, Any]]) -> None:
+    judged = {row["set"] for row in rows}
+    for name in dict.fromkeys(prompt.set for prompt in prompts):
+        if name not in judged:
+            raise DataError(
+                "the verifier can read none of the recorded answers of this test set",
+                where=f"prompts.test.{name}",
+                fix="choose another verifier, or mend the answers.",
+            )
+    if len(rows) < len(prompts):
+        warn(f"{len(prompts) - len(rows)} test prompts have answers that the verifier cannot read and are left out")
 
 
 def accuracy(table: pa.Table, config: EvaluateConfig, *, seed: int) -> dict[str, dict[str, Interval]]:

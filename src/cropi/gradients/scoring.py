@@ -10,7 +10,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
-from cropi.artifacts import GOLD_UNPARSEABLE, NO_SIGNAL, OK, count_status, scores_schema, write_table
+from cropi.artifacts import GOLD_UNPARSEABLE, NO_SIGNAL, OK, PROMPT_TOO_LONG, count_status, scores_schema, write_table
 from cropi.config import Config, ScoreConfig
 from cropi.console import progress, warn
 from cropi.errors import SignalError
@@ -19,16 +19,22 @@ from cropi.functional.projection import Projector, SparseProjection
 from cropi.functional.surrogate import NORMALIZER_OF_LOSS
 from cropi.gradients.groups import Group, groups_of
 from cropi.gradients.reference import SurrogateSettings, prompt_gradient, trainable_parameters
+from cropi.seeds import unit_interval
+
+FEW_GROUPS = 8  # below this many mixed validation groups a warning is given
 
 
-def surrogate_settings(config: Config, loss_type: str) -> SurrogateSettings:
-    """The surrogate that a run's settings and its trainer's loss call for."""
-    normalizer = config.score.normalizer
+def surrogate_settings(config: Config, loss_type: str, scale_rewards: str | bool) -> SurrogateSettings:
+    """The surrogate that a run's settings and its trainer's loss call for.
+
+    Rewards scaled by the deviation of the whole batch share that divisor, which ranks like no scaling.
+    """
+    normalizer, std = config.score.normalizer, config.score.advantage_std
     return SurrogateSettings(
         normalizer=NORMALIZER_OF_LOSS[loss_type] if normalizer == "auto" else normalizer,
         max_completion_length=config.collect.max_completion_length,
         temperature=config.collect.temperature,
-        advantage_std=config.score.advantage_std,
+        advantage_std=scale_rewards in {"group", True} if std == "auto" else std,
         batch_tokens=config.score.batch_tokens,
     )
 
@@ -50,23 +56,22 @@ class FeatureMaker:
 
 def score(
     config: Config,
-    loss_type: str,
+    settings: SurrogateSettings,
     model: nn.Module,
     trajectories: Mapping[str, pa.Table],
     sources: Mapping[str, str],
     folder: Path,
 ) -> tuple[dict[str, int], dict[str, Any]]:
-    """Write `scores.parquet` to `folder`: one row per training prompt, groups without signal included (influence 0).
+    """Write `scores.parquet` to `folder`: one row per training prompt, those without signal included (influence 0).
 
     `trajectories` maps "train" and "validation/NAME" to their tables, `sources` prompt ids to sources. Returns
     (rows by status, details). Raises SignalError where a validation set has no mixed group.
     """
-    settings = surrogate_settings(config, loss_type)
     projection = SparseProjection(**config.score.projection.model_dump())
     make_feature = FeatureMaker(model, projection, settings)
     train = groups_of(trajectories["train"].to_pylist())
     names = sorted(name.removeprefix("validation/") for name in trajectories if name != "train")
-    validation = {name: _validation_groups(trajectories[f"validation/{name}"], name, config.score) for name in names}
+    validation = validation_groups(trajectories, config.score)
     scored = [group for group in train.values() if group is not None and group.status == OK]
     scored += [group for groups in validation.values() for group in groups]
     with progress("score", len(scored), "prompts") as bar:
@@ -79,10 +84,13 @@ def score(
             directions.append(mean_direction(torch.stack(features), config.score.validation_mean))
         directions_VD = torch.stack(directions)
         rows = []
-        for prompt_id, group in train.items():
-            rows.append(
-                _score_row(prompt_id, group, sources[prompt_id], make_feature, directions_VD, names, config.score)
-            )
+        for prompt_id, source in sources.items():
+            row = {"prompt_id": prompt_id, "source": source}
+            if prompt_id in train:
+                row |= _score(train[prompt_id], make_feature, directions_VD, names, config.score)
+            else:
+                row |= _no_influence(PROMPT_TOO_LONG, names)
+            rows.append(row)
             if rows[-1]["status"] == OK:
                 bar.advance()
     write_table(folder / "scores.parquet", rows, scores_schema(names))
@@ -96,39 +104,50 @@ def score(
     return count_status(row["status"] for row in rows), details
 
 
-def _validation_groups(table: pa.Table, name: str, config: ScoreConfig) -> list[Group]:
-    """The first validation prompts in id order, those without signal left out: their gradient is zero."""
-    groups = list(groups_of(table.to_pylist()).values())[: config.max_validation_prompts]
-    mixed = [group for group in groups if group is not None and group.status == OK]
+def validation_groups(trajectories: Mapping[str, pa.Table], config: ScoreConfig) -> dict[str, list[Group]]:
+    """The mixed groups of every validation set: the others have a zero gradient. SignalError where a set has none."""
+    names = sorted(name.removeprefix("validation/") for name in trajectories if name != "train")
+    return {name: _mixed_groups(trajectories[f"validation/{name}"], name, config) for name in names}
+
+
+def _mixed_groups(table: pa.Table, name: str, config: ScoreConfig) -> list[Group]:
+    groups = groups_of(table.to_pylist())
+    # By hash rather than by id: ids that start with a source's name would pick one source.
+    chosen = sorted(groups, key=lambda i: unit_interval(0, "validation", i))[: config.max_validation_prompts]
+    mixed = [group for i in sorted(chosen) if (group := groups[i]) is not None and group.status == OK]
     if not mixed:
         raise SignalError(
-            f"none of the {len(groups)} prompts of this validation set has both right and wrong completions, so it "
+            f"none of the {len(chosen)} prompts of this validation set has both right and wrong completions, so it "
             "gives no direction to select by",
             where=f"prompts.validation.{name}",
             fix="use problems that the policy solves sometimes, or raise collect.validation_num_generations.",
         )
-    if len(mixed) < 8:
+    if len(mixed) < FEW_GROUPS:
         warn(f"validation set {name}: only {len(mixed)} prompts carry signal; influence will be noisy")
     return mixed
 
 
-def _score_row(
-    prompt_id: str,
-    group: Group | None,
-    source: str,
-    make_feature: FeatureMaker,
-    directions_VD: Tensor,
-    names: Sequence[str],
-    config: ScoreConfig,
+def _score(
+    group: Group | None, make_feature: FeatureMaker, directions_VD: Tensor, names: Sequence[str], config: ScoreConfig
 ) -> dict[str, Any]:
-    row: dict[str, Any] = {"prompt_id": prompt_id, "source": source, "feature_norm": 0.0, "ratio_ess": None}
-    row |= {f"influence/{name}": 0.0 for name in names}
+    """Status and influence of one prompt with trajectories."""
     if group is None:
-        return row | {"status": GOLD_UNPARSEABLE, "pass_rate": None, "completion_tokens": 0}
-    row |= {"pass_rate": group.pass_rate, "completion_tokens": group.completion_tokens}
+        return _no_influence(GOLD_UNPARSEABLE, names)
+    known = {"pass_rate": group.pass_rate, "completion_tokens": group.completion_tokens}
     if group.status == NO_SIGNAL:
-        return row | {"status": NO_SIGNAL}
+        return _no_influence(NO_SIGNAL, names) | known
     feature_D, ratio_ess = make_feature(group)
-    values_V = influence(feature_D, directions_VD, config.score).tolist()
-    row |= {f"influence/{name}": value for name, value in zip(names, values_V, strict=True)}
-    return row | {"status": OK, "feature_norm": float(feature_D.norm()), "ratio_ess": ratio_ess}
+    values_V = influence(feature_D, directions_VD, config.score)
+    if not bool(torch.isfinite(values_V).all()):
+        raise SignalError(
+            f"the influence of prompt {group.prompt_id} is not a finite number: the policy has diverged",
+            where="score",
+            fix="lower trainer.learning_rate or set trainer.max_grad_norm, and start the run under another name.",
+        )
+    found = {f"influence/{name}": value for name, value in zip(names, values_V.tolist(), strict=True)}
+    return known | found | {"status": OK, "feature_norm": float(feature_D.norm()), "ratio_ess": ratio_ess}
+
+
+def _no_influence(status: str, names: Sequence[str]) -> dict[str, Any]:
+    row: dict[str, Any] = {f"influence/{name}": 0.0 for name in names}
+    return row | {"status": status, "pass_rate": None, "completion_tokens": 0, "feature_norm": 0.0, "ratio_ess": None}

@@ -16,9 +16,15 @@ UNPARSEABLE_GOLD = "unparseable_gold"  # the recorded answer is not in that form
 
 Verify = Callable[[str, str], str]  # (completion, gold) -> verdict
 
-# A number as people write it: sign, digits with thousands separators, decimals or a fraction. No power of ten is left
-# to chance: the length bound keeps a completion of a million digits from becoming a million-digit integer.
-_NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d{1,40})(?:\.\d{1,40})?(?:/\d{1,40}|[eE][-+]?\d{1,2}(?!\d))?")
+# A number as people write it: sign, digits with thousands separators or a leading point, decimals, a fraction, a power
+# of ten. It must not go on at either side: a part of a longer number is another number. The bounds on its length keep a
+# completion of a million digits from becoming a million-digit integer.
+_NUMBER = re.compile(
+    r"(?<![\d./])(?<!\d,)[-+]?"
+    r"(?:(?:\d{1,3}(?:,\d{3}){1,12}|\d{1,40})(?:\.\d{1,40})?|\.\d{1,40})"
+    r"(?:/\d{1,40}|[eE][-+]?\d{1,2})?(?![\d/]|[.,]\d)"
+)
+_MINUS = str.maketrans({"\u2212": "-"})  # the minus sign of typesetters
 
 
 def verifier(config: ExactVerifier | NumericVerifier | Gsm8kVerifier) -> Verify:
@@ -72,13 +78,13 @@ def _compare(given: Fraction | None, expected: Fraction | None, tolerance: float
 
 def first_number(text: str) -> Fraction | None:
     """The first number of a text, exactly; None where there is none."""
-    found = _NUMBER.search(text)
+    found = _NUMBER.search(text.translate(_MINUS))
     return _value(found.group()) if found else None
 
 
 def last_number(text: str) -> Fraction | None:
     """The last number of a text, exactly; None where there is none."""
-    numbers = _NUMBER.findall(text)
+    numbers = _NUMBER.findall(text.translate(_MINUS))
     return _value(numbers[-1]) if numbers else None
 
 

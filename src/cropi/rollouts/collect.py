@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from cropi.artifacts import (
 from cropi.config import Config
 from cropi.console import progress, warn
 from cropi.errors import ArtifactError, DataError
+from cropi.ledger import Ledger
 from cropi.policy import Policy, completion_logprobs, encode_prompts, trainer_prompt, uses_chat
 from cropi.rewards.verifiers import reward, verifier
 from cropi.rollouts.generation import Sampling, TransformersGenerator
@@ -42,28 +42,29 @@ class Shard:
 
 
 def collect(
-    config: Config, policy: Policy, prompts: Sequence[Mapping[str, Any]], folder: Path
+    config: Config, policy: Policy, prompts: Sequence[Mapping[str, Any]], folder: Path, ledger: Ledger
 ) -> tuple[dict[str, int], dict[str, Any]]:
     """Write one `part-*.parquet` per shard to `folder`; shards that are already there are kept.
 
     Behaviour log-probs are recomputed by the model itself in one forward pass per batch, at the sampling temperature.
-    Returns (trajectories by status, details).
+    Every shard is charged to the ledger as it is made. Returns (rows by status, details); a prompt that does not fit
+    into the policy's context counts as one row `prompt_too_long`.
     """
     if config.collect.top_p < 1:
         warn("collect.top_p is below 1: the sampler is not the policy whose log-probs are stored, so ratios are biased")
     shards, skipped = plan(config, policy, prompts)
     generate = TransformersGenerator(policy, config.collect.batch_size)
     statuses: list[str] = [PROMPT_TOO_LONG] * skipped
-    tokens, generation_seconds = 0, 0.0
+    tokens = 0
     with progress("collect", sum(len(s.prompts) * s.samples for s in shards), "trajectories") as bar:
         for shard in shards:
             path = folder / f"{shard.name}.parquet"
             if path.is_file():
                 rows = _stored(path, shard)
             else:
-                start = time.perf_counter()
-                rows = _sample(config, policy, generate, shard)
-                generation_seconds += time.perf_counter() - start
+                with ledger.charge("collect") as entry:
+                    rows = _sample(config, policy, generate, shard)
+                    entry["tokens"] = sum(len(row["completion_ids"]) for row in rows)
                 write_table(path, rows, TRAJECTORIES)
             statuses += [row["status"] for row in rows]
             tokens += sum(len(row["completion_ids"]) for row in rows)

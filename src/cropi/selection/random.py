@@ -2,7 +2,6 @@
 
 import numpy as np
 
-from cropi.artifacts import GOLD_UNPARSEABLE
 from cropi.config import RandomStrategy
 from cropi.seeds import unit_interval
 from cropi.selection.candidates import Candidates, Ranking
@@ -15,5 +14,4 @@ def random(candidates: Candidates, strategy: RandomStrategy) -> Ranking:
     """
     purpose = ("random", candidates.stage) if strategy.redraw else ("random",)
     scores_N = np.array([unit_interval(candidates.seed, *purpose, i) for i in candidates.prompt_ids])
-    eligible_N = np.array([status != GOLD_UNPARSEABLE for status in candidates.statuses])
-    return Ranking(scores_N, eligible_N, "drawn at random", {})
+    return Ranking(scores_N, candidates.usable_N, "drawn at random", {})

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from decimal import Decimal
+from math import floor, isnan
 from pathlib import Path
 from typing import Any
 
-from cropi.artifacts import OK, SELECTION, write_table, write_text
+from cropi.artifacts import OK, SELECTION, count_status, write_table, write_text
 from cropi.config import (
     Config,
     FullStrategy,
@@ -20,10 +21,11 @@ from cropi.config import (
     SelectConfig,
     Strategy,
 )
+from cropi.console import counts_text
 from cropi.errors import SignalError
 from cropi.functional.fusion import ranks
 from cropi.seeds import unit_interval
-from cropi.selection.candidates import Candidates, Ranking
+from cropi.selection.candidates import Candidates, Ranking, places
 from cropi.selection.full import full
 from cropi.selection.influence import influence
 from cropi.selection.learnability import learnability
@@ -49,7 +51,7 @@ def rank(candidates: Candidates, strategy: Strategy, config: SelectConfig) -> Ra
 def choose(candidates: Candidates, ranking: Ranking, config: SelectConfig, size: int) -> list[dict[str, Any]]:
     """Rows of the selection table, best first: the top `size` under quotas and the exploration share.
 
-    Ties break by prompt id. round(exploration x size) places go to prompts drawn at random among those that the
+    Ties break by prompt id. ceil(exploration x size) places go to prompts drawn at random among those that the
     strategy
     did not choose, those without signal included, so that nothing is excluded for ever. A quota caps a source's places
     at floor(quota x size), and at no less than one.
@@ -58,11 +60,11 @@ def choose(candidates: Candidates, ranking: Ranking, config: SelectConfig, size:
     eligible_ids = [i for i, fine in zip(ids, ranking.eligible_N, strict=True) if fine]
     order_of = dict(zip(eligible_ids, ranks(ranking.scores_N[ranking.eligible_N], eligible_ids).tolist(), strict=True))
     row_of = {prompt_id: row for row, prompt_id in enumerate(ids)}
-    room = Counter({source: max(1, math.floor(share * size)) for source, share in config.quotas.items()})
-    explored = round(config.exploration * size)
+    room = Counter({source: max(1, floor(Decimal(repr(share)) * size)) for source, share in config.quotas.items()})
+    explored = places(config.exploration, size)
     best_first = sorted(order_of, key=order_of.__getitem__)
     chosen = _take(best_first, size - explored, candidates, row_of, config.quotas, room)
-    rest = [i for i in ids if i not in chosen]
+    rest = [i for i, usable in zip(ids, candidates.usable_N, strict=True) if usable and i not in chosen]
     rest.sort(key=lambda i: (unit_interval(candidates.seed, "explore", candidates.stage, i), i))
     extra = _take(rest, explored, candidates, row_of, config.quotas, room)
     if not chosen and not extra:
@@ -114,7 +116,7 @@ def _selection_row(
         "rank": order,
         "score": float(ranking.scores_N[row]),
         "scores": [(name, float(values_N[row])) for name, values_N in sorted(candidates.influence.items())],
-        "pass_rate": None if math.isnan(p) else p,
+        "pass_rate": None if isnan(p) else p,
         "status": candidates.statuses[row],
         "reason": reason,
     }
@@ -129,7 +131,7 @@ def select(
 ) -> tuple[dict[str, int], dict[str, Any]]:
     """Write `selection.parquet` (every prompt) and `selected.jsonl` (the chosen ones, with prompt and answer)."""
     require_signal(candidates.statuses)
-    settings, size = config.select, math.ceil(config.select.fraction * len(candidates))
+    settings, size = config.select, places(config.select.fraction, len(candidates))
     if isinstance(strategy, FullStrategy):
         settings, size = settings.model_copy(update={"quotas": {}, "exploration": 0.0}), len(candidates)
     rows = choose(candidates, rank(candidates, strategy, settings), settings, size)
@@ -146,7 +148,8 @@ def require_signal(statuses: Sequence[str]) -> int:
     mixed = sum(status == OK for status in statuses)
     if not mixed:
         raise SignalError(
-            f"none of the {len(statuses)} training prompts has both right and wrong completions",
+            f"none of the {len(statuses)} training prompts has both right and wrong completions "
+            f"({counts_text(count_status(statuses))})",
             where="prompts.train",
             fix="use problems that the policy solves sometimes, raise collect.num_generations, or see in `cropi check` "
             "how the verifier judges real completions.",

@@ -15,8 +15,8 @@ from cropi.seeds import derived_seed
 class BatchShape:
     """How TRL cuts a generation batch.
 
-    A chunk of `prompts` different prompts, each repeated `generations` times, is one generation batch; TRL asks for it
-    `repeats` times, once for every micro-step that it serves.
+    A chunk of `prompts` prompts, each repeated `generations` times, is one generation batch; TRL asks for it `repeats`
+    times, once for every micro-step that it serves. The prompts of a chunk differ unless the selection is smaller.
     """
 
     prompts: int

@@ -9,6 +9,7 @@ from typing import Any, get_type_hints
 
 import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
+from transformers.integrations import get_available_reporting_integrations
 from trl import GRPOConfig
 
 from cropi.config import OWNED_TRAINER_KEYS, Config
@@ -81,24 +82,54 @@ def _check_names(config: Config, fields: set[str]) -> None:
 
 
 def _check(settings: GRPOConfig, config: Config) -> None:
-    if settings.save_strategy not in {"epoch", "steps"}:
-        raise ConfigError(
-            f"save_strategy {settings.save_strategy!s} would leave a run that cannot be resumed",
-            where="trainer.save_strategy",
-            fix="use epoch (every stage) or steps with save_steps.",
-        )
     if settings.loss_type not in NORMALIZER_OF_LOSS:
         raise ConfigError(
             f"no per-prompt normaliser is known for the loss {settings.loss_type!r}",
             where="trainer.loss_type",
             fix=f"use one of {', '.join(NORMALIZER_OF_LOSS)}, or set score.normalizer.",
         )
-    per_generation = settings.steps_per_generation * settings.num_iterations
-    micro_steps = config.train.steps_per_stage * settings.gradient_accumulation_steps
-    if micro_steps % per_generation:
+    _check_generation_batches(settings, config)
+    _check_saving(settings)
+    missing = sorted(set(settings.report_to) - set(get_available_reporting_integrations()))
+    if missing:
         raise ConfigError(
-            f"a stage has {micro_steps} micro-steps, which is no multiple of the {per_generation} that one generation "
-            "batch serves, so a batch would reach into the next stage",
-            where="train.steps_per_stage",
-            fix="make the micro-steps of a stage a multiple of steps_per_generation x num_iterations.",
+            f"{missing[0]} is not installed",
+            where="trainer.report_to",
+            fix=f"pip install {missing[0]}, or leave it out.",
+        )
+
+
+def _check_generation_batches(settings: GRPOConfig, config: Config) -> None:
+    """A generation batch serves several micro-steps; it must not reach over the end of a stage or a checkpoint.
+
+    On resume TRL counts micro-steps from 0 again and generates anew, so a checkpoint inside a generation batch would be
+    followed by other completions than without the interruption.
+    """
+    serves = settings.steps_per_generation * settings.num_iterations
+    spans = {"train.steps_per_stage": config.train.steps_per_stage}
+    if settings.save_strategy == "steps":
+        spans["trainer.save_steps"] = settings.save_steps
+    for key, steps in spans.items():
+        micro_steps = steps * settings.gradient_accumulation_steps
+        if micro_steps % serves:
+            raise ConfigError(
+                f"{steps:g} steps are {micro_steps:g} micro-steps, which is no multiple of the {serves} that one "
+                "generation batch serves",
+                where=key,
+                fix="make its micro-steps a multiple of steps_per_generation x num_iterations.",
+            )
+
+
+def _check_saving(settings: GRPOConfig) -> None:
+    if settings.save_strategy not in {"epoch", "steps"}:
+        raise ConfigError(
+            f"save_strategy {settings.save_strategy!s} would leave a run that cannot be resumed",
+            where="trainer.save_strategy",
+            fix="use epoch (every stage) or steps with save_steps.",
+        )
+    if settings.save_total_limit is not None and settings.save_total_limit < 2:
+        raise ConfigError(
+            "with a single checkpoint, an interruption while the next one is written would lose both",
+            where="trainer.save_total_limit",
+            fix="set it to 2 or more.",
         )

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,13 @@ from transformers import PrinterCallback, TrainerCallback, TrainerControl, Train
 from trl import GRPOConfig, GRPOTrainer
 
 from cropi.artifacts import append_jsonl, read_jsonl, write_json, write_text
-from cropi.console import Progress, progress
-from cropi.errors import ArtifactError
+from cropi.console import Progress, progress, warn
+from cropi.errors import ArtifactError, SignalError
 from cropi.policy import Policy
 from cropi.training.reward import RecordedReward
 from cropi.training.sampler import BatchShape, StageSampler
 
-COMPLETE = "stage.json"  # written into a checkpoint last: without it the checkpoint is unfinished
+COMPLETE = "complete.json"  # written into a checkpoint last, with the sizes of its files
 
 # (stage, model, whether training stands in the middle of the stage) -> selected prompt ids
 SelectStage = Callable[[int, nn.Module, bool], Sequence[str]]
@@ -71,11 +72,10 @@ class StageCallback(TrainerCallback):
         sampler = self.trainer.stage_sampler
         assert sampler is not None, "the data loader is made before the first epoch begins"
         sampler.start_stage(stage, self._selections[stage], first)
-        self._step_began = time.perf_counter()
 
     def _remember(self, stage: int, *, in_progress: bool) -> None:
-        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
-        ids = self.select_stage(stage, model, in_progress)
+        with self._plain_model() as model:
+            ids = self.select_stage(stage, model, in_progress)
         self._selections.append(tuple(sorted(self.position_of[prompt_id] for prompt_id in ids)))
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -87,7 +87,26 @@ class StageCallback(TrainerCallback):
         )
         self.bar.advance()
         if state.global_step % self.evaluate_every == 0 or state.global_step == state.max_steps:
-            self.evaluate(state.global_step, self.trainer.accelerator.unwrap_model(self.trainer.model))
+            with self._plain_model() as model:
+                self.evaluate(state.global_step, model)
+
+    @contextmanager
+    def _plain_model(self) -> Iterator[nn.Module]:
+        """The policy without the mixed precision that training wraps around its forward pass.
+
+        Stored log-probs and the base policy's accuracy were taken without it, and what is compared with them must be
+        too.
+        """
+        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        wrapped, original = model.__dict__.get("forward"), model.__dict__.get("_original_forward")
+        if wrapped is None or original is None:
+            yield model
+            return
+        model.forward = original
+        try:
+            yield model
+        finally:
+            model.forward = wrapped
 
     def on_log(
         self,
@@ -102,9 +121,8 @@ class StageCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        write_json(
-            checkpoint / COMPLETE, {"step": state.global_step, "stage": state.global_step // self.steps_per_stage}
-        )
+        sizes = {str(p.relative_to(checkpoint)): p.stat().st_size for p in sorted(checkpoint.rglob("*")) if p.is_file()}
+        write_json(checkpoint / COMPLETE, {"step": state.global_step, "sizes": sizes})
 
 
 @dataclass(frozen=True)
@@ -156,7 +174,16 @@ def train(task: TrainTask, policy: Policy) -> Path:
         )
         callback.trainer = trainer
         trainer.remove_callback(PrinterCallback)  # this project has its own progress
-        trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+        try:
+            trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+        except RuntimeError as error:
+            if "probability tensor contains" not in str(error):
+                raise
+            raise SignalError(
+                "the policy has diverged: it gives no finite probabilities any more",
+                where=f"arm {task.label}",
+                fix="lower trainer.learning_rate or set trainer.max_grad_norm, and start the run under another name.",
+            ) from None
     finished, done = newest_checkpoint(Path(task.settings.output_dir))
     if finished is None or done != total:
         raise ArtifactError(
@@ -168,14 +195,26 @@ def train(task: TrainTask, policy: Policy) -> Path:
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path | None, int]:
-    """The newest complete checkpoint and its step; unfinished ones are removed. (None, 0) where there is none."""
+    """The newest complete checkpoint and its step, (None, 0) where there is none; what is not complete is removed."""
     complete: dict[int, Path] = {}
     for path in folder.glob("checkpoint-*"):
-        if (path / COMPLETE).is_file():
-            complete[json.loads((path / COMPLETE).read_text(encoding="utf-8"))["step"]] = path
-        else:
+        step = _complete_step(path)
+        if step is None:
+            warn(f"{path} is not complete and is removed; training goes on from the checkpoint before it")
             shutil.rmtree(path)
+        else:
+            complete[step] = path
     return (complete[max(complete)], max(complete)) if complete else (None, 0)
+
+
+def _complete_step(checkpoint: Path) -> int | None:
+    """The step of a checkpoint whose files all have the size they were written with; None for any other."""
+    try:
+        mark = json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8"))
+        whole = all((checkpoint / name).stat().st_size == size for name, size in mark["sizes"].items())
+        return int(mark["step"]) if whole else None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None
 
 
 def _forget_after(task: TrainTask, step: int) -> None:
