@@ -24,6 +24,12 @@ def total(summary: dict[str, Any], arm: int) -> float:
     return float(summary["arms"][arm]["cost"]["total"])
 
 
+def reference(summary: dict[str, Any]) -> int:
+    """The arm whose time is 1: `full` where there is one, else the last."""
+    names = [arm["name"] for arm in summary["arms"]]
+    return names.index("full") if "full" in names else len(names) - 1
+
+
 def rows(summaries: list[dict[str, Any]], level: float) -> list[list[str]]:
     table = []
     for number, arm in enumerate(summaries[0]["arms"]):
@@ -34,7 +40,7 @@ def rows(summaries: list[dict[str, Any]], level: float) -> list[list[str]]:
                 " ".join(steps_to(a, level) for a in arms),
                 " ".join(f"{a['curve'][-1]['targeted']['mean']:.2f}" for a in arms),
                 " ".join(f"{a['curve'][-1]['untargeted']['mean']:.2f}" for a in arms),
-                " ".join(f"{total(s, number) / total(s, -1):.1f}" for s in summaries),
+                " ".join(f"{total(s, number) / total(s, reference(s)):.1f}" for s in summaries),
             ]
         )
     return table
@@ -46,9 +52,9 @@ def main() -> None:
     parser.add_argument("--level", type=float, default=0.9, help="targeted accuracy that counts as reached")
     arguments = parser.parse_args()
     summaries = [json.loads((run / "summary.json").read_text(encoding="utf-8")) for run in arguments.runs]
-    last = summaries[0]["arms"][-1]["name"]
+    unit = summaries[0]["arms"][reference(summaries[0])]["name"]
     print(f"seeds {', '.join(str(s['seed']) for s in summaries)}; in that order in every cell\n")
-    print(f"| arm | steps to {arguments.level:g} | targeted at the end | untargeted | total time over {last}'s |")
+    print(f"| arm | steps to {arguments.level:g} | targeted at the end | untargeted | total time over {unit}'s |")
     print("|---|---|---|---|---|")
     for row in rows(summaries, arguments.level):
         print("| " + " | ".join(row) + " |")
