@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from rich.console import Console
 
-PLAIN_EVERY_S = 10.0
+PLAIN_EVERY_S = 10.0  # at the most; a long stage says less often that it is still there
+LINES_A_STAGE = 20
 
 
 class Progress(Protocol):
@@ -37,7 +38,8 @@ class _Lines:
     def advance(self, amount: int = 1) -> None:
         self._done += amount
         now = time.monotonic()
-        if now - self._said >= PLAIN_EVERY_S and self._done < self._total:
+        quiet = max(PLAIN_EVERY_S, (now - self._start) / LINES_A_STAGE)
+        if now - self._said >= quiet and self._done < self._total:
             self._said = now
             left = (now - self._start) / self._done * (self._total - self._done) if self._done else float("nan")
             _print(f"{self._label}  {self._done}/{self._total} {self._unit}  {duration(left)} left")
@@ -73,7 +75,7 @@ def warn(text: str) -> None:
 
 @contextmanager
 def progress(label: str, total: int, unit: str) -> Iterator[Progress]:
-    """A bar with rate and time left on a terminal; elsewhere a line every ten seconds and one at the end."""
+    """A bar with rate and time left on a terminal; elsewhere a line now and then and one at the end."""
     start = time.monotonic()
     terminal = _terminal()
     if terminal is not None:
