@@ -34,15 +34,23 @@ class _Lines:
     def __init__(self, label: str, total: int, unit: str) -> None:
         self._label, self._total, self._unit, self._done = label, total, unit, 0
         self._start = self._said = time.monotonic()
+        self._first: tuple[float, int] | None = None
 
     def advance(self, amount: int = 1) -> None:
         self._done += amount
         now = time.monotonic()
+        # Whatever went before the first piece of work (loading, the scoring of a stage) says nothing of the pieces.
+        self._first = self._first or (now, self._done)
         quiet = max(PLAIN_EVERY_S, (now - self._start) / LINES_A_STAGE)
         if now - self._said >= quiet and self._done < self._total:
             self._said = now
-            left = (now - self._start) / self._done * (self._total - self._done) if self._done else float("nan")
-            _print(f"{self._label}  {self._done}/{self._total} {self._unit}  {duration(left)} left")
+            _print(f"{self._label}  {self._done}/{self._total} {self._unit}  {self._left(now)} left")
+
+    def _left(self, now: float) -> str:
+        assert self._first is not None
+        since, done = self._first
+        pieces = self._done - done
+        return duration((now - since) / pieces * (self._total - self._done)) if pieces else "?"
 
 
 @cache

@@ -62,7 +62,6 @@ class Pipeline:
     def run(self) -> Summary:
         """Prompts to report."""
         self.collect()
-        self.evaluate_base()
         for arm in self.space.arms.values():
             self.train(arm)
         return self.report()
@@ -235,7 +234,8 @@ class Pipeline:
     # -- train and evaluate ------------------------------------------------------------------------------------------
 
     def train(self, arm: Arm) -> Path:
-        """Train all stages of an arm; returns the final checkpoint."""
+        """Train all stages of an arm, evaluating on schedule from the base policy on; returns the last checkpoint."""
+        self.evaluate_base()
         settings = grpo_config(self.config, arm.checkpoints, self.base.model.device)
         forget_after(arm.evaluation, newest_checkpoint(arm.checkpoints)[1])
         policy = load_policy(self.config.policy)
