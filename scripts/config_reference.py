@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
@@ -43,36 +45,43 @@ def sections(table: type[BaseModel], path: str, seen: dict[str, type[BaseModel]]
             sections(member, label, seen)
 
 
-def type_text(annotation: Any) -> str:
-    text = str(annotation) if get_args(annotation) else getattr(annotation, "__name__", str(annotation))
-    for noise in ("typing.", "cropi.config.", "pydantic.", "NoneType"):
-        text = text.replace(noise, "None" if noise == "NoneType" else "")
-    return text
+NAMES = {str: "text", int: "whole number", float: "number", bool: "true or false"}
+SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<", "pattern": "matching"}
 
 
-def bounds(field: Any) -> str:
-    signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<", "min_length": "at least", "pattern": "matching"}
-    parts = [
-        f"{sign} {getattr(item, key)}"
-        for item in field.metadata
-        for key, sign in signs.items()
-        if getattr(item, key, None) is not None
-    ]
-    return ", ".join(parts)
+def type_text(annotation: Any, metadata: Sequence[Any] = ()) -> str:
+    """A type in words: `whole number >= 1`, `list of text`, `a or b`, `name -> list of builtin, file or hub`."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return type_text(arguments[0], arguments[1:])
+    if annotation is Any or annotation is type(None):
+        return "anything" if annotation is Any else "unset"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        field = annotation.model_fields.get("type")
+        return get_args(field.annotation)[0] if field else "table"
+    if origin is Literal:
+        return " or ".join(f"`{a}`" for a in arguments)
+    if origin is tuple:
+        inner = [a for a in arguments if a is not Ellipsis]
+        return f"list of {type_text(inner[0])}" if Ellipsis in arguments else f"[{', '.join(map(type_text, inner))}]"
+    if origin is dict:
+        return f"name -> {type_text(arguments[1])}"
+    if arguments:
+        return " or ".join(dict.fromkeys(type_text(a) for a in arguments))
+    return " ".join([NAMES.get(annotation, str(annotation)), *bounds(metadata)])
+
+
+def bounds(metadata: Sequence[Any]) -> list[str]:
+    """The limits that pydantic keeps beside a type, on a field or nested in one."""
+    found = []
+    for item in metadata:
+        found += bounds(getattr(item, "metadata", ()))
+        found += [f"{sign} {getattr(item, key)}" for key, sign in SIGNS.items() if getattr(item, key, None) is not None]
+    return found
 
 
 def shown_type(field: Any) -> str:
-    tables = tables_in(field.annotation)
-    if tables:
-        kinds = [t for t in tables if "type" in t.model_fields]
-        return (
-            "table"
-            if not kinds
-            else "one of " + ", ".join(dict.fromkeys(get_args(t.model_fields["type"].annotation)[0] for t in kinds))
-        )
-    text = type_text(field.annotation)
-    limits = bounds(field)
-    return f"{text} {limits}".strip()
+    return type_text(field.annotation, field.metadata)
 
 
 def default_text(field: Any) -> str:
@@ -80,7 +89,7 @@ def default_text(field: Any) -> str:
         return "required"
     if isinstance(field.default, BaseModel):
         return "see below"
-    return f"`{field.default!r}`"
+    return "unset" if field.default is None else f"`{json.dumps(field.default)}`"
 
 
 def page() -> str:

@@ -36,7 +36,7 @@ def test_overrides_reach_lists_tables_and_the_trainer() -> None:
         ("prompts.train.7.count=1", "no position in a list of 1"),
         ("seed.x=1", "single value"),
         ("seed", "key.path=value"),
-        ("baselines=[{type: full}, {type: full}]", "more than once"),
+        ("baselines=[{type: full}, {type: full}]", "is named twice"),
         ("prompts.validation={a/b: [{type: file, path: x.jsonl}]}", "the set name 'a/b'"),
         ("select.strategy={type: pass_rate, low: 0.9, high: 0.1}", "must not exceed"),
         ("name=../evil", "name is '../evil'"),

@@ -228,7 +228,7 @@ def open_artifact(folder: Path, kind: str, *, made_by: str) -> Manifest:
 def _corrupt(path: Path, what: str) -> ArtifactError:
     """The error for a damaged file: what belongs to one manifest is made anew together, any other file by itself."""
     part = path.parent if is_finished(path.parent) else path
-    return ArtifactError(what, where=str(path), fix=f"delete {part} and run the same command again.")
+    return ArtifactError(what, where=str(path), fix=f"delete {part} and go on with `cropi run`: it is made anew.")
 
 
 def _sha256(path: Path) -> str:

@@ -94,17 +94,20 @@ def _print(value: dict[str, Any], as_json: bool, text: str) -> None:
 
 @app.command()
 def run(config: ConfigArgument, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Prompts to report: collect, then score, select, train and evaluate every arm. Run it again to go on."""
+    """Prompts to report. Run it again to go on."""
     pipeline = _pipeline(config, overrides)
     from cropi.reporting.summary import headline
 
     summary = pipeline.run()
-    _print(summary.as_json(), as_json, f"\n{headline(summary)}\n\nreport: {pipeline.space.folder / 'report.html'}")
+    last = pipeline.config.train.stages * pipeline.config.train.steps_per_stage
+    policy = pipeline.arm_at(0, None).checkpoints / f"checkpoint-{last}"
+    text = f"\n{headline(summary)}\n\npolicy: {policy}\nreport: {pipeline.space.folder / 'report.html'}"
+    _print(summary.as_json(), as_json, text)
 
 
 @app.command()
 def collect(config: ConfigArgument, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Sample K trajectories per prompt from the base policy and judge them."""
+    """Sample and judge K trajectories per prompt."""
     pipeline = _pipeline(config, overrides)
     manifest = pipeline.collect()
     path = str(pipeline.space.trajectories)
@@ -119,7 +122,7 @@ def score(
     checkpoint: CheckpointOption = None,
     as_json: AsJson = False,
 ) -> None:
-    """Influence of every training prompt on every validation set, at a stage's policy or any checkpoint."""
+    """Influence of every prompt on the validation sets."""
     pipeline = _pipeline(config, overrides)
     arm = pipeline.arm_at(stage, checkpoint)
     policy, origin = pipeline.policy_at(arm, stage, checkpoint)
@@ -136,7 +139,7 @@ def select(
     checkpoint: CheckpointOption = None,
     as_json: AsJson = False,
 ) -> None:
-    """The prompts a stage trains on, with rank, score per set and the reason."""
+    """Choose the prompts of a stage, with reasons."""
     pipeline = _pipeline(config, overrides)
     arm = pipeline.arm_at(stage, checkpoint)
     pipeline.require_reached(arm, stage)
@@ -147,7 +150,7 @@ def select(
 
 @app.command()
 def train(config: ConfigArgument, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Train all stages of every arm on stored trajectories."""
+    """Score, select, train and evaluate, stage by stage."""
     pipeline = _pipeline(config, overrides)
     paths = {arm.name: str(pipeline.train(arm)) for arm in pipeline.space.arms.values()}
     _print(paths, as_json, "\n".join(f"{name}: {path}" for name, path in paths.items()))
@@ -157,7 +160,7 @@ def train(config: ConfigArgument, overrides: Overrides = None, as_json: AsJson =
 def evaluate(
     config: ConfigArgument, overrides: Overrides = None, checkpoint: CheckpointOption = None, as_json: AsJson = False
 ) -> None:
-    """Accuracy on the test sets, of the base policy or any checkpoint."""
+    """Accuracy of the base policy or any checkpoint."""
     pipeline = _pipeline(config, overrides)
     from cropi.evaluation.evaluate import accuracy, as_plain
 
@@ -174,7 +177,7 @@ def evaluate(
 
 @app.command()
 def report(config: ConfigArgument, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Write report.html, report.md and summary.json from what a run's folder holds."""
+    """Write the report of what a run's folder holds."""
     from cropi.errors import ArtifactError
     from cropi.reporting.report import make_report
     from cropi.reporting.summary import headline
@@ -188,7 +191,7 @@ def report(config: ConfigArgument, overrides: Overrides = None, as_json: AsJson 
 
 @app.command()
 def check(config: ConfigArgument, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Read config, data and policy, judge real rows, and estimate what a run costs. Writes nothing."""
+    """Look at config, data, policy and cost; write nothing."""
     loaded = _config(config, overrides)
     _quiet_libraries()
     from cropi.inspection import check_run

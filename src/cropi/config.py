@@ -34,7 +34,7 @@ class PolicyConfig(Table):
     """The policy to train: the behaviour policy of the stored trajectories and the start of training."""
 
     path: str
-    """`builtin` (the embedded 1 M-parameter policy), a local folder in Hugging Face format, or a Hub id."""
+    """`builtin` (the embedded 0.9 M-parameter policy), a local folder in Hugging Face format, or a Hub id."""
     revision: str | None = None
     """Commit or tag of a Hub id. Pin it: an unpinned model cannot be reproduced."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -79,6 +79,12 @@ class _RowSource(Table):
     """Keep the rows whose id hashes into [low, high): disjoint ranges split one file into disjoint sets."""
     limit: Positive | None = None
     """Keep at most this many rows, the first in hash order: a fixed random subset."""
+
+    @model_validator(mode="after")
+    def _ordered_range(self) -> _RowSource:
+        if self.hash_range[0] >= self.hash_range[1]:
+            raise ValueError(f"hash_range {list(self.hash_range)} must be [low, high] with low below high")
+        return self
 
 
 class FileSource(_RowSource):
@@ -294,7 +300,7 @@ class SelectConfig(Table):
     exploration: Fraction = 0.0
     """Share of the selection drawn at random from the prompts the strategy left out, those without signal included."""
     quotas: dict[str, Fraction] = {}
-    """Largest share of a selection that a source may take, by source."""
+    """Largest share of a selection that a source may take, by source: floor(share x size) places, at least one."""
 
 
 class TrainConfig(Table):
@@ -356,7 +362,9 @@ class Config(Table):
         names = [strategy.type for strategy in (self.select.strategy, *self.baselines)]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
-            raise ValueError(f"select.strategy and baselines name {', '.join(twice)} more than once")
+            raise ValueError(
+                f"{', '.join(twice)} is named twice by select.strategy and baselines: drop one, e.g. baselines=[]"
+            )
         return self
 
     @property

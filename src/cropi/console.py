@@ -81,6 +81,12 @@ def warn(text: str) -> None:
     _print(f"warning: {text}")
 
 
+@cache
+def warn_once(text: str) -> None:
+    """A warning that would otherwise come back at every stage."""
+    warn(text)
+
+
 @contextmanager
 def progress(label: str, total: int, unit: str) -> Iterator[Progress]:
     """A bar with rate and time left on a terminal; elsewhere a line now and then and one at the end."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from cropi.gradients.reference import prompt_gradient, trainable_parameters
 from cropi.gradients.scoring import surrogate_settings
 from cropi.policy import Policy, load_policy
 from cropi.prompts import load_prompts
-from cropi.rewards.verifiers import CORRECT, verifier
+from cropi.rewards.verifiers import CORRECT, UNPARSEABLE_ANSWER, Verify, verifier
 from cropi.rollouts.collect import Shard, behaviour_logprobs, plan
 from cropi.rollouts.generation import Sampling, TransformersGenerator
 from cropi.training.settings import grpo_config
@@ -37,30 +38,45 @@ class CheckResult:
     prompts: dict[str, int]  # by set
     parameters: int
     gold_against_itself: dict[str, int]  # verdicts; anything but `correct` points at the verifier or the data
-    samples: list[dict[str, str]]  # real completions of real rows
+    verdicts: dict[str, int]  # of the sampled completions
+    mixed_groups: int  # of the sampled groups
+    samples: list[dict[str, str]]  # one completion of each sampled prompt
     estimates: dict[str, float]
+    warnings: list[str]
 
     def as_json(self) -> dict[str, Any]:
         return vars(self)
 
     def as_text(self) -> str:
-        lines = ["prompts          " + ", ".join(f"{name} {count}" for name, count in self.prompts.items())]
-        lines.append(f"parameters       {self.parameters:,}")
-        lines.append("gold vs itself   " + ", ".join(f"{v} {n}" for v, n in self.gold_against_itself.items()))
+        lines = ["prompts            " + _listed(self.prompts)]
+        lines.append(f"parameters         {self.parameters:,}")
+        lines.append("gold vs itself     " + _listed(self.gold_against_itself))
+        lines.append("completions        " + _listed(self.verdicts))
+        lines.append(f"groups             {self.mixed_groups} of {len(self.samples)} mixed")
         lines += [
-            f"  {s['verdict']:<19} {s['prompt'][:48]!r} -> {s['completion'][:48]!r} (gold {s['answer']!r})"
+            f"  {s['verdict']:<18} {s['prompt'][-48:]!r} -> {s['completion'][:48]!r}, recorded: {s['answer'][:24]!r}"
             for s in self.samples
         ]
-        for name, value in self.estimates.items():
-            shown = duration(value) if name.endswith("_s") else f"{value:,.0f}"
-            lines.append(f"{name:<32} {shown}")
+        lines.append("estimates, extrapolated from this sample on this machine (a factor of two either way):")
+        lines += [f"  {name:<27} {_shown(name, value)}" for name, value in self.estimates.items()]
+        lines += [f"warning: {text}" for text in self.warnings]
         return "\n".join(lines)
+
+
+def _listed(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in counts.items())
+
+
+def _shown(name: str, value: float) -> str:
+    if name.endswith("_s"):
+        return duration(value)
+    return f"{value / 2**30:.1f} GiB" if name.endswith("_bytes") else f"{value:,.0f}"
 
 
 def check_run(config: Config) -> CheckResult:
     """Load the data and the policy, judge sampled completions of real rows, and estimate tokens, time and memory.
 
-    Times are extrapolated from this sample on this machine; they are good to a factor of about two.
+    Raises the errors that a run would raise over its config, data and policy.
     """
     prompts = load_prompts(config)
     policy = load_policy(config.policy)
@@ -68,21 +84,37 @@ def check_run(config: Config) -> CheckResult:
     shards, _ = plan(config, policy, prompts)
     verify = verifier(config.verifier)
     gold = Counter(verify(_written_gold(config, row["answer"]), row["answer"]) for row in prompts)
-    train = [shard for shard in shards if shard.set == "train"]
     if not gold[CORRECT]:
         raise DataError(
             f"the verifier judges none of the recorded answers right against itself ({dict(gold)})",
             where="verifier",
             fix="choose another verifier or other settings of it, or mend the answers.",
         )
-    sample = _sample(config, policy, train)
-    estimates = _estimate(config, settings, policy, shards, sample)
-    shown = [
-        {"prompt": row["messages"], "answer": row["answer"], "completion": text, "verdict": verify(text, row["answer"])}
-        for row, text in zip(sample.rows, sample.texts, strict=True)
-    ]
-    parameters = sum(p.numel() for p in trainable_parameters(policy.model).values())
-    return CheckResult(dict(Counter(r["set"] for r in prompts)), parameters, dict(gold), shown, estimates)
+    sample = _sample(config, policy, [shard for shard in shards if shard.set == "train"], verify)
+    verdicts = Counter(verdict for group in sample.verdicts for verdict in group)
+    return CheckResult(
+        prompts=dict(Counter(row["set"] for row in prompts)),
+        parameters=sum(p.numel() for p in trainable_parameters(policy.model).values()),
+        gold_against_itself=dict(gold),
+        verdicts=dict(verdicts),
+        mixed_groups=sum(CORRECT in group and set(group) != {CORRECT} for group in sample.verdicts),
+        samples=sample.shown(),
+        estimates=_estimate(
+            config, settings, policy, shards, sample, sum(r["set"].startswith("test/") for r in prompts)
+        ),
+        warnings=_warnings(gold, verdicts),
+    )
+
+
+def _warnings(gold: Counter[str], verdicts: Counter[str]) -> list[str]:
+    found = []
+    if gold[CORRECT] < gold.total():
+        found.append(f"{gold.total() - gold[CORRECT]} recorded answers are not judged right against themselves")
+    if not verdicts[CORRECT]:
+        found.append("no sampled completion is right: the problems are too hard, or verifier and format do not fit")
+    if verdicts[UNPARSEABLE_ANSWER] > verdicts.total() / 2:
+        found.append("most completions hold no answer in the form that the verifier looks for")
+    return found
 
 
 def _written_gold(config: Config, answer: str) -> str:
@@ -96,56 +128,76 @@ def _written_gold(config: Config, answer: str) -> str:
 @dataclass(frozen=True)
 class _Sample:
     rows: Sequence[Any]
-    texts: list[str]
+    texts: list[list[str]]  # by prompt
+    verdicts: list[list[str]]
     tokens: int
-    prompt_tokens: int
-    generate_s: float
-    gradient_s: float  # of a whole group
+    generate_s: float  # of a completion, in a batch of this sample's size
+    gradient_s: float  # of a group
+
+    def shown(self) -> list[dict[str, str]]:
+        return [
+            {
+                "prompt": _last_words(row["messages"]),
+                "answer": row["answer"],
+                "completion": texts[0],
+                "verdict": verdicts[0],
+            }
+            for row, texts, verdicts in zip(self.rows, self.texts, self.verdicts, strict=True)
+        ]
 
 
-def _sample(config: Config, policy: Policy, shards: Sequence[Shard]) -> _Sample:
-    """A few completions of prompts spread over the pool, and what a gradient of them costs."""
+def _last_words(messages: str) -> str:
+    value = json.loads(messages)
+    return str(value if isinstance(value, str) else value[-1]["content"])
+
+
+def _sample(config: Config, policy: Policy, shards: Sequence[Shard], verify: Verify) -> _Sample:
+    """Groups of prompts spread over the pool, and what generating them and a gradient of one cost."""
     pairs = [pair for shard in shards for pair in zip(shard.prompts, shard.prompt_ids, strict=True)]
     pairs = pairs[:: max(1, len(pairs) // SAMPLE_PROMPTS)][:SAMPLE_PROMPTS]
-    generate = TransformersGenerator(policy, config.collect.batch_size)
-    sampling = Sampling(config.collect.max_completion_length, config.collect.temperature, config.collect.top_p)
-    ids = [prompt_ids for _, prompt_ids in pairs]
+    count, settings = config.collect.num_generations, config.collect
+    generate = TransformersGenerator(policy, settings.batch_size)
+    sampling = Sampling(settings.max_completion_length, settings.temperature, settings.top_p)
+    ids = [prompt_ids for _, prompt_ids in pairs for _ in range(count)]
     start = time.perf_counter()
     completions = generate(ids, sampling, seed=config.seed)
-    generate_s = time.perf_counter() - start
-    logprobs = behaviour_logprobs(policy, ids, completions, config.collect.temperature, config.score.batch_tokens)
-    # The group and its rewards are made up: a gradient costs the same whichever they are.
-    count = config.collect.num_generations
-    rows = [row % len(completions) for row in range(count)]
-    rewards = [float(row % 2) for row in range(count)]
-    group = Group("check", ids[0], [completions[row] for row in rows], rewards, [logprobs[row] for row in rows])
+    generate_s = (time.perf_counter() - start) / len(ids)
+    # The rewards are made up: a gradient costs the same whichever they are.
+    logprobs = behaviour_logprobs(
+        policy, ids[:count], completions[:count], settings.temperature, config.score.batch_tokens
+    )
+    group = Group("check", ids[0], completions[:count], [float(k % 2) for k in range(count)], logprobs)
+    surrogate = surrogate_settings(config, "grpo", "group")
+    prompt_gradient(policy.model, group, surrogate)  # the first one also pays for memory that the others find ready
     start = time.perf_counter()
-    prompt_gradient(policy.model, group, surrogate_settings(config, "grpo", "group"))
+    prompt_gradient(policy.model, group, surrogate)
     gradient_s = time.perf_counter() - start
-    tokens = sum(len(c) for c in completions)
     texts = policy.tokenizer.batch_decode(completions, skip_special_tokens=True)
-    return _Sample([row for row, _ in pairs], texts, tokens, sum(map(len, ids)), generate_s, gradient_s)
+    by_prompt = [texts[n : n + count] for n in range(0, len(texts), count)]
+    verdicts = [[verify(t, row["answer"]) for t in group] for (row, _), group in zip(pairs, by_prompt, strict=True)]
+    return _Sample([row for row, _ in pairs], by_prompt, verdicts, sum(map(len, completions)), generate_s, gradient_s)
 
 
 def _estimate(
-    config: Config, settings: Any, policy: Policy, shards: Sequence[Shard], sample: _Sample
+    config: Config, settings: Any, policy: Policy, shards: Sequence[Shard], sample: _Sample, tests: int
 ) -> dict[str, float]:
-    mean_completion = sample.tokens / len(sample.rows)
+    """Names end in their unit; times are seconds."""
+    count = config.collect.num_generations
     trajectories = sum(len(shard.prompts) * shard.samples for shard in shards)
-    batch = min(config.collect.batch_size, trajectories)
-    # A batch costs about as much as the sample did until the device is full, hence the square root.
-    collect_s = sample.generate_s * trajectories / batch * (batch / len(sample.rows)) ** 0.5
-    per_step = settings.generation_batch_size // settings.steps_per_generation * settings.gradient_accumulation_steps
+    mean_completion = sample.tokens / (len(sample.rows) * count)
+    per_step = settings.generation_batch_size / settings.steps_per_generation * settings.gradient_accumulation_steps
+    steps = config.train.stages * config.train.steps_per_stage
     scored = any(isinstance(strategy, InfluenceStrategy) for strategy in config.arms.values())
+    evaluations = steps // (config.evaluate.every or config.train.steps_per_stage)
     parameters = sum(p.numel() for p in trainable_parameters(policy.model).values())
     return {
         "trajectories": trajectories,
         "collect_tokens": trajectories * mean_completion,
-        "collect_s": collect_s,
-        "score_s_per_stage": trajectories / config.collect.num_generations * sample.gradient_s if scored else 0.0,
-        "train_completions_per_step": per_step,
-        "train_steps_per_arm": config.train.stages * config.train.steps_per_stage,
-        "train_tokens_per_arm": config.train.stages * config.train.steps_per_stage * per_step * mean_completion,
+        "collect_s": trajectories * sample.generate_s,
+        "score_per_stage_s": trajectories / count * sample.gradient_s if scored else 0.0,
+        "train_tokens_per_arm": steps * per_step * mean_completion,
+        "train_per_arm_s": steps * per_step * (sample.generate_s + sample.gradient_s / count),
+        "evaluate_per_arm_s": evaluations * tests * (1 + config.evaluate.samples) * sample.generate_s,
         "model_and_optimiser_bytes": parameters * (4 * 4 if config.policy.dtype == "float32" else 4 * 2),
         "free_disk_bytes": shutil.disk_usage(_existing(config.folder)).free,
     }

@@ -54,7 +54,7 @@ class Pipeline:
         # Settings that TRL refuses are refused here, before anything is written.
         self.settings = grpo_config(config, config.folder, self.base.model.device)
         self._surrogate = surrogate_settings(config, self.settings.loss_type, self.settings.scale_rewards)
-        self._chat = uses_chat(self.base.tokenizer, config.prompts.chat)
+        self._chat = uses_chat(self.base.tokenizer, config.prompts.chat, config.prompts.system_prompt)
         self._base_identity = fingerprint(config.policy)
         self.space = Workspace(config)
         self.space.lock()
@@ -198,6 +198,9 @@ class Pipeline:
 
     def arm_at(self, stage: int, checkpoint: Path | None) -> Arm:
         """The main arm, or a folder of its own for a checkpoint from elsewhere."""
+        if stage >= self.config.train.stages:
+            last = self.config.train.stages - 1
+            raise ArtifactError(f"the run has no stage {stage}", where="--stage", fix=f"give 0 to {last}.")
         if checkpoint is None:
             return self.space.arms[self.config.select.strategy.type]
         if stage:

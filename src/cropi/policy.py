@@ -151,9 +151,15 @@ def _cannot_load(what: str, location: str, error: Exception) -> PolicyError:
     )
 
 
-def uses_chat(tokenizer: PreTrainedTokenizerBase, chat: bool | None) -> bool:
-    """Whether prompts go through the chat template."""
+def uses_chat(tokenizer: PreTrainedTokenizerBase, chat: bool | None, system_prompt: str | None = None) -> bool:
+    """Whether prompts go through the chat template. PolicyError where a setting asks for one that is not there."""
     has_template = bool(tokenizer.chat_template)
+    if system_prompt is not None and not (has_template and chat is not False):
+        raise PolicyError(
+            "a system prompt needs the tokenizer's chat template, which is missing or switched off",
+            where="prompts.system_prompt",
+            fix="leave it out, or put its text into the prompts.",
+        )
     if chat and not has_template:
         raise PolicyError("the tokenizer has no chat template", where="prompts.chat", fix="set prompts.chat=false.")
     return has_template if chat is None else chat

@@ -40,13 +40,13 @@ def load_prompts(config: Config) -> list[dict[str, Any]]:
     sets |= {f"test/{name}": test.sources for name, test in config.prompts.test.items()}
     prompts = [row for name, sources in sets.items() for row in _load_set(name, sources)]
     _refuse_overlap(prompts)
+    _check_quotas(config, prompts)
     return prompts
 
 
 def make_prompts(config: Config, folder: Path) -> tuple[dict[str, int], dict[str, Any]]:
     """Write `prompts.parquet` to `folder`; returns (rows by set, {})."""
     rows = load_prompts(config)
-    _check_quotas(config, rows)
     write_table(folder / "prompts.parquet", rows, PROMPTS)
     counts: dict[str, int] = {}
     for row in rows:

@@ -108,6 +108,7 @@ class Workspace:
         }
 
 
+SHOWN_CHANGES = 5
 PACKAGES = ("cropi", "torch", "transformers", "trl", "accelerate", "datasets", "tokenizers", "numpy", "pyarrow")
 
 
@@ -144,8 +145,9 @@ def _claim(config: Config) -> None:
         raise ArtifactError("is not JSON", where=str(path), fix=f"delete {folder} and run again.") from None
     changed = config_difference(before | {"run_dir": ""}, config.resolved() | {"run_dir": ""})
     if changed:
+        more = f"; and {len(changed) - SHOWN_CHANGES} more" if len(changed) > SHOWN_CHANGES else ""
         raise ConfigError(
-            "this run was started with another config: " + "; ".join(changed),
+            "this run was started with another config: " + "; ".join(changed[:SHOWN_CHANGES]) + more,
             where=str(folder),
-            fix="take the change back, give the run another name (name=...), or delete the folder.",
+            fix=f"name its own config ({path}) instead of a recipe, or give the new run another name (name=...).",
         )

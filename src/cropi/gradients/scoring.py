@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cropi.artifacts import GOLD_UNPARSEABLE, NO_SIGNAL, OK, PROMPT_TOO_LONG, count_status, scores_schema, write_table
 from cropi.config import Config, ScoreConfig
-from cropi.console import progress, warn
+from cropi.console import progress, warn_once
 from cropi.errors import SignalError
 from cropi.functional.influence import influence, mean_direction
 from cropi.functional.projection import Projector, SparseProjection
@@ -123,7 +123,9 @@ def _mixed_groups(table: pa.Table, name: str, config: ScoreConfig) -> list[Group
             fix="use problems that the policy solves sometimes, or raise collect.validation_num_generations.",
         )
     if len(mixed) < FEW_GROUPS:
-        warn(f"validation set {name}: only {len(mixed)} prompts carry signal; influence will be noisy")
+        warn_once(
+            f"validation set {name}: only {len(mixed)} of {len(chosen)} prompts carry signal; influence will be noisy"
+        )
     return mixed
 
 

@@ -78,14 +78,22 @@ def _result(summary: Summary) -> list[Block]:
     first = ["base policy", "0", *(with_interval(i) for i in (base.targeted, base.untargeted))] if base else []
     rows = [[*first, *([ABSENT] * 4)]] if base else []
     rows += [_arm_row(arm, summary) for arm in summary.arms]
-    caption = (
-        "Greedy accuracy at the last evaluated step: the mean over test sets, with its interval over questions. The "
-        "difference is paired: the same questions, targeted sets. Steps to `full`'s: the first evaluated step at its "
-        f"final targeted accuracy; evaluated every {summary.evaluate_every} steps. Time and tokens include stored "
-        "rollouts and selection where the arm uses them (section 7)."
-    )
-    blocks.append(Table(caption, header, rows, strong=1 if base else 0))
+    compared = any(arm.name == "full" for arm in summary.arms)
+    if not compared:  # nothing to reach: the column goes
+        place = header.index("steps to full's")
+        header, rows = [c for n, c in enumerate(header) if n != place], [r[:place] + r[place + 1 :] for r in rows]
+    blocks.append(Table(_caption(summary, compared), header, rows, strong=1 if base else 0))
     return [*blocks, *_by_set(summary)]
+
+
+def _caption(summary: Summary, compared: bool) -> str:
+    reached = "Steps to `full`'s: the first evaluated step at its final targeted accuracy; evaluated every "
+    return (
+        "Greedy accuracy at the last evaluated step: the mean over test sets, with its interval over questions. The "
+        "difference is paired: the same questions, targeted sets. "
+        + (f"{reached}{summary.evaluate_every} steps. " if compared else "")
+        + "Time and tokens include stored rollouts and selection where the arm uses them (section 7)."
+    )
 
 
 def _arm_row(arm: ArmSummary, summary: Summary) -> list[str]:

@@ -74,7 +74,7 @@ def collect(
 
 def plan(config: Config, policy: Policy, prompts: Sequence[Mapping[str, Any]]) -> tuple[list[Shard], int]:
     """The shards of a collection, longest prompts first, and how many prompts do not fit into the context."""
-    chat = uses_chat(policy.tokenizer, config.prompts.chat)
+    chat = uses_chat(policy.tokenizer, config.prompts.chat, config.prompts.system_prompt)
     limit = policy.context_length
     shards, skipped = [], 0
     sets = dict.fromkeys(row["set"] for row in prompts if not row["set"].startswith("test/"))

@@ -21,7 +21,7 @@ from cropi.config import (
     SelectConfig,
     Strategy,
 )
-from cropi.console import counts_text
+from cropi.console import counts_text, warn
 from cropi.errors import SignalError
 from cropi.functional.fusion import ranks
 from cropi.seeds import unit_interval
@@ -137,6 +137,8 @@ def select(
     rows = choose(candidates, rank(candidates, strategy, settings), settings, size)
     write_table(folder / "selection.parquet", rows, SELECTION)
     selected = [row for row in rows if row["selected"]]
+    if len(selected) < size and not isinstance(strategy, FullStrategy):
+        warn(f"stage {candidates.stage}: {size} prompts were asked for, {len(selected)} qualify")
     lines = [json.dumps(_export_row(row, prompts[row["prompt_id"]]), ensure_ascii=False) for row in selected]
     write_text(folder / "selected.jsonl", "".join(line + "\n" for line in lines))
     counts = {"selected": len(selected), "left_out": len(rows) - len(selected)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -90,6 +91,8 @@ def _check(settings: GRPOConfig, config: Config) -> None:
         )
     _check_generation_batches(settings, config)
     _check_saving(settings)
+    if settings.use_vllm and find_spec("vllm") is None:
+        raise ConfigError("vLLM is not installed", where="trainer.use_vllm", fix="pip install vllm, or leave it out.")
     missing = sorted(set(settings.report_to) - set(get_available_reporting_integrations()))
     if missing:
         raise ConfigError(

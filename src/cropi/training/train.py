@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -32,7 +33,7 @@ Evaluate = Callable[[int, nn.Module], None]  # (optimiser step, model)
 
 
 class StageTrainer(GRPOTrainer):
-    """TRL's GRPOTrainer with the batches of a StageSampler. Nothing else is changed."""
+    """TRL's GRPOTrainer with the batches of a StageSampler, and without its model card."""
 
     def __init__(self, *args: Any, steps_per_stage: int, **kwargs: Any) -> None:
         self._steps_per_stage = steps_per_stage
@@ -45,6 +46,9 @@ class StageTrainer(GRPOTrainer):
         micro_steps = self._steps_per_stage * self.args.gradient_accumulation_steps
         self.stage_sampler = StageSampler(shape, micro_steps // repeats, self.args.seed)
         return self.stage_sampler
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """No card: TRL's would say that the policy was fine-tuned from a model of no name, and link to it."""
 
 
 @dataclass
@@ -175,6 +179,8 @@ def train(task: TrainTask, policy: Policy) -> Path:
         callback.trainer = trainer
         trainer.remove_callback(PrinterCallback)  # this project has its own progress
         try:
+            # transformers asks itself a question under a name that it has deprecated, once per checkpoint
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
             trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
         except RuntimeError as error:
             if "probability tensor contains" not in str(error):
