@@ -13,7 +13,8 @@ from pathlib import Path
 
 from cropi.artifacts import SELECTION, read_table
 from cropi.builtin import generate
-from cropi.config import BuiltinSource, Config, validate_config
+from cropi.config import BuiltinSource, Config
+from cropi.loading import validate_config
 
 
 def wrong_answers(config: Config) -> dict[str, bool]:

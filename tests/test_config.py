@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from cropi.config import config_difference, load_config, parse_yaml, recipe_names, validate_config
+from cropi.config import config_difference
 from cropi.errors import ConfigError
+from cropi.loading import load_config, parse_yaml, recipe_names, validate_config
 
 
 @pytest.mark.parametrize("name", recipe_names())

@@ -6,8 +6,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cropi.config import Config, load_config, validate_config
+from cropi.config import Config
 from cropi.errors import DataError
+from cropi.loading import load_config, validate_config
 from cropi.prompts import load_prompts
 
 

@@ -62,7 +62,7 @@ CheckpointOption = Annotated[
 
 
 def _config(config: str, overrides: list[str] | None) -> Config:
-    from cropi.config import load_config
+    from cropi.loading import load_config
 
     return load_config(config, overrides or [])
 
@@ -215,7 +215,7 @@ def list_recipes(context: typer.Context, as_json: AsJson = False) -> None:
     """List the recipes."""
     if context.invoked_subcommand is not None:
         return
-    from cropi.config import recipe_names, recipe_text
+    from cropi.loading import recipe_names, recipe_text
 
     first_line = {name: recipe_text(name).splitlines()[0].lstrip("# ") for name in recipe_names()}
     _print(first_line, as_json, "\n".join(f"{name:<16} {line}" for name, line in first_line.items()))
@@ -227,7 +227,7 @@ def copy_recipe(
     target: Annotated[Path, typer.Argument(help="Folder or file to write.")] = Path(),
 ) -> None:
     """Write a recipe to a file, to be changed."""
-    from cropi.config import recipe_names, recipe_text
+    from cropi.loading import recipe_names, recipe_text
 
     if name not in recipe_names():
         raise UserError(f"there is no recipe {name!r}", fix=f"choose one of: {', '.join(recipe_names())}.")

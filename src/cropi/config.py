@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
-from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-
-from cropi.errors import ConfigError
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 BUILTIN_POLICY = "builtin"
 
@@ -403,174 +397,6 @@ OWNED_TRAINER_KEYS: dict[str, str] = {
     "do_train": "nothing",
     "do_eval": "nothing",
 }
-
-
-class _YamlLoader(yaml.SafeLoader):
-    """YAML with the numbers and booleans of YAML 1.2: `1e-4` is a number, `on` is a string; repeated keys refused."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} occurs twice", key_node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-_YamlLoader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in pairs if not tag.endswith((":float", ":int", ":bool", ":timestamp"))]
-    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_YamlLoader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|false)$"), list("tf"))
-_YamlLoader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789"))
-_YamlLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$|^[-+]?\.inf$|^\.nan$"),
-    list("-+0123456789."),
-)
-
-# PyYAML itself reads a leading zero as octal.
-_YamlLoader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value))
-
-
-def parse_yaml(text: str, where: str) -> Any:
-    """The value of a YAML text; `where` names it in errors."""
-    try:
-        return yaml.load(text, Loader=_YamlLoader)  # noqa: S506 - a subclass of SafeLoader
-    except yaml.YAMLError as error:
-        text = " ".join(str(error).split())
-        raise ConfigError(f"not valid YAML: {text}", where=where, fix="correct the line named.") from None
-
-
-def recipe_names() -> list[str]:
-    """Names of the recipes in the package."""
-    return sorted(
-        entry.name[:-5] for entry in resources.files("cropi.recipes").iterdir() if entry.name.endswith(".yaml")
-    )
-
-
-def recipe_text(name: str) -> str:
-    """A recipe as it is written."""
-    return (resources.files("cropi.recipes") / f"{name}.yaml").read_text(encoding="utf-8")
-
-
-def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> Config:
-    """Read a recipe by name or a YAML file by path, apply `key.path=value` overrides, and validate.
-
-    Raises ConfigError naming the key at fault and the closest valid one.
-    """
-    path = Path(name_or_path)
-    if path.suffix in {".yaml", ".yml"} or path.is_file():
-        try:
-            text, where = path.read_text(encoding="utf-8"), str(path)
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"cannot be read ({error})", where=str(path), fix="check the path.") from None
-    elif name_or_path in recipe_names():
-        text, where = recipe_text(name_or_path), f"recipe {name_or_path}"
-    else:
-        raise ConfigError(
-            f"there is no config file and no recipe named {name_or_path!r}",
-            fix=f"give a .yaml file or one of the recipes: {', '.join(recipe_names())}.",
-        )
-    values = parse_yaml(text, where)
-    if not isinstance(values, dict):
-        raise ConfigError("the config must be a mapping of settings", where=where, fix="see `cropi recipes copy`.")
-    for override in overrides:
-        _apply_override(values, override)
-    return validate_config(values, where)
-
-
-def _apply_override(values: dict[str, Any], override: str) -> None:
-    """Set one `key.path=value`; a part of the path may be a position in a list."""
-    where = f"override {override!r}"
-    path, equals, text = override.partition("=")
-    parts = path.split(".")
-    if not equals or not all(parts):
-        raise ConfigError("an override is written key.path=value", where=where, fix="for example seed=1.")
-    target: Any = values
-    for part in parts[:-1]:
-        target = target.setdefault(part, {}) if isinstance(target, dict) else target[_position(target, part, where)]
-    if isinstance(target, dict):
-        target[parts[-1]] = parse_yaml(text, where)
-    else:
-        target[_position(target, parts[-1], where)] = parse_yaml(text, where)
-
-
-def _position(target: Any, part: str, where: str) -> int:
-    if not isinstance(target, list):
-        raise ConfigError(f"{target!r} is a single value, it has no key {part!r}", where=where, fix="shorten the key.")
-    if not part.isdigit() or int(part) >= len(target):
-        raise ConfigError(f"{part!r} is no position in a list of {len(target)}", where=where, fix="count from 0.")
-    return int(part)
-
-
-def validate_config(values: Mapping[str, Any], where: str) -> Config:
-    """The typed config of plain values."""
-    try:
-        return Config.model_validate(values)
-    except ValidationError as error:
-        problems = error.errors(include_url=False)
-        # A list whose only entry is faulty is reported as too short as well; the entry's own fault says it all.
-        blamed = [
-            p for p in problems if not any(q["loc"][: len(p["loc"])] == p["loc"] and q is not p for q in problems)
-        ]
-        lines = dict.fromkeys(_explain(problem) for problem in blamed)
-        raise ConfigError("; ".join(lines), where=where, fix="see docs/config.md or `cropi recipes copy`.") from None
-
-
-def _explain(problem: Any) -> str:
-    """One pydantic problem in a user's words: the key, what is wrong with it, the nearest valid spelling."""
-    parts, kind = problem["loc"], problem["type"]
-    shown, tables = _walk(parts)
-    key = ".".join(shown) or "the config"
-    if kind == "extra_forbidden":
-        known = sorted({field for table in tables for field in table.model_fields})
-        return f"unknown key {key} - {_hint(str(parts[-1]), known, 'keys here')}"
-    if kind == "missing":
-        return f"{key} is missing"
-    if kind == "union_tag_not_found":
-        return f"{key}.type is missing"
-    if kind == "union_tag_invalid":
-        options, tag = re.findall(r"'([^']+)'", problem["ctx"]["expected_tags"]), problem["ctx"]["tag"]
-        return f"{key}.type is {tag!r}, which is unknown - {_hint(tag, options, 'types')}"
-    if kind == "value_error":
-        return f"{key}: {problem['ctx']['error']}"
-    return f"{key} is {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
-
-
-def _hint(word: str, known: Sequence[str], noun: str) -> str:
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    return f"did you mean {close[0]!r}?" if close else f"known {noun}: {', '.join(known)}"
-
-
-def _walk(parts: Sequence[Any]) -> tuple[list[str], list[type[BaseModel]]]:
-    """An error path as the user wrote it, without pydantic's union tags, and the tables that may hold its last part."""
-    shown: list[str] = []
-    tables: list[type[BaseModel]] = [Config]
-    for index, part in enumerate(parts):
-        tagged = [table for table in tables if _tag(table) == part]
-        if tagged and index < len(parts) - 1:
-            tables = tagged
-            continue
-        shown.append(str(part))
-        inner = [m for t in tables if part in t.model_fields for m in _tables_in(t.model_fields[part].annotation)]
-        if inner and index < len(parts) - 1:
-            tables = inner
-    return shown, tables
-
-
-def _tag(table: type[BaseModel]) -> str | None:
-    field = table.model_fields.get("type")
-    return get_args(field.annotation)[0] if field else None
-
-
-def _tables_in(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [table for argument in get_args(annotation) for table in _tables_in(argument)]
 
 
 def config_hash(values: Any) -> str:

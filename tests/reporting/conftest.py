@@ -22,7 +22,8 @@ from cropi.artifacts import (
     scores_schema,
     write_table,
 )
-from cropi.config import Config, validate_config
+from cropi.config import Config
+from cropi.loading import validate_config
 from cropi.workspace import Workspace
 
 BUILTIN = {"type": "builtin", "families": ["sum"], "count": 4}

@@ -8,8 +8,8 @@ from html.parser import HTMLParser
 import pytest
 from markdown_it import MarkdownIt
 
-from cropi.config import load_config
 from cropi.errors import ArtifactError
+from cropi.loading import load_config
 from cropi.reporting.closeups import closeups, pick, shortened, telling
 from cropi.reporting.markdown import escaped, fenced
 from cropi.reporting.report import make_report, printable, prose

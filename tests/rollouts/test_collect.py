@@ -8,9 +8,10 @@ import torch
 from tests.runs import SMALL
 
 from cropi.artifacts import TRAJECTORIES, read_table
-from cropi.config import Config, PolicyConfig, load_config
+from cropi.config import Config, PolicyConfig
 from cropi.errors import ArtifactError
 from cropi.ledger import Ledger
+from cropi.loading import load_config
 from cropi.policy import Policy, completion_logprobs, load_policy
 from cropi.prompts import load_prompts
 from cropi.rollouts import generation

@@ -16,9 +16,9 @@ from cropi.config import (
     RandomStrategy,
     SelectConfig,
     Strategy,
-    load_config,
 )
 from cropi.errors import SignalError
+from cropi.loading import load_config
 from cropi.selection.candidates import Candidates, places
 from cropi.selection.select import choose, rank, select
 

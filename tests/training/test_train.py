@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from cropi.builtin import POLICY_DIR
-from cropi.config import Config, PolicyConfig, load_config
+from cropi.config import Config, PolicyConfig
 from cropi.errors import ConfigError
+from cropi.loading import load_config
 from cropi.policy import Policy, encode_prompts, load_policy
 from cropi.training.reward import RecordedReward, training_pass_rates
 from cropi.training.settings import grpo_config
