@@ -1,4 +1,4 @@
-"""Sparse random projection of a gradient: a uniform mask over all coordinates, then a count-sketch.
+"""Sparse random projection of a gradient: keep a random part of its coordinates, then count-sketch what was kept.
 
 A coordinate is known by its parameter's name and its flat position there. Whether it is kept, its bucket and its sign
 come from a counter-based hash of (seed, name, position), so the same bits come out on any device, in any order, and for
@@ -6,14 +6,14 @@ any set of other parameters.
 """
 
 import hashlib
-from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-PROJECTION_VERSION = 1
+PROJECTION_VERSION = 2
 
 _WORD = 1 << 64
 
@@ -42,32 +42,45 @@ def hash_counters(key: int, counters_P: Int[Tensor, " P"]) -> Int[Tensor, " P"]:
 
 @dataclass(frozen=True)
 class SparseProjection:
-    """Keep a uniformly random `keep_fraction` of all coordinates, then count-sketch them to `dim` numbers.
+    """Keep a random `keep_fraction` q of the coordinates, scaled by 1/sqrt(q), then count-sketch them to `dim` numbers.
 
-    Row j of the projected vector is sum of s(i) g_i / sqrt(keep_fraction) over kept coordinates i with bucket b(i) = j,
-    where s(i) is +1 or -1. Then E<Pu, Pv> = <u, v> over seeds. The mask contributes the variance
-    (1/q - 1) sum_i u_i^2 v_i^2, q = keep_fraction, and the sketch (<u', u'><v', v'> + <u', v'>^2 - 2 sum u'^2 v'^2) /
-    dim
-    on the masked vectors u', v' (paper section on sparse random projection; count-sketch: Charikar et al. 2002; feature
-    hashing: Weinberger et al. 2009). The released code of the paper keeps the first coordinates instead; see
+    Row j of the projected vector is the sum of s(i) x_i over kept coordinates i with bucket b(i) = j, where s(i) is +1
+    or -1. Then E<Pu, Pv> = <u, v> over seeds. The sketch contributes the variance
+    (<u', u'><v', v'> + <u', v'>^2 - 2 sum u'^2 v'^2) / dim on the kept and scaled vectors u', v' (count-sketch:
+    Charikar et al. 2002; feature hashing: Weinberger et al. 2009). What is kept:
+
+    `uniform`: each coordinate for itself with probability q (the paper's section on sparse random projection); adds the
+    variance (1/q - 1) sum_i u_i^2 v_i^2. The released code of the paper keeps the first coordinates instead; see
     docs/paper.md.
+
+    `structured`: of each linear layer's gradient G (O, I) the product G U with `rank` orthonormal input directions in
+    full, and of the rest G - G U U^T a random set of rows and columns, so that G itself is never formed: the rows'
+    share is `row_fraction`, the columns' q / row_fraction. <G, H> = <GU, HU> + <G - GUU^T, H - HUU^T>, so only the
+    second term is left to chance: with all rows and k of I columns it adds the variance I^2/k (1 - k/I) S^2, S^2 being
+    the variance (Bessel) of the columns' inner products. Norms, biases and embeddings are kept whole.
     """
 
     dim: int = 32768
     keep_fraction: float = 0.1
     seed: int = 0
+    mask: Literal["structured", "uniform"] = "structured"
+    rank: int = 8
+    row_fraction: float = 1.0
 
     @property
     def identity(self) -> str:
-        """Names the map itself: two features may be compared only if this is equal."""
-        return f"count-sketch-v{PROJECTION_VERSION}-d{self.dim}-q{self.keep_fraction!r}-s{self.seed}"
+        """Names the map itself: two features may be compared only if this is equal (and the directions U, if any)."""
+        kept = f"-r{self.rank}-rows{self.row_fraction!r}" if self.mask == "structured" else ""
+        return (
+            f"count-sketch-v{PROJECTION_VERSION}-d{self.dim}-{self.mask}-q{self.keep_fraction!r}{kept}-s{self.seed}"
+        )
 
     def _key(self, name: str, role: str) -> int:
         text = f"{PROJECTION_VERSION}/{self.seed}/{role}/{name}"
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
-    def mask(self, name: str, counters_P: Int[Tensor, " P"]) -> Bool[Tensor, " P"]:
-        """Whether each coordinate of a parameter is kept."""
+    def mask_of(self, name: str, counters_P: Int[Tensor, " P"]) -> Bool[Tensor, " P"]:
+        """Whether each coordinate of a parameter is kept by the uniform mask."""
         if self.keep_fraction >= 1.0:
             return torch.ones_like(counters_P, dtype=torch.bool)
         # The upper 53 bits are a uniform integer that a float64 threshold meets exactly.
@@ -75,38 +88,50 @@ class SparseProjection:
             self.keep_fraction * (1 << 53)
         )
 
-    def buckets(self, name: str, counters_P: Int[Tensor, " P"]) -> Int[Tensor, " P"]:
-        """b(i) in [0, dim)."""
-        return _shift_right(hash_counters(self._key(name, "bucket"), counters_P), 1) % self.dim
+    def subset(self, name: str, role: str, size: int, fraction: float) -> Int[Tensor, " k"]:
+        """k = round(fraction * size) of `size` indices, at least one, each equally likely, in ascending order."""
+        count = max(1, round(fraction * size))
+        hashed = _shift_right(hash_counters(self._key(name, role), torch.arange(size)), 1)
+        return hashed.argsort(stable=True)[:count].sort().values
 
-    def signs(self, name: str, counters_P: Int[Tensor, " P"]) -> Float[Tensor, " P"]:
-        """s(i), +1 or -1, float32."""
-        return (hash_counters(self._key(name, "sign"), counters_P) & 1).to(torch.float32) * 2 - 1
+    def signed_buckets(self, name: str, counters_P: Int[Tensor, " P"]) -> Int[Tensor, " P"]:
+        """b(i) in [0, dim) where s(i) = +1, dim + b(i) where s(i) = -1: one number for both."""
+        bits_P = hash_counters(self._key(name, "bucket"), counters_P)
+        return _shift_right(bits_P, 33) % self.dim + (bits_P & 1) * self.dim
 
 
-class Projector:
-    """A projection made ready for the parameters of one model: the kept positions, buckets and signs of each."""
+def fold(signed_sums_2D: Float[Tensor, "*N twoD"]) -> Float[Tensor, "*N D"]:
+    """The sketch from sums over signed buckets: those with sign +1 less those with sign -1."""
+    plus, minus = signed_sums_2D.chunk(2, dim=-1)
+    return plus - minus
 
-    def __init__(self, projection: SparseProjection, shapes: Mapping[str, int], device: torch.device) -> None:
-        """`shapes` gives the number of coordinates of every parameter by name."""
-        self.projection = projection
-        self._plan = {name: self._prepare(name, count, device) for name, count in shapes.items()}
 
-    def _prepare(self, name: str, count: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        kept, chunk = [], 1 << 24
-        for start in range(0, count, chunk):  # in pieces, for the hash of a large matrix takes 8 bytes a coordinate
-            counters_P = torch.arange(start, min(start + chunk, count), device=device)
-            kept.append(counters_P[self.projection.mask(name, counters_P)])
-        kept_P = torch.cat(kept)
-        return kept_P, self.projection.buckets(name, kept_P), self.projection.signs(name, kept_P)
+def principal_directions(
+    matrices_XI: Float[Tensor, "X I"], first_I: Float[Tensor, " I"], rank: int
+) -> Float[Tensor, "I r"]:
+    """`rank` orthonormal columns: the direction of `first_I`, and the strongest right singular directions of the rest.
 
-    def __call__(self, gradients: Mapping[str, Tensor]) -> Float[Tensor, " D"]:
-        """The feature of a gradient given by parameter name, in float32."""
-        if set(gradients) != set(self._plan):
-            raise ValueError(f"parameters differ from the projector's: {sorted(set(gradients) ^ set(self._plan))[:3]}")
-        device = next(iter(self._plan.values()))[0].device
-        feature_D = torch.zeros(self.projection.dim, dtype=torch.float32, device=device)
-        for name, gradient in gradients.items():
-            kept_P, buckets_P, signs_P = self._plan[name]
-            feature_D.index_add_(0, buckets_P, gradient.reshape(-1)[kept_P].float() * signs_P)
-        return feature_D / self.projection.keep_fraction**0.5
+    Subspace iteration (Halko et al. 2011) from a fixed start, in float64: four rounds and eight spare columns. Any
+    orthonormal columns would serve the projection; these leave little of what matters to chance. Fewer columns than
+    `rank` where there are fewer inputs; zero columns where the matrices have lower rank.
+    """
+    matrices_XI, first_I = matrices_XI.double(), first_I.double()
+    size = matrices_XI.shape[1]
+    rank = min(rank, size)
+    if rank == 0:
+        return matrices_XI.new_zeros(size, 0)
+    length = first_I.norm()
+    mean_I1 = (first_I / length if length > 0 else torch.zeros_like(first_I))[:, None]
+    rest_XI = matrices_XI - (matrices_XI @ mean_I1) @ mean_I1.T
+    width = min(size, rank + 8)
+    counters = torch.arange(size * width, device=matrices_XI.device)
+    start_IW = (hash_counters(0, counters) & 1).double().reshape(size, width) * 2 - 1
+    start_IW = start_IW - mean_I1 @ (mean_I1.T @ start_IW)
+    basis_IW = torch.linalg.qr(start_IW).Q
+    for _ in range(4):
+        basis_IW = torch.linalg.qr(rest_XI.T @ (rest_XI @ basis_IW)).Q
+    _, values, right = torch.linalg.svd(rest_XI @ basis_IW, full_matrices=False)
+    strongest_IR = basis_IW @ right.T
+    usable = values > 1e-9 * values.max().clamp(min=1e-300)
+    directions_IR = torch.cat([mean_I1, (strongest_IR * usable)], dim=1)[:, :rank]
+    return directions_IR

@@ -26,7 +26,7 @@ class SurrogateSettings:
     max_completion_length: int
     temperature: float = 1.0
     advantage_std: bool = True
-    batch_tokens: int = 8192
+
 
 
 @dataclass(frozen=True)

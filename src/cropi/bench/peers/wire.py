@@ -1,0 +1,153 @@
+"""What the benchmark and a peer's worker say to each other: one JSON object a line on standard input and output.
+
+The worker is asked to `prepare` once (imports and model load, timed apart), then to `run` as often as the benchmark
+likes, for the `scores` of its last run, and to `quit`. A question that fails is answered by {"ok": false, "error": one
+line}. Standard library only, and nothing else of cropi: a worker may live in an environment without it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+@dataclass(frozen=True)
+class WeightedGroup:
+    """The trajectories of a prompt, whose gradient is sum_k weights_k sum_t grad log pi(x_{k,t})."""
+
+    prompt_id: str
+    prompt_ids: list[int]
+    completions: list[list[int]]
+    weights: list[float]
+
+    @property
+    def has_signal(self) -> bool:
+        return any(self.weights)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What `prepare` asks for."""
+
+    model: str
+    groups: list[WeightedGroup]
+    validation: list[WeightedGroup]
+    dtype: str = "float32"
+    device: str = "cpu"
+    batch_tokens: int = 1024
+    threads: int = 1
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One run: seconds of the gradient computation, tokens that went through the model (padding included)."""
+
+    seconds: float
+    tokens_computed: int
+    peak_gpu_mb: float | None
+
+
+class Engine(Protocol):
+    """A peer with its model loaded."""
+
+    version: str
+
+    def run(self) -> Measurement:
+        """Compute the features of all train and validation prompts, and keep them."""
+
+    def scores_N(self) -> np.ndarray:
+        """Dot product of each train prompt's feature with the mean of all validation prompts', from the last run."""
+
+
+def serve(load: Callable[[Task], Engine]) -> None:
+    """Answer questions until `quit` or the end of input. `load` imports what it needs, so that it can be timed."""
+    answers = _claim_stdout()
+    engine: Engine | None = None
+    for line in sys.stdin:
+        question = json.loads(line)
+        if question["op"] == "quit":
+            return
+        try:
+            if question["op"] == "prepare":
+                engine, answer = _prepare(load, question)
+            else:
+                assert engine is not None, "not prepared"
+                answer = _answer(engine, question)
+        except Exception as error:  # whatever a peer's libraries raise, the benchmark has to learn of it
+            answer = {"ok": False, "error": " ".join(f"{type(error).__name__}: {error}".split())}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+def _claim_stdout() -> TextIO:
+    """The true standard output; from here on whatever libraries print there, from C too, goes to standard error."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    return answers
+
+
+def _prepare(load: Callable[[Task], Engine], question: Mapping[str, Any]) -> tuple[Engine, dict[str, Any]]:
+    task = Task(
+        **{key: value for key, value in question.items() if key not in {"op", "groups", "validation"}},
+        groups=read_groups(Path(question["groups"])),
+        validation=read_groups(Path(question["validation"])),
+    )
+    os.environ["OMP_NUM_THREADS"] = str(task.threads)  # read when torch is imported, which is later
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    if task.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    started = time.perf_counter()
+    engine = load(task)
+    return engine, {"ok": True, "startup_s": time.perf_counter() - started, "version": engine.version}
+
+
+def _answer(engine: Engine, question: Mapping[str, Any]) -> dict[str, Any]:
+    match question["op"]:
+        case "run":
+            measured = engine.run()
+            return {
+                "seconds": measured.seconds,
+                "tokens_computed": measured.tokens_computed,
+                "peak_rss_mb": _peak_rss_mb(),
+                "peak_gpu_mb": measured.peak_gpu_mb,
+            }
+        case "scores":
+            import numpy as np
+
+            with Path(question["path"]).open("wb") as file:
+                np.save(file, engine.scores_N().astype(np.float64))
+            return {"ok": True}
+        case unknown:
+            raise ValueError(f"no such question: {unknown}")
+
+
+def read_groups(path: Path) -> list[WeightedGroup]:
+    """Groups from a JSONL file, in its order."""
+    keys = WeightedGroup.__dataclass_fields__
+    rows = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
+    return [WeightedGroup(**{key: row[key] for key in keys}) for row in rows]
+
+
+def _peak_rss_mb() -> float:
+    """Peak resident memory of this program.
+
+    On Linux `ru_maxrss` also remembers the process that started this one, so the kernel's own mark of this program's
+    memory goes first.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        marks = [line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM:")]
+        if marks:
+            return int(marks[0]) / 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1 << 20 if sys.platform == "darwin" else 1024)

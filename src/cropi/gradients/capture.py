@@ -1,0 +1,293 @@
+"""Seeing (input, output gradient) of every module that owns trainable weights, while no weight gradient is ever formed.
+
+The weights are frozen for the pass, so the backward pass runs through activations only (2 forward passes of work in all,
+instead of 3). What a weight's gradient is made of goes to a `Reader` as soon as it is known:
+
+- linear layer: G = sum_t g_t a_t^T from inputs a and output gradients g;
+- embedding: row x_t of G grows by g_t;
+- norm scales and other vectors: one gradient per token, from a scale that is a tensor of its own for every token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cropi.gradients.attention import unsupported
+from cropi.gradients.packing import Segment, Span
+
+
+class Reader(Protocol):
+    """What an estimator does with the factors of a gradient. Names are those of the parameters; tied ones share one.
+
+    `begin` opens a pack and `commit` closes it; `undo` forgets an unfinished one, or all, and then returns False.
+    """
+
+    def begin(self, segments: Sequence[Segment]) -> None: ...
+    def commit(self) -> None: ...
+    def undo(self) -> bool: ...
+
+    def linear(self, name: str, inputs_TI: Tensor, grads_TO: Tensor, spans: Sequence[Span]) -> None:
+        """A weight (O, I) whose gradient over a span is grads^T inputs."""
+
+    def rows(self, name: str, ids_T: Tensor, grads_TI: Tensor, spans: Sequence[Span]) -> None:
+        """A weight (O, I) whose row ids[t] gets grads[t]."""
+
+    def vector(self, name: str, grads_TP: Tensor, spans: Sequence[Span]) -> None:
+        """A parameter whose gradient over a span is the sum of the rows of grads."""
+
+
+@dataclass(frozen=True)
+class _Owner:
+    """A module with trainable parameters of its own, and the names they are known by."""
+
+    module: nn.Module
+    path: str
+    names: dict[str, str]
+
+
+class Capture:
+    """The covered modules of one model. PolicyError names the first module that holds weights it does not cover."""
+
+    def __init__(self, model: nn.Module, causal_lm: nn.Module, head: nn.Module) -> None:
+        self._model = causal_lm
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._linears: list[_Owner] = []
+        self._embeddings: list[_Owner] = []
+        self._norms: list[_Owner] = []
+        self._vectors: list[_Owner] = []
+        for path, module in model.named_modules():
+            own = {attribute: names[id(p)] for attribute, p in module._parameters.items() if p is not None}
+            own = {attribute: name for attribute, name in own.items() if name in self.trainable}
+            if own and module is not head:
+                self._room(module, own).append(_Owner(module, path, own))
+        self.head_names = {
+            attribute: names[id(p)]
+            for attribute, p in head._parameters.items()
+            if p is not None and names[id(p)] in self.trainable
+        }
+        self.matrices = {o.names["weight"] for o in self._linears if "weight" in o.names} | {
+            name for attribute, name in self.head_names.items() if attribute == "weight"
+        }
+        self._scales = {owner.path: embedding_scale(owner.module) for owner in self._embeddings}
+        self._token_dims: dict[str, int] = {}
+        self._seen: set[str] = set()
+
+    def _room(self, module: nn.Module, own: dict[str, str]) -> list[_Owner]:
+        forward = type(module).forward
+        if forward is nn.Linear.forward:
+            return self._linears
+        if isinstance(module, nn.Embedding) and set(own) == {"weight"} and self._plain_rows(module):
+            return self._embeddings
+        if forward in (nn.LayerNorm.forward, nn.RMSNorm.forward) and len(module.normalized_shape) == 1:  # type: ignore[arg-type]
+            return self._norms
+        if all(getattr(module, attribute).dim() == 1 for attribute in own) and self._acts_by_token(module, own):
+            return self._vectors
+        raise unsupported(
+            self._model,
+            f"module type {type(module).__name__} ({next(iter(own.values()))}) holds trainable weights it does not cover",
+        )
+
+    @staticmethod
+    def _plain_rows(module: nn.Embedding) -> bool:
+        """Whether an embedding gives rows of its weight times one number (as Gemma's does)."""
+        if module.max_norm is not None or module.scale_grad_by_freq or module.sparse:
+            return False
+        with torch.no_grad():
+            ids = torch.arange(min(4, module.num_embeddings), device=module.weight.device)
+            given, stored = module(ids).float(), module.weight[ids].float() * embedding_scale(module)
+        return bool(torch.allclose(given, stored, rtol=1e-2, atol=1e-6))
+
+    @staticmethod
+    def _acts_by_token(module: nn.Module, own: dict[str, str]) -> bool:
+        """Whether a module with vector weights acts on each token alone, and takes weights that differ by token."""
+        size = max(getattr(module, attribute).shape[0] for attribute in own)
+        first = getattr(module, next(iter(own)))
+        generator = torch.Generator().manual_seed(0)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator).to(first)
+
+        inputs, weights = draw(1, 3, size), {attribute: draw(1, 3, size) for attribute in own}
+        originals = {attribute: module._parameters.pop(attribute) for attribute in own}
+        try:
+            with torch.no_grad():
+                for attribute in own:
+                    setattr(module, attribute, weights[attribute])
+                together = module(inputs)
+                apart = []
+                for token in range(3):
+                    for attribute in own:
+                        setattr(module, attribute, weights[attribute][0, token])
+                    apart.append(module(inputs[:, token : token + 1]))
+            return bool(torch.allclose(together, torch.cat(apart, dim=1), rtol=1e-3, atol=1e-3))
+        except (RuntimeError, TypeError, AttributeError, ValueError):  # another shape of module than a scale per channel
+            return False
+        finally:
+            for attribute, parameter in originals.items():
+                delattr(module, attribute)
+                module._parameters[attribute] = parameter
+
+    @contextmanager
+    def hooks(self, reader: Reader, spans: Sequence[Span], tokens: int) -> Iterator[None]:
+        """Report to the reader what a forward and backward pass inside the block sees. PolicyError where a module with
+        trainable weights takes no part in the pass, since its weights then act in a way no hook sees."""
+        self._seen.clear()
+        with ExitStack() as stack:
+            stack.enter_context(_frozen(list(self.trainable.values())))
+            for owner in self._linears:
+                stack.callback(owner.module.register_forward_hook(self._on_linear(owner, reader, spans, tokens)).remove)
+            for owner in self._embeddings:
+                stack.callback(owner.module.register_forward_hook(self._on_embedding(owner, reader, spans)).remove)
+            for owner in self._norms:
+                stack.callback(owner.module.register_forward_hook(self._on_norm(owner, reader, spans, tokens)).remove)
+            for owner in self._vectors:
+                stack.enter_context(self._per_token(owner, reader, spans, tokens))
+            first = self._model.get_input_embeddings()  # type: ignore[operator]
+            stack.callback(first.register_forward_hook(_require_grad).remove)
+            yield
+        for owner in [*self._linears, *self._embeddings, *self._norms, *self._vectors]:
+            if owner.path not in self._seen:
+                raise unsupported(self._model, f"its module {owner.path} holds trainable weights but was never called")
+
+    def _on_linear(
+        self, owner: _Owner, reader: Reader, spans: Sequence[Span], tokens: int
+    ) -> Callable[[nn.Module, Any, Tensor], None]:
+        weight, bias = owner.names.get("weight"), owner.names.get("bias")
+
+        def after_forward(module: nn.Module, args: Any, output: Tensor) -> None:
+            self._seen.add(owner.path)
+            inputs_TI = args[0].detach().reshape(-1, args[0].shape[-1])
+            if len(inputs_TI) != tokens:
+                raise unsupported(self._model, f"its module {owner.path} does not act on each token once")
+
+            def after_backward(grad: Tensor) -> None:
+                grads_TO = grad.reshape(-1, grad.shape[-1])
+                if weight is not None:
+                    reader.linear(weight, inputs_TI, grads_TO, spans)
+                if bias is not None:
+                    reader.vector(bias, grads_TO, spans)
+
+            output.register_hook(after_backward)
+
+        return after_forward
+
+    def _on_embedding(
+        self, owner: _Owner, reader: Reader, spans: Sequence[Span]
+    ) -> Callable[[nn.Module, Any, Tensor], None]:
+        def after_forward(module: nn.Module, args: Any, output: Tensor) -> None:
+            self._seen.add(owner.path)
+            ids_T = args[0].reshape(-1)
+            scale, padding = self._scales[owner.path], module.padding_idx
+
+            def after_backward(grad: Tensor) -> None:
+                grads_TI = grad.reshape(len(ids_T), -1)
+                if scale != 1.0:
+                    grads_TI = grads_TI * scale
+                if padding is not None:  # torch gives this row no gradient, wherever the token stands
+                    grads_TI = grads_TI.masked_fill((ids_T == padding)[:, None], 0.0)
+                reader.rows(owner.names["weight"], ids_T, grads_TI, spans)
+
+            if not output.requires_grad:
+                output.requires_grad_()
+            output.register_hook(after_backward)
+
+        return after_forward
+
+    def _on_norm(
+        self, owner: _Owner, reader: Reader, spans: Sequence[Span], tokens: int
+    ) -> Callable[[nn.Module, Any, Tensor], None]:
+        """torch's own norms refuse weights that differ by token; what they scale is computed once more instead."""
+
+        def after_forward(module: nn.Module, args: Any, output: Tensor) -> None:
+            self._seen.add(owner.path)
+            with torch.no_grad():
+                if isinstance(module, nn.LayerNorm):
+                    plain = F.layer_norm(args[0], module.normalized_shape, None, None, module.eps)
+                else:
+                    plain = F.rms_norm(args[0], module.normalized_shape, None, module.eps)  # type: ignore[attr-defined]
+
+            dim = self._token_dim(owner, output, tokens)
+
+            def after_backward(grad: Tensor) -> None:
+                for attribute, factor in (("weight", plain), ("bias", 1.0)):
+                    if attribute in owner.names:
+                        # several vectors of one token (heads) share the parameter, so their gradients are added
+                        parts = (grad * factor).movedim(dim, 0).reshape(tokens, -1, grad.shape[-1])
+                        reader.vector(owner.names[attribute], parts.sum(dim=1), spans)
+
+            output.register_hook(after_backward)
+
+        return after_forward
+
+    def _token_dim(self, owner: _Owner, values: Tensor, tokens: int) -> int:
+        """Which dimension of a module's values runs over tokens: the first pass, whose token count no other dimension
+        has, decides."""
+        if owner.path not in self._token_dims:
+            found = [dim for dim, size in enumerate(values.shape[:-1]) if size == tokens]
+            if len(found) != 1:
+                raise unsupported(self._model, f"its module {owner.path} does not act on each token once")
+            self._token_dims[owner.path] = found[0]
+        return self._token_dims[owner.path]
+
+    @contextmanager
+    def _per_token(self, owner: _Owner, reader: Reader, spans: Sequence[Span], tokens: int) -> Iterator[None]:
+        """Give a module, call by call, weights with an entry of their own for every token, and read their gradients."""
+        module = owner.module
+        originals = {attribute: module._parameters.pop(attribute) for attribute in owner.names}
+
+        def before_forward(module: nn.Module, args: Any) -> None:
+            self._seen.add(owner.path)
+            shape = [1] * args[0].dim()
+            shape[self._token_dim(owner, args[0], tokens)], shape[-1] = tokens, -1
+            for attribute, name in owner.names.items():
+                vector = originals[attribute]
+                assert vector is not None
+                leaf = vector.detach().expand(shape).requires_grad_()
+
+                def read(leaf: Tensor, name: str = name) -> None:
+                    assert leaf.grad is not None
+                    reader.vector(name, leaf.grad.reshape(-1, leaf.shape[-1]), spans)
+                    leaf.grad = None
+
+                leaf.register_post_accumulate_grad_hook(read)
+                setattr(module, attribute, leaf)
+
+        handle = module.register_forward_pre_hook(before_forward)
+        try:
+            yield
+        finally:
+            handle.remove()
+            for attribute, parameter in originals.items():
+                module.__dict__.pop(attribute, None)
+                module._parameters[attribute] = parameter
+
+
+def _require_grad(module: nn.Module, args: Any, output: Tensor) -> None:
+    """Where the first layers are not trained, the pass still has to reach the first adapter."""
+    if not output.requires_grad:
+        output.requires_grad_()
+
+
+def embedding_scale(module: nn.Module) -> float:
+    """The number that an embedding multiplies its rows by: 1, or what Gemma's keep."""
+    scale = getattr(module, "embed_scale", 1.0)
+    return float(scale)
+
+
+@contextmanager
+def _frozen(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)

@@ -1,0 +1,256 @@
+"""The engine: one forward and one activation backward pass over packed groups, read by an estimator as it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from cropi.console import warn
+from cropi.gradients.attention import own_attention, pack_rows, packed
+from cropi.gradients.capture import Capture, Reader
+from cropi.gradients.groups import Group
+from cropi.gradients.head import Head, check_head
+from cropi.gradients.packing import Pack, Segment, Span, make_pack, plan
+from cropi.gradients.surrogate import SurrogateSettings, trajectory_scales
+
+FAST_ENOUGH = {"cpu": 4096, "cuda": 32768}
+"""Tokens of a pack beyond which larger ones are no faster, so that memory decides only where it is short."""
+
+Moments = list[tuple[int, int, float, float]]
+
+
+@dataclass
+class Work:
+    """What a run of the engine has done: tokens computed, and per result row the moments of its ratios."""
+
+    tokens: int = 0
+    ratios: dict[int, tuple[int, float, float]] = field(default_factory=dict)
+
+    def add(self, tokens: int, moments: Moments) -> None:
+        self.tokens += tokens
+        for index, *new in moments:
+            count, first, second = (a + b for a, b in zip(self.ratios.get(index, (0, 0.0, 0.0)), new, strict=True))
+            self.ratios[index] = (int(count), first, second)
+
+    def effective_share(self, index: int) -> float:
+        """(sum rho)^2 / (T sum rho^2) of one row's tokens (Kish 1965), 1 where nothing was computed."""
+        count, first, second = self.ratios.get(index, (0, 0.0, 0.0))
+        return first**2 / (count * second) if count else 1.0
+
+
+def segment_of(
+    index: int, group: Group, settings: SurrogateSettings, factors: Sequence[float] | None = None
+) -> Segment | None:
+    """What has to be computed of a group: its trajectories with a scale and a token. None where there is none.
+
+    `factors` multiply the scales, one per trajectory: weights of a sub-sample, or a group's weight in a mean.
+    """
+    scales = trajectory_scales(group, settings)
+    if factors is not None:
+        scales = [scale * factor for scale, factor in zip(scales, factors, strict=True)]
+    kept = [k for k, scale in enumerate(scales) if scale != 0 and group.completions[k]]
+    if not kept:
+        return None
+    logprobs = group.behaviour_logprobs
+    return Segment(
+        index,
+        group.prompt_ids,
+        [group.completions[k] for k in kept],
+        [scales[k] for k in kept],
+        None if logprobs is None else [logprobs[k] for k in kept],
+    )
+
+
+class Engine:
+    """Runs groups through a transformers causal LM (bare, or with PEFT adapters) and lets a reader see the factors of
+    their gradients.
+
+    A forward pass costs F per token and the backward pass through activations another F: weights get no gradient. The
+    model is left as it was found: mode, `requires_grad`, `.grad` and attention implementation. PolicyError where the
+    architecture holds trainable weights that no hook covers, or does something with its logits or attention that the
+    engine would not reproduce: it is compared once with the model's own forward pass.
+    """
+
+    def __init__(self, model: nn.Module, settings: SurrogateSettings, batch_tokens: int | None = None) -> None:
+        self.model, self.settings = model, settings
+        self._causal_lm: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self._head = Head(self._causal_lm)
+        self.device = self._head.module.weight.device
+        with self._evaluating():
+            self._capture = Capture(model, self._causal_lm, self._head.module)
+            bytes_per_token = self._check()
+        self.budget = batch_tokens or _budget(self.device, bytes_per_token)
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """All trainable parameters by name; a tied weight is counted once, under its first name."""
+        return self._capture.trainable
+
+    @property
+    def matrices(self) -> set[str]:
+        """Names of the parameters that are the weight of a linear layer."""
+        return self._capture.matrices
+
+    def run(
+        self,
+        segments: Sequence[Segment],
+        reader: Reader,
+        *,
+        after: Callable[[Sequence[Segment]], None] | None = None,
+        divisible: bool = True,
+    ) -> Work:
+        """Pass segments through the model, in packs of similar length; `after` is told of each finished pack.
+
+        A prompt that exceeds the token budget is split among its trajectories, unless the reader needs it whole
+        (`divisible=False`). Running out of memory halves the budget.
+        """
+        work = Work()
+        waiting = self._plan(segments, divisible)
+        with self._evaluating():
+            while waiting:
+                members = waiting[0]
+                reader.begin(members)
+                try:
+                    tokens, moments = self._pass(members, reader)
+                except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+                    smaller = sum(segment.tokens for segment in members) // 2
+                    if not _out_of_memory(error) or not self._divides(members, divisible):
+                        raise
+                    left = [segment for pack in waiting for segment in pack] if reader.undo() else segments
+                else:
+                    reader.commit()
+                    work.add(tokens, moments)
+                    waiting.pop(0)
+                    if after is not None:
+                        after(members)
+                    continue
+                # Outside the handler, so that the error's traceback no longer holds the pack's tensors.
+                self.budget = max(1, smaller)
+                warn(f"out of memory while scoring; packs now hold {self.budget} tokens")
+                waiting = self._plan(left, divisible)
+        return work
+
+    def logprobs(self, segments: Sequence[Segment]) -> Work:
+        """A forward pass alone, for the ratios."""
+        work = Work()
+        with self._evaluating(), torch.no_grad():
+            for members in self._plan(segments, divisible=True):
+                pack = make_pack(members, self.device)
+                with pack_rows(self._causal_lm, pack.rows):
+                    result = self._head(self._hidden(pack)[0], pack, self.settings.temperature, None, {})
+                work.add(pack.tokens, _moments(pack, result.ratios_E))
+        return work
+
+    def _plan(self, segments: Sequence[Segment], divisible: bool) -> list[list[Segment]]:
+        parts = list(segments)
+        if divisible:
+            parts = [part for segment in segments for part in _divided(segment, self.budget)]
+        return plan(parts, self.budget)
+
+    @staticmethod
+    def _divides(members: Sequence[Segment], divisible: bool) -> bool:
+        return len(members) > 1 or (divisible and len(members[0].completions) > 1)
+
+    def _pass(self, members: Sequence[Segment], reader: Reader) -> tuple[int, Moments]:
+        pack = make_pack(members, self.device)
+        with self._capture.hooks(reader, pack.spans, pack.tokens), pack_rows(self._causal_lm, pack.rows):
+            hidden_1SH = self._hidden(pack)
+            result = self._head(
+                hidden_1SH[0].detach(), pack, self.settings.temperature, reader, self._capture.head_names
+            )
+            hidden_1SH.backward(result.grad_SH[None])  # type: ignore[no-untyped-call]
+        return pack.tokens, _moments(pack, result.ratios_E)
+
+    def _hidden(self, pack: Pack) -> Tensor:
+        output = self._causal_lm.base_model(
+            input_ids=pack.input_ids_S[None], position_ids=pack.position_ids_S[None], use_cache=False
+        )
+        return output.last_hidden_state
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with packed(self._causal_lm), torch.autocast(self.device.type, enabled=False), torch.enable_grad():
+                yield
+        finally:
+            self.model.train(was_training)
+
+    def _check(self) -> float:
+        """Compare a small pack with the model's own forward pass. Returns bytes of activations kept per token."""
+        rows = self._causal_lm.get_input_embeddings().num_embeddings  # type: ignore[operator]
+        generator = torch.Generator().manual_seed(0)
+
+        def draw(count: int) -> list[int]:
+            return torch.randint(rows, (count,), generator=generator).tolist()
+
+        segment = Segment(0, draw(23), [draw(17), draw(1), draw(12)], [1.0] * 3, None)
+        pack, kept = make_pack([segment], self.device), dict[int, int]()
+
+        def note(tensor: Tensor) -> Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with (
+            torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+            self._capture.hooks(_Nothing(), pack.spans, pack.tokens),
+            pack_rows(self._causal_lm, pack.rows),
+        ):
+            hidden_SH = self._hidden(pack)[0]
+            ours_EW = self._head.logits(hidden_SH.detach().index_select(0, pack.sources_E))
+            hidden_SH.backward(torch.zeros_like(hidden_SH))  # type: ignore[no-untyped-call]
+        weights = {p.untyped_storage().data_ptr() for p in self.model.parameters()}
+        with own_attention(self._causal_lm), torch.no_grad():
+            theirs = []
+            for completion in segment.completions:
+                ids = torch.tensor([segment.prompt_ids + completion[:-1]], device=self.device)
+                theirs.append(self._causal_lm(input_ids=ids, use_cache=False).logits[0, len(segment.prompt_ids) - 1 :])
+        check_head(self._causal_lm, ours_EW, torch.cat(theirs))
+        return sum(size for pointer, size in kept.items() if pointer not in weights) / pack.tokens
+
+
+class _Nothing:
+    """A reader that reads nothing: the floor of the engine's cost."""
+
+    def begin(self, segments: Sequence[Segment]) -> None: ...
+    def linear(self, name: str, inputs_TI: Tensor, grads_TO: Tensor, spans: Sequence[Span]) -> None: ...
+    def rows(self, name: str, ids_T: Tensor, grads_TI: Tensor, spans: Sequence[Span]) -> None: ...
+    def vector(self, name: str, grads_TP: Tensor, spans: Sequence[Span]) -> None: ...
+    def commit(self) -> None: ...
+    def undo(self) -> bool:
+        return True
+
+
+def _budget(device: torch.device, bytes_per_token: float) -> int:
+    """The largest pack that half of the free memory holds, up to where packs stop getting faster."""
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        free = psutil.virtual_memory().available
+    return int(max(256, min(FAST_ENOUGH.get(device.type, 4096), free / 2 / bytes_per_token)))
+
+
+def _divided(segment: Segment, budget: int) -> list[Segment]:
+    """The segment, or parts of it with some of its completions each, none above the budget if that can be."""
+    if segment.tokens <= budget or len(segment.completions) == 1:
+        return [segment]
+    return [part for half in segment.halves() for part in _divided(half, budget)]
+
+
+def _moments(pack: Pack, ratios_E: Tensor) -> Moments:
+    """Per row: count, sum and sum of squares of the ratios."""
+    values = ratios_E.double()
+    sums = [(span.index, values[span.start : span.stop]) for span in pack.predictions]
+    table = torch.stack([torch.stack([x.sum(), (x * x).sum()]) for _, x in sums]).tolist()
+    return [(index, len(x), *row) for (index, x), row in zip(sums, table, strict=True)]
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    text = str(error)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in text

@@ -1,0 +1,145 @@
+"""Gradients that are exact: summed into one dense direction, or met with dense directions span by span."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from cropi.gradients.packing import Segment, Span
+
+
+class DenseReader:
+    """The sum of the gradients of all segments, by parameter name, and the mean input of each linear layer.
+
+    One matrix product per layer and pack: a third forward pass of work. Shapes are those of the parameters; float32, or
+    wider where the parameters are.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        self._parameters = parameters
+        self.undo()
+
+    def undo(self) -> bool:
+        """Sums cannot be taken back, so all is forgotten."""
+        self.gradients = {
+            name: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32), requires_grad=False)
+            for name, p in self._parameters.items()
+        }
+        self._inputs: dict[str, tuple[int, Tensor]] = {}
+        return False
+
+    def mean_inputs(self) -> dict[str, Tensor]:
+        """The mean over tokens of what each linear layer was given, by the name of its weight; float64."""
+        return {name: total / count for name, (count, total) in self._inputs.items()}
+
+    def begin(self, segments: Sequence[Segment]) -> None: ...
+
+    def commit(self) -> None: ...
+
+    def linear(self, name: str, inputs_TI: Tensor, grads_TO: Tensor, spans: Sequence[Span]) -> None:
+        total = self.gradients[name]
+        total.addmm_(grads_TO.to(total.dtype).T, inputs_TI.to(total.dtype))
+        count, inputs_I = self._inputs.get(name, (0, 0.0))
+        self._inputs[name] = (count + len(inputs_TI), inputs_I + inputs_TI.double().sum(dim=0))
+
+    def rows(self, name: str, ids_T: Tensor, grads_TI: Tensor, spans: Sequence[Span]) -> None:
+        total = self.gradients[name]
+        total.index_add_(0, ids_T, grads_TI.to(total.dtype))
+
+    def vector(self, name: str, grads_TP: Tensor, spans: Sequence[Span]) -> None:
+        total = self.gradients[name]
+        total += grads_TP.to(total.dtype).sum(dim=0)
+
+
+class ExactReader:
+    """Inner products of every row's gradient with dense directions, and its squared norm if asked for.
+
+    Per linear layer (O, I), T tokens and V directions the product sum_t g_t^T (D_v a_t) takes V 2 T O I operations, and
+    forming the gradient of one row in one layer at a time 2 T O I + 2 V O I: the cheaper is taken. So is it for the
+    squared norm: token by token, <A A^T, B B^T> in 2 T^2 (O + I), or from the gradient formed. A norm needs each row's
+    trajectories in one pack.
+    """
+
+    def __init__(self, directions: Sequence[Mapping[str, Tensor]], count: int, *, norms: bool = False) -> None:
+        """`count` is the number of result rows; directions have the shapes of the parameters."""
+        self._directions = {
+            name: torch.stack([direction[name] for direction in directions]) for name in directions[0]
+        }
+        self._norms = norms
+        self.products_NV = torch.zeros(count, len(directions), dtype=torch.float64)
+        self.squares_N = torch.zeros(count, dtype=torch.float64)
+
+    def begin(self, segments: Sequence[Segment]) -> None:
+        self._rows = sorted({segment.index for segment in segments})
+        self._slots = {index: slot for slot, index in enumerate(self._rows)}
+        device = next(iter(self._directions.values())).device
+        self._products = torch.zeros(len(self._rows), self.products_NV.shape[1], dtype=torch.float64, device=device)
+        self._squares = torch.zeros(len(self._rows), dtype=torch.float64, device=device)
+        self._factors: dict[str, list[tuple[Span, Tensor, Tensor]]] = {}
+
+    def undo(self) -> bool:
+        self._factors.clear()
+        return True
+
+    def commit(self) -> None:
+        rows = torch.tensor(self._rows)
+        self.products_NV.index_add_(0, rows, self._products.cpu())
+        self.squares_N.index_add_(0, rows, self._squares.cpu())
+        self._factors.clear()
+
+    def linear(self, name: str, inputs_TI: Tensor, grads_TO: Tensor, spans: Sequence[Span]) -> None:
+        directions_VOI = self._directions[name]
+        sets, outs, ins = directions_VOI.shape
+        inputs_TI, grads_TO = inputs_TI.to(directions_VOI.dtype), grads_TO.to(directions_VOI.dtype)
+        tokens = len(inputs_TI)
+        # With norms wanted, a shared name (tied weights) has its factors kept until its other path is known.
+        formed = 2 * tokens * outs * ins + (sets + self._norms) * 2 * outs * ins * len(spans)
+        by_token = sets * 2 * tokens * outs * ins
+        if self._norms:
+            by_token += sum(2 * (span.stop - span.start) ** 2 * (outs + ins) for span in spans)
+            self._factors.setdefault(name, []).extend(
+                (span, inputs_TI[span.start : span.stop], grads_TO[span.start : span.stop]) for span in spans
+            )
+        if formed < by_token:
+            for span in spans:
+                part = slice(span.start, span.stop)
+                self._meet(name, span.index, grads_TO[part].T @ inputs_TI[part])
+            return
+        products_VT = torch.stack([((inputs_TI @ d.T) * grads_TO).sum(dim=1) for d in directions_VOI]).double()
+        for span in spans:
+            part, slot = slice(span.start, span.stop), self._slots[span.index]
+            self._products[slot] += products_VT[:, part].sum(dim=1)
+            if self._norms:
+                inputs, grads = inputs_TI[part], grads_TO[part]
+                self._squares[slot] += ((inputs @ inputs.T) * (grads @ grads.T)).sum(dtype=torch.float64)
+
+    def rows(self, name: str, ids_T: Tensor, grads_TI: Tensor, spans: Sequence[Span]) -> None:
+        directions_VOI = self._directions[name]
+        for span in spans:
+            part, slot = slice(span.start, span.stop), self._slots[span.index]
+            ids_U, gradient_UI = row_sums(ids_T[part], grads_TI[part].to(directions_VOI.dtype))
+            self._products[slot] += (directions_VOI[:, ids_U] * gradient_UI).flatten(start_dim=1).sum(1).double()
+            if self._norms:
+                self._squares[slot] += (gradient_UI * gradient_UI).sum(dtype=torch.float64)
+                for other, inputs_TI, grads_TO in self._factors.get(name, []):  # a tied head: the two paths' product
+                    if other.index == span.index:
+                        shared_UI = grads_TO[:, ids_U].T @ inputs_TI
+                        self._squares[slot] += 2 * (shared_UI * gradient_UI).sum(dtype=torch.float64)
+
+    def vector(self, name: str, grads_TP: Tensor, spans: Sequence[Span]) -> None:
+        for span in spans:
+            self._meet(name, span.index, grads_TP[span.start : span.stop].to(self._directions[name].dtype).sum(dim=0))
+
+    def _meet(self, name: str, index: int, gradient: Tensor) -> None:
+        slot, flat = self._slots[index], gradient.reshape(-1)
+        self._products[slot] += (self._directions[name].flatten(start_dim=1) @ flat).double()
+        if self._norms:
+            self._squares[slot] += (flat @ flat).double()
+
+
+def row_sums(ids_T: Tensor, grads_TI: Tensor) -> tuple[Tensor, Tensor]:
+    """(distinct ids, sum of the gradients of each)."""
+    ids_U, inverse_T = ids_T.unique(return_inverse=True)
+    return ids_U, grads_TI.new_zeros(len(ids_U), grads_TI.shape[1]).index_add_(0, inverse_T, grads_TI)

@@ -1,0 +1,110 @@
+"""The vocabulary head: log-probs, importance ratios and token weights, and the gradient they send back, in chunks.
+
+Loss and gradient of a chunk are made together, so that logits of all tokens never exist at once:
+g_logits = w (onehot(x) - softmax(logits / T)) / T, with w = rho A_k / Z_k taken from the very same logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from cropi.errors import PolicyError
+from cropi.gradients.attention import unsupported
+from cropi.gradients.capture import Reader
+from cropi.gradients.packing import Pack, Span
+
+LOGITS_AT_ONCE = 1 << 24
+"""Logits of one chunk: 64 MiB in float32."""
+
+
+@dataclass(frozen=True)
+class HeadResult:
+    """Per prediction: log-probs and importance ratios, float32 or wider; and the gradient of the hidden states."""
+
+    logprobs_E: Tensor
+    ratios_E: Tensor
+    grad_SH: Tensor
+
+
+class Head:
+    """The output layer of a transformers causal LM, with the soft cap of its logits where it has one."""
+
+    def __init__(self, model: nn.Module) -> None:
+        module = model.get_output_embeddings()  # type: ignore[operator]
+        if type(module).forward is not nn.Linear.forward:
+            raise unsupported(model, f"module type {type(module).__name__} of its vocabulary head is not covered")
+        self.module: nn.Linear = module
+        self._softcap: float | None = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+
+    def logits(self, hidden_EH: Tensor) -> Tensor:
+        """Logits in at least float32, as the model itself would give them."""
+        logits = nn.functional.linear(hidden_EH, self.module.weight, self.module.bias)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return logits if self._softcap is None else torch.tanh(logits / self._softcap) * self._softcap
+
+    @torch.no_grad()
+    def __call__(
+        self, hidden_SH: Tensor, pack: Pack, temperature: float, reader: Reader | None, names: dict[str, str]
+    ) -> HeadResult:
+        """Loss and gradient at the predictions of a pack; without a reader, log-probs alone."""
+        grad_SH = torch.zeros_like(hidden_SH)
+        chunk = max(1, LOGITS_AT_ONCE // self.module.out_features)
+        logprobs, ratios = [], []
+        for first in range(0, len(pack.targets_E), chunk):
+            part = slice(first, first + chunk)
+            sources_E, targets_E1 = pack.sources_E[part], pack.targets_E[part, None]
+            hidden_EH = hidden_SH.index_select(0, sources_E)
+            logits_EW = self.logits(hidden_EH)
+            logp_EW = torch.log_softmax(logits_EW / temperature, dim=-1)
+            logp_E1 = logp_EW.gather(1, targets_E1)
+            ratios_E = self._ratios(logp_E1[:, 0], pack, part)
+            logprobs.append(logp_E1[:, 0])
+            ratios.append(ratios_E)
+            if reader is None:
+                continue
+            weights_E1 = (ratios_E.double() * pack.scales_E[part])[:, None].to(logp_EW.dtype) / temperature
+            grads_EW = logp_EW.exp_().mul_(-weights_E1)
+            grads_EW.scatter_add_(1, targets_E1, weights_E1)
+            if self._softcap is not None:
+                grads_EW *= 1 - (logits_EW / self._softcap) ** 2
+            grads_EW = grads_EW.to(hidden_SH.dtype)
+            # Several trajectories start from the last prompt token: their gradients meet in its row.
+            grad_SH.index_add_(0, sources_E, grads_EW @ self.module.weight)
+            spans = _clip(pack.predictions, part)
+            if "weight" in names:
+                reader.linear(names["weight"], hidden_EH, grads_EW, spans)
+            if "bias" in names:
+                reader.vector(names["bias"], grads_EW, spans)
+        return HeadResult(torch.cat(logprobs), torch.cat(ratios), grad_SH)
+
+    @staticmethod
+    def _ratios(logprobs_E: Tensor, pack: Pack, part: slice) -> Tensor:
+        if pack.behaviour_E is None:
+            return torch.ones_like(logprobs_E)
+        ratios_E = (logprobs_E.double() - pack.behaviour_E[part]).exp().to(logprobs_E.dtype)
+        return torch.where(pack.on_policy_E[part], torch.ones_like(ratios_E), ratios_E)
+
+
+def _clip(spans: Sequence[Span], part: slice) -> list[Span]:
+    """The spans that fall into a chunk, counted from its start."""
+    clipped = [Span(s.index, max(s.start, part.start) - part.start, min(s.stop, part.stop) - part.start) for s in spans]
+    return [span for span in clipped if span.start < span.stop]
+
+
+def check_head(model: nn.Module, ours_EW: Tensor, theirs_EW: Tensor) -> None:
+    """PolicyError where the model makes something else of the head's output than we do."""
+    tolerance = {torch.bfloat16: 0.1, torch.float16: 0.02}.get(theirs_EW.dtype, 1e-3)
+    scale = float(theirs_EW.float().abs().max())
+    if not bool(torch.isfinite(theirs_EW).all()):
+        raise PolicyError(
+            "the policy gives logits that are not finite numbers",
+            where="policy",
+            fix="check the weights; a policy that has diverged cannot be scored.",
+        )
+    gap = float((ours_EW.float() - theirs_EW.float()).abs().max())
+    if gap > tolerance * max(scale, 1.0):
+        raise unsupported(model, f"its own logits differ from the engine's by {gap:.2g} on a test sequence")
