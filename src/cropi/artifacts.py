@@ -31,6 +31,7 @@ OK = "ok"
 NO_SIGNAL = "no_signal"  # all rewards of the group are equal: its gradient is zero
 TRUNCATED = "truncated"  # the completion ended at the length limit, without end-of-sequence
 GOLD_UNPARSEABLE = "gold_unparseable"  # the recorded answer cannot be read by the verifier: excluded, never scored 0
+NON_FINITE = "non_finite"  # the influence is not a finite number, because the prompt's own numbers are not
 PROMPT_TOO_LONG = "prompt_too_long"  # prompt and completion would not fit into the policy's context: no trajectories
 USABLE = frozenset({OK, NO_SIGNAL})  # statuses of a prompt that can be trained on
 

@@ -71,9 +71,7 @@ class SparseProjection:
     def identity(self) -> str:
         """Names the map itself: two features may be compared only if this is equal (and the directions U, if any)."""
         kept = f"-r{self.rank}-rows{self.row_fraction!r}" if self.mask == "structured" else ""
-        return (
-            f"count-sketch-v{PROJECTION_VERSION}-d{self.dim}-{self.mask}-q{self.keep_fraction!r}{kept}-s{self.seed}"
-        )
+        return f"count-sketch-v{PROJECTION_VERSION}-d{self.dim}-{self.mask}-q{self.keep_fraction!r}{kept}-s{self.seed}"
 
     def _key(self, name: str, role: str) -> int:
         text = f"{PROJECTION_VERSION}/{self.seed}/{role}/{name}"

@@ -60,18 +60,14 @@ def normalizers(
 
 
 def token_weights(
-    ratios_KT: Float[Tensor, "K T"],
-    advantages_K: Float[Tensor, " K"],
-    normalizers_K: Float[Tensor, " K"],
-    mask_KT: Bool[Tensor, "K T"],
+    ratios_KT: Float[Tensor, "K T"], scales_K: Float[Tensor, " K"], mask_KT: Bool[Tensor, "K T"]
 ) -> Float[Tensor, "K T"]:
-    """w_{k,t} = rho_{k,t} A_k / Z_k on completion tokens, 0 elsewhere, without gradient.
+    """w_{k,t} = rho_{k,t} A_k / Z_k on completion tokens, 0 elsewhere, without gradient; scales are the A_k / Z_k.
 
     Since grad rho = rho grad log pi, the gradient of sum_{k,t} w_{k,t} log pi(x_{k,t}) is that of the surrogate
     sum_k (1/Z_k) sum_t rho_{k,t} A_k: the off-policy estimate of paper eq. 4, by one backward pass.
     """
-    scale_K1 = (advantages_K.double() / normalizers_K).unsqueeze(1)
-    weights_KT = ratios_KT.detach().double() * scale_K1
+    weights_KT = ratios_KT.detach().double() * scales_K.double().unsqueeze(1)
     return torch.where(mask_KT, weights_KT, torch.zeros_like(weights_KT))
 
 

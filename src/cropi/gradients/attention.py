@@ -77,7 +77,7 @@ def pack_rows(model: nn.Module, rows: Rows) -> Iterator[None]:
     layers = model.config.get_text_config().num_hidden_layers
     if state.calls != layers:
         raise unsupported(model, f"{state.calls} of its {layers} layers use transformers' attention interface")
-    width = rows.gather_BT.shape[1]
+    width = rows.blocks[0][1]
     if {w for w in state.windows if w < width} != {w for w in state.windows_of_masks if w < width}:
         raise unsupported(model, "its attention mask is neither causal nor a sliding window")
 
@@ -116,79 +116,79 @@ def packed_attention(
         raise unsupported(module, "its attention is not causal")
     state = _current.get()
     state.calls += 1
-    rows, width = state.rows, state.rows.gather_BT.shape[1]
+    rows = state.rows
     if sliding_window is not None:
         state.windows.add(sliding_window)
+    heads, size = query.shape[1], value.shape[3]
     # Query gradients of shared prompt tokens come from one row alone; those of keys and values from every row.
-    query_BHTE = _to_rows(query, rows, shared=False)
-    key_BHTE, value_BHTE = _to_rows(key, rows, shared=True), _to_rows(value, rows, shared=True)
-    mask = None
-    if sliding_window is not None and sliding_window < width:
-        mask = _window(width, sliding_window, query.device)
+    query_R = _ToRows.apply(_by_token(query), rows, False)
+    key_R, value_R = (_ToRows.apply(_by_token(x), rows, True) for x in (key, value))
+    results, start = [], 0
+    for count, width in rows.blocks:
+        part = slice(start, start + count * width)
+        q, k, v = (x[part].view(count, width, -1, x.shape[-1]).transpose(1, 2) for x in (query_R, key_R, value_R))
+        k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) if x.shape[1] != heads else x for x in (k, v))
+        out_BHTE = _attend(q, k, v, scaling, sliding_window, softcap)
+        results.append(out_BHTE.transpose(1, 2).reshape(count * width, heads * size))
+        start = part.stop
+    return _FromRows.apply(torch.cat(results), rows).view(1, -1, heads, size), None
+
+
+def _by_token(packed_1HSE: Tensor) -> Tensor:
+    """(S, heads, head size)."""
+    return packed_1HSE[0].transpose(0, 1)
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None, softcap: float | None
+) -> Tensor:
+    """Causal attention over rows (B, heads, T, head size), all of which start at position 0."""
+    width = query.shape[2]
+    limited = window is not None and window < width
     if softcap is None:
-        out_BHTE = F.scaled_dot_product_attention(
-            query_BHTE,
-            *_same_heads(query_BHTE, key_BHTE, value_BHTE),
-            attn_mask=mask,
-            is_causal=mask is None,
-            scale=scaling,
-        )
-    else:
-        causal = _window(width, width, query.device) if mask is None else mask
-        keys, values = _same_heads(query_BHTE, key_BHTE, value_BHTE)
-        scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-        logits = torch.tanh(query_BHTE @ keys.transpose(2, 3) * scale / softcap) * softcap
-        logits = logits.masked_fill(~causal, torch.finfo(logits.dtype).min)
-        out_BHTE = torch.softmax(logits, dim=-1, dtype=torch.float32).to(values.dtype) @ values
-    heads, size = out_BHTE.shape[1], out_BHTE.shape[3]
-    flat = out_BHTE.transpose(1, 2).reshape(-1, heads * size)
-    return _FromRows.apply(flat, rows).view(1, -1, heads, size), None
+        mask = _visible(width, window, query.device) if limited and window is not None else None
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling)
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    logits = torch.tanh(query @ key.transpose(2, 3) * scale / softcap) * softcap
+    visible = _visible(width, window if limited and window is not None else width, query.device)
+    logits = logits.masked_fill(~visible, torch.finfo(logits.dtype).min)
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    return torch.softmax(logits, dim=-1, dtype=dtype).to(value.dtype) @ value
 
 
-def _window(width: int, window: int, device: torch.device) -> Tensor:
+def _visible(width: int, window: int, device: torch.device) -> Tensor:
     """Which keys (columns) each query (rows) sees: itself and the `window` - 1 before it."""
     distance = torch.arange(width, device=device)[:, None] - torch.arange(width, device=device)[None]
     return (distance >= 0) & (distance < window)
 
 
-def _same_heads(query_BHTE: Tensor, *others: Tensor) -> list[Tensor]:
-    """Keys and values repeated for the query heads that share them."""
-    return [x.repeat_interleave(query_BHTE.shape[1] // x.shape[1], dim=1) for x in others]
-
-
-def _to_rows(packed_1HSE: Tensor, rows: Rows, *, shared: bool) -> Tensor:
-    _, heads, tokens, size = packed_1HSE.shape
-    flat = packed_1HSE.transpose(1, 2).reshape(tokens, heads * size)
-    gathered = _ToRows.apply(flat, rows, shared)
-    return gathered.view(*rows.gather_BT.shape, heads, size).transpose(1, 2)
-
-
 class _ToRows(torch.autograd.Function):
-    """Packed tokens to rows. Backward adds the copies of a shared prompt token, in the order of the rows."""
+    """Packed tokens (S, heads, head size) to rows. Backward adds up the copies of a shared prompt token, in one order."""
 
     @staticmethod
-    def forward(ctx: Any, packed_SE: Tensor, rows: Rows, shared: bool) -> Tensor:
+    def forward(ctx: Any, packed: Tensor, rows: Rows, shared: bool) -> Tensor:
         ctx.rows, ctx.shared = rows, shared
-        return packed_SE.index_select(0, rows.gather_BT.reshape(-1))
+        return packed.index_select(0, rows.gather_R)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         rows = ctx.rows
-        packed_SE = grad.index_select(0, rows.scatter_S)
-        if ctx.shared:
-            grad_BTE = grad.view(*rows.gather_BT.shape, -1)
-            for first, last, start, length in rows.prompts:
-                torch.sum(grad_BTE[first:last, :length], dim=0, out=packed_SE[start : start + length])
-        return packed_SE, None, None
+        packed = grad.index_select(0, rows.scatter_S)
+        if ctx.shared and rows.copies:
+            total = packed.index_select(0, rows.prompt_tokens_Q)
+            for places in rows.copies:
+                total[: len(places)] += grad.index_select(0, places)
+            packed.index_copy_(0, rows.prompt_tokens_Q, total)
+        return packed, None, None
 
 
 class _FromRows(torch.autograd.Function):
     """Results of rows back to packed tokens; padding and the further copies of a prompt are left behind."""
 
     @staticmethod
-    def forward(ctx: Any, rows_RE: Tensor, rows: Rows) -> Tensor:
-        ctx.rows, ctx.count = rows, len(rows_RE)
-        return rows_RE.index_select(0, rows.scatter_S)
+    def forward(ctx: Any, results_RE: Tensor, rows: Rows) -> Tensor:
+        ctx.rows, ctx.count = rows, len(results_RE)
+        return results_RE.index_select(0, rows.scatter_S)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]

@@ -128,7 +128,12 @@ class Capture:
                         setattr(module, attribute, weights[attribute][0, token])
                     apart.append(module(inputs[:, token : token + 1]))
             return bool(torch.allclose(together, torch.cat(apart, dim=1), rtol=1e-3, atol=1e-3))
-        except (RuntimeError, TypeError, AttributeError, ValueError):  # another shape of module than a scale per channel
+        except (
+            RuntimeError,
+            TypeError,
+            AttributeError,
+            ValueError,
+        ):  # another shape of module than a scale per channel
             return False
         finally:
             for attribute, parameter in originals.items():

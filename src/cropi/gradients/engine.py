@@ -10,6 +10,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+from cropi.artifacts import OK
 from cropi.console import warn
 from cropi.gradients.attention import own_attention, pack_rows, packed
 from cropi.gradients.capture import Capture, Reader
@@ -18,7 +19,7 @@ from cropi.gradients.head import Head, check_head
 from cropi.gradients.packing import Pack, Segment, Span, make_pack, plan
 from cropi.gradients.surrogate import SurrogateSettings, trajectory_scales
 
-FAST_ENOUGH = {"cpu": 4096, "cuda": 32768}
+FAST_ENOUGH = {"cpu": 2048, "cuda": 32768}
 """Tokens of a pack beyond which larger ones are no faster, so that memory decides only where it is short."""
 
 Moments = list[tuple[int, int, float, float]]
@@ -50,6 +51,8 @@ def segment_of(
 
     `factors` multiply the scales, one per trajectory: weights of a sub-sample, or a group's weight in a mean.
     """
+    if group.status != OK:
+        return None
     scales = trajectory_scales(group, settings)
     if factors is not None:
         scales = [scale * factor for scale, factor in zip(scales, factors, strict=True)]
@@ -95,6 +98,11 @@ class Engine:
     def matrices(self) -> set[str]:
         """Names of the parameters that are the weight of a linear layer."""
         return self._capture.matrices
+
+    @property
+    def vocabulary(self) -> set[str]:
+        """Names of those matrices whose rows are tokens: the head's, tied or not."""
+        return set(self._capture.head_names.values())
 
     def run(
         self,
@@ -199,7 +207,7 @@ class Engine:
 
         with (
             torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
-            self._capture.hooks(_Nothing(), pack.spans, pack.tokens),
+            self._capture.hooks(Nothing(), pack.spans, pack.tokens),
             pack_rows(self._causal_lm, pack.rows),
         ):
             hidden_SH = self._hidden(pack)[0]
@@ -215,7 +223,7 @@ class Engine:
         return sum(size for pointer, size in kept.items() if pointer not in weights) / pack.tokens
 
 
-class _Nothing:
+class Nothing:
     """A reader that reads nothing: the floor of the engine's cost."""
 
     def begin(self, segments: Sequence[Segment]) -> None: ...
@@ -233,7 +241,7 @@ def _budget(device: torch.device, bytes_per_token: float) -> int:
         free = torch.cuda.mem_get_info(device)[0]
     else:
         free = psutil.virtual_memory().available
-    return int(max(256, min(FAST_ENOUGH.get(device.type, 4096), free / 2 / bytes_per_token)))
+    return int(max(256, min(FAST_ENOUGH.get(device.type, 2048), free / 2 / bytes_per_token)))
 
 
 def _divided(segment: Segment, budget: int) -> list[Segment]:

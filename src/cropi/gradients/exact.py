@@ -64,9 +64,7 @@ class ExactReader:
 
     def __init__(self, directions: Sequence[Mapping[str, Tensor]], count: int, *, norms: bool = False) -> None:
         """`count` is the number of result rows; directions have the shapes of the parameters."""
-        self._directions = {
-            name: torch.stack([direction[name] for direction in directions]) for name in directions[0]
-        }
+        self._directions = {name: torch.stack([direction[name] for direction in directions]) for name in directions[0]}
         self._norms = norms
         self.products_NV = torch.zeros(count, len(directions), dtype=torch.float64)
         self.squares_N = torch.zeros(count, dtype=torch.float64)

@@ -16,6 +16,10 @@ import torch
 from torch import Tensor
 
 
+ROOM = 0.9
+"""A row joins a block of attention rows if it fills at least this part of its width."""
+
+
 @dataclass(frozen=True)
 class Segment:
     """A prompt, the completions to be computed after it, and the factor A_k / Z_k of each.
@@ -76,16 +80,20 @@ class Span:
 class Rows:
     """How packed tokens stand in the rows of attention: row = prompt + one completion, padded on the right.
 
-    A row's padding repeats its own first token: under a causal mask no other token sees it, and nothing of another row
-    ever enters.
+    Rows of similar length make a block, so that little is padded. Padding repeats a row's own first token: under a causal
+    mask no other token sees it, and nothing of another row ever enters. R counts the tokens of all rows with padding.
     """
 
-    gather_BT: Tensor
+    blocks: list[tuple[int, int]]
+    """(rows, width) of each block; their tokens follow one another."""
+    gather_R: Tensor
     """Pack position of each token of each row."""
     scatter_S: Tensor
-    """Where each packed token's result stands among the B * T row tokens; a prompt's is taken from its first row."""
-    prompts: list[tuple[int, int, int, int]]
-    """(first row, last row + 1, first pack position, prompt length) of the prompts that several rows share."""
+    """Where each packed token's result stands among the R; a prompt's is taken from its first row."""
+    prompt_tokens_Q: Tensor
+    """Pack positions of the prompt tokens that several rows share, those with most rows first."""
+    copies: list[Tensor]
+    """Where the second, third, ... copies of those tokens stand among the R; each list a prefix of the one before."""
 
 
 @dataclass(frozen=True)
@@ -134,53 +142,83 @@ def make_pack(segments: Sequence[Segment], device: torch.device) -> Pack:
     """Lay segments out for the model."""
     ids: list[int] = []
     positions: list[int] = []
-    row_tokens: list[list[int]] = []
-    scatter: list[tuple[int, int]] = []  # (row, column) of each packed token
-    prompts: list[tuple[int, int, int, int]] = []
-    spans: list[Span] = []
     sources: list[int] = []
     targets: list[int] = []
     scales: list[float] = []
     behaviour: list[float] = []
     on_policy: list[bool] = []
+    spans: list[Span] = []
     predictions: list[Span] = []
     for segment in segments:
-        start, first_row, first_prediction, length = len(ids), len(row_tokens), len(targets), len(segment.prompt_ids)
+        start, first_prediction, length = len(ids), len(targets), len(segment.prompt_ids)
         ids += segment.prompt_ids
         positions += range(length)
-        scatter += [(first_row, column) for column in range(length)]
         for k, completion in enumerate(segment.completions):
-            begin, row = len(ids), len(row_tokens)
+            sources += [start + length - 1, *range(len(ids), len(ids) + len(completion) - 1)]
             ids += completion[:-1]
             positions += range(length, length + len(completion) - 1)
-            scatter += [(row, length + column) for column in range(len(completion) - 1)]
-            row_tokens.append([*range(start, start + length), *range(begin, len(ids))])
-            sources += [start + length - 1, *range(begin, len(ids))]
             targets += completion
             scales += [segment.scales[k]] * len(completion)
             logprobs = segment.behaviour_logprobs
             behaviour += [0.0] * len(completion) if logprobs is None else logprobs[k]
             on_policy += [logprobs is None] * len(completion)
-        if len(row_tokens) - first_row > 1:
-            prompts.append((first_row, len(row_tokens), start, length))
         spans.append(Span(segment.index, start, len(ids)))
         predictions.append(Span(segment.index, first_prediction, len(targets)))
-    width = max(len(row) for row in row_tokens)
-    gather = [row + [row[0]] * (width - len(row)) for row in row_tokens]
-    rows = Rows(
-        torch.tensor(gather, device=device),
-        torch.tensor([row * width + column for row, column in scatter], device=device),
-        prompts,
-    )
     return Pack(
         torch.tensor(ids, device=device),
         torch.tensor(positions, device=device),
         spans,
-        rows,
+        _rows(segments, spans, device),
         torch.tensor(sources, device=device),
         torch.tensor(targets, device=device),
         torch.tensor(scales, dtype=torch.float64, device=device),
         torch.tensor(behaviour, dtype=torch.float64, device=device) if not all(on_policy) else None,
         torch.tensor(on_policy, device=device),
         predictions,
+    )
+
+
+def _rows(segments: Sequence[Segment], spans: Sequence[Span], device: torch.device) -> Rows:
+    rows: list[tuple[int, int, range, range]] = []  # (segment, which of its rows, prompt, completion)
+    for number, (segment, span) in enumerate(zip(segments, spans, strict=True)):
+        prompt = range(span.start, span.start + len(segment.prompt_ids))
+        begin = prompt.stop
+        for k, completion in enumerate(segment.completions):
+            rows.append((number, k, prompt, range(begin, begin + len(completion) - 1)))
+            begin += len(completion) - 1
+    rows.sort(key=lambda row: -(len(row[2]) + len(row[3])))
+    blocks: list[tuple[int, int]] = []
+    gather: list[int] = []
+    scatter = [0] * spans[-1].stop
+    starts: dict[tuple[int, int], int] = {}  # where the row of (segment, which of its rows) stands
+    for number, k, prompt, completion_tokens in rows:
+        length = len(prompt) + len(completion_tokens)
+        if not blocks or length < ROOM * blocks[-1][1]:
+            blocks.append((0, length))
+        count, width = blocks[-1]
+        blocks[-1] = (count + 1, width)
+        starts[number, k] = start = len(gather)
+        gather += [*prompt, *completion_tokens, *[prompt[0]] * (width - length)]
+        scatter[completion_tokens.start : completion_tokens.stop] = range(start + len(prompt), start + length)
+        if k == 0:
+            scatter[prompt.start : prompt.stop] = range(start, start + len(prompt))
+    shared = sorted(
+        (number for number, segment in enumerate(segments) if len(segment.completions) > 1),
+        key=lambda number: -len(segments[number].completions),
+    )
+    shared_tokens: list[int] = []
+    copies: list[list[int]] = []
+    for number in shared:
+        length = len(segments[number].prompt_ids)
+        shared_tokens += range(spans[number].start, spans[number].start + length)
+        for k in range(1, len(segments[number].completions)):
+            if len(copies) < k:
+                copies.append([])
+            copies[k - 1] += range(starts[number, k], starts[number, k] + length)
+    return Rows(
+        blocks,
+        torch.tensor(gather, device=device),
+        torch.tensor(scatter, device=device),
+        torch.tensor(shared_tokens, dtype=torch.int64, device=device),
+        [torch.tensor(places, device=device) for places in copies],
     )

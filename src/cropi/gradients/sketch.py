@@ -20,21 +20,28 @@ _CHUNK = 1 << 24  # coordinates hashed at once: 8 bytes each
 
 
 class GradientMap(Protocol):
-    """A linear map from gradients to sums over 2 * dim signed buckets, given factors or dense tensors."""
+    """A linear map from gradients to features, applied to factors or dense tensors.
+
+    What it keeps of a row's gradient is gathered in K staged numbers, each with a signed bucket of its own, and scattered
+    once when the row is complete. Embedding rows, of which a prompt touches few, go to the 2 * dim sums directly.
+    """
 
     projection: SparseProjection
+    buckets_K: Tensor
+    scale: float
+    """What the sums are multiplied by in the end."""
 
     def narrow(self, name: str, inputs_TI: Tensor) -> Tensor:
         """What of a linear layer's inputs (or an embedding's gradients) the map needs, float32 or wider."""
 
-    def add_product(self, name: str, narrowed_TW: Tensor, grads_TO: Tensor, out_B: Tensor) -> None:
-        """Add the image of grads^T inputs."""
+    def add_product(self, name: str, narrowed_TW: Tensor, grads_TO: Tensor, staged_K: Tensor) -> None:
+        """Add what is kept of grads^T inputs."""
 
-    def add_rows(self, name: str, ids_U: Tensor, narrowed_UW: Tensor, out_B: Tensor) -> None:
-        """Add the image of a gradient that is zero outside the given rows."""
+    def add_rows(self, name: str, ids_U: Tensor, narrowed_UW: Tensor, staged_K: Tensor, sums_B: Tensor) -> None:
+        """Add what is kept of a gradient that is zero outside the given rows."""
 
-    def add_vector(self, name: str, gradient_P: Tensor, out_B: Tensor) -> None:
-        """Add the image of the gradient of a vector parameter."""
+    def add_vector(self, name: str, gradient_P: Tensor, staged_K: Tensor) -> None:
+        """Add what is kept of the gradient of a vector parameter."""
 
 
 class UniformMap:
@@ -42,9 +49,16 @@ class UniformMap:
 
     def __init__(self, projection: SparseProjection, parameters: Mapping[str, nn.Parameter]) -> None:
         self.projection = projection
-        self._shapes = {name: p.shape for name, p in parameters.items()}
-        self._plans = {name: self._plan(name, p.numel(), p.device) for name, p in parameters.items()}
-        self._scale = projection.keep_fraction**-0.5
+        self.scale = projection.keep_fraction**-0.5
+        buckets: list[Tensor] = []
+        self._areas: dict[str, tuple[slice, Tensor]] = {}
+        start = 0
+        for name, parameter in parameters.items():
+            positions, found = self._plan(name, parameter.numel(), parameter.device)
+            self._areas[name] = (slice(start, start + len(positions)), positions)
+            start += len(positions)
+            buckets.append(found)
+        self.buckets_K = torch.cat(buckets)
 
     def _plan(self, name: str, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Kept positions in ascending order, and their signed buckets."""
@@ -60,21 +74,21 @@ class UniformMap:
     def narrow(self, name: str, inputs_TI: Tensor) -> Tensor:
         return widened(inputs_TI)
 
-    def add_product(self, name: str, narrowed_TW: Tensor, grads_TO: Tensor, out_B: Tensor) -> None:
-        self.add_vector(name, (grads_TO.to(narrowed_TW.dtype).T @ narrowed_TW).reshape(-1), out_B)
+    def add_product(self, name: str, narrowed_TW: Tensor, grads_TO: Tensor, staged_K: Tensor) -> None:
+        self.add_vector(name, (grads_TO.to(narrowed_TW.dtype).T @ narrowed_TW).reshape(-1), staged_K)
 
-    def add_rows(self, name: str, ids_U: Tensor, narrowed_UW: Tensor, out_B: Tensor) -> None:
+    def add_rows(self, name: str, ids_U: Tensor, narrowed_UW: Tensor, staged_K: Tensor, sums_B: Tensor) -> None:
         width = narrowed_UW.shape[1]
         step = max(1, _CHUNK // width)
         for start in range(0, len(ids_U), step):
             counters = ids_U[start : start + step, None] * width + torch.arange(width, device=ids_U.device)
             kept = self.projection.mask_of(name, counters.reshape(-1))
             buckets = self.projection.signed_buckets(name, counters.reshape(-1)[kept])
-            _scatter(buckets, narrowed_UW[start : start + step].reshape(-1)[kept], out_B, self._scale)
+            sums_B.index_add_(0, buckets, narrowed_UW[start : start + step].reshape(-1)[kept].to(sums_B.dtype))
 
-    def add_vector(self, name: str, gradient_P: Tensor, out_B: Tensor) -> None:
-        positions, buckets = self._plans[name]
-        _scatter(buckets, gradient_P.index_select(0, positions), out_B, self._scale)
+    def add_vector(self, name: str, gradient_P: Tensor, staged_K: Tensor) -> None:
+        area, positions = self._areas[name]
+        staged_K[area] += gradient_P.index_select(0, positions)
 
 
 @dataclass(frozen=True)
@@ -89,8 +103,10 @@ class _Layer:
     """Kept rows of the rest; None: all."""
     scale: float
     """1 / sqrt(share of the rest that is kept)."""
-    buckets_OW: Tensor
-    """Signed buckets of [G U | kept columns of the rest]."""
+    outs: int
+    start: int
+    """Where [G U | kept columns of the rest], (O, r + C), begins among the staged numbers; with kept rows: where G U
+    (O, r), followed by the kept part of the rest (R, C), begins."""
 
 
 class StructuredMap:
@@ -100,40 +116,55 @@ class StructuredMap:
     gives all that is kept of a layer. Parameters that no linear layer owns are kept whole.
     """
 
+    scale = 1.0
+
     def __init__(
         self,
         projection: SparseProjection,
         parameters: Mapping[str, nn.Parameter],
         directions: Mapping[str, Tensor],
-        vocabulary: Collection[str],
+        vocabulary: Collection[str] = (),
     ) -> None:
         """`directions` holds U (I, r) by the name of each linear layer's weight; `vocabulary` the names of those whose
         rows are tokens, of which none is left out: a few tokens carry most of such a gradient."""
         self.projection = projection
-        self._layers = {
-            name: self._layer(name, parameters[name], u_IR, name in vocabulary) for name, u_IR in directions.items()
-        }
-        self._vectors = {
-            name: self._hash(name, torch.arange(len(p), device=p.device))
-            for name, p in parameters.items()
-            if p.dim() == 1
-        }
+        self._layers: dict[str, _Layer] = {}
+        self._vectors: dict[str, slice] = {}
+        buckets: list[Tensor] = []
+        start = 0
+        for name, parameter in parameters.items():
+            if name in directions:
+                self._layers[name], found = self._layer(name, parameter, directions[name], name in vocabulary, start)
+            elif parameter.dim() == 1:
+                self._vectors[name] = slice(start, start + len(parameter))
+                found = self._hash(name, torch.arange(len(parameter), device=parameter.device))
+            else:
+                continue
+            start += len(found)
+            buckets.append(found)
+        self.buckets_K = torch.cat(buckets)
 
-    def _layer(self, name: str, weight: Tensor, directions_IR: Tensor, all_rows: bool) -> _Layer:
+    def _layer(
+        self, name: str, weight: Tensor, directions_IR: Tensor, all_rows: bool, start: int
+    ) -> tuple[_Layer, Tensor]:
         outs, ins = weight.shape
-        rank, device = directions_IR.shape[1], weight.device
-        projection = self.projection
-        columns_C = projection.subset(name, "columns", ins, projection.keep_fraction / projection.row_fraction)
-        kept, columns_C = None, columns_C.to(device)
+        rank, device, projection = directions_IR.shape[1], weight.device, self.projection
+        columns_C = projection.subset(
+            name, "columns", ins, min(1.0, projection.keep_fraction / projection.row_fraction)
+        )
+        columns_C, rows, rows_R = columns_C.to(device), None, torch.arange(outs, device=device)
         if projection.row_fraction < 1 and not all_rows:
-            kept = projection.subset(name, "rows", outs, projection.row_fraction).to(device)
-        share = len(columns_C) / ins * (1.0 if kept is None else len(kept) / outs)
+            rows = rows_R = projection.subset(name, "rows", outs, projection.row_fraction).to(device)
+        share = len(columns_C) / ins * len(rows_R) / outs
         directions_IR = directions_IR.to(device, torch.promote_types(weight.dtype, torch.float32))
-        rows_O1 = torch.arange(outs, device=device)[:, None]
-        along_OR = self._hash(f"{name}/directions", rows_O1 * rank + torch.arange(rank, device=device))
-        rest_OC = self._hash(name, rows_O1 * ins + columns_C)
-        buckets_OW = torch.cat([along_OR, rest_OC], dim=1)
-        return _Layer(directions_IR, directions_IR[columns_C], columns_C, kept, share**-0.5, buckets_OW)
+        every = torch.arange(outs * rank, device=device).reshape(outs, rank)
+        along_OR = self._hash(f"{name}/directions", every)
+        rest_RC = self._hash(name, rows_R[:, None] * ins + columns_C)
+        if rows is None:
+            found = torch.cat([along_OR, rest_RC], dim=1).reshape(-1)
+        else:
+            found = torch.cat([along_OR.reshape(-1), rest_RC.reshape(-1)])
+        return _Layer(directions_IR, directions_IR[columns_C], columns_C, rows, share**-0.5, outs, start), found
 
     def _hash(self, name: str, counters: Tensor) -> Tensor:
         return self.projection.signed_buckets(name, counters.reshape(-1)).to(torch.int32).reshape(counters.shape)
@@ -147,32 +178,49 @@ class StructuredMap:
         rest_TC = torch.addmm(rest_TC, along_TR, layer.directions_CR.T, alpha=-layer.scale, beta=layer.scale)
         return torch.cat([along_TR, rest_TC], dim=1)
 
-    def add_product(self, name: str, narrowed_TW: Tensor, grads_TO: Tensor, out_B: Tensor) -> None:
+    @staticmethod
+    def _kept(layer: _Layer, staged_K: Tensor) -> tuple[Tensor, Tensor]:
+        """Views of the staged numbers: G U (O, r) and the rest (R, C); side by side where all rows are kept."""
+        rank, columns = layer.directions_CR.shape[1], len(layer.columns_C)
+        if layer.rows is None:
+            both = staged_K[layer.start : layer.start + layer.outs * (rank + columns)].view(layer.outs, -1)
+            return both[:, :rank], both[:, rank:]
+        middle = layer.start + layer.outs * rank
+        along = staged_K[layer.start : middle].view(layer.outs, rank)
+        return along, staged_K[middle : middle + len(layer.rows) * columns].view(-1, columns)
+
+    def add_product(self, name: str, narrowed_TW: Tensor, grads_TO: Tensor, staged_K: Tensor) -> None:
         layer, grads_TO = self._layers[name], grads_TO.to(narrowed_TW.dtype)
         if layer.rows is None:
-            _scatter(layer.buckets_OW, grads_TO.T @ narrowed_TW, out_B)
+            stop = layer.start + layer.outs * narrowed_TW.shape[1]
+            staged_K[layer.start : stop].view(layer.outs, -1).addmm_(grads_TO.T, narrowed_TW)
             return
-        rank = layer.directions_IR.shape[1]
-        _scatter(layer.buckets_OW[:, :rank], grads_TO.T @ narrowed_TW[:, :rank], out_B)
-        rest_RC = grads_TO.index_select(1, layer.rows).T @ narrowed_TW[:, rank:]
-        _scatter(layer.buckets_OW[layer.rows, rank:], rest_RC, out_B)
+        along_OR, rest_RC = self._kept(layer, staged_K)
+        rank = along_OR.shape[1]
+        along_OR.addmm_(grads_TO.T, narrowed_TW[:, :rank])
+        rest_RC.addmm_(grads_TO.index_select(1, layer.rows).T, narrowed_TW[:, rank:])
 
-    def add_rows(self, name: str, ids_U: Tensor, narrowed_UW: Tensor, out_B: Tensor) -> None:
+    def add_rows(self, name: str, ids_U: Tensor, narrowed_UW: Tensor, staged_K: Tensor, sums_B: Tensor) -> None:
         if name in self._layers:
             layer = self._layers[name]
+            along_OR, rest_RC = self._kept(layer, staged_K)
+            rank = along_OR.shape[1]
+            along_OR.index_add_(0, ids_U, narrowed_UW[:, :rank])
             if layer.rows is not None:
-                narrowed_UW = narrowed_UW.clone()
-                narrowed_UW[~torch.isin(ids_U, layer.rows), layer.directions_IR.shape[1] :] = 0
-            _scatter(layer.buckets_OW[ids_U], narrowed_UW, out_B)
+                places = torch.searchsorted(layer.rows, ids_U).clamp(max=len(layer.rows) - 1)
+                kept = layer.rows[places] == ids_U
+                ids_U, narrowed_UW = places[kept], narrowed_UW[kept]
+            rest_RC.index_add_(0, ids_U, narrowed_UW[:, rank:])
             return
         width = narrowed_UW.shape[1]
         step = max(1, _CHUNK // width)
         for start in range(0, len(ids_U), step):
-            ids = ids_U[start : start + step, None] * width + torch.arange(width, device=ids_U.device)
-            _scatter(self._hash(name, ids), narrowed_UW[start : start + step], out_B)
+            counters = ids_U[start : start + step, None] * width + torch.arange(width, device=ids_U.device)
+            values = narrowed_UW[start : start + step].reshape(-1).to(sums_B.dtype)
+            sums_B.index_add_(0, self._hash(name, counters).reshape(-1), values)
 
-    def add_vector(self, name: str, gradient_P: Tensor, out_B: Tensor) -> None:
-        _scatter(self._vectors[name], gradient_P, out_B)
+    def add_vector(self, name: str, gradient_P: Tensor, staged_K: Tensor) -> None:
+        staged_K[self._vectors[name]] += gradient_P
 
 
 def widened(tensor: Tensor) -> Tensor:
@@ -180,64 +228,64 @@ def widened(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def _scatter(buckets: Tensor, values: Tensor, out_B: Tensor, scale: float = 1.0) -> None:
-    out_B.index_add_(0, buckets.reshape(-1), values.reshape(-1).to(out_B.dtype), alpha=scale)
-
-
-def project(gradient_map: GradientMap, gradients: Mapping[str, Tensor]) -> Tensor:
-    """The feature (dim,) of a gradient given by parameter name, float32 or wider. The oracle of `SketchReader`."""
-    first = next(iter(gradients.values()))
-    out_B = torch.zeros(2 * gradient_map.projection.dim, dtype=widened(first[:0]).dtype, device=first.device)
-    for name, gradient in gradients.items():
-        if gradient.dim() == 1:
-            gradient_map.add_vector(name, gradient, out_B)
-        else:
-            rows = torch.arange(len(gradient), device=gradient.device)
-            gradient_map.add_rows(name, rows, gradient_map.narrow(name, gradient), out_B)
-    return fold(out_B)
-
-
 class SketchReader:
     """The feature of each row's gradient, (N, dim) float32 or wider, in main memory."""
 
     def __init__(self, gradient_map: GradientMap, count: int, dtype: torch.dtype = torch.float32) -> None:
         self._map = gradient_map
+        self._staged_NK = gradient_map.buckets_K.new_zeros(0, len(gradient_map.buckets_K), dtype=dtype)
         self.features_ND = torch.zeros(count, gradient_map.projection.dim, dtype=dtype)
 
     def begin(self, segments: Sequence[Segment]) -> None:
         self._rows = sorted({segment.index for segment in segments})
-        self._sums: dict[int, Tensor] = {}
+        self._slots = {index: slot for slot, index in enumerate(self._rows)}
+        if len(self._staged_NK) < len(self._rows):
+            self._staged_NK = self._staged_NK.new_zeros(len(self._rows), self._staged_NK.shape[1])
+        else:
+            self._staged_NK[: len(self._rows)].zero_()
+        self._sums_NB = self._staged_NK.new_zeros(len(self._rows), 2 * self._map.projection.dim)
 
     def undo(self) -> bool:
-        self._sums.clear()
+        del self._sums_NB
+        self._staged_NK = self._staged_NK[:0].clone()
         return True
 
     def commit(self) -> None:
-        sums_NB = torch.stack([self._sums[index] for index in self._rows])
-        self.features_ND.index_add_(0, torch.tensor(self._rows), fold(sums_NB).to("cpu", self.features_ND.dtype))
-        self._sums.clear()
-
-    def _sum(self, index: int, device: torch.device) -> Tensor:
-        if index not in self._sums:
-            size = 2 * self._map.projection.dim
-            self._sums[index] = torch.zeros(size, dtype=self.features_ND.dtype, device=device)
-        return self._sums[index]
+        for slot in range(len(self._rows)):
+            self._sums_NB[slot].index_add_(0, self._map.buckets_K, self._staged_NK[slot])
+        features = fold(self._sums_NB).mul_(self._map.scale)
+        self.features_ND.index_add_(0, torch.tensor(self._rows), features.to(self.features_ND))
 
     def linear(self, name: str, inputs_TI: Tensor, grads_TO: Tensor, spans: Sequence[Span]) -> None:
         narrowed_TW = self._map.narrow(name, inputs_TI)
         for span in spans:
-            part = slice(span.start, span.stop)
-            out_B = self._sum(span.index, grads_TO.device)
-            self._map.add_product(name, narrowed_TW[part], grads_TO[part], out_B)
+            part, slot = slice(span.start, span.stop), self._slots[span.index]
+            self._map.add_product(name, narrowed_TW[part], grads_TO[part], self._staged_NK[slot])
 
     def rows(self, name: str, ids_T: Tensor, grads_TI: Tensor, spans: Sequence[Span]) -> None:
         narrowed_TW = self._map.narrow(name, grads_TI)
         for span in spans:
-            part = slice(span.start, span.stop)
+            part, slot = slice(span.start, span.stop), self._slots[span.index]
             ids_U, sums_UW = row_sums(ids_T[part], narrowed_TW[part])
-            self._map.add_rows(name, ids_U, sums_UW, self._sum(span.index, grads_TI.device))
+            self._map.add_rows(name, ids_U, sums_UW, self._staged_NK[slot], self._sums_NB[slot])
 
     def vector(self, name: str, grads_TP: Tensor, spans: Sequence[Span]) -> None:
         for span in spans:
             gradient_P = widened(grads_TP[span.start : span.stop]).sum(dim=0)
-            self._map.add_vector(name, gradient_P, self._sum(span.index, grads_TP.device))
+            self._map.add_vector(name, gradient_P, self._staged_NK[self._slots[span.index]])
+
+
+def project(gradient_map: GradientMap, gradients: Mapping[str, Tensor]) -> Tensor:
+    """The feature (dim,) of a gradient given by parameter name, float32 or wider."""
+    first = next(iter(gradients.values()))
+    staged_K = widened(first[:0]).new_zeros(len(gradient_map.buckets_K))
+    sums_B = staged_K.new_zeros(2 * gradient_map.projection.dim)
+    for name, gradient in gradients.items():
+        gradient = gradient.to(staged_K.dtype)
+        if gradient.dim() == 1:
+            gradient_map.add_vector(name, gradient, staged_K)
+        else:
+            ids = torch.arange(len(gradient), device=gradient.device)
+            gradient_map.add_rows(name, ids, gradient_map.narrow(name, gradient), staged_K, sums_B)
+    sums_B.index_add_(0, gradient_map.buckets_K, staged_K)
+    return fold(sums_B) * gradient_map.scale
