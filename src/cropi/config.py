@@ -182,6 +182,8 @@ class CollectConfig(Table):
     """Nucleus mass. Below 1 the stored log-probs are not those of the sampler, and a warning says so."""
     batch_size: Positive = 256
     """Sequences generated at once; halved by itself when memory runs out."""
+    batch_tokens: Positive = 8192
+    """Padded tokens per forward pass when the behaviour log-probs are computed."""
     shard_prompts: Positive = 128
     """Prompts per shard: what an interruption can cost."""
 
@@ -189,8 +191,15 @@ class CollectConfig(Table):
 class ProjectionConfig(Table):
     """The sparse random projection of a gradient."""
 
+    mask: Literal["structured", "uniform"] = "structured"
+    """What is kept. `structured`: of each layer a few directions and random columns, at a third of the extra cost;
+    `uniform`: each coordinate by chance, as the paper has it. See docs/decisions/projection.md."""
     keep_fraction: Annotated[float, Field(gt=0, le=1)] = 0.1
-    """Share of all coordinates kept, uniformly over the whole range (paper: 0.1)."""
+    """Share of the coordinates kept (paper: 0.1)."""
+    rank: Annotated[int, Field(ge=0)] = 8
+    """Structured mask: input directions of each layer that are kept in full."""
+    row_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Structured mask: share of each layer's rows kept; the columns' is keep_fraction / row_fraction."""
     dim: Positive = 32768
     """D, length of a gradient feature (paper: 32,768)."""
     seed: int = 0
@@ -210,8 +219,12 @@ class ScoreConfig(Table):
     """Mean of the validation features as they are, or each scaled to length 1 first."""
     max_validation_prompts: Positive = 100
     """Validation prompts used per set, a fixed random choice (paper's code: 100)."""
-    batch_tokens: Positive = 8192
-    """Padded tokens per forward pass of a group; a larger group is split and its gradients are added."""
+    estimator: Literal["sketch", "exact", "reference"] = "sketch"
+    """How gradients meet the validation sets: projected, without projection, or by autograd one prompt at a time."""
+    batch_tokens: Positive | None = None
+    """Tokens of a forward pass; a larger group is split and its gradients are added. Unset: what memory allows."""
+    store: Literal["none", "bfloat16", "float32"] = "none"
+    """Keep the gradient features beside the scores, in this type. Needs the sketch estimator."""
     projection: ProjectionConfig = ProjectionConfig()
     """How a gradient becomes a feature."""
 

@@ -18,8 +18,8 @@ from cropi.config import Config, InfluenceStrategy
 from cropi.console import duration
 from cropi.errors import DataError
 from cropi.gradients.groups import Group
-from cropi.gradients.reference import prompt_gradient, trainable_parameters
-from cropi.gradients.scoring import surrogate_settings
+from cropi.gradients.reference import trainable_parameters
+from cropi.gradients.scoring import make_scorer, surrogate_settings
 from cropi.policy import Policy, load_policy
 from cropi.prompts import load_prompts
 from cropi.rewards.verifiers import CORRECT, UNPARSEABLE_ANSWER, Verify, verifier
@@ -163,14 +163,13 @@ def _sample(config: Config, policy: Policy, shards: Sequence[Shard], verify: Ver
     completions = generate(ids, sampling, seed=config.seed)
     generate_s = (time.perf_counter() - start) / len(ids)
     # The rewards are made up: a gradient costs the same whichever they are.
-    logprobs = behaviour_logprobs(
-        policy, ids[:count], completions[:count], settings.temperature, config.score.batch_tokens
-    )
+    logprobs = behaviour_logprobs(policy, ids[:count], completions[:count], settings.temperature, settings.batch_tokens)
     group = Group("check", ids[0], completions[:count], [float(k % 2) for k in range(count)], logprobs)
     surrogate = surrogate_settings(config, "grpo", "group")
-    prompt_gradient(policy.model, group, surrogate)  # the first one also pays for memory that the others find ready
+    scorer = make_scorer(config, policy.model, surrogate)
+    scorer.aim({"check": [group]})
     start = time.perf_counter()
-    prompt_gradient(policy.model, group, surrogate)
+    scorer([group])
     gradient_s = time.perf_counter() - start
     texts = policy.tokenizer.batch_decode(completions, skip_special_tokens=True)
     by_prompt = [texts[n : n + count] for n in range(0, len(texts), count)]

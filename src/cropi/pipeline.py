@@ -27,7 +27,7 @@ from cropi.config import Config, InfluenceStrategy
 from cropi.console import counts_text, say
 from cropi.errors import ArtifactError, DataError, PolicyError
 from cropi.evaluation.evaluate import Question, evaluate, forget_after, read_evaluations
-from cropi.gradients.groups import Group, groups_of
+from cropi.gradients.groups import iterate_groups
 from cropi.gradients.scoring import score, surrogate_settings, validation_groups
 from cropi.policy import Policy, encode_prompts, fingerprint, load_policy, trainer_prompt, uses_chat
 from cropi.prompts import data_identity, make_prompts
@@ -101,18 +101,19 @@ class Pipeline:
         return read_trajectories(self.space.trajectories)
 
     @cached_property
-    def _groups(self) -> dict[str, Group | None]:
-        return groups_of(self._trajectories["train"].to_pylist())
+    def _groups(self) -> dict[str, tuple[str, float]]:
+        """Status and pass rate of every group: the groups themselves need not fit into memory."""
+        return {
+            prompt_id: (GOLD_UNPARSEABLE, float("nan")) if group is None else (group.status, group.pass_rate)
+            for prompt_id, group in iterate_groups(self._trajectories["train"])
+        }
 
     @cached_property
     def _statuses(self) -> list[str]:
         return [self._status(prompt_id) for prompt_id in self.space.train_prompts]
 
     def _status(self, prompt_id: str) -> str:
-        if prompt_id not in self._groups:
-            return PROMPT_TOO_LONG
-        group = self._groups[prompt_id]
-        return GOLD_UNPARSEABLE if group is None else group.status
+        return self._groups[prompt_id][0] if prompt_id in self._groups else PROMPT_TOO_LONG
 
     # -- score and select --------------------------------------------------------------------------------------------
 
@@ -161,7 +162,6 @@ class Pipeline:
 
     def _candidates(self, arm: Arm, stage: int) -> Candidates:
         ids = list(self.space.train_prompts)
-        groups = [self._groups.get(prompt_id) for prompt_id in ids]
         names = sorted(self.config.prompts.validation)
         influence: dict[str, np.ndarray] = {}
         if self._uses_influence(arm):
@@ -174,7 +174,7 @@ class Pipeline:
             prompt_ids=ids,
             sources=[row["source"] for row in self.space.train_prompts.values()],
             statuses=self._statuses,
-            pass_rates_N=np.array([float("nan") if group is None else group.pass_rate for group in groups]),
+            pass_rates_N=np.array([self._groups.get(i, ("", float("nan")))[1] for i in ids]),
             training_pass_rates=training_pass_rates(arm.rewards, stage * self.config.train.steps_per_stage),
             influence=influence,
             stage=stage,

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from torch.nn import functional as F
 
 from cropi.errors import PolicyError
 from cropi.gradients.packing import Rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 IMPLEMENTATION = "cropi_packed"
 
@@ -36,7 +39,7 @@ _current: ContextVar[_State] = ContextVar("rows of the pack in progress")
 
 
 @contextmanager
-def packed(model: nn.Module) -> Iterator[None]:
+def packed(model: PreTrainedModel) -> Iterator[None]:
     """Make a transformers model use packed attention inside the block."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -47,26 +50,26 @@ def packed(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def own_attention(model: nn.Module) -> Iterator[None]:
+def own_attention(model: PreTrainedModel) -> Iterator[None]:
     """Make it use transformers' plainest attention inside the block, to be compared with."""
     with _implementation(model, "eager"):
         yield
 
 
 @contextmanager
-def _implementation(model: nn.Module, name: str) -> Iterator[None]:
+def _implementation(model: PreTrainedModel, name: str) -> Iterator[None]:
     before = model.config._attn_implementation
     try:
-        model.set_attn_implementation(name)  # type: ignore[operator]
+        model.set_attn_implementation(name)
         if model.config._attn_implementation != name:
             raise unsupported(model, "it does not let its attention be chosen")
         yield
     finally:
-        model.set_attn_implementation(before)  # type: ignore[operator]
+        model.set_attn_implementation(before)
 
 
 @contextmanager
-def pack_rows(model: nn.Module, rows: Rows) -> Iterator[None]:
+def pack_rows(model: PreTrainedModel, rows: Rows) -> Iterator[None]:
     """Name the rows of the pack that goes through the model inside the block."""
     state = _State(rows)
     token = _current.set(state)
@@ -82,7 +85,7 @@ def pack_rows(model: nn.Module, rows: Rows) -> Iterator[None]:
         raise unsupported(model, "its attention mask is neither causal nor a sliding window")
 
 
-def unsupported(model: nn.Module, why: str) -> PolicyError:
+def unsupported(model: PreTrainedModel, why: str) -> PolicyError:
     """The error for an architecture that the engine cannot compute faithfully."""
     return PolicyError(
         f"gradients of {type(model).__name__} cannot be computed by the engine: {why}",
@@ -109,7 +112,7 @@ def packed_attention(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface: tensors are (1, heads, S, head size), the result is (1, S, heads, head size)."""
+    """transformers' attention interface: (1, heads, S, head size) to (1, S, heads, head size)."""
     if kwargs.get("s_aux") is not None:
         raise unsupported(module, "its attention has sinks")
     if not getattr(module, "is_causal", True):
@@ -163,7 +166,7 @@ def _visible(width: int, window: int, device: torch.device) -> Tensor:
 
 
 class _ToRows(torch.autograd.Function):
-    """Packed tokens (S, heads, head size) to rows. Backward adds up the copies of a shared prompt token, in one order."""
+    """Packed tokens (S, heads, head size) to rows. Backward adds up the copies of a shared prompt token."""
 
     @staticmethod
     def forward(ctx: Any, packed: Tensor, rows: Rows, shared: bool) -> Tensor:
@@ -171,7 +174,7 @@ class _ToRows(torch.autograd.Function):
         return packed.index_select(0, rows.gather_R)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         rows = ctx.rows
         packed = grad.index_select(0, rows.scatter_S)
         if ctx.shared and rows.copies:
@@ -191,6 +194,6 @@ class _FromRows(torch.autograd.Function):
         return results_RE.index_select(0, rows.scatter_S)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         full = grad.new_zeros(ctx.count, grad.shape[1])
         return full.index_copy_(0, ctx.rows.scatter_S, grad), None

@@ -1,7 +1,7 @@
-"""Seeing (input, output gradient) of every module that owns trainable weights, while no weight gradient is ever formed.
+"""Seeing the input and output gradient of every module with trainable weights, while no weight gradient is ever formed.
 
-The weights are frozen for the pass, so the backward pass runs through activations only (2 forward passes of work in all,
-instead of 3). What a weight's gradient is made of goes to a `Reader` as soon as it is known:
+The weights are frozen for the pass, so the backward pass runs through activations only: 2 forward passes of work in all
+instead of 3. What a weight's gradient is made of goes to a `Reader` as soon as it is known:
 
 - linear layer: G = sum_t g_t a_t^T from inputs a and output gradients g;
 - embedding: row x_t of G grows by g_t;
@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,9 @@ from torch.nn import functional as F
 
 from cropi.gradients.attention import unsupported
 from cropi.gradients.packing import Segment, Span
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class Reader(Protocol):
@@ -55,7 +58,7 @@ class _Owner:
 class Capture:
     """The covered modules of one model. PolicyError names the first module that holds weights it does not cover."""
 
-    def __init__(self, model: nn.Module, causal_lm: nn.Module, head: nn.Module) -> None:
+    def __init__(self, model: nn.Module, causal_lm: PreTrainedModel, head: nn.Module) -> None:
         self._model = causal_lm
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -92,7 +95,7 @@ class Capture:
             return self._vectors
         raise unsupported(
             self._model,
-            f"module type {type(module).__name__} ({next(iter(own.values()))}) holds trainable weights it does not cover",
+            f"it does not cover the weights of module type {type(module).__name__} ({next(iter(own.values()))})",
         )
 
     @staticmethod
@@ -155,7 +158,7 @@ class Capture:
                 stack.callback(owner.module.register_forward_hook(self._on_norm(owner, reader, spans, tokens)).remove)
             for owner in self._vectors:
                 stack.enter_context(self._per_token(owner, reader, spans, tokens))
-            first = self._model.get_input_embeddings()  # type: ignore[operator]
+            first = self._model.get_input_embeddings()
             stack.callback(first.register_forward_hook(_require_grad).remove)
             yield
         for owner in [*self._linears, *self._embeddings, *self._norms, *self._vectors]:
@@ -217,7 +220,8 @@ class Capture:
                 if isinstance(module, nn.LayerNorm):
                     plain = F.layer_norm(args[0], module.normalized_shape, None, None, module.eps)
                 else:
-                    plain = F.rms_norm(args[0], module.normalized_shape, None, module.eps)  # type: ignore[attr-defined]
+                    assert isinstance(module, nn.RMSNorm)
+                    plain = F.rms_norm(args[0], module.normalized_shape, None, module.eps)
 
             dim = self._token_dim(owner, output, tokens)
 

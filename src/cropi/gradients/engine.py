@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import psutil
 import torch
@@ -18,6 +19,9 @@ from cropi.gradients.groups import Group
 from cropi.gradients.head import Head, check_head
 from cropi.gradients.packing import Pack, Segment, Span, make_pack, plan
 from cropi.gradients.surrogate import SurrogateSettings, trajectory_scales
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 FAST_ENOUGH = {"cpu": 2048, "cuda": 32768}
 """Tokens of a pack beyond which larger ones are no faster, so that memory decides only where it is short."""
@@ -81,7 +85,8 @@ class Engine:
 
     def __init__(self, model: nn.Module, settings: SurrogateSettings, batch_tokens: int | None = None) -> None:
         self.model, self.settings = model, settings
-        self._causal_lm: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model
+        unwrap = getattr(model, "get_base_model", None)  # PEFT
+        self._causal_lm: PreTrainedModel = model if unwrap is None else unwrap()
         self._head = Head(self._causal_lm)
         self.device = self._head.module.weight.device
         with self._evaluating():
@@ -171,7 +176,7 @@ class Engine:
             result = self._head(
                 hidden_1SH[0].detach(), pack, self.settings.temperature, reader, self._capture.head_names
             )
-            hidden_1SH.backward(result.grad_SH[None])  # type: ignore[no-untyped-call]
+            hidden_1SH.backward(result.grad_SH[None])
         return pack.tokens, _moments(pack, result.ratios_E)
 
     def _hidden(self, pack: Pack) -> Tensor:
@@ -192,7 +197,7 @@ class Engine:
 
     def _check(self) -> float:
         """Compare a small pack with the model's own forward pass. Returns bytes of activations kept per token."""
-        rows = self._causal_lm.get_input_embeddings().num_embeddings  # type: ignore[operator]
+        rows = self._causal_lm.get_input_embeddings().num_embeddings
         generator = torch.Generator().manual_seed(0)
 
         def draw(count: int) -> list[int]:
@@ -212,7 +217,7 @@ class Engine:
         ):
             hidden_SH = self._hidden(pack)[0]
             ours_EW = self._head.logits(hidden_SH.detach().index_select(0, pack.sources_E))
-            hidden_SH.backward(torch.zeros_like(hidden_SH))  # type: ignore[no-untyped-call]
+            hidden_SH.backward(torch.zeros_like(hidden_SH))
         weights = {p.untyped_storage().data_ptr() for p in self.model.parameters()}
         with own_attention(self._causal_lm), torch.no_grad():
             theirs = []
@@ -237,10 +242,8 @@ class Nothing:
 
 def _budget(device: torch.device, bytes_per_token: float) -> int:
     """The largest pack that half of the free memory holds, up to where packs stop getting faster."""
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    else:
-        free = psutil.virtual_memory().available
+    on_cuda = device.type == "cuda"
+    free = torch.cuda.mem_get_info(device)[0] if on_cuda else psutil.virtual_memory().available
     return int(max(256, min(FAST_ENOUGH.get(device.type, 2048), free / 2 / bytes_per_token)))
 
 

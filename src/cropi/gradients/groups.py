@@ -1,9 +1,12 @@
 """A group: the K trajectories of one prompt."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from cropi.artifacts import GOLD_UNPARSEABLE, NO_SIGNAL, OK
 
@@ -49,16 +52,26 @@ class Group:
         return sum(len(completion) for completion in self.completions)
 
 
-def groups_of(trajectories: Iterable[Mapping[str, Any]]) -> dict[str, Group | None]:
-    """Groups by prompt id from trajectory rows of one set, sorted by prompt id.
+_COLUMNS = ["prompt_id", "sample", "prompt_ids", "completion_ids", "behaviour_logprobs", "reward", "status"]
+_ROWS_AT_ONCE = 4096
+
+
+def iterate_groups(table: pa.Table) -> Iterator[tuple[str, Group | None]]:
+    """(prompt id, group) of one set's trajectories by ascending prompt id, a few thousand rows in memory at a time.
 
     None stands for a prompt whose gold answer cannot be read (status `gold_unparseable`): it has no reward to learn
     from.
     """
-    rows = sorted(trajectories, key=lambda row: (row["prompt_id"], row["sample"]))
-    return {
-        prompt_id: _group(prompt_id, list(members)) for prompt_id, members in groupby(rows, lambda r: r["prompt_id"])
-    }
+    order = pc.sort_indices(
+        table.select(["prompt_id", "sample"]), sort_keys=[("prompt_id", "ascending"), ("sample", "ascending")]
+    )
+    for prompt_id, rows in groupby(_rows(table.select(_COLUMNS), order), lambda row: row["prompt_id"]):
+        yield prompt_id, _group(prompt_id, list(rows))
+
+
+def _rows(table: pa.Table, order: pa.Array) -> Iterator[dict[str, Any]]:
+    for start in range(0, len(order), _ROWS_AT_ONCE):
+        yield from table.take(order.slice(start, _ROWS_AT_ONCE)).to_pylist()
 
 
 def _group(prompt_id: str, rows: list[Mapping[str, Any]]) -> Group | None:

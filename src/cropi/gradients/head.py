@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,9 @@ from cropi.errors import PolicyError
 from cropi.gradients.attention import unsupported
 from cropi.gradients.capture import Reader
 from cropi.gradients.packing import Pack, Span
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 LOGITS_AT_ONCE = 1 << 24
 """Logits of one chunk: 64 MiB in float32."""
@@ -33,8 +37,8 @@ class HeadResult:
 class Head:
     """The output layer of a transformers causal LM, with the soft cap of its logits where it has one."""
 
-    def __init__(self, model: nn.Module) -> None:
-        module = model.get_output_embeddings()  # type: ignore[operator]
+    def __init__(self, model: PreTrainedModel) -> None:
+        module = model.get_output_embeddings()
         if type(module).forward is not nn.Linear.forward:
             raise unsupported(model, f"module type {type(module).__name__} of its vocabulary head is not covered")
         self.module: nn.Linear = module
@@ -95,7 +99,7 @@ def _clip(spans: Sequence[Span], part: slice) -> list[Span]:
     return [span for span in clipped if span.start < span.stop]
 
 
-def check_head(model: nn.Module, ours_EW: Tensor, theirs_EW: Tensor) -> None:
+def check_head(model: PreTrainedModel, ours_EW: Tensor, theirs_EW: Tensor) -> None:
     """PolicyError where the model makes something else of the head's output than we do."""
     tolerance = {torch.bfloat16: 0.1, torch.float16: 0.02}.get(theirs_EW.dtype, 1e-3)
     scale = float(theirs_EW.float().abs().max())

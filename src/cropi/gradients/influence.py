@@ -50,8 +50,8 @@ class Scorer:
     The validation directions d_v are always exact: dense means of the groups' gradients (`plain`), or of the gradients
     scaled to length 1 (`normalized`). What differs is how a training group's gradient meets them:
 
-    `exact`: without projection, (2 + V) forward passes of work at most; `sketch`: through a `SparseProjection`, about 2;
-    `reference`: by autograd, one group at a time, at least 3.
+    `exact`: without projection, by (2 + V) forward passes of work at most, often 3; `sketch`: through a
+    `SparseProjection`, about 2; `reference`: by autograd, one group at a time, at least 3.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class Scorer:
         factors: Sequence[Sequence[float]] | None = None,
         advance: Callable[[int], None] | None = None,
     ) -> Scored:
-        """Score a block of groups. `factors` multiply the weights of each group's trajectories (a sub-sample's, say)."""
+        """Score a block of groups. `factors` multiply the weights of each group's trajectories."""
         if self._engine is None:
             return self._by_reference(groups, advance)
         found = [

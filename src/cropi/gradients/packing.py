@@ -15,7 +15,6 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-
 ROOM = 0.9
 """A row joins a block of attention rows if it fills at least this part of its width."""
 
@@ -80,8 +79,9 @@ class Span:
 class Rows:
     """How packed tokens stand in the rows of attention: row = prompt + one completion, padded on the right.
 
-    Rows of similar length make a block, so that little is padded. Padding repeats a row's own first token: under a causal
-    mask no other token sees it, and nothing of another row ever enters. R counts the tokens of all rows with padding.
+    Rows of similar length make a block, so that little is padded. Padding repeats a row's own first token: under a
+    causal mask no other token sees it, and nothing of another row ever enters. R counts the tokens of
+    all rows with padding.
     """
 
     blocks: list[tuple[int, int]]

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from cropi.artifacts import GOLD_UNPARSEABLE, NO_SIGNAL, OK, PROMPT_TOO_LONG, count_status, scores_schema, write_table
+from cropi.artifacts import GOLD_UNPARSEABLE, NON_FINITE, OK, PROMPT_TOO_LONG, count_status, scores_schema, write_table
 from cropi.config import Config, ScoreConfig
-from cropi.console import progress, warn_once
+from cropi.console import progress, warn, warn_once
 from cropi.errors import SignalError
-from cropi.functional.influence import influence, mean_direction
-from cropi.functional.projection import Projector, SparseProjection
+from cropi.functional.projection import SparseProjection
 from cropi.functional.surrogate import NORMALIZER_OF_LOSS
-from cropi.gradients.groups import Group, groups_of
-from cropi.gradients.reference import SurrogateSettings, prompt_gradient, trainable_parameters
+from cropi.gradients.groups import Group, iterate_groups
+from cropi.gradients.influence import BLOCK, Scored, Scorer, statuses
+from cropi.gradients.surrogate import SurrogateSettings
 from cropi.seeds import unit_interval
 
 FEW_GROUPS = 8  # below this many mixed validation groups a warning is given
@@ -35,23 +36,20 @@ def surrogate_settings(config: Config, loss_type: str, scale_rewards: str | bool
         max_completion_length=config.collect.max_completion_length,
         temperature=config.collect.temperature,
         advantage_std=scale_rewards in {"group", True} if std == "auto" else std,
-        batch_tokens=config.score.batch_tokens,
     )
 
 
-class FeatureMaker:
-    """Turns groups into gradient features of one model under one projection."""
-
-    def __init__(self, model: nn.Module, projection: SparseProjection, settings: SurrogateSettings) -> None:
-        self._model, self._settings = model, settings
-        parameters = trainable_parameters(model)
-        device = next(iter(parameters.values())).device
-        self._projector = Projector(projection, {name: p.numel() for name, p in parameters.items()}, device)
-
-    def __call__(self, group: Group) -> tuple[Tensor, float]:
-        """(feature_D float32, effective sample share of the ratios)."""
-        gradient = prompt_gradient(self._model, group, self._settings)
-        return self._projector(gradient.gradients), gradient.ratio_ess
+def make_scorer(config: Config, model: nn.Module, settings: SurrogateSettings) -> Scorer:
+    """The scorer that a config asks for."""
+    return Scorer(
+        model,
+        settings,
+        estimator=config.score.estimator,
+        score=config.score.score,
+        validation_mean=config.score.validation_mean,
+        projection=SparseProjection(**config.score.projection.model_dump()),
+        batch_tokens=config.score.batch_tokens,
+    )
 
 
 def score(
@@ -65,43 +63,86 @@ def score(
     """Write `scores.parquet` to `folder`: one row per training prompt, those without signal included (influence 0).
 
     `trajectories` maps "train" and "validation/NAME" to their tables, `sources` prompt ids to sources. Returns
-    (rows by status, details). Raises SignalError where a validation set has no mixed group.
+    (rows by status, details). Raises SignalError where a validation set has no mixed group, or nothing is finite.
     """
-    projection = SparseProjection(**config.score.projection.model_dump())
-    make_feature = FeatureMaker(model, projection, settings)
-    train = groups_of(trajectories["train"].to_pylist())
-    names = sorted(name.removeprefix("validation/") for name in trajectories if name != "train")
     validation = validation_groups(trajectories, config.score)
-    scored = [group for group in train.values() if group is not None and group.status == OK]
-    scored += [group for groups in validation.values() for group in groups]
-    with progress("score", len(scored), "prompts") as bar:
-        directions = []
-        for name in names:
-            features = []
-            for mixed in validation[name]:
-                features.append(make_feature(mixed)[0])
-                bar.advance()
-            directions.append(mean_direction(torch.stack(features), config.score.validation_mean))
-        directions_VD = torch.stack(directions)
-        rows = []
-        for prompt_id, source in sources.items():
-            row = {"prompt_id": prompt_id, "source": source}
-            if prompt_id in train:
-                row |= _score(train[prompt_id], make_feature, directions_VD, names, config.score)
-            else:
-                row |= _no_influence(PROMPT_TOO_LONG, names)
-            rows.append(row)
-            if rows[-1]["status"] == OK:
-                bar.advance()
-    write_table(folder / "scores.parquet", rows, scores_schema(names))
+    names = list(validation)
+    rows = {prompt_id: _blank(prompt_id, source, names) for prompt_id, source in sources.items()}
+    mixed = _note_facts(trajectories["train"], rows)
+    scorer = make_scorer(config, model, settings)
+    given = computed = 0
+    with progress("score", mixed + sum(map(len, validation.values())), "prompts") as bar:
+        scorer.aim(validation, bar.advance)
+        groups = _mixed(trajectories["train"])
+        while block := list(islice(groups, BLOCK)):
+            scored = scorer(block, advance=bar.advance)
+            _note_scores(rows, block, scored, scorer.values(scored), names)
+            given += sum(len(g.prompt_ids) * len(g.completions) + g.completion_tokens for g in block)
+            computed += scored.tokens_computed
+    counts = count_status(row["status"] for row in rows.values())
+    _check_finite(counts)
+    write_table(folder / "scores.parquet", list(rows.values()), scores_schema(names))
     details = {
-        "projection": projection.identity,
+        "estimator": config.score.estimator,
+        "projection": scorer.projection.identity if config.score.estimator == "sketch" else None,
         "normalizer": settings.normalizer,
         "score": config.score.score,
         "validation_groups": {name: len(groups) for name, groups in validation.items()},
-        "tokens": sum(group.completion_tokens for group in scored),
+        "tokens": given + sum(group.completion_tokens for groups in validation.values() for group in groups),
+        "tokens_computed": computed,
     }
-    return count_status(row["status"] for row in rows), details
+    return counts, details
+
+
+def _blank(prompt_id: str, source: str, names: list[str]) -> dict[str, Any]:
+    row: dict[str, Any] = {f"influence/{name}": 0.0 for name in names}
+    known = {"prompt_id": prompt_id, "source": source, "status": PROMPT_TOO_LONG, "pass_rate": None}
+    return row | known | {"completion_tokens": 0, "feature_norm": 0.0, "ratio_ess": None}
+
+
+def _note_facts(table: pa.Table, rows: Mapping[str, dict[str, Any]]) -> int:
+    """Enter what is known of the prompts before any gradient; returns how many have one."""
+    mixed = 0
+    for prompt_id, group in iterate_groups(table):
+        row = rows[prompt_id]
+        row["status"] = GOLD_UNPARSEABLE if group is None else group.status
+        if group is not None:
+            row |= {"pass_rate": group.pass_rate, "completion_tokens": group.completion_tokens}
+            mixed += group.status == OK
+    return mixed
+
+
+def _mixed(table: pa.Table) -> Iterator[Group]:
+    return (group for _, group in iterate_groups(table) if group is not None and group.status == OK)
+
+
+def _note_scores(
+    rows: Mapping[str, dict[str, Any]],
+    groups: Sequence[Group],
+    scored: Scored,
+    values_NV: np.ndarray,
+    names: list[str],
+) -> None:
+    for index, (group, status) in enumerate(zip(groups, statuses(groups, values_NV), strict=True)):
+        row = rows[group.prompt_id]
+        row["status"] = status
+        if status == OK:
+            row |= {f"influence/{name}": float(value) for name, value in zip(names, values_NV[index], strict=True)}
+            norm = float(scored.norms_N[index])
+            row |= {"feature_norm": norm if np.isfinite(norm) else None, "ratio_ess": float(scored.ratio_ess_N[index])}
+
+
+def _check_finite(counts: Mapping[str, int]) -> None:
+    bad = counts.get(NON_FINITE, 0)
+    if not bad:
+        return
+    if not counts.get(OK, 0):
+        raise SignalError(
+            "no prompt's influence is a finite number: the policy has diverged",
+            where="score",
+            fix="lower trainer.learning_rate or set trainer.max_grad_norm, and start the run under another name.",
+        )
+    warn(f"the influence of {bad} prompts is not a finite number; their status is {NON_FINITE} and they rank at 0")
 
 
 def validation_groups(trajectories: Mapping[str, pa.Table], config: ScoreConfig) -> dict[str, list[Group]]:
@@ -111,7 +152,7 @@ def validation_groups(trajectories: Mapping[str, pa.Table], config: ScoreConfig)
 
 
 def _mixed_groups(table: pa.Table, name: str, config: ScoreConfig) -> list[Group]:
-    groups = groups_of(table.to_pylist())
+    groups = dict(iterate_groups(table))
     # By hash rather than by id: ids that start with a source's name would pick one source.
     chosen = sorted(groups, key=lambda i: unit_interval(0, "validation", i))[: config.max_validation_prompts]
     mixed = [group for i in sorted(chosen) if (group := groups[i]) is not None and group.status == OK]
@@ -127,29 +168,3 @@ def _mixed_groups(table: pa.Table, name: str, config: ScoreConfig) -> list[Group
             f"validation set {name}: only {len(mixed)} of {len(chosen)} prompts carry signal; influence will be noisy"
         )
     return mixed
-
-
-def _score(
-    group: Group | None, make_feature: FeatureMaker, directions_VD: Tensor, names: Sequence[str], config: ScoreConfig
-) -> dict[str, Any]:
-    """Status and influence of one prompt with trajectories."""
-    if group is None:
-        return _no_influence(GOLD_UNPARSEABLE, names)
-    known = {"pass_rate": group.pass_rate, "completion_tokens": group.completion_tokens}
-    if group.status == NO_SIGNAL:
-        return _no_influence(NO_SIGNAL, names) | known
-    feature_D, ratio_ess = make_feature(group)
-    values_V = influence(feature_D, directions_VD, config.score)
-    if not bool(torch.isfinite(values_V).all()):
-        raise SignalError(
-            f"the influence of prompt {group.prompt_id} is not a finite number: the policy has diverged",
-            where="score",
-            fix="lower trainer.learning_rate or set trainer.max_grad_norm, and start the run under another name.",
-        )
-    found = {f"influence/{name}": value for name, value in zip(names, values_V.tolist(), strict=True)}
-    return known | found | {"status": OK, "feature_norm": float(feature_D.norm()), "ratio_ess": ratio_ess}
-
-
-def _no_influence(status: str, names: Sequence[str]) -> dict[str, Any]:
-    row: dict[str, Any] = {f"influence/{name}": 0.0 for name in names}
-    return row | {"status": status, "pass_rate": None, "completion_tokens": 0, "feature_norm": 0.0, "ratio_ess": None}

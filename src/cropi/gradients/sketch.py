@@ -22,8 +22,9 @@ _CHUNK = 1 << 24  # coordinates hashed at once: 8 bytes each
 class GradientMap(Protocol):
     """A linear map from gradients to features, applied to factors or dense tensors.
 
-    What it keeps of a row's gradient is gathered in K staged numbers, each with a signed bucket of its own, and scattered
-    once when the row is complete. Embedding rows, of which a prompt touches few, go to the 2 * dim sums directly.
+    What it keeps of a row's gradient is gathered in K staged numbers, each with a signed bucket of its own, and
+    scattered once when the row is complete. Embedding rows, of which a prompt touches few, go to the 2 * dim
+    sums directly.
     """
 
     projection: SparseProjection

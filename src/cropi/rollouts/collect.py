@@ -119,7 +119,7 @@ def _sample(config: Config, policy: Policy, generate: TransformersGenerator, sha
     repeated = [ids for ids in shard.prompt_ids for _ in range(shard.samples)]
     sampling = Sampling(settings.max_completion_length, settings.temperature, settings.top_p)
     completions = generate(repeated, sampling, seed=derived_seed(config.seed, "collect", shard.name))
-    logprobs = behaviour_logprobs(policy, repeated, completions, settings.temperature, config.score.batch_tokens)
+    logprobs = behaviour_logprobs(policy, repeated, completions, settings.temperature, settings.batch_tokens)
     texts = policy.tokenizer.batch_decode(completions, skip_special_tokens=True)
     verify, eos = verifier(config.verifier), set(policy.eos_ids)
     rows = []
