@@ -32,6 +32,9 @@ class Reader(Protocol):
     `begin` opens a pack and `commit` closes it; `undo` forgets an unfinished one, or all, and then returns False.
     """
 
+    row_bytes: int
+    """Memory that each result row of a pack takes."""
+
     def begin(self, segments: Sequence[Segment]) -> None: ...
     def commit(self) -> None: ...
     def undo(self) -> bool: ...

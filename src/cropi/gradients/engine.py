@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 FAST_ENOUGH = {"cpu": 2048, "cuda": 32768}
 """Tokens of a pack beyond which larger ones are no faster, so that memory decides only where it is short."""
 
+STAGED_BYTES = {"cpu": 1 << 29, "cuda": 1 << 33}
+"""Memory for what readers hold of the rows of a pack."""
+
 Moments = list[tuple[int, int, float, float]]
 
 
@@ -123,7 +126,8 @@ class Engine:
         (`divisible=False`). Running out of memory halves the budget.
         """
         work = Work()
-        waiting = self._plan(segments, divisible)
+        most = max(1, STAGED_BYTES.get(self.device.type, 1 << 29) // reader.row_bytes) if reader.row_bytes else None
+        waiting = self._plan(segments, divisible, most)
         with self._evaluating():
             while waiting:
                 members = waiting[0]
@@ -145,7 +149,7 @@ class Engine:
                 # Outside the handler, so that the error's traceback no longer holds the pack's tensors.
                 self.budget = max(1, smaller)
                 warn(f"out of memory while scoring; packs now hold {self.budget} tokens")
-                waiting = self._plan(left, divisible)
+                waiting = self._plan(left, divisible, most)
         return work
 
     def logprobs(self, segments: Sequence[Segment]) -> Work:
@@ -159,11 +163,11 @@ class Engine:
                 work.add(pack.tokens, _moments(pack, result.ratios_E))
         return work
 
-    def _plan(self, segments: Sequence[Segment], divisible: bool) -> list[list[Segment]]:
+    def _plan(self, segments: Sequence[Segment], divisible: bool, most: int | None = None) -> list[list[Segment]]:
         parts = list(segments)
         if divisible:
             parts = [part for segment in segments for part in _divided(segment, self.budget)]
-        return plan(parts, self.budget)
+        return plan(parts, self.budget, most)
 
     @staticmethod
     def _divides(members: Sequence[Segment], divisible: bool) -> bool:
@@ -230,6 +234,8 @@ class Engine:
 
 class Nothing:
     """A reader that reads nothing: the floor of the engine's cost."""
+
+    row_bytes = 0
 
     def begin(self, segments: Sequence[Segment]) -> None: ...
     def linear(self, name: str, inputs_TI: Tensor, grads_TO: Tensor, spans: Sequence[Span]) -> None: ...

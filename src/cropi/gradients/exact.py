@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from cropi.gradients.numerics import outer_sum, widened
 from cropi.gradients.packing import Segment, Span
 
 
@@ -16,6 +17,8 @@ class DenseReader:
     One matrix product per layer and pack: a third forward pass of work. Shapes are those of the parameters; float32, or
     wider where the parameters are.
     """
+
+    row_bytes = 0
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         self._parameters = parameters
@@ -39,8 +42,7 @@ class DenseReader:
     def commit(self) -> None: ...
 
     def linear(self, name: str, inputs_TI: Tensor, grads_TO: Tensor, spans: Sequence[Span]) -> None:
-        total = self.gradients[name]
-        total.addmm_(grads_TO.to(total.dtype).T, inputs_TI.to(total.dtype))
+        self.gradients[name] += outer_sum(grads_TO, inputs_TI)
         count, inputs_I = self._inputs.get(name, (0, 0.0))
         self._inputs[name] = (count + len(inputs_TI), inputs_I + inputs_TI.double().sum(dim=0))
 
@@ -61,6 +63,8 @@ class ExactReader:
     squared norm: token by token, <A A^T, B B^T> in 2 T^2 (O + I), or from the gradient formed. A norm needs each row's
     trajectories in one pack.
     """
+
+    row_bytes = 0
 
     def __init__(self, directions: Sequence[Mapping[str, Tensor]], count: int, *, norms: bool = False) -> None:
         """`count` is the number of result rows; directions have the shapes of the parameters."""
@@ -90,7 +94,6 @@ class ExactReader:
     def linear(self, name: str, inputs_TI: Tensor, grads_TO: Tensor, spans: Sequence[Span]) -> None:
         directions_VOI = self._directions[name]
         sets, outs, ins = directions_VOI.shape
-        inputs_TI, grads_TO = inputs_TI.to(directions_VOI.dtype), grads_TO.to(directions_VOI.dtype)
         tokens = len(inputs_TI)
         # With norms wanted, a shared name (tied weights) has its factors kept until its other path is known.
         formed = 2 * tokens * outs * ins + (sets + self._norms) * 2 * outs * ins * len(spans)
@@ -103,8 +106,9 @@ class ExactReader:
         if formed < by_token:
             for span in spans:
                 part = slice(span.start, span.stop)
-                self._meet(name, span.index, grads_TO[part].T @ inputs_TI[part])
+                self._meet(name, span.index, outer_sum(grads_TO[part], inputs_TI[part]))
             return
+        inputs_TI, grads_TO = widened(inputs_TI), widened(grads_TO)
         products_VT = torch.stack([((inputs_TI @ d.T) * grads_TO).sum(dim=1) for d in directions_VOI]).double()
         for span in spans:
             part, slot = slice(span.start, span.stop), self._slots[span.index]
@@ -123,7 +127,7 @@ class ExactReader:
                 self._squares[slot] += (gradient_UI * gradient_UI).sum(dtype=torch.float64)
                 for other, inputs_TI, grads_TO in self._factors.get(name, []):  # a tied head: the two paths' product
                     if other.index == span.index:
-                        shared_UI = grads_TO[:, ids_U].T @ inputs_TI
+                        shared_UI = outer_sum(grads_TO[:, ids_U], inputs_TI)
                         self._squares[slot] += 2 * (shared_UI * gradient_UI).sum(dtype=torch.float64)
 
     def vector(self, name: str, grads_TP: Tensor, spans: Sequence[Span]) -> None:

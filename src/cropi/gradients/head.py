@@ -21,8 +21,8 @@ from cropi.gradients.packing import Pack, Span
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-LOGITS_AT_ONCE = 1 << 24
-"""Logits of one chunk: 64 MiB in float32."""
+LOGITS_AT_ONCE = {"cpu": 1 << 24, "cuda": 1 << 28}
+"""Logits of one chunk, in float32: 64 MiB and 1 GiB."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Head:
     ) -> HeadResult:
         """Loss and gradient at the predictions of a pack; without a reader, log-probs alone."""
         grad_SH = torch.zeros_like(hidden_SH)
-        chunk = max(1, LOGITS_AT_ONCE // self.module.out_features)
+        chunk = max(1, LOGITS_AT_ONCE.get(hidden_SH.device.type, 1 << 24) // self.module.out_features)
         logprobs, ratios = [], []
         for first in range(0, len(pack.targets_E), chunk):
             part = slice(first, first + chunk)

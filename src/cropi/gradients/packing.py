@@ -121,8 +121,9 @@ class Pack:
         return len(self.input_ids_S)
 
 
-def plan(segments: Sequence[Segment], budget: int) -> list[list[Segment]]:
-    """Segments by falling length in packs of at most `budget` tokens; one that is larger gets a pack of its own.
+def plan(segments: Sequence[Segment], budget: int, most: int | None = None) -> list[list[Segment]]:
+    """Segments by falling length in packs of at most `budget` tokens and `most` segments; one that is larger gets a
+    pack of its own.
 
     Similar lengths together keep attention's padding small. The plan depends on nothing but the segments and budget.
     """
@@ -130,7 +131,7 @@ def plan(segments: Sequence[Segment], budget: int) -> list[list[Segment]]:
     packs: list[list[Segment]] = []
     room = 0
     for segment in order:
-        if segment.tokens > room:
+        if segment.tokens > room or (most is not None and len(packs[-1]) >= most):
             packs.append([])
             room = budget
         packs[-1].append(segment)

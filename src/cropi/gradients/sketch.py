@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from cropi.functional.projection import SparseProjection, fold
 from cropi.gradients.exact import row_sums
+from cropi.gradients.numerics import outer_sum, widened
 from cropi.gradients.packing import Segment, Span
 
 _CHUNK = 1 << 24  # coordinates hashed at once: 8 bytes each
@@ -33,7 +34,7 @@ class GradientMap(Protocol):
     """What the sums are multiplied by in the end."""
 
     def narrow(self, name: str, inputs_TI: Tensor) -> Tensor:
-        """What of a linear layer's inputs (or an embedding's gradients) the map needs, float32 or wider."""
+        """What of a linear layer's inputs (or an embedding's gradients) the map needs."""
 
     def add_product(self, name: str, narrowed_TW: Tensor, grads_TO: Tensor, staged_K: Tensor) -> None:
         """Add what is kept of grads^T inputs."""
@@ -73,10 +74,10 @@ class UniformMap:
         return torch.cat(positions), torch.cat(buckets)
 
     def narrow(self, name: str, inputs_TI: Tensor) -> Tensor:
-        return widened(inputs_TI)
+        return inputs_TI
 
     def add_product(self, name: str, narrowed_TW: Tensor, grads_TO: Tensor, staged_K: Tensor) -> None:
-        self.add_vector(name, (grads_TO.to(narrowed_TW.dtype).T @ narrowed_TW).reshape(-1), staged_K)
+        self.add_vector(name, outer_sum(grads_TO, narrowed_TW).reshape(-1), staged_K)
 
     def add_rows(self, name: str, ids_U: Tensor, narrowed_UW: Tensor, staged_K: Tensor, sums_B: Tensor) -> None:
         width = narrowed_UW.shape[1]
@@ -157,7 +158,9 @@ class StructuredMap:
         if projection.row_fraction < 1 and not all_rows:
             rows = rows_R = projection.subset(name, "rows", outs, projection.row_fraction).to(device)
         share = len(columns_C) / ins * len(rows_R) / outs
-        directions_IR = directions_IR.to(device, torch.promote_types(weight.dtype, torch.float32))
+        # On CUDA 16-bit inputs are projected as they are; elsewhere in float32 or wider.
+        dtype = weight.dtype if weight.is_cuda else torch.promote_types(weight.dtype, torch.float32)
+        directions_IR = directions_IR.to(device, dtype)
         every = torch.arange(outs * rank, device=device).reshape(outs, rank)
         along_OR = self._hash(f"{name}/directions", every)
         rest_RC = self._hash(name, rows_R[:, None] * ins + columns_C)
@@ -172,7 +175,7 @@ class StructuredMap:
 
     def narrow(self, name: str, inputs_TI: Tensor) -> Tensor:
         if name not in self._layers:
-            return widened(inputs_TI)
+            return inputs_TI
         layer = self._layers[name]
         along_TR = inputs_TI.to(layer.directions_IR.dtype) @ layer.directions_IR
         rest_TC = inputs_TI.index_select(1, layer.columns_C).to(along_TR.dtype)
@@ -191,15 +194,15 @@ class StructuredMap:
         return along, staged_K[middle : middle + len(layer.rows) * columns].view(-1, columns)
 
     def add_product(self, name: str, narrowed_TW: Tensor, grads_TO: Tensor, staged_K: Tensor) -> None:
-        layer, grads_TO = self._layers[name], grads_TO.to(narrowed_TW.dtype)
+        layer = self._layers[name]
         if layer.rows is None:
             stop = layer.start + layer.outs * narrowed_TW.shape[1]
-            staged_K[layer.start : stop].view(layer.outs, -1).addmm_(grads_TO.T, narrowed_TW)
+            staged_K[layer.start : stop].view(layer.outs, -1).add_(outer_sum(grads_TO, narrowed_TW))
             return
         along_OR, rest_RC = self._kept(layer, staged_K)
         rank = along_OR.shape[1]
-        along_OR.addmm_(grads_TO.T, narrowed_TW[:, :rank])
-        rest_RC.addmm_(grads_TO.index_select(1, layer.rows).T, narrowed_TW[:, rank:])
+        along_OR.add_(outer_sum(grads_TO, narrowed_TW[:, :rank]))
+        rest_RC.add_(outer_sum(grads_TO.index_select(1, layer.rows), narrowed_TW[:, rank:]))
 
     def add_rows(self, name: str, ids_U: Tensor, narrowed_UW: Tensor, staged_K: Tensor, sums_B: Tensor) -> None:
         if name in self._layers:
@@ -224,16 +227,12 @@ class StructuredMap:
         staged_K[self._vectors[name]] += gradient_P
 
 
-def widened(tensor: Tensor) -> Tensor:
-    """In float32, or as it is where it is wider."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
 class SketchReader:
     """The feature of each row's gradient, (N, dim) float32 or wider, in main memory."""
 
     def __init__(self, gradient_map: GradientMap, count: int, dtype: torch.dtype = torch.float32) -> None:
         self._map = gradient_map
+        self.row_bytes = 4 * (len(gradient_map.buckets_K) + 2 * gradient_map.projection.dim)
         self._staged_NK = gradient_map.buckets_K.new_zeros(0, len(gradient_map.buckets_K), dtype=dtype)
         self.features_ND = torch.zeros(count, gradient_map.projection.dim, dtype=dtype)
 
@@ -267,7 +266,7 @@ class SketchReader:
         narrowed_TW = self._map.narrow(name, grads_TI)
         for span in spans:
             part, slot = slice(span.start, span.stop), self._slots[span.index]
-            ids_U, sums_UW = row_sums(ids_T[part], narrowed_TW[part])
+            ids_U, sums_UW = row_sums(ids_T[part], widened(narrowed_TW[part]))
             self._map.add_rows(name, ids_U, sums_UW, self._staged_NK[slot], self._sums_NB[slot])
 
     def vector(self, name: str, grads_TP: Tensor, spans: Sequence[Span]) -> None:
@@ -287,6 +286,6 @@ def project(gradient_map: GradientMap, gradients: Mapping[str, Tensor]) -> Tenso
             gradient_map.add_vector(name, gradient, staged_K)
         else:
             ids = torch.arange(len(gradient), device=gradient.device)
-            gradient_map.add_rows(name, ids, gradient_map.narrow(name, gradient), staged_K, sums_B)
+            gradient_map.add_rows(name, ids, widened(gradient_map.narrow(name, gradient)), staged_K, sums_B)
     sums_B.index_add_(0, gradient_map.buckets_K, staged_K)
     return fold(sums_B) * gradient_map.scale

@@ -1,0 +1,20 @@
+"""Products and sums that keep float32 or better whatever the policy's dtype."""
+
+import torch
+from torch import Tensor
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """In float32, or as it is where it is wider."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def outer_sum(grads_TO: Tensor, inputs_TI: Tensor) -> Tensor:
+    """sum_t grads[t] inputs[t]^T, (O, I), summed and given in float32 or wider.
+
+    On CUDA, 16-bit factors stay as they are, so that tensor cores can take them.
+    """
+    if grads_TO.is_cuda and grads_TO.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(grads_TO.T, inputs_TI.to(grads_TO.dtype), out_dtype=torch.float32)
+    inputs_TI = widened(inputs_TI)
+    return grads_TO.to(inputs_TI.dtype).T @ inputs_TI
