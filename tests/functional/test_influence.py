@@ -1,25 +1,56 @@
-import torch
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from cropi.functional.influence import influence, mean_direction
+from cropi.functional.influence import influence, mean_weights
+
+G_ND = np.array([[3.0, 4.0], [-1.0, 0.0], [0.0, 0.0]])
+D_VD = np.array([[1.0, 0.0], [0.0, 2.0]])
+PRODUCTS_NV = G_ND @ D_VD.T
+NORMS_N, NORMS_V = np.linalg.norm(G_ND, axis=1), np.linalg.norm(D_VD, axis=1)
 
 
 def test_dot_and_cosine_by_hand() -> None:
-    feature_D = torch.tensor([3.0, 4.0])
-    directions_VD = torch.tensor([[1.0, 0.0], [0.0, -2.0], [0.0, 0.0]])
-    assert influence(feature_D, directions_VD, "dot").tolist() == [3.0, -8.0, 0.0]
-    torch.testing.assert_close(
-        influence(feature_D, directions_VD, "cosine"), torch.tensor([0.6, -0.8, 0.0], dtype=torch.float64)
-    )
+    assert influence(PRODUCTS_NV, NORMS_N, NORMS_V).tolist() == [[3, 8], [-1, 0], [0, 0]]
+    assert influence(PRODUCTS_NV, NORMS_N, NORMS_V, "cosine").tolist() == [[0.6, 0.8], [-1, 0], [0, 0]]
 
 
-def test_a_zero_gradient_has_no_influence_not_nan() -> None:
-    assert influence(torch.zeros(2), torch.ones(1, 2), "cosine").tolist() == [0.0]
+def test_they_rank_differently() -> None:
+    """A long gradient at an angle beats a short one straight ahead by `dot` alone."""
+    products_NV, norms_N, norms_V = np.array([[3.0], [1.0]]), np.array([5.0, 1.0]), np.array([1.0])
+    assert influence(products_NV, norms_N, norms_V).argmax() == 0
+    assert influence(products_NV, norms_N, norms_V, "cosine").argmax() == 1
 
 
-def test_plain_mean_is_linear_and_the_normalised_mean_is_not() -> None:
-    features_MD = torch.tensor([[2.0, 0.0], [0.0, 8.0], [0.0, 0.0]])
-    assert mean_direction(features_MD, "plain").tolist() == [2 / 3, 8 / 3]
-    assert mean_direction(features_MD, "normalized").tolist() == [1 / 3, 1 / 3]
-    one_by_one = torch.stack([influence(torch.tensor([1.0, 2.0]), row[None])[0] for row in features_MD]).mean()
-    together = influence(torch.tensor([1.0, 2.0]), mean_direction(features_MD)[None])[0]
-    torch.testing.assert_close(one_by_one, together)
+def test_what_is_not_finite_is_not_hidden() -> None:
+    values_NV = influence(np.array([[np.nan], [1.0]]), np.array([np.nan, 1.0]), np.array([1.0]), "cosine")
+    assert np.isnan(values_NV[0, 0])
+    assert values_NV[1, 0] == 1
+
+
+def test_mean_weights_by_hand() -> None:
+    assert mean_weights(np.array([2.0, 0.0])).tolist() == [0.5, 0.5]
+    assert mean_weights(np.array([2.0, 0.0]), "normalized").tolist() == [0.25, 0.0]
+    with pytest.raises(ValueError, match="no gradients"):
+        mean_weights(np.zeros(0))
+
+
+@given(st.lists(st.lists(st.floats(-5, 5), min_size=3, max_size=3), min_size=1, max_size=5))
+def test_dot_with_the_mean_is_the_mean_of_dots_and_cosine_is_not(gradients: list[list[float]]) -> None:
+    g_MD, own_D = np.array(gradients), np.array([1.0, -2.0, 0.5])
+    direction_D = mean_weights(np.linalg.norm(g_MD, axis=1)) @ g_MD
+    assert own_D @ direction_D == pytest.approx(np.mean(g_MD @ own_D), abs=1e-9)
+
+
+def test_cosine_with_the_mean_is_not_the_mean_of_cosines() -> None:
+    g_MD, own_D = np.array([[10.0, 0.0], [0.0, 1.0]]), np.array([0.0, 1.0])
+    norms_M = np.linalg.norm(g_MD, axis=1)
+    mean_D = mean_weights(norms_M) @ g_MD
+    length = np.array([np.linalg.norm(mean_D)])
+    of_mean = influence(np.array([[own_D @ mean_D]]), np.ones(1), length, "cosine")[0, 0]
+    each = influence((g_MD @ own_D)[None], np.ones(1), norms_M, "cosine")
+    assert each.mean() == 0.5
+    assert of_mean == pytest.approx(1 / 101**0.5)
+    balanced_D = mean_weights(norms_M, "normalized") @ g_MD
+    assert own_D @ balanced_D == pytest.approx(each.mean())  # the mean of cosines is linear in scaled gradients

@@ -1,39 +1,40 @@
-"""Influence: how far a training prompt's gradient points along a validation set's."""
+"""Influence: how far a training prompt's gradient points along a validation set's. NumPy only."""
 
 from typing import Literal
 
-import torch
+import numpy as np
 from jaxtyping import Float
-from torch import Tensor
 
 
-def mean_direction(
-    features_MD: Float[Tensor, "M D"], mean: Literal["plain", "normalized"] = "plain"
-) -> Float[Tensor, " D"]:
-    """Direction of one validation set, in float64.
+def mean_weights(
+    norms_M: Float[np.ndarray, " M"], mean: Literal["plain", "normalized"] = "plain"
+) -> Float[np.ndarray, " M"]:
+    """Weights w_m with which the direction of a validation set is sum_m w_m g_m.
 
-    `plain`: (1/M) sum_m g_m, the gradient of the mean surrogate, so that <g_i, mean> = mean <g_i, g_m>.
-    `normalized`: (1/M) sum_m g_m / |g_m|, in which no prompt weighs more than another; zero features stay zero.
+    `plain`: 1/M, the gradient of the mean surrogate, so that <g_i, d> is the mean of <g_i, g_m>. `normalized`:
+    1/(M |g_m|), in which no prompt weighs more than another; a zero gradient keeps weight 0. Raises ValueError when
+    empty.
     """
-    features_MD = features_MD.double()
-    if mean == "normalized":
-        norms_M = features_MD.norm(dim=1, keepdim=True)
-        features_MD = torch.where(norms_M > 0, features_MD / norms_M.clamp(min=torch.finfo(torch.float64).tiny), 0.0)
-    return features_MD.mean(dim=0)
+    if not len(norms_M):
+        raise ValueError("cannot take the mean of no gradients")
+    if mean == "plain":
+        return np.full(len(norms_M), 1 / len(norms_M))
+    return np.divide(1 / len(norms_M), norms_M, out=np.zeros(len(norms_M)), where=norms_M != 0)
 
 
 def influence(
-    feature_D: Float[Tensor, " D"], directions_VD: Float[Tensor, "V D"], score: Literal["dot", "cosine"] = "dot"
-) -> Float[Tensor, " V"]:
-    """Influence of one prompt on each validation set, in float64 (paper: Inf = <grad J(s0), grad J(s0')>).
+    products_NV: Float[np.ndarray, "N V"],
+    norms_N: Float[np.ndarray, " N"],
+    norms_V: Float[np.ndarray, " V"],
+    score: Literal["dot", "cosine"] = "dot",
+) -> Float[np.ndarray, "N V"]:
+    """Influence of N prompts on V validation sets from inner products <g_i, d_v> (paper: the product of gradients).
 
-    `dot`: <g, d_v>, the first-order gain of the validation objective from a step along g.
-    `cosine`: <g, d_v> / (|g| |d_v|), the gain of a step of fixed length (what the paper's experiments rank by).
-    A zero vector on either side gives 0.
+    `dot`: <g_i, d_v>, the first-order gain of the validation objective from a step along g_i.
+    `cosine`: <g_i, d_v> / (|g_i| |d_v|), the gain of a step of fixed length (what the paper's experiments rank by).
+    A zero vector on either side gives 0; what is not a finite number stays so. `dot` reads no norms.
     """
-    feature_D = feature_D.double()
-    products_V = directions_VD.double() @ feature_D
     if score == "dot":
-        return products_V
-    norms_V = directions_VD.double().norm(dim=1) * feature_D.norm()
-    return torch.where(norms_V > 0, products_V / norms_V.clamp(min=torch.finfo(torch.float64).tiny), 0.0)
+        return products_NV
+    norms_NV = norms_N[:, None] * norms_V
+    return np.divide(products_NV, norms_NV, out=np.zeros(products_NV.shape), where=norms_NV != 0)

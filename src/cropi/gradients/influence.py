@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from cropi.artifacts import NO_SIGNAL, NON_FINITE, OK
 from cropi.errors import SignalError
+from cropi.functional import influence as functional
 from cropi.functional.projection import SparseProjection, principal_directions
 from cropi.functional.surrogate import Normalizer
 from cropi.gradients.engine import Engine, Work, segment_of
@@ -74,8 +75,8 @@ class Scorer:
         """Make the directions of validation sets. SignalError where one is empty or not a finite number."""
         self._mean_inputs: dict[str, Tensor] = {}
         self._directions = [self._direction(name, groups, advance) for name, groups in validation.items()]
-        self.lengths_V = np.array([_norm(direction) for direction in self._directions])
-        for name, length in zip(validation, self.lengths_V, strict=True):
+        self._norms_V = np.array([_norm(direction) for direction in self._directions])
+        for name, length in zip(validation, self._norms_V, strict=True):
             if not np.isfinite(length):
                 raise SignalError(
                     f"the gradient of validation set {name} is not a finite number",
@@ -86,6 +87,7 @@ class Scorer:
         if self.estimator == "sketch":
             self._map = self._make_map()
             self.features_VD = torch.stack([project(self._map, direction) for direction in self._directions]).cpu()
+            self._norms_V = self.features_VD.double().norm(dim=1).numpy()
 
     def __call__(
         self,
@@ -118,14 +120,7 @@ class Scorer:
 
     def values(self, scored: Scored) -> Float[np.ndarray, "N V"]:
         """Influence: the inner products (`dot`), or these over both lengths (`cosine`); 0 for a zero gradient."""
-        if self.score == "dot":
-            return scored.products_NV
-        lengths_NV = scored.norms_N[:, None] * (self.lengths_V if self.estimator != "sketch" else self._sketched())
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return np.where(lengths_NV == 0, 0.0, scored.products_NV / lengths_NV)
-
-    def _sketched(self) -> Float[np.ndarray, " V"]:
-        return self.features_VD.double().norm(dim=1).numpy()
+        return functional.influence(scored.products_NV, scored.norms_N, self._norms_V, self.score)
 
     def _run(self, segments: Sequence[Segment], count: int, advance: Callable[[int], None] | None) -> Scored:
         assert self._engine is not None
@@ -164,17 +159,17 @@ class Scorer:
         """The mean gradient of a validation set by parameter name."""
         if not groups:
             raise SignalError("it has no group", where=f"validation set {name}", fix="give it prompts.")
-        weights = [1.0 / len(groups)] * len(groups)
         if self._engine is None:
             return self._reference_direction(groups, advance)
         after = None if advance is None else lambda members: advance(len({segment.index for segment in members}))
+        norms_M = np.ones(len(groups))
         if self._mean == "normalized":
             nothing = [{name: torch.zeros_like(p) for name, p in self._engine.parameters.items()}]
             reader = ExactReader(nothing, len(groups), norms=True)
             found = [segment_of(index, group, self._settings) for index, group in enumerate(groups)]
             self._engine.run([segment for segment in found if segment is not None], reader, divisible=False)
-            lengths = reader.squares_N.clamp(min=0).sqrt().tolist()
-            weights = [weight / length if length else 0.0 for weight, length in zip(weights, lengths, strict=True)]
+            norms_M = reader.squares_N.clamp(min=0).sqrt().numpy()
+        weights = functional.mean_weights(norms_M, self._mean).tolist()
         dense = DenseReader(self._engine.parameters)
         segments = [
             segment_of(index, group, self._settings, [weight] * len(group.completions))
@@ -191,9 +186,9 @@ class Scorer:
         }
         for group in groups:
             found = prompt_gradient(self._model, group, self._settings, batch_tokens=self._batch_tokens or 8192)
-            length = _norm(found.gradients) if self._mean == "normalized" else 1.0
+            weight = functional.mean_weights(np.array([_norm(found.gradients)]), self._mean)[0] / len(groups)
             for name, gradient in found.gradients.items():
-                total[name] += gradient * (1 / (len(groups) * length) if length else 0.0)
+                total[name] += gradient * weight
             if advance is not None:
                 advance(1)
         return total
