@@ -228,6 +228,12 @@ class ScoreConfig(Table):
     projection: ProjectionConfig = ProjectionConfig()
     """How a gradient becomes a feature."""
 
+    @model_validator(mode="after")
+    def _store_needs_features(self) -> ScoreConfig:
+        if self.store != "none" and self.estimator != "sketch":
+            raise ValueError(f"store={self.store} needs estimator=sketch: {self.estimator} makes no features")
+        return self
+
 
 class FusionConfig(Table):
     """Reciprocal Rank Fusion over validation sets: sum over sets of 1 / (kappa + rank)."""

@@ -28,7 +28,7 @@ from cropi.console import counts_text, say
 from cropi.errors import ArtifactError, DataError, PolicyError
 from cropi.evaluation.evaluate import Question, evaluate, forget_after, read_evaluations
 from cropi.gradients.groups import iterate_groups
-from cropi.gradients.scoring import score, surrogate_settings, validation_groups
+from cropi.gradients.scoring import FeatureRequest, score, surrogate_settings, validation_groups
 from cropi.policy import Policy, encode_prompts, fingerprint, load_policy, trainer_prompt, uses_chat
 from cropi.prompts import data_identity, make_prompts
 from cropi.reporting.report import make_report
@@ -123,7 +123,13 @@ class Pipeline:
         def make(folder: Path) -> tuple[Mapping[str, int], Mapping[str, Any]]:
             with self.space.ledger.charge("score", arm=arm.name, stage=stage) as entry:
                 sources = {i: row["source"] for i, row in self.space.train_prompts.items()}
-                result = score(self.config, self._surrogate, model, self._trajectories, sources, folder)
+                features = FeatureRequest(
+                    arm.features(stage),
+                    f"{self._base_identity} {origin}",
+                    self._base_identity,
+                    self._trajectory_identity,
+                )
+                result = score(self.config, self._surrogate, model, self._trajectories, sources, folder, features)
                 entry["tokens"] = result[1]["tokens"]
             return result
 

@@ -34,6 +34,9 @@ class Arm:
     def scores(self, stage: int) -> Path:
         return self.folder / "stages" / f"{stage:03}" / "scores"
 
+    def features(self, stage: int) -> Path:
+        return self.folder / "stages" / f"{stage:03}" / "features"
+
     def selection(self, stage: int) -> Path:
         return self.folder / "stages" / f"{stage:03}" / "selection"
 

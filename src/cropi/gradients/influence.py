@@ -19,6 +19,7 @@ from cropi.functional.surrogate import Normalizer
 from cropi.gradients.engine import Engine, Work, segment_of
 from cropi.gradients.exact import DenseReader, ExactReader
 from cropi.gradients.groups import Group
+from cropi.gradients.numerics import widened
 from cropi.gradients.packing import Segment
 from cropi.gradients.reference import prompt_gradient, trainable_parameters
 from cropi.gradients.sketch import GradientMap, SketchReader, StructuredMap, UniformMap, project
@@ -68,11 +69,21 @@ class Scorer:
     ) -> None:
         self.estimator, self.score, self._mean = estimator, score, validation_mean
         self.projection = projection or SparseProjection()
+        self.layer_directions: dict[str, Tensor] = {}
         self._model, self._settings, self._batch_tokens = model, settings, batch_tokens
         self._engine = None if estimator == "reference" else Engine(model, settings, batch_tokens)
 
-    def aim(self, validation: Mapping[str, Sequence[Group]], advance: Callable[[int], None] | None = None) -> None:
-        """Make the directions of validation sets. SignalError where one is empty or not a finite number."""
+    def aim(
+        self,
+        validation: Mapping[str, Sequence[Group]],
+        advance: Callable[[int], None] | None = None,
+        layer_directions: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Make the directions of validation sets. SignalError where one is empty or not a finite number.
+
+        `layer_directions` are the U of a structured mask by parameter name, where features of earlier work are to be
+        compared; by default they are made from the validation sets.
+        """
         self._mean_inputs: dict[str, Tensor] = {}
         self._directions = [self._direction(name, groups, advance) for name, groups in validation.items()]
         self._norms_V = np.array([_norm(direction) for direction in self._directions])
@@ -85,6 +96,8 @@ class Scorer:
                     "lower trainer.learning_rate.",
                 )
         if self.estimator == "sketch":
+            if self.projection.mask == "structured":
+                self.layer_directions = dict(layer_directions or self._make_layer_directions())
             self._map = self._make_map()
             self.features_VD = torch.stack([project(self._map, direction) for direction in self._directions]).cpu()
             self._norms_V = self.features_VD.double().norm(dim=1).numpy()
@@ -198,15 +211,17 @@ class Scorer:
         parameters = self._engine.parameters
         if self.projection.mask == "uniform":
             return UniformMap(self.projection, parameters)
-        directions = {
-            name: principal_directions(
-                torch.cat([direction[name] for direction in self._directions]),
-                self._mean_inputs[name],
-                self.projection.rank,
+        return StructuredMap(self.projection, parameters, self.layer_directions, self._engine.vocabulary)
+
+    def _make_layer_directions(self) -> dict[str, Tensor]:
+        assert self._engine is not None
+        found = {}
+        for name in sorted(self._engine.matrices):
+            stacked = torch.cat([direction[name] for direction in self._directions])
+            found[name] = widened(
+                principal_directions(stacked, self._mean_inputs[name], self.projection.rank).to(stacked.dtype)
             )
-            for name in self._engine.matrices
-        }
-        return StructuredMap(self.projection, parameters, directions, self._engine.vocabulary)
+        return found
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,13 @@ from torch import nn
 
 from cropi.artifacts import GOLD_UNPARSEABLE, NON_FINITE, OK, PROMPT_TOO_LONG, count_status, scores_schema, write_table
 from cropi.config import Config, ScoreConfig
-from cropi.console import progress, warn, warn_once
+from cropi.console import Progress, progress, warn, warn_once
 from cropi.errors import SignalError
 from cropi.functional.projection import SparseProjection
 from cropi.functional.surrogate import NORMALIZER_OF_LOSS
 from cropi.gradients.groups import Group, iterate_groups
 from cropi.gradients.influence import BLOCK, Scored, Scorer, statuses
+from cropi.gradients.store import FeatureStoreWriter, StoreIdentity, directions_digest, stored_directions
 from cropi.gradients.surrogate import SurrogateSettings
 from cropi.seeds import unit_interval
 
@@ -37,6 +39,16 @@ def surrogate_settings(config: Config, loss_type: str, scale_rewards: str | bool
         temperature=config.collect.temperature,
         advantage_std=scale_rewards in {"group", True} if std == "auto" else std,
     )
+
+
+@dataclass(frozen=True)
+class FeatureRequest:
+    """Where a stage's features go if they are kept, and the identities of what they are made from."""
+
+    folder: Path
+    policy: str
+    tokenizer: str
+    trajectories: str
 
 
 def make_scorer(config: Config, model: nn.Module, settings: SurrogateSettings) -> Scorer:
@@ -59,11 +71,13 @@ def score(
     trajectories: Mapping[str, pa.Table],
     sources: Mapping[str, str],
     folder: Path,
+    features: FeatureRequest,
 ) -> tuple[dict[str, int], dict[str, Any]]:
     """Write `scores.parquet` to `folder`: one row per training prompt, those without signal included (influence 0).
 
-    `trajectories` maps "train" and "validation/NAME" to their tables, `sources` prompt ids to sources. Returns
-    (rows by status, details). Raises SignalError where a validation set has no mixed group, or nothing is finite.
+    `trajectories` maps "train" and "validation/NAME" to their tables, `sources` prompt ids to sources. With
+    `score.store`, features go to a store of their own first, and the scores are read off it. Returns (rows by status,
+    details). Raises SignalError where a validation set has no mixed group, or nothing is finite.
     """
     validation = validation_groups(trajectories, config.score)
     names = list(validation)
@@ -71,11 +85,15 @@ def score(
     mixed = _note_facts(trajectories["train"], rows)
     scorer = make_scorer(config, model, settings)
     given = computed = 0
-    with progress("score", mixed + sum(map(len, validation.values())), "prompts") as bar:
-        scorer.aim(validation, bar.advance)
-        groups = _mixed(trajectories["train"])
-        while block := list(islice(groups, BLOCK)):
-            scored = scorer(block, advance=bar.advance)
+    with progress("score", len(mixed) + sum(map(len, validation.values())), "prompts") as bar:
+        if config.score.store == "none":
+            scorer.aim(validation, bar.advance)
+            parts = _score_blocks(scorer, trajectories["train"], bar)
+        else:
+            scorer.aim(validation, bar.advance, stored_directions(features.folder))
+            writer = _writer(config, settings, scorer, features, mixed)
+            parts = _score_into_store(writer, scorer, trajectories["train"], bar)
+        for block, scored in parts:
             _note_scores(rows, block, scored, scorer.values(scored), names)
             given += sum(len(g.prompt_ids) * len(g.completions) + g.completion_tokens for g in block)
             computed += scored.tokens_computed
@@ -100,15 +118,78 @@ def _blank(prompt_id: str, source: str, names: list[str]) -> dict[str, Any]:
     return row | known | {"completion_tokens": 0, "feature_norm": 0.0, "ratio_ess": None}
 
 
-def _note_facts(table: pa.Table, rows: Mapping[str, dict[str, Any]]) -> int:
-    """Enter what is known of the prompts before any gradient; returns how many have one."""
-    mixed = 0
+def _score_blocks(scorer: Scorer, table: pa.Table, bar: Progress) -> Iterator[tuple[list[Group], Scored]]:
+    groups = _mixed(table)
+    while block := list(islice(groups, BLOCK)):
+        yield block, scorer(block, advance=bar.advance)
+
+
+def _writer(
+    config: Config, settings: SurrogateSettings, scorer: Scorer, features: FeatureRequest, prompt_ids: list[str]
+) -> FeatureStoreWriter:
+    assert config.score.store != "none"
+    identity = StoreIdentity(
+        projection=scorer.projection.identity,
+        directions=directions_digest(scorer.layer_directions),
+        policy=features.policy,
+        tokenizer=features.tokenizer,
+        trajectories=features.trajectories,
+        dtype=config.score.store,
+        dim=scorer.projection.dim,
+        **asdict(settings),
+    )
+    return FeatureStoreWriter(features.folder, identity, prompt_ids, BLOCK, scorer.layer_directions)
+
+
+def _score_into_store(
+    writer: FeatureStoreWriter, scorer: Scorer, table: pa.Table, bar: Progress
+) -> Iterator[tuple[list[Group], Scored]]:
+    """Write the shards that are missing; then read all scores off the store, so that a resumed run has the same."""
+    missing, computed = set(writer.missing()), []
+    groups = _mixed(table)
+    for index, block in enumerate(iter(lambda: list(islice(groups, BLOCK)), [])):
+        if index not in missing:
+            bar.advance(len(block))
+            computed.append(0)
+            continue
+        scored = scorer(block, advance=bar.advance)
+        assert scored.features_ND is not None
+        writer.write_shard(index, scored.features_ND, _feature_rows(block, scored))
+        computed.append(scored.tokens_computed)
+    store = writer.finish()
+    products_NV = store.influence(scorer.features_VD)
+    facts = store.rows()
+    norms_N, shares_N = (facts.column(name).to_numpy() for name in ("norm", "ratio_ess"))
+    groups = _mixed(table)
+    for index, tokens in enumerate(computed):
+        part = slice(index * BLOCK, (index + 1) * BLOCK)
+        yield list(islice(groups, BLOCK)), Scored(products_NV[part], norms_N[part], shares_N[part], None, tokens)
+
+
+def _feature_rows(groups: Sequence[Group], scored: Scored) -> list[dict[str, Any]]:
+    found = statuses(groups, scored.products_NV)
+    return [
+        {
+            "prompt_id": group.prompt_id,
+            "status": found[n],
+            "norm": float(scored.norms_N[n]),
+            "ratio_ess": float(scored.ratio_ess_N[n]),
+            "tokens": group.completion_tokens,
+        }
+        for n, group in enumerate(groups)
+    ]
+
+
+def _note_facts(table: pa.Table, rows: Mapping[str, dict[str, Any]]) -> list[str]:
+    """Enter what is known of the prompts before any gradient; returns those that have one."""
+    mixed = []
     for prompt_id, group in iterate_groups(table):
         row = rows[prompt_id]
         row["status"] = GOLD_UNPARSEABLE if group is None else group.status
         if group is not None:
             row |= {"pass_rate": group.pass_rate, "completion_tokens": group.completion_tokens}
-            mixed += group.status == OK
+            if group.status == OK:
+                mixed.append(prompt_id)
     return mixed
 
 
