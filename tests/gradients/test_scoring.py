@@ -1,4 +1,4 @@
-"""The `score` stage on hand-made trajectories: rows, statuses, the feature store, and going on after an interruption."""
+"""The `score` stage on hand-made trajectories: rows, statuses, the feature store, and what an interruption costs."""
 
 import random
 from pathlib import Path
@@ -139,11 +139,7 @@ def test_a_store_meets_a_new_validation_set(tmp_path: Path) -> None:
     run(tmp_path, "score.store=float32")
     store, directions = open_store(tmp_path / "features"), stored_directions(tmp_path / "features")
     settings = surrogate_settings(config(), "dr_grpo", "none")
-    scorer = Scorer(
-        tiny_llama(tied=True),
-        settings,
-        projection=scoring.make_scorer(config(), tiny_llama(tied=True), settings).projection,
-    )
+    scorer = scoring.make_scorer(config(), tiny_llama(tied=True), settings)
     scorer.aim({"other": OTHER}, layer_directions=directions)
     later = store.influence(scorer.features_VD)
     at_once = scorer(MIXED)

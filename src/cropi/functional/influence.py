@@ -37,4 +37,5 @@ def influence(
     if score == "dot":
         return products_NV
     norms_NV = norms_N[:, None] * norms_V
-    return np.divide(products_NV, norms_NV, out=np.zeros(products_NV.shape), where=norms_NV != 0)
+    with np.errstate(invalid="ignore"):
+        return np.divide(products_NV, norms_NV, out=np.zeros(products_NV.shape), where=norms_NV != 0)
