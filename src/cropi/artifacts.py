@@ -100,6 +100,7 @@ def scores_schema(validation_sets: Iterable[str]) -> pa.Schema:
             ("completion_tokens", pa.int64()),
             ("feature_norm", pa.float64()),
             ("ratio_ess", pa.float64()),  # effective sample size of the token ratios, as a share of the tokens
+            ("scored", pa.string()),  # full, subsampled or predicted; null where there is nothing to score
             *((f"influence/{name}", pa.float64()) for name in validation_sets),
         ]
     )

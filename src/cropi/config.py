@@ -206,6 +206,28 @@ class ProjectionConfig(Table):
     """Seed of the mask, the buckets and the signs."""
 
 
+class BudgetConfig(Table):
+    """What scoring may leave out; by default nothing. What each option loses: docs/decisions/budget.md."""
+
+    trajectories: Annotated[int, Field(ge=2)] | None = None
+    """Trajectories of each group that are scored at first, half of them with positive advantage."""
+    contenders: Fraction | None = None
+    """Share of the pool that is then scored in full: those that rank best so far. Needs `trajectories`."""
+    rescore: bool = False
+    """After the first stage, score only prompts whose last score could still bring them to the cut."""
+
+    @property
+    def active(self) -> bool:
+        """Whether anything is left out."""
+        return self.trajectories is not None or self.rescore
+
+    @model_validator(mode="after")
+    def _contenders_of_something(self) -> BudgetConfig:
+        if self.contenders is not None and self.trajectories is None:
+            raise ValueError("contenders needs trajectories: without, every prompt is scored in full already")
+        return self
+
+
 class ScoreConfig(Table):
     """Influence of every training prompt on every validation set, at the current policy."""
 
@@ -225,6 +247,8 @@ class ScoreConfig(Table):
     """Tokens of a forward pass; a larger group is split and its gradients are added. Unset: what memory allows."""
     store: Literal["none", "bfloat16", "float32"] = "none"
     """Keep the gradient features beside the scores, in this type. Needs the sketch estimator."""
+    budget: BudgetConfig = BudgetConfig()
+    """Scoring for less."""
     projection: ProjectionConfig = ProjectionConfig()
     """How a gradient becomes a feature."""
 
@@ -232,6 +256,10 @@ class ScoreConfig(Table):
     def _store_needs_features(self) -> ScoreConfig:
         if self.store != "none" and self.estimator != "sketch":
             raise ValueError(f"store={self.store} needs estimator=sketch: {self.estimator} makes no features")
+        if self.store != "none" and self.budget.active:
+            raise ValueError(f"store={self.store} needs features of every prompt, which score.budget leaves out")
+        if self.budget.trajectories is not None and self.estimator == "reference":
+            raise ValueError("budget.trajectories needs estimator=sketch or exact")
         return self
 
 
@@ -377,6 +405,15 @@ class Config(Table):
         if twice:
             raise ValueError(
                 f"{', '.join(twice)} is named twice by select.strategy and baselines: drop one, e.g. baselines=[]"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _enough_contenders(self) -> Config:
+        contenders = self.score.budget.contenders
+        if contenders is not None and contenders < self.select.fraction:
+            raise ValueError(
+                f"score.budget.contenders ({contenders}) is below select.fraction ({self.select.fraction})"
             )
         return self
 

@@ -129,7 +129,11 @@ class Pipeline:
                     self._base_identity,
                     self._trajectory_identity,
                 )
-                result = score(self.config, self._surrogate, model, self._trajectories, sources, folder, features)
+                earlier = arm.scores(stage - 1) if self.config.score.budget.rescore and stage else None
+                previous = None if earlier is None or not is_finished(earlier) else self._read_scores(earlier)
+                result = score(
+                    self.config, self._surrogate, model, self._trajectories, sources, folder, features, previous
+                )
                 entry["tokens"] = result[1]["tokens"]
             return result
 
@@ -159,6 +163,12 @@ class Pipeline:
         rows = read_table(folder / "selection.parquet", SELECTION).to_pylist()
         return [row["prompt_id"] for row in rows if row["selected"]]
 
+    def _read_scores(self, folder: Path) -> pa.Table:
+        table = read_table(folder / "scores.parquet", scores_schema(sorted(self.config.prompts.validation)))
+        if table.column("prompt_id").to_pylist() != list(self.space.train_prompts):
+            raise ArtifactError("holds other prompts than the run", where=str(folder), fix="delete the run's folder.")
+        return table
+
     def _uses_influence(self, arm: Arm) -> bool:
         return isinstance(self.config.arms[arm.name], InfluenceStrategy)
 
@@ -171,10 +181,7 @@ class Pipeline:
         names = sorted(self.config.prompts.validation)
         influence: dict[str, np.ndarray] = {}
         if self._uses_influence(arm):
-            path = arm.scores(self._scored_stage(arm, stage)) / "scores.parquet"
-            table = read_table(path, scores_schema(names))
-            if table.column("prompt_id").to_pylist() != ids:
-                raise ArtifactError("holds other prompts than the run", where=str(path), fix="delete the run's folder.")
+            table = self._read_scores(arm.scores(self._scored_stage(arm, stage)))
             influence = {name: table.column(f"influence/{name}").to_numpy() for name in names}
         return Candidates(
             prompt_ids=ids,

@@ -18,6 +18,7 @@ from cropi.console import Progress, progress, warn, warn_once
 from cropi.errors import SignalError
 from cropi.functional.projection import SparseProjection
 from cropi.functional.surrogate import NORMALIZER_OF_LOSS
+from cropi.gradients.budget import BudgetSettings, budgeted
 from cropi.gradients.groups import Group, iterate_groups
 from cropi.gradients.influence import BLOCK, Scored, Scorer, statuses
 from cropi.gradients.store import FeatureStoreWriter, StoreIdentity, directions_digest, stored_directions
@@ -72,12 +73,14 @@ def score(
     sources: Mapping[str, str],
     folder: Path,
     features: FeatureRequest,
+    previous: pa.Table | None = None,
 ) -> tuple[dict[str, int], dict[str, Any]]:
     """Write `scores.parquet` to `folder`: one row per training prompt, those without signal included (influence 0).
 
     `trajectories` maps "train" and "validation/NAME" to their tables, `sources` prompt ids to sources. With
-    `score.store`, features go to a store of their own first, and the scores are read off it. Returns (rows by status,
-    details). Raises SignalError where a validation set has no mixed group, or nothing is finite.
+    `score.store`, features go to a store of their own first, and the scores are read off it. `previous` are the scores
+    of the stage before, for `score.budget.rescore`. Returns (rows by status, details). Raises SignalError where a
+    validation set has no mixed group, or nothing is finite.
     """
     validation = validation_groups(trajectories, config.score)
     names = list(validation)
@@ -86,17 +89,20 @@ def score(
     scorer = make_scorer(config, model, settings)
     given = computed = 0
     with progress("score", len(mixed) + sum(map(len, validation.values())), "prompts") as bar:
-        if config.score.store == "none":
+        if config.score.budget.active:
+            scorer.aim(validation, bar.advance)
+            parts = _score_with_budget(config, scorer, trajectories["train"], len(sources), previous, bar)
+        elif config.score.store == "none":
             scorer.aim(validation, bar.advance)
             parts = _score_blocks(scorer, trajectories["train"], bar)
         else:
             scorer.aim(validation, bar.advance, stored_directions(features.folder))
             writer = _writer(config, settings, scorer, features, mixed)
             parts = _score_into_store(writer, scorer, trajectories["train"], bar)
-        for block, scored in parts:
-            _note_scores(rows, block, scored, scorer.values(scored), names)
-            given += sum(len(g.prompt_ids) * len(g.completions) + g.completion_tokens for g in block)
-            computed += scored.tokens_computed
+        for part in parts:
+            _note_scores(rows, part, names)
+            given += sum(len(g.prompt_ids) * len(g.completions) + g.completion_tokens for g in part.groups)
+            computed += part.tokens_computed
     counts = count_status(row["status"] for row in rows.values())
     _check_finite(counts)
     write_table(folder / "scores.parquet", list(rows.values()), scores_schema(names))
@@ -108,6 +114,7 @@ def score(
         "validation_groups": {name: len(groups) for name, groups in validation.items()},
         "tokens": given + sum(group.completion_tokens for groups in validation.values() for group in groups),
         "tokens_computed": computed,
+        "scored": count_status(row["scored"] for row in rows.values() if row["scored"] is not None),
     }
     return counts, details
 
@@ -115,13 +122,55 @@ def score(
 def _blank(prompt_id: str, source: str, names: list[str]) -> dict[str, Any]:
     row: dict[str, Any] = {f"influence/{name}": 0.0 for name in names}
     known = {"prompt_id": prompt_id, "source": source, "status": PROMPT_TOO_LONG, "pass_rate": None}
-    return row | known | {"completion_tokens": 0, "feature_norm": 0.0, "ratio_ess": None}
+    return row | known | {"completion_tokens": 0, "feature_norm": 0.0, "ratio_ess": None, "scored": None}
 
 
-def _score_blocks(scorer: Scorer, table: pa.Table, bar: Progress) -> Iterator[tuple[list[Group], Scored]]:
+@dataclass(frozen=True)
+class _Part:
+    """Scores of some groups, in their order."""
+
+    groups: Sequence[Group]
+    values_NV: np.ndarray
+    norms_N: np.ndarray
+    ratio_ess_N: np.ndarray
+    how: Sequence[str]
+    tokens_computed: int
+
+
+def _score_blocks(scorer: Scorer, table: pa.Table, bar: Progress) -> Iterator[_Part]:
     groups = _mixed(table)
     while block := list(islice(groups, BLOCK)):
-        yield block, scorer(block, advance=bar.advance)
+        scored = scorer(block, advance=bar.advance)
+        values_NV = scorer.values(scored)
+        yield _Part(block, values_NV, scored.norms_N, scored.ratio_ess_N, ["full"] * len(block), scored.tokens_computed)
+
+
+def _score_with_budget(
+    config: Config, scorer: Scorer, table: pa.Table, pool: int, previous: pa.Table | None, bar: Progress
+) -> Iterator[_Part]:
+    """All groups at once: which of them are scored in full depends on the others."""
+    groups, budget = list(_mixed(table)), config.score.budget
+    settings = BudgetSettings(
+        trajectories=budget.trajectories,
+        contenders=budget.contenders,
+        rescore=budget.rescore,
+        fraction=config.select.fraction,
+        kappa=config.select.fusion.kappa,
+        truncate=config.select.fusion.truncate,
+    )
+    found = budgeted(
+        scorer, groups, settings, _previous_values(previous, groups), seed=config.seed, pool=pool, advance=bar.advance
+    )
+    yield _Part(groups, found.values_NV, found.norms_N, found.ratio_ess_N, found.how, found.tokens_computed)
+
+
+def _previous_values(previous: pa.Table | None, groups: Sequence[Group]) -> np.ndarray | None:
+    """Influence of the groups in the scores of another stage; NaN where they have none there."""
+    if previous is None:
+        return None
+    names = [name for name in previous.column_names if name.startswith("influence/")]
+    known = {row["prompt_id"]: [row[name] for name in names] for row in previous.to_pylist() if row["status"] == OK}
+    return np.array([known.get(group.prompt_id, [np.nan] * len(names)) for group in groups])
 
 
 def _writer(
@@ -141,9 +190,7 @@ def _writer(
     return FeatureStoreWriter(features.folder, identity, prompt_ids, BLOCK, scorer.layer_directions)
 
 
-def _score_into_store(
-    writer: FeatureStoreWriter, scorer: Scorer, table: pa.Table, bar: Progress
-) -> Iterator[tuple[list[Group], Scored]]:
+def _score_into_store(writer: FeatureStoreWriter, scorer: Scorer, table: pa.Table, bar: Progress) -> Iterator[_Part]:
     """Write the shards that are missing; then read all scores off the store, so that a resumed run has the same."""
     missing, computed = set(writer.missing()), []
     groups = _mixed(table)
@@ -157,13 +204,14 @@ def _score_into_store(
         writer.write_shard(index, scored.features_ND, _feature_rows(block, scored))
         computed.append(scored.tokens_computed)
     store = writer.finish()
-    products_NV = store.influence(scorer.features_VD)
+    values_NV = store.influence(scorer.features_VD) if scorer.score == "dot" else store.cosine(scorer.features_VD)
     facts = store.rows()
     norms_N, shares_N = (facts.column(name).to_numpy() for name in ("norm", "ratio_ess"))
     groups = _mixed(table)
     for index, tokens in enumerate(computed):
         part = slice(index * BLOCK, (index + 1) * BLOCK)
-        yield list(islice(groups, BLOCK)), Scored(products_NV[part], norms_N[part], shares_N[part], None, tokens)
+        block = list(islice(groups, BLOCK))
+        yield _Part(block, values_NV[part], norms_N[part], shares_N[part], ["full"] * len(block), tokens)
 
 
 def _feature_rows(groups: Sequence[Group], scored: Scored) -> list[dict[str, Any]]:
@@ -197,20 +245,18 @@ def _mixed(table: pa.Table) -> Iterator[Group]:
     return (group for _, group in iterate_groups(table) if group is not None and group.status == OK)
 
 
-def _note_scores(
-    rows: Mapping[str, dict[str, Any]],
-    groups: Sequence[Group],
-    scored: Scored,
-    values_NV: np.ndarray,
-    names: list[str],
-) -> None:
-    for index, (group, status) in enumerate(zip(groups, statuses(groups, values_NV), strict=True)):
+def _note_scores(rows: Mapping[str, dict[str, Any]], part: _Part, names: list[str]) -> None:
+    found = statuses(part.groups, part.values_NV)
+    for index, (group, status, how) in enumerate(zip(part.groups, found, part.how, strict=True)):
         row = rows[group.prompt_id]
-        row["status"] = status
+        row |= {"status": status, "scored": how}
         if status == OK:
-            row |= {f"influence/{name}": float(value) for name, value in zip(names, values_NV[index], strict=True)}
-            norm = float(scored.norms_N[index])
-            row |= {"feature_norm": norm if np.isfinite(norm) else None, "ratio_ess": float(scored.ratio_ess_N[index])}
+            row |= {f"influence/{name}": float(part.values_NV[index, v]) for v, name in enumerate(names)}
+            row["feature_norm"], row["ratio_ess"] = _known(part.norms_N[index]), _known(part.ratio_ess_N[index])
+
+
+def _known(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None
 
 
 def _check_finite(counts: Mapping[str, int]) -> None:
