@@ -43,7 +43,7 @@ class Bergson:
 
         if task.device == "cuda" and not torch.cuda.is_available():
             raise RuntimeError("no CUDA device is available")
-        self.version: str = bergson.__version__
+        self.version = f"bergson {bergson.__version__}, torch {torch.__version__}"
         self._task = task
         self._on_gpu = task.device == "cuda"
         self._folder = tempfile.TemporaryDirectory(prefix="bergson-")

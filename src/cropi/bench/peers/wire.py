@@ -1,4 +1,4 @@
-"""What the benchmark and a peer's worker say to each other: one JSON object a line on standard input and output.
+"""What the benchmark and a worker say to each other: one JSON object a line on standard input and output.
 
 The worker is asked to `prepare` once (imports and model load, timed apart), then to `run` as often as the benchmark
 likes, for the `scores` of its last run, and to `quit`. A question that fails is answered by {"ok": false, "error": one
@@ -13,7 +13,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
@@ -50,16 +50,26 @@ class Task:
 
 
 @dataclass(frozen=True)
+class Part:
+    """A stretch of a run that was timed by itself."""
+
+    seconds: float
+    tokens_computed: int
+
+
+@dataclass(frozen=True)
 class Measurement:
-    """One run: seconds of the gradient computation, tokens that went through the model (padding included)."""
+    """One run: seconds of the computation, tokens that went through the model (padding included)."""
 
     seconds: float
     tokens_computed: int
     peak_gpu_mb: float | None
+    parts: dict[str, Part] = field(default_factory=dict)
+    """By name, for an engine that tells them apart."""
 
 
 class Engine(Protocol):
-    """A peer with its model loaded."""
+    """A contender with its model loaded."""
 
     version: str
 
@@ -115,11 +125,13 @@ def _answer(engine: Engine, question: Mapping[str, Any]) -> dict[str, Any]:
     match question["op"]:
         case "run":
             measured = engine.run()
+            _release_gpu()
             return {
                 "seconds": measured.seconds,
                 "tokens_computed": measured.tokens_computed,
                 "peak_rss_mb": _peak_rss_mb(),
                 "peak_gpu_mb": measured.peak_gpu_mb,
+                "parts": {name: asdict(part) for name, part in measured.parts.items()},
             }
         case "scores":
             import numpy as np
@@ -131,11 +143,18 @@ def _answer(engine: Engine, question: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"no such question: {unknown}")
 
 
+def _release_gpu() -> None:
+    """Give back what PyTorch keeps for later: other workers share the GPU."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
 def read_groups(path: Path) -> list[WeightedGroup]:
     """Groups from a JSONL file, in its order."""
     keys = WeightedGroup.__dataclass_fields__
-    rows = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
-    return [WeightedGroup(**{key: row[key] for key in keys}) for row in rows]
+    with path.open(encoding="utf-8") as file:
+        return [WeightedGroup(**{key: row[key] for key in keys}) for row in map(json.loads, file)]
 
 
 def _peak_rss_mb() -> float:

@@ -1,0 +1,104 @@
+"""From rounds to numbers: medians, ratios taken round by round, and how well a ranking agrees with the exact one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from cropi.bench.measure import Record
+
+PRECISION_SHARE = 0.1
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A number measured several times."""
+
+    median: float
+    low: float
+    high: float
+
+
+def spread(values: Sequence[float]) -> Spread | None:
+    """Median and range; None where nothing was measured."""
+    return Spread(float(np.median(values)), min(values), max(values)) if values else None
+
+
+def ratios(ours: Sequence[float], theirs: Sequence[float]) -> Spread | None:
+    """The spread of ours_r / theirs_r over the rounds r that both took: a machine slow for a while slows both."""
+    return spread([a / b for a, b in zip(ours, theirs, strict=False)])
+
+
+def spearman(first_N: np.ndarray, second_N: np.ndarray) -> float:
+    """Correlation of ranks, equal values sharing the mean of theirs; NaN where one side does not vary."""
+    first_N, second_N = _ranks(first_N), _ranks(second_N)
+    first_N, second_N = first_N - first_N.mean(), second_N - second_N.mean()
+    lengths = math.sqrt(float(first_N @ first_N) * float(second_N @ second_N))
+    return float(first_N @ second_N) / lengths if lengths else math.nan
+
+
+def _ranks(values_N: np.ndarray) -> np.ndarray:
+    _, places_N, counts_U = np.unique(values_N, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts_U) - (counts_U - 1) / 2)[places_N]
+
+
+def precision(found_N: np.ndarray, true_N: np.ndarray, share: float) -> float:
+    """Which part of the ceil(share N) highest is found among as many."""
+    count = math.ceil(share * len(true_N))
+    best = [set(np.argsort(-values_N, kind="stable")[:count].tolist()) for values_N in (found_N, true_N)]
+    return len(best[0] & best[1]) / count
+
+
+def quality(scores_N: np.ndarray | None, exact_N: np.ndarray | None, signal_N: np.ndarray) -> dict[str, float | None]:
+    """Agreement with the exact scores over the prompts with signal: the others are 0 for everybody."""
+    if scores_N is None or exact_N is None or signal_N.sum() < 2:
+        return {"spearman": None, "precision_at_10": None}
+    found_N, true_N = scores_N[signal_N], exact_N[signal_N]
+    correlation = spearman(found_N, true_N)
+    return {
+        "spearman": None if math.isnan(correlation) else correlation,
+        "precision_at_10": precision(found_N, true_N, PRECISION_SHARE),
+    }
+
+
+def per_token(record: Record) -> list[float]:
+    """Seconds per computed token of each round: of the train pass where it was timed by itself."""
+    timed = [answer["parts"].get("train", answer) for answer in record.rounds]
+    return [part["seconds"] / part["tokens_computed"] for part in timed]
+
+
+def seconds(record: Record) -> list[float]:
+    """Seconds of each round."""
+    return [answer["seconds"] for answer in record.rounds]
+
+
+def rates(record: Record, tokens_given: int) -> dict[str, Any]:
+    """Speed and memory of one contender."""
+    given = [tokens_given / answer["seconds"] for answer in record.rounds]
+    computed = [answer["tokens_computed"] / answer["seconds"] for answer in record.rounds]
+    parts = sorted({name for answer in record.rounds for name in answer["parts"]})
+    return {
+        "seconds": plain(spread(seconds(record))),
+        "parts": {
+            name: {
+                "seconds": plain(spread([answer["parts"][name]["seconds"] for answer in record.rounds])),
+                "tokens_computed": record.rounds[-1]["parts"][name]["tokens_computed"],
+            }
+            for name in parts
+        },
+        "tokens_given": tokens_given,
+        "tokens_computed": record.rounds[-1]["tokens_computed"] if record.rounds else None,
+        "given_per_s": plain(spread(given)),
+        "computed_per_s": plain(spread(computed)),
+        "peak_rss_mb": max((answer["peak_rss_mb"] for answer in record.rounds), default=None),
+        "peak_gpu_mb": max((answer["peak_gpu_mb"] or 0.0 for answer in record.rounds), default=0.0) or None,
+    }
+
+
+def plain(value: Spread | None) -> dict[str, float] | None:
+    """For JSON."""
+    return None if value is None else asdict(value)
