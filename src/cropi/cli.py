@@ -288,6 +288,9 @@ def bench_engine(
     bergson_python: Annotated[
         Path | None, typer.Option(help="Python of an environment that holds bergson.", show_default=False)
     ] = None,
+    recipe_dim: Annotated[
+        int | None, typer.Option(help="Output of the recipe's dense projection.", show_default="by device")
+    ] = None,
     seed: Annotated[int, typer.Option(help="For weights and rows.")] = 0,
     grow: Annotated[bool, typer.Option("--grow", help="Also: memory with ten times as many prompts.")] = False,
     out: OutOption = None,
@@ -310,6 +313,7 @@ def bench_engine(
             threads=threads,
             batch_tokens=batch_tokens,
             bergson_python=bergson_python,
+            recipe_dim=recipe_dim,
             seed=seed,
             grow=grow,
             **chosen,

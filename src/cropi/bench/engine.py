@@ -43,7 +43,7 @@ class Scene:
             "device": self.plan.device,
             "batch_tokens": self.plan.batch_tokens,
             "threads": self.plan.threads,
-            "options": worker_options(contender, self.plan.device),
+            "options": worker_options(contender, self.plan.recipe_dim),
         }
 
 
@@ -185,7 +185,7 @@ def _row(name: str, scene: Scene, records: dict[str, Record], forward_ceiling: f
         "warnings": record.warnings,
         "install": PEERS[name].install if record.absent else None,
         "version": record.version,
-        "options": worker_options(contender, scene.plan.device),
+        "options": worker_options(contender, scene.plan.recipe_dim),
         "covers": ["train", "validation"] if contender.scores else ["train"] if comparable else [],
         "startup_s": record.startup_s,
         **rates(record, given),

@@ -59,13 +59,9 @@ CONTENDERS: dict[str, Contender] = {
 }
 DEFAULT = [name for name, contender in CONTENDERS.items() if contender.kind != "yardstick"]
 
-RECIPE_DIM = {"cpu": 512, "cuda": 32768}
-"""The recipe's dense projection takes 2 * dim * kept coordinates operations a prompt, too many for a CPU at the paper's
-dim of 32,768."""
 
-
-def worker_options(contender: Contender, device: str) -> dict[str, Any]:
+def worker_options(contender: Contender, recipe_dim: int) -> dict[str, Any]:
     """What its worker is told beside the task."""
     if contender.kind != "peer":
         return {"contender": contender.name}
-    return contender.options | ({"dim": RECIPE_DIM[device]} if contender.name == "recipe" else {})
+    return contender.options | ({"dim": recipe_dim} if contender.name == "recipe" else {})

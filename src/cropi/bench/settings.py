@@ -19,6 +19,11 @@ BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}
 """What our engine takes where memory allows."""
 
 
+RECIPE_DIM = {"cpu": 512, "cuda": 32768}
+"""The recipe's dense projection takes 2 * dim * kept coordinates operations a prompt, too many for a CPU at the paper's
+dim of 32,768 unless one is patient."""
+
+
 @dataclass(frozen=True)
 class EngineSettings:
     """One measurement."""
@@ -36,6 +41,7 @@ class EngineSettings:
     threads: int = 1
     batch_tokens: int | None = None
     bergson_python: Path | None = None
+    recipe_dim: int | None = None
     seed: int = 0
     grow: bool = False
 
@@ -55,6 +61,7 @@ class Plan:
     threads: int
     batch_tokens: int
     bergson_python: Path | None
+    recipe_dim: int
     seed: int
     grow: bool
 
@@ -87,6 +94,7 @@ def resolve(settings: EngineSettings) -> Plan:
         ("--threads", settings.threads, 1),
         ("--batch-tokens", settings.batch_tokens or 512, 512),
         ("--contenders", len(settings.contenders), 1),
+        ("--recipe-dim", settings.recipe_dim or 1, 1),
     ):
         if value < least:
             raise UserError(f"{value} is too few", where=option, fix=f"give at least {least}.")
@@ -109,6 +117,7 @@ def resolve(settings: EngineSettings) -> Plan:
         threads=settings.threads,
         batch_tokens=settings.batch_tokens or BATCH_TOKENS[device],
         bergson_python=settings.bergson_python,
+        recipe_dim=settings.recipe_dim or RECIPE_DIM[device],
         seed=settings.seed,
         grow=settings.grow,
     )

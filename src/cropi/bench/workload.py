@@ -111,16 +111,16 @@ def builtin_workload(*, prompts: int, validation: int, threads: int, seed: int) 
     torch.set_num_threads(threads)
     targets = ("sum", "machine")
     halves = [
-        list(_mixed_groups([family], "validation", (validation + 1 - half) // 2, seed))
+        list(mixed_groups([family], "validation", (validation + 1 - half) // 2, seed))
         for half, family in enumerate(targets)
     ]
     return Workload(
-        [weighted(group) for group in _mixed_groups(sorted(FAMILIES), "train", prompts, seed)],
+        [weighted(group) for group in mixed_groups(sorted(FAMILIES), "train", prompts, seed)],
         [weighted(halves[row % 2][row // 2]) for row in range(validation)],
     )
 
 
-def _mixed_groups(families: Sequence[str], split: str, count: int, seed: int) -> Iterator[Group]:
+def mixed_groups(families: Sequence[str], split: str, count: int, seed: int) -> Iterator[Group]:
     """The first `count` groups whose rewards differ; families take turns."""
     from cropi.builtin import generate
     from cropi.config import ExactVerifier, PolicyConfig
