@@ -132,7 +132,7 @@ class Pipeline:
                 earlier = arm.scores(stage - 1) if self.config.score.budget.rescore and stage else None
                 previous = None if earlier is None or not is_finished(earlier) else self._read_scores(earlier)
                 result = score(
-                    self.config, self._surrogate, model, self._trajectories, sources, folder, features, previous
+                    self.config, self._surrogate, model, self._trajectories, sources, folder, features, previous, stage
                 )
                 entry["tokens"] = result[1]["tokens"]
             return result

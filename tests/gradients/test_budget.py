@@ -279,6 +279,16 @@ def test_rows_not_scored_again_keep_a_prediction_and_say_so() -> None:
     assert np.isnan(found.ratio_ess_N[predicted]).all()
 
 
+def test_stages_share_their_subsamples_and_not_their_probe() -> None:
+    groups, table = pool_of(400, noise=0.1)
+    settings = BudgetSettings(2, None, rescore=True, fraction=0.1)
+    first = budgeted(table, groups, settings, seed=0, stage=0)
+    second = budgeted(table, groups, settings, first.values_NV, seed=0, stage=1)
+    third = budgeted(table, groups, settings, first.values_NV, seed=0, stage=2)
+    assert second.how != third.how
+    assert np.allclose(first.values_NV, second.values_NV)  # nothing has changed, and the line finds that out
+
+
 def test_a_small_pool_is_scored_whole() -> None:
     groups, table = pool_of(20)
     assert budgeted(table, groups, AGAIN, full_values(groups, table), seed=0).how == ["full"] * 20

@@ -18,8 +18,9 @@ from cropi.config import (
     Strategy,
 )
 from cropi.errors import SignalError
+from cropi.functional.sampling import places
 from cropi.loading import load_config
-from cropi.selection.candidates import Candidates, places
+from cropi.selection.candidates import Candidates
 from cropi.selection.select import choose, rank, select
 
 POOL = Candidates(

@@ -265,6 +265,7 @@ def budgeted(
     previous: Float[np.ndarray, "N V"] | None = None,
     *,
     seed: int,
+    stage: int = 0,
     pool: int | None = None,
     advance: Callable[[int], None] | None = None,
 ) -> BudgetedScores:
@@ -279,6 +280,8 @@ def budgeted(
     they are. A sub-sample's cosine has a bias: noise makes its gradient too long, hence the cosine too small, so that
     nothing outranks a contender by it.
 
+    seed, stage: a seed draws the same sub-samples at every stage, so that between stages scores change by what the
+    policy has learnt and not by the draw; every stage has a probe of its own.
     pool: how many prompts `fraction` and `contenders` are shares of; by default the groups.
     advance: told how many groups each finished pack held; a group that is scored twice counts twice.
     Raises ValueError for a sub-sample with the reference estimator, which knows no factors.
@@ -294,7 +297,7 @@ def budgeted(
     if not board.eligible_N.any():
         return board.scores()
     if settings.rescore and previous is not None:
-        _rescore(board, Rescoring(previous, cut, seed))
+        _rescore(board, Rescoring(previous, cut, derived_seed(seed, "stage", stage)))
     else:
         board.score(range(len(groups)))
     raise_level, enough = board.score, {"full", "subsampled"}

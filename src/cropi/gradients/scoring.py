@@ -74,6 +74,7 @@ def score(
     folder: Path,
     features: FeatureRequest,
     previous: pa.Table | None = None,
+    stage: int = 0,
 ) -> tuple[dict[str, int], dict[str, Any]]:
     """Write `scores.parquet` to `folder`: one row per training prompt, those without signal included (influence 0).
 
@@ -91,7 +92,7 @@ def score(
     with progress("score", len(mixed) + sum(map(len, validation.values())), "prompts") as bar:
         if config.score.budget.active:
             scorer.aim(validation, bar.advance)
-            parts = _score_with_budget(config, scorer, trajectories["train"], len(sources), previous, bar)
+            parts = _score_with_budget(config, scorer, trajectories["train"], len(sources), previous, stage, bar)
         elif config.score.store == "none":
             scorer.aim(validation, bar.advance)
             parts = _score_blocks(scorer, trajectories["train"], bar)
@@ -146,7 +147,13 @@ def _score_blocks(scorer: Scorer, table: pa.Table, bar: Progress) -> Iterator[_P
 
 
 def _score_with_budget(
-    config: Config, scorer: Scorer, table: pa.Table, pool: int, previous: pa.Table | None, bar: Progress
+    config: Config,
+    scorer: Scorer,
+    table: pa.Table,
+    pool: int,
+    previous: pa.Table | None,
+    stage: int,
+    bar: Progress,
 ) -> Iterator[_Part]:
     """All groups at once: which of them are scored in full depends on the others."""
     groups, budget = list(_mixed(table)), config.score.budget
@@ -158,9 +165,8 @@ def _score_with_budget(
         kappa=config.select.fusion.kappa,
         truncate=config.select.fusion.truncate,
     )
-    found = budgeted(
-        scorer, groups, settings, _previous_values(previous, groups), seed=config.seed, pool=pool, advance=bar.advance
-    )
+    known = _previous_values(previous, groups)
+    found = budgeted(scorer, groups, settings, known, seed=config.seed, stage=stage, pool=pool, advance=bar.advance)
     yield _Part(groups, found.values_NV, found.norms_N, found.ratio_ess_N, found.how, found.tokens_computed)
 
 

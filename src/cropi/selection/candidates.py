@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from decimal import Decimal
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -33,11 +31,6 @@ class Candidates:
     def usable_N(self) -> Bool[np.ndarray, " N"]:
         """Prompts that can be trained on: with an answer that can be read, and trajectories."""
         return np.array([status in USABLE for status in self.statuses])
-
-
-def places(fraction: float, count: int) -> int:
-    """ceil(fraction x count) of the fraction as it is written: 0.07 of 100 is 7, though 0.07 * 100 is above 7."""
-    return math.ceil(Decimal(repr(fraction)) * count)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ import numpy as np
 from cropi.artifacts import OK
 from cropi.config import FusionConfig
 from cropi.functional.fusion import ranks, reciprocal_rank_fusion
-from cropi.selection.candidates import Candidates, Ranking, places
+from cropi.functional.sampling import places
+from cropi.selection.candidates import Candidates, Ranking
 
 
 def influence(candidates: Candidates, fusion: FusionConfig, fraction: float) -> Ranking:

@@ -24,8 +24,9 @@ from cropi.config import (
 from cropi.console import counts_text, warn
 from cropi.errors import SignalError
 from cropi.functional.fusion import ranks
+from cropi.functional.sampling import places
 from cropi.seeds import unit_interval
-from cropi.selection.candidates import Candidates, Ranking, places
+from cropi.selection.candidates import Candidates, Ranking
 from cropi.selection.full import full
 from cropi.selection.influence import influence
 from cropi.selection.learnability import learnability
