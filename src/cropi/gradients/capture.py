@@ -10,6 +10,7 @@ instead of 3. What a weight's gradient is made of goes to a `Reader` as soon as 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -84,7 +85,16 @@ class Capture:
         }
         self._scales = {owner.path: embedding_scale(owner.module) for owner in self._embeddings}
         self._token_dims: dict[str, int] = {}
-        self._seen: set[str] = set()
+        self._calls: Counter[str] = Counter()
+
+    def repeated(self) -> set[str]:
+        """Names of which a pass reports several parts: the head's, which comes in chunks, and those that modules share
+        or a module called twice in the last pass holds."""
+        owners = [*self._linears, *self._embeddings, *self._norms, *self._vectors]
+        parts = Counter(
+            name for owner in owners for name in owner.names.values() for _ in range(self._calls[owner.path])
+        )
+        return {name for name, count in parts.items() if count > 1} | set(self.head_names.values())
 
     def _room(self, module: nn.Module, own: dict[str, str]) -> list[_Owner]:
         forward = type(module).forward
@@ -150,7 +160,7 @@ class Capture:
     def hooks(self, reader: Reader, spans: Sequence[Span], tokens: int) -> Iterator[None]:
         """Report to the reader what a forward and backward pass inside the block sees. PolicyError where a module with
         trainable weights takes no part in the pass, since its weights then act in a way no hook sees."""
-        self._seen.clear()
+        self._calls.clear()
         with ExitStack() as stack:
             stack.enter_context(_frozen(list(self.trainable.values())))
             for owner in self._linears:
@@ -165,7 +175,7 @@ class Capture:
             stack.callback(first.register_forward_hook(_require_grad).remove)
             yield
         for owner in [*self._linears, *self._embeddings, *self._norms, *self._vectors]:
-            if owner.path not in self._seen:
+            if not self._calls[owner.path]:
                 raise unsupported(self._model, f"its module {owner.path} holds trainable weights but was never called")
 
     def _on_linear(
@@ -174,7 +184,7 @@ class Capture:
         weight, bias = owner.names.get("weight"), owner.names.get("bias")
 
         def after_forward(module: nn.Module, args: Any, output: Tensor) -> None:
-            self._seen.add(owner.path)
+            self._calls[owner.path] += 1
             inputs_TI = args[0].detach().reshape(-1, args[0].shape[-1])
             if len(inputs_TI) != tokens:
                 raise unsupported(self._model, f"its module {owner.path} does not act on each token once")
@@ -194,7 +204,7 @@ class Capture:
         self, owner: _Owner, reader: Reader, spans: Sequence[Span]
     ) -> Callable[[nn.Module, Any, Tensor], None]:
         def after_forward(module: nn.Module, args: Any, output: Tensor) -> None:
-            self._seen.add(owner.path)
+            self._calls[owner.path] += 1
             ids_T = args[0].reshape(-1)
             scale, padding = self._scales[owner.path], module.padding_idx
 
@@ -218,7 +228,7 @@ class Capture:
         """torch's own norms refuse weights that differ by token; what they scale is computed once more instead."""
 
         def after_forward(module: nn.Module, args: Any, output: Tensor) -> None:
-            self._seen.add(owner.path)
+            self._calls[owner.path] += 1
             with torch.no_grad():
                 if isinstance(module, nn.LayerNorm):
                     plain = F.layer_norm(args[0], module.normalized_shape, None, None, module.eps)
@@ -256,7 +266,7 @@ class Capture:
         originals = {attribute: module._parameters.pop(attribute) for attribute in owner.names}
 
         def before_forward(module: nn.Module, args: Any) -> None:
-            self._seen.add(owner.path)
+            self._calls[owner.path] += 1
             shape = [1] * args[0].dim()
             shape[self._token_dim(owner, args[0], tokens)], shape[-1] = tokens, -1
             for attribute, name in owner.names.items():

@@ -95,6 +95,7 @@ class Engine:
         with self._evaluating():
             self._capture = Capture(model, self._causal_lm, self._head.module)
             bytes_per_token = self._check()
+            self.repeated = self._capture.repeated()
         self.budget = batch_tokens or _budget(self.device, bytes_per_token)
 
     @property

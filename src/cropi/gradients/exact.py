@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -61,15 +61,24 @@ class ExactReader:
     Per linear layer (O, I), T tokens and V directions the product sum_t g_t^T (D_v a_t) takes V 2 T O I operations, and
     forming the gradient of one row in one layer at a time 2 T O I + 2 V O I: the cheaper is taken. So is it for the
     squared norm: token by token, <A A^T, B B^T> in 2 T^2 (O + I), or from the gradient formed. A norm needs each row's
-    trajectories in one pack.
+    trajectories in one pack, and of parameters that are reported in several parts (`Engine.repeated`) each row's
+    gradient whole until the pack is done.
     """
 
-    row_bytes = 0
-
-    def __init__(self, directions: Sequence[Mapping[str, Tensor]], count: int, *, norms: bool = False) -> None:
-        """`count` is the number of result rows; directions have the shapes of the parameters."""
+    def __init__(
+        self,
+        directions: Sequence[Mapping[str, Tensor]],
+        count: int,
+        *,
+        norms: bool = False,
+        repeated: Collection[str] | None = None,
+    ) -> None:
+        """`count` is the number of result rows; directions have the shapes of the parameters. Without `repeated`, any
+        parameter may be reported in several parts, and norms take the memory of a gradient per row of a pack."""
         self._directions = {name: torch.stack([direction[name] for direction in directions]) for name in directions[0]}
         self._norms = norms
+        self._repeated = (set(self._directions) if repeated is None else set(repeated)) if norms else set()
+        self.row_bytes = sum(4 * self._directions[name][0].numel() for name in self._repeated)
         self.products_NV = torch.zeros(count, len(directions), dtype=torch.float64)
         self.squares_N = torch.zeros(count, dtype=torch.float64)
 
@@ -79,37 +88,81 @@ class ExactReader:
         device = next(iter(self._directions.values())).device
         self._products = torch.zeros(len(self._rows), self.products_NV.shape[1], dtype=torch.float64, device=device)
         self._squares = torch.zeros(len(self._rows), dtype=torch.float64, device=device)
-        self._factors: dict[str, list[tuple[Span, Tensor, Tensor]]] = {}
+        self._whole = {
+            name: self._directions[name].new_zeros(len(self._rows), *self._directions[name].shape[1:])
+            for name in self._repeated
+        }
 
     def undo(self) -> bool:
-        self._factors.clear()
+        self._whole.clear()
         return True
 
     def commit(self) -> None:
+        for name, whole in self._whole.items():
+            for index, slot in self._slots.items():
+                self._meet(name, index, whole[slot])
         rows = torch.tensor(self._rows)
         self.products_NV.index_add_(0, rows, self._products.cpu())
         self.squares_N.index_add_(0, rows, self._squares.cpu())
-        self._factors.clear()
+        self._whole.clear()
 
     def linear(self, name: str, inputs_TI: Tensor, grads_TO: Tensor, spans: Sequence[Span]) -> None:
-        directions_VOI = self._directions[name]
-        sets, outs, ins = directions_VOI.shape
-        tokens = len(inputs_TI)
-        # With norms wanted, a shared name (tied weights) has its factors kept until its other path is known.
-        formed = 2 * tokens * outs * ins + (sets + self._norms) * 2 * outs * ins * len(spans)
-        by_token = sets * 2 * tokens * outs * ins
+        if name in self._whole:
+            for span in spans:
+                part = slice(span.start, span.stop)
+                self._whole[name][self._slots[span.index]] += outer_sum(grads_TO[part], inputs_TI[part])
+            return
+        if self._norms:
+            inputs_TI, grads_TO, spans = _one_span_each(inputs_TI, grads_TO, spans)
+        sets, outs, ins = self._directions[name].shape
+        formed = 2 * len(inputs_TI) * outs * ins + (sets + self._norms) * 2 * outs * ins * len(spans)
+        by_token = sets * 2 * len(inputs_TI) * outs * ins
         if self._norms:
             by_token += sum(2 * (span.stop - span.start) ** 2 * (outs + ins) for span in spans)
-            self._factors.setdefault(name, []).extend(
-                (span, inputs_TI[span.start : span.stop], grads_TO[span.start : span.stop]) for span in spans
-            )
         if formed < by_token:
             for span in spans:
                 part = slice(span.start, span.stop)
                 self._meet(name, span.index, outer_sum(grads_TO[part], inputs_TI[part]))
+        else:
+            self._meet_by_token(name, widened(inputs_TI), widened(grads_TO), spans)
+
+    def rows(self, name: str, ids_T: Tensor, grads_TI: Tensor, spans: Sequence[Span]) -> None:
+        directions_VOI = self._directions[name]
+        grads_TI = grads_TI.to(directions_VOI.dtype)
+        if name in self._whole:
+            for span in spans:
+                part = slice(span.start, span.stop)
+                self._whole[name][self._slots[span.index]].index_add_(0, ids_T[part], grads_TI[part])
             return
-        inputs_TI, grads_TO = widened(inputs_TI), widened(grads_TO)
-        products_VT = torch.stack([((inputs_TI @ d.T) * grads_TO).sum(dim=1) for d in directions_VOI]).double()
+        if self._norms:
+            ids_T1, grads_TI, spans = _one_span_each(ids_T[:, None], grads_TI, spans)
+            ids_T = ids_T1[:, 0]
+        for span in spans:
+            part, slot = slice(span.start, span.stop), self._slots[span.index]
+            ids_U, gradient_UI = row_sums(ids_T[part], grads_TI[part])
+            self._products[slot] += (directions_VOI[:, ids_U] * gradient_UI).flatten(start_dim=1).sum(1).double()
+            if self._norms:
+                self._squares[slot] += (gradient_UI * gradient_UI).sum(dtype=torch.float64)
+
+    def vector(self, name: str, grads_TP: Tensor, spans: Sequence[Span]) -> None:
+        if self._norms and name not in self._whole:
+            _, grads_TP, spans = _one_span_each(grads_TP, grads_TP, spans)
+        for span in spans:
+            gradient_P = grads_TP[span.start : span.stop].to(self._directions[name].dtype).sum(dim=0)
+            if name in self._whole:
+                self._whole[name][self._slots[span.index]] += gradient_P
+            else:
+                self._meet(name, span.index, gradient_P)
+
+    def _meet(self, name: str, index: int, gradient: Tensor) -> None:
+        slot, flat = self._slots[index], gradient.reshape(-1)
+        self._products[slot] += (self._directions[name].flatten(start_dim=1) @ flat).double()
+        if self._norms:
+            self._squares[slot] += (flat @ flat).double()
+
+    def _meet_by_token(self, name: str, inputs_TI: Tensor, grads_TO: Tensor, spans: Sequence[Span]) -> None:
+        products = [((inputs_TI @ d_OI.T) * grads_TO).sum(dim=1) for d_OI in self._directions[name]]
+        products_VT = torch.stack(products).double()
         for span in spans:
             part, slot = slice(span.start, span.stop), self._slots[span.index]
             self._products[slot] += products_VT[:, part].sum(dim=1)
@@ -117,28 +170,23 @@ class ExactReader:
                 inputs, grads = inputs_TI[part], grads_TO[part]
                 self._squares[slot] += ((inputs @ inputs.T) * (grads @ grads.T)).sum(dtype=torch.float64)
 
-    def rows(self, name: str, ids_T: Tensor, grads_TI: Tensor, spans: Sequence[Span]) -> None:
-        directions_VOI = self._directions[name]
-        for span in spans:
-            part, slot = slice(span.start, span.stop), self._slots[span.index]
-            ids_U, gradient_UI = row_sums(ids_T[part], grads_TI[part].to(directions_VOI.dtype))
-            self._products[slot] += (directions_VOI[:, ids_U] * gradient_UI).flatten(start_dim=1).sum(1).double()
-            if self._norms:
-                self._squares[slot] += (gradient_UI * gradient_UI).sum(dtype=torch.float64)
-                for other, inputs_TI, grads_TO in self._factors.get(name, []):  # a tied head: the two paths' product
-                    if other.index == span.index:
-                        shared_UI = outer_sum(grads_TO[:, ids_U], inputs_TI)
-                        self._squares[slot] += 2 * (shared_UI * gradient_UI).sum(dtype=torch.float64)
 
-    def vector(self, name: str, grads_TP: Tensor, spans: Sequence[Span]) -> None:
-        for span in spans:
-            self._meet(name, span.index, grads_TP[span.start : span.stop].to(self._directions[name].dtype).sum(dim=0))
-
-    def _meet(self, name: str, index: int, gradient: Tensor) -> None:
-        slot, flat = self._slots[index], gradient.reshape(-1)
-        self._products[slot] += (self._directions[name].flatten(start_dim=1) @ flat).double()
-        if self._norms:
-            self._squares[slot] += (flat @ flat).double()
+def _one_span_each(first_TX: Tensor, second_TY: Tensor, spans: Sequence[Span]) -> tuple[Tensor, Tensor, list[Span]]:
+    """The same tokens with all that belong to one row side by side, where some row has several spans."""
+    if len({span.index for span in spans}) == len(spans):
+        return first_TX, second_TY, list(spans)
+    ordered = sorted(spans, key=lambda span: span.index)
+    places = torch.cat([torch.arange(span.start, span.stop, device=first_TX.device) for span in ordered])
+    merged: list[Span] = []
+    start = 0
+    for span in ordered:
+        stop = start + span.stop - span.start
+        if merged and merged[-1].index == span.index:
+            merged[-1] = Span(span.index, merged[-1].start, stop)
+        else:
+            merged.append(Span(span.index, start, stop))
+        start = stop
+    return first_TX[places], second_TY[places], merged
 
 
 def row_sums(ids_T: Tensor, grads_TI: Tensor) -> tuple[Tensor, Tensor]:

@@ -140,7 +140,7 @@ class Scorer:
         after = None if advance is None else lambda members: advance(len({segment.index for segment in members}))
         if self.estimator == "exact":
             norms = self.score == "cosine"
-            exact = ExactReader(self._directions, count, norms=norms)
+            exact = ExactReader(self._directions, count, norms=norms, repeated=self._engine.repeated)
             work = self._engine.run(segments, exact, after=after, divisible=not norms)
             squares_N = exact.squares_N.clamp(min=0).numpy() if norms else np.full(count, np.nan)
             return Scored(exact.products_NV.numpy(), np.sqrt(squares_N), _shares(work, count), None, work.tokens)
@@ -178,7 +178,7 @@ class Scorer:
         norms_M = np.ones(len(groups))
         if self._mean == "normalized":
             nothing = [{name: torch.zeros_like(p) for name, p in self._engine.parameters.items()}]
-            reader = ExactReader(nothing, len(groups), norms=True)
+            reader = ExactReader(nothing, len(groups), norms=True, repeated=self._engine.repeated)
             found = [segment_of(index, group, self._settings) for index, group in enumerate(groups)]
             self._engine.run([segment for segment in found if segment is not None], reader, divisible=False)
             norms_M = reader.squares_N.clamp(min=0).sqrt().numpy()
