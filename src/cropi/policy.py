@@ -209,7 +209,7 @@ def completion_logprobs(
 
     Returns (logprobs_KT float32 or wider, mask_KT bool), padded on the right to the longest completion; entries outside
     the mask are 0. Prompt and completion stand side by side and padding follows them, so that under a causal mask no
-    row sees another row's length.
+    row sees another row's length; an attention mask would only make rows of padding that see nothing at all.
     """
     device = next(model.parameters()).device
     rows = [[*prompt, *completion] for prompt, completion in zip(prompts, completions, strict=True)]
@@ -217,8 +217,7 @@ def completion_logprobs(
     longest = max(1, max(len(completion) for completion in completions))
     input_ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
     lengths = torch.tensor([len(row) for row in rows], device=device)
-    attention_mask = (torch.arange(width, device=device)[None] < lengths[:, None]).long()
-    logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+    logits = model(input_ids=input_ids, use_cache=False).logits
     starts = torch.tensor([len(prompt) for prompt in prompts], device=device)[:, None]
     offsets = torch.arange(longest, device=device)[None]
     mask_KT = offsets < (lengths[:, None] - starts)

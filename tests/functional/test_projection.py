@@ -1,141 +1,183 @@
+import hashlib
 import math
 
 import pytest
 import torch
 
-from cropi.functional.projection import Projector, SparseProjection, hash_counters
+from cropi.functional.projection import SparseProjection, fold, hash_counters, principal_directions
 
-SHAPES = {"embed": (40, 8), "attention": (8, 8), "up": (8, 24), "norm": (8,)}
+WORD = 1 << 64
 
 
 def splitmix64(key: int, counter: int) -> int:
     """The same hash in plain Python integers: the oracle for torch's wrapping arithmetic."""
-    mask = (1 << 64) - 1
-    z = (counter * 0x9E3779B97F4A7C15 + key) & mask
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+    z = (counter * 0x9E3779B97F4A7C15 + key) % WORD
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) % WORD
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) % WORD
     return z ^ (z >> 31)
 
 
 def test_hash_equals_plain_integer_arithmetic() -> None:
     key = 0xDEADBEEFCAFEF00D
-    counters = [0, 1, 2, 12345, 2**31, 2**32 + 7, 2**40 + 3]
+    counters = [0, 1, 2, 12345, 2**31, 2**32 + 7, 2**33 - 1, 2**33, 2**40 + 3]
     hashed = hash_counters(key, torch.tensor(counters)).tolist()
-    assert [value % (1 << 64) for value in hashed] == [splitmix64(key, counter) for counter in counters]
+    assert [value % WORD for value in hashed] == [splitmix64(key, counter) for counter in counters]
 
 
 def test_splitmix_reference_value() -> None:
     # the first output of SplitMix64 with seed 0 in the published generators is 0xe220a8397b1dcdaf
-    assert hash_counters(0, torch.tensor([1])).tolist()[0] % (1 << 64) == 0xE220A8397B1DCDAF
+    assert hash_counters(0, torch.tensor([1])).tolist()[0] % WORD == 0xE220A8397B1DCDAF
 
 
-def gradient(seed: int) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in SHAPES.items()}
+def test_bits_of_a_coordinate_in_plain_integer_arithmetic() -> None:
+    """Kept where the upper 53 bits are below q 2^53; bucket by the upper 31 bits, sign by the lowest."""
+    projection = SparseProjection(dim=1000, keep_fraction=0.3, seed=11)
+    counters = [*range(200), *range(2**33 - 100, 2**33 + 100)]
+    mask_key, bucket_key = (
+        int.from_bytes(hashlib.blake2b(f"2/11/{role}/w".encode(), digest_size=8).digest(), "little")
+        for role in ("mask", "bucket")
+    )
+    kept = [splitmix64(mask_key, c) >> 11 < int(0.3 * 2**53) for c in counters]
+    bits = [splitmix64(bucket_key, c) for c in counters]
+    assert projection.mask_of("w", torch.tensor(counters)).tolist() == kept
+    expected = [(b >> 33) % 1000 + (b & 1) * 1000 for b in bits]
+    assert projection.signed_buckets("w", torch.tensor(counters)).tolist() == expected
 
 
-def flat(values: dict[str, torch.Tensor]) -> torch.Tensor:
-    return torch.cat([value.reshape(-1) for value in values.values()])
-
-
-def projector(projection: SparseProjection, names: tuple[str, ...] = tuple(SHAPES)) -> Projector:
-    return Projector(projection, {name: math.prod(SHAPES[name]) for name in names}, torch.device("cpu"))
-
-
-def dense_matrix(projection: SparseProjection) -> torch.Tensor:
-    """The projection written out as a matrix, one coordinate at a time."""
-    columns = []
-    for name, shape in SHAPES.items():
-        for position in range(math.prod(shape)):
-            column = torch.zeros(projection.dim, dtype=torch.float64)
-            counter = torch.tensor([position])
-            if bool(projection.mask(name, counter)):
-                bucket = int(projection.buckets(name, counter))
-                column[bucket] = float(projection.signs(name, counter)) / projection.keep_fraction**0.5
-            columns.append(column)
-    return torch.stack(columns, dim=1)
-
-
-def test_feature_is_the_matrix_product() -> None:
-    projection = SparseProjection(dim=16, keep_fraction=0.4, seed=3)
-    feature_D = projector(projection)(gradient(0))
-    torch.testing.assert_close(feature_D.double(), dense_matrix(projection) @ flat(gradient(0)), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("name", SHAPES)
-def test_inner_products_are_unbiased_for_every_parameter_shape(name: str) -> None:
-    # Over seeds the mean projected inner product must meet the true one within 4 standard errors, and its variance must
-    # be the one in the docstring. A wrong scale of one parameter's coordinates (1/sqrt(q) left out, say) fails here.
-    u, v = gradient(1)[name].reshape(-1), gradient(2)[name].reshape(-1)
-    v = v + 0.5 * u  # so that the inner product is not near 0
-    q, dim, seeds = 0.3, 32, 1500
-    products = []
-    for seed in range(seeds):
-        make = projector(SparseProjection(dim, q, seed), (name,))
-        products.append(float(make({name: u}).double() @ make({name: v}).double()))
-    values = torch.tensor(products, dtype=torch.float64)
-    true = float(u @ v)
-    mask_variance = (1 / q - 1) * float((u**2 * v**2).sum())
-    # expectation over the mask of |u'|^2 |v'|^2 + <u',v'>^2 - 2 sum u'^2 v'^2, for u' = mask u / sqrt(q)
-    squares = float((u**2 * v**2).sum())
-    norms = float(u @ u) * float(v @ v) - squares + squares / q
-    cross = true**2 - squares + squares / q
-    variance = mask_variance + (norms + cross - 2 * squares / q) / dim
-    assert abs(float(values.mean()) - true) < 4 * (variance / seeds) ** 0.5
-    assert float(values.var()) == pytest.approx(variance, rel=0.2)
+def test_positions_beyond_32_bits() -> None:
+    """Around 2^33: not those of the same lower 32 bits, and of the right distribution."""
+    projection = SparseProjection(dim=1 << 20, keep_fraction=0.1, seed=5)
+    count = 100_000
+    far_P = torch.arange(2**33 - count // 2, 2**33 + count // 2)
+    near_P = far_P % 2**32
+    assert far_P.dtype == torch.int64
+    far, near = (projection.signed_buckets("w", counters) for counters in (far_P, near_P))
+    assert float((far == near).double().mean()) < 1e-4
+    assert float((projection.mask_of("w", far_P) == projection.mask_of("w", near_P)).double().mean()) < 0.84
+    assert abs(float(projection.mask_of("w", far_P).double().mean()) - 0.1) < 4 * math.sqrt(0.09 / count)
+    assert len(hash_counters(1, far_P).unique()) == count
 
 
 def test_mask_is_uniform_over_the_whole_range() -> None:
     # The released code keeps the first coordinates only. Ten equal slices must each keep their share.
     count, q = 200_000, 0.1
-    kept_P = SparseProjection(keep_fraction=q, seed=5).mask("model.embed_tokens.weight", torch.arange(count))
+    kept_P = SparseProjection(keep_fraction=q, seed=5).mask_of("model.embed_tokens.weight", torch.arange(count))
     shares = kept_P.reshape(10, -1).double().mean(dim=1)
     standard_error = (q * (1 - q) / (count / 10)) ** 0.5
     assert float((shares - q).abs().max()) < 4.5 * standard_error
 
 
-def test_every_parameter_of_a_model_is_covered() -> None:
-    projection = SparseProjection(dim=64, keep_fraction=0.5, seed=0)
-    make = projector(projection)
-    for name in SHAPES:
-        one = {other: torch.zeros(shape) for other, shape in SHAPES.items()} | {name: torch.ones(SHAPES[name])}
-        assert float(make(one).abs().sum()) > 0, name
-
-
 def test_keep_all_keeps_all_and_signs_and_buckets_are_balanced() -> None:
     projection = SparseProjection(dim=8, keep_fraction=1.0, seed=1)
     counters_P = torch.arange(80_000)
-    assert bool(projection.mask("w", counters_P).all())
-    assert abs(float(projection.signs("w", counters_P).mean())) < 4 / 80_000**0.5
-    counts = torch.bincount(projection.buckets("w", counters_P), minlength=8).double()
-    assert float(((counts - 10_000) ** 2 / 10_000).sum()) < 24.3  # chi-square, 7 degrees of freedom, p = 0.001
+    assert bool(projection.mask_of("w", counters_P).all())
+    counts = torch.bincount(projection.signed_buckets("w", counters_P), minlength=16).double()
+    assert len(counts) == 16
+    assert float(((counts - 5000) ** 2 / 5000).sum()) < 37.7  # chi-square, 15 degrees of freedom, p = 0.001
+
+
+def test_mask_bucket_and_sign_are_drawn_apart() -> None:
+    projection = SparseProjection(dim=2, keep_fraction=0.5, seed=1)
+    counters_P = torch.arange(40_000)
+    buckets, kept = projection.signed_buckets("w", counters_P), projection.mask_of("w", counters_P)
+    counts = torch.bincount(buckets * 2 + kept.long(), minlength=8).double()
+    assert float(((counts - 5000) ** 2 / 5000).sum()) < 24.3  # chi-square, 7 degrees of freedom, p = 0.001
 
 
 def test_bits_depend_on_name_seed_and_position_alone() -> None:
-    projection = SparseProjection(dim=32, keep_fraction=0.5, seed=2)
-    backwards_P = torch.arange(999, -1, -1)
-    assert torch.equal(projection.mask("w", backwards_P).flip(0), projection.mask("w", torch.arange(1000)))
-    assert not torch.equal(projection.mask("w", backwards_P), projection.mask("other", backwards_P))
-    assert not torch.equal(
-        projection.buckets("w", backwards_P),
-        SparseProjection(dim=32, keep_fraction=0.5, seed=3).buckets("w", backwards_P),
-    )
+    projection, other = SparseProjection(32, 0.5, seed=2), SparseProjection(32, 0.5, seed=3)
+    forwards_P, backwards_P = torch.arange(1000), torch.arange(999, -1, -1)
+    for bits in ("mask_of", "signed_buckets"):
+        found = getattr(projection, bits)("w", forwards_P)
+        assert torch.equal(getattr(projection, bits)("w", backwards_P).flip(0), found)
+        assert torch.equal(getattr(projection, bits)("w", forwards_P[500:]), found[500:])
+        assert not torch.equal(getattr(projection, bits)("v", forwards_P), found)
+        assert not torch.equal(getattr(other, bits)("w", forwards_P), found)
+    assert not torch.equal(projection.subset("w", "rows", 100, 0.3), projection.subset("w", "columns", 100, 0.3))
+    assert not torch.equal(projection.subset("w", "rows", 100, 0.3), other.subset("w", "rows", 100, 0.3))
+    assert not torch.equal(projection.subset("w", "rows", 100, 0.3), projection.subset("v", "rows", 100, 0.3))
 
 
-def test_positions_beyond_32_bits_are_told_apart() -> None:
-    projection = SparseProjection(dim=1 << 20, keep_fraction=1.0, seed=0)
-    near, far = torch.arange(64), torch.arange(64) + 2**32
-    assert not torch.equal(projection.buckets("w", near), projection.buckets("w", far))
+@pytest.mark.parametrize(("size", "fraction", "count"), [(100, 0.1, 10), (7, 0.5, 4), (5, 0.01, 1), (6, 1.0, 6)])
+def test_subset_has_the_size_asked_for_in_ascending_order(size: int, fraction: float, count: int) -> None:
+    found = SparseProjection(seed=4).subset("w", "rows", size, fraction).tolist()
+    assert len(found) == count
+    assert found == sorted(set(found))
+    assert set(found) <= set(range(size))
 
 
-def test_pinned_bits_of_version_1() -> None:
+def test_subsets_hold_every_index_and_every_pair_equally_often() -> None:
+    size, count, seeds = 8, 3, 3000
+    together = torch.zeros(size, size)
+    for seed in range(seeds):
+        chosen = SparseProjection(seed=seed).subset("w", "columns", size, count / size)
+        together[chosen[:, None], chosen] += 1
+    single, double = count / size, count * (count - 1) / (size * (size - 1))
+    for counts, share in ((together.diagonal(), single), (together[~torch.eye(size, dtype=torch.bool)], double)):
+        assert float((counts / seeds - share).abs().max()) < 4.5 * math.sqrt(share * (1 - share) / seeds)
+
+
+def test_fold_takes_the_negative_half_from_the_positive() -> None:
+    signed_sums = torch.tensor([[1.0, 2.0, 0.5, 3.0], [0.0, 1.0, 1.0, 1.0]])
+    assert fold(signed_sums).tolist() == [[0.5, -1.0], [-1.0, 0.0]]
+
+
+def test_pinned_bits_of_version_2() -> None:
     # A change here changes every stored feature: raise PROJECTION_VERSION with it.
     projection = SparseProjection(dim=32768, keep_fraction=0.1, seed=0)
-    counters_P = torch.arange(60)
-    assert projection.mask("model.norm.weight", counters_P).nonzero().flatten().tolist() == [0, 33, 39]
-    assert projection.buckets("model.norm.weight", counters_P[:4]).tolist() == [4959, 21824, 27335, 12442]
+    name, counters_P = "model.norm.weight", torch.arange(60)
+    assert projection.mask_of(name, counters_P).nonzero().flatten().tolist() == [6, 8, 17, 36, 41, 47, 48, 59]
+    assert projection.signed_buckets(name, counters_P[:4]).tolist() == [31760, 39039, 55553, 51636]
+    assert projection.signed_buckets(name, counters_P[:4] + 2**33).tolist() == [42767, 64965, 23102, 37621]
+    assert projection.subset(name, "columns", 60, 0.1).tolist() == [3, 6, 12, 32, 33, 55]
+    assert projection.identity == "count-sketch-v2-d32768-structured-q0.1-r8-rows1.0-s0"
 
 
-def test_another_set_of_parameters_is_refused() -> None:
-    with pytest.raises(ValueError, match="differ"):
-        projector(SparseProjection(dim=8))({"embed": torch.zeros(40, 8)})
+def spectrum(generator: torch.Generator, values: list[float], rows: int, size: int) -> torch.Tensor:
+    """A matrix with the given singular values."""
+    left = torch.linalg.qr(torch.randn(rows, len(values), dtype=torch.float64, generator=generator)).Q
+    right = torch.linalg.qr(torch.randn(size, len(values), dtype=torch.float64, generator=generator)).Q
+    return left * torch.tensor(values, dtype=torch.float64) @ right.T
+
+
+def test_principal_directions_are_orthonormal_and_lead_with_the_first() -> None:
+    generator = torch.Generator().manual_seed(0)
+    matrices = torch.randn(40, 12, dtype=torch.float64, generator=generator)
+    first = torch.randn(12, dtype=torch.float64, generator=generator)
+    for rank in (0, 1, 4, 12, 20):
+        found = principal_directions(matrices, first, rank)
+        assert found.shape == (12, min(rank, 12))
+        torch.testing.assert_close(found.T @ found, torch.eye(min(rank, 12), dtype=torch.float64))
+        if rank:
+            torch.testing.assert_close(found[:, 0], first / first.norm())
+
+
+def test_principal_directions_are_the_strongest_of_the_rest() -> None:
+    generator = torch.Generator().manual_seed(1)
+    matrices = spectrum(generator, [9.0, 5.0, 3.0, 0.1, 0.05, 0.02], 40, 30)
+    first = torch.randn(30, dtype=torch.float64, generator=generator)
+    found = principal_directions(matrices, first, 4)
+    rest = matrices - (matrices @ found[:, :1]) @ found[:, :1].T
+    _, values, right = torch.linalg.svd(rest, full_matrices=False)
+    left = rest - (rest @ found) @ found.T
+    assert float(left.norm()) == pytest.approx(float(values[3:].norm()), rel=1e-3)
+    assert float((right[:3] @ found[:, 1:]).svd().S.min()) == pytest.approx(1.0, abs=1e-6)
+
+
+def test_principal_directions_of_matrices_of_low_rank_end_with_zeros() -> None:
+    generator = torch.Generator().manual_seed(2)
+    first = torch.randn(10, dtype=torch.float64, generator=generator)
+    for matrices in (spectrum(generator, [2.0, 1.0], 20, 10), torch.zeros(20, 10, dtype=torch.float64)):
+        found = principal_directions(matrices, first, 6)
+        used = found[:, found.norm(dim=0) > 0]
+        torch.testing.assert_close(used.T @ used, torch.eye(used.shape[1], dtype=torch.float64))
+        assert float((matrices - matrices @ used @ used.T).norm()) < 1e-9
+    assert not bool(principal_directions(torch.zeros(3, 5).double(), torch.zeros(5).double(), 2).any())
+
+
+def test_principal_directions_come_out_the_same_twice() -> None:
+    generator = torch.Generator().manual_seed(3)
+    matrices, first = torch.randn(9, 7, generator=generator), torch.randn(7, generator=generator)
+    before = torch.random.get_rng_state()
+    assert torch.equal(principal_directions(matrices, first, 3), principal_directions(matrices, first, 3))
+    assert torch.equal(torch.random.get_rng_state(), before)

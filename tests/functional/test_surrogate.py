@@ -27,9 +27,16 @@ def test_an_empty_completion_divides_by_one_not_zero() -> None:
 
 def test_token_weights_by_hand() -> None:
     ratios_KT = torch.tensor([[1.0, 2.0, 0.5], [3.0, 99.0, 99.0]])
-    weights_KT = token_weights(ratios_KT, torch.tensor([1.0, -1.0]), torch.tensor([6.0, 2.0]).double(), MASK_KT)
+    scales_K = torch.tensor([1.0, -1.0]).double() / torch.tensor([6.0, 2.0])
+    weights_KT = token_weights(ratios_KT, scales_K, MASK_KT)
     expected_KT = torch.tensor([[1 / 6, 2 / 6, 0.5 / 6], [-1.5, 0, 0]], dtype=torch.float64)
     torch.testing.assert_close(weights_KT, expected_KT, rtol=1e-12, atol=0)
+
+
+def test_nothing_outside_the_mask_enters_the_weights() -> None:
+    ratios_KT = torch.tensor([[1.0, 2.0, 0.5], [3.0, torch.nan, torch.inf]])
+    weights_KT = token_weights(ratios_KT, torch.tensor([1.0, 2.0]), MASK_KT)
+    assert weights_KT.tolist() == [[1.0, 2.0, 0.5], [6.0, 0.0, 0.0]]
 
 
 def test_the_gradient_is_that_of_the_ratio_surrogate() -> None:
@@ -41,7 +48,7 @@ def test_the_gradient_is_that_of_the_ratio_surrogate() -> None:
     advantages_K = torch.tensor([0.7, -1.3], dtype=torch.float64)
     z_K = normalizers(MASK_KT, "sequence", 10)
     logprobs_KT = token_logprobs(logits_KTW, ids_KT, temperature=0.7)
-    weights_KT = token_weights(importance_ratios(logprobs_KT, behaviour_KT), advantages_K, z_K, MASK_KT)
+    weights_KT = token_weights(importance_ratios(logprobs_KT, behaviour_KT), advantages_K / z_K, MASK_KT)
     (ours,) = torch.autograd.grad((weights_KT * logprobs_KT).sum(), logits_KTW)
 
     total = torch.zeros((), dtype=torch.float64)

@@ -5,11 +5,14 @@ import dataclasses
 import pytest
 import torch
 from tests.conftest import tiny_llama
+from tests.gradients.architectures import draw_group, tiny
 from transformers import LlamaForCausalLM
 
-from cropi.functional.projection import Projector, SparseProjection
+from cropi.functional.projection import SparseProjection
 from cropi.gradients.groups import Group
-from cropi.gradients.reference import SurrogateSettings, prompt_gradient, trainable_parameters
+from cropi.gradients.reference import prompt_gradient, trainable_parameters
+from cropi.gradients.sketch import UniformMap, project
+from cropi.gradients.surrogate import SurrogateSettings
 
 GROUP = Group(
     "p",
@@ -84,7 +87,7 @@ def test_on_policy_means_ratio_one(model: LlamaForCausalLM) -> None:
 
 def test_micro_batches_and_order_do_not_change_the_gradient(model: LlamaForCausalLM) -> None:
     together = prompt_gradient(model, GROUP, SETTINGS).gradients
-    one_by_one = prompt_gradient(model, GROUP, dataclasses.replace(SETTINGS, batch_tokens=1)).gradients
+    one_by_one = prompt_gradient(model, GROUP, SETTINGS, batch_tokens=1).gradients
     order = [4, 2, 0, 3, 1]
     turned = Group(
         "p",
@@ -141,6 +144,16 @@ def test_an_empty_completion_does_not_spoil_its_group(model: LlamaForCausalLM) -
     assert any(float(g.abs().sum()) > 0 for g in alone.values())
 
 
+def test_padded_batches_under_a_sliding_window_give_the_same_as_single_trajectories() -> None:
+    """A padded row beyond the window sees no key at all; whatever its attention makes of that must not count."""
+    model = tiny("gemma2")
+    group = draw_group(2, [9, 1], seed=1)
+    alone = prompt_gradient(model, group, SETTINGS, batch_tokens=1).gradients
+    padded = prompt_gradient(model, group, SETTINGS).gradients
+    for name, gradient in alone.items():
+        torch.testing.assert_close(padded[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
 def test_a_step_along_the_gradient_raises_the_surrogate(model: LlamaForCausalLM) -> None:
     gradient = prompt_gradient(model, GROUP, SETTINGS).gradients
     before = surrogate(model, GROUP, SETTINGS, GROUP.behaviour_logprobs)
@@ -155,12 +168,12 @@ def test_a_step_along_the_gradient_raises_the_surrogate(model: LlamaForCausalLM)
 def test_feature_with_everything_kept_preserves_inner_products(model: LlamaForCausalLM) -> None:
     first = prompt_gradient(model, GROUP, SETTINGS).gradients
     second = prompt_gradient(model, dataclasses.replace(ON_POLICY, prompt_ids=[8, 9]), SETTINGS).gradients
-    make = Projector(SparseProjection(1 << 18, 1.0, 0), {n: g.numel() for n, g in first.items()}, torch.device("cpu"))
+    everything = UniformMap(SparseProjection(1 << 18, 1.0, mask="uniform"), trainable_parameters(model))
     true = sum(float((first[n] * second[n]).sum()) for n in first)
     scale = (
         sum(float((g**2).sum()) for g in first.values()) * sum(float((g**2).sum()) for g in second.values())
     ) ** 0.5
-    assert abs(float(make(first).double() @ make(second).double()) - true) < 0.02 * scale
+    assert abs(float(project(everything, first) @ project(everything, second)) - true) < 0.02 * scale
 
 
 @pytest.mark.parametrize(

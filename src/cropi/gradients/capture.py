@@ -118,8 +118,12 @@ class Capture:
             return False
         with torch.no_grad():
             ids = torch.arange(min(4, module.num_embeddings), device=module.weight.device)
-            given, stored = module(ids).float(), module.weight[ids].float() * embedding_scale(module)
-        return bool(torch.allclose(given, stored, rtol=1e-2, atol=1e-6))
+            try:
+                given = module(ids).float()
+            except (IndexError, TypeError, RuntimeError):  # it takes something else than ids
+                return False
+            stored = module.weight[ids].float() * embedding_scale(module)
+        return given.shape == stored.shape and bool(torch.allclose(given, stored, rtol=1e-2, atol=1e-6))
 
     @staticmethod
     def _acts_by_token(module: nn.Module, own: dict[str, str]) -> bool:
@@ -132,7 +136,9 @@ class Capture:
             return torch.randn(shape, generator=generator).to(first)
 
         inputs, weights = draw(1, 3, size), {attribute: draw(1, 3, size) for attribute in own}
-        originals = {attribute: module._parameters.pop(attribute) for attribute in own}
+        before = dict(module._parameters)
+        for attribute in own:
+            del module._parameters[attribute]
         try:
             with torch.no_grad():
                 for attribute in own:
@@ -152,9 +158,9 @@ class Capture:
         ):  # another shape of module than a scale per channel
             return False
         finally:
-            for attribute, parameter in originals.items():
-                delattr(module, attribute)
-                module._parameters[attribute] = parameter
+            for attribute in own:
+                module.__dict__.pop(attribute, None)
+            _put_back(module, before)
 
     @contextmanager
     def hooks(self, reader: Reader, spans: Sequence[Span], tokens: int) -> Iterator[None]:
@@ -263,6 +269,7 @@ class Capture:
     def _per_token(self, owner: _Owner, reader: Reader, spans: Sequence[Span], tokens: int) -> Iterator[None]:
         """Give a module, call by call, weights with an entry of their own for every token, and read their gradients."""
         module = owner.module
+        before_pass = dict(module._parameters)
         originals = {attribute: module._parameters.pop(attribute) for attribute in owner.names}
 
         def before_forward(module: nn.Module, args: Any) -> None:
@@ -287,9 +294,15 @@ class Capture:
             yield
         finally:
             handle.remove()
-            for attribute, parameter in originals.items():
+            for attribute in originals:
                 module.__dict__.pop(attribute, None)
-                module._parameters[attribute] = parameter
+            _put_back(module, before_pass)
+
+
+def _put_back(module: nn.Module, parameters: dict[str, nn.Parameter | None]) -> None:
+    """A module's parameters, in the order they had."""
+    module._parameters.clear()
+    module._parameters.update(parameters)
 
 
 def _require_grad(module: nn.Module, args: Any, output: Tensor) -> None:
@@ -306,10 +319,11 @@ def embedding_scale(module: nn.Module) -> float:
 
 @contextmanager
 def _frozen(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    before = [parameter.requires_grad for parameter in parameters]
     for parameter in parameters:
         parameter.requires_grad_(False)
     try:
         yield
     finally:
-        for parameter in parameters:
-            parameter.requires_grad_(True)
+        for parameter, trained in zip(parameters, before, strict=True):
+            parameter.requires_grad_(trained)

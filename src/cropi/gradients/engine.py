@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cropi.artifacts import OK
 from cropi.console import warn
-from cropi.gradients.attention import own_attention, pack_rows, packed
+from cropi.gradients.attention import own_attention, pack_rows, packed, unsupported
 from cropi.gradients.capture import Capture, Reader
 from cropi.gradients.groups import Group
 from cropi.gradients.head import Head, check_head
@@ -46,9 +46,14 @@ class Work:
             self.ratios[index] = (int(count), first, second)
 
     def effective_share(self, index: int) -> float:
-        """(sum rho)^2 / (T sum rho^2) of one row's tokens (Kish 1965), 1 where nothing was computed."""
+        """(sum rho)^2 / (T sum rho^2) of one row's tokens (Kish 1965).
+
+        1 where nothing was computed, 0 where all ratios vanish, NaN where their squares are beyond float64.
+        """
         count, first, second = self.ratios.get(index, (0, 0.0, 0.0))
-        return first**2 / (count * second) if count else 1.0
+        if not count:
+            return 1.0
+        return (first / second) * (first / count) if second else 0.0
 
 
 def segment_of(
@@ -90,6 +95,11 @@ class Engine:
         self.model, self.settings = model, settings
         unwrap = getattr(model, "get_base_model", None)  # PEFT
         self._causal_lm: PreTrainedModel = model if unwrap is None else unwrap()
+        for module in self._causal_lm.modules():
+            kinds = getattr(module, "rope_type", None)
+            for kind in kinds.values() if isinstance(kinds, dict) else [kinds]:
+                if kind in {"dynamic", "longrope"}:
+                    raise unsupported(self._causal_lm, f"its rotary positions ({kind}) depend on the longest sequence")
         self._head = Head(self._causal_lm)
         self.device = self._head.module.weight.device
         with self._evaluating():
@@ -132,14 +142,17 @@ class Engine:
         with self._evaluating():
             while waiting:
                 members = waiting[0]
-                reader.begin(members)
                 try:
+                    reader.begin(members)
                     tokens, moments = self._pass(members, reader)
                 except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
                     smaller = sum(segment.tokens for segment in members) // 2
                     if not _out_of_memory(error) or not self._divides(members, divisible):
                         raise
-                    left = [segment for pack in waiting for segment in pack] if reader.undo() else segments
+                    if reader.undo():
+                        left = [segment for pack in waiting for segment in pack]
+                    else:
+                        left, work.ratios = list(segments), {}
                 else:
                     reader.commit()
                     work.add(tokens, moments)
@@ -192,13 +205,14 @@ class Engine:
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
-        was_training = self.model.training
+        modes = [(module, module.training) for module in self.model.modules()]
         self.model.eval()
         try:
             with packed(self._causal_lm), torch.autocast(self.device.type, enabled=False), torch.enable_grad():
                 yield
         finally:
-            self.model.train(was_training)
+            for module, training in modes:
+                module.training = training
 
     def _check(self) -> float:
         """Compare a small pack with the model's own forward pass. Returns bytes of activations kept per token."""

@@ -198,6 +198,8 @@ class Scorer:
             name: torch.zeros_like(p, dtype=torch.float64) for name, p in trainable_parameters(self._model).items()
         }
         for group in groups:
+            if group.status != OK:
+                continue
             found = prompt_gradient(self._model, group, self._settings, batch_tokens=self._batch_tokens or 8192)
             weight = functional.mean_weights(np.array([_norm(found.gradients)]), self._mean)[0] / len(groups)
             for name, gradient in found.gradients.items():

@@ -60,7 +60,7 @@ class UniformMap:
             self._areas[name] = (slice(start, start + len(positions)), positions)
             start += len(positions)
             buckets.append(found)
-        self.buckets_K = torch.cat(buckets)
+        self.buckets_K = torch.cat(buckets) if buckets else _no_buckets(parameters)
 
     def _plan(self, name: str, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Kept positions in ascending order, and their signed buckets."""
@@ -144,7 +144,7 @@ class StructuredMap:
                 continue
             start += len(found)
             buckets.append(found)
-        self.buckets_K = torch.cat(buckets)
+        self.buckets_K = torch.cat(buckets) if buckets else _no_buckets(parameters)
 
     def _layer(
         self, name: str, weight: Tensor, directions_IR: Tensor, all_rows: bool, start: int
@@ -225,6 +225,11 @@ class StructuredMap:
 
     def add_vector(self, name: str, gradient_P: Tensor, staged_K: Tensor) -> None:
         staged_K[self._vectors[name]] += gradient_P
+
+
+def _no_buckets(parameters: Mapping[str, nn.Parameter]) -> Tensor:
+    """Where embeddings alone are trained, nothing is staged."""
+    return torch.zeros(0, dtype=torch.int32, device=next(iter(parameters.values())).device)
 
 
 class SketchReader:

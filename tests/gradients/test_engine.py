@@ -1,0 +1,438 @@
+"""The engine as a guest of the model: what it leaves behind, what it does when memory runs out, and what it computes at
+all."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from tests.gradients.architectures import (
+    GROUPS,
+    SETTINGS,
+    draw_group,
+    relative_gap,
+    settings_of,
+    tiny,
+    tiny_lora,
+)
+from tests.gradients.footprint import check_unchanged, state
+from torch import Tensor, nn
+
+from cropi.errors import PolicyError
+from cropi.functional.projection import SparseProjection
+from cropi.gradients import engine as engine_module
+from cropi.gradients.engine import Engine, Nothing, segment_of
+from cropi.gradients.exact import DenseReader, ExactReader
+from cropi.gradients.groups import Group
+from cropi.gradients.influence import Scorer
+from cropi.gradients.packing import Segment
+from cropi.gradients.reference import trainable_parameters
+from cropi.gradients.sketch import SketchReader, UniformMap
+
+MANY = [draw_group(5, [8, 6, 7], seed=40 + number) for number in range(4)]
+"""Each 23 tokens."""
+
+
+def segments(groups: Sequence[Group]) -> list[Segment]:
+    found = [segment_of(row, group, SETTINGS) for row, group in enumerate(groups)]
+    return [segment for segment in found if segment is not None]
+
+
+def half_frozen() -> nn.Module:
+    """Only some weights are trained: a bias without its weight, a norm, the head."""
+    model = tiny("qwen2", tie_word_embeddings=False)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.endswith("bias") or "norm" in name or "lm_head" in name)
+    return model
+
+
+def in_training() -> nn.Module:
+    """In training mode, with gradients that an optimizer is still to use."""
+    model = tiny("gemma3").train()
+    for parameter in list(model.parameters())[::2]:
+        parameter.grad = torch.randn_like(parameter)
+    return model
+
+
+def checkpointed() -> nn.Module:
+    """As a trainer leaves it that saves memory."""
+    model = tiny("llama").train()
+    model.gradient_checkpointing_enable()
+    model.enable_input_require_grads()
+    return model
+
+
+GUESTS: dict[str, Callable[[], Any]] = {
+    "llama": lambda: tiny("llama"),
+    "eager": lambda: tiny("gemma2"),
+    "half frozen": half_frozen,
+    "in training": in_training,
+    "adapters": tiny_lora,
+    "checkpointed": checkpointed,
+}
+
+
+@pytest.fixture(params=GUESTS)
+def model(request: pytest.FixtureRequest) -> Any:
+    return GUESTS[request.param]()
+
+
+def test_the_model_is_left_as_it_was_found(model: Any) -> None:
+    before = state(model)
+    engine = Engine(model, SETTINGS, 40)
+    check_unchanged(model, before)
+    engine.run(segments(GROUPS), DenseReader(engine.parameters))
+    check_unchanged(model, before)
+    engine.logprobs(segments(GROUPS))
+    check_unchanged(model, before)
+
+
+def test_modules_keep_a_mode_of_their_own() -> None:
+    """A part of a model in training may be in evaluation mode, so that its dropout is off."""
+    model = tiny("gemma3").train()
+    model.model.layers[0].mlp.eval()
+    before = state(model)
+    engine = Engine(model, SETTINGS, 40)
+    engine.run(segments(GROUPS), DenseReader(engine.parameters))
+    check_unchanged(model, before)
+
+
+def test_what_was_frozen_since_stays_frozen() -> None:
+    model = tiny("llama")
+    engine = Engine(model, SETTINGS, 40)
+    model.model.embed_tokens.weight.requires_grad_(False)
+    before = state(model)
+    engine.run(segments(GROUPS), Nothing())
+    check_unchanged(model, before)
+
+
+class Failing(Nothing):
+    """Raises when told of the n-th thing of a kind."""
+
+    def __init__(self, kind: str) -> None:
+        def fail(*_: Any) -> None:
+            raise KeyError(kind)
+
+        setattr(self, kind, fail)
+
+
+@pytest.mark.parametrize("kind", ["begin", "linear", "rows", "vector", "commit"])
+@pytest.mark.parametrize("guest", ["llama", "in training", "half frozen"])
+def test_so_it_is_after_an_error_in_the_middle(guest: str, kind: str) -> None:
+    model = GUESTS[guest]()
+    engine = Engine(model, SETTINGS, 40)
+    before = state(model)
+    reader = Failing(kind)
+    if kind == "rows" and guest == "half frozen":  # its embedding is not trained
+        engine.run(segments(GROUPS), reader)
+    else:
+        with pytest.raises(KeyError, match=kind):
+            engine.run(segments(GROUPS), reader)
+    check_unchanged(model, before)
+
+
+def test_so_it_is_after_an_error_of_the_model_itself() -> None:
+    model = tiny("gemma3")
+    engine = Engine(model, SETTINGS, 40)
+    before = state(model)
+    group = Group("p", [3, 4], [[5, 999, 6], [7]], [1.0, 0.0], None)  # a token that does not exist
+    with pytest.raises(IndexError):
+        engine.run([segment_of(0, group, SETTINGS)], DenseReader(engine.parameters))
+    check_unchanged(model, before)
+
+
+def test_so_it_is_after_a_refusal() -> None:
+    model = tiny("gemma3")
+    model.model.layers[1].mlp.extra = nn.Linear(3, 3).double().eval()  # never called
+    before = state(model)
+    with pytest.raises(PolicyError, match="never called"):
+        Engine(model, SETTINGS, 40)
+    check_unchanged(model, before)
+
+
+class ScaleAndShift(nn.Module):
+    """A norm of one's own, of which only the scale is trained."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.rand(size, dtype=torch.float64) + 0.5)
+        self.shift = nn.Parameter(torch.rand(size, dtype=torch.float64), requires_grad=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.scale * hidden / hidden.norm(dim=-1, keepdim=True) + self.shift
+
+
+def test_parameters_keep_their_order_where_a_module_is_trained_in_part() -> None:
+    model = tiny("llama")
+    model.model.norm = ScaleAndShift(16)
+    before = state(model)
+    engine = Engine(model, SETTINGS, 1000)
+    check_unchanged(model, before)
+    engine.run(segments(GROUPS), DenseReader(engine.parameters))
+    check_unchanged(model, before)
+
+
+def test_results_repeat_to_the_bit() -> None:
+    model = tiny("llama").float()
+    found = []
+    for _ in range(2):
+        engine = Engine(model, SETTINGS, 40)
+        reader = DenseReader(engine.parameters)
+        engine.run(segments(GROUPS), reader)
+        found.append(reader.gradients)
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def test_dropout_is_off() -> None:
+    model = tiny("gpt_neox", attention_dropout=0.5, hidden_dropout=0.5).train()
+    quiet = copy.deepcopy(model).eval()
+    results = []
+    for one in (model, quiet):
+        reader = DenseReader(trainable_parameters(one))
+        Engine(one, SETTINGS, 40).run(segments(GROUPS), reader)
+        results.append(reader.gradients)
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+# Running out of memory.
+
+
+class Limited:
+    """A reader that runs out of memory at one of its calls, wherever `fails` says so of the packs' tokens so far."""
+
+    def __init__(
+        self,
+        reader: Any,
+        fails: Callable[[list[int]], bool] = lambda packs: False,
+        kind: str = "linear",
+        error: type[Exception] = torch.OutOfMemoryError,
+    ) -> None:
+        self.reader, self.fails, self.kind, self.error = reader, fails, kind, error
+        self.row_bytes = reader.row_bytes
+        self.packs: list[int] = []
+
+    def __getattr__(self, kind: str) -> Any:
+        def call(*args: Any) -> Any:
+            if kind == "begin":
+                self.packs.append(sum(segment.tokens for segment in args[0]))
+            result = getattr(self.reader, kind)(*args)
+            if kind == self.kind and self.fails(self.packs):
+                raise self.error("DefaultCPUAllocator: not enough memory")
+            return result
+
+        return call
+
+
+def larger_than(most: int) -> Callable[[list[int]], bool]:
+    return lambda packs: packs[-1] > most
+
+
+def readers(model: Any) -> dict[str, Callable[[], Any]]:
+    parameters = trainable_parameters(model)
+    direction = {name: torch.ones_like(p, requires_grad=False) for name, p in parameters.items()}
+    sketch = UniformMap(SparseProjection(64, 0.5, mask="uniform"), parameters)
+    return {
+        "dense": lambda: DenseReader(parameters),
+        "exact": lambda: ExactReader([direction], len(MANY)),
+        "norms": lambda: ExactReader([direction], len(MANY), norms=True),
+        "sketch": lambda: SketchReader(sketch, len(MANY), torch.float64),
+    }
+
+
+def result(reader: Any) -> Tensor:
+    match reader:
+        case DenseReader():
+            return torch.cat([gradient.reshape(-1) for gradient in reader.gradients.values()])
+        case ExactReader():
+            return torch.cat([reader.products_NV, reader.squares_N[:, None]], dim=1)
+        case _:
+            return reader.features_ND
+
+
+@pytest.mark.parametrize(
+    ("kind", "error"),
+    [
+        ("begin", torch.OutOfMemoryError),
+        ("linear", torch.OutOfMemoryError),
+        ("rows", MemoryError),
+        ("vector", RuntimeError),
+    ],
+)
+@pytest.mark.parametrize("which", ["dense", "exact", "norms", "sketch"])
+def test_running_out_of_memory_halves_the_packs_and_changes_no_result(
+    which: str, kind: str, error: type[Exception], capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tiny("gpt_neox")
+    plain, divisible = readers(model)[which](), which != "norms"
+    Engine(model, SETTINGS, 92).run(segments(MANY), plain, divisible=divisible)
+    engine = Engine(model, SETTINGS, 92)
+    reader = Limited(readers(model)[which](), larger_than(30), kind, error)
+    told: list[int] = []
+    engine.run(segments(MANY), reader, divisible=divisible, after=lambda members: told.append(len(members)))
+    assert reader.packs[:3] == [92, 46, 23]
+    assert engine.budget == 23
+    assert relative_gap(result(reader.reader), result(plain)) < 1e-12
+    assert sum(told) == len(MANY)
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "out of memory" in line]
+    assert len(warnings) == 2
+    assert "46 tokens" in warnings[0]
+    assert "23 tokens" in warnings[1]
+
+
+@pytest.mark.parametrize("which", ["dense", "exact", "sketch"])
+def test_a_group_that_does_not_fit_is_divided_among_its_trajectories(which: str) -> None:
+    model = tiny("gpt_neox")
+    plain = readers(model)[which]()
+    Engine(model, SETTINGS, 1000).run(segments(MANY), plain)
+    reader = Limited(readers(model)[which](), larger_than(12))
+    Engine(model, SETTINGS, 1000).run(segments(MANY), reader)
+    assert relative_gap(result(reader.reader), result(plain)) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("which", "packs"),
+    [("dense", [46, 46, 23, 23, 23, 23]), ("exact", [46, 46, 23, 23]), ("sketch", [46, 46, 23, 23])],
+)
+def test_running_out_of_memory_late_restarts_sums_and_goes_on_with_rows(which: str, packs: list[int]) -> None:
+    model = tiny("gpt_neox")
+    plain = readers(model)[which]()
+    Engine(model, SETTINGS, 46).run(segments(MANY), plain)
+    reader = Limited(readers(model)[which](), lambda packs: len(packs) == 2, "rows")
+    Engine(model, SETTINGS, 46).run(segments(MANY), reader)
+    assert reader.packs == packs
+    assert relative_gap(result(reader.reader), result(plain)) < 1e-12
+
+
+@pytest.mark.parametrize("which", ["dense", "exact", "sketch"])
+def test_what_is_thrown_away_does_not_count_among_the_ratios(which: str) -> None:
+    model = tiny("gpt_neox")
+    plain = Engine(model, SETTINGS, 46).run(segments(MANY), Nothing())
+    reader = Limited(readers(model)[which](), lambda packs: len(packs) == 2)
+    work = Engine(model, SETTINGS, 46).run(segments(MANY), reader)
+    for row, moments in plain.ratios.items():
+        assert work.ratios[row] == pytest.approx(moments)
+
+
+@pytest.mark.parametrize("divisible", [False, True])
+def test_what_cannot_be_divided_raises(divisible: bool) -> None:
+    model = tiny("gpt_neox")
+    part = segments(MANY[:1])[0]
+    engine = Engine(model, SETTINGS, 1000)
+    before = state(model)
+    with pytest.raises(torch.OutOfMemoryError):
+        engine.run([part.alone()[0] if divisible else part], Limited(Nothing(), larger_than(0)), divisible=divisible)
+    assert engine.budget == 1000
+    check_unchanged(model, before)
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory() -> None:
+    model = tiny("gpt_neox")
+
+    class Broken(Nothing):
+        def linear(self, *_: Any) -> None:
+            raise RuntimeError("shapes differ")
+
+    engine = Engine(model, SETTINGS, 1000)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        engine.run(segments(MANY), Broken())
+    assert engine.budget == 1000
+
+
+def test_readers_that_hold_much_per_row_get_few_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("gpt_neox")
+    plain = readers(model)["sketch"]()
+    Engine(model, SETTINGS, 1000).run(segments(MANY), plain)
+    for rows, packs in ((2, [46, 46]), (1, [23] * 4), (0, [23] * 4)):
+        reader = Limited(readers(model)["sketch"]())
+        monkeypatch.setitem(engine_module.STAGED_BYTES, "cpu", rows * reader.row_bytes)
+        Engine(model, SETTINGS, 1000).run(segments(MANY), reader)
+        assert reader.packs == packs
+        assert relative_gap(result(reader.reader), result(plain)) < 1e-12
+
+
+def test_the_budget_follows_from_memory_where_none_is_given() -> None:
+    assert 256 <= Engine(tiny("gpt_neox"), SETTINGS).budget <= 2048
+
+
+# What is computed.
+
+
+def tokens_seen(model: Any) -> list[int]:
+    seen: list[int] = []
+    model.get_input_embeddings().register_forward_hook(lambda module, args, output: seen.append(args[0].numel()))
+    return seen
+
+
+MIXED = [
+    Group("equal", [3, 4, 5], [[6, 7], [8]], [1.0, 1.0], None),
+    Group("one in the middle", [3, 4, 5], [[6, 7], [8, 9, 10, 11], [9]], [1.0, 0.5, 0.0], None),
+    Group("empty", [3, 4], [[], []], [1.0, 0.0], None),
+    Group("one empty", [3, 4], [[5, 6, 7], []], [1.0, 0.0], None),
+    Group("all", [3], [[5, 6, 7], [8, 9]], [1.0, 0.0], None),
+]
+KEPT = [(3, [2, 1]), (2, [3]), (1, [3, 2])]
+"""Prompt and completion lengths of what has to be computed of these groups."""
+
+
+def test_nothing_without_an_advantage_reaches_the_model() -> None:
+    model = tiny("gpt_neox")
+    engine = Engine(model, SETTINGS, 1000)
+    seen = tokens_seen(model)
+    work = engine.run(segments(MIXED), DenseReader(engine.parameters))
+    expected = sum(prompt + sum(length - 1 for length in lengths) for prompt, lengths in KEPT)
+    assert work.tokens == sum(seen) == expected
+    assert {row: count for row, (count, _, _) in work.ratios.items()} == {1: 3, 3: 3, 4: 5}
+    assert work.effective_share(0) == 1.0
+    seen.clear()
+    assert engine.run(segments(MIXED[:1]), Nothing()).tokens == 0
+    assert not seen
+
+
+def test_a_prompt_is_computed_once_for_all_its_trajectories_unless_it_is_divided() -> None:
+    model = tiny("gpt_neox")
+    for budget, expected in ((1000, 23), (1, 15 + 3 * 5 + 3)):
+        engine = Engine(model, SETTINGS, budget)
+        seen = tokens_seen(model)
+        work = engine.run(segments(MANY[:1]), Nothing())
+        assert work.tokens == sum(seen) == expected, budget
+
+
+def test_factors_weigh_trajectories_and_leave_out_those_of_zero() -> None:
+    model = tiny("gpt_neox")
+    engine = Engine(model, SETTINGS, 1000)
+    whole = segment_of(0, MANY[0], SETTINGS)
+    part = segment_of(0, MANY[0], SETTINGS, [2.0, 0.0, -1.0])
+    assert segment_of(0, MANY[0], SETTINGS, [0.0] * 3) is None
+    assert part.scales == [2 * whole.scales[0], -whole.scales[2]]
+    assert part.completions == [whole.completions[0], whole.completions[2]]
+    gradients = []
+    for pieces in ([part], [whole.alone()[0]], [whole.alone()[2]]):
+        reader = DenseReader(engine.parameters)
+        engine.run(pieces, reader)
+        gradients.append(reader.gradients)
+    for name, gradient in gradients[0].items():
+        assert relative_gap(gradient, 2 * gradients[1][name] - gradients[2][name]) < 1e-12
+
+
+def test_scorer_leaves_groups_without_signal_out() -> None:
+    model = tiny("gpt_neox")
+    scorer = Scorer(model, settings_of("token"), estimator="exact", batch_tokens=1000)
+    scorer.aim({"v": MANY})
+    seen = tokens_seen(model)
+    told: list[int] = []
+    scored = scorer(MIXED, advance=told.append)
+    assert scored.tokens_computed == sum(seen) == sum(p + sum(n - 1 for n in lengths) for p, lengths in KEPT)
+    assert sum(told) == len(KEPT)
+    assert scored.products_NV[[0, 2]].tolist() == [[0.0], [0.0]]
+
+
+def test_a_forward_pass_alone_gives_the_same_ratios() -> None:
+    engine = Engine(tiny("gpt_neox"), SETTINGS, 25)
+    full, alone = engine.run(segments(GROUPS), Nothing()), engine.logprobs(segments(GROUPS))
+    assert full.tokens == alone.tokens
+    assert full.ratios.keys() == alone.ratios.keys()
+    for row, moments in full.ratios.items():
+        assert alone.ratios[row] == pytest.approx(moments, rel=1e-12)
