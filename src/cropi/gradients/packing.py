@@ -15,8 +15,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-ROOM = 0.9
-"""A row joins a block of attention rows if it fills at least this part of its width."""
+ROOM, FEW = 0.85, 16
+"""A row joins a block of attention rows if it fills at least this part of its width, or leaves no more than a few
+tokens empty: padding costs less than another call then."""
 
 
 @dataclass(frozen=True)
@@ -194,7 +195,7 @@ def _rows(segments: Sequence[Segment], spans: Sequence[Span], device: torch.devi
     starts: dict[tuple[int, int], int] = {}  # where the row of (segment, which of its rows) stands
     for number, k, prompt, completion_tokens in rows:
         length = len(prompt) + len(completion_tokens)
-        if not blocks or length < ROOM * blocks[-1][1]:
+        if not blocks or length < min(ROOM * blocks[-1][1], blocks[-1][1] - FEW):
             blocks.append((0, length))
         count, width = blocks[-1]
         blocks[-1] = (count + 1, width)
