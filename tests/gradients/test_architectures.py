@@ -58,7 +58,7 @@ def engine_gradients(model: Any) -> dict[str, Gradients]:
     for normalizer in NORMALIZERS:
         settings = settings_of(normalizer)
         engine = Engine(model, settings, 1000)
-        reader = DenseReader(engine.parameters)
+        reader = DenseReader(engine.parameters, engine.vocabulary)
         engine.run([segment_of(row, group, settings) for row, group in enumerate(GROUPS)], reader)
         found[normalizer] = reader.gradients
     return found
@@ -224,7 +224,7 @@ def test_ratios_and_their_effective_share_are_those_of_autograd() -> None:
     model = tiny("gpt_neox")
     work = Engine(model, SETTINGS, 1000).run(
         [segment_of(row, group, SETTINGS) for row, group in enumerate(GROUPS)],
-        DenseReader(trainable_parameters(model)),
+        DenseReader(trainable_parameters(model), {"embed_out.weight"}),
     )
     shares = [prompt_gradient(model, group, SETTINGS).ratio_ess for group in GROUPS]
     assert [work.effective_share(row) for row in range(len(GROUPS))] == pytest.approx(shares, rel=1e-12)
@@ -240,7 +240,7 @@ def test_a_prompt_token_without_gradient_by_padding_idx() -> None:
         embedding.padding_idx = 5
         group = Group("p", [7, 5, 5, 9], [[5, 8], [6, 5, 4]], [1.0, 0.0], None)
         engine = Engine(model, SETTINGS, 1000)
-        reader = DenseReader(engine.parameters)
+        reader = DenseReader(engine.parameters, engine.vocabulary)
         engine.run([segment_of(0, group, SETTINGS)], reader)
         oracle = prompt_gradient(model, group, SETTINGS).gradients
         for name, gradient in reader.gradients.items():

@@ -42,7 +42,7 @@ def make(prefix: str, **settings: Any) -> Any:
 
 def check_gradients(model: Any, tolerance: float = 1e-5, groups: list[Group] = GROUPS) -> None:
     engine = Engine(model, SETTINGS, 1000)
-    reader = DenseReader(engine.parameters)
+    reader = DenseReader(engine.parameters, engine.vocabulary)
     engine.run([segment_of(row, group, SETTINGS) for row, group in enumerate(groups)], reader)
     parts = [prompt_gradient(model, group, SETTINGS, batch_tokens=1).gradients for group in groups]
     largest = max(float(gradient.norm()) for gradient in parts[0].values())

@@ -84,7 +84,7 @@ def test_the_model_is_left_as_it_was_found(model: Any) -> None:
     before = state(model)
     engine = Engine(model, SETTINGS, 40)
     check_unchanged(model, before)
-    engine.run(segments(GROUPS), DenseReader(engine.parameters))
+    engine.run(segments(GROUPS), DenseReader(engine.parameters, engine.vocabulary))
     check_unchanged(model, before)
     engine.logprobs(segments(GROUPS))
     check_unchanged(model, before)
@@ -96,7 +96,7 @@ def test_modules_keep_a_mode_of_their_own() -> None:
     model.model.layers[0].mlp.eval()
     before = state(model)
     engine = Engine(model, SETTINGS, 40)
-    engine.run(segments(GROUPS), DenseReader(engine.parameters))
+    engine.run(segments(GROUPS), DenseReader(engine.parameters, engine.vocabulary))
     check_unchanged(model, before)
 
 
@@ -140,7 +140,7 @@ def test_so_it_is_after_an_error_of_the_model_itself() -> None:
     before = state(model)
     group = Group("p", [3, 4], [[5, 999, 6], [7]], [1.0, 0.0], None)  # a token that does not exist
     with pytest.raises(IndexError):
-        engine.run([segment_of(0, group, SETTINGS)], DenseReader(engine.parameters))
+        engine.run([segment_of(0, group, SETTINGS)], DenseReader(engine.parameters, engine.vocabulary))
     check_unchanged(model, before)
 
 
@@ -171,7 +171,7 @@ def test_parameters_keep_their_order_where_a_module_is_trained_in_part() -> None
     before = state(model)
     engine = Engine(model, SETTINGS, 1000)
     check_unchanged(model, before)
-    engine.run(segments(GROUPS), DenseReader(engine.parameters))
+    engine.run(segments(GROUPS), DenseReader(engine.parameters, engine.vocabulary))
     check_unchanged(model, before)
 
 
@@ -180,7 +180,7 @@ def test_results_repeat_to_the_bit() -> None:
     found = []
     for _ in range(2):
         engine = Engine(model, SETTINGS, 40)
-        reader = DenseReader(engine.parameters)
+        reader = DenseReader(engine.parameters, engine.vocabulary)
         engine.run(segments(GROUPS), reader)
         found.append(reader.gradients)
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
@@ -191,7 +191,7 @@ def test_dropout_is_off() -> None:
     quiet = copy.deepcopy(model).eval()
     results = []
     for one in (model, quiet):
-        reader = DenseReader(trainable_parameters(one))
+        reader = DenseReader(trainable_parameters(one), {"embed_out.weight"})
         Engine(one, SETTINGS, 40).run(segments(GROUPS), reader)
         results.append(reader.gradients)
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
@@ -235,7 +235,7 @@ def readers(model: Any) -> dict[str, Callable[[], Any]]:
     direction = {name: torch.ones_like(p, requires_grad=False) for name, p in parameters.items()}
     sketch = UniformMap(SparseProjection(64, 0.5, mask="uniform"), parameters)
     return {
-        "dense": lambda: DenseReader(parameters),
+        "dense": lambda: DenseReader(parameters, {"embed_out.weight"}),
         "exact": lambda: ExactReader([direction], len(MANY)),
         "norms": lambda: ExactReader([direction], len(MANY), norms=True),
         "sketch": lambda: SketchReader(sketch, len(MANY), torch.float64),
@@ -381,7 +381,7 @@ def test_nothing_without_an_advantage_reaches_the_model() -> None:
     model = tiny("gpt_neox")
     engine = Engine(model, SETTINGS, 1000)
     seen = tokens_seen(model)
-    work = engine.run(segments(MIXED), DenseReader(engine.parameters))
+    work = engine.run(segments(MIXED), DenseReader(engine.parameters, engine.vocabulary))
     expected = sum(prompt + sum(length - 1 for length in lengths) for prompt, lengths in KEPT)
     assert work.tokens == sum(seen) == expected
     assert {row: count for row, (count, _, _) in work.ratios.items()} == {1: 3, 3: 3, 4: 5}
@@ -410,7 +410,7 @@ def test_factors_weigh_trajectories_and_leave_out_those_of_zero() -> None:
     assert part.completions == [whole.completions[0], whole.completions[2]]
     gradients = []
     for pieces in ([part], [whole.alone()[0]], [whole.alone()[2]]):
-        reader = DenseReader(engine.parameters)
+        reader = DenseReader(engine.parameters, engine.vocabulary)
         engine.run(pieces, reader)
         gradients.append(reader.gradients)
     for name, gradient in gradients[0].items():

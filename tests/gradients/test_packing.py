@@ -52,7 +52,7 @@ def random_gradients(model: Any, seed: int) -> dict[str, Tensor]:
 
 
 def dense(engine: Engine, parts: Sequence[Segment], divisible: bool) -> Tensor:
-    reader = DenseReader(engine.parameters)
+    reader = DenseReader(engine.parameters, engine.vocabulary)
     engine.run(parts, reader, divisible=divisible)
     return torch.cat([gradient.reshape(-1) for gradient in reader.gradients.values()])[None]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -53,6 +54,8 @@ class Work:
         count, first, second = self.ratios.get(index, (0, 0.0, 0.0))
         if not count:
             return 1.0
+        if math.isinf(second):
+            return math.nan
         return (first / second) * (first / count) if second else 0.0
 
 
@@ -104,7 +107,7 @@ class Engine:
         self.device = self._head.module.weight.device
         with self._evaluating():
             self._capture = Capture(model, self._causal_lm, self._head.module)
-            bytes_per_token = self._check()
+            bytes_per_token = self._checked()
             self.repeated = self._capture.repeated()
         self.budget = batch_tokens or _budget(self.device, bytes_per_token)
 
@@ -199,7 +202,7 @@ class Engine:
 
     def _hidden(self, pack: Pack) -> Tensor:
         output = self._causal_lm.base_model(
-            input_ids=pack.input_ids_S[None], position_ids=pack.position_ids_S[None], use_cache=False
+            input_ids=pack.input_ids_S[None], position_ids=pack.position_ids_S[None], use_cache=False, return_dict=True
         )
         return output.last_hidden_state
 
@@ -213,6 +216,16 @@ class Engine:
         finally:
             for module, training in modes:
                 module.training = training
+
+    def _checked(self) -> float:
+        try:
+            return self._check()
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            if _out_of_memory(error):
+                raise
+            reason = (str(error).strip().splitlines() or [""])[0]
+            why = f"its forward pass does not take a pack of trajectories ({type(error).__name__}: {reason})"
+            raise unsupported(self._causal_lm, why) from error
 
     def _check(self) -> float:
         """Compare a small pack with the model's own forward pass. Returns bytes of activations kept per token."""

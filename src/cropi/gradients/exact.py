@@ -15,13 +15,14 @@ class DenseReader:
     """The sum of the gradients of all segments, by parameter name, and the mean input of each linear layer.
 
     One matrix product per layer and pack: a third forward pass of work. Shapes are those of the parameters; float32, or
-    wider where the parameters are.
+    wider where the parameters are. The mean counts a prompt once, however its group is divided; `vocabulary` names the
+    head's weight, which sees predictions instead of tokens.
     """
 
     row_bytes = 0
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        self._parameters = parameters
+    def __init__(self, parameters: Mapping[str, nn.Parameter], vocabulary: Collection[str]) -> None:
+        self._parameters, self._vocabulary = parameters, vocabulary
         self.undo()
 
     def undo(self) -> bool:
@@ -37,12 +38,22 @@ class DenseReader:
         """The mean over tokens of what each linear layer was given, by the name of its weight; float64."""
         return {name: total / count for name, (count, total) in self._inputs.items()}
 
-    def begin(self, segments: Sequence[Segment]) -> None: ...
+    def begin(self, segments: Sequence[Segment]) -> None:
+        self._fresh = None  # which tokens are met for the first time; None: all
+        if any(segment.repeats_prompt for segment in segments):
+            parts = [
+                [not segment.repeats_prompt] * len(segment.prompt_ids)
+                + [True] * (segment.tokens - len(segment.prompt_ids))
+                for segment in segments
+            ]
+            self._fresh = torch.tensor([fresh for part in parts for fresh in part])
 
     def commit(self) -> None: ...
 
     def linear(self, name: str, inputs_TI: Tensor, grads_TO: Tensor, spans: Sequence[Span]) -> None:
         self.gradients[name] += outer_sum(grads_TO, inputs_TI)
+        if self._fresh is not None and name not in self._vocabulary:
+            inputs_TI = inputs_TI[self._fresh.to(inputs_TI.device)]
         count, inputs_I = self._inputs.get(name, (0, 0.0))
         self._inputs[name] = (count + len(inputs_TI), inputs_I + inputs_TI.double().sum(dim=0))
 

@@ -39,7 +39,7 @@ class Group:
     @property
     def status(self) -> str:
         """`ok` where the rewards differ and some token can carry them, `no_signal` where the gradient is zero."""
-        mixed = len(set(self.rewards)) > 1 and any(self.completions)
+        mixed = any(reward != self.rewards[0] for reward in self.rewards) and any(self.completions)
         return OK if mixed else NO_SIGNAL
 
     @property

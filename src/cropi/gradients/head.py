@@ -40,7 +40,9 @@ class Head:
     def __init__(self, model: PreTrainedModel) -> None:
         module = model.get_output_embeddings()
         if type(module).forward is not nn.Linear.forward:
-            raise unsupported(model, f"module type {type(module).__name__} of its vocabulary head is not covered")
+            raise unsupported(
+                model, f"module type {type(module).__module__}.{type(module).__name__} of its head is not covered"
+            )
         self.module: nn.Linear = module
         self._softcap: float | None = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
 

@@ -183,7 +183,7 @@ class Scorer:
             self._engine.run([segment for segment in found if segment is not None], reader, divisible=False)
             norms_M = reader.squares_N.clamp(min=0).sqrt().numpy()
         weights = functional.mean_weights(norms_M, self._mean).tolist()
-        dense = DenseReader(self._engine.parameters)
+        dense = DenseReader(self._engine.parameters, self._engine.vocabulary)
         segments = [
             segment_of(index, group, self._settings, [weight] * len(group.completions))
             for index, (group, weight) in enumerate(zip(groups, weights, strict=True))
@@ -316,10 +316,16 @@ def influence(
         status=status,
         validation=list(validation),
         ratio_ess=np.concatenate(shares) if shares else np.zeros(0),
-        trajectories=[scorer.trajectories(group) for group in train] if per_trajectory else None,
+        trajectories=_trajectories(scorer, train, status) if per_trajectory else None,
         tokens_given=sum(len(g.prompt_ids) * len(g.completions) + g.completion_tokens for g in train),
         tokens_computed=tokens,
     )
+
+
+def _trajectories(scorer: Scorer, groups: Sequence[Group], status: Sequence[str]) -> list[Float[np.ndarray, "K V"]]:
+    """Zeros for groups that have no influence."""
+    parts = [scorer.trajectories(group) for group in groups]
+    return [part if of_group == OK else np.zeros(part.shape) for part, of_group in zip(parts, status, strict=True)]
 
 
 def statuses(groups: Sequence[Group], values_NV: Float[np.ndarray, "N V"]) -> list[str]:

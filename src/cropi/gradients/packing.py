@@ -32,6 +32,8 @@ class Segment:
     completions: list[list[int]]
     scales: list[float]
     behaviour_logprobs: list[list[float]] | None
+    repeats_prompt: bool = False
+    """True for all but one of the segments that a group was divided into: its prompt has been met before."""
 
     @property
     def tokens(self) -> int:
@@ -45,26 +47,23 @@ class Segment:
 
     def alone(self) -> list[Segment]:
         """One segment for each trajectory, each with a prompt of its own."""
-        logprobs = self.behaviour_logprobs
-        return [
-            Segment(self.index, self.prompt_ids, [completion], [scale], None if logprobs is None else [logprobs[k]])
-            for k, (completion, scale) in enumerate(zip(self.completions, self.scales, strict=True))
-        ]
+        return [self._part(slice(k, k + 1)) for k in range(len(self.completions))]
 
     def halves(self) -> list[Segment]:
         """Two segments with half of the completions each. Gradients add up."""
         middle = len(self.completions) // 2
+        return [self._part(slice(0, middle)), self._part(slice(middle, None))]
+
+    def _part(self, part: slice) -> Segment:
         logprobs = self.behaviour_logprobs
-        return [
-            Segment(
-                self.index,
-                self.prompt_ids,
-                self.completions[part],
-                self.scales[part],
-                None if logprobs is None else logprobs[part],
-            )
-            for part in (slice(0, middle), slice(middle, None))
-        ]
+        return Segment(
+            self.index,
+            self.prompt_ids,
+            self.completions[part],
+            self.scales[part],
+            None if logprobs is None else logprobs[part],
+            self.repeats_prompt or part.start > 0,
+        )
 
 
 @dataclass(frozen=True)
