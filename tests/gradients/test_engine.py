@@ -191,7 +191,7 @@ def test_dropout_is_off() -> None:
     quiet = copy.deepcopy(model).eval()
     results = []
     for one in (model, quiet):
-        reader = DenseReader(trainable_parameters(one), {"embed_out.weight"})
+        reader = DenseReader(trainable_parameters(one), set())
         Engine(one, SETTINGS, 40).run(segments(GROUPS), reader)
         results.append(reader.gradients)
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
@@ -235,7 +235,7 @@ def readers(model: Any) -> dict[str, Callable[[], Any]]:
     direction = {name: torch.ones_like(p, requires_grad=False) for name, p in parameters.items()}
     sketch = UniformMap(SparseProjection(64, 0.5, mask="uniform"), parameters)
     return {
-        "dense": lambda: DenseReader(parameters, {"embed_out.weight"}),
+        "dense": lambda: DenseReader(parameters, Engine(model, SETTINGS, 1000).vocabulary),
         "exact": lambda: ExactReader([direction], len(MANY)),
         "norms": lambda: ExactReader([direction], len(MANY), norms=True),
         "sketch": lambda: SketchReader(sketch, len(MANY), torch.float64),
