@@ -34,10 +34,10 @@ SETTINGS = SurrogateSettings("constant", 32)
 
 VARIANTS: list[dict[str, Any]] = [
     *({"mask": "uniform", "keep_fraction": keep} for keep in (1.0, 0.3, 0.1, 0.03, 0.01)),
-    *({"mask": "structured", "rank": rank} for rank in (0, 1, 4, 8)),
-    *({"mask": "structured", "rank": rank, "row_fraction": 0.316} for rank in (0, 1, 8)),
+    *({"mask": "structured", "keep_fraction": 0.1, "rank": rank} for rank in (0, 1, 4, 8)),
+    *({"mask": "structured", "keep_fraction": 0.1, "rank": rank, "row_fraction": 0.316} for rank in (0, 1, 8)),
     *({"mask": "structured", "keep_fraction": keep} for keep in (0.03, 0.01)),
-    *({"mask": "structured", "dim": dim} for dim in (2048, 8192, 131072)),
+    *({"mask": "structured", "keep_fraction": 0.1, "dim": dim} for dim in (2048, 8192, 131072)),
 ]
 
 

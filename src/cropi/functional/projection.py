@@ -61,7 +61,7 @@ class SparseProjection:
     """
 
     dim: int = 32768
-    keep_fraction: float = 0.1
+    keep_fraction: float = 0.03
     seed: int = 0
     mask: Literal["structured", "uniform"] = "structured"
     rank: int = 8
