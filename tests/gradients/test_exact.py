@@ -164,33 +164,12 @@ def test_norm_of_a_weight_that_two_layers_share(groups: list[Group]) -> None:
     check(model, groups, 1, norms=True)
 
 
-def test_norm_of_a_row_whose_trajectories_stand_apart_in_one_pack() -> None:
+def test_a_norm_of_trajectories_that_stand_apart_is_refused() -> None:
     model = tiny("gpt_neox")
-    direction = random_directions(model, 1)
     parts = segment_of(0, GROUPS[0], SETTINGS).alone()
-    engine = Engine(model, SETTINGS, 1000)
-    reader = ExactReader(direction, 1, norms=True, repeated=engine.repeated)
-    engine.run(parts, reader, divisible=False)
-    _, squares = by_autograd(model, GROUPS[:1], direction)
-    assert reader.squares_N.tolist() == pytest.approx(squares, rel=1e-9)
-
-
-def test_the_engine_tells_which_weights_come_in_several_parts() -> None:
-    model = tiny("gpt_neox")
-    first, second = model.gpt_neox.layers
-    assert Engine(model, SETTINGS, 1000).repeated == {"lm_head.weight"}
-    second.mlp.dense_h_to_4h.weight = first.mlp.dense_h_to_4h.weight
-    shared = {"lm_head.weight", "gpt_neox.layers.0.mlp.dense_h_to_4h.weight"}
-    assert Engine(model, SETTINGS, 1000).repeated == shared
-    assert Engine(tiny("llama_tied"), SETTINGS, 1000).repeated == {"model.embed_tokens.weight"}
-    assert Engine(tiny_lora(), SETTINGS, 1000).repeated == set()
-
-
-def test_norms_of_a_layer_that_is_called_twice() -> None:
-    model = tiny("gpt_neox")
-    model.gpt_neox.layers[1] = model.gpt_neox.layers[0]
-    for groups in (GROUPS, SHORT):
-        check(model, groups, 1, norms=True)
+    reader = ExactReader(random_directions(model, 1), 1, norms=True)
+    with pytest.raises(ValueError, match="one segment"):
+        Engine(model, SETTINGS, 1000).run(parts, reader, divisible=False)
 
 
 def test_an_embedding_row_that_never_occurs_gets_nothing() -> None:

@@ -72,7 +72,7 @@ class ExactReader:
     Per linear layer (O, I), T tokens and V directions the product sum_t g_t^T (D_v a_t) takes V 2 T O I operations, and
     forming the gradient of one row in one layer at a time 2 T O I + 2 V O I: the cheaper is taken. So is it for the
     squared norm: token by token, <A A^T, B B^T> in 2 T^2 (O + I), or from the gradient formed. A norm needs each row's
-    trajectories in one pack, and of parameters that are reported in several parts (`Engine.repeated`) each row's
+    trajectories in one segment, and of parameters that are reported in several parts (`Engine.repeated`) each row's
     gradient whole until the pack is done.
     """
 
@@ -95,6 +95,8 @@ class ExactReader:
 
     def begin(self, segments: Sequence[Segment]) -> None:
         self._rows = sorted({segment.index for segment in segments})
+        if self._norms and len(self._rows) < len(segments):
+            raise ValueError("a norm needs all trajectories of a row in one segment")
         self._slots = {index: slot for slot, index in enumerate(self._rows)}
         device = next(iter(self._directions.values())).device
         self._products = torch.zeros(len(self._rows), self.products_NV.shape[1], dtype=torch.float64, device=device)
@@ -123,8 +125,6 @@ class ExactReader:
                 part = slice(span.start, span.stop)
                 self._whole[name][self._slots[span.index]] += outer_sum(grads_TO[part], inputs_TI[part])
             return
-        if self._norms:
-            inputs_TI, grads_TO, spans = _one_span_each(inputs_TI, grads_TO, spans)
         sets, outs, ins = self._directions[name].shape
         formed = 2 * len(inputs_TI) * outs * ins + (sets + self._norms) * 2 * outs * ins * len(spans)
         by_token = sets * 2 * len(inputs_TI) * outs * ins
@@ -145,9 +145,6 @@ class ExactReader:
                 part = slice(span.start, span.stop)
                 self._whole[name][self._slots[span.index]].index_add_(0, ids_T[part], grads_TI[part])
             return
-        if self._norms:
-            ids_T1, grads_TI, spans = _one_span_each(ids_T[:, None], grads_TI, spans)
-            ids_T = ids_T1[:, 0]
         for span in spans:
             part, slot = slice(span.start, span.stop), self._slots[span.index]
             ids_U, gradient_UI = row_sums(ids_T[part], grads_TI[part])
@@ -156,8 +153,6 @@ class ExactReader:
                 self._squares[slot] += (gradient_UI * gradient_UI).sum(dtype=torch.float64)
 
     def vector(self, name: str, grads_TP: Tensor, spans: Sequence[Span]) -> None:
-        if self._norms and name not in self._whole:
-            _, grads_TP, spans = _one_span_each(grads_TP, grads_TP, spans)
         for span in spans:
             gradient_P = grads_TP[span.start : span.stop].to(self._directions[name].dtype).sum(dim=0)
             if name in self._whole:
@@ -180,24 +175,6 @@ class ExactReader:
             if self._norms:
                 inputs, grads = inputs_TI[part], grads_TO[part]
                 self._squares[slot] += ((inputs @ inputs.T) * (grads @ grads.T)).sum(dtype=torch.float64)
-
-
-def _one_span_each(first_TX: Tensor, second_TY: Tensor, spans: Sequence[Span]) -> tuple[Tensor, Tensor, list[Span]]:
-    """The same tokens with all that belong to one row side by side, where some row has several spans."""
-    if len({span.index for span in spans}) == len(spans):
-        return first_TX, second_TY, list(spans)
-    ordered = sorted(spans, key=lambda span: span.index)
-    places = torch.cat([torch.arange(span.start, span.stop, device=first_TX.device) for span in ordered])
-    merged: list[Span] = []
-    start = 0
-    for span in ordered:
-        stop = start + span.stop - span.start
-        if merged and merged[-1].index == span.index:
-            merged[-1] = Span(span.index, merged[-1].start, stop)
-        else:
-            merged.append(Span(span.index, start, stop))
-        start = stop
-    return first_TX[places], second_TY[places], merged
 
 
 def row_sums(ids_T: Tensor, grads_TI: Tensor) -> tuple[Tensor, Tensor]:
