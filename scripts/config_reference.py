@@ -1,4 +1,4 @@
-"""Write docs/config.md from config.py; with --check, fail where the page is not what would be written."""
+"""Write docs/config.md from cropi.config; with --check, fail where the page is not what would be written."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ One YAML file describes a run; `cropi recipes copy quickstart` writes a complete
 replaces single settings, with a number for a position in a list (`prompts.train.0.count=50`). Numbers and booleans are
 those of YAML 1.2: `1e-4` is a number, only `true` and `false` are booleans. Unknown keys are refused.
 
-This page is generated from `src/cropi/config.py` by `make docs`.
+This page is generated from `src/cropi/config` by `make docs`.
 """
 
 

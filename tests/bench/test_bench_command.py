@@ -8,6 +8,7 @@ import pytest
 from tests.runs import cropi
 from typer.testing import CliRunner
 
+from cropi.bench.profile import kind_of
 from cropi.bench.share import NEEDED, bench_share
 from cropi.bench.table import share_text
 from cropi.cli import app
@@ -17,7 +18,7 @@ KEYS = {
     "name", "kind", "summary", "status", "error", "warnings", "install", "version", "options", "covers", "startup_s",
     "seconds", "parts", "tokens_given", "tokens_computed", "given_per_s", "computed_per_s", "peak_rss_mb",
     "peak_gpu_mb", "ratio_to_floor", "seconds_to_sketch", "share_of_2f_ceiling", "spearman", "precision_at_10",
-    "rounds",
+    "rounds", "time_shares",
 }  # fmt: skip
 
 
@@ -25,7 +26,7 @@ KEYS = {
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
     cwd = tmp_path_factory.mktemp("bench")
     size = ["--shape", "tiny", "--prompts", "4", "--validation", "2", "--rounds", "2"]
-    done = cropi("bench", "engine", *size, "--contenders", CONTENDERS, "--out", "bench.json", cwd=cwd)
+    done = cropi("bench", "engine", *size, "--contenders", CONTENDERS, "--profile", "--out", "bench.json", cwd=cwd)
     assert done.returncode == 0, done.stderr
     return json.loads((cwd / "bench.json").read_text()), done.stdout
 
@@ -63,6 +64,30 @@ def test_a_peer_that_is_not_there_is_shown_with_its_installation(finished: tuple
     assert "bergson==2.5.1" in row["install"]
     assert row["install"] in text
     assert "| bergson" in text
+
+
+def test_the_time_of_ours_is_told_apart_by_kind_of_operation(finished: tuple[dict[str, Any], str]) -> None:
+    result, text = finished
+    rows = {row["name"]: row["time_shares"] for row in result["contenders"]}
+    assert rows["reference"] is None
+    for name in ("floor", "exact"):
+        assert sum(rows[name].values()) == pytest.approx(1)
+        assert all(share > 0 for share in rows[name].values())
+        assert f"| {name} " in text.split("where the time goes")[1]
+
+
+@pytest.mark.parametrize(
+    ("operation", "kind"),
+    [
+        ("aten::mm", "matrix products"),
+        ("aten::mm_something", "everything else"),
+        ("aten::_scaled_dot_product_flash_attention_for_cpu_backward", "attention"),
+        ("aten::index_add_", "moving numbers"),
+        ("aten::mul", "everything else"),
+    ],
+)
+def test_operations_have_kinds(operation: str, kind: str) -> None:
+    assert kind_of(operation) == kind
 
 
 def made_up() -> dict[str, Any]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from cropi import __version__
 from cropi.bench.peers.wire import Engine as Contending
 from cropi.bench.peers.wire import Measurement, Part, Task, WeightedGroup
+from cropi.bench.profile import time_shares
 from cropi.functional.projection import SparseProjection
 from cropi.gradients.engine import Engine, Nothing, segment_of
 from cropi.gradients.groups import Group
@@ -139,13 +140,20 @@ class Floor(Unscored):
         """Train prompts, in the blocks that a scorer takes."""
         self._meter.begin()
         with self._meter.part("train"):
-            for start in range(0, len(self._groups), BLOCK):
-                segments = segments_of(self._groups[start : start + BLOCK])
-                if self._backward:
-                    self._engine.run(segments, Nothing())
-                else:
-                    self._engine.logprobs(segments)
+            self._pass()
         return self._meter.measurement()
+
+    def profile(self) -> dict[str, float]:
+        """Where the time of a run goes."""
+        return time_shares(self._pass)
+
+    def _pass(self) -> None:
+        for start in range(0, len(self._groups), BLOCK):
+            segments = segments_of(self._groups[start : start + BLOCK])
+            if self._backward:
+                self._engine.run(segments, Nothing())
+            else:
+                self._engine.logprobs(segments)
 
 
 class Influence:
@@ -170,12 +178,19 @@ class Influence:
         self._meter.begin()
         with self._meter.part("validation"):
             scorer.aim(self._validation)
-        products: list[np.ndarray] = []
         with self._meter.part("train"):
-            for start in range(0, len(self._groups), BLOCK):
-                products.append(scorer(self._groups[start : start + BLOCK]).products_NV)
-        self._products_NV = np.concatenate(products)
+            self._products_NV = self._score(scorer)
         return self._meter.measurement()
+
+    def profile(self) -> dict[str, float]:
+        """Where the time of scoring the train prompts goes."""
+        scorer = self._new_scorer()
+        scorer.aim(self._validation)
+        return time_shares(lambda: self._score(scorer))
+
+    def _score(self, scorer: Scorer) -> np.ndarray:
+        starts = range(0, len(self._groups), BLOCK)
+        return np.concatenate([scorer(self._groups[start : start + BLOCK]).products_NV for start in starts])
 
     def scores_N(self) -> np.ndarray:
         """From <g_i, mean of set v>, the product with the mean over the prompts of all sets."""

@@ -22,6 +22,7 @@ from cropi.builtin import POLICY_DIR
 from cropi.console import progress, say
 
 GROWTH = 10
+PROFILED = ("forward", "floor", "exact", "sketch", "sketch-uniform")
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,8 @@ def _measure(scene: Scene) -> dict[str, Record]:
             records[name].warnings = worker.warnings()
             if CONTENDERS[name].scores and records[name].error is None:
                 _ask_scores(worker, records[name], scene.folder / f"{name}.npy")
+            if plan.profile and name in PROFILED and records[name].error is None:
+                _ask_shares(worker, records[name])
     return records
 
 
@@ -120,6 +123,13 @@ def _ask_scores(worker: Worker, record: Record, path: Path) -> None:
     try:
         worker.ask("scores", path=str(path))
         record.scores_N = np.load(path)
+    except WorkerError as error:
+        record.error = str(error)
+
+
+def _ask_shares(worker: Worker, record: Record) -> None:
+    try:
+        record.shares = worker.ask("profile")["shares"]
     except WorkerError as error:
         record.error = str(error)
 
@@ -193,5 +203,6 @@ def _row(name: str, scene: Scene, records: dict[str, Record], forward_ceiling: f
         "seconds_to_sketch": plain(ratios(seconds(record), seconds(sketch))) if contender.scores else None,
         "share_of_2f_ceiling": float(np.median(timed)) if timed else None,
         **quality(record.scores_N, exact.scores_N, signal_N),
+        "time_shares": record.shares,
         "rounds": record.rounds,
     }

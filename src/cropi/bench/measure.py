@@ -86,6 +86,8 @@ class Record:
     rounds: list[dict[str, Any]] = field(default_factory=list)
     """A worker's answers to `run`, in order."""
     scores_N: np.ndarray | None = None
+    shares: dict[str, float] | None = None
+    """Where its time goes, by kind of operation."""
     error: str | None = None
     warnings: list[str] = field(default_factory=list)
     absent: bool = False

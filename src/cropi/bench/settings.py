@@ -44,6 +44,7 @@ class EngineSettings:
     recipe_dim: int | None = None
     seed: int = 0
     grow: bool = False
+    profile: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ class Plan:
     recipe_dim: int
     seed: int
     grow: bool
+    profile: bool
 
     def larger(self, times: int) -> Plan:
         """The same with more train prompts."""
@@ -120,6 +122,7 @@ def resolve(settings: EngineSettings) -> Plan:
         recipe_dim=settings.recipe_dim or RECIPE_DIM[device],
         seed=settings.seed,
         grow=settings.grow,
+        profile=settings.profile,
     )
 
 

@@ -95,6 +95,13 @@ def _notes(result: dict[str, Any]) -> list[str]:
         elif row["status"] == "failed":
             notes.append(f"{row['name']} failed: {row['error']}")
         notes += [f"{row['name']} warned: {warning}" for warning in row["warnings"]]
+    profiled = {row["name"]: row["time_shares"] for row in result["contenders"] if row["time_shares"]}
+    if profiled:
+        kinds = list(next(iter(profiled.values())))
+        rows = [[name, *(f"{shares[kind]:.0%}" for kind in kinds)] for name, shares in profiled.items()]
+        notes.append(
+            "where the time goes (train prompts, PyTorch's profiler):\n" + aligned(["contender", *kinds], rows)
+        )
     grow = result["grow"]
     if grow is not None and grow["error"] is None:
         small, large = grow["prompts"]

@@ -31,6 +31,9 @@ Score = Literal["dot", "cosine"]
 BLOCK = 256
 """Groups whose features are in memory at once; packs are filled from within a block."""
 
+REFERENCE_TOKENS = 8192
+"""Padded tokens of a forward pass of the reference estimator, unless told otherwise."""
+
 
 @dataclass(frozen=True)
 class Scored:
@@ -137,7 +140,7 @@ class Scorer:
 
     def _run(self, segments: Sequence[Segment], count: int, advance: Callable[[int], None] | None) -> Scored:
         assert self._engine is not None
-        after = None if advance is None else lambda members: advance(len({segment.index for segment in members}))
+        after = _by_group(advance)
         if self.estimator == "exact":
             norms = self.score == "cosine"
             exact = ExactReader(self._directions, count, norms=norms, repeated=self._engine.repeated)
@@ -158,7 +161,9 @@ class Scorer:
         for index, group in enumerate(groups):
             if group.status != OK:
                 continue
-            found = prompt_gradient(self._model, group, self._settings, batch_tokens=self._batch_tokens or 8192)
+            found = prompt_gradient(
+                self._model, group, self._settings, batch_tokens=self._batch_tokens or REFERENCE_TOKENS
+            )
             products_NV[index] = [_inner(found.gradients, direction) for direction in self._directions]
             norms_N[index], shares_N[index] = _norm(found.gradients), found.ratio_ess
             tokens += len(group.prompt_ids) * len(group.completions) + group.completion_tokens
@@ -174,7 +179,7 @@ class Scorer:
             raise SignalError("it has no group", where=f"validation set {name}", fix="give it prompts.")
         if self._engine is None:
             return self._reference_direction(groups, advance)
-        after = None if advance is None else lambda members: advance(len({segment.index for segment in members}))
+        after = _by_group(advance)
         norms_M = np.ones(len(groups))
         if self._mean == "normalized":
             nothing = [{name: torch.zeros_like(p) for name, p in self._engine.parameters.items()}]
@@ -200,7 +205,9 @@ class Scorer:
         for group in groups:
             if group.status != OK:
                 continue
-            found = prompt_gradient(self._model, group, self._settings, batch_tokens=self._batch_tokens or 8192)
+            found = prompt_gradient(
+                self._model, group, self._settings, batch_tokens=self._batch_tokens or REFERENCE_TOKENS
+            )
             weight = functional.mean_weights(np.array([_norm(found.gradients)]), self._mean)[0] / len(groups)
             for name, gradient in found.gradients.items():
                 total[name] += gradient * weight
@@ -320,6 +327,11 @@ def influence(
         tokens_given=sum(len(g.prompt_ids) * len(g.completions) + g.completion_tokens for g in train),
         tokens_computed=tokens,
     )
+
+
+def _by_group(advance: Callable[[int], None] | None) -> Callable[[Sequence[Segment]], None] | None:
+    """Count the groups of a pack."""
+    return None if advance is None else lambda members: advance(len({segment.index for segment in members}))
 
 
 def _trajectories(scorer: Scorer, groups: Sequence[Group], status: Sequence[str]) -> list[Float[np.ndarray, "K V"]]:

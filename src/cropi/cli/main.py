@@ -1,0 +1,179 @@
+"""`cropi`: the commands that make up a run."""
+
+from __future__ import annotations
+
+import signal
+from typing import Annotated
+
+import typer
+
+from cropi import __version__
+from cropi.cli.bench import bench
+from cropi.cli.recipes import recipes
+from cropi.cli.shell import (
+    AsJson,
+    CheckpointOption,
+    Commands,
+    ConfigArgument,
+    Overrides,
+    StageOption,
+    open_pipeline,
+    print_result,
+    quiet_libraries,
+    read_config,
+)
+
+app = typer.Typer(
+    cls=Commands,
+    help="Train on the prompts that help most now: influence-guided curricula for RL with verifiable rewards.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.add_typer(recipes, name="recipes")
+app.add_typer(bench, name="bench")
+
+
+@app.command()
+def run(config: ConfigArgument, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Prompts to report. Run it again to go on."""
+    pipeline = open_pipeline(config, overrides)
+    from cropi.reporting.summary import headline
+
+    summary = pipeline.run()
+    last = pipeline.config.train.stages * pipeline.config.train.steps_per_stage
+    policy = pipeline.arm_at(0, None).checkpoints / f"checkpoint-{last}"
+    text = f"\n{headline(summary)}\n\npolicy: {policy}\nreport: {pipeline.space.folder / 'report.html'}"
+    print_result(summary.as_json(), as_json, text)
+
+
+@app.command()
+def collect(config: ConfigArgument, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Sample and judge K trajectories per prompt."""
+    pipeline = open_pipeline(config, overrides)
+    manifest = pipeline.collect()
+    path = str(pipeline.space.trajectories)
+    print_result({"path": path, "counts": dict(manifest.counts)}, as_json, path)
+
+
+@app.command()
+def score(
+    config: ConfigArgument,
+    overrides: Overrides = None,
+    stage: StageOption = 0,
+    checkpoint: CheckpointOption = None,
+    as_json: AsJson = False,
+) -> None:
+    """Influence of every prompt on the validation sets."""
+    pipeline = open_pipeline(config, overrides)
+    arm = pipeline.arm_at(stage, checkpoint)
+    policy, origin = pipeline.policy_at(arm, stage, checkpoint)
+    manifest = pipeline.score(arm, stage, policy.model, origin)
+    path = str(arm.scores(stage) / "scores.parquet")
+    print_result({"path": path, "counts": dict(manifest.counts)}, as_json, path)
+
+
+@app.command()
+def select(
+    config: ConfigArgument,
+    overrides: Overrides = None,
+    stage: StageOption = 0,
+    checkpoint: CheckpointOption = None,
+    as_json: AsJson = False,
+) -> None:
+    """Choose the prompts of a stage, with reasons."""
+    pipeline = open_pipeline(config, overrides)
+    arm = pipeline.arm_at(stage, checkpoint)
+    pipeline.require_reached(arm, stage)
+    chosen = pipeline.select(arm, stage)
+    path = str(arm.selection(stage) / "selected.jsonl")
+    print_result({"path": path, "selected": len(chosen)}, as_json, path)
+
+
+@app.command()
+def train(config: ConfigArgument, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Score, select, train and evaluate, stage by stage."""
+    pipeline = open_pipeline(config, overrides)
+    paths = {arm.name: str(pipeline.train(arm)) for arm in pipeline.space.arms.values()}
+    print_result(paths, as_json, "\n".join(f"{name}: {path}" for name, path in paths.items()))
+
+
+@app.command()
+def evaluate(
+    config: ConfigArgument, overrides: Overrides = None, checkpoint: CheckpointOption = None, as_json: AsJson = False
+) -> None:
+    """Accuracy of the base policy or any checkpoint."""
+    pipeline = open_pipeline(config, overrides)
+    from cropi.evaluation.evaluate import accuracy, as_plain
+
+    settings = pipeline.config
+    table = pipeline.evaluate_at(checkpoint)
+    result = as_plain(accuracy(table, settings.evaluate, seed=settings.seed))
+    lines = [
+        f"{name}  {kind}  {value['mean']:.3f}  [{value['low']:.3f}, {value['high']:.3f}]"
+        for name, kinds in result.items()
+        for kind, value in kinds.items()
+    ]
+    print_result(result, as_json, "\n".join(lines))
+
+
+@app.command()
+def report(config: ConfigArgument, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Write the report of what a run's folder holds."""
+    from cropi.errors import ArtifactError
+    from cropi.reporting.report import make_report
+    from cropi.reporting.summary import headline
+
+    loaded = read_config(config, overrides)
+    if not loaded.folder.is_dir():
+        raise ArtifactError("there is no such run", where=str(loaded.folder), fix=f"run `cropi run {config}` first.")
+    summary = make_report(loaded, loaded.folder)
+    print_result(summary.as_json(), as_json, f"{headline(summary)}\n\nreport: {loaded.folder / 'report.html'}")
+
+
+@app.command()
+def check(config: ConfigArgument, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Look at config, data, policy and cost; write nothing."""
+    loaded = read_config(config, overrides)
+    quiet_libraries()
+    from cropi.inspection import check_run
+
+    result = check_run(loaded)
+    print_result(result.as_json(), as_json, result.as_text())
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Versions, devices, memory and disk, to paste into a bug report."""
+    quiet_libraries()
+    from cropi.inspection import hardware
+
+    facts = hardware()
+    print_result(facts, as_json, "\n".join(f"{name:<16} {value}" for name, value in facts.items()))
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"cropi {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Options of the command itself."""
+
+
+def main() -> None:
+    """Entry point: 0 done, 1 failed, 2 something the user can fix, 130 interrupted."""
+    signal.signal(signal.SIGTERM, _terminated)
+    app()
+
+
+def _terminated(*_: object) -> None:
+    raise KeyboardInterrupt

@@ -1,0 +1,96 @@
+"""What all commands share: options, output, and how errors end a command."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+import typer.core
+
+from cropi.errors import UserError
+
+if TYPE_CHECKING:
+    from cropi.config import Config
+    from cropi.pipeline import Pipeline
+
+
+class Commands(typer.core.TyperGroup):
+    """Turns errors into messages and exit codes around every command; a bug keeps its traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            leave(f"error: {error}", 2)
+        except KeyboardInterrupt:
+            leave("interrupted; the same command goes on from here", 130)
+        except Exception as error:
+            if _disk_is_full(error):
+                leave("error: no space left on the disk\nFix: free some space and run the same command again.", 2)
+            raise
+
+
+ConfigArgument = Annotated[str, typer.Argument(metavar="CONFIG", help="A recipe's name or a YAML file.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="key=value", help="Settings that replace the config's.", show_default=False),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
+StageOption = Annotated[int, typer.Option("--stage", min=0, help="Stage to work on, counted from 0.")]
+CheckpointOption = Annotated[
+    Path | None, typer.Option("--checkpoint", help="Folder of a checkpoint of the policy.", show_default=False)
+]
+
+
+def read_config(config: str, overrides: list[str] | None) -> Config:
+    """The config that a command names, with the overrides of its command line."""
+    from cropi.loading import load_config
+
+    return load_config(config, overrides or [])
+
+
+def open_pipeline(config: str, overrides: list[str] | None) -> Pipeline:
+    """The pipeline of a run."""
+    loaded = read_config(config, overrides)
+    quiet_libraries()
+    from cropi.pipeline import Pipeline
+
+    return Pipeline(loaded)
+
+
+def quiet_libraries() -> None:
+    """No telemetry, and no progress bars beside our own. Set before the libraries are imported."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    import datasets
+    from transformers.utils import logging
+
+    datasets.disable_progress_bars()
+    logging.disable_progress_bar()
+
+
+def print_result(value: dict[str, Any], as_json: bool, text: str) -> None:
+    """What a command found, on standard output."""
+    print(json.dumps(value, indent=2, allow_nan=False) if as_json else text)
+
+
+def leave(text: str, code: int) -> NoReturn:
+    """End with a message on standard error."""
+    print(text, file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+def _disk_is_full(error: BaseException | None) -> bool:
+    """Whether a full disk is behind an error: libraries wrap it in errors of their own."""
+    while error is not None:
+        if getattr(error, "errno", None) in {errno.ENOSPC, errno.EDQUOT} or "No space left" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

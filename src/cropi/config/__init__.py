@@ -1,0 +1,66 @@
+"""Every setting of a run: typed, frozen, unknown keys refused. Free of torch; `make docs` writes docs/config.md."""
+
+from cropi.config.base import Fraction, NonNegative, Positive, Table
+from cropi.config.data import (
+    BUILTIN_POLICY,
+    BuiltinSource,
+    ExactVerifier,
+    FileSource,
+    Gsm8kVerifier,
+    HubSource,
+    NumericVerifier,
+    PolicyConfig,
+    PromptsConfig,
+    Source,
+    TestSetConfig,
+    Verifier,
+)
+from cropi.config.run import OWNED_TRAINER_KEYS, Config, EvaluateConfig, TrainConfig, config_difference, config_hash
+from cropi.config.score import BudgetConfig, CollectConfig, ProjectionConfig, ScoreConfig
+from cropi.config.select import (
+    FullStrategy,
+    FusionConfig,
+    InfluenceStrategy,
+    LearnabilityStrategy,
+    PassRateStrategy,
+    RandomStrategy,
+    SelectConfig,
+    Strategy,
+)
+
+__all__ = [
+    "BUILTIN_POLICY",
+    "OWNED_TRAINER_KEYS",
+    "BudgetConfig",
+    "BuiltinSource",
+    "CollectConfig",
+    "Config",
+    "EvaluateConfig",
+    "ExactVerifier",
+    "FileSource",
+    "Fraction",
+    "FullStrategy",
+    "FusionConfig",
+    "Gsm8kVerifier",
+    "HubSource",
+    "InfluenceStrategy",
+    "LearnabilityStrategy",
+    "NonNegative",
+    "NumericVerifier",
+    "PassRateStrategy",
+    "PolicyConfig",
+    "Positive",
+    "ProjectionConfig",
+    "PromptsConfig",
+    "RandomStrategy",
+    "ScoreConfig",
+    "SelectConfig",
+    "Source",
+    "Strategy",
+    "Table",
+    "TestSetConfig",
+    "TrainConfig",
+    "Verifier",
+    "config_difference",
+    "config_hash",
+]

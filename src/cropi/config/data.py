@@ -1,0 +1,155 @@
+"""The policy, the prompts, and how a completion is judged."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from cropi.config.base import Fraction, Positive, Table
+
+BUILTIN_POLICY = "builtin"
+
+
+class PolicyConfig(Table):
+    """The policy to train: the behaviour policy of the stored trajectories and the start of training."""
+
+    path: str
+    """`builtin` (the embedded 0.9 M-parameter policy), a local folder in Hugging Face format, or a Hub id."""
+    revision: str | None = None
+    """Commit or tag of a Hub id. Pin it: an unpinned model cannot be reproduced."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Number format of the weights while collecting, scoring and training."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` takes CUDA where there is one."""
+    cpu_threads: Positive | None = None
+    """CPU threads of a computation; torch's choice when unset. A policy of few parameters is fastest with 1."""
+
+
+class BuiltinSource(Table):
+    """Procedurally generated problems of the built-in families (see `cropi.builtin`)."""
+
+    type: Literal["builtin"]
+    """Picks this kind of source."""
+    families: tuple[str, ...] = Field(min_length=1)
+    """Families to draw from; each becomes the `source` of its prompts."""
+    count: Positive
+    """Problems per family."""
+    seed: int = 0
+    """Seed of the problems. Train, validation and test never overlap, whatever the seeds."""
+    min_length: Positive | None = None
+    """Shortest problem, in items; the family's own default when unset."""
+    max_length: Positive | None = None
+    """Longest problem, in items; the family's own default when unset."""
+    modulus: Positive | None = None
+    """Modulus of the families that have one; the family's own default when unset."""
+    label_noise: Fraction = 0.0
+    """Share of the rows whose recorded answer is wrong."""
+
+
+class _RowSource(Table):
+    prompt_column: str | None = None
+    """Column of the prompt (a string or chat messages). Unset: the first of `prompt`, `question`, `problem`."""
+    answer_column: str | None = None
+    """Column of the gold answer. Unset: the first of `answer`, `solution`, `ground_truth`."""
+    id_column: str | None = None
+    """Column of a unique id. Unset: `prompt_id` where present, else a hash of the prompt and answer."""
+    source_column: str | None = None
+    """Column that names where a prompt comes from. Unset: `source` where present, else the file or dataset name."""
+    hash_range: tuple[Fraction, Fraction] = (0.0, 1.0)
+    """Keep the rows whose id hashes into [low, high): disjoint ranges split one file into disjoint sets."""
+    limit: Positive | None = None
+    """Keep at most this many rows, the first in hash order: a fixed random subset."""
+
+    @model_validator(mode="after")
+    def _ordered_range(self) -> _RowSource:
+        if self.hash_range[0] >= self.hash_range[1]:
+            raise ValueError(f"hash_range {list(self.hash_range)} must be [low, high] with low below high")
+        return self
+
+
+class FileSource(_RowSource):
+    """A local JSONL or Parquet file."""
+
+    type: Literal["file"]
+    """Picks this kind of source."""
+    path: str
+    """The file. Its ending decides the format: .jsonl or .parquet."""
+
+
+class HubSource(_RowSource):
+    """A dataset of the Hugging Face Hub."""
+
+    type: Literal["hub"]
+    """Picks this kind of source."""
+    dataset: str
+    """The dataset's Hub id."""
+    revision: str | None = None
+    """Commit or tag. Pin it: an unpinned dataset cannot be reproduced."""
+    name: str | None = None
+    """The dataset's configuration, where it has several."""
+    split: str = "train"
+    """The dataset's split."""
+
+
+Source = Annotated[BuiltinSource | FileSource | HubSource, Field(discriminator="type")]
+
+
+class TestSetConfig(Table):
+    """One test set."""
+
+    sources: tuple[Source, ...] = Field(min_length=1)
+    """Where its prompts come from."""
+    targeted: bool = True
+    """True for the skill the validation sets stand for; false for one that must not get worse."""
+
+
+class PromptsConfig(Table):
+    """Where prompts come from and how they are put to the policy."""
+
+    train: tuple[Source, ...] = Field(min_length=1)
+    """The pool to select from."""
+    validation: dict[str, tuple[Source, ...]] = Field(min_length=1)
+    """One or more validation sets by name: what the training should get better at."""
+    test: dict[str, TestSetConfig] = Field(min_length=1)
+    """Test sets by name: never used for any decision."""
+    chat: bool | None = None
+    """Put prompts as chat messages through the tokenizer's template. Unset: yes where the tokenizer has one."""
+    system_prompt: str | None = None
+    """System message put before every chat prompt."""
+
+    @model_validator(mode="after")
+    def _names(self) -> PromptsConfig:
+        for name in (*self.validation, *self.test):
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+                raise ValueError(f"the set name {name!r} may hold letters, digits, '.', '_' and '-' only")
+        return self
+
+
+class ExactVerifier(Table):
+    """Right when the text after the last marker equals the answer, white space aside."""
+
+    type: Literal["exact"]
+    """Picks this verifier."""
+    marker: Annotated[str, Field(min_length=1)] | None = None
+    """The answer stands after the last occurrence of this text. Unset: the whole completion is the answer."""
+
+
+class NumericVerifier(Table):
+    """Right when the last number of the completion equals the answer."""
+
+    type: Literal["numeric"]
+    """Picks this verifier."""
+    tolerance: Annotated[float, Field(ge=0)] = 1e-6
+    """Largest difference that still counts as equal, relative to max(1, |gold|)."""
+
+
+class Gsm8kVerifier(Table):
+    """Right when the number after the last `####` equals the one after the gold's last `####`."""
+
+    type: Literal["gsm8k"]
+    """Picks this verifier."""
+
+
+Verifier = Annotated[ExactVerifier | NumericVerifier | Gsm8kVerifier, Field(discriminator="type")]

@@ -1,0 +1,141 @@
+"""One run: training, evaluation, and all tables together."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, model_validator
+
+from cropi.config.base import NonNegative, Positive, Table
+from cropi.config.data import PolicyConfig, PromptsConfig, Verifier
+from cropi.config.score import CollectConfig, ScoreConfig
+from cropi.config.select import SelectConfig, Strategy
+
+
+class TrainConfig(Table):
+    """Stages of GRPO. An epoch of the trainer is a stage."""
+
+    stages: Positive
+    """How often prompts are selected (paper: 5)."""
+    steps_per_stage: Positive
+    """Optimiser steps per stage (paper: 200)."""
+
+
+class EvaluateConfig(Table):
+    """Evaluation during and after training."""
+
+    every: Positive | None = None
+    """Steps between evaluations. Unset: at the end of every stage."""
+    samples: NonNegative = 0
+    """n of avg@n: sampled completions per prompt beside the greedy one. 0: greedy only."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Temperature of the sampled completions."""
+    bootstrap: Positive = 2000
+    """Redraws over questions behind each interval."""
+    confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
+    """Coverage of the intervals."""
+
+
+class Config(Table):
+    """One run: a policy, prompts, and the arms to train on them."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the run; its folder is `run_dir`/`name`."""
+    run_dir: str = "runs"
+    """Folder that holds runs."""
+    seed: int = 0
+    """Seed of sampling, selection and training."""
+    policy: PolicyConfig
+    """The policy."""
+    prompts: PromptsConfig
+    """The data."""
+    verifier: Verifier
+    """How a completion is judged."""
+    collect: CollectConfig
+    """Trajectory collection."""
+    score: ScoreConfig = ScoreConfig()
+    """Influence."""
+    select: SelectConfig
+    """Selection."""
+    train: TrainConfig
+    """Stages."""
+    trainer: dict[str, Any] = Field(default={})
+    """Settings of TRL's GRPOConfig under TRL's own names. Those that belong to a run are set by it and refused here."""
+    evaluate: EvaluateConfig = EvaluateConfig()
+    """Evaluation."""
+    baselines: tuple[Strategy, ...] = ()
+    """Further strategies trained on the same prompts, trajectories and number of steps, for comparison."""
+
+    @model_validator(mode="after")
+    def _arms(self) -> Config:
+        names = [strategy.type for strategy in (self.select.strategy, *self.baselines)]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(
+                f"{', '.join(twice)} is named twice by select.strategy and baselines: drop one, e.g. baselines=[]"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _enough_contenders(self) -> Config:
+        contenders = self.score.budget.contenders
+        if contenders is not None and contenders < self.select.fraction:
+            raise ValueError(
+                f"score.budget.contenders ({contenders}) is below select.fraction ({self.select.fraction})"
+            )
+        return self
+
+    @property
+    def arms(self) -> dict[str, Any]:
+        """The strategies to train, the main one first, by name."""
+        return {strategy.type: strategy for strategy in (self.select.strategy, *self.baselines)}
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return Path(self.run_dir) / self.name
+
+    def resolved(self) -> dict[str, Any]:
+        """Every setting, defaults included, as plain JSON values."""
+        return self.model_dump(mode="json")
+
+
+# Settings of GRPOConfig that a run decides itself, with the place where the user does so.
+OWNED_TRAINER_KEYS: dict[str, str] = {
+    "output_dir": "run_dir and name",
+    "max_steps": "train.stages and train.steps_per_stage",
+    "num_train_epochs": "train.stages",
+    "seed": "seed",
+    "data_seed": "seed",
+    "temperature": "collect.temperature",
+    "top_p": "collect.top_p",
+    "chat_template_kwargs": "nothing: prompts are encoded by the template's defaults",
+    "save_only_model": "nothing: a run without the optimiser's state cannot go on",
+    "ignore_data_skip": "nothing: a resumed run goes on with the next batch",
+    "max_completion_length": "collect.max_completion_length",
+    "shuffle_dataset": "nothing: a stage is always shuffled by seed",
+    "eval_strategy": "evaluate.every",
+    "resume_from_checkpoint": "nothing: the same command resumes",
+    "remove_unused_columns": "nothing",
+    "dataloader_num_workers": "nothing",
+    "do_train": "nothing",
+    "do_eval": "nothing",
+}
+
+
+def config_hash(values: Any) -> str:
+    """SHA-256 of JSON values in canonical form."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def config_difference(before: Any, after: Any, prefix: str = "") -> list[str]:
+    """Lines `key: before -> after` for every setting that differs."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        lines: list[str] = []
+        for key in sorted({*before, *after}):
+            lines += config_difference(before.get(key), after.get(key), f"{prefix}.{key}" if prefix else key)
+        return lines
+    return [] if before == after else [f"{prefix}: {json.dumps(before)} -> {json.dumps(after)}"]

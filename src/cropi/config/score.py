@@ -1,0 +1,105 @@
+"""Trajectories, and the influence that is read from them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from cropi.config.base import Fraction, Positive, Table
+
+
+class CollectConfig(Table):
+    """Trajectories, sampled once from the base policy."""
+
+    num_generations: Annotated[int, Field(ge=2)] = 8
+    """K, completions per training prompt (paper: 8)."""
+    validation_num_generations: Annotated[int, Field(ge=2)] = 32
+    """Completions per validation prompt (paper's code: 32)."""
+    max_completion_length: Positive
+    """Longest completion, in tokens."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Sampling temperature; the importance ratio is taken at the same one. 1 keeps the behaviour policy exact."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Nucleus mass. Below 1 the stored log-probs are not those of the sampler, and a warning says so."""
+    batch_size: Positive = 256
+    """Sequences generated at once; halved by itself when memory runs out."""
+    batch_tokens: Positive = 8192
+    """Padded tokens per forward pass when the behaviour log-probs are computed."""
+    shard_prompts: Positive = 128
+    """Prompts per shard: what an interruption can cost."""
+
+
+class ProjectionConfig(Table):
+    """The sparse random projection of a gradient."""
+
+    mask: Literal["structured", "uniform"] = "structured"
+    """What is kept. `structured`: of each layer a few directions and random columns, at a third of the extra cost;
+    `uniform`: each coordinate by chance, as the paper has it. See docs/decisions/projection.md."""
+    keep_fraction: Annotated[float, Field(gt=0, le=1)] = 0.03
+    """Share of the coordinates kept. The paper keeps 0.1 by its uniform mask, which needs them: give both."""
+    rank: Annotated[int, Field(ge=0)] = 8
+    """Structured mask: input directions of each layer that are kept in full."""
+    row_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Structured mask: share of each layer's rows kept; the columns' is keep_fraction / row_fraction."""
+    dim: Positive = 32768
+    """D, length of a gradient feature (paper: 32,768)."""
+    seed: int = 0
+    """Seed of the mask, the buckets and the signs."""
+
+
+class BudgetConfig(Table):
+    """What scoring may leave out; by default nothing. What each option loses: docs/decisions/budget.md."""
+
+    trajectories: Annotated[int, Field(ge=2)] | None = None
+    """Trajectories of each group that are scored at first, half of them with positive advantage."""
+    contenders: Fraction | None = None
+    """Share of the pool that is then scored in full: those that rank best so far. Needs `trajectories`."""
+    rescore: bool = False
+    """After the first stage, score only prompts whose last score could still bring them to the cut."""
+
+    @property
+    def active(self) -> bool:
+        """Whether anything is left out."""
+        return self.trajectories is not None or self.rescore
+
+    @model_validator(mode="after")
+    def _contenders_of_something(self) -> BudgetConfig:
+        if self.contenders is not None and self.trajectories is None:
+            raise ValueError("contenders needs trajectories: without, every prompt is scored in full already")
+        return self
+
+
+class ScoreConfig(Table):
+    """Influence of every training prompt on every validation set, at the current policy."""
+
+    normalizer: Literal["auto", "sequence", "token", "constant"] = "auto"
+    """What a prompt's surrogate is divided by. `auto` matches the trainer's loss; see docs/decisions."""
+    score: Literal["dot", "cosine"] = "dot"
+    """`dot` is the first-order gain of a step along the prompt's gradient; `cosine` is what the paper's runs use."""
+    advantage_std: bool | Literal["auto"] = "auto"
+    """Divide advantages by the group's standard deviation (GRPO). `auto` follows `trainer.scale_rewards`."""
+    validation_mean: Literal["plain", "normalized"] = "plain"
+    """Mean of the validation features as they are, or each scaled to length 1 first."""
+    max_validation_prompts: Positive = 100
+    """Validation prompts used per set, a fixed random choice (paper's code: 100)."""
+    estimator: Literal["sketch", "exact", "reference"] = "sketch"
+    """How gradients meet the validation sets: projected, without projection, or by autograd one prompt at a time."""
+    batch_tokens: Positive | None = None
+    """Tokens of a forward pass; a larger group is split and its gradients are added. Unset: what memory allows."""
+    store: Literal["none", "bfloat16", "float32"] = "none"
+    """Keep the gradient features beside the scores, in this type. Needs the sketch estimator."""
+    budget: BudgetConfig = BudgetConfig()
+    """Scoring for less."""
+    projection: ProjectionConfig = ProjectionConfig()
+    """How a gradient becomes a feature."""
+
+    @model_validator(mode="after")
+    def _store_needs_features(self) -> ScoreConfig:
+        if self.store != "none" and self.estimator != "sketch":
+            raise ValueError(f"store={self.store} needs estimator=sketch: {self.estimator} makes no features")
+        if self.store != "none" and self.budget.active:
+            raise ValueError(f"store={self.store} needs features of every prompt, which score.budget leaves out")
+        if self.budget.trajectories is not None and self.estimator == "reference":
+            raise ValueError("budget.trajectories needs estimator=sketch or exact")
+        return self
