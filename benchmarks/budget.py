@@ -23,15 +23,15 @@ import numpy as np
 import torch
 
 from cropi.bench.machine import describe
-from cropi.bench.results import spearman
 from cropi.builtin import FAMILIES, generate
 from cropi.config import ExactVerifier, PolicyConfig
+from cropi.functional.agreement import spearman
 from cropi.functional.sampling import places
 from cropi.functional.statistics import bootstrap_mean
 from cropi.gradients.budget import BudgetedScores, BudgetSettings, Cut, budgeted
 from cropi.gradients.groups import Group
-from cropi.gradients.influence import BLOCK, Scored, Scorer
 from cropi.gradients.reference import prompt_gradient, trainable_parameters
+from cropi.gradients.scorer import BLOCK, Scored, Scorer
 from cropi.gradients.surrogate import SurrogateSettings
 from cropi.policy import Policy, completion_logprobs, encode_prompts, load_policy
 from cropi.rewards.verifiers import reward, verifier

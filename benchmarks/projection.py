@@ -19,13 +19,13 @@ import numpy as np
 import torch
 
 from cropi.bench.machine import describe
-from cropi.bench.results import precision, spearman
 from cropi.bench.workload import mixed_groups
 from cropi.builtin import FAMILIES
 from cropi.config import PolicyConfig
 from cropi.console import progress
+from cropi.functional.agreement import spearman, top_overlap
 from cropi.functional.projection import SparseProjection
-from cropi.gradients.influence import Scorer
+from cropi.gradients.scorer import Scorer
 from cropi.gradients.surrogate import SurrogateSettings
 from cropi.policy import load_policy
 
@@ -77,7 +77,7 @@ def _influence(scorer: Scorer, train: list[Any], validation: dict[str, Any]) -> 
 def _quality(found: list[np.ndarray], exact_NV: np.ndarray) -> dict[str, Any]:
     """Over seeds and validation sets: mean and worst precision@10 %, mean and worst rank correlation."""
     pairs = [(estimate[:, v], exact_NV[:, v]) for estimate in found for v in range(exact_NV.shape[1])]
-    precisions = [precision(estimate, true, 0.1) for estimate, true in pairs]
+    precisions = [top_overlap(estimate, true, 0.1) for estimate, true in pairs]
     correlations = [spearman(estimate, true) for estimate, true in pairs]
     return {
         "precision_mean": statistics.mean(precisions),

@@ -90,7 +90,8 @@ EVALUATION = pa.schema(
 
 
 def scores_schema(validation_sets: Iterable[str]) -> pa.Schema:
-    """Columns of an influence table: one `influence/NAME` per validation set."""
+    """Columns of an influence table: one `influence/NAME` and one `standard_error/NAME` per validation set."""
+    validation_sets = list(validation_sets)
     return pa.schema(
         [
             ("prompt_id", pa.string()),
@@ -100,8 +101,15 @@ def scores_schema(validation_sets: Iterable[str]) -> pa.Schema:
             ("completion_tokens", pa.int64()),
             ("feature_norm", pa.float64()),
             ("ratio_ess", pa.float64()),  # effective sample size of the token ratios, as a share of the tokens
+            ("clip_share", pa.float64()),  # share of the token ratios outside 1 +- 0.2
+            ("kl", pa.float64()),  # KL(policy || behaviour policy) per token, in nats
             ("scored", pa.string()),  # full, subsampled or predicted; null where there is nothing to score
+            (
+                "top_probability",
+                pa.float64(),
+            ),  # of being among the best when fused; null if unknown
             *((f"influence/{name}", pa.float64()) for name in validation_sets),
+            *((f"standard_error/{name}", pa.float64()) for name in validation_sets),  # null where it is not known
         ]
     )
 

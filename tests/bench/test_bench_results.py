@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from cropi.bench.measure import Record
-from cropi.bench.results import Spread, per_token, precision, quality, rates, ratios, spearman, spread
+from cropi.bench.results import Spread, per_token, quality, rates, ratios, spread
+from cropi.functional.agreement import spearman, top_overlap
 
 
 def answer(seconds: float, tokens: int, **parts: tuple[float, int]) -> dict[str, Any]:
@@ -40,9 +41,9 @@ def test_precision_by_hand() -> None:
     true_N = np.arange(20.0)
     found_N = true_N.copy()
     found_N[[0, 19]] = found_N[[19, 0]]
-    assert precision(true_N, true_N, 0.1) == 1
-    assert precision(found_N, true_N, 0.1) == 0.5  # 18 is found, 19 is not
-    assert precision(-true_N, true_N, 0.1) == 0
+    assert top_overlap(true_N, true_N, 0.1) == 1
+    assert top_overlap(found_N, true_N, 0.1) == 0.5  # 18 is found, 19 is not
+    assert top_overlap(-true_N, true_N, 0.1) == 0
 
 
 def test_quality_leaves_out_prompts_without_signal() -> None:

@@ -1,7 +1,9 @@
+import numpy as np
 import pytest
 import torch
 
 from cropi.functional.surrogate import (
+    corrected_ratios,
     effective_sample_share,
     importance_ratios,
     normalizers,
@@ -17,12 +19,11 @@ MASK_KT = torch.tensor([[True, True, True], [True, False, False]])
     [("sequence", [2 * 3, 2 * 1]), ("token", [4, 4]), ("constant", [2 * 10, 2 * 10])],
 )
 def test_normalizers_by_hand(normalizer: str, expected: list[int]) -> None:
-    assert normalizers(MASK_KT, normalizer, 10).tolist() == expected
+    assert normalizers(np.array([3, 1]), normalizer, 10).tolist() == expected
 
 
 def test_an_empty_completion_divides_by_one_not_zero() -> None:
-    mask_KT = torch.tensor([[True, True], [False, False]])
-    assert normalizers(mask_KT, "sequence", 10).tolist() == [4, 2]
+    assert normalizers(np.array([2, 0]), "sequence", 10).tolist() == [4, 2]
 
 
 def test_token_weights_by_hand() -> None:
@@ -46,7 +47,7 @@ def test_the_gradient_is_that_of_the_ratio_surrogate() -> None:
     ids_KT = torch.randint(5, (2, 3), generator=generator)
     behaviour_KT = torch.randn(2, 3, dtype=torch.float64, generator=generator) - 2
     advantages_K = torch.tensor([0.7, -1.3], dtype=torch.float64)
-    z_K = normalizers(MASK_KT, "sequence", 10)
+    z_K = torch.from_numpy(normalizers(np.array([3, 1]), "sequence", 10))
     logprobs_KT = token_logprobs(logits_KTW, ids_KT, temperature=0.7)
     weights_KT = token_weights(importance_ratios(logprobs_KT, behaviour_KT), advantages_K / z_K, MASK_KT)
     (ours,) = torch.autograd.grad((weights_KT * logprobs_KT).sum(), logits_KTW)
@@ -72,3 +73,25 @@ def test_effective_sample_share() -> None:
     assert effective_sample_share(torch.ones(7)) == pytest.approx(1.0)
     assert effective_sample_share(torch.tensor([1.0, 0.0, 0.0, 0.0])) == pytest.approx(0.25)
     assert effective_sample_share(torch.tensor([1.0, 3.0])) == pytest.approx(16 / (2 * 10))
+
+
+def test_corrected_ratios_by_hand() -> None:
+    logs_T = torch.tensor([2.0, 0.5, 4.0, 1.1], dtype=torch.float64).log()
+
+    def corrected(correction: str, sign: float = 1.0) -> list[float]:
+        return corrected_ratios(logs_T, correction, clip=0.2, cap=3.5, sign=sign).tolist()
+
+    assert corrected("token") == pytest.approx([2.0, 0.5, 4.0, 1.1])
+    assert corrected("clipped") == pytest.approx([0.0, 0.5, 0.0, 1.1])
+    assert corrected("clipped", -1.0) == pytest.approx([2.0, 0.0, 4.0, 1.1])
+    assert corrected("prefix") == pytest.approx([2.0, 1.0, 3.5, 3.5])
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_clipped_ratios_are_the_gradient_of_ppos_objective(sign: float) -> None:
+    logs_T = torch.linspace(-1, 1, 40, dtype=torch.float64).requires_grad_()
+    ratios_T = logs_T.exp()
+    objective = torch.minimum(ratios_T * sign, ratios_T.clamp(0.8, 1.2) * sign).sum()
+    (expected_T,) = torch.autograd.grad(objective, logs_T)
+    ours_T = corrected_ratios(logs_T.detach(), "clipped", clip=0.2, cap=1.0, sign=sign) * sign
+    torch.testing.assert_close(ours_T, expected_T, rtol=1e-12, atol=0)

@@ -14,7 +14,7 @@ from tests.conftest import tiny_llama
 from cropi.config import FusionConfig
 from cropi.gradients.budget import BudgetedScores, BudgetSettings, Cut, Rescoring, budgeted, subsample_factors
 from cropi.gradients.groups import Group
-from cropi.gradients.influence import Scored, Scorer
+from cropi.gradients.scorer import Scored, Scorer
 from cropi.gradients.surrogate import SurrogateSettings
 from cropi.selection.candidates import Candidates
 from cropi.selection.influence import influence
@@ -276,7 +276,7 @@ def test_rows_not_scored_again_keep_a_prediction_and_say_so() -> None:
     assert found.how[3] == "full"
     assert np.allclose(found.values_NV, true_NV)
     assert np.isnan(found.norms_N[predicted]).all()
-    assert np.isnan(found.ratio_ess_N[predicted]).all()
+    assert np.isnan(found.ratio_facts_NR[predicted]).all()
 
 
 def test_stages_share_their_subsamples_and_not_their_probe() -> None:

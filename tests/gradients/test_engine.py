@@ -27,9 +27,9 @@ from cropi.gradients import engine as engine_module
 from cropi.gradients.engine import Engine, Nothing, segment_of
 from cropi.gradients.exact import DenseReader, ExactReader
 from cropi.gradients.groups import Group
-from cropi.gradients.influence import Scorer
 from cropi.gradients.packing import Segment
 from cropi.gradients.reference import trainable_parameters
+from cropi.gradients.scorer import Scorer
 from cropi.gradients.sketch import SketchReader, UniformMap
 
 MANY = [draw_group(5, [8, 6, 7], seed=40 + number) for number in range(4)]

@@ -183,15 +183,6 @@ def test_influence_by_engine_is_that_of_the_reference() -> None:
             np.testing.assert_allclose(found[0].ratio_ess, found[1].ratio_ess, rtol=1e-9)
 
 
-def test_trajectories_add_up_to_their_group() -> None:
-    model = tiny("gpt_neox")
-    for options in ({"estimator": "exact"}, {"projection": SparseProjection(256, 0.3, 1, rank=3)}):
-        found = influence(model, TRAIN, VALIDATION, temperature=0.8, per_trajectory=True, **options)
-        assert found.trajectories is not None
-        assert [len(part) for part in found.trajectories] == [len(group.completions) for group in TRAIN]
-        np.testing.assert_allclose([part.sum(axis=0) for part in found.trajectories], found.values, rtol=1e-9)
-
-
 def one_pack(groups: list[Group]) -> Pack:
     found = [segment_of(row, group, SETTINGS) for row, group in enumerate(groups)]
     return make_pack([segment for segment in found if segment is not None], torch.device("cpu"))

@@ -16,7 +16,8 @@ from cropi.errors import ArtifactError, ConfigError, SignalError
 from cropi.functional.influence import influence as equation
 from cropi.gradients import scoring
 from cropi.gradients.groups import Group, iterate_groups
-from cropi.gradients.influence import Scorer, influence
+from cropi.gradients.influence import influence
+from cropi.gradients.scorer import Scorer
 from cropi.gradients.scoring import FeatureRequest, score, surrogate_settings
 from cropi.gradients.store import open_store, stored_directions
 from cropi.loading import load_config

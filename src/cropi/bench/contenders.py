@@ -18,8 +18,8 @@ from cropi.bench.profile import time_shares
 from cropi.functional.projection import SparseProjection
 from cropi.gradients.engine import Engine, Nothing, segment_of
 from cropi.gradients.groups import Group
-from cropi.gradients.influence import BLOCK, Scorer
 from cropi.gradients.packing import Segment
+from cropi.gradients.scorer import BLOCK, Scorer
 from cropi.gradients.surrogate import SurrogateSettings
 
 SETS = 2

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from cropi.bench.measure import Record
+from cropi.functional.agreement import spearman, top_overlap
 
 PRECISION_SHARE = 0.1
 
@@ -33,26 +34,6 @@ def ratios(ours: Sequence[float], theirs: Sequence[float]) -> Spread | None:
     return spread([a / b for a, b in zip(ours, theirs, strict=False)])
 
 
-def spearman(first_N: np.ndarray, second_N: np.ndarray) -> float:
-    """Correlation of ranks, equal values sharing the mean of theirs; NaN where one side does not vary."""
-    first_N, second_N = _ranks(first_N), _ranks(second_N)
-    first_N, second_N = first_N - first_N.mean(), second_N - second_N.mean()
-    lengths = math.sqrt(float(first_N @ first_N) * float(second_N @ second_N))
-    return float(first_N @ second_N) / lengths if lengths else math.nan
-
-
-def _ranks(values_N: np.ndarray) -> np.ndarray:
-    _, places_N, counts_U = np.unique(values_N, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts_U) - (counts_U - 1) / 2)[places_N]
-
-
-def precision(found_N: np.ndarray, true_N: np.ndarray, share: float) -> float:
-    """Which part of the ceil(share N) highest is found among as many."""
-    count = math.ceil(share * len(true_N))
-    best = [set(np.argsort(-values_N, kind="stable")[:count].tolist()) for values_N in (found_N, true_N)]
-    return len(best[0] & best[1]) / count
-
-
 def quality(scores_N: np.ndarray | None, exact_N: np.ndarray | None, signal_N: np.ndarray) -> dict[str, float | None]:
     """Agreement with the exact scores over the prompts with signal: the others are 0 for everybody."""
     if scores_N is None or exact_N is None or signal_N.sum() < 2:
@@ -61,7 +42,7 @@ def quality(scores_N: np.ndarray | None, exact_N: np.ndarray | None, signal_N: n
     correlation = spearman(found_N, true_N)
     return {
         "spearman": None if math.isnan(correlation) else correlation,
-        "precision_at_10": precision(found_N, true_N, PRECISION_SHARE),
+        "precision_at_10": top_overlap(found_N, true_N, PRECISION_SHARE),
     }
 
 

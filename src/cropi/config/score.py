@@ -89,6 +89,18 @@ class ScoreConfig(Table):
     """Tokens of a forward pass; a larger group is split and its gradients are added. Unset: what memory allows."""
     store: Literal["none", "bfloat16", "float32"] = "none"
     """Keep the gradient features beside the scores, in this type. Needs the sketch estimator."""
+    standard_errors: bool = True
+    """Also estimate the error of every influence, from the spread of the prompt's trajectories (jackknife). These then
+    do not share their prompt in the pass through the policy, which costs its tokens K times."""
+    correction: Literal["token", "clipped", "prefix"] = "token"
+    """What stands for the importance ratio of a token: its own (paper eq. 4), its own unless PPO would clip it, or the
+    product of those up to it."""
+    clip: Annotated[float, Field(gt=0)] = 0.2
+    """Epsilon of `clipped`; the share of ratios outside 1 - clip to 1 + clip is reported in any case."""
+    prefix_cap: Annotated[float, Field(gt=0)] = 10.0
+    """Largest product of ratios that `prefix` uses."""
+    baseline: Literal["group", "reweighted"] = "group"
+    """Mean and deviation of a group's rewards: plain, or weighted by the trajectories' length-normalised ratios."""
     budget: BudgetConfig = BudgetConfig()
     """Scoring for less."""
     projection: ProjectionConfig = ProjectionConfig()
@@ -102,4 +114,21 @@ class ScoreConfig(Table):
             raise ValueError(f"store={self.store} needs features of every prompt, which score.budget leaves out")
         if self.budget.trajectories is not None and self.estimator == "reference":
             raise ValueError("budget.trajectories needs estimator=sketch or exact")
+        if self.budget.active and self.baseline == "reweighted":
+            raise ValueError("baseline=reweighted needs all trajectories, which score.budget leaves out")
+        return self
+
+    @model_validator(mode="after")
+    def _errors_need_trajectories(self) -> ScoreConfig:
+        reason = None
+        if self.budget.active:
+            reason = "score.budget leaves trajectories out"
+        elif self.store != "none":
+            reason = "a store keeps the features of whole groups"
+        elif self.estimator == "reference":
+            reason = "estimator=reference knows whole groups alone"
+        elif self.estimator == "exact" and self.score == "cosine":
+            reason = "estimator=exact has no inner products of trajectories, which cosines need"
+        if self.standard_errors and reason is not None:
+            raise ValueError(f"standard_errors=true cannot be had: {reason}; set score.standard_errors=false")
         return self

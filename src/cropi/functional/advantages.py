@@ -1,22 +1,38 @@
-"""Group-relative advantages."""
+"""Group-relative advantages. NumPy only."""
 
+from __future__ import annotations
+
+import numpy as np
 from jaxtyping import Float
-from torch import Tensor
 
 EPSILON = 1e-4
 
 
-def group_advantages(rewards_K: Float[Tensor, " K"], *, std: bool = True) -> Float[Tensor, " K"]:
-    """Advantage of each trajectory of one prompt against its group.
+def group_advantages(
+    rewards_XK: Float[np.ndarray, "*X K"], *, std: bool = True, weights_XK: Float[np.ndarray, "*X K"] | None = None
+) -> Float[np.ndarray, "*X K"]:
+    """Advantage of each trajectory of one prompt against its group; leading dimensions are groups.
 
     A_k = (r_k - mean(r)) / (s + 1e-4), with s the standard deviation with Bessel's correction (GRPO, arXiv 2402.03300,
     eq. 21; the constant is TRL's). `std=False` gives A_k = r_k - mean(r) (Dr. GRPO, arXiv 2503.20783).
+
+    With weights (one positive number a trajectory) mean and deviation are weighted: mean = sum w r / sum w,
+    s^2 = K / (K - 1) sum w (r - mean)^2 / sum w. Weights of length-normalised sequence ratios re-weight the baseline
+    towards the current policy, as the paper's released code offers.
+
     Equal rewards give exactly 0. Raises ValueError for fewer than two rewards, whose deviation does not exist.
     """
-    if rewards_K.numel() < 2:
-        raise ValueError(f"a group needs at least 2 rewards, got {rewards_K.numel()}")
-    if bool((rewards_K == rewards_K[0]).all()):
-        # The mean of equal floats may differ from them by a rounding error, which 1/1e-4 would blow up.
-        return rewards_K.new_zeros(rewards_K.shape)
-    centred_K = rewards_K - rewards_K.mean()
-    return centred_K / (rewards_K.std(unbiased=True) + EPSILON) if std else centred_K
+    rewards_XK = np.asarray(rewards_XK, dtype=np.float64)
+    count = rewards_XK.shape[-1]
+    if count < 2:
+        raise ValueError(f"a group needs at least 2 rewards, got {count}")
+    weights_XK = np.ones(count) if weights_XK is None else weights_XK
+    shares_XK = weights_XK / weights_XK.sum(axis=-1, keepdims=True)
+    centred_XK = rewards_XK - (shares_XK * rewards_XK).sum(axis=-1, keepdims=True)
+    # The mean of equal floats may differ from them by a rounding error, which 1/1e-4 would blow up.
+    equal_X1 = (rewards_XK == rewards_XK[..., :1]).all(axis=-1, keepdims=True)
+    centred_XK = np.where(equal_X1, 0.0, centred_XK)
+    if not std:
+        return centred_XK
+    variance_X1 = count / (count - 1) * (shares_XK * centred_XK**2).sum(axis=-1, keepdims=True)
+    return centred_XK / (np.sqrt(variance_X1) + EPSILON)

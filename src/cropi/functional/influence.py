@@ -5,6 +5,8 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float
 
+Score = Literal["dot", "cosine"]
+
 
 def mean_weights(
     norms_M: Float[np.ndarray, " M"], mean: Literal["plain", "normalized"] = "plain"
@@ -26,7 +28,7 @@ def influence(
     products_NV: Float[np.ndarray, "N V"],
     norms_N: Float[np.ndarray, " N"],
     norms_V: Float[np.ndarray, " V"],
-    score: Literal["dot", "cosine"] = "dot",
+    score: Score = "dot",
 ) -> Float[np.ndarray, "N V"]:
     """Influence of N prompts on V validation sets from inner products <g_i, d_v> (paper: the product of gradients).
 

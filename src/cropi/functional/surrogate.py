@@ -3,11 +3,13 @@
 from collections.abc import Mapping
 from typing import Literal
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 Normalizer = Literal["sequence", "token", "constant"]
+Correction = Literal["token", "clipped", "prefix"]
 
 # The per-prompt normaliser that ranks prompts as the trainer's loss weighs them. A divisor that all prompts of a batch
 # share (`dapo`, `bnpo`, `cispo`: the batch's token count) does not change the ranking, so it acts like a constant.
@@ -39,24 +41,44 @@ def importance_ratios(
 
 
 def normalizers(
-    mask_KT: Bool[Tensor, "K T"], normalizer: Normalizer, max_completion_length: int
-) -> Float[Tensor, " K"]:
-    """Z of each trajectory, so that the surrogate is sum_k (1 / Z_k) sum_t rho_{k,t} A_k.
+    lengths_XK: Int[np.ndarray, "*X K"], normalizer: Normalizer, max_completion_length: int
+) -> Float[np.ndarray, "*X K"]:
+    """Z of each trajectory, so that the surrogate is sum_k (1 / Z_k) sum_t rho_{k,t} A_k; from completion lengths.
 
     `sequence`: K |tau_k| (paper eq. 4, TRL's `grpo`); `token`: sum_k |tau_k|; `constant`: K times the longest
     completion allowed (TRL's `dr_grpo`). An empty completion has no token to weigh and gets Z = 1 instead of 0.
     """
-    lengths_K = mask_KT.sum(dim=1)
-    group = mask_KT.shape[0]
+    lengths_XK = np.asarray(lengths_XK, dtype=np.float64)
+    count = lengths_XK.shape[-1]
     match normalizer:
         case "sequence":
-            return group * lengths_K.clamp(min=1).double()
+            return count * np.maximum(lengths_XK, 1.0)
         case "token":
-            return lengths_K.sum().clamp(min=1).double().expand(group)
+            return np.broadcast_to(np.maximum(lengths_XK.sum(axis=-1, keepdims=True), 1.0), lengths_XK.shape)
         case "constant":
-            return torch.full(
-                (group,), float(group * max_completion_length), dtype=torch.float64, device=mask_KT.device
-            )
+            return np.full(lengths_XK.shape, float(count * max_completion_length))
+
+
+def corrected_ratios(
+    log_ratios_T: Float[Tensor, " T"], correction: Correction, *, clip: float, cap: float, sign: float
+) -> Float[Tensor, " T"]:
+    """What multiplies grad log pi(x_t) of one trajectory, from its log rho_t, in order; without gradient.
+
+    `token`: rho_t (paper eq. 4). Exact where the prefix is as likely under both policies, biased elsewhere.
+    `clipped`: rho_t where min(rho_t A, clip(rho_t, 1 - clip, 1 + clip) A) still depends on the policy, else 0 (PPO,
+    arXiv 1707.06347, eq. 7); `sign` is the advantage's. Less variance, more bias.
+    `prefix`: rho_1 ... rho_t, at most `cap`: the probability of having come here as well. Without the cap, and with a
+    baseline that does not depend on the trajectory, only the outcome's dependence on what follows stays uncorrected.
+    """
+    match correction:
+        case "token":
+            return log_ratios_T.exp()
+        case "clipped":
+            ratios_T = log_ratios_T.exp()
+            beyond_T = ratios_T > 1 + clip if sign > 0 else ratios_T < 1 - clip
+            return torch.where(beyond_T, torch.zeros_like(ratios_T), ratios_T)
+        case "prefix":
+            return log_ratios_T.cumsum(0).exp().clamp(max=cap)
 
 
 def token_weights(
@@ -64,7 +86,8 @@ def token_weights(
 ) -> Float[Tensor, "K T"]:
     """w_{k,t} = rho_{k,t} A_k / Z_k on completion tokens, 0 elsewhere, without gradient; scales are the A_k / Z_k.
 
-    Since grad rho = rho grad log pi, the gradient of sum_{k,t} w_{k,t} log pi(x_{k,t}) is that of the surrogate
+    Ratios may be corrected ones. Since grad rho = rho grad log pi, the gradient of
+    sum_{k,t} w_{k,t} log pi(x_{k,t}) is that of the surrogate
     sum_k (1/Z_k) sum_t rho_{k,t} A_k: the off-policy estimate of paper eq. 4, by one backward pass.
     """
     weights_KT = ratios_KT.detach().double() * scales_K.double().unsqueeze(1)

@@ -17,7 +17,8 @@ from cropi.artifacts import OK
 from cropi.functional.fusion import ranks, reciprocal_rank_fusion
 from cropi.functional.sampling import balanced_factors, places, robust_line
 from cropi.gradients.groups import Group
-from cropi.gradients.influence import BLOCK, Scorer
+from cropi.gradients.ratios import RatioMoments
+from cropi.gradients.scorer import BLOCK, Scorer
 from cropi.seeds import derived_seed
 
 How = Literal["full", "subsampled", "predicted"]
@@ -64,8 +65,8 @@ class BudgetedScores:
     how: list[How]
     norms_N: Float[np.ndarray, " N"]
     """Length of the gradient as it was scored (a sub-sample's is longer on average); NaN where predicted."""
-    ratio_ess_N: Float[np.ndarray, " N"]
-    """Of the trajectories scored; NaN where predicted."""
+    ratio_facts_NR: Float[np.ndarray, "N R"]
+    """`ratios.FACTS` of the trajectories scored; NaN where predicted."""
     trajectories_scored: int
     """Those that went through the model, a second time counted again."""
     tokens_computed: int
@@ -216,8 +217,8 @@ class _Board:
         self.eligible_N = np.array([group.status == OK for group in groups], dtype=bool)
         self.values_NV = np.zeros((len(groups), scorer([]).products_NV.shape[1]))
         self.how: list[How] = ["predicted" if eligible else "full" for eligible in self.eligible_N]
-        self._norms_N, self._ratio_ess_N = np.zeros(len(groups)), np.ones(len(groups))
-        self._norms_N[self.eligible_N] = self._ratio_ess_N[self.eligible_N] = np.nan
+        self._norms_N = np.where(self.eligible_N, np.nan, 0.0)
+        self._ratio_facts_NR = np.where(self.eligible_N[:, None], np.nan, RatioMoments().facts)
         self._scored, self._tokens = 0, 0
 
     @property
@@ -237,7 +238,7 @@ class _Board:
         self.values_NV = np.where(self.scored_N[:, None], self.values_NV, predicted_NV)
 
     def scores(self) -> BudgetedScores:
-        return BudgetedScores(self.values_NV, self.how, self._norms_N, self._ratio_ess_N, self._scored, self._tokens)
+        return BudgetedScores(self.values_NV, self.how, self._norms_N, self._ratio_facts_NR, self._scored, self._tokens)
 
     def _score(self, rows: Sequence[int], trajectories: int | None) -> None:
         for start in range(0, len(rows), BLOCK):
@@ -251,7 +252,7 @@ class _Board:
             ]
             scored = self._scorer(groups, factors=factors, advance=self._advance)
             self.values_NV[block] = self._scorer.values(scored)
-            self._norms_N[block], self._ratio_ess_N[block] = scored.norms_N, scored.ratio_ess_N
+            self._norms_N[block], self._ratio_facts_NR[block] = scored.norms_N, scored.ratio_facts_NR
             self._tokens += scored.tokens_computed
             for row, group, of_group in zip(block, groups, factors, strict=True):
                 self.how[row] = "subsampled" if 0 in of_group else "full"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from cropi.gradients.capture import Capture, Reader
 from cropi.gradients.groups import Group
 from cropi.gradients.head import Head, check_head
 from cropi.gradients.packing import Pack, Segment, Span, make_pack, plan
+from cropi.gradients.ratios import RatioMoments, moments
 from cropi.gradients.surrogate import SurrogateSettings, trajectory_scales
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ FAST_ENOUGH = {"cpu": 2048, "cuda": 32768}
 STAGED_BYTES = {"cpu": 1 << 29, "cuda": 1 << 33}
 """Memory for what readers hold of the rows of a pack."""
 
-Moments = list[tuple[int, int, float, float]]
+Moments = list[tuple[int, RatioMoments]]
 
 
 @dataclass
@@ -38,29 +38,24 @@ class Work:
     """What a run of the engine has done: tokens computed, and per result row the moments of its ratios."""
 
     tokens: int = 0
-    ratios: dict[int, tuple[int, float, float]] = field(default_factory=dict)
+    ratios: dict[int, RatioMoments] = field(default_factory=dict)
 
     def add(self, tokens: int, moments: Moments) -> None:
         self.tokens += tokens
-        for index, *new in moments:
-            count, first, second = (a + b for a, b in zip(self.ratios.get(index, (0, 0.0, 0.0)), new, strict=True))
-            self.ratios[index] = (int(count), first, second)
+        for index, new in moments:
+            self.ratios[index] = self.of(index) + new
 
-    def effective_share(self, index: int) -> float:
-        """(sum rho)^2 / (T sum rho^2) of one row's tokens (Kish 1965).
-
-        1 where nothing was computed, 0 where all ratios vanish, NaN where their squares are beyond float64.
-        """
-        count, first, second = self.ratios.get(index, (0, 0.0, 0.0))
-        if not count:
-            return 1.0
-        if math.isinf(second):
-            return math.nan
-        return (first / second) * (first / count) if second else 0.0
+    def of(self, index: int) -> RatioMoments:
+        """The moments of one row; of no tokens where nothing was computed."""
+        return self.ratios.get(index, RatioMoments())
 
 
 def segment_of(
-    index: int, group: Group, settings: SurrogateSettings, factors: Sequence[float] | None = None
+    index: int,
+    group: Group,
+    settings: SurrogateSettings,
+    factors: Sequence[float] | None = None,
+    mean_log_ratios: Sequence[float] | None = None,
 ) -> Segment | None:
     """What has to be computed of a group: its trajectories with a scale and a token. None where there is none.
 
@@ -68,7 +63,7 @@ def segment_of(
     """
     if group.status != OK:
         return None
-    scales = trajectory_scales(group, settings)
+    scales = trajectory_scales(group, settings, mean_log_ratios)
     if factors is not None:
         scales = [scale * factor for scale, factor in zip(scales, factors, strict=True)]
     kept = [k for k, scale in enumerate(scales) if scale != 0 and group.completions[k]]
@@ -176,8 +171,8 @@ class Engine:
             for members in self._plan(segments, divisible=True):
                 pack = make_pack(members, self.device)
                 with pack_rows(self._causal_lm, pack.rows):
-                    result = self._head(self._hidden(pack)[0], pack, self.settings.temperature, None, {})
-                work.add(pack.tokens, _moments(pack, result.ratios_E))
+                    result = self._head(self._hidden(pack)[0], pack, self.settings, None, {})
+                work.add(pack.tokens, _moments(pack, result.log_ratios_E, self.settings.clip))
         return work
 
     def _plan(self, segments: Sequence[Segment], divisible: bool, most: int | None = None) -> list[list[Segment]]:
@@ -194,11 +189,9 @@ class Engine:
         pack = make_pack(members, self.device)
         with self._capture.hooks(reader, pack.spans, pack.tokens), pack_rows(self._causal_lm, pack.rows):
             hidden_1SH = self._hidden(pack)
-            result = self._head(
-                hidden_1SH[0].detach(), pack, self.settings.temperature, reader, self._capture.head_names
-            )
+            result = self._head(hidden_1SH[0].detach(), pack, self.settings, reader, self._capture.head_names)
             hidden_1SH.backward(result.grad_SH[None])
-        return pack.tokens, _moments(pack, result.ratios_E)
+        return pack.tokens, _moments(pack, result.log_ratios_E, self.settings.clip)
 
     def _hidden(self, pack: Pack) -> Tensor:
         output = self._causal_lm.base_model(
@@ -288,12 +281,9 @@ def _divided(segment: Segment, budget: int) -> list[Segment]:
     return [part for half in segment.halves() for part in _divided(half, budget)]
 
 
-def _moments(pack: Pack, ratios_E: Tensor) -> Moments:
-    """Per row: count, sum and sum of squares of the ratios."""
-    values = ratios_E.double()
-    sums = [(span.index, values[span.start : span.stop]) for span in pack.predictions]
-    table = torch.stack([torch.stack([x.sum(), (x * x).sum()]) for _, x in sums]).tolist()
-    return [(index, len(x), *row) for (index, x), row in zip(sums, table, strict=True)]
+def _moments(pack: Pack, log_ratios_E: Tensor, clip: float) -> Moments:
+    """Per row: sums over its tokens."""
+    return list(zip([s.index for s in pack.predictions], moments(log_ratios_E, pack.predictions, clip), strict=True))
 
 
 def _out_of_memory(error: BaseException) -> bool:

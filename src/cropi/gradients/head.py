@@ -1,7 +1,8 @@
 """The vocabulary head: log-probs, importance ratios and token weights, and the gradient they send back, in chunks.
 
 Loss and gradient of a chunk are made together, so that logits of all tokens never exist at once:
-g_logits = w (onehot(x) - softmax(logits / T)) / T, with w = rho A_k / Z_k taken from the very same logits.
+g_logits = w (onehot(x) - softmax(logits / T)) / T, with w = rho A_k / Z_k (or a corrected ratio for rho) taken from
+the very same logits.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from cropi.errors import PolicyError
+from cropi.functional.surrogate import corrected_ratios
 from cropi.gradients.attention import unsupported
 from cropi.gradients.capture import Reader
 from cropi.gradients.packing import Pack, Span
+from cropi.gradients.surrogate import SurrogateSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,10 +30,11 @@ LOGITS_AT_ONCE = {"cpu": 1 << 24, "cuda": 1 << 28}
 
 @dataclass(frozen=True)
 class HeadResult:
-    """Per prediction: log-probs and importance ratios, float32 or wider; and the gradient of the hidden states."""
+    """Per prediction: log-probs, float32 or wider, and log importance ratios, float64; and the gradient of the hidden
+    states."""
 
     logprobs_E: Tensor
-    ratios_E: Tensor
+    log_ratios_E: Tensor
     grad_SH: Tensor
 
 
@@ -54,12 +58,13 @@ class Head:
 
     @torch.no_grad()
     def __call__(
-        self, hidden_SH: Tensor, pack: Pack, temperature: float, reader: Reader | None, names: dict[str, str]
+        self, hidden_SH: Tensor, pack: Pack, settings: SurrogateSettings, reader: Reader | None, names: dict[str, str]
     ) -> HeadResult:
         """Loss and gradient at the predictions of a pack; without a reader, log-probs alone."""
         grad_SH = torch.zeros_like(hidden_SH)
         chunk = max(1, LOGITS_AT_ONCE.get(hidden_SH.device.type, 1 << 24) // self.module.out_features)
-        logprobs, ratios = [], []
+        logprobs, log_ratios = [], []
+        factors, temperature = _Factors(pack, settings), settings.temperature
         for first in range(0, len(pack.targets_E), chunk):
             part = slice(first, first + chunk)
             sources_E, targets_E1 = pack.sources_E[part], pack.targets_E[part, None]
@@ -67,12 +72,12 @@ class Head:
             logits_EW = self.logits(hidden_EH)
             logp_EW = torch.log_softmax(logits_EW / temperature, dim=-1)
             logp_E1 = logp_EW.gather(1, targets_E1)
-            ratios_E = self._ratios(logp_E1[:, 0], pack, part)
             logprobs.append(logp_E1[:, 0])
-            ratios.append(ratios_E)
+            log_ratios.append(_log_ratios(logp_E1[:, 0], pack, part))
             if reader is None:
                 continue
-            weights_E1 = (ratios_E.double() * pack.scales_E[part])[:, None].to(logp_EW.dtype) / temperature
+            weights_E = factors(log_ratios[-1], part) * pack.scales_E[part]
+            weights_E1 = weights_E[:, None].to(logp_EW.dtype) / temperature
             grads_EW = logp_EW.exp_().mul_(-weights_E1)
             grads_EW.scatter_add_(1, targets_E1, weights_E1)
             if self._softcap is not None:
@@ -85,14 +90,49 @@ class Head:
                 reader.linear(names["weight"], hidden_EH, grads_EW, spans)
             if "bias" in names:
                 reader.vector(names["bias"], grads_EW, spans)
-        return HeadResult(torch.cat(logprobs), torch.cat(ratios), grad_SH)
+        return HeadResult(torch.cat(logprobs), torch.cat(log_ratios), grad_SH)
 
-    @staticmethod
-    def _ratios(logprobs_E: Tensor, pack: Pack, part: slice) -> Tensor:
-        if pack.behaviour_E is None:
-            return torch.ones_like(logprobs_E)
-        ratios_E = (logprobs_E.double() - pack.behaviour_E[part]).exp().to(logprobs_E.dtype)
-        return torch.where(pack.on_policy_E[part], torch.ones_like(ratios_E), ratios_E)
+
+def _log_ratios(logprobs_E: Tensor, pack: Pack, part: slice) -> Tensor:
+    """log rho of a chunk of predictions; 0 for on-policy ones."""
+    if pack.behaviour_E is None:
+        return torch.zeros_like(logprobs_E, dtype=torch.float64)
+    differences_E = logprobs_E.double() - pack.behaviour_E[part]
+    return torch.where(pack.on_policy_E[part], torch.zeros_like(differences_E), differences_E)
+
+
+class _Factors:
+    """What stands in for each ratio, chunk by chunk: a chunk may end within a trajectory."""
+
+    def __init__(self, pack: Pack, settings: SurrogateSettings) -> None:
+        self._pack, self._settings = pack, settings
+        self._waiting = list(reversed(pack.lengths))
+        """Predictions to come of each trajectory, the next one last."""
+        self._so_far = 0.0
+        """Sum of the log ratios that were met of the next trajectory."""
+
+    def __call__(self, log_ratios_E: Tensor, part: slice) -> Tensor:
+        settings = self._settings
+        if settings.correction == "token":
+            return log_ratios_E.exp()
+        scales_E, found, start = self._pack.scales_E[part], [], 0
+        while start < len(log_ratios_E):
+            length = self._waiting.pop()
+            logs_T = log_ratios_E[start : start + length].clone()
+            if not length:
+                continue
+            logs_T[0] += self._so_far
+            sign = float(scales_E[start].sign())
+            found.append(
+                corrected_ratios(logs_T, settings.correction, clip=settings.clip, cap=settings.prefix_cap, sign=sign)
+            )
+            if len(logs_T) < length:
+                self._waiting.append(length - len(logs_T))
+                self._so_far = float(logs_T.sum()) if settings.correction == "prefix" else 0.0
+            else:
+                self._so_far = 0.0
+            start += len(logs_T)
+        return torch.cat(found)
 
 
 def _clip(spans: Sequence[Span], part: slice) -> list[Span]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from cropi.functional.surrogate import effective_sample_share, importance_ratios, token_weights
+from cropi.functional.surrogate import corrected_ratios, effective_sample_share, importance_ratios, token_weights
 from cropi.gradients.groups import Group
 from cropi.gradients.surrogate import SurrogateSettings, trajectory_scales
 from cropi.policy import completion_logprobs
@@ -14,10 +14,12 @@ from cropi.policy import completion_logprobs
 
 @dataclass(frozen=True)
 class PromptGradient:
-    """The gradient of one prompt's surrogate by parameter name, and the effective sample share of its ratios."""
+    """The gradient of one prompt's surrogate by parameter name, and what its ratios are like (see `ratios.FACTS`)."""
 
     gradients: dict[str, Tensor]
     ratio_ess: float
+    clip_share: float
+    kl: float
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -31,12 +33,10 @@ def prompt_gradient(
     """Off-policy policy gradient of one prompt at the model's current weights.
 
     g = sum_k (1/Z_k) sum_t A_k grad rho_{k,t}, rho_{k,t} = pi_theta / beta per token (paper eq. 4): the direction in
-    which
-    the prompt's surrogate grows. No clipping, no KL and no entropy term. Trajectories whose advantage is zero are not
-    computed, a group of more than `batch_tokens` padded tokens is split. The model is left as it was found: mode,
-    `requires_grad` and `.grad` stay untouched.
+    which the prompt's surrogate grows; with ratios and baseline as the settings correct them. No KL and no entropy
+    term. Trajectories whose advantage is zero are not computed, a group of more than `batch_tokens` padded tokens is
+    split. The model is left as it was found: mode, `requires_grad` and `.grad` stay untouched.
     """
-    scales_K = torch.tensor(trajectory_scales(group, settings), dtype=torch.float64)
     parameters = trainable_parameters(model)
     # A sum over micro-batches in bfloat16 would lose the small terms.
     total = {
@@ -46,8 +46,10 @@ def prompt_gradient(
     was_training = model.training
     model.eval()
     try:
+        logs_K = _mean_log_ratios(model, group, settings) if settings.baseline == "reweighted" else None
+        scales_K = torch.tensor(trajectory_scales(group, settings, logs_K), dtype=torch.float64)
         for rows in _micro_batches(group, scales_K, batch_tokens):
-            loss, ratios_T = _weighted_logprob(model, group, rows, scales_K, settings.temperature)
+            loss, ratios_T = _weighted_logprob(model, group, rows, scales_K, settings)
             gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
             for name, gradient in zip(parameters, gradients, strict=True):
                 if gradient is not None:
@@ -55,7 +57,13 @@ def prompt_gradient(
             ratios.append(ratios_T)
     finally:
         model.train(was_training)
-    return PromptGradient(total, effective_sample_share(torch.cat(ratios)) if ratios else 1.0)
+    ratios_T = torch.cat(ratios).double() if ratios else torch.ones(1)
+    return PromptGradient(
+        total,
+        effective_sample_share(ratios_T),
+        float(((ratios_T - 1).abs() > settings.clip).double().mean()),
+        float((torch.xlogy(ratios_T, ratios_T) - ratios_T + 1).mean()),
+    )
 
 
 def _weighted_logprob(
@@ -63,12 +71,12 @@ def _weighted_logprob(
     group: Group,
     rows: list[int],
     scales_K: Tensor,
-    temperature: float,
+    settings: SurrogateSettings,
 ) -> tuple[Tensor, Tensor]:
     """sum_{k,t} w_{k,t} log pi(x_{k,t}) over some trajectories, and the ratios of their tokens."""
     completions = [group.completions[k] for k in rows]
     logprobs_KT, mask_KT = completion_logprobs(
-        model, [group.prompt_ids] * len(rows), completions, temperature=temperature
+        model, [group.prompt_ids] * len(rows), completions, temperature=settings.temperature
     )
     if group.behaviour_logprobs is None:
         behaviour_KT = logprobs_KT.detach()
@@ -79,8 +87,35 @@ def _weighted_logprob(
             behaviour_KT[row, : len(stored)] = stored.to(logprobs_KT.device)
     ratios_KT = importance_ratios(logprobs_KT.detach(), behaviour_KT)
     device = logprobs_KT.device
-    weights_KT = token_weights(ratios_KT, scales_K[rows].to(device), mask_KT)
+    factors_KT = torch.stack(
+        [
+            corrected_ratios(
+                logs_T,
+                settings.correction,
+                clip=settings.clip,
+                cap=settings.prefix_cap,
+                sign=float(scales_K[k].sign()),
+            )
+            for logs_T, k in zip((logprobs_KT.detach() - behaviour_KT).double(), rows, strict=True)
+        ]
+    )
+    weights_KT = token_weights(factors_KT, scales_K[rows].to(device), mask_KT)
     return (weights_KT.to(logprobs_KT.dtype) * logprobs_KT).sum(), ratios_KT[mask_KT]
+
+
+@torch.no_grad()
+def _mean_log_ratios(model: nn.Module, group: Group, settings: SurrogateSettings) -> list[float]:
+    """Mean log rho of each trajectory, 0 for on-policy and empty ones."""
+    if group.behaviour_logprobs is None:
+        return [0.0] * len(group.completions)
+    found = []
+    for completion, stored in zip(group.completions, group.behaviour_logprobs, strict=True):
+        if not completion:
+            found.append(0.0)
+            continue
+        logprobs_KT, _ = completion_logprobs(model, [group.prompt_ids], [completion], temperature=settings.temperature)
+        found.append(float((logprobs_KT[0].double().cpu() - torch.tensor(stored, dtype=torch.float64)).mean()))
+    return found
 
 
 def _micro_batches(group: Group, scales_K: Tensor, batch_tokens: int) -> Iterator[list[int]]:

@@ -20,9 +20,12 @@ from cropi.functional.projection import SparseProjection
 from cropi.functional.surrogate import NORMALIZER_OF_LOSS
 from cropi.gradients.budget import BudgetSettings, budgeted
 from cropi.gradients.groups import Group, iterate_groups
-from cropi.gradients.influence import BLOCK, Scored, Scorer, statuses
+from cropi.gradients.influence import statuses
+from cropi.gradients.ratios import FACTS
+from cropi.gradients.scorer import BLOCK, Scored, Scorer
 from cropi.gradients.store import FeatureStoreWriter, StoreIdentity, directions_digest, stored_directions
 from cropi.gradients.surrogate import SurrogateSettings
+from cropi.gradients.worth import drift, note_reliability
 from cropi.seeds import unit_interval
 
 FEW_GROUPS = 8  # below this many mixed validation groups a warning is given
@@ -39,6 +42,10 @@ def surrogate_settings(config: Config, loss_type: str, scale_rewards: str | bool
         max_completion_length=config.collect.max_completion_length,
         temperature=config.collect.temperature,
         advantage_std=scale_rewards in {"group", True} if std == "auto" else std,
+        correction=config.score.correction,
+        clip=config.score.clip,
+        prefix_cap=config.score.prefix_cap,
+        baseline=config.score.baseline,
     )
 
 
@@ -95,7 +102,7 @@ def score(
             parts = _score_with_budget(config, scorer, trajectories["train"], len(sources), previous, stage, bar)
         elif config.score.store == "none":
             scorer.aim(validation, bar.advance)
-            parts = _score_blocks(scorer, trajectories["train"], bar)
+            parts = _score_blocks(scorer, trajectories["train"], config.score.standard_errors, bar)
         else:
             scorer.aim(validation, bar.advance, stored_directions(features.folder))
             writer = _writer(config, settings, scorer, features, mixed)
@@ -106,6 +113,7 @@ def score(
             computed += part.tokens_computed
     counts = count_status(row["status"] for row in rows.values())
     _check_finite(counts)
+    reliability = note_reliability(config, rows, names, stage) if config.score.standard_errors else None
     write_table(folder / "scores.parquet", list(rows.values()), scores_schema(names))
     details = {
         "estimator": config.score.estimator,
@@ -115,6 +123,8 @@ def score(
         "validation_groups": {name: len(groups) for name, groups in validation.items()},
         "tokens": given + sum(group.completion_tokens for groups in validation.values() for group in groups),
         "tokens_computed": computed,
+        "reliability": reliability,
+        "drift": drift(rows.values()),
         "scored": count_status(row["scored"] for row in rows.values() if row["scored"] is not None),
     }
     return counts, details
@@ -123,7 +133,7 @@ def score(
 def _blank(prompt_id: str, source: str, names: list[str]) -> dict[str, Any]:
     row: dict[str, Any] = {f"influence/{name}": 0.0 for name in names}
     known = {"prompt_id": prompt_id, "source": source, "status": PROMPT_TOO_LONG, "pass_rate": None}
-    return row | known | {"completion_tokens": 0, "feature_norm": 0.0, "ratio_ess": None, "scored": None}
+    return row | known | {"completion_tokens": 0, "feature_norm": 0.0, **dict.fromkeys([*FACTS, "scored"])}
 
 
 @dataclass(frozen=True)
@@ -133,17 +143,20 @@ class _Part:
     groups: Sequence[Group]
     values_NV: np.ndarray
     norms_N: np.ndarray
-    ratio_ess_N: np.ndarray
+    ratio_facts_NR: np.ndarray
     how: Sequence[str]
     tokens_computed: int
+    errors_NV: np.ndarray | None = None
 
 
-def _score_blocks(scorer: Scorer, table: pa.Table, bar: Progress) -> Iterator[_Part]:
+def _score_blocks(scorer: Scorer, table: pa.Table, standard_errors: bool, bar: Progress) -> Iterator[_Part]:
     groups = _mixed(table)
     while block := list(islice(groups, BLOCK)):
-        scored = scorer(block, advance=bar.advance)
-        values_NV = scorer.values(scored)
-        yield _Part(block, values_NV, scored.norms_N, scored.ratio_ess_N, ["full"] * len(block), scored.tokens_computed)
+        scored = scorer(block, standard_errors=standard_errors, advance=bar.advance)
+        values_NV, how = scorer.values(scored), ["full"] * len(block)
+        yield _Part(
+            block, values_NV, scored.norms_N, scored.ratio_facts_NR, how, scored.tokens_computed, scored.errors_NV
+        )
 
 
 def _score_with_budget(
@@ -167,7 +180,7 @@ def _score_with_budget(
     )
     known = _previous_values(previous, groups)
     found = budgeted(scorer, groups, settings, known, seed=config.seed, stage=stage, pool=pool, advance=bar.advance)
-    yield _Part(groups, found.values_NV, found.norms_N, found.ratio_ess_N, found.how, found.tokens_computed)
+    yield _Part(groups, found.values_NV, found.norms_N, found.ratio_facts_NR, found.how, found.tokens_computed)
 
 
 def _previous_values(previous: pa.Table | None, groups: Sequence[Group]) -> np.ndarray | None:
@@ -212,12 +225,13 @@ def _score_into_store(writer: FeatureStoreWriter, scorer: Scorer, table: pa.Tabl
     store = writer.finish()
     values_NV = store.influence(scorer.features_VD) if scorer.score == "dot" else store.cosine(scorer.features_VD)
     facts = store.rows()
-    norms_N, shares_N = (facts.column(name).to_numpy() for name in ("norm", "ratio_ess"))
+    norms_N = facts.column("norm").to_numpy()
+    facts_NR = np.stack([facts.column(name).to_numpy() for name in FACTS], axis=1)
     groups = _mixed(table)
     for index, tokens in enumerate(computed):
         part = slice(index * BLOCK, (index + 1) * BLOCK)
         block = list(islice(groups, BLOCK))
-        yield _Part(block, values_NV[part], norms_N[part], shares_N[part], ["full"] * len(block), tokens)
+        yield _Part(block, values_NV[part], norms_N[part], facts_NR[part], ["full"] * len(block), tokens)
 
 
 def _feature_rows(groups: Sequence[Group], scored: Scored) -> list[dict[str, Any]]:
@@ -227,7 +241,7 @@ def _feature_rows(groups: Sequence[Group], scored: Scored) -> list[dict[str, Any
             "prompt_id": group.prompt_id,
             "status": found[n],
             "norm": float(scored.norms_N[n]),
-            "ratio_ess": float(scored.ratio_ess_N[n]),
+            **dict(zip(FACTS, scored.ratio_facts_NR[n].tolist(), strict=True)),
             "tokens": group.completion_tokens,
         }
         for n, group in enumerate(groups)
@@ -258,7 +272,11 @@ def _note_scores(rows: Mapping[str, dict[str, Any]], part: _Part, names: list[st
         row |= {"status": status, "scored": how}
         if status == OK:
             row |= {f"influence/{name}": float(part.values_NV[index, v]) for v, name in enumerate(names)}
-            row["feature_norm"], row["ratio_ess"] = _known(part.norms_N[index]), _known(part.ratio_ess_N[index])
+            row["feature_norm"] = _known(part.norms_N[index])
+            row |= dict(zip(FACTS, map(_known, part.ratio_facts_NR[index]), strict=True))
+            if part.errors_NV is not None:
+                errors_V = map(_known, part.errors_NV[index])
+                row |= {f"standard_error/{name}": error for name, error in zip(names, errors_V, strict=True)}
 
 
 def _known(value: float) -> float | None:

@@ -38,6 +38,8 @@ FEATURE_ROWS = pa.schema(
         ("status", pa.string()),
         ("norm", pa.float64()),  # of the feature before it was rounded to the store's dtype
         ("ratio_ess", pa.float64()),
+        ("clip_share", pa.float64()),
+        ("kl", pa.float64()),
         ("tokens", pa.int64()),
     ]
 )
@@ -60,6 +62,10 @@ class StoreIdentity:
     max_completion_length: int
     temperature: float
     advantage_std: bool
+    correction: str
+    clip: float
+    prefix_cap: float
+    baseline: str
     trajectories: str
     dtype: Literal["bfloat16", "float32"]
     dim: int

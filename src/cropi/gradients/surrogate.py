@@ -1,12 +1,18 @@
 """What the surrogate of a group is made of: settings, and the factor A_k / Z_k of each trajectory."""
 
-from dataclasses import dataclass
+from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
 
 from cropi.functional.advantages import group_advantages
-from cropi.functional.surrogate import Normalizer, normalizers
+from cropi.functional.surrogate import Correction, Normalizer, normalizers
 from cropi.gradients.groups import Group
+
+Baseline = Literal["group", "reweighted"]
 
 
 @dataclass(frozen=True)
@@ -17,14 +23,40 @@ class SurrogateSettings:
     max_completion_length: int
     temperature: float = 1.0
     advantage_std: bool = True
+    correction: Correction = "token"
+    """What multiplies a token's gradient: see `cropi.functional.surrogate.corrected_ratios`."""
+    clip: float = 0.2
+    """Epsilon of `clipped`, and of the share of ratios that is reported as outside."""
+    prefix_cap: float = 10.0
+    """Largest product of ratios that `prefix` uses."""
+    baseline: Baseline = "group"
+    """Mean and deviation that advantages are taken against: the group's, or weighted by exp(mean_t log rho)."""
 
 
-def trajectory_scales(group: Group, settings: SurrogateSettings) -> list[float]:
+def trajectory_scales(
+    group: Group, settings: SurrogateSettings, mean_log_ratios: Sequence[float] | None = None
+) -> list[float]:
     """A_k / Z_k of each trajectory, by which the gradient of sum_t rho_{k,t} enters the group's (paper eq. 4).
 
-    A trajectory with a scale of 0 or without a token adds nothing and need not be computed.
+    A trajectory with a scale of 0 or without a token adds nothing and need not be computed. The re-weighted baseline
+    needs each trajectory's mean log ratio; ValueError without.
     """
-    lengths_K = torch.tensor([len(completion) for completion in group.completions])
-    mask_KT = torch.arange(int(lengths_K.max()))[None] < lengths_K[:, None]
-    advantages_K = group_advantages(torch.tensor(group.rewards, dtype=torch.float64), std=settings.advantage_std)
-    return (advantages_K / normalizers(mask_KT, settings.normalizer, settings.max_completion_length)).tolist()
+    lengths_K = np.array([len(completion) for completion in group.completions])
+    return scales_of(np.array(group.rewards), lengths_K, settings, mean_log_ratios).tolist()
+
+
+def scales_of(
+    rewards_XK: np.ndarray,
+    lengths_XK: np.ndarray,
+    settings: SurrogateSettings,
+    mean_log_ratios_XK: Sequence[float] | np.ndarray | None = None,
+) -> np.ndarray:
+    """A_k / Z_k (X, K) from rewards and lengths; leading dimensions are groups."""
+    weights_XK = None
+    if settings.baseline == "reweighted":
+        if mean_log_ratios_XK is None:
+            raise ValueError("the re-weighted baseline needs each trajectory's mean log ratio")
+        logs_XK = np.asarray(mean_log_ratios_XK)
+        weights_XK = np.exp(logs_XK - logs_XK.max(axis=-1, keepdims=True))
+    advantages_XK = group_advantages(rewards_XK, std=settings.advantage_std, weights_XK=weights_XK)
+    return advantages_XK / normalizers(lengths_XK, settings.normalizer, settings.max_completion_length)

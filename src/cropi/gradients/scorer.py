@@ -1,0 +1,358 @@
+"""The scorer: one policy aimed at validation sets and asked about groups."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from cropi.artifacts import OK
+from cropi.errors import SignalError
+from cropi.functional import influence as functional
+from cropi.functional.projection import SparseProjection, principal_directions
+from cropi.gradients.engine import Engine, Work, segment_of
+from cropi.gradients.exact import DenseReader, ExactReader
+from cropi.gradients.groups import Group
+from cropi.gradients.numerics import widened
+from cropi.gradients.packing import Segment
+from cropi.gradients.ratios import FACTS, RatioMoments
+from cropi.gradients.reference import prompt_gradient, trainable_parameters
+from cropi.gradients.sketch import GradientMap, SketchReader, StructuredMap, UniformMap, project
+from cropi.gradients.surrogate import SurrogateSettings
+from cropi.gradients.units import Units, unit_segments, unit_signs, without_signal
+
+Estimator = Literal["exact", "sketch", "reference"]
+Score = functional.Score
+
+BLOCK = 256
+"""Groups whose features are in memory at once; packs are filled from within a block."""
+
+TRAJECTORIES = 512
+"""Trajectories whose features are in memory at once where each has one of its own."""
+
+REFERENCE_TOKENS = 8192
+"""Padded tokens of a forward pass of the reference estimator, unless told otherwise."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What is known of some groups, in their order; zeros where a group has nothing to learn from."""
+
+    products_NV: Float[np.ndarray, "N V"]
+    """<g_i, d_v>."""
+    norms_N: Float[np.ndarray, " N"]
+    """|g_i|; of the feature for `sketch`; NaN where nobody asked for it (`exact` without cosine)."""
+    ratio_facts_NR: Float[np.ndarray, "N R"]
+    """`ratios.FACTS` of each group; of no tokens (1, 0, 0) where nothing was computed."""
+    features_ND: Tensor | None
+    """Gradient features, for `sketch` alone."""
+    tokens_computed: int
+    errors_NV: Float[np.ndarray, "N V"] | None = None
+    """Standard errors of the influence, if asked for: 0 without signal, NaN for fewer than three trajectories."""
+
+
+class Scorer:
+    """One policy, one surrogate, one estimator; first aimed at validation sets, then asked about groups.
+
+    The validation directions d_v are always exact: dense means of the groups' gradients (`plain`), or of the gradients
+    scaled to length 1 (`normalized`). What differs is how a training group's gradient meets them:
+
+    `exact`: without projection, by (2 + V) forward passes of work at most, often 3; `sketch`: through a
+    `SparseProjection`, about 2; `reference`: by autograd, one group at a time, at least 3.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: SurrogateSettings,
+        *,
+        estimator: Estimator = "sketch",
+        score: Score = "dot",
+        validation_mean: Literal["plain", "normalized"] = "plain",
+        projection: SparseProjection | None = None,
+        batch_tokens: int | None = None,
+    ) -> None:
+        self.estimator, self.score, self._mean = estimator, score, validation_mean
+        self.projection = projection or SparseProjection()
+        self.layer_directions: dict[str, Tensor] = {}
+        self._model, self._settings, self._batch_tokens = model, settings, batch_tokens
+        self._engine = None if estimator == "reference" else Engine(model, settings, batch_tokens)
+
+    def aim(
+        self,
+        validation: Mapping[str, Sequence[Group]],
+        advance: Callable[[int], None] | None = None,
+        layer_directions: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Make the directions of validation sets. SignalError where one is empty or not a finite number.
+
+        `layer_directions` are the U of a structured mask by parameter name, where features of earlier work are to be
+        compared; by default they are made from the validation sets.
+        """
+        self._mean_inputs: dict[str, Tensor] = {}
+        self._directions = [self._direction(name, groups, advance) for name, groups in validation.items()]
+        self._norms_V = np.array([_norm(direction) for direction in self._directions])
+        for name, length in zip(validation, self._norms_V, strict=True):
+            if not np.isfinite(length):
+                raise SignalError(
+                    f"the gradient of validation set {name} is not a finite number",
+                    where=f"validation set {name}",
+                    fix="check its behaviour log-probs and rewards; a policy that has diverged cannot be scored: "
+                    "lower trainer.learning_rate.",
+                )
+        if self.estimator == "sketch":
+            if self.projection.mask == "structured":
+                self.layer_directions = dict(layer_directions or self._make_layer_directions())
+            self._map = self._make_map()
+            self.features_VD = torch.stack([project(self._map, direction) for direction in self._directions]).cpu()
+            self._norms_V = self.features_VD.double().norm(dim=1).numpy()
+
+    def __call__(
+        self,
+        groups: Sequence[Group],
+        *,
+        factors: Sequence[Sequence[float]] | None = None,
+        standard_errors: bool = False,
+        advance: Callable[[int], None] | None = None,
+    ) -> Scored:
+        """Score a block of groups. `factors` multiply the weights of each group's trajectories.
+
+        `standard_errors`: each with its jackknife error. Trajectories do not share their prompt then, which costs the
+        prompts' tokens K times. ValueError for the reference estimator, and for `exact` with cosine, which would need
+        the inner product of any two trajectories.
+        """
+        if standard_errors:
+            return self._with_errors(groups, advance)
+        if self._engine is None:
+            return self._by_reference(groups, advance)
+        logs = self._mean_log_ratios(groups)
+        found = [
+            segment_of(index, group, self._settings, None if factors is None else factors[index], logs[index])
+            for index, group in enumerate(groups)
+        ]
+        return self._run([segment for segment in found if segment is not None], len(groups), advance)
+
+    def units(
+        self, groups: Sequence[Group], *, grams: bool = False, advance: Callable[[int], None] | None = None
+    ) -> Iterator[tuple[Units, Tensor | None, int]]:
+        """Of each group in turn: what its influence is made of, the features (K, D) of its trajectories (`sketch`), and
+        the tokens computed. `grams`: with the inner products of its trajectories, which `sketch` alone has.
+        """
+        if self._engine is None:
+            raise ValueError("trajectories are told apart by estimator='exact' or 'sketch' only")
+        if grams and self.estimator == "exact":
+            raise ValueError("inner products of trajectories need estimator='sketch'")
+        block: list[Group] = []
+        for group in groups:
+            if block and sum(len(g.completions) for g in [*block, group]) > TRAJECTORIES:
+                yield from self._units(block, grams, advance)
+                block = []
+            block.append(group)
+        if block:
+            yield from self._units(block, grams, advance)
+
+    def _units(
+        self, groups: Sequence[Group], grams: bool, advance: Callable[[int], None] | None
+    ) -> Iterator[tuple[Units, Tensor | None, int]]:
+        starts = np.cumsum([0, *(len(group.completions) for group in groups)]).tolist()
+        segments = [
+            segment
+            for start, group in zip(starts, groups, strict=False)
+            if group.status == OK
+            for segment in unit_segments(group, start, self._settings)
+        ]
+        scored, ratios = self._pass(segments, starts[-1], None, norms=False)
+        for start, group in zip(starts, groups, strict=False):
+            part = slice(start, start + len(group.completions))
+            features_KD = None if scored.features_ND is None else scored.features_ND[part]
+            tokens = sum(s.tokens for s in segments if part.start <= s.index < part.stop)
+            if advance is not None:
+                advance(1)
+            if group.status != OK:
+                yield without_signal(group, scored.products_NV.shape[1]), features_KD, 0
+                continue
+            signs_K = unit_signs(group, self._settings)
+            gram_KK = None
+            if grams:
+                assert features_KD is not None
+                wide_KD = features_KD.double()
+                gram_KK = (wide_KD @ wide_KD.T).numpy() * np.outer(signs_K, signs_K)
+            units = replace(
+                without_signal(group, 0),
+                products_KV=scored.products_NV[part] * signs_K[:, None],
+                gram_KK=gram_KK,
+                ratios=[ratios.of(row) for row in range(part.start, part.stop)],
+            )
+            yield units, features_KD, tokens
+
+    def _with_errors(self, groups: Sequence[Group], advance: Callable[[int], None] | None) -> Scored:
+        sketched = self.estimator == "sketch"
+        if self.score == "cosine" and not sketched:
+            raise ValueError("standard errors of cosines need estimator='sketch'")
+        settings, products, norms, facts, errors, features = self._settings, [], [], [], [], []
+        computed = 0
+        for group, (units, features_KD, tokens) in zip(
+            groups, self.units(groups, grams=sketched, advance=advance), strict=True
+        ):
+            products.append(units.products(settings)[0])
+            norms.append(units.norms(settings)[0])
+            facts.append(units.total().facts)
+            mixed = group.status == OK
+            errors.append(units.errors(settings, self.score, self._norms_V) if mixed else np.zeros(len(self._norms_V)))
+            computed += tokens
+            if features_KD is not None:
+                scales_K = torch.from_numpy(units.scales(settings)[0] * unit_signs(group, settings))
+                features.append(scales_K.to(features_KD.dtype) @ features_KD if mixed else 0 * features_KD.sum(dim=0))
+        shape = (len(groups), len(self._norms_V))
+        return Scored(
+            np.array(products).reshape(shape),
+            np.array(norms),
+            np.array(facts).reshape(len(groups), len(FACTS)),
+            torch.stack(features) if features else None,
+            computed,
+            np.array(errors).reshape(shape),
+        )
+
+    def _mean_log_ratios(self, groups: Sequence[Group]) -> list[list[float] | None]:
+        """Of each group's trajectories, by a forward pass, where the baseline is weighted by them."""
+        if self._settings.baseline == "group":
+            return [None] * len(groups)
+        assert self._engine is not None
+        starts = np.cumsum([0, *(len(group.completions) for group in groups)]).tolist()
+        segments = [
+            segment
+            for start, group in zip(starts, groups, strict=False)
+            if group.status == OK
+            for segment in unit_segments(group, start, self._settings)
+        ]
+        work = self._engine.logprobs(segments)
+        return [
+            [work.of(row).mean_log for row in range(start, start + len(group.completions))]
+            for start, group in zip(starts, groups, strict=False)
+        ]
+
+    def values(self, scored: Scored) -> Float[np.ndarray, "N V"]:
+        """Influence: the inner products (`dot`), or these over both lengths (`cosine`); 0 for a zero gradient."""
+        return functional.influence(scored.products_NV, scored.norms_N, self._norms_V, self.score)
+
+    def _run(self, segments: Sequence[Segment], count: int, advance: Callable[[int], None] | None) -> Scored:
+        return self._pass(segments, count, advance, norms=self.score == "cosine")[0]
+
+    def _pass(
+        self, segments: Sequence[Segment], count: int, advance: Callable[[int], None] | None, *, norms: bool
+    ) -> tuple[Scored, Work]:
+        """Segments through the engine: `count` rows of products, lengths (of `exact` only with `norms`) and facts."""
+        assert self._engine is not None
+        after = _by_group(advance)
+        if self.estimator == "exact":
+            exact = ExactReader(self._directions, count, norms=norms, repeated=self._engine.repeated)
+            work = self._engine.run(segments, exact, after=after, divisible=not norms)
+            squares_N = exact.squares_N.clamp(min=0).numpy() if norms else np.full(count, np.nan)
+            return Scored(exact.products_NV.numpy(), np.sqrt(squares_N), _facts(work, count), None, work.tokens), work
+        sketch = SketchReader(self._map, count, self.features_VD.dtype)
+        work = self._engine.run(segments, sketch, after=after)
+        features_ND = sketch.features_ND
+        products_NV = (features_ND.double() @ self.features_VD.double().T).numpy()
+        norms_N = features_ND.double().norm(dim=1).numpy()
+        return Scored(products_NV, norms_N, _facts(work, count), features_ND, work.tokens), work
+
+    def _by_reference(self, groups: Sequence[Group], advance: Callable[[int], None] | None) -> Scored:
+        products_NV = np.zeros((len(groups), len(self._directions)))
+        norms_N, facts_NR = np.zeros(len(groups)), np.tile(RatioMoments().facts, (len(groups), 1))
+        tokens = 0
+        for index, group in enumerate(groups):
+            if group.status != OK:
+                continue
+            found = prompt_gradient(
+                self._model, group, self._settings, batch_tokens=self._batch_tokens or REFERENCE_TOKENS
+            )
+            products_NV[index] = [_inner(found.gradients, direction) for direction in self._directions]
+            norms_N[index] = _norm(found.gradients)
+            facts_NR[index] = found.ratio_ess, found.clip_share, found.kl
+            tokens += len(group.prompt_ids) * len(group.completions) + group.completion_tokens
+            if advance is not None:
+                advance(1)
+        return Scored(products_NV, norms_N, facts_NR, None, tokens)
+
+    def _direction(
+        self, name: str, groups: Sequence[Group], advance: Callable[[int], None] | None
+    ) -> dict[str, Tensor]:
+        """The mean gradient of a validation set by parameter name."""
+        if not groups:
+            raise SignalError("it has no group", where=f"validation set {name}", fix="give it prompts.")
+        if self._engine is None:
+            return self._reference_direction(groups, advance)
+        after = _by_group(advance)
+        norms_M, logs = np.ones(len(groups)), self._mean_log_ratios(groups)
+        if self._mean == "normalized":
+            nothing = [{name: torch.zeros_like(p) for name, p in self._engine.parameters.items()}]
+            reader = ExactReader(nothing, len(groups), norms=True, repeated=self._engine.repeated)
+            found = [segment_of(index, group, self._settings, None, logs[index]) for index, group in enumerate(groups)]
+            self._engine.run([segment for segment in found if segment is not None], reader, divisible=False)
+            norms_M = reader.squares_N.clamp(min=0).sqrt().numpy()
+        weights = functional.mean_weights(norms_M, self._mean).tolist()
+        dense = DenseReader(self._engine.parameters, self._engine.vocabulary)
+        segments = [
+            segment_of(index, group, self._settings, [weight] * len(group.completions), logs[index])
+            for index, (group, weight) in enumerate(zip(groups, weights, strict=True))
+        ]
+        self._engine.run([segment for segment in segments if segment is not None], dense, after=after)
+        for layer, mean_I in dense.mean_inputs().items():
+            self._mean_inputs[layer] = self._mean_inputs.get(layer, 0.0) + mean_I
+        return dense.gradients
+
+    def _reference_direction(self, groups: Sequence[Group], advance: Callable[[int], None] | None) -> dict[str, Tensor]:
+        total = {
+            name: torch.zeros_like(p, dtype=torch.float64) for name, p in trainable_parameters(self._model).items()
+        }
+        for group in groups:
+            if group.status != OK:
+                continue
+            found = prompt_gradient(
+                self._model, group, self._settings, batch_tokens=self._batch_tokens or REFERENCE_TOKENS
+            )
+            weight = functional.mean_weights(np.array([_norm(found.gradients)]), self._mean)[0] / len(groups)
+            for name, gradient in found.gradients.items():
+                total[name] += gradient * weight
+            if advance is not None:
+                advance(1)
+        return total
+
+    def _make_map(self) -> GradientMap:
+        assert self._engine is not None
+        parameters = self._engine.parameters
+        if self.projection.mask == "uniform":
+            return UniformMap(self.projection, parameters)
+        return StructuredMap(self.projection, parameters, self.layer_directions, self._engine.vocabulary)
+
+    def _make_layer_directions(self) -> dict[str, Tensor]:
+        assert self._engine is not None
+        found = {}
+        for name in sorted(self._engine.matrices):
+            stacked = torch.cat([direction[name] for direction in self._directions])
+            found[name] = widened(
+                principal_directions(stacked, self._mean_inputs[name], self.projection.rank).to(stacked.dtype)
+            )
+        return found
+
+
+def _by_group(advance: Callable[[int], None] | None) -> Callable[[Sequence[Segment]], None] | None:
+    """Count the groups of a pack."""
+    return None if advance is None else lambda members: advance(len({segment.index for segment in members}))
+
+
+def _facts(work: Work, count: int) -> Float[np.ndarray, "N R"]:
+    return np.array([work.of(index).facts for index in range(count)]).reshape(count, len(FACTS))
+
+
+def _inner(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> float:
+    return float(sum((first[name].double() * second[name].double()).sum() for name in first))
+
+
+def _norm(gradients: Mapping[str, Tensor]) -> float:
+    return _inner(gradients, gradients) ** 0.5
