@@ -1,11 +1,13 @@
 """Shared fixtures: tiny random models, and the environment every test runs in."""
 
 import os
+from collections.abc import Iterator
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import jaxtyping
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -42,3 +44,11 @@ def model(request: pytest.FixtureRequest) -> LlamaForCausalLM:
 def _one_thread() -> None:
     """Two test processes share two cores."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def unchecked_shapes() -> Iterator[None]:
+    """No checks of shapes at run time: where arrays are small and calls many, they take most of the time."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

@@ -21,7 +21,7 @@ from cropi.gradients.groups import Group
 from cropi.gradients.reference import trainable_parameters
 from cropi.gradients.scoring import make_scorer, surrogate_settings
 from cropi.policy import Policy, load_policy
-from cropi.prompts import load_prompts
+from cropi.prompts import checked_prompts, leakage_warnings
 from cropi.rewards.verifiers import CORRECT, UNPARSEABLE_ANSWER, Verify, verifier
 from cropi.rollouts.collect import Shard, behaviour_logprobs, plan
 from cropi.rollouts.generation import Sampling, TransformersGenerator
@@ -36,6 +36,7 @@ class CheckResult:
     """What `check` found and what it expects."""
 
     prompts: dict[str, int]  # by set
+    leakage: dict[str, dict[str, int]]  # held-out prompts that stand in another role, by kind and sets
     parameters: int
     gold_against_itself: dict[str, int]  # verdicts; anything but `correct` points at the verifier or the data
     verdicts: dict[str, int]  # of the sampled completions
@@ -49,6 +50,7 @@ class CheckResult:
 
     def as_text(self) -> str:
         lines = ["prompts            " + _listed(self.prompts)]
+        lines.append("leakage            " + _listed({kind: sum(sets.values()) for kind, sets in self.leakage.items()}))
         lines.append(f"parameters         {self.parameters:,}")
         lines.append("gold vs itself     " + _listed(self.gold_against_itself))
         lines.append("completions        " + _listed(self.verdicts))
@@ -78,7 +80,7 @@ def check_run(config: Config) -> CheckResult:
 
     Raises the errors that a run would raise over its config, data and policy.
     """
-    prompts = load_prompts(config)
+    prompts, leakage = checked_prompts(config)
     policy = load_policy(config.policy)
     settings = grpo_config(config, config.folder, policy.model.device)
     shards, _ = plan(config, policy, prompts)
@@ -94,6 +96,7 @@ def check_run(config: Config) -> CheckResult:
     verdicts = Counter(verdict for group in sample.verdicts for verdict in group)
     return CheckResult(
         prompts=dict(Counter(row["set"] for row in prompts)),
+        leakage=leakage.as_json(),
         parameters=sum(p.numel() for p in trainable_parameters(policy.model).values()),
         gold_against_itself=dict(gold),
         verdicts=dict(verdicts),
@@ -102,7 +105,7 @@ def check_run(config: Config) -> CheckResult:
         estimates=_estimate(
             config, settings, policy, shards, sample, sum(r["set"].startswith("test/") for r in prompts)
         ),
-        warnings=_warnings(gold, verdicts),
+        warnings=[*leakage_warnings(config, leakage), *_warnings(gold, verdicts)],
     )
 
 

@@ -69,29 +69,59 @@ def recipe_text(name: str) -> str:
 
 
 def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> Config:
-    """Read a recipe by name or a YAML file by path, apply `key.path=value` overrides, and validate.
+    """Read a recipe by name, a YAML file or a run's folder by path, apply `key.path=value` overrides, and validate.
 
-    Raises ConfigError naming the key at fault and the closest valid one.
+    A file goes before a recipe of the same name, a recipe before a folder. Raises ConfigError naming the key at fault
+    and the closest valid one.
     """
     path = Path(name_or_path)
     if path.suffix in {".yaml", ".yml"} or path.is_file():
-        try:
-            text, where = path.read_text(encoding="utf-8"), str(path)
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"cannot be read ({error})", where=str(path), fix="check the path.") from None
+        values, where = _read_settings(path), str(path)
     elif name_or_path in recipe_names():
-        text, where = recipe_text(name_or_path), f"recipe {name_or_path}"
+        where = f"recipe {name_or_path}"
+        values = _settings(recipe_text(name_or_path), where)
+    elif path.is_dir():
+        values, where = _read_run(path), str(path)
     else:
         raise ConfigError(
-            f"there is no config file and no recipe named {name_or_path!r}",
-            fix=f"give a .yaml file or one of the recipes: {', '.join(recipe_names())}.",
+            f"there is no config file, no run and no recipe named {name_or_path!r}",
+            fix=f"give a .yaml file, a run's folder or one of the recipes: {', '.join(recipe_names())}.",
         )
-    values = parse_yaml(text, where)
-    if not isinstance(values, dict):
-        raise ConfigError("the config must be a mapping of settings", where=where, fix="see `cropi recipes copy`.")
     for override in overrides:
         _apply_override(values, override)
     return validate_config(values, where)
+
+
+def _settings(text: str, where: str) -> dict[str, Any]:
+    values = parse_yaml(text, where)
+    if not isinstance(values, dict):
+        raise ConfigError("the config must be a mapping of settings", where=where, fix="see `cropi recipes copy`.")
+    return values
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot be read ({error})", where=str(path), fix="check the path.") from None
+    return _settings(text, str(path))
+
+
+def _read_run(folder: Path) -> dict[str, Any]:
+    """What a run's folder was claimed with. The run is where the folder is now, wherever it was made."""
+    path = folder / "config.json"
+    values = _read_settings(path) if path.is_file() else {}
+    name = values.get("name")
+    if name is None:
+        raise ConfigError("holds no config of a run", where=str(folder), fix="name the folder of a run.")
+    place = folder if folder.name == name else folder.resolve()
+    if place.name != name:
+        raise ConfigError(
+            f"the folder of the run {name!r} has another name",
+            where=str(folder),
+            fix="give it its own name back.",
+        )
+    return values | {"run_dir": str(place.parent)}
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:

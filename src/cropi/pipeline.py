@@ -24,9 +24,10 @@ from cropi.artifacts import (
     scores_schema,
 )
 from cropi.config import Config, InfluenceStrategy
-from cropi.console import counts_text, say
+from cropi.console import counts_text, say, warn
 from cropi.errors import ArtifactError, DataError, PolicyError
 from cropi.evaluation.evaluate import Question, evaluate, forget_after, read_evaluations
+from cropi.functional.sampling import places
 from cropi.gradients.groups import iterate_groups
 from cropi.gradients.scoring import FeatureRequest, score, surrogate_settings, validation_groups
 from cropi.policy import Policy, encode_prompts, fingerprint, load_policy, trainer_prompt, uses_chat
@@ -34,10 +35,12 @@ from cropi.prompts import data_identity, make_prompts
 from cropi.reporting.report import make_report
 from cropi.reporting.summary import Summary
 from cropi.rewards.verifiers import verifier
-from cropi.rollouts.collect import collect, read_trajectories
+from cropi.rollouts.collect import collect, collect_anew
 from cropi.rollouts.generation import Sampling, TransformersGenerator
+from cropi.rollouts.overlay import FRESH, REUSED, Overlay, Trajectories, newest_rollouts, read_overlay
 from cropi.seeds import derived_seed
 from cropi.selection.candidates import Candidates
+from cropi.selection.refresh import drift_warning, prompts_to_refresh
 from cropi.selection.select import require_signal, select
 from cropi.training.reward import RecordedReward, training_pass_rates
 from cropi.training.settings import grpo_config
@@ -53,11 +56,12 @@ class Pipeline:
         self.base = load_policy(config.policy)
         # Settings that TRL refuses are refused here, before anything is written.
         self.settings = grpo_config(config, config.folder, self.base.model.device)
-        self._surrogate = surrogate_settings(config, self.settings.loss_type, self.settings.scale_rewards)
+        self.surrogate = surrogate_settings(config, self.settings.loss_type, self.settings.scale_rewards)
         self._chat = uses_chat(self.base.tokenizer, config.prompts.chat, config.prompts.system_prompt)
         self._base_identity = fingerprint(config.policy)
         self.space = Workspace(config)
         self.space.lock()
+        self.trajectories = Trajectories(self.space, _group_facts)
 
     def run(self) -> Summary:
         """Prompts to report."""
@@ -85,62 +89,100 @@ class Pipeline:
         folder = self.space.trajectories
         manifest = build(folder, "trajectories", make, inputs=inputs, made_by="cropi collect", keep_parts=True)
         say(f"trajectories: {counts_text(manifest.counts)}")
-        mixed = require_signal(self._statuses)
-        say(f"groups: {mixed} of {len(self._statuses)} mixed, the others carry no signal now")
+        statuses = self._statuses(self.trajectories.base_groups)
+        mixed = require_signal(statuses)
+        say(f"groups: {mixed} of {len(statuses)} mixed, the others carry no signal now")
         if any(isinstance(strategy, InfluenceStrategy) for strategy in self.config.arms.values()):
-            validation_groups(self._trajectories, self.config.score)
+            validation_groups(self.trajectories.base, self.config.score)
         return manifest
 
-    @cached_property
-    def _trajectory_identity(self) -> str:
-        return open_artifact(self.space.trajectories, "trajectories", made_by="cropi collect").identity
+    def _statuses(self, groups: Mapping[str, tuple[str, float]]) -> list[str]:
+        return [groups[i][0] if i in groups else PROMPT_TOO_LONG for i in self.space.train_prompts]
 
-    @cached_property
-    def _trajectories(self) -> dict[str, pa.Table]:
-        open_artifact(self.space.trajectories, "trajectories", made_by="cropi collect")  # checks the files
-        return read_trajectories(self.space.trajectories)
+    # -- refresh -----------------------------------------------------------------------------------------------------
 
-    @cached_property
-    def _groups(self) -> dict[str, tuple[str, float]]:
-        """Status and pass rate of every group: the groups themselves need not fit into memory."""
-        return {
-            prompt_id: (GOLD_UNPARSEABLE, float("nan")) if group is None else (group.status, group.pass_rate)
-            for prompt_id, group in iterate_groups(self._trajectories["train"])
-        }
+    def refresh(self, arm: Arm, stage: int, model: nn.Module, origin: str) -> None:
+        """Make what the config wants newer than the base policy's trajectories; `origin` says which policy it is."""
+        if not self.trajectories.refreshes(arm, stage):
+            return
+        inputs = {"trajectories": self.trajectories.identity, "policy": origin}
+        if self.config.refresh.reuse_rollouts:
+            steps = self.config.train.steps_per_stage
+            copy = partial(newest_rollouts, arm.rollouts, (stage - 1) * steps, stage * steps)
+            build(arm.reused(stage), REUSED, copy, inputs=inputs, made_by="cropi train")
+        if self.config.refresh.fraction:
+            self._sample_anew(arm, stage, model, inputs)
+        require_signal(self._statuses(self.trajectories.groups(self.trajectories.overlay(arm, stage))))
 
-    @cached_property
-    def _statuses(self) -> list[str]:
-        return [self._status(prompt_id) for prompt_id in self.space.train_prompts]
+    def _sample_anew(self, arm: Arm, stage: int, model: nn.Module, inputs: dict[str, str]) -> None:
+        before = read_overlay(self.trajectories.layers(arm, stage, sampled=False))
+        inputs = inputs | ({} if before.identity is None else {"refresh": before.identity})
+        if self._uses_influence(arm):
+            newest = open_artifact(arm.scores(stage - 1), "scores", made_by="cropi train")
+            inputs = inputs | {"scores": newest.identity}
 
-    def _status(self, prompt_id: str) -> str:
-        return self._groups[prompt_id][0] if prompt_id in self._groups else PROMPT_TOO_LONG
+        def make(folder: Path) -> tuple[Mapping[str, int], Mapping[str, Any]]:
+            chosen = self._prompts_to_refresh(arm, stage, before)
+            rows = [self.space.train_prompts[prompt_id] for prompt_id in chosen]
+            policy = Policy(model, self.base.tokenizer)
+            return collect_anew(self.config, policy, rows, folder, self.space.ledger, arm=arm.name, stage=stage)
+
+        folder = arm.fresh(stage)
+        manifest = build(folder, FRESH, make, inputs=inputs, made_by="cropi train", keep_parts=True)
+        say(f"fresh trajectories of stage {stage}: {counts_text(manifest.counts)}")
+
+    def _prompts_to_refresh(self, arm: Arm, stage: int, before: Overlay) -> list[str]:
+        ids = list(self.space.train_prompts)
+        scores = self._read_scores(arm.scores(stage - 1)) if self._uses_influence(arm) else None
+        return prompts_to_refresh(
+            ids,
+            self._statuses(self.trajectories.groups(before)),
+            before.drawn(ids),
+            before.reused(ids, stage),
+            np.full(len(ids), np.nan) if scores is None else scores.column("ratio_ess").to_numpy(),
+            places(self.config.refresh.fraction, len(ids)),
+            seed=self.config.seed,
+            stage=stage,
+        )
 
     # -- score and select --------------------------------------------------------------------------------------------
 
     def score(self, arm: Arm, stage: int, model: nn.Module, origin: str) -> Manifest:
         """Influence of all training prompts at a policy; `origin` says which policy it is."""
+        self.refresh(arm, stage, model, origin)
+        inputs = self.trajectories.inputs(arm, stage)
+        of_policy, of_trajectories = f"{self._base_identity} {origin}", " ".join(inputs.values())
+        features = FeatureRequest(arm.features(stage), of_policy, self._base_identity, of_trajectories)
 
         def make(folder: Path) -> tuple[Mapping[str, int], Mapping[str, Any]]:
             with self.space.ledger.charge("score", arm=arm.name, stage=stage) as entry:
-                sources = {i: row["source"] for i, row in self.space.train_prompts.items()}
-                features = FeatureRequest(
-                    arm.features(stage),
-                    f"{self._base_identity} {origin}",
-                    self._base_identity,
-                    self._trajectory_identity,
-                )
-                earlier = arm.scores(stage - 1) if self.config.score.budget.rescore and stage else None
-                previous = None if earlier is None or not is_finished(earlier) else self._read_scores(earlier)
                 result = score(
-                    self.config, self._surrogate, model, self._trajectories, sources, folder, features, previous, stage
+                    self.config,
+                    self.surrogate,
+                    model,
+                    self.trajectories.tables(arm, stage),
+                    {i: row["source"] for i, row in self.space.train_prompts.items()},
+                    folder,
+                    features,
+                    self._previous_scores(arm, stage),
+                    stage,
                 )
                 entry["tokens"] = result[1]["tokens"]
             return result
 
-        inputs = {"trajectories": self._trajectory_identity, "policy": origin}
-        manifest = build(arm.scores(stage), "scores", make, inputs=inputs, made_by="cropi score")
+        made_from = inputs | {"policy": origin}
+        manifest = build(arm.scores(stage), "scores", make, inputs=made_from, made_by="cropi score")
         say(f"scores of stage {stage}: {counts_text(manifest.counts)}")
+        text = drift_warning(manifest.details["drift"], stage, refreshing=self.config.refresh.active)
+        if text is not None:
+            warn(text)
         return manifest
+
+    def _previous_scores(self, arm: Arm, stage: int) -> pa.Table | None:
+        """Scores of the stage before, of the prompts whose trajectories are the same: for `score.budget.rescore`."""
+        if not (self.config.score.budget.rescore and stage and is_finished(arm.scores(stage - 1))):
+            return None
+        return self.trajectories.overlay(arm, stage).without_replaced(self._read_scores(arm.scores(stage - 1)), stage)
 
     def select(self, arm: Arm, stage: int) -> list[str]:
         """Prompt ids of a stage's selection, read back where it has been made."""
@@ -150,7 +192,7 @@ class Pipeline:
                 strategy = self.config.arms[arm.name]
                 return select(self.config, strategy, self._candidates(arm, stage), self.space.train_prompts, folder)
 
-        inputs = {"trajectories": self._trajectory_identity}
+        inputs = self.trajectories.inputs(arm, stage)
         if self._uses_influence(arm):
             folder = arm.scores(self._scored_stage(arm, stage))
             inputs["scores"] = open_artifact(folder, "scores", made_by="cropi score").identity
@@ -159,7 +201,7 @@ class Pipeline:
         manifest = build(folder, "selection", make, inputs=inputs, made_by="cropi select")
         if new:
             chosen = manifest.counts["selected"]
-            say(f"selection of {arm.name}, stage {stage}: {chosen} of {len(self._statuses)} prompts")
+            say(f"selection of {arm.name}, stage {stage}: {chosen} of {len(self.space.train_prompts)} prompts")
         rows = read_table(folder / "selection.parquet", SELECTION).to_pylist()
         return [row["prompt_id"] for row in rows if row["selected"]]
 
@@ -178,6 +220,8 @@ class Pipeline:
 
     def _candidates(self, arm: Arm, stage: int) -> Candidates:
         ids = list(self.space.train_prompts)
+        overlay, steps = self.trajectories.overlay(arm, stage), self.config.train.steps_per_stage
+        groups = self.trajectories.groups(overlay)
         names = sorted(self.config.prompts.validation)
         influence: dict[str, np.ndarray] = {}
         if self._uses_influence(arm):
@@ -186,9 +230,9 @@ class Pipeline:
         return Candidates(
             prompt_ids=ids,
             sources=[row["source"] for row in self.space.train_prompts.values()],
-            statuses=self._statuses,
-            pass_rates_N=np.array([self._groups.get(i, ("", float("nan")))[1] for i in ids]),
-            training_pass_rates=training_pass_rates(arm.rewards, stage * self.config.train.steps_per_stage),
+            statuses=self._statuses(groups),
+            pass_rates_N=np.array([groups.get(i, ("", float("nan")))[1] for i in ids]),
+            training_pass_rates=training_pass_rates(arm.rewards, stage * steps, overlay.drawn_at(steps)),
             influence=influence,
             stage=stage,
             seed=self.config.seed,
@@ -202,8 +246,10 @@ class Pipeline:
                 where=str(arm.selection(stage)),
                 fix=f"delete {arm.folder} to train this arm anew.",
             )
-        if self._uses_influence(arm) and self._scored_stage(arm, stage) == stage and not in_progress:
+        if not in_progress and self._uses_influence(arm) and self._scored_stage(arm, stage) == stage:
             self.score(arm, stage, model, self._origin(arm, stage))
+        elif not in_progress:
+            self.refresh(arm, stage, model, self._origin(arm, stage))
         return self.select(arm, stage)
 
     def _origin(self, arm: Arm, stage: int) -> str:
@@ -255,10 +301,11 @@ class Pipeline:
         settings = grpo_config(self.config, arm.checkpoints, self.base.model.device)
         forget_after(arm.evaluation, newest_checkpoint(arm.checkpoints)[1])
         policy = load_policy(self.config.policy)
+        groups = self.trajectories.base_groups
         rows = [
             {"prompt_id": prompt_id, "prompt": self._trainer_prompt(row), "answer": row["answer"]}
             for prompt_id, row in self.space.train_prompts.items()
-            if self._status(prompt_id) in USABLE
+            if groups.get(prompt_id, (PROMPT_TOO_LONG,))[0] in USABLE
         ]
         task = TrainTask(
             label=arm.name,
@@ -271,6 +318,7 @@ class Pipeline:
             select_stage=lambda stage, model, in_progress: self._select_stage(arm, stage, model, in_progress),
             evaluate=lambda step, model: self._evaluate(model, step, arm.evaluation, arm.name),
             folder=arm.folder,
+            record_to=arm.rollouts if self.trajectories.reuses(arm) else None,
         )
         final = train(task, policy)
         total = self.config.train.stages * self.config.train.steps_per_stage
@@ -339,3 +387,11 @@ class Pipeline:
     def report(self) -> Summary:
         """Write report.html, report.md and summary.json from what the folder holds."""
         return make_report(self.config, self.space.folder)
+
+
+def _group_facts(table: pa.Table) -> dict[str, tuple[str, float]]:
+    """Status and pass rate of every group of a table of trajectories."""
+    return {
+        prompt_id: (GOLD_UNPARSEABLE, float("nan")) if group is None else (group.status, group.pass_rate)
+        for prompt_id, group in iterate_groups(table)
+    }

@@ -16,7 +16,9 @@ import pyarrow.parquet as pq
 
 from cropi.artifacts import PROMPTS, write_table
 from cropi.config import BuiltinSource, Config, FileSource, HubSource, config_hash
+from cropi.console import warn
 from cropi.errors import DataError
+from cropi.leakage import Leakage, described, find_leakage
 
 PROMPT_COLUMNS = ("prompt", "question", "problem")
 ANSWER_COLUMNS = ("answer", "solution", "ground_truth")
@@ -33,25 +35,52 @@ def load_prompts(config: Config) -> list[dict[str, Any]]:
     """All prompts of a run: the training pool, the validation sets and the test sets, in that order.
 
     Raises DataError for a source that is missing, empty, unreadable (with the line), lacks a column or repeats an id,
-    and for a prompt that stands in train and validation, train and test, or validation and test.
+    and, unless `prompts.leakage` says otherwise, for a prompt that stands in train and validation, train and test, or
+    validation and test.
     """
+    return checked_prompts(config)[0]
+
+
+def checked_prompts(config: Config) -> tuple[list[dict[str, Any]], Leakage]:
+    """`load_prompts`, and what of the held-out prompts comes again in another role."""
     sets = {"train": config.prompts.train}
     sets |= {f"validation/{name}": sources for name, sources in config.prompts.validation.items()}
     sets |= {f"test/{name}": test.sources for name, test in config.prompts.test.items()}
     prompts = [row for name, sources in sets.items() for row in _load_set(name, sources)]
-    _refuse_overlap(prompts)
     _check_quotas(config, prompts)
-    return prompts
+    leakage = find_leakage(prompts)
+    if leakage.exact and config.prompts.leakage == "refuse":
+        raise DataError(
+            f"held-out prompts stand in another role with the same text or id: {described(leakage.exact)}",
+            where="prompts",
+            fix="remove them from one of the sets (disjoint hash_range values split one file), or let them pass with "
+            "prompts.leakage=warn.",
+        )
+    return prompts, leakage
+
+
+def leakage_warnings(config: Config, leakage: Leakage) -> list[str]:
+    """What to tell of the leakage that did not stop the run; nothing under `prompts.leakage=allow`."""
+    if config.prompts.leakage == "allow":
+        return []
+    kinds = {"with the same text or id": leakage.exact, "nearly word for word": leakage.near}
+    return [
+        f"held-out prompts stand in another role {kind}: {described(matches)} (prompts.leakage=allow silences this)"
+        for kind, matches in kinds.items()
+        if matches
+    ]
 
 
 def make_prompts(config: Config, folder: Path) -> tuple[dict[str, int], dict[str, Any]]:
-    """Write `prompts.parquet` to `folder`; returns (rows by set, {})."""
-    rows = load_prompts(config)
+    """Write `prompts.parquet` to `folder`; returns (rows by set, leakage by kind and sets)."""
+    rows, leakage = checked_prompts(config)
+    for text in leakage_warnings(config, leakage):
+        warn(text)
     write_table(folder / "prompts.parquet", rows, PROMPTS)
     counts: dict[str, int] = {}
     for row in rows:
         counts[row["set"]] = counts.get(row["set"], 0) + 1
-    return counts, {}
+    return counts, {"leakage": leakage.as_json()}
 
 
 def data_identity(config: Config) -> dict[str, str]:
@@ -250,20 +279,3 @@ def content_id(text: str, answer: str) -> str:
 def _unit_hash(identity: str) -> float:
     """A number in [0, 1) that depends on an id alone."""
     return int.from_bytes(hashlib.sha256(identity.encode()).digest()[:6], "big") / (1 << 48)
-
-
-def _refuse_overlap(prompts: Iterable[dict[str, Any]]) -> None:
-    """Validation steers the selection and test judges it: neither may be trained on, nor one be the other."""
-    first: dict[str, dict[str, str]] = {}
-    for row in prompts:
-        role = row["set"].split("/")[0]
-        for mark in (f"id {row['prompt_id']}", " ".join(row["messages"].split()).lower()):
-            roles = first.setdefault(mark, {})
-            roles.setdefault(role, row["set"])
-            if len(roles) > 1:
-                there = next(name for other, name in roles.items() if other != role)
-                raise DataError(
-                    f"the prompt {row['prompt_id']!r} ({row['messages'][:60]}) is in {there} and in {row['set']}",
-                    where="prompts",
-                    fix="split one file with disjoint hash_range values, or remove the prompt from one of the sets.",
-                )

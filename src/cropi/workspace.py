@@ -3,7 +3,8 @@
 config.json  environment.json  ledger.jsonl  summary.json  report.html  report.md
 prompts/  trajectories/  evaluation/ (the base policy)
 checkpoints/NAME-HASH/  (scores, selections, evaluations of checkpoints from elsewhere)
-arms/ARM/  stages/NNN/{scores,selection}/  evaluation/  checkpoints/  steps.jsonl  metrics.jsonl  rewards.jsonl
+arms/ARM/  stages/NNN/{rollouts,fresh,scores,selection}/  evaluation/  checkpoints/  rollouts/
+           steps.jsonl  metrics.jsonl  rewards.jsonl
 """
 
 from __future__ import annotations
@@ -40,6 +41,19 @@ class Arm:
     def selection(self, stage: int) -> Path:
         return self.folder / "stages" / f"{stage:03}" / "selection"
 
+    def fresh(self, stage: int) -> Path:
+        """Trajectories sampled anew at the start of a stage."""
+        return self.folder / "stages" / f"{stage:03}" / "fresh"
+
+    def reused(self, stage: int) -> Path:
+        """The newest groups that training sampled in the stage before."""
+        return self.folder / "stages" / f"{stage:03}" / "rollouts"
+
+    @property
+    def rollouts(self) -> Path:
+        """What training samples, a file per generation batch: see `rollout_file`."""
+        return self.folder / "rollouts"
+
     @property
     def checkpoints(self) -> Path:
         return self.folder / "checkpoints"
@@ -51,6 +65,20 @@ class Arm:
     @property
     def rewards(self) -> Path:
         return self.folder / "rewards.jsonl"
+
+
+def rollout_file(folder: Path, step: int, batch: int) -> Path:
+    """The file of a generation batch of training: by the optimiser step it was sampled at and its place in the step."""
+    return folder / f"part-{step:06}-{batch:03}.parquet"
+
+
+def rollout_files(folder: Path) -> dict[tuple[int, int], Path]:
+    """The files of `rollout_file` that are there by (step, batch), oldest first."""
+    found = {}
+    for path in folder.glob("part-*-*.parquet"):
+        step, batch = path.stem.split("-")[1:]
+        found[int(step), int(batch)] = path
+    return dict(sorted(found.items()))
 
 
 class Workspace:

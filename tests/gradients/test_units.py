@@ -18,6 +18,8 @@ from cropi.gradients.scorer import Scorer
 from cropi.gradients.surrogate import SurrogateSettings
 from cropi.gradients.units import Units, restricted
 
+pytestmark = pytest.mark.usefixtures("unchecked_shapes")
+
 TRAIN = [draw_group(5, [7, 4, 1, 6], seed=11), draw_group(3, [2, 9, 5, 3, 8], seed=12), GROUPS[2]]
 EQUAL = dataclasses.replace(GROUPS[0], prompt_id="equal", rewards=[1.0, 1.0, 1.0])
 VALIDATION = {"a": GROUPS[:2], "b": [GROUPS[1], GROUPS[2]]}
@@ -182,3 +184,37 @@ def test_no_more_features_than_fit_are_held_at_once(monkeypatch: pytest.MonkeyPa
     apart = scorer(TRAIN, standard_errors=True)
     np.testing.assert_allclose(apart.products_NV, together.products_NV, rtol=1e-12)
     np.testing.assert_allclose(apart.errors_NV, together.errors_NV, rtol=1e-9)
+
+
+def test_the_jackknifes_error_is_the_spread_over_many_redraws() -> None:
+    """One prompt, 600 trajectories: groups of 8 drawn from them have influences whose spread the jackknife, which sees
+    8 trajectories only, has to name."""
+    generator = np.random.default_rng(0)
+    count = 600
+    rewards_K = (generator.random(count) < 0.4) * 1.0
+    group = Group(
+        "p",
+        [3, 4, 5],
+        [generator.integers(2, 41, 4 + int(generator.integers(4))).tolist() for _ in range(count)],
+        rewards_K.tolist(),
+        None,
+    )
+    settings = dataclasses.replace(SETTINGS, normalizer="constant", advantage_std=False)
+    (units, _, _) = next(aimed(settings, estimator="exact").units([group]))
+    drawn_X8 = np.array([generator.choice(count, 8, replace=False) for _ in range(3000)])
+    spread_V = units.products(settings, drawn_X8).std(axis=0)
+    found_XV = np.array([restricted(units, part).errors(settings, "dot", np.ones(2)) for part in drawn_X8[:800]])
+    np.testing.assert_allclose(np.sqrt((found_XV**2).mean(axis=0)), spread_V, rtol=0.12)
+
+
+def test_the_reliability_of_a_direction_is_that_of_its_halves() -> None:
+    groups = [draw_group(5, [7, 4, 6], seed=50 + n) for n in range(5)]
+    for estimator in ("exact", "reference"):
+        scorer = Scorer(tiny("gpt_neox"), SETTINGS, estimator=estimator)  # type: ignore[arg-type]
+        scorer.aim({"all": groups, "even": groups[::2], "odd": groups[1::2], "one": groups[:1]})
+        halves = scorer.direction_cosines()[1, 2]
+        assert scorer.direction_reliability["all"] == pytest.approx(2 * halves / (1 + halves), rel=1e-6)
+        assert np.isnan(scorer.direction_reliability["one"])
+        whole, even, odd = (scorer._directions[n] for n in (0, 1, 2))
+        for name in whole:
+            torch.testing.assert_close(whole[name], (3 * even[name] + 2 * odd[name]) / 5, rtol=1e-7, atol=1e-12)

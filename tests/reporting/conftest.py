@@ -18,6 +18,7 @@ from cropi.artifacts import (
     TRAJECTORIES,
     TRUNCATED,
     append_jsonl,
+    count_status,
     finish,
     scores_schema,
     write_table,
@@ -53,6 +54,7 @@ class Fabrication:
     stages_selected: int = 2
     collected: bool = True
     trained: bool = True
+    errors: bool = True  # whether standard errors were measured
     source_names: tuple[str, ...] = SOURCES
     prompt_text: str = "what is 1 + 1 ?"
     completion_text: str = "the answer is 2"
@@ -156,23 +158,46 @@ def influence_of(number: int, stage: int, name: str) -> float:
     return math.sin(1.0 + number * 1.7 + stage + len(name)) * 10**-stage
 
 
+def standard_error(stage: int, name: str) -> float:
+    return {"alpha": 0.25, "beta": 0.5}[name] * 10**-stage
+
+
+def reliability_of(made: Fabrication) -> dict[str, Any] | None:
+    """Eight of twelve prompts have signal and three are selected: chance gives 3/8."""
+    if not made.errors:
+        return None
+    return {"reliability": {"alpha": 0.5, "beta": 0.25}, "expected_overlap": 0.6, "chance": 0.375}
+
+
 def write_scores(space: Workspace, made: Fabrication, stage: int) -> None:
-    rows = [
-        {
+    rows = []
+    for number, prompt in enumerate(train_rows(made)):
+        signal = number % 3 != 2
+        row = {
             "prompt_id": prompt["prompt_id"],
             "source": prompt["source"],
-            "status": NO_SIGNAL if number % 3 == 2 else OK,
-            "pass_rate": 1.0 if number % 3 == 2 else 0.5,
+            "status": OK if signal else NO_SIGNAL,
+            "pass_rate": 0.5 if signal else 1.0,
             "completion_tokens": 12,
             "feature_norm": 1.0,
-            "ratio_ess": 1.0,
+            "ratio_ess": 1 - 0.25 * stage if signal else None,
+            "clip_share": 0.125 * stage if signal else None,
+            "kl": 0.02 * stage if signal else None,
+            "scored": "full" if signal else None,
+            "top_probability": (1 / (number + 1) if signal else 0.0) if made.errors else None,
         }
-        | {f"influence/{name}": 0.0 if number % 3 == 2 else influence_of(number, stage, name) for name in VALIDATION}
-        for number, prompt in enumerate(train_rows(made))
-    ]
+        for name in VALIDATION:
+            row[f"influence/{name}"] = influence_of(number, stage, name) if signal else 0.0
+            row[f"standard_error/{name}"] = standard_error(stage, name) if signal and made.errors else None
+        rows.append(row)
     folder = space.arm("influence").scores(stage)
     write_table(folder / "scores.parquet", rows, scores_schema(VALIDATION))
-    finish(folder, "scores", inputs={}, counts={})
+    details = {
+        "reliability": reliability_of(made),
+        "direction_reliability": {"alpha": 0.9, "beta": None},
+        "drift": {"ratio_ess": 1 - 0.25 * stage, "clip_share": 0.125 * stage, "kl": 0.02 * stage},
+    }
+    finish(folder, "scores", inputs={}, counts=count_status(row["status"] for row in rows), details=details)
     append_jsonl(space.folder / "ledger.jsonl", charge("influence", "score", stage, 3.0, tokens=100))
 
 
@@ -196,9 +221,10 @@ def write_selection(space: Workspace, made: Fabrication, arm: str, stage: int) -
         }
         for place, prompt in enumerate(order)
     ]
+    details = {"asked_for": size, "strategy": arm, "stage": stage}
     folder = space.arm(arm).selection(stage)
     write_table(folder / "selection.parquet", rows, SELECTION)
-    finish(folder, "selection", inputs={}, counts={"selected": size, "left_out": len(rows) - size})
+    finish(folder, "selection", inputs={}, counts={"selected": size, "left_out": len(rows) - size}, details=details)
     append_jsonl(space.folder / "ledger.jsonl", charge(arm, "select", stage, 0.5))
 
 

@@ -4,9 +4,10 @@ from xml.etree import ElementTree
 import matplotlib as mpl
 import pytest
 
-from cropi.reporting import figures
+from cropi.reporting import figures, reliability_figures
 from cropi.reporting.drawing import ARM_STYLES
 from cropi.reporting.reading import Selection, read_scores, read_selections
+from cropi.reporting.reliability_figures import MAX_BARS, shown_rows
 from cropi.reporting.shares import MAX_SOURCES, jaccard, random_jaccard, source_shares
 from cropi.reporting.summary import summarise
 
@@ -31,7 +32,15 @@ def all_figures(space):
         "turnover": figures.turnover(selections, 0.25),
         "scores": figures.score_distributions(scores, selections["influence"], NAMES),
         "cost": figures.cost_split(summary),
+        "errors": errors_drawn(scores, selections["influence"]),
+        "worth": reliability_figures.worth_by_stage(summary.arm("influence").stages, NAMES),
     }
+
+
+def errors_drawn(scores, selections):
+    if not scores or not selections:
+        return None
+    return reliability_figures.influence_errors(scores[1], selections[1], NAMES, 0.375)
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +95,63 @@ def test_scores_without_a_selection_are_drawn(fabricate):
     space = fabricate(stages_selected=0, trained=False)
     svg = figures.score_distributions(read_scores(space.arm("influence"), 2, NAMES), {}, NAMES)
     assert "selected" not in svg
+
+
+def test_without_errors_no_error_bars_are_drawn(fabricate):
+    space = fabricate(errors=False, trained=False)
+    scores = read_scores(space.arm("influence"), 2, NAMES)
+    assert errors_drawn(scores, selections_of(space)["influence"]) is None
+
+
+def test_drift_is_drawn_from_two_stages_on_and_reliability_where_it_was_measured(fabricate):
+    one = summarise_stages(fabricate(stages_scored=1, stages_selected=1, trained=False))
+    assert reliability_figures.worth_by_stage(one, NAMES) is None
+    drawn = reliability_figures.worth_by_stage(summarise_stages(fabricate(errors=False, trained=False)), NAMES)
+    texts = {element.text for element in parsed(drawn).iter("text")}
+    assert "clip share" in texts
+    assert "reliability" not in texts
+
+
+def summarise_stages(space):
+    return summarise(space.config, space).arm("influence").stages
+
+
+def test_the_prompts_shown_are_the_selected_and_as_many_that_follow_with_signal(fabricate):
+    space = fabricate(trained=False)
+    scores = read_scores(space.arm("influence"), 2, NAMES)
+    selection = selections_of(space)["influence"][0]
+    # p000, p001 and p002 are selected; p002, p005 and p008 have no signal.
+    assert selection.chosen == {"p000", "p001", "p002"}
+    assert [row["prompt_id"] for row in shown_rows(scores[0], selection)] == ["p000", "p001", "p003", "p004", "p006"]
+
+
+def test_error_bars_are_one_standard_error_to_either_side(monkeypatch, fabricate):
+    space = fabricate(trained=False)
+    bars = {}
+
+    def noted(axes, at, low, high, **style):
+        bars.setdefault(axes.get_subplotspec().num1, []).extend(zip(at, low, high, strict=True))
+
+    monkeypatch.setattr("matplotlib.axes.Axes.vlines", noted)
+    scores = read_scores(space.arm("influence"), 2, NAMES)
+    reliability_figures.influence_errors(scores[0], selections_of(space)["influence"][0], NAMES, 0.375)
+    assert len(bars[0]) == len(bars[1]) == 5
+    assert all((high - low) / 2 == pytest.approx(0.25) for _, low, high in bars[0])
+    assert all((high - low) / 2 == pytest.approx(0.5) for _, low, high in bars[1])
+    middles = [(low + high) / 2 for _, low, high in sorted(bars[0])]
+    rows = {row["prompt_id"]: row["influence/alpha"] for row in scores[0].to_pylist()}
+    shown = ["p000", "p001", "p003", "p004", "p006"]
+    assert middles == pytest.approx(sorted((rows[i] for i in shown), reverse=True))
+
+
+def test_a_large_selection_is_thinned_and_stays_small(fabricate):
+    space = fabricate(prompts=6000, trained=False, stages_scored=1, stages_selected=1)
+    scores = read_scores(space.arm("influence"), 1, NAMES)
+    selection = read_selections(space.arm("influence"), 1)[0]
+    assert len(selection.chosen) == 1500
+    svg = reliability_figures.influence_errors(scores[0], selection, NAMES, 0.375)
+    assert svg.count("<use") < 3 * MAX_BARS + 100  # a mark for each prompt of three panels, and ticks
+    assert len(svg) < 300_000
 
 
 # -- shares and overlaps -----------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from cropi.errors import ArtifactError
 from cropi.loading import load_config
 from cropi.reporting.closeups import closeups, pick, shortened, telling
 from cropi.reporting.markdown import escaped, fenced
+from cropi.reporting.reading import read_scores
 from cropi.reporting.report import make_report, printable, prose
 from cropi.reporting.summary import headline
 
@@ -61,8 +62,8 @@ def test_the_three_files_and_what_is_returned(finished):
     assert headline(summary).replace("`", "") in page.text
     stored = json.loads((space.folder / "summary.json").read_text(encoding="utf-8"))
     assert stored == json.loads(json.dumps(summary.as_json()))
-    assert page.tags.count("section") == len(re.findall("^## ", text, flags=re.MULTILINE)) == 10
-    assert page.tags.count("svg") == 5
+    assert page.tags.count("section") == len(re.findall("^## ", text, flags=re.MULTILINE)) == 11
+    assert page.tags.count("svg") == 7
     assert [path.name for path in space.folder.glob(".*")] == []  # no temporary file is left
 
 
@@ -152,6 +153,7 @@ PARTS = [
     {"base": None, "stages_scored": 0, "stages_selected": 0, "trained": False},
     {"stages_scored": 0, "stages_selected": 0, "trained": False},
     {"stages_scored": 1, "stages_selected": 0, "trained": False},
+    {"errors": False},
     {"stages_scored": 1, "stages_selected": 1, "trained": False},
     {"evaluations": {}, "stages_scored": 1},
     {"strategies": ("random",), "evaluations": {"random": {}}},
@@ -162,7 +164,7 @@ PARTS = [
 @pytest.mark.parametrize("parts", PARTS)
 def test_a_run_can_be_reported_at_any_time(fabricate, parts):
     page = Outline(written(fabricate(**parts))["report.html"])
-    assert page.tags.count("section") == 10
+    assert page.tags.count("section") == 11
     assert "nan" not in re.findall(r"\w+", page.text.lower())
     assert "None" not in page.text
 
@@ -200,7 +202,7 @@ def test_the_result_table(files):
 
 
 def test_the_funnel_counts_every_row(files):
-    rows = cells(files["report.md"], section=6)
+    rows = cells(files["report.md"], section=7)
     assert ["trajectories", "train", "ok", "47", "97.9 %"] in rows
     assert ["trajectories", "train", "truncated", "1", "2.1 %"] in rows
     assert ["prompts", "all sets but test", "prompt_too_long", "1", ""] in rows
@@ -212,7 +214,7 @@ def test_the_funnel_counts_every_row(files):
 
 
 def test_the_cost_table(files):
-    rows = {row[0]: row[1:] for row in cells(files["report.md"], section=7)}
+    rows = {row[0]: row[1:] for row in cells(files["report.md"], section=8)}
     assert rows["influence"] == ["10.0", "6.0", "1.0", "16.0", "33.0", "6.0", "43.8 %", "144", "240"]
     assert rows["full"] == ["–", "–", "1.0", "16.0", "17.0", "6.0", "6.2 %", "–", "240"]
     assert rows["once, for all arms"] == ["10.0", "–", "–", "–", "–", "4.0", "–", "–", "–"]
@@ -221,6 +223,65 @@ def test_the_cost_table(files):
 def test_the_turnover_table(files):
     rows = cells(files["report.md"], section=4)
     assert ["influence", "0 → 1", "2", "1", "1", "0.50"] in rows
+
+
+def section_text(text, number):
+    return text.split(f"## {number} ")[1].split("\n## ")[0]
+
+
+def test_the_ranking_is_judged_by_stage(files):
+    text = section_text(files["report.md"], 6)
+    assert text.startswith("Can the ranking be trusted?")
+    # 3 selected of 8 with signal: 3 x 0.6 = 1.8 expected, 3 x 3/8 = 1.1 by chance
+    first = "About 1.8 of 3 selected prompts of stage 1 are expected to belong among the best 3; chance would give 1.1."
+    second = "A second scoring, from as many fresh trajectories, would correlate with this one by about 0.25 to 0.50."
+    assert f"{first} {second}" in text
+    assert "count as much as 75 % of as many fresh ones; 12.5 % of the token ratios lie outside 0.8 to 1.2" in text
+    rows = cells(files["report.md"], section=6)
+    assert ["0", "0.50", "0.25", "0.90", "not measured", "3", "1.8", "1.1"] in rows
+    assert ["1", "0.75", "12.5 %", "0.020"] in rows
+
+
+def test_errors_that_were_not_measured_are_said_to_be(fabricate):
+    text = section_text(written(fabricate(errors=False))["report.md"], 6)
+    assert "were not measured in this run: that takes `score.standard_errors`" in text
+    assert "expected to belong" not in text
+    row = next(line for line in text.splitlines() if line.startswith("| 0 |"))
+    assert row.split(" | ")[1:3] == ["not measured", "not measured"]
+
+
+def test_explored_and_rationed_selections_are_not_called_the_best(fabricate):
+    settings = {"select": {"strategy": {"type": "influence"}, "fraction": 0.25, "exploration": 0.1}}
+    text = section_text(written(fabricate(settings=settings))["report.md"], 6)
+    assert "About 1.8 of the 3 best ranked prompts of stage 1 are expected" in text
+
+
+def test_the_influence_arm_is_judged_where_it_is_a_baseline(fabricate):
+    space = fabricate(strategies=("random", "influence"), evaluations={})
+    assert "1.8 of 3 selected prompts" in section_text(written(space)["report.md"], 6)
+
+
+def test_without_influence_there_is_no_ranking_to_judge(fabricate):
+    text = section_text(written(fabricate(strategies=("random",), evaluations={}))["report.md"], 6)
+    assert "No arm has been scored by influence." in text
+
+
+def test_close_ups_show_errors(fabricate):
+    space = fabricate(trained=False)
+    scores = read_scores(space.arm("influence"), 2, ("alpha", "beta"))
+    cards = {dict(card.facts)["prompt id"]: dict(card.facts) for card in closeups(space.config, space, scores)[1:]}
+    assert cards["p001"]["influence on alpha"].endswith(" ± 0.025")  # 0.25 x 10^-1
+    assert cards["p001"]["influence on beta"].endswith(" ± 0.05")
+    assert cards["p001"]["probability of being truly best"] == "0.50"
+    assert cards["p002"]["influence on alpha"] == "–"  # no signal
+
+
+def test_close_ups_without_errors_say_so(fabricate):
+    space = fabricate(errors=False, trained=False)
+    scores = read_scores(space.arm("influence"), 2, ("alpha", "beta"))
+    facts = dict(closeups(space.config, space, scores)[1].facts)
+    assert facts["influence on alpha"].endswith(" ± not measured")
+    assert facts["probability of being truly best"] == "not measured"
 
 
 def test_close_ups_are_the_top_the_bottom_and_others():
@@ -252,7 +313,7 @@ def test_a_long_text_is_cut_and_says_so():
 def test_chat_prompts_show_their_turns(fabricate):
     messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "1 + 1 ?"}]
     space = fabricate(prompt_text=messages, trained=False)
-    card = closeups(space.config, space)[1]
+    card = closeups(space.config, space, {})[1]
     assert dict(card.texts)["prompt"] == "[system] be brief\n[user] 1 + 1 ?"
 
 

@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from cropi.artifacts import append_jsonl
 from cropi.reporting.summary import headline, summarise
 
 FLAT = dict.fromkeys((2, 4, 6, 8), ("1000", "00", "10"))  # stays at the base policy's 0.125
@@ -96,8 +97,52 @@ def test_the_cost_up_to_the_target_counts_the_stages_begun(fabricate):
     assert summary.arm("random").seconds_to_target is None
 
 
+def test_what_was_collected_for_an_arm_alone_is_charged_to_it_alone(fabricate):
+    space = fabricate(
+        strategies=("influence", "full", "learnability"), evaluations={"influence": EARLY, "full": STEADY}
+    )
+    entry = {"arm": "influence", "phase": "collect", "stage": 1, "tokens": 20, "seconds": 5.0}
+    append_jsonl(space.folder / "ledger.jsonl", entry)
+    summary = summary_of(space)
+    assert (summary.main.cost.collect, summary.main.cost.collect_tokens) == (15.0, 164)
+    assert summary.arm("learnability").cost.collect == 10.0
+    assert summary.arm("full").cost.collect is None
+    # The target is reached after two steps, in stage 0: 10 + 3 + 0.5 + 2 x 2, without what stage 1 collected.
+    assert summary.main.seconds_to_target == 17.5
+
+
 def test_shared_work_is_told_once(fabricate):
     assert summary_of(fabricate()).shared_seconds == {"collect": 10.0, "evaluate": 4.0}
+
+
+# -- what the scores are worth -----------------------------------------------------------------------------------------
+
+
+def test_reliability_and_drift_by_stage(fabricate):
+    arms = {arm["name"]: arm for arm in summary_of(fabricate()).as_json()["arms"]}
+    assert [stage["stage"] for stage in arms["influence"]["stages"]] == [0, 1]
+    last = json.loads(json.dumps(arms["influence"]["stages"][1]))
+    assert last["reliability"] == {
+        "by_set": {"alpha": 0.5, "beta": 0.25},
+        "best": 3,  # a quarter of twelve
+        "expected_overlap": 0.6,
+        "chance": 0.375,
+    }
+    assert last["drift"] == {"ratio_ess": 0.75, "clip_share": 0.125, "kl": 0.02}
+    assert last["direction_reliability"] == {"alpha": 0.9, "beta": None}
+    assert list(arms["full"]["stages"]) == []
+
+
+def test_what_was_not_measured_is_null(fabricate):
+    stages = summary_of(fabricate(errors=False)).as_json()["arms"][0]["stages"]
+    assert [stage["reliability"] for stage in stages] == [None, None]
+    assert stages[0]["drift"]["ratio_ess"] == 1.0
+
+
+def test_fewer_prompts_with_signal_than_places(fabricate):
+    settings = {"select": {"strategy": {"type": "influence"}, "fraction": 0.9}}
+    stage = summary_of(fabricate(settings=settings)).main.stages[0]
+    assert stage.reliability.best == 8  # of eleven places
 
 
 # -- a run that is not finished ----------------------------------------------------------------------------------------

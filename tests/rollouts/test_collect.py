@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from cropi.loading import load_config
 from cropi.policy import Policy, completion_logprobs, load_policy
 from cropi.prompts import load_prompts
 from cropi.rollouts import generation
-from cropi.rollouts.collect import behaviour_logprobs, collect, read_trajectories
+from cropi.rollouts.collect import behaviour_logprobs, collect, collect_anew, read_trajectories
 from cropi.rollouts.generation import Sampling, TransformersGenerator
 
 PROMPTS = ["sum mod 7 : 3 5 6 =", "parity : 1 0 1 1 0 1 =", "sum mod 7 : 1 1 ="]
@@ -129,3 +130,38 @@ def test_a_shard_of_other_prompts_is_refused(policy: Policy, tmp_path: Path) -> 
     with pytest.raises(ArtifactError, match="other prompts"):
         collect(small(), policy, prompts, tmp_path, Ledger(tmp_path / "ledger.jsonl"))
     assert read_table(part, TRAJECTORIES).num_rows == 16 * 8
+
+
+def test_collecting_anew_samples_from_the_policy_as_it_is_and_charges_the_arm(policy: Policy, tmp_path: Path) -> None:
+    prompts = [row for row in load_prompts(small()) if row["set"] == "train"][:20]
+    moved = load_policy(PolicyConfig(path="builtin", cpu_threads=1))
+    with torch.no_grad():
+        moved.model.model.embed_tokens.weight.mul_(1.3)
+    moved.model.train()
+
+    def anew(folder: Path, stage: int) -> list[dict[str, Any]]:
+        folder.mkdir(exist_ok=True)
+        ledger = Ledger(tmp_path / "ledger.jsonl")
+        counts, details = collect_anew(small(), moved, prompts, folder, ledger, arm="influence", stage=stage)
+        assert sum(counts.values()) == 20 * 8
+        assert details["prompts"] == 20
+        return read_trajectories(folder)["train"].to_pylist()
+
+    rows = anew(tmp_path / "one", 1)
+    assert moved.model.training
+    for row in rows[::20]:
+        own, theirs = (
+            behaviour_logprobs(p, [row["prompt_ids"]], [row["completion_ids"]], 1.0, batch_tokens=64)[0]
+            for p in (moved, policy)
+        )
+        assert row["behaviour_logprobs"] == pytest.approx(own, abs=2e-5)
+        assert row["behaviour_logprobs"] != pytest.approx(theirs, abs=1e-2)
+    entries = Ledger(tmp_path / "ledger.jsonl").entries()
+    assert {(entry["arm"], entry["phase"], entry["stage"]) for entry in entries} == {("influence", "collect", 1)}
+    assert sum(entry["tokens"] for entry in entries) == sum(len(row["completion_ids"]) for row in rows)
+    parts = {part.name: part.read_bytes() for part in (tmp_path / "one").iterdir()}
+    assert len(parts) == 2
+    next((tmp_path / "one").glob("*-00001.parquet")).unlink()
+    anew(tmp_path / "one", 1)
+    assert {part.name: part.read_bytes() for part in (tmp_path / "one").iterdir()} == parts
+    assert [row["completion_ids"] for row in anew(tmp_path / "two", 2)] != [row["completion_ids"] for row in rows]

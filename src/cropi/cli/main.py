@@ -8,7 +8,9 @@ from typing import Annotated
 import typer
 
 from cropi import __version__
+from cropi.cli.audit import audit
 from cropi.cli.bench import bench
+from cropi.cli.explain import explain
 from cropi.cli.recipes import recipes
 from cropi.cli.shell import (
     AsJson,
@@ -33,6 +35,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(recipes, name="recipes")
+app.command()(audit)
 app.add_typer(bench, name="bench")
 
 
@@ -131,6 +134,9 @@ def report(config: ConfigArgument, overrides: Overrides = None, as_json: AsJson 
         raise ArtifactError("there is no such run", where=str(loaded.folder), fix=f"run `cropi run {config}` first.")
     summary = make_report(loaded, loaded.folder)
     print_result(summary.as_json(), as_json, f"{headline(summary)}\n\nreport: {loaded.folder / 'report.html'}")
+
+
+app.command()(explain)
 
 
 @app.command()

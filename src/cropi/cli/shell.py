@@ -35,7 +35,7 @@ class Commands(typer.core.TyperGroup):
             raise
 
 
-ConfigArgument = Annotated[str, typer.Argument(metavar="CONFIG", help="A recipe's name or a YAML file.")]
+ConfigArgument = Annotated[str, typer.Argument(metavar="CONFIG", help="A recipe's name, a YAML file, or a run's folder.")]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="key=value", help="Settings that replace the config's.", show_default=False),

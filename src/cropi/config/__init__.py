@@ -15,7 +15,15 @@ from cropi.config.data import (
     TestSetConfig,
     Verifier,
 )
-from cropi.config.run import OWNED_TRAINER_KEYS, Config, EvaluateConfig, TrainConfig, config_difference, config_hash
+from cropi.config.run import (
+    OWNED_TRAINER_KEYS,
+    Config,
+    EvaluateConfig,
+    RefreshConfig,
+    TrainConfig,
+    config_difference,
+    config_hash,
+)
 from cropi.config.score import BudgetConfig, CollectConfig, ProjectionConfig, ScoreConfig
 from cropi.config.select import (
     FullStrategy,
@@ -53,6 +61,7 @@ __all__ = [
     "ProjectionConfig",
     "PromptsConfig",
     "RandomStrategy",
+    "RefreshConfig",
     "ScoreConfig",
     "SelectConfig",
     "Source",

@@ -114,6 +114,9 @@ class PromptsConfig(Table):
     """One or more validation sets by name: what the training should get better at."""
     test: dict[str, TestSetConfig] = Field(min_length=1)
     """Test sets by name: never used for any decision."""
+    leakage: Literal["refuse", "warn", "allow"] = "refuse"
+    """What to do about test prompts that stand in train or validation, and validation prompts that stand in train.
+    `refuse` stops at exact duplicates and warns of near ones, `warn` warns of both, `allow` says nothing."""
     chat: bool | None = None
     """Put prompts as chat messages through the tokenizer's template. Unset: yes where the tokenizer has one."""
     system_prompt: str | None = None

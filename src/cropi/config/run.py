@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from cropi.config.base import NonNegative, Positive, Table
+from cropi.config.base import Fraction, NonNegative, Positive, Table
 from cropi.config.data import PolicyConfig, PromptsConfig, Verifier
 from cropi.config.score import CollectConfig, ScoreConfig
 from cropi.config.select import SelectConfig, Strategy
@@ -22,6 +22,21 @@ class TrainConfig(Table):
     """How often prompts are selected (paper: 5)."""
     steps_per_stage: Positive
     """Optimiser steps per stage (paper: 200)."""
+
+
+class RefreshConfig(Table):
+    """Trajectories of later policies in place of the base policy's, for the strategies that read them."""
+
+    fraction: Fraction = 0.0
+    """Share of the training pool that is sampled anew at the start of every stage after the first: prompts without
+    signal, and those whose trajectories have drifted furthest from the policy."""
+    reuse_rollouts: bool = False
+    """Also take the completions that training itself samples, at no cost of sampling."""
+
+    @property
+    def active(self) -> bool:
+        """Whether anything is ever newer than the base policy's trajectories."""
+        return self.fraction > 0 or self.reuse_rollouts
 
 
 class EvaluateConfig(Table):
@@ -62,6 +77,8 @@ class Config(Table):
     """Selection."""
     train: TrainConfig
     """Stages."""
+    refresh: RefreshConfig = RefreshConfig()
+    """Newer trajectories for later stages."""
     trainer: dict[str, Any] = Field(default={})
     """Settings of TRL's GRPOConfig under TRL's own names. Those that belong to a run are set by it and refused here."""
     evaluate: EvaluateConfig = EvaluateConfig()

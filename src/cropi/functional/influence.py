@@ -9,19 +9,21 @@ Score = Literal["dot", "cosine"]
 
 
 def mean_weights(
-    norms_M: Float[np.ndarray, " M"], mean: Literal["plain", "normalized"] = "plain"
+    norms_M: Float[np.ndarray, " M"], mean: Literal["plain", "normalized"] = "plain", count: int | None = None
 ) -> Float[np.ndarray, " M"]:
-    """Weights w_m with which the direction of a validation set is sum_m w_m g_m.
+    """Weights w_m with which the direction of a validation set is sum_m w_m g_m; `count` is the set's size where these
+    are some of its prompts.
 
     `plain`: 1/M, the gradient of the mean surrogate, so that <g_i, d> is the mean of <g_i, g_m>. `normalized`:
     1/(M |g_m|), in which no prompt weighs more than another; a zero gradient keeps weight 0. Raises ValueError when
-    empty.
+    the set is empty.
     """
-    if not len(norms_M):
+    count = len(norms_M) if count is None else count
+    if not count:
         raise ValueError("cannot take the mean of no gradients")
     if mean == "plain":
-        return np.full(len(norms_M), 1 / len(norms_M))
-    return np.divide(1 / len(norms_M), norms_M, out=np.zeros(len(norms_M)), where=norms_M != 0)
+        return np.full(len(norms_M), 1 / count)
+    return np.divide(1 / count, norms_M, out=np.zeros(len(norms_M)), where=norms_M != 0)
 
 
 def influence(

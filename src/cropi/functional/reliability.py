@@ -15,8 +15,10 @@ from cropi.functional.fusion import reciprocal_rank_fusion
 
 
 def reliability(estimates_N: Float[np.ndarray, " N"], errors_N: Float[np.ndarray, " N"]) -> float:
-    """1 - mean(s^2) / variance, at least 0: the share of the estimates' variance that is not noise. It estimates the
-    correlation of two independent estimates. 0 where the estimates do not vary; errors that are NaN do not count.
+    """1 - mean(s^2) / variance, at least 0: the share of the estimates' variance that is not noise.
+
+    It estimates the correlation of two estimates from independent trajectories, on the same validation direction. 0
+    where the estimates do not vary; errors that are NaN do not count.
     """
     variance = float(np.var(estimates_N, ddof=1)) if len(estimates_N) > 1 else 0.0
     noise = _mean_square(errors_N)

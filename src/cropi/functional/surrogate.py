@@ -64,7 +64,7 @@ def corrected_ratios(
 ) -> Float[Tensor, " T"]:
     """What multiplies grad log pi(x_t) of one trajectory, from its log rho_t, in order; without gradient.
 
-    `token`: rho_t (paper eq. 4). Exact where the prefix is as likely under both policies, biased elsewhere.
+    `token`: rho_t (paper eq. 4). Exact where prefix and continuation are as likely under both policies, else biased.
     `clipped`: rho_t where min(rho_t A, clip(rho_t, 1 - clip, 1 + clip) A) still depends on the policy, else 0 (PPO,
     arXiv 1707.06347, eq. 7); `sign` is the advantage's. Less variance, more bias.
     `prefix`: rho_1 ... rho_t, at most `cap`: the probability of having come here as well. Without the cap, and with a

@@ -18,3 +18,11 @@ def outer_sum(grads_TO: Tensor, inputs_TI: Tensor) -> Tensor:
         return torch.mm(grads_TO.T, inputs_TI.to(grads_TO.dtype), out_dtype=torch.float32)
     inputs_TI = widened(inputs_TI)
     return grads_TO.to(inputs_TI.dtype).T @ inputs_TI
+
+
+def add_outer_sum(total_WO: Tensor, left_TW: Tensor, right_TO: Tensor) -> None:
+    """Add sum_t left[t] right[t]^T, taken as in `outer_sum`, to (W, O) numbers of float32 or wider."""
+    if right_TO.is_cuda and right_TO.dtype in (torch.bfloat16, torch.float16):
+        total_WO += outer_sum(left_TW.to(right_TO.dtype), right_TO)
+    else:
+        total_WO.addmm_(left_TW.to(total_WO.dtype).T, right_TO.to(total_WO.dtype))

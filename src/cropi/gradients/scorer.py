@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from cropi.artifacts import OK
 from cropi.errors import SignalError
 from cropi.functional import influence as functional
+from cropi.functional.agreement import spearman_brown
 from cropi.functional.projection import SparseProjection, principal_directions
 from cropi.gradients.engine import Engine, Work, segment_of
 from cropi.gradients.exact import DenseReader, ExactReader
@@ -80,7 +82,8 @@ class Scorer:
         self.estimator, self.score, self._mean = estimator, score, validation_mean
         self.projection = projection or SparseProjection()
         self.layer_directions: dict[str, Tensor] = {}
-        self._model, self._settings, self._batch_tokens = model, settings, batch_tokens
+        self.settings = settings
+        self._model, self._batch_tokens = model, batch_tokens
         self._engine = None if estimator == "reference" else Engine(model, settings, batch_tokens)
 
     def aim(
@@ -91,11 +94,16 @@ class Scorer:
     ) -> None:
         """Make the directions of validation sets. SignalError where one is empty or not a finite number.
 
+        Afterwards `direction_reliability` holds, by set, the correlation in direction to be expected between this
+        direction and one from as many other prompts; see `_direction`.
+
         `layer_directions` are the U of a structured mask by parameter name, where features of earlier work are to be
         compared; by default they are made from the validation sets.
         """
         self._mean_inputs: dict[str, Tensor] = {}
-        self._directions = [self._direction(name, groups, advance) for name, groups in validation.items()]
+        found = [self._direction(name, groups, advance) for name, groups in validation.items()]
+        self._directions = [direction for direction, _ in found]
+        self.direction_reliability = {name: value for name, (_, value) in zip(validation, found, strict=True)}
         self._norms_V = np.array([_norm(direction) for direction in self._directions])
         for name, length in zip(validation, self._norms_V, strict=True):
             if not np.isfinite(length):
@@ -132,7 +140,7 @@ class Scorer:
             return self._by_reference(groups, advance)
         logs = self._mean_log_ratios(groups)
         found = [
-            segment_of(index, group, self._settings, None if factors is None else factors[index], logs[index])
+            segment_of(index, group, self.settings, None if factors is None else factors[index], logs[index])
             for index, group in enumerate(groups)
         ]
         return self._run([segment for segment in found if segment is not None], len(groups), advance)
@@ -164,7 +172,7 @@ class Scorer:
             segment
             for start, group in zip(starts, groups, strict=False)
             if group.status == OK
-            for segment in unit_segments(group, start, self._settings)
+            for segment in unit_segments(group, start, self.settings)
         ]
         scored, ratios = self._pass(segments, starts[-1], None, norms=False)
         for start, group in zip(starts, groups, strict=False):
@@ -176,7 +184,7 @@ class Scorer:
             if group.status != OK:
                 yield without_signal(group, scored.products_NV.shape[1]), features_KD, 0
                 continue
-            signs_K = unit_signs(group, self._settings)
+            signs_K = unit_signs(group, self.settings)
             gram_KK = None
             if grams:
                 assert features_KD is not None
@@ -194,7 +202,7 @@ class Scorer:
         sketched = self.estimator == "sketch"
         if self.score == "cosine" and not sketched:
             raise ValueError("standard errors of cosines need estimator='sketch'")
-        settings, products, norms, facts, errors, features = self._settings, [], [], [], [], []
+        settings, products, norms, facts, errors, features = self.settings, [], [], [], [], []
         computed = 0
         for group, (units, features_KD, tokens) in zip(
             groups, self.units(groups, grams=sketched, advance=advance), strict=True
@@ -220,7 +228,7 @@ class Scorer:
 
     def _mean_log_ratios(self, groups: Sequence[Group]) -> list[list[float] | None]:
         """Of each group's trajectories, by a forward pass, where the baseline is weighted by them."""
-        if self._settings.baseline == "group":
+        if self.settings.baseline == "group":
             return [None] * len(groups)
         assert self._engine is not None
         starts = np.cumsum([0, *(len(group.completions) for group in groups)]).tolist()
@@ -228,13 +236,19 @@ class Scorer:
             segment
             for start, group in zip(starts, groups, strict=False)
             if group.status == OK
-            for segment in unit_segments(group, start, self._settings)
+            for segment in unit_segments(group, start, self.settings)
         ]
         work = self._engine.logprobs(segments)
         return [
             [work.of(row).mean_log for row in range(start, start + len(group.completions))]
             for start, group in zip(starts, groups, strict=False)
         ]
+
+    def direction_cosines(self) -> Float[np.ndarray, "V V"]:
+        """Cosines between the directions that the scorer is aimed at; 0 for one of length 0."""
+        products = [[_inner(first, second) for second in self._directions] for first in self._directions]
+        norms_V = np.array([_norm(direction) for direction in self._directions])
+        return functional.influence(np.array(products), norms_V, norms_V, "cosine")
 
     def values(self, scored: Scored) -> Float[np.ndarray, "N V"]:
         """Influence: the inner products (`dot`), or these over both lengths (`cosine`); 0 for a zero gradient."""
@@ -269,7 +283,7 @@ class Scorer:
             if group.status != OK:
                 continue
             found = prompt_gradient(
-                self._model, group, self._settings, batch_tokens=self._batch_tokens or REFERENCE_TOKENS
+                self._model, group, self.settings, batch_tokens=self._batch_tokens or REFERENCE_TOKENS
             )
             products_NV[index] = [_inner(found.gradients, direction) for direction in self._directions]
             norms_N[index] = _norm(found.gradients)
@@ -281,32 +295,46 @@ class Scorer:
 
     def _direction(
         self, name: str, groups: Sequence[Group], advance: Callable[[int], None] | None
-    ) -> dict[str, Tensor]:
-        """The mean gradient of a validation set by parameter name."""
+    ) -> tuple[dict[str, Tensor], float]:
+        """The mean gradient of a validation set by parameter name, and its reliability: the cosine between the means of
+        every other prompt and of the others, stepped up to all of them (Spearman-Brown). NaN for a single prompt.
+        """
         if not groups:
             raise SignalError("it has no group", where=f"validation set {name}", fix="give it prompts.")
-        if self._engine is None:
-            return self._reference_direction(groups, advance)
-        after = _by_group(advance)
+        weighted_sum = self._reference_sum if self._engine is None else self._engine_sum
+        total, rest = (weighted_sum(groups[half::2], len(groups), advance) for half in (0, 1))
+        norms = _norm(total) * _norm(rest)
+        halves = _inner(total, rest) / norms if norms else math.nan
+        for parameter, gradient in rest.items():
+            total[parameter] += gradient
+        return total, -math.inf if halves <= -1 else spearman_brown(halves)
+
+    def _engine_sum(
+        self, groups: Sequence[Group], count: int, advance: Callable[[int], None] | None
+    ) -> dict[str, Tensor]:
+        """The groups' part of the mean gradient of `count` groups."""
+        assert self._engine is not None
         norms_M, logs = np.ones(len(groups)), self._mean_log_ratios(groups)
         if self._mean == "normalized":
             nothing = [{name: torch.zeros_like(p) for name, p in self._engine.parameters.items()}]
             reader = ExactReader(nothing, len(groups), norms=True, repeated=self._engine.repeated)
-            found = [segment_of(index, group, self._settings, None, logs[index]) for index, group in enumerate(groups)]
+            found = [segment_of(index, group, self.settings, None, logs[index]) for index, group in enumerate(groups)]
             self._engine.run([segment for segment in found if segment is not None], reader, divisible=False)
             norms_M = reader.squares_N.clamp(min=0).sqrt().numpy()
-        weights = functional.mean_weights(norms_M, self._mean).tolist()
+        weights = functional.mean_weights(norms_M, self._mean, count).tolist()
         dense = DenseReader(self._engine.parameters, self._engine.vocabulary)
         segments = [
-            segment_of(index, group, self._settings, [weight] * len(group.completions), logs[index])
+            segment_of(index, group, self.settings, [weight] * len(group.completions), logs[index])
             for index, (group, weight) in enumerate(zip(groups, weights, strict=True))
         ]
-        self._engine.run([segment for segment in segments if segment is not None], dense, after=after)
+        self._engine.run([segment for segment in segments if segment is not None], dense, after=_by_group(advance))
         for layer, mean_I in dense.mean_inputs().items():
             self._mean_inputs[layer] = self._mean_inputs.get(layer, 0.0) + mean_I
         return dense.gradients
 
-    def _reference_direction(self, groups: Sequence[Group], advance: Callable[[int], None] | None) -> dict[str, Tensor]:
+    def _reference_sum(
+        self, groups: Sequence[Group], count: int, advance: Callable[[int], None] | None
+    ) -> dict[str, Tensor]:
         total = {
             name: torch.zeros_like(p, dtype=torch.float64) for name, p in trainable_parameters(self._model).items()
         }
@@ -314,9 +342,9 @@ class Scorer:
             if group.status != OK:
                 continue
             found = prompt_gradient(
-                self._model, group, self._settings, batch_tokens=self._batch_tokens or REFERENCE_TOKENS
+                self._model, group, self.settings, batch_tokens=self._batch_tokens or REFERENCE_TOKENS
             )
-            weight = functional.mean_weights(np.array([_norm(found.gradients)]), self._mean)[0] / len(groups)
+            weight = functional.mean_weights(np.array([_norm(found.gradients)]), self._mean, count)[0]
             for name, gradient in found.gradients.items():
                 total[name] += gradient * weight
             if advance is not None:

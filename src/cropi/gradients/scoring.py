@@ -28,7 +28,9 @@ from cropi.gradients.surrogate import SurrogateSettings
 from cropi.gradients.worth import drift, note_reliability
 from cropi.seeds import unit_interval
 
+NOISY = 0.2  # below this reliability of a validation direction a warning is given
 FEW_GROUPS = 8  # below this many mixed validation groups a warning is given
+ONE_SIDED = 0.9  # above this share of validation prompts that are always solved, or never, a warning is given
 
 
 def surrogate_settings(config: Config, loss_type: str, scale_rewards: str | bool) -> SurrogateSettings:
@@ -107,6 +109,7 @@ def score(
             scorer.aim(validation, bar.advance, stored_directions(features.folder))
             writer = _writer(config, settings, scorer, features, mixed)
             parts = _score_into_store(writer, scorer, trajectories["train"], bar)
+        _warn_of_noise(scorer.direction_reliability)
         for part in parts:
             _note_scores(rows, part, names)
             given += sum(len(g.prompt_ids) * len(g.completions) + g.completion_tokens for g in part.groups)
@@ -124,10 +127,22 @@ def score(
         "tokens": given + sum(group.completion_tokens for groups in validation.values() for group in groups),
         "tokens_computed": computed,
         "reliability": reliability,
+        "direction_reliability": {n: _known(value) for n, value in scorer.direction_reliability.items()},
         "drift": drift(rows.values()),
         "scored": count_status(row["scored"] for row in rows.values() if row["scored"] is not None),
     }
     return counts, details
+
+
+def _warn_of_noise(reliability: Mapping[str, float]) -> None:
+    """Say which validation directions could as well have been drawn by chance."""
+    for name, value in reliability.items():
+        if value < NOISY:
+            warn_once(
+                f"validation set {name}: its direction is mostly noise (reliability {max(value, 0.0):.2f}: the "
+                "directions of two halves of its prompts hardly agree), so its ranking is little better than chance; "
+                "use more prompts that the policy solves sometimes, or more completions for each"
+            )
 
 
 def _blank(prompt_id: str, source: str, names: list[str]) -> dict[str, Any]:
@@ -318,4 +333,24 @@ def _mixed_groups(table: pa.Table, name: str, config: ScoreConfig) -> list[Group
         warn_once(
             f"validation set {name}: only {len(mixed)} of {len(chosen)} prompts carry signal; influence will be noisy"
         )
+    judged = one_sided([group.pass_rate for i in chosen if (group := groups[i]) is not None])
+    if judged is not None:
+        warn_once(f"validation set {name}: {judged}")
     return mixed
+
+
+def one_sided(pass_rates: Sequence[float]) -> str | None:
+    """What is wrong with a validation set of which over 90 % are solved by every completion, or by none; else None."""
+    always, never, total = pass_rates.count(1.0), pass_rates.count(0.0), len(pass_rates)
+    rest = f"its direction comes from {total - always - never}"
+    if always > 0 and always / total > ONE_SIDED:
+        return (
+            f"{always} of {total} prompts are solved by every completion: there is little left to gain, and {rest}; "
+            "use harder problems"
+        )
+    if never > 0 and never / total > ONE_SIDED:
+        return (
+            f"{never} of {total} prompts are solved by no completion: {rest}; "
+            "use easier problems, or raise collect.validation_num_generations"
+        )
+    return None

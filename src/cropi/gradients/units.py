@@ -1,8 +1,9 @@
 """What a group's influence is made of: each trajectory's own inner products, before any advantage.
 
-u_k = <sum_t w_t grad log pi(x_{k,t}), d> does not depend on rewards, on the group or on the normaliser. So the
-influence of the group, of any part of it, and under any normaliser is a sum of u_k A_k / Z_k: error bars cost no
-further pass through the policy.
+u_k = <sum_t w_t grad log pi(x_{k,t}), d> does not depend on rewards, on the group or on the normaliser, with one
+exception: `clipped` ratios depend on the sign of the advantage, which is taken from the whole group. So the influence
+of the group, of any part of it, and under any normaliser is a sum of u_k A_k / Z_k: error bars cost no further pass
+through the policy. (Under `clipped`, and with graded rewards alone, a part may have other signs than the whole.)
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from cropi.seeds import derived_seed
 
 def note_reliability(
     config: Config, rows: Mapping[str, dict[str, Any]], names: list[str], stage: int
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
     """Enter every prompt's probability of being among the best, and say what the ranking is worth.
 
     Per validation set: `reliability` of the influence; over all: `expected_overlap`, the share of a plain selection of
@@ -27,6 +27,8 @@ def note_reliability(
     settings, size = config.select, places(config.select.fraction, len(rows))
     estimates = {name: np.array([row[f"influence/{name}"] for row in ok]) for name in names}
     errors = {name: np.array([row[f"standard_error/{name}"] for row in ok], dtype=np.float64) for name in names}
+    if any(np.isnan(errors[name]).all() for name in names):
+        return None  # groups of two trajectories have no error
     depth = size if settings.fusion.truncate else None
     chances_N = top_probabilities(
         [shrunk(estimates[name], errors[name]) for name in names],
@@ -51,12 +53,11 @@ def note_reliability(
 def drift(rows: Iterable[Mapping[str, Any]]) -> dict[str, float] | None:
     """How far the policy is from the one that sampled: medians over prompts with signal of the effective sample share,
     and means of the clip share and of the divergence per token. None where no prompt has them."""
-    known = [row for row in rows if row["ratio_ess"] is not None]
+    known = [row for row in rows if None not in (row["ratio_ess"], row["clip_share"], row["kl"])]
     if not known:
         return None
-    clips, divergences = ([row[name] for row in known if row[name] is not None] for name in ("clip_share", "kl"))
     return {
         "ratio_ess": float(np.median([row["ratio_ess"] for row in known])),
-        "clip_share": float(np.mean(clips)) if clips else 0.0,
-        "kl": float(np.mean(divergences)) if divergences else 0.0,
+        "clip_share": float(np.mean([row["clip_share"] for row in known])),
+        "kl": float(np.mean([row["kl"] for row in known])),
     }

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+import pyarrow as pa
 
 from cropi.artifacts import OK, is_finished
 from cropi.config import Config
 from cropi.reporting.blocks import Block, Card, Text
-from cropi.reporting.reading import read_completions, selection_table
-from cropi.reporting.wording import ABSENT, decimal
+from cropi.reporting.reading import prompt_text, read_completions, rows_of, scored_stage, selection_table
+from cropi.reporting.wording import ABSENT, NOT_MEASURED, decimal, with_error
 from cropi.rewards.verifiers import CORRECT
 from cropi.seeds import unit_interval
 from cropi.workspace import Workspace
@@ -21,22 +22,29 @@ MAX_CHARACTERS = 2000  # of a prompt or completion
 Row = Mapping[str, Any]  # of the selection table
 
 
-def closeups(config: Config, space: Workspace) -> list[Block]:
-    """Cards of the highest and lowest ranked prompts and of some drawn at random."""
+def closeups(config: Config, space: Workspace, scores: Mapping[int, pa.Table]) -> list[Block]:
+    """Cards of the highest and lowest ranked prompts and of some drawn at random; `scores`: influence by stage."""
     arm = next(iter(space.arms.values()))
     found = ((stage, selection_table(arm, stage)) for stage in reversed(range(config.train.stages)))
     stage, table = next(((stage, table) for stage, table in found if table is not None), (0, None))
     if table is None or not is_finished(space.prompts):
         return [Text("Nothing has been selected yet.")]
     chosen = pick(table.to_pylist(), config.seed)
-    completions = read_completions(space, [row["prompt_id"] for rows in chosen.values() for row in rows])
+    ids = [row["prompt_id"] for rows in chosen.values() for row in rows]
+    completions, scored = read_completions(space, ids), scores.get(scored_stage(config, arm, stage))
+    facts = rows_of(scored, ids) if scored is not None else {}
     note = (
-        f"From the last selection of `{arm.name}`, that of stage {stage}. Completions and pass rates are those of the "
-        "stored trajectories, that is, of the base policy."
+        f"From the last selection of `{arm.name}`, that of stage {stage}. Completions are the base policy's, pass "
+        f"rates those of {'the newest trajectories' if config.refresh.active else 'its stored trajectories'}."
+        + (" Influence stands with its standard error." if facts else "")
     )
     prompts, ranked = space.train_prompts, len(table) - table.column("rank").null_count
     cards = [
-        _card(kind, row, ranked, prompts.get(row["prompt_id"], {}), completions.get(row["prompt_id"], []))
+        Card(
+            kind,
+            _facts(row, ranked, facts.get(row["prompt_id"], {})),
+            _texts(prompts.get(row["prompt_id"], {}), completions.get(row["prompt_id"], [])),
+        )
         for kind, rows in chosen.items()
         for row in rows
     ]
@@ -62,20 +70,34 @@ def telling(completions: Sequence[Row]) -> list[Row]:
     return [*right, *wrong, *others][:EACH]
 
 
-def _card(kind: str, row: Row, ranked: int, prompt: Row, completions: Sequence[Row]) -> Card:
-    facts = [
+def _facts(row: Row, ranked: int, scored: Row) -> list[tuple[str, str]]:
+    signal = scored.get("status", row["status"]) == OK
+    influence = [
+        (f"influence on {name}", with_error(value, scored.get(f"standard_error/{name}")) if signal else ABSENT)
+        for name, value in row["scores"]
+    ]
+    return [
         ("rank", ABSENT if row["rank"] is None else f"{row['rank']} of {ranked:,} ranked"),
         ("selected", "yes" if row["selected"] else "no"),
         ("status", row["status"]),
         ("pass rate", decimal(row["pass_rate"])),
-        *((f"influence on {name}", _number(value)) for name, value in row["scores"]),
+        *influence,
+        *([("probability of being truly best", _chance(scored))] if influence else []),
         ("source", row["source"]),
         ("prompt id", row["prompt_id"]),
         *([("reason", row["reason"])] if row["reason"] else []),
     ]
-    texts = [("prompt", _prompt(prompt)), ("gold answer", shortened(prompt.get("answer", "")))]
-    texts += [(_label(shown), shortened(shown["completion"])) for shown in telling(completions)]
-    return Card(kind, facts, texts)
+
+
+def _chance(scored: Row) -> str:
+    chance = scored.get("top_probability")
+    return NOT_MEASURED if chance is None else decimal(chance)
+
+
+def _texts(prompt: Row, completions: Sequence[Row]) -> list[tuple[str, str]]:
+    text = shortened(prompt_text(prompt["messages"])) if prompt else ABSENT
+    texts = [("prompt", text), ("gold answer", shortened(prompt.get("answer", "")))]
+    return texts + [(_label(shown), shortened(shown["completion"])) for shown in telling(completions)]
 
 
 def _label(completion: Row) -> str:
@@ -83,20 +105,7 @@ def _label(completion: Row) -> str:
     return label if completion["status"] == OK else f"{label}, {completion['status']}"
 
 
-def _prompt(prompt: Row) -> str:
-    if "messages" not in prompt:
-        return ABSENT
-    messages = json.loads(prompt["messages"])
-    if isinstance(messages, str):
-        return shortened(messages)
-    return shortened("\n".join(f"[{turn['role']}] {turn['content']}" for turn in messages))
-
-
 def shortened(text: str) -> str:
     """The text, or its beginning and how much is left out."""
     left_out = len(text) - MAX_CHARACTERS
     return text if left_out <= 0 else f"{text[:MAX_CHARACTERS]}… ({left_out:,} more characters)"
-
-
-def _number(value: float | None) -> str:
-    return ABSENT if value is None else f"{value:.4g}".replace("-", "−")

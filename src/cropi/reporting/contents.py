@@ -10,15 +10,29 @@ import pyarrow as pa
 
 from cropi.config import Config
 from cropi.reporting import figures
+from cropi.reporting.audit import TITLE as AUDIT
+from cropi.reporting.audit import audit
 from cropi.reporting.blocks import Block, Picture, Section, Table, Text
 from cropi.reporting.closeups import closeups
 from cropi.reporting.funnel import funnel
 from cropi.reporting.provenance import reproduction, settings
 from cropi.reporting.reading import Selection, read_scores, read_selections, rows_with
+from cropi.reporting.reliability import reliability
 from cropi.reporting.results import ArmSummary, Summary
 from cropi.reporting.shares import Shares, jaccard, source_shares
 from cropi.reporting.summary import headline
-from cropi.reporting.wording import ABSENT, count, decimal, difference, percent, seconds, share, tenths, with_interval
+from cropi.reporting.wording import (
+    ABSENT,
+    count,
+    decimal,
+    difference,
+    percent,
+    seconds,
+    share,
+    significant,
+    tenths,
+    with_interval,
+)
 from cropi.workspace import Workspace
 
 COST_NOTE = (
@@ -51,15 +65,18 @@ def read_run(config: Config, space: Workspace, summary: Summary) -> Run:
 
 def sections(run: Run) -> list[Section]:
     """The report, in order."""
+    audited = audit(run.space.folder)
     return [
         Section("Result", _result(run.summary)),
         Section("Learning curves", _curves(run.summary)),
         Section("What was selected", _selected(run)),
         Section("Turnover between stages", _turnover(run)),
         Section("Distribution of the scores", _distributions(run)),
+        Section("Can the ranking be trusted?", _reliability(run)),
+        *([Section(AUDIT, audited)] if audited else []),
         Section("What became of every prompt", funnel(run.space, run.selections, run.scores)),
         Section("Cost", _cost(run.summary)),
-        Section("Prompts, close up", closeups(run.config, run.space)),
+        Section("Prompts, close up", closeups(run.config, run.space, run.scores)),
         Section("Settings", settings(run.config, run.space)),
         Section("How to reproduce it", reproduction(run.config)),
     ]
@@ -92,7 +109,7 @@ def _caption(summary: Summary, compared: bool) -> str:
         "Greedy accuracy at the last evaluated step: the mean over test sets, with its interval over questions. The "
         "difference is paired: the same questions, targeted sets. "
         + (f"{reached}{summary.evaluate_every} steps. " if compared else "")
-        + "Time and tokens include stored rollouts and selection where the arm uses them (section 7)."
+        + "Time and tokens include stored rollouts and selection where the arm uses them: see Cost."
     )
 
 
@@ -222,15 +239,19 @@ def _quantiles(table: pa.Table, name: str, selection: Selection | None) -> list[
     values_N = with_signal.column(f"influence/{name}").to_numpy()
     if not len(values_N):
         return ["0", *([ABSENT] * 5)]
-    cells = [count(len(values_N)), *(_short(float(value)) for value in np.percentile(values_N, (5, 50, 95)))]
+    cells = [count(len(values_N)), *(significant(float(value)) for value in np.percentile(values_N, (5, 50, 95)))]
     if selection is None:
         return [*cells, ABSENT, ABSENT]
     taken_N = np.isin(with_signal.column("prompt_id").to_pylist(), list(selection.chosen))
-    return [*cells, count(int(taken_N.sum())), _short(float(np.median(values_N[taken_N]))) if taken_N.any() else ABSENT]
+    median = significant(float(np.median(values_N[taken_N]))) if taken_N.any() else ABSENT
+    return [*cells, count(int(taken_N.sum())), median]
 
 
-def _short(value: float) -> str:
-    return f"{value:.3g}".replace("-", "−")
+def _reliability(run: Run) -> list[Block]:
+    arm = run.space.arm("influence")
+    summary = run.summary.arm(arm.name)
+    stages = summary.stages if summary else ()
+    return reliability(run.config, arm, stages, run.scores, run.selections.get(arm.name, {}))
 
 
 # -- cost ----------------------------------------------------------------------------------------------------------

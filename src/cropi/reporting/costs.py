@@ -23,12 +23,14 @@ def arm_cost(arm: Arm, config: Config, ledger: Sequence[Entry], *, up_to_step: i
     """The cost of an arm, of the whole of it or up to an optimiser step.
 
     Up to a step: all of the collection, scoring and selecting of the stages begun before it, and the steps themselves.
-    Each arm pays for the collection in full if it uses the stored trajectories, as if it were run alone.
+    Each arm pays for the collection in full if it uses the stored trajectories, as if it were run alone, and for
+    what was collected for it alone.
     """
     own = [entry for entry in ledger if entry["arm"] == arm.name and _begun(entry, config, up_to_step)]
     steps = [row for row in read_jsonl(arm.folder / "steps.jsonl") if up_to_step is None or row["step"] <= up_to_step]
     batches = [row for row in read_jsonl(arm.rewards) if up_to_step is None or row["step"] < up_to_step]
-    collected = [entry for entry in ledger if entry["phase"] == "collect"] if _charged(arm, config) else []
+    shared = [entry for entry in ledger if entry["arm"] == SHARED] if _charged(arm, config) else []
+    collected = [entry for entry in (*shared, *own) if entry["phase"] == "collect"]
     return Cost(
         collect=_sum(entry["seconds"] for entry in collected),
         score=_phase(own, "score"),

@@ -9,14 +9,17 @@ import functools
 import io
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.text import Text
+
+from cropi.reporting.wording import on_one_line
 
 P = ParamSpec("P")
 
@@ -75,8 +78,15 @@ def grid(axes: Axes, axis: str) -> None:
 
 def shortened(text: str, length: int = 26) -> str:
     """A label from the data: printable, on one line, not too long."""
-    clean = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
-    return clean if len(clean) <= length else clean[: length - 1] + "…"
+    return on_one_line(text, length)
+
+
+def thinned(values: Sequence[int], count: int = 12) -> list[int]:
+    """At most `count` of the values, evenly spread, the first and the last among them."""
+    if len(values) <= count:
+        return list(values)
+    places = np.linspace(0, len(values) - 1, count).round().astype(int)
+    return [values[place] for place in dict.fromkeys(places.tolist())]
 
 
 def svg(figure: Figure, name: str) -> str:

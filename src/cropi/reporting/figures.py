@@ -23,6 +23,7 @@ from cropi.reporting.drawing import (
     new_figure,
     shortened,
     svg,
+    thinned,
 )
 from cropi.reporting.reading import Selection, rows_with
 from cropi.reporting.results import ArmSummary, Summary
@@ -122,7 +123,7 @@ def turnover(selections: Mapping[str, Mapping[int, Selection]], fraction: float)
     axes.axhline(expected, color=MUTED, linewidth=1, linestyle=(0, (2, 2)), label="two random draws")
     axes.set(ylim=(0, 1.02), xlabel="from stage → to stage", xlim=(min(stages) - 0.3, max(stages) + 0.3))
     axes.set_title("Jaccard overlap of consecutive selections")
-    axes.set_xticks(_thinned(stages), [f"{stage - 1} → {stage}" for stage in _thinned(stages)])
+    axes.set_xticks(thinned(stages), [f"{stage - 1} → {stage}" for stage in thinned(stages)])
     grid(axes, "y")
     figure.legend(loc="outside upper left", ncols=len(series) + 1)
     return svg(figure, "turnover")
@@ -135,7 +136,7 @@ def score_distributions(
     """Histograms of influence: every prompt that has a signal, and those selected; one panel per set and stage."""
     if not scores:
         return None
-    stages, names = _thinned(sorted(scores), MAX_PANELS), list(validation_sets)[:MAX_PANELS]
+    stages, names = thinned(sorted(scores), MAX_PANELS), list(validation_sets)[:MAX_PANELS]
     figure = new_figure(0.7 + 1.75 * len(stages))
     panels = figure.subplots(len(stages), len(names), squeeze=False, sharex="col")
     for row, stage in enumerate(stages):
@@ -193,11 +194,3 @@ def cost_split(summary: Summary) -> str | None:
     grid(axes, "x")
     figure.legend(loc="outside upper left", ncols=len(PHASES))
     return svg(figure, "cost")
-
-
-def _thinned(values: Sequence[int], count: int = 12) -> list[int]:
-    """At most `count` of the values, evenly spread, the first and the last among them."""
-    if len(values) <= count:
-        return list(values)
-    places = np.linspace(0, len(values) - 1, count).round().astype(int)
-    return [values[place] for place in dict.fromkeys(places.tolist())]

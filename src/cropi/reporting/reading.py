@@ -20,11 +20,15 @@ from cropi.artifacts import (
     OK,
     PROMPT_TOO_LONG,
     SELECTION,
+    Manifest,
     is_finished,
     open_artifact,
     read_table,
     scores_schema,
 )
+from cropi.config import Config, InfluenceStrategy
+from cropi.functional.sampling import places
+from cropi.reporting.results import Drift, Reliability, StageWorth
 from cropi.workspace import Arm, Workspace
 
 STEP_FILE = re.compile(r"step-(\d+)\.parquet")
@@ -101,6 +105,46 @@ def read_scores(arm: Arm, stages: int, validation_sets: Iterable[str]) -> dict[i
             open_artifact(folder, "scores", made_by="cropi score")
             tables[stage] = read_table(folder / "scores.parquet", schema)
     return tables
+
+
+def read_worth(config: Config, arm: Arm) -> tuple[StageWorth, ...]:
+    """What the scores of an arm's stages are worth, as `score` noted it; nothing for arms without influence."""
+    found = []
+    for stage in range(config.train.stages):
+        folder = arm.scores(stage)
+        if is_finished(folder):
+            manifest = open_artifact(folder, "scores", made_by="cropi score")
+            found.append(_worth(config, stage, manifest))
+    return tuple(found)
+
+
+def _worth(config: Config, stage: int, manifest: Manifest) -> StageWorth:
+    noted, moved = manifest.details["reliability"], manifest.details["drift"]
+    best = min(places(config.select.fraction, sum(manifest.counts.values())), manifest.counts.get(OK, 0))
+    return StageWorth(
+        stage,
+        manifest.details["direction_reliability"],
+        noted and Reliability(noted["reliability"], best, noted["expected_overlap"], noted["chance"]),
+        moved and Drift(**moved),
+    )
+
+
+def scored_stage(config: Config, arm: Arm, stage: int) -> int:
+    """The stage whose scores a selection rests on."""
+    strategy = config.arms[arm.name]
+    return 0 if isinstance(strategy, InfluenceStrategy) and strategy.static else stage
+
+
+def rows_of(table: pa.Table, prompt_ids: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Rows of a few prompts, by id."""
+    ids = pa.array(list(prompt_ids), pa.string())
+    return {row["prompt_id"]: row for row in table.filter(pc.is_in(table.column("prompt_id"), ids)).to_pylist()}
+
+
+def prompt_text(messages: str) -> str:
+    """The prompt of a row of the prompt table as a person reads it: chat turns each with its role."""
+    turns = json.loads(messages)
+    return turns if isinstance(turns, str) else "\n".join(f"[{turn['role']}] {turn['content']}" for turn in turns)
 
 
 def prompts_left_out(space: Workspace) -> int:

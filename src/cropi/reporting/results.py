@@ -53,6 +53,35 @@ class Point:
 
 
 @dataclass(frozen=True)
+class Reliability:
+    """What the errors of a stage's influence say of its ranking."""
+
+    by_set: Mapping[str, float]  # share of the influence's variance that is not noise, by validation set
+    best: int  # how many of the best ranked a plain selection takes
+    expected_overlap: float  # share of those that is expected to belong there
+    chance: float  # share of as many drawn at random among the prompts with signal
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How far a stage's policy is from the one that sampled, over the prompts with signal."""
+
+    ratio_ess: float  # median effective sample size of a prompt's token ratios, as a share of its tokens
+    clip_share: float  # mean share of the token ratios outside 1 - clip to 1 + clip
+    kl: float  # mean KL(policy || behaviour policy) per token, in nats
+
+
+@dataclass(frozen=True)
+class StageWorth:
+    """What a stage's scores are worth. None: not measured."""
+
+    stage: int
+    direction_reliability: Mapping[str, float | None]  # by validation set: would other prompts give its direction again
+    reliability: Reliability | None
+    drift: Drift | None
+
+
+@dataclass(frozen=True)
 class ArmSummary:
     """What is known of one arm."""
 
@@ -64,6 +93,7 @@ class ArmSummary:
     steps_to_target: int | None  # first evaluated step at `full`'s final targeted accuracy; None: not reached
     seconds_to_target: float | None  # the cost up to that step, by the rules of Cost.total
     cost: Cost
+    stages: tuple[StageWorth, ...]  # of an arm that is scored by influence, by stage
 
     @property
     def last(self) -> Point | None:

@@ -17,6 +17,7 @@ from cropi.reporting.reading import (
     group_statuses,
     read_answers,
     read_verdicts,
+    read_worth,
     selection_table,
 )
 from cropi.reporting.results import ArmSummary, Difference, Point, Summary
@@ -83,6 +84,7 @@ def _arm(
         steps_to_target=reached,
         seconds_to_target=arm_cost(arm, config, ledger, up_to_step=reached).total if reached else None,
         cost=arm_cost(arm, config, ledger),
+        stages=read_worth(config, arm),
     )
 
 

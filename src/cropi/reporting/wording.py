@@ -6,6 +6,7 @@ from cropi.console import duration
 from cropi.functional.statistics import Interval
 
 ABSENT = "–"
+NOT_MEASURED = "not measured"
 
 
 def decimal(value: float | None, digits: int = 2) -> str:
@@ -59,6 +60,27 @@ def percent(share: float | None) -> str:
 def share(value: float | None) -> str:
     """`10.0 %`: with one decimal, for columns."""
     return ABSENT if value is None else f"{100 * value:.1f} %"
+
+
+def significant(value: float | None, digits: int = 3) -> str:
+    """`0.0123`, `−1.2e−05`: digits that mean something."""
+    return ABSENT if value is None else f"{value:.{digits}g}".replace("-", "−")
+
+
+def with_error(value: float, error: float | None) -> str:
+    """`0.0123 ± 0.0045`: an estimate and its standard error."""
+    return f"{significant(value)} ± {NOT_MEASURED if error is None else significant(error, 2)}"
+
+
+def about(value: float) -> str:
+    """`45`, `3.2`: a count that is an estimate."""
+    return f"{value:,.0f}" if value >= 10 else f"{value:.1f}"
+
+
+def on_one_line(text: str, length: int) -> str:
+    """Text from the data for one line: runs of white space as one space, what cannot be printed as U+FFFD, cut."""
+    clean = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(text.split()))
+    return clean if len(clean) <= length else clean[: length - 1] + "…"
 
 
 def times(ratio: float) -> str:

@@ -1,14 +1,20 @@
-"""`collect`: K trajectories per prompt, once, from the base policy, in shards that survive an interruption."""
+"""`collect`: K trajectories per prompt, in shards that survive an interruption.
+
+Once of all prompts from the base policy, and of some again from later policies.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import torch
+from torch import nn
 
 from cropi.artifacts import (
     GOLD_UNPARSEABLE,
@@ -53,8 +59,42 @@ def collect(
     if config.collect.top_p < 1:
         warn("collect.top_p is below 1: the sampler is not the policy whose log-probs are stored, so ratios are biased")
     shards, skipped = plan(config, policy, prompts)
+    charge = partial(ledger.charge, "collect")
+    statuses, details = _sample_all(config, policy, shards, folder, charge, ("collect",))
+    return count_status([PROMPT_TOO_LONG] * skipped + statuses), details
+
+
+def collect_anew(
+    config: Config,
+    policy: Policy,
+    prompts: Sequence[Mapping[str, Any]],
+    folder: Path,
+    ledger: Ledger,
+    *,
+    arm: str,
+    stage: int,
+) -> tuple[dict[str, int], dict[str, Any]]:
+    """The same for training prompts of an arm at the start of a stage, from the policy as it is then.
+
+    The arm is charged, and the seed is of the arm and the stage. The model is left in the mode it was in.
+    """
+    shards, _ = plan(config, policy, prompts)
+    charge = partial(ledger.charge, "collect", arm=arm, stage=stage)
+    statuses, details = _sample_all(config, policy, shards, folder, charge, ("refresh", arm, stage))
+    return count_status(statuses), details | {"prompts": len(prompts)}
+
+
+def _sample_all(
+    config: Config,
+    policy: Policy,
+    shards: Sequence[Shard],
+    folder: Path,
+    charge: Callable[[], AbstractContextManager[dict[str, Any]]],
+    purpose: tuple[str | int, ...],
+) -> tuple[list[str], dict[str, Any]]:
+    """Make the shards that are not there; returns (status of every trajectory, details)."""
     generate = TransformersGenerator(policy, config.collect.batch_size)
-    statuses: list[str] = [PROMPT_TOO_LONG] * skipped
+    statuses: list[str] = []
     tokens = 0
     with progress("collect", sum(len(s.prompts) * s.samples for s in shards), "trajectories") as bar:
         for shard in shards:
@@ -62,14 +102,14 @@ def collect(
             if path.is_file():
                 rows = _stored(path, shard)
             else:
-                with ledger.charge("collect") as entry:
-                    rows = _sample(config, policy, generate, shard)
+                with charge() as entry:
+                    rows = _sample(config, policy, generate, shard, derived_seed(config.seed, *purpose, shard.name))
                     entry["tokens"] = sum(len(row["completion_ids"]) for row in rows)
                 write_table(path, rows, TRAJECTORIES)
             statuses += [row["status"] for row in rows]
             tokens += sum(len(row["completion_ids"]) for row in rows)
             bar.advance(len(rows))
-    return count_status(statuses), {"generated_tokens": tokens, "shards": len(shards)}
+    return statuses, {"generated_tokens": tokens, "shards": len(shards)}
 
 
 def plan(config: Config, policy: Policy, prompts: Sequence[Mapping[str, Any]]) -> tuple[list[Shard], int]:
@@ -114,11 +154,13 @@ def _stored(path: Path, shard: Shard) -> list[dict[str, Any]]:
     return rows
 
 
-def _sample(config: Config, policy: Policy, generate: TransformersGenerator, shard: Shard) -> list[dict[str, Any]]:
+def _sample(
+    config: Config, policy: Policy, generate: TransformersGenerator, shard: Shard, seed: int
+) -> list[dict[str, Any]]:
     settings = config.collect
     repeated = [ids for ids in shard.prompt_ids for _ in range(shard.samples)]
     sampling = Sampling(settings.max_completion_length, settings.temperature, settings.top_p)
-    completions = generate(repeated, sampling, seed=derived_seed(config.seed, "collect", shard.name))
+    completions = generate(repeated, sampling, seed=seed)
     logprobs = behaviour_logprobs(policy, repeated, completions, settings.temperature, settings.batch_tokens)
     texts = policy.tokenizer.batch_decode(completions, skip_special_tokens=True)
     verify, eos = verifier(config.verifier), set(policy.eos_ids)
@@ -153,23 +195,35 @@ def behaviour_logprobs(
     temperature: float,
     batch_tokens: int,
 ) -> list[list[float]]:
-    """log beta of every completion token, float32, by batches of at most `batch_tokens` padded tokens."""
+    """log beta of every completion token, float32, in batches of at most `batch_tokens` padded tokens; no dropout."""
     order = sorted(range(len(prompts)), key=lambda row: -(len(prompts[row]) + len(completions[row])))
     result: list[list[float]] = [[] for _ in prompts]
-    while order:
-        width = len(prompts[order[0]]) + len(completions[order[0]])
-        rows, order = order[: max(1, batch_tokens // width)], order[max(1, batch_tokens // width) :]
-        logprobs_KT, _ = completion_logprobs(
-            policy.model, [prompts[r] for r in rows], [completions[r] for r in rows], temperature=temperature
-        )
-        for row, values in zip(rows, logprobs_KT.float().cpu().tolist(), strict=True):
-            result[row] = values[: len(completions[row])]
+    with _evaluating(policy.model):
+        while order:
+            width = len(prompts[order[0]]) + len(completions[order[0]])
+            rows, order = order[: max(1, batch_tokens // width)], order[max(1, batch_tokens // width) :]
+            logprobs_KT, _ = completion_logprobs(
+                policy.model, [prompts[r] for r in rows], [completions[r] for r in rows], temperature=temperature
+            )
+            for row, values in zip(rows, logprobs_KT.float().cpu().tolist(), strict=True):
+                result[row] = values[: len(completions[row])]
     return result
 
 
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
 def read_trajectories(folder: Path) -> dict[str, pa.Table]:
-    """All trajectories by set."""
-    table = pa.concat_tables([read_table(path, TRAJECTORIES) for path in sorted(folder.glob("part-*.parquet"))])
+    """All trajectories by set; no set where there are none."""
+    paths = sorted(folder.glob("part-*.parquet"))
+    table = pa.concat_tables([TRAJECTORIES.empty_table(), *(read_table(path, TRAJECTORIES) for path in paths)])
     sets = table.column("set").to_pylist()
     return {
         name: table.take(pa.array([row for row, value in enumerate(sets) if value == name]))

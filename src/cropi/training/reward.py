@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +13,29 @@ from cropi.artifacts import append_jsonl, read_jsonl, write_text
 from cropi.rewards.verifiers import Verify, reward
 
 
+@dataclass(frozen=True)
+class Judged:
+    """The completions of a generation batch as they were judged, in TRL's order."""
+
+    prompt_ids: Sequence[str]
+    texts: Sequence[str]
+    completion_ids: Sequence[Sequence[int]]  # without padding
+    rewards: Sequence[float | None]
+    verdicts: Sequence[str]
+
+
 class RecordedReward:
     """Judges completions and writes one line per generation batch: step, prompt ids, rewards, verdicts, tokens.
 
-    The lines are what re-scored strategies and the cost ledger read. `forget_from` drops what an interrupted attempt
-    wrote beyond the checkpoint that training resumes from.
+    The lines are what re-scored strategies and the cost ledger read. `latest` is the batch judged last. `forget_from`
+    drops what an interrupted attempt wrote beyond the checkpoint that training resumes from.
     """
 
     __name__ = "verdict"
 
     def __init__(self, verify: Verify, path: Path) -> None:
         self._verify, self._path = verify, path
+        self.latest: Judged | None = None
 
     def __call__(
         self, completions: list[Any], answer: list[str], prompt_id: list[str], completion_ids: list[Any], **columns: Any
@@ -36,25 +51,28 @@ class RecordedReward:
             "tokens": sum(len(ids) for ids in completion_ids),
         }
         append_jsonl(self._path, row)
+        self.latest = Judged(prompt_id, texts, completion_ids, rewards, verdicts)
         return rewards
 
     def forget_from(self, step: int) -> None:
         """Drop the lines of batches at or after an optimiser step."""
-        import json
-
         kept = [row for row in read_jsonl(self._path) if row["step"] < step]
         write_text(self._path, "".join(json.dumps(row) + "\n" for row in kept))
 
 
-def training_pass_rates(path: Path, before_step: int) -> dict[str, float]:
-    """Newest mean training reward of every prompt trained on before a step."""
+def training_pass_rates(path: Path, before_step: int, since_steps: Mapping[str, int] | None = None) -> dict[str, float]:
+    """Newest mean training reward of every prompt trained on before a step.
+
+    A prompt in `since_steps` counts only if it was trained on at or after its step there: it has other, newer rewards.
+    """
     newest: dict[str, float] = {}
+    since_steps = since_steps or {}
     for row in read_jsonl(path):
         if row["step"] >= before_step:
             break
         values: dict[str, list[float]] = {}
         for prompt_id, value in zip(row["prompt_ids"], row["rewards"], strict=True):
-            if value is not None:
+            if value is not None and row["step"] >= since_steps.get(prompt_id, 0):
                 values.setdefault(prompt_id, []).append(value)
         newest |= {prompt_id: sum(rewards) / len(rewards) for prompt_id, rewards in values.items()}
     return newest

@@ -91,6 +91,8 @@ def _check(settings: GRPOConfig, config: Config) -> None:
         )
     _check_generation_batches(settings, config)
     _check_saving(settings)
+    if config.refresh.reuse_rollouts:
+        _check_rollouts(settings)
     if settings.use_vllm and find_spec("vllm") is None:
         raise ConfigError("vLLM is not installed", where="trainer.use_vllm", fix="pip install vllm, or leave it out.")
     missing = sorted(set(settings.report_to) - set(get_available_reporting_integrations()))
@@ -136,3 +138,23 @@ def _check_saving(settings: GRPOConfig) -> None:
             where="trainer.save_total_limit",
             fix="set it to 2 or more.",
         )
+
+
+# What a rollout must be drawn without to be a trajectory: the stored log-probs are those of the policy itself.
+_PLAIN_SAMPLING: dict[str, Any] = {
+    "top_k": 0,
+    "min_p": None,
+    "repetition_penalty": 1.0,
+    "generation_kwargs": None,
+    "mask_truncated_completions": False,  # TRL takes no log-probs of completions that it masks
+}
+
+
+def _check_rollouts(settings: GRPOConfig) -> None:
+    for name, plain in _PLAIN_SAMPLING.items():
+        if getattr(settings, name) != plain:
+            raise ConfigError(
+                f"with trainer.{name} the rollouts of training cannot be used again: their log-probs are not known",
+                where="refresh.reuse_rollouts",
+                fix=f"set it to false, or leave trainer.{name} out.",
+            )

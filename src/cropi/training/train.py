@@ -13,16 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import GRPOConfig, GRPOTrainer
 
 from cropi.artifacts import append_jsonl, read_jsonl, write_json, write_text
 from cropi.console import Progress, progress, warn
-from cropi.errors import ArtifactError, SignalError
+from cropi.errors import ArtifactError, ConfigError, SignalError
 from cropi.policy import Policy
 from cropi.training.reward import RecordedReward
+from cropi.training.rollouts import RolloutRecorder, dropouts, forget_rollouts
 from cropi.training.sampler import BatchShape, StageSampler
 
 COMPLETE = "complete.json"  # written into a checkpoint last, with the sizes of its files
@@ -31,14 +33,48 @@ COMPLETE = "complete.json"  # written into a checkpoint last, with the sizes of 
 SelectStage = Callable[[int, nn.Module, bool], Sequence[str]]
 Evaluate = Callable[[int, nn.Module], None]  # (optimiser step, model)
 
+RECORDED_ROW = "recorded_row"  # a key of TRL's batches: the row's place in its generation batch
+
 
 class StageTrainer(GRPOTrainer):
-    """TRL's GRPOTrainer with the batches of a StageSampler, and without its model card."""
+    """TRL's GRPOTrainer with the batches of a StageSampler, a recorder of its rollouts, and without its model card.
+
+    Where TRL takes the log-probs of a generation batch itself (`old_per_token_logps`), these are recorded. Otherwise
+    all updates on the batch belong to one optimiser step, so the weights of the loss are those that sampled: its
+    log-probs are recorded, found again by their rows, which TRL shuffles and splits together with the batch.
+    """
 
     def __init__(self, *args: Any, steps_per_stage: int, **kwargs: Any) -> None:
         self._steps_per_stage = steps_per_stage
         self.stage_sampler: StageSampler | None = None
+        self.recorder: RolloutRecorder | None = None
+        self._recorded_rows: list[int] | None = None
         super().__init__(*args, **kwargs)
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        output = super()._generate_and_score_completions(inputs)
+        if self.recorder is not None:
+            pairs = zip(output["prompt_ids"].cpu(), output["prompt_mask"].cpu().bool(), strict=True)
+            self.recorder.begin(self.state.global_step, [ids[mask].tolist() for ids, mask in pairs])
+            if "old_per_token_logps" in output:
+                self.recorder.note(range(len(inputs)), output["old_per_token_logps"])
+            else:
+                output[RECORDED_ROW] = torch.arange(len(inputs))
+        return output
+
+    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        rows = inputs.get(RECORDED_ROW)
+        self._recorded_rows = None if rows is None else rows.tolist()
+        try:
+            return super()._compute_loss(model, inputs)
+        finally:
+            self._recorded_rows = None
+
+    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Any, Any]:
+        logprobs_BT, entropies, auxiliary_loss = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        if self.recorder is not None and self._recorded_rows is not None:
+            self.recorder.note(self._recorded_rows, logprobs_BT)
+        return logprobs_BT, entropies, auxiliary_loss
 
     def _get_train_sampler(self, dataset: datasets.Dataset | None = None) -> Sampler[int]:
         repeats = self.args.steps_per_generation * self.num_iterations
@@ -143,6 +179,7 @@ class TrainTask:
     select_stage: SelectStage
     evaluate: Evaluate
     folder: Path
+    record_to: Path | None = None  # where rollouts are kept as trajectories, if they are
 
 
 def train(task: TrainTask, policy: Policy) -> Path:
@@ -176,7 +213,7 @@ def train(task: TrainTask, policy: Policy) -> Path:
             callbacks=[callback],
             steps_per_stage=task.steps_per_stage,
         )
-        callback.trainer = trainer
+        callback.trainer, trainer.recorder = trainer, _recorder(task, policy)
         trainer.remove_callback(PrinterCallback)  # this project has its own progress
         try:
             # transformers asks itself a question under a name that it has deprecated, once per checkpoint
@@ -198,6 +235,20 @@ def train(task: TrainTask, policy: Policy) -> Path:
             fix="run the same command again; if it ends there again, report it with the output of `cropi doctor`.",
         )
     return finished
+
+
+def _recorder(task: TrainTask, policy: Policy) -> RolloutRecorder | None:
+    """What keeps the rollouts, if they are to be kept. ConfigError where their log-probs would be noisy."""
+    if task.record_to is None:
+        return None
+    dropping = dropouts(policy.model)  # as the trainer leaves it
+    if dropping:
+        raise ConfigError(
+            f"the policy drops activations while it trains ({dropping[0]}), so the log-probs of its rollouts are noisy",
+            where="refresh.reuse_rollouts",
+            fix="set it to false, or trainer.disable_dropout=true, or the dropout in the policy's config.json to 0.",
+        )
+    return RolloutRecorder(task.record_to, task.reward, task.settings.num_generations, policy.eos_ids)
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path | None, int]:
@@ -226,6 +277,8 @@ def _complete_step(checkpoint: Path) -> int | None:
 def _forget_after(task: TrainTask, step: int) -> None:
     """Drop what an interrupted attempt recorded beyond the step that training goes on from."""
     task.reward.forget_from(step)
+    if task.record_to is not None:
+        forget_rollouts(task.record_to, step)
     for name in ("steps.jsonl", "metrics.jsonl"):
         kept = [row for row in read_jsonl(task.folder / name) if row["step"] <= step]
         write_text(task.folder / name, "".join(json.dumps(row) + "\n" for row in kept))

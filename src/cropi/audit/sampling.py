@@ -1,0 +1,56 @@
+"""Fresh trajectories: what the current policy itself would do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cropi.gradients.groups import Group
+from cropi.policy import Policy
+from cropi.rewards.verifiers import Verify, reward
+from cropi.rollouts.generation import Sampling, TransformersGenerator
+from cropi.seeds import derived_seed
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt as the policy takes it."""
+
+    prompt_id: str
+    prompt_ids: list[int]
+    answer: str
+
+
+def sample_groups(
+    policy: Policy,
+    prompts: Sequence[Prompt],
+    count: int,
+    sampling: Sampling,
+    verify: Verify,
+    *,
+    batch_size: int,
+    seed: int,
+    label: str,
+) -> list[Group]:
+    """`count` judged completions of each prompt, on-policy: all importance ratios are 1.
+
+    Prompts whose gold answer cannot be read are left out.
+    """
+    generate = TransformersGenerator(policy, batch_size)
+    repeated = [prompt.prompt_ids for prompt in prompts for _ in range(count)]
+    completions = generate(repeated, sampling, seed=derived_seed(seed, "audit", label))
+    texts = policy.tokenizer.batch_decode(completions, skip_special_tokens=True)
+    groups = []
+    for number, prompt in enumerate(prompts):
+        part = slice(number * count, (number + 1) * count)
+        rewards = [reward(verify(text, prompt.answer)) for text in texts[part]]
+        known = [value for value in rewards if value is not None]
+        if len(known) == count:
+            groups.append(Group(prompt.prompt_id, prompt.prompt_ids, completions[part], known, None))
+    return groups
+
+
+def as_prompts(groups: Sequence[Group], rows: Mapping[str, Mapping[str, Any]]) -> list[Prompt]:
+    """The prompts of stored groups, with the answers of the prompt table."""
+    return [Prompt(group.prompt_id, group.prompt_ids, rows[group.prompt_id]["answer"]) for group in groups]

@@ -1,0 +1,199 @@
+"""The newest trajectories of every prompt: later policies' laid over the base policy's, per arm and stage."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from jaxtyping import Bool, Int
+
+from cropi.artifacts import TRAJECTORIES, Manifest, count_status, open_artifact, read_table, write_table
+from cropi.config import InfluenceStrategy, LearnabilityStrategy, PassRateStrategy, Strategy
+from cropi.rollouts.collect import read_trajectories
+from cropi.workspace import Arm, Workspace, rollout_files
+
+FRESH = "fresh trajectories"  # kinds of artifacts
+REUSED = "rollouts"
+
+GroupFacts = Callable[[pa.Table], dict[str, tuple[str, float]]]  # trajectories -> status and pass rate by prompt
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Trajectories that came up at the start of a stage, at most one group per prompt."""
+
+    folder: Path
+    identity: str
+    stage: int
+    trained: bool  # sampled by the training of the stage before, rather than at the start of this one
+
+    @property
+    def drawn(self) -> int:
+        """The stage in which they were sampled."""
+        return self.stage - self.trained
+
+
+@dataclass(frozen=True)
+class Overlay:
+    """The newest group of every prompt that has one newer than the base policy's."""
+
+    table: pa.Table  # columns of TRAJECTORIES
+    layer_of: Mapping[str, Layer]  # by prompt id
+    identity: str | None  # of all layers together; None where there are none
+
+    def over(self, base: pa.Table) -> pa.Table:
+        """The base trajectories with every prompt's newest group in place of its own: a table of one chunk.
+
+        Column by column, so that beside the result only one column is in memory twice.
+        """
+        if not self.layer_of:
+            return base
+        kept = pc.invert(pc.is_in(base.column("prompt_id"), value_set=pa.array(list(self.layer_of), pa.string())))
+        columns = [
+            pa.concat_arrays([*base.column(name).filter(kept).chunks, *self.table.column(name).chunks])
+            for name in TRAJECTORIES.names
+        ]
+        return pa.table(columns, schema=TRAJECTORIES)
+
+    def drawn(self, prompt_ids: Sequence[str]) -> Int[np.ndarray, " N"]:
+        """The stage in which each prompt's newest group was sampled; -1 before all of them."""
+        return np.array([self.layer_of[i].drawn if i in self.layer_of else -1 for i in prompt_ids])
+
+    def drawn_at(self, steps_per_stage: int) -> dict[str, int]:
+        """The optimiser step at which that stage began, for the prompts that have a newer group."""
+        return {prompt_id: layer.drawn * steps_per_stage for prompt_id, layer in self.layer_of.items()}
+
+    def reused(self, prompt_ids: Sequence[str], stage: int) -> Bool[np.ndarray, " N"]:
+        """Whether each prompt's newest group was sampled by the training of the stage before."""
+        layers = [self.layer_of.get(i) for i in prompt_ids]
+        return np.array([layer is not None and layer.trained and layer.stage == stage for layer in layers])
+
+    def without_replaced(self, table: pa.Table, stage: int) -> pa.Table:
+        """The rows of a table of prompts whose group is the same as at the stage before."""
+        replaced = [prompt_id for prompt_id, layer in self.layer_of.items() if layer.stage == stage]
+        known = pc.is_in(table.column("prompt_id"), value_set=pa.array(replaced, pa.string()))
+        return table.filter(pc.invert(known))
+
+
+def read_overlay(layers: Sequence[Layer]) -> Overlay:
+    """Of every prompt the group of its last layer. `layers` are in the order in which they were sampled."""
+    tables, layer_of = [TRAJECTORIES.empty_table()], dict[str, Layer]()
+    for layer in reversed(layers):
+        table = read_trajectories(layer.folder).get("train", TRAJECTORIES.empty_table())
+        known = pa.array(list(layer_of), pa.string())
+        table = table.filter(pc.invert(pc.is_in(table.column("prompt_id"), value_set=known)))
+        tables.append(table)
+        layer_of |= dict.fromkeys(table.column("prompt_id").unique().to_pylist(), layer)
+    text = json.dumps([layer.identity for layer in layers])
+    return Overlay(pa.concat_tables(tables), layer_of, hashlib.sha256(text.encode()).hexdigest() if layers else None)
+
+
+def newest_rollouts(
+    rollouts: Path, first_step: int, end_step: int, folder: Path
+) -> tuple[dict[str, int], dict[str, Any]]:
+    """Copy to `folder` the newest group of every prompt that training sampled in steps [first_step, end_step).
+
+    Reads one generation batch at a time. Returns (rows by status, details).
+    """
+    seen: set[str] = set()
+    statuses: list[str] = []
+    for (step, _), path in reversed(rollout_files(rollouts).items()):
+        if not first_step <= step < end_step:
+            continue
+        rows = [row for row in read_table(path, TRAJECTORIES).to_pylist() if row["prompt_id"] not in seen]
+        if rows:
+            write_table(folder / path.name, rows, TRAJECTORIES)
+        seen |= {row["prompt_id"] for row in rows}
+        statuses += [row["status"] for row in rows]
+    return count_status(statuses), {"prompts": len(seen)}
+
+
+def reads_trajectories(strategy: Strategy) -> bool:
+    """Whether a strategy chooses by the trajectories of the stage, so that newer ones make a difference to it."""
+    if isinstance(strategy, InfluenceStrategy):
+        return not strategy.static
+    return isinstance(strategy, LearnabilityStrategy | PassRateStrategy)
+
+
+class Trajectories:
+    """A run's trajectories as they are for an arm at the start of a stage.
+
+    Keeps the base policy's in memory, and the newer ones of the arm and stage asked for last.
+    """
+
+    def __init__(self, space: Workspace, facts: GroupFacts) -> None:
+        self._space, self._facts = space, facts
+        self._latest: tuple[Path, int] | None = None
+        self._overlay = read_overlay([])
+
+    @cached_property
+    def identity(self) -> str:
+        """Of the base policy's."""
+        return self._open().identity
+
+    @cached_property
+    def base(self) -> dict[str, pa.Table]:
+        """The base policy's, by set."""
+        self._open()  # checks the files
+        return read_trajectories(self._space.trajectories)
+
+    @cached_property
+    def base_groups(self) -> dict[str, tuple[str, float]]:
+        """Status and pass rate of the base policy's groups: the groups themselves need not fit into memory."""
+        return self._facts(self.base["train"])
+
+    def tables(self, arm: Arm, stage: int) -> dict[str, pa.Table]:
+        """By set; those of validation sets are the base policy's at every stage."""
+        return self.base | {"train": self.overlay(arm, stage).over(self.base["train"])}
+
+    def groups(self, overlay: Overlay) -> dict[str, tuple[str, float]]:
+        """Status and pass rate of every prompt's newest group."""
+        return {**self.base_groups, **self._facts(overlay.table)} if overlay.layer_of else self.base_groups
+
+    def inputs(self, arm: Arm, stage: int) -> dict[str, str]:
+        """Identities for the manifest of what is made from them."""
+        refresh = self.overlay(arm, stage).identity
+        return {"trajectories": self.identity} | ({} if refresh is None else {"refresh": refresh})
+
+    def overlay(self, arm: Arm, stage: int) -> Overlay:
+        """What is newer than the base policy's trajectories. ArtifactError where some of it has not been made yet."""
+        if self._latest != (arm.folder, stage):
+            self._overlay, self._latest = read_overlay(self.layers(arm, stage)), (arm.folder, stage)
+        return self._overlay
+
+    def layers(self, arm: Arm, stage: int, *, sampled: bool = True) -> list[Layer]:
+        """What lies over the base trajectories, oldest first; without `sampled`, before the stage samples its own."""
+        if not self.refreshes(arm, stage):
+            return []
+        settings = self._space.config.refresh
+        found: list[Layer] = []
+        for number in range(1, stage + 1):
+            if settings.reuse_rollouts:
+                found.append(_layer(arm.reused(number), REUSED, number, trained=True))
+            if settings.fraction and (sampled or number < stage):
+                found.append(_layer(arm.fresh(number), FRESH, number, trained=False))
+        return found
+
+    def refreshes(self, arm: Arm, stage: int) -> bool:
+        """Whether the arm has newer trajectories at a stage."""
+        strategy = self._space.config.arms[arm.name]
+        return stage > 0 and self._space.config.refresh.active and reads_trajectories(strategy)
+
+    def reuses(self, arm: Arm) -> bool:
+        """Whether the rollouts of an arm's training are of use to a later stage."""
+        return self._space.config.refresh.reuse_rollouts and self.refreshes(arm, self._space.config.train.stages - 1)
+
+    def _open(self) -> Manifest:
+        return open_artifact(self._space.trajectories, "trajectories", made_by="cropi collect")
+
+
+def _layer(folder: Path, kind: str, stage: int, *, trained: bool) -> Layer:
+    return Layer(folder, open_artifact(folder, kind, made_by="cropi train").identity, stage, trained)
