@@ -47,7 +47,7 @@ BATCH, LEARNING_RATE, CLIP = 16, 5e-5, 1.0  # of the quickstart's trainer; CLIP 
 WARM_STEPS = 16
 SUBSET = 32
 STAGE_SUBSETS = 8  # random ones and mixtures to train on, each
-ADAM_STEPS = (2e-4, 8e-4)  # the length of four and of sixteen training steps
+ADAM_STEPS = (5e-5, 2e-4)  # one training step, and as far as four
 RANDOM, MIXTURES = 16, 24
 SURROGATE = SurrogateSettings("constant", LENGTH)  # TRL's dr_grpo with its default scale_rewards
 VERIFY = verifier(ExactVerifier(type="exact", marker="answer"))

@@ -154,31 +154,35 @@ def by_checkpoint(cells: Sequence[Cell]) -> None:
 
 
 def top_tenths(cells: Sequence[Cell]) -> None:
-    """What the top tenth of each score gains, in hundredths of the mean reward; one number per cell."""
-    measures, rows = kinds_of_update(cells), []
+    """What the top tenth of each score gains, in hundredths of the mean reward; a column for each cell."""
+    columns_of = [(name, measure, cell) for name, measure in kinds_of_update(cells).items() for cell in cells]
     tops = [s["name"] for s in cells[0]["subsets"] if s["design"].startswith("tenth 1/")]
+    rows = []
     for name in [*tops, "random"]:
         row = [name.removesuffix(", tenth 1")]
-        for measure in measures.values():
-            found = []
-            for cell in cells:
-                members, measured_S = measure(cell)
-                labels = [cell["subsets"][n] for n in members]
-                hits = [n for n, s in enumerate(labels) if s["name"] == name or s["design"] == name]
-                found.append(100 * float(measured_S[hits].mean()))
-            error = np.std(found, ddof=1) / math.sqrt(len(found)) if len(found) > 1 else math.nan
-            row.append(f"{np.mean(found):.1f} ± {error:.1f} ({' '.join(f'{x:.1f}' for x in found)})")
-        facts = [
-            c["subsets"][n]["facts"]
-            for c in cells
-            for n, s in enumerate(c["subsets"])
-            if name in {s["name"], s["design"]}
-        ]
+        for _, measure, cell in columns_of:
+            members, measured_S = measure(cell)
+            labels = [cell["subsets"][n] for n in members]
+            hits = [n for n, s in enumerate(labels) if name in {s["name"], s["design"]}]
+            row.append(f"{100 * float(measured_S[hits].mean()):.1f}")
+        facts = [s["facts"] for cell in cells for s in cell["subsets"] if name in {s["name"], s["design"]}]
         rows.append(row + [f"{np.mean([f[key] for f in facts]):.2f}" for key in ("target", "mislabelled", "no_signal")])
-    rows.sort(key=lambda row: -float(row[-4].split()[0]))
+    rows.sort(key=lambda row: -float(row[1]))
+    head = [f"{name}, {cell_name(cell)}" for name, _, cell in columns_of]
     table(
-        ["top tenth of", *measures, "of target families", "mislabelled", "no signal"], rows, "Gain of the chosen tenth"
+        ["top tenth of", *head, "of target families", "mislabelled", "no signal"],
+        rows,
+        "Gain of the chosen tenth, x 100",
     )
+    worst = max(max(max(m["errors"])) for cell in cells for m in cell["moves"] if m["rate"] == RATE)
+    starts = [
+        f"{cell_name(c)} {np.mean([v for k, v in c['start'].items() if k.startswith('held-out')]):.3f}" for c in cells
+    ]
+    print(f"\nMean reward before: {', '.join(starts)}. Largest standard error of one target's change: {worst:.3f}.")
+
+
+def cell_name(cell: Cell) -> str:
+    return f"{'trained' if cell['trained'] else 'start'} {cell['seed']}"
 
 
 def chain(cells: Sequence[Cell]) -> None:
@@ -186,18 +190,18 @@ def chain(cells: Sequence[Cell]) -> None:
     rows = []
     for kind, name in (("sgd", "constant std/other dot"), ("adam", "constant std/other dot adam")):
         for rate in sorted({m["rate"] for m in cells[0]["moves"]}):
-            for where in ("validation", "held-out"):
-                measure = move(kind, rate, where)
+            for side in ("validation", "held-out"):
+                measure = move(kind, rate, side)
                 predictions = {
                     "stored scores": [stored_prediction(c, kind, rate, name) for c in cells],
-                    "fresh gradient, stored direction": [first_order(c, kind, rate, "stored", where) for c in cells],
-                    "fresh gradient, objective's slope": [first_order(c, kind, rate, "sample", where) for c in cells],
+                    "fresh gradient, stored direction": [first_order(c, kind, rate, "stored", side) for c in cells],
+                    "fresh gradient, objective's slope": [first_order(c, kind, rate, "sample", side) for c in cells],
                 }
                 for label, found in predictions.items():
                     both = [(p, measure(c)[1]) for p, c in zip(found, cells, strict=True)]
                     share = np.mean([np.mean(next_move(c, kind, rate)["effective_share"]) for c in cells])
                     rows.append(
-                        [kind, f"{rate:g}", where, label, text(rank_agreement(both)), text(slope(both)), f"{share:.2f}"]
+                        [kind, f"{rate:g}", side, label, text(rank_agreement(both)), text(slope(both)), f"{share:.2f}"]
                     )
     table(
         ["update", "rate", "measured on", "predicted by", "Spearman", "slope", "effective share"], rows, "Calibration"
@@ -226,24 +230,11 @@ def repeats(cells: Sequence[Cell]) -> None:
     for kind in ("sgd", "adam"):
         found = []
         for cell in cells:
-            held = columns(cell, "held-out")
-            one, two = (
-                np.array(cell["first_order"][label]["sample"])[:, held].mean(axis=1)
-                for label in (kind, f"{kind} again")
-            )
-            found.append((one, two))
-        rows.append(
-            [
-                kind,
-                text(rank_agreement(found)),
-                text(rank_agreement([(a[blind(c)], b[blind(c)]) for (a, b), c in zip(found, cells, strict=True)])),
-            ]
-        )
-    table(
-        ["update", "all subsets", "random and mixtures"],
-        rows,
-        "Agreement of two draws of the same update (first order)",
-    )
+            held, order = columns(cell, "held-out"), cell["first_order"]
+            one = np.array(order[kind]["sample"])[blind(cell)][:, held].mean(axis=1)
+            found.append((one, np.array(order[f"{kind} again"]["sample"])[:, held].mean(axis=1)))
+        rows.append([kind, text(rank_agreement(found))])
+    table(["update", "Spearman"], rows, "Two draws of the same update, random subsets and mixtures (first order)")
 
 
 def single_prompts(cells: Sequence[Cell]) -> None:
@@ -281,7 +272,7 @@ def sampling_check(cells: Sequence[Cell]) -> None:
         gap_SV = np.array(found["changes"]) - weighted_SV
         rows.append(
             [
-                f"{cell['seed']}, {'trained' if cell['trained'] else 'start'}",
+                cell_name(cell),
                 f"{weighted_SV.mean():.4f}",
                 f"{np.mean(found['changes']):.4f}",
                 f"{gap_SV.mean():+.4f} ± {gap_SV.std(ddof=1) / math.sqrt(gap_SV.size):.4f}",

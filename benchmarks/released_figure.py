@@ -38,9 +38,7 @@ LARGEST = 32768
 
 def values_of(result: dict[str, Any], arm: str, keep: float, dim: int | None, metric: str) -> list[Any]:
     """One value per seed."""
-    return next(
-        row[metric] for row in result["rows"] if (row["arm"], row["keep"], row["dim"]) == (arm, keep, dim)
-    )
+    return next(row[metric] for row in result["rows"] if (row["arm"], row["keep"], row["dim"]) == (arm, keep, dim))
 
 
 def kept_shares(result: dict[str, Any]) -> list[float]:
@@ -61,7 +59,7 @@ def draw(result: dict[str, Any]) -> str:
     with mpl.rc_context():
         mpl.rcdefaults()
         mpl.rcParams.update(settings)
-        figure = Figure(figsize=(9.6, 4.6), layout="constrained")
+        figure = Figure(figsize=(9.6, 5.6), layout="constrained")
         left, right = figure.subplots(1, 2, sharey=True)
         _panel(left, result, CORRECT, f"Correct projections, D = {LARGEST:,}")
         _panel(right, result, FAULTY, f"With the faults of the released code, D = {LARGEST:,}")
@@ -76,17 +74,23 @@ def _panel(axes: Axes, result: dict[str, Any], arms: dict[str, tuple[str, dict[s
     for size, colour in (("1.5B", "#333333"), ("3B", "#999999")):
         points = PUBLISHED[size]
         axes.plot(
-            points.keys(), points.values(), "x", color=colour, label=f"published, {size} (read off its figure)", ms=5
+            list(points),
+            list(points.values()),
+            "x",
+            color=colour,
+            label=f"published, {size} (read off its figure)",
+            ms=5,
         )
     for arm, (label, style) in arms.items():
         found = [[100 * v for v in values_of(result, arm, keep, LARGEST, "neighbours_cosine")] for keep in shares]
         axes.plot(shares, [statistics.mean(values) for values in found], label=label, **style)
-        axes.fill_between(shares, *([pick(v) for v in found] for pick in (min, max)), color=style["color"], alpha=0.2)
+        lows, highs = [min(values) for values in found], [max(values) for values in found]
+        axes.fill_between(shares, lows, highs, color=style["color"], alpha=0.2)
     axes.axhline(10, color="#999", linewidth=0.8, linestyle=":")
     axes.text(1.2e-5, 11, "chance", color="#777", fontsize=8)
     axes.set(xscale="log", ylim=(0, 102), xlabel="share of the coordinates that is kept", title=title)
     grid(axes, "y")
-    axes.legend(loc="upper left", fontsize=7.5, bbox_to_anchor=(0.0, 0.99))
+    axes.legend(loc="upper left", fontsize=8, bbox_to_anchor=(0.0, -0.14))
 
 
 def print_tables(result: dict[str, Any]) -> None:
@@ -95,6 +99,8 @@ def print_tables(result: dict[str, Any]) -> None:
     shares = kept_shares(result)
     head = ["kept", "rows intact of 16", *(f"published {size}" for size in PUBLISHED), *arms]
     _table("neighbours by cosine, %", head, [_beside_published(result, keep, arms) for keep in shares])
+    rows = [[arm, *(f"{_distance(result, arm, curve):.1f}" for curve in PUBLISHED.values())] for arm in arms]
+    _table("mean distance from the published points, in points", ["arm", *PUBLISHED], rows)
     _table(
         "wrong rows as good as chance, %",
         ["kept", "from the published 0.15", "from `dense`"],
@@ -111,10 +117,14 @@ def print_tables(result: dict[str, Any]) -> None:
         ]
         _table(metric, ["kept", *arms], rows)
     for metric in ("neighbours_cosine", "validation_precision"):
-        _table(f"{metric} by dimension", ["arm", "kept", *(str(dim or "no projection") for dim in _dims(result))],
-               [_by_dimension(result, arm, keep, metric) for arm in (*CORRECT, "wrapped") for keep in shares])  # fmt: skip
+        head = ["arm", "kept", *(str(dim or "no projection") for dim in _dims(result))]
+        pairs = [(arm, keep) for arm in (*CORRECT, "wrapped") for keep in (1.0, 0.3, 0.1, 0.01)]
+        _table(f"{metric} by dimension", head, [_by_dimension(result, arm, keep, metric) for arm, keep in pairs])
     rows = [
-        [f"{keep:g}", *(percent(values_of(result, arm, keep, None, "zero_share")[0]) for arm in ("first", "first_aligned"))]
+        [
+            f"{keep:g}",
+            *(percent(values_of(result, arm, keep, None, "zero_share")[0]) for arm in ("first", "first_aligned")),
+        ]
         for keep in shares
     ]
     _table("prompts of which nothing is kept, %", ["kept", "first", "first_aligned"], rows)
@@ -142,6 +152,12 @@ def _beside_published(result: dict[str, Any], keep: float, arms: list[str]) -> l
 def _mixtures(result: dict[str, Any], keep: float) -> list[str]:
     ours = statistics.mean(values_of(result, "dense", keep, LARGEST, "neighbours_cosine"))
     return [percent(chance_mixture(correct, keep)) for correct in (PUBLISHED["1.5B"][0.15] / 100, ours)]
+
+
+def _distance(result: dict[str, Any], arm: str, curve: dict[float, float]) -> float:
+    """Mean |ours - published| over the kept shares that both have."""
+    found = {keep: values_of(result, arm, keep, LARGEST, "neighbours_cosine") for keep in kept_shares(result)}
+    return statistics.mean(abs(100 * statistics.mean(values) - curve[keep]) for keep, values in found.items())
 
 
 def _dims(result: dict[str, Any]) -> list[int | None]:

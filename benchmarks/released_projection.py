@@ -3,7 +3,7 @@
 Real groups of the built-in policy; neighbours and influence by projected gradients against exact ones. The faults are
 those of benchmarks/released_faults.py, each alone and together.
 
-    python benchmarks/released_projection.py --seeds 5 --out docs/figures/released_projection.json
+    python benchmarks/released_projection.py --seeds 3 --out docs/figures/released_projection.json
     python benchmarks/released_projection.py --draw docs/figures/released_projection.json
 
 The first writes the JSON, the second draws the figure beside it and prints the tables. Gradients lie in a temporary
@@ -293,7 +293,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=960)
     parser.add_argument("--validation", type=int, default=32)
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--draw", type=Path, help="draw and print what this file holds")
     options = parser.parse_args()

@@ -246,6 +246,14 @@ def test_a_policy_far_from_its_trajectories_is_warned_of(
     assert "25% of as many fresh tokens" in said[0]
 
 
+def test_a_refresh_that_no_arm_reads_is_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for strategy in ("random", "influence"):
+        settings = [*REFRESHED, "baselines=[]", f"select.strategy.type={strategy}", f"run_dir={tmp_path / strategy}"]
+        pipeline = Pipeline(load_config("quickstart", settings))
+        pipeline.space._lock.close()
+        assert ("refresh has no effect" in capsys.readouterr().err) == (strategy == "random")
+
+
 @pytest.mark.slow
 def test_killed_five_times_it_ends_like_undisturbed(finished: Path, tmp_path: Path) -> None:
     def exists(pattern: str) -> Callable[[], bool]:

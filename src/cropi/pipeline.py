@@ -27,20 +27,20 @@ from cropi.config import Config, InfluenceStrategy
 from cropi.console import counts_text, say, warn
 from cropi.errors import ArtifactError, DataError, PolicyError
 from cropi.evaluation.evaluate import Question, evaluate, forget_after, read_evaluations
-from cropi.functional.sampling import places
 from cropi.gradients.groups import iterate_groups
 from cropi.gradients.scoring import FeatureRequest, score, surrogate_settings, validation_groups
 from cropi.policy import Policy, encode_prompts, fingerprint, load_policy, trainer_prompt, uses_chat
 from cropi.prompts import data_identity, make_prompts
+from cropi.refreshing import Refresher, statuses_of
 from cropi.reporting.report import make_report
 from cropi.reporting.summary import Summary
 from cropi.rewards.verifiers import verifier
-from cropi.rollouts.collect import collect, collect_anew
+from cropi.rollouts.collect import collect
 from cropi.rollouts.generation import Sampling, TransformersGenerator
-from cropi.rollouts.overlay import FRESH, REUSED, Overlay, Trajectories, newest_rollouts, read_overlay
+from cropi.rollouts.overlay import Trajectories
 from cropi.seeds import derived_seed
 from cropi.selection.candidates import Candidates
-from cropi.selection.refresh import drift_warning, prompts_to_refresh
+from cropi.selection.refresh import drift_warning
 from cropi.selection.select import require_signal, select
 from cropi.training.reward import RecordedReward, training_pass_rates
 from cropi.training.settings import grpo_config
@@ -97,53 +97,15 @@ class Pipeline:
         return manifest
 
     def _statuses(self, groups: Mapping[str, tuple[str, float]]) -> list[str]:
-        return [groups[i][0] if i in groups else PROMPT_TOO_LONG for i in self.space.train_prompts]
-
-    # -- refresh -----------------------------------------------------------------------------------------------------
+        return statuses_of(self.space.train_prompts, groups)
 
     def refresh(self, arm: Arm, stage: int, model: nn.Module, origin: str) -> None:
         """Make what the config wants newer than the base policy's trajectories; `origin` says which policy it is."""
-        if not self.trajectories.refreshes(arm, stage):
-            return
-        inputs = {"trajectories": self.trajectories.identity, "policy": origin}
-        if self.config.refresh.reuse_rollouts:
-            steps = self.config.train.steps_per_stage
-            copy = partial(newest_rollouts, arm.rollouts, (stage - 1) * steps, stage * steps)
-            build(arm.reused(stage), REUSED, copy, inputs=inputs, made_by="cropi train")
-        if self.config.refresh.fraction:
-            self._sample_anew(arm, stage, model, inputs)
-        require_signal(self._statuses(self.trajectories.groups(self.trajectories.overlay(arm, stage))))
-
-    def _sample_anew(self, arm: Arm, stage: int, model: nn.Module, inputs: dict[str, str]) -> None:
-        before = read_overlay(self.trajectories.layers(arm, stage, sampled=False))
-        inputs = inputs | ({} if before.identity is None else {"refresh": before.identity})
-        if self._uses_influence(arm):
-            newest = open_artifact(arm.scores(stage - 1), "scores", made_by="cropi train")
-            inputs = inputs | {"scores": newest.identity}
-
-        def make(folder: Path) -> tuple[Mapping[str, int], Mapping[str, Any]]:
-            chosen = self._prompts_to_refresh(arm, stage, before)
-            rows = [self.space.train_prompts[prompt_id] for prompt_id in chosen]
-            policy = Policy(model, self.base.tokenizer)
-            return collect_anew(self.config, policy, rows, folder, self.space.ledger, arm=arm.name, stage=stage)
-
-        folder = arm.fresh(stage)
-        manifest = build(folder, FRESH, make, inputs=inputs, made_by="cropi train", keep_parts=True)
-        say(f"fresh trajectories of stage {stage}: {counts_text(manifest.counts)}")
-
-    def _prompts_to_refresh(self, arm: Arm, stage: int, before: Overlay) -> list[str]:
-        ids = list(self.space.train_prompts)
-        scores = self._read_scores(arm.scores(stage - 1)) if self._uses_influence(arm) else None
-        return prompts_to_refresh(
-            ids,
-            self._statuses(self.trajectories.groups(before)),
-            before.drawn(ids),
-            before.reused(ids, stage),
-            np.full(len(ids), np.nan) if scores is None else scores.column("ratio_ess").to_numpy(),
-            places(self.config.refresh.fraction, len(ids)),
-            seed=self.config.seed,
-            stage=stage,
-        )
+        if self.trajectories.refreshes(arm, stage):
+            scores = self._read_scores(arm.scores(stage - 1)) if self._uses_influence(arm) else None
+            policy, refresher = Policy(model, self.base.tokenizer), Refresher(self.space, self.trajectories)
+            refresher.refresh(arm, stage, policy, origin, scores)
+            require_signal(self._statuses(self.trajectories.groups(self.trajectories.overlay(arm, stage))))
 
     # -- score and select --------------------------------------------------------------------------------------------
 

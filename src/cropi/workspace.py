@@ -45,6 +45,10 @@ class Arm:
         """Trajectories sampled anew at the start of a stage."""
         return self.folder / "stages" / f"{stage:03}" / "fresh"
 
+    def fresh_validation(self, stage: int) -> Path:
+        """The same of the validation sets."""
+        return self.folder / "stages" / f"{stage:03}" / "fresh_validation"
+
     def reused(self, stage: int) -> Path:
         """The newest groups that training sampled in the stage before."""
         return self.folder / "stages" / f"{stage:03}" / "rollouts"

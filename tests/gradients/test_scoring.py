@@ -61,7 +61,8 @@ TABLES = {
 
 
 def config(*overrides: str) -> Config:
-    return load_config("quickstart", [*SMALL, "score.projection.dim=4096", *overrides])
+    plain = ["score.projection.dim=4096", "score.standard_errors=false"]
+    return load_config("quickstart", [*SMALL, *plain, *overrides])
 
 
 def run(
@@ -104,6 +105,60 @@ def test_rows_and_statuses(tmp_path: Path, estimator: str) -> None:
     bound = 0.2 if estimator == "sketch" else 1e-6
     np.testing.assert_allclose(values(rows[:9]), direct.values[:, 0], atol=bound * np.abs(direct.values).max())
     assert (details["projection"] is None) == (estimator != "sketch")
+
+
+@pytest.mark.parametrize("estimator", ["sketch", "exact"])
+def test_standard_errors_stand_beside_the_same_influence(tmp_path: Path, estimator: str) -> None:
+    rows, details = run(tmp_path / "a", f"score.estimator={estimator}", "score.standard_errors=true")
+    plain, without = run(tmp_path / "b", f"score.estimator={estimator}")
+    bound = 1e-4 * np.abs(values(plain)).max()
+    np.testing.assert_allclose(values(rows), values(plain), atol=bound)
+    for row, other in zip(rows, plain, strict=True):
+        assert (row["status"], row["kl"], row["clip_share"]) == pytest.approx(
+            (other["status"], other["kl"], other["clip_share"])
+        )
+        assert other["standard_error/sum"] is None
+        assert other["top_probability"] is None
+        if row["status"] == "ok":
+            assert row["standard_error/sum"] > 0
+            assert 0 <= row["top_probability"] <= 1
+        else:
+            assert row["standard_error/sum"] is None
+            assert row["top_probability"] == 0
+    assert sum(row["top_probability"] for row in rows) == pytest.approx(4, abs=1)  # ceil(0.25 x 13) places
+    assert 0 <= details["reliability"]["reliability"]["sum"] <= 1
+    assert details["reliability"]["chance"] < details["reliability"]["expected_overlap"] <= 1
+    assert without["reliability"] is None
+    assert details["drift"]["kl"] == pytest.approx(without["drift"]["kl"])
+    assert details["direction_reliability"]["sum"] == pytest.approx(without["direction_reliability"]["sum"])
+
+
+def test_groups_of_two_have_no_error(tmp_path: Path) -> None:
+    pairs = [group(f"p{n}", [1.0, 0.0]) for n in range(9)]
+    rows, details = run(
+        tmp_path, "score.standard_errors=true", tables=TABLES | {"train": table([*pairs, SOLVED, BROKEN], "train")}
+    )
+    assert all(row["standard_error/sum"] is None and row["top_probability"] is None for row in rows)
+    assert details["reliability"] is None
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["score.store=float32", "score.budget.trajectories=2", "score.estimator=reference"],
+)
+def test_errors_that_cannot_be_had_are_refused_by_name(override: str) -> None:
+    with pytest.raises(ConfigError, match=r"standard_errors=true cannot be had.*standard_errors=false"):
+        config(override, "score.standard_errors=true")
+
+
+def test_a_direction_of_noise_is_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two validation prompts whose gradients cancel: the same trajectories, the rewards turned round."""
+    one = VALIDATION[0]
+    other = Group("turned", one.prompt_ids, one.completions, [1 - r for r in one.rewards], one.behaviour_logprobs)
+    half = Group("more", one.prompt_ids, one.completions, [1.0, 0.0, 0.0, 0.0], one.behaviour_logprobs)
+    _, details = run(tmp_path, tables=TABLES | {"validation/sum": table([one, other, half], "validation/sum")})
+    assert details["direction_reliability"]["sum"] < 0.2
+    assert "its direction is mostly noise" in capsys.readouterr().err
 
 
 def test_groups_come_in_order_and_in_full_however_few_rows_are_read_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

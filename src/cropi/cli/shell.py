@@ -35,7 +35,9 @@ class Commands(typer.core.TyperGroup):
             raise
 
 
-ConfigArgument = Annotated[str, typer.Argument(metavar="CONFIG", help="A recipe's name, a YAML file, or a run's folder.")]
+ConfigArgument = Annotated[
+    str, typer.Argument(metavar="CONFIG", help="A recipe, a YAML file, or the folder of a run.")
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="key=value", help="Settings that replace the config's.", show_default=False),

@@ -32,11 +32,14 @@ class RefreshConfig(Table):
     signal, and those whose trajectories have drifted furthest from the policy."""
     reuse_rollouts: bool = False
     """Also take the completions that training itself samples, at no cost of sampling."""
+    validation: bool = False
+    """Also sample the validation prompts anew at the start of every stage after the first, for the strategies that
+    score by them: what they point at is then what the policy cannot do now."""
 
     @property
     def active(self) -> bool:
         """Whether anything is ever newer than the base policy's trajectories."""
-        return self.fraction > 0 or self.reuse_rollouts
+        return self.fraction > 0 or self.reuse_rollouts or self.validation
 
 
 class EvaluateConfig(Table):

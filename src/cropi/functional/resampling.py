@@ -14,8 +14,9 @@ def leave_one_out(count: int) -> Int[np.ndarray, "K K-1"]:
 def jackknife_error(estimates_KV: Float[np.ndarray, "K V"]) -> Float[np.ndarray, " V"]:
     """Standard error from the estimates without trajectory k (Quenouille 1949, Tukey 1958):
 
-    s^2 = (K - 1) / K sum_k (estimate_k - their mean)^2. It errs upwards, by about 1 / K of itself for advantages against
-    the group's mean (Efron and Stein 1981). NaN for fewer than three: a group of two without one has no advantages.
+    s^2 = (K - 1) / K sum_k (estimate_k - their mean)^2. It errs upwards, by about 1 / K of itself for advantages
+    against the group's mean (Efron and Stein 1981). NaN for fewer than three: a group of two without one has no
+    advantages.
     """
     count = len(estimates_KV)
     if count < 3:

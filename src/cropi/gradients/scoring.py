@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -317,11 +317,17 @@ def validation_groups(trajectories: Mapping[str, pa.Table], config: ScoreConfig)
     return {name: _mixed_groups(trajectories[f"validation/{name}"], name, config) for name in names}
 
 
+def chosen_for_validation(prompt_ids: Iterable[str], config: ScoreConfig) -> list[str]:
+    """The prompts of a validation set that are scored by, in ascending order."""
+    # By hash rather than by id: ids that start with a source's name would pick one source.
+    by_hash = sorted(prompt_ids, key=lambda i: unit_interval(0, "validation", i))
+    return sorted(by_hash[: config.max_validation_prompts])
+
+
 def _mixed_groups(table: pa.Table, name: str, config: ScoreConfig) -> list[Group]:
     groups = dict(iterate_groups(table))
-    # By hash rather than by id: ids that start with a source's name would pick one source.
-    chosen = sorted(groups, key=lambda i: unit_interval(0, "validation", i))[: config.max_validation_prompts]
-    mixed = [group for i in sorted(chosen) if (group := groups[i]) is not None and group.status == OK]
+    chosen = chosen_for_validation(groups, config)
+    mixed = [group for i in chosen if (group := groups[i]) is not None and group.status == OK]
     if not mixed:
         raise SignalError(
             f"none of the {len(chosen)} prompts of this validation set has both right and wrong completions, so it "

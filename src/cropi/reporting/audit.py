@@ -46,7 +46,7 @@ def audit(folder: Path) -> list[Block]:
             _variants_table(stages),
             _gradient_table(stages),
         ]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise ArtifactError(
             f"cannot be read ({type(error).__name__}: {error})",
             where=str(path),
@@ -60,22 +60,27 @@ def _last(found: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 
 def _sentence(found: Mapping[str, Any]) -> str:
+    """What the last policy's agreement says, and what would help."""
     stage = found["stages"][-1]
-    at = next((_last(part) for part in stage["sets"].values()), None)
-    if at is None:
+    known = {name: at for name, part in stage["sets"].items() if (at := _last(part)) is not None}
+    if not known:
         return "Too few trajectories were sampled for a ceiling."
-    stored, ceiling = at["off_policy"]["spearman"]["value"], at["ceiling"]["spearman"]["value"]
+    parts, biased = [], []
+    for name, at in known.items():
+        stored, ceiling = at["off_policy"]["spearman"], at["ceiling"]["spearman"]
+        reached = f"where as many fresh ones reach {_number(ceiling['value'])}"
+        parts.append(f"{_number(stored['value'])} on {name}, {reached}")
+        if None not in (stored["value"], ceiling["low"]) and stored["value"] < ceiling["low"]:
+            biased.append(name)
+    count = next(iter(known.values()))["trajectories"]
     text = (
-        f"At stage {stage['stage']}, influence from {at['trajectories']} stored trajectories agrees with fresh ones at "
-        f"a rank correlation of {_number(stored)} (first validation set); as many fresh trajectories reach "
-        f"{_number(ceiling)}."
+        f"At stage {stage['stage']}, the rank correlation of influence from {count} stored trajectories with fresh "
+        f"ones is {'; '.join(parts)}. "
     )
-    if stored is None or ceiling is None:
-        return text
-    lower = at["ceiling"]["spearman"]["low"]
-    if lower is not None and stored < lower:
-        return f"{text} The stored trajectories are biased beyond noise here: see `refresh`."
-    return f"{text} The difference is within noise: more trajectories would help more than fresher ones."
+    if biased:
+        names = ", ".join(biased)
+        return f"{text}What is missing is more than noise on {names}: fresher trajectories would help (`refresh`)."
+    return f"{text}That is within noise: more trajectories would help more than fresher ones."
 
 
 @in_style

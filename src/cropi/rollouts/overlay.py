@@ -15,8 +15,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from jaxtyping import Bool, Int
 
-from cropi.artifacts import TRAJECTORIES, Manifest, count_status, open_artifact, read_table, write_table
+from cropi.artifacts import OK, TRAJECTORIES, Manifest, count_status, open_artifact, read_table, write_table
 from cropi.config import InfluenceStrategy, LearnabilityStrategy, PassRateStrategy, Strategy
+from cropi.console import warn, warn_once
 from cropi.rollouts.collect import read_trajectories
 from cropi.workspace import Arm, Workspace, rollout_files
 
@@ -133,6 +134,11 @@ class Trajectories:
         self._space, self._facts = space, facts
         self._latest: tuple[Path, int] | None = None
         self._overlay = read_overlay([])
+        last = space.config.train.stages - 1
+        if space.config.refresh.active and not any(self.refreshes(arm, last) for arm in space.arms.values()):
+            warn_once(
+                "refresh has no effect: the run has one stage, or no strategy that reads the trajectories of a stage"
+            )
 
     @cached_property
     def identity(self) -> str:
@@ -151,8 +157,18 @@ class Trajectories:
         return self._facts(self.base["train"])
 
     def tables(self, arm: Arm, stage: int) -> dict[str, pa.Table]:
-        """By set; those of validation sets are the base policy's at every stage."""
-        return self.base | {"train": self.overlay(arm, stage).over(self.base["train"])}
+        """By set. A validation set that the policy now solves always or never keeps the base policy's."""
+        newest = {"train": self.overlay(arm, stage).over(self.base["train"])}
+        if self._refreshes_validation(arm, stage):
+            for name, table in read_trajectories(arm.fresh_validation(stage)).items():
+                if any(status == OK for status, _ in self._facts(table).values()):
+                    newest[name] = table
+                else:
+                    warn(
+                        f"stage {stage}: the policy solves each prompt of {name} in all tries or in none, so fresh "
+                        "trajectories give no direction; the base policy's are used"
+                    )
+        return self.base | newest
 
     def groups(self, overlay: Overlay) -> dict[str, tuple[str, float]]:
         """Status and pass rate of every prompt's newest group."""
@@ -161,7 +177,10 @@ class Trajectories:
     def inputs(self, arm: Arm, stage: int) -> dict[str, str]:
         """Identities for the manifest of what is made from them."""
         refresh = self.overlay(arm, stage).identity
-        return {"trajectories": self.identity} | ({} if refresh is None else {"refresh": refresh})
+        inputs = {"trajectories": self.identity} | ({} if refresh is None else {"refresh": refresh})
+        if self._refreshes_validation(arm, stage):
+            inputs["validation"] = open_artifact(arm.fresh_validation(stage), FRESH, made_by="cropi train").identity
+        return inputs
 
     def overlay(self, arm: Arm, stage: int) -> Overlay:
         """What is newer than the base policy's trajectories. ArtifactError where some of it has not been made yet."""
@@ -186,6 +205,10 @@ class Trajectories:
         """Whether the arm has newer trajectories at a stage."""
         strategy = self._space.config.arms[arm.name]
         return stage > 0 and self._space.config.refresh.active and reads_trajectories(strategy)
+
+    def _refreshes_validation(self, arm: Arm, stage: int) -> bool:
+        influences = isinstance(self._space.config.arms[arm.name], InfluenceStrategy)
+        return self._space.config.refresh.validation and influences and self.refreshes(arm, stage)
 
     def reuses(self, arm: Arm) -> bool:
         """Whether the rollouts of an arm's training are of use to a later stage."""

@@ -1,0 +1,95 @@
+"""What an arm has newer than the base policy's trajectories at the start of a stage."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from cropi.artifacts import PROMPT_TOO_LONG, build, open_artifact
+from cropi.config import InfluenceStrategy
+from cropi.console import counts_text, say
+from cropi.functional.sampling import places
+from cropi.gradients.scoring import chosen_for_validation
+from cropi.policy import Policy
+from cropi.rollouts.collect import collect_anew
+from cropi.rollouts.overlay import FRESH, REUSED, Trajectories, newest_rollouts, read_overlay
+from cropi.selection.refresh import prompts_to_refresh
+from cropi.workspace import Arm, Workspace
+
+MADE_BY = "cropi train"
+
+
+def statuses_of(prompt_ids: Iterable[str], groups: Mapping[str, tuple[str, float]]) -> list[str]:
+    """Status of every prompt, given status and pass rate of the groups that there are."""
+    return [groups[i][0] if i in groups else PROMPT_TOO_LONG for i in prompt_ids]
+
+
+class Refresher:
+    """Makes the artifacts that `Trajectories` then lays over the base policy's."""
+
+    def __init__(self, space: Workspace, trajectories: Trajectories) -> None:
+        self._space, self._config, self._trajectories = space, space.config, trajectories
+
+    def refresh(self, arm: Arm, stage: int, policy: Policy, origin: str, scores: pa.Table | None) -> None:
+        """All that the config asks for. `scores` are the arm's newest, `origin` says which policy it is."""
+        settings = self._config.refresh
+        inputs = {"trajectories": self._trajectories.identity, "policy": origin}
+        if settings.reuse_rollouts:
+            steps = self._config.train.steps_per_stage
+            copy = partial(newest_rollouts, arm.rollouts, (stage - 1) * steps, stage * steps)
+            build(arm.reused(stage), REUSED, copy, inputs=inputs, made_by=MADE_BY)
+        if settings.validation and isinstance(self._config.arms[arm.name], InfluenceStrategy):
+            self._sample(arm.fresh_validation(stage), arm, stage, policy, self._validation_rows(), inputs)
+        if settings.fraction:
+            self._sample_pool(arm, stage, policy, inputs, scores)
+
+    def _validation_rows(self) -> list[dict[str, Any]]:
+        """The validation prompts that scoring uses."""
+        chosen = {
+            (name, prompt_id)
+            for name, table in self._trajectories.base.items()
+            if name != "train"
+            for prompt_id in chosen_for_validation(table.column("prompt_id").unique().to_pylist(), self._config.score)
+        }
+        return [row for row in self._space.prompt_rows if (row["set"], row["prompt_id"]) in chosen]
+
+    def _sample_pool(
+        self, arm: Arm, stage: int, policy: Policy, inputs: Mapping[str, str], scores: pa.Table | None
+    ) -> None:
+        before = read_overlay(self._trajectories.layers(arm, stage, sampled=False))
+        inputs = {**inputs, **({} if before.identity is None else {"refresh": before.identity})}
+        if scores is not None:
+            inputs["scores"] = open_artifact(arm.scores(stage - 1), "scores", made_by=MADE_BY).identity
+        ids = list(self._space.train_prompts)
+        chosen = prompts_to_refresh(
+            ids,
+            statuses_of(ids, self._trajectories.groups(before)),
+            before.drawn(ids),
+            before.reused(ids, stage),
+            np.full(len(ids), np.nan) if scores is None else scores.column("ratio_ess").to_numpy(),
+            places(self._config.refresh.fraction, len(ids)),
+            seed=self._config.seed,
+            stage=stage,
+        )
+        rows = [self._space.train_prompts[prompt_id] for prompt_id in chosen]
+        self._sample(arm.fresh(stage), arm, stage, policy, rows, inputs)
+
+    def _sample(
+        self,
+        folder: Path,
+        arm: Arm,
+        stage: int,
+        policy: Policy,
+        rows: list[dict[str, Any]],
+        inputs: Mapping[str, str],
+    ) -> None:
+        def make(folder: Path) -> tuple[Mapping[str, int], Mapping[str, Any]]:
+            return collect_anew(self._config, policy, rows, folder, self._space.ledger, arm=arm.name, stage=stage)
+
+        manifest = build(folder, FRESH, make, inputs=inputs, made_by=MADE_BY, keep_parts=True)
+        say(f"{folder.name.replace('_', ' ')} trajectories of stage {stage}: {counts_text(manifest.counts)}")
