@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from collections.abc import Callable, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
-from cropi.audit.improvement import over_subsets, rank_agreement, slope
+from cropi.audit.improvement import Pair, over_subsets, rank_agreement, slope
 from cropi.functional.agreement import spearman
 from cropi.functional.statistics import Interval
 
@@ -75,19 +75,12 @@ def pairs(cells: Sequence[Cell], name: str, measure: Measure) -> list[tuple[np.n
     return found
 
 
-def difference(cells: Sequence[Cell], name: str, measure: Measure) -> Interval:
-    """Spearman of a score minus that of the base score, paired over subsets."""
-    mine, base = pairs(cells, name, measure), pairs(cells, BASE, measure)
+def difference(mine: Sequence[Pair], base: Sequence[Pair]) -> Interval:
+    """Spearman of one score minus that of another with the same measurements, paired over subsets."""
 
     def gap(rows: Sequence[np.ndarray]) -> float:
-        return float(
-            np.mean(
-                [
-                    spearman(a[r], y[r]) - spearman(b[r], y[r])
-                    for (a, y), (b, _), r in zip(mine, base, rows, strict=True)
-                ]
-            )
-        )
+        gaps = [spearman(a[r], y[r]) - spearman(b[r], y[r]) for (a, y), (b, _), r in zip(mine, base, rows, strict=True)]
+        return float(np.mean(gaps))
 
     return over_subsets(gap, [len(a) for a, _ in mine], times=1000, seed=0)
 
@@ -118,7 +111,11 @@ def agreements(cells: Sequence[Cell], title: str, cut: Callable[[Cell], list[int
         row = [name]
         for measure in measures.values():
             row.append(text(rank_agreement(pairs(cells, name, measure))))
-            row.append("–" if name == BASE else text(difference(cells, name, measure), sign="+"))
+            row.append(
+                "–"
+                if name == BASE
+                else text(difference(pairs(cells, name, measure), pairs(cells, BASE, measure)), sign="+")
+            )
         rows.append(row)
     head = ["score", *(part for name in measures for part in (name, f"minus {BASE}"))]
     table(head, rows, title)
@@ -174,11 +171,19 @@ def top_tenths(cells: Sequence[Cell]) -> None:
         rows,
         "Gain of the chosen tenth, x 100",
     )
-    worst = max(max(max(m["errors"])) for cell in cells for m in cell["moves"] if m["rate"] == RATE)
+    for kind in ("sgd", "adam"):
+        errors = np.concatenate([held_out_errors(cell, kind) for cell in cells])
+        print(f"\nStandard error of a change, {kind}: median {np.median(errors):.4f}, largest {errors.max():.4f}.")
     starts = [
         f"{cell_name(c)} {np.mean([v for k, v in c['start'].items() if k.startswith('held-out')]):.3f}" for c in cells
     ]
-    print(f"\nMean reward before: {', '.join(starts)}. Largest standard error of one target's change: {worst:.3f}.")
+    print(f"\nMean reward before: {', '.join(starts)}.")
+
+
+def held_out_errors(cell: Cell, kind: str) -> np.ndarray:
+    """Standard errors from sampling of the mean change over the targets."""
+    errors_SV = np.array(next_move(cell, kind, RATE)["errors"])[:, columns(cell, "held-out")]
+    return np.sqrt((errors_SV**2).sum(axis=1)) / errors_SV.shape[1]
 
 
 def cell_name(cell: Cell) -> str:
@@ -188,24 +193,32 @@ def cell_name(cell: Cell) -> str:
 def chain(cells: Sequence[Cell]) -> None:
     """Where a prediction is lost: stored scores, then the update's own gradient, then the objective's own slope."""
     rows = []
-    for kind, name in (("sgd", "constant std/other dot"), ("adam", "constant std/other dot adam")):
-        for rate in sorted({m["rate"] for m in cells[0]["moves"]}):
-            for side in ("validation", "held-out"):
-                measure = move(kind, rate, side)
-                predictions = {
-                    "stored scores": [stored_prediction(c, kind, rate, name) for c in cells],
-                    "fresh gradient, stored direction": [first_order(c, kind, rate, "stored", side) for c in cells],
-                    "fresh gradient, objective's slope": [first_order(c, kind, rate, "sample", side) for c in cells],
-                }
-                for label, found in predictions.items():
-                    both = [(p, measure(c)[1]) for p, c in zip(found, cells, strict=True)]
-                    share = np.mean([np.mean(next_move(c, kind, rate)["effective_share"]) for c in cells])
-                    rows.append(
-                        [kind, f"{rate:g}", side, label, text(rank_agreement(both)), text(slope(both)), f"{share:.2f}"]
-                    )
-    table(
-        ["update", "rate", "measured on", "predicted by", "Spearman", "slope", "effective share"], rows, "Calibration"
-    )
+    ways = (("sgd", "constant std/other dot"), ("adam", "constant std/other dot adam"))
+    rates = sorted({m["rate"] for m in cells[0]["moves"]})
+    for (kind, name), rate, trained in product(ways, rates, (False, True)):
+        some = [cell for cell in cells if cell["trained"] == trained]
+        share = np.mean([np.mean(next_move(cell, kind, rate)["effective_share"]) for cell in some])
+        for label, predict in (
+            ("stored scores", lambda c, k=kind, r=rate, n=name: stored_prediction(c, k, r, n)),
+            ("fresh gradient, stored direction", lambda c, k=kind, r=rate: first_order(c, k, r, "stored", "held-out")),
+            ("fresh gradient, objective's slope", lambda c, k=kind, r=rate: first_order(c, k, r, "sample", "held-out")),
+        ):
+            both = [(predict(cell), move(kind, rate)(cell)[1]) for cell in some]
+            unseen = [(a[blind(cell)], b[blind(cell)]) for (a, b), cell in zip(both, some, strict=True)]
+            where = "trained" if trained else "start"
+            slopes = [text(slope(both)), text(slope(unseen))]
+            rows.append([kind, f"{rate:g}", where, label, text(rank_agreement(both)), *slopes, f"{share:.2f}"])
+    head = [
+        "update",
+        "rate",
+        "at",
+        "predicted by",
+        "Spearman",
+        "slope",
+        "slope, random and mixtures",
+        "effective share",
+    ]
+    table(head, rows, "Calibration on held-out prompts")
 
 
 def next_move(cell: Cell, kind: str, rate: float) -> dict[str, Any]:
@@ -243,21 +256,16 @@ def single_prompts(cells: Sequence[Cell]) -> None:
     for name in SHOWN:
         row = [name]
         for truth in ("many", "many adam"):
-            found = [(np.array(c["prompts"]["scores"][name]).mean(axis=1), held_out(c, truth)) for c in cells]
-            row.append(text(rank_agreement(found)))
+            found, base = (
+                [(np.array(c["prompts"]["scores"][n]).mean(axis=1), held_out(c, truth)) for c in cells]
+                for n in (name, BASE)
+            )
+            row += [text(rank_agreement(found)), "–" if name == BASE else text(difference(found, base), sign="+")]
         rows.append(row)
-    rows.append(
-        [
-            "8 fresh completions, objective's slope",
-            text(rank_agreement([(held_out(c, "few"), held_out(c, "many")) for c in cells])),
-            "–",
-        ]
-    )
-    table(
-        ["score", "SGD", "Adam"],
-        rows,
-        "Single prompts: Spearman with the first-order gain from 56 other completions, held-out",
-    )
+    ceiling = rank_agreement([(held_out(c, "few"), held_out(c, "many")) for c in cells])
+    rows.append(["8 fresh completions, objective's slope", text(ceiling), "", "", ""])
+    title = "Single prompts: Spearman with the first-order gain from 56 other completions, held-out"
+    table(["score", "SGD", f"minus {BASE}", "Adam", f"minus {BASE}"], rows, title)
 
 
 def held_out(cell: Cell, what: str) -> np.ndarray:
@@ -267,23 +275,15 @@ def held_out(cell: Cell, what: str) -> np.ndarray:
 def sampling_check(cells: Sequence[Cell]) -> None:
     rows = []
     for cell in cells:
-        found, step = cell["sampled"], cell["sampled"]["step"]
-        weighted_SV = np.array(next_move(cell, "adam", step)["changes"])[found["subsets"]]
-        gap_SV = np.array(found["changes"]) - weighted_SV
-        rows.append(
-            [
-                cell_name(cell),
-                f"{weighted_SV.mean():.4f}",
-                f"{np.mean(found['changes']):.4f}",
-                f"{gap_SV.mean():+.4f} ± {gap_SV.std(ddof=1) / math.sqrt(gap_SV.size):.4f}",
-                f"{gap_SV.std(ddof=1):.4f}",
-            ]
-        )
-    table(
-        ["cell", "by weights", "by sampling", "difference", "its spread"],
-        rows,
-        "Check: importance weights against sampling",
-    )
+        found = cell["sampled"]
+        weighted_SV = np.array(next_move(cell, "adam", found["step"])["changes"])[found["subsets"]]
+        sampled_SV = np.array(found["changes"])
+        gap_S = (sampled_SV - weighted_SV).mean(axis=1)
+        numbers = (weighted_SV.mean(), sampled_SV.mean(), gap_S.mean(), gap_S.std(ddof=1))
+        ranks = spearman(weighted_SV.mean(axis=1), sampled_SV.mean(axis=1))
+        rows.append([cell_name(cell), *(f"{x:.3f}" for x in numbers), f"{ranks:.2f}"])
+    head = ["cell", "by weights", "by sampling", "difference", "its spread over subsets", "Spearman"]
+    table(head, rows, "Mean change by importance weights and by sampling, Adam, the largest step")
 
 
 def draw(cells: Sequence[Cell], path: Path) -> None:

@@ -281,3 +281,54 @@ def test_killed_five_times_it_ends_like_undisturbed(finished: Path, tmp_path: Pa
     ours = tmp_path / "runs/quickstart"
     assert selections(ours) == selections(finished)
     assert files_of_trajectories(ours) == files_of_trajectories(finished)
+
+
+def test_validation_sets_are_sampled_anew(tmp_path: Path) -> None:
+    """By the policy of the stage, for the strategies that score by them; and read back after a stop."""
+    overrides = [*REFRESHED, "refresh={validation: true}", "train.stages=2", f"run_dir={tmp_path}"]
+    torch.set_num_threads(1)
+    pipeline = Pipeline(load_config("quickstart", overrides))
+    pipeline.collect()
+    for arm in pipeline.space.arms.values():
+        pipeline.train(arm)
+    run = tmp_path / "quickstart"
+    fresh = run / "arms/influence/stages/001/fresh_validation"
+    assert not (run / "arms/learnability/stages/001/fresh_validation").exists()
+    rows = [row for path in parts(fresh) for row in pq.read_table(path).to_pylist()]
+    base = [row for path in parts(run / "trajectories") for row in pq.read_table(path).to_pylist()]
+    stored = [row for row in base if row["set"] == "validation/sum"]
+    assert {row["prompt_id"] for row in rows} == {row["prompt_id"] for row in stored}
+    assert len(rows) == len(stored)
+    assert [row["completion_ids"] for row in rows] != [row["completion_ids"] for row in stored]
+    scores = json.loads((run / "arms/influence/stages/001/scores/manifest.json").read_text())
+    made = Manifest(**json.loads((fresh / "manifest.json").read_text()))
+    assert scores["inputs"]["validation"] == made.identity
+    arm = pipeline.space.arms["influence"]
+    tables = pipeline.trajectories.tables(arm, 1)
+    assert tables["validation/sum"].num_rows == len(rows)
+    assert set(tables["validation/sum"].column("completion").to_pylist()) == {row["completion"] for row in rows}
+    assert tables["train"].equals(pipeline.trajectories.base["train"])
+    assert pipeline.trajectories.tables(arm, 0)["validation/sum"].equals(pipeline.trajectories.base["validation/sum"])
+    pipeline.space._lock.close()
+
+
+def test_a_solved_validation_set_keeps_its_old_direction(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides = [*REFRESHED, "refresh={validation: true}", "train.stages=2", "baselines=[]", f"run_dir={tmp_path}"]
+    torch.set_num_threads(1)
+    pipeline = Pipeline(load_config("quickstart", overrides))
+    pipeline.collect()
+    judged = collect.verifier
+
+    def solves_all(config: Any) -> Callable[[str, str], str]:
+        judged(config)
+        return lambda completion, answer: "correct"
+
+    monkeypatch.setattr(collect, "verifier", solves_all)
+    arm = pipeline.space.arms["influence"]
+    pipeline.train(arm)
+    assert "solves each prompt of validation/sum in all tries or in none" in capsys.readouterr().err
+    tables = pipeline.trajectories.tables(arm, 1)
+    assert tables["validation/sum"].equals(pipeline.trajectories.base["validation/sum"])
+    pipeline.space._lock.close()

@@ -159,7 +159,7 @@ def environment() -> dict[str, str]:
 
 
 def _claim(config: Config) -> None:
-    """Write the resolved config into a new folder; refuse a folder that was made with another one.
+    """Write the resolved config into a new folder; refuse a folder in which something was made with another one.
 
     Where the folder lies is not part of what was claimed: a run may be moved.
     """
@@ -179,10 +179,17 @@ def _claim(config: Config) -> None:
     except ValueError:
         raise ArtifactError("is not JSON", where=str(path), fix=f"delete {folder} and run again.") from None
     changed = config_difference(before | {"run_dir": ""}, config.resolved() | {"run_dir": ""})
-    if changed:
+    if changed and not _holds_anything(folder):
+        write_json(path, config.resolved())  # a run that was refused before it made anything starts over
+    elif changed:
         more = f"; and {len(changed) - SHOWN_CHANGES} more" if len(changed) > SHOWN_CHANGES else ""
         raise ConfigError(
             "this run was started with another config: " + "; ".join(changed[:SHOWN_CHANGES]) + more,
             where=str(folder),
             fix=f"name its own config ({path}) instead of a recipe, or give the new run another name (name=...).",
         )
+
+
+def _holds_anything(folder: Path) -> bool:
+    """Whether some stage has left something in a run's folder."""
+    return any(path.name == "manifest.json" or path.name.startswith("part-") for path in folder.rglob("*"))

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tests.runs import SMALL, cropi
 
-FEW = ["--prompts", "16", "--trajectories", "16"]
+FEW = ["--prompts", "12", "--trajectories", "8"]
+RUN = [*SMALL, "train.stages=1", "baselines=[]", "score.standard_errors=false"]
 
 
 @pytest.fixture(scope="module")
 def audited(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], str]:
     cwd = tmp_path_factory.mktemp("audit")
-    done = cropi("run", "quickstart", *SMALL, cwd=cwd)
+    done = cropi("run", "quickstart", *RUN, cwd=cwd)
     assert done.returncode == 0, done.stderr
-    done = cropi("audit", "quickstart", *SMALL, *FEW, cwd=cwd)
+    done = cropi("audit", "quickstart", *RUN, *FEW, cwd=cwd)
     assert done.returncode == 0, done.stderr
     run = next((cwd / "runs").iterdir())
     return cwd, json.loads((run / "audit.json").read_text()), done.stdout
@@ -29,11 +29,11 @@ def test_every_policy_on_disk_is_audited(audited: tuple[Path, dict[str, Any], st
     assert [stage["stage"] for stage in result["stages"]] == list(range(len(result["stages"])))
     assert len(result["stages"]) >= 2
     for stage in result["stages"]:
-        assert stage["prompts"] == 16
-        assert stage["trajectories"]["fresh"] == 16
+        assert stage["prompts"] == 12
+        assert stage["trajectories"]["fresh"] == 8
         for found in stage["sets"].values():
             assert set(found["variants"]) == {"token", "clipped", "prefix", "reweighted"}
-            assert found["by_trajectories"][-1]["trajectories"] == min(stage["trajectories"]["stored"], 8)
+            assert found["by_trajectories"][-1]["trajectories"] == 4
             assert 0 <= found["projection"]["top_overlap"] <= 1
     assert "Is the estimate right?" in text
 
@@ -55,13 +55,16 @@ def test_later_policies_have_moved(audited: tuple[Path, dict[str, Any], str]) ->
     assert last["kl"] > 0
 
 
-def test_an_audit_is_read_back_and_made_anew_where_it_is_missing(audited: tuple[Path, dict[str, Any], str]) -> None:
+def test_audits_are_read_back_and_other_sizes_stand_beside_them(audited: tuple[Path, dict[str, Any], str]) -> None:
     cwd, result, _ = audited
     run = next((cwd / "runs").iterdir())
     kept = next((run / "audit").glob("000-*")) / "audit.json"
     before = kept.stat().st_mtime_ns
-    shutil.rmtree(next((run / "audit").glob("001-*")))
-    done = cropi("audit", "quickstart", *SMALL, *FEW, "--json", cwd=cwd)
+    done = cropi("audit", "quickstart", *RUN, "--prompts", "8", "--trajectories", "4", "--stages", "0", cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((run / "audit.json").read_text())["settings"]["prompts"] == 8
+    assert len(list((run / "audit").iterdir())) == len(result["stages"]) + 1
+    done = cropi("audit", "quickstart", *RUN, *FEW, "--json", cwd=cwd)
     assert done.returncode == 0, done.stderr
     assert kept.stat().st_mtime_ns == before
     assert json.loads(done.stdout) == result
@@ -82,16 +85,6 @@ def test_the_report_has_a_section(audited: tuple[Path, dict[str, Any], str]) -> 
     ],
 )
 def test_bad_arguments(audited: tuple[Path, dict[str, Any], str], arguments: list[str], message: str) -> None:
-    done = cropi("audit", "quickstart", *SMALL, *arguments, cwd=audited[0])
+    done = cropi("audit", "quickstart", *RUN, *arguments, cwd=audited[0])
     assert done.returncode == 2
     assert message in done.stderr
-
-
-def test_audits_of_other_sizes_stand_side_by_side(audited: tuple[Path, dict[str, Any], str]) -> None:
-    cwd, result, _ = audited
-    done = cropi("audit", "quickstart", *SMALL, "--prompts", "12", "--trajectories", "8", "--stages", "0", cwd=cwd)
-    assert done.returncode == 0, done.stderr
-    run = next((cwd / "runs").iterdir())
-    assert json.loads((run / "audit.json").read_text())["settings"]["prompts"] == 12
-    assert len(list((run / "audit").glob("000-*"))) == 2
-    assert len(list((run / "audit").iterdir())) == len(result["stages"]) + 1

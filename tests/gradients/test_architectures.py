@@ -227,7 +227,7 @@ def test_ratios_and_their_effective_share_are_those_of_autograd() -> None:
         DenseReader(trainable_parameters(model), set()),
     )
     shares = [prompt_gradient(model, group, SETTINGS).ratio_ess for group in GROUPS]
-    assert [work.effective_share(row) for row in range(len(GROUPS))] == pytest.approx(shares, rel=1e-12)
+    assert [work.of(row).effective_share for row in range(len(GROUPS))] == pytest.approx(shares, rel=1e-12)
     assert shares[0] < 0.9
     assert shares[2] == 1.0
 

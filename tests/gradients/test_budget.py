@@ -53,7 +53,7 @@ class Table(Scorer):
         pairs = [pair for g, w in zip(groups, weights, strict=True) for pair in zip(g.completions, w, strict=True)]
         tokens = sum(len(completion) for completion, weight in pairs if weight)
         products_NV = np.array(sums).reshape(len(groups), sets)
-        return Scored(products_NV, np.ones(len(groups)), np.ones(len(groups)), None, tokens)
+        return Scored(products_NV, np.ones(len(groups)), np.ones((len(groups), 3)), None, tokens)
 
     def values(self, scored: Scored) -> np.ndarray:
         return scored.products_NV

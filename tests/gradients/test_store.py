@@ -38,6 +38,10 @@ IDENTITY = StoreIdentity(
     max_completion_length=64,
     temperature=0.8,
     advantage_std=True,
+    correction="token",
+    clip=0.2,
+    prefix_cap=10.0,
+    baseline="group",
     trajectories="trajectories-1",
     dtype="bfloat16",
     dim=D,
@@ -55,7 +59,15 @@ def features() -> Tensor:
 def row(index: int) -> dict[str, Any]:
     status = "no_signal" if index == 3 else "ok"
     norm = float(features()[index].double().norm())
-    return {"prompt_id": IDS[index], "status": status, "norm": norm, "ratio_ess": 0.5, "tokens": index}
+    return {
+        "prompt_id": IDS[index],
+        "status": status,
+        "norm": norm,
+        "ratio_ess": 0.5,
+        "clip_share": 0.25,
+        "kl": 0.1,
+        "tokens": index,
+    }
 
 
 def begin(folder: Path, identity: StoreIdentity = IDENTITY, **changes: Any) -> FeatureStoreWriter:

@@ -35,9 +35,7 @@ class Commands(typer.core.TyperGroup):
             raise
 
 
-ConfigArgument = Annotated[
-    str, typer.Argument(metavar="CONFIG", help="A recipe, a YAML file, or the folder of a run.")
-]
+ConfigArgument = Annotated[str, typer.Argument(metavar="CONFIG", help="A recipe, a YAML file, or the folder of a run.")]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="key=value", help="Settings that replace the config's.", show_default=False),

@@ -28,7 +28,8 @@ def group_advantages(
         raise ValueError(f"a group needs at least 2 rewards, got {count}")
     weights_XK = np.ones(count) if weights_XK is None else weights_XK
     shares_XK = weights_XK / weights_XK.sum(axis=-1, keepdims=True)
-    centred_XK = rewards_XK - (shares_XK * rewards_XK).sum(axis=-1, keepdims=True)
+    with np.errstate(invalid="ignore"):  # infinite rewards: what comes of them is not a number, and noticed later
+        centred_XK = rewards_XK - (shares_XK * rewards_XK).sum(axis=-1, keepdims=True)
     # The mean of equal floats may differ from them by a rounding error, which 1/1e-4 would blow up.
     equal_X1 = (rewards_XK == rewards_XK[..., :1]).all(axis=-1, keepdims=True)
     centred_XK = np.where(equal_X1, 0.0, centred_XK)

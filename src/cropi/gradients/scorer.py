@@ -207,15 +207,18 @@ class Scorer:
         for group, (units, features_KD, tokens) in zip(
             groups, self.units(groups, grams=sketched, advance=advance), strict=True
         ):
-            products.append(units.products(settings)[0])
-            norms.append(units.norms(settings)[0])
-            facts.append(units.total().facts)
             mixed = group.status == OK
+            products.append(units.products(settings)[0] if mixed else np.zeros(len(self._norms_V)))
+            norms.append(units.norms(settings)[0] if mixed else 0.0)
+            facts.append(units.total().facts)
             errors.append(units.errors(settings, self.score, self._norms_V) if mixed else np.zeros(len(self._norms_V)))
             computed += tokens
             if features_KD is not None:
-                scales_K = torch.from_numpy(units.scales(settings)[0] * unit_signs(group, settings))
-                features.append(scales_K.to(features_KD.dtype) @ features_KD if mixed else 0 * features_KD.sum(dim=0))
+                if mixed:
+                    scales_K = torch.from_numpy(units.scales(settings)[0] * unit_signs(group, settings))
+                    features.append(scales_K.to(features_KD.dtype) @ features_KD)
+                else:
+                    features.append(features_KD.new_zeros(features_KD.shape[1]))
         shape = (len(groups), len(self._norms_V))
         return Scored(
             np.array(products).reshape(shape),

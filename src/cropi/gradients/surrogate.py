@@ -42,7 +42,7 @@ def trajectory_scales(
     needs each trajectory's mean log ratio; ValueError without.
     """
     lengths_K = np.array([len(completion) for completion in group.completions])
-    return scales_of(np.array(group.rewards), lengths_K, settings, mean_log_ratios).tolist()
+    return scales_of(np.array(group.rewards, dtype=np.float64), lengths_K, settings, mean_log_ratios).tolist()
 
 
 def scales_of(
