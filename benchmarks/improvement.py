@@ -44,8 +44,7 @@ TARGETS = ("sum", "machine")
 LENGTH, TRAJECTORIES, VALIDATION_TRAJECTORIES, SAMPLES = 32, 8, 16, 24
 VALIDATION_PROMPTS, HELD_OUT_PROMPTS = 24, 24  # of each target
 BATCH, LEARNING_RATE, CLIP = 16, 5e-5, 1.0  # of the quickstart's trainer; CLIP is TRL's max_grad_norm
-WARM_STEPS = 16
-SUBSET = 32
+WARM_STEPS, SUBSET = 16, 32
 STAGE_SUBSETS = 8  # random ones and mixtures to train on, each
 ADAM_STEPS = (5e-5, 2e-4)  # one training step, and as far as four
 RANDOM, MIXTURES = 16, 24
@@ -145,12 +144,10 @@ def set_up(per_family: int, seed: int, trained: bool) -> Cell:
         for row in generate(family, split="train", count=per_family, seed=drawn, label_noise=0.5)
     ]
     pool = prompts_of(policy, rows)
+    splits = (("validation", "validation", VALIDATION_PROMPTS), ("held-out", "test", HELD_OUT_PROMPTS))
     targets = {
         f"{kind}/{name}": prompts_of(policy, generate(name, split=split, count=count, seed=drawn))
-        for kind, split, count in (
-            ("validation", "validation", VALIDATION_PROMPTS),
-            ("held-out", "test", HELD_OUT_PROMPTS),
-        )
+        for kind, split, count in splits
         for name in TARGETS
     }
     groups = stored(policy, draw(policy, pool, TRAJECTORIES, seed, "pool"))
@@ -221,18 +218,15 @@ def gradients(cell: Cell, engine: Engine, chosen: Sequence[Subset], label: str) 
 
 
 def measure(cell: Cell, stage_steps: int, adam_steps: Sequence[float]) -> dict[str, Any]:
-    clock = Clock()
-    engine = Engine(cell.policy.model, SURROGATE)
+    clock, engine = Clock(), Engine(cell.policy.model, SURROGATE)
     moment = second_moment(cell, engine)
     diagonal = audit.preconditioner(moment)
     scores = audit.PromptScores(engine, cell.train, cell.validation, SURROGATE, diagonal)
     table = score_table(cell, scores)
     clock("scores")
     chosen = subsets(cell, table)
-    samples = {
-        name: draw(cell.policy, prompts, SAMPLES, cell.seed, f"objective/{name}")
-        for name, prompts in cell.targets.items()
-    }
+    asked = cell.targets.items()
+    samples = {name: draw(cell.policy, some, SAMPLES, cell.seed, f"objective/{name}") for name, some in asked}
     objective = audit.Objective(cell.policy.model, samples)
     slopes = [audit.reward_gradient(engine, groups) for groups in samples.values()]
     clock("objective")
