@@ -89,7 +89,7 @@ class ScoreConfig(Table):
     """Tokens of a forward pass; a larger group is split and its gradients are added. Unset: what memory allows."""
     store: Literal["none", "bfloat16", "float32"] = "none"
     """Keep the gradient features beside the scores, in this type. Needs the sketch estimator."""
-    standard_errors: bool = True
+    standard_errors: bool = False
     """Also estimate the error of every influence, from the spread of the prompt's trajectories (jackknife). These then
     do not share their prompt in the pass through the policy, which costs its tokens K times."""
     correction: Literal["token", "clipped", "prefix"] = "token"

@@ -199,26 +199,26 @@ class Scorer:
             yield units, features_KD, tokens
 
     def _with_errors(self, groups: Sequence[Group], advance: Callable[[int], None] | None) -> Scored:
-        sketched = self.estimator == "sketch"
-        if self.score == "cosine" and not sketched:
+        grams = self.score == "cosine"
+        if grams and self.estimator != "sketch":
             raise ValueError("standard errors of cosines need estimator='sketch'")
         settings, products, norms, facts, errors, features = self.settings, [], [], [], [], []
         computed = 0
         for group, (units, features_KD, tokens) in zip(
-            groups, self.units(groups, grams=sketched, advance=advance), strict=True
+            groups, self.units(groups, grams=grams, advance=advance), strict=True
         ):
             mixed = group.status == OK
             products.append(units.products(settings)[0] if mixed else np.zeros(len(self._norms_V)))
-            norms.append(units.norms(settings)[0] if mixed else 0.0)
             facts.append(units.total().facts)
             errors.append(units.errors(settings, self.score, self._norms_V) if mixed else np.zeros(len(self._norms_V)))
             computed += tokens
-            if features_KD is not None:
-                if mixed:
-                    scales_K = torch.from_numpy(units.scales(settings)[0] * unit_signs(group, settings))
-                    features.append(scales_K.to(features_KD.dtype) @ features_KD)
-                else:
-                    features.append(features_KD.new_zeros(features_KD.shape[1]))
+            if features_KD is None:
+                norms.append(math.nan)
+                continue
+            scales_K = units.scales(settings)[0] * unit_signs(group, settings) if mixed else np.zeros(len(features_KD))
+            kept = np.flatnonzero(scales_K)  # what adds nothing may hold numbers that are not finite
+            features.append(torch.from_numpy(scales_K[kept]).to(features_KD.dtype) @ features_KD[kept])
+            norms.append(float(features[-1].double().norm()))
         shape = (len(groups), len(self._norms_V))
         return Scored(
             np.array(products).reshape(shape),

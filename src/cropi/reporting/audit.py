@@ -21,7 +21,8 @@ CAPTION = (
     "Agreement of influence with that of other, fresh trajectories of the same prompts. Stored: from the trajectories "
     "that the run scores. Ceiling: from as many fresh ones. What the ceiling lacks to 1 is noise, what stored lacks to "
     "the ceiling is bias of the estimate. Spearman: of all audited prompts; top: share of the best that both name; "
-    "95 % intervals over prompts. Without noise: the correlation that would be left, by reliability."
+    "95 % intervals over prompts. Without noise: the correlation that would be left, by reliability. ESS: effective "
+    "sample size of the ratios as a share of the tokens; KL: divergence per token, in nats."
 )
 VARIANTS_CAPTION = (
     "Corrections of the estimate. Bias and variance: mean squares of the stored scores' error, in units of the "
@@ -125,7 +126,7 @@ def _curves(axes: Axes, title: str, found: Sequence[Mapping[str, Any]]) -> None:
 
 def _agreement_table(stages: Sequence[Mapping[str, Any]], share: float) -> Table:
     header = ["stage", "set", "K", "Spearman stored", "ceiling", f"top {share:.0%} stored", "ceiling", "without noise"]
-    header += ["effective sample size", "KL per token"]
+    header += ["ESS", "KL"]
     rows = []
     for stage in stages:
         for name, part in stage["sets"].items():
