@@ -19,6 +19,7 @@ SMALL = [
     "evaluate.every=2",
     "evaluate.bootstrap=200",
     "score.max_validation_prompts=6",
+    "score.standard_errors=false",
 ]
 
 
