@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from cropi.artifacts import OK
 from cropi.audit.fidelity import Comparison, gradient_cosines, plain
 from cropi.functional.agreement import spearman, top_overlap
 from cropi.functional.projection import SparseProjection
 from cropi.gradients.groups import Group
+from cropi.gradients.ratios import RatioMoments
 from cropi.gradients.scorer import Scorer
 from cropi.gradients.surrogate import SurrogateSettings
 from cropi.gradients.units import Units
@@ -79,43 +81,52 @@ def audit_stage(
             stored[variant] = _units(aimed(changes, estimator="exact")[0], material.stored, advance)
     sketch, _ = aimed({}, estimator="sketch", projection=projection)
     together, sketched = _together(sketch, material, advance)
-    columns = {name: (n, len(names) + n, 2 * len(names) + n) for n, name in enumerate(names)}
     sets = {}
-    for name, (off, ceiling, reference) in columns.items():
-
-        def compared(variant: str, columns: tuple[int, int, int] = (off, ceiling, reference)) -> Comparison:
-            changed = replace(used, **VARIANTS[variant])
-            return Comparison(stored[variant], fresh, columns, changed, share, seed)
-
-        variants = {variant: compared(variant) for variant in VARIANTS}
-        plainly = variants["token"]
-        products_N = np.array([units.products(used)[0, off] for units in stored["token"]])
-        sets[name] = {
-            "overall": plainly.overall(),
-            "by_trajectories": plainly.by_count(),
-            "variants": {
-                variant: compared(variant).error_parts() | {"overall": compared(variant).overall()}
-                for variant in VARIANTS
-            },
-            "direction_cosine": {"off_policy": cosines[off, reference], "ceiling": cosines[ceiling, reference]},
-            "projection": {
-                "spearman": spearman(sketched[:, off], products_N),
-                "top_overlap": top_overlap(sketched[:, off], products_N, share),
-            },
+    for n, name in enumerate(names):
+        columns = (n, len(names) + n, 2 * len(names) + n)
+        variants = {
+            variant: Comparison(stored[variant], fresh, columns, replace(used, **changes), share, seed)
+            for variant, changes in VARIANTS.items()
         }
-    total = [units.total() for units in stored["token"]]
-    moved = sum(total[1:], total[0])
+        products_N = np.array([units.products(used)[0, n] for units in stored["token"]])
+        projected = {
+            "spearman": spearman(sketched[:, n], products_N),
+            "top_overlap": top_overlap(sketched[:, n], products_N, share),
+        }
+        _, ceiling, reference = columns
+        cosine = {"off_policy": cosines[n, reference], "ceiling": cosines[ceiling, reference]}
+        sets[name] = plain(_agreement(variants) | {"direction_cosine": cosine, "projection": projected})
+    return _facts(material, stored["token"]) | {
+        "gradient_cosine": gradient_cosines(together, used, seed),
+        "sets": sets,
+    }
+
+
+def _agreement(variants: Mapping[str, Comparison]) -> dict[str, Any]:
+    """What the comparisons of one validation set say; `token` stands for the estimate itself."""
+    overall = {variant: comparison.overall() for variant, comparison in variants.items()}
+    return {
+        "overall": overall["token"],
+        "by_trajectories": variants["token"].by_count(),
+        "variants": {
+            variant: comparison.error_parts() | {"overall": overall[variant]}
+            for variant, comparison in variants.items()
+        },
+    }
+
+
+def _facts(material: Material, stored: Sequence[Units]) -> dict[str, Any]:
+    """How much was compared, and how far the policy has moved."""
+    moved = sum((units.total() for units in stored), RatioMoments())
     return {
         "prompts": len(material.stored),
         "with_signal": {
-            "stored": sum(group.status == "ok" for group in material.stored),
-            "fresh": sum(group.status == "ok" for group in material.fresh),
-            "both": sum(a.status == b.status == "ok" for a, b in zip(material.stored, material.fresh, strict=True)),
+            "stored": sum(group.status == OK for group in material.stored),
+            "fresh": sum(group.status == OK for group in material.fresh),
+            "both": sum(a.status == b.status == OK for a, b in zip(material.stored, material.fresh, strict=True)),
         },
         "trajectories": {"stored": _count(material.stored), "fresh": _count(material.fresh)},
         "drift": {"ratio_ess": moved.effective_share, "clip_share": moved.clip_share, "kl": moved.kl},
-        "gradient_cosine": gradient_cosines(together, used, seed),
-        "sets": {name: plain(found) for name, found in sets.items()},
     }
 
 

@@ -167,18 +167,11 @@ class Scorer:
     def _units(
         self, groups: Sequence[Group], grams: bool, advance: Callable[[int], None] | None
     ) -> Iterator[tuple[Units, Tensor | None, int]]:
-        starts = np.cumsum([0, *(len(group.completions) for group in groups)]).tolist()
-        segments = [
-            segment
-            for start, group in zip(starts, groups, strict=False)
-            if group.status == OK
-            for segment in unit_segments(group, start, self.settings)
-        ]
-        scored, ratios = self._pass(segments, starts[-1], None, norms=False)
-        for start, group in zip(starts, groups, strict=False):
+        starts, segments = self._unit_segments(groups)
+        scored, ratios = self._pass([s for own in segments for s in own], starts[-1], None, norms=False)
+        for start, group, own in zip(starts, groups, segments, strict=False):
             part = slice(start, start + len(group.completions))
             features_KD = None if scored.features_ND is None else scored.features_ND[part]
-            tokens = sum(s.tokens for s in segments if part.start <= s.index < part.stop)
             if advance is not None:
                 advance(1)
             if group.status != OK:
@@ -196,7 +189,7 @@ class Scorer:
                 gram_KK=gram_KK,
                 ratios=[ratios.of(row) for row in range(part.start, part.stop)],
             )
-            yield units, features_KD, tokens
+            yield units, features_KD, sum(segment.tokens for segment in own)
 
     def _with_errors(self, groups: Sequence[Group], advance: Callable[[int], None] | None) -> Scored:
         grams = self.score == "cosine"
@@ -229,19 +222,23 @@ class Scorer:
             np.array(errors).reshape(shape),
         )
 
+    def _unit_segments(self, groups: Sequence[Group]) -> tuple[list[int], list[list[Segment]]]:
+        """Where each group's trajectories begin among the result rows (and how many rows there are, last), and their
+        segments by group; none where there is no signal."""
+        starts = np.cumsum([0, *(len(group.completions) for group in groups)]).tolist()
+        segments = [
+            unit_segments(group, start, self.settings) if group.status == OK else []
+            for start, group in zip(starts, groups, strict=False)
+        ]
+        return starts, segments
+
     def _mean_log_ratios(self, groups: Sequence[Group]) -> list[list[float] | None]:
         """Of each group's trajectories, by a forward pass, where the baseline is weighted by them."""
         if self.settings.baseline == "group":
             return [None] * len(groups)
         assert self._engine is not None
-        starts = np.cumsum([0, *(len(group.completions) for group in groups)]).tolist()
-        segments = [
-            segment
-            for start, group in zip(starts, groups, strict=False)
-            if group.status == OK
-            for segment in unit_segments(group, start, self.settings)
-        ]
-        work = self._engine.logprobs(segments)
+        starts, segments = self._unit_segments(groups)
+        work = self._engine.logprobs([segment for own in segments for segment in own])
         return [
             [work.of(row).mean_log for row in range(start, start + len(group.completions))]
             for start, group in zip(starts, groups, strict=False)
