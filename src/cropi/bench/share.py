@@ -55,33 +55,8 @@ def bench_share(result: dict[str, Any], budget_fraction: float) -> dict[str, Any
             fix="; ".join(errors) or f"measure with --contenders {','.join(NEEDED)}.",
         )
     rounds = [{name: rows[name]["rounds"][r] for name in NEEDED} for r in range(result["settings"]["rounds"])]
-    length, completion = work["mean_prompt_tokens"] + work["mean_completion_tokens"], work["mean_completion_tokens"]
-    trajectories, scored = STEPS * STEP_PROMPTS * TRAJECTORIES, PROMPTS * TRAJECTORIES * length
-    aimed = VALIDATION_SETS * VALIDATION_PROMPTS * TRAJECTORIES * length
-    select_s = selection_seconds()
-
-    def seconds(answers: dict[str, Any]) -> dict[str, float]:
-        sketch, train = answers["sketch"]["parts"], answers["train"]["parts"]
-        sampling = answers["generate"]["tokens_computed"] / answers["generate"]["seconds"]
-        updating = train["gradients"]["tokens_computed"] / train["gradients"]["seconds"]
-        return {
-            "sampling": trajectories * completion / sampling,
-            "updates": trajectories * length / updating,
-            "optimiser steps": STEPS * train["step"]["seconds"],
-            "scoring, train": scored * sketch["train"]["seconds"] / work["tokens_given_train"],
-            "scoring, validation": aimed * sketch["validation"]["seconds"] / work["tokens_given_validation"],
-            "selection": select_s,
-        }
-
-    amounts = {
-        "sampling": (trajectories * completion, "tokens sampled"),
-        "updates": (trajectories * length, "tokens given"),
-        "optimiser steps": (STEPS, "steps"),
-        "scoring, train": (scored, "tokens given"),
-        "scoring, validation": (aimed, "tokens given"),
-        "selection": (PROMPTS, "prompts"),
-    }
-    taken = [seconds(answers) for answers in rounds]
+    amounts, select_s = _amounts(work), selection_seconds()
+    taken = [_seconds(answers, amounts, work) | {"selection": select_s} for answers in rounds]
     variants = {"all prompts scored": 1.0, f"with {budget_fraction:.0%} of the scoring cost": budget_fraction}
     terms = []
     for name, (amount, unit) in amounts.items():
@@ -113,6 +88,34 @@ def bench_share(result: dict[str, Any], budget_fraction: float) -> dict[str, Any
         "settings": result["settings"],
         "environment": result["environment"],
     }
+
+
+def _amounts(work: dict[str, Any]) -> dict[str, tuple[float, str]]:
+    """How much of each term a stage of the paper takes, and the unit."""
+    completion = work["mean_completion_tokens"]
+    length = work["mean_prompt_tokens"] + completion
+    trajectories = STEPS * STEP_PROMPTS * TRAJECTORIES
+    return {
+        "sampling": (trajectories * completion, "tokens sampled"),
+        "updates": (trajectories * length, "tokens given"),
+        "optimiser steps": (STEPS, "steps"),
+        "scoring, train": (PROMPTS * TRAJECTORIES * length, "tokens given"),
+        "scoring, validation": (VALIDATION_SETS * VALIDATION_PROMPTS * TRAJECTORIES * length, "tokens given"),
+        "selection": (PROMPTS, "prompts"),
+    }
+
+
+def _seconds(answers: dict[str, Any], amounts: dict[str, tuple[float, str]], work: dict[str, Any]) -> dict[str, float]:
+    """Seconds of each term but selection, at the rates of one round."""
+    sketch, train, sampled = answers["sketch"]["parts"], answers["train"]["parts"], answers["generate"]
+    per_unit = {
+        "sampling": sampled["seconds"] / sampled["tokens_computed"],
+        "updates": train["gradients"]["seconds"] / train["gradients"]["tokens_computed"],
+        "optimiser steps": train["step"]["seconds"],
+        "scoring, train": sketch["train"]["seconds"] / work["tokens_given_train"],
+        "scoring, validation": sketch["validation"]["seconds"] / work["tokens_given_validation"],
+    }
+    return {name: amounts[name][0] * rate for name, rate in per_unit.items()}
 
 
 def _scoring(taken: dict[str, float], part: float) -> float:

@@ -90,6 +90,12 @@ def influence(
         projection=projection,
         batch_tokens=batch_tokens,
     )
+    _require_signal(validation)
+    scorer.aim(validation)
+    return _scored(scorer, train, list(validation), standard_errors)
+
+
+def _require_signal(validation: Mapping[str, Sequence[Group]]) -> None:
     for name, groups in validation.items():
         if not any(group.status == OK for group in groups):
             raise SignalError(
@@ -97,7 +103,10 @@ def influence(
                 where=f"validation set {name}",
                 fix="use problems that the policy solves sometimes, or more completions for each.",
             )
-    scorer.aim(validation)
+
+
+def _scored(scorer: Scorer, train: Sequence[Group], validation: list[str], standard_errors: bool) -> InfluenceScores:
+    """Block by block, so that no more features are in memory at once."""
     values, shares, errors, tokens = [], [], [], 0
     for start in range(0, len(train), BLOCK):
         scored = scorer(train[start : start + BLOCK], standard_errors=standard_errors)
@@ -113,7 +122,7 @@ def influence(
     return InfluenceScores(
         values=np.where(finite_N1, values_NV, 0.0),
         status=status,
-        validation=list(validation),
+        validation=validation,
         ratio_ess=np.concatenate(shares) if shares else np.zeros(0),
         standard_errors=np.where(finite_N1, errors_NV, 0.0) if standard_errors else None,
         tokens_given=sum(len(g.prompt_ids) * len(g.completions) + g.completion_tokens for g in train),
