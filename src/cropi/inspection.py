@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from cropi.config import Config, InfluenceStrategy
+from cropi.config import Config
 from cropi.console import duration
 from cropi.errors import DataError
 from cropi.gradients.groups import Group
@@ -189,7 +189,7 @@ def _estimate(
     mean_completion = sample.tokens / (len(sample.rows) * count)
     per_step = settings.generation_batch_size / settings.steps_per_generation * settings.gradient_accumulation_steps
     steps = config.train.stages * config.train.steps_per_stage
-    scored = any(isinstance(strategy, InfluenceStrategy) for strategy in config.arms.values())
+    scored = any(strategy.reads_scores for strategy in config.arms.values())
     evaluations = steps // (config.evaluate.every or config.train.steps_per_stage)
     parameters = sum(p.numel() for p in trainable_parameters(policy.model).values())
     return {

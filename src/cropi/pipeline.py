@@ -23,7 +23,7 @@ from cropi.artifacts import (
     read_table,
     scores_schema,
 )
-from cropi.config import Config, InfluenceStrategy
+from cropi.config import Config
 from cropi.console import counts_text, say, warn
 from cropi.errors import ArtifactError, DataError, PolicyError
 from cropi.evaluation.evaluate import Question, evaluate, forget_after, read_evaluations
@@ -92,7 +92,7 @@ class Pipeline:
         statuses = self._statuses(self.trajectories.base_groups)
         mixed = require_signal(statuses)
         say(f"groups: {mixed} of {len(statuses)} mixed, the others carry no signal now")
-        if any(isinstance(strategy, InfluenceStrategy) for strategy in self.config.arms.values()):
+        if any(strategy.reads_scores for strategy in self.config.arms.values()):
             validation_groups(self.trajectories.base, self.config.score)
         return manifest
 
@@ -174,11 +174,10 @@ class Pipeline:
         return table
 
     def _uses_influence(self, arm: Arm) -> bool:
-        return isinstance(self.config.arms[arm.name], InfluenceStrategy)
+        return self.config.arms[arm.name].reads_scores
 
     def _scored_stage(self, arm: Arm, stage: int) -> int:
-        strategy = self.config.arms[arm.name]
-        return 0 if isinstance(strategy, InfluenceStrategy) and strategy.static else stage
+        return self.config.arms[arm.name].scored_stage(stage)
 
     def _candidates(self, arm: Arm, stage: int) -> Candidates:
         ids = list(self.space.train_prompts)
@@ -223,7 +222,7 @@ class Pipeline:
             last = self.config.train.stages - 1
             raise ArtifactError(f"the run has no stage {stage}", where="--stage", fix=f"give 0 to {last}.")
         if checkpoint is None:
-            return self.space.arms[self.config.select.strategy.type]
+            return self.space.arms[self.config.select.strategy.arm]
         if stage:
             raise PolicyError("a checkpoint from elsewhere has one stage only", where="--stage", fix="leave it out.")
         if not checkpoint.is_dir():

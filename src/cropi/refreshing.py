@@ -11,7 +11,6 @@ import numpy as np
 import pyarrow as pa
 
 from cropi.artifacts import PROMPT_TOO_LONG, build, open_artifact
-from cropi.config import InfluenceStrategy
 from cropi.console import counts_text, say
 from cropi.functional.sampling import places
 from cropi.gradients.scoring import chosen_for_validation
@@ -43,7 +42,7 @@ class Refresher:
             steps = self._config.train.steps_per_stage
             copy = partial(newest_rollouts, arm.rollouts, (stage - 1) * steps, stage * steps)
             build(arm.reused(stage), REUSED, copy, inputs=inputs, made_by=MADE_BY)
-        if settings.validation and isinstance(self._config.arms[arm.name], InfluenceStrategy):
+        if settings.validation and self._config.arms[arm.name].reads_scores:
             self._sample(arm.fresh_validation(stage), arm, stage, policy, self._validation_rows(), inputs)
         if settings.fraction:
             self._sample_pool(arm, stage, policy, inputs, scores)

@@ -100,7 +100,7 @@ class Workspace:
 
     def foreign(self, checkpoint: Path, identity: str) -> Arm:
         """Where scores, selections and evaluations of a checkpoint from elsewhere go: by its name and content."""
-        name = self.config.select.strategy.type
+        name = self.config.select.strategy.arm
         return Arm(name, self.folder / "checkpoints" / f"{checkpoint.resolve().name}-{identity[:12]}")
 
     def __init__(self, config: Config) -> None:

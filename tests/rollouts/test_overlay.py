@@ -8,7 +8,7 @@ import pyarrow as pa
 from cropi.artifacts import TRAJECTORIES, finish, write_table
 from cropi.config import FullStrategy, InfluenceStrategy, LearnabilityStrategy, PassRateStrategy, RandomStrategy
 from cropi.rollouts.collect import read_trajectories
-from cropi.rollouts.overlay import Layer, newest_rollouts, read_overlay, reads_trajectories
+from cropi.rollouts.overlay import Layer, newest_rollouts, read_overlay
 from cropi.workspace import rollout_file
 
 
@@ -98,10 +98,10 @@ def test_rollouts_of_a_stage_give_the_newest_group_of_each_prompt(tmp_path: Path
     assert details == {"prompts": 4}
 
 
-def test_strategies_that_read_trajectories() -> None:
-    assert reads_trajectories(InfluenceStrategy(type="influence"))
-    assert reads_trajectories(LearnabilityStrategy(type="learnability"))
-    assert reads_trajectories(PassRateStrategy(type="pass_rate"))
-    assert not reads_trajectories(InfluenceStrategy(type="influence", static=True))
-    assert not reads_trajectories(FullStrategy(type="full"))
-    assert not reads_trajectories(RandomStrategy(type="random"))
+def test_strategies_that_follow_newer_trajectories() -> None:
+    assert InfluenceStrategy(type="influence").follows_trajectories
+    assert LearnabilityStrategy(type="learnability").follows_trajectories
+    assert PassRateStrategy(type="pass_rate").follows_trajectories
+    assert not InfluenceStrategy(type="influence", static=True).follows_trajectories
+    assert not FullStrategy(type="full").follows_trajectories
+    assert not RandomStrategy(type="random").follows_trajectories

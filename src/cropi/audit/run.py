@@ -77,7 +77,7 @@ class _Auditor:
 
     def __init__(self, pipeline: Pipeline, settings: AuditSettings) -> None:
         self._pipeline, self._settings = pipeline, settings
-        self._arm = pipeline.space.arms[pipeline.config.select.strategy.type]
+        self._arm = pipeline.space.arms[pipeline.config.select.strategy.arm]
         self._rows = {row["prompt_id"]: row for row in pipeline.space.prompt_rows}
         self._verify = verifier(pipeline.config.verifier)
 

@@ -25,15 +25,15 @@ from cropi.config.run import (
     config_hash,
 )
 from cropi.config.score import BudgetConfig, CollectConfig, ProjectionConfig, ScoreConfig
-from cropi.config.select import (
+from cropi.config.select import FusionConfig, SelectConfig
+from cropi.config.strategies import (
     FullStrategy,
-    FusionConfig,
     InfluenceStrategy,
     LearnabilityStrategy,
     PassRateStrategy,
     RandomStrategy,
-    SelectConfig,
     Strategy,
+    StrategyTable,
 )
 
 __all__ = [
@@ -66,6 +66,7 @@ __all__ = [
     "SelectConfig",
     "Source",
     "Strategy",
+    "StrategyTable",
     "Table",
     "TestSetConfig",
     "TrainConfig",

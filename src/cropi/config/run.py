@@ -12,7 +12,8 @@ from pydantic import Field, model_validator
 from cropi.config.base import Fraction, NonNegative, Positive, Table
 from cropi.config.data import PolicyConfig, PromptsConfig, Verifier
 from cropi.config.score import CollectConfig, ScoreConfig
-from cropi.config.select import SelectConfig, Strategy
+from cropi.config.select import SelectConfig
+from cropi.config.strategies import Strategy
 
 
 class TrainConfig(Table):
@@ -91,11 +92,12 @@ class Config(Table):
 
     @model_validator(mode="after")
     def _arms(self) -> Config:
-        names = [strategy.type for strategy in (self.select.strategy, *self.baselines)]
+        names = [strategy.arm for strategy in (self.select.strategy, *self.baselines)]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(
-                f"{', '.join(twice)} is named twice by select.strategy and baselines: drop one, e.g. baselines=[]"
+                f"{', '.join(twice)} is named twice by select.strategy and baselines: drop one, e.g. baselines=[], "
+                "or give it a name"
             )
         return self
 
@@ -109,9 +111,9 @@ class Config(Table):
         return self
 
     @property
-    def arms(self) -> dict[str, Any]:
+    def arms(self) -> dict[str, Strategy]:
         """The strategies to train, the main one first, by name."""
-        return {strategy.type: strategy for strategy in (self.select.strategy, *self.baselines)}
+        return {strategy.arm: strategy for strategy in (self.select.strategy, *self.baselines)}
 
     @property
     def folder(self) -> Path:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from cropi.config.base import Fraction, Table
+from cropi.config.strategies import Strategy
 
 
 class FusionConfig(Table):
@@ -16,63 +17,6 @@ class FusionConfig(Table):
     """Larger values even out the head of the lists (60: Cormack et al. 2009; the paper's code: 0)."""
     truncate: bool = False
     """Rank only the first ceil(fraction N) of each list; others add nothing (the paper's code: true, with floor)."""
-
-
-class FullStrategy(Table):
-    """Every prompt, every stage."""
-
-    type: Literal["full"]
-    """Picks this strategy."""
-
-
-class RandomStrategy(Table):
-    """A uniformly random subset."""
-
-    type: Literal["random"]
-    """Picks this strategy."""
-    redraw: bool = False
-    """Draw a new subset at every stage instead of one for the whole run."""
-
-
-class PassRateStrategy(Table):
-    """Random prompts among those whose stored pass rate lies in a band."""
-
-    type: Literal["pass_rate"]
-    """Picks this strategy."""
-    low: Fraction = 0.2
-    """Lowest pass rate kept."""
-    high: Fraction = 0.8
-    """Highest pass rate kept."""
-
-    @model_validator(mode="after")
-    def _ordered(self) -> PassRateStrategy:
-        if self.low > self.high:
-            raise ValueError(f"low ({self.low}) must not exceed high ({self.high})")
-        return self
-
-
-class LearnabilityStrategy(Table):
-    """The prompts with the largest p (1 - p)."""
-
-    type: Literal["learnability"]
-    """Picks this strategy."""
-    rescore: bool = False
-    """Take p from the newest training rewards of a prompt where it has been trained on."""
-
-
-class InfluenceStrategy(Table):
-    """The prompts whose off-policy gradient points most along the validation sets' (CROPI)."""
-
-    type: Literal["influence"]
-    """Picks this strategy."""
-    static: bool = False
-    """Score once, at the base policy, instead of at every stage."""
-
-
-Strategy = Annotated[
-    FullStrategy | RandomStrategy | PassRateStrategy | LearnabilityStrategy | InfluenceStrategy,
-    Field(discriminator="type"),
-]
 
 
 class SelectConfig(Table):

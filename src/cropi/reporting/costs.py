@@ -6,17 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from cropi.artifacts import read_jsonl
-from cropi.config import Config, InfluenceStrategy, LearnabilityStrategy, PassRateStrategy, Strategy
+from cropi.config import Config
 from cropi.ledger import SHARED
 from cropi.reporting.results import Cost
 from cropi.workspace import Arm
 
 Entry = Mapping[str, Any]  # a line of the ledger
-
-
-def uses_trajectories(strategy: Strategy) -> bool:
-    """Whether a strategy chooses by the stored trajectories, and so has to pay for them."""
-    return isinstance(strategy, InfluenceStrategy | LearnabilityStrategy | PassRateStrategy)
 
 
 def arm_cost(arm: Arm, config: Config, ledger: Sequence[Entry], *, up_to_step: int | None = None) -> Cost:
@@ -52,7 +47,7 @@ def shared_seconds(ledger: Iterable[Entry]) -> dict[str, float]:
 
 
 def _charged(arm: Arm, config: Config) -> bool:
-    return uses_trajectories(config.arms[arm.name])
+    return config.arms[arm.name].reads_trajectories
 
 
 def _begun(entry: Entry, config: Config, up_to_step: int | None) -> bool:

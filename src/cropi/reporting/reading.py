@@ -26,7 +26,7 @@ from cropi.artifacts import (
     read_table,
     scores_schema,
 )
-from cropi.config import Config, InfluenceStrategy
+from cropi.config import Config
 from cropi.functional.sampling import places
 from cropi.reporting.results import Drift, Reliability, StageWorth
 from cropi.workspace import Arm, Workspace
@@ -131,8 +131,7 @@ def _worth(config: Config, stage: int, manifest: Manifest) -> StageWorth:
 
 def scored_stage(config: Config, arm: Arm, stage: int) -> int:
     """The stage whose scores a selection rests on."""
-    strategy = config.arms[arm.name]
-    return 0 if isinstance(strategy, InfluenceStrategy) and strategy.static else stage
+    return config.arms[arm.name].scored_stage(stage)
 
 
 def rows_of(table: pa.Table, prompt_ids: Iterable[str]) -> dict[str, dict[str, Any]]:

@@ -16,7 +16,6 @@ import pyarrow.compute as pc
 from jaxtyping import Bool, Int
 
 from cropi.artifacts import OK, TRAJECTORIES, Manifest, count_status, open_artifact, read_table, write_table
-from cropi.config import InfluenceStrategy, LearnabilityStrategy, PassRateStrategy, Strategy
 from cropi.console import warn, warn_once
 from cropi.rollouts.collect import read_trajectories
 from cropi.workspace import Arm, Workspace, rollout_files
@@ -117,13 +116,6 @@ def newest_rollouts(
     return count_status(statuses), {"prompts": len(seen)}
 
 
-def reads_trajectories(strategy: Strategy) -> bool:
-    """Whether a strategy chooses by the trajectories of the stage, so that newer ones make a difference to it."""
-    if isinstance(strategy, InfluenceStrategy):
-        return not strategy.static
-    return isinstance(strategy, LearnabilityStrategy | PassRateStrategy)
-
-
 class Trajectories:
     """A run's trajectories as they are for an arm at the start of a stage.
 
@@ -204,10 +196,10 @@ class Trajectories:
     def refreshes(self, arm: Arm, stage: int) -> bool:
         """Whether the arm has newer trajectories at a stage."""
         strategy = self._space.config.arms[arm.name]
-        return stage > 0 and self._space.config.refresh.active and reads_trajectories(strategy)
+        return stage > 0 and self._space.config.refresh.active and strategy.follows_trajectories
 
     def _refreshes_validation(self, arm: Arm, stage: int) -> bool:
-        influences = isinstance(self._space.config.arms[arm.name], InfluenceStrategy)
+        influences = self._space.config.arms[arm.name].reads_scores
         return self._space.config.refresh.validation and influences and self.refreshes(arm, stage)
 
     def reuses(self, arm: Arm) -> bool:
