@@ -11,7 +11,7 @@ from cropi.loading import load_config, parse_yaml, recipe_names, validate_config
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_recipe_is_valid(name: str) -> None:
-    assert load_config(name).name == name
+    assert load_config(name).name == name.rpartition("/")[2]
 
 
 def test_overrides_reach_lists_tables_and_the_trainer() -> None:
@@ -28,7 +28,7 @@ def test_overrides_reach_lists_tables_and_the_trainer() -> None:
         ("prompts.test.sum.targetd=true", "did you mean 'targeted'"),
         ("score.projection.dims=5", "unknown key score.projection.dims - did you mean 'dim'"),
         ("select.strategy.type=influnce", "did you mean 'influence'"),
-        ("select.strategy.lo=1", "known keys here: name, static, type"),
+        ("select.strategy.lo=1", "known keys here: name, order, static, type"),
         ("select.fraction=1.5", "select.fraction is 1.5: input should be less than or equal to 1"),
         ("seed=abc", "seed is 'abc': input should be a valid integer"),
         ("collect={}", "collect.max_completion_length is missing"),

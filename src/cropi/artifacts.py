@@ -33,7 +33,8 @@ TRUNCATED = "truncated"  # the completion ended at the length limit, without end
 GOLD_UNPARSEABLE = "gold_unparseable"  # the recorded answer cannot be read by the verifier: excluded, never scored 0
 NON_FINITE = "non_finite"  # the influence is not a finite number, because the prompt's own numbers are not
 PROMPT_TOO_LONG = "prompt_too_long"  # prompt and completion would not fit into the policy's context: no trajectories
-USABLE = frozenset({OK, NO_SIGNAL})  # statuses of a prompt that can be trained on
+NOT_SAMPLED = "not_sampled"  # no trajectories have been asked for: see collect.fraction
+USABLE = frozenset({OK, NO_SIGNAL, NOT_SAMPLED})  # statuses of a prompt that can be trained on
 
 PROMPTS = pa.schema(
     [
@@ -57,6 +58,14 @@ TRAJECTORIES = pa.schema(
         ("reward", pa.float64()),
         ("verdict", pa.string()),
         ("status", pa.string()),
+    ]
+)
+
+REPRESENTATIONS = pa.schema(
+    [
+        ("set", pa.string()),  # "train" or "validation/NAME"
+        ("prompt_id", pa.string()),
+        ("representation", pa.list_(pa.float32())),
     ]
 )
 
@@ -112,6 +121,19 @@ def scores_schema(validation_sets: Iterable[str]) -> pa.Schema:
             *((f"standard_error/{name}", pa.float64()) for name in validation_sets),  # null where it is not known
         ]
     )
+
+
+def validation_scores_schema(validation_sets: Iterable[str]) -> pa.Schema:
+    """Columns of the validation prompts' own scores, with an influence and its error for each validation set."""
+    names = list(validation_sets)
+    known = [
+        ("set", pa.string()),
+        ("prompt_id", pa.string()),
+        ("pass_rate", pa.float64()),
+        ("trajectories", pa.int32()),
+    ]
+    numbers = [(f"{column}/{name}", pa.float64()) for column in ("influence", "standard_error") for name in names]
+    return pa.schema(known + numbers)
 
 
 @dataclass(frozen=True)

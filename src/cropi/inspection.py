@@ -23,7 +23,7 @@ from cropi.gradients.scoring import make_scorer, surrogate_settings
 from cropi.policy import Policy, load_policy
 from cropi.prompts import checked_prompts, leakage_warnings
 from cropi.rewards.verifiers import CORRECT, UNPARSEABLE_ANSWER, Verify, verifier
-from cropi.rollouts.collect import Shard, behaviour_logprobs, plan
+from cropi.rollouts.collect import Shard, behaviour_logprobs, plan, sampled_prompts
 from cropi.rollouts.generation import Sampling, TransformersGenerator
 from cropi.training.settings import grpo_config
 from cropi.workspace import environment
@@ -83,7 +83,7 @@ def check_run(config: Config) -> CheckResult:
     prompts, leakage = checked_prompts(config)
     policy = load_policy(config.policy)
     settings = grpo_config(config, config.folder, policy.model.device)
-    shards, _ = plan(config, policy, prompts)
+    shards, _ = plan(config, policy, sampled_prompts(config, prompts))
     verify = verifier(config.verifier)
     gold = Counter(verify(_written_gold(config, row["answer"]), row["answer"]) for row in prompts)
     if not gold[CORRECT]:

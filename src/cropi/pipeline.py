@@ -7,13 +7,11 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 from torch import nn
 
 from cropi.artifacts import (
     GOLD_UNPARSEABLE,
-    PROMPT_TOO_LONG,
     SELECTION,
     USABLE,
     Manifest,
@@ -21,28 +19,29 @@ from cropi.artifacts import (
     is_finished,
     open_artifact,
     read_table,
-    scores_schema,
 )
 from cropi.config import Config
 from cropi.console import counts_text, say, warn
 from cropi.errors import ArtifactError, DataError, PolicyError
 from cropi.evaluation.evaluate import Question, evaluate, forget_after, read_evaluations
+from cropi.gathering import Gatherer
 from cropi.gradients.groups import iterate_groups
 from cropi.gradients.scoring import FeatureRequest, score, surrogate_settings, validation_groups
 from cropi.policy import Policy, encode_prompts, fingerprint, load_policy, trainer_prompt, uses_chat
 from cropi.prompts import data_identity, make_prompts
-from cropi.refreshing import Refresher, statuses_of
+from cropi.refreshing import Refresher
 from cropi.reporting.report import make_report
 from cropi.reporting.summary import Summary
 from cropi.rewards.verifiers import verifier
 from cropi.rollouts.collect import collect
 from cropi.rollouts.generation import Sampling, TransformersGenerator
 from cropi.rollouts.overlay import Trajectories
+from cropi.rollouts.representations import KIND as REPRESENTED
+from cropi.rollouts.representations import represent
 from cropi.seeds import derived_seed
-from cropi.selection.candidates import Candidates
 from cropi.selection.refresh import drift_warning
 from cropi.selection.select import require_signal, select
-from cropi.training.reward import RecordedReward, training_pass_rates
+from cropi.training.reward import RecordedReward
 from cropi.training.settings import grpo_config
 from cropi.training.train import TrainTask, newest_checkpoint, train
 from cropi.workspace import Arm, Workspace
@@ -62,6 +61,7 @@ class Pipeline:
         self.space = Workspace(config)
         self.space.lock()
         self.trajectories = Trajectories(self.space, _group_facts)
+        self.gathered = Gatherer(self.space, self.trajectories)
 
     def run(self) -> Summary:
         """Prompts to report."""
@@ -89,29 +89,27 @@ class Pipeline:
         folder = self.space.trajectories
         manifest = build(folder, "trajectories", make, inputs=inputs, made_by="cropi collect", keep_parts=True)
         say(f"trajectories: {counts_text(manifest.counts)}")
-        statuses = self._statuses(self.trajectories.base_groups)
+        statuses = self.trajectories.statuses(self.trajectories.base_groups)
         mixed = require_signal(statuses)
         say(f"groups: {mixed} of {len(statuses)} mixed, the others carry no signal now")
-        if any(strategy.reads_scores for strategy in self.config.arms.values()):
+        if any(strategy.aims_at_validation for strategy in self.config.arms.values()):
             validation_groups(self.trajectories.base, self.config.score)
         return manifest
-
-    def _statuses(self, groups: Mapping[str, tuple[str, float]]) -> list[str]:
-        return statuses_of(self.space.train_prompts, groups)
 
     def refresh(self, arm: Arm, stage: int, model: nn.Module, origin: str) -> None:
         """Make what the config wants newer than the base policy's trajectories; `origin` says which policy it is."""
         if self.trajectories.refreshes(arm, stage):
-            scores = self._read_scores(arm.scores(stage - 1)) if self._uses_influence(arm) else None
+            scores = self.gathered.scores(arm, stage - 1) if self._uses_influence(arm) else None
             policy, refresher = Policy(model, self.base.tokenizer), Refresher(self.space, self.trajectories)
             refresher.refresh(arm, stage, policy, origin, scores)
-            require_signal(self._statuses(self.trajectories.groups(self.trajectories.overlay(arm, stage))))
+            require_signal(self.trajectories.statuses(self.trajectories.groups(self.trajectories.overlay(arm, stage))))
 
     # -- score and select --------------------------------------------------------------------------------------------
 
     def score(self, arm: Arm, stage: int, model: nn.Module, origin: str) -> Manifest:
         """Influence of all training prompts at a policy; `origin` says which policy it is."""
         self.refresh(arm, stage, model, origin)
+        self._represent(arm)
         inputs = self.trajectories.inputs(arm, stage)
         of_policy, of_trajectories = f"{self._base_identity} {origin}", " ".join(inputs.values())
         features = FeatureRequest(arm.features(stage), of_policy, self._base_identity, of_trajectories)
@@ -128,8 +126,11 @@ class Pipeline:
                     features,
                     self._previous_scores(arm, stage),
                     stage,
+                    self.config.arms[arm.name],
                 )
                 entry["tokens"] = result[1]["tokens"]
+                entry["computed_tokens"] = result[1]["tokens_computed"]
+                entry["validation_tokens"] = result[1]["validation_tokens"]
             return result
 
         made_from = inputs | {"policy": origin}
@@ -140,11 +141,24 @@ class Pipeline:
             warn(text)
         return manifest
 
+    def _represent(self, arm: Arm) -> None:
+        """Where the base policy sees the prompts, for strategies that pool; part of the cost of scoring."""
+
+        def make(folder: Path) -> tuple[Mapping[str, int], Mapping[str, Any]]:
+            with self.space.ledger.charge("score", arm=arm.name, stage=0) as entry:
+                result = represent(self.config, self.base, self.space.prompt_rows, folder)
+                entry["forward_tokens"] = result[1]["prompt_tokens"]
+            return result
+
+        if self.config.arms[arm.name].pools:
+            inputs = {"prompts": self.prompts().identity, "policy": self._base_identity}
+            build(arm.representations, REPRESENTED, make, inputs=inputs, made_by="cropi score")
+
     def _previous_scores(self, arm: Arm, stage: int) -> pa.Table | None:
         """Scores of the stage before, of the prompts whose trajectories are the same: for `score.budget.rescore`."""
         if not (self.config.score.budget.rescore and stage and is_finished(arm.scores(stage - 1))):
             return None
-        return self.trajectories.overlay(arm, stage).without_replaced(self._read_scores(arm.scores(stage - 1)), stage)
+        return self.trajectories.overlay(arm, stage).without_replaced(self.gathered.scores(arm, stage - 1), stage)
 
     def select(self, arm: Arm, stage: int) -> list[str]:
         """Prompt ids of a stage's selection, read back where it has been made."""
@@ -152,11 +166,13 @@ class Pipeline:
         def make(folder: Path) -> tuple[Mapping[str, int], Mapping[str, Any]]:
             with self.space.ledger.charge("select", arm=arm.name, stage=stage):
                 strategy = self.config.arms[arm.name]
-                return select(self.config, strategy, self._candidates(arm, stage), self.space.train_prompts, folder)
+                return select(
+                    self.config, strategy, self.gathered.candidates(arm, stage), self.space.train_prompts, folder
+                )
 
         inputs = self.trajectories.inputs(arm, stage)
         if self._uses_influence(arm):
-            folder = arm.scores(self._scored_stage(arm, stage))
+            folder = arm.scores(self.config.arms[arm.name].scored_stage(stage))
             inputs["scores"] = open_artifact(folder, "scores", made_by="cropi score").identity
         folder = arm.selection(stage)
         new = not is_finished(folder)
@@ -167,37 +183,8 @@ class Pipeline:
         rows = read_table(folder / "selection.parquet", SELECTION).to_pylist()
         return [row["prompt_id"] for row in rows if row["selected"]]
 
-    def _read_scores(self, folder: Path) -> pa.Table:
-        table = read_table(folder / "scores.parquet", scores_schema(sorted(self.config.prompts.validation)))
-        if table.column("prompt_id").to_pylist() != list(self.space.train_prompts):
-            raise ArtifactError("holds other prompts than the run", where=str(folder), fix="delete the run's folder.")
-        return table
-
     def _uses_influence(self, arm: Arm) -> bool:
         return self.config.arms[arm.name].reads_scores
-
-    def _scored_stage(self, arm: Arm, stage: int) -> int:
-        return self.config.arms[arm.name].scored_stage(stage)
-
-    def _candidates(self, arm: Arm, stage: int) -> Candidates:
-        ids = list(self.space.train_prompts)
-        overlay, steps = self.trajectories.overlay(arm, stage), self.config.train.steps_per_stage
-        groups = self.trajectories.groups(overlay)
-        names = sorted(self.config.prompts.validation)
-        influence: dict[str, np.ndarray] = {}
-        if self._uses_influence(arm):
-            table = self._read_scores(arm.scores(self._scored_stage(arm, stage)))
-            influence = {name: table.column(f"influence/{name}").to_numpy() for name in names}
-        return Candidates(
-            prompt_ids=ids,
-            sources=[row["source"] for row in self.space.train_prompts.values()],
-            statuses=self._statuses(groups),
-            pass_rates_N=np.array([groups.get(i, ("", float("nan")))[1] for i in ids]),
-            training_pass_rates=training_pass_rates(arm.rewards, stage * steps, overlay.drawn_at(steps)),
-            influence=influence,
-            stage=stage,
-            seed=self.config.seed,
-        )
 
     def _select_stage(self, arm: Arm, stage: int, model: nn.Module, in_progress: bool) -> Sequence[str]:
         """What the trainer asks at the start of a stage, with the policy in memory."""
@@ -207,7 +194,7 @@ class Pipeline:
                 where=str(arm.selection(stage)),
                 fix=f"delete {arm.folder} to train this arm anew.",
             )
-        if not in_progress and self._uses_influence(arm) and self._scored_stage(arm, stage) == stage:
+        if not in_progress and self._uses_influence(arm) and self.config.arms[arm.name].scored_stage(stage) == stage:
             self.score(arm, stage, model, self._origin(arm, stage))
         elif not in_progress:
             self.refresh(arm, stage, model, self._origin(arm, stage))
@@ -262,12 +249,16 @@ class Pipeline:
         settings = grpo_config(self.config, arm.checkpoints, self.base.model.device)
         forget_after(arm.evaluation, newest_checkpoint(arm.checkpoints)[1])
         policy = load_policy(self.config.policy)
-        groups = self.trajectories.base_groups
+        status_of = dict(
+            zip(self.space.train_prompts, self.trajectories.statuses(self.trajectories.base_groups), strict=True)
+        )
         rows = [
             {"prompt_id": prompt_id, "prompt": self._trainer_prompt(row), "answer": row["answer"]}
             for prompt_id, row in self.space.train_prompts.items()
-            if groups.get(prompt_id, (PROMPT_TOO_LONG,))[0] in USABLE
+            if status_of[prompt_id] in USABLE
         ]
+        encoded = encode_prompts(self.base.tokenizer, [row["prompt"] for row in rows])
+        rows = [row | {"prompt_tokens": len(ids)} for row, ids in zip(rows, encoded, strict=True)]
         task = TrainTask(
             label=arm.name,
             rows=rows,
@@ -280,6 +271,7 @@ class Pipeline:
             evaluate=lambda step, model: self._evaluate(model, step, arm.evaluation, arm.name),
             folder=arm.folder,
             record_to=arm.rollouts if self.trajectories.reuses(arm) else None,
+            dynamic_sampling=self.config.train.dynamic_sampling,
         )
         final = train(task, policy)
         total = self.config.train.stages * self.config.train.steps_per_stage

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from cropi.artifacts import PROMPT_TOO_LONG, build, open_artifact
+from cropi.artifacts import build, open_artifact
 from cropi.console import counts_text, say
 from cropi.functional.sampling import places
 from cropi.gradients.scoring import chosen_for_validation
@@ -21,11 +21,6 @@ from cropi.selection.refresh import prompts_to_refresh
 from cropi.workspace import Arm, Workspace
 
 MADE_BY = "cropi train"
-
-
-def statuses_of(prompt_ids: Iterable[str], groups: Mapping[str, tuple[str, float]]) -> list[str]:
-    """Status of every prompt, given status and pass rate of the groups that there are."""
-    return [groups[i][0] if i in groups else PROMPT_TOO_LONG for i in prompt_ids]
 
 
 class Refresher:
@@ -42,7 +37,7 @@ class Refresher:
             steps = self._config.train.steps_per_stage
             copy = partial(newest_rollouts, arm.rollouts, (stage - 1) * steps, stage * steps)
             build(arm.reused(stage), REUSED, copy, inputs=inputs, made_by=MADE_BY)
-        if settings.validation and self._config.arms[arm.name].reads_scores:
+        if settings.validation and self._config.arms[arm.name].aims_at_validation:
             self._sample(arm.fresh_validation(stage), arm, stage, policy, self._validation_rows(), inputs)
         if settings.fraction:
             self._sample_pool(arm, stage, policy, inputs, scores)
@@ -67,7 +62,7 @@ class Refresher:
         ids = list(self._space.train_prompts)
         chosen = prompts_to_refresh(
             ids,
-            statuses_of(ids, self._trajectories.groups(before)),
+            self._trajectories.statuses(self._trajectories.groups(before)),
             before.drawn(ids),
             before.reused(ids, stage),
             np.full(len(ids), np.nan) if scores is None else scores.column("ratio_ess").to_numpy(),

@@ -59,6 +59,11 @@ class Arm:
         return self.folder / "rollouts"
 
     @property
+    def representations(self) -> Path:
+        """Where the base policy sees every prompt, for strategies that pool."""
+        return self.folder / "representations"
+
+    @property
     def checkpoints(self) -> Path:
         return self.folder / "checkpoints"
 

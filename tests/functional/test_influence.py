@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cropi.functional.influence import influence, mean_weights
+from cropi.functional.influence import influence, learnability, mean_weights
 
 G_ND = np.array([[3.0, 4.0], [-1.0, 0.0], [0.0, 0.0]])
 D_VD = np.array([[1.0, 0.0], [0.0, 2.0]])
@@ -14,6 +14,26 @@ NORMS_N, NORMS_V = np.linalg.norm(G_ND, axis=1), np.linalg.norm(D_VD, axis=1)
 def test_dot_and_cosine_by_hand() -> None:
     assert influence(PRODUCTS_NV, NORMS_N, NORMS_V).tolist() == [[3, 8], [-1, 0], [0, 0]]
     assert influence(PRODUCTS_NV, NORMS_N, NORMS_V, "cosine").tolist() == [[0.6, 0.8], [-1, 0], [0, 0]]
+
+
+def test_gain_by_hand() -> None:
+    # sqrt(p (1 - p)): 1/2 at 0.5, 0.4 at 0.2, 0 at 1
+    found_NV = influence(PRODUCTS_NV, NORMS_N, NORMS_V, "gain", np.array([0.5, 0.2, 1.0]))
+    np.testing.assert_allclose(found_NV, [[0.3, 0.4], [-0.4, 0], [0, 0]])
+    np.testing.assert_allclose(learnability(np.array([0.5, 0.2, 1.0])), [0.25, 0.16, 0])
+    with pytest.raises(ValueError, match="pass rates"):
+        influence(PRODUCTS_NV, NORMS_N, NORMS_V, "gain")
+
+
+def test_gain_is_dot_where_right_and_wrong_are_equally_far_apart() -> None:
+    """g = p (1 - p) (mean score right - mean score wrong) / sqrt(p (1 - p)) with differences of one length."""
+    rng = np.random.default_rng(0)
+    apart_ND, p_N = rng.normal(size=(6, 4)), rng.uniform(0.1, 0.9, size=6)
+    apart_ND *= 3 / np.linalg.norm(apart_ND, axis=1, keepdims=True)
+    g_ND, d_VD = np.sqrt(p_N * (1 - p_N))[:, None] * apart_ND, rng.normal(size=(1, 4))
+    lengths = np.linalg.norm(g_ND, axis=1), np.linalg.norm(d_VD, axis=1)
+    gain_NV = influence(g_ND @ d_VD.T, *lengths, "gain", p_N)
+    np.testing.assert_allclose(g_ND @ d_VD.T, gain_NV * 3 * lengths[1])
 
 
 def test_they_rank_differently() -> None:

@@ -17,18 +17,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from cropi.config import LearnabilityStrategy
 from cropi.functional.advantages import EPSILON
 from cropi.functional.agreement import top_overlap
 from cropi.functional.fusion import reciprocal_rank_fusion
-from cropi.functional.influence import influence, mean_weights
+from cropi.functional.influence import influence, learnability, mean_weights
 from cropi.functional.surrogate import corrected_ratios, effective_sample_share
 from cropi.gradients.packing import Span
 from cropi.gradients.ratios import RatioMoments, moments
 from cropi.gradients.surrogate import SurrogateSettings, scales_of
 from cropi.gradients.units import Units
-from cropi.selection.candidates import Candidates
-from cropi.selection.learnability import learnability
 
 TOKENS, HORIZON, END = 3, 3, 0
 PARAMETERS = TOKENS + TOKENS * TOKENS
@@ -186,8 +183,7 @@ def test_learnability_is_a_factor_of_the_gradient_of_a_pass_rate() -> None:
     chances_C, scores_CP = probabilities(BETA).numpy(), units(BETA, BETA, "token").numpy()
     rights, wrongs = (chances_C * (reward == REWARDS_C) for reward in (1.0, 0.0))
     p = rights.sum()
-    pool = Candidates(["a"], [""], ["ok"], np.array([p]), {}, {}, stage=0, seed=0)
-    (factor,) = learnability(pool, LearnabilityStrategy(type="learnability")).scores_N
+    (factor,) = learnability(np.array([p]))
     contrast_P = (rights / p - wrongs / (1 - p)) @ scores_CP
     assert gap(factor * contrast_P, slope(lambda t: expected(t, REWARDS_C), BETA)) < 1e-12
 

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from tests.conftest import tiny_llama
 
-from cropi.config import FusionConfig
+from cropi.config import FusionConfig, InfluenceStrategy, SelectConfig
 from cropi.gradients.budget import BudgetedScores, BudgetSettings, Cut, Rescoring, budgeted, subsample_factors
 from cropi.gradients.groups import Group
 from cropi.gradients.scorer import Scored, Scorer
 from cropi.gradients.surrogate import SurrogateSettings
 from cropi.selection.candidates import Candidates
-from cropi.selection.influence import influence
+from cropi.selection.select import rank
 
 FULL = BudgetSettings(None, None, rescore=False, fraction=0.1)
 CASCADE = BudgetSettings(2, 0.3, rescore=False, fraction=0.1)
@@ -213,7 +213,8 @@ def test_the_cut_is_the_one_that_selection_will_make(truncate: bool) -> None:
     statuses = ["ok"] * 40 + ["no_signal"] * 60
     influence_by_set = {f"v{v}": values_NV[:, v] for v in range(3)}
     candidates = Candidates(ids, [""] * 100, statuses, np.zeros(100), {}, influence_by_set, 0, 0)
-    ranking = influence(candidates, FusionConfig(truncate=truncate), 0.1)
+    strategy = InfluenceStrategy(type="influence")
+    ranking = rank(candidates, strategy, SelectConfig(strategy=strategy, fusion=FusionConfig(truncate=truncate)))
     best = sorted(range(40), key=lambda row: (-ranking.scores_N[row], ids[row]))[:10]
     cut = Cut(ids[:40], np.ones(40, dtype=bool), 10, absent=60, depth=10 if truncate else None)
     assert cut.above(values_NV[:40]) == best

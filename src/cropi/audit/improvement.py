@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from cropi.artifacts import OK
 from cropi.audit.prefix_tree import SharedPrefixes
+from cropi.functional import influence as functional
 from cropi.functional.advantages import EPSILON
 from cropi.functional.agreement import spearman
 from cropi.functional.statistics import Interval
@@ -278,11 +279,11 @@ class PromptScores:
             return products_NV * scales_N1
         lengths_NV = lengths_N1 * self._lengths_V[((kind.normalizer, kind.validation_std), kind.preconditioned)]
         cosines_NV = np.divide(products_NV, lengths_NV, out=np.zeros_like(products_NV), where=lengths_NV > 0)
-        return cosines_NV * np.sqrt(self.learnability())[:, None] if kind.score == "gain" else cosines_NV
+        return functional.gain(cosines_NV, self._pass_rates_N) if kind.score == "gain" else cosines_NV
 
     def learnability(self) -> Float[np.ndarray, " N"]:
         """p (1 - p)."""
-        return self._pass_rates_N * (1 - self._pass_rates_N)
+        return functional.learnability(self._pass_rates_N)
 
     def _scales(self, kind: Kind) -> Float[np.ndarray, " N"]:
         """What multiplies the gradient without deviation under the base normaliser; 0 without signal."""

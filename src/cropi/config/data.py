@@ -36,8 +36,8 @@ class BuiltinSource(Table):
     """Families to draw from; each becomes the `source` of its prompts."""
     count: Positive
     """Problems per family."""
-    seed: int = 0
-    """Seed of the problems. Train, validation and test never overlap, whatever the seeds."""
+    seed: int | None = None
+    """Seed of the problems; the run's `seed` when unset. Train, validation and test never overlap, whatever it is."""
     min_length: Positive | None = None
     """Shortest problem, in items; the family's own default when unset."""
     max_length: Positive | None = None
@@ -46,6 +46,10 @@ class BuiltinSource(Table):
     """Modulus of the families that have one; the family's own default when unset."""
     label_noise: Fraction = 0.0
     """Share of the rows whose recorded answer is wrong."""
+    label_rule: Literal["right", "stop_early"] = "right"
+    """What is recorded as the answer: the right one, or what one gets who always stops one item early."""
+    hint: Fraction = 0.0
+    """Share of the worked steps that the prompt gives away, rounded up to a word. At 1 only the answer is left."""
 
 
 class _RowSource(Table):

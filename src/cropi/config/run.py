@@ -23,6 +23,9 @@ class TrainConfig(Table):
     """How often prompts are selected (paper: 5)."""
     steps_per_stage: Positive
     """Optimiser steps per stage (paper: 200)."""
+    dynamic_sampling: NonNegative = 0
+    """DAPO's dynamic sampling: how often, at the most, groups of a generation batch whose rewards are all equal are
+    replaced by groups of the stage's next prompts. All that is sampled is charged. 0: off."""
 
 
 class RefreshConfig(Table):
@@ -108,6 +111,30 @@ class Config(Table):
             raise ValueError(
                 f"score.budget.contenders ({contenders}) is below select.fraction ({self.select.fraction})"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _lengths_are_computed(self) -> Config:
+        for name, strategy in self.arms.items():
+            if strategy.reads_lengths and self.score.budget.active:
+                raise ValueError(f"{name} needs the gradient of every prompt in full, which score.budget leaves out")
+        return self
+
+    @model_validator(mode="after")
+    def _pooling_has_errors(self) -> Config:
+        wanted = {
+            "score.score=dot": self.score.score == "dot",
+            "score.validation_mean=plain": self.score.validation_mean == "plain",
+            "score.estimator=sketch": self.score.estimator == "sketch",
+            "score.store=none": self.score.store == "none",
+            "no score.budget": not self.score.budget.active,
+            "collect.num_generations of 3 or more": self.collect.num_generations >= 3,
+            "collect.validation_num_generations of 3 or more": self.collect.validation_num_generations >= 3,
+        }
+        for name, strategy in self.arms.items():
+            missing = [text for text, there in wanted.items() if strategy.pools and not there]
+            if missing:
+                raise ValueError(f"{name} pools inner products by their standard errors, which needs {missing[0]}")
         return self
 
     @property

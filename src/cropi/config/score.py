@@ -14,6 +14,9 @@ class CollectConfig(Table):
 
     num_generations: Annotated[int, Field(ge=2)] = 8
     """K, completions per training prompt (paper: 8)."""
+    fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the training pool that is sampled, a fixed random choice. The rest is `not_sampled`: it can be trained
+    on, but only strategies that judge a prompt by others, or by its text, can choose it."""
     validation_num_generations: Annotated[int, Field(ge=2)] = 32
     """Completions per validation prompt (paper's code: 32)."""
     max_completion_length: Positive
@@ -75,8 +78,9 @@ class ScoreConfig(Table):
 
     normalizer: Literal["auto", "sequence", "token", "constant"] = "auto"
     """What a prompt's surrogate is divided by. `auto` matches the trainer's loss; see docs/decisions."""
-    score: Literal["dot", "cosine"] = "dot"
-    """`dot` is the first-order gain of a step along the prompt's gradient; `cosine` is what the paper's runs use."""
+    score: Literal["dot", "cosine", "gain"] = "dot"
+    """`dot` is the first-order gain of a step along the prompt's gradient; `cosine` is what the paper's runs use;
+    `gain` is cosine x sqrt(p (1 - p))."""
     advantage_std: bool | Literal["auto"] = "auto"
     """Divide advantages by the group's standard deviation (GRPO). `auto` follows `trainer.scale_rewards`."""
     validation_mean: Literal["plain", "normalized"] = "plain"
@@ -127,8 +131,8 @@ class ScoreConfig(Table):
             reason = "a store keeps the features of whole groups"
         elif self.estimator == "reference":
             reason = "estimator=reference knows whole groups alone"
-        elif self.estimator == "exact" and self.score == "cosine":
-            reason = "estimator=exact has no inner products of trajectories, which cosines need"
+        elif self.estimator == "exact" and self.score != "dot":
+            reason = f"estimator=exact has no inner products of trajectories, which score={self.score} needs"
         if self.standard_errors and reason is not None:
             raise ValueError(f"standard_errors=true cannot be had: {reason}; set score.standard_errors=false")
         return self

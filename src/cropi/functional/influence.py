@@ -5,7 +5,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float
 
-Score = Literal["dot", "cosine"]
+Score = Literal["dot", "cosine", "gain"]
 
 
 def mean_weights(
@@ -31,15 +31,34 @@ def influence(
     norms_N: Float[np.ndarray, " N"],
     norms_V: Float[np.ndarray, " V"],
     score: Score = "dot",
+    pass_rates_N: Float[np.ndarray, " N"] | None = None,
 ) -> Float[np.ndarray, "N V"]:
     """Influence of N prompts on V validation sets from inner products <g_i, d_v> (paper: the product of gradients).
 
     `dot`: <g_i, d_v>, the first-order gain of the validation objective from a step along g_i.
     `cosine`: <g_i, d_v> / (|g_i| |d_v|), the gain of a step of fixed length (what the paper's experiments rank by).
+    `gain`: cosine x sqrt(p_i (1 - p_i)), p_i the pass rate of the prompt's trajectories (`pass_rates_N`). Ours: the
+    `dot` of gradients whose advantages are divided by their deviation, if the mean log-likelihood gradients of right
+    and of wrong completions lay equally far apart for every prompt. What lengths say beyond that is taken for noise.
     A zero vector on either side gives 0; what is not a finite number stays so. `dot` reads no norms.
     """
     if score == "dot":
         return products_NV
     norms_NV = norms_N[:, None] * norms_V
     with np.errstate(invalid="ignore"):
-        return np.divide(products_NV, norms_NV, out=np.zeros(products_NV.shape), where=norms_NV != 0)
+        cosines_NV = np.divide(products_NV, norms_NV, out=np.zeros(products_NV.shape), where=norms_NV != 0)
+    if score == "cosine":
+        return cosines_NV
+    if pass_rates_N is None:
+        raise ValueError("gain needs the pass rates")
+    return gain(cosines_NV, pass_rates_N)
+
+
+def gain(cosines_NV: Float[np.ndarray, "N V"], pass_rates_N: Float[np.ndarray, " N"]) -> Float[np.ndarray, "N V"]:
+    """cosine x sqrt(p (1 - p)): see `influence`."""
+    return cosines_NV * np.sqrt(learnability(pass_rates_N))[:, None]
+
+
+def learnability(pass_rates_N: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
+    """p (1 - p), the variance of a verdict (Foerster & Foster, arXiv 2502.12272). NaN stays NaN."""
+    return pass_rates_N * (1 - pass_rates_N)

@@ -60,7 +60,8 @@ def influence(
 
     Inf_v(i) = <g_i, (1/M) sum_m g_m> with g the gradient of a prompt's off-policy surrogate
     sum_k (1/Z_k) sum_t rho_{k,t} A_k (paper eq. 4 and its definition of influence): to first order, what a step along
-    g_i adds to the validation objective. `score="cosine"` divides by both lengths, as the paper's experiments do.
+    g_i adds to the validation objective. `score="cosine"` divides by both lengths, as the paper's experiments do;
+    `score="gain"` multiplies that by sqrt(p (1 - p)), p the mean reward.
 
     policy: a transformers causal LM, or a PEFT model around one; gradients are those of its trainable parameters.
     train, validation: groups of trajectories; the validation sets' order is the mapping's.
@@ -69,7 +70,7 @@ def influence(
     advantage_std: divide advantages by the group's standard deviation (GRPO) or not (Dr. GRPO).
     temperature: the one that the trajectories were sampled with.
     standard_errors: also give each value's; prompts are then not shared by their trajectories, which costs their tokens
-        K times. Not for `reference`, nor for `exact` with cosine.
+        K times. Not for `reference`, nor for `exact` with cosine or gain.
     batch_tokens: tokens of a forward pass; by default what memory allows.
 
     A group without signal, or whose own numbers are not finite, gets 0 and a status, and changes nothing for others.
@@ -78,7 +79,7 @@ def influence(
     """
     if normalizer == "constant" and max_completion_length is None:
         raise ValueError("normalizer='constant' needs max_completion_length, in tokens")
-    if standard_errors and (estimator == "reference" or (estimator == "exact" and score == "cosine")):
+    if standard_errors and (estimator == "reference" or (estimator == "exact" and score != "dot")):
         raise ValueError("standard_errors needs estimator='sketch', or 'exact' with score='dot'")
     settings = SurrogateSettings(normalizer, max_completion_length or 1, temperature, advantage_std)
     scorer = Scorer(

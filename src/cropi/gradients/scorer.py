@@ -48,7 +48,7 @@ class Scored:
     products_NV: Float[np.ndarray, "N V"]
     """<g_i, d_v>."""
     norms_N: Float[np.ndarray, " N"]
-    """|g_i|; of the feature for `sketch`; NaN where nobody asked for it (`exact` without cosine)."""
+    """|g_i|; of the feature for `sketch`; NaN where nobody asked for it (`exact` with `dot`, without `lengths`)."""
     ratio_facts_NR: Float[np.ndarray, "N R"]
     """`ratios.FACTS` of each group; of no tokens (1, 0, 0) where nothing was computed."""
     features_ND: Tensor | None
@@ -56,6 +56,8 @@ class Scored:
     tokens_computed: int
     errors_NV: Float[np.ndarray, "N V"] | None = None
     """Standard errors of the influence, if asked for: 0 without signal, NaN for fewer than three trajectories."""
+    pass_rates_N: Float[np.ndarray, " N"] | None = None
+    """Mean rewards."""
 
 
 class Scorer:
@@ -65,7 +67,8 @@ class Scorer:
     scaled to length 1 (`normalized`). What differs is how a training group's gradient meets them:
 
     `exact`: without projection, by (2 + V) forward passes of work at most, often 3; `sketch`: through a
-    `SparseProjection`, about 2; `reference`: by autograd, one group at a time, at least 3.
+    `SparseProjection`, about 2; `reference`: by autograd, one group at a time, at least 3. `lengths`: have those
+    of the gradients even where the score needs none.
     """
 
     def __init__(
@@ -78,8 +81,10 @@ class Scorer:
         validation_mean: Literal["plain", "normalized"] = "plain",
         projection: SparseProjection | None = None,
         batch_tokens: int | None = None,
+        lengths: bool = False,
     ) -> None:
         self.estimator, self.score, self._mean = estimator, score, validation_mean
+        self._lengths = lengths or score != "dot"
         self.projection = projection or SparseProjection()
         self.layer_directions: dict[str, Tensor] = {}
         self.settings = settings
@@ -131,19 +136,30 @@ class Scorer:
         """Score a block of groups. `factors` multiply the weights of each group's trajectories.
 
         `standard_errors`: each with its jackknife error. Trajectories do not share their prompt then, which costs the
-        prompts' tokens K times. ValueError for the reference estimator, and for `exact` with cosine, which would need
-        the inner product of any two trajectories.
+        prompts' tokens K times. ValueError for the reference estimator, and for `exact` with a score that needs
+        lengths, hence the inner product of any two trajectories.
         """
         if standard_errors:
-            return self._with_errors(groups, advance)
-        if self._engine is None:
-            return self._by_reference(groups, advance)
+            scored = self._with_errors(groups, advance)
+        elif self._engine is None:
+            scored = self._by_reference(groups, advance)
+        else:
+            scored = self._by_engine(groups, factors, advance)
+        return replace(scored, pass_rates_N=np.array([group.pass_rate for group in groups], dtype=np.float64))
+
+    def _by_engine(
+        self,
+        groups: Sequence[Group],
+        factors: Sequence[Sequence[float]] | None,
+        advance: Callable[[int], None] | None,
+    ) -> Scored:
         logs = self._mean_log_ratios(groups)
         found = [
             segment_of(index, group, self.settings, None if factors is None else factors[index], logs[index])
             for index, group in enumerate(groups)
         ]
-        return self._run([segment for segment in found if segment is not None], len(groups), advance)
+        segments = [segment for segment in found if segment is not None]
+        return self._pass(segments, len(groups), advance, norms=self._lengths)[0]
 
     def units(
         self, groups: Sequence[Group], *, grams: bool = False, advance: Callable[[int], None] | None = None
@@ -192,9 +208,9 @@ class Scorer:
             yield units, features_KD, sum(segment.tokens for segment in own)
 
     def _with_errors(self, groups: Sequence[Group], advance: Callable[[int], None] | None) -> Scored:
-        grams = self.score == "cosine"
+        grams = self.score != "dot"
         if grams and self.estimator != "sketch":
-            raise ValueError("standard errors of cosines need estimator='sketch'")
+            raise ValueError(f"standard errors with score={self.score!r} need estimator='sketch'")
         settings, products, norms, facts, errors, features = self.settings, [], [], [], [], []
         computed = 0
         for group, (units, features_KD, tokens) in zip(
@@ -251,11 +267,8 @@ class Scorer:
         return functional.influence(np.array(products), norms_V, norms_V, "cosine")
 
     def values(self, scored: Scored) -> Float[np.ndarray, "N V"]:
-        """Influence: the inner products (`dot`), or these over both lengths (`cosine`); 0 for a zero gradient."""
-        return functional.influence(scored.products_NV, scored.norms_N, self._norms_V, self.score)
-
-    def _run(self, segments: Sequence[Segment], count: int, advance: Callable[[int], None] | None) -> Scored:
-        return self._pass(segments, count, advance, norms=self.score == "cosine")[0]
+        """Influence by the scorer's score, 0 for a zero gradient: see `functional.influence`."""
+        return functional.influence(scored.products_NV, scored.norms_N, self._norms_V, self.score, scored.pass_rates_N)
 
     def _pass(
         self, segments: Sequence[Segment], count: int, advance: Callable[[int], None] | None, *, norms: bool

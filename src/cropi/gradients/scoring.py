@@ -12,13 +12,25 @@ import numpy as np
 import pyarrow as pa
 from torch import nn
 
-from cropi.artifacts import GOLD_UNPARSEABLE, NON_FINITE, OK, PROMPT_TOO_LONG, count_status, scores_schema, write_table
-from cropi.config import Config, ScoreConfig
+from cropi.artifacts import (
+    GOLD_UNPARSEABLE,
+    NON_FINITE,
+    OK,
+    PROMPT_TOO_LONG,
+    count_status,
+    scores_schema,
+    validation_scores_schema,
+    write_table,
+)
+from cropi.config import Config, ScoreConfig, StrategyTable
 from cropi.console import Progress, progress, warn, warn_once
 from cropi.errors import SignalError
+from cropi.functional.influence import gain
 from cropi.functional.projection import SparseProjection
 from cropi.functional.surrogate import NORMALIZER_OF_LOSS
 from cropi.gradients.budget import BudgetSettings, budgeted
+from cropi.gradients.candidates import candidate_groups
+from cropi.gradients.evidence import validation_evidence
 from cropi.gradients.groups import Group, iterate_groups
 from cropi.gradients.influence import statuses
 from cropi.gradients.ratios import FACTS
@@ -61,14 +73,18 @@ class FeatureRequest:
     trajectories: str
 
 
-def make_scorer(config: Config, model: nn.Module, settings: SurrogateSettings) -> Scorer:
-    """The scorer that a config asks for."""
+def make_scorer(
+    config: Config, model: nn.Module, settings: SurrogateSettings, strategy: StrategyTable | None = None
+) -> Scorer:
+    """The scorer that a config asks for; for a strategy that aims at candidates, the one that it needs."""
+    aims_at_candidates = strategy is not None and strategy.candidates_aimed_at > 0
     return Scorer(
         model,
         settings,
         estimator=config.score.estimator,
-        score=config.score.score,
-        validation_mean=config.score.validation_mean,
+        score="dot" if aims_at_candidates else config.score.score,
+        validation_mean="normalized" if aims_at_candidates else config.score.validation_mean,
+        lengths=strategy is not None and strategy.reads_lengths,
         projection=SparseProjection(**config.score.projection.model_dump()),
         batch_tokens=config.score.batch_tokens,
     )
@@ -84,19 +100,29 @@ def score(
     features: FeatureRequest,
     previous: pa.Table | None = None,
     stage: int = 0,
+    strategy: StrategyTable | None = None,
 ) -> tuple[dict[str, int], dict[str, Any]]:
     """Write `scores.parquet` to `folder`: one row per training prompt, those without signal included (influence 0).
 
     `trajectories` maps "train" and "validation/NAME" to their tables, `sources` prompt ids to sources. With
     `score.store`, features go to a store of their own first, and the scores are read off it. `previous` are the scores
-    of the stage before, for `score.budget.rescore`. Returns (rows by status, details). Raises SignalError where a
-    validation set has no mixed group, or nothing is finite.
+    of the stage before, for `score.budget.rescore`. Under a strategy that aims at candidates, halves of a sample of the
+    training prompts take the place of the validation sets: their mean gradients, each scaled to length 1, and `dot`.
+    Returns (rows by status, details). Raises SignalError where a validation set has no mixed group, or nothing is
+    finite.
     """
-    validation = validation_groups(trajectories, config.score)
+    candidates = 0 if strategy is None else strategy.candidates_aimed_at
+    if candidates:
+        validation = candidate_groups(trajectories["train"], candidates, config.seed)
+    else:
+        validation = validation_groups(trajectories, config.score)
     names = list(validation)
+    pools = strategy is not None and strategy.pools
+    # of no use to lengths
+    standard_errors = (config.score.standard_errors or pools) and not (strategy and strategy.reads_lengths)
     rows = {prompt_id: _blank(prompt_id, source, names) for prompt_id, source in sources.items()}
     mixed = _note_facts(trajectories["train"], rows)
-    scorer = make_scorer(config, model, settings)
+    scorer = make_scorer(config, model, settings, strategy)
     given = computed = 0
     with progress("score", len(mixed) + sum(map(len, validation.values())), "prompts") as bar:
         if config.score.budget.active:
@@ -104,28 +130,34 @@ def score(
             parts = _score_with_budget(config, scorer, trajectories["train"], len(sources), previous, stage, bar)
         elif config.score.store == "none":
             scorer.aim(validation, bar.advance)
-            parts = _score_blocks(scorer, trajectories["train"], config.score.standard_errors, bar)
+            parts = _score_blocks(scorer, trajectories["train"], standard_errors, bar)
         else:
             scorer.aim(validation, bar.advance, stored_directions(features.folder))
             writer = _writer(config, settings, scorer, features, mixed)
             parts = _score_into_store(writer, scorer, trajectories["train"], bar)
-        _warn_of_noise(scorer.direction_reliability)
+        if not candidates:
+            _warn_of_noise(scorer.direction_reliability)
+        if pools:
+            evidence, computed = validation_evidence(scorer, validation)
+            write_table(folder / "validation.parquet", evidence, validation_scores_schema(names))
         for part in parts:
             _note_scores(rows, part, names)
             given += sum(len(g.prompt_ids) * len(g.completions) + g.completion_tokens for g in part.groups)
             computed += part.tokens_computed
     counts = count_status(row["status"] for row in rows.values())
     _check_finite(counts)
-    reliability = note_reliability(config, rows, names, stage) if config.score.standard_errors else None
+    noted = standard_errors and config.score.standard_errors
+    reliability = note_reliability(config, rows, names, stage) if noted else None
     write_table(folder / "scores.parquet", list(rows.values()), scores_schema(names))
     details = {
         "estimator": config.score.estimator,
         "projection": scorer.projection.identity if config.score.estimator == "sketch" else None,
         "normalizer": settings.normalizer,
-        "score": config.score.score,
+        "score": scorer.score,
         "validation_groups": {name: len(groups) for name, groups in validation.items()},
         "tokens": given + sum(group.completion_tokens for groups in validation.values() for group in groups),
         "tokens_computed": computed,
+        "validation_tokens": sum(len(g.prompt_ids) + g.completion_tokens for gs in validation.values() for g in gs),
         "reliability": reliability,
         "direction_reliability": {n: _known(value) for n, value in scorer.direction_reliability.items()},
         "drift": drift(rows.values()),
@@ -239,6 +271,8 @@ def _score_into_store(writer: FeatureStoreWriter, scorer: Scorer, table: pa.Tabl
         computed.append(scored.tokens_computed)
     store = writer.finish()
     values_NV = store.influence(scorer.features_VD) if scorer.score == "dot" else store.cosine(scorer.features_VD)
+    if scorer.score == "gain":
+        values_NV = gain(values_NV, np.array([group.pass_rate for group in _mixed(table)]))
     facts = store.rows()
     norms_N = facts.column("norm").to_numpy()
     facts_NR = np.stack([facts.column(name).to_numpy() for name in FACTS], axis=1)

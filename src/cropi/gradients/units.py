@@ -72,7 +72,8 @@ class Units:
         products_XV = self.products(settings, subsets_XK)
         if score == "dot":
             return products_XV
-        return functional.influence(products_XV, self.norms(settings, subsets_XK), norms_V, score)
+        rates_X = self.rewards_K[self._all() if subsets_XK is None else subsets_XK].mean(axis=1)
+        return functional.influence(products_XV, self.norms(settings, subsets_XK), norms_V, score, rates_X)
 
     def errors(
         self, settings: SurrogateSettings, score: functional.Score, norms_V: Float[np.ndarray, " V"]

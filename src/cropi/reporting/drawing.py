@@ -11,6 +11,7 @@ import re
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec
+from zlib import crc32
 
 import matplotlib as mpl
 import numpy as np
@@ -36,6 +37,19 @@ ARM_STYLES: dict[str, dict[str, Any]] = {
     "learnability": {"color": GREEN, "marker": "D", "linestyle": "-."},
     "pass_rate": {"color": PINK, "marker": "v", "linestyle": (0, (5, 1))},
 }
+OTHER_COLOURS = (SKY, ORANGE, GREEN, PINK, BLUE)
+OTHER_MARKS = ("P", "X", "*", "<", ">", "h", "p")
+
+
+def arm_style(name: str) -> dict[str, Any]:
+    """How an arm is drawn, the same in every report; arms without a look of their own get one by their name."""
+    if name in ARM_STYLES:
+        return ARM_STYLES[name]
+    number = crc32(name.encode())
+    look = {"color": OTHER_COLOURS[number % 5], "marker": OTHER_MARKS[number // 5 % 7]}
+    return look | {"linestyle": ("-", "--", ":", "-.")[number // 35 % 4]}
+
+
 SETTINGS: Any = {
     "svg.hashsalt": "cropi",
     "svg.fonttype": "none",

@@ -135,7 +135,7 @@ def _read_stages(config: Config, arm: Arm, stage: int | None) -> list[_Stage]:
     if stage is not None and stage >= config.train.stages:
         raise UserError(f"the run has no stage {stage}", where="--stage", fix=f"give 0 to {config.train.stages - 1}.")
     wanted = range(config.train.stages) if stage is None else [stage]
-    tables = read_scores(arm, config.train.stages, config.prompts.validation)
+    tables = read_scores(arm, config.train.stages, config.arms[arm.name].directions(config.prompts.validation))
     found = []
     for number in wanted:
         selection = selection_table(arm, number)
@@ -196,7 +196,7 @@ def _trained(batches: Sequence[Sequence[float | None]]) -> Trained:
 
 
 def _facts_of_stage(config: Config, arm: Arm, stage: _Stage, rewards: Mapping[str, Rewards]) -> dict[str, StageFacts]:
-    names = sorted(config.prompts.validation)
+    names = config.arms[arm.name].directions(config.prompts.validation)
     scored = rows_of(stage.scores, rewards) if stage.scores is not None else {}
     set_ranks = _set_ranks(stage.scores, names)
     selected = rows_of(stage.selection, rewards) if stage.selection is not None else {}

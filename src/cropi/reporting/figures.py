@@ -11,13 +11,13 @@ from matplotlib.patches import Rectangle
 
 from cropi.functional.statistics import Interval
 from cropi.reporting.drawing import (
-    ARM_STYLES,
     BLUE,
     GREEN,
     GREY,
     MUTED,
     ORANGE,
     SKY,
+    arm_style,
     grid,
     in_style,
     new_figure,
@@ -64,7 +64,7 @@ def _series(arm: ArmSummary, kind: str) -> list[tuple[int, Interval]]:
 def _curve(axes: Axes, arm: ArmSummary, series: Sequence[tuple[int, Interval]]) -> None:
     if not series:
         return
-    style = ARM_STYLES[arm.name]
+    style = arm_style(arm.name)
     steps, means = [step for step, _ in series], [value.mean for _, value in series]
     low, high = [value.low for _, value in series], [value.high for _, value in series]
     axes.fill_between(steps, low, high, color=style["color"], alpha=0.13, linewidth=0)
@@ -82,7 +82,7 @@ def selection_shares(shares: Mapping[str, Shares]) -> str | None:
     panels = figure.subplots(1, len(shares), squeeze=False, sharey=True, width_ratios=widths)[0]
     peak = max(max(column) for s in shares.values() for column in (s.pool, *s.by_stage.values()))
     for axes, (arm, table) in zip(panels, shares.items(), strict=True):
-        _heat_map(axes, table, ARM_STYLES[arm]["color"], peak)
+        _heat_map(axes, table, arm_style(arm)["color"], peak)
         axes.set_title(arm)
     panels[0].set_yticks([row - 0.03 for row in range(len(sources))], [shortened(source) for source in sources])
     return svg(figure, "shares")
@@ -118,7 +118,7 @@ def turnover(selections: Mapping[str, Mapping[int, Selection]], fraction: float)
     axes = figure.subplots()
     stages = sorted({stage for overlaps in series.values() for stage in overlaps})
     for arm, overlaps in series.items():
-        axes.plot(list(overlaps), list(overlaps.values()), label=arm, clip_on=False, **ARM_STYLES[arm])
+        axes.plot(list(overlaps), list(overlaps.values()), label=arm, clip_on=False, **arm_style(arm))
     expected = random_jaccard(fraction)
     axes.axhline(expected, color=MUTED, linewidth=1, linestyle=(0, (2, 2)), label="two random draws")
     axes.set(ylim=(0, 1.02), xlabel="from stage → to stage", xlim=(min(stages) - 0.3, max(stages) + 0.3))

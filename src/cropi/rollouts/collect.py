@@ -29,11 +29,12 @@ from cropi.artifacts import (
 from cropi.config import Config
 from cropi.console import progress, warn
 from cropi.errors import ArtifactError, DataError
+from cropi.functional.sampling import places
 from cropi.ledger import Ledger
 from cropi.policy import Policy, completion_logprobs, encode_prompts, trainer_prompt, uses_chat
 from cropi.rewards.verifiers import reward, verifier
 from cropi.rollouts.generation import Sampling, TransformersGenerator
-from cropi.seeds import derived_seed
+from cropi.seeds import derived_seed, unit_interval
 
 
 @dataclass(frozen=True)
@@ -58,10 +59,18 @@ def collect(
     """
     if config.collect.top_p < 1:
         warn("collect.top_p is below 1: the sampler is not the policy whose log-probs are stored, so ratios are biased")
-    shards, skipped = plan(config, policy, prompts)
+    shards, too_long = plan(config, policy, sampled_prompts(config, prompts))
     charge = partial(ledger.charge, "collect")
     statuses, details = _sample_all(config, policy, shards, folder, charge, ("collect",))
-    return count_status([PROMPT_TOO_LONG] * skipped + statuses), details
+    return count_status([PROMPT_TOO_LONG] * len(too_long) + statuses), details | {"too_long": too_long}
+
+
+def sampled_prompts(config: Config, prompts: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The prompts that are to be sampled: a fixed random share of the training pool, and all others."""
+    pool = [row["prompt_id"] for row in prompts if row["set"] == "train"]
+    pool.sort(key=lambda i: (unit_interval(config.seed, "collect", i), i))
+    chosen = set(pool[: places(config.collect.fraction, len(pool))])
+    return [row for row in prompts if row["set"] != "train" or row["prompt_id"] in chosen]
 
 
 def collect_anew(
@@ -105,6 +114,7 @@ def _sample_all(
                 with charge() as entry:
                     rows = _sample(config, policy, generate, shard, derived_seed(config.seed, *purpose, shard.name))
                     entry["tokens"] = sum(len(row["completion_ids"]) for row in rows)
+                    entry["prompt_tokens"] = sum(len(row["prompt_ids"]) for row in rows)
                 write_table(path, rows, TRAJECTORIES)
             statuses += [row["status"] for row in rows]
             tokens += sum(len(row["completion_ids"]) for row in rows)
@@ -112,11 +122,12 @@ def _sample_all(
     return statuses, {"generated_tokens": tokens, "shards": len(shards)}
 
 
-def plan(config: Config, policy: Policy, prompts: Sequence[Mapping[str, Any]]) -> tuple[list[Shard], int]:
-    """The shards of a collection, longest prompts first, and how many prompts do not fit into the context."""
+def plan(config: Config, policy: Policy, prompts: Sequence[Mapping[str, Any]]) -> tuple[list[Shard], list[str]]:
+    """The shards of a collection, longest prompts first, and the ids of prompts that do not fit into the context."""
     chat = uses_chat(policy.tokenizer, config.prompts.chat, config.prompts.system_prompt)
     limit = policy.context_length
-    shards, skipped = [], 0
+    shards: list[Shard] = []
+    too_long: list[str] = []
     sets = dict.fromkeys(row["set"] for row in prompts if not row["set"].startswith("test/"))
     for name in sets:
         rows = [row for row in prompts if row["set"] == name]
@@ -126,7 +137,8 @@ def plan(config: Config, policy: Policy, prompts: Sequence[Mapping[str, Any]]) -
         )
         pairs = [(row, ids) for row, ids in zip(rows, encoded, strict=True)]
         fitting = [p for p in pairs if limit is None or len(p[1]) + config.collect.max_completion_length <= limit]
-        skipped += len(pairs) - len(fitting)
+        fits = {row["prompt_id"] for row, _ in fitting}
+        too_long += [row["prompt_id"] for row in rows if row["prompt_id"] not in fits]
         if not fitting:
             raise DataError(
                 f"no prompt of {name} fits into the policy's context of {limit} tokens beside its completion",
@@ -140,9 +152,9 @@ def plan(config: Config, policy: Policy, prompts: Sequence[Mapping[str, Any]]) -
             chosen = fitting[start : start + size]
             label = f"part-{name.replace('/', '-')}-{start // size:05}"
             shards.append(Shard(label, name, samples, [row for row, _ in chosen], [ids for _, ids in chosen]))
-    if skipped:
-        warn(f"{skipped} prompts do not fit into the policy's context of {limit} tokens and are left out")
-    return shards, skipped
+    if too_long:
+        warn(f"{len(too_long)} prompts do not fit into the policy's context of {limit} tokens and are left out")
+    return shards, too_long
 
 
 def _stored(path: Path, shard: Shard) -> list[dict[str, Any]]:

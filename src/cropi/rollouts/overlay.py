@@ -15,7 +15,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from jaxtyping import Bool, Int
 
-from cropi.artifacts import OK, TRAJECTORIES, Manifest, count_status, open_artifact, read_table, write_table
+from cropi.artifacts import (
+    NOT_SAMPLED,
+    OK,
+    PROMPT_TOO_LONG,
+    TRAJECTORIES,
+    Manifest,
+    count_status,
+    open_artifact,
+    read_table,
+    write_table,
+)
 from cropi.console import warn, warn_once
 from cropi.rollouts.collect import read_trajectories
 from cropi.workspace import Arm, Workspace, rollout_files
@@ -162,6 +172,15 @@ class Trajectories:
                     )
         return self.base | newest
 
+    @cached_property
+    def _too_long(self) -> frozenset[str]:
+        return frozenset(self._open().details["too_long"])
+
+    def statuses(self, groups: Mapping[str, tuple[str, float]]) -> list[str]:
+        """Status of every training prompt, given status and pass rate of the groups that there are."""
+        without = {True: PROMPT_TOO_LONG, False: NOT_SAMPLED}
+        return [groups[i][0] if i in groups else without[i in self._too_long] for i in self._space.train_prompts]
+
     def groups(self, overlay: Overlay) -> dict[str, tuple[str, float]]:
         """Status and pass rate of every prompt's newest group."""
         return {**self.base_groups, **self._facts(overlay.table)} if overlay.layer_of else self.base_groups
@@ -199,7 +218,7 @@ class Trajectories:
         return stage > 0 and self._space.config.refresh.active and strategy.follows_trajectories
 
     def _refreshes_validation(self, arm: Arm, stage: int) -> bool:
-        influences = self._space.config.arms[arm.name].reads_scores
+        influences = self._space.config.arms[arm.name].aims_at_validation
         return self._space.config.refresh.validation and influences and self.refreshes(arm, stage)
 
     def reuses(self, arm: Arm) -> bool:

@@ -3,12 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from cropi.artifacts import USABLE
+
+
+class Visit(NamedTuple):
+    """A prompt in a generation batch of the arm's own training."""
+
+    step: int  # the optimiser step under way, from 0
+    prompt_id: str
+    mean_reward: float
+    tries: int  # completions with a reward
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the newest scoring and the policy's representations say of N training and M validation prompts."""
+
+    names: Sequence[str]  # of the validation sets
+    representations_NE: Float[np.ndarray, "N E"]
+    tries_N: Float[np.ndarray, " N"]  # stored trajectories
+    strengths_N: Float[np.ndarray, " N"]  # p (1 - p) as it was scored; 0 where nothing was
+    influence_NV: Float[np.ndarray, "N V"]
+    errors_NV: Float[np.ndarray, "N V"]  # standard errors
+    validation_sets: Sequence[str]  # whose prompts the M are
+    validation_ME: Float[np.ndarray, "M E"]
+    validation_tries_M: Float[np.ndarray, " M"]
+    validation_pass_rates_M: Float[np.ndarray, " M"]
+    validation_strengths_M: Float[np.ndarray, " M"]
+    validation_influence_MV: Float[np.ndarray, "M V"]  # on the other prompts of the set
+    validation_errors_MV: Float[np.ndarray, "M V"]
 
 
 @dataclass(frozen=True)
@@ -20,9 +49,17 @@ class Candidates:
     statuses: Sequence[str]
     pass_rates_N: Float[np.ndarray, " N"]  # of the stored trajectories; NaN where there is no reward
     training_pass_rates: Mapping[str, float]  # newest mean training reward by prompt id, for prompts trained on so far
-    influence: Mapping[str, Float[np.ndarray, " N"]]  # by validation set; empty for strategies that do not ask for it
+    influence: Mapping[str, Float[np.ndarray, " N"]]  # by direction; empty for strategies that do not ask for it
     stage: int
     seed: int
+    stages: int = 1  # of the run
+    steps_per_stage: int = 1
+    group_sizes_N: Int[np.ndarray, " N"] | None = None  # K of the stored trajectories; 0 where there are none
+    lengths_N: Float[np.ndarray, " N"] | None = None  # |g_i|; NaN where it was not computed
+    visits: Sequence[Visit] = ()  # all of the arm's training before this stage, in order
+    texts: Sequence[str] = ()  # of the prompts
+    evidence: Evidence | None = None  # for strategies that pool
+    validation_texts: Mapping[str, Sequence[str]] = field(default_factory=dict)  # by validation set
 
     def __len__(self) -> int:
         return len(self.prompt_ids)

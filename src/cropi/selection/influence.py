@@ -3,20 +3,34 @@
 import numpy as np
 
 from cropi.artifacts import OK
-from cropi.config import FusionConfig
-from cropi.functional.fusion import ranks, reciprocal_rank_fusion
-from cropi.functional.sampling import places
+from cropi.config import InfluenceStrategy, SelectConfig
+from cropi.seeds import unit_interval
 from cropi.selection.candidates import Candidates, Ranking
+from cropi.selection.fuse import fuse
 
 
-def influence(candidates: Candidates, fusion: FusionConfig, fraction: float) -> Ranking:
+def influence(candidates: Candidates, strategy: InfluenceStrategy, config: SelectConfig) -> Ranking:
     """s_i = sum_v 1 / (kappa + rank_v(i)), rank_v by influence on validation set v (paper: POPI scores fused by RRF).
 
-    Only prompts with signal can be chosen: the others have a zero gradient, hence no influence either way. With
-    `truncate`, a list counts down to rank ceil(fraction N), N the prompts with signal or not.
+    Only prompts with signal can be chosen: the others have a zero gradient, hence no influence either way.
+
+    Negative controls, with the same prompts to choose from: `bottom` ranks by -influence, so it takes those that point
+    most away from the validation sets (GradAlign's `negsim`); `shuffled` hands the influence of the prompts with signal
+    round among them at random, for all sets in the same way and anew at each stage: chance among the same prompts.
     """
-    set_ranks = {name: ranks(values_N, candidates.prompt_ids) for name, values_N in candidates.influence.items()}
-    depth = places(fraction, len(candidates)) if fusion.truncate else None
-    fused_N = reciprocal_rank_fusion(np.stack(list(set_ranks.values()), axis=1), kappa=fusion.kappa, depth=depth)
     eligible_N = np.array([status == OK for status in candidates.statuses])
-    return Ranking(fused_N, eligible_N, "influence", set_ranks)
+    values = dict(candidates.influence)
+    if strategy.order == "bottom":
+        values = {name: -values_N for name, values_N in values.items()}
+    elif strategy.order == "shuffled":
+        values = {name: _shuffled(candidates, values_N, eligible_N) for name, values_N in values.items()}
+    reason = {"top": "influence", "bottom": "least influence", "shuffled": "shuffled influence"}[strategy.order]
+    return fuse(candidates, values, eligible_N, config, reason)
+
+
+def _shuffled(candidates: Candidates, values_N: np.ndarray, eligible_N: np.ndarray) -> np.ndarray:
+    rows = np.flatnonzero(eligible_N).tolist()
+    keys = [unit_interval(candidates.seed, "shuffle", candidates.stage, candidates.prompt_ids[row]) for row in rows]
+    shuffled_N = values_N.copy()
+    shuffled_N[rows] = values_N[rows][np.argsort(keys, kind="stable")]
+    return shuffled_N

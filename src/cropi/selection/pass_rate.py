@@ -2,12 +2,12 @@
 
 import numpy as np
 
-from cropi.config import PassRateStrategy
+from cropi.config import PassRateStrategy, SelectConfig
 from cropi.seeds import unit_interval
 from cropi.selection.candidates import Candidates, Ranking
 
 
-def pass_rate(candidates: Candidates, strategy: PassRateStrategy) -> Ranking:
+def pass_rate(candidates: Candidates, strategy: PassRateStrategy, config: SelectConfig) -> Ranking:
     """low <= p_i <= high on the stored trajectories, in random order (PRIME, arXiv 2502.01456: 0.2 and 0.8)."""
     p_N = candidates.pass_rates_N
     scores_N = np.array([unit_interval(candidates.seed, "pass_rate", i) for i in candidates.prompt_ids])

@@ -2,12 +2,12 @@
 
 import numpy as np
 
-from cropi.config import RandomStrategy
+from cropi.config import RandomStrategy, SelectConfig
 from cropi.seeds import unit_interval
 from cropi.selection.candidates import Candidates, Ranking
 
 
-def random(candidates: Candidates, strategy: RandomStrategy) -> Ranking:
+def random(candidates: Candidates, strategy: RandomStrategy, config: SelectConfig) -> Ranking:
     """s_i = u(seed, i), or u(seed, stage, i) with `redraw`: uniform numbers that depend on nothing else.
 
     The control that the paper lacks. Prompts without signal take part: they may have one by now.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
 from math import floor, isnan
 from pathlib import Path
@@ -13,13 +13,24 @@ from typing import Any
 from cropi.artifacts import OK, SELECTION, count_status, write_table, write_text
 from cropi.config import (
     Config,
+    DotsStrategy,
     FullStrategy,
+    GaussianStrategy,
+    GradientNormStrategy,
+    GresoStrategy,
     InfluenceStrategy,
     LearnabilityStrategy,
+    LearnAlignStrategy,
+    MidStrategy,
+    MoppsStrategy,
     PassRateStrategy,
+    PooledStrategy,
     RandomStrategy,
     SelectConfig,
+    SimilarityStrategy,
     Strategy,
+    StrategyTable,
+    VcrlStrategy,
 )
 from cropi.console import counts_text, warn
 from cropi.errors import SignalError
@@ -27,33 +38,50 @@ from cropi.functional.fusion import ranks
 from cropi.functional.sampling import places
 from cropi.seeds import unit_interval
 from cropi.selection.candidates import Candidates, Ranking
+from cropi.selection.dots import dots
 from cropi.selection.full import full
+from cropi.selection.gaussian import gaussian
+from cropi.selection.gradient_norm import gradient_norm
+from cropi.selection.greso import greso
 from cropi.selection.influence import influence
 from cropi.selection.learnability import learnability
+from cropi.selection.learnalign import learnalign
+from cropi.selection.mid import mid
+from cropi.selection.mopps import mopps
 from cropi.selection.pass_rate import pass_rate
+from cropi.selection.pooled import pooled
 from cropi.selection.random import random
+from cropi.selection.similarity import similarity
+from cropi.selection.vcrl import vcrl
+
+RANKINGS: dict[type[StrategyTable], Callable[[Candidates, Any, SelectConfig], Ranking]] = {
+    FullStrategy: full,
+    RandomStrategy: random,
+    PassRateStrategy: pass_rate,
+    MidStrategy: mid,
+    LearnabilityStrategy: learnability,
+    VcrlStrategy: vcrl,
+    GaussianStrategy: gaussian,
+    DotsStrategy: dots,
+    MoppsStrategy: mopps,
+    GresoStrategy: greso,
+    GradientNormStrategy: gradient_norm,
+    LearnAlignStrategy: learnalign,
+    InfluenceStrategy: influence,
+    PooledStrategy: pooled,
+    SimilarityStrategy: similarity,
+}
 
 
 def rank(candidates: Candidates, strategy: Strategy, config: SelectConfig) -> Ranking:
     """A strategy's scores for all candidates."""
-    match strategy:
-        case FullStrategy():
-            return full(candidates)
-        case RandomStrategy():
-            return random(candidates, strategy)
-        case PassRateStrategy():
-            return pass_rate(candidates, strategy)
-        case LearnabilityStrategy():
-            return learnability(candidates, strategy)
-        case InfluenceStrategy():
-            return influence(candidates, config.fusion, config.fraction)
+    return RANKINGS[type(strategy)](candidates, strategy, config)
 
 
 def choose(candidates: Candidates, ranking: Ranking, config: SelectConfig, size: int) -> list[dict[str, Any]]:
     """Rows of the selection table, best first: the top `size` under quotas and the exploration share.
 
-    Ties break by prompt id. ceil(exploration x size) places go to prompts drawn at random among those that the
-    strategy
+    Ties break by prompt id. ceil(exploration x size) places go to prompts drawn at random among those that the strategy
     did not choose, those without signal included, so that nothing is excluded for ever. A quota caps a source's places
     at floor(quota x size), and at no less than one.
     """
@@ -133,12 +161,12 @@ def select(
     """Write `selection.parquet` (every prompt) and `selected.jsonl` (the chosen ones, with prompt and answer)."""
     require_signal(candidates.statuses)
     settings, size = config.select, places(config.select.fraction, len(candidates))
-    if isinstance(strategy, FullStrategy):
+    if strategy.takes_all:
         settings, size = settings.model_copy(update={"quotas": {}, "exploration": 0.0}), len(candidates)
     rows = choose(candidates, rank(candidates, strategy, settings), settings, size)
     write_table(folder / "selection.parquet", rows, SELECTION)
     selected = [row for row in rows if row["selected"]]
-    if len(selected) < size and not isinstance(strategy, FullStrategy):
+    if len(selected) < size and not strategy.takes_all:
         warn(f"stage {candidates.stage}: {size} prompts were asked for, {len(selected)} qualify")
     lines = [json.dumps(_export_row(row, prompts[row["prompt_id"]]), ensure_ascii=False) for row in selected]
     write_text(folder / "selected.jsonl", "".join(line + "\n" for line in lines))

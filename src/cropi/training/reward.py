@@ -27,8 +27,9 @@ class Judged:
 class RecordedReward:
     """Judges completions and writes one line per generation batch: step, prompt ids, rewards, verdicts, tokens.
 
-    The lines are what re-scored strategies and the cost ledger read. `latest` is the batch judged last. `forget_from`
-    drops what an interrupted attempt wrote beyond the checkpoint that training resumes from.
+    `tokens` are those of the completions; those of the prompts are written as well where the rows have a column
+    `prompt_tokens`. The lines are what re-scored strategies and the cost ledger read. `latest` is the batch judged
+    last. `forget_from` drops what an interrupted attempt wrote beyond the checkpoint that training resumes from.
     """
 
     __name__ = "verdict"
@@ -50,6 +51,8 @@ class RecordedReward:
             "verdicts": dict(sorted(Counter(verdicts).items())),
             "tokens": sum(len(ids) for ids in completion_ids),
         }
+        if "prompt_tokens" in columns:
+            row["prompt_tokens"] = sum(columns["prompt_tokens"])
         append_jsonl(self._path, row)
         self.latest = Judged(prompt_id, texts, completion_ids, rewards, verdicts)
         return rewards

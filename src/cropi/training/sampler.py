@@ -36,13 +36,28 @@ class StageSampler(Sampler[int]):
     def __init__(self, shape: BatchShape, chunks_per_stage: int, seed: int) -> None:
         self._shape, self._chunks, self._seed = shape, chunks_per_stage, seed
         self._positions: tuple[int, ...] = ()
-        self._first_stage = self._stage = 0
+        self._first_stage = self._consumed = 0
+        self._drawing: Iterator[int] = iter(())
 
-    def start_stage(self, stage: int, positions: Sequence[int], first_stage: int) -> None:
-        """Sample from `positions` from now on; `first_stage` is the first of the stages in a row that share them."""
+    def start_stage(
+        self, stage: int, positions: Sequence[int], first_stage: int, *, consumed: int | None = None
+    ) -> None:
+        """Sample from `positions` from now on; `first_stage` is the first of the stages in a row that share them.
+
+        `consumed` is how many prompts those before have taken, where that is not what they take without refills.
+        """
         if not positions:
             raise ValueError(f"stage {stage} has no prompts")
-        self._positions, self._stage, self._first_stage = tuple(sorted(positions)), stage, first_stage
+        self._positions, self._first_stage = tuple(sorted(positions)), first_stage
+        self._consumed = (stage - first_stage) * self._chunks * self._shape.prompts if consumed is None else consumed
+        self._drawing = self._walk()
+
+    def draw(self, prompts: int) -> list[int]:
+        """The next prompts of the stage, for a trainer that takes as many as it needs and not what a loader brings.
+
+        Draws go on from each other; what iteration yields is the same walk, counted apart.
+        """
+        return [next(self._drawing) for _ in range(prompts)]
 
     def __iter__(self) -> Iterator[int]:
         if not self._positions:
@@ -56,8 +71,7 @@ class StageSampler(Sampler[int]):
 
     def _walk(self) -> Iterator[int]:
         """The endless sequence of prompts, from the place where this stage begins."""
-        consumed = (self._stage - self._first_stage) * self._chunks * self._shape.prompts
-        passes, skip = divmod(consumed, len(self._positions))
+        passes, skip = divmod(self._consumed, len(self._positions))
         while True:
             generator = torch.Generator().manual_seed(derived_seed(self._seed, "order", self._first_stage, passes))
             order = torch.randperm(len(self._positions), generator=generator).tolist()

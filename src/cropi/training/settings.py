@@ -16,6 +16,7 @@ from trl import GRPOConfig
 from cropi.config import OWNED_TRAINER_KEYS, Config
 from cropi.errors import ConfigError
 from cropi.functional.surrogate import NORMALIZER_OF_LOSS
+from cropi.training.dynamic import check_dynamic_sampling
 
 
 def grpo_config(config: Config, output_dir: Path, device: torch.device) -> GRPOConfig:
@@ -91,6 +92,7 @@ def _check(settings: GRPOConfig, config: Config) -> None:
         )
     _check_generation_batches(settings, config)
     _check_saving(settings)
+    check_dynamic_sampling(settings, config.train.dynamic_sampling)
     if config.refresh.reuse_rollouts:
         _check_rollouts(settings)
     if settings.use_vllm and find_spec("vllm") is None:

@@ -20,9 +20,10 @@ from transformers import PrinterCallback, TrainerCallback, TrainerControl, Train
 from trl import GRPOConfig, GRPOTrainer
 
 from cropi.artifacts import append_jsonl, read_jsonl, write_json, write_text
-from cropi.console import Progress, progress, warn
+from cropi.console import Progress, progress, warn, warn_once
 from cropi.errors import ArtifactError, ConfigError, SignalError
 from cropi.policy import Policy
+from cropi.training.dynamic import DynamicSampling, Sampled
 from cropi.training.reward import RecordedReward
 from cropi.training.rollouts import RolloutRecorder, dropouts, forget_rollouts
 from cropi.training.sampler import BatchShape, StageSampler
@@ -39,6 +40,9 @@ RECORDED_ROW = "recorded_row"  # a key of TRL's batches: the row's place in its 
 class StageTrainer(GRPOTrainer):
     """TRL's GRPOTrainer with the batches of a StageSampler, a recorder of its rollouts, and without its model card.
 
+    With dynamic sampling it draws the prompts of a generation batch itself, from the same sampler: how many a batch
+    takes is not known when the loader fetches the next.
+
     Where TRL takes the log-probs of a generation batch itself (`old_per_token_logps`), these are recorded. Otherwise
     all updates on the batch belong to one optimiser step, so the weights of the loss are those that sampled: its
     log-probs are recorded, found again by their rows, which TRL shuffles and splits together with the batch.
@@ -48,19 +52,70 @@ class StageTrainer(GRPOTrainer):
         self._steps_per_stage = steps_per_stage
         self.stage_sampler: StageSampler | None = None
         self.recorder: RolloutRecorder | None = None
+        self.dynamic: DynamicSampling | None = None
         self._recorded_rows: list[int] | None = None
         super().__init__(*args, **kwargs)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        output = super()._generate_and_score_completions(inputs)
+        if self.dynamic is None:
+            output = super()._generate_and_score_completions(inputs)
+        else:
+            output = self._filled(self.dynamic, len(inputs) // self.num_generations)
         if self.recorder is not None:
-            pairs = zip(output["prompt_ids"].cpu(), output["prompt_mask"].cpu().bool(), strict=True)
-            self.recorder.begin(self.state.global_step, [ids[mask].tolist() for ids, mask in pairs])
+            self._begin_record(self.recorder, output)
             if "old_per_token_logps" in output:
                 self.recorder.note(range(len(inputs)), output["old_per_token_logps"])
             else:
                 output[RECORDED_ROW] = torch.arange(len(inputs))
         return output
+
+    def _filled(self, dynamic: DynamicSampling, prompts: int) -> dict[str, Any]:
+        refilled = dynamic.fill(self._sample, prompts)
+        if self.recorder is not None and refilled.dropped is not None:
+            self._record_dropped(self.recorder, dynamic, refilled.dropped)
+        dynamic.reward.latest = refilled.trained.judged
+        measured = {
+            "equal_before": refilled.equal_before,
+            "equal_after": refilled.equal_after,
+            "extra": refilled.extra,
+            "trained_tokens": sum(map(len, refilled.trained.judged.completion_ids)),
+        }
+        for name, value in measured.items():
+            self._metrics["train"][f"dynamic_sampling/{name}"].append(float(value))
+        if refilled.equal_after:
+            warn_once(
+                f"after {dynamic.refills} refills a generation batch still has groups whose rewards are all equal; "
+                "they stay in it and teach nothing (metrics.jsonl: dynamic_sampling/equal_after)"
+            )
+        return dict(refilled.trained.tensors)
+
+    def _sample(self, prompts: int) -> dict[str, Any]:
+        """The groups of the stage's next prompts."""
+        assert self.stage_sampler is not None, "a stage is started before anything is sampled"
+        assert self.dynamic is not None, "without dynamic sampling the loader brings the prompts"
+        positions = self.stage_sampler.draw(prompts)
+        self.dynamic.drawn += prompts
+        rows = [self.train_dataset[position] for position in positions for _ in range(self.num_generations)]
+        return super()._generate_and_score_completions(rows)
+
+    def _begin_record(self, recorder: RolloutRecorder, tensors: Mapping[str, Tensor]) -> None:
+        pairs = zip(tensors["prompt_ids"].cpu(), tensors["prompt_mask"].cpu().bool(), strict=True)
+        recorder.begin(self.state.global_step, [ids[mask].tolist() for ids, mask in pairs])
+
+    def _record_dropped(self, recorder: RolloutRecorder, dynamic: DynamicSampling, dropped: Sampled) -> None:
+        """Keep the groups that are not trained on as well: without them every prompt would look mixed."""
+        tensors, dynamic.reward.latest = dropped.tensors, dropped.judged
+        self._begin_record(recorder, tensors)
+        logprobs_BT = tensors.get("old_per_token_logps")
+        if logprobs_BT is None:
+            ids, masks = (
+                torch.cat([tensors[f"{part}_{kind}"] for part in ("prompt", "completion")], dim=1)
+                for kind in ("ids", "mask")
+            )
+            width, size = tensors["completion_ids"].shape[1], self.args.per_device_train_batch_size
+            with torch.no_grad():
+                logprobs_BT = self._get_per_token_logps_and_entropies(self.model, ids, masks, width, batch_size=size)[0]
+        recorder.note(range(len(logprobs_BT)), logprobs_BT)
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         rows = inputs.get(RECORDED_ROW)
@@ -111,7 +166,11 @@ class StageCallback(TrainerCallback):
             first -= 1
         sampler = self.trainer.stage_sampler
         assert sampler is not None, "the data loader is made before the first epoch begins"
-        sampler.start_stage(stage, self._selections[stage], first)
+        dynamic = self.trainer.dynamic
+        if dynamic is not None and state.global_step == first * self.steps_per_stage:
+            dynamic.drawn = 0
+        consumed = None if dynamic is None else dynamic.drawn
+        sampler.start_stage(stage, self._selections[stage], first, consumed=consumed)
 
     def _remember(self, stage: int, *, in_progress: bool) -> None:
         with self._plain_model() as model:
@@ -162,7 +221,9 @@ class StageCallback(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         sizes = {str(p.relative_to(checkpoint)): p.stat().st_size for p in sorted(checkpoint.rglob("*")) if p.is_file()}
-        write_json(checkpoint / COMPLETE, {"step": state.global_step, "sizes": sizes})
+        dynamic = self.trainer.dynamic
+        drawn = {} if dynamic is None else {"drawn": dynamic.drawn}
+        write_json(checkpoint / COMPLETE, {"step": state.global_step, "sizes": sizes} | drawn)
 
 
 @dataclass(frozen=True)
@@ -180,6 +241,7 @@ class TrainTask:
     evaluate: Evaluate
     folder: Path
     record_to: Path | None = None  # where rollouts are kept as trajectories, if they are
+    dynamic_sampling: int = 0  # refills of a generation batch at the most
 
 
 def train(task: TrainTask, policy: Policy) -> Path:
@@ -214,6 +276,7 @@ def train(task: TrainTask, policy: Policy) -> Path:
             steps_per_stage=task.steps_per_stage,
         )
         callback.trainer, trainer.recorder = trainer, _recorder(task, policy)
+        trainer.dynamic = _dynamic_sampling(task, policy, resume_from)
         trainer.remove_callback(PrinterCallback)  # this project has its own progress
         try:
             # transformers asks itself a question under a name that it has deprecated, once per checkpoint
@@ -249,6 +312,17 @@ def _recorder(task: TrainTask, policy: Policy) -> RolloutRecorder | None:
             fix="set it to false, or trainer.disable_dropout=true, or the dropout in the policy's config.json to 0.",
         )
     return RolloutRecorder(task.record_to, task.reward, task.settings.num_generations, policy.eos_ids)
+
+
+def _dynamic_sampling(task: TrainTask, policy: Policy, checkpoint: Path | None) -> DynamicSampling | None:
+    """What refills generation batches, if they are to be; at the place in the selection where a checkpoint stands."""
+    if not task.dynamic_sampling:
+        return None
+    drawn = 0 if checkpoint is None else json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8"))["drawn"]
+    settings, pad_id = task.settings, policy.tokenizer.pad_token_id
+    return DynamicSampling(
+        task.reward, settings.num_generations, task.dynamic_sampling, pad_id, settings.pad_to_multiple_of, drawn
+    )
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path | None, int]:

@@ -1,0 +1,56 @@
+"""Similarity of texts by their words: cosines of TF-IDF vectors. NumPy only."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Float
+
+
+def tfidf_similarity(
+    texts: Sequence[Sequence[str]],
+    sets: Mapping[str, Sequence[Sequence[str]]],
+    over: Literal["max", "mean"] = "max",
+) -> dict[str, Float[np.ndarray, " N"]]:
+    """Similarity in [0, 1] of N texts to each set of texts; a text is its words in order.
+
+    x_w = n_w (1 + ln((1 + D) / (1 + D_w))): w stands n_w times in the text, and in D_w of all D texts, the sets'
+    included (Salton & Buckley 1988, with the smoothing that scikit-learn has by default). Of the cosines of x with the
+    texts of a set the largest (`max`: the nearest neighbour, for sets of several kinds) or the mean (`mean`: the cosine
+    with the set's centroid, but for a factor). A text without a word has similarity 0.
+
+    Memory: one float64 for each text of a set and each word of the sets. Raises ValueError for an empty set.
+    """
+    empty = [name for name, members in sets.items() if not members]
+    if empty:
+        raise ValueError(f"nothing can be similar to the empty set {empty[0]}")
+    everything = [Counter(text) for text in (*texts, *(text for members in sets.values() for text in members))]
+    holding = Counter(word for counts in everything for word in counts)
+    weight_of = {word: 1 + np.log((1 + len(everything)) / (1 + count)) for word, count in holding.items()}
+    vectors = [_unit(counts, weight_of) for counts in everything]
+    of_texts, rest = vectors[: len(texts)], vectors[len(texts) :]
+    found = {}
+    for name, members in sets.items():
+        own, rest = rest[: len(members)], rest[len(members) :]
+        column_of = {word: column for column, word in enumerate(sorted({word for vector in own for word in vector}))}
+        matrix_MW = np.zeros((len(own), len(column_of)))
+        for row, vector in enumerate(own):
+            matrix_MW[row, [column_of[word] for word in vector]] = list(vector.values())
+        matrix_XW = matrix_MW.mean(axis=0, keepdims=True) if over == "mean" else matrix_MW
+        found[name] = np.array([_largest(vector, matrix_XW, column_of) for vector in of_texts], dtype=np.float64)
+    return found
+
+
+def _unit(counts: Mapping[str, int], weight_of: Mapping[str, float]) -> dict[str, float]:
+    vector = {word: count * weight_of[word] for word, count in counts.items()}
+    length = float(np.sqrt(sum(value**2 for value in vector.values())))
+    return {word: value / length for word, value in vector.items()}
+
+
+def _largest(vector: Mapping[str, float], matrix_XW: Float[np.ndarray, "X W"], column_of: Mapping[str, int]) -> float:
+    known = [(column_of[word], value) for word, value in vector.items() if word in column_of]
+    if not known:
+        return 0.0
+    columns, values = zip(*known, strict=True)
+    return float((matrix_XW[:, list(columns)] @ np.array(values)).max())

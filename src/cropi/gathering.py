@@ -1,0 +1,90 @@
+"""What a strategy chooses from at the start of a stage, gathered from the run's folder."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from cropi.artifacts import open_artifact, read_table, scores_schema, validation_scores_schema
+from cropi.errors import ArtifactError
+from cropi.leakage import prompt_text
+from cropi.rollouts.overlay import Trajectories
+from cropi.rollouts.representations import KIND as REPRESENTED
+from cropi.rollouts.representations import read_representations
+from cropi.selection.candidates import Candidates, Evidence, Visit
+from cropi.selection.evidence import gather_evidence
+from cropi.training.history import training_history
+from cropi.training.reward import training_pass_rates
+from cropi.workspace import Arm, Workspace
+
+
+class Gatherer:
+    """Reads the tables of a stage."""
+
+    def __init__(self, space: Workspace, trajectories: Trajectories) -> None:
+        self._space, self._config, self._trajectories = space, space.config, trajectories
+
+    def scores(self, arm: Arm, stage: int) -> pa.Table:
+        """The scores made for an arm at a stage, held to the run's prompts."""
+        folder, names = arm.scores(stage), self._config.arms[arm.name].directions(self._config.prompts.validation)
+        table = read_table(folder / "scores.parquet", scores_schema(names))
+        if table.column("prompt_id").to_pylist() != list(self._space.train_prompts):
+            raise ArtifactError("holds other prompts than the run", where=str(folder), fix="delete the run's folder.")
+        return table
+
+    def candidates(self, arm: Arm, stage: int) -> Candidates:
+        """What the arm's strategy chooses from at the start of a stage."""
+        prompts, strategy = self._space.train_prompts, self._config.arms[arm.name]
+        overlay, steps = self._trajectories.overlay(arm, stage), self._config.train.steps_per_stage
+        groups = self._trajectories.groups(overlay)
+        evidence = None
+        sizes = _group_sizes(self._trajectories.base["train"]) | _group_sizes(overlay.table)
+        sizes_N = np.array([sizes.get(i, 0) for i in prompts])
+        influence, lengths_N = dict[str, np.ndarray](), None
+        if strategy.reads_scores:
+            table = self.scores(arm, strategy.scored_stage(stage))
+            names = strategy.directions(self._config.prompts.validation)
+            influence = {name: table.column(f"influence/{name}").to_numpy() for name in names}
+            lengths_N = table.column("feature_norm").to_numpy()
+            evidence = self._evidence(arm, stage, table, sizes_N) if strategy.pools else None
+        return Candidates(
+            prompt_ids=list(prompts),
+            sources=[row["source"] for row in prompts.values()],
+            statuses=self._trajectories.statuses(groups),
+            pass_rates_N=np.array([groups.get(i, ("", float("nan")))[1] for i in prompts]),
+            training_pass_rates=training_pass_rates(arm.rewards, stage * steps, overlay.drawn_at(steps)),
+            influence=influence,
+            stage=stage,
+            seed=self._config.seed,
+            stages=self._config.train.stages,
+            steps_per_stage=steps,
+            group_sizes_N=sizes_N,
+            lengths_N=lengths_N,
+            visits=[Visit(*visit) for visit in training_history(arm.rewards, stage * steps)],
+            texts=[prompt_text(row["messages"]) for row in prompts.values()],
+            validation_texts=self._validation_texts,
+            evidence=evidence,
+        )
+
+    def _evidence(self, arm: Arm, stage: int, scores: pa.Table, sizes_N: np.ndarray) -> Evidence:
+        open_artifact(arm.representations, REPRESENTED, made_by="cropi score")
+        names = sorted(self._config.prompts.validation)
+        path = arm.scores(self._config.arms[arm.name].scored_stage(stage)) / "validation.parquet"
+        validation = read_table(path, validation_scores_schema(names))
+        places = read_representations(arm.representations)
+        return gather_evidence(names, list(self._space.train_prompts), scores, validation, places, sizes_N)
+
+    @cached_property
+    def _validation_texts(self) -> dict[str, list[str]]:
+        """The texts of every validation set's prompts."""
+        rows = [row for row in self._space.prompt_rows if row["set"].startswith("validation/")]
+        names = sorted(self._config.prompts.validation)
+        return {n: [prompt_text(row["messages"]) for row in rows if row["set"] == f"validation/{n}"] for n in names}
+
+
+def _group_sizes(table: pa.Table) -> dict[str, int]:
+    """Trajectories of every prompt of a table."""
+    return {row["values"]: row["counts"] for row in pc.value_counts(table.column("prompt_id")).to_pylist()}

@@ -1,0 +1,41 @@
+"""The validation prompts' own influence: what they say of the training prompts that are like them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from cropi.gradients.groups import Group
+from cropi.gradients.scorer import Scorer
+
+
+def validation_evidence(
+    scorer: Scorer, validation: Mapping[str, Sequence[Group]], advance: Callable[[int], None] | None = None
+) -> tuple[list[dict[str, Any]], int]:
+    """Rows of the table of validation scores, and the tokens computed.
+
+    A validation prompt's gradient is part of its own set's direction d_v = 1/M sum_m g_m. What counts is its influence
+    on the others: <g_j, (M d_v - g_j) / (M - 1)>, zero where it is the set's only prompt. Its standard error is taken
+    from <g_j, d_v>, times M / (M - 1). For `dot` and plain means.
+    """
+    names, rows, computed = list(validation), [], 0
+    for own, (name, groups) in enumerate(validation.items()):
+        scored = scorer(groups, standard_errors=True, advance=advance)
+        assert scored.errors_NV is not None
+        computed += scored.tokens_computed
+        count = len(groups)
+        products_NV, errors_NV = scored.products_NV.copy(), scored.errors_NV.copy()
+        alone = (products_NV[:, own] * count - scored.norms_N**2) / max(count - 1, 1)
+        products_NV[:, own] = alone if count > 1 else 0.0
+        errors_NV[:, own] *= count / max(count - 1, 1)
+        for row, group in enumerate(groups):
+            known: dict[str, Any] = {"prompt_id": group.prompt_id, "set": name}
+            known |= {"pass_rate": group.pass_rate, "trajectories": len(group.completions)}
+            for v, column in enumerate(names):
+                known[f"influence/{column}"] = float(products_NV[row, v])
+                error = float(errors_NV[row, v])
+                known[f"standard_error/{column}"] = error if np.isfinite(error) else None
+            rows.append(known)
+    return rows, computed

@@ -1,0 +1,187 @@
+"""Influence pooled over prompts that are alike, times how learnable a prompt is now."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from cropi.config import PooledStrategy, SelectConfig
+from cropi.functional.fusion import ranks, reciprocal_rank_fusion
+from cropi.functional.pooling import (
+    Slopes,
+    bandwidth_of,
+    kernel,
+    pooled_slopes,
+    pooled_strengths,
+    principal_points,
+)
+from cropi.functional.sampling import places as share_size
+from cropi.selection.candidates import Candidates, Evidence, Ranking
+from cropi.selection.draw import gumbel_keys
+
+
+def pooled(candidates: Candidates, strategy: PooledStrategy, config: SelectConfig) -> Ranking:
+    """s_i = w_i sum_v slope_v(i): a first-order gain of the mean validation objective, from all that is known.
+
+    slope_v(i) is the posterior influence on set v of a prompt with i's neighbours, per unit of p (1 - p); see
+    `functional.pooled_slopes`. w_i = E[p_i (1 - p_i)] now: see `_strengths`. Neighbours are told by the policy's own
+    representation of the prompts, so no label is needed, and validation prompts count among them. Prompts that were
+    never sampled are judged by their neighbours alone.
+
+    Helpful are prompts whose slope lies `significance` posterior standard deviations above 0: only they are chosen for
+    their influence, so that a rare skill is not diluted up to the fraction. As they are learned, places fall free (see
+    `_still_worth`), and go to other prompts, drawn in proportion to w, but for those that would do
+    harm.
+    """
+    evidence = candidates.evidence
+    if evidence is None:
+        raise ValueError("pooled influence needs evidence")
+    places = _Places.of(evidence)
+    slopes = _slopes(evidence, places, own=strategy.own)
+    now, stored = (_strengths(candidates, evidence, places, strategy, now=now) for now in (True, False))
+    w_N, left_V = now.pool_N, _left_to_learn(evidence, now.validation_M, stored.validation_M)
+    values_NV, errors_NV = slopes.values_NV * left_V / left_V.max(), slopes.errors_NV * left_V / left_V.max()
+    influence_NV = w_N[:, None] * values_NV
+    slope_N, error_N = values_NV.sum(axis=1), np.sqrt((errors_NV**2).sum(axis=1))
+    set_ranks = {name: ranks(influence_NV[:, v], candidates.prompt_ids) for v, name in enumerate(evidence.names)}
+    scores_N = influence_NV.sum(axis=1)
+    if strategy.fusion == "rank":
+        ranks_NV = np.stack(list(set_ranks.values()), axis=1)
+        scores_N = reciprocal_rank_fusion(ranks_NV, kappa=config.fusion.kappa)
+    usable_N = candidates.usable_N
+    helpful_N = usable_N & (slope_N > strategy.significance * error_N)
+    size = share_size(config.fraction, len(candidates))
+    reference = _reference(stored.pool_N * slope_N, helpful_N, size)
+    chosen_N, left = _still_worth(helpful_N, w_N * slope_N, scores_N, size, reference, strategy.exhausted)
+    harm_N = -left_V.max() * w_N * slope_N
+    harmful_N = (harm_N > strategy.exhausted * reference) & (slope_N < -strategy.significance * error_N)
+    drawn_N = gumbel_keys(candidates, "pooled", np.log(w_N))
+    filler_N = _best(drawn_N, usable_N & ~chosen_N & ~harmful_N, left)
+    # the helpful ones before the others, each by its own measure
+    combined_N = np.where(chosen_N, 2 + _unit(scores_N), np.where(filler_N, 1 + _unit(drawn_N), _unit(scores_N)))
+    return Ranking(combined_N, chosen_N | filler_N, "pooled influence", set_ranks)
+
+
+def _reference(stored_N: Float[np.ndarray, " N"], helpful_N: Bool[np.ndarray, " N"], size: int) -> float:
+    """What the best of the helpful prompts, as many as a stage can take, gave on average with the stored pass rates."""
+    return float(np.sort(stored_N[helpful_N])[-size:].mean()) if helpful_N.any() else 0.0
+
+
+def _still_worth(
+    helpful_N: Bool[np.ndarray, " N"],
+    now_N: Float[np.ndarray, " N"],
+    scores_N: Float[np.ndarray, " N"],
+    size: int,
+    reference: float,
+    exhausted: float,
+) -> tuple[Bool[np.ndarray, " N"], int]:
+    """The helpful prompts that a stage takes, and how many places it has for others.
+
+    Prompts that give less than `exhausted` of the reference now are left out; and what the rest give on average, of it,
+    is the helpful prompts' share of the places. So a skill that has been learned makes room.
+    """
+    taken_N = _best(scores_N, helpful_N & (now_N >= exhausted * reference), size)
+    if not taken_N.any():
+        return taken_N, size
+    share = min(1.0, float(now_N[taken_N].mean()) / reference)
+    others = min(round(taken_N.sum() * (1 - share) / share), size)
+    return _best(scores_N, taken_N, max(1, min(int(taken_N.sum()), size - others))), others
+
+
+def _best(scores_N: Float[np.ndarray, " N"], among_N: Bool[np.ndarray, " N"], count: int) -> Bool[np.ndarray, " N"]:
+    """The `count` highest scores of some rows; of equals the first."""
+    order = sorted(np.flatnonzero(among_N).tolist(), key=lambda row: -scores_N[row])[:count]
+    found_N = np.zeros(len(scores_N), dtype=bool)
+    found_N[order] = True
+    return found_N
+
+
+def _unit(values_N: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
+    """Shifted and scaled to lie in [0, 1), in the same order."""
+    low, high = float(values_N.min()), float(values_N.max())
+    return (values_N - low) / (high - low) * (1 - 1e-9) if high > low else np.zeros_like(values_N)
+
+
+def _left_to_learn(
+    evidence: Evidence, now_M: Float[np.ndarray, " M"], stored_M: Float[np.ndarray, " M"]
+) -> Float[np.ndarray, " V"]:
+    """What is left of the length of each set's direction: mean p (1 - p) of its prompts now, over that when scored.
+
+    A set that has been learned points nowhere any more; its old direction must not outweigh those of the others.
+    """
+    sets = [np.array([owner == name for owner in evidence.validation_sets]) for name in evidence.names]
+    return np.array([now_M[own_M].mean() / stored_M[own_M].mean() if own_M.any() else 1.0 for own_M in sets])
+
+
+@dataclass(frozen=True)
+class _Strengths:
+    pool_N: Float[np.ndarray, " N"]
+    validation_M: Float[np.ndarray, " M"]
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Where the pool and the validation prompts lie, in the same coordinates."""
+
+    pool_NE: Float[np.ndarray, "N E"]
+    validation_ME: Float[np.ndarray, "M E"]
+
+    @classmethod
+    def of(cls, evidence: Evidence) -> _Places:
+        points = principal_points(np.concatenate([evidence.representations_NE, evidence.validation_ME]))
+        count = len(evidence.representations_NE)
+        return cls(points[:count], points[count:])
+
+    def observed(self, rows_S: Int[np.ndarray, " S"]) -> tuple[Float[np.ndarray, "O E"], Int[np.ndarray, " N"]]:
+        """Places of some prompts of the pool and all validation prompts, and each pool prompt's row among them."""
+        own_N = np.full(len(self.pool_NE), -1)
+        own_N[rows_S] = np.arange(len(rows_S))
+        return np.concatenate([self.pool_NE[rows_S], self.validation_ME]), own_N
+
+
+def _slopes(evidence: Evidence, places: _Places, *, own: bool) -> Slopes:
+    scored_S = np.flatnonzero(evidence.strengths_N > 0)
+    observed_OE, own_N = places.observed(scored_S)
+    return pooled_slopes(
+        places.pool_NE,
+        observed_OE,
+        np.concatenate([evidence.strengths_N[scored_S], evidence.validation_strengths_M]),
+        np.concatenate([evidence.influence_NV[scored_S], evidence.validation_influence_MV]),
+        np.concatenate([evidence.errors_NV[scored_S], evidence.validation_errors_MV]),
+        own_N if own else np.full_like(own_N, -1),
+        bandwidth_of(observed_OE),
+    )
+
+
+def _strengths(
+    candidates: Candidates, evidence: Evidence, places: _Places, strategy: PooledStrategy, *, now: bool
+) -> _Strengths:
+    """E[p (1 - p)] of every prompt from its own tries and its neighbours'.
+
+    Tries are the stored trajectories and, with `now`, all that training has sampled since. One that is t optimiser
+    steps old counts 2^(-t / half_life): the policy has changed since.
+    """
+    row_of = {prompt_id: row for row, prompt_id in enumerate(candidates.prompt_ids)}
+    now = now and strategy.learnability == "now"
+    step = candidates.stage * candidates.steps_per_stage if now else 0
+    aged = 0.5 ** (step / strategy.half_life)
+    counts_N = evidence.tries_N * aged
+    successes_N = np.nan_to_num(candidates.pass_rates_N) * counts_N
+    if now:
+        for visit in candidates.visits:
+            weight = visit.tries * 0.5 ** ((step - visit.step) / strategy.half_life)
+            counts_N[row_of[visit.prompt_id]] += weight
+            successes_N[row_of[visit.prompt_id]] += weight * visit.mean_reward
+    tried_S = np.flatnonzero(counts_N > 0)
+    observed_OE, own_N = places.observed(tried_S)
+    validation_M = evidence.validation_tries_M * aged
+    successes_O = np.concatenate([successes_N[tried_S], evidence.validation_pass_rates_M * validation_M])
+    counts_O = np.concatenate([counts_N[tried_S], validation_M])
+    bandwidth, own_M = bandwidth_of(observed_OE), len(tried_S) + np.arange(len(validation_M))
+    found = [
+        pooled_strengths(kernel(points, observed_OE, bandwidth), successes_O, counts_O, own, strategy.prior)[1]
+        for points, own in ((places.pool_NE, own_N), (places.validation_ME, own_M))
+    ]
+    return _Strengths(*found)

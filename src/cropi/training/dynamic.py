@@ -1,0 +1,177 @@
+"""Dynamic sampling: groups whose rewards are all equal make room for mixed groups of further prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from trl import GRPOConfig
+
+from cropi.errors import ConfigError
+from cropi.training.reward import Judged, RecordedReward
+
+EPSILON = 1e-6  # rewards that differ by less are equal
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Completions as TRL's loss takes them, group by group, and as they were judged."""
+
+    tensors: Mapping[str, Tensor]
+    judged: Judged
+
+
+@dataclass(frozen=True)
+class Refilled:
+    """A generation batch after its refills."""
+
+    trained: Sampled
+    dropped: Sampled | None  # what was sampled beside it; None where there was no refill
+    equal_before: float  # share of groups without variance as they were sampled first
+    equal_after: float  # the same of what is trained on
+    extra: int  # generation batches sampled beyond the first
+
+
+@dataclass
+class DynamicSampling:
+    """Fills a generation batch with mixed groups: 0 < |{k: o_k is right}| < K (DAPO, arXiv 2503.14476, eq. 11).
+
+    A group is mixed if its rewards differ, so that its advantages are not all zero. What is missing is drawn from the
+    prompts that come next, as many as there are groups without variance, at most `refills` times. Places that are still
+    empty then keep the group without variance that was sampled for them first.
+    """
+
+    reward: RecordedReward
+    generations: int  # K
+    refills: int
+    pad_id: int
+    multiple: int | None = None  # TRL's pad_to_multiple_of
+    drawn: int = 0  # prompts taken from the walk through the selection since it began
+
+    def fill(self, sample: Callable[[int], Mapping[str, Tensor]], prompts: int) -> Refilled:
+        """A generation batch of `prompts` groups; `sample` draws the next prompts and gives TRL's tensors for them."""
+        batches = [self._judged(sample, prompts)]
+        mixed = self.mixed_groups(batches[0].judged.rewards)
+        equal_before = mixed.count(False) / prompts
+        chosen = list(range(prompts))  # the group at each place, counted over all that were sampled
+        while not all(mixed) and len(batches) <= self.refills:
+            sampled = sum(len(batch.judged.rewards) for batch in batches) // self.generations
+            batches.append(self._judged(sample, mixed.count(False)))
+            new = self.mixed_groups(batches[-1].judged.rewards)
+            found = [sampled + group for group, differs in enumerate(new) if differs]
+            empty = [place for place, differs in enumerate(mixed) if not differs]
+            for place, group in zip(empty, found, strict=False):  # more places than groups, or as many
+                chosen[place], mixed[place] = group, True
+        if len(batches) == 1:
+            return Refilled(batches[0], None, equal_before, equal_before, 0)
+        trained, dropped = self._divided(batches, chosen)
+        return Refilled(trained, dropped, equal_before, mixed.count(False) / prompts, len(batches) - 1)
+
+    def mixed_groups(self, rewards: Sequence[float | None]) -> list[bool]:
+        """Whether the rewards of each group differ; a completion that could not be judged does not count."""
+        mixed = []
+        for start in range(0, len(rewards), self.generations):
+            known = [value for value in rewards[start : start + self.generations] if value is not None]
+            mixed.append(bool(known) and max(known) - min(known) > EPSILON)
+        return mixed
+
+    def _judged(self, sample: Callable[[int], Mapping[str, Tensor]], prompts: int) -> Sampled:
+        tensors = sample(prompts)
+        assert self.reward.latest is not None, "a generation batch is judged as it is sampled"
+        return Sampled(tensors, self.reward.latest)
+
+    def _divided(self, batches: Sequence[Sampled], chosen: Sequence[int]) -> tuple[Sampled, Sampled]:
+        everything = _joined(batches, self.pad_id)
+        groups = range(len(everything.judged.rewards) // self.generations)
+        left = [group for group in groups if group not in set(chosen)]
+        trained, dropped = (
+            _part(everything, [group * self.generations + k for group in part for k in range(self.generations)])
+            for part in (chosen, left)
+        )
+        return Sampled(_trimmed(trained.tensors, self.multiple), trained.judged), dropped
+
+
+def _joined(batches: Sequence[Sampled], pad_id: int) -> Sampled:
+    """The rows of all batches, padded as TRL pads: prompts on the left, all else on the right."""
+    tensors = {}
+    for name, first in batches[0].tensors.items():
+        parts = [batch.tensors[name] for batch in batches]
+        if first.ndim == 2:
+            width, value = max(part.shape[1] for part in parts), pad_id if name.endswith("_ids") else 0
+            missing = [width - part.shape[1] for part in parts]
+            sides = [(n, 0) if name.startswith("prompt_") else (0, n) for n in missing]
+            parts = [functional.pad(part, side, value=value) for part, side in zip(parts, sides, strict=True)]
+        if first.ndim:  # num_items_in_batch is counted anew
+            tensors[name] = torch.cat(parts)
+    judged = [batch.judged for batch in batches]
+    return Sampled(
+        tensors,
+        Judged(
+            [prompt_id for part in judged for prompt_id in part.prompt_ids],
+            [text for part in judged for text in part.texts],
+            [ids for part in judged for ids in part.completion_ids],
+            [reward for part in judged for reward in part.rewards],
+            [verdict for part in judged for verdict in part.verdicts],
+        ),
+    )
+
+
+def _part(batch: Sampled, rows: Sequence[int]) -> Sampled:
+    judged = batch.judged
+    return Sampled(
+        {name: tensor[list(rows)] for name, tensor in batch.tensors.items()},
+        Judged(
+            [judged.prompt_ids[row] for row in rows],
+            [judged.texts[row] for row in rows],
+            [judged.completion_ids[row] for row in rows],
+            [judged.rewards[row] for row in rows],
+            [judged.verdicts[row] for row in rows],
+        ),
+    )
+
+
+def _trimmed(tensors: Mapping[str, Tensor], multiple: int | None) -> dict[str, Tensor]:
+    """Without columns that are padding in every row, and with `num_items_in_batch`: the tokens of the loss."""
+    completion_width = tensors["completion_mask"].shape[1]
+    prompt, completion = (_width(tensors[f"{part}_mask"], multiple) for part in ("prompt", "completion"))
+    trimmed = {}
+    for name, tensor in tensors.items():
+        if name.startswith("prompt_"):
+            trimmed[name] = tensor[:, tensor.shape[1] - prompt :]
+        elif tensor.ndim == 2 and tensor.shape[1] == completion_width:
+            trimmed[name] = tensor[:, :completion]
+        else:
+            trimmed[name] = tensor
+    return trimmed | {"num_items_in_batch": trimmed["completion_mask"].sum()}
+
+
+def _width(mask_BT: Tensor, multiple: int | None) -> int:
+    longest = max(1, int(mask_BT.sum(1).max()))
+    return -(-longest // multiple) * multiple if multiple else longest
+
+
+def check_dynamic_sampling(settings: GRPOConfig, refills: int) -> None:
+    """Refuse with a ConfigError what would make a refilled batch differ from a plain one with the same groups."""
+    if not refills:
+        return
+    refused: dict[str, tuple[Any, str]] = {
+        "scale_rewards": ("batch", "group or none"),
+        "multi_objective_aggregation": ("normalize_then_sum", "sum_then_normalize"),
+    }
+    for name, (value, instead) in refused.items():
+        if getattr(settings, name) == value:
+            raise ConfigError(
+                f"with {value!r} the advantages of a group depend on the groups that dynamic sampling drops",
+                where=f"trainer.{name}",
+                fix=f"use {instead}, or set train.dynamic_sampling to 0.",
+            )
+    if settings.world_size > 1:
+        raise ConfigError(
+            f"dynamic sampling works in one process, and this run has {settings.world_size}",
+            where="train.dynamic_sampling",
+            fix="start one process, or set it to 0.",
+        )

@@ -1,0 +1,155 @@
+"""Pooling over neighbours, against closed forms, brute force and simulated pools."""
+
+import numpy as np
+import pytest
+
+from cropi.functional import pooling
+from cropi.functional.pooling import bandwidth_of, kernel, pooled_slopes, pooled_strengths, principal_points
+
+FAR = 1e6
+
+
+def test_principal_points_keep_distances_up_to_one_scale() -> None:
+    rows = np.random.default_rng(0).normal(size=(40, 5)) @ np.diag([3.0, 2.0, 1.0, 0.5, 0.1]) + 7
+    points = principal_points(rows, 5)
+    of_rows = np.linalg.norm(rows[:, None] - rows[None], axis=-1)
+    of_points = np.linalg.norm(points[:, None] - points[None], axis=-1)
+    scale = of_rows[0, 1] / of_points[0, 1]
+    np.testing.assert_allclose(of_points * scale, of_rows, atol=1e-8)
+    assert (points**2).sum(axis=1).mean() == pytest.approx(1.0)
+    # the first two directions carry the most, so dropping the others changes least
+    assert np.var(principal_points(rows, 2), axis=0).sum() > 0.95
+
+
+def test_principal_points_of_equal_rows_are_all_zero() -> None:
+    np.testing.assert_array_equal(principal_points(np.ones((4, 3))), np.zeros((4, 3)))
+
+
+def test_bandwidth_is_three_median_distances_to_the_nearest_that_differs() -> None:
+    # nearest others: 1, 1, 2, 7; the repeated place does not count as a neighbour of itself
+    places = np.array([[0.0], [1.0], [3.0], [10.0], [10.0]])
+    assert bandwidth_of(places) == pytest.approx(3 * np.median([1, 1, 2, 7, 7]))
+    assert bandwidth_of(np.zeros((3, 2))) == 1.0
+
+
+def test_kernel_by_hand() -> None:
+    found = kernel(np.array([[0.0, 0.0]]), np.array([[0.0, 0.0], [3.0, 4.0]]), 5.0)
+    np.testing.assert_allclose(found, [[1.0, np.exp(-0.5)]])
+
+
+def test_a_prompt_far_from_all_others_has_the_slope_of_the_pool() -> None:
+    strengths, influence = np.array([0.25, 0.2]), np.array([[0.5], [0.1]])
+    found = pooled_slopes(
+        np.array([[FAR]]), np.array([[0.0], [1.0]]), strengths, influence, np.full((2, 1), 0.1), np.array([-1]), 1.0
+    )
+    assert found.values_NV[0, 0] == pytest.approx((0.25 * 0.5 + 0.2 * 0.1) / (0.25**2 + 0.2**2))
+
+
+def test_slopes_by_hand() -> None:
+    # Two observed prompts in one place, weights 1, strengths 0.2 and 0.1; prior weight (0.04 + 0.01) / 2 = 0.025.
+    w, s, e = np.array([0.2, 0.1]), np.array([[0.4], [0.05]]), np.array([[0.1], [0.05]])
+    pool = (0.2 * 0.4 + 0.1 * 0.05) / 0.05  # 1.7
+    f = (0.085 + 0.025 * pool) / (0.05 + 0.025)  # 1.7 as well: the pool is the neighbourhood
+    assert f == pytest.approx(1.7)
+    residuals = (0.4 - 0.34) ** 2 + (0.05 - 0.17) ** 2  # 0.018
+    noise = 0.01 + 0.0025
+    spread_of_pool = (residuals - noise) / 0.05  # 0.11
+    spread = (residuals - noise + 0.025 * spread_of_pool) / 0.075
+    per_strength = noise / 0.05
+    first_noise = 0.5 * 0.01 + 0.5 * per_strength * 0.04
+    gain = spread * 0.04 / (spread * 0.04 + first_noise)
+    found = pooled_slopes(np.zeros((1, 1)), np.zeros((2, 1)), w, s, e, np.array([0]), 1.0)
+    assert found.values_NV[0, 0] == pytest.approx(1.7 + gain * (0.4 / 0.2 - 1.7))
+
+
+def test_groups_without_strength_tell_nothing() -> None:
+    generator = np.random.default_rng(1)
+    places, w = generator.normal(size=(6, 2)), np.array([0.2, 0.1, 0.25, 0.2, 0.0, 0.0])
+    s, e = generator.normal(size=(6, 2)) * (w[:, None] > 0), np.full((6, 2), 0.1) * (w[:, None] > 0)
+    own = np.arange(6)
+    with_them = pooled_slopes(places, places, w, s, e, own, 1.0)
+    without = pooled_slopes(places, places[:4], w[:4], s[:4], e[:4], np.array([0, 1, 2, 3, -1, -1]), 1.0)
+    np.testing.assert_allclose(with_them.values_NV, without.values_NV)
+    np.testing.assert_allclose(with_them.errors_NV, without.errors_NV)
+    with pytest.raises(ValueError, match="no observed prompt has any strength"):
+        pooled_slopes(places, places, np.zeros(6), s, e, own, 1.0)
+
+
+def test_blocks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = np.random.default_rng(2)
+    places, w = generator.normal(size=(30, 3)), generator.uniform(0.05, 0.25, 30)
+    s, e = generator.normal(size=(30, 2)), generator.uniform(0.1, 0.5, (30, 2))
+    arguments = (places, places, w, s, e, np.arange(30), 0.8)
+    whole = pooled_slopes(*arguments)
+    monkeypatch.setattr(pooling, "BLOCK", 7)
+    parts = pooled_slopes(*arguments)
+    np.testing.assert_allclose(parts.values_NV, whole.values_NV)
+    np.testing.assert_allclose(parts.errors_NV, whole.errors_NV)
+
+
+def clusters(seed: int, noise: float = 0.25, wrong: float = 0.5) -> tuple[np.ndarray, ...]:
+    """A pool of ten kinds of prompts, two of them of use; a share of these has wrong labels and does harm."""
+    generator = np.random.default_rng(seed)
+    kind = np.repeat(np.arange(10), 40)
+    places = generator.normal(size=(10, 8))[kind] + 0.15 * generator.normal(size=(400, 8))
+    right = generator.random(400) >= wrong
+    slope = np.where(kind < 2, np.where(right, 4.0, -1.0), 0.0) + 0.2 * generator.normal(size=400)
+    w = generator.uniform(0.1, 0.25, 400)
+    influence = w * slope + noise * generator.normal(size=400)
+    return places, w, slope, influence[:, None], np.full((400, 1), noise)
+
+
+def test_posterior_beats_raw_scores_and_neighbours_alone() -> None:
+    raw_error = alone_error = posterior_error = 0.0
+    for seed in range(5):
+        places, w, slope, s, e = clusters(seed)
+        bandwidth, own = bandwidth_of(places), np.arange(400)
+        posterior = pooled_slopes(places, places, w, s, e, own, bandwidth).values_NV[:, 0]
+        alone = pooled_slopes(places, places, w, s, e, np.full(400, -1), bandwidth).values_NV[:, 0]
+        raw_error += np.mean((s[:, 0] / w - slope) ** 2)
+        alone_error += np.mean((alone - slope) ** 2)
+        posterior_error += np.mean((posterior - slope) ** 2)
+    assert posterior_error < 0.5 * raw_error
+    assert posterior_error < 0.8 * alone_error
+
+
+def test_posterior_covers_the_truth() -> None:
+    inside, widths, alone = [], [], []
+    for seed in range(5):
+        places, w, slope, s, e = clusters(seed)
+        found = pooled_slopes(places, places, w, s, e, np.arange(400), bandwidth_of(places))
+        inside.append(np.abs(found.values_NV[:, 0] - slope) < 1.96 * found.errors_NV[:, 0])
+        widths.append(found.errors_NV.mean())
+        alone.append((e[:, 0] / w).mean())
+    assert np.mean(inside) > 0.9
+    assert np.mean(widths) < 0.8 * np.mean(alone)  # and not by saying nothing
+
+
+def test_prompts_never_sampled_are_told_by_their_neighbours() -> None:
+    places, w, _, s, e = clusters(0, wrong=0.0)
+    seen = np.arange(0, 400, 4)
+    found = pooled_slopes(places, places[seen], w[seen], s[seen], e[seen], np.full(400, -1), bandwidth_of(places[seen]))
+    top = np.argsort(-found.values_NV[:, 0])[:80]
+    assert (top < 80).mean() > 0.95  # the two kinds of use
+
+
+def test_strengths_by_hand() -> None:
+    # One prompt with 3 of 8, one neighbour in the same place with 6 of 8, one untried prompt there too.
+    weights = np.ones((3, 2))
+    pool = 9 / 16
+    rate = (9 + 8 * pool) / (16 + 8)
+    a, b = 3 + 2 * rate, 5 + 2 * (1 - rate)
+    means, strengths = pooled_strengths(
+        weights, np.array([3.0, 6.0]), np.array([8.0, 8.0]), np.array([0, 1, -1]), prior=2.0
+    )
+    assert means[0] == pytest.approx(a / 10)
+    assert strengths[0] == pytest.approx(a * b / (10 * 11))
+    assert means[2] == pytest.approx(rate)
+    assert strengths[2] == pytest.approx(rate * (1 - rate) * 4 / (2 * 3))
+
+
+def test_strength_is_the_expectation_over_the_beta_posterior() -> None:
+    _, strengths = pooled_strengths(np.ones((1, 1)), np.array([2.0]), np.array([8.0]), np.array([0]), prior=4.0)
+    rate = 2 / 8
+    draws = np.random.default_rng(0).beta(2 + 4 * rate, 6 + 4 * (1 - rate), 400_000)
+    assert strengths[0] == pytest.approx(np.mean(draws * (1 - draws)), rel=2e-3)

@@ -1,0 +1,17 @@
+from pathlib import Path
+
+from cropi.artifacts import append_jsonl
+from cropi.training.history import training_history
+from cropi.training.reward import training_pass_rates
+
+
+def test_history_by_batch_and_prompt(tmp_path: Path) -> None:
+    path = tmp_path / "rewards.jsonl"
+    append_jsonl(path, {"step": 0, "prompt_ids": ["b", "b", "a", "a"], "rewards": [1.0, 0.0, 1.0, None]})
+    append_jsonl(path, {"step": 0, "prompt_ids": ["c", "c", "b", "b"], "rewards": [None, None, 0.0, 0.0]})
+    append_jsonl(path, {"step": 3, "prompt_ids": ["b", "b"], "rewards": [1.0, 1.0]})
+    assert training_history(path, 3) == [(0, "a", 1.0, 1), (0, "b", 0.5, 2), (0, "b", 0.0, 2)]
+    assert training_history(path, 4)[-1] == (3, "b", 1.0, 2)
+    assert training_history(tmp_path / "none.jsonl", 4) == []
+    newest = {prompt_id: mean for _, prompt_id, mean, _ in training_history(path, 4)}
+    assert newest == training_pass_rates(path, 4)
