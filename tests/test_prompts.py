@@ -9,7 +9,7 @@ import pytest
 from cropi.config import Config
 from cropi.errors import DataError
 from cropi.loading import load_config, validate_config
-from cropi.prompts import load_prompts
+from cropi.prompts import data_identity, load_prompts
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
@@ -133,3 +133,47 @@ def test_builtin_parameters_out_of_range_are_named() -> None:
     for override in ("prompts.train.0.families=[nosuch]", "prompts.train.0.max_length=99"):
         with pytest.raises(DataError, match=r"prompts\.train\.0"):
             load_prompts(load_config("quickstart", [override]))
+
+
+def problems(config: Config) -> dict[str, set[str]]:
+    """Prompt ids by set."""
+    found: dict[str, set[str]] = {}
+    for row in load_prompts(config):
+        found.setdefault(row["set"], set()).add(row["prompt_id"])
+    return found
+
+
+def test_builtin_problems_follow_the_seed_of_the_run_unless_they_have_their_own() -> None:
+    unset = ["prompts.train.0.seed=null", "prompts.test.sum.sources.0.seed=null"]
+    own, first, second = (
+        problems(load_config("quickstart", overrides))
+        for overrides in (["prompts.train.0.seed=5", "prompts.test.sum.sources.0.seed=5"], [*unset, "seed=5"], unset)
+    )
+    assert own == first
+    for name in ("train", "test/sum"):
+        assert first[name] != second[name]
+    assert first["validation/sum"] == second["validation/sum"]
+
+
+def test_the_seed_of_a_run_counts_where_a_source_takes_it() -> None:
+    def identity(*overrides: str) -> dict[str, str]:
+        return data_identity(load_config("quickstart", list(overrides)))
+
+    assert identity("seed=5") == identity("seed=6")
+    unset = "prompts.validation.machine.0.seed=null"
+    assert identity("seed=5", unset) != identity("seed=6", unset)
+    assert identity("seed=5", unset) == identity("seed=5", unset)
+
+
+def test_label_rule_and_hint_reach_the_rows() -> None:
+    pool = "prompts.train=[{type: builtin, families: [compass], count: 20, seed: 1, %s}]"
+    right, early, hinted = (
+        train_rows(load_config("quickstart", [pool % more]))
+        for more in ("hint: 0", "label_rule: stop_early", "hint: 1")
+    )
+    assert [r["prompt_id"] for r in right] == [r["prompt_id"] for r in early]
+    assert all(a["answer"] != b["answer"] for a, b in zip(right, early, strict=True))  # every turn changes the heading
+    assert [r["answer"] for r in hinted] == [r["answer"] for r in right]
+    assert all(json.loads(r["messages"]).endswith(f" {r['answer']}") for r in hinted)
+    with pytest.raises(DataError, match=r"prompts\.train\.0: label_noise is 0.5 beside label_rule"):
+        load_prompts(load_config("quickstart", [pool % "label_rule: stop_early, label_noise: 0.5"]))

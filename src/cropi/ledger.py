@@ -14,7 +14,11 @@ SHARED = ""  # the arm of work that all arms use
 
 
 class Ledger:
-    """Adds lines {arm, phase, stage, seconds, tokens} to `ledger.jsonl`."""
+    """Adds lines {arm, phase, stage, seconds, tokens, ...} to `ledger.jsonl`.
+
+    Collection writes `tokens` (of completions) and `prompt_tokens`, scoring `computed_tokens` (of the pool, shared
+    prompts once), `validation_tokens` and `forward_tokens` (only read): what `reporting.flops` counts.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path

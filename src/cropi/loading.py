@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, get_args
 
@@ -56,16 +57,31 @@ def parse_yaml(text: str, where: str) -> Any:
         raise ConfigError(f"not valid YAML: {text}", where=where, fix="correct the line named.") from None
 
 
+# Files beside the recipes that are none: strategies by name, for `cropi compare`.
+NOT_RECIPES = ("presets.yaml",)
+
+
 def recipe_names() -> list[str]:
-    """Names of the recipes in the package."""
-    return sorted(
-        entry.name[:-5] for entry in resources.files("cropi.recipes").iterdir() if entry.name.endswith(".yaml")
-    )
+    """Names of the recipes in the package; one in a sub-folder is named `folder/recipe`."""
+    return sorted(_yaml_names(resources.files("cropi.recipes")))
+
+
+def suite_names() -> list[str]:
+    """Names of the recipes of the scenario suite, `suite/…`."""
+    return [name for name in recipe_names() if name.startswith("suite/")]
 
 
 def recipe_text(name: str) -> str:
     """A recipe as it is written."""
-    return (resources.files("cropi.recipes") / f"{name}.yaml").read_text(encoding="utf-8")
+    return resources.files("cropi.recipes").joinpath(*f"{name}.yaml".split("/")).read_text(encoding="utf-8")
+
+
+def _yaml_names(folder: Traversable, prefix: str = "") -> Iterator[str]:
+    for entry in folder.iterdir():
+        if entry.is_dir():
+            yield from _yaml_names(entry, f"{prefix}{entry.name}/")
+        elif entry.name.endswith(".yaml") and entry.name not in NOT_RECIPES:
+            yield prefix + entry.name.removesuffix(".yaml")
 
 
 def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> Config:

@@ -46,7 +46,7 @@ def checked_prompts(config: Config) -> tuple[list[dict[str, Any]], Leakage]:
     sets = {"train": config.prompts.train}
     sets |= {f"validation/{name}": sources for name, sources in config.prompts.validation.items()}
     sets |= {f"test/{name}": test.sources for name, test in config.prompts.test.items()}
-    prompts = [row for name, sources in sets.items() for row in _load_set(name, sources)]
+    prompts = [row for name, sources in sets.items() for row in _load_set(name, sources, config.seed)]
     _check_quotas(config, prompts)
     leakage = find_leakage(prompts)
     if leakage.exact and config.prompts.leakage == "refuse":
@@ -84,10 +84,12 @@ def make_prompts(config: Config, folder: Path) -> tuple[dict[str, int], dict[str
 
 
 def data_identity(config: Config) -> dict[str, str]:
-    """What the prompt table depends on: the settings, and the content of local files."""
+    """What the prompt table depends on: the settings, the run's seed where a source takes it, local files' content."""
     sources = [*config.prompts.train, *(s for sources in config.prompts.validation.values() for s in sources)]
     sources += [s for test in config.prompts.test.values() for s in test.sources]
     identity = {"prompts": config_hash(config.resolved()["prompts"])}
+    if any(isinstance(source, BuiltinSource) and source.seed is None for source in sources):
+        identity["seed"] = str(config.seed)
     for path in sorted({Path(s.path).expanduser() for s in sources if isinstance(s, FileSource)}):
         if path.is_file():  # a missing one is reported where it is read
             with path.open("rb") as file:
@@ -106,12 +108,15 @@ def _check_quotas(config: Config, rows: Iterable[dict[str, Any]]) -> None:
         )
 
 
-def _load_set(name: str, sources: Sequence[BuiltinSource | FileSource | HubSource]) -> list[dict[str, Any]]:
+def _load_set(name: str, sources: Sequence[BuiltinSource | FileSource | HubSource], seed: int) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     seen: dict[str, str] = {}
     for number, source in enumerate(sources):
         key = f"prompts.{name.replace('/', '.')}.{number}"
-        loaded = list(_builtin(source, name, key) if isinstance(source, BuiltinSource) else _from_rows(source, key))
+        if isinstance(source, BuiltinSource):
+            loaded = list(_builtin(source, name, key, seed))
+        else:
+            loaded = list(_from_rows(source, key))
         if not loaded:
             raise DataError("the source holds no rows", where=key, fix="check its path, hash_range and limit.")
         for row, where in loaded:
@@ -126,10 +131,13 @@ def _load_set(name: str, sources: Sequence[BuiltinSource | FileSource | HubSourc
     return rows
 
 
-def _builtin(source: BuiltinSource, set_name: str, key: str) -> Iterator[tuple[dict[str, Any], str]]:
+def _builtin(source: BuiltinSource, set_name: str, key: str, seed: int) -> Iterator[tuple[dict[str, Any], str]]:
+    """The problems of a source; `seed` is for one that has none of its own."""
     from cropi.builtin import generate
 
     options = source.model_dump(exclude={"type", "families"})
+    if source.seed is None:
+        options["seed"] = seed
     for family in source.families:
         try:
             rows = generate(family, split=set_name.split("/")[0], **options)

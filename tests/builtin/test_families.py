@@ -10,9 +10,12 @@ from cropi.builtin.families import (
     MIN_LENGTH,
     STYLES,
     VOCABULARY,
+    WITHOUT_RUNNING_ANSWER,
     Difficulty,
+    Problem,
     difficulty,
     draw,
+    early_answer,
     guess,
 )
 
@@ -164,3 +167,27 @@ def test_difficulty_replaces_only_what_is_given():
 def test_a_bad_difficulty_says_what_is_allowed(arguments, message):
     with pytest.raises(ValueError, match=message):
         difficulty(**arguments)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_last_step_is_the_answer_wherever_an_answer_runs_along(family):
+    problems = [draw(family, random.Random(seed), DEFAULTS[family]) for seed in range(20)]
+    last = [problem.steps.partition(" answer ")[0].split()[-1] == problem.answer for problem in problems]
+    assert all(last) == (family not in WITHOUT_RUNNING_ANSWER)
+
+
+@pytest.mark.parametrize(
+    ("problem", "early"),
+    [
+        (Problem("depth", "depth : ( [ ] ) { =", "1", "tally 1 2 1 0 1 answer 1"), "0"),
+        (Problem("machine", "machine : x y =", "a", "trace b a answer a"), "b"),  # x leads from a to b, y back to a
+    ],
+)
+def test_the_answer_one_item_early(problem, early):
+    assert early_answer(problem) == early
+
+
+@pytest.mark.parametrize("family", WITHOUT_RUNNING_ANSWER)
+def test_no_early_answer_where_the_steps_are_not_the_answer_so_far(family):
+    with pytest.raises(ValueError, match=f"family '{family}' has no answer one item early"):
+        early_answer(draw(family, random.Random(0), DEFAULTS[family]))

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import random
+from dataclasses import replace
 from typing import Any
 
-from cropi.builtin.families import Difficulty, Problem, difficulty, draw, guess
+from cropi.builtin.families import Difficulty, Problem, difficulty, draw, early_answer, guess
 
 SPLITS = ("train", "validation", "test")
+LABEL_RULES = ("right", "stop_early")
 # So many draws in a row without a new problem, and the space counts as used up.
 PATIENCE = 5_000
 
@@ -23,32 +26,43 @@ def generate(
     max_length: int | None = None,
     modulus: int | None = None,
     label_noise: float = 0.0,
+    label_rule: str = "right",
+    hint: float = 0.0,
 ) -> list[dict[str, Any]]:
     """`count` distinct problems of one family as rows; the same arguments give the same rows in any process.
 
     A problem belongs to the split that the hash of its prompt says (80 % train, 10 % validation, 10 % test), so
     splits are disjoint whatever the seeds. Exactly ``round(label_noise * count)`` rows, chosen by the seed, carry a
-    wrong but plausible answer.
+    wrong but plausible answer. With the label rule ``stop_early`` every row carries the answer of one who stops one
+    item early, right or wrong. A `hint` puts the first ``ceil(hint * words)`` words of the worked steps at the end of
+    the prompt, style first; at 1 only ``answer X`` is left to say. The split is that of the problem without the hint.
 
     Returns rows with the keys `prompt_id` (16 hex digits from family and prompt), `prompt`, `answer`, `source` (the
-    family) and `mislabelled`.
-    Raises ValueError for an argument out of range, or when there are fewer distinct problems than `count`.
+    family) and `mislabelled` (whether the answer is wrong).
+    Raises ValueError for an argument out of range, for ``stop_early`` with label noise or a family without running
+    states, or when there are fewer distinct problems than `count`.
     """
-    _check(split, count, label_noise)
+    _check(split, count, label_noise, label_rule, hint)
     level = difficulty(family, min_length=min_length, max_length=max_length, modulus=modulus)
     rng = random.Random(f"{family}/{split}/{seed}")
     problems = _distinct(family, split, count, rng, level)
-    mislabelled = set(rng.sample(range(count), round(label_noise * count)))
-    return [
-        {
-            "prompt_id": prompt_id(problem),
-            "prompt": problem.prompt,
-            "answer": wrong_answer(problem, rng, level) if i in mislabelled else problem.answer,
-            "source": family,
-            "mislabelled": i in mislabelled,
-        }
-        for i, problem in enumerate(problems)
-    ]
+    noisy = set(rng.sample(range(count), round(label_noise * count)))
+    rows = []
+    for i, problem in enumerate(problems):
+        shown = hinted(problem, hint)
+        answer = early_answer(problem) if label_rule == "stop_early" else problem.answer
+        if i in noisy:
+            answer = wrong_answer(problem, rng, level)
+        rows.append(
+            {
+                "prompt_id": prompt_id(shown),
+                "prompt": shown.prompt,
+                "answer": answer,
+                "source": family,
+                "mislabelled": answer != problem.answer,
+            }
+        )
+    return rows
 
 
 def prompt_id(problem: Problem) -> str:
@@ -61,6 +75,12 @@ def split_of(problem: Problem) -> str:
     return SPLITS[max(0, int(prompt_id(problem), 16) % 10 - 7)]
 
 
+def hinted(problem: Problem, hint: float) -> Problem:
+    """The problem with a share of its worked steps, rounded up to a word, at the end of the prompt."""
+    words = problem.steps.partition(" answer ")[0].split()
+    return replace(problem, prompt=" ".join([problem.prompt, *words[: math.ceil(hint * len(words))]]))
+
+
 def wrong_answer(problem: Problem, rng: random.Random, level: Difficulty) -> str:
     """A plausible answer that is not the right one."""
     while (answer := guess(problem, rng, level)) == problem.answer:
@@ -68,13 +88,18 @@ def wrong_answer(problem: Problem, rng: random.Random, level: Difficulty) -> str
     return answer
 
 
-def _check(split: str, count: int, label_noise: float) -> None:
+def _check(split: str, count: int, label_noise: float, label_rule: str, hint: float) -> None:
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
     if count < 1:
         raise ValueError(f"count is {count}; it must be at least 1")
-    if not 0.0 <= label_noise <= 1.0:
-        raise ValueError(f"label_noise is {label_noise}; it is a share, from 0 to 1")
+    for name, share in (("label_noise", label_noise), ("hint", hint)):
+        if not 0.0 <= share <= 1.0:
+            raise ValueError(f"{name} is {share}; it is a share, from 0 to 1")
+    if label_rule not in LABEL_RULES:
+        raise ValueError(f"unknown label_rule {label_rule!r}; known: {', '.join(LABEL_RULES)}")
+    if label_rule != "right" and label_noise:
+        raise ValueError(f"label_noise is {label_noise} beside label_rule {label_rule!r}; give one of them")
 
 
 def _distinct(family: str, split: str, count: int, rng: random.Random, level: Difficulty) -> list[Problem]:

@@ -25,6 +25,8 @@ STYLES = {
     **dict.fromkeys(("machine", "shell", "compass", "elevator", "hop"), "trace"),
     **dict.fromkeys(("maximum", "median", "reverse"), "list"),
 }
+# In the others every step is the answer so far, and the last one the answer.
+WITHOUT_RUNNING_ANSWER = ("median", "reverse")
 MIN_LENGTH, MAX_LENGTH = 2, 12
 MIN_MODULUS, MAX_MODULUS = 3, 10
 
@@ -315,3 +317,13 @@ def guess(problem: Problem, rng: random.Random, level: Difficulty) -> str:
     if len(words) > 1:
         return " ".join(rng.sample(words, len(words)))
     return draw(problem.family, rng, level).answer
+
+
+def early_answer(problem: Problem) -> str:
+    """The answer of one who stops one item early: the step before the last.
+
+    Raises ValueError for a family whose steps are not the answer so far.
+    """
+    if problem.family in WITHOUT_RUNNING_ANSWER:
+        raise ValueError(f"family {problem.family!r} has no answer one item early: its steps are not the answer so far")
+    return problem.steps.partition(" answer ")[0].split()[-2]

@@ -10,6 +10,7 @@ import typer
 from cropi import __version__
 from cropi.cli.audit import audit
 from cropi.cli.bench import bench
+from cropi.cli.compare import compare
 from cropi.cli.explain import explain
 from cropi.cli.recipes import recipes
 from cropi.cli.shell import (
@@ -36,6 +37,7 @@ app = typer.Typer(
 )
 app.add_typer(recipes, name="recipes")
 app.command()(audit)
+app.command()(compare)
 app.add_typer(bench, name="bench")
 
 

@@ -1,0 +1,87 @@
+"""`cropi compare`: strategies against each other at equal cost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cropi.cli.shell import AsJson, print_result, quiet_libraries
+from cropi.errors import UserError
+
+
+def compare(
+    configs: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="CONFIG... [key=value]...",
+            help="Recipes, YAML files or `suite` (all of its recipes), and settings that replace theirs.",
+            show_default=False,
+        ),
+    ] = None,
+    strategies: Annotated[
+        str, typer.Option(help="Presets and YAML patches, with commas between.", show_default=True)
+    ] = "full,random,learnability,influence",
+    seeds: Annotated[str, typer.Option(help="Such as 0-4 or 0,1,7.")] = "0-4",
+    folder: Annotated[Path, typer.Option(help="Where the runs go; the same again adds to it.")] = Path("runs/compare"),
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Runs at once.", show_default="what cores and memory allow")
+    ] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="Strategies to take differences from.", show_default="full, if it is there")
+    ] = None,
+    levels: Annotated[
+        str | None, typer.Option(help="Targeted accuracies to which costs are wanted as well.", show_default="none")
+    ] = None,
+    keep_checkpoints: Annotated[bool, typer.Option(help="Do not delete those of finished runs.")] = False,
+    results: Annotated[
+        Path | None, typer.Option(help="No runs: the statistics of such a table.", show_default=False)
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train strategies on scenarios and seeds; speed-ups with intervals."""
+    references = None if reference is None else [name.strip() for name in reference.split(",")]
+    goals = _levels(levels)
+    from cropi.compare.statistics import summarise
+    from cropi.compare.table import as_text
+
+    if results is not None:
+        if configs:
+            raise UserError("both configs and --results are given", where="--results", fix="leave one of them out.")
+        from cropi.compare.results import read_results
+
+        summary = summarise(read_results(results), references, goals)
+        print_result(summary, as_json, as_text(summary))
+        return
+    names = [given for given in configs or [] if "=" not in given or Path(given).is_file()]
+    overrides = [given for given in configs or [] if given not in names]
+    if not names:
+        raise UserError("no config is named", where="CONFIG", fix="name a recipe, a YAML file, or `suite`.")
+    quiet_libraries()
+    from cropi.compare.run import compare_runs
+
+    summary, failures = compare_runs(
+        names,
+        overrides,
+        [name.strip() for name in strategies.split(",")],
+        seeds,
+        folder,
+        jobs=jobs,
+        references=references,
+        levels=goals,
+        keep_checkpoints=keep_checkpoints,
+    )
+    print_result(summary, as_json, f"{as_text(summary)}\n\nresults: {folder / 'results.parquet'}")
+    if failures:
+        raise typer.Exit(2 if all(failure.user_error for failure in failures) else 1)
+
+
+def _levels(text: str | None) -> list[float]:
+    try:
+        levels = [] if text is None else [float(part) for part in text.split(",")]
+    except ValueError:
+        levels = [-1.0]
+    if not all(0 < level <= 1 for level in levels):
+        raise UserError(f"{text!r} are no accuracies", where="--levels", fix="give 0.8,0.9, say.")
+    return levels

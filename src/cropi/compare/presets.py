@@ -1,0 +1,90 @@
+"""Strategies by name: patches of a config."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from cropi.errors import ConfigError
+from cropi.loading import parse_yaml
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+Patch = Mapping[str, Any]
+
+# What pairs the runs: the same for every strategy.
+COMMON = ("name", "run_dir", "seed", "baselines", "policy", "prompts", "verifier", "evaluate")
+
+
+def presets() -> dict[str, dict[str, Any]]:
+    """The strategies of the package by name: `about`, and `config`, the patch."""
+    text = (resources.files("cropi.recipes") / "presets.yaml").read_text(encoding="utf-8")
+    return dict(parse_yaml(text, "presets.yaml"))
+
+
+def read_patches(names: Sequence[str]) -> dict[str, Patch]:
+    """Patches of presets by name, and of YAML files by path (named by their stem). ConfigError for any other."""
+    known, patches = presets(), dict[str, Patch]()
+    for given in names:
+        name, patch = _from_file(Path(given)) if given.endswith((".yaml", ".yml")) else (given, None)
+        if patch is None:
+            if name not in known:
+                raise ConfigError(
+                    f"there is no strategy {name!r} - {_hint(name, list(known))}",
+                    where="--strategies",
+                    fix="name presets, or YAML files that patch a config.",
+                )
+            patch = known[name]["config"]
+        if name in patches:
+            raise ConfigError(f"{name} is named twice", where="--strategies", fix="name it once.")
+        patches[name] = patch
+    return patches
+
+
+def _from_file(path: Path) -> tuple[str, Patch]:
+    try:
+        patch = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot be read ({error})", where=str(path), fix="check the path.") from None
+    if not isinstance(patch, dict):
+        raise ConfigError("a strategy is a mapping of settings", where=str(path), fix="see docs/compare.md.")
+    if not NAME.fullmatch(path.stem) or path.stem.startswith("shared-"):
+        raise ConfigError(
+            "the file's name cannot name a strategy",
+            where=str(path),
+            fix="use letters, digits, '.', '_' and '-', and do not begin with shared-.",
+        )
+    return path.stem, patch
+
+
+def patched(values: Mapping[str, Any], patch: Patch, name: str) -> dict[str, Any]:
+    """The settings of a config with a strategy's laid over them. ConfigError for a setting that pairs the runs."""
+    for key in COMMON:
+        if key in patch:
+            raise ConfigError(
+                f"a strategy cannot set {key}: it is the same for all that are compared",
+                where=f"strategy {name}",
+                fix="leave it out, or give it as key=value for all.",
+            )
+    return merged(values, patch)
+
+
+def merged(values: Mapping[str, Any], patch: Patch) -> dict[str, Any]:
+    """A mapping with another laid over it, key by key. A table with a `type` replaces the one before as a whole: the
+    settings of another type are not its own.
+    """
+    result = dict(values)
+    for key, value in patch.items():
+        before = result.get(key)
+        whole = not isinstance(value, Mapping) or not isinstance(before, Mapping) or "type" in value
+        result[key] = value if whole else merged(before, value)  # type: ignore[arg-type]
+    return result
+
+
+def _hint(word: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"

@@ -1,0 +1,109 @@
+"""Floating-point operations of an arm, by one formula for all of them.
+
+The unit is the forward pass of a token: 2 P operations, with P the parameters that take part in matrix products (the
+output head counts, looked-up embeddings do not; attention scores are left out). In forward passes:
+
+    generation   every prompt and completion token once (with a cache nothing is computed twice)
+    collection   generation, and once more for the behaviour log-probs
+    score        m per token of the pool that is computed + 3 per token of the validation prompts (their dense gradient:
+                 forward, and a backward pass of twice that; twice over where each is scaled to length 1 first).
+                 m: 2 for `sketch` (forward, backward through activations), 3 with the uniform mask, which needs the
+                 dense gradient; 2 + V for `exact` with V validation sets; 3 for `reference`. A baseline reweighted by
+                 ratios takes one more for them. Tokens that are only read (representations): 1 each.
+    training     generation + 3 per token and pass over a batch (forward and backward; `trainer.num_iterations` passes),
+                 + 1 for the reference policy where `trainer.beta` is not 0. With dynamic sampling, all that is sampled
+                 is generated, and the share that one batch is of it by rows is trained on.
+
+A pass over padding, and the optimiser's own arithmetic, are not counted. Evaluation is not charged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cropi.config import Config, ScoreConfig
+from cropi.errors import ArtifactError
+
+FORWARD = 2  # operations per parameter and token
+GRADIENT = 3  # forward passes of a dense gradient
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Operations by phase."""
+
+    collect: float
+    score: float
+    train: float
+
+    @property
+    def total(self) -> float:
+        """All of them."""
+        return self.collect + self.score + self.train
+
+
+def score_multiple(settings: ScoreConfig, validation_sets: int) -> int:
+    """Forward passes per token of the pool."""
+    by_estimator = {
+        "sketch": 3 if settings.projection.mask == "uniform" else 2,
+        "exact": 2 + validation_sets,
+        "reference": GRADIENT,
+    }
+    return by_estimator[settings.estimator] + (settings.baseline == "reweighted")
+
+
+def flops(
+    config: Config,
+    parameters: int,
+    collected: Iterable[Mapping[str, Any]],
+    scored: Iterable[Mapping[str, Any]],
+    batches: Iterable[Mapping[str, Any]],
+) -> Flops:
+    """Operations of ledger lines of collection and scoring, and of generation batches of training.
+
+    Raises ArtifactError for a line without prompt tokens: it was written before they were recorded.
+    """
+    forward = FORWARD * parameters
+    multiple = score_multiple(config.score, len(config.prompts.validation))
+    scaled = config.score.validation_mean == "normalized" or config.select.strategy.candidates_aimed_at > 0
+    validation = GRADIENT * (2 if scaled else 1)
+    passes = GRADIENT * int(config.trainer.get("num_iterations", 1)) + bool(config.trainer.get("beta", 0.0))
+    batches = list(batches)
+    return Flops(
+        collect=forward * 2 * sum(map(_all_tokens, collected)),
+        score=forward
+        * sum(
+            multiple * _of(e, "computed_tokens") + validation * _of(e, "validation_tokens") + e.get("forward_tokens", 0)
+            for e in scored
+        ),
+        train=forward * (sum(map(_all_tokens, batches)) + passes * _trained_tokens(config, batches)),
+    )
+
+
+def _trained_tokens(config: Config, batches: Sequence[Mapping[str, Any]]) -> float:
+    """Prompt and completion tokens of what is trained on, in one pass."""
+    if not config.train.dynamic_sampling:
+        return sum(map(_all_tokens, batches))
+    micro_steps = int(config.trainer.get("gradient_accumulation_steps", 1))
+    a_step = max(1, micro_steps // int(config.trainer.get("steps_per_generation", micro_steps)))  # generation batches
+    by_step: dict[int, list[Mapping[str, Any]]] = {}
+    for batch in batches:
+        by_step.setdefault(batch["step"], []).append(batch)
+    total = 0.0
+    for own in by_step.values():
+        rows = sum(len(batch["prompt_ids"]) for batch in own)
+        total += sum(map(_all_tokens, own)) * min(1.0, a_step * len(own[0]["prompt_ids"]) / rows)
+    return total
+
+
+def _all_tokens(entry: Mapping[str, Any]) -> int:
+    """Prompt and completion tokens; none of work that was interrupted before it knew them."""
+    return _of(entry, "prompt_tokens") + int(entry["tokens"]) if "tokens" in entry else 0
+
+
+def _of(entry: Mapping[str, Any], name: str) -> int:
+    if name not in entry and "tokens" in entry:
+        raise ArtifactError(f"a line lacks {name}", where="ledger.jsonl or rewards.jsonl", fix="make the run anew.")
+    return int(entry.get(name, 0))
