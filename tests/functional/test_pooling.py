@@ -25,11 +25,29 @@ def test_principal_points_of_equal_rows_are_all_zero() -> None:
     np.testing.assert_array_equal(principal_points(np.ones((4, 3))), np.zeros((4, 3)))
 
 
-def test_bandwidth_is_three_median_distances_to_the_nearest_that_differs() -> None:
-    # nearest others: 1, 1, 2, 7; the repeated place does not count as a neighbour of itself
-    places = np.array([[0.0], [1.0], [3.0], [10.0], [10.0]])
-    assert bandwidth_of(places) == pytest.approx(3 * np.median([1, 1, 2, 7, 7]))
-    assert bandwidth_of(np.zeros((3, 2))) == 1.0
+def test_bandwidth_is_the_one_by_which_neighbours_tell_best() -> None:
+    """By brute force: every prompt's influence told by the others, written out."""
+    places, w, _, s, _ = clusters(3)
+    apart = np.linalg.norm(places[:, None] - places[None], axis=-1)
+    np.fill_diagonal(apart, np.inf)
+    unit, losses = np.median(apart.min(axis=1)), []
+    pool, prior = (w @ s[:, 0]) / (w @ w), np.mean(w**2)
+    for multiple in pooling.BANDWIDTHS:
+        errors = []
+        for j in range(len(w)):
+            k = np.exp(-(apart[j] ** 2) / (2 * (multiple * unit) ** 2))
+            f = (np.sum(k * w * s[:, 0]) + prior * pool) / (np.sum(k * w**2) + prior)
+            errors.append((s[j, 0] - w[j] * f) ** 2)
+        losses.append(np.mean(errors))
+    assert 0 < np.argmin(losses) < len(losses) - 1
+    assert bandwidth_of(places, w, s) == pytest.approx(unit * pooling.BANDWIDTHS[int(np.argmin(losses))])
+
+
+def test_bandwidth_of_equal_places_and_of_many_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert bandwidth_of(np.zeros((3, 2)), np.ones(3), np.ones((3, 1))) == 1.0
+    places, w, _, s, _ = clusters(3)
+    monkeypatch.setattr(pooling, "BLOCK", 200)
+    assert bandwidth_of(places, w, s) == bandwidth_of(places[::2], w[::2], s[::2])
 
 
 def test_kernel_by_hand() -> None:
@@ -56,10 +74,23 @@ def test_slopes_by_hand() -> None:
     spread_of_pool = (residuals - noise) / 0.05  # 0.11
     spread = (residuals - noise + 0.025 * spread_of_pool) / 0.075
     per_strength = noise / 0.05
-    first_noise = 0.5 * 0.01 + 0.5 * per_strength * 0.04
+    first_noise = 0.25 * 0.01 + 0.75 * per_strength * 0.04
     gain = spread * 0.04 / (spread * 0.04 + first_noise)
     found = pooled_slopes(np.zeros((1, 1)), np.zeros((2, 1)), w, s, e, np.array([0]), 1.0)
     assert found.values_NV[0, 0] == pytest.approx(1.7 + gain * (0.4 / 0.2 - 1.7))
+
+
+def test_error_of_a_neighbourhood_is_that_of_its_mean() -> None:
+    """Prompts of one kind, drawn anew: f moves from draw to draw by what its error says."""
+    generator, found = np.random.default_rng(5), []
+    for _ in range(400):
+        slope, w = 2.0 + 0.5 * generator.normal(size=50), generator.uniform(0.1, 0.25, 50)
+        s = (w * slope + 0.1 * generator.normal(size=50))[:, None]
+        found.append(
+            pooled_slopes(np.zeros((1, 1)), np.zeros((50, 1)), w, s, np.full((50, 1), 0.1), np.array([-1]), 1.0)
+        )
+    spread = np.std([one.values_NV[0, 0] for one in found])
+    assert np.mean([one.smooth_errors_NV[0, 0] for one in found]) == pytest.approx(spread, rel=0.15)
 
 
 def test_groups_without_strength_tell_nothing() -> None:
@@ -103,7 +134,7 @@ def test_posterior_beats_raw_scores_and_neighbours_alone() -> None:
     raw_error = alone_error = posterior_error = 0.0
     for seed in range(5):
         places, w, slope, s, e = clusters(seed)
-        bandwidth, own = bandwidth_of(places), np.arange(400)
+        bandwidth, own = bandwidth_of(places, w, s), np.arange(400)
         posterior = pooled_slopes(places, places, w, s, e, own, bandwidth).values_NV[:, 0]
         alone = pooled_slopes(places, places, w, s, e, np.full(400, -1), bandwidth).values_NV[:, 0]
         raw_error += np.mean((s[:, 0] / w - slope) ** 2)
@@ -117,7 +148,7 @@ def test_posterior_covers_the_truth() -> None:
     inside, widths, alone = [], [], []
     for seed in range(5):
         places, w, slope, s, e = clusters(seed)
-        found = pooled_slopes(places, places, w, s, e, np.arange(400), bandwidth_of(places))
+        found = pooled_slopes(places, places, w, s, e, np.arange(400), bandwidth_of(places, w, s))
         inside.append(np.abs(found.values_NV[:, 0] - slope) < 1.96 * found.errors_NV[:, 0])
         widths.append(found.errors_NV.mean())
         alone.append((e[:, 0] / w).mean())
@@ -128,7 +159,8 @@ def test_posterior_covers_the_truth() -> None:
 def test_prompts_never_sampled_are_told_by_their_neighbours() -> None:
     places, w, _, s, e = clusters(0, wrong=0.0)
     seen = np.arange(0, 400, 4)
-    found = pooled_slopes(places, places[seen], w[seen], s[seen], e[seen], np.full(400, -1), bandwidth_of(places[seen]))
+    bandwidth = bandwidth_of(places[seen], w[seen], s[seen])
+    found = pooled_slopes(places, places[seen], w[seen], s[seen], e[seen], np.full(400, -1), bandwidth)
     top = np.argsort(-found.values_NV[:, 0])[:80]
     assert (top < 80).mean() > 0.95  # the two kinds of use
 

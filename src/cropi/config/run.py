@@ -128,8 +128,6 @@ class Config(Table):
             "score.estimator=sketch": self.score.estimator == "sketch",
             "score.store=none": self.score.store == "none",
             "no score.budget": not self.score.budget.active,
-            "collect.num_generations of 3 or more": self.collect.num_generations >= 3,
-            "collect.validation_num_generations of 3 or more": self.collect.validation_num_generations >= 3,
         }
         for name, strategy in self.arms.items():
             missing = [text for text, there in wanted.items() if strategy.pools and not there]

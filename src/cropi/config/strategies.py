@@ -271,7 +271,7 @@ class PooledStrategy(StrategyTable):
     prior: Annotated[float, Field(gt=0)] = 2.0
     """Tries that the neighbours' pass rate counts for beside a prompt's own."""
     significance: Annotated[float, Field(ge=0)] = 1.0
-    """Posterior standard deviations that a prompt's influence must lie above 0 to be chosen for it."""
+    """Standard errors of its neighbourhood's influence that a prompt's must lie above 0 to be chosen for it."""
     exhausted: Fraction = 0.2
     """A prompt whose influence has fallen below this share of what the best had at first is no longer chosen for it."""
     fusion: Literal["sum", "rank"] = "sum"

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Int
 
-BANDWIDTH = 3.0  # in median distances to the nearest observed prompt
+BANDWIDTHS = (0.75, 1.0, 1.25, 1.5, 2.0, 3.0, 5.0, 10.0)  # tried, in median distances to the nearest observed prompt
 PRIOR = 1.0  # prompts that the pool as a whole counts for beside the neighbours
 LEAST_SPREAD = 0.02  # of the pool's variance of own slopes: no neighbourhood is taken to be more uniform than that
+OWN_ERROR = 0.25  # what a prompt's own squared error counts for beside its neighbours'
 BLOCK = 2048  # rows of a kernel matrix made at once
 
 
@@ -32,13 +33,32 @@ def principal_points(
     return points / scale if scale > 0 else points
 
 
-def bandwidth_of(observed_OE: Float[np.ndarray, "O E"]) -> float:
-    """`BANDWIDTH` times the median distance of an observed prompt to the nearest other one that differs from it."""
-    squares_OO = _squares(observed_OE, observed_OE)
-    squares_OO[squares_OO <= 1e-12 * max(float(squares_OO.max()), 1e-300)] = np.inf
-    nearest_O = np.sqrt(squares_OO.min(axis=1))
-    found_O = nearest_O[np.isfinite(nearest_O)]
-    return BANDWIDTH * float(np.median(found_O)) if len(found_O) else 1.0
+def bandwidth_of(
+    observed_OE: Float[np.ndarray, "O E"],
+    strengths_O: Float[np.ndarray, " O"],
+    influence_OV: Float[np.ndarray, "O V"],
+) -> float:
+    """The bandwidth, of `BANDWIDTHS` times the median distance of an observed prompt to the nearest other, by which
+    neighbours tell a prompt's influence best when it is left out (Stone 1974).
+
+    What is least: sum_v mean_j (s_j - w_j f_-j)^2 / mean_j s_j^2, with f of `pooled_slopes` from all prompts but j. Of
+    more than `BLOCK` observed prompts every other one, or every third, ... is used. 1 where all lie in one place.
+    """
+    every = -(-len(observed_OE) // BLOCK)
+    places_OE, w, s_OV = observed_OE[::every], strengths_O[::every], influence_OV[::every]
+    squares_OO = _squares(places_OE, places_OE)
+    apart_OO = np.where(squares_OO <= 1e-12 * max(float(squares_OO.max()), 1e-300), np.inf, squares_OO)
+    nearest_O = np.sqrt(apart_OO.min(axis=1))
+    if not np.isfinite(nearest_O).any():
+        return 1.0
+    np.fill_diagonal(squares_OO, np.inf)
+    unit = float(np.median(nearest_O[np.isfinite(nearest_O)]))
+    power_V = np.maximum((s_OV**2).mean(axis=0), 1e-300)
+    losses = []
+    for multiple in BANDWIDTHS:
+        f_OV = _smooth(np.exp(-squares_OO / (2 * (multiple * unit) ** 2)), w, s_OV)[0]
+        losses.append(float((((s_OV - w[:, None] * f_OV) ** 2).mean(axis=0) / power_V).sum()))
+    return unit * BANDWIDTHS[int(np.argmin(losses))]
 
 
 def kernel(
@@ -50,10 +70,14 @@ def kernel(
 
 @dataclass(frozen=True)
 class Slopes:
-    """Influence per unit of strength of N prompts on V validation sets, and the posterior standard deviation."""
+    """Influence per unit of strength of N prompts on V validation sets."""
 
     values_NV: Float[np.ndarray, "N V"]
+    """Posterior mean."""
     errors_NV: Float[np.ndarray, "N V"]
+    """Posterior standard deviation."""
+    smooth_errors_NV: Float[np.ndarray, "N V"]
+    """The part of it that the neighbourhood's f has: what is not known of prompts of this kind."""
 
 
 def pooled_slopes(
@@ -75,20 +99,19 @@ def pooled_slopes(
         kappa(x) = (sum_j k_j [(s_j - w_j f(x))^2 - e_j^2] + n_0 kappa_g) / (the same), at least a little
         u_j      = kappa w_j (s_j - w_j f) / (kappa w_j^2 + e_j^2)
 
-    Within u_j, e_j^2 is the mean of the prompt's own and its neighbours' for such a strength: a single jackknife error
-    of K trajectories is itself noisy. `own_N` is each prompt's row among the observed, -1 for one that has none: it
-    gets f alone. Sources: kernel regression (Nadaraya 1964, Watson 1964), the normal means model of Efron & Morris
-    (1973) with a variance that differs from place to place.
+    Within u_j, e_j^2 is the prompt's own with the weight `OWN_ERROR` and else its neighbours' for such a strength: the
+    error of a single prompt is itself little known. `own_N` is each prompt's row among the observed, -1 for one that
+    has none: it gets f alone. Sources: kernel regression (Nadaraya 1964, Watson 1964), the normal means model of Efron
+    & Morris (1973) with a variance that differs from place to place.
 
     `errors_OV` must be finite. A group without signal has strength 0 and tells nothing. ValueError where none has any.
     """
-    weight = strengths_O**2
-    if not weight.sum() > 0:
+    if not (strengths_O > 0).any():
         raise ValueError("no observed prompt has any strength")
-    slope_V = strengths_O @ influence_OV / weight.sum()
     squared_OV = errors_OV**2
-    excess_V = ((influence_OV - strengths_O[:, None] * slope_V) ** 2 - squared_OV).sum(axis=0) / weight.sum()
-    pool = _Pool(slope_V, np.maximum(excess_V, 0.0), PRIOR * weight[weight > 0].mean())
+    slope_V = _pool_slope(strengths_O, influence_OV)
+    excess_V = ((influence_OV - strengths_O[:, None] * slope_V) ** 2 - squared_OV).sum(axis=0) / (strengths_O**2).sum()
+    spread_V = np.maximum(excess_V, 0.0)
     parts = [
         _posterior(
             kernel(points_NE[start : start + BLOCK], observed_OE, bandwidth),
@@ -96,18 +119,27 @@ def pooled_slopes(
             influence_OV,
             squared_OV,
             own_N[start : start + BLOCK],
-            pool,
+            spread_V,
         )
         for start in range(0, len(points_NE), BLOCK)
     ]
-    return Slopes(np.concatenate([p.values_NV for p in parts]), np.concatenate([p.errors_NV for p in parts]))
+    names = ("values_NV", "errors_NV", "smooth_errors_NV")
+    return Slopes(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
 
 
-@dataclass(frozen=True)
-class _Pool:
-    slope_V: Float[np.ndarray, " V"]
-    spread_V: Float[np.ndarray, " V"]  # variance of the slopes of its prompts
-    weight: float  # n_0
+def _pool_slope(strengths_O: Float[np.ndarray, " O"], influence_OV: Float[np.ndarray, "O V"]) -> np.ndarray:
+    return strengths_O @ influence_OV / (strengths_O @ strengths_O)
+
+
+def _smooth(
+    weights_NO: Float[np.ndarray, "N O"], strengths_O: Float[np.ndarray, " O"], influence_OV: Float[np.ndarray, "O V"]
+) -> tuple[Float[np.ndarray, "N V"], Float[np.ndarray, "N 1"], float]:
+    """(f, its denominator sum_j k_j w_j^2 + n_0, n_0)."""
+    w2 = strengths_O**2
+    prior = PRIOR * float(w2[w2 > 0].mean())
+    mass_N1 = (weights_NO @ w2)[:, None] + prior
+    sums_NV = weights_NO @ (strengths_O[:, None] * influence_OV)
+    return (sums_NV + prior * _pool_slope(strengths_O, influence_OV)) / mass_N1, mass_N1, prior
 
 
 def _posterior(
@@ -116,11 +148,10 @@ def _posterior(
     influence_OV: Float[np.ndarray, "O V"],
     squared_OV: Float[np.ndarray, "O V"],
     own_N: Int[np.ndarray, " N"],
-    pool: _Pool,
+    pool_spread_V: Float[np.ndarray, " V"],
 ) -> Slopes:
     w, w2 = strengths_O, strengths_O**2
-    mass_N1 = (weights_NO @ w2)[:, None] + pool.weight
-    f_NV = (weights_NO @ (w[:, None] * influence_OV) + pool.weight * pool.slope_V) / mass_N1
+    f_NV, mass_N1, prior = _smooth(weights_NO, strengths_O, influence_OV)
     # sum_j k_j (s_j - w_j f)^2, multiplied out
     residual_NV = (
         weights_NO @ influence_OV**2
@@ -128,21 +159,22 @@ def _posterior(
         + f_NV**2 * (weights_NO @ w2)[:, None]
     )
     noise_NV = weights_NO @ squared_OV
-    spread_NV = (residual_NV - noise_NV + pool.weight * pool.spread_V) / mass_N1
-    spread_NV = np.maximum(spread_NV, LEAST_SPREAD * pool.spread_V)
-    per_strength_NV = noise_NV / np.maximum(mass_N1 - pool.weight, 1e-300)
-    local_NV = spread_NV + per_strength_NV  # variance of s / w around f, for a strength of 1
-    f_variance_NV = local_NV * (weights_NO**2 @ w2)[:, None] / mass_N1**2
-    f_variance_NV += (pool.weight / mass_N1) ** 2 * pool.spread_V
+    spread_NV = (residual_NV - noise_NV + prior * pool_spread_V) / mass_N1
+    spread_NV = np.maximum(spread_NV, LEAST_SPREAD * pool_spread_V)
+    per_strength_NV = noise_NV / np.maximum(mass_N1 - prior, 1e-300)
+    squares_NO = weights_NO**2
+    f_variance_NV = spread_NV * (squares_NO @ w2**2)[:, None] + squares_NO @ (w2[:, None] * squared_OV)
+    f_variance_NV /= mass_N1**2
+    f_variance_NV += (prior / mass_N1) ** 2 * pool_spread_V
     seen = (own_N >= 0) & (w[own_N] > 0)
     own, w_S1 = own_N[seen], w[own_N[seen]][:, None]
-    noise_SV = 0.5 * squared_OV[own] + 0.5 * per_strength_NV[seen] * w_S1**2
+    noise_SV = OWN_ERROR * squared_OV[own] + (1 - OWN_ERROR) * per_strength_NV[seen] * w_S1**2
     signal_SV = spread_NV[seen] * w_S1**2
     gain_SV = np.divide(signal_SV, signal_SV + noise_SV, out=np.zeros_like(signal_SV), where=signal_SV > 0)
     values_NV, variance_NV = f_NV.copy(), spread_NV + f_variance_NV
     values_NV[seen] += gain_SV * (influence_OV[own] / w_S1 - f_NV[seen])
     variance_NV[seen] = (1 - gain_SV) * spread_NV[seen] + (1 - gain_SV) ** 2 * f_variance_NV[seen]
-    return Slopes(values_NV, np.sqrt(np.maximum(variance_NV, 0.0)))
+    return Slopes(values_NV, np.sqrt(np.maximum(variance_NV, 0.0)), np.sqrt(f_variance_NV))
 
 
 def pooled_strengths(

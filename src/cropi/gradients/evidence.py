@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from cropi.gradients.groups import Group
+from cropi.gradients.halves import score_by_halves
 from cropi.gradients.scorer import Scorer
 
 
@@ -22,7 +23,7 @@ def validation_evidence(
     """
     names, rows, computed = list(validation), [], 0
     for own, (name, groups) in enumerate(validation.items()):
-        scored = scorer(groups, standard_errors=True, advance=advance)
+        scored = score_by_halves(scorer, groups, advance)
         assert scored.errors_NV is not None
         computed += scored.tokens_computed
         count = len(groups)

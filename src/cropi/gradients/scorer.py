@@ -58,6 +58,8 @@ class Scored:
     """Standard errors of the influence, if asked for: 0 without signal, NaN for fewer than three trajectories."""
     pass_rates_N: Float[np.ndarray, " N"] | None = None
     """Mean rewards."""
+    ratios: Sequence[RatioMoments] = ()
+    """What the facts are made of, where an engine ran."""
 
 
 class Scorer:
@@ -286,7 +288,8 @@ class Scorer:
         features_ND = sketch.features_ND
         products_NV = (features_ND.double() @ self.features_VD.double().T).numpy()
         norms_N = features_ND.double().norm(dim=1).numpy()
-        return Scored(products_NV, norms_N, _facts(work, count), features_ND, work.tokens), work
+        scored = Scored(products_NV, norms_N, _facts(work, count), features_ND, work.tokens)
+        return replace(scored, ratios=[work.of(index) for index in range(count)]), work
 
     def _by_reference(self, groups: Sequence[Group], advance: Callable[[int], None] | None) -> Scored:
         products_NV = np.zeros((len(groups), len(self._directions)))

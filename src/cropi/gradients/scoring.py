@@ -32,6 +32,7 @@ from cropi.gradients.budget import BudgetSettings, budgeted
 from cropi.gradients.candidates import candidate_groups
 from cropi.gradients.evidence import validation_evidence
 from cropi.gradients.groups import Group, iterate_groups
+from cropi.gradients.halves import score_by_halves
 from cropi.gradients.influence import statuses
 from cropi.gradients.ratios import FACTS
 from cropi.gradients.scorer import BLOCK, Scored, Scorer
@@ -118,8 +119,7 @@ def score(
         validation = validation_groups(trajectories, config.score)
     names = list(validation)
     pools = strategy is not None and strategy.pools
-    # of no use to lengths
-    standard_errors = (config.score.standard_errors or pools) and not (strategy and strategy.reads_lengths)
+    standard_errors = config.score.standard_errors and not (strategy and strategy.reads_lengths)  # of no use to lengths
     rows = {prompt_id: _blank(prompt_id, source, names) for prompt_id, source in sources.items()}
     mixed = _note_facts(trajectories["train"], rows)
     scorer = make_scorer(config, model, settings, strategy)
@@ -130,7 +130,7 @@ def score(
             parts = _score_with_budget(config, scorer, trajectories["train"], len(sources), previous, stage, bar)
         elif config.score.store == "none":
             scorer.aim(validation, bar.advance)
-            parts = _score_blocks(scorer, trajectories["train"], standard_errors, bar)
+            parts = _score_blocks(scorer, trajectories["train"], standard_errors, pools, bar)
         else:
             scorer.aim(validation, bar.advance, stored_directions(features.folder))
             writer = _writer(config, settings, scorer, features, mixed)
@@ -146,8 +146,7 @@ def score(
             computed += part.tokens_computed
     counts = count_status(row["status"] for row in rows.values())
     _check_finite(counts)
-    noted = standard_errors and config.score.standard_errors
-    reliability = note_reliability(config, rows, names, stage) if noted else None
+    reliability = note_reliability(config, rows, names, stage) if standard_errors else None
     write_table(folder / "scores.parquet", list(rows.values()), scores_schema(names))
     details = {
         "estimator": config.score.estimator,
@@ -196,10 +195,15 @@ class _Part:
     errors_NV: np.ndarray | None = None
 
 
-def _score_blocks(scorer: Scorer, table: pa.Table, standard_errors: bool, bar: Progress) -> Iterator[_Part]:
+def _score_blocks(
+    scorer: Scorer, table: pa.Table, standard_errors: bool, pools: bool, bar: Progress
+) -> Iterator[_Part]:
     groups = _mixed(table)
     while block := list(islice(groups, BLOCK)):
-        scored = scorer(block, standard_errors=standard_errors, advance=bar.advance)
+        if pools and not standard_errors:
+            scored = score_by_halves(scorer, block, bar.advance)
+        else:
+            scored = scorer(block, standard_errors=standard_errors, advance=bar.advance)
         values_NV, how = scorer.values(scored), ["full"] * len(block)
         yield _Part(
             block, values_NV, scored.norms_N, scored.ratio_facts_NR, how, scored.tokens_computed, scored.errors_NV

@@ -30,19 +30,18 @@ def pooled(candidates: Candidates, strategy: PooledStrategy, config: SelectConfi
     representation of the prompts, so no label is needed, and validation prompts count among them. Prompts that were
     never sampled are judged by their neighbours alone.
 
-    Helpful are prompts whose slope lies `significance` posterior standard deviations above 0: only they are chosen for
-    their influence, so that a rare skill is not diluted up to the fraction. As they are learned, places fall free (see
-    `_still_worth`), and go to other prompts, drawn in proportion to w, but for those that would do
-    harm.
+    Helpful are prompts whose slope lies `significance` standard errors of their neighbourhood above 0: only they are
+    chosen for their influence, so that a rare skill is not diluted up to the fraction. As they are learned, places fall
+    free (see `_still_worth`), and go to other prompts, drawn in proportion to w, but for those that would do harm.
     """
     evidence = candidates.evidence
     if evidence is None:
         raise ValueError("pooled influence needs evidence")
     places = _Places.of(evidence)
-    slopes = _slopes(evidence, places, own=strategy.own)
-    now, stored = (_strengths(candidates, evidence, places, strategy, now=now) for now in (True, False))
+    slopes, bandwidth = _slopes(evidence, places, own=strategy.own)
+    now, stored = (_strengths(candidates, evidence, places, strategy, bandwidth, now=now) for now in (True, False))
     w_N, left_V = now.pool_N, _left_to_learn(evidence, now.validation_M, stored.validation_M)
-    values_NV, errors_NV = slopes.values_NV * left_V / left_V.max(), slopes.errors_NV * left_V / left_V.max()
+    values_NV, errors_NV = (part * left_V / left_V.max() for part in (slopes.values_NV, slopes.smooth_errors_NV))
     influence_NV = w_N[:, None] * values_NV
     slope_N, error_N = values_NV.sum(axis=1), np.sqrt((errors_NV**2).sum(axis=1))
     set_ranks = {name: ranks(influence_NV[:, v], candidates.prompt_ids) for v, name in enumerate(evidence.names)}
@@ -141,22 +140,27 @@ class _Places:
         return np.concatenate([self.pool_NE[rows_S], self.validation_ME]), own_N
 
 
-def _slopes(evidence: Evidence, places: _Places, *, own: bool) -> Slopes:
+def _slopes(evidence: Evidence, places: _Places, *, own: bool) -> tuple[Slopes, float]:
+    """The slopes, and the bandwidth that tells them best."""
     scored_S = np.flatnonzero(evidence.strengths_N > 0)
     observed_OE, own_N = places.observed(scored_S)
-    return pooled_slopes(
-        places.pool_NE,
-        observed_OE,
-        np.concatenate([evidence.strengths_N[scored_S], evidence.validation_strengths_M]),
-        np.concatenate([evidence.influence_NV[scored_S], evidence.validation_influence_MV]),
-        np.concatenate([evidence.errors_NV[scored_S], evidence.validation_errors_MV]),
-        own_N if own else np.full_like(own_N, -1),
-        bandwidth_of(observed_OE),
-    )
+    strengths_O = np.concatenate([evidence.strengths_N[scored_S], evidence.validation_strengths_M])
+    influence_OV = np.concatenate([evidence.influence_NV[scored_S], evidence.validation_influence_MV])
+    errors_OV = np.concatenate([evidence.errors_NV[scored_S], evidence.validation_errors_MV])
+    bandwidth = bandwidth_of(observed_OE, strengths_O, influence_OV)
+    rows_N = own_N if own else np.full_like(own_N, -1)
+    slopes = pooled_slopes(places.pool_NE, observed_OE, strengths_O, influence_OV, errors_OV, rows_N, bandwidth)
+    return slopes, bandwidth
 
 
 def _strengths(
-    candidates: Candidates, evidence: Evidence, places: _Places, strategy: PooledStrategy, *, now: bool
+    candidates: Candidates,
+    evidence: Evidence,
+    places: _Places,
+    strategy: PooledStrategy,
+    bandwidth: float,
+    *,
+    now: bool,
 ) -> _Strengths:
     """E[p (1 - p)] of every prompt from its own tries and its neighbours'.
 
@@ -179,7 +183,7 @@ def _strengths(
     validation_M = evidence.validation_tries_M * aged
     successes_O = np.concatenate([successes_N[tried_S], evidence.validation_pass_rates_M * validation_M])
     counts_O = np.concatenate([counts_N[tried_S], validation_M])
-    bandwidth, own_M = bandwidth_of(observed_OE), len(tried_S) + np.arange(len(validation_M))
+    own_M = len(tried_S) + np.arange(len(validation_M))
     found = [
         pooled_strengths(kernel(points, observed_OE, bandwidth), successes_O, counts_O, own, strategy.prior)[1]
         for points, own in ((places.pool_NE, own_N), (places.validation_ME, own_M))
