@@ -16,7 +16,13 @@ from cropi.loading import load_config
 from cropi.policy import Policy, completion_logprobs, load_policy
 from cropi.prompts import load_prompts
 from cropi.rollouts import generation
-from cropi.rollouts.collect import behaviour_logprobs, collect, collect_anew, read_trajectories
+from cropi.rollouts.collect import (
+    behaviour_logprobs,
+    collect,
+    collect_anew,
+    read_trajectories,
+    sampled_prompts,
+)
 from cropi.rollouts.generation import Sampling, TransformersGenerator
 
 PROMPTS = ["sum mod 7 : 3 5 6 =", "parity : 1 0 1 1 0 1 =", "sum mod 7 : 1 1 ="]
@@ -165,3 +171,22 @@ def test_collecting_anew_samples_from_the_policy_as_it_is_and_charges_the_arm(po
     anew(tmp_path / "one", 1)
     assert {part.name: part.read_bytes() for part in (tmp_path / "one").iterdir()} == parts
     assert [row["completion_ids"] for row in anew(tmp_path / "two", 2)] != [row["completion_ids"] for row in rows]
+
+
+def test_a_share_of_the_pool_is_sampled_and_the_rest_can_be_told_from_it(policy: Policy, tmp_path: Path) -> None:
+    config = load_config("quickstart", [*SMALL, "collect.fraction=0.3", "seed=4"])
+    prompts = load_prompts(config)
+    pool = {row["prompt_id"] for row in prompts if row["set"] == "train"}
+    sampled = sampled_prompts(config, prompts)
+    chosen = {row["prompt_id"] for row in sampled if row["set"] == "train"}
+    assert len(pool) == 48
+    assert len(chosen) == 15  # ceil(0.3 x 48)
+    assert [row for row in sampled if row["set"] != "train"] == [row for row in prompts if row["set"] != "train"]
+    _, details = collect(config, policy, prompts, tmp_path, Ledger(tmp_path / "ledger.jsonl"))
+    assert set(read_trajectories(tmp_path)["train"].column("prompt_id").to_pylist()) == chosen
+    assert details["too_long"] == []
+    more = {
+        row["prompt_id"]
+        for row in sampled_prompts(load_config("quickstart", [*SMALL, "collect.fraction=0.6", "seed=4"]), prompts)
+    }
+    assert chosen < more  # a larger share adds prompts and drops none

@@ -34,33 +34,42 @@ def compare(
     levels: Annotated[
         str | None, typer.Option(help="Targeted accuracies to which costs are wanted as well.", show_default="none")
     ] = None,
+    main: Annotated[
+        str | None, typer.Option(help="Strategy that the report's headline is about.", show_default="the best")
+    ] = None,
+    embedding: Annotated[
+        Path | None,
+        typer.Option(help="Sentence encoder for the similarity of selected prompts.", show_default="TF-IDF"),
+    ] = None,
     keep_checkpoints: Annotated[bool, typer.Option(help="Do not delete those of finished runs.")] = False,
     results: Annotated[
-        Path | None, typer.Option(help="No runs: the statistics of such a table.", show_default=False)
+        Path | None,
+        typer.Option(help="No runs: statistics and report of such a table, written beside it.", show_default=False),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Train strategies on scenarios and seeds; speed-ups with intervals."""
     references = None if reference is None else [name.strip() for name in reference.split(",")]
     goals = _levels(levels)
-    from cropi.compare.statistics import summarise
+    quiet_libraries()
+    from cropi.compare.results import RESULTS_FILE
+    from cropi.compare.run import Analysis, compare_runs, write_summary
     from cropi.compare.table import as_text
+
+    analysis = Analysis(references, goals, main, embedding)
 
     if results is not None:
         if configs:
             raise UserError("both configs and --results are given", where="--results", fix="leave one of them out.")
-        from cropi.compare.results import read_results
-
-        summary = summarise(read_results(results), references, goals)
-        print_result(summary, as_json, as_text(summary))
+        if results.name != RESULTS_FILE:
+            raise UserError(f"{results} is not named {RESULTS_FILE}", where="--results", fix="rename it.")
+        summary = write_summary(results.parent, analysis)
+        print_result(summary, as_json, f"{as_text(summary)}\n\nreport: {results.parent / 'compare.html'}")
         return
     names = [given for given in configs or [] if "=" not in given or Path(given).is_file()]
     overrides = [given for given in configs or [] if given not in names]
     if not names:
         raise UserError("no config is named", where="CONFIG", fix="name a recipe, a YAML file, or `suite`.")
-    quiet_libraries()
-    from cropi.compare.run import compare_runs
-
     summary, failures = compare_runs(
         names,
         overrides,
@@ -68,11 +77,11 @@ def compare(
         seeds,
         folder,
         jobs=jobs,
-        references=references,
-        levels=goals,
+        analysis=analysis,
         keep_checkpoints=keep_checkpoints,
     )
-    print_result(summary, as_json, f"{as_text(summary)}\n\nresults: {folder / 'results.parquet'}")
+    places = f"results: {folder / RESULTS_FILE}\nreport: {folder / 'compare.html'}"
+    print_result(summary, as_json, f"{as_text(summary)}\n\n{places}")
     if failures:
         raise typer.Exit(2 if all(failure.user_error for failure in failures) else 1)
 

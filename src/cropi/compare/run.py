@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cropi.artifacts import write_json
+from cropi.compare.embedding import sentence_encoder
 from cropi.compare.execute import Failure, default_jobs, execute
-from cropi.compare.plan import Plan, Run, lock, make_plan, parse_seeds
-from cropi.compare.results import read_results, write_results
+from cropi.compare.plan import Run, lock, make_plan, parse_seeds
+from cropi.compare.results import RESULTS_FILE, read_results, write_results
 from cropi.compare.statistics import summarise
 from cropi.console import say, warn
 from cropi.errors import ConfigError
+from cropi.reporting.comparison import make_comparison_report
 
 SUMMARY_FILE = "compare.json"
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What is asked of the results."""
+
+    references: Sequence[str] | None = None  # strategies to take differences from
+    levels: Sequence[float] = ()  # accuracies to which costs are wanted
+    main: str | None = None  # the strategy that the report's headline is about
+    embedding: Path | None = None  # a sentence encoder for the similarity of selected prompts; unset: TF-IDF
 
 
 def compare_runs(
@@ -25,8 +38,7 @@ def compare_runs(
     folder: Path,
     *,
     jobs: int | None,
-    references: Sequence[str] | None,
-    levels: Sequence[float],
+    analysis: Analysis,
     keep_checkpoints: bool,
 ) -> tuple[dict[str, Any], list[Failure]]:
     """Do the runs that are missing and write what all of the folder's runs show; returns that and what failed.
@@ -35,9 +47,13 @@ def compare_runs(
     """
     with lock(folder):
         plan = make_plan(configs, overrides, strategies, parse_seeds(seeds), folder)
-        for name in references or []:
+        named = [("--reference", name) for name in analysis.references or []]
+        named += [("--main", analysis.main)] if analysis.main is not None else []
+        for option, name in named:
             if name not in plan.strategies:
-                raise ConfigError(f"{name!r} is none of the strategies", where="--reference", fix="add it to them.")
+                raise ConfigError(f"{name!r} is none of the strategies", where=option, fix="add it to them.")
+        if analysis.embedding is not None:
+            sentence_encoder(analysis.embedding)  # refuses a folder without a model before anything runs
         missing = [run for run in plan.wanted if not run.finished]
         _check_trainers(missing)
         jobs = jobs or (default_jobs([run.config for run in missing]) if missing else 1)
@@ -47,7 +63,8 @@ def compare_runs(
         except KeyboardInterrupt:
             write_results(plan)
             raise
-        summary = write_summary(plan, references, levels)
+        write_results(plan)
+        summary = write_summary(plan.folder, analysis)
     if failures:
         warn(f"{len(failures)} of {len(plan.wanted)} runs failed; the same command tries them again")
     return summary, failures
@@ -69,13 +86,16 @@ def _check_trainers(runs: Sequence[Run]) -> None:
             raise ConfigError(error.what, where=where, fix="correct its settings of the trainer.") from None
 
 
-def write_summary(plan: Plan, references: Sequence[str] | None, levels: Sequence[float]) -> dict[str, Any]:
-    """results.parquet, compare.json and the report of all finished runs of a folder.
+def write_summary(folder: Path, analysis: Analysis) -> dict[str, Any]:
+    """compare.json and the report of the results.parquet in a folder.
 
-    A reference of which no run has come to its end is left out.
+    A reference, or a main strategy, of which no run has come to its end is left out.
     """
-    table = read_results(write_results(plan))
+    table = read_results(folder / RESULTS_FILE)
     there = set(table.column("strategy").to_pylist())
-    summary = summarise(table, references and [name for name in references if name in there], levels)
-    write_json(plan.folder / SUMMARY_FILE, summary)
+    references = analysis.references and [name for name in analysis.references if name in there]
+    summary = summarise(table, references, analysis.levels)
+    write_json(folder / SUMMARY_FILE, summary)
+    encoder = None if analysis.embedding is None else sentence_encoder(analysis.embedding)
+    make_comparison_report(folder, analysis.main if analysis.main in there else None, encoder)
     return summary

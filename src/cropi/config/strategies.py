@@ -266,8 +266,8 @@ class PooledStrategy(StrategyTable):
     """Let a prompt's own influence count beside its neighbours', as far as its standard error allows."""
     learnability: Literal["now", "stored"] = "now"
     """Where p (1 - p) comes from: the stored trajectories and all training rewards since, or the former alone."""
-    half_life: Annotated[float, Field(gt=0)] = 16.0
-    """Optimiser steps after which a try counts half in the pass rate of now."""
+    half_life: Annotated[float, Field(gt=0)] = 0.5
+    """Stages after which a try counts half in the pass rate of now."""
     prior: Annotated[float, Field(gt=0)] = 2.0
     """Tries that the neighbours' pass rate counts for beside a prompt's own."""
     significance: Annotated[float, Field(ge=0)] = 1.0

@@ -164,18 +164,19 @@ def _strengths(
 ) -> _Strengths:
     """E[p (1 - p)] of every prompt from its own tries and its neighbours'.
 
-    Tries are the stored trajectories and, with `now`, all that training has sampled since. One that is t optimiser
-    steps old counts 2^(-t / half_life): the policy has changed since.
+    Tries are the stored trajectories and, with `now`, all that training has sampled since. One that is t stages old
+    counts 2^(-t / half_life): the policy has changed since.
     """
     row_of = {prompt_id: row for row, prompt_id in enumerate(candidates.prompt_ids)}
     now = now and strategy.learnability == "now"
     step = candidates.stage * candidates.steps_per_stage if now else 0
-    aged = 0.5 ** (step / strategy.half_life)
+    half_life = strategy.half_life * candidates.steps_per_stage
+    aged = 0.5 ** (step / half_life)
     counts_N = evidence.tries_N * aged
     successes_N = np.nan_to_num(candidates.pass_rates_N) * counts_N
     if now:
         for visit in candidates.visits:
-            weight = visit.tries * 0.5 ** ((step - visit.step) / strategy.half_life)
+            weight = visit.tries * 0.5 ** ((step - visit.step) / half_life)
             counts_N[row_of[visit.prompt_id]] += weight
             successes_N[row_of[visit.prompt_id]] += weight * visit.mean_reward
     tried_S = np.flatnonzero(counts_N > 0)

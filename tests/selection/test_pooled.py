@@ -1,0 +1,149 @@
+"""Pooled influence as a strategy: whom it chooses, when it lets go, and what it leaves alone."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+from tests.selection.pool import pool, scores
+
+from cropi.config import PooledStrategy, SelectConfig
+from cropi.selection.candidates import Candidates, Evidence, Visit
+from cropi.selection.select import choose, rank
+
+KINDS, EACH, SEEN = 5, 20, 5  # kinds of prompts; prompts of each; of these with trajectories
+USEFUL, NEUTRAL, HARMFUL, SECOND = 0, 1, 3, 4
+SLOPES = np.array([[3.0, 0.0], [0.0, 0.0], [0.0, 0.0], [-8.0, 0.0], [0.0, 2.0]])  # by kind and validation set
+KIND = np.repeat(np.arange(KINDS), EACH)
+STRATEGY = PooledStrategy(type="pooled")
+
+
+def candidates(noise: float = 0.05, **facts: Any) -> Candidates:
+    """A hundred prompts of five kinds, a quarter of them sampled, and eight validation prompts for each of two sets."""
+    generator = np.random.default_rng(0)
+    centres = 4 * generator.normal(size=(KINDS, 6))
+    seen = np.tile(np.arange(EACH) < SEEN, KINDS)
+    p = np.where(seen, generator.choice([0.25, 0.375, 0.5, 0.625], size=len(KIND)), np.nan)
+    w = np.where(seen, np.nan_to_num(p * (1 - p)) * 8 / 7, 0.0)
+    owners = np.repeat([USEFUL, SECOND], 8)
+    p_M = generator.choice([0.375, 0.5], size=16)
+    w_M = p_M * (1 - p_M) * 16 / 15
+    evidence = Evidence(
+        names=("one", "two"),
+        representations_NE=centres[KIND] + 0.1 * generator.normal(size=(len(KIND), 6)),
+        tries_N=np.where(seen, 8.0, 0.0),
+        strengths_N=w,
+        influence_NV=w[:, None] * SLOPES[KIND] + noise * generator.normal(size=(len(KIND), 2)) * seen[:, None],
+        errors_NV=np.full((len(KIND), 2), noise) * seen[:, None],
+        validation_sets=["one"] * 8 + ["two"] * 8,
+        validation_ME=centres[owners] + 0.1 * generator.normal(size=(16, 6)),
+        validation_tries_M=np.full(16, 16.0),
+        validation_pass_rates_M=p_M,
+        validation_strengths_M=w_M,
+        validation_influence_MV=w_M[:, None] * SLOPES[owners] + noise * generator.normal(size=(16, 2)),
+        validation_errors_MV=np.full((16, 2), noise),
+    )
+    plain = pool([0.5] * len(KIND))
+    statuses = ["ok" if one else "not_sampled" for one in seen]
+    return dataclasses.replace(plain, statuses=statuses, pass_rates_N=p, evidence=evidence, **facts)
+
+
+def kinds(found: Candidates, size: int = 40, **options: Any) -> dict[int, int]:
+    """How many prompts of each kind are chosen."""
+    strategy = STRATEGY.model_copy(update=options)
+    config = SelectConfig(strategy=strategy, fraction=size / len(found))
+    rows = choose(found, rank(found, strategy, config), config, size)
+    kind_of = dict(zip(found.prompt_ids, KIND.tolist(), strict=True))
+    chosen = [kind_of[row["prompt_id"]] for row in rows if row["selected"]]
+    return {kind: chosen.count(kind) for kind in range(KINDS)}
+
+
+def visits(pool: Candidates, kind: int, mean: float, step: int) -> list[Visit]:
+    """Training has seen every prompt of a kind, with this mean reward."""
+    return [Visit(step, i, mean, 8) for i, k in zip(pool.prompt_ids, KIND, strict=True) if k == kind]
+
+
+def test_prompts_never_sampled_are_chosen_by_their_kind() -> None:
+    assert kinds(candidates()) == {USEFUL: EACH, NEUTRAL: 0, 2: 0, HARMFUL: 0, SECOND: EACH}
+
+
+def test_a_rare_skill_is_not_diluted_up_to_the_fraction() -> None:
+    """Seventy places, forty useful prompts: the others stay empty as long as these are not learned."""
+    assert sum(kinds(candidates(), size=70).values()) == 2 * EACH
+
+
+def test_what_is_learned_makes_room_and_harm_is_left_out() -> None:
+    fresh = candidates(stage=3, steps_per_stage=16)
+    seen = [*visits(fresh, SECOND, 1.0, 40), *visits(fresh, SECOND, 1.0, 47), *visits(fresh, USEFUL, 0.88, 47)]
+    found = kinds(dataclasses.replace(fresh, visits=seen), size=60)
+    assert found[SECOND] < found[NEUTRAL] < found[USEFUL] == EACH
+    assert found[NEUTRAL] + found[2] > 0
+    assert found[HARMFUL] == 0
+
+
+def test_when_all_is_learned_nothing_is_harmful_any_more() -> None:
+    """The direction that the harmful kind opposes has no length left."""
+    fresh = candidates(stage=3, steps_per_stage=16)
+    seen = [visit for kind in (USEFUL, SECOND) for step in (40, 47) for visit in visits(fresh, kind, 1.0, step)]
+    found = kinds(dataclasses.replace(fresh, visits=seen), size=60)
+    assert found[HARMFUL] > 0
+    assert found[NEUTRAL] + found[2] > found[USEFUL] + found[SECOND]
+
+
+def test_old_tries_are_forgotten() -> None:
+    """The same visits, long ago: the useful prompts are no longer known to be solved."""
+    late = candidates(stage=20, steps_per_stage=16)
+    just, long_ago = (
+        kinds(dataclasses.replace(late, visits=visits(late, USEFUL, 1.0, step)), size=40)[USEFUL] for step in (319, 3)
+    )
+    assert just < 5
+    assert long_ago > 2 * just
+
+
+def test_stored_learnability_knows_nothing_of_training() -> None:
+    fresh = candidates(stage=1, steps_per_stage=16)
+    seen = dataclasses.replace(fresh, visits=visits(fresh, USEFUL, 1.0, 15))
+    np.testing.assert_array_equal(
+        scores(STRATEGY.model_copy(update={"learnability": "stored"}), seen),
+        scores(STRATEGY.model_copy(update={"learnability": "stored"}), fresh),
+    )
+    assert not np.array_equal(scores(STRATEGY, seen), scores(STRATEGY, fresh))
+
+
+def test_a_prompts_own_influence_counts_beside_its_neighbours() -> None:
+    """One of the sampled useful prompts has a wrong label: its influence points the other way."""
+    found = candidates()
+    assert found.evidence is not None
+    influence_NV = found.evidence.influence_NV.copy()
+    influence_NV[0, 0] *= -1
+    evidence = dataclasses.replace(found.evidence, influence_NV=influence_NV)
+    wrong = dataclasses.replace(found, evidence=evidence)
+    own, alone = (scores(STRATEGY.model_copy(update={"own": own}), wrong)[:SEEN] for own in (True, False))
+    assert own[0] == own.min()
+    assert own[0] < alone[0]
+
+
+def test_noise_is_not_chosen() -> None:
+    """Influence far below its error: nobody is helpful, so the places go to learnable prompts of every kind."""
+    found = candidates()
+    assert found.evidence is not None
+    generator = np.random.default_rng(1)
+    seen = found.evidence.strengths_N > 0
+    silent = dataclasses.replace(
+        found.evidence,
+        influence_NV=0.01 * generator.normal(size=(len(KIND), 2)) * seen[:, None],
+        validation_influence_MV=0.01 * generator.normal(size=(16, 2)),
+        errors_NV=np.full((len(KIND), 2), 1.0) * seen[:, None],
+        validation_errors_MV=np.full((16, 2), 1.0),
+    )
+    chosen = kinds(dataclasses.replace(found, evidence=silent), size=50, significance=3.0)
+    assert all(count > 0 for count in chosen.values())
+
+
+def test_ranks_of_two_sets_can_be_fused() -> None:
+    assert kinds(candidates(), fusion="rank")[SECOND] == EACH
+
+
+def test_pooling_without_evidence_is_an_error() -> None:
+    with pytest.raises(ValueError, match="needs evidence"):
+        scores(STRATEGY, pool([0.5] * 4))
