@@ -273,9 +273,11 @@ class PooledStrategy(StrategyTable):
     significance: Annotated[float, Field(ge=0)] = 1.0
     """Standard errors of its neighbourhood's influence that a prompt's must lie above 0 to be chosen for it."""
     exhausted: Fraction = 0.2
-    """A prompt whose influence has fallen below this share of what the best had at first is no longer chosen for it."""
-    fusion: Literal["sum", "rank"] = "sum"
-    """Over validation sets: the sum, which is the gain of their mean objective, or Reciprocal Rank Fusion."""
+    """A prompt whose gain is below this share of what the best had at first is not chosen for it, nor is harm so small
+    a reason to leave one out."""
+    fusion: Literal["balanced", "sum", "rank"] = "balanced"
+    """Over validation sets. `sum`: of the gains, each in units of what its best prompts give it. `balanced`: the same,
+    with places for each set in proportion to what is left of it to learn. `rank`: Reciprocal Rank Fusion."""
 
     def scored_stage(self, stage: int) -> int:
         return stage - stage % self.rescore_every if self.rescore_every else 0

@@ -23,16 +23,19 @@ from cropi.selection.draw import gumbel_keys
 
 
 def pooled(candidates: Candidates, strategy: PooledStrategy, config: SelectConfig) -> Ranking:
-    """s_i = w_i sum_v slope_v(i): a first-order gain of the mean validation objective, from all that is known.
+    """s_i = w_i sum_v a_v slope_v(i) / b_v: what a step along a prompt's gradient gives the validation sets now.
 
     slope_v(i) is the posterior influence on set v of a prompt with i's neighbours, per unit of p (1 - p); see
-    `functional.pooled_slopes`. w_i = E[p_i (1 - p_i)] now: see `_strengths`. Neighbours are told by the policy's own
-    representation of the prompts, so no label is needed, and validation prompts count among them. Prompts that were
-    never sampled are judged by their neighbours alone.
+    `functional.pooled_slopes`. Neighbours are told by the policy's own representation of the prompts, so no label is
+    needed, and validation prompts count among them. Prompts that were never sampled are judged by their neighbours
+    alone. w_i = E[p_i (1 - p_i)] now: see `_strengths`. b_v is what the best prompts gave set v at first (`_units`), so
+    that sets count alike whatever the lengths of their gradients, and a_v what is left of it to learn
+    (`_left_to_learn`).
 
-    Helpful are prompts whose slope lies `significance` standard errors of their neighbourhood above 0: only they are
-    chosen for their influence, so that a rare skill is not diluted up to the fraction. As they are learned, places fall
-    free (see `_still_worth`), and go to other prompts, drawn in proportion to w, but for those that would do harm.
+    Helpful are prompts whose slope lies `significance` standard errors of their neighbourhood above 0 and whose gain is
+    at least `exhausted`: only they are chosen for their influence, so that a rare skill is not diluted up to the
+    fraction. Sets share the places (`_balanced`). As prompts are learned, places fall free (`_shares`) and go to other
+    prompts, drawn in proportion to w, but for those that would do harm.
     """
     evidence = candidates.evidence
     if evidence is None:
@@ -40,53 +43,75 @@ def pooled(candidates: Candidates, strategy: PooledStrategy, config: SelectConfi
     places = _Places.of(evidence)
     slopes, bandwidth = _slopes(evidence, places, own=strategy.own)
     now, stored = (_strengths(candidates, evidence, places, strategy, bandwidth, now=now) for now in (True, False))
-    w_N, left_V = now.pool_N, _left_to_learn(evidence, now.validation_M, stored.validation_M)
-    values_NV, errors_NV = (part * left_V / left_V.max() for part in (slopes.values_NV, slopes.smooth_errors_NV))
-    influence_NV = w_N[:, None] * values_NV
-    slope_N, error_N = values_NV.sum(axis=1), np.sqrt((errors_NV**2).sum(axis=1))
-    set_ranks = {name: ranks(influence_NV[:, v], candidates.prompt_ids) for v, name in enumerate(evidence.names)}
-    scores_N = influence_NV.sum(axis=1)
+    size, usable_N = share_size(config.fraction, len(candidates)), candidates.usable_N
+    unit_V = _units(stored.pool_N[:, None] * slopes.values_NV, size)
+    left_V = _left_to_learn(evidence, now.validation_M, stored.validation_M)
+    slope_N = (slopes.values_NV * left_V / unit_V).sum(axis=1)
+    error_N = np.sqrt(((slopes.smooth_errors_NV * left_V / unit_V) ** 2).sum(axis=1))
+    gain_N, first_N = now.pool_N * slope_N, stored.pool_N * (slopes.values_NV / unit_V).sum(axis=1)
+    set_ranks = {
+        name: ranks(now.pool_N * slopes.values_NV[:, v], candidates.prompt_ids) for v, name in enumerate(evidence.names)
+    }
+    scores_N = gain_N
     if strategy.fusion == "rank":
         ranks_NV = np.stack(list(set_ranks.values()), axis=1)
         scores_N = reciprocal_rank_fusion(ranks_NV, kappa=config.fusion.kappa)
-    usable_N = candidates.usable_N
-    helpful_N = usable_N & (slope_N > strategy.significance * error_N)
-    size = share_size(config.fraction, len(candidates))
-    reference = _reference(stored.pool_N * slope_N, helpful_N, size)
-    chosen_N, left = _still_worth(helpful_N, w_N * slope_N, scores_N, size, reference, strategy.exhausted)
-    harm_N = -left_V.max() * w_N * slope_N
-    harmful_N = (harm_N > strategy.exhausted * reference) & (slope_N < -strategy.significance * error_N)
-    drawn_N = gumbel_keys(candidates, "pooled", np.log(w_N))
-    filler_N = _best(drawn_N, usable_N & ~chosen_N & ~harmful_N, left)
+    helpful_N = usable_N & (slope_N > strategy.significance * error_N) & (gain_N >= strategy.exhausted)
+    harmful_N = (slope_N < -strategy.significance * error_N) & (gain_N <= -strategy.exhausted)
+    owners_N = (slopes.values_NV * left_V / unit_V).argmax(axis=1) if strategy.fusion == "balanced" else None
+    chosen_N = _balanced(scores_N, helpful_N, size, owners_N, left_V)
+    keep, others = _shares(gain_N[chosen_N], first_N[chosen_N], size)
+    chosen_N = _balanced(scores_N, chosen_N, keep, owners_N, left_V)
+    drawn_N = gumbel_keys(candidates, "pooled", np.log(now.pool_N))
+    filler_N = _best(drawn_N, usable_N & ~chosen_N & ~harmful_N, others)
     # the helpful ones before the others, each by its own measure
     combined_N = np.where(chosen_N, 2 + _unit(scores_N), np.where(filler_N, 1 + _unit(drawn_N), _unit(scores_N)))
     return Ranking(combined_N, chosen_N | filler_N, "pooled influence", set_ranks)
 
 
-def _reference(stored_N: Float[np.ndarray, " N"], helpful_N: Bool[np.ndarray, " N"], size: int) -> float:
-    """What the best of the helpful prompts, as many as a stage can take, gave on average with the stored pass rates."""
-    return float(np.sort(stored_N[helpful_N])[-size:].mean()) if helpful_N.any() else 0.0
-
-
-def _still_worth(
-    helpful_N: Bool[np.ndarray, " N"],
-    now_N: Float[np.ndarray, " N"],
-    scores_N: Float[np.ndarray, " N"],
-    size: int,
-    reference: float,
-    exhausted: float,
-) -> tuple[Bool[np.ndarray, " N"], int]:
-    """The helpful prompts that a stage takes, and how many places it has for others.
-
-    Prompts that give less than `exhausted` of the reference now are left out; and what the rest give on average, of it,
-    is the helpful prompts' share of the places. So a skill that has been learned makes room.
+def _units(stored_NV: Float[np.ndarray, "N V"], size: int) -> Float[np.ndarray, " V"]:
+    """What the best prompts for each set give it at first, as many as a set's part of the places. At least a little:
+    where nothing helps a set, nothing becomes large by being divided.
     """
-    taken_N = _best(scores_N, helpful_N & (now_N >= exhausted * reference), size)
-    if not taken_N.any():
-        return taken_N, size
-    share = min(1.0, float(now_N[taken_N].mean()) / reference)
-    others = min(round(taken_N.sum() * (1 - share) / share), size)
-    return _best(scores_N, taken_N, max(1, min(int(taken_N.sum()), size - others))), others
+    count = max(1, size // stored_NV.shape[1])
+    best_V = np.sort(stored_NV, axis=0)[-count:].mean(axis=0)
+    return np.maximum(best_V, 1e-3 * np.abs(stored_NV).max() + 1e-300)
+
+
+def _shares(gain_C: Float[np.ndarray, " C"], first_C: Float[np.ndarray, " C"], size: int) -> tuple[int, int]:
+    """How many of the chosen prompts a stage takes, and how many others.
+
+    The share of the chosen is what their gain is now, of what it was at first. So a skill that is being learned makes
+    room for others, and a rare one that is not is alone in its stage.
+    """
+    if not len(gain_C):
+        return 0, size
+    share = min(1.0, float(gain_C.sum() / np.maximum(first_C, gain_C).sum()))
+    if len(gain_C) / share > size:
+        keep = max(1, round(size * share))
+        return keep, size - keep
+    return len(gain_C), round(len(gain_C) / share) - len(gain_C)
+
+
+def _balanced(
+    scores_N: Float[np.ndarray, " N"],
+    among_N: Bool[np.ndarray, " N"],
+    count: int,
+    owners_N: Int[np.ndarray, " N"] | None,
+    left_V: Float[np.ndarray, " V"],
+) -> Bool[np.ndarray, " N"]:
+    """The `count` highest scores of some rows, with places for each set in proportion to what is left of it to learn.
+
+    A prompt counts for the set that it serves best (`owners_N`). Otherwise, of two sets that pull apart, the one with
+    the slightly better prompts would take all places. Places that a set cannot fill go to the best of the rest.
+    """
+    if owners_N is None:
+        return _best(scores_N, among_N, count)
+    shares_V = left_V / left_V.sum() if left_V.sum() > 0 else np.full(len(left_V), 1 / len(left_V))
+    found_N = np.zeros(len(scores_N), dtype=bool)
+    for v, share in enumerate(shares_V):
+        found_N |= _best(scores_N, among_N & (owners_N == v), int(share * count))
+    return found_N | _best(scores_N, among_N & ~found_N, count - int(found_N.sum()))
 
 
 def _best(scores_N: Float[np.ndarray, " N"], among_N: Bool[np.ndarray, " N"], count: int) -> Bool[np.ndarray, " N"]:
