@@ -143,7 +143,7 @@ def test_noise_is_not_chosen() -> None:
 def test_sets_that_pull_apart_share_the_places() -> None:
     """Each kind serves its own set and hurts the other, the second kind a little less: by the sum it would take all."""
     apart = SLOPES.copy()
-    apart[USEFUL], apart[SECOND] = [3.0, -0.8], [-0.5, 3.0]
+    apart[USEFUL], apart[SECOND] = [3.0, -1.5], [-0.2, 3.0]
     assert kinds(candidates(slopes=apart), size=16) == {USEFUL: 8, NEUTRAL: 0, 2: 0, HARMFUL: 0, SECOND: 8}
     assert kinds(candidates(slopes=apart), size=16, fusion="sum")[SECOND] > 12
 
