@@ -8,10 +8,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cropi.artifacts import open_artifact, read_table, scores_schema, validation_scores_schema
+from cropi.artifacts import (
+    TRAJECTORIES,
+    is_finished,
+    open_artifact,
+    read_table,
+    scores_schema,
+    validation_scores_schema,
+)
 from cropi.errors import ArtifactError
+from cropi.gradients.groups import iterate_groups
 from cropi.leakage import prompt_text
-from cropi.rollouts.overlay import Trajectories
+from cropi.rollouts.collect import read_trajectories
+from cropi.rollouts.overlay import Overlay, Trajectories
 from cropi.rollouts.representations import KIND as REPRESENTED
 from cropi.rollouts.representations import read_representations
 from cropi.selection.candidates import Candidates, Evidence, Visit
@@ -49,7 +58,7 @@ class Gatherer:
             names = strategy.directions(self._config.prompts.validation)
             influence = {name: table.column(f"influence/{name}").to_numpy() for name in names}
             lengths_N = table.column("feature_norm").to_numpy()
-            evidence = self._evidence(arm, stage, table, sizes_N) if strategy.pools else None
+            evidence = self._evidence(arm, stage, table, sizes_N, overlay) if strategy.pools else None
         return Candidates(
             prompt_ids=list(prompts),
             sources=[row["source"] for row in prompts.values()],
@@ -63,19 +72,40 @@ class Gatherer:
             steps_per_stage=steps,
             group_sizes_N=sizes_N,
             lengths_N=lengths_N,
-            visits=[Visit(*visit) for visit in training_history(arm.rewards, stage * steps)],
+            visits=self._visits(arm, stage),
             texts=[prompt_text(row["messages"]) for row in prompts.values()],
             validation_texts=self._validation_texts,
             evidence=evidence,
         )
 
-    def _evidence(self, arm: Arm, stage: int, scores: pa.Table, sizes_N: np.ndarray) -> Evidence:
+    def _visits(self, arm: Arm, stage: int) -> list[Visit]:
+        """What training has seen before a stage, and what was looked at to choose it or a stage before."""
+        steps = self._config.train.steps_per_stage
+        seen = [Visit(*visit) for visit in training_history(arm.rewards, stage * steps)]
+        for number in range(stage + 1):
+            if is_finished(arm.screened(number)):
+                table = read_trajectories(arm.screened(number)).get("train", TRAJECTORIES.empty_table())
+                pairs = (group for _, group in iterate_groups(table))
+                known = [group for group in pairs if group is not None]
+                seen += [Visit(number * steps, g.prompt_id, g.pass_rate, len(g.rewards)) for g in known]
+        return seen
+
+    def _evidence(self, arm: Arm, stage: int, scores: pa.Table, sizes_N: np.ndarray, overlay: Overlay) -> Evidence:
         open_artifact(arm.representations, REPRESENTED, made_by="cropi score")
         names = sorted(self._config.prompts.validation)
-        path = arm.scores(self._config.arms[arm.name].scored_stage(stage)) / "validation.parquet"
-        validation = read_table(path, validation_scores_schema(names))
-        places = read_representations(arm.representations)
-        return gather_evidence(names, list(self._space.train_prompts), scores, validation, places, sizes_N)
+        scored, steps = self._config.arms[arm.name].scored_stage(stage), self._config.train.steps_per_stage
+        validation = read_table(arm.scores(scored) / "validation.parquet", validation_scores_schema(names))
+        return gather_evidence(
+            names,
+            list(self._space.train_prompts),
+            scores,
+            validation,
+            read_representations(arm.representations),
+            sizes_N,
+            overlay.drawn_at(steps),
+            {prompt_id for prompt_id, layer in overlay.layer_of.items() if layer.trained},
+            scored * steps if self._config.refresh.validation else 0.0,
+        )
 
     @cached_property
     def _validation_texts(self) -> dict[str, list[str]]:

@@ -20,7 +20,7 @@ from cropi.artifacts import (
     open_artifact,
     read_table,
 )
-from cropi.config import Config
+from cropi.config import Config, PooledStrategy
 from cropi.console import counts_text, say, warn
 from cropi.errors import ArtifactError, DataError, PolicyError
 from cropi.evaluation.evaluate import Question, evaluate, forget_after, read_evaluations
@@ -33,12 +33,13 @@ from cropi.refreshing import Refresher
 from cropi.reporting.report import make_report
 from cropi.reporting.summary import Summary
 from cropi.rewards.verifiers import verifier
-from cropi.rollouts.collect import collect
+from cropi.rollouts.collect import collect, collect_anew
 from cropi.rollouts.generation import Sampling, TransformersGenerator
-from cropi.rollouts.overlay import Trajectories
+from cropi.rollouts.overlay import FRESH, Trajectories
 from cropi.rollouts.representations import KIND as REPRESENTED
 from cropi.rollouts.representations import represent
 from cropi.seeds import derived_seed
+from cropi.selection.pooled import prompts_to_screen
 from cropi.selection.refresh import drift_warning
 from cropi.selection.select import require_signal, select
 from cropi.training.reward import RecordedReward
@@ -99,7 +100,8 @@ class Pipeline:
     def refresh(self, arm: Arm, stage: int, model: nn.Module, origin: str) -> None:
         """Make what the config wants newer than the base policy's trajectories; `origin` says which policy it is."""
         if self.trajectories.refreshes(arm, stage):
-            scores = self.gathered.scores(arm, stage - 1) if self._uses_influence(arm) else None
+            newest = self.config.arms[arm.name].scored_stage(stage - 1)
+            scores = self.gathered.scores(arm, newest) if self._uses_influence(arm) else None
             policy, refresher = Policy(model, self.base.tokenizer), Refresher(self.space, self.trajectories)
             refresher.refresh(arm, stage, policy, origin, scores)
             require_signal(self.trajectories.statuses(self.trajectories.groups(self.trajectories.overlay(arm, stage))))
@@ -154,6 +156,25 @@ class Pipeline:
             inputs = {"prompts": self.prompts().identity, "policy": self._base_identity}
             build(arm.representations, REPRESENTED, make, inputs=inputs, made_by="cropi score")
 
+    def screen(self, arm: Arm, stage: int, model: nn.Module, origin: str) -> None:
+        """A few trajectories of the prompts that a strategy that pools would choose, if it asks for them."""
+        strategy = self.config.arms[arm.name]
+        if not (isinstance(strategy, PooledStrategy) and strategy.screen):
+            return
+        fewer = self.config.collect.model_copy(update={"num_generations": strategy.screen_generations})
+        config, policy = self.config.model_copy(update={"collect": fewer}), Policy(model, self.base.tokenizer)
+
+        def make(folder: Path) -> tuple[Mapping[str, int], Mapping[str, Any]]:
+            ids = prompts_to_screen(self.gathered.candidates(arm, stage), strategy, self.config.select)
+            rows = [self.space.train_prompts[prompt_id] for prompt_id in ids]
+            return collect_anew(
+                config, policy, rows, folder, self.space.ledger, arm=arm.name, stage=stage, purpose="screen"
+            )
+
+        inputs = {**self.trajectories.inputs(arm, stage), "policy": origin}
+        manifest = build(arm.screened(stage), FRESH, make, inputs=inputs, made_by="cropi score", keep_parts=True)
+        say(f"screened trajectories of stage {stage}: {counts_text(manifest.counts)}")
+
     def _previous_scores(self, arm: Arm, stage: int) -> pa.Table | None:
         """Scores of the stage before, of the prompts whose trajectories are the same: for `score.budget.rescore`."""
         if not (self.config.score.budget.rescore and stage and is_finished(arm.scores(stage - 1))):
@@ -174,6 +195,8 @@ class Pipeline:
         if self._uses_influence(arm):
             folder = arm.scores(self.config.arms[arm.name].scored_stage(stage))
             inputs["scores"] = open_artifact(folder, "scores", made_by="cropi score").identity
+        if is_finished(arm.screened(stage)):
+            inputs["screened"] = open_artifact(arm.screened(stage), FRESH, made_by="cropi score").identity
         folder = arm.selection(stage)
         new = not is_finished(folder)
         manifest = build(folder, "selection", make, inputs=inputs, made_by="cropi select")
@@ -198,6 +221,8 @@ class Pipeline:
             self.score(arm, stage, model, self._origin(arm, stage))
         elif not in_progress:
             self.refresh(arm, stage, model, self._origin(arm, stage))
+        if not in_progress:
+            self.screen(arm, stage, model, self._origin(arm, stage))
         return self.select(arm, stage)
 
     def _origin(self, arm: Arm, stage: int) -> str:

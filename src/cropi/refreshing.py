@@ -37,7 +37,7 @@ class Refresher:
             steps = self._config.train.steps_per_stage
             copy = partial(newest_rollouts, arm.rollouts, (stage - 1) * steps, stage * steps)
             build(arm.reused(stage), REUSED, copy, inputs=inputs, made_by=MADE_BY)
-        if settings.validation and self._config.arms[arm.name].aims_at_validation:
+        if self._trajectories.refreshes_validation(arm, stage):
             self._sample(arm.fresh_validation(stage), arm, stage, policy, self._validation_rows(), inputs)
         if settings.fraction:
             self._sample_pool(arm, stage, policy, inputs, scores)
@@ -58,7 +58,8 @@ class Refresher:
         before = read_overlay(self._trajectories.layers(arm, stage, sampled=False))
         inputs = {**inputs, **({} if before.identity is None else {"refresh": before.identity})}
         if scores is not None:
-            inputs["scores"] = open_artifact(arm.scores(stage - 1), "scores", made_by=MADE_BY).identity
+            newest = self._config.arms[arm.name].scored_stage(stage - 1)
+            inputs["scores"] = open_artifact(arm.scores(newest), "scores", made_by=MADE_BY).identity
         ids = list(self._space.train_prompts)
         chosen = prompts_to_refresh(
             ids,

@@ -45,6 +45,10 @@ class Arm:
         """Trajectories sampled anew at the start of a stage."""
         return self.folder / "stages" / f"{stage:03}" / "fresh"
 
+    def screened(self, stage: int) -> Path:
+        """A few trajectories of the prompts that a stage would choose, by the policy at its start."""
+        return self.folder / "stages" / f"{stage:03}" / "screened"
+
     def fresh_validation(self, stage: int) -> Path:
         """The same of the validation sets."""
         return self.folder / "stages" / f"{stage:03}" / "fresh_validation"

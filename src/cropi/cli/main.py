@@ -76,6 +76,7 @@ def score(
     arm = pipeline.arm_at(stage, checkpoint)
     policy, origin = pipeline.policy_at(arm, stage, checkpoint)
     manifest = pipeline.score(arm, stage, policy.model, origin)
+    pipeline.screen(arm, stage, policy.model, origin)
     path = str(arm.scores(stage) / "scores.parquet")
     print_result({"path": path, "counts": dict(manifest.counts)}, as_json, path)
 

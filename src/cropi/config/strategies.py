@@ -262,6 +262,11 @@ class PooledStrategy(StrategyTable):
     """Picks this strategy."""
     rescore_every: Annotated[int, Field(ge=0)] = 0
     """Stages between two scorings. 0: score once, at the base policy."""
+    screen: Fraction = 0.1
+    """Share of the pool, at the most, that is sampled at the start of a stage: prompts that would be chosen, of which
+    it is not known how often the policy solves them now."""
+    screen_generations: Annotated[int, Field(ge=2)] = 4
+    """Completions for each of them."""
     own: bool = True
     """Let a prompt's own influence count beside its neighbours', as far as its standard error allows."""
     learnability: Literal["now", "stored"] = "now"

@@ -82,14 +82,15 @@ def collect_anew(
     *,
     arm: str,
     stage: int,
+    purpose: str = "refresh",
 ) -> tuple[dict[str, int], dict[str, Any]]:
     """The same for training prompts of an arm at the start of a stage, from the policy as it is then.
 
-    The arm is charged, and the seed is of the arm and the stage. The model is left in the mode it was in.
+    The arm is charged, and the seed is of the purpose, the arm and the stage. The model is left in the mode it was in.
     """
     shards, _ = plan(config, policy, prompts)
     charge = partial(ledger.charge, "collect", arm=arm, stage=stage)
-    statuses, details = _sample_all(config, policy, shards, folder, charge, ("refresh", arm, stage))
+    statuses, details = _sample_all(config, policy, shards, folder, charge, (purpose, arm, stage))
     return count_status(statuses), details | {"prompts": len(prompts)}
 
 

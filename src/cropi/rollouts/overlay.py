@@ -161,7 +161,7 @@ class Trajectories:
     def tables(self, arm: Arm, stage: int) -> dict[str, pa.Table]:
         """By set. A validation set that the policy now solves always or never keeps the base policy's."""
         newest = {"train": self.overlay(arm, stage).over(self.base["train"])}
-        if self._refreshes_validation(arm, stage):
+        if self.refreshes_validation(arm, stage):
             for name, table in read_trajectories(arm.fresh_validation(stage)).items():
                 if any(status == OK for status, _ in self._facts(table).values()):
                     newest[name] = table
@@ -189,7 +189,7 @@ class Trajectories:
         """Identities for the manifest of what is made from them."""
         refresh = self.overlay(arm, stage).identity
         inputs = {"trajectories": self.identity} | ({} if refresh is None else {"refresh": refresh})
-        if self._refreshes_validation(arm, stage):
+        if self.refreshes_validation(arm, stage):
             inputs["validation"] = open_artifact(arm.fresh_validation(stage), FRESH, made_by="cropi train").identity
         return inputs
 
@@ -217,9 +217,11 @@ class Trajectories:
         strategy = self._space.config.arms[arm.name]
         return stage > 0 and self._space.config.refresh.active and strategy.follows_trajectories
 
-    def _refreshes_validation(self, arm: Arm, stage: int) -> bool:
-        influences = self._space.config.arms[arm.name].aims_at_validation
-        return self._space.config.refresh.validation and influences and self.refreshes(arm, stage)
+    def refreshes_validation(self, arm: Arm, stage: int) -> bool:
+        """Whether the validation sets are sampled anew at a stage: where it is scored by them."""
+        strategy = self._space.config.arms[arm.name]
+        scored = strategy.aims_at_validation and strategy.scored_stage(stage) == stage
+        return self._space.config.refresh.validation and scored and self.refreshes(arm, stage)
 
     def reuses(self, arm: Arm) -> bool:
         """Whether the rollouts of an arm's training are of use to a later stage."""

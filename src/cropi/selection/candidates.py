@@ -27,13 +27,15 @@ class Evidence:
 
     names: Sequence[str]  # of the validation sets
     representations_NE: Float[np.ndarray, "N E"]
-    tries_N: Float[np.ndarray, " N"]  # stored trajectories
+    tries_N: Float[np.ndarray, " N"]  # stored trajectories; 0 where the newest are training's own, which are visits
+    tried_at_N: Float[np.ndarray, " N"]  # the optimiser step at which they were sampled
     strengths_N: Float[np.ndarray, " N"]  # p (1 - p) as it was scored; 0 where nothing was
     influence_NV: Float[np.ndarray, "N V"]
     errors_NV: Float[np.ndarray, "N V"]  # standard errors
     validation_sets: Sequence[str]  # whose prompts the M are
     validation_ME: Float[np.ndarray, "M E"]
     validation_tries_M: Float[np.ndarray, " M"]
+    validation_tried_at: float
     validation_pass_rates_M: Float[np.ndarray, " M"]
     validation_strengths_M: Float[np.ndarray, " M"]
     validation_influence_MV: Float[np.ndarray, "M V"]  # on the other prompts of the set

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -18,9 +18,15 @@ def gather_evidence(
     scores: pa.Table,
     validation: pa.Table,
     representations: Mapping[tuple[str, str], Float[np.ndarray, " E"]],
-    tries_N: Int[np.ndarray, " N"],
+    sizes_N: Int[np.ndarray, " N"],
+    tried_at: Mapping[str, float],
+    trained: Collection[str],
+    validation_tried_at: float,
 ) -> Evidence:
-    """`scores` and `validation` are the tables of one scoring, `tries_N` the stored trajectories of each prompt.
+    """`scores` and `validation` are tables of one scoring, `sizes_N` the trajectories of each prompt's newest group.
+
+    `tried_at` is the step at which that was sampled, for those that are not the base policy's; `trained` holds the
+    prompts whose newest group training itself sampled: those are counted as visits.
 
     A prompt whose error is not known counts as not scored, a validation prompt as not there.
     """
@@ -37,13 +43,15 @@ def gather_evidence(
     return Evidence(
         names=tuple(names),
         representations_NE=np.stack([representations["train", i] for i in prompt_ids]),
-        tries_N=tries_N.astype(np.float64),
-        strengths_N=np.where(scored_N, _strength(p_N, np.maximum(tries_N, 2)), 0.0),
+        tries_N=np.array([0.0 if i in trained else float(n) for i, n in zip(prompt_ids, sizes_N, strict=True)]),
+        tried_at_N=np.array([tried_at.get(i, 0.0) for i in prompt_ids], dtype=np.float64),
+        strengths_N=np.where(scored_N, _strength(p_N, np.maximum(sizes_N, 2)), 0.0),
         influence_NV=_columns(scores, "influence", names),
         errors_NV=np.nan_to_num(errors_NV),
         validation_sets=[owner for owner, known in zip(owners, known_M, strict=True) if known],
         validation_ME=np.stack(places_M)[known_M],
         validation_tries_M=tries_M[known_M],
+        validation_tried_at=validation_tried_at,
         validation_pass_rates_M=p_M[known_M],
         validation_strengths_M=_strength(p_M, tries_M)[known_M],
         validation_influence_MV=_columns(validation, "influence", names)[known_M],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,36 +38,80 @@ def pooled(candidates: Candidates, strategy: PooledStrategy, config: SelectConfi
     fraction. Sets share the places (`_balanced`). As prompts are learned, places fall free (`_shares`) and go to other
     prompts, drawn in proportion to w, but for those that would do harm.
     """
+    board = _board(candidates, strategy, config)
+    chosen_N = _balanced(board.scores_N, board.helpful_N, board.size, board)
+    keep, others = _shares(board.gain_N[chosen_N], board.first_N[chosen_N], board.size)
+    chosen_N = _balanced(board.scores_N, chosen_N, keep, board)
+    drawn_N = gumbel_keys(candidates, "pooled", np.log(board.strengths_N))
+    filler_N = _best(drawn_N, candidates.usable_N & ~chosen_N & ~board.harmful_N, others)
+    # the helpful ones before the others, each by its own measure
+    scores_N = np.where(
+        chosen_N, 2 + _unit(board.scores_N), np.where(filler_N, 1 + _unit(drawn_N), _unit(board.scores_N))
+    )
+    return Ranking(scores_N, chosen_N | filler_N, "pooled influence", board.set_ranks)
+
+
+@dataclass(frozen=True)
+class _Board:
+    """What all prompts would give a stage."""
+
+    size: int  # places
+    strengths_N: Float[np.ndarray, " N"]  # w
+    tries_N: Float[np.ndarray, " N"]  # behind w, discounted by their age
+    gain_N: Float[np.ndarray, " N"]
+    first_N: Float[np.ndarray, " N"]  # the gain with the stored pass rates and nothing learned yet
+    scores_N: Float[np.ndarray, " N"]  # what helpful prompts are ordered by
+    helpful_N: Bool[np.ndarray, " N"]
+    harmful_N: Bool[np.ndarray, " N"]
+    owners_N: Int[np.ndarray, " N"] | None  # the set that each prompt serves best, where sets share the places
+    left_V: Float[np.ndarray, " V"]
+    set_ranks: Mapping[str, Int[np.ndarray, " N"]]
+
+
+def _board(candidates: Candidates, strategy: PooledStrategy, config: SelectConfig) -> _Board:
     evidence = candidates.evidence
     if evidence is None:
         raise ValueError("pooled influence needs evidence")
-    places = _Places.of(evidence)
+    places, names = _Places.of(evidence), evidence.names
     slopes, bandwidth = _slopes(evidence, places, own=strategy.own)
     now, stored = (_strengths(candidates, evidence, places, strategy, bandwidth, now=now) for now in (True, False))
-    size, usable_N = share_size(config.fraction, len(candidates)), candidates.usable_N
+    size, w_N = share_size(config.fraction, len(candidates)), now.pool_N
     unit_V = _units(stored.pool_N[:, None] * slopes.values_NV, size)
     left_V = _left_to_learn(evidence, now.validation_M, stored.validation_M)
-    slope_N = (slopes.values_NV * left_V / unit_V).sum(axis=1)
+    served_NV = slopes.values_NV * left_V / unit_V
+    slope_N = served_NV.sum(axis=1)
     error_N = np.sqrt(((slopes.smooth_errors_NV * left_V / unit_V) ** 2).sum(axis=1))
-    gain_N, first_N = now.pool_N * slope_N, stored.pool_N * (slopes.values_NV / unit_V).sum(axis=1)
-    set_ranks = {
-        name: ranks(now.pool_N * slopes.values_NV[:, v], candidates.prompt_ids) for v, name in enumerate(evidence.names)
-    }
+    set_ranks = {name: ranks(w_N * slopes.values_NV[:, v], candidates.prompt_ids) for v, name in enumerate(names)}
+    gain_N = w_N * slope_N
     scores_N = gain_N
     if strategy.fusion == "rank":
-        ranks_NV = np.stack(list(set_ranks.values()), axis=1)
-        scores_N = reciprocal_rank_fusion(ranks_NV, kappa=config.fusion.kappa)
-    helpful_N = usable_N & (slope_N > strategy.significance * error_N) & (gain_N >= strategy.exhausted)
-    harmful_N = (slope_N < -strategy.significance * error_N) & (gain_N <= -strategy.exhausted)
-    owners_N = (slopes.values_NV * left_V / unit_V).argmax(axis=1) if strategy.fusion == "balanced" else None
-    chosen_N = _balanced(scores_N, helpful_N, size, owners_N, left_V)
-    keep, others = _shares(gain_N[chosen_N], first_N[chosen_N], size)
-    chosen_N = _balanced(scores_N, chosen_N, keep, owners_N, left_V)
-    drawn_N = gumbel_keys(candidates, "pooled", np.log(now.pool_N))
-    filler_N = _best(drawn_N, usable_N & ~chosen_N & ~harmful_N, others)
-    # the helpful ones before the others, each by its own measure
-    combined_N = np.where(chosen_N, 2 + _unit(scores_N), np.where(filler_N, 1 + _unit(drawn_N), _unit(scores_N)))
-    return Ranking(combined_N, chosen_N | filler_N, "pooled influence", set_ranks)
+        scores_N = reciprocal_rank_fusion(np.stack(list(set_ranks.values()), axis=1), kappa=config.fusion.kappa)
+    return _Board(
+        size=size,
+        strengths_N=w_N,
+        tries_N=now.tries_N,
+        gain_N=gain_N,
+        first_N=stored.pool_N * (slopes.values_NV / unit_V).sum(axis=1),
+        scores_N=scores_N,
+        helpful_N=candidates.usable_N & (slope_N > strategy.significance * error_N) & (gain_N >= strategy.exhausted),
+        harmful_N=(slope_N < -strategy.significance * error_N) & (gain_N <= -strategy.exhausted),
+        owners_N=served_NV.argmax(axis=1) if strategy.fusion == "balanced" else None,
+        left_V=left_V,
+        set_ranks=set_ranks,
+    )
+
+
+def prompts_to_screen(candidates: Candidates, strategy: PooledStrategy, config: SelectConfig) -> list[str]:
+    """Ids of prompts whose pass rate is to be looked at before a stage is chosen, the most promising first.
+
+    Of twice as many of the best helpful prompts as a stage takes, those with less than `screen_generations` tries,
+    discounted by their age: at most a share `screen` of the pool.
+    """
+    board = _board(candidates, strategy, config)
+    promising_N = _best(board.scores_N, board.helpful_N, 2 * board.size)
+    unknown_N = promising_N & (board.tries_N < strategy.screen_generations)
+    order = sorted(np.flatnonzero(unknown_N).tolist(), key=lambda row: -board.scores_N[row])
+    return [candidates.prompt_ids[row] for row in order[: share_size(strategy.screen, len(candidates))]]
 
 
 def _units(stored_NV: Float[np.ndarray, "N V"], size: int) -> Float[np.ndarray, " V"]:
@@ -94,23 +139,20 @@ def _shares(gain_C: Float[np.ndarray, " C"], first_C: Float[np.ndarray, " C"], s
 
 
 def _balanced(
-    scores_N: Float[np.ndarray, " N"],
-    among_N: Bool[np.ndarray, " N"],
-    count: int,
-    owners_N: Int[np.ndarray, " N"] | None,
-    left_V: Float[np.ndarray, " V"],
+    scores_N: Float[np.ndarray, " N"], among_N: Bool[np.ndarray, " N"], count: int, board: _Board
 ) -> Bool[np.ndarray, " N"]:
     """The `count` highest scores of some rows, with places for each set in proportion to what is left of it to learn.
 
-    A prompt counts for the set that it serves best (`owners_N`). Otherwise, of two sets that pull apart, the one with
-    the slightly better prompts would take all places. Places that a set cannot fill go to the best of the rest.
+    A prompt counts for the set that it serves best. Otherwise, of two sets that pull apart, the one with the slightly
+    better prompts would take all places. Places that a set cannot fill go to the best of the rest.
     """
-    if owners_N is None:
+    if board.owners_N is None:
         return _best(scores_N, among_N, count)
+    left_V = board.left_V
     shares_V = left_V / left_V.sum() if left_V.sum() > 0 else np.full(len(left_V), 1 / len(left_V))
     found_N = np.zeros(len(scores_N), dtype=bool)
     for v, share in enumerate(shares_V):
-        found_N |= _best(scores_N, among_N & (owners_N == v), int(share * count))
+        found_N |= _best(scores_N, among_N & (board.owners_N == v), int(share * count))
     return found_N | _best(scores_N, among_N & ~found_N, count - int(found_N.sum()))
 
 
@@ -143,6 +185,7 @@ def _left_to_learn(
 class _Strengths:
     pool_N: Float[np.ndarray, " N"]
     validation_M: Float[np.ndarray, " M"]
+    tries_N: Float[np.ndarray, " N"]
 
 
 @dataclass(frozen=True)
@@ -196,8 +239,7 @@ def _strengths(
     now = now and strategy.learnability == "now"
     step = candidates.stage * candidates.steps_per_stage if now else 0
     half_life = strategy.half_life * candidates.steps_per_stage
-    aged = 0.5 ** (step / half_life)
-    counts_N = evidence.tries_N * aged
+    counts_N = evidence.tries_N * 0.5 ** (np.maximum(step - evidence.tried_at_N, 0) / half_life)
     successes_N = np.nan_to_num(candidates.pass_rates_N) * counts_N
     if now:
         for visit in candidates.visits:
@@ -206,7 +248,7 @@ def _strengths(
             successes_N[row_of[visit.prompt_id]] += weight * visit.mean_reward
     tried_S = np.flatnonzero(counts_N > 0)
     observed_OE, own_N = places.observed(tried_S)
-    validation_M = evidence.validation_tries_M * aged
+    validation_M = evidence.validation_tries_M * 0.5 ** (max(step - evidence.validation_tried_at, 0) / half_life)
     successes_O = np.concatenate([successes_N[tried_S], evidence.validation_pass_rates_M * validation_M])
     counts_O = np.concatenate([counts_N[tried_S], validation_M])
     own_M = len(tried_S) + np.arange(len(validation_M))
@@ -214,4 +256,4 @@ def _strengths(
         pooled_strengths(kernel(points, observed_OE, bandwidth), successes_O, counts_O, own, strategy.prior)[1]
         for points, own in ((places.pool_NE, own_N), (places.validation_ME, own_M))
     ]
-    return _Strengths(*found)
+    return _Strengths(found[0], found[1], counts_N)
