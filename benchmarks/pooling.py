@@ -66,7 +66,8 @@ def load(options: argparse.Namespace, seed: int) -> Pool:
     quiet_libraries()
     from cropi.gradients.evidence import validation_evidence
     from cropi.gradients.groups import iterate_groups
-    from cropi.gradients.scoring import make_scorer, validation_groups
+    from cropi.gradients.scoring import make_scorer
+    from cropi.gradients.validation import validation_groups
     from cropi.loading import load_config
     from cropi.pipeline import Pipeline
     from cropi.rollouts.representations import read_representations, represent

@@ -12,6 +12,7 @@ from torch import nn
 
 from cropi.artifacts import (
     GOLD_UNPARSEABLE,
+    NOT_SAMPLED,
     SELECTION,
     USABLE,
     Manifest,
@@ -26,7 +27,8 @@ from cropi.errors import ArtifactError, DataError, PolicyError
 from cropi.evaluation.evaluate import Question, evaluate, forget_after, read_evaluations
 from cropi.gathering import Gatherer
 from cropi.gradients.groups import iterate_groups
-from cropi.gradients.scoring import FeatureRequest, score, surrogate_settings, validation_groups
+from cropi.gradients.scoring import FeatureRequest, score, surrogate_settings
+from cropi.gradients.validation import validation_groups
 from cropi.policy import Policy, encode_prompts, fingerprint, load_policy, trainer_prompt, uses_chat
 from cropi.prompts import data_identity, make_prompts
 from cropi.refreshing import Refresher
@@ -116,6 +118,9 @@ class Pipeline:
         of_policy, of_trajectories = f"{self._base_identity} {origin}", " ".join(inputs.values())
         features = FeatureRequest(arm.features(stage), of_policy, self._base_identity, of_trajectories)
 
+        prompts = self.space.train_prompts
+        statuses = self.trajectories.statuses(self.trajectories.groups(self.trajectories.overlay(arm, stage)))
+
         def make(folder: Path) -> tuple[Mapping[str, int], Mapping[str, Any]]:
             with self.space.ledger.charge("score", arm=arm.name, stage=stage) as entry:
                 result = score(
@@ -123,12 +128,13 @@ class Pipeline:
                     self.surrogate,
                     model,
                     self.trajectories.tables(arm, stage),
-                    {i: row["source"] for i, row in self.space.train_prompts.items()},
+                    {i: row["source"] for i, row in prompts.items()},
                     folder,
                     features,
                     self._previous_scores(arm, stage),
                     stage,
                     self.config.arms[arm.name],
+                    [i for i, status in zip(prompts, statuses, strict=True) if status == NOT_SAMPLED],
                 )
                 entry["tokens"] = result[1]["tokens"]
                 entry["computed_tokens"] = result[1]["tokens_computed"]

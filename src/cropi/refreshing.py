@@ -13,7 +13,7 @@ import pyarrow as pa
 from cropi.artifacts import build, open_artifact
 from cropi.console import counts_text, say
 from cropi.functional.sampling import places
-from cropi.gradients.scoring import chosen_for_validation
+from cropi.gradients.validation import chosen_for_validation
 from cropi.policy import Policy
 from cropi.rollouts.collect import collect_anew
 from cropi.rollouts.overlay import FRESH, REUSED, Trajectories, newest_rollouts, read_overlay

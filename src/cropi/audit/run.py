@@ -20,7 +20,7 @@ from cropi.console import progress, say
 from cropi.errors import ArtifactError, SignalError
 from cropi.functional.projection import SparseProjection
 from cropi.gradients.groups import Group, iterate_groups
-from cropi.gradients.scoring import validation_groups
+from cropi.gradients.validation import validation_groups
 from cropi.pipeline import Pipeline
 from cropi.policy import Policy
 from cropi.rewards.verifiers import verifier

@@ -1,5 +1,7 @@
 """Products and sums that keep float32 or better whatever the policy's dtype."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -26,3 +28,13 @@ def add_outer_sum(total_WO: Tensor, left_TW: Tensor, right_TO: Tensor) -> None:
         total_WO += outer_sum(left_TW.to(right_TO.dtype), right_TO)
     else:
         total_WO.addmm_(left_TW.to(total_WO.dtype).T, right_TO.to(total_WO.dtype))
+
+
+def inner(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> float:
+    """Inner product of two gradients by parameter name, in float64."""
+    return float(sum((first[name].double() * second[name].double()).sum() for name in first))
+
+
+def norm(gradients: Mapping[str, Tensor]) -> float:
+    """Length of a gradient by parameter name, in float64."""
+    return inner(gradients, gradients) ** 0.5

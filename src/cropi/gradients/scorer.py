@@ -20,7 +20,7 @@ from cropi.functional.projection import SparseProjection, principal_directions
 from cropi.gradients.engine import Engine, Work, segment_of
 from cropi.gradients.exact import DenseReader, ExactReader
 from cropi.gradients.groups import Group
-from cropi.gradients.numerics import widened
+from cropi.gradients.numerics import inner, norm, widened
 from cropi.gradients.packing import Segment
 from cropi.gradients.ratios import FACTS, RatioMoments
 from cropi.gradients.reference import prompt_gradient, trainable_parameters
@@ -111,7 +111,7 @@ class Scorer:
         found = [self._direction(name, groups, advance) for name, groups in validation.items()]
         self._directions = [direction for direction, _ in found]
         self.direction_reliability = {name: value for name, (_, value) in zip(validation, found, strict=True)}
-        self._norms_V = np.array([_norm(direction) for direction in self._directions])
+        self._norms_V = np.array([norm(direction) for direction in self._directions])
         for name, length in zip(validation, self._norms_V, strict=True):
             if not np.isfinite(length):
                 raise SignalError(
@@ -264,8 +264,8 @@ class Scorer:
 
     def direction_cosines(self) -> Float[np.ndarray, "V V"]:
         """Cosines between the directions that the scorer is aimed at; 0 for one of length 0."""
-        products = [[_inner(first, second) for second in self._directions] for first in self._directions]
-        norms_V = np.array([_norm(direction) for direction in self._directions])
+        products = [[inner(first, second) for second in self._directions] for first in self._directions]
+        norms_V = np.array([norm(direction) for direction in self._directions])
         return functional.influence(np.array(products), norms_V, norms_V, "cosine")
 
     def values(self, scored: Scored) -> Float[np.ndarray, "N V"]:
@@ -301,8 +301,8 @@ class Scorer:
             found = prompt_gradient(
                 self._model, group, self.settings, batch_tokens=self._batch_tokens or REFERENCE_TOKENS
             )
-            products_NV[index] = [_inner(found.gradients, direction) for direction in self._directions]
-            norms_N[index] = _norm(found.gradients)
+            products_NV[index] = [inner(found.gradients, direction) for direction in self._directions]
+            norms_N[index] = norm(found.gradients)
             facts_NR[index] = found.ratio_ess, found.clip_share, found.kl
             tokens += len(group.prompt_ids) * len(group.completions) + group.completion_tokens
             if advance is not None:
@@ -319,8 +319,8 @@ class Scorer:
             raise SignalError("it has no group", where=f"validation set {name}", fix="give it prompts.")
         weighted_sum = self._reference_sum if self._engine is None else self._engine_sum
         total, rest = (weighted_sum(groups[half::2], len(groups), advance) for half in (0, 1))
-        norms = _norm(total) * _norm(rest)
-        halves = _inner(total, rest) / norms if norms else math.nan
+        norms = norm(total) * norm(rest)
+        halves = inner(total, rest) / norms if norms else math.nan
         for parameter, gradient in rest.items():
             total[parameter] += gradient
         return total, -math.inf if halves <= -1 else spearman_brown(halves)
@@ -360,7 +360,7 @@ class Scorer:
             found = prompt_gradient(
                 self._model, group, self.settings, batch_tokens=self._batch_tokens or REFERENCE_TOKENS
             )
-            weight = functional.mean_weights(np.array([_norm(found.gradients)]), self._mean, count)[0]
+            weight = functional.mean_weights(np.array([norm(found.gradients)]), self._mean, count)[0]
             for name, gradient in found.gradients.items():
                 total[name] += gradient * weight
             if advance is not None:
@@ -392,11 +392,3 @@ def _by_group(advance: Callable[[int], None] | None) -> Callable[[Sequence[Segme
 
 def _facts(work: Work, count: int) -> Float[np.ndarray, "N R"]:
     return np.array([work.of(index).facts for index in range(count)]).reshape(count, len(FACTS))
-
-
-def _inner(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> float:
-    return float(sum((first[name].double() * second[name].double()).sum() for name in first))
-
-
-def _norm(gradients: Mapping[str, Tensor]) -> float:
-    return _inner(gradients, gradients) ** 0.5

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -15,6 +15,7 @@ from torch import nn
 from cropi.artifacts import (
     GOLD_UNPARSEABLE,
     NON_FINITE,
+    NOT_SAMPLED,
     OK,
     PROMPT_TOO_LONG,
     count_status,
@@ -22,8 +23,8 @@ from cropi.artifacts import (
     validation_scores_schema,
     write_table,
 )
-from cropi.config import Config, ScoreConfig, StrategyTable
-from cropi.console import Progress, progress, warn, warn_once
+from cropi.config import Config, StrategyTable
+from cropi.console import Progress, progress, warn
 from cropi.errors import SignalError
 from cropi.functional.influence import gain
 from cropi.functional.projection import SparseProjection
@@ -38,12 +39,8 @@ from cropi.gradients.ratios import FACTS
 from cropi.gradients.scorer import BLOCK, Scored, Scorer
 from cropi.gradients.store import FeatureStoreWriter, StoreIdentity, directions_digest, stored_directions
 from cropi.gradients.surrogate import SurrogateSettings
+from cropi.gradients.validation import validation_groups, warn_of_noise
 from cropi.gradients.worth import drift, note_reliability
-from cropi.seeds import unit_interval
-
-NOISY = 0.2  # below this reliability of a validation direction a warning is given
-FEW_GROUPS = 8  # below this many mixed validation groups a warning is given
-ONE_SIDED = 0.9  # above this share of validation prompts that are always solved, or never, a warning is given
 
 
 def surrogate_settings(config: Config, loss_type: str, scale_rewards: str | bool) -> SurrogateSettings:
@@ -102,10 +99,12 @@ def score(
     previous: pa.Table | None = None,
     stage: int = 0,
     strategy: StrategyTable | None = None,
+    not_sampled: Collection[str] = (),
 ) -> tuple[dict[str, int], dict[str, Any]]:
     """Write `scores.parquet` to `folder`: one row per training prompt, those without signal included (influence 0).
 
-    `trajectories` maps "train" and "validation/NAME" to their tables, `sources` prompt ids to sources. With
+    `trajectories` maps "train" and "validation/NAME" to their tables, `sources` prompt ids to sources; of prompts
+    without trajectories, those in `not_sampled` were never asked for any, the others are too long. With
     `score.store`, features go to a store of their own first, and the scores are read off it. `previous` are the scores
     of the stage before, for `score.budget.rescore`. Under a strategy that aims at candidates, halves of a sample of the
     training prompts take the place of the validation sets: their mean gradients, each scaled to length 1, and `dot`.
@@ -121,6 +120,8 @@ def score(
     pools = strategy is not None and strategy.pools
     standard_errors = config.score.standard_errors and not (strategy and strategy.reads_lengths)  # of no use to lengths
     rows = {prompt_id: _blank(prompt_id, source, names) for prompt_id, source in sources.items()}
+    for prompt_id in not_sampled:
+        rows[prompt_id]["status"] = NOT_SAMPLED
     mixed = _note_facts(trajectories["train"], rows)
     scorer = make_scorer(config, model, settings, strategy)
     given = computed = 0
@@ -136,7 +137,7 @@ def score(
             writer = _writer(config, settings, scorer, features, mixed)
             parts = _score_into_store(writer, scorer, trajectories["train"], bar)
         if not candidates:
-            _warn_of_noise(scorer.direction_reliability)
+            warn_of_noise(scorer.direction_reliability)
         if pools:
             evidence, computed = validation_evidence(scorer, validation)
             write_table(folder / "validation.parquet", evidence, validation_scores_schema(names))
@@ -163,17 +164,6 @@ def score(
         "scored": count_status(row["scored"] for row in rows.values() if row["scored"] is not None),
     }
     return counts, details
-
-
-def _warn_of_noise(reliability: Mapping[str, float]) -> None:
-    """Say which validation directions could as well have been drawn by chance."""
-    for name, value in reliability.items():
-        if value < NOISY:
-            warn_once(
-                f"validation set {name}: its direction is mostly noise (reliability {max(value, 0.0):.2f}: the "
-                "directions of two halves of its prompts hardly agree), so its ranking is little better than chance; "
-                "use more prompts that the policy solves sometimes, or more completions for each"
-            )
 
 
 def _blank(prompt_id: str, source: str, names: list[str]) -> dict[str, Any]:
@@ -347,54 +337,3 @@ def _check_finite(counts: Mapping[str, int]) -> None:
             fix="lower trainer.learning_rate or set trainer.max_grad_norm, and start the run under another name.",
         )
     warn(f"the influence of {bad} prompts is not a finite number; their status is {NON_FINITE} and they rank at 0")
-
-
-def validation_groups(trajectories: Mapping[str, pa.Table], config: ScoreConfig) -> dict[str, list[Group]]:
-    """The mixed groups of every validation set: the others have a zero gradient. SignalError where a set has none."""
-    names = sorted(name.removeprefix("validation/") for name in trajectories if name != "train")
-    return {name: _mixed_groups(trajectories[f"validation/{name}"], name, config) for name in names}
-
-
-def chosen_for_validation(prompt_ids: Iterable[str], config: ScoreConfig) -> list[str]:
-    """The prompts of a validation set that are scored by, in ascending order."""
-    # By hash rather than by id: ids that start with a source's name would pick one source.
-    by_hash = sorted(prompt_ids, key=lambda i: unit_interval(0, "validation", i))
-    return sorted(by_hash[: config.max_validation_prompts])
-
-
-def _mixed_groups(table: pa.Table, name: str, config: ScoreConfig) -> list[Group]:
-    groups = dict(iterate_groups(table))
-    chosen = chosen_for_validation(groups, config)
-    mixed = [group for i in chosen if (group := groups[i]) is not None and group.status == OK]
-    if not mixed:
-        raise SignalError(
-            f"none of the {len(chosen)} prompts of this validation set has both right and wrong completions, so it "
-            "gives no direction to select by",
-            where=f"prompts.validation.{name}",
-            fix="use problems that the policy solves sometimes, or raise collect.validation_num_generations.",
-        )
-    if len(mixed) < FEW_GROUPS:
-        warn_once(
-            f"validation set {name}: only {len(mixed)} of {len(chosen)} prompts carry signal; influence will be noisy"
-        )
-    judged = one_sided([group.pass_rate for i in chosen if (group := groups[i]) is not None])
-    if judged is not None:
-        warn_once(f"validation set {name}: {judged}")
-    return mixed
-
-
-def one_sided(pass_rates: Sequence[float]) -> str | None:
-    """What is wrong with a validation set of which over 90 % are solved by every completion, or by none; else None."""
-    always, never, total = pass_rates.count(1.0), pass_rates.count(0.0), len(pass_rates)
-    rest = f"its direction comes from {total - always - never}"
-    if always > 0 and always / total > ONE_SIDED:
-        return (
-            f"{always} of {total} prompts are solved by every completion: there is little left to gain, and {rest}; "
-            "use harder problems"
-        )
-    if never > 0 and never / total > ONE_SIDED:
-        return (
-            f"{never} of {total} prompts are solved by no completion: {rest}; "
-            "use easier problems, or raise collect.validation_num_generations"
-        )
-    return None

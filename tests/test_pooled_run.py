@@ -1,0 +1,137 @@
+"""A small run of the strategy that pools: what it samples, what it sees, and that it goes on where it stopped."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from cropi.errors import ConfigError
+from cropi.loading import load_config
+from cropi.pipeline import Pipeline
+from cropi.rollouts.representations import read_representations
+from tests.runs import SMALL, evaluations, selections
+
+STEPS = 2
+POOLED = [
+    *SMALL,
+    "select.strategy={type: pooled, screen: 0.2, screen_generations: 3}",
+    "baselines=[]",
+    "collect.fraction=0.5",
+    "collect.num_generations=4",
+    "train.stages=3",
+    f"train.steps_per_stage={STEPS}",
+    f"evaluate.every={STEPS}",
+    "trainer.num_generations=4",
+    "trainer.per_device_train_batch_size=16",
+]
+
+
+def run(folder: Path, *overrides: str) -> tuple[Pipeline, Path]:
+    torch.set_num_threads(1)
+    pipeline = Pipeline(load_config("quickstart", [*POOLED, *overrides, f"run_dir={folder}"]))
+    pipeline.collect()
+    for arm in pipeline.space.arms.values():
+        pipeline.train(arm)
+    pipeline.space._lock.close()
+    return pipeline, folder / "quickstart"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Pipeline, Path]:
+    return run(tmp_path_factory.mktemp("pooled"))
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = pq.read_table(path).to_pylist()
+    return found
+
+
+def screened(folder: Path, stage: int) -> list[dict[str, Any]]:
+    return [r for p in sorted((folder / f"arms/pooled/stages/{stage:03}/screened").glob("part-*")) for r in rows(p)]
+
+
+def test_half_of_the_pool_is_sampled_and_the_rest_can_be_selected(finished: tuple[Pipeline, Path]) -> None:
+    _, folder = finished
+    sampled = {r["prompt_id"] for p in (folder / "trajectories").glob("part-train-*") for r in rows(p)}
+    assert len(sampled) == 24
+    scores = {r["prompt_id"]: r for r in rows(folder / "arms/pooled/stages/000/scores/scores.parquet")}
+    assert {i for i, r in scores.items() if r["status"] != "not_sampled"} == sampled
+    selection = rows(folder / "arms/pooled/stages/000/selection/selection.parquet")
+    assert {r["prompt_id"] for r in selection if r["status"] == "not_sampled"} == set(scores) - sampled
+    assert any(r["selected"] and r["prompt_id"] not in sampled for r in selection)
+
+
+def test_it_scores_once_with_errors_and_the_validation_prompts_too(finished: tuple[Pipeline, Path]) -> None:
+    _, folder = finished
+    assert [p.parent.name for p in sorted(folder.glob("arms/pooled/stages/*/scores"))] == ["000"]
+    found = rows(folder / "arms/pooled/stages/000/scores/scores.parquet")
+    assert all(r["standard_error/sum"] is not None for r in found if r["status"] == "ok")
+    validation = rows(folder / "arms/pooled/stages/000/scores/validation.parquet")
+    assert 0 < len(validation) <= 6
+    assert {r["set"] for r in validation} == {"sum"}
+    assert all(r["trajectories"] == 8 for r in validation)
+    places = read_representations(folder / "arms/pooled/representations")
+    assert len(places) == 48 + 6
+
+
+def test_screening_samples_the_unknown_a_few_times_and_its_verdicts_count(finished: tuple[Pipeline, Path]) -> None:
+    pipeline, folder = finished
+    arm = pipeline.space.arms["pooled"]
+    seen = [screened(folder, stage) for stage in range(3)]
+    assert any(seen)
+    for stage, found in enumerate(seen):
+        by_prompt: dict[str, list[float]] = {}
+        for r in found:
+            by_prompt.setdefault(r["prompt_id"], []).append(r["reward"])
+        assert len(by_prompt) <= 10  # ceil(0.2 x 48)
+        assert {len(rewards) for rewards in by_prompt.values()} <= {3}
+        visits = [
+            v for v in pipeline.gathered.candidates(arm, stage).visits if v.tries == 3 and v.step == stage * STEPS
+        ]
+        assert {v.prompt_id: v.mean_reward for v in visits} == {i: np.mean(r) for i, r in by_prompt.items()}
+    charged = [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
+    assert {(e["stage"]) for e in charged if e["arm"] == "pooled" and e["phase"] == "collect"} == {
+        stage for stage, found in enumerate(seen) if found
+    }
+
+
+def test_a_run_cut_off_before_a_selection_ends_the_same(finished: tuple[Pipeline, Path], tmp_path: Path) -> None:
+    _, folder = finished
+    shutil.copytree(folder, tmp_path / "quickstart")
+    ours = tmp_path / "quickstart"
+    for name in ("stages/002", "checkpoints/checkpoint-6"):
+        shutil.rmtree(ours / "arms/pooled" / name)
+    _, again = run(tmp_path)
+    assert selections(again) == selections(folder)
+    assert screened(again, 2) == screened(folder, 2)
+    assert evaluations(again) == evaluations(folder)
+
+
+def test_scoring_again_takes_fresh_validation_prompts_where_it_scores(tmp_path: Path) -> None:
+    strategy = "select.strategy={type: pooled, rescore_every: 2, screen: 0}"
+    pipeline, folder = run(tmp_path, strategy, "refresh={validation: true, reuse_rollouts: true}")
+    stages = folder / "arms/pooled/stages"
+    assert [s for s in range(3) if (stages / f"{s:03}/scores").is_dir()] == [0, 2]
+    assert [s for s in range(3) if (stages / f"{s:03}/fresh_validation").is_dir()] == [2]
+    assert not any((stages / f"{s:03}/screened").exists() for s in range(3))
+    evidence = pipeline.gathered.candidates(pipeline.space.arms["pooled"], 2).evidence
+    assert evidence is not None
+    assert evidence.validation_tried_at == 2 * STEPS
+    ids = list(pipeline.space.train_prompts)
+    trained = {v.prompt_id for v in pipeline.gathered.candidates(pipeline.space.arms["pooled"], 2).visits}
+    assert trained
+    assert all(evidence.tries_N[ids.index(i)] == 0 for i in trained)  # they are visits, and not counted twice
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["score.score=cosine", "score.validation_mean=normalized", "score.estimator=exact", "score.store=float32"],
+)
+def test_settings_that_leave_no_errors_are_refused(override: str) -> None:
+    with pytest.raises(ConfigError, match="pooled pools inner products by their standard errors"):
+        load_config("quickstart", [*POOLED, override])
