@@ -83,7 +83,7 @@ def check_run(config: Config) -> CheckResult:
     prompts, leakage = checked_prompts(config)
     policy = load_policy(config.policy)
     settings = grpo_config(config, config.folder, policy.model.device)
-    shards, _ = plan(config, policy, sampled_prompts(config, prompts))
+    shards, _ = plan(config, policy, prompts, sampled_prompts(config, prompts))
     verify = verifier(config.verifier)
     gold = Counter(verify(_written_gold(config, row["answer"]), row["answer"]) for row in prompts)
     if not gold[CORRECT]:

@@ -177,16 +177,25 @@ def test_a_share_of_the_pool_is_sampled_and_the_rest_can_be_told_from_it(policy:
     config = load_config("quickstart", [*SMALL, "collect.fraction=0.3", "seed=4"])
     prompts = load_prompts(config)
     pool = {row["prompt_id"] for row in prompts if row["set"] == "train"}
-    sampled = sampled_prompts(config, prompts)
-    chosen = {row["prompt_id"] for row in sampled if row["set"] == "train"}
+    chosen = sampled_prompts(config, prompts)
     assert len(pool) == 48
     assert len(chosen) == 15  # ceil(0.3 x 48)
-    assert [row for row in sampled if row["set"] != "train"] == [row for row in prompts if row["set"] != "train"]
     _, details = collect(config, policy, prompts, tmp_path, Ledger(tmp_path / "ledger.jsonl"))
-    assert set(read_trajectories(tmp_path)["train"].column("prompt_id").to_pylist()) == chosen
+    stored = read_trajectories(tmp_path)
+    assert set(stored["train"].column("prompt_id").to_pylist()) == chosen
+    assert stored["validation/sum"].num_rows == 6 * 8
     assert details["too_long"] == []
-    more = {
-        row["prompt_id"]
-        for row in sampled_prompts(load_config("quickstart", [*SMALL, "collect.fraction=0.6", "seed=4"]), prompts)
-    }
-    assert chosen < more  # a larger share adds prompts and drops none
+    larger = load_config("quickstart", [*SMALL, "collect.fraction=0.6", "seed=4"])
+    assert chosen < sampled_prompts(larger, prompts)  # a larger share adds prompts and drops none
+
+
+def test_what_does_not_fit_is_looked_for_among_those_not_sampled_too(policy: Policy, tmp_path: Path) -> None:
+    config = load_config("quickstart", [*SMALL, "collect.fraction=0.3", "seed=4"])
+    prompts = load_prompts(config)
+    left_out = next(
+        r for r in prompts if r["set"] == "train" and r["prompt_id"] not in sampled_prompts(config, prompts)
+    )
+    endless = json.dumps("sum mod 7 : " + "3 " * 4000 + "=")
+    changed = [row | {"messages": endless} if row is left_out else row for row in prompts]
+    _, details = collect(config, policy, changed, tmp_path, Ledger(tmp_path / "ledger.jsonl"))
+    assert details["too_long"] == [left_out["prompt_id"]]

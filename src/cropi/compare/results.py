@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from cropi.artifacts import read_table, write_table
 from cropi.compare.plan import FINISHED, Plan, Run
+from cropi.errors import ArtifactError
 from cropi.ledger import Ledger
 from cropi.reporting.costs import Charges, charges
 from cropi.reporting.reading import Answers, read_answers
@@ -48,7 +49,9 @@ def write_results(plan: Plan) -> Path:
 
 
 def read_results(path: Path) -> pa.Table:
-    """The table of a comparison. ArtifactError for another one."""
+    """The table of a comparison. ArtifactError for another one, or where there is none."""
+    if not path.is_file():
+        raise ArtifactError("there is no such file", where=str(path), fix="name the results.parquet of a comparison.")
     return read_table(path, RESULTS)
 
 

@@ -37,7 +37,8 @@ def method(comparison: Comparison) -> list[Block]:
             "estimator. Tokens are those generated."
         ),
         Text(
-            "Accuracy: greedy answers, mean over the questions of a test set; targeted: mean over the targeted sets, "
+            "Accuracy: mean over the questions of a test set, of the share of right answers among those sampled "
+            "(evaluate.samples), or of the greedy answer where none are; targeted: mean over the targeted sets, "
             "untargeted: over the others. Area: mean targeted accuracy over the run."
         ),
         Text(

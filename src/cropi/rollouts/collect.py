@@ -5,7 +5,7 @@ Once of all prompts from the base policy, and of some again from later policies.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -59,18 +59,17 @@ def collect(
     """
     if config.collect.top_p < 1:
         warn("collect.top_p is below 1: the sampler is not the policy whose log-probs are stored, so ratios are biased")
-    shards, too_long = plan(config, policy, sampled_prompts(config, prompts))
+    shards, too_long = plan(config, policy, prompts, sampled_prompts(config, prompts))
     charge = partial(ledger.charge, "collect")
     statuses, details = _sample_all(config, policy, shards, folder, charge, ("collect",))
     return count_status([PROMPT_TOO_LONG] * len(too_long) + statuses), details | {"too_long": too_long}
 
 
-def sampled_prompts(config: Config, prompts: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The prompts that are to be sampled: a fixed random share of the training pool, and all others."""
+def sampled_prompts(config: Config, prompts: Sequence[Mapping[str, Any]]) -> set[str]:
+    """Ids of the training prompts that are to be sampled: a fixed random share of the pool."""
     pool = [row["prompt_id"] for row in prompts if row["set"] == "train"]
     pool.sort(key=lambda i: (unit_interval(config.seed, "collect", i), i))
-    chosen = set(pool[: places(config.collect.fraction, len(pool))])
-    return [row for row in prompts if row["set"] != "train" or row["prompt_id"] in chosen]
+    return set(pool[: places(config.collect.fraction, len(pool))])
 
 
 def collect_anew(
@@ -123,8 +122,13 @@ def _sample_all(
     return statuses, {"generated_tokens": tokens, "shards": len(shards)}
 
 
-def plan(config: Config, policy: Policy, prompts: Sequence[Mapping[str, Any]]) -> tuple[list[Shard], list[str]]:
-    """The shards of a collection, longest prompts first, and the ids of prompts that do not fit into the context."""
+def plan(
+    config: Config, policy: Policy, prompts: Sequence[Mapping[str, Any]], sampled: Collection[str] | None = None
+) -> tuple[list[Shard], list[str]]:
+    """The shards of a collection, longest prompts first, and the ids of prompts that do not fit into the context.
+
+    `sampled` holds the training prompts that are wanted, unset all; what does not fit is looked for among all.
+    """
     chat = uses_chat(policy.tokenizer, config.prompts.chat, config.prompts.system_prompt)
     limit = policy.context_length
     shards: list[Shard] = []
@@ -146,6 +150,8 @@ def plan(config: Config, policy: Policy, prompts: Sequence[Mapping[str, Any]]) -
                 where="collect.max_completion_length",
                 fix="lower it, or use a policy with a longer context.",
             )
+        if name == "train" and sampled is not None:
+            fitting = [pair for pair in fitting if pair[0]["prompt_id"] in sampled]
         fitting.sort(key=lambda pair: (-len(pair[1]), pair[0]["prompt_id"]))
         samples = config.collect.num_generations if name == "train" else config.collect.validation_num_generations
         size = config.collect.shard_prompts
