@@ -94,6 +94,12 @@ def test_seeds_and_scenarios_have_geometric_means():
     assert suite["speedup"]["steps"]["mean"] == pytest.approx(math.sqrt(8))
     assert (suite["scenarios"], suite["seeds"]) == (2, 4)
     assert suite["area"]["steps"]["mean"] == pytest.approx((0.75 + 0.25 + 0.75 + 0.75) / 4)
+    without = entry(summarise(table(*found), aside=["b"]), "x", "suite")
+    assert without["speedup"]["steps"]["mean"] == pytest.approx(2.0)
+    assert without["to"]["target"] == entry(summary, "x", "a")["to"]["target"]
+    assert without["area"] == suite["area"]  # accuracies count everywhere
+    with pytest.raises(ConfigError, match="no scenario 'c'"):
+        summarise(table(*found), aside=["c"])
 
 
 def test_where_full_gains_nothing_no_arm_is_faster():

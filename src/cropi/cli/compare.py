@@ -37,6 +37,10 @@ def compare(
     main: Annotated[
         str | None, typer.Option(help="Strategy that the report's headline is about.", show_default="the best")
     ] = None,
+    aside: Annotated[
+        str | None,
+        typer.Option(help="Scenarios left out of the suite's speed-up: nothing to gain there.", show_default="none"),
+    ] = None,
     embedding: Annotated[
         Path | None,
         typer.Option(help="Sentence encoder for the similarity of selected prompts.", show_default="TF-IDF"),
@@ -49,14 +53,14 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Train strategies on scenarios and seeds; speed-ups with intervals."""
-    references = None if reference is None else [name.strip() for name in reference.split(",")]
+    references = None if reference is None else _names(reference)
     goals = _levels(levels)
     quiet_libraries()
     from cropi.compare.results import RESULTS_FILE
     from cropi.compare.run import Analysis, compare_runs, write_summary
     from cropi.compare.table import as_text
 
-    analysis = Analysis(references, goals, main, embedding)
+    analysis = Analysis(references, goals, main, _names(aside), embedding)
 
     if results is not None:
         if configs:
@@ -73,7 +77,7 @@ def compare(
     summary, failures = compare_runs(
         names,
         overrides,
-        [name.strip() for name in strategies.split(",")],
+        _names(strategies),
         seeds,
         folder,
         jobs=jobs,
@@ -84,6 +88,10 @@ def compare(
     print_result(summary, as_json, f"{as_text(summary)}\n\n{places}")
     if failures:
         raise typer.Exit(2 if all(failure.user_error for failure in failures) else 1)
+
+
+def _names(text: str | None) -> list[str]:
+    return [] if text is None else [name.strip() for name in text.split(",")]
 
 
 def _levels(text: str | None) -> list[float]:

@@ -27,6 +27,7 @@ class Analysis:
     references: Sequence[str] | None = None  # strategies to take differences from
     levels: Sequence[float] = ()  # accuracies to which costs are wanted
     main: str | None = None  # the strategy that the report's headline is about
+    aside: Sequence[str] = ()  # scenarios that do not count in the suite's speed-up
     embedding: Path | None = None  # a sentence encoder for the similarity of selected prompts; unset: TF-IDF
 
 
@@ -94,7 +95,7 @@ def write_summary(folder: Path, analysis: Analysis) -> dict[str, Any]:
     table = read_results(folder / RESULTS_FILE)
     there = set(table.column("strategy").to_pylist())
     references = analysis.references and [name for name in analysis.references if name in there]
-    summary = summarise(table, references, analysis.levels)
+    summary = summarise(table, references, analysis.levels, analysis.aside)
     write_json(folder / SUMMARY_FILE, summary)
     encoder = None if analysis.embedding is None else sentence_encoder(analysis.embedding)
     make_comparison_report(folder, analysis.main if analysis.main in there else None, encoder)

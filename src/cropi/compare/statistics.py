@@ -58,27 +58,35 @@ class _Seed:
         return list(self.costs)
 
 
-def summarise(table: pa.Table, references: Sequence[str] | None = None, levels: Sequence[float] = ()) -> dict[str, Any]:
+def summarise(
+    table: pa.Table,
+    references: Sequence[str] | None = None,
+    levels: Sequence[float] = (),
+    aside: Sequence[str] = (),
+) -> dict[str, Any]:
     """What a comparison shows, by scenario and over all of them (`suite`). See docs/compare.md.
 
     `levels`: targeted accuracies, beside that of `full`, to which costs are wanted. `references`: strategies from which
     differences are taken; `full` where it is there. A strategy is compared with them on the seeds that all of them have
-    finished. ConfigError for one of which there is no run.
+    finished. `aside`: scenarios whose costs and speed-ups do not count over the suite, because there is nothing to gain
+    in them; their accuracies do. ConfigError for a reference or scenario of which there is no run.
     """
     seeds = _read(table)
+    for name in aside:
+        if name not in seeds:
+            raise ConfigError(
+                f"there is no scenario {name!r}", where="--aside", fix=f"name one of: {', '.join(seeds)}."
+            )
     strategies = list(dict.fromkeys(table.column("strategy").to_pylist()))
     references = _references(references, strategies)
     entries: list[dict[str, Any]] = []
-    by_strategy: dict[str, list[tuple[int, Draws]]] = {}
+    by_strategy: dict[str, dict[str, tuple[int, Draws]]] = {}
     for scenario, found in seeds.items():
         for strategy, (count, draws) in _scenario(scenario, found, strategies, references, levels).items():
             facts = {"scenario": scenario, "strategy": strategy, "seeds": count}
             entries.append(facts | _shown(draws, references))
-            by_strategy.setdefault(strategy, []).append((count, draws))
-    for strategy in strategies:
-        own = by_strategy.get(strategy, [])
-        if own:
-            entries.append(_suite(strategy, sum(count for count, _ in own), [draws for _, draws in own], references))
+            by_strategy.setdefault(strategy, {})[scenario] = count, draws
+    entries += [_suite(name, by_strategy[name], references, aside) for name in strategies if name in by_strategy]
     return {
         "target": TARGET,
         "references": references,
@@ -86,6 +94,7 @@ def summarise(table: pa.Table, references: Sequence[str] | None = None, levels: 
         "redraws": REDRAWS,
         "confidence": CONFIDENCE,
         "scenarios": list(seeds),
+        "aside": list(aside),
         "strategies": strategies,
         "entries": entries,
     }
@@ -273,11 +282,23 @@ def _times(seed: _Seed, arms: Sequence[str], curves: Mapping[str, np.ndarray], l
 # -- what is shown -----------------------------------------------------------------------------------------------------
 
 
-def _suite(strategy: str, seeds: int, draws: Sequence[Draws], references: Sequence[str]) -> dict[str, Any]:
+def _suite(
+    strategy: str, found: Mapping[str, tuple[int, Draws]], references: Sequence[str], aside: Sequence[str]
+) -> dict[str, Any]:
     """Means over the scenarios that a strategy has been run on (of speed-ups: geometric)."""
-    names = [name for name in draws[0] if all(name in own for own in draws)]
-    means = {name: np.mean([own[name] for own in draws], axis=0) for name in names}
-    facts = {"scenario": SUITE, "strategy": strategy, "scenarios": len(draws), "seeds": seeds}
+    counted = [draws for scenario, (_, draws) in found.items() if scenario not in aside]
+    everything = [draws for _, draws in found.values()]
+    means = {}
+    for name in everything[0]:
+        over = counted if name.partition("/")[0] not in COMPARED else everything
+        if over and all(name in own for own in over):
+            means[name] = np.mean([own[name] for own in over], axis=0)
+    facts = {
+        "scenario": SUITE,
+        "strategy": strategy,
+        "scenarios": len(found),
+        "seeds": sum(n for n, _ in found.values()),
+    }
     return facts | _shown(means, references)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
 
@@ -50,7 +50,7 @@ def method(comparison: Comparison) -> list[Block]:
         Text(
             "Censoring: a run that never reaches the target is given the time of its end. Its ratio is too high, so "
             f"the mean is an upper bound, marked `<`, and so are both ends of its interval. Where {target} ends no "
-            "higher than the base policy there is nothing to reach sooner: ratio 1 for all."
+            "higher than the base policy there is nothing to reach sooner: ratio 1 for all." + _aside(summary["aside"])
         ),
         Text(
             f"Intervals: {level}, percentiles of {count(summary['redraws'])} redraws of seeds and of questions within "
@@ -59,6 +59,14 @@ def method(comparison: Comparison) -> list[Block]:
             "population of scenarios. They are not corrected for the number of strategies."
         ),
     ]
+
+
+def _aside(names: Sequence[str]) -> str:
+    if not names:
+        return ""
+    return (
+        f" Costs and speed-ups over the suite leave out {', '.join(map(code, names))}, where nothing is to be gained."
+    )
 
 
 def limits(comparison: Comparison) -> list[Block]:
