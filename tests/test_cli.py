@@ -66,6 +66,7 @@ def test_the_same_command_again_changes_nothing(finished: Path) -> None:
     assert (finished / "runs/quickstart/trajectories/manifest.json").stat().st_mtime_ns == stamp
 
 
+@pytest.mark.slow
 def test_two_runs_with_one_seed_select_byte_identically(finished: Path, tmp_path: Path) -> None:
     for verb in (["collect"], ["score"], ["select"]):
         done = cropi(*verb, "quickstart", *SMALL, cwd=tmp_path)
@@ -128,6 +129,7 @@ def test_a_lost_final_evaluation_is_made_again(finished: Path, tmp_path: Path) -
     assert path.read_bytes() == whole
 
 
+@pytest.mark.slow
 def test_a_checkpoint_from_elsewhere_is_scored_and_selected_by_itself(finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished / "runs", tmp_path / "runs")
     other = ["--checkpoint", "runs/quickstart/arms/full/checkpoints/checkpoint-6"]

@@ -55,6 +55,7 @@ def test_later_policies_have_moved(audited: tuple[Path, dict[str, Any], str]) ->
     assert last["kl"] > 0
 
 
+@pytest.mark.slow
 def test_audits_are_read_back_and_other_sizes_stand_beside_them(audited: tuple[Path, dict[str, Any], str]) -> None:
     cwd, result, _ = audited
     run = next((cwd / "runs").iterdir())

@@ -105,8 +105,8 @@ def read_comparison(folder: Path, main: str | None) -> Comparison:
     path = folder / "compare.json"
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
-        wanted = ("target", "references", "best_reference", "redraws", "confidence", "scenarios", "strategies")
-        summary = {key: summary[key] for key in (*wanted, "entries")}
+        wanted = ("target", "references", "best_reference", "redraws", "confidence", "scenarios", "aside")
+        summary = {key: summary[key] for key in (*wanted, "strategies", "entries")}
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise damaged(path, error) from None
     if main is not None and main not in summary["strategies"]:
