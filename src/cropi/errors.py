@@ -1,5 +1,8 @@
 """Errors a user can fix. The command line prints them without a traceback and exits with code 2."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class UserError(Exception):
     """What happened, where, and how to fix it, in one paragraph."""
@@ -30,3 +33,9 @@ class PolicyError(UserError):
 
 class SignalError(UserError):
     """The data carry no learning signal, or a selection came out empty."""
+
+
+def hint(word: str, known: Iterable[str], otherwise: str) -> str:
+    """`did you mean ...?` where one of the known words is close to a wrong one, else what to say instead."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"did you mean {close[0]!r}?" if close else otherwise

@@ -20,13 +20,12 @@ from cropi.errors import ArtifactError
 from cropi.gradients.groups import iterate_groups
 from cropi.leakage import prompt_text
 from cropi.rollouts.collect import read_trajectories
-from cropi.rollouts.overlay import Overlay, Trajectories
+from cropi.rollouts.overlay import FRESH, Overlay, Trajectories
 from cropi.rollouts.representations import KIND as REPRESENTED
 from cropi.rollouts.representations import read_representations
 from cropi.selection.candidates import Candidates, Evidence, Visit
 from cropi.selection.evidence import gather_evidence
-from cropi.training.history import training_history
-from cropi.training.reward import training_pass_rates
+from cropi.training.history import newest_rates, training_history
 from cropi.workspace import Arm, Workspace
 
 
@@ -49,7 +48,7 @@ class Gatherer:
         prompts, strategy = self._space.train_prompts, self._config.arms[arm.name]
         overlay, steps = self._trajectories.overlay(arm, stage), self._config.train.steps_per_stage
         groups = self._trajectories.groups(overlay)
-        evidence = None
+        history, evidence = training_history(arm.rewards, stage * steps), None
         sizes = _group_sizes(self._trajectories.base["train"]) | _group_sizes(overlay.table)
         sizes_N = np.array([sizes.get(i, 0) for i in prompts])
         influence, lengths_N = dict[str, np.ndarray](), None
@@ -64,7 +63,7 @@ class Gatherer:
             sources=[row["source"] for row in prompts.values()],
             statuses=self._trajectories.statuses(groups),
             pass_rates_N=np.array([groups.get(i, ("", float("nan")))[1] for i in prompts]),
-            training_pass_rates=training_pass_rates(arm.rewards, stage * steps, overlay.drawn_at(steps)),
+            training_pass_rates=newest_rates(history, overlay.drawn_at(steps)),
             influence=influence,
             stage=stage,
             seed=self._config.seed,
@@ -72,22 +71,23 @@ class Gatherer:
             steps_per_stage=steps,
             group_sizes_N=sizes_N,
             lengths_N=lengths_N,
-            visits=self._visits(arm, stage),
+            visits=[*(Visit(*visit) for visit in history), *self._screened(arm, stage)],
             texts=[prompt_text(row["messages"]) for row in prompts.values()],
             validation_texts=self._validation_texts,
             evidence=evidence,
         )
 
-    def _visits(self, arm: Arm, stage: int) -> list[Visit]:
-        """What training has seen before a stage, and what was looked at to choose it or a stage before."""
-        steps = self._config.train.steps_per_stage
-        seen = [Visit(*visit) for visit in training_history(arm.rewards, stage * steps)]
+    def _screened(self, arm: Arm, stage: int) -> list[Visit]:
+        """What was looked at to choose a stage or one before it."""
+        seen: list[Visit] = []
         for number in range(stage + 1):
-            if is_finished(arm.screened(number)):
-                table = read_trajectories(arm.screened(number)).get("train", TRAJECTORIES.empty_table())
-                pairs = (group for _, group in iterate_groups(table))
-                known = [group for group in pairs if group is not None]
-                seen += [Visit(number * steps, g.prompt_id, g.pass_rate, len(g.rewards)) for g in known]
+            folder = arm.screened(number)
+            if is_finished(folder):
+                open_artifact(folder, FRESH, made_by="cropi score")  # checks the files
+                table = read_trajectories(folder).get("train", TRAJECTORIES.empty_table())
+                known = [group for _, group in iterate_groups(table) if group is not None]
+                step = number * self._config.train.steps_per_stage
+                seen += [Visit(step, group.prompt_id, group.pass_rate, len(group.rewards)) for group in known]
         return seen
 
     def _evidence(self, arm: Arm, stage: int, scores: pa.Table, sizes_N: np.ndarray, overlay: Overlay) -> Evidence:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
@@ -14,7 +13,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from cropi.config import Config
-from cropi.errors import ConfigError
+from cropi.errors import ConfigError, hint
 
 
 class _YamlLoader(yaml.SafeLoader):
@@ -199,8 +198,7 @@ def _explain(problem: Any) -> str:
 
 
 def _hint(word: str, known: Sequence[str], noun: str) -> str:
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    return f"did you mean {close[0]!r}?" if close else f"known {noun}: {', '.join(known)}"
+    return hint(word, known, f"known {noun}: {', '.join(known)}")
 
 
 def _walk(parts: Sequence[Any]) -> tuple[list[str], list[type[BaseModel]]]:

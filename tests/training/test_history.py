@@ -1,8 +1,7 @@
 from pathlib import Path
 
 from cropi.artifacts import append_jsonl
-from cropi.training.history import training_history
-from cropi.training.reward import training_pass_rates
+from cropi.training.history import newest_rates, training_history
 
 
 def test_history_by_batch_and_prompt(tmp_path: Path) -> None:
@@ -13,5 +12,8 @@ def test_history_by_batch_and_prompt(tmp_path: Path) -> None:
     assert training_history(path, 3) == [(0, "a", 1.0, 1), (0, "b", 0.5, 2), (0, "b", 0.0, 2)]
     assert training_history(path, 4)[-1] == (3, "b", 1.0, 2)
     assert training_history(tmp_path / "none.jsonl", 4) == []
-    newest = {prompt_id: mean for _, prompt_id, mean, _ in training_history(path, 4)}
-    assert newest == training_pass_rates(path, 4)
+    assert newest_rates(training_history(path, 3)) == {"a": 1.0, "b": 0.0}
+    assert newest_rates(training_history(path, 4)) == {"a": 1.0, "b": 1.0}
+    assert newest_rates(training_history(path, 3), {"b": 2}) == {
+        "a": 1.0
+    }  # sampled anew at step 2, not trained on since

@@ -16,7 +16,8 @@ from cropi.config import Config, PolicyConfig
 from cropi.errors import ConfigError
 from cropi.loading import load_config
 from cropi.policy import Policy, encode_prompts, load_policy
-from cropi.training.reward import RecordedReward, training_pass_rates
+from cropi.training.history import training_history
+from cropi.training.reward import RecordedReward
 from cropi.training.settings import grpo_config
 from cropi.training.train import TrainTask, newest_checkpoint, train
 
@@ -228,15 +229,14 @@ def test_prompts_are_tokenised_as_trl_does(tmp_path: Path) -> None:
     assert set(base.eos_ids) == set(trainer.eos_token_ids)
 
 
-def test_pass_rates_come_from_the_newest_training_rewards(tmp_path: Path) -> None:
+def test_rewards_are_recorded_and_forgotten_by_step(tmp_path: Path) -> None:
     reward = RecordedReward(lambda completion, gold: "correct" if completion == gold else "wrong", tmp_path / "r.jsonl")
     for step, completions in ((0, ["1", "2"]), (1, ["1", "1"]), (2, ["2", "2"])):
         state = type("State", (), {"global_step": step})()
         reward(completions, ["1", "1"], ["p", "p"], [[1], [1]], trainer_state=state)
-    assert training_pass_rates(tmp_path / "r.jsonl", 2) == {"p": 1.0}
-    assert training_pass_rates(tmp_path / "r.jsonl", 3) == {"p": 0.0}
+    assert training_history(tmp_path / "r.jsonl", 3) == [(0, "p", 0.5, 2), (1, "p", 1.0, 2), (2, "p", 0.0, 2)]
     reward.forget_from(1)
-    assert training_pass_rates(tmp_path / "r.jsonl", 3) == {"p": 0.5}
+    assert training_history(tmp_path / "r.jsonl", 3) == [(0, "p", 0.5, 2)]
 
 
 def test_the_builtin_policy_is_there() -> None:

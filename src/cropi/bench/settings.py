@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 from cropi.bench.lineup import CONTENDERS, DEFAULT
 from cropi.bench.shapes import SHAPES
 from cropi.bench.workload import WORKLOADS
-from cropi.errors import UserError
+from cropi.errors import UserError, hint
 
 PROMPTS = {"realistic": (32, 8), "plain": (256, 64), "builtin": (1000, 64)}
 """Train and validation prompts where none are asked for."""
@@ -140,6 +139,6 @@ def _device(name: str) -> str:
 def _known(option: str, word: str, known: Iterable[str]) -> None:
     names = list(known)
     if word not in names:
-        close = difflib.get_close_matches(word, names, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"choose from: {', '.join(names)}."
-        raise UserError(f"{word!r} is unknown", where=option, fix=hint)
+        raise UserError(
+            f"{word!r} is unknown", where=option, fix=hint(word, names, f"choose from: {', '.join(names)}.")
+        )

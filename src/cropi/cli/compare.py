@@ -10,46 +10,54 @@ import typer
 from cropi.cli.shell import AsJson, print_result, quiet_libraries
 from cropi.errors import UserError
 
+Configs = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="CONFIG... [key=value]...",
+        help="Recipes, YAML files or `suite` (all of its recipes), and settings that replace theirs.",
+        show_default=False,
+    ),
+]
+Strategies = Annotated[str, typer.Option(help="Presets and YAML patches, with commas between.")]
+Seeds = Annotated[str, typer.Option(help="Such as 0-4 or 0,1,7.")]
+Folder = Annotated[Path, typer.Option(help="Where the runs go; the same again adds to it.")]
+Jobs = Annotated[int | None, typer.Option(min=1, help="Runs at once.", show_default="what cores and memory allow")]
+Reference = Annotated[
+    str | None, typer.Option(help="Strategies to take differences from.", show_default="full, if it is there")
+]
+Levels = Annotated[
+    str | None, typer.Option(help="Targeted accuracies to which costs are wanted as well.", show_default="none")
+]
+Main = Annotated[
+    str | None, typer.Option(help="Strategy that the report's headline is about.", show_default="the best")
+]
+Aside = Annotated[
+    str | None,
+    typer.Option(help="Scenarios left out of the suite's speed-up: nothing to gain there.", show_default="none"),
+]
+Embedding = Annotated[
+    Path | None, typer.Option(help="Sentence encoder for the similarity of selected prompts.", show_default="TF-IDF")
+]
+KeepCheckpoints = Annotated[bool, typer.Option(help="Do not delete those of finished runs.")]
+Results = Annotated[
+    Path | None,
+    typer.Option(help="No runs: statistics and report of such a table, written beside it.", show_default=False),
+]
+
 
 def compare(
-    configs: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="CONFIG... [key=value]...",
-            help="Recipes, YAML files or `suite` (all of its recipes), and settings that replace theirs.",
-            show_default=False,
-        ),
-    ] = None,
-    strategies: Annotated[
-        str, typer.Option(help="Presets and YAML patches, with commas between.", show_default=True)
-    ] = "full,random,learnability,influence",
-    seeds: Annotated[str, typer.Option(help="Such as 0-4 or 0,1,7.")] = "0-4",
-    folder: Annotated[Path, typer.Option(help="Where the runs go; the same again adds to it.")] = Path("runs/compare"),
-    jobs: Annotated[
-        int | None, typer.Option(min=1, help="Runs at once.", show_default="what cores and memory allow")
-    ] = None,
-    reference: Annotated[
-        str | None, typer.Option(help="Strategies to take differences from.", show_default="full, if it is there")
-    ] = None,
-    levels: Annotated[
-        str | None, typer.Option(help="Targeted accuracies to which costs are wanted as well.", show_default="none")
-    ] = None,
-    main: Annotated[
-        str | None, typer.Option(help="Strategy that the report's headline is about.", show_default="the best")
-    ] = None,
-    aside: Annotated[
-        str | None,
-        typer.Option(help="Scenarios left out of the suite's speed-up: nothing to gain there.", show_default="none"),
-    ] = None,
-    embedding: Annotated[
-        Path | None,
-        typer.Option(help="Sentence encoder for the similarity of selected prompts.", show_default="TF-IDF"),
-    ] = None,
-    keep_checkpoints: Annotated[bool, typer.Option(help="Do not delete those of finished runs.")] = False,
-    results: Annotated[
-        Path | None,
-        typer.Option(help="No runs: statistics and report of such a table, written beside it.", show_default=False),
-    ] = None,
+    configs: Configs = None,
+    strategies: Strategies = "full,random,learnability,influence",
+    seeds: Seeds = "0-4",
+    folder: Folder = Path("runs/compare"),
+    jobs: Jobs = None,
+    reference: Reference = None,
+    levels: Levels = None,
+    main: Main = None,
+    aside: Aside = None,
+    embedding: Embedding = None,
+    keep_checkpoints: KeepCheckpoints = False,
+    results: Results = None,
     as_json: AsJson = False,
 ) -> None:
     """Train strategies on scenarios and seeds; speed-ups with intervals."""
@@ -61,7 +69,6 @@ def compare(
     from cropi.compare.table import as_text
 
     analysis = Analysis(references, goals, main, _names(aside), embedding)
-
     if results is not None:
         if configs:
             raise UserError("both configs and --results are given", where="--results", fix="leave one of them out.")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from cropi.errors import ConfigError
+from cropi.errors import ConfigError, hint
 from cropi.loading import parse_yaml
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -33,8 +32,9 @@ def read_patches(names: Sequence[str]) -> dict[str, Patch]:
         name, patch = _from_file(Path(given)) if given.endswith((".yaml", ".yml")) else (given, None)
         if patch is None:
             if name not in known:
+                listed = f"known: {', '.join(known)}"
                 raise ConfigError(
-                    f"there is no strategy {name!r} - {_hint(name, list(known))}",
+                    f"there is no strategy {name!r} - {hint(name, known, listed)}",
                     where="--strategies",
                     fix="name presets, or YAML files that patch a config.",
                 )
@@ -83,8 +83,3 @@ def merged(values: Mapping[str, Any], patch: Patch) -> dict[str, Any]:
         whole = not isinstance(value, Mapping) or not isinstance(before, Mapping) or "type" in value
         result[key] = value if whole else merged(before, value)  # type: ignore[arg-type]
     return result
-
-
-def _hint(word: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"

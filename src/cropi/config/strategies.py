@@ -284,6 +284,12 @@ class PooledStrategy(StrategyTable):
     """Over validation sets. `sum`: of the gains, each in units of what its best prompts give it. `balanced`: the same,
     with places for each set in proportion to what is left of it to learn. `rank`: Reciprocal Rank Fusion."""
 
+    @model_validator(mode="after")
+    def _screening_is_read(self) -> PooledStrategy:
+        if self.screen and self.learnability == "stored":
+            raise ValueError("learnability=stored does not read what screening finds: set screen=0")
+        return self
+
     def scored_stage(self, stage: int) -> int:
         return stage - stage % self.rescore_every if self.rescore_every else 0
 

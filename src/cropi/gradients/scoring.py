@@ -111,11 +111,7 @@ def score(
     Returns (rows by status, details). Raises SignalError where a validation set has no mixed group, or nothing is
     finite.
     """
-    candidates = 0 if strategy is None else strategy.candidates_aimed_at
-    if candidates:
-        validation = candidate_groups(trajectories["train"], candidates, config.seed)
-    else:
-        validation = validation_groups(trajectories, config.score)
+    validation = _aims(config, strategy, trajectories)
     names = list(validation)
     pools = strategy is not None and strategy.pools
     standard_errors = config.score.standard_errors and not (strategy and strategy.reads_lengths)  # of no use to lengths
@@ -136,7 +132,7 @@ def score(
             scorer.aim(validation, bar.advance, stored_directions(features.folder))
             writer = _writer(config, settings, scorer, features, mixed)
             parts = _score_into_store(writer, scorer, trajectories["train"], bar)
-        if not candidates:
+        if strategy is None or strategy.aims_at_validation:
             warn_of_noise(scorer.direction_reliability)
         if pools:
             evidence, computed = validation_evidence(scorer, validation)
@@ -149,21 +145,36 @@ def score(
     _check_finite(counts)
     reliability = note_reliability(config, rows, names, stage) if standard_errors else None
     write_table(folder / "scores.parquet", list(rows.values()), scores_schema(names))
+    made_from = [group for groups in validation.values() for group in groups]
     details = {
-        "estimator": config.score.estimator,
-        "projection": scorer.projection.identity if config.score.estimator == "sketch" else None,
         "normalizer": settings.normalizer,
-        "score": scorer.score,
         "validation_groups": {name: len(groups) for name, groups in validation.items()},
-        "tokens": given + sum(group.completion_tokens for groups in validation.values() for group in groups),
+        "tokens": given + sum(group.completion_tokens for group in made_from),
         "tokens_computed": computed,
-        "validation_tokens": sum(len(g.prompt_ids) + g.completion_tokens for gs in validation.values() for g in gs),
+        "validation_tokens": sum(len(group.prompt_ids) + group.completion_tokens for group in made_from),
         "reliability": reliability,
-        "direction_reliability": {n: _known(value) for n, value in scorer.direction_reliability.items()},
         "drift": drift(rows.values()),
         "scored": count_status(row["scored"] for row in rows.values() if row["scored"] is not None),
     }
-    return counts, details
+    return counts, details | _of_scorer(scorer)
+
+
+def _aims(
+    config: Config, strategy: StrategyTable | None, trajectories: Mapping[str, pa.Table]
+) -> dict[str, list[Group]]:
+    """The groups by whose mean gradients the pool is scored."""
+    if strategy is not None and strategy.candidates_aimed_at:
+        return candidate_groups(trajectories["train"], strategy.candidates_aimed_at, config.seed)
+    return validation_groups(trajectories, config.score)
+
+
+def _of_scorer(scorer: Scorer) -> dict[str, Any]:
+    return {
+        "estimator": scorer.estimator,
+        "projection": scorer.projection.identity if scorer.estimator == "sketch" else None,
+        "score": scorer.score,
+        "direction_reliability": {name: _known(value) for name, value in scorer.direction_reliability.items()},
+    }
 
 
 def _blank(prompt_id: str, source: str, names: list[str]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """What an arm's training has seen, read back from the record of its rewards."""
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from cropi.artifacts import read_jsonl
@@ -21,3 +22,14 @@ def training_history(path: Path, before_step: int) -> list[tuple[int, str, float
                 values.setdefault(prompt_id, []).append(value)
         found += [(row["step"], i, sum(rewards) / len(rewards), len(rewards)) for i, rewards in sorted(values.items())]
     return found
+
+
+def newest_rates(
+    history: Iterable[tuple[int, str, float, int]], since_steps: Mapping[str, int] | None = None
+) -> dict[str, float]:
+    """Newest mean training reward of every prompt of a history.
+
+    A prompt in `since_steps` counts only if it was trained on at or after its step there: it has other, newer rewards.
+    """
+    since_steps = since_steps or {}
+    return {prompt_id: mean for step, prompt_id, mean, _ in history if step >= since_steps.get(prompt_id, 0)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,21 +61,3 @@ class RecordedReward:
         """Drop the lines of batches at or after an optimiser step."""
         kept = [row for row in read_jsonl(self._path) if row["step"] < step]
         write_text(self._path, "".join(json.dumps(row) + "\n" for row in kept))
-
-
-def training_pass_rates(path: Path, before_step: int, since_steps: Mapping[str, int] | None = None) -> dict[str, float]:
-    """Newest mean training reward of every prompt trained on before a step.
-
-    A prompt in `since_steps` counts only if it was trained on at or after its step there: it has other, newer rewards.
-    """
-    newest: dict[str, float] = {}
-    since_steps = since_steps or {}
-    for row in read_jsonl(path):
-        if row["step"] >= before_step:
-            break
-        values: dict[str, list[float]] = {}
-        for prompt_id, value in zip(row["prompt_ids"], row["rewards"], strict=True):
-            if value is not None and row["step"] >= since_steps.get(prompt_id, 0):
-                values.setdefault(prompt_id, []).append(value)
-        newest |= {prompt_id: sum(rewards) / len(rewards) for prompt_id, rewards in values.items()}
-    return newest

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -14,7 +13,7 @@ from transformers.integrations import get_available_reporting_integrations
 from trl import GRPOConfig
 
 from cropi.config import OWNED_TRAINER_KEYS, Config
-from cropi.errors import ConfigError
+from cropi.errors import ConfigError, hint
 from cropi.functional.surrogate import NORMALIZER_OF_LOSS
 from cropi.training.dynamic import check_dynamic_sampling
 
@@ -69,9 +68,8 @@ def _check_names(config: Config, fields: set[str]) -> None:
                 f"trainer.{key} is decided by the run", where="trainer", fix=f"set {OWNED_TRAINER_KEYS[key]} instead."
             )
         if key not in fields:
-            close = difflib.get_close_matches(key, fields, n=1, cutoff=0.6)
-            hint = f"did you mean {close[0]!r}?" if close else "see TRL's GRPOConfig for the names"
-            raise ConfigError(f"unknown key trainer.{key} - {hint}", where="trainer", fix="correct or remove the key.")
+            meant = hint(key, fields, "see TRL's GRPOConfig for the names")
+            raise ConfigError(f"unknown key trainer.{key} - {meant}", where="trainer", fix="correct or remove the key.")
         try:
             TypeAdapter(hints[key], config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
         except ValidationError as error:
