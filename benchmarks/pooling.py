@@ -21,7 +21,15 @@ import numpy as np
 
 from cropi.bench.machine import describe
 from cropi.cli.shell import quiet_libraries
-from cropi.functional.pooling import bandwidth_of, kernel, pooled_slopes, pooled_strengths, principal_points
+from cropi.functional.pooling import (
+    Observed,
+    bandwidth_of,
+    kernel,
+    pooled_slopes,
+    pooled_strengths,
+    principal_points,
+    trust_of,
+)
 from cropi.gradients.halves import halves
 
 SHARES = (1.0, 0.5, 0.25, 0.125)
@@ -143,24 +151,23 @@ def methods(pool: Pool, seen_S: np.ndarray, count: int) -> dict[str, np.ndarray]
     own_N[seen_S] = np.arange(len(seen_S))
     raw_N = np.full(total, -np.inf)
     raw_N[seen_S] = influence_SV.sum(axis=1)
-    alone = (pool.places_NE[seen_S], _strengths(rewards_SK), influence_SV, errors_SV)
-    of_validation = (
-        pool.validation_places_ME,
-        pool.validation_strengths_M,
-        pool.validation_influence_MV,
-        pool.validation_errors_MV,
+    both = Observed(
+        np.concatenate([pool.places_NE[seen_S], pool.validation_places_ME]),
+        np.concatenate([_strengths(rewards_SK), pool.validation_strengths_M]),
+        np.concatenate([influence_SV, pool.validation_influence_MV]),
+        np.concatenate([errors_SV, pool.validation_errors_MV]),
+        guests_O=np.arange(len(seen_S) + len(pool.validation_places_ME)) >= len(seen_S),
     )
-    both = [np.concatenate(pair) for pair in zip(alone, of_validation, strict=True)]
-    observed = {"with validation prompts": both, "without": alone}
     found = {"each prompt alone": raw_N}
-    for name, (places_OE, w_O, s_OV, e_OV) in observed.items():
-        bandwidth = bandwidth_of(places_OE, w_O, s_OV)
+    trusting = {"with validation prompts": both.trusting(trust_of(both)), "without": both.trusting(0.0)}
+    for name, observed in trusting.items():
+        bandwidth = bandwidth_of(observed)
         weights_NO = kernel(pool.places_NE, pool.places_NE[seen_S], bandwidth)
         tries_S = np.full(len(seen_S), float(count))
         w_N = pooled_strengths(weights_NO, rewards_SK.sum(axis=1), tries_S, own_N, prior=2.0)[1]
         for own in (True, False):
             rows_N = own_N if own else np.full(total, -1)
-            slopes = pooled_slopes(pool.places_NE, places_OE, w_O, s_OV, e_OV, rows_N, bandwidth)
+            slopes = pooled_slopes(pool.places_NE, observed, rows_N, bandwidth)
             label = "pooled" if own else "neighbours alone"
             found[f"{label}, {name}"] = w_N * slopes.values_NV.sum(axis=1)
     return found

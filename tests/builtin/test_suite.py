@@ -13,7 +13,7 @@ from cropi.leakage import Leakage
 from cropi.loading import load_config, suite_names
 from cropi.prompts import checked_prompts
 
-NAMES = ["conflict", "homogeneous", "no-signal", "noisy-labels", "rare-skill", "targeted", "two-sets"]
+NAMES = ["conflict", "homogeneous", "look-alikes", "no-signal", "noisy-labels", "rare-skill", "targeted", "two-sets"]
 scenarios = pytest.mark.parametrize("name", NAMES)
 
 
@@ -128,6 +128,14 @@ def test_the_habit_is_in_families_of_the_targets_styles():
     families = {family for s in habit for family in s.families}
     assert {STYLES[family] for family in families} == {STYLES[family] for family in targets("conflict")}
     assert not families & targets("conflict")
+
+
+def test_look_alikes_are_wrong_and_what_is_of_use_looks_otherwise():
+    wrong, useful, _ = settings("look-alikes").prompts.train
+    assert set(wrong.families) == targets("look-alikes")
+    assert (wrong.label_rule, useful.label_rule) == ("stop_early", "right")
+    assert {STYLES[family] for family in useful.families} == {STYLES[family] for family in targets("look-alikes")}
+    assert not set(useful.families) & targets("look-alikes")
 
 
 def test_the_rare_skill_is_three_percent_and_alone_in_its_style():

@@ -4,9 +4,34 @@ import numpy as np
 import pytest
 
 from cropi.functional import pooling
-from cropi.functional.pooling import bandwidth_of, kernel, pooled_slopes, pooled_strengths, principal_points
+from cropi.functional.pooling import (
+    Observed,
+    bandwidth_of,
+    kernel,
+    pooled_slopes,
+    pooled_strengths,
+    principal_points,
+    trust_of,
+)
 
 FAR = 1e6
+
+
+def observed(
+    places: np.ndarray,
+    w: np.ndarray,
+    s: np.ndarray,
+    e: np.ndarray | None = None,
+    guests: np.ndarray | None = None,
+) -> Observed:
+    """Without errors, unless they are given, and without guests."""
+    return Observed(
+        places,
+        w,
+        s,
+        np.zeros_like(s) if e is None else e,
+        np.zeros(len(w), dtype=bool) if guests is None else guests,
+    )
 
 
 def test_principal_points_keep_distances_up_to_one_scale() -> None:
@@ -40,14 +65,35 @@ def test_bandwidth_is_the_one_by_which_neighbours_tell_best() -> None:
             errors.append((s[j, 0] - w[j] * f) ** 2)
         losses.append(np.mean(errors))
     assert 0 < np.argmin(losses) < len(losses) - 1
-    assert bandwidth_of(places, w, s) == pytest.approx(unit * pooling.BANDWIDTHS[int(np.argmin(losses))])
+    assert bandwidth_of(observed(places, w, s)) == pytest.approx(unit * pooling.BANDWIDTHS[int(np.argmin(losses))])
 
 
 def test_bandwidth_of_equal_places_and_of_many_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert bandwidth_of(np.zeros((3, 2)), np.ones(3), np.ones((3, 1))) == 1.0
+    assert bandwidth_of(observed(np.zeros((3, 2)), np.ones(3), np.ones((3, 1)))) == 1.0
     places, w, _, s, _ = clusters(3)
     monkeypatch.setattr(pooling, "BLOCK", 200)
-    assert bandwidth_of(places, w, s) == bandwidth_of(places[::2], w[::2], s[::2])
+    assert bandwidth_of(observed(places, w, s)) == bandwidth_of(observed(places[::2], w[::2], s[::2]))
+
+
+@pytest.mark.parametrize(("agreement", "trusted"), [(1.0, True), (-1.0, False)])
+def test_guests_are_trusted_as_far_as_the_pool_bears_them_out(agreement: float, *, trusted: bool) -> None:
+    """Guests in the same places as the pool's prompts, which tell the same or the contrary."""
+    places, w, _, s, _ = clusters(3, wrong=0.0)
+    guests = np.arange(len(w)) % 2 == 1
+    s[guests] *= agreement
+    trust = trust_of(observed(places, w, s, guests=guests))
+    assert trust == 1.0 if trusted else trust <= 0.1
+
+
+def test_guests_far_away_are_trusted_for_want_of_a_reason_not_to() -> None:
+    places, w, _, s, _ = clusters(3)
+    guests = np.arange(len(w)) < 80  # the two useful kinds, like nothing in the rest of the pool
+    assert trust_of(observed(places, w, s, guests=guests)) == 1.0
+
+
+def test_without_a_pool_guests_are_trusted() -> None:
+    guests = np.array([False, True, True])
+    assert trust_of(observed(np.eye(3), np.ones(3), np.ones((3, 1)), guests=guests)) == 1.0
 
 
 def test_kernel_by_hand() -> None:
@@ -58,9 +104,34 @@ def test_kernel_by_hand() -> None:
 def test_a_prompt_far_from_all_others_has_the_slope_of_the_pool() -> None:
     strengths, influence = np.array([0.25, 0.2]), np.array([[0.5], [0.1]])
     found = pooled_slopes(
-        np.array([[FAR]]), np.array([[0.0], [1.0]]), strengths, influence, np.full((2, 1), 0.1), np.array([-1]), 1.0
+        np.array([[FAR]]),
+        observed(np.array([[0.0], [1.0]]), strengths, influence, np.full((2, 1), 0.1)),
+        np.array([-1]),
+        1.0,
     )
     assert found.values_NV[0, 0] == pytest.approx((0.25 * 0.5 + 0.2 * 0.1) / (0.25**2 + 0.2**2))
+
+
+def test_guests_say_nothing_of_the_pool() -> None:
+    """Far from all, the slope and its error are the pool's own, whatever guests there are."""
+    places, w, _, s, e = clusters(2)
+    guests = np.arange(len(w)) >= 300
+    far, own = np.full((1, 8), FAR), np.array([-1])
+    alone = pooled_slopes(far, observed(places[:300], w[:300], s[:300], e[:300]), own, 1.0)
+    beside = pooled_slopes(far, observed(places, w, s, e, guests), own, 1.0)
+    np.testing.assert_allclose(beside.values_NV, alone.values_NV)
+    np.testing.assert_allclose(beside.errors_NV, alone.errors_NV)
+
+
+def test_trust_is_a_weight_on_every_guest() -> None:
+    """Half the trust in two guests that tell the same is full trust in one."""
+    places, w, _, s, e = clusters(2)
+    one = np.arange(400)
+    twice = np.concatenate([one, one[300:]])
+    halved = observed(places[twice], w[twice], s[twice], e[twice], twice >= 300).trusting(0.5)
+    whole = observed(places, w, s, e, one >= 300)
+    found, expected = (pooled_slopes(places, by, np.full(400, -1), 1.0) for by in (halved, whole))
+    np.testing.assert_allclose(found.values_NV, expected.values_NV)
 
 
 def test_slopes_by_hand() -> None:
@@ -76,7 +147,7 @@ def test_slopes_by_hand() -> None:
     per_strength = noise / 0.05
     first_noise = 0.25 * 0.01 + 0.75 * per_strength * 0.04
     gain = spread * 0.04 / (spread * 0.04 + first_noise)
-    found = pooled_slopes(np.zeros((1, 1)), np.zeros((2, 1)), w, s, e, np.array([0]), 1.0)
+    found = pooled_slopes(np.zeros((1, 1)), observed(np.zeros((2, 1)), w, s, e), np.array([0]), 1.0)
     assert found.values_NV[0, 0] == pytest.approx(1.7 + gain * (0.4 / 0.2 - 1.7))
 
 
@@ -87,7 +158,9 @@ def test_error_of_a_neighbourhood_is_that_of_its_mean() -> None:
         slope, w = 2.0 + 0.5 * generator.normal(size=50), generator.uniform(0.1, 0.25, 50)
         s = (w * slope + 0.1 * generator.normal(size=50))[:, None]
         found.append(
-            pooled_slopes(np.zeros((1, 1)), np.zeros((50, 1)), w, s, np.full((50, 1), 0.1), np.array([-1]), 1.0)
+            pooled_slopes(
+                np.zeros((1, 1)), observed(np.zeros((50, 1)), w, s, np.full((50, 1), 0.1)), np.array([-1]), 1.0
+            )
         )
     spread = np.std([one.values_NV[0, 0] for one in found])
     assert np.mean([one.smooth_errors_NV[0, 0] for one in found]) == pytest.approx(spread, rel=0.15)
@@ -98,19 +171,19 @@ def test_groups_without_strength_tell_nothing() -> None:
     places, w = generator.normal(size=(6, 2)), np.array([0.2, 0.1, 0.25, 0.2, 0.0, 0.0])
     s, e = generator.normal(size=(6, 2)) * (w[:, None] > 0), np.full((6, 2), 0.1) * (w[:, None] > 0)
     own = np.arange(6)
-    with_them = pooled_slopes(places, places, w, s, e, own, 1.0)
-    without = pooled_slopes(places, places[:4], w[:4], s[:4], e[:4], np.array([0, 1, 2, 3, -1, -1]), 1.0)
+    with_them = pooled_slopes(places, observed(places, w, s, e), own, 1.0)
+    without = pooled_slopes(places, observed(places[:4], w[:4], s[:4], e[:4]), np.array([0, 1, 2, 3, -1, -1]), 1.0)
     np.testing.assert_allclose(with_them.values_NV, without.values_NV)
     np.testing.assert_allclose(with_them.errors_NV, without.errors_NV)
     with pytest.raises(ValueError, match="no observed prompt has any strength"):
-        pooled_slopes(places, places, np.zeros(6), s, e, own, 1.0)
+        pooled_slopes(places, observed(places, np.zeros(6), s, e), own, 1.0)
 
 
 def test_blocks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = np.random.default_rng(2)
     places, w = generator.normal(size=(30, 3)), generator.uniform(0.05, 0.25, 30)
     s, e = generator.normal(size=(30, 2)), generator.uniform(0.1, 0.5, (30, 2))
-    arguments = (places, places, w, s, e, np.arange(30), 0.8)
+    arguments = (places, observed(places, w, s, e), np.arange(30), 0.8)
     whole = pooled_slopes(*arguments)
     monkeypatch.setattr(pooling, "BLOCK", 7)
     parts = pooled_slopes(*arguments)
@@ -134,9 +207,9 @@ def test_posterior_beats_raw_scores_and_neighbours_alone() -> None:
     raw_error = alone_error = posterior_error = 0.0
     for seed in range(5):
         places, w, slope, s, e = clusters(seed)
-        bandwidth, own = bandwidth_of(places, w, s), np.arange(400)
-        posterior = pooled_slopes(places, places, w, s, e, own, bandwidth).values_NV[:, 0]
-        alone = pooled_slopes(places, places, w, s, e, np.full(400, -1), bandwidth).values_NV[:, 0]
+        bandwidth, own = bandwidth_of(observed(places, w, s)), np.arange(400)
+        posterior = pooled_slopes(places, observed(places, w, s, e), own, bandwidth).values_NV[:, 0]
+        alone = pooled_slopes(places, observed(places, w, s, e), np.full(400, -1), bandwidth).values_NV[:, 0]
         raw_error += np.mean((s[:, 0] / w - slope) ** 2)
         alone_error += np.mean((alone - slope) ** 2)
         posterior_error += np.mean((posterior - slope) ** 2)
@@ -148,7 +221,7 @@ def test_posterior_covers_the_truth() -> None:
     inside, widths, alone = [], [], []
     for seed in range(5):
         places, w, slope, s, e = clusters(seed)
-        found = pooled_slopes(places, places, w, s, e, np.arange(400), bandwidth_of(places, w, s))
+        found = pooled_slopes(places, observed(places, w, s, e), np.arange(400), bandwidth_of(observed(places, w, s)))
         inside.append(np.abs(found.values_NV[:, 0] - slope) < 1.96 * found.errors_NV[:, 0])
         widths.append(found.errors_NV.mean())
         alone.append((e[:, 0] / w).mean())
@@ -159,8 +232,8 @@ def test_posterior_covers_the_truth() -> None:
 def test_prompts_never_sampled_are_told_by_their_neighbours() -> None:
     places, w, _, s, e = clusters(0, wrong=0.0)
     seen = np.arange(0, 400, 4)
-    bandwidth = bandwidth_of(places[seen], w[seen], s[seen])
-    found = pooled_slopes(places, places[seen], w[seen], s[seen], e[seen], np.full(400, -1), bandwidth)
+    bandwidth = bandwidth_of(observed(places[seen], w[seen], s[seen]))
+    found = pooled_slopes(places, observed(places[seen], w[seen], s[seen], e[seen]), np.full(400, -1), bandwidth)
     top = np.argsort(-found.values_NV[:, 0])[:80]
     assert (top < 80).mean() > 0.95  # the two kinds of use
 

@@ -6,12 +6,14 @@ sets, E numbers of a representation.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 BANDWIDTHS = (0.75, 1.0, 1.25, 1.5, 2.0, 3.0, 5.0, 10.0)  # tried, in median distances to the nearest observed prompt
+TRUSTS = (1.0, 0.3, 0.1)  # weights tried for validation prompts beside the pool's
 PRIOR = 1.0  # prompts that the pool as a whole counts for beside the neighbours
 LEAST_SPREAD = 0.02  # of the pool's variance of own slopes: no neighbourhood is taken to be more uniform than that
 OWN_ERROR = 0.25  # what a prompt's own squared error counts for beside its neighbours'
@@ -33,32 +35,101 @@ def principal_points(
     return points / scale if scale > 0 else points
 
 
-def bandwidth_of(
-    observed_OE: Float[np.ndarray, "O E"],
-    strengths_O: Float[np.ndarray, " O"],
-    influence_OV: Float[np.ndarray, "O V"],
-) -> float:
+@dataclass(frozen=True)
+class Observed:
+    """Prompts whose influence has been estimated: some of the pool, and validation prompts as its guests."""
+
+    places_OE: Float[np.ndarray, "O E"]
+    strengths_O: Float[np.ndarray, " O"]
+    """w = p (1 - p), >= 0. A group without signal has 0 and tells nothing."""
+    influence_OV: Float[np.ndarray, "O V"]
+    errors_OV: Float[np.ndarray, "O V"]
+    """Standard errors; finite."""
+    guests_O: Bool[np.ndarray, " O"]
+
+    def trusting(self, trust: float) -> Observed:
+        """With this weight on what guests tell: its root on strength, influence and error."""
+        root_O = np.where(self.guests_O, np.sqrt(trust), 1.0)
+        scaled = {name: root_O[:, None] * getattr(self, name) for name in ("influence_OV", "errors_OV")}
+        return replace(self, strengths_O=root_O * self.strengths_O, **scaled)
+
+    def every(self, step: int) -> Observed:
+        """Every `step`th of them."""
+        return Observed(*(getattr(self, field.name)[::step] for field in fields(self)))
+
+    @cached_property
+    def own_O(self) -> Bool[np.ndarray, " O"]:
+        """The pool's own; all, where none of its own has any strength."""
+        return ~self.guests_O if (self.strengths_O[~self.guests_O] > 0).any() else np.ones_like(self.guests_O)
+
+    @cached_property
+    def slope_V(self) -> Float[np.ndarray, " V"]:
+        """g: the slope of the pool as a whole."""
+        w = self.strengths_O[self.own_O]
+        slope_V: np.ndarray = w @ self.influence_OV[self.own_O] / (w @ w)
+        return slope_V
+
+    @cached_property
+    def spread_V(self) -> Float[np.ndarray, " V"]:
+        """kappa_g: the variance of the pool's slopes around g."""
+        w = self.strengths_O[self.own_O][:, None]
+        excess_OV = (self.influence_OV[self.own_O] - w * self.slope_V) ** 2 - self.errors_OV[self.own_O] ** 2
+        return np.maximum(excess_OV.sum(axis=0) / (w**2).sum(), 0.0)
+
+    @cached_property
+    def prior(self) -> float:
+        """n_0: the square of `PRIOR` prompts' strength."""
+        w2 = self.strengths_O[self.own_O] ** 2
+        return PRIOR * float(w2[w2 > 0].mean())
+
+
+def bandwidth_of(observed: Observed) -> float:
     """The bandwidth, of `BANDWIDTHS` times the median distance of an observed prompt to the nearest other, by which
     neighbours tell a prompt's influence best when it is left out (Stone 1974).
 
     What is least: sum_v mean_j (s_j - w_j f_-j)^2 / mean_j s_j^2, with f of `pooled_slopes` from all prompts but j. Of
     more than `BLOCK` observed prompts every other one, or every third, ... is used. 1 where all lie in one place.
     """
-    every = -(-len(observed_OE) // BLOCK)
-    places_OE, w, s_OV = observed_OE[::every], strengths_O[::every], influence_OV[::every]
-    squares_OO = _squares(places_OE, places_OE)
+    observed = observed.every(-(-len(observed.guests_O) // BLOCK))
+    squares_OO = _squares(observed.places_OE, observed.places_OE)
     apart_OO = np.where(squares_OO <= 1e-12 * max(float(squares_OO.max()), 1e-300), np.inf, squares_OO)
     nearest_O = np.sqrt(apart_OO.min(axis=1))
     if not np.isfinite(nearest_O).any():
         return 1.0
-    np.fill_diagonal(squares_OO, np.inf)
     unit = float(np.median(nearest_O[np.isfinite(nearest_O)]))
-    power_V = np.maximum((s_OV**2).mean(axis=0), 1e-300)
-    losses = []
-    for multiple in BANDWIDTHS:
-        f_OV = _smooth(np.exp(-squares_OO / (2 * (multiple * unit) ** 2)), w, s_OV)[0]
-        losses.append(float((((s_OV - w[:, None] * f_OV) ** 2).mean(axis=0) / power_V).sum()))
+    losses = [float(_left_out(squares_OO, observed, multiple * unit).mean()) for multiple in BANDWIDTHS]
     return unit * BANDWIDTHS[int(np.argmin(losses))]
+
+
+def trust_of(observed: Observed) -> float:
+    """The weight, of `TRUSTS`, with which guests are to count beside the pool's own observed prompts.
+
+    1, unless a smaller one (with its best bandwidth) tells the influence of the pool's own prompts, each left out,
+    better by more than a standard error of the difference (Breiman et al. 1984, section 3.4.3): then the one that does
+    so best. Guests mislead where the pool's prompts that look like them carry other labels. 1 where the pool has less
+    than two observed prompts.
+    """
+    observed = observed.every(-(-len(observed.guests_O) // BLOCK))
+    own_O = ~observed.guests_O
+    if own_O.sum() < 2:
+        return 1.0
+    squares_OO = _squares(observed.places_OE, observed.places_OE)
+    weighted = [observed.trusting(trust) for trust in TRUSTS]
+    losses_TO = np.stack([_left_out(squares_OO, one, bandwidth_of(one))[own_O] for one in weighted])
+    better_TO = losses_TO[0] - losses_TO
+    gains_T = better_TO.mean(axis=1)
+    gains_T[gains_T <= better_TO.std(axis=1, ddof=1) / np.sqrt(better_TO.shape[1])] = 0.0
+    return TRUSTS[int(np.argmax(gains_T))]
+
+
+def _left_out(squares_OO: Float[np.ndarray, "O O"], observed: Observed, bandwidth: float) -> Float[np.ndarray, " O"]:
+    """sum_v (s_j - w_j f_-j)^2 / the pool's mean s^2, of every observed prompt from all the others."""
+    weights_OO = np.exp(-squares_OO / (2 * bandwidth**2))
+    np.fill_diagonal(weights_OO, 0.0)
+    f_OV = _smooth(weights_OO, observed)[0]
+    power_V = np.maximum((observed.influence_OV[observed.own_O] ** 2).mean(axis=0), 1e-300)
+    found_O: np.ndarray = ((observed.influence_OV - observed.strengths_O[:, None] * f_OV) ** 2 / power_V).sum(axis=1)
+    return found_O
 
 
 def kernel(
@@ -81,77 +152,53 @@ class Slopes:
 
 
 def pooled_slopes(
-    points_NE: Float[np.ndarray, "N E"],
-    observed_OE: Float[np.ndarray, "O E"],
-    strengths_O: Float[np.ndarray, " O"],
-    influence_OV: Float[np.ndarray, "O V"],
-    errors_OV: Float[np.ndarray, "O V"],
-    own_N: Int[np.ndarray, " N"],
-    bandwidth: float,
+    points_NE: Float[np.ndarray, "N E"], observed: Observed, own_N: Int[np.ndarray, " N"], bandwidth: float
 ) -> Slopes:
     """Posterior of each prompt's slope from its neighbours' influence and its own (local empirical Bayes).
 
     Model, by validation set: s_j = w_j (f(x_j) + u_j) + e_j, with w_j the strength p_j (1 - p_j), f a smooth function
     of where a prompt lies, u_j ~ N(0, kappa(x_j)) the prompt's own deviation, and e_j of the standard error given.
-    With weights k_j = k(x, x_j) and n_0 = `PRIOR` prompts of the mean square strength that have the pool's slope g:
+    With weights k_j = k(x, x_j) and n_0 = `PRIOR` prompts of the pool's mean square strength that have its slope g:
 
         f(x)     = (sum_j k_j w_j s_j + n_0 g) / (sum_j k_j w_j^2 + n_0),      g = sum_j w_j s_j / sum_j w_j^2
         kappa(x) = (sum_j k_j [(s_j - w_j f(x))^2 - e_j^2] + n_0 kappa_g) / (the same), at least a little
         u_j      = kappa w_j (s_j - w_j f) / (kappa w_j^2 + e_j^2)
 
-    Within u_j, e_j^2 is the prompt's own with the weight `OWN_ERROR` and else its neighbours' for such a strength: the
-    error of a single prompt is itself little known. `own_N` is each prompt's row among the observed, -1 for one that
-    has none: it gets f alone. Sources: kernel regression (Nadaraya 1964, Watson 1964), the normal means model of Efron
-    & Morris (1973) with a variance that differs from place to place.
+    Guests say nothing of g, kappa_g and n_0, which are the pool's. Within u_j, e_j^2 is the prompt's own with the
+    weight `OWN_ERROR` and else its neighbours' for such a strength: the error of a single prompt is itself little
+    known. `own_N` is each prompt's row among the observed, -1 for one that has none: it gets f alone. Sources: kernel
+    regression (Nadaraya 1964, Watson 1964), the normal means model of Efron & Morris (1973) with a variance that
+    differs from place to place.
 
-    `errors_OV` must be finite. A group without signal has strength 0 and tells nothing. ValueError where none has any.
+    ValueError where no observed prompt has any strength.
     """
-    if not (strengths_O > 0).any():
+    if not (observed.strengths_O > 0).any():
         raise ValueError("no observed prompt has any strength")
-    squared_OV = errors_OV**2
-    slope_V = _pool_slope(strengths_O, influence_OV)
-    excess_V = ((influence_OV - strengths_O[:, None] * slope_V) ** 2 - squared_OV).sum(axis=0) / (strengths_O**2).sum()
-    spread_V = np.maximum(excess_V, 0.0)
     parts = [
         _posterior(
-            kernel(points_NE[start : start + BLOCK], observed_OE, bandwidth),
-            strengths_O,
-            influence_OV,
-            squared_OV,
+            kernel(points_NE[start : start + BLOCK], observed.places_OE, bandwidth),
+            observed,
             own_N[start : start + BLOCK],
-            spread_V,
         )
         for start in range(0, len(points_NE), BLOCK)
     ]
-    names = ("values_NV", "errors_NV", "smooth_errors_NV")
-    return Slopes(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
-
-
-def _pool_slope(strengths_O: Float[np.ndarray, " O"], influence_OV: Float[np.ndarray, "O V"]) -> np.ndarray:
-    return strengths_O @ influence_OV / (strengths_O @ strengths_O)
+    return Slopes(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(Slopes)))
 
 
 def _smooth(
-    weights_NO: Float[np.ndarray, "N O"], strengths_O: Float[np.ndarray, " O"], influence_OV: Float[np.ndarray, "O V"]
-) -> tuple[Float[np.ndarray, "N V"], Float[np.ndarray, "N 1"], float]:
-    """(f, its denominator sum_j k_j w_j^2 + n_0, n_0)."""
-    w2 = strengths_O**2
-    prior = PRIOR * float(w2[w2 > 0].mean())
-    mass_N1 = (weights_NO @ w2)[:, None] + prior
-    sums_NV = weights_NO @ (strengths_O[:, None] * influence_OV)
-    return (sums_NV + prior * _pool_slope(strengths_O, influence_OV)) / mass_N1, mass_N1, prior
+    weights_NO: Float[np.ndarray, "N O"], observed: Observed
+) -> tuple[Float[np.ndarray, "N V"], Float[np.ndarray, "N 1"]]:
+    """f, and its denominator sum_j k_j w_j^2 + n_0."""
+    w = observed.strengths_O
+    mass_N1 = (weights_NO @ w**2)[:, None] + observed.prior
+    sums_NV = weights_NO @ (w[:, None] * observed.influence_OV)
+    return (sums_NV + observed.prior * observed.slope_V) / mass_N1, mass_N1
 
 
-def _posterior(
-    weights_NO: Float[np.ndarray, "N O"],
-    strengths_O: Float[np.ndarray, " O"],
-    influence_OV: Float[np.ndarray, "O V"],
-    squared_OV: Float[np.ndarray, "O V"],
-    own_N: Int[np.ndarray, " N"],
-    pool_spread_V: Float[np.ndarray, " V"],
-) -> Slopes:
-    w, w2 = strengths_O, strengths_O**2
-    f_NV, mass_N1, prior = _smooth(weights_NO, strengths_O, influence_OV)
+def _posterior(weights_NO: Float[np.ndarray, "N O"], observed: Observed, own_N: Int[np.ndarray, " N"]) -> Slopes:
+    w, w2, prior = observed.strengths_O, observed.strengths_O**2, observed.prior
+    influence_OV, squared_OV = observed.influence_OV, observed.errors_OV**2
+    f_NV, mass_N1 = _smooth(weights_NO, observed)
     # sum_j k_j (s_j - w_j f)^2, multiplied out
     residual_NV = (
         weights_NO @ influence_OV**2
@@ -159,13 +206,13 @@ def _posterior(
         + f_NV**2 * (weights_NO @ w2)[:, None]
     )
     noise_NV = weights_NO @ squared_OV
-    spread_NV = (residual_NV - noise_NV + prior * pool_spread_V) / mass_N1
-    spread_NV = np.maximum(spread_NV, LEAST_SPREAD * pool_spread_V)
+    spread_NV = (residual_NV - noise_NV + prior * observed.spread_V) / mass_N1
+    spread_NV = np.maximum(spread_NV, LEAST_SPREAD * observed.spread_V)
     per_strength_NV = noise_NV / np.maximum(mass_N1 - prior, 1e-300)
     squares_NO = weights_NO**2
     f_variance_NV = spread_NV * (squares_NO @ w2**2)[:, None] + squares_NO @ (w2[:, None] * squared_OV)
     f_variance_NV /= mass_N1**2
-    f_variance_NV += (prior / mass_N1) ** 2 * pool_spread_V
+    f_variance_NV += (prior / mass_N1) ** 2 * observed.spread_V
     seen = (own_N >= 0) & (w[own_N] > 0)
     own, w_S1 = own_N[seen], w[own_N[seen]][:, None]
     noise_SV = OWN_ERROR * squared_OV[own] + (1 - OWN_ERROR) * per_strength_NV[seen] * w_S1**2

@@ -11,12 +11,14 @@ from jaxtyping import Bool, Float, Int
 from cropi.config import PooledStrategy, SelectConfig
 from cropi.functional.fusion import ranks, reciprocal_rank_fusion
 from cropi.functional.pooling import (
+    Observed,
     Slopes,
     bandwidth_of,
     kernel,
     pooled_slopes,
     pooled_strengths,
     principal_points,
+    trust_of,
 )
 from cropi.functional.sampling import places as share_size
 from cropi.selection.candidates import Candidates, Evidence, Ranking
@@ -94,7 +96,7 @@ def _board(candidates: Candidates, strategy: PooledStrategy, config: SelectConfi
         first_N=stored.pool_N * (slopes.values_NV / unit_V).sum(axis=1),
         scores_N=scores_N,
         helpful_N=candidates.usable_N & (slope_N > strategy.significance * error_N) & (gain_N >= strategy.exhausted),
-        harmful_N=(slope_N < -strategy.significance * error_N) & (gain_N <= -strategy.exhausted),
+        harmful_N=slope_N < -strategy.significance * error_N,
         owners_N=served_NV.argmax(axis=1) if strategy.fusion == "balanced" else None,
         left_V=left_V,
         set_ranks=set_ranks,
@@ -212,13 +214,16 @@ def _slopes(evidence: Evidence, places: _Places, *, own: bool) -> tuple[Slopes, 
     """The slopes, and the bandwidth that tells them best."""
     scored_S = np.flatnonzero(evidence.strengths_N > 0)
     observed_OE, own_N = places.observed(scored_S)
-    strengths_O = np.concatenate([evidence.strengths_N[scored_S], evidence.validation_strengths_M])
-    influence_OV = np.concatenate([evidence.influence_NV[scored_S], evidence.validation_influence_MV])
-    errors_OV = np.concatenate([evidence.errors_NV[scored_S], evidence.validation_errors_MV])
-    bandwidth = bandwidth_of(observed_OE, strengths_O, influence_OV)
-    rows_N = own_N if own else np.full_like(own_N, -1)
-    slopes = pooled_slopes(places.pool_NE, observed_OE, strengths_O, influence_OV, errors_OV, rows_N, bandwidth)
-    return slopes, bandwidth
+    observed = Observed(
+        observed_OE,
+        np.concatenate([evidence.strengths_N[scored_S], evidence.validation_strengths_M]),
+        np.concatenate([evidence.influence_NV[scored_S], evidence.validation_influence_MV]),
+        np.concatenate([evidence.errors_NV[scored_S], evidence.validation_errors_MV]),
+        guests_O=np.arange(len(observed_OE)) >= len(scored_S),
+    )
+    observed = observed.trusting(trust_of(observed))
+    bandwidth = bandwidth_of(observed)
+    return pooled_slopes(places.pool_NE, observed, own_N if own else np.full_like(own_N, -1), bandwidth), bandwidth
 
 
 def _strengths(
