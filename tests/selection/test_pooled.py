@@ -92,6 +92,19 @@ def test_what_does_harm_stays_out_when_all_is_learned() -> None:
     assert found[NEUTRAL] + found[2] > found[USEFUL] + found[SECOND]
 
 
+def test_helpful_prompts_are_drawn_in_proportion() -> None:
+    """Of forty helpful prompts half: others with another seed, and the better ones more often."""
+    config = SelectConfig(strategy=STRATEGY.model_copy(update={"draw": "proportional"}), fraction=20 / len(KIND))
+    found = [rank(candidates(seed=seed), config.strategy, config).eligible_N for seed in range(30)]
+    helpful = (KIND == USEFUL) | (KIND == SECOND)
+    assert all(one.sum() == 20 and not one[~helpful].any() for one in found)
+    assert not np.array_equal(found[0], found[1])
+    often_N, score_N = np.mean(found, axis=0), scores(STRATEGY, candidates())
+    for kind in (USEFUL, SECOND):
+        better = np.argsort(-np.where(kind == KIND, score_N, -np.inf))[:EACH]
+        assert 0 < often_N[better[EACH // 2 :]].mean() < often_N[better[: EACH // 2]].mean() < 1
+
+
 def test_old_tries_are_forgotten() -> None:
     """The same visits, long ago: the useful prompts are no longer known to be solved."""
     late = candidates(stage=20, steps_per_stage=16)

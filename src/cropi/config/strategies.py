@@ -283,6 +283,8 @@ class PooledStrategy(StrategyTable):
     fusion: Literal["balanced", "sum", "rank"] = "balanced"
     """Over validation sets. `sum`: of the gains, each in units of what its best prompts give it. `balanced`: the same,
     with places for each set in proportion to what is left of it to learn. `rank`: Reciprocal Rank Fusion."""
+    draw: Literal["top", "proportional"] = "top"
+    """Of the helpful prompts more than a stage takes: the best, or drawn anew each stage in proportion to the score."""
 
     @model_validator(mode="after")
     def _screening_is_read(self) -> PooledStrategy:

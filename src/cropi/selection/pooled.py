@@ -41,9 +41,12 @@ def pooled(candidates: Candidates, strategy: PooledStrategy, config: SelectConfi
     prompts, drawn in proportion to w, but for those that would do harm.
     """
     board = _board(candidates, strategy, config)
-    chosen_N = _balanced(board.scores_N, board.helpful_N, board.size, board)
+    order_N = board.scores_N
+    if strategy.draw == "proportional":
+        order_N = gumbel_keys(candidates, "helpful", np.log(np.maximum(board.scores_N, 1e-300)))
+    chosen_N = _balanced(order_N, board.helpful_N, board.size, board)
     keep, others = _shares(board.gain_N[chosen_N], board.first_N[chosen_N], board.size)
-    chosen_N = _balanced(board.scores_N, chosen_N, keep, board)
+    chosen_N = _balanced(order_N, chosen_N, keep, board)
     drawn_N = gumbel_keys(candidates, "pooled", np.log(board.strengths_N))
     filler_N = _best(drawn_N, candidates.usable_N & ~chosen_N & ~board.harmful_N, others)
     # the helpful ones before the others, each by its own measure
