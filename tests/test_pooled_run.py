@@ -94,10 +94,12 @@ def test_screening_samples_the_unknown_a_few_times_and_its_verdicts_count(finish
             v for v in pipeline.gathered.candidates(arm, stage).visits if v.tries == 3 and v.step == stage * STEPS
         ]
         assert {v.prompt_id: v.mean_reward for v in visits} == {i: np.mean(r) for i, r in by_prompt.items()}
+        assert all(r["behaviour_logprobs"] is None for r in found)
     charged = [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
-    assert {(e["stage"]) for e in charged if e["arm"] == "pooled" and e["phase"] == "collect"} == {
-        stage for stage, found in enumerate(seen) if found
-    }
+    screening = [e for e in charged if e["arm"] == "pooled" and e["phase"] == "collect"]
+    assert {e["stage"] for e in screening} == {stage for stage, found in enumerate(seen) if found}
+    assert {e["passes"] for e in screening} == {1}
+    assert {e["passes"] for e in charged if e["arm"] == "" and e["phase"] == "collect"} == {2}
 
 
 def test_a_run_cut_off_before_a_selection_ends_the_same(finished: tuple[Pipeline, Path], tmp_path: Path) -> None:

@@ -17,7 +17,6 @@ from cropi.artifacts import (
     validation_scores_schema,
 )
 from cropi.errors import ArtifactError
-from cropi.gradients.groups import iterate_groups
 from cropi.leakage import prompt_text
 from cropi.rollouts.collect import read_trajectories
 from cropi.rollouts.overlay import FRESH, Overlay, Trajectories
@@ -85,9 +84,10 @@ class Gatherer:
             if is_finished(folder):
                 open_artifact(folder, FRESH, made_by="cropi score")  # checks the files
                 table = read_trajectories(folder).get("train", TRAJECTORIES.empty_table())
-                known = [group for _, group in iterate_groups(table) if group is not None]
+                judged = table.filter(pc.is_valid(table.column("reward")))
+                rates = judged.group_by("prompt_id").aggregate([("reward", "mean"), ("reward", "count")]).to_pylist()
                 step = number * self._config.train.steps_per_stage
-                seen += [Visit(step, group.prompt_id, group.pass_rate, len(group.rewards)) for group in known]
+                seen += [Visit(step, row["prompt_id"], row["reward_mean"], row["reward_count"]) for row in rates]
         return seen
 
     def _evidence(self, arm: Arm, stage: int, scores: pa.Table, sizes_N: np.ndarray, overlay: Overlay) -> Evidence:

@@ -16,8 +16,8 @@ SHARED = ""  # the arm of work that all arms use
 class Ledger:
     """Adds lines {arm, phase, stage, seconds, tokens, ...} to `ledger.jsonl`.
 
-    Collection writes `tokens` (of completions) and `prompt_tokens`, scoring `computed_tokens` (of the pool, shared
-    prompts once), `validation_tokens` and `forward_tokens` (only read): what `reporting.flops` counts.
+    Collection writes `tokens` (of completions), `prompt_tokens` and `passes` over both, scoring `computed_tokens` (of
+    the pool, shared prompts once), `validation_tokens` and `forward_tokens` (only read): what `reporting.flops` counts.
     """
 
     def __init__(self, path: Path) -> None:

@@ -173,9 +173,8 @@ class Pipeline:
         def make(folder: Path) -> tuple[Mapping[str, int], Mapping[str, Any]]:
             ids = prompts_to_screen(self.gathered.candidates(arm, stage), strategy, self.config.select)
             rows = [self.space.train_prompts[prompt_id] for prompt_id in ids]
-            return collect_anew(
-                config, policy, rows, folder, self.space.ledger, arm=arm.name, stage=stage, purpose="screen"
-            )
+            where: dict[str, Any] = {"arm": arm.name, "stage": stage, "purpose": "screen"}
+            return collect_anew(config, policy, rows, folder, self.space.ledger, **where, logprobs=False)
 
         inputs = {**self.trajectories.inputs(arm, stage), "policy": origin}
         manifest = build(arm.screened(stage), FRESH, make, inputs=inputs, made_by="cropi score", keep_parts=True)

@@ -6,16 +6,17 @@ from cropi.errors import ArtifactError
 from cropi.loading import load_config
 from cropi.reporting.flops import flops, score_multiple
 
-COLLECTED = {"tokens": 30, "prompt_tokens": 10}
+COLLECTED = {"tokens": 30, "prompt_tokens": 10, "passes": 2}
+SCREENED = COLLECTED | {"passes": 1}
 SCORED = {"tokens": 100, "computed_tokens": 50, "validation_tokens": 7}
 BATCH = {"tokens": 16, "prompt_tokens": 4}
 QUICKSTART = ["trainer.beta=0.0"]
 
 
 def test_operations_by_phase():
-    found = flops(load_config("quickstart", QUICKSTART), 1000, [COLLECTED, COLLECTED], [SCORED], [BATCH])
+    found = flops(load_config("quickstart", QUICKSTART), 1000, [COLLECTED, SCREENED], [SCORED], [BATCH])
     # A forward pass of a token is 2 x 1000 operations.
-    assert found.collect == 2000 * 2 * 80
+    assert found.collect == 2000 * (2 * 40 + 40)
     assert found.score == 2000 * (2 * 50 + 3 * 7)
     assert found.train == 2000 * (1 + 3) * 20
     assert found.total == found.collect + found.score + found.train
@@ -52,7 +53,7 @@ def test_validation_gradients_that_are_scaled_are_made_twice():
 def test_work_that_was_interrupted_counts_for_nothing_and_old_lines_are_refused():
     config = load_config("quickstart")
     assert flops(config, 1, [{"seconds": 1.0}], [{"seconds": 2.0}], []).total == 0
-    with pytest.raises(ArtifactError, match="lacks prompt_tokens"):
+    with pytest.raises(ArtifactError, match="lacks passes"):
         flops(config, 1, [{"tokens": 3}], [], [])
     with pytest.raises(ArtifactError, match="lacks computed_tokens"):
         flops(config, 1, [], [{"tokens": 3}], [])

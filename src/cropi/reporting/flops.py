@@ -4,7 +4,7 @@ The unit is the forward pass of a token: 2 P operations, with P the parameters t
 output head counts, looked-up embeddings do not; attention scores are left out). In forward passes:
 
     generation   every prompt and completion token once (with a cache nothing is computed twice)
-    collection   generation, and once more for the behaviour log-probs
+    collection   generation, and once more for the behaviour log-probs where they are taken
     score        m per token of the pool that is computed + 3 per token of the validation prompts (their dense gradient:
                  forward, and a backward pass of twice that; twice over where each is scaled to length 1 first).
                  m: 2 for `sketch` (forward, backward through activations), 3 with the uniform mask, which needs the
@@ -72,7 +72,7 @@ def flops(
     passes = GRADIENT * int(config.trainer.get("num_iterations", 1)) + bool(config.trainer.get("beta", 0.0))
     batches = list(batches)
     return Flops(
-        collect=forward * 2 * sum(map(_all_tokens, collected)),
+        collect=forward * sum(_of(e, "passes") * _all_tokens(e) for e in collected),
         score=forward
         * sum(
             multiple * _of(e, "computed_tokens") + validation * _of(e, "validation_tokens") + e.get("forward_tokens", 0)

@@ -82,14 +82,16 @@ def collect_anew(
     arm: str,
     stage: int,
     purpose: str = "refresh",
+    logprobs: bool = True,
 ) -> tuple[dict[str, int], dict[str, Any]]:
     """The same for training prompts of an arm at the start of a stage, from the policy as it is then.
 
     The arm is charged, and the seed is of the purpose, the arm and the stage. The model is left in the mode it was in.
+    Without `logprobs`, for trajectories of which only the rewards are wanted, the column is null.
     """
     shards, _ = plan(config, policy, prompts)
     charge = partial(ledger.charge, "collect", arm=arm, stage=stage)
-    statuses, details = _sample_all(config, policy, shards, folder, charge, (purpose, arm, stage))
+    statuses, details = _sample_all(config, policy, shards, folder, charge, (purpose, arm, stage), logprobs=logprobs)
     return count_status(statuses), details | {"prompts": len(prompts)}
 
 
@@ -100,6 +102,8 @@ def _sample_all(
     folder: Path,
     charge: Callable[[], AbstractContextManager[dict[str, Any]]],
     purpose: tuple[str | int, ...],
+    *,
+    logprobs: bool = True,
 ) -> tuple[list[str], dict[str, Any]]:
     """Make the shards that are not there; returns (status of every trajectory, details)."""
     generate = TransformersGenerator(policy, config.collect.batch_size)
@@ -113,6 +117,9 @@ def _sample_all(
             else:
                 with charge() as entry:
                     rows = _sample(config, policy, generate, shard, derived_seed(config.seed, *purpose, shard.name))
+                    if logprobs:
+                        _add_logprobs(config, policy, rows)
+                    entry["passes"] = 1 + logprobs
                     entry["tokens"] = sum(len(row["completion_ids"]) for row in rows)
                     entry["prompt_tokens"] = sum(len(row["prompt_ids"]) for row in rows)
                 write_table(path, rows, TRAJECTORIES)
@@ -180,7 +187,6 @@ def _sample(
     repeated = [ids for ids in shard.prompt_ids for _ in range(shard.samples)]
     sampling = Sampling(settings.max_completion_length, settings.temperature, settings.top_p)
     completions = generate(repeated, sampling, seed=seed)
-    logprobs = behaviour_logprobs(policy, repeated, completions, settings.temperature, settings.batch_tokens)
     texts = policy.tokenizer.batch_decode(completions, skip_special_tokens=True)
     verify, eos = verifier(config.verifier), set(policy.eos_ids)
     rows = []
@@ -196,7 +202,7 @@ def _sample(
                 "sample": index % shard.samples,
                 "prompt_ids": ids,
                 "completion_ids": completion,
-                "behaviour_logprobs": logprobs[index],
+                "behaviour_logprobs": None,
                 "completion": texts[index],
                 "reward": value,
                 "verdict": verdict,
@@ -204,6 +210,14 @@ def _sample(
             }
         )
     return rows
+
+
+def _add_logprobs(config: Config, policy: Policy, rows: Sequence[dict[str, Any]]) -> None:
+    prompts, completions = ([row[name] for row in rows] for name in ("prompt_ids", "completion_ids"))
+    settings = config.collect
+    found = behaviour_logprobs(policy, prompts, completions, settings.temperature, settings.batch_tokens)
+    for row, logprobs in zip(rows, found, strict=True):
+        row["behaviour_logprobs"] = logprobs
 
 
 @torch.no_grad()
