@@ -83,13 +83,20 @@ def test_what_is_learned_makes_room_and_harm_is_left_out() -> None:
     assert found[HARMFUL] == 0
 
 
-def test_what_does_harm_stays_out_when_all_is_learned() -> None:
-    """Else prompts that were paid for a habit would bring it back."""
-    fresh = candidates(stage=3, steps_per_stage=16)
+def test_when_all_is_learned_nothing_is_harmful_any_more() -> None:
+    """The direction that the harmful kind opposes has next to no length left."""
+    fresh = candidates(slopes=np.where(SLOPES < 0, -2.0, SLOPES), stage=3, steps_per_stage=16)
     seen = [visit for kind in (USEFUL, SECOND) for step in (40, 47) for visit in visits(fresh, kind, 1.0, step)]
     found = kinds(dataclasses.replace(fresh, visits=seen), size=60)
-    assert found[HARMFUL] == 0
+    assert found[HARMFUL] > 0
     assert found[NEUTRAL] + found[2] > found[USEFUL] + found[SECOND]
+
+
+def test_harm_that_is_hardly_ever_rewarded_now_is_still_left_out() -> None:
+    """Prompts paid for a habit that the policy has lost would bring it back."""
+    fresh = candidates(stage=3, steps_per_stage=16)
+    seen = [*visits(fresh, SECOND, 1.0, 40), *visits(fresh, SECOND, 1.0, 47), *visits(fresh, HARMFUL, 0.01, 47)]
+    assert kinds(dataclasses.replace(fresh, visits=seen), size=90)[HARMFUL] == 0
 
 
 def test_helpful_prompts_are_drawn_in_proportion() -> None:

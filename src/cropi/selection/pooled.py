@@ -38,7 +38,8 @@ def pooled(candidates: Candidates, strategy: PooledStrategy, config: SelectConfi
     Helpful are prompts whose slope lies `significance` standard errors of their neighbourhood above 0 and whose gain is
     at least `exhausted`: only they are chosen for their influence, so that a rare skill is not diluted up to the
     fraction. Sets share the places (`_balanced`). As prompts are learned, places fall free (`_shares`) and go to other
-    prompts, drawn in proportion to w, but for those that would do harm.
+    prompts, drawn in proportion to w, but for those that would do harm: significantly, and of at least `exhausted` with
+    the larger of the strengths they have and had.
     """
     board = _board(candidates, strategy, config)
     order_N = board.scores_N
@@ -99,7 +100,8 @@ def _board(candidates: Candidates, strategy: PooledStrategy, config: SelectConfi
         first_N=stored.pool_N * (slopes.values_NV / unit_V).sum(axis=1),
         scores_N=scores_N,
         helpful_N=candidates.usable_N & (slope_N > strategy.significance * error_N) & (gain_N >= strategy.exhausted),
-        harmful_N=slope_N < -strategy.significance * error_N,
+        harmful_N=(slope_N < -strategy.significance * error_N)
+        & (np.maximum(w_N, stored.pool_N) * slope_N <= -strategy.exhausted),
         owners_N=served_NV.argmax(axis=1) if strategy.fusion == "balanced" else None,
         left_V=left_V,
         set_ranks=set_ranks,
