@@ -6,6 +6,7 @@ from collections.abc import Iterator
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the commands that tests start, too: two test processes share two cores
 
 import jaxtyping
 import pytest
@@ -42,7 +43,7 @@ def model(request: pytest.FixtureRequest) -> LlamaForCausalLM:
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
-    """Two test processes share two cores."""
+    """Whatever the test before has set."""
     torch.set_num_threads(1)
 
 
