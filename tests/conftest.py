@@ -6,7 +6,7 @@ from collections.abc import Iterator
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the commands that tests start, too: two test processes share two cores
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # also of the commands that tests start
 
 import jaxtyping
 import pytest

@@ -69,6 +69,15 @@ def test_prompts_never_sampled_are_chosen_by_their_kind() -> None:
     assert kinds(candidates()) == {USEFUL: EACH, NEUTRAL: 0, 2: 0, HARMFUL: 0, SECOND: EACH}
 
 
+def test_the_manifest_is_told_what_decided() -> None:
+    config = SelectConfig(strategy=STRATEGY, fraction=0.4)
+    facts = rank(candidates(), STRATEGY, config).facts
+    assert (facts["helpful"], facts["chosen_as_helpful"], facts["drawn_beside_them"]) == (2 * EACH, 2 * EACH, 0)
+    assert (facts["harmful"], facts["trust_in_validation_prompts"]) == (EACH, 1.0)
+    assert facts["left_to_learn"] == {"one": 1.0, "two": 1.0}
+    assert facts["bandwidth"] > 0
+
+
 def test_a_rare_skill_is_not_diluted_up_to_the_fraction() -> None:
     """Seventy places, forty useful prompts: the others stay empty as long as these are not learned."""
     assert sum(kinds(candidates(), size=70).values()) == 2 * EACH

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -80,3 +80,4 @@ class Ranking:
     eligible_N: Bool[np.ndarray, " N"]
     reason: str
     set_ranks: Mapping[str, Int[np.ndarray, " N"]]  # rank by validation set, for strategies that fuse several
+    facts: Mapping[str, Any] = field(default_factory=dict)  # what the strategy found on the way, for the manifest

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -54,7 +55,7 @@ def pooled(candidates: Candidates, strategy: PooledStrategy, config: SelectConfi
     scores_N = np.where(
         chosen_N, 2 + _unit(board.scores_N), np.where(filler_N, 1 + _unit(drawn_N), _unit(board.scores_N))
     )
-    return Ranking(scores_N, chosen_N | filler_N, "pooled influence", board.set_ranks)
+    return Ranking(scores_N, chosen_N | filler_N, "pooled influence", board.set_ranks, board.facts(chosen_N, filler_N))
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,21 @@ class _Board:
     owners_N: Int[np.ndarray, " N"] | None  # the set that each prompt serves best, where sets share the places
     left_V: Float[np.ndarray, " V"]
     set_ranks: Mapping[str, Int[np.ndarray, " N"]]
+    names: Sequence[str]
+    trust: float
+    bandwidth: float
+
+    def facts(self, chosen_N: Bool[np.ndarray, " N"], filler_N: Bool[np.ndarray, " N"]) -> dict[str, Any]:
+        """What decided the selection, for its manifest."""
+        return {
+            "helpful": int(self.helpful_N.sum()),
+            "harmful": int(self.harmful_N.sum()),
+            "chosen_as_helpful": int(chosen_N.sum()),
+            "drawn_beside_them": int(filler_N.sum()),
+            "left_to_learn": {name: round(float(left), 4) for name, left in zip(self.names, self.left_V, strict=True)},
+            "trust_in_validation_prompts": self.trust,
+            "bandwidth": round(self.bandwidth, 6),
+        }
 
 
 def _board(candidates: Candidates, strategy: PooledStrategy, config: SelectConfig) -> _Board:
@@ -79,7 +95,7 @@ def _board(candidates: Candidates, strategy: PooledStrategy, config: SelectConfi
     if evidence is None:
         raise ValueError("pooled influence needs evidence")
     places, names = _Places.of(evidence), evidence.names
-    slopes, bandwidth = _slopes(evidence, places, own=strategy.own)
+    slopes, trust, bandwidth = _slopes(evidence, places, own=strategy.own)
     now, stored = (_strengths(candidates, evidence, places, strategy, bandwidth, now=now) for now in (True, False))
     size, w_N = share_size(config.fraction, len(candidates)), now.pool_N
     unit_V = _units(stored.pool_N[:, None] * slopes.values_NV, size)
@@ -105,6 +121,9 @@ def _board(candidates: Candidates, strategy: PooledStrategy, config: SelectConfi
         owners_N=served_NV.argmax(axis=1) if strategy.fusion == "balanced" else None,
         left_V=left_V,
         set_ranks=set_ranks,
+        names=names,
+        trust=trust,
+        bandwidth=bandwidth,
     )
 
 
@@ -215,8 +234,8 @@ class _Places:
         return np.concatenate([self.pool_NE[rows_S], self.validation_ME]), own_N
 
 
-def _slopes(evidence: Evidence, places: _Places, *, own: bool) -> tuple[Slopes, float]:
-    """The slopes, and the bandwidth that tells them best."""
+def _slopes(evidence: Evidence, places: _Places, *, own: bool) -> tuple[Slopes, float, float]:
+    """The slopes, and the trust in validation prompts and the bandwidth that tell them best."""
     scored_S = np.flatnonzero(evidence.strengths_N > 0)
     observed_OE, own_N = places.observed(scored_S)
     observed = Observed(
@@ -226,9 +245,10 @@ def _slopes(evidence: Evidence, places: _Places, *, own: bool) -> tuple[Slopes, 
         np.concatenate([evidence.errors_NV[scored_S], evidence.validation_errors_MV]),
         guests_O=np.arange(len(observed_OE)) >= len(scored_S),
     )
-    observed = observed.trusting(trust_of(observed))
-    bandwidth = bandwidth_of(observed)
-    return pooled_slopes(places.pool_NE, observed, own_N if own else np.full_like(own_N, -1), bandwidth), bandwidth
+    trust = trust_of(observed)
+    observed = observed.trusting(trust)
+    bandwidth, rows_N = bandwidth_of(observed), own_N if own else np.full_like(own_N, -1)
+    return pooled_slopes(places.pool_NE, observed, rows_N, bandwidth), trust, bandwidth
 
 
 def _strengths(

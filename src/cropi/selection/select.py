@@ -163,7 +163,8 @@ def select(
     settings, size = config.select, places(config.select.fraction, len(candidates))
     if strategy.takes_all:
         settings, size = settings.model_copy(update={"quotas": {}, "exploration": 0.0}), len(candidates)
-    rows = choose(candidates, rank(candidates, strategy, settings), settings, size)
+    ranking = rank(candidates, strategy, settings)
+    rows = choose(candidates, ranking, settings, size)
     write_table(folder / "selection.parquet", rows, SELECTION)
     selected = [row for row in rows if row["selected"]]
     if len(selected) < size and not strategy.takes_all:
@@ -171,7 +172,7 @@ def select(
     lines = [json.dumps(_export_row(row, prompts[row["prompt_id"]]), ensure_ascii=False) for row in selected]
     write_text(folder / "selected.jsonl", "".join(line + "\n" for line in lines))
     counts = {"selected": len(selected), "left_out": len(rows) - len(selected)}
-    return counts, {"asked_for": size, "strategy": strategy.type, "stage": candidates.stage}
+    return counts, {"asked_for": size, "strategy": strategy.type, "stage": candidates.stage, **ranking.facts}
 
 
 def require_signal(statuses: Sequence[str]) -> int:
