@@ -159,9 +159,13 @@ def methods(pool: Pool, seen_S: np.ndarray, count: int) -> dict[str, np.ndarray]
         guests_O=np.arange(len(seen_S) + len(pool.validation_places_ME)) >= len(seen_S),
     )
     found = {"each prompt alone": raw_N}
-    trusting = {"with validation prompts": both.trusting(trust_of(both)), "without": both.trusting(0.0)}
-    for name, observed in trusting.items():
-        bandwidth = bandwidth_of(observed)
+    trust, bandwidth_with = trust_of(both)
+    without = both.trusting(0.0)
+    judged = {
+        "with validation prompts": (both.trusting(trust), bandwidth_with),
+        "without": (without, bandwidth_of(without)),
+    }
+    for name, (observed, bandwidth) in judged.items():
         weights_NO = kernel(pool.places_NE, pool.places_NE[seen_S], bandwidth)
         tries_S = np.full(len(seen_S), float(count))
         w_N = pooled_strengths(weights_NO, rewards_SK.sum(axis=1), tries_S, own_N, prior=2.0)[1]

@@ -81,19 +81,21 @@ def test_guests_are_trusted_as_far_as_the_pool_bears_them_out(agreement: float, 
     places, w, _, s, _ = clusters(3, wrong=0.0)
     guests = np.arange(len(w)) % 2 == 1
     s[guests] *= agreement
-    trust = trust_of(observed(places, w, s, guests=guests))
+    trust = trust_of(observed(places, w, s, guests=guests))[0]
     assert trust == 1.0 if trusted else trust <= 0.1
 
 
 def test_guests_far_away_are_trusted_for_want_of_a_reason_not_to() -> None:
     places, w, _, s, _ = clusters(3)
     guests = np.arange(len(w)) < 80  # the two useful kinds, like nothing in the rest of the pool
-    assert trust_of(observed(places, w, s, guests=guests)) == 1.0
+    seen = observed(places, w, s, guests=guests)
+    assert trust_of(seen) == (1.0, bandwidth_of(seen))
 
 
 def test_without_a_pool_guests_are_trusted() -> None:
     guests = np.array([False, True, True])
-    assert trust_of(observed(np.eye(3), np.ones(3), np.ones((3, 1)), guests=guests)) == 1.0
+    seen = observed(np.eye(3), np.ones(3), np.ones((3, 1)), guests=guests)
+    assert trust_of(seen) == (1.0, bandwidth_of(seen))
 
 
 def test_kernel_by_hand() -> None:

@@ -101,8 +101,9 @@ def bandwidth_of(observed: Observed) -> float:
     return unit * BANDWIDTHS[int(np.argmin(losses))]
 
 
-def trust_of(observed: Observed) -> float:
-    """The weight, of `TRUSTS`, with which guests are to count beside the pool's own observed prompts.
+def trust_of(observed: Observed) -> tuple[float, float]:
+    """The weight, of `TRUSTS`, with which guests are to count beside the pool's own observed prompts, and the bandwidth
+    that goes with it.
 
     1, unless a smaller one (with its best bandwidth) tells the influence of the pool's own prompts, each left out,
     better by more than a standard error of the difference (Breiman et al. 1984, section 3.4.3): then the one that does
@@ -112,14 +113,15 @@ def trust_of(observed: Observed) -> float:
     observed = observed.every(-(-len(observed.guests_O) // BLOCK))
     own_O = ~observed.guests_O
     if own_O.sum() < 2:
-        return 1.0
+        return 1.0, bandwidth_of(observed)
     squares_OO = _squares(observed.places_OE, observed.places_OE)
-    weighted = [observed.trusting(trust) for trust in TRUSTS]
-    losses_TO = np.stack([_left_out(squares_OO, one, bandwidth_of(one))[own_O] for one in weighted])
+    weighted = [(one := observed.trusting(trust), bandwidth_of(one)) for trust in TRUSTS]
+    losses_TO = np.stack([_left_out(squares_OO, *one)[own_O] for one in weighted])
     better_TO = losses_TO[0] - losses_TO
     gains_T = better_TO.mean(axis=1)
     gains_T[gains_T <= better_TO.std(axis=1, ddof=1) / np.sqrt(better_TO.shape[1])] = 0.0
-    return TRUSTS[int(np.argmax(gains_T))]
+    best = int(np.argmax(gains_T))
+    return TRUSTS[best], weighted[best][1]
 
 
 def _left_out(squares_OO: Float[np.ndarray, "O O"], observed: Observed, bandwidth: float) -> Float[np.ndarray, " O"]:

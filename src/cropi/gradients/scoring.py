@@ -115,9 +115,7 @@ def score(
     names = list(validation)
     pools = strategy is not None and strategy.pools
     standard_errors = config.score.standard_errors and not (strategy and strategy.reads_lengths)  # of no use to lengths
-    rows = {prompt_id: _blank(prompt_id, source, names) for prompt_id, source in sources.items()}
-    for prompt_id in not_sampled:
-        rows[prompt_id]["status"] = NOT_SAMPLED
+    rows = _blank_rows(sources, names, frozenset(not_sampled))
     mixed = _note_facts(trajectories["train"], rows)
     scorer = make_scorer(config, model, settings, strategy)
     given = computed = 0
@@ -141,22 +139,13 @@ def score(
             _note_scores(rows, part, names)
             given += sum(len(g.prompt_ids) * len(g.completions) + g.completion_tokens for g in part.groups)
             computed += part.tokens_computed
+    given += sum(group.completion_tokens for groups in validation.values() for group in groups)
     counts = count_status(row["status"] for row in rows.values())
     _check_finite(counts)
     reliability = note_reliability(config, rows, names, stage) if standard_errors else None
     write_table(folder / "scores.parquet", list(rows.values()), scores_schema(names))
-    made_from = [group for groups in validation.values() for group in groups]
-    details = {
-        "normalizer": settings.normalizer,
-        "validation_groups": {name: len(groups) for name, groups in validation.items()},
-        "tokens": given + sum(group.completion_tokens for group in made_from),
-        "tokens_computed": computed,
-        "validation_tokens": sum(len(group.prompt_ids) + group.completion_tokens for group in made_from),
-        "reliability": reliability,
-        "drift": drift(rows.values()),
-        "scored": count_status(row["scored"] for row in rows.values() if row["scored"] is not None),
-    }
-    return counts, details | _of_scorer(scorer)
+    found = {"tokens": given, "tokens_computed": computed, "reliability": reliability}
+    return counts, found | _of_scorer(scorer) | _of_rows(rows.values()) | _of_aims(validation)
 
 
 def _aims(
@@ -173,14 +162,32 @@ def _of_scorer(scorer: Scorer) -> dict[str, Any]:
         "estimator": scorer.estimator,
         "projection": scorer.projection.identity if scorer.estimator == "sketch" else None,
         "score": scorer.score,
+        "normalizer": scorer.settings.normalizer,
         "direction_reliability": {name: _known(value) for name, value in scorer.direction_reliability.items()},
     }
 
 
-def _blank(prompt_id: str, source: str, names: list[str]) -> dict[str, Any]:
-    row: dict[str, Any] = {f"influence/{name}": 0.0 for name in names}
-    known = {"prompt_id": prompt_id, "source": source, "status": PROMPT_TOO_LONG, "pass_rate": None}
-    return row | known | {"completion_tokens": 0, "feature_norm": 0.0, **dict.fromkeys([*FACTS, "scored"])}
+def _of_rows(rows: Collection[Mapping[str, Any]]) -> dict[str, Any]:
+    scored = count_status(row["scored"] for row in rows if row["scored"] is not None)
+    return {"drift": drift(rows), "scored": scored}
+
+
+def _of_aims(validation: Mapping[str, Sequence[Group]]) -> dict[str, Any]:
+    tokens = sum(len(group.prompt_ids) + group.completion_tokens for groups in validation.values() for group in groups)
+    return {
+        "validation_groups": {name: len(groups) for name, groups in validation.items()},
+        "validation_tokens": tokens,
+    }
+
+
+def _blank_rows(sources: Mapping[str, str], names: list[str], not_sampled: frozenset[str]) -> dict[str, dict[str, Any]]:
+    """Rows of prompts without trajectories, by prompt id."""
+    none: dict[str, Any] = {f"influence/{name}": 0.0 for name in names} | {"completion_tokens": 0, "feature_norm": 0.0}
+    none |= {"pass_rate": None, **dict.fromkeys([*FACTS, "scored"])}
+    return {
+        i: {**none, "prompt_id": i, "source": source, "status": NOT_SAMPLED if i in not_sampled else PROMPT_TOO_LONG}
+        for i, source in sources.items()
+    }
 
 
 @dataclass(frozen=True)

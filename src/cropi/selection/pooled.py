@@ -14,7 +14,6 @@ from cropi.functional.fusion import ranks, reciprocal_rank_fusion
 from cropi.functional.pooling import (
     Observed,
     Slopes,
-    bandwidth_of,
     kernel,
     pooled_slopes,
     pooled_strengths,
@@ -245,10 +244,9 @@ def _slopes(evidence: Evidence, places: _Places, *, own: bool) -> tuple[Slopes, 
         np.concatenate([evidence.errors_NV[scored_S], evidence.validation_errors_MV]),
         guests_O=np.arange(len(observed_OE)) >= len(scored_S),
     )
-    trust = trust_of(observed)
-    observed = observed.trusting(trust)
-    bandwidth, rows_N = bandwidth_of(observed), own_N if own else np.full_like(own_N, -1)
-    return pooled_slopes(places.pool_NE, observed, rows_N, bandwidth), trust, bandwidth
+    trust, bandwidth = trust_of(observed)
+    rows_N = own_N if own else np.full_like(own_N, -1)
+    return pooled_slopes(places.pool_NE, observed.trusting(trust), rows_N, bandwidth), trust, bandwidth
 
 
 def _strengths(
