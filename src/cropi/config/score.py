@@ -17,6 +17,9 @@ class CollectConfig(Table):
     fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of the training pool that is sampled, a fixed random choice. The rest is `not_sampled`: it can be trained
     on, but only strategies that judge a prompt by others, or by its text, can choose it."""
+    nearby: Fraction = 0.0
+    """Share of the training pool that is sampled beside that: the prompts that lie nearest to the validation prompts as
+    the base policy represents them, as many for each set."""
     validation_num_generations: Annotated[int, Field(ge=2)] = 32
     """Completions per validation prompt (paper's code: 32)."""
     max_completion_length: Positive
@@ -31,6 +34,9 @@ class CollectConfig(Table):
     """Padded tokens per forward pass when the behaviour log-probs are computed."""
     shard_prompts: Positive = 128
     """Prompts per shard: what an interruption can cost."""
+    logprobs: bool = True
+    """Compute the behaviour log-probs, one forward pass. `false` saves it where only the base policy is scored, for which
+    all importance ratios are 1."""
 
 
 class ProjectionConfig(Table):
