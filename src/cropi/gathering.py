@@ -91,7 +91,7 @@ class Gatherer:
         return seen
 
     def _evidence(self, arm: Arm, stage: int, scores: pa.Table, sizes_N: np.ndarray, overlay: Overlay) -> Evidence:
-        open_artifact(arm.representations, REPRESENTED, made_by="cropi score")
+        open_artifact(self._space.representations, REPRESENTED, made_by="cropi score")
         names = sorted(self._config.prompts.validation)
         scored, steps = self._config.arms[arm.name].scored_stage(stage), self._config.train.steps_per_stage
         validation = read_table(arm.scores(scored) / "validation.parquet", validation_scores_schema(names))
@@ -100,7 +100,7 @@ class Gatherer:
             list(self._space.train_prompts),
             scores,
             validation,
-            read_representations(arm.representations),
+            read_representations(self._space.representations),
             sizes_N,
             overlay.drawn_at(steps),
             {prompt_id for prompt_id, layer in overlay.layer_of.items() if layer.trained},

@@ -23,7 +23,7 @@ from cropi.artifacts import (
 )
 from cropi.config import Config, PooledStrategy
 from cropi.console import counts_text, say, warn
-from cropi.errors import ArtifactError, DataError, PolicyError
+from cropi.errors import ArtifactError, ConfigError, DataError, PolicyError
 from cropi.evaluation.evaluate import Question, evaluate, forget_after, read_evaluations
 from cropi.gathering import Gatherer
 from cropi.gradients.groups import iterate_groups
@@ -39,7 +39,7 @@ from cropi.rollouts.collect import collect, collect_anew
 from cropi.rollouts.generation import Sampling, TransformersGenerator
 from cropi.rollouts.overlay import FRESH, Trajectories
 from cropi.rollouts.representations import KIND as REPRESENTED
-from cropi.rollouts.representations import represent
+from cropi.rollouts.representations import read_representations, represent
 from cropi.seeds import derived_seed
 from cropi.selection.pooled import prompts_to_screen
 from cropi.selection.refresh import drift_warning
@@ -86,9 +86,13 @@ class Pipeline:
         """Trajectories of the base policy. SignalError where they hold nothing that the run's arms could learn from."""
 
         def make(folder: Path) -> tuple[Mapping[str, int], Mapping[str, Any]]:
-            return collect(self.config, self.base, self.space.prompt_rows, folder, self.space.ledger)
+            return collect(self.config, self.base, self.space.prompt_rows, folder, self.space.ledger, representations)
 
         inputs = {"prompts": self.prompts().identity, "policy": self._base_identity}
+        representations = None
+        if self.config.collect.nearby:
+            self._represent("collect")
+            representations = read_representations(self.space.representations)
         folder = self.space.trajectories
         manifest = build(folder, "trajectories", make, inputs=inputs, made_by="cropi collect", keep_parts=True)
         say(f"trajectories: {counts_text(manifest.counts)}")
@@ -112,8 +116,10 @@ class Pipeline:
 
     def score(self, arm: Arm, stage: int, model: nn.Module, origin: str) -> Manifest:
         """Influence of all training prompts at a policy; `origin` says which policy it is."""
+        self._require_ratios(origin)
         self.refresh(arm, stage, model, origin)
-        self._represent(arm)
+        if self.config.arms[arm.name].pools:
+            self._represent("score", arm=arm.name, stage=stage)
         inputs = self.trajectories.inputs(arm, stage)
         of_policy, of_trajectories = f"{self._base_identity} {origin}", " ".join(inputs.values())
         features = FeatureRequest(arm.features(stage), of_policy, self._base_identity, of_trajectories)
@@ -149,18 +155,29 @@ class Pipeline:
             warn(text)
         return manifest
 
-    def _represent(self, arm: Arm) -> None:
-        """Where the base policy sees the prompts, for strategies that pool; part of the cost of scoring."""
+    def _require_ratios(self, origin: str) -> None:
+        """Importance ratios, unless the policy is the one that sampled."""
+        if origin != "base" and not self.config.collect.logprobs:
+            raise ConfigError(
+                "the trajectories have no behaviour log-probs, so no policy but the base policy can be scored by them",
+                where="collect.logprobs",
+                fix="start a run with collect.logprobs=true.",
+            )
+
+    def _represent(self, phase: str, **charged: Any) -> None:
+        """Where the base policy sees the prompts: one forward pass over them, a cost of the phase that first asks."""
 
         def make(folder: Path) -> tuple[Mapping[str, int], Mapping[str, Any]]:
-            with self.space.ledger.charge("score", arm=arm.name, stage=0) as entry:
+            with self.space.ledger.charge(phase, **charged) as entry:
                 result = represent(self.config, self.base, self.space.prompt_rows, folder)
-                entry["forward_tokens"] = result[1]["prompt_tokens"]
+                read = result[1]["prompt_tokens"]
+                entry |= (
+                    {"forward_tokens": read} if phase == "score" else {"tokens": 0, "prompt_tokens": read, "passes": 1}
+                )
             return result
 
-        if self.config.arms[arm.name].pools:
-            inputs = {"prompts": self.prompts().identity, "policy": self._base_identity}
-            build(arm.representations, REPRESENTED, make, inputs=inputs, made_by="cropi score")
+        inputs = {"prompts": self.prompts().identity, "policy": self._base_identity}
+        build(self.space.representations, REPRESENTED, make, inputs=inputs, made_by=f"cropi {phase}")
 
     def screen(self, arm: Arm, stage: int, model: nn.Module, origin: str) -> None:
         """A few trajectories of the prompts that a strategy that pools would choose, if it asks for them."""

@@ -1,7 +1,7 @@
 """The folder of a run: where everything lies, and whose it is. Free of torch.
 
 config.json  environment.json  ledger.jsonl  summary.json  report.html  report.md
-prompts/  trajectories/  evaluation/ (the base policy)
+prompts/  representations/  trajectories/  evaluation/ (the base policy)
 checkpoints/NAME-HASH/  (scores, selections, evaluations of checkpoints from elsewhere)
 arms/ARM/  stages/NNN/{rollouts,fresh,scores,selection}/  evaluation/  checkpoints/  rollouts/
            steps.jsonl  metrics.jsonl  rewards.jsonl
@@ -63,11 +63,6 @@ class Arm:
         return self.folder / "rollouts"
 
     @property
-    def representations(self) -> Path:
-        """Where the base policy sees every prompt, for strategies that pool."""
-        return self.folder / "representations"
-
-    @property
     def checkpoints(self) -> Path:
         return self.folder / "checkpoints"
 
@@ -124,6 +119,11 @@ class Workspace:
     @property
     def trajectories(self) -> Path:
         return self.folder / "trajectories"
+
+    @property
+    def representations(self) -> Path:
+        """Where the base policy sees every prompt."""
+        return self.folder / "representations"
 
     @property
     def evaluation(self) -> Path:

@@ -132,8 +132,8 @@ def link_shared(shared: Path, folder: Path) -> None:
     if not (folder / "ledger.jsonl").is_file():
         lines = [row for row in read_jsonl(shared / "ledger.jsonl") if row["arm"] == SHARED]
         write_text(folder / "ledger.jsonl", "".join(json.dumps(row) + "\n" for row in lines))
-    for name in ("prompts", "trajectories"):
-        if not is_finished(folder / name):
+    for name in ("prompts", "representations", "trajectories"):
+        if (shared / name).is_dir() and not is_finished(folder / name):
             files = sorted(path for path in (shared / name).rglob("*") if path.is_file())
             for path in sorted(files, key=lambda path: path.name == "manifest.json"):
                 _link(path, folder / path.relative_to(shared))

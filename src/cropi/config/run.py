@@ -135,6 +135,19 @@ class Config(Table):
                 raise ValueError(f"{name} pools inner products by their standard errors, which needs {missing[0]}")
         return self
 
+    @model_validator(mode="after")
+    def _ratios_can_be_had(self) -> Config:
+        if self.collect.logprobs:
+            return self
+        if self.refresh.active:
+            raise ValueError("collect.logprobs=false leaves later stages nothing to score by: set refresh off, or true")
+        for name, strategy in self.arms.items():
+            if strategy.reads_scores and any(map(strategy.scored_stage, range(self.train.stages))):
+                raise ValueError(
+                    f"{name} scores later policies than the base policy, which needs collect.logprobs=true"
+                )
+        return self
+
     @property
     def arms(self) -> dict[str, Strategy]:
         """The strategies to train, the main one first, by name."""

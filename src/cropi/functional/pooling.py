@@ -6,6 +6,7 @@ sets, E numbers of a representation.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
@@ -33,6 +34,23 @@ def principal_points(
     points = centred_NE @ directions_EE[:, kept]
     scale = float(np.sqrt((points**2).sum(axis=1).mean()))
     return points / scale if scale > 0 else points
+
+
+def nearest_first(
+    points_NE: Float[np.ndarray, "N E"], validation_ME: Float[np.ndarray, "M E"], sets: Sequence[str]
+) -> Int[np.ndarray, " N"]:
+    """Rows of the pool, the nearest to validation prompts first; of several sets, each takes its turn.
+
+    By set the rows are ranked by min_m |x - x_m| over its prompts m; then all rows by their best rank, of equals the
+    first. `sets` holds the set of each of the M validation prompts.
+    """
+    squares_NM = _squares(points_NE, validation_ME)
+    ranks = []
+    for name in sorted(set(sets)):
+        nearest_N = squares_NM[:, [owner == name for owner in sets]].min(axis=1)
+        ranks.append(np.argsort(np.argsort(nearest_N, kind="stable"), kind="stable"))
+    order_N: np.ndarray = np.argsort(np.min(ranks, axis=0), kind="stable")
+    return order_N
 
 
 @dataclass(frozen=True)

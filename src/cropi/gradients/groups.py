@@ -77,10 +77,11 @@ def _rows(table: pa.Table, order: pa.Array) -> Iterator[dict[str, Any]]:
 def _group(prompt_id: str, rows: list[Mapping[str, Any]]) -> Group | None:
     if any(row["status"] == GOLD_UNPARSEABLE for row in rows):
         return None
+    logprobs = [row["behaviour_logprobs"] for row in rows]
     return Group(
         prompt_id,
         rows[0]["prompt_ids"],
         [row["completion_ids"] for row in rows],
         [row["reward"] for row in rows],
-        [row["behaviour_logprobs"] for row in rows],
+        None if logprobs[0] is None else logprobs,  # collected for the policy that sampled them: ratio 1
     )

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import torch
 from torch import nn
@@ -29,11 +30,13 @@ from cropi.artifacts import (
 from cropi.config import Config
 from cropi.console import progress, warn
 from cropi.errors import ArtifactError, DataError
+from cropi.functional.pooling import nearest_first, principal_points
 from cropi.functional.sampling import places
 from cropi.ledger import Ledger
 from cropi.policy import Policy, completion_logprobs, encode_prompts, trainer_prompt, uses_chat
 from cropi.rewards.verifiers import reward, verifier
 from cropi.rollouts.generation import Sampling, TransformersGenerator
+from cropi.rollouts.representations import Representations
 from cropi.seeds import derived_seed, unit_interval
 
 
@@ -49,27 +52,48 @@ class Shard:
 
 
 def collect(
-    config: Config, policy: Policy, prompts: Sequence[Mapping[str, Any]], folder: Path, ledger: Ledger
+    config: Config,
+    policy: Policy,
+    prompts: Sequence[Mapping[str, Any]],
+    folder: Path,
+    ledger: Ledger,
+    representations: Representations | None = None,
 ) -> tuple[dict[str, int], dict[str, Any]]:
     """Write one `part-*.parquet` per shard to `folder`; shards that are already there are kept.
 
-    Behaviour log-probs are recomputed by the model itself in one forward pass per batch, at the sampling temperature.
-    Every shard is charged to the ledger as it is made. Returns (rows by status, details); a prompt that does not fit
+    Behaviour log-probs are recomputed by the model itself in one forward pass per batch, at the sampling temperature,
+    if `collect.logprobs` asks for them. `collect.nearby` goes by the representations. Every shard is charged to the ledger as it is made. Returns (rows by status, details); a prompt that does not fit
     into the policy's context counts as one row `prompt_too_long`.
     """
     if config.collect.top_p < 1:
         warn("collect.top_p is below 1: the sampler is not the policy whose log-probs are stored, so ratios are biased")
-    shards, too_long = plan(config, policy, prompts, sampled_prompts(config, prompts))
-    charge = partial(ledger.charge, "collect")
-    statuses, details = _sample_all(config, policy, shards, folder, charge, ("collect",))
+    shards, too_long = plan(config, policy, prompts, sampled_prompts(config, prompts, representations))
+    charge, logprobs = partial(ledger.charge, "collect"), config.collect.logprobs
+    statuses, details = _sample_all(config, policy, shards, folder, charge, ("collect",), logprobs=logprobs)
     return count_status([PROMPT_TOO_LONG] * len(too_long) + statuses), details | {"too_long": too_long}
 
 
-def sampled_prompts(config: Config, prompts: Sequence[Mapping[str, Any]]) -> set[str]:
-    """Ids of the training prompts that are to be sampled: a fixed random share of the pool."""
-    pool = [row["prompt_id"] for row in prompts if row["set"] == "train"]
-    pool.sort(key=lambda i: (unit_interval(config.seed, "collect", i), i))
-    return set(pool[: places(config.collect.fraction, len(pool))])
+def sampled_prompts(
+    config: Config, prompts: Sequence[Mapping[str, Any]], representations: Representations | None = None
+) -> set[str]:
+    """Ids of the training prompts that are to be sampled: a fixed random share of the pool, and of the rest those
+    nearest to the validation prompts. Without representations these are drawn at random too: as many, at no cost.
+    """
+    pool = sorted(row["prompt_id"] for row in prompts if row["set"] == "train")
+    shuffled = sorted(pool, key=lambda i: (unit_interval(config.seed, "collect", i), i))
+    drawn, nearby = places(config.collect.fraction, len(pool)), places(config.collect.nearby, len(pool))
+    chosen = shuffled[:drawn]
+    rest = shuffled[drawn:] if representations is None or not nearby else _nearest(pool, chosen, representations)
+    return {*chosen, *rest[:nearby]}
+
+
+def _nearest(pool: Sequence[str], chosen: Collection[str], representations: Representations) -> list[str]:
+    """Prompts of the pool that are not chosen yet, the nearest to the validation prompts first."""
+    validation = [key for key in representations if key[0] != "train"]
+    points = principal_points(np.stack([representations[key] for key in [*(("train", i) for i in pool), *validation]]))
+    order = nearest_first(points[: len(pool)], points[len(pool) :], [name for name, _ in validation])
+    taken = set(chosen)
+    return [pool[row] for row in order if pool[row] not in taken]
 
 
 def collect_anew(

@@ -16,6 +16,7 @@ from cropi.console import progress
 from cropi.policy import Policy, encode_prompts, trainer_prompt, uses_chat
 
 KIND = "representations"
+Representations = Mapping[tuple[str, str], Float[np.ndarray, " E"]]  # by (set, prompt id)
 
 
 def represent(
@@ -41,7 +42,7 @@ def represent(
     return counts, {"prompt_tokens": sum(map(len, encoded))}
 
 
-def read_representations(folder: Path) -> dict[tuple[str, str], Float[np.ndarray, " E"]]:
+def read_representations(folder: Path) -> Representations:
     """Representations by (set, prompt id)."""
     table = read_table(folder / "representations.parquet", REPRESENTATIONS)
     matrix_NE = np.array(table.column("representation").to_pylist(), dtype=np.float64)
