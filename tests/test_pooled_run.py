@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from cropi.errors import ConfigError
+from cropi.functional.pooling import principal_points
 from cropi.loading import load_config
 from cropi.pipeline import Pipeline
+from cropi.rollouts.collect import sampled_prompts
 from cropi.rollouts.representations import read_representations
 from tests.runs import SMALL, evaluations, selections
 
@@ -75,7 +77,7 @@ def test_it_scores_once_with_errors_and_the_validation_prompts_too(finished: tup
     assert 0 < len(validation) <= 6
     assert {r["set"] for r in validation} == {"sum"}
     assert all(r["trajectories"] == 8 for r in validation)
-    places = read_representations(folder / "arms/pooled/representations")
+    places = read_representations(folder / "representations")
     assert len(places) == 48 + 6
 
 
@@ -128,6 +130,50 @@ def test_scoring_again_takes_fresh_validation_prompts_where_it_scores(tmp_path: 
     trained = {v.prompt_id for v in pipeline.gathered.candidates(pipeline.space.arms["pooled"], 2).visits}
     assert trained
     assert all(evidence.tries_N[ids.index(i)] == 0 for i in trained)  # they are visits, and not counted twice
+
+
+def test_prompts_near_the_validation_prompts_are_sampled_and_ratios_are_one(tmp_path: Path) -> None:
+    pipeline, folder = run(tmp_path, "collect.fraction=0.25", "collect.nearby=0.25", "collect.logprobs=false")
+    sampled = [r for p in (folder / "trajectories").glob("part-*") for r in rows(p)]
+    assert all(r["behaviour_logprobs"] is None for r in sampled)
+    train = {r["prompt_id"] for r in sampled if r["set"] == "train"}
+    assert len(train) == 24
+    uniform = sampled_prompts(load_config("quickstart", [*POOLED, "collect.fraction=0.25"]), pipeline.space.prompt_rows)
+    near = train - uniform
+    assert len(near) == 12
+    # by brute force over distances in the same coordinates
+    places = read_representations(folder / "representations")
+    points = dict(zip(places, principal_points(np.stack(list(places.values()))), strict=True))
+    validation = [point for (name, _), point in points.items() if name != "train"]
+    distance = {
+        i: min(float(((point - other) ** 2).sum()) for other in validation)
+        for (name, i), point in points.items()
+        if name == "train" and i not in uniform
+    }
+    assert max(distance[i] for i in near) <= min(d for i, d in distance.items() if i not in near)
+
+    scores = {r["prompt_id"]: r for r in rows(folder / "arms/pooled/stages/000/scores/scores.parquet")}
+    assert {r["ratio_ess"] for r in scores.values() if r["status"] == "ok"} == {1.0}
+    charged = [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
+    shared = [e for e in charged if e["arm"] == "" and e["phase"] == "collect"]
+    assert {e["passes"] for e in shared} == {1}
+    assert [e["prompt_tokens"] > 0 for e in shared if e["tokens"] == 0] == [True]  # the representations, once
+    assert not any("forward_tokens" in e for e in charged)
+    with pytest.raises(ConfigError, match="no behaviour log-probs"):
+        pipeline.score(pipeline.space.arms["pooled"], 0, pipeline.base.model, "pooled after step 2")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("select.strategy={type: influence}", "influence scores policies after the base policy"),
+        ("select.strategy={type: pooled, rescore_every: 2}", "pooled scores policies after the base policy"),
+        ("refresh={reuse_rollouts: true}", "set refresh off"),
+    ],
+)
+def test_without_log_probs_later_policies_cannot_be_scored(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config("quickstart", [*POOLED, "collect.logprobs=false", override])
 
 
 @pytest.mark.parametrize(

@@ -116,7 +116,7 @@ class Pipeline:
 
     def score(self, arm: Arm, stage: int, model: nn.Module, origin: str) -> Manifest:
         """Influence of all training prompts at a policy; `origin` says which policy it is."""
-        self._require_ratios(origin)
+        self.require_ratios(origin)
         self.refresh(arm, stage, model, origin)
         if self.config.arms[arm.name].pools:
             self._represent("score", arm=arm.name, stage=stage)
@@ -155,7 +155,7 @@ class Pipeline:
             warn(text)
         return manifest
 
-    def _require_ratios(self, origin: str) -> None:
+    def require_ratios(self, origin: str) -> None:
         """Importance ratios, unless the policy is the one that sampled."""
         if origin != "base" and not self.config.collect.logprobs:
             raise ConfigError(

@@ -8,6 +8,7 @@ from cropi.functional.pooling import (
     Observed,
     bandwidth_of,
     kernel,
+    nearest_first,
     pooled_slopes,
     pooled_strengths,
     principal_points,
@@ -44,6 +45,14 @@ def test_principal_points_keep_distances_up_to_one_scale() -> None:
     assert (points**2).sum(axis=1).mean() == pytest.approx(1.0)
     # the first two directions carry the most, so dropping the others changes least
     assert np.var(principal_points(rows, 2), axis=0).sum() > 0.95
+
+
+def test_the_nearest_to_each_set_take_turns() -> None:
+    places = np.array([[0.0], [1.0], [2.0], [3.0], [9.0], [20.0]])
+    #  set a at 0.9: rows 1, 0, 2, 3, 4, 5;  set b at 8 and 21: rows 4 and 5 (1 away each, the first first), 3, 2, 1, 0
+    validation = np.array([[0.9], [8.0], [21.0]])
+    assert nearest_first(places, validation, ["a", "b", "b"]).tolist() == [1, 4, 0, 5, 2, 3]
+    assert nearest_first(places, validation[:1], ["a"]).tolist() == [1, 0, 2, 3, 4, 5]
 
 
 def test_principal_points_of_equal_rows_are_all_zero() -> None:

@@ -104,7 +104,8 @@ class _Auditor:
 
     def _make(self, stage: int, folder: Path) -> tuple[Mapping[str, int], Mapping[str, Any]]:
         pipeline = self._pipeline
-        policy, _ = pipeline.policy_at(self._arm, stage, None)
+        policy, origin = pipeline.policy_at(self._arm, stage, None)
+        pipeline.require_ratios(origin)
         tables = pipeline.trajectories.tables(self._arm, self._scored(stage))
         stored = self._chosen(tables["train"])
         validation = validation_groups(tables, pipeline.config.score)

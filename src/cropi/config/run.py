@@ -143,9 +143,7 @@ class Config(Table):
             raise ValueError("collect.logprobs=false leaves later stages nothing to score by: set refresh off, or true")
         for name, strategy in self.arms.items():
             if strategy.reads_scores and any(map(strategy.scored_stage, range(self.train.stages))):
-                raise ValueError(
-                    f"{name} scores later policies than the base policy, which needs collect.logprobs=true"
-                )
+                raise ValueError(f"{name} scores policies after the base policy, which needs collect.logprobs=true")
         return self
 
     @property

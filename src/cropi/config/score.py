@@ -35,8 +35,8 @@ class CollectConfig(Table):
     shard_prompts: Positive = 128
     """Prompts per shard: what an interruption can cost."""
     logprobs: bool = True
-    """Compute the behaviour log-probs, one forward pass. `false` saves it where only the base policy is scored, for which
-    all importance ratios are 1."""
+    """Compute the behaviour log-probs, one forward pass. `false` saves it where only the base policy is scored, for
+    which all importance ratios are 1."""
 
 
 class ProjectionConfig(Table):

@@ -62,8 +62,9 @@ def collect(
     """Write one `part-*.parquet` per shard to `folder`; shards that are already there are kept.
 
     Behaviour log-probs are recomputed by the model itself in one forward pass per batch, at the sampling temperature,
-    if `collect.logprobs` asks for them. `collect.nearby` goes by the representations. Every shard is charged to the ledger as it is made. Returns (rows by status, details); a prompt that does not fit
-    into the policy's context counts as one row `prompt_too_long`.
+    if `collect.logprobs` asks for them. `collect.nearby` goes by the representations. Every shard is charged to the
+    ledger as it is made. Returns (rows by status, details); a prompt that does not fit into the policy's context counts
+    as one row `prompt_too_long`.
     """
     if config.collect.top_p < 1:
         warn("collect.top_p is below 1: the sampler is not the policy whose log-probs are stored, so ratios are biased")
