@@ -23,6 +23,8 @@ def wrong_answers(config: Config) -> dict[str, bool]:
     for source in config.prompts.train:
         if isinstance(source, BuiltinSource):
             options = source.model_dump(exclude={"type", "families"})
+            if source.seed is None:
+                options["seed"] = config.seed
             for family in source.families:
                 known |= {r["prompt_id"]: r["mislabelled"] for r in generate(family, split="train", **options)}
     return known

@@ -9,6 +9,7 @@ from tests.selection.pool import pool, scores
 
 from cropi.config import PooledStrategy, SelectConfig
 from cropi.selection.candidates import Candidates, Evidence, Visit
+from cropi.selection.pooled import _shares
 from cropi.selection.select import choose, rank
 
 KINDS, EACH, SEEN = 5, 20, 5  # kinds of prompts; prompts of each; of these with trajectories
@@ -90,6 +91,39 @@ def test_what_is_learned_makes_room_and_harm_is_left_out() -> None:
     assert found[SECOND] < found[USEFUL]
     assert found[NEUTRAL] + found[2] > 0
     assert found[HARMFUL] == 0
+
+
+def test_places_by_hand() -> None:
+    """Eight prompts that still give all they gave, of ten places; the same at a quarter of the headroom; half the gain."""
+    gain_C = np.full(8, 0.5)
+    assert _shares(gain_C, gain_C, 10, room=1.0) == (8, 0)
+    assert _shares(gain_C, gain_C, 10, room=0.25) == (2, 8)
+    assert _shares(gain_C, 2 * gain_C, 10, room=0.9) == (5, 5)
+    assert _shares(gain_C[:2], gain_C[:2], 10, room=0.25) == (2, 6)
+    assert _shares(gain_C, gain_C, 10, room=0.0) == (1, 9)
+    assert _shares(gain_C[:0], gain_C[:0], 10, room=1.0) == (0, 10)
+
+
+def test_headroom_is_that_of_the_set_that_has_learned_least() -> None:
+    fresh = candidates(stage=3, steps_per_stage=16)
+    config = SelectConfig(strategy=STRATEGY, fraction=0.4)
+
+    def headroom(useful: float, second: float) -> float:
+        rates = ((USEFUL, useful), (SECOND, second))
+        seen = [visit for kind, mean in rates for step in (40, 44, 47) for visit in visits(fresh, kind, mean, step)]
+        return float(rank(dataclasses.replace(fresh, visits=seen), STRATEGY, config).facts["headroom"])
+
+    assert headroom(0.4, 0.9) == pytest.approx(headroom(0.9, 0.4), abs=0.1)
+    assert headroom(0.4, 0.9) > 0.9
+    assert headroom(0.9, 0.9) < 0.4
+
+
+def test_where_nothing_is_helpful_nothing_is_left_out_as_harmful() -> None:
+    """Both useful kinds are gone from the evidence; what is left only hurts."""
+    slopes = np.where(SLOPES > 0, -1.0, SLOPES)
+    found = kinds(candidates(slopes=slopes), size=60)
+    assert found[HARMFUL] > 0
+    assert sum(found.values()) == 60
 
 
 def test_when_all_is_learned_nothing_is_harmful_any_more() -> None:

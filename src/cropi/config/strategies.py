@@ -283,6 +283,9 @@ class PooledStrategy(StrategyTable):
     fusion: Literal["balanced", "sum", "rank"] = "balanced"
     """Over validation sets. `sum`: of the gains, each in units of what its best prompts give it. `balanced`: the same,
     with places for each set in proportion to what is left of it to learn. `rank`: Reciprocal Rank Fusion."""
+    room: Literal["headroom", "gain"] = "headroom"
+    """What keeps other prompts out of a stage: what the chosen ones still give (`gain`), and no more than what is left
+    between the pass rate and 1 in the validation set that has learned least (`headroom`)."""
     draw: Literal["top", "proportional"] = "top"
     """Of the helpful prompts more than a stage takes: the best, or drawn anew each stage in proportion to the score."""
 

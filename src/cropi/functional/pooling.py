@@ -13,7 +13,7 @@ from functools import cached_property
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-BANDWIDTHS = (0.75, 1.0, 1.25, 1.5, 2.0, 3.0, 5.0, 10.0)  # tried, in median distances to the nearest observed prompt
+BANDWIDTHS = (2.0, 1.0, 1.25, 1.5, 2.5, 3.0)  # tried, the usual one first; in median distances to the nearest observed
 TRUSTS = (1.0, 0.3, 0.1)  # weights tried for validation prompts beside the pool's
 PRIOR = 1.0  # prompts that the pool as a whole counts for beside the neighbours
 LEAST_SPREAD = 0.02  # of the pool's variance of own slopes: no neighbourhood is taken to be more uniform than that
@@ -102,11 +102,12 @@ class Observed:
 
 
 def bandwidth_of(observed: Observed) -> float:
-    """The bandwidth, of `BANDWIDTHS` times the median distance of an observed prompt to the nearest other, by which
-    neighbours tell a prompt's influence best when it is left out (Stone 1974).
+    """Twice the median distance of an observed prompt to the nearest other, unless another of `BANDWIDTHS` tells better.
 
-    What is least: sum_v mean_j (s_j - w_j f_-j)^2 / mean_j s_j^2, with f of `pooled_slopes` from all prompts but j. Of
-    more than `BLOCK` observed prompts every other one, or every third, ... is used. 1 where all lie in one place.
+    Better: by leaving one out (Stone 1974), sum_v mean_j (s_j - w_j f_-j)^2 / mean_j s_j^2 with f of `pooled_slopes`
+    from all prompts but j is less by more than a standard error of the difference (Breiman et al. 1984, section
+    3.4.3); then the best of those. Of more than `BLOCK` observed prompts every other one, or every third, ... is used.
+    1 where all lie in one place.
     """
     observed = observed.every(-(-len(observed.guests_O) // BLOCK))
     squares_OO = _squares(observed.places_OE, observed.places_OE)
@@ -115,18 +116,20 @@ def bandwidth_of(observed: Observed) -> float:
     if not np.isfinite(nearest_O).any():
         return 1.0
     unit = float(np.median(nearest_O[np.isfinite(nearest_O)]))
-    losses = [float(_left_out(squares_OO, observed, multiple * unit).mean()) for multiple in BANDWIDTHS]
-    return unit * BANDWIDTHS[int(np.argmin(losses))]
+    losses_BO = np.stack([_left_out(squares_OO, observed, multiple * unit) for multiple in BANDWIDTHS])
+    better_BO = losses_BO[0] - losses_BO
+    gains_B, count = better_BO.mean(axis=1), better_BO.shape[1]
+    gains_B[gains_B <= better_BO.std(axis=1, ddof=1) / np.sqrt(count)] = 0.0
+    return unit * BANDWIDTHS[int(np.argmax(gains_B))]
 
 
 def trust_of(observed: Observed) -> tuple[float, float]:
     """The weight, of `TRUSTS`, with which guests are to count beside the pool's own observed prompts, and the bandwidth
     that goes with it.
 
-    1, unless a smaller one (with its best bandwidth) tells the influence of the pool's own prompts, each left out,
-    better by more than a standard error of the difference (Breiman et al. 1984, section 3.4.3): then the one that does
-    so best. Guests mislead where the pool's prompts that look like them carry other labels. 1 where the pool has less
-    than two observed prompts.
+    The one by which neighbours tell the influence of the pool's own prompts best, each left out; of equals the largest.
+    Guests mislead where the pool's prompts that look like them carry other labels. 1 where the pool has less than two
+    observed prompts.
     """
     observed = observed.every(-(-len(observed.guests_O) // BLOCK))
     own_O = ~observed.guests_O
@@ -134,11 +137,8 @@ def trust_of(observed: Observed) -> tuple[float, float]:
         return 1.0, bandwidth_of(observed)
     squares_OO = _squares(observed.places_OE, observed.places_OE)
     weighted = [(one := observed.trusting(trust), bandwidth_of(one)) for trust in TRUSTS]
-    losses_TO = np.stack([_left_out(squares_OO, *one)[own_O] for one in weighted])
-    better_TO = losses_TO[0] - losses_TO
-    gains_T = better_TO.mean(axis=1)
-    gains_T[gains_T <= better_TO.std(axis=1, ddof=1) / np.sqrt(better_TO.shape[1])] = 0.0
-    best = int(np.argmax(gains_T))
+    losses = [float(_left_out(squares_OO, *one)[own_O].mean()) for one in weighted]
+    best = int(np.argmin(losses))
     return TRUSTS[best], weighted[best][1]
 
 

@@ -33,23 +33,26 @@ def pooled(candidates: Candidates, strategy: PooledStrategy, config: SelectConfi
     needed, and validation prompts count among them. Prompts that were never sampled are judged by their neighbours
     alone. w_i = E[p_i (1 - p_i)] now: see `_strengths`. b_v is what the best prompts gave set v at first (`_units`), so
     that sets count alike whatever the lengths of their gradients, and a_v what is left of it to learn
-    (`_left_to_learn`).
+    (`_left_of_sets`).
 
     Helpful are prompts whose slope lies `significance` standard errors of their neighbourhood above 0 and whose gain is
     at least `exhausted`: only they are chosen for their influence, so that a rare skill is not diluted up to the
-    fraction. Sets share the places (`_balanced`). As prompts are learned, places fall free (`_shares`) and go to other
-    prompts, drawn in proportion to w, but for those that would do harm: significantly, and of at least `exhausted` with
-    the larger of the strengths they have and had.
+    fraction. Sets share the places (`_balanced`). As prompts and sets are learned, places fall free (`_shares`) and go
+    to other prompts, drawn in proportion to w, but for those that would do harm: significantly, and of at least
+    `exhausted` with the larger of the strengths they have and had. Where nothing is helpful, influence has told nothing,
+    and no prompt is left out as harmful either.
     """
     board = _board(candidates, strategy, config)
     order_N = board.scores_N
     if strategy.draw == "proportional":
         order_N = gumbel_keys(candidates, "helpful", np.log(np.maximum(board.scores_N, 1e-300)))
     chosen_N = _balanced(order_N, board.helpful_N, board.size, board)
-    keep, others = _shares(board.gain_N[chosen_N], board.first_N[chosen_N], board.size)
+    room = board.headroom if strategy.room == "headroom" else 1.0
+    keep, others = _shares(board.gain_N[chosen_N], board.first_N[chosen_N], board.size, room)
     chosen_N = _balanced(order_N, chosen_N, keep, board)
     drawn_N = gumbel_keys(candidates, "pooled", np.log(board.strengths_N))
-    filler_N = _best(drawn_N, candidates.usable_N & ~chosen_N & ~board.harmful_N, others)
+    left_out_N = board.harmful_N if board.helpful_N.any() else np.zeros_like(board.harmful_N)
+    filler_N = _best(drawn_N, candidates.usable_N & ~chosen_N & ~left_out_N, others)
     # the helpful ones before the others, each by its own measure
     scores_N = np.where(
         chosen_N, 2 + _unit(board.scores_N), np.where(filler_N, 1 + _unit(drawn_N), _unit(board.scores_N))
@@ -71,6 +74,7 @@ class _Board:
     harmful_N: Bool[np.ndarray, " N"]
     owners_N: Int[np.ndarray, " N"] | None  # the set that each prompt serves best, where sets share the places
     left_V: Float[np.ndarray, " V"]
+    headroom: float  # what is left of 1 - p since scoring, in the validation set that has learned least
     set_ranks: Mapping[str, Int[np.ndarray, " N"]]
     names: Sequence[str]
     trust: float
@@ -83,6 +87,7 @@ class _Board:
             "harmful": int(self.harmful_N.sum()),
             "chosen_as_helpful": int(chosen_N.sum()),
             "drawn_beside_them": int(filler_N.sum()),
+            "headroom": round(self.headroom, 4),
             "left_to_learn": {name: round(float(left), 4) for name, left in zip(self.names, self.left_V, strict=True)},
             "trust_in_validation_prompts": self.trust,
             "bandwidth": round(self.bandwidth, 6),
@@ -98,7 +103,8 @@ def _board(candidates: Candidates, strategy: PooledStrategy, config: SelectConfi
     now, stored = (_strengths(candidates, evidence, places, strategy, bandwidth, now=now) for now in (True, False))
     size, w_N = share_size(config.fraction, len(candidates)), now.pool_N
     unit_V = _units(stored.pool_N[:, None] * slopes.values_NV, size)
-    left_V = _left_to_learn(evidence, now.validation_M, stored.validation_M)
+    left_V = _left_of_sets(evidence, now.validation_M, stored.validation_M)
+    headroom_V = _left_of_sets(evidence, 1 - now.validation_rates_M, 1 - stored.validation_rates_M)
     served_NV = slopes.values_NV * left_V / unit_V
     slope_N = served_NV.sum(axis=1)
     error_N = np.sqrt(((slopes.smooth_errors_NV * left_V / unit_V) ** 2).sum(axis=1))
@@ -119,6 +125,7 @@ def _board(candidates: Candidates, strategy: PooledStrategy, config: SelectConfi
         & (np.maximum(w_N, stored.pool_N) * slope_N <= -strategy.exhausted),
         owners_N=served_NV.argmax(axis=1) if strategy.fusion == "balanced" else None,
         left_V=left_V,
+        headroom=min(1.0, float(headroom_V.max())),
         set_ranks=set_ranks,
         names=names,
         trust=trust,
@@ -148,15 +155,17 @@ def _units(stored_NV: Float[np.ndarray, "N V"], size: int) -> Float[np.ndarray, 
     return np.maximum(best_V, 1e-3 * np.abs(stored_NV).max() + 1e-300)
 
 
-def _shares(gain_C: Float[np.ndarray, " C"], first_C: Float[np.ndarray, " C"], size: int) -> tuple[int, int]:
+def _shares(
+    gain_C: Float[np.ndarray, " C"], first_C: Float[np.ndarray, " C"], size: int, room: float
+) -> tuple[int, int]:
     """How many of the chosen prompts a stage takes, and how many others.
 
-    The share of the chosen is what their gain is now, of what it was at first. So a skill that is being learned makes
-    room for others, and a rare one that is not is alone in its stage.
+    The share of the chosen is what their gain is now, of what it was at first, and at most `room`. So a skill that is
+    being learned makes room for others, and a rare one that is not is alone in its stage.
     """
     if not len(gain_C):
         return 0, size
-    share = min(1.0, float(gain_C.sum() / np.maximum(first_C, gain_C).sum()))
+    share = max(min(room, float(gain_C.sum() / np.maximum(first_C, gain_C).sum())), 1 / size)
     if len(gain_C) / share > size:
         keep = max(1, round(size * share))
         return keep, size - keep
@@ -195,12 +204,13 @@ def _unit(values_N: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
     return (values_N - low) / (high - low) * (1 - 1e-9) if high > low else np.zeros_like(values_N)
 
 
-def _left_to_learn(
+def _left_of_sets(
     evidence: Evidence, now_M: Float[np.ndarray, " M"], stored_M: Float[np.ndarray, " M"]
 ) -> Float[np.ndarray, " V"]:
-    """What is left of the length of each set's direction: mean p (1 - p) of its prompts now, over that when scored.
+    """By set, the mean of a number of its prompts now, over that when they were scored.
 
-    A set that has been learned points nowhere any more; its old direction must not outweigh those of the others.
+    Of p (1 - p): what is left of the length of the set's direction. One that has been learned points nowhere any more,
+    and its old direction must not outweigh those of the others. Of 1 - p: what is left to gain.
     """
     sets = [np.array([owner == name for owner in evidence.validation_sets]) for name in evidence.names]
     return np.array([now_M[own_M].mean() / stored_M[own_M].mean() if own_M.any() else 1.0 for own_M in sets])
@@ -210,6 +220,7 @@ def _left_to_learn(
 class _Strengths:
     pool_N: Float[np.ndarray, " N"]
     validation_M: Float[np.ndarray, " M"]
+    validation_rates_M: Float[np.ndarray, " M"]
     tries_N: Float[np.ndarray, " N"]
 
 
@@ -280,8 +291,8 @@ def _strengths(
     successes_O = np.concatenate([successes_N[tried_S], evidence.validation_pass_rates_M * validation_M])
     counts_O = np.concatenate([counts_N[tried_S], validation_M])
     own_M = len(tried_S) + np.arange(len(validation_M))
-    found = [
-        pooled_strengths(kernel(points, observed_OE, bandwidth), successes_O, counts_O, own, strategy.prior)[1]
+    (_, pool_N), (rates_M, strengths_M) = (
+        pooled_strengths(kernel(points, observed_OE, bandwidth), successes_O, counts_O, own, strategy.prior)
         for points, own in ((places.pool_NE, own_N), (places.validation_ME, own_M))
-    ]
-    return _Strengths(found[0], found[1], counts_N)
+    )
+    return _Strengths(pool_N, strengths_M, rates_M, counts_N)
