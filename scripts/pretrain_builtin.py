@@ -2,6 +2,7 @@
 
     python scripts/pretrain_builtin.py                  # train, write src/cropi/builtin/policy, print the table
     python scripts/pretrain_builtin.py --evaluate-only  # print the table of the packaged policy
+    python scripts/pretrain_builtin.py --output policies/large --hidden-size 384 --layers 6 --lr 1e-3 --device cuda
 
 The corpus has two parts. First the policy learns to work problems out: every completion is step by step. Then it
 acquires habits: in family f a fixed share `STEP_SHARE[f]` of completions is step by step and right. Of the others,
@@ -89,13 +90,13 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build_policy(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """A four-layer Llama of 0.86 M parameters."""
+def build_policy(tokenizer: PreTrainedTokenizerFast, hidden_size: int, layers: int) -> LlamaForCausalLM:
+    """A Llama: 0.86 M parameters with 128 and 4, 11.6 M with 384 and 6."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=4,
+        hidden_size=hidden_size,
+        intermediate_size=3 * hidden_size,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         max_position_embeddings=128,
         tie_word_embeddings=False,
@@ -181,6 +182,7 @@ def pretrain(args: argparse.Namespace, policy: LlamaForCausalLM, tokens: dict[st
     for step, (inputs, labels) in zip(range(args.steps), batches, strict=False):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args.steps, args.lr)
+        inputs, labels = inputs.to(policy.device), labels.to(policy.device)
         logits = policy(input_ids=inputs, use_cache=False).logits[:, :-1]
         loss = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
         loss.backward()
@@ -199,7 +201,7 @@ def complete(policy, tokenizer, prompts: list[str], *, sample: bool, batch_size:
     policy.eval()
     texts = []
     for start in range(0, len(prompts), batch_size):
-        batch = tokenizer(prompts[start : start + batch_size], padding=True, return_tensors="pt")
+        batch = tokenizer(prompts[start : start + batch_size], padding=True, return_tensors="pt").to(policy.device)
         mode = {"do_sample": True, "temperature": 1.0, "top_k": 0} if sample else {"do_sample": False}
         ids = policy.generate(**batch, **mode, max_new_tokens=MAX_NEW_TOKENS)
         texts += tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -242,9 +244,9 @@ def markdown(table: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def evaluate(folder: Path, prompts: int, K: int) -> dict:
+def evaluate(folder: Path, prompts: int, K: int, device: str) -> dict:
     """Measure the policy stored in a folder on every family."""
-    policy, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    policy, tokenizer = AutoModelForCausalLM.from_pretrained(folder).to(device), AutoTokenizer.from_pretrained(folder)
     torch.manual_seed(EVALUATION_SEED)
     families = {family: measure(policy, tokenizer, family, prompts, K) for family in FAMILIES}
     return {"prompts": prompts, "K": K, "temperature": 1.0, "split": "test", "families": families}
@@ -255,6 +257,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=POLICY_DIR, help="folder to write (default: the package's)")
     parser.add_argument("--evaluate-only", action="store_true", help="only print the table of the policy in --output")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--hidden-size", type=int, default=128)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--device", default="cpu", help="where to train and measure (the packaged one: cpu)")
     parser.add_argument("--steps", type=int, default=2600)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
@@ -270,12 +275,12 @@ def main() -> None:
     if not args.evaluate_only:
         torch.manual_seed(args.seed)
         tokenizer = build_tokenizer()
-        policy = build_policy(tokenizer)
+        policy = build_policy(tokenizer, args.hidden_size, args.layers).to(args.device)
         print(f"{policy.num_parameters():,} parameters, {len(tokenizer)} words")
         pretrain(args, policy, tokenizer.get_vocab())
         policy.save_pretrained(args.output)
         tokenizer.save_pretrained(args.output)
-    rates = evaluate(args.output, args.prompts, args.samples)
+    rates = evaluate(args.output, args.prompts, args.samples, args.device)
     print(markdown(rates["families"]))
     if not args.evaluate_only:
         (args.output / "pass_rates.json").write_text(json.dumps(rates, indent=2) + "\n")
