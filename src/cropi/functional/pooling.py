@@ -102,7 +102,7 @@ class Observed:
 
 
 def bandwidth_of(observed: Observed) -> float:
-    """Twice the median distance of an observed prompt to the nearest other, unless another of `BANDWIDTHS` tells better.
+    """Twice the median distance of an observed prompt to the nearest other, unless one of `BANDWIDTHS` tells better.
 
     Better: by leaving one out (Stone 1974), sum_v mean_j (s_j - w_j f_-j)^2 / mean_j s_j^2 with f of `pooled_slopes`
     from all prompts but j is less by more than a standard error of the difference (Breiman et al. 1984, section

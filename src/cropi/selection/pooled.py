@@ -39,8 +39,8 @@ def pooled(candidates: Candidates, strategy: PooledStrategy, config: SelectConfi
     at least `exhausted`: only they are chosen for their influence, so that a rare skill is not diluted up to the
     fraction. Sets share the places (`_balanced`). As prompts and sets are learned, places fall free (`_shares`) and go
     to other prompts, drawn in proportion to w, but for those that would do harm: significantly, and of at least
-    `exhausted` with the larger of the strengths they have and had. Where nothing is helpful, influence has told nothing,
-    and no prompt is left out as harmful either.
+    `exhausted` with the larger of the strengths they have and had. Where nothing is helpful, influence has told
+    nothing, and no prompt is left out as harmful either.
     """
     board = _board(candidates, strategy, config)
     order_N = board.scores_N
