@@ -94,7 +94,7 @@ def test_what_is_learned_makes_room_and_harm_is_left_out() -> None:
 
 
 def test_places_by_hand() -> None:
-    """Eight prompts that still give all they gave, of ten places; the same at a quarter of the headroom; half the gain."""
+    """Eight prompts that give all they gave, of ten places; the same at a quarter of the headroom; at half the gain."""
     gain_C = np.full(8, 0.5)
     assert _shares(gain_C, gain_C, 10, room=1.0) == (8, 0)
     assert _shares(gain_C, gain_C, 10, room=0.25) == (2, 8)
