@@ -34,7 +34,8 @@ from cropi.gradients.reference import prompt_gradient, trainable_parameters
 from cropi.gradients.scorer import BLOCK, Scored, Scorer
 from cropi.gradients.surrogate import SurrogateSettings
 from cropi.policy import Policy, completion_logprobs, encode_prompts, load_policy
-from cropi.rewards.verifiers import reward, verifier
+from cropi.rewards.verdicts import Answered, reward
+from cropi.rewards.verifiers import verifier
 from cropi.rollouts.generation import Sampling, TransformersGenerator
 
 TARGETS = ("sum", "machine")  # one validation set each
@@ -83,7 +84,7 @@ def draw(policy: Policy, rows: Sequence[dict[str, Any]], count: int, seed: int) 
     groups = []
     for n, row in enumerate(rows):
         mine = slice(n * count, (n + 1) * count)
-        rewards = [reward(verify(text, row["answer"])) or 0.0 for text in texts[mine]]
+        rewards = [reward(verify(Answered(text, row["answer"]))) or 0.0 for text in texts[mine]]
         with torch.no_grad():
             found_KT, _ = completion_logprobs(policy.model, repeated[mine], completions[mine], temperature=1.0)
         logprobs = [found_KT[k, : len(c)].tolist() for k, c in enumerate(completions[mine])]

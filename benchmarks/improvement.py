@@ -30,12 +30,12 @@ from cropi.audit import improvement as audit
 from cropi.audit.sampling import Prompt, sample_groups
 from cropi.bench.machine import describe
 from cropi.builtin import FAMILIES, generate
-from cropi.config import ExactVerifier, PolicyConfig
+from cropi.config import ExactVerifier, PolicyConfig, VerificationConfig
 from cropi.gradients.engine import Engine
 from cropi.gradients.groups import Group
 from cropi.gradients.surrogate import SurrogateSettings
 from cropi.policy import Policy, encode_prompts, load_policy
-from cropi.rewards.verifiers import verifier
+from cropi.rewards.pool import judge_of
 from cropi.rollouts.collect import behaviour_logprobs
 from cropi.rollouts.generation import Sampling
 from cropi.seeds import derived_seed
@@ -49,7 +49,7 @@ STAGE_SUBSETS = 8  # random ones and mixtures to train on, each
 ADAM_STEPS = (5e-5, 2e-4)  # one training step, and as far as four
 RANDOM, MIXTURES = 16, 24
 SURROGATE = SurrogateSettings("constant", LENGTH)  # TRL's dr_grpo with its default scale_rewards
-VERIFY = verifier(ExactVerifier(type="exact", marker="answer"))
+JUDGE = judge_of(ExactVerifier(type="exact", marker="answer"), VerificationConfig())
 DECILES = {  # whose top and bottom tenth are subsets
     "constant std dot",
     "constant std cosine",
@@ -77,12 +77,15 @@ class Subset:
 
 def prompts_of(policy: Policy, rows: Sequence[dict[str, Any]]) -> list[Prompt]:
     encoded = encode_prompts(policy.tokenizer, [row["prompt"] for row in rows])
-    return [Prompt(row["prompt_id"], ids, row["answer"]) for row, ids in zip(rows, encoded, strict=True)]
+    return [
+        Prompt(row["prompt_id"], ids, {"source": "", "messages": "", **row})
+        for row, ids in zip(rows, encoded, strict=True)
+    ]
 
 
 def draw(policy: Policy, prompts: Sequence[Prompt], count: int, seed: int, label: str) -> list[Group]:
     """Fresh groups of the policy as it is."""
-    return sample_groups(policy, prompts, count, Sampling(LENGTH, 1.0), VERIFY, batch_size=512, seed=seed, label=label)
+    return sample_groups(policy, prompts, count, Sampling(LENGTH, 1.0), JUDGE, batch_size=512, seed=seed, label=label)
 
 
 def stored(policy: Policy, groups: Sequence[Group]) -> list[Group]:

@@ -3,7 +3,10 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+
+from cropi.rewards.verdicts import Judge, Judgement
 
 # Four families, one of them the target; two stages of three steps; under half a minute for all arms.
 SMALL = [
@@ -34,6 +37,11 @@ def cropi(*arguments: str, cwd: Path, timeout_s: float = 300) -> subprocess.Comp
         env=os.environ | {"PYTHONUNBUFFERED": "1"},
         check=False,
     )
+
+
+def judge(verdict: Callable[[str, str], str]) -> Judge:
+    """Judges rows by a function (completion, answer) -> verdict."""
+    return lambda rows: [Judgement(verdict(row.completion, row.answer), 0.0) for row in rows]
 
 
 def selections(folder: Path) -> dict[str, bytes]:

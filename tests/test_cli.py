@@ -56,6 +56,13 @@ def test_training_saw_only_the_selection_of_its_stage(finished: Path) -> None:
         assert seen <= chosen
 
 
+def test_rewards_are_audited_on_what_the_run_collected(finished: Path) -> None:
+    done = cropi("audit-rewards", "runs/quickstart", cwd=finished)
+    assert done.returncode == 0, done.stderr
+    assert "384 completions, collected by the run" in done.stdout
+    assert "gold answers against themselves: 70 correct" in done.stdout
+
+
 def test_the_same_command_again_changes_nothing(finished: Path) -> None:
     before = selections(finished), evaluations(finished)
     stamp = (finished / "runs/quickstart/trajectories/manifest.json").stat().st_mtime_ns

@@ -67,6 +67,41 @@ def test_chat_messages_and_verl_rows_are_read(tmp_path: Path) -> None:
     assert (loaded["answer"], loaded["source"]) == ("2", "sums")
 
 
+def test_what_verifiers_may_ask_for_is_kept(tmp_path: Path) -> None:
+    """verl's extra_info, reasoning-gym's metadata, or a column that is named; null where there is none."""
+    rows = [
+        question(1, extra_info={"index": 7, "split": "train"}),
+        question(2, metadata={"source_dataset": "chain_sum", "level": 3}),
+        question(3, metadata="text", mine={"a": [1]}),
+        question(4),
+    ]
+    path = write_rows(tmp_path / "pool.jsonl", rows)
+    loaded = [None if row["extra"] is None else json.loads(row["extra"]) for row in train_rows(config(path))]
+    assert loaded == [rows[0]["extra_info"], rows[1]["metadata"], None, None]
+    assert [row["source"] for row in train_rows(config(path))] == ["pool", "chain_sum", "pool", "pool"]
+    with pytest.raises(DataError, match="line 1: the column mine holds no object"):
+        train_rows(config(path, extra_column="mine"))
+    named = write_rows(tmp_path / "named.jsonl", rows[2:3])
+    assert [json.loads(row["extra"]) for row in train_rows(config(named, extra_column="mine"))] == [{"a": [1]}]
+
+
+def test_reasoning_gym_problems_differ_by_role_and_seed() -> None:
+    values = load_config("quickstart").resolved()
+    source = {"type": "reasoning_gym", "tasks": ["chain_sum", "leg_counting"], "count": 6}
+    values["prompts"] |= {"train": [source], "validation": {"v": [source]}, "test": {"t": {"sources": [source]}}}
+    rows = load_prompts(validate_config(values, "test"))
+    assert len(rows) == 36
+    assert len({row["messages"] for row in rows}) == 36
+    assert {row["source"] for row in rows} == {"chain_sum", "leg_counting"}
+    assert json.loads(rows[0]["extra"])["source_dataset"] == "chain_sum"
+    assert load_prompts(validate_config(values, "test")) == rows
+    other = load_prompts(validate_config(values | {"seed": 1}, "test"))
+    assert not {row["messages"] for row in rows if row["source"] == "chain_sum"} & {row["messages"] for row in other}
+    source["tasks"] = ["no_such_task"]
+    with pytest.raises(DataError, match="'no_such_task' cannot be made"):
+        load_prompts(validate_config(values, "test"))
+
+
 def test_hash_ranges_split_a_file_into_disjoint_parts(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "pool.jsonl", [question(n) for n in range(200)])
     parts = [{r["prompt_id"] for r in train_rows(config(path, hash_range=[a, b]))} for a, b in ((0, 0.5), (0.5, 1))]

@@ -12,7 +12,8 @@ import cropi
 from cropi.builtin import generate
 from cropi.config import ExactVerifier, PolicyConfig
 from cropi.policy import completion_logprobs, encode_prompts, load_policy
-from cropi.rewards.verifiers import reward, verifier
+from cropi.rewards.verdicts import Answered, reward
+from cropi.rewards.verifiers import verifier
 from cropi.rollouts.generation import Sampling, TransformersGenerator
 
 K = 8
@@ -24,7 +25,7 @@ def sample_groups(policy, problems, seed):
     repeated = [ids for ids in prompts for _ in range(K)]
     completions = TransformersGenerator(policy, 256)(repeated, Sampling(32, temperature=1.0), seed=seed)
     texts = policy.tokenizer.batch_decode(completions, skip_special_tokens=True)
-    judge = verifier(ExactVerifier(type="exact", marker="answer"))
+    verify = verifier(ExactVerifier(type="exact", marker="answer"))
     groups = []
     for n, problem in enumerate(problems):
         mine = slice(n * K, (n + 1) * K)
@@ -35,7 +36,7 @@ def sample_groups(policy, problems, seed):
                 prompt_id=problem["prompt_id"],
                 prompt_ids=prompts[n],
                 completions=completions[mine],
-                rewards=[reward(judge(text, problem["answer"])) for text in texts[mine]],
+                rewards=[reward(verify(Answered(text, problem["answer"]))) for text in texts[mine]],
                 behaviour_logprobs=[row[: len(c)].tolist() for row, c in zip(logprobs, completions[mine], strict=True)],
             )
         )

@@ -43,6 +43,7 @@ PROMPTS = pa.schema(
         ("source", pa.string()),
         ("messages", pa.string()),  # JSON: a string, or a list of chat messages
         ("answer", pa.string()),
+        ("extra", pa.string()),  # JSON: an object with what else verifiers may ask for; null: nothing
     ]
 )
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from cropi.artifacts import is_finished
 from cropi.config import Config
 from cropi.console import duration
 from cropi.errors import DataError
@@ -22,8 +23,10 @@ from cropi.gradients.reference import trainable_parameters
 from cropi.gradients.scoring import make_scorer, surrogate_settings
 from cropi.policy import Policy, load_policy
 from cropi.prompts import checked_prompts, leakage_warnings
-from cropi.rewards.verifiers import CORRECT, UNPARSEABLE_ANSWER, Verify, verifier
-from cropi.rollouts.collect import Shard, behaviour_logprobs, plan, sampled_prompts
+from cropi.rewards.pool import judge_of
+from cropi.rewards.verdicts import CORRECT, UNPARSEABLE_ANSWER, Judge, answered
+from cropi.rewards.verifiers import written_gold
+from cropi.rollouts.collect import Shard, behaviour_logprobs, plan, read_trajectories, sampled_prompts
 from cropi.rollouts.generation import Sampling, TransformersGenerator
 from cropi.training.settings import grpo_config
 from cropi.workspace import environment
@@ -84,15 +87,16 @@ def check_run(config: Config) -> CheckResult:
     policy = load_policy(config.policy)
     settings = grpo_config(config, config.folder, policy.model.device)
     shards, _ = plan(config, policy, prompts, sampled_prompts(config, prompts))
-    verify = verifier(config.verifier)
-    gold = Counter(verify(_written_gold(config, row["answer"]), row["answer"]) for row in prompts)
+    judge = judge_of(config.verifier, config.verification)
+    against_itself = judge([answered(written_gold(config.verifier, row["answer"]), row) for row in prompts])
+    gold = Counter(judgement.verdict for judgement in against_itself)
     if not gold[CORRECT]:
         raise DataError(
             f"the verifier judges none of the recorded answers right against itself ({dict(gold)})",
             where="verifier",
             fix="choose another verifier or other settings of it, or mend the answers.",
         )
-    sample = _sample(config, policy, [shard for shard in shards if shard.set == "train"], verify)
+    sample = _sample(config, policy, [shard for shard in shards if shard.set == "train"], judge)
     verdicts = Counter(verdict for group in sample.verdicts for verdict in group)
     return CheckResult(
         prompts=dict(Counter(row["set"] for row in prompts)),
@@ -118,14 +122,6 @@ def _warnings(gold: Counter[str], verdicts: Counter[str]) -> list[str]:
     if verdicts[UNPARSEABLE_ANSWER] > verdicts.total() / 2:
         found.append("most completions hold no answer in the form that the verifier looks for")
     return found
-
-
-def _written_gold(config: Config, answer: str) -> str:
-    """The gold answer as a completion would give it."""
-    marker = getattr(config.verifier, "marker", None)
-    if marker is not None:
-        return f"{marker} {answer}"
-    return answer if config.verifier.type != "gsm8k" or "####" in answer else f"#### {answer}"
 
 
 @dataclass(frozen=True)
@@ -154,10 +150,37 @@ def _last_words(messages: str) -> str:
     return str(value if isinstance(value, str) else value[-1]["content"])
 
 
-def _sample(config: Config, policy: Policy, shards: Sequence[Shard], verify: Verify) -> _Sample:
-    """Groups of prompts spread over the pool, and what generating them and a gradient of one cost."""
+def completions_of(
+    config: Config, table: Sequence[Mapping[str, Any]], prompts: int
+) -> tuple[list[Mapping[str, Any]], list[str], str]:
+    """(rows of the prompt table, a completion of each, where these come from): the run's stored trajectories, else
+    `num_generations` sampled now of each of so many training prompts, spread over the pool."""
+    folder = config.folder / "trajectories"
+    if is_finished(folder):
+        known = {row["prompt_id"]: row for row in table if row["set"] == "train"}
+        stored = read_trajectories(folder)["train"].select(["prompt_id", "completion"]).to_pylist()
+        kept = [row for row in stored if row["prompt_id"] in known]
+        return [known[row["prompt_id"]] for row in kept], [row["completion"] for row in kept], "collected by the run"
+    policy = load_policy(config.policy)
+    shards, _ = plan(config, policy, table, sampled_prompts(config, table))
+    pairs = _spread([shard for shard in shards if shard.set == "train"], prompts)
+    count, settings = config.collect.num_generations, config.collect
+    sampling = Sampling(settings.max_completion_length, settings.temperature, settings.top_p)
+    ids = [prompt_ids for _, prompt_ids in pairs for _ in range(count)]
+    completions = TransformersGenerator(policy, settings.batch_size)(ids, sampling, seed=config.seed)
+    texts = policy.tokenizer.batch_decode(completions, skip_special_tokens=True)
+    return [row for row, _ in pairs for _ in range(count)], texts, "sampled now"
+
+
+def _spread(shards: Sequence[Shard], count: int) -> list[tuple[Any, list[int]]]:
+    """So many prompts, evenly spaced in the order of the shards, with their token ids."""
     pairs = [pair for shard in shards for pair in zip(shard.prompts, shard.prompt_ids, strict=True)]
-    pairs = pairs[:: max(1, len(pairs) // SAMPLE_PROMPTS)][:SAMPLE_PROMPTS]
+    return pairs[:: max(1, len(pairs) // count)][:count]
+
+
+def _sample(config: Config, policy: Policy, shards: Sequence[Shard], judge: Judge) -> _Sample:
+    """Groups of prompts spread over the pool, and what generating them and a gradient of one cost."""
+    pairs = _spread(shards, SAMPLE_PROMPTS)
     count, settings = config.collect.num_generations, config.collect
     generate = TransformersGenerator(policy, settings.batch_size)
     sampling = Sampling(settings.max_completion_length, settings.temperature, settings.top_p)
@@ -176,7 +199,9 @@ def _sample(config: Config, policy: Policy, shards: Sequence[Shard], verify: Ver
     gradient_s = time.perf_counter() - start
     texts = policy.tokenizer.batch_decode(completions, skip_special_tokens=True)
     by_prompt = [texts[n : n + count] for n in range(0, len(texts), count)]
-    verdicts = [[verify(t, row["answer"]) for t in group] for (row, _), group in zip(pairs, by_prompt, strict=True)]
+    rows = [row for row, _ in pairs for _ in range(count)]
+    judged = judge([answered(text, row) for text, row in zip(texts, rows, strict=True)])
+    verdicts = [[one.verdict for one in judged[n : n + count]] for n in range(0, len(judged), count)]
     return _Sample([row for row, _ in pairs], by_prompt, verdicts, sum(map(len, completions)), generate_s, gradient_s)
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, get_args
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from cropi.config import Config
+from cropi.config import Config, Verifier
 from cropi.errors import ConfigError, hint
 
 
@@ -168,13 +168,26 @@ def validate_config(values: Mapping[str, Any], where: str) -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        problems = error.errors(include_url=False)
-        # A list whose only entry is faulty is reported as too short as well; the entry's own fault says it all.
-        blamed = [
-            p for p in problems if not any(q["loc"][: len(p["loc"])] == p["loc"] and q is not p for q in problems)
-        ]
-        lines = dict.fromkeys(_explain(problem) for problem in blamed)
-        raise ConfigError("; ".join(lines), where=where, fix="see docs/config.md or `cropi recipes copy`.") from None
+        raise _refused(error.errors(include_url=False), where) from None
+
+
+def parse_verifier(kind: str, options: Sequence[str]) -> Verifier:
+    """The verifier of a type, with `key=value` settings as on a command line."""
+    values: dict[str, Any] = {"type": kind}
+    for option in options:
+        _apply_override(values, option)
+    try:
+        return TypeAdapter(Verifier).validate_python(values)
+    except ValidationError as error:
+        problems = [{**problem, "loc": ("verifier", *problem["loc"])} for problem in error.errors(include_url=False)]
+        raise _refused(problems, "command line") from None
+
+
+def _refused(problems: Sequence[Any], where: str) -> ConfigError:
+    # A list whose only entry is faulty is reported as too short as well; the entry's own fault says it all.
+    blamed = [p for p in problems if not any(q["loc"][: len(p["loc"])] == p["loc"] and q is not p for q in problems)]
+    lines = dict.fromkeys(_explain(problem) for problem in blamed)
+    return ConfigError("; ".join(lines), where=where, fix="see docs/config.md or `cropi recipes copy`.")
 
 
 def _explain(problem: Any) -> str:

@@ -34,7 +34,7 @@ from cropi.prompts import data_identity, make_prompts
 from cropi.refreshing import Refresher
 from cropi.reporting.report import make_report
 from cropi.reporting.summary import Summary
-from cropi.rewards.verifiers import verifier
+from cropi.rewards.pool import judge_of
 from cropi.rollouts.collect import collect, collect_anew
 from cropi.rollouts.generation import Sampling, TransformersGenerator
 from cropi.rollouts.overlay import FRESH, Trajectories
@@ -300,7 +300,8 @@ class Pipeline:
             zip(self.space.train_prompts, self.trajectories.statuses(self.trajectories.base_groups), strict=True)
         )
         rows = [
-            {"prompt_id": prompt_id, "prompt": self._trainer_prompt(row), "answer": row["answer"]}
+            {"prompt": self._trainer_prompt(row), "prompt_json": row["messages"]}
+            | {name: row[name] for name in ("prompt_id", "answer", "source", "extra")}
             for prompt_id, row in self.space.train_prompts.items()
             if status_of[prompt_id] in USABLE
         ]
@@ -313,7 +314,7 @@ class Pipeline:
             stages=self.config.train.stages,
             steps_per_stage=self.config.train.steps_per_stage,
             evaluate_every=self.config.evaluate.every or self.config.train.steps_per_stage,
-            reward=RecordedReward(verifier(self.config.verifier), arm.rewards),
+            reward=RecordedReward(judge_of(self.config.verifier, self.config.verification), arm.rewards),
             select_stage=lambda stage, model, in_progress: self._select_stage(arm, stage, model, in_progress),
             evaluate=lambda step, model: self._evaluate(model, step, arm.evaluation, arm.name),
             folder=arm.folder,
@@ -356,7 +357,7 @@ class Pipeline:
             return evaluate(
                 self._test_prompts,
                 generate,
-                verifier(self.config.verifier),
+                judge_of(self.config.verifier, self.config.verification),
                 self.config.evaluate,
                 step=step,
                 seed=seed,
@@ -374,10 +375,7 @@ class Pipeline:
                 where="prompts.test",
                 fix="leave such prompts out, or lower collect.max_completion_length.",
             )
-        return [
-            Question(row["set"].removeprefix("test/"), row["prompt_id"], row["source"], row["answer"], ids)
-            for row, ids in zip(rows, encoded, strict=True)
-        ]
+        return [Question(row["set"].removeprefix("test/"), row, ids) for row, ids in zip(rows, encoded, strict=True)]
 
     def _trainer_prompt(self, row: Mapping[str, Any]) -> str | list[dict[str, Any]]:
         return trainer_prompt(row["messages"], chat=self._chat, system_prompt=self.config.prompts.system_prompt)

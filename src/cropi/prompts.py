@@ -15,13 +15,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cropi.artifacts import PROMPTS, write_table
-from cropi.config import BuiltinSource, Config, FileSource, HubSource, config_hash
+from cropi.config import BuiltinSource, Config, FileSource, HubSource, ReasoningGymSource, Source, config_hash
 from cropi.console import warn
 from cropi.errors import DataError
 from cropi.leakage import Leakage, described, find_leakage
+from cropi.seeds import derived_seed
 
 PROMPT_COLUMNS = ("prompt", "question", "problem")
 ANSWER_COLUMNS = ("answer", "solution", "ground_truth")
+EXTRA_COLUMNS = ("extra_info", "metadata")
 
 
 class Row(NamedTuple):
@@ -88,7 +90,7 @@ def data_identity(config: Config) -> dict[str, str]:
     sources = [*config.prompts.train, *(s for sources in config.prompts.validation.values() for s in sources)]
     sources += [s for test in config.prompts.test.values() for s in test.sources]
     identity = {"prompts": config_hash(config.resolved()["prompts"])}
-    if any(isinstance(source, BuiltinSource) and source.seed is None for source in sources):
+    if any(isinstance(source, BuiltinSource | ReasoningGymSource) and source.seed is None for source in sources):
         identity["seed"] = str(config.seed)
     for path in sorted({Path(s.path).expanduser() for s in sources if isinstance(s, FileSource)}):
         if path.is_file():  # a missing one is reported where it is read
@@ -108,13 +110,15 @@ def _check_quotas(config: Config, rows: Iterable[dict[str, Any]]) -> None:
         )
 
 
-def _load_set(name: str, sources: Sequence[BuiltinSource | FileSource | HubSource], seed: int) -> list[dict[str, Any]]:
+def _load_set(name: str, sources: Sequence[Source], seed: int) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     seen: dict[str, str] = {}
     for number, source in enumerate(sources):
         key = f"prompts.{name.replace('/', '.')}.{number}"
         if isinstance(source, BuiltinSource):
             loaded = list(_builtin(source, name, key, seed))
+        elif isinstance(source, ReasoningGymSource):
+            loaded = list(_reasoning_gym(source, name, key, seed))
         else:
             loaded = list(_from_rows(source, key))
         if not loaded:
@@ -144,8 +148,41 @@ def _builtin(source: BuiltinSource, set_name: str, key: str, seed: int) -> Itera
         except ValueError as error:
             raise DataError(str(error), where=key, fix="change the setting it names.") from None
         for number, row in enumerate(rows):
-            prompt = {"messages": json.dumps(row["prompt"]), "answer": row["answer"], "source": family}
+            prompt = {"messages": json.dumps(row["prompt"]), "answer": row["answer"], "source": family, "extra": None}
             yield prompt | {"prompt_id": row["prompt_id"]}, f"{key} {family} problem {number}"
+
+
+def _reasoning_gym(
+    source: ReasoningGymSource, set_name: str, key: str, seed: int
+) -> Iterator[tuple[dict[str, Any], str]]:
+    """The problems of a source; each role has seeds of its own."""
+    try:
+        import reasoning_gym
+    except ImportError:
+        raise DataError(
+            "the package reasoning-gym is not installed", where=key, fix="pip install 'cropi[reasoning-gym]'."
+        ) from None
+    role, given = set_name.split("/")[0], seed if source.seed is None else source.seed
+    for task in source.tasks:
+        drawn = derived_seed(given, "reasoning-gym", role, task) % 2**31
+        try:
+            problems = reasoning_gym.create_dataset(task, size=source.count, seed=drawn, **source.options)
+            entries = [problems[number] for number in range(source.count)]
+        except Exception as error:  # tasks check their settings in ways of their own
+            raise DataError(
+                f"the task {task!r} cannot be made: {error}", where=key, fix="check its name and options."
+            ) from None
+        for number, entry in enumerate(entries):
+            yield (
+                {
+                    "prompt_id": f"{task}-{drawn}-{number}",
+                    "source": task,
+                    "messages": json.dumps(str(entry["question"]), ensure_ascii=False),
+                    "answer": str(entry["answer"]),
+                    "extra": json.dumps(entry["metadata"], ensure_ascii=False, default=str),
+                },
+                f"{key} {task} problem {number}",
+            )
 
 
 def _from_rows(source: FileSource | HubSource, key: str) -> Iterator[tuple[dict[str, Any], str]]:
@@ -216,10 +253,13 @@ def _prompt(source: FileSource | HubSource, row: Row, key: str) -> dict[str, Any
     identity = row.values.get(source.id_column or "prompt_id")
     if source.id_column is not None and identity is None:
         raise _missing(row, source.id_column, "id", key)
-    origin = row.values.get(source.source_column or "source") or row.values.get("data_source") or name
+    extra = _extra(row, source, key)
+    origin = row.values.get(source.source_column or "source") or row.values.get("data_source")
+    origin = origin or (extra or {}).get("source_dataset") or name
     text = json.dumps(_checked_messages(messages, row, key), ensure_ascii=False)
     try:
-        f"{text}{answer}{identity}{origin}".encode()
+        written = None if extra is None else json.dumps(extra, ensure_ascii=False, default=str)
+        f"{text}{answer}{identity}{origin}{written}".encode()
     except UnicodeEncodeError:
         raise DataError(f"{row.where} holds half a surrogate pair", where=key, fix="mend the row's text.") from None
     return {
@@ -227,7 +267,21 @@ def _prompt(source: FileSource | HubSource, row: Row, key: str) -> dict[str, Any
         "source": str(origin),
         "messages": text,
         "answer": answer,
+        "extra": written,
     }
+
+
+def _extra(row: Row, source: FileSource | HubSource, key: str) -> dict[str, Any] | None:
+    if source.extra_column is not None:
+        value = row.values.get(source.extra_column)
+        if not isinstance(value, dict):
+            raise DataError(
+                f"{row.where}: the column {source.extra_column} holds no object",
+                where=key,
+                fix="mend the row, or leave extra_column out.",
+            )
+        return value
+    return next((row.values[name] for name in EXTRA_COLUMNS if isinstance(row.values.get(name), dict)), None)
 
 
 def _answer(row: Row, source: FileSource | HubSource, key: str) -> str:

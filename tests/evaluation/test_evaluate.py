@@ -1,16 +1,20 @@
 from pathlib import Path
 
 import pytest
+from tests.runs import judge
 
 from cropi.config import EvaluateConfig
 from cropi.errors import DataError
 from cropi.evaluation.evaluate import Question, accuracy, evaluate, forget_after, read_evaluations
 
 PROMPTS = [
-    Question("easy", "a", "s", "1", [1]),
-    Question("easy", "b", "s", "2", [2]),
-    Question("hard", "c", "s", "3", [3]),
-    Question("hard", "d", "s", "unreadable", [4]),
+    Question(name, {"prompt_id": prompt_id, "source": "s", "messages": '""', "answer": answer, "extra": None}, [token])
+    for name, prompt_id, answer, token in (
+        ("easy", "a", "1", 1),
+        ("easy", "b", "2", 2),
+        ("hard", "c", "3", 3),
+        ("hard", "d", "unreadable", 4),
+    )
 ]
 
 
@@ -21,6 +25,7 @@ def generate(prompts: list[list[int]], temperature: float | None, seed: int) -> 
     return [str(ids[0]) if n % 2 else "9" for n, ids in enumerate(prompts)]
 
 
+@judge
 def verify(completion: str, gold: str) -> str:
     if gold == "unreadable":
         return "unparseable_gold"

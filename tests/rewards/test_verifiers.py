@@ -1,11 +1,22 @@
 import pytest
 
-from cropi.config import ExactVerifier, Gsm8kVerifier, NumericVerifier
-from cropi.rewards.verifiers import CORRECT, UNPARSEABLE_ANSWER, UNPARSEABLE_GOLD, WRONG, reward, verifier
+from cropi.config import BoxedVerifier, ExactVerifier, Gsm8kVerifier, NumericVerifier
+from cropi.rewards.verdicts import (
+    CORRECT,
+    ERROR,
+    TIMEOUT,
+    UNPARSEABLE_ANSWER,
+    UNPARSEABLE_GOLD,
+    WRONG,
+    Answered,
+    reward,
+)
+from cropi.rewards.verifiers import last_boxed, verifier, written_gold
 
 EXACT = ExactVerifier(type="exact", marker="answer")
 NUMERIC = NumericVerifier(type="numeric")
 GSM8K = Gsm8kVerifier(type="gsm8k")
+BOXED = BoxedVerifier(type="boxed")
 
 
 @pytest.mark.parametrize(
@@ -45,16 +56,38 @@ GSM8K = Gsm8kVerifier(type="gsm8k")
         (GSM8K, "#### $1,000", "#### 1000", CORRECT),
         (GSM8K, "8", "#### 8", UNPARSEABLE_ANSWER),
         (GSM8K, "#### 9 so #### 8", "8", CORRECT),
+        (BOXED, "so \\boxed{ \\dfrac{1}{2} }.", "\\frac{1}{2}", CORRECT),
+        (BOXED, "so \\boxed{0.5}", "\\frac{1}{2}", WRONG),  # letter by letter
+        (BOXED, "\\boxed{1} \\boxed{2}", "\\boxed{2}", CORRECT),
+        (BOXED, "\\boxed{2", "2", UNPARSEABLE_ANSWER),
+        (BOXED, "\\boxed{}", "2", UNPARSEABLE_ANSWER),
+        (BOXED, "\\boxed{2}", " ", UNPARSEABLE_GOLD),
     ],
 )
 def test_verdicts(config: object, completion: str, gold: str, verdict: str) -> None:
-    assert verifier(config)(completion, gold) == verdict
+    assert verifier(config)(Answered(completion, gold)) == verdict
 
 
 def test_an_unreadable_gold_answer_is_excluded_not_scored_zero() -> None:
-    assert [reward(v) for v in (CORRECT, WRONG, UNPARSEABLE_ANSWER, UNPARSEABLE_GOLD)] == [1.0, 0.0, 0.0, None]
+    others = (WRONG, UNPARSEABLE_ANSWER, TIMEOUT, ERROR)
+    assert [reward(v) for v in (CORRECT, *others, UNPARSEABLE_GOLD)] == [1.0, 0.0, 0.0, 0.0, 0.0, None]
 
 
-def test_hostile_completions_are_judged_at_once() -> None:
-    for text in ("9" * 100_000, "1e99", "1e999999", "9" * 39 + "e99", "1/" * 50_000, "," * 100_000, "1," * 50_000):
-        assert verifier(NUMERIC)(text, "7") in {WRONG, UNPARSEABLE_ANSWER}
+@pytest.mark.parametrize("config", [EXACT, NUMERIC, GSM8K, BOXED])
+def test_a_gold_answer_as_a_completion_would_write_it_is_right(config: object) -> None:
+    assert verifier(config)(Answered(written_gold(config, "12"), "12")) == CORRECT
+
+
+@pytest.mark.parametrize(
+    ("text", "inside"),
+    [
+        ("\\boxed{a{b}c}", "a{b}c"),
+        ("\\boxed{a\\}b}", "a\\}b"),
+        ("\\boxed{\\boxed{1}}", "\\boxed{1}"),
+        ("\\fbox{3}", "3"),
+        ("\\boxed{1} } \\boxed{2}", "2"),
+        ("boxed{1}", None),
+    ],
+)
+def test_the_last_box(text: str, inside: str | None) -> None:
+    assert last_boxed(text) == inside

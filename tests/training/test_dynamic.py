@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.runs import judge
 from tests.training.test_rollouts import differences
 from tests.training.test_train import policy
 from torch import Tensor
@@ -69,7 +70,7 @@ def run(
         stages=len(selections),
         steps_per_stage=steps,
         evaluate_every=steps,
-        reward=RecordedReward(verify, folder / "rewards.jsonl"),
+        reward=RecordedReward(judge(verify), folder / "rewards.jsonl"),
         select_stage=lambda stage, *_: selections[stage],
         evaluate=lambda *_: None,
         folder=folder,

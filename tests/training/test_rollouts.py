@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.runs import judge
 from tests.training.test_train import ROWS, policy, verdict
 from trl import GRPOTrainer
 
@@ -46,7 +47,7 @@ def run(folder: Path, *overrides: str, record: bool = True) -> dict[str, torch.T
         stages=1,
         steps_per_stage=STEPS,
         evaluate_every=STEPS,
-        reward=RecordedReward(verdict, folder / "rewards.jsonl"),
+        reward=RecordedReward(judge(verdict), folder / "rewards.jsonl"),
         select_stage=lambda *_: [row["prompt_id"] for row in ROWS[:8]],  # whole generation batches
         evaluate=lambda *_: None,
         folder=folder,

@@ -9,6 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file
+from tests.runs import judge
 from torch import nn
 
 from cropi.builtin import POLICY_DIR
@@ -73,7 +74,7 @@ def run(folder: Path, *overrides: str, recorder: Recorder | None = None) -> tupl
         stages=STAGES,
         steps_per_stage=STEPS,
         evaluate_every=2,
-        reward=RecordedReward(verdict, folder / "rewards.jsonl"),
+        reward=RecordedReward(judge(verdict), folder / "rewards.jsonl"),
         select_stage=recorder.select,
         evaluate=recorder.evaluate,
         folder=folder,

@@ -8,7 +8,7 @@ from typing import Any
 
 from cropi.gradients.groups import Group
 from cropi.policy import Policy
-from cropi.rewards.verifiers import Verify, reward
+from cropi.rewards.verdicts import Judge, answered, reward
 from cropi.rollouts.generation import Sampling, TransformersGenerator
 from cropi.seeds import derived_seed
 
@@ -19,7 +19,7 @@ class Prompt:
 
     prompt_id: str
     prompt_ids: list[int]
-    answer: str
+    row: Mapping[str, Any]  # of the prompt table
 
 
 def sample_groups(
@@ -27,7 +27,7 @@ def sample_groups(
     prompts: Sequence[Prompt],
     count: int,
     sampling: Sampling,
-    verify: Verify,
+    judge: Judge,
     *,
     batch_size: int,
     seed: int,
@@ -41,10 +41,12 @@ def sample_groups(
     repeated = [prompt.prompt_ids for prompt in prompts for _ in range(count)]
     completions = generate(repeated, sampling, seed=derived_seed(seed, "audit", label))
     texts = policy.tokenizer.batch_decode(completions, skip_special_tokens=True)
+    rows = [prompt.row for prompt in prompts for _ in range(count)]
+    judged = judge([answered(text, row) for text, row in zip(texts, rows, strict=True)])
     groups = []
     for number, prompt in enumerate(prompts):
         part = slice(number * count, (number + 1) * count)
-        rewards = [reward(verify(text, prompt.answer)) for text in texts[part]]
+        rewards = [reward(judgement.verdict) for judgement in judged[part]]
         known = [value for value in rewards if value is not None]
         if len(known) == count:
             groups.append(Group(prompt.prompt_id, prompt.prompt_ids, completions[part], known, None))
@@ -52,5 +54,5 @@ def sample_groups(
 
 
 def as_prompts(groups: Sequence[Group], rows: Mapping[str, Mapping[str, Any]]) -> list[Prompt]:
-    """The prompts of stored groups, with the answers of the prompt table."""
-    return [Prompt(group.prompt_id, group.prompt_ids, rows[group.prompt_id]["answer"]) for group in groups]
+    """The prompts of stored groups, with their rows of the prompt table."""
+    return [Prompt(group.prompt_id, group.prompt_ids, rows[group.prompt_id]) for group in groups]

@@ -125,7 +125,8 @@ def mixed_groups(families: Sequence[str], split: str, count: int, seed: int) -> 
     from cropi.builtin import generate
     from cropi.config import ExactVerifier, PolicyConfig
     from cropi.policy import encode_prompts, load_policy
-    from cropi.rewards.verifiers import reward, verifier
+    from cropi.rewards.verdicts import Answered, reward
+    from cropi.rewards.verifiers import verifier
     from cropi.rollouts.generation import Sampling, TransformersGenerator
 
     policy = load_policy(PolicyConfig(path="builtin"))
@@ -144,7 +145,7 @@ def mixed_groups(families: Sequence[str], split: str, count: int, seed: int) -> 
         texts = policy.tokenizer.batch_decode(completions, skip_special_tokens=True)
         for n, row in enumerate(part):
             mine = slice(n * TRAJECTORIES, (n + 1) * TRAJECTORIES)
-            rewards = [reward(verify(text, row["answer"])) or 0.0 for text in texts[mine]]
+            rewards = [reward(verify(Answered(text, row["answer"]))) or 0.0 for text in texts[mine]]
             if len(set(rewards)) > 1:
                 yield Group(row["prompt_id"], prompts[n], completions[mine], rewards, None)
                 found += 1

@@ -25,6 +25,7 @@ from cropi.cli.shell import (
     quiet_libraries,
     read_config,
 )
+from cropi.cli.verify import audit_rewards, verify
 
 app = typer.Typer(
     cls=Commands,
@@ -38,6 +39,8 @@ app = typer.Typer(
 app.add_typer(recipes, name="recipes")
 app.command()(audit)
 app.command()(compare)
+app.command()(verify)
+app.command("audit-rewards")(audit_rewards)
 app.add_typer(bench, name="bench")
 
 

@@ -28,7 +28,7 @@ LOG = "log.txt"
 SHOWN_CHANGES = 5
 
 SUITE = "suite"  # names all recipes of the scenario suite
-SHARED_TABLES = ("seed", "policy", "prompts", "verifier", "collect", "evaluate")
+SHARED_TABLES = ("seed", "policy", "prompts", "verifier", "verification", "collect", "evaluate")
 PER_RUN = ("name", "run_dir", "seed", "baselines")  # what a comparison sets itself
 
 

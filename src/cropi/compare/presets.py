@@ -16,7 +16,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 Patch = Mapping[str, Any]
 
 # What pairs the runs: the same for every strategy.
-COMMON = ("name", "run_dir", "seed", "baselines", "policy", "prompts", "verifier", "evaluate")
+COMMON = ("name", "run_dir", "seed", "baselines", "policy", "prompts", "verifier", "verification", "evaluate")
 
 
 def presets() -> dict[str, dict[str, Any]]:

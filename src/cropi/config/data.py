@@ -1,13 +1,13 @@
-"""The policy, the prompts, and how a completion is judged."""
+"""The policy and the prompts."""
 
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from cropi.config.base import Fraction, Positive, Table
+from cropi.config.base import Fraction, NonNegative, Positive, Table
 
 BUILTIN_POLICY = "builtin"
 
@@ -61,6 +61,9 @@ class _RowSource(Table):
     """Column of a unique id. Unset: `prompt_id` where present, else a hash of the prompt and answer."""
     source_column: str | None = None
     """Column that names where a prompt comes from. Unset: `source` where present, else the file or dataset name."""
+    extra_column: str | None = None
+    """Column with an object of further facts, for verifiers that ask for them. Unset: the first of `extra_info` (verl),
+    `metadata` (reasoning-gym) that holds one."""
     hash_range: tuple[Fraction, Fraction] = (0.0, 1.0)
     """Keep the rows whose id hashes into [low, high): disjoint ranges split one file into disjoint sets."""
     limit: Positive | None = None
@@ -97,7 +100,22 @@ class HubSource(_RowSource):
     """The dataset's split."""
 
 
-Source = Annotated[BuiltinSource | FileSource | HubSource, Field(discriminator="type")]
+class ReasoningGymSource(Table):
+    """Problems that reasoning-gym generates."""
+
+    type: Literal["reasoning_gym"]
+    """Picks this kind of source."""
+    tasks: tuple[str, ...] = Field(min_length=1)
+    """Names of its datasets. Each gives `count` problems."""
+    count: Positive
+    """Problems of each task."""
+    seed: NonNegative | None = None
+    """Seed of the problems; the run's `seed` when unset. Train, validation and test draw differently from one seed."""
+    options: dict[str, Any] = Field(default={})
+    """Settings of the tasks, as reasoning-gym names them."""
+
+
+Source = Annotated[BuiltinSource | FileSource | HubSource | ReasoningGymSource, Field(discriminator="type")]
 
 
 class TestSetConfig(Table):
@@ -132,31 +150,3 @@ class PromptsConfig(Table):
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
                 raise ValueError(f"the set name {name!r} may hold letters, digits, '.', '_' and '-' only")
         return self
-
-
-class ExactVerifier(Table):
-    """Right when the text after the last marker equals the answer, white space aside."""
-
-    type: Literal["exact"]
-    """Picks this verifier."""
-    marker: Annotated[str, Field(min_length=1)] | None = None
-    """The answer stands after the last occurrence of this text. Unset: the whole completion is the answer."""
-
-
-class NumericVerifier(Table):
-    """Right when the last number of the completion equals the answer."""
-
-    type: Literal["numeric"]
-    """Picks this verifier."""
-    tolerance: Annotated[float, Field(ge=0)] = 1e-6
-    """Largest difference that still counts as equal, relative to max(1, |gold|)."""
-
-
-class Gsm8kVerifier(Table):
-    """Right when the number after the last `####` equals the one after the gold's last `####`."""
-
-    type: Literal["gsm8k"]
-    """Picks this verifier."""
-
-
-Verifier = Annotated[ExactVerifier | NumericVerifier | Gsm8kVerifier, Field(discriminator="type")]

@@ -10,10 +10,11 @@ from typing import Annotated, Any
 from pydantic import Field, model_validator
 
 from cropi.config.base import Fraction, NonNegative, Positive, Table
-from cropi.config.data import PolicyConfig, PromptsConfig, Verifier
+from cropi.config.data import PolicyConfig, PromptsConfig
 from cropi.config.score import CollectConfig, ScoreConfig
 from cropi.config.select import SelectConfig
 from cropi.config.strategies import Strategy
+from cropi.config.verifiers import VerificationConfig, Verifier
 
 
 class TrainConfig(Table):
@@ -76,6 +77,8 @@ class Config(Table):
     """The data."""
     verifier: Verifier
     """How a completion is judged."""
+    verification: VerificationConfig = VerificationConfig()
+    """The processes that judge."""
     collect: CollectConfig
     """Trajectory collection."""
     score: ScoreConfig = ScoreConfig()

@@ -16,7 +16,7 @@ from cropi.config import EvaluateConfig
 from cropi.console import warn
 from cropi.errors import DataError
 from cropi.functional.statistics import Interval, bootstrap_mean
-from cropi.rewards.verifiers import Verify, reward
+from cropi.rewards.verdicts import Answered, Judge, answered, reward
 
 # (prompts as token ids, temperature or None for greedy, seed) -> completions as text
 Generate = Callable[[Sequence[list[int]], float | None, int], list[str]]
@@ -29,16 +29,14 @@ class Question:
     """One test question."""
 
     set: str
-    prompt_id: str
-    source: str
-    answer: str
+    row: Mapping[str, Any]  # of the prompt table
     prompt_ids: list[int]
 
 
 def evaluate(
     prompts: Sequence[Question],
     generate: Generate,
-    verify: Verify,
+    judge: Judge,
     config: EvaluateConfig,
     *,
     step: int,
@@ -52,28 +50,30 @@ def evaluate(
     """
     texts = generate([prompt.prompt_ids for prompt in prompts], None, seed)
     sampled: list[list[float]] = [[] for _ in prompts]
+    drawn: list[Answered] = []
     if config.samples:
         repeated = [prompt.prompt_ids for prompt in prompts for _ in range(config.samples)]
-        for index, text in enumerate(generate(repeated, config.temperature, seed)):
-            row = index // config.samples
-            sampled[row].append(reward(verify(text, prompts[row].answer)) or 0.0)
+        texts_sampled = generate(repeated, config.temperature, seed)
+        drawn = [answered(text, prompts[index // config.samples].row) for index, text in enumerate(texts_sampled)]
+    judged = judge([*(answered(text, prompt.row) for text, prompt in zip(texts, prompts, strict=True)), *drawn])
+    for index, judgement in enumerate(judged[len(prompts) :]):
+        sampled[index // config.samples].append(reward(judgement.verdict) or 0.0)
     rows = []
-    for prompt, text, values in zip(prompts, texts, sampled, strict=True):
-        verdict = verify(text, prompt.answer)
-        greedy = reward(verdict)
+    for prompt, text, values, judgement in zip(prompts, texts, sampled, judged, strict=False):
+        greedy = reward(judgement.verdict)
         if greedy is None:
             continue
         rows.append(
             {
                 "set": prompt.set,
-                "prompt_id": prompt.prompt_id,
-                "source": prompt.source,
+                "prompt_id": prompt.row["prompt_id"],
+                "source": prompt.row["source"],
                 "step": step,
                 "greedy": greedy,
                 "sampled": float(np.mean(values)) if values else None,
                 "samples": len(values),
                 "completion": text,
-                "verdict": verdict,
+                "verdict": judgement.verdict,
             }
         )
     _refuse_empty(prompts, rows)

@@ -12,7 +12,7 @@ from cropi.config import Config
 from cropi.reporting.blocks import Block, Card, Text
 from cropi.reporting.reading import prompt_text, read_completions, rows_of, scored_stage, selection_table
 from cropi.reporting.wording import ABSENT, NOT_MEASURED, decimal, with_error
-from cropi.rewards.verifiers import CORRECT
+from cropi.rewards.verdicts import CORRECT
 from cropi.seeds import unit_interval
 from cropi.workspace import Workspace
 

@@ -1,4 +1,9 @@
-"""Verifiers and their verdicts. A verifier compares a completion with the recorded (gold) answer."""
+"""Verifiers: is a completion's answer right?
+
+A verifier compares a completion with the recorded (gold) answer and gives a verdict. Here are those of our own, which
+are pure string work in time linear in the text; `mathematics` and `adapters` have those that call libraries. All run in
+the processes of `pool`.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +12,25 @@ import re
 from collections.abc import Callable
 from fractions import Fraction
 
-from cropi.config import ExactVerifier, Gsm8kVerifier, NumericVerifier
+from cropi.config import (
+    BoxedVerifier,
+    ExactVerifier,
+    FunctionVerifier,
+    Gsm8kVerifier,
+    MathVerifier,
+    NumericVerifier,
+    ReasoningGymVerifier,
+    Verifier,
+    VerlVerifier,
+)
+from cropi.rewards.verdicts import CORRECT, UNPARSEABLE_ANSWER, UNPARSEABLE_GOLD, WRONG, Answered
 
-CORRECT = "correct"
-WRONG = "wrong"
-UNPARSEABLE_ANSWER = "unparseable_answer"  # the completion holds no answer in the form asked for: reward 0
-UNPARSEABLE_GOLD = "unparseable_gold"  # the recorded answer is not in that form: the row is excluded, never scored 0
-
-Verify = Callable[[str, str], str]  # (completion, gold) -> verdict
+Verify = Callable[[Answered], str]
 
 # A number as people write it: sign, digits with thousands separators or a leading point, decimals, a fraction, a power
 # of ten. It must not go on at either side: a part of a longer number is another number. The bounds on its length keep a
 # completion of a million digits from becoming a million-digit integer.
-_NUMBER = re.compile(
+NUMBER = re.compile(
     r"(?<![\d./])(?<!\d,)[-+]?"
     r"(?:(?:\d{1,3}(?:,\d{3}){1,12}|\d{1,40})(?:\.\d{1,40})?|\.\d{1,40})"
     r"(?:/\d{1,40}|[eE][-+]?\d{1,2})?(?![\d/]|[.,]\d)"
@@ -27,20 +38,48 @@ _NUMBER = re.compile(
 _MINUS = str.maketrans({"\u2212": "-"})  # the minus sign of typesetters
 
 
-def verifier(config: ExactVerifier | NumericVerifier | Gsm8kVerifier) -> Verify:
-    """The function (completion, gold) -> verdict that a config names."""
+def verifier(config: Verifier) -> Verify:
+    """The function row -> verdict that a config names. ImportError, ValueError where it cannot be had."""
     match config:
         case ExactVerifier():
-            return lambda completion, gold: _exact(completion, gold, config.marker)
+            return lambda row: _exact(row.completion, row.answer, config.marker)
         case NumericVerifier():
-            return lambda completion, gold: _numeric(completion, gold, config.tolerance)
+            return lambda row: _numeric(row.completion, row.answer, config.tolerance)
         case Gsm8kVerifier():
-            return _gsm8k
+            return lambda row: _gsm8k(row.completion, row.answer)
+        case BoxedVerifier():
+            return lambda row: _boxed(row.completion, row.answer)
+        case MathVerifier():
+            from cropi.rewards.mathematics import math_verifier
+
+            return math_verifier(config)
+        case ReasoningGymVerifier():
+            from cropi.rewards.adapters import reasoning_gym_verifier
+
+            return reasoning_gym_verifier(config)
+        case FunctionVerifier():
+            from cropi.rewards.adapters import function_verifier
+
+            return function_verifier(config)
+        case VerlVerifier():
+            from cropi.rewards.adapters import verl_verifier
+
+            return verl_verifier(config)
 
 
-def reward(verdict: str) -> float | None:
-    """1 for correct, None (no reward at all) for a gold answer that cannot be read, 0 for anything else."""
-    return None if verdict == UNPARSEABLE_GOLD else float(verdict == CORRECT)
+def written_gold(config: Verifier, answer: str) -> str:
+    """The gold answer as a completion would give it."""
+    marker = getattr(config, "marker", None)
+    if marker is not None:
+        return f"{marker} {answer}"
+    written = getattr(config, "written", None)
+    if written is not None:
+        return str(written).replace("{answer}", answer)
+    if config.type == "gsm8k":
+        return answer if "####" in answer else f"#### {answer}"
+    if config.type in ("boxed", "math"):
+        return answer if last_boxed(answer) is not None else f"\\boxed{{{answer}}}"
+    return answer
 
 
 def _exact(completion: str, gold: str, marker: str | None) -> str:
@@ -67,6 +106,43 @@ def _gsm8k(completion: str, gold: str) -> str:
     return _compare(given, first_number(gold.rpartition("####")[2]), 1e-6)
 
 
+def _boxed(completion: str, gold: str) -> str:
+    expected = plain_latex(gold if (inner := last_boxed(gold)) is None else inner)
+    if not expected:
+        return UNPARSEABLE_GOLD
+    given = last_boxed(completion)
+    if given is None or not plain_latex(given):
+        return UNPARSEABLE_ANSWER
+    return CORRECT if plain_latex(given) == expected else WRONG
+
+
+_BRACES = re.compile(r"(\\(?:boxed|fbox)\s*\{)|\\.|([{}])", re.DOTALL)
+_SPACING = re.compile(r"\\[,;:! ]|\\(?:left|right|displaystyle|quad|qquad)(?![A-Za-z])|\s+|[$~]")
+_FRACTION = re.compile(r"\\[dt]frac(?![A-Za-z])")
+
+
+def last_boxed(text: str) -> str | None:
+    r"""What stands in the last `\boxed{...}` whose braces close; None where there is none.
+
+    Of nested boxes the outermost. Escaped braces do not count.
+    """
+    found, open_at = None, list[int]()
+    for match in _BRACES.finditer(text):
+        box, brace = match.groups()
+        if box:
+            open_at.append(match.end())
+        elif brace == "{":
+            open_at.append(-1)
+        elif brace and open_at and (start := open_at.pop()) >= 0:
+            found = text[start : match.start()]
+    return found
+
+
+def plain_latex(text: str) -> str:
+    """Without spacing, dollar signs and the full stop at the end; one name for fractions of all sizes."""
+    return _SPACING.sub("", _FRACTION.sub(r"\\frac", text)).rstrip(".")
+
+
 def _compare(given: Fraction | None, expected: Fraction | None, tolerance: float) -> str:
     if expected is None:
         return UNPARSEABLE_GOLD
@@ -78,17 +154,18 @@ def _compare(given: Fraction | None, expected: Fraction | None, tolerance: float
 
 def first_number(text: str) -> Fraction | None:
     """The first number of a text, exactly; None where there is none."""
-    found = _NUMBER.search(text.translate(_MINUS))
-    return _value(found.group()) if found else None
+    found = NUMBER.search(text.translate(_MINUS))
+    return value_of(found.group()) if found else None
 
 
 def last_number(text: str) -> Fraction | None:
     """The last number of a text, exactly; None where there is none."""
-    numbers = _NUMBER.findall(text.translate(_MINUS))
-    return _value(numbers[-1]) if numbers else None
+    numbers = NUMBER.findall(text.translate(_MINUS))
+    return value_of(numbers[-1]) if numbers else None
 
 
-def _value(text: str) -> Fraction | None:
+def value_of(text: str) -> Fraction | None:
+    """The value of what `NUMBER` has found; None where it is not finite."""
     try:
         value = Fraction(text.replace(",", "").lstrip("+"))
     except (ValueError, ZeroDivisionError):

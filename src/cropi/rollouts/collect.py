@@ -34,7 +34,8 @@ from cropi.functional.pooling import nearest_first, principal_points
 from cropi.functional.sampling import places
 from cropi.ledger import Ledger
 from cropi.policy import Policy, completion_logprobs, encode_prompts, trainer_prompt, uses_chat
-from cropi.rewards.verifiers import reward, verifier
+from cropi.rewards.pool import judge_of
+from cropi.rewards.verdicts import answered, reward
 from cropi.rollouts.generation import Sampling, TransformersGenerator
 from cropi.rollouts.representations import Representations
 from cropi.seeds import derived_seed, unit_interval
@@ -213,16 +214,17 @@ def _sample(
     sampling = Sampling(settings.max_completion_length, settings.temperature, settings.top_p)
     completions = generate(repeated, sampling, seed=seed)
     texts = policy.tokenizer.batch_decode(completions, skip_special_tokens=True)
-    verify, eos = verifier(config.verifier), set(policy.eos_ids)
+    prompts = [prompt for prompt in shard.prompts for _ in range(shard.samples)]
+    judge, eos = judge_of(config.verifier, config.verification), set(policy.eos_ids)
+    judged = judge([answered(text, prompt) for text, prompt in zip(texts, prompts, strict=True)])
     rows = []
     for index, (ids, completion) in enumerate(zip(repeated, completions, strict=True)):
-        prompt = shard.prompts[index // shard.samples]
-        verdict = verify(texts[index], prompt["answer"])
+        verdict = judged[index].verdict
         value = reward(verdict)
         ended = bool(completion) and completion[-1] in eos
         rows.append(
             {
-                "prompt_id": prompt["prompt_id"],
+                "prompt_id": prompts[index]["prompt_id"],
                 "set": shard.set,
                 "sample": index % shard.samples,
                 "prompt_ids": ids,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cropi.artifacts import append_jsonl, read_jsonl, write_text
-from cropi.rewards.verifiers import Verify, reward
+from cropi.rewards.verdicts import Answered, Judge, reward
 
 
 @dataclass(frozen=True)
@@ -34,15 +34,18 @@ class RecordedReward:
 
     __name__ = "verdict"
 
-    def __init__(self, verify: Verify, path: Path) -> None:
-        self._verify, self._path = verify, path
+    def __init__(self, judge: Judge, path: Path) -> None:
+        self._judge, self._path = judge, path
         self.latest: Judged | None = None
 
     def __call__(
         self, completions: list[Any], answer: list[str], prompt_id: list[str], completion_ids: list[Any], **columns: Any
     ) -> list[float | None]:
         texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
-        verdicts = [self._verify(text, gold) for text, gold in zip(texts, answer, strict=True)]
+        kept = ("source", "prompt_json", "extra")
+        others = zip(*(columns.get(name, [""] * len(texts)) for name in kept), strict=True)
+        rows = [Answered(text, gold, *rest) for text, gold, rest in zip(texts, answer, others, strict=True)]
+        verdicts = [judgement.verdict for judgement in self._judge(rows)]
         rewards = [reward(verdict) for verdict in verdicts]
         row = {
             "step": columns["trainer_state"].global_step,

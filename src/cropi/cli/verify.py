@@ -1,0 +1,113 @@
+"""`cropi verify` and `cropi audit-rewards`: is a right answer judged right?"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+import typer
+
+from cropi.cli.shell import AsJson, ConfigArgument, Overrides, print_result, quiet_libraries, read_config
+from cropi.errors import DataError
+
+BATCH = 1024  # rows that are judged together, so that a long file does not have to fit into memory
+TEXTS = ("completion", "answer", "source")
+
+Options = Annotated[
+    list[str] | None,
+    typer.Option("--option", metavar="key=value", help="A setting of the verifier; repeatable.", show_default=False),
+]
+
+
+def verify(
+    verifier: Annotated[str, typer.Option(help="Its type: exact, numeric, gsm8k, boxed, math, …")],
+    options: Options = None,
+    processes: Annotated[int, typer.Option(min=1, help="Processes that judge.")] = 2,
+    seconds: Annotated[float, typer.Option(min=0.001, help="Wall-clock time for one answer.")] = 5.0,
+    memory_mb: Annotated[int, typer.Option(min=1, help="MiB that judging may take beyond the start-up's.")] = 1024,
+) -> None:
+    """Judge JSONL rows {"completion", "answer"} from standard input; one verdict a line, in order.
+
+    Rows may have `source`, `prompt` (text or chat messages) and `extra` (an object), for verifiers that ask for them.
+    """
+    from cropi.config import VerificationConfig
+    from cropi.loading import parse_verifier
+    from cropi.rewards.pool import Pool
+    from cropi.rewards.verdicts import Answered
+
+    config = parse_verifier(verifier, options or [])
+    limits = VerificationConfig(processes=processes, seconds=seconds, memory_mb=memory_mb)
+    with Pool(config, limits) as pool:
+        batch: list[Answered] = []
+
+        def flush() -> None:
+            for judgement in pool(batch):
+                note = {"note": judgement.note} if judgement.note else {}
+                print(json.dumps({"verdict": judgement.verdict, "seconds": round(judgement.seconds, 6)} | note))
+            sys.stdout.flush()
+            batch.clear()
+
+        try:
+            for row in _rows():
+                batch.append(row)
+                if len(batch) == BATCH:
+                    flush()
+        finally:  # what came before a row that cannot be read is judged
+            flush()
+        counts = ", ".join(f"{count} {verdict}" for verdict, count in pool.counts.most_common())
+        print(f"{counts or 'no rows'}; {pool.kills} processes ended", file=sys.stderr)
+
+
+def _rows() -> Iterator[Any]:
+    from cropi.rewards.verdicts import Answered
+
+    for number, line in enumerate(sys.stdin.buffer, start=1):
+        if not line.strip():
+            continue
+        where = f"standard input, line {number}"
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"not JSON ({error})", where=where, fix="mend that line.") from None
+        if not isinstance(row, dict) or not all(isinstance(row.get(name, ""), str) for name in TEXTS):
+            raise DataError("is no object with texts", where=where, fix='write {"completion": "…", "answer": "…"}.')
+        if "completion" not in row or "answer" not in row:
+            raise DataError("lacks completion or answer", where=where, fix='write {"completion": "…", "answer": "…"}.')
+        prompt, extra = row.get("prompt"), row.get("extra")
+        yield Answered(
+            row["completion"],
+            row["answer"],
+            row.get("source", ""),
+            "" if prompt is None else json.dumps(prompt),
+            "" if extra is None else json.dumps(extra),
+        )
+
+
+def audit_rewards(
+    config: ConfigArgument,
+    overrides: Overrides = None,
+    against: Annotated[
+        str | None, typer.Option(help="A second verifier, by type: where do the two disagree?", show_default=False)
+    ] = None,
+    options: Options = None,
+    prompts: Annotated[int, typer.Option(min=1, help="Training prompts that completions are sampled for.")] = 64,
+    as_json: AsJson = False,
+) -> None:
+    """Gold answers against themselves, format against pass rate, two verifiers against each other; what to fix.
+
+    The completions are those that the run has collected, else sampled now; nothing is written.
+    """
+    loaded = read_config(config, overrides)
+    quiet_libraries()
+    from cropi.inspection import completions_of
+    from cropi.loading import parse_verifier
+    from cropi.prompts import load_prompts
+    from cropi.rewards.audit import audit_of
+
+    other = None if against is None else parse_verifier(against, options or [])
+    table = load_prompts(loaded)
+    rows, texts, origin = completions_of(loaded, table, prompts)
+    result = audit_of(loaded, table, rows, texts, origin, other)
+    print_result(result.as_json(), as_json, result.as_text())

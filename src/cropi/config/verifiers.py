@@ -1,0 +1,134 @@
+"""How a completion is judged."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from cropi.config.base import Positive, Table
+
+
+class VerifierTable(Table):
+    """One verifier."""
+
+    pure: ClassVar[bool] = True  # equal rows always get equal verdicts
+
+
+class ExactVerifier(VerifierTable):
+    """Right when the text after the last marker equals the answer, white space aside."""
+
+    type: Literal["exact"]
+    """Picks this verifier."""
+    marker: Annotated[str, Field(min_length=1)] | None = None
+    """The answer stands after the last occurrence of this text. Unset: the whole completion is the answer."""
+
+
+class NumericVerifier(VerifierTable):
+    """Right when the last number of the completion equals the answer."""
+
+    type: Literal["numeric"]
+    """Picks this verifier."""
+    tolerance: Annotated[float, Field(ge=0)] = 1e-6
+    """Largest difference that still counts as equal, relative to max(1, |gold|)."""
+
+
+class Gsm8kVerifier(VerifierTable):
+    """Right when the number after the last `####` equals the one after the gold's last `####`."""
+
+    type: Literal["gsm8k"]
+    """Picks this verifier."""
+
+
+class BoxedVerifier(VerifierTable):
+    r"""Right when the last `\boxed{...}` holds the same LaTeX as the answer, spacing aside."""
+
+    type: Literal["boxed"]
+    """Picks this verifier."""
+
+
+class MathVerifier(VerifierTable):
+    r"""Right when the last `\boxed{...}`, or what is said to be the answer, means the gold answer, by math-verify."""
+
+    type: Literal["math"]
+    """Picks this verifier."""
+    boxed_only: bool = False
+    r"""Only a `\boxed{...}` is an answer, not what follows the last `####`, `answer is` or `answer:`."""
+    max_length: Positive = 1000
+    """Characters of an answer, at the most: a longer one is none."""
+
+
+class ReasoningGymVerifier(VerifierTable):
+    """Right when a task of reasoning-gym scores the answer high enough. Many of its tasks give partial credit."""
+
+    type: Literal["reasoning_gym"]
+    """Picks this verifier."""
+    threshold: Annotated[float, Field(gt=0, le=1)] = 0.99
+    """Score from which an answer is right."""
+    marker: Annotated[str, Field(min_length=1)] | None = None
+    """The answer stands after the last occurrence of this text. Unset: in the last `<answer>...</answer>`, else all."""
+
+
+DottedPath = Annotated[str, Field(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)+$")]
+
+
+class FunctionVerifier(VerifierTable):
+    """A reward function of your own, with TRL's signature; it gets one completion at a time."""
+
+    pure: ClassVar[bool] = False
+
+    type: Literal["function"]
+    """Picks this verifier."""
+    path: DottedPath
+    """`module.function`, importable where the run is started. It is code, and is run: use your own only."""
+    threshold: float = 0.5
+    """Reward from which a completion is right. None from the function excludes the row."""
+    answer_as: Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")] = "answer"
+    """Name of the keyword argument with the recorded answers (TRL's own functions: `solution`)."""
+    messages: bool = False
+    """Give completions as chat messages instead of text."""
+    written: str = "{answer}"
+    """How a right completion writes the answer, for checks of the gold answers against themselves."""
+
+
+class VerlVerifier(VerifierTable):
+    """A `compute_score(data_source, solution_str, ground_truth, extra_info)` of verl, or one like it."""
+
+    pure: ClassVar[bool] = False
+
+    type: Literal["verl"]
+    """Picks this verifier."""
+    path: DottedPath = "verl.utils.reward_score.default_compute_score"
+    """Where it is. It is code, and is run: use your own only."""
+    threshold: float = 0.5
+    """Score from which a completion is right."""
+    data_source: str | None = None
+    """The data source that it is told. Unset: each prompt's own."""
+    written: str = "{answer}"
+    """How a right completion writes the answer, for checks of the gold answers against themselves."""
+
+
+Verifier = Annotated[
+    ExactVerifier
+    | NumericVerifier
+    | Gsm8kVerifier
+    | BoxedVerifier
+    | MathVerifier
+    | ReasoningGymVerifier
+    | FunctionVerifier
+    | VerlVerifier,
+    Field(discriminator="type"),
+]
+
+
+class VerificationConfig(Table):
+    """The processes that verifiers run in."""
+
+    processes: Positive = 2
+    """How many, at the most."""
+    seconds: Annotated[float, Field(gt=0)] = 5.0
+    """Wall-clock time for one answer; then the process is ended, the answer tried once more, and judged `timeout`."""
+    memory_mb: Positive = 1024
+    """MiB that judging may take beyond what a process has after start-up (where the system can limit it)."""
+    start_seconds: Annotated[float, Field(gt=0)] = 120.0
+    """Time for a process to import what the verifier needs."""

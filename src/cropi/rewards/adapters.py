@@ -1,0 +1,155 @@
+"""Verifiers that are someone else's: tasks of reasoning-gym, reward functions in TRL's form, verl's `compute_score`."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import json
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+from cropi.config import FunctionVerifier, ReasoningGymVerifier, VerlVerifier
+from cropi.rewards.verdicts import CORRECT, UNPARSEABLE_ANSWER, UNPARSEABLE_GOLD, WRONG, Answered
+from cropi.rewards.verifiers import Verify
+
+
+def reasoning_gym_verifier(config: ReasoningGymVerifier) -> Verify:
+    """Row -> verdict by the score that the task gives. ImportError where reasoning-gym is missing.
+
+    The task is named by the entry's `metadata.source_dataset`, in the row's extra columns, else by its source.
+    """
+    try:
+        from reasoning_gym import get_score_answer_fn
+        from reasoning_gym.utils import extract_answer
+    except ImportError:
+        raise ImportError(
+            "the verifier `reasoning_gym` needs that package: pip install 'cropi[reasoning-gym]'"
+        ) from None
+
+    def verify(row: Answered) -> str:
+        metadata = _extra(row)
+        entry = {"question": _question(row.prompt), "answer": row.answer, "metadata": metadata}
+        task = metadata.get("source_dataset") or row.source
+        try:
+            score = get_score_answer_fn(task)
+        except ValueError:  # no such task
+            return UNPARSEABLE_GOLD
+        if config.marker is not None:
+            _, found, given = row.completion.rpartition(config.marker)
+            answer = given.strip() if found else None
+        else:
+            answer = extract_answer(row.completion) if "<answer>" in row.completion else row.completion.strip()
+        if not answer or not harmless(answer):
+            return UNPARSEABLE_ANSWER
+        return _verdict(score(answer=answer, entry=entry), config.threshold)
+
+    return verify
+
+
+# Some tasks evaluate the answer as Python, and sympy's parser, which others call, does so as well.
+_DANGEROUS = re.compile(
+    r"__|\blambda\b|\.\s*[A-Za-z_]\w*\s*\("
+    r"|\b(?:exec|eval|open|compile|getattr|setattr|delattr|globals|locals|vars|input|breakpoint|exit|quit)\s*\("
+)
+_HARMLESS = (
+    ast.Expression, ast.Constant, ast.List, ast.Tuple, ast.Set, ast.Dict, ast.Name, ast.Load, ast.UnaryOp, ast.BinOp,
+    ast.BoolOp, ast.Compare, ast.operator, ast.unaryop, ast.boolop, ast.cmpop, ast.Call,
+)  # fmt: skip
+
+
+def harmless(answer: str) -> bool:
+    """Whether nothing is run when an answer is evaluated as Python: no attributes, no calls but of plain names that
+    are no builtins with an effect, nothing that could reach them."""
+    if _DANGEROUS.search(answer):
+        return False
+    try:
+        tree = ast.parse(answer.strip(), mode="eval")
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return True  # not Python: it cannot be evaluated as such
+    return all(
+        isinstance(node, _HARMLESS) and not (isinstance(node, ast.Call) and not isinstance(node.func, ast.Name))
+        for node in ast.walk(tree)
+    )
+
+
+def function_verifier(config: FunctionVerifier) -> Verify:
+    """Row -> verdict by a reward function in TRL's form: `f(completions, **columns) -> rewards`, called with one row.
+
+    It gets `prompts`, `completions`, the recorded answer under the configured name, `source`, and the row's extra
+    columns, each as a list of one, as far as its signature takes them.
+    """
+    function = _imported(config.path)
+    accepted = _parameters(function)
+
+    def verify(row: Answered) -> str:
+        completion = [{"role": "assistant", "content": row.completion}] if config.messages else row.completion
+        prompt = json.loads(row.prompt) if row.prompt else ""
+        columns = {name: [value] for name, value in _extra(row).items()}
+        columns |= {"prompts": [prompt], "completions": [completion], "source": [row.source]}
+        columns[config.answer_as] = [row.answer]
+        given = columns if accepted is None else {k: v for k, v in columns.items() if k in accepted}
+        rewards = function(**given)
+        if len(rewards) != 1:
+            raise ValueError(f"{config.path} returned {len(rewards)} rewards for one completion")
+        return _verdict(rewards[0], config.threshold)
+
+    return verify
+
+
+def verl_verifier(config: VerlVerifier) -> Verify:
+    """Row -> verdict by `compute_score(data_source, solution_str, ground_truth, extra_info)`: a number, or a dict with
+    `score`."""
+    function = _imported(config.path)
+
+    def verify(row: Answered) -> str:
+        result = function(
+            data_source=config.data_source or row.source,
+            solution_str=row.completion,
+            ground_truth=row.answer,
+            extra_info=_extra(row) or None,
+        )
+        return _verdict(result["score"] if isinstance(result, dict) else result, config.threshold)
+
+    return verify
+
+
+def _verdict(score: Any, threshold: float) -> str:
+    """None, in TRL, says that a row is not for this function."""
+    if score is None:
+        return UNPARSEABLE_GOLD
+    value = float(score)
+    if math.isnan(value):
+        raise ValueError("the score is not a number")
+    return CORRECT if value >= threshold else WRONG
+
+
+def _extra(row: Answered) -> dict[str, Any]:
+    found = json.loads(row.extra) if row.extra else {}
+    return found if isinstance(found, dict) else {}
+
+
+def _question(prompt: str) -> str:
+    messages = json.loads(prompt) if prompt else ""
+    return messages if isinstance(messages, str) else messages[-1]["content"]
+
+
+def _imported(path: str) -> Callable[..., Any]:
+    module, _, name = path.rpartition(".")
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ImportError(f"{path} cannot be imported ({error})") from None
+    if not callable(function):
+        raise TypeError(f"{path} is not a function")
+    return function
+
+
+def _parameters(function: Callable[..., Any]) -> set[str] | None:
+    """Names that a function takes; None where it takes any."""
+    parameters = inspect.signature(function).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return None
+    return {parameter.name for parameter in parameters}

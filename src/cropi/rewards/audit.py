@@ -1,0 +1,167 @@
+"""Are rewards what they should be? Gold answers against themselves, format by source, one verifier beside another."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cropi.config import Config, Verifier
+from cropi.rewards.pool import judge_of
+from cropi.rewards.verdicts import CORRECT, ERROR, TIMEOUT, UNPARSEABLE_ANSWER, UNPARSEABLE_GOLD, answered
+from cropi.rewards.verifiers import written_gold
+
+SHOWN = 20  # examples of each kind, at the most
+TEXT = 200  # characters of a text in an example
+LITTLE = 0.8  # a format that fewer completions keep to is worth a remark
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What `audit-rewards` found."""
+
+    completions: int
+    origin: str
+    gold: dict[str, int]  # verdicts on gold answers against themselves
+    bad_gold: list[dict[str, str]]
+    sources: dict[str, dict[str, float]]
+    verdicts: dict[str, int]
+    disagreement: dict[str, Any] | None
+    fixes: list[str]
+
+    def as_json(self) -> dict[str, Any]:
+        return vars(self)
+
+    def as_text(self) -> str:
+        lines = ["gold answers against themselves: " + _listed(self.gold)]
+        lines += [f"  {row['verdict']:<18} {row['prompt_id']}  {row['answer']!r}" for row in self.bad_gold]
+        lines.append(f"{self.completions} completions, {self.origin}: " + _listed(self.verdicts))
+        lines.append("source                     completions  in format  right  right if in format")
+        lines += [
+            f"{name[:26]:<26} {row['completions']:>11,.0f} {row['in_format']:>10.0%} {row['right']:>6.0%} {_share(row)}"
+            for name, row in self.sources.items()
+        ]
+        if self.disagreement is not None:
+            two = self.disagreement
+            lines.append(f"{two['first']} and {two['second']} disagree on {two['count']} of {two['of']} completions")
+            lines += [
+                f"  {row['first']:<18} {row['second']:<18} gold {row['answer']!r}, …{row['completion'][-80:]!r}"
+                for row in two["examples"]
+            ]
+        lines += [f"fix: {text}" for text in self.fixes] or ["nothing to fix was found"]
+        return "\n".join(lines)
+
+
+def _share(row: Mapping[str, float]) -> str:
+    return f"{row['right'] / row['in_format']:>19.0%}" if row["in_format"] else f"{'–':>19}"
+
+
+def _listed(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in counts.items()) or "none"
+
+
+def audit_of(
+    config: Config,
+    prompts: Sequence[Mapping[str, Any]],
+    rows: Sequence[Mapping[str, Any]],
+    texts: Sequence[str],
+    origin: str,
+    other: Verifier | None,
+) -> Audit:
+    """Judge the gold answers of all prompts, and completions (`rows` are their prompts), by the run's verifier and
+    perhaps another."""
+    judge = judge_of(config.verifier, config.verification)
+    gold = [one.verdict for one in judge([answered(written_gold(config.verifier, r["answer"]), r) for r in prompts])]
+    asked = [answered(text, row) for text, row in zip(texts, rows, strict=True)]
+    verdicts = [judgement.verdict for judgement in judge(asked)]
+    disagreement = None
+    if other is not None:
+        second = [judgement.verdict for judgement in judge_of(other, config.verification)(asked)]
+        differing = [
+            n for n, (a, b) in enumerate(zip(verdicts, second, strict=True)) if (a == CORRECT) != (b == CORRECT)
+        ]
+        disagreement = {
+            "first": config.verifier.type,
+            "second": other.type,
+            "of": len(asked),
+            "count": len(differing),
+            "first_only": sum(verdicts[n] == CORRECT for n in differing),
+            "examples": [
+                {
+                    "prompt_id": rows[n]["prompt_id"],
+                    "first": verdicts[n],
+                    "second": second[n],
+                    "answer": rows[n]["answer"][:TEXT],
+                    "completion": texts[n][-TEXT:],
+                }
+                for n in differing[:SHOWN]
+            ],
+        }
+    sources = _by_source([row["source"] for row in rows], verdicts)
+    bad = [
+        {"prompt_id": row["prompt_id"], "answer": row["answer"][:TEXT], "verdict": verdict}
+        for row, verdict in zip(prompts, gold, strict=True)
+        if verdict != CORRECT
+    ]
+    return Audit(
+        completions=len(texts),
+        origin=origin,
+        gold=dict(Counter(gold)),
+        bad_gold=bad[:SHOWN],
+        sources=sources,
+        verdicts=dict(Counter(verdicts)),
+        disagreement=disagreement,
+        fixes=_fixes(gold, verdicts, sources, disagreement),
+    )
+
+
+def _by_source(origins: Sequence[str], verdicts: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Shares of the completions whose gold answer can be read."""
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    for origin, verdict in zip(origins, verdicts, strict=True):
+        counts[origin][verdict] += 1
+    found = {}
+    for origin, count in sorted(counts.items()):
+        judged = count.total() - count[UNPARSEABLE_GOLD]
+        found[origin] = {
+            "completions": float(count.total()),
+            "in_format": 1 - count[UNPARSEABLE_ANSWER] / judged if judged else 0.0,
+            "right": count[CORRECT] / judged if judged else 0.0,
+        }
+    return found
+
+
+def _fixes(
+    gold: Sequence[str],
+    verdicts: Sequence[str],
+    sources: Mapping[str, Mapping[str, float]],
+    disagreement: Mapping[str, Any] | None,
+) -> list[str]:
+    found = []
+    unread, wrong = gold.count(UNPARSEABLE_GOLD), sum(one not in (CORRECT, UNPARSEABLE_GOLD) for one in gold)
+    if unread:
+        found.append(
+            f"{unread} gold answers cannot be read: their prompts are left out. Mend them, or choose a verifier that "
+            "reads them."
+        )
+    if wrong:
+        found.append(
+            f"{wrong} gold answers are not right against themselves: a right completion would get no reward. Mend "
+            "them, or choose another verifier."
+        )
+    loose = [name for name, row in sources.items() if row["in_format"] < LITTLE]
+    if loose:
+        found.append(
+            f"few completions of {', '.join(loose)} hold an answer in the verifier's form: say in the prompt what form "
+            "it must have, raise collect.max_completion_length if they are cut short, or warm the policy up."
+        )
+    hopeless = [name for name, row in sources.items() if row["in_format"] >= LITTLE and not row["right"]]
+    if hopeless:
+        found.append(f"no completion of {', '.join(hopeless)} is right: too hard, or the gold answers are wrong.")
+    for verdict, remedy in ((TIMEOUT, "raise verification.seconds"), (ERROR, "see `cropi verify` for their notes")):
+        if count := list(verdicts).count(verdict):
+            found.append(f"{count} completions ended as {verdict} and got no reward: {remedy}.")
+    if disagreement is not None and disagreement["count"]:
+        found.append("read the completions on which the two verifiers disagree: one of them is wrong.")
+    return found

@@ -1,0 +1,286 @@
+"""A pool of worker processes that can be killed: no answer hangs, crashes or fills the memory of who asks.
+
+Workers are `python -m cropi.rewards.worker`, started anew rather than forked, so nothing of the caller is run twice and
+no lock is inherited. Requests and answers are JSON lines over pipes. Which row a worker is at, and since when, stands
+in memory that both see: it can be read even when the worker is stuck in a C function.
+"""
+
+from __future__ import annotations
+
+import atexit
+import hashlib
+import json
+import os
+import selectors
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter, OrderedDict, deque
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from mmap import mmap
+from pathlib import Path
+from typing import Any
+
+from cropi.config import VerificationConfig, Verifier
+from cropi.errors import ConfigError
+from cropi.rewards.verdicts import ERROR, TIMEOUT, Answered, Judgement
+from cropi.rewards.worker import NUMBER, PROGRESS_FD, SINCE
+
+CHUNK = 64  # rows sent to a worker at once, at most
+CHUNK_CHARACTERS = 1_000_000  # and so much text of them, unless a single row has more
+CACHED = 100_000  # judgements that are remembered
+ATTEMPTS = 2  # of a row that ends its worker
+_HERE = str(Path(__file__).parents[2])  # where this package is imported from
+
+
+@dataclass
+class _Job:
+    """A row on its way."""
+
+    place: int  # in the caller's list
+    row: Answered
+    attempts: int = 0
+
+
+class _Worker:
+    """One process, and the rows that it has been sent."""
+
+    def __init__(self, spec: str, settings: VerificationConfig) -> None:
+        self._shared = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `kill`
+        self._shared.truncate(NUMBER.size + SINCE.size)
+        self._progress = mmap(self._shared.fileno(), NUMBER.size + SINCE.size)
+        NUMBER.pack_into(self._progress, 0, -1)
+        self.jobs: deque[_Job] = deque()
+        self.ready = False
+        self.started = time.monotonic()
+        self._partial = b""
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        environment[PROGRESS_FD] = str(self._shared.fileno())
+        environment["PYTHONPATH"] = os.pathsep.join([_HERE, *filter(None, [environment.get("PYTHONPATH")])])
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "cropi.rewards.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            pass_fds=(self._shared.fileno(),),
+            env=environment,
+            start_new_session=True,  # an interrupt from the keyboard is the caller's business
+        )
+        path = [*sys.path, str(Path.cwd())]  # functions of the user's stand where the run is started
+        hello = {"verifier": json.loads(spec), "memory_mb": settings.memory_mb, "path": path}
+        self._send(hello)
+
+    def _send(self, message: Any) -> None:
+        assert self.process.stdin is not None
+        with suppress(BrokenPipeError):  # it has died: its end is read where answers are
+            self.process.stdin.write(json.dumps(message).encode() + b"\n")
+            self.process.stdin.flush()
+
+    def send(self, jobs: Sequence[_Job]) -> None:
+        self.jobs.extend(jobs)
+        self._send([list(job.row) for job in jobs])
+
+    def read(self) -> list[Any] | None:
+        """Complete messages; None when the process has ended."""
+        assert self.process.stdout is not None
+        data = os.read(self.process.stdout.fileno(), 1 << 16)
+        if not data:
+            return None
+        *lines, self._partial = (self._partial + data).split(b"\n")
+        return [json.loads(line) for line in lines]
+
+    def busy_for(self, now: float) -> tuple[int, float]:
+        """(which of the rows sent so far it is at, for how many seconds); -1 between rows."""
+        (number,), (since,) = NUMBER.unpack_from(self._progress), SINCE.unpack_from(self._progress, NUMBER.size)
+        return number, now - since
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        for stream in (self.process.stdin, self.process.stdout):
+            assert stream is not None
+            with suppress(BrokenPipeError):
+                stream.close()
+        self._progress.close()
+        self._shared.close()
+
+
+class Pool:
+    """Judges rows by one verifier in `workers` processes, started when first asked.
+
+    A row that takes longer than `seconds` of wall-clock time, or whose worker needs more than `memory_mb` MiB beyond
+    what it had after start-up or dies, is tried once more in a fresh process and then judged `timeout` or `error`; the
+    pool goes on. Judgements of equal rows are remembered unless the verifier is a function of the user's, which may be
+    anything. `counts` holds how many rows got which verdict; `kills` how many processes were ended.
+
+    Errors: ConfigError when the verifier cannot be set up (a missing package, a function that cannot be imported).
+    """
+
+    def __init__(self, verifier: Verifier, settings: VerificationConfig) -> None:
+        self._spec, self._settings = verifier.model_dump_json(), settings
+        self._cache: OrderedDict[bytes, Judgement] | None = OrderedDict() if verifier.pure else None
+        self._workers: list[_Worker] = []
+        self._done_before: dict[int, int] = {}  # rows finished by a worker, by its process id
+        self._lock = threading.Lock()
+        self.counts: Counter[str] = Counter()
+        self.kills = 0
+        atexit.register(self.close)
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End all processes. The pool may be used again."""
+        for worker in self._workers:
+            worker.kill()
+        self._workers.clear()
+        self._done_before.clear()
+
+    def __call__(self, rows: Sequence[Answered]) -> list[Judgement]:
+        """Verdicts in the order of the rows."""
+        with self._lock:
+            found: dict[int, Judgement] = {}
+            first: dict[bytes, int] = {}
+            twins: list[tuple[int, bytes]] = []
+            jobs: deque[_Job] = deque()
+            keys: dict[int, bytes] = {}
+            for place, row in enumerate(rows):
+                if self._cache is None:
+                    jobs.append(_Job(place, row))
+                    continue
+                key = keys[place] = _key(row)
+                known = self._cache.get(key)
+                if known is not None:
+                    self._cache.move_to_end(key)
+                    found[place] = known
+                elif key in first:
+                    twins.append((place, key))
+                else:
+                    first[key] = place
+                    jobs.append(_Job(place, row))
+            try:
+                self._run(jobs, found)
+            except BaseException:
+                self.close()
+                raise
+            found |= {place: found[first[key]] for place, key in twins}
+            if self._cache is not None:
+                for key, place in first.items():
+                    self._cache[key] = found[place]
+                while len(self._cache) > CACHED:
+                    self._cache.popitem(last=False)
+            self.counts.update(judgement.verdict for judgement in found.values())
+            return [found[place] for place in range(len(rows))]
+
+    def _run(self, jobs: deque[_Job], found: dict[int, Judgement]) -> None:
+        wanted = len(found) + len(jobs)
+        while len(found) < wanted:
+            self._hand_out(jobs)
+            busy = [worker for worker in self._workers if worker.jobs or not worker.ready]
+            with selectors.DefaultSelector() as selector:
+                for worker in busy:
+                    assert worker.process.stdout is not None
+                    selector.register(worker.process.stdout, selectors.EVENT_READ, worker)
+                events = selector.select(min(0.05, self._settings.seconds / 10))
+            for event, _ in events:
+                self._listen(event.data, jobs, found)
+            now = time.monotonic()
+            for worker in list(self._workers):
+                self._watch(worker, now, jobs, found)
+
+    def _hand_out(self, jobs: deque[_Job]) -> None:
+        """Start processes for the rows that wait, and give each idle one a chunk."""
+        while jobs and len(self._workers) < min(self._settings.processes, len(self._workers) + len(jobs)):
+            self._workers.append(_Worker(self._spec, self._settings))
+        for worker in self._workers:
+            if worker.ready and not worker.jobs and jobs:
+                share = -(-len(jobs) // (2 * self._settings.processes))
+                worker.send(_chunk(jobs, max(1, min(CHUNK, share))))
+
+    def _listen(self, worker: _Worker, jobs: deque[_Job], found: dict[int, Judgement]) -> None:
+        messages = worker.read()
+        if messages is None:
+            self._bury(worker, ERROR, jobs, found)
+            return
+        for message in messages:
+            if "failed" in message:
+                raise ConfigError(
+                    f"the verifier cannot be set up: {message['failed']}", where="verifier", fix=message["fix"]
+                )
+            worker.ready = True
+            for verdict, seconds, note in message.get("done", ()):
+                job = worker.jobs.popleft()
+                found[job.place] = Judgement(verdict, seconds, note)
+                self._done_before[worker.process.pid] = self._done_before.get(worker.process.pid, 0) + 1
+
+    def _watch(self, worker: _Worker, now: float, jobs: deque[_Job], found: dict[int, Judgement]) -> None:
+        """Kill a process that has been at one row for too long."""
+        if not worker.ready:
+            if now - worker.started > self._settings.start_seconds:
+                raise ConfigError(
+                    f"a verifier process was not ready after {self._settings.start_seconds:g} s",
+                    where="verification.start_seconds",
+                    fix="give it more time, or look at what importing the verifier does.",
+                )
+            return
+        number, seconds = worker.busy_for(now)
+        if worker.jobs and number >= 0 and seconds > self._settings.seconds:
+            self._bury(worker, TIMEOUT, jobs, found)
+
+    def _bury(self, worker: _Worker, verdict: str, jobs: deque[_Job], found: dict[int, Judgement]) -> None:
+        """The row that a process was at is to blame; the others of its chunk are sent again."""
+        number, seconds = worker.busy_for(time.monotonic())
+        at = number - self._done_before.pop(worker.process.pid, 0)
+        was_ready = worker.ready
+        worker.kill()
+        self._workers.remove(worker)
+        self.kills += 1
+        if not was_ready:
+            raise ConfigError(
+                f"a verifier process ended while it started (exit code {worker.process.returncode})",
+                where="verifier",
+                fix="run `python -m cropi.rewards.worker` by hand to see why, or raise verification.memory_mb.",
+            )
+        again = list(worker.jobs)
+        if again:
+            culprit = again.pop(at if 0 <= at < len(again) else 0)
+            culprit.attempts += 1
+            if culprit.attempts < ATTEMPTS:
+                again.insert(0, culprit)
+            else:
+                note = "took too long" if verdict == TIMEOUT else "ended its process: out of memory, or a crash"
+                found[culprit.place] = Judgement(verdict, seconds, note)
+        jobs.extendleft(reversed(again))
+
+
+def _chunk(jobs: deque[_Job], size: int) -> list[_Job]:
+    """The next rows, at most `size`; one that has ended a worker goes alone."""
+    taken = [jobs.popleft()]
+    characters = len(taken[0].row.completion)
+    while jobs and len(taken) < size and not taken[0].attempts and not jobs[0].attempts:
+        characters += len(jobs[0].row.completion)
+        if characters > CHUNK_CHARACTERS:
+            break
+        taken.append(jobs.popleft())
+    return taken
+
+
+_POOLS: dict[tuple[str, str], Pool] = {}
+
+
+def judge_of(verifier: Verifier, settings: VerificationConfig) -> Pool:
+    """The pool of a verifier: one in this process, whoever asks."""
+    key = verifier.model_dump_json(), settings.model_dump_json()
+    if key not in _POOLS:
+        _POOLS[key] = Pool(verifier, settings)
+    return _POOLS[key]
+
+
+def _key(row: Answered) -> bytes:
+    return hashlib.blake2b(json.dumps(list(row)).encode(), digest_size=16).digest()

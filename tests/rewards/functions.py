@@ -1,0 +1,83 @@
+"""Reward functions, good and bad, for tests of the pool."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+CALLS: list[str] = []
+
+
+def equal(completions: list[str], answer: list[str], **_: Any) -> list[float]:
+    return [float(text == gold) for text, gold in zip(completions, answer, strict=True)]
+
+
+def hangs(completions: list[str], answer: list[str], **_: Any) -> list[float]:
+    if completions[0] == "bad":
+        time.sleep(1000)
+    return equal(completions, answer)
+
+
+def fills_memory(completions: list[str], answer: list[str], **_: Any) -> list[float]:
+    if completions[0] == "bad":
+        kept = [bytearray(2**24) for _ in range(1000)]
+        return [float(len(kept))]
+    return equal(completions, answer)
+
+
+def dies(completions: list[str], answer: list[str], **_: Any) -> list[float]:
+    if completions[0] == "bad":
+        os._exit(3)
+    return equal(completions, answer)
+
+
+def raises(completions: list[str], answer: list[str], **_: Any) -> list[float]:
+    if completions[0] == "bad":
+        raise ValueError("I do not like this one")
+    return equal(completions, answer)
+
+
+def dies_once(completions: list[str], answer: list[str], **_: Any) -> list[float]:
+    marker = Path(os.environ["CROPI_TEST_MARKER"])
+    if not marker.exists():
+        marker.touch()
+        os._exit(3)
+    return equal(completions, answer)
+
+
+def prints(completions: list[str], answer: list[str], **_: Any) -> list[float]:
+    print('{"done": [["correct", 0, ""]]}', flush=True)
+    return equal(completions, answer)
+
+
+def none(completions: list[str], answer: list[str], **_: Any) -> list[float | None]:
+    return [None]
+
+
+def counts_calls(completions: list[str], answer: list[str], **_: Any) -> list[float]:
+    CALLS.append(completions[0])
+    return [float(len(CALLS) >= 5)]
+
+
+def strict_signature(completions: list[list[dict[str, str]]], solution: list[str]) -> list[float]:
+    return [float(completions[0][0]["content"] == solution[0])]
+
+
+def sees(prompts: list[Any], completions: list[str], source: list[str], level: list[int], **_: Any) -> list[float]:
+    return [float(prompts[0][-1]["content"] == "2+5?" and source == ["sums"] and level == [3])]
+
+
+def two(completions: list[str], **_: Any) -> list[float]:
+    return [1.0, 1.0]
+
+
+def not_a_number(completions: list[str], **_: Any) -> list[float]:
+    return [float("nan")]
+
+
+def verl_score(data_source: str, solution_str: str, ground_truth: str, extra_info: dict[str, Any] | None) -> Any:
+    if data_source == "sums":
+        return {"score": float(solution_str == ground_truth), "acc": True}
+    return float(extra_info == {"level": 3})

@@ -1,0 +1,139 @@
+"""`cropi verify` and `cropi audit-rewards`."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cropi.config import ExactVerifier, NumericVerifier
+from cropi.loading import load_config, parse_verifier
+from cropi.rewards.audit import audit_of
+from tests.runs import cropi
+
+
+def verify(text: str, *arguments: str, cwd: Path | None = None) -> tuple[list[dict[str, Any]], str, int]:
+    done = subprocess.run(
+        [sys.executable, "-m", "cropi", "verify", *arguments],
+        input=text,
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        timeout=120,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+        check=False,
+    )
+    return [json.loads(line) for line in done.stdout.splitlines()], done.stderr, done.returncode
+
+
+def lines(*rows: dict[str, Any]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def test_one_verdict_a_row_in_order() -> None:
+    rows = [{"completion": f"so {n}", "answer": "3"} for n in range(5)] + [{"completion": "?", "answer": "3"}]
+    found, errors, code = verify(lines(*rows), "--verifier", "numeric")
+    assert [row["verdict"] for row in found] == ["wrong"] * 3 + ["correct", "wrong", "unparseable_answer"]
+    assert all(set(row) == {"verdict", "seconds"} and row["seconds"] >= 0 for row in found)
+    assert "4 wrong, 1 correct, 1 unparseable_answer; 0 processes ended" in errors
+    assert code == 0
+
+
+def test_settings_and_limits_of_a_verifier_and_a_function_in_the_working_folder(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "import time\n"
+        "def f(completions, answer, **_):\n"
+        "    time.sleep(60 if completions[0] == 'slow' else 0)\n"
+        "    return [float(completions[0] == answer[0])]\n"
+    )
+    rows = [{"completion": text, "answer": "7"} for text in ("7", "slow", "8")]
+    found, _, code = verify(
+        lines(*rows), "--verifier", "function", "--option", "path=mine.f", "--seconds", "0.5", cwd=tmp_path
+    )
+    assert [row["verdict"] for row in found] == ["correct", "timeout", "wrong"]
+    assert found[1]["note"] == "took too long"
+    assert code == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments", "message"),
+    [
+        ("", ["--verifier", "nummeric"], "did you mean 'numeric'?"),
+        ("", ["--verifier", "exact", "--option", "mark=x"], "unknown key verifier.mark"),
+        ("", ["--verifier", "exact", "--option", "marker"], "key.path=value"),
+        ("[1]\n", ["--verifier", "exact"], "standard input, line 1"),
+        ("{\n", ["--verifier", "exact"], "standard input, line 1: not JSON"),
+        (lines({"completion": "7"}), ["--verifier", "exact"], "lacks completion or answer"),
+        (lines({"completion": 7, "answer": "7"}), ["--verifier", "exact"], "no object with texts"),
+        (
+            lines({"completion": "7", "answer": "7"}),
+            ["--verifier", "function", "--option", "path=a.b"],
+            "a.b cannot be",
+        ),
+    ],
+)
+def test_what_a_user_can_fix(text: str, arguments: list[str], message: str) -> None:
+    found, errors, code = verify(text, *arguments)
+    assert (code, found) == (2, [])
+    assert message in errors
+    assert "Traceback" not in errors
+
+
+def test_rows_before_one_that_cannot_be_read_are_judged() -> None:
+    found, errors, code = verify(lines({"completion": "7", "answer": "7"}) + "oops\n", "--verifier", "exact")
+    assert [row["verdict"] for row in found] == ["correct"]
+    assert "line 2" in errors
+    assert code == 2
+
+
+def test_parse_verifier() -> None:
+    assert parse_verifier("exact", ["marker=answer"]) == ExactVerifier(type="exact", marker="answer")
+    assert parse_verifier("numeric", []) == NumericVerifier(type="numeric")
+
+
+PROMPTS = [
+    {"prompt_id": name, "source": source, "messages": '"?"', "answer": answer, "extra": None}
+    for name, source, answer in (("a", "easy", "1"), ("b", "easy", "2"), ("c", "hard", "3"), ("d", "hard", "none"))
+]
+
+
+def test_an_audit_by_hand() -> None:
+    config = load_config("quickstart", ["verifier={type: numeric}"])
+    rows = [PROMPTS[n] for n in (0, 0, 1, 1, 2, 2, 3, 3)]
+    texts = ["so 1", "1 or 2", "2", "?", "?", "?", "3", "7"]
+    audit = audit_of(config, PROMPTS, rows, texts, "by hand", ExactVerifier(type="exact"))
+    assert audit.gold == {"correct": 3, "unparseable_gold": 1}
+    assert audit.bad_gold == [{"prompt_id": "d", "answer": "none", "verdict": "unparseable_gold"}]
+    assert audit.sources == {
+        "easy": {"completions": 4, "in_format": 0.75, "right": 0.5},
+        "hard": {"completions": 4, "in_format": 0.0, "right": 0.0},
+    }
+    assert audit.verdicts == {"correct": 2, "wrong": 1, "unparseable_answer": 3, "unparseable_gold": 2}
+    assert audit.disagreement is not None
+    assert (audit.disagreement["count"], audit.disagreement["first_only"], audit.disagreement["of"]) == (1, 1, 8)
+    assert [row["completion"] for row in audit.disagreement["examples"]] == ["so 1"]
+    assert any("1 gold answers cannot be read" in text for text in audit.fixes)
+    assert any("few completions of easy, hard" in text for text in audit.fixes)
+    assert "numeric and exact disagree on 1 of 8" in audit.as_text()
+
+
+def test_nothing_to_fix() -> None:
+    config = load_config("quickstart", ["verifier={type: numeric}"])
+    audit = audit_of(config, PROMPTS[:3], PROMPTS[:3], ["1", "2", "3"], "by hand", None)
+    assert audit.fixes == []
+    assert "nothing to fix" in audit.as_text()
+
+
+def test_the_command_samples_where_nothing_is_collected_and_writes_nothing(tmp_path: Path) -> None:
+    done = cropi("audit-rewards", "quickstart", "--prompts", "6", "--against", "numeric", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["completions"] == 48
+    assert result["origin"] == "sampled now"
+    assert set(result["gold"]) == {"correct"}
+    assert list(tmp_path.iterdir()) == []

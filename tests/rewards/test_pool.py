@@ -1,0 +1,165 @@
+"""The pool of killable processes: order, limits, retries, verdicts of its own, and hostile answers by the hundred."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+
+from cropi.config import (
+    BoxedVerifier,
+    ExactVerifier,
+    FunctionVerifier,
+    Gsm8kVerifier,
+    MathVerifier,
+    NumericVerifier,
+    VerificationConfig,
+)
+from cropi.errors import ConfigError
+from cropi.rewards.pool import Pool, judge_of
+from cropi.rewards.verdicts import CORRECT, ERROR, TIMEOUT, UNPARSEABLE_GOLD, VERDICTS, WRONG, Answered
+from tests.rewards import hostile
+
+LIMITS = VerificationConfig(seconds=1.0, memory_mb=256)
+EXACT = ExactVerifier(type="exact")
+
+
+def function(name: str) -> FunctionVerifier:
+    return FunctionVerifier(type="function", path=f"tests.rewards.functions.{name}")
+
+
+def test_verdicts_come_in_the_order_of_the_rows() -> None:
+    rows = [Answered(str(n), str(n if n % 3 else n + 1)) for n in range(500)]
+    with Pool(EXACT, LIMITS) as pool:
+        verdicts = [judgement.verdict for judgement in pool(rows)]
+    assert verdicts == [CORRECT if n % 3 else WRONG for n in range(500)]
+    assert pool.counts == {CORRECT: 333, WRONG: 167}
+
+
+def test_no_rows_start_no_process() -> None:
+    with Pool(EXACT, LIMITS) as pool:
+        assert pool([]) == []
+        assert not pool._workers
+
+
+@pytest.mark.parametrize(
+    ("name", "verdict"), [("hangs", TIMEOUT), ("fills_memory", ERROR), ("dies", ERROR), ("raises", ERROR)]
+)
+def test_a_bad_row_costs_its_own_verdict_only(name: str, verdict: str) -> None:
+    """Those before, beside and after it in the same chunk are judged as if it were not there."""
+    rows = [Answered("bad" if n in (3, 40) else str(n), str(n)) for n in range(60)]
+    with Pool(function(name), LIMITS) as pool:
+        judged = pool(rows)
+        again = pool([Answered("5", "5")])
+    assert [one.verdict for one in judged] == [verdict if n in (3, 40) else CORRECT for n in range(60)]
+    assert [one.verdict for one in again] == [CORRECT]
+    assert pool.kills == (0 if name == "raises" else 4)  # each twice
+    assert judged[3].note
+
+
+def test_a_row_is_tried_once_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CROPI_TEST_MARKER", str(tmp_path / "seen"))
+    with Pool(function("dies_once"), LIMITS) as pool:
+        assert pool([Answered("7", "7")])[0].verdict == CORRECT
+        assert pool.kills == 1
+
+
+def test_what_a_verifier_prints_does_not_mix_with_the_answers() -> None:
+    with Pool(function("prints"), LIMITS) as pool:
+        assert [one.verdict for one in pool([Answered("7", "7"), Answered("8", "7")])] == [CORRECT, WRONG]
+
+
+def test_none_excludes_a_row() -> None:
+    with Pool(function("none"), LIMITS) as pool:
+        assert pool([Answered("7", "7")])[0].verdict == UNPARSEABLE_GOLD
+
+
+def test_equal_rows_are_judged_once_unless_the_verifier_is_a_function_of_yours() -> None:
+    rows = [Answered("7", "7")] * 9
+    with Pool(EXACT, LIMITS) as pool:
+        first = pool(rows)
+        assert pool(rows) == first  # the very same seconds: remembered
+        assert pool.counts == {CORRECT: 18}
+    with Pool(function("counts_calls"), LIMITS.model_copy(update={"processes": 1})) as pool:
+        assert [one.verdict for one in pool(rows)] == [WRONG] * 4 + [CORRECT] * 5  # right from the fifth call on
+
+
+def test_a_verifier_that_cannot_be_set_up_is_an_error_of_the_user() -> None:
+    with (
+        Pool(FunctionVerifier(type="function", path="no.such_thing"), LIMITS) as pool,
+        pytest.raises(ConfigError) as at,
+    ):
+        pool([Answered("7", "7")])
+    assert "no.such_thing cannot be imported" in str(at.value)
+    with Pool(function("missing"), LIMITS) as pool, pytest.raises(ConfigError):
+        pool([Answered("7", "7")])
+
+
+def test_an_interrupt_leaves_no_process_and_a_pool_that_works() -> None:
+    with Pool(function("hangs"), LIMITS.model_copy(update={"seconds": 60.0})) as pool:
+        before = len(psutil.Process().children())
+        threading.Timer(3.0, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+        with pytest.raises(KeyboardInterrupt):
+            pool([Answered("bad", "7")])
+        assert len(psutil.Process().children()) == before
+        assert pool([Answered("7", "7")])[0].verdict == CORRECT
+
+
+def test_processes_end_with_their_owner() -> None:
+    """Even where it has no time to say so."""
+    code = (
+        "import os; from cropi.config import ExactVerifier, VerificationConfig; from cropi.rewards.pool import Pool;"
+        "from cropi.rewards.verdicts import Answered; p = Pool(ExactVerifier(type='exact'), VerificationConfig());"
+        "p([Answered('7', '7')]); print(p._workers[0].process.pid, flush=True); os.kill(os.getpid(), 9)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    pid = int(done.stdout)
+    with suppress(psutil.NoSuchProcess):
+        psutil.Process(pid).wait(timeout=5)
+
+
+def test_one_pool_serves_all_who_ask() -> None:
+    assert judge_of(EXACT, LIMITS) is judge_of(EXACT, LIMITS)
+    assert judge_of(EXACT, LIMITS) is not judge_of(NumericVerifier(type="numeric"), LIMITS)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    "config",
+    [
+        MathVerifier(type="math"),
+        BoxedVerifier(type="boxed"),
+        NumericVerifier(type="numeric"),
+        Gsm8kVerifier(type="gsm8k"),
+        ExactVerifier(type="exact", marker="is"),
+    ],
+    ids=lambda config: config.type,
+)
+def test_hostile_answers(config: object, tmp_path: Path) -> None:
+    """No hang, no crash, nothing run, no wrong `correct`, bounded memory, and the pool serves on after every one."""
+    marker = tmp_path / "ran"
+    rows = [Answered(*row) for row in hostile.rows(str(marker))]
+    assert len(set(rows)) >= 500
+    plain = Answered("so #### 7, the answer is \\boxed{7}" if config.type != "exact" else "is 7", "7")  # type: ignore[attr-defined]
+    with Pool(config, LIMITS) as pool:  # type: ignore[arg-type]
+        judged = pool(rows)
+        assert {one.verdict for one in judged} <= set(VERDICTS) - {UNPARSEABLE_GOLD}
+        right = [row.completion for row, one in zip(rows, judged, strict=True) if one.verdict == CORRECT]
+        assert right == [text for text in right if config.type == "numeric" and _ends_in_seven(text)]  # type: ignore[attr-defined]
+        assert pool([plain])[0].verdict == CORRECT
+        memory = sum(psutil.Process(worker.process.pid).memory_info().rss for worker in pool._workers)
+        assert memory < 2 * (LIMITS.memory_mb + 300) * 2**20
+    assert not marker.exists()
+
+
+def _ends_in_seven(completion: str) -> bool:
+    """Whether 7 is the last number: then `numeric` may say right, whatever else stands there."""
+    return re.findall(r"\d+", completion)[-1] == "7"
