@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 from torch import nn
@@ -35,6 +36,7 @@ from cropi.refreshing import Refresher
 from cropi.reporting.report import make_report
 from cropi.reporting.summary import Summary
 from cropi.rewards.pool import judge_of
+from cropi.rewards.verdicts import Judge
 from cropi.rollouts.collect import collect, collect_anew
 from cropi.rollouts.generation import Sampling, TransformersGenerator
 from cropi.rollouts.overlay import FRESH, Trajectories
@@ -49,18 +51,34 @@ from cropi.training.settings import grpo_config
 from cropi.training.train import TrainTask, newest_checkpoint, train
 from cropi.workspace import Arm, Workspace
 
+if TYPE_CHECKING:
+    from trl import GRPOConfig
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a trainer of the user's own brings, in place of what a config names: it trains, the run only chooses."""
+
+    policy: Policy  # as it is before any training
+    identity: str  # what its results depend on
+    judge: Judge
+    settings: GRPOConfig
+
 
 class Pipeline:
     """The stages of a run. One whose artifact is complete is skipped, so the same command goes on where it stopped."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, given: Given | None = None) -> None:
         self.config = config
-        self.base = load_policy(config.policy)
+        if given is None and not config.prompts.test:
+            raise ConfigError("there is no test set", where="prompts.test", fix="name one: a run is judged by it.")
+        self.base = load_policy(config.policy) if given is None else given.policy
+        self.judge = judge_of(config.verifier, config.verification) if given is None else given.judge
         # Settings that TRL refuses are refused here, before anything is written.
-        self.settings = grpo_config(config, config.folder, self.base.model.device)
+        self.settings = grpo_config(config, config.folder, self.base.device) if given is None else given.settings
         self.surrogate = surrogate_settings(config, self.settings.loss_type, self.settings.scale_rewards)
         self._chat = uses_chat(self.base.tokenizer, config.prompts.chat, config.prompts.system_prompt)
-        self._base_identity = fingerprint(config.policy)
+        self._base_identity = fingerprint(config.policy) if given is None else given.identity
         self.space = Workspace(config)
         self.space.lock()
         self.trajectories = Trajectories(self.space, _group_facts)
@@ -86,7 +104,8 @@ class Pipeline:
         """Trajectories of the base policy. SignalError where they hold nothing that the run's arms could learn from."""
 
         def make(folder: Path) -> tuple[Mapping[str, int], Mapping[str, Any]]:
-            return collect(self.config, self.base, self.space.prompt_rows, folder, self.space.ledger, representations)
+            rows, ledger = self.space.prompt_rows, self.space.ledger
+            return collect(self.config, self.base, self.judge, rows, folder, ledger, representations)
 
         inputs = {"prompts": self.prompts().identity, "policy": self._base_identity}
         representations = None
@@ -108,7 +127,7 @@ class Pipeline:
         if self.trajectories.refreshes(arm, stage):
             newest = self.config.arms[arm.name].scored_stage(stage - 1)
             scores = self.gathered.scores(arm, newest) if self._uses_influence(arm) else None
-            policy, refresher = Policy(model, self.base.tokenizer), Refresher(self.space, self.trajectories)
+            policy, refresher = Policy(model, self.base.tokenizer), Refresher(self.space, self.trajectories, self.judge)
             refresher.refresh(arm, stage, policy, origin, scores)
             require_signal(self.trajectories.statuses(self.trajectories.groups(self.trajectories.overlay(arm, stage))))
 
@@ -191,7 +210,7 @@ class Pipeline:
             ids = prompts_to_screen(self.gathered.candidates(arm, stage), strategy, self.config.select)
             rows = [self.space.train_prompts[prompt_id] for prompt_id in ids]
             where: dict[str, Any] = {"arm": arm.name, "stage": stage, "purpose": "screen"}
-            return collect_anew(config, policy, rows, folder, self.space.ledger, **where, logprobs=False)
+            return collect_anew(config, policy, self.judge, rows, folder, self.space.ledger, **where, logprobs=False)
 
         inputs = {**self.trajectories.inputs(arm, stage), "policy": origin}
         manifest = build(arm.screened(stage), FRESH, make, inputs=inputs, made_by="cropi score", keep_parts=True)
@@ -231,7 +250,7 @@ class Pipeline:
     def _uses_influence(self, arm: Arm) -> bool:
         return self.config.arms[arm.name].reads_scores
 
-    def _select_stage(self, arm: Arm, stage: int, model: nn.Module, in_progress: bool) -> Sequence[str]:
+    def select_stage(self, arm: Arm, stage: int, model: nn.Module, in_progress: bool) -> Sequence[str]:
         """What the trainer asks at the start of a stage, with the policy in memory."""
         if in_progress and not is_finished(arm.selection(stage)):
             raise ArtifactError(
@@ -314,8 +333,8 @@ class Pipeline:
             stages=self.config.train.stages,
             steps_per_stage=self.config.train.steps_per_stage,
             evaluate_every=self.config.evaluate.every or self.config.train.steps_per_stage,
-            reward=RecordedReward(judge_of(self.config.verifier, self.config.verification), arm.rewards),
-            select_stage=lambda stage, model, in_progress: self._select_stage(arm, stage, model, in_progress),
+            reward=RecordedReward(self.judge, arm.rewards),
+            select_stage=lambda stage, model, in_progress: self.select_stage(arm, stage, model, in_progress),
             evaluate=lambda step, model: self._evaluate(model, step, arm.evaluation, arm.name),
             folder=arm.folder,
             record_to=arm.rollouts if self.trajectories.reuses(arm) else None,
@@ -357,7 +376,7 @@ class Pipeline:
             return evaluate(
                 self._test_prompts,
                 generate,
-                judge_of(self.config.verifier, self.config.verification),
+                self.judge,
                 self.config.evaluate,
                 step=step,
                 seed=seed,

@@ -15,6 +15,7 @@ from cropi.console import counts_text, say
 from cropi.functional.sampling import places
 from cropi.gradients.validation import chosen_for_validation
 from cropi.policy import Policy
+from cropi.rewards.verdicts import Judge
 from cropi.rollouts.collect import collect_anew
 from cropi.rollouts.overlay import FRESH, REUSED, Trajectories, newest_rollouts, read_overlay
 from cropi.selection.refresh import prompts_to_refresh
@@ -26,8 +27,8 @@ MADE_BY = "cropi train"
 class Refresher:
     """Makes the artifacts that `Trajectories` then lays over the base policy's."""
 
-    def __init__(self, space: Workspace, trajectories: Trajectories) -> None:
-        self._space, self._config, self._trajectories = space, space.config, trajectories
+    def __init__(self, space: Workspace, trajectories: Trajectories, judge: Judge) -> None:
+        self._space, self._config, self._trajectories, self._judge = space, space.config, trajectories, judge
 
     def refresh(self, arm: Arm, stage: int, policy: Policy, origin: str, scores: pa.Table | None) -> None:
         """All that the config asks for. `scores` are the arm's newest, `origin` says which policy it is."""
@@ -84,7 +85,8 @@ class Refresher:
         inputs: Mapping[str, str],
     ) -> None:
         def make(folder: Path) -> tuple[Mapping[str, int], Mapping[str, Any]]:
-            return collect_anew(self._config, policy, rows, folder, self._space.ledger, arm=arm.name, stage=stage)
+            where: dict[str, Any] = {"arm": arm.name, "stage": stage}
+            return collect_anew(self._config, policy, self._judge, rows, folder, self._space.ledger, **where)
 
         manifest = build(folder, FRESH, make, inputs=inputs, made_by=MADE_BY, keep_parts=True)
         say(f"{folder.name.replace('_', ' ')} trajectories of stage {stage}: {counts_text(manifest.counts)}")

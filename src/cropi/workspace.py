@@ -102,6 +102,10 @@ class Workspace:
                 "another process is working on this run", where=str(self.folder), fix="wait for it, or stop it."
             ) from None
 
+    def unlock(self) -> None:
+        """Let other processes write to this run."""
+        self._lock.close()
+
     def foreign(self, checkpoint: Path, identity: str) -> Arm:
         """Where scores, selections and evaluations of a checkpoint from elsewhere go: by its name and content."""
         name = self.config.select.strategy.arm

@@ -23,7 +23,6 @@ from cropi.gradients.groups import Group, iterate_groups
 from cropi.gradients.validation import validation_groups
 from cropi.pipeline import Pipeline
 from cropi.policy import Policy
-from cropi.rewards.pool import judge_of
 from cropi.rollouts.generation import Sampling
 from cropi.seeds import unit_interval
 
@@ -79,7 +78,7 @@ class _Auditor:
         self._pipeline, self._settings = pipeline, settings
         self._arm = pipeline.space.arms[pipeline.config.select.strategy.arm]
         self._rows = {row["prompt_id"]: row for row in pipeline.space.prompt_rows}
-        self._judge = judge_of(pipeline.config.verifier, pipeline.config.verification)
+        self._judge = pipeline.judge
 
     def stages(self) -> list[int]:
         """Stages at whose start the policy is on disk; one past the last for the end of training."""

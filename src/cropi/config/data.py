@@ -134,8 +134,8 @@ class PromptsConfig(Table):
     """The pool to select from."""
     validation: dict[str, tuple[Source, ...]] = Field(min_length=1)
     """One or more validation sets by name: what the training should get better at."""
-    test: dict[str, TestSetConfig] = Field(min_length=1)
-    """Test sets by name: never used for any decision."""
+    test: dict[str, TestSetConfig] = Field(default={})
+    """Test sets by name: never used for any decision. A run needs one; a trainer of yours (`cropi.trl`) none."""
     leakage: Literal["refuse", "warn", "allow"] = "refuse"
     """What to do about test prompts that stand in train or validation, and validation prompts that stand in train.
     `refuse` stops at exact duplicates and warns of near ones, `warn` warns of both, `allow` says nothing."""

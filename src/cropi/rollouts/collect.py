@@ -34,8 +34,7 @@ from cropi.functional.pooling import nearest_first, principal_points
 from cropi.functional.sampling import places
 from cropi.ledger import Ledger
 from cropi.policy import Policy, completion_logprobs, encode_prompts, trainer_prompt, uses_chat
-from cropi.rewards.pool import judge_of
-from cropi.rewards.verdicts import answered, reward
+from cropi.rewards.verdicts import Judge, answered, reward
 from cropi.rollouts.generation import Sampling, TransformersGenerator
 from cropi.rollouts.representations import Representations
 from cropi.seeds import derived_seed, unit_interval
@@ -55,6 +54,7 @@ class Shard:
 def collect(
     config: Config,
     policy: Policy,
+    judge: Judge,
     prompts: Sequence[Mapping[str, Any]],
     folder: Path,
     ledger: Ledger,
@@ -71,7 +71,7 @@ def collect(
         warn("collect.top_p is below 1: the sampler is not the policy whose log-probs are stored, so ratios are biased")
     shards, too_long = plan(config, policy, prompts, sampled_prompts(config, prompts, representations))
     charge, logprobs = partial(ledger.charge, "collect"), config.collect.logprobs
-    statuses, details = _sample_all(config, policy, shards, folder, charge, ("collect",), logprobs=logprobs)
+    statuses, details = _sample_all(config, policy, judge, shards, folder, charge, ("collect",), logprobs=logprobs)
     return count_status([PROMPT_TOO_LONG] * len(too_long) + statuses), details | {"too_long": too_long}
 
 
@@ -101,6 +101,7 @@ def _nearest(pool: Sequence[str], chosen: Collection[str], representations: Repr
 def collect_anew(
     config: Config,
     policy: Policy,
+    judge: Judge,
     prompts: Sequence[Mapping[str, Any]],
     folder: Path,
     ledger: Ledger,
@@ -116,14 +117,15 @@ def collect_anew(
     Without `logprobs`, for trajectories of which only the rewards are wanted, the column is null.
     """
     shards, _ = plan(config, policy, prompts)
-    charge = partial(ledger.charge, "collect", arm=arm, stage=stage)
-    statuses, details = _sample_all(config, policy, shards, folder, charge, (purpose, arm, stage), logprobs=logprobs)
+    charge, seeded = partial(ledger.charge, "collect", arm=arm, stage=stage), (purpose, arm, stage)
+    statuses, details = _sample_all(config, policy, judge, shards, folder, charge, seeded, logprobs=logprobs)
     return count_status(statuses), details | {"prompts": len(prompts)}
 
 
 def _sample_all(
     config: Config,
     policy: Policy,
+    judge: Judge,
     shards: Sequence[Shard],
     folder: Path,
     charge: Callable[[], AbstractContextManager[dict[str, Any]]],
@@ -142,7 +144,8 @@ def _sample_all(
                 rows = _stored(path, shard)
             else:
                 with charge() as entry:
-                    rows = _sample(config, policy, generate, shard, derived_seed(config.seed, *purpose, shard.name))
+                    seed = derived_seed(config.seed, *purpose, shard.name)
+                    rows = _sample(config, policy, judge, generate, shard, seed)
                     if logprobs:
                         _add_logprobs(config, policy, rows)
                     entry["passes"] = 1 + logprobs
@@ -207,7 +210,7 @@ def _stored(path: Path, shard: Shard) -> list[dict[str, Any]]:
 
 
 def _sample(
-    config: Config, policy: Policy, generate: TransformersGenerator, shard: Shard, seed: int
+    config: Config, policy: Policy, judge: Judge, generate: TransformersGenerator, shard: Shard, seed: int
 ) -> list[dict[str, Any]]:
     settings = config.collect
     repeated = [ids for ids in shard.prompt_ids for _ in range(shard.samples)]
@@ -215,7 +218,7 @@ def _sample(
     completions = generate(repeated, sampling, seed=seed)
     texts = policy.tokenizer.batch_decode(completions, skip_special_tokens=True)
     prompts = [prompt for prompt in shard.prompts for _ in range(shard.samples)]
-    judge, eos = judge_of(config.verifier, config.verification), set(policy.eos_ids)
+    eos = set(policy.eos_ids)
     judged = judge([answered(text, prompt) for text, prompt in zip(texts, prompts, strict=True)])
     rows = []
     for index, (ids, completion) in enumerate(zip(repeated, completions, strict=True)):

@@ -37,8 +37,72 @@ Evaluate = Callable[[int, nn.Module], None]  # (optimiser step, model)
 RECORDED_ROW = "recorded_row"  # a key of TRL's batches: the row's place in its generation batch
 
 
-class StageTrainer(GRPOTrainer):
-    """TRL's GRPOTrainer with the batches of a StageSampler, a recorder of its rollouts, and without its model card.
+class Staged(GRPOTrainer):
+    """TRL's GRPOTrainer with the batches of a StageSampler. `steps_per_stage` is set before it trains."""
+
+    steps_per_stage: int
+    stage_sampler: StageSampler | None = None
+
+    def _get_train_sampler(self, dataset: datasets.Dataset | None = None) -> Sampler[int]:
+        repeats = self.args.steps_per_generation * self.num_iterations
+        shape = BatchShape(self.args.generation_batch_size // self.num_generations, self.num_generations, repeats)
+        micro_steps = self.steps_per_stage * self.args.gradient_accumulation_steps
+        self.stage_sampler = StageSampler(shape, micro_steps // repeats, self.args.seed)
+        return self.stage_sampler
+
+    @contextmanager
+    def plain_model(self) -> Iterator[nn.Module]:
+        """The policy without the mixed precision that training wraps around its forward pass.
+
+        Stored log-probs and the base policy's accuracy were taken without it, and what is compared with them must be
+        too.
+        """
+        model = self.accelerator.unwrap_model(self.model)
+        wrapped, original = model.__dict__.get("forward"), model.__dict__.get("_original_forward")
+        if wrapped is None or original is None:
+            yield model
+            return
+        model.forward = original
+        try:
+            yield model
+        finally:
+            model.forward = wrapped
+
+
+@dataclass
+class Stages:
+    """The selections of a training, and the start of a stage in its sampler."""
+
+    select: SelectStage
+    position_of: Mapping[str, int]
+    trainer: Staged
+    _selections: list[tuple[int, ...]] = field(default_factory=list)
+
+    def begin(self, step: int, drawn: Callable[[bool], int] | None = None) -> None:
+        """Start the stage that an optimiser step lies in; after a resume, with the selections of those before it.
+
+        `drawn`, of whether its selection is new, says how many prompts of it are taken, where the sampler cannot know.
+        """
+        stage, inside = divmod(step, self.trainer.steps_per_stage)
+        while len(self._selections) < stage:
+            self._remember(len(self._selections), in_progress=True)
+        self._remember(stage, in_progress=inside > 0)
+        first = stage
+        while first > 0 and self._selections[first - 1] == self._selections[stage]:
+            first -= 1
+        sampler = self.trainer.stage_sampler
+        assert sampler is not None, "the data loader is made before the first epoch begins"
+        consumed = None if drawn is None else drawn(step == first * self.trainer.steps_per_stage)
+        sampler.start_stage(stage, self._selections[stage], first, consumed=consumed)
+
+    def _remember(self, stage: int, *, in_progress: bool) -> None:
+        with self.trainer.plain_model() as model:
+            ids = self.select(stage, model, in_progress)
+        self._selections.append(tuple(sorted(self.position_of[prompt_id] for prompt_id in ids)))
+
+
+class StageTrainer(Staged):
+    """A `Staged` trainer with a recorder of its rollouts, and without TRL's model card.
 
     With dynamic sampling it draws the prompts of a generation batch itself, from the same sampler: how many a batch
     takes is not known when the loader fetches the next.
@@ -49,8 +113,7 @@ class StageTrainer(GRPOTrainer):
     """
 
     def __init__(self, *args: Any, steps_per_stage: int, **kwargs: Any) -> None:
-        self._steps_per_stage = steps_per_stage
-        self.stage_sampler: StageSampler | None = None
+        self.steps_per_stage = steps_per_stage
         self.recorder: RolloutRecorder | None = None
         self.dynamic: DynamicSampling | None = None
         self._recorded_rows: list[int] | None = None
@@ -131,13 +194,6 @@ class StageTrainer(GRPOTrainer):
             self.recorder.note(self._recorded_rows, logprobs_BT)
         return logprobs_BT, entropies, auxiliary_loss
 
-    def _get_train_sampler(self, dataset: datasets.Dataset | None = None) -> Sampler[int]:
-        repeats = self.args.steps_per_generation * self.num_iterations
-        shape = BatchShape(self.args.generation_batch_size // self.num_generations, self.num_generations, repeats)
-        micro_steps = self._steps_per_stage * self.args.gradient_accumulation_steps
-        self.stage_sampler = StageSampler(shape, micro_steps // repeats, self.args.seed)
-        return self.stage_sampler
-
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """No card: TRL's would say that the policy was fine-tuned from a model of no name, and link to it."""
 
@@ -146,36 +202,22 @@ class StageTrainer(GRPOTrainer):
 class StageCallback(TrainerCallback):
     """Starts every stage with its selection, evaluates on schedule, and marks checkpoints as complete."""
 
-    select_stage: SelectStage
+    stages: Stages
     evaluate: Evaluate
     evaluate_every: int
-    steps_per_stage: int
-    position_of: Mapping[str, int]
     folder: Path
     bar: Progress
-    trainer: StageTrainer = field(init=False)
-    _selections: list[tuple[int, ...]] = field(default_factory=list)
+    trainer: StageTrainer
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        stage, inside = divmod(state.global_step, self.steps_per_stage)
-        while len(self._selections) < stage:  # after a resume: the selections of the stages already trained
-            self._remember(len(self._selections), in_progress=True)
-        self._remember(stage, in_progress=inside > 0)
-        first = stage
-        while first > 0 and self._selections[first - 1] == self._selections[stage]:
-            first -= 1
-        sampler = self.trainer.stage_sampler
-        assert sampler is not None, "the data loader is made before the first epoch begins"
         dynamic = self.trainer.dynamic
-        if dynamic is not None and state.global_step == first * self.steps_per_stage:
-            dynamic.drawn = 0
-        consumed = None if dynamic is None else dynamic.drawn
-        sampler.start_stage(stage, self._selections[stage], first, consumed=consumed)
 
-    def _remember(self, stage: int, *, in_progress: bool) -> None:
-        with self._plain_model() as model:
-            ids = self.select_stage(stage, model, in_progress)
-        self._selections.append(tuple(sorted(self.position_of[prompt_id] for prompt_id in ids)))
+        def drawn(new: bool) -> int:
+            assert dynamic is not None
+            dynamic.drawn = 0 if new else dynamic.drawn
+            return dynamic.drawn
+
+        self.stages.begin(state.global_step, None if dynamic is None else drawn)
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._step_began = time.perf_counter()
@@ -186,26 +228,8 @@ class StageCallback(TrainerCallback):
         )
         self.bar.advance()
         if state.global_step % self.evaluate_every == 0 or state.global_step == state.max_steps:
-            with self._plain_model() as model:
+            with self.trainer.plain_model() as model:
                 self.evaluate(state.global_step, model)
-
-    @contextmanager
-    def _plain_model(self) -> Iterator[nn.Module]:
-        """The policy without the mixed precision that training wraps around its forward pass.
-
-        Stored log-probs and the base policy's accuracy were taken without it, and what is compared with them must be
-        too.
-        """
-        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
-        wrapped, original = model.__dict__.get("forward"), model.__dict__.get("_original_forward")
-        if wrapped is None or original is None:
-            yield model
-            return
-        model.forward = original
-        try:
-            yield model
-        finally:
-            model.forward = wrapped
 
     def on_log(
         self,
@@ -257,25 +281,18 @@ def train(task: TrainTask, policy: Policy) -> Path:
     _forget_after(task, done)
     with progress(f"train {task.label}", total, "steps") as bar:
         bar.advance(done)
-        callback = StageCallback(
-            task.select_stage,
-            task.evaluate,
-            task.evaluate_every,
-            task.steps_per_stage,
-            {row["prompt_id"]: position for position, row in enumerate(task.rows)},
-            task.folder,
-            bar,
-        )
         trainer = StageTrainer(
             model=policy.model,
             reward_funcs=task.reward,
             args=task.settings,
             train_dataset=datasets.Dataset.from_list([dict(row) for row in task.rows]),
             processing_class=policy.tokenizer,
-            callbacks=[callback],
             steps_per_stage=task.steps_per_stage,
         )
-        callback.trainer, trainer.recorder = trainer, _recorder(task, policy)
+        position_of = {row["prompt_id"]: position for position, row in enumerate(task.rows)}
+        stages = Stages(task.select_stage, position_of, trainer)
+        trainer.add_callback(StageCallback(stages, task.evaluate, task.evaluate_every, task.folder, bar, trainer))
+        trainer.recorder = _recorder(task, policy)
         trainer.dynamic = _dynamic_sampling(task, policy, resume_from)
         trainer.remove_callback(PrinterCallback)  # this project has its own progress
         try:

@@ -1,0 +1,159 @@
+"""How the prompts of a stage are chosen, and the config of a run that says the same."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cropi.artifacts import write_text
+from cropi.compare.presets import merged, presets
+from cropi.config import Config
+from cropi.errors import ConfigError, DataError, hint
+from cropi.loading import validate_config
+from cropi.prompts import content_id
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from trl import GRPOConfig
+
+PROMPT_ID = "prompt_id"  # the column by which a row of a dataset is known again
+VALIDATION = "validation"  # the name of a set that is given without one
+
+
+@dataclass(frozen=True)
+class Selector:
+    """Which prompts each stage of a `CurriculumTrainer` trains on.
+
+    At the start of the first stage the policy answers a part of the training prompts and the validation prompts, the
+    reward function judges, and the strategy chooses; the trainer then sees the chosen prompts only, until the next
+    stage begins. Everything is kept in `folder`, and a resumed training goes on with the same selections.
+    """
+
+    validation: Dataset | Mapping[str, Dataset]
+    """What training should get better at: rows like those of the training set, and none of them in it."""
+    strategy: str | Mapping[str, Any] = "cropi"
+    """A preset by name, or a patch of a config as in `cropi compare`: `select`, `score`, `collect`, `refresh`."""
+    fraction: float = 0.1
+    """Share of the training prompts that a stage trains on, at the most."""
+    stages: int = 5
+    """How often prompts are chosen, evenly over the steps of the training."""
+    success: int | str | Callable[..., Sequence[float | None]] = 0
+    """The reward function that says whether a completion is right: its place or name among the trainer's, or another
+    function of that form. Prompts are chosen by it; the rewards of training stay those of the trainer."""
+    threshold: float = 0.5
+    """Its value from which a completion is right."""
+    folder: str | Path | None = None
+    """Where trajectories, scores and selections are kept. Unset: `curriculum` in the trainer's output folder."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Further settings, laid over all others: `{"collect": {"batch_size": 64}}`."""
+
+    @property
+    def validation_sets(self) -> dict[str, Dataset]:
+        """The validation sets by name."""
+        return dict(self.validation) if isinstance(self.validation, Mapping) else {VALIDATION: self.validation}
+
+
+def prompt_ids(dataset: Dataset, where: str) -> list[str]:
+    """An id for every row: its `prompt_id`, else a hash of its prompt and answer and how often these came before."""
+    if "prompt" not in dataset.column_names:
+        raise DataError(
+            f"there is no column `prompt`; the columns are {', '.join(dataset.column_names)}",
+            where=where,
+            fix="name it as TRL does.",
+        )
+    if PROMPT_ID in dataset.column_names:
+        ids = [str(value) for value in dataset[PROMPT_ID]]
+        if len(set(ids)) < len(ids):
+            raise DataError(
+                "two rows have the same prompt_id", where=where, fix="make them differ, or drop the column."
+            )
+        return ids
+    seen: dict[str, int] = {}
+    ids = []
+    for row in dataset:
+        known = content_id(json.dumps(row["prompt"], default=str), answer_of(row))
+        seen[known] = seen.get(known, 0) + 1
+        ids.append(known if seen[known] == 1 else f"{known}-{seen[known]}")
+    return ids
+
+
+def answer_of(row: Mapping[str, Any]) -> str:
+    """What a row says is right, where it says so in a usual column."""
+    for name in ("answer", "solution", "ground_truth"):
+        if row.get(name) is not None:
+            return str(row[name])
+    return ""
+
+
+def make_config(selector: Selector, folder: Path, train: Dataset, args: GRPOConfig, model: str, steps: int) -> Config:
+    """The config of the run that chooses, with its prompts written beside it.
+
+    Raises ConfigError for a strategy or settings that there are none of, DataError for prompts that cannot be used.
+    """
+    sets = {"train": train} | {f"validation/{name}": rows for name, rows in selector.validation_sets.items()}
+    paths = {name: _written(folder / "data", name, rows) for name, rows in sets.items()}
+    sources = {name: [{"type": "file", "path": str(path), "extra_column": "extra"}] for name, path in paths.items()}
+    values: dict[str, Any] = {
+        "name": "run",
+        "run_dir": str(folder),
+        "seed": args.seed,
+        "policy": {"path": model},
+        "prompts": {
+            "train": sources["train"],
+            "validation": {name: sources[f"validation/{name}"] for name in selector.validation_sets},
+            "chat": not isinstance(train[0]["prompt"], str),
+        },
+        "verifier": {"type": "function", "path": "trainer.reward_funcs", "threshold": selector.threshold},
+        "collect": {
+            "num_generations": args.num_generations,
+            "max_completion_length": args.max_completion_length,
+            "temperature": args.temperature,
+            "top_p": args.top_p,
+        },
+        "select": {"fraction": selector.fraction},
+        "train": {"stages": selector.stages, "steps_per_stage": steps},
+    }
+    values = merged(merged(values, _patch(selector.strategy)), selector.settings)
+    values["select"]["fraction"] = selector.settings.get("select", {}).get("fraction", selector.fraction)
+    return validate_config(values, "Selector")
+
+
+def _patch(strategy: str | Mapping[str, Any]) -> Mapping[str, Any]:
+    if not isinstance(strategy, str):
+        return strategy
+    known = presets()
+    if strategy not in known:
+        listed = f"known: {', '.join(known)}"
+        raise ConfigError(
+            f"there is no strategy {strategy!r} - {hint(strategy, known, listed)}",
+            where="Selector.strategy",
+            fix="name a preset, or give a mapping of settings.",
+        )
+    return dict(known[strategy]["config"])
+
+
+def _written(folder: Path, name: str, rows: Dataset) -> Path:
+    """The prompts of a dataset as a file: what a row holds beside them stays in the dataset, at the place noted."""
+    path = folder / f"{name.replace('/', '-')}.jsonl"
+    lines = [
+        json.dumps(
+            {
+                "prompt": row["prompt"],
+                "answer": answer_of(row),
+                PROMPT_ID: prompt_id,
+                "source": str(row.get("source") or row.get("data_source") or "train"),
+                "extra": {"set": name, "row": number},
+            },
+            ensure_ascii=False,
+        )
+        for number, (row, prompt_id) in enumerate(zip(rows, prompt_ids(rows, name), strict=True))
+    ]
+    text = "\n".join(lines) + "\n"
+    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(path, text)
+    return path

@@ -1,0 +1,290 @@
+"""The curriculum inside a training script of TRL's."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset, IterableDataset
+from peft import LoraConfig
+from transformers import TrainerCallback
+
+from cropi.artifacts import read_jsonl
+from cropi.builtin import POLICY_DIR, generate
+from cropi.errors import ConfigError, DataError
+from cropi.trl import CurriculumTrainer, Selector
+from trl import GRPOConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 4
+
+
+def right(completions: Sequence[str], answer: Sequence[str], **_: Any) -> list[float]:
+    return [float(c.rpartition("answer ")[2].strip() == a) for c, a in zip(completions, answer, strict=True)]
+
+
+def short(completions: Sequence[str], **_: Any) -> list[float]:
+    return [1 / (1 + len(c)) for c in completions]
+
+
+async def right_later(completions: Sequence[str], answer: Sequence[str], **_: Any) -> list[float]:
+    return right(completions, answer)
+
+
+def problems(*families: str, split: str = "train", count: int = 12) -> Dataset:
+    rows = [row for family in families for row in generate(family, split=split, count=count, seed=0)]
+    return Dataset.from_list([{"prompt": row["prompt"], "answer": row["answer"], "level": 1} for row in rows])
+
+
+def trainer(folder: Path, selector: Selector | None = None, **changes: Any) -> CurriculumTrainer:
+    torch.set_num_threads(1)
+    settings: dict[str, Any] = {
+        "output_dir": str(folder),
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "per_device_train_batch_size": 16,
+        "num_generations": 4,
+        "max_completion_length": 12,
+        "max_steps": STEPS,
+        "learning_rate": 1e-3,
+        "report_to": [],
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "logging_steps": 1,
+        "disable_tqdm": True,
+    }
+    arguments = {name: changes.pop(name) for name in list(changes) if name in GRPOConfig.__dataclass_fields__}
+    given: dict[str, Any] = {
+        "model": str(POLICY_DIR),
+        "reward_funcs": right,
+        "args": GRPOConfig(**(settings | arguments)),
+        "train_dataset": problems("sum", "parity", "count", "machine"),
+        "selector": selector or select(),
+    }
+    return CurriculumTrainer(**(given | changes))
+
+
+def select(**changes: Any) -> Selector:
+    given: dict[str, Any] = {
+        "validation": problems("sum", split="validation", count=8),
+        "strategy": "influence",
+        "fraction": 0.25,
+        "stages": 2,
+        "settings": {"collect": {"validation_num_generations": 8}, "score": {"max_validation_prompts": 8}},
+    }
+    return Selector(**(given | changes))
+
+
+def selections(folder: Path, arm: str = "influence") -> list[set[str]]:
+    stages = sorted((folder / "curriculum" / "run" / "arms" / arm / "stages").iterdir())
+    return [{row["prompt_id"] for row in read_jsonl(stage / "selection" / "selected.jsonl")} for stage in stages]
+
+
+def rewards(folder: Path, arm: str = "influence") -> list[dict[str, Any]]:
+    return list(read_jsonl(folder / "curriculum" / "run" / "arms" / arm / "rewards.jsonl"))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, CurriculumTrainer]:
+    folder = tmp_path_factory.mktemp("whole")
+    trained = trainer(folder)
+    trained.train()
+    return folder, trained
+
+
+def test_a_script_gains_the_curriculum_with_two_lines() -> None:
+    """The class and the selector: of the rest only the import, the docstring and the output folder differ."""
+    examples = ROOT / "examples" / "trl"
+    before, after = ((examples / name).read_text().splitlines() for name in ("grpo.py", "curriculum.py"))
+    changed = [line[1:].strip() for line in difflib.unified_diff(before, after, n=0, lineterm="") if line[0] == "+"]
+    assert [line for line in changed if not line.startswith(("++", '"""', "from ", "output_dir"))] == [
+        "trainer = CurriculumTrainer(",
+        "selector=Selector(validation=held_out, stages=3),",
+    ]
+
+
+def test_each_stage_trains_on_its_selection_only(whole: tuple[Path, CurriculumTrainer]) -> None:
+    folder, trained = whole
+    assert trained.state.global_step == STEPS
+    assert trained.steps_per_stage == 2
+    chosen = selections(folder)
+    assert [len(one) for one in chosen] == [12, 12]
+    assert chosen[0] != chosen[1]
+    for row in rewards(folder):
+        assert set(row["prompt_ids"]) <= chosen[row["step"] // 2]
+        assert len(row["rewards"]) == 16
+    assert [row["step"] for row in rewards(folder)] == [0, 1, 2, 3]
+
+
+def test_the_recorded_rewards_are_those_of_the_reward_function(whole: tuple[Path, CurriculumTrainer]) -> None:
+    folder, trained = whole
+    logged = [entry["rewards/right/mean"] for entry in trained.state.log_history if "rewards/right/mean" in entry]
+    assert logged == pytest.approx([sum(row["rewards"]) / 16 for row in rewards(folder)])
+
+
+def test_a_resumed_training_ends_as_an_uninterrupted_one(whole: tuple[Path, CurriculumTrainer], tmp_path: Path) -> None:
+    """Stopped inside the second stage."""
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            control.should_training_stop = state.global_step == 3
+
+    trainer(tmp_path, callbacks=[Stop()]).train()
+    assert [row["step"] for row in rewards(tmp_path)] == [0, 1, 2]
+    resumed = trainer(tmp_path)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == STEPS
+    assert selections(tmp_path) == selections(whole[0])
+    assert rewards(tmp_path) == rewards(whole[0])
+    for name, weight in whole[1].model.state_dict().items():
+        assert torch.equal(weight, resumed.model.state_dict()[name]), name
+
+
+def test_a_checkpoint_without_its_trajectories_is_refused(
+    whole: tuple[Path, CurriculumTrainer], tmp_path: Path
+) -> None:
+    with pytest.raises(Exception, match="trajectories of the policy before it are gone"):
+        trainer(tmp_path).train(resume_from_checkpoint=str(whole[0] / "checkpoint-2"))
+
+
+def test_lora_several_rewards_and_a_callback(tmp_path: Path) -> None:
+    """Gradients are the adapter's; prompts are chosen by the function that says what is right."""
+
+    class Counts(TrainerCallback):
+        steps = 0
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            self.steps += 1
+
+    counts = Counts()
+    adapter = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    trained = trainer(
+        tmp_path,
+        select(success="right"),
+        reward_funcs=[short, right],
+        reward_weights=[0.1, 1.0],
+        peft_config=adapter,
+        callbacks=[counts],
+    )
+    trained.train()
+    assert counts.steps == STEPS
+    assert {value for row in rewards(tmp_path) for value in row["rewards"]} <= {0.0, 1.0}
+    assert all(len(one) == 12 for one in selections(tmp_path))
+    moved = [name for name, weight in trained.model.named_parameters() if weight.requires_grad]
+    assert moved
+    assert all("lora" in name for name in moved)
+
+
+def test_the_default_strategy_with_an_asynchronous_reward(tmp_path: Path) -> None:
+    selector = Selector(validation={"a": problems("sum", split="validation", count=12)}, stages=2, fraction=0.25)
+    trained = trainer(tmp_path, selector, reward_funcs=[right_later], num_train_epochs=1, max_steps=-1)
+    assert trained.args.max_steps == 12  # 48 prompts, 4 of them a step
+    trained.train()
+    assert len(selections(tmp_path, "pooled")) == 2
+    assert len(rewards(tmp_path, "pooled")) == 12
+
+
+def test_chat_prompts_and_a_function_beside_the_trainer_s(tmp_path: Path) -> None:
+    def says(completions: Sequence[Any], answer: Sequence[str], **_: Any) -> list[float | None]:
+        return right([c[0]["content"] for c in completions], answer)  # type: ignore[return-value]
+
+    def chat(rows: Dataset) -> Dataset:
+        return rows.map(lambda row: {"prompt": [{"role": "user", "content": row["prompt"]}]})
+
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(POLICY_DIR)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    trained = trainer(
+        tmp_path,
+        select(validation=chat(problems("sum", split="validation", count=8)), success=says),
+        reward_funcs=[lambda completions, **_: [float(len(c[0]["content"])) for c in completions]],
+        train_dataset=chat(problems("sum", "parity", "count", "machine")),
+        processing_class=tokenizer,
+        max_steps=2,
+    )
+    trained.train()
+    assert {value for row in rewards(tmp_path) for value in row["rewards"]} == {0.0, 1.0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train_dataset": IterableDataset.from_generator(lambda: iter([{"prompt": "a"}]))}, "is a IterableDataset"),
+        ({"train_dataset": Dataset.from_list([{"text": "a"}])}, "no column `prompt`"),
+        ({"selector": select(success="wrong")}, "there is no reward function 'wrong'"),
+        ({"selector": select(stages=0)}, "has stages"),
+    ],
+)
+def test_what_cannot_be_combined_is_refused_at_once(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises((ConfigError, DataError), match=message):
+        trainer(tmp_path, **changes)
+    assert not (tmp_path / "curriculum").exists()
+
+
+@pytest.mark.parametrize(
+    ("selector", "message"),
+    [
+        (select(strategy="inflence"), "did you mean"),
+        (select(validation=problems("sum", count=8)), "stand in another role"),
+        (select(settings={"collect": {"no_such": 1}}), "unknown key collect.no_such"),
+    ],
+)
+def test_what_a_selector_refuses_ends_before_the_first_step(selector: Selector, message: str, tmp_path: Path) -> None:
+    with pytest.raises((ConfigError, DataError), match=message):
+        trainer(tmp_path, selector).train()
+
+
+@pytest.mark.slow
+def test_two_processes_train_on_one_selection(tmp_path: Path) -> None:
+    """Two processes on the CPU, started as `accelerate launch` starts several GPUs: both see the first one's choice."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "from pathlib import Path\n"
+        "from tests.trl.test_trainer import trainer\n"
+        "t = trainer(Path('out'), per_device_train_batch_size=8)\n"
+        "t.train()\n"
+        "total = sum(float(p.sum()) for p in t.model.parameters())\n"
+        "Path(f'sum-{t.accelerator.process_index}').write_text(f'{t.accelerator.num_processes} {total}')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(script)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    first, second = ((tmp_path / f"sum-{process}").read_text().split() for process in (0, 1))
+    assert first[0] == second[0] == "2"
+    assert float(first[1]) == pytest.approx(float(second[1]), abs=1e-3)
+    chosen = selections(tmp_path / "out")
+    recorded = rewards(tmp_path / "out")
+    assert [row["step"] for row in recorded] == [0, 1, 2, 3]
+    for row in recorded:
+        assert len(row["prompt_ids"]) == 16
+        assert set(row["prompt_ids"]) <= chosen[row["step"] // 2]
+
+
+def test_the_run_it_leaves_can_be_explained(whole: tuple[Path, CurriculumTrainer]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "cropi", "explain", str(whole[0] / "curriculum" / "run"), "--json"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)
