@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from cropi.config import BUILTIN_POLICY, PolicyConfig
+from cropi.config import BUILTIN_POLICY, LoraConfig, PolicyConfig
 from cropi.errors import PolicyError
 from cropi.functional.surrogate import token_logprobs
 
@@ -95,11 +95,15 @@ def load_tokenizer(config: PolicyConfig, location: str | None = None) -> PreTrai
 def load_policy(config: PolicyConfig, location: str | None = None) -> Policy:
     """Load the policy named in the config, or a checkpoint of it from `location`. Remote code is never run.
 
+    With `policy.lora` a checkpoint holds adapters, and the weights are those of the policy that was named.
+
     Raises PolicyError for a missing folder, missing weights or a missing tokenizer.
     """
     from transformers import AutoModelForCausalLM
 
-    location = location or policy_location(config)
+    named = policy_location(config)
+    adapters = location if config.lora is not None and location not in (None, named) else None
+    location = named if adapters is not None else location or named
     if config.cpu_threads is not None:
         torch.set_num_threads(config.cpu_threads)
     tokenizer = load_tokenizer(config, location)
@@ -120,11 +124,42 @@ def load_policy(config: PolicyConfig, location: str | None = None) -> Policy:
             where=f"policy.path {location}",
             fix="put the tokenizer beside the weights that it belongs to.",
         )
+    if config.lora is not None:
+        model = _with_adapters(model, config.lora, adapters)
     return Policy(model.to(device_of(config)).eval(), tokenizer)
+
+
+def _with_adapters(model: PreTrainedModel, settings: LoraConfig, location: str | None) -> PreTrainedModel:
+    """A frozen model with trainable adapters: new ones, the same for the same seed, or those of a checkpoint."""
+    try:
+        import peft
+    except ImportError:
+        raise PolicyError("PEFT is not installed", where="policy.lora", fix="pip install 'cropi[lora]'.") from None
+    targets = settings.target_modules
+    modules = targets if isinstance(targets, str) else list(targets)
+    adapter = peft.LoraConfig(
+        r=settings.r, lora_alpha=settings.alpha, target_modules=modules, lora_dropout=0.0, task_type="CAUSAL_LM"
+    )
+    try:
+        if location is not None:
+            return peft.PeftModel.from_pretrained(model, location, is_trainable=True)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings.seed)
+            return peft.get_peft_model(model, adapter)
+    except Exception as error:  # PEFT raises many kinds, for names that no layer has and for damaged files
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise PolicyError(
+            f"the adapters cannot be made or loaded: {first_line}",
+            where="policy.lora" if location is None else location,
+            fix="check target_modules, or the checkpoint's files.",
+        ) from None
 
 
 def fingerprint(config: PolicyConfig, location: str | None = None) -> str:
     """SHA-256 over the files of a local policy, or the commit of one on the Hub: what its results depend on."""
+    if config.lora is not None and location is None:
+        plain = fingerprint(config.model_copy(update={"lora": None}))
+        return hashlib.sha256(f"{plain} {config.lora.model_dump_json()}".encode()).hexdigest()
     location = location or policy_location(config)
     folder = Path(location)
     if not folder.is_dir():

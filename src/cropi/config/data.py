@@ -12,6 +12,19 @@ from cropi.config.base import Fraction, NonNegative, Positive, Table
 BUILTIN_POLICY = "builtin"
 
 
+class LoraConfig(Table):
+    """Adapters of low rank beside frozen weights (Hu et al. 2021, arXiv 2106.09685): W + (alpha / r) B A."""
+
+    r: Positive = 16
+    """Rank."""
+    alpha: Positive = 32
+    """Numerator of the scale."""
+    target_modules: tuple[str, ...] | Literal["all-linear"] = "all-linear"
+    """Names of the layers that get one. `all-linear`: every linear layer but the output head."""
+    seed: int = 0
+    """Seed of A; B begins at zero, so the policy begins as it is without adapters."""
+
+
 class PolicyConfig(Table):
     """The policy to train: the behaviour policy of the stored trajectories and the start of training."""
 
@@ -25,6 +38,9 @@ class PolicyConfig(Table):
     """`auto` takes CUDA where there is one."""
     cpu_threads: Positive | None = None
     """CPU threads of a computation; torch's choice when unset. A policy of few parameters is fastest with 1."""
+    lora: LoraConfig | None = None
+    """Train adapters of low rank by PEFT in place of all weights; influence is then that of the adapters' gradients.
+    Checkpoints hold the adapters."""
 
 
 class BuiltinSource(Table):
