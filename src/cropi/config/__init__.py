@@ -22,7 +22,7 @@ from cropi.config.run import (
     config_difference,
     config_hash,
 )
-from cropi.config.score import BudgetConfig, CollectConfig, ProjectionConfig, ScoreConfig
+from cropi.config.score import BudgetConfig, CollectConfig, ProjectionConfig, ScoreConfig, ServerConfig
 from cropi.config.select import FusionConfig, SelectConfig
 from cropi.config.strategies import (
     CANDIDATES,
@@ -101,6 +101,7 @@ __all__ = [
     "RefreshConfig",
     "ScoreConfig",
     "SelectConfig",
+    "ServerConfig",
     "SimilarityStrategy",
     "Source",
     "Strategy",

@@ -2,11 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from cropi.config.base import Fraction, Positive, Table
+
+
+class ServerConfig(Table):
+    """A server with OpenAI's completions API that has the base policy's weights."""
+
+    url: Annotated[str, Field(pattern=r"^https?://")]
+    """Where its API begins, e.g. `http://localhost:8000/v1`."""
+    model: str
+    """The policy's name there."""
+    prompts: Literal["tokens", "text"] = "tokens"
+    """Send prompts as token ids (vLLM, SGLang, llama.cpp), or as text that tokenises back (`transformers serve`)."""
+    concurrency: Positive = 64
+    """Requests at once, each for one completion."""
+    timeout: Annotated[float, Field(gt=0)] = 600.0
+    """Seconds that one request may take."""
+    patience: Annotated[float, Field(gt=0)] = 600.0
+    """Seconds without any answer, while requests are tried again, after which the run ends. It can go on later."""
+    api_key_env: str = "OPENAI_API_KEY"
+    """Environment variable that holds the key, where one is needed."""
+    body: dict[str, Any] = Field(default={})
+    """Further fields of a request, as the server names them. Sampling must be plain for the log-probs to be those of
+    the policy: `{"top_k": -1, "return_token_ids": true}` for vLLM."""
 
 
 class CollectConfig(Table):
@@ -34,6 +56,9 @@ class CollectConfig(Table):
     """Padded tokens per forward pass when the behaviour log-probs are computed."""
     shard_prompts: Positive = 128
     """Prompts per shard: what an interruption can cost."""
+    server: ServerConfig | None = None
+    """Take the completions from a server, in place of generating them in this process. What later policies complete
+    (screening, refresh, evaluation, training) is still generated here or by the trainer."""
     logprobs: bool = True
     """Compute the behaviour log-probs, one forward pass. `false` saves it where only the base policy is scored, for
     which all importance ratios are 1."""

@@ -35,8 +35,9 @@ from cropi.functional.sampling import places
 from cropi.ledger import Ledger
 from cropi.policy import Policy, completion_logprobs, encode_prompts, trainer_prompt, uses_chat
 from cropi.rewards.verdicts import Judge, answered, reward
-from cropi.rollouts.generation import Sampling, TransformersGenerator
+from cropi.rollouts.generation import Generator, Sampling, TransformersGenerator
 from cropi.rollouts.representations import Representations
+from cropi.rollouts.server import ServerGenerator
 from cropi.seeds import derived_seed, unit_interval
 
 
@@ -71,7 +72,10 @@ def collect(
         warn("collect.top_p is below 1: the sampler is not the policy whose log-probs are stored, so ratios are biased")
     shards, too_long = plan(config, policy, prompts, sampled_prompts(config, prompts, representations))
     charge, logprobs = partial(ledger.charge, "collect"), config.collect.logprobs
-    statuses, details = _sample_all(config, policy, judge, shards, folder, charge, ("collect",), logprobs=logprobs)
+    server, batch_size = config.collect.server, config.collect.batch_size
+    generate = TransformersGenerator(policy, batch_size) if server is None else ServerGenerator(policy, server)
+    made = _sample_all(config, policy, generate, judge, shards, folder, charge, ("collect",), logprobs=logprobs)
+    statuses, details = made
     return count_status([PROMPT_TOO_LONG] * len(too_long) + statuses), details | {"too_long": too_long}
 
 
@@ -118,13 +122,15 @@ def collect_anew(
     """
     shards, _ = plan(config, policy, prompts)
     charge, seeded = partial(ledger.charge, "collect", arm=arm, stage=stage), (purpose, arm, stage)
-    statuses, details = _sample_all(config, policy, judge, shards, folder, charge, seeded, logprobs=logprobs)
+    generate = TransformersGenerator(policy, config.collect.batch_size)
+    statuses, details = _sample_all(config, policy, generate, judge, shards, folder, charge, seeded, logprobs=logprobs)
     return count_status(statuses), details | {"prompts": len(prompts)}
 
 
 def _sample_all(
     config: Config,
     policy: Policy,
+    generate: Generator,
     judge: Judge,
     shards: Sequence[Shard],
     folder: Path,
@@ -134,7 +140,6 @@ def _sample_all(
     logprobs: bool = True,
 ) -> tuple[list[str], dict[str, Any]]:
     """Make the shards that are not there; returns (status of every trajectory, details)."""
-    generate = TransformersGenerator(policy, config.collect.batch_size)
     statuses: list[str] = []
     tokens = 0
     with progress("collect", sum(len(s.prompts) * s.samples for s in shards), "trajectories") as bar:
@@ -210,7 +215,7 @@ def _stored(path: Path, shard: Shard) -> list[dict[str, Any]]:
 
 
 def _sample(
-    config: Config, policy: Policy, judge: Judge, generate: TransformersGenerator, shard: Shard, seed: int
+    config: Config, policy: Policy, judge: Judge, generate: Generator, shard: Shard, seed: int
 ) -> list[dict[str, Any]]:
     settings = config.collect
     repeated = [ids for ids in shard.prompt_ids for _ in range(shard.samples)]

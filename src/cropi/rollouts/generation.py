@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -18,6 +19,12 @@ class Sampling:
     max_completion_length: int
     temperature: float | None
     top_p: float = 1.0
+
+
+class Generator(Protocol):
+    """Draws one completion per prompt, in the order given: token ids up to and with the first end-of-sequence token."""
+
+    def __call__(self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, seed: int) -> list[list[int]]: ...
 
 
 class TransformersGenerator:
