@@ -3,8 +3,9 @@ from pathlib import Path
 import pytest
 
 from cropi.cli.recipes import copy_recipe, show_recipe
+from cropi.compare.presets import merged, presets
 from cropi.errors import UserError
-from cropi.loading import load_config, recipe_names, recipe_text, suite_names
+from cropi.loading import load_config, recipe_names, recipe_text, suite_names, validate_config
 
 
 def test_recipes_in_folders_are_named_by_their_path() -> None:
@@ -29,3 +30,16 @@ def test_what_is_no_recipe_is_refused(name: str, tmp_path: Path) -> None:
         copy_recipe(name, tmp_path)
     with pytest.raises(UserError, match="there is no recipe"):
         show_recipe(name)
+
+
+@pytest.mark.parametrize("name", ["paper-1.5b", "paper-7b"])
+def test_the_paper_s_recipes_choose_as_the_preset_of_its_name(name: str) -> None:
+    config = load_config(name)
+    patched = merged(config.resolved(), presets()["cropi-paper"]["config"])
+    assert validate_config(patched, "test") == config
+    assert config.trainer["per_device_train_batch_size"] * config.trainer["gradient_accumulation_steps"] == 128 * 8
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_can_be_read(name: str) -> None:
+    assert load_config(name).name == name.rpartition("/")[2]
