@@ -115,6 +115,7 @@ class Pipeline:
         folder = self.space.trajectories
         manifest = build(folder, "trajectories", make, inputs=inputs, made_by="cropi collect", keep_parts=True)
         say(f"trajectories: {counts_text(manifest.counts)}")
+        say(f"verdicts: {counts_text(manifest.details['verdicts'])}")
         statuses = self.trajectories.statuses(self.trajectories.base_groups)
         mixed = require_signal(statuses)
         say(f"groups: {mixed} of {len(statuses)} mixed, the others carry no signal now")

@@ -5,6 +5,7 @@ Once of all prompts from the base policy, and of some again from later policies.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -141,6 +142,7 @@ def _sample_all(
 ) -> tuple[list[str], dict[str, Any]]:
     """Make the shards that are not there; returns (status of every trajectory, details)."""
     statuses: list[str] = []
+    verdicts: Counter[str] = Counter()
     tokens = 0
     with progress("collect", sum(len(s.prompts) * s.samples for s in shards), "trajectories") as bar:
         for shard in shards:
@@ -158,9 +160,11 @@ def _sample_all(
                     entry["prompt_tokens"] = sum(len(row["prompt_ids"]) for row in rows)
                 write_table(path, rows, TRAJECTORIES)
             statuses += [row["status"] for row in rows]
+            verdicts.update(row["verdict"] for row in rows)
             tokens += sum(len(row["completion_ids"]) for row in rows)
             bar.advance(len(rows))
-    return statuses, {"generated_tokens": tokens, "shards": len(shards)}
+    details = {"generated_tokens": tokens, "shards": len(shards), "verdicts": dict(sorted(verdicts.items()))}
+    return statuses, details
 
 
 def plan(
