@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 
 from cropi.artifacts import read_jsonl
 from cropi.builtin import POLICY_DIR, generate
-from cropi.errors import ConfigError, DataError
+from cropi.errors import ArtifactError, ConfigError, DataError
 from cropi.trl import CurriculumTrainer, Selector
 from trl import GRPOConfig
 
@@ -85,12 +85,12 @@ def select(**changes: Any) -> Selector:
 
 
 def selections(folder: Path, arm: str = "influence") -> list[set[str]]:
-    stages = sorted((folder / "curriculum" / "run" / "arms" / arm / "stages").iterdir())
+    stages = sorted((folder / "_curriculum" / "run" / "arms" / arm / "stages").iterdir())
     return [{row["prompt_id"] for row in read_jsonl(stage / "selection" / "selected.jsonl")} for stage in stages]
 
 
 def rewards(folder: Path, arm: str = "influence") -> list[dict[str, Any]]:
-    return list(read_jsonl(folder / "curriculum" / "run" / "arms" / arm / "rewards.jsonl"))
+    return list(read_jsonl(folder / "_curriculum" / "run" / "arms" / arm / "rewards.jsonl"))
 
 
 @pytest.fixture(scope="module")
@@ -221,14 +221,16 @@ def test_chat_prompts_and_a_function_beside_the_trainer_s(tmp_path: Path) -> Non
     [
         ({"train_dataset": IterableDataset.from_generator(lambda: iter([{"prompt": "a"}]))}, "is a IterableDataset"),
         ({"train_dataset": Dataset.from_list([{"text": "a"}])}, "no column `prompt`"),
-        ({"selector": select(success="wrong")}, "there is no reward function 'wrong'"),
+        ({"selector": select(success="wrong")}, "'wrong' names no reward function"),
+        ({"selector": select(success="right"), "reward_funcs": [right, right]}, "or more than one"),
+        ({"ignore_data_skip": True}, "stages would end elsewhere"),
         ({"selector": select(stages=0)}, "has stages"),
     ],
 )
 def test_what_cannot_be_combined_is_refused_at_once(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises((ConfigError, DataError), match=message):
         trainer(tmp_path, **changes)
-    assert not (tmp_path / "curriculum").exists()
+    assert not (tmp_path / "_curriculum").exists()
 
 
 @pytest.mark.parametrize(
@@ -237,6 +239,7 @@ def test_what_cannot_be_combined_is_refused_at_once(changes: dict[str, Any], mes
         (select(strategy="inflence"), "did you mean"),
         (select(validation=problems("sum", count=8)), "stand in another role"),
         (select(settings={"collect": {"no_such": 1}}), "unknown key collect.no_such"),
+        (select(strategy="dapo"), "the work of cropi's own trainer"),
     ],
 )
 def test_what_a_selector_refuses_ends_before_the_first_step(selector: Selector, message: str, tmp_path: Path) -> None:
@@ -281,10 +284,93 @@ def test_two_processes_train_on_one_selection(tmp_path: Path) -> None:
 
 def test_the_run_it_leaves_can_be_explained(whole: tuple[Path, CurriculumTrainer]) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "cropi", "explain", str(whole[0] / "curriculum" / "run"), "--json"],
+        [sys.executable, "-m", "cropi", "explain", str(whole[0] / "_curriculum" / "run"), "--json"],
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)
+
+
+def test_a_training_that_begins_anew_chooses_anew(tmp_path: Path) -> None:
+    """The same script again: its trajectories serve, its selections do not. With another reward it is refused."""
+    trainer(tmp_path).train()
+    first = selections(tmp_path)
+    again = trainer(tmp_path, learning_rate=1e-9)
+    again.train()
+    assert selections(tmp_path)[0] == first[0]
+    assert selections(tmp_path)[1] != first[1]  # the policy has not moved this time
+    assert [row["step"] for row in rewards(tmp_path)] == [0, 1, 2, 3]
+
+    def right(completions: Sequence[str], **_: Any) -> list[float]:
+        return [float(len(c) % 2) for c in completions]
+
+    with pytest.raises((ConfigError, ArtifactError), match=r"to choose anew, delete"):
+        trainer(tmp_path, reward_funcs=right).train()
+
+
+def test_two_functions_of_one_name_are_told_apart_by_their_place(tmp_path: Path) -> None:
+    def make(value: float | None) -> Any:
+        def reward(completions: Sequence[str], answer: Sequence[str], **_: Any) -> list[float]:
+            return right(completions, answer) if value is None else [value] * len(completions)
+
+        return reward
+
+    trainer(tmp_path, select(success=1), reward_funcs=[make(0.0), make(None)]).train()
+    assert any(value for row in rewards(tmp_path) for value in row["rewards"])
+
+
+def test_ids_that_are_numbers_and_columns_that_trl_drops(tmp_path: Path) -> None:
+    rows = problems("sum", "parity", "count", "machine")
+    numbered = rows.add_column("prompt_id", list(range(len(rows))))
+    trained = trainer(tmp_path, select(strategy="learnability-rescored"), train_dataset=numbered)
+    trained.train()
+    chosen = selections(tmp_path, "learnability")
+    for row in rewards(tmp_path, "learnability"):
+        assert set(row["prompt_ids"]) <= chosen[row["step"] // 2]
+
+
+def test_a_threshold_that_is_a_reward_counts_as_reached(tmp_path: Path) -> None:
+    """TRL keeps rewards in float32, where 0.9 is less than 0.9."""
+
+    def mostly(completions: Sequence[str], answer: Sequence[str], **_: Any) -> list[float]:
+        return [0.9 * value for value in right(completions, answer)]
+
+    trainer(tmp_path, select(threshold=0.9), reward_funcs=mostly).train()
+    assert any(value for row in rewards(tmp_path) for value in row["rewards"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "stages", "steps"),
+    [
+        ({"max_steps": 24}, 5, 25),
+        ({"max_steps": 3}, 3, 3),
+        ({"max_steps": 24, "num_iterations": 4}, 3, 24),
+        ({"max_steps": 100, "num_iterations": 4, "steps_per_generation": 8, "num_generations": 4}, 4, 128),
+        ({"max_steps": -1, "num_train_epochs": 1}, 4, 12),
+    ],
+)
+def test_stages_are_whole_generation_batches_and_few_steps_are_added(
+    settings: dict[str, Any], stages: int, steps: int, tmp_path: Path
+) -> None:
+    made = trainer(tmp_path, select(stages=5), **settings)
+    assert (made.stages, made.args.max_steps) == (stages, steps)
+
+
+def test_an_asynchronous_judge_of_its_own_shares_one_loop(tmp_path: Path) -> None:
+    """A lock belongs to the loop it was first used in."""
+    import asyncio
+
+    lock = asyncio.Semaphore(1)
+
+    async def judge(completions: Sequence[str], answer: Sequence[str], **_: Any) -> list[float]:
+        async def one() -> None:
+            async with lock:
+                await asyncio.sleep(0.01)
+
+        await asyncio.gather(one(), one())
+        return right(completions, answer)
+
+    trainer(tmp_path, select(success=judge), max_steps=2).train()
+    assert len(rewards(tmp_path)) == 2

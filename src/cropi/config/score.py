@@ -24,8 +24,8 @@ class ServerConfig(Table):
     """Seconds that one request may take."""
     patience: Annotated[float, Field(gt=0)] = 600.0
     """Seconds without any answer, while requests are tried again, after which the run ends. It can go on later."""
-    api_key_env: str = "OPENAI_API_KEY"
-    """Environment variable that holds the key, where one is needed."""
+    api_key_env: str | None = None
+    """Environment variable that holds the key, where the server needs one."""
     body: dict[str, Any] = Field(default={})
     """Further fields of a request, as the server names them. Sampling must be plain for the log-probs to be those of
     the policy: `{"top_k": -1, "return_token_ids": true}` for vLLM."""

@@ -38,7 +38,7 @@ class ServerGenerator:
 
     def __init__(self, policy: Policy, config: ServerConfig) -> None:
         self._policy, self._config = policy, config
-        self._session = threading.local()
+        self._session, self._stop = threading.local(), threading.Event()
         self._answered = time.monotonic()
         self.retokenized = 0
 
@@ -46,16 +46,17 @@ class ServerGenerator:
         """One completion per prompt, in the order given: token ids up to and with the first end-of-sequence token."""
         written = [self._written(list(prompt)) for prompt in prompts]
         self._answered = time.monotonic()
-        with ThreadPoolExecutor(self._config.concurrency) as threads:
-            jobs = [
-                threads.submit(self._complete, prompt, sampling, derived_seed(seed, number) % SEEDS)
-                for number, prompt in enumerate(written)
-            ]
-            try:
-                completions = [job.result() for job in jobs]
-            except BaseException:
-                threads.shutdown(wait=False, cancel_futures=True)
-                raise
+        self._stop.clear()
+        threads = ThreadPoolExecutor(self._config.concurrency)
+        jobs = [
+            threads.submit(self._complete, prompt, sampling, derived_seed(seed, number) % SEEDS)
+            for number, prompt in enumerate(written)
+        ]
+        try:
+            completions = [job.result() for job in jobs]
+        finally:  # after an error or an interrupt, requests that are under way are left to themselves
+            self._stop.set()
+            threads.shutdown(wait=False, cancel_futures=True)
         if self.retokenized:
             warn_once(
                 "the server's texts do not tokenise back into the tokens that it sampled for some completions; the "
@@ -134,14 +135,15 @@ class ServerGenerator:
             if not said:
                 warn(f"{self._config.url}: {trouble}; trying again")
                 said = True
-            time.sleep(wait * random.uniform(0.5, 1.0))
+            if self._stop.wait(wait * random.uniform(0.5, 1.0)):
+                raise PolicyError("collection has ended", where=f"collect.server.url {self._config.url}")
             wait = min(2 * wait, LONGEST_WAIT_S)
 
     def _connection(self) -> requests.Session:
         """One per thread: a session is not made for several."""
         if not hasattr(self._session, "it"):
             session = requests.Session()
-            key = os.environ.get(self._config.api_key_env)
+            key = os.environ.get(self._config.api_key_env) if self._config.api_key_env else None
             if key:
                 session.headers["Authorization"] = f"Bearer {key}"
             self._session.it = session

@@ -37,17 +37,18 @@ class Selector:
     """What training should get better at: rows like those of the training set, and none of them in it."""
     strategy: str | Mapping[str, Any] = "cropi"
     """A preset by name, or a patch of a config as in `cropi compare`: `select`, `score`, `collect`, `refresh`."""
-    fraction: float = 0.1
-    """Share of the training prompts that a stage trains on, at the most."""
+    fraction: float | None = None
+    """Share of the training prompts that a stage trains on, at the most. Unset: the strategy's own, else 0.1."""
     stages: int = 5
-    """How often prompts are chosen, evenly over the steps of the training."""
+    """How often prompts are chosen, evenly over the steps of the training; less often where these are too few."""
     success: int | str | Callable[..., Sequence[float | None]] = 0
     """The reward function that says whether a completion is right: its place or name among the trainer's, or another
     function of that form. Prompts are chosen by it; the rewards of training stay those of the trainer."""
     threshold: float = 0.5
     """Its value from which a completion is right."""
     folder: str | Path | None = None
-    """Where trajectories, scores and selections are kept. Unset: `curriculum` in the trainer's output folder."""
+    """Where trajectories, scores and selections are kept. Unset: `_curriculum` in the trainer's output folder,
+    which is never uploaded."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Further settings, laid over all others: `{"collect": {"batch_size": 64}}`."""
 
@@ -89,7 +90,9 @@ def answer_of(row: Mapping[str, Any]) -> str:
     return ""
 
 
-def make_config(selector: Selector, folder: Path, train: Dataset, args: GRPOConfig, model: str, steps: int) -> Config:
+def make_config(
+    selector: Selector, folder: Path, train: Dataset, args: GRPOConfig, model: str, stages: int, steps: int
+) -> Config:
     """The config of the run that chooses, with its prompts written beside it.
 
     Raises ConfigError for a strategy or settings that there are none of, DataError for prompts that cannot be used.
@@ -114,12 +117,19 @@ def make_config(selector: Selector, folder: Path, train: Dataset, args: GRPOConf
             "temperature": args.temperature,
             "top_p": args.top_p,
         },
-        "select": {"fraction": selector.fraction},
-        "train": {"stages": selector.stages, "steps_per_stage": steps},
+        "train": {"stages": stages, "steps_per_stage": steps},
     }
-    values = merged(merged(values, _patch(selector.strategy)), selector.settings)
-    values["select"]["fraction"] = selector.settings.get("select", {}).get("fraction", selector.fraction)
-    return validate_config(values, "Selector")
+    own = {} if selector.fraction is None else {"select": {"fraction": selector.fraction}}
+    for patch in (_patch(selector.strategy), own, selector.settings):
+        values = merged(values, patch)
+    config = validate_config(values, "Selector")
+    if config.train.dynamic_sampling or config.refresh.reuse_rollouts:
+        raise ConfigError(
+            "dynamic sampling and reused rollouts are the work of cropi's own trainer",
+            where="Selector",
+            fix="choose another strategy or settings, or train with `cropi run`.",
+        )
+    return config
 
 
 def _patch(strategy: str | Mapping[str, Any]) -> Mapping[str, Any]:

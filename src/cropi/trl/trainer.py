@@ -7,11 +7,15 @@ import hashlib
 import inspect
 import json
 import math
+import shutil
+import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
@@ -19,15 +23,16 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from cropi.artifacts import append_jsonl, is_finished, read_jsonl, write_text
-from cropi.console import say
-from cropi.errors import ArtifactError, ConfigError, UserError
+from cropi.console import say, warn
+from cropi.errors import ArtifactError, ConfigError, PolicyError, UserError
 from cropi.functional.surrogate import NORMALIZER_OF_LOSS
+from cropi.gradients.scoring import make_scorer
 from cropi.pipeline import Given, Pipeline
 from cropi.policy import Policy
 from cropi.rewards.verdicts import CORRECT, UNPARSEABLE_GOLD, WRONG, Answered, Judgement, reward
 from cropi.training.train import Staged, Stages
 from cropi.trl.selector import PROMPT_ID, Selector, make_config, prompt_ids
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOTrainer
 
 HASHED_BYTES = 1 << 20  # of every weight matrix, for the policy's identity
 
@@ -36,12 +41,12 @@ class CurriculumTrainer(Staged):
     """`GRPOTrainer` with one argument more: `selector`. All others, and all that it does with them, are TRL's.
 
     Training takes as many steps as it would without (`max_steps`, or `num_train_epochs` over the whole set), divided
-    into `selector.stages` stages of equal length, rounded up to whole generation batches. Reward functions, PEFT,
-    callbacks, logging, saving and `train(resume_from_checkpoint=...)` are as in TRL. In several processes the first one
-    chooses and the others wait for it (`args.ddp_timeout` must allow for that).
+    into at most `selector.stages` stages of equal length, of whole generation batches. An epoch is a stage. Reward
+    functions, PEFT, callbacks, logging, saving and `train(resume_from_checkpoint=...)` are as in TRL. In several
+    processes the first one chooses and the others wait for it (`args.ddp_timeout` must allow for that).
 
-    Errors: ConfigError for what cannot be combined with a curriculum (iterable datasets, sharded weights, losses
-    without a per-prompt normaliser); what `Selector` and its settings refuse.
+    Errors: ConfigError for what cannot be combined with a curriculum (`_refused` lists it); what `Selector` and its
+    settings refuse.
     """
 
     def __init__(self, *args: Any, selector: Selector, **kwargs: Any) -> None:
@@ -60,38 +65,75 @@ class CurriculumTrainer(Staged):
         super().__init__(**bound, **more)
         self._selector, self._positions = selector, {prompt_id: row for row, prompt_id in enumerate(ids)}
         self._success = _success(selector, self.reward_funcs, self.reward_func_names)
-        self._check()
-        self.steps_per_stage = self._stage_length()
-        self.args.max_steps = selector.stages * self.steps_per_stage
-        self._folder = Path(selector.folder or Path(self.args.output_dir) / "curriculum")
+        self._check(dataset)
+        self.stages, self.steps_per_stage = self._stages()
+        self.args.max_steps = self.stages * self.steps_per_stage
+        # transformers uploads what is in the output folder, but for names that begin with an underscore
+        self._folder = Path(selector.folder or Path(self.args.output_dir) / "_curriculum")
         self._pipeline: Pipeline | None = None
-        self._identity = _identity(self.accelerator.unwrap_model(self.model))
+        self._loop: asyncio.AbstractEventLoop | None = None
         self.add_callback(_StageStart(self))
 
-    def _check(self) -> None:
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise ConfigError(
-                "the weights are sharded, and the process that chooses needs all of them",
-                where="args (fsdp or deepspeed)",
-                fix="train with plain data parallelism, or choose beforehand with `cropi select`.",
-            )
-        if self.args.loss_type not in NORMALIZER_OF_LOSS:
-            raise ConfigError(
-                f"no per-prompt normaliser is known for the loss {self.args.loss_type!r}",
-                where="args.loss_type",
-                fix=f"use one of {', '.join(NORMALIZER_OF_LOSS)}.",
-            )
-        if self.chat_template_kwargs:
-            raise ConfigError(
-                "the prompts that are chosen by are encoded by the template's defaults",
-                where="args.chat_template_kwargs",
-                fix="put them into the template, or leave them out.",
-            )
-        if self._selector.stages < 1:
-            raise ConfigError("a curriculum has stages", where="Selector.stages", fix="give 1 or more.")
+    def _check(self, dataset: Dataset) -> None:
+        for refused, what, where, fix in self._refused(dataset):
+            if refused:
+                raise ConfigError(what, where=where, fix=fix)
+        arguments = self.args
+        if arguments.top_k or arguments.min_p or arguments.repetition_penalty != 1.0 or arguments.generation_kwargs:
+            warn("top_k, min_p, repetition_penalty and generation_kwargs are not applied to what prompts are chosen by")
 
-    def _stage_length(self) -> int:
-        """Optimiser steps of a stage: a whole number of generation batches."""
+    def _refused(self, dataset: Dataset) -> list[tuple[Any, str, str, str]]:
+        """(whether it is there, what is wrong with it, where, how to fix it)."""
+        arguments = self.args
+        return [
+            (
+                self.is_fsdp_enabled or self.is_deepspeed_enabled,
+                "the weights are sharded, and the process that chooses needs all of them",
+                "args (fsdp or deepspeed)",
+                "train with plain data parallelism, or choose beforehand with `cropi select`.",
+            ),
+            (
+                self.tools or self.rollout_func or self.environment_factories,
+                "what prompts are chosen by is sampled from the policy alone",
+                "tools, rollout_func or environment_factory",
+                "leave it out, or choose beforehand with `cropi select`.",
+            ),
+            (
+                self._is_vlm or {"image", "images"} & set(dataset.column_names),
+                "prompts are chosen by their text alone",
+                "images",
+                "leave them out.",
+            ),
+            (
+                arguments.loss_type not in NORMALIZER_OF_LOSS,
+                f"no per-prompt normaliser is known for the loss {arguments.loss_type!r}",
+                "args.loss_type",
+                f"use one of {', '.join(NORMALIZER_OF_LOSS)}.",
+            ),
+            (
+                self.chat_template_kwargs,
+                "the prompts that are chosen by are encoded by the template's defaults",
+                "args.chat_template_kwargs",
+                "put them into the template, or leave them out.",
+            ),
+            (
+                getattr(arguments, "cast_lm_head_to_fp32", False),
+                "influence is computed in the weights' own precision",
+                "args.cast_lm_head_to_fp32",
+                "leave it out.",
+            ),
+            (
+                arguments.ignore_data_skip,
+                "a resumed training would see the batches of a stage again, and stages would end elsewhere",
+                "args.ignore_data_skip",
+                "leave it out.",
+            ),
+            (self._selector.stages < 1, "a curriculum has stages", "Selector.stages", "give 1 or more."),
+        ]
+
+    def _stages(self) -> tuple[int, int]:
+        """(stages, optimiser steps of each): all of whole generation batches, as many steps as are asked for or few
+        more; fewer stages where there are not so many generation batches."""
         arguments = self.args
         serves = arguments.steps_per_generation * self.num_iterations  # micro-steps of a generation batch
         accumulated = arguments.gradient_accumulation_steps
@@ -101,10 +143,17 @@ class CurriculumTrainer(Staged):
             batches = len(self._positions) // (arguments.generation_batch_size // self.num_generations)
             total = arguments.num_train_epochs * batches * serves / accumulated
         unit = serves // math.gcd(serves, accumulated)
-        return max(1, math.ceil(total / self._selector.stages / unit)) * unit
+        units = max(1, math.ceil(total / unit))
+        each = math.ceil(units / min(self._selector.stages, units))
+        stages = math.ceil(units / each)
+        taken = stages * each * unit
+        if taken > 1.05 * total:
+            warn(f"{stages} stages of {each * unit} steps are {taken} steps, where {total:g} were asked for")
+        return stages, each * unit
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As TRL's; the curriculum's folder is this training's while it lasts."""
+        self._identity = _identity(self.accelerator.unwrap_model(self.model), self._success, self._selector.threshold)
         try:
             return super().train(*args, **kwargs)
         finally:
@@ -117,12 +166,15 @@ class CurriculumTrainer(Staged):
     def choose(self, stage: int, model: nn.Module, in_progress: bool) -> Sequence[str]:
         """Prompt ids of a stage, chosen by the first process and told to the others."""
         found: list[Any] = [None]
+        failed: Exception | None = None
         if self.accelerator.is_main_process:
             try:
                 found = [self._chosen(stage, model, in_progress)]
-            except UserError as error:
-                found = [error]
+            except Exception as error:  # the others wait: they are told, whatever it is
+                failed, found = error, [error if isinstance(error, UserError) else PolicyError(repr(error))]
         broadcast_object_list(found)
+        if failed is not None:
+            raise failed
         if isinstance(found[0], UserError):
             raise found[0]
         return list(found[0])
@@ -135,25 +187,39 @@ class CurriculumTrainer(Staged):
         return self._pipeline.select_stage(arm, stage, model, in_progress)
 
     def _open(self, model: nn.Module) -> None:
-        """Begin the run that chooses: collect, unless training goes on."""
-        arguments: GRPOConfig = self.args
+        """Begin the run that chooses, or go on with it."""
         name = str(getattr(model.config, "_name_or_path", "") or "model")
-        train = self.train_dataset
-        config = make_config(self._selector, self._folder, train, arguments, name, self.steps_per_stage)
-        given = Given(Policy(model, self.processing_class), self._identity, self._judge, arguments)
-        pipeline = self._pipeline = Pipeline(config, given)
+        shape = self.stages, self.steps_per_stage
+        config = make_config(self._selector, self._folder, self.train_dataset, self.args, name, *shape)
+        given = Given(Policy(model, self.processing_class), self._identity, self._judge, self.args)
+        try:
+            self._begin(Pipeline(config, given), model)
+        except (ArtifactError, ConfigError) as error:
+            raise type(error)(
+                error.what,
+                where=error.where,
+                fix=f"to choose anew, delete {self._folder} or give Selector(folder=...); to go on, leave the script "
+                "as it was when training began.",
+            ) from None
+
+    def _begin(self, pipeline: Pipeline, model: nn.Module) -> None:
+        self._pipeline = pipeline
         (arm,) = pipeline.space.arms.values()
-        kept = [row for row in read_jsonl(arm.rewards) if row["step"] < self.state.global_step]
-        if arm.rewards.is_file():  # what an interrupted attempt wrote beyond the checkpoint
-            write_text(arm.rewards, "".join(json.dumps(row) + "\n" for row in kept))
-        if not self.state.global_step:
-            pipeline.collect()
-        elif not is_finished(pipeline.space.trajectories):
-            raise ArtifactError(
-                "training goes on from a checkpoint, and the trajectories of the policy before it are gone",
-                where=str(pipeline.space.trajectories),
-                fix="restore the folder, or start anew.",
-            )
+        if self.state.global_step:
+            if not is_finished(pipeline.space.trajectories):
+                raise ArtifactError(
+                    "training goes on from a checkpoint, and the trajectories of the policy before it are gone",
+                    where=str(pipeline.space.trajectories),
+                )
+            if arm.rewards.is_file():  # what an interrupted attempt wrote beyond the checkpoint
+                kept = [row for row in read_jsonl(arm.rewards) if row["step"] < self.state.global_step]
+                write_text(arm.rewards, "".join(json.dumps(row) + "\n" for row in kept))
+            return
+        shutil.rmtree(arm.folder, ignore_errors=True)  # selections and rewards of another training
+        (strategy,) = pipeline.config.arms.values()
+        if strategy.reads_scores:  # refuses a model that is not covered before anything is generated
+            make_scorer(pipeline.config, model, pipeline.surrogate, strategy)
+        pipeline.collect()
 
     def _judge(self, rows: Sequence[Answered]) -> list[Judgement]:
         """Verdicts by the reward function that says what is right, on the rows of the datasets that were given."""
@@ -170,41 +236,62 @@ class CurriculumTrainer(Staged):
                 for key, value in sets[name][number].items():
                     columns.setdefault(key, []).append(value)
             prompts = columns.pop("prompt")
+            columns = {key: values for key, values in columns.items() if key not in ("completion", "completion_ids")}
             texts = [rows[place].completion for place, _ in places]
             completions = [
                 text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
                 for text, prompt in zip(texts, prompts, strict=True)
             ]
-            values = self._call_success(prompts, completions, texts, columns)
+            ids = self.processing_class(text=texts, add_special_tokens=False)["input_ids"]
+            values = self._call_success(prompts, completions, ids, columns)
             for (place, _), value in zip(places, values, strict=True):
                 found[place] = Judgement(self._verdict(value), 0.0)
         return [judgement for judgement in found if judgement is not None]
 
     def _call_success(
-        self, prompts: list[Any], completions: list[Any], texts: list[str], columns: Mapping[str, list[Any]]
+        self, prompts: list[Any], completions: list[Any], ids: Sequence[Any], columns: Mapping[str, list[Any]]
     ) -> Sequence[float | None]:
-        result = self._success[1](
+        result = self._success.function(
             prompts=prompts,
             completions=completions,
-            completion_ids=self.processing_class(text=texts)["input_ids"],
+            completion_ids=list(ids),
             trainer_state=self.state,
             log_extra=lambda *_: None,
             log_metric=lambda *_: None,
             **columns,
         )
-        values = asyncio.run(result) if inspect.iscoroutine(result) else result
-        if len(values) != len(texts):
+        if inspect.isawaitable(result):
+            values = asyncio.run_coroutine_threadsafe(_awaited(result), self._event_loop()).result()
+        else:
+            values = result
+        if len(values) != len(completions):
             raise ConfigError(
-                f"it returned {len(values)} rewards for {len(texts)} completions",
-                where=f"reward function {self._success[0]}",
+                f"it returned {len(values)} rewards for {len(completions)} completions",
+                where=f"reward function {self._success.name}",
                 fix="return one for each.",
             )
         return list(values)
 
+    def _event_loop(self) -> asyncio.AbstractEventLoop:
+        """The one in which TRL awaits reward functions: clients and locks belong to a loop."""
+        theirs: asyncio.AbstractEventLoop | None = getattr(self, "async_loop", None)
+        if theirs is not None:
+            return theirs
+        if self._loop is None:
+            self._loop = asyncio.new_event_loop()
+            threading.Thread(target=self._loop.run_forever, daemon=True).start()
+        return self._loop
+
     def _verdict(self, value: float | None) -> str:
         if value is None or math.isnan(value):
             return UNPARSEABLE_GOLD
-        return CORRECT if value >= self._selector.threshold else WRONG
+        # TRL keeps rewards in float32
+        return CORRECT if np.float32(value) >= np.float32(self._selector.threshold) else WRONG
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        kept: list[str] = self._signature_columns  # type: ignore[has-type]
+        self._signature_columns = kept if PROMPT_ID in kept else [*kept, PROMPT_ID]
 
     # -- recording -------------------------------------------------------------------------------------------------
 
@@ -225,14 +312,13 @@ class CurriculumTrainer(Staged):
         ids: Sequence[Sequence[int]],
     ) -> None:
         """What the next selection learns of training: who was right."""
-        place = self.reward_func_names.index(self._success[0]) if self._success[2] else None
-        if place is not None:
-            known = rewards_per_func[:, place].tolist()
+        if self._success.place is not None:
+            known = rewards_per_func[:, self._success.place].tolist()
         else:
-            texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
-            columns = {key: [row[key] for row in inputs] for key in inputs[0] if key != "prompt"}
-            known = gather_object(list(self._call_success(prompts, completions, texts, columns)))
-        seen = gather_object([row[PROMPT_ID] for row in inputs])
+            dropped = ("prompt", "completion", "completion_ids")
+            columns = {key: [row[key] for row in inputs] for key in inputs[0] if key not in dropped}
+            known = gather_object(list(self._call_success(prompts, completions, ids, columns)))
+        seen = gather_object([str(row[PROMPT_ID]) for row in inputs])
         tokens = sum(gather_object([len(one) for one in ids]))
         if self._pipeline is None:
             return
@@ -257,28 +343,36 @@ class _StageStart(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._stages = Stages(self._trainer.choose, self._trainer._positions, self._trainer)
+        # TRL counts micro-steps from 0 again after a resume, which would shift its generation batches against ours
+        self._trainer._step = state.global_step * args.gradient_accumulation_steps
         if self._trainer.accelerator.is_main_process:
-            stages, steps = self._trainer._selector.stages, self._trainer.steps_per_stage
+            stages, steps = self._trainer.stages, self._trainer.steps_per_stage
             say(f"curriculum: {stages} stages of {steps} steps, in {self._trainer._folder}")
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._stages.begin(state.global_step)
 
 
-def _success(
-    selector: Selector, functions: Sequence[Any], names: Sequence[str]
-) -> tuple[str, Callable[..., Any], bool]:
-    """(name, function, whether it is one of the trainer's) of what says that a completion is right."""
+@dataclass(frozen=True)
+class _Success:
+    """What says that a completion is right."""
+
+    name: str
+    function: Callable[..., Any]
+    place: int | None  # among the trainer's reward functions; None: it is none of them
+
+
+def _success(selector: Selector, functions: Sequence[Any], names: Sequence[str]) -> _Success:
     chosen = selector.success
     if callable(chosen):
-        return getattr(chosen, "__name__", "success"), chosen, False
-    if isinstance(chosen, str) and chosen in names:
-        chosen = list(names).index(chosen)
+        return _Success(getattr(chosen, "__name__", "success"), chosen, None)
+    if isinstance(chosen, str):
+        chosen = list(names).index(chosen) if list(names).count(chosen) == 1 else chosen
     if not isinstance(chosen, int) or not 0 <= chosen < len(functions):
         raise ConfigError(
-            f"there is no reward function {chosen!r}",
+            f"{chosen!r} names no reward function, or more than one",
             where="Selector.success",
-            fix=f"name one of {', '.join(names)}, its place, or give a function.",
+            fix=f"name one of {', '.join(names)}, give its place, or a function.",
         )
     if isinstance(functions[chosen], nn.Module):
         raise ConfigError(
@@ -286,14 +380,26 @@ def _success(
             where="Selector.success",
             fix="name a reward function, or give one.",
         )
-    return names[chosen], functions[chosen], True
+    return _Success(names[chosen], functions[chosen], chosen)
 
 
-def _identity(model: nn.Module) -> str:
-    """SHA-256 over the names, shapes and first bytes of all weights."""
-    digest = hashlib.sha256()
+async def _awaited(result: Any) -> Any:
+    return await result
+
+
+def _identity(model: nn.Module, success: _Success, threshold: float) -> str:
+    """SHA-256 over what trajectories depend on: names, shapes and first bytes of all weights, and what judges them."""
+    digest = hashlib.sha256(f"{success.name} {threshold} {_source(success.function)}".encode())
     for name, weight in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
         head = weight.detach().flatten()[: HASHED_BYTES // max(1, weight.element_size())].contiguous().cpu()
         digest.update(head.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _source(function: Callable[..., Any]) -> str:
+    """The text of a function, where it can be had; what it calls is not part of it."""
+    try:
+        return inspect.getsource(inspect.unwrap(function))
+    except (OSError, TypeError):
+        return repr(type(function))
