@@ -175,7 +175,8 @@ def completions_of(
 def _spread(shards: Sequence[Shard], count: int) -> list[tuple[Any, list[int]]]:
     """So many prompts, evenly spaced in the order of the shards, with their token ids."""
     pairs = [pair for shard in shards for pair in zip(shard.prompts, shard.prompt_ids, strict=True)]
-    return pairs[:: max(1, len(pairs) // count)][:count]
+    count = min(count, len(pairs))
+    return [pairs[number * len(pairs) // count] for number in range(count)]
 
 
 def _sample(config: Config, policy: Policy, shards: Sequence[Shard], judge: Judge) -> _Sample:

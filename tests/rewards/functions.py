@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -49,6 +51,25 @@ def dies_once(completions: list[str], answer: list[str], **_: Any) -> list[float
 
 def prints(completions: list[str], answer: list[str], **_: Any) -> list[float]:
     print('{"done": [["correct", 0, ""]]}', flush=True)
+    return equal(completions, answer)
+
+
+def starts_another(completions: list[str], answer: list[str], **_: Any) -> list[float]:
+    subprocess.run(["sleep", "300.123"], check=False)
+    return equal(completions, answer)
+
+
+def reads(completions: list[str], answer: list[str], **_: Any) -> list[float]:
+    subprocess.run(["cat"], check=False)
+    assert sys.stdin.read() == ""
+    return equal(completions, answer)
+
+
+def forks(completions: list[str], answer: list[str], **_: Any) -> list[float]:
+    child = os.fork()
+    if child == 0:
+        sys.exit()
+    os.waitpid(child, 0)
     return equal(completions, answer)
 
 

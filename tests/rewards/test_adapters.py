@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
 from cropi.config import FunctionVerifier, ReasoningGymVerifier, VerlVerifier
-from cropi.rewards.adapters import harmless
+from cropi.rewards.adapters import is_formula
 from cropi.rewards.verdicts import CORRECT, UNPARSEABLE_ANSWER, UNPARSEABLE_GOLD, WRONG, Answered
 from cropi.rewards.verifiers import verifier, written_gold
 
@@ -79,7 +81,7 @@ def test_reasoning_gym_s_gold_answers_are_right(task: str) -> None:
         row = Answered(str(entry["answer"]), str(entry["answer"]), task, "", json.dumps(entry["metadata"]))
         assert verify(row) == CORRECT
         assert verify(row._replace(completion=f"<think>1</think><answer>{entry['answer']}</answer>")) == CORRECT
-        assert verify(row._replace(completion="<answer>no idea</answer>")) == WRONG
+        assert verify(row._replace(completion="<answer>no idea</answer>")) in {WRONG, UNPARSEABLE_ANSWER}
 
 
 def test_reasoning_gym_s_partial_credit_and_threshold() -> None:
@@ -98,31 +100,69 @@ def test_a_task_that_does_not_exist_is_an_unreadable_gold_answer() -> None:
 @pytest.mark.parametrize(
     ("answer", "expected"),
     [
-        ("[[1, 2], [3, 4]]", True),
         ("3*x**2 + 2*x - sin(x)", True),
         ("(7 + 5) * 2 - 1", True),
-        ("['a', 'b']", True),
-        ("it is open: you may import it", True),
+        ("4! / 2", True),
+        ("-cos(2*x)/4 + C", True),
+        ("3*Integral(x**3*cos(3*x), x) + C", True),
         ("__import__('os').system('x')", False),
-        ("().__class__", False),
-        ("open('/tmp/x', 'w')", False),
-        ("x.y.z", False),
-        ("[x for x in (1,)]", False),
-        ("(lambda: 1)()", False),
-        ("a.b() !", False),
-        ("exec ('x') + 3!", False),
+        ("sympify('a'+'b')", False),
+        ("S(a)", False),
+        ("N(x)", False),
+        ("x.y", False),
+        ("eval(a)", False),
+        ("lambda: 1", False),
+        ("0x77 # 67 50 20 82", False),
+        ("0x18", False),
+        ("[1, 2]", False),
     ],
 )
-def test_what_may_be_evaluated(answer: str, expected: bool) -> None:
-    assert harmless(answer) is expected
+def test_what_may_be_given_to_sympy(answer: str, expected: bool) -> None:
+    assert is_formula(answer) is expected
 
 
-@pytest.mark.parametrize("task", ["n_queens", "spiral_matrix", "polynomial_multiplication", "countdown"])
-def test_no_code_is_run(task: str, tmp_path: object) -> None:
+EVALUATED = ["string_insertion", "spiral_matrix", "binary_matrix", "n_queens"]
+PARSED = ["polynomial_multiplication", "countdown", "puzzle24", "simple_integration"]
+CODE = [
+    "open('{}', 'w')",
+    "__import__('os').system('touch {}')",
+    "[open(f, 'w') for f in ['{}']]",
+    "list(map(exec, ['ope'+'n(\"{}\",\"w\")']))",
+    "sympify('ope'+'n(\"{}\",\"w\")')",
+    "S('ope'+'n(\"{}\",\"w\")')",
+]
+
+
+@pytest.mark.parametrize("task", EVALUATED + PARSED)
+def test_no_code_is_run(task: str, tmp_path: Path) -> None:
     verify = verifier(ReasoningGymVerifier(type="reasoning_gym"))
     entry = entries(task)[0]
-    for code in ("open('{}', 'w')", "__import__('os').system('touch {}')", "[open(f, 'w') for f in ['{}']]"):
-        marker = tmp_path / "ran"  # type: ignore[operator]
+    marker = tmp_path / "ran"
+    for code in CODE:
         row = Answered(code.format(marker), str(entry["answer"]), task, "", json.dumps(entry["metadata"]))
-        assert verify(row) == UNPARSEABLE_ANSWER
-        assert not marker.exists()
+        with suppress(ValueError, SyntaxError):  # what is no literal
+            assert verify(row) in {UNPARSEABLE_ANSWER, WRONG}
+        assert not marker.exists(), code
+
+
+def test_an_answer_that_would_patch_the_task_changes_no_other_verdict() -> None:
+    verify = verifier(ReasoningGymVerifier(type="reasoning_gym"))
+    entry = entries("spiral_matrix")[0]
+    row = Answered("", str(entry["answer"]), "spiral_matrix", "", json.dumps(entry["metadata"]))
+    patch = (
+        "list(map(exec, ['import reasoning_gym.algorithmic.spiral_matrix as m; "
+        "m.Spi'+'ralMatrixDataset.score_answer=lam'+'bda self,answer,entry: 1.0']))"
+    )
+    for answer in (patch, "nonsense", "0 0 1"):
+        with suppress(ValueError, SyntaxError):
+            assert verify(row._replace(completion=answer)) != CORRECT
+
+
+def test_numbers_in_a_comment_do_not_count_as_used() -> None:
+    """countdown looks for its numbers in the raw text."""
+    verify = verifier(ReasoningGymVerifier(type="reasoning_gym"))
+    entry = entries("countdown")[0]
+    numbers = " ".join(str(n) for n in entry["metadata"]["numbers"])  # type: ignore[index]
+    cheat = f"{entry['metadata']['target']} # {numbers}"  # type: ignore[index]
+    row = Answered(cheat, str(entry["answer"]), "countdown", "", json.dumps(entry["metadata"]))
+    assert verify(row) == UNPARSEABLE_ANSWER

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +91,19 @@ def test_rows_before_one_that_cannot_be_read_are_judged() -> None:
     assert [row["verdict"] for row in found] == ["correct"]
     assert "line 2" in errors
     assert code == 2
+
+
+def test_an_interrupt_ends_it_at_once(tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text("import time\ndef f(completions, **_):\n    time.sleep(600)\n    return [1.0]\n")
+    command = [sys.executable, "-m", "cropi", "verify", "--verifier", "function", "--option", "path=slow.f"]
+    pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen([*command, "--seconds", "600"], cwd=tmp_path, **pipes) as running:
+        assert running.stdin is not None
+        running.stdin.write(lines({"completion": "7", "answer": "7"}).encode())
+        running.stdin.close()
+        time.sleep(4)
+        running.send_signal(signal.SIGINT)
+        assert running.wait(timeout=10) == 130
 
 
 def test_parse_verifier() -> None:

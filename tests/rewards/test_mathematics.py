@@ -2,6 +2,8 @@ r"""The verifier `math`, with the wrong verdicts known of math-verify: what we d
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from cropi.config import MathVerifier
@@ -82,6 +84,59 @@ def test_known_wrong_verdicts_of_the_library(gold: str, answer: str, expected: s
 )
 def test_meaning(gold: str, answer: str, expected: str) -> None:
     assert verdict(gold, answer) == expected
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer"),
+    [
+        # an equation is no number because a number stands in it
+        ("7", "8=7"), ("7", "0=7"), ("7", "2x=7"), ("7", "x^2=7"), ("7", "x+1=7"), ("7", "x+y=7"), ("7", "x=8=7"),
+        ("2x", "3=2x"),
+        # R is not r
+        ("R-r", "r-R"), ("V-v", "v-V"), ("2x", "2X"), ("n!", "N!"),
+        # what stands apart
+        ("12", "1 2"), ("23", r"2 \quad 3"), ("21/2", "2 1/2"), ("4/3", r"2\ 2/3"), ("3", r"1\ 2"), ("3", r"1\quad 2"),
+        ("3", r"1\,2"),
+        # units and text
+        (r"2\text{ hours }30\text{ minutes}", "2"),
+        (r"2\text{ hours }30\text{ minutes}", r"2\text{ hours }40\text{ minutes}"),
+        (r"5\text{ am}", r"5\text{ pm}"), (r"10\text{ m}", r"10\text{ km}"), (r"10\text{ minutes}", r"10\text{ hours}"),
+        # bases
+        ("1010_2", "1010_3"), ("12_5", "12_7"), ("7", "7_8"),
+        # lists, brackets, infinity, dots
+        ("1,1,2", "1,2,2"), ("(1,2)", r"\{1,2\}"), (r"\infty", r"\infty+1"), (r"\infty", r"-\infty"),
+        ("0.333", "0.333..."),
+    ],
+)  # fmt: skip
+def test_more_that_the_library_lets_pass(gold: str, answer: str) -> None:
+    assert verdict(gold, answer) in {WRONG, UNPARSEABLE_ANSWER}
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer"),
+    [
+        ("7", "x=7"), ("7", "f(x)=7"), ("7", "3+4=7"), ("x-y", "-y+x"), ("-3", r"\log_2\frac{1}{8}"),
+        ("12345", r"12\,345"), (r"10\text{ m}", "10"), (r"10\text{ hours}", "10 hour"), ("1010_2", "1010_{2}"),
+        ("1010_2", "1010"), ("(1,2)", "(1, 2)"), (r"\infty", r"+\infty"), ("2 1/2", "5/2"), (r"2\frac12", "2.5"),
+        ("1{,}234", "1234"), (r"\{1,1,2\}", r"\{1,2,1\}"),
+    ],
+)  # fmt: skip
+def test_what_is_right_in_another_writing(gold: str, answer: str) -> None:
+    assert verdict(gold, answer) == CORRECT
+
+
+@pytest.mark.parametrize("gold", [r"0.\overline{3}", r"\log_2 8 8", "3 4", "9" * 60])
+def test_whether_a_gold_answer_can_be_read_does_not_depend_on_the_completion(gold: str) -> None:
+    """Else a prompt would be left out exactly where it is answered wrongly."""
+    assert len({verdict(gold, answer) == UNPARSEABLE_GOLD for answer in (gold, "1/3", "7", "x")}) == 1
+
+
+def test_long_runs_of_dots_and_spaces_cost_nothing() -> None:
+    verify = math_verifier(MathVerifier(type="math"))
+    start = time.perf_counter()
+    for run in (".", " ", "_", "*", "$"):
+        verify(Answered(f"The answer is 7 {run * 200_000} hm", "7"))
+    assert time.perf_counter() - start < 5
 
 
 @pytest.mark.parametrize(

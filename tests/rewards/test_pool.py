@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -42,6 +43,60 @@ def test_verdicts_come_in_the_order_of_the_rows() -> None:
         verdicts = [judgement.verdict for judgement in pool(rows)]
     assert verdicts == [CORRECT if n % 3 else WRONG for n in range(500)]
     assert pool.counts == {CORRECT: 333, WRONG: 167}
+
+
+def test_no_more_processes_than_rows() -> None:
+    with Pool(EXACT, LIMITS.model_copy(update={"processes": 6})) as pool:
+        pool([Answered("7", "7")])
+        assert len(pool._workers) == 1
+
+
+def test_a_process_that_died_while_idle_is_replaced_and_no_row_is_blamed() -> None:
+    with Pool(EXACT, LIMITS) as pool:
+        pool([Answered(str(n), "7") for n in range(200)])
+        for worker in pool._workers:
+            worker.process.kill()
+            worker.process.wait()
+        assert [one.verdict for one in pool([Answered("7", "7"), Answered("8", "7 ")])] == [CORRECT, WRONG]
+        assert pool.kills <= 1  # one may have died while it started
+
+
+def test_a_thread_that_asked_first_may_end() -> None:
+    """The system ends a process with the thread that started it."""
+    with Pool(EXACT, LIMITS) as pool:
+        asking = threading.Thread(target=lambda: pool([Answered("7", "7")]))
+        asking.start()
+        asking.join()
+        time.sleep(0.2)
+        assert not any(worker.gone for worker in pool._workers)
+        assert pool([Answered("8", "8")])[0].verdict == CORRECT
+
+
+def test_what_fails_is_not_remembered() -> None:
+    with Pool(MathVerifier(type="math"), LIMITS.model_copy(update={"seconds": 0.3})) as pool:
+        row = Answered("\\boxed{9^{9^{9}}}", "7")
+        assert pool([row])[0].verdict == TIMEOUT
+        assert pool._cache is not None
+        assert not pool._cache
+
+
+def test_what_a_verifier_has_started_ends_with_it() -> None:
+    with Pool(function("starts_another"), LIMITS) as pool:
+        assert pool([Answered("bad", "7")])[0].verdict == TIMEOUT
+    left = [p for p in psutil.process_iter(["cmdline"]) if "300.123" in (p.info["cmdline"] or [])]
+    assert left == []
+
+
+def test_a_verifier_that_reads_its_standard_input_finds_nothing() -> None:
+    with Pool(function("reads"), LIMITS) as pool:
+        assert [one.verdict for one in pool([Answered("7", "7"), Answered("8", "7")])] == [CORRECT, WRONG]
+
+
+def test_a_child_that_a_verifier_forks_does_not_answer_for_it() -> None:
+    with Pool(function("forks"), LIMITS.model_copy(update={"processes": 1})) as pool:
+        rows = [Answered(str(n), str(n if n % 2 else n + 1)) for n in range(6)]
+        assert [one.verdict for one in pool(rows)] == [WRONG, CORRECT] * 3
+        assert [one.verdict for one in pool(rows)] == [WRONG, CORRECT] * 3
 
 
 def test_no_rows_start_no_process() -> None:

@@ -43,19 +43,21 @@ def verify(
         batch: list[Answered] = []
 
         def flush() -> None:
-            for judgement in pool(batch):
+            rows, batch[:] = batch[:], []
+            for judgement in pool(rows):
                 note = {"note": judgement.note} if judgement.note else {}
                 print(json.dumps({"verdict": judgement.verdict, "seconds": round(judgement.seconds, 6)} | note))
             sys.stdout.flush()
-            batch.clear()
 
         try:
             for row in _rows():
                 batch.append(row)
                 if len(batch) == BATCH:
                     flush()
-        finally:  # what came before a row that cannot be read is judged
+        except DataError:  # what came before a row that cannot be read is judged
             flush()
+            raise
+        flush()
         counts = ", ".join(f"{count} {verdict}" for verdict, count in pool.counts.most_common())
         print(f"{counts or 'no rows'}; {pool.kills} processes ended", file=sys.stderr)
 

@@ -30,7 +30,8 @@ class NumericVerifier(VerifierTable):
     type: Literal["numeric"]
     """Picks this verifier."""
     tolerance: Annotated[float, Field(ge=0)] = 1e-6
-    """Largest difference that still counts as equal, relative to max(1, |gold|)."""
+    """Largest difference that still counts as equal, relative to max(1, |gold|). Up to the default, whole numbers must
+    be equal exactly."""
 
 
 class Gsm8kVerifier(VerifierTable):

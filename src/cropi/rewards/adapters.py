@@ -8,7 +8,8 @@ import inspect
 import json
 import math
 import re
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from cropi.config import FunctionVerifier, ReasoningGymVerifier, VerlVerifier
@@ -23,56 +24,59 @@ def reasoning_gym_verifier(config: ReasoningGymVerifier) -> Verify:
     """
     try:
         from reasoning_gym import get_score_answer_fn
+        from reasoning_gym.factory import DATASETS
         from reasoning_gym.utils import extract_answer
     except ImportError:
         raise ImportError(
             "the verifier `reasoning_gym` needs that package: pip install 'cropi[reasoning-gym]'"
         ) from None
 
+    tasks: dict[str, tuple[Callable[..., float], bool]] = {}
+
     def verify(row: Answered) -> str:
         metadata = _extra(row)
         entry = {"question": _question(row.prompt), "answer": row.answer, "metadata": metadata}
         task = metadata.get("source_dataset") or row.source
         try:
-            score = get_score_answer_fn(task)
+            if task not in tasks:
+                tasks[task] = get_score_answer_fn(task), _disarmed(task, DATASETS)
         except ValueError:  # no such task
             return UNPARSEABLE_GOLD
+        score, by_sympy = tasks[task]
         if config.marker is not None:
             _, found, given = row.completion.rpartition(config.marker)
             answer = given.strip() if found else None
         else:
             answer = extract_answer(row.completion) if "<answer>" in row.completion else row.completion.strip()
-        if not answer or not harmless(answer):
+        if not answer or (by_sympy and not is_formula(answer)):
             return UNPARSEABLE_ANSWER
         return _verdict(score(answer=answer, entry=entry), config.threshold)
 
     return verify
 
 
-# Some tasks evaluate the answer as Python, and sympy's parser, which others call, does so as well.
-_DANGEROUS = re.compile(
-    r"__|\blambda\b|\.\s*[A-Za-z_]\w*\s*\("
-    r"|\b(?:exec|eval|open|compile|getattr|setattr|delattr|globals|locals|vars|input|breakpoint|exit|quit)\s*\("
-)
-_HARMLESS = (
-    ast.Expression, ast.Constant, ast.List, ast.Tuple, ast.Set, ast.Dict, ast.Name, ast.Load, ast.UnaryOp, ast.BinOp,
-    ast.BoolOp, ast.Compare, ast.operator, ast.unaryop, ast.boolop, ast.cmpop, ast.Call,
-)  # fmt: skip
+def _disarmed(task: str, known: Mapping[str, Any]) -> bool:
+    """Make a task's module evaluate nothing but literals; returns whether it hands answers to sympy, which evaluates
+    them as Python too. ValueError for a task that there is not."""
+    if task not in known:
+        raise ValueError(task)
+    module = sys.modules[known[task][0].__module__]
+    source = inspect.getsource(module)
+    if re.search(r"\beval\(", source):
+        module.eval = ast.literal_eval  # type: ignore[attr-defined]  # a global of that name goes before the builtin
+    return "sympy" in source
 
 
-def harmless(answer: str) -> bool:
-    """Whether nothing is run when an answer is evaluated as Python: no attributes, no calls but of plain names that
-    are no builtins with an effect, nothing that could reach them."""
-    if _DANGEROUS.search(answer):
-        return False
-    try:
-        tree = ast.parse(answer.strip(), mode="eval")
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return True  # not Python: it cannot be evaluated as such
-    return all(
-        isinstance(node, _HARMLESS) and not (isinstance(node, ast.Call) and not isinstance(node.func, ast.Name))
-        for node in ast.walk(tree)
-    )
+_TRIGONOMETRIC = frozenset({"sin", "cos", "tan", "cot", "sec", "csc", "asin", "acos", "atan", "sinh", "cosh", "tanh"})
+_FUNCTIONS = _TRIGONOMETRIC | {"asinh", "acosh", "atanh", "exp", "log", "ln", "sqrt", "Abs", "pi", "Integral"}
+# Signs that no formula needs, attributes, other bases, calls of a symbol (S and N are functions of sympy's).
+_NO_FORMULA = re.compile(r"[^0-9A-Za-z\s+\-*/^().,=!]|\.\s*[A-Za-z]|0[xXoObB]|\b[A-Za-z]\s*\(")
+
+
+def is_formula(answer: str) -> bool:
+    """Whether an answer is numbers, signs, symbols of one letter and functions of school: nothing that could be run."""
+    words = re.findall("[A-Za-z]+", answer)
+    return not _NO_FORMULA.search(answer) and all(len(word) == 1 or word in _FUNCTIONS for word in words)
 
 
 def function_verifier(config: FunctionVerifier) -> Verify:

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import selectors
+import signal
 import subprocess
 import sys
 import tempfile
@@ -19,8 +20,10 @@ import threading
 import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from mmap import mmap
 from pathlib import Path
 from typing import Any
@@ -44,6 +47,7 @@ class _Job:
     place: int  # in the caller's list
     row: Answered
     attempts: int = 0
+    spared: int = 0  # times that a process ended with it in hand before it had begun
 
 
 class _Worker:
@@ -61,14 +65,8 @@ class _Worker:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
         environment[PROGRESS_FD] = str(self._shared.fileno())
         environment["PYTHONPATH"] = os.pathsep.join([_HERE, *filter(None, [environment.get("PYTHONPATH")])])
-        self.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "cropi.rewards.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            pass_fds=(self._shared.fileno(),),
-            env=environment,
-            start_new_session=True,  # an interrupt from the keyboard is the caller's business
-        )
+        self.process = _started(environment, self._shared.fileno())
+        self.judged = 0
         path = [*sys.path, str(Path.cwd())]  # functions of the user's stand where the run is started
         hello = {"verifier": json.loads(spec), "memory_mb": settings.memory_mb, "path": path}
         self._send(hello)
@@ -97,7 +95,18 @@ class _Worker:
         (number,), (since,) = NUMBER.unpack_from(self._progress), SINCE.unpack_from(self._progress, NUMBER.size)
         return number, now - since
 
+    @property
+    def gone(self) -> bool:
+        """Whether it has ended. It is not waited for: until then its number, and its group's, are its own."""
+        try:
+            return os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+        except ChildProcessError:
+            return True
+
     def kill(self) -> None:
+        """End the process and all that it has started; it leads a group of its own."""
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.kill()
         self.process.wait()
         for stream in (self.process.stdin, self.process.stdout):
@@ -106,6 +115,29 @@ class _Worker:
                 stream.close()
         self._progress.close()
         self._shared.close()
+
+
+def _started(environment: dict[str, str], shared: int) -> subprocess.Popen[bytes]:
+    """A process that dies with this one: the system ends it with the *thread* that has started it, so one thread that
+    lives as long as this process starts them all."""
+    return (
+        _spawner()
+        .submit(
+            subprocess.Popen,
+            [sys.executable, "-P", "-m", "cropi.rewards.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            pass_fds=(shared,),
+            env=environment,
+            start_new_session=True,  # an interrupt from the keyboard is the caller's business
+        )
+        .result()
+    )
+
+
+@cache
+def _spawner() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, thread_name_prefix="cropi-verifiers")
 
 
 class Pool:
@@ -123,7 +155,7 @@ class Pool:
         self._spec, self._settings = verifier.model_dump_json(), settings
         self._cache: OrderedDict[bytes, Judgement] | None = OrderedDict() if verifier.pure else None
         self._workers: list[_Worker] = []
-        self._done_before: dict[int, int] = {}  # rows finished by a worker, by its process id
+        self._failed_starts = 0  # in a row
         self._lock = threading.Lock()
         self.counts: Counter[str] = Counter()
         self.kills = 0
@@ -134,13 +166,13 @@ class Pool:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+        atexit.unregister(self.close)
 
     def close(self) -> None:
         """End all processes. The pool may be used again."""
         for worker in self._workers:
             worker.kill()
         self._workers.clear()
-        self._done_before.clear()
 
     def __call__(self, rows: Sequence[Answered]) -> list[Judgement]:
         """Verdicts in the order of the rows."""
@@ -172,7 +204,8 @@ class Pool:
             found |= {place: found[first[key]] for place, key in twins}
             if self._cache is not None:
                 for key, place in first.items():
-                    self._cache[key] = found[place]
+                    if found[place].verdict not in (ERROR, TIMEOUT):  # the machine's doing, perhaps
+                        self._cache[key] = found[place]
                 while len(self._cache) > CACHED:
                     self._cache.popitem(last=False)
             self.counts.update(judgement.verdict for judgement in found.values())
@@ -196,10 +229,17 @@ class Pool:
 
     def _hand_out(self, jobs: deque[_Job]) -> None:
         """Start processes for the rows that wait, and give each idle one a chunk."""
-        while jobs and len(self._workers) < min(self._settings.processes, len(self._workers) + len(jobs)):
+        for worker in [one for one in self._workers if one.ready and not one.jobs and one.gone]:
+            self._discard(worker)  # it ended while it had nothing to do: no row is to blame
+        if jobs and jobs[0].attempts:  # to a fresh process, in which no other row has left anything
+            idle = [one for one in self._workers if one.ready and not one.jobs]
+            if idle and not any(one.judged == 0 for one in idle):
+                self._discard(idle[0])
+        busy = sum(bool(worker.jobs) for worker in self._workers)
+        while len(self._workers) < min(self._settings.processes, busy + len(jobs)):
             self._workers.append(_Worker(self._spec, self._settings))
         for worker in self._workers:
-            if worker.ready and not worker.jobs and jobs:
+            if worker.ready and not worker.jobs and jobs and not (jobs[0].attempts and worker.judged):
                 share = -(-len(jobs) // (2 * self._settings.processes))
                 worker.send(_chunk(jobs, max(1, min(CHUNK, share))))
 
@@ -213,11 +253,15 @@ class Pool:
                 raise ConfigError(
                     f"the verifier cannot be set up: {message['failed']}", where="verifier", fix=message["fix"]
                 )
-            worker.ready = True
+            worker.ready, self._failed_starts = True, 0
             for verdict, seconds, note in message.get("done", ()):
                 job = worker.jobs.popleft()
                 found[job.place] = Judgement(verdict, seconds, note)
-                self._done_before[worker.process.pid] = self._done_before.get(worker.process.pid, 0) + 1
+                worker.judged += 1
+
+    def _discard(self, worker: _Worker) -> None:
+        worker.kill()
+        self._workers.remove(worker)
 
     def _watch(self, worker: _Worker, now: float, jobs: deque[_Job], found: dict[int, Judgement]) -> None:
         """Kill a process that has been at one row for too long."""
@@ -236,19 +280,22 @@ class Pool:
     def _bury(self, worker: _Worker, verdict: str, jobs: deque[_Job], found: dict[int, Judgement]) -> None:
         """The row that a process was at is to blame; the others of its chunk are sent again."""
         number, seconds = worker.busy_for(time.monotonic())
-        at = number - self._done_before.pop(worker.process.pid, 0)
-        was_ready = worker.ready
-        worker.kill()
-        self._workers.remove(worker)
+        at = number - worker.judged
+        self._discard(worker)
         self.kills += 1
-        if not was_ready:
+        if not worker.ready:
+            self._failed_starts += 1
+            if self._failed_starts < ATTEMPTS:
+                return
             raise ConfigError(
                 f"a verifier process ended while it started (exit code {worker.process.returncode})",
                 where="verifier",
                 fix="run `python -m cropi.rewards.worker` by hand to see why, or raise verification.memory_mb.",
             )
         again = list(worker.jobs)
-        if again:
+        if again and number < 0 and again[0].spared < ATTEMPTS:  # no row had begun
+            again[0].spared += 1
+        elif again:
             culprit = again.pop(at if 0 <= at < len(again) else 0)
             culprit.attempts += 1
             if culprit.attempts < ATTEMPTS:
@@ -259,12 +306,16 @@ class Pool:
         jobs.extendleft(reversed(again))
 
 
+def _characters(job: _Job) -> int:
+    return sum(map(len, job.row))
+
+
 def _chunk(jobs: deque[_Job], size: int) -> list[_Job]:
     """The next rows, at most `size`; one that has ended a worker goes alone."""
     taken = [jobs.popleft()]
-    characters = len(taken[0].row.completion)
+    characters = _characters(taken[0])
     while jobs and len(taken) < size and not taken[0].attempts and not jobs[0].attempts:
-        characters += len(jobs[0].row.completion)
+        characters += _characters(jobs[0])
         if characters > CHUNK_CHARACTERS:
             break
         taken.append(jobs.popleft())

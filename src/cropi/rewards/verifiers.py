@@ -27,14 +27,18 @@ from cropi.rewards.verdicts import CORRECT, UNPARSEABLE_ANSWER, UNPARSEABLE_GOLD
 
 Verify = Callable[[Answered], str]
 
+USUAL_TOLERANCE = 1e-6
+
 # A number as people write it: sign, digits with thousands separators or a leading point, decimals, a fraction, a power
-# of ten. It must not go on at either side: a part of a longer number is another number. The bounds on its length keep a
-# completion of a million digits from becoming a million-digit integer.
+# of ten. It must not go on at either side, nor stand beside another number or a slash: a part of a longer number is
+# another number. The bounds on its length keep a completion of a million digits from becoming a million-digit integer.
 NUMBER = re.compile(
-    r"(?<![\d./])(?<!\d,)[-+]?"
+    r"(?<![\d./^_}'])(?<!\d,)(?<!\d[eE])(?<!\d[eE][-+])(?<!\d[ \t])(?<!/[ \t])(?<!/-)[-+]?"
     r"(?:(?:\d{1,3}(?:,\d{3}){1,12}|\d{1,40})(?:\.\d{1,40})?|\.\d{1,40})"
-    r"(?:/\d{1,40}|[eE][-+]?\d{1,2})?(?![\d/]|[.,]\d)"
+    r"(?:/\d{1,40}|[eE][-+]?\d{1,2})?"
+    r"(?![\d/^_\u00bc-\u00be\u00b2\u00b3\u00b9\u2070-\u2079]|[.,]\d|[eE][-+]?\d|\{,\}|[ \t]*/|[ \t]+\d)"
 )
+_GOES_ON = re.compile(r"[ \t]*[-+*/^=:\u00d7\u00f7][ \t]*[-+]?\d")  # after a number: it was but the start of a sum
 _MINUS = str.maketrans({"\u2212": "-"})  # the minus sign of typesetters
 
 
@@ -102,8 +106,15 @@ def _numeric(completion: str, gold: str, tolerance: float) -> str:
 
 def _gsm8k(completion: str, gold: str) -> str:
     _, marked, answer = completion.rpartition("####")
-    given = first_number(answer) if marked else None
-    return _compare(given, first_number(gold.rpartition("####")[2]), 1e-6)
+    given = _only_number(answer) if marked else None
+    return _compare(given, _only_number(gold.rpartition("####")[2]), 0.0)
+
+
+def _only_number(text: str) -> Fraction | None:
+    """The first number of a text, unless it is the start of a sum or an equation."""
+    text = text.translate(_MINUS)
+    found = NUMBER.search(text)
+    return None if found is None or _GOES_ON.match(text, found.end()) else value_of(found.group())
 
 
 def _boxed(completion: str, gold: str) -> str:
@@ -117,7 +128,9 @@ def _boxed(completion: str, gold: str) -> str:
 
 
 _BRACES = re.compile(r"(\\(?:boxed|fbox)\s*\{)|\\.|([{}])", re.DOTALL)
+_APART = re.compile(r"(?<=\d)(?:\\[,;:! ]|\\q?quad(?![A-Za-z])|\s|~)+(?=\d)")  # between digits it separates
 _SPACING = re.compile(r"\\[,;:! ]|\\(?:left|right|displaystyle|quad|qquad)(?![A-Za-z])|\s+|[$~]")
+_SHORT = re.compile(r"([_^])\{(\w)\}")
 _FRACTION = re.compile(r"\\[dt]frac(?![A-Za-z])")
 
 
@@ -126,7 +139,7 @@ def last_boxed(text: str) -> str | None:
 
     Of nested boxes the outermost. Escaped braces do not count.
     """
-    found, open_at = None, list[int]()
+    found, open_at = None, list[int]()  # where the last one stands
     for match in _BRACES.finditer(text):
         box, brace = match.groups()
         if box:
@@ -134,13 +147,18 @@ def last_boxed(text: str) -> str | None:
         elif brace == "{":
             open_at.append(-1)
         elif brace and open_at and (start := open_at.pop()) >= 0:
-            found = text[start : match.start()]
-    return found
+            found = (start, match.start())
+    return None if found is None else text[slice(*found)]
 
 
 def plain_latex(text: str) -> str:
-    """Without spacing, dollar signs and the full stop at the end; one name for fractions of all sizes."""
-    return _SPACING.sub("", _FRACTION.sub(r"\\frac", text)).rstrip(".")
+    """Without spacing, dollar signs and the full stop at the end; one name for fractions of all sizes.
+
+    Digits that stand apart stay apart.
+    """
+    parts = _APART.split(_FRACTION.sub(r"\\frac", text))
+    text = _SHORT.sub(r"\1\2", " ".join(_SPACING.sub("", part) for part in parts))
+    return text if text.endswith("..") else text.removesuffix(".")
 
 
 def _compare(given: Fraction | None, expected: Fraction | None, tolerance: float) -> str:
@@ -148,14 +166,10 @@ def _compare(given: Fraction | None, expected: Fraction | None, tolerance: float
         return UNPARSEABLE_GOLD
     if given is None:
         return UNPARSEABLE_ANSWER
+    if tolerance <= USUAL_TOLERANCE and given.denominator == expected.denominator == 1:
+        return CORRECT if given == expected else WRONG  # a tolerance for rounding is none for counting
     margin = Fraction(tolerance) * max(Fraction(1), abs(expected))
     return CORRECT if abs(given - expected) <= margin else WRONG
-
-
-def first_number(text: str) -> Fraction | None:
-    """The first number of a text, exactly; None where there is none."""
-    found = NUMBER.search(text.translate(_MINUS))
-    return value_of(found.group()) if found else None
 
 
 def last_number(text: str) -> Fraction | None:

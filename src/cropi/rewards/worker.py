@@ -17,8 +17,11 @@ from pathlib import Path
 from struct import Struct
 from typing import Any
 
+from cropi.rewards.verdicts import CORRECT, ERROR, Answered
+
 NUMBER, SINCE = Struct("=q"), Struct("=d")  # in shared memory: which row it is at (-1: none), and since when
 PROGRESS_FD = "CROPI_PROGRESS_FD"  # environment variable: the file of that memory
+NEARLY = 2**25  # bytes that are left when memory counts as used up
 FLUSH_S = 0.02  # answers wait for each other for so long
 
 
@@ -28,7 +31,11 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)
     progress = mmap.mmap(int(os.environ[PROGRESS_FD]), NUMBER.size + SINCE.size)
-    requests = sys.stdin.buffer
+    requests = os.fdopen(os.dup(0), "rb")  # ours alone: what a verifier starts finds nothing to read
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    me = os.getpid()
 
     def tell(message: dict[str, Any]) -> None:
         data = json.dumps(message).encode() + b"\n"
@@ -43,7 +50,7 @@ def main() -> None:
         fix = "check the verifier's settings, and that what it needs is installed here."
         tell({"failed": f"{type(error).__name__}: {error}", "fix": fix})
         return
-    _limit_memory(hello["memory_mb"])
+    ceiling = _limit_memory(hello["memory_mb"])
     tell({"ready": True})
     number = 0
     while line := requests.readline():
@@ -57,19 +64,22 @@ def main() -> None:
             began = time.monotonic()
             SINCE.pack_into(progress, NUMBER.size, began)  # before the number: a reader takes them the other way round
             NUMBER.pack_into(progress, 0, number)
-            done.append((*_judge(verify, row), time.monotonic() - began))  # type: ignore[arg-type]
+            verdict, note = _judge(verify, row)
+            if os.getpid() != me:
+                os._exit(0)  # a verifier has forked, and this is its child
+            if verdict != CORRECT and _address_space() > ceiling:
+                os._exit(1)  # a library may have caught that memory ran out, and said no
+            done.append((verdict, time.monotonic() - began, note))
             number += 1
             if time.monotonic() - flushed > FLUSH_S:
-                tell({"done": [(verdict, seconds, note) for verdict, note, seconds in done]})
+                tell({"done": done})
                 done, flushed = [], time.monotonic()
         NUMBER.pack_into(progress, 0, -1)
-        tell({"done": [(verdict, seconds, note) for verdict, note, seconds in done]})
+        tell({"done": done})
 
 
 def _judge(verify: Any, row: list[str]) -> tuple[str, str]:
     """Verdict and note. Out of memory, the process ends: what is left of it is not to be trusted."""
-    from cropi.rewards.verdicts import ERROR, Answered
-
     try:
         return verify(Answered(*row)), ""
     except MemoryError:
@@ -87,15 +97,22 @@ def _set_up(settings: dict[str, Any]) -> Any:
     return verifier(TypeAdapter(Verifier).validate_python(settings))
 
 
-def _limit_memory(megabytes: int) -> None:
-    """That much address space beyond what is taken now, where the system can limit it."""
-    statm = Path("/proc/self/statm")
-    if not statm.exists():
-        return
+STATM = Path("/proc/self/statm")
+
+
+def _limit_memory(megabytes: int) -> float:
+    """That much address space beyond what is taken now, where the system can limit it; returns what is nearly all."""
+    if not STATM.exists():
+        return float("inf")
     import resource
 
-    taken = int(statm.read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (taken + megabytes * 2**20,) * 2)
+    taken, more = _address_space(), megabytes * 2**20
+    resource.setrlimit(resource.RLIMIT_AS, (taken + more,) * 2)
+    return taken + more - min(NEARLY, more // 4)
+
+
+def _address_space() -> int:
+    return int(STATM.read_text().split()[0]) * os.sysconf("SC_PAGESIZE") if STATM.exists() else 0
 
 
 def _die_with_parent() -> None:
