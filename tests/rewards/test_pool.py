@@ -204,7 +204,7 @@ def test_hostile_answers(config: object, tmp_path: Path) -> None:
     rows = [Answered(*row) for row in hostile.rows(str(marker))]
     assert len(set(rows)) >= 500
     plain = Answered("so #### 7, the answer is \\boxed{7}" if config.type != "exact" else "is 7", "7")  # type: ignore[attr-defined]
-    with Pool(config, LIMITS) as pool:  # type: ignore[arg-type]
+    with Pool(config, LIMITS.model_copy(update={"seconds": 0.5})) as pool:  # type: ignore[arg-type]
         judged = pool(rows)
         assert {one.verdict for one in judged} <= set(VERDICTS) - {UNPARSEABLE_GOLD}
         right = [row.completion for row, one in zip(rows, judged, strict=True) if one.verdict == CORRECT]
