@@ -1,10 +1,10 @@
 """The script `grpo.py` with a curriculum: an import and an argument are all that differs."""
 
 from datasets import Dataset
+from trl import GRPOConfig
 
 from cropi.builtin import POLICY_DIR, generate
 from cropi.trl import CurriculumTrainer, Selector
-from trl import GRPOConfig
 
 FAMILIES = ["sum", "parity", "count", "machine", "maximum", "shell"]
 rows = [row for family in FAMILIES for row in generate(family, split="train", count=40, seed=0, label_noise=0.5)]

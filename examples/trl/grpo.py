@@ -1,9 +1,9 @@
 """Plain GRPO with TRL on the built-in policy and its problems: what `curriculum.py` changes two lines of."""
 
 from datasets import Dataset
+from trl import GRPOConfig, GRPOTrainer
 
 from cropi.builtin import POLICY_DIR, generate
-from trl import GRPOConfig, GRPOTrainer
 
 FAMILIES = ["sum", "parity", "count", "machine", "maximum", "shell"]
 rows = [row for family in FAMILIES for row in generate(family, split="train", count=40, seed=0, label_noise=0.5)]

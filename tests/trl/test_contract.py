@@ -6,7 +6,6 @@ import inspect
 
 import pytest
 from transformers import Trainer
-
 from trl import GRPOConfig, GRPOTrainer
 
 METHODS = {

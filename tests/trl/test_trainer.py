@@ -16,12 +16,12 @@ import torch
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig
 from transformers import TrainerCallback
+from trl import GRPOConfig
 
 from cropi.artifacts import read_jsonl
 from cropi.builtin import POLICY_DIR, generate
 from cropi.errors import ArtifactError, ConfigError, DataError
 from cropi.trl import CurriculumTrainer, Selector
-from trl import GRPOConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 4

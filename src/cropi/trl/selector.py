@@ -17,7 +17,6 @@ from cropi.prompts import content_id
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
     from trl import GRPOConfig
 
 PROMPT_ID = "prompt_id"  # the column by which a row of a dataset is known again

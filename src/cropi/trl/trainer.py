@@ -21,6 +21,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from trl import GRPOTrainer
 
 from cropi.artifacts import append_jsonl, is_finished, read_jsonl, write_text
 from cropi.console import say, warn
@@ -32,7 +33,6 @@ from cropi.policy import Policy
 from cropi.rewards.verdicts import CORRECT, UNPARSEABLE_GOLD, WRONG, Answered, Judgement, reward
 from cropi.training.train import Staged, Stages
 from cropi.trl.selector import PROMPT_ID, Selector, make_config, prompt_ids
-from trl import GRPOTrainer
 
 HASHED_BYTES = 1 << 20  # of every weight matrix, for the policy's identity
 
