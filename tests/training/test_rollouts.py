@@ -167,7 +167,7 @@ class Fake:
     """A reward that has judged six completions: two groups of p, and a prompt with two completions only."""
 
     def recorder(self, folder: Path, rewards: list[float | None]) -> RolloutRecorder:
-        reward = RecordedReward(lambda *_: "correct", folder / "rewards.jsonl")
+        reward = RecordedReward(judge(lambda *_: "correct"), folder / "rewards.jsonl")
         state = type("State", (), {"global_step": 5})()
         texts = [f"t{n}" for n in range(len(rewards))]
         reward(texts, ["1"] * 6, ["p", "p", "p", "p", "q", "q"], [[7], [7, 1], [8], [9], [2], [3]], trainer_state=state)

@@ -231,7 +231,8 @@ def test_prompts_are_tokenised_as_trl_does(tmp_path: Path) -> None:
 
 
 def test_rewards_are_recorded_and_forgotten_by_step(tmp_path: Path) -> None:
-    reward = RecordedReward(lambda completion, gold: "correct" if completion == gold else "wrong", tmp_path / "r.jsonl")
+    same = judge(lambda completion, gold: "correct" if completion == gold else "wrong")
+    reward = RecordedReward(same, tmp_path / "r.jsonl")
     for step, completions in ((0, ["1", "2"]), (1, ["1", "1"]), (2, ["2", "2"])):
         state = type("State", (), {"global_step": step})()
         reward(completions, ["1", "1"], ["p", "p"], [[1], [1]], trainer_state=state)
