@@ -22,9 +22,10 @@ from cropi.errors import ArtifactError
 from cropi.ledger import Ledger
 from cropi.loading import load_config
 from cropi.pipeline import Pipeline
+from cropi.refreshing import Refresher
 from cropi.rollouts import collect
 from cropi.training.train import StageCallback
-from tests.runs import SMALL, cropi, evaluations, selections
+from tests.runs import SMALL, cropi, evaluations, judge, selections
 
 STEPS, PROMPTS, GENERATIONS = 2, 24, 4
 REFRESHED = [
@@ -319,13 +320,10 @@ def test_a_solved_validation_set_keeps_its_old_direction(
     torch.set_num_threads(1)
     pipeline = Pipeline(load_config("quickstart", overrides))
     pipeline.collect()
-    judged = collect.verifier
-
-    def solves_all(config: Any) -> Callable[[str, str], str]:
-        judged(config)
-        return lambda completion, answer: "correct"
-
-    monkeypatch.setattr(collect, "verifier", solves_all)
+    solved = judge(lambda *_: "correct")
+    monkeypatch.setattr(
+        "cropi.pipeline.Refresher", lambda space, trajectories, _: Refresher(space, trajectories, solved)
+    )
     arm = pipeline.space.arms["influence"]
     pipeline.train(arm)
     assert "solves each prompt of validation/sum in all tries or in none" in capsys.readouterr().err
