@@ -217,4 +217,4 @@ def test_hostile_answers(config: object, tmp_path: Path) -> None:
 
 def _ends_in_seven(completion: str) -> bool:
     """Whether 7 is the last number: then `numeric` may say right, whatever else stands there."""
-    return re.findall(r"\d+", completion)[-1] == "7"
+    return re.findall(r"(?<!\^)\d+", completion)[-1] == "7"
