@@ -33,7 +33,7 @@ USUAL_TOLERANCE = 1e-6
 # of ten. It must not go on at either side, nor stand beside another number or a slash: a part of a longer number is
 # another number. The bounds on its length keep a completion of a million digits from becoming a million-digit integer.
 NUMBER = re.compile(
-    r"(?<![\d./^_}'])(?<!\d,)(?<!\d[eE])(?<!\d[eE][-+])(?<!\d[ \t])(?<!/[ \t])(?<!/-)[-+]?"
+    r"(?<![\d./^_'])(?<!\{,\})(?<!\d,)(?<!\d[eE])(?<!\d[eE][-+])(?<!\d[ \t])(?<!/[ \t])(?<!/-)[-+]?"
     r"(?:(?:\d{1,3}(?:,\d{3}){1,12}|\d{1,40})(?:\.\d{1,40})?|\.\d{1,40})"
     r"(?:/\d{1,40}|[eE][-+]?\d{1,2})?"
     r"(?![\d/^_\u00bc-\u00be\u00b2\u00b3\u00b9\u2070-\u2079]|[.,]\d|[eE][-+]?\d|\{,\}|[ \t]*/|[ \t]+\d)"
