@@ -164,12 +164,8 @@ def completions_of(
     policy = load_policy(config.policy)
     shards, _ = plan(config, policy, table, sampled_prompts(config, table))
     pairs = _spread([shard for shard in shards if shard.set == "train"], prompts)
-    count, settings = config.collect.num_generations, config.collect
-    sampling = Sampling(settings.max_completion_length, settings.temperature, settings.top_p)
-    ids = [prompt_ids for _, prompt_ids in pairs for _ in range(count)]
-    completions = TransformersGenerator(policy, settings.batch_size)(ids, sampling, seed=config.seed)
-    texts = policy.tokenizer.batch_decode(completions, skip_special_tokens=True)
-    return [row for row, _ in pairs for _ in range(count)], texts, "sampled now"
+    rows, _, completions = _drawn(config, policy, pairs)
+    return rows, policy.tokenizer.batch_decode(completions, skip_special_tokens=True), "sampled now"
 
 
 def _spread(shards: Sequence[Shard], count: int) -> list[tuple[Any, list[int]]]:
@@ -179,15 +175,24 @@ def _spread(shards: Sequence[Shard], count: int) -> list[tuple[Any, list[int]]]:
     return [pairs[number * len(pairs) // count] for number in range(count)]
 
 
+def _drawn(
+    config: Config, policy: Policy, pairs: Sequence[tuple[Any, list[int]]]
+) -> tuple[list[Mapping[str, Any]], list[list[int]], list[list[int]]]:
+    """(rows, prompts, completions as token ids), `num_generations` of each prompt."""
+    settings = config.collect
+    repeated = [pair for pair in pairs for _ in range(settings.num_generations)]
+    ids = [prompt_ids for _, prompt_ids in repeated]
+    sampling = Sampling(settings.max_completion_length, settings.temperature, settings.top_p)
+    completions = TransformersGenerator(policy, settings.batch_size)(ids, sampling, seed=config.seed)
+    return [row for row, _ in repeated], ids, completions
+
+
 def _sample(config: Config, policy: Policy, shards: Sequence[Shard], judge: Judge) -> _Sample:
     """Groups of prompts spread over the pool, and what generating them and a gradient of one cost."""
     pairs = _spread(shards, SAMPLE_PROMPTS)
     count, settings = config.collect.num_generations, config.collect
-    generate = TransformersGenerator(policy, settings.batch_size)
-    sampling = Sampling(settings.max_completion_length, settings.temperature, settings.top_p)
-    ids = [prompt_ids for _, prompt_ids in pairs for _ in range(count)]
     start = time.perf_counter()
-    completions = generate(ids, sampling, seed=config.seed)
+    rows, ids, completions = _drawn(config, policy, pairs)
     generate_s = (time.perf_counter() - start) / len(ids)
     # The rewards are made up: a gradient costs the same whichever they are.
     logprobs = behaviour_logprobs(policy, ids[:count], completions[:count], settings.temperature, settings.batch_tokens)
@@ -200,7 +205,6 @@ def _sample(config: Config, policy: Policy, shards: Sequence[Shard], judge: Judg
     gradient_s = time.perf_counter() - start
     texts = policy.tokenizer.batch_decode(completions, skip_special_tokens=True)
     by_prompt = [texts[n : n + count] for n in range(0, len(texts), count)]
-    rows = [row for row, _ in pairs for _ in range(count)]
     judged = judge([answered(text, row) for text, row in zip(texts, rows, strict=True)])
     verdicts = [[one.verdict for one in judged[n : n + count]] for n in range(0, len(judged), count)]
     return _Sample([row for row, _ in pairs], by_prompt, verdicts, sum(map(len, completions)), generate_s, gradient_s)

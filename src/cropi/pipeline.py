@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
 from torch import nn
@@ -27,6 +26,7 @@ from cropi.console import counts_text, say, warn
 from cropi.errors import ArtifactError, ConfigError, DataError, PolicyError
 from cropi.evaluation.evaluate import Question, evaluate, forget_after, read_evaluations
 from cropi.gathering import Gatherer
+from cropi.given import Given
 from cropi.gradients.groups import iterate_groups
 from cropi.gradients.scoring import FeatureRequest, score, surrogate_settings
 from cropi.gradients.validation import validation_groups
@@ -35,8 +35,6 @@ from cropi.prompts import data_identity, make_prompts
 from cropi.refreshing import Refresher
 from cropi.reporting.report import make_report
 from cropi.reporting.summary import Summary
-from cropi.rewards.pool import judge_of
-from cropi.rewards.verdicts import Judge
 from cropi.rollouts.collect import collect, collect_anew
 from cropi.rollouts.generation import Sampling, TransformersGenerator
 from cropi.rollouts.overlay import FRESH, Trajectories
@@ -51,19 +49,6 @@ from cropi.training.settings import grpo_config
 from cropi.training.train import TrainTask, newest_checkpoint, train
 from cropi.workspace import Arm, Workspace
 
-if TYPE_CHECKING:
-    from trl import GRPOConfig
-
-
-@dataclass(frozen=True)
-class Given:
-    """What a trainer of the user's own brings, in place of what a config names: it trains, the run only chooses."""
-
-    policy: Policy  # as it is before any training
-    identity: str  # what its results depend on
-    judge: Judge
-    settings: GRPOConfig
-
 
 class Pipeline:
     """The stages of a run. One whose artifact is complete is skipped, so the same command goes on where it stopped."""
@@ -72,13 +57,11 @@ class Pipeline:
         self.config = config
         if given is None and not config.prompts.test:
             raise ConfigError("there is no test set", where="prompts.test", fix="name one: a run is judged by it.")
-        self.base = load_policy(config.policy) if given is None else given.policy
-        self.judge = judge_of(config.verifier, config.verification) if given is None else given.judge
-        # Settings that TRL refuses are refused here, before anything is written.
-        self.settings = grpo_config(config, config.folder, self.base.device) if given is None else given.settings
+        given = given or Given.named_by(config)
+        self.base, self._base_identity = given.policy, given.identity
+        self.judge, self.settings = given.judge, given.settings
         self.surrogate = surrogate_settings(config, self.settings.loss_type, self.settings.scale_rewards)
         self._chat = uses_chat(self.base.tokenizer, config.prompts.chat, config.prompts.system_prompt)
-        self._base_identity = fingerprint(config.policy) if given is None else given.identity
         self.space = Workspace(config)
         self.space.lock()
         self.trajectories = Trajectories(self.space, _group_facts)
@@ -95,10 +78,8 @@ class Pipeline:
 
     def prompts(self) -> Manifest:
         """The prompt table."""
-        inputs = data_identity(self.config)
-        return build(
-            self.space.prompts, "prompts", partial(make_prompts, self.config), inputs=inputs, made_by="cropi collect"
-        )
+        make, inputs = partial(make_prompts, self.config), data_identity(self.config)
+        return build(self.space.prompts, "prompts", make, inputs=inputs, made_by="cropi collect")
 
     def collect(self) -> Manifest:
         """Trajectories of the base policy. SignalError where they hold nothing that the run's arms could learn from."""
@@ -320,8 +301,8 @@ class Pipeline:
             zip(self.space.train_prompts, self.trajectories.statuses(self.trajectories.base_groups), strict=True)
         )
         rows = [
-            {"prompt": self._trainer_prompt(row), "prompt_json": row["messages"]}
-            | {name: row[name] for name in ("prompt_id", "answer", "source", "extra")}
+            {"prompt": self._trainer_prompt(row), "prompt_json": row["messages"], "extra": row["extra"] or ""}
+            | {name: row[name] for name in ("prompt_id", "answer", "source")}
             for prompt_id, row in self.space.train_prompts.items()
             if status_of[prompt_id] in USABLE
         ]

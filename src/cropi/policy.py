@@ -177,6 +177,19 @@ def fingerprint(config: PolicyConfig, location: str | None = None) -> str:
     return digest.hexdigest()
 
 
+HASHED_BYTES = 1 << 20  # of every weight
+
+
+def weights_identity(model: torch.nn.Module) -> str:
+    """SHA-256 over the names, shapes and first bytes of all weights: which policy a model in memory is."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+        head = weight.detach().flatten()[: HASHED_BYTES // max(1, weight.element_size())].contiguous().cpu()
+        digest.update(head.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
 def _cannot_load(what: str, location: str, error: Exception) -> PolicyError:
     first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return PolicyError(

@@ -27,22 +27,27 @@ def presets() -> dict[str, dict[str, Any]]:
 
 def read_patches(names: Sequence[str]) -> dict[str, Patch]:
     """Patches of presets by name, and of YAML files by path (named by their stem). ConfigError for any other."""
-    known, patches = presets(), dict[str, Patch]()
+    patches = dict[str, Patch]()
     for given in names:
-        name, patch = _from_file(Path(given)) if given.endswith((".yaml", ".yml")) else (given, None)
-        if patch is None:
-            if name not in known:
-                listed = f"known: {', '.join(known)}"
-                raise ConfigError(
-                    f"there is no strategy {name!r} - {hint(name, known, listed)}",
-                    where="--strategies",
-                    fix="name presets, or YAML files that patch a config.",
-                )
-            patch = known[name]["config"]
+        in_file = given.endswith((".yaml", ".yml"))
+        name, patch = _from_file(Path(given)) if in_file else (given, preset(given, "--strategies"))
         if name in patches:
             raise ConfigError(f"{name} is named twice", where="--strategies", fix="name it once.")
         patches[name] = patch
     return patches
+
+
+def preset(name: str, where: str) -> Patch:
+    """The patch of a preset; `where` says where its name was given. ConfigError for a name that there is not."""
+    known = presets()
+    if name not in known:
+        listed = f"known: {', '.join(known)}"
+        raise ConfigError(
+            f"there is no strategy {name!r} - {hint(name, known, listed)}",
+            where=where,
+            fix="name presets, or YAML files that patch a config.",
+        )
+    return dict(known[name]["config"])
 
 
 def _from_file(path: Path) -> tuple[str, Patch]:

@@ -141,7 +141,7 @@ def _spawner() -> ThreadPoolExecutor:
 
 
 class Pool:
-    """Judges rows by one verifier in `workers` processes, started when first asked.
+    """Judges rows by one verifier in processes that can be killed, started when first asked.
 
     A row that takes longer than `seconds` of wall-clock time, or whose worker needs more than `memory_mb` MiB beyond
     what it had after start-up or dies, is tried once more in a fresh process and then judged `timeout` or `error`; the
@@ -181,12 +181,11 @@ class Pool:
             first: dict[bytes, int] = {}
             twins: list[tuple[int, bytes]] = []
             jobs: deque[_Job] = deque()
-            keys: dict[int, bytes] = {}
             for place, row in enumerate(rows):
                 if self._cache is None:
                     jobs.append(_Job(place, row))
                     continue
-                key = keys[place] = _key(row)
+                key = _key(row)
                 known = self._cache.get(key)
                 if known is not None:
                     self._cache.move_to_end(key)
@@ -232,8 +231,8 @@ class Pool:
         for worker in [one for one in self._workers if one.ready and not one.jobs and one.gone]:
             self._discard(worker)  # it ended while it had nothing to do: no row is to blame
         if jobs and jobs[0].attempts:  # to a fresh process, in which no other row has left anything
-            idle = [one for one in self._workers if one.ready and not one.jobs]
-            if idle and not any(one.judged == 0 for one in idle):
+            idle = [one for one in self._workers if not one.jobs]
+            if idle and all(one.judged for one in idle):
                 self._discard(idle[0])
         busy = sum(bool(worker.jobs) for worker in self._workers)
         while len(self._workers) < min(self._settings.processes, busy + len(jobs)):

@@ -43,7 +43,7 @@ class RecordedReward:
     ) -> list[float | None]:
         texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
         kept = ("source", "prompt_json", "extra")
-        others = zip(*([value or "" for value in columns.get(name, [""] * len(texts))] for name in kept), strict=True)
+        others = zip(*(columns.get(name, [""] * len(texts)) for name in kept), strict=True)
         rows = [Answered(text, gold, *rest) for text, gold, rest in zip(texts, answer, others, strict=True)]
         verdicts = [judgement.verdict for judgement in self._judge(rows)]
         rewards = [reward(verdict) for verdict in verdicts]

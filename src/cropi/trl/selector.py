@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cropi.artifacts import write_text
-from cropi.compare.presets import merged, presets
+from cropi.compare.presets import merged, preset
 from cropi.config import Config
-from cropi.errors import ConfigError, DataError, hint
+from cropi.errors import ConfigError, DataError
 from cropi.loading import validate_config
 from cropi.prompts import content_id
 
@@ -118,8 +118,10 @@ def make_config(
         },
         "train": {"stages": stages, "steps_per_stage": steps},
     }
+    strategy = selector.strategy
+    chosen = preset(strategy, "Selector.strategy") if isinstance(strategy, str) else strategy
     own = {} if selector.fraction is None else {"select": {"fraction": selector.fraction}}
-    for patch in (_patch(selector.strategy), own, selector.settings):
+    for patch in (chosen, own, selector.settings):
         values = merged(values, patch)
     config = validate_config(values, "Selector")
     if config.train.dynamic_sampling or config.refresh.reuse_rollouts:
@@ -129,20 +131,6 @@ def make_config(
             fix="choose another strategy or settings, or train with `cropi run`.",
         )
     return config
-
-
-def _patch(strategy: str | Mapping[str, Any]) -> Mapping[str, Any]:
-    if not isinstance(strategy, str):
-        return strategy
-    known = presets()
-    if strategy not in known:
-        listed = f"known: {', '.join(known)}"
-        raise ConfigError(
-            f"there is no strategy {strategy!r} - {hint(strategy, known, listed)}",
-            where="Selector.strategy",
-            fix="name a preset, or give a mapping of settings.",
-        )
-    return dict(known[strategy]["config"])
 
 
 def _written(folder: Path, name: str, rows: Dataset) -> Path:

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
-import hashlib
 import inspect
 import json
 import math
 import shutil
-import threading
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
 from torch import Tensor, nn
@@ -27,14 +21,14 @@ from cropi.artifacts import append_jsonl, is_finished, read_jsonl, write_text
 from cropi.console import say, warn
 from cropi.errors import ArtifactError, ConfigError, PolicyError, UserError
 from cropi.functional.surrogate import NORMALIZER_OF_LOSS
+from cropi.given import Given
 from cropi.gradients.scoring import make_scorer
-from cropi.pipeline import Given, Pipeline
-from cropi.policy import Policy
-from cropi.rewards.verdicts import CORRECT, UNPARSEABLE_GOLD, WRONG, Answered, Judgement, reward
+from cropi.pipeline import Pipeline
+from cropi.policy import Policy, weights_identity
+from cropi.rewards.verdicts import Answered, Judgement, reward
 from cropi.training.train import Staged, Stages
 from cropi.trl.selector import PROMPT_ID, Selector, make_config, prompt_ids
-
-HASHED_BYTES = 1 << 20  # of every weight matrix, for the policy's identity
+from cropi.trl.success import Success
 
 
 class CurriculumTrainer(Staged):
@@ -64,14 +58,13 @@ class CurriculumTrainer(Staged):
         more = bound.pop("kwargs", {})
         super().__init__(**bound, **more)
         self._selector, self._positions = selector, {prompt_id: row for row, prompt_id in enumerate(ids)}
-        self._success = _success(selector, self.reward_funcs, self.reward_func_names)
+        self._success = Success.of(selector, self.reward_funcs, self.reward_func_names)
         self._check(dataset)
         self.stages, self.steps_per_stage = self._stages()
         self.args.max_steps = self.stages * self.steps_per_stage
         # transformers uploads what is in the output folder, but for names that begin with an underscore
         self._folder = Path(selector.folder or Path(self.args.output_dir) / "_curriculum")
         self._pipeline: Pipeline | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
         self.add_callback(_StageStart(self))
 
     def _check(self, dataset: Dataset) -> None:
@@ -153,7 +146,7 @@ class CurriculumTrainer(Staged):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As TRL's; the curriculum's folder is this training's while it lasts."""
-        self._identity = _identity(self.accelerator.unwrap_model(self.model), self._success, self._selector.threshold)
+        self._identity = f"{weights_identity(self.accelerator.unwrap_model(self.model))} {self._success.identity}"
         try:
             return super().train(*args, **kwargs)
         finally:
@@ -236,57 +229,21 @@ class CurriculumTrainer(Staged):
                 for key, value in sets[name][number].items():
                     columns.setdefault(key, []).append(value)
             prompts = columns.pop("prompt")
-            columns = {key: values for key, values in columns.items() if key not in ("completion", "completion_ids")}
             texts = [rows[place].completion for place, _ in places]
             completions = [
                 text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
                 for text, prompt in zip(texts, prompts, strict=True)
             ]
             ids = self.processing_class(text=texts, add_special_tokens=False)["input_ids"]
-            values = self._call_success(prompts, completions, ids, columns)
-            for (place, _), value in zip(places, values, strict=True):
-                found[place] = Judgement(self._verdict(value), 0.0)
+            for (place, _), verdict in zip(places, self._verdicts(prompts, completions, ids, columns), strict=True):
+                found[place] = Judgement(verdict, 0.0)
         return [judgement for judgement in found if judgement is not None]
 
-    def _call_success(
+    def _verdicts(
         self, prompts: list[Any], completions: list[Any], ids: Sequence[Any], columns: Mapping[str, list[Any]]
-    ) -> Sequence[float | None]:
-        result = self._success.function(
-            prompts=prompts,
-            completions=completions,
-            completion_ids=list(ids),
-            trainer_state=self.state,
-            log_extra=lambda *_: None,
-            log_metric=lambda *_: None,
-            **columns,
-        )
-        if inspect.isawaitable(result):
-            values = asyncio.run_coroutine_threadsafe(_awaited(result), self._event_loop()).result()
-        else:
-            values = result
-        if len(values) != len(completions):
-            raise ConfigError(
-                f"it returned {len(values)} rewards for {len(completions)} completions",
-                where=f"reward function {self._success.name}",
-                fix="return one for each.",
-            )
-        return list(values)
-
-    def _event_loop(self) -> asyncio.AbstractEventLoop:
-        """The one in which TRL awaits reward functions: clients and locks belong to a loop."""
-        theirs: asyncio.AbstractEventLoop | None = getattr(self, "async_loop", None)
-        if theirs is not None:
-            return theirs
-        if self._loop is None:
-            self._loop = asyncio.new_event_loop()
-            threading.Thread(target=self._loop.run_forever, daemon=True).start()
-        return self._loop
-
-    def _verdict(self, value: float | None) -> str:
-        if value is None or math.isnan(value):
-            return UNPARSEABLE_GOLD
-        # TRL keeps rewards in float32
-        return CORRECT if np.float32(value) >= np.float32(self._selector.threshold) else WRONG
+    ) -> list[str]:
+        loop = getattr(self, "async_loop", None)  # TRL's, where it has one
+        return self._success(prompts, completions, ids, columns, self.state, loop)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -313,17 +270,15 @@ class CurriculumTrainer(Staged):
     ) -> None:
         """What the next selection learns of training: who was right."""
         if self._success.place is not None:
-            known = rewards_per_func[:, self._success.place].tolist()
+            verdicts = [self._success.verdict(value) for value in rewards_per_func[:, self._success.place].tolist()]
         else:
-            dropped = ("prompt", "completion", "completion_ids")
-            columns = {key: [row[key] for row in inputs] for key in inputs[0] if key not in dropped}
-            known = gather_object(list(self._call_success(prompts, completions, ids, columns)))
+            columns = {key: [row[key] for row in inputs] for key in inputs[0]}
+            verdicts = gather_object(self._verdicts(prompts, completions, ids, columns))
         seen = gather_object([str(row[PROMPT_ID]) for row in inputs])
         tokens = sum(gather_object([len(one) for one in ids]))
         if self._pipeline is None:
             return
         (arm,) = self._pipeline.space.arms.values()
-        verdicts = [self._verdict(value) for value in known]
         row = {
             "step": self.state.global_step,
             "prompt_ids": seen,
@@ -351,55 +306,3 @@ class _StageStart(TrainerCallback):
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._stages.begin(state.global_step)
-
-
-@dataclass(frozen=True)
-class _Success:
-    """What says that a completion is right."""
-
-    name: str
-    function: Callable[..., Any]
-    place: int | None  # among the trainer's reward functions; None: it is none of them
-
-
-def _success(selector: Selector, functions: Sequence[Any], names: Sequence[str]) -> _Success:
-    chosen = selector.success
-    if callable(chosen):
-        return _Success(getattr(chosen, "__name__", "success"), chosen, None)
-    if isinstance(chosen, str):
-        chosen = list(names).index(chosen) if list(names).count(chosen) == 1 else chosen
-    if not isinstance(chosen, int) or not 0 <= chosen < len(functions):
-        raise ConfigError(
-            f"{chosen!r} names no reward function, or more than one",
-            where="Selector.success",
-            fix=f"name one of {', '.join(names)}, give its place, or a function.",
-        )
-    if isinstance(functions[chosen], nn.Module):
-        raise ConfigError(
-            f"{names[chosen]} is a reward model, which does not say whether a completion is right",
-            where="Selector.success",
-            fix="name a reward function, or give one.",
-        )
-    return _Success(names[chosen], functions[chosen], chosen)
-
-
-async def _awaited(result: Any) -> Any:
-    return await result
-
-
-def _identity(model: nn.Module, success: _Success, threshold: float) -> str:
-    """SHA-256 over what trajectories depend on: names, shapes and first bytes of all weights, and what judges them."""
-    digest = hashlib.sha256(f"{success.name} {threshold} {_source(success.function)}".encode())
-    for name, weight in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-        head = weight.detach().flatten()[: HASHED_BYTES // max(1, weight.element_size())].contiguous().cpu()
-        digest.update(head.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _source(function: Callable[..., Any]) -> str:
-    """The text of a function, where it can be had; what it calls is not part of it."""
-    try:
-        return inspect.getsource(inspect.unwrap(function))
-    except (OSError, TypeError):
-        return repr(type(function))

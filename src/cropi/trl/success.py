@@ -1,0 +1,110 @@
+"""What says that a completion is right: one of the trainer's reward functions, or another of that form."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import inspect
+import math
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from cropi.errors import ConfigError
+from cropi.rewards.verdicts import CORRECT, UNPARSEABLE_GOLD, WRONG
+from cropi.trl.selector import Selector
+
+OWN = ("prompt", "completion", "completion_ids")  # columns that TRL does not pass on as they are
+
+
+@dataclass(frozen=True)
+class Success:
+    """A reward function and the value from which a completion is right."""
+
+    name: str
+    function: Callable[..., Any]
+    place: int | None  # among the trainer's reward functions; None: it is none of them
+    threshold: float
+
+    @classmethod
+    def of(cls, selector: Selector, functions: Sequence[Any], names: Sequence[str]) -> Success:
+        """What a selector names. ConfigError for what is no reward function, or a name that several have."""
+        chosen = selector.success
+        if callable(chosen):
+            return cls(getattr(chosen, "__name__", "success"), chosen, None, selector.threshold)
+        if isinstance(chosen, str):
+            chosen = list(names).index(chosen) if list(names).count(chosen) == 1 else chosen
+        if not isinstance(chosen, int) or not 0 <= chosen < len(functions):
+            raise ConfigError(
+                f"{chosen!r} names no reward function, or more than one",
+                where="Selector.success",
+                fix=f"name one of {', '.join(names)}, give its place, or a function.",
+            )
+        if isinstance(functions[chosen], nn.Module):
+            raise ConfigError(
+                f"{names[chosen]} is a reward model, which does not say whether a completion is right",
+                where="Selector.success",
+                fix="name a reward function, or give one.",
+            )
+        return cls(names[chosen], functions[chosen], chosen, selector.threshold)
+
+    @property
+    def identity(self) -> str:
+        """SHA-256 of its name, threshold and text, where that can be had; what it calls is not part of it."""
+        try:
+            text = inspect.getsource(inspect.unwrap(self.function))
+        except (OSError, TypeError):
+            text = repr(type(self.function))
+        return hashlib.sha256(f"{self.name} {self.threshold} {text}".encode()).hexdigest()
+
+    def verdict(self, value: float | None) -> str:
+        """Of a reward. None and NaN, as TRL has it, say that the row is not for this function."""
+        if value is None or math.isnan(value):
+            return UNPARSEABLE_GOLD
+        # TRL keeps rewards in float32
+        return CORRECT if np.float32(value) >= np.float32(self.threshold) else WRONG
+
+    def __call__(
+        self,
+        prompts: list[Any],
+        completions: list[Any],
+        completion_ids: Sequence[Any],
+        columns: Mapping[str, list[Any]],
+        state: Any,
+        loop: asyncio.AbstractEventLoop | None,
+    ) -> list[str]:
+        """Verdicts by the function, called as TRL calls it; awaited in TRL's loop, if it has one: clients and locks
+        belong to a loop."""
+        result = self.function(
+            prompts=prompts,
+            completions=completions,
+            completion_ids=list(completion_ids),
+            trainer_state=state,
+            log_extra=lambda *_: None,
+            log_metric=lambda *_: None,
+            **{key: values for key, values in columns.items() if key not in OWN},
+        )
+        if inspect.isawaitable(result):
+            result = asyncio.run_coroutine_threadsafe(_awaited(result), loop or self._loop).result()
+        if len(result) != len(completions):
+            raise ConfigError(
+                f"it returned {len(result)} rewards for {len(completions)} completions",
+                where=f"reward function {self.name}",
+                fix="return one for each.",
+            )
+        return [self.verdict(value) for value in result]
+
+    @cached_property
+    def _loop(self) -> asyncio.AbstractEventLoop:
+        loop = asyncio.new_event_loop()
+        threading.Thread(target=loop.run_forever, daemon=True).start()
+        return loop
+
+
+async def _awaited(result: Any) -> Any:
+    return await result
