@@ -15,6 +15,7 @@ from cropi.ledger import Ledger
 from cropi.loading import load_config
 from cropi.policy import Policy, completion_logprobs, load_policy
 from cropi.prompts import load_prompts
+from cropi.rewards.pool import judge_of
 from cropi.rollouts import generation
 from cropi.rollouts.collect import (
     behaviour_logprobs,
@@ -24,6 +25,8 @@ from cropi.rollouts.collect import (
     sampled_prompts,
 )
 from cropi.rollouts.generation import Sampling, TransformersGenerator
+
+JUDGE = judge_of(load_config("quickstart").verifier, load_config("quickstart").verification)
 
 PROMPTS = ["sum mod 7 : 3 5 6 =", "parity : 1 0 1 1 0 1 =", "sum mod 7 : 1 1 ="]
 SAMPLING = Sampling(max_completion_length=12, temperature=1.0)
@@ -105,7 +108,7 @@ def small() -> Config:
 
 def test_collection_stores_what_it_says_and_resumes_at_any_shard(policy: Policy, tmp_path: Path) -> None:
     prompts = load_prompts(small())
-    counts, details = collect(small(), policy, prompts, tmp_path, Ledger(tmp_path / "ledger.jsonl"))
+    counts, details = collect(small(), policy, JUDGE, prompts, tmp_path, Ledger(tmp_path / "ledger.jsonl"))
     table = read_trajectories(tmp_path)
     rows = table["train"].to_pylist()
     assert sorted(table) == ["train", "validation/sum"]
@@ -124,17 +127,17 @@ def test_collection_stores_what_it_says_and_resumes_at_any_shard(policy: Policy,
     parts = sorted(tmp_path.glob("part-*.parquet"))
     before = {part.name: part.read_bytes() for part in parts}
     parts[1].unlink()
-    collect(small(), policy, prompts, tmp_path, Ledger(tmp_path / "ledger.jsonl"))
+    collect(small(), policy, JUDGE, prompts, tmp_path, Ledger(tmp_path / "ledger.jsonl"))
     assert {part.name: part.read_bytes() for part in sorted(tmp_path.glob("part-*.parquet"))} == before
 
 
 def test_a_shard_of_other_prompts_is_refused(policy: Policy, tmp_path: Path) -> None:
     prompts = load_prompts(small())
-    collect(small(), policy, prompts, tmp_path, Ledger(tmp_path / "ledger.jsonl"))
+    collect(small(), policy, JUDGE, prompts, tmp_path, Ledger(tmp_path / "ledger.jsonl"))
     part = sorted(tmp_path.glob("part-train-*.parquet"))[0]
     (tmp_path / sorted(tmp_path.glob("part-train-*.parquet"))[1].name).write_bytes(part.read_bytes())
     with pytest.raises(ArtifactError, match="other prompts"):
-        collect(small(), policy, prompts, tmp_path, Ledger(tmp_path / "ledger.jsonl"))
+        collect(small(), policy, JUDGE, prompts, tmp_path, Ledger(tmp_path / "ledger.jsonl"))
     assert read_table(part, TRAJECTORIES).num_rows == 16 * 8
 
 
@@ -148,7 +151,7 @@ def test_collecting_anew_samples_from_the_policy_as_it_is_and_charges_the_arm(po
     def anew(folder: Path, stage: int) -> list[dict[str, Any]]:
         folder.mkdir(exist_ok=True)
         ledger = Ledger(tmp_path / "ledger.jsonl")
-        counts, details = collect_anew(small(), moved, prompts, folder, ledger, arm="influence", stage=stage)
+        counts, details = collect_anew(small(), moved, JUDGE, prompts, folder, ledger, arm="influence", stage=stage)
         assert sum(counts.values()) == 20 * 8
         assert details["prompts"] == 20
         return read_trajectories(folder)["train"].to_pylist()
@@ -180,7 +183,7 @@ def test_a_share_of_the_pool_is_sampled_and_the_rest_can_be_told_from_it(policy:
     chosen = sampled_prompts(config, prompts)
     assert len(pool) == 48
     assert len(chosen) == 15  # ceil(0.3 x 48)
-    _, details = collect(config, policy, prompts, tmp_path, Ledger(tmp_path / "ledger.jsonl"))
+    _, details = collect(config, policy, JUDGE, prompts, tmp_path, Ledger(tmp_path / "ledger.jsonl"))
     stored = read_trajectories(tmp_path)
     assert set(stored["train"].column("prompt_id").to_pylist()) == chosen
     assert stored["validation/sum"].num_rows == 6 * 8
@@ -197,5 +200,5 @@ def test_what_does_not_fit_is_looked_for_among_those_not_sampled_too(policy: Pol
     )
     endless = json.dumps("sum mod 7 : " + "3 " * 4000 + "=")
     changed = [row | {"messages": endless} if row is left_out else row for row in prompts]
-    _, details = collect(config, policy, changed, tmp_path, Ledger(tmp_path / "ledger.jsonl"))
+    _, details = collect(config, policy, JUDGE, changed, tmp_path, Ledger(tmp_path / "ledger.jsonl"))
     assert details["too_long"] == [left_out["prompt_id"]]
