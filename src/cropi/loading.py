@@ -176,11 +176,16 @@ def parse_verifier(kind: str, options: Sequence[str]) -> Verifier:
     values: dict[str, Any] = {"type": kind}
     for option in options:
         _apply_override(values, option)
+    return verifier_of(values, "command line")
+
+
+def verifier_of(values: Mapping[str, Any], where: str) -> Verifier:
+    """The verifier of plain values. ConfigError for what there is not."""
     try:
         return TypeAdapter(Verifier).validate_python(values)
     except ValidationError as error:
         problems = [{**problem, "loc": ("verifier", *problem["loc"])} for problem in error.errors(include_url=False)]
-        raise _refused(problems, "command line") from None
+        raise _refused(problems, where) from None
 
 
 def _refused(problems: Sequence[Any], where: str) -> ConfigError:

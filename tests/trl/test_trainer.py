@@ -21,7 +21,7 @@ from trl import GRPOConfig
 from cropi.artifacts import read_jsonl
 from cropi.builtin import POLICY_DIR, generate
 from cropi.errors import ArtifactError, ConfigError, DataError
-from cropi.trl import CurriculumTrainer, Selector
+from cropi.trl import CurriculumTrainer, Selector, Verified
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 4
@@ -374,3 +374,18 @@ def test_an_asynchronous_judge_of_its_own_shares_one_loop(tmp_path: Path) -> Non
 
     trainer(tmp_path, select(success=judge), max_steps=2).train()
     assert len(rewards(tmp_path)) == 2
+
+
+def test_a_verifier_as_a_reward_function(tmp_path: Path) -> None:
+    """The same rewards as the function in plain Python, for TRL's own trainer as for ours; None where gold is unreadable."""
+    by_words, by_marker = right, Verified("exact", marker="answer", verification={"processes": 1})
+    completions = ["steps 1 answer 3", "answer 4", "3"]
+    assert by_marker(completions, answer=["3", "3", "3"]) == by_words(completions, answer=["3", "3", "x"])
+    assert Verified("numeric")([[{"role": "assistant", "content": "it is 7"}]], solution=[7]) == [1.0]
+    assert Verified("numeric")(["7"], answer=["seven"]) == [None]
+    with pytest.raises(DataError, match="no recorded answers"):
+        by_marker(["answer 3"])
+    with pytest.raises(ConfigError, match="did you mean 'numeric'"):
+        Verified("numerik")
+    trainer(tmp_path, reward_funcs=by_marker).train()
+    assert {value for row in rewards(tmp_path) for value in row["rewards"]} == {0.0, 1.0}

@@ -8,5 +8,6 @@ trainer.train()
 
 from cropi.trl.selector import Selector
 from cropi.trl.trainer import CurriculumTrainer
+from cropi.trl.verified import Verified
 
-__all__ = ["CurriculumTrainer", "Selector"]
+__all__ = ["CurriculumTrainer", "Selector", "Verified"]
