@@ -22,7 +22,7 @@ from cropi.config.run import (
     config_difference,
     config_hash,
 )
-from cropi.config.score import BudgetConfig, CollectConfig, ProjectionConfig, ScoreConfig, ServerConfig
+from cropi.config.score import BudgetConfig, CollectConfig, ProjectionConfig, ScoreConfig, ServerConfig, VllmConfig
 from cropi.config.select import FusionConfig, SelectConfig
 from cropi.config.strategies import (
     CANDIDATES,
@@ -114,6 +114,7 @@ __all__ = [
     "Verifier",
     "VerifierTable",
     "VerlVerifier",
+    "VllmConfig",
     "config_difference",
     "config_hash",
 ]

@@ -31,6 +31,19 @@ class ServerConfig(Table):
     the policy: `{"top_k": -1, "return_token_ids": true}` for vLLM."""
 
 
+class VllmConfig(Table):
+    """vLLM in this process, with the base policy's weights beside those that are trained."""
+
+    tensor_parallel_size: Positive = 1
+    """GPUs that share the weights."""
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.7
+    """Share of the GPU's memory for the engine; the policy's own weights stay beside it."""
+    max_model_len: Positive | None = None
+    """Longest sequence; the model's context when unset."""
+    options: dict[str, Any] = Field(default={})
+    """Further arguments of `vllm.LLM`."""
+
+
 class CollectConfig(Table):
     """Trajectories, sampled once from the base policy."""
 
@@ -59,9 +72,17 @@ class CollectConfig(Table):
     server: ServerConfig | None = None
     """Take the completions from a server, in place of generating them in this process. What later policies complete
     (screening, refresh, evaluation, training) is still generated here or by the trainer."""
+    vllm: VllmConfig | None = None
+    """Take the completions from vLLM in this process; what later policies complete is as with `server`."""
     logprobs: bool = True
     """Compute the behaviour log-probs, one forward pass. `false` saves it where only the base policy is scored, for
     which all importance ratios are 1."""
+
+    @model_validator(mode="after")
+    def _one_backend(self) -> CollectConfig:
+        if self.server is not None and self.vllm is not None:
+            raise ValueError("collect.server and collect.vllm exclude each other: remove one")
+        return self
 
 
 class ProjectionConfig(Table):

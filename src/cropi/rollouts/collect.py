@@ -39,6 +39,7 @@ from cropi.rewards.verdicts import Judge, answered, reward
 from cropi.rollouts.generation import Generator, Sampling, TransformersGenerator
 from cropi.rollouts.representations import Representations
 from cropi.rollouts.server import ServerGenerator
+from cropi.rollouts.vllm import VllmGenerator
 from cropi.seeds import derived_seed, unit_interval
 
 
@@ -73,11 +74,26 @@ def collect(
         warn("collect.top_p is below 1: the sampler is not the policy whose log-probs are stored, so ratios are biased")
     shards, too_long = plan(config, policy, prompts, sampled_prompts(config, prompts, representations))
     charge, logprobs = partial(ledger.charge, "collect"), config.collect.logprobs
-    server, batch_size = config.collect.server, config.collect.batch_size
-    generate = TransformersGenerator(policy, batch_size) if server is None else ServerGenerator(policy, server)
-    made = _sample_all(config, policy, generate, judge, shards, folder, charge, ("collect",), logprobs=logprobs)
+    with _generator(config, policy) as generate:
+        made = _sample_all(config, policy, generate, judge, shards, folder, charge, ("collect",), logprobs=logprobs)
     statuses, details = made
     return count_status([PROMPT_TOO_LONG] * len(too_long) + statuses), details | {"too_long": too_long}
+
+
+@contextmanager
+def _generator(config: Config, policy: Policy) -> Iterator[Generator]:
+    """What completes prompts as the base policy does."""
+    settings = config.collect
+    if settings.vllm is not None:
+        engine = VllmGenerator(policy, config.policy, settings.vllm)
+        try:
+            yield engine
+        finally:
+            engine.close()
+    elif settings.server is not None:
+        yield ServerGenerator(policy, settings.server)
+    else:
+        yield TransformersGenerator(policy, settings.batch_size)
 
 
 def sampled_prompts(

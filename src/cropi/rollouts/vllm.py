@@ -1,0 +1,90 @@
+"""Completions from vLLM in this process."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from typing import Any
+
+from cropi.config import PolicyConfig, VllmConfig
+from cropi.errors import PolicyError
+from cropi.policy import Policy, policy_location
+from cropi.rollouts.generation import Sampling
+from cropi.seeds import derived_seed
+
+SEEDS = 2**31
+
+
+class VllmGenerator:
+    """Draws completions from a vLLM engine that has the base policy's weights; it is started with the first call.
+
+    Every completion has a seed of its own and ends at the policy's end-of-sequence tokens. Sampling is plain: the
+    generation config that a model ships with is put aside.
+
+    Errors: PolicyError where vLLM is not installed or refuses the model or its options.
+    """
+
+    def __init__(self, policy: Policy, weights: PolicyConfig, config: VllmConfig) -> None:
+        self._policy, self._weights, self._config = policy, weights, config
+        self._engine: Any = None
+
+    def __call__(self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, seed: int) -> list[list[int]]:
+        """One completion per prompt, in the order given: token ids up to and with the first end-of-sequence token."""
+        if self._engine is None:
+            self._engine = self._started()
+        from vllm import SamplingParams
+
+        eos = self._policy.eos_ids
+        parameters = [
+            SamplingParams(
+                max_tokens=sampling.max_completion_length,
+                temperature=0.0 if sampling.temperature is None else sampling.temperature,
+                top_p=sampling.top_p,
+                top_k=-1,
+                seed=derived_seed(seed, number) % SEEDS,
+                stop_token_ids=eos,
+                detokenize=False,
+            )
+            for number in range(len(prompts))
+        ]
+        inputs = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+        outputs = self._engine.generate(inputs, parameters, use_tqdm=False)
+        return [self._cut(output.outputs[0].token_ids, eos) for output in outputs]
+
+    def close(self) -> None:
+        """Give the engine's memory back: scoring and training need it."""
+        if self._engine is not None:
+            self._engine = None
+            gc.collect()
+
+    def _started(self) -> Any:
+        try:
+            from vllm import LLM
+        except ImportError:
+            raise PolicyError("vLLM is not installed", where="collect.vllm", fix="pip install 'cropi[vllm]'.") from None
+        location = policy_location(self._weights)
+        settings: dict[str, Any] = {
+            "model": location,
+            "tokenizer": location,
+            "revision": self._weights.revision,
+            "dtype": self._weights.dtype,
+            "tensor_parallel_size": self._config.tensor_parallel_size,
+            "gpu_memory_utilization": self._config.gpu_memory_utilization,
+            "max_model_len": self._config.max_model_len,
+            "generation_config": "vllm",
+            "enable_prefix_caching": True,
+            "trust_remote_code": False,
+        }
+        try:
+            return LLM(**settings | self._config.options)
+        except Exception as error:  # the engine raises many kinds; each means that it cannot be had
+            raise PolicyError(
+                f"vLLM did not start: {' '.join(str(error).split())[:300]}",
+                where="collect.vllm",
+                fix="correct its settings, or leave the table out: transformers then generates.",
+            ) from None
+
+    @staticmethod
+    def _cut(tokens: Sequence[int], eos: Sequence[int]) -> list[int]:
+        first = next((place for place, token in enumerate(tokens) if token in eos), len(tokens))
+        return list(tokens[: first + 1])
