@@ -12,7 +12,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from cropi.config import Config, Verifier
+from cropi.config import Config, VerificationConfig, Verifier
 from cropi.errors import ConfigError, hint
 
 
@@ -181,10 +181,20 @@ def parse_verifier(kind: str, options: Sequence[str]) -> Verifier:
 
 def verifier_of(values: Mapping[str, Any], where: str) -> Verifier:
     """The verifier of plain values. ConfigError for what there is not."""
+    return _table("verifier", Verifier, values, where)
+
+
+def verification_of(values: Mapping[str, Any], where: str) -> VerificationConfig:
+    """How verifiers run, of plain values. ConfigError likewise."""
+    return _table("verification", VerificationConfig, values, where)
+
+
+def _table(name: str, kind: Any, values: Mapping[str, Any], where: str) -> Any:
+    """One table of a config by itself; an error speaks of its place in a config."""
     try:
-        return TypeAdapter(Verifier).validate_python(values)
+        return TypeAdapter(kind).validate_python(values)
     except ValidationError as error:
-        problems = [{**problem, "loc": ("verifier", *problem["loc"])} for problem in error.errors(include_url=False)]
+        problems = [{**problem, "loc": (name, *problem["loc"])} for problem in error.errors(include_url=False)]
         raise _refused(problems, where) from None
 
 

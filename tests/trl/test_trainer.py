@@ -377,7 +377,7 @@ def test_an_asynchronous_judge_of_its_own_shares_one_loop(tmp_path: Path) -> Non
 
 
 def test_a_verifier_as_a_reward_function(tmp_path: Path) -> None:
-    """The same rewards as the function in plain Python, for TRL's own trainer as for ours; None where gold is unreadable."""
+    """The same rewards as the function in plain Python; None where gold is unreadable; a run trains on them."""
     by_words, by_marker = right, Verified("exact", marker="answer", verification={"processes": 1})
     completions = ["steps 1 answer 3", "answer 4", "3"]
     assert by_marker(completions, answer=["3", "3", "3"]) == by_words(completions, answer=["3", "3", "x"])
@@ -387,5 +387,7 @@ def test_a_verifier_as_a_reward_function(tmp_path: Path) -> None:
         by_marker(["answer 3"])
     with pytest.raises(ConfigError, match="did you mean 'numeric'"):
         Verified("numerik")
+    with pytest.raises(ConfigError, match="verification.proceses"):
+        Verified("numeric", verification={"proceses": 2})
     trainer(tmp_path, reward_funcs=by_marker).train()
     assert {value for row in rewards(tmp_path) for value in row["rewards"]} == {0.0, 1.0}

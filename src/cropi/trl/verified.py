@@ -6,11 +6,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from pydantic import TypeAdapter
-
-from cropi.config import VerificationConfig, Verifier
 from cropi.errors import DataError
-from cropi.loading import verifier_of
+from cropi.loading import verification_of, verifier_of
 from cropi.rewards.pool import judge_of
 from cropi.rewards.verdicts import Answered, reward
 
@@ -29,7 +26,7 @@ class Verified:
     def __init__(self, kind: str, *, verification: dict[str, Any] | None = None, **settings: Any) -> None:
         self._judge = judge_of(
             verifier_of({"type": kind, **settings}, "Verified"),
-            TypeAdapter(VerificationConfig).validate_python(verification or {}),
+            verification_of(verification or {}, "Verified"),
         )
         self.__name__ = kind
 
