@@ -387,7 +387,7 @@ def test_a_verifier_as_a_reward_function(tmp_path: Path) -> None:
         by_marker(["answer 3"])
     with pytest.raises(ConfigError, match="did you mean 'numeric'"):
         Verified("numerik")
-    with pytest.raises(ConfigError, match="verification.proceses"):
+    with pytest.raises(ConfigError, match=r"verification\.proceses"):
         Verified("numeric", verification={"proceses": 2})
     trainer(tmp_path, reward_funcs=by_marker).train()
     assert {value for row in rewards(tmp_path) for value in row["rewards"]} == {0.0, 1.0}
