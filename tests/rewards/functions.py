@@ -16,6 +16,10 @@ def equal(completions: list[str], answer: list[str], **_: Any) -> list[float]:
     return [float(text == gold) for text, gold in zip(completions, answer, strict=True)]
 
 
+def even(completions: list[str], answer: list[str], **_: Any) -> list[float]:
+    return [float(text.count(gold) % 2 == 0) for text, gold in zip(completions, answer, strict=True)]
+
+
 def hangs(completions: list[str], answer: list[str], **_: Any) -> list[float]:
     if completions[0] == "bad":
         time.sleep(1000)

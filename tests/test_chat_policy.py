@@ -1,0 +1,143 @@
+"""Whole runs of a chat model: its template, two tokens that end a turn, padding of its own, long completions."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from cropi.artifacts import OK, TRUNCATED
+from cropi.loading import load_config
+from cropi.pipeline import Pipeline
+from tests.runs import selections
+
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]  # padding and an end, start, end
+WORDS = ["system", "user", "assistant", "be", "brief", "one", "two", "three", "four", "five", "\n"]
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|> {{ m['role'] }} \n {{ m['content'] }} <|im_end|> \n {% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|> assistant \n {% endif %}"
+)
+LENGTH, CONTEXT = 40, 64
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama with its tokenizer, and prompts."""
+    place = tmp_path_factory.mktemp("chat")
+    vocabulary = {word: number for number, word in enumerate([*SPECIAL, *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="be"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=SPECIAL[0], eos_token=SPECIAL[2])
+    fast.add_special_tokens({"additional_special_tokens": SPECIAL})
+    fast.chat_template = TEMPLATE
+    fast.save_pretrained(place)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=CONTEXT,
+        eos_token_id=2,
+        pad_token_id=0,
+        bos_token_id=None,
+        initializer_range=0.3,
+    )
+    model = LlamaForCausalLM(config)
+    model.generation_config = GenerationConfig(eos_token_id=[2, 0], pad_token_id=0, repetition_penalty=5.0)
+    model.save_pretrained(place)
+    for name, numbers in (("train", range(24)), ("validation", range(50, 54)), ("test", range(60, 64))):
+        rows = [
+            {"prompt": " ".join(WORDS[5 + number // power % 5] for power in (25, 5, 1)), "answer": "one"}
+            for number in numbers
+        ]
+        (place / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return place
+
+
+def pipeline(folder: Path, run: Path, *overrides: str) -> Pipeline:
+    settings = {
+        "name": "chat",
+        "run_dir": str(run),
+        "policy": {"path": str(folder), "cpu_threads": 1},
+        "prompts": {
+            "train": [{"type": "file", "path": str(folder / "train.jsonl")}],
+            "validation": {"mine": [{"type": "file", "path": str(folder / "validation.jsonl")}]},
+            "test": {"mine": {"sources": [{"type": "file", "path": str(folder / "test.jsonl")}]}},
+            "system_prompt": "be brief",
+            "leakage": "allow",
+        },
+        "verifier": {"type": "function", "path": "tests.rewards.functions.even"},
+        "collect": {
+            "num_generations": 4,
+            "validation_num_generations": 4,
+            "max_completion_length": LENGTH,
+        },
+        "select": {"strategy": {"type": "influence"}, "fraction": 0.25},
+        "train": {"stages": 2, "steps_per_stage": 2},
+        "trainer": {
+            "num_generations": 4,
+            "per_device_train_batch_size": 8,
+            "gradient_accumulation_steps": 1,
+            "learning_rate": 1e-3,
+            "beta": 0.0,
+        },
+        "evaluate": {"every": 4, "bootstrap": 50},
+    }
+    path = run / "chat.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(settings))
+    return Pipeline(load_config(str(path), overrides))
+
+
+def trained(folder: Path, run: Path, *overrides: str) -> tuple[dict[str, bytes], dict[str, torch.Tensor]]:
+    made = pipeline(folder, run, *overrides)
+    made.collect()
+    (arm,) = made.space.arms.values()
+    last = made.train(arm)
+    made.space.unlock()
+    return selections(run / "chat"), load_file(last / "model.safetensors")
+
+
+def test_completions_end_where_the_model_says_and_prompts_are_its_template_s(folder: Path, tmp_path: Path) -> None:
+    made = pipeline(folder, tmp_path)
+    made.collect()
+    rows = made.trajectories.base["train"].to_pylist()
+    made.space.unlock()
+    words = dict(enumerate([*SPECIAL, *WORDS]))
+    text = " ".join(words[token] for token in rows[0]["prompt_ids"])
+    assert text.startswith("<|im_start|> system \n be brief <|im_end|> \n <|im_start|> user")
+    assert text.endswith("<|im_end|> \n <|im_start|> assistant \n")
+    ends = set()
+    for row in rows:
+        body, last = row["completion_ids"][:-1], row["completion_ids"][-1]
+        assert not {0, 2} & set(body)
+        assert len(row["prompt_ids"]) + len(row["completion_ids"]) <= CONTEXT
+        assert (row["status"] == OK) == (last in (0, 2))
+        if row["status"] == TRUNCATED:
+            assert len(row["completion_ids"]) == LENGTH
+        ends.add(last if last in (0, 2) else None)
+        assert len(row["behaviour_logprobs"]) == len(row["completion_ids"])
+    assert ends >= {0, 2}
+
+
+def test_recomputed_activations_change_nothing(folder: Path, tmp_path: Path) -> None:
+    """Gradient checkpointing in training, and scoring at the policies between: the same selections and weights."""
+    plain, weights = trained(folder, tmp_path / "plain")
+    saved, others = trained(folder, tmp_path / "recomputed", "trainer.gradient_checkpointing=true")
+    assert plain
+    assert list(plain.values()) == list(saved.values())
+    for name, tensor in weights.items():
+        torch.testing.assert_close(tensor, others[name])
+
+
+def test_weights_in_bfloat16(folder: Path, tmp_path: Path) -> None:
+    _, weights = trained(folder, tmp_path, "policy.dtype=bfloat16", "trainer.gradient_checkpointing=true")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
