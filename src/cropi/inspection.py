@@ -230,7 +230,7 @@ def _estimate(
         "train_tokens_per_arm": steps * per_step * mean_completion,
         "train_per_arm_s": steps * per_step * (sample.generate_s + sample.gradient_s / count),
         "evaluate_per_arm_s": evaluations * tests * (1 + config.evaluate.samples) * sample.generate_s,
-        "model_and_optimiser_bytes": parameters * (4 * 4 if config.policy.dtype == "float32" else 4 * 2),
+        "model_and_optimiser_bytes": parameters * (4 * 4 if config.policy.trained_in == "float32" else 4 * 2),
         "free_disk_bytes": shutil.disk_usage(_existing(config.folder)).free,
     }
 

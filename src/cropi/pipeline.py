@@ -30,7 +30,7 @@ from cropi.given import Given
 from cropi.gradients.groups import iterate_groups
 from cropi.gradients.scoring import FeatureRequest, score, surrogate_settings
 from cropi.gradients.validation import validation_groups
-from cropi.policy import Policy, encode_prompts, fingerprint, load_policy, trainer_prompt, uses_chat
+from cropi.policy import Policy, Replica, encode_prompts, fingerprint, load_policy, trainer_prompt, uses_chat
 from cropi.prompts import data_identity, make_prompts
 from cropi.refreshing import Refresher
 from cropi.reporting.report import make_report
@@ -58,14 +58,20 @@ class Pipeline:
         if given is None and not config.prompts.test:
             raise ConfigError("there is no test set", where="prompts.test", fix="name one: a run is judged by it.")
         given = given or Given.named_by(config)
-        self.base, self._base_identity = given.policy, given.identity
+        self._given, self._base_identity = given.policy, given.identity
+        self._replica = Replica(given.policy, config.policy)
         self.judge, self.settings = given.judge, given.settings
         self.surrogate = surrogate_settings(config, self.settings.loss_type, self.settings.scale_rewards)
-        self._chat = uses_chat(self.base.tokenizer, config.prompts.chat, config.prompts.system_prompt)
+        self._chat = uses_chat(self._given.tokenizer, config.prompts.chat, config.prompts.system_prompt)
         self.space = Workspace(config)
         self.space.lock()
         self.trajectories = Trajectories(self.space, _group_facts)
         self.gathered = Gatherer(self.space, self.trajectories)
+
+    @property
+    def base(self) -> Policy:
+        """The policy before training, as it is asked."""
+        return Policy(self._replica.of(self._given.model), self._given.tokenizer)
 
     def run(self) -> Summary:
         """Prompts to report."""
@@ -109,8 +115,8 @@ class Pipeline:
         if self.trajectories.refreshes(arm, stage):
             newest = self.config.arms[arm.name].scored_stage(stage - 1)
             scores = self.gathered.scores(arm, newest) if self._uses_influence(arm) else None
-            policy, refresher = Policy(model, self.base.tokenizer), Refresher(self.space, self.trajectories, self.judge)
-            refresher.refresh(arm, stage, policy, origin, scores)
+            refresher = Refresher(self.space, self.trajectories, self.judge)
+            refresher.refresh(arm, stage, Policy(model, self._given.tokenizer), origin, scores)
             require_signal(self.trajectories.statuses(self.trajectories.groups(self.trajectories.overlay(arm, stage))))
 
     # -- score and select --------------------------------------------------------------------------------------------
@@ -186,7 +192,7 @@ class Pipeline:
         if not (isinstance(strategy, PooledStrategy) and strategy.screen):
             return
         fewer = self.config.collect.model_copy(update={"num_generations": strategy.screen_generations})
-        config, policy = self.config.model_copy(update={"collect": fewer}), Policy(model, self.base.tokenizer)
+        config, policy = self.config.model_copy(update={"collect": fewer}), Policy(model, self._given.tokenizer)
 
         def make(folder: Path) -> tuple[Mapping[str, int], Mapping[str, Any]]:
             ids = prompts_to_screen(self.gathered.candidates(arm, stage), strategy, self.config.select)
@@ -240,12 +246,11 @@ class Pipeline:
                 where=str(arm.selection(stage)),
                 fix=f"delete {arm.folder} to train this arm anew.",
             )
-        if not in_progress and self._uses_influence(arm) and self.config.arms[arm.name].scored_stage(stage) == stage:
-            self.score(arm, stage, model, self._origin(arm, stage))
-        elif not in_progress:
-            self.refresh(arm, stage, model, self._origin(arm, stage))
         if not in_progress:
-            self.screen(arm, stage, model, self._origin(arm, stage))
+            asked, origin = self._replica.of(model), self._origin(arm, stage)
+            scores_now = self._uses_influence(arm) and self.config.arms[arm.name].scored_stage(stage) == stage
+            (self.score if scores_now else self.refresh)(arm, stage, asked, origin)
+            self.screen(arm, stage, asked, origin)
         return self.select(arm, stage)
 
     def _origin(self, arm: Arm, stage: int) -> str:
@@ -294,9 +299,9 @@ class Pipeline:
     def train(self, arm: Arm) -> Path:
         """Train all stages of an arm, evaluating on schedule from the base policy on; returns the last checkpoint."""
         self.evaluate_base()
-        settings = grpo_config(self.config, arm.checkpoints, self.base.model.device)
+        settings = grpo_config(self.config, arm.checkpoints, self._given.device)
         forget_after(arm.evaluation, newest_checkpoint(arm.checkpoints)[1])
-        policy = load_policy(self.config.policy)
+        policy = load_policy(self.config.policy, dtype=self.config.policy.trained_in)
         status_of = dict(
             zip(self.space.train_prompts, self.trajectories.statuses(self.trajectories.base_groups), strict=True)
         )
@@ -306,7 +311,7 @@ class Pipeline:
             for prompt_id, row in self.space.train_prompts.items()
             if status_of[prompt_id] in USABLE
         ]
-        encoded = encode_prompts(self.base.tokenizer, [row["prompt"] for row in rows])
+        encoded = encode_prompts(self._given.tokenizer, [row["prompt"] for row in rows])
         rows = [row | {"prompt_tokens": len(ids)} for row, ids in zip(rows, encoded, strict=True)]
         task = TrainTask(
             label=arm.name,
@@ -345,7 +350,7 @@ class Pipeline:
         return self._evaluate(policy.model, 0, folder, "" if arm is None else arm.folder.name)
 
     def _evaluate(self, model: nn.Module, step: int, folder: Path, arm: str) -> pa.Table:
-        policy = Policy(model, self.base.tokenizer)
+        policy = Policy(self._replica.of(model), self._given.tokenizer)
         sampler = TransformersGenerator(policy, self.config.collect.batch_size)
 
         def generate(prompts: Sequence[list[int]], temperature: float | None, seed: int) -> list[str]:
@@ -368,8 +373,8 @@ class Pipeline:
     @cached_property
     def _test_prompts(self) -> list[Question]:
         rows = [row for row in self.space.prompt_rows if row["set"].startswith("test/")]
-        encoded = encode_prompts(self.base.tokenizer, [self._trainer_prompt(row) for row in rows])
-        limit, longest = self.base.context_length, max(len(ids) for ids in encoded)
+        encoded = encode_prompts(self._given.tokenizer, [self._trainer_prompt(row) for row in rows])
+        limit, longest = self._given.context_length, max(len(ids) for ids in encoded)
         if limit is not None and longest + self.config.collect.max_completion_length > limit:
             raise DataError(
                 f"the longest test prompt has {longest} tokens, which leaves no room for a completion in {limit}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Sequence
@@ -92,8 +93,37 @@ def load_tokenizer(config: PolicyConfig, location: str | None = None) -> PreTrai
     return tokenizer
 
 
-def load_policy(config: PolicyConfig, location: str | None = None) -> Policy:
+class Replica:
+    """A policy's weights in bfloat16 where it is asked in bfloat16 and trained in float32.
+
+    One copy, filled anew each time: 2 bytes per parameter beside the weights of training.
+    """
+
+    def __init__(self, like: Policy, config: PolicyConfig) -> None:
+        self._like, self._rounds = like, config.dtype == "bfloat16"
+        self._copy: PreTrainedModel | None = None
+
+    @torch.no_grad()
+    def of(self, model: Any) -> Any:
+        """The model itself, or the copy with its weights as they are now."""
+        if not self._rounds or model.dtype != torch.float32:
+            return model
+        if self._copy is None:
+            self._copy = copy.deepcopy(self._like.model).eval()
+            for parameter in self._copy.parameters():  # and no buffers: rotary frequencies stay as they are
+                parameter.data = parameter.data.to(torch.bfloat16)
+            for wrapped in ("forward", "_original_forward"):  # a trainer's mixed precision
+                self._copy.__dict__.pop(wrapped, None)
+        own = self._copy.state_dict()
+        for name, tensor in model.state_dict().items():
+            own[name].copy_(tensor)
+        return self._copy
+
+
+def load_policy(config: PolicyConfig, location: str | None = None, *, dtype: str | None = None) -> Policy:
     """Load the policy named in the config, or a checkpoint of it from `location`. Remote code is never run.
+
+    `dtype` is that of the config unless it is given.
 
     With `policy.lora` a checkpoint holds adapters, and the weights are those of the policy that was named.
 
@@ -111,7 +141,7 @@ def load_policy(config: PolicyConfig, location: str | None = None) -> Policy:
         model = AutoModelForCausalLM.from_pretrained(
             location,
             revision=config.revision,
-            dtype=getattr(torch, config.dtype),
+            dtype=getattr(torch, dtype or config.dtype),
             use_safetensors=True,
             trust_remote_code=False,
         )

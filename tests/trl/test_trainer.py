@@ -21,6 +21,7 @@ from trl import GRPOConfig
 from cropi.artifacts import read_jsonl
 from cropi.builtin import POLICY_DIR, generate
 from cropi.errors import ArtifactError, ConfigError, DataError
+from cropi.gradients.scoring import score
 from cropi.trl import CurriculumTrainer, Selector, Verified
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -391,3 +392,21 @@ def test_a_verifier_as_a_reward_function(tmp_path: Path) -> None:
         Verified("numeric", verification={"proceses": 2})
     trainer(tmp_path, reward_funcs=by_marker).train()
     assert {value for row in rewards(tmp_path) for value in row["rewards"]} == {0.0, 1.0}
+
+
+def test_under_mixed_precision_prompts_are_chosen_by_a_rounded_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is scored are the weights of that moment in bfloat16; training's own stay float32."""
+    trained = trainer(tmp_path, bf16=True)
+    seen = []
+
+    def looks(config: Any, surrogate: Any, model: Any, *rest: Any) -> Any:
+        now = trained.model.state_dict()
+        seen.append(all(torch.equal(t, now[name].to(torch.bfloat16)) for name, t in model.state_dict().items()))
+        return score(config, surrogate, model, *rest)
+
+    monkeypatch.setattr("cropi.pipeline.score", looks)
+    trained.train()
+    assert seen == [True, True]
+    assert {parameter.dtype for parameter in trained.model.parameters()} == {torch.float32}

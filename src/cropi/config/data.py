@@ -33,7 +33,11 @@ class PolicyConfig(Table):
     revision: str | None = None
     """Commit or tag of a Hub id. Pin it: an unpinned model cannot be reproduced."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Number format of the weights while collecting, scoring and training."""
+    """Number format of the weights while collecting, scoring and evaluating."""
+    train_dtype: Literal["float32", "bfloat16"] | None = None
+    """Number format of the weights that training updates. Unset: float32, as bfloat16 rounds the steps of usual
+    learning rates away; matrix products are in bfloat16 where `dtype` is (`trainer.bf16`). Under `lora`: `dtype` for
+    what is frozen, and adapters are float32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes CUDA where there is one."""
     cpu_threads: Positive | None = None
@@ -41,6 +45,11 @@ class PolicyConfig(Table):
     lora: LoraConfig | None = None
     """Train adapters of low rank by PEFT in place of all weights; influence is then that of the adapters' gradients.
     Checkpoints hold the adapters."""
+
+    @property
+    def trained_in(self) -> Literal["float32", "bfloat16"]:
+        """Number format of the weights that training holds."""
+        return self.train_dtype or (self.dtype if self.lora is not None else "float32")
 
 
 class BuiltinSource(Table):

@@ -103,7 +103,7 @@ def make_config(
         "name": "run",
         "run_dir": str(folder),
         "seed": args.seed,
-        "policy": {"path": model},
+        "policy": {"path": model, "dtype": "bfloat16" if args.bf16 else "float32"},
         "prompts": {
             "train": sources["train"],
             "validation": {name: sources[f"validation/{name}"] for name in selector.validation_sets},
