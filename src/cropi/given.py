@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from trl import GRPOConfig
 
 from cropi.config import Config
+from cropi.errors import ArtifactError, PolicyError
 from cropi.policy import Policy, fingerprint, load_policy
 from cropi.rewards.pool import judge_of
 from cropi.rewards.verdicts import Judge
 from cropi.training.settings import grpo_config
+from cropi.workspace import Arm, Workspace
 
 
 @dataclass(frozen=True)
@@ -28,3 +31,21 @@ class Given:
         policy = load_policy(config.policy)
         settings = grpo_config(config, config.folder, policy.device)
         return cls(policy, fingerprint(config.policy), judge_of(config.verifier, config.verification), settings)
+
+
+def arm_at(space: Workspace, stage: int, checkpoint: Path | None) -> Arm:
+    """The main arm, or a folder of its own for a checkpoint from elsewhere.
+
+    Errors: ArtifactError for a stage that the run does not have, PolicyError for a checkpoint that is not there.
+    """
+    config = space.config
+    if stage >= config.train.stages:
+        last = config.train.stages - 1
+        raise ArtifactError(f"the run has no stage {stage}", where="--stage", fix=f"give 0 to {last}.")
+    if checkpoint is None:
+        return space.arms[config.select.strategy.arm]
+    if stage:
+        raise PolicyError("a checkpoint from elsewhere has one stage only", where="--stage", fix="leave it out.")
+    if not checkpoint.is_dir():
+        raise PolicyError(f"there is no folder {checkpoint}", where="--checkpoint", fix="check the path.")
+    return space.foreign(checkpoint, fingerprint(config.policy, str(checkpoint)))

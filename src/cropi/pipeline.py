@@ -26,11 +26,11 @@ from cropi.console import counts_text, say, warn
 from cropi.errors import ArtifactError, ConfigError, DataError, PolicyError
 from cropi.evaluation.evaluate import Question, evaluate, forget_after, read_evaluations
 from cropi.gathering import Gatherer
-from cropi.given import Given
+from cropi.given import Given, arm_at
 from cropi.gradients.groups import iterate_groups
 from cropi.gradients.scoring import FeatureRequest, score, surrogate_settings
 from cropi.gradients.validation import validation_groups
-from cropi.policy import Policy, Replica, encode_prompts, fingerprint, load_policy, trainer_prompt, uses_chat
+from cropi.policy import Policy, Replica, encode_prompts, load_policy, trainer_prompt, uses_chat
 from cropi.prompts import data_identity, make_prompts
 from cropi.refreshing import Refresher
 from cropi.reporting.report import make_report
@@ -258,16 +258,7 @@ class Pipeline:
 
     def arm_at(self, stage: int, checkpoint: Path | None) -> Arm:
         """The main arm, or a folder of its own for a checkpoint from elsewhere."""
-        if stage >= self.config.train.stages:
-            last = self.config.train.stages - 1
-            raise ArtifactError(f"the run has no stage {stage}", where="--stage", fix=f"give 0 to {last}.")
-        if checkpoint is None:
-            return self.space.arms[self.config.select.strategy.arm]
-        if stage:
-            raise PolicyError("a checkpoint from elsewhere has one stage only", where="--stage", fix="leave it out.")
-        if not checkpoint.is_dir():
-            raise PolicyError(f"there is no folder {checkpoint}", where="--checkpoint", fix="check the path.")
-        return self.space.foreign(checkpoint, fingerprint(self.config.policy, str(checkpoint)))
+        return arm_at(self.space, stage, checkpoint)
 
     def policy_at(self, arm: Arm, stage: int, checkpoint: Path | None) -> tuple[Policy, str]:
         """The policy at the start of a stage, and what it is called: for scoring outside training."""

@@ -1,0 +1,46 @@
+"""`cropi export` and `cropi import`: selections to other trainers, their rollouts back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cropi.cli.shell import (
+    AsJson,
+    CheckpointOption,
+    ConfigArgument,
+    Overrides,
+    StageOption,
+    print_result,
+    quiet_libraries,
+    read_config,
+)
+
+
+def export(
+    config: ConfigArgument,
+    overrides: Overrides = None,
+    format_name: Annotated[str, typer.Option("--format", help="trl, verl, slime, openrlhf or prime-rl.")] = "trl",
+    stage: StageOption = 0,
+    checkpoint: CheckpointOption = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", help="Folder to write to.", show_default="exports/ in the run's folder")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a stage's selection as another trainer's files, with its verifier and the commands to use them."""
+    loaded = read_config(config, overrides)
+    quiet_libraries()
+    from cropi.exchange.export import export as write
+    from cropi.given import arm_at
+    from cropi.workspace import Workspace
+
+    space = Workspace(loaded)
+    arm = arm_at(space, stage, checkpoint)
+    place = f"{arm.folder.name}-stage-{stage:03}-{format_name}"
+    folder = (output or loaded.folder / "exports" / place).absolute()
+    manifest = write(loaded, space, arm, stage, format_name, checkpoint, folder)
+    counts = dict(manifest.counts)
+    print_result({"path": str(folder), "counts": counts}, as_json, f"{folder}\nhow to use it: {folder / 'README.md'}")

@@ -1,0 +1,1 @@
+"""Selections for trainers that are not ours, in their formats, and their rollouts back as trajectories."""
