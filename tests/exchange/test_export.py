@@ -147,15 +147,13 @@ def test_slime_reads_labels_as_text(selected: tuple[Pipeline, Arm], tmp_path: Pa
 
 def test_verl_s_own_loader_reads_it(selected: tuple[Pipeline, Arm], tmp_path: Path) -> None:
     rl_dataset = pytest.importorskip("verl.utils.dataset.rl_dataset")
-    from omegaconf import OmegaConf
-
     folder = exported(selected, "verl", tmp_path / "out")
     words = Tokenizer(models.WordLevel({"<eos>": 0, "?": 1}, unk_token="?"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>")
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
     settings = {"cache_dir": str(tmp_path / "cache"), "filter_overlong_prompts_workers": 1}
-    loaded = rl_dataset.RLHFDataset(str(folder / "train.parquet"), tokenizer, OmegaConf.create(settings))
+    loaded = rl_dataset.RLHFDataset(str(folder / "train.parquet"), tokenizer, settings)
     assert len(loaded) == COUNT
     rows = read(folder / "train.parquet")
     assert [loaded[n]["extra_info"]["prompt_id"] for n in range(COUNT)] == [r["extra_info"]["prompt_id"] for r in rows]
