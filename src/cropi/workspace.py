@@ -58,6 +58,11 @@ class Arm:
         return self.folder / "stages" / f"{stage:03}" / "rollouts"
 
     @property
+    def imported(self) -> Path:
+        """Trajectories that another trainer's rollouts hold."""
+        return self.folder / "imported"
+
+    @property
     def rollouts(self) -> Path:
         """What training samples, a file per generation batch: see `rollout_file`."""
         return self.folder / "rollouts"

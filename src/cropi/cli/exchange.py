@@ -13,6 +13,7 @@ from cropi.cli.shell import (
     ConfigArgument,
     Overrides,
     StageOption,
+    open_pipeline,
     print_result,
     quiet_libraries,
     read_config,
@@ -44,3 +45,23 @@ def export(
     manifest = write(loaded, space, arm, stage, format_name, checkpoint, folder)
     counts = dict(manifest.counts)
     print_result({"path": str(folder), "counts": counts}, as_json, f"{folder}\nhow to use it: {folder / 'README.md'}")
+
+
+def import_rollouts(
+    config: ConfigArgument,
+    dumps: Annotated[list[Path], typer.Argument(metavar="DUMP", help="Files, or folders of them.")],
+    checkpoint: CheckpointOption = None,
+    as_json: AsJson = False,
+) -> None:
+    """Read rollouts of verl or TRL back as trajectories of the run, or of what is scored at a checkpoint.
+
+    Their log-probs are taken from the policy of that checkpoint, else from the base policy.
+    """
+    pipeline = open_pipeline(config, None)
+    from cropi.exchange.dumps import import_rollouts as read
+
+    arm = pipeline.arm_at(0, checkpoint)
+    policy, origin = pipeline.policy_at(arm, 0, checkpoint)
+    manifest = read(pipeline, arm, policy, origin, dumps)
+    path = str(arm.imported)
+    print_result({"path": path, "counts": dict(manifest.counts), "prompts": manifest.details["prompts"]}, as_json, path)

@@ -11,7 +11,7 @@ from cropi import __version__
 from cropi.cli.audit import audit
 from cropi.cli.bench import bench
 from cropi.cli.compare import compare
-from cropi.cli.exchange import export
+from cropi.cli.exchange import export, import_rollouts
 from cropi.cli.explain import explain
 from cropi.cli.recipes import recipes
 from cropi.cli.shell import (
@@ -145,6 +145,7 @@ def report(config: ConfigArgument, overrides: Overrides = None, as_json: AsJson 
 
 app.command()(explain)
 app.command()(export)
+app.command("import")(import_rollouts)
 
 
 @app.command()

@@ -22,6 +22,7 @@ from cropi.artifacts import (
     TRAJECTORIES,
     Manifest,
     count_status,
+    is_finished,
     open_artifact,
     read_table,
     write_table,
@@ -32,6 +33,7 @@ from cropi.workspace import Arm, Workspace, rollout_files
 
 FRESH = "fresh trajectories"  # kinds of artifacts
 REUSED = "rollouts"
+IMPORTED = "imported trajectories"
 
 GroupFacts = Callable[[pa.Table], dict[str, tuple[str, float]]]  # trajectories -> status and pass rate by prompt
 
@@ -201,10 +203,13 @@ class Trajectories:
 
     def layers(self, arm: Arm, stage: int, *, sampled: bool = True) -> list[Layer]:
         """What lies over the base trajectories, oldest first; without `sampled`, before the stage samples its own."""
-        if not self.refreshes(arm, stage):
-            return []
-        settings = self._space.config.refresh
         found: list[Layer] = []
+        if is_finished(arm.imported):
+            identity = open_artifact(arm.imported, IMPORTED, made_by="cropi import").identity
+            found.append(Layer(arm.imported, identity, 0, trained=False))
+        if not self.refreshes(arm, stage):
+            return found
+        settings = self._space.config.refresh
         for number in range(1, stage + 1):
             if settings.reuse_rollouts:
                 found.append(_layer(arm.reused(number), REUSED, number, trained=True))

@@ -1,0 +1,200 @@
+"""`cropi import`: rollouts that another trainer has written, read back as trajectories."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+from pyarrow import parquet
+
+from cropi.artifacts import (
+    GOLD_UNPARSEABLE,
+    OK,
+    TRAJECTORIES,
+    TRUNCATED,
+    Manifest,
+    build,
+    count_status,
+    write_table,
+)
+from cropi.console import progress, say
+from cropi.errors import DataError
+from cropi.pipeline import Pipeline
+from cropi.policy import Policy, encode_prompts, trainer_prompt, uses_chat
+from cropi.rewards.verdicts import answered, reward
+from cropi.rollouts.collect import behaviour_logprobs
+from cropi.rollouts.overlay import IMPORTED
+from cropi.workspace import Arm
+
+SHARD_PROMPTS = 256
+
+
+class Rollout(NamedTuple):
+    """A completion of a dump: its prompt as the trainer wrote it, and the optimiser step it was sampled at."""
+
+    prompt: str
+    completion: str
+    step: int
+
+
+def import_rollouts(pipeline: Pipeline, arm: Arm, policy: Policy, origin: str, paths: Sequence[Path]) -> Manifest:
+    """Trajectories of an arm's training prompts from dumps, laid over those that were collected.
+
+    verl's `trainer.rollout_data_dir` (JSONL) and TRL's `log_completions` (Parquet) are read. They know prompts by their
+    text: of each the newest step with two completions or more counts, and what is no training prompt of the run, or has
+    the text of two, is left out and counted. Completions are judged by the run's verifier. Tokens are those of the
+    text, with the end-of-sequence token where they leave room for it, and log-probs are those that `policy` gives:
+    neither need be what the trainer's sampler had.
+
+    Errors: DataError for files that are no dump, and where none of their prompts is the run's.
+    """
+    files = _files(paths)
+    inputs = {"prompts": pipeline.prompts().identity, "policy": origin, "files": _digest(files)}
+    make = partial(_make, pipeline, policy, files)
+    manifest = build(arm.imported, IMPORTED, make, inputs=inputs, made_by="cropi import")
+    found, rest = manifest.details["prompts"], manifest.details["left_out"]
+    say(f"imported trajectories of {found} prompts; {rest} rollouts were of other prompts or of single completions")
+    return manifest
+
+
+def _make(
+    pipeline: Pipeline, policy: Policy, files: Sequence[Path], folder: Path
+) -> tuple[Mapping[str, int], Mapping[str, Any]]:
+    known, encoded = _known(pipeline, policy)
+    groups, left_out = _newest_groups(files, known)
+    statuses: list[str] = []
+    verdicts: Counter[str] = Counter()
+    ids = list(groups)
+    with progress("import", len(ids), "prompts") as bar:
+        for start in range(0, len(ids), SHARD_PROMPTS):
+            chosen = ids[start : start + SHARD_PROMPTS]
+            rows = [row for i in chosen for row in _rows(pipeline, policy, i, encoded[i], groups[i])]
+            _judge(pipeline, policy, rows)
+            write_table(folder / f"part-{start // SHARD_PROMPTS:05}.parquet", rows, TRAJECTORIES)
+            statuses += [row["status"] for row in rows]
+            verdicts.update(row["verdict"] for row in rows)
+            bar.advance(len(chosen))
+    details = {"prompts": len(groups), "left_out": left_out, "verdicts": dict(sorted(verdicts.items()))}
+    return count_status(statuses), details
+
+
+def _newest_groups(files: Sequence[Path], known: Mapping[str, str]) -> tuple[dict[str, list[str]], int]:
+    """(completions of the newest step that has two or more, by prompt id; how many rollouts are left out)."""
+    by_step: dict[str, dict[int, list[str]]] = defaultdict(lambda: defaultdict(list))
+    count = 0
+    for path in files:
+        for rollout in _read(path):
+            count += 1
+            if rollout.prompt in known:
+                by_step[known[rollout.prompt]][rollout.step].append(rollout.completion)
+    groups: dict[str, list[str]] = {}
+    for prompt_id, steps in sorted(by_step.items()):
+        whole = [step for step, completions in steps.items() if len(completions) > 1]
+        if whole:
+            groups[prompt_id] = steps[max(whole)]
+    if not groups:
+        raise DataError(
+            "no two rollouts are of one training prompt of this run",
+            where=", ".join(map(str, files[:3])),
+            fix="import into the run that exported the prompts, with its system prompt and chat template.",
+        )
+    return groups, count - sum(map(len, groups.values()))
+
+
+def _judge(pipeline: Pipeline, policy: Policy, rows: Sequence[dict[str, Any]]) -> None:
+    """Add verdicts, rewards and log-probs to the rows."""
+    settings, prompts = pipeline.config.collect, pipeline.space.train_prompts
+    judged = pipeline.judge([answered(row["completion"], prompts[row["prompt_id"]]) for row in rows])
+    asked, given = ([row[name] for row in rows] for name in ("prompt_ids", "completion_ids"))
+    logprobs = behaviour_logprobs(policy, asked, given, settings.temperature, settings.batch_tokens)
+    for row, judgement, values in zip(rows, judged, logprobs, strict=True):
+        row |= {"verdict": judgement.verdict, "reward": reward(judgement.verdict), "behaviour_logprobs": values}
+        if row["reward"] is None:
+            row["status"] = GOLD_UNPARSEABLE
+
+
+def _rows(
+    pipeline: Pipeline, policy: Policy, prompt_id: str, prompt_ids: list[int], completions: Sequence[str]
+) -> Iterator[dict[str, Any]]:
+    longest = pipeline.config.collect.max_completion_length
+    for sample, text in enumerate(completions):
+        tokens = list(policy.tokenizer(text=text, add_special_tokens=False)["input_ids"])
+        ended = len(tokens) < longest
+        yield {
+            "prompt_id": prompt_id,
+            "set": "train",
+            "sample": sample,
+            "prompt_ids": prompt_ids,
+            "completion_ids": [*tokens, policy.tokenizer.eos_token_id] if ended else tokens[:longest],
+            "completion": text,
+            "status": OK if ended else TRUNCATED,
+        }
+
+
+def _known(pipeline: Pipeline, policy: Policy) -> tuple[dict[str, str], dict[str, list[int]]]:
+    """(training prompt ids by every way in which dumps write prompts, token ids by prompt id)."""
+    settings = pipeline.config.prompts
+    chat = uses_chat(policy.tokenizer, settings.chat, settings.system_prompt)
+    prompts = {
+        i: trainer_prompt(row["messages"], chat=chat, system_prompt=settings.system_prompt)
+        for i, row in pipeline.space.train_prompts.items()
+    }
+    encoded = dict(zip(prompts, encode_prompts(policy.tokenizer, list(prompts.values())), strict=True))
+    decoded = policy.tokenizer.batch_decode(list(encoded.values()), skip_special_tokens=True)
+    by_text: dict[str, set[str]] = defaultdict(set)
+    for (prompt_id, prompt), text in zip(prompts.items(), decoded, strict=True):
+        by_text[text.strip()].add(prompt_id)
+        by_text[_written(prompt)].add(prompt_id)
+    return {text: next(iter(ids)) for text, ids in by_text.items() if len(ids) == 1}, encoded
+
+
+def _written(prompt: Any) -> str:
+    """A prompt as text, or as JSON of its messages' roles and contents."""
+    if isinstance(prompt, str):
+        return prompt.strip()
+    return json.dumps([[message["role"], message["content"]] for message in prompt])
+
+
+def _files(paths: Sequence[Path]) -> list[Path]:
+    files = []
+    for path in paths:
+        found = sorted(p for p in path.iterdir() if p.suffix in {".jsonl", ".parquet"}) if path.is_dir() else [path]
+        if not found or not all(p.is_file() for p in found):
+            raise DataError("there are no rollouts", where=str(path), fix="name .jsonl or .parquet files, or a folder.")
+        files += found
+    return files
+
+
+def _digest(files: Sequence[Path]) -> str:
+    digests = []
+    for path in files:
+        with path.open("rb") as file:
+            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
+
+
+def _read(path: Path) -> Iterator[Rollout]:
+    try:
+        if path.suffix == ".parquet":
+            for batch in parquet.ParquetFile(path).iter_batches(columns=["step", "prompt", "completion"]):
+                for row in batch.to_pylist():
+                    completion = row["completion"]
+                    text = completion if isinstance(completion, str) else str(completion[-1]["content"])
+                    yield Rollout(_written(row["prompt"]), text, int(row["step"]))
+            return
+        with path.open(encoding="utf-8") as file:
+            for line in file:
+                row = json.loads(line)
+                yield Rollout(str(row["input"]).strip(), str(row["output"]), int(row["step"]))
+    except (pa.ArrowInvalid, KeyError, IndexError, TypeError, ValueError) as error:
+        raise DataError(
+            f"is no dump of rollouts ({type(error).__name__}: {error})",
+            where=str(path),
+            fix="give files of verl's trainer.rollout_data_dir (.jsonl) or of TRL's log_completions (.parquet).",
+        ) from None

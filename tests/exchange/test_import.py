@@ -1,0 +1,164 @@
+"""Rollouts of other trainers as trajectories: what a run has sampled, written as a dump and read back, is the same."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+from tests.runs import SMALL
+from trl import GRPOConfig, GRPOTrainer
+
+from cropi.artifacts import SELECTION, read_table
+from cropi.builtin import POLICY_DIR
+from cropi.errors import DataError
+from cropi.exchange.dumps import import_rollouts
+from cropi.exchange.export import export
+from cropi.exchange.rewards import Rewards
+from cropi.loading import load_config
+from cropi.pipeline import Pipeline
+from cropi.rollouts.collect import read_trajectories
+
+OPTIONS = ["select.strategy={type: pass_rate}", "baselines=[]", "verification.processes=1"]
+
+
+@pytest.fixture(scope="module")
+def sampled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Trajectories of all training prompts, with the prompts' text."""
+    made = Pipeline(load_config("quickstart", [*SMALL, *OPTIONS, f"run_dir={tmp_path_factory.mktemp('all')}"]))
+    made.collect()
+    made.space.unlock()
+    prompts = made.space.train_prompts
+    rows = made.trajectories.base["train"].to_pylist()
+    return [row | {"text": json.loads(prompts[row["prompt_id"]]["messages"])} for row in rows]
+
+
+@pytest.fixture
+def half(tmp_path: Path) -> Pipeline:
+    """A run of the same prompts that has sampled half of them."""
+    made = Pipeline(load_config("quickstart", [*SMALL, *OPTIONS, "collect.fraction=0.5", f"run_dir={tmp_path}"]))
+    made.collect()
+    yield made
+    made.space.unlock()
+
+
+def imported(run: Pipeline, *paths: Path) -> Any:
+    arm = run.arm_at(0, None)
+    return import_rollouts(run, arm, run.base, "base", paths)
+
+
+def write_verl(path: Path, rows: list[dict[str, Any]], step: int) -> Path:
+    lines = [{"input": r["text"], "output": r["completion"], "gts": None, "score": 0.0, "step": step} for r in rows]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def write_trl(path: Path, rows: list[dict[str, Any]], step: int) -> Path:
+    found = [{"step": step, "prompt": r["text"], "completion": r["completion"], "advantage": 0.0} for r in rows]
+    parquet.write_table(pa.Table.from_pylist(found), path)
+    return path
+
+
+@pytest.mark.parametrize("write", [write_verl, write_trl])
+def test_a_dump_of_a_run_s_own_trajectories_is_these(
+    sampled: list[dict[str, Any]], half: Pipeline, write: Any, tmp_path: Path
+) -> None:
+    """Tokens, verdicts, rewards, ends and log-probs, in the order sampled: all but the numbering is equal."""
+    path = tmp_path / ("1.jsonl" if write is write_verl else "completions_00001.parquet")
+    manifest = imported(half, write(path, sampled, 1))
+    rows = {
+        (r["prompt_id"], r["sample"]): r for r in read_trajectories(half.arm_at(0, None).imported)["train"].to_pylist()
+    }
+    assert len(rows) == len(sampled) == sum(manifest.counts.values())
+    for expected in sampled:
+        found = rows[expected["prompt_id"], expected["sample"]]
+        assert found["behaviour_logprobs"] == pytest.approx(expected["behaviour_logprobs"], abs=1e-5)
+        for name in ("prompt_ids", "completion_ids", "completion", "reward", "verdict", "status", "set"):
+            assert found[name] == expected[name], name
+
+
+def test_selections_know_of_them(sampled: list[dict[str, Any]], half: Pipeline, tmp_path: Path) -> None:
+    """Prompts that were not sampled have the pass rate of their imported completions."""
+    imported(half, write_verl(tmp_path / "1.jsonl", sampled, 1))
+    arm = half.arm_at(0, None)
+    half.select(arm, 0)
+    rows = read_table(arm.selection(0) / "selection.parquet", SELECTION).to_pylist()
+    rates: dict[str, list[float]] = {}
+    for row in sampled:
+        rates.setdefault(row["prompt_id"], []).append(row["reward"])
+    assert {row["prompt_id"]: row["pass_rate"] for row in rows} == pytest.approx(
+        {prompt_id: sum(values) / len(values) for prompt_id, values in rates.items()}
+    )
+
+
+def test_the_newest_step_with_a_group_counts_and_strangers_are_counted(
+    sampled: list[dict[str, Any]], half: Pipeline, tmp_path: Path
+) -> None:
+    mine = [row for row in sampled if row["prompt_id"] == sampled[0]["prompt_id"]]
+    stranger = mine[0] | {"text": "what is love"}
+    folder = tmp_path / "dumps"
+    folder.mkdir()
+    write_verl(folder / "1.jsonl", [r | {"completion": "answer 1"} for r in mine], 1)
+    write_verl(folder / "2.jsonl", [r | {"completion": "answer 2"} for r in mine[:3]] + [stranger], 2)
+    write_verl(folder / "3.jsonl", [mine[0] | {"completion": "answer 3"}], 3)  # one completion is no group
+    manifest = imported(half, folder)
+    rows = read_trajectories(half.arm_at(0, None).imported)["train"].to_pylist()
+    assert [row["completion"] for row in rows] == ["answer 2"] * 3
+    assert manifest.details["left_out"] == len(mine) + 2
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", '{"prompt": "x"}\n', "no dump of rollouts"),
+        ("a.jsonl", "not json\n", "no dump of rollouts"),
+        ("a.parquet", "PAR1", "no dump of rollouts"),
+        ("a.jsonl", '{"input": "x", "output": "y", "step": 1}\n', "no two rollouts are of one training prompt"),
+    ],
+)
+def test_what_cannot_be_read_is_refused(half: Pipeline, name: str, content: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_text(content)
+    with pytest.raises(DataError, match=message):
+        imported(half, path)
+    with pytest.raises(DataError, match="there are no rollouts"):
+        imported(half, tmp_path / "nowhere.jsonl")
+
+
+def test_what_trl_writes_while_it_trains_on_an_export_comes_back(half: Pipeline, tmp_path: Path) -> None:
+    """Export, two steps of TRL's own trainer, import: every prompt of the selection that was trained on."""
+    arm = half.arm_at(0, None)
+    half.select(arm, 0)
+    export(half.config, half.space, arm, 0, "trl", None, tmp_path / "stage")
+    rows = datasets.load_dataset("parquet", data_files=str(tmp_path / "stage" / "train.parquet"), split="train")
+    trained = GRPOTrainer(
+        model=str(POLICY_DIR),
+        reward_funcs=Rewards({"type": "exact", "marker": "answer"}, {"processes": 1}).trl,
+        args=GRPOConfig(
+            output_dir=str(tmp_path / "trained"),
+            use_cpu=True,
+            bf16=False,
+            per_device_train_batch_size=16,
+            num_generations=4,
+            max_completion_length=half.config.collect.max_completion_length,
+            max_steps=2,
+            logging_steps=1,
+            log_completions=True,
+            num_completions_to_print=0,
+            report_to=[],
+            disable_tqdm=True,
+            save_strategy="no",
+        ),
+        train_dataset=rows,
+    )
+    trained.train()
+    manifest = imported(half, tmp_path / "trained" / "completions")
+    assert manifest.details["prompts"] == 8
+    assert manifest.details["left_out"] == 0
+    found = read_trajectories(arm.imported)["train"].to_pylist()
+    assert {row["prompt_id"] for row in found} <= set(rows["prompt_id"])
+    assert {len([r for r in found if r["prompt_id"] == i]) for i in {row["prompt_id"] for row in found}} == {4}
