@@ -59,7 +59,7 @@ class Gatherer:
             evidence = self._evidence(arm, stage, table, sizes_N, overlay) if strategy.pools else None
         return Candidates(
             prompt_ids=list(prompts),
-            sources=[row["source"] for row in prompts.values()],
+            sources=prompts.column("source"),
             statuses=self._trajectories.statuses(groups),
             pass_rates_N=np.array([groups.get(i, ("", float("nan")))[1] for i in prompts]),
             training_pass_rates=newest_rates(history, overlay.drawn_at(steps)),
@@ -71,7 +71,7 @@ class Gatherer:
             group_sizes_N=sizes_N,
             lengths_N=lengths_N,
             visits=[*(Visit(*visit) for visit in history), *self._screened(arm, stage)],
-            texts=[prompt_text(row["messages"]) for row in prompts.values()],
+            texts=list(map(prompt_text, prompts.column("messages"))) if strategy.reads_texts else (),
             validation_texts=self._validation_texts,
             evidence=evidence,
         )
@@ -110,7 +110,7 @@ class Gatherer:
     @cached_property
     def _validation_texts(self) -> dict[str, list[str]]:
         """The texts of every validation set's prompts."""
-        rows = [row for row in self._space.prompt_rows if row["set"].startswith("validation/")]
+        rows = self._space.held_out("validation")
         names = sorted(self._config.prompts.validation)
         return {n: [prompt_text(row["messages"]) for row in rows if row["set"] == f"validation/{n}"] for n in names}
 

@@ -141,7 +141,7 @@ class Pipeline:
                     self.surrogate,
                     model,
                     self.trajectories.tables(arm, stage),
-                    {i: row["source"] for i, row in prompts.items()},
+                    dict(zip(prompts, prompts.column("source"), strict=True)),
                     folder,
                     features,
                     self._previous_scores(arm, stage),
@@ -299,8 +299,8 @@ class Pipeline:
         rows = [
             {"prompt": self._trainer_prompt(row), "prompt_json": row["messages"], "extra": row["extra"] or ""}
             | {name: row[name] for name in ("prompt_id", "answer", "source")}
-            for prompt_id, row in self.space.train_prompts.items()
-            if status_of[prompt_id] in USABLE
+            for row in self.space.train_prompts.rows()
+            if status_of[row["prompt_id"]] in USABLE
         ]
         encoded = encode_prompts(self._given.tokenizer, [row["prompt"] for row in rows])
         rows = [row | {"prompt_tokens": len(ids)} for row, ids in zip(rows, encoded, strict=True)]
@@ -363,7 +363,7 @@ class Pipeline:
 
     @cached_property
     def _test_prompts(self) -> list[Question]:
-        rows = [row for row in self.space.prompt_rows if row["set"].startswith("test/")]
+        rows = self.space.held_out("test")
         encoded = encode_prompts(self._given.tokenizer, [self._trainer_prompt(row) for row in rows])
         limit, longest = self._given.context_length, max(len(ids) for ids in encoded)
         if limit is not None and longest + self.config.collect.max_completion_length > limit:

@@ -13,11 +13,16 @@ import fcntl
 import json
 import os
 import platform
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from cropi.artifacts import PROMPTS, open_artifact, read_table, write_json
 from cropi.config import Config, config_difference
@@ -94,6 +99,40 @@ def rollout_files(folder: Path) -> dict[tuple[int, int], Path]:
     return dict(sorted(found.items()))
 
 
+class TrainPrompts(Mapping[str, dict[str, Any]]):
+    """Training prompts by id, in ascending order of id: columns, of which a row is made when it is asked for."""
+
+    def __init__(self, table: pa.Table) -> None:
+        self._table = table
+        self._order = pc.sort_indices(table.column("prompt_id"))
+        self._ids: list[str] = table.column("prompt_id").take(self._order).to_pylist()
+
+    def __getitem__(self, prompt_id: str) -> dict[str, Any]:
+        place = bisect_left(self._ids, prompt_id)
+        if place == len(self._ids) or self._ids[place] != prompt_id:
+            raise KeyError(prompt_id)
+        return self._table.slice(self._order[place].as_py(), 1).to_pylist()[0]
+
+    def __contains__(self, prompt_id: object) -> bool:
+        place = bisect_left(self._ids, prompt_id) if isinstance(prompt_id, str) else len(self._ids)
+        return place < len(self._ids) and self._ids[place] == prompt_id
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._ids)
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """All rows, a block of them in memory at a time."""
+        for start in range(0, len(self._ids), BLOCK_ROWS):
+            yield from self._table.take(self._order[start : start + BLOCK_ROWS]).to_pylist()
+
+    def column(self, name: str) -> list[Any]:
+        """One column, in the order of the ids."""
+        return self._table.column(name).take(self._order).to_pylist()
+
+
 class Workspace:
     """A run's folder, claimed for one config."""
 
@@ -148,19 +187,26 @@ class Workspace:
         return {name: self.arm(name) for name in self.config.arms}
 
     @cached_property
-    def prompt_rows(self) -> list[dict[str, Any]]:
-        """Rows of the prompt table."""
+    def _prompt_table(self) -> pa.Table:
         open_artifact(self.prompts, "prompts", made_by="cropi collect")
-        return read_table(self.prompts / "prompts.parquet", PROMPTS).to_pylist()
+        return read_table(self.prompts / "prompts.parquet", PROMPTS)
 
     @cached_property
-    def train_prompts(self) -> dict[str, dict[str, Any]]:
+    def prompt_rows(self) -> list[dict[str, Any]]:
+        """Rows of the prompt table."""
+        return self._prompt_table.to_pylist()
+
+    def held_out(self, role: str) -> list[dict[str, Any]]:
+        """Rows of the prompt table of a role: `validation` or `test`."""
+        return self._prompt_table.filter(pc.starts_with(self._prompt_table.column("set"), f"{role}/")).to_pylist()
+
+    @cached_property
+    def train_prompts(self) -> TrainPrompts:
         """Training prompts by id, in ascending order of id."""
-        return {
-            r["prompt_id"]: r for r in sorted(self.prompt_rows, key=lambda r: r["prompt_id"]) if r["set"] == "train"
-        }
+        return TrainPrompts(self._prompt_table.filter(pc.equal(self._prompt_table.column("set"), "train")))
 
 
+BLOCK_ROWS = 1 << 14
 SHOWN_CHANGES = 5
 PACKAGES = ("cropi", "torch", "transformers", "trl", "accelerate", "datasets", "tokenizers", "numpy", "pyarrow")
 

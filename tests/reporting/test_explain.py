@@ -10,7 +10,7 @@ from cropi.errors import ArtifactError, UserError
 from cropi.reporting.explain import WHY_NOT, Cut, SetInfluence, Trained, explanations, outcome
 from cropi.reporting.explain_text import LEGEND, as_text
 from cropi.selection.candidates import Candidates, Ranking
-from cropi.selection.select import choose
+from cropi.selection.choose import choose, selection_table
 
 NAMES = ("alpha", "beta")
 INFLUENCE = InfluenceStrategy(type="influence")
@@ -209,7 +209,8 @@ def outcomes(fabricate, sources, size, **settings):
     ranking = Ranking(values_N, np.ones(len(ids), dtype=bool), "influence", {})
     select = {"strategy": {"type": "influence"}, "fraction": 0.5, **settings}
     space = fabricate(prompts=len(ids), settings={"select": select}, stages_selected=0, stages_scored=1, trained=False)
-    rows = choose(candidates, ranking, space.config.select, size)
+    chosen = choose(candidates, ranking, space.config.select, size)
+    rows = selection_table(candidates, ranking, chosen).to_pylist()
     folder = space.arm("influence").selection(0)
     write_table(folder / "selection.parquet", rows, SELECTION)
     finish(folder, "selection", inputs={}, counts={}, details={"asked_for": size})

@@ -6,7 +6,8 @@ import numpy as np
 
 from cropi.config import SelectConfig, Strategy
 from cropi.selection.candidates import Candidates
-from cropi.selection.select import choose, rank
+from cropi.selection.choose import choose, selection_table
+from cropi.selection.select import rank
 
 
 def pool(pass_rates: list[float], size: int = 8, **facts: object) -> Candidates:
@@ -22,7 +23,8 @@ def pool(pass_rates: list[float], size: int = 8, **facts: object) -> Candidates:
 def chosen(strategy: Strategy, size: int, candidates: Candidates, **settings: object) -> list[str]:
     """Ids of the selection, best first."""
     config = SelectConfig(strategy=strategy, fraction=size / len(candidates), **settings)
-    rows = choose(candidates, rank(candidates, strategy, config), config, size)
+    ranking = rank(candidates, strategy, config)
+    rows = selection_table(candidates, ranking, choose(candidates, ranking, config, size)).to_pylist()
     assert sorted(row["prompt_id"] for row in rows) == sorted(candidates.prompt_ids)  # nothing vanishes
     return [row["prompt_id"] for row in rows if row["selected"]]
 

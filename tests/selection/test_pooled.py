@@ -9,8 +9,9 @@ from tests.selection.pool import pool, scores
 
 from cropi.config import PooledStrategy, SelectConfig
 from cropi.selection.candidates import Candidates, Evidence, Visit
+from cropi.selection.choose import choose, selection_table
 from cropi.selection.pooled import _shares
-from cropi.selection.select import choose, rank
+from cropi.selection.select import rank
 
 KINDS, EACH, SEEN = 5, 20, 5  # kinds of prompts; prompts of each; of these with trajectories
 USEFUL, NEUTRAL, HARMFUL, SECOND = 0, 1, 3, 4
@@ -55,7 +56,8 @@ def kinds(found: Candidates, size: int = 40, **options: Any) -> dict[int, int]:
     """How many prompts of each kind are chosen."""
     strategy = STRATEGY.model_copy(update=options)
     config = SelectConfig(strategy=strategy, fraction=size / len(found))
-    rows = choose(found, rank(found, strategy, config), config, size)
+    ranking = rank(found, strategy, config)
+    rows = selection_table(found, ranking, choose(found, ranking, config, size)).to_pylist()
     kind_of = dict(zip(found.prompt_ids, KIND.tolist(), strict=True))
     chosen = [kind_of[row["prompt_id"]] for row in rows if row["selected"]]
     return {kind: chosen.count(kind) for kind in range(KINDS)}

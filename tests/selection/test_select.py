@@ -21,7 +21,8 @@ from cropi.errors import SignalError
 from cropi.functional.sampling import places
 from cropi.loading import load_config
 from cropi.selection.candidates import Candidates
-from cropi.selection.select import choose, rank, select
+from cropi.selection.choose import choose, selection_table
+from cropi.selection.select import rank, select
 
 POOL = Candidates(
     prompt_ids=["a", "b", "c", "d", "e", "f"],
@@ -37,7 +38,8 @@ POOL = Candidates(
 
 def chosen(strategy: Strategy, size: int, candidates: Candidates = POOL, **settings: object) -> list[str]:
     config = SelectConfig(strategy=strategy, fraction=0.5, **settings)
-    rows = choose(candidates, rank(candidates, strategy, config), config, size)
+    ranking = rank(candidates, strategy, config)
+    rows = selection_table(candidates, ranking, choose(candidates, ranking, config, size)).to_pylist()
     assert sorted(row["prompt_id"] for row in rows) == sorted(candidates.prompt_ids)  # nothing vanishes
     return [row["prompt_id"] for row in rows if row["selected"]]
 

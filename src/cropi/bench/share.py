@@ -13,7 +13,8 @@ from cropi.bench.results import plain, spread
 from cropi.config import FusionConfig, InfluenceStrategy, SelectConfig
 from cropi.errors import UserError
 from cropi.selection.candidates import Candidates
-from cropi.selection.select import choose, rank
+from cropi.selection.choose import choose
+from cropi.selection.select import rank
 
 PROMPTS, TRAJECTORIES = 55_000, 8
 STEPS, STEP_PROMPTS = 200, 128

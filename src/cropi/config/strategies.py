@@ -23,6 +23,7 @@ class StrategyTable(Table):
 
     needs: ClassVar[frozenset[Need]] = frozenset()
     reads_lengths: ClassVar[bool] = False  # needs the length of every prompt's gradient
+    reads_texts: ClassVar[bool] = False  # chooses by the prompts' words
     pools: ClassVar[bool] = False  # judges prompts by others that are like them
     takes_all: ClassVar[bool] = False  # trains on all that it keeps, instead of the best ceil(fraction N)
 
@@ -305,6 +306,7 @@ class PooledStrategy(StrategyTable):
 class SimilarityStrategy(StrategyTable):
     """The prompts whose text is most like the validation prompts'."""
 
+    reads_texts: ClassVar[bool] = True
     needs: ClassVar[frozenset[Need]] = frozenset({"validation"})
 
     type: Literal["similarity"]

@@ -142,8 +142,8 @@ def _known(pipeline: Pipeline, policy: Policy) -> tuple[dict[str, str], dict[str
     settings = pipeline.config.prompts
     chat = uses_chat(policy.tokenizer, settings.chat, settings.system_prompt)
     prompts = {
-        i: trainer_prompt(row["messages"], chat=chat, system_prompt=settings.system_prompt)
-        for i, row in pipeline.space.train_prompts.items()
+        row["prompt_id"]: trainer_prompt(row["messages"], chat=chat, system_prompt=settings.system_prompt)
+        for row in pipeline.space.train_prompts.rows()
     }
     encoded = dict(zip(prompts, encode_prompts(policy.tokenizer, list(prompts.values())), strict=True))
     decoded = policy.tokenizer.batch_decode(list(encoded.values()), skip_special_tokens=True)

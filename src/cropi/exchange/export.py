@@ -56,8 +56,7 @@ def _write(
     tokenizer = load_tokenizer(config.policy)
     chat = uses_chat(tokenizer, config.prompts.chat, config.prompts.system_prompt)
     splits = {"train": [space.train_prompts[row["prompt_id"]] for row in selected]}
-    for role in ("validation", "test"):
-        splits[role] = [row for row in space.prompt_rows if row["set"].split("/")[0] == role]
+    splits |= {role: space.held_out(role) for role in ("validation", "test")}
     for split, prompts in splits.items():
         items = _items(config, prompts, split, chat=chat)
         _write_rows(folder / f"{split}.{form.suffix}", form, map(form.row, items))

@@ -6,13 +6,20 @@ import numpy as np
 from jaxtyping import Float, Int
 
 
-def ranks(scores_N: Float[np.ndarray, " N"], ids: Sequence[str]) -> Int[np.ndarray, " N"]:
-    """Rank of each row, 1 for the highest score; equal scores are ranked by id, in ascending order."""
+def ranks(scores_N: Float[np.ndarray, " N"], ids: Sequence[str] | None = None) -> Int[np.ndarray, " N"]:
+    """Rank of each row, 1 for the highest score; equal scores are ranked by id, in ascending order.
+
+    Without `ids`, rows are in ascending order of their ids already.
+    """
     if np.isnan(scores_N).any():
         raise ValueError("a score is NaN and cannot be ranked")
-    order = sorted(range(len(ids)), key=lambda row: (-scores_N[row], ids[row]))
-    ranks_N = np.empty(len(ids), dtype=np.int64)
-    ranks_N[order] = np.arange(1, len(ids) + 1)
+    if ids is None:
+        order = np.argsort(-scores_N, kind="stable")
+    else:
+        by_id = np.array(sorted(range(len(ids)), key=ids.__getitem__), dtype=np.int64)
+        order = by_id[np.argsort(-scores_N[by_id], kind="stable")]
+    ranks_N = np.empty(len(scores_N), dtype=np.int64)
+    ranks_N[order] = np.arange(1, len(scores_N) + 1)
     return ranks_N
 
 

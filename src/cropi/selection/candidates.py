@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -62,6 +63,10 @@ class Candidates:
     texts: Sequence[str] = ()  # of the prompts
     evidence: Evidence | None = None  # for strategies that pool
     validation_texts: Mapping[str, Sequence[str]] = field(default_factory=dict)  # by validation set
+
+    def __post_init__(self) -> None:
+        if any(first >= second for first, second in pairwise(self.prompt_ids)):
+            raise ValueError("prompt ids must be distinct and in ascending order: ties are broken by place")
 
     def __len__(self) -> int:
         return len(self.prompt_ids)

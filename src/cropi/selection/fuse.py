@@ -22,7 +22,7 @@ def fuse(
 
     All prompts have a rank, eligible or not. With `truncate`, a list of N counts down to rank ceil(fraction N).
     """
-    set_ranks = {name: ranks(values_N, candidates.prompt_ids) for name, values_N in values.items()}
+    set_ranks = {name: ranks(values_N) for name, values_N in values.items()}
     depth = places(config.fraction, len(candidates)) if config.fusion.truncate else None
     ranks_NV = np.stack(list(set_ranks.values()), axis=1)
     fused_N = reciprocal_rank_fusion(ranks_NV, kappa=config.fusion.kappa, depth=depth)

@@ -40,5 +40,5 @@ def _in_shares(
     sources = np.array(candidates.sources)
     for source, share in strategy.shares.items():
         rows = np.flatnonzero(eligible_N & (sources == source)).tolist()
-        scores_N[rows] = -(ranks(keys_N[rows], [candidates.prompt_ids[row] for row in rows]) - 0.5) / share
+        scores_N[rows] = -(ranks(keys_N[rows]) - 0.5) / share
     return scores_N

@@ -108,7 +108,7 @@ def _board(candidates: Candidates, strategy: PooledStrategy, config: SelectConfi
     served_NV = slopes.values_NV * left_V / unit_V
     slope_N = served_NV.sum(axis=1)
     error_N = np.sqrt(((slopes.smooth_errors_NV * left_V / unit_V) ** 2).sum(axis=1))
-    set_ranks = {name: ranks(w_N * slopes.values_NV[:, v], candidates.prompt_ids) for v, name in enumerate(names)}
+    set_ranks = {name: ranks(w_N * slopes.values_NV[:, v]) for v, name in enumerate(names)}
     gain_N = w_N * slope_N
     scores_N = gain_N
     if strategy.fusion == "rank":
