@@ -314,6 +314,7 @@ class Pipeline:
             reward=RecordedReward(self.judge, arm.rewards),
             select_stage=lambda stage, model, in_progress: self.select_stage(arm, stage, model, in_progress),
             evaluate=lambda step, model: self._evaluate(model, step, arm.evaluation, arm.name),
+            evaluated=lambda step: step in read_evaluations(arm.evaluation),
             folder=arm.folder,
             record_to=arm.rollouts if self.trajectories.reuses(arm) else None,
             dynamic_sampling=self.config.train.dynamic_sampling,

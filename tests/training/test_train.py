@@ -139,6 +139,29 @@ def test_resume_inside_a_stage_with_two_updates_per_generation_changes_no_bit(tm
     assert all(torch.equal(weight, resumed[name]) for name, weight in weights.items())
 
 
+@pytest.mark.parametrize("strategy", ["epoch", "steps"])
+def test_a_stage_is_saved_before_it_is_evaluated(strategy: str, tmp_path: Path) -> None:
+    """An interrupted evaluation at the end of a stage costs no step of it, and is made up for."""
+
+    class Interrupted(Recorder):
+        def evaluate(self, step: int, model: nn.Module) -> None:
+            if step == STEPS and not self.evaluated.count(0):
+                self.evaluated.append(0)
+                raise KeyboardInterrupt
+            super().evaluate(step, model)
+
+    options = [f"trainer.save_strategy={strategy}", f"trainer.save_steps={STEPS}"]
+    recorder = Interrupted()
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, *options, recorder=recorder)
+    _, weights = run(tmp_path, *options, recorder=recorder)
+    assert recorder.evaluated == [2, 0, 4, 6, 8]
+    assert recorder.asked == [(0, False), (0, True), (1, False)]
+    assert [step for step, _ in seen(tmp_path)] == list(range(8))
+    _, undisturbed = run(tmp_path / "undisturbed", *options)
+    assert all(torch.equal(weights[name], undisturbed[name]) for name in weights)
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "complete.json", "trainer_state.json"])
 def test_a_damaged_checkpoint_is_passed_over(
     whole: tuple[Path, Recorder, dict[str, torch.Tensor]], name: str, tmp_path: Path

@@ -200,14 +200,20 @@ class StageTrainer(Staged):
 
 @dataclass
 class StageCallback(TrainerCallback):
-    """Starts every stage with its selection, evaluates on schedule, and marks checkpoints as complete."""
+    """Starts every stage with its selection, evaluates on schedule, and marks checkpoints as complete.
+
+    What is to be evaluated at the end of a stage is saved first: evaluation may take long, and what interrupts it must
+    not cost the stage. It is made up for when training goes on from there.
+    """
 
     stages: Stages
-    evaluate: Evaluate
-    evaluate_every: int
-    folder: Path
+    task: TrainTask
     bar: Progress
     trainer: StageTrainer
+    _due: bool = False
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._due = self._is_scheduled(state) and not self.task.evaluated(state.global_step)
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         dynamic = self.trainer.dynamic
@@ -217,19 +223,32 @@ class StageCallback(TrainerCallback):
             dynamic.drawn = 0 if new else dynamic.drawn
             return dynamic.drawn
 
+        self._evaluate_if_due(state)
         self.stages.begin(state.global_step, None if dynamic is None else drawn)
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._step_began = time.perf_counter()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        append_jsonl(
-            self.folder / "steps.jsonl", {"step": state.global_step, "seconds": time.perf_counter() - self._step_began}
-        )
+        seconds = time.perf_counter() - self._step_began
+        append_jsonl(self.task.folder / "steps.jsonl", {"step": state.global_step, "seconds": seconds})
         self.bar.advance()
-        if state.global_step % self.evaluate_every == 0 or state.global_step == state.max_steps:
+        self._due = self._is_scheduled(state)
+        if state.global_step % self.trainer.steps_per_stage:
+            self._evaluate_if_due(state)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._evaluate_if_due(state)
+
+    def _is_scheduled(self, state: TrainerState) -> bool:
+        step = state.global_step
+        return step > 0 and (step % self.task.evaluate_every == 0 or step == state.max_steps)
+
+    def _evaluate_if_due(self, state: TrainerState) -> None:
+        if self._due:
+            self._due = False
             with self.trainer.plain_model() as model:
-                self.evaluate(state.global_step, model)
+                self.task.evaluate(state.global_step, model)
 
     def on_log(
         self,
@@ -240,7 +259,7 @@ class StageCallback(TrainerCallback):
         **_: Any,
     ) -> None:
         finite = {k: v for k, v in (logs or {}).items() if isinstance(v, int | float) and abs(v) < float("inf")}
-        append_jsonl(self.folder / "metrics.jsonl", finite | {"step": state.global_step})
+        append_jsonl(self.task.folder / "metrics.jsonl", finite | {"step": state.global_step})
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
@@ -248,6 +267,7 @@ class StageCallback(TrainerCallback):
         dynamic = self.trainer.dynamic
         drawn = {} if dynamic is None else {"drawn": dynamic.drawn}
         write_json(checkpoint / COMPLETE, {"step": state.global_step, "sizes": sizes} | drawn)
+        self._evaluate_if_due(state)
 
 
 @dataclass(frozen=True)
@@ -266,6 +286,7 @@ class TrainTask:
     folder: Path
     record_to: Path | None = None  # where rollouts are kept as trajectories, if they are
     dynamic_sampling: int = 0  # refills of a generation batch at the most
+    evaluated: Callable[[int], bool] = lambda step: False  # whether that step has been evaluated before
 
 
 def train(task: TrainTask, policy: Policy) -> Path:
@@ -291,7 +312,7 @@ def train(task: TrainTask, policy: Policy) -> Path:
         )
         position_of = {row["prompt_id"]: position for position, row in enumerate(task.rows)}
         stages = Stages(task.select_stage, position_of, trainer)
-        trainer.add_callback(StageCallback(stages, task.evaluate, task.evaluate_every, task.folder, bar, trainer))
+        trainer.add_callback(StageCallback(stages, task, bar, trainer))
         trainer.recorder = _recorder(task, policy)
         trainer.dynamic = _dynamic_sampling(task, policy, resume_from)
         trainer.remove_callback(PrinterCallback)  # this project has its own progress
