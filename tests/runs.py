@@ -1,5 +1,7 @@
 """A small real run for tests: the built-in policy, few prompts, few steps."""
 
+import contextlib
+import io
 import os
 import subprocess
 import sys
@@ -37,6 +39,19 @@ def cropi(*arguments: str, cwd: Path, timeout_s: float = 300) -> subprocess.Comp
         env=os.environ | {"PYTHONUNBUFFERED": "1"},
         check=False,
     )
+
+
+def cropi_here(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """The command in this process, which saves the imports: for what ends before a run's folder is locked."""
+    from cropi.cli.main import app
+
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with contextlib.chdir(cwd), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            app(list(arguments), prog_name="cropi")
+        except SystemExit as ended:
+            code = ended.code if isinstance(ended.code, int) else 1
+    return subprocess.CompletedProcess(list(arguments), code, out.getvalue(), err.getvalue())
 
 
 def judge(verdict: Callable[[str, str], str]) -> Judge:

@@ -12,13 +12,13 @@ stages=${STAGES:-3}
 cropi collect quickstart name=loop run_dir="$folder" "baselines=[]" "$@"
 at=() # the base policy, then what the trainer saved
 for ((stage = 0; stage < stages; stage++)); do
-  cropi score "$run" "${at[@]}"
-  cropi select "$run" "${at[@]}"
-  cropi export "$run" "${at[@]}" --format trl --output "$folder/stage-$stage"
+  cropi score "$run" ${at[@]+"${at[@]}"}
+  cropi select "$run" ${at[@]+"${at[@]}"}
+  cropi export "$run" ${at[@]+"${at[@]}"} --format trl --output "$folder/stage-$stage"
   python "$here/train.py" "$folder/stage-$stage" "$folder/policy-$stage" "${policy:-}"
   # what it sampled is fresher than what the base policy sampled: lay it over that
   policy=$folder/policy-$stage
   at=(--checkpoint "$policy")
-  cropi import "$run" "$folder/policy-$stage-trainer/completions" "${at[@]}"
-  cropi evaluate "$run" "${at[@]}"
+  cropi import "$run" "$folder/policy-$stage-trainer/completions" ${at[@]+"${at[@]}"}
+  cropi evaluate "$run" ${at[@]+"${at[@]}"}
 done

@@ -193,20 +193,31 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_table(path: Path, rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> None:
     """Write a Parquet file in one step, with a checksum on every page."""
-    write_batches(path, pa.Table.from_pylist(list(rows), schema=schema).to_batches(), schema)
+    table = pa.Table.from_pylist(list(rows), schema=schema)
+    with atomic_file(path) as temporary, _space_for(path):
+        pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
 
 
 def write_batches(path: Path, batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> None:
     """The same, a batch in memory at a time."""
-    with atomic_file(path) as temporary:
-        try:
-            with pq.ParquetWriter(temporary, schema, compression="zstd", write_page_checksum=True) as file:
-                for batch in batches:
-                    file.write_batch(batch)
-        except OSError as error:
-            if error.errno in {errno.ENOSPC, errno.EDQUOT} or "No space left" in str(error):
-                raise no_space(path) from None
-            raise
+    with (
+        atomic_file(path) as temporary,
+        _space_for(path),
+        pq.ParquetWriter(temporary, schema, compression="zstd", write_page_checksum=True) as file,
+    ):
+        for batch in batches:
+            file.write_batch(batch)
+
+
+@contextmanager
+def _space_for(path: Path) -> Iterator[None]:
+    """Arrow's error for a full disk as ours."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in {errno.ENOSPC, errno.EDQUOT} or "No space left" in str(error):
+            raise no_space(path) from None
+        raise
 
 
 def read_table(path: Path, schema: pa.Schema) -> pa.Table:

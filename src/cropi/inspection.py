@@ -230,9 +230,17 @@ def _estimate(
         "train_tokens_per_arm": steps * per_step * mean_completion,
         "train_per_arm_s": steps * per_step * (sample.generate_s + sample.gradient_s / count),
         "evaluate_per_arm_s": evaluations * tests * (1 + config.evaluate.samples) * sample.generate_s,
-        "model_and_optimiser_bytes": parameters * (4 * 4 if config.policy.trained_in == "float32" else 4 * 2),
+        "model_and_optimiser_bytes": _bytes_per_parameter(config) * parameters,
         "free_disk_bytes": shutil.disk_usage(_existing(config.folder)).free,
     }
+
+
+def _bytes_per_parameter(config: Config) -> int:
+    """Weights, gradient and two moments of training, and in bfloat16 the base policy and the copy that is asked."""
+    trained = 4 * (4 if config.policy.trained_in == "float32" else 2)
+    asked = 4 if config.policy.dtype == "float32" else 2
+    rounded = 2 if config.policy.dtype == "bfloat16" and config.policy.trained_in == "float32" else 0
+    return trained + asked + rounded
 
 
 def _existing(path: Path) -> Path:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cropi.config import BUILTIN_POLICY, LoraConfig, PolicyConfig
 from cropi.errors import PolicyError
@@ -96,7 +96,8 @@ def load_tokenizer(config: PolicyConfig, location: str | None = None) -> PreTrai
 class Replica:
     """A policy's weights in bfloat16 where it is asked in bfloat16 and trained in float32.
 
-    One copy, filled anew each time: 2 bytes per parameter beside the weights of training.
+    One copy, filled anew each time: 2 bytes per parameter beside the weights of training. It has the dtypes of a policy
+    that was loaded in bfloat16; of one in float32, trained parameters and frozen ones alike are rounded.
     """
 
     def __init__(self, like: Policy, config: PolicyConfig) -> None:
@@ -109,9 +110,13 @@ class Replica:
         if not self._rounds or model.dtype != torch.float32:
             return model
         if self._copy is None:
-            self._copy = copy.deepcopy(self._like.model).eval()
-            for parameter in self._copy.parameters():  # and no buffers: rotary frequencies stay as they are
-                parameter.data = parameter.data.to(torch.bfloat16)
+            # parameters are rounded as they are copied; buffers are not: rotary frequencies stay as they are
+            rounded = {
+                id(parameter): nn.Parameter(parameter.detach().to(torch.bfloat16), parameter.requires_grad)
+                for parameter in self._like.model.parameters()
+                if parameter.dtype == torch.float32 and self._like.model.dtype == torch.float32
+            }
+            self._copy = copy.deepcopy(self._like.model, rounded).eval()
             for wrapped in ("forward", "_original_forward"):  # a trainer's mixed precision
                 self._copy.__dict__.pop(wrapped, None)
         own = self._copy.state_dict()

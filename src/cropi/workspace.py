@@ -103,15 +103,15 @@ class TrainPrompts(Mapping[str, dict[str, Any]]):
     """Training prompts by id, in ascending order of id: columns, of which a row is made when it is asked for."""
 
     def __init__(self, table: pa.Table) -> None:
-        self._table = table
-        self._order = pc.sort_indices(table.column("prompt_id"))
-        self._ids: list[str] = table.column("prompt_id").take(self._order).to_pylist()
+        wide = [pa.field(f.name, pa.large_string() if f.type == pa.string() else f.type) for f in table.schema]
+        self._table = table.cast(pa.schema(wide)).sort_by("prompt_id").combine_chunks()
+        self._ids: list[str] = self._table.column("prompt_id").to_pylist()
 
     def __getitem__(self, prompt_id: str) -> dict[str, Any]:
         place = bisect_left(self._ids, prompt_id)
         if place == len(self._ids) or self._ids[place] != prompt_id:
             raise KeyError(prompt_id)
-        return self._table.slice(self._order[place].as_py(), 1).to_pylist()[0]
+        return self._table.slice(place, 1).to_pylist()[0]
 
     def __contains__(self, prompt_id: object) -> bool:
         place = bisect_left(self._ids, prompt_id) if isinstance(prompt_id, str) else len(self._ids)
@@ -126,11 +126,11 @@ class TrainPrompts(Mapping[str, dict[str, Any]]):
     def rows(self) -> Iterator[dict[str, Any]]:
         """All rows, a block of them in memory at a time."""
         for start in range(0, len(self._ids), BLOCK_ROWS):
-            yield from self._table.take(self._order[start : start + BLOCK_ROWS]).to_pylist()
+            yield from self._table.slice(start, BLOCK_ROWS).to_pylist()
 
     def column(self, name: str) -> list[Any]:
         """One column, in the order of the ids."""
-        return self._table.column(name).take(self._order).to_pylist()
+        return self._table.column(name).to_pylist()
 
 
 class Workspace:

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shlex
+import shutil
 import subprocess
 import sys
+import time
+import tomllib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,10 +23,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from cropi.artifacts import read_jsonl
-from cropi.errors import ArtifactError, ConfigError, DataError
+from cropi.builtin import POLICY_DIR
+from cropi.errors import ArtifactError, ConfigError, DataError, PolicyError
 from cropi.exchange.export import export
-from cropi.exchange.formats import FORMATS, Item, messages
-from cropi.exchange.rewards import Rewards
+from cropi.exchange.formats import FORMATS, Item
+from cropi.exchange.rewards import Rewards, facts_of
 from cropi.loading import load_config
 from cropi.pipeline import Pipeline
 from cropi.workspace import Arm
@@ -29,16 +35,32 @@ from cropi.workspace import Arm
 COUNT = 12  # a quarter of 48 prompts
 
 
+OPTIONS = ["select.strategy={type: pass_rate}", "baselines=[]", "verification.processes=1"]
+
+
+def made(folder: Path, *options: str) -> tuple[Pipeline, Arm]:
+    run = Pipeline(load_config("quickstart", [*SMALL, *OPTIONS, f"run_dir={folder}", *options]))
+    run.collect()
+    arm = run.arm_at(0, None)
+    run.select(arm, 0)
+    run.space.unlock()
+    return run, arm
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Pipeline, Arm]:
+    """A run of plain text."""
+    return made(tmp_path_factory.mktemp("plain"))
+
+
 @pytest.fixture(scope="module")
 def selected(tmp_path_factory: pytest.TempPathFactory) -> tuple[Pipeline, Arm]:
-    folder = tmp_path_factory.mktemp("run")
-    options = ["select.strategy={type: pass_rate}", "baselines=[]", "verification.processes=1"]
-    made = Pipeline(load_config("quickstart", [*SMALL, *options, f"run_dir={folder}"]))
-    made.collect()
-    arm = made.arm_at(0, None)
-    made.select(arm, 0)
-    made.space.unlock()
-    return made, arm
+    """The same under a chat template that adds nothing."""
+    folder = tmp_path_factory.mktemp("chat")
+    shutil.copytree(POLICY_DIR, folder / "policy with a name")
+    template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    (folder / "policy with a name" / "chat_template.jinja").write_text(template)
+    return made(folder, f"policy.path={folder}/policy with a name")
 
 
 def exported(selected: tuple[Pipeline, Arm], name: str, folder: Path) -> Path:
@@ -47,19 +69,23 @@ def exported(selected: tuple[Pipeline, Arm], name: str, folder: Path) -> Path:
     return folder
 
 
+def text_of(prompt: Any) -> str:
+    return prompt if isinstance(prompt, str) else prompt[0]["content"]
+
+
 def read(path: Path) -> list[dict[str, Any]]:
     return parquet.read_table(path).to_pylist() if path.suffix == ".parquet" else list(read_jsonl(path))
 
 
 KEYS = {
-    "trl": lambda row: (row["prompt_id"], row["prompt"], row["answer"]),
+    "trl": lambda row: (row["prompt_id"], text_of(row["prompt"]), row["answer"]),
     "verl": lambda row: (
         row["extra_info"]["prompt_id"],
         row["prompt"][0]["content"],
         row["reward_model"]["ground_truth"],
     ),
-    "slime": lambda row: (row["metadata"]["prompt_id"], row["prompt"], row["label"]),
-    "openrlhf": lambda row: (row["prompt_id"], row["prompt"], row["label"]),
+    "slime": lambda row: (row["metadata"]["prompt_id"], text_of(row["prompt"]), row["label"]),
+    "openrlhf": lambda row: (row["prompt_id"], text_of(row["prompt"]), json.loads(row["label"])["answer"]),
     "prime-rl": lambda row: (row["id"], row["prompt"][0]["content"], row["answer"]),
 }
 
@@ -89,51 +115,99 @@ def test_every_format_holds_the_selection_best_first_and_the_held_out_prompts(
     assert f"{COUNT} prompts" in text
 
 
-def test_a_second_export_of_the_same_is_the_first_and_of_other_files_is_refused(
-    selected: tuple[Pipeline, Arm], tmp_path: Path
+def test_a_second_export_of_the_same_is_the_first_and_nothing_else_is_touched(
+    selected: tuple[Pipeline, Arm], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    run, arm = selected
     folder = exported(selected, "trl", tmp_path / "out")
     before = (folder / "train.parquet").stat().st_mtime_ns
     exported(selected, "trl", folder)
     assert (folder / "train.parquet").stat().st_mtime_ns == before
-    with pytest.raises(ArtifactError, match="made from another format"):
+    with pytest.raises(ArtifactError, match="export of another format"):
         exported(selected, "verl", folder)
-    (tmp_path / "precious").mkdir()
-    (tmp_path / "precious" / "thesis.tex").write_text("years of work")
-    with pytest.raises(ArtifactError, match="no export"):
-        exported(selected, "trl", tmp_path / "precious")
-    assert (tmp_path / "precious" / "thesis.tex").exists()
     with pytest.raises(DataError, match="give one of trl, verl"):
         exported(selected, "axolotl", tmp_path / "other")
+    (tmp_path / "file").write_text("years of work")
+    (tmp_path / "empty").mkdir()
+    exported(selected, "trl", tmp_path / "empty")
+    kept = {path: path.read_bytes() for path in run.space.folder.rglob("*") if path.is_file()}
+    for precious in (run.space.folder, arm.folder, arm.selection(0), tmp_path / "out" / "..", tmp_path / "file"):
+        with pytest.raises(ArtifactError):
+            exported(selected, "trl", precious)
+    assert kept == {path: path.read_bytes() for path in run.space.folder.rglob("*") if path.is_file()}
+    assert (tmp_path / "file").read_text() == "years of work"
+
+    def full(*_: Any) -> str:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as broken:
+        broken.setattr("cropi.exchange.export._Export._reward", full)
+        with pytest.raises(OSError, match="No space"):
+            exported(selected, "slime", tmp_path / "late")
+    assert not (tmp_path / "late").exists()
+    assert (exported(selected, "slime", tmp_path / "late") / "README.md").is_file()
+
+
+def test_what_the_run_is_about_is_in_the_command_and_quoted(selected: tuple[Pipeline, Arm], tmp_path: Path) -> None:
+    run, _ = selected
+    policy = run.config.policy.path
+    for name in FORMATS:
+        text = (exported(selected, name, tmp_path / f"{name} out") / "README.md").read_text()
+        assert str(run.config.trainer["learning_rate"]) in text
+        assert str(run.config.collect.max_completion_length) in text
+        if name in {"verl", "slime", "openrlhf"}:  # what a shell would make of it
+            command = text.split("```")[1]
+            words = [word.partition("=")[2] if "=" in word else word for word in shlex.split(command)]
+            assert policy in words
+            assert any(word.startswith(str(tmp_path / f"{name} out")) for word in words)
+    toml = (tmp_path / "prime-rl out" / "README.md").read_text().split("```toml")[1].split("```")[0]
+    assert tomllib.loads(toml)["model"]["name"] == policy
+    script = (tmp_path / "trl out" / "README.md").read_text().split("```python")[1].split("```")[0]
+    compile(script, "README", "exec")
+    assert repr(policy) in script
+
+
+def test_plain_text_is_not_for_trainers_that_know_chats_only(plain: tuple[Pipeline, Arm], tmp_path: Path) -> None:
+    for name in ("verl", "prime-rl"):
+        with pytest.raises(DataError, match="plain text"):
+            exported(plain, name, tmp_path / name)
+    for name in ("trl", "slime", "openrlhf"):
+        folder = exported(plain, name, tmp_path / name)
+        assert all(isinstance(row["prompt"], str) for row in read(folder / f"train.{FORMATS[name].suffix}"))
+        assert "chat-template" not in (folder / "README.md").read_text()
+
+
+def test_a_later_stage_begins_with_its_checkpoint(plain: tuple[Pipeline, Arm], tmp_path: Path) -> None:
+    run, arm = plain
+    with pytest.raises(PolicyError, match="no checkpoint of the start of stage 1"):
+        export(run.config, run.space, arm, 1, "trl", None, tmp_path / "out")
 
 
 def test_trl_trains_on_it_as_datasets_load_it(selected: tuple[Pipeline, Arm], tmp_path: Path) -> None:
     folder = exported(selected, "trl", tmp_path / "out")
     rows = datasets.load_dataset("parquet", data_files=str(folder / "train.parquet"), split="train")
     assert len(rows) == COUNT
-    assert rows.column_names == ["prompt", "answer", "source", "prompt_id", "extra"]
+    assert rows.column_names == ["prompt", "answer", "source", "prompt_id", "facts"]
     program = "from reward import reward; print(reward(['steps 1 answer 3', 'answer 4'], answer=['3', '3']))"
     ran = subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "[1.0, 0.0]"
 
 
-def test_chat_prompts_keep_their_messages() -> None:
+def test_rows_by_hand() -> None:
     chat = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "2 + 2?"}]
-    item = Item("a1", chat, "4", "sums", {"level": 3}, "train", 7)
-    assert messages(item) == chat
+    item = Item("a1", chat, "4", "sums", "{}", "train", 7)
     assert FORMATS["verl"].row(item) == {
         "data_source": "sums",
         "prompt": chat,
         "ability": "sums",
         "reward_model": {"style": "rule", "ground_truth": "4"},
-        "extra_info": {"level": 3, "split": "train", "index": 7, "prompt_id": "a1"},
+        "extra_info": {"split": "train", "index": 7, "prompt_id": "a1", "facts": "{}"},
     }
     assert FORMATS["slime"].row(item) == {
         "prompt": chat,
         "label": "4",
-        "metadata": {"level": 3, "prompt_id": "a1", "source": "sums"},
+        "metadata": {"prompt_id": "a1", "source": "sums", "facts": "{}"},
     }
-    assert json.loads(FORMATS["prime-rl"].row(item)["extra"]) == {"level": 3}
 
 
 def test_slime_reads_labels_as_text(selected: tuple[Pipeline, Arm], tmp_path: Path) -> None:
@@ -164,8 +238,10 @@ def test_verifiers_own_loader_reads_it(selected: tuple[Pipeline, Arm], tmp_path:
     pytest.importorskip("verifiers.v1")
     folder = exported(selected, "prime-rl", tmp_path / "out")
     program = (
-        "import asyncio, sys, types; from cropi_stage import StageTaskset, StageConfig\n"
-        "tasks = list(StageTaskset(StageConfig(id='cropi_stage', path=sys.argv[1])))\n"
+        "import asyncio, sys, types\n"
+        "from verifiers.v1.utils import loaders\n"
+        "config = loaders.taskset_config_type('cropi_stage')(id='cropi_stage', path=sys.argv[1])\n"
+        "tasks = list(loaders.load_taskset(config))\n"
         "reply = types.SimpleNamespace(last_reply='so answer ' + tasks[0].data.answer)\n"
         "print(len(tasks), tasks[0].data.id, asyncio.run(tasks[0].right(reply)))\n"
     )
@@ -174,22 +250,71 @@ def test_verifiers_own_loader_reads_it(selected: tuple[Pipeline, Arm], tmp_path:
     assert ran.stdout.split() == [str(COUNT), read(folder / "train.jsonl")[0]["id"], "1.0"], ran.stderr
 
 
-def test_rewards_in_every_trainer_s_form() -> None:
-    rewards = Rewards({"type": "exact", "marker": "answer"}, {"processes": 1})
-    assert rewards.verl("sums", "so answer 4", "4", extra_info={"index": 1}, unknown=2) == 1.0
-    assert rewards.verl("sums", "so answer 5", "4") == 0.0
-    sample = SimpleNamespace(response="answer 4", label="4", metadata=None)
-    assert asyncio.run(rewards.slime(None, sample)) == 1.0
-    found = rewards.openrlhf(["2 + 2 =answer 4", "answer 4answer 5"], ["2 + 2 =", "answer 4"], ["4", "4"])
-    assert found["rewards"].tolist() == found["scores"].tolist() == [1.0, 0.0]
-    assert asyncio.run(rewards.task("answer 4", "4", "sums", "")) == 1.0
+def rewards_of(kind: str, **settings: Any) -> Rewards:
+    return Rewards({"type": kind, **settings}, {"processes": 1}, ends=["<|im_end|>", "</s>"])
+
+
+def ask(rewards: Rewards, completion: str, answer: str, facts: str) -> dict[str, Any]:
+    """One completion in every trainer's form, with the special tokens that some leave in it."""
+    known = {"facts": facts}
+    sample = SimpleNamespace(response=f"{completion}<|im_end|>", label=answer, metadata=known)
+    label = json.dumps({"answer": answer, **known})
+    return {
+        "trl": rewards.trl([completion], answer=[answer], facts=[facts])[0],
+        "verl": rewards.verl("x", completion, answer, extra_info=known | {"index": 3}),
+        "slime": asyncio.run(rewards.slime(None, sample)),
+        "openrlhf": rewards.openrlhf([f"q{completion}</s>\n<|im_end|>"], ["q"], [label])["rewards"].tolist()[0],
+        "task": asyncio.run(rewards.task(completion, answer, facts)),
+    }
+
+
+def test_rewards_are_the_verifier_s_in_every_trainer_s_form() -> None:
+    """By verifiers that need no more than the answer, that need the prompt, and that need the source and the extra."""
+    facts = facts_of('"2 + 2 ="', "sums", "")
+    for completion, expected in (("so answer 4", 1.0), ("so answer 5", 0.0)):
+        assert set(ask(rewards_of("exact", marker="answer"), completion, "4", facts).values()) == {expected}
+    path = "tests.rewards.functions.names_its_prompt"
+    for completion, expected in (("2 + 2 = 4", 1.0), ("4", 0.0)):
+        assert set(ask(rewards_of("function", path=path), completion, "4", facts).values()) == {expected}
+    gym = pytest.importorskip("reasoning_gym")
+    entry = gym.create_dataset("chain_sum", size=1, seed=0)[0]
+    facts = facts_of(json.dumps(entry["question"]), "chain_sum", json.dumps(entry["metadata"]))
+    for completion, expected in ((entry["answer"], 1.0), ("no idea", 0.0)):
+        assert set(ask(rewards_of("reasoning_gym"), completion, entry["answer"], facts).values()) == {expected}
+
+
+def test_threads_that_ask_for_one_are_answered_together() -> None:
+    rewards = rewards_of("exact", marker="answer")
+    batches: list[int] = []
+    judge = rewards._judge
+
+    def slow(rows: Any) -> Any:
+        batches.append(len(rows))
+        time.sleep(0.05)
+        return judge(rows)
+
+    rewards._judge = slow
+    with ThreadPoolExecutor(32) as threads:
+        found = list(threads.map(lambda n: rewards.verl("x", f"answer {n % 3}", "1"), range(96)))
+    assert found == [float(n % 3 == 1) for n in range(96)]
+    assert len(batches) < 20
+    assert sum(batches) == 96
+
+
+def test_what_a_verifier_raises_reaches_who_asked() -> None:
+    rewards = rewards_of("exact", marker="answer")
+    rewards._judge = lambda rows: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        rewards.verl("x", "answer 1", "1")
     with pytest.raises(DataError, match="no recorded answers"):
         rewards.trl(["answer 4"])
+    with pytest.raises(DataError, match="does not begin with its prompt"):
+        rewards.openrlhf(["answer 4"], ["2 + 2"], ["{}"])
     with pytest.raises(ConfigError, match="did you mean 'exact'"):
         Rewards({"type": "exakt"})
 
 
-def test_an_unreadable_gold_answer_is_none_where_the_trainer_knows_that() -> None:
-    rewards = Rewards({"type": "numeric"}, {"processes": 1})
-    assert rewards.trl(["7"], answer=["seven"]) == [None]
+def test_an_unreadable_or_absent_gold_answer_is_none_where_the_trainer_knows_that() -> None:
+    rewards = rewards_of("numeric")
+    assert rewards.trl(["7", "7", "7"], answer=["seven", None, "7"]) == [None, None, 1.0]
     assert rewards.verl("sums", "7", "seven") == 0.0

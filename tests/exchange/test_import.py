@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from cropi.artifacts import SELECTION, read_table
 from cropi.builtin import POLICY_DIR
-from cropi.errors import DataError
+from cropi.errors import ArtifactError, DataError
 from cropi.exchange.dumps import import_rollouts
 from cropi.exchange.export import export
 from cropi.exchange.rewards import Rewards
@@ -111,6 +112,15 @@ def test_the_newest_step_with_a_group_counts_and_strangers_are_counted(
     assert manifest.details["left_out"] == len(mine) + 2
 
 
+def test_what_was_scored_by_other_trajectories_is_in_the_way(
+    sampled: list[dict[str, Any]], half: Pipeline, tmp_path: Path
+) -> None:
+    path = write_verl(tmp_path / "1.jsonl", sampled, 1)
+    half.select(half.arm_at(0, None), 0)
+    with pytest.raises(ArtifactError, match="made from the trajectories that were there before"):
+        imported(half, path)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -156,6 +166,7 @@ def test_what_trl_writes_while_it_trains_on_an_export_comes_back(half: Pipeline,
         train_dataset=rows,
     )
     trained.train()
+    shutil.rmtree(arm.selection(0))
     manifest = imported(half, tmp_path / "trained" / "completions")
     assert manifest.details["prompts"] == 8
     assert manifest.details["left_out"] == 0

@@ -16,6 +16,10 @@ def equal(completions: list[str], answer: list[str], **_: Any) -> list[float]:
     return [float(text == gold) for text, gold in zip(completions, answer, strict=True)]
 
 
+def names_its_prompt(completions: list[str], prompts: list[str], answer: list[str], **_: Any) -> list[float]:
+    return [float(text == f"{asked} {gold}") for text, asked, gold in zip(completions, prompts, answer, strict=True)]
+
+
 def even(completions: list[str], answer: list[str], **_: Any) -> list[float]:
     return [float(text.count(gold) % 2 == 0) for text, gold in zip(completions, answer, strict=True)]
 

@@ -112,7 +112,8 @@ def test_completions_are_plain_samples_in_order_each_with_its_seed(policy: Polic
 
 @pytest.mark.usefixtures("vllm")
 def test_a_run_collects_through_it_and_gives_its_memory_back(tmp_path: Path) -> None:
-    config = load_config("quickstart", [*SMALL, f"run_dir={tmp_path}", "collect.vllm.max_model_len=128"])
+    few = ["prompts.train.0.count=3", "collect.num_generations=4", "collect.validation_num_generations=4"]
+    config = load_config("quickstart", [*SMALL, *few, f"run_dir={tmp_path}", "collect.vllm.max_model_len=128"])
     Engine.policy = load_policy(config.policy)
     pipeline = Pipeline(config)
     pipeline.collect()

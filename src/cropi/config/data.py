@@ -46,6 +46,12 @@ class PolicyConfig(Table):
     """Train adapters of low rank by PEFT in place of all weights; influence is then that of the adapters' gradients.
     Checkpoints hold the adapters."""
 
+    @model_validator(mode="after")
+    def _asked_as_precisely_as_trained(self) -> PolicyConfig:
+        if self.dtype == "float32" and self.train_dtype == "bfloat16":
+            raise ValueError("train_dtype bfloat16 needs dtype bfloat16: what is trained is what is asked")
+        return self
+
     @property
     def trained_in(self) -> Literal["float32", "bfloat16"]:
         """Number format of the weights that training holds."""

@@ -41,7 +41,15 @@ class VllmConfig(Table):
     max_model_len: Positive | None = None
     """Longest sequence; the model's context when unset."""
     options: dict[str, Any] = Field(default={})
-    """Further arguments of `vllm.LLM`."""
+    """Further arguments of `vllm.LLM`. What the policy and this table say stays as they say it."""
+
+    @model_validator(mode="after")
+    def _nothing_twice(self) -> VllmConfig:
+        taken = {"model", "tokenizer", "revision", "dtype", "generation_config", "trust_remote_code"}
+        taken |= {"tensor_parallel_size", "gpu_memory_utilization", "max_model_len"}
+        if taken & set(self.options):
+            raise ValueError(f"{', '.join(sorted(taken & set(self.options)))} cannot be set by options")
+        return self
 
 
 class CollectConfig(Table):

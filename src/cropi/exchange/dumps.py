@@ -21,10 +21,11 @@ from cropi.artifacts import (
     Manifest,
     build,
     count_status,
+    is_finished,
     write_table,
 )
 from cropi.console import progress, say
-from cropi.errors import DataError
+from cropi.errors import ArtifactError, DataError
 from cropi.pipeline import Pipeline
 from cropi.policy import Policy, encode_prompts, trainer_prompt, uses_chat
 from cropi.rewards.verdicts import answered, reward
@@ -52,8 +53,16 @@ def import_rollouts(pipeline: Pipeline, arm: Arm, policy: Policy, origin: str, p
     text, with the end-of-sequence token where they leave room for it, and log-probs are those that `policy` gives:
     neither need be what the trainer's sampler had.
 
-    Errors: DataError for files that are no dump, and where none of their prompts is the run's.
+    Errors: DataError for files that are no dump, and where none of their prompts is the run's; ArtifactError where the
+    stage has been scored or selected by other trajectories.
     """
+    made = [folder for folder in (arm.scores(0), arm.selection(0)) if is_finished(folder)]
+    if made and not is_finished(arm.imported):
+        raise ArtifactError(
+            "has been made from the trajectories that were there before",
+            where=str(made[0]),
+            fix="import before you score and select, or delete it and what was made of it.",
+        )
     files = _files(paths)
     inputs = {"prompts": pipeline.prompts().identity, "policy": origin, "files": _digest(files)}
     make = partial(_make, pipeline, policy, files)
@@ -92,12 +101,16 @@ def _newest_groups(files: Sequence[Path], known: Mapping[str, str]) -> tuple[dic
         for rollout in _read(path):
             count += 1
             if rollout.prompt in known:
-                by_step[known[rollout.prompt]][rollout.step].append(rollout.completion)
+                steps = by_step[known[rollout.prompt]]
+                steps[rollout.step].append(rollout.completion)
+                newest = _newest(steps)
+                for older in [step for step in steps if newest is not None and step < newest]:
+                    del steps[older]
     groups: dict[str, list[str]] = {}
     for prompt_id, steps in sorted(by_step.items()):
-        whole = [step for step, completions in steps.items() if len(completions) > 1]
-        if whole:
-            groups[prompt_id] = steps[max(whole)]
+        newest = _newest(steps)
+        if newest is not None:
+            groups[prompt_id] = steps[newest]
     if not groups:
         raise DataError(
             "no two rollouts are of one training prompt of this run",
@@ -105,6 +118,11 @@ def _newest_groups(files: Sequence[Path], known: Mapping[str, str]) -> tuple[dic
             fix="import into the run that exported the prompts, with its system prompt and chat template.",
         )
     return groups, count - sum(map(len, groups.values()))
+
+
+def _newest(steps: Mapping[int, Sequence[str]]) -> int | None:
+    """The newest step with two completions or more."""
+    return max((step for step, completions in steps.items() if len(completions) > 1), default=None)
 
 
 def _judge(pipeline: Pipeline, policy: Policy, rows: Sequence[dict[str, Any]]) -> None:

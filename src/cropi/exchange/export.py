@@ -3,21 +3,35 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import partial
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-from pyarrow import parquet
+import torch
 
-from cropi.artifacts import SELECTION, Manifest, build, is_finished, open_artifact, read_table, write_text
-from cropi.config import BUILTIN_POLICY, Config
-from cropi.errors import ArtifactError, DataError
-from cropi.exchange.formats import TASKSET, Facts, Format, Item, named
-from cropi.policy import device_of, load_tokenizer, policy_location, trainer_prompt, uses_chat
+from cropi.artifacts import (
+    SELECTION,
+    Manifest,
+    atomic_file,
+    finish,
+    is_finished,
+    open_artifact,
+    read_table,
+    write_text,
+)
+from cropi.config import Config
+from cropi.errors import ArtifactError, DataError, PolicyError
+from cropi.exchange.formats import TASKSET, Format, Item, named
+from cropi.exchange.rewards import facts_of
+from cropi.exchange.usage import USAGES, Facts
+from cropi.policy import encode_prompts, load_tokenizer, policy_location, trainer_prompt, uses_chat
 from cropi.training.settings import grpo_config
 from cropi.workspace import Arm, Workspace
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 KIND = "export"
 WHY = ("prompt_id", "rank", "score", "reason", "pass_rate", "status")
@@ -29,104 +43,163 @@ def export(
     """Write train, validation and test files, the reward function, `why.jsonl` and a README with the commands.
 
     Prompts are as the policy sees them in a run: chat messages with the system prompt where there is a chat template,
-    text otherwise; the best come first. Errors: ArtifactError where the stage has not been selected or the folder holds
-    something else, DataError for a format that there is not or columns that do not fit into one file.
+    text otherwise; the best come first. Nothing that is there already is touched: an export that is there is opened.
+
+    Errors: ArtifactError where the stage has not been selected, or the folder holds something else; DataError for a
+    format that there is not or cannot have these prompts; PolicyError where the policy of the stage is not there.
     """
-    form = named(format_name)
-    if folder.is_dir() and any(folder.iterdir()) and not (is_finished(folder) or folder.is_relative_to(space.folder)):
-        raise ArtifactError("holds files that are no export", where=str(folder), fix="name a new folder by --output.")
+    form, folder = named(format_name), folder.resolve()
+    policy = _policy(config, arm, stage, checkpoint)
     chosen = open_artifact(arm.selection(stage), "selection", made_by="cropi select")
-    inputs = {"selection": chosen.identity, "format": format_name, "policy": str(checkpoint or config.policy.path)}
-    make = partial(_write, config, space, arm, stage, form, format_name, checkpoint)
-    return build(folder, KIND, make, inputs=inputs, made_by="cropi export")
+    inputs = {"selection": chosen.identity, "format": format_name, "policy": policy, "folder": str(folder)}
+    if is_finished(folder):
+        return _opened(folder, inputs)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ArtifactError("is there and is no export", where=str(folder), fix="name a new folder by --output.")
+    unfinished = folder.with_name(f".{folder.name}.cropi-export")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    written = _Export(config, space, form, format_name, unfinished)
+    counts = written.prompts(arm, stage)
+    written.readme(stage, policy, folder, arm.name, counts["train"])
+    finish(unfinished, KIND, inputs=inputs, counts=counts, details={"format": format_name, "stage": stage})
+    if folder.is_dir():
+        folder.rmdir()
+    unfinished.rename(folder)
+    return _opened(folder, inputs)
 
 
-def _write(
-    config: Config,
-    space: Workspace,
-    arm: Arm,
-    stage: int,
-    form: Format,
-    format_name: str,
-    checkpoint: Path | None,
-    folder: Path,
-) -> tuple[Mapping[str, int], Mapping[str, Any]]:
-    rows = read_table(arm.selection(stage) / "selection.parquet", SELECTION).to_pylist()
-    selected = [row for row in rows if row["selected"]]
-    tokenizer = load_tokenizer(config.policy)
-    chat = uses_chat(tokenizer, config.prompts.chat, config.prompts.system_prompt)
-    splits = {"train": [space.train_prompts[row["prompt_id"]] for row in selected]}
-    splits |= {role: space.held_out(role) for role in ("validation", "test")}
-    for split, prompts in splits.items():
-        items = _items(config, prompts, split, chat=chat)
-        _write_rows(folder / f"{split}.{form.suffix}", form, map(form.row, items))
-    write_text(folder / "why.jsonl", "".join(json.dumps({key: row[key] for key in WHY}) + "\n" for row in selected))
-    write_text(folder / "reward.py", _reward(config, form))
-    if format_name == "prime-rl":
-        write_text(folder / "cropi_stage.py", TASKSET)
-    facts = _facts(config, stage, chat, checkpoint, folder)
-    write_text(folder / "README.md", _readme(facts, format_name, form, len(selected), arm.name))
-    return {split: len(prompts) for split, prompts in splits.items()}, {"format": format_name, "stage": stage}
+def _opened(folder: Path, inputs: Mapping[str, str]) -> Manifest:
+    manifest = open_artifact(folder, KIND, made_by="cropi export")
+    other = sorted(key for key in inputs if manifest.inputs.get(key) != inputs[key])
+    if other:
+        raise ArtifactError(
+            f"is an export of another {', '.join(other)}", where=str(folder), fix="name a new folder by --output."
+        )
+    return manifest
 
 
-def _items(config: Config, prompts: Sequence[Mapping[str, Any]], split: str, *, chat: bool) -> Iterator[Item]:
-    for place, row in enumerate(prompts):
-        prompt = trainer_prompt(row["messages"], chat=chat, system_prompt=config.prompts.system_prompt)
-        extra = json.loads(row["extra"]) if row["extra"] else {}
-        yield Item(row["prompt_id"], prompt, row["answer"], row["source"], extra, split, place)
+def _policy(config: Config, arm: Arm, stage: int, checkpoint: Path | None) -> str:
+    """Where the policy that the stage begins with lies: an absolute path, or a Hub id."""
+    if checkpoint is None and stage:
+        checkpoint = arm.checkpoints / f"checkpoint-{stage * config.train.steps_per_stage}"
+        if not checkpoint.is_dir():
+            raise PolicyError(
+                f"there is no checkpoint of the start of stage {stage}",
+                where=str(checkpoint),
+                fix="export the stage that training stands at, or name a policy by --checkpoint.",
+            )
+    if checkpoint is not None:
+        return str(checkpoint.resolve())
+    named_policy = policy_location(config.policy)
+    return str(Path(named_policy).resolve()) if Path(named_policy).is_dir() else named_policy
 
 
-def _write_rows(path: Path, form: Format, rows: Iterable[dict[str, Any]]) -> None:
-    if form.suffix == "jsonl":
-        write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        return
-    try:
-        table = pa.Table.from_pylist(list(rows))
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        raise DataError(
-            f"the prompts' further columns do not fit into one table ({error})",
-            where=f"{path.name}, extra",
-            fix="export as jsonl (slime, openrlhf, prime-rl), or give these columns one type each.",
-        ) from None
-    parquet.write_table(table, path)
+class _Export:
+    """The files of one export."""
 
+    def __init__(self, config: Config, space: Workspace, form: Format, name: str, folder: Path) -> None:
+        self._config, self._space, self._form, self._name, self._folder = config, space, form, name, folder
+        self._tokenizer: PreTrainedTokenizerBase = load_tokenizer(config.policy)
+        self._chat = uses_chat(self._tokenizer, config.prompts.chat, config.prompts.system_prompt)
+        if form.chat_only and not self._chat:
+            raise DataError(
+                f"{name} puts every prompt through the chat template, and this run's prompts are plain text",
+                where="prompts.chat",
+                fix="give the tokenizer a chat template and start a run with it, or export to trl, slime or openrlhf.",
+            )
+        self._longest = 1
 
-def _reward(config: Config, form: Format) -> str:
-    verifier, verification = (table.model_dump(mode="json") for table in (config.verifier, config.verification))
-    line = form.reward.format(verifier=repr(verifier), verification=repr(verification))
-    about = f"The verifier of the run `{config.name}`, in processes that can be killed."
-    return f'"""{about}"""\n\nfrom cropi.exchange.rewards import Rewards\n\n{line}\n'
+    def prompts(self, arm: Arm, stage: int) -> dict[str, int]:
+        """Data files, reasons and the reward function; returns how many prompts are in which file."""
+        rows = read_table(arm.selection(stage) / "selection.parquet", SELECTION).to_pylist()
+        selected = [row for row in rows if row["selected"]]
+        splits: dict[str, Sequence[Mapping[str, Any]]] = {
+            "train": [self._space.train_prompts[row["prompt_id"]] for row in selected],
+            "validation": self._space.held_out("validation"),
+            "test": self._space.held_out("test"),
+        }
+        for split, prompts in splits.items():
+            items = [self._item(row, split, place) for place, row in enumerate(prompts)]
+            encoded = encode_prompts(self._tokenizer, [item.prompt for item in items])
+            self._longest = max([self._longest, *map(len, encoded)])
+            self._write(split, map(self._form.row, items))
+        why = "".join(json.dumps({key: row[key] for key in WHY}) + "\n" for row in selected)
+        write_text(self._folder / "why.jsonl", why)
+        write_text(self._folder / "reward.py", self._reward())
+        if self._name == "prime-rl":
+            write_text(self._folder / "cropi_stage.py", TASKSET)
+        return {split: len(prompts) for split, prompts in splits.items()}
 
+    def _item(self, row: Mapping[str, Any], split: str, place: int) -> Item:
+        prompt = trainer_prompt(row["messages"], chat=self._chat, system_prompt=self._config.prompts.system_prompt)
+        facts = facts_of(row["messages"], row["source"], row["extra"] or "")
+        return Item(row["prompt_id"], prompt, row["answer"], row["source"], facts, split, place)
 
-def _facts(config: Config, stage: int, chat: bool, checkpoint: Path | None, folder: Path) -> Facts:
-    settings = grpo_config(config, folder, device_of(config.policy))
-    per_step = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
-    builtin = config.policy.path == BUILTIN_POLICY
-    return Facts(
-        name=config.name,
-        stage=stage,
-        policy=str(checkpoint or (policy_location(config.policy) if builtin else config.policy.path)),
-        chat=chat,
-        num_generations=settings.num_generations,
-        max_completion_length=config.collect.max_completion_length,
-        temperature=settings.temperature,
-        learning_rate=settings.learning_rate,
-        prompts_per_step=max(1, per_step // settings.num_generations),
-        steps=config.train.steps_per_stage,
-        folder=str(folder),
-    )
+    def _write(self, split: str, rows: Iterable[dict[str, Any]]) -> None:
+        path = self._folder / f"{split}.{self._form.suffix}"
+        if self._form.suffix == "jsonl":
+            write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            return
+        with atomic_file(path) as temporary:
+            pa.parquet.write_table(pa.Table.from_pylist(list(rows)), temporary)
 
+    def _reward(self) -> str:
+        verifier, verification = (
+            table.model_dump(mode="json") for table in (self._config.verifier, self._config.verification)
+        )
+        about = "The verifier of the run, in processes that can be killed."
+        made = f"rewards = Rewards(\n    {verifier!r},\n    {verification!r},\n    ends={self._ends()!r},\n)\n"
+        return f'"""{about}"""\n\nfrom cropi.exchange.rewards import Rewards\n\n{made}{self._form.reward}\n'
 
-def _readme(facts: Facts, format_name: str, form: Format, count: int, arm: str) -> str:
-    return f"""\
-# {facts.name}, stage {facts.stage}, for {format_name}
+    def _ends(self) -> list[str]:
+        """Special tokens as text: some trainers leave them at the end of a completion."""
+        tokens = {str(token) for token in self._tokenizer.all_special_tokens}
+        return sorted(tokens, key=lambda token: (-len(token), token))
+
+    def readme(self, stage: int, policy: str, folder: Path, arm: str, count: int) -> None:
+        """What is in the folder, and how the trainer is told of it."""
+        suffix, weights = self._form.suffix, self._config.policy
+        notes = ""
+        if weights.revision is not None:
+            notes += f"\nRevision of the policy: `{weights.revision}`.\n"
+        if weights.lora is not None:
+            notes += (
+                "\nThe run trains adapters, and its checkpoints hold these alone: merge them into the weights first.\n"
+            )
+        text = f"""\
+# {self._config.name}, stage {stage}, for {self._name}
 
 | file | what |
 |---|---|
-| `train.{form.suffix}` | {count} prompts that `{arm}` chose, the best first |
+| `train.{suffix}` | {count} prompts that `{arm}` chose, the best first |
 | `why.jsonl` | why each of them |
-| `validation.{form.suffix}`, `test.{form.suffix}` | the run's validation and test prompts |
-| `reward.py` | its verifier; needs cropi where rewards are computed |
-
-{form.usage(facts)}
+| `validation.{suffix}`, `test.{suffix}` | the run's validation and test prompts |
+| `reward.py` | its verifier; needs cropi, and a function of your own, where rewards are computed |
+{notes}
+{USAGES[self._name](self._facts(stage, policy, folder))}
 """
+        write_text(self._folder / "README.md", text)
+
+    def _facts(self, stage: int, policy: str, folder: Path) -> Facts:
+        settings = grpo_config(self._config, self._folder, torch.device("cpu"))
+        completions = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
+        return Facts(
+            name=self._config.name,
+            stage=stage,
+            policy=policy,
+            folder=str(folder),
+            chat=self._chat,
+            longest_prompt=self._longest,
+            num_generations=settings.num_generations,
+            max_completion_length=self._config.collect.max_completion_length,
+            temperature=settings.temperature,
+            learning_rate=settings.learning_rate,
+            loss_type=settings.loss_type,
+            beta=settings.beta,
+            prompts_per_step=max(1, completions // settings.num_generations),
+            steps=self._config.train.steps_per_stage,
+            per_device=settings.per_device_train_batch_size,
+            accumulation=settings.gradient_accumulation_steps,
+            scheduler=str(getattr(settings.lr_scheduler_type, "value", settings.lr_scheduler_type)),
+        )

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import json
+import queue
+import threading
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 from cropi.errors import DataError
 from cropi.loading import verification_of, verifier_of
 from cropi.rewards.pool import judge_of
 from cropi.rewards.verdicts import Answered, reward
+
+FACTS = "facts"  # where an exported row says what a verifier may ask for: see `facts_of`
+
+
+def facts_of(prompt: str, source: str, extra: str) -> str:
+    """What a verifier may ask for beside completion and answer, as a row of a data file carries it."""
+    return json.dumps({"prompt": prompt, "source": source, "extra": extra})
 
 
 class Rewards:
@@ -19,67 +29,128 @@ class Rewards:
         rewards = Rewards({"type": "math"})
         compute_score = rewards.verl
 
-    A gold answer that cannot be read gives None where the trainer knows that (TRL), else 0. ConfigError for a verifier
-    or settings that there are not.
+    Trainers that ask for one completion at a time, from many threads, are answered in batches of all that wait. A gold
+    answer that cannot be read gives None where the trainer knows that (TRL), else 0. `ends` are special tokens that
+    some trainers leave at the end of a completion's text. ConfigError for a verifier or settings that there are not.
     """
 
     def __init__(
-        self, verifier: Mapping[str, Any], verification: Mapping[str, Any] | None = None, *, where: str = "Rewards"
+        self,
+        verifier: Mapping[str, Any],
+        verification: Mapping[str, Any] | None = None,
+        *,
+        ends: Sequence[str] = (),
+        where: str = "Rewards",
     ) -> None:
         self._judge = judge_of(verifier_of(verifier, where), verification_of(verification or {}, where))
+        self._ends = tuple(end for end in ends if end)
+        self._waiting: queue.SimpleQueue[tuple[Answered, Future[float | None]]] = queue.SimpleQueue()
+        self._starting = threading.Lock()
+        self._dispatcher: threading.Thread | None = None
 
     def __call__(self, rows: Sequence[Answered]) -> list[float | None]:
+        """The rewards of many rows."""
         return [reward(judgement.verdict) for judgement in self._judge(rows)]
 
     def trl(self, completions: Sequence[Any], **columns: Any) -> list[float | None]:
-        """TRL's `reward_funcs`. The gold answers are the column `answer`, else `solution`; `source`, `extra`,
-        `extra_info` and `metadata` are passed on. DataError for rows without an answer."""
+        """TRL's `reward_funcs`. The gold answers are the column `answer`, else `solution`; `facts` (of an export), or
+        `prompts`, `source`, and `extra_info` or `metadata`, are passed on. DataError for rows without an answer."""
         golds = columns.get("answer", columns.get("solution"))
         if golds is None:
             raise DataError(
                 "the rows have no recorded answers", where="train_dataset", fix="add a column `answer` or `solution`."
             )
-        empty = [None] * len(completions)
-        sources, prompts = columns.get("source", empty), columns.get("prompts", empty)
-        extras = next((columns[name] for name in ("extra", "extra_info", "metadata") if name in columns), empty)
-        return self(
-            [
-                _row(_text(completion), gold, source, "" if prompt is None else json.dumps(prompt), extra)
-                for completion, gold, source, prompt, extra in zip(
-                    completions, golds, sources, prompts, extras, strict=True
-                )
-            ]
-        )
+        per_row = {name: values for name, values in columns.items() if _is_column(values, golds)}
+        rows = [{name: values[n] for name, values in per_row.items()} for n in range(len(golds))]
+        found: list[float | None] = [None] * len(golds)
+        known = [n for n, gold in enumerate(golds) if gold is not None]
+        judged = self([_row(_text(completions[n]), golds[n], _facts(rows[n])) for n in known])
+        for n, value in zip(known, judged, strict=True):
+            found[n] = value
+        return found
 
     def verl(self, data_source: Any, solution_str: str, ground_truth: Any, extra_info: Any = None, **_: Any) -> float:
         """verl's `compute_score`, for `reward.custom_reward_function`."""
-        return self([_row(solution_str, ground_truth, data_source, "", extra_info)])[0] or 0.0
+        facts = _facts({"source": data_source, "extra_info": extra_info} | (extra_info or {}))
+        return self._one(_row(solution_str, ground_truth, facts)).result() or 0.0
 
     async def slime(self, args: Any, sample: Any, **_: Any) -> float:
         """slime's `--custom-rm-path`: one sample with `response`, `label` and `metadata`."""
         metadata = sample.metadata or {}
-        row = _row(sample.response, sample.label, metadata.get("source"), "", metadata)
-        return (await asyncio.to_thread(self, [row]))[0] or 0.0
+        facts = _facts({"extra_info": metadata} | metadata)
+        return await self._later(_row(self._without_ends(sample.response), sample.label, facts))
 
-    def openrlhf(self, queries: Sequence[str], prompts: Sequence[str], labels: Sequence[Any], **_: Any) -> Any:
-        """OpenRLHF's `reward_func`, for `--reward.remote_url`: a query is the prompt with its completion."""
+    def openrlhf(self, queries: Sequence[str], prompts: Sequence[str], labels: Sequence[str], **_: Any) -> Any:
+        """OpenRLHF's `reward_func`, for `--reward.remote_url`: a query is the prompt with its completion, a label that
+        of an export: JSON of the answer and the facts."""
         import torch
 
-        rows = [
-            _row(query.removeprefix(prompt), label, None, "", None)
-            for query, prompt, label in zip(queries, prompts, labels, strict=True)
-        ]
+        rows = []
+        for query, prompt, label in zip(queries, prompts, labels, strict=True):
+            if not query.startswith(prompt):
+                raise DataError("a query does not begin with its prompt", where="reward_func", fix="use one tokenizer.")
+            known = json.loads(label)
+            rows.append(_row(self._without_ends(query[len(prompt) :]), known["answer"], _facts(known)))
         found = torch.tensor([value or 0.0 for value in self(rows)])
         return {"rewards": found, "scores": found, "extra_logs": {"correct": found}}
 
-    async def task(self, completion: str, answer: str, source: str, extra: str) -> float:
+    async def task(self, completion: str, answer: str, facts: str) -> float:
         """One completion of a task of verifiers', which prime-rl trains on."""
-        return (await asyncio.to_thread(self, [_row(completion, answer, source, "", extra)]))[0] or 0.0
+        return await self._later(_row(completion, answer, _facts({FACTS: facts})))
+
+    async def _later(self, row: Answered) -> float:
+        return (await asyncio.wrap_future(self._one(row))) or 0.0
+
+    def _one(self, row: Answered) -> Future[float | None]:
+        with self._starting:
+            if self._dispatcher is None:
+                self._dispatcher = threading.Thread(target=self._dispatch, name="cropi-rewards", daemon=True)
+                self._dispatcher.start()
+        future: Future[float | None] = Future()
+        self._waiting.put((row, future))
+        return future
+
+    def _dispatch(self) -> None:
+        """Judge what waits, all of it at once, for as long as the process lives."""
+        while True:
+            batch = [self._waiting.get()]
+            while not self._waiting.empty():
+                batch.append(self._waiting.get())
+            try:
+                values = self([row for row, _ in batch])
+            except Exception as error:  # each that waits is told
+                for _, future in batch:
+                    future.set_exception(error)
+                continue
+            for (_, future), value in zip(batch, values, strict=True):
+                future.set_result(value)
+
+    def _without_ends(self, text: str) -> str:
+        """The text without the special tokens that end it."""
+        while text.endswith(self._ends):
+            text = next(text.removesuffix(end) for end in self._ends if text.endswith(end)).rstrip()
+        return text
 
 
-def _row(completion: str, gold: Any, source: Any, prompt: str, extra: Any) -> Answered:
-    facts = extra if isinstance(extra, str) else json.dumps(extra, default=str) if isinstance(extra, dict) else ""
-    return Answered(completion, str(gold), str(source or ""), prompt, facts)
+def _facts(known: Mapping[str, Any]) -> dict[str, str]:
+    """Prompt, source and extra of a row: those of its export, else what its columns say."""
+    if isinstance(known.get(FACTS), str):
+        return dict(json.loads(known[FACTS]))
+    prompt = known.get("prompts", known.get("prompt"))
+    extra = next((known[name] for name in ("extra", "extra_info", "metadata") if known.get(name)), "")
+    return {
+        "prompt": "" if prompt is None else json.dumps(prompt, default=str),
+        "source": str(known.get("source") or ""),
+        "extra": extra if isinstance(extra, str) else json.dumps(extra, default=str),
+    }
+
+
+def _row(completion: str, gold: Any, facts: Mapping[str, str]) -> Answered:
+    return Answered(completion, str(gold), facts["source"], facts["prompt"], facts["extra"])
+
+
+def _is_column(values: Any, golds: Sequence[Any]) -> bool:
+    return isinstance(values, list | tuple) and len(values) == len(golds)
 
 
 def _text(completion: Any) -> str:

@@ -183,6 +183,12 @@ def _sample_all(
     return statuses, details
 
 
+def _longest(config: Config, policy: Policy) -> int | None:
+    """Longest sequence that the policy, and what generates for it, have room for."""
+    engine = config.collect.vllm.max_model_len if config.collect.vllm is not None else None
+    return min((limit for limit in (policy.context_length, engine) if limit is not None), default=None)
+
+
 def plan(
     config: Config, policy: Policy, prompts: Sequence[Mapping[str, Any]], sampled: Collection[str] | None = None
 ) -> tuple[list[Shard], list[str]]:
@@ -191,7 +197,7 @@ def plan(
     `sampled` holds the training prompts that are wanted, unset all; what does not fit is looked for among all.
     """
     chat = uses_chat(policy.tokenizer, config.prompts.chat, config.prompts.system_prompt)
-    limit = policy.context_length
+    limit = _longest(config, policy)
     shards: list[Shard] = []
     too_long: list[str] = []
     sets = dict.fromkeys(row["set"] for row in prompts if not row["set"].startswith("test/"))

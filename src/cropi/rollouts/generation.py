@@ -123,15 +123,15 @@ def _prefilled(model: PreTrainedModel, ids_BT: torch.Tensor, mask_BT: torch.Tens
 
     Nothing where no prompt is repeated, or the model keeps more than keys and values.
     """
-    from transformers.cache_utils import DynamicCache, DynamicLayer
+    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
     # padding is told apart by the mask: its token may also be part of a prompt
     rows_UT, place_B = torch.where(mask_BT > 0, ids_BT, -1).unique(dim=0, return_inverse=True)
     if len(rows_UT) == len(ids_BT) or ids_BT.shape[1] == 1 or not model._supports_default_dynamic_cache():
         return {}
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-    if not all(isinstance(layer, DynamicLayer) for layer in cache.layers):
-        return {}
+    if not all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers):
+        return {}  # subclasses keep the states of convolutions and recurrences as well
     mask_UT = (rows_UT >= 0).long()
     model(
         input_ids=rows_UT.clamp(min=0)[:, :-1],

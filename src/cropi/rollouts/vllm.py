@@ -48,7 +48,10 @@ class VllmGenerator:
             for number in range(len(prompts))
         ]
         inputs = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
-        outputs = self._engine.generate(inputs, parameters, use_tqdm=False)
+        try:
+            outputs = self._engine.generate(inputs, parameters, use_tqdm=False)
+        except Exception as error:  # as when it starts
+            raise _refused("vLLM ended while it generated", error) from None
         return [self._cut(output.outputs[0].token_ids, eos) for output in outputs]
 
     def close(self) -> None:
@@ -78,13 +81,17 @@ class VllmGenerator:
         try:
             return LLM(**settings | self._config.options)
         except Exception as error:  # the engine raises many kinds; each means that it cannot be had
-            raise PolicyError(
-                f"vLLM did not start: {' '.join(str(error).split())[:300]}",
-                where="collect.vllm",
-                fix="correct its settings, or leave the table out: transformers then generates.",
-            ) from None
+            raise _refused("vLLM did not start", error) from None
 
     @staticmethod
     def _cut(tokens: Sequence[int], eos: Sequence[int]) -> list[int]:
         first = next((place for place, token in enumerate(tokens) if token in eos), len(tokens))
         return list(tokens[: first + 1])
+
+
+def _refused(what: str, error: Exception) -> PolicyError:
+    return PolicyError(
+        f"{what}: {' '.join(str(error).split())[:300]}",
+        where="collect.vllm",
+        fix="correct its settings, or leave the table out: transformers then generates.",
+    )
