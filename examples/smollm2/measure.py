@@ -57,8 +57,8 @@ class Measurement:
 
 
 def chat(question: str) -> list[dict[str, str]]:
-    """The prompt of the RL run: one user message, nothing else."""
-    return [{"role": "user", "content": question}]
+    """The prompt of the RL run: an empty system message (16 tokens fewer than the template's own) and the question."""
+    return [{"role": "system", "content": ""}, {"role": "user", "content": question}]
 
 
 def read_questions(

@@ -18,7 +18,7 @@ from cropi.errors import PolicyError
 from cropi.functional.surrogate import token_logprobs
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -279,6 +279,32 @@ def encode_prompts(
             fix="change prompts.system_prompt or the messages, or set prompts.chat=false.",
         ) from None
     return encoded["input_ids"]
+
+
+def shared_prefixes(model: PreTrainedModel, ids_BT: Tensor, mask_BT: Tensor) -> dict[str, Cache]:
+    """For `generate`: keys and values of all but the last token of prompts, padded on the left, computed once for each
+    distinct prompt. Nothing where none is repeated, or the model keeps more than keys and values.
+    """
+    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+    # padding is told apart by the mask: its token may also be part of a prompt
+    rows_UT, place_B = torch.where(mask_BT > 0, ids_BT, -1).unique(dim=0, return_inverse=True)
+    if len(rows_UT) == len(ids_BT) or ids_BT.shape[1] == 1 or not model._supports_default_dynamic_cache():
+        return {}
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    if not all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers):
+        return {}  # subclasses keep the states of convolutions and recurrences as well
+    mask_UT = (rows_UT >= 0).long()
+    model(
+        input_ids=rows_UT.clamp(min=0)[:, :-1],
+        attention_mask=mask_UT[:, :-1],
+        position_ids=(mask_UT.cumsum(-1) - 1).clamp(min=0)[:, :-1],
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    cache.batch_select_indices(place_B)
+    return {"past_key_values": cache}
 
 
 def completion_logprobs(

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 from tests.runs import judge
 from torch import nn
 
+from cropi import policy as policy_module
 from cropi.builtin import POLICY_DIR
 from cropi.config import Config, PolicyConfig
 from cropi.errors import ConfigError
@@ -186,6 +188,26 @@ def test_stages_see_the_policy_without_mixed_precision(tmp_path: Path) -> None:
     assert kinds
     assert torch.float32 in kinds
     assert kinds[1] is False
+
+
+def test_completions_of_a_prompt_share_its_forward_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rewards and weights are those of training that passes every prompt once for each of its completions."""
+    shared = []
+    plain = policy_module.shared_prefixes
+
+    def counting(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> dict[str, Any]:
+        shared.append(plain(model, ids, mask))
+        return shared[-1]
+
+    monkeypatch.setattr("cropi.training.train.shared_prefixes", counting)
+    _, weights = run(tmp_path / "shared")
+    assert shared
+    assert all(shared)
+    monkeypatch.setattr("cropi.training.train.shared_prefixes", lambda *_: {})
+    _, others = run(tmp_path / "apart")
+    assert seen(tmp_path / "shared") == seen(tmp_path / "apart")
+    for name, tensor in weights.items():
+        torch.testing.assert_close(tensor, others[name])
 
 
 def test_an_unfinished_checkpoint_is_not_resumed_from(tmp_path: Path) -> None:

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 
 from cropi.console import warn
-from cropi.policy import Policy
-
-if TYPE_CHECKING:
-    from transformers import Cache, PreTrainedModel
+from cropi.policy import Policy, shared_prefixes
 
 
 @dataclass(frozen=True)
@@ -106,7 +103,7 @@ class TransformersGenerator:
                 input_ids=ids.to(model.device),
                 attention_mask=mask.to(model.device),
                 generation_config=generation_config,
-                **_prefilled(model, ids.to(model.device), mask.to(model.device)),
+                **shared_prefixes(model, ids.to(model.device), mask.to(model.device)),
             )
         finally:
             model.train(was_training)
@@ -116,33 +113,6 @@ class TransformersGenerator:
     def _cut(self, completion: torch.Tensor) -> list[int]:
         ended = torch.isin(completion, self._eos).nonzero()
         return completion[: int(ended[0]) + 1].tolist() if len(ended) else completion.tolist()
-
-
-def _prefilled(model: PreTrainedModel, ids_BT: torch.Tensor, mask_BT: torch.Tensor) -> dict[str, Cache]:
-    """Keys and values of all but the last token, computed once for each distinct prompt of the batch.
-
-    Nothing where no prompt is repeated, or the model keeps more than keys and values.
-    """
-    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
-
-    # padding is told apart by the mask: its token may also be part of a prompt
-    rows_UT, place_B = torch.where(mask_BT > 0, ids_BT, -1).unique(dim=0, return_inverse=True)
-    if len(rows_UT) == len(ids_BT) or ids_BT.shape[1] == 1 or not model._supports_default_dynamic_cache():
-        return {}
-    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-    if not all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers):
-        return {}  # subclasses keep the states of convolutions and recurrences as well
-    mask_UT = (rows_UT >= 0).long()
-    model(
-        input_ids=rows_UT.clamp(min=0)[:, :-1],
-        attention_mask=mask_UT[:, :-1],
-        position_ids=(mask_UT.cumsum(-1) - 1).clamp(min=0)[:, :-1],
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    )
-    cache.batch_select_indices(place_B)
-    return {"past_key_values": cache}
 
 
 def _out_of_memory(error: Exception) -> bool:

@@ -22,7 +22,7 @@ from trl import GRPOConfig, GRPOTrainer
 from cropi.artifacts import append_jsonl, read_jsonl, write_json, write_text
 from cropi.console import Progress, progress, warn, warn_once
 from cropi.errors import ArtifactError, ConfigError, SignalError
-from cropi.policy import Policy
+from cropi.policy import Policy, shared_prefixes
 from cropi.training.dynamic import DynamicSampling, Sampled
 from cropi.training.reward import RecordedReward
 from cropi.training.rollouts import RolloutRecorder, dropouts, forget_rollouts
@@ -49,6 +49,21 @@ class Staged(GRPOTrainer):
         micro_steps = self.steps_per_stage * self.args.gradient_accumulation_steps
         self.stage_sampler = StageSampler(shape, micro_steps // repeats, self.args.seed)
         return self.stage_sampler
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """TRL's, but that the completions of a prompt share its forward pass where transformers generates."""
+        model = self.accelerator.unwrap_model(self.model)
+        generate = model.generate
+
+        def sharing(input_ids: Tensor, attention_mask: Tensor, **settings: Any) -> Any:
+            shared = shared_prefixes(model, input_ids, attention_mask)
+            return generate(input_ids=input_ids, attention_mask=attention_mask, **shared, **settings)
+
+        model.generate = sharing
+        try:
+            return super()._generate_and_score_completions(inputs)
+        finally:
+            del model.generate
 
     @contextmanager
     def plain_model(self) -> Iterator[nn.Module]:
