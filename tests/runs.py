@@ -1,6 +1,7 @@
 """A small real run for tests: the built-in policy, few prompts, few steps."""
 
 import contextlib
+import gc
 import io
 import os
 import subprocess
@@ -28,8 +29,8 @@ SMALL = [
 ]
 
 
-def cropi(*arguments: str, cwd: Path, timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
-    """Run the real command."""
+def cropi_process(*arguments: str, cwd: Path, timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
+    """Run the real command in a process of its own."""
     return subprocess.run(
         [sys.executable, "-m", "cropi", *arguments],
         cwd=cwd,
@@ -41,16 +42,19 @@ def cropi(*arguments: str, cwd: Path, timeout_s: float = 300) -> subprocess.Comp
     )
 
 
-def cropi_here(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """The command in this process, which saves the imports: for what ends before a run's folder is locked."""
+def cropi(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run the command in this process, which saves the imports. What it has opened is closed before it returns."""
+    from cropi import console
     from cropi.cli.main import app
 
     out, err, code = io.StringIO(), io.StringIO(), 0
+    console.warn_once.cache_clear()
     with contextlib.chdir(cwd), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             app(list(arguments), prog_name="cropi")
         except SystemExit as ended:
             code = ended.code if isinstance(ended.code, int) else 1
+    gc.collect()  # lets go of the run's lock, as the end of a process does
     return subprocess.CompletedProcess(list(arguments), code, out.getvalue(), err.getvalue())
 
 

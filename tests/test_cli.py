@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs import SMALL, cropi, cropi_here, evaluations, selections
+from tests.runs import SMALL, cropi, cropi_process, evaluations, selections
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small finished run with all arms."""
     cwd = tmp_path_factory.mktemp("run")
-    done = cropi("run", "quickstart", *SMALL, cwd=cwd)
+    done = cropi_process("run", "quickstart", *SMALL, cwd=cwd)
     assert done.returncode == 0, done.stderr
     (cwd / "stdout").write_text(done.stdout)
     (cwd / "stderr").write_text(done.stderr)
@@ -83,7 +83,7 @@ def test_two_runs_with_one_seed_select_byte_identically(finished: Path, tmp_path
 
 
 def test_a_changed_config_is_refused_with_the_difference(finished: Path) -> None:
-    done = cropi_here("run", "quickstart", *SMALL, "seed=7", cwd=finished)
+    done = cropi("run", "quickstart", *SMALL, "seed=7", cwd=finished)
     assert done.returncode == 2
     assert "seed: 0 -> 7" in done.stderr
     assert "Traceback" not in done.stderr
@@ -189,7 +189,7 @@ def test_remote_code_is_never_run(tmp_path: Path) -> None:
     ],
 )
 def test_what_a_user_can_fix_exits_2(arguments: list[str], message: str, tmp_path: Path) -> None:
-    done = cropi_here(*arguments, cwd=tmp_path)
+    done = cropi(*arguments, cwd=tmp_path)
     assert done.returncode == 2
     assert message in done.stderr
 
@@ -202,7 +202,7 @@ def test_what_a_user_can_fix_exits_2(arguments: list[str], message: str, tmp_pat
     ],
 )
 def test_it_does_so_without_traceback(arguments: list[str], message: str, tmp_path: Path) -> None:
-    done = cropi(*arguments, cwd=tmp_path)
+    done = cropi_process(*arguments, cwd=tmp_path)
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
@@ -214,7 +214,7 @@ def test_a_model_without_tokenizer_is_refused(tmp_path: Path) -> None:
     (tmp_path / "bare").mkdir()
     for name in ("config.json", "model.safetensors"):
         shutil.copy(POLICY_DIR / name, tmp_path / "bare" / name)
-    done = cropi_here("run", "quickstart", "policy.path=./bare", cwd=tmp_path)
+    done = cropi("run", "quickstart", "policy.path=./bare", cwd=tmp_path)
     assert done.returncode == 2
     assert "tokenizer" in done.stderr
     assert "Traceback" not in done.stderr
@@ -242,7 +242,7 @@ def test_interrupt_exits_130_and_the_run_goes_on(tmp_path: Path) -> None:
 
 
 def test_check_judges_real_rows_and_writes_nothing(tmp_path: Path) -> None:
-    done = cropi_here("check", "quickstart", *SMALL, "--json", cwd=tmp_path)
+    done = cropi("check", "quickstart", *SMALL, "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert result["gold_against_itself"] == {"correct": 48 + 6 + 16}
@@ -265,8 +265,8 @@ except SystemExit:
 
 
 def test_doctor_and_recipes_answer_in_json(tmp_path: Path) -> None:
-    assert json.loads(cropi_here("doctor", "--json", cwd=tmp_path).stdout)["torch"]
-    assert "quickstart" in json.loads(cropi_here("recipes", "--json", cwd=tmp_path).stdout)
-    assert cropi_here("recipes", "copy", "quickstart", cwd=tmp_path).returncode == 0
-    assert cropi_here("recipes", "copy", "quickstart", cwd=tmp_path).returncode == 2
-    assert cropi_here("check", "quickstart.yaml", *SMALL, cwd=tmp_path).returncode == 0
+    assert json.loads(cropi("doctor", "--json", cwd=tmp_path).stdout)["torch"]
+    assert "quickstart" in json.loads(cropi("recipes", "--json", cwd=tmp_path).stdout)
+    assert cropi("recipes", "copy", "quickstart", cwd=tmp_path).returncode == 0
+    assert cropi("recipes", "copy", "quickstart", cwd=tmp_path).returncode == 2
+    assert cropi("check", "quickstart.yaml", *SMALL, cwd=tmp_path).returncode == 0

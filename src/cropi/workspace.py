@@ -13,6 +13,7 @@ import fcntl
 import json
 import os
 import platform
+import weakref
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -137,10 +138,11 @@ class Workspace:
     """A run's folder, claimed for one config."""
 
     def lock(self) -> None:
-        """Keep other processes from writing to this run until this one ends, however it ends."""
-        self._lock = (self.folder / "lock").open("w")
+        """Keep others from writing to this run until this process ends, however it ends, or forgets the workspace."""
+        handle = os.open(self.folder / "lock", os.O_CREAT | os.O_WRONLY, 0o644)
+        self._unlock = weakref.finalize(self, os.close, handle)
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise ArtifactError(
                 "another process is working on this run", where=str(self.folder), fix="wait for it, or stop it."
@@ -148,7 +150,7 @@ class Workspace:
 
     def unlock(self) -> None:
         """Let other processes write to this run."""
-        self._lock.close()
+        self._unlock()
 
     def foreign(self, checkpoint: Path, identity: str) -> Arm:
         """Where scores, selections and evaluations of a checkpoint from elsewhere go: by its name and content."""

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.runs import cropi
+from tests.runs import cropi_process
 from typer.testing import CliRunner
 
 from cropi.bench.profile import kind_of
@@ -26,7 +26,9 @@ KEYS = {
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
     cwd = tmp_path_factory.mktemp("bench")
     size = ["--shape", "tiny", "--prompts", "4", "--validation", "2", "--rounds", "2"]
-    done = cropi("bench", "engine", *size, "--contenders", CONTENDERS, "--profile", "--out", "bench.json", cwd=cwd)
+    done = cropi_process(
+        "bench", "engine", *size, "--contenders", CONTENDERS, "--profile", "--out", "bench.json", cwd=cwd
+    )
     assert done.returncode == 0, done.stderr
     return json.loads((cwd / "bench.json").read_text()), done.stdout
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from tests.conftest import tiny_llama
-from tests.runs import SMALL, cropi, evaluations, selections
+from tests.runs import SMALL, cropi_process, evaluations, selections
 
 from cropi.compare.execute import default_jobs
 from cropi.compare.results import read_results
@@ -57,7 +57,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert process.returncode == 130
     assert "the same command goes on from here" in said
     (cwd / "interrupted.parquet").write_bytes((cwd / OUT / "results.parquet").read_bytes())
-    done = cropi(*COMMAND, "--folder", str(OUT), cwd=cwd)
+    done = cropi_process(*COMMAND, "--folder", str(OUT), cwd=cwd)
     assert done.returncode == 0, done.stderr
     (cwd / "stdout").write_text(done.stdout)
     (cwd / "stderr").write_text(done.stderr)
@@ -147,7 +147,7 @@ def test_finished_runs_keep_no_checkpoints_and_their_output(compared: Path) -> N
 def test_the_result_is_printed_written_and_read_back(compared: Path) -> None:
     printed = (compared / "stdout").read_text()
     assert "influence" in printed
-    again = cropi("compare", "--results", str(OUT / "results.parquet"), "--json", cwd=compared)
+    again = cropi_process("compare", "--results", str(OUT / "results.parquet"), "--json", cwd=compared)
     assert again.returncode == 0, again.stderr
     assert json.loads(again.stdout) == json.loads((compared / OUT / "compare.json").read_text())
 
@@ -158,7 +158,7 @@ def test_more_can_be_asked_for_and_a_failing_run_stops_no_other(compared: Path, 
     (tmp_path / "huge.yaml").write_text("{trainer: {learning_rate: 1.0e+30}, select: {strategy: {type: full}}}")
     (tmp_path / "short.yaml").write_text("{trainer: {learning_rate: 1.0e-3}, select: {strategy: {type: full}}}")
     command = ["compare", "quickstart", *TINY, "--strategies", "huge.yaml,short.yaml", "--seeds", "0", "--jobs", "1"]
-    done = cropi(*command, "--folder", str(OUT), cwd=tmp_path)
+    done = cropi_process(*command, "--folder", str(OUT), cwd=tmp_path)
     assert done.returncode == 2, done.stderr
     assert "quickstart · seed 0 · huge failed" in done.stderr
     assert "the policy has diverged" in done.stderr
@@ -169,7 +169,7 @@ def test_more_can_be_asked_for_and_a_failing_run_stops_no_other(compared: Path, 
 
 
 def test_a_config_is_asked_for(tmp_path: Path) -> None:
-    done = cropi("compare", "seed=1", cwd=tmp_path)
+    done = cropi_process("compare", "seed=1", cwd=tmp_path)
     assert done.returncode == 2
     assert "no config is named" in done.stderr
 

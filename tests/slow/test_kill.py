@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.runs import cropi, evaluations, selections
+from tests.runs import cropi_process, evaluations, selections
 
 pytestmark = pytest.mark.slow
 
@@ -42,7 +42,7 @@ MOMENTS: dict[str, Callable[[Path], bool]] = {
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     cwd = tmp_path_factory.mktemp("whole")
-    done = cropi("run", "quickstart", cwd=cwd, timeout_s=1800)
+    done = cropi_process("run", "quickstart", cwd=cwd, timeout_s=1800)
     assert done.returncode == 0, done.stderr
     return cwd / RUN
 
@@ -64,7 +64,7 @@ def kill_at(moment: Callable[[Path], bool], cwd: Path) -> None:
 def test_killed_five_times_ends_like_uninterrupted(uninterrupted: Path, tmp_path: Path) -> None:
     for moment in MOMENTS.values():
         kill_at(moment, tmp_path)
-    done = cropi("run", "quickstart", cwd=tmp_path, timeout_s=1800)
+    done = cropi_process("run", "quickstart", cwd=tmp_path, timeout_s=1800)
     assert done.returncode == 0, done.stderr
     ours = tmp_path / RUN
     assert selections(ours) == selections(uninterrupted)
