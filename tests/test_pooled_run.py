@@ -39,7 +39,7 @@ def run(folder: Path, *overrides: str) -> tuple[Pipeline, Path]:
     pipeline.collect()
     for arm in pipeline.space.arms.values():
         pipeline.train(arm)
-    pipeline.space._lock.close()
+    pipeline.space.unlock()
     return pipeline, folder / "quickstart"
 
 

@@ -54,7 +54,7 @@ def opened(folder: Path) -> Iterator[Pipeline]:
     try:
         yield pipeline
     finally:
-        pipeline.space._lock.close()
+        pipeline.space.unlock()
 
 
 def train(folder: Path, arms: list[str]) -> Path:
@@ -251,7 +251,7 @@ def test_a_refresh_that_no_arm_reads_is_warned_of(tmp_path: Path, capsys: pytest
     for strategy in ("random", "influence"):
         settings = [*REFRESHED, "baselines=[]", f"select.strategy.type={strategy}", f"run_dir={tmp_path / strategy}"]
         pipeline = Pipeline(load_config("quickstart", settings))
-        pipeline.space._lock.close()
+        pipeline.space.unlock()
         assert ("refresh has no effect" in capsys.readouterr().err) == (strategy == "random")
 
 
@@ -310,7 +310,7 @@ def test_validation_sets_are_sampled_anew(tmp_path: Path) -> None:
     assert set(tables["validation/sum"].column("completion").to_pylist()) == {row["completion"] for row in rows}
     assert tables["train"].equals(pipeline.trajectories.base["train"])
     assert pipeline.trajectories.tables(arm, 0)["validation/sum"].equals(pipeline.trajectories.base["validation/sum"])
-    pipeline.space._lock.close()
+    pipeline.space.unlock()
 
 
 def test_a_solved_validation_set_keeps_its_old_direction(
@@ -329,4 +329,4 @@ def test_a_solved_validation_set_keeps_its_old_direction(
     assert "solves each prompt of validation/sum in all tries or in none" in capsys.readouterr().err
     tables = pipeline.trajectories.tables(arm, 1)
     assert tables["validation/sum"].equals(pipeline.trajectories.base["validation/sum"])
-    pipeline.space._lock.close()
+    pipeline.space.unlock()

@@ -88,7 +88,7 @@ def test_every_run_is_that_of_the_plain_command(compared: Path, tmp_path: Path) 
         assert len(selections(run)) == 2 * 2
         assert selections(run) == selections(config.folder)
         assert evaluations(run) == evaluations(config.folder)
-        pipeline.space._lock.close()
+        pipeline.space.unlock()
 
 
 def test_what_is_shared_is_made_once_and_charged_to_those_who_read_it(compared: Path) -> None:
