@@ -33,6 +33,18 @@ class Given:
         return cls(policy, fingerprint(config.policy), judge_of(config.verifier, config.verification), settings)
 
 
+def start_of_stage(config: Config, arm: Arm, stage: int) -> Path:
+    """The checkpoint that a stage after the first begins with. PolicyError where it is not there."""
+    path = arm.checkpoints / f"checkpoint-{stage * config.train.steps_per_stage}"
+    if not path.is_dir():
+        raise PolicyError(
+            f"there is no checkpoint of the start of stage {stage}",
+            where=str(path),
+            fix="train up to it first, or keep more checkpoints with trainer.save_total_limit.",
+        )
+    return path
+
+
 def arm_at(space: Workspace, stage: int, checkpoint: Path | None) -> Arm:
     """The main arm, or a folder of its own for a checkpoint from elsewhere.
 

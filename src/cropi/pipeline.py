@@ -23,10 +23,10 @@ from cropi.artifacts import (
 )
 from cropi.config import Config, PooledStrategy
 from cropi.console import counts_text, say, warn
-from cropi.errors import ArtifactError, ConfigError, DataError, PolicyError
+from cropi.errors import ArtifactError, ConfigError, DataError
 from cropi.evaluation.evaluate import Question, evaluate, forget_after, read_evaluations
 from cropi.gathering import Gatherer
-from cropi.given import Given, arm_at
+from cropi.given import Given, arm_at, start_of_stage
 from cropi.gradients.groups import iterate_groups
 from cropi.gradients.scoring import FeatureRequest, score, surrogate_settings
 from cropi.gradients.validation import validation_groups
@@ -266,13 +266,7 @@ class Pipeline:
             return load_policy(self.config.policy, str(checkpoint)), f"checkpoint {arm.folder.name}"
         if stage == 0:
             return self.base, "base"
-        path = arm.checkpoints / f"checkpoint-{stage * self.config.train.steps_per_stage}"
-        if not path.is_dir():
-            raise PolicyError(
-                f"there is no checkpoint of the start of stage {stage}",
-                where=str(path),
-                fix="train up to it first, or keep more checkpoints with trainer.save_total_limit.",
-            )
+        path = start_of_stage(self.config, arm, stage)
         return load_policy(self.config.policy, str(path)), self._origin(arm, stage)
 
     def require_reached(self, arm: Arm, stage: int) -> None:

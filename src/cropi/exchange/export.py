@@ -22,10 +22,11 @@ from cropi.artifacts import (
     write_text,
 )
 from cropi.config import Config
-from cropi.errors import ArtifactError, DataError, PolicyError
+from cropi.errors import ArtifactError, DataError
 from cropi.exchange.formats import TASKSET, Format, Item, named
 from cropi.exchange.rewards import facts_of
 from cropi.exchange.usage import USAGES, Facts
+from cropi.given import start_of_stage
 from cropi.policy import encode_prompts, load_tokenizer, policy_location, trainer_prompt, uses_chat
 from cropi.training.settings import grpo_config
 from cropi.workspace import Arm, Workspace
@@ -82,13 +83,7 @@ def _opened(folder: Path, inputs: Mapping[str, str]) -> Manifest:
 def _policy(config: Config, arm: Arm, stage: int, checkpoint: Path | None) -> str:
     """Where the policy that the stage begins with lies: an absolute path, or a Hub id."""
     if checkpoint is None and stage:
-        checkpoint = arm.checkpoints / f"checkpoint-{stage * config.train.steps_per_stage}"
-        if not checkpoint.is_dir():
-            raise PolicyError(
-                f"there is no checkpoint of the start of stage {stage}",
-                where=str(checkpoint),
-                fix="export the stage that training stands at, or name a policy by --checkpoint.",
-            )
+        checkpoint = start_of_stage(config, arm, stage)
     if checkpoint is not None:
         return str(checkpoint.resolve())
     named_policy = policy_location(config.policy)
