@@ -260,6 +260,7 @@ def test_vocabulary_head_in_many_chunks(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_neox"])
 def test_in_bfloat16_the_engine_is_as_close_to_the_truth_as_autograd(name: str) -> None:
     model = BUILDERS[name]().bfloat16()
+    model.set_attn_implementation("eager")  # transformers < 5.18 takes sdpa for gemma2, which leaves out its soft cap
     found, oracle = engine_gradients(model)["sequence"], autograd_gradients(model, "sequence")
     truth = autograd_gradients(model.double(), "sequence")
 
