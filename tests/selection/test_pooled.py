@@ -10,7 +10,7 @@ from tests.selection.pool import pool, scores
 from cropi.config import PooledStrategy, SelectConfig
 from cropi.selection.candidates import Candidates, Evidence, Visit
 from cropi.selection.choose import choose, selection_table
-from cropi.selection.pooled import _shares
+from cropi.selection.pooled import _agreement, _shares
 from cropi.selection.select import rank
 
 KINDS, EACH, SEEN = 5, 20, 5  # kinds of prompts; prompts of each; of these with trajectories
@@ -79,6 +79,33 @@ def test_the_manifest_is_told_what_decided() -> None:
     assert (facts["harmful"], facts["trust_in_validation_prompts"]) == (EACH, 1.0)
     assert facts["left_to_learn"] == {"one": 1.0, "two": 1.0}
     assert facts["bandwidth"] > 0
+
+
+def test_a_direction_on_which_the_validation_prompts_do_not_agree_chooses_nothing() -> None:
+    found = candidates()
+    assert found.evidence is not None
+    influence_MV = found.evidence.validation_influence_MV.copy()
+    influence_MV[:8, 0] = [0.5, -0.5, 0.4, -0.4, 0.6, -0.6, 0.1, -0.1]  # mean 0 in set one
+    noise = dataclasses.replace(found.evidence, validation_influence_MV=influence_MV)
+    chosen = kinds(dataclasses.replace(found, evidence=noise), size=EACH)
+    assert chosen == {USEFUL: 0, NEUTRAL: 0, 2: 0, HARMFUL: 0, SECOND: EACH}
+    influence_MV[8:, 1] = influence_MV[:8, 0]  # and in set two: drawn by learnability from all kinds
+    nothing = dataclasses.replace(found.evidence, validation_influence_MV=influence_MV)
+    config = SelectConfig(strategy=STRATEGY, fraction=0.4)
+    facts = rank(dataclasses.replace(found, evidence=nothing), STRATEGY, config).facts
+    assert facts["agreement"] == {"one": 0.0, "two": 0.0}
+    assert (facts["helpful"], facts["harmful"], facts["drawn_beside_them"]) == (0, 0, 40)
+
+
+def test_agreement_is_the_mean_influence_within_a_set_in_standard_errors() -> None:
+    found = candidates().evidence
+    assert found is not None
+    influence_MV = found.validation_influence_MV.copy()
+    influence_MV[:8, 0] = [1, 2, 3, 4, 5, 6, 7, 8]  # mean 4.5, variance 6, standard error sqrt(6 / 8)
+    agreement_V = _agreement(dataclasses.replace(found, validation_influence_MV=influence_MV))
+    assert agreement_V[0] == pytest.approx(4.5 / 0.75**0.5)
+    one = dataclasses.replace(found, validation_sets=["one"] + ["two"] * 15)
+    assert np.isnan(_agreement(one)[0])
 
 
 def test_a_rare_skill_is_not_diluted_up_to_the_fraction() -> None:

@@ -35,6 +35,9 @@ def pooled(candidates: Candidates, strategy: PooledStrategy, config: SelectConfi
     that sets count alike whatever the lengths of their gradients, and a_v what is left of it to learn
     (`_left_of_sets`).
 
+    A set whose own prompts do not help one another (`_agreement` at most `significance`) points nowhere that is known:
+    its slopes are taken to be 0.
+
     Helpful are prompts whose slope lies `significance` standard errors of their neighbourhood above 0 and whose gain is
     at least `exhausted`: only they are chosen for their influence, so that a rare skill is not diluted up to the
     fraction. Sets share the places (`_balanced`). As prompts and sets are learned, places fall free (`_shares`) and go
@@ -73,6 +76,7 @@ class _Board:
     helpful_N: Bool[np.ndarray, " N"]
     harmful_N: Bool[np.ndarray, " N"]
     owners_N: Int[np.ndarray, " N"] | None  # the set that each prompt serves best, where sets share the places
+    agreement_V: Float[np.ndarray, " V"]
     left_V: Float[np.ndarray, " V"]
     headroom: float  # what is left of 1 - p since scoring, in the validation set that has learned least
     set_ranks: Mapping[str, Int[np.ndarray, " N"]]
@@ -88,10 +92,15 @@ class _Board:
             "chosen_as_helpful": int(chosen_N.sum()),
             "drawn_beside_them": int(filler_N.sum()),
             "headroom": round(self.headroom, 4),
-            "left_to_learn": {name: round(float(left), 4) for name, left in zip(self.names, self.left_V, strict=True)},
+            "agreement": self._by_set(self.agreement_V),
+            "left_to_learn": self._by_set(self.left_V),
             "trust_in_validation_prompts": self.trust,
             "bandwidth": round(self.bandwidth, 6),
         }
+
+    def _by_set(self, values_V: Float[np.ndarray, " V"]) -> dict[str, float | None]:
+        pairs = zip(self.names, values_V.tolist(), strict=True)
+        return {name: round(value, 4) if np.isfinite(value) else None for name, value in pairs}
 
 
 def _board(candidates: Candidates, strategy: PooledStrategy, config: SelectConfig) -> _Board:
@@ -105,7 +114,9 @@ def _board(candidates: Candidates, strategy: PooledStrategy, config: SelectConfi
     unit_V = _units(stored.pool_N[:, None] * slopes.values_NV, size)
     left_V = _left_of_sets(evidence, now.validation_M, stored.validation_M)
     headroom_V = _left_of_sets(evidence, 1 - now.validation_rates_M, 1 - stored.validation_rates_M)
-    served_NV = slopes.values_NV * left_V / unit_V
+    agreement_V = _agreement(evidence)
+    known_V = ~(agreement_V <= strategy.significance)  # so is a set of which nothing can be said
+    served_NV = slopes.values_NV * known_V * left_V / unit_V
     slope_N = served_NV.sum(axis=1)
     error_N = np.sqrt(((slopes.smooth_errors_NV * left_V / unit_V) ** 2).sum(axis=1))
     set_ranks = {name: ranks(w_N * slopes.values_NV[:, v]) for v, name in enumerate(names)}
@@ -118,12 +129,13 @@ def _board(candidates: Candidates, strategy: PooledStrategy, config: SelectConfi
         strengths_N=w_N,
         tries_N=now.tries_N,
         gain_N=gain_N,
-        first_N=stored.pool_N * (slopes.values_NV / unit_V).sum(axis=1),
+        first_N=stored.pool_N * (slopes.values_NV * known_V / unit_V).sum(axis=1),
         scores_N=scores_N,
         helpful_N=candidates.usable_N & (slope_N > strategy.significance * error_N) & (gain_N >= strategy.exhausted),
         harmful_N=(slope_N < -strategy.significance * error_N)
         & (np.maximum(w_N, stored.pool_N) * slope_N <= -strategy.exhausted),
         owners_N=served_NV.argmax(axis=1) if strategy.fusion == "balanced" else None,
+        agreement_V=agreement_V,
         left_V=left_V,
         headroom=min(1.0, float(headroom_V.max())),
         set_ranks=set_ranks,
@@ -202,6 +214,21 @@ def _unit(values_N: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
     """Shifted and scaled to lie in [0, 1), in the same order."""
     low, high = float(values_N.min()), float(values_N.max())
     return (values_N - low) / (high - low) * (1 - 1e-9) if high > low else np.zeros_like(values_N)
+
+
+def _agreement(evidence: Evidence) -> Float[np.ndarray, " V"]:
+    """By set, the mean influence of its prompts on the set's others, in standard errors of that mean.
+
+    Its expectation is the squared length of the true direction, so a direction that is mostly noise has some 0. NaN
+    where a set has less than two prompts with signal, or these do not differ.
+    """
+    found_V = np.full(len(evidence.names), np.nan)
+    for v, name in enumerate(evidence.names):
+        own_M = evidence.validation_influence_MV[[owner == name for owner in evidence.validation_sets], v]
+        error = own_M.std(ddof=1) / np.sqrt(len(own_M)) if len(own_M) > 1 else 0.0
+        if error > 0:
+            found_V[v] = own_M.mean() / error
+    return found_V
 
 
 def _left_of_sets(
