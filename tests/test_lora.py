@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from cropi.config import LoraConfig, PolicyConfig
 from cropi.errors import PolicyError
 from cropi.gradients.reference import trainable_parameters
+from cropi.inspection import check_run
 from cropi.loading import load_config
 from cropi.pipeline import Pipeline
 from cropi.policy import fingerprint, load_policy
@@ -71,3 +72,11 @@ def test_a_layer_that_is_not_there_is_refused() -> None:
     wrong = LORA.model_copy(update={"lora": LoraConfig(target_modules=("no_such",))})
     with pytest.raises(PolicyError, match="cannot be made or loaded"):
         load_policy(wrong)
+
+
+def test_the_memory_that_check_expects_counts_the_frozen_weights() -> None:
+    config = load_config("quickstart", [*SMALL, "policy.lora={r: 4, alpha: 8}"])
+    model = load_policy(config.policy).model
+    frozen = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
+    trained = sum(p.numel() for p in trainable_parameters(model).values())
+    assert check_run(config).estimates["model_and_optimiser_bytes"] == frozen + 16 * trained

@@ -221,7 +221,6 @@ def _estimate(
     steps = config.train.stages * config.train.steps_per_stage
     scored = any(strategy.reads_scores for strategy in config.arms.values())
     evaluations = steps // (config.evaluate.every or config.train.steps_per_stage)
-    parameters = sum(p.numel() for p in trainable_parameters(policy.model).values())
     return {
         "trajectories": trajectories,
         "collect_tokens": trajectories * mean_completion,
@@ -230,17 +229,21 @@ def _estimate(
         "train_tokens_per_arm": steps * per_step * mean_completion,
         "train_per_arm_s": steps * per_step * (sample.generate_s + sample.gradient_s / count),
         "evaluate_per_arm_s": evaluations * tests * (1 + config.evaluate.samples) * sample.generate_s,
-        "model_and_optimiser_bytes": _bytes_per_parameter(config) * parameters,
+        "model_and_optimiser_bytes": _bytes_to_train(config, policy),
         "free_disk_bytes": shutil.disk_usage(_existing(config.folder)).free,
     }
 
 
-def _bytes_per_parameter(config: Config) -> int:
-    """Weights, gradient and two moments of training, and in bfloat16 the base policy and the copy that is asked."""
-    trained = 4 * (4 if config.policy.trained_in == "float32" else 2)
-    asked = 4 if config.policy.dtype == "float32" else 2
-    rounded = 2 if config.policy.dtype == "bfloat16" and config.policy.trained_in == "float32" else 0
-    return trained + asked + rounded
+def _bytes_to_train(config: Config, policy: Policy) -> int:
+    """Weights, gradient and two moments of what is trained, the base policy, and in bfloat16 the copy that is asked.
+    Under LoRA: weights, gradient and moments of the adapters, in float32, and the frozen weights."""
+    trained = sum(p.numel() for p in trainable_parameters(policy.model).values())
+    if config.policy.lora is not None:
+        return 16 * trained + sum(p.nbytes for p in policy.model.parameters() if not p.requires_grad)
+    each = 4 * (4 if config.policy.trained_in == "float32" else 2)
+    each += 4 if config.policy.dtype == "float32" else 2
+    each += 2 if config.policy.dtype == "bfloat16" and config.policy.trained_in == "float32" else 0
+    return trained * each
 
 
 def _existing(path: Path) -> Path:
