@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,8 +24,10 @@ import pyarrow.parquet as pq
 
 from cropi import __version__
 from cropi.errors import ArtifactError, UserError
+from cropi.world import ALONE, World
 
 FORMAT_VERSION = 1
+APPEAR_S = 120.0  # that a network file system may take to show a file of another node
 
 # Status of a row. A row that enters a stage leaves it with one of these.
 OK = "ok"
@@ -294,12 +297,27 @@ def build(
     inputs: Mapping[str, str],
     made_by: str,
     keep_parts: bool = False,
+    world: World = ALONE,
+    shared: bool = False,
 ) -> Manifest:
     """The artifact in `folder`: opened where it is complete, made otherwise.
 
     `make` fills the folder and returns (counts, details). The folder is emptied first, unless `keep_parts` says that
-    `make` goes on from what an interruption left. An artifact made from other inputs is refused.
+    `make` goes on from what an interruption left. An artifact made from other inputs is refused. Of several processes
+    the first does all of it, unless `make` is `shared`: all of them call it then, and write files of their own.
     """
+    known = world.from_main(lambda: _begin(folder, kind, inputs, made_by, keep_parts))
+    if known is not None:
+        return Manifest(**known)
+    counts, details = make(folder) if shared or world.is_main else ({}, {})
+    world.barrier()
+    return Manifest(
+        **world.from_main(lambda: vars(finish(folder, kind, inputs=inputs, counts=counts, details=details)))
+    )
+
+
+def _begin(folder: Path, kind: str, inputs: Mapping[str, str], made_by: str, keep_parts: bool) -> dict[str, Any] | None:
+    """The manifest of a finished artifact; None after its folder has been made ready."""
     if is_finished(folder):
         manifest = open_artifact(folder, kind, made_by=made_by)
         stale = sorted(key for key in {*inputs, *manifest.inputs} if inputs.get(key) != manifest.inputs.get(key))
@@ -309,7 +327,7 @@ def build(
                 where=str(folder),
                 fix=f"delete {folder} to make it anew, or give the run another name (name=...).",
             )
-        return manifest
+        return vars(manifest)
     if folder.exists() and not (keep_parts and _begun_with(folder, inputs)):
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -317,8 +335,7 @@ def build(
         write_json(folder / "inputs.json", dict(inputs))
     for leftover in folder.glob(".*.part"):
         leftover.unlink()
-    counts, details = make(folder)
-    return finish(folder, kind, inputs=inputs, counts=counts, details=details)
+    return None
 
 
 def _begun_with(folder: Path, inputs: Mapping[str, str]) -> bool:
@@ -327,6 +344,21 @@ def _begun_with(folder: Path, inputs: Mapping[str, str]) -> bool:
         return bool(json.loads((folder / "inputs.json").read_text(encoding="utf-8")) == dict(inputs))
     except (OSError, ValueError):
         return False
+
+
+def wait_for_files(paths: Iterable[Path]) -> None:
+    """Until files that other processes have written are to be seen here: a network file system may show them late."""
+    deadline = time.monotonic() + APPEAR_S
+    for path in paths:
+        while not path.is_file():
+            os.listdir(path.parent)  # noqa: PTH208 - makes a network file system look again
+            if time.monotonic() > deadline:
+                raise ArtifactError(
+                    f"was written by another process and has not come up here for {APPEAR_S:g} seconds",
+                    where=str(path),
+                    fix="put run_dir on a file system that all nodes share.",
+                )
+            time.sleep(0.1)
 
 
 def append_jsonl(path: Path, row: Mapping[str, Any]) -> None:

@@ -1,4 +1,7 @@
-"""What a person sees: a bar per stage on a terminal, plain lines elsewhere. Results go to stdout, this to stderr."""
+"""What a person sees: a bar per stage on a terminal, plain lines elsewhere. Results go to stdout, this to stderr.
+
+Of the processes that a launcher has started the first one speaks.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Protocol
+
+from cropi.world import first
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -64,6 +69,8 @@ def _terminal() -> Console | None:
 
 
 def _print(text: str) -> None:
+    if not first():
+        return
     terminal = _terminal()
     if terminal is None:
         print(text, file=sys.stderr, flush=True)
@@ -92,7 +99,7 @@ def progress(label: str, total: int, unit: str) -> Iterator[Progress]:
     """A bar with rate and time left on a terminal; elsewhere a line now and then and one at the end."""
     start = time.monotonic()
     terminal = _terminal()
-    if terminal is not None:
+    if terminal is not None and first():
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
         from rich.progress import Progress as RichProgress
 

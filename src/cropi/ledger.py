@@ -1,4 +1,7 @@
-"""The cost ledger: seconds and tokens of everything a run does, written as it happens."""
+"""The cost ledger: seconds and tokens of everything a run does, written as it happens.
+
+Seconds are those of all processes added up: on GPUs, GPU-seconds.
+"""
 
 from __future__ import annotations
 
@@ -9,23 +12,25 @@ from pathlib import Path
 from typing import Any
 
 from cropi.artifacts import append_jsonl, read_jsonl
+from cropi.world import ALONE, World
 
 SHARED = ""  # the arm of work that all arms use
 
 
 class Ledger:
-    """Adds lines {arm, phase, stage, seconds, tokens, ...} to `ledger.jsonl`.
+    """Adds lines {arm, phase, stage, seconds, tokens, ...} to `ledger.jsonl`, of further processes `ledger-RANK.jsonl`.
 
     Collection writes `tokens` (of completions), `prompt_tokens` and `passes` over both, scoring `computed_tokens` (of
     the pool, shared prompts once), `validation_tokens` and `forward_tokens` (only read): what `reporting.flops` counts.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, world: World = ALONE) -> None:
+        self._path, self._world = path, world
 
     @contextmanager
     def charge(self, phase: str, *, arm: str = SHARED, stage: int | None = None) -> Iterator[dict[str, Any]]:
-        """Time a block; the block may put `tokens` and the like into the dictionary it is given.
+        """Time a block that all processes go through together, or wait at; the block may put `tokens` and the like into
+        the dictionary it is given, of which that of the first process counts.
 
         A block that ends with an error is charged as well: its seconds were spent.
         """
@@ -34,8 +39,26 @@ class Ledger:
         try:
             yield entry
         finally:
-            append_jsonl(self._path, entry | {"seconds": time.perf_counter() - start})
+            if self._world.is_main:
+                seconds = (time.perf_counter() - start) * self._world.size
+                append_jsonl(self._path, entry | {"seconds": seconds} | self._world.facts())
+
+    @contextmanager
+    def charge_share(self, phase: str, *, arm: str = SHARED, stage: int | None = None) -> Iterator[dict[str, Any]]:
+        """The same of work that is this process's alone: every process writes a file of its own."""
+        entry: dict[str, Any] = {"arm": arm, "phase": phase, "stage": stage}
+        start = time.perf_counter()
+        try:
+            yield entry
+        finally:
+            append_jsonl(self._own, entry | {"seconds": time.perf_counter() - start})
 
     def entries(self) -> list[dict[str, Any]]:
         """All lines so far."""
-        return read_jsonl(self._path)
+        others = sorted(self._path.parent.glob(f"{self._path.stem}-*{self._path.suffix}"))
+        return [entry for path in (self._path, *others) for entry in read_jsonl(path)]
+
+    @property
+    def _own(self) -> Path:
+        rank = self._world.rank
+        return self._path.with_stem(f"{self._path.stem}-{rank:03}") if rank else self._path

@@ -48,13 +48,15 @@ from cropi.training.reward import RecordedReward
 from cropi.training.settings import grpo_config
 from cropi.training.train import TrainTask, newest_checkpoint, train
 from cropi.workspace import Arm, Workspace
+from cropi.world import ALONE, World
 
 
 class Pipeline:
     """The stages of a run. One whose artifact is complete is skipped, so the same command goes on where it stopped."""
 
-    def __init__(self, config: Config, given: Given | None = None) -> None:
-        self.config = config
+    def __init__(self, config: Config, given: Given | None = None, world: World = ALONE) -> None:
+        """`world` are the processes that work on this run: each makes its own pipeline, and asks it for the same."""
+        self.config, self.world = config, world
         if given is None and not config.prompts.test:
             raise ConfigError("there is no test set", where="prompts.test", fix="name one: a run is judged by it.")
         given = given or Given.named_by(config)
@@ -63,10 +65,15 @@ class Pipeline:
         self.judge, self.settings = given.judge, given.settings
         self.surrogate = surrogate_settings(config, self.settings.loss_type, self.settings.scale_rewards)
         self._chat = uses_chat(self._given.tokenizer, config.prompts.chat, config.prompts.system_prompt)
-        self.space = Workspace(config)
+        self.space = Workspace(config, world)
         self.space.lock()
         self.trajectories = Trajectories(self.space, _group_facts)
         self.gathered = Gatherer(self.space, self.trajectories)
+
+    @property
+    def _in_parts(self) -> dict[str, Any]:
+        """How an artifact is built whose parts are divided among the processes, and outlive an interruption."""
+        return {"keep_parts": True, "shared": True, "world": self.world}
 
     @property
     def base(self) -> Policy:
@@ -85,14 +92,14 @@ class Pipeline:
     def prompts(self) -> Manifest:
         """The prompt table."""
         make, inputs = partial(make_prompts, self.config), data_identity(self.config)
-        return build(self.space.prompts, "prompts", make, inputs=inputs, made_by="cropi collect")
+        return build(self.space.prompts, "prompts", make, inputs=inputs, made_by="cropi collect", world=self.world)
 
     def collect(self) -> Manifest:
         """Trajectories of the base policy. SignalError where they hold nothing that the run's arms could learn from."""
 
         def make(folder: Path) -> tuple[Mapping[str, int], Mapping[str, Any]]:
             rows, ledger = self.space.prompt_rows, self.space.ledger
-            return collect(self.config, self.base, self.judge, rows, folder, ledger, representations)
+            return collect(self.config, self.base, self.judge, rows, folder, ledger, representations, self.world)
 
         inputs = {"prompts": self.prompts().identity, "policy": self._base_identity}
         representations = None
@@ -100,7 +107,7 @@ class Pipeline:
             self._represent("collect")
             representations = read_representations(self.space.representations)
         folder = self.space.trajectories
-        manifest = build(folder, "trajectories", make, inputs=inputs, made_by="cropi collect", keep_parts=True)
+        manifest = build(folder, "trajectories", make, inputs=inputs, made_by="cropi collect", **self._in_parts)
         say(f"trajectories: {counts_text(manifest.counts)}")
         say(f"verdicts: {counts_text(manifest.details['verdicts'])}")
         statuses = self.trajectories.statuses(self.trajectories.base_groups)
@@ -176,15 +183,15 @@ class Pipeline:
 
         def make(folder: Path) -> tuple[Mapping[str, int], Mapping[str, Any]]:
             with self.space.ledger.charge(phase, **charged) as entry:
-                result = represent(self.config, self.base, self.space.prompt_rows, folder)
+                result = represent(self.config, self.base, self.space.prompt_rows, folder, self.world)
                 read = result[1]["prompt_tokens"]
                 entry |= (
                     {"forward_tokens": read} if phase == "score" else {"tokens": 0, "prompt_tokens": read, "passes": 1}
                 )
             return result
 
-        inputs = {"prompts": self.prompts().identity, "policy": self._base_identity}
-        build(self.space.representations, REPRESENTED, make, inputs=inputs, made_by=f"cropi {phase}")
+        inputs, folder = {"prompts": self.prompts().identity, "policy": self._base_identity}, self.space.representations
+        build(folder, REPRESENTED, make, inputs=inputs, made_by=f"cropi {phase}", world=self.world, shared=True)
 
     def screen(self, arm: Arm, stage: int, model: nn.Module, origin: str) -> None:
         """A few trajectories of the prompts that a strategy that pools would choose, if it asks for them."""
@@ -195,13 +202,15 @@ class Pipeline:
         config, policy = self.config.model_copy(update={"collect": fewer}), Policy(model, self._given.tokenizer)
 
         def make(folder: Path) -> tuple[Mapping[str, int], Mapping[str, Any]]:
-            ids = prompts_to_screen(self.gathered.candidates(arm, stage), strategy, self.config.select)
+            ids = self.world.from_main(
+                lambda: prompts_to_screen(self.gathered.candidates(arm, stage), strategy, self.config.select)
+            )
             rows = [self.space.train_prompts[prompt_id] for prompt_id in ids]
-            where: dict[str, Any] = {"arm": arm.name, "stage": stage, "purpose": "screen"}
+            where: dict[str, Any] = {"arm": arm.name, "stage": stage, "purpose": "screen", "world": self.world}
             return collect_anew(config, policy, self.judge, rows, folder, self.space.ledger, **where, logprobs=False)
 
         inputs = {**self.trajectories.inputs(arm, stage), "policy": origin}
-        manifest = build(arm.screened(stage), FRESH, make, inputs=inputs, made_by="cropi score", keep_parts=True)
+        manifest = build(arm.screened(stage), FRESH, make, inputs=inputs, made_by="cropi score", **self._in_parts)
         say(f"screened trajectories of stage {stage}: {counts_text(manifest.counts)}")
 
     def _previous_scores(self, arm: Arm, stage: int) -> pa.Table | None:
@@ -224,11 +233,11 @@ class Pipeline:
         if self._uses_influence(arm):
             folder = arm.scores(self.config.arms[arm.name].scored_stage(stage))
             inputs["scores"] = open_artifact(folder, "scores", made_by="cropi score").identity
-        if is_finished(arm.screened(stage)):
+        if self.world.from_main(lambda: is_finished(arm.screened(stage))):
             inputs["screened"] = open_artifact(arm.screened(stage), FRESH, made_by="cropi score").identity
         folder = arm.selection(stage)
-        new = not is_finished(folder)
-        manifest = build(folder, "selection", make, inputs=inputs, made_by="cropi select")
+        new = self.world.from_main(lambda: not is_finished(folder))
+        manifest = build(folder, "selection", make, inputs=inputs, made_by="cropi select", world=self.world)
         if new:
             chosen = manifest.counts["selected"]
             say(f"selection of {arm.name}, stage {stage}: {chosen} of {len(self.space.train_prompts)} prompts")
@@ -240,7 +249,7 @@ class Pipeline:
 
     def select_stage(self, arm: Arm, stage: int, model: nn.Module, in_progress: bool) -> Sequence[str]:
         """What the trainer asks at the start of a stage, with the policy in memory."""
-        if in_progress and not is_finished(arm.selection(stage)):
+        if in_progress and not self.world.from_main(lambda: is_finished(arm.selection(stage))):
             raise ArtifactError(
                 f"the selection of stage {stage} is gone, but training stands in or beyond that stage",
                 where=str(arm.selection(stage)),

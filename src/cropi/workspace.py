@@ -1,6 +1,7 @@
 """The folder of a run: where everything lies, and whose it is. Free of torch.
 
 config.json  environment.json  ledger.jsonl  summary.json  report.html  report.md
+ledger-RANK.jsonl (of further processes)
 prompts/  representations/  trajectories/  evaluation/ (the base policy)
 checkpoints/NAME-HASH/  (scores, selections, evaluations of checkpoints from elsewhere)
 arms/ARM/  stages/NNN/{rollouts,fresh,scores,selection}/  evaluation/  checkpoints/  rollouts/
@@ -25,10 +26,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cropi.artifacts import PROMPTS, open_artifact, read_table, write_json
+from cropi.artifacts import PROMPTS, open_artifact, read_table, wait_for_files, write_json
 from cropi.config import Config, config_difference
 from cropi.errors import ArtifactError, ConfigError
 from cropi.ledger import Ledger
+from cropi.world import ALONE, World
 
 
 @dataclass(frozen=True)
@@ -135,10 +137,13 @@ class TrainPrompts(Mapping[str, dict[str, Any]]):
 
 
 class Workspace:
-    """A run's folder, claimed for one config."""
+    """A run's folder, claimed for one config. Of several processes the first claims and locks it for all."""
 
     def lock(self) -> None:
         """Keep others from writing to this run until this process ends, however it ends, or forgets the workspace."""
+        self.world.from_main(self._lock)
+
+    def _lock(self) -> None:
         handle = os.open(self.folder / "lock", os.O_CREAT | os.O_WRONLY, 0o644)
         self._unlock = weakref.finalize(self, os.close, handle)
         try:
@@ -157,10 +162,12 @@ class Workspace:
         name = self.config.select.strategy.arm
         return Arm(name, self.folder / "checkpoints" / f"{checkpoint.resolve().name}-{identity[:12]}")
 
-    def __init__(self, config: Config) -> None:
-        self.config, self.folder = config, config.folder
-        self.ledger = Ledger(self.folder / "ledger.jsonl")
-        _claim(config)
+    def __init__(self, config: Config, world: World = ALONE) -> None:
+        self.config, self.folder, self.world = config, config.folder, world
+        self.ledger = Ledger(self.folder / "ledger.jsonl", world)
+        world.from_main(lambda: _claim(config))
+        if not world.is_main:
+            wait_for_files([self.folder / "config.json"])
 
     @property
     def prompts(self) -> Path:

@@ -15,18 +15,22 @@ from cropi.cli.exchange import export, import_rollouts
 from cropi.cli.explain import explain
 from cropi.cli.recipes import recipes
 from cropi.cli.shell import (
+    TOGETHER,
     AsJson,
     CheckpointOption,
     Commands,
     ConfigArgument,
     Overrides,
     StageOption,
+    join,
+    leave,
     open_pipeline,
     print_result,
     quiet_libraries,
     read_config,
 )
 from cropi.cli.verify import audit_rewards, verify
+from cropi.world import first, launched
 
 app = typer.Typer(
     cls=Commands,
@@ -61,7 +65,7 @@ def run(config: ConfigArgument, overrides: Overrides = None, as_json: AsJson = F
 @app.command()
 def collect(config: ConfigArgument, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Sample and judge K trajectories per prompt."""
-    pipeline = open_pipeline(config, overrides)
+    pipeline = open_pipeline(config, overrides, join())
     manifest = pipeline.collect()
     path = str(pipeline.space.trajectories)
     print_result({"path": path, "counts": dict(manifest.counts)}, as_json, path)
@@ -177,11 +181,17 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def options(
+    ctx: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     """Options of the command itself."""
+    if launched() and ctx.invoked_subcommand not in TOGETHER:
+        if ctx.invoked_subcommand == "compare":
+            leave("error: compare starts its own processes\nFix: call it without a launcher.", 2)
+        if not first():
+            raise typer.Exit  # one process is enough
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import platform
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -13,18 +14,31 @@ import typer
 import typer.core
 
 from cropi.errors import UserError
+from cropi.world import ALONE, OtherFailed, World, first, launched
 
 if TYPE_CHECKING:
     from cropi.config import Config
     from cropi.pipeline import Pipeline
 
+TOGETHER = frozenset({"collect"})  # commands whose work is divided among the processes that a launcher starts
+DDP_TIMEOUT_S = 1800.0  # as in TrainingArguments
+
+_world = ALONE
+
 
 class Commands(typer.core.TyperGroup):
-    """Turns errors into messages and exit codes around every command; a bug keeps its traceback."""
+    """Turns errors into messages and exit codes around every command; a bug keeps its traceback.
+
+    Of several processes that a launcher has started, the first that fails says why, and the others end with it.
+    """
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            result = super().invoke(ctx)
+            _world.leave()
+            return result
+        except OtherFailed as other:
+            sys.exit(other.code)
         except UserError as error:
             leave(f"error: {error}", 2)
         except KeyboardInterrupt:
@@ -32,6 +46,9 @@ class Commands(typer.core.TyperGroup):
         except Exception as error:
             if _disk_is_full(error):
                 leave("error: no space left on the disk\nFix: free some space and run the same command again.", 2)
+            if _connection_is_lost(error):
+                leave("error: another process of the run has ended\nFix: run the same command again: it goes on.", 1)
+            _world.fail(1)
             raise
 
 
@@ -54,13 +71,25 @@ def read_config(config: str, overrides: list[str] | None) -> Config:
     return load_config(config, overrides or [])
 
 
-def open_pipeline(config: str, overrides: list[str] | None) -> Pipeline:
+def open_pipeline(config: str, overrides: list[str] | None, world: World = ALONE) -> Pipeline:
     """The pipeline of a run."""
     loaded = read_config(config, overrides)
     quiet_libraries()
     from cropi.pipeline import Pipeline
 
-    return Pipeline(loaded)
+    timeout_s = float(loaded.trainer.get("ddp_timeout", DDP_TIMEOUT_S))
+    world.connect(cpu=loaded.policy.device == "cpu", timeout_s=timeout_s)
+    return Pipeline(loaded, world=world)
+
+
+def join() -> World:
+    """The processes that a launcher has started, this one among them, or this one alone."""
+    global _world
+    if launched():
+        from cropi.distributed import Launched
+
+        _world = Launched.by_environment()
+    return _world
 
 
 def quiet_libraries() -> None:
@@ -78,13 +107,23 @@ def quiet_libraries() -> None:
 
 def print_result(value: dict[str, Any], as_json: bool, text: str) -> None:
     """What a command found, on standard output."""
+    if not first():
+        return
     print(json.dumps(value, indent=2, allow_nan=False) if as_json else text)
 
 
 def leave(text: str, code: int) -> NoReturn:
-    """End with a message on standard error."""
-    print(text, file=sys.stderr, flush=True)
+    """End with a message on standard error, if no other process has failed before."""
+    if _world.fail(code):
+        where = "" if _world.is_main else f"[process {_world.rank + 1} of {_world.size} on {platform.node()}] "
+        print(f"{where}{text}", file=sys.stderr, flush=True)
     sys.exit(code)
+
+
+def _connection_is_lost(error: Exception) -> bool:
+    """Whether a process that this one waited for has ended; it, or the launcher, says why."""
+    lost = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL")
+    return _world.size > 1 and isinstance(error, RuntimeError) and any(text in str(error) for text in lost)
 
 
 def _disk_is_full(error: BaseException | None) -> bool:

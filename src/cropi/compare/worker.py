@@ -18,11 +18,11 @@ from multiprocessing import connection, parent_process
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cropi.artifacts import is_finished, read_jsonl, write_json, write_text
+from cropi.artifacts import is_finished, write_json, write_text
 from cropi.compare.plan import FINISHED, LOG
 from cropi.config import Config
 from cropi.errors import UserError
-from cropi.ledger import SHARED
+from cropi.ledger import SHARED, Ledger
 from cropi.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ def link_shared(shared: Path, folder: Path) -> None:
     The ledger comes first and manifests last, so that what an interruption leaves is made whole by the next attempt.
     """
     if not (folder / "ledger.jsonl").is_file():
-        lines = [row for row in read_jsonl(shared / "ledger.jsonl") if row["arm"] == SHARED]
+        lines = [row for row in Ledger(shared / "ledger.jsonl").entries() if row["arm"] == SHARED]
         write_text(folder / "ledger.jsonl", "".join(json.dumps(row) + "\n" for row in lines))
     for name in ("prompts", "representations", "trajectories"):
         if (shared / name).is_dir() and not is_finished(folder / name):

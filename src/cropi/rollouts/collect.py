@@ -26,6 +26,7 @@ from cropi.artifacts import (
     TRUNCATED,
     count_status,
     read_table,
+    wait_for_files,
     write_table,
 )
 from cropi.config import Config
@@ -41,6 +42,7 @@ from cropi.rollouts.representations import Representations
 from cropi.rollouts.server import ServerGenerator
 from cropi.rollouts.vllm import VllmGenerator
 from cropi.seeds import derived_seed, unit_interval
+from cropi.world import ALONE, World
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,46 @@ class Shard:
     prompts: Sequence[Mapping[str, Any]]
     prompt_ids: Sequence[list[int]]
 
+    @property
+    def file(self) -> str:
+        """Its file's name."""
+        return f"{self.name}.parquet"
+
+    def __len__(self) -> int:
+        """Trajectories."""
+        return len(self.prompts) * self.samples
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Makes shards, each for itself: what a shard holds depends on the run's seed, its purpose and its name alone."""
+
+    config: Config
+    policy: Policy
+    generate: Generator
+    judge: Judge
+    folder: Path
+    charge: Callable[[], AbstractContextManager[dict[str, Any]]]
+    purpose: tuple[str | int, ...]
+    logprobs: bool = True
+
+    def make(self, shard: Shard) -> list[dict[str, Any]]:
+        """Sample, judge and write a shard, and charge it; returns its rows."""
+        with self.charge() as entry:
+            seed = derived_seed(self.config.seed, *self.purpose, shard.name)
+            rows = _sample(self.config, self.policy, self.judge, self.generate, shard, seed)
+            if self.logprobs:
+                _add_logprobs(self.config, self.policy, rows)
+            entry["passes"] = 1 + self.logprobs
+            entry["tokens"] = sum(len(row["completion_ids"]) for row in rows)
+            entry["prompt_tokens"] = sum(len(row["prompt_ids"]) for row in rows)
+        write_table(self.folder / shard.file, rows, TRAJECTORIES)
+        return rows
+
+    def missing(self, shards: Sequence[Shard]) -> list[int]:
+        """Places of the shards that are still to be made."""
+        return [place for place, shard in enumerate(shards) if not (self.folder / shard.file).is_file()]
+
 
 def collect(
     config: Config,
@@ -62,8 +104,11 @@ def collect(
     folder: Path,
     ledger: Ledger,
     representations: Representations | None = None,
+    world: World = ALONE,
 ) -> tuple[dict[str, int], dict[str, Any]]:
     """Write one `part-*.parquet` per shard to `folder`; shards that are already there are kept.
+
+    The shards that are missing are divided among the processes of `world`: what is in a shard does not depend on that.
 
     Behaviour log-probs are recomputed by the model itself in one forward pass per batch, at the sampling temperature,
     if `collect.logprobs` asks for them. `collect.nearby` goes by the representations. Every shard is charged to the
@@ -73,10 +118,10 @@ def collect(
     if config.collect.top_p < 1:
         warn("collect.top_p is below 1: the sampler is not the policy whose log-probs are stored, so ratios are biased")
     shards, too_long = plan(config, policy, prompts, sampled_prompts(config, prompts, representations))
-    charge, logprobs = partial(ledger.charge, "collect"), config.collect.logprobs
+    charge, logprobs = partial(ledger.charge_share, "collect"), config.collect.logprobs
     with _generator(config, policy) as generate:
-        made = _sample_all(config, policy, generate, judge, shards, folder, charge, ("collect",), logprobs=logprobs)
-    statuses, details = made
+        sampler = Sampler(config, policy, generate, judge, folder, charge, ("collect",), logprobs)
+        statuses, details = _sample_all(sampler, shards, world)
     return count_status([PROMPT_TOO_LONG] * len(too_long) + statuses), details | {"too_long": too_long}
 
 
@@ -131,6 +176,7 @@ def collect_anew(
     stage: int,
     purpose: str = "refresh",
     logprobs: bool = True,
+    world: World = ALONE,
 ) -> tuple[dict[str, int], dict[str, Any]]:
     """The same for training prompts of an arm at the start of a stage, from the policy as it is then.
 
@@ -138,49 +184,57 @@ def collect_anew(
     Without `logprobs`, for trajectories of which only the rewards are wanted, the column is null.
     """
     shards, _ = plan(config, policy, prompts)
-    charge, seeded = partial(ledger.charge, "collect", arm=arm, stage=stage), (purpose, arm, stage)
+    charge, seeded = partial(ledger.charge_share, "collect", arm=arm, stage=stage), (purpose, arm, stage)
     generate = TransformersGenerator(policy, config.collect.batch_size)
-    statuses, details = _sample_all(config, policy, generate, judge, shards, folder, charge, seeded, logprobs=logprobs)
+    sampler = Sampler(config, policy, generate, judge, folder, charge, seeded, logprobs)
+    statuses, details = _sample_all(sampler, shards, world)
     return count_status(statuses), details | {"prompts": len(prompts)}
 
 
-def _sample_all(
-    config: Config,
-    policy: Policy,
-    generate: Generator,
-    judge: Judge,
-    shards: Sequence[Shard],
-    folder: Path,
-    charge: Callable[[], AbstractContextManager[dict[str, Any]]],
-    purpose: tuple[str | int, ...],
-    *,
-    logprobs: bool = True,
-) -> tuple[list[str], dict[str, Any]]:
-    """Make the shards that are not there; returns (status of every trajectory, details)."""
-    statuses: list[str] = []
-    verdicts: Counter[str] = Counter()
-    tokens = 0
-    with progress("collect", sum(len(s.prompts) * s.samples for s in shards), "trajectories") as bar:
-        for shard in shards:
-            path = folder / f"{shard.name}.parquet"
-            if path.is_file():
-                rows = _stored(path, shard)
-            else:
-                with charge() as entry:
-                    seed = derived_seed(config.seed, *purpose, shard.name)
-                    rows = _sample(config, policy, judge, generate, shard, seed)
-                    if logprobs:
-                        _add_logprobs(config, policy, rows)
-                    entry["passes"] = 1 + logprobs
-                    entry["tokens"] = sum(len(row["completion_ids"]) for row in rows)
-                    entry["prompt_tokens"] = sum(len(row["prompt_ids"]) for row in rows)
-                write_table(path, rows, TRAJECTORIES)
-            statuses += [row["status"] for row in rows]
-            verdicts.update(row["verdict"] for row in rows)
-            tokens += sum(len(row["completion_ids"]) for row in rows)
-            bar.advance(len(rows))
-    details = {"generated_tokens": tokens, "shards": len(shards), "verdicts": dict(sorted(verdicts.items()))}
-    return statuses, details
+def _sample_all(sampler: Sampler, shards: Sequence[Shard], world: World) -> tuple[list[str], dict[str, Any]]:
+    """Make the shards that are not there; returns (status of every trajectory, details), of the first process."""
+    missing = world.from_main(lambda: sampler.missing(shards))
+    kept = [shard for place, shard in enumerate(shards) if place not in set(missing)]
+    own = [shards[place] for place in world.share(missing)]
+    found: dict[str, _Found] = {}
+    with progress(world.titled("collect"), sum(map(len, (*kept, *own))), "trajectories") as bar:
+        for shard in kept:
+            if world.is_main:
+                found[shard.name] = _found(_stored(sampler.folder, shard))
+            bar.advance(len(shard))
+        for shard in own:
+            found[shard.name] = _found(sampler.make(shard))
+            bar.advance(len(shard))
+    world.barrier()
+    if not world.is_main:
+        return [], {}
+    wait_for_files(sampler.folder / shard.file for shard in shards)
+    return _summed([found.get(shard.name) or _found(_stored(sampler.folder, shard)) for shard in shards])
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What a shard adds to the account of a collection."""
+
+    statuses: Sequence[str]
+    verdicts: Counter[str]
+    tokens: int
+
+
+def _found(rows: Sequence[Mapping[str, Any]]) -> _Found:
+    tokens = sum(len(row["completion_ids"]) for row in rows)
+    return _Found([row["status"] for row in rows], Counter(row["verdict"] for row in rows), tokens)
+
+
+def _summed(shards: Sequence[_Found]) -> tuple[list[str], dict[str, Any]]:
+    """Status of every trajectory, and details."""
+    verdicts = sum((shard.verdicts for shard in shards), Counter[str]())
+    details = {
+        "generated_tokens": sum(shard.tokens for shard in shards),
+        "shards": len(shards),
+        "verdicts": dict(sorted(verdicts.items())),
+    }
+    return [status for shard in shards for status in shard.statuses], details
 
 
 def _longest(config: Config, policy: Policy) -> int | None:
@@ -231,8 +285,9 @@ def plan(
     return shards, too_long
 
 
-def _stored(path: Path, shard: Shard) -> list[dict[str, Any]]:
-    """A shard from an earlier attempt, held to the prompts it must contain."""
+def _stored(folder: Path, shard: Shard) -> list[dict[str, Any]]:
+    """A shard that an earlier attempt or another process has made, held to the prompts it must contain."""
+    path = folder / shard.file
     rows = read_table(path, TRAJECTORIES).to_pylist()
     expected = [(row["prompt_id"], sample) for row in shard.prompts for sample in range(shard.samples)]
     if [(row["prompt_id"], row["sample"]) for row in rows] != expected:
