@@ -58,21 +58,25 @@ class Launched(World):
         return found
 
     def gather(self, value: T) -> list[T]:
+        self.barrier()  # waits without an end, as a collective does not
         values: list[Any] = [None] * self.size
         group.all_gather_object(values, value)
         return values
 
     def add(self, tensors: Mapping[str, Tensor]) -> None:
+        self.barrier()
         for name in sorted(tensors):
             wide = tensors[name].double()
             group.all_reduce(wide)
             tensors[name].copy_(wide)
 
     def copy_main(self, tensors: Mapping[str, Tensor]) -> None:
+        self.barrier()
         for name in sorted(tensors):
-            same = tensors[name].contiguous()
-            group.broadcast(same, src=0)
-            tensors[name].copy_(same)
+            if tensors[name].numel():
+                same = tensors[name].contiguous()
+                group.broadcast(same, src=0)
+                tensors[name].copy_(same)
 
     def connect(self, *, cpu: bool, timeout_s: float) -> None:
         from accelerate import PartialState

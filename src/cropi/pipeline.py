@@ -155,14 +155,16 @@ class Pipeline:
                     stage,
                     self.config.arms[arm.name],
                     [i for i, status in zip(prompts, statuses, strict=True) if status == NOT_SAMPLED],
+                    self.world,
                 )
-                entry["tokens"] = result[1]["tokens"]
-                entry["computed_tokens"] = result[1]["tokens_computed"]
-                entry["validation_tokens"] = result[1]["validation_tokens"]
+                if self.world.is_main:
+                    entry["tokens"] = result[1]["tokens"]
+                    entry["computed_tokens"] = result[1]["tokens_computed"]
+                    entry["validation_tokens"] = result[1]["validation_tokens"]
             return result
 
         made_from = inputs | {"policy": origin}
-        manifest = build(arm.scores(stage), "scores", make, inputs=made_from, made_by="cropi score")
+        manifest = build(arm.scores(stage), "scores", make, inputs=made_from, made_by="cropi score", **self._in_parts)
         say(f"scores of stage {stage}: {counts_text(manifest.counts)}")
         text = drift_warning(manifest.details["drift"], stage, refreshing=self.config.refresh.active)
         if text is not None:

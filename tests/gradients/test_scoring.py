@@ -1,6 +1,7 @@
 """The `score` stage on hand-made trajectories: rows, statuses, the feature store, and what an interruption costs."""
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from cropi.artifacts import TRAJECTORIES, read_table, scores_schema
 from cropi.config import Config
 from cropi.errors import ArtifactError, ConfigError, SignalError
 from cropi.functional.influence import influence as equation
-from cropi.gradients import scoring
+from cropi.gradients import parts, scoring, storing
 from cropi.gradients.groups import Group, iterate_groups
 from cropi.gradients.influence import influence
 from cropi.gradients.scorer import Scorer
@@ -206,8 +207,39 @@ def test_a_store_meets_a_new_validation_set(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_store_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scoring, "BLOCK", 4)
+    monkeypatch.setattr(storing, "BLOCK", 4)
     whole, all_of_it = run(tmp_path / "a", "score.store=float32")
+    again, rest = run_twice(tmp_path / "b", monkeypatch, "score.store=float32")
+    assert again == whole
+    assert 0 < rest["tokens_computed"] < all_of_it["tokens_computed"]
+    assert (tmp_path / "a/features/features.bin").read_bytes() == (tmp_path / "b/features/features.bin").read_bytes()
+
+
+@pytest.mark.parametrize("errors", ["false", "true"])
+def test_an_interrupted_scoring_goes_on_with_the_next_part(
+    errors: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parts, "PART", 4)
+    settings = f"score.standard_errors={errors}"
+    whole, details = run(tmp_path / "a", settings)
+    again, same = run_twice(tmp_path / "b", monkeypatch, settings)
+    assert (again, same) == (whole, details)
+    assert sorted(path.name for path in (tmp_path / "b" / "scores").iterdir()) == ["scores.parquet"]
+
+
+def test_parts_of_another_policy_are_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts, "PART", 4)
+    whole, _ = run(tmp_path / "a")
+    with monkeypatch.context() as patch:
+        patch.setattr(scoring, "weights_identity", lambda model: "another")
+        again, _ = run_twice(tmp_path / "b", monkeypatch, after=patch.undo)
+    assert again == whole
+
+
+def run_twice(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, *overrides: str, after: Callable[[], None] | None = None
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Interrupted in the second block of groups, and then to the end."""
     calls = 0
 
     def interrupted(self: Scorer, *args: Any, **kwargs: Any) -> Any:
@@ -221,11 +253,10 @@ def test_an_interrupted_store_goes_on_where_it_stopped(tmp_path: Path, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr(Scorer, "__call__", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            run(tmp_path / "b", "score.store=float32")
-    again, rest = run(tmp_path / "b", "score.store=float32")
-    assert again == whole
-    assert 0 < rest["tokens_computed"] < all_of_it["tokens_computed"]
-    assert (tmp_path / "a/features/features.bin").read_bytes() == (tmp_path / "b/features/features.bin").read_bytes()
+            run(folder, *overrides)
+    if after is not None:
+        after()
+    return run(folder, *overrides)
 
 
 def test_a_store_of_another_projection_is_refused(tmp_path: Path) -> None:

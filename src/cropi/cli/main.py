@@ -80,7 +80,7 @@ def score(
     as_json: AsJson = False,
 ) -> None:
     """Influence of every prompt on the validation sets."""
-    pipeline = open_pipeline(config, overrides)
+    pipeline = open_pipeline(config, overrides, join())
     arm = pipeline.arm_at(stage, checkpoint)
     policy, origin = pipeline.policy_at(arm, stage, checkpoint)
     manifest = pipeline.score(arm, stage, policy.model, origin)

@@ -12,10 +12,10 @@ from cropi.gradients.packing import Segment, Span
 
 
 class DenseReader:
-    """The sum of the gradients of all segments, by parameter name, and the mean input of each linear layer.
+    """The sum of the gradients of all segments, by parameter name, and the inputs of each linear layer.
 
     One matrix product per layer and pack: a third forward pass of work. Shapes are those of the parameters; float32, or
-    wider where the parameters are. The mean counts a prompt once, however its group is divided; `vocabulary` names the
+    wider where the parameters are. Inputs count a prompt once, however its group is divided; `vocabulary` names the
     head's weight, which sees predictions instead of tokens.
     """
 
@@ -34,9 +34,10 @@ class DenseReader:
         self._inputs: dict[str, tuple[int, Tensor]] = {}
         return False
 
-    def mean_inputs(self) -> dict[str, Tensor]:
-        """The mean over tokens of what each linear layer was given, by the name of its weight; float64."""
-        return {name: total / count for name, (count, total) in self._inputs.items()}
+    def input_sums(self) -> dict[str, Tensor]:
+        """Of each linear layer, by the name of its weight: the number of tokens, and the sum over them of what it was
+        given; (1 + I,), float64."""
+        return {name: torch.cat([total.new_tensor([count]), total]) for name, (count, total) in self._inputs.items()}
 
     def begin(self, segments: Sequence[Segment]) -> None:
         self._fresh = None  # which tokens are met for the first time; None: all

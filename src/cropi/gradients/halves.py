@@ -32,7 +32,11 @@ def score_by_halves(scorer: Scorer, groups: Sequence[Group], advance: Callable[[
     """
     if scorer.estimator != "sketch":
         raise ValueError("halves need estimator='sketch'")
-    parts = [_block(scorer, groups[at : at + BLOCK], advance) for at in range(0, len(groups), BLOCK)]
+    return joined([_block(scorer, groups[at : at + BLOCK], advance) for at in range(0, len(groups), BLOCK)])
+
+
+def joined(parts: Sequence[Scored]) -> Scored:
+    """What is known of several lots of groups as of one, without their features."""
     return Scored(
         np.concatenate([part.products_NV for part in parts]),
         np.concatenate([part.norms_N for part in parts]),
@@ -40,7 +44,7 @@ def score_by_halves(scorer: Scorer, groups: Sequence[Group], advance: Callable[[
         None,
         sum(part.tokens_computed for part in parts),
         np.concatenate([part.errors_NV for part in parts if part.errors_NV is not None]),
-        np.array([group.pass_rate for group in groups], dtype=np.float64),
+        np.concatenate([part.pass_rates_N for part in parts if part.pass_rates_N is not None]),
     )
 
 
@@ -60,6 +64,8 @@ def _block(scorer: Scorer, groups: Sequence[Group], advance: Callable[[int], Non
         products_NV=products_NHV.sum(axis=1),
         norms_N=features_ND.double().norm(dim=1).numpy(),
         ratio_facts_NR=facts_NR,
-        features_ND=features_ND,
+        features_ND=None,
+        ratios=(),
+        pass_rates_N=np.array([group.pass_rate for group in groups], dtype=np.float64),
         errors_NV=np.abs(products_NHV[:, 0] - products_NHV[:, 1]),
     )

@@ -15,18 +15,19 @@ from torch import Tensor, nn
 from cropi.artifacts import OK
 from cropi.errors import SignalError
 from cropi.functional import influence as functional
-from cropi.functional.agreement import spearman_brown
 from cropi.functional.projection import SparseProjection, principal_directions
+from cropi.gradients.directions import REFERENCE_TOKENS, Directions, by_group
 from cropi.gradients.engine import Engine, Work, segment_of
-from cropi.gradients.exact import DenseReader, ExactReader
+from cropi.gradients.exact import ExactReader
 from cropi.gradients.groups import Group
 from cropi.gradients.numerics import inner, norm, widened
 from cropi.gradients.packing import Segment
 from cropi.gradients.ratios import FACTS, RatioMoments
-from cropi.gradients.reference import prompt_gradient, trainable_parameters
+from cropi.gradients.reference import prompt_gradient
 from cropi.gradients.sketch import GradientMap, SketchReader, StructuredMap, UniformMap, project
 from cropi.gradients.surrogate import SurrogateSettings
 from cropi.gradients.units import Units, unit_segments, unit_signs, without_signal
+from cropi.world import ALONE, World
 
 Estimator = Literal["exact", "sketch", "reference"]
 Score = functional.Score
@@ -36,9 +37,6 @@ BLOCK = 256
 
 TRAJECTORIES = 512
 """Trajectories whose features are in memory at once where each has one of its own."""
-
-REFERENCE_TOKENS = 8192
-"""Padded tokens of a forward pass of the reference estimator, unless told otherwise."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,8 @@ class Scorer:
 
     `exact`: without projection, by (2 + V) forward passes of work at most, often 3; `sketch`: through a
     `SparseProjection`, about 2; `reference`: by autograd, one group at a time, at least 3. `lengths`: have those
-    of the gradients even where the score needs none.
+    of the gradients even where the score needs none. The processes of a `world` aim together: each takes a share of
+    the validation groups, and all come to the same directions. What they are asked about after that is their own.
     """
 
     def __init__(
@@ -84,13 +83,14 @@ class Scorer:
         projection: SparseProjection | None = None,
         batch_tokens: int | None = None,
         lengths: bool = False,
+        world: World = ALONE,
     ) -> None:
         self.estimator, self.score, self._mean = estimator, score, validation_mean
         self._lengths = lengths or score != "dot"
         self.projection = projection or SparseProjection()
         self.layer_directions: dict[str, Tensor] = {}
         self.settings = settings
-        self._model, self._batch_tokens = model, batch_tokens
+        self.model, self._batch_tokens, self._world = model, batch_tokens, world
         self._engine = None if estimator == "reference" else Engine(model, settings, batch_tokens)
 
     def aim(
@@ -102,13 +102,15 @@ class Scorer:
         """Make the directions of validation sets. SignalError where one is empty or not a finite number.
 
         Afterwards `direction_reliability` holds, by set, the correlation in direction to be expected between this
-        direction and one from as many other prompts; see `_direction`.
+        direction and one from as many other prompts; see `Directions`.
 
         `layer_directions` are the U of a structured mask by parameter name, where features of earlier work are to be
         compared; by default they are made from the validation sets.
         """
-        self._mean_inputs: dict[str, Tensor] = {}
-        found = [self._direction(name, groups, advance) for name, groups in validation.items()]
+        direct = Directions(
+            self.model, self._engine, self.settings, self._mean, self._batch_tokens, self._mean_log_ratios, self._world
+        )
+        found = [direct(name, groups, advance) for name, groups in validation.items()]
         self._directions = [direction for direction, _ in found]
         self.direction_reliability = {name: value for name, (_, value) in zip(validation, found, strict=True)}
         self._norms_V = np.array([norm(direction) for direction in self._directions])
@@ -122,7 +124,8 @@ class Scorer:
                 )
         if self.estimator == "sketch":
             if self.projection.mask == "structured":
-                self.layer_directions = dict(layer_directions or self._make_layer_directions())
+                self.layer_directions = dict(layer_directions or self._make_layer_directions(direct.mean_inputs))
+                self._world.copy_main(self.layer_directions)
             self._map = self._make_map()
             self.features_VD = torch.stack([project(self._map, direction) for direction in self._directions]).cpu()
             self._norms_V = self.features_VD.double().norm(dim=1).numpy()
@@ -277,7 +280,7 @@ class Scorer:
     ) -> tuple[Scored, Work]:
         """Segments through the engine: `count` rows of products, lengths (of `exact` only with `norms`) and facts."""
         assert self._engine is not None
-        after = _by_group(advance)
+        after = by_group(advance)
         if self.estimator == "exact":
             exact = ExactReader(self._directions, count, norms=norms, repeated=self._engine.repeated)
             work = self._engine.run(segments, exact, after=after, divisible=not norms)
@@ -299,7 +302,7 @@ class Scorer:
             if group.status != OK:
                 continue
             found = prompt_gradient(
-                self._model, group, self.settings, batch_tokens=self._batch_tokens or REFERENCE_TOKENS
+                self.model, group, self.settings, batch_tokens=self._batch_tokens or REFERENCE_TOKENS
             )
             products_NV[index] = [inner(found.gradients, direction) for direction in self._directions]
             norms_N[index] = norm(found.gradients)
@@ -309,64 +312,6 @@ class Scorer:
                 advance(1)
         return Scored(products_NV, norms_N, facts_NR, None, tokens)
 
-    def _direction(
-        self, name: str, groups: Sequence[Group], advance: Callable[[int], None] | None
-    ) -> tuple[dict[str, Tensor], float]:
-        """The mean gradient of a validation set by parameter name, and its reliability: the cosine between the means of
-        every other prompt and of the others, stepped up to all of them (Spearman-Brown). NaN for a single prompt.
-        """
-        if not groups:
-            raise SignalError("it has no group", where=f"validation set {name}", fix="give it prompts.")
-        weighted_sum = self._reference_sum if self._engine is None else self._engine_sum
-        total, rest = (weighted_sum(groups[half::2], len(groups), advance) for half in (0, 1))
-        norms = norm(total) * norm(rest)
-        halves = inner(total, rest) / norms if norms else math.nan
-        for parameter, gradient in rest.items():
-            total[parameter] += gradient
-        return total, -math.inf if halves <= -1 else spearman_brown(halves)
-
-    def _engine_sum(
-        self, groups: Sequence[Group], count: int, advance: Callable[[int], None] | None
-    ) -> dict[str, Tensor]:
-        """The groups' part of the mean gradient of `count` groups."""
-        assert self._engine is not None
-        norms_M, logs = np.ones(len(groups)), self._mean_log_ratios(groups)
-        if self._mean == "normalized":
-            nothing = [{name: torch.zeros_like(p) for name, p in self._engine.parameters.items()}]
-            reader = ExactReader(nothing, len(groups), norms=True, repeated=self._engine.repeated)
-            found = [segment_of(index, group, self.settings, None, logs[index]) for index, group in enumerate(groups)]
-            self._engine.run([segment for segment in found if segment is not None], reader, divisible=False)
-            norms_M = reader.squares_N.clamp(min=0).sqrt().numpy()
-        weights = functional.mean_weights(norms_M, self._mean, count).tolist()
-        dense = DenseReader(self._engine.parameters, self._engine.vocabulary)
-        segments = [
-            segment_of(index, group, self.settings, [weight] * len(group.completions), logs[index])
-            for index, (group, weight) in enumerate(zip(groups, weights, strict=True))
-        ]
-        self._engine.run([segment for segment in segments if segment is not None], dense, after=_by_group(advance))
-        for layer, mean_I in dense.mean_inputs().items():
-            self._mean_inputs[layer] = self._mean_inputs.get(layer, 0.0) + mean_I
-        return dense.gradients
-
-    def _reference_sum(
-        self, groups: Sequence[Group], count: int, advance: Callable[[int], None] | None
-    ) -> dict[str, Tensor]:
-        total = {
-            name: torch.zeros_like(p, dtype=torch.float64) for name, p in trainable_parameters(self._model).items()
-        }
-        for group in groups:
-            if group.status != OK:
-                continue
-            found = prompt_gradient(
-                self._model, group, self.settings, batch_tokens=self._batch_tokens or REFERENCE_TOKENS
-            )
-            weight = functional.mean_weights(np.array([norm(found.gradients)]), self._mean, count)[0]
-            for name, gradient in found.gradients.items():
-                total[name] += gradient * weight
-            if advance is not None:
-                advance(1)
-        return total
-
     def _make_map(self) -> GradientMap:
         assert self._engine is not None
         parameters = self._engine.parameters
@@ -374,20 +319,15 @@ class Scorer:
             return UniformMap(self.projection, parameters)
         return StructuredMap(self.projection, parameters, self.layer_directions, self._engine.vocabulary)
 
-    def _make_layer_directions(self) -> dict[str, Tensor]:
+    def _make_layer_directions(self, mean_inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         assert self._engine is not None
         found = {}
         for name in sorted(self._engine.matrices):
             stacked = torch.cat([direction[name] for direction in self._directions])
             found[name] = widened(
-                principal_directions(stacked, self._mean_inputs[name], self.projection.rank).to(stacked.dtype)
+                principal_directions(stacked, mean_inputs[name], self.projection.rank).to(stacked.dtype)
             )
         return found
-
-
-def _by_group(advance: Callable[[int], None] | None) -> Callable[[Sequence[Segment]], None] | None:
-    """Count the groups of a pack."""
-    return None if advance is None else lambda members: advance(len({segment.index for segment in members}))
 
 
 def _facts(work: Work, count: int) -> Float[np.ndarray, "N R"]:

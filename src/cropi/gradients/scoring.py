@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from itertools import islice
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -26,21 +25,26 @@ from cropi.artifacts import (
 from cropi.config import Config, StrategyTable
 from cropi.console import Progress, progress, warn
 from cropi.errors import SignalError
-from cropi.functional.influence import gain
 from cropi.functional.projection import SparseProjection
 from cropi.functional.surrogate import NORMALIZER_OF_LOSS
 from cropi.gradients.budget import BudgetSettings, budgeted
 from cropi.gradients.candidates import candidate_groups
+from cropi.gradients.directions import pieces
 from cropi.gradients.evidence import validation_evidence
 from cropi.gradients.groups import Group, iterate_groups
 from cropi.gradients.halves import score_by_halves
-from cropi.gradients.influence import statuses
+from cropi.gradients.parts import Parts, Row, groups_of, known, make_parts, part_rows
 from cropi.gradients.ratios import FACTS
-from cropi.gradients.scorer import BLOCK, Scored, Scorer
-from cropi.gradients.store import FeatureStoreWriter, StoreIdentity, directions_digest, stored_directions
+from cropi.gradients.scorer import Scored, Scorer
+from cropi.gradients.store import keep_directions, stored_directions
+from cropi.gradients.storing import FeatureRequest, rows_of_store, store_features
 from cropi.gradients.surrogate import SurrogateSettings
 from cropi.gradients.validation import validation_groups, warn_of_noise
 from cropi.gradients.worth import drift, note_reliability
+from cropi.policy import weights_identity
+from cropi.world import ALONE, World
+
+__all__ = ["FeatureRequest", "make_scorer", "score", "surrogate_settings"]
 
 
 def surrogate_settings(config: Config, loss_type: str, scale_rewards: str | bool) -> SurrogateSettings:
@@ -61,18 +65,12 @@ def surrogate_settings(config: Config, loss_type: str, scale_rewards: str | bool
     )
 
 
-@dataclass(frozen=True)
-class FeatureRequest:
-    """Where a stage's features go if they are kept, and the identities of what they are made from."""
-
-    folder: Path
-    policy: str
-    tokenizer: str
-    trajectories: str
-
-
 def make_scorer(
-    config: Config, model: nn.Module, settings: SurrogateSettings, strategy: StrategyTable | None = None
+    config: Config,
+    model: nn.Module,
+    settings: SurrogateSettings,
+    strategy: StrategyTable | None = None,
+    world: World = ALONE,
 ) -> Scorer:
     """The scorer that a config asks for; for a strategy that aims at candidates, the one that it needs."""
     aims_at_candidates = strategy is not None and strategy.candidates_aimed_at > 0
@@ -85,6 +83,7 @@ def make_scorer(
         lengths=strategy is not None and strategy.reads_lengths,
         projection=SparseProjection(**config.score.projection.model_dump()),
         batch_tokens=config.score.batch_tokens,
+        world=world,
     )
 
 
@@ -100,6 +99,7 @@ def score(
     stage: int = 0,
     strategy: StrategyTable | None = None,
     not_sampled: Collection[str] = (),
+    world: World = ALONE,
 ) -> tuple[dict[str, int], dict[str, Any]]:
     """Write `scores.parquet` to `folder`: one row per training prompt, those without signal included (influence 0).
 
@@ -108,44 +108,42 @@ def score(
     `score.store`, features go to a store of their own first, and the scores are read off it. `previous` are the scores
     of the stage before, for `score.budget.rescore`. Under a strategy that aims at candidates, halves of a sample of the
     training prompts take the place of the validation sets: their mean gradients, each scaled to length 1, and `dot`.
-    Returns (rows by status, details). Raises SignalError where a validation set has no mixed group, or nothing is
-    finite.
+    Prompts are divided among the processes of `world`, but under `score.budget`, where the first scores alone. What an
+    interruption left in `folder` is gone on with. Returns (rows by status, details), to the first process. Raises
+    SignalError where a validation set has no mixed group, or nothing is finite.
     """
     validation = _aims(config, strategy, trajectories)
     names = list(validation)
     pools = strategy is not None and strategy.pools
     standard_errors = config.score.standard_errors and not (strategy and strategy.reads_lengths)  # of no use to lengths
     rows = _blank_rows(sources, names, frozenset(not_sampled))
-    mixed = _note_facts(trajectories["train"], rows)
-    scorer = make_scorer(config, model, settings, strategy)
-    given = computed = 0
-    with progress("score", len(mixed) + sum(map(len, validation.values())), "prompts") as bar:
-        if config.score.budget.active:
-            scorer.aim(validation, bar.advance)
-            parts = _score_with_budget(config, scorer, trajectories["train"], len(sources), previous, stage, bar)
-        elif config.score.store == "none":
-            scorer.aim(validation, bar.advance)
-            parts = _score_blocks(scorer, trajectories["train"], standard_errors, pools, bar)
-        else:
-            scorer.aim(validation, bar.advance, stored_directions(features.folder))
-            writer = _writer(config, settings, scorer, features, mixed)
-            parts = _score_into_store(writer, scorer, trajectories["train"], bar)
-        if strategy is None or strategy.aims_at_validation:
-            warn_of_noise(scorer.direction_reliability)
-        if pools:
-            evidence, computed = validation_evidence(scorer, validation)
-            write_table(folder / "validation.parquet", evidence, validation_scores_schema(names))
-        for part in parts:
-            _note_scores(rows, part, names)
-            given += sum(len(g.prompt_ids) * len(g.completions) + g.completion_tokens for g in part.groups)
-            computed += part.tokens_computed
-    given += sum(group.completion_tokens for groups in validation.values() for group in groups)
+    mixed = sorted(_note_facts(trajectories["train"], rows))
+    scorer = make_scorer(config, model, settings, strategy, world)
+    work = _Work(scorer, trajectories["train"], mixed, validation, world)
+    if config.score.budget.active:
+        found = work.with_budget(config, len(sources), previous, stage)
+    elif config.score.store == "none":
+        found = work.in_parts(Parts(folder, names, mixed), standard_errors, pools)
+    else:
+        found = work.by_features(features, config.score.store)
+    if strategy is None or strategy.aims_at_validation:
+        warn_of_noise(scorer.direction_reliability)
+    evidence, computed = validation_evidence(scorer, validation, world=world) if pools else ([], 0)
+    if not world.is_main:
+        return {}, {}
+    if pools:
+        write_table(folder / "validation.parquet", evidence, validation_scores_schema(names))
+    tokens = {"tokens": 0, "tokens_computed": computed}
+    for part in found:
+        _note_scores(rows, part, tokens)
+    tokens["tokens"] += sum(group.completion_tokens for groups in validation.values() for group in groups)
     counts = count_status(row["status"] for row in rows.values())
     _check_finite(counts)
     reliability = note_reliability(config, rows, names, stage) if standard_errors else None
     write_table(folder / "scores.parquet", list(rows.values()), scores_schema(names))
-    found = {"tokens": given, "tokens_computed": computed, "reliability": reliability}
-    return counts, found | _of_scorer(scorer) | _of_rows(rows.values()) | _of_aims(validation)
+    Parts(folder, names, mixed).drop()
+    details = {**tokens, "reliability": reliability}
+    return counts, details | _of_scorer(scorer) | _of_rows(rows.values()) | _of_aims(validation)
 
 
 def _aims(
@@ -163,7 +161,7 @@ def _of_scorer(scorer: Scorer) -> dict[str, Any]:
         "projection": scorer.projection.identity if scorer.estimator == "sketch" else None,
         "score": scorer.score,
         "normalizer": scorer.settings.normalizer,
-        "direction_reliability": {name: _known(value) for name, value in scorer.direction_reliability.items()},
+        "direction_reliability": {name: known(value) for name, value in scorer.direction_reliability.items()},
     }
 
 
@@ -190,56 +188,79 @@ def _blank_rows(sources: Mapping[str, str], names: list[str], not_sampled: froze
     }
 
 
-@dataclass(frozen=True)
-class _Part:
-    """Scores of some groups, in their order."""
+class _Work:
+    """Scoring of the groups with a signal, in one of three ways. Each gives rows of `part_schema`, part by part."""
 
-    groups: Sequence[Group]
-    values_NV: np.ndarray
-    norms_N: np.ndarray
-    ratio_facts_NR: np.ndarray
-    how: Sequence[str]
-    tokens_computed: int
-    errors_NV: np.ndarray | None = None
+    def __init__(
+        self,
+        scorer: Scorer,
+        table: pa.Table,
+        prompt_ids: Sequence[str],
+        validation: Mapping[str, Sequence[Group]],
+        world: World,
+    ) -> None:
+        self._scorer, self._table, self._world = scorer, table, world
+        self._prompt_ids, self._validation = prompt_ids, validation
+        own = [piece for groups in validation.values() for _, piece in world.share(pieces(groups))]
+        self._aimed_at = sum(map(len, own))
 
+    def in_parts(self, parts: Parts, standard_errors: bool, pools: bool) -> Iterable[list[Row]]:
+        """A file for every few groups, each by one process."""
+        policy = weights_identity(self._scorer.model)
+        self._world.from_main(lambda: parts.begin(policy))
+        missing = self._world.from_main(parts.missing)
+        own = sum(len(parts.ids(index)) for index in self._world.share(missing))
+        with self._progress(own) as bar:
+            self._scorer.aim(self._validation, bar.advance, stored_directions(parts.folder))
+            if self._world.is_main:
+                keep_directions(parts.folder, self._scorer.layer_directions)
 
-def _score_blocks(
-    scorer: Scorer, table: pa.Table, standard_errors: bool, pools: bool, bar: Progress
-) -> Iterator[_Part]:
-    groups = _mixed(table)
-    while block := list(islice(groups, BLOCK)):
-        if pools and not standard_errors:
-            scored = score_by_halves(scorer, block, bar.advance)
-        else:
-            scored = scorer(block, standard_errors=standard_errors, advance=bar.advance)
-        values_NV, how = scorer.values(scored), ["full"] * len(block)
-        yield _Part(
-            block, values_NV, scored.norms_N, scored.ratio_facts_NR, how, scored.tokens_computed, scored.errors_NV
+            def score(block: Sequence[Group]) -> list[Row]:
+                if pools and not standard_errors:
+                    scored = score_by_halves(self._scorer, block, bar.advance)
+                else:
+                    scored = self._scorer(block, standard_errors=standard_errors, advance=bar.advance)
+                return part_rows(block, parts.names, self._scorer.values(scored), scored, ["full"] * len(block))
+
+            make_parts(parts, self._table, score, missing, self._world)
+        return parts.rows()
+
+    def by_features(self, request: FeatureRequest, dtype: Literal["bfloat16", "float32"]) -> Iterable[list[Row]]:
+        """Features first, in shards, each by one process; the first one reads the scores off them."""
+        with self._progress(len(self._world.share(self._prompt_ids))) as bar:
+            self._scorer.aim(self._validation, bar.advance, stored_directions(request.folder))
+            store, computed = store_features(
+                request, dtype, self._scorer, self._table, self._prompt_ids, bar.advance, self._world
+            )
+        if store is None:
+            return []
+        return rows_of_store(store, self._scorer, self._table, list(self._validation), computed)
+
+    def with_budget(self, config: Config, pool: int, previous: pa.Table | None, stage: int) -> Iterable[list[Row]]:
+        """All groups at once, by the first process: which of them are scored in full depends on the others."""
+        budget = config.score.budget
+        settings = BudgetSettings(
+            trajectories=budget.trajectories,
+            contenders=budget.contenders,
+            rescore=budget.rescore,
+            fraction=config.select.fraction,
+            kappa=config.select.fusion.kappa,
+            truncate=config.select.fusion.truncate,
         )
+        with self._progress(len(self._prompt_ids)) as bar:
+            self._scorer.aim(self._validation, bar.advance)
+            if not self._world.is_main:
+                return []
+            groups = list(groups_of(self._table, self._prompt_ids))
+            before = _previous_values(previous, groups)
+            found = budgeted(
+                self._scorer, groups, settings, before, seed=config.seed, stage=stage, pool=pool, advance=bar.advance
+            )
+        scored = Scored(found.values_NV, found.norms_N, found.ratio_facts_NR, None, found.tokens_computed)
+        return [part_rows(groups, list(self._validation), found.values_NV, scored, found.how)]
 
-
-def _score_with_budget(
-    config: Config,
-    scorer: Scorer,
-    table: pa.Table,
-    pool: int,
-    previous: pa.Table | None,
-    stage: int,
-    bar: Progress,
-) -> Iterator[_Part]:
-    """All groups at once: which of them are scored in full depends on the others."""
-    groups, budget = list(_mixed(table)), config.score.budget
-    settings = BudgetSettings(
-        trajectories=budget.trajectories,
-        contenders=budget.contenders,
-        rescore=budget.rescore,
-        fraction=config.select.fraction,
-        kappa=config.select.fusion.kappa,
-        truncate=config.select.fusion.truncate,
-    )
-    known = _previous_values(previous, groups)
-    found = budgeted(scorer, groups, settings, known, seed=config.seed, stage=stage, pool=pool, advance=bar.advance)
-    yield _Part(groups, found.values_NV, found.norms_N, found.ratio_facts_NR, found.how, found.tokens_computed)
+    def _progress(self, groups: int) -> AbstractContextManager[Progress]:
+        return progress(self._world.titled("score"), groups + self._aimed_at, "prompts")
 
 
 def _previous_values(previous: pa.Table | None, groups: Sequence[Group]) -> np.ndarray | None:
@@ -249,64 +270,6 @@ def _previous_values(previous: pa.Table | None, groups: Sequence[Group]) -> np.n
     names = [name for name in previous.column_names if name.startswith("influence/")]
     known = {row["prompt_id"]: [row[name] for name in names] for row in previous.to_pylist() if row["status"] == OK}
     return np.array([known.get(group.prompt_id, [np.nan] * len(names)) for group in groups])
-
-
-def _writer(
-    config: Config, settings: SurrogateSettings, scorer: Scorer, features: FeatureRequest, prompt_ids: list[str]
-) -> FeatureStoreWriter:
-    assert config.score.store != "none"
-    identity = StoreIdentity(
-        projection=scorer.projection.identity,
-        directions=directions_digest(scorer.layer_directions),
-        policy=features.policy,
-        tokenizer=features.tokenizer,
-        trajectories=features.trajectories,
-        dtype=config.score.store,
-        dim=scorer.projection.dim,
-        **asdict(settings),
-    )
-    return FeatureStoreWriter(features.folder, identity, prompt_ids, BLOCK, scorer.layer_directions)
-
-
-def _score_into_store(writer: FeatureStoreWriter, scorer: Scorer, table: pa.Table, bar: Progress) -> Iterator[_Part]:
-    """Write the shards that are missing; then read all scores off the store, so that a resumed run has the same."""
-    missing, computed = set(writer.missing()), []
-    groups = _mixed(table)
-    for index, block in enumerate(iter(lambda: list(islice(groups, BLOCK)), [])):
-        if index not in missing:
-            bar.advance(len(block))
-            computed.append(0)
-            continue
-        scored = scorer(block, advance=bar.advance)
-        assert scored.features_ND is not None
-        writer.write_shard(index, scored.features_ND, _feature_rows(block, scored))
-        computed.append(scored.tokens_computed)
-    store = writer.finish()
-    values_NV = store.influence(scorer.features_VD) if scorer.score == "dot" else store.cosine(scorer.features_VD)
-    if scorer.score == "gain":
-        values_NV = gain(values_NV, np.array([group.pass_rate for group in _mixed(table)]))
-    facts = store.rows()
-    norms_N = facts.column("norm").to_numpy()
-    facts_NR = np.stack([facts.column(name).to_numpy() for name in FACTS], axis=1)
-    groups = _mixed(table)
-    for index, tokens in enumerate(computed):
-        part = slice(index * BLOCK, (index + 1) * BLOCK)
-        block = list(islice(groups, BLOCK))
-        yield _Part(block, values_NV[part], norms_N[part], facts_NR[part], ["full"] * len(block), tokens)
-
-
-def _feature_rows(groups: Sequence[Group], scored: Scored) -> list[dict[str, Any]]:
-    found = statuses(groups, scored.products_NV)
-    return [
-        {
-            "prompt_id": group.prompt_id,
-            "status": found[n],
-            "norm": float(scored.norms_N[n]),
-            **dict(zip(FACTS, scored.ratio_facts_NR[n].tolist(), strict=True)),
-            "tokens": group.completion_tokens,
-        }
-        for n, group in enumerate(groups)
-    ]
 
 
 def _note_facts(table: pa.Table, rows: Mapping[str, dict[str, Any]]) -> list[str]:
@@ -322,26 +285,16 @@ def _note_facts(table: pa.Table, rows: Mapping[str, dict[str, Any]]) -> list[str
     return mixed
 
 
-def _mixed(table: pa.Table) -> Iterator[Group]:
-    return (group for _, group in iterate_groups(table) if group is not None and group.status == OK)
-
-
-def _note_scores(rows: Mapping[str, dict[str, Any]], part: _Part, names: list[str]) -> None:
-    found = statuses(part.groups, part.values_NV)
-    for index, (group, status, how) in enumerate(zip(part.groups, found, part.how, strict=True)):
-        row = rows[group.prompt_id]
-        row |= {"status": status, "scored": how}
-        if status == OK:
-            row |= {f"influence/{name}": float(part.values_NV[index, v]) for v, name in enumerate(names)}
-            row["feature_norm"] = _known(part.norms_N[index])
-            row |= dict(zip(FACTS, map(_known, part.ratio_facts_NR[index]), strict=True))
-            if part.errors_NV is not None:
-                errors_V = map(_known, part.errors_NV[index])
-                row |= {f"standard_error/{name}": error for name, error in zip(names, errors_V, strict=True)}
-
-
-def _known(value: float) -> float | None:
-    return float(value) if np.isfinite(value) else None
+def _note_scores(rows: Mapping[str, Row], part: Sequence[Row], tokens: dict[str, int]) -> None:
+    """Enter what a part holds, and count its tokens."""
+    for row in part:
+        entered = rows[row["prompt_id"]]
+        entered |= {"status": row["status"], "scored": row["scored"]}
+        if row["status"] == OK:
+            names = (name for name in row if name not in {"tokens", "part_tokens"})
+            entered |= {name: row[name] for name in names}
+        tokens["tokens"] += row["tokens"]
+    tokens["tokens_computed"] += part[0]["part_tokens"] if part else 0
 
 
 def _check_finite(counts: Mapping[str, int]) -> None:

@@ -44,7 +44,8 @@ FEATURE_ROWS = pa.schema(
     ]
 )
 _RECORD = FEATURE_ROWS.append(pa.field("sha256", pa.string()))  # of the shard's bytes, the same in every row
-_DATA, _DIRECTIONS = "features.bin", "directions.safetensors"
+DIRECTIONS = "directions.safetensors"
+_DATA, _BEGUN = "features.bin", "begun.jsonl.part"
 
 # Numbers travel as the integers of their bit patterns: NumPy has no bfloat16.
 _FORMATS = {"bfloat16": (torch.bfloat16, torch.int16, "<i2"), "float32": (torch.float32, torch.int32, "<i4")}
@@ -86,11 +87,20 @@ def directions_digest(directions: Mapping[str, Tensor]) -> str:
 
 def stored_directions(folder: Path) -> dict[str, Tensor]:
     """U by parameter name, of a store finished or not, through which alone new gradients can meet its features."""
-    path = folder / _DIRECTIONS
+    path = folder / DIRECTIONS
     try:
         return load(path.read_bytes()) if path.is_file() else {}
     except SafetensorError as error:
         raise ArtifactError(f"cannot be read ({error})", where=str(path), fix=f"delete {folder}.") from None
+
+
+def keep_directions(folder: Path, directions: Mapping[str, Tensor]) -> None:
+    """Write U where `stored_directions` finds it; no file where there are none."""
+    if directions:
+        with artifacts.atomic_file(folder / DIRECTIONS) as temporary:
+            temporary.write_bytes(save({name: U.detach().cpu().contiguous() for name, U in directions.items()}))
+    else:
+        (folder / DIRECTIONS).unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
@@ -167,8 +177,11 @@ class FeatureStoreWriter:
         prompt_ids: Sequence[str],
         shard_rows: int = 256,
         directions: Mapping[str, Tensor] | None = None,
+        *,
+        begun: bool = False,
     ) -> None:
-        """`directions` are those that `identity` names; they may be left out where `folder` has them already.
+        """`directions` are those that `identity` names; they may be left out where `folder` has them already. `begun`:
+        another process has made a writer for it, and this one writes shards beside it.
 
         A store that was begun keeps its number of rows per shard, whatever `shard_rows` says: see `shard`. Raises
         ArtifactError where `folder` holds a store of another identity or of other prompts, or something else.
@@ -187,8 +200,10 @@ class FeatureStoreWriter:
             self._finished = open_store(folder, identity)
             _same(folder, have=self._finished.manifest.inputs, want=self._inputs)
             shutil.rmtree(self._shards, ignore_errors=True)
-        else:
+            return
+        if not begun:
             self._begin(directions)
+        self._join()
 
     def shard(self, index: int) -> slice:
         """The prompts of a shard."""
@@ -239,12 +254,11 @@ class FeatureStoreWriter:
     def _begin(self, directions: Mapping[str, Tensor] | None) -> None:
         """Make the files of an unfinished store, or go on with those that are there."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        begun = artifacts.read_jsonl(self._shards / "begun.jsonl.part")
+        begun = artifacts.read_jsonl(self._shards / _BEGUN)
         if begun:
             _same(self.folder, have=begun[0]["inputs"], want=self._inputs)
-            self.shard_rows = begun[0]["shard_rows"]
         else:
-            foreign = {p.name for p in self.folder.iterdir() if p.suffix != ".part"} - {_DIRECTIONS, self._shards.name}
+            foreign = {p.name for p in self.folder.iterdir() if p.suffix != ".part"} - {DIRECTIONS, self._shards.name}
             if foreign:
                 what = f"holds files that are no part of a feature store: {', '.join(sorted(foreign)[:5])}"
                 raise ArtifactError(what, where=str(self.folder), fix="give the store a folder of its own.")
@@ -254,23 +268,30 @@ class FeatureStoreWriter:
         self._keep_directions(directions)
         if not begun:
             known = {"inputs": self._inputs, "shard_rows": self.shard_rows}
-            artifacts.append_jsonl(self._shards / "begun.jsonl.part", known)
+            artifacts.append_jsonl(self._shards / _BEGUN, known)
         if (self.folder / _DATA).is_file():  # an interruption came between the renaming and the manifest
             (self.folder / _DATA).replace(self._part)
+        self._allocate(len(self.prompt_ids) * self._row_bytes)
+
+    def _join(self) -> None:
+        """Write beside what is there."""
+        artifacts.wait_for_files([self._shards / _BEGUN])
+        (begun,) = artifacts.read_jsonl(self._shards / _BEGUN)
+        _same(self.folder, have=begun["inputs"], want=self._inputs)
+        self.shard_rows = begun["shard_rows"]
         count = -(-len(self.prompt_ids) // self.shard_rows)
         self._records = [self._shards / f"{index:06d}.parquet.part" for index in range(count)]
-        self._allocate(len(self.prompt_ids) * self._row_bytes)
+
+    def wait_for_records(self) -> None:
+        """Until the shards that other processes have written are to be seen here."""
+        artifacts.wait_for_files(self._records)
 
     def _keep_directions(self, directions: Mapping[str, Tensor] | None) -> None:
         if directions is None:
             directions = stored_directions(self.folder) if self.identity.directions else {}
         if directions_digest(directions) != self.identity.directions:
             raise ValueError("the directions are not those that the store's identity names")
-        if directions:
-            with artifacts.atomic_file(self.folder / _DIRECTIONS) as temporary:
-                temporary.write_bytes(save({name: U.detach().cpu().contiguous() for name, U in directions.items()}))
-        else:
-            (self.folder / _DIRECTIONS).unlink(missing_ok=True)
+        keep_directions(self.folder, directions)
 
     def _allocate(self, size: int) -> None:
         """Give the data file its length. A disk that is too small is found here, before anything is computed."""

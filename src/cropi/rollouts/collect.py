@@ -31,7 +31,7 @@ from cropi.artifacts import (
 )
 from cropi.config import Config
 from cropi.console import progress, warn
-from cropi.errors import ArtifactError, DataError
+from cropi.errors import ArtifactError, ConfigError, DataError
 from cropi.functional.pooling import nearest_first, principal_points
 from cropi.functional.sampling import places
 from cropi.ledger import Ledger
@@ -119,16 +119,22 @@ def collect(
         warn("collect.top_p is below 1: the sampler is not the policy whose log-probs are stored, so ratios are biased")
     shards, too_long = plan(config, policy, prompts, sampled_prompts(config, prompts, representations))
     charge, logprobs = partial(ledger.charge_share, "collect"), config.collect.logprobs
-    with _generator(config, policy) as generate:
+    with _generator(config, policy, world) as generate:
         sampler = Sampler(config, policy, generate, judge, folder, charge, ("collect",), logprobs)
         statuses, details = _sample_all(sampler, shards, world)
     return count_status([PROMPT_TOO_LONG] * len(too_long) + statuses), details | {"too_long": too_long}
 
 
 @contextmanager
-def _generator(config: Config, policy: Policy) -> Iterator[Generator]:
+def _generator(config: Config, policy: Policy, world: World) -> Iterator[Generator]:
     """What completes prompts as the base policy does."""
     settings = config.collect
+    if settings.vllm is not None and world.size > 1:
+        raise ConfigError(
+            "vLLM starts processes of its own, on GPUs that the other processes of this launch use",
+            where="collect.vllm",
+            fix="collect without a launcher first, or start `vllm serve` and name it in collect.server.",
+        )
     if settings.vllm is not None:
         engine = VllmGenerator(policy, config.policy, settings.vllm)
         try:
