@@ -311,9 +311,12 @@ def build(
         return Manifest(**known)
     counts, details = make(folder) if shared or world.is_main else ({}, {})
     world.barrier()
-    return Manifest(
+    manifest = Manifest(
         **world.from_main(lambda: vars(finish(folder, kind, inputs=inputs, counts=counts, details=details)))
     )
+    if not world.is_main:
+        wait_for_files(folder / name for name in ("manifest.json", *manifest.files))
+    return manifest
 
 
 def _begin(folder: Path, kind: str, inputs: Mapping[str, str], made_by: str, keep_parts: bool) -> dict[str, Any] | None:

@@ -92,7 +92,9 @@ class Launched(World):
                 world_size=self.size,
                 timeout=timedelta(seconds=timeout_s),
             )
-        PartialState(cpu=cpu)  # what TRL's trainer asks; it takes the group that there is
+        PartialState(
+            cpu=cpu or not torch.cuda.is_available()
+        )  # what TRL's trainer asks; it takes the group that there is
 
     def fail(self, code: int) -> bool:
         try:

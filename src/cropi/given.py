@@ -26,10 +26,10 @@ class Given:
     settings: GRPOConfig
 
     @classmethod
-    def named_by(cls, config: Config) -> Given:
+    def named_by(cls, config: Config, processes: int = 1) -> Given:
         """What a config names. Settings that TRL refuses are refused here, before anything is written."""
         policy = load_policy(config.policy)
-        settings = grpo_config(config, config.folder, policy.device)
+        settings = grpo_config(config, config.folder, policy.device, processes)
         return cls(policy, fingerprint(config.policy), judge_of(config.verifier, config.verification), settings)
 
 

@@ -59,7 +59,7 @@ class Pipeline:
         self.config, self.world = config, world
         if given is None and not config.prompts.test:
             raise ConfigError("there is no test set", where="prompts.test", fix="name one: a run is judged by it.")
-        given = given or Given.named_by(config)
+        given = given or Given.named_by(config, world.size)
         self._given, self._base_identity = given.policy, given.identity
         self._replica = Replica(given.policy, config.policy)
         self.judge, self.settings = given.judge, given.settings
@@ -80,8 +80,8 @@ class Pipeline:
         """The policy before training, as it is asked."""
         return Policy(self._replica.of(self._given.model), self._given.tokenizer)
 
-    def run(self) -> Summary:
-        """Prompts to report."""
+    def run(self) -> Summary | None:
+        """Prompts to report, of which the first process makes the summary."""
         self.collect()
         for arm in self.space.arms.values():
             self.train(arm)
@@ -295,8 +295,8 @@ class Pipeline:
     def train(self, arm: Arm) -> Path:
         """Train all stages of an arm, evaluating on schedule from the base policy on; returns the last checkpoint."""
         self.evaluate_base()
-        settings = grpo_config(self.config, arm.checkpoints, self._given.device)
-        forget_after(arm.evaluation, newest_checkpoint(arm.checkpoints)[1])
+        settings = grpo_config(self.config, arm.checkpoints, self._given.device, self.world.size)
+        self.world.from_main(lambda: forget_after(arm.evaluation, newest_checkpoint(arm.checkpoints)[1]))
         policy = load_policy(self.config.policy, dtype=self.config.policy.trained_in)
         status_of = dict(
             zip(self.space.train_prompts, self.trajectories.statuses(self.trajectories.base_groups), strict=True)
@@ -316,33 +316,36 @@ class Pipeline:
             stages=self.config.train.stages,
             steps_per_stage=self.config.train.steps_per_stage,
             evaluate_every=self.config.evaluate.every or self.config.train.steps_per_stage,
-            reward=RecordedReward(self.judge, arm.rewards),
+            reward=RecordedReward(self.judge, arm.rewards, self.world),
             select_stage=lambda stage, model, in_progress: self.select_stage(arm, stage, model, in_progress),
             evaluate=lambda step, model: self._evaluate(model, step, arm.evaluation, arm.name),
-            evaluated=lambda step: step in read_evaluations(arm.evaluation),
+            evaluated=lambda step: self._is_evaluated(arm.evaluation, step),
             folder=arm.folder,
             record_to=arm.rollouts if self.trajectories.reuses(arm) else None,
             dynamic_sampling=self.config.train.dynamic_sampling,
+            world=self.world,
         )
         final = train(task, policy)
         total = self.config.train.stages * self.config.train.steps_per_stage
-        if total not in read_evaluations(arm.evaluation):  # a damaged one that was deleted
+        if not self._is_evaluated(arm.evaluation, total):  # a damaged one that was deleted
             self._evaluate(load_policy(self.config.policy, str(final)).model, total, arm.evaluation, arm.name)
         return final
 
     def evaluate_base(self) -> None:
         """Accuracy before training, the common first point of all arms."""
-        if 0 not in read_evaluations(self.space.evaluation):
+        if not self._is_evaluated(self.space.evaluation, 0):
             self._evaluate(self.base.model, 0, self.space.evaluation, "")
+
+    def _is_evaluated(self, folder: Path, step: int) -> bool:
+        return self.world.from_main(lambda: step in read_evaluations(folder))
 
     def evaluate_at(self, checkpoint: Path | None) -> pa.Table:
         """Accuracy of the base policy or of any checkpoint, read back where it has been measured."""
         self.prompts()
         arm = None if checkpoint is None else self.arm_at(0, checkpoint)
         folder = self.space.evaluation if arm is None else arm.evaluation
-        known = read_evaluations(folder)
-        if 0 in known:
-            return known[0]
+        if self._is_evaluated(folder, 0):
+            return read_evaluations(folder)[0]
         policy = self.base if checkpoint is None else load_policy(self.config.policy, str(checkpoint))
         return self._evaluate(policy.model, 0, folder, "" if arm is None else arm.folder.name)
 
@@ -365,6 +368,8 @@ class Pipeline:
                 step=step,
                 seed=seed,
                 folder=folder,
+                block=self.config.collect.batch_size,
+                world=self.world,
             )
 
     @cached_property
@@ -385,9 +390,9 @@ class Pipeline:
 
     # -- report ------------------------------------------------------------------------------------------------------
 
-    def report(self) -> Summary:
-        """Write report.html, report.md and summary.json from what the folder holds."""
-        return make_report(self.config, self.space.folder)
+    def report(self) -> Summary | None:
+        """Write report.html, report.md and summary.json from what the folder holds; the first process does."""
+        return make_report(self.config, self.space.folder) if self.world.is_main else None
 
 
 def _group_facts(table: pa.Table) -> dict[str, tuple[str, float]]:

@@ -88,17 +88,18 @@ class Arm:
         return self.folder / "rewards.jsonl"
 
 
-def rollout_file(folder: Path, step: int, batch: int) -> Path:
-    """The file of a generation batch of training: by the optimiser step it was sampled at and its place in the step."""
-    return folder / f"part-{step:06}-{batch:03}.parquet"
+def rollout_file(folder: Path, step: int, batch: int, rank: int = 0) -> Path:
+    """The file of a process's part of a generation batch of training: by the optimiser step it was sampled at, its
+    place in the step, and the process if it is not the first."""
+    return folder / f"part-{step:06}-{batch:03}{f'-{rank:03}' if rank else ''}.parquet"
 
 
-def rollout_files(folder: Path) -> dict[tuple[int, int], Path]:
-    """The files of `rollout_file` that are there by (step, batch), oldest first."""
+def rollout_files(folder: Path) -> dict[tuple[int, int, int], Path]:
+    """The files of `rollout_file` that are there by (step, batch, process), oldest first."""
     found = {}
     for path in folder.glob("part-*-*.parquet"):
-        step, batch = path.stem.split("-")[1:]
-        found[int(step), int(batch)] = path
+        step, batch, *rank = map(int, path.stem.split("-")[1:])
+        found[step, batch, rank[0] if rank else 0] = path
     return dict(sorted(found.items()))
 
 

@@ -2,42 +2,18 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from torch.distributed import HashStore
+from tests.distributed.threads import together
 
 from cropi.artifacts import build, is_finished, read_jsonl
-from cropi.distributed import Launched
 from cropi.errors import ArtifactError
 from cropi.ledger import Ledger
 from cropi.world import ALONE, OtherFailed, World, first, launched
-
-
-def together(work: Callable[[World], Any], size: int = 2) -> list[Any]:
-    """What each of some processes comes to: a value or an exception."""
-    store, found = HashStore(), [None] * size
-
-    def one(rank: int) -> None:
-        world = Launched(store, rank, size)
-        try:
-            found[rank] = work(world)
-        except Exception as error:
-            if not isinstance(error, OtherFailed):
-                world.fail(2)
-            found[rank] = error  # type: ignore[call-overload]
-
-    threads = [threading.Thread(target=one, args=(rank,), daemon=True) for rank in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=30)
-        assert not thread.is_alive(), "a process waits for ever"
-    return found
 
 
 def test_every_piece_of_work_falls_to_one_process() -> None:

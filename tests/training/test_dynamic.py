@@ -214,7 +214,7 @@ def test_refills_go_on_in_the_walk_through_the_selection(whole: tuple[Path, Spy,
 def test_all_sampled_groups_are_kept_as_rollouts(whole: tuple[Path, Spy, dict[str, Tensor]]) -> None:
     folder = whole[0]
     for step in range(6):
-        files = [path for (at, _), path in rollout_files(folder / "rollouts").items() if at == step]
+        files = [path for (at, *_), path in rollout_files(folder / "rollouts").items() if at == step]
         rows = [row for path in files for row in read_table(path, TRAJECTORIES).to_pylist()]
         judged = [row for row in read_jsonl(folder / "rewards.jsonl") if row["step"] == step]
         wanted = {(i, r) for line in judged for i, r in zip(line["prompt_ids"], line["rewards"], strict=True)}

@@ -108,22 +108,22 @@ def as_trained(rows: list[dict[str, Any]]) -> Counter[Any]:
 @pytest.mark.parametrize(
     ("overrides", "batches"),
     [
-        ((), [(0, 0), (1, 0), (2, 0), (3, 0)]),
+        ((), [(0, 0, 0), (1, 0, 0), (2, 0, 0), (3, 0, 0)]),
         # two generation batches in a step, each split over two micro-steps and shuffled
-        (ACCUMULATED, [(step, batch) for step in range(4) for batch in range(2)]),
+        (ACCUMULATED, [(step, batch, 0) for step in range(4) for batch in range(2)]),
         # two steps on a generation batch: TRL takes the log-probs of the sampling policy itself
-        (("trainer.num_iterations=2", "trainer.save_steps=2"), [(0, 0), (2, 0)]),
+        (("trainer.num_iterations=2", "trainer.save_steps=2"), [(0, 0, 0), (2, 0, 0)]),
     ],
     ids=["plain", "accumulated", "two updates"],
 )
 def test_rollouts_are_what_was_trained_on_with_the_log_probs_of_the_policy_that_sampled(
-    overrides: tuple[str, ...], batches: list[tuple[int, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    overrides: tuple[str, ...], batches: list[tuple[int, int, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spy = Spy(monkeypatch)
     run(tmp_path, *overrides)
     found = recorded(tmp_path)
     assert list(found) == batches
-    for step in {step for step, _ in batches}:
+    for step in {step for step, *_ in batches}:
         rows = [row for key, part in found.items() if key[0] == step for row in part]
         own = differences(tmp_path, step, rows)
         assert float(own.max()) < 2e-5
@@ -139,7 +139,7 @@ def test_rollouts_are_what_was_trained_on_with_the_log_probs_of_the_policy_that_
 
 def test_under_mixed_precision_they_are_near_the_plain_policys(tmp_path: Path) -> None:
     run(tmp_path, "trainer.bf16=true")
-    for (step, _), rows in recorded(tmp_path).items():
+    for (step, *_), rows in recorded(tmp_path).items():
         assert 1e-4 < float(differences(tmp_path, step, rows).mean()) < 0.02
 
 
@@ -152,9 +152,9 @@ def test_recording_changes_no_weight_and_a_resumed_run_records_the_same(tmp_path
     for step in (3, 4):
         shutil.rmtree(tmp_path / "cut" / "checkpoints" / f"checkpoint-{step}")
     left = rollout_files(tmp_path / "cut" / "rollouts")
-    left[3, 0].unlink()  # killed in the step that wrote it, which leaves a beginning
+    left[3, 0, 0].unlink()  # killed in the step that wrote it, which leaves a beginning
     (tmp_path / "cut" / "rollouts" / ".part-000003-000.parquet.123.part").write_text("")
-    left[2, 0].write_bytes(left[1, 0].read_bytes())  # of the attempt that was cut off: to be made anew
+    left[2, 0, 0].write_bytes(left[1, 0, 0].read_bytes())  # of the attempt that was cut off: to be made anew
     run(tmp_path / "cut")
     whole, again = (
         {p.name: p.read_bytes() for p in (tmp_path / name / "rollouts").iterdir()} for name in ("whole", "cut")
@@ -185,7 +185,7 @@ def test_only_complete_groups_count_and_the_last_of_a_prompt(tmp_path: Path) -> 
     recorder.note([2], logprobs[[0]])  # a second pass over a row: by then the policy has moved
     assert rollout_files(tmp_path / "rollouts") == {}
     recorder.note([0, 1, 3, 4], logprobs[[0, 1, 3, 4]])
-    rows = recorded(tmp_path)[5, 0]
+    rows = recorded(tmp_path)[5, 0, 0]
     assert [(r["prompt_id"], r["completion_ids"], r["behaviour_logprobs"]) for r in rows] == [
         ("p", [8], [-4.0]),
         ("p", [9], [-6.0]),
@@ -197,7 +197,7 @@ def test_groups_of_log_probs_that_are_not_finite_are_left_out(tmp_path: Path) ->
     logprobs = torch.zeros(6, 2)
     logprobs[3, 0] = float("nan")
     recorder.note(range(6), logprobs)
-    rows = recorded(tmp_path)[5, 0]
+    rows = recorded(tmp_path)[5, 0, 0]
     assert [(r["prompt_id"], r["completion_ids"], r["status"]) for r in rows] == [
         ("p", [7], "truncated"),
         ("p", [7, 1], "ok"),

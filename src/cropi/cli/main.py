@@ -52,10 +52,12 @@ app.add_typer(bench, name="bench")
 @app.command()
 def run(config: ConfigArgument, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Prompts to report. Run it again to go on."""
-    pipeline = open_pipeline(config, overrides)
+    pipeline = open_pipeline(config, overrides, join())
     from cropi.reporting.summary import headline
 
     summary = pipeline.run()
+    if summary is None:
+        return
     last = pipeline.config.train.stages * pipeline.config.train.steps_per_stage
     policy = pipeline.arm_at(0, None).checkpoints / f"checkpoint-{last}"
     text = f"\n{headline(summary)}\n\npolicy: {policy}\nreport: {pipeline.space.folder / 'report.html'}"
@@ -109,7 +111,7 @@ def select(
 @app.command()
 def train(config: ConfigArgument, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Score, select, train and evaluate, stage by stage."""
-    pipeline = open_pipeline(config, overrides)
+    pipeline = open_pipeline(config, overrides, join())
     paths = {arm.name: str(pipeline.train(arm)) for arm in pipeline.space.arms.values()}
     print_result(paths, as_json, "\n".join(f"{name}: {path}" for name, path in paths.items()))
 
@@ -119,7 +121,7 @@ def evaluate(
     config: ConfigArgument, overrides: Overrides = None, checkpoint: CheckpointOption = None, as_json: AsJson = False
 ) -> None:
     """Accuracy of the base policy or any checkpoint."""
-    pipeline = open_pipeline(config, overrides)
+    pipeline = open_pipeline(config, overrides, join())
     from cropi.evaluation.evaluate import accuracy, as_plain
 
     settings = pipeline.config

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from cropi.config import Config
     from cropi.pipeline import Pipeline
 
-TOGETHER = frozenset({"collect", "score"})  # commands whose work is divided among the processes that a launcher starts
+TOGETHER = frozenset({"run", "collect", "score", "train", "evaluate"})
+"""Commands whose work is divided among the processes that a launcher starts."""
+
 DDP_TIMEOUT_S = 1800.0  # as in TrainingArguments
 
 _world = ALONE

@@ -17,6 +17,8 @@ from cropi.console import warn
 from cropi.errors import DataError
 from cropi.functional.statistics import Interval, bootstrap_mean
 from cropi.rewards.verdicts import Answered, Judge, answered, reward
+from cropi.seeds import derived_seed
+from cropi.world import ALONE, World
 
 # (prompts as token ids, temperature or None for greedy, seed) -> completions as text
 Generate = Callable[[Sequence[list[int]], float | None, int], list[str]]
@@ -42,12 +44,34 @@ def evaluate(
     step: int,
     seed: int,
     folder: Path,
+    block: int,
+    world: World = ALONE,
 ) -> pa.Table:
     """Judge greedy and sampled completions of all test prompts and write `step-NNNNNN.parquet`.
 
-    The same seed draws the same completions from the same policy, so two policies are compared on the same questions
-    and random numbers. Prompts whose gold answer cannot be read are left out of the file.
+    Questions are asked in blocks of `block`, the longest first, which are divided among the processes of `world`. The
+    same seed draws the same completions from the same policy, so two policies are compared on the same questions and
+    random numbers. Prompts whose gold answer cannot be read are left out of the file.
     """
+    order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place].prompt_ids))
+    blocks = [order[start : start + block] for start in range(0, len(order), block)]
+    own: dict[int, dict[str, Any] | None] = {}
+    for number in world.share(range(len(blocks))):
+        asked = [prompts[place] for place in blocks[number]]
+        answers = _ask(asked, generate, judge, config, step, derived_seed(seed, number))
+        own |= dict(zip(blocks[number], answers, strict=True))
+    found = {place: row for part in world.gather(own) for place, row in part.items()}
+    rows = [row for place in range(len(prompts)) if (row := found[place]) is not None]
+    _refuse_empty(prompts, rows)
+    if world.is_main:
+        write_table(folder / f"step-{step:06}.parquet", rows, EVALUATION)
+    return pa.Table.from_pylist(rows, schema=EVALUATION)
+
+
+def _ask(
+    prompts: Sequence[Question], generate: Generate, judge: Judge, config: EvaluateConfig, step: int, seed: int
+) -> list[dict[str, Any] | None]:
+    """A row for every question; None where the gold answer cannot be read."""
     texts = generate([prompt.prompt_ids for prompt in prompts], None, seed)
     sampled: list[list[float]] = [[] for _ in prompts]
     drawn: list[Answered] = []
@@ -58,27 +82,21 @@ def evaluate(
     judged = judge([*(answered(text, prompt.row) for text, prompt in zip(texts, prompts, strict=True)), *drawn])
     for index, judgement in enumerate(judged[len(prompts) :]):
         sampled[index // config.samples].append(reward(judgement.verdict) or 0.0)
-    rows = []
+    rows: list[dict[str, Any] | None] = []
     for prompt, text, values, judgement in zip(prompts, texts, sampled, judged, strict=False):
-        greedy = reward(judgement.verdict)
-        if greedy is None:
-            continue
-        rows.append(
-            {
-                "set": prompt.set,
-                "prompt_id": prompt.row["prompt_id"],
-                "source": prompt.row["source"],
-                "step": step,
-                "greedy": greedy,
-                "sampled": float(np.mean(values)) if values else None,
-                "samples": len(values),
-                "completion": text,
-                "verdict": judgement.verdict,
-            }
-        )
-    _refuse_empty(prompts, rows)
-    write_table(folder / f"step-{step:06}.parquet", rows, EVALUATION)
-    return pa.Table.from_pylist(rows, schema=EVALUATION)
+        row = {
+            "set": prompt.set,
+            "prompt_id": prompt.row["prompt_id"],
+            "source": prompt.row["source"],
+            "step": step,
+            "greedy": reward(judgement.verdict),
+            "sampled": float(np.mean(values)) if values else None,
+            "samples": len(values),
+            "completion": text,
+            "verdict": judgement.verdict,
+        }
+        rows.append(None if row["greedy"] is None else row)
+    return rows
 
 
 def _refuse_empty(prompts: Sequence[Question], rows: Sequence[Mapping[str, Any]]) -> None:

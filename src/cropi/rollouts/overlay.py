@@ -117,7 +117,7 @@ def newest_rollouts(
     """
     seen: set[str] = set()
     statuses: list[str] = []
-    for (step, _), path in reversed(rollout_files(rollouts).items()):
+    for (step, *_), path in reversed(rollout_files(rollouts).items()):
         if not first_step <= step < end_step:
             continue
         rows = [row for row in read_table(path, TRAJECTORIES).to_pylist() if row["prompt_id"] not in seen]

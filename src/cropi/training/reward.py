@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cropi.artifacts import append_jsonl, read_jsonl, write_text
 from cropi.rewards.verdicts import Answered, Judge, reward
+from cropi.world import ALONE, World
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,14 @@ class RecordedReward:
     `tokens` are those of the completions; those of the prompts are written as well where the rows have a column
     `prompt_tokens`. The lines are what re-scored strategies and the cost ledger read. `latest` is the batch judged
     last. `forget_from` drops what an interrupted attempt wrote beyond the checkpoint that training resumes from.
+
+    Every process judges its part of a batch, and `latest` is that part; the first one writes the line for all.
     """
 
     __name__ = "verdict"
 
-    def __init__(self, judge: Judge, path: Path) -> None:
-        self._judge, self._path = judge, path
+    def __init__(self, judge: Judge, path: Path, world: World = ALONE) -> None:
+        self._judge, self._path, self._world = judge, path, world
         self.latest: Judged | None = None
 
     def __call__(
@@ -47,7 +50,7 @@ class RecordedReward:
         rows = [Answered(text, gold, *rest) for text, gold, rest in zip(texts, answer, others, strict=True)]
         verdicts = [judgement.verdict for judgement in self._judge(rows)]
         rewards = [reward(verdict) for verdict in verdicts]
-        row = {
+        line: dict[str, Any] = {
             "step": columns["trainer_state"].global_step,
             "prompt_ids": prompt_id,
             "rewards": rewards,
@@ -55,8 +58,10 @@ class RecordedReward:
             "tokens": sum(len(ids) for ids in completion_ids),
         }
         if "prompt_tokens" in columns:
-            row["prompt_tokens"] = sum(columns["prompt_tokens"])
-        append_jsonl(self._path, row)
+            line["prompt_tokens"] = sum(columns["prompt_tokens"])
+        lines = self._world.gather(line)
+        if self._world.is_main:
+            append_jsonl(self._path, _joined(lines))
         self.latest = Judged(prompt_id, texts, completion_ids, rewards, verdicts)
         return rewards
 
@@ -64,3 +69,13 @@ class RecordedReward:
         """Drop the lines of batches at or after an optimiser step."""
         kept = [row for row in read_jsonl(self._path) if row["step"] < step]
         write_text(self._path, "".join(json.dumps(row) + "\n" for row in kept))
+
+
+def _joined(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The line of a generation batch, from those of its parts."""
+    line = dict(rows[0])
+    for row in rows[1:]:
+        line |= {name: [*line[name], *row[name]] for name in ("prompt_ids", "rewards")}
+        line |= {name: line[name] + row[name] for name in ("tokens", "prompt_tokens") if name in line}
+        line["verdicts"] = dict(sorted((Counter(line["verdicts"]) + Counter(row["verdicts"])).items()))
+    return line

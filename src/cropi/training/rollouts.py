@@ -30,8 +30,12 @@ class RolloutRecorder:
     Importance ratios then are about 1 rather than 1 before the first step, which is what corrects for such a sampler.
     """
 
-    def __init__(self, folder: Path, reward: RecordedReward, generations: int, eos_ids: Sequence[int]) -> None:
+    def __init__(
+        self, folder: Path, reward: RecordedReward, generations: int, eos_ids: Sequence[int], rank: int = 0
+    ) -> None:
+        """`rank` is that of the process, which writes its own part of a batch."""
         self._folder, self._reward, self._generations, self._eos_ids = folder, reward, generations, set(eos_ids)
+        self._rank = rank
         self._judged: Judged | None = None
         self._step, self._batch = -1, 0
         self._prompts: Sequence[list[int]] = []
@@ -55,7 +59,7 @@ class RolloutRecorder:
                 self._logprobs[row] = values_T[: len(self._judged.completion_ids[row])].tolist()
         if all(values is not None for values in self._logprobs):
             rows_of = self._complete_groups(self._judged)
-            path = rollout_file(self._folder, self._step, self._batch)
+            path = rollout_file(self._folder, self._step, self._batch, self._rank)
             write_table(path, [row for group in rows_of.values() for row in group], TRAJECTORIES)
             self._judged = None
 
@@ -91,7 +95,7 @@ class RolloutRecorder:
 
 def forget_rollouts(folder: Path, step: int) -> None:
     """Drop the batches sampled at or after an optimiser step, and what an interrupted writing left."""
-    for (sampled_at, _), path in rollout_files(folder).items():
+    for (sampled_at, *_), path in rollout_files(folder).items():
         if sampled_at >= step:
             path.unlink()
     for path in folder.glob(".*.part"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -18,8 +19,10 @@ from cropi.functional.surrogate import NORMALIZER_OF_LOSS
 from cropi.training.dynamic import check_dynamic_sampling
 
 
-def grpo_config(config: Config, output_dir: Path, device: torch.device) -> GRPOConfig:
+def grpo_config(config: Config, output_dir: Path, device: torch.device, processes: int = 1) -> GRPOConfig:
     """The trainer's settings: TRL's defaults, then what a run decides, then the user's `trainer` table.
+
+    The table is that of one process: `processes` share its batch, so that training is the same on any number.
 
     Raises ConfigError for a name that GRPOConfig does not have or that the run decides itself, and for values that TRL
     refuses.
@@ -52,11 +55,47 @@ def grpo_config(config: Config, output_dir: Path, device: torch.device) -> GRPOC
         "eval_strategy": "no",
     }
     try:
-        settings = GRPOConfig(**(defaults | config.trainer | owned))
+        settings = GRPOConfig(**(_divided(defaults | config.trainer, processes) | owned))
     except (ValueError, TypeError) as error:
         raise ConfigError(" ".join(str(error).split()), where="trainer", fix="correct the value it names.") from None
     _check(settings, config)
+    if processes > 1 and config.refresh.reuse_rollouts:
+        _check_parts(settings)
     return settings
+
+
+def _divided(options: dict[str, Any], processes: int) -> dict[str, Any]:
+    """The same optimisation on several processes: fewer micro-steps each first, which keeps what is in memory at once,
+    then fewer rows. Batches of one step, and of one generation, stay as they are over all processes together.
+    """
+    if processes == 1:
+        return options
+    known: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(GRPOConfig)} | options
+    rows, steps = known["per_device_train_batch_size"], known["gradient_accumulation_steps"]
+    served = known["steps_per_generation"]
+    fewer_steps = math.gcd(processes, *(steps, served) if served is not None else (steps,))
+    fewer_rows = processes // fewer_steps
+    if rows % fewer_rows:
+        raise ConfigError(
+            f"a step has {rows} x {steps} completions, which {processes} processes cannot share evenly",
+            where="trainer.per_device_train_batch_size x trainer.gradient_accumulation_steps",
+            fix=f"change one of them so that {processes} divides their product, or launch another number of processes.",
+        )
+    shared = {"per_device_train_batch_size": rows // fewer_rows, "gradient_accumulation_steps": steps // fewer_steps}
+    if served is not None:
+        shared["steps_per_generation"] = served // fewer_steps
+    return options | shared
+
+
+def _check_parts(settings: GRPOConfig) -> None:
+    """Every process keeps the groups of its own part of a generation batch."""
+    rows = settings.per_device_train_batch_size * settings.steps_per_generation
+    if rows % settings.num_generations:
+        raise ConfigError(
+            f"a process has {rows} rows of a generation batch, no whole groups of {settings.num_generations}",
+            where="refresh.reuse_rollouts",
+            fix="set it to false, or launch fewer processes.",
+        )
 
 
 def _check_names(config: Config, fields: set[str]) -> None:

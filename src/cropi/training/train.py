@@ -27,6 +27,7 @@ from cropi.training.dynamic import DynamicSampling, Sampled
 from cropi.training.reward import RecordedReward
 from cropi.training.rollouts import RolloutRecorder, dropouts, forget_rollouts
 from cropi.training.sampler import BatchShape, StageSampler
+from cropi.world import ALONE, World
 
 COMPLETE = "complete.json"  # written into a checkpoint last, with the sizes of its files
 
@@ -245,8 +246,10 @@ class StageCallback(TrainerCallback):
         self._step_began = time.perf_counter()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        seconds = time.perf_counter() - self._step_began
-        append_jsonl(self.task.folder / "steps.jsonl", {"step": state.global_step, "seconds": seconds})
+        world = self.task.world
+        if world.is_main:
+            line = {"step": state.global_step, "seconds": (time.perf_counter() - self._step_began) * world.size}
+            append_jsonl(self.task.folder / "steps.jsonl", line | world.facts())
         self.bar.advance()
         self._due = self._is_scheduled(state)
         if state.global_step % self.trainer.steps_per_stage:
@@ -273,16 +276,22 @@ class StageCallback(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **_: Any,
     ) -> None:
+        if not self.task.world.is_main:
+            return
         finite = {k: v for k, v in (logs or {}).items() if isinstance(v, int | float) and abs(v) < float("inf")}
         append_jsonl(self.task.folder / "metrics.jsonl", finite | {"step": state.global_step})
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        self.task.world.barrier()  # each process writes its random state
+        if self.task.world.is_main:
+            self._mark_complete(Path(args.output_dir) / f"checkpoint-{state.global_step}", state.global_step)
+        self._evaluate_if_due(state)
+
+    def _mark_complete(self, checkpoint: Path, step: int) -> None:
         sizes = {str(p.relative_to(checkpoint)): p.stat().st_size for p in sorted(checkpoint.rglob("*")) if p.is_file()}
         dynamic = self.trainer.dynamic
         drawn = {} if dynamic is None else {"drawn": dynamic.drawn}
-        write_json(checkpoint / COMPLETE, {"step": state.global_step, "sizes": sizes} | drawn)
-        self._evaluate_if_due(state)
+        write_json(checkpoint / COMPLETE, {"step": step, "sizes": sizes} | drawn)
 
 
 @dataclass(frozen=True)
@@ -302,6 +311,7 @@ class TrainTask:
     record_to: Path | None = None  # where rollouts are kept as trajectories, if they are
     dynamic_sampling: int = 0  # refills of a generation batch at the most
     evaluated: Callable[[int], bool] = lambda step: False  # whether that step has been evaluated before
+    world: World = ALONE  # the processes that train together, each with the same task
 
 
 def train(task: TrainTask, policy: Policy) -> Path:
@@ -311,10 +321,10 @@ def train(task: TrainTask, policy: Policy) -> Path:
     initial policy) over all stages.
     """
     total = task.stages * task.steps_per_stage
-    resume_from, done = newest_checkpoint(Path(task.settings.output_dir))
+    resume_from, done = _newest(task)
     if done == total and resume_from is not None:
         return resume_from
-    _forget_after(task, done)
+    task.world.from_main(lambda: _forget_after(task, done))
     with progress(f"train {task.label}", total, "steps") as bar:
         bar.advance(done)
         trainer = StageTrainer(
@@ -325,6 +335,7 @@ def train(task: TrainTask, policy: Policy) -> Path:
             processing_class=policy.tokenizer,
             steps_per_stage=task.steps_per_stage,
         )
+        _refuse_sharded(trainer)
         position_of = {row["prompt_id"]: position for position, row in enumerate(task.rows)}
         stages = Stages(task.select_stage, position_of, trainer)
         trainer.add_callback(StageCallback(stages, task, bar, trainer))
@@ -343,7 +354,7 @@ def train(task: TrainTask, policy: Policy) -> Path:
                 where=f"arm {task.label}",
                 fix="lower trainer.learning_rate or set trainer.max_grad_norm, and start the run under another name.",
             ) from None
-    finished, done = newest_checkpoint(Path(task.settings.output_dir))
+    finished, done = _newest(task)
     if finished is None or done != total:
         raise ArtifactError(
             f"training ended after {done} of {total} steps",
@@ -351,6 +362,27 @@ def train(task: TrainTask, policy: Policy) -> Path:
             fix="run the same command again; if it ends there again, report it with the output of `cropi doctor`.",
         )
     return finished
+
+
+def _newest(task: TrainTask) -> tuple[Path | None, int]:
+    """The newest checkpoint as the first process sees it, which also removes what is not complete."""
+
+    def find() -> tuple[str | None, int]:
+        path, step = newest_checkpoint(Path(task.settings.output_dir))
+        return None if path is None else str(path), step
+
+    found, done = task.world.from_main(find)
+    return None if found is None else Path(found), done
+
+
+def _refuse_sharded(trainer: GRPOTrainer) -> None:
+    """ConfigError where no process holds all of the weights: see `Staged.plain_model`, which scoring is given."""
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        raise ConfigError(
+            "the weights are divided among the processes, and scoring needs all of them in each",
+            where="accelerate's FSDP or DeepSpeed",
+            fix="launch with plain data parallelism (torchrun, or accelerate launch --multi_gpu).",
+        )
 
 
 def _recorder(task: TrainTask, policy: Policy) -> RolloutRecorder | None:
@@ -364,7 +396,8 @@ def _recorder(task: TrainTask, policy: Policy) -> RolloutRecorder | None:
             where="refresh.reuse_rollouts",
             fix="set it to false, or trainer.disable_dropout=true, or the dropout in the policy's config.json to 0.",
         )
-    return RolloutRecorder(task.record_to, task.reward, task.settings.num_generations, policy.eos_ids)
+    generations, rank = task.settings.num_generations, task.world.rank
+    return RolloutRecorder(task.record_to, task.reward, generations, policy.eos_ids, rank)
 
 
 def _dynamic_sampling(task: TrainTask, policy: Policy, checkpoint: Path | None) -> DynamicSampling | None:

@@ -1,0 +1,117 @@
+"""Training on several processes: the batch of one, shared, and what cannot be."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from tests.runs import SMALL, judge
+
+from cropi.artifacts import TRAJECTORIES, read_jsonl, read_table
+from cropi.errors import ConfigError
+from cropi.loading import load_config
+from cropi.training.reward import RecordedReward
+from cropi.training.rollouts import RolloutRecorder
+from cropi.training.settings import grpo_config
+from cropi.workspace import rollout_files
+from cropi.world import World
+
+
+class Second(World):
+    """The first of two processes, of which the second says what the first says."""
+
+    size = 2
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value, value]
+
+
+def settings(processes: int, *overrides: str) -> Any:
+    config = load_config("quickstart", [*SMALL, *overrides])
+    return grpo_config(config, Path("runs"), torch.device("cpu"), processes)
+
+
+@pytest.mark.parametrize(
+    ("processes", "rows", "steps", "expected"),
+    [
+        (1, 32, 4, (32, 4)),
+        (2, 32, 4, (32, 2)),
+        (4, 32, 4, (32, 1)),
+        (8, 32, 4, (16, 1)),
+        (6, 33, 4, (11, 2)),
+        (2, 32, 1, (16, 1)),
+    ],
+)
+def test_processes_share_the_batch_of_one(
+    processes: int, rows: int, steps: int, expected: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Micro-steps first: what lies in memory at once stays as it was asked for."""
+    monkeypatch.setattr("trl.GRPOConfig.world_size", processes)
+    overrides = [f"trainer.per_device_train_batch_size={rows}", f"trainer.gradient_accumulation_steps={steps}"]
+    found = settings(processes, *overrides, "trainer.num_generations=4", "collect.num_generations=4")
+    assert (found.per_device_train_batch_size, found.gradient_accumulation_steps) == expected
+    assert found.generation_batch_size == rows * steps
+
+
+def test_generation_batches_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """steps_per_generation is in micro-steps, so it is divided with them, or not at all."""
+    for steps, served, expected in ((4, 8, (32, 2, 4)), (4, 2, (32, 2, 1)), (4, 1, (16, 4, 1))):
+        monkeypatch.setattr("trl.GRPOConfig.world_size", 2)
+        overrides = [f"trainer.gradient_accumulation_steps={steps}", f"trainer.steps_per_generation={served}"]
+        found = settings(2, *overrides, "train.steps_per_stage=4")
+        shape = (
+            found.per_device_train_batch_size,
+            found.gradient_accumulation_steps,
+            found.steps_per_generation,
+        )
+        assert shape == expected
+        assert found.generation_batch_size == 32 * served
+
+
+@pytest.mark.parametrize(
+    ("processes", "overrides", "message"),
+    [
+        (3, [], "a step has 32 x 1 completions, which 3 processes cannot share evenly"),
+        (2, ["train.dynamic_sampling=2"], "dynamic sampling works in one process"),
+        (8, ["refresh.reuse_rollouts=true"], "no whole groups of 8"),
+    ],
+)
+def test_what_cannot_be_shared_is_refused(
+    processes: int, overrides: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trl.GRPOConfig.world_size", processes)
+    with pytest.raises(ConfigError, match=message):
+        settings(processes, *overrides)
+
+
+def test_one_line_says_what_all_processes_were_rewarded_with(tmp_path: Path) -> None:
+    verdicts = {"1": "correct", "2": "wrong"}
+    reward = RecordedReward(judge(lambda text, _: verdicts[text]), tmp_path / "rewards.jsonl", Second())
+    state = SimpleNamespace(global_step=3)
+    found = reward(["1", "2"], ["1", "1"], ["p", "q"], [[7], [7, 8]], trainer_state=state, prompt_tokens=[2, 3])
+    assert found == [1.0, 0.0]
+    assert read_jsonl(tmp_path / "rewards.jsonl") == [
+        {
+            "step": 3,
+            "prompt_ids": ["p", "q", "p", "q"],
+            "rewards": [1.0, 0.0, 1.0, 0.0],
+            "verdicts": {"correct": 2, "wrong": 2},
+            "tokens": 6,
+            "prompt_tokens": 10,
+        }
+    ]
+
+
+def test_each_process_keeps_its_own_rollouts(tmp_path: Path) -> None:
+    reward = RecordedReward(judge(lambda text, _: "correct"), tmp_path / "rewards.jsonl")
+    for rank in (0, 1):
+        recorder = RolloutRecorder(tmp_path / "rollouts", reward, 2, [1], rank)
+        state = SimpleNamespace(global_step=5)
+        reward(["a", "b"], ["1", "1"], [f"p{rank}"] * 2, [[7, 1], [8, 1]], trainer_state=state)
+        recorder.begin(5, [[4], [4]])
+        recorder.note([0, 1], torch.zeros(2, 2))
+    files = rollout_files(tmp_path / "rollouts")
+    assert list(files) == [(5, 0, 0), (5, 0, 1)]
+    ids = [read_table(path, TRAJECTORIES).column("prompt_id").to_pylist() for path in files.values()]
+    assert ids == [["p0", "p0"], ["p1", "p1"]]
