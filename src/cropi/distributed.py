@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import time
+import uuid
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any
@@ -20,9 +21,11 @@ from torch import distributed as group
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
+from cropi.errors import ArtifactError
 from cropi.world import OtherFailed, T, World
 
 LONGEST_PAUSE_S = 0.2  # between two looks into the store
+SHORT_PAUSE_S = 0.01
 JOIN_S = 600.0  # that nodes may start apart
 _FAILED = "failed"
 
@@ -32,9 +35,10 @@ class Launched(World):
 
     def __init__(self, store: Any, rank: int, size: int) -> None:
         """`store` is a torch.distributed.Store that all processes see."""
-        self._root, self._store = store, PrefixStore("cropi", store)
         self.rank, self.size = rank, size
         self._asked = 0
+        self._name = meet(PrefixStore("cropi", store), rank, size)
+        self._root, self._store = store, PrefixStore(f"cropi/{self._name}", store)
 
     @classmethod
     def by_environment(cls) -> Launched:
@@ -87,7 +91,7 @@ class Launched(World):
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             group.init_process_group(
                 "cuda:nccl,cpu:gloo" if on_gpu else "gloo",
-                store=PrefixStore("group", self._root),
+                store=PrefixStore(f"group/{self._name}", self._root),
                 rank=self.rank,
                 world_size=self.size,
                 timeout=timedelta(seconds=timeout_s),
@@ -131,3 +135,34 @@ class Launched(World):
             return bool(self._store.check([key]))
         except RuntimeError:  # as in `fail`
             raise OtherFailed(1) from None
+
+
+def meet(store: Any, rank: int, size: int) -> str:
+    """A name for these processes together, that no others have.
+
+    A launcher that starts processes again may give them the store of those that died, with all that these have written,
+    and no number of the attempt that is the same on all nodes. So each process calls out under a name of its own; the
+    first answers every call that it finds with the name of all, until all have said by that name that they are here.
+    The call of one that has died is answered in vain.
+    """
+    own, deadline, answered = uuid.uuid4().hex, time.monotonic() + JOIN_S, 0
+    if rank:
+        store.set(f"call/{store.add('calls', 1)}", own)
+    while True:
+        if rank and store.check([f"answer/{own}"]):
+            name = str(store.get(f"answer/{own}").decode())
+            store.set(f"here/{name}/{rank}", "1")
+            return name
+        if not rank:
+            while store.check([f"call/{answered + 1}"]):
+                answered += 1
+                store.set(f"answer/{store.get(f'call/{answered}').decode()}", own)
+            if all(store.check([f"here/{own}/{other}"]) for other in range(1, size)):
+                return own
+        if time.monotonic() > deadline:
+            raise ArtifactError(
+                f"process {rank + 1} of {size} has waited {JOIN_S:g} seconds for the others",
+                where="the launcher",
+                fix="look for the process that did not start.",
+            )
+        time.sleep(SHORT_PAUSE_S)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from tests.distributed.threads import together
+from torch.distributed import HashStore
 
 from cropi.artifacts import build, is_finished, read_jsonl
 from cropi.errors import ArtifactError
@@ -52,6 +53,23 @@ def test_a_failure_ends_all_and_nobody_waits(failing: int) -> None:
     assert isinstance(found[failing], ArtifactError)
     others = [error for rank, error in enumerate(found) if rank != failing]
     assert all(isinstance(error, OtherFailed) and error.code == 2 for error in others)
+
+
+def test_processes_that_are_started_again_do_not_take_the_dead_for_living() -> None:
+    """A launcher hands on the store of those that died, however far each of them had come."""
+    store = HashStore()
+
+    def dies(world: World) -> None:
+        if world.rank == 1:
+            raise ArtifactError("killed")
+        world.from_main(lambda: "of the dead")
+        world.barrier()
+
+    for attempt in range(3):
+        together(dies, size=3, store=store)
+        store.set(f"cropi/call/{store.add('cropi/calls', 1)}", f"one that died in attempt {attempt}")
+    found = together(lambda world: world.from_main(lambda: "of the living"), size=3, store=store)
+    assert found == ["of the living"] * 3
 
 
 def test_one_of_several_failures_is_the_first() -> None:

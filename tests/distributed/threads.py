@@ -27,9 +27,10 @@ class Thread(Launched):
         return found
 
 
-def together(work: Callable[[World], Any], size: int = 2) -> list[Any]:
-    """What each of them comes to: a value or an exception."""
-    store, values, found = HashStore(), dict[int, Any](), list[Any]([None] * size)
+def together(work: Callable[[World], Any], size: int = 2, store: Any = None) -> list[Any]:
+    """What each of them comes to: a value or an exception. `store` is one that others may have used before."""
+    values, found = dict[int, Any](), list[Any]([None] * size)
+    store = HashStore() if store is None else store
 
     def one(rank: int) -> None:
         world = Thread(store, rank, size, values)

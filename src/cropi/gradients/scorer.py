@@ -124,7 +124,8 @@ class Scorer:
                 )
         if self.estimator == "sketch":
             if self.projection.mask == "structured":
-                self.layer_directions = dict(layer_directions or self._make_layer_directions(direct.mean_inputs))
+                made = layer_directions or self._make_layer_directions(direct.mean_inputs)
+                self.layer_directions = {name: made[name].to(self._directions[0][name].device) for name in made}
                 self._world.copy_main(self.layer_directions)
             self._map = self._make_map()
             self.features_VD = torch.stack([project(self._map, direction) for direction in self._directions]).cpu()
