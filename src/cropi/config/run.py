@@ -90,7 +90,8 @@ class Config(Table):
     refresh: RefreshConfig = RefreshConfig()
     """Newer trajectories for later stages."""
     trainer: dict[str, Any] = Field(default={})
-    """Settings of TRL's GRPOConfig under TRL's own names. Those that belong to a run are set by it and refused here."""
+    """Settings of TRL's GRPOConfig under TRL's own names. Those that belong to a run are set by it and refused here.
+    Batch sizes are those of one process: several share them (docs/scaling.md)."""
     evaluate: EvaluateConfig = EvaluateConfig()
     """Evaluation."""
     baselines: tuple[Strategy, ...] = ()

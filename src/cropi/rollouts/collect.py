@@ -200,7 +200,8 @@ def collect_anew(
 def _sample_all(sampler: Sampler, shards: Sequence[Shard], world: World) -> tuple[list[str], dict[str, Any]]:
     """Make the shards that are not there; returns (status of every trajectory, details), of the first process."""
     missing = world.from_main(lambda: sampler.missing(shards))
-    kept = [shard for place, shard in enumerate(shards) if place not in set(missing)]
+    still = set(missing)
+    kept = [shard for place, shard in enumerate(shards) if place not in still]
     own = [shards[place] for place in world.share(missing)]
     found: dict[str, _Found] = {}
     with progress(world.titled("collect"), sum(map(len, (*kept, *own))), "trajectories") as bar:
