@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -13,12 +14,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cropi.artifacts import OK
-from cropi.errors import SignalError
 from cropi.functional import influence as functional
-from cropi.functional.agreement import spearman_brown
 from cropi.functional.projection import SparseProjection, principal_directions
-from cropi.gradients.engine import Engine, Work, segment_of
-from cropi.gradients.exact import DenseReader, ExactReader
+from cropi.gradients.directions import Directions, Gradients, MeanGradients, halves_of
+from cropi.gradients.engine import Engine, Work, by_group, segment_of
+from cropi.gradients.exact import ExactReader
 from cropi.gradients.groups import Group
 from cropi.gradients.numerics import inner, norm, widened
 from cropi.gradients.packing import Segment
@@ -26,7 +26,7 @@ from cropi.gradients.ratios import FACTS, RatioMoments
 from cropi.gradients.reference import prompt_gradient, trainable_parameters
 from cropi.gradients.sketch import GradientMap, SketchReader, StructuredMap, UniformMap, project
 from cropi.gradients.surrogate import SurrogateSettings
-from cropi.gradients.units import Units, unit_segments, unit_signs, without_signal
+from cropi.gradients.units import Units, mean_log_ratios, unit_rows, unit_signs, without_signal
 
 Estimator = Literal["exact", "sketch", "reference"]
 Score = functional.Score
@@ -102,30 +102,55 @@ class Scorer:
         """Make the directions of validation sets. SignalError where one is empty or not a finite number.
 
         Afterwards `direction_reliability` holds, by set, the correlation in direction to be expected between this
-        direction and one from as many other prompts; see `_direction`.
+        direction and one from as many other prompts: see `Directions.reliability_V`.
 
         `layer_directions` are the U of a structured mask by parameter name, where features of earlier work are to be
         compared; by default they are made from the validation sets.
         """
-        self._mean_inputs: dict[str, Tensor] = {}
-        found = [self._direction(name, groups, advance) for name, groups in validation.items()]
-        self._directions = [direction for direction, _ in found]
-        self.direction_reliability = {name: value for name, (_, value) in zip(validation, found, strict=True)}
-        self._norms_V = np.array([norm(direction) for direction in self._directions])
-        for name, length in zip(validation, self._norms_V, strict=True):
-            if not np.isfinite(length):
-                raise SignalError(
-                    f"the gradient of validation set {name} is not a finite number",
-                    where=f"validation set {name}",
-                    fix="check its behaviour log-probs and rewards; a policy that has diverged cannot be scored: "
-                    "lower trainer.learning_rate.",
-                )
+        self._known = Directions(list(validation))
+        if self._engine is None:
+            halves_V = [
+                (self._reference_sum(first, count, advance), self._reference_sum(rest, count, advance))
+                for first, rest in halves_of(validation)
+                for count in [len(first) + len(rest)]
+            ]
+            self._directions = self._known.add(halves_V)
+        else:
+            gradients = MeanGradients(self._engine, validation, self._mean, advance)
+            if self.estimator == "exact":
+                self._directions = self._known.add(gradients.of(list(self._engine.parameters)))
+            else:
+                self._aim_sketch(gradients, layer_directions)
+        self.direction_reliability = dict(zip(validation, self._known.reliability_V.tolist(), strict=True))
         if self.estimator == "sketch":
-            if self.projection.mask == "structured":
-                self.layer_directions = dict(layer_directions or self._make_layer_directions())
-            self._map = self._make_map()
-            self.features_VD = torch.stack([project(self._map, direction) for direction in self._directions]).cpu()
             self._norms_V = self.features_VD.double().norm(dim=1).numpy()
+        else:
+            self._norms_V = self._known.norms_V
+
+    def _aim_sketch(self, gradients: MeanGradients, layer_directions: Mapping[str, Tensor] | None) -> None:
+        """By parts of the parameters: of a direction, only what the projection makes of it stays."""
+        assert self._engine is not None
+        structured = self.projection.mask == "structured"
+        self.layer_directions = dict(layer_directions or {}) if structured else {}
+        parts, features = gradients.parts(), []
+        self.aimed_in_parts = len(parts)
+        for names in parts:
+            directions = self._known.add(gradients.of(names))
+            if structured and not layer_directions:
+                self.layer_directions |= self._layer_directions(directions, gradients.mean_inputs)
+            self._map = self._make_map(names)
+            features.append(torch.stack([project(self._map, direction) for direction in directions]).cpu())
+            del directions
+        if len(parts) > 1:
+            self._map = self._make_map()
+        self.features_VD = self._engine.shards.same(torch.stack(features).sum(dim=0))
+
+    @contextmanager
+    def lockstep(self) -> Iterator[None]:
+        """For parameters that are sharded over processes: score inside as many groups as there are, in as many calls as
+        need be, each process its own; see `Engine.lockstep`. A call outside is such a block by itself."""
+        with nullcontext() if self._engine is None else self._engine.lockstep():
+            yield
 
     def __call__(
         self,
@@ -155,7 +180,8 @@ class Scorer:
         factors: Sequence[Sequence[float]] | None,
         advance: Callable[[int], None] | None,
     ) -> Scored:
-        logs = self._mean_log_ratios(groups)
+        assert self._engine is not None
+        logs = mean_log_ratios(self._engine, groups)
         found = [
             segment_of(index, group, self.settings, None if factors is None else factors[index], logs[index])
             for index, group in enumerate(groups)
@@ -185,7 +211,7 @@ class Scorer:
     def _units(
         self, groups: Sequence[Group], grams: bool, advance: Callable[[int], None] | None
     ) -> Iterator[tuple[Units, Tensor | None, int]]:
-        starts, segments = self._unit_segments(groups)
+        starts, segments = unit_rows(groups, self.settings)
         scored, ratios = self._pass([s for own in segments for s in own], starts[-1], None, norms=False)
         for start, group, own in zip(starts, groups, segments, strict=False):
             part = slice(start, start + len(group.completions))
@@ -240,33 +266,10 @@ class Scorer:
             np.array(errors).reshape(shape),
         )
 
-    def _unit_segments(self, groups: Sequence[Group]) -> tuple[list[int], list[list[Segment]]]:
-        """Where each group's trajectories begin among the result rows (and how many rows there are, last), and their
-        segments by group; none where there is no signal."""
-        starts = np.cumsum([0, *(len(group.completions) for group in groups)]).tolist()
-        segments = [
-            unit_segments(group, start, self.settings) if group.status == OK else []
-            for start, group in zip(starts, groups, strict=False)
-        ]
-        return starts, segments
-
-    def _mean_log_ratios(self, groups: Sequence[Group]) -> list[list[float] | None]:
-        """Of each group's trajectories, by a forward pass, where the baseline is weighted by them."""
-        if self.settings.baseline == "group":
-            return [None] * len(groups)
-        assert self._engine is not None
-        starts, segments = self._unit_segments(groups)
-        work = self._engine.logprobs([segment for own in segments for segment in own])
-        return [
-            [work.of(row).mean_log for row in range(start, start + len(group.completions))]
-            for start, group in zip(starts, groups, strict=False)
-        ]
-
     def direction_cosines(self) -> Float[np.ndarray, "V V"]:
         """Cosines between the directions that the scorer is aimed at; 0 for one of length 0."""
-        products = [[inner(first, second) for second in self._directions] for first in self._directions]
-        norms_V = np.array([norm(direction) for direction in self._directions])
-        return functional.influence(np.array(products), norms_V, norms_V, "cosine")
+        norms_V = self._known.norms_V
+        return functional.influence(self._known.products_VV, norms_V, norms_V, "cosine")
 
     def values(self, scored: Scored) -> Float[np.ndarray, "N V"]:
         """Influence by the scorer's score, 0 for a zero gradient: see `functional.influence`."""
@@ -277,7 +280,7 @@ class Scorer:
     ) -> tuple[Scored, Work]:
         """Segments through the engine: `count` rows of products, lengths (of `exact` only with `norms`) and facts."""
         assert self._engine is not None
-        after = _by_group(advance)
+        after = by_group(advance)
         if self.estimator == "exact":
             exact = ExactReader(self._directions, count, norms=norms, repeated=self._engine.repeated)
             work = self._engine.run(segments, exact, after=after, divisible=not norms)
@@ -309,45 +312,6 @@ class Scorer:
                 advance(1)
         return Scored(products_NV, norms_N, facts_NR, None, tokens)
 
-    def _direction(
-        self, name: str, groups: Sequence[Group], advance: Callable[[int], None] | None
-    ) -> tuple[dict[str, Tensor], float]:
-        """The mean gradient of a validation set by parameter name, and its reliability: the cosine between the means of
-        every other prompt and of the others, stepped up to all of them (Spearman-Brown). NaN for a single prompt.
-        """
-        if not groups:
-            raise SignalError("it has no group", where=f"validation set {name}", fix="give it prompts.")
-        weighted_sum = self._reference_sum if self._engine is None else self._engine_sum
-        total, rest = (weighted_sum(groups[half::2], len(groups), advance) for half in (0, 1))
-        norms = norm(total) * norm(rest)
-        halves = inner(total, rest) / norms if norms else math.nan
-        for parameter, gradient in rest.items():
-            total[parameter] += gradient
-        return total, -math.inf if halves <= -1 else spearman_brown(halves)
-
-    def _engine_sum(
-        self, groups: Sequence[Group], count: int, advance: Callable[[int], None] | None
-    ) -> dict[str, Tensor]:
-        """The groups' part of the mean gradient of `count` groups."""
-        assert self._engine is not None
-        norms_M, logs = np.ones(len(groups)), self._mean_log_ratios(groups)
-        if self._mean == "normalized":
-            nothing = [{name: torch.zeros_like(p) for name, p in self._engine.parameters.items()}]
-            reader = ExactReader(nothing, len(groups), norms=True, repeated=self._engine.repeated)
-            found = [segment_of(index, group, self.settings, None, logs[index]) for index, group in enumerate(groups)]
-            self._engine.run([segment for segment in found if segment is not None], reader, divisible=False)
-            norms_M = reader.squares_N.clamp(min=0).sqrt().numpy()
-        weights = functional.mean_weights(norms_M, self._mean, count).tolist()
-        dense = DenseReader(self._engine.parameters, self._engine.vocabulary)
-        segments = [
-            segment_of(index, group, self.settings, [weight] * len(group.completions), logs[index])
-            for index, (group, weight) in enumerate(zip(groups, weights, strict=True))
-        ]
-        self._engine.run([segment for segment in segments if segment is not None], dense, after=_by_group(advance))
-        for layer, mean_I in dense.mean_inputs().items():
-            self._mean_inputs[layer] = self._mean_inputs.get(layer, 0.0) + mean_I
-        return dense.gradients
-
     def _reference_sum(
         self, groups: Sequence[Group], count: int, advance: Callable[[int], None] | None
     ) -> dict[str, Tensor]:
@@ -367,27 +331,25 @@ class Scorer:
                 advance(1)
         return total
 
-    def _make_map(self) -> GradientMap:
+    def _make_map(self, names: Sequence[str] | None = None) -> GradientMap:
+        """The map of all parameters, or of some."""
         assert self._engine is not None
         parameters = self._engine.parameters
+        if names is not None:
+            parameters = {name: parameters[name] for name in names}
         if self.projection.mask == "uniform":
             return UniformMap(self.projection, parameters)
         return StructuredMap(self.projection, parameters, self.layer_directions, self._engine.vocabulary)
 
-    def _make_layer_directions(self) -> dict[str, Tensor]:
+    def _layer_directions(self, directions: Sequence[Gradients], means: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """U of the linear layers whose mean inputs are given."""
         assert self._engine is not None
         found = {}
-        for name in sorted(self._engine.matrices):
-            stacked = torch.cat([direction[name] for direction in self._directions])
-            found[name] = widened(
-                principal_directions(stacked, self._mean_inputs[name], self.projection.rank).to(stacked.dtype)
-            )
+        for name in sorted(means):
+            stacked = torch.cat([direction[name] for direction in directions])
+            columns_IR = principal_directions(stacked, means[name], self.projection.rank).to(stacked.dtype)
+            found[name] = self._engine.shards.same(widened(columns_IR))
         return found
-
-
-def _by_group(advance: Callable[[int], None] | None) -> Callable[[Sequence[Segment]], None] | None:
-    """Count the groups of a pack."""
-    return None if advance is None else lambda members: advance(len({segment.index for segment in members}))
 
 
 def _facts(work: Work, count: int) -> Float[np.ndarray, "N R"]:
