@@ -275,8 +275,7 @@ class Capture:
             shape[self._token_dim(owner, args[0], tokens)], shape[-1] = tokens, -1
             for attribute, name in owner.names.items():
                 originals[attribute] = held[attribute]
-                # A copy: where parameters are sharded, the memory of a whole one is gone before the backward pass.
-                leaf = held[attribute].detach().clone().expand(shape).requires_grad_()
+                leaf = held[attribute].detach().expand(shape).requires_grad_()
 
                 def read(leaf: Tensor, name: str = name) -> None:
                     assert leaf.grad is not None

@@ -135,11 +135,11 @@ class MeanGradients:
         engine = self._engine
         reader = DenseReader({name: engine.parameters[name] for name in names}, engine.vocabulary)
         engine.run(segments, reader, after=by_group(self._advance))
-        engine.shards.add_up(reader.gradients)
+        engine.add_up(reader.gradients)
         for name in sorted(engine.matrices.intersection(names)):
             ins = engine.parameters[name].shape[1]
             inputs_1I = reader.inputs.get(name, torch.zeros(1 + ins, dtype=torch.float64, device=engine.device))
-            engine.shards.add_up({name: inputs_1I})
+            engine.add_up({name: inputs_1I})
             mean_I = inputs_1I[1:] / inputs_1I[0].clamp(min=1)
             self.mean_inputs[name] = self.mean_inputs.get(name, 0.0) + mean_I
         return reader.gradients

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -205,6 +206,13 @@ class Engine:
         finally:
             self._together = False
 
+    def add_up(self, tensors: Mapping[str, Tensor]) -> None:
+        """Make each tensor the sum over the processes that parameters are sharded over. ValueError inside `lockstep`,
+        where the others may be doing something else."""
+        if self._together:
+            raise ValueError("sums over processes, as directions are, cannot be had inside lockstep()")
+        self.shards.add_up(tensors)
+
     def _await_turn(self, turn: Turn) -> None:
         """Take part in what the other processes do, until all do what this one wants to."""
         while (agreed := self.shards.agree(turn)) != turn:
@@ -234,7 +242,6 @@ class Engine:
 
         with self._capture.hooks(reader, pack.spans, pack.tokens), pack_rows(self._causal_lm, pack.rows):
             self._forward(pack, at_head).backward()
-        self.shards.release()
         return pack.tokens, _moments(pack, found[0].log_ratios_E, self.settings.clip)
 
     @torch.no_grad()
@@ -272,10 +279,14 @@ class Engine:
         with forward_replaced(self.model, forward), forward_replaced(self._head.module, head):
             return self.model(input_ids=pack.input_ids_S[None], position_ids=pack.position_ids_S[None])
 
+    def _own_forward(self) -> AbstractContextManager[None]:
+        """The model's forward pass as its class has it: trainers wrap that of an object in autocast."""
+        return forward_replaced(self.model, partial(type(self.model).forward, self.model))
+
     @torch.no_grad()
     def _enter_once(self) -> None:
         """Sharding is completed by the first forward pass, which has to find parameters as they are trained."""
-        with own_attention(self._causal_lm):
+        with own_attention(self._causal_lm), self._own_forward():
             self.model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=self.device), use_cache=False)
         self.shards.release()
 
@@ -309,10 +320,11 @@ class Engine:
             return torch.randint(rows, (count,), generator=generator).tolist()
 
         segment = Segment(0, draw(23), [draw(17), draw(1), draw(12)], [1.0] * 3, None)
-        pack, kept, ours = make_pack([segment], self.device), _Kept(self.model), list[Tensor]()
+        pack, kept = make_pack([segment], self.device), _Kept(self.model)
+        ours: list[tuple[Tensor, torch.dtype]] = []
 
         def at_head(hidden_SH: Tensor) -> Tensor:
-            ours.append(self._head.logits(hidden_SH.index_select(0, pack.sources_E)))
+            ours.append((self._head.logits(hidden_SH.index_select(0, pack.sources_E)), hidden_SH.dtype))
             return torch.zeros_like(hidden_SH)
 
         with (
@@ -321,13 +333,13 @@ class Engine:
             pack_rows(self._causal_lm, pack.rows),
         ):
             self._forward(pack, at_head).backward()
-        with own_attention(self._causal_lm), torch.no_grad():
+        with own_attention(self._causal_lm), self._own_forward(), torch.no_grad():
             theirs = []
             for completion in segment.completions:
                 ids = torch.tensor([segment.prompt_ids + completion[:-1]], device=self.device)
                 theirs.append(self.model(input_ids=ids, use_cache=False).logits[0, len(segment.prompt_ids) - 1 :])
         self.shards.release()
-        check_head(self._causal_lm, ours[0], torch.cat(theirs))
+        check_head(self._causal_lm, ours[0][0], torch.cat(theirs), ours[0][1])
         return kept.bytes / pack.tokens
 
 

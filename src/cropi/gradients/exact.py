@@ -54,7 +54,7 @@ class DenseReader:
         if self._fresh is not None and name not in self._vocabulary:
             inputs_TI = inputs_TI[self._fresh.to(inputs_TI.device)]
         total_I = inputs_TI.double().sum(dim=0)
-        found_1I = torch.cat([total_I.new_tensor([len(inputs_TI)]), total_I])
+        found_1I = torch.cat([total_I.new_full((1,), len(inputs_TI)), total_I])
         self.inputs[name] = self.inputs.get(name, 0.0) + found_1I
 
     def rows(self, name: str, ids_T: Tensor, grads_TI: Tensor, spans: Sequence[Span]) -> None:

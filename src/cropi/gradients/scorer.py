@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cropi.artifacts import OK
+from cropi.errors import PolicyError
 from cropi.functional import influence as functional
 from cropi.functional.projection import SparseProjection, principal_directions
 from cropi.gradients.directions import Directions, Gradients, MeanGradients, halves_of
@@ -24,6 +25,7 @@ from cropi.gradients.numerics import inner, norm, widened
 from cropi.gradients.packing import Segment
 from cropi.gradients.ratios import FACTS, RatioMoments
 from cropi.gradients.reference import prompt_gradient, trainable_parameters
+from cropi.gradients.sharded import Shards
 from cropi.gradients.sketch import GradientMap, SketchReader, StructuredMap, UniformMap, project
 from cropi.gradients.surrogate import SurrogateSettings
 from cropi.gradients.units import Units, mean_log_ratios, unit_rows, unit_signs, without_signal
@@ -91,6 +93,12 @@ class Scorer:
         self.layer_directions: dict[str, Tensor] = {}
         self.settings = settings
         self._model, self._batch_tokens = model, batch_tokens
+        if estimator == "reference" and Shards(model).sharded:
+            raise PolicyError(
+                "the reference estimator differentiates by whole parameters, and the policy's are sharded",
+                where="score.estimator",
+                fix="use sketch or exact.",
+            )
         self._engine = None if estimator == "reference" else Engine(model, settings, batch_tokens)
 
     def aim(
@@ -166,12 +174,13 @@ class Scorer:
         prompts' tokens K times. ValueError for the reference estimator, and for `exact` with a score that needs
         lengths, hence the inner product of any two trajectories.
         """
-        if standard_errors:
-            scored = self._with_errors(groups, advance)
-        elif self._engine is None:
-            scored = self._by_reference(groups, advance)
-        else:
-            scored = self._by_engine(groups, factors, advance)
+        with self.lockstep():
+            if standard_errors:
+                scored = self._with_errors(groups, advance)
+            elif self._engine is None:
+                scored = self._by_reference(groups, advance)
+            else:
+                scored = self._by_engine(groups, factors, advance)
         return replace(scored, pass_rates_N=np.array([group.pass_rate for group in groups], dtype=np.float64))
 
     def _by_engine(
