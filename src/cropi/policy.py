@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from cropi.config import BUILTIN_POLICY, LoraConfig, PolicyConfig
 from cropi.errors import PolicyError
@@ -283,10 +284,13 @@ def encode_prompts(
 
 def shared_prefixes(model: PreTrainedModel, ids_BT: Tensor, mask_BT: Tensor) -> dict[str, Cache]:
     """For `generate`: keys and values of all but the last token of prompts, padded on the left, computed once for each
-    distinct prompt. Nothing where none is repeated, or the model keeps more than keys and values.
+    distinct prompt. Nothing where none is repeated, or the model keeps more than keys and values; nor where its
+    parameters are sharded, since processes with other prompts would have to run the same passes.
     """
     from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        return {}
     # padding is told apart by the mask: its token may also be part of a prompt
     rows_UT, place_B = torch.where(mask_BT > 0, ids_BT, -1).unique(dim=0, return_inverse=True)
     if len(rows_UT) == len(ids_BT) or ids_BT.shape[1] == 1 or not model._supports_default_dynamic_cache():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -25,6 +26,19 @@ def by_blocks(model: Any, mesh: DeviceMesh, policy: MixedPrecisionPolicy | None 
         settings["mp_policy"] = policy
     for layer in _causal_lm(model).base_model.layers:
         fully_shard(layer, **settings)
+    return fully_shard(model, **settings)
+
+
+def by_modules(model: Any, mesh: DeviceMesh, policy: MixedPrecisionPolicy | None = None) -> Any:
+    """Every module by itself that has a parameter of its own, one, and shares it with no other."""
+    settings: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": True}
+    if policy is not None:
+        settings["mp_policy"] = policy
+    holders = Counter(id(p) for module in model.modules() for p in module._parameters.values())
+    for module in list(model.modules()):
+        own = [p for p in module._parameters.values() if p is not None]
+        if len(own) == 1 and holders[id(own[0])] == 1:
+            fully_shard(module, **settings)
     return fully_shard(model, **settings)
 
 

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 from tests.gradients.architectures import BUILDERS, SETTINGS, draw_group
-from tests.gradients.ranks import as_accelerate_does, by_blocks, processes, run_on_processes, whole_numbers
+from tests.gradients.ranks import as_accelerate_does, by_blocks, by_modules, processes, run_on_processes, whole_numbers
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
@@ -25,6 +25,7 @@ from cropi.gradients.engine import Engine, Nothing, segment_of
 from cropi.gradients.groups import Group
 from cropi.gradients.packing import Span
 from cropi.gradients.scorer import Scorer
+from cropi.policy import shared_prefixes
 
 TRAIN = [draw_group(2 + n, [3 + n, 9 - n, 5], seed=80 + n, on_policy=n == 2) for n in range(5)]
 VALIDATION = {
@@ -53,6 +54,7 @@ class Question:
 QUESTIONS = {
     "llama": Question("llama"),
     "llama_accelerate": Question("llama", as_accelerate_does, score="cosine", errors=True),
+    "llama_modules": Question("llama", by_modules, score="cosine", first=2),
     "llama_exact": Question("llama", estimator="exact", score="cosine", first=0),
     "tied": Question("llama_tied", score="cosine", first=5),
     "tied_accelerate": Question("llama_tied", as_accelerate_does, estimator="exact", errors=True, first=5),
@@ -115,6 +117,13 @@ def blocks_of_any_number(mesh: DeviceMesh) -> np.ndarray:
         return np.concatenate([np.zeros((0, 2)), *(scorer.values(scorer(groups)) for groups in calls)])
 
 
+def copied_and_sharded(mesh: DeviceMesh) -> dict[str, Any]:
+    """Hybrid sharding: every process has all of the parameters, in parts of one, and need not wait for another."""
+    question = QUESTIONS["llama"]
+    mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("copies", "parts"))
+    return answer(question, by_blocks(BUILDERS["llama"](), mesh), TRAIN[:4] if mesh.get_coordinate()[0] else TRAIN[4:])
+
+
 def aim_in_lockstep(mesh: DeviceMesh) -> str:
     scorer = scorer_of(QUESTIONS["llama"], by_blocks(BUILDERS["llama"](), mesh))
     with pytest.raises(ValueError, match="inside lockstep") as caught, scorer.lockstep():
@@ -152,6 +161,7 @@ def memory(style: Callable[..., Any], mesh: DeviceMesh) -> dict[str, Any]:
         "layer": layer,
         "layers": len(model.base_model.layers),
         "outside": [after_init, whole_numbers(model)],
+        "after_layers": forward,
         "inside": forward + watch.seen,
         "sharded": all(isinstance(p, DTensor) for p in model.parameters()),
     }
@@ -181,10 +191,11 @@ def in_bfloat16(style: Callable[..., Any], mesh: DeviceMesh) -> dict[str, Any]:
     return answer(question, style(BUILDERS["qwen2"]().float(), mesh, BFLOAT16), share(question, mesh))
 
 
-STYLES = {"blocks": by_blocks, "accelerate": as_accelerate_does}
+STYLES = {"blocks": by_blocks, "accelerate": as_accelerate_does, "modules": by_modules}
 OTHERS = {
     "calls": blocks_of_any_number,
     "aim": aim_in_lockstep,
+    "hybrid": copied_and_sharded,
     **{f"memory/{name}": partial(memory, style) for name, style in STYLES.items()},
     **{f"bfloat16/{name}": partial(in_bfloat16, style) for name, style in STYLES.items()},
     **{
@@ -230,6 +241,12 @@ def test_processes_may_ask_any_number_of_times(found: dict[str, list[Any]]) -> N
     assert second.shape == (0, 2)
 
 
+def test_copies_of_sharded_parameters_go_their_own_way(found: dict[str, list[Any]]) -> None:
+    expected = answer(QUESTIONS["llama"], BUILDERS["llama"](), TRAIN)["values"]
+    first, second = of(found, "hybrid")
+    np.testing.assert_allclose(np.concatenate([second["values"], first["values"]]), expected, rtol=1e-7)
+
+
 def test_directions_are_not_made_in_lockstep(found: dict[str, list[Any]]) -> None:
     of(found, "aim")
 
@@ -244,6 +261,8 @@ def test_only_what_runs_is_whole(style: str, found: dict[str, list[Any]]) -> Non
         others = (seen["layers"] - 1) * seen["layer"] / 2
         assert max(seen["inside"]) <= seen["parameters"] - others * 0.98
         assert len(seen["inside"]) > 2 * seen["layers"]
+        if style == "modules":  # norms among them, whose weights the engine replaces while they run
+            assert set(seen["after_layers"]) == set(seen["outside"])
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -288,6 +307,14 @@ def test_one_process_finds_the_same_bits(policy: str, style: str, alone: DeviceM
     whole, sharded = answer(question, BUILDERS[policy](), TRAIN), ask(question, alone)
     for key in ("values", "norms", "features", "cosines"):
         assert np.array_equal(sharded[key], whole[key]), key
+
+
+def test_sampling_shares_no_prompt_of_a_sharded_policy(alone: DeviceMesh) -> None:
+    """Prompts repeat in some processes and not in others, and all have to run the same passes."""
+    ids_BT = torch.tensor([[2, 3, 4], [2, 3, 4], [5, 6, 7]])
+    model = BUILDERS["llama"]()
+    assert shared_prefixes(model, ids_BT, torch.ones_like(ids_BT))
+    assert not shared_prefixes(by_blocks(model, alone), ids_BT, torch.ones_like(ids_BT))
 
 
 def test_the_reference_estimator_refuses_sharded_parameters(alone: DeviceMesh) -> None:
