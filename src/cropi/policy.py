@@ -217,9 +217,14 @@ HASHED_BYTES = 1 << 20  # of every weight
 
 
 def weights_identity(model: torch.nn.Module) -> str:
-    """SHA-256 over the names, shapes and first bytes of all weights: which policy a model in memory is."""
+    """SHA-256 over the names, shapes and first bytes of all weights: which policy a model in memory is.
+
+    Weights that are sharded over processes are gathered for it one by one, by all of them, and give what whole ones do.
+    """
     digest = hashlib.sha256()
     for name, weight in sorted(model.state_dict().items()):
+        if isinstance(weight, DTensor):
+            weight = weight.full_tensor()
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
         head = weight.detach().flatten()[: HASHED_BYTES // max(1, weight.element_size())].contiguous().cpu()
         digest.update(head.view(torch.uint8).numpy().tobytes())

@@ -74,7 +74,7 @@ def whole_numbers(model: nn.Module) -> int:
 def processes(rank: int, count: int, folder: Path) -> Iterator[DeviceMesh]:
     """This process as one of several."""
     store = distributed.FileStore(str(folder / "store"), count)
-    distributed.init_process_group("gloo", store=store, rank=rank, world_size=count, timeout=timedelta(seconds=120))
+    distributed.init_process_group("gloo", store=store, rank=rank, world_size=count, timeout=timedelta(seconds=300))
     try:
         yield init_device_mesh("cpu", (count,))
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from tests.gradients.architectures import BUILDERS, SETTINGS, draw_group
 from tests.gradients.ranks import as_accelerate_does, by_blocks, by_modules, processes, run_on_processes, whole_numbers
 from torch import Tensor, nn
@@ -25,7 +27,7 @@ from cropi.gradients.engine import Engine, Nothing, segment_of
 from cropi.gradients.groups import Group
 from cropi.gradients.packing import Span
 from cropi.gradients.scorer import Scorer
-from cropi.policy import shared_prefixes
+from cropi.policy import shared_prefixes, weights_identity
 
 TRAIN = [draw_group(2 + n, [3 + n, 9 - n, 5], seed=80 + n, on_policy=n == 2) for n in range(5)]
 VALIDATION = {
@@ -124,6 +126,10 @@ def copied_and_sharded(mesh: DeviceMesh) -> dict[str, Any]:
     return answer(question, by_blocks(BUILDERS["llama"](), mesh), TRAIN[:4] if mesh.get_coordinate()[0] else TRAIN[4:])
 
 
+def identity(style: Callable[..., Any], mesh: DeviceMesh) -> str:
+    return weights_identity(style(BUILDERS["qwen2"](), mesh))
+
+
 def aim_in_lockstep(mesh: DeviceMesh) -> str:
     scorer = scorer_of(QUESTIONS["llama"], by_blocks(BUILDERS["llama"](), mesh))
     with pytest.raises(ValueError, match="inside lockstep") as caught, scorer.lockstep():
@@ -196,6 +202,7 @@ OTHERS = {
     "calls": blocks_of_any_number,
     "aim": aim_in_lockstep,
     "hybrid": copied_and_sharded,
+    **{f"identity/{name}": partial(identity, style) for name, style in STYLES.items()},
     **{f"memory/{name}": partial(memory, style) for name, style in STYLES.items()},
     **{f"bfloat16/{name}": partial(in_bfloat16, style) for name, style in STYLES.items()},
     **{
@@ -208,10 +215,15 @@ OTHERS = {
 
 
 @pytest.fixture(scope="module")
-def found() -> dict[str, list[Any]]:
-    """By case, what each of two processes found."""
-    cases = {f"score/{name}": partial(ask, question) for name, question in QUESTIONS.items()} | OTHERS
-    return dict(zip(cases, run_on_processes(list(cases.values()), 2), strict=True))
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
+    """By case, what each of two processes found. Asked once, however many workers pytest has."""
+    folder = tmp_path_factory.getbasetemp()
+    path = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "sharded"
+    with FileLock(path.with_suffix(".lock")):
+        if not path.is_file():
+            cases = {f"score/{name}": partial(ask, question) for name, question in QUESTIONS.items()} | OTHERS
+            torch.save(dict(zip(cases, run_on_processes(list(cases.values()), 2), strict=True)), path)
+        return torch.load(path, weights_only=False)
 
 
 def of(found: dict[str, list[Any]], name: str) -> list[Any]:
@@ -249,6 +261,11 @@ def test_copies_of_sharded_parameters_go_their_own_way(found: dict[str, list[Any
 
 def test_directions_are_not_made_in_lockstep(found: dict[str, list[Any]]) -> None:
     of(found, "aim")
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_a_sharded_policy_has_the_identity_of_the_whole(style: str, found: dict[str, list[Any]]) -> None:
+    assert set(of(found, f"identity/{style}")) == {weights_identity(BUILDERS["qwen2"]())}
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -300,8 +317,11 @@ def alone(tmp_path: Path) -> Iterator[DeviceMesh]:
         yield mesh
 
 
-@pytest.mark.parametrize("style", STYLES)
-@pytest.mark.parametrize("policy", BUILDERS)
+EVERY = [(policy, "blocks") for policy in BUILDERS]
+SOME = [(policy, style) for policy in ("llama", "qwen2", "llama_lora") for style in ("accelerate", "modules")]
+
+
+@pytest.mark.parametrize(("policy", "style"), EVERY + SOME)
 def test_one_process_finds_the_same_bits(policy: str, style: str, alone: DeviceMesh) -> None:
     question = Question(policy, STYLES[style], score="cosine")
     whole, sharded = answer(question, BUILDERS[policy](), TRAIN), ask(question, alone)
