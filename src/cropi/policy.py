@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from cropi.config import BUILTIN_POLICY, LoraConfig, PolicyConfig
 from cropi.errors import PolicyError
@@ -216,9 +217,14 @@ HASHED_BYTES = 1 << 20  # of every weight
 
 
 def weights_identity(model: torch.nn.Module) -> str:
-    """SHA-256 over the names, shapes and first bytes of all weights: which policy a model in memory is."""
+    """SHA-256 over the names, shapes and first bytes of all weights: which policy a model in memory is.
+
+    Weights that are sharded over processes are gathered for it one by one, by all of them, and give what whole ones do.
+    """
     digest = hashlib.sha256()
     for name, weight in sorted(model.state_dict().items()):
+        if isinstance(weight, DTensor):
+            weight = weight.full_tensor()
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
         head = weight.detach().flatten()[: HASHED_BYTES // max(1, weight.element_size())].contiguous().cpu()
         digest.update(head.view(torch.uint8).numpy().tobytes())
@@ -283,10 +289,13 @@ def encode_prompts(
 
 def shared_prefixes(model: PreTrainedModel, ids_BT: Tensor, mask_BT: Tensor) -> dict[str, Cache]:
     """For `generate`: keys and values of all but the last token of prompts, padded on the left, computed once for each
-    distinct prompt. Nothing where none is repeated, or the model keeps more than keys and values.
+    distinct prompt. Nothing where none is repeated, or the model keeps more than keys and values; nor where its
+    parameters are sharded, since processes with other prompts would have to run the same passes.
     """
     from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        return {}
     # padding is told apart by the mask: its token may also be part of a prompt
     rows_UT, place_B = torch.where(mask_BT > 0, ids_BT, -1).unique(dim=0, return_inverse=True)
     if len(rows_UT) == len(ids_BT) or ids_BT.shape[1] == 1 or not model._supports_default_dynamic_cache():

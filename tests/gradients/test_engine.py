@@ -81,6 +81,17 @@ def model(request: pytest.FixtureRequest) -> Any:
     return GUESTS[request.param]()
 
 
+def test_precision_that_a_trainer_wraps_around_a_model_is_left_out() -> None:
+    """As accelerate does: the forward pass of the object, not of its class."""
+    plain, wrapped = tiny("llama").float(), tiny("llama").float()
+    wrapped.forward = torch.autocast("cpu", torch.bfloat16)(wrapped.forward)
+    scorers = [Scorer(model, SETTINGS, projection=SparseProjection(dim=64)) for model in (plain, wrapped)]
+    for scorer in scorers:
+        scorer.aim({"all": GROUPS})
+    assert torch.equal(*(scorer.features_VD for scorer in scorers))
+    assert "forward" in wrapped.__dict__
+
+
 def test_the_model_is_left_as_it_was_found(model: Any) -> None:
     before = state(model)
     engine = Engine(model, SETTINGS, 40)

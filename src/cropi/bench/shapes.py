@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from cropi.bench.peers.wire import WeightedGroup
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,8 @@ SHAPES: dict[str, Shape] = {
 }
 
 
-def make_policy(shape: str, folder: Path, *, dtype: str, device: str, seed: int) -> None:
-    """Write a policy of the shape with random weights to `folder`. No tokenizer: the benchmark has ids only."""
+def random_policy(shape: str, *, dtype: str, device: str, seed: int) -> PreTrainedModel:
+    """A policy of the shape with random weights, made on the device itself in the dtype that it has."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -74,7 +74,14 @@ def make_policy(shape: str, folder: Path, *, dtype: str, device: str, seed: int)
     config = AutoConfig.for_model(SHAPES[shape].model_type, **SHAPES[shape].settings, **special)
     torch.manual_seed(seed)
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
+
+
+def make_policy(shape: str, folder: Path, *, dtype: str, device: str, seed: int) -> None:
+    """Write a random policy of the shape to `folder`. No tokenizer: the benchmark has ids only."""
+    import torch
+
+    model = random_policy(shape, dtype=dtype, device=device, seed=seed)
     model.save_pretrained(folder)
     del model
     if device == "cuda":

@@ -16,6 +16,7 @@ from torch import Tensor
 PROJECTION_VERSION = 2
 
 _WORD = 1 << 64
+_DOUBLES = 1 << 27  # numbers copied in float64 at once: 1 GiB
 
 
 def _signed(value: int) -> int:
@@ -113,22 +114,29 @@ def principal_directions(
     orthonormal columns would serve the projection; these leave little of what matters to chance. Fewer columns than
     `rank` where there are fewer inputs; zero columns where the matrices have lower rank.
     """
-    matrices_XI, first_I = matrices_XI.double(), first_I.double()
     size = matrices_XI.shape[1]
     rank = min(rank, size)
     if rank == 0:
-        return matrices_XI.new_zeros(size, 0)
+        return matrices_XI.new_zeros(size, 0, dtype=torch.float64)
+    first_I = first_I.double()
     length = first_I.norm()
     mean_I1 = (first_I / length if length > 0 else torch.zeros_like(first_I))[:, None]
-    rest_XI = matrices_XI - (matrices_XI @ mean_I1) @ mean_I1.T
+
+    def rest(columns_IW: Tensor) -> Tensor:
+        return columns_IW - mean_I1 @ (mean_I1.T @ columns_IW)
+
+    if matrices_XI.numel() <= _DOUBLES:
+        matrices_XI = matrices_XI.double()
+    blocks = matrices_XI.split(max(1, _DOUBLES // size))
     width = min(size, rank + 8)
     counters = torch.arange(size * width, device=matrices_XI.device)
     start_IW = (hash_counters(0, counters) & 1).double().reshape(size, width) * 2 - 1
-    start_IW = start_IW - mean_I1 @ (mean_I1.T @ start_IW)
-    basis_IW = torch.linalg.qr(start_IW).Q
+    basis_IW = torch.linalg.qr(rest(start_IW)).Q
     for _ in range(4):
-        basis_IW = torch.linalg.qr(rest_XI.T @ (rest_XI @ basis_IW)).Q
-    _, values, right = torch.linalg.svd(rest_XI @ basis_IW, full_matrices=False)
+        squares_IW = sum(wide_XI.T @ (wide_XI @ rest(basis_IW)) for wide_XI in map(Tensor.double, blocks))
+        basis_IW = torch.linalg.qr(rest(torch.as_tensor(squares_IW))).Q
+    found_XW = torch.cat([wide_XI @ rest(basis_IW) for wide_XI in map(Tensor.double, blocks)])
+    _, values, right = torch.linalg.svd(torch.linalg.qr(found_XW, mode="r").R, full_matrices=False)
     strongest_IR = basis_IW @ right.T
     usable = values > 1e-9 * values.max().clamp(min=1e-300)
     directions_IR = torch.cat([mean_I1, (strongest_IR * usable)], dim=1)[:, :rank]

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from cropi.gradients.attention import unsupported
 from cropi.gradients.packing import Segment, Span
+from cropi.gradients.sharded import Shards, outline
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -62,10 +63,11 @@ class _Owner:
 class Capture:
     """The covered modules of one model. PolicyError names the first module that holds weights it does not cover."""
 
-    def __init__(self, model: nn.Module, causal_lm: PreTrainedModel, head: nn.Module) -> None:
-        self._model = causal_lm
+    def __init__(self, model: nn.Module, causal_lm: PreTrainedModel, head: nn.Module, shards: Shards) -> None:
+        self._model, self._device = causal_lm, shards.device
         names = {id(parameter): name for name, parameter in model.named_parameters()}
-        self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.trainable: dict[str, Tensor] = {name: outline(p, shards.device) for name, p in self._trained.items()}
         self._linears: list[_Owner] = []
         self._embeddings: list[_Owner] = []
         self._norms: list[_Owner] = []
@@ -74,7 +76,9 @@ class Capture:
             own = {attribute: names[id(p)] for attribute, p in module._parameters.items() if p is not None}
             own = {attribute: name for attribute, name in own.items() if name in self.trainable}
             if own and module is not head:
-                self._room(module, own).append(_Owner(module, path, own))
+                with shards.gathered(model, path):
+                    room = self._room(module, own)
+                room.append(_Owner(module, path, own))
         self.head_names = {
             attribute: names[id(p)]
             for attribute, p in head._parameters.items()
@@ -119,36 +123,32 @@ class Capture:
         with torch.no_grad():
             ids = torch.arange(min(4, module.num_embeddings), device=module.weight.device)
             try:
-                given = module(ids).float()
+                given = module.forward(ids).float()
             except (IndexError, TypeError, RuntimeError):  # it takes something else than ids
                 return False
             stored = module.weight[ids].float() * embedding_scale(module)
         return given.shape == stored.shape and bool(torch.allclose(given, stored, rtol=1e-2, atol=1e-6))
 
-    @staticmethod
-    def _acts_by_token(module: nn.Module, own: dict[str, str]) -> bool:
+    def _acts_by_token(self, module: nn.Module, own: dict[str, str]) -> bool:
         """Whether a module with vector weights acts on each token alone, and takes weights that differ by token."""
         size = max(getattr(module, attribute).shape[0] for attribute in own)
         first = getattr(module, next(iter(own)))
         generator = torch.Generator().manual_seed(0)
 
         def draw(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator).to(first)
+            return torch.randn(shape, generator=generator).to(self._device, first.dtype)
 
         inputs, weights = draw(1, 3, size), {attribute: draw(1, 3, size) for attribute in own}
         before = dict(module._parameters)
-        for attribute in own:
-            del module._parameters[attribute]
+        held: dict[str, Any] = module._parameters
         try:
             with torch.no_grad():
-                for attribute in own:
-                    setattr(module, attribute, weights[attribute])
-                together = module(inputs)
+                held.update(weights)
+                together = module.forward(inputs)
                 apart = []
                 for token in range(3):
-                    for attribute in own:
-                        setattr(module, attribute, weights[attribute][0, token])
-                    apart.append(module(inputs[:, token : token + 1]))
+                    held.update({attribute: weights[attribute][0, token] for attribute in own})
+                    apart.append(module.forward(inputs[:, token : token + 1]))
             return bool(torch.allclose(together, torch.cat(apart, dim=1), rtol=1e-3, atol=1e-3))
         except (
             RuntimeError,
@@ -158,9 +158,7 @@ class Capture:
         ):  # another shape of module than a scale per channel
             return False
         finally:
-            for attribute in own:
-                module.__dict__.pop(attribute, None)
-            _put_back(module, before)
+            held.update(before)
 
     @contextmanager
     def hooks(self, reader: Reader, spans: Sequence[Span], tokens: int) -> Iterator[None]:
@@ -168,7 +166,7 @@ class Capture:
         trainable weights takes no part in the pass, since its weights then act in a way no hook sees."""
         self._calls.clear()
         with ExitStack() as stack:
-            stack.enter_context(_frozen(list(self.trainable.values())))
+            stack.enter_context(_frozen(list(self._trained.values())))
             for owner in self._linears:
                 stack.callback(owner.module.register_forward_hook(self._on_linear(owner, reader, spans, tokens)).remove)
             for owner in self._embeddings:
@@ -268,18 +266,16 @@ class Capture:
     @contextmanager
     def _per_token(self, owner: _Owner, reader: Reader, spans: Sequence[Span], tokens: int) -> Iterator[None]:
         """Give a module, call by call, weights with an entry of their own for every token, and read their gradients."""
-        module = owner.module
-        before_pass = dict(module._parameters)
-        originals = {attribute: module._parameters.pop(attribute) for attribute in owner.names}
+        module, originals = owner.module, dict[str, Any]()
+        held: dict[str, Any] = module._parameters  # written to directly: torch would refuse what is no parameter
 
         def before_forward(module: nn.Module, args: Any) -> None:
             self._calls[owner.path] += 1
             shape = [1] * args[0].dim()
             shape[self._token_dim(owner, args[0], tokens)], shape[-1] = tokens, -1
             for attribute, name in owner.names.items():
-                vector = originals[attribute]
-                assert vector is not None
-                leaf = vector.detach().expand(shape).requires_grad_()
+                originals[attribute] = held[attribute]
+                leaf = held[attribute].detach().expand(shape).requires_grad_()
 
                 def read(leaf: Tensor, name: str = name) -> None:
                     assert leaf.grad is not None
@@ -287,22 +283,21 @@ class Capture:
                     leaf.grad = None
 
                 leaf.register_post_accumulate_grad_hook(read)
-                setattr(module, attribute, leaf)
+                held[attribute] = leaf
 
-        handle = module.register_forward_pre_hook(before_forward)
+        def put_back(*_: Any) -> None:
+            for attribute, original in originals.items():
+                if not isinstance(held[attribute], nn.Parameter):  # else FSDP has put its own part there again
+                    held[attribute] = original
+            originals.clear()
+
+        handles = [module.register_forward_pre_hook(before_forward), module.register_forward_hook(put_back)]
         try:
             yield
         finally:
-            handle.remove()
-            for attribute in originals:
-                module.__dict__.pop(attribute, None)
-            _put_back(module, before_pass)
-
-
-def _put_back(module: nn.Module, parameters: dict[str, nn.Parameter | None]) -> None:
-    """A module's parameters, in the order they had."""
-    module._parameters.clear()
-    module._parameters.update(parameters)
+            for handle in handles:
+                handle.remove()
+            put_back()
 
 
 def _require_grad(module: nn.Module, args: Any, output: Tensor) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
@@ -13,12 +14,14 @@ from torch import Tensor, nn
 
 from cropi.artifacts import OK
 from cropi.console import warn
+from cropi.errors import PolicyError
 from cropi.gradients.attention import own_attention, pack_rows, packed, unsupported
 from cropi.gradients.capture import Capture, Reader
 from cropi.gradients.groups import Group
-from cropi.gradients.head import Head, check_head
+from cropi.gradients.head import Head, HeadResult, check_head
 from cropi.gradients.packing import Pack, Segment, Span, make_pack, plan
 from cropi.gradients.ratios import RatioMoments, moments
+from cropi.gradients.sharded import Shards, Turn, forward_replaced
 from cropi.gradients.surrogate import SurrogateSettings, trajectory_scales
 
 if TYPE_CHECKING:
@@ -87,6 +90,9 @@ class Engine:
     model is left as it was found: mode, `requires_grad`, `.grad` and attention implementation. PolicyError where the
     architecture holds trainable weights that no hook covers, or does something with its logits or attention that the
     engine would not reproduce: it is compared once with the model's own forward pass.
+
+    Parameters may be sharded (`fully_shard`, FSDP2). Every process then makes its own engine and runs its own groups
+    inside `lockstep`.
     """
 
     def __init__(self, model: nn.Module, settings: SurrogateSettings, batch_tokens: int | None = None) -> None:
@@ -99,16 +105,21 @@ class Engine:
                 if kind in {"dynamic", "longrope"}:
                     raise unsupported(self._causal_lm, f"its rotary positions ({kind}) depend on the longest sequence")
         self._head = Head(self._causal_lm)
-        self.device = self._head.module.weight.device
+        self.shards = Shards(model)
+        self.device = self.shards.device
+        self._together = False
         with self._evaluating():
-            self._capture = Capture(model, self._causal_lm, self._head.module)
+            if self.shards.sharded:
+                self._enter_once()
+            self._capture = Capture(model, self._causal_lm, self._head.module, self.shards)
             bytes_per_token = self._checked()
             self.repeated = self._capture.repeated()
-        self.budget = batch_tokens or _budget(self.device, bytes_per_token)
+        self.budget = batch_tokens or self.shards.least(_budget(self.device, bytes_per_token))
 
     @property
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """All trainable parameters by name; a tied weight is counted once, under its first name."""
+    def parameters(self) -> dict[str, Tensor]:
+        """All trainable parameters by name; a tied weight is counted once, under its first name. Of sharded ones,
+        tensors of the whole shape that take no memory."""
         return self._capture.trainable
 
     @property
@@ -137,9 +148,10 @@ class Engine:
         work = Work()
         most = max(1, STAGED_BYTES.get(self.device.type, 1 << 29) // reader.row_bytes) if reader.row_bytes else None
         waiting = self._plan(segments, divisible, most)
-        with self._evaluating():
+        with self.lockstep(), self._evaluating():
             while waiting:
                 members = waiting[0]
+                self._await_turn(Turn.BACKWARD)
                 try:
                     reader.begin(members)
                     tokens, moments = self._pass(members, reader)
@@ -147,6 +159,8 @@ class Engine:
                     smaller = sum(segment.tokens for segment in members) // 2
                     if not _out_of_memory(error) or not self._divides(members, divisible):
                         raise
+                    if self.shards.sharded:  # the others are in the middle of this pass, which cannot be had again
+                        raise _too_large(self.budget) from error
                     if reader.undo():
                         left = [segment for pack in waiting for segment in pack]
                     else:
@@ -167,13 +181,44 @@ class Engine:
     def logprobs(self, segments: Sequence[Segment]) -> Work:
         """A forward pass alone, for the ratios."""
         work = Work()
-        with self._evaluating(), torch.no_grad():
+        with self.lockstep(), self._evaluating():
             for members in self._plan(segments, divisible=True):
-                pack = make_pack(members, self.device)
-                with pack_rows(self._causal_lm, pack.rows):
-                    result = self._head(self._hidden(pack)[0], pack, self.settings, None, {})
-                work.add(pack.tokens, _moments(pack, result.log_ratios_E, self.settings.clip))
+                self._await_turn(Turn.FORWARD)
+                work.add(*self._look(members))
         return work
+
+    @contextmanager
+    def lockstep(self) -> Iterator[None]:
+        """Run groups inside as often as need be, whatever other processes do with theirs: a process that leaves goes on
+        taking part in the passes of those that have not. Nothing happens where parameters are not sharded.
+
+        Every process has to enter the same blocks in the same order. `run` and `logprobs` are such a block by
+        themselves, outside of another.
+        """
+        if self._together or self.shards.count == 1:
+            yield
+            return
+        self._together = True
+        try:
+            yield
+            with self._evaluating():
+                self._await_turn(Turn.NOTHING)
+        finally:
+            self._together = False
+
+    @property
+    def in_lockstep(self) -> bool:
+        """Whether other processes may be doing something else than this one."""
+        return self._together
+
+    def _await_turn(self, turn: Turn) -> None:
+        """Take part in what the other processes do, until all do what this one wants to."""
+        while (agreed := self.shards.agree(turn)) != turn:
+            members = [Segment(0, [0], [[0, 0]], [0.0], None)]
+            if agreed == Turn.BACKWARD:
+                self._pass(members, Nothing())
+            else:
+                self._look(members)
 
     def _plan(self, segments: Sequence[Segment], divisible: bool, most: int | None = None) -> list[list[Segment]]:
         parts = list(segments)
@@ -187,17 +232,61 @@ class Engine:
 
     def _pass(self, members: Sequence[Segment], reader: Reader) -> tuple[int, Moments]:
         pack = make_pack(members, self.device)
-        with self._capture.hooks(reader, pack.spans, pack.tokens), pack_rows(self._causal_lm, pack.rows):
-            hidden_1SH = self._hidden(pack)
-            result = self._head(hidden_1SH[0].detach(), pack, self.settings, reader, self._capture.head_names)
-            hidden_1SH.backward(result.grad_SH[None])
-        return pack.tokens, _moments(pack, result.log_ratios_E, self.settings.clip)
+        found: list[HeadResult] = []
 
-    def _hidden(self, pack: Pack) -> Tensor:
-        output = self._causal_lm.base_model(
-            input_ids=pack.input_ids_S[None], position_ids=pack.position_ids_S[None], use_cache=False, return_dict=True
-        )
-        return output.last_hidden_state
+        def at_head(hidden_SH: Tensor) -> Tensor:
+            found.append(self._head(hidden_SH, pack, self.settings, reader, self._capture.head_names))
+            return found[0].grad_SH
+
+        with self._capture.hooks(reader, pack.spans, pack.tokens), pack_rows(self._causal_lm, pack.rows):
+            self._forward(pack, at_head).backward()
+        return pack.tokens, _moments(pack, found[0].log_ratios_E, self.settings.clip)
+
+    @torch.no_grad()
+    def _look(self, members: Sequence[Segment]) -> tuple[int, Moments]:
+        """A forward pass alone."""
+        pack = make_pack(members, self.device)
+        found: list[HeadResult] = []
+
+        def at_head(hidden_SH: Tensor) -> Tensor:
+            found.append(self._head(hidden_SH, pack, self.settings, None, {}))
+            return found[0].grad_SH
+
+        with pack_rows(self._causal_lm, pack.rows):
+            self._forward(pack, at_head)
+        self.shards.release()
+        return pack.tokens, _moments(pack, found[0].log_ratios_E, self.settings.clip)
+
+    def _forward(self, pack: Pack, at_head: Callable[[Tensor], Tensor]) -> Tensor:
+        """A pack up to the head: `at_head` is given its hidden states and gives their gradient, with which a backward
+        pass from the result begins.
+
+        The model and its head are entered as modules, though something else than their own logits is made there: by
+        these calls sharded parameters are gathered, and a backward pass from the result gathers them again.
+        """
+
+        def head(hidden_1SH: Tensor) -> Tensor:
+            return _GivenGradient.apply(hidden_1SH, at_head(hidden_1SH[0].detach())[None])
+
+        def forward(input_ids: Tensor, position_ids: Tensor) -> Tensor:
+            output = self._causal_lm.base_model(
+                input_ids=input_ids, position_ids=position_ids, use_cache=False, return_dict=True
+            )
+            return self._head.module(output.last_hidden_state)
+
+        with forward_replaced(self.model, forward), forward_replaced(self._head.module, head):
+            return self.model(input_ids=pack.input_ids_S[None], position_ids=pack.position_ids_S[None])
+
+    def _own_forward(self) -> AbstractContextManager[None]:
+        """The model's forward pass as its class has it: trainers wrap that of an object in autocast."""
+        return forward_replaced(self.model, partial(type(self.model).forward, self.model))
+
+    @torch.no_grad()
+    def _enter_once(self) -> None:
+        """Sharding is completed by the first forward pass, which has to find parameters as they are trained."""
+        with own_attention(self._causal_lm), self._own_forward():
+            self.model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=self.device), use_cache=False)
+        self.shards.release()
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
@@ -229,28 +318,27 @@ class Engine:
             return torch.randint(rows, (count,), generator=generator).tolist()
 
         segment = Segment(0, draw(23), [draw(17), draw(1), draw(12)], [1.0] * 3, None)
-        pack, kept = make_pack([segment], self.device), dict[int, int]()
+        pack, kept = make_pack([segment], self.device), _Kept(self.model)
+        ours: list[tuple[Tensor, torch.dtype]] = []
 
-        def note(tensor: Tensor) -> Tensor:
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
+        def at_head(hidden_SH: Tensor) -> Tensor:
+            ours.append((self._head.logits(hidden_SH.index_select(0, pack.sources_E)), hidden_SH.dtype))
+            return torch.zeros_like(hidden_SH)
 
         with (
-            torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+            kept,
             self._capture.hooks(Nothing(), pack.spans, pack.tokens),
             pack_rows(self._causal_lm, pack.rows),
         ):
-            hidden_SH = self._hidden(pack)[0]
-            ours_EW = self._head.logits(hidden_SH.detach().index_select(0, pack.sources_E))
-            hidden_SH.backward(torch.zeros_like(hidden_SH))
-        weights = {p.untyped_storage().data_ptr() for p in self.model.parameters()}
-        with own_attention(self._causal_lm), torch.no_grad():
+            self._forward(pack, at_head).backward()
+        with own_attention(self._causal_lm), self._own_forward(), torch.no_grad():
             theirs = []
             for completion in segment.completions:
                 ids = torch.tensor([segment.prompt_ids + completion[:-1]], device=self.device)
-                theirs.append(self._causal_lm(input_ids=ids, use_cache=False).logits[0, len(segment.prompt_ids) - 1 :])
-        check_head(self._causal_lm, ours_EW, torch.cat(theirs))
-        return sum(size for pointer, size in kept.items() if pointer not in weights) / pack.tokens
+                theirs.append(self.model(input_ids=ids, use_cache=False).logits[0, len(segment.prompt_ids) - 1 :])
+        self.shards.release()
+        check_head(self._causal_lm, ours[0][0], torch.cat(theirs), ours[0][1])
+        return kept.bytes / pack.tokens
 
 
 class Nothing:
@@ -267,11 +355,74 @@ class Nothing:
         return True
 
 
+class _GivenGradient(torch.autograd.Function):
+    """A number of no meaning, from which a backward pass gives hidden states the gradient that is known already."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_1SH: Tensor, grad_1SH: Tensor) -> Tensor:
+        ctx.grad_1SH = grad_1SH
+        return hidden_1SH.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.grad_1SH, None
+
+
+class _Kept:
+    """Counts the bytes of activations that a pass inside keeps for its backward pass; weights are kept anyway."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model, self._weights = model, set[int]()
+        self._found: dict[int, int] = {}
+
+    def __enter__(self) -> None:
+        self._stack = ExitStack()
+        for module in self._model.modules():
+            if module._parameters:
+                # Whole parameters of a sharded module exist only during its call.
+                self._stack.callback(module.register_forward_pre_hook(self._note_weights).remove)
+        self._stack.enter_context(torch.autograd.graph.saved_tensors_hooks(self._note, lambda tensor: tensor))
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def _note_weights(self, module: nn.Module, args: Any) -> None:
+        self._weights = {p.untyped_storage().data_ptr() for p in module._parameters.values() if p is not None}
+
+    def _note(self, tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in self._weights:
+            self._found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    @property
+    def bytes(self) -> int:
+        return sum(self._found.values())
+
+
+def _too_large(budget: int) -> PolicyError:
+    return PolicyError(
+        f"out of memory while scoring with sharded parameters, in packs of {budget} tokens",
+        where="score.batch_tokens",
+        fix=f"set it to {max(1, budget // 2)} or less: a pass that all processes share cannot be repeated by one.",
+    )
+
+
 def _budget(device: torch.device, bytes_per_token: float) -> int:
     """The largest pack that half of the free memory holds, up to where packs stop getting faster."""
-    on_cuda = device.type == "cuda"
-    free = torch.cuda.mem_get_info(device)[0] if on_cuda else psutil.virtual_memory().available
-    return int(max(256, min(FAST_ENOUGH.get(device.type, 2048), free / 2 / bytes_per_token)))
+    return int(max(256, min(FAST_ENOUGH.get(device.type, 2048), free_bytes(device) / 2 / bytes_per_token)))
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that new tensors can have, what torch keeps for that included."""
+    if device.type != "cuda":
+        return psutil.virtual_memory().available
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
+
+
+def by_group(advance: Callable[[int], None] | None) -> Callable[[Sequence[Segment]], None] | None:
+    """Count the groups of a pack."""
+    return None if advance is None else lambda members: advance(len({segment.index for segment in members}))
 
 
 def _divided(segment: Segment, budget: int) -> list[Segment]:

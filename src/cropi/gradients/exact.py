@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cropi.gradients.numerics import outer_sum, widened
 from cropi.gradients.packing import Segment, Span
@@ -15,29 +15,25 @@ class DenseReader:
     """The sum of the gradients of all segments, by parameter name, and the inputs of each linear layer.
 
     One matrix product per layer and pack: a third forward pass of work. Shapes are those of the parameters; float32, or
-    wider where the parameters are. Inputs count a prompt once, however its group is divided; `vocabulary` names the
-    head's weight, which sees predictions instead of tokens.
+    wider where the parameters are. Other parameters are passed over. Inputs count a prompt once, however its group is
+    divided; `vocabulary` names the head's weight, which sees predictions instead of tokens.
     """
 
     row_bytes = 0
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], vocabulary: Collection[str]) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor], vocabulary: Collection[str]) -> None:
         self._parameters, self._vocabulary = parameters, vocabulary
         self.undo()
 
     def undo(self) -> bool:
         """Sums cannot be taken back, so all is forgotten."""
         self.gradients = {
-            name: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32), requires_grad=False)
+            name: torch.zeros(p.shape, dtype=torch.promote_types(p.dtype, torch.float32), device=p.device)
             for name, p in self._parameters.items()
         }
-        self._inputs: dict[str, tuple[int, Tensor]] = {}
+        self.inputs: dict[str, Tensor] = {}
+        """By the name of a linear layer's weight: how many tokens it was given, followed by their sum; float64."""
         return False
-
-    def input_sums(self) -> dict[str, Tensor]:
-        """Of each linear layer, by the name of its weight: the number of tokens, and the sum over them of what it was
-        given; (1 + I,), float64."""
-        return {name: torch.cat([total.new_tensor([count]), total]) for name, (count, total) in self._inputs.items()}
 
     def begin(self, segments: Sequence[Segment]) -> None:
         self._fresh = None  # which tokens are met for the first time; None: all
@@ -52,17 +48,24 @@ class DenseReader:
     def commit(self) -> None: ...
 
     def linear(self, name: str, inputs_TI: Tensor, grads_TO: Tensor, spans: Sequence[Span]) -> None:
+        if name not in self.gradients:
+            return
         self.gradients[name] += outer_sum(grads_TO, inputs_TI)
         if self._fresh is not None and name not in self._vocabulary:
             inputs_TI = inputs_TI[self._fresh.to(inputs_TI.device)]
-        count, inputs_I = self._inputs.get(name, (0, 0.0))
-        self._inputs[name] = (count + len(inputs_TI), inputs_I + inputs_TI.double().sum(dim=0))
+        total_I = inputs_TI.double().sum(dim=0)
+        found_1I = torch.cat([total_I.new_full((1,), len(inputs_TI)), total_I])
+        self.inputs[name] = self.inputs.get(name, 0.0) + found_1I
 
     def rows(self, name: str, ids_T: Tensor, grads_TI: Tensor, spans: Sequence[Span]) -> None:
+        if name not in self.gradients:
+            return
         total = self.gradients[name]
         total.index_add_(0, ids_T, grads_TI.to(total.dtype))
 
     def vector(self, name: str, grads_TP: Tensor, spans: Sequence[Span]) -> None:
+        if name not in self.gradients:
+            return
         total = self.gradients[name]
         total += grads_TP.to(total.dtype).sum(dim=0)
 
@@ -87,7 +90,11 @@ class ExactReader:
     ) -> None:
         """`count` is the number of result rows; directions have the shapes of the parameters. Without `repeated`, any
         parameter may be reported in several parts, and norms take the memory of a gradient per row of a pack."""
-        self._directions = {name: torch.stack([direction[name] for direction in directions]) for name in directions[0]}
+        first, *others = directions
+        self._directions = {
+            name: torch.stack([found, *(direction[name] for direction in others)]) if others else found[None]
+            for name, found in first.items()
+        }
         self._norms = norms
         self._repeated = (set(self._directions) if repeated is None else set(repeated)) if norms else set()
         self.row_bytes = sum(4 * self._directions[name][0].numel() for name in self._repeated)

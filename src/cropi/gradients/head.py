@@ -141,9 +141,9 @@ def _clip(spans: Sequence[Span], part: slice) -> list[Span]:
     return [span for span in clipped if span.start < span.stop]
 
 
-def check_head(model: PreTrainedModel, ours_EW: Tensor, theirs_EW: Tensor) -> None:
-    """PolicyError where the model makes something else of the head's output than we do."""
-    tolerance = {torch.bfloat16: 0.1, torch.float16: 0.02}.get(theirs_EW.dtype, 1e-3)
+def check_head(model: PreTrainedModel, ours_EW: Tensor, theirs_EW: Tensor, dtype: torch.dtype) -> None:
+    """PolicyError where the model makes something else of hidden states in `dtype` than we do."""
+    tolerance = {torch.bfloat16: 0.1, torch.float16: 0.02}.get(dtype, 1e-3)
     scale = float(theirs_EW.float().abs().max())  # not below some number: small logits may be wrong by a factor, too
     if not bool(torch.isfinite(theirs_EW).all()):
         raise PolicyError(

@@ -5,6 +5,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+AT_ONCE = 1 << 27
+"""Numbers that are copied in float64: 1 GiB."""
+
 
 def widened(tensor: Tensor) -> Tensor:
     """In float32, or as it is where it is wider."""
@@ -32,7 +35,11 @@ def add_outer_sum(total_WO: Tensor, left_TW: Tensor, right_TO: Tensor) -> None:
 
 def inner(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> float:
     """Inner product of two gradients by parameter name, in float64."""
-    return float(sum((first[name].double() * second[name].double()).sum() for name in first))
+    total = 0.0
+    for name in first:
+        parts = (gradients[name].reshape(-1).split(AT_ONCE) for gradients in (first, second))
+        total += sum((one.double() * other.double()).sum() for one, other in zip(*parts, strict=True))
+    return float(total)
 
 
 def norm(gradients: Mapping[str, Tensor]) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -13,20 +14,29 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cropi.artifacts import OK
-from cropi.errors import SignalError
+from cropi.errors import PolicyError
 from cropi.functional import influence as functional
 from cropi.functional.projection import SparseProjection, principal_directions
-from cropi.gradients.directions import REFERENCE_TOKENS, Directions, by_group
-from cropi.gradients.engine import Engine, Work, segment_of
+from cropi.gradients.directions import (
+    REFERENCE_TOKENS,
+    Directions,
+    Gradients,
+    MeanGradients,
+    by_autograd,
+    by_engine,
+    room_for_directions,
+)
+from cropi.gradients.engine import Engine, Work, by_group, segment_of
 from cropi.gradients.exact import ExactReader
 from cropi.gradients.groups import Group
 from cropi.gradients.numerics import inner, norm, widened
 from cropi.gradients.packing import Segment
 from cropi.gradients.ratios import FACTS, RatioMoments
 from cropi.gradients.reference import prompt_gradient
+from cropi.gradients.sharded import Shards
 from cropi.gradients.sketch import GradientMap, SketchReader, StructuredMap, UniformMap, project
 from cropi.gradients.surrogate import SurrogateSettings
-from cropi.gradients.units import Units, unit_segments, unit_signs, without_signal
+from cropi.gradients.units import Units, mean_log_ratios, unit_rows, unit_signs, without_signal
 from cropi.world import ALONE, World
 
 Estimator = Literal["exact", "sketch", "reference"]
@@ -90,8 +100,16 @@ class Scorer:
         self.projection = projection or SparseProjection()
         self.layer_directions: dict[str, Tensor] = {}
         self.settings = settings
-        self.model, self._batch_tokens, self._world = model, batch_tokens, world
+        self.model, self._batch_tokens, self._world = model, batch_tokens or REFERENCE_TOKENS, world
+        if estimator == "reference" and Shards(model).sharded:
+            raise PolicyError(
+                "the reference estimator differentiates by whole parameters, and the policy's are sharded",
+                where="score.estimator",
+                fix="use sketch or exact.",
+            )
         self._engine = None if estimator == "reference" else Engine(model, settings, batch_tokens)
+        if self._engine is not None and world.size == 1:
+            self._world = self._engine.shards.world()
 
     def aim(
         self,
@@ -102,34 +120,67 @@ class Scorer:
         """Make the directions of validation sets. SignalError where one is empty or not a finite number.
 
         Afterwards `direction_reliability` holds, by set, the correlation in direction to be expected between this
-        direction and one from as many other prompts; see `Directions`.
+        direction and one from as many other prompts: see `Directions.reliability_V`.
 
         `layer_directions` are the U of a structured mask by parameter name, where features of earlier work are to be
         compared; by default they are made from the validation sets.
         """
-        direct = Directions(
-            self.model, self._engine, self.settings, self._mean, self._batch_tokens, self._mean_log_ratios, self._world
-        )
-        found = [direct(name, groups, advance) for name, groups in validation.items()]
-        self._directions = [direction for direction, _ in found]
-        self.direction_reliability = {name: value for name, (_, value) in zip(validation, found, strict=True)}
-        self._norms_V = np.array([norm(direction) for direction in self._directions])
-        for name, length in zip(validation, self._norms_V, strict=True):
-            if not np.isfinite(length):
-                raise SignalError(
-                    f"the gradient of validation set {name} is not a finite number",
-                    where=f"validation set {name}",
-                    fix="check its behaviour log-probs and rewards; a policy that has diverged cannot be scored: "
-                    "lower trainer.learning_rate.",
-                )
+        self._known = Directions(list(validation))
+        if self._engine is None:
+            gradients = by_autograd(
+                self.model, self.settings, self._batch_tokens, validation, self._mean, self._world, advance
+            )
+            self._directions = self._known.add(gradients.of(gradients.names))
+        else:
+            gradients = by_engine(self._engine, validation, self._mean, self._world, advance)
+            parts = gradients.parts(room_for_directions(self._engine, self._world))
+            self.aimed_in_parts = len(parts)
+            if self.estimator == "exact":
+                self._aim_exact(gradients, parts)
+            else:
+                self._aim_sketch(gradients, parts, layer_directions)
+        self.direction_reliability = dict(zip(validation, self._known.reliability_V.tolist(), strict=True))
         if self.estimator == "sketch":
-            if self.projection.mask == "structured":
-                made = layer_directions or self._make_layer_directions(direct.mean_inputs)
-                self.layer_directions = {name: made[name].to(self._directions[0][name].device) for name in made}
-                self._world.copy_main(self.layer_directions)
-            self._map = self._make_map()
-            self.features_VD = torch.stack([project(self._map, direction) for direction in self._directions]).cpu()
             self._norms_V = self.features_VD.double().norm(dim=1).numpy()
+        else:
+            self._norms_V = self._known.norms_V
+
+    def _aim_exact(self, gradients: MeanGradients, parts: Sequence[Sequence[str]]) -> None:
+        self._directions = [{} for _ in self._known.norms_V]
+        for names in parts:
+            for direction, found in zip(self._directions, self._known.add(gradients.of(names)), strict=True):
+                direction |= found
+
+    def _aim_sketch(
+        self, gradients: MeanGradients, parts: Sequence[Sequence[str]], layer_directions: Mapping[str, Tensor] | None
+    ) -> None:
+        """Of a direction, only what the projection makes of it stays."""
+        assert self._engine is not None
+        structured, device = self.projection.mask == "structured", self._engine.device
+        given = layer_directions if structured and layer_directions else {}
+        self.layer_directions = {name: columns.to(device) for name, columns in given.items()}
+        self._world.copy_main(self.layer_directions)
+        features = []
+        for names in parts:
+            directions = self._known.add(gradients.of(names))
+            if structured and not given:
+                found = self._layer_directions(directions, gradients.mean_inputs)
+                self._world.copy_main(found)
+                self.layer_directions |= found
+            self._map = self._make_map(names)
+            features.append(torch.stack([project(self._map, direction) for direction in directions]).cpu())
+            del directions
+        if len(parts) > 1:
+            self._map = self._make_map()
+        self.features_VD = torch.stack(features).sum(dim=0)
+        self._world.copy_main({"features": self.features_VD})
+
+    @contextmanager
+    def lockstep(self) -> Iterator[None]:
+        """For parameters that are sharded over processes: score inside as many groups as there are, in as many calls as
+        need be, each process its own; see `Engine.lockstep`. A call outside is such a block by itself."""
+        with nullcontext() if self._engine is None else self._engine.lockstep():
+            yield
 
     def __call__(
         self,
@@ -145,12 +196,13 @@ class Scorer:
         prompts' tokens K times. ValueError for the reference estimator, and for `exact` with a score that needs
         lengths, hence the inner product of any two trajectories.
         """
-        if standard_errors:
-            scored = self._with_errors(groups, advance)
-        elif self._engine is None:
-            scored = self._by_reference(groups, advance)
-        else:
-            scored = self._by_engine(groups, factors, advance)
+        with self.lockstep():
+            if standard_errors:
+                scored = self._with_errors(groups, advance)
+            elif self._engine is None:
+                scored = self._by_reference(groups, advance)
+            else:
+                scored = self._by_engine(groups, factors, advance)
         return replace(scored, pass_rates_N=np.array([group.pass_rate for group in groups], dtype=np.float64))
 
     def _by_engine(
@@ -159,7 +211,8 @@ class Scorer:
         factors: Sequence[Sequence[float]] | None,
         advance: Callable[[int], None] | None,
     ) -> Scored:
-        logs = self._mean_log_ratios(groups)
+        assert self._engine is not None
+        logs = mean_log_ratios(self._engine, groups)
         found = [
             segment_of(index, group, self.settings, None if factors is None else factors[index], logs[index])
             for index, group in enumerate(groups)
@@ -189,7 +242,7 @@ class Scorer:
     def _units(
         self, groups: Sequence[Group], grams: bool, advance: Callable[[int], None] | None
     ) -> Iterator[tuple[Units, Tensor | None, int]]:
-        starts, segments = self._unit_segments(groups)
+        starts, segments = unit_rows(groups, self.settings)
         scored, ratios = self._pass([s for own in segments for s in own], starts[-1], None, norms=False)
         for start, group, own in zip(starts, groups, segments, strict=False):
             part = slice(start, start + len(group.completions))
@@ -244,33 +297,10 @@ class Scorer:
             np.array(errors).reshape(shape),
         )
 
-    def _unit_segments(self, groups: Sequence[Group]) -> tuple[list[int], list[list[Segment]]]:
-        """Where each group's trajectories begin among the result rows (and how many rows there are, last), and their
-        segments by group; none where there is no signal."""
-        starts = np.cumsum([0, *(len(group.completions) for group in groups)]).tolist()
-        segments = [
-            unit_segments(group, start, self.settings) if group.status == OK else []
-            for start, group in zip(starts, groups, strict=False)
-        ]
-        return starts, segments
-
-    def _mean_log_ratios(self, groups: Sequence[Group]) -> list[list[float] | None]:
-        """Of each group's trajectories, by a forward pass, where the baseline is weighted by them."""
-        if self.settings.baseline == "group":
-            return [None] * len(groups)
-        assert self._engine is not None
-        starts, segments = self._unit_segments(groups)
-        work = self._engine.logprobs([segment for own in segments for segment in own])
-        return [
-            [work.of(row).mean_log for row in range(start, start + len(group.completions))]
-            for start, group in zip(starts, groups, strict=False)
-        ]
-
     def direction_cosines(self) -> Float[np.ndarray, "V V"]:
         """Cosines between the directions that the scorer is aimed at; 0 for one of length 0."""
-        products = [[inner(first, second) for second in self._directions] for first in self._directions]
-        norms_V = np.array([norm(direction) for direction in self._directions])
-        return functional.influence(np.array(products), norms_V, norms_V, "cosine")
+        norms_V = self._known.norms_V
+        return functional.influence(self._known.products_VV, norms_V, norms_V, "cosine")
 
     def values(self, scored: Scored) -> Float[np.ndarray, "N V"]:
         """Influence by the scorer's score, 0 for a zero gradient: see `functional.influence`."""
@@ -302,9 +332,7 @@ class Scorer:
         for index, group in enumerate(groups):
             if group.status != OK:
                 continue
-            found = prompt_gradient(
-                self.model, group, self.settings, batch_tokens=self._batch_tokens or REFERENCE_TOKENS
-            )
+            found = prompt_gradient(self.model, group, self.settings, batch_tokens=self._batch_tokens)
             products_NV[index] = [inner(found.gradients, direction) for direction in self._directions]
             norms_N[index] = norm(found.gradients)
             facts_NR[index] = found.ratio_ess, found.clip_share, found.kl
@@ -313,21 +341,22 @@ class Scorer:
                 advance(1)
         return Scored(products_NV, norms_N, facts_NR, None, tokens)
 
-    def _make_map(self) -> GradientMap:
+    def _make_map(self, names: Sequence[str] | None = None) -> GradientMap:
+        """The map of all parameters, or of some."""
         assert self._engine is not None
         parameters = self._engine.parameters
+        if names is not None:
+            parameters = {name: parameters[name] for name in names}
         if self.projection.mask == "uniform":
             return UniformMap(self.projection, parameters)
         return StructuredMap(self.projection, parameters, self.layer_directions, self._engine.vocabulary)
 
-    def _make_layer_directions(self, mean_inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        assert self._engine is not None
+    def _layer_directions(self, directions: Sequence[Gradients], means: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """U of the linear layers whose mean inputs are given."""
         found = {}
-        for name in sorted(self._engine.matrices):
-            stacked = torch.cat([direction[name] for direction in self._directions])
-            found[name] = widened(
-                principal_directions(stacked, mean_inputs[name], self.projection.rank).to(stacked.dtype)
-            )
+        for name in sorted(means):
+            stacked = torch.cat([direction[name] for direction in directions])
+            found[name] = widened(principal_directions(stacked, means[name], self.projection.rank).to(stacked.dtype))
         return found
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cropi.functional.projection import SparseProjection, fold
 from cropi.gradients.exact import row_sums
@@ -49,7 +49,7 @@ class GradientMap(Protocol):
 class UniformMap:
     """Every coordinate kept by chance. The gradient of each linear layer is formed, one row and layer at a time."""
 
-    def __init__(self, projection: SparseProjection, parameters: Mapping[str, nn.Parameter]) -> None:
+    def __init__(self, projection: SparseProjection, parameters: Mapping[str, Tensor]) -> None:
         self.projection = projection
         self.scale = projection.keep_fraction**-0.5
         buckets: list[Tensor] = []
@@ -123,7 +123,7 @@ class StructuredMap:
     def __init__(
         self,
         projection: SparseProjection,
-        parameters: Mapping[str, nn.Parameter],
+        parameters: Mapping[str, Tensor],
         directions: Mapping[str, Tensor],
         vocabulary: Collection[str] = (),
     ) -> None:
@@ -223,7 +223,7 @@ class StructuredMap:
         staged_K[self._vectors[name]] += gradient_P
 
 
-def _no_buckets(parameters: Mapping[str, nn.Parameter]) -> Tensor:
+def _no_buckets(parameters: Mapping[str, Tensor]) -> Tensor:
     """Where embeddings alone are trained, nothing is staged."""
     return torch.zeros(0, dtype=torch.int32, device=next(iter(parameters.values())).device)
 

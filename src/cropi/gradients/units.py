@@ -8,17 +8,23 @@ through the policy. (Under `clipped`, and with graded rewards alone, a part may 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float, Int
 
+from cropi.artifacts import OK
 from cropi.functional import influence as functional
 from cropi.functional.resampling import jackknife_error, leave_one_out
 from cropi.gradients.groups import Group
 from cropi.gradients.packing import Segment
 from cropi.gradients.ratios import RatioMoments
 from cropi.gradients.surrogate import SurrogateSettings, scales_of
+
+if TYPE_CHECKING:
+    from cropi.gradients.engine import Engine
 
 
 @dataclass(frozen=True)
@@ -103,6 +109,29 @@ def unit_segments(group: Group, first_row: int, settings: SurrogateSettings) -> 
         if completion:
             segments.append(Segment(first_row + k, group.prompt_ids, [completion], [float(signs[k])], logprobs))
     return segments
+
+
+def unit_rows(groups: Sequence[Group], settings: SurrogateSettings) -> tuple[list[int], list[list[Segment]]]:
+    """Where each group's trajectories begin among the result rows (and how many rows there are, last), and their
+    segments by group; none where there is no signal."""
+    starts = np.cumsum([0, *(len(group.completions) for group in groups)]).tolist()
+    segments = [
+        unit_segments(group, start, settings) if group.status == OK else []
+        for start, group in zip(starts, groups, strict=False)
+    ]
+    return starts, segments
+
+
+def mean_log_ratios(engine: Engine, groups: Sequence[Group]) -> list[list[float] | None]:
+    """Of each group's trajectories, by a forward pass, where the baseline is weighted by them."""
+    if engine.settings.baseline == "group":
+        return [None] * len(groups)
+    starts, segments = unit_rows(groups, engine.settings)
+    work = engine.logprobs([segment for own in segments for segment in own])
+    return [
+        [work.of(row).mean_log for row in range(start, start + len(group.completions))]
+        for start, group in zip(starts, groups, strict=False)
+    ]
 
 
 def unit_signs(group: Group, settings: SurrogateSettings) -> Float[np.ndarray, " K"]:

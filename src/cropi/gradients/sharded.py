@@ -1,0 +1,158 @@
+"""Policies whose parameters are sharded over processes, as torch's `fully_shard` (FSDP2) leaves them.
+
+Outside a pass each process holds a part of every parameter (a DTensor); inside, a module's parameters are whole from
+just before it is called until just after. Whole parameters are gathered by all processes together, so that all have to
+run the same passes, in the same order. `Shards` keeps them in step: whoever has nothing to compute takes part with
+two tokens. A weight's gradient is never formed by autograd, hence none is ever reduced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from enum import IntEnum
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from cropi.errors import PolicyError
+from cropi.world import ALONE, T, World
+
+
+class Turn(IntEnum):
+    """What a process wants to do next. Where they differ, the greatest is done by all."""
+
+    NOTHING = 0
+    FORWARD = 1
+    BACKWARD = 2
+    """Forward and backward."""
+
+
+class Shards:
+    """How the parameters of one model are spread over processes; over this process alone where they are whole."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        parts = [p for p in model.parameters() if isinstance(p, DTensor)]
+        if parts and not self._units:
+            raise _not_covered("it holds DTensors that fully_shard did not make")
+        self.sharded = bool(self._units)
+        self._group, self.device = None, next(model.parameters()).device
+        self.rank, self.count = 0, 1
+        if not parts:
+            return
+        groups = {_group_of(part) for part in parts}
+        if len(groups) > 1:
+            raise _not_covered("its parameters are spread over different sets of processes")
+        self._group = groups.pop()
+        self.rank, self.count = distributed.get_rank(self._group), distributed.get_world_size(self._group)
+        kind = parts[0].device_mesh.device_type  # parameters may rest on the CPU and be computed with elsewhere
+        self.device = torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
+
+    def agree(self, turn: Turn) -> Turn:
+        """The greatest of what the processes want to do next."""
+        if self.count == 1:
+            return turn
+        wanted = torch.tensor([turn], device=self.device)
+        distributed.all_reduce(wanted, distributed.ReduceOp.MAX, group=self._group)
+        return Turn(int(wanted))
+
+    def least(self, number: int) -> int:
+        """The smallest of the numbers that the processes give."""
+        if self.count == 1:
+            return number
+        found = torch.tensor([number], device=self.device)
+        distributed.all_reduce(found, distributed.ReduceOp.MIN, group=self._group)
+        return int(found)
+
+    def world(self) -> World:
+        """The processes that the parameters are spread over, for whoever knows of no larger one."""
+        return ALONE if self._group is None else _Holders(self._group, self.device)
+
+    @contextmanager
+    def gathered(self, model: nn.Module, path: str) -> Iterator[None]:
+        """The own parameters of the module at a path, whole inside the block."""
+        steps = path.split(".") if path else []
+        above = [model.get_submodule(".".join(steps[:depth])) for depth in range(len(steps) + 1)]
+        unit = next((module for module in reversed(above) if isinstance(module, FSDPModule)), None)
+        if unit is None:
+            yield
+            return
+        unit.unshard()
+        try:
+            yield
+        finally:
+            unit.reshard()
+
+    def release(self) -> None:
+        """Let no whole parameter stay in memory: torch keeps those of the outermost unit after a forward pass."""
+        for unit in self._units:
+            unit.reshard()
+
+
+class _Holders(World):
+    """The processes that hold a part of some parameters each."""
+
+    def __init__(self, group: Any, device: torch.device) -> None:
+        self._group, self._device = group, device
+        self.rank, self.size = distributed.get_rank(group), distributed.get_world_size(group)
+
+    def barrier(self) -> None:
+        distributed.barrier(self._group)
+
+    def gather(self, value: T) -> list[T]:
+        values: list[Any] = [None] * self.size
+        distributed.all_gather_object(values, value, group=self._group)
+        return values
+
+    def add(self, tensors: Mapping[str, Tensor]) -> None:
+        for name in sorted(tensors):
+            wide = tensors[name].to(self._device, torch.float64)
+            distributed.all_reduce(wide, group=self._group)
+            tensors[name].copy_(wide)
+
+    def copy_main(self, tensors: Mapping[str, Tensor]) -> None:
+        for name in sorted(tensors):
+            same = tensors[name].to(self._device).contiguous()
+            distributed.broadcast(same, group=self._group, group_src=0)
+            tensors[name].copy_(same)
+
+
+def _group_of(part: DTensor) -> Any:
+    """The processes that a parameter is sharded over; copies of it, as hybrid sharding makes, do not matter."""
+    dims = [dim for dim, placement in enumerate(part.placements) if placement.is_shard()]
+    if len(dims) != 1:
+        raise _not_covered("its parameters are sharded along several dimensions of the device mesh, or along none")
+    return part.device_mesh.get_group(dims[0])
+
+
+def _not_covered(why: str) -> PolicyError:
+    return PolicyError(
+        f"the policy's sharded parameters cannot be scored: {why}",
+        where="policy",
+        fix="shard it with fully_shard (FSDP2) alone, over one dimension of a device mesh.",
+    )
+
+
+def outline(parameter: Tensor, device: torch.device) -> Tensor:
+    """What has a sharded parameter's whole shape and dtype and takes no memory; others are given back."""
+    if not isinstance(parameter, DTensor):
+        return parameter
+    return torch.zeros((), dtype=parameter.dtype, device=device).expand(parameter.shape)
+
+
+@contextmanager
+def forward_replaced(module: nn.Module, forward: Any) -> Iterator[None]:
+    """Let a module compute something else when it is called. Its hooks, by which FSDP gathers parameters, stay."""
+    before = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
