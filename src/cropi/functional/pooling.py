@@ -159,6 +159,11 @@ def kernel(
     return np.exp(-_squares(points_NE, observed_OE) / (2 * bandwidth**2))
 
 
+def blocks(count: int) -> list[slice]:
+    """Rows of which a kernel matrix is made at once, in turn; one empty block of none."""
+    return [slice(start, start + BLOCK) for start in range(0, max(count, 1), BLOCK)]
+
+
 @dataclass(frozen=True)
 class Slopes:
     """Influence per unit of strength of N prompts on V validation sets."""
@@ -195,12 +200,8 @@ def pooled_slopes(
     if not (observed.strengths_O > 0).any():
         raise ValueError("no observed prompt has any strength")
     parts = [
-        _posterior(
-            kernel(points_NE[start : start + BLOCK], observed.places_OE, bandwidth),
-            observed,
-            own_N[start : start + BLOCK],
-        )
-        for start in range(0, len(points_NE), BLOCK)
+        _posterior(kernel(points_NE[rows], observed.places_OE, bandwidth), observed, own_N[rows])
+        for rows in blocks(len(points_NE))
     ]
     return Slopes(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(Slopes)))
 
