@@ -326,7 +326,7 @@ def _strengths(
             pooled_strengths(
                 kernel(points[rows], observed_OE, bandwidth), successes_O, counts_O, own[rows], strategy.prior
             )
-            for rows in blocks(len(points))
+            for rows in blocks(len(points), len(observed_OE))
         ]
         rates, expected = (np.concatenate(column) for column in zip(*parts, strict=True))
         return rates, expected
