@@ -1,15 +1,21 @@
 """What choosing costs as the pool grows: time and memory of fusion and selection, and of the feature store.
 
-    python benchmarks/scale.py select --sizes 10000,100000,1000000,10000000
-    python benchmarks/scale.py store --sizes 1000,4000,16000 --dim 32768
+    python benchmarks/scale.py select --sizes 10000,100000,1000000,10000000 --rounds 3 --json docs/figures/scale.json
+    python benchmarks/scale.py pooled --sizes 3000,10000,30000 --rounds 3 --json docs/figures/scale.json
+    python benchmarks/scale.py store --sizes 10000,30000,100000,300000 --rounds 3 --json docs/figures/scale.json
     python benchmarks/scale.py figure docs/figures/scale.json docs/figures/scale.svg
+    python benchmarks/scale.py table docs/figures/scale.json
 
 `select`: influence on four validation sets is simulated; measured is what `cropi select` then does: four rankings,
 their fusion, the choice of a tenth with 5 % explored and a quota on one of five sources, and the selection's files.
-`store`: features are simulated; measured is writing them shard by shard, and scoring them against four validation
-directions as they are read back. Each size is a process of its own, alone; memory is the most that it ever held, the
-imports' own included. Sizes go round in turn; printed are the medians with the lowest and highest of the rounds, and
-the exponent of a power law fitted to them: 1 is linear.
+`pooled`: the same files by the strategy `pooled`, of which 13 % are observed; representations of 256 numbers.
+`store`: features are simulated; measured is writing and finishing a store of bfloat16 features shard by shard, and
+opening (all checksums) and scoring it against four validation directions as it is read back. A pool of more than
+`--largest` prompts is written, scored and deleted as several stores, one on the disk at a time.
+
+Every measurement is a process of its own, alone, after a small pool that loads what is loaded late. Memory is the most
+that it ever held, the imports' own included. Sizes go round in turn; each command adds its rounds to the file. Shown
+are medians, with the lowest and highest of the rounds, and the exponent of a power law fitted to them: 1 is linear.
 """
 
 from __future__ import annotations
@@ -18,7 +24,7 @@ import argparse
 import json
 import math
 import os
-import platform
+import random
 import resource
 import statistics
 import subprocess
@@ -29,10 +35,17 @@ from pathlib import Path
 from typing import Any
 
 SETS = 4
-KINDS = {"select": ("seconds",), "store": ("write_s", "score_s")}
+BLOCK = 256  # features that are simulated; a pool repeats them
+KINDS = {
+    "select": {"seconds": "fuse, select, write"},
+    "pooled": {"seconds": "pooled"},
+    "store": {"write_s": "store: write", "score_s": "store: score"},
+}
+ABOUT = {"select": f"fuse and select, {SETS} sets", "pooled": "pooled, 13 % observed", "store": "feature store"}
+OBSERVED = 0.13  # of the pool, as the preset `cropi` samples it
 
 
-def select(size: int, folder: Path) -> dict[str, float]:
+def select(size: int, folder: Path, strategy: str = "influence") -> dict[str, float]:
     """Rank, fuse, choose and write a pool of `size` prompts with simulated influence."""
     import numpy as np
 
@@ -44,9 +57,8 @@ def select(size: int, folder: Path) -> dict[str, float]:
     generator = np.random.default_rng(0)
     ids = [f"{number:016x}" for number in range(size)]
     sources = [f"source {number % 5}" for number in range(size)]
-    config: Config = load_config(
-        "quickstart", ["select.fraction=0.1", "select.exploration=0.05", 'select.quotas={"source 0": 0.1}']
-    )
+    settings = [f"select.strategy={{type: {strategy}}}", "select.fraction=0.1", "select.exploration=0.05"]
+    config: Config = load_config("quickstart", [*settings, 'select.quotas={"source 0": 0.1}'])
     candidates = Candidates(
         prompt_ids=ids,
         sources=sources,
@@ -56,49 +68,114 @@ def select(size: int, folder: Path) -> dict[str, float]:
         influence={f"set {v}": generator.standard_normal(size) for v in range(SETS)},
         stage=0,
         seed=0,
+        evidence=evidence(size, generator) if strategy == "pooled" else None,
     )
 
     class Prompts(dict[str, Any]):
         def __missing__(self, prompt_id: str) -> dict[str, str]:
             return {"messages": '"a problem"', "answer": "7"}
 
-    started = time.perf_counter()
+    started, used = time.perf_counter(), time.process_time()
     choose_and_write(config, config.select.strategy, candidates, Prompts(), folder)
-    return {"seconds": time.perf_counter() - started}
+    seconds, cpu_s = time.perf_counter() - started, time.process_time() - used
+    return {"seconds": seconds, "cpu_s": cpu_s, "stored_bytes": stored(folder)}
 
 
-def store(size: int, folder: Path, dim: int) -> dict[str, float]:
-    """Write a store of `size` features and score it."""
+def evidence(size: int, generator: Any, validation: int = 100, numbers: int = 256) -> Any:
+    """What a scoring of 13 % of the pool tells: numbers without a meaning, of the right shapes."""
+    import numpy as np
+
+    from cropi.selection.candidates import Evidence
+
+    names = [f"set {v}" for v in range(SETS)]
+    observed_N, count = generator.random(size) < OBSERVED, SETS * validation
+    influence_NV = np.where(observed_N[:, None], generator.standard_normal((size, SETS)), 0.0)
+    return Evidence(
+        names=names,
+        representations_NE=generator.standard_normal((size, numbers)),
+        tries_N=np.where(observed_N, 4.0, 0.0),
+        tried_at_N=np.zeros(size),
+        strengths_N=np.where(observed_N, 0.1875, 0.0),
+        influence_NV=influence_NV,
+        errors_NV=np.ones((size, SETS)),
+        validation_sets=[name for name in names for _ in range(validation)],
+        validation_ME=generator.standard_normal((count, numbers)),
+        validation_tries_M=np.full(count, 4.0),
+        validation_tried_at=0.0,
+        validation_pass_rates_M=np.full(count, 0.5),
+        validation_strengths_M=np.full(count, 0.25),
+        validation_influence_MV=generator.standard_normal((count, SETS)) + 1,
+        validation_errors_MV=np.ones((count, SETS)),
+    )
+
+
+def store(size: int, folder: Path, dim: int, largest: int) -> dict[str, float]:
+    """Write and score `size` features, at most `largest` on the disk at a time."""
+    import torch
+
+    torch.set_num_threads(1)
+    generator = torch.Generator().manual_seed(0)
+    features_BD = torch.randn(BLOCK, dim, generator=generator)
+    directions_VD = torch.randn(SETS, dim, generator=generator)
+    totals = {"write_s": 0.0, "score_s": 0.0, "cpu_s": 0.0, "stored_bytes": 0.0, "stores": 0.0}
+    for start in range(0, size, largest):
+        with tempfile.TemporaryDirectory(dir=folder.parent) as place:
+            part = one_store(Path(place) / "features", start, min(largest, size - start), features_BD, directions_VD)
+        totals = {name: totals[name] + part[name] for name in totals}
+    return totals
+
+
+def one_store(folder: Path, first: int, count: int, features_BD: Any, directions_VD: Any) -> dict[str, float]:
     import torch
 
     from cropi.gradients.store import FeatureStoreWriter, StoreIdentity, open_store
 
-    torch.set_num_threads(1)
     plain = {"policy": "p", "tokenizer": "t", "trajectories": "t", "projection": "p", "directions": ""}
     how = {"normalizer": "constant", "correction": "token", "baseline": "group", "advantage_std": False}
     numbers = {"max_completion_length": 1, "temperature": 1.0, "clip": 0.2, "prefix_cap": 2.0}
-    identity = StoreIdentity(**plain, **how, **numbers, dtype="bfloat16", dim=dim)
-    ids = [f"{number:016x}" for number in range(size)]
+    identity = StoreIdentity(**plain, **how, **numbers, dtype="bfloat16", dim=features_BD.shape[1])
+    ids = [f"{number:016x}" for number in range(first, first + count)]
     facts = {"status": "ok", "norm": 1.0, "ratio_ess": 1.0, "clip_share": 0.0, "kl": 0.0, "tokens": 1}
-    features = torch.randn(256, dim)
-    started = time.perf_counter()
-    writer = FeatureStoreWriter(folder, identity, ids)
+    started, used = time.perf_counter(), time.process_time()
+    writer = FeatureStoreWriter(folder, identity, ids, shard_rows=BLOCK)
     for index in writer.missing():
         part = writer.shard(index)
-        count = part.stop - part.start
-        writer.write_shard(index, features[:count], [{"prompt_id": i, **facts} for i in ids[part]])
+        rows = [{"prompt_id": prompt_id, **facts} for prompt_id in ids[part]]
+        writer.write_shard(index, features_BD[: part.stop - part.start], rows)
     writer.finish()
     written = time.perf_counter()
-    open_store(folder).influence(torch.randn(SETS, dim))
-    return {"write_s": written - started, "score_s": time.perf_counter() - written}
+    scores_NV = open_store(folder).influence(directions_VD)
+    done, cpu_s = time.perf_counter(), time.process_time() - used
+    expected_BV = (features_BD.bfloat16().double() @ directions_VD.double().T).numpy()
+    for start in range(0, count, BLOCK):
+        part_BV = torch.from_numpy(scores_NV[start : start + BLOCK])
+        torch.testing.assert_close(part_BV, torch.from_numpy(expected_BV[: len(part_BV)]), rtol=1e-9, atol=1e-9)
+    seconds = {"write_s": written - started, "score_s": done - written, "cpu_s": cpu_s}
+    return seconds | {"stored_bytes": stored(folder), "stores": 1.0}
 
 
-def one(kind: str, size: int, dim: int) -> dict[str, float]:
+def stored(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def one(kind: str, size: int, options: list[str]) -> dict[str, float]:
     """Measure in a process of its own."""
-    command = [sys.executable, __file__, "one", kind, "--sizes", str(size), "--dim", str(dim)]
+    command = [sys.executable, __file__, "one", kind, "--sizes", str(size), *options]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)  # noqa: S603 - this file
     return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def one_here(kind: str, size: int, dim: int, largest: int) -> dict[str, float]:
+    """Measure in this process, after a pool so small that only the imports take time."""
+    with tempfile.TemporaryDirectory() as folder:
+        for count, name in ((BLOCK, "small"), (size, "made")):
+            place = Path(folder) / name
+            if kind == "store":
+                found = store(count, place, dim, largest)
+            else:
+                found = select(count, place, {"select": "influence"}.get(kind, kind))
+    return found | {"peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
 
 
 def exponent(sizes: list[int], values: list[float]) -> float:
@@ -109,85 +186,140 @@ def exponent(sizes: list[int], values: list[float]) -> float:
     return covariance / sum((x - mean_x) ** 2 for x in xs)
 
 
-def measured(kind: str, sizes: list[int], rounds: int, dim: int) -> list[dict[str, Any]]:
-    """Of every size the median, lowest and highest of the rounds."""
-    found: dict[int, list[dict[str, float]]] = {size: [] for size in sizes}
-    for number in range(rounds):
-        for size in sizes:
-            print(f"round {number + 1}/{rounds}, {size:,}", file=sys.stderr, flush=True)
-            found[size].append(one(kind, size, dim))
-    rows = []
-    for size, results in found.items():
-        row: dict[str, Any] = {"size": size}
-        for name in (*KINDS[kind], "peak_gib"):
-            values = [result[name] for result in results]
-            row[name] = {"median": statistics.median(values), "low": min(values), "high": max(values)}
-        rows.append(row)
-    return rows
+def exponent_interval(by_size: dict[int, list[float]], redraws: int = 2000) -> tuple[float, float, float]:
+    """The exponent through the medians, and 95 % of what it is when the rounds of every size are drawn again."""
+    generator, sizes = random.Random(0), list(by_size)
+    drawn = sorted(
+        exponent(sizes, [statistics.median(generator.choices(by_size[size], k=len(by_size[size]))) for size in sizes])
+        for _ in range(redraws)
+    )
+    through = exponent(sizes, [statistics.median(by_size[size]) for size in sizes])
+    return through, drawn[round(0.025 * redraws)], drawn[round(0.975 * redraws) - 1]
 
 
-def show(kind: str, rows: list[dict[str, Any]]) -> None:
-    names = (*KINDS[kind], "peak_gib")
-    print(f"| prompts | {' | '.join(names)} |")
-    print("|---|" + "---|" * len(names))
-    for row in rows:
-        cells = [f"{row[n]['median']:.3g} ({row[n]['low']:.3g}–{row[n]['high']:.3g})" for n in names]
-        print(f"| {row['size']:,} | {' | '.join(cells)} |")
-    sizes = [row["size"] for row in rows]
-    for name in KINDS[kind] if len(rows) > 1 else ():
-        print(f"{name} grows with size^{exponent(sizes, [row[name]['median'] for row in rows]):.2f}")
+def grouped(results: dict[str, Any], kind: str, name: str) -> dict[int, list[float]]:
+    """All rounds of one number, by size."""
+    rounds = [row for row in results["rounds"] if row["kind"] == kind]
+    sizes = sorted({row["size"] for row in rounds})
+    return {size: [row[name] for row in rounds if row["size"] == size] for size in sizes}
+
+
+def table(results: dict[str, Any], kind: str) -> str:
+    """Markdown: a row for every size, and the exponents below."""
+    names = [*KINDS[kind], "cpu_s", "peak_gib"]
+    columns = {name: grouped(results, kind, name) for name in names}
+    lines = [f"| prompts | rounds | {' | '.join(names)} | stored, GB |", "|---|---|" + "---|" * (len(names) + 1)]
+    for size, kept in grouped(results, kind, "stored_bytes").items():
+        cells = [_spread(columns[name][size]) for name in names]
+        lines.append(f"| {size:,} | {len(kept)} | {' | '.join(cells)} | {statistics.median(kept) / 1e9:.3g} |")
+    lines.append("")
+    for name in (*KINDS[kind], "cpu_s") if len(columns["cpu_s"]) > 1 else ():
+        *_, before, last = columns[name]
+        local = exponent([before, last], [statistics.median(columns[name][size]) for size in (before, last)])
+        whole, low, high = exponent_interval(columns[name])
+        lines.append(f"{name} grows as size^{whole:.2f} [{low:.2f}, {high:.2f}]; from {before:,} on, ^{local:.2f}")
+    return "\n".join(lines)
+
+
+def _spread(values: list[float]) -> str:
+    middle = f"{statistics.median(values):.3g}"
+    return middle if len(values) == 1 else f"{middle} ({min(values):.3g}–{max(values):.3g})"
 
 
 def figure(source: Path, target: Path) -> None:
     """Time and memory against the size of the pool, both axes logarithmic."""
     import matplotlib as mpl
 
-    mpl.use("svg")
-    import matplotlib.pyplot as plt
-
     results = json.loads(source.read_text(encoding="utf-8"))
-    drawn, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    for kind, rows in results["measured"].items():
-        sizes = [row["size"] for row in rows]
-        for name in KINDS[kind]:
-            label = {"seconds": "fuse and select", "write_s": "store: write", "score_s": "store: read and score"}[name]
-            axes[0].plot(sizes, [row[name]["median"] for row in rows], marker="o", label=label)
-        label = "fuse and select" if kind == "select" else "store"
-        axes[1].plot(sizes, [row["peak_gib"]["median"] for row in rows], marker="o", label=label)
-    for axis, title in zip(axes, ("seconds", "peak memory, GiB"), strict=True):
-        axis.set(xscale="log", yscale="log", xlabel="prompts", title=title)
-        axis.legend(frameon=False)
-    drawn.savefig(target, metadata={"Date": None})
+    with mpl.rc_context({"svg.hashsalt": "cropi", "svg.fonttype": "none", "font.size": 9.0}):
+        _drawn(results).savefig(target, format="svg", metadata={"Date": None})
+
+
+def _drawn(results: dict[str, Any]) -> Any:
+    from matplotlib.figure import Figure
+
+    from cropi.reporting.drawing import BLUE, GREEN, ORANGE, PINK
+
+    colours = {"select": (BLUE, "o"), "pooled": (PINK, "^"), "store": (ORANGE, "s")}
+    drawn = Figure(figsize=(11.5, 4.2), layout="constrained", facecolor="white")
+    axes = drawn.subplots(1, 3)
+    for kind, about in ABOUT.items():
+        colour, mark = colours[kind]
+        look = {"color": colour, "marker": mark, "markersize": 4}
+        _line(axes[0], grouped(results, kind, "cpu_s"), f"{about}: {_exponent(results, kind, 'cpu_s')}", look)
+        _line(axes[2], grouped(results, kind, "peak_gib"), about, look)
+        for name, label in KINDS[kind].items():
+            apart = {"color": GREEN, "linestyle": "--"} if name == "score_s" else {}
+            _line(axes[1], grouped(results, kind, name), f"{label}: {_exponent(results, kind, name)}", look | apart)
+    sizes = [row["size"] for row in results["rounds"]]
+    least = min(min(grouped(results, kind, "cpu_s").values())[0] for kind in KINDS)
+    for axis in axes[:2]:
+        ends = (min(sizes), max(sizes))
+        axis.plot(ends, [least * end / ends[0] for end in ends], color="#999999", linewidth=0.8, label="linear growth")
+        axis.set_ylim(least / 3, 3e5)  # room for the legend
+    titles = ("processor seconds", "seconds on the clock, shared machine", "peak memory of the process, GiB")
+    for axis, title in zip(axes, titles, strict=True):
+        axis.set(xscale="log", yscale="log", xlabel="prompts in the pool", facecolor="white")
+        axis.set_title(title, loc="left", fontsize=9.5)
+        axis.grid(which="major", color="#e4e4e4", linewidth=0.7)
+        axis.set_axisbelow(True)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(frameon=False, loc="upper left", fontsize=7.5)
+    axes[2].set_ylim(0.1, 100)
+    axes[2].set_yticks([0.1, 0.3, 1, 3, 10, 30], labels=["0.1", "0.3", "1", "3", "10", "30"])
+    return drawn
+
+
+def _exponent(results: dict[str, Any], kind: str, name: str) -> str:
+    return "exponent {:.2f} [{:.2f}, {:.2f}]".format(*exponent_interval(grouped(results, kind, name)))
+
+
+def _line(axis: Any, by_size: dict[int, list[float]], label: str, look: dict[str, Any]) -> None:
+    """Medians, with bars from the lowest to the highest of the rounds."""
+    middles = [statistics.median(values) for values in by_size.values()]
+    below = [middle - min(values) for middle, values in zip(middles, by_size.values(), strict=True)]
+    above = [max(values) - middle for middle, values in zip(middles, by_size.values(), strict=True)]
+    axis.errorbar(list(by_size), middles, yerr=[below, above], label=label, linewidth=1.2, capsize=2, **look)
+
+
+def measure(kind: str, sizes: list[int], rounds: int, options: list[str], file: Path | None) -> dict[str, Any]:
+    """Every size once a round; each measurement is kept as soon as it is there."""
+    from cropi.bench.machine import describe
+
+    results: dict[str, Any] = {"machine": {}, "sets": SETS, "rounds": []}
+    if file is not None and file.is_file():
+        results = json.loads(file.read_text(encoding="utf-8"))
+    results["machine"][kind] = describe("cpu", 1)
+    for number in range(rounds):
+        for size in sizes:
+            print(f"round {number + 1}/{rounds}, {size:,}", file=sys.stderr, flush=True)
+            results["rounds"].append({"kind": kind, "size": size, **one(kind, size, options)})
+            if file is not None:
+                file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    return results
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["select", "store", "figure", "one"])
+    parser.add_argument("what", choices=[*KINDS, "figure", "table", "one"])
     parser.add_argument("rest", nargs="*")
     parser.add_argument("--sizes", default="10000,100000,1000000", help="prompts, by commas")
     parser.add_argument("--dim", type=int, default=32768, help="numbers of a feature")
+    parser.add_argument("--largest", type=int, default=500_000, help="features on the disk at a time")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", type=Path, help="add the results to this file")
+    parser.add_argument("--json", type=Path, help="add the rounds to this file")
     arguments = parser.parse_args()
     sizes = [int(size) for size in arguments.sizes.split(",")]
     if arguments.what == "figure":
         figure(Path(arguments.rest[0]), Path(arguments.rest[1]))
-        return
-    if arguments.what == "one":
-        with tempfile.TemporaryDirectory() as folder:
-            place = Path(folder) / "made"
-            kind = arguments.rest[0]
-            found = select(sizes[0], place) if kind == "select" else store(sizes[0], place, arguments.dim)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        print(json.dumps(found | {"peak_gib": peak}))
-        return
-    rows = measured(arguments.what, sizes, arguments.rounds, arguments.dim)
-    show(arguments.what, rows)
-    if arguments.json is not None:
-        known = json.loads(arguments.json.read_text()) if arguments.json.is_file() else {"measured": {}}
-        known["measured"][arguments.what] = rows
-        known |= {"machine": f"{os.cpu_count()} CPUs, {platform.machine()}", "dim": arguments.dim, "sets": SETS}
-        arguments.json.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+    elif arguments.what == "table":
+        results = json.loads(Path(arguments.rest[0]).read_text(encoding="utf-8"))
+        print("\n\n".join(f"{ABOUT[kind]}\n\n{table(results, kind)}" for kind in KINDS))
+    elif arguments.what == "one":
+        print(json.dumps(one_here(arguments.rest[0], sizes[0], arguments.dim, arguments.largest)))
+    else:
+        options = ["--dim", str(arguments.dim), "--largest", str(arguments.largest)]
+        print(table(measure(arguments.what, sizes, arguments.rounds, options, arguments.json), arguments.what))
 
 
 if __name__ == "__main__":

@@ -241,13 +241,19 @@ def finish(
     inputs: Mapping[str, str],
     counts: Mapping[str, int],
     details: Mapping[str, Any] | None = None,
+    known: Mapping[str, str] | None = None,
 ) -> Manifest:
-    """Write the manifest of a folder whose files are all there: from now on the artifact counts as complete."""
-    files = {
-        str(path.relative_to(folder)): _sha256(path)
+    """Write the manifest of a folder whose files are all there: from now on the artifact counts as complete.
+
+    `known` has the checksums of files that have been read already: a feature store can be larger than memory.
+    """
+    known = known or {}
+    names = {
+        str(path.relative_to(folder)): path
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != "manifest.json" and not path.name.endswith(".part")
     }
+    files = {name: known.get(name) or _sha256(path) for name, path in names.items()}
     manifest = Manifest(kind, dict(inputs), dict(counts), files, dict(details or {}))
     write_json(folder / "manifest.json", {**manifest.__dict__})
     return manifest

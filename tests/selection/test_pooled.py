@@ -8,6 +8,7 @@ import pytest
 from tests.selection.pool import pool, scores
 
 from cropi.config import PooledStrategy, SelectConfig
+from cropi.functional import pooling
 from cropi.selection.candidates import Candidates, Evidence, Visit
 from cropi.selection.choose import choose, selection_table
 from cropi.selection.pooled import _agreement, _shares
@@ -106,6 +107,23 @@ def test_agreement_is_the_mean_influence_within_a_set_in_standard_errors() -> No
     assert agreement_V[0] == pytest.approx(4.5 / 0.75**0.5)
     one = dataclasses.replace(found, validation_sets=["one"] + ["two"] * 15)
     assert np.isnan(_agreement(one)[0])
+
+
+def test_no_more_than_a_block_of_the_kernel_is_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = SelectConfig(strategy=STRATEGY, fraction=0.4)
+    whole, rows = rank(candidates(), STRATEGY, config), []
+
+    def squares(first_NE: np.ndarray, second_OE: np.ndarray) -> np.ndarray:
+        rows.append(len(first_NE))
+        return original(first_NE, second_OE)
+
+    original = pooling._squares
+    monkeypatch.setattr(pooling, "_squares", squares)
+    monkeypatch.setattr(pooling, "BLOCK", 60)  # a hundred prompts, of which with the validation prompts 41 are observed
+    parts = rank(candidates(), STRATEGY, config)
+    assert max(rows) == 60
+    np.testing.assert_allclose(parts.scores_N, whole.scores_N)
+    np.testing.assert_array_equal(parts.eligible_N, whole.eligible_N)
 
 
 def test_a_rare_skill_is_not_diluted_up_to_the_fraction() -> None:

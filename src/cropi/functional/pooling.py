@@ -18,7 +18,8 @@ TRUSTS = (1.0, 0.3, 0.1)  # weights tried for validation prompts beside the pool
 PRIOR = 1.0  # prompts that the pool as a whole counts for beside the neighbours
 LEAST_SPREAD = 0.02  # of the pool's variance of own slopes: no neighbourhood is taken to be more uniform than that
 OWN_ERROR = 0.25  # what a prompt's own squared error counts for beside its neighbours'
-BLOCK = 2048  # rows of a kernel matrix made at once
+BLOCK = 2048  # rows of a kernel matrix made at once, at the most
+NUMBERS = 1 << 21  # of a kernel matrix made at once, at the most: 16 MB
 
 
 def principal_points(
@@ -159,6 +160,15 @@ def kernel(
     return np.exp(-_squares(points_NE, observed_OE) / (2 * bandwidth**2))
 
 
+def blocks(count: int, observed: int) -> list[slice]:
+    """Rows of which a kernel matrix is made at once, in turn; one empty block of none.
+
+    Fewer of longer rows: large arrays go back to the system when they are let go, and all their pages come anew.
+    """
+    rows = max(1, min(BLOCK, NUMBERS // max(observed, 1)))
+    return [slice(start, start + rows) for start in range(0, max(count, 1), rows)]
+
+
 @dataclass(frozen=True)
 class Slopes:
     """Influence per unit of strength of N prompts on V validation sets."""
@@ -195,12 +205,8 @@ def pooled_slopes(
     if not (observed.strengths_O > 0).any():
         raise ValueError("no observed prompt has any strength")
     parts = [
-        _posterior(
-            kernel(points_NE[start : start + BLOCK], observed.places_OE, bandwidth),
-            observed,
-            own_N[start : start + BLOCK],
-        )
-        for start in range(0, len(points_NE), BLOCK)
+        _posterior(kernel(points_NE[rows], observed.places_OE, bandwidth), observed, own_N[rows])
+        for rows in blocks(len(points_NE), len(observed.places_OE))
     ]
     return Slopes(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(Slopes)))
 

@@ -122,26 +122,28 @@ class FeatureStore:
 
     def influence(self, direction_features_VD: Float[Tensor, "V D"], block: int = BLOCK) -> Float[np.ndarray, "N V"]:
         """<f_i, d_v> in float64, read `block` rows at a time. A row that is not finite touches no other."""
-        return self._products_and_norms(direction_features_VD, block)[0]
+        return self._products(direction_features_VD, block)
 
     def cosine(self, direction_features_VD: Float[Tensor, "V D"], block: int = BLOCK) -> Float[np.ndarray, "N V"]:
         """<f_i, d_v> / (|f_i| |d_v|) with the norms of the stored numbers; 0 where either is 0."""
-        products_NV, norms_N = self._products_and_norms(direction_features_VD, block)
+        norms_N = np.empty(len(self.prompt_ids))
+        products_NV = self._products(direction_features_VD, block, norms_N)
         norms_V = direction_features_VD.detach().cpu().double().norm(dim=1).numpy()
         return influence(products_NV, norms_N, norms_V, "cosine")
 
-    def _products_and_norms(self, directions_VD: Tensor, block: int) -> tuple[np.ndarray, np.ndarray]:
+    def _products(self, directions_VD: Tensor, block: int, norms_N: np.ndarray | None = None) -> np.ndarray:
+        """<f_i, d_v>; the norms of f_i are put into `norms_N`, if given, in the same pass."""
         if directions_VD.dim() != 2 or directions_VD.shape[1] != self.identity.dim:
             raise ValueError(f"directions (V, {self.identity.dim}) are needed, not {tuple(directions_VD.shape)}")
         directions_DV = directions_VD.detach().cpu().double().T
         products_NV = np.empty((len(self.prompt_ids), directions_DV.shape[1]))
-        norms_N = np.empty(len(self.prompt_ids))
         for start in range(0, len(self.prompt_ids), block):
             stop = min(start + block, len(self.prompt_ids))
             features_BD = self._stored(start, stop).double()
             products_NV[start:stop] = (features_BD @ directions_DV).numpy()
-            norms_N[start:stop] = features_BD.norm(dim=1).numpy()
-        return products_NV, norms_N
+            if norms_N is not None:
+                norms_N[start:stop] = features_BD.norm(dim=1).numpy()
+        return products_NV
 
     def _stored(self, start: int, stop: int) -> Tensor:
         if not 0 <= start <= stop <= len(self.prompt_ids):
@@ -239,14 +241,21 @@ class FeatureStoreWriter:
     def finish(self) -> FeatureStore:
         """Turn the shards into a finished store. ValueError while some are missing."""
         if self._finished is None:
-            if missing := self.missing():
+            digest = hashlib.sha256()  # of the whole file, in the same reading that checks the shards
+            if missing := [index for index in range(len(self._records)) if not self._is_durable(index, digest)]:
                 raise ValueError(f"shards {missing} are still to be written")
-            rows = [row for path in self._records for row in artifacts.read_table(path, _RECORD).to_pylist()]
-            artifacts.write_table(self.folder / "rows.parquet", rows, FEATURE_ROWS)
+            records = [artifacts.read_table(path, _RECORD).select(FEATURE_ROWS.names) for path in self._records]
+            rows = pa.concat_tables([FEATURE_ROWS.empty_table(), *records]).combine_chunks()
+            artifacts.write_batches(self.folder / "rows.parquet", rows.to_batches(), FEATURE_ROWS)
             self._part.replace(self.folder / _DATA)
-            counts = artifacts.count_status(row["status"] for row in rows)
-            details = {"identity": asdict(self.identity)}
-            manifest = artifacts.finish(self.folder, KIND, inputs=self._inputs, counts=counts, details=details)
+            manifest = artifacts.finish(
+                self.folder,
+                KIND,
+                inputs=self._inputs,
+                counts=artifacts.count_status(rows.column("status").to_pylist()),
+                details={"identity": asdict(self.identity)},
+                known={_DATA: digest.hexdigest()},
+            )
             self._finished, self._records = FeatureStore(self.folder, self.identity, self.prompt_ids, manifest), []
             shutil.rmtree(self._shards)
         return self._finished
@@ -302,8 +311,8 @@ class FeatureStoreWriter:
         with self._part.open("ab") as file:
             file.truncate(size)
 
-    def _is_durable(self, index: int) -> bool:
-        """Whether the record of a shard is there and its checksum is that of the shard's bytes."""
+    def _is_durable(self, index: int, digest: hashlib._Hash | None = None) -> bool:
+        """Whether the record of a shard is there and its checksum is that of its bytes, which `digest` is given too."""
         part = self.shard(index)
         try:
             known = artifacts.read_table(self._records[index], _RECORD).to_pydict()
@@ -311,7 +320,10 @@ class FeatureStoreWriter:
             return False
         with self._part.open("rb") as file:
             file.seek(part.start * self._row_bytes)
-            checksum = hashlib.sha256(file.read((part.stop - part.start) * self._row_bytes)).hexdigest()
+            data = file.read((part.stop - part.start) * self._row_bytes)
+        if digest is not None:
+            digest.update(data)
+        checksum = hashlib.sha256(data).hexdigest()
         return known["prompt_id"] == self.prompt_ids[part] and set(known["sha256"]) == {checksum}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from math import floor
@@ -16,7 +16,7 @@ from cropi.config import SelectConfig
 from cropi.errors import SignalError
 from cropi.functional.fusion import ranks
 from cropi.functional.sampling import places
-from cropi.seeds import unit_interval
+from cropi.seeds import unit_intervals
 from cropi.selection.candidates import Candidates, Ranking
 
 BLOCK = 1 << 18  # rows of the table that are built at once
@@ -53,16 +53,18 @@ def choose(candidates: Candidates, ranking: Ranking, config: SelectConfig, size:
     if explored:
         left_N = candidates.usable_N.copy()
         left_N[chosen] = False
-        ids, salt = candidates.prompt_ids, (candidates.seed, "explore", candidates.stage)
-        drawn = sorted(np.flatnonzero(left_N).tolist(), key=lambda row: (unit_interval(*salt, ids[row]), row))
-        extra = quotas.take(np.array(drawn, dtype=np.int64), explored)
+        rows = np.flatnonzero(left_N)
+        names = (candidates.prompt_ids[row] for row in rows.tolist())
+        draws = unit_intervals(names, candidates.seed, "explore", candidates.stage)
+        order = np.argsort(np.fromiter(draws, dtype=np.float64, count=len(rows)), kind="stable")
+        extra = quotas.take(rows[order], explored)
     if not len(chosen) and not len(extra):
         raise SignalError(
             f"the selection of stage {candidates.stage} is empty: none of the {len(candidates)} prompts qualifies",
             where="select.strategy",
             fix="widen the strategy's band, raise collect.num_generations, or set select.exploration above 0.",
         )
-    reasons = {row: _reason(ranking, row, int(ranks_N[row])) for row in chosen.tolist()}
+    reasons = _reasons(ranking, chosen, ranks_N)
     rest = np.flatnonzero(~ranking.eligible_N)
     return Choice(np.concatenate([best_first, rest]), ranks_N, reasons | dict.fromkeys(extra.tolist(), "exploration"))
 
@@ -86,15 +88,25 @@ class _Quotas:
         return taken
 
 
-def _reason(ranking: Ranking, row: int, order: int) -> str:
-    by_set = ", ".join(f"{name} #{ranks_N[row]}" for name, ranks_N in sorted(ranking.set_ranks.items()))
-    return f"{ranking.reason}: #{order}" + (f" ({by_set})" if by_set else "")
+def _reasons(ranking: Ranking, chosen: Int[np.ndarray, " T"], ranks_N: Int[np.ndarray, " N"]) -> dict[int, str]:
+    """By row, in the order chosen: what the strategy calls it, its rank, and that in every validation set."""
+    texts = [f"{ranking.reason}: #{order}" for order in ranks_N[chosen].tolist()]
+    if names := sorted(ranking.set_ranks):
+        columns = [[f"{name} #{rank}" for rank in ranking.set_ranks[name][chosen].tolist()] for name in names]
+        texts = [f"{text} ({', '.join(sets)})" for text, *sets in zip(texts, *columns, strict=True)]
+    return dict(zip(chosen.tolist(), texts, strict=True))
 
 
 def selection_batches(candidates: Candidates, ranking: Ranking, choice: Choice) -> Iterator[pa.RecordBatch]:
     """The selection table, best first, in blocks."""
+    # Best first is no order in memory: Arrow's columns are picked from several times as fast as lists of strings.
+    texts = [pa.array(each, pa.string()) for each in (candidates.prompt_ids, candidates.sources, candidates.statuses)]
+    chosen_N = np.zeros(len(candidates), dtype=bool)
+    chosen_N[np.fromiter(choice.reasons, dtype=np.int64, count=len(choice.reasons))] = True
     for start in range(0, len(choice), BLOCK):
-        yield _block(candidates, ranking, choice, choice.rows_N[start : start + BLOCK])
+        rows_B = choice.rows_N[start : start + BLOCK]
+        picked = [text.take(pa.array(rows_B)) for text in texts]
+        yield _block(candidates, ranking, choice, rows_B, chosen_N[rows_B], picked)
 
 
 def selection_table(candidates: Candidates, ranking: Ranking, choice: Choice) -> pa.Table:
@@ -102,25 +114,33 @@ def selection_table(candidates: Candidates, ranking: Ranking, choice: Choice) ->
     return pa.Table.from_batches(selection_batches(candidates, ranking, choice), schema=SELECTION)
 
 
-def _block(candidates: Candidates, ranking: Ranking, choice: Choice, rows_B: Int[np.ndarray, " B"]) -> pa.RecordBatch:
-    rows = rows_B.tolist()
+def _block(
+    candidates: Candidates,
+    ranking: Ranking,
+    choice: Choice,
+    rows_B: Int[np.ndarray, " B"],
+    chosen_B: Bool[np.ndarray, " B"],
+    texts: Sequence[pa.Array],
+) -> pa.RecordBatch:
+    prompt_ids, sources, statuses = texts
     ranks_B, rates_B = choice.ranks_N[rows_B], candidates.pass_rates_N[rows_B]
-    reasons = [choice.reasons.get(row) for row in rows]
+    flags = zip(rows_B.tolist(), chosen_B.tolist(), strict=True)
+    reasons = [choice.reasons[row] if chosen else None for row, chosen in flags]
     names = sorted(candidates.influence)
     items_BV = np.stack([candidates.influence[name][rows_B] for name in names], axis=1) if names else np.empty((0, 0))
-    offsets = pa.array(np.arange(len(rows) + 1, dtype=np.int32) * len(names))
+    offsets = pa.array(np.arange(len(rows_B) + 1, dtype=np.int32) * len(names))
     keys = pa.DictionaryArray.from_arrays(
-        np.tile(np.arange(len(names), dtype=np.int32), len(rows)), pa.array(names, pa.string())
+        np.tile(np.arange(len(names), dtype=np.int32), len(rows_B)), pa.array(names, pa.string())
     ).dictionary_decode()
     columns = [
-        pa.array([candidates.prompt_ids[row] for row in rows], pa.string()),
-        pa.array([candidates.sources[row] for row in rows], pa.string()),
-        pa.array([reason is not None for reason in reasons]),
+        prompt_ids,
+        sources,
+        pa.array(chosen_B),
         pa.array(ranks_B, pa.int32(), mask=ranks_B == 0),
         pa.array(ranking.scores_N[rows_B], pa.float64()),
         pa.MapArray.from_arrays(offsets, keys, pa.array(items_BV.ravel(), pa.float64())),
         pa.array(rates_B, pa.float64(), mask=np.isnan(rates_B)),
-        pa.array([candidates.statuses[row] for row in rows], pa.string()),
+        statuses,
         pa.array(reasons, pa.string()),
     ]
     return pa.RecordBatch.from_arrays(columns, schema=SELECTION)

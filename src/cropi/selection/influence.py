@@ -4,7 +4,7 @@ import numpy as np
 
 from cropi.artifacts import OK
 from cropi.config import InfluenceStrategy, SelectConfig
-from cropi.seeds import unit_interval
+from cropi.seeds import unit_intervals
 from cropi.selection.candidates import Candidates, Ranking
 from cropi.selection.fuse import fuse
 
@@ -30,7 +30,8 @@ def influence(candidates: Candidates, strategy: InfluenceStrategy, config: Selec
 
 def _shuffled(candidates: Candidates, values_N: np.ndarray, eligible_N: np.ndarray) -> np.ndarray:
     rows = np.flatnonzero(eligible_N).tolist()
-    keys = [unit_interval(candidates.seed, "shuffle", candidates.stage, candidates.prompt_ids[row]) for row in rows]
+    names = (candidates.prompt_ids[row] for row in rows)
+    draws = unit_intervals(names, candidates.seed, "shuffle", candidates.stage)
     shuffled_N = values_N.copy()
-    shuffled_N[rows] = values_N[rows][np.argsort(keys, kind="stable")]
+    shuffled_N[rows] = values_N[rows][np.argsort(list(draws), kind="stable")]
     return shuffled_N

@@ -14,6 +14,7 @@ from cropi.functional.fusion import ranks, reciprocal_rank_fusion
 from cropi.functional.pooling import (
     Observed,
     Slopes,
+    blocks,
     kernel,
     pooled_slopes,
     pooled_strengths,
@@ -318,8 +319,18 @@ def _strengths(
     successes_O = np.concatenate([successes_N[tried_S], evidence.validation_pass_rates_M * validation_M])
     counts_O = np.concatenate([counts_N[tried_S], validation_M])
     own_M = len(tried_S) + np.arange(len(validation_M))
-    (_, pool_N), (rates_M, strengths_M) = (
-        pooled_strengths(kernel(points, observed_OE, bandwidth), successes_O, counts_O, own, strategy.prior)
-        for points, own in ((places.pool_NE, own_N), (places.validation_ME, own_M))
-    )
+
+    def strengths(points: np.ndarray, own: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """A block of the kernel in memory at a time."""
+        parts = [
+            pooled_strengths(
+                kernel(points[rows], observed_OE, bandwidth), successes_O, counts_O, own[rows], strategy.prior
+            )
+            for rows in blocks(len(points), len(observed_OE))
+        ]
+        rates, expected = (np.concatenate(column) for column in zip(*parts, strict=True))
+        return rates, expected
+
+    _, pool_N = strengths(places.pool_NE, own_N)
+    rates_M, strengths_M = strengths(places.validation_ME, own_M)
     return _Strengths(pool_N, strengths_M, rates_M, counts_N)

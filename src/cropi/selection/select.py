@@ -70,6 +70,8 @@ RANKINGS: dict[type[StrategyTable], Callable[[Candidates, Any, SelectConfig], Ra
     SimilarityStrategy: similarity,
 }
 
+LINES = 1 << 10  # rows of the export that are Python's objects at once: with many, its collector often walks the pool
+
 
 def rank(candidates: Candidates, strategy: Strategy, config: SelectConfig) -> Ranking:
     """A strategy's scores for all candidates."""
@@ -97,8 +99,10 @@ def select(
 
         def exported(batch: pa.RecordBatch) -> pa.RecordBatch:
             """The batch, once its chosen prompts are written."""
-            for row in batch.filter(batch.column("selected")).to_pylist():
-                chosen.write(json.dumps(_export_row(row, prompts[row["prompt_id"]]), ensure_ascii=False) + "\n")
+            rows = batch.filter(batch.column("selected"))
+            for start in range(0, len(rows), LINES):
+                for row in rows.slice(start, LINES).to_pylist():
+                    chosen.write(json.dumps(_export_row(row, prompts[row["prompt_id"]]), ensure_ascii=False) + "\n")
             return batch
 
         write_batches(

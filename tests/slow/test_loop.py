@@ -1,0 +1,76 @@
+"""The loop in shell with another trainer, as docs/trainers.md tells it: score, select, export, train, and again."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from cropi.config import PolicyConfig
+from cropi.policy import fingerprint
+
+pytestmark = pytest.mark.slow
+
+LOOP = Path(__file__).resolve().parents[2] / "examples" / "loop" / "loop.sh"
+SMALL = [
+    "prompts.train=[{type: builtin, families: [sum, parity, count, machine], count: 12, seed: 1, label_noise: 0.25}]",
+    "prompts.validation={sum: [{type: builtin, families: [sum], count: 6, seed: 2}]}",
+    "prompts.test={sum: {sources: [{type: builtin, families: [sum], count: 16, seed: 3}]}}",
+    "collect.validation_num_generations=8",
+    "select.fraction=0.25",
+    "score.max_validation_prompts=6",
+    "score.standard_errors=false",
+]
+
+
+def manifest(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "manifest.json").read_text())
+
+
+def chosen(stage: Path) -> list[str]:
+    """Prompts of a stage's selection, best first."""
+    return [json.loads(line)["prompt"] for line in (stage / "selection" / "selected.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.timeout(3600)
+def test_two_stages_with_a_trainer_of_ones_own(tmp_path: Path) -> None:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        [LOOP, tmp_path / "it", *SMALL],
+        cwd=tmp_path,
+        env=os.environ | {"PATH": path, "STAGES": "2"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    folder, run = tmp_path / "it", tmp_path / "it" / "loop"
+    policies = [folder / "policy-0", folder / "policy-1"]
+    first, last = ((policy / "model.safetensors").read_bytes() for policy in policies)
+    assert first != last
+    # Where a checkpoint's results lie is told by its content: the second stage is that of what the first one trained.
+    places = [
+        run / "checkpoints" / f"{at.name}-{fingerprint(PolicyConfig(path='builtin'), str(at))[:12]}" for at in policies
+    ]
+    stages = [run / "arms" / "influence" / "stages" / "000", places[0] / "stages" / "000"]
+    assert [path.parents[1] for path in run.rglob("selected.jsonl")] == stages
+    scores = [manifest(stage / "scores") for stage in stages]
+    assert scores[0]["inputs"]["policy"] == "base"
+    assert scores[1]["inputs"]["policy"] == f"checkpoint {places[0].name}"
+    assert scores[1]["inputs"]["refresh"] != scores[0]["inputs"].get("refresh")
+    # The trainer moved the policy away from the one that sampled, and influence was taken where it is now.
+    assert scores[0]["details"]["drift"]["kl"] < 1e-4 < scores[1]["details"]["drift"]["kl"]
+    assert chosen(stages[0]) != chosen(stages[1])
+    for number, stage in enumerate(stages):
+        prompts, export = chosen(stage), folder / f"stage-{number}"
+        assert len(prompts) == 12
+        assert pq.read_table(export / "train.parquet").column("prompt").to_pylist() == prompts
+        sampled = [pq.read_table(file) for file in (folder / f"policy-{number}-trainer" / "completions").iterdir()]
+        assert len(sampled) == 8  # steps
+        assert {prompt for table in sampled for prompt in table.column("prompt").to_pylist()} == set(prompts)
+        assert manifest(places[number] / "imported")["counts"]
+        assert (places[number] / "evaluation" / "step-000000.parquet").is_file()
