@@ -6,7 +6,7 @@ Seconds are those of all processes added up: on GPUs, GPU-seconds.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,19 +28,21 @@ class Ledger:
         self._path, self._world = path, world
 
     @contextmanager
-    def charge(self, phase: str, *, arm: str = SHARED, stage: int | None = None) -> Iterator[dict[str, Any]]:
+    def charge(
+        self, phase: str, *, arm: str = SHARED, stage: int | None = None, owed: Callable[[], float] = lambda: 0.0
+    ) -> Iterator[dict[str, Any]]:
         """Time a block that all processes go through together, or wait at; the block may put `tokens` and the like into
         the dictionary it is given, of which that of the first process counts.
 
-        A block that ends with an error is charged as well: its seconds were spent.
+        A block that ends with an error is charged as well: its seconds were spent. `owed`: see `Workers.owed_s`.
         """
         entry: dict[str, Any] = {"arm": arm, "phase": phase, "stage": stage}
-        start = time.perf_counter()
+        start, before = time.perf_counter(), owed()
         try:
             yield entry
         finally:
             if self._world.is_main:
-                seconds = (time.perf_counter() - start) * self._world.size
+                seconds = (time.perf_counter() - start) * self._world.size + owed() - before
                 append_jsonl(self._path, entry | {"seconds": seconds} | self._world.facts())
 
     @contextmanager
@@ -52,6 +54,12 @@ class Ledger:
             yield entry
         finally:
             append_jsonl(self._own, entry | {"seconds": time.perf_counter() - start})
+
+    def add(
+        self, phase: str, seconds: float, *, arm: str = SHARED, stage: int | None = None, **facts: int | float
+    ) -> None:
+        """Charge work that another process has timed."""
+        append_jsonl(self._own, {"arm": arm, "phase": phase, "stage": stage, **facts, "seconds": seconds})
 
     def entries(self) -> list[dict[str, Any]]:
         """All lines so far."""

@@ -23,6 +23,7 @@ from cropi.artifacts import (
 )
 from cropi.config import Config, PooledStrategy
 from cropi.console import counts_text, say, warn
+from cropi.elsewhere import CarriedPolicy, Elsewhere
 from cropi.errors import ArtifactError, ConfigError, DataError
 from cropi.evaluation.evaluate import Question, evaluate, forget_after, read_evaluations
 from cropi.gathering import Gatherer
@@ -37,6 +38,7 @@ from cropi.reporting.report import make_report
 from cropi.reporting.summary import Summary
 from cropi.rollouts.collect import collect, collect_anew
 from cropi.rollouts.generation import Sampling, TransformersGenerator
+from cropi.rollouts.orders import shards_elsewhere
 from cropi.rollouts.overlay import FRESH, Trajectories
 from cropi.rollouts.representations import KIND as REPRESENTED
 from cropi.rollouts.representations import read_representations, represent
@@ -47,6 +49,7 @@ from cropi.selection.select import require_signal, select
 from cropi.training.reward import RecordedReward
 from cropi.training.settings import grpo_config
 from cropi.training.train import TrainTask, newest_checkpoint, train
+from cropi.workers import Workers
 from cropi.workspace import Arm, Workspace
 from cropi.world import ALONE, World
 
@@ -54,9 +57,14 @@ from cropi.world import ALONE, World
 class Pipeline:
     """The stages of a run. One whose artifact is complete is skipped, so the same command goes on where it stopped."""
 
-    def __init__(self, config: Config, given: Given | None = None, world: World = ALONE) -> None:
-        """`world` are the processes that work on this run: each makes its own pipeline, and asks it for the same."""
-        self.config, self.world = config, world
+    def __init__(
+        self, config: Config, given: Given | None = None, world: World = ALONE, workers: Workers | None = None
+    ) -> None:
+        """`world` are the processes that work on this run: each makes its own pipeline, and asks it for the same.
+
+        `workers` elsewhere collect and score in this process's place.
+        """
+        self.config, self.world, self._workers = config, world, workers
         if given is None and not config.prompts.test:
             raise ConfigError("there is no test set", where="prompts.test", fix="name one: a run is judged by it.")
         given = given or Given.named_by(config, world.size)
@@ -99,7 +107,11 @@ class Pipeline:
 
         def make(folder: Path) -> tuple[Mapping[str, int], Mapping[str, Any]]:
             rows, ledger = self.space.prompt_rows, self.space.ledger
-            return collect(self.config, self.base, self.judge, rows, folder, ledger, representations, self.world)
+            elsewhere = self._elsewhere(self.base.model, "base")
+            make_shards = None if elsewhere is None else shards_elsewhere(elsewhere, self.config, folder, ledger)
+            return collect(
+                self.config, self.base, self.judge, rows, folder, ledger, representations, self.world, make_shards
+            )
 
         inputs = {"prompts": self.prompts().identity, "policy": self._base_identity}
         representations = None
@@ -142,7 +154,8 @@ class Pipeline:
         statuses = self.trajectories.statuses(self.trajectories.groups(self.trajectories.overlay(arm, stage)))
 
         def make(folder: Path) -> tuple[Mapping[str, int], Mapping[str, Any]]:
-            with self.space.ledger.charge("score", arm=arm.name, stage=stage) as entry:
+            elsewhere = self._elsewhere(model, origin)
+            with self.space.ledger.charge("score", arm=arm.name, stage=stage, owed=self._owed_s) as entry:
                 result = score(
                     self.config,
                     self.surrogate,
@@ -156,6 +169,7 @@ class Pipeline:
                     self.config.arms[arm.name],
                     [i for i, status in zip(prompts, statuses, strict=True) if status == NOT_SAMPLED],
                     self.world,
+                    elsewhere,
                 )
                 if self.world.is_main:
                     entry["tokens"] = result[1]["tokens"]
@@ -170,6 +184,14 @@ class Pipeline:
         if text is not None:
             warn(text)
         return manifest
+
+    def _elsewhere(self, model: nn.Module, origin: str) -> Elsewhere | None:
+        if self._workers is None:
+            return None
+        return Elsewhere(self._workers, CarriedPolicy.of(self.config.policy, model, named=origin == "base"))
+
+    def _owed_s(self) -> float:
+        return 0.0 if self._workers is None else self._workers.owed_s
 
     def require_ratios(self, origin: str) -> None:
         """Importance ratios, unless the policy is the one that sampled."""

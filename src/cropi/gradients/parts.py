@@ -101,9 +101,13 @@ class Parts:
 
     def make(self, index: int, groups: Sequence[Group], score: Callable[[Sequence[Group]], list[Row]]) -> None:
         """Score the groups of a part and write it."""
-        if [group.prompt_id for group in groups] != list(self.ids(index)):
+        self.keep(index, score(groups))
+
+    def keep(self, index: int, rows: Sequence[Row]) -> None:
+        """Write the rows of a part."""
+        if [row["prompt_id"] for row in rows] != list(self.ids(index)):
             raise ValueError(f"part {index} is of other prompts")
-        write_table(self._path(index), score(groups), part_schema(self.names))
+        write_table(self._path(index), rows, part_schema(self.names))
 
     def rows(self) -> Iterator[list[Row]]:
         """The rows of every part in turn."""

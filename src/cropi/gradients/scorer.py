@@ -70,6 +70,17 @@ class Scored:
     """What the facts are made of, where an engine ran."""
 
 
+@dataclass(frozen=True)
+class Aim:
+    """What a scorer has been aimed at: enough for another one of the same policy and settings."""
+
+    directions: Sequence[Mapping[str, Tensor]]
+    """Dense, for the estimators that meet them; `sketch` has met them already, and has none."""
+    layer_directions: Mapping[str, Tensor]
+    features_VD: Float[Tensor, "V D"] | None
+    norms_V: Float[np.ndarray, " V"]
+
+
 class Scorer:
     """One policy, one surrogate, one estimator; first aimed at validation sets, then asked about groups.
 
@@ -181,6 +192,22 @@ class Scorer:
         need be, each process its own; see `Engine.lockstep`. A call outside is such a block by itself."""
         with nullcontext() if self._engine is None else self._engine.lockstep():
             yield
+
+    @property
+    def aimed(self) -> Aim:
+        """For `aim_as`."""
+        if self.estimator == "sketch":
+            return Aim((), self.layer_directions, self.features_VD, self._norms_V)
+        return Aim(self._directions, {}, None, self._norms_V)
+
+    def aim_as(self, aim: Aim) -> None:
+        """Take over what another scorer has been aimed at: no gradient is computed."""
+        places = {name: parameter.device for name, parameter in self.model.named_parameters()}
+        self._norms_V = aim.norms_V
+        self._directions = [{name: d.to(places[name]) for name, d in dense.items()} for dense in aim.directions]
+        if aim.features_VD is not None:
+            self.layer_directions = {name: U.to(places[name]) for name, U in aim.layer_directions.items()}
+            self._map, self.features_VD = self._make_map(), aim.features_VD
 
     def __call__(
         self,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,15 +25,16 @@ from cropi.artifacts import (
 )
 from cropi.config import Config, StrategyTable
 from cropi.console import Progress, progress, warn
+from cropi.elsewhere import Elsewhere
 from cropi.errors import SignalError
-from cropi.functional.projection import SparseProjection
 from cropi.functional.surrogate import NORMALIZER_OF_LOSS
+from cropi.gradients.blocks import BlockScorer, make_scorer
 from cropi.gradients.budget import BudgetSettings, budgeted
 from cropi.gradients.candidates import candidate_groups
 from cropi.gradients.directions import pieces
 from cropi.gradients.evidence import validation_evidence
 from cropi.gradients.groups import Group, iterate_groups
-from cropi.gradients.halves import score_by_halves
+from cropi.gradients.orders import parts_elsewhere, require_parts
 from cropi.gradients.parts import Parts, Row, groups_of, known, make_parts, part_rows
 from cropi.gradients.ratios import FACTS
 from cropi.gradients.scorer import Scored, Scorer
@@ -65,28 +67,6 @@ def surrogate_settings(config: Config, loss_type: str, scale_rewards: str | bool
     )
 
 
-def make_scorer(
-    config: Config,
-    model: nn.Module,
-    settings: SurrogateSettings,
-    strategy: StrategyTable | None = None,
-    world: World = ALONE,
-) -> Scorer:
-    """The scorer that a config asks for; for a strategy that aims at candidates, the one that it needs."""
-    aims_at_candidates = strategy is not None and strategy.candidates_aimed_at > 0
-    return Scorer(
-        model,
-        settings,
-        estimator=config.score.estimator,
-        score="dot" if aims_at_candidates else config.score.score,
-        validation_mean="normalized" if aims_at_candidates else config.score.validation_mean,
-        lengths=strategy is not None and strategy.reads_lengths,
-        projection=SparseProjection(**config.score.projection.model_dump()),
-        batch_tokens=config.score.batch_tokens,
-        world=world,
-    )
-
-
 def score(
     config: Config,
     settings: SurrogateSettings,
@@ -100,6 +80,7 @@ def score(
     strategy: StrategyTable | None = None,
     not_sampled: Collection[str] = (),
     world: World = ALONE,
+    elsewhere: Elsewhere | None = None,
 ) -> tuple[dict[str, int], dict[str, Any]]:
     """Write `scores.parquet` to `folder`: one row per training prompt, those without signal included (influence 0).
 
@@ -108,10 +89,12 @@ def score(
     `score.store`, features go to a store of their own first, and the scores are read off it. `previous` are the scores
     of the stage before, for `score.budget.rescore`. Under a strategy that aims at candidates, halves of a sample of the
     training prompts take the place of the validation sets: their mean gradients, each scaled to length 1, and `dot`.
-    Prompts are divided among the processes of `world`, but under `score.budget`, where the first scores alone. What an
-    interruption left in `folder` is gone on with. Returns (rows by status, details), to the first process. Raises
-    SignalError where a validation set has no mixed group, or nothing is finite.
+    Prompts are divided among the processes of `world`, but under `score.budget`, where the first scores alone, or they
+    are scored `elsewhere`. What an interruption left in `folder` is gone on with. Returns (rows by status, details), to
+    the first process. Raises SignalError where a validation set has no mixed group, or nothing is finite.
     """
+    if elsewhere is not None:
+        require_parts(config)
     validation = _aims(config, strategy, trajectories)
     names = list(validation)
     pools = strategy is not None and strategy.pools
@@ -123,7 +106,9 @@ def score(
     if config.score.budget.active:
         found = work.with_budget(config, len(sources), previous, stage)
     elif config.score.store == "none":
-        found = work.in_parts(Parts(folder, names, mixed), standard_errors, pools)
+        block_scorer = BlockScorer(scorer, names, standard_errors, pools)
+        make = None if elsewhere is None else partial(parts_elsewhere, elsewhere, config, strategy)
+        found = work.in_parts(Parts(folder, names, mixed), block_scorer, make)
     else:
         found = work.by_features(features, config.score.store)
     if strategy is None or strategy.aims_at_validation:
@@ -204,8 +189,10 @@ class _Work:
         own = [piece for groups in validation.values() for _, piece in world.share(pieces(groups))]
         self._aimed_at = sum(map(len, own))
 
-    def in_parts(self, parts: Parts, standard_errors: bool, pools: bool) -> Iterable[list[Row]]:
-        """A file for every few groups, each by one process."""
+    def in_parts(
+        self, parts: Parts, score: BlockScorer, elsewhere: Callable[..., None] | None = None
+    ) -> Iterable[list[Row]]:
+        """A file for every few groups, each by one process, or made elsewhere."""
         policy = weights_identity(self._scorer.model)
         self._world.from_main(lambda: parts.begin(policy))
         missing = self._world.from_main(parts.missing)
@@ -214,15 +201,10 @@ class _Work:
             self._scorer.aim(self._validation, bar.advance, stored_directions(parts.folder))
             if self._world.is_main:
                 keep_directions(parts.folder, self._scorer.layer_directions)
-
-            def score(block: Sequence[Group]) -> list[Row]:
-                if pools and not standard_errors:
-                    scored = score_by_halves(self._scorer, block, bar.advance)
-                else:
-                    scored = self._scorer(block, standard_errors=standard_errors, advance=bar.advance)
-                return part_rows(block, parts.names, self._scorer.values(scored), scored, ["full"] * len(block))
-
-            make_parts(parts, self._table, score, missing, self._world)
+            if elsewhere is not None:
+                elsewhere(score, parts, self._table, missing, bar.advance)
+            else:
+                make_parts(parts, self._table, partial(score, advance=bar.advance), missing, self._world)
         return parts.rows()
 
     def by_features(self, request: FeatureRequest, dtype: Literal["bfloat16", "float32"]) -> Iterable[list[Row]]:

@@ -65,6 +65,12 @@ class Shard:
         return len(self.prompts) * self.samples
 
 
+Rows = list[dict[str, Any]]
+Charge = Callable[[], AbstractContextManager[dict[str, Any]]]
+MakeShards = Callable[[Sequence[Shard]], Iterator[tuple[Shard, Rows]]]
+"""Makes and writes shards, and charges for them; gives each with its rows when it is done, in any order."""
+
+
 @dataclass(frozen=True)
 class Sampler:
     """Makes shards, each for itself: what a shard holds depends on the run's seed, its purpose and its name alone."""
@@ -73,27 +79,29 @@ class Sampler:
     policy: Policy
     generate: Generator
     judge: Judge
-    folder: Path
-    charge: Callable[[], AbstractContextManager[dict[str, Any]]]
     purpose: tuple[str | int, ...]
     logprobs: bool = True
 
-    def make(self, shard: Shard) -> list[dict[str, Any]]:
-        """Sample, judge and write a shard, and charge it; returns its rows."""
-        with self.charge() as entry:
-            seed = derived_seed(self.config.seed, *self.purpose, shard.name)
-            rows = _sample(self.config, self.policy, self.judge, self.generate, shard, seed)
-            if self.logprobs:
-                _add_logprobs(self.config, self.policy, rows)
-            entry["passes"] = 1 + self.logprobs
-            entry["tokens"] = sum(len(row["completion_ids"]) for row in rows)
-            entry["prompt_tokens"] = sum(len(row["prompt_ids"]) for row in rows)
-        write_table(self.folder / shard.file, rows, TRAJECTORIES)
-        return rows
+    def sample(self, shard: Shard) -> tuple[Rows, dict[str, int]]:
+        """Sample and judge a shard; returns its rows, and what they have cost."""
+        seed = derived_seed(self.config.seed, *self.purpose, shard.name)
+        rows = _sample(self.config, self.policy, self.judge, self.generate, shard, seed)
+        if self.logprobs:
+            _add_logprobs(self.config, self.policy, rows)
+        tokens = {
+            name: sum(len(row[column]) for row in rows)
+            for name, column in (("tokens", "completion_ids"), ("prompt_tokens", "prompt_ids"))
+        }
+        return rows, {"passes": 1 + self.logprobs, **tokens}
 
-    def missing(self, shards: Sequence[Shard]) -> list[int]:
-        """Places of the shards that are still to be made."""
-        return [place for place, shard in enumerate(shards) if not (self.folder / shard.file).is_file()]
+    def make(self, shards: Sequence[Shard], folder: Path, charge: Charge) -> Iterator[tuple[Shard, Rows]]:
+        """Sample, judge, charge and write each shard in turn."""
+        for shard in shards:
+            with charge() as entry:
+                rows, cost = self.sample(shard)
+                entry |= cost
+            write_table(folder / shard.file, rows, TRAJECTORIES)
+            yield shard, rows
 
 
 def collect(
@@ -105,10 +113,12 @@ def collect(
     ledger: Ledger,
     representations: Representations | None = None,
     world: World = ALONE,
+    elsewhere: MakeShards | None = None,
 ) -> tuple[dict[str, int], dict[str, Any]]:
     """Write one `part-*.parquet` per shard to `folder`; shards that are already there are kept.
 
-    The shards that are missing are divided among the processes of `world`: what is in a shard does not depend on that.
+    The shards that are missing are divided among the processes of `world`, or made `elsewhere`: what is in a shard does
+    not depend on that.
 
     Behaviour log-probs are recomputed by the model itself in one forward pass per batch, at the sampling temperature,
     if `collect.logprobs` asks for them. `collect.nearby` goes by the representations. Every shard is charged to the
@@ -118,10 +128,13 @@ def collect(
     if config.collect.top_p < 1:
         warn("collect.top_p is below 1: the sampler is not the policy whose log-probs are stored, so ratios are biased")
     shards, too_long = plan(config, policy, prompts, sampled_prompts(config, prompts, representations))
-    charge, logprobs = partial(ledger.charge_share, "collect"), config.collect.logprobs
-    with _generator(config, policy, world) as generate:
-        sampler = Sampler(config, policy, generate, judge, folder, charge, ("collect",), logprobs)
-        statuses, details = _sample_all(sampler, shards, world)
+    if elsewhere is not None:
+        statuses, details = _sample_all(folder, shards, elsewhere, world)
+    else:
+        with _generator(config, policy, world) as generate:
+            sampler = Sampler(config, policy, generate, judge, ("collect",), config.collect.logprobs)
+            make = partial(sampler.make, folder=folder, charge=partial(ledger.charge_share, "collect"))
+            statuses, details = _sample_all(folder, shards, make, world)
     return count_status([PROMPT_TOO_LONG] * len(too_long) + statuses), details | {"too_long": too_long}
 
 
@@ -141,10 +154,15 @@ def _generator(config: Config, policy: Policy, world: World) -> Iterator[Generat
             yield engine
         finally:
             engine.close()
-    elif settings.server is not None:
-        yield ServerGenerator(policy, settings.server)
     else:
-        yield TransformersGenerator(policy, settings.batch_size)
+        yield plain_generator(config, policy)
+
+
+def plain_generator(config: Config, policy: Policy) -> Generator:
+    """The same of a process that starts no engine."""
+    if config.collect.server is not None:
+        return ServerGenerator(policy, config.collect.server)
+    return TransformersGenerator(policy, config.collect.batch_size)
 
 
 def sampled_prompts(
@@ -192,14 +210,17 @@ def collect_anew(
     shards, _ = plan(config, policy, prompts)
     charge, seeded = partial(ledger.charge_share, "collect", arm=arm, stage=stage), (purpose, arm, stage)
     generate = TransformersGenerator(policy, config.collect.batch_size)
-    sampler = Sampler(config, policy, generate, judge, folder, charge, seeded, logprobs)
-    statuses, details = _sample_all(sampler, shards, world)
+    sampler = Sampler(config, policy, generate, judge, seeded, logprobs)
+    make = partial(sampler.make, folder=folder, charge=charge)
+    statuses, details = _sample_all(folder, shards, make, world)
     return count_status(statuses), details | {"prompts": len(prompts)}
 
 
-def _sample_all(sampler: Sampler, shards: Sequence[Shard], world: World) -> tuple[list[str], dict[str, Any]]:
+def _sample_all(
+    folder: Path, shards: Sequence[Shard], make: MakeShards, world: World
+) -> tuple[list[str], dict[str, Any]]:
     """Make the shards that are not there; returns (status of every trajectory, details), of the first process."""
-    missing = world.from_main(lambda: sampler.missing(shards))
+    missing = world.from_main(lambda: [n for n, shard in enumerate(shards) if not (folder / shard.file).is_file()])
     still = set(missing)
     kept = [shard for place, shard in enumerate(shards) if place not in still]
     own = [shards[place] for place in world.share(missing)]
@@ -207,16 +228,16 @@ def _sample_all(sampler: Sampler, shards: Sequence[Shard], world: World) -> tupl
     with progress(world.titled("collect"), sum(map(len, (*kept, *own))), "trajectories") as bar:
         for shard in kept:
             if world.is_main:
-                found[shard.name] = _found(_stored(sampler.folder, shard))
+                found[shard.name] = _found(_stored(folder, shard))
             bar.advance(len(shard))
-        for shard in own:
-            found[shard.name] = _found(sampler.make(shard))
+        for shard, rows in make(own):
+            found[shard.name] = _found(rows)
             bar.advance(len(shard))
     world.barrier()
     if not world.is_main:
         return [], {}
-    wait_for_files(sampler.folder / shard.file for shard in shards)
-    return _summed([found.get(shard.name) or _found(_stored(sampler.folder, shard)) for shard in shards])
+    wait_for_files(folder / shard.file for shard in shards)
+    return _summed([found.get(shard.name) or _found(_stored(folder, shard)) for shard in shards])
 
 
 @dataclass(frozen=True)
@@ -292,12 +313,17 @@ def plan(
     return shards, too_long
 
 
+def holds(shard: Shard, rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether rows are of a shard's prompts, all of them and no others."""
+    expected = [(row["prompt_id"], sample) for row in shard.prompts for sample in range(shard.samples)]
+    return [(row["prompt_id"], row["sample"]) for row in rows] == expected
+
+
 def _stored(folder: Path, shard: Shard) -> list[dict[str, Any]]:
     """A shard that an earlier attempt or another process has made, held to the prompts it must contain."""
     path = folder / shard.file
     rows = read_table(path, TRAJECTORIES).to_pylist()
-    expected = [(row["prompt_id"], sample) for row in shard.prompts for sample in range(shard.samples)]
-    if [(row["prompt_id"], row["sample"]) for row in rows] != expected:
+    if not holds(shard, rows):
         raise ArtifactError("holds other prompts than this run's", where=str(path), fix=f"delete {path} and run again.")
     return rows
 
