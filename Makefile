@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint docs policy clean
+.PHONY: demo test test-slow test-ray lint docs policy clean
 
 demo: $(STAMP)
 	$(BIN)/cropi run quickstart
@@ -14,6 +14,10 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/pytest -m slow
+
+test-ray: $(STAMP)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[ray]'
+	$(BIN)/pytest tests/distributed/test_ray.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

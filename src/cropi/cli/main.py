@@ -20,13 +20,17 @@ from cropi.cli.shell import (
     CheckpointOption,
     Commands,
     ConfigArgument,
+    GpusOption,
     Overrides,
+    RayOption,
     StageOption,
+    WorkersOption,
     join,
     leave,
     open_pipeline,
     print_result,
     quiet_libraries,
+    ray_workers,
     read_config,
 )
 from cropi.cli.verify import audit_rewards, verify
@@ -65,9 +69,16 @@ def run(config: ConfigArgument, overrides: Overrides = None, as_json: AsJson = F
 
 
 @app.command()
-def collect(config: ConfigArgument, overrides: Overrides = None, as_json: AsJson = False) -> None:
+def collect(
+    config: ConfigArgument,
+    overrides: Overrides = None,
+    ray: RayOption = None,
+    workers: WorkersOption = None,
+    gpus_per_worker: GpusOption = None,
+    as_json: AsJson = False,
+) -> None:
     """Sample and judge K trajectories per prompt."""
-    pipeline = open_pipeline(config, overrides, join())
+    pipeline = open_pipeline(config, overrides, join(), ray_workers(ray, workers, gpus_per_worker))
     manifest = pipeline.collect()
     path = str(pipeline.space.trajectories)
     print_result({"path": path, "counts": dict(manifest.counts)}, as_json, path)
@@ -79,10 +90,13 @@ def score(
     overrides: Overrides = None,
     stage: StageOption = 0,
     checkpoint: CheckpointOption = None,
+    ray: RayOption = None,
+    workers: WorkersOption = None,
+    gpus_per_worker: GpusOption = None,
     as_json: AsJson = False,
 ) -> None:
     """Influence of every prompt on the validation sets."""
-    pipeline = open_pipeline(config, overrides, join())
+    pipeline = open_pipeline(config, overrides, join(), ray_workers(ray, workers, gpus_per_worker))
     arm = pipeline.arm_at(stage, checkpoint)
     policy, origin = pipeline.policy_at(arm, stage, checkpoint)
     manifest = pipeline.score(arm, stage, policy.model, origin)

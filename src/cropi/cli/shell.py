@@ -7,18 +7,22 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 import typer.core
 
-from cropi.errors import UserError
+from cropi.errors import ConfigError, UserError
 from cropi.world import ALONE, OtherFailed, World, first, launched
 
 if TYPE_CHECKING:
     from cropi.config import Config
     from cropi.pipeline import Pipeline
+    from cropi.workers import Workers
+
+    Hire = Callable[[Config], Workers]
 
 TOGETHER = frozenset({"run", "collect", "score", "train", "evaluate"})
 """Commands whose work is divided among the processes that a launcher starts."""
@@ -65,6 +69,24 @@ CheckpointOption = Annotated[
     Path | None, typer.Option("--checkpoint", help="Folder of a checkpoint of the policy.", show_default=False)
 ]
 
+RayOption = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        metavar="ADDRESS",
+        help="Divide the work in a Ray cluster: auto, HOST:PORT, or local for this machine.",
+        show_default=False,
+    ),
+]
+WorkersOption = Annotated[
+    int | None,
+    typer.Option("--workers", min=1, help="Workers in the Ray cluster; unset as many as it holds.", show_default=False),
+]
+GpusOption = Annotated[
+    float | None,
+    typer.Option("--gpus-per-worker", min=0, help="GPUs of each; unset 1 if there are any.", show_default=False),
+]
+
 
 def read_config(config: str, overrides: list[str] | None) -> Config:
     """The config that a command names, with the overrides of its command line."""
@@ -73,15 +95,34 @@ def read_config(config: str, overrides: list[str] | None) -> Config:
     return load_config(config, overrides or [])
 
 
-def open_pipeline(config: str, overrides: list[str] | None, world: World = ALONE) -> Pipeline:
+def open_pipeline(config: str, overrides: list[str] | None, world: World = ALONE, hire: Hire | None = None) -> Pipeline:
     """The pipeline of a run."""
     loaded = read_config(config, overrides)
     quiet_libraries()
+    workers = None if hire is None else hire(loaded)
     from cropi.pipeline import Pipeline
 
     timeout_s = float(loaded.trainer.get("ddp_timeout", DDP_TIMEOUT_S))
     world.connect(cpu=loaded.policy.device == "cpu", timeout_s=timeout_s)
-    return Pipeline(loaded, world=world)
+    return Pipeline(loaded, world=world, workers=workers)
+
+
+def ray_workers(address: str | None, count: int | None, gpus: float | None) -> Hire | None:
+    """What finds workers in a Ray cluster. ConfigError under a launcher, or for settings of workers without one."""
+    if address is None:
+        if count is not None or gpus is not None:
+            raise ConfigError("there are no workers without a Ray cluster", where="--workers", fix="give --ray too.")
+        return None
+    if launched():
+        raise ConfigError("a launcher has divided the work already", where="--ray", fix="call cropi without it.")
+
+    def hire(config: Config) -> Workers:
+        from cropi.cluster import Cluster
+
+        policy = config.policy
+        return Cluster(address, count, gpus, cpus=policy.cpu_threads or 1, device=policy.device)
+
+    return hire
 
 
 def join() -> World:
