@@ -95,7 +95,7 @@ class Cluster(Workers):
             raise ConfigError(
                 "Ray Data does not work through Ray Client",
                 where=f"--ray {address}",
-                fix="call cropi on a node of the cluster, by `ray job submit` for example, and give --ray auto.",
+                fix="call cropi on a node of the cluster, and give --ray auto.",
             )
         self._ray: Any = ray
         self._address, self._count, self._gpus, self._cpus, self._device = address, count, gpus, cpus, device

@@ -14,12 +14,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
+import pyarrow as pa
 import pytest
 from tests.distributed import verifiers
+from tests.elsewhere import Echo
 from tests.runs import SMALL, cropi
 
+from cropi.cluster import Cluster
 from cropi.ledger import Ledger
+from cropi.workers import Unit
 
 ray = pytest.importorskip("ray")
 
@@ -28,6 +33,7 @@ pytestmark = [pytest.mark.filterwarnings("default"), pytest.mark.timeout(900)]
 RUN = Path("runs/quickstart")
 TRAJECTORIES = RUN / "trajectories"
 SHARDS = 14
+STORE = 200 * 2**20  # bytes of a node's object store
 SETTINGS = [*SMALL, "baselines=[]", "collect.shard_prompts=4"]
 VERIFIER = "verifier={type: function, path: verifiers.%s}"
 
@@ -35,7 +41,7 @@ VERIFIER = "verifier={type: function, path: verifiers.%s}"
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
     """Of the cluster. Its folder has a short name, as sockets lie in it."""
-    from ray.cluster_utils import Cluster
+    from ray.cluster_utils import Cluster as Nodes
 
     folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")
     with pytest.MonkeyPatch.context() as patch:
@@ -43,11 +49,11 @@ def address() -> Iterator[str]:
         patch.setenv("RAY_AUTH_MODE", "disabled")
         patch.setenv("RAY_TMPDIR", folder)
         Path(folder, "ray").mkdir()
-        node: dict[str, Any] = {"num_cpus": 1, "object_store_memory": 200 * 2**20}
-        cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
-        cluster.add_node(**node)
-        yield cluster.address
-        cluster.shutdown()
+        node: dict[str, Any] = {"num_cpus": 1, "object_store_memory": STORE}
+        nodes = Nodes(initialize_head=True, head_node_args={**node, "include_dashboard": False})
+        nodes.add_node(**node)
+        yield nodes.address
+        nodes.shutdown()
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -164,6 +170,20 @@ def test_what_a_user_can_fix_is_said_as_anywhere(address: str, place: Path) -> N
         assert done.returncode == 2
         assert f"error: --ray {elsewhere}: " in done.stderr
         assert said in done.stderr
+
+
+def test_more_goes_through_than_the_cluster_holds(address: str) -> None:
+    """In both directions, and past a process that keeps none of it."""
+    size, count = 4 * 2**20, 150
+    noise = np.random.default_rng(0)
+    units = (Unit(n, pa.table({"byte": noise.integers(0, 255, size, dtype=np.uint8)}), {}) for n in range(count))
+    process, most = psutil.Process(), 0
+    before = process.memory_full_info().uss
+    for unit in Cluster(address, 2, 0.0, cpus=1, device="cpu").each(Echo(), units):
+        assert unit.rows.nbytes == size
+        most = max(most, process.memory_full_info().uss - before)
+    assert count * size > 2 * STORE
+    assert most < STORE
 
 
 def test_a_cluster_of_this_machine_ends_with_the_command(place: Path) -> None:
