@@ -35,6 +35,7 @@ from cropi.errors import ArtifactError, ConfigError, DataError
 from cropi.functional.pooling import nearest_first, principal_points
 from cropi.functional.sampling import places
 from cropi.ledger import Ledger
+from cropi.lockstep import in_lockstep
 from cropi.policy import Policy, completion_logprobs, encode_prompts, trainer_prompt, uses_chat
 from cropi.rewards.verdicts import Judge, answered, reward
 from cropi.rollouts.generation import Generator, Sampling, TransformersGenerator
@@ -209,9 +210,10 @@ def _sample_all(sampler: Sampler, shards: Sequence[Shard], world: World) -> tupl
             if world.is_main:
                 found[shard.name] = _found(_stored(sampler.folder, shard))
             bar.advance(len(shard))
-        for shard in own:
-            found[shard.name] = _found(sampler.make(shard))
-            bar.advance(len(shard))
+        with in_lockstep(sampler.policy.model):
+            for shard in own:
+                found[shard.name] = _found(sampler.make(shard))
+                bar.advance(len(shard))
     world.barrier()
     if not world.is_main:
         return [], {}
