@@ -324,6 +324,7 @@ class Pipeline:
             folder=arm.folder,
             record_to=arm.rollouts if self.trajectories.reuses(arm) else None,
             dynamic_sampling=self.config.train.dynamic_sampling,
+            asked_in=self.config.policy.dtype,
             world=self.world,
         )
         final = train(task, policy)
