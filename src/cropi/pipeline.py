@@ -31,6 +31,7 @@ from cropi.given import Given, arm_at, start_of_stage
 from cropi.gradients.groups import iterate_groups
 from cropi.gradients.scoring import FeatureRequest, score, surrogate_settings
 from cropi.gradients.validation import validation_groups
+from cropi.lockstep import in_lockstep
 from cropi.policy import Policy, Replica, encode_prompts, load_policy, trainer_prompt, uses_chat
 from cropi.prompts import data_identity, make_prompts
 from cropi.refreshing import Refresher
@@ -345,6 +346,7 @@ class Pipeline:
             folder=arm.folder,
             record_to=arm.rollouts if self.trajectories.reuses(arm) else None,
             dynamic_sampling=self.config.train.dynamic_sampling,
+            asked_in=self.config.policy.dtype,
             world=self.world,
         )
         final = train(task, policy)
@@ -391,6 +393,7 @@ class Pipeline:
                 seed=seed,
                 folder=folder,
                 block=self.config.collect.batch_size,
+                lockstep=in_lockstep(policy.model),
                 world=self.world,
             )
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,9 +19,12 @@ from torch.distributed.tensor import DTensor
 from cropi.config import BUILTIN_POLICY, LoraConfig, PolicyConfig
 from cropi.errors import PolicyError
 from cropi.functional.surrogate import token_logprobs
+from cropi.lockstep import is_sharded
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+
+READ_BY_ONE = "FSDP_CPU_RAM_EFFICIENT_LOADING"  # what transformers asks
 
 
 @dataclass(frozen=True)
@@ -98,7 +103,8 @@ class Replica:
     """A policy's weights in bfloat16 where it is asked in bfloat16 and trained in float32.
 
     One copy, filled anew each time: 2 bytes per parameter beside the weights of training. It has the dtypes of a policy
-    that was loaded in bfloat16; of one in float32, trained parameters and frozen ones alike are rounded.
+    that was loaded in bfloat16; of one in float32, trained parameters and frozen ones alike are rounded. Weights that
+    are sharded over processes are not copied: what rounds them is FSDP's mixed precision, as it gathers them.
     """
 
     def __init__(self, like: Policy, config: PolicyConfig) -> None:
@@ -108,7 +114,7 @@ class Replica:
     @torch.no_grad()
     def of(self, model: Any) -> Any:
         """The model itself, or the copy with its weights as they are now."""
-        if not self._rounds or model.dtype != torch.float32:
+        if not self._rounds or model.dtype != torch.float32 or is_sharded(model):
             return model
         if self._copy is None:
             # parameters are rounded as they are copied; buffers are not: rotary frequencies stay as they are
@@ -144,13 +150,14 @@ def load_policy(config: PolicyConfig, location: str | None = None, *, dtype: str
         torch.set_num_threads(config.cpu_threads)
     tokenizer = load_tokenizer(config, location)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            location,
-            revision=config.revision,
-            dtype=getattr(torch, dtype or config.dtype),
-            use_safetensors=True,
-            trust_remote_code=False,
-        )
+        with _read_by_all():
+            model = AutoModelForCausalLM.from_pretrained(
+                location,
+                revision=config.revision,
+                dtype=getattr(torch, dtype or config.dtype),
+                use_safetensors=True,
+                trust_remote_code=False,
+            )
     except Exception as error:  # as above; a damaged file has an error class of its own
         raise _cannot_load("model", location, error) from None
     rows = model.get_input_embeddings().num_embeddings
@@ -163,6 +170,21 @@ def load_policy(config: PolicyConfig, location: str | None = None, *, dtype: str
     if config.lora is not None:
         model = _with_adapters(model, config.lora, adapters)
     return Policy(model.to(device_of(config)).eval(), tokenizer)
+
+
+@contextmanager
+def _read_by_all() -> Iterator[None]:
+    """`accelerate launch --use_fsdp` has only the first process read weights, since they are to be sharded anyway. Here
+    every process samples from the policy before that.
+    """
+    asked = os.environ.get(READ_BY_ONE)
+    if asked is not None:
+        os.environ[READ_BY_ONE] = "false"
+    try:
+        yield
+    finally:
+        if asked is not None:
+            os.environ[READ_BY_ONE] = asked
 
 
 def _with_adapters(model: PreTrainedModel, settings: LoraConfig, location: str | None) -> PreTrainedModel:
@@ -289,13 +311,10 @@ def encode_prompts(
 
 def shared_prefixes(model: PreTrainedModel, ids_BT: Tensor, mask_BT: Tensor) -> dict[str, Cache]:
     """For `generate`: keys and values of all but the last token of prompts, padded on the left, computed once for each
-    distinct prompt. Nothing where none is repeated, or the model keeps more than keys and values; nor where its
-    parameters are sharded, since processes with other prompts would have to run the same passes.
+    distinct prompt. Nothing where none is repeated, or the model keeps more than keys and values.
     """
     from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
-        return {}
     # padding is told apart by the mask: its token may also be part of a prompt
     rows_UT, place_B = torch.where(mask_BT > 0, ids_BT, -1).unique(dim=0, return_inverse=True)
     if len(rows_UT) == len(ids_BT) or ids_BT.shape[1] == 1 or not model._supports_default_dynamic_cache():

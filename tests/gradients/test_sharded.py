@@ -27,7 +27,7 @@ from cropi.gradients.engine import Engine, Nothing, segment_of
 from cropi.gradients.groups import Group
 from cropi.gradients.packing import Span
 from cropi.gradients.scorer import Scorer
-from cropi.policy import shared_prefixes, weights_identity
+from cropi.policy import weights_identity
 
 TRAIN = [draw_group(2 + n, [3 + n, 9 - n, 5], seed=80 + n, on_policy=n == 2) for n in range(5)]
 VALIDATION = {
@@ -327,14 +327,6 @@ def test_one_process_finds_the_same_bits(policy: str, style: str, alone: DeviceM
     whole, sharded = answer(question, BUILDERS[policy](), TRAIN), ask(question, alone)
     for key in ("values", "norms", "features", "cosines"):
         assert np.array_equal(sharded[key], whole[key]), key
-
-
-def test_sampling_shares_no_prompt_of_a_sharded_policy(alone: DeviceMesh) -> None:
-    """Prompts repeat in some processes and not in others, and all have to run the same passes."""
-    ids_BT = torch.tensor([[2, 3, 4], [2, 3, 4], [5, 6, 7]])
-    model = BUILDERS["llama"]()
-    assert shared_prefixes(model, ids_BT, torch.ones_like(ids_BT))
-    assert not shared_prefixes(by_blocks(model, alone), ids_BT, torch.ones_like(ids_BT))
 
 
 def test_the_reference_estimator_refuses_sharded_parameters(alone: DeviceMesh) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,21 +46,24 @@ def evaluate(
     seed: int,
     folder: Path,
     block: int,
+    lockstep: AbstractContextManager[None] = nullcontext(),  # noqa: B008
     world: World = ALONE,
 ) -> pa.Table:
     """Judge greedy and sampled completions of all test prompts and write `step-NNNNNN.parquet`.
 
-    Questions are asked in blocks of `block`, the longest first, which are divided among the processes of `world`. The
-    same seed draws the same completions from the same policy, so two policies are compared on the same questions and
-    random numbers. Prompts whose gold answer cannot be read are left out of the file.
+    Questions are asked in blocks of `block`, the longest first, which are divided among the processes of `world`; what
+    these do by themselves stands inside `lockstep`. The same seed draws the same completions from the same policy, so
+    two policies are compared on the same questions and random numbers. Prompts whose gold answer cannot be read are
+    left out of the file.
     """
     order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place].prompt_ids))
     blocks = [order[start : start + block] for start in range(0, len(order), block)]
     own: dict[int, dict[str, Any] | None] = {}
-    for number in world.share(range(len(blocks))):
-        asked = [prompts[place] for place in blocks[number]]
-        answers = _ask(asked, generate, judge, config, step, derived_seed(seed, number))
-        own |= dict(zip(blocks[number], answers, strict=True))
+    with lockstep:
+        for number in world.share(range(len(blocks))):
+            asked = [prompts[place] for place in blocks[number]]
+            answers = _ask(asked, generate, judge, config, step, derived_seed(seed, number))
+            own |= dict(zip(blocks[number], answers, strict=True))
     found = {place: row for part in world.gather(own) for place, row in part.items()}
     rows = [row for place in range(len(prompts)) if (row := found[place]) is not None]
     _refuse_empty(prompts, rows)

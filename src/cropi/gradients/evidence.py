@@ -57,9 +57,10 @@ def _scored(
 ) -> dict[str, Scored]:
     """Every set's groups, piece by piece and each piece by one process."""
     pieces = [(name, start) for name, groups in validation.items() for start in range(0, len(groups), PIECE)]
-    own = {
-        (name, start): score_by_halves(scorer, validation[name][start : start + PIECE], advance)
-        for name, start in world.share(pieces)
-    }
+    with scorer.lockstep():
+        own = {
+            (name, start): score_by_halves(scorer, validation[name][start : start + PIECE], advance)
+            for name, start in world.share(pieces)
+        }
     found = {piece: scored for part in world.gather(own) for piece, scored in part.items()}
     return {name: joined([found[piece] for piece in pieces if piece[0] == name]) for name in validation}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -133,13 +134,19 @@ class Parts:
 
 
 def make_parts(
-    parts: Parts, table: pa.Table, score: Callable[[Sequence[Group]], list[Row]], missing: Sequence[int], world: World
+    parts: Parts,
+    table: pa.Table,
+    score: Callable[[Sequence[Group]], list[Row]],
+    missing: Sequence[int],
+    lockstep: AbstractContextManager[None],
+    world: World,
 ) -> None:
-    """Score this process's share of the missing parts, and go on when all processes have."""
+    """Score this process's share of the missing parts, inside `lockstep`, and go on when all processes have."""
     own = world.share(missing)
     groups = groups_of(table, [prompt_id for index in own for prompt_id in parts.ids(index)])
-    for index in own:
-        parts.make(index, list(islice(groups, len(parts.ids(index)))), score)
+    with lockstep:
+        for index in own:
+            parts.make(index, list(islice(groups, len(parts.ids(index)))), score)
     world.barrier()
 
 

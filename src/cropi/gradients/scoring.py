@@ -204,7 +204,8 @@ class _Work:
             if elsewhere is not None:
                 elsewhere(score, parts, self._table, missing, bar.advance)
             else:
-                make_parts(parts, self._table, partial(score, advance=bar.advance), missing, self._world)
+                advancing = partial(score, advance=bar.advance)
+                make_parts(parts, self._table, advancing, missing, self._scorer.lockstep(), self._world)
         return parts.rows()
 
     def by_features(self, request: FeatureRequest, dtype: Literal["bfloat16", "float32"]) -> Iterable[list[Row]]:
@@ -231,13 +232,14 @@ class _Work:
         )
         with self._progress(len(self._prompt_ids)) as bar:
             self._scorer.aim(self._validation, bar.advance)
-            if not self._world.is_main:
-                return []
-            groups = list(groups_of(self._table, self._prompt_ids))
-            before = _previous_values(previous, groups)
-            found = budgeted(
-                self._scorer, groups, settings, before, seed=config.seed, stage=stage, pool=pool, advance=bar.advance
-            )
+            with self._scorer.lockstep():
+                if not self._world.is_main:
+                    return []
+                groups = list(groups_of(self._table, self._prompt_ids))
+                before, seed = _previous_values(previous, groups), config.seed
+                found = budgeted(
+                    self._scorer, groups, settings, before, seed=seed, stage=stage, pool=pool, advance=bar.advance
+                )
         scored = Scored(found.values_NV, found.norms_N, found.ratio_facts_NR, None, found.tokens_computed)
         return [part_rows(groups, list(self._validation), found.values_NV, scored, found.how)]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -62,16 +63,17 @@ def store_features(
     if missing and writer is None:
         writer = FeatureStoreWriter(features.folder, identity, prompt_ids, BLOCK, begun=True)
     computed: dict[int, int] = {}
-    if writer is not None:
+    if writer is not None:  # in all processes, or, where nothing is missing, in the first alone
         own = world.share(missing)
         groups = groups_of(table, [i for index in own for i in prompt_ids[writer.shard(index)]])
-        for index in own:
-            part = writer.shard(index)
-            block = list(islice(groups, part.stop - part.start))
-            scored = scorer(block, advance=advance)
-            assert scored.features_ND is not None
-            writer.write_shard(index, scored.features_ND, _feature_rows(block, scored))
-            computed[index] = scored.tokens_computed
+        with scorer.lockstep() if missing else nullcontext():
+            for index in own:
+                part = writer.shard(index)
+                block = list(islice(groups, part.stop - part.start))
+                scored = scorer(block, advance=advance)
+                assert scored.features_ND is not None
+                writer.write_shard(index, scored.features_ND, _feature_rows(block, scored))
+                computed[index] = scored.tokens_computed
     world.barrier()
     everywhere = {index: tokens for part_of in world.gather(computed) for index, tokens in part_of.items()}
     if writer is None or not world.is_main:

@@ -35,6 +35,7 @@ from cropi.errors import ArtifactError, ConfigError, DataError
 from cropi.functional.pooling import nearest_first, principal_points
 from cropi.functional.sampling import places
 from cropi.ledger import Ledger
+from cropi.lockstep import in_lockstep
 from cropi.policy import Policy, completion_logprobs, encode_prompts, trainer_prompt, uses_chat
 from cropi.rewards.verdicts import Judge, answered, reward
 from cropi.rollouts.generation import Generator, Sampling, TransformersGenerator
@@ -96,12 +97,13 @@ class Sampler:
 
     def make(self, shards: Sequence[Shard], folder: Path, charge: Charge) -> Iterator[tuple[Shard, Rows]]:
         """Sample, judge, charge and write each shard in turn."""
-        for shard in shards:
-            with charge() as entry:
-                rows, cost = self.sample(shard)
-                entry |= cost
-            write_table(folder / shard.file, rows, TRAJECTORIES)
-            yield shard, rows
+        with in_lockstep(self.policy.model):
+            for shard in shards:
+                with charge() as entry:
+                    rows, cost = self.sample(shard)
+                    entry |= cost
+                write_table(folder / shard.file, rows, TRAJECTORIES)
+                yield shard, rows
 
 
 def collect(

@@ -9,6 +9,8 @@ from typing import Protocol
 import torch
 
 from cropi.console import warn
+from cropi.errors import PolicyError
+from cropi.lockstep import in_lockstep, is_sharded
 from cropi.policy import Policy, shared_prefixes
 
 
@@ -30,7 +32,8 @@ class Generator(Protocol):
 class TransformersGenerator:
     """Draws completions with `model.generate`; completions of one prompt share its forward pass.
 
-    Remembers a batch size that memory did not hold.
+    Remembers a batch size that memory did not hold. Where parameters are sharded over processes, all call it, each for
+    its own prompts, once or as often as it likes inside of `in_lockstep`.
     """
 
     def __init__(self, policy: Policy, batch_size: int) -> None:
@@ -46,7 +49,7 @@ class TransformersGenerator:
         order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
         completions: list[list[int]] = [[] for _ in prompts]
         devices = [self._policy.device] if self._policy.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
+        with torch.random.fork_rng(devices=devices), in_lockstep(self._policy.model):
             torch.manual_seed(seed)
             start = 0
             while start < len(order):
@@ -66,6 +69,12 @@ class TransformersGenerator:
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not _out_of_memory(error) or self._batch_size == 1:
                 raise
+            if is_sharded(self._policy.model):  # the others stand in the middle of a pass, which cannot be had again
+                raise PolicyError(
+                    f"out of memory while generating {len(prompts)} completions at once with sharded parameters",
+                    where="collect.batch_size",
+                    fix=f"set it to {len(prompts) // 2 or 1} or less.",
+                ) from error
             self._batch_size = max(1, min(self._batch_size, len(prompts)) // 2)
         warn(f"out of memory while generating; the batch size is now {self._batch_size}")
         if torch.cuda.is_available():
@@ -103,6 +112,7 @@ class TransformersGenerator:
                 input_ids=ids.to(model.device),
                 attention_mask=mask.to(model.device),
                 generation_config=generation_config,
+                synced_gpus=False,  # see `in_lockstep`
                 **shared_prefixes(model, ids.to(model.device), mask.to(model.device)),
             )
         finally:

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,13 @@ from trl import GRPOConfig, GRPOTrainer
 from cropi.artifacts import append_jsonl, read_jsonl, write_json, write_text
 from cropi.console import Progress, progress, warn, warn_once
 from cropi.errors import ArtifactError, ConfigError, SignalError
+from cropi.lockstep import in_lockstep, is_sharded
 from cropi.policy import Policy, shared_prefixes
 from cropi.training.dynamic import DynamicSampling, Sampled
 from cropi.training.reward import RecordedReward
 from cropi.training.rollouts import RolloutRecorder, dropouts, forget_rollouts
 from cropi.training.sampler import BatchShape, StageSampler
+from cropi.training.sharding import check_sharding
 from cropi.world import ALONE, World
 
 COMPLETE = "complete.json"  # written into a checkpoint last, with the sizes of its files
@@ -54,17 +57,23 @@ class Staged(GRPOTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """TRL's, but that the completions of a prompt share its forward pass where transformers generates."""
         model = self.accelerator.unwrap_model(self.model)
-        generate = model.generate
+        replaced = model.__dict__.get("generate")
+        # for sharded parameters transformers puts another in its place: see `in_lockstep`
+        generate = partial(type(model).generate, model) if is_sharded(model) else model.generate
 
         def sharing(input_ids: Tensor, attention_mask: Tensor, **settings: Any) -> Any:
-            shared = shared_prefixes(model, input_ids, attention_mask)
-            return generate(input_ids=input_ids, attention_mask=attention_mask, **shared, **settings)
+            with in_lockstep(model):
+                shared = shared_prefixes(model, input_ids, attention_mask)
+                given = {"input_ids": input_ids, "attention_mask": attention_mask, "synced_gpus": False}
+                return generate(**given, **shared, **settings)
 
         model.generate = sharing
         try:
             return super()._generate_and_score_completions(inputs)
         finally:
             del model.generate
+            if replaced is not None:
+                model.generate = replaced
 
     @contextmanager
     def plain_model(self) -> Iterator[nn.Module]:
@@ -311,6 +320,7 @@ class TrainTask:
     record_to: Path | None = None  # where rollouts are kept as trajectories, if they are
     dynamic_sampling: int = 0  # refills of a generation batch at the most
     evaluated: Callable[[int], bool] = lambda step: False  # whether that step has been evaluated before
+    asked_in: str = "float32"  # the dtype that the policy is asked in: `policy.dtype`
     world: World = ALONE  # the processes that train together, each with the same task
 
 
@@ -335,7 +345,7 @@ def train(task: TrainTask, policy: Policy) -> Path:
             processing_class=policy.tokenizer,
             steps_per_stage=task.steps_per_stage,
         )
-        _refuse_sharded(trainer)
+        check_sharding(trainer, task.asked_in, resume_from)
         position_of = {row["prompt_id"]: position for position, row in enumerate(task.rows)}
         stages = Stages(task.select_stage, position_of, trainer)
         trainer.add_callback(StageCallback(stages, task, bar, trainer))
@@ -373,16 +383,6 @@ def _newest(task: TrainTask) -> tuple[Path | None, int]:
 
     found, done = task.world.from_main(find)
     return None if found is None else Path(found), done
-
-
-def _refuse_sharded(trainer: GRPOTrainer) -> None:
-    """ConfigError where no process holds all of the weights: see `Staged.plain_model`, which scoring is given."""
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        raise ConfigError(
-            "the weights are divided among the processes, and scoring needs all of them in each",
-            where="accelerate's FSDP or DeepSpeed",
-            fix="launch with plain data parallelism (torchrun, or accelerate launch --multi_gpu).",
-        )
 
 
 def _recorder(task: TrainTask, policy: Policy) -> RolloutRecorder | None:

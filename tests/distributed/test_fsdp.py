@@ -1,0 +1,148 @@
+"""A run under FSDP2 by two processes: trained, scored, sampled and saved with the weights divided between them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from tests.distributed.launching import LAUNCHER, launch
+from tests.runs import SMALL, cropi, evaluations, selections
+
+from cropi.artifacts import EVALUATION, TRAJECTORIES, read_jsonl, read_table, scores_schema
+
+pytestmark = pytest.mark.slow
+
+RUN = Path("runs/quickstart")
+ARM = RUN / "arms/influence"
+ARGUMENTS = [*SMALL, "baselines=[]", "evaluate.samples=2", "refresh.fraction=0.2", "refresh.reuse_rollouts=true"]
+
+# What `accelerate launch --use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP` hands on.
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
+}
+
+
+def sharded(*arguments: str, cwd: Path, processes: int = 2, **environment: str) -> subprocess.CompletedProcess[str]:
+    script = Path(__file__).with_name("fsdp_on_cpu.py")
+    return subprocess.run(
+        [*LAUNCHER, str(processes), str(script), *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env=os.environ | FSDP | environment,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the run under FSDP."""
+    cwd = tmp_path_factory.mktemp("fsdp")
+    done = sharded("run", "quickstart", *ARGUMENTS, cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("report: runs/quickstart/report.html") == 1
+    return cwd
+
+
+@pytest.fixture
+def copied(run: Path, tmp_path: Path) -> Path:
+    shutil.copytree(run, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def scores(cwd: Path, stage: int) -> pa.Table:
+    return read_table(cwd / ARM / f"stages/{stage:03}/scores/scores.parquet", scores_schema(["sum"]))
+
+
+def assert_close(one: pa.Table, two: pa.Table) -> None:
+    assert two.num_rows == one.num_rows
+    for name in one.column_names:
+        left, right = one.column(name), two.column(name)
+        if not pa.types.is_floating(left.type):
+            assert right.to_pylist() == left.to_pylist(), name
+            continue
+        values = [np.array(c.to_pylist(), dtype=np.float64) for c in (left, right)]
+        scale = np.nanmax(np.abs(values[0]), initial=0.0)
+        np.testing.assert_allclose(values[1], values[0], rtol=1e-4, atol=1e-5 * scale, err_msg=name)
+
+
+def test_the_first_stage_is_that_of_one_process(run: Path, tmp_path: Path) -> None:
+    """Whose policy is whole: the same trajectories, scores but for rounding, and selection."""
+    for command in ("collect", "score", "select"):
+        done = cropi(command, "quickstart", *ARGUMENTS, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert_close(scores(tmp_path, 0), scores(run, 0))
+    first = "arms/influence/stages/000/selection/selected.jsonl"
+    assert selections(run / RUN)[first] == selections(tmp_path / RUN)[first]
+    for path in sorted((tmp_path / RUN / "trajectories").iterdir()):
+        assert (run / RUN / "trajectories" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_later_scores_are_those_of_the_whole_checkpoint(run: Path, copied: Path) -> None:
+    """Fresh trajectories drawn by sharded parameters, their log-probs, and scores."""
+    stage = copied / ARM / "stages/001"
+    fresh = {path.name: read_table(path, TRAJECTORIES).to_pylist() for path in stage.glob("fresh*/part-*.parquet")}
+    assert fresh
+    for path in stage.iterdir():
+        if path.name != "rollouts":
+            shutil.rmtree(path)
+    for command in ("score", "select"):
+        done = cropi(command, "runs/quickstart", "--stage", "1", cwd=copied)
+        assert done.returncode == 0, done.stderr
+    for path in stage.glob("fresh*/part-*.parquet"):
+        for expected, row in zip(read_table(path, TRAJECTORIES).to_pylist(), fresh[path.name], strict=True):
+            assert row["completion_ids"] == expected["completion_ids"]
+            np.testing.assert_allclose(row["behaviour_logprobs"], expected["behaviour_logprobs"], atol=1e-4)
+    assert_close(scores(copied, 1), scores(run, 1))
+    assert selections(copied / RUN) == selections(run / RUN)
+
+
+def test_it_learns_and_is_evaluated_as_the_checkpoint_is(run: Path, tmp_path: Path) -> None:
+    found = {path: content for path, content in evaluations(run / RUN).items() if "arms" in path}
+    assert [path.rpartition("-")[2] for path in found] == ["000002.parquet", "000004.parquet", "000006.parquet"]
+    shutil.copytree(run, tmp_path / "copy")
+    last = run / ARM / "checkpoints/checkpoint-6"
+    done = cropi("evaluate", "runs/quickstart", "--checkpoint", str(last), cwd=tmp_path / "copy")
+    assert done.returncode == 0, done.stderr
+    (again,) = (tmp_path / "copy" / RUN / "checkpoints").glob("*/evaluation/step-000000.parquet")
+    expected = read_table(again, EVALUATION).drop_columns("step")
+    rows = read_table(run / ARM / "evaluation/step-000006.parquet", EVALUATION).drop_columns("step")
+    assert rows.to_pylist() == expected.to_pylist()
+    base = read_table(run / RUN / "evaluation/step-000000.parquet", EVALUATION)
+    assert np.mean(rows.column("greedy")) > np.mean(base.column("greedy"))
+
+
+def test_it_goes_on_from_a_checkpoint(run: Path, copied: Path) -> None:
+    """And comes to the same weights."""
+    last = copied / ARM / "checkpoints/checkpoint-6"
+    expected = (last / "model.safetensors").read_bytes()
+    shutil.rmtree(last)
+    done = launch(2, "train", "runs/quickstart", cwd=copied)
+    assert done.returncode != 0
+    assert "training began under FSDP and would go on without it" in done.stderr
+    done = sharded("train", "runs/quickstart", cwd=copied)
+    assert done.returncode == 0, done.stderr
+    assert (last / "model.safetensors").read_bytes() == expected
+    assert rewards(copied) == rewards(run)
+
+
+def rewards(cwd: Path) -> list[Any]:
+    return [{k: row[k] for k in ("step", "prompt_ids", "rewards")} for row in read_jsonl(cwd / ARM / "rewards.jsonl")]
+
+
+def test_on_cpus_accelerate_shards_nothing(tmp_path: Path) -> None:
+    done = launch(2, "run", "quickstart", *ARGUMENTS[:-3], cwd=tmp_path, **FSDP)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("accelerate shards no weights on CPUs") == 1

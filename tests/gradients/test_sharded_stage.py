@@ -1,0 +1,84 @@
+"""The `score` stage on a policy whose parameters are sharded over two processes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tests.conftest import tiny_llama
+from tests.gradients.ranks import as_accelerate_does, run_on_processes
+from tests.gradients.test_scoring import NAMES, SOURCES, TABLES, config
+from torch import distributed
+from torch.distributed.device_mesh import DeviceMesh
+
+from cropi.artifacts import read_table, scores_schema
+from cropi.distributed import Launched
+from cropi.gradients import evidence, parts, storing
+from cropi.gradients.scoring import FeatureRequest, score, surrogate_settings
+from cropi.world import ALONE, World
+
+WAYS = {
+    "parts": [],
+    "errors": ["score.standard_errors=true"],
+    "exact": ["score.estimator=exact"],
+    "pooled": ["select.strategy={type: pooled}"],
+    "store": ["score.store=float32"],
+    "budget": ["score.budget.trajectories=2"],
+}
+
+
+def stage(overrides: Sequence[str], model: Any, folder: Path, world: World) -> None:
+    chosen = config(*overrides)
+    settings = surrogate_settings(chosen, "dr_grpo", "none")
+    request = FeatureRequest(folder / "features", "policy", "tokenizer", "trajectories")
+    (folder / "scores").mkdir(parents=True, exist_ok=True)
+    strategy = chosen.select.strategy
+    score(chosen, settings, model, TABLES, SOURCES, folder / "scores", request, None, 0, strategy, (), world)
+
+
+def scored(folder: Path) -> list[dict[str, Any]]:
+    return read_table(folder / "scores" / "scores.parquet", scores_schema(NAMES)).to_pylist()
+
+
+def pieces_of_three(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten groups are four pieces, the last of one group: the processes have different work."""
+    monkeypatch.setattr(parts, "PART", 3)
+    monkeypatch.setattr(storing, "BLOCK", 3)
+    monkeypatch.setattr(evidence, "PIECE", 2)
+
+
+def shared(overrides: Sequence[str], folder: Path, mesh: DeviceMesh) -> None:
+    store = distributed.FileStore(str(folder.with_suffix(".store")), mesh.size())
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        pieces_of_three(monkeypatch)
+        world = Launched(store, mesh.get_rank(), mesh.size())
+        stage(overrides, as_accelerate_does(tiny_llama(tied=True), mesh), folder, world)
+
+
+@pytest.fixture(scope="module")
+def of_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders by way, of two processes."""
+    folder = tmp_path_factory.mktemp("sharded")
+    for found in run_on_processes([partial(shared, ways, folder / name) for name, ways in WAYS.items()], 2):
+        assert found == [None, None], found
+    return folder
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_two_processes_score_as_one_that_has_the_whole_policy(
+    way: str, of_two: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pieces_of_three(monkeypatch)
+    stage(WAYS[way], tiny_llama(tied=True), tmp_path, ALONE)
+    one, two = scored(tmp_path), scored(of_two / way)
+    assert [row["status"] for row in two] == [row["status"] for row in one]
+    for expected, row in zip(one, two, strict=True):
+        for name, value in expected.items():
+            if isinstance(value, float):
+                np.testing.assert_allclose(row[name], value, rtol=1e-4, atol=1e-7, err_msg=name)
+            else:
+                assert row[name] == value
