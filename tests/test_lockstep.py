@@ -21,6 +21,8 @@ from cropi.rollouts.generation import Sampling, TransformersGenerator
 from tests.gradients.architectures import BUILDERS
 from tests.gradients.ranks import as_accelerate_does, by_blocks, by_modules, processes, run_on_processes, whole_numbers
 
+pytestmark = pytest.mark.slow  # processes of its own for every worker of the tests
+
 TOKENIZER: Any = SimpleNamespace(pad_token_id=0, eos_token_id=1, bos_token_id=None)
 PROMPTS = [[2, 3, 4], [2, 3, 4], [5, 6], [7, 8, 9, 2], [2, 3, 4], [5, 6], [3]]  # repeated ones share their pass
 SAMPLED = Sampling(12, 1.0)

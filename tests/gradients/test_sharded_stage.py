@@ -21,6 +21,8 @@ from cropi.gradients import evidence, parts, storing
 from cropi.gradients.scoring import FeatureRequest, score, surrogate_settings
 from cropi.world import ALONE, World
 
+pytestmark = pytest.mark.slow  # processes of its own for every worker of the tests
+
 WAYS = {
     "parts": [],
     "errors": ["score.standard_errors=true"],
