@@ -18,12 +18,11 @@ from fractions import Fraction
 from pathlib import Path
 
 import reasoning_gym
-from worked import NUMBER, Step, solutions, split_rows, values
+from worked import NUMBER, Step, meant, split_rows, values
 
 Row = dict[str, str]
 
 WARM, TRAIN, VALIDATION = 0.4, 0.7, 0.8  # where the parts end in hash order
-MAX_NUMBERS = 4  # in a problem whose solution is looked for
 TRIES = 500  # to find other numbers for a problem
 
 
@@ -33,12 +32,10 @@ def named(source: str, rows: Iterable[Row]) -> list[Row]:
 
 def expression_of(row: Row) -> tuple[Step, ...] | None:
     """What is to be worked out of the numbers of a problem; None where that is not clear or they are not whole."""
-    numbers, goal = NUMBER.findall(row["question"]), Fraction(row["answer"])
-    if not all(number.isdigit() for number in numbers) or len(numbers) > MAX_NUMBERS:
+    numbers = NUMBER.findall(row["question"])
+    if not all(number.isdigit() for number in numbers):
         return None
-    whole = [Fraction(number) for number in numbers]
-    one, two = solutions(whole, goal, 1), solutions(whole, goal, 2)
-    return (one or two)[0] if len(one or two) == 1 and not (one and two and len(whole) == 3) else None
+    return meant([Fraction(number) for number in numbers], Fraction(row["answer"]))
 
 
 def renumbered(row: Row, expression: tuple[Step, ...], generator: random.Random) -> Row | None:

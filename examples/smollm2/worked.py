@@ -100,20 +100,26 @@ def solutions(numbers: list[Fraction], answer: Fraction, steps: int) -> list[tup
     return list(found.values())
 
 
+def meant(numbers: list[Fraction], answer: Fraction) -> tuple[Step, ...] | None:
+    """The expression that a question's numbers and answer call for; None if there is none or it is not clear which."""
+    if len(numbers) > MAX_NUMBERS or None in map(written, [answer, *numbers]):
+        return None
+    one, two = solutions(numbers, answer, 1), solutions(numbers, answer, 2)
+    if one and two and len(numbers) == 3:
+        return None  # is the third number needed or a distraction?
+    candidates = one or two
+    return candidates[0] if len(candidates) == 1 else None
+
+
 def worked(question: str, answer: str) -> str | None:
     """The worked solution, ending in `#### answer`; None if there is none or it is not clear which is meant."""
     numbers = [Fraction(text.replace(",", "")) for text in NUMBER.findall(question)]
     goal = Fraction(answer.replace(",", ""))
-    if len(numbers) > MAX_NUMBERS or None in map(written, [goal, *numbers]):
-        return None
-    one, two = solutions(numbers, goal, 1), solutions(numbers, goal, 2)
-    if one and two and len(numbers) == 3:
-        return None  # is the third number needed or a distraction?
-    candidates = one or two
-    if len(candidates) != 1:
+    expression = meant(numbers, goal)
+    if expression is None:
         return None
     lines, before = [], None
-    for step, result in zip(candidates[0], values(candidates[0], numbers), strict=True):
+    for step, result in zip(expression, values(expression, numbers), strict=True):
         left, right = (before if place < 0 else numbers[place] for place in (step.left, step.right))
         lines.append(f"{written(left)} {step.op} {written(right)} = {written(result)}")
         before = result

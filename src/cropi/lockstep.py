@@ -68,6 +68,10 @@ def _join(model: nn.Module) -> None:
     model.train(was_training)
 
 
+def _device(model: nn.Module) -> torch.device:
+    return computed_on(next(parameter for parameter in model.parameters() if isinstance(parameter, DTensor)))
+
+
 def _agree(model: nn.Module, wanted: bool) -> bool:
     """Whether any process wants a pass."""
     found = torch.tensor(int(wanted), device=_device(model))
@@ -75,8 +79,7 @@ def _agree(model: nn.Module, wanted: bool) -> bool:
     return bool(found)
 
 
-def _device(model: nn.Module) -> torch.device:
+def computed_on(part: DTensor) -> torch.device:
     """Where passes are computed: parameters may rest elsewhere."""
-    part = next(parameter for parameter in model.parameters() if isinstance(parameter, DTensor))
     kind = part.device_mesh.device_type
     return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)

@@ -19,11 +19,15 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 Case = Callable[[DeviceMesh], Any]
 
 
+def _settings(mesh: DeviceMesh, policy: MixedPrecisionPolicy | None) -> dict[str, Any]:
+    """Of `fully_shard`."""
+    rounding = {} if policy is None else {"mp_policy": policy}
+    return {"mesh": mesh, "reshard_after_forward": True, **rounding}
+
+
 def by_blocks(model: Any, mesh: DeviceMesh, policy: MixedPrecisionPolicy | None = None) -> Any:
     """Each layer by itself, and what is left."""
-    settings: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": True}
-    if policy is not None:
-        settings["mp_policy"] = policy
+    settings = _settings(mesh, policy)
     for layer in _causal_lm(model).base_model.layers:
         fully_shard(layer, **settings)
     return fully_shard(model, **settings)
@@ -31,9 +35,7 @@ def by_blocks(model: Any, mesh: DeviceMesh, policy: MixedPrecisionPolicy | None 
 
 def by_modules(model: Any, mesh: DeviceMesh, policy: MixedPrecisionPolicy | None = None) -> Any:
     """Every module by itself that has a parameter of its own, one, and shares it with no other."""
-    settings: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": True}
-    if policy is not None:
-        settings["mp_policy"] = policy
+    settings = _settings(mesh, policy)
     holders = Counter(id(p) for module in model.modules() for p in module._parameters.values())
     for module in list(model.modules()):
         own = [p for p in module._parameters.values() if p is not None]
@@ -44,9 +46,7 @@ def by_modules(model: Any, mesh: DeviceMesh, policy: MixedPrecisionPolicy | None
 
 def as_accelerate_does(model: Any, mesh: DeviceMesh, policy: MixedPrecisionPolicy | None = None) -> Any:
     """The embedding by itself as well, or, where the head is tied to it, with the last norm and the head."""
-    settings: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": True}
-    if policy is not None:
-        settings["mp_policy"] = policy
+    settings = _settings(mesh, policy)
     causal_lm = _causal_lm(model)
     first, head = causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()
     last = getattr(causal_lm.base_model, "norm", None) or causal_lm.base_model.final_layer_norm

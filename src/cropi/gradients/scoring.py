@@ -118,17 +118,18 @@ def score(
         return {}, {}
     if pools:
         write_table(folder / "validation.parquet", evidence, validation_scores_schema(names))
-    tokens = {"tokens": 0, "tokens_computed": computed}
+    own = sum(group.completion_tokens for groups in validation.values() for group in groups)
+    tokens = {"tokens": own, "tokens_computed": computed}
     for part in found:
         _note_scores(rows, part, tokens)
-    tokens["tokens"] += sum(group.completion_tokens for groups in validation.values() for group in groups)
     counts = count_status(row["status"] for row in rows.values())
     _check_finite(counts)
     reliability = note_reliability(config, rows, names, stage) if standard_errors else None
     write_table(folder / "scores.parquet", list(rows.values()), scores_schema(names))
     Parts(folder, names, mixed).drop()
-    details = {**tokens, "reliability": reliability}
-    return counts, details | _of_scorer(scorer) | _of_rows(rows.values()) | _of_aims(validation)
+    return counts, tokens | {"reliability": reliability} | _of_scorer(scorer) | _of_rows(rows.values()) | _of_aims(
+        validation
+    )
 
 
 def _aims(

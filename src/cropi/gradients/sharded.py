@@ -19,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from cropi.errors import PolicyError
+from cropi.lockstep import computed_on
 from cropi.world import ALONE, T, World
 
 
@@ -49,8 +50,7 @@ class Shards:
             raise _not_covered("its parameters are spread over different sets of processes")
         self._group = groups.pop()
         self.rank, self.count = distributed.get_rank(self._group), distributed.get_world_size(self._group)
-        kind = parts[0].device_mesh.device_type  # parameters may rest on the CPU and be computed with elsewhere
-        self.device = torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
+        self.device = computed_on(parts[0])
 
     def agree(self, turn: Turn) -> Turn:
         """The greatest of what the processes want to do next."""
