@@ -118,10 +118,7 @@ def score(
         return {}, {}
     if pools:
         write_table(folder / "validation.parquet", evidence, validation_scores_schema(names))
-    own = sum(group.completion_tokens for groups in validation.values() for group in groups)
-    tokens = {"tokens": own, "tokens_computed": computed}
-    for part in found:
-        _note_scores(rows, part, tokens)
+    tokens = _note_all(rows, found, validation, computed)
     counts = count_status(row["status"] for row in rows.values())
     _check_finite(counts)
     reliability = note_reliability(config, rows, names, stage) if standard_errors else None
@@ -130,6 +127,20 @@ def score(
     return counts, tokens | {"reliability": reliability} | _of_scorer(scorer) | _of_rows(rows.values()) | _of_aims(
         validation
     )
+
+
+def _note_all(
+    rows: Mapping[str, dict[str, Any]],
+    parts: Iterable[list[Row]],
+    validation: Mapping[str, Sequence[Group]],
+    computed: int,
+) -> dict[str, int]:
+    """Enter the scores of all parts; returns the tokens scored and computed, those of the validation sets included."""
+    given = sum(group.completion_tokens for groups in validation.values() for group in groups)
+    tokens = {"tokens": given, "tokens_computed": computed}
+    for part in parts:
+        _note_scores(rows, part, tokens)
+    return tokens
 
 
 def _aims(
