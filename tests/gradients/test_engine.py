@@ -4,6 +4,7 @@ all."""
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import astuple
 from typing import Any
@@ -328,13 +329,25 @@ def test_what_is_thrown_away_does_not_count_among_the_ratios(which: str) -> None
         assert astuple(work.ratios[row]) == pytest.approx(astuple(moments))
 
 
-@pytest.mark.parametrize("divisible", [False, True])
-def test_what_cannot_be_divided_raises(divisible: bool) -> None:
+def test_what_is_undone_needs_no_memory_and_holds_none_of_the_pack() -> None:
+    parameters = trainable_parameters(model := tiny("gpt_neox"))
+    reader = Limited(DenseReader(parameters, set()), larger_than(30))
+    before = [gradient.data_ptr() for gradient in reader.reader.gradients.values()]
+    undone: list[BaseException | None] = []
+    own = reader.reader.undo
+    reader.undo = lambda: undone.append(sys.exception()) or own()
+    Engine(model, SETTINGS, 46).run(segments(MANY), reader)
+    assert undone == [None]  # an exception in hand keeps the pack's activations, by its traceback
+    assert [gradient.data_ptr() for gradient in reader.reader.gradients.values()] == before
+
+
+@pytest.mark.parametrize(("divisible", "what"), [(False, "3 trajectories of one prompt"), (True, "one trajectory")])
+def test_what_cannot_be_divided_is_an_error(divisible: bool, what: str) -> None:
     model = tiny("gpt_neox")
     part = segments(MANY[:1])[0]
     engine = Engine(model, SETTINGS, 1000)
     before = state(model)
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(PolicyError, match=f"(?s)device cpu: out of memory while scoring {what}.*Fix: free memory"):
         engine.run([part.alone()[0] if divisible else part], Limited(Nothing(), larger_than(0)), divisible=divisible)
     assert engine.budget == 1000
     check_unchanged(model, before)

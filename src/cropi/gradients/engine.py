@@ -156,15 +156,12 @@ class Engine:
                     reader.begin(members)
                     tokens, moments = self._pass(members, reader)
                 except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-                    smaller = sum(segment.tokens for segment in members) // 2
-                    if not _out_of_memory(error) or not self._divides(members, divisible):
+                    if not _out_of_memory(error):
                         raise
+                    if not self._divides(members, divisible):
+                        raise _indivisible(members[0], self.device) from error
                     if self.shards.sharded:  # the others are in the middle of this pass, which cannot be had again
                         raise _too_large(self.budget) from error
-                    if reader.undo():
-                        left = [segment for pack in waiting for segment in pack]
-                    else:
-                        left, work.ratios = list(segments), {}
                 else:
                     reader.commit()
                     work.add(tokens, moments)
@@ -173,7 +170,11 @@ class Engine:
                         after(members)
                     continue
                 # Outside the handler, so that the error's traceback no longer holds the pack's tensors.
-                self.budget = max(1, smaller)
+                if reader.undo():
+                    left = [segment for pack in waiting for segment in pack]
+                else:
+                    left, work.ratios = list(segments), {}
+                self.budget = max(1, sum(segment.tokens for segment in members) // 2)
                 warn(f"out of memory while scoring; packs now hold {self.budget} tokens")
                 waiting = self._plan(left, divisible, most)
         return work
@@ -404,6 +405,17 @@ def _too_large(budget: int) -> PolicyError:
         f"out of memory while scoring with sharded parameters, in packs of {budget} tokens",
         where="score.batch_tokens",
         fix=f"set it to {max(1, budget // 2)} or less: a pass that all processes share cannot be repeated by one.",
+    )
+
+
+def _indivisible(segment: Segment, device: torch.device) -> PolicyError:
+    count = len(segment.completions)
+    what = "one trajectory" if count == 1 else f"{count} trajectories of one prompt, which are needed together"
+    return PolicyError(
+        f"out of memory while scoring {what} ({segment.tokens} tokens), with {free_bytes(device) / 2**30:.2f} GiB free",
+        where=f"device {device}",
+        fix="free memory of other processes there, or score fewer or shorter trajectories "
+        "(collect.num_generations, collect.max_completion_length); what is finished is kept.",
     )
 
 

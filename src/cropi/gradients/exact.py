@@ -22,17 +22,19 @@ class DenseReader:
     row_bytes = 0
 
     def __init__(self, parameters: Mapping[str, Tensor], vocabulary: Collection[str]) -> None:
-        self._parameters, self._vocabulary = parameters, vocabulary
-        self.undo()
-
-    def undo(self) -> bool:
-        """Sums cannot be taken back, so all is forgotten."""
+        self._vocabulary = vocabulary
         self.gradients = {
             name: torch.zeros(p.shape, dtype=torch.promote_types(p.dtype, torch.float32), device=p.device)
-            for name, p in self._parameters.items()
+            for name, p in parameters.items()
         }
         self.inputs: dict[str, Tensor] = {}
         """By the name of a linear layer's weight: how many tokens it was given, followed by their sum; float64."""
+
+    def undo(self) -> bool:
+        """Sums cannot be taken back, so all is forgotten. In place: it is called where memory has run out."""
+        for gradient in self.gradients.values():
+            gradient.zero_()
+        self.inputs.clear()
         return False
 
     def begin(self, segments: Sequence[Segment]) -> None:
