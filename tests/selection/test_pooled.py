@@ -8,6 +8,7 @@ import pytest
 from tests.selection.pool import pool, scores
 
 from cropi.config import PooledStrategy, SelectConfig
+from cropi.console import warn_once
 from cropi.functional import pooling
 from cropi.selection.candidates import Candidates, Evidence, Visit
 from cropi.selection.choose import choose, selection_table
@@ -82,7 +83,10 @@ def test_the_manifest_is_told_what_decided() -> None:
     assert facts["bandwidth"] > 0
 
 
-def test_a_direction_on_which_the_validation_prompts_do_not_agree_chooses_nothing() -> None:
+def test_a_direction_on_which_the_validation_prompts_do_not_agree_chooses_nothing(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    warn_once.cache_clear()
     found = candidates()
     assert found.evidence is not None
     influence_MV = found.evidence.validation_influence_MV.copy()
@@ -90,6 +94,9 @@ def test_a_direction_on_which_the_validation_prompts_do_not_agree_chooses_nothin
     noise = dataclasses.replace(found.evidence, validation_influence_MV=influence_MV)
     chosen = kinds(dataclasses.replace(found, evidence=noise), size=EACH)
     assert chosen == {USEFUL: 0, NEUTRAL: 0, 2: 0, HARMFUL: 0, SECOND: EACH}
+    told = capsys.readouterr().err
+    assert "validation set one is not followed: its own prompts do not help one another (0.0 standard errors" in told
+    assert "set two" not in told
     influence_MV[8:, 1] = influence_MV[:8, 0]  # and in set two: drawn by learnability from all kinds
     nothing = dataclasses.replace(found.evidence, validation_influence_MV=influence_MV)
     config = SelectConfig(strategy=STRATEGY, fraction=0.4)

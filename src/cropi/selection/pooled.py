@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from cropi.config import PooledStrategy, SelectConfig
+from cropi.console import warn_once
 from cropi.functional.fusion import ranks, reciprocal_rank_fusion
 from cropi.functional.pooling import (
     Observed,
@@ -37,7 +38,7 @@ def pooled(candidates: Candidates, strategy: PooledStrategy, config: SelectConfi
     (`_left_of_sets`).
 
     A set whose own prompts do not help one another (`_agreement` at most `significance`) points nowhere that is known:
-    its slopes are taken to be 0.
+    its slopes are taken to be 0, and a warning says so.
 
     Helpful are prompts whose slope lies `significance` standard errors of their neighbourhood above 0 and whose gain is
     at least `exhausted`: only they are chosen for their influence, so that a rare skill is not diluted up to the
@@ -47,6 +48,7 @@ def pooled(candidates: Candidates, strategy: PooledStrategy, config: SelectConfi
     nothing, and no prompt is left out as harmful either.
     """
     board = _board(candidates, strategy, config)
+    _tell_of_sets(board, strategy.significance)
     order_N = board.scores_N
     if strategy.draw == "proportional":
         order_N = gumbel_keys(candidates, "helpful", np.log(np.maximum(board.scores_N, 1e-300)))
@@ -215,6 +217,17 @@ def _unit(values_N: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
     """Shifted and scaled to lie in [0, 1), in the same order."""
     low, high = float(values_N.min()), float(values_N.max())
     return (values_N - low) / (high - low) * (1 - 1e-9) if high > low else np.zeros_like(values_N)
+
+
+def _tell_of_sets(board: _Board, significance: float) -> None:
+    """Name the validation sets that are not followed."""
+    for name, value in zip(board.names, board.agreement_V.tolist(), strict=True):
+        if value <= significance:
+            warn_once(
+                f"validation set {name} is not followed: its own prompts do not help one another ({value:.1f} standard "
+                f"errors, {significance:g} are asked for), so its direction is not known from noise; raise "
+                "collect.validation_num_generations, or give it more prompts that the policy solves sometimes"
+            )
 
 
 def _agreement(evidence: Evidence) -> Float[np.ndarray, " V"]:
