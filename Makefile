@@ -10,7 +10,7 @@ demo: $(STAMP)
 	$(BIN)/cropi run quickstart
 
 test: $(STAMP)
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --dist loadgroup
 
 test-slow: $(STAMP)
 	$(BIN)/pytest -m slow

@@ -21,6 +21,8 @@ from cropi.ledger import Ledger
 from cropi.loading import load_config
 from cropi.pipeline import Pipeline
 
+pytestmark = pytest.mark.xdist_group("compare")  # what the module makes is made once
+
 TINY = [
     *SMALL,
     "prompts.train=[{type: builtin, families: [sum, parity], count: 8, seed: 1}]",
