@@ -24,7 +24,6 @@ from cropi.cli.shell import quiet_libraries
 from cropi.functional.pooling import (
     Observed,
     bandwidth_of,
-    kernel,
     pooled_slopes,
     pooled_strengths,
     principal_points,
@@ -166,9 +165,11 @@ def methods(pool: Pool, seen_S: np.ndarray, count: int) -> dict[str, np.ndarray]
         "without": (without, bandwidth_of(without)),
     }
     for name, (observed, bandwidth) in judged.items():
-        weights_NO = kernel(pool.places_NE, pool.places_NE[seen_S], bandwidth)
         tries_S = np.full(len(seen_S), float(count))
-        w_N = pooled_strengths(weights_NO, rewards_SK.sum(axis=1), tries_S, own_N, prior=2.0)[1]
+        tried_SE = pool.places_NE[seen_S]
+        w_N = pooled_strengths(pool.places_NE, tried_SE, rewards_SK.sum(axis=1), tries_S, own_N, bandwidth, prior=2.0)[
+            1
+        ]
         for own in (True, False):
             rows_N = own_N if own else np.full(total, -1)
             slopes = pooled_slopes(pool.places_NE, observed, rows_N, bandwidth)

@@ -5,6 +5,7 @@ import pytest
 
 from cropi.functional import pooling
 from cropi.functional.pooling import (
+    Cells,
     Observed,
     bandwidth_of,
     kernel,
@@ -194,6 +195,36 @@ def test_groups_without_strength_tell_nothing() -> None:
         pooled_slopes(places, observed(places, np.zeros(6), s, e), own, 1.0)
 
 
+@pytest.mark.parametrize("together", [3, 6, 12])
+def test_prompts_in_one_place_are_one_cell(together: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A third as many cells as prompts: where prompts share places, nothing is lost; of empty cells none is left."""
+    generator = np.random.default_rng(3)
+    places = np.repeat(generator.normal(size=(36 // together, 2)), together, axis=0)
+    w, s, e = generator.uniform(0.05, 0.25, 36), generator.normal(size=(36, 2)), generator.uniform(0.1, 0.5, (36, 2))
+    own, tries = np.arange(36), generator.integers(4, 9, 36).astype(float)
+    slopes = pooled_slopes(places, observed(places, w, s, e), own, 1.0)
+    strengths = pooled_strengths(places, places, 0.3 * tries, tries, own, 1.0, 2.0)
+    monkeypatch.setattr(pooling, "CELLS", 12)
+    cells = Cells.of(places)
+    assert len(cells.places_CE) == min(12, 36 // together)
+    np.testing.assert_allclose(cells.sums(np.ones(36)), np.full(len(cells.places_CE), 36 / len(cells.places_CE)))
+    found = pooled_slopes(places, observed(places, w, s, e), own, 1.0)
+    np.testing.assert_allclose(found.values_NV, slopes.values_NV)
+    np.testing.assert_allclose(found.errors_NV, slopes.errors_NV)
+    np.testing.assert_allclose(found.smooth_errors_NV, slopes.smooth_errors_NV)
+    np.testing.assert_allclose(pooled_strengths(places, places, 0.3 * tries, tries, own, 1.0, 2.0), strengths)
+
+
+def test_an_eighth_as_many_cells_as_prompts_tell_nearly_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    places, w, _, s, e = clusters(4)
+    bandwidth = bandwidth_of(observed(places, w, s, e))
+    whole = pooled_slopes(places, observed(places, w, s, e), np.arange(400), bandwidth)
+    monkeypatch.setattr(pooling, "CELLS", 50)
+    found = pooled_slopes(places, observed(places, w, s, e), np.arange(400), bandwidth)
+    assert not np.array_equal(found.values_NV, whole.values_NV)
+    assert np.corrcoef(found.values_NV[:, 0], whole.values_NV[:, 0])[0, 1] > 0.99
+
+
 def test_blocks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = np.random.default_rng(2)
     places, w = generator.normal(size=(30, 3)), generator.uniform(0.05, 0.25, 30)
@@ -255,12 +286,12 @@ def test_prompts_never_sampled_are_told_by_their_neighbours() -> None:
 
 def test_strengths_by_hand() -> None:
     # One prompt with 3 of 8, one neighbour in the same place with 6 of 8, one untried prompt there too.
-    weights = np.ones((3, 2))
     pool = 9 / 16
     rate = (9 + 8 * pool) / (16 + 8)
     a, b = 3 + 2 * rate, 5 + 2 * (1 - rate)
+    places, tried = np.zeros((3, 1)), np.zeros((2, 1))
     means, strengths = pooled_strengths(
-        weights, np.array([3.0, 6.0]), np.array([8.0, 8.0]), np.array([0, 1, -1]), prior=2.0
+        places, tried, np.array([3.0, 6.0]), np.array([8.0, 8.0]), np.array([0, 1, -1]), 1.0, prior=2.0
     )
     assert means[0] == pytest.approx(a / 10)
     assert strengths[0] == pytest.approx(a * b / (10 * 11))
@@ -269,7 +300,8 @@ def test_strengths_by_hand() -> None:
 
 
 def test_strength_is_the_expectation_over_the_beta_posterior() -> None:
-    _, strengths = pooled_strengths(np.ones((1, 1)), np.array([2.0]), np.array([8.0]), np.array([0]), prior=4.0)
+    place = np.zeros((1, 1))
+    _, strengths = pooled_strengths(place, place, np.array([2.0]), np.array([8.0]), np.array([0]), 1.0, prior=4.0)
     rate = 2 / 8
     draws = np.random.default_rng(0).beta(2 + 4 * rate, 6 + 4 * (1 - rate), 400_000)
     assert strengths[0] == pytest.approx(np.mean(draws * (1 - draws)), rel=2e-3)

@@ -18,6 +18,7 @@ TRUSTS = (1.0, 0.3, 0.1)  # weights tried for validation prompts beside the pool
 PRIOR = 1.0  # prompts that the pool as a whole counts for beside the neighbours
 LEAST_SPREAD = 0.02  # of the pool's variance of own slopes: no neighbourhood is taken to be more uniform than that
 OWN_ERROR = 0.25  # what a prompt's own squared error counts for beside its neighbours'
+CELLS = 8192  # places that observed prompts are gathered in, where there are more of them
 BLOCK = 2048  # rows of a kernel matrix made at once, at the most
 NUMBERS = 1 << 21  # of a kernel matrix made at once, at the most: 16 MB
 
@@ -45,11 +46,13 @@ def nearest_first(
     By set the rows are ranked by min_m |x - x_m| over its prompts m; then all rows by their best rank, of equals the
     first. `sets` holds the set of each of the M validation prompts.
     """
-    squares_NM = _squares(points_NE, validation_ME)
-    ranks = []
-    for name in sorted(set(sets)):
-        nearest_N = squares_NM[:, [owner == name for owner in sets]].min(axis=1)
-        ranks.append(np.argsort(np.argsort(nearest_N, kind="stable"), kind="stable"))
+    names = sorted(set(sets))
+    members = [np.array([owner == name for owner in sets]) for name in names]
+    nearest_VN = np.empty((len(names), len(points_NE)))
+    for rows in blocks(len(points_NE), len(validation_ME)):
+        squares_BM = _squares(points_NE[rows], validation_ME)
+        nearest_VN[:, rows] = [squares_BM[:, member_M].min(axis=1) for member_M in members]
+    ranks = [np.argsort(np.argsort(nearest_N, kind="stable"), kind="stable") for nearest_N in nearest_VN]
     order_N: np.ndarray = np.argsort(np.min(ranks, axis=0), kind="stable")
     return order_N
 
@@ -147,9 +150,10 @@ def _left_out(squares_OO: Float[np.ndarray, "O O"], observed: Observed, bandwidt
     """sum_v (s_j - w_j f_-j)^2 / the pool's mean s^2, of every observed prompt from all the others."""
     weights_OO = np.exp(-squares_OO / (2 * bandwidth**2))
     np.fill_diagonal(weights_OO, 0.0)
-    f_OV = _smooth(weights_OO, observed)[0]
+    w = observed.strengths_O
+    f_OV = _smooth(weights_OO, w**2, w[:, None] * observed.influence_OV, observed)[0]
     power_V = np.maximum((observed.influence_OV[observed.own_O] ** 2).mean(axis=0), 1e-300)
-    found_O: np.ndarray = ((observed.influence_OV - observed.strengths_O[:, None] * f_OV) ** 2 / power_V).sum(axis=1)
+    found_O: np.ndarray = ((observed.influence_OV - w[:, None] * f_OV) ** 2 / power_V).sum(axis=1)
     return found_O
 
 
@@ -167,6 +171,42 @@ def blocks(count: int, observed: int) -> list[slice]:
     """
     rows = max(1, min(BLOCK, NUMBERS // max(observed, 1)))
     return [slice(start, start + rows) for start in range(0, max(count, 1), rows)]
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Where observed prompts lie, at most `CELLS` places: each prompt's own, or the mean of those that are near.
+
+    All that is pooled are sums over observed prompts of the kernel times something of theirs. A kernel that hardly
+    differs within a cell can be taken out of the cell's sum, so the time for a prompt does not grow with the pool.
+    """
+
+    places_CE: Float[np.ndarray, "C E"]
+    of_O: Int[np.ndarray, " O"] | None  # None: every prompt is a cell
+
+    @classmethod
+    def of(cls, places_OE: Float[np.ndarray, "O E"]) -> Cells:
+        """Evenly spaced prompts found cells, and each prompt joins the nearest of them."""
+        step = -(-len(places_OE) // CELLS)
+        if step <= 1:
+            return cls(places_OE, None)
+        founders_CE = places_OE[::step]
+        of_O = np.concatenate(
+            [_squares(places_OE[rows], founders_CE).argmin(axis=1) for rows in blocks(len(places_OE), len(founders_CE))]
+        )
+        cells = cls(founders_CE, of_O)
+        counts_C = cells.sums(np.ones(len(places_OE)))  # 0 where another cell lies in the same place
+        means_CE = cells.sums(places_OE) / np.maximum(counts_C, 1)[:, None]
+        return cls(means_CE[counts_C > 0], (np.cumsum(counts_C > 0) - 1)[of_O])
+
+    def sums(self, values_OX: Float[np.ndarray, " O *X"]) -> Float[np.ndarray, " C *X"]:
+        """By cell."""
+        if self.of_O is None:
+            return values_OX
+        count = len(self.places_CE)
+        if values_OX.ndim == 1:
+            return np.bincount(self.of_O, values_OX, count)
+        return np.stack([np.bincount(self.of_O, column, count) for column in values_OX.T], axis=1)
 
 
 @dataclass(frozen=True)
@@ -204,57 +244,80 @@ def pooled_slopes(
     """
     if not (observed.strengths_O > 0).any():
         raise ValueError("no observed prompt has any strength")
+    cells = Cells.of(observed.places_OE)
+    told = _Told.by(observed, cells)
     parts = [
-        _posterior(kernel(points_NE[rows], observed.places_OE, bandwidth), observed, own_N[rows])
-        for rows in blocks(len(points_NE), len(observed.places_OE))
+        _posterior(kernel(points_NE[rows], cells.places_CE, bandwidth), told, observed, own_N[rows])
+        for rows in blocks(len(points_NE), len(cells.places_CE))
     ]
     return Slopes(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(Slopes)))
 
 
+@dataclass(frozen=True)
+class _Told:
+    """What the prompts of each cell tell, added up: w^2, w^4, w s, s^2, e^2 and (w e)^2."""
+
+    w2_C: Float[np.ndarray, " C"]
+    w4_C: Float[np.ndarray, " C"]
+    ws_CV: Float[np.ndarray, "C V"]
+    s2_CV: Float[np.ndarray, "C V"]
+    e2_CV: Float[np.ndarray, "C V"]
+    w2e2_CV: Float[np.ndarray, "C V"]
+
+    @classmethod
+    def by(cls, observed: Observed, cells: Cells) -> _Told:
+        w2, squared_OV = observed.strengths_O**2, observed.errors_OV**2
+        weighted_OV = observed.strengths_O[:, None] * observed.influence_OV
+        values = (w2, w2**2, weighted_OV, observed.influence_OV**2, squared_OV, w2[:, None] * squared_OV)
+        return cls(*(cells.sums(value) for value in values))
+
+
 def _smooth(
-    weights_NO: Float[np.ndarray, "N O"], observed: Observed
+    weights_NC: Float[np.ndarray, "N C"],
+    w2_C: Float[np.ndarray, " C"],
+    ws_CV: Float[np.ndarray, "C V"],
+    observed: Observed,
 ) -> tuple[Float[np.ndarray, "N V"], Float[np.ndarray, "N 1"]]:
     """f, and its denominator sum_j k_j w_j^2 + n_0."""
-    w = observed.strengths_O
-    mass_N1 = (weights_NO @ w**2)[:, None] + observed.prior
-    sums_NV = weights_NO @ (w[:, None] * observed.influence_OV)
-    return (sums_NV + observed.prior * observed.slope_V) / mass_N1, mass_N1
+    mass_N1 = (weights_NC @ w2_C)[:, None] + observed.prior
+    return (weights_NC @ ws_CV + observed.prior * observed.slope_V) / mass_N1, mass_N1
 
 
-def _posterior(weights_NO: Float[np.ndarray, "N O"], observed: Observed, own_N: Int[np.ndarray, " N"]) -> Slopes:
-    w, w2, prior = observed.strengths_O, observed.strengths_O**2, observed.prior
-    influence_OV, squared_OV = observed.influence_OV, observed.errors_OV**2
-    f_NV, mass_N1 = _smooth(weights_NO, observed)
+def _posterior(
+    weights_NC: Float[np.ndarray, "N C"], told: _Told, observed: Observed, own_N: Int[np.ndarray, " N"]
+) -> Slopes:
+    w, prior = observed.strengths_O, observed.prior
+    f_NV, mass_N1 = _smooth(weights_NC, told.w2_C, told.ws_CV, observed)
     # sum_j k_j (s_j - w_j f)^2, multiplied out
     residual_NV = (
-        weights_NO @ influence_OV**2
-        - 2 * f_NV * (weights_NO @ (w[:, None] * influence_OV))
-        + f_NV**2 * (weights_NO @ w2)[:, None]
+        weights_NC @ told.s2_CV - 2 * f_NV * (weights_NC @ told.ws_CV) + f_NV**2 * (weights_NC @ told.w2_C)[:, None]
     )
-    noise_NV = weights_NO @ squared_OV
+    noise_NV = weights_NC @ told.e2_CV
     spread_NV = (residual_NV - noise_NV + prior * observed.spread_V) / mass_N1
     spread_NV = np.maximum(spread_NV, LEAST_SPREAD * observed.spread_V)
     per_strength_NV = noise_NV / np.maximum(mass_N1 - prior, 1e-300)
-    squares_NO = weights_NO**2
-    f_variance_NV = spread_NV * (squares_NO @ w2**2)[:, None] + squares_NO @ (w2[:, None] * squared_OV)
+    squares_NC = weights_NC**2
+    f_variance_NV = spread_NV * (squares_NC @ told.w4_C)[:, None] + squares_NC @ told.w2e2_CV
     f_variance_NV /= mass_N1**2
     f_variance_NV += (prior / mass_N1) ** 2 * observed.spread_V
     seen = (own_N >= 0) & (w[own_N] > 0)
     own, w_S1 = own_N[seen], w[own_N[seen]][:, None]
-    noise_SV = OWN_ERROR * squared_OV[own] + (1 - OWN_ERROR) * per_strength_NV[seen] * w_S1**2
+    noise_SV = OWN_ERROR * observed.errors_OV[own] ** 2 + (1 - OWN_ERROR) * per_strength_NV[seen] * w_S1**2
     signal_SV = spread_NV[seen] * w_S1**2
     gain_SV = np.divide(signal_SV, signal_SV + noise_SV, out=np.zeros_like(signal_SV), where=signal_SV > 0)
     values_NV, variance_NV = f_NV.copy(), spread_NV + f_variance_NV
-    values_NV[seen] += gain_SV * (influence_OV[own] / w_S1 - f_NV[seen])
+    values_NV[seen] += gain_SV * (observed.influence_OV[own] / w_S1 - f_NV[seen])
     variance_NV[seen] = (1 - gain_SV) * spread_NV[seen] + (1 - gain_SV) ** 2 * f_variance_NV[seen]
     return Slopes(values_NV, np.sqrt(np.maximum(variance_NV, 0.0)), np.sqrt(f_variance_NV))
 
 
 def pooled_strengths(
-    weights_NO: Float[np.ndarray, "N O"],
+    points_NE: Float[np.ndarray, "N E"],
+    tried_OE: Float[np.ndarray, "O E"],
     successes_O: Float[np.ndarray, " O"],
     counts_O: Float[np.ndarray, " O"],
     own_N: Int[np.ndarray, " N"],
+    bandwidth: float,
     prior: float,
 ) -> tuple[Float[np.ndarray, " N"], Float[np.ndarray, " N"]]:
     """Posterior mean pass rate and expected p (1 - p) of each prompt from its own tries and its neighbours'.
@@ -263,9 +326,15 @@ def pooled_strengths(
     neighbours' tries, kernel-weighted, with the pool's own counted as `PRIOR` mean prompts:
     E[p (1 - p)] = a b / ((a + b) (a + b + 1)). `counts_O` may be discounted and need not be whole.
     """
+    cells = Cells.of(tried_OE)
+    successes_C, counts_C = cells.sums(successes_O), cells.sums(counts_O)
+    near = [
+        ((weights_BC := kernel(points_NE[rows], cells.places_CE, bandwidth)) @ successes_C, weights_BC @ counts_C)
+        for rows in blocks(len(points_NE), len(cells.places_CE))
+    ]
+    successes_N, tries_N = (np.concatenate(column) for column in zip(*near, strict=True))
     pool, mean_count = successes_O.sum() / counts_O.sum(), counts_O.mean()
-    tries_N = weights_NO @ counts_O + PRIOR * mean_count
-    rates_N = (weights_NO @ successes_O + PRIOR * mean_count * pool) / tries_N
+    rates_N = (successes_N + PRIOR * mean_count * pool) / (tries_N + PRIOR * mean_count)
     a_N, b_N = prior * rates_N, prior * (1 - rates_N)
     seen = own_N >= 0
     a_N[seen] += successes_O[own_N[seen]]

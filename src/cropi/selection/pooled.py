@@ -15,8 +15,6 @@ from cropi.functional.fusion import ranks, reciprocal_rank_fusion
 from cropi.functional.pooling import (
     Observed,
     Slopes,
-    blocks,
-    kernel,
     pooled_slopes,
     pooled_strengths,
     principal_points,
@@ -334,15 +332,7 @@ def _strengths(
     own_M = len(tried_S) + np.arange(len(validation_M))
 
     def strengths(points: np.ndarray, own: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """A block of the kernel in memory at a time."""
-        parts = [
-            pooled_strengths(
-                kernel(points[rows], observed_OE, bandwidth), successes_O, counts_O, own[rows], strategy.prior
-            )
-            for rows in blocks(len(points), len(observed_OE))
-        ]
-        rates, expected = (np.concatenate(column) for column in zip(*parts, strict=True))
-        return rates, expected
+        return pooled_strengths(points, observed_OE, successes_O, counts_O, own, bandwidth, strategy.prior)
 
     _, pool_N = strengths(places.pool_NE, own_N)
     rates_M, strengths_M = strengths(places.validation_ME, own_M)
