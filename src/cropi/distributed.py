@@ -1,8 +1,9 @@
 """The processes that a launcher has started: `torchrun` or `accelerate launch`, on one node or several.
 
 Waiting goes through the launcher's key-value store and takes as long as it must: a process that has failed says so
-there, and one that was killed is seen by the launcher, which ends the others. Tensors go through torch.distributed
-(gloo on CPUs, NCCL on GPUs), the same process group that TRL then trains in.
+there, one that was killed is seen by its launcher, which ends the others of its node, and a node that is gone is missed
+by `watch`. Tensors go through torch.distributed (gloo on CPUs, NCCL on GPUs), the same process group that TRL then
+trains in.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -22,12 +24,12 @@ from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
 from cropi.errors import ArtifactError
+from cropi.watch import FAILED, LOST_S, STORE_GONE, Watch, tell_others
 from cropi.world import OtherFailed, T, World
 
 LONGEST_PAUSE_S = 0.2  # between two looks into the store
 SHORT_PAUSE_S = 0.01
 JOIN_S = 600.0  # that nodes may start apart
-_FAILED = "failed"
 
 
 class Launched(World):
@@ -37,8 +39,11 @@ class Launched(World):
         """`store` is a torch.distributed.Store that all processes see."""
         self.rank, self.size = rank, size
         self._asked = 0
+        self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else 0  # others may start it and go
+        self._watch: Watch | None = None
         self._name = meet(PrefixStore("cropi", store), rank, size)
-        self._root, self._store = store, PrefixStore(f"cropi/{self._name}", store)
+        self._root: Any = store
+        self._store: Any = PrefixStore(f"cropi/{self._name}", store)
 
     @classmethod
     def by_environment(cls) -> Launched:
@@ -47,18 +52,19 @@ class Launched(World):
         return cls(store, rank, size)
 
     def barrier(self) -> None:
-        key = self._next()
-        if self._store.add(key, 1) == self.size:
-            self._store.set(f"{key}/all", "1")
+        key = self._come()
         self._wait(f"{key}/all")
 
     def from_main(self, find: Callable[[], T]) -> T:
         key = self._next()
         if self.is_main:
-            self._store.set(key, json.dumps(find()))
+            made = json.dumps(find())
+            with _answering():
+                self._store.set(key, made)
         else:
             self._wait(key)
-        found: T = json.loads(self._store.get(key))
+        with _answering():
+            found: T = json.loads(self._store.get(key))
         return found
 
     def gather(self, value: T) -> list[T]:
@@ -96,27 +102,38 @@ class Launched(World):
                 world_size=self.size,
                 timeout=timedelta(seconds=timeout_s),
             )
+        if self._watch is None:
+            self._watch = Watch(self, self._store.clone(), self._launcher, min(LOST_S, timeout_s))
+            self._watch.start()
         PartialState(
             cpu=cpu or not torch.cuda.is_available()
         )  # what TRL's trainer asks; it takes the group that there is
 
     def fail(self, code: int) -> bool:
-        try:
-            is_first = self._store.add("failures", 1) == 1
-            self._store.set(_FAILED, str(code))
-        except RuntimeError:  # the store went with the process that held it
-            return False
-        return is_first
+        if self._watch:
+            self._watch.stop()  # whatever it sees from here on has been said
+        return tell_others(self._store, code)
 
     def leave(self) -> None:
-        """The process that may hold the store goes last."""
-        key = self._next()
-        if self._store.add(key, 1) == self.size:
-            self._store.set(f"{key}/all", "1")
+        """All stay until all are done, each watched by another; the one that may hold the store goes last."""
+        self.barrier()
+        if self._watch and not self.is_main:
+            self._watch.stop()
+        key = self._come()
         if self.is_main:
             self._wait(f"{key}/all")
+            if self._watch:
+                self._watch.stop()
         if group.is_initialized():
             group.destroy_process_group()
+
+    def _come(self) -> str:
+        """Say that this process has come so far; the last one says that all have."""
+        key = self._next()
+        with _answering():
+            if self._store.add(key, 1) == self.size:
+                self._store.set(f"{key}/all", "1")
+        return key
 
     def _next(self) -> str:
         self._asked += 1
@@ -124,17 +141,21 @@ class Launched(World):
 
     def _wait(self, key: str) -> None:
         pause = 0.001
-        while not self._there(key):
-            if self._there(_FAILED):
-                raise OtherFailed(int(self._store.get(_FAILED)))
-            time.sleep(pause)
-            pause = min(2 * pause, LONGEST_PAUSE_S)
+        with _answering():
+            while not self._store.check([key]):
+                if self._store.check([FAILED]):
+                    raise OtherFailed(int(self._store.get(FAILED)))
+                time.sleep(pause)
+                pause = min(2 * pause, LONGEST_PAUSE_S)
 
-    def _there(self, key: str) -> bool:
-        try:
-            return bool(self._store.check([key]))
-        except RuntimeError:  # as in `fail`
-            raise OtherFailed(1) from None
+
+@contextmanager
+def _answering() -> Iterator[None]:
+    """While the launcher's store is asked: it goes with the process that holds it."""
+    try:
+        yield
+    except RuntimeError:
+        raise OtherFailed(1, STORE_GONE) from None
 
 
 def meet(store: Any, rank: int, size: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -23,11 +24,11 @@ def first() -> bool:
 
 
 class OtherFailed(Exception):
-    """Another process of the run has failed, and says why; this one has only to end."""
+    """Another process of the run has failed, and says why unless `why` does; this one has only to end."""
 
-    def __init__(self, code: int) -> None:
-        self.code = code
-        super().__init__(code)
+    def __init__(self, code: int, why: str = "") -> None:
+        self.code, self.why = code, why
+        super().__init__(code, why)
 
 
 class World:
@@ -52,6 +53,10 @@ class World:
     def titled(self, label: str) -> str:
         """A label for progress, which counts the first process's share."""
         return label if self.size == 1 else f"{label} (process 1 of {self.size})"
+
+    def signed(self, text: str) -> str:
+        """A message, with the process's name before it where that is not the first."""
+        return text if self.is_main else f"[process {self.rank + 1} of {self.size} on {platform.node()}] {text}"
 
     def barrier(self) -> None:
         """Go on when all processes have come here."""

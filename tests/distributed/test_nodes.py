@@ -1,21 +1,31 @@
-"""Two launchers that meet, as on two nodes with a shared folder."""
+"""Two launchers that meet, as on two nodes with a shared folder, and what is left of a run whose node goes away."""
 
 import os
+import re
+import signal
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Iterable
 from pathlib import Path
 
+import psutil
 import pytest
 from tests.runs import SMALL, cropi
+
+from cropi.ledger import Ledger
 
 pytestmark = pytest.mark.slow
 
 RUN = Path("runs/quickstart")
+TRAJECTORIES = RUN / "trajectories"
 
 
 def node(rank: int, port: int, *arguments: str, cwd: Path) -> subprocess.Popen[str]:
+    """The launcher of one node; that of the first holds the store."""
     meeting = ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-id", "test", "--rdzv-endpoint", f"localhost:{port}"]
+    meeting += ["--rdzv-conf", f"is_host={rank == 0}"]
     return subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", *meeting, "--nproc-per-node", "1", "-m", "cropi", *arguments],
         cwd=cwd,
@@ -47,3 +57,80 @@ def test_two_launchers_make_one_run(tmp_path: Path) -> None:
             assert started.returncode == 0, errors
     for name in ("trajectories/manifest.json", "arms/influence/stages/000/scores/scores.parquet"):
         assert (tmp_path / "two" / RUN / name).read_bytes() == (tmp_path / "one" / RUN / name).read_bytes()
+
+
+COLLECT = [
+    "collect",
+    "quickstart",
+    *SMALL,
+    "baselines=[]",
+    "prompts.train=[{type: builtin, families: [sum, parity, count, machine], count: 96, seed: 1, label_noise: 0.25}]",
+    "collect.shard_prompts=4",
+    "trainer.ddp_timeout=10",  # the longest silence as well
+]
+SHARDS = 96 + 2
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """Every file of the trajectories, by name; by one process, as two make the same."""
+    cwd = tmp_path_factory.mktemp("undisturbed")
+    done = cropi(*COLLECT, cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    return {path.name: path.read_bytes() for path in (cwd / TRAJECTORIES).iterdir()}
+
+
+def parts(cwd: Path) -> dict[str, int]:
+    """The shards that are there, and when they were written."""
+    return {path.name: path.stat().st_mtime_ns for path in (cwd / TRAJECTORIES).glob("part-*.parquet")}
+
+
+def alive(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
+    return [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+
+@pytest.mark.parametrize(
+    ("gone", "with_children", "said_by", "said"),
+    [
+        (1, True, 0, "nothing was heard of process 2 of 2 on "),
+        (0, True, 1, "The connection to the C10d store has failed|the launcher's store cannot be reached"),
+        (1, False, 1, "the launcher that started this process is gone"),
+        (0, False, 0, "the launcher that started this process is gone"),
+    ],
+    ids=["node", "node with the store", "launcher", "launcher with the store"],
+)
+def test_a_node_that_is_gone_ends_the_other_and_the_same_command_goes_on(
+    gone: int, with_children: bool, said_by: int, said: str, undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    port = free_port()
+    nodes = [node(rank, port, *COLLECT, cwd=tmp_path) for rank in (0, 1)]
+    while len(parts(tmp_path)) < 4:
+        assert all(started.poll() is None for started in nodes)
+        time.sleep(0.01)
+    families = [psutil.Process(started.pid).children(recursive=True) for started in nodes]
+    nodes[gone].send_signal(signal.SIGKILL)
+    for child in families[gone] if with_children else ():
+        child.send_signal(signal.SIGKILL)
+    errors = ["", ""]
+    try:
+        for rank in (1 - gone, gone):  # to the end of all that hold its pipe
+            _, errors[rank] = nodes[rank].communicate(timeout=60)
+        assert nodes[1 - gone].returncode == 1
+        assert not alive([*families[0], *families[1]])
+    finally:
+        for process in alive([*families[0], *families[1]]):
+            process.kill()
+    assert re.search(said, errors[said_by]), errors  # of launcher and process, whichever sees it first
+    assert sum(text.count("same command") for text in errors) == 1 + (gone == 0 and not with_children), errors
+    finished = parts(tmp_path)
+    assert 4 <= len(finished) < SHARDS
+
+    port = free_port()
+    nodes = [node(rank, port, *COLLECT, cwd=tmp_path) for rank in (0, 1)]
+    for started in nodes:
+        _, text = started.communicate(timeout=300)
+        assert started.returncode == 0, text
+    assert {path.name: path.read_bytes() for path in (tmp_path / TRAJECTORIES).iterdir()} == undisturbed
+    assert finished.items() <= parts(tmp_path).items(), "what was finished is not made again"
+    charged = [e for e in Ledger(tmp_path / RUN / "ledger.jsonl").entries() if "tokens" in e]
+    assert SHARDS <= len(charged) <= SHARDS + 2  # what each had in hand may be paid for already

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import platform
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -44,6 +43,8 @@ class Commands(typer.core.TyperGroup):
             _world.leave()
             return result
         except OtherFailed as other:
+            if other.why:
+                leave(f"error: {other.why}", other.code)
             sys.exit(other.code)
         except UserError as error:
             leave(f"error: {error}", 2)
@@ -158,8 +159,7 @@ def print_result(value: dict[str, Any], as_json: bool, text: str) -> None:
 def leave(text: str, code: int) -> NoReturn:
     """End with a message on standard error, if no other process has failed before."""
     if _world.fail(code):
-        where = "" if _world.is_main else f"[process {_world.rank + 1} of {_world.size} on {platform.node()}] "
-        print(f"{where}{text}", file=sys.stderr, flush=True)
+        print(_world.signed(text), file=sys.stderr, flush=True)
     sys.exit(code)
 
 
