@@ -92,14 +92,14 @@ def evidence(size: int, generator: Any, validation: int = 100, numbers: int = 25
     influence_NV = np.where(observed_N[:, None], generator.standard_normal((size, SETS)), 0.0)
     return Evidence(
         names=names,
-        representations_NE=generator.standard_normal((size, numbers)),
+        representations_NE=generator.standard_normal((size, numbers), dtype=np.float32),
         tries_N=np.where(observed_N, 4.0, 0.0),
         tried_at_N=np.zeros(size),
         strengths_N=np.where(observed_N, 0.1875, 0.0),
         influence_NV=influence_NV,
         errors_NV=np.ones((size, SETS)),
         validation_sets=[name for name in names for _ in range(validation)],
-        validation_ME=generator.standard_normal((count, numbers)),
+        validation_ME=generator.standard_normal((count, numbers), dtype=np.float32),
         validation_tries_M=np.full(count, 4.0),
         validation_tried_at=0.0,
         validation_pass_rates_M=np.full(count, 0.5),

@@ -4,13 +4,17 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from tests.runs import SMALL
 
+from cropi.artifacts import REPRESENTATIONS, write_table
 from cropi.config import PolicyConfig
+from cropi.errors import ArtifactError
 from cropi.loading import load_config
 from cropi.policy import load_policy
 from cropi.prompts import load_prompts
+from cropi.rollouts import representations
 from cropi.rollouts.representations import read_representations, represent
 
 
@@ -33,3 +37,19 @@ def test_representations_are_mean_hidden_states_of_each_prompt_alone(tmp_path: P
             found[row["set"], row["prompt_id"]], hidden[0].mean(dim=0).numpy(), rtol=1e-3, atol=1e-5
         )
     assert details["prompt_tokens"] == tokens
+
+
+def test_rows_are_written_in_batches_and_must_be_of_one_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = load_policy(PolicyConfig(path="builtin", cpu_threads=1))
+    config = load_config("quickstart", SMALL)
+    represent(config, policy, load_prompts(config), tmp_path)
+    whole = read_representations(tmp_path)
+    monkeypatch.setattr(representations, "ROWS", 5)
+    represent(config, policy, load_prompts(config), tmp_path)
+    found = read_representations(tmp_path)
+    assert list(found) == list(whole)
+    assert all(np.array_equal(found[key], whole[key]) for key in whole)
+    rows = [{"set": "train", "prompt_id": str(n), "representation": [0.0] * n} for n in (1, 2)]
+    write_table(tmp_path / "representations.parquet", rows, REPRESENTATIONS)
+    with pytest.raises(ArtifactError, match="differ in length"):
+        read_representations(tmp_path)

@@ -19,21 +19,24 @@ PRIOR = 1.0  # prompts that the pool as a whole counts for beside the neighbours
 LEAST_SPREAD = 0.02  # of the pool's variance of own slopes: no neighbourhood is taken to be more uniform than that
 OWN_ERROR = 0.25  # what a prompt's own squared error counts for beside its neighbours'
 CELLS = 8192  # places that observed prompts are gathered in, where there are more of them
+POINTS = 8192  # rows of representations widened at once
 BLOCK = 2048  # rows of a kernel matrix made at once, at the most
 NUMBERS = 1 << 21  # of a kernel matrix made at once, at the most: 16 MB
 
 
-def principal_points(
-    representations_NE: Float[np.ndarray, "N E"], dimensions: int = 32
-) -> Float[np.ndarray, "N dimensions"]:
-    """Coordinates along the first principal directions, scaled to a mean square length of 1.
+def principal_points(*parts: Float[np.ndarray, "_ E"], dimensions: int = 32) -> Float[np.ndarray, "N dimensions"]:
+    """Coordinates of the rows of all parts along their first principal directions, scaled to a mean square length of 1.
 
-    Fewer directions where there are fewer; all zeros where the rows are all alike.
+    Fewer directions where there are fewer; all zeros where the rows are all alike. Rows are widened to float64 and
+    centred a block at a time, since all of them may fill most of the memory.
     """
-    centred_NE = representations_NE - representations_NE.mean(axis=0)
-    values_E, directions_EE = np.linalg.eigh(centred_NE.T @ centred_NE / len(centred_NE))
+    rows = [part[start : start + POINTS] for part in parts for start in range(0, len(part), POINTS)]
+    count = sum(map(len, rows))
+    mean_E = sum(block.sum(axis=0, dtype=np.float64) for block in rows) / count
+    covariance_EE = sum((centred := block - mean_E).T @ centred for block in rows) / count
+    values_E, directions_EE = np.linalg.eigh(covariance_EE)
     kept = np.argsort(-values_E)[:dimensions]
-    points = centred_NE @ directions_EE[:, kept]
+    points = np.concatenate([(block - mean_E) @ directions_EE[:, kept] for block in rows])
     scale = float(np.sqrt((points**2).sum(axis=1).mean()))
     return points / scale if scale > 0 else points
 

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from jaxtyping import Float
 
-from cropi.artifacts import REPRESENTATIONS, read_table, write_table
+from cropi.artifacts import REPRESENTATIONS, read_table, write_batches
 from cropi.config import Config
 from cropi.console import progress
+from cropi.errors import ArtifactError
 from cropi.policy import Policy, encode_prompts, trainer_prompt, uses_chat
 from cropi.world import ALONE, World
 
 KIND = "representations"
+ROWS = 4096  # of the file written at once
 Representations = Mapping[tuple[str, str], Float[np.ndarray, " E"]]  # by (set, prompt id)
 
 
@@ -37,23 +41,40 @@ def represent(
     with progress(world.titled("represent"), sum(map(len, batches)), "prompts") as bar:
         own = _mean_hidden_states(policy, encoded, batches, bar.advance)
     of_row = {row: values for part in world.gather(own) for row, values in part.items()}
-    found = [of_row[row] for row in range(len(rows))]
-    table = [
-        {"set": row["set"], "prompt_id": row["prompt_id"], "representation": values.tolist()}
-        for row, values in zip(rows, found, strict=True)
-    ]
     if world.is_main:
-        write_table(folder / "representations.parquet", table, REPRESENTATIONS)
+        write_batches(folder / "representations.parquet", _record_batches(rows, of_row), REPRESENTATIONS)
     counts = {name: sum(row["set"] == name for row in rows) for name in dict.fromkeys(row["set"] for row in rows)}
     return counts, {"prompt_tokens": sum(map(len, encoded))}
 
 
 def read_representations(folder: Path) -> Representations:
-    """Representations by (set, prompt id)."""
-    table = read_table(folder / "representations.parquet", REPRESENTATIONS)
-    matrix_NE = np.array(table.column("representation").to_pylist(), dtype=np.float64)
+    """Representations by (set, prompt id), float32."""
+    path = folder / "representations.parquet"
+    table = read_table(path, REPRESENTATIONS)
+    column = table.column("representation")
+    widths = pc.unique(pc.list_value_length(column))
+    if len(widths) > 1:
+        raise ArtifactError("representations differ in length", where=str(path), fix=f"delete {folder}.")
+    width = widths[0].as_py() if len(widths) else 0
+    vectors = [vector for chunk in column.chunks for vector in chunk.flatten().to_numpy().reshape(-1, width)]
     keys = zip(table.column("set").to_pylist(), table.column("prompt_id").to_pylist(), strict=True)
-    return dict(zip(keys, matrix_NE, strict=True))
+    return dict(zip(keys, vectors, strict=True))
+
+
+def _record_batches(
+    rows: Sequence[Mapping[str, Any]], values: Mapping[int, Float[np.ndarray, " E"]]
+) -> Iterator[pa.RecordBatch]:
+    """The table, without a Python number for each of its numbers."""
+    for start in range(0, len(rows), ROWS):
+        part = rows[start : start + ROWS]
+        matrix_BE = np.stack([values[start + row] for row in range(len(part))])
+        ends = np.arange(len(part) + 1, dtype=np.int32) * matrix_BE.shape[1]
+        columns = [
+            pa.array([row["set"] for row in part]),
+            pa.array([row["prompt_id"] for row in part]),
+            pa.ListArray.from_arrays(ends, matrix_BE.reshape(-1)),
+        ]
+        yield pa.RecordBatch.from_arrays(columns, schema=REPRESENTATIONS)
 
 
 def _batches(prompts: Sequence[Sequence[int]], batch_tokens: int) -> list[list[int]]:

@@ -272,7 +272,7 @@ class _Places:
 
     @classmethod
     def of(cls, evidence: Evidence) -> _Places:
-        points = principal_points(np.concatenate([evidence.representations_NE, evidence.validation_ME]))
+        points = principal_points(evidence.representations_NE, evidence.validation_ME)
         count = len(evidence.representations_NE)
         return cls(points[:count], points[count:])
 
