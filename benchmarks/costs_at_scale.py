@@ -27,7 +27,6 @@ from cropi.loading import load_config
 from cropi.reporting.flops import flops, score_multiple
 
 Line = Mapping[str, Any]  # of a ledger
-GROWS = {"pooled": 2.0}  # exponent of a selection's seconds beyond what was measured: neighbours among all pairs
 FLOOR = 2  # forward passes of scoring's floor: forward, and backward through activations
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -139,13 +138,11 @@ class Measured:
 
     def selecting(self, strategy: str, prompts: float) -> float:
         """Seconds at a pool of any size: on the line through the logarithms of the two nearest that were measured, and
-        beyond them with that line's slope or, where it is known, the strategy's own."""
+        beyond them with that line's slope."""
         known = self.select_s[strategy]
         pairs = list(itertools.pairwise(sorted(known)))
         low, high = next((pair for pair in pairs if prompts <= pair[1]), pairs[-1])
         slope = math.log(known[high] / known[low]) / math.log(high / low)
-        if prompts > high:
-            return known[high] * (prompts / high) ** GROWS.get(strategy, slope)
         return known[low] * (prompts / low) ** slope
 
 

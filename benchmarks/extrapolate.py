@@ -97,7 +97,7 @@ def rates() -> str:
         ["write, finish, open and score a feature", f"{number(known.store_s * 1e3)} ms", scale],
         ["bytes of a feature and its row", number(known.store_bytes), scale],
         ["fuse, select and write: a prompt", each("influence"), scale],
-        ["the same by `pooled`, which grows with the pool", each("pooled"), scale],
+        ["the same by `pooled`", each("pooled"), scale],
         ["bytes of a prompt in a selection", number(known.select_bytes), scale],
     ]
     return table(["measured", "", "on"], rows)
@@ -268,9 +268,8 @@ def short(a: Assumptions) -> str:
         f"If it needs {claimed:g} times fewer steps, `all` pays on {few} GPUs up to pools of {limit('all', few)}; "
         f"on {many:,} GPUs up to {limit('all', many)}. Beyond, training has to grow with the pool, or less of it has "
         "to be sampled.",
-        f"`cropi` pays on {few} GPUs up to {limit('cropi', few)}; without the time of its selection up to "
-        f"{limit('cropi', few, selecting=False)}. What stops it are its neighbours, told from all pairs of "
-        "prompts on one core.",
+        f"`cropi` pays on {few} GPUs up to {limit('cropi', few)}; without the time of its selection, which one core "
+        f"makes, up to {limit('cropi', few, selecting=False)}.",
         f"For {largest:,} prompts, features of one stage are {features:.2g} TB, and the store takes "
         f"{number(largest * known.store_s / GPUS[1])} s on {GPUS[1]} cores; fusing and selecting takes "
         f"{number(known.selecting('influence', largest))} s on one.",
