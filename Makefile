@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow test-ray lint docs policy clean
+.PHONY: demo test test-slow test-ray test-deepspeed lint docs policy clean
 
 demo: $(STAMP)
 	$(BIN)/cropi run quickstart
@@ -18,6 +18,11 @@ test-slow: $(STAMP)
 test-ray: $(STAMP)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[ray]'
 	$(BIN)/pytest tests/distributed/test_ray.py
+
+test-deepspeed: $(STAMP)
+	$(BIN)/python -m pip install --quiet -c constraints.txt setuptools wheel
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation deepspeed
+	$(BIN)/pytest -m slow tests/distributed/test_deepspeed.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

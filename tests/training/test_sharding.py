@@ -9,20 +9,28 @@ import torch
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 
 from cropi.errors import ConfigError
-from cropi.training.sharding import OPTIMIZER, check_sharding
+from cropi.training.sharding import FSDP_OPTIMIZER, ZERO_NEWEST, check_sharding
 
 FSDP2: dict[str, Any] = {"fsdp_version": 2, "state_dict_type": "StateDictType.FULL_STATE_DICT"}
 BFLOAT16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
 
 
-def trainer(plugin: dict[str, Any] | None, *, deepspeed: bool = False, model: Any = None) -> Any:
-    """As much of a trainer as is looked at."""
-    state = SimpleNamespace(fsdp_plugin=None if plugin is None else SimpleNamespace(**plugin))
-    enabled = {"is_fsdp_enabled": plugin is not None, "is_deepspeed_enabled": deepspeed}
-    return SimpleNamespace(accelerator=SimpleNamespace(state=state), model=model, **enabled)
+def trainer(
+    plugin: dict[str, Any] | None, *, zero: int | None = None, half: str = "", processes: int = 2, model: Any = None
+) -> Any:
+    """As much of a trainer as is looked at: under FSDP with this plugin, or under DeepSpeed's ZeRO."""
+    settings = SimpleNamespace(is_true=lambda key: key == f"{half}.enabled")
+    state = SimpleNamespace(
+        fsdp_plugin=None if plugin is None else SimpleNamespace(**plugin),
+        deepspeed_plugin=None if zero is None else SimpleNamespace(zero_stage=zero, hf_ds_config=settings),
+    )
+    enabled = {"is_fsdp_enabled": plugin is not None, "is_deepspeed_enabled": zero is not None}
+    return SimpleNamespace(accelerator=SimpleNamespace(state=state, num_processes=processes), model=model, **enabled)
 
 
-def test_fsdp2_and_plain_data_parallelism_are_taken() -> None:
+def test_fsdp2_zero2_and_plain_data_parallelism_are_taken() -> None:
+    check_sharding(trainer(None, zero=1), "float32", None)
+    check_sharding(trainer(None, zero=2, half="bf16"), "bfloat16", None)
     check_sharding(trainer(None), "float32", None)
     check_sharding(trainer(FSDP2), "float32", None)
     check_sharding(trainer(FSDP2 | {"mixed_precision_policy": BFLOAT16}), "bfloat16", None)
@@ -31,12 +39,17 @@ def test_fsdp2_and_plain_data_parallelism_are_taken() -> None:
 @pytest.mark.parametrize(
     ("refused", "message"),
     [
-        (trainer(None, deepspeed=True), "by DeepSpeed"),
+        (trainer(None, zero=3), "by DeepSpeed's ZeRO-3"),
+        (trainer(None, zero=2, half="bf16"), "DeepSpeed trains with weights that are rounded, to torch.bfloat16"),
+        (trainer(None, zero=2, half="fp16"), "to torch.float16, and the policy is asked in float32"),
         (trainer(FSDP2 | {"fsdp_version": 1}), "by FSDP1"),
         (trainer(FSDP2 | {"state_dict_type": "StateDictType.SHARDED_STATE_DICT"}), "set it to FULL_STATE_DICT"),
         (trainer(FSDP2 | {"cpu_offload": CPUOffloadPolicy()}), "rest on the CPU"),
         (trainer(FSDP2, model=SimpleNamespace(get_base_model=None)), "policy.lora"),
-        (trainer(FSDP2 | {"mixed_precision_policy": BFLOAT16}), "rounds the weights to torch.bfloat16"),
+        (
+            trainer(FSDP2 | {"mixed_precision_policy": BFLOAT16}),
+            "FSDP rounds the weights .*, to torch.bfloat16",
+        ),
     ],
 )
 def test_what_is_refused(refused: Any, message: str) -> None:
@@ -45,10 +58,21 @@ def test_what_is_refused(refused: Any, message: str) -> None:
 
 
 def test_a_checkpoint_goes_on_as_it_was_begun(tmp_path: Path) -> None:
-    check_sharding(trainer(None), "float32", tmp_path)
-    with pytest.raises(ConfigError, match="began without FSDP and would go on with it"):
-        check_sharding(trainer(FSDP2), "float32", tmp_path)
-    (tmp_path / OPTIMIZER).touch()
-    check_sharding(trainer(FSDP2), "float32", tmp_path)
-    with pytest.raises(ConfigError, match="began under FSDP and would go on without it"):
-        check_sharding(trainer(None), "float32", tmp_path)
+    plain, fsdp, zero = trainer(None), trainer(FSDP2), trainer(None, zero=2)
+    check_sharding(plain, "float32", tmp_path)
+    with pytest.raises(ConfigError, match="began with plain data parallelism and would go on with FSDP"):
+        check_sharding(fsdp, "float32", tmp_path)
+    (tmp_path / FSDP_OPTIMIZER).touch()
+    check_sharding(fsdp, "float32", tmp_path)
+    with pytest.raises(ConfigError, match="began with FSDP and would go on with DeepSpeed"):
+        check_sharding(zero, "float32", tmp_path)
+    (tmp_path / FSDP_OPTIMIZER).unlink()
+    (tmp_path / ZERO_NEWEST).touch()
+    (tmp_path / "global_step3").mkdir()
+    for rank in (0, 1):
+        (tmp_path / f"global_step3/zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").touch()
+    check_sharding(zero, "float32", tmp_path)
+    with pytest.raises(ConfigError, match="among 2 processes, and there are 3 now"):
+        check_sharding(trainer(None, zero=2, processes=3), "float32", tmp_path)
+    with pytest.raises(ConfigError, match="began with DeepSpeed and would go on with plain data parallelism"):
+        check_sharding(plain, "float32", tmp_path)

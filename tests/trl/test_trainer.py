@@ -250,6 +250,10 @@ def test_what_a_selector_refuses_ends_before_the_first_step(selector: Selector, 
 
 @pytest.mark.slow
 def test_two_processes_train_on_one_selection(tmp_path: Path) -> None:
+    trained_by_two(tmp_path)
+
+
+def trained_by_two(tmp_path: Path, **environment: str) -> None:
     """Two processes on the CPU, started as `accelerate launch` starts several GPUs: both see the first one's choice."""
     script = tmp_path / "script.py"
     script.write_text(
@@ -260,7 +264,7 @@ def test_two_processes_train_on_one_selection(tmp_path: Path) -> None:
         "t = trainer(Path('out'), per_device_train_batch_size=8)\n"
         "t.train()\n"
         "total = sum(float(p.sum()) for p in t.model.parameters())\n"
-        "Path(f'sum-{t.accelerator.process_index}').write_text(f'{t.accelerator.num_processes} {total}')\n"
+        "Path(f'sum-{t.accelerator.process_index}').write_text(f'{t.accelerator.num_processes} {total} {t.is_deepspeed_enabled}')\n"
     )
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(script)],
@@ -268,7 +272,7 @@ def test_two_processes_train_on_one_selection(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         timeout=300,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
         check=False,
     )
     assert done.returncode == 0, done.stderr

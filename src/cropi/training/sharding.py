@@ -1,9 +1,14 @@
-"""What of accelerate's FSDP and DeepSpeed a training can do with: FSDP2, with whole weights in its checkpoints."""
+"""What of accelerate's FSDP and DeepSpeed a training can do with: FSDP2 with whole weights in its checkpoints, and
+ZeRO-1 and 2, which divide gradients and the optimiser's state but not the weights.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.distributed.fsdp import CPUOffloadPolicy
@@ -12,7 +17,9 @@ from trl import GRPOTrainer
 from cropi.console import warn
 from cropi.errors import ConfigError
 
-OPTIMIZER = "optimizer.bin"  # in a checkpoint that accelerate writes under FSDP
+FSDP_OPTIMIZER = "optimizer.bin"  # in a checkpoint that accelerate writes under FSDP
+ZERO_NEWEST = "latest"  # in one of DeepSpeed's: the name of the folder with the optimiser's states
+WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
 
 def check_sharding(trainer: GRPOTrainer, asked_in: str, resume_from: Path | None) -> None:
@@ -20,17 +27,68 @@ def check_sharding(trainer: GRPOTrainer, asked_in: str, resume_from: Path | None
     for refused, what, where, fix in _refused(trainer, asked_in):
         if refused:
             raise ConfigError(what, where=where, fix=fix)
-    if resume_from is not None and (resume_from / OPTIMIZER).is_file() != trainer.is_fsdp_enabled:
-        before, now = "without FSDP", "with it"
-        if not trainer.is_fsdp_enabled:
-            before, now = "under FSDP", "without it"
-        raise ConfigError(
-            f"training began {before} and would go on {now}, which keep the optimiser in other files",
-            where=str(resume_from),
-            fix="launch it as before, on any number of processes, or give the run another name.",
-        )
+    if resume_from is not None:
+        _check_checkpoint(trainer, resume_from)
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" and not trainer.is_fsdp_enabled:
         warn("accelerate shards no weights on CPUs: this is plain data parallelism")
+
+
+def divides_weights(trainer: GRPOTrainer) -> bool:
+    """Whether a process holds a part of the weights only."""
+    return bool(trainer.is_fsdp_enabled or (trainer.is_deepspeed_enabled and _plugin(trainer).zero_stage > 2))
+
+
+@contextmanager
+def resuming(trainer: GRPOTrainer) -> Iterator[None]:
+    """DeepSpeed's own reading of a checkpoint runs whatever code is in it. Inside, tensors and the three types that it
+    writes are read, and nothing else."""
+    if not trainer.is_deepspeed_enabled:
+        yield
+        return
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    before = os.environ.get(WEIGHTS_ONLY)
+    os.environ[WEIGHTS_ONLY] = "1"
+    try:
+        with torch.serialization.safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]):
+            yield
+    finally:
+        if before is None:
+            del os.environ[WEIGHTS_ONLY]
+        else:
+            os.environ[WEIGHTS_ONLY] = before
+
+
+def _plugin(trainer: GRPOTrainer) -> Any:
+    return trainer.accelerator.state.deepspeed_plugin
+
+
+def _check_checkpoint(trainer: GRPOTrainer, checkpoint: Path) -> None:
+    began = now = "plain data parallelism"
+    if (checkpoint / FSDP_OPTIMIZER).is_file():
+        began = "FSDP"
+    elif (checkpoint / ZERO_NEWEST).is_file():
+        began = "DeepSpeed"
+    if trainer.is_fsdp_enabled:
+        now = "FSDP"
+    elif trainer.is_deepspeed_enabled:
+        now = "DeepSpeed"
+    if began != now:
+        raise ConfigError(
+            f"training began with {began} and would go on with {now}, which keep the optimiser in other files",
+            where=str(checkpoint),
+            fix="launch it as before, or give the run another name.",
+        )
+    parts = len(list(checkpoint.glob("global_step*/zero_pp_rank_*_optim_states.pt")))
+    if now == "DeepSpeed" and parts != trainer.accelerator.num_processes:
+        raise ConfigError(
+            f"the optimiser's state was divided by DeepSpeed among {parts} processes, and there are "
+            f"{trainer.accelerator.num_processes} now",
+            where=str(checkpoint),
+            fix=f"launch {parts} processes, or give the run another name.",
+        )
 
 
 def _refused(trainer: GRPOTrainer, asked_in: str) -> list[tuple[bool, str, str, str]]:
@@ -38,12 +96,17 @@ def _refused(trainer: GRPOTrainer, asked_in: str) -> list[tuple[bool, str, str, 
     plain = "or launch with plain data parallelism (torchrun, or accelerate launch --multi_gpu)."
     plugin = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
     rounded = getattr(getattr(plugin, "mixed_precision_policy", None), "param_dtype", None)
+    by = "FSDP rounds the weights as it gathers them"
+    if trainer.is_deepspeed_enabled:
+        settings, by = _plugin(trainer).hf_ds_config, "DeepSpeed trains with weights that are rounded"
+        half = {"bf16.enabled": torch.bfloat16, "fp16.enabled": torch.float16}
+        rounded = next((dtype for key, dtype in half.items() if settings.is_true(key)), None)
     return [
         (
-            trainer.is_deepspeed_enabled,
-            "the weights are divided among the processes by DeepSpeed, and scoring cannot gather them",
-            "accelerate's DeepSpeed",
-            f"use FSDP2 (accelerate launch --use_fsdp --fsdp_version 2), {plain}",
+            trainer.is_deepspeed_enabled and divides_weights(trainer),
+            "the weights are divided among the processes by DeepSpeed's ZeRO-3, and scoring cannot gather them",
+            "accelerate's zero_stage",
+            f"set it to 2, use FSDP2 (accelerate launch --use_fsdp --fsdp_version 2), {plain}",
         ),
         (
             plugin is not None and plugin.fsdp_version != 2,
@@ -71,8 +134,8 @@ def _refused(trainer: GRPOTrainer, asked_in: str) -> list[tuple[bool, str, str, 
         ),
         (
             rounded not in {None, getattr(torch, asked_in)},
-            f"FSDP rounds the weights to {rounded} as it gathers them, and the policy is asked in {asked_in}",
+            f"{by}, to {rounded}, and the policy is asked in {asked_in}",
             "policy.dtype",
-            "set it to that of trainer.bf16 (policy.dtype=bfloat16, or trainer.bf16=false), or train without FSDP.",
+            f"set it to that of trainer.bf16 (policy.dtype=bfloat16, or trainer.bf16=false), {plain}",
         ),
     ]

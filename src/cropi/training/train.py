@@ -29,7 +29,7 @@ from cropi.training.dynamic import DynamicSampling, Sampled
 from cropi.training.reward import RecordedReward
 from cropi.training.rollouts import RolloutRecorder, dropouts, forget_rollouts
 from cropi.training.sampler import BatchShape, StageSampler
-from cropi.training.sharding import check_sharding
+from cropi.training.sharding import check_sharding, resuming
 from cropi.world import ALONE, World
 
 COMPLETE = "complete.json"  # written into a checkpoint last, with the sizes of its files
@@ -355,7 +355,8 @@ def train(task: TrainTask, policy: Policy) -> Path:
         try:
             # transformers asks itself a question under a name that it has deprecated, once per checkpoint
             warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
-            trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+            with resuming(trainer):
+                trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
         except RuntimeError as error:
             if "probability tensor contains" not in str(error):
                 raise

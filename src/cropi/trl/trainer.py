@@ -26,6 +26,7 @@ from cropi.gradients.scoring import make_scorer
 from cropi.pipeline import Pipeline
 from cropi.policy import Policy, weights_identity
 from cropi.rewards.verdicts import Answered, Judgement, reward
+from cropi.training.sharding import divides_weights
 from cropi.training.train import Staged, Stages
 from cropi.trl.selector import PROMPT_ID, Selector, make_config, prompt_ids
 from cropi.trl.success import Success
@@ -80,9 +81,9 @@ class CurriculumTrainer(Staged):
         arguments = self.args
         return [
             (
-                self.is_fsdp_enabled or self.is_deepspeed_enabled,
+                divides_weights(self),
                 "the weights are sharded, and the process that chooses needs all of them",
-                "args (fsdp or deepspeed)",
+                "args (fsdp, or deepspeed with ZeRO-3)",
                 "train with plain data parallelism, or choose beforehand with `cropi select`.",
             ),
             (
