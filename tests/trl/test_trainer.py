@@ -264,7 +264,8 @@ def trained_by_two(tmp_path: Path, **environment: str) -> None:
         "t = trainer(Path('out'), per_device_train_batch_size=8)\n"
         "t.train()\n"
         "total = sum(float(p.sum()) for p in t.model.parameters())\n"
-        "Path(f'sum-{t.accelerator.process_index}').write_text(f'{t.accelerator.num_processes} {total} {t.is_deepspeed_enabled}')\n"
+        "told = f'{t.accelerator.num_processes} {total} {t.is_deepspeed_enabled}'\n"
+        "Path(f'sum-{t.accelerator.process_index}').write_text(told)\n"
     )
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(script)],
