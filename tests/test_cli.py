@@ -14,8 +14,6 @@ import pytest
 
 from tests.runs import SMALL, cropi, cropi_process, evaluations, selections
 
-pytestmark = pytest.mark.xdist_group("cli")  # what the module makes is made once
-
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -13,8 +13,6 @@ from cropi.errors import ConfigError
 from cropi.loading import load_config
 from tests.runs import SMALL, cropi
 
-pytestmark = pytest.mark.xdist_group("explain")  # what the module makes is made once
-
 ONE_STAGE = [
     *SMALL,
     "score.standard_errors=true",

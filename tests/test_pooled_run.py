@@ -18,8 +18,6 @@ from cropi.rollouts.collect import sampled_prompts
 from cropi.rollouts.representations import read_representations
 from tests.runs import SMALL, evaluations, selections
 
-pytestmark = pytest.mark.xdist_group("pooled_run")  # what the module makes is made once
-
 STEPS = 2
 POOLED = [
     *SMALL,

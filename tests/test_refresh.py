@@ -27,8 +27,6 @@ from cropi.rollouts import collect
 from cropi.training.train import StageCallback
 from tests.runs import SMALL, cropi, evaluations, judge, selections
 
-pytestmark = pytest.mark.xdist_group("refresh")  # what the module makes is made once
-
 STEPS, PROMPTS, GENERATIONS = 2, 24, 4
 REFRESHED = [
     *SMALL,

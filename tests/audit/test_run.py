@@ -9,8 +9,6 @@ from typing import Any
 import pytest
 from tests.runs import SMALL, cropi
 
-pytestmark = pytest.mark.xdist_group("audit")  # what the module makes is made once
-
 FEW = ["--prompts", "12", "--trajectories", "8"]
 RUN = [*SMALL, "train.stages=1", "baselines=[]", "score.standard_errors=false"]
 

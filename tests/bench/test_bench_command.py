@@ -13,8 +13,6 @@ from cropi.bench.share import NEEDED, bench_share
 from cropi.bench.table import share_text
 from cropi.cli import app
 
-pytestmark = pytest.mark.xdist_group("bench_command")  # what the module makes is made once
-
 CONTENDERS = "floor,exact,reference,bergson"
 KEYS = {
     "name", "kind", "summary", "status", "error", "warnings", "install", "version", "options", "covers", "startup_s",

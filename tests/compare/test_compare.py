@@ -21,8 +21,6 @@ from cropi.ledger import Ledger
 from cropi.loading import load_config
 from cropi.pipeline import Pipeline
 
-pytestmark = pytest.mark.xdist_group("compare")  # what the module makes is made once
-
 TINY = [
     *SMALL,
     "prompts.train=[{type: builtin, families: [sum, parity], count: 8, seed: 1}]",

@@ -18,7 +18,7 @@ from tests.trl.test_trainer import trained_by_two
 from cropi.artifacts import read_jsonl, write_json
 
 pytest.importorskip("deepspeed")
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("deepspeed")]
+pytestmark = pytest.mark.slow
 
 RUN = Path("runs/quickstart")
 ARM = RUN / "arms/influence"

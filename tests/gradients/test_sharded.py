@@ -29,8 +29,6 @@ from cropi.gradients.packing import Span
 from cropi.gradients.scorer import Scorer
 from cropi.policy import weights_identity
 
-pytestmark = pytest.mark.xdist_group("sharded")  # what the module makes is made once
-
 TRAIN = [draw_group(2 + n, [3 + n, 9 - n, 5], seed=80 + n, on_policy=n == 2) for n in range(5)]
 VALIDATION = {
     "three": [draw_group(5, [7, 4, 6], seed=50 + n) for n in range(3)],
