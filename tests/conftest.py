@@ -15,6 +15,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 VOCABULARY = 13
 
+LONG = {"test_compare", "test_cli", "test_pool", "test_trainer", "test_sharded"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, so that at the end no worker has one alone."""
+    items.sort(key=lambda item: item.path.stem not in LONG)
+
 
 def tiny_llama(*, tied: bool = True, dtype: torch.dtype = torch.float64, seed: int = 0) -> LlamaForCausalLM:
     """A random Llama of a few hundred parameters per layer, without dropout."""
