@@ -29,7 +29,7 @@ def main() -> None:
     options = parser.parse_args()
     print("| prompts of a kind | observed for one place | correlation of slopes | best tenth shared | its true slope |")
     print("|---|---|---|---|---|")
-    for label, spread in (("apart", 0.6), ("in one place", 0.0)):
+    for label, spread in (("spread out", 0.6), ("in one place", 0.0)):
         rows = defaultdict(list)
         for seed in options.seeds.split(","):
             for part, *row in judged(options.prompts, spread, int(seed)):

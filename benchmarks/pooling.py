@@ -167,9 +167,8 @@ def methods(pool: Pool, seen_S: np.ndarray, count: int) -> dict[str, np.ndarray]
     for name, (observed, bandwidth) in judged.items():
         tries_S = np.full(len(seen_S), float(count))
         tried_SE = pool.places_NE[seen_S]
-        w_N = pooled_strengths(pool.places_NE, tried_SE, rewards_SK.sum(axis=1), tries_S, own_N, bandwidth, prior=2.0)[
-            1
-        ]
+        successes_S = rewards_SK.sum(axis=1)
+        _, w_N = pooled_strengths(pool.places_NE, tried_SE, successes_S, tries_S, own_N, bandwidth, prior=2.0)
         for own in (True, False):
             rows_N = own_N if own else np.full(total, -1)
             slopes = pooled_slopes(pool.places_NE, observed, rows_N, bandwidth)

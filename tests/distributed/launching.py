@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import psutil
@@ -26,14 +26,13 @@ def launch(
     processes: int, *arguments: str, cwd: Path, restarts: int = 0, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """Run the command to its end."""
+    return finished(command(processes, *arguments, restarts=restarts), cwd=cwd, **environment)
+
+
+def finished(call: Sequence[str], *, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Any launcher's call, run to its end."""
     return subprocess.run(
-        command(processes, *arguments, restarts=restarts),
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env=os.environ | environment,
-        check=False,
+        call, cwd=cwd, capture_output=True, text=True, timeout=600, env=os.environ | environment, check=False
     )
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.distributed.launching import launch
+from tests.distributed.launching import finished, launch
 from tests.runs import SMALL, evaluations, selections
 from tests.trl.test_trainer import trained_by_two
 
@@ -47,15 +47,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     cwd = tmp_path_factory.mktemp("deepspeed")
     options = ["--use_deepspeed", "--zero_stage", "2", "--num_processes", "2", "--num_machines", "1"]
     launcher = [sys.executable, "-m", "accelerate.commands.launch", *options, "--dynamo_backend", "no"]
-    done = subprocess.run(
-        [*launcher, "--mixed_precision", "no", "-m", "cropi", "run", "quickstart", *ARGUMENTS],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env=os.environ | CPU,
-        check=False,
-    )
+    call = [*launcher, "--mixed_precision", "no", "-m", "cropi", "run", "quickstart", *ARGUMENTS]
+    done = finished(call, cwd=cwd, **CPU)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("report: runs/quickstart/report.html") == 1
     assert (cwd / LAST / "latest").read_text() == "global_step6"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from tests.distributed.launching import LAUNCHER, launch
+from tests.distributed.launching import LAUNCHER, finished, launch
 from tests.runs import SMALL, cropi, evaluations, selections
 
 from cropi.artifacts import EVALUATION, TRAJECTORIES, read_jsonl, read_table, scores_schema
@@ -35,15 +34,7 @@ FSDP = {
 
 def sharded(*arguments: str, cwd: Path, processes: int = 2, **environment: str) -> subprocess.CompletedProcess[str]:
     script = Path(__file__).with_name("fsdp_on_cpu.py")
-    return subprocess.run(
-        [*LAUNCHER, str(processes), str(script), *arguments],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env=os.environ | FSDP | environment,
-        check=False,
-    )
+    return finished([*LAUNCHER, str(processes), str(script), *arguments], cwd=cwd, **(FSDP | environment))
 
 
 @pytest.fixture(scope="module")
