@@ -1,4 +1,4 @@
-"""A run under DeepSpeed's ZeRO-2 by two processes, which is that of plain data parallelism: `make test-deepspeed`."""
+"""Runs by two processes under DeepSpeed's ZeRO-2 and 3 are that of plain data parallelism: `make test-deepspeed`."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tests.distributed.launching import finished, launch
-from tests.runs import SMALL, evaluations, selections
+from tests.runs import SMALL, evaluations
 from tests.trl.test_trainer import trained_by_two
 
 from cropi.artifacts import read_jsonl, write_json
@@ -26,69 +28,104 @@ LAST = ARM / "checkpoints/checkpoint-6"
 ARGUMENTS = [*SMALL, "baselines=[]"]
 
 CPU = {"DS_ACCELERATOR": "cpu"}
-DEEPSPEED = CPU | {  # what `accelerate launch --use_deepspeed --zero_stage 2` hands on
+DEEPSPEED = CPU | {  # what `accelerate launch --use_deepspeed` hands on
     "ACCELERATE_USE_DEEPSPEED": "true",
-    "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2",
     "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "none",
     "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "none",
-    "ACCELERATE_DEEPSPEED_ZERO3_INIT": "false",
+    "ACCELERATE_DEEPSPEED_ZERO3_INIT": "true",
+    "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true",
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "auto",
     "ACCELERATE_GRADIENT_CLIPPING": "auto",
 }
 
 
-def divided(*arguments: str, cwd: Path, processes: int = 2, **environment: str) -> subprocess.CompletedProcess[str]:
-    return launch(processes, *arguments, cwd=cwd, **(DEEPSPEED | environment))
+def environment(stage: int) -> dict[str, str]:
+    return DEEPSPEED | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage)}
+
+
+@dataclass(frozen=True)
+class Run:
+    cwd: Path
+    stage: int
+
+    def again(self, *arguments: str, processes: int = 2) -> subprocess.CompletedProcess[str]:
+        return launch(processes, *arguments, cwd=self.cwd, **environment(self.stage))
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        return load_file(self.cwd / LAST / "model.safetensors")
+
+    def assert_ends_as(self, other: Run) -> None:
+        """ZeRO-3 adds up the gradient's norm in another order, so that its last bit differs."""
+        mine, others = self.weights(), other.weights()
+        assert mine.keys() == others.keys()
+        for name, weight in mine.items():
+            torch.testing.assert_close(weight, others[name], rtol=0, atol=1e-5 if self.stage == 3 else 0)
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the run under ZeRO-2, by the command of the docs."""
-    cwd = tmp_path_factory.mktemp("deepspeed")
-    options = ["--use_deepspeed", "--zero_stage", "2", "--num_processes", "2", "--num_machines", "1"]
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The run of plain data parallelism."""
+    cwd = tmp_path_factory.mktemp("plain")
+    done = launch(2, "run", "quickstart", *ARGUMENTS, cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    return Run(cwd, 0)
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The run under ZeRO, by the command of the docs."""
+    stage: int = request.param
+    cwd = tmp_path_factory.mktemp(f"zero-{stage}")
+    options = ["--use_deepspeed", "--zero_stage", str(stage), "--num_processes", "2", "--num_machines", "1"]
+    if stage == 3:
+        options += ["--zero3_save_16bit_model", "true"]
     launcher = [sys.executable, "-m", "accelerate.commands.launch", *options, "--dynamo_backend", "no"]
     call = [*launcher, "--mixed_precision", "no", "-m", "cropi", "run", "quickstart", *ARGUMENTS]
     done = finished(call, cwd=cwd, **CPU)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("report: runs/quickstart/report.html") == 1
     assert (cwd / LAST / "latest").read_text() == "global_step6"
-    return cwd
+    return Run(cwd, stage)
 
 
 @pytest.fixture
-def shortened(run: Path, tmp_path: Path) -> Path:
+def shortened(run: Run, tmp_path: Path) -> Run:
     """The run as it was after its first stage."""
-    shutil.copytree(run, tmp_path / "copy")
+    shutil.copytree(run.cwd, tmp_path / "copy")
     shutil.rmtree(tmp_path / "copy" / LAST)
-    return tmp_path / "copy"
+    return Run(tmp_path / "copy", run.stage)
 
 
 def steps(cwd: Path) -> list[dict[str, object]]:
     return [{k: row[k] for k in ("step", "prompt_ids", "rewards")} for row in read_jsonl(cwd / ARM / "rewards.jsonl")]
 
 
-def test_it_is_the_run_of_plain_data_parallelism(run: Path, tmp_path: Path) -> None:
-    """Scored and sampled between the stages with the weights as they have become, to the bit."""
-    done = launch(2, "run", "quickstart", *ARGUMENTS, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert selections(tmp_path / RUN) == selections(run / RUN)
-    assert evaluations(tmp_path / RUN) == evaluations(run / RUN)
-    assert steps(tmp_path) == steps(run)
-    name = LAST / "model.safetensors"
-    assert (tmp_path / name).read_bytes() == (run / name).read_bytes()
+def selected(cwd: Path) -> list[list[object]]:
+    """Prompt ids by stage, best first."""
+    files = sorted((cwd / ARM).glob("stages/*/selection/selected.jsonl"))
+    assert len(files) == 2
+    return [[row["prompt_id"] for row in read_jsonl(file)] for file in files]
 
 
-def test_it_goes_on_from_a_checkpoint(run: Path, shortened: Path) -> None:
-    done = launch(2, "train", "runs/quickstart", cwd=shortened)
+def test_it_is_the_run_of_plain_data_parallelism(run: Run, plain: Run) -> None:
+    """Scored and sampled between the stages, and within one, with the weights as they have become."""
+    assert selected(run.cwd) == selected(plain.cwd)
+    assert evaluations(run.cwd / RUN) == evaluations(plain.cwd / RUN)
+    assert steps(run.cwd) == steps(plain.cwd)
+    run.assert_ends_as(plain)
+
+
+def test_it_goes_on_from_a_checkpoint(run: Run, shortened: Run) -> None:
+    done = launch(2, "train", "runs/quickstart", cwd=shortened.cwd)
     assert done.returncode != 0
     assert "training began with DeepSpeed and would go on with plain data parallelism" in done.stderr
-    done = divided("train", "runs/quickstart", cwd=shortened, processes=4)
+    done = shortened.again("train", "runs/quickstart", processes=4)
     assert done.returncode != 0
     assert "divided by DeepSpeed among 2 processes, and there are 4 now" in done.stderr
-    done = divided("train", "runs/quickstart", cwd=shortened)
+    done = shortened.again("train", "runs/quickstart")
     assert done.returncode == 0, done.stderr
-    assert (shortened / LAST / "model.safetensors").read_bytes() == (run / LAST / "model.safetensors").read_bytes()
-    assert steps(shortened) == steps(run)
+    shortened.assert_ends_as(run)
+    assert steps(shortened.cwd) == steps(run.cwd)
 
 
 class _Planted:
@@ -101,26 +138,36 @@ class _Planted:
         return os.mkdir, (str(self.path),)
 
 
-def test_code_in_a_checkpoint_is_not_run(shortened: Path) -> None:
-    planted = shortened / "planted"
-    checkpoint = shortened / ARM / "checkpoints/checkpoint-3"
+def test_code_in_a_checkpoint_is_not_run(shortened: Run) -> None:
+    planted = shortened.cwd / "planted"
+    checkpoint = shortened.cwd / ARM / "checkpoints/checkpoint-3"
     (state,) = checkpoint.glob("global_step3/zero_pp_rank_0_*_optim_states.pt")
     torch.save({"planted": _Planted(planted)}, state)
     complete = json.loads((checkpoint / "complete.json").read_text())
     complete["sizes"][str(state.relative_to(checkpoint))] = state.stat().st_size
     write_json(checkpoint / "complete.json", complete)
-    done = divided("train", "runs/quickstart", cwd=shortened)
+    done = shortened.again("train", "runs/quickstart")
     assert done.returncode != 0
     assert "Weights only load failed" in done.stderr
     assert not planted.exists()
 
 
-def test_divided_weights_are_refused(tmp_path: Path) -> None:
-    done = divided("run", "quickstart", *ARGUMENTS, cwd=tmp_path, ACCELERATE_DEEPSPEED_ZERO_STAGE="3")
+@pytest.mark.parametrize(
+    ("arguments", "changed", "told"),
+    [
+        (["trainer.ds3_gather_for_generation=false"], {}, "the policy is to sample with divided weights"),
+        ([], {"ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "false"}, "to be saved without whole weights"),
+    ],
+)
+def test_what_cannot_be_gathered_is_refused(
+    arguments: list[str], changed: dict[str, str], told: str, tmp_path: Path
+) -> None:
+    done = launch(2, "run", "quickstart", *ARGUMENTS, *arguments, cwd=tmp_path, **(environment(3) | changed))
     assert done.returncode != 0
-    assert "divided among the processes by DeepSpeed's ZeRO-3" in done.stderr
+    assert told in done.stderr
 
 
-def test_a_trl_script_trains_on_one_selection_under_it(tmp_path: Path) -> None:
-    trained_by_two(tmp_path, **DEEPSPEED)
-    assert (tmp_path / "sum-1").read_text().endswith(" True")
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_trl_script_trains_on_one_selection_under_it(stage: int, tmp_path: Path) -> None:
+    trained_by_two(tmp_path, **environment(stage))
+    assert (tmp_path / "sum-1").read_text().endswith(f" {stage}")

@@ -260,11 +260,14 @@ def trained_by_two(tmp_path: Path, **environment: str) -> None:
         "import sys\n"
         f"sys.path.insert(0, {str(ROOT)!r})\n"
         "from pathlib import Path\n"
+        "from cropi.training.zero import gathered\n"
         "from tests.trl.test_trainer import trainer\n"
         "t = trainer(Path('out'), per_device_train_batch_size=8)\n"
         "t.train()\n"
-        "total = sum(float(p.sum()) for p in t.model.parameters())\n"
-        "told = f'{t.accelerator.num_processes} {total} {t.is_deepspeed_enabled}'\n"
+        "with gathered(t):\n"
+        "    total = sum(float(p.sum()) for p in t.model.parameters())\n"
+        "stage = t.accelerator.state.deepspeed_plugin.zero_stage if t.is_deepspeed_enabled else None\n"
+        "told = f'{t.accelerator.num_processes} {total} {stage}'\n"
         "Path(f'sum-{t.accelerator.process_index}').write_text(told)\n"
     )
     done = subprocess.run(

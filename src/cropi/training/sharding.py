@@ -1,14 +1,11 @@
-"""What of accelerate's FSDP and DeepSpeed a training can do with: FSDP2 with whole weights in its checkpoints, and
-ZeRO-1 and 2, which divide gradients and the optimiser's state but not the weights.
+"""What of accelerate's FSDP and DeepSpeed a training can do with: FSDP2 and ZeRO-3 with whole weights in their
+checkpoints, and ZeRO-1 and 2, which divide gradients and the optimiser's state but not the weights.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.distributed.fsdp import CPUOffloadPolicy
@@ -16,10 +13,10 @@ from trl import GRPOTrainer
 
 from cropi.console import warn
 from cropi.errors import ConfigError
+from cropi.training.zero import is_zero3, refused_of_zero3, rounded_to, saves_whole_weights
 
 FSDP_OPTIMIZER = "optimizer.bin"  # in a checkpoint that accelerate writes under FSDP
 ZERO_NEWEST = "latest"  # in one of DeepSpeed's: the name of the folder with the optimiser's states
-WEIGHTS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
 
 def check_sharding(trainer: GRPOTrainer, asked_in: str, resume_from: Path | None) -> None:
@@ -31,38 +28,6 @@ def check_sharding(trainer: GRPOTrainer, asked_in: str, resume_from: Path | None
         _check_checkpoint(trainer, resume_from)
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" and not trainer.is_fsdp_enabled:
         warn("accelerate shards no weights on CPUs: this is plain data parallelism")
-
-
-def divides_weights(trainer: GRPOTrainer) -> bool:
-    """Whether a process holds a part of the weights only."""
-    return bool(trainer.is_fsdp_enabled or (trainer.is_deepspeed_enabled and _plugin(trainer).zero_stage > 2))
-
-
-@contextmanager
-def resuming(trainer: GRPOTrainer) -> Iterator[None]:
-    """DeepSpeed's own reading of a checkpoint runs whatever code is in it. Inside, tensors and the three types that it
-    writes are read, and nothing else."""
-    if not trainer.is_deepspeed_enabled:
-        yield
-        return
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    before = os.environ.get(WEIGHTS_ONLY)
-    os.environ[WEIGHTS_ONLY] = "1"
-    try:
-        with torch.serialization.safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]):
-            yield
-    finally:
-        if before is None:
-            del os.environ[WEIGHTS_ONLY]
-        else:
-            os.environ[WEIGHTS_ONLY] = before
-
-
-def _plugin(trainer: GRPOTrainer) -> Any:
-    return trainer.accelerator.state.deepspeed_plugin
 
 
 def _check_checkpoint(trainer: GRPOTrainer, checkpoint: Path) -> None:
@@ -98,15 +63,14 @@ def _refused(trainer: GRPOTrainer, asked_in: str) -> list[tuple[bool, str, str, 
     rounded = getattr(getattr(plugin, "mixed_precision_policy", None), "param_dtype", None)
     by = "FSDP rounds the weights as it gathers them"
     if trainer.is_deepspeed_enabled:
-        settings, by = _plugin(trainer).hf_ds_config, "DeepSpeed trains with weights that are rounded"
-        half = {"bf16.enabled": torch.bfloat16, "fp16.enabled": torch.float16}
-        rounded = next((dtype for key, dtype in half.items() if settings.is_true(key)), None)
+        rounded, by = rounded_to(trainer), "DeepSpeed trains with weights that are rounded"
     return [
+        *refused_of_zero3(trainer),
         (
-            trainer.is_deepspeed_enabled and divides_weights(trainer),
-            "the weights are divided among the processes by DeepSpeed's ZeRO-3, and scoring cannot gather them",
-            "accelerate's zero_stage",
-            f"set it to 2, use FSDP2 (accelerate launch --use_fsdp --fsdp_version 2), {plain}",
+            is_zero3(trainer) and not saves_whole_weights(trainer),
+            "checkpoints are to be saved without whole weights, and no policy can be loaded from them",
+            "accelerate's zero3_save_16bit_model",
+            "set it to true; whatever its name says, weights are saved in the precision that they are trained in.",
         ),
         (
             plugin is not None and plugin.fsdp_version != 2,

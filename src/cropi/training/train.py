@@ -29,7 +29,8 @@ from cropi.training.dynamic import DynamicSampling, Sampled
 from cropi.training.reward import RecordedReward
 from cropi.training.rollouts import RolloutRecorder, dropouts, forget_rollouts
 from cropi.training.sampler import BatchShape, StageSampler
-from cropi.training.sharding import check_sharding, resuming
+from cropi.training.sharding import check_sharding
+from cropi.training.zero import gathered, out_of_step, resuming
 from cropi.world import ALONE, World
 
 COMPLETE = "complete.json"  # written into a checkpoint last, with the sizes of its files
@@ -62,7 +63,7 @@ class Staged(GRPOTrainer):
         generate = partial(type(model).generate, model) if is_sharded(model) else model.generate
 
         def sharing(input_ids: Tensor, attention_mask: Tensor, **settings: Any) -> Any:
-            with in_lockstep(model):
+            with in_lockstep(model), out_of_step(model):
                 shared = shared_prefixes(model, input_ids, attention_mask)
                 given = {"input_ids": input_ids, "attention_mask": attention_mask, "synced_gpus": False}
                 return generate(**given, **shared, **settings)
@@ -121,7 +122,7 @@ class Stages:
         sampler.start_stage(stage, self._selections[stage], first, consumed=consumed)
 
     def _remember(self, stage: int, *, in_progress: bool) -> None:
-        with self.trainer.plain_model() as model:
+        with gathered(self.trainer), self.trainer.plain_model() as model:
             ids = self.select(stage, model, in_progress)
         self._selections.append(tuple(sorted(self.position_of[prompt_id] for prompt_id in ids)))
 
@@ -274,7 +275,7 @@ class StageCallback(TrainerCallback):
     def _evaluate_if_due(self, state: TrainerState) -> None:
         if self._due:
             self._due = False
-            with self.trainer.plain_model() as model:
+            with gathered(self.trainer), self.trainer.plain_model() as model:
                 self.task.evaluate(state.global_step, model)
 
     def on_log(

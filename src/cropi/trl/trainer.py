@@ -26,8 +26,8 @@ from cropi.gradients.scoring import make_scorer
 from cropi.pipeline import Pipeline
 from cropi.policy import Policy, weights_identity
 from cropi.rewards.verdicts import Answered, Judgement, reward
-from cropi.training.sharding import divides_weights
 from cropi.training.train import Staged, Stages
+from cropi.training.zero import gathered, refused_of_zero3
 from cropi.trl.selector import PROMPT_ID, Selector, make_config, prompt_ids
 from cropi.trl.success import Success
 
@@ -80,10 +80,11 @@ class CurriculumTrainer(Staged):
         """(whether it is there, what is wrong with it, where, how to fix it)."""
         arguments = self.args
         return [
+            *refused_of_zero3(self),
             (
-                divides_weights(self),
+                self.is_fsdp_enabled,
                 "the weights are sharded, and the process that chooses needs all of them",
-                "args (fsdp, or deepspeed with ZeRO-3)",
+                "args.fsdp",
                 "train with plain data parallelism, or choose beforehand with `cropi select`.",
             ),
             (
@@ -147,7 +148,9 @@ class CurriculumTrainer(Staged):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As TRL's; the curriculum's folder is this training's while it lasts."""
-        self._identity = f"{weights_identity(self.accelerator.unwrap_model(self.model))} {self._success.identity}"
+        with gathered(self):
+            weights = weights_identity(self.accelerator.unwrap_model(self.model))
+        self._identity = f"{weights} {self._success.identity}"
         try:
             return super().train(*args, **kwargs)
         finally:
