@@ -22,6 +22,7 @@ LOST_S = 300.0  # of silence; much longer than one call that keeps Python's othe
 FAILED = "failed"
 _FIX = "Fix: run the same command again: it goes on."
 STORE_GONE = f"the launcher's store cannot be reached: the node that holds it is gone\n{_FIX}"
+STORE_SILENT = f"the launcher's store does not answer: the node that holds it is gone or stands still\n{_FIX}"
 
 
 def tell_others(store: Any, code: int) -> bool:
@@ -33,8 +34,13 @@ def tell_others(store: Any, code: int) -> bool:
         is_first = bool(store.add("failures", 1) == 1)
         store.set(FAILED, str(code))
     except RuntimeError:
-        return os.environ.get("LOCAL_RANK") == "0"
+        return speaks_for_node()
     return is_first
+
+
+def speaks_for_node() -> bool:
+    """Whether this process is the one that says what all of its node see."""
+    return os.environ.get("LOCAL_RANK") == "0"
 
 
 def end_process(text: str) -> None:
@@ -47,7 +53,7 @@ def end_process(text: str) -> None:
 
 
 class Watch:
-    """The thread of one process."""
+    """The thread of one process, and another that sees when the first is kept by a store that does not answer."""
 
     def __init__(
         self, world: World, store: Any, launcher: int, lost_s: float, end: Callable[[str], None] = end_process
@@ -58,18 +64,23 @@ class Watch:
         self._lost_s, self._looks = lost_s, math.ceil(lost_s / BEAT_S)
         self._next = (world.rank + 1) % world.size
         self._beats, self._heard, self._silent = 0, "", 0
+        self._looked = 0
         self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._threads = [
+            threading.Thread(target=run, name="watch", daemon=True) for run in (self._run, self._see_that_it_looks)
+        ]
 
     def start(self) -> None:
         """Begin; the end of the process ends it before the interpreter's own end, which it must not meet."""
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
         atexit.register(self.stop)
 
     def stop(self) -> None:
         """Look no more: the work is done."""
         self._stopped.set()
-        self._thread.join(timeout=BEAT_S)
+        for thread in self._threads:
+            thread.join(timeout=BEAT_S)
 
     def _run(self) -> None:
         while not self._stopped.is_set():
@@ -77,7 +88,18 @@ class Watch:
                 self._look()
             except RuntimeError:  # the connection is broken
                 self._leave(STORE_GONE)
+            self._looked += 1
             self._stopped.wait(BEAT_S)
+
+    def _see_that_it_looks(self) -> None:
+        """A connection that does not break is waited for without end, by the other thread."""
+        before, missed = -1, 0
+        while not self._stopped.wait(BEAT_S):
+            missed = 0 if self._looked != before else missed + 1
+            before = self._looked
+            if missed >= self._looks:
+                self._stopped.set()  # the store, which the others would hear of it by, is not asked
+                self._end(self._world.signed(f"error: {STORE_SILENT}") if speaks_for_node() else "")
 
     def _look(self) -> None:
         if self._launcher and os.getppid() != self._launcher:  # first, since the store may be gone with it

@@ -90,29 +90,49 @@ def alive(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
 
 
 @pytest.mark.parametrize(
-    ("gone", "with_children", "said_by", "said"),
+    ("gone", "by", "with_children", "said_by", "said"),
     [
-        (1, True, 0, "nothing was heard of process 2 of 2 on "),
-        (0, True, 1, "The connection to the C10d store has failed|the launcher's store cannot be reached"),
-        (1, False, 1, "the launcher that started this process is gone"),
-        (0, False, 0, "the launcher that started this process is gone"),
+        (1, signal.SIGKILL, True, 0, "nothing was heard of process 2 of 2 on "),
+        (
+            0,
+            signal.SIGKILL,
+            True,
+            1,
+            "The connection to the C10d store has failed|the launcher's store cannot be reached",
+        ),
+        (0, signal.SIGSTOP, True, 1, "the launcher's store does not answer"),
+        (1, signal.SIGKILL, False, 1, "the launcher that started this process is gone"),
+        (0, signal.SIGKILL, False, 0, "the launcher that started this process is gone"),
     ],
-    ids=["node", "node with the store", "launcher", "launcher with the store"],
+    ids=["node", "node with the store", "node with the store stands still", "launcher", "launcher with the store"],
 )
 def test_a_node_that_is_gone_ends_the_other_and_the_same_command_goes_on(
-    gone: int, with_children: bool, said_by: int, said: str, undisturbed: dict[str, bytes], tmp_path: Path
+    gone: int,
+    by: signal.Signals,
+    with_children: bool,
+    said_by: int,
+    said: str,
+    undisturbed: dict[str, bytes],
+    tmp_path: Path,
 ) -> None:
     port = free_port()
     nodes = [node(rank, port, *COLLECT, cwd=tmp_path) for rank in (0, 1)]
     while len(parts(tmp_path)) < 4:
         assert all(started.poll() is None for started in nodes)
         time.sleep(0.01)
-    families = [psutil.Process(started.pid).children(recursive=True) for started in nodes]
-    nodes[gone].send_signal(signal.SIGKILL)
-    for child in families[gone] if with_children else ():
-        child.send_signal(signal.SIGKILL)
+    launchers = [psutil.Process(started.pid) for started in nodes]
+    families = [[launcher, *launcher.children(recursive=True)] for launcher in launchers]
+    for process in families[gone] if with_children else launchers[gone : gone + 1]:
+        process.send_signal(by)
     errors = ["", ""]
     try:
+        if by == signal.SIGSTOP:  # their launcher waits for the store itself, until the node is really gone
+            deadline = time.monotonic() + 60
+            while alive(families[1 - gone][1:]):
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+            for process in families[gone]:
+                process.kill()
         for rank in (1 - gone, gone):  # to the end of all that hold its pipe
             _, errors[rank] = nodes[rank].communicate(timeout=60)
         assert nodes[1 - gone].returncode == 1

@@ -12,7 +12,7 @@ from tests.distributed.threads import together
 from torch.distributed import HashStore
 
 from cropi import watch
-from cropi.watch import FAILED, STORE_GONE, Watch, tell_others
+from cropi.watch import FAILED, STORE_GONE, STORE_SILENT, Watch, tell_others
 from cropi.world import OtherFailed, World
 
 LOST_S = 0.3
@@ -105,6 +105,28 @@ def test_a_store_that_is_gone_ends_all_and_one_of_each_node_says_so(
     assert lost.ended.wait(10)
     assert lost.text == (f"{said}error: {STORE_GONE}" if said else "")
     assert tell_others(Gone(), 2) == (local_rank == "0")
+
+
+class Still:
+    """A store whose holder stands still: an answer takes as long as it must."""
+
+    def __init__(self) -> None:
+        self.goes_on = threading.Event()
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_: self.goes_on.wait()
+
+
+@pytest.mark.parametrize("local_rank", ["0", "1"])
+def test_a_store_that_does_not_answer_ends_all_and_is_not_asked_again(
+    local_rank: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    store = Still()
+    kept = Watched(0, store)
+    assert kept.ended.wait(10)
+    assert kept.text == (f"error: {STORE_SILENT}" if local_rank == "0" else "")
+    store.goes_on.set()
 
 
 def test_whoever_asks_a_store_that_is_gone_learns_why(monkeypatch: pytest.MonkeyPatch) -> None:
