@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -146,6 +147,8 @@ def load_policy(config: PolicyConfig, location: str | None = None, *, dtype: str
     named = policy_location(config)
     adapters = location if config.lora is not None and location not in (None, named) else None
     location = named if adapters is not None else location or named
+    # transformers and peft ask under a name that transformers has deprecated, here and at each checkpoint
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
     if config.cpu_threads is not None:
         torch.set_num_threads(config.cpu_threads)
     tokenizer = load_tokenizer(config, location)

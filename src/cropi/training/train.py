@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -354,8 +353,6 @@ def train(task: TrainTask, policy: Policy) -> Path:
         trainer.dynamic = _dynamic_sampling(task, policy, resume_from)
         trainer.remove_callback(PrinterCallback)  # this project has its own progress
         try:
-            # transformers asks itself a question under a name that it has deprecated, once per checkpoint
-            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
             with resuming(trainer):
                 trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
         except RuntimeError as error:
