@@ -40,6 +40,10 @@ def _check_checkpoint(trainer: GRPOTrainer, checkpoint: Path) -> None:
         now = "FSDP"
     elif trainer.is_deepspeed_enabled:
         now = "DeepSpeed"
+    if began == now == "DeepSpeed":
+        names = "ZeRO-1 or 2", "ZeRO-3"
+        began = names[any(checkpoint.glob("global_step*/zero_pp_rank_*_model_states.pt"))]
+        now = names[is_zero3(trainer)]
     if began != now:
         raise ConfigError(
             f"training began with {began} and would go on with {now}, which keep the optimiser in other files",
@@ -47,7 +51,7 @@ def _check_checkpoint(trainer: GRPOTrainer, checkpoint: Path) -> None:
             fix="launch it as before, or give the run another name.",
         )
     parts = len(list(checkpoint.glob("global_step*/zero_pp_rank_*_optim_states.pt")))
-    if now == "DeepSpeed" and parts != trainer.accelerator.num_processes:
+    if trainer.is_deepspeed_enabled and parts != trainer.accelerator.num_processes:
         raise ConfigError(
             f"the optimiser's state was divided by DeepSpeed among {parts} processes, and there are "
             f"{trainer.accelerator.num_processes} now",
