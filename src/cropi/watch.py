@@ -34,11 +34,11 @@ def tell_others(store: Any, code: int) -> bool:
         is_first = bool(store.add("failures", 1) == 1)
         store.set(FAILED, str(code))
     except RuntimeError:
-        return speaks_for_node()
+        return _speaks_for_node()
     return is_first
 
 
-def speaks_for_node() -> bool:
+def _speaks_for_node() -> bool:
     """Whether this process is the one that says what all of its node see."""
     return os.environ.get("LOCAL_RANK") == "0"
 
@@ -99,7 +99,7 @@ class Watch:
             before = self._looked
             if missed >= self._looks:
                 self._stopped.set()  # the store, which the others would hear of it by, is not asked
-                self._end(self._world.signed(f"error: {STORE_SILENT}") if speaks_for_node() else "")
+                self._end(self._world.signed(f"error: {STORE_SILENT}") if _speaks_for_node() else "")
 
     def _look(self) -> None:
         if self._launcher and os.getppid() != self._launcher:  # first, since the store may be gone with it

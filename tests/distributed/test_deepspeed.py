@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests.distributed.launching import finished, launch
-from tests.runs import SMALL, evaluations
+from tests.runs import SMALL, evaluations, selections
 from tests.trl.test_trainer import trained_by_two
 
 from cropi.artifacts import read_jsonl, write_json
@@ -110,6 +110,8 @@ def selected(cwd: Path) -> list[list[object]]:
 def test_it_is_the_run_of_plain_data_parallelism(run: Run, plain: Run) -> None:
     """Scored and sampled between the stages, and within one, with the weights as they have become."""
     assert selected(run.cwd) == selected(plain.cwd)
+    if run.stage == 2:
+        assert selections(run.cwd / RUN) == selections(plain.cwd / RUN)
     assert evaluations(run.cwd / RUN) == evaluations(plain.cwd / RUN)
     assert steps(run.cwd) == steps(plain.cwd)
     run.assert_ends_as(plain)

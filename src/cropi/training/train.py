@@ -77,21 +77,22 @@ class Staged(GRPOTrainer):
 
     @contextmanager
     def plain_model(self) -> Iterator[nn.Module]:
-        """The policy without the mixed precision that training wraps around its forward pass.
+        """The policy without the mixed precision that training wraps around its forward pass, and with whole weights.
 
         Stored log-probs and the base policy's accuracy were taken without it, and what is compared with them must be
         too.
         """
         model = self.accelerator.unwrap_model(self.model)
         wrapped, original = model.__dict__.get("forward"), model.__dict__.get("_original_forward")
-        if wrapped is None or original is None:
-            yield model
-            return
-        model.forward = original
-        try:
-            yield model
-        finally:
-            model.forward = wrapped
+        with gathered(self):
+            if wrapped is None or original is None:
+                yield model
+                return
+            model.forward = original
+            try:
+                yield model
+            finally:
+                model.forward = wrapped
 
 
 @dataclass
@@ -121,7 +122,7 @@ class Stages:
         sampler.start_stage(stage, self._selections[stage], first, consumed=consumed)
 
     def _remember(self, stage: int, *, in_progress: bool) -> None:
-        with gathered(self.trainer), self.trainer.plain_model() as model:
+        with self.trainer.plain_model() as model:
             ids = self.select(stage, model, in_progress)
         self._selections.append(tuple(sorted(self.position_of[prompt_id] for prompt_id in ids)))
 
@@ -274,7 +275,7 @@ class StageCallback(TrainerCallback):
     def _evaluate_if_due(self, state: TrainerState) -> None:
         if self._due:
             self._due = False
-            with gathered(self.trainer), self.trainer.plain_model() as model:
+            with self.trainer.plain_model() as model:
                 self.task.evaluate(state.global_step, model)
 
     def on_log(
