@@ -18,6 +18,7 @@ from tests.runs import SMALL, evaluations, selections
 from tests.trl.test_trainer import trained_by_two
 
 from cropi.artifacts import read_jsonl, write_json
+from cropi.training.sharding import PLAIN, ZERO
 
 pytest.importorskip("deepspeed")
 pytestmark = pytest.mark.slow
@@ -120,7 +121,7 @@ def test_it_is_the_run_of_plain_data_parallelism(run: Run, plain: Run) -> None:
 def test_it_goes_on_from_a_checkpoint(run: Run, shortened: Run) -> None:
     done = launch(2, "train", "runs/quickstart", cwd=shortened.cwd)
     assert done.returncode != 0
-    assert "training began with DeepSpeed and would go on with plain data parallelism" in done.stderr
+    assert f"training began with {ZERO[run.stage == 3]} and would go on with {PLAIN}" in done.stderr
     done = shortened.again("train", "runs/quickstart", processes=4)
     assert done.returncode != 0
     assert "divided by DeepSpeed among 2 processes, and there are 4 now" in done.stderr

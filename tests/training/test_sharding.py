@@ -94,14 +94,16 @@ def test_a_checkpoint_goes_on_as_it_was_begun(tmp_path: Path) -> None:
     for rank in (0, 1):
         (tmp_path / f"global_step3/zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").touch()
     check_sharding(zero, "float32", tmp_path)
-    with pytest.raises(ConfigError, match="began with ZeRO-1 or 2 and would go on with ZeRO-3"):
+    with pytest.raises(ConfigError, match="began with DeepSpeed's ZeRO-1 or 2 and would go on with DeepSpeed's ZeRO-3"):
         check_sharding(trainer(None, zero=3), "float32", tmp_path)
     with pytest.raises(ConfigError, match="among 2 processes, and there are 3 now"):
         check_sharding(trainer(None, zero=2, processes=3), "float32", tmp_path)
-    with pytest.raises(ConfigError, match="began with DeepSpeed and would go on with plain data parallelism"):
+    with pytest.raises(
+        ConfigError, match="began with DeepSpeed's ZeRO-1 or 2 and would go on with plain data parallelism"
+    ):
         check_sharding(plain, "float32", tmp_path)
     for rank in (0, 1):
         (tmp_path / f"global_step3/zero_pp_rank_{rank}_mp_rank_00_model_states.pt").touch()
     check_sharding(trainer(None, zero=3), "float32", tmp_path)
-    with pytest.raises(ConfigError, match="began with ZeRO-3 and would go on with ZeRO-1 or 2"):
+    with pytest.raises(ConfigError, match="began with DeepSpeed's ZeRO-3 and would go on with DeepSpeed's ZeRO-1 or 2"):
         check_sharding(zero, "float32", tmp_path)

@@ -16,6 +16,8 @@ from cropi.errors import ConfigError
 from cropi.training.zero import is_zero3, refused_of_zero3, rounded_to, saves_whole_weights
 
 FSDP_OPTIMIZER = "optimizer.bin"  # in a checkpoint that accelerate writes under FSDP
+PLAIN = "plain data parallelism"
+ZERO = "DeepSpeed's ZeRO-1 or 2", "DeepSpeed's ZeRO-3"
 ZERO_NEWEST = "latest"  # in one of DeepSpeed's: the name of the folder with the optimiser's states
 
 
@@ -31,19 +33,7 @@ def check_sharding(trainer: GRPOTrainer, asked_in: str, resume_from: Path | None
 
 
 def _check_checkpoint(trainer: GRPOTrainer, checkpoint: Path) -> None:
-    began = now = "plain data parallelism"
-    if (checkpoint / FSDP_OPTIMIZER).is_file():
-        began = "FSDP"
-    elif (checkpoint / ZERO_NEWEST).is_file():
-        began = "DeepSpeed"
-    if trainer.is_fsdp_enabled:
-        now = "FSDP"
-    elif trainer.is_deepspeed_enabled:
-        now = "DeepSpeed"
-    if began == now == "DeepSpeed":
-        names = "ZeRO-1 or 2", "ZeRO-3"
-        began = names[any(checkpoint.glob("global_step*/zero_pp_rank_*_model_states.pt"))]
-        now = names[is_zero3(trainer)]
+    began, now = _began_with(checkpoint), _goes_on_with(trainer)
     if began != now:
         raise ConfigError(
             f"training began with {began} and would go on with {now}, which keep the optimiser in other files",
@@ -58,6 +48,20 @@ def _check_checkpoint(trainer: GRPOTrainer, checkpoint: Path) -> None:
             where=str(checkpoint),
             fix=f"launch {parts} processes, or give the run another name.",
         )
+
+
+def _began_with(checkpoint: Path) -> str:
+    if (checkpoint / FSDP_OPTIMIZER).is_file():
+        return "FSDP"
+    if not (checkpoint / ZERO_NEWEST).is_file():
+        return PLAIN
+    return ZERO[any(checkpoint.glob("global_step*/zero_pp_rank_*_model_states.pt"))]
+
+
+def _goes_on_with(trainer: GRPOTrainer) -> str:
+    if trainer.is_fsdp_enabled:
+        return "FSDP"
+    return ZERO[is_zero3(trainer)] if trainer.is_deepspeed_enabled else PLAIN
 
 
 def _refused(trainer: GRPOTrainer, asked_in: str) -> list[tuple[bool, str, str, str]]:
