@@ -129,7 +129,7 @@ def test_the_table_has_verdicts_and_growing_costs(compared: Path) -> None:
 def test_training_is_counted_with_its_prompts(compared: Path) -> None:
     run = compared / OUT / "quickstart" / "seed-0" / "full"
     batches = [json.loads(line) for line in (run / "arms/full/rewards.jsonl").read_text().splitlines()]
-    parameters = json.loads((run / "finished.json").read_text())["matrix_parameters"]
+    parameters = json.loads((run / "begun.json").read_text())["matrix_parameters"]
     tokens = sum(batch["tokens"] + batch["prompt_tokens"] for batch in batches)
     assert all(batch["prompt_tokens"] > 0 for batch in batches)
     row = read_results(compared / OUT / "results.parquet").to_pylist()[4]
@@ -150,6 +150,50 @@ def test_the_result_is_printed_written_and_read_back(compared: Path) -> None:
     again = cropi_process("compare", "--results", str(OUT / "results.parquet"), "--json", cwd=compared)
     assert again.returncode == 0, again.stderr
     assert json.loads(again.stdout) == json.loads((compared / OUT / "compare.json").read_text())
+
+
+def test_what_runs_had_reached_can_be_compared_before_they_are_finished(compared: Path, tmp_path: Path) -> None:
+    shutil.copytree(compared / OUT, tmp_path / OUT)
+    stopped = tmp_path / OUT / "quickstart" / "seed-3" / "influence"  # as though interrupted in its second stage
+    (stopped / "finished.json").unlink()
+    (evaluated,) = stopped.glob("arms/*/evaluation/step-000004.parquet")
+    evaluated.unlink()
+
+    everything = read_results(compared / OUT / "results.parquet").to_pylist()
+    for step, number in ((2, 4), (4, 3)):
+        done = cropi_process("compare", "--folder", str(OUT), "--up-to-step", str(step), "--json", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        made = tmp_path / OUT / f"step-{step}"
+        rows = read_results(made / "results.parquet").to_pylist()
+        assert len({(row["seed"], row["strategy"]) for row in rows}) == number
+        assert rows == [
+            row
+            for row in everything
+            if row["step"] <= step and (number == 4 or (row["seed"], row["strategy"]) != (3, "influence"))
+        ]
+        assert json.loads(done.stdout)["up_to_step"] == step
+        assert f"the end here is step {step}" in (made / "compare.md").read_text()
+
+    of_table = cropi_process("compare", "--results", "out/results.parquet", "--up-to-step", "2", "--json", cwd=compared)
+    assert json.loads(of_table.stdout) == json.loads((tmp_path / OUT / "step-2" / "compare.json").read_text())
+    printed = cropi_process("compare", "--folder", str(OUT), "--up-to-step", "2", cwd=tmp_path).stdout
+    assert "After 2 steps; runs that have not come to their end are among them" in printed
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (["--folder", "out", "--up-to-step", "3"], "no run was evaluated after 3 steps"),
+        (["--folder", "elsewhere", "--up-to-step", "2"], "there is no comparison here"),
+        (["quickstart", "--up-to-step", "2"], "both configs and --up-to-step are given"),
+    ],
+)
+def test_what_cannot_be_compared_is_said(compared: Path, asked: list[str], said: str) -> None:
+    done = cropi_process("compare", *asked, cwd=compared)
+    assert done.returncode == 2
+    assert said in done.stderr
+    if "3" in asked:
+        assert "name one of these: 2, 4" in done.stderr
 
 
 def test_more_can_be_asked_for_and_a_failing_run_stops_no_other(compared: Path, tmp_path: Path) -> None:

@@ -43,6 +43,14 @@ Results = Annotated[
     Path | None,
     typer.Option(help="No runs: statistics and report of such a table, written beside it.", show_default=False),
 ]
+UpToStep = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="No runs: what those of --folder or --results had reached by then, finished or not, in a folder step-N.",
+        show_default=False,
+    ),
+]
 
 
 def compare(
@@ -58,6 +66,7 @@ def compare(
     embedding: Embedding = None,
     keep_checkpoints: KeepCheckpoints = False,
     results: Results = None,
+    up_to_step: UpToStep = None,
     as_json: AsJson = False,
 ) -> None:
     """Train strategies on scenarios and seeds; speed-ups with intervals."""
@@ -65,17 +74,22 @@ def compare(
     goals = _levels(levels)
     quiet_libraries()
     from cropi.compare.results import RESULTS_FILE
-    from cropi.compare.run import Analysis, compare_runs, write_summary
+    from cropi.compare.run import Analysis, compare_runs, compare_up_to, write_summary
     from cropi.compare.table import as_text
 
     analysis = Analysis(references, goals, main, _names(aside), embedding)
-    if results is not None:
-        if configs:
-            raise UserError("both configs and --results are given", where="--results", fix="leave one of them out.")
-        if results.name != RESULTS_FILE:
-            raise UserError(f"{results} is not named {RESULTS_FILE}", where="--results", fix="rename it.")
-        summary = write_summary(results.parent, analysis)
-        print_result(summary, as_json, f"{as_text(summary)}\n\nreport: {results.parent / 'compare.html'}")
+    if configs and (results is not None or up_to_step is not None):
+        option = "--results" if results is not None else "--up-to-step"
+        raise UserError(f"both configs and {option} are given", where=option, fix="leave one of them out.")
+    if results is not None and results.name != RESULTS_FILE:
+        raise UserError(f"{results} is not named {RESULTS_FILE}", where="--results", fix="rename it.")
+    if results is not None or up_to_step is not None:
+        made = folder if results is None else results.parent
+        if up_to_step is None:
+            summary = write_summary(made, analysis)
+        else:
+            summary, made = compare_up_to(up_to_step, folder, results, analysis)
+        print_result(summary, as_json, f"{as_text(summary)}\n\nreport: {made / 'compare.html'}")
         return
     names = [given for given in configs or [] if "=" not in given or Path(given).is_file()]
     overrides = [given for given in configs or [] if given not in names]

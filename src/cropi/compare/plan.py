@@ -1,7 +1,8 @@
 """Which runs a comparison consists of, and the folder that is claimed for them.
 
 DIR/  plan.json  results.parquet  compare.json  compare.html  compare.md  lock
-      SCENARIO/seed-S/STRATEGY/        an ordinary run, with log.txt and, at its end, finished.json
+      step-N/                          the same four files of what runs had reached after N steps, finished or not
+      SCENARIO/seed-S/STRATEGY/        an ordinary run, with log.txt, begun.json and, at its end, finished.json
       SCENARIO/seed-S/shared-HASH/     prompts, trajectories and base evaluation of runs that have them in common
 """
 
@@ -23,6 +24,7 @@ from cropi.errors import ArtifactError, ConfigError
 from cropi.loading import load_config, suite_names, validate_config
 
 PLAN = "plan.json"
+BEGUN = "begun.json"
 FINISHED = "finished.json"
 LOG = "log.txt"
 SHOWN_CHANGES = 5
@@ -50,6 +52,11 @@ class Run:
     def finished(self) -> bool:
         """Whether the run has been trained and evaluated to its end."""
         return (self.config.folder / FINISHED).is_file()
+
+    @property
+    def begun(self) -> bool:
+        """Whether the run's training has begun."""
+        return (self.config.folder / BEGUN).is_file()
 
 
 @dataclass(frozen=True)
@@ -100,7 +107,9 @@ def make_plan(
 
 
 def read_plan(folder: Path) -> Plan:
-    """The plan of a folder as it was claimed, with nothing wanted."""
+    """The plan of a folder as it was claimed, with nothing wanted. ArtifactError where there is none."""
+    if not (folder / PLAN).is_file():
+        raise ArtifactError("there is no comparison here", where=str(folder), fix="name the folder of one.")
     return _plan(folder, _read_claim(folder), [])
 
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from cropi.artifacts import read_table, write_table
-from cropi.compare.plan import FINISHED, Plan, Run
-from cropi.errors import ArtifactError
+from cropi.compare.plan import BEGUN, Plan, Run
+from cropi.errors import ArtifactError, ConfigError
 from cropi.ledger import Ledger
 from cropi.reporting.costs import Charges, charges
 from cropi.reporting.reading import Answers, read_answers
@@ -41,11 +41,41 @@ RESULTS = pa.schema(
 )
 
 
-def write_results(plan: Plan) -> Path:
+def write_results(plan: Plan) -> None:
     """Write `results.parquet` of all finished runs of a folder, in the order in which they were first asked for."""
-    path = plan.folder / RESULTS_FILE
-    write_table(path, (row for run in plan.all if run.finished for row in run_rows(run)), RESULTS)
-    return path
+    write_table(plan.folder / RESULTS_FILE, _rows(run for run in plan.all if run.finished), RESULTS)
+
+
+def write_results_up_to(step: int, source: Plan | Path) -> Path:
+    """Write what runs had reached after a number of steps, finished or not, to a folder `step-N`; returns the folder.
+
+    `source` is the plan of a comparison's folder, or a table of such results; the new folder is made beside it. Rows
+    after the step are left out, and with them runs that were not evaluated at it. ConfigError where no run was.
+    """
+    if isinstance(source, Plan):
+        found = pa.Table.from_pylist(list(_rows(run for run in source.all if run.begun)), RESULTS)
+        folder = source.folder / f"step-{step}"
+    else:
+        found, folder = read_results(source), source.parent / f"step-{step}"
+    rows = found.to_pylist()
+    evaluated = {_run_of(row) for row in rows if row["step"] == step}
+    if not evaluated:
+        steps = ", ".join(str(known) for known in sorted({row["step"] for row in rows} - {0})) or "none yet"
+        raise ConfigError(
+            f"no run was evaluated after {step} steps", where="--up-to-step", fix=f"name one of these: {steps}."
+        )
+    kept = [row for row in rows if row["step"] <= step and _run_of(row) in evaluated]
+    write_table(folder / RESULTS_FILE, kept, RESULTS)
+    return folder
+
+
+def _run_of(row: Mapping[str, Any]) -> tuple[str, str, int]:
+    return row["scenario"], row["strategy"], row["seed"]
+
+
+def _rows(runs: Iterable[Run]) -> Iterator[dict[str, Any]]:
+    for run in runs:
+        yield from run_rows(run)
 
 
 def read_results(path: Path) -> pa.Table:
@@ -56,9 +86,9 @@ def read_results(path: Path) -> pa.Table:
 
 
 def run_rows(run: Run) -> Iterator[dict[str, Any]]:
-    """Rows of a finished run, by step and test set."""
+    """Rows of a run whose training has begun, by step and test set: one for every evaluation that there is."""
     folder, config = run.config.folder, run.config
-    parameters = int(json.loads((folder / FINISHED).read_text(encoding="utf-8"))["matrix_parameters"])
+    parameters = int(json.loads((folder / BEGUN).read_text(encoding="utf-8"))["matrix_parameters"])
     (name,) = config.arms
     arm = Arm(name, folder / "arms" / name)
     charged = charges(arm, config, Ledger(folder / "ledger.jsonl").entries())

@@ -10,8 +10,8 @@ from typing import Any
 from cropi.artifacts import write_json
 from cropi.compare.embedding import sentence_encoder
 from cropi.compare.execute import Failure, default_jobs, execute
-from cropi.compare.plan import Run, lock, make_plan, parse_seeds
-from cropi.compare.results import RESULTS_FILE, read_results, write_results
+from cropi.compare.plan import Run, lock, make_plan, parse_seeds, read_plan
+from cropi.compare.results import RESULTS_FILE, read_results, write_results, write_results_up_to
 from cropi.compare.statistics import summarise
 from cropi.console import say, warn
 from cropi.errors import ConfigError
@@ -87,7 +87,17 @@ def _check_trainers(runs: Sequence[Run]) -> None:
             raise ConfigError(error.what, where=where, fix="correct its settings of the trainer.") from None
 
 
-def write_summary(folder: Path, analysis: Analysis) -> dict[str, Any]:
+def compare_up_to(step: int, folder: Path, results: Path | None, analysis: Analysis) -> tuple[dict[str, Any], Path]:
+    """What the runs of a comparison, or those of a table, had reached after so many steps; also where that was put.
+
+    Makes no run, and may be called while the comparison goes on. Raises the errors of `write_results_up_to`.
+    """
+    source = results if results is not None else read_plan(folder)
+    made = write_results_up_to(step, source)
+    return write_summary(made, analysis, up_to_step=step), made
+
+
+def write_summary(folder: Path, analysis: Analysis, up_to_step: int | None = None) -> dict[str, Any]:
     """compare.json and the report of the results.parquet in a folder.
 
     A reference, or a main strategy, of which no run has come to its end is left out.
@@ -95,7 +105,7 @@ def write_summary(folder: Path, analysis: Analysis) -> dict[str, Any]:
     table = read_results(folder / RESULTS_FILE)
     there = set(table.column("strategy").to_pylist())
     references = analysis.references and [name for name in analysis.references if name in there]
-    summary = summarise(table, references, analysis.levels, analysis.aside)
+    summary = summarise(table, references, analysis.levels, analysis.aside, up_to_step)
     write_json(folder / SUMMARY_FILE, summary)
     encoder = None if analysis.embedding is None else sentence_encoder(analysis.embedding)
     make_comparison_report(folder, analysis.main if analysis.main in there else None, encoder)

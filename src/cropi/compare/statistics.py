@@ -63,13 +63,15 @@ def summarise(
     references: Sequence[str] | None = None,
     levels: Sequence[float] = (),
     aside: Sequence[str] = (),
+    up_to_step: int | None = None,
 ) -> dict[str, Any]:
     """What a comparison shows, by scenario and over all of them (`suite`). See docs/compare.md.
 
     `levels`: targeted accuracies, beside that of `full`, to which costs are wanted. `references`: strategies from which
     differences are taken; `full` where it is there. A strategy is compared with them on the seeds that all of them have
     finished. `aside`: scenarios whose costs and speed-ups do not count over the suite, because there is nothing to gain
-    in them; their accuracies do. ConfigError for a reference or scenario of which there is no run.
+    in them; their accuracies do. `up_to_step`: noted, where the table holds what runs had reached by then. ConfigError
+    for a reference or scenario of which there is no run.
     """
     seeds = _read(table)
     for name in aside:
@@ -95,6 +97,7 @@ def summarise(
         "confidence": CONFIDENCE,
         "scenarios": list(seeds),
         "aside": list(aside),
+        "up_to_step": up_to_step,
         "strategies": strategies,
         "entries": entries,
     }

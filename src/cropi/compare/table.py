@@ -53,8 +53,10 @@ def _interval(value: Mapping[str, float] | None, form: str, bound: str = "") -> 
 
 
 def _legend(summary: Mapping[str, Any]) -> str:
-    target = summary["target"]
+    target, step = summary["target"], summary["up_to_step"]
+    cut = "" if step is None else f"After {step} steps; runs that have not come to their end are among them.\n"
     return (
+        f"{cut}"
         f"x: how many times sooner {target}'s own final targeted accuracy is reached, everything charged "
         "(geometric mean; < an upper bound: some runs never reached it, see `reached`).\n"
         "area: mean targeted accuracy over the steps. final, untargeted: accuracy at the end.\n"

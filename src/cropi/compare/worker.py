@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cropi.artifacts import is_finished, write_json, write_text
-from cropi.compare.plan import FINISHED, LOG
+from cropi.compare.plan import BEGUN, FINISHED, LOG
 from cropi.config import Config
 from cropi.errors import UserError
 from cropi.ledger import SHARED, Ledger
@@ -115,10 +115,9 @@ def train_run(task: Task, shared: Path) -> None:
     pipeline = Pipeline(task.config)
     pipeline.collect()
     (arm,) = pipeline.space.arms.values()
+    write_json(folder / BEGUN, {"matrix_parameters": matrix_parameters(pipeline.base.model)})
     pipeline.train(arm)
-    seconds = time.perf_counter() - start
-    parameters = matrix_parameters(pipeline.base.model)
-    write_json(folder / FINISHED, {"matrix_parameters": parameters, "seconds": seconds})
+    write_json(folder / FINISHED, {"seconds": time.perf_counter() - start})
     if not task.keep_checkpoints:
         shutil.rmtree(arm.checkpoints)
 

@@ -105,7 +105,7 @@ def read_comparison(folder: Path, main: str | None) -> Comparison:
     path = folder / "compare.json"
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
-        wanted = ("target", "references", "best_reference", "redraws", "confidence", "scenarios", "aside")
+        wanted = ("target", "references", "best_reference", "redraws", "confidence", "scenarios", "aside", "up_to_step")
         summary = {key: summary[key] for key in (*wanted, "strategies", "entries")}
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise damaged(path, error) from None

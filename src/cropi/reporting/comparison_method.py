@@ -84,6 +84,11 @@ def limits(comparison: Comparison) -> list[Block]:
             f"{code(best)} is called the best reference because its area is the largest here: chosen on the same data, "
             "which favours the reference."
         )
+    if (step := comparison.summary["up_to_step"]) is not None:
+        texts.append(
+            f"What is called the end here is step {step}: runs that go further are cut there, and those that have not "
+            "come to their end are among them."
+        )
     short = _short(comparison)
     if short:
         texts.append(
