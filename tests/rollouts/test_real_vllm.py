@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -24,9 +24,8 @@ pytest.importorskip("vllm", exc_type=ImportError)
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
 
 WEIGHTS = PolicyConfig(path="builtin", cpu_threads=1)
-# On CPUs vLLM 0.32 cannot put back the seed of a prompt that it has computed in two pieces.
-OPTIONS = {"enforce_eager": True, "enable_chunked_prefill": False}
-ENGINE = VllmConfig(max_model_len=128, options=OPTIONS)
+# On CPUs vLLM cannot put back the seed of a prompt that it has computed in two pieces (seen with 0.32).
+ENGINE = VllmConfig(max_model_len=128, options={"enforce_eager": True, "enable_chunked_prefill": False})
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -51,6 +50,15 @@ def engine(policy: Policy) -> Iterator[VllmGenerator]:
 
 def prompts(policy: Policy, count: int) -> list[list[int]]:
     return [policy.tokenizer(f"sum mod 7 : {n % 7} {n // 7} 6 1 =")["input_ids"] for n in range(count)]
+
+
+def engine_processes() -> set[int]:
+    found = set()
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended meanwhile
+            if "VLLM" in " ".join(child.cmdline()):
+                found.add(child.pid)
+    return found
 
 
 def test_greedy_completions_are_those_of_transformers(policy: Policy, engine: VllmGenerator) -> None:
@@ -79,17 +87,17 @@ def test_samples_are_drawn_by_their_seeds_and_as_the_policy_draws(policy: Policy
     assert torch.special.gammaincc(freedom / 2, statistic.float() / 2) > 1e-3  # the chance of a larger one
 
 
-def test_a_run_collects_through_it_and_its_processes_are_gone(tmp_path: Path) -> None:
-    before = {child.pid for child in psutil.Process(os.getpid()).children(recursive=True)}
-    few = ["prompts.train.0.count=12", "collect.num_generations=4", "collect.validation_num_generations=4"]
-    vllm = [
-        "collect.vllm.max_model_len=128",
-        "collect.vllm.options.enforce_eager=true",
-        "collect.vllm.options.enable_chunked_prefill=false",
-    ]
+def test_a_run_collects_through_it_and_its_processes_are_gone(
+    policy: Policy, engine: VllmGenerator, tmp_path: Path
+) -> None:
+    engine(prompts(policy, 1), Sampling(1, None, 1.0), seed=1)
+    before = engine_processes()
+    assert before, "those of an engine that is in use are seen"
+    few = ["collect.num_generations=4", "collect.validation_num_generations=4"]
+    vllm = f"collect.vllm={ENGINE.model_dump_json()}"
     found = []
     for name in ("once", "again"):
-        pipeline = Pipeline(load_config("quickstart", [*SMALL, *few, *vllm, f"run_dir={tmp_path}", f"name={name}"]))
+        pipeline = Pipeline(load_config("quickstart", [*SMALL, *few, vllm, f"run_dir={tmp_path}", f"name={name}"]))
         manifest = pipeline.collect()
         found.append([row for table in pipeline.trajectories.base.values() for row in table.to_pylist()])
         pipeline.space.unlock()
@@ -97,10 +105,6 @@ def test_a_run_collects_through_it_and_its_processes_are_gone(tmp_path: Path) ->
     assert [row["completion"] for row in found[0]] == [row["completion"] for row in found[1]]
     assert {row["verdict"] for row in found[0]} >= {"correct", "wrong"}
     deadline = time.monotonic() + 30
-    while left := [
-        child.name()
-        for child in psutil.Process(os.getpid()).children(recursive=True)
-        if child.pid not in before and "VLLM" in " ".join(child.cmdline())
-    ]:
+    while left := engine_processes() - before:
         assert time.monotonic() < deadline, left
         time.sleep(0.5)

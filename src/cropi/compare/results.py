@@ -53,11 +53,9 @@ def write_results_up_to(step: int, source: Plan | Path) -> Path:
     after the step are left out, and with them runs that were not evaluated at it. ConfigError where no run was.
     """
     if isinstance(source, Plan):
-        found = pa.Table.from_pylist(list(_rows(run for run in source.all if run.begun)), RESULTS)
-        folder = source.folder / f"step-{step}"
+        rows, beside = list(_rows(run for run in source.all if run.begun)), source.folder
     else:
-        found, folder = read_results(source), source.parent / f"step-{step}"
-    rows = found.to_pylist()
+        rows, beside = read_results(source).to_pylist(), source.parent
     evaluated = {_run_of(row) for row in rows if row["step"] == step}
     if not evaluated:
         steps = ", ".join(str(known) for known in sorted({row["step"] for row in rows} - {0})) or "none yet"
@@ -65,6 +63,7 @@ def write_results_up_to(step: int, source: Plan | Path) -> Path:
             f"no run was evaluated after {step} steps", where="--up-to-step", fix=f"name one of these: {steps}."
         )
     kept = [row for row in rows if row["step"] <= step and _run_of(row) in evaluated]
+    folder = beside / f"step-{step}"
     write_table(folder / RESULTS_FILE, kept, RESULTS)
     return folder
 
