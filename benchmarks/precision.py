@@ -40,7 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="as `cropi collect` had it")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="timed, after one that is not; 0: agreement alone")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     config = load_config(options.config, options.overrides)
@@ -137,10 +137,12 @@ def _table(result: dict[str, Any]) -> str:
         row = result[key]
         lines.append(f"| {label} | {row['prompts']} | " + " | ".join(f"{row[name]:.3f}" for name in measures) + " |")
     ratios = result["ratio"]
-    lines.append(
-        f"\nTime of bfloat16 over float32: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}, "
-        f"{len(ratios)} rounds), on {result['environment']['gpu'] or result['environment']['cpu']}."
-    )
+    machine = result["environment"]["gpu"] or result["environment"]["cpu"]
+    if ratios:
+        lines.append(
+            f"\nTime of bfloat16 over float32: {statistics.median(ratios):.2f} ({min(ratios):.2f} to "
+            f"{max(ratios):.2f}, {len(ratios)} rounds), on {machine}."
+        )
     return "\n".join(lines)
 
 

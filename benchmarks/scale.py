@@ -59,12 +59,14 @@ def select(size: int, folder: Path, strategy: str = "influence") -> dict[str, fl
     sources = [f"source {number % 5}" for number in range(size)]
     settings = [f"select.strategy={{type: {strategy}}}", "select.fraction=0.1", "select.exploration=0.05"]
     config: Config = load_config("quickstart", [*settings, 'select.quotas={"source 0": 0.1}'])
+    rates_N = generator.integers(1, 8, size) / 8
     candidates = Candidates(
         prompt_ids=ids,
         sources=sources,
         statuses=["ok"] * size,
-        pass_rates_N=generator.integers(1, 8, size) / 8,
-        training_pass_rates={},
+        pass_rates_N=rates_N,
+        variances_N=rates_N * (1 - rates_N),
+        training_variances={},
         influence={f"set {v}": generator.standard_normal(size) for v in range(SETS)},
         stage=0,
         seed=0,

@@ -18,14 +18,17 @@ from cropi.artifacts import (
 )
 from cropi.errors import ArtifactError
 from cropi.leakage import prompt_text
+from cropi.observed import GroupFacts, Visit, visit
 from cropi.rollouts.collect import read_trajectories
 from cropi.rollouts.overlay import FRESH, Overlay, Trajectories
 from cropi.rollouts.representations import KIND as REPRESENTED
 from cropi.rollouts.representations import read_representations
-from cropi.selection.candidates import Candidates, Evidence, Visit
+from cropi.selection.candidates import Candidates, Evidence
 from cropi.selection.evidence import gather_evidence
-from cropi.training.history import newest_rates, training_history
+from cropi.training.history import newest_variances, training_history
 from cropi.workspace import Arm, Workspace
+
+NOTHING = GroupFacts("", float("nan"), float("nan"))  # of a prompt without trajectories
 
 
 class Gatherer:
@@ -61,8 +64,9 @@ class Gatherer:
             prompt_ids=list(prompts),
             sources=prompts.column("source"),
             statuses=self._trajectories.statuses(groups),
-            pass_rates_N=np.array([groups.get(i, ("", float("nan")))[1] for i in prompts]),
-            training_pass_rates=newest_rates(history, overlay.drawn_at(steps)),
+            pass_rates_N=np.array([groups.get(i, NOTHING).pass_rate for i in prompts]),
+            variances_N=np.array([groups.get(i, NOTHING).variance for i in prompts]),
+            training_variances=newest_variances(history, overlay.drawn_at(steps)),
             influence=influence,
             stage=stage,
             seed=self._config.seed,
@@ -70,7 +74,7 @@ class Gatherer:
             steps_per_stage=steps,
             group_sizes_N=sizes_N,
             lengths_N=lengths_N,
-            visits=[*(Visit(*visit) for visit in history), *self._screened(arm, stage)],
+            visits=[*history, *self._screened(arm, stage)],
             texts=list(map(prompt_text, prompts.column("messages"))) if strategy.reads_texts else (),
             validation_texts=self._validation_texts,
             evidence=evidence,
@@ -85,9 +89,9 @@ class Gatherer:
                 open_artifact(folder, FRESH, made_by="cropi score")  # checks the files
                 table = read_trajectories(folder).get("train", TRAJECTORIES.empty_table())
                 judged = table.filter(pc.is_valid(table.column("reward")))
-                rates = judged.group_by("prompt_id").aggregate([("reward", "mean"), ("reward", "count")]).to_pylist()
+                groups = judged.group_by("prompt_id").aggregate([("reward", "list")]).to_pylist()
                 step = number * self._config.train.steps_per_stage
-                seen += [Visit(step, row["prompt_id"], row["reward_mean"], row["reward_count"]) for row in rates]
+                seen += [visit(step, row["prompt_id"], row["reward_list"]) for row in groups]
         return seen
 
     def _evidence(self, arm: Arm, stage: int, scores: pa.Table, sizes_N: np.ndarray, overlay: Overlay) -> Evidence:

@@ -11,7 +11,6 @@ import pyarrow as pa
 from torch import nn
 
 from cropi.artifacts import (
-    GOLD_UNPARSEABLE,
     NOT_SAMPLED,
     SELECTION,
     USABLE,
@@ -28,7 +27,7 @@ from cropi.errors import ArtifactError, ConfigError, DataError
 from cropi.evaluation.evaluate import Question, evaluate, forget_after, read_evaluations
 from cropi.gathering import Gatherer
 from cropi.given import Given, arm_at, start_of_stage
-from cropi.gradients.groups import iterate_groups
+from cropi.gradients.groups import group_facts
 from cropi.gradients.scoring import FeatureRequest, score, surrogate_settings
 from cropi.gradients.validation import validation_groups
 from cropi.lockstep import in_lockstep
@@ -76,7 +75,7 @@ class Pipeline:
         self._chat = uses_chat(self._given.tokenizer, config.prompts.chat, config.prompts.system_prompt)
         self.space = Workspace(config, world)
         self.space.lock()
-        self.trajectories = Trajectories(self.space, _group_facts)
+        self.trajectories = Trajectories(self.space, group_facts)
         self.gathered = Gatherer(self.space, self.trajectories)
 
     @property
@@ -418,11 +417,3 @@ class Pipeline:
     def report(self) -> Summary | None:
         """Write report.html, report.md and summary.json from what the folder holds; the first process does."""
         return make_report(self.config, self.space.folder) if self.world.is_main else None
-
-
-def _group_facts(table: pa.Table) -> dict[str, tuple[str, float]]:
-    """Status and pass rate of every group of a table of trajectories."""
-    return {
-        prompt_id: (GOLD_UNPARSEABLE, float("nan")) if group is None else (group.status, group.pass_rate)
-        for prompt_id, group in iterate_groups(table)
-    }

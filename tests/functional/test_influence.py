@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cropi.functional.influence import influence, learnability, mean_weights
+from cropi.functional.influence import influence, mean_weights, reward_variance
 
 G_ND = np.array([[3.0, 4.0], [-1.0, 0.0], [0.0, 0.0]])
 D_VD = np.array([[1.0, 0.0], [0.0, 2.0]])
@@ -17,11 +17,10 @@ def test_dot_and_cosine_by_hand() -> None:
 
 
 def test_gain_by_hand() -> None:
-    # sqrt(p (1 - p)): 1/2 at 0.5, 0.4 at 0.2, 0 at 1
-    found_NV = influence(PRODUCTS_NV, NORMS_N, NORMS_V, "gain", np.array([0.5, 0.2, 1.0]))
+    # deviations 1/2, 0.4 and 0: verdicts of pass rates 0.5, 0.2 and 1
+    found_NV = influence(PRODUCTS_NV, NORMS_N, NORMS_V, "gain", np.array([0.25, 0.16, 0.0]))
     np.testing.assert_allclose(found_NV, [[0.3, 0.4], [-0.4, 0], [0, 0]])
-    np.testing.assert_allclose(learnability(np.array([0.5, 0.2, 1.0])), [0.25, 0.16, 0])
-    with pytest.raises(ValueError, match="pass rates"):
+    with pytest.raises(ValueError, match="variances"):
         influence(PRODUCTS_NV, NORMS_N, NORMS_V, "gain")
 
 
@@ -32,8 +31,27 @@ def test_gain_is_dot_where_right_and_wrong_are_equally_far_apart() -> None:
     apart_ND *= 3 / np.linalg.norm(apart_ND, axis=1, keepdims=True)
     g_ND, d_VD = np.sqrt(p_N * (1 - p_N))[:, None] * apart_ND, rng.normal(size=(1, 4))
     lengths = np.linalg.norm(g_ND, axis=1), np.linalg.norm(d_VD, axis=1)
-    gain_NV = influence(g_ND @ d_VD.T, *lengths, "gain", p_N)
+    gain_NV = influence(g_ND @ d_VD.T, *lengths, "gain", p_N * (1 - p_N))
     np.testing.assert_allclose(g_ND @ d_VD.T, gain_NV * 3 * lengths[1])
+
+
+@given(st.integers(1, 9), st.integers(0, 9))
+def test_the_variance_of_verdicts_is_learnability_to_the_bit(size: int, right: int) -> None:
+    right = min(right, size)
+    p = right / size
+    assert reward_variance(np.array([1.0] * right + [0.0] * (size - right))) == p * (1 - p)
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=9))
+def test_the_variance_of_graded_rewards_is_numpys(rewards: list[float]) -> None:
+    assert reward_variance(np.array(rewards)) == pytest.approx(np.var(rewards), abs=1e-15)
+    assert reward_variance(np.full(len(rewards), rewards[0])) == 0  # exactly: equal rewards teach nothing
+
+
+def test_the_variance_of_each_group() -> None:
+    assert reward_variance(np.array([[0.0, 1.0], [0.3, 0.3], [np.nan, 1.0]])).tolist()[:2] == [0.25, 0]
+    assert np.isnan(reward_variance(np.array([[np.nan, 1.0], [np.inf, np.inf]]))).all()
+    assert np.isnan(reward_variance(np.zeros((3, 0)))).all()
 
 
 def test_they_rank_differently() -> None:

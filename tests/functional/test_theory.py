@@ -20,7 +20,7 @@ from torch import Tensor
 from cropi.functional.advantages import EPSILON
 from cropi.functional.agreement import top_overlap
 from cropi.functional.fusion import reciprocal_rank_fusion
-from cropi.functional.influence import influence, learnability, mean_weights
+from cropi.functional.influence import influence, mean_weights
 from cropi.functional.surrogate import corrected_ratios, effective_sample_share
 from cropi.gradients.packing import Span
 from cropi.gradients.ratios import RatioMoments, moments
@@ -179,13 +179,12 @@ def test_cosine_with_the_mean_weighs_each_cosine_by_the_length_of_its_gradient()
 
 
 def test_learnability_is_a_factor_of_the_gradient_of_a_pass_rate() -> None:
-    """p (1 - p) times the difference of the mean scores of right and of wrong completions; p (1 - p) by the library."""
+    """p (1 - p) times the difference of the mean scores of right and of wrong completions."""
     chances_C, scores_CP = probabilities(BETA).numpy(), units(BETA, BETA, "token").numpy()
     rights, wrongs = (chances_C * (reward == REWARDS_C) for reward in (1.0, 0.0))
     p = rights.sum()
-    (factor,) = learnability(np.array([p]))
     contrast_P = (rights / p - wrongs / (1 - p)) @ scores_CP
-    assert gap(factor * contrast_P, slope(lambda t: expected(t, REWARDS_C), BETA)) < 1e-12
+    assert gap(p * (1 - p) * contrast_P, slope(lambda t: expected(t, REWARDS_C), BETA)) < 1e-12
 
 
 def test_the_token_ratio_is_exact_at_the_behaviour_policy_and_not_away_from_it() -> None:

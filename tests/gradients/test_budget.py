@@ -212,7 +212,7 @@ def test_the_cut_is_the_one_that_selection_will_make(truncate: bool) -> None:
     ids = [f"p{row:04}" for row in range(100)]
     statuses = ["ok"] * 40 + ["no_signal"] * 60
     influence_by_set = {f"v{v}": values_NV[:, v] for v in range(3)}
-    candidates = Candidates(ids, [""] * 100, statuses, np.zeros(100), {}, influence_by_set, 0, 0)
+    candidates = Candidates(ids, [""] * 100, statuses, np.zeros(100), np.zeros(100), {}, influence_by_set, 0, 0)
     strategy = InfluenceStrategy(type="influence")
     ranking = rank(candidates, strategy, SelectConfig(strategy=strategy, fusion=FusionConfig(truncate=truncate)))
     best = sorted(range(40), key=lambda row: (-ranking.scores_N[row], ids[row]))[:10]

@@ -205,7 +205,7 @@ def outcomes(fabricate, sources, size, **settings):
     """Prompts p000, p001, ... with falling influence, chosen by `select`: what is said of each."""
     ids = [f"p{number:03}" for number in range(len(sources))]
     values_N = np.arange(len(ids), 0.0, -1.0)
-    candidates = Candidates(ids, sources, ["ok"] * len(ids), values_N / 10, {}, {}, 0, 0)
+    candidates = Candidates(ids, sources, ["ok"] * len(ids), values_N / 10, values_N, {}, {}, 0, 0)
     ranking = Ranking(values_N, np.ones(len(ids), dtype=bool), "influence", {})
     select = {"strategy": {"type": "influence"}, "fraction": 0.5, **settings}
     space = fabricate(prompts=len(ids), settings={"select": select}, stages_selected=0, stages_scored=1, trained=False)

@@ -11,11 +11,11 @@ from cropi.selection.select import rank
 
 
 def pool(pass_rates: list[float], size: int = 8, **facts: object) -> Candidates:
-    """Prompts a, b, … of one source with these pass rates of K = `size`; NaN: the answer cannot be read."""
+    """Prompts a, b, … of one source with these pass rates of K = `size` verdicts; NaN: the answer cannot be read."""
     p_N = np.array(pass_rates)
     statuses = ["gold_unparseable" if np.isnan(p) else "ok" if 0 < p < 1 else "no_signal" for p in p_N]
     ids = [f"{chr(97 + n // 26)}{chr(97 + n % 26)}" if len(p_N) > 26 else chr(97 + n) for n in range(len(p_N))]
-    plain = Candidates(ids, ["x"] * len(ids), statuses, p_N, {}, {}, 0, 0)
+    plain = Candidates(ids, ["x"] * len(ids), statuses, p_N, p_N * (1 - p_N), {}, {}, 0, 0)
     sizes_N = np.where(np.isnan(p_N), 0, size)
     return dataclasses.replace(plain, **({"group_sizes_N": sizes_N} | facts))
 

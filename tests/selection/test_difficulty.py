@@ -33,10 +33,9 @@ def test_mid_has_the_order_of_learnability(right: list[int]) -> None:
 
 @pytest.mark.parametrize("size", [2, 3, 7, 8])
 def test_normalised_variance_is_the_sample_variance_over_its_largest(size: int) -> None:
-    p_N = np.arange(size + 1) / size
     rewards = [[1.0] * c + [0.0] * (size - c) for c in range(size + 1)]
     variances_N = np.var(rewards, axis=1, ddof=1)
-    found_N = normalised_variance(p_N, np.full(size + 1, size))
+    found_N = normalised_variance(np.var(rewards, axis=1), np.full(size + 1, size))
     np.testing.assert_allclose(found_N, variances_N / variances_N.max())
     # VCRL's own forms of the largest: G / (4 (G - 1)) for an even group, (G + 1) / (4 G) for an odd one
     most = size / (4 * (size - 1)) if size % 2 == 0 else (size + 1) / (4 * size)

@@ -109,7 +109,7 @@ def test_similarity_and_learnability() -> None:
     assert both.reads_trajectories
     assert not both.reads_scores
     assert chosen(both, 2, ALIKE) == ["a", "c"]  # e has no signal; c has little, but the others are not like them
-    even = dataclasses.replace(ALIKE, pass_rates_N=np.array([1 / 64, 0.5, 0.5, 0.5, 1.0, 0.5, 0.5]))
+    even = dataclasses.replace(ALIKE, variances_N=np.array([1 / 64, 0.25, 0.25, 0.25, 0.0, 0.25, 0.25]))
     assert chosen(both, 2, even) == ["c", "a"]
 
 

@@ -10,7 +10,8 @@ from tests.selection.pool import pool, scores
 from cropi.config import PooledStrategy, SelectConfig
 from cropi.console import warn_once
 from cropi.functional import pooling
-from cropi.selection.candidates import Candidates, Evidence, Visit
+from cropi.observed import Visit
+from cropi.selection.candidates import Candidates, Evidence
 from cropi.selection.choose import choose, selection_table
 from cropi.selection.pooled import _agreement, _shares
 from cropi.selection.select import rank
@@ -67,7 +68,7 @@ def kinds(found: Candidates, size: int = 40, **options: Any) -> dict[int, int]:
 
 def visits(pool: Candidates, kind: int, mean: float, step: int) -> list[Visit]:
     """Training has seen every prompt of a kind, with this mean reward."""
-    return [Visit(step, i, mean, 8) for i, k in zip(pool.prompt_ids, KIND, strict=True) if k == kind]
+    return [Visit(step, i, mean, 8, mean * (1 - mean)) for i, k in zip(pool.prompt_ids, KIND, strict=True) if k == kind]
 
 
 def test_prompts_never_sampled_are_chosen_by_their_kind() -> None:

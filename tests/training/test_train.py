@@ -281,9 +281,13 @@ def test_rewards_are_recorded_and_forgotten_by_step(tmp_path: Path) -> None:
     for step, completions in ((0, ["1", "2"]), (1, ["1", "1"]), (2, ["2", "2"])):
         state = type("State", (), {"global_step": step})()
         reward(completions, ["1", "1"], ["p", "p"], [[1], [1]], trainer_state=state)
-    assert training_history(tmp_path / "r.jsonl", 3) == [(0, "p", 0.5, 2), (1, "p", 1.0, 2), (2, "p", 0.0, 2)]
+    assert training_history(tmp_path / "r.jsonl", 3) == [
+        (0, "p", 0.5, 2, 0.25),
+        (1, "p", 1.0, 2, 0),
+        (2, "p", 0.0, 2, 0),
+    ]
     reward.forget_from(1)
-    assert training_history(tmp_path / "r.jsonl", 3) == [(0, "p", 0.5, 2)]
+    assert training_history(tmp_path / "r.jsonl", 3) == [(0, "p", 0.5, 2, 0.25)]
 
 
 def test_the_builtin_policy_is_there() -> None:

@@ -208,7 +208,7 @@ class Kind:
     """Of the training prompts' advantages."""
     validation_std: bool
     score: Score
-    """`gain`: cosine x sqrt(p (1 - p)), p the pass rate of the stored trajectories."""
+    """`gain`: cosine x standard deviation of the rewards of the stored trajectories."""
     preconditioned: bool
     """With Adam's P: <g, P d>, and lengths sqrt(<g, P g>)."""
 
@@ -258,7 +258,7 @@ class PromptScores:
             ]
             for way in ways
         }
-        self._pass_rates_N = np.array([group.pass_rate for group in train])
+        self._variances_N = np.array([group.variance for group in train])
         # products[base][n]: with every direction, plain then preconditioned, then both squared lengths
         self._products = {base: self._meet(engine, base, diagonal) for base in ("sequence", "constant")}
         self._lengths_V = {
@@ -279,11 +279,11 @@ class PromptScores:
             return products_NV * scales_N1
         lengths_NV = lengths_N1 * self._lengths_V[((kind.normalizer, kind.validation_std), kind.preconditioned)]
         cosines_NV = np.divide(products_NV, lengths_NV, out=np.zeros_like(products_NV), where=lengths_NV > 0)
-        return functional.gain(cosines_NV, self._pass_rates_N) if kind.score == "gain" else cosines_NV
+        return functional.gain(cosines_NV, self._variances_N) if kind.score == "gain" else cosines_NV
 
     def learnability(self) -> Float[np.ndarray, " N"]:
-        """p (1 - p)."""
-        return functional.learnability(self._pass_rates_N)
+        """Variance of the rewards."""
+        return self._variances_N
 
     def _scales(self, kind: Kind) -> Float[np.ndarray, " N"]:
         """What multiplies the gradient without deviation under the base normaliser; 0 without signal."""

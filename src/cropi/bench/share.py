@@ -143,12 +143,14 @@ def selection_seconds() -> float:
     """Seconds to fuse two rankings of so many prompts and to choose from them: measured, with made-up scores."""
     generator = np.random.default_rng(0)
     ids = [f"{row:08x}" for row in range(PROMPTS)]
+    rates_N = generator.random(PROMPTS)
     candidates = Candidates(
         prompt_ids=ids,
         sources=["pool"] * PROMPTS,
         statuses=["ok"] * PROMPTS,
-        pass_rates_N=generator.random(PROMPTS),
-        training_pass_rates={},
+        pass_rates_N=rates_N,
+        variances_N=rates_N * (1 - rates_N),
+        training_variances={},
         influence={f"set {v}": generator.standard_normal(PROMPTS) for v in range(VALIDATION_SETS)},
         stage=0,
         seed=0,

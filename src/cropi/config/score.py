@@ -140,7 +140,7 @@ class ScoreConfig(Table):
     """What a prompt's surrogate is divided by. `auto` matches the trainer's loss; see docs/decisions."""
     score: Literal["dot", "cosine", "gain"] = "dot"
     """`dot` is the first-order gain of a step along the prompt's gradient; `cosine` is what the paper's runs use;
-    `gain` is cosine x sqrt(p (1 - p))."""
+    `gain` is cosine x standard deviation of the rewards."""
     advantage_std: bool | Literal["auto"] = "auto"
     """Divide advantages by the group's standard deviation (GRPO). `auto` follows `trainer.scale_rewards`."""
     validation_mean: Literal["plain", "normalized"] = "plain"

@@ -31,15 +31,16 @@ def influence(
     norms_N: Float[np.ndarray, " N"],
     norms_V: Float[np.ndarray, " V"],
     score: Score = "dot",
-    pass_rates_N: Float[np.ndarray, " N"] | None = None,
+    variances_N: Float[np.ndarray, " N"] | None = None,
 ) -> Float[np.ndarray, "N V"]:
     """Influence of N prompts on V validation sets from inner products <g_i, d_v> (paper: the product of gradients).
 
     `dot`: <g_i, d_v>, the first-order gain of the validation objective from a step along g_i.
     `cosine`: <g_i, d_v> / (|g_i| |d_v|), the gain of a step of fixed length (what the paper's experiments rank by).
-    `gain`: cosine x sqrt(p_i (1 - p_i)), p_i the pass rate of the prompt's trajectories (`pass_rates_N`). Ours: the
-    `dot` of gradients whose advantages are divided by their deviation, if the mean log-likelihood gradients of right
-    and of wrong completions lay equally far apart for every prompt. What lengths say beyond that is taken for noise.
+    `gain`: cosine x standard deviation of the prompt's rewards (`variances_N`), sqrt(p_i (1 - p_i)) where these are
+    verdicts. Ours: the `dot` of gradients whose advantages are divided by their deviation, if the mean log-likelihood
+    gradients of right and of wrong completions lay equally far apart for every prompt. What lengths say beyond that is
+    taken for noise.
     A zero vector on either side gives 0; what is not a finite number stays so. `dot` reads no norms.
     """
     if score == "dot":
@@ -49,16 +50,27 @@ def influence(
         cosines_NV = np.divide(products_NV, norms_NV, out=np.zeros(products_NV.shape), where=norms_NV != 0)
     if score == "cosine":
         return cosines_NV
-    if pass_rates_N is None:
-        raise ValueError("gain needs the pass rates")
-    return gain(cosines_NV, pass_rates_N)
+    if variances_N is None:
+        raise ValueError("gain needs the variances of the rewards")
+    return gain(cosines_NV, variances_N)
 
 
-def gain(cosines_NV: Float[np.ndarray, "N V"], pass_rates_N: Float[np.ndarray, " N"]) -> Float[np.ndarray, "N V"]:
-    """cosine x sqrt(p (1 - p)): see `influence`."""
-    return cosines_NV * np.sqrt(learnability(pass_rates_N))[:, None]
+def gain(cosines_NV: Float[np.ndarray, "N V"], variances_N: Float[np.ndarray, " N"]) -> Float[np.ndarray, "N V"]:
+    """cosine x standard deviation of the rewards: see `influence`."""
+    return cosines_NV * np.sqrt(variances_N)[:, None]
 
 
-def learnability(pass_rates_N: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
-    """p (1 - p), the variance of a verdict (Foerster & Foster, arXiv 2502.12272). NaN stays NaN."""
-    return pass_rates_N * (1 - pass_rates_N)
+def reward_variance(rewards_XK: Float[np.ndarray, "*X K"]) -> Float[np.ndarray, "*X"]:
+    """Population variance of each group's rewards, m (1 - m) - mean[r (1 - r)] with m their mean.
+
+    For verdicts, 0 and 1, this is p (1 - p) to the bit: learnability (Foerster & Foster, arXiv 2502.12272). Equal
+    rewards give exactly 0; rewards that are not finite, or none, NaN.
+    """
+    rewards_XK = np.asarray(rewards_XK, dtype=np.float64)
+    if not rewards_XK.shape[-1]:
+        return np.full(rewards_XK.shape[:-1], np.nan)
+    with np.errstate(invalid="ignore"):
+        mean_X = rewards_XK.mean(axis=-1)
+        variance_X = mean_X * (1 - mean_X) - (rewards_XK * (1 - rewards_XK)).mean(axis=-1)
+    equal_X = (rewards_XK == rewards_XK[..., :1]).all(axis=-1) & np.isfinite(mean_X)
+    return np.where(equal_X, 0.0, np.maximum(variance_X, 0.0))

@@ -1,14 +1,18 @@
 """A group: the K trajectories of one prompt."""
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from cropi.artifacts import GOLD_UNPARSEABLE, NO_SIGNAL, OK
+from cropi.functional.influence import reward_variance
+from cropi.observed import GroupFacts
 
 
 @dataclass(frozen=True)
@@ -48,8 +52,22 @@ class Group:
         return sum(self.rewards) / len(self.rewards) if self.rewards else float("nan")
 
     @property
+    def variance(self) -> float:
+        """Of the rewards: p (1 - p) where they are 0 and 1."""
+        return float(reward_variance(np.array(self.rewards, dtype=np.float64)))
+
+    @property
     def completion_tokens(self) -> int:
         return sum(len(completion) for completion in self.completions)
+
+
+def group_facts(table: pa.Table) -> dict[str, GroupFacts]:
+    """Of every group of one set's trajectories, by prompt id."""
+    unreadable = GroupFacts(GOLD_UNPARSEABLE, math.nan, math.nan)
+    return {
+        prompt_id: unreadable if group is None else GroupFacts(group.status, group.pass_rate, group.variance)
+        for prompt_id, group in iterate_groups(table)
+    }
 
 
 _COLUMNS = ["prompt_id", "sample", "prompt_ids", "completion_ids", "behaviour_logprobs", "reward", "status"]

@@ -44,7 +44,7 @@ def joined(parts: Sequence[Scored]) -> Scored:
         None,
         sum(part.tokens_computed for part in parts),
         np.concatenate([part.errors_NV for part in parts if part.errors_NV is not None]),
-        np.concatenate([part.pass_rates_N for part in parts if part.pass_rates_N is not None]),
+        np.concatenate([part.variances_N for part in parts if part.variances_N is not None]),
     )
 
 
@@ -66,6 +66,6 @@ def _block(scorer: Scorer, groups: Sequence[Group], advance: Callable[[int], Non
         ratio_facts_NR=facts_NR,
         features_ND=None,
         ratios=(),
-        pass_rates_N=np.array([group.pass_rate for group in groups], dtype=np.float64),
+        variances_N=np.array([group.variance for group in groups], dtype=np.float64),
         errors_NV=np.abs(products_NHV[:, 0] - products_NHV[:, 1]),
     )

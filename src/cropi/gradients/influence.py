@@ -61,7 +61,7 @@ def influence(
     Inf_v(i) = <g_i, (1/M) sum_m g_m> with g the gradient of a prompt's off-policy surrogate
     sum_k (1/Z_k) sum_t rho_{k,t} A_k (paper eq. 4 and its definition of influence): to first order, what a step along
     g_i adds to the validation objective. `score="cosine"` divides by both lengths, as the paper's experiments do;
-    `score="gain"` multiplies that by sqrt(p (1 - p)), p the mean reward.
+    `score="gain"` multiplies that by the standard deviation of the prompt's rewards.
 
     policy: a transformers causal LM, or a PEFT model around one; gradients are those of its trainable parameters.
     train, validation: groups of trajectories; the validation sets' order is the mapping's.

@@ -64,8 +64,8 @@ class Scored:
     tokens_computed: int
     errors_NV: Float[np.ndarray, "N V"] | None = None
     """Standard errors of the influence, if asked for: 0 without signal, NaN for fewer than three trajectories."""
-    pass_rates_N: Float[np.ndarray, " N"] | None = None
-    """Mean rewards."""
+    variances_N: Float[np.ndarray, " N"] | None = None
+    """Of the rewards."""
     ratios: Sequence[RatioMoments] = ()
     """What the facts are made of, where an engine ran."""
 
@@ -230,7 +230,7 @@ class Scorer:
                 scored = self._by_reference(groups, advance)
             else:
                 scored = self._by_engine(groups, factors, advance)
-        return replace(scored, pass_rates_N=np.array([group.pass_rate for group in groups], dtype=np.float64))
+        return replace(scored, variances_N=np.array([group.variance for group in groups], dtype=np.float64))
 
     def _by_engine(
         self,
@@ -331,7 +331,7 @@ class Scorer:
 
     def values(self, scored: Scored) -> Float[np.ndarray, "N V"]:
         """Influence by the scorer's score, 0 for a zero gradient: see `functional.influence`."""
-        return functional.influence(scored.products_NV, scored.norms_N, self._norms_V, self.score, scored.pass_rates_N)
+        return functional.influence(scored.products_NV, scored.norms_N, self._norms_V, self.score, scored.variances_N)
 
     def _pass(
         self, segments: Sequence[Segment], count: int, advance: Callable[[int], None] | None, *, norms: bool

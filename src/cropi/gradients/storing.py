@@ -88,8 +88,8 @@ def rows_of_store(
     """All scores read off a store, so that a resumed run has the same, a block of rows at a time."""
     values_NV = store.influence(scorer.features_VD) if scorer.score == "dot" else store.cosine(scorer.features_VD)
     if scorer.score == "gain":
-        rates = [group.pass_rate for group in groups_of(table, store.prompt_ids)]
-        values_NV = gain(values_NV, np.array(rates))
+        variances = [group.variance for group in groups_of(table, store.prompt_ids)]
+        values_NV = gain(values_NV, np.array(variances))
     facts = store.rows()
     norms_N = facts.column("norm").to_numpy()
     facts_NR = np.stack([facts.column(name).to_numpy() for name in FACTS], axis=1)

@@ -78,8 +78,8 @@ class Units:
         products_XV = self.products(settings, subsets_XK)
         if score == "dot":
             return products_XV
-        rates_X = self.rewards_K[self._all() if subsets_XK is None else subsets_XK].mean(axis=1)
-        return functional.influence(products_XV, self.norms(settings, subsets_XK), norms_V, score, rates_X)
+        variances_X = functional.reward_variance(self.rewards_K[self._all() if subsets_XK is None else subsets_XK])
+        return functional.influence(products_XV, self.norms(settings, subsets_XK), norms_V, score, variances_X)
 
     def errors(
         self, settings: SurrogateSettings, score: functional.Score, norms_V: Float[np.ndarray, " V"]

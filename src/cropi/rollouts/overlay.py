@@ -28,14 +28,13 @@ from cropi.artifacts import (
     write_table,
 )
 from cropi.console import warn, warn_once
+from cropi.observed import GroupFacts
 from cropi.rollouts.collect import read_trajectories
 from cropi.workspace import Arm, Workspace, rollout_files
 
 FRESH = "fresh trajectories"  # kinds of artifacts
 REUSED = "rollouts"
 IMPORTED = "imported trajectories"
-
-GroupFacts = Callable[[pa.Table], dict[str, tuple[str, float]]]  # trajectories -> status and pass rate by prompt
 
 
 @dataclass(frozen=True)
@@ -134,7 +133,7 @@ class Trajectories:
     Keeps the base policy's in memory, and the newer ones of the arm and stage asked for last.
     """
 
-    def __init__(self, space: Workspace, facts: GroupFacts) -> None:
+    def __init__(self, space: Workspace, facts: Callable[[pa.Table], dict[str, GroupFacts]]) -> None:
         self._space, self._facts = space, facts
         self._latest: tuple[Path, int] | None = None
         self._overlay = read_overlay([])
@@ -156,8 +155,8 @@ class Trajectories:
         return read_trajectories(self._space.trajectories)
 
     @cached_property
-    def base_groups(self) -> dict[str, tuple[str, float]]:
-        """Status and pass rate of the base policy's groups: the groups themselves need not fit into memory."""
+    def base_groups(self) -> dict[str, GroupFacts]:
+        """Facts of the base policy's groups: the groups themselves need not fit into memory."""
         return self._facts(self.base["train"])
 
     def tables(self, arm: Arm, stage: int) -> dict[str, pa.Table]:
@@ -165,7 +164,7 @@ class Trajectories:
         newest = {"train": self.overlay(arm, stage).over(self.base["train"])}
         if self.refreshes_validation(arm, stage):
             for name, table in read_trajectories(arm.fresh_validation(stage)).items():
-                if any(status == OK for status, _ in self._facts(table).values()):
+                if any(group.status == OK for group in self._facts(table).values()):
                     newest[name] = table
                 else:
                     warn(
@@ -178,13 +177,13 @@ class Trajectories:
     def _too_long(self) -> frozenset[str]:
         return frozenset(self._open().details["too_long"])
 
-    def statuses(self, groups: Mapping[str, tuple[str, float]]) -> list[str]:
-        """Status of every training prompt, given status and pass rate of the groups that there are."""
+    def statuses(self, groups: Mapping[str, GroupFacts]) -> list[str]:
+        """Status of every training prompt, given the facts of the groups that there are."""
         without = {True: PROMPT_TOO_LONG, False: NOT_SAMPLED}
-        return [groups[i][0] if i in groups else without[i in self._too_long] for i in self._space.train_prompts]
+        return [groups[i].status if i in groups else without[i in self._too_long] for i in self._space.train_prompts]
 
-    def groups(self, overlay: Overlay) -> dict[str, tuple[str, float]]:
-        """Status and pass rate of every prompt's newest group."""
+    def groups(self, overlay: Overlay) -> dict[str, GroupFacts]:
+        """Facts of every prompt's newest group."""
         return {**self.base_groups, **self._facts(overlay.table)} if overlay.layer_of else self.base_groups
 
     def inputs(self, arm: Arm, stage: int) -> dict[str, str]:

@@ -5,21 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from cropi.artifacts import USABLE
-
-
-class Visit(NamedTuple):
-    """A prompt in a generation batch of the arm's own training."""
-
-    step: int  # the optimiser step under way, from 0
-    prompt_id: str
-    mean_reward: float
-    tries: int  # completions with a reward
+from cropi.observed import Visit
 
 
 @dataclass(frozen=True)
@@ -50,8 +42,9 @@ class Candidates:
     prompt_ids: Sequence[str]
     sources: Sequence[str]
     statuses: Sequence[str]
-    pass_rates_N: Float[np.ndarray, " N"]  # of the stored trajectories; NaN where there is no reward
-    training_pass_rates: Mapping[str, float]  # newest mean training reward by prompt id, for prompts trained on so far
+    pass_rates_N: Float[np.ndarray, " N"]  # mean rewards of the stored trajectories; NaN where there is no reward
+    variances_N: Float[np.ndarray, " N"]  # of these rewards, p (1 - p) where they are 0 and 1; NaN likewise
+    training_variances: Mapping[str, float]  # of the newest training rewards by prompt id, for prompts trained on
     influence: Mapping[str, Float[np.ndarray, " N"]]  # by direction; empty for strategies that do not ask for it
     stage: int
     seed: int

@@ -16,8 +16,8 @@ LEAST, MOST = 0.05, 0.95  # bounds of the probabilities (released code)
 def greso(candidates: Candidates, strategy: GresoStrategy, config: SelectConfig) -> Ranking:
     """Every usable prompt is kept with probability max(p^z_i, floor) (GRESO, arXiv 2506.02177).
 
-    z_i: visits in a row, up to the newest, in which all rewards were 1 (p = p_easy) or all 0 (p = p_hard). A prompt
-    with z_i = 0, or not visited yet, is always kept.
+    z_i: visits in a row, up to the newest, in which all rewards were 1 (p = p_easy) or all 0 (p = p_hard); of graded
+    rewards, all equal, and at least 1/2 or less. A prompt with z_i = 0, or not visited yet, is always kept.
 
     Published: the filter runs before every batch, and batches are filled up to their size, with dynamic sampling behind
     it (`train.dynamic_sampling`). Here it runs at the start of a stage, and the stage trains on all prompts that it
@@ -57,7 +57,7 @@ def replay(candidates: Candidates, strategy: GresoStrategy) -> Past:
     for step, group in groupby(candidates.visits, key=lambda visit: visit.step):
         kinds = []
         for visit in group:
-            kind = {1.0: EASY, 0.0: HARD}.get(visit.mean_reward)
+            kind = None if visit.variance > 0 else EASY if visit.mean_reward >= 0.5 else HARD
             last, length = streaks.get(visit.prompt_id, (kind, 0))
             if kind is None:
                 streaks.pop(visit.prompt_id, None)

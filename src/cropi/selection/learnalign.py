@@ -4,7 +4,6 @@ import numpy as np
 
 from cropi.artifacts import OK
 from cropi.config import CANDIDATES, LearnAlignStrategy, SelectConfig
-from cropi.functional import influence as functional
 from cropi.functional.alignment import halves, mean_cosines
 from cropi.seeds import unit_interval
 from cropi.selection.candidates import Candidates, Ranking
@@ -26,5 +25,5 @@ def learnalign(candidates: Candidates, strategy: LearnAlignStrategy, config: Sel
     in_half_N2 = np.array([[i in half for half in members] for i in candidates.prompt_ids])
     products_N2 = np.stack([candidates.influence[name] for name in CANDIDATES], axis=1)
     cosines_N = mean_cosines(products_N2, np.nan_to_num(candidates.lengths_N), in_half_N2)
-    scores_N = np.nan_to_num(functional.learnability(candidates.pass_rates_N)) * cosines_N
+    scores_N = np.nan_to_num(candidates.variances_N) * cosines_N
     return Ranking(scores_N, with_signal_N, "aligned with the pool and learnable", {})

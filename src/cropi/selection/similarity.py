@@ -3,7 +3,6 @@
 import numpy as np
 
 from cropi.config import SelectConfig, SimilarityStrategy
-from cropi.functional import influence as functional
 from cropi.functional.similarity import tfidf_similarity
 from cropi.leakage import words
 from cropi.selection.candidates import Candidates, Ranking
@@ -21,6 +20,6 @@ def similarity(candidates: Candidates, strategy: SimilarityStrategy, config: Sel
     values = tfidf_similarity([words(text) for text in candidates.texts], of_sets, strategy.over)
     if not strategy.learnability:
         return fuse(candidates, values, candidates.usable_N, config, "similar")
-    variance_N = np.nan_to_num(functional.learnability(candidates.pass_rates_N))
+    variance_N = np.nan_to_num(candidates.variances_N)
     values = {name: np.maximum(0.0, values_N - values_N.mean()) * variance_N for name, values_N in values.items()}
     return fuse(candidates, values, variance_N > 0, config, "similar and learnable")

@@ -16,7 +16,7 @@ def vcrl(candidates: Candidates, strategy: VcrlStrategy, config: SelectConfig) -
     bank.
     """
     assert candidates.group_sizes_N is not None
-    variance_N = normalised_variance(candidates.pass_rates_N, candidates.group_sizes_N)
+    variance_N = normalised_variance(candidates.variances_N, candidates.group_sizes_N)
     keys = [unit_interval(candidates.seed, "vcrl", candidates.stage, i) for i in candidates.prompt_ids]
     eligible_N = variance_N >= strategy.kappa - 1e-12  # a group that has kappa exactly has it in spite of rounding
     return Ranking(
@@ -24,9 +24,11 @@ def vcrl(candidates: Candidates, strategy: VcrlStrategy, config: SelectConfig) -
     )
 
 
-def normalised_variance(p_N: Float[np.ndarray, " N"], sizes_N: Int[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
-    """c (K - c) / (floor(K/2) ceil(K/2)) with c = p K right answers of K: the variance of a group's verdicts over the
-    largest that K verdicts can have. 0 where there is none."""
-    right_N = np.nan_to_num(p_N) * sizes_N
+def normalised_variance(
+    variances_N: Float[np.ndarray, " N"], sizes_N: Int[np.ndarray, " N"]
+) -> Float[np.ndarray, " N"]:
+    """K^2 Var / (floor(K/2) ceil(K/2)): the variance of a group's K rewards over the largest that K rewards from 0 to 1
+    can have, that of half zeros and half ones. For c right verdicts, c (K - c) over it. 0 where there is none."""
     most_N = (sizes_N // 2) * ((sizes_N + 1) // 2)
-    return np.divide(right_N * (sizes_N - right_N), most_N, out=np.zeros(len(p_N)), where=most_N > 0)
+    spread_N = np.nan_to_num(variances_N) * sizes_N**2
+    return np.divide(spread_N, most_N, out=np.zeros(len(variances_N)), where=most_N > 0)

@@ -4,10 +4,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from cropi.artifacts import read_jsonl
+from cropi.observed import Visit, visit
 
 
-def training_history(path: Path, before_step: int) -> list[tuple[int, str, float, int]]:
-    """(step, prompt id, mean reward, number of rewards) of every prompt in every generation batch before a step.
+def training_history(path: Path, before_step: int) -> list[Visit]:
+    """Every prompt in every generation batch before a step.
 
     In the order of the batches, and by id within one. A prompt that a batch holds twice is one entry; completions that
     could not be judged do not count, and a prompt without any that could is left out.
@@ -20,16 +21,14 @@ def training_history(path: Path, before_step: int) -> list[tuple[int, str, float
         for prompt_id, value in zip(row["prompt_ids"], row["rewards"], strict=True):
             if value is not None:
                 values.setdefault(prompt_id, []).append(value)
-        found += [(row["step"], i, sum(rewards) / len(rewards), len(rewards)) for i, rewards in sorted(values.items())]
+        found += [visit(row["step"], prompt_id, rewards) for prompt_id, rewards in sorted(values.items())]
     return found
 
 
-def newest_rates(
-    history: Iterable[tuple[int, str, float, int]], since_steps: Mapping[str, int] | None = None
-) -> dict[str, float]:
-    """Newest mean training reward of every prompt of a history.
+def newest_variances(history: Iterable[Visit], since_steps: Mapping[str, int] | None = None) -> dict[str, float]:
+    """Variance of the newest training rewards of every prompt of a history.
 
     A prompt in `since_steps` counts only if it was trained on at or after its step there: it has other, newer rewards.
     """
     since_steps = since_steps or {}
-    return {prompt_id: mean for step, prompt_id, mean, _ in history if step >= since_steps.get(prompt_id, 0)}
+    return {one.prompt_id: one.variance for one in history if one.step >= since_steps.get(one.prompt_id, 0)}

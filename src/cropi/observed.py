@@ -1,0 +1,34 @@
+"""What is known of groups and of training without their tokens: what one stage tells the next."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from cropi.functional.influence import reward_variance
+
+
+class GroupFacts(NamedTuple):
+    """Of a prompt's stored trajectories; NaN where they have no rewards."""
+
+    status: str
+    pass_rate: float  # mean reward
+    variance: float  # of the rewards
+
+
+class Visit(NamedTuple):
+    """A prompt in a generation batch of an arm's own training."""
+
+    step: int  # the optimiser step under way, from 0
+    prompt_id: str
+    mean_reward: float
+    tries: int  # completions with a reward
+    variance: float  # of the rewards
+
+
+def visit(step: int, prompt_id: str, rewards: Sequence[float]) -> Visit:
+    """What rewards of a prompt, one or more, come to."""
+    variance = float(reward_variance(np.array(rewards, dtype=np.float64)))
+    return Visit(step, prompt_id, sum(rewards) / len(rewards), len(rewards), variance)
