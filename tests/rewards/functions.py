@@ -98,6 +98,19 @@ def sees(prompts: list[Any], completions: list[str], source: list[str], level: l
     return [float(prompts[0][-1]["content"] == "2+5?" and source == ["sums"] and level == [3])]
 
 
+def near(completions: list[str], answer: list[str], **_: Any) -> list[float]:
+    """1 / (1 + distance) of the number after the last `answer ` from the gold one."""
+    given = [text.rpartition("answer ")[2].strip() for text in completions]
+    return [
+        1 / (1 + abs(int(number) - int(gold))) if number.isdecimal() and gold.isdecimal() else float(number == gold)
+        for number, gold in zip(given, answer, strict=True)
+    ]
+
+
+def grades(completions: list[str], **_: Any) -> list[float]:
+    return [float(text) for text in completions]
+
+
 def two(completions: list[str], **_: Any) -> list[float]:
     return [1.0, 1.0]
 

@@ -10,7 +10,7 @@ import pytest
 
 from cropi.config import FunctionVerifier, ReasoningGymVerifier, VerlVerifier
 from cropi.rewards.adapters import is_formula
-from cropi.rewards.verdicts import CORRECT, UNPARSEABLE_ANSWER, UNPARSEABLE_GOLD, WRONG, Answered
+from cropi.rewards.verdicts import CORRECT, UNPARSEABLE_ANSWER, UNPARSEABLE_GOLD, WRONG, Answered, Graded
 from cropi.rewards.verifiers import verifier, written_gold
 
 HERE = "tests.rewards.functions"
@@ -36,6 +36,19 @@ def test_a_function_gets_prompt_source_and_the_extra_columns() -> None:
 def test_none_excludes_and_the_threshold_counts() -> None:
     assert function("none")(Answered("7", "7")) == UNPARSEABLE_GOLD  # type: ignore[operator]
     assert function("equal", threshold=1.5)(Answered("7", "7")) == WRONG  # type: ignore[operator]
+
+
+def test_a_grade_is_the_reward_and_the_threshold_still_says_what_is_right() -> None:
+    graded = function("grades", graded=True, threshold=0.6)
+    assert graded(Answered("0.25", "7")) == Graded(WRONG, 0.25)  # type: ignore[operator]
+    assert graded(Answered("0.6", "7")) == Graded(CORRECT, 0.6)  # type: ignore[operator]
+    assert function("none", graded=True)(Answered("7", "7")) == UNPARSEABLE_GOLD  # type: ignore[operator]
+    verl = verifier(VerlVerifier(type="verl", path=f"{HERE}.verl_score", graded=True))
+    assert verl(Answered("7", "7", "sums")) == Graded(CORRECT, 1.0)
+    for outside in ("1.5", "-0.5", "inf"):
+        with pytest.raises(ValueError, match="outside 0 to 1"):
+            graded(Answered(outside, "7"))  # type: ignore[operator]
+        assert function("grades")(Answered(outside, "7")) in {CORRECT, WRONG}  # type: ignore[operator]
 
 
 @pytest.mark.parametrize("name", ["two", "not_a_number"])
@@ -90,6 +103,10 @@ def test_reasoning_gym_s_partial_credit_and_threshold() -> None:
     row = Answered("1" + str(entry["answer"]), str(entry["answer"]), "chain_sum", "", json.dumps(entry["metadata"]))
     assert verifier(ReasoningGymVerifier(type="reasoning_gym"))(row) == WRONG
     assert verifier(ReasoningGymVerifier(type="reasoning_gym", threshold=1e-9))(row) == CORRECT
+    found = verifier(ReasoningGymVerifier(type="reasoning_gym", graded=True))(row)
+    assert isinstance(found, Graded)
+    assert found.verdict == WRONG
+    assert 0 < found.grade < 1
 
 
 def test_a_task_that_does_not_exist_is_an_unreadable_gold_answer() -> None:

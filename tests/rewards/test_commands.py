@@ -62,6 +62,20 @@ def test_settings_and_limits_of_a_verifier_and_a_function_in_the_working_folder(
     assert code == 0
 
 
+def test_grades_are_shown(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def f(completions, **_):\n    return [len(completions[0]) / 4]\n")
+    rows = [{"completion": text, "answer": "7"} for text in ("7", "777", "77777")]
+    options = ["--option", "path=mine.f", "--option", "graded=true"]
+    found, _, code = verify(lines(*rows), "--verifier", "function", *options, cwd=tmp_path)
+    assert [(row["verdict"], row.get("reward")) for row in found] == [
+        ("wrong", 0.25),
+        ("correct", 0.75),
+        ("error", None),
+    ]
+    assert "outside 0 to 1" in found[2]["note"]
+    assert code == 0
+
+
 @pytest.mark.parametrize(
     ("text", "arguments", "message"),
     [
@@ -135,6 +149,18 @@ def test_an_audit_by_hand() -> None:
     assert any("1 gold answers cannot be read" in text for text in audit.fixes)
     assert any("few completions of easy, hard" in text for text in audit.fixes)
     assert "numeric and exact disagree on 1 of 8" in audit.as_text()
+
+
+def test_an_audit_of_grades_tells_their_mean() -> None:
+    config = load_config("quickstart", ["verifier={type: function, path: tests.rewards.functions.near, graded: true}"])
+    rows = [PROMPTS[n] for n in (0, 0, 1, 2)]
+    audit = audit_of(config, PROMPTS[:3], rows, ["answer 1", "answer 2", "answer 4", "answer 7"], "by hand", None)
+    assert audit.sources == {
+        "easy": {"completions": 3, "in_format": 1, "right": 2 / 3, "reward": pytest.approx((1 + 1 / 2 + 1 / 3) / 3)},
+        "hard": {"completions": 1, "in_format": 1, "right": 0, "reward": 0.2},
+    }
+    assert audit.fixes == []  # not hopeless: it earns something
+    assert "0.611" in audit.as_text()
 
 
 def test_nothing_to_fix() -> None:

@@ -22,6 +22,7 @@ from cropi.config import (
     Gsm8kVerifier,
     MathVerifier,
     NumericVerifier,
+    ReasoningGymVerifier,
     VerificationConfig,
 )
 from cropi.errors import ConfigError
@@ -43,6 +44,31 @@ def test_verdicts_come_in_the_order_of_the_rows() -> None:
         verdicts = [judgement.verdict for judgement in pool(rows)]
     assert verdicts == [CORRECT if n % 3 else WRONG for n in range(500)]
     assert pool.counts == {CORRECT: 333, WRONG: 167}
+
+
+def test_grades_come_out_of_the_processes_and_what_is_outside_is_an_error(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    graded = function("grades").model_copy(update={"graded": True})
+    with Pool(graded, LIMITS) as pool:
+        found = pool([Answered(text, "7") for text in ("0.25", "1", "0", "3", "no number")])
+    assert [one.verdict for one in found] == [WRONG, CORRECT, WRONG, ERROR, ERROR]
+    assert [one.reward for one in found] == [0.25, 1, 0, 0, 0]
+    assert "the score 3 is outside 0 to 1" in found[3].note
+    told = capsys.readouterr().err
+    assert told.count("the verifier failed on a completion") == 1
+    assert "the score 3 is outside 0 to 1" in told
+
+
+def test_a_grade_is_remembered() -> None:
+    verifier = ReasoningGymVerifier(type="reasoning_gym", graded=True)
+    row = Answered("17", "7", "chain_sum", "", "{}")
+    with Pool(verifier, LIMITS.model_copy(update={"memory_mb": 1024})) as pool:
+        first, twin = pool([row, row])
+        (again,) = pool([row])
+    assert first == twin == again
+    assert first.verdict == WRONG
+    assert 0 < first.grade < 1  # type: ignore[operator]
 
 
 def test_no_more_processes_than_rows() -> None:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
@@ -350,6 +351,30 @@ def test_a_threshold_that_is_a_reward_counts_as_reached(tmp_path: Path) -> None:
     assert any(value for row in rewards(tmp_path) for value in row["rewards"])
 
 
+def near(completions: Sequence[str], answer: Sequence[str], **_: Any) -> list[float]:
+    """0.2 for an answer in the form asked for, 1 for the right one."""
+    given = zip(completions, right(completions, answer), strict=True)
+    return [value or 0.2 * ("answer " in text) for text, value in given]
+
+
+def test_prompts_are_chosen_by_grades(tmp_path: Path) -> None:
+    trainer(tmp_path, select(graded=True), reward_funcs=near, max_steps=2).train()
+    folder = tmp_path / "_curriculum" / "run" / "trajectories"
+    stored = [row for path in folder.glob("*.parquet") for row in pq.read_table(path).to_pylist()]
+    assert {round(row["reward"], 3) for row in stored} == {0, 0.2, 1}
+    assert all((row["verdict"] == "correct") == (row["reward"] >= 0.5) for row in stored)
+    assert {round(value, 3) for row in rewards(tmp_path) for value in row["rewards"]} >= {0.2, 1}
+
+
+def test_a_grade_outside_0_to_1_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    def tens(completions: Sequence[str], answer: Sequence[str], **_: Any) -> list[float]:
+        return [10 * value for value in right(completions, answer)]
+
+    with pytest.raises(ConfigError, match=r"reward function tens.*outside 0 to 1"):
+        trainer(tmp_path, select(graded=True), reward_funcs=tens).train()
+    assert not rewards(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("settings", "stages", "steps"),
     [
@@ -392,6 +417,8 @@ def test_a_verifier_as_a_reward_function(tmp_path: Path) -> None:
     assert by_marker(completions, answer=["3", "3", "3"]) == by_words(completions, answer=["3", "3", "x"])
     assert Verified("numeric")([[{"role": "assistant", "content": "it is 7"}]], solution=[7]) == [1.0]
     assert Verified("numeric")(["7"], answer=["seven"]) == [None]
+    graded = Verified("function", path="tests.rewards.functions.near", graded=True, verification={"processes": 1})
+    assert graded(["answer 4", "answer 3"], answer=["3", "3"]) == [0.5, 1]
     with pytest.raises(DataError, match="no recorded answers"):
         by_marker(["answer 3"])
     with pytest.raises(ConfigError, match="did you mean 'numeric'"):

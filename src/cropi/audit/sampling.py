@@ -8,7 +8,7 @@ from typing import Any
 
 from cropi.gradients.groups import Group
 from cropi.policy import Policy
-from cropi.rewards.verdicts import Judge, answered, reward
+from cropi.rewards.verdicts import Judge, answered
 from cropi.rollouts.generation import Sampling, TransformersGenerator
 from cropi.seeds import derived_seed
 
@@ -46,7 +46,7 @@ def sample_groups(
     groups = []
     for number, prompt in enumerate(prompts):
         part = slice(number * count, (number + 1) * count)
-        rewards = [reward(judgement.verdict) for judgement in judged[part]]
+        rewards = [judgement.reward for judgement in judged[part]]
         known = [value for value in rewards if value is not None]
         if len(known) == count:
             groups.append(Group(prompt.prompt_id, prompt.prompt_ids, completions[part], known, None))

@@ -45,8 +45,10 @@ def verify(
         def flush() -> None:
             rows, batch[:] = batch[:], []
             for judgement in pool(rows):
-                note = {"note": judgement.note} if judgement.note else {}
-                print(json.dumps({"verdict": judgement.verdict, "seconds": round(judgement.seconds, 6)} | note))
+                row = {"verdict": judgement.verdict, "seconds": round(judgement.seconds, 6)}
+                row |= {} if judgement.grade is None else {"reward": judgement.grade}
+                row |= {"note": judgement.note} if judgement.note else {}
+                print(json.dumps(row))
             sys.stdout.flush()
 
         try:

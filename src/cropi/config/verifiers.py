@@ -14,6 +14,11 @@ class VerifierTable(Table):
 
     pure: ClassVar[bool] = True  # equal rows always get equal verdicts
 
+    @property
+    def gives_grades(self) -> bool:
+        """Whether rewards are other than 0 and 1."""
+        return False
+
 
 class ExactVerifier(VerifierTable):
     """Right when the text after the last marker equals the answer, white space aside."""
@@ -59,7 +64,19 @@ class MathVerifier(VerifierTable):
     """Characters of an answer, at the most: a longer one is none."""
 
 
-class ReasoningGymVerifier(VerifierTable):
+class ScoringVerifier(VerifierTable):
+    """One that gives a score."""
+
+    graded: bool = False
+    """The score, from 0 to 1, is the reward; `threshold` then decides what counts as right, in accuracies alone."""
+
+    @property
+    def gives_grades(self) -> bool:
+        """Whether rewards are other than 0 and 1."""
+        return self.graded
+
+
+class ReasoningGymVerifier(ScoringVerifier):
     """Right when a task of reasoning-gym scores the answer high enough. Many of its tasks give partial credit."""
 
     type: Literal["reasoning_gym"]
@@ -73,7 +90,7 @@ class ReasoningGymVerifier(VerifierTable):
 DottedPath = Annotated[str, Field(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)+$")]
 
 
-class FunctionVerifier(VerifierTable):
+class FunctionVerifier(ScoringVerifier):
     """A reward function of your own, with TRL's signature; it gets one completion at a time."""
 
     pure: ClassVar[bool] = False
@@ -92,7 +109,7 @@ class FunctionVerifier(VerifierTable):
     """How a right completion writes the answer, for checks of the gold answers against themselves."""
 
 
-class VerlVerifier(VerifierTable):
+class VerlVerifier(ScoringVerifier):
     """A `compute_score(data_source, solution_str, ground_truth, extra_info)` of verl, or one like it."""
 
     pure: ClassVar[bool] = False

@@ -28,7 +28,7 @@ from cropi.console import progress, say
 from cropi.errors import ArtifactError, DataError
 from cropi.pipeline import Pipeline
 from cropi.policy import Policy, encode_prompts, trainer_prompt, uses_chat
-from cropi.rewards.verdicts import answered, reward
+from cropi.rewards.verdicts import answered
 from cropi.rollouts.collect import behaviour_logprobs
 from cropi.rollouts.overlay import IMPORTED
 from cropi.workspace import Arm
@@ -132,7 +132,7 @@ def _judge(pipeline: Pipeline, policy: Policy, rows: Sequence[dict[str, Any]]) -
     asked, given = ([row[name] for row in rows] for name in ("prompt_ids", "completion_ids"))
     logprobs = behaviour_logprobs(policy, asked, given, settings.temperature, settings.batch_tokens)
     for row, judgement, values in zip(rows, judged, logprobs, strict=True):
-        row |= {"verdict": judgement.verdict, "reward": reward(judgement.verdict), "behaviour_logprobs": values}
+        row |= {"verdict": judgement.verdict, "reward": judgement.reward, "behaviour_logprobs": values}
         if row["reward"] is None:
             row["status"] = GOLD_UNPARSEABLE
 

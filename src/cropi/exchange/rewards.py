@@ -13,7 +13,7 @@ from typing import Any
 from cropi.errors import DataError
 from cropi.loading import verification_of, verifier_of
 from cropi.rewards.pool import judge_of
-from cropi.rewards.verdicts import Answered, reward
+from cropi.rewards.verdicts import Answered
 
 FACTS = "facts"  # where an exported row says what a verifier may ask for: see `facts_of`
 
@@ -24,7 +24,7 @@ def facts_of(prompt: str, source: str, extra: str) -> str:
 
 
 class Rewards:
-    """Rewards of 1 and 0 by a verifier, in processes that can be killed; one method for each trainer's form.
+    """Rewards of 1 and 0, or grades, by a verifier in processes that can be killed; one method for each trainer's form.
 
         rewards = Rewards({"type": "math"})
         compute_score = rewards.verl
@@ -50,7 +50,7 @@ class Rewards:
 
     def __call__(self, rows: Sequence[Answered]) -> list[float | None]:
         """The rewards of many rows."""
-        return [reward(judgement.verdict) for judgement in self._judge(rows)]
+        return [judgement.reward for judgement in self._judge(rows)]
 
     def trl(self, completions: Sequence[Any], **columns: Any) -> list[float | None]:
         """TRL's `reward_funcs`. The gold answers are the column `answer`, else `solution`; `facts` (of an export), or
@@ -92,7 +92,7 @@ class Rewards:
             known = json.loads(label)
             rows.append(_row(self._without_ends(query[len(prompt) :]), known["answer"], _facts(known)))
         found = torch.tensor([value or 0.0 for value in self(rows)])
-        return {"rewards": found, "scores": found, "extra_logs": {"correct": found}}
+        return {"rewards": found, "scores": found, "extra_logs": {"verified": found}}
 
     async def task(self, completion: str, answer: str, facts: str) -> float:
         """One completion of a task of verifiers', which prime-rl trains on."""

@@ -6,14 +6,13 @@ import ast
 import importlib
 import inspect
 import json
-import math
 import re
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from cropi.config import FunctionVerifier, ReasoningGymVerifier, VerlVerifier
-from cropi.rewards.verdicts import CORRECT, UNPARSEABLE_ANSWER, UNPARSEABLE_GOLD, WRONG, Answered
+from cropi.rewards.verdicts import UNPARSEABLE_ANSWER, UNPARSEABLE_GOLD, Answered, Graded, judged
 from cropi.rewards.verifiers import Verify
 
 
@@ -33,7 +32,7 @@ def reasoning_gym_verifier(config: ReasoningGymVerifier) -> Verify:
 
     tasks: dict[str, tuple[Callable[..., float], bool]] = {}
 
-    def verify(row: Answered) -> str:
+    def verify(row: Answered) -> str | Graded:
         metadata = _extra(row)
         entry = {"question": _question(row.prompt), "answer": row.answer, "metadata": metadata}
         task = metadata.get("source_dataset") or row.source
@@ -50,7 +49,7 @@ def reasoning_gym_verifier(config: ReasoningGymVerifier) -> Verify:
             answer = extract_answer(row.completion) if "<answer>" in row.completion else row.completion.strip()
         if not answer or (by_sympy and not is_formula(answer)):
             return UNPARSEABLE_ANSWER
-        return _verdict(score(answer=answer, entry=entry), config.threshold)
+        return _judged(score(answer=answer, entry=entry), config)
 
     return verify
 
@@ -88,7 +87,7 @@ def function_verifier(config: FunctionVerifier) -> Verify:
     function = _imported(config.path)
     accepted = _parameters(function)
 
-    def verify(row: Answered) -> str:
+    def verify(row: Answered) -> str | Graded:
         completion = [{"role": "assistant", "content": row.completion}] if config.messages else row.completion
         prompt = json.loads(row.prompt) if row.prompt else ""
         columns = {name: [value] for name, value in _extra(row).items()}
@@ -98,7 +97,7 @@ def function_verifier(config: FunctionVerifier) -> Verify:
         rewards = function(**given)
         if len(rewards) != 1:
             raise ValueError(f"{config.path} returned {len(rewards)} rewards for one completion")
-        return _verdict(rewards[0], config.threshold)
+        return _judged(rewards[0], config)
 
     return verify
 
@@ -108,26 +107,21 @@ def verl_verifier(config: VerlVerifier) -> Verify:
     `score`."""
     function = _imported(config.path)
 
-    def verify(row: Answered) -> str:
+    def verify(row: Answered) -> str | Graded:
         result = function(
             data_source=config.data_source or row.source,
             solution_str=row.completion,
             ground_truth=row.answer,
             extra_info=_extra(row) or None,
         )
-        return _verdict(result["score"] if isinstance(result, dict) else result, config.threshold)
+        return _judged(result["score"] if isinstance(result, dict) else result, config)
 
     return verify
 
 
-def _verdict(score: Any, threshold: float) -> str:
+def _judged(score: Any, config: ReasoningGymVerifier | FunctionVerifier | VerlVerifier) -> str | Graded:
     """None, in TRL, says that a row is not for this function."""
-    if score is None:
-        return UNPARSEABLE_GOLD
-    value = float(score)
-    if math.isnan(value):
-        raise ValueError("the score is not a number")
-    return CORRECT if value >= threshold else WRONG
+    return UNPARSEABLE_GOLD if score is None else judged(float(score), config.threshold, graded=config.graded)
 
 
 def _extra(row: Answered) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from cropi.config import Config, Verifier
 from cropi.rewards.pool import judge_of
-from cropi.rewards.verdicts import CORRECT, ERROR, TIMEOUT, UNPARSEABLE_ANSWER, UNPARSEABLE_GOLD, answered
+from cropi.rewards.verdicts import CORRECT, ERROR, TIMEOUT, UNPARSEABLE_ANSWER, UNPARSEABLE_GOLD, Judgement, answered
 from cropi.rewards.verifiers import written_gold
 
 SHOWN = 20  # examples of each kind, at the most
@@ -37,9 +37,12 @@ class Audit:
         lines = ["gold answers against themselves: " + _listed(self.gold)]
         lines += [f"  {row['verdict']:<18} {row['prompt_id']}  {row['answer']!r}" for row in self.bad_gold]
         lines.append(f"{self.completions} completions, {self.origin}: " + _listed(self.verdicts))
-        lines.append("source                     completions  in format  right  right if in format")
+        graded = any("reward" in row for row in self.sources.values())
+        heading = "source                     completions  in format  right  right if in format"
+        lines.append(heading + ("  mean reward" if graded else ""))
         lines += [
             f"{name[:26]:<26} {row['completions']:>11,.0f} {row['in_format']:>10.0%} {row['right']:>6.0%} {_share(row)}"
+            + (f"  {row['reward']:>11.3f}" if graded else "")
             for name, row in self.sources.items()
         ]
         if self.disagreement is not None:
@@ -74,7 +77,8 @@ def audit_of(
     judge = judge_of(config.verifier, config.verification)
     gold = [one.verdict for one in judge([answered(written_gold(config.verifier, r["answer"]), r) for r in prompts])]
     asked = [answered(text, row) for text, row in zip(texts, rows, strict=True)]
-    verdicts = [judgement.verdict for judgement in judge(asked)]
+    judged = judge(asked)
+    verdicts = [judgement.verdict for judgement in judged]
     disagreement = None
     if other is not None:
         second = [judgement.verdict for judgement in judge_of(other, config.verification)(asked)]
@@ -98,7 +102,7 @@ def audit_of(
                 for n in differing[:SHOWN]
             ],
         }
-    sources = _by_source([row["source"] for row in rows], verdicts)
+    sources = _by_source([row["source"] for row in rows], judged, graded=config.verifier.gives_grades)
     bad = [
         {"prompt_id": row["prompt_id"], "answer": row["answer"][:TEXT], "verdict": verdict}
         for row, verdict in zip(prompts, gold, strict=True)
@@ -116,19 +120,23 @@ def audit_of(
     )
 
 
-def _by_source(origins: Sequence[str], verdicts: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Shares of the completions whose gold answer can be read."""
+def _by_source(origins: Sequence[str], judged: Sequence[Judgement], *, graded: bool) -> dict[str, dict[str, float]]:
+    """Shares of the completions whose gold answer can be read; of graded ones, their mean reward as well."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
-    for origin, verdict in zip(origins, verdicts, strict=True):
-        counts[origin][verdict] += 1
+    rewards: dict[str, float] = defaultdict(float)
+    for origin, judgement in zip(origins, judged, strict=True):
+        counts[origin][judgement.verdict] += 1
+        rewards[origin] += judgement.reward or 0.0
     found = {}
     for origin, count in sorted(counts.items()):
-        judged = count.total() - count[UNPARSEABLE_GOLD]
+        readable = count.total() - count[UNPARSEABLE_GOLD]
         found[origin] = {
             "completions": float(count.total()),
-            "in_format": 1 - count[UNPARSEABLE_ANSWER] / judged if judged else 0.0,
-            "right": count[CORRECT] / judged if judged else 0.0,
+            "in_format": 1 - count[UNPARSEABLE_ANSWER] / readable if readable else 0.0,
+            "right": count[CORRECT] / readable if readable else 0.0,
         }
+        if graded:
+            found[origin]["reward"] = rewards[origin] / readable if readable else 0.0
     return found
 
 
@@ -156,9 +164,11 @@ def _fixes(
             f"few completions of {', '.join(loose)} hold an answer in the verifier's form: say in the prompt what form "
             "it must have, raise collect.max_completion_length if they are cut short, or warm the policy up."
         )
-    hopeless = [name for name, row in sources.items() if row["in_format"] >= LITTLE and not row["right"]]
+    hopeless = [
+        name for name, row in sources.items() if row["in_format"] >= LITTLE and not row.get("reward", row["right"])
+    ]
     if hopeless:
-        found.append(f"no completion of {', '.join(hopeless)} is right: too hard, or the gold answers are wrong.")
+        found.append(f"no completion of {', '.join(hopeless)} is rewarded: too hard, or the gold answers are wrong.")
     for verdict, remedy in ((TIMEOUT, "raise verification.seconds"), (ERROR, "see `cropi verify` for their notes")):
         if count := list(verdicts).count(verdict):
             found.append(f"{count} completions ended as {verdict} and got no reward: {remedy}.")

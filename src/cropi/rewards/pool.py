@@ -19,7 +19,7 @@ import tempfile
 import threading
 import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from cropi.config import VerificationConfig, Verifier
+from cropi.console import warn
 from cropi.errors import ConfigError
 from cropi.rewards.verdicts import ERROR, TIMEOUT, Answered, Judgement
 from cropi.rewards.worker import NUMBER, PROGRESS_FD, SINCE
@@ -156,6 +157,7 @@ class Pool:
         self._cache: OrderedDict[bytes, Judgement] | None = OrderedDict() if verifier.pure else None
         self._workers: list[_Worker] = []
         self._failed_starts = 0  # in a row
+        self._told = False
         self._lock = threading.Lock()
         self.counts: Counter[str] = Counter()
         self.kills = 0
@@ -208,7 +210,15 @@ class Pool:
                 while len(self._cache) > CACHED:
                     self._cache.popitem(last=False)
             self.counts.update(judgement.verdict for judgement in found.values())
+            self._tell_of_errors(found.values())
             return [found[place] for place in range(len(rows))]
+
+    def _tell_of_errors(self, judged: Iterable[Judgement]) -> None:
+        """Once: a verifier that fails on everything would otherwise look like a policy that solves nothing."""
+        failed = next((judgement for judgement in judged if judgement.verdict == ERROR), None)
+        if failed is not None and not self._told:
+            self._told = True
+            warn(f"the verifier failed on a completion, which earns nothing ({failed.note}); further ones are only counted")
 
     def _run(self, jobs: deque[_Job], found: dict[int, Judgement]) -> None:
         wanted = len(found) + len(jobs)
@@ -253,9 +263,9 @@ class Pool:
                     f"the verifier cannot be set up: {message['failed']}", where="verifier", fix=message["fix"]
                 )
             worker.ready, self._failed_starts = True, 0
-            for verdict, seconds, note in message.get("done", ()):
+            for verdict, seconds, note, grade in message.get("done", ()):
                 job = worker.jobs.popleft()
-                found[job.place] = Judgement(verdict, seconds, note)
+                found[job.place] = Judgement(verdict, seconds, note, grade)
                 worker.judged += 1
 
     def _discard(self, worker: _Worker) -> None:

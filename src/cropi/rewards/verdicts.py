@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -24,12 +25,25 @@ class Answered(NamedTuple):
     extra: str = ""  # JSON: an object with what else the data holds
 
 
+class Graded(NamedTuple):
+    """A verdict with a reward of its own, from 0 to 1."""
+
+    verdict: str
+    grade: float
+
+
 class Judgement(NamedTuple):
-    """A verdict, the wall-clock seconds that it took, and what went wrong where something did."""
+    """A verdict, the wall-clock seconds that it took, what went wrong where something did, and the grade, if any."""
 
     verdict: str
     seconds: float
     note: str = ""
+    grade: float | None = None
+
+    @property
+    def reward(self) -> float | None:
+        """The grade, else that of the verdict."""
+        return reward(self.verdict) if self.grade is None else self.grade
 
 
 Judge = Callable[[Sequence[Answered]], list[Judgement]]  # in the order of the rows
@@ -40,6 +54,23 @@ def answered(completion: str, prompt: Mapping[str, Any]) -> Answered:
     return Answered(completion, prompt["answer"], prompt["source"], prompt["messages"], prompt.get("extra") or "")
 
 
-def reward(verdict: str) -> float | None:
-    """1 for correct, None (no reward at all) for a gold answer that cannot be read, 0 for anything else."""
+def reward(verdict: str | Graded) -> float | None:
+    """Its grade; else 1 for correct, None (no reward at all) for a gold answer that cannot be read, 0 for others."""
+    if isinstance(verdict, Graded):
+        return verdict.grade
     return None if verdict == UNPARSEABLE_GOLD else float(verdict == CORRECT)
+
+
+def judged(score: float, threshold: float, *, graded: bool) -> str | Graded:
+    """What a score comes to: right from the threshold on; where graded, it is the reward as well.
+
+    ValueError for a score that is not a number, or, graded, is outside 0 to 1.
+    """
+    if math.isnan(score):
+        raise ValueError("the score is not a number")
+    verdict = CORRECT if score >= threshold else WRONG
+    if not graded:
+        return verdict
+    if not 0 <= score <= 1:
+        raise ValueError(f"the score {score:g} is outside 0 to 1, where graded rewards must lie")
+    return Graded(verdict, score)

@@ -23,9 +23,9 @@ from cropi.config import (
     Verifier,
     VerlVerifier,
 )
-from cropi.rewards.verdicts import CORRECT, UNPARSEABLE_ANSWER, UNPARSEABLE_GOLD, WRONG, Answered
+from cropi.rewards.verdicts import CORRECT, UNPARSEABLE_ANSWER, UNPARSEABLE_GOLD, WRONG, Answered, Graded
 
-Verify = Callable[[Answered], str]
+Verify = Callable[[Answered], str | Graded]
 
 USUAL_TOLERANCE = 1e-6
 

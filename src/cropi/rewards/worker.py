@@ -17,7 +17,7 @@ from pathlib import Path
 from struct import Struct
 from typing import Any
 
-from cropi.rewards.verdicts import CORRECT, ERROR, Answered
+from cropi.rewards.verdicts import CORRECT, ERROR, Answered, Graded
 
 NUMBER, SINCE = Struct("=q"), Struct("=d")  # in shared memory: which row it is at (-1: none), and since when
 PROGRESS_FD = "CROPI_PROGRESS_FD"  # environment variable: the file of that memory
@@ -54,7 +54,7 @@ def main() -> None:
     tell({"ready": True})
     number = 0
     while line := requests.readline():
-        done: list[tuple[str, float, str]] = []
+        done: list[tuple[str, float, str, float | None]] = []
         flushed = time.monotonic()
         try:
             rows = json.loads(line)
@@ -64,12 +64,12 @@ def main() -> None:
             began = time.monotonic()
             SINCE.pack_into(progress, NUMBER.size, began)  # before the number: a reader takes them the other way round
             NUMBER.pack_into(progress, 0, number)
-            verdict, note = _judge(verify, row)
+            verdict, note, grade = _judge(verify, row)
             if os.getpid() != me:
                 os._exit(0)  # a verifier has forked, and this is its child
             if verdict != CORRECT and _address_space() > ceiling:
                 os._exit(1)  # a library may have caught that memory ran out, and said no
-            done.append((verdict, time.monotonic() - began, note))
+            done.append((verdict, time.monotonic() - began, note, grade))
             number += 1
             if time.monotonic() - flushed > FLUSH_S:
                 tell({"done": done})
@@ -78,14 +78,15 @@ def main() -> None:
         tell({"done": done})
 
 
-def _judge(verify: Any, row: list[str]) -> tuple[str, str]:
-    """Verdict and note. Out of memory, the process ends: what is left of it is not to be trusted."""
+def _judge(verify: Any, row: list[str]) -> tuple[str, str, float | None]:
+    """Verdict, note and grade. Out of memory, the process ends: what is left of it is not to be trusted."""
     try:
-        return verify(Answered(*row)), ""
+        found = verify(Answered(*row))
+        return (found.verdict, "", found.grade) if isinstance(found, Graded) else (found, "", None)
     except MemoryError:
         os._exit(1)
     except BaseException as error:  # libraries raise timeouts and interrupts of their own
-        return ERROR, f"{type(error).__name__}: {error}"[:500]
+        return ERROR, f"{type(error).__name__}: {error}"[:500], None
 
 
 def _set_up(settings: dict[str, Any]) -> Any:

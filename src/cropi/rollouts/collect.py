@@ -37,7 +37,7 @@ from cropi.functional.sampling import places
 from cropi.ledger import Ledger
 from cropi.lockstep import in_lockstep
 from cropi.policy import Policy, completion_logprobs, encode_prompts, trainer_prompt, uses_chat
-from cropi.rewards.verdicts import Judge, answered, reward
+from cropi.rewards.verdicts import Judge, answered
 from cropi.rollouts.generation import Generator, Sampling, TransformersGenerator
 from cropi.rollouts.representations import Representations
 from cropi.rollouts.server import ServerGenerator
@@ -343,8 +343,7 @@ def _sample(
     judged = judge([answered(text, prompt) for text, prompt in zip(texts, prompts, strict=True)])
     rows = []
     for index, (ids, completion) in enumerate(zip(repeated, completions, strict=True)):
-        verdict = judged[index].verdict
-        value = reward(verdict)
+        verdict, value = judged[index].verdict, judged[index].reward
         ended = bool(completion) and completion[-1] in eos
         rows.append(
             {

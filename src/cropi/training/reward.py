@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cropi.artifacts import append_jsonl, read_jsonl, write_text
-from cropi.rewards.verdicts import Answered, Judge, reward
+from cropi.rewards.verdicts import Answered, Judge
 from cropi.world import ALONE, World
 
 
@@ -48,8 +48,9 @@ class RecordedReward:
         kept = ("source", "prompt_json", "extra")
         others = zip(*(columns.get(name, [""] * len(texts)) for name in kept), strict=True)
         rows = [Answered(text, gold, *rest) for text, gold, rest in zip(texts, answer, others, strict=True)]
-        verdicts = [judgement.verdict for judgement in self._judge(rows)]
-        rewards = [reward(verdict) for verdict in verdicts]
+        judgements = self._judge(rows)
+        verdicts = [judgement.verdict for judgement in judgements]
+        rewards = [judgement.reward for judgement in judgements]
         line: dict[str, Any] = {
             "step": columns["trainer_state"].global_step,
             "prompt_ids": prompt_id,

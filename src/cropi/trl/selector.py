@@ -45,6 +45,8 @@ class Selector:
     function of that form. Prompts are chosen by it; the rewards of training stay those of the trainer."""
     threshold: float = 0.5
     """Its value from which a completion is right."""
+    graded: bool = False
+    """Choose by its values themselves, which must lie from 0 to 1, rather than by right and wrong."""
     folder: str | Path | None = None
     """Where trajectories, scores and selections are kept. Unset: `_curriculum` in the trainer's output folder,
     which is never uploaded."""
@@ -109,7 +111,12 @@ def make_config(
             "validation": {name: sources[f"validation/{name}"] for name in selector.validation_sets},
             "chat": not isinstance(train[0]["prompt"], str),
         },
-        "verifier": {"type": "function", "path": "trainer.reward_funcs", "threshold": selector.threshold},
+        "verifier": {
+            "type": "function",
+            "path": "trainer.reward_funcs",
+            "threshold": selector.threshold,
+            "graded": selector.graded,
+        },
         "collect": {
             "num_generations": args.num_generations,
             "max_completion_length": args.max_completion_length,

@@ -16,7 +16,7 @@ import numpy as np
 from torch import nn
 
 from cropi.errors import ConfigError
-from cropi.rewards.verdicts import CORRECT, UNPARSEABLE_GOLD, WRONG
+from cropi.rewards.verdicts import UNPARSEABLE_GOLD, Graded, Judgement, judged
 from cropi.trl.selector import Selector
 
 OWN = ("prompt", "completion", "completion_ids")  # columns that TRL does not pass on as they are
@@ -24,19 +24,20 @@ OWN = ("prompt", "completion", "completion_ids")  # columns that TRL does not pa
 
 @dataclass(frozen=True)
 class Success:
-    """A reward function and the value from which a completion is right."""
+    """A reward function, the value from which a completion is right, and whether prompts are chosen by its values."""
 
     name: str
     function: Callable[..., Any]
     place: int | None  # among the trainer's reward functions; None: it is none of them
     threshold: float
+    graded: bool
 
     @classmethod
     def of(cls, selector: Selector, functions: Sequence[Any], names: Sequence[str]) -> Success:
         """What a selector names. ConfigError for what is no reward function, or a name that several have."""
         chosen = selector.success
         if callable(chosen):
-            return cls(getattr(chosen, "__name__", "success"), chosen, None, selector.threshold)
+            return cls(getattr(chosen, "__name__", "success"), chosen, None, selector.threshold, selector.graded)
         if isinstance(chosen, str):
             chosen = list(names).index(chosen) if list(names).count(chosen) == 1 else chosen
         if not isinstance(chosen, int) or not 0 <= chosen < len(functions):
@@ -51,23 +52,34 @@ class Success:
                 where="Selector.success",
                 fix="name a reward function, or give one.",
             )
-        return cls(names[chosen], functions[chosen], chosen, selector.threshold)
+        return cls(names[chosen], functions[chosen], chosen, selector.threshold, selector.graded)
 
     @property
     def identity(self) -> str:
-        """SHA-256 of its name, threshold and text, where that can be had; what it calls is not part of it."""
+        """SHA-256 of its name, threshold, grading and text, if that can be had; what it calls is not part of it."""
         try:
             text = inspect.getsource(inspect.unwrap(self.function))
         except (OSError, TypeError):
             text = repr(type(self.function))
-        return hashlib.sha256(f"{self.name} {self.threshold} {text}".encode()).hexdigest()
+        return hashlib.sha256(f"{self.name} {self.threshold} {self.graded} {text}".encode()).hexdigest()
 
-    def verdict(self, value: float | None) -> str:
-        """Of a reward. None and NaN, as TRL has it, say that the row is not for this function."""
+    def judged(self, value: float | None) -> Judgement:
+        """What a reward comes to. None and NaN, as TRL has it, say that the row is not for this function.
+
+        ConfigError for a grade outside 0 to 1.
+        """
         if value is None or math.isnan(value):
-            return UNPARSEABLE_GOLD
-        # TRL keeps rewards in float32
-        return CORRECT if np.float32(value) >= np.float32(self.threshold) else WRONG
+            return Judgement(UNPARSEABLE_GOLD, 0.0)
+        score, threshold = float(np.float32(value)), float(np.float32(self.threshold))  # as TRL keeps rewards
+        try:
+            found = judged(score, threshold, graded=self.graded)
+        except ValueError as error:
+            raise ConfigError(
+                str(error),
+                where=f"reward function {self.name}",
+                fix="give Selector(success=...) a function whose values lie there, or leave out graded=True.",
+            ) from None
+        return Judgement(found.verdict, 0.0, grade=found.grade) if isinstance(found, Graded) else Judgement(found, 0.0)
 
     def __call__(
         self,
@@ -77,8 +89,8 @@ class Success:
         columns: Mapping[str, list[Any]],
         state: Any,
         loop: asyncio.AbstractEventLoop | None,
-    ) -> list[str]:
-        """Verdicts by the function, called as TRL calls it; awaited in TRL's loop, if it has one: clients and locks
+    ) -> list[Judgement]:
+        """Judgements by the function, called as TRL calls it; awaited in TRL's loop, if it has one: clients and locks
         belong to a loop."""
         result = self.function(
             prompts=prompts,
@@ -97,7 +109,7 @@ class Success:
                 where=f"reward function {self.name}",
                 fix="return one for each.",
             )
-        return [self.verdict(value) for value in result]
+        return [self.judged(value) for value in result]
 
     @cached_property
     def _loop(self) -> asyncio.AbstractEventLoop:

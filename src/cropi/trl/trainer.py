@@ -25,7 +25,7 @@ from cropi.given import Given
 from cropi.gradients.scoring import make_scorer
 from cropi.pipeline import Pipeline
 from cropi.policy import Policy, weights_identity
-from cropi.rewards.verdicts import Answered, Judgement, reward
+from cropi.rewards.verdicts import Answered, Judgement
 from cropi.training.train import Staged, Stages
 from cropi.training.zero import gathered, refused_of_zero3
 from cropi.trl.selector import PROMPT_ID, Selector, make_config, prompt_ids
@@ -239,13 +239,13 @@ class CurriculumTrainer(Staged):
                 for text, prompt in zip(texts, prompts, strict=True)
             ]
             ids = self.processing_class(text=texts, add_special_tokens=False)["input_ids"]
-            for (place, _), verdict in zip(places, self._verdicts(prompts, completions, ids, columns), strict=True):
-                found[place] = Judgement(verdict, 0.0)
+            for (place, _), judgement in zip(places, self._judged(prompts, completions, ids, columns), strict=True):
+                found[place] = judgement
         return [judgement for judgement in found if judgement is not None]
 
-    def _verdicts(
+    def _judged(
         self, prompts: list[Any], completions: list[Any], ids: Sequence[Any], columns: Mapping[str, list[Any]]
-    ) -> list[str]:
+    ) -> list[Judgement]:
         loop = getattr(self, "async_loop", None)  # TRL's, where it has one
         return self._success(prompts, completions, ids, columns, self.state, loop)
 
@@ -274,10 +274,10 @@ class CurriculumTrainer(Staged):
     ) -> None:
         """What the next selection learns of training: who was right."""
         if self._success.place is not None:
-            verdicts = [self._success.verdict(value) for value in rewards_per_func[:, self._success.place].tolist()]
+            judged = [self._success.judged(value) for value in rewards_per_func[:, self._success.place].tolist()]
         else:
             columns = {key: [row[key] for row in inputs] for key in inputs[0]}
-            verdicts = gather_object(self._verdicts(prompts, completions, ids, columns))
+            judged = gather_object(self._judged(prompts, completions, ids, columns))
         seen = gather_object([str(row[PROMPT_ID]) for row in inputs])
         tokens = sum(gather_object([len(one) for one in ids]))
         if self._pipeline is None:
@@ -286,8 +286,8 @@ class CurriculumTrainer(Staged):
         row = {
             "step": self.state.global_step,
             "prompt_ids": seen,
-            "rewards": [reward(verdict) for verdict in verdicts],
-            "verdicts": dict(sorted(Counter(verdicts).items())),
+            "rewards": [judgement.reward for judgement in judged],
+            "verdicts": dict(sorted(Counter(judgement.verdict for judgement in judged).items())),
             "tokens": tokens,
         }
         append_jsonl(arm.rewards, row)

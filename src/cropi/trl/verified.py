@@ -10,6 +10,7 @@ from cropi.exchange.rewards import Rewards
 
 class Verified:
     """Rewards of 1 and 0 by a verifier, in processes that can be killed; None for a gold answer that cannot be read.
+    With `graded=True`, where the verifier scores, its scores.
 
         GRPOTrainer(..., reward_funcs=Verified("math"))
         Verified("exact", marker="answer", verification={"processes": 8})

@@ -1,0 +1,89 @@
+"""A run whose verifier gives grades: they, and not the verdicts, are what is learned from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from transformers import AutoModelForCausalLM
+
+import cropi as library
+from cropi.artifacts import OK, read_jsonl, read_table, scores_schema
+from cropi.builtin import POLICY_DIR
+from cropi.gradients.groups import Group, iterate_groups
+from cropi.rollouts.collect import read_trajectories
+from tests.rewards.functions import near
+from tests.runs import SMALL, cropi
+
+THRESHOLD = 0.4
+GRADED = [
+    *SMALL,
+    f"verifier={{type: function, path: tests.rewards.functions.near, graded: true, threshold: {THRESHOLD}}}",
+    "score={estimator: exact, normalizer: sequence, advantage_std: true}",
+    "select.strategy={type: influence}",
+    "baselines=[{type: learnability, rescore: true}]",
+    "run_dir=runs",
+]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("graded")
+    done = cropi("run", "quickstart", *GRADED, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder / "runs" / "quickstart"
+
+
+def groups(run: Path, name: str) -> dict[str, Group]:
+    return {i: group for i, group in iterate_groups(read_trajectories(run / "trajectories")[name]) if group}
+
+
+def test_trajectories_hold_the_function_s_values(run: Path) -> None:
+    answers = {
+        row["prompt_id"]: row["answer"] for row in pq.read_table(run / "prompts" / "prompts.parquet").to_pylist()
+    }
+    rows = read_trajectories(run / "trajectories")["train"].to_pylist()
+    assert [row["reward"] for row in rows] == near(
+        [row["completion"] for row in rows], [answers[row["prompt_id"]] for row in rows]
+    )
+    assert any(0 < row["reward"] < 1 for row in rows)
+    assert {row["verdict"] == "correct" for row in rows if row["reward"] >= THRESHOLD} == {True}
+    assert {row["verdict"] == "wrong" for row in rows if row["reward"] < THRESHOLD} == {True}
+
+
+def test_scores_are_the_gradients_of_the_mean_grade(run: Path) -> None:
+    """By autograd, through the library's reference; and not those of the verdicts."""
+    scores = read_table(run / "arms/influence/stages/000/scores/scores.parquet", scores_schema(["sum"])).to_pylist()
+    stored, validation = groups(run, "train"), list(groups(run, "validation/sum").values())
+    chosen = [row for row in scores if row["status"] == OK][:6]
+    policy = AutoModelForCausalLM.from_pretrained(POLICY_DIR)
+    parts = [stored[row["prompt_id"]] for row in chosen]
+    found = library.influence(policy, parts, {"sum": validation}, estimator="reference")
+    np.testing.assert_allclose([row["influence/sum"] for row in chosen], found.values[:, 0], rtol=2e-3, atol=1e-6)
+    assert [row["pass_rate"] for row in chosen] == pytest.approx([np.mean(group.rewards) for group in parts])
+
+
+def test_training_is_rewarded_by_grades_and_evaluation_counts_what_is_right(run: Path) -> None:
+    rewards = [value for row in read_jsonl(run / "arms" / "influence" / "rewards.jsonl") for value in row["rewards"]]
+    assert any(0 < value < 1 for value in rewards)
+    right = {row["greedy"] for path in run.glob("**/step-*.parquet") for row in pq.read_table(path).to_pylist()}
+    assert right == {0, 1}
+
+
+def test_learnability_is_the_variance_of_the_grades(run: Path) -> None:
+    rows = pq.read_table(run / "arms/learnability/stages/000/selection/selection.parquet").to_pylist()
+    stored = groups(run, "train")
+    for row in rows:
+        assert row["score"] == pytest.approx(np.var(stored[row["prompt_id"]].rewards), abs=1e-12)
+
+
+def test_more_groups_have_signal_than_by_verdicts(run: Path) -> None:
+    stored = read_trajectories(run / "trajectories")["train"].to_pylist()
+    verdicts: dict[str, set[str]] = {}
+    for row in stored:
+        verdicts.setdefault(row["prompt_id"], set()).add(row["verdict"])
+    by_verdict = {i for i, seen in verdicts.items() if len(seen) > 1}
+    by_grade = {i for i, group in groups(run, "train").items() if group.status == OK}
+    assert by_verdict < by_grade
