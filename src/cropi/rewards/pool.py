@@ -218,7 +218,7 @@ class Pool:
         failed = next((judgement for judgement in judged if judgement.verdict == ERROR), None)
         if failed is not None and not self._told:
             self._told = True
-            warn(f"the verifier failed on a completion, which earns nothing ({failed.note}); further ones are only counted")
+            warn(f"the verifier failed on a completion, which earns nothing ({failed.note}); others are only counted")
 
     def _run(self, jobs: deque[_Job], found: dict[int, Judgement]) -> None:
         wanted = len(found) + len(jobs)
