@@ -105,6 +105,7 @@ def evidence(size: int, generator: Any, validation: int = 100, numbers: int = 25
         validation_tries_M=np.full(count, 4.0),
         validation_tried_at=0.0,
         validation_pass_rates_M=np.full(count, 0.5),
+        validation_variances_M=np.full(count, 0.25),
         validation_strengths_M=np.full(count, 0.25),
         validation_influence_MV=generator.standard_normal((count, SETS)) + 1,
         validation_errors_MV=np.ones((count, SETS)),

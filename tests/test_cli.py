@@ -223,7 +223,7 @@ def test_a_model_without_tokenizer_is_refused(tmp_path: Path) -> None:
 def test_no_mixed_group_is_refused_after_collection(tmp_path: Path) -> None:
     done = cropi("run", "quickstart", *SMALL, "verifier.marker=never", cwd=tmp_path)
     assert done.returncode == 2
-    assert "both right and wrong" in done.stderr
+    assert "both better and worse" in done.stderr
 
 
 def test_interrupt_exits_130_and_the_run_goes_on(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +78,16 @@ def test_learnability_is_the_variance_of_the_grades(run: Path) -> None:
     stored = groups(run, "train")
     for row in rows:
         assert row["score"] == pytest.approx(np.var(stored[row["prompt_id"]].rewards), abs=1e-12)
+
+
+def test_check_goes_by_rewards_where_nothing_is_right(tmp_path: Path) -> None:
+    strict = "verifier={type: function, path: tests.rewards.functions.grudging, graded: true, threshold: 0.9}"
+    done = cropi("check", "quickstart", *GRADED, strict, "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert "correct" not in result["verdicts"]
+    assert result["mixed_groups"] > 0
+    assert not any("rewarded" in text for text in result["warnings"])
 
 
 def test_more_groups_have_signal_than_by_verdicts(run: Path) -> None:

@@ -17,6 +17,7 @@ from cropi import leakage
 from cropi.artifacts import TRAJECTORIES
 from cropi.builtin import FAMILIES, generate
 from cropi.config import ScoreConfig
+from cropi.gradients.groups import Group
 from cropi.gradients.validation import one_sided, validation_groups
 from cropi.leakage import Leakage, Match, common_limit, find_leakage, normalised, prompt_text, words
 from cropi.prompts import leakage_warnings
@@ -314,19 +315,31 @@ def test_a_leak_let_through_is_told_and_recorded(tmp_path: Path) -> None:
 # -- validation sets that give no direction ----------------------------------------------------------------------------
 
 
+def rewarded(*groups: tuple[list[float], int]) -> list[Group]:
+    """So many groups of these rewards, by their number."""
+    return [Group("p", [2], [[3]] * len(r), r, None) for r, count in groups for _ in range(count)]
+
+
 def test_one_sided_validation_sets_by_hand() -> None:
-    assert one_sided([1.0] * 9 + [0.5]) is None  # 90 % is not over 90 %
-    assert one_sided([1.0] * 63 + [0.5] * 7) is None
-    text = one_sided([1.0] * 19 + [0.5])
+    solved, failed, mixed = [1.0, 1.0], [0.0, 0.0], [1.0, 0.0]
+    assert one_sided(rewarded((solved, 9), (mixed, 1))) is None  # 90 % is not over 90 %
+    assert one_sided(rewarded((solved, 63), (mixed, 7))) is None
+    text = one_sided(rewarded((solved, 19), (mixed, 1)))
     assert text is not None
     assert text.startswith("19 of 20 prompts are solved by every completion")
     assert "from 1;" in text
-    text = one_sided([0.0] * 37 + [1.0] + [0.25] * 2)
+    text = one_sided(rewarded((failed, 37), (solved, 1), (mixed, 2)))
     assert text is not None
     assert text.startswith("37 of 40 prompts are solved by no completion")
     assert "from 2;" in text
-    assert one_sided([0.0] * 10 + [1.0] * 10) is None
+    assert one_sided(rewarded((failed, 10), (solved, 10))) is None
     assert one_sided([]) is None
+
+
+def test_groups_graded_alike_are_one_side_too() -> None:
+    text = one_sided(rewarded(([0.2, 0.2], 19), ([0.2, 0.3], 1)))
+    assert text is not None
+    assert text.startswith("19 of 20 prompts are solved by no completion")
 
 
 def test_a_one_sided_validation_set_is_warned_of_by_name(capsys: pytest.CaptureFixture[str]) -> None:

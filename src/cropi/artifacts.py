@@ -111,6 +111,7 @@ def scores_schema(validation_sets: Iterable[str]) -> pa.Schema:
             ("source", pa.string()),
             ("status", pa.string()),
             ("pass_rate", pa.float64()),
+            ("reward_variance", pa.float64()),  # p (1 - p) where rewards are 1 and 0
             ("completion_tokens", pa.int64()),
             ("feature_norm", pa.float64()),
             ("ratio_ess", pa.float64()),  # effective sample size of the token ratios, as a share of the tokens
@@ -134,6 +135,7 @@ def validation_scores_schema(validation_sets: Iterable[str]) -> pa.Schema:
         ("set", pa.string()),
         ("prompt_id", pa.string()),
         ("pass_rate", pa.float64()),
+        ("reward_variance", pa.float64()),
         ("trajectories", pa.int32()),
     ]
     numbers = [(f"{column}/{name}", pa.float64()) for column in ("influence", "standard_error") for name in names]

@@ -24,7 +24,7 @@ from cropi.gradients.scoring import make_scorer, surrogate_settings
 from cropi.policy import Policy, load_policy
 from cropi.prompts import checked_prompts, leakage_warnings
 from cropi.rewards.pool import judge_of
-from cropi.rewards.verdicts import CORRECT, UNPARSEABLE_ANSWER, Judge, answered
+from cropi.rewards.verdicts import CORRECT, UNPARSEABLE_ANSWER, Judge, Judgement, answered
 from cropi.rewards.verifiers import written_gold
 from cropi.rollouts.collect import Shard, behaviour_logprobs, plan, read_trajectories, sampled_prompts
 from cropi.rollouts.generation import Sampling, TransformersGenerator
@@ -97,28 +97,29 @@ def check_run(config: Config) -> CheckResult:
             fix="choose another verifier or other settings of it, or mend the answers.",
         )
     sample = _sample(config, policy, [shard for shard in shards if shard.set == "train"], judge)
-    verdicts = Counter(verdict for group in sample.verdicts for verdict in group)
+    verdicts = Counter(judgement.verdict for group in sample.judged for judgement in group)
+    rewards = [{judgement.reward for judgement in group} for group in sample.judged]
     return CheckResult(
         prompts=dict(Counter(row["set"] for row in prompts)),
         leakage=leakage.as_json(),
         parameters=sum(p.numel() for p in trainable_parameters(policy.model).values()),
         gold_against_itself=dict(gold),
         verdicts=dict(verdicts),
-        mixed_groups=sum(CORRECT in group and set(group) != {CORRECT} for group in sample.verdicts),
+        mixed_groups=sum(len(group) > 1 for group in rewards),
         samples=sample.shown(),
         estimates=_estimate(
             config, settings, policy, shards, sample, sum(r["set"].startswith("test/") for r in prompts)
         ),
-        warnings=[*leakage_warnings(config, leakage), *_warnings(gold, verdicts)],
+        warnings=[*leakage_warnings(config, leakage), *_warnings(gold, verdicts, any(map(any, rewards)))],
     )
 
 
-def _warnings(gold: Counter[str], verdicts: Counter[str]) -> list[str]:
+def _warnings(gold: Counter[str], verdicts: Counter[str], rewarded: bool) -> list[str]:
     found = []
     if gold[CORRECT] < gold.total():
         found.append(f"{gold.total() - gold[CORRECT]} recorded answers are not judged right against themselves")
-    if not verdicts[CORRECT]:
-        found.append("no sampled completion is right: the problems are too hard, or verifier and format do not fit")
+    if not rewarded:
+        found.append("no sampled completion is rewarded: the problems are too hard, or verifier and format do not fit")
     if verdicts[UNPARSEABLE_ANSWER] > verdicts.total() / 2:
         found.append("most completions hold no answer in the form that the verifier looks for")
     return found
@@ -128,7 +129,7 @@ def _warnings(gold: Counter[str], verdicts: Counter[str]) -> list[str]:
 class _Sample:
     rows: Sequence[Any]
     texts: list[list[str]]  # by prompt
-    verdicts: list[list[str]]
+    judged: list[list[Judgement]]
     tokens: int
     generate_s: float  # of a completion, in a batch of this sample's size
     gradient_s: float  # of a group
@@ -139,9 +140,9 @@ class _Sample:
                 "prompt": _last_words(row["messages"]),
                 "answer": row["answer"],
                 "completion": texts[0],
-                "verdict": verdicts[0],
+                "verdict": judged[0].verdict,
             }
-            for row, texts, verdicts in zip(self.rows, self.texts, self.verdicts, strict=True)
+            for row, texts, judged in zip(self.rows, self.texts, self.judged, strict=True)
         ]
 
 
@@ -205,9 +206,9 @@ def _sample(config: Config, policy: Policy, shards: Sequence[Shard], judge: Judg
     gradient_s = time.perf_counter() - start
     texts = policy.tokenizer.batch_decode(completions, skip_special_tokens=True)
     by_prompt = [texts[n : n + count] for n in range(0, len(texts), count)]
-    judged = judge([answered(text, row) for text, row in zip(texts, rows, strict=True)])
-    verdicts = [[one.verdict for one in judged[n : n + count]] for n in range(0, len(judged), count)]
-    return _Sample([row for row, _ in pairs], by_prompt, verdicts, sum(map(len, completions)), generate_s, gradient_s)
+    found = judge([answered(text, row) for text, row in zip(texts, rows, strict=True)])
+    judged = [found[n : n + count] for n in range(0, len(found), count)]
+    return _Sample([row for row, _ in pairs], by_prompt, judged, sum(map(len, completions)), generate_s, gradient_s)
 
 
 def _estimate(

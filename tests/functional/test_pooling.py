@@ -14,6 +14,7 @@ from cropi.functional.pooling import (
     pooled_strengths,
     principal_points,
     trust_of,
+    verdict_rates,
 )
 
 FAR = 1e6
@@ -290,6 +291,14 @@ def test_prompts_never_sampled_are_told_by_their_neighbours() -> None:
     found = pooled_slopes(places, observed(places[seen], w[seen], s[seen], e[seen]), np.full(400, -1), bandwidth)
     top = np.argsort(-found.values_NV[:, 0])[:80]
     assert (top < 80).mean() > 0.95  # the two kinds of use
+
+
+def test_verdict_rates_vary_as_the_rewards_do() -> None:
+    means_N, variances_N = np.array([0.7, 0.5, 0.4, 0.4, np.nan]), np.array([0.09, 0.0, 0.0, 0.16, np.nan])
+    found_N = verdict_rates(means_N, variances_N)
+    np.testing.assert_allclose(found_N, [0.9, 1.0, 0.0, 0.2, np.nan])
+    p_N = np.arange(8) / 7
+    assert verdict_rates(p_N, p_N * (1 - p_N)).tolist() == p_N.tolist()  # to the bit
 
 
 def test_strengths_by_hand() -> None:

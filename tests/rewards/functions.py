@@ -107,6 +107,12 @@ def near(completions: list[str], answer: list[str], **_: Any) -> list[float]:
     ]
 
 
+def grudging(completions: list[str], answer: list[str], **_: Any) -> list[float]:
+    """Half of what `near` gives, but for the bare answer."""
+    halves = [value / 2 for value in near(completions, answer)]
+    return [1.0 if text == gold else half for text, gold, half in zip(completions, answer, halves, strict=True)]
+
+
 def grades(completions: list[str], **_: Any) -> list[float]:
     return [float(text) for text in completions]
 

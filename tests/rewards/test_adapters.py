@@ -45,7 +45,9 @@ def test_a_grade_is_the_reward_and_the_threshold_still_says_what_is_right() -> N
     assert function("none", graded=True)(Answered("7", "7")) == UNPARSEABLE_GOLD  # type: ignore[operator]
     verl = verifier(VerlVerifier(type="verl", path=f"{HERE}.verl_score", graded=True))
     assert verl(Answered("7", "7", "sums")) == Graded(CORRECT, 1.0)
-    for outside in ("1.5", "-0.5", "inf"):
+    assert graded(Answered(repr(0.2 + 0.4 + 0.3 + 0.1), "7")) == Graded(CORRECT, 1.0)  # type: ignore[operator]
+    assert graded(Answered("-1e-9", "7")) == Graded(WRONG, 0.0)  # type: ignore[operator]
+    for outside in ("1.5", "-0.5", "inf", "1.00001"):
         with pytest.raises(ValueError, match="outside 0 to 1"):
             graded(Answered(outside, "7"))  # type: ignore[operator]
         assert function("grades")(Answered(outside, "7")) in {CORRECT, WRONG}  # type: ignore[operator]

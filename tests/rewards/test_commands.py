@@ -70,7 +70,7 @@ def test_grades_are_shown(tmp_path: Path) -> None:
     assert [(row["verdict"], row.get("reward")) for row in found] == [
         ("wrong", 0.25),
         ("correct", 0.75),
-        ("error", None),
+        ("error", 0),
     ]
     assert "outside 0 to 1" in found[2]["note"]
     assert code == 0
@@ -81,6 +81,11 @@ def test_grades_are_shown(tmp_path: Path) -> None:
     [
         ("", ["--verifier", "nummeric"], "did you mean 'numeric'?"),
         ("", ["--verifier", "exact", "--option", "mark=x"], "unknown key verifier.mark"),
+        (
+            "",
+            ["--verifier", "verl", "--option", "graded=true", "--option", "threshold=1.5"],
+            "threshold must be above 0 and at most 1 where graded",
+        ),
         ("", ["--verifier", "exact", "--option", "marker"], "key.path=value"),
         ("[1]\n", ["--verifier", "exact"], "standard input, line 1"),
         ("{\n", ["--verifier", "exact"], "standard input, line 1: not JSON"),

@@ -54,10 +54,10 @@ def test_grades_come_out_of_the_processes_and_what_is_outside_is_an_error(
         found = pool([Answered(text, "7") for text in ("0.25", "1", "0", "3", "no number")])
     assert [one.verdict for one in found] == [WRONG, CORRECT, WRONG, ERROR, ERROR]
     assert [one.reward for one in found] == [0.25, 1, 0, 0, 0]
-    assert "the score 3 is outside 0 to 1" in found[3].note
+    assert "the score 3.0 is outside 0 to 1" in found[3].note
     told = capsys.readouterr().err
     assert told.count("the verifier failed on a completion") == 1
-    assert "the score 3 is outside 0 to 1" in told
+    assert "the score 3.0 is outside 0 to 1" in told
 
 
 def test_a_grade_is_remembered() -> None:

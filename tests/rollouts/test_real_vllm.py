@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -11,8 +12,10 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from tests.rollouts.killed import collected_through
 from tests.runs import SMALL
 
+from cropi.builtin import POLICY_DIR
 from cropi.config import PolicyConfig, VllmConfig
 from cropi.loading import load_config
 from cropi.pipeline import Pipeline
@@ -85,6 +88,26 @@ def test_samples_are_drawn_by_their_seeds_and_as_the_policy_draws(policy: Policy
     statistic = ((counts - theirs) ** 2 / theirs).sum()
     freedom = torch.tensor(float(len(often)))
     assert torch.special.gammaincc(freedom / 2, statistic.float() / 2) > 1e-3  # the chance of a larger one
+
+
+def vllm_serve(port: int) -> list[str]:
+    options = ["--max-model-len", "128", "--dtype", "float32", "--enforce-eager", "--no-enable-chunked-prefill"]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(POLICY_DIR)]
+    return [*command, *options, "--port", str(port)]
+
+
+@pytest.mark.timeout(900)
+def test_its_server_killed_in_mid_collection_and_started_again_loses_and_doubles_nothing(
+    policy: Policy, tmp_path: Path
+) -> None:
+    """And what it says comes as its tokens: each completion has its end, where it was not cut."""
+    environment = {"VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    settings = {"model": str(POLICY_DIR), "body": {"top_k": -1, "return_token_ids": True}}
+    rows = collected_through(vllm_serve, environment, settings, tmp_path)
+    assert {row["verdict"] for row in rows} >= {"correct", "wrong"}
+    for row in rows:
+        assert (row["completion_ids"][-1] in policy.eos_ids) == (row["status"] == "ok")
+        assert len(row["completion_ids"]) == 16 or row["status"] == "ok"
 
 
 def test_a_run_collects_through_it_and_its_processes_are_gone(

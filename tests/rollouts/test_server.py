@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import socket
-import subprocess
 import sys
 import threading
-import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.runs import SMALL
+from tests.rollouts.killed import collected_through
 
 from cropi.builtin import POLICY_DIR
 from cropi.config import PolicyConfig, ServerConfig
 from cropi.errors import PolicyError
-from cropi.loading import load_config
-from cropi.pipeline import Pipeline
 from cropi.policy import Policy, encode_prompts, load_policy
 from cropi.rollouts.generation import Sampling
 from cropi.rollouts.server import ServerGenerator
@@ -172,67 +165,12 @@ def test_a_text_that_tokenises_otherwise_is_counted(policy: Policy, serving: Any
 # -- a real one ------------------------------------------------------------------------------------------------------
 
 
-def start_server(port: int, log: Path) -> subprocess.Popen[bytes]:
+def transformers_serve(port: int) -> list[str]:
     command = [sys.executable, "-c", "from transformers.cli.transformers import main; main()"]
-    with log.open("ab") as file:
-        return subprocess.Popen(
-            [*command, "serve", str(POLICY_DIR), "--port", str(port), "--device", "cpu"],
-            stdout=file,
-            stderr=file,
-            env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-        )
-
-
-def wait_for(port: int, log: Path) -> None:
-    for _ in range(240):
-        try:
-            urllib.request.urlopen(f"http://localhost:{port}/health", timeout=1).close()
-            return
-        except OSError:
-            time.sleep(0.5)
-    pytest.fail(f"the server did not start: {log.read_text()[-2000:]}")
+    return [*command, "serve", str(POLICY_DIR), "--port", str(port), "--device", "cpu"]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_real_server_killed_in_mid_collection_and_started_again_loses_and_doubles_nothing(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    log = tmp_path / "server.log"
-    server = start_server(port, log)
-    try:
-        wait_for(port, log)
-        settings = {"url": f"http://localhost:{port}/v1", "model": str(POLICY_DIR), "prompts": "text", "concurrency": 4}
-        more = [f"run_dir={tmp_path}", "baselines=[]", "collect.shard_prompts=8", "collect.max_completion_length=16"]
-        config = load_config("quickstart", [*SMALL, *more, f"collect.server={json.dumps(settings)}"])
-        pipeline = Pipeline(config)
-        finished = threading.Event()
-
-        def interrupt() -> None:
-            nonlocal server
-            while not list((tmp_path / "quickstart" / "trajectories").glob("part-*.parquet")):
-                time.sleep(0.05)
-            server.send_signal(signal.SIGKILL)
-            server.wait()
-            time.sleep(2)
-            server = start_server(port, log)
-            finished.set()
-
-        threading.Thread(target=interrupt, daemon=True).start()
-        manifest = pipeline.collect()
-        assert finished.is_set(), "the server was to be killed before collection had ended"
-        rows = [
-            (row["set"], row["prompt_id"], row["sample"])
-            for table in pipeline.trajectories.base.values()
-            for row in table.to_pylist()
-        ]
-        expected = 48 * 8 + 6 * 8
-        assert len(rows) == len(set(rows)) == expected
-        assert sum(manifest.counts.values()) == expected
-        texts = [row["completion"] for row in pipeline.trajectories.base["train"].to_pylist()]
-        assert len(set(texts)) > 100
-        pipeline.space.unlock()
-    finally:
-        server.kill()
-        server.wait()
+    collected_through(transformers_serve, {}, {"model": str(POLICY_DIR), "prompts": "text"}, tmp_path)

@@ -9,7 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.selection.pool import chosen, pool, scores
 
-from cropi.config import DotsStrategy, GaussianStrategy, LearnabilityStrategy, MidStrategy, VcrlStrategy
+from cropi.config import (
+    DotsStrategy,
+    GaussianStrategy,
+    LearnabilityStrategy,
+    MidStrategy,
+    PassRateStrategy,
+    VcrlStrategy,
+)
 from cropi.errors import SignalError
 from cropi.selection.vcrl import normalised_variance
 
@@ -50,6 +57,23 @@ def test_vcrl_keeps_what_varies_enough() -> None:
     assert sorted(chosen(VcrlStrategy(type="vcrl", kappa=0), 6, candidates)) == ["a", "b", "c", "d"]
     with pytest.raises(SignalError, match="none of the 2 prompts qualifies"):
         chosen(VCRL, 2, pool([1 / 8, 1.0]))
+
+
+def test_prompts_graded_all_alike_are_not_taken_for_signal() -> None:
+    """Three that always earn 1/2 beside three that vary around 0.3."""
+    grades = {"pass_rates_N": np.array([0.5] * 3 + [0.3] * 3), "variances_N": np.array([0.0] * 3 + [0.04] * 3)}
+    statuses = ["no_signal"] * 3 + ["ok"] * 3
+    candidates = dataclasses.replace(pool([0.5] * 6), statuses=statuses, **grades)
+    for strategy in (
+        MID,
+        DOTS,
+        GaussianStrategy(type="gaussian"),
+        PassRateStrategy(type="pass_rate", low=0.2, high=0.6),
+        LearnabilityStrategy(type="learnability"),
+        VcrlStrategy(type="vcrl", kappa=0.1),
+    ):
+        assert set(chosen(strategy, 3, candidates)) == {"d", "e", "f"}, strategy.type
+    assert chosen(MID, 6, candidates)[3:] == ["a", "b", "c"]  # fills up, as with verdicts
 
 
 def test_vcrl_draws_anew_at_each_stage() -> None:

@@ -46,13 +46,16 @@ def candidates(noise: float = 0.05, slopes: np.ndarray = SLOPES, **facts: Any) -
         validation_tries_M=np.full(16, 16.0),
         validation_tried_at=0.0,
         validation_pass_rates_M=p_M,
+        validation_variances_M=p_M * (1 - p_M),
         validation_strengths_M=w_M,
         validation_influence_MV=w_M[:, None] * slopes[owners] + noise * generator.normal(size=(16, 2)),
         validation_errors_MV=np.full((16, 2), noise),
     )
     plain = pool([0.5] * len(KIND))
     statuses = ["ok" if one else "not_sampled" for one in seen]
-    return dataclasses.replace(plain, statuses=statuses, pass_rates_N=p, evidence=evidence, **facts)
+    return dataclasses.replace(
+        plain, statuses=statuses, pass_rates_N=p, variances_N=p * (1 - p), evidence=evidence, **facts
+    )
 
 
 def kinds(found: Candidates, size: int = 40, **options: Any) -> dict[int, int]:
@@ -73,6 +76,20 @@ def visits(pool: Candidates, kind: int, mean: float, step: int) -> list[Visit]:
 
 def test_prompts_never_sampled_are_chosen_by_their_kind() -> None:
     assert kinds(candidates()) == {USEFUL: EACH, NEUTRAL: 0, 2: 0, HARMFUL: 0, SECOND: EACH}
+
+
+def test_grades_count_by_how_much_they_vary() -> None:
+    """Nothing is followed, so all are drawn by learnability; the neutral kind earns 1/2 on average."""
+    found = candidates(slopes=np.zeros_like(SLOPES))
+    neutral_N = (KIND == NEUTRAL) & ~np.isnan(found.pass_rates_N)
+    means_N = np.where(neutral_N, 0.5, found.pass_rates_N)
+
+    def drawn(variance: float) -> int:
+        variances_N = np.where(neutral_N, variance, found.variances_N)
+        graded = dataclasses.replace(found, pass_rates_N=means_N, variances_N=variances_N)
+        return sum(kinds(dataclasses.replace(graded, seed=seed), size=20)[NEUTRAL] for seed in range(20))
+
+    assert drawn(0.25) > 1.5 * drawn(0.0)
 
 
 def test_the_manifest_is_told_what_decided() -> None:

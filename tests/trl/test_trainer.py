@@ -21,6 +21,7 @@ from trl import GRPOConfig
 
 from cropi.artifacts import read_jsonl
 from cropi.builtin import POLICY_DIR, generate
+from cropi.console import warn_once
 from cropi.errors import ArtifactError, ConfigError, DataError
 from cropi.gradients.scoring import score
 from cropi.trl import CurriculumTrainer, Selector, Verified
@@ -366,13 +367,26 @@ def test_prompts_are_chosen_by_grades(tmp_path: Path) -> None:
     assert {round(value, 3) for row in rewards(tmp_path) for value in row["rewards"]} >= {0.2, 1}
 
 
-def test_a_grade_outside_0_to_1_is_refused_before_the_first_step(tmp_path: Path) -> None:
-    def tens(completions: Sequence[str], answer: Sequence[str], **_: Any) -> list[float]:
-        return [10 * value for value in right(completions, answer)]
+def test_a_grade_outside_0_to_1_counts_as_none_and_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Training goes on by the function's own values."""
 
-    with pytest.raises(ConfigError, match=r"reward function tens.*outside 0 to 1"):
-        trainer(tmp_path, select(graded=True), reward_funcs=tens).train()
-    assert not rewards(tmp_path)
+    def at_times_two(completions: Sequence[str], answer: Sequence[str], **_: Any) -> list[float]:
+        return [
+            value or 2.0 * ("3" in text) for text, value in zip(completions, right(completions, answer), strict=True)
+        ]
+
+    warn_once.cache_clear()
+    trained = trainer(tmp_path, select(graded=True), reward_funcs=at_times_two, max_steps=2)
+    trained.train()
+    assert {value for row in rewards(tmp_path) for value in row["rewards"]} == {0.0, 1.0}
+    assert any(row["verdicts"].get("error") for row in rewards(tmp_path))
+    assert max(entry.get("rewards/at_times_two/mean", 0) for entry in trained.state.log_history) > 0
+    assert capsys.readouterr().err.count("reward function at_times_two gave a value outside 0 to 1") == 1
+
+
+def test_a_threshold_that_no_grade_reaches_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"Selector.*threshold must be above 0 and at most 1"):
+        trainer(tmp_path, select(graded=True, threshold=5.0)).train()
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ def verify(
             rows, batch[:] = batch[:], []
             for judgement in pool(rows):
                 row = {"verdict": judgement.verdict, "seconds": round(judgement.seconds, 6)}
-                row |= {} if judgement.grade is None else {"reward": judgement.grade}
+                row |= {"reward": judgement.reward} if config.gives_grades else {}
                 row |= {"note": judgement.note} if judgement.note else {}
                 print(json.dumps(row))
             sys.stdout.flush()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from cropi.config.base import Positive, Table
 
@@ -70,10 +70,19 @@ class ScoringVerifier(VerifierTable):
     graded: bool = False
     """The score, from 0 to 1, is the reward; `threshold` then decides what counts as right, in accuracies alone."""
 
+    threshold: float
+    """Score from which an answer is right."""
+
     @property
     def gives_grades(self) -> bool:
         """Whether rewards are other than 0 and 1."""
         return self.graded
+
+    @model_validator(mode="after")
+    def _reachable(self) -> Self:
+        if self.graded and not 0 < self.threshold <= 1:
+            raise ValueError("threshold must be above 0 and at most 1 where graded")
+        return self
 
 
 class ReasoningGymVerifier(ScoringVerifier):

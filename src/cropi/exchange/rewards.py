@@ -13,7 +13,7 @@ from typing import Any
 from cropi.errors import DataError
 from cropi.loading import verification_of, verifier_of
 from cropi.rewards.pool import judge_of
-from cropi.rewards.verdicts import Answered
+from cropi.rewards.verdicts import CORRECT, Answered
 
 FACTS = "facts"  # where an exported row says what a verifier may ask for: see `facts_of`
 
@@ -91,8 +91,10 @@ class Rewards:
                 raise DataError("a query does not begin with its prompt", where="reward_func", fix="use one tokenizer.")
             known = json.loads(label)
             rows.append(_row(self._without_ends(query[len(prompt) :]), known["answer"], _facts(known)))
-        found = torch.tensor([value or 0.0 for value in self(rows)])
-        return {"rewards": found, "scores": found, "extra_logs": {"verified": found}}
+        judged = self._judge(rows)
+        found = torch.tensor([judgement.reward or 0.0 for judgement in judged])
+        correct = torch.tensor([float(judgement.verdict == CORRECT) for judgement in judged])
+        return {"rewards": found, "scores": found, "extra_logs": {"correct": correct}}
 
     async def task(self, completion: str, answer: str, facts: str) -> float:
         """One completion of a task of verifiers', which prime-rl trains on."""

@@ -346,6 +346,16 @@ def pooled_strengths(
     return a_N / total_N, a_N * b_N / (total_N * (total_N + 1))
 
 
+def verdict_rates(means_N: Float[np.ndarray, " N"], variances_N: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
+    """Pass rates p of verdicts that vary as these rewards do: p (1 - p) = variance, on the mean's side of 1/2.
+
+    The mean itself, to the bit, where the rewards are verdicts. NaN stays NaN.
+    """
+    roots_N = np.sqrt(np.maximum(1 - 4 * variances_N, 0.0))
+    rates_N = np.where(means_N >= 0.5, (1 + roots_N) / 2, (1 - roots_N) / 2)
+    return np.where((variances_N == means_N * (1 - means_N)) | np.isnan(means_N), means_N, rates_N)
+
+
 def _squares(first_NE: Float[np.ndarray, "N E"], second_OE: Float[np.ndarray, "O E"]) -> Float[np.ndarray, "N O"]:
     cross_NO = first_NE @ second_OE.T
     lengths_N, lengths_O = (first_NE**2).sum(axis=1), (second_OE**2).sum(axis=1)

@@ -19,7 +19,7 @@ def candidate_groups(table: pa.Table, count: int, seed: int) -> dict[str, list[G
     mixed = {group.prompt_id: unit_interval(seed, "candidates", group.prompt_id) for group in _mixed(table)}
     if len(mixed) < 2:
         raise SignalError(
-            f"{len(mixed)} training prompt has both right and wrong completions, and two are needed to compare",
+            f"{len(mixed)} training prompt has both better and worse completions, and two are needed to compare",
             where="prompts.train",
             fix="use problems that the policy solves sometimes, or raise collect.num_generations.",
         )

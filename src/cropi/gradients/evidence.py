@@ -40,7 +40,8 @@ def validation_evidence(
         errors_NV[:, own] *= count / max(count - 1, 1)
         for row, group in enumerate(groups):
             known: dict[str, Any] = {"prompt_id": group.prompt_id, "set": name}
-            known |= {"pass_rate": group.pass_rate, "trajectories": len(group.completions)}
+            known |= {"pass_rate": group.pass_rate, "reward_variance": group.variance}
+            known["trajectories"] = len(group.completions)
             for v, column in enumerate(names):
                 known[f"influence/{column}"] = float(products_NV[row, v])
                 error = float(errors_NV[row, v])

@@ -178,7 +178,7 @@ def _of_aims(validation: Mapping[str, Sequence[Group]]) -> dict[str, Any]:
 def _blank_rows(sources: Mapping[str, str], names: list[str], not_sampled: frozenset[str]) -> dict[str, dict[str, Any]]:
     """Rows of prompts without trajectories, by prompt id."""
     none: dict[str, Any] = {f"influence/{name}": 0.0 for name in names} | {"completion_tokens": 0, "feature_norm": 0.0}
-    none |= {"pass_rate": None, **dict.fromkeys([*FACTS, "scored"])}
+    none |= {"pass_rate": None, "reward_variance": None, **dict.fromkeys([*FACTS, "scored"])}
     return {
         i: {**none, "prompt_id": i, "source": source, "status": NOT_SAMPLED if i in not_sampled else PROMPT_TOO_LONG}
         for i, source in sources.items()
@@ -275,7 +275,8 @@ def _note_facts(table: pa.Table, rows: Mapping[str, dict[str, Any]]) -> list[str
         row = rows[prompt_id]
         row["status"] = GOLD_UNPARSEABLE if group is None else group.status
         if group is not None:
-            row |= {"pass_rate": group.pass_rate, "completion_tokens": group.completion_tokens}
+            row |= {"pass_rate": group.pass_rate, "reward_variance": group.variance}
+            row["completion_tokens"] = group.completion_tokens
             if group.status == OK:
                 mixed.append(prompt_id)
     return mixed

@@ -37,7 +37,7 @@ def _mixed_groups(table: pa.Table, name: str, config: ScoreConfig) -> list[Group
     mixed = [group for i in chosen if (group := groups[i]) is not None and group.status == OK]
     if not mixed:
         raise SignalError(
-            f"none of the {len(chosen)} prompts of this validation set has both right and wrong completions, so it "
+            f"none of the {len(chosen)} prompts of this validation set has both better and worse completions, so it "
             "gives no direction to select by",
             where=f"prompts.validation.{name}",
             fix="use problems that the policy solves sometimes, or raise collect.validation_num_generations.",
@@ -46,15 +46,19 @@ def _mixed_groups(table: pa.Table, name: str, config: ScoreConfig) -> list[Group
         warn_once(
             f"validation set {name}: only {len(mixed)} of {len(chosen)} prompts carry signal; influence will be noisy"
         )
-    judged = one_sided([group.pass_rate for i in chosen if (group := groups[i]) is not None])
+    judged = one_sided([group for i in chosen if (group := groups[i]) is not None])
     if judged is not None:
         warn_once(f"validation set {name}: {judged}")
     return mixed
 
 
-def one_sided(pass_rates: Sequence[float]) -> str | None:
-    """What is wrong with a validation set of which over 90 % are solved by every completion, or by none; else None."""
-    always, never, total = pass_rates.count(1.0), pass_rates.count(0.0), len(pass_rates)
+def one_sided(groups: Sequence[Group]) -> str | None:
+    """What is wrong with a validation set of which over 90 % are solved by every completion, or by none; else None.
+
+    Of grades, groups graded alike: at 1/2 and above, or below.
+    """
+    alike = [group.pass_rate >= 0.5 for group in groups if group.variance == 0]
+    always, never, total = alike.count(True), alike.count(False), len(groups)
     rest = f"its direction comes from {total - always - never}"
     if always > 0 and always / total > ONE_SIDED:
         return (

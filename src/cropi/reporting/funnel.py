@@ -35,7 +35,7 @@ def funnel(
     if not rows:
         return [Text("There are no prompts yet.")]
     caption = (
-        "Rows by status. A group is mixed when its completions are both right and wrong; a group without signal has a "
+        "Rows by status. A group is mixed when its completions are rewarded unlike; a group without signal has a "
         "gradient of zero."
     )
     table = Table(caption, ["step", "of", "status", "rows", "share"], rows, left=3)

@@ -32,7 +32,7 @@ from cropi.reporting.results import Drift, Reliability, StageWorth
 from cropi.workspace import Arm, Workspace
 
 STEP_FILE = re.compile(r"step-(\d+)\.parquet")
-MIXED = "mixed"  # a group with right and wrong completions: status `ok`, in words
+MIXED = "mixed"  # a group with better and worse completions: status `ok`, in words
 
 Results = Mapping[str, Mapping[str, float]]  # test set -> prompt id -> 1 right, 0 wrong, or a mean of samples
 

@@ -210,15 +210,15 @@ class Pool:
                 while len(self._cache) > CACHED:
                     self._cache.popitem(last=False)
             self.counts.update(judgement.verdict for judgement in found.values())
-            self._tell_of_errors(found.values())
+            self._tell_of_failures(found.values())
             return [found[place] for place in range(len(rows))]
 
-    def _tell_of_errors(self, judged: Iterable[Judgement]) -> None:
+    def _tell_of_failures(self, judged: Iterable[Judgement]) -> None:
         """Once: a verifier that fails on everything would otherwise look like a policy that solves nothing."""
-        failed = next((judgement for judgement in judged if judgement.verdict == ERROR), None)
+        failed = next((judgement for judgement in judged if judgement.verdict in (ERROR, TIMEOUT)), None)
         if failed is not None and not self._told:
             self._told = True
-            warn(f"the verifier failed on a completion, which earns nothing ({failed.note}); others are only counted")
+            warn(f"the verifier failed on a completion, which earns nothing: {failed.note} (said once)")
 
     def _run(self, jobs: deque[_Job], found: dict[int, Judgement]) -> None:
         wanted = len(found) + len(jobs)

@@ -67,7 +67,7 @@ def main() -> None:
             verdict, note, grade = _judge(verify, row)
             if os.getpid() != me:
                 os._exit(0)  # a verifier has forked, and this is its child
-            if verdict != CORRECT and _address_space() > ceiling:
+            if (verdict != CORRECT or (grade is not None and grade < 1)) and _address_space() > ceiling:
                 os._exit(1)  # a library may have caught that memory ran out, and said no
             done.append((verdict, time.monotonic() - began, note, grade))
             number += 1

@@ -22,7 +22,7 @@ class Evidence:
     representations_NE: Float[np.ndarray, "N E"]
     tries_N: Float[np.ndarray, " N"]  # stored trajectories; 0 where the newest are training's own, which are visits
     tried_at_N: Float[np.ndarray, " N"]  # the optimiser step at which they were sampled
-    strengths_N: Float[np.ndarray, " N"]  # p (1 - p) as it was scored; 0 where nothing was
+    strengths_N: Float[np.ndarray, " N"]  # variance of the rewards as it was scored; 0 where nothing was
     influence_NV: Float[np.ndarray, "N V"]
     errors_NV: Float[np.ndarray, "N V"]  # standard errors
     validation_sets: Sequence[str]  # whose prompts the M are
@@ -30,6 +30,7 @@ class Evidence:
     validation_tries_M: Float[np.ndarray, " M"]
     validation_tried_at: float
     validation_pass_rates_M: Float[np.ndarray, " M"]
+    validation_variances_M: Float[np.ndarray, " M"]  # of the rewards
     validation_strengths_M: Float[np.ndarray, " M"]
     validation_influence_MV: Float[np.ndarray, "M V"]  # on the other prompts of the set
     validation_errors_MV: Float[np.ndarray, "M V"]
@@ -68,6 +69,14 @@ class Candidates:
     def usable_N(self) -> Bool[np.ndarray, " N"]:
         """Prompts that can be trained on: with an answer that can be read, and trajectories."""
         return np.array([status in USABLE for status in self.statuses])
+
+    @property
+    def hopeful_N(self) -> Bool[np.ndarray, " N"]:
+        """Prompts that a pass rate may speak for: usable, with trajectories, and not graded all alike between 0 and 1,
+        where p looks like signal and is none."""
+        p_N = self.pass_rates_N
+        alike_N = (self.variances_N == 0) & (p_N > 0) & (p_N < 1)
+        return self.usable_N & ~np.isnan(p_N) & ~alike_N
 
 
 @dataclass(frozen=True)

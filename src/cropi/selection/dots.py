@@ -15,6 +15,6 @@ def dots(candidates: Candidates, strategy: DotsStrategy, config: SelectConfig) -
     paid for in full; a stage is one draw, and nothing is replayed.
     """
     p_N = candidates.pass_rates_N
-    eligible_N = candidates.usable_N & ~np.isnan(p_N)
+    eligible_N = candidates.hopeful_N
     keys_N = gumbel_keys(candidates, "dots", -np.abs(np.nan_to_num(p_N) - strategy.target) / strategy.temperature)
     return Ranking(keys_N, eligible_N, f"drawn near pass rate {strategy.target:g}", {})

@@ -33,19 +33,20 @@ def gather_evidence(
     errors_NV = _columns(scores, "standard_error", names)
     scored_N = np.array([status == OK for status in scores.column("status").to_pylist()])
     scored_N &= np.isfinite(errors_NV).all(axis=1)
-    p_N = np.nan_to_num(scores.column("pass_rate").to_numpy(zero_copy_only=False).astype(np.float64))
+    variances_N = np.nan_to_num(scores.column("reward_variance").to_numpy(zero_copy_only=False).astype(np.float64))
     validation_errors_MV = _columns(validation, "standard_error", names)
     known_M = np.isfinite(validation_errors_MV).all(axis=1)
     owners = validation.column("set").to_pylist()
     keys = zip(owners, validation.column("prompt_id").to_pylist(), strict=True)
     places_M = [representations[f"validation/{name}", i] for name, i in keys]
-    p_M, tries_M = (validation.column(c).to_numpy().astype(np.float64) for c in ("pass_rate", "trajectories"))
+    columns = ("pass_rate", "reward_variance", "trajectories")
+    p_M, variances_M, tries_M = (validation.column(name).to_numpy().astype(np.float64) for name in columns)
     return Evidence(
         names=tuple(names),
         representations_NE=np.stack([representations["train", i] for i in prompt_ids]),
         tries_N=np.array([0.0 if i in trained else float(n) for i, n in zip(prompt_ids, sizes_N, strict=True)]),
         tried_at_N=np.array([tried_at.get(i, 0.0) for i in prompt_ids], dtype=np.float64),
-        strengths_N=np.where(scored_N, _strength(p_N, np.maximum(sizes_N, 2)), 0.0),
+        strengths_N=np.where(scored_N, _strength(variances_N, np.maximum(sizes_N, 2)), 0.0),
         influence_NV=_columns(scores, "influence", names),
         errors_NV=np.nan_to_num(errors_NV),
         validation_sets=[owner for owner, known in zip(owners, known_M, strict=True) if known],
@@ -53,15 +54,16 @@ def gather_evidence(
         validation_tries_M=tries_M[known_M],
         validation_tried_at=validation_tried_at,
         validation_pass_rates_M=p_M[known_M],
-        validation_strengths_M=_strength(p_M, tries_M)[known_M],
+        validation_variances_M=variances_M[known_M],
+        validation_strengths_M=_strength(variances_M, tries_M)[known_M],
         validation_influence_MV=_columns(validation, "influence", names)[known_M],
         validation_errors_MV=validation_errors_MV[known_M],
     )
 
 
-def _strength(p_N: Float[np.ndarray, " N"], count_N: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
-    """The unbiased estimate of p (1 - p) from `count` tries."""
-    return p_N * (1 - p_N) * count_N / (count_N - 1)
+def _strength(variances_N: Float[np.ndarray, " N"], count_N: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
+    """The unbiased estimate of the rewards' variance from `count` tries."""
+    return variances_N * count_N / (count_N - 1)
 
 
 def _columns(table: pa.Table, kind: str, names: Sequence[str]) -> Float[np.ndarray, "N V"]:

@@ -18,7 +18,7 @@ def gaussian(candidates: Candidates, strategy: GaussianStrategy, config: SelectC
     selection, as each domain has there.
     """
     p_N = candidates.pass_rates_N
-    eligible_N = candidates.usable_N & ~np.isnan(p_N)
+    eligible_N = candidates.hopeful_N
     progress = candidates.stage / (candidates.stages - 1) if candidates.stages > 1 else 0.0
     middle = strategy.first + (strategy.last - strategy.first) * progress
     log_weights_N = -((np.nan_to_num(p_N) - middle) ** 2) / (2 * strategy.sigma**2)

@@ -50,7 +50,7 @@ def replay(candidates: Candidates, strategy: GresoStrategy) -> Past:
     `zero_variance`, and rises otherwise; p_hard the same with visits all wrong and two thirds. Both stay in
     [0.05, 0.95]. The released code begins with the second epoch; here with the second stage, the first in which the
     filter can leave something out. (It also counts mean rewards up to 0.11 as wrong and from 0.98 as right, for rewards
-    with a share for the format; verdicts need no margin.)
+    with a share for the format; here it is whether they are all equal.)
     """
     keep, streaks = {EASY: strategy.start, HARD: strategy.start}, dict[str, tuple[str, int]]()
     aims = {EASY: strategy.zero_variance / 3, HARD: strategy.zero_variance * 2 / 3}

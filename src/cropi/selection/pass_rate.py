@@ -11,5 +11,5 @@ def pass_rate(candidates: Candidates, strategy: PassRateStrategy, config: Select
     """low <= p_i <= high on the stored trajectories, in random order (PRIME, arXiv 2502.01456: 0.2 and 0.8)."""
     p_N = candidates.pass_rates_N
     scores_N = np.array([unit_interval(candidates.seed, "pass_rate", i) for i in candidates.prompt_ids])
-    eligible_N = (p_N >= strategy.low) & (p_N <= strategy.high)  # NaN compares false
+    eligible_N = (p_N >= strategy.low) & (p_N <= strategy.high) & candidates.hopeful_N
     return Ranking(scores_N, eligible_N, f"pass rate in [{strategy.low:g}, {strategy.high:g}]", {})

@@ -19,6 +19,7 @@ from cropi.functional.pooling import (
     pooled_strengths,
     principal_points,
     trust_of,
+    verdict_rates,
 )
 from cropi.functional.sampling import places as share_size
 from cropi.selection.candidates import Candidates, Evidence, Ranking
@@ -308,7 +309,7 @@ def _strengths(
     *,
     now: bool,
 ) -> _Strengths:
-    """E[p (1 - p)] of every prompt from its own tries and its neighbours'.
+    """E[p (1 - p)] of every prompt from its own tries and its neighbours'; for grades, p of verdicts that vary as much.
 
     Tries are the stored trajectories and, with `now`, all that training has sampled since. One that is t stages old
     counts 2^(-t / half_life): the policy has changed since.
@@ -318,22 +319,29 @@ def _strengths(
     step = candidates.stage * candidates.steps_per_stage if now else 0
     half_life = strategy.half_life * candidates.steps_per_stage
     counts_N = evidence.tries_N * 0.5 ** (np.maximum(step - evidence.tried_at_N, 0) / half_life)
-    successes_N = np.nan_to_num(candidates.pass_rates_N) * counts_N
+    rates_N = verdict_rates(candidates.pass_rates_N, candidates.variances_N)
+    successes_N = np.nan_to_num(rates_N) * counts_N
     if now:
-        for visit in candidates.visits:
+        columns = ([v.mean_reward for v in candidates.visits], [v.variance for v in candidates.visits])
+        means, variances = (np.array(column, dtype=np.float64) for column in columns)
+        for visit, rate in zip(candidates.visits, verdict_rates(means, variances).tolist(), strict=True):
             weight = visit.tries * 0.5 ** ((step - visit.step) / half_life)
             counts_N[row_of[visit.prompt_id]] += weight
-            successes_N[row_of[visit.prompt_id]] += weight * visit.mean_reward
+            successes_N[row_of[visit.prompt_id]] += weight * rate
     tried_S = np.flatnonzero(counts_N > 0)
     observed_OE, own_N = places.observed(tried_S)
     validation_M = evidence.validation_tries_M * 0.5 ** (max(step - evidence.validation_tried_at, 0) / half_life)
-    successes_O = np.concatenate([successes_N[tried_S], evidence.validation_pass_rates_M * validation_M])
+    means_M = evidence.validation_pass_rates_M
+    rates_M = verdict_rates(means_M, evidence.validation_variances_M)
     counts_O = np.concatenate([counts_N[tried_S], validation_M])
     own_M = len(tried_S) + np.arange(len(validation_M))
 
-    def strengths(points: np.ndarray, own: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def posterior(points: np.ndarray, own: np.ndarray, of_validation_M: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        successes_O = np.concatenate([successes_N[tried_S], of_validation_M * validation_M])
         return pooled_strengths(points, observed_OE, successes_O, counts_O, own, bandwidth, strategy.prior)
 
-    _, pool_N = strengths(places.pool_NE, own_N)
-    rates_M, strengths_M = strengths(places.validation_ME, own_M)
-    return _Strengths(pool_N, strengths_M, rates_M, counts_N)
+    _, pool_N = posterior(places.pool_NE, own_N, rates_M)
+    solved_M, strengths_M = posterior(places.validation_ME, own_M, rates_M)
+    if not np.array_equal(means_M, rates_M):  # grades: what is left to gain goes by their mean
+        solved_M, _ = posterior(places.validation_ME, own_M, means_M)
+    return _Strengths(pool_N, strengths_M, solved_M, counts_N)

@@ -117,7 +117,7 @@ def require_signal(statuses: Sequence[str]) -> int:
     mixed = sum(status == OK for status in statuses)
     if not mixed:
         raise SignalError(
-            f"none of the {len(statuses)} training prompts has both right and wrong completions "
+            f"none of the {len(statuses)} training prompts has both better and worse completions "
             f"({counts_text(count_status(statuses))})",
             where="prompts.train",
             fix="use problems that the policy solves sometimes, raise collect.num_generations, or see in `cropi check` "

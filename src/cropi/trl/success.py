@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from cropi.console import warn_once
 from cropi.errors import ConfigError
-from cropi.rewards.verdicts import UNPARSEABLE_GOLD, Graded, Judgement, judged
+from cropi.rewards.verdicts import ERROR, UNPARSEABLE_GOLD, Graded, Judgement, judged
 from cropi.trl.selector import Selector
 
 OWN = ("prompt", "completion", "completion_ids")  # columns that TRL does not pass on as they are
@@ -66,7 +67,7 @@ class Success:
     def judged(self, value: float | None) -> Judgement:
         """What a reward comes to. None and NaN, as TRL has it, say that the row is not for this function.
 
-        ConfigError for a grade outside 0 to 1.
+        A grade outside 0 to 1 is an error, which earns nothing.
         """
         if value is None or math.isnan(value):
             return Judgement(UNPARSEABLE_GOLD, 0.0)
@@ -74,11 +75,11 @@ class Success:
         try:
             found = judged(score, threshold, graded=self.graded)
         except ValueError as error:
-            raise ConfigError(
-                str(error),
-                where=f"reward function {self.name}",
-                fix="give Selector(success=...) a function whose values lie there, or leave out graded=True.",
-            ) from None
+            warn_once(
+                f"reward function {self.name} gave a value outside 0 to 1, which counts as 0 where prompts are chosen; "
+                "give Selector(success=...) a function whose values lie there, or leave out graded=True"
+            )
+            return Judgement(ERROR, 0.0, str(error))
         return Judgement(found.verdict, 0.0, grade=found.grade) if isinstance(found, Graded) else Judgement(found, 0.0)
 
     def __call__(
