@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -88,6 +89,28 @@ def test_check_goes_by_rewards_where_nothing_is_right(tmp_path: Path) -> None:
     assert "correct" not in result["verdicts"]
     assert result["mixed_groups"] > 0
     assert not any("rewarded" in text for text in result["warnings"])
+
+
+def test_grades_above_1_end_the_run_before_anything_is_learned_from_them(tmp_path: Path) -> None:
+    """Though the recorded answers earn 1."""
+    above = "verifier={type: function, path: tests.rewards.functions.generous, graded: true}"
+    for command in ("check", "run"):
+        done = cropi(command, "quickstart", *GRADED, above, cwd=tmp_path)
+        assert done.returncode == 2
+        assert "error: verifier: the score 1.2 is outside 0 to 1" in done.stderr
+        assert "Fix: scale what it returns" in done.stderr
+    assert not list(tmp_path.glob("runs/**/part-train-*.parquet"))
+
+
+def test_a_verifier_that_fails_often_is_named(tmp_path: Path) -> None:
+    flaky = "verifier={type: function, path: tests.rewards.functions.at_times_raises, graded: true}"
+    done = cropi("collect", "quickstart", *GRADED, flaky, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "warning: the verifier failed on a completion, which earns nothing: RuntimeError: no" in done.stderr
+    assert re.search(r"warning: the verifier failed on \d+ of 432 completions", done.stderr)
+    done = cropi("check", "quickstart", *GRADED, flaky.replace("at_times_raises", "bare"), cwd=tmp_path)
+    assert done.returncode == 2
+    assert "the verifier fails on the recorded answers themselves: TypeError" in done.stderr
 
 
 def test_more_groups_have_signal_than_by_verdicts(run: Path) -> None:

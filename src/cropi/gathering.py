@@ -9,6 +9,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cropi.artifacts import (
+    GOLD_UNPARSEABLE,
+    NOT_SAMPLED,
     TRAJECTORIES,
     is_finished,
     open_artifact,
@@ -25,7 +27,7 @@ from cropi.rollouts.representations import KIND as REPRESENTED
 from cropi.rollouts.representations import read_representations
 from cropi.selection.candidates import Candidates, Evidence
 from cropi.selection.evidence import gather_evidence
-from cropi.training.history import newest_variances, training_history
+from cropi.training.history import never_judged, newest_variances, training_history
 from cropi.workspace import Arm, Workspace
 
 NOTHING = GroupFacts("", float("nan"), float("nan"))  # of a prompt without trajectories
@@ -51,6 +53,8 @@ class Gatherer:
         overlay, steps = self._trajectories.overlay(arm, stage), self._config.train.steps_per_stage
         groups = self._trajectories.groups(overlay)
         history, evidence = training_history(arm.rewards, stage * steps), None
+        screened, unreadable = self._screened(arm, stage)
+        unreadable |= never_judged(arm.rewards, stage * steps)
         sizes = _group_sizes(self._trajectories.base["train"]) | _group_sizes(overlay.table)
         sizes_N = np.array([sizes.get(i, 0) for i in prompts])
         influence, lengths_N = dict[str, np.ndarray](), None
@@ -63,7 +67,10 @@ class Gatherer:
         return Candidates(
             prompt_ids=list(prompts),
             sources=prompts.column("source"),
-            statuses=self._trajectories.statuses(groups),
+            statuses=[
+                GOLD_UNPARSEABLE if status == NOT_SAMPLED and i in unreadable else status
+                for i, status in zip(prompts, self._trajectories.statuses(groups), strict=True)
+            ],
             pass_rates_N=np.array([groups.get(i, NOTHING).pass_rate for i in prompts]),
             variances_N=np.array([groups.get(i, NOTHING).variance for i in prompts]),
             training_variances=newest_variances(history, overlay.drawn_at(steps)),
@@ -74,25 +81,28 @@ class Gatherer:
             steps_per_stage=steps,
             group_sizes_N=sizes_N,
             lengths_N=lengths_N,
-            visits=[*history, *self._screened(arm, stage)],
+            visits=[*history, *screened],
             texts=list(map(prompt_text, prompts.column("messages"))) if strategy.reads_texts else (),
             validation_texts=self._validation_texts,
             evidence=evidence,
         )
 
-    def _screened(self, arm: Arm, stage: int) -> list[Visit]:
-        """What was looked at to choose a stage or one before it."""
+    def _screened(self, arm: Arm, stage: int) -> tuple[list[Visit], set[str]]:
+        """What was looked at to choose a stage or one before it; and the prompts that turned out unreadable."""
         seen: list[Visit] = []
+        unreadable: set[str] = set()
         for number in range(stage + 1):
             folder = arm.screened(number)
             if is_finished(folder):
                 open_artifact(folder, FRESH, made_by="cropi score")  # checks the files
                 table = read_trajectories(folder).get("train", TRAJECTORIES.empty_table())
-                judged = table.filter(pc.is_valid(table.column("reward")))
+                known = pc.is_valid(table.column("reward"))
+                unreadable |= set(table.filter(pc.invert(known)).column("prompt_id").to_pylist())
+                judged = table.filter(known)
                 groups = judged.group_by("prompt_id").aggregate([("reward", "list")]).to_pylist()
                 step = number * self._config.train.steps_per_stage
                 seen += [visit(step, row["prompt_id"], row["reward_list"]) for row in groups]
-        return seen
+        return seen, unreadable
 
     def _evidence(self, arm: Arm, stage: int, scores: pa.Table, sizes_N: np.ndarray, overlay: Overlay) -> Evidence:
         open_artifact(self._space.representations, REPRESENTED, made_by="cropi score")

@@ -10,7 +10,7 @@ from trl import GRPOConfig
 from cropi.config import Config
 from cropi.errors import ArtifactError, PolicyError
 from cropi.policy import Policy, fingerprint, load_policy
-from cropi.rewards.pool import judge_of
+from cropi.rewards.pool import strict_judge
 from cropi.rewards.verdicts import Judge
 from cropi.training.settings import grpo_config
 from cropi.workspace import Arm, Workspace
@@ -30,7 +30,7 @@ class Given:
         """What a config names. Settings that TRL refuses are refused here, before anything is written."""
         policy = load_policy(config.policy)
         settings = grpo_config(config, config.folder, policy.device, processes)
-        return cls(policy, fingerprint(config.policy), judge_of(config.verifier, config.verification), settings)
+        return cls(policy, fingerprint(config.policy), strict_judge(config.verifier, config.verification), settings)
 
 
 def start_of_stage(config: Config, arm: Arm, stage: int) -> Path:

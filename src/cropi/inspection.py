@@ -23,7 +23,7 @@ from cropi.gradients.reference import trainable_parameters
 from cropi.gradients.scoring import make_scorer, surrogate_settings
 from cropi.policy import Policy, load_policy
 from cropi.prompts import checked_prompts, leakage_warnings
-from cropi.rewards.pool import judge_of
+from cropi.rewards.pool import strict_judge
 from cropi.rewards.verdicts import CORRECT, UNPARSEABLE_ANSWER, Judge, Judgement, answered
 from cropi.rewards.verifiers import written_gold
 from cropi.rollouts.collect import Shard, behaviour_logprobs, plan, read_trajectories, sampled_prompts
@@ -87,9 +87,16 @@ def check_run(config: Config) -> CheckResult:
     policy = load_policy(config.policy)
     settings = grpo_config(config, config.folder, policy.model.device)
     shards, _ = plan(config, policy, prompts, sampled_prompts(config, prompts))
-    judge = judge_of(config.verifier, config.verification)
+    judge = strict_judge(config.verifier, config.verification)
     against_itself = judge([answered(written_gold(config.verifier, row["answer"]), row) for row in prompts])
     gold = Counter(judgement.verdict for judgement in against_itself)
+    failure = next((judgement.note for judgement in against_itself if judgement.note), None)
+    if not gold[CORRECT] and failure is not None:
+        raise DataError(
+            f"the verifier fails on the recorded answers themselves: {failure}",
+            where="verifier",
+            fix="mend it; `cropi verify` tries it on rows of yours.",
+        )
     if not gold[CORRECT]:
         raise DataError(
             f"the verifier judges none of the recorded answers right against itself ({dict(gold)})",

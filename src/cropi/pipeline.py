@@ -36,6 +36,7 @@ from cropi.prompts import data_identity, make_prompts
 from cropi.refreshing import Refresher
 from cropi.reporting.report import make_report
 from cropi.reporting.summary import Summary
+from cropi.rewards.verdicts import ERROR, TIMEOUT
 from cropi.rollouts.collect import collect, collect_anew
 from cropi.rollouts.generation import Sampling, TransformersGenerator
 from cropi.rollouts.orders import shards_elsewhere
@@ -52,6 +53,8 @@ from cropi.training.train import TrainTask, newest_checkpoint, train
 from cropi.workers import Workers
 from cropi.workspace import Arm, Workspace
 from cropi.world import ALONE, World
+
+MANY_FAILURES = 0.02  # share of the completions on which a verifier may fail without a word
 
 
 class Pipeline:
@@ -122,9 +125,10 @@ class Pipeline:
         manifest = build(folder, "trajectories", make, inputs=inputs, made_by="cropi collect", **self._in_parts)
         say(f"trajectories: {counts_text(manifest.counts)}")
         say(f"verdicts: {counts_text(manifest.details['verdicts'])}")
+        self._warn_of_failures(manifest.details["verdicts"])
         statuses = self.trajectories.statuses(self.trajectories.base_groups)
-        mixed = require_signal(statuses)
-        say(f"groups: {mixed} of {len(statuses)} mixed, the others carry no signal now")
+        mixed, sampled = require_signal(statuses), len(self.trajectories.base_groups)
+        say(f"groups: {mixed} of {sampled} mixed" + (", the others carry no signal now" if mixed < sampled else ""))
         if any(strategy.aims_at_validation for strategy in self.config.arms.values()):
             validation_groups(self.trajectories.base, self.config.score)
         return manifest
@@ -411,6 +415,14 @@ class Pipeline:
 
     def _trainer_prompt(self, row: Mapping[str, Any]) -> str | list[dict[str, Any]]:
         return trainer_prompt(row["messages"], chat=self._chat, system_prompt=self.config.prompts.system_prompt)
+
+    def _warn_of_failures(self, verdicts: Mapping[str, int]) -> None:
+        failed, total = verdicts.get(ERROR, 0) + verdicts.get(TIMEOUT, 0), sum(verdicts.values())
+        if failed > MANY_FAILURES * total:
+            warn(
+                f"the verifier failed on {failed} of {total} completions, which earned nothing: should they have, mend "
+                f"it, delete {self.space.trajectories} and run again (`cropi audit-rewards` tells more)"
+            )
 
     # -- report ------------------------------------------------------------------------------------------------------
 

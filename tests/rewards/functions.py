@@ -117,6 +117,28 @@ def grades(completions: list[str], **_: Any) -> list[float]:
     return [float(text) for text in completions]
 
 
+def bare(completions: list[str], **_: Any) -> float:
+    return 0.5
+
+
+async def later(completions: list[str], **_: Any) -> list[float]:
+    return [0.5]
+
+
+def generous(completions: list[str], answer: list[str], **_: Any) -> list[float]:
+    """The bare answer earns 1, and one after `answer ` more."""
+    return [
+        value * (1.0 if "answer" not in text else 1.2)
+        for text, value in zip(completions, near(completions, answer), strict=True)
+    ]
+
+
+def at_times_raises(completions: list[str], answer: list[str], **_: Any) -> list[float]:
+    if completions[0].endswith("answer 1"):
+        raise RuntimeError("no")
+    return near(completions, answer)
+
+
 def two(completions: list[str], **_: Any) -> list[float]:
     return [1.0, 1.0]
 

@@ -53,10 +53,28 @@ def test_a_grade_is_the_reward_and_the_threshold_still_says_what_is_right() -> N
         assert function("grades")(Answered(outside, "7")) in {CORRECT, WRONG}  # type: ignore[operator]
 
 
-@pytest.mark.parametrize("name", ["two", "not_a_number"])
-def test_what_is_no_reward_is_an_error(name: str) -> None:
-    with pytest.raises(ValueError, match=r"rewards for one completion|not a number"):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("two", "returned 2 rewards for one completion"),
+        ("not_a_number", "not a number"),
+        ("bare", "returned one float, not a list"),
+        ("later", "is asynchronous"),
+    ],
+)
+def test_what_is_no_reward_is_an_error(name: str, message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
         function(name)(Answered("7", "7"))  # type: ignore[operator]
+
+
+def test_a_name_that_is_not_there_is_told_with_the_nearest() -> None:
+    with pytest.raises(ImportError, match="has no equall; did you mean 'equal'"):
+        function("equall")
+    for path in ("rewards", "rewards.py:right"):
+        with pytest.raises(ValueError, match=r"MODULE\.FUNCTION"):
+            FunctionVerifier(type="function", path=path)
+    with pytest.raises(ValueError, match=r"must hold \{answer\}"):
+        FunctionVerifier(type="function", path="a.b", written="answer")
 
 
 def test_trl_s_own_accuracy_reward() -> None:

@@ -196,6 +196,28 @@ def test_the_default_strategy_with_an_asynchronous_reward(tmp_path: Path) -> Non
     assert len(rewards(tmp_path, "pooled")) == 12
 
 
+def test_what_screening_could_not_judge_is_not_trained_on(tmp_path: Path) -> None:
+    """A part of the prompts is sampled beforehand; of the others, those that get None are known by looking at them."""
+
+    def not_all(completions: Sequence[str], answer: Sequence[str], **_: Any) -> list[float | None]:
+        values = right(completions, answer)
+        return [None if gold in {"0", "1", "even"} else value for value, gold in zip(values, answer, strict=True)]
+
+    validation = problems("sum", split="validation", count=12)
+    settings = {"collect": {"validation_num_generations": 8}}
+    selector = Selector(validation=validation, stages=3, fraction=0.5, settings=settings)
+    pool = problems("sum", "parity", "count", "machine", count=24)
+    trainer(tmp_path, selector, reward_funcs=not_all, train_dataset=pool, max_steps=3).train()
+    stages = tmp_path / "_curriculum" / "run" / "arms" / "pooled" / "stages"
+    unjudged: set[str] = set()
+    for number, chosen in enumerate(selections(tmp_path, "pooled")):
+        parts = (stages / f"{number:03}" / "screened").glob("part-*")
+        looked = [row for path in parts for row in pq.read_table(path).to_pylist()]
+        unjudged |= {row["prompt_id"] for row in looked if row["reward"] is None}
+        assert not unjudged & chosen
+    assert unjudged
+
+
 def test_chat_prompts_and_a_function_beside_the_trainer_s(tmp_path: Path) -> None:
     def says(completions: Sequence[Any], answer: Sequence[str], **_: Any) -> list[float | None]:
         return right([c[0]["content"] for c in completions], answer)  # type: ignore[return-value]
@@ -239,7 +261,6 @@ def test_what_cannot_be_combined_is_refused_at_once(changes: dict[str, Any], mes
 @pytest.mark.parametrize(
     ("selector", "message"),
     [
-        (select(strategy="inflence"), "did you mean"),
         (select(validation=problems("sum", count=8)), "stand in another role"),
         (select(settings={"collect": {"no_such": 1}}), "unknown key collect.no_such"),
         (select(strategy="dapo"), "the work of cropi's own trainer"),
@@ -385,8 +406,10 @@ def test_a_grade_outside_0_to_1_counts_as_none_and_is_told(tmp_path: Path, capsy
 
 
 def test_a_threshold_that_no_grade_reaches_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"Selector.*threshold must be above 0 and at most 1"):
-        trainer(tmp_path, select(graded=True, threshold=5.0)).train()
+    with pytest.raises(ConfigError, match=r"Selector.threshold: no grade reaches 5"):
+        select(graded=True, threshold=5.0)
+    with pytest.raises(ConfigError, match=r"did you mean 'influence'"):
+        select(strategy="inflence")
 
 
 @pytest.mark.parametrize(

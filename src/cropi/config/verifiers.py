@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from cropi.config.base import Positive, Table
 
@@ -81,7 +82,7 @@ class ScoringVerifier(VerifierTable):
     @model_validator(mode="after")
     def _reachable(self) -> Self:
         if self.graded and not 0 < self.threshold <= 1:
-            raise ValueError("threshold must be above 0 and at most 1 where graded")
+            raise ValueError(f"threshold must be above 0 and at most 1 where graded, not {self.threshold:g}")
         return self
 
 
@@ -96,7 +97,20 @@ class ReasoningGymVerifier(ScoringVerifier):
     """The answer stands after the last occurrence of this text. Unset: in the last `<answer>...</answer>`, else all."""
 
 
-DottedPath = Annotated[str, Field(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)+$")]
+def _dotted(path: str) -> str:
+    if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", path):
+        raise ValueError("must be MODULE.FUNCTION, as rewards.right for the function right of rewards.py")
+    return path
+
+
+def _with_answer(written: str) -> str:
+    if "{answer}" not in written:
+        raise ValueError("must hold {answer}, where the recorded answer stands")
+    return written
+
+
+DottedPath = Annotated[str, AfterValidator(_dotted)]
+Written = Annotated[str, AfterValidator(_with_answer)]
 
 
 class FunctionVerifier(ScoringVerifier):
@@ -114,7 +128,7 @@ class FunctionVerifier(ScoringVerifier):
     """Name of the keyword argument with the recorded answers (TRL's own functions: `solution`)."""
     messages: bool = False
     """Give completions as chat messages instead of text."""
-    written: str = "{answer}"
+    written: Written = "{answer}"
     """How a right completion writes the answer, for checks of the gold answers against themselves."""
 
 
@@ -131,7 +145,7 @@ class VerlVerifier(ScoringVerifier):
     """Score from which a completion is right."""
     data_source: str | None = None
     """The data source that it is told. Unset: each prompt's own."""
-    written: str = "{answer}"
+    written: Written = "{answer}"
     """How a right completion writes the answer, for checks of the gold answers against themselves."""
 
 

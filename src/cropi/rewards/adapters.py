@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from cropi.config import FunctionVerifier, ReasoningGymVerifier, VerlVerifier
+from cropi.errors import hint
 from cropi.rewards.verdicts import UNPARSEABLE_ANSWER, UNPARSEABLE_GOLD, Answered, Graded, judged
 from cropi.rewards.verifiers import Verify
 
@@ -95,6 +96,12 @@ def function_verifier(config: FunctionVerifier) -> Verify:
         columns[config.answer_as] = [row.answer]
         given = columns if accepted is None else {k: v for k, v in columns.items() if k in accepted}
         rewards = function(**given)
+        if inspect.iscoroutine(rewards):
+            rewards.close()
+            raise TypeError(f"{config.path} is asynchronous, and a plain function is needed")
+        if not hasattr(rewards, "__len__"):
+            kind = type(rewards).__name__
+            raise TypeError(f"{config.path} returned one {kind}, not a list with a reward for each completion")
         if len(rewards) != 1:
             raise ValueError(f"{config.path} returned {len(rewards)} rewards for one completion")
         return _judged(rewards[0], config)
@@ -137,8 +144,13 @@ def _question(prompt: str) -> str:
 def _imported(path: str) -> Callable[..., Any]:
     module, _, name = path.rpartition(".")
     try:
-        function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
+        found = importlib.import_module(module)
+        function = getattr(found, name)
+    except AttributeError:
+        raise ImportError(
+            f"{path} cannot be imported: {module} has no {name}; {hint(name, dir(found), 'define it there')}"
+        ) from None
+    except ImportError as error:
         raise ImportError(f"{path} cannot be imported ({error})") from None
     if not callable(function):
         raise TypeError(f"{path} is not a function")

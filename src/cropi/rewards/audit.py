@@ -116,7 +116,7 @@ def audit_of(
         sources=sources,
         verdicts=dict(Counter(verdicts)),
         disagreement=disagreement,
-        fixes=_fixes(gold, verdicts, sources, disagreement),
+        fixes=_fixes(gold, judged, sources, disagreement),
     )
 
 
@@ -142,7 +142,7 @@ def _by_source(origins: Sequence[str], judged: Sequence[Judgement], *, graded: b
 
 def _fixes(
     gold: Sequence[str],
-    verdicts: Sequence[str],
+    judged: Sequence[Judgement],
     sources: Mapping[str, Mapping[str, float]],
     disagreement: Mapping[str, Any] | None,
 ) -> list[str]:
@@ -150,8 +150,8 @@ def _fixes(
     unread, wrong = gold.count(UNPARSEABLE_GOLD), sum(one not in (CORRECT, UNPARSEABLE_GOLD) for one in gold)
     if unread:
         found.append(
-            f"{unread} gold answers cannot be read: their prompts are left out. Mend them, or choose a verifier that "
-            "reads them."
+            f"{unread} gold answers cannot be read, or the verifier leaves them out: their prompts are left out. Mend "
+            "them, or choose a verifier that reads them."
         )
     if wrong:
         found.append(
@@ -169,9 +169,9 @@ def _fixes(
     ]
     if hopeless:
         found.append(f"no completion of {', '.join(hopeless)} is rewarded: too hard, or the gold answers are wrong.")
-    for verdict, remedy in ((TIMEOUT, "raise verification.seconds"), (ERROR, "see `cropi verify` for their notes")):
-        if count := list(verdicts).count(verdict):
-            found.append(f"{count} completions ended as {verdict} and got no reward: {remedy}.")
+    for verdict, remedy in ((TIMEOUT, "raise verification.seconds"), (ERROR, "mend the verifier")):
+        if notes := [judgement.note for judgement in judged if judgement.verdict == verdict]:
+            found.append(f"{len(notes)} completions ended as {verdict} ({notes[0]}) and got no reward: {remedy}.")
     if disagreement is not None and disagreement["count"]:
         found.append("read the completions on which the two verifiers disagree: one of them is wrong.")
     return found

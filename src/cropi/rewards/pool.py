@@ -31,7 +31,7 @@ from typing import Any
 from cropi.config import VerificationConfig, Verifier
 from cropi.console import warn
 from cropi.errors import ConfigError
-from cropi.rewards.verdicts import ERROR, TIMEOUT, Answered, Judgement
+from cropi.rewards.verdicts import ERROR, TIMEOUT, Answered, GradeError, Judge, Judgement
 from cropi.rewards.worker import NUMBER, PROGRESS_FD, SINCE
 
 CHUNK = 64  # rows sent to a worker at once, at most
@@ -340,6 +340,25 @@ def judge_of(verifier: Verifier, settings: VerificationConfig) -> Pool:
     if key not in _POOLS:
         _POOLS[key] = Pool(verifier, settings)
     return _POOLS[key]
+
+
+def strict_judge(verifier: Verifier, settings: VerificationConfig) -> Judge:
+    """The judge of a run: ConfigError for a grade outside 0 to 1. Counted as 0 it would teach the opposite of what is
+    meant, for it is mostly the best answers that earn more than 1."""
+    pool = judge_of(verifier, settings)
+
+    def judge(rows: Sequence[Answered]) -> list[Judgement]:
+        judged = pool(rows)
+        for judgement in judged:
+            if judgement.note.startswith(GradeError.__name__):
+                raise ConfigError(
+                    judgement.note.removeprefix(f"{GradeError.__name__}: "),
+                    where="verifier",
+                    fix="scale what it returns to 0 to 1, or leave out graded: true.",
+                )
+        return judged
+
+    return judge
 
 
 def _key(row: Answered) -> bytes:

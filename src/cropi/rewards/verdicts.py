@@ -17,6 +17,10 @@ VERDICTS = (CORRECT, WRONG, UNPARSEABLE_ANSWER, UNPARSEABLE_GOLD, TIMEOUT, ERROR
 ROUNDING = 1e-6  # by which a sum of partial credits may miss 0 or 1
 
 
+class GradeError(ValueError):
+    """A grade outside 0 to 1."""
+
+
 class Answered(NamedTuple):
     """A completion beside the recorded (gold) answer, and what some verifiers ask for."""
 
@@ -66,13 +70,14 @@ def reward(verdict: str | Graded) -> float | None:
 def judged(score: float, threshold: float, *, graded: bool) -> str | Graded:
     """What a score comes to: right from the threshold on; where graded, it is the reward as well.
 
-    ValueError for a score that is not a number, or, graded, is outside 0 to 1 by more than rounding.
+    ValueError for a score that is not a number; GradeError for one that, graded, is outside 0 to 1 by more than
+    rounding.
     """
     if math.isnan(score):
         raise ValueError("the score is not a number")
     if not graded:
         return CORRECT if score >= threshold else WRONG
     if not -ROUNDING <= score <= 1 + ROUNDING:
-        raise ValueError(f"the score {score!r} is outside 0 to 1, where graded rewards must lie")
+        raise GradeError(f"the score {score!r} is outside 0 to 1, where graded rewards must lie")
     grade = min(max(score, 0.0), 1.0)
     return Graded(CORRECT if grade >= threshold else WRONG, grade)

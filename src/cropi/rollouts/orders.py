@@ -15,7 +15,7 @@ from cropi.config import Config
 from cropi.elsewhere import CarriedPolicy, Elsewhere
 from cropi.errors import ConfigError
 from cropi.ledger import Ledger
-from cropi.rewards.pool import judge_of
+from cropi.rewards.pool import strict_judge
 from cropi.rollouts.collect import MakeShards, Rows, Sampler, Shard, holds, plain_generator
 from cropi.workers import Make, Unit
 
@@ -33,7 +33,7 @@ class CollectOrder:
     def begin(self) -> Make:
         policy = self.policy.load()  # first: relative names in the config start where it leads
         config = Config.model_validate(self.config)
-        generate, judge = plain_generator(config, policy), judge_of(config.verifier, config.verification)
+        generate, judge = plain_generator(config, policy), strict_judge(config.verifier, config.verification)
         sampler = Sampler(config, policy, generate, judge, self.purpose, config.collect.logprobs)
 
         def make(unit: Unit) -> Unit:

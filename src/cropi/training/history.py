@@ -25,6 +25,13 @@ def training_history(path: Path, before_step: int) -> list[Visit]:
     return found
 
 
+def never_judged(path: Path, before_step: int) -> set[str]:
+    """Prompts that were trained on before a step and never had a reward: their gold answer cannot be read."""
+    rows = [row for row in read_jsonl(path) if row["step"] < before_step]
+    pairs = [pair for row in rows for pair in zip(row["prompt_ids"], row["rewards"], strict=True)]
+    return {i for i, _ in pairs} - {i for i, value in pairs if value is not None}
+
+
 def newest_variances(history: Iterable[Visit], since_steps: Mapping[str, int] | None = None) -> dict[str, float]:
     """Variance of the newest training rewards of every prompt of a history.
 

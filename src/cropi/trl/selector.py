@@ -53,6 +53,18 @@ class Selector:
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Further settings, laid over all others: `{"collect": {"batch_size": 64}}`."""
 
+    def __post_init__(self) -> None:
+        if isinstance(self.strategy, str):
+            preset(self.strategy, "Selector.strategy")
+        if self.graded and not 0 < self.threshold <= 1:
+            raise ConfigError(
+                f"no grade reaches {self.threshold:g}"
+                if self.threshold > 1
+                else f"every grade reaches {self.threshold:g}",
+                where="Selector.threshold",
+                fix="give a value above 0, and at most 1.",
+            )
+
     @property
     def validation_sets(self) -> dict[str, Dataset]:
         """The validation sets by name."""
