@@ -178,6 +178,7 @@ def test_remote_code_is_never_run(tmp_path: Path) -> None:
         (["run", "quickstart", "trainer.learning_rat=1"], "did you mean 'learning_rate'"),
         (["run", "quickstart", "trainer.max_steps=5"], "train.stages"),
         (["run", "quickstart", "trainer.num_generations=7"], "trainer"),
+        (["score", "quickstart"], "run `cropi collect` first"),
         (["run", "nosuch"], "no recipe named 'nosuch'"),
         (["recipes", "copy", "nosuch"], "there is no recipe"),
         (["report", "quickstart"], "there is no such run"),
@@ -194,17 +195,10 @@ def test_what_a_user_can_fix_exits_2(arguments: list[str], message: str, tmp_pat
     assert message in done.stderr
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["run", "quickstart", "sed=1"], "did you mean 'seed'"),
-        (["score", "quickstart"], "run `cropi collect` first"),
-    ],
-)
-def test_it_does_so_without_traceback(arguments: list[str], message: str, tmp_path: Path) -> None:
-    done = cropi_process(*arguments, cwd=tmp_path)
+def test_it_does_so_without_traceback(tmp_path: Path) -> None:
+    done = cropi_process("run", "quickstart", "sed=1", cwd=tmp_path)
     assert done.returncode == 2
-    assert message in done.stderr
+    assert "did you mean 'seed'" in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from tests.conftest import tiny_llama
-from tests.runs import SMALL, cropi_process, evaluations, selections
+from tests.runs import SMALL, cropi, cropi_process, evaluations, selections
 
 from cropi.compare.execute import default_jobs
 from cropi.compare.results import read_results
@@ -147,7 +147,7 @@ def test_finished_runs_keep_no_checkpoints_and_their_output(compared: Path) -> N
 def test_the_result_is_printed_written_and_read_back(compared: Path) -> None:
     printed = (compared / "stdout").read_text()
     assert "influence" in printed
-    again = cropi_process("compare", "--results", str(OUT / "results.parquet"), "--json", cwd=compared)
+    again = cropi("compare", "--results", str(OUT / "results.parquet"), "--json", cwd=compared)
     assert again.returncode == 0, again.stderr
     assert json.loads(again.stdout) == json.loads((compared / OUT / "compare.json").read_text())
 
@@ -161,7 +161,7 @@ def test_what_runs_had_reached_can_be_compared_before_they_are_finished(compared
 
     everything = read_results(compared / OUT / "results.parquet").to_pylist()
     for step, number in ((2, 4), (4, 3)):
-        done = cropi_process("compare", "--folder", str(OUT), "--up-to-step", str(step), "--json", cwd=tmp_path)
+        done = cropi("compare", "--folder", str(OUT), "--up-to-step", str(step), "--json", cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         made = tmp_path / OUT / f"step-{step}"
         rows = read_results(made / "results.parquet").to_pylist()
@@ -177,7 +177,7 @@ def test_what_runs_had_reached_can_be_compared_before_they_are_finished(compared
     of_folder = json.loads((tmp_path / OUT / "step-2" / "compare.json").read_text())
     shutil.rmtree(tmp_path / OUT / "step-2")
     table = str(OUT / "results.parquet")  # of the runs when all were finished
-    printed = cropi_process("compare", "--results", table, "--up-to-step", "2", cwd=tmp_path).stdout
+    printed = cropi("compare", "--results", table, "--up-to-step", "2", cwd=tmp_path).stdout
     assert json.loads((tmp_path / OUT / "step-2" / "compare.json").read_text()) == of_folder
     assert "After 2 steps; runs that have not come to their end are among them" in printed
 
@@ -191,7 +191,7 @@ def test_what_runs_had_reached_can_be_compared_before_they_are_finished(compared
     ],
 )
 def test_what_cannot_be_compared_is_said(compared: Path, asked: list[str], said: str) -> None:
-    done = cropi_process("compare", *asked, cwd=compared)
+    done = cropi("compare", *asked, cwd=compared)
     assert done.returncode == 2
     assert said in done.stderr
     if "3" in asked:
@@ -215,7 +215,7 @@ def test_more_can_be_asked_for_and_a_failing_run_stops_no_other(compared: Path, 
 
 
 def test_a_config_is_asked_for(tmp_path: Path) -> None:
-    done = cropi_process("compare", "seed=1", cwd=tmp_path)
+    done = cropi("compare", "seed=1", cwd=tmp_path)
     assert done.returncode == 2
     assert "no config is named" in done.stderr
 
