@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 from tests.distributed.launching import launch
 from tests.runs import SMALL, cropi
 
@@ -28,6 +29,7 @@ def test_two_processes_collect_what_one_collects(tmp_path: Path) -> None:
     assert (runs / "two" / "ledger-001.jsonl").is_file()
 
 
+@pytest.mark.slow
 def test_what_a_user_can_fix_is_said_once_and_ends_all(tmp_path: Path) -> None:
     done = launch(2, "collect", "quickstart", *SMALL, "collect.max_completion_length=100000", cwd=tmp_path)
     assert done.returncode != 0
