@@ -133,6 +133,14 @@ class Pipeline:
             validation_groups(self.trajectories.base, self.config.score)
         return manifest
 
+    def _warn_of_failures(self, verdicts: Mapping[str, int]) -> None:
+        failed, total = verdicts.get(ERROR, 0) + verdicts.get(TIMEOUT, 0), sum(verdicts.values())
+        if failed > MANY_FAILURES * total:
+            warn(
+                f"the verifier failed on {failed} of {total} completions, which earned nothing: should they have, mend "
+                f"it, delete {self.space.trajectories} and run again (`cropi audit-rewards` tells more)"
+            )
+
     def refresh(self, arm: Arm, stage: int, model: nn.Module, origin: str) -> None:
         """Make what the config wants newer than the base policy's trajectories; `origin` says which policy it is."""
         if self.trajectories.refreshes(arm, stage):
@@ -415,14 +423,6 @@ class Pipeline:
 
     def _trainer_prompt(self, row: Mapping[str, Any]) -> str | list[dict[str, Any]]:
         return trainer_prompt(row["messages"], chat=self._chat, system_prompt=self.config.prompts.system_prompt)
-
-    def _warn_of_failures(self, verdicts: Mapping[str, int]) -> None:
-        failed, total = verdicts.get(ERROR, 0) + verdicts.get(TIMEOUT, 0), sum(verdicts.values())
-        if failed > MANY_FAILURES * total:
-            warn(
-                f"the verifier failed on {failed} of {total} completions, which earned nothing: should they have, mend "
-                f"it, delete {self.space.trajectories} and run again (`cropi audit-rewards` tells more)"
-            )
 
     # -- report ------------------------------------------------------------------------------------------------------
 

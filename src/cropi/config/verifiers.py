@@ -70,7 +70,6 @@ class ScoringVerifier(VerifierTable):
 
     graded: bool = False
     """The score, from 0 to 1, is the reward; `threshold` then decides what counts as right, in accuracies alone."""
-
     threshold: float
     """Score from which an answer is right."""
 

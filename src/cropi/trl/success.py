@@ -17,7 +17,7 @@ from torch import nn
 
 from cropi.console import warn_once
 from cropi.errors import ConfigError
-from cropi.rewards.verdicts import ERROR, UNPARSEABLE_GOLD, Graded, Judgement, judged
+from cropi.rewards.verdicts import ERROR, UNPARSEABLE_GOLD, Graded, GradeError, Judgement, judged
 from cropi.trl.selector import Selector
 
 OWN = ("prompt", "completion", "completion_ids")  # columns that TRL does not pass on as they are
@@ -74,7 +74,7 @@ class Success:
         score, threshold = float(np.float32(value)), float(np.float32(self.threshold))  # as TRL keeps rewards
         try:
             found = judged(score, threshold, graded=self.graded)
-        except ValueError as error:
+        except GradeError as error:
             warn_once(
                 f"reward function {self.name} gave a value outside 0 to 1, which counts as 0 where prompts are chosen; "
                 "give Selector(success=...) a function whose values lie there, or leave out graded=True"
