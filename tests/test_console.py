@@ -1,6 +1,7 @@
 import pytest
 
 from cropi import console
+from cropi.errors import UserError, printable
 
 
 def test_plain_lines_carry_the_time_left_and_thin_out(
@@ -24,3 +25,38 @@ def test_plain_lines_carry_the_time_left_and_thin_out(
 )
 def test_durations(seconds: float, text: str) -> None:
     assert console.duration(seconds) == text
+
+
+def test_the_time_left_leaves_out_what_was_done_before_and_the_first_piece(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A training resumed at step 100 of 200 that scores for 60 s before its first step, then takes 2 s a step."""
+    clock = [0.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(console, "_terminal", lambda: None)
+    with console.progress("train", 200, "steps", done=100) as bar:
+        clock[0] += 60.0
+        bar.advance()
+        for _ in range(10):
+            clock[0] += 2.0
+            bar.advance()
+    first, second = capsys.readouterr().err.splitlines()[:2]
+    assert first == "train  101/200 steps"
+    assert second == "train  106/200 steps  3:08 left"
+
+
+HOSTILE = "\x1b]0;owned\x07\x1b[2J\x9b31m\rerror\u202eabc\u2066\ud800\u2028"
+
+
+def test_what_a_terminal_would_act_on_is_replaced() -> None:
+    shown = printable(f"a\tb\n{HOSTILE}ü\u200d→")
+    assert shown.startswith("a\tb\n\ufffd]0;owned\ufffd\ufffd[2J\ufffd31m\ufffderror\ufffdabc\ufffd")
+    assert shown.endswith("ü\u200d→")
+    assert all(character.isprintable() or character in "\t\n\u200d" for character in shown)
+
+
+def test_warnings_and_errors_are_filtered_where_they_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    console.warn(HOSTILE)
+    console.say(HOSTILE)
+    assert capsys.readouterr().err == f"warning: {printable(HOSTILE)}\n{printable(HOSTILE)}\n"
+    assert HOSTILE not in str(UserError(HOSTILE, where=HOSTILE, fix=HOSTILE))

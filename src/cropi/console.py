@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Protocol
 
+from cropi.errors import printable
 from cropi.world import first
 
 if TYPE_CHECKING:
@@ -36,26 +37,27 @@ class _Bar:
 
 
 class _Lines:
-    def __init__(self, label: str, total: int, unit: str) -> None:
-        self._label, self._total, self._unit, self._done = label, total, unit, 0
+    def __init__(self, label: str, total: int, unit: str, done: int) -> None:
+        self._label, self._total, self._unit, self._done = label, total, unit, done
         self._start = self._said = time.monotonic()
         self._first: tuple[float, int] | None = None
 
     def advance(self, amount: int = 1) -> None:
         self._done += amount
         now = time.monotonic()
-        # Whatever went before the first piece of work (loading, the scoring of a stage) says nothing of the pieces.
+        # The first piece is not timed: loading the policy and scoring a stage come before it.
         self._first = self._first or (now, self._done)
         quiet = max(PLAIN_EVERY_S, (now - self._start) / LINES_A_STAGE)
         if now - self._said >= quiet and self._done < self._total:
             self._said = now
-            _print(f"{self._label}  {self._done}/{self._total} {self._unit}  {self._left(now)} left")
+            _print(f"{self._label}  {self._done}/{self._total} {self._unit}{self._left(now)}")
 
     def _left(self, now: float) -> str:
+        """The time left, once a second piece has been timed."""
         assert self._first is not None
         since, done = self._first
-        pieces = self._done - done
-        return duration((now - since) / pieces * (self._total - self._done)) if pieces else "?"
+        timed = self._done - done
+        return f"  {duration((now - since) / timed * (self._total - self._done))} left" if timed else ""
 
 
 @cache
@@ -71,7 +73,7 @@ def _terminal() -> Console | None:
 def _print(text: str) -> None:
     if not first():
         return
-    terminal = _terminal()
+    terminal, text = _terminal(), printable(text)
     if terminal is None:
         print(text, file=sys.stderr, flush=True)
     else:
@@ -95,8 +97,11 @@ def warn_once(text: str) -> None:
 
 
 @contextmanager
-def progress(label: str, total: int, unit: str) -> Iterator[Progress]:
-    """A bar with rate and time left on a terminal; elsewhere a line now and then and one at the end."""
+def progress(label: str, total: int, unit: str, *, done: int = 0) -> Iterator[Progress]:
+    """Show a bar with the time left on a terminal; elsewhere print a line now and then and one at the end.
+
+    `done` pieces were finished by an earlier call and say nothing about the speed of this one.
+    """
     start = time.monotonic()
     terminal = _terminal()
     if terminal is not None and first():
@@ -112,9 +117,9 @@ def progress(label: str, total: int, unit: str) -> Iterator[Progress]:
             TimeRemainingColumn(),
         )
         with RichProgress(*columns, console=terminal, transient=True) as bar:
-            yield _Bar(bar, bar.add_task(label, total=total))
+            yield _Bar(bar, bar.add_task(label, total=total, completed=done))
     else:
-        yield _Lines(label, total, unit)
+        yield _Lines(label, total, unit, done)
     _print(f"{label}  {total} {unit}  {duration(time.monotonic() - start)}")
 
 

@@ -1,14 +1,26 @@
 """Errors a user can fix. The command line prints them without a traceback and exits with code 2."""
 
 import difflib
+import re
 from collections.abc import Iterable
+
+_UNSAFE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # control characters but tab and line feed: escape sequences begin with them
+    "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # bidi controls, which show text in another order
+    "\u2028\u2029\ud800-\udfff]"  # separators that some terminals break lines at; lone surrogates
+)
+
+
+def printable(text: str) -> str:
+    """Replace characters that a terminal or a page would act on, or that UTF-8 cannot hold, with U+FFFD."""
+    return _UNSAFE.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 class UserError(Exception):
     """What happened, where, and how to fix it, in one paragraph."""
 
     def __init__(self, what: str, *, where: str = "", fix: str = "") -> None:
-        self.what, self.where, self.fix = what, where, fix
+        what, where, fix = self.what, self.where, self.fix = printable(what), printable(where), printable(fix)
         parts = [f"{where}: {what}" if where else what]
         if fix:
             parts.append(f"Fix: {fix}")

@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from cropi.errors import printable
 from cropi.world import World
 
 BEAT_S = 2.0
@@ -47,7 +48,7 @@ def end_process(text: str) -> None:
     """End this process with a message, whatever its other threads stand in."""
     try:
         if text:
-            print(text, file=sys.stderr, flush=True)
+            print(printable(text), file=sys.stderr, flush=True)
     finally:
         os._exit(1)
 

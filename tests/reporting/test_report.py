@@ -8,12 +8,12 @@ from html.parser import HTMLParser
 import pytest
 from markdown_it import MarkdownIt
 
-from cropi.errors import ArtifactError
+from cropi.errors import ArtifactError, printable
 from cropi.loading import load_config
 from cropi.reporting.closeups import closeups, pick, shortened, telling
 from cropi.reporting.markdown import escaped, fenced
 from cropi.reporting.reading import read_scores
-from cropi.reporting.report import make_report, printable, prose
+from cropi.reporting.report import make_report, prose
 from cropi.reporting.summary import headline
 
 HOSTILE = (

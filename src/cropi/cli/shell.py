@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 import typer.core
 
-from cropi.errors import ConfigError, UserError
+from cropi.errors import ConfigError, UserError, printable
 from cropi.world import ALONE, OtherFailed, World, first, launched
 
 if TYPE_CHECKING:
@@ -153,13 +153,13 @@ def print_result(value: dict[str, Any], as_json: bool, text: str) -> None:
     """What a command found, on standard output."""
     if not first():
         return
-    print(json.dumps(value, indent=2, allow_nan=False) if as_json else text)
+    print(json.dumps(value, indent=2, allow_nan=False) if as_json else printable(text))
 
 
 def leave(text: str, code: int) -> NoReturn:
     """End with a message on standard error, if no other process has failed before."""
     if _world.fail(code):
-        print(_world.signed(text), file=sys.stderr, flush=True)
+        print(printable(_world.signed(text)), file=sys.stderr, flush=True)
     sys.exit(code)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from cropi.artifacts import write_text
+from cropi.errors import printable
 from cropi.reporting.blocks import Block, Picture, Section, Table, Text
 from cropi.reporting.comparison_costs import costs
 from cropi.reporting.comparison_curves import bands
@@ -37,7 +38,7 @@ from cropi.reporting.comparison_tables import accuracies, levels, speedups
 from cropi.reporting.comparison_wording import code, plus
 from cropi.reporting.drawing import shortened, thinned
 from cropi.reporting.markdown import markdown
-from cropi.reporting.report import html, printable
+from cropi.reporting.report import html
 from cropi.reporting.wording import ABSENT, decimal, listed, percent
 
 CURVES = {"steps": "optimiser steps", "flops": "FLOPs", "seconds": "seconds"}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -12,6 +11,7 @@ from markupsafe import Markup, escape
 
 from cropi.artifacts import write_json, write_text
 from cropi.config import Config
+from cropi.errors import printable
 from cropi.reporting.blocks import Section
 from cropi.reporting.contents import read_run, sections
 from cropi.reporting.markdown import markdown
@@ -19,7 +19,6 @@ from cropi.reporting.summary import Summary, summarise
 from cropi.workspace import Workspace
 
 TEMPLATE = "report.html.jinja"
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f]")  # no browser shows them; tab and line feed are kept
 
 
 def make_report(config: Config, folder: Path) -> Summary:
@@ -53,8 +52,3 @@ def prose(text: str) -> Markup:
     return Markup("").join(
         Markup("<code>{}</code>").format(piece) if place % 2 else escape(piece) for place, piece in enumerate(pieces)
     )
-
-
-def printable(text: str) -> str:
-    """Text that can be written as UTF-8 and read: control characters and lone surrogates become U+FFFD."""
-    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text).encode("utf-8", "replace").decode("utf-8")

@@ -227,11 +227,10 @@ def _sample_all(
     kept = [shard for place, shard in enumerate(shards) if place not in still]
     own = [shards[place] for place in world.share(missing)]
     found: dict[str, _Found] = {}
-    with progress(world.titled("collect"), sum(map(len, (*kept, *own))), "trajectories") as bar:
-        for shard in kept:
-            if world.is_main:
-                found[shard.name] = _found(_stored(folder, shard))
-            bar.advance(len(shard))
+    if world.is_main:
+        found = {shard.name: _found(_stored(folder, shard)) for shard in kept}
+    done, total = (sum(map(len, part)) for part in (kept, (*kept, *own)))
+    with progress(world.titled("collect"), total, "trajectories", done=done) as bar:
         for shard, rows in make(own):
             found[shard.name] = _found(rows)
             bar.advance(len(shard))

@@ -336,8 +336,7 @@ def train(task: TrainTask, policy: Policy) -> Path:
     if done == total and resume_from is not None:
         return resume_from
     task.world.from_main(lambda: _forget_after(task, done))
-    with progress(f"train {task.label}", total, "steps") as bar:
-        bar.advance(done)
+    with progress(f"train {task.label}", total, "steps", done=done) as bar:
         trainer = StageTrainer(
             model=policy.model,
             reward_funcs=task.reward,
