@@ -50,6 +50,7 @@ class Fabrication:
     base: Mapping[str, str] | None = field(default_factory=lambda: dict(BASE))
     settings: Mapping[str, Any] = field(default_factory=dict)
     prompts: int = 12
+    scored: str = "influence"  # the arm that has scores
     stages_scored: int = 2
     stages_selected: int = 2
     collected: bool = True
@@ -190,7 +191,7 @@ def write_scores(space: Workspace, made: Fabrication, stage: int) -> None:
             row[f"influence/{name}"] = influence_of(number, stage, name) if signal else 0.0
             row[f"standard_error/{name}"] = standard_error(stage, name) if signal and made.errors else None
         rows.append(row)
-    folder = space.arm("influence").scores(stage)
+    folder = space.arm(made.scored).scores(stage)
     write_table(folder / "scores.parquet", rows, scores_schema(VALIDATION))
     details = {
         "reliability": reliability_of(made),
@@ -198,7 +199,7 @@ def write_scores(space: Workspace, made: Fabrication, stage: int) -> None:
         "drift": {"ratio_ess": 1 - 0.25 * stage, "clip_share": 0.125 * stage, "kl": 0.02 * stage},
     }
     finish(folder, "scores", inputs={}, counts=count_status(row["status"] for row in rows), details=details)
-    append_jsonl(space.folder / "ledger.jsonl", charge("influence", "score", stage, 3.0, tokens=100))
+    append_jsonl(space.folder / "ledger.jsonl", charge(made.scored, "score", stage, 3.0, tokens=100))
 
 
 def write_selection(space: Workspace, made: Fabrication, arm: str, stage: int) -> None:
@@ -248,7 +249,7 @@ def fabricate_in(folder: Path, made: Fabrication) -> Workspace:
     if made.base is not None:
         write_evaluation(space.evaluation, 0, made.base)
         append_jsonl(space.folder / "ledger.jsonl", charge("", "evaluate", 0, 4.0))
-    if "influence" in made.strategies:
+    if made.scored in made.strategies:
         for stage in range(made.stages_scored):
             write_scores(space, made, stage)
     for arm in made.strategies:

@@ -25,7 +25,7 @@ def selections_of(space):
 
 def all_figures(space):
     summary, selections = summarise(space.config, space), selections_of(space)
-    scores = read_scores(space.arm("influence"), 2, NAMES)
+    scores = read_scores(space.config, space.arm("influence"))
     return {
         "curves": figures.learning_curves(summary),
         "shares": figures.selection_shares(source_shares(selections)),
@@ -93,13 +93,13 @@ def test_nothing_to_draw_is_nothing_drawn(fabricate):
 
 def test_scores_without_a_selection_are_drawn(fabricate):
     space = fabricate(stages_selected=0, trained=False)
-    svg = figures.score_distributions(read_scores(space.arm("influence"), 2, NAMES), {}, NAMES)
+    svg = figures.score_distributions(read_scores(space.config, space.arm("influence")), {}, NAMES)
     assert "selected" not in svg
 
 
 def test_without_errors_no_error_bars_are_drawn(fabricate):
     space = fabricate(errors=False, trained=False)
-    scores = read_scores(space.arm("influence"), 2, NAMES)
+    scores = read_scores(space.config, space.arm("influence"))
     assert errors_drawn(scores, selections_of(space)["influence"]) is None
 
 
@@ -118,7 +118,7 @@ def summarise_stages(space):
 
 def test_the_prompts_shown_are_the_selected_and_as_many_that_follow_with_signal(fabricate):
     space = fabricate(trained=False)
-    scores = read_scores(space.arm("influence"), 2, NAMES)
+    scores = read_scores(space.config, space.arm("influence"))
     selection = selections_of(space)["influence"][0]
     # p000, p001 and p002 are selected; p002, p005 and p008 have no signal.
     assert selection.chosen == {"p000", "p001", "p002"}
@@ -133,7 +133,7 @@ def test_error_bars_are_one_standard_error_to_either_side(monkeypatch, fabricate
         bars.setdefault(axes.get_subplotspec().num1, []).extend(zip(at, low, high, strict=True))
 
     monkeypatch.setattr("matplotlib.axes.Axes.vlines", noted)
-    scores = read_scores(space.arm("influence"), 2, NAMES)
+    scores = read_scores(space.config, space.arm("influence"))
     reliability_figures.influence_errors(scores[0], selections_of(space)["influence"][0], NAMES, 0.375)
     assert len(bars[0]) == len(bars[1]) == 5
     assert all((high - low) / 2 == pytest.approx(0.25) for _, low, high in bars[0])
@@ -146,7 +146,7 @@ def test_error_bars_are_one_standard_error_to_either_side(monkeypatch, fabricate
 
 def test_a_large_selection_is_thinned_and_stays_small(fabricate):
     space = fabricate(prompts=6000, trained=False, stages_scored=1, stages_selected=1)
-    scores = read_scores(space.arm("influence"), 1, NAMES)
+    scores = read_scores(space.config, space.arm("influence"))
     selection = read_selections(space.arm("influence"), 1)[0]
     assert len(selection.chosen) == 1500
     svg = reliability_figures.influence_errors(scores[0], selection, NAMES, 0.375)

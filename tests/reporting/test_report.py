@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 import pytest
 from markdown_it import MarkdownIt
 
+from cropi.artifacts import append_jsonl
 from cropi.errors import ArtifactError, printable
 from cropi.loading import load_config
 from cropi.reporting.closeups import closeups, pick, shortened, telling
@@ -261,14 +262,47 @@ def test_the_influence_arm_is_judged_where_it_is_a_baseline(fabricate):
     assert "1.8 of 3 selected prompts" in section_text(written(space)["report.md"], 6)
 
 
-def test_without_influence_there_is_no_ranking_to_judge(fabricate):
-    text = section_text(written(fabricate(strategies=("random",), evaluations={}))["report.md"], 6)
-    assert "No arm has been scored by influence." in text
+@pytest.mark.parametrize("strategy", ["pooled", "gradient_norm", "vcrl"])
+def test_the_scores_of_any_strategy_are_shown(fabricate, strategy):
+    text = written(fabricate(strategies=(strategy,), scored=strategy, evaluations={}))["report.md"]
+    assert f"over those that `{strategy}` selected" in section_text(text, 5)
+    assert ["alpha", "0", "8"] in [row[:3] for row in cells(text, section=5)]
+    assert "A second scoring, from as many fresh trajectories" in section_text(text, 6)
+
+
+@pytest.mark.parametrize(
+    ("strategies", "said"),
+    [
+        (("random",), "This run computes no influence: `random` chooses without it."),
+        (("random", "full"), "This run computes no influence: `random` and `full` choose without it."),
+        (("influence",), "Influence has not been computed yet."),
+        (("random", "pooled"), "Influence has not been computed yet."),
+    ],
+)
+def test_without_scores_it_says_whether_there_will_be_any(fabricate, strategies, said):
+    text = written(fabricate(strategies=strategies, stages_scored=0, evaluations={}))["report.md"]
+    assert said in section_text(text, 5)
+    assert said in section_text(text, 6)
+
+
+def test_a_run_without_test_sets_shows_the_rewards_of_training(fabricate):
+    """The curriculum of a TRL script has none. Rewards 0.5 over stage 0, 1 over stage 1."""
+    builtin = [{"type": "builtin", "families": ["sum"], "count": 4}]
+    settings = {"prompts": {"train": builtin, "validation": dict.fromkeys(("alpha", "beta"), builtin)}}
+    space = fabricate(settings=settings, evaluations={}, base=None, trained=False)
+    for step, rewards in enumerate(([0.0, 1.0], [None, 0.5], [0.5], [0.5], [1.0, 1.0], [1.0])):
+        row = {"step": step, "prompt_ids": ["p000"] * len(rewards), "rewards": rewards, "verdicts": {}, "tokens": 3}
+        append_jsonl(space.arm("influence").rewards, row)
+    text = written(space)["report.md"]
+    assert "has no test set, so its accuracy is not measured" in section_text(text, 1)
+    assert "went from 0.50 in the first stage to 1.00 in stage 1" in section_text(text, 1)
+    assert ["0", "0.50"] in cells(text, section=2)
+    assert ["1", "1.00"] in cells(text, section=2)
 
 
 def test_close_ups_show_errors(fabricate):
     space = fabricate(trained=False)
-    scores = read_scores(space.arm("influence"), 2, ("alpha", "beta"))
+    scores = read_scores(space.config, space.arm("influence"))
     cards = {dict(card.facts)["prompt id"]: dict(card.facts) for card in closeups(space.config, space, scores)[1:]}
     assert cards["p001"]["influence on alpha"].endswith(" ± 0.025")  # 0.25 x 10^-1
     assert cards["p001"]["influence on beta"].endswith(" ± 0.05")
@@ -278,7 +312,7 @@ def test_close_ups_show_errors(fabricate):
 
 def test_close_ups_without_errors_say_so(fabricate):
     space = fabricate(errors=False, trained=False)
-    scores = read_scores(space.arm("influence"), 2, ("alpha", "beta"))
+    scores = read_scores(space.config, space.arm("influence"))
     facts = dict(closeups(space.config, space, scores)[1].facts)
     assert facts["influence on alpha"].endswith(" ± not measured")
     assert facts["probability of being truly best"] == "not measured"

@@ -16,7 +16,7 @@ from cropi.reporting.blocks import Block, Picture, Section, Table, Text
 from cropi.reporting.closeups import closeups
 from cropi.reporting.funnel import funnel
 from cropi.reporting.provenance import reproduction, settings
-from cropi.reporting.reading import Selection, read_scores, read_selections, rows_with
+from cropi.reporting.reading import Selection, directions, read_scores, read_selections, rows_with, scored_arm
 from cropi.reporting.reliability import reliability
 from cropi.reporting.results import ArmSummary, Summary
 from cropi.reporting.shares import Shares, jaccard, source_shares
@@ -33,7 +33,7 @@ from cropi.reporting.wording import (
     tenths,
     with_interval,
 )
-from cropi.workspace import Workspace
+from cropi.workspace import Arm, Workspace
 
 COST_NOTE = (
     "Every arm is charged as if it were run alone. Collection is charged in full to each arm that uses the stored "
@@ -52,15 +52,17 @@ class Run:
     space: Workspace
     summary: Summary
     selections: Mapping[str, Mapping[int, Selection]]  # by arm and stage
-    scores: Mapping[int, pa.Table]  # of the influence arm, by stage
+    scored: Arm | None  # the arm whose scores are shown
+    scores: Mapping[int, pa.Table]  # its influence, by stage
 
 
 def read_run(config: Config, space: Workspace, summary: Summary) -> Run:
     """Read selections and scores, as far as they are there."""
     stages = config.train.stages
     made = {name: read_selections(arm, stages) for name, arm in space.arms.items()}
-    scored = read_scores(space.arm("influence"), stages, config.prompts.validation)
-    return Run(config, space, summary, {name: by_stage for name, by_stage in made.items() if by_stage}, scored)
+    selections = {name: by_stage for name, by_stage in made.items() if by_stage}
+    scored = scored_arm(config, space)
+    return Run(config, space, summary, selections, scored, {} if scored is None else read_scores(config, scored))
 
 
 def sections(run: Run) -> list[Section]:
@@ -152,7 +154,8 @@ def _by_set(summary: Summary) -> list[Block]:
 def _curves(summary: Summary) -> list[Block]:
     drawn = figures.learning_curves(summary)
     if drawn is None:
-        return [Text("No arm has been evaluated yet.")]
+        text = "No arm has been evaluated yet." if summary.tested else "There is no test set to evaluate on."
+        return [Text(text), *_rewards(summary)]
     level = percent(summary.confidence)
     caption = f"Greedy accuracy, mean over test sets. Bands: {level} bootstrap intervals over questions, one seed."
     arms = [arm for arm in summary.arms if arm.steps]
@@ -160,7 +163,20 @@ def _curves(summary: Summary) -> list[Block]:
     values = {arm.name: {point.step: with_interval(point.targeted) for point in arm.curve} for arm in arms}
     rows = [[str(step), *(values[arm.name].get(step, ABSENT) for arm in arms)] for step in steps]
     header = ["step", *(arm.name for arm in arms)]
-    return [Picture(drawn, caption), Table("Targeted accuracy by step.", header, rows, left=0, collapsed=True)]
+    curves = Table("Targeted accuracy by step.", header, rows, left=0, collapsed=True)
+    return [Picture(drawn, caption), curves, *_rewards(summary)]
+
+
+def _rewards(summary: Summary) -> list[Block]:
+    arms = [arm for arm in summary.arms if arm.rewards]
+    if not arms:
+        return []
+    caption = "Mean reward of the completions that training sampled, by stage: each on the prompts of its own stage."
+    rows = [
+        [str(stage), *(decimal(arm.rewards[stage]) if stage < len(arm.rewards) else ABSENT for arm in arms)]
+        for stage in range(max(len(arm.rewards) for arm in arms))
+    ]
+    return [Table(caption, ["stage", *(arm.name for arm in arms)], rows, left=0)]
 
 
 # -- selections ----------------------------------------------------------------------------------------------------
@@ -215,9 +231,9 @@ def _turnover(run: Run) -> list[Block]:
 
 
 def _distributions(run: Run) -> list[Block]:
-    if not run.scores:
-        return [Text("No arm has been scored by influence.")]
-    names, chosen = sorted(run.config.prompts.validation), run.selections.get("influence", {})
+    if run.scored is None:
+        return [Text(_unscored(run.config))]
+    names, chosen = directions(run.config, run.scored), run.selections.get(run.scored.name, {})
     drawn = figures.score_distributions(run.scores, chosen, names)
     caption = (
         f"Influence of the training prompts on each validation set (`{run.config.score.score}`): all prompts with a "
@@ -230,7 +246,8 @@ def _distributions(run: Run) -> list[Block]:
         for stage, table in run.scores.items()
     ]
     header = ["validation set", "stage", "prompts", "5 %", "median", "95 %", "selected", "their median"]
-    table = Table("Influence: quantiles over all prompts with a signal, and over those selected.", header, rows, left=1)
+    title = f"Influence: quantiles over all prompts with a signal, and over those that `{run.scored.name}` selected."
+    table = Table(title, header, rows, left=1)
     return [*([Picture(drawn, caption)] if drawn else []), table]
 
 
@@ -248,10 +265,19 @@ def _quantiles(table: pa.Table, name: str, selection: Selection | None) -> list[
 
 
 def _reliability(run: Run) -> list[Block]:
-    arm = run.space.arm("influence")
-    summary = run.summary.arm(arm.name)
-    stages = summary.stages if summary else ()
-    return reliability(run.config, arm, stages, run.scores, run.selections.get(arm.name, {}))
+    arm = run.scored
+    summary = None if arm is None else run.summary.arm(arm.name)
+    if arm is None or summary is None:
+        return [Text(_unscored(run.config))]
+    return reliability(run.config, arm, summary.stages, run.scores, run.selections.get(arm.name, {}))
+
+
+def _unscored(config: Config) -> str:
+    """Say whether influence is still to come or never will."""
+    if any(strategy.reads_scores for strategy in config.arms.values()):
+        return "Influence has not been computed yet."
+    names = " and ".join(f"`{name}`" for name in config.arms)
+    return f"This run computes no influence: {names} {'chooses' if len(config.arms) == 1 else 'choose'} without it."
 
 
 # -- cost ----------------------------------------------------------------------------------------------------------

@@ -135,7 +135,7 @@ def _read_stages(config: Config, arm: Arm, stage: int | None) -> list[_Stage]:
     if stage is not None and stage >= config.train.stages:
         raise UserError(f"the run has no stage {stage}", where="--stage", fix=f"give 0 to {config.train.stages - 1}.")
     wanted = range(config.train.stages) if stage is None else [stage]
-    tables = read_scores(arm, config.train.stages, config.arms[arm.name].directions(config.prompts.validation))
+    tables = read_scores(config, arm)
     found = []
     for number in wanted:
         selection = selection_table(arm, number)

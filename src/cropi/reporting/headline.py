@@ -18,6 +18,8 @@ def headline(summary: Summary) -> str:
 def _accuracies(summary: Summary, trained: list[ArmSummary]) -> str:
     base = with_interval(summary.base.targeted) if summary.base and summary.base.targeted else ""
     if not trained:
+        if not summary.tested:
+            return f"This run has no test set, so its accuracy is not measured. {_rewards(summary)}"
         if not base:
             return "Nothing has been evaluated yet."
         return f"No arm has been evaluated yet; the base policy solves {base} of the targeted test questions."
@@ -27,6 +29,18 @@ def _accuracies(summary: Summary, trained: list[ArmSummary]) -> str:
     parts = [_solves(arm, summary, first=not number, together=together) for number, arm in enumerate(trained)]
     start = f"After {_progress(trained[0], summary)} " if together else ""
     return start + ", ".join(parts) + (f"; the base policy solved {base}." if base else ".")
+
+
+def _rewards(summary: Summary) -> str:
+    rewards = [reward for reward in summary.main.rewards if reward is not None]
+    if not rewards:
+        return "No training reward has been recorded yet."
+    if len(rewards) == 1:
+        return f"The mean reward of training is {decimal(rewards[0])} in its first stage."
+    return (
+        f"The mean reward of training went from {decimal(rewards[0])} in the first stage to {decimal(rewards[-1])} in "
+        f"stage {len(summary.main.rewards) - 1}, on the prompts that each stage chose."
+    )
 
 
 def _solves(arm: ArmSummary, summary: Summary, *, first: bool, together: bool) -> str:

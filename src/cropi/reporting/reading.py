@@ -96,10 +96,21 @@ def read_selections(arm: Arm, stages: int) -> dict[int, Selection]:
     }
 
 
-def read_scores(arm: Arm, stages: int, validation_sets: Iterable[str]) -> dict[int, pa.Table]:
+def directions(config: Config, arm: Arm) -> list[str]:
+    """Names of the directions that an arm's influence is measured along."""
+    return config.arms[arm.name].directions(config.prompts.validation)
+
+
+def scored_arm(config: Config, space: Workspace) -> Arm | None:
+    """The first arm that has influence scores, in the order of the config."""
+    stages = range(config.train.stages)
+    return next((arm for arm in space.arms.values() if any(is_finished(arm.scores(s)) for s in stages)), None)
+
+
+def read_scores(config: Config, arm: Arm) -> dict[int, pa.Table]:
     """Finished influence tables by stage."""
-    schema, tables = scores_schema(sorted(validation_sets)), {}
-    for stage in range(stages):
+    schema, tables = scores_schema(directions(config, arm)), {}
+    for stage in range(config.train.stages):
         folder = arm.scores(stage)
         if is_finished(folder):
             open_artifact(folder, "scores", made_by="cropi score")

@@ -9,7 +9,7 @@ import pyarrow as pa
 from cropi.config import Config
 from cropi.reporting import reliability_figures as figures
 from cropi.reporting.blocks import Block, Picture, Table, Text
-from cropi.reporting.reading import Selection, scored_stage
+from cropi.reporting.reading import Selection, directions, scored_stage
 from cropi.reporting.results import Drift, Reliability, StageWorth
 from cropi.reporting.wording import ABSENT, NOT_MEASURED, about, count, decimal, percent, share, significant
 from cropi.workspace import Arm
@@ -34,9 +34,7 @@ def reliability(
     selections: Mapping[int, Selection],
 ) -> list[Block]:
     """Sentences, figures and tables over the scored stages of an arm."""
-    if not stages:
-        return [Text("No arm has been scored by influence.")]
-    names = sorted(config.prompts.validation)
+    names = directions(config, arm)
     drawn = figures.worth_by_stage(stages, names)
     caption = f"By stage. At most {figures.MAX_SETS} validation sets are drawn."
     return [
@@ -99,7 +97,7 @@ def _error_bars(
         found = worths[scored].reliability if scored in worths else None
         if found is None:
             continue
-        names = sorted(config.prompts.validation)
+        names = directions(config, arm)
         drawn = figures.influence_errors(scores[scored], selections[stage], names, found.chance)
         caption = (
             f"Selected prompts of stage {stage} and as many that follow them in rank. Bars: one standard error to "

@@ -94,6 +94,7 @@ class ArmSummary:
     seconds_to_target: float | None  # the cost up to that step, by the rules of Cost.total
     cost: Cost
     stages: tuple[StageWorth, ...]  # of an arm that is scored by influence, by stage
+    rewards: tuple[float | None, ...]  # mean reward of training by stage, as far as it has come
 
     @property
     def last(self) -> Point | None:
@@ -123,6 +124,7 @@ class Summary:
     confidence: float
     fraction: float  # share of the pool that a stage selects
     pool: int | None  # training prompts to select from
+    tested: bool  # whether the run has test sets
     base: Point | None
     base_by_set: Mapping[str, Mapping[str, Interval]]
     arms: tuple[ArmSummary, ...]

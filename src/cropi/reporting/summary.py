@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
+from cropi.artifacts import read_jsonl
 from cropi.config import Config
 from cropi.functional.statistics import Interval
 from cropi.reporting.costs import Entry, arm_cost, shared_seconds
@@ -47,6 +49,7 @@ def summarise(config: Config, workspace: Workspace) -> Summary:
         confidence=config.evaluate.confidence,
         fraction=config.select.fraction,
         pool=_pool(workspace),
+        tested=bool(config.prompts.test),
         base=_point(config, 0, base) if base else None,
         base_by_set=_by_set(config, base) if base else {},
         arms=tuple(_arm(config, workspace, n, histories[n], curves[n], target, ledger) for n in histories),
@@ -85,7 +88,18 @@ def _arm(
         seconds_to_target=arm_cost(arm, config, ledger, up_to_step=reached).total if reached else None,
         cost=arm_cost(arm, config, ledger),
         stages=read_worth(config, arm),
+        rewards=_rewards(read_jsonl(arm.rewards), config.train.steps_per_stage),
     )
+
+
+def _rewards(batches: Iterable[Mapping[str, Any]], steps_per_stage: int) -> tuple[float | None, ...]:
+    """Mean reward of the completions that training sampled, by stage. None: no completion of a stage had a reward."""
+    by_stage: dict[int, list[float]] = {}
+    for batch in batches:
+        known = [reward for reward in batch["rewards"] if reward is not None]
+        by_stage.setdefault(batch["step"] // steps_per_stage, []).extend(known)
+    stages = range(max(by_stage, default=-1) + 1)
+    return tuple(float(np.mean(by_stage[stage])) if by_stage.get(stage) else None for stage in stages)
 
 
 def _target(curve: Sequence[Point], total: int) -> float | None:
