@@ -123,11 +123,18 @@ def _read_settings(path: Path) -> dict[str, Any]:
 
 
 def _read_run(folder: Path) -> dict[str, Any]:
-    """What a run's folder was claimed with. The run is where the folder is now, wherever it was made."""
-    path = folder / "config.json"
-    values = _read_settings(path) if path.is_file() else {}
-    name = values.get("name")
-    if name is None:
+    """Read the config that a run's folder was claimed with. The run is where the folder is now, wherever it was made.
+
+    The output folder of a TRL script is one too: it holds its curriculum's run, beside a model's config.json.
+    """
+    for place in (folder, folder / "run", folder / "_curriculum" / "run"):
+        path = place / "config.json"
+        values = _read_settings(path) if path.is_file() else {}
+        name = values.get("name")
+        if name is not None:
+            folder = place
+            break
+    else:
         raise ConfigError("holds no config of a run", where=str(folder), fix="name the folder of a run.")
     place = folder if folder.name == name else folder.resolve()
     if place.name != name:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ from cropi.console import warn_once
 from cropi.errors import ArtifactError, ConfigError, DataError
 from cropi.gradients.scoring import score
 from cropi.trl import CurriculumTrainer, Selector, Verified
+from tests.runs import cropi
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 4
@@ -102,6 +104,32 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, CurriculumTra
     trained = trainer(folder)
     trained.train()
     return folder, trained
+
+
+@pytest.mark.parametrize("place", ["", "_curriculum", "_curriculum/run"])
+def test_the_output_folder_is_reported_as_the_run_it_is(whole: tuple[Path, CurriculumTrainer], place: str) -> None:
+    folder = whole[0] / place
+    done = cropi("report", str(folder), cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "no test set, so its accuracy is not measured" in done.stdout
+    said = re.search(
+        r"mean reward of training went from ([\d.]+) in the first stage to ([\d.]+) in stage 1", done.stdout
+    )
+    by_stage = [
+        [r for row in rewards(whole[0]) if row["step"] // 2 == stage for r in row["rewards"]] for stage in (0, 1)
+    ]
+    assert said is not None
+    assert [float(number) for number in said.groups()] == [pytest.approx(sum(r) / len(r), abs=0.006) for r in by_stage]
+    text = (whole[0] / "_curriculum" / "run" / "report.md").read_text()
+    assert "over those that `influence` selected" in text
+
+
+@pytest.mark.parametrize("command", ["check", "run", "score", "select", "evaluate", "audit", "audit-rewards"])
+def test_only_the_script_goes_on_with_its_curriculum(whole: tuple[Path, CurriculumTrainer], command: str) -> None:
+    done = cropi(command, str(whole[0]), cwd=whole[0])
+    assert done.returncode == 2
+    assert "the curriculum of a TRL script" in done.stderr
+    assert "Fix: run the script to go on" in done.stderr
 
 
 def test_a_script_gains_the_curriculum_with_two_lines() -> None:

@@ -32,6 +32,7 @@ from cropi.cli.shell import (
     quiet_libraries,
     ray_workers,
     read_config,
+    read_own_config,
 )
 from cropi.cli.verify import audit_rewards, verify
 from cropi.world import first, launched
@@ -171,7 +172,7 @@ app.command("import")(import_rollouts)
 @app.command()
 def check(config: ConfigArgument, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Look at config, data, policy and cost; write nothing."""
-    loaded = read_config(config, overrides)
+    loaded = read_own_config(config, overrides)
     quiet_libraries()
     from cropi.inspection import check_run
 

@@ -96,9 +96,23 @@ def read_config(config: str, overrides: list[str] | None) -> Config:
     return load_config(config, overrides or [])
 
 
+def read_own_config(config: str, overrides: list[str] | None) -> Config:
+    """The config that a command names. ConfigError for the curriculum of a TRL script: only the script can go on."""
+    from cropi.config import SCRIPT_REWARDS
+
+    loaded = read_config(config, overrides)
+    if getattr(loaded.verifier, "path", None) == SCRIPT_REWARDS:
+        raise ConfigError(
+            "this is the curriculum of a TRL script, and only that script has its model and its reward functions",
+            where=config,
+            fix="run the script to go on; `cropi report`, `cropi explain` and `cropi export` read this folder.",
+        )
+    return loaded
+
+
 def open_pipeline(config: str, overrides: list[str] | None, world: World = ALONE, hire: Hire | None = None) -> Pipeline:
     """The pipeline of a run."""
-    loaded = read_config(config, overrides)
+    loaded = read_own_config(config, overrides)
     quiet_libraries()
     workers = None if hire is None else hire(loaded)
     from cropi.pipeline import Pipeline

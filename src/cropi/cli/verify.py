@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cropi.cli.shell import AsJson, ConfigArgument, Overrides, print_result, quiet_libraries, read_config
+from cropi.cli.shell import AsJson, ConfigArgument, Overrides, print_result, quiet_libraries, read_own_config
 from cropi.errors import DataError
 
 BATCH = 1024  # rows that are judged together, so that a long file does not have to fit into memory
@@ -103,7 +103,7 @@ def audit_rewards(
 
     The completions are those that the run has collected, else sampled now; nothing is written.
     """
-    loaded = read_config(config, overrides)
+    loaded = read_own_config(config, overrides)
     quiet_libraries()
     from cropi.inspection import completions_of
     from cropi.loading import parse_verifier

@@ -45,6 +45,7 @@ from cropi.config.strategies import (
     VcrlStrategy,
 )
 from cropi.config.verifiers import (
+    SCRIPT_REWARDS,
     BoxedVerifier,
     ExactVerifier,
     FunctionVerifier,
@@ -62,6 +63,7 @@ __all__ = [
     "BUILTIN_POLICY",
     "CANDIDATES",
     "OWNED_TRAINER_KEYS",
+    "SCRIPT_REWARDS",
     "BoxedVerifier",
     "BudgetConfig",
     "BuiltinSource",

@@ -112,6 +112,9 @@ DottedPath = Annotated[str, AfterValidator(_dotted)]
 Written = Annotated[str, AfterValidator(_with_answer)]
 
 
+SCRIPT_REWARDS = "trainer.reward_funcs"  # stands for the reward functions of a TRL script, which only the script has
+
+
 class FunctionVerifier(ScoringVerifier):
     """A reward function of your own, with TRL's signature; it gets one completion at a time."""
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from cropi.artifacts import write_text
 from cropi.compare.presets import merged, preset
-from cropi.config import Config
+from cropi.config import SCRIPT_REWARDS, Config
 from cropi.errors import ConfigError, DataError
 from cropi.loading import validate_config
 from cropi.prompts import content_id
@@ -125,7 +125,7 @@ def make_config(
         },
         "verifier": {
             "type": "function",
-            "path": "trainer.reward_funcs",
+            "path": SCRIPT_REWARDS,
             "threshold": selector.threshold,
             "graded": selector.graded,
         },
