@@ -37,7 +37,7 @@ def test_a_run_ends_with_headline_report_and_all_files(finished: Path) -> None:
         steps = [json.loads(line)["step"] for line in (folder / "arms" / arm / "steps.jsonl").read_text().splitlines()]
         assert steps == [1, 2, 3, 4, 5, 6]
         names = sorted(path.name for path in (folder / "arms" / arm / "evaluation").iterdir())
-        assert names == ["step-000002.parquet", "step-000004.parquet", "step-000006.parquet"]
+        assert names == ["manifest.json", "step-000002.parquet", "step-000004.parquet", "step-000006.parquet"]
     assert (folder / "report.html").stat().st_size > 10_000
     assert json.loads((folder / "summary.json").read_text())
 

@@ -232,7 +232,7 @@ def fingerprint(config: PolicyConfig, location: str | None = None) -> str:
     for path in sorted(
         p for p in folder.iterdir() if p.suffix in {".safetensors", ".json", ".jinja", ".model", ".txt"}
     ):
-        if path.name not in {"trainer_state.json", "complete.json", "pass_rates.json"}:
+        if path.name not in {"trainer_state.json", "manifest.json", "pass_rates.json"}:
             with path.open("rb") as file:
                 digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()

@@ -188,6 +188,38 @@ OWNED_TRAINER_KEYS: dict[str, str] = {
 }
 
 
+# Settings that no result of a stage depends on: they may change while a run is half done.
+FREE: dict[str, tuple[str, ...]] = {
+    "": ("name", "run_dir"),
+    "prompts.": ("leakage",),
+    "verification.": ("processes", "start_seconds"),
+    "evaluate.": ("bootstrap", "confidence"),
+    "collect.server.": ("url", "concurrency", "timeout", "patience", "api_key_env"),
+    "trainer.": (
+        *("report_to", "run_name", "logging_steps", "logging_strategy", "logging_first_step", "log_completions"),
+        *("num_completions_to_print", "log_level", "disable_tqdm", "ddp_timeout"),
+        *("save_strategy", "save_steps", "save_total_limit"),
+        *("vllm_server_base_url", "vllm_server_host", "vllm_server_port", "vllm_server_timeout"),
+    ),
+}
+SAMPLED_BY = ("seed", "policy", "prompts", "verifier", "verification", "collect")  # tables behind base trajectories
+
+
+def deciding(resolved: Any, prefix: str = "") -> Any:
+    """Resolved settings without those that decide nothing."""
+    if not isinstance(resolved, dict):
+        return resolved
+    return {key: deciding(v, f"{prefix}{key}.") for key, v in resolved.items() if key not in FREE.get(prefix, ())}
+
+
+def settings_behind(config: Config, arm: str | None) -> dict[str, Any]:
+    """The settings that results depend on, by table; those of other arms than the one given are left out."""
+    values = deciding(config.resolved())
+    own = {} if arm is None else {"strategy": config.arms[arm].model_dump(mode="json")}
+    select = {key: value for key, value in values["select"].items() if key != "strategy"}
+    return {key: value for key, value in values.items() if key != "baselines"} | {"select": select} | own
+
+
 def config_hash(values: Any) -> str:
     """SHA-256 of JSON values in canonical form."""
     return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
