@@ -235,6 +235,23 @@ def test_interrupt_exits_130_and_the_run_goes_on(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_a_second_interrupt_shows_no_traceback_either(tmp_path: Path) -> None:
+    """As a terminal sends them, to the command and its workers alike."""
+    command = [sys.executable, "-m", "cropi", "collect", "quickstart", *SMALL]
+    options = {"cwd": tmp_path, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    process = subprocess.Popen(command, **options)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("runs/*/trajectories/part-*.parquet")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    while process.poll() is None and time.monotonic() < deadline:
+        os.killpg(process.pid, signal.SIGINT)
+        time.sleep(0.02)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert "Traceback" not in stderr
+    assert "goes on from here" in stderr
+
+
 def test_check_judges_real_rows_and_writes_nothing(tmp_path: Path) -> None:
     done = cropi("check", "quickstart", *SMALL, "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -364,5 +364,21 @@ def test_rewards_are_recorded_and_forgotten_by_step(tmp_path: Path) -> None:
     assert training_history(tmp_path / "r.jsonl", 3) == [(0, "p", 0.5, 2, 0.25)]
 
 
+def test_the_kl_reference_runs_no_code_of_a_model_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "policy"
+    shutil.copytree(POLICY_DIR, folder)
+    settings = json.loads((folder / "config.json").read_text())
+    auto_map = {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil", "AutoTokenizer": ["evil.Evil", None]}
+    (folder / "config.json").write_text(json.dumps(settings | {"auto_map": auto_map}))
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer | {"auto_map": auto_map}))
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    (folder / "custom_generate").mkdir()
+    (folder / "custom_generate" / "generate.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.setattr(f"{__name__}.policy", lambda: load_policy(PolicyConfig(path=str(folder), cpu_threads=1)))
+    run(tmp_path / "run", "trainer.beta=0.1")
+    assert not (tmp_path / "ran").exists()
+
+
 def test_the_builtin_policy_is_there() -> None:
     assert (POLICY_DIR / "model.safetensors").is_file()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -62,6 +63,11 @@ class EvaluateConfig(Table):
     """Coverage of the intervals."""
 
 
+_CODE = re.compile(
+    r'\\*"(trust_remote_code|code_revision|custom_generate|use_kernels|allow_all_kernels|auto_map)\\*"\s*:'
+)
+
+
 class Config(Table):
     """One run: a policy, prompts, and the arms to train on them."""
 
@@ -106,6 +112,15 @@ class Config(Table):
                 f"{', '.join(twice)} is named twice by select.strategy and baselines: drop one, e.g. baselines=[], "
                 "or give it a name"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _no_code_of_a_model(self) -> Config:
+        vllm = {} if self.collect.vllm is None else self.collect.vllm.options
+        for place, table in (("trainer", self.trainer), ("collect.vllm.options", vllm)):
+            found = _CODE.search(json.dumps(table, default=str))  # in tables of tables, and in JSON as text, too
+            if found:
+                raise ValueError(f"{place} has {found[1]}: code that comes with a model is never run; leave it out")
         return self
 
     @model_validator(mode="after")
@@ -183,6 +198,8 @@ OWNED_TRAINER_KEYS: dict[str, str] = {
     "resume_from_checkpoint": "nothing: the same command resumes",
     "remove_unused_columns": "nothing",
     "dataloader_num_workers": "nothing",
+    "model_init_kwargs": "the table policy",
+    "trust_remote_code": "nothing: code that comes with a model is never run",
     "do_train": "nothing",
     "do_eval": "nothing",
 }
