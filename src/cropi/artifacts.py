@@ -451,6 +451,12 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return [row for _, row in _stream(path)]
 
 
+def check_streams(*folders: Path) -> None:
+    """ArtifactError where a stream of some folders is not what was appended to it."""
+    for file in sorted(file for folder in folders for file in folder.glob(_length_file(Path("*")).name)):
+        _stream(file.with_name(file.name.removeprefix(".").removesuffix(".length")))
+
+
 def cut_jsonl(path: Path, kept: Callable[[dict[str, Any]], bool]) -> None:
     """Drop the end of a stream, from the first line that is not kept."""
     for start, row in _stream(path):

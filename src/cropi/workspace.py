@@ -35,6 +35,7 @@ from cropi.artifacts import (
     TRAJECTORIES,
     append_jsonl,
     check_file,
+    check_streams,
     corrupt,
     file_sha256,
     finish,
@@ -261,10 +262,12 @@ class Workspace:
             ) from None
         remove_parts(self.folder)
         self._check_claim()  # another process may have claimed it in the meantime
+        check_streams(self.folder, *self.folder.glob("arms/*"))
         if not (self.folder / CONFIG).is_file() or not self._holds_anything():
             write_json(self.folder / CONFIG, self.config.resolved())
         if not (self.folder / ENVIRONMENT).is_file():
             write_sealed(self.folder / ENVIRONMENT, environment())
+        read_sealed(self.folder / ENVIRONMENT)
 
     def unlock(self) -> None:
         """Let other processes write to this run."""
