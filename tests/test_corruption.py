@@ -134,6 +134,25 @@ def test_a_damaged_file_is_named(runs: tuple[Path, Path], name: Path, kind: str,
     assert ends_wrongly(runs, str(name), kind, tmp_path / "run") == ""
 
 
+@pytest.mark.parametrize("key", ["trainer.learning_rate", "collect.temperature", "select.fraction", "seed"])
+def test_a_config_that_was_edited_is_refused_and_the_difference_shown(
+    runs: tuple[Path, Path], key: str, tmp_path: Path
+) -> None:
+    shutil.copytree(runs[1], tmp_path / "run")
+    path = tmp_path / "run" / RUN / "config.json"
+    config = json.loads(path.read_text())
+    table: Any = config
+    for part in key.split(".")[:-1]:
+        table = table[part]
+    before = table[key.split(".")[-1]]
+    table[key.split(".")[-1]] = before / 2 if before else 1
+    path.write_text(json.dumps(config))
+    for command in ("run", "report", "select"):
+        done = cropi(command, str(RUN), cwd=tmp_path / "run")
+        assert done.returncode == 2, done.stdout
+        assert f"{key}: {json.dumps(before)} -> " in done.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("kind", DAMAGES)

@@ -256,11 +256,11 @@ def read_table(path: Path, schema: pa.Schema) -> pa.Table:
     """Read a Parquet file and hold it to its schema."""
     try:
         table = pq.read_table(path, page_checksum_verification=True)
-    except (OSError, pa.ArrowInvalid) as error:
+        if table.schema.names == schema.names:
+            return table.cast(schema)
+    except (OSError, pa.ArrowException) as error:
         raise corrupt(path, f"cannot be read as Parquet ({error})") from None
-    if table.schema.names != schema.names:
-        raise corrupt(path, f"has the columns {table.schema.names}, not {schema.names}")
-    return table.cast(schema)
+    raise corrupt(path, f"has the columns {table.schema.names}, not {schema.names}")
 
 
 def finish(
