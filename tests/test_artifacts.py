@@ -1,6 +1,10 @@
 import errno
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -10,10 +14,14 @@ from cropi.artifacts import (
     append_jsonl,
     atomic_file,
     build,
+    cut_jsonl,
     open_artifact,
     read_jsonl,
+    read_sealed,
     read_table,
+    remove_parts,
     write_json,
+    write_sealed,
     write_table,
 )
 from cropi.errors import ArtifactError
@@ -93,17 +101,114 @@ def test_nan_never_gets_into_json(tmp_path: Path) -> None:
         write_json(tmp_path / "f.json", {"a": float("nan")})
 
 
+def stream(folder: Path, count: int = 4) -> Path:
+    path = folder / "s.jsonl"
+    for number in range(count):
+        append_jsonl(path, {"a": number, "b": [0.1, None, "ü"]})
+    return path
+
+
 def test_a_stream_survives_a_cut_line(tmp_path: Path) -> None:
-    path = tmp_path / "s.jsonl"
-    append_jsonl(path, {"a": 1})
+    path = stream(tmp_path, 1)
     with path.open("ab") as file:
         file.write(b'{"a": 2')
-    assert read_jsonl(path) == [{"a": 1}]
+    assert [row["a"] for row in read_jsonl(path)] == [0]
     append_jsonl(path, {"a": 3})
-    assert read_jsonl(path) == [{"a": 1}, {"a": 3}]
-    path.write_text('{"a": 1}\nnonsense\n{"a": 2}\n')
-    with pytest.raises(ArtifactError, match="line 2"):
+    assert [row["a"] for row in read_jsonl(path)] == [0, 3]
+
+
+def test_no_byte_of_a_stream_can_change_unnoticed(tmp_path: Path) -> None:
+    path = stream(tmp_path, 2)
+    data = path.read_bytes()
+    for place in range(len(data)):
+        path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+        with pytest.raises(ArtifactError, match=r"s\.jsonl"):
+            read_jsonl(path)
+    for length in range(len(data)):
+        path.write_bytes(data[:length])
+        with pytest.raises(ArtifactError, match="has lost lines"):
+            read_jsonl(path)
+
+
+@pytest.mark.parametrize("damage", ["swapped lines", "lost line", "twice", "another's", "deleted", "length"])
+def test_a_stream_that_is_not_what_was_appended_is_refused(tmp_path: Path, damage: str) -> None:
+    path = stream(tmp_path)
+    first, *rest = path.read_bytes().splitlines(keepends=True)
+    match damage:
+        case "swapped lines":
+            path.write_bytes(b"".join([*rest, first]))
+        case "lost line":
+            path.write_bytes(b"".join([first, *rest[1:]]))
+        case "twice":
+            path.write_bytes(b"".join([first, first, *rest]))
+        case "another's":
+            path.write_bytes(stream(tmp_path / "other").read_bytes())
+        case "deleted":
+            path.unlink()
+        case "length":
+            (tmp_path / ".s.jsonl.length").write_text("1x")
+    with pytest.raises(ArtifactError, match=r"s\.jsonl"):
         read_jsonl(path)
+
+
+def test_a_stream_is_cut_at_the_first_line_that_is_not_kept(tmp_path: Path) -> None:
+    path = stream(tmp_path)
+    before = path.read_bytes()
+    cut_jsonl(path, lambda row: row["a"] < 9)
+    assert path.read_bytes() == before
+    cut_jsonl(path, lambda row: row["a"] < 2)
+    assert [row["a"] for row in read_jsonl(path)] == [0, 1]
+    append_jsonl(path, {"a": 2, "b": [0.1, None, "ü"]})
+    append_jsonl(path, {"a": 3, "b": [0.1, None, "ü"]})
+    assert path.read_bytes() == before
+
+
+def test_a_process_may_end_between_a_line_and_its_length(tmp_path: Path) -> None:
+    path = stream(tmp_path, 1)
+    length = (tmp_path / ".s.jsonl.length").read_text()
+    append_jsonl(path, {"a": 1})
+    (tmp_path / ".s.jsonl.length").write_text(length)
+    assert [row["a"] for row in read_jsonl(path)] == [0, 1]
+
+
+def refused_or_the_same(path: Path, value: dict[str, Any]) -> bool:
+    try:
+        return read_sealed(path) == value  # white space may change
+    except ArtifactError:
+        return True
+
+
+def test_no_byte_of_sealed_json_can_change_its_meaning_unnoticed(tmp_path: Path) -> None:
+    path, value = tmp_path / "f.json", {"a": [1, 0.5, "x"], "b": {"c": None}}
+    write_sealed(path, value)
+    data = path.read_bytes()
+    for place in range(len(data)):
+        path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+        assert refused_or_the_same(path, value)
+    path.write_text("[]")
+    with pytest.raises(ArtifactError, match="cannot be read"):
+        read_sealed(path)
+
+
+def test_what_killed_processes_were_writing_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
+    left = tmp_path / "in" / f".t.parquet.{int(dead.stdout)}.part"
+    others = [tmp_path / f".t.parquet.{os.getpid()}.part", tmp_path / "features.bin.part", tmp_path / "in" / "mine"]
+    for path in (left, *others):
+        path.write_text("half")
+    remove_parts(tmp_path)
+    assert not left.exists()
+    assert all(path.exists() for path in others)
+
+
+def test_a_link_in_place_of_a_folder_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "mine").write_text("dear")
+    (tmp_path / "t").symlink_to("theirs")
+    with pytest.raises(ArtifactError, match="symbolic link"):
+        built(tmp_path / "t")
+    assert (tmp_path / "theirs" / "mine").read_text() == "dear"
 
 
 def test_a_table_with_other_columns_is_refused(tmp_path: Path) -> None:

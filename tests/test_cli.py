@@ -37,7 +37,7 @@ def test_a_run_ends_with_headline_report_and_all_files(finished: Path) -> None:
         steps = [json.loads(line)["step"] for line in (folder / "arms" / arm / "steps.jsonl").read_text().splitlines()]
         assert steps == [1, 2, 3, 4, 5, 6]
         names = sorted(path.name for path in (folder / "arms" / arm / "evaluation").iterdir())
-        assert names == ["step-000002.parquet", "step-000004.parquet", "step-000006.parquet"]
+        assert names == ["manifest.json", "step-000002.parquet", "step-000004.parquet", "step-000006.parquet"]
     assert (folder / "report.html").stat().st_size > 10_000
     assert json.loads((folder / "summary.json").read_text())
 
@@ -233,6 +233,23 @@ def test_interrupt_exits_130_and_the_run_goes_on(tmp_path: Path) -> None:
     assert "goes on from here" in stderr
     done = cropi("collect", "quickstart", *SMALL, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_second_interrupt_shows_no_traceback_either(tmp_path: Path) -> None:
+    """As a terminal sends them, to the command and its workers alike."""
+    command = [sys.executable, "-m", "cropi", "collect", "quickstart", *SMALL]
+    options = {"cwd": tmp_path, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    process = subprocess.Popen(command, **options)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("runs/*/trajectories/part-*.parquet")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    while process.poll() is None and time.monotonic() < deadline:
+        os.killpg(process.pid, signal.SIGINT)
+        time.sleep(0.02)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert "Traceback" not in stderr
+    assert "goes on from here" in stderr
 
 
 def test_check_judges_real_rows_and_writes_nothing(tmp_path: Path) -> None:

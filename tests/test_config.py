@@ -51,6 +51,27 @@ def test_mistakes_are_named_with_a_way_out(override: str, message: str) -> None:
     assert "Fix: " in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "override",
+    [
+        "trainer.trust_remote_code=true",
+        "trainer.model_init_kwargs={trust_remote_code: true}",
+        "trainer.model_init_kwargs.trust_remote_code=true",
+        "trainer.model_init_kwargs={use_kernels: true}",
+        "trainer.generation_kwargs={custom_generate: someone/model}",
+        "trainer.generation_kwargs.trust_remote_code=true",
+        """trainer.generation_kwargs='{"trust_remote_code" : true}'""",
+        "trainer.accelerator_config={a: [{b: {code_revision: main}}]}",
+        "collect.vllm={options: {trust_remote_code: true}}",
+        "collect.vllm={options: {speculative_config: {trust_remote_code: true}}}",
+        "collect.vllm={options: {hf_overrides: {auto_map: {AutoModel: evil.Evil}}}}",
+    ],
+)
+def test_no_setting_lets_a_models_code_run(override: str) -> None:
+    with pytest.raises(ConfigError, match=r"trust_remote_code|code that comes with a model is never run"):
+        load_config("quickstart", [override])
+
+
 def test_a_faulty_entry_is_reported_once() -> None:
     with pytest.raises(ConfigError) as caught:
         load_config("quickstart", ["prompts.train.0.cout=5"])

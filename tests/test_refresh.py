@@ -17,13 +17,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from cropi.artifacts import Manifest, finish
+from cropi.artifacts import finish, read_manifest, read_sealed, write_sealed
 from cropi.errors import ArtifactError
 from cropi.ledger import Ledger
 from cropi.loading import load_config
 from cropi.pipeline import Pipeline
 from cropi.refreshing import Refresher
 from cropi.rollouts import collect
+from cropi.rollouts.overlay import FRESH
 from cropi.training.train import StageCallback
 from tests.runs import SMALL, cropi, evaluations, judge, selections
 
@@ -166,7 +167,7 @@ def test_the_arm_pays_for_what_is_sampled_anew(finished: Path) -> None:
 def test_what_was_made_from_other_trajectories_is_refused(finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished, tmp_path / "quickstart")
     stage = tmp_path / "quickstart/arms/influence/stages/002"
-    manifest = Manifest(**json.loads((stage / "fresh/manifest.json").read_text()))
+    manifest = read_manifest(stage / "fresh", FRESH, made_by="")
     next((stage / "fresh").glob("part-*")).unlink()
     finish(stage / "fresh", manifest.kind, inputs=manifest.inputs, counts=manifest.counts)
     with opened(tmp_path) as pipeline:
@@ -233,9 +234,9 @@ def test_a_policy_far_from_its_trajectories_is_warned_of(
 ) -> None:
     shutil.copytree(finished, tmp_path / "quickstart")
     path = tmp_path / "quickstart/arms/influence/stages/001/scores/manifest.json"
-    manifest = json.loads(path.read_text())
+    manifest = read_sealed(path)
     manifest["details"]["drift"] = {"ratio_ess": 0.25, "clip_share": 0.1, "kl": 0.01}
-    path.write_text(json.dumps(manifest))
+    write_sealed(path, manifest)
     with opened(tmp_path) as pipeline:
         arm = pipeline.space.arms["influence"]
         capsys.readouterr()
@@ -302,7 +303,7 @@ def test_validation_sets_are_sampled_anew(tmp_path: Path) -> None:
     assert len(rows) == len(stored)
     assert [row["completion_ids"] for row in rows] != [row["completion_ids"] for row in stored]
     scores = json.loads((run / "arms/influence/stages/001/scores/manifest.json").read_text())
-    made = Manifest(**json.loads((fresh / "manifest.json").read_text()))
+    made = read_manifest(fresh, FRESH, made_by="")
     assert scores["inputs"]["validation"] == made.identity
     arm = pipeline.space.arms["influence"]
     tables = pipeline.trajectories.tables(arm, 1)

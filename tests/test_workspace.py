@@ -3,10 +3,12 @@ from pathlib import Path
 
 import pytest
 
-from cropi.config import Config
-from cropi.errors import ConfigError
+from cropi.artifacts import finish, write_json, write_sealed
+from cropi.config import SAMPLED_BY, Config
+from cropi.errors import ArtifactError, ConfigError
 from cropi.loading import load_config
-from cropi.workspace import Workspace
+from cropi.reporting.report import make_report
+from cropi.workspace import Workspace, checkpoints
 from tests.runs import SMALL
 
 
@@ -14,14 +16,129 @@ def config(folder: Path, seed: int) -> Config:
     return load_config("quickstart", [*SMALL, f"run_dir={folder}", f"seed={seed}"])
 
 
+def claimed(folder: Path, seed: int) -> Workspace:
+    space = Workspace(config(folder, seed))
+    space.lock()
+    space.unlock()
+    return space
+
+
 @pytest.mark.parametrize("made", ["prompts/manifest.json", "trajectories/part-train-00000.parquet"])
 def test_a_run_belongs_to_the_config_that_made_something_in_it(tmp_path: Path, made: str) -> None:
     """One that was refused before, for its data say, may be started again with another config."""
-    folder = Workspace(config(tmp_path, 0)).folder
-    Workspace(config(tmp_path, 1))
+    folder = claimed(tmp_path, 0).folder
+    claimed(tmp_path, 1)
     assert json.loads((folder / "config.json").read_text())["seed"] == 1
     (folder / made).parent.mkdir()
     (folder / made).write_text("")
     with pytest.raises(ConfigError, match="seed: 1 -> 2"):
-        Workspace(config(tmp_path, 2))
+        claimed(tmp_path, 2)
     assert json.loads((folder / "config.json").read_text())["seed"] == 1
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_process_that_is_refused_or_only_reads_writes_nothing(tmp_path: Path) -> None:
+    running = Workspace(config(tmp_path, 0))
+    running.lock()
+    before = files(tmp_path)
+    with pytest.raises(ArtifactError, match="another process is working on this run"):
+        Workspace(config(tmp_path, 1)).lock()
+    make_report(config(tmp_path, 0), running.folder)
+    assert {name for name in files(tmp_path) if name not in before} == {
+        str(running.folder / name) for name in ("report.html", "report.md", "summary.json")
+    }
+    assert files(tmp_path).items() >= before.items()
+
+
+def test_a_reader_makes_no_folder(tmp_path: Path) -> None:
+    Workspace(config(tmp_path / "runs", 0))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_folder_of_something_else_is_left_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "quickstart").mkdir()
+    (tmp_path / "quickstart" / "thesis.tex").write_text("dear")
+    with pytest.raises(ArtifactError, match="exists and is not a run"):
+        claimed(tmp_path, 0)
+    assert [path.name for path in (tmp_path / "quickstart").iterdir()] == ["thesis.tex"]
+
+
+def test_only_checkpoints_of_ours_count(tmp_path: Path) -> None:
+    names = ["checkpoint-mybackup", "checkpoint-2-old", "checkpoint-02", "checkpoint-20261129", "checkpoint-2", "model"]
+    for name in names:
+        (tmp_path / name).mkdir()
+    (tmp_path / "checkpoint-4").symlink_to("checkpoint-2")
+    (tmp_path / "checkpoint-6").write_text("a file")
+    assert checkpoints(tmp_path, 8) == {2: tmp_path / "checkpoint-2"}
+
+
+ARM_SETTINGS = [
+    "trainer.learning_rate=5e-4",
+    "trainer.per_device_train_batch_size=64",
+    "collect.temperature=0.7",
+    "seed=7",
+    "select.fraction=0.5",
+    "select.strategy={type: influence, name: influence, static: true}",
+    "train.stages=3",
+    "policy.cpu_threads=2",
+    "verification.seconds=9",
+    "evaluate.samples=2",
+    "score.projection.dim=512",
+]
+FREE_SETTINGS = [
+    "verification.processes=1",
+    "evaluate.bootstrap=99",
+    "trainer.logging_steps=3",
+    "trainer.save_total_limit=5",
+    "baselines=[]",
+]
+
+
+@pytest.mark.parametrize(
+    "place",
+    ["arms/influence/checkpoints/checkpoint-2", "arms/influence/stages/000/scores", "arms/influence/evaluation"],
+)
+@pytest.mark.parametrize("setting", [*ARM_SETTINGS, *FREE_SETTINGS])
+def test_what_an_arm_has_made_knows_the_settings_that_made_it(tmp_path: Path, place: str, setting: str) -> None:
+    space = claimed(tmp_path, 0)
+    made = space.folder / place
+    made.mkdir(parents=True)
+    finish(made, "thing", inputs={"settings": space.settings(arm=space.arm("influence"))}, counts={})
+    edited = load_config("quickstart", [*SMALL, f"run_dir={tmp_path}", setting])
+    write_json(space.folder / "config.json", edited.resolved())
+    if setting in FREE_SETTINGS:
+        Workspace(edited).lock()
+        return
+    with pytest.raises(ConfigError, match="was made with other settings") as refused:
+        Workspace(edited)
+    key = setting.split("=")[0].replace("select.strategy", "strategy")
+    assert key in str(refused.value)
+    assert place in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "tables", "refused", "free"),
+    [
+        ("prompts", ("prompts",), "prompts.system_prompt=x", "trainer.learning_rate=5e-4"),
+        ("trajectories", SAMPLED_BY, "collect.temperature=0.7", "trainer.learning_rate=5e-4"),
+        ("trajectories", SAMPLED_BY, "verifier={type: numeric}", "evaluate.samples=3"),
+        ("evaluation", (*SAMPLED_BY, "evaluate"), "evaluate.samples=3", "score.score=cosine"),
+    ],
+)
+@pytest.mark.parametrize("mark", ["manifest.json", "inputs.json"])
+def test_what_all_arms_share_depends_on_fewer_settings(
+    tmp_path: Path, kind: str, tables: tuple[str, ...], refused: str, free: str, mark: str
+) -> None:
+    space = claimed(tmp_path, 0)
+    write_sealed(space.folder / kind / mark, {"inputs": {"settings": space.settings(*tables)}})
+    for setting in (free, refused):
+        edited = load_config("quickstart", [*SMALL, f"run_dir={tmp_path}", setting])
+        write_json(space.folder / "config.json", edited.resolved())
+        if setting == free:
+            Workspace(edited)
+        else:
+            with pytest.raises(ConfigError, match=setting.split("=")[0]):
+                Workspace(edited)

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -26,7 +27,12 @@ from cropi import __version__
 from cropi.errors import ArtifactError, UserError
 from cropi.world import ALONE, World
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_RESTORE = "put back a copy of it, or delete {} and run again."
+_CHECK = ', "check": "'  # the end of a stream's line
+SEAL = "sha256"  # a key of sealed JSON: the checksum of all others
+MANIFEST = "manifest.json"
+BEGUN = "inputs.json"  # in an unfinished folder whose parts are kept: what they are made from
 APPEAR_S = 120.0  # that a network file system may take to show a file of another node
 
 # Status of a row. A row that enters a stage leaves it with one of these.
@@ -147,7 +153,7 @@ class Manifest:
     """What an artifact is, what it was made from, and the checksums of its files."""
 
     kind: str
-    inputs: Mapping[str, str]  # name -> identity of an input artifact or setting
+    inputs: Mapping[str, Any]  # name -> identity of what it was made from; under `settings` the settings that made it
     counts: Mapping[str, int]  # rows by status
     files: Mapping[str, str]  # file name -> sha256
     details: Mapping[str, Any]
@@ -196,6 +202,27 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
+def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON object with its checksum, for `read_sealed`."""
+    write_json(path, {**value, SEAL: _json_sha256(value)})
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """What `write_sealed` wrote. ArtifactError where the file cannot be read, or was changed."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        whole = value.pop(SEAL) == _json_sha256(value)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise corrupt(path, f"cannot be read ({error})") from None
+    if not whole:
+        raise corrupt(path, "differs from its checksum")
+    return dict(value)
+
+
+def _json_sha256(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
 def write_table(path: Path, rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> None:
     """Write a Parquet file in one step, with a checksum on every page."""
     table = pa.Table.from_pylist(list(rows), schema=schema)
@@ -229,70 +256,81 @@ def read_table(path: Path, schema: pa.Schema) -> pa.Table:
     """Read a Parquet file and hold it to its schema."""
     try:
         table = pq.read_table(path, page_checksum_verification=True)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise _corrupt(path, f"cannot be read as Parquet ({error})") from None
-    if table.schema.names != schema.names:
-        raise _corrupt(path, f"has the columns {table.schema.names}, not {schema.names}")
-    return table.cast(schema)
+        if table.schema.names == schema.names:
+            return table.cast(schema)
+    except (OSError, pa.ArrowException) as error:
+        raise corrupt(path, f"cannot be read as Parquet ({error})") from None
+    raise corrupt(path, f"has the columns {table.schema.names}, not {schema.names}")
 
 
 def finish(
     folder: Path,
     kind: str,
     *,
-    inputs: Mapping[str, str],
+    inputs: Mapping[str, Any],
     counts: Mapping[str, int],
     details: Mapping[str, Any] | None = None,
     known: Mapping[str, str] | None = None,
+    names: Iterable[str] | None = None,
 ) -> Manifest:
     """Write the manifest of a folder whose files are all there: from now on the artifact counts as complete.
 
-    `known` has the checksums of files that have been read already: a feature store can be larger than memory.
+    `known` has the checksums of files that have been read already: a feature store can be larger than memory. `names`
+    are the files that belong to it, all that are there unless given.
     """
     known = known or {}
-    names = {
-        str(path.relative_to(folder)): path
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != "manifest.json" and not path.name.endswith(".part")
-    }
-    files = {name: known.get(name) or _sha256(path) for name, path in names.items()}
+    if names is None:
+        found = (path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.endswith(".part"))
+        names = [str(path.relative_to(folder)) for path in found if path.name not in {MANIFEST, BEGUN}]
+    files = {name: known.get(name) or file_sha256(folder / name) for name in names}
     manifest = Manifest(kind, dict(inputs), dict(counts), files, dict(details or {}))
-    write_json(folder / "manifest.json", {**manifest.__dict__})
+    write_sealed(folder / MANIFEST, vars(manifest))
     return manifest
 
 
 def is_finished(folder: Path) -> bool:
     """Whether the artifact's manifest has been written."""
-    return (folder / "manifest.json").is_file()
+    return (folder / MANIFEST).is_file()
 
 
 def open_artifact(folder: Path, kind: str, *, made_by: str) -> Manifest:
     """Check an artifact's manifest and the checksums of all its files; `made_by` is the command that makes it."""
-    path = folder / "manifest.json"
-    if not path.is_file():
-        raise ArtifactError(f"there is no finished {kind} artifact", where=str(folder), fix=f"run `{made_by}` first.")
-    try:
-        manifest = Manifest(**json.loads(path.read_text(encoding="utf-8")))
-        files = dict(manifest.files)
-    except (OSError, ValueError, TypeError) as error:
-        raise _corrupt(path, f"cannot be read ({error})") from None
-    if manifest.kind != kind or manifest.version != FORMAT_VERSION:
-        raise _corrupt(path, f"describes {manifest.kind!r} version {manifest.version}, not {kind!r} {FORMAT_VERSION}")
-    for name, checksum in files.items():
-        if not (folder / name).is_file():
-            raise _corrupt(folder / name, "is missing")
-        if _sha256(folder / name) != checksum:
-            raise _corrupt(folder / name, "differs from the checksum in its manifest")
+    manifest = read_manifest(folder, kind, made_by=made_by)
+    for name, checksum in manifest.files.items():
+        check_file(folder / name, checksum)
     return manifest
 
 
-def _corrupt(path: Path, what: str) -> ArtifactError:
+def read_manifest(folder: Path, kind: str, *, made_by: str) -> Manifest:
+    """An artifact's manifest, without a look at its files."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise ArtifactError(f"there is no finished {kind} artifact", where=str(folder), fix=f"run `{made_by}` first.")
+    values = read_sealed(path)
+    found = values.get("kind"), values.get("version")
+    if found != (kind, FORMAT_VERSION):
+        raise corrupt(path, f"describes {found[0]!r} version {found[1]}, not {kind!r} {FORMAT_VERSION}")
+    return Manifest(**values)
+
+
+def check_file(path: Path, checksum: str, fix: str | None = None) -> None:
+    """ArtifactError where a file is missing, or is not the one that has the checksum."""
+    if not path.is_file():
+        raise corrupt(path, "is missing", fix)
+    if file_sha256(path) != checksum:
+        raise corrupt(path, "differs from the checksum in its manifest", fix)
+
+
+def corrupt(path: Path, what: str, fix: str | None = None) -> ArtifactError:
     """The error for a damaged file: what belongs to one manifest is made anew together, any other file by itself."""
     part = path.parent if is_finished(path.parent) else path
-    return ArtifactError(what, where=str(path), fix=f"delete {part} and go on with `cropi run`: it is made anew.")
+    return ArtifactError(
+        what, where=str(path), fix=fix or f"delete {part} and go on with `cropi run`: it is made anew."
+    )
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """Checksum of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -302,7 +340,7 @@ def build(
     kind: str,
     make: Callable[[Path], tuple[Mapping[str, int], Mapping[str, Any]]],
     *,
-    inputs: Mapping[str, str],
+    inputs: Mapping[str, Any],
     made_by: str,
     keep_parts: bool = False,
     world: World = ALONE,
@@ -323,11 +361,11 @@ def build(
         **world.from_main(lambda: vars(finish(folder, kind, inputs=inputs, counts=counts, details=details)))
     )
     if not world.is_main:
-        wait_for_files(folder / name for name in ("manifest.json", *manifest.files))
+        wait_for_files(folder / name for name in (MANIFEST, *manifest.files))
     return manifest
 
 
-def _begin(folder: Path, kind: str, inputs: Mapping[str, str], made_by: str, keep_parts: bool) -> dict[str, Any] | None:
+def _begin(folder: Path, kind: str, inputs: Mapping[str, Any], made_by: str, keep_parts: bool) -> dict[str, Any] | None:
     """The manifest of a finished artifact; None after its folder has been made ready."""
     if is_finished(folder):
         manifest = open_artifact(folder, kind, made_by=made_by)
@@ -339,22 +377,30 @@ def _begin(folder: Path, kind: str, inputs: Mapping[str, str], made_by: str, kee
                 fix=f"delete {folder} to make it anew, or give the run another name (name=...).",
             )
         return vars(manifest)
-    if folder.exists() and not (keep_parts and _begun_with(folder, inputs)):
-        shutil.rmtree(folder)
+    begun = folder / BEGUN
+    if folder.exists() and not (keep_parts and begun.is_file() and read_sealed(begun) == {"inputs": inputs}):
+        remove(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if keep_parts:
-        write_json(folder / "inputs.json", dict(inputs))
-    for leftover in folder.glob(".*.part"):
-        leftover.unlink()
+        write_sealed(begun, {"inputs": inputs})
     return None
 
 
-def _begun_with(folder: Path, inputs: Mapping[str, str]) -> bool:
-    """Whether the parts that an interruption left were made from the same inputs."""
-    try:
-        return bool(json.loads((folder / "inputs.json").read_text(encoding="utf-8")) == dict(inputs))
-    except (OSError, ValueError):
-        return False
+def remove(folder: Path) -> None:
+    """Delete a folder. ArtifactError for a symbolic link: what it points to is not the run's."""
+    if folder.is_symlink():
+        raise ArtifactError(
+            "is a symbolic link, and what it points to is not finished", where=str(folder), fix="remove the link."
+        )
+    shutil.rmtree(folder)
+
+
+def remove_parts(folder: Path) -> None:
+    """Delete what interrupted processes of this machine were writing, anywhere in a folder."""
+    for path in folder.rglob(".*.part"):
+        writer = path.name.split(".")[-2]
+        if not (writer.isdigit() and psutil.pid_exists(int(writer))):
+            path.unlink(missing_ok=True)
 
 
 def wait_for_files(paths: Iterable[Path]) -> None:
@@ -373,7 +419,11 @@ def wait_for_files(paths: Iterable[Path]) -> None:
 
 
 def append_jsonl(path: Path, row: Mapping[str, Any]) -> None:
-    """Add one line to a stream; a line that an interruption cut short is dropped first."""
+    """Add one line to a stream. A line that an interruption cut short is dropped first.
+
+    Each line ends with a checksum of the stream's name, the line's place and its text. The length that the stream has
+    reached stands in a file beside it, written later: a stream that is shorter has lost lines.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with path.open("ab+") as file:
@@ -382,24 +432,75 @@ def append_jsonl(path: Path, row: Mapping[str, Any]) -> None:
                 if file.read(1) != b"\n":
                     file.seek(0)
                     file.truncate(file.read().rfind(b"\n") + 1)
-            file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
+            text = json.dumps(row, allow_nan=False)[:-1]
+            check = _line_check(path, file.seek(0, os.SEEK_END), text.encode())
+            file.write(f'{text}{_CHECK}{check}"}}\n'.encode())
+            file.flush()
+            os.fsync(file.fileno())
+            length = file.tell()
     except OSError as error:
         raise no_space(path) if error.errno in {errno.ENOSPC, errno.EDQUOT} else error from None
+    write_text(_length_file(path), str(length))
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """All whole lines of a stream; a last line cut short by an interruption is left out."""
-    if not path.is_file():
-        return []
-    rows = []
-    lines = path.read_bytes().splitlines()
-    for number, line in enumerate(lines, start=1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            if number < len(lines):
-                raise _corrupt(path, f"line {number} is not JSON") from None
-    return rows
+    """All whole lines of a stream; a last line cut short by an interruption is left out.
+
+    ArtifactError where the stream is not what was appended to it.
+    """
+    return [row for _, row in _stream(path)]
+
+
+def check_streams(*folders: Path) -> None:
+    """ArtifactError where a stream of some folders is not what was appended to it."""
+    for file in sorted(file for folder in folders for file in folder.glob(_length_file(Path("*")).name)):
+        _stream(file.with_name(file.name.removeprefix(".").removesuffix(".length")))
+
+
+def cut_jsonl(path: Path, kept: Callable[[dict[str, Any]], bool]) -> None:
+    """Drop the end of a stream, from the first line that is not kept."""
+    for start, row in _stream(path):
+        if not kept(row):
+            write_text(_length_file(path), str(start))
+            os.truncate(path, start)
+            return
+
+
+def _stream(path: Path) -> list[tuple[int, dict[str, Any]]]:
+    """Lines of a stream, each with its place."""
+    try:
+        data = path.read_bytes() if path.exists() else b""
+    except OSError as error:
+        raise corrupt(path, f"cannot be read ({error})", _RESTORE.format(path.parent)) from None
+    data = data[: data.rfind(b"\n") + 1]
+    found, place = [], 0
+    for number, line in enumerate(data.splitlines(keepends=True), start=1):
+        text, _, check = line.rpartition(_CHECK.encode())
+        if check != f'{_line_check(path, place, text)}"}}\n'.encode():
+            raise corrupt(path, f"line {number} differs from its checksum", _RESTORE.format(path.parent))
+        found.append((place, json.loads(text + b"}")))
+        place += len(line)
+    if place < _known_length(path):
+        what = f"has lost lines: it holds {place} bytes of {_known_length(path)}"
+        raise corrupt(path, what, _RESTORE.format(path.parent))
+    return found
+
+
+def _line_check(path: Path, place: int, text: bytes) -> str:
+    name = f"{path.absolute().parent.name}/{path.name} {place} "
+    return hashlib.sha256(name.encode() + text).hexdigest()[:16]
+
+
+def _length_file(path: Path) -> Path:
+    return path.with_name(f".{path.name}.length")
+
+
+def _known_length(path: Path) -> int:
+    file = _length_file(path)
+    try:
+        return int(file.read_text(encoding="ascii")) if file.is_file() else 0
+    except ValueError as error:
+        raise corrupt(file, f"cannot be read ({error})") from None
 
 
 def count_status(statuses: Iterable[str]) -> dict[str, int]:

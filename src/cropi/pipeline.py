@@ -20,11 +20,11 @@ from cropi.artifacts import (
     open_artifact,
     read_table,
 )
-from cropi.config import Config, PooledStrategy
+from cropi.config import SAMPLED_BY, Config, PooledStrategy
 from cropi.console import counts_text, say, warn
 from cropi.elsewhere import CarriedPolicy, Elsewhere
 from cropi.errors import ArtifactError, ConfigError, DataError
-from cropi.evaluation.evaluate import Question, evaluate, forget_after, read_evaluations
+from cropi.evaluation.evaluate import Question, evaluate, read_evaluations
 from cropi.gathering import Gatherer
 from cropi.given import Given, arm_at, start_of_stage
 from cropi.gradients.groups import group_facts
@@ -49,9 +49,9 @@ from cropi.selection.refresh import drift_warning
 from cropi.selection.select import require_signal, select
 from cropi.training.reward import RecordedReward
 from cropi.training.settings import grpo_config
-from cropi.training.train import TrainTask, newest_checkpoint, train
+from cropi.training.train import TrainTask, newest_checkpoint, open_checkpoint, train
 from cropi.workers import Workers
-from cropi.workspace import Arm, Workspace
+from cropi.workspace import Arm, Workspace, evaluation_files, forget_evaluations
 from cropi.world import ALONE, World
 
 MANY_FAILURES = 0.02  # share of the completions on which a verifier may fail without a word
@@ -102,7 +102,8 @@ class Pipeline:
 
     def prompts(self) -> Manifest:
         """The prompt table."""
-        make, inputs = partial(make_prompts, self.config), data_identity(self.config)
+        make = partial(make_prompts, self.config)
+        inputs = data_identity(self.config) | {"settings": self.space.settings("prompts")}
         return build(self.space.prompts, "prompts", make, inputs=inputs, made_by="cropi collect", world=self.world)
 
     def collect(self) -> Manifest:
@@ -116,7 +117,8 @@ class Pipeline:
                 self.config, self.base, self.judge, rows, folder, ledger, representations, self.world, make_shards
             )
 
-        inputs = {"prompts": self.prompts().identity, "policy": self._base_identity}
+        made_by = {"settings": self.space.settings(*SAMPLED_BY)}
+        inputs = {"prompts": self.prompts().identity, "policy": self._base_identity} | made_by
         representations = None
         if self.config.collect.nearby:
             self._represent("collect")
@@ -189,7 +191,7 @@ class Pipeline:
                     entry["validation_tokens"] = result[1]["validation_tokens"]
             return result
 
-        made_from = inputs | {"policy": origin}
+        made_from = inputs | {"policy": origin, "settings": self.space.settings(arm=arm)}
         manifest = build(arm.scores(stage), "scores", make, inputs=made_from, made_by="cropi score", **self._in_parts)
         say(f"scores of stage {stage}: {counts_text(manifest.counts)}")
         text = drift_warning(manifest.details["drift"], stage, refreshing=self.config.refresh.active)
@@ -226,7 +228,9 @@ class Pipeline:
                 )
             return result
 
-        inputs, folder = {"prompts": self.prompts().identity, "policy": self._base_identity}, self.space.representations
+        inputs: dict[str, Any] = {"prompts": self.prompts().identity, "policy": self._base_identity}
+        inputs |= {"settings": self.space.settings("policy", "prompts")}
+        folder = self.space.representations
         build(folder, REPRESENTED, make, inputs=inputs, made_by=f"cropi {phase}", world=self.world, shared=True)
 
     def screen(self, arm: Arm, stage: int, model: nn.Module, origin: str) -> None:
@@ -245,7 +249,7 @@ class Pipeline:
             where: dict[str, Any] = {"arm": arm.name, "stage": stage, "purpose": "screen", "world": self.world}
             return collect_anew(config, policy, self.judge, rows, folder, self.space.ledger, **where, logprobs=False)
 
-        inputs = {**self.trajectories.inputs(arm, stage), "policy": origin}
+        inputs = {**self.trajectories.inputs(arm, stage), "policy": origin, "settings": self.space.settings(arm=arm)}
         manifest = build(arm.screened(stage), FRESH, make, inputs=inputs, made_by="cropi score", **self._in_parts)
         say(f"screened trajectories of stage {stage}: {counts_text(manifest.counts)}")
 
@@ -265,7 +269,7 @@ class Pipeline:
                     self.config, strategy, self.gathered.candidates(arm, stage), self.space.train_prompts, folder
                 )
 
-        inputs = self.trajectories.inputs(arm, stage)
+        inputs: dict[str, Any] = {**self.trajectories.inputs(arm, stage), "settings": self.space.settings(arm=arm)}
         if self._uses_influence(arm):
             folder = arm.scores(self.config.arms[arm.name].scored_stage(stage))
             inputs["scores"] = open_artifact(folder, "scores", made_by="cropi score").identity
@@ -316,7 +320,7 @@ class Pipeline:
 
     def require_reached(self, arm: Arm, stage: int) -> None:
         """A stage may be selected by hand once training has come to its start: some strategies read its rewards."""
-        reached = newest_checkpoint(arm.checkpoints)[1] // self.config.train.steps_per_stage
+        reached = newest_checkpoint(arm.checkpoints, self._last_step)[1] // self.config.train.steps_per_stage
         if stage > reached:
             raise ArtifactError(
                 f"training of {arm.name} has not come to stage {stage} yet, only to {reached}",
@@ -330,7 +334,7 @@ class Pipeline:
         """Train all stages of an arm, evaluating on schedule from the base policy on; returns the last checkpoint."""
         self.evaluate_base()
         settings = grpo_config(self.config, arm.checkpoints, self._given.device, self.world.size)
-        self.world.from_main(lambda: forget_after(arm.evaluation, newest_checkpoint(arm.checkpoints)[1]))
+        self.world.from_main(lambda: self._begin_at(arm, newest_checkpoint(arm.checkpoints, self._last_step)[1]))
         policy = load_policy(self.config.policy, dtype=self.config.policy.trained_in)
         status_of = dict(
             zip(self.space.train_prompts, self.trajectories.statuses(self.trajectories.base_groups), strict=True)
@@ -349,30 +353,57 @@ class Pipeline:
             settings=settings,
             stages=self.config.train.stages,
             steps_per_stage=self.config.train.steps_per_stage,
-            evaluate_every=self.config.evaluate.every or self.config.train.steps_per_stage,
+            evaluate_every=self._evaluate_every,
             reward=RecordedReward(self.judge, arm.rewards, self.world),
             select_stage=lambda stage, model, in_progress: self.select_stage(arm, stage, model, in_progress),
-            evaluate=lambda step, model: self._evaluate(model, step, arm.evaluation, arm.name),
+            evaluate=lambda step, model: self._evaluate(model, step, arm),
             evaluated=lambda step: self._is_evaluated(arm.evaluation, step),
             folder=arm.folder,
             record_to=arm.rollouts if self.trajectories.reuses(arm) else None,
             dynamic_sampling=self.config.train.dynamic_sampling,
             asked_in=self.config.policy.dtype,
             world=self.world,
+            made_by=self.space.settings(arm=arm),
         )
         final = train(task, policy)
-        total = self.config.train.stages * self.config.train.steps_per_stage
-        if not self._is_evaluated(arm.evaluation, total):  # a damaged one that was deleted
-            self._evaluate(load_policy(self.config.policy, str(final)).model, total, arm.evaluation, arm.name)
+        unevaluated = self.world.from_main(lambda: self._unevaluated(arm, self._last_step))
+        for step in unevaluated:  # damaged ones that were deleted
+            checkpoint = open_checkpoint(arm.checkpoints / f"checkpoint-{step}")
+            self._evaluate(load_policy(self.config.policy, str(checkpoint)).model, step, arm)
         return final
+
+    @property
+    def _last_step(self) -> int:
+        return self.config.train.stages * self.config.train.steps_per_stage
+
+    @property
+    def _evaluate_every(self) -> int:
+        return self.config.evaluate.every or self.config.train.steps_per_stage
+
+    def _unevaluated(self, arm: Arm, step: int) -> list[int]:
+        """Steps up to one after which the arm should have been evaluated, and is not."""
+        known = evaluation_files(arm.evaluation)
+        wanted = sorted({*range(self._evaluate_every, self._last_step, self._evaluate_every), self._last_step})
+        return [at for at in wanted if at <= step and at not in known]
+
+    def _begin_at(self, arm: Arm, step: int) -> None:
+        """Drop evaluations beyond the step that training goes on from. Those before it have to be there."""
+        forget_evaluations(arm.evaluation, step)
+        for at in self._unevaluated(arm, step):
+            if not is_finished(arm.checkpoints / f"checkpoint-{at}"):
+                raise ArtifactError(
+                    "is missing or not in its manifest, and the checkpoint of its step is gone",
+                    where=str(arm.evaluation / f"step-{at:06}.parquet"),
+                    fix=f"put back a copy of {arm.evaluation}, or delete {arm.folder} to train this arm anew.",
+                )
 
     def evaluate_base(self) -> None:
         """Accuracy before training, the common first point of all arms."""
         if not self._is_evaluated(self.space.evaluation, 0):
-            self._evaluate(self.base.model, 0, self.space.evaluation, "")
+            self._evaluate(self.base.model, 0, None)
 
     def _is_evaluated(self, folder: Path, step: int) -> bool:
-        return self.world.from_main(lambda: step in read_evaluations(folder))
+        return self.world.from_main(lambda: step in evaluation_files(folder))
 
     def evaluate_at(self, checkpoint: Path | None) -> pa.Table:
         """Accuracy of the base policy or of any checkpoint, read back where it has been measured."""
@@ -382,9 +413,10 @@ class Pipeline:
         if self._is_evaluated(folder, 0):
             return read_evaluations(folder)[0]
         policy = self.base if checkpoint is None else load_policy(self.config.policy, str(checkpoint))
-        return self._evaluate(policy.model, 0, folder, "" if arm is None else arm.folder.name)
+        return self._evaluate(policy.model, 0, arm)
 
-    def _evaluate(self, model: nn.Module, step: int, folder: Path, arm: str) -> pa.Table:
+    def _evaluate(self, model: nn.Module, step: int, arm: Arm | None) -> pa.Table:
+        """`arm` is that of a trained policy."""
         policy = Policy(self._replica.of(model), self._given.tokenizer)
         sampler = TransformersGenerator(policy, self.config.collect.batch_size)
 
@@ -394,7 +426,10 @@ class Pipeline:
             return policy.tokenizer.batch_decode(completions, skip_special_tokens=True)
 
         seed = derived_seed(self.config.seed, "evaluate")
-        with self.space.ledger.charge("evaluate", arm=arm, stage=max(0, step - 1) // self.config.train.steps_per_stage):
+        charged = "" if arm is None else arm.folder.name
+        with self.space.ledger.charge(
+            "evaluate", arm=charged, stage=max(0, step - 1) // self.config.train.steps_per_stage
+        ):
             return evaluate(
                 self._test_prompts,
                 generate,
@@ -402,10 +437,11 @@ class Pipeline:
                 self.config.evaluate,
                 step=step,
                 seed=seed,
-                folder=folder,
+                folder=self.space.evaluation if arm is None else arm.evaluation,
                 block=self.config.collect.batch_size,
                 lockstep=in_lockstep(policy.model),
                 world=self.world,
+                settings=self.space.settings(*SAMPLED_BY, "evaluate") if arm is None else self.space.settings(arm=arm),
             )
 
     @cached_property

@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import os
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -152,6 +153,7 @@ def load_policy(config: PolicyConfig, location: str | None = None, *, dtype: str
     if config.cpu_threads is not None:
         torch.set_num_threads(config.cpu_threads)
     tokenizer = load_tokenizer(config, location)
+    _refuse_kernels(location, config.revision)
     try:
         with _read_by_all():
             model = AutoModelForCausalLM.from_pretrained(
@@ -173,6 +175,26 @@ def load_policy(config: PolicyConfig, location: str | None = None, *, dtype: str
     if config.lora is not None:
         model = _with_adapters(model, config.lora, adapters)
     return Policy(model.to(device_of(config)).eval(), tokenizer)
+
+
+def _refuse_kernels(location: str, revision: str | None) -> None:
+    """PolicyError for a model that names a kernel of the Hub, which transformers would fetch and run."""
+    from transformers import PreTrainedConfig
+
+    adapters = Path(location, "adapter_config.json")
+    try:
+        if adapters.is_file() and not Path(location, "config.json").is_file():
+            location = json.loads(adapters.read_text(encoding="utf-8"))["base_model_name_or_path"]
+        text = json.dumps(PreTrainedConfig.get_config_dict(location, revision=revision)[0], default=str)
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise _cannot_load("model", location, error) from None
+    found = re.search(r'_implementation[a-z_]*": "([^"]*/[^"]*)"', text)
+    if found:
+        raise PolicyError(
+            f"the model's config.json names a kernel of the Hub ({found[1]}), and no code of a model is run",
+            where=f"policy.path {location}",
+            fix="remove that line from it.",
+        )
 
 
 @contextmanager
@@ -232,7 +254,7 @@ def fingerprint(config: PolicyConfig, location: str | None = None) -> str:
     for path in sorted(
         p for p in folder.iterdir() if p.suffix in {".safetensors", ".json", ".jinja", ".model", ".txt"}
     ):
-        if path.name not in {"trainer_state.json", "complete.json", "pass_rates.json"}:
+        if path.name not in {"trainer_state.json", "manifest.json", "pass_rates.json"}:
             with path.open("rb") as file:
                 digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cropi.artifacts import PROMPTS, write_table
-from cropi.config import BuiltinSource, Config, FileSource, HubSource, ReasoningGymSource, Source, config_hash
+from cropi.config import BuiltinSource, Config, FileSource, HubSource, ReasoningGymSource, Source
 from cropi.console import warn
 from cropi.errors import DataError
 from cropi.leakage import Leakage, described, find_leakage
@@ -89,7 +89,7 @@ def data_identity(config: Config) -> dict[str, str]:
     """What the prompt table depends on: the settings, the run's seed where a source takes it, local files' content."""
     sources = [*config.prompts.train, *(s for sources in config.prompts.validation.values() for s in sources)]
     sources += [s for test in config.prompts.test.values() for s in test.sources]
-    identity = {"prompts": config_hash(config.resolved()["prompts"])}
+    identity = {}
     if any(isinstance(source, BuiltinSource | ReasoningGymSource) and source.seed is None for source in sources):
         identity["seed"] = str(config.seed)
     for path in sorted({Path(s.path).expanduser() for s in sources if isinstance(s, FileSource)}):

@@ -33,7 +33,8 @@ class Refresher:
     def refresh(self, arm: Arm, stage: int, policy: Policy, origin: str, scores: pa.Table | None) -> None:
         """All that the config asks for. `scores` are the arm's newest, `origin` says which policy it is."""
         settings = self._config.refresh
-        inputs = {"trajectories": self._trajectories.identity, "policy": origin}
+        inputs: dict[str, Any] = {"trajectories": self._trajectories.identity, "policy": origin}
+        inputs |= {"settings": self._space.settings(arm=arm)}
         if settings.reuse_rollouts:
             steps = self._config.train.steps_per_stage
             copy = partial(newest_rollouts, arm.rollouts, (stage - 1) * steps, stage * steps)
@@ -54,7 +55,7 @@ class Refresher:
         return [row for row in self._space.prompt_rows if (row["set"], row["prompt_id"]) in chosen]
 
     def _sample_pool(
-        self, arm: Arm, stage: int, policy: Policy, inputs: Mapping[str, str], scores: pa.Table | None
+        self, arm: Arm, stage: int, policy: Policy, inputs: Mapping[str, Any], scores: pa.Table | None
     ) -> None:
         before = read_overlay(self._trajectories.layers(arm, stage, sampled=False))
         inputs = {**inputs, **({} if before.identity is None else {"refresh": before.identity})}
@@ -82,7 +83,7 @@ class Refresher:
         stage: int,
         policy: Policy,
         rows: list[dict[str, Any]],
-        inputs: Mapping[str, str],
+        inputs: Mapping[str, Any],
     ) -> None:
         world = self._space.world
 

@@ -14,9 +14,10 @@ import fcntl
 import json
 import os
 import platform
+import re
 import weakref
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import metadata
@@ -26,8 +27,31 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cropi.artifacts import PROMPTS, open_artifact, read_table, wait_for_files, write_json
-from cropi.config import Config, config_difference
+from cropi.artifacts import (
+    BEGUN,
+    EVALUATION,
+    MANIFEST,
+    PROMPTS,
+    TRAJECTORIES,
+    append_jsonl,
+    check_file,
+    check_streams,
+    corrupt,
+    file_sha256,
+    finish,
+    is_finished,
+    open_artifact,
+    read_jsonl,
+    read_manifest,
+    read_sealed,
+    read_table,
+    remove_parts,
+    wait_for_files,
+    write_json,
+    write_sealed,
+    write_table,
+)
+from cropi.config import Config, config_difference, deciding, settings_behind
 from cropi.errors import ArtifactError, ConfigError
 from cropi.ledger import Ledger
 from cropi.world import ALONE, World
@@ -88,10 +112,42 @@ class Arm:
         return self.folder / "rewards.jsonl"
 
 
+def checkpoint_step(path: Path) -> int | None:
+    """The optimiser step of a checkpoint of ours; None for whatever else lies beside it, and for links."""
+    match = re.fullmatch(r"checkpoint-([1-9][0-9]{0,17})", path.name)
+    return int(match[1]) if match and path.is_dir() and not path.is_symlink() else None
+
+
+def checkpoints(folder: Path, last: int) -> dict[int, Path]:
+    """The checkpoints of ours in a folder, finished or not, by steps up to the last one of the training."""
+    found = {checkpoint_step(path): path for path in folder.glob("checkpoint-*")}
+    return {step: path for step, path in found.items() if step is not None and step <= last}
+
+
 def rollout_file(folder: Path, step: int, batch: int, rank: int = 0) -> Path:
     """The file of a process's part of a generation batch of training: by the optimiser step it was sampled at, its
     place in the step, and the process if it is not the first."""
     return folder / f"part-{step:06}-{batch:03}{f'-{rank:03}' if rank else ''}.parquet"
+
+
+def keep_rollouts(place: tuple[Path, int, int, int], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write a file of `rollout_file`, and note that it is whole."""
+    folder, step, batch, rank = place
+    path = rollout_file(*place)
+    write_table(path, rows, TRAJECTORIES)
+    noted = {"step": step, "batch": batch, "rank": rank, "file": path.name, "sha256": file_sha256(path)}
+    append_jsonl(folder / f"written-{rank:03}.jsonl", noted)
+
+
+def written_rollouts(folder: Path) -> dict[tuple[int, int, int], tuple[Path, str]]:
+    """Files of `rollout_file` and their checksums, as the processes noted them when they had written them."""
+    rows = [row for path in sorted(folder.glob("written-*.jsonl")) for row in read_jsonl(path)]
+    noted = {(row["step"], row["batch"], row["rank"]): (folder / row["file"], row["sha256"]) for row in rows}
+    for key, path in rollout_files(folder).items():
+        if key not in noted:
+            name = folder / f"written-{key[2]:03}.jsonl"
+            raise corrupt(name, f"does not name {path.name}", f"put back a copy, or delete {folder.parent}.")
+    return noted
 
 
 def rollout_files(folder: Path) -> dict[tuple[int, int, int], Path]:
@@ -101,6 +157,48 @@ def rollout_files(folder: Path) -> dict[tuple[int, int, int], Path]:
         step, batch, *rank = map(int, path.stem.split("-")[1:])
         found[step, batch, rank[0] if rank else 0] = path
     return dict(sorted(found.items()))
+
+
+def evaluation_files(folder: Path, *, all_there: bool = False) -> dict[int, Path]:
+    """Tables of finished evaluations by optimiser step, in ascending order.
+
+    ArtifactError where one is damaged, and with `all_there` where one is missing.
+    """
+    known = read_manifest(folder, EVALUATED, made_by="cropi run").files if is_finished(folder) else {}
+    again = "go on with `cropi run`: it is measured again, if the checkpoint of its step is still there."
+    for name, checksum in known.items():
+        if all_there or (folder / name).is_file():
+            check_file(folder / name, checksum, f"delete {folder / name} and {again}")
+    found = {_evaluated_at(path.name): path for path in folder.glob("step-*") if STEP_FILE.fullmatch(path.name)}
+    for path in found.values():
+        if all_there and path.name not in known:
+            raise corrupt(path, "is not in its manifest", again)
+    return {step: path for step, path in sorted(found.items()) if path.name in known}
+
+
+def keep_evaluation(folder: Path, step: int, rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> None:
+    """Write the table of an evaluation, and the manifest of all in the folder."""
+    path = folder / f"step-{step:06}.parquet"
+    write_table(path, rows, EVALUATION)
+    known = dict(read_manifest(folder, EVALUATED, made_by="cropi run").files) if is_finished(folder) else {}
+    known.pop(path.name, None)
+    inputs = {"settings": settings}
+    finish(folder, EVALUATED, inputs=inputs, counts={}, known=known, names=sorted([*known, path.name]))
+
+
+def forget_evaluations(folder: Path, step: int) -> None:
+    """Drop evaluations beyond the step that an interrupted training goes on from."""
+    if is_finished(folder):
+        before = read_manifest(folder, EVALUATED, made_by="cropi run")
+        kept = {name: checksum for name, checksum in before.files.items() if _evaluated_at(name) <= step}
+        finish(folder, EVALUATED, inputs=before.inputs, counts={}, known=kept, names=kept)
+    for path in folder.glob("step-*.parquet"):
+        if STEP_FILE.fullmatch(path.name) and _evaluated_at(path.name) > step:
+            path.unlink()
+
+
+def _evaluated_at(name: str) -> int:
+    return int(name.removeprefix("step-").removesuffix(".parquet"))
 
 
 class TrainPrompts(Mapping[str, dict[str, Any]]):
@@ -138,14 +236,23 @@ class TrainPrompts(Mapping[str, dict[str, Any]]):
 
 
 class Workspace:
-    """A run's folder, claimed for one config. Of several processes the first claims and locks it for all."""
+    """A run's folder. Readers write nothing; `lock` claims it for one config, by the first process for all."""
 
     def lock(self) -> None:
-        """Keep others from writing to this run until this process ends, however it ends, or forgets the workspace."""
+        """Keep others from writing to this run until this process ends, however it ends, or forgets the workspace.
+
+        Writes the resolved config into a new folder, once it is locked: nobody else's run is touched.
+        """
         self.world.from_main(self._lock)
+        if not self.world.is_main:
+            wait_for_files([self.folder / CONFIG])
 
     def _lock(self) -> None:
-        handle = os.open(self.folder / "lock", os.O_CREAT | os.O_WRONLY, 0o644)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            handle = os.open(self.folder / LOCK, os.O_CREAT | os.O_WRONLY, 0o644)
+        except OSError as error:
+            raise _unusable(self.folder, error) from None
         self._unlock = weakref.finalize(self, os.close, handle)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -153,6 +260,14 @@ class Workspace:
             raise ArtifactError(
                 "another process is working on this run", where=str(self.folder), fix="wait for it, or stop it."
             ) from None
+        remove_parts(self.folder)
+        self._check_claim()  # another process may have claimed it in the meantime
+        check_streams(self.folder, *self.folder.glob("arms/*"))
+        if not (self.folder / CONFIG).is_file() or not self._holds_anything():
+            write_json(self.folder / CONFIG, self.config.resolved())
+        if not (self.folder / ENVIRONMENT).is_file():
+            write_sealed(self.folder / ENVIRONMENT, environment())
+        read_sealed(self.folder / ENVIRONMENT)
 
     def unlock(self) -> None:
         """Let other processes write to this run."""
@@ -166,9 +281,69 @@ class Workspace:
     def __init__(self, config: Config, world: World = ALONE) -> None:
         self.config, self.folder, self.world = config, config.folder, world
         self.ledger = Ledger(self.folder / "ledger.jsonl", world)
-        world.from_main(lambda: _claim(config))
-        if not world.is_main:
-            wait_for_files([self.folder / "config.json"])
+        world.from_main(self._check_claim)
+
+    def settings(self, *tables: str, arm: Arm | None = None) -> dict[str, Any]:
+        """The settings that something is made by, for its manifest: all of an arm's, or some tables of the config."""
+        found = settings_behind(self.config, None if arm is None else arm.name)
+        return {name: found[name] for name in tables or found}
+
+    def _check_claim(self) -> None:
+        """Refuse a folder that is no run, and one in which something was made with other settings.
+
+        Where the folder lies is not part of what was claimed: a run may be moved.
+        """
+        path = self.folder / CONFIG
+        try:
+            before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+            files = list(self.folder.iterdir()) if self.folder.is_dir() else []
+        except OSError as error:
+            raise _unusable(self.folder, error) from None
+        except ValueError:
+            raise ArtifactError("is not JSON", where=str(path), fix=f"delete {self.folder} and run again.") from None
+        others = [file for file in files if file.name != LOCK and file.suffix != ".part"]
+        if before is None and (others or (self.folder.exists() and not self.folder.is_dir())):
+            raise ArtifactError(
+                "exists and is not a run", where=str(self.folder), fix="choose another name= or run_dir=."
+            )
+        changed = [] if before is None else config_difference(deciding(before), deciding(self.config.resolved()))
+        if changed and self._holds_anything():
+            raise ConfigError(
+                f"this run was started with another config: {_shown(changed)}",
+                where=str(self.folder),
+                fix=f"name its own config ({path}) instead of a recipe, or give the new run another name (name=...).",
+            )
+        self._check_settings()
+
+    def _check_settings(self) -> None:
+        """Refuse settings other than those that made what is there: its config may have been edited."""
+        for folder, arm, inputs in self._made():
+            if "settings" in inputs:
+                before, now = inputs["settings"], settings_behind(self.config, arm)
+                changed = config_difference(before, {key: now.get(key) for key in before})
+                if changed:
+                    raise ConfigError(
+                        f"was made with other settings: {_shown(changed)}",
+                        where=str(folder),
+                        fix=f"change them back in {self.folder / CONFIG}, or give the new run another name (name=...).",
+                    )
+
+    def _made(self) -> Iterator[tuple[Path, str | None, dict[str, Any]]]:
+        """Folders of what has been made or begun, each with the arm that it belongs to and what it was made from."""
+        arms = {name: f"arms/{name}" for name in self.config.arms}
+        places = [(None, "*"), *((arm, f"{place}/{inside}") for arm, place in arms.items() for inside in MADE_IN_ARM)]
+        places += [(self.config.select.strategy.arm, f"checkpoints/*/{inside}") for inside in MADE_IN_ARM]
+        for arm, place in places:
+            for folder in sorted(self.folder.glob(place)):
+                own = folder.parent.name != "checkpoints" or checkpoint_step(folder) is not None
+                found = [folder / name for name in (MANIFEST, BEGUN) if (folder / name).is_file()]
+                if own and found:
+                    yield folder, arm, read_sealed(found[0])["inputs"]
+
+    def _holds_anything(self) -> bool:
+        """Whether some stage has left something in the folder."""
+        names = (path.name for path in self.folder.rglob("*"))
+        return any(name == MANIFEST or name.startswith("part-") for name in names)
 
     @property
     def prompts(self) -> Path:
@@ -216,6 +391,12 @@ class Workspace:
         return TrainPrompts(self._prompt_table.filter(pc.equal(self._prompt_table.column("set"), "train")))
 
 
+EVALUATED = "evaluation"  # kind of artifact
+STEP_FILE = re.compile(r"step-(\d+)\.parquet")
+MADE_IN_ARM = ("*", "stages/*/*", "checkpoints/*")  # where artifacts of an arm lie
+CONFIG = "config.json"
+ENVIRONMENT = "environment.json"
+LOCK = "lock"
 BLOCK_ROWS = 1 << 14
 SHOWN_CHANGES = 5
 PACKAGES = ("cropi", "torch", "transformers", "trl", "accelerate", "datasets", "tokenizers", "numpy", "pyarrow")
@@ -232,38 +413,11 @@ def environment() -> dict[str, str]:
     }
 
 
-def _claim(config: Config) -> None:
-    """Write the resolved config into a new folder; refuse a folder in which something was made with another one.
-
-    Where the folder lies is not part of what was claimed: a run may be moved.
-    """
-    folder, path = config.folder, config.folder / "config.json"
-    try:
-        if not path.is_file():
-            if folder.exists() and (not folder.is_dir() or any(p.suffix != ".part" for p in folder.iterdir())):
-                raise ArtifactError(
-                    "exists and is not a run", where=str(folder), fix="choose another name= or run_dir=."
-                )
-            write_json(path, config.resolved())
-        if not (folder / "environment.json").is_file():
-            write_json(folder / "environment.json", environment())
-        before = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ArtifactError(f"cannot be used ({error})", where=str(folder), fix="choose another run_dir=.") from None
-    except ValueError:
-        raise ArtifactError("is not JSON", where=str(path), fix=f"delete {folder} and run again.") from None
-    changed = config_difference(before | {"run_dir": ""}, config.resolved() | {"run_dir": ""})
-    if changed and not _holds_anything(folder):
-        write_json(path, config.resolved())  # a run that was refused before it made anything starts over
-    elif changed:
-        more = f"; and {len(changed) - SHOWN_CHANGES} more" if len(changed) > SHOWN_CHANGES else ""
-        raise ConfigError(
-            "this run was started with another config: " + "; ".join(changed[:SHOWN_CHANGES]) + more,
-            where=str(folder),
-            fix=f"name its own config ({path}) instead of a recipe, or give the new run another name (name=...).",
-        )
+def _unusable(folder: Path, error: OSError) -> ArtifactError:
+    return ArtifactError(f"cannot be used ({error})", where=str(folder), fix="choose another run_dir=.")
 
 
-def _holds_anything(folder: Path) -> bool:
-    """Whether some stage has left something in a run's folder."""
-    return any(path.name == "manifest.json" or path.name.startswith("part-") for path in folder.rglob("*"))
+def _shown(changed: list[str]) -> str:
+    """The first of many changes."""
+    more = f"; and {len(changed) - SHOWN_CHANGES} more" if len(changed) > SHOWN_CHANGES else ""
+    return "; ".join(changed[:SHOWN_CHANGES]) + more

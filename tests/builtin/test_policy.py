@@ -1,6 +1,7 @@
 import importlib.util
 import json
 import random
+import shutil
 import warnings
 from pathlib import Path
 
@@ -10,6 +11,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cropi.builtin import FAMILIES, POLICY_DIR
 from cropi.builtin.families import DEFAULTS, VOCABULARY, draw
+from cropi.config import PolicyConfig
+from cropi.errors import PolicyError
+from cropi.policy import load_policy
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "pretrain_builtin.py"
 
@@ -125,3 +129,12 @@ def test_the_packaged_policy_passes_as_often_as_stored(family, stored, script, p
     # four standard errors of a share near a half over 64 prompts, were all of a prompt's samples alike
     assert abs(measured["pass_rate"] - stored["families"][family]["pass_rate"]) < 0.12
     assert abs(measured["step_share"] - stored["families"][family]["step_share"]) < 0.12
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation", "experts_implementation"])
+def test_a_model_that_names_a_kernel_of_the_hub_is_refused(tmp_path, key):
+    shutil.copytree(POLICY_DIR, tmp_path / "policy")
+    settings = json.loads((POLICY_DIR / "config.json").read_text())
+    (tmp_path / "policy" / "config.json").write_text(json.dumps(settings | {key: "someone/kernel"}))
+    with pytest.raises(PolicyError, match="names a kernel of the Hub"):
+        load_policy(PolicyConfig(path=str(tmp_path / "policy")))

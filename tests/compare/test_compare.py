@@ -14,12 +14,14 @@ import torch
 from tests.conftest import tiny_llama
 from tests.runs import SMALL, cropi, cropi_process, evaluations, selections
 
+from cropi.artifacts import append_jsonl, read_jsonl
 from cropi.compare.execute import default_jobs
 from cropi.compare.results import read_results
 from cropi.compare.worker import link_shared, matrix_parameters
 from cropi.ledger import Ledger
 from cropi.loading import load_config
 from cropi.pipeline import Pipeline
+from cropi.workspace import forget_evaluations
 
 TINY = [
     *SMALL,
@@ -156,8 +158,8 @@ def test_what_runs_had_reached_can_be_compared_before_they_are_finished(compared
     shutil.copytree(compared / OUT, tmp_path / OUT)
     stopped = tmp_path / OUT / "quickstart" / "seed-3" / "influence"  # as though interrupted in its second stage
     (stopped / "finished.json").unlink()
-    (evaluated,) = stopped.glob("arms/*/evaluation/step-000004.parquet")
-    evaluated.unlink()
+    (arm,) = stopped.glob("arms/*")
+    forget_evaluations(arm / "evaluation", 2)
 
     everything = read_results(compared / OUT / "results.parquet").to_pylist()
     for step, number in ((2, 4), (4, 3)):
@@ -222,24 +224,24 @@ def test_a_config_is_asked_for(tmp_path: Path) -> None:
 
 def test_linking_twice_changes_nothing_and_mends_what_was_cut_short(tmp_path: Path) -> None:
     shared, run = tmp_path / "shared", tmp_path / "run"
-    for name in ("prompts/prompts.parquet", "trajectories/part-0.parquet", "trajectories/part-1.parquet"):
+    made = ("prompts/prompts.parquet", "trajectories/part-0.parquet", "trajectories/part-1.parquet")
+    for name in (*made, "evaluation/step-000000.parquet"):
         (shared / name).parent.mkdir(parents=True, exist_ok=True)
         (shared / name).write_text(name)
         (shared / name).with_name("manifest.json").write_text("{}")
-    (shared / "evaluation").mkdir()
-    (shared / "evaluation" / "step-000000.parquet").write_text("base")
-    (shared / "ledger.jsonl").write_text('{"arm": "", "phase": "collect"}\n{"arm": "full", "phase": "score"}\n')
+    for row in ({"arm": "", "phase": "collect"}, {"arm": "", "phase": "evaluate"}, {"arm": "full", "phase": "score"}):
+        append_jsonl(shared / "ledger.jsonl", row)
     (run / "trajectories").mkdir(parents=True)
     (run / "trajectories" / "part-0.parquet").write_text("cut sh")
+    append_jsonl(run / "ledger.jsonl", {"arm": "", "phase": "collect"})
     link_shared(shared, run)
     assert (run / "trajectories" / "part-0.parquet").samefile(shared / "trajectories" / "part-0.parquet")
-    assert (run / "ledger.jsonl").read_text() == '{"arm": "", "phase": "collect"}\n'
-    with (run / "ledger.jsonl").open("a") as file:
-        file.write("more\n")
+    assert [row["phase"] for row in read_jsonl(run / "ledger.jsonl")] == ["collect", "evaluate"]
+    append_jsonl(run / "ledger.jsonl", {"arm": "", "phase": "more"})
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     link_shared(shared, run)
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
-    assert len(before) == 7
+    assert len(before) == 9
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -17,7 +16,7 @@ from tests.distributed.launching import finished, launch
 from tests.runs import SMALL, evaluations, selections
 from tests.trl.test_trainer import trained_by_two
 
-from cropi.artifacts import read_jsonl, write_json
+from cropi.artifacts import finish, read_jsonl, read_manifest
 from cropi.training.sharding import PLAIN, ZERO
 
 pytest.importorskip("deepspeed")
@@ -146,9 +145,8 @@ def test_code_in_a_checkpoint_is_not_run(shortened: Run) -> None:
     checkpoint = shortened.cwd / ARM / "checkpoints/checkpoint-3"
     (state,) = checkpoint.glob("global_step3/zero_pp_rank_0_*_optim_states.pt")
     torch.save({"planted": _Planted(planted)}, state)
-    complete = json.loads((checkpoint / "complete.json").read_text())
-    complete["sizes"][str(state.relative_to(checkpoint))] = state.stat().st_size
-    write_json(checkpoint / "complete.json", complete)
+    before = read_manifest(checkpoint, "checkpoint", made_by="cropi train")
+    finish(checkpoint, "checkpoint", inputs=before.inputs, counts={}, details=before.details)
     done = shortened.again("train", "runs/quickstart")
     assert done.returncode != 0
     assert "Weights only load failed" in done.stderr

@@ -7,7 +7,8 @@ from tests.runs import judge
 
 from cropi.config import EvaluateConfig
 from cropi.errors import DataError
-from cropi.evaluation.evaluate import Question, accuracy, evaluate, forget_after, read_evaluations
+from cropi.evaluation.evaluate import Question, accuracy, evaluate, read_evaluations
+from cropi.workspace import forget_evaluations
 from cropi.world import ALONE, World
 
 PROMPTS = [
@@ -75,7 +76,7 @@ def test_files_are_found_by_step_and_forgotten_after_a_resume(tmp_path: Path) ->
         evaluate(PROMPTS, generate, verify, config, step=step, seed=0, folder=tmp_path, block=2)
     assert list(read_evaluations(tmp_path)) == [2, 10, 30]
     assert read_evaluations(tmp_path)[2].column("sampled").to_pylist() == [None] * 3
-    forget_after(tmp_path, 10)
+    forget_evaluations(tmp_path, 10)
     assert list(read_evaluations(tmp_path)) == [2, 10]
 
 

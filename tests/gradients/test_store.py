@@ -22,6 +22,7 @@ from cropi.gradients.store import (
     FeatureStoreWriter,
     StoreIdentity,
     directions_digest,
+    keep_directions,
     open_store,
     stored_directions,
 )
@@ -357,13 +358,20 @@ def test_a_record_of_other_prompts_with_equal_bytes_does_not_count(tmp_path: Pat
     assert begin(tmp_path / "s").missing() == [1, 2]
 
 
-@pytest.mark.parametrize("begun", ["", '{"inputs": {"proj'], ids=["removed", "cut"])
-def test_shards_of_an_unknown_identity_do_not_count(tmp_path: Path, begun: str) -> None:
+def test_shards_of_an_unknown_identity_do_not_count(tmp_path: Path) -> None:
     write(begin(tmp_path / "s"), 0, 1)
-    (tmp_path / "s" / "shards" / "begun.jsonl.part").write_text(begun)
+    (tmp_path / "s" / "shards" / "begun.json.part").unlink()
     other = dataclasses.replace(IDENTITY, policy="policy-2")
     assert begin(tmp_path / "s", other).missing() == [0, 1, 2]
     assert complete(tmp_path / "s", other).identity == other
+
+
+@pytest.mark.parametrize("text", ["", '{"inputs": {"proj'])
+def test_a_damaged_record_of_what_was_begun_is_named(tmp_path: Path, text: str) -> None:
+    write(begin(tmp_path / "s"), 0, 1)
+    (tmp_path / "s" / "shards" / "begun.json.part").write_text(text)
+    with pytest.raises(ArtifactError, match=r"begun\.json\.part"):
+        begin(tmp_path / "s")
 
 
 class Killed(BaseException):
@@ -522,3 +530,14 @@ def test_a_disk_that_is_too_small_is_found_before_anything_is_computed(
         with pytest.raises(ArtifactError, match=r"no space: the features need .* GB.*\nFix: free some space"):
             begin(tmp_path / "s")
     assert complete(tmp_path / "s").prompt_ids == IDS
+
+
+@pytest.mark.parametrize("place", [-1, 12, 200])
+def test_directions_that_were_changed_are_refused(tmp_path: Path, place: int) -> None:
+    keep_directions(tmp_path, DIRECTIONS)
+    assert stored_directions(tmp_path).keys() == DIRECTIONS.keys()
+    data = bytearray((tmp_path / "directions.safetensors").read_bytes())
+    data[place] ^= 1
+    (tmp_path / "directions.safetensors").write_bytes(data)
+    with pytest.raises(ArtifactError, match=r"directions\.safetensors"):
+        stored_directions(tmp_path)

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from cropi.artifacts import (
-    EVALUATION,
     NO_SIGNAL,
     OK,
     PROMPTS,
@@ -25,7 +24,7 @@ from cropi.artifacts import (
 )
 from cropi.config import Config
 from cropi.loading import validate_config
-from cropi.workspace import Workspace
+from cropi.workspace import Workspace, keep_evaluation
 
 BUILTIN = {"type": "builtin", "families": ["sum"], "count": 4}
 SOURCES = ("sum", "swaps", "sort")
@@ -102,7 +101,7 @@ def write_evaluation(folder: Path, step: int, answers: Mapping[str, str], comple
         for name, marks in answers.items()
         for number, right in enumerate(marks)
     ]
-    write_table(folder / f"step-{step:06}.parquet", rows, EVALUATION)
+    keep_evaluation(folder, step, rows, {})
 
 
 def train_rows(made: Fabrication) -> list[dict[str, Any]]:
@@ -243,6 +242,8 @@ def write_training(space: Workspace, made: Fabrication, arm: str) -> None:
 
 def fabricate_in(folder: Path, made: Fabrication) -> Workspace:
     space = Workspace(make_config(folder, made))
+    space.lock()
+    space.unlock()
     if made.collected:
         write_prompts(space, made)
         write_trajectories(space, made)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from cropi.artifacts import write_sealed
 from cropi.errors import ArtifactError
 from cropi.reporting.audit import TITLE, agreement_by_count, audit
 from cropi.reporting.blocks import Section, Table, Text
@@ -54,7 +54,7 @@ def made_up(stored: float) -> dict[str, Any]:
 
 
 def write(folder: Path, value: Any) -> Path:
-    (folder / "audit.json").write_text(json.dumps(value))
+    write_sealed(folder / "audit.json", value)
     return folder
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tests.reporting.comparisons import one_seed_in, read, text_of
 
-from cropi.artifacts import PROMPTS, SELECTION, finish, write_json, write_table
+from cropi.artifacts import PROMPTS, SELECTION, finish, write_sealed, write_table
 from cropi.errors import ArtifactError
 from cropi.reporting.comparison import make_comparison_report
 from cropi.reporting.comparison_selection import Encoder, read_chosen, similarities, source_shares
@@ -31,7 +31,7 @@ def with_runs(tmp_path: Path) -> Path:
         prompts.append({**prompts[0], "prompt_id": "v", "set": "validation/alpha"})
         write_table(folder / "prompts" / "prompts.parquet", prompts, PROMPTS)
         finish(folder / "prompts", "prompts", inputs={}, counts={})
-        write_json(folder / "environment.json", {"cropi": "1.2.3", "cpus": "4" if strategy == "full" else "8"})
+        write_sealed(folder / "environment.json", {"cropi": "1.2.3", "cpus": "4" if strategy == "full" else "8"})
         for stage, taken in enumerate(stages):
             chosen = [
                 {"prompt_id": i, "source": source, "selected": i in taken, "rank": 1, "score": 0.0, "scores": []}

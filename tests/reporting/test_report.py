@@ -65,7 +65,7 @@ def test_the_three_files_and_what_is_returned(finished):
     assert stored == json.loads(json.dumps(summary.as_json()))
     assert page.tags.count("section") == len(re.findall("^## ", text, flags=re.MULTILINE)) == 11
     assert page.tags.count("svg") == 7
-    assert [path.name for path in space.folder.glob(".*")] == []  # no temporary file is left
+    assert [path.name for path in space.folder.glob(".*.part")] == []  # no temporary file is left
 
 
 def test_the_page_is_one_file_that_loads_nothing(files):

@@ -9,7 +9,7 @@ from cropi.artifacts import TRAJECTORIES, finish, write_table
 from cropi.config import FullStrategy, InfluenceStrategy, LearnabilityStrategy, PassRateStrategy, RandomStrategy
 from cropi.rollouts.collect import read_trajectories
 from cropi.rollouts.overlay import Layer, newest_rollouts, read_overlay
-from cropi.workspace import rollout_file
+from cropi.workspace import keep_rollouts
 
 
 def rows(prompt_id: str, mark: float, generations: int = 2) -> list[dict[str, Any]]:
@@ -84,8 +84,7 @@ def test_a_layer_may_be_empty(tmp_path: Path) -> None:
 def test_rollouts_of_a_stage_give_the_newest_group_of_each_prompt(tmp_path: Path) -> None:
     batches = {(3, 0): "ab", (4, 0): "ac", (4, 1): "ad", (10, 0): "b", (7, 0): "e", (8, 0): "a"}
     for (step, batch), prompts in batches.items():
-        path = rollout_file(tmp_path / "raw", step, batch)
-        write_table(path, [row for i in prompts for row in rows(i, step + batch / 4)], TRAJECTORIES)
+        keep_rollouts((tmp_path / "raw", step, batch, 0), [row for i in prompts for row in rows(i, step + batch / 4)])
     (tmp_path / "out").mkdir()
     counts, details = newest_rollouts(tmp_path / "raw", 4, 8, tmp_path / "out")
     assert marks(read_trajectories(tmp_path / "out")["train"]) == {

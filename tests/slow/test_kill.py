@@ -34,7 +34,7 @@ MOMENTS: dict[str, Callable[[Path], bool]] = {
     "collecting": exists("trajectories/part-*.parquet", 2),
     "scoring stage 0": exists("trajectories/manifest.json"),
     "training in the middle of stage 0": lines("arms/influence/steps.jsonl", 5),
-    "scoring stage 1": exists("arms/influence/checkpoints/checkpoint-16/complete.json"),
+    "scoring stage 1": exists("arms/influence/checkpoints/checkpoint-16/manifest.json"),
     "training another arm": lines("arms/full/steps.jsonl", 21),
 }
 

@@ -14,14 +14,15 @@ from trl import GRPOTrainer
 
 from cropi.artifacts import TRAJECTORIES, read_table
 from cropi.config import PolicyConfig
-from cropi.errors import ConfigError
+from cropi.errors import ArtifactError, ConfigError
 from cropi.loading import load_config
 from cropi.policy import completion_logprobs, load_policy
+from cropi.rollouts.overlay import newest_rollouts
 from cropi.training.reward import RecordedReward
 from cropi.training.rollouts import RolloutRecorder, dropouts, forget_rollouts
 from cropi.training.settings import grpo_config
 from cropi.training.train import TrainTask, train
-from cropi.workspace import rollout_files
+from cropi.workspace import rollout_files, written_rollouts
 
 STEPS, TEMPERATURE = 4, 0.7
 END_OF_SEQUENCE = 1
@@ -144,23 +145,40 @@ def test_under_mixed_precision_they_are_near_the_plain_policys(tmp_path: Path) -
 
 
 def test_recording_changes_no_weight_and_a_resumed_run_records_the_same(tmp_path: Path) -> None:
-    weights = run(tmp_path / "whole")
+    whole, cut = tmp_path / "whole" / "run", tmp_path / "cut" / "run"
+    weights = run(whole)
     silent = run(tmp_path / "silent", record=False)
     assert not (tmp_path / "silent" / "rollouts").exists()
     assert all(torch.equal(weight, silent[name]) for name, weight in weights.items())
-    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    shutil.copytree(whole, cut)
     for step in (3, 4):
-        shutil.rmtree(tmp_path / "cut" / "checkpoints" / f"checkpoint-{step}")
-    left = rollout_files(tmp_path / "cut" / "rollouts")
-    left[3, 0, 0].unlink()  # killed in the step that wrote it, which leaves a beginning
-    (tmp_path / "cut" / "rollouts" / ".part-000003-000.parquet.123.part").write_text("")
+        shutil.rmtree(cut / "checkpoints" / f"checkpoint-{step}")
+    left = rollout_files(cut / "rollouts")
+    left[3, 0, 0].unlink()  # killed in the step that wrote it
     left[2, 0, 0].write_bytes(left[1, 0, 0].read_bytes())  # of the attempt that was cut off: to be made anew
-    run(tmp_path / "cut")
-    whole, again = (
-        {p.name: p.read_bytes() for p in (tmp_path / name / "rollouts").iterdir()} for name in ("whole", "cut")
-    )
-    assert len(whole) == STEPS
-    assert again == whole
+    run(cut)
+    ours, again = ({p.name: p.read_bytes() for p in (folder / "rollouts").iterdir()} for folder in (whole, cut))
+    assert len(written_rollouts(whole / "rollouts")) == STEPS
+    assert again == ours
+
+
+@pytest.mark.parametrize("damage", ["flip", "swap", "remove", "forgotten"])
+def test_rollouts_that_were_changed_are_not_used(damage: str, tmp_path: Path) -> None:
+    run(tmp_path)
+    left = rollout_files(tmp_path / "rollouts")
+    match damage:
+        case "flip":
+            data = left[1, 0, 0].read_bytes()
+            left[1, 0, 0].write_bytes(data[:-9] + bytes([data[-9] ^ 1]) + data[-8:])
+        case "swap":
+            left[1, 0, 0].write_bytes(left[2, 0, 0].read_bytes())
+        case "remove":
+            left[1, 0, 0].unlink()
+        case "forgotten":
+            (tmp_path / "rollouts" / "written-000.jsonl").unlink()
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ArtifactError, match=r"part-000001-000\.parquet|written-000\.jsonl"):
+        newest_rollouts(tmp_path / "rollouts", 0, STEPS, tmp_path / "out")
 
 
 class Fake:

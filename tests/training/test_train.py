@@ -1,6 +1,7 @@
 """The stage loop against real TRL: which prompts, how many steps, and a resume that changes no bit."""
 
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,9 +15,10 @@ from tests.runs import judge
 from torch import nn
 
 from cropi import policy as policy_module
+from cropi.artifacts import finish
 from cropi.builtin import POLICY_DIR
 from cropi.config import Config, PolicyConfig
-from cropi.errors import ConfigError
+from cropi.errors import ArtifactError, ConfigError
 from cropi.loading import load_config
 from cropi.policy import Policy, encode_prompts, load_policy
 from cropi.training.history import training_history
@@ -93,7 +95,7 @@ def seen(folder: Path) -> list[tuple[int, set[str]]]:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Recorder, dict[str, torch.Tensor]]:
     torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("whole")
+    folder = tmp_path_factory.mktemp("whole") / "run"
     return (folder, *run(folder))
 
 
@@ -108,7 +110,7 @@ def test_each_stage_trains_its_selection_for_exactly_its_steps(
     for step, prompts in steps:
         assert prompts <= set(SELECTIONS[step // STEPS]), f"step {step} saw another stage's prompts"
     assert set().union(*(p for s, p in steps if s < STEPS)) == set(SELECTIONS[0])
-    assert newest_checkpoint(folder / "checkpoints")[1] == 8
+    assert newest_checkpoint(folder / "checkpoints", STAGES * STEPS)[1] == 8
 
 
 @pytest.mark.parametrize("step", [3, 6])
@@ -132,12 +134,13 @@ def test_resume_from_inside_a_stage_changes_no_bit(
 
 def test_resume_inside_a_stage_with_two_updates_per_generation_changes_no_bit(tmp_path: Path) -> None:
     twice = ("trainer.num_iterations=2", "trainer.save_steps=2")
-    _, weights = run(tmp_path / "whole", *twice)
-    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    whole, cut = tmp_path / "whole" / "run", tmp_path / "cut" / "run"
+    _, weights = run(whole, *twice)
+    shutil.copytree(whole, cut)
     for step in (4, 6, 8):
-        shutil.rmtree(tmp_path / "cut" / "checkpoints" / f"checkpoint-{step}")
-    _, resumed = run(tmp_path / "cut", *twice)
-    assert seen(tmp_path / "cut") == seen(tmp_path / "whole")
+        shutil.rmtree(cut / "checkpoints" / f"checkpoint-{step}")
+    _, resumed = run(cut, *twice)
+    assert seen(cut) == seen(whole)
     assert all(torch.equal(weight, resumed[name]) for name, weight in weights.items())
 
 
@@ -164,14 +167,85 @@ def test_a_stage_is_saved_before_it_is_evaluated(strategy: str, tmp_path: Path) 
     assert all(torch.equal(weights[name], undisturbed[name]) for name in weights)
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "complete.json", "trainer_state.json"])
-def test_a_damaged_checkpoint_is_passed_over(
-    whole: tuple[Path, Recorder, dict[str, torch.Tensor]], name: str, tmp_path: Path
+FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "manifest.json")
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove", "swap"])
+def test_training_does_not_go_on_from_a_damaged_checkpoint(
+    whole: tuple[Path, Recorder, dict[str, torch.Tensor]], name: str, damage: str, tmp_path: Path
 ) -> None:
-    shutil.copytree(whole[0] / "checkpoints", tmp_path / "checkpoints")
-    path = tmp_path / "checkpoints" / "checkpoint-8" / name
-    path.write_bytes(path.read_bytes()[:-7])
-    assert newest_checkpoint(tmp_path / "checkpoints")[1] == 6
+    shutil.copytree(whole[0], tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/checkpoints/checkpoint-8")
+    path = tmp_path / "run/checkpoints/checkpoint-6" / name
+    data = path.read_bytes()
+    match damage:
+        case "flip":
+            path.write_bytes(data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 1]) + data[len(data) // 2 + 1 :])
+        case "cut":
+            path.write_bytes(data[:-7])
+        case "remove":
+            path.unlink()
+        case "swap":
+            shutil.copy(tmp_path / "run/checkpoints/checkpoint-3" / name, path)
+    if (name, damage) == ("manifest.json", "remove"):  # as an interruption leaves it
+        assert newest_checkpoint(tmp_path / "run/checkpoints", 8) == (tmp_path / "run/checkpoints/checkpoint-3", 3)
+    elif path.read_bytes() != data if path.exists() else True:
+        with pytest.raises(ArtifactError, match=f"checkpoint-6(/{name})?: "):
+            run(tmp_path / "run")
+
+
+def test_a_checkpoint_under_another_name_is_refused(
+    whole: tuple[Path, Recorder, dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    shutil.copytree(whole[0] / "checkpoints/checkpoint-3", tmp_path / "checkpoint-5")
+    with pytest.raises(ArtifactError, match=r"checkpoint-5: is a checkpoint of step 3"):
+        newest_checkpoint(tmp_path, 8)
+
+
+def test_what_lies_beside_the_checkpoints_is_left_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    for name in ("checkpoint-mybackup", "checkpoint-2-old", "checkpoint-20261129"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "mine").write_text("dear")
+        os.utime(folder / name, (0, 0))  # transformers takes the oldest for the first
+    (tmp_path / "elsewhere").mkdir()
+    (folder / "checkpoint-7").symlink_to(tmp_path / "elsewhere")
+    run(tmp_path, "trainer.save_total_limit=2")
+    assert {path.name for path in folder.iterdir()} == {
+        *("checkpoint-mybackup", "checkpoint-2-old", "checkpoint-20261129", "checkpoint-7"),
+        *("checkpoint-6", "checkpoint-8"),
+    }
+    assert all((folder / name / "mine").is_file() for name in ("checkpoint-mybackup", "checkpoint-20261129"))
+
+
+@pytest.mark.parametrize("kind", ["link", "file"])
+def test_a_checkpoint_is_not_written_through_a_link(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "theirs").mkdir()
+    place = tmp_path / "checkpoints" / "checkpoint-3"
+    place.symlink_to(tmp_path / "theirs") if kind == "link" else place.write_text("dear")
+    with pytest.raises(ArtifactError, match="checkpoint-3: is in the way of a checkpoint"):
+        run(tmp_path)
+    assert not list((tmp_path / "theirs").iterdir())
+
+
+@pytest.mark.parametrize("device", ["/dev/full"])
+def test_a_disk_that_fills_up_while_torch_writes_is_named(
+    device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch says nothing of the disk: `unexpected pos`."""
+    save = torch.save
+
+    def full(value: object, path: str) -> None:
+        save(value, device if Path(path).name == "optimizer.pt" else path)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(ArtifactError, match=r"checkpoint-3: no space left on the disk"):
+        run(tmp_path)
+    monkeypatch.setattr(torch, "save", save)
+    run(tmp_path)
+    assert newest_checkpoint(tmp_path / "checkpoints", 8)[1] == 8
 
 
 def test_stages_see_the_policy_without_mixed_precision(tmp_path: Path) -> None:
@@ -215,8 +289,8 @@ def test_an_unfinished_checkpoint_is_not_resumed_from(tmp_path: Path) -> None:
         path = tmp_path / f"checkpoint-{step}"
         path.mkdir()
         if complete:
-            (path / "complete.json").write_text(json.dumps({"step": step, "sizes": {}}))
-    assert newest_checkpoint(tmp_path) == (tmp_path / "checkpoint-4", 4)
+            finish(path, "checkpoint", inputs={"step": step}, counts={})
+    assert newest_checkpoint(tmp_path, 8) == (tmp_path / "checkpoint-4", 4)
     assert not (tmp_path / "checkpoint-8").exists()
 
 
@@ -228,7 +302,7 @@ def test_gradient_accumulation_and_iterations_keep_the_stage_length(tmp_path: Pa
         "trainer.save_steps=2",
     )
     steps = seen(tmp_path)
-    assert newest_checkpoint(tmp_path / "checkpoints")[1] == 8
+    assert newest_checkpoint(tmp_path / "checkpoints", STAGES * STEPS)[1] == 8
     # one generation batch of 2 x 8 completions serves two optimiser steps
     assert [step for step, _ in steps] == [0, 2, 4, 6]
     assert all(prompts <= set(SELECTIONS[step // STEPS]) for step, prompts in steps)
@@ -288,6 +362,22 @@ def test_rewards_are_recorded_and_forgotten_by_step(tmp_path: Path) -> None:
     ]
     reward.forget_from(1)
     assert training_history(tmp_path / "r.jsonl", 3) == [(0, "p", 0.5, 2, 0.25)]
+
+
+def test_the_kl_reference_runs_no_code_of_a_model_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "policy"
+    shutil.copytree(POLICY_DIR, folder)
+    settings = json.loads((folder / "config.json").read_text())
+    auto_map = {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil", "AutoTokenizer": ["evil.Evil", None]}
+    (folder / "config.json").write_text(json.dumps(settings | {"auto_map": auto_map}))
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer | {"auto_map": auto_map}))
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    (folder / "custom_generate").mkdir()
+    (folder / "custom_generate" / "generate.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.setattr(f"{__name__}.policy", lambda: load_policy(PolicyConfig(path=str(folder), cpu_threads=1)))
+    run(tmp_path / "run", "trainer.beta=0.1")
+    assert not (tmp_path / "ran").exists()
 
 
 def test_the_builtin_policy_is_there() -> None:

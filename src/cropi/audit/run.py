@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -12,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from cropi import __version__
-from cropi.artifacts import OK, build, is_finished, write_json
+from cropi.artifacts import OK, build, is_finished, read_sealed, write_sealed
 from cropi.audit.sampling import Prompt, as_prompts, sample_groups
 from cropi.audit.stage import Material, audit_stage, describe, passes
 from cropi.config import config_hash
@@ -67,7 +66,7 @@ def audit_run(pipeline: Pipeline, settings: AuditSettings, stages: Sequence[int]
         "steps_per_stage": pipeline.config.train.steps_per_stage,
         "stages": found,
     }
-    write_json(pipeline.space.folder / "audit.json", result)
+    write_sealed(pipeline.space.folder / "audit.json", result)
     return result
 
 
@@ -98,8 +97,7 @@ class _Auditor:
         if not is_finished(folder):
             say(f"audit of stage {stage}")
         build(folder, "audit", partial(self._make, stage), inputs=inputs, made_by=MADE_BY)
-        found: dict[str, Any] = json.loads((folder / "audit.json").read_text(encoding="utf-8"))
-        return found
+        return read_sealed(folder / "audit.json")
 
     def _make(self, stage: int, folder: Path) -> tuple[Mapping[str, int], Mapping[str, Any]]:
         pipeline = self._pipeline
@@ -127,7 +125,7 @@ class _Auditor:
                     seed=self._settings.seed,
                     advance=bar.advance,
                 )
-        write_json(folder / "audit.json", {"stage": stage} | found)
+        write_sealed(folder / "audit.json", {"stage": stage} | found)
         return {"prompts": len(material.stored)}, {}
 
     def _scored(self, stage: int) -> int:

@@ -63,7 +63,8 @@ def load_model(task: Task, **settings: Any) -> nn.Module:
 
     if task.device == "cuda" and not torch.cuda.is_available():
         raise RuntimeError("no CUDA device is available")
-    model: Any = AutoModelForCausalLM.from_pretrained(task.model, dtype=getattr(torch, task.dtype), **settings)
+    settings |= {"dtype": getattr(torch, task.dtype), "trust_remote_code": False}
+    model: Any = AutoModelForCausalLM.from_pretrained(task.model, **settings)
     return model.to(task.device).eval()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from typing import Annotated
 
@@ -213,9 +214,22 @@ def options(
 
 def main() -> None:
     """Entry point: 0 done, 1 failed, 2 something the user can fix, 130 interrupted."""
-    signal.signal(signal.SIGTERM, _terminated)
+    for number in INTERRUPTS:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as of a process in the background
+            signal.signal(number, _interrupted)
     app()
 
 
-def _terminated(*_: object) -> None:
+INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
+
+
+def _interrupted(*_: object) -> None:
+    """End the command in order; at the second interrupt at once, as the first may be waiting for something."""
+    for number in INTERRUPTS:
+        signal.signal(number, _ended)
     raise KeyboardInterrupt
+
+
+def _ended(*_: object) -> None:
+    os.write(2, b"interrupted; the same command goes on from here\n")
+    os._exit(130)

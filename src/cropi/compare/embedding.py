@@ -52,13 +52,13 @@ class _Model:
         from transformers import AutoModel, AutoTokenizer
 
         try:
-            tokenizer = AutoTokenizer.from_pretrained(self._folder)
-            model = AutoModel.from_pretrained(self._folder).float().eval()
+            tokenizer = AutoTokenizer.from_pretrained(self._folder, trust_remote_code=False)
+            model = AutoModel.from_pretrained(self._folder, trust_remote_code=False, use_safetensors=True)
         except (OSError, ValueError, ImportError) as error:
             raise PolicyError(
                 f"cannot be loaded ({error})", where=str(self._folder), fix="name the folder of a transformers encoder."
             ) from None
-        return tokenizer, model
+        return tokenizer, model.float().eval()
 
     def _pooled(self, texts: Sequence[str]) -> np.ndarray:
         import torch

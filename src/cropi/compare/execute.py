@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from cropi.compare.plan import Plan, Run, collected
 from cropi.compare.pool import Pool
-from cropi.compare.worker import Outcome, Task
+from cropi.compare.worker import Outcome, Task, remove_checkpoints
 from cropi.config import BUILTIN_POLICY, Config
 from cropi.console import Progress, progress, warn
 
@@ -71,7 +70,7 @@ def execute(plan: Plan, jobs: int, *, keep_checkpoints: bool) -> list[Failure]:
     """
     for run in plan.wanted:
         if run.finished and not keep_checkpoints:
-            _remove_checkpoints(run)
+            remove_checkpoints(run.config)
     queue = _jobs([run for run in plan.wanted if not run.finished], jobs, keep_checkpoints)
     if not queue:
         return []
@@ -126,11 +125,6 @@ def _end(job: _Job, outcome: Outcome, bar: Progress) -> None:
     job.look(bar)
     if job.failed:
         warn(f"{job.label} failed: {outcome.error}\n  log: {job.task.log}")
-
-
-def _remove_checkpoints(run: Run) -> None:
-    for arm in run.config.arms:
-        shutil.rmtree(run.config.folder / "arms" / arm / "checkpoints", ignore_errors=True)
 
 
 def default_jobs(configs: Sequence[Config]) -> int:

@@ -19,7 +19,7 @@ from typing import Any
 
 from cropi.artifacts import is_finished, write_json
 from cropi.compare.presets import Patch, patched, read_patches
-from cropi.config import Config, config_difference, config_hash
+from cropi.config import SAMPLED_BY, Config, config_difference, config_hash
 from cropi.errors import ArtifactError, ConfigError
 from cropi.loading import load_config, suite_names, validate_config
 
@@ -30,7 +30,7 @@ LOG = "log.txt"
 SHOWN_CHANGES = 5
 
 SUITE = "suite"  # names all recipes of the scenario suite
-SHARED_TABLES = ("seed", "policy", "prompts", "verifier", "verification", "collect", "evaluate")
+SHARED_TABLES = (*SAMPLED_BY, "evaluate")
 PER_RUN = ("name", "run_dir", "seed", "baselines")  # what a comparison sets itself
 
 
@@ -76,7 +76,7 @@ class Plan:
 def collected(shared: Config) -> bool:
     """Whether everything of a shared folder is there."""
     folder = shared.folder
-    return is_finished(folder / "trajectories") and (folder / "evaluation" / "step-000000.parquet").is_file()
+    return is_finished(folder / "trajectories") and is_finished(folder / "evaluation")
 
 
 def make_plan(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import json
 import os
 import shutil
 import signal
@@ -18,18 +17,17 @@ from multiprocessing import connection, parent_process
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cropi.artifacts import is_finished, write_json, write_text
+from cropi.artifacts import append_jsonl, is_finished, write_json, write_sealed
 from cropi.compare.plan import BEGUN, FINISHED, LOG
 from cropi.config import Config
 from cropi.errors import UserError
 from cropi.ledger import SHARED, Ledger
-from cropi.workspace import Workspace
+from cropi.workspace import Workspace, checkpoints
 
 if TYPE_CHECKING:
     from torch import nn
 
 LAST_LINES = 12  # of a log, in the report of a failure
-BASE_EVALUATION = Path("evaluation") / "step-000000.parquet"
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,9 @@ def serve(tasks: connection.Connection, work: Callable[[Task], Outcome]) -> None
 def attempt(task: Task) -> Outcome:
     """Do a task with its console output in its log; an error becomes an outcome."""
     try:
-        Workspace(task.config)  # claims the folder, which has to be empty until then
+        space = Workspace(task.config)
+        space.lock()  # claims the folder, which has to be empty until then
+        space.unlock()
         with _console_to(task.log):
             return _attempt(task)
     except UserError as error:
@@ -115,11 +115,21 @@ def train_run(task: Task, shared: Path) -> None:
     pipeline = Pipeline(task.config)
     pipeline.collect()
     (arm,) = pipeline.space.arms.values()
-    write_json(folder / BEGUN, {"matrix_parameters": matrix_parameters(pipeline.base.model)})
+    write_sealed(folder / BEGUN, {"matrix_parameters": matrix_parameters(pipeline.base.model)})
     pipeline.train(arm)
     write_json(folder / FINISHED, {"seconds": time.perf_counter() - start})
     if not task.keep_checkpoints:
-        shutil.rmtree(arm.checkpoints)
+        remove_checkpoints(task.config)
+
+
+def remove_checkpoints(config: Config) -> None:
+    """Delete the checkpoints of a run, and nothing that lies beside them."""
+    for name in config.arms:
+        folder = config.folder / "arms" / name / "checkpoints"
+        for path in checkpoints(folder, config.train.stages * config.train.steps_per_stage).values():
+            shutil.rmtree(path)
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 def link_shared(shared: Path, folder: Path) -> None:
@@ -128,16 +138,16 @@ def link_shared(shared: Path, folder: Path) -> None:
     Files are hard links, copies where the file system has none: nothing in a run is ever changed in place but streams.
     The ledger comes first and manifests last, so that what an interruption leaves is made whole by the next attempt.
     """
-    if not (folder / "ledger.jsonl").is_file():
-        lines = [row for row in Ledger(shared / "ledger.jsonl").entries() if row["arm"] == SHARED]
-        write_text(folder / "ledger.jsonl", "".join(json.dumps(row) + "\n" for row in lines))
-    for name in ("prompts", "representations", "trajectories"):
+    theirs, ours = (
+        [row for row in Ledger(place / "ledger.jsonl").entries() if row["arm"] == SHARED] for place in (shared, folder)
+    )
+    for row in theirs[len(ours) :]:
+        append_jsonl(folder / "ledger.jsonl", row)
+    for name in ("prompts", "representations", "trajectories", "evaluation"):
         if (shared / name).is_dir() and not is_finished(folder / name):
             files = sorted(path for path in (shared / name).rglob("*") if path.is_file())
             for path in sorted(files, key=lambda path: path.name == "manifest.json"):
                 _link(path, folder / path.relative_to(shared))
-    if not (folder / BASE_EVALUATION).is_file():
-        _link(shared / BASE_EVALUATION, folder / BASE_EVALUATION)
 
 
 def _link(source: Path, target: Path) -> None:

@@ -15,12 +15,15 @@ from cropi.config.data import (
 )
 from cropi.config.run import (
     OWNED_TRAINER_KEYS,
+    SAMPLED_BY,
     Config,
     EvaluateConfig,
     RefreshConfig,
     TrainConfig,
     config_difference,
     config_hash,
+    deciding,
+    settings_behind,
 )
 from cropi.config.score import BudgetConfig, CollectConfig, ProjectionConfig, ScoreConfig, ServerConfig, VllmConfig
 from cropi.config.select import FusionConfig, SelectConfig
@@ -63,6 +66,7 @@ __all__ = [
     "BUILTIN_POLICY",
     "CANDIDATES",
     "OWNED_TRAINER_KEYS",
+    "SAMPLED_BY",
     "SCRIPT_REWARDS",
     "BoxedVerifier",
     "BudgetConfig",
@@ -119,4 +123,6 @@ __all__ = [
     "VllmConfig",
     "config_difference",
     "config_hash",
+    "deciding",
+    "settings_behind",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -62,6 +63,11 @@ class EvaluateConfig(Table):
     """Coverage of the intervals."""
 
 
+_CODE = re.compile(
+    r'\\*"(trust_remote_code|code_revision|custom_generate|use_kernels|allow_all_kernels|auto_map)\\*"\s*:'
+)
+
+
 class Config(Table):
     """One run: a policy, prompts, and the arms to train on them."""
 
@@ -106,6 +112,15 @@ class Config(Table):
                 f"{', '.join(twice)} is named twice by select.strategy and baselines: drop one, e.g. baselines=[], "
                 "or give it a name"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _no_code_of_a_model(self) -> Config:
+        vllm = {} if self.collect.vllm is None else self.collect.vllm.options
+        for place, table in (("trainer", self.trainer), ("collect.vllm.options", vllm)):
+            found = _CODE.search(json.dumps(table, default=str))  # in tables of tables, and in JSON as text, too
+            if found:
+                raise ValueError(f"{place} has {found[1]}: code that comes with a model is never run; leave it out")
         return self
 
     @model_validator(mode="after")
@@ -183,9 +198,43 @@ OWNED_TRAINER_KEYS: dict[str, str] = {
     "resume_from_checkpoint": "nothing: the same command resumes",
     "remove_unused_columns": "nothing",
     "dataloader_num_workers": "nothing",
+    "model_init_kwargs": "the table policy",
+    "trust_remote_code": "nothing: code that comes with a model is never run",
     "do_train": "nothing",
     "do_eval": "nothing",
 }
+
+
+# Settings that no result of a stage depends on: they may change while a run is half done.
+FREE: dict[str, tuple[str, ...]] = {
+    "": ("name", "run_dir"),
+    "prompts.": ("leakage",),
+    "verification.": ("processes", "start_seconds"),
+    "evaluate.": ("bootstrap", "confidence"),
+    "collect.server.": ("url", "concurrency", "timeout", "patience", "api_key_env"),
+    "trainer.": (
+        *("report_to", "run_name", "logging_steps", "logging_strategy", "logging_first_step", "log_completions"),
+        *("num_completions_to_print", "log_level", "disable_tqdm", "ddp_timeout"),
+        *("save_strategy", "save_steps", "save_total_limit"),
+        *("vllm_server_base_url", "vllm_server_host", "vllm_server_port", "vllm_server_timeout"),
+    ),
+}
+SAMPLED_BY = ("seed", "policy", "prompts", "verifier", "verification", "collect")  # tables behind base trajectories
+
+
+def deciding(resolved: Any, prefix: str = "") -> Any:
+    """Resolved settings without those that decide nothing."""
+    if not isinstance(resolved, dict):
+        return resolved
+    return {key: deciding(v, f"{prefix}{key}.") for key, v in resolved.items() if key not in FREE.get(prefix, ())}
+
+
+def settings_behind(config: Config, arm: str | None) -> dict[str, Any]:
+    """The settings that results depend on, by table; those of other arms than the one given are left out."""
+    values = deciding(config.resolved())
+    own = {} if arm is None else {"strategy": config.arms[arm].model_dump(mode="json")}
+    select = {key: value for key, value in values["select"].items() if key != "strategy"}
+    return {key: value for key, value in values.items() if key != "baselines"} | {"select": select} | own
 
 
 def config_hash(values: Any) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -12,19 +11,18 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from cropi.artifacts import EVALUATION, read_table, write_table
+from cropi.artifacts import EVALUATION, read_table
 from cropi.config import EvaluateConfig
 from cropi.console import warn
 from cropi.errors import DataError
 from cropi.functional.statistics import Interval, bootstrap_mean
 from cropi.rewards.verdicts import Answered, Judge, answered, reward
 from cropi.seeds import derived_seed
+from cropi.workspace import evaluation_files, keep_evaluation
 from cropi.world import ALONE, World
 
 # (prompts as token ids, temperature or None for greedy, seed) -> completions as text
 Generate = Callable[[Sequence[list[int]], float | None, int], list[str]]
-
-STEP_FILE = re.compile(r"step-(\d+)\.parquet")
 
 
 @dataclass(frozen=True)
@@ -48,13 +46,14 @@ def evaluate(
     block: int,
     lockstep: AbstractContextManager[None] = nullcontext(),  # noqa: B008
     world: World = ALONE,
+    settings: Mapping[str, Any] | None = None,
 ) -> pa.Table:
     """Judge greedy and sampled completions of all test prompts and write `step-NNNNNN.parquet`.
 
     Questions are asked in blocks of `block`, the longest first, which are divided among the processes of `world`; what
     these do by themselves stands inside `lockstep`. The same seed draws the same completions from the same policy, so
     two policies are compared on the same questions and random numbers. Prompts whose gold answer cannot be read are
-    left out of the file.
+    left out of the file. `settings` go into the manifest.
     """
     order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place].prompt_ids))
     blocks = [order[start : start + block] for start in range(0, len(order), block)]
@@ -68,7 +67,7 @@ def evaluate(
     rows = [row for place in range(len(prompts)) if (row := found[place]) is not None]
     _refuse_empty(prompts, rows)
     if world.is_main:
-        write_table(folder / f"step-{step:06}.parquet", rows, EVALUATION)
+        keep_evaluation(folder, step, rows, settings or {})
     return pa.Table.from_pylist(rows, schema=EVALUATION)
 
 
@@ -133,20 +132,7 @@ def accuracy(table: pa.Table, config: EvaluateConfig, *, seed: int) -> dict[str,
 
 def read_evaluations(folder: Path) -> dict[int, pa.Table]:
     """Tables by optimiser step, in ascending order."""
-    found = [
-        (int(match.group(1)), path)
-        for path in folder.glob("step-*.parquet")
-        if (match := STEP_FILE.fullmatch(path.name))
-    ]
-    return {step: read_table(path, EVALUATION) for step, path in sorted(found)}
-
-
-def forget_after(folder: Path, step: int) -> None:
-    """Drop evaluations beyond the step that an interrupted training goes on from."""
-    for path in folder.glob("step-*.parquet"):
-        match = STEP_FILE.fullmatch(path.name)
-        if match and int(match.group(1)) > step:
-            path.unlink()
+    return {step: read_table(path, EVALUATION) for step, path in evaluation_files(folder).items()}
 
 
 def as_plain(accuracies: Mapping[str, Mapping[str, Interval]]) -> dict[str, Any]:

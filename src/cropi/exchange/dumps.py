@@ -24,6 +24,7 @@ from cropi.artifacts import (
     is_finished,
     write_table,
 )
+from cropi.config import SAMPLED_BY
 from cropi.console import progress, say
 from cropi.errors import ArtifactError, DataError
 from cropi.pipeline import Pipeline
@@ -64,7 +65,8 @@ def import_rollouts(pipeline: Pipeline, arm: Arm, policy: Policy, origin: str, p
             fix="import before you score and select, or delete it and what was made of it.",
         )
     files = _files(paths)
-    inputs = {"prompts": pipeline.prompts().identity, "policy": origin, "files": _digest(files)}
+    inputs: dict[str, Any] = {"prompts": pipeline.prompts().identity, "policy": origin, "files": _digest(files)}
+    inputs |= {"settings": pipeline.space.settings(*SAMPLED_BY)}
     make = partial(_make, pipeline, policy, files)
     manifest = build(arm.imported, IMPORTED, make, inputs=inputs, made_by="cropi import")
     found, rest = manifest.details["prompts"], manifest.details["left_out"]

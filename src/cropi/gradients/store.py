@@ -21,8 +21,8 @@ import numpy as np
 import pyarrow as pa
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from cropi import artifacts
@@ -45,7 +45,8 @@ FEATURE_ROWS = pa.schema(
 )
 _RECORD = FEATURE_ROWS.append(pa.field("sha256", pa.string()))  # of the shard's bytes, the same in every row
 DIRECTIONS = "directions.safetensors"
-_DATA, _BEGUN = "features.bin", "begun.jsonl.part"
+_DIGEST = "sha256"  # in the metadata of that file
+_DATA, _BEGUN = "features.bin", "begun.json.part"
 
 # Numbers travel as the integers of their bit patterns: NumPy has no bfloat16.
 _FORMATS = {"bfloat16": (torch.bfloat16, torch.int16, "<i2"), "float32": (torch.float32, torch.int32, "<i4")}
@@ -88,17 +89,25 @@ def directions_digest(directions: Mapping[str, Tensor]) -> str:
 def stored_directions(folder: Path) -> dict[str, Tensor]:
     """U by parameter name, of a store finished or not, through which alone new gradients can meet its features."""
     path = folder / DIRECTIONS
+    if not path.is_file():
+        return {}
     try:
-        return load(path.read_bytes()) if path.is_file() else {}
-    except SafetensorError as error:
-        raise ArtifactError(f"cannot be read ({error})", where=str(path), fix=f"delete {folder}.") from None
+        with safe_open(path, framework="pt") as file:
+            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+            whole = (file.metadata() or {}).get(_DIGEST) == directions_digest(found)
+    except (OSError, SafetensorError) as error:
+        raise artifacts.corrupt(path, f"cannot be read ({error})", f"delete {folder}.") from None
+    if not whole:
+        raise artifacts.corrupt(path, "differs from its checksum", f"delete {folder}.")
+    return found
 
 
 def keep_directions(folder: Path, directions: Mapping[str, Tensor]) -> None:
     """Write U where `stored_directions` finds it; no file where there are none."""
     if directions:
         with artifacts.atomic_file(folder / DIRECTIONS) as temporary:
-            temporary.write_bytes(save({name: U.detach().cpu().contiguous() for name, U in directions.items()}))
+            own = {name: U.detach().cpu().contiguous() for name, U in directions.items()}
+            temporary.write_bytes(save(own, metadata={_DIGEST: directions_digest(own)}))
     else:
         (folder / DIRECTIONS).unlink(missing_ok=True)
 
@@ -263,9 +272,9 @@ class FeatureStoreWriter:
     def _begin(self, directions: Mapping[str, Tensor] | None) -> None:
         """Make the files of an unfinished store, or go on with those that are there."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        begun = artifacts.read_jsonl(self._shards / _BEGUN)
+        begun = (self._shards / _BEGUN).is_file()
         if begun:
-            _same(self.folder, have=begun[0]["inputs"], want=self._inputs)
+            _same(self.folder, have=artifacts.read_sealed(self._shards / _BEGUN)["inputs"], want=self._inputs)
         else:
             foreign = {p.name for p in self.folder.iterdir() if p.suffix != ".part"} - {DIRECTIONS, self._shards.name}
             if foreign:
@@ -277,7 +286,7 @@ class FeatureStoreWriter:
         self._keep_directions(directions)
         if not begun:
             known = {"inputs": self._inputs, "shard_rows": self.shard_rows}
-            artifacts.append_jsonl(self._shards / _BEGUN, known)
+            artifacts.write_sealed(self._shards / _BEGUN, known)
         if (self.folder / _DATA).is_file():  # an interruption came between the renaming and the manifest
             (self.folder / _DATA).replace(self._part)
         self._allocate(len(self.prompt_ids) * self._row_bytes)
@@ -285,7 +294,7 @@ class FeatureStoreWriter:
     def _join(self) -> None:
         """Write beside what is there."""
         artifacts.wait_for_files([self._shards / _BEGUN])
-        (begun,) = artifacts.read_jsonl(self._shards / _BEGUN)
+        begun = artifacts.read_sealed(self._shards / _BEGUN)
         _same(self.folder, have=begun["inputs"], want=self._inputs)
         self.shard_rows = begun["shard_rows"]
         count = -(-len(self.prompt_ids) // self.shard_rows)

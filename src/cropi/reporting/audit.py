@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
 
+from cropi.artifacts import read_sealed
 from cropi.errors import ArtifactError
 from cropi.reporting.blocks import Block, Picture, Table, Text
 from cropi.reporting.drawing import BLUE, GREY, grid, in_style, new_figure, shortened, svg
@@ -36,7 +36,7 @@ def audit(folder: Path) -> list[Block]:
     if not path.is_file():
         return []
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_sealed(path)
         stages = found["stages"]
         share = float(found["settings"]["fraction"])
         drawn = agreement_by_count(stages)

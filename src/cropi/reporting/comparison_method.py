@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
 
+from cropi.artifacts import read_sealed
 from cropi.loading import parse_yaml, recipe_names, suite_names
 from cropi.reporting.blocks import Block, Code, Table, Text
 from cropi.reporting.comparison_data import Comparison
@@ -194,7 +195,7 @@ def _machine(comparison: Comparison) -> Block:
     ]
     for path in [folder / "environment.json" for folder in (comparison.folder, *folders) if folder]:
         if path.is_file():
-            for key, value in json.loads(path.read_text(encoding="utf-8")).items():
+            for key, value in read_sealed(path).items():
                 seen = values.setdefault(key, {})
                 seen[value] = seen.get(value, 0) + 1
     if not values:

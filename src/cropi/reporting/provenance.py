@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import shlex
 
+from cropi.artifacts import read_sealed
 from cropi.config import Config
 from cropi.reporting.blocks import Block, Code, Table, Text
-from cropi.workspace import Workspace
+from cropi.workspace import ENVIRONMENT, Workspace
 
 
 def settings(config: Config, space: Workspace) -> list[Block]:
@@ -41,5 +42,5 @@ def reproduction(config: Config) -> list[Block]:
 
 def _environment(space: Workspace) -> dict[str, str]:
     """What the run noted of its machine and packages when it was started."""
-    path = space.folder / "environment.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    path = space.folder / ENVIRONMENT
+    return read_sealed(path) if path.is_file() else {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,15 +22,15 @@ from cropi.artifacts import (
     Manifest,
     is_finished,
     open_artifact,
+    read_manifest,
     read_table,
     scores_schema,
 )
 from cropi.config import Config
 from cropi.functional.sampling import places
 from cropi.reporting.results import Drift, Reliability, StageWorth
-from cropi.workspace import Arm, Workspace
+from cropi.workspace import Arm, Workspace, evaluation_files
 
-STEP_FILE = re.compile(r"step-(\d+)\.parquet")
 MIXED = "mixed"  # a group with better and worse completions: status `ok`, in words
 
 Results = Mapping[str, Mapping[str, float]]  # test set -> prompt id -> 1 right, 0 wrong, or a mean of samples
@@ -61,8 +60,8 @@ class Selection:
 
 def read_answers(folder: Path) -> dict[int, Answers]:
     """Evaluations by optimiser step, in ascending order."""
-    found = [(int(m.group(1)), path) for path in folder.glob("step-*.parquet") if (m := STEP_FILE.fullmatch(path.name))]
-    return {step: _answers(read_table(path, EVALUATION)) for step, path in sorted(found)}
+    files = evaluation_files(folder, all_there=True)
+    return {step: _answers(read_table(path, EVALUATION)) for step, path in files.items()}
 
 
 def _answers(table: pa.Table) -> Answers:
@@ -161,8 +160,8 @@ def prompts_left_out(space: Workspace) -> int:
     """How many prompts were too long to be collected."""
     if not is_finished(space.trajectories):
         return 0
-    manifest = json.loads((space.trajectories / "manifest.json").read_text(encoding="utf-8"))
-    return int(manifest["counts"].get(PROMPT_TOO_LONG, 0))
+    manifest = read_manifest(space.trajectories, "trajectories", made_by="cropi collect")
+    return manifest.counts.get(PROMPT_TOO_LONG, 0)
 
 
 def read_verdicts(space: Workspace) -> pa.Table | None:

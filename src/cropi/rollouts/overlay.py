@@ -21,6 +21,7 @@ from cropi.artifacts import (
     PROMPT_TOO_LONG,
     TRAJECTORIES,
     Manifest,
+    check_file,
     count_status,
     is_finished,
     open_artifact,
@@ -30,7 +31,7 @@ from cropi.artifacts import (
 from cropi.console import warn, warn_once
 from cropi.observed import GroupFacts
 from cropi.rollouts.collect import read_trajectories
-from cropi.workspace import Arm, Workspace, rollout_files
+from cropi.workspace import Arm, Workspace, written_rollouts
 
 FRESH = "fresh trajectories"  # kinds of artifacts
 REUSED = "rollouts"
@@ -116,9 +117,10 @@ def newest_rollouts(
     """
     seen: set[str] = set()
     statuses: list[str] = []
-    for (step, *_), path in reversed(rollout_files(rollouts).items()):
+    for (step, *_), (path, checksum) in sorted(written_rollouts(rollouts).items(), reverse=True):
         if not first_step <= step < end_step:
             continue
+        check_file(path, checksum)
         rows = [row for row in read_table(path, TRAJECTORIES).to_pylist() if row["prompt_id"] not in seen]
         if rows:
             write_table(folder / path.name, rows, TRAJECTORIES)

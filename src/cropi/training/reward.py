@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cropi.artifacts import append_jsonl, read_jsonl, write_text
+from cropi.artifacts import append_jsonl, cut_jsonl
 from cropi.rewards.verdicts import Answered, Judge
 from cropi.world import ALONE, World
 
@@ -68,8 +67,7 @@ class RecordedReward:
 
     def forget_from(self, step: int) -> None:
         """Drop the lines of batches at or after an optimiser step."""
-        kept = [row for row in read_jsonl(self._path) if row["step"] < step]
-        write_text(self._path, "".join(json.dumps(row) + "\n" for row in kept))
+        cut_jsonl(self._path, lambda row: row["step"] < step)
 
 
 def _joined(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

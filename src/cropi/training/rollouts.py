@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from cropi.artifacts import OK, TRAJECTORIES, TRUNCATED, write_table
+from cropi.artifacts import OK, TRUNCATED, cut_jsonl
 from cropi.training.reward import Judged, RecordedReward
-from cropi.workspace import rollout_file, rollout_files
+from cropi.workspace import keep_rollouts, rollout_files
 
 
 class RolloutRecorder:
@@ -59,8 +59,8 @@ class RolloutRecorder:
                 self._logprobs[row] = values_T[: len(self._judged.completion_ids[row])].tolist()
         if all(values is not None for values in self._logprobs):
             rows_of = self._complete_groups(self._judged)
-            path = rollout_file(self._folder, self._step, self._batch, self._rank)
-            write_table(path, [row for group in rows_of.values() for row in group], TRAJECTORIES)
+            place = self._folder, self._step, self._batch, self._rank
+            keep_rollouts(place, [row for group in rows_of.values() for row in group])
             self._judged = None
 
     def _complete_groups(self, judged: Judged) -> dict[str, list[dict[str, Any]]]:
@@ -94,12 +94,12 @@ class RolloutRecorder:
 
 
 def forget_rollouts(folder: Path, step: int) -> None:
-    """Drop the batches sampled at or after an optimiser step, and what an interrupted writing left."""
+    """Drop the batches sampled at or after an optimiser step."""
+    for path in folder.glob("written-*.jsonl"):
+        cut_jsonl(path, lambda row: row["step"] < step)
     for (sampled_at, *_), path in rollout_files(folder).items():
         if sampled_at >= step:
             path.unlink()
-    for path in folder.glob(".*.part"):
-        path.unlink()
 
 
 def dropouts(model: nn.Module) -> list[str]:

@@ -53,6 +53,8 @@ def grpo_config(config: Config, output_dir: Path, device: torch.device, processe
         "max_completion_length": config.collect.max_completion_length,
         "remove_unused_columns": False,
         "eval_strategy": "no",
+        "trust_remote_code": False,
+        "model_init_kwargs": config.policy.revision and {"revision": config.policy.revision},  # of the KL reference
     }
     try:
         settings = GRPOConfig(**(_divided(defaults | config.trainer, processes) | owned))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,7 +18,16 @@ from torch.utils.data import Sampler
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import GRPOConfig, GRPOTrainer
 
-from cropi.artifacts import append_jsonl, read_jsonl, write_json, write_text
+from cropi.artifacts import (
+    append_jsonl,
+    corrupt,
+    cut_jsonl,
+    finish,
+    is_finished,
+    no_space,
+    open_artifact,
+    read_manifest,
+)
 from cropi.console import Progress, progress, warn, warn_once
 from cropi.errors import ArtifactError, ConfigError, SignalError
 from cropi.lockstep import in_lockstep, is_sharded
@@ -30,9 +38,12 @@ from cropi.training.rollouts import RolloutRecorder, dropouts, forget_rollouts
 from cropi.training.sampler import BatchShape, StageSampler
 from cropi.training.sharding import check_sharding
 from cropi.training.zero import gathered, out_of_step, resuming
+from cropi.workspace import checkpoints
 from cropi.world import ALONE, World
 
-COMPLETE = "complete.json"  # written into a checkpoint last, with the sizes of its files
+CHECKPOINT = "checkpoint"  # kind of artifact
+MADE_BY = "cropi train"
+TORCH_CANNOT_WRITE = ("unexpected pos", "PytorchStreamWriter failed writing")  # all that torch says of a full disk
 
 # (stage, model, whether training stands in the middle of the stage) -> selected prompt ids
 SelectStage = Callable[[int, nn.Module, bool], Sequence[str]]
@@ -220,6 +231,21 @@ class StageTrainer(Staged):
             self.recorder.note(self._recorded_rows, logprobs_BT)
         return logprobs_BT, entropies, auxiliary_loss
 
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """As in transformers, but that old checkpoints stay until the new one is finished: see `StageCallback`."""
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        if folder.is_symlink() or folder.is_file():
+            raise ArtifactError("is in the way of a checkpoint", where=str(folder), fix="move it and run again.")
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        except RuntimeError as error:
+            if any(text in str(error) for text in TORCH_CANNOT_WRITE):
+                raise no_space(folder) from None
+            raise
+        finally:
+            self.args.save_total_limit = limit
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """No card: TRL's would say that the policy was fine-tuned from a model of no name, and link to it."""
 
@@ -294,14 +320,17 @@ class StageCallback(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.task.world.barrier()  # each process writes its random state
         if self.task.world.is_main:
-            self._mark_complete(Path(args.output_dir) / f"checkpoint-{state.global_step}", state.global_step)
+            self._finish(Path(args.output_dir) / f"checkpoint-{state.global_step}", state.global_step)
         self._evaluate_if_due(state)
 
-    def _mark_complete(self, checkpoint: Path, step: int) -> None:
-        sizes = {str(p.relative_to(checkpoint)): p.stat().st_size for p in sorted(checkpoint.rglob("*")) if p.is_file()}
+    def _finish(self, checkpoint: Path, step: int) -> None:
         dynamic = self.trainer.dynamic
-        drawn = {} if dynamic is None else {"drawn": dynamic.drawn}
-        write_json(checkpoint / COMPLETE, {"step": step, "sizes": sizes} | drawn)
+        details = {} if dynamic is None else {"drawn": dynamic.drawn}
+        inputs = {"step": step, "settings": self.task.made_by}
+        finish(checkpoint, CHECKPOINT, inputs=inputs, counts={}, details=details)
+        keep, found = self.task.settings.save_total_limit, checkpoints(checkpoint.parent, step)
+        for old in sorted(found)[: -keep if keep else 0]:
+            shutil.rmtree(found[old])
 
 
 @dataclass(frozen=True)
@@ -323,6 +352,12 @@ class TrainTask:
     evaluated: Callable[[int], bool] = lambda step: False  # whether that step has been evaluated before
     asked_in: str = "float32"  # the dtype that the policy is asked in: `policy.dtype`
     world: World = ALONE  # the processes that train together, each with the same task
+    made_by: Mapping[str, Any] = field(default_factory=dict)  # settings, for the manifests of checkpoints
+
+    @property
+    def total(self) -> int:
+        """Steps of all stages."""
+        return self.stages * self.steps_per_stage
 
 
 def train(task: TrainTask, policy: Policy) -> Path:
@@ -331,11 +366,11 @@ def train(task: TrainTask, policy: Policy) -> Path:
     One `train()` call keeps the optimiser state, the learning-rate schedule, the step count and the KL reference (the
     initial policy) over all stages.
     """
-    total = task.stages * task.steps_per_stage
+    total = task.total
     resume_from, done = _newest(task)
     if done == total and resume_from is not None:
         return resume_from
-    task.world.from_main(lambda: _forget_after(task, done))
+    task.world.from_main(lambda: _begin_from(task, resume_from, done))
     with progress(f"train {task.label}", total, "steps", done=done) as bar:
         trainer = StageTrainer(
             model=policy.model,
@@ -377,7 +412,7 @@ def _newest(task: TrainTask) -> tuple[Path | None, int]:
     """The newest checkpoint as the first process sees it, which also removes what is not complete."""
 
     def find() -> tuple[str | None, int]:
-        path, step = newest_checkpoint(Path(task.settings.output_dir))
+        path, step = newest_checkpoint(Path(task.settings.output_dir), task.total)
         return None if path is None else str(path), step
 
     found, done = task.world.from_main(find)
@@ -403,41 +438,46 @@ def _dynamic_sampling(task: TrainTask, policy: Policy, checkpoint: Path | None) 
     """What refills generation batches, if they are to be; at the place in the selection where a checkpoint stands."""
     if not task.dynamic_sampling:
         return None
-    drawn = 0 if checkpoint is None else json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8"))["drawn"]
+    drawn = 0 if checkpoint is None else read_manifest(checkpoint, CHECKPOINT, made_by=MADE_BY).details["drawn"]
     settings, pad_id = task.settings, policy.tokenizer.pad_token_id
     return DynamicSampling(
         task.reward, settings.num_generations, task.dynamic_sampling, pad_id, settings.pad_to_multiple_of, drawn
     )
 
 
-def newest_checkpoint(folder: Path) -> tuple[Path | None, int]:
-    """The newest complete checkpoint and its step, (None, 0) where there is none; what is not complete is removed."""
-    complete: dict[int, Path] = {}
-    for path in folder.glob("checkpoint-*"):
-        step = _complete_step(path)
-        if step is None:
-            warn(f"{path} is not complete and is removed; training goes on from the checkpoint before it")
-            shutil.rmtree(path)
-        else:
-            complete[step] = path
-    return (complete[max(complete)], max(complete)) if complete else (None, 0)
+def newest_checkpoint(folder: Path, last: int) -> tuple[Path | None, int]:
+    """The newest finished checkpoint and its step, (None, 0) where there is none; unfinished ones are removed.
+
+    Whatever is not a folder `checkpoint-STEP` of a step up to the `last` is not ours and left alone.
+    """
+    finished = {step: path for step, path in checkpoints(folder, last).items() if _is_finished(path, step)}
+    return (finished[max(finished)], max(finished)) if finished else (None, 0)
 
 
-def _complete_step(checkpoint: Path) -> int | None:
-    """The step of a checkpoint whose files all have the size they were written with; None for any other."""
-    try:
-        mark = json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8"))
-        whole = all((checkpoint / name).stat().st_size == size for name, size in mark["sizes"].items())
-        return int(mark["step"]) if whole else None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return None
+def open_checkpoint(path: Path) -> Path:
+    """A finished checkpoint, with all its files checked."""
+    open_artifact(path, CHECKPOINT, made_by=MADE_BY)
+    return path
 
 
-def _forget_after(task: TrainTask, step: int) -> None:
-    """Drop what an interrupted attempt recorded beyond the step that training goes on from."""
+def _is_finished(checkpoint: Path, step: int) -> bool:
+    """Whether a checkpoint is whole, and the one that its name says; else it is removed."""
+    if not is_finished(checkpoint):
+        warn(f"{checkpoint} is not complete and is removed; training goes on from the checkpoint before it")
+        shutil.rmtree(checkpoint)
+        return False
+    known = read_manifest(checkpoint, CHECKPOINT, made_by=MADE_BY).inputs["step"]
+    if known != step:
+        raise corrupt(checkpoint, f"is a checkpoint of step {known}", f"move {checkpoint} away and run again.")
+    return True
+
+
+def _begin_from(task: TrainTask, checkpoint: Path | None, step: int) -> None:
+    """Check the checkpoint that training goes on from, and drop what an interrupted attempt recorded beyond it."""
+    if checkpoint is not None:
+        open_checkpoint(checkpoint)
     task.reward.forget_from(step)
     if task.record_to is not None:
         forget_rollouts(task.record_to, step)
     for name in ("steps.jsonl", "metrics.jsonl"):
-        kept = [row for row in read_jsonl(task.folder / name) if row["step"] <= step]
-        write_text(task.folder / name, "".join(json.dumps(row) + "\n" for row in kept))
+        cut_jsonl(task.folder / name, lambda row: row["step"] <= step)

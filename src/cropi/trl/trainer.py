@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import GRPOTrainer
 
-from cropi.artifacts import append_jsonl, is_finished, read_jsonl, write_text
+from cropi.artifacts import append_jsonl, cut_jsonl, is_finished
 from cropi.console import say, warn
 from cropi.errors import ArtifactError, ConfigError, PolicyError, UserError
 from cropi.functional.surrogate import NORMALIZER_OF_LOSS
@@ -208,9 +208,8 @@ class CurriculumTrainer(Staged):
                     "training goes on from a checkpoint, and the trajectories of the policy before it are gone",
                     where=str(pipeline.space.trajectories),
                 )
-            if arm.rewards.is_file():  # what an interrupted attempt wrote beyond the checkpoint
-                kept = [row for row in read_jsonl(arm.rewards) if row["step"] < self.state.global_step]
-                write_text(arm.rewards, "".join(json.dumps(row) + "\n" for row in kept))
+            # what an interrupted attempt wrote beyond the checkpoint
+            cut_jsonl(arm.rewards, lambda row: row["step"] < self.state.global_step)
             return
         shutil.rmtree(arm.folder, ignore_errors=True)  # selections and rewards of another training
         (strategy,) = pipeline.config.arms.values()

@@ -41,7 +41,8 @@ class Recipe:
         self.version = f"traker {version('traker')}"
         self._task = task
         self._device = torch.device(task.device)
-        self._model: Any = AutoModelForCausalLM.from_pretrained(task.model, dtype=getattr(torch, task.dtype))
+        settings = {"dtype": getattr(torch, task.dtype), "trust_remote_code": False}
+        self._model: Any = AutoModelForCausalLM.from_pretrained(task.model, **settings)
         self._model.to(self._device).eval()
         self._parameters = list(self._model.parameters())  # a tied weight comes once
         count = sum(parameter.numel() for parameter in self._parameters)

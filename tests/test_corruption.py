@@ -1,0 +1,168 @@
+"""Every file of a half-done run damaged in turn: what ends well is what an undisturbed run ends with, or the file is
+named and nothing is done.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cropi.artifacts import read_jsonl
+from cropi.pipeline import Pipeline
+from tests.runs import SMALL, cropi, evaluations, selections
+
+RUN = Path("runs/quickstart")
+ARM = RUN / "arms/influence"
+LAST = Path("checkpoints/checkpoint-6")
+SETTINGS = [
+    *SMALL,
+    "baselines=[{type: random}]",
+    "prompts.train=[{type: builtin, families: [sum, parity], count: 12, seed: 1}]",
+    "score.standard_errors=false",
+    "refresh.reuse_rollouts=true",
+    "trainer.save_strategy=steps",
+    "trainer.save_steps=1",
+    "trainer.save_total_limit=3",
+]
+DAMAGES = ("flip", "cut", "empty", "remove", "swap")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(a run that ends, one that was interrupted while it measured its fourth step)."""
+    whole, half = tmp_path_factory.mktemp("whole"), tmp_path_factory.mktemp("half")
+    measure = Pipeline._evaluate
+
+    def interrupted(pipeline: Pipeline, model: object, step: int, *rest: object) -> object:
+        if step == 4:
+            raise KeyboardInterrupt
+        return measure(pipeline, model, step, *rest)  # type: ignore[arg-type]
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Pipeline, "_evaluate", interrupted)
+        assert cropi("run", "quickstart", *SETTINGS, cwd=half).returncode == 130
+    done = cropi("run", "quickstart", *SETTINGS, cwd=whole)
+    assert done.returncode == 0, done.stderr
+    return whole, half
+
+
+def results(cwd: Path) -> dict[str, object]:
+    """All that an undisturbed run ends with but for what it cost."""
+    arms = sorted((cwd / RUN / "arms").iterdir())
+    rewards = {f"rewards of {arm.name}": read_jsonl(arm / "rewards.jsonl") for arm in arms}
+    weights = {f"weights of {arm.name}": (arm / LAST / "model.safetensors").read_bytes() for arm in arms}
+    summary = without_costs(json.loads((cwd / RUN / "summary.json").read_text()))
+    return {**selections(cwd / RUN), **evaluations(cwd / RUN), **rewards, **weights, "summary": summary}
+
+
+def without_costs(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: without_costs(v) for key, v in value.items() if "cost" not in key and "second" not in key}
+    return [without_costs(v) for v in value] if isinstance(value, list) else value
+
+
+def damage(path: Path, kind: str) -> bool:
+    """Damage a file; returns whether that changed it."""
+    data = path.read_bytes()
+    place = len(data) // 2
+    match kind:
+        case "flip":
+            path.write_bytes(data[:place] + bytes(byte ^ 4 for byte in data[place : place + 1]) + data[place + 1 :])
+        case "cut":
+            path.write_bytes(data[: place + len(data) // 3])
+        case "empty":
+            path.write_bytes(b"")
+        case "remove":
+            path.unlink()
+        case "swap":
+            for other in siblings(path):
+                if other.read_bytes() != data:
+                    path.write_bytes(other.read_bytes())
+                    break
+    return not path.exists() or path.read_bytes() != data
+
+
+def siblings(path: Path) -> Iterator[Path]:
+    """Files of the same kind: in the same folder, or of the same name in others."""
+    yield from sorted(other for other in path.parent.glob(f"*{path.suffix}") if other != path and other.is_file())
+    root = next(parent for parent in path.parents if parent.name == RUN.name)
+    yield from sorted(other for other in root.rglob(path.name) if other != path and other.is_file())
+
+
+def ends_wrongly(runs: tuple[Path, Path], name: str, kind: str, cwd: Path) -> str:
+    """What is wrong with how a damaged run ends; nothing if it ends well."""
+    whole, half = runs
+    shutil.copytree(half, cwd)
+    path = cwd / name
+    if not damage(path, kind):
+        return ""
+    for command in ("run", "report"):
+        done = cropi(command, "quickstart", *SETTINGS, cwd=cwd)
+        if done.returncode == 2:
+            named = any(str(place) in done.stderr for place in (name, Path(name).parent))
+            return "" if named and "Fix:" in done.stderr else f"{name} {kind}: is not named: {done.stderr}"
+        if done.returncode:
+            return f"{name} {kind}: {command} ends with {done.returncode}: {done.stderr[-2000:]}"
+    ours, theirs = results(cwd), results(whole)
+    differ = [key for key in theirs if ours.get(key) != theirs[key]]
+    return f"{name} {kind}: ends with other {differ}" if differ or ours.keys() != theirs.keys() else ""
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        (ARM / "rewards.jsonl", "flip"),
+        (ARM / "rewards.jsonl", "cut"),
+        (ARM / "steps.jsonl", "remove"),
+        (RUN / "ledger.jsonl", "flip"),
+        (ARM / "evaluation/step-000002.parquet", "flip"),
+        (ARM / "evaluation/step-000002.parquet", "swap"),
+        (RUN / "evaluation/step-000000.parquet", "flip"),
+        (ARM / "checkpoints/checkpoint-3/model.safetensors", "flip"),
+        (ARM / "checkpoints/checkpoint-3/optimizer.pt", "swap"),
+        (ARM / "checkpoints/checkpoint-3/rng_state.pth", "swap"),
+        (ARM / "stages/000/selection/selection.parquet", "swap"),
+        (RUN / "environment.json", "flip"),
+    ],
+)
+def test_a_damaged_file_is_named(runs: tuple[Path, Path], name: Path, kind: str, tmp_path: Path) -> None:
+    assert (runs[1] / name).is_file()
+    assert ends_wrongly(runs, str(name), kind, tmp_path / "run") == ""
+
+
+@pytest.mark.parametrize("key", ["trainer.learning_rate", "collect.temperature", "select.fraction", "seed"])
+def test_a_config_that_was_edited_is_refused_and_the_difference_shown(
+    runs: tuple[Path, Path], key: str, tmp_path: Path
+) -> None:
+    shutil.copytree(runs[1], tmp_path / "run")
+    path = tmp_path / "run" / RUN / "config.json"
+    config = json.loads(path.read_text())
+    table: Any = config
+    for part in key.split(".")[:-1]:
+        table = table[part]
+    before = table[key.split(".")[-1]]
+    table[key.split(".")[-1]] = before / 2 if before else 1
+    path.write_text(json.dumps(config))
+    for command in ("run", "report", "select"):
+        done = cropi(command, str(RUN), cwd=tmp_path / "run")
+        assert done.returncode == 2, done.stdout
+        assert f"{key}: {json.dumps(before)} -> " in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_no_damage_changes_the_result_unnoticed(runs: tuple[Path, Path], kind: str, tmp_path: Path) -> None:
+    names = sorted(str(path.relative_to(runs[1])) for path in runs[1].rglob("*") if path.is_file())
+    if "CROPI_DAMAGED" in os.environ:
+        names = [name for name in names if os.environ["CROPI_DAMAGED"] in name]
+    wrong = []
+    for number, name in enumerate(names):
+        place = tmp_path / str(number)
+        wrong.append(ends_wrongly(runs, name, kind, place))
+        shutil.rmtree(place)
+    assert [text for text in wrong if text] == []
