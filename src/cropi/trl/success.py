@@ -6,15 +6,14 @@ import asyncio
 import hashlib
 import inspect
 import math
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 from torch import nn
 
+from cropi.asynchronous import awaited
 from cropi.console import warn_once
 from cropi.errors import ConfigError
 from cropi.rewards.verdicts import ERROR, UNPARSEABLE_GOLD, Graded, GradeError, Judgement, judged
@@ -93,17 +92,18 @@ class Success:
     ) -> list[Judgement]:
         """Judgements by the function, called as TRL calls it; awaited in TRL's loop, if it has one: clients and locks
         belong to a loop."""
-        result = self.function(
-            prompts=prompts,
-            completions=completions,
-            completion_ids=list(completion_ids),
-            trainer_state=state,
-            log_extra=lambda *_: None,
-            log_metric=lambda *_: None,
-            **{key: values for key, values in columns.items() if key not in OWN},
+        result = awaited(
+            self.function(
+                prompts=prompts,
+                completions=completions,
+                completion_ids=list(completion_ids),
+                trainer_state=state,
+                log_extra=lambda *_: None,
+                log_metric=lambda *_: None,
+                **{key: values for key, values in columns.items() if key not in OWN},
+            ),
+            loop,
         )
-        if inspect.isawaitable(result):
-            result = asyncio.run_coroutine_threadsafe(_awaited(result), loop or self._loop).result()
         if len(result) != len(completions):
             raise ConfigError(
                 f"it returned {len(result)} rewards for {len(completions)} completions",
@@ -111,13 +111,3 @@ class Success:
                 fix="return one for each.",
             )
         return [self.judged(value) for value in result]
-
-    @cached_property
-    def _loop(self) -> asyncio.AbstractEventLoop:
-        loop = asyncio.new_event_loop()
-        threading.Thread(target=loop.run_forever, daemon=True).start()
-        return loop
-
-
-async def _awaited(result: Any) -> Any:
-    return await result
