@@ -122,6 +122,21 @@ def bare(completions: list[str], **_: Any) -> float:
     return 0.5
 
 
+def always_raises(completions: list[str], **_: Any) -> list[float]:
+    raise KeyError(f"no column score, for {completions[0]}" if len(completions[0]) > 40 else "no column score")
+
+
+def never_ends(completions: list[str], **_: Any) -> list[float]:
+    time.sleep(1000)
+    return [1.0]
+
+
+def raises_on_gold(completions: list[str], answer: list[str], **_: Any) -> list[float]:
+    if completions[0] == answer[0]:
+        raise ValueError("no reasoning")
+    return [float(completions[0].endswith(answer[0]))]
+
+
 LOCK = asyncio.Semaphore(1)  # belongs to the loop in which it is first waited for
 
 
