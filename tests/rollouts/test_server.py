@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import signal
 import socket
 import sys
 import threading
@@ -296,8 +297,8 @@ def test_one_bad_answer_among_good_ones_changes_nothing(name: str, policy: Polic
 def test_a_server_that_answers_badly_is_given_up_within_patience(name: str, policy: Policy, serving: Any) -> None:
     bad = filled(BAD[name], policy)
     began = time.monotonic()
-    with pytest.raises(PolicyError, match=r"collect.server.url .*: the server has not answered for 0.3 s") as caught:
-        ask(policy, serving(lambda *_: bad), patience=0.3, timeout=0.3, concurrency=2)
+    with pytest.raises(PolicyError, match=r"collect.server.url .*: the server has not answered for 0.1 s") as caught:
+        ask(policy, serving(lambda *_: bad), patience=0.1, timeout=0.3, concurrency=2)
     assert time.monotonic() - began < 3
     assert len(str(caught.value)) < 1000
     if name in NOT_SAMPLED:
@@ -437,6 +438,34 @@ def test_the_key_and_prompts_as_text(policy: Policy, serving: Any, monkeypatch: 
     ask(policy, fake, prompts="text", api_key_env="MY_KEY")
     assert sorted(body["prompt"] for body in fake.bodies) == PROMPTS
     assert fake.headers[0]["Authorization"] == "Bearer secret"
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("HTTP_PROXY", "foo://x", "HTTP_PROXY.*a proxy that cannot be used"),
+        ("MY_KEY", "a\nb", "LocalProtocolError: Illegal header"),
+        ("MY_KEY", "\udcff\n", "status 401"),
+    ],
+)
+def test_what_the_environment_says_that_no_request_can_be_made_of(
+    variable: str, value: str, message: str, policy: Policy, serving: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = serving(lambda *_: (401, "no such key"))
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(PolicyError, match=message):
+        ask(policy, fake, api_key_env="MY_KEY", patience=0.1)
+
+
+def test_an_interrupt_does_not_wait_for_the_server(policy: Policy, serving: Any) -> None:
+    ended = threading.Event()
+    fake = serving(lambda *_: ended.wait(60) and said("answer 1"))
+    began, main = time.monotonic(), threading.main_thread().ident
+    threading.Timer(0.5, signal.pthread_kill, [main, signal.SIGINT]).start()
+    with pytest.raises(KeyboardInterrupt):
+        ask(policy, fake)
+    ended.set()
+    assert time.monotonic() - began < 5
 
 
 def test_a_prompt_that_does_not_survive_as_text_is_refused(policy: Policy) -> None:

@@ -115,7 +115,7 @@ class ServerGenerator:
     async def _complete_all(self, bodies: Sequence[dict[str, Any]], prompts: Sequence[list[int]]) -> list[list[int]]:
         """After an error or an interrupt, requests that are under way are cancelled."""
         most, slots = self._config.concurrency, asyncio.Semaphore(self._config.concurrency)
-        key = os.environ.get(self._config.api_key_env) if self._config.api_key_env else None
+        key = os.environ.get(self._config.api_key_env or "", "").strip()
 
         async def one(client: httpx2.AsyncClient, body: dict[str, Any], prompt: list[int]) -> list[int]:
             async with slots:
@@ -124,7 +124,7 @@ class ServerGenerator:
         try:
             async with (
                 httpx2.AsyncClient(
-                    headers={b"Authorization": f"Bearer {key}".encode()} if key else {},
+                    headers={b"Authorization": f"Bearer {key}".encode(errors="surrogateescape")} if key else {},
                     timeout=None,  # each request has one for all of it
                     limits=httpx2.Limits(max_connections=most, max_keepalive_connections=most),
                 ) as client,
@@ -133,6 +133,12 @@ class ServerGenerator:
                 jobs = [group.create_task(one(client, *pair)) for pair in zip(bodies, prompts, strict=True)]
         except ExceptionGroup as errors:
             raise errors.exceptions[0] from None
+        except (ImportError, ValueError) as error:
+            raise PolicyError(
+                f"the environment names a proxy that cannot be used: {error}",
+                where="HTTP_PROXY, HTTPS_PROXY or ALL_PROXY",
+                fix="correct or unset it.",
+            ) from None
         return [job.result() for job in jobs]
 
     async def _complete(self, client: httpx2.AsyncClient, body: dict[str, Any], prompt: list[int]) -> list[int]:
