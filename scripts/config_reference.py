@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel
+from pydantic import BaseModel, JsonValue
 from pydantic_core import PydanticUndefined
 
 from cropi import config
@@ -54,8 +54,8 @@ def type_text(annotation: Any, metadata: Sequence[Any] = ()) -> str:
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return type_text(arguments[0], arguments[1:])
-    if annotation is Any or annotation is type(None):
-        return "anything" if annotation is Any else "unset"
+    if annotation in (Any, JsonValue, type(None)):
+        return "unset" if annotation is type(None) else "anything"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         field = annotation.model_fields.get("type")
         return get_args(field.annotation)[0] if field else "table"

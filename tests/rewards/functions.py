@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import subprocess
 import sys
@@ -121,8 +122,60 @@ def bare(completions: list[str], **_: Any) -> float:
     return 0.5
 
 
-async def later(completions: list[str], **_: Any) -> list[float]:
-    return [0.5]
+def always_raises(completions: list[str], **_: Any) -> list[float]:
+    raise KeyError(f"no column score, for {completions[0]}" if len(completions[0]) > 40 else "no column score")
+
+
+def never_ends(completions: list[str], **_: Any) -> list[float]:
+    time.sleep(1000)
+    return [1.0]
+
+
+def raises_on_gold(completions: list[str], answer: list[str], **_: Any) -> list[float]:
+    if completions[0] == answer[0]:
+        raise ValueError("no reasoning")
+    return [float(completions[0].endswith(answer[0]))]
+
+
+LOCK = asyncio.Semaphore(1)  # belongs to the loop in which it is first waited for
+
+
+async def later(completions: list[str], answer: list[str], **_: Any) -> list[float]:
+    async def one() -> None:
+        async with LOCK:
+            await asyncio.sleep(0.001)
+
+    await asyncio.gather(one(), one())
+    return equal(completions, answer)
+
+
+class Later:
+    """An object whose call is asynchronous."""
+
+    async def __call__(self, completions: list[str], answer: list[str], **_: Any) -> list[float]:
+        return await later(completions, answer)
+
+
+an_object = Later()
+
+
+def a_coroutine_of_another(completions: list[str], answer: list[str]) -> Any:
+    return later(completions, answer)
+
+
+async def raises_later(completions: list[str], answer: list[str], **_: Any) -> list[float]:
+    return raises(completions, answer)
+
+
+async def hangs_later(completions: list[str], answer: list[str], **_: Any) -> list[float]:
+    if completions[0] == "bad":
+        await asyncio.sleep(1000)
+    return equal(completions, answer)
+
+
+async def verl_score_later(**given: Any) -> Any:
+    await asyncio.sleep(0.001)
+    return verl_score(**given)
 
 
 def generous(completions: list[str], answer: list[str], **_: Any) -> list[float]:

@@ -59,12 +59,21 @@ def test_a_grade_is_the_reward_and_the_threshold_still_says_what_is_right() -> N
         ("two", "returned 2 rewards for one completion"),
         ("not_a_number", "not a number"),
         ("bare", "returned one float, not a list"),
-        ("later", "is asynchronous"),
     ],
 )
 def test_what_is_no_reward_is_an_error(name: str, message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
         function(name)(Answered("7", "7"))  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("name", ["later", "an_object", "a_coroutine_of_another"])
+def test_an_asynchronous_function_is_waited_for_in_one_loop(name: str) -> None:
+    verify = function(name)
+    for _ in range(2):
+        assert verify(Answered("7", "7")) == CORRECT  # type: ignore[operator]
+        assert verify(Answered("8", "7")) == WRONG  # type: ignore[operator]
+    with pytest.raises(ValueError, match="do not like"):
+        function("raises_later")(Answered("bad", "7"))  # type: ignore[operator]
 
 
 def test_a_name_that_is_not_there_is_told_with_the_nearest() -> None:
@@ -92,8 +101,9 @@ def test_trl_s_own_accuracy_reward() -> None:
     assert written_gold(config, "7") == "\\boxed{7}"
 
 
-def test_verl() -> None:
-    verify = verifier(VerlVerifier(type="verl", path=f"{HERE}.verl_score"))
+@pytest.mark.parametrize("name", ["verl_score", "verl_score_later"])
+def test_verl(name: str) -> None:
+    verify = verifier(VerlVerifier(type="verl", path=f"{HERE}.{name}"))
     assert verify(Answered("7", "7", "sums")) == CORRECT
     assert verify(Answered("8", "7", "sums")) == WRONG
     assert verify(Answered("8", "7", "other", "", LEVEL)) == CORRECT

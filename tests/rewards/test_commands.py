@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from cropi.config import ExactVerifier, NumericVerifier
+from cropi.errors import ConfigError
 from cropi.loading import load_config, parse_verifier
 from cropi.rewards.audit import audit_of
 from tests.runs import cropi
@@ -166,6 +167,46 @@ def test_an_audit_of_grades_tells_their_mean() -> None:
     }
     assert audit.fixes == []  # not hopeless: it earns something
     assert "0.611" in audit.as_text()
+
+
+def by_function(name: str, *more: str) -> Any:
+    return load_config("quickstart", [f"verifier={{type: function, path: tests.rewards.functions.{name}}}", *more])
+
+
+@pytest.mark.parametrize(
+    ("name", "cause"),
+    [("always_raises", "KeyError: 'no column score'"), ("never_ends", "took too long"), ("two", "returned 2 rewards")],
+)
+def test_a_verifier_that_fails_on_every_row_is_told_by_its_one_cause(name: str, cause: str) -> None:
+    config = by_function(name, "verification.seconds=0.2")
+    texts = ["1", "2", "x" * 50]
+    with pytest.raises(ConfigError, match=f"(?s)^verifier: it fails on all 6 .*{cause}.*Fix: ") as caught:
+        audit_of(config, PROMPTS[:3], PROMPTS[:3], texts, "by hand", None)
+    assert "gold" not in str(caught.value)
+
+
+def test_a_second_verifier_that_fails_on_every_row() -> None:
+    second = by_function("always_raises").verifier
+    with pytest.raises(ConfigError, match="--against: it fails on all 3 "):
+        audit_of(load_config("quickstart", ["verifier={type: numeric}"]), PROMPTS, PROMPTS[:3], ["1"] * 3, "", second)
+
+
+def test_gold_answers_that_the_verifier_fails_on_are_not_called_wrong() -> None:
+    audit = audit_of(by_function("raises_on_gold"), PROMPTS[:3], PROMPTS[:3], ["so 1", "so 2", "so 3"], "by hand", None)
+    assert audit.gold == {"error": 3}
+    assert audit.verdicts == {"correct": 3}
+    assert len(audit.fixes) == 1
+    assert audit.fixes[0].startswith("3 gold answers or completions ended as error (ValueError: no reasoning)")
+
+
+def test_the_command_ends_over_a_verifier_that_fails_on_every_row(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def f(completions, **_):\n    raise RuntimeError('not set up')\n")
+    done = cropi(
+        "audit-rewards", "quickstart", "verifier={type: function, path: mine.f}", "--prompts", "2", cwd=tmp_path
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "RuntimeError: not set up" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_nothing_to_fix() -> None:

@@ -23,7 +23,7 @@ from trl import GRPOConfig
 from cropi.artifacts import read_jsonl
 from cropi.builtin import POLICY_DIR, generate
 from cropi.console import warn_once
-from cropi.errors import ArtifactError, ConfigError, DataError
+from cropi.errors import ArtifactError, ConfigError, DataError, SignalError
 from cropi.gradients.scoring import score
 from cropi.trl import CurriculumTrainer, Selector, Verified
 from tests.runs import cropi
@@ -276,6 +276,7 @@ def test_chat_prompts_and_a_function_beside_the_trainer_s(tmp_path: Path) -> Non
         ({"train_dataset": Dataset.from_list([{"text": "a"}])}, "no column `prompt`"),
         ({"selector": select(success="wrong")}, "'wrong' names no reward function"),
         ({"selector": select(success="right"), "reward_funcs": [right, right]}, "or more than one"),
+        ({"reward_funcs": [short, right]}, r"(?s)Selector.success: .*short, right.*Selector\(success="),
         ({"ignore_data_skip": True}, "stages would end elsewhere"),
         ({"selector": select(stages=0)}, "has stages"),
     ],
@@ -297,6 +298,54 @@ def test_what_cannot_be_combined_is_refused_at_once(changes: dict[str, Any], mes
 def test_what_a_selector_refuses_ends_before_the_first_step(selector: Selector, message: str, tmp_path: Path) -> None:
     with pytest.raises((ConfigError, DataError), match=message):
         trainer(tmp_path, selector).train()
+
+
+def in_form(completions: Sequence[str], **_: Any) -> list[float]:
+    return [0.25 if "answer" in text else -0.5 for text in completions]
+
+
+def no_row(completions: Sequence[str], **_: Any) -> list[None]:
+    return [None] * len(completions)
+
+
+def on_training(completions: Sequence[str], answer: Sequence[str], level: Sequence[int], **_: Any) -> list[float]:
+    """Right answers of the training set only."""
+    return [v * (n == 1) for v, n in zip(right(completions, answer), level, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("function", "changes", "values"),
+    [
+        (in_form, {}, "values lie between -0.5 and 0.25, and from 0.5 on"),
+        (in_form, {"threshold": -1.0}, "values lie between -0.5 and 0.25, and from -1 on"),
+        (short, {"threshold": 2.0}, "and from 2 on"),
+        (no_row, {}, "gave no value"),
+        (lambda completions, **_: [0.5] * len(completions), {"graded": True}, "values lie between 0.5 and 0.5"),
+    ],
+)
+def test_values_that_tell_no_completions_apart_are_told_in_words_of_the_script(
+    function: Any, changes: dict[str, Any], values: str, tmp_path: Path
+) -> None:
+    made = trainer(tmp_path, select(success=function, **changes), max_steps=2)
+    with pytest.raises(SignalError) as caught:
+        made.train()
+    told = str(caught.value)
+    assert values in told
+    assert "Selector(success=...)" in told
+    assert str(tmp_path / "_curriculum") in told
+    assert told.startswith("train_dataset: ")
+    assert not any(key in told for key in ("prompts.", "collect.", "select.", "verifier", "cropi check"))
+    assert len(told.splitlines()) == 2
+    assert len(caught.traceback) < 5
+    with pytest.raises(SignalError, match="were judged earlier"):  # the trajectories are kept
+        trainer(tmp_path, select(success=function, **changes), max_steps=2).train()
+
+
+def test_a_validation_set_without_signal_is_told_in_words_of_the_script(tmp_path: Path) -> None:
+    held_out = problems("sum", split="validation", count=8).remove_columns("level").add_column("level", [2] * 8)
+    with pytest.raises(SignalError, match=r"^Selector.validation: .*between 0 and 1") as caught:
+        trainer(tmp_path, select(validation=held_out, success=on_training), max_steps=2).train()
+    assert "prompts." not in str(caught.value)
 
 
 @pytest.mark.slow

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, AnyHttpUrl, Field, JsonValue, model_validator
 
 from cropi.config.base import Fraction, Positive, Table
+
+
+def _address(url: str) -> str:
+    parts = AnyHttpUrl(url)
+    if parts.query or parts.fragment:
+        raise ValueError("must end in a path, such as /v1")
+    return url
 
 
 class ServerConfig(Table):
     """A server with OpenAI's completions API that has the base policy's weights."""
 
-    url: Annotated[str, Field(pattern=r"^https?://")]
+    url: Annotated[str, AfterValidator(_address)]
     """Where its API begins, e.g. `http://localhost:8000/v1`."""
     model: str
     """The policy's name there."""
@@ -23,12 +30,19 @@ class ServerConfig(Table):
     timeout: Annotated[float, Field(gt=0)] = 600.0
     """Seconds that one request may take."""
     patience: Annotated[float, Field(gt=0)] = 600.0
-    """Seconds without any answer, while requests are tried again, after which the run ends. It can go on later."""
+    """Seconds without a usable answer, while requests are tried again, after which the run ends. It can go on later."""
     api_key_env: str | None = None
     """Environment variable that holds the key, where the server needs one."""
-    body: dict[str, Any] = Field(default={})
+    body: dict[str, JsonValue] = Field(default={})
     """Further fields of a request, as the server names them. Sampling must be plain for the log-probs to be those of
     the policy: `{"top_k": -1, "return_token_ids": true}` for vLLM."""
+
+    @model_validator(mode="after")
+    def _nothing_that_is_ours(self) -> ServerConfig:
+        ours = {"model", "prompt", "max_tokens", "temperature", "top_p", "seed", "n", "best_of", "echo", "stream"}
+        if ours & set(self.body):
+            raise ValueError(f"{', '.join(sorted(ours & set(self.body)))} cannot be set by body")
+        return self
 
 
 class VllmConfig(Table):

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from cropi.asynchronous import awaited
 from cropi.config import FunctionVerifier, ReasoningGymVerifier, VerlVerifier
 from cropi.errors import hint
 from cropi.rewards.verdicts import UNPARSEABLE_ANSWER, UNPARSEABLE_GOLD, Answered, Graded, judged
@@ -80,7 +81,8 @@ def is_formula(answer: str) -> bool:
 
 
 def function_verifier(config: FunctionVerifier) -> Verify:
-    """Row -> verdict by a reward function in TRL's form: `f(completions, **columns) -> rewards`, called with one row.
+    """Row -> verdict by a reward function in TRL's form: `f(completions, **columns) -> rewards`, called with one row,
+    and waited for where it is asynchronous.
 
     It gets `prompts`, `completions`, the recorded answer under the configured name, `source`, and the row's extra
     columns, each as a list of one, as far as its signature takes them.
@@ -95,10 +97,7 @@ def function_verifier(config: FunctionVerifier) -> Verify:
         columns |= {"prompts": [prompt], "completions": [completion], "source": [row.source]}
         columns[config.answer_as] = [row.answer]
         given = columns if accepted is None else {k: v for k, v in columns.items() if k in accepted}
-        rewards = function(**given)
-        if inspect.iscoroutine(rewards):
-            rewards.close()
-            raise TypeError(f"{config.path} is asynchronous, and a plain function is needed")
+        rewards = awaited(function(**given))
         if not hasattr(rewards, "__len__"):
             kind = type(rewards).__name__
             raise TypeError(f"{config.path} returned one {kind}, not a list with a reward for each completion")
@@ -115,11 +114,13 @@ def verl_verifier(config: VerlVerifier) -> Verify:
     function = _imported(config.path)
 
     def verify(row: Answered) -> str | Graded:
-        result = function(
-            data_source=config.data_source or row.source,
-            solution_str=row.completion,
-            ground_truth=row.answer,
-            extra_info=_extra(row) or None,
+        result = awaited(
+            function(
+                data_source=config.data_source or row.source,
+                solution_str=row.completion,
+                ground_truth=row.answer,
+                extra_info=_extra(row) or None,
+            )
         )
         return _judged(result["score"] if isinstance(result, dict) else result, config)
 

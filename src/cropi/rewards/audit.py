@@ -8,8 +8,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from cropi.config import Config, Verifier
+from cropi.errors import ConfigError
 from cropi.rewards.pool import judge_of
-from cropi.rewards.verdicts import CORRECT, ERROR, TIMEOUT, UNPARSEABLE_ANSWER, UNPARSEABLE_GOLD, Judgement, answered
+from cropi.rewards.verdicts import (
+    CORRECT,
+    ERROR,
+    TIMEOUT,
+    UNPARSEABLE_ANSWER,
+    UNPARSEABLE_GOLD,
+    WRONG,
+    Judgement,
+    answered,
+)
 from cropi.rewards.verifiers import written_gold
 
 SHOWN = 20  # examples of each kind, at the most
@@ -75,13 +85,16 @@ def audit_of(
     """Judge the gold answers of all prompts, and completions (`rows` are their prompts), by the run's verifier and
     perhaps another."""
     judge = judge_of(config.verifier, config.verification)
-    gold = [one.verdict for one in judge([answered(written_gold(config.verifier, r["answer"]), r) for r in prompts])]
+    of_gold = judge([answered(written_gold(config.verifier, row["answer"]), row) for row in prompts])
     asked = [answered(text, row) for text, row in zip(texts, rows, strict=True)]
     judged = judge(asked)
-    verdicts = [judgement.verdict for judgement in judged]
+    _require_verdicts([*of_gold, *judged], "verifier")
+    gold, verdicts = ([judgement.verdict for judgement in some] for some in (of_gold, judged))
     disagreement = None
     if other is not None:
-        second = [judgement.verdict for judgement in judge_of(other, config.verification)(asked)]
+        by_other = judge_of(other, config.verification)(asked)
+        _require_verdicts(by_other, "--against")
+        second = [judgement.verdict for judgement in by_other]
         differing = [
             n for n, (a, b) in enumerate(zip(verdicts, second, strict=True)) if (a == CORRECT) != (b == CORRECT)
         ]
@@ -116,8 +129,19 @@ def audit_of(
         sources=sources,
         verdicts=dict(Counter(verdicts)),
         disagreement=disagreement,
-        fixes=_fixes(gold, judged, sources, disagreement),
+        fixes=_fixes(of_gold, judged, sources, disagreement),
     )
+
+
+def _require_verdicts(judged: Sequence[Judgement], where: str) -> None:
+    """ConfigError where a verifier failed on every row: that says nothing of answers."""
+    causes = Counter(judgement.note for judgement in judged if judgement.verdict in (TIMEOUT, ERROR))
+    if judged and causes.total() == len(judged):
+        raise ConfigError(
+            f"it fails on all {len(judged)} rows that it was asked about: {causes.most_common(1)[0][0]}",
+            where=where,
+            fix="mend it (`cropi verify` tries it on rows of yours), or raise verification.seconds if it is slow.",
+        )
 
 
 def _by_source(origins: Sequence[str], judged: Sequence[Judgement], *, graded: bool) -> dict[str, dict[str, float]]:
@@ -141,13 +165,14 @@ def _by_source(origins: Sequence[str], judged: Sequence[Judgement], *, graded: b
 
 
 def _fixes(
-    gold: Sequence[str],
+    of_gold: Sequence[Judgement],
     judged: Sequence[Judgement],
     sources: Mapping[str, Mapping[str, float]],
     disagreement: Mapping[str, Any] | None,
 ) -> list[str]:
     found = []
-    unread, wrong = gold.count(UNPARSEABLE_GOLD), sum(one not in (CORRECT, UNPARSEABLE_GOLD) for one in gold)
+    gold = [judgement.verdict for judgement in of_gold]
+    unread, wrong = gold.count(UNPARSEABLE_GOLD), gold.count(WRONG) + gold.count(UNPARSEABLE_ANSWER)
     if unread:
         found.append(
             f"{unread} gold answers cannot be read, or the verifier leaves them out: their prompts are left out. Mend "
@@ -170,8 +195,8 @@ def _fixes(
     if hopeless:
         found.append(f"no completion of {', '.join(hopeless)} is rewarded: too hard, or the gold answers are wrong.")
     for verdict, remedy in ((TIMEOUT, "raise verification.seconds"), (ERROR, "mend the verifier")):
-        if notes := [judgement.note for judgement in judged if judgement.verdict == verdict]:
-            found.append(f"{len(notes)} completions ended as {verdict} ({notes[0]}) and got no reward: {remedy}.")
+        if notes := [judgement.note for judgement in (*of_gold, *judged) if judgement.verdict == verdict]:
+            found.append(f"{len(notes)} gold answers or completions ended as {verdict} ({notes[0]}): {remedy}.")
     if disagreement is not None and disagreement["count"]:
         found.append("read the completions on which the two verifiers disagree: one of them is wrong.")
     return found

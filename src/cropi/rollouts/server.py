@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import random
-import threading
+import re
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Annotated, Any
 
-import requests
+import httpx2
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import from_json
 
+from cropi.asynchronous import awaited
 from cropi.config import ServerConfig
 from cropi.console import warn, warn_once
 from cropi.errors import PolicyError
@@ -21,16 +24,45 @@ from cropi.seeds import derived_seed
 
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 30.0  # between tries, doubling
 SEEDS = 2**31
+LARGEST = 2**24  # bytes of an answer
+
+
+class _Choice(BaseModel):
+    """One completion, as far as it is read."""
+
+    model_config = ConfigDict(strict=True)
+
+    text: str
+    finish_reason: str
+    stop_reason: int | str | None = Field(None, validation_alias=AliasChoices("stop_reason", "matched_stop"))  # SGLang
+    token_ids: Annotated[list[int], Field(min_length=1)] | None = None
+    prompt_token_ids: list[int] | None = None
+
+
+class _Usage(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    completion_tokens: int | None = None
+
+
+class _Answer(BaseModel):
+    choices: Annotated[list[_Choice], Field(min_length=1, max_length=1)]
+    usage: _Usage | None = None
+
+
+class _UnusableError(Exception):
+    """An answer that holds no sample of the policy: the request is tried again."""
 
 
 class ServerGenerator:
     """Draws completions from a server that has the same weights as the policy; the policy's tokenizer counts tokens.
 
-    Requests that fail because the server is away, busy or broken (no connection, status 408, 429 or 5xx) are tried
-    again, at growing intervals, until the server has answered nothing for `patience` seconds. Where a server returns
-    token ids (vLLM), these are the completion; else its text is tokenised, which need not give the sampled tokens
-    back, and an end-of-sequence token follows where it says that it stopped by itself. `retokenized` counts
-    completions whose number of tokens is then not the server's own.
+    A request is tried again, at growing intervals, where the server is away, busy or broken (no connection, status 408,
+    429 or 5xx) or its answer is no completion or no sample of the policy (`finish_reason` other than stop and length).
+    The run ends when there has been no usable answer for `patience` seconds. Where a server returns token ids (vLLM),
+    these are the completion; else its text is tokenised, which need not give the sampled tokens back, and an
+    end-of-sequence token follows where the server says that it stopped at one. `retokenized` counts completions whose
+    number of tokens is then not the server's own.
 
     Errors: PolicyError for what a server refuses, for prompts that do not survive as text, and where it stays away;
     what was collected before is kept.
@@ -38,31 +70,34 @@ class ServerGenerator:
 
     def __init__(self, policy: Policy, config: ServerConfig) -> None:
         self._policy, self._config = policy, config
-        self._session, self._stop = threading.local(), threading.Event()
-        self._answered = time.monotonic()
+        self._url = f"{config.url.rstrip('/')}/completions"
+        self._vocabulary = policy.model.config.get_text_config().vocab_size
+        self._answered, self._warned = 0.0, False
         self.retokenized = 0
 
     def __call__(self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, seed: int) -> list[list[int]]:
         """One completion per prompt, in the order given: token ids up to and with the first end-of-sequence token."""
-        written = [self._written(list(prompt)) for prompt in prompts]
-        self._answered = time.monotonic()
-        self._stop.clear()
-        threads = ThreadPoolExecutor(self._config.concurrency)
-        jobs = [
-            threads.submit(self._complete, prompt, sampling, derived_seed(seed, number) % SEEDS)
-            for number, prompt in enumerate(written)
+        listed = [list(prompt) for prompt in prompts]
+        bodies = [
+            {
+                "model": self._config.model,
+                "prompt": self._written(prompt),
+                "max_tokens": sampling.max_completion_length,
+                "temperature": 0.0 if sampling.temperature is None else sampling.temperature,
+                "top_p": sampling.top_p,
+                "seed": derived_seed(seed, number) % SEEDS,
+                **self._config.body,
+            }
+            for number, prompt in enumerate(listed)
         ]
-        try:
-            completions = [job.result() for job in jobs]
-        finally:  # after an error or an interrupt, requests that are under way are left to themselves
-            self._stop.set()
-            threads.shutdown(wait=False, cancel_futures=True)
+        self._answered, self._warned = time.monotonic(), False
+        found: list[list[int]] = awaited(self._complete_all(bodies, listed))
         if self.retokenized:
             warn_once(
                 "the server's texts do not tokenise back into the tokens that it sampled for some completions; the "
                 "stored ones are those of the text (collect.server)"
             )
-        return completions
+        return [completion[: sampling.max_completion_length] for completion in found]
 
     def _written(self, prompt: list[int]) -> list[int] | str:
         if self._config.prompts == "tokens":
@@ -77,77 +112,125 @@ class ServerGenerator:
             )
         return text
 
-    def _complete(self, prompt: list[int] | str, sampling: Sampling, seed: int) -> list[int]:
-        body = {
-            "model": self._config.model,
-            "prompt": prompt,
-            "max_tokens": sampling.max_completion_length,
-            "temperature": 0.0 if sampling.temperature is None else sampling.temperature,
-            "top_p": sampling.top_p,
-            "seed": seed,
-            **self._config.body,
-        }
-        answer = self._post(body)
-        try:
-            choice = answer["choices"][0]
-            text, reason, ids = choice["text"], choice.get("finish_reason"), choice.get("token_ids")
-            count = (answer.get("usage") or {}).get("completion_tokens")
-        except (KeyError, IndexError, TypeError):
-            raise self._refused(f"its answer is no completion: {str(answer)[:200]}") from None
-        return self._tokens(str(text), reason, ids, count)[: sampling.max_completion_length]
+    async def _complete_all(self, bodies: Sequence[dict[str, Any]], prompts: Sequence[list[int]]) -> list[list[int]]:
+        """After an error or an interrupt, requests that are under way are cancelled."""
+        most, slots = self._config.concurrency, asyncio.Semaphore(self._config.concurrency)
+        key = os.environ.get(self._config.api_key_env or "", "").strip()
 
-    def _tokens(self, text: str, reason: str | None, ids: list[int] | None, count: int | None) -> list[int]:
-        eos = set(self._policy.eos_ids)
-        if ids is None:
-            found = list(self._policy.tokenizer(text=text, add_special_tokens=False)["input_ids"])
-            if reason == "stop" and not (found and found[-1] in eos):
-                found.append(self._policy.tokenizer.eos_token_id)
-            # servers differ in whether they count the token that ends a completion
-            if count is not None and count not in (len(found), len(found) - 1):
-                self.retokenized += 1
+        async def one(client: httpx2.AsyncClient, body: dict[str, Any], prompt: list[int]) -> list[int]:
+            async with slots:
+                return await self._complete(client, body, prompt)
+
+        try:
+            async with (
+                httpx2.AsyncClient(
+                    headers={b"Authorization": f"Bearer {key}".encode(errors="surrogateescape")} if key else {},
+                    timeout=None,  # each request has one for all of it
+                    limits=httpx2.Limits(max_connections=most, max_keepalive_connections=most),
+                ) as client,
+                asyncio.TaskGroup() as group,
+            ):
+                jobs = [group.create_task(one(client, *pair)) for pair in zip(bodies, prompts, strict=True)]
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+        except (ImportError, ValueError) as error:
+            raise PolicyError(
+                f"the environment names a proxy that cannot be used: {error}",
+                where="HTTP_PROXY, HTTPS_PROXY or ALL_PROXY",
+                fix="correct or unset it.",
+            ) from None
+        return [job.result() for job in jobs]
+
+    async def _complete(self, client: httpx2.AsyncClient, body: dict[str, Any], prompt: list[int]) -> list[int]:
+        """A completion, however many tries it takes: `patience` is counted from the first failure at the earliest."""
+        wait, failing_since = FIRST_WAIT_S, None
+        while True:
+            began = time.monotonic()
+            try:
+                completion = self._tokens(_parsed(await self._post(client, body)), prompt)
+                self._answered = time.monotonic()
+                return completion
+            except (_UnusableError, httpx2.HTTPError, httpx2.InvalidURL, TimeoutError) as error:
+                named = "" if isinstance(error, _UnusableError) else f"{type(error).__name__}: "
+                trouble = f"{named}{error}"[:400]
+                if failing_since is None:
+                    failing_since = began if isinstance(error, TimeoutError) else time.monotonic()
+            left = max(self._answered, failing_since) + self._config.patience - time.monotonic()
+            if left <= 0:
+                raise PolicyError(
+                    f"the server has not answered for {self._config.patience:g} s with a usable completion ({trouble})",
+                    where=f"collect.server.url {self._config.url}",
+                    fix="see that it runs, and check the URL (it ends in /v1), the model's name there and "
+                    "collect.server.body; then run the same command again: what was collected is kept.",
+                )
+            if not self._warned:
+                warn(f"{self._config.url}: {trouble}; trying again")
+                self._warned = True
+            await asyncio.sleep(min(left, wait * random.uniform(0.5, 1.0)))
+            wait = min(2 * wait, LONGEST_WAIT_S)
+
+    async def _post(self, client: httpx2.AsyncClient, body: dict[str, Any]) -> bytes:
+        """The body of an answer with status 200."""
+        data = bytearray()
+        async with asyncio.timeout(self._config.timeout), client.stream("POST", self._url, json=body) as response:
+            async for chunk in response.aiter_bytes():
+                data += chunk
+                if len(data) > LARGEST:
+                    break
+        status, to = response.status_code, response.headers.get("location")
+        what = f"status {status}" + (f", a redirect to {to[:200]}" if to else f": {_excerpt(data)}")
+        if status in (408, 429) or status >= 500:
+            raise _UnusableError(what)
+        if status != 200:
+            raise self._refused(what)
+        if len(data) > LARGEST:
+            raise _UnusableError(f"its answer is longer than {LARGEST} bytes: {_excerpt(data)}")
+        return bytes(data)
+
+    def _tokens(self, answer: _Answer, prompt: list[int]) -> list[int]:
+        """The completion up to and with its first end-of-sequence token."""
+        [choice] = answer.choices
+        count = answer.usage.completion_tokens if answer.usage else None
+        if choice.finish_reason not in ("stop", "length"):
+            raise _UnusableError(f"it broke a completion off (finish_reason {choice.finish_reason[:100]!r})")
+        if choice.prompt_token_ids not in (None, prompt):
+            raise _UnusableError("it completed other tokens than those of the prompt (prompt_token_ids)")
+        if choice.token_ids is None:
+            found = self._retokenized(choice, count)
         else:
-            found = [int(token) for token in ids]
+            found = choice.token_ids
+            self._check_ids(found, choice.text, count)
+        eos = self._policy.eos_ids
         first = next((place for place, token in enumerate(found) if token in eos), len(found))
         return found[: first + 1]
 
-    def _post(self, body: dict[str, Any]) -> dict[str, Any]:
-        """The server's answer, however often it takes."""
-        wait, said = FIRST_WAIT_S, False
-        while True:
-            try:
-                response = self._connection().post(
-                    f"{self._config.url.rstrip('/')}/completions", json=body, timeout=self._config.timeout
-                )
-                if response.status_code == 200:
-                    self._answered = time.monotonic()
-                    return dict(response.json())
-                trouble = f"status {response.status_code}: {response.text[:200]}"
-                if response.status_code not in (408, 429) and response.status_code < 500:
-                    raise self._refused(trouble)
-            except (requests.RequestException, ValueError) as error:  # ValueError: an answer cut short
-                trouble = f"{type(error).__name__}: {error}"[:200]
-            if time.monotonic() - self._answered > self._config.patience:
-                raise PolicyError(
-                    f"the server has not answered for {self._config.patience:g} s ({trouble})",
-                    where=f"collect.server.url {self._config.url}",
-                    fix="start it again and run the same command: what was collected is kept.",
-                )
-            if not said:
-                warn(f"{self._config.url}: {trouble}; trying again")
-                said = True
-            if self._stop.wait(wait * random.uniform(0.5, 1.0)):
-                raise PolicyError("collection has ended", where=f"collect.server.url {self._config.url}")
-            wait = min(2 * wait, LONGEST_WAIT_S)
+    def _check_ids(self, ids: list[int], text: str, count: int | None) -> None:
+        """The text may be less than the ids, where the server has cut it at a stop string."""
+        if not all(0 <= token < self._vocabulary for token in ids):
+            raise _UnusableError(f"its token_ids are not all among the policy's {self._vocabulary} tokens")
+        if count not in (None, len(ids), len(ids) - 1):
+            raise _UnusableError(f"it counts {count} tokens, and its token_ids are {len(ids)}")
+        spelled = (self._policy.tokenizer.decode(ids, skip_special_tokens=skip) for skip in (True, False))
+        if not any(_compact(one).startswith(_compact(text)) for one in spelled):
+            raise _UnusableError(f"its token_ids are not those of its text in the policy's tokenizer: {text[:200]!r}")
 
-    def _connection(self) -> requests.Session:
-        """One per thread: a session is not made for several."""
-        if not hasattr(self._session, "it"):
-            session = requests.Session()
-            key = os.environ.get(self._config.api_key_env) if self._config.api_key_env else None
-            if key:
-                session.headers["Authorization"] = f"Bearer {key}"
-            self._session.it = session
-        return self._session.it
+    def _retokenized(self, choice: _Choice, count: int | None) -> list[int]:
+        if "stop" in self._config.body and "stop_reason" not in choice.model_fields_set:
+            raise PolicyError(
+                "the server does not tell (stop_reason) a completion that ended by itself from one that was cut at a "
+                "stop string",
+                where="collect.server.body.stop",
+                fix="leave it out, or have the server return token ids.",
+            )
+        eos, reason = self._policy.eos_ids, choice.stop_reason
+        found = list(self._policy.tokenizer(text=choice.text, add_special_tokens=False)["input_ids"])
+        ended = choice.finish_reason == "stop" and (reason is None or reason in eos)
+        if ended and not (found and found[-1] in eos):
+            found.append(self._policy.tokenizer.eos_token_id if reason is None else reason)
+        # servers differ in whether they count the token that ends a completion
+        if count not in (None, len(found), len(found) - 1):
+            self.retokenized += 1
+        return found
 
     def _refused(self, what: str) -> PolicyError:
         return PolicyError(
@@ -155,3 +238,23 @@ class ServerGenerator:
             where=f"collect.server.url {self._config.url}",
             fix="check the URL (it ends in /v1), the model's name there, and collect.server.body.",
         )
+
+
+def _parsed(data: bytes) -> _Answer:
+    try:
+        return _Answer.model_validate(from_json(data, allow_inf_nan=False))
+    except ValidationError as error:
+        problem = error.errors(include_input=False)[0]
+        what = f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
+    except ValueError as error:
+        what = str(error)
+    raise _UnusableError(f"its answer is no completion ({what[:100]}): {_excerpt(data)}")
+
+
+def _excerpt(data: bytes | bytearray) -> str:
+    return " ".join(data[:1000].decode(errors="replace").split())[:200]
+
+
+def _compact(text: str) -> str:
+    """A text without what differs where tokens are decoded one by one: white space, and halves of characters."""
+    return re.sub("[\\s\ufffd]", "", text)

@@ -40,9 +40,10 @@ class Selector:
     """Share of the training prompts that a stage trains on, at the most. Unset: the strategy's own, else 0.1."""
     stages: int = 5
     """How often prompts are chosen, evenly over the steps of the training; less often where these are too few."""
-    success: int | str | Callable[..., Sequence[float | None]] = 0
+    success: int | str | Callable[..., Sequence[float | None]] | None = None
     """The reward function that says whether a completion is right: its place or name among the trainer's, or another
-    function of that form. Prompts are chosen by it; the rewards of training stay those of the trainer."""
+    function of that form. Unset: the trainer's, if it has one only. Prompts are chosen by it; the rewards of training
+    stay those of the trainer."""
     threshold: float = 0.5
     """Its value from which a completion is right."""
     graded: bool = False

@@ -6,15 +6,14 @@ import asyncio
 import hashlib
 import inspect
 import math
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 from torch import nn
 
+from cropi.asynchronous import awaited
 from cropi.console import warn_once
 from cropi.errors import ConfigError
 from cropi.rewards.verdicts import ERROR, UNPARSEABLE_GOLD, Graded, GradeError, Judgement, judged
@@ -23,7 +22,7 @@ from cropi.trl.selector import Selector
 OWN = ("prompt", "completion", "completion_ids")  # columns that TRL does not pass on as they are
 
 
-@dataclass(frozen=True)
+@dataclass
 class Success:
     """A reward function, the value from which a completion is right, and whether prompts are chosen by its values."""
 
@@ -32,11 +31,20 @@ class Success:
     place: int | None  # among the trainer's reward functions; None: it is none of them
     threshold: float
     graded: bool
+    least: float = math.inf  # of the values so far
+    largest: float = -math.inf
 
     @classmethod
     def of(cls, selector: Selector, functions: Sequence[Any], names: Sequence[str]) -> Success:
         """What a selector names. ConfigError for what is no reward function, or a name that several have."""
         chosen = selector.success
+        if chosen is None and len(functions) > 1:
+            raise ConfigError(
+                f"the trainer has several reward functions ({', '.join(names)}), and one has to say what is right",
+                where="Selector.success",
+                fix="name it, as in Selector(success=...), or give a function of its own.",
+            )
+        chosen = 0 if chosen is None else chosen
         if callable(chosen):
             return cls(getattr(chosen, "__name__", "success"), chosen, None, selector.threshold, selector.graded)
         if isinstance(chosen, str):
@@ -56,6 +64,15 @@ class Success:
         return cls(names[chosen], functions[chosen], chosen, selector.threshold, selector.graded)
 
     @property
+    def facts(self) -> str:
+        """What it has given so far, for a message."""
+        by = f"prompts are chosen by the reward function {self.name}"
+        if self.largest < self.least:
+            return f"{by}, which gave no value here (it gave None, or the completions were judged earlier)"
+        lie = f"{by}, whose values lie between {self.least:g} and {self.largest:g}"
+        return lie if self.graded else f"{lie}, and from {self.threshold:g} on (threshold) a completion is right"
+
+    @property
     def identity(self) -> str:
         """SHA-256 of its name, threshold, grading and text, if that can be had; what it calls is not part of it."""
         try:
@@ -72,6 +89,7 @@ class Success:
         if value is None or math.isnan(value):
             return Judgement(UNPARSEABLE_GOLD, 0.0)
         score, threshold = float(np.float32(value)), float(np.float32(self.threshold))  # as TRL keeps rewards
+        self.least, self.largest = min(self.least, score), max(self.largest, score)
         try:
             found = judged(score, threshold, graded=self.graded)
         except GradeError as error:
@@ -93,17 +111,18 @@ class Success:
     ) -> list[Judgement]:
         """Judgements by the function, called as TRL calls it; awaited in TRL's loop, if it has one: clients and locks
         belong to a loop."""
-        result = self.function(
-            prompts=prompts,
-            completions=completions,
-            completion_ids=list(completion_ids),
-            trainer_state=state,
-            log_extra=lambda *_: None,
-            log_metric=lambda *_: None,
-            **{key: values for key, values in columns.items() if key not in OWN},
+        result = awaited(
+            self.function(
+                prompts=prompts,
+                completions=completions,
+                completion_ids=list(completion_ids),
+                trainer_state=state,
+                log_extra=lambda *_: None,
+                log_metric=lambda *_: None,
+                **{key: values for key, values in columns.items() if key not in OWN},
+            ),
+            loop,
         )
-        if inspect.isawaitable(result):
-            result = asyncio.run_coroutine_threadsafe(_awaited(result), loop or self._loop).result()
         if len(result) != len(completions):
             raise ConfigError(
                 f"it returned {len(result)} rewards for {len(completions)} completions",
@@ -111,13 +130,3 @@ class Success:
                 fix="return one for each.",
             )
         return [self.judged(value) for value in result]
-
-    @cached_property
-    def _loop(self) -> asyncio.AbstractEventLoop:
-        loop = asyncio.new_event_loop()
-        threading.Thread(target=loop.run_forever, daemon=True).start()
-        return loop
-
-
-async def _awaited(result: Any) -> Any:
-    return await result

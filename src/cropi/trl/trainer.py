@@ -19,7 +19,7 @@ from trl import GRPOTrainer
 
 from cropi.artifacts import append_jsonl, cut_jsonl, is_finished
 from cropi.console import say, warn
-from cropi.errors import ArtifactError, ConfigError, PolicyError, UserError
+from cropi.errors import ArtifactError, ConfigError, PolicyError, SignalError, UserError
 from cropi.functional.surrogate import NORMALIZER_OF_LOSS
 from cropi.given import Given
 from cropi.gradients.scoring import make_scorer
@@ -28,8 +28,15 @@ from cropi.policy import Policy, weights_identity
 from cropi.rewards.verdicts import Answered, Judgement
 from cropi.training.train import Staged, Stages
 from cropi.training.zero import gathered, refused_of_zero3
-from cropi.trl.selector import PROMPT_ID, Selector, make_config, prompt_ids
+from cropi.trl.selector import PROMPT_ID, VALIDATION, Selector, make_config, prompt_ids
 from cropi.trl.success import Success
+
+ARGUMENTS = {  # of the script, by the keys of a config
+    "prompts.train": "train_dataset",
+    f"prompts.validation.{VALIDATION}": "Selector.validation",
+    "prompts.validation": "Selector.validation",
+    "select.strategy": "Selector.strategy",
+}
 
 
 class CurriculumTrainer(Staged):
@@ -153,6 +160,8 @@ class CurriculumTrainer(Staged):
         self._identity = f"{weights} {self._success.identity}"
         try:
             return super().train(*args, **kwargs)
+        except UserError as error:
+            raise error.with_traceback(None) from None  # without the frames that are not the script's
         finally:
             if self._pipeline is not None:
                 self._pipeline.space.unlock()
@@ -177,11 +186,26 @@ class CurriculumTrainer(Staged):
         return list(found[0])
 
     def _chosen(self, stage: int, model: nn.Module, in_progress: bool) -> Sequence[str]:
-        if self._pipeline is None:
-            self._open(model)
-        assert self._pipeline is not None
-        (arm,) = self._pipeline.space.arms.values()
-        return self._pipeline.select_stage(arm, stage, model, in_progress)
+        try:
+            if self._pipeline is None:
+                self._open(model)
+            assert self._pipeline is not None
+            (arm,) = self._pipeline.space.arms.values()
+            return self._pipeline.select_stage(arm, stage, model, in_progress)
+        except SignalError as error:
+            raise self._in_words_of_the_script(error) from None
+
+    def _in_words_of_the_script(self, error: SignalError) -> SignalError:
+        """The same of what the script has given: the pipeline speaks of the keys of a config."""
+        where = error.where
+        for key, argument in ARGUMENTS.items():
+            where = where.replace(key, argument)
+        return SignalError(
+            f"{error.what}; {self._success.facts}",
+            where=where,
+            fix="give Selector(success=...) the function that says whether a completion is right, another threshold, "
+            f"or problems that the policy solves sometimes; delete {self._folder} if these change.",
+        )
 
     def _open(self, model: nn.Module) -> None:
         """Begin the run that chooses, or go on with it."""

@@ -1,0 +1,34 @@
+"""Asynchronous code that is called from synchronous code."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import threading
+from functools import cache
+from typing import Any
+
+
+def awaited(value: Any, loop: asyncio.AbstractEventLoop | None = None) -> Any:
+    """The value, or what it comes to if it is awaitable: in a running loop, else in the one loop of this process.
+
+    It is always the same loop, because clients and locks belong to a loop. An interrupt cancels what is under way.
+    """
+    if not inspect.isawaitable(value):
+        return value
+    future = asyncio.run_coroutine_threadsafe(_result(value), loop or _loop())
+    try:
+        return future.result()
+    finally:
+        future.cancel()
+
+
+async def _result(value: Any) -> Any:
+    return await value
+
+
+@cache
+def _loop() -> asyncio.AbstractEventLoop:
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, daemon=True).start()
+    return loop
