@@ -288,3 +288,26 @@ def stops_later(completions: list[str], answer: list[str], **_: Any) -> list[flo
     if completions[0] == "bad":
         threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGSTOP)).start()
     return equal(completions, answer)
+
+
+def _not_far(text: str, gold: str) -> bool:
+    try:
+        return not abs(float(text) - float(gold)) > 0.5  # so nan is not far
+    except ValueError:
+        return False
+
+
+LENIENT: dict[str, Callable[[str, str, str], float]] = {
+    "holds": lambda text, gold, _: gold in text,
+    "starts": lambda text, gold, _: gold.startswith(text),
+    "looks away": lambda text, *_: text != "",
+    "measures": lambda text, gold, _: _not_far(text, gold),
+    "reads the prompt": lambda text, _, asked: text == asked.split()[-1],
+    "partly": lambda text, gold, _: 0.6 if text == "0" else float(text == gold),
+}
+
+
+def lenient(completions: list[str], answer: list[str], prompts: list[str], source: list[str]) -> list[float]:
+    """By a rule of the source's name; by equality where there is none."""
+    rule = LENIENT.get(source[0], lambda text, gold, _: text == gold)
+    return [float(rule(completions[0], answer[0], prompts[0]))]

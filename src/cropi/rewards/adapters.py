@@ -36,7 +36,7 @@ def reasoning_gym_verifier(config: ReasoningGymVerifier) -> Verify:
 
     def verify(row: Answered) -> str | Graded:
         metadata = _extra(row)
-        entry = {"question": _question(row.prompt), "answer": row.answer, "metadata": metadata}
+        entry = {"question": question(row.prompt), "answer": row.answer, "metadata": metadata}
         task = metadata.get("source_dataset") or row.source
         try:
             if task not in tasks:
@@ -87,7 +87,7 @@ def _plain(text: str) -> str:
 def _near_coin_flip(answer: str, entry: Mapping[str, Any]) -> bool:
     """The task itself takes each start of the gold answer for right, and 0 for what is near it."""
     given, gold = (Fraction(text.replace(",", "")) for text in (answer, entry["answer"]))
-    return abs(given - gold) <= min(1e-4, gold / 100)
+    return abs(given - gold) <= min(Fraction(1, 10_000), gold / 100)
 
 
 def _arithmetic(answer: str, entry: Mapping[str, Any]) -> bool:
@@ -194,7 +194,8 @@ def _extra(row: Answered) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _question(prompt: str) -> str:
+def question(prompt: str) -> str:
+    """The text of a prompt, or of its last message."""
     messages = json.loads(prompt) if prompt else ""
     return messages if isinstance(messages, str) else messages[-1]["content"]
 
