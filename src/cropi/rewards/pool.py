@@ -33,13 +33,13 @@ from cropi.config import VerificationConfig, Verifier
 from cropi.console import warn
 from cropi.errors import ConfigError
 from cropi.rewards.verdicts import ERROR, TIMEOUT, VERDICTS, Answered, GradeError, Judge, Judgement
+from cropi.rewards.worker import END_S
 
 CHUNK = 64  # rows sent to a worker at once, at most
 CHUNK_CHARACTERS = 1_000_000  # and so much text of them, unless a single row has more
 CACHED = 100_000  # judgements that are remembered
 ATTEMPTS = 2  # of a row that ends its worker
 GRACE_S = 10.0  # beyond the time for a row: for reading a chunk, before its first row is begun
-END_S = 10.0  # for a process to end what its verifier has started
 LONGEST = 2**20  # bytes of a message
 _HERE = str(Path(__file__).parents[2])  # where this package is imported from
 _Verdict = Annotated[str, Field(pattern=f"^({'|'.join(VERDICTS)})$")]
@@ -127,11 +127,11 @@ class _Worker:
             return True
 
     def kill(self) -> None:
-        """End the process and all that it has started: what is asked to is its keeper."""
+        """End the process and all that it has started, by asking its keeper."""
         self.process.terminate()
         self.process.send_signal(signal.SIGCONT)
         try:
-            self.process.wait(END_S)
+            self.process.wait(2 * END_S)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
@@ -256,10 +256,10 @@ class Pool:
                     if worker.push():
                         selector.register(worker.process.stdin, selectors.EVENT_WRITE)
                 events = selector.select(min(0.05, self._settings.seconds / 10))
+            now = time.monotonic()  # what comes after it is not yet read, and no sign of a row that takes too long
             for event, _ in events:
                 if event.data is not None:
                     self._listen(event.data, jobs, found)
-            now = time.monotonic()
             for worker in list(self._workers):
                 self._watch(worker, now, jobs, found)
 

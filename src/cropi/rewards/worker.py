@@ -21,6 +21,7 @@ from typing import Any
 from cropi.rewards.verdicts import CORRECT, ERROR, Answered, Graded
 
 NEARLY = 2**25  # bytes that are left when memory counts as used up
+END_S = 5.0  # for all that a verifier has started to end
 NOTE = 500  # characters of a note, at the most
 _DEATH, _SUBREAPER = 1, 36  # of Linux's prctl
 
@@ -29,6 +30,7 @@ def main() -> None:
     """Split into keeper and worker."""
     _prctl(_DEATH, signal.SIGTERM)
     _prctl(_SUBREAPER, 1)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # an owner that ignores it hands that down
     heard = {signal.SIGCHLD, signal.SIGTERM}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, heard)
     if worker := os.fork():
@@ -50,8 +52,9 @@ def _keep(worker: int, heard: set[signal.Signals]) -> None:
     if status is None:
         os.kill(worker, signal.SIGKILL)
         status = os.waitpid(worker, 0)[1]
+    until = time.monotonic() + END_S
     with suppress(ChildProcessError):  # none is left
-        while True:  # children of what has ended become the keeper's own
+        while time.monotonic() < until:  # children of what has ended become the keeper's own
             if not os.waitpid(-1, os.WNOHANG)[0]:
                 _kill_children()
     os._exit(abs(os.waitstatus_to_exitcode(status)))
