@@ -13,7 +13,7 @@ import pytest
 
 from cropi.config import ExactVerifier, FunctionVerifier, ReasoningGymVerifier, VerificationConfig
 from cropi.rewards.cheap import at_least, cheap_answers
-from cropi.rewards.pool import Pool
+from cropi.rewards.pool import judge_of
 
 LIMITS = VerificationConfig(seconds=5.0, memory_mb=1024)
 
@@ -27,9 +27,8 @@ def prompts(source: str, golds: list[str]) -> list[dict[str, Any]]:
 
 def cheap(verifier: Any, rows: list[dict[str, Any]]) -> dict[str, set[str]]:
     found = defaultdict(set)
-    with Pool(verifier, LIMITS) as pool:
-        for row in cheap_answers(verifier, pool, rows):
-            found[row["source"]].add(row["answer"])
+    for row in cheap_answers(verifier, judge_of(verifier, LIMITS), rows):
+        found[row["source"]].add(row["answer"])
     return dict(found)
 
 
@@ -62,8 +61,7 @@ def test_what_earns_more_than_chance(source: str, golds: list[str], expected: se
 def test_grades_count_as_they_are_and_sources_stand_apart() -> None:
     verifier = FunctionVerifier(type="function", path="tests.rewards.functions.lenient", graded=True)
     rows = prompts("partly", [str(n + 100) for n in range(50)]) + prompts("equal", [f"x{n}" for n in range(50)])
-    with Pool(verifier, LIMITS) as pool:
-        (row,) = cheap_answers(verifier, pool, rows)
+    (row,) = cheap_answers(verifier, judge_of(verifier, LIMITS), rows)
     assert row == {"source": "partly", "answer": "'0'", "earns": pytest.approx(0.6), "chance": 0.02, "rows": 50}
 
 
@@ -76,8 +74,8 @@ def test_answers_are_written_as_the_verifier_wants_them_and_a_strict_one_pays_fo
 def test_many_rows_are_sampled_evenly() -> None:
     rows = prompts("measures", [str(n) for n in range(1050)])
     verifier = FunctionVerifier(type="function", path="tests.rewards.functions.lenient")
-    with Pool(verifier, LIMITS) as pool:
-        (row,) = (row for row in cheap_answers(verifier, pool, rows) if row["answer"] == "'nan'")
+    found = cheap_answers(verifier, judge_of(verifier, LIMITS), rows)
+    (row,) = (row for row in found if row["answer"] == "'nan'")
     assert row["rows"] == 96  # every eleventh
     assert row["earns"] == 1
 
