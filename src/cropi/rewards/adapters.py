@@ -49,14 +49,14 @@ def reasoning_gym_verifier(config: ReasoningGymVerifier) -> Verify:
             answer = given.strip() if found else None
         else:
             answer = extract_answer(row.completion) if "<answer>" in row.completion else row.completion.strip()
+        if answer and answer == row.answer.strip() != str(None):  # some tasks have no gold answer
+            return _judged(1.0, config)
         if not answer or (by_sympy and not is_formula(answer)) or (_not_finite(answer) and not _not_finite(row.answer)):
             return UNPARSEABLE_ANSWER
         earned = float(score(answer=answer, entry=entry))
-        if earned > 0 and not (
-            _BESIDES.get(task, lambda *_: True)(answer, entry) and _looked_at(answer, entry, earned, score)
-        ):
-            earned = 0.0
-        return _judged(earned, config)
+        besides = _BESIDES.get(task, lambda *_: True)
+        genuine = earned > 0 and besides(answer, entry) and _looked_at(answer, entry, earned, score)
+        return _judged(earned if genuine else 0.0, config)
 
     return verify
 
