@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
+import stat
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from cropi.rewards.verdicts import CORRECT, ERROR, TIMEOUT
 
 CALLS: list[str] = []
 
@@ -204,3 +211,156 @@ def verl_score(data_source: str, solution_str: str, ground_truth: str, extra_inf
     if data_source == "sums":
         return {"score": float(solution_str == ground_truth), "acc": True}
     return float(extra_info == {"level": 3})
+
+
+def _pipes() -> list[int]:
+    """Pipes of this process beyond the standard streams, as a careless function may hit them."""
+    found = []
+    for number in range(3, 256):
+        with suppress(OSError):
+            found += [number] if stat.S_ISFIFO(os.fstat(number).st_mode) else []
+    return found
+
+
+def _write(data: bytes) -> None:
+    for number in _pipes():
+        with suppress(OSError):
+            os.write(number, data)
+
+
+def _truncate() -> None:
+    for number in range(3, 256):
+        with suppress(OSError):
+            os.ftruncate(number, 0)
+
+
+def _read() -> None:
+    for number in _pipes():
+        with suppress(OSError):
+            os.read(number, 1)
+
+
+def _close_and_sleep() -> None:
+    os.closerange(0, 256)
+    time.sleep(1000)
+
+
+def _exhaust_descriptors() -> None:
+    with suppress(OSError):
+        while True:
+            os.open(os.devnull, os.O_RDONLY)
+
+
+def _interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+class Speechless(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError
+
+
+def _raise_speechless() -> None:
+    raise Speechless
+
+
+def _raise_half_a_character() -> None:
+    raise ValueError("\udcff\n\x00")
+
+
+def _daemon() -> None:
+    """As daemons are made: two forks, a session of its own, standard streams closed."""
+    if os.fork() == 0:
+        os.setsid()
+        if os.fork() == 0:
+            os.closerange(0, 3)
+            os.execv("/bin/sleep", ["sleep", os.environ["CROPI_TEST_SLEEP"]])
+        os._exit(0)
+    os.wait()
+
+
+def _forked_child_that_stays() -> None:
+    if os.fork() == 0:
+        os.setsid()
+        os.execv("/bin/sleep", ["sleep", os.environ["CROPI_TEST_SLEEP"]])
+
+
+def _detached_and_end() -> None:
+    """Nothing of what it has started tells where it came from."""
+    command = ["/bin/sleep", os.environ["CROPI_TEST_SLEEP"]]
+    subprocess.Popen(command, start_new_session=True, env={})
+    os._exit(0)
+
+
+def _daemon_and_hang() -> None:
+    _daemon()
+    time.sleep(1000)
+
+
+def _end_parent_and_wait(number: signal.Signals) -> None:
+    os.kill(os.getppid(), number)
+    time.sleep(1000)
+
+
+DEEDS: dict[str, tuple[Callable[[], object], str]] = {  # and the verdict on a right answer that does it
+    "old message": (lambda: _write(b'{"done": [["correct", 0, ""]]}\n'), ERROR),
+    "message": (lambda: _write(b'["judged", "correct", 0.0, "", null]\n'), ERROR),
+    "empty line": (lambda: _write(b"\n"), ERROR),
+    "no line": (lambda: _write(b"\x00\xff"), ERROR),
+    "flood": (lambda: _write(b"x" * 2**23), ERROR),
+    "close": (lambda: os.closerange(0, 256), ERROR),
+    "close and sleep": (_close_and_sleep, ERROR),
+    "end": (lambda: os._exit(0), ERROR),
+    "exit": (sys.exit, ERROR),
+    "interrupt": (_interrupt, ERROR),
+    "speechless": (_raise_speechless, ERROR),
+    "half a character": (_raise_half_a_character, ERROR),
+    "kill all": (lambda: os.killpg(0, signal.SIGKILL), ERROR),
+    "kill parent": (lambda: _end_parent_and_wait(signal.SIGKILL), ERROR),
+    "end parent": (lambda: _end_parent_and_wait(signal.SIGTERM), ERROR),
+    "detached, end": (_detached_and_end, ERROR),
+    "read": (_read, TIMEOUT),
+    "stop all": (lambda: os.killpg(0, signal.SIGSTOP), TIMEOUT),
+    "daemon, hang": (_daemon_and_hang, TIMEOUT),
+    "truncate": (_truncate, CORRECT),
+    "descriptors": (_exhaust_descriptors, CORRECT),
+    "folder": (lambda: os.chdir("/"), CORRECT),
+    "stop parent": (lambda: os.kill(os.getppid(), signal.SIGSTOP), CORRECT),
+    "forked": (_forked_child_that_stays, CORRECT),
+}
+
+
+def does(completions: list[str], answer: list[str], **_: Any) -> list[float]:
+    """Whatever the completion names, then `equal`."""
+    DEEDS.get(completions[0], (lambda: None, ""))[0]()
+    return equal(completions, answer)
+
+
+def stops_later(completions: list[str], answer: list[str], **_: Any) -> list[float]:
+    """Right, but stops its process a moment after it has answered."""
+    if completions[0] == "bad":
+        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGSTOP)).start()
+    return equal(completions, answer)
+
+
+def _not_far(text: str, gold: str) -> bool:
+    try:
+        return not abs(float(text) - float(gold)) > 0.5  # so nan is not far
+    except ValueError:
+        return False
+
+
+LENIENT: dict[str, Callable[[str, str, str], float]] = {
+    "holds": lambda text, gold, _: gold in text,
+    "starts": lambda text, gold, _: gold.startswith(text),
+    "looks away": lambda text, *_: text != "",
+    "measures": lambda text, gold, _: _not_far(text, gold),
+    "reads the prompt": lambda text, _, asked: text == asked.split()[-1],
+    "partly": lambda text, gold, _: 0.6 if text == "0" else float(text == gold),
+}
+
+
+def lenient(completions: list[str], answer: list[str], prompts: list[str], source: list[str]) -> list[float]:
+    """By a rule of the source's name; by equality where there is none."""
+    rule = LENIENT.get(source[0], lambda text, gold, _: text == gold)
+    return [float(rule(completions[0], answer[0], prompts[0]))]

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from cropi.config import FunctionVerifier, ReasoningGymVerifier, VerlVerifier
 from cropi.rewards.adapters import is_formula
-from cropi.rewards.verdicts import CORRECT, UNPARSEABLE_ANSWER, UNPARSEABLE_GOLD, WRONG, Answered, Graded
+from cropi.rewards.verdicts import CORRECT, UNPARSEABLE_ANSWER, UNPARSEABLE_GOLD, WRONG, Answered, Graded, reward
 from cropi.rewards.verifiers import verifier, written_gold
 
 HERE = "tests.rewards.functions"
@@ -117,7 +118,11 @@ def entries(task: str, count: int = 5) -> list[dict[str, object]]:
     return list(reasoning_gym.create_dataset(task, size=count, seed=3))
 
 
-@pytest.mark.parametrize("task", ["chain_sum", "countdown", "n_queens", "spiral_matrix", "polynomial_multiplication"])
+GOLD = ["chain_sum", "countdown", "n_queens", "spiral_matrix", "polynomial_multiplication", "puzzle24", "coin_flip"]
+GOLD += ["rearc", "bitwise_arithmetic", "advanced_geometry"]  # whose scorers do not see what was JSON as it was
+
+
+@pytest.mark.parametrize("task", GOLD)
 def test_reasoning_gym_s_gold_answers_are_right(task: str) -> None:
     verify = verifier(ReasoningGymVerifier(type="reasoning_gym"))
     for entry in entries(task):
@@ -213,3 +218,82 @@ def test_numbers_in_a_comment_do_not_count_as_used() -> None:
     cheat = f"{entry['metadata']['target']} # {numbers}"  # type: ignore[index]
     row = Answered(cheat, str(entry["answer"]), "countdown", "", json.dumps(entry["metadata"]))
     assert verify(row) == UNPARSEABLE_ANSWER
+
+
+def judged_by(task: str, answers: dict[int, list[str]] | list[str], **settings: Any) -> list[tuple[str, str, object]]:
+    """What is not judged 0 of these answers to a task's entries."""
+    verify = verifier(ReasoningGymVerifier(type="reasoning_gym", **settings))
+    found = []
+    for number, entry in enumerate(entries(task, 20)):
+        row = Answered("", str(entry["answer"]), task, "", json.dumps(entry["metadata"]))
+        for answer in answers if isinstance(answers, list) else answers[number]:
+            verdict = verify(row._replace(completion=answer))
+            if (reward(verdict) or 0) > 0.5 and answer != row.answer:
+                found.append((answer, row.answer, verdict))
+    return found
+
+
+@pytest.mark.parametrize("graded", [False, True])
+@pytest.mark.parametrize(
+    ("task", "answers"),
+    [
+        (
+            "complex_arithmetic",
+            ["nan", "-NaN", "nanj", "nan+nani", "1+nanj", "(nan)", "n a n", "inf", "1e999", "-infj"],
+        ),
+        ("number_sorting", [str([float("nan")] * n).replace("nan", "NaN") for n in range(1, 12)]),
+        ("game_of_life_halting", ["maybe", "0", "True False", "nan", "\ufffd"]),
+        ("coin_flip", ["0", "0.0", "0.", "00", "0/7", "0,0", "1e-9", ".0"]),
+        ("puzzle24", ["9*3-2-1", "8*2+7+1", "2*3*4*1"]),
+    ],
+)
+def test_no_answer_is_right_for_every_question(task: str, answers: list[str], graded: bool) -> None:
+    assert judged_by(task, answers, graded=graded) == []
+
+
+def test_what_only_starts_like_the_gold_answer_or_opposes_it_is_wrong() -> None:
+    starts = {n: [text[:end] for end in range(1, 5)] for n, text in enumerate(golds("coin_flip"))}
+    for answer, gold, _ in judged_by("coin_flip", starts):
+        assert abs(float(answer) - float(gold)) <= 1e-4
+    opposed = {n: [{"True": "False", "False": "true"}[text]] for n, text in enumerate(golds("game_of_life_halting"))}
+    assert judged_by("game_of_life_halting", opposed) == []
+    longer = {n: [text + "x", text + " " + text] for n, text in enumerate(golds("spell_backward"))}
+    assert judged_by("spell_backward", longer) == []
+
+
+def golds(task: str) -> list[str]:
+    return [str(entry["answer"]) for entry in entries(task, 20)]
+
+
+@pytest.mark.parametrize(
+    ("task", "entry", "answer", "expected"),
+    [
+        ("coin_flip", {"answer": "0.234375"}, "15/64", CORRECT),
+        ("coin_flip", {"answer": "0.234375"}, "0.2344", CORRECT),
+        ("coin_flip", {"answer": "0.234375"}, "0", WRONG),
+        ("coin_flip", {"answer": "0.234375"}, "0.23", WRONG),
+        ("game_of_life_halting", {"answer": "False"}, "false", CORRECT),
+        ("game_of_life_halting", {"answer": "False"}, "True", WRONG),
+        ("puzzle24", {"answer": "1*(7*4 - 4)", "metadata": {"numbers": [1, 7, 4, 4]}}, "7*4-4*1", CORRECT),
+        ("puzzle24", {"answer": "1*(7*4 - 4)", "metadata": {"numbers": [7, 7, 1, 2]}}, "7*7/2/1", WRONG),  # 24.5
+        ("puzzle24", {"answer": "6*4*1*1", "metadata": {"numbers": [6, 4, 1, 1]}}, "6*4+1-1", CORRECT),
+        ("countdown", {"answer": "2*3", "metadata": {"numbers": [2, 3], "target": 6}}, "3*2", CORRECT),
+        (
+            "countdown",
+            {"answer": "2*3", "metadata": {"numbers": [2, 3], "target": 6}},
+            "(2+3)*(pi-pi)+x/x+x/x+x/x+x/x+x/x+x/x",
+            WRONG,
+        ),
+        ("polynomial_equations", {"answer": "none"}, "a word", WRONG),
+        ("self_reference", {"answer": "None"}, "None", CORRECT),
+        ("boxnet", {"answer": "None", "metadata": {"initial_state": {}}}, "None", WRONG),  # it has no gold answer
+        ("family_relationships", {"answer": "nan"}, "Nan", CORRECT),  # a grandmother
+    ],
+)
+def test_what_a_task_lets_pass_and_what_it_must_not_lose(
+    task: str, entry: dict[str, Any], answer: str, expected: str
+) -> None:
+    row = Answered(answer, entry["answer"], task, "", json.dumps(entry.get("metadata", {})))
+    assert verifier(ReasoningGymVerifier(type="reasoning_gym"))(row) in (
+        {expected} if expected == CORRECT else {WRONG, UNPARSEABLE_ANSWER}
+    )

@@ -209,6 +209,16 @@ def test_the_command_ends_over_a_verifier_that_fails_on_every_row(tmp_path: Path
     assert "Traceback" not in done.stderr
 
 
+def test_an_audit_tells_of_answers_that_need_no_thought() -> None:
+    config = load_config("quickstart", ["verifier={type: function, path: tests.rewards.functions.lenient}"])
+    prompts = [PROMPTS[0] | {"source": "measures", "answer": str(n), "messages": '"?"'} for n in range(20)]
+    audit = audit_of(config, prompts, prompts[:3], ["0", "1", "2"], "by hand", None)
+    assert audit.cheap == [{"source": "measures", "answer": "'nan'", "earns": 1.0, "chance": 0.05, "rows": 20}]
+    assert audit.as_json()["cheap"] == audit.cheap
+    assert "cheap in measures: 'nan' earns 100% on 20 rows (chance 5%)" in audit.as_text()
+    assert any("earn more than chance in measures" in text for text in audit.fixes)
+
+
 def test_nothing_to_fix() -> None:
     config = load_config("quickstart", ["verifier={type: numeric}"])
     audit = audit_of(config, PROMPTS[:3], PROMPTS[:3], ["1", "2", "3"], "by hand", None)
@@ -223,4 +233,5 @@ def test_the_command_samples_where_nothing_is_collected_and_writes_nothing(tmp_p
     assert result["completions"] == 48
     assert result["origin"] == "sampled now"
     assert set(result["gold"]) == {"correct"}
+    assert result["cheap"] == []
     assert list(tmp_path.iterdir()) == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 import signal
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from cropi.config import (
 from cropi.errors import ConfigError
 from cropi.rewards.pool import Pool, judge_of
 from cropi.rewards.verdicts import CORRECT, ERROR, TIMEOUT, UNPARSEABLE_GOLD, VERDICTS, WRONG, Answered
-from tests.rewards import hostile
+from tests.rewards import functions, hostile
 
 LIMITS = VerificationConfig(seconds=1.0, memory_mb=256)
 EXACT = ExactVerifier(type="exact")
@@ -98,11 +99,26 @@ def test_a_thread_that_asked_first_may_end() -> None:
         assert pool([Answered("8", "8")])[0].verdict == CORRECT
 
 
-def test_what_fails_is_not_remembered() -> None:
-    with Pool(MathVerifier(type="math"), LIMITS.model_copy(update={"seconds": 0.3})) as pool:
-        row = Answered("\\boxed{9^{9^{9}}}", "7")
-        assert pool([row])[0].verdict == TIMEOUT
-        assert pool._cache is not None
+def test_an_answer_that_ended_two_processes_is_remembered_unless_the_verifier_is_yours(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    limits = LIMITS.model_copy(update={"seconds": 0.3, "processes": 1})
+    bad = Answered("bad", "7")
+    with Pool(function("hangs"), limits) as pool:
+        assert [pool([bad])[0].verdict for _ in range(2)] == [TIMEOUT] * 2
+        assert pool.kills == 4
+    monkeypatch.setattr(FunctionVerifier, "pure", True)  # as those of libraries are
+    for name, verdict in (("hangs", TIMEOUT), ("dies", ERROR)):
+        with Pool(function(name), limits) as pool:
+            first, twin = pool([bad, bad])
+            assert first == twin == pool([bad])[0]  # the very same seconds
+            assert (first.verdict, pool.kills) == (verdict, 2)
+
+
+def test_what_raises_is_not_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FunctionVerifier, "pure", True)
+    with Pool(function("raises"), LIMITS) as pool:
+        assert pool([Answered("bad", "7")])[0].verdict == ERROR
         assert not pool._cache
 
 
@@ -111,6 +127,30 @@ def test_what_a_verifier_has_started_ends_with_it() -> None:
         assert pool([Answered("bad", "7")])[0].verdict == TIMEOUT
     left = [p for p in psutil.process_iter(["cmdline"]) if "300.123" in (p.info["cmdline"] or [])]
     assert left == []
+
+
+def test_a_function_that_misbehaves_costs_its_own_row_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    sleep = f"300.{secrets.randbelow(10**9):09}"
+    monkeypatch.setenv("CROPI_TEST_SLEEP", sleep)
+    deeds = functions.DEEDS | {str(n): (None, CORRECT) for n in range(30)}
+    rows = [Answered(deed, deed) for deed in sorted(deeds, key=lambda deed: deed[::-1])]  # mixed
+    with Pool(function("does"), LIMITS) as pool:
+        judged = pool(rows)
+        assert {row.answer: one.verdict for row, one in zip(rows, judged, strict=True)} == {
+            deed: verdict for deed, (_, verdict) in deeds.items()
+        }
+    assert [p for p in psutil.process_iter(["cmdline"]) if sleep in (p.info["cmdline"] or [])] == []
+
+
+def test_a_process_that_is_stopped_between_two_calls_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More text than a pipe holds waits for it, and no row has begun."""
+    monkeypatch.setattr("cropi.rewards.pool.GRACE_S", 0.5)
+    with Pool(function("stops_later"), LIMITS.model_copy(update={"processes": 1})) as pool:
+        pool([Answered("bad", "bad")])
+        time.sleep(0.5)
+        long = "7" * 500_000
+        assert [one.verdict for one in pool([Answered(long, long), Answered("8", "7")])] == [CORRECT, WRONG]
+        assert pool.kills == 1
 
 
 def test_a_verifier_that_reads_its_standard_input_finds_nothing() -> None:
@@ -205,14 +245,19 @@ def test_an_interrupt_leaves_no_process_and_a_pool_that_works() -> None:
 def test_processes_end_with_their_owner() -> None:
     """Even where it has no time to say so."""
     code = (
-        "import os; from cropi.config import ExactVerifier, VerificationConfig; from cropi.rewards.pool import Pool;"
-        "from cropi.rewards.verdicts import Answered; p = Pool(ExactVerifier(type='exact'), VerificationConfig());"
-        "p([Answered('7', '7')]); print(p._workers[0].process.pid, flush=True); os.kill(os.getpid(), 9)"
+        "import os, psutil; from cropi.config import FunctionVerifier, VerificationConfig;"
+        "from cropi.rewards.pool import Pool; from cropi.rewards.verdicts import Answered;"
+        "p = Pool(FunctionVerifier(type='function', path='tests.rewards.functions.does'), VerificationConfig());"
+        "p([Answered('forked', '7')]); all = psutil.Process().children(recursive=True); assert len(all) == 3;"
+        "print(*[one.pid for one in all], flush=True); os.kill(os.getpid(), 9)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    pid = int(done.stdout)
-    with suppress(psutil.NoSuchProcess):
-        psutil.Process(pid).wait(timeout=5)
+    environment = os.environ | {"CROPI_TEST_SLEEP": "300.456"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert len(done.stdout.split()) == 3, done.stderr
+    for pid in map(int, done.stdout.split()):
+        with suppress(psutil.NoSuchProcess):
+            psutil.Process(pid).wait(timeout=5)
 
 
 def test_one_pool_serves_all_who_ask() -> None:
@@ -244,7 +289,9 @@ def test_hostile_answers(config: object, tmp_path: Path) -> None:
         right = [row.completion for row, one in zip(rows, judged, strict=True) if one.verdict == CORRECT]
         assert right == [text for text in right if config.type == "numeric" and _ends_in_seven(text)]  # type: ignore[attr-defined]
         assert pool([plain])[0].verdict == CORRECT
-        memory = sum(psutil.Process(worker.process.pid).memory_info().rss for worker in pool._workers)
+        started = [psutil.Process(worker.process.pid) for worker in pool._workers]
+        processes = [process for keeper in started for process in (keeper, *keeper.children(recursive=True))]
+        memory = sum(process.memory_info().rss for process in processes)
         assert memory < 2 * (LIMITS.memory_mb + 300) * 2**20
     assert not marker.exists()
 

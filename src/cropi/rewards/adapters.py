@@ -9,6 +9,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Mapping
+from fractions import Fraction
 from typing import Any
 
 from cropi.asynchronous import awaited
@@ -36,7 +37,7 @@ def reasoning_gym_verifier(config: ReasoningGymVerifier) -> Verify:
 
     def verify(row: Answered) -> str | Graded:
         metadata = _extra(row)
-        entry = {"question": _question(row.prompt), "answer": row.answer, "metadata": metadata}
+        entry = {"question": question(row.prompt), "answer": row.answer, "metadata": metadata}
         task = metadata.get("source_dataset") or row.source
         try:
             if task not in tasks:
@@ -49,11 +50,68 @@ def reasoning_gym_verifier(config: ReasoningGymVerifier) -> Verify:
             answer = given.strip() if found else None
         else:
             answer = extract_answer(row.completion) if "<answer>" in row.completion else row.completion.strip()
-        if not answer or (by_sympy and not is_formula(answer)):
+        if answer and answer == row.answer.strip() != str(None):  # some tasks have no gold answer
+            return _judged(1.0, config)
+        if not answer or (by_sympy and not is_formula(answer)) or (_not_finite(answer) and not _not_finite(row.answer)):
             return UNPARSEABLE_ANSWER
-        return _judged(score(answer=answer, entry=entry), config)
+        earned = float(score(answer=answer, entry=entry))
+        besides = _BESIDES.get(task, lambda *_: True)
+        genuine = earned > 0 and besides(answer, entry) and _looked_at(answer, entry, earned, score)
+        return _judged(earned if genuine else 0.0, config)
 
     return verify
+
+
+_NOT_FINITE = re.compile(r"(?<![a-z])s?(?:nan|inf(?:inity)?)[ij]?(?![a-z])", re.IGNORECASE)
+NONSENSE = "\N{REPLACEMENT CHARACTER}"  # no task's right answer
+
+
+def _not_finite(text: str) -> bool:
+    """Whether it holds what Python reads as a number that is none: no distance to it is large."""
+    return bool(_NOT_FINITE.search(text) or _NOT_FINITE.search("".join(text.split())))
+
+
+def _looked_at(answer: str, entry: Mapping[str, Any], earned: float, score: Callable[..., float]) -> bool:
+    """Whether an answer earns more than nonsense does, or is the gold one: some scorers look at neither."""
+    if _plain(answer) == _plain(entry["answer"]):
+        return True
+    try:
+        return earned > float(score(answer=NONSENSE, entry=entry))
+    except Exception:
+        return True  # it has stumbled over nonsense, as it has not over the answer
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.split()).casefold()
+
+
+def _near_coin_flip(answer: str, entry: Mapping[str, Any]) -> bool:
+    """The task itself takes each start of the gold answer for right, and 0 for what is near it."""
+    given, gold = (Fraction(text.replace(",", "")) for text in (answer, entry["answer"]))
+    return abs(given - gold) <= min(Fraction(1, 10_000), gold / 100)
+
+
+def _arithmetic(answer: str, entry: Mapping[str, Any]) -> bool:
+    """Numbers and signs alone: with `pi - pi` and `x / x` one need not calculate."""
+    return not re.search("[A-Za-z!]", answer)
+
+
+def _makes_24(answer: str, entry: Mapping[str, Any]) -> bool:
+    """The task itself takes any four numbers, and rounds."""
+    from sympy import Abs, parse_expr
+
+    numbers = sorted(map(str, entry["metadata"]["numbers"]))
+    used = sorted(re.findall(r"[\d.]+", answer))
+    return _arithmetic(answer, entry) and used == numbers and bool(Abs(parse_expr(answer) - 24) < 1e-6)
+
+
+# What an answer must be besides, to earn anything, where a task's scorer takes it for right on too little.
+_BESIDES: dict[str, Callable[[str, Mapping[str, Any]], bool]] = {
+    "coin_flip": _near_coin_flip,
+    "countdown": _arithmetic,
+    "puzzle24": _makes_24,
+    "spell_backward": lambda answer, entry: len(answer) <= len(entry["answer"]),
+}
 
 
 def _disarmed(task: str, known: Mapping[str, Any]) -> bool:
@@ -137,7 +195,8 @@ def _extra(row: Answered) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _question(prompt: str) -> str:
+def question(prompt: str) -> str:
+    """The text of a prompt, or of its last message."""
     messages = json.loads(prompt) if prompt else ""
     return messages if isinstance(messages, str) else messages[-1]["content"]
 

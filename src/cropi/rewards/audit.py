@@ -9,6 +9,7 @@ from typing import Any
 
 from cropi.config import Config, Verifier
 from cropi.errors import ConfigError
+from cropi.rewards.cheap import cheap_answers
 from cropi.rewards.pool import judge_of
 from cropi.rewards.verdicts import (
     CORRECT,
@@ -38,6 +39,7 @@ class Audit:
     sources: dict[str, dict[str, float]]
     verdicts: dict[str, int]
     disagreement: dict[str, Any] | None
+    cheap: list[dict[str, Any]]  # answers that need no thought and earn more than chance
     fixes: list[str]
 
     def as_json(self) -> dict[str, Any]:
@@ -62,6 +64,11 @@ class Audit:
                 f"  {row['first']:<18} {row['second']:<18} gold {row['answer']!r}, …{row['completion'][-80:]!r}"
                 for row in two["examples"]
             ]
+        lines += [
+            f"cheap in {row['source']}: {row['answer']} earns {row['earns']:.0%} on {row['rows']} rows (chance "
+            f"{row['chance']:.0%})"
+            for row in self.cheap
+        ]
         lines += [f"fix: {text}" for text in self.fixes] or ["nothing to fix was found"]
         return "\n".join(lines)
 
@@ -121,6 +128,14 @@ def audit_of(
         for row, verdict in zip(prompts, gold, strict=True)
         if verdict != CORRECT
     ]
+    cheap = cheap_answers(config.verifier, judge, prompts)
+    fixes = _fixes(of_gold, judged, sources, disagreement)
+    if cheap:
+        names = ", ".join(sorted({row["source"] for row in cheap}))
+        fixes.append(
+            f"answers that need no thought earn more than chance in {names}: a policy would learn to give them. Make "
+            "the verifier stricter, or leave these prompts out."
+        )
     return Audit(
         completions=len(texts),
         origin=origin,
@@ -129,7 +144,8 @@ def audit_of(
         sources=sources,
         verdicts=dict(Counter(verdicts)),
         disagreement=disagreement,
-        fixes=_fixes(of_gold, judged, sources, disagreement),
+        cheap=cheap,
+        fixes=fixes,
     )
 
 

@@ -1,8 +1,8 @@
 """A pool of worker processes that can be killed: no answer hangs, crashes or fills the memory of who asks.
 
 Workers are `python -m cropi.rewards.worker`, started anew rather than forked, so nothing of the caller is run twice and
-no lock is inherited. Requests and answers are JSON lines over pipes. Which row a worker is at, and since when, stands
-in memory that both see: it can be read even when the worker is stuck in a C function.
+no lock is inherited. Requests and answers are JSON lines over pipes. Each verdict is sent at once, so the pool knows
+which row a worker is at, even one stuck in a C function. What is no message of a worker's ends that worker.
 """
 
 from __future__ import annotations
@@ -11,34 +11,46 @@ import atexit
 import hashlib
 import json
 import os
+import secrets
 import selectors
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
-from mmap import mmap
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, TypeAdapter
 
 from cropi.config import VerificationConfig, Verifier
 from cropi.console import warn
 from cropi.errors import ConfigError
-from cropi.rewards.verdicts import ERROR, TIMEOUT, Answered, GradeError, Judge, Judgement
-from cropi.rewards.worker import NUMBER, PROGRESS_FD, SINCE
+from cropi.rewards.verdicts import ERROR, TIMEOUT, VERDICTS, Answered, GradeError, Judge, Judgement
+from cropi.rewards.worker import END_S
 
 CHUNK = 64  # rows sent to a worker at once, at most
 CHUNK_CHARACTERS = 1_000_000  # and so much text of them, unless a single row has more
 CACHED = 100_000  # judgements that are remembered
 ATTEMPTS = 2  # of a row that ends its worker
+GRACE_S = 10.0  # beyond the time for a row: for reading a chunk, before its first row is begun
+LONGEST = 2**20  # bytes of a message
 _HERE = str(Path(__file__).parents[2])  # where this package is imported from
+_Verdict = Annotated[str, Field(pattern=f"^({'|'.join(VERDICTS)})$")]
+_Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+_Grade = Annotated[float, Field(ge=0, le=1)]
+_MESSAGE: TypeAdapter[tuple[Any, ...]] = TypeAdapter(
+    tuple[Literal["ready", "begun"]]
+    | tuple[Literal["failed"], str, str]
+    | tuple[Literal["judged"], _Verdict, _Seconds, str, _Grade | None],
+    config=ConfigDict(strict=True),
+)
 
 
 @dataclass
@@ -55,70 +67,81 @@ class _Worker:
     """One process, and the rows that it has been sent."""
 
     def __init__(self, spec: str, settings: VerificationConfig) -> None:
-        self._shared = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `kill`
-        self._shared.truncate(NUMBER.size + SINCE.size)
-        self._progress = mmap(self._shared.fileno(), NUMBER.size + SINCE.size)
-        NUMBER.pack_into(self._progress, 0, -1)
         self.jobs: deque[_Job] = deque()
         self.ready = False
-        self.started = time.monotonic()
-        self._partial = b""
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-        environment[PROGRESS_FD] = str(self._shared.fileno())
-        environment["PYTHONPATH"] = os.pathsep.join([_HERE, *filter(None, [environment.get("PYTHONPATH")])])
-        self.process = _started(environment, self._shared.fileno())
+        self.begun = False  # with the first of its rows
         self.judged = 0
+        self.since = time.monotonic()  # it was started, was sent rows or was heard last
+        self._token = secrets.token_hex(16)  # begins each of its messages: what a verifier writes does not
+        self._partial, self._unsent = b"", memoryview(b"")
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        environment["PYTHONPATH"] = os.pathsep.join([_HERE, *filter(None, [environment.get("PYTHONPATH")])])
+        self.process = _started(environment)
+        assert self.process.stdin is not None
+        os.set_blocking(self.process.stdin.fileno(), False)
         path = [*sys.path, str(Path.cwd())]  # functions of the user's stand where the run is started
-        hello = {"verifier": json.loads(spec), "memory_mb": settings.memory_mb, "path": path}
+        hello = {"verifier": json.loads(spec), "memory_mb": settings.memory_mb, "path": path, "token": self._token}
         self._send(hello)
 
     def _send(self, message: Any) -> None:
+        self._unsent = memoryview(json.dumps(message).encode() + b"\n")
+        self.push()
+
+    def push(self) -> bool:
+        """Send as much as the pipe takes; whether something is left."""
         assert self.process.stdin is not None
-        with suppress(BrokenPipeError):  # it has died: its end is read where answers are
-            self.process.stdin.write(json.dumps(message).encode() + b"\n")
-            self.process.stdin.flush()
+        try:
+            while self._unsent:
+                self._unsent = self._unsent[os.write(self.process.stdin.fileno(), self._unsent) :]
+        except BlockingIOError:
+            return True
+        except BrokenPipeError:  # it has died: its end is read where answers are
+            self._unsent = memoryview(b"")
+        return False
 
     def send(self, jobs: Sequence[_Job]) -> None:
         self.jobs.extend(jobs)
+        self.begun, self.since = False, time.monotonic()
         self._send([list(job.row) for job in jobs])
 
-    def read(self) -> list[Any] | None:
-        """Complete messages; None when the process has ended."""
+    def read(self) -> Iterator[tuple[Any, ...]]:
+        """Complete messages. EOFError when the process has ended, ValueError at what is no message."""
         assert self.process.stdout is not None
         data = os.read(self.process.stdout.fileno(), 1 << 16)
         if not data:
-            return None
+            raise EOFError
         *lines, self._partial = (self._partial + data).split(b"\n")
-        return [json.loads(line) for line in lines]
-
-    def busy_for(self, now: float) -> tuple[int, float]:
-        """(which of the rows sent so far it is at, for how many seconds); -1 between rows."""
-        (number,), (since,) = NUMBER.unpack_from(self._progress), SINCE.unpack_from(self._progress, NUMBER.size)
-        return number, now - since
+        for line in lines:
+            if not line.startswith(self._token.encode()):
+                raise ValueError
+            yield _MESSAGE.validate_json(line[len(self._token) :])
+        if len(self._partial) > LONGEST:
+            raise ValueError
 
     @property
     def gone(self) -> bool:
-        """Whether it has ended. It is not waited for: until then its number, and its group's, are its own."""
+        """Whether it has ended. It is not waited for: until then its number is its own."""
         try:
             return os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
         except ChildProcessError:
             return True
 
     def kill(self) -> None:
-        """End the process and all that it has started; it leads a group of its own."""
-        with suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.kill()
-        self.process.wait()
+        """End the process and all that it has started, by asking its keeper."""
+        self.process.terminate()
+        self.process.send_signal(signal.SIGCONT)
+        try:
+            self.process.wait(2 * END_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
         for stream in (self.process.stdin, self.process.stdout):
             assert stream is not None
             with suppress(BrokenPipeError):
                 stream.close()
-        self._progress.close()
-        self._shared.close()
 
 
-def _started(environment: dict[str, str], shared: int) -> subprocess.Popen[bytes]:
+def _started(environment: dict[str, str]) -> subprocess.Popen[bytes]:
     """A process that dies with this one: the system ends it with the *thread* that has started it, so one thread that
     lives as long as this process starts them all."""
     return (
@@ -126,9 +149,9 @@ def _started(environment: dict[str, str], shared: int) -> subprocess.Popen[bytes
         .submit(
             subprocess.Popen,
             [sys.executable, "-P", "-m", "cropi.rewards.worker"],
+            bufsize=0,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            pass_fds=(shared,),
             env=environment,
             start_new_session=True,  # an interrupt from the keyboard is the caller's business
         )
@@ -227,12 +250,16 @@ class Pool:
             busy = [worker for worker in self._workers if worker.jobs or not worker.ready]
             with selectors.DefaultSelector() as selector:
                 for worker in busy:
+                    assert worker.process.stdin is not None
                     assert worker.process.stdout is not None
                     selector.register(worker.process.stdout, selectors.EVENT_READ, worker)
+                    if worker.push():
+                        selector.register(worker.process.stdin, selectors.EVENT_WRITE)
                 events = selector.select(min(0.05, self._settings.seconds / 10))
+            now = time.monotonic()  # what comes after it is not yet read, and no sign of a row that takes too long
             for event, _ in events:
-                self._listen(event.data, jobs, found)
-            now = time.monotonic()
+                if event.data is not None:
+                    self._listen(event.data, jobs, found)
             for worker in list(self._workers):
                 self._watch(worker, now, jobs, found)
 
@@ -253,20 +280,30 @@ class Pool:
                 worker.send(_chunk(jobs, max(1, min(CHUNK, share))))
 
     def _listen(self, worker: _Worker, jobs: deque[_Job], found: dict[int, Judgement]) -> None:
-        messages = worker.read()
-        if messages is None:
-            self._bury(worker, ERROR, jobs, found)
-            return
-        for message in messages:
-            if "failed" in message:
-                raise ConfigError(
-                    f"the verifier cannot be set up: {message['failed']}", where="verifier", fix=message["fix"]
-                )
-            worker.ready, self._failed_starts = True, 0
-            for verdict, seconds, note, grade in message.get("done", ()):
-                job = worker.jobs.popleft()
-                found[job.place] = Judgement(verdict, seconds, note, grade)
+        try:
+            for message in worker.read():
+                worker.since = time.monotonic()
+                self._take(worker, message, found)
+        except EOFError:
+            self._bury(worker, ERROR, "ended its process: out of memory, or a crash", jobs, found)
+        except ValueError:
+            self._bury(worker, ERROR, "wrote into the pipe in which verdicts are sent", jobs, found)
+
+    def _take(self, worker: _Worker, message: tuple[Any, ...], found: dict[int, Judgement]) -> None:
+        """Act on a message; ValueError for one that is out of turn."""
+        match message:
+            case ("failed", text, fix):
+                raise ConfigError(f"the verifier cannot be set up: {text}", where="verifier", fix=fix)
+            case ("ready",) if not worker.ready:
+                worker.ready, self._failed_starts = True, 0
+            case ("begun",) if worker.jobs and not worker.begun:
+                worker.begun = True
+            case ("judged", *judged) if worker.begun:
+                found[worker.jobs.popleft().place] = Judgement(*judged)
                 worker.judged += 1
+                worker.begun = bool(worker.jobs)
+            case _:
+                raise ValueError
 
     def _discard(self, worker: _Worker) -> None:
         worker.kill()
@@ -274,22 +311,20 @@ class Pool:
 
     def _watch(self, worker: _Worker, now: float, jobs: deque[_Job], found: dict[int, Judgement]) -> None:
         """Kill a process that has been at one row for too long."""
+        waited = now - worker.since
         if not worker.ready:
-            if now - worker.started > self._settings.start_seconds:
+            if waited > self._settings.start_seconds:
                 raise ConfigError(
                     f"a verifier process was not ready after {self._settings.start_seconds:g} s",
                     where="verification.start_seconds",
                     fix="give it more time, or look at what importing the verifier does.",
                 )
-            return
-        number, seconds = worker.busy_for(now)
-        if worker.jobs and number >= 0 and seconds > self._settings.seconds:
-            self._bury(worker, TIMEOUT, jobs, found)
+        elif worker.jobs and waited > self._settings.seconds + (0 if worker.begun else GRACE_S):
+            self._bury(worker, TIMEOUT, "took too long", jobs, found)
 
-    def _bury(self, worker: _Worker, verdict: str, jobs: deque[_Job], found: dict[int, Judgement]) -> None:
+    def _bury(self, worker: _Worker, verdict: str, note: str, jobs: deque[_Job], found: dict[int, Judgement]) -> None:
         """The row that a process was at is to blame; the others of its chunk are sent again."""
-        number, seconds = worker.busy_for(time.monotonic())
-        at = number - worker.judged
+        seconds = time.monotonic() - worker.since
         self._discard(worker)
         self.kills += 1
         if not worker.ready:
@@ -301,18 +336,18 @@ class Pool:
                 where="verifier",
                 fix="run `python -m cropi.rewards.worker` by hand to see why, or raise verification.memory_mb.",
             )
-        again = list(worker.jobs)
-        if again and number < 0 and again[0].spared < ATTEMPTS:  # no row had begun
-            again[0].spared += 1
-        elif again:
-            culprit = again.pop(at if 0 <= at < len(again) else 0)
-            culprit.attempts += 1
-            if culprit.attempts < ATTEMPTS:
-                again.insert(0, culprit)
-            else:
-                note = "took too long" if verdict == TIMEOUT else "ended its process: out of memory, or a crash"
-                found[culprit.place] = Judgement(verdict, seconds, note)
-        jobs.extendleft(reversed(again))
+        if not worker.jobs:
+            return
+        first = worker.jobs[0]
+        if not worker.begun and first.spared < ATTEMPTS:
+            first.spared += 1
+        else:
+            first.attempts += 1
+            if first.attempts == ATTEMPTS:
+                found[worker.jobs.popleft().place] = Judgement(verdict, seconds, note)
+                if self._cache is not None:
+                    self._cache[_key(first.row)] = found[first.place]
+        jobs.extendleft(reversed(worker.jobs))
 
 
 def _characters(job: _Job) -> int:

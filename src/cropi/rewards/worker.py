@@ -1,81 +1,131 @@
 """The process in which a verifier runs: `python -m cropi.rewards.worker`, started and watched by `Pool`.
 
-It reads one JSON line that says which verifier, then lists of rows, and answers in JSON lines. What verifiers print
-goes to standard error. It dies with its parent.
+It reads one JSON line that says which verifier, then lists of rows. It answers in lines, each of the token that it was
+told and a JSON list: it is ready, it has begun with a list, and each verdict as soon as it is found. What verifiers
+print goes to standard error. A second process, the keeper, stands between it and the pool: when the worker or the pool
+ends, the keeper ends all that the verifier has started.
 """
 
 from __future__ import annotations
 
 import ctypes
 import json
-import mmap
 import os
 import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
-from struct import Struct
 from typing import Any
 
 from cropi.rewards.verdicts import CORRECT, ERROR, Answered, Graded
 
-NUMBER, SINCE = Struct("=q"), Struct("=d")  # in shared memory: which row it is at (-1: none), and since when
-PROGRESS_FD = "CROPI_PROGRESS_FD"  # environment variable: the file of that memory
 NEARLY = 2**25  # bytes that are left when memory counts as used up
-FLUSH_S = 0.02  # answers wait for each other for so long
+END_S = 5.0  # for all that a verifier has started to end
+NOTE = 500  # characters of a note, at the most
+_DEATH, _SUBREAPER = 1, 36  # of Linux's prctl
 
 
 def main() -> None:
-    """Serve until standard input ends."""
-    _die_with_parent()
+    """Split into keeper and worker."""
+    _prctl(_DEATH, signal.SIGTERM)
+    _prctl(_SUBREAPER, 1)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # an owner that ignores it hands that down
+    heard = {signal.SIGCHLD, signal.SIGTERM}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, heard)
+    if worker := os.fork():
+        _keep(worker, heard)
+    _prctl(_DEATH, signal.SIGKILL)
+    os.setsid()  # a signal to its own group does not reach the keeper
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    _serve()
+
+
+def _keep(worker: int, heard: set[signal.Signals]) -> None:
+    """Wait until the worker ends or SIGTERM comes, then end all that is left, and exit with the worker's status."""
+    nothing = os.open(os.devnull, os.O_RDWR)
+    os.dup2(nothing, 0)  # the pipes are the worker's: the pool shall see when it has closed them
+    os.dup2(nothing, 1)
+    status = None
+    while status is None and signal.sigwait(heard) == signal.SIGCHLD:
+        status = _reaped(worker)
+    if status is None:
+        os.kill(worker, signal.SIGKILL)
+        status = os.waitpid(worker, 0)[1]
+    until = time.monotonic() + END_S
+    with suppress(ChildProcessError):  # none is left
+        while time.monotonic() < until:  # children of what has ended become the keeper's own
+            if not os.waitpid(-1, os.WNOHANG)[0]:
+                _kill_children()
+    os._exit(abs(os.waitstatus_to_exitcode(status)))
+
+
+def _reaped(worker: int) -> int | None:
+    """Take leave of all children that have ended; the worker's status if it is among them."""
+    status = None
+    with suppress(ChildProcessError):
+        while (found := os.waitpid(-1, os.WNOHANG))[0]:
+            status = found[1] if found[0] == worker else status
+    return status
+
+
+def _kill_children() -> None:
+    import psutil
+
+    for child in psutil.Process().children():
+        with suppress(psutil.Error):
+            child.kill()
+    time.sleep(0.001)  # they need a moment to end
+
+
+def _serve() -> None:
+    """Judge until standard input ends."""
     answers = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)
-    progress = mmap.mmap(int(os.environ[PROGRESS_FD]), NUMBER.size + SINCE.size)
     requests = os.fdopen(os.dup(0), "rb")  # ours alone: what a verifier starts finds nothing to read
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
     os.close(nothing)
     me = os.getpid()
-
-    def tell(message: dict[str, Any]) -> None:
-        data = json.dumps(message).encode() + b"\n"
-        while data:
-            data = data[answers.write(data) :]
-
     hello = json.loads(requests.readline())
+    token = hello["token"].encode()
+
+    def tell(*message: Any) -> None:
+        data = token + json.dumps(message).encode() + b"\n"
+        try:
+            while data:
+                data = data[answers.write(data) :]
+        except OSError:
+            os._exit(1)  # a verifier has closed the pipe
+
     sys.path[:] = hello["path"]
     try:
         verify = _set_up(hello["verifier"])
     except Exception as error:
         fix = "check the verifier's settings, and that what it needs is installed here."
-        tell({"failed": f"{type(error).__name__}: {error}", "fix": fix})
+        tell("failed", _note(error), fix)
         return
     ceiling = _limit_memory(hello["memory_mb"])
-    tell({"ready": True})
-    number = 0
+    tell("ready")
     while line := requests.readline():
-        done: list[tuple[str, float, str, float | None]] = []
-        flushed = time.monotonic()
         try:
             rows = json.loads(line)
         except MemoryError:
             os._exit(1)
+        tell("begun")
         for row in rows:
             began = time.monotonic()
-            SINCE.pack_into(progress, NUMBER.size, began)  # before the number: a reader takes them the other way round
-            NUMBER.pack_into(progress, 0, number)
             verdict, note, grade = _judge(verify, row)
             if os.getpid() != me:
                 os._exit(0)  # a verifier has forked, and this is its child
             if (verdict != CORRECT or (grade is not None and grade < 1)) and _address_space() > ceiling:
                 os._exit(1)  # a library may have caught that memory ran out, and said no
-            done.append((verdict, time.monotonic() - began, note, grade))
-            number += 1
-            if time.monotonic() - flushed > FLUSH_S:
-                tell({"done": done})
-                done, flushed = [], time.monotonic()
-        NUMBER.pack_into(progress, 0, -1)
-        tell({"done": done})
+            tell("judged", verdict, time.monotonic() - began, note, grade)
+
+
+def _note(error: BaseException) -> str:
+    """Text that can be written anywhere: an exception may speak of half a character."""
+    return f"{type(error).__name__}: {error}"[:NOTE].encode(errors="replace").decode()
 
 
 def _judge(verify: Any, row: list[str]) -> tuple[str, str, float | None]:
@@ -86,7 +136,7 @@ def _judge(verify: Any, row: list[str]) -> tuple[str, str, float | None]:
     except MemoryError:
         os._exit(1)
     except BaseException as error:  # libraries raise timeouts and interrupts of their own
-        return ERROR, f"{type(error).__name__}: {error}"[:500], None
+        return ERROR, _note(error), None
 
 
 def _set_up(settings: dict[str, Any]) -> Any:
@@ -116,9 +166,9 @@ def _address_space() -> int:
     return int(STATM.read_text().split()[0]) * os.sysconf("SC_PAGESIZE") if STATM.exists() else 0
 
 
-def _die_with_parent() -> None:
+def _prctl(option: int, value: int) -> None:
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(option, value)
 
 
 if __name__ == "__main__":
