@@ -178,7 +178,7 @@ def _boxed(completion: str, gold: str) -> str:
 
 _BRACES = re.compile(r"(\\(?:boxed|fbox)\s*\{)|\\.|([{}])", re.DOTALL)
 _APART = re.compile(r"(?<=\d)(?:\\[,;:! ]|\\q?quad(?![A-Za-z])|\s|~)+(?=\d)")  # between digits it separates
-_SPACING = re.compile(r"\\[,;:! ]|\\(?:left|right|displaystyle|quad|qquad)(?![A-Za-z])|\s+|[$~]")
+_SPACING = re.compile(r"(?<!\\)\\[,;:! ]|\\(?:left|right|displaystyle|quad|qquad)(?![A-Za-z])|\s+|[$~]")
 _SHORT = re.compile(r"([_^])\{(\w)\}")
 _FRACTION = re.compile(r"\\[dt]frac(?![A-Za-z])")
 
