@@ -121,7 +121,9 @@ def read(text: str) -> Answer:
         items = [re.findall(rf"{_LETTERS}+", item) for item in re.split("[,;]", _BETWEEN.sub(",", plain))]
         words = tuple(sorted(" ".join(item).casefold() for item in items if item))
     values, units = without_units(_BETWEEN.sub(",", text))
-    values = [re.sub(rf"⟦({_LETTERS})⟧", r"\1", re.sub(r"_{?⟦(\w+)⟧}?", r"_{\1}", value)) for value in values]
+    values = [
+        re.sub(rf"⟦({_LETTERS})⟧", r"\1", re.sub(r"(?<=[A-Za-z])_{?⟦(\w+)⟧}?", r"_{\1}", value)) for value in values
+    ]
     runs = re.findall(rf"{_LETTERS}+", plain) if words is not None else []
     if "%" in text:
         values, units = [value.removesuffix("\\%").removesuffix("%") for value in values], [*units, PERCENT]

@@ -31,7 +31,7 @@ _DEPTH = 10  # of brackets: the library's time grows exponentially with it
 _DIGITS = re.compile(r"\d{40}")
 _IMAGINARY = re.compile(r"(?<![A-Za-z\\])i(?![A-Za-z])")
 _INDEX = re.compile(r"_{?i|\\(?:sum|prod)")
-_BASE = re.compile(r"(?<=\d)_{?\d+}?")
+_BASE = re.compile(r"(?<=\d)\s*_\s*(?:{[^{}]*}|\w)")
 
 
 def math_verifier(config: MathVerifier) -> Verify:
