@@ -245,6 +245,9 @@ def test_what_is_right_in_another_writing(gold: str, answer: str) -> None:
         (r"18\text{ m}", r"18\text{m}"), (r"18\text{ m}", "$18$ m"), (r"5\%", r"5 \%"), (r"12.5\%", r"\frac{1}{8}"),
         ("0.125", r"12.5\%"), (r"75\text{ cm}^3", "75cm^3"), ("75", "75 cm³"), (r"4.5\text{ kg}", "4.5kg"),
         (r"20\text{ N}\cdot\text{m}", r"20 \text{ N m}"), ("x^{2}y", "yx^2"),
+        ("1e5", "10^5"), ("1.5e-3", "0.0015"), (r"2\frac{2}{3}x", r"\frac{8x}{3}"), (r"-2\frac12", "-2.5"),
+        (r"2\frac12", "2 1/2"), (r"1\frac{1}{2},2\frac{1}{2}", "1.5,2.5"), (r"50\%", "0.5"), ("0.5", r"50\%"),
+        (r"50\%", "50"), (r"50\%", r"50\%"), (r"50\%, 25\%", r"50\%,25\%"), (r"50\%", r"\frac12"),
     ],
 )  # fmt: skip
 def test_an_answer_in_another_writing_is_right(gold: str, answer: str) -> None:
@@ -291,6 +294,7 @@ def test_an_answer_in_another_writing_is_right(gold: str, answer: str) -> None:
         ("7", r"x \neq 7"), ("7", "x > 7"), ("7", "x < 7"), ("7", r"\leq 7"), ("7", "-7"), ("7", r"\pm 7"),
         ("7", r"7 \pm 1"), ("7", "7i"), ("7", r"7\%\%"), ("7", "7x"), ("7", "70"), ("7", "7?"), ("7", "?7"),
         ("7", "7!"), ("7", "7 _8"), ("7", "7_{8}"),
+        (r"1\frac{1}{0}", "5"), ("5", r"1\frac{4}{0}"), (r"50\%", r"60\%"),
     ],
 )  # fmt: skip
 def test_another_answer_is_not_right(gold: str, answer: str) -> None:

@@ -36,6 +36,9 @@ _SPELLINGS: list[tuple[str, Any]] = [  # what is written in several ways, and th
     (r"\\(?:[lc]?dots|dotsc)(?![A-Za-z])", "..."),
     (r"\\varnothing", r"\\emptyset"),
     (r"(\d{0,20})\.(\d{0,20})\\(?:overline|bar)\s*{(\d{1,20})}", lambda found: _recurring(*found.groups())),
+    (r"(?<![\w^\\}.])(\d{1,20})\s*\\frac\s*{(\d{1,20})}\s*{(\d{1,20})}", lambda found: _mixed(*found.groups())),
+    (r"(?<![\w^\\}.])(\d{1,20})\s+(\d{1,20})\s*/\s*(\d{1,20})(?![\d.])", lambda found: _mixed(*found.groups())),
+    (r"(?<=\d)[eE]([-+]?\d{1,3})(?!\d)", r"\\times 10^{\1}"),
     (r"⟦?\b([ap])⟧?\.\s?⟦?m\b⟧?\.?", r"⟦\1m⟧"),
     (r"(?:⟦|(?<![\\A-Za-z]))(pi|infinity|sin|cos|tan|cot|csc|ln|log|exp)(?:⟧|(?![A-Za-z]))", r"\\\1 "),
     (r"\\infinity", r"\\infty"),
@@ -53,6 +56,10 @@ _BETWEEN = re.compile(r"\s*(?:,\s*)?(?:⟦(?:and|or)⟧|(?<![A-Za-z\\])(?:and|or
 _SYMBOLS = re.compile(
     r"[a-zA-Zα-ωΑ-Ω]|(?:(?![eio])[a-z]|(?![EIO])[A-Z]){2}|(?![aeiou])[a-z]{3,}|abcd?"
 )  # else it is a word
+
+
+def _mixed(whole: str, top: str, bottom: str) -> str:
+    return f"\\frac{{{int(whole) * int(bottom) + int(top)}}}{{{bottom}}}"
 
 
 def _recurring(whole: str, fixed: str, period: str) -> str:

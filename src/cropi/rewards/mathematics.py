@@ -12,6 +12,7 @@ import logging
 import re
 from fractions import Fraction
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 from cropi.config import MathVerifier
@@ -22,10 +23,6 @@ from cropi.rewards.verdicts import CORRECT, UNPARSEABLE_ANSWER, UNPARSEABLE_GOLD
 from cropi.rewards.verifiers import NUMBER, Verify, plain_latex, value_of
 
 RELATIVE = 2e-6  # numbers of which one is a decimal are equal up to this share of the larger
-_MIXED = re.compile(
-    r"(?<![\w^\\}.])([-+]?)(\d{1,20})"
-    r"(?:\s*\\frac\s*\{(\d{1,20})\}\s*\{(\d{1,20})\}|\s+(\d{1,20})\s*/\s*(\d{1,20}))(?![\d.])"
-)
 _APART = re.compile(r"(?<!_)\d\s+\d")  # two numbers side by side are neither a product nor a sum
 _DEPTH = 10  # of brackets: the library's time grows exponentially with it
 _DIGITS = re.compile(r"\d{40}")
@@ -70,12 +67,13 @@ def compare(gold: str, given: str) -> str:
         return UNPARSEABLE_ANSWER
     if len(one.values) != len(other.values) or (one.units and other.units and one.units != other.units):
         return WRONG
-    hundredth = [f"\\frac{{{value}}}{{100}}" for value in (one.values[0], other.values[0])]
-    if all(map(_same, one.values, other.values)):
-        return CORRECT
-    if one.units == [PERCENT] and not other.units:
-        return CORRECT if _same(hundredth[0], other.values[0]) else WRONG
-    return CORRECT if other.units == [PERCENT] and not one.units and _same(one.values[0], hundredth[1]) else WRONG
+    same = all(map(_same, one.values, other.values))
+    if not same and {PERCENT} == {*one.units, *other.units} and one.units != other.units:  # 50% is 50, and 0.5
+        first, second = (
+            f"\\frac{{{side.values[0]}}}{{100}}" if side.units else side.values[0] for side in (one, other)
+        )
+        same = _same(first, second)
+    return CORRECT if same else WRONG
 
 
 def _readable(answer: Answer) -> bool:
@@ -106,21 +104,7 @@ def _items(text: str) -> list[str]:
 
 def _number(text: str) -> Fraction | None:
     """A text that is one number and nothing else."""
-    mixed = _MIXED.fullmatch(text)
-    if mixed is not None:
-        value = _mixed_value(mixed)
-        return value if value is None or mixed[1] != "-" else -value
     return value_of(text) if NUMBER.fullmatch(text) else None
-
-
-def _mixed_value(mixed: re.Match[str]) -> Fraction | None:
-    whole, top, bottom = int(mixed[2]), int(mixed[3] or mixed[5]), int(mixed[4] or mixed[6])
-    return whole + Fraction(top, bottom) if bottom else None
-
-
-def _sum(mixed: re.Match[str]) -> str:
-    value = _mixed_value(mixed)
-    return mixed[0] if value is None else f"{mixed[1]}\\frac{{{value.numerator}}}{{{value.denominator}}}"
 
 
 def _close(a: Any, b: Any, tolerance: float) -> Any:
@@ -132,10 +116,9 @@ def _parsed(text: str) -> Any | None:
     """The expression that a text means; None where it means none, or holds a number that nobody would compute with."""
     from latex2sympy2_extended.latex2sympy2 import ConversionConfig, NormalizationConfig, latex2sympy
 
-    written = _MIXED.sub(_sum, text)
-    if not _INDEX.search(written):
-        written = _IMAGINARY.sub("I", written)
-    if _APART.search(written) or _DIGITS.search(written) or _too_deep(written) or not written.strip():
+    written = text if _INDEX.search(text) else _IMAGINARY.sub("I", text)
+    depth = accumulate((sign in "([{") - (sign in ")]}") for sign in written)
+    if _APART.search(written) or _DIGITS.search(written) or max(depth, default=0) > _DEPTH:
         return None
     if re.search(r"binom|choose|gcd|lcm|det|amma|operatorname", written) and re.search(r"\d{5}|!|\^", written):
         return None  # the library works these out while it reads
@@ -153,23 +136,14 @@ def _parsed(text: str) -> Any | None:
     return None if too_large(found) else found
 
 
-def _too_deep(text: str) -> bool:
-    depth = 0
-    for sign in text:
-        depth += (sign in "([{") - (sign in ")]}")
-        if depth > _DEPTH:
-            return True
-    return False
-
-
 def _equal(gold: Any, given: Any) -> bool:
     from math_verify import verify
-    from sympy import And, Eq, Float
+    from sympy import And, Eq, Float, Set
 
     relations = [isinstance(side, Eq | And) for side in (gold, given)]
     if relations[0] != relations[1]:
-        relation = gold if relations[0] else given
-        if not _defines(relation) and not _is_set(given if relations[0] else gold):
+        relation, other = (gold, given) if relations[0] else (given, gold)
+        if not _defines(relation) and not isinstance(other, Set):
             return False  # 2x = 7 and 8 = 7 are not 7
     if not verify([gold], [given], allow_set_relation_comp=True, timeout_seconds=None):
         return False
@@ -194,12 +168,6 @@ def _defines(relation: Any) -> bool:
     if isinstance(relation.lhs, Symbol | AppliedUndef):
         return True
     return not relation.free_symbols and _empty(relation)
-
-
-def _is_set(expression: Any) -> bool:
-    from sympy import Set
-
-    return isinstance(expression, Set)
 
 
 def _empty(equation: Any) -> bool:
