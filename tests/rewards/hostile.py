@@ -113,6 +113,11 @@ VIII
 7x
 x7
 7\text{ or }8
+7\text{ is wrong; it is }8
+7\text{ (wrong), 8}
+7\text{ or so}
+7 or so
+7_{\text{wrong}}
 **8**
 __8__
 `8`
@@ -133,10 +138,19 @@ __8__
 \relax"""
 
 
-# Numbers that nobody can write down, and work without end: each may cost the whole time limit, twice.
+# Numbers that nobody can write down, and work without end.
 ENDLESS = r"""9^{9^{9}}
 9^{9^{9^{9}}}
 9**9**9**9**9
+9^9^9^9
+(10^{10})!
+\frac{1}{9^{9^9}}
+0.5^{10^{9}}
+\Gamma(10^{9})
+(x+y+z)^{200}
+\sum_{k=1}^{9999} k!
+\{9^{9^9}\}
+x=9^{9^9}
 99!!
 99999999!
 \binom{10000000}{5000000}

@@ -1,3 +1,5 @@
+import time
+
 import pytest
 
 from cropi.config import BoxedVerifier, ExactVerifier, Gsm8kVerifier, NumericVerifier
@@ -11,7 +13,7 @@ from cropi.rewards.verdicts import (
     Answered,
     reward,
 )
-from cropi.rewards.verifiers import last_boxed, verifier, written_gold
+from cropi.rewards.verifiers import last_boxed, numbers, verifier, written_gold
 
 EXACT = ExactVerifier(type="exact", marker="answer")
 NUMERIC = NumericVerifier(type="numeric")
@@ -71,7 +73,7 @@ BOXED = BoxedVerifier(type="boxed")
         (GSM8K, "#### 3 + 4 = 7", "3", UNPARSEABLE_ANSWER),
         (GSM8K, "#### 10^6", "10", UNPARSEABLE_ANSWER),
         (GSM8K, "#### 1 234", "1", UNPARSEABLE_ANSWER),
-        (NUMERIC, "1{,}234", "234", UNPARSEABLE_ANSWER),
+        (NUMERIC, "1{,}234", "234", WRONG),
         (NUMERIC, "1_000", "0", UNPARSEABLE_ANSWER),
         (GSM8K, "#### 12 apples", "12", CORRECT),
         (BOXED, "\\boxed{1 2}", "12", WRONG),
@@ -85,6 +87,83 @@ BOXED = BoxedVerifier(type="boxed")
 )
 def test_verdicts(config: object, completion: str, gold: str, verdict: str) -> None:
     assert verifier(config)(Answered(completion, gold)) == verdict
+
+
+@pytest.mark.parametrize(
+    ("config", "completion", "gold"),
+    [
+        (GSM8K, "#### -$5", "-5"), (GSM8K, "#### - 5", "-5"), (GSM8K, "#### –5", "-5"), (GSM8K, "#### -€5", "-5"),
+        (GSM8K, r"#### -\$5", "-5"), (GSM8K, "#### $-5", "-5"), (GSM8K, "#### —5", "-5"), (GSM8K, "#### − $5", "-5"),
+        (GSM8K, "#### $9{,}500", "9500"), (GSM8K, "#### $9,500.00", "9500"), (GSM8K, r"#### \$9,500", "9500"),
+        (NUMERIC, "it costs $9{,}500", "9500"), (NUMERIC, "**5**", "5"), (NUMERIC, r"\boxed{5}", "5"),
+        (NUMERIC, r"\boxed{5\text{ cm}}", "5"), (NUMERIC, r"\boxed{-\$5}", "-5"), (NUMERIC, r"\boxed{- 5}", "-5"),
+        (NUMERIC, r"$\boxed{5}$.", "5"), (NUMERIC, r"The answer is \(5\).", "5"), (NUMERIC, r"\[5\]", "5"),
+        (NUMERIC, "$$5$$", "5"), (NUMERIC, "x = 5", "5"), (NUMERIC, "x=5.", "5"), (NUMERIC, "10 / 2 = 5", "5"),
+        (NUMERIC, r"10 \div 2 = 5", "5"), (NUMERIC, "<answer>5</answer>", "5"), (NUMERIC, "答案是5。", "5"),
+        (NUMERIC, "5%", "5"), (NUMERIC, r"5\%", "5"), (NUMERIC, "(5)", "5"), (NUMERIC, "(-5)", "-5"),
+        (NUMERIC, '"5"', "5"), (NUMERIC, "5 apples", "5"), (NUMERIC, "5km", "5"), (NUMERIC, "5 km/h", "5"),
+        (NUMERIC, "$5/hour", "5"), (NUMERIC, "5-year-old", "5"), (NUMERIC, "$20 per hour, x_{3}", "20"),
+        (NUMERIC, "answer:5", "5"), (NUMERIC, "Answer: 5", "5"), (NUMERIC, "It is 12.", "12"),
+        (NUMERIC, "Step 2: 5", "5"), (NUMERIC, "so it's 5 cm^2", "5"), (NUMERIC, "5 cm²", "5"),
+        (NUMERIC, r"5^\circ", "5"), (NUMERIC, "5°C", "5"), (NUMERIC, "5€", "5"), (NUMERIC, "5 €", "5"),
+        (NUMERIC, "-5€", "-5"), (NUMERIC, "1/2", "0.5"), (NUMERIC, "1, 2, 5", "5"), (NUMERIC, "５", "5"),
+        (NUMERIC, "5!", "5"), (NUMERIC, "5, so done", "5"), (NUMERIC, "The answer is -5.", "-5"),
+        (NUMERIC, "the change is - $5", "-5"), (NUMERIC, "-£5.00", "-5"), (NUMERIC, "total—5", "5"),
+        (NUMERIC, "3x + 2 = 5", "5"), (NUMERIC, r"\text{The answer is } 5", "5"), (NUMERIC, "the 5th", "5"),
+        (NUMERIC, "x²=2", "2"), (NUMERIC, "1e3", "1000"), (NUMERIC, r"\$5 million", "5"), (NUMERIC, "3.5.", "3.5"),
+        (NUMERIC, "x > 7", "7"), (GSM8K, "#### x = 5", "5"), (GSM8K, "#### The answer is 5", "5"),
+        (GSM8K, "#### **5**", "5"), (GSM8K, "#### $5$", "5"), (GSM8K, r"#### \boxed{5}", "5"),
+        (GSM8K, "#### 5 dollars", "5"), (GSM8K, "#### 5 (five)", "5"), (GSM8K, "#### 3 (4)", "3"),
+        (GSM8K, "#### 3!", "3"), (GSM8K, "#### 3 % 4", "3"), (GSM8K, "#### 12 apples, 3 each", "12"),
+        (GSM8K, "#### -5 dollars", "-5"), (GSM8K, "####5", "5"), (GSM8K, "####-5", "-5"), (GSM8K, "#### +5", "5"),
+        (GSM8K, r"#### 5\% ", "5"), (GSM8K, r"#### 5 \text{ cm}", "5"),
+        (NUMERIC, "It is:\n- 5", "5"), (NUMERIC, "10\n-3", "-3"), (NUMERIC, "2\n5", "5"),
+    ],
+)  # fmt: skip
+def test_a_number_that_stands_alone_is_read_with_its_sign(config: object, completion: str, gold: str) -> None:
+    assert verifier(config)(Answered(completion, gold)) == CORRECT
+
+
+@pytest.mark.parametrize(
+    ("config", "completion", "gold"),
+    [
+        (GSM8K, "#### - 5", "5"), (NUMERIC, r"\frac{3}{4}", "4"), (NUMERIC, "2^{10}", "10"),
+        (NUMERIC, "x_{12}", "12"), (NUMERIC, r"\sqrt{2}", "2"), (NUMERIC, r"\sqrt 2", "2"),
+        (NUMERIC, r"\frac{ 3 }{ 4 }", "3"), (NUMERIC, r"\frac {3} {4}", "4"), (NUMERIC, r"\frac{\sqrt{3}{2}", "2"),
+        (NUMERIC, r"\lim_{x \to 0} f(x)", "0"), (NUMERIC, "2^10", "10"), (NUMERIC, "2 ^ {10}", "10"),
+        (NUMERIC, "x12", "12"), (NUMERIC, "7x", "7"), (NUMERIC, r"7 \pi", "7"), (NUMERIC, r"7\sqrt{3}", "7"),
+        (NUMERIC, r"7 \frac{1}{2}", "7"), (NUMERIC, "5**2", "5"), (NUMERIC, "5**2", "2"), (NUMERIC, "5 ** 2", "2"),
+        (NUMERIC, r"3 \times 4", "4"), (NUMERIC, "10 – 3", "3"), (NUMERIC, "10 - 3", "3"), (NUMERIC, "10 - 3", "-3"),
+        (NUMERIC, "10 -3", "-3"), (NUMERIC, "x - 3", "-3"), (NUMERIC, "f(5)", "5"), (NUMERIC, "a ratio of 3:4", "4"),
+        (NUMERIC, "3 × 4", "3"), (NUMERIC, "3·4", "3"), (NUMERIC, "n + 5", "5"), (NUMERIC, "COVID-12", "12"),
+        (NUMERIC, "log3", "3"), (NUMERIC, r"\binom{5}{2}", "5"), (NUMERIC, "5 / 2", "2"), (NUMERIC, "-1/2", "2"),
+        (NUMERIC, "± 5", "5"), (NUMERIC, r"\pm 5", "5"), (NUMERIC, r"\log_2 8", "8"), (NUMERIC, "−5", "5"),
+        (NUMERIC, "1,2,5", "5"), (NUMERIC, "1 234", "1234"), (NUMERIC, "1 234", "234"), (NUMERIC, "7'8", "8"),
+        (NUMERIC, "$2^{10}$", "10"), (NUMERIC, "x^2", "2"), (NUMERIC, "5k", "5"), (NUMERIC, r"\$\frac{3}{4}\$", "4"),
+        (NUMERIC, "$x+7$", "7"), (GSM8K, "#### 5**2", "5"), (GSM8K, "#### 5**2", "25"),
+        (GSM8K, r"#### 3 \times 4", "3"), (GSM8K, "#### 10 – 3", "10"), (GSM8K, "#### 3/x", "3"),
+        (GSM8K, "#### 3x4", "3"), (GSM8K, "#### 3 x 4", "3"), (GSM8K, r"#### \frac{3}{4}", "3"),
+        (GSM8K, "#### 8 = 5", "8"), (GSM8K, "#### 3(4)", "3"), (GSM8K, "#### 3^2", "3"), (GSM8K, "#### 10:30", "10"),
+        (GSM8K, "#### 5 - 2", "5"), (GSM8K, "#### 5 -2", "5"), (GSM8K, "#### 5 + 2", "5"), (GSM8K, "#### 5-2", "5"),
+        (GSM8K, "#### 1 1/2", "1.5"),
+    ],
+)  # fmt: skip
+def test_a_number_is_never_cut_out_of_an_expression(config: object, completion: str, gold: str) -> None:
+    assert verifier(config)(Answered(completion, gold)) in (WRONG, UNPARSEABLE_ANSWER)
+
+
+@pytest.mark.parametrize("config", [NUMERIC, GSM8K])
+@pytest.mark.parametrize("gold", ["-$5", "- 5", "\u20135", "-\u20ac5", r"-\$5", r"\$-5", "-5", "\u22125"])
+def test_a_gold_answer_is_read_as_an_answer_is(config: object, gold: str) -> None:
+    assert verifier(config)(Answered("#### -5", gold)) == CORRECT
+    assert verifier(config)(Answered("#### 5", gold)) == WRONG
+
+
+def test_long_answers_take_linear_time() -> None:
+    start = time.perf_counter()
+    for piece in ("9", "8 ", "1+", "{", "$", "[5", "\\frac{1}{", "- ", "a_"):
+        numbers(piece * 100_000)
+    assert time.perf_counter() - start < 10
 
 
 def test_an_unreadable_gold_answer_is_excluded_not_scored_zero() -> None:

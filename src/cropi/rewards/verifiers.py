@@ -29,17 +29,33 @@ Verify = Callable[[Answered], str | Graded]
 
 USUAL_TOLERANCE = 1e-6
 
-# A number as people write it: sign, digits with thousands separators or a leading point, decimals, a fraction, a power
-# of ten. It must not go on at either side, nor stand beside another number or a slash: a part of a longer number is
-# another number. The bounds on its length keep a completion of a million digits from becoming a million-digit integer.
-NUMBER = re.compile(
-    r"(?<![\d./^_'])(?<!\{,\})(?<!\d,)(?<!\d[eE])(?<!\d[eE][-+])(?<!\d[ \t])(?<!/[ \t])(?<!/-)[-+]?"
-    r"(?:(?:\d{1,3}(?:,\d{3}){1,12}|\d{1,40})(?:\.\d{1,40})?|\.\d{1,40})"
-    r"(?:/\d{1,40}|[eE][-+]?\d{1,2})?"
-    r"(?![\d/^_\u00bc-\u00be\u00b2\u00b3\u00b9\u2070-\u2079]|[.,]\d|[eE][-+]?\d|\{,\}|[ \t]*/|[ \t]+\d)"
+# A number as people write it: digits with thousands separators or a leading point, decimals, a fraction, a power of
+# ten. The bounds on its length keep a completion of a million digits from becoming a million-digit integer.
+_AMOUNT = r"(?:(?:\d{1,3}(?:,\d{3}){1,12}|\d{1,40})(?:\.\d{1,40})?|\.\d{1,40})(?:/\d{1,40}|[eE][-+]?\d{1,2})?"
+NUMBER = re.compile(rf"[-+]?{_AMOUNT}")
+_CURRENCY = r"\\?[$€£¥₹]"
+_UNIT = (  # letters that may touch a number; others multiply it
+    r"°[CF]?|\\?%|[mgshlLKCF]|[kcm][mg]|m[lL]|ft|in|lbs?|oz|am|pm|st|nd|rd|th|[hy]rs?|"
+    r"-[A-Za-z]{2,}|/(?:[A-Za-z]{2,}|[hs])|(?!sin|cos|tan|log|exp|sqrt|mod)[A-Za-z]{3,}"
 )
-_GOES_ON = re.compile(r"[ \t]*[-+*/^=:\u00d7\u00f7][ \t]*[-+]?\d")  # after a number: it was but the start of a sum
-_MINUS = str.maketrans({"\u2212": "-"})  # the minus sign of typesetters
+_ALONE = re.compile(  # a stretch without spaces that holds a number and nothing to compute with it
+    rf"[(\[{{'\"“‘*_`|<>~≈#\\$:]*((?:[-+]?{_CURRENCY}|{_CURRENCY}[-+]|[-+])?)({_AMOUNT})"
+    rf"(?:{_CURRENCY}|(?:{_UNIT})[-/A-Za-z]*(?:\^?[23²³])?)?[)\]}}'\"”’*_`|<>\\$.,;:!?…]*"
+)
+_INNERMOST = re.compile(  # a group in braces that shows what it holds; or arguments of a command, powers, indices
+    r"(?:\\(?:boxed|fbox|mbox|text[a-z]*|math(?:rm|bf|it|sf))\s*|(?<![\w\\^}\]])){([^{}]*)}"
+    r"|(?:\\[A-Za-z]+|[\^_])(?:\s*(?:\[[^][]*\]|{[^{}]*}))+"
+)
+_BREAK = re.compile(
+    r"\\(?:begin|end)\s*{\w+\*?}|\\(?:implies|iff|to|therefore|(?:[Ll]ong)?[Rr]ightarrow|left|right)(?![A-Za-z])"
+    r"|\\\\|[&;→⇒—]|(?<![\d\s]):|</?\w+>|[\u3000-\u30ff\u4e00-\u9fff\uac00-\ud7a3]"
+)
+_SPACE = re.compile(r"\\[,:! ]|\\q?quad(?![A-Za-z])|~")
+_OPERAND = re.compile(r".*[\d\u00a4].*[^,;:.!?]|\\[A-Za-z]+|[B-HJ-Zb-z]")  # it may stand before a minus
+_OPERATOR = re.compile(r"[-+*/^:_×÷±·⋅∙√!]+|x")
+_PLAIN = dict.fromkeys((0x2010, 0x2011, 0x2012, 0x2013, 0x2212, 0xFE63), "-")  # hyphens, en dash, minus
+_PLAIN |= {0xFF01 + n: chr(0x21 + n) for n in range(94)} | dict.fromkeys((0x200B, 0x2060, 0xFEFF), "")
+_EM_DASH = re.compile(r"(?<![^\s($])—(?=[$€£¥₹\\]*[\d.])")  # a sign only where nothing stands before it
 
 
 def verifier(config: Verifier) -> Verify:
@@ -101,20 +117,53 @@ def _exact(completion: str, gold: str, marker: str | None) -> str:
 
 
 def _numeric(completion: str, gold: str, tolerance: float) -> str:
-    return _compare(last_number(completion), last_number(gold.rpartition("####")[2]), tolerance)
+    def last(text: str) -> Fraction | None:
+        return next((value for value in reversed(numbers(text)) if value is not None), None)
+
+    return _compare(last(completion), last(gold.rpartition("####")[2]), tolerance)
 
 
 def _gsm8k(completion: str, gold: str) -> str:
     _, marked, answer = completion.rpartition("####")
-    given = _only_number(answer) if marked else None
-    return _compare(given, _only_number(gold.rpartition("####")[2]), 0.0)
+    first, expected = ((numbers(text) or [None])[0] for text in (answer, gold.rpartition("####")[2]))
+    return _compare(first if marked else None, expected, 0.0)
 
 
-def _only_number(text: str) -> Fraction | None:
-    """The first number of a text, unless it is the start of a sum or an equation."""
-    text = text.translate(_MINUS)
-    found = NUMBER.search(text)
-    return None if found is None or _GOES_ON.match(text, found.end()) else value_of(found.group())
+def numbers(text: str) -> list[Fraction | None]:
+    """What holds a digit, in order: the value of a number that stands alone, None for a part of an expression."""
+    text = _SPACE.sub(" ", plain_signs(text).replace("{,}", ",").replace("^\\circ", "°").replace("^{\\circ}", "°"))
+    text = re.sub(r"}\s+{", "}{", re.sub(r"\n\s*[-+*•]\s", "\n", text))  # dashes of a list are no signs
+    for _ in range(5):  # from the inside out
+        text = _INNERMOST.sub(lambda group: "\u00a4" if group[1] is None else f" {group[1]} ", text)
+    text = re.sub(r"=|≈|\\approx(?![A-Za-z])", " = ", _BREAK.sub(" ; ", text))
+    return [value for line in text.split("\n") for value in _of_line(line.split())]
+
+
+def _of_line(parts: list[str]) -> list[Fraction | None]:
+    found = list[Fraction | None]()
+    for at, part in enumerate(parts):
+        if not re.search(r"\d", part):
+            continue
+        alone = _ALONE.fullmatch(part)
+        sign, before = "", parts[max(at - 2, 0) : at]
+        if alone and before and before[-1] in ("-", "+") and not (before[1:] and _OPERAND.fullmatch(before[0])):
+            sign = before.pop()
+        left, right = "".join(before[-1:]), "".join(parts[at + 1 : at + 2])
+        if alone is None or _joins(left) or _joins(right) or right == "=" or (sign and re.search("[-+]", alone[1])):
+            found.append(None)
+        else:
+            found.append(value_of(re.sub(r"[^-+]", "", sign + alone[1]) + alone[2]))
+    return found
+
+
+def _joins(part: str) -> bool:
+    """Whether what stands beside a number makes it a part of something."""
+    return bool(_OPERATOR.fullmatch(part) or re.match(r"\\[A-Za-z]|[^;=]*\u00a4|[-+.]?\d[^,;:]*$", part))
+
+
+def plain_signs(text: str) -> str:
+    """One minus sign for all dashes that may be one, ASCII for full-width characters, and nothing of no width."""
+    return _EM_DASH.sub("-", text.translate(_PLAIN))
 
 
 def _boxed(completion: str, gold: str) -> str:
@@ -129,7 +178,7 @@ def _boxed(completion: str, gold: str) -> str:
 
 _BRACES = re.compile(r"(\\(?:boxed|fbox)\s*\{)|\\.|([{}])", re.DOTALL)
 _APART = re.compile(r"(?<=\d)(?:\\[,;:! ]|\\q?quad(?![A-Za-z])|\s|~)+(?=\d)")  # between digits it separates
-_SPACING = re.compile(r"\\[,;:! ]|\\(?:left|right|displaystyle|quad|qquad)(?![A-Za-z])|\s+|[$~]")
+_SPACING = re.compile(r"(?<!\\)\\[,;:! ]|\\(?:left|right|displaystyle|quad|qquad)(?![A-Za-z])|\s+|[$~]")
 _SHORT = re.compile(r"([_^])\{(\w)\}")
 _FRACTION = re.compile(r"\\[dt]frac(?![A-Za-z])")
 
@@ -170,12 +219,6 @@ def _compare(given: Fraction | None, expected: Fraction | None, tolerance: float
         return CORRECT if given == expected else WRONG  # a tolerance for rounding is none for counting
     margin = Fraction(tolerance) * max(Fraction(1), abs(expected))
     return CORRECT if abs(given - expected) <= margin else WRONG
-
-
-def last_number(text: str) -> Fraction | None:
-    """The last number of a text, exactly; None where there is none."""
-    numbers = NUMBER.findall(text.translate(_MINUS))
-    return value_of(numbers[-1]) if numbers else None
 
 
 def value_of(text: str) -> Fraction | None:
