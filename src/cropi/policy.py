@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from cropi.config import BUILTIN_POLICY, LoraConfig, PolicyConfig
 from cropi.errors import PolicyError
@@ -251,9 +252,19 @@ def weights_identity(model: torch.nn.Module) -> str:
         if isinstance(weight, DTensor):
             weight = weight.full_tensor()
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-        head = weight.detach().flatten()[: HASHED_BYTES // max(1, weight.element_size())].contiguous().cpu()
-        digest.update(head.view(torch.uint8).numpy().tobytes())
+        for part in _plain_parts(weight.detach()):
+            head = part.flatten()[: HASHED_BYTES // max(1, part.element_size())].contiguous().cpu()
+            digest.update(head.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _plain_parts(weight: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The tensors that a weight is stored as: itself, or codes and scales of a quantised one."""
+    if not is_traceable_wrapper_subclass(weight):
+        yield weight
+        return
+    for attribute in weight.__tensor_flatten__()[0]:
+        yield from _plain_parts(getattr(weight, attribute))
 
 
 def _cannot_load(what: str, location: str, error: Exception) -> PolicyError:
