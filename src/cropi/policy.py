@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from cropi.config import BUILTIN_POLICY, LoraConfig, PolicyConfig
 from cropi.errors import PolicyError
@@ -260,11 +259,12 @@ def weights_identity(model: torch.nn.Module) -> str:
 
 def _plain_parts(weight: torch.Tensor) -> Iterator[torch.Tensor]:
     """The tensors that a weight is stored as: itself, or codes and scales of a quantised one."""
-    if not is_traceable_wrapper_subclass(weight):
+    names = getattr(weight, "__tensor_flatten__", None)
+    if names is None:
         yield weight
-        return
-    for attribute in weight.__tensor_flatten__()[0]:
-        yield from _plain_parts(getattr(weight, attribute))
+    else:
+        for name in names()[0]:
+            yield from _plain_parts(getattr(weight, name))
 
 
 def _cannot_load(what: str, location: str, error: Exception) -> PolicyError:
