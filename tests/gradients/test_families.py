@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tests.gradients.architectures import GROUPS, SETTINGS, VOCABULARY, perturbed, relative_gap
+from tests.gradients.architectures import GROUPS, SETTINGS, VOCABULARY, draw_group, perturbed, relative_gap
 from tests.gradients.footprint import check_unchanged, state
 from torch import Tensor, nn
 
@@ -19,6 +19,7 @@ from cropi.errors import PolicyError
 from cropi.gradients.engine import Engine, segment_of
 from cropi.gradients.exact import DenseReader
 from cropi.gradients.groups import Group
+from cropi.gradients.reference import prompt_gradient
 from cropi.policy import weights_identity
 
 TEXT: dict[str, Any] = {
@@ -338,6 +339,14 @@ def test_the_identity_of_quantised_weights_tells_them_apart() -> None:
     other.get_base_model().lm_head.weight.codes[0, 0] += 1
     identities = [weights_identity(model.get_base_model().lm_head) for model in (first, same, other)]
     assert identities[0] == identities[1] != identities[2]
+
+
+def test_by_reference_every_row_is_rotated_by_its_own_length() -> None:
+    group = draw_group(6, [30, 5, 8, 9, 20], seed=5)  # on both sides of the length, 15
+    model = FAMILIES["Phi-3, longrope"]()
+    found, expected = prompt_gradient(model, group, SETTINGS).gradients, oracle(model, group)
+    for parameter in expected:
+        assert relative_gap(found[parameter], expected[parameter], 1e-6) < 1e-5, parameter
 
 
 @pytest.mark.parametrize("name", ["Phi-3, longrope", "Llama, dynamic"])

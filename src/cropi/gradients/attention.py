@@ -6,7 +6,6 @@ positions alone (causal, sliding window) is the same for all rows. In the causal
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -99,23 +98,6 @@ def pack_rows(model: PreTrainedModel, rows: Rows) -> Iterator[None]:
         raise unsupported(model, f"{state.calls} of its {layers} layers use transformers' attention interface")
     if state.differs:
         raise unsupported(model, "its attention mask is neither causal nor a sliding window")
-
-
-def longest_alike(model: nn.Module) -> float:
-    """Tokens of the longest sequence up to which rotary positions do not depend on a sequence's length, as those of the
-    types `dynamic` and `longrope` do beyond the length of the original model."""
-    bounds = [math.inf]
-    for module in model.modules():
-        rotary: Any = module
-        kinds = getattr(rotary, "rope_type", None)
-        for layer, kind in kinds.items() if isinstance(kinds, dict) else [(None, kinds)]:
-            if kind == "longrope":
-                parameters = rotary.config.rope_parameters
-                parameters = parameters if layer is None else parameters[layer]
-                bounds.append(parameters["original_max_position_embeddings"])
-            elif kind is not None and "dynamic" in kind:
-                bounds.append(rotary.original_max_seq_len)
-    return min(bounds)
 
 
 def unsupported(model: PreTrainedModel, why: str) -> PolicyError:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from cropi.artifacts import OK
 from cropi.console import warn
 from cropi.errors import PolicyError
-from cropi.gradients.attention import longest_alike, own_attention, pack_rows, packed, unsupported
+from cropi.gradients.attention import own_attention, pack_rows, packed, unsupported
 from cropi.gradients.capture import Capture, Idle, Reader, find_idle, watch_calls
 from cropi.gradients.groups import Group
 from cropi.gradients.head import Head, HeadResult, check_head
@@ -23,6 +23,7 @@ from cropi.gradients.packing import Pack, Segment, Span, make_pack, plan
 from cropi.gradients.ratios import RatioMoments, moments
 from cropi.gradients.sharded import Shards, Turn, forward_replaced
 from cropi.gradients.surrogate import SurrogateSettings, trajectory_scales
+from cropi.policy import longest_alike
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
