@@ -420,7 +420,7 @@ def _changes_with_length(model: PreTrainedModel, bound: float, longest: int) -> 
         f"the rotary positions of {type(model).__name__} change for sequences of more than {bound:g} tokens, and a "
         f"prompt with its completion has {longest}: it cannot be scored beside shorter ones",
         where="policy",
-        fix="sample shorter completions (collect.max_completion_length) or leave out the long prompts.",
+        fix="leave out long prompts, or sample shorter completions.",
     )
 
 
