@@ -118,8 +118,8 @@ class Engine:
 
     @property
     def parameters(self) -> dict[str, Tensor]:
-        """All trainable parameters by name; a tied weight is counted once, under its first name. Of sharded ones,
-        tensors of the whole shape that take no memory."""
+        """All trainable parameters that a text reaches, by name; a tied weight is counted once, under its first name.
+        Of sharded ones, tensors of the whole shape that take no memory."""
         return self._capture.trainable
 
     @property
