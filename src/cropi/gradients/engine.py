@@ -417,7 +417,7 @@ class _Kept:
 
 def _changes_with_length(model: PreTrainedModel, bound: float, longest: int) -> PolicyError:
     return PolicyError(
-        f"the rotary positions of {type(model).__name__} change for sequences of more than {bound:g} tokens, and a "
+        f"the rotary positions of {type(model).__name__} change for sequences of more than {bound:.0f} tokens, and a "
         f"prompt with its completion has {longest}: it cannot be scored beside shorter ones",
         where="policy",
         fix="leave out long prompts, or sample shorter completions.",

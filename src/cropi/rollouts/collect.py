@@ -276,8 +276,8 @@ def _longest(config: Config, policy: Policy) -> tuple[float, str]:
     context = min((limit for limit in (policy.context_length, engine) if limit is not None), default=math.inf)
     alike = longest_alike(policy.model) if scored else math.inf
     if alike < context:
-        return alike, f"the {alike:g} tokens up to which the policy's rotary positions stay as they are, for scores,"
-    return context, f"the policy's context of {context:g} tokens"
+        return alike, f"the {alike:.0f} tokens up to which the policy's rotary positions stay as they are, for scores,"
+    return context, f"the policy's context of {context:.0f} tokens"
 
 
 def plan(
