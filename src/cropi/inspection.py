@@ -22,7 +22,7 @@ from cropi.gradients.groups import Group
 from cropi.gradients.reference import trainable_parameters
 from cropi.gradients.scoring import make_scorer, surrogate_settings
 from cropi.policy import Policy, load_policy
-from cropi.prompts import checked_prompts, leakage_warnings
+from cropi.prompts import checked_prompts
 from cropi.rewards.pool import strict_judge
 from cropi.rewards.verdicts import CORRECT, UNPARSEABLE_ANSWER, Judge, Judgement, answered
 from cropi.rewards.verifiers import written_gold
@@ -83,7 +83,7 @@ def check_run(config: Config) -> CheckResult:
 
     Raises the errors that a run would raise over its config, data and policy.
     """
-    prompts, leakage = checked_prompts(config)
+    prompts, leakage, warnings = checked_prompts(config)
     policy = load_policy(config.policy)
     settings = grpo_config(config, config.folder, policy.model.device)
     shards, _ = plan(config, policy, prompts, sampled_prompts(config, prompts))
@@ -117,7 +117,7 @@ def check_run(config: Config) -> CheckResult:
         estimates=_estimate(
             config, settings, policy, shards, sample, sum(r["set"].startswith("test/") for r in prompts)
         ),
-        warnings=[*leakage_warnings(config, leakage), *_warnings(gold, verdicts, any(map(any, rewards)))],
+        warnings=[*warnings, *_warnings(gold, verdicts, any(map(any, rewards)))],
     )
 
 
