@@ -1,4 +1,5 @@
 import json
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -280,12 +281,13 @@ def test_a_missing_answer_is_no_gold_answer(tmp_path: Path, answer: str) -> None
 
 def test_columns_are_decided_once_for_a_file(tmp_path: Path) -> None:
     """Rows without a column lack it, though another usual column holds something."""
-    for rows, what in (
+    cases: list[tuple[list[dict[str, Any]], str]] = [
         ([question(1), {"question": "b", "solution": "2"}], "answer"),
         ([{"prompt": None, "question": "a", "answer": "1"}, {"prompt": "b", "answer": "2"}], "prompt"),
         ([question(1, reward_model={"ground_truth": "3"}), question(2)], "answer"),
         ([question(1, reward_model={"ground_truth": None})], "answer"),
-    ):
+    ]
+    for rows, what in cases:
         with pytest.raises(DataError, match=f"rows without {what}"):
             load_prompts(config(write_rows(tmp_path / "pool.jsonl", rows)))
     path = write_rows(tmp_path / "pool.jsonl", [{"question": "b", "solution": "2", "answer": None}])
@@ -345,7 +347,7 @@ def test_one_id_for_two_prompts_is_never_dropped(tmp_path: Path) -> None:
 
 
 def test_a_file_split_into_roles_reports_a_row_once(tmp_path: Path) -> None:
-    path = write_rows(tmp_path / "pool.jsonl", [*map(question, range(40)), {"question": "a", "answer": ""}])
+    path = write_rows(tmp_path / "pool.jsonl", [*(question(n) for n in range(40)), {"question": "a", "answer": ""}])
     values = config(path, hash_range=[0, 0.5]).resolved()
     values["prompts"]["validation"] = {"v": [{"type": "file", "path": path, "hash_range": [0.5, 1]}]}
     with pytest.raises(DataError, match=r"without answer \(column answer\): 1 \("):
@@ -366,3 +368,78 @@ def test_ids_and_sources_that_are_missing_in_pandas(tmp_path: Path) -> None:
     assert [(row["prompt_id"], row["source"]) for row in loaded] == [("7", "s"), ("8", "pool")]
     with pytest.raises(DataError, match=r"rows without id \(column key\): 1"):
         load_prompts(config(write_rows(tmp_path / "pool.jsonl", [question(1, key=nan)]), id_column="key"))
+
+
+TOOL_CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": None}}}
+CONVERSATION = [
+    {"role": "system", "content": "brief", "name": "rules"},
+    {"content": [{"type": "text", "text": "1"}, {"type": "text", "text": "+1?"}], "role": "user"},
+    {"role": "assistant", "content": None, "reasoning_content": "add them", "tool_calls": [TOOL_CALL], "weight": 0},
+    {"role": "tool", "name": "add", "content": "2"},
+]
+
+
+def test_messages_are_kept_whole(tmp_path: Path) -> None:
+    """All keys with a value, in their order; a column `messages` is read where there is none of the other names."""
+    rows: list[dict[str, Any]] = [{"messages": CONVERSATION, "answer": "2"}, {"messages": "plain", "answer": "1"}]
+    whole, plain = train_rows(config(write_rows(tmp_path / "pool.jsonl", rows)))
+    assert json.loads(whole["messages"]) == CONVERSATION
+    assert list(json.loads(whole["messages"])[1]) == ["content", "role"]  # templates may write a message as JSON
+    assert json.loads(plain["messages"]) == "plain"
+
+
+def turn(content: Any, **more: Any) -> dict[str, Any]:
+    return {"role": "user", "content": content, **more}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": [turn(None)]}, "message 1 has no `content`"),
+        ({"prompt": [turn(None, tool_calls=[])]}, "message 1 has no `content`"),
+        ({"prompt": [turn("a"), {"content": "b"}]}, "message 2 has no `role`"),
+        ({"prompt": [turn("a") | {"role": ""}]}, "message 1 has no `role`"),
+        ({"prompt": [{"from": "human", "value": "a"}]}, "message 1 has no `role`"),
+        ({"prompt": [turn(5)]}, "`content` of message 1 is neither text nor a list"),
+        ({"prompt": [turn([{"type": "image"}])]}, "`content` of message 1 has a part of type 'image'"),
+        ({"prompt": [turn([{"type": "text", "text": "a"}, {"type": "image_url"}])]}, "part of type 'image_url'"),
+        ({"prompt": [turn(["a"])]}, "part of type 'str'"),
+        ({"prompt": [turn([{"type": "text", "text": " "}])]}, "the prompt is empty"),
+        ({"prompt": turn("a")}, "neither text nor a list of chat messages"),
+        ({"prompt": ["a"]}, "neither text nor a list of chat messages"),
+        ({"prompt": "a", "tools": [{"name": "add"}]}, "the column `tools` would change"),
+        ({"prompt": [turn("a")], "tools": '[{"name": "add"}]'}, "the column `tools` would change"),
+        ({"prompt": "a", "images": ["a.png"]}, "the column `images` would change"),
+        ({"prompt": [turn("a")], "chat_template_kwargs": {"thinking": False}}, "the column `chat_template_kwargs`"),
+        ({"messages": [turn("a"), {"role": "assistant", "content": "1"}]}, "the prompt holds its answer"),
+    ],
+)
+def test_what_a_prompt_cannot_show_is_refused_by_its_key(tmp_path: Path, row: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message) as caught:
+        load_prompts(config(write_rows(tmp_path / "pool.jsonl", [row | {"answer": "1"}])))
+    assert "Fix: " in str(caught.value)
+
+
+def test_columns_without_a_value_change_no_prompt(tmp_path: Path) -> None:
+    nothing: list[Any] = [[], None, "", float("nan")]
+    rows = [question(n, tools=tools, images=None) for n, tools in enumerate(nothing)]
+    assert len(train_rows(config(write_rows(tmp_path / "pool.jsonl", rows)))) == 4
+
+
+def test_messages_that_are_not_json_are_refused(tmp_path: Path) -> None:
+    rows = [{"prompt": [turn("a", at=datetime(2026, 1, 1, tzinfo=UTC))], "answer": "1"}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "pool.parquet")
+    with pytest.raises(DataError, match="the messages are not JSON"):
+        load_prompts(config(str(tmp_path / "pool.parquet")))
+
+
+def test_what_tool_calls_say_tells_prompts_apart(tmp_path: Path) -> None:
+    """In the guard against leakage."""
+    other = json.loads(json.dumps(CONVERSATION))
+    other[2]["tool_calls"][0]["function"]["arguments"]["a"] = 7
+    values = config(write_rows(tmp_path / "pool.jsonl", [{"prompt": CONVERSATION, "answer": "2"}])).resolved()
+    held_out = write_rows(tmp_path / "validation.jsonl", [{"prompt": other, "answer": "8"}])
+    assert len(load_prompts(validate_config(values, "test"))) == 12
+    write_rows(Path(held_out), [{"prompt": CONVERSATION, "answer": "8"}])
+    with pytest.raises(DataError, match="held-out prompts"):
+        load_prompts(validate_config(values, "test"))

@@ -21,6 +21,7 @@ from cropi.errors import DataError
 from cropi.gradients.groups import Group
 from cropi.gradients.reference import trainable_parameters
 from cropi.gradients.scoring import make_scorer, surrogate_settings
+from cropi.leakage import turn_text
 from cropi.policy import Policy, load_policy
 from cropi.prompts import checked_prompts
 from cropi.rewards.pool import strict_judge
@@ -155,7 +156,7 @@ class _Sample:
 
 def _last_words(messages: str) -> str:
     value = json.loads(messages)
-    return str(value if isinstance(value, str) else value[-1]["content"])
+    return value if isinstance(value, str) else turn_text(value[-1])
 
 
 def completions_of(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,12 +26,13 @@ from cropi.config import (
 from cropi.console import warn
 from cropi.data_files import Row, raw_rows
 from cropi.errors import DataError
-from cropi.leakage import Leakage, described, find_leakage
+from cropi.leakage import Leakage, described, find_leakage, turn_text
 from cropi.seeds import derived_seed
 
 PROMPT_COLUMNS = ("prompt", "question", "problem", "messages")
 ANSWER_COLUMNS = ("reward_model.ground_truth", "answer", "solution", "ground_truth")  # verl's first
 EXTRA_COLUMNS = ("extra_info", "metadata")
+UNSEEN_COLUMNS = ("tools", "chat_template_kwargs", "image", "images", "video", "videos", "audio", "audios")
 EXAMPLES = 3  # of rows that cannot be used
 
 
@@ -312,10 +313,21 @@ def _prompt(source: FileSource | HubSource, row: Row, columns: dict[str, str], k
     extra = _extra(row, source, key)
     origin = _value(row, source.source_column or "source") or _value(row, "data_source")
     origin = origin or (extra or {}).get("source_dataset") or name
-    text = json.dumps(_checked_messages(messages, row, key), ensure_ascii=False)
+    refuse_unseen(row.values, row.where, key)
+    fix = "mend the row, or name another column with prompt_column."
+    messages = checked_messages(messages, row.where, key, fix)
+    if columns["prompt"] != "prompt" and not isinstance(messages, str) and messages[-1]["role"] == "assistant":
+        raise DataError(
+            f"{row.where}: the messages end in the assistant's turn, so the prompt holds its answer",
+            where=key,
+            fix="remove that turn from the column, and keep its text in an answer column.",
+        )
     try:
+        text = json.dumps(messages, ensure_ascii=False)
         written = None if extra is None else json.dumps(extra, ensure_ascii=False, default=str)
         f"{text}{answer}{identity}{origin}{written}".encode()
+    except TypeError as error:
+        raise DataError(f"{row.where}: the messages are not JSON ({error})", where=key, fix=fix) from None
     except UnicodeEncodeError:
         raise DataError(f"{row.where} holds half a surrogate pair", where=key, fix="mend the row's text.") from None
     return {
@@ -340,24 +352,48 @@ def _extra(row: Row, source: FileSource | HubSource, key: str) -> dict[str, Any]
     return next((row.values[name] for name in EXTRA_COLUMNS if isinstance(row.values.get(name), dict)), None)
 
 
-def _checked_messages(messages: Any, row: Row, key: str) -> Any:
-    """A non-empty string, or chat messages with string contents."""
-    turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
-    good = (
-        isinstance(turns, list)
-        and turns
-        and all(
-            isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
-            for turn in turns
-        )
-    )
-    if not good or not "".join(turn["content"] for turn in turns).strip():
-        raise DataError(
-            f"{row.where}: the prompt is neither text nor a list of chat messages, or it is empty",
-            where=key,
-            fix="mend the row, or name another column with prompt_column.",
-        )
-    return messages if isinstance(messages, str) else [{"role": t["role"], "content": t["content"]} for t in turns]
+def checked_messages(messages: Any, where: str, key: str, fix: str) -> str | list[dict[str, Any]]:
+    """A prompt as it is put to the policy: text, or chat messages with all that they hold but keys without a value.
+
+    Raises DataError for a message without role or content (tool calls may stand for it), and for images and the like.
+    """
+
+    def refused(what: str) -> DataError:
+        return DataError(f"{where}: {what}", where=key, fix=fix)
+
+    neither = "the prompt is neither text nor a list of chat messages"
+    if isinstance(messages, str):
+        return messages
+    if not isinstance(messages, list) or not all(isinstance(turn, dict) for turn in messages):
+        raise refused(neither)
+    kept = []
+    for number, turn in enumerate(messages, start=1):
+        content = turn.get("content")
+        if not isinstance(turn.get("role"), str) or not turn["role"]:
+            raise refused(f"{neither}: message {number} has no `role`")
+        if content is None and not turn.get("tool_calls"):
+            raise refused(f"{neither}: message {number} has no `content`")
+        if not isinstance(content, str | list | None):
+            raise refused(f"{neither}: the `content` of message {number} is neither text nor a list of parts")
+        for part in content if isinstance(content, list) else ():
+            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+            if kind != "text" or not isinstance(part.get("text"), str):
+                raise refused(f"the `content` of message {number} has a part of type {kind!r}; prompts are text alone")
+        kept.append({k: v for k, v in turn.items() if v is not None} | {"content": content})
+    if not "".join(map(turn_text, kept)).strip():
+        raise refused("the prompt is empty")
+    return kept
+
+
+def refuse_unseen(values: Mapping[str, Any], where: str, key: str) -> None:
+    """DataError for columns that ask for another prompt than the one that TRL makes of a row."""
+    for column in UNSEEN_COLUMNS:
+        if _value(Row(dict(values), where), column) is not None:
+            raise DataError(
+                f"{where}: the column `{column}` would change what the policy is shown, and training leaves it out",
+                where=key,
+                fix="write what it holds into the messages, and remove or rename the column.",
+            )
 
 
 def content_id(text: str, answer: str) -> str:
