@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Protocol
@@ -68,9 +68,24 @@ def _terminal() -> Console | None:
     return Console(stderr=True)
 
 
+_wording: Callable[[str], str] = str
+
+
+@contextmanager
+def worded(wording: Callable[[str], str]) -> Iterator[None]:
+    """What is said within goes through a function."""
+    global _wording
+    before, _wording = _wording, wording
+    try:
+        yield
+    finally:
+        _wording = before
+
+
 def _print(text: str) -> None:
     if not first():
         return
+    text = _wording(text)
     terminal = _terminal()
     if terminal is None:
         print(text, file=sys.stderr, flush=True)
