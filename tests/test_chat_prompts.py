@@ -18,7 +18,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import GRPOConfig, GRPOTrainer
 
+from cropi.config import Config
 from cropi.errors import DataError, PolicyError
+from cropi.inspection import check_run
 from cropi.loading import validate_config
 from cropi.pipeline import Pipeline
 from cropi.policy import encode_prompts
@@ -78,7 +80,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     fast.add_special_tokens({"additional_special_tokens": special})
     fast.save_pretrained(place)
     torch.manual_seed(0)
-    config = LlamaConfig(
+    shape = LlamaConfig(
         vocab_size=len(letters) + len(special),
         hidden_size=16,
         intermediate_size=32,
@@ -91,13 +93,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         bos_token_id=None,
         initializer_range=0.3,
     )
-    LlamaForCausalLM(config).save_pretrained(place)
+    LlamaForCausalLM(shape).save_pretrained(place)
     return place
 
 
 def tokenizer_of(folder: Path, template: str | None) -> PreTrainedTokenizerFast:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     tokenizer.chat_template = template
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
     tokenizer.save_pretrained(folder)
     return tokenizer
 
@@ -122,9 +125,9 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> set[tuple[int, ...]]:
     return found
 
 
-def pipeline(folder: Path, run: Path, train: list[Any], validation: list[Any], **prompts: Any) -> Pipeline:
+def config(folder: Path, run: Path, train: list[Any], validation: list[Any], test: list[Any], **prompts: Any) -> Config:
     sources = {}
-    for name, held in (("train", train), ("validation", validation), ("test", rows(range(90, 92)))):
+    for name, held in (("train", train), ("validation", validation), ("test", test)):
         path = run / f"{name}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(json.dumps(row) + "\n" for row in held))
@@ -147,7 +150,11 @@ def pipeline(folder: Path, run: Path, train: list[Any], validation: list[Any], *
         "trainer": {"num_generations": 2, "per_device_train_batch_size": 20, "gradient_accumulation_steps": 1},
         "evaluate": {"bootstrap": 50},
     }
-    return Pipeline(validate_config(values, "test"))
+    return validate_config(values, "test")
+
+
+def pipeline(folder: Path, run: Path, train: list[Any], validation: list[Any], **prompts: Any) -> Pipeline:
+    return Pipeline(config(folder, run, train, validation, rows(range(90, 92)), **prompts))
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -243,3 +250,55 @@ def test_plain_text_that_would_lose_a_key_is_refused(folder: Path, tmp_path: Pat
         made.collect()
     made.space.unlock()
     assert not (tmp_path / "chat" / "trajectories" / "manifest.json").exists()
+
+
+TEXTS = [{"prompt": f"What is {number} + 1?", "answer": str(number + 1)} for number in range(20, 26)]
+CHATS = [{"prompt": [{"role": "user", "content": row["prompt"] + " ok"}], "answer": row["answer"]} for row in TEXTS]
+
+
+@pytest.mark.parametrize(
+    ("train", "validation"), [(TEXTS, CHATS), (CHATS, TEXTS), ([*TEXTS[:3], *CHATS[3:]], [*CHATS[:2], *TEXTS[4:]])]
+)
+def test_text_beside_chat_messages_is_the_user_s_turn(
+    folder: Path, tmp_path: Path, train: list[Any], validation: list[Any], seen: set[tuple[int, ...]]
+) -> None:
+    """In a run with a chat template, wherever it stands."""
+    tokenizer = tokenizer_of(folder, RICH)
+    made = pipeline(folder, tmp_path, train, validation)
+    made.collect()
+    for name, held in (("train", train), ("validation/mine", validation)):
+        asked = [
+            row if isinstance(row["prompt"], list) else {"prompt": [{"role": "user", "content": row["prompt"]}]}
+            for row in held
+        ]
+        stored = {tuple(row["prompt_ids"]) for row in made.trajectories.base[name].to_pylist()}
+        assert stored == {expected(tokenizer, row) for row in asked}
+    (arm,) = made.space.arms.values()
+    made.train(arm)
+    made.space.unlock()
+    assert seen == {tuple(row["prompt_ids"]) for row in made.trajectories.base["train"].to_pylist()}
+
+
+def test_check_warns_where_chat_messages_become_plain_text(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer_of(folder, None)
+    given = config(folder, tmp_path, [*TEXTS, CHATS[0]], CHATS, TEXTS[:1])
+    (told,) = [text for text in check_run(given).warnings if "no chat template" in text]
+    assert "7 prompts" in told
+    made = Pipeline(given)
+    made.collect()
+    made.space.unlock()
+    assert told in capsys.readouterr().err
+    for values in ({"chat": False}, {}):
+        silent = config(folder, tmp_path / "silent", TEXTS, CHATS if values else TEXTS, TEXTS[:1], **values)
+        assert not [text for text in check_run(silent).warnings if "chat template" in text]
+
+
+def test_check_refuses_test_prompts_that_a_run_refuses(folder: Path, tmp_path: Path) -> None:
+    tokenizer_of(folder, None)
+    with pytest.raises(DataError, match="no place for the messages' name"):
+        check_run(config(folder, tmp_path, TEXTS, TEXTS, rows([1])))
+    long = [{"prompt": "a" * 600, "answer": "1"}]
+    with pytest.raises(DataError, match="no room for a completion in 512"):
+        check_run(config(folder, tmp_path, TEXTS, TEXTS, long))

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -278,6 +278,16 @@ def uses_chat(tokenizer: PreTrainedTokenizerBase, chat: bool | None, system_prom
     if chat and not has_template:
         raise PolicyError("the tokenizer has no chat template", where="prompts.chat", fix="set prompts.chat=false.")
     return has_template if chat is None else chat
+
+
+def chat_warnings(tokenizer: PreTrainedTokenizerBase, chat: bool | None, messages: Iterable[str]) -> list[str]:
+    """What to tell where stored prompts are chat messages, nothing was said of `chat`, and there is no template."""
+    chats = sum(text.startswith("[") for text in messages) if chat is None and not tokenizer.chat_template else 0
+    told = (
+        f"the tokenizer has no chat template: {chats} prompts of chat messages become plain text, contents without "
+        "roles. Put chat_template.jinja beside the tokenizer, or silence this with prompts.chat=false"
+    )
+    return [told] if chats else []
 
 
 def trainer_prompt(messages: str, *, chat: bool, system_prompt: str | None) -> str | list[dict[str, Any]]:

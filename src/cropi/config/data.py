@@ -179,7 +179,8 @@ class PromptsConfig(Table):
     empty: Literal["refuse", "drop"] = "refuse"
     """The same for rows without a prompt, answer or id: null, NaN, blank text."""
     chat: bool | None = None
-    """Put prompts as chat messages through the tokenizer's template. Unset: yes where the tokenizer has one."""
+    """Put prompts as chat messages through the tokenizer's template, text as the user's turn. Unset: yes where the
+    tokenizer has one; else chat messages become plain text, of which a warning tells."""
     system_prompt: str | None = None
     """System message put before every chat prompt."""
 
