@@ -302,3 +302,12 @@ def test_check_refuses_test_prompts_that_a_run_refuses(folder: Path, tmp_path: P
     long = [{"prompt": "a" * 600, "answer": "1"}]
     with pytest.raises(DataError, match="no room for a completion in 512"):
         check_run(config(folder, tmp_path, TEXTS, TEXTS, long))
+
+
+def test_a_template_that_fails_in_a_script_is_told_of_in_its_words(folder: Path, tmp_path: Path) -> None:
+    train, validation = (Dataset.from_list(part) for part in (CHATS[:4], CHATS[4:]))
+    made = script(folder, tmp_path, "{{ raise_exception('no') }}", train, validation)
+    with pytest.raises(
+        PolicyError, match=r"(?s)^the prompts: .*refuses the prompt .*change the messages or the chat temp"
+    ):
+        made.train()

@@ -10,7 +10,10 @@ from cropi import console
 from cropi.config import Config
 from cropi.errors import UserError
 
-WHOLE = {"policy": "model", "prompts": "the prompts", "verifier": "Verified", "trainer": "args"}  # tables, alone
+# Tables as the place of an error.
+WHOLE = {"policy": "model", "prompts": "the prompts", "verifier": "Verified", "trainer": "args"} | {
+    name: f'Selector.settings["{name}"]' for name in ("collect", "score", "select", "refresh")
+}
 # What a script names itself, with all that is in it.
 ARGUMENTS = {
     "policy.path": "model",
@@ -19,7 +22,6 @@ ARGUMENTS = {
     "policy.lora": "peft_config",
     "prompts.train": "train_dataset",
     "prompts.validation": "Selector.validation",
-    "prompts.chat": "processing_class.chat_template",
     "verifier.threshold": "Selector.threshold",
     "verifier.graded": "Selector.graded",
     "select.strategy": "Selector.strategy",
@@ -33,6 +35,7 @@ PHRASES = {  # regular expressions: what a script does not have, and what it has
         "give another Selector.folder"
     ),
     r" \(name=\.\.\.\)| \(`cropi [a-z-]+` tells more\)| \(disjoint hash_range values split one file\)": "",
+    r"prompts\.system_prompt or the messages, or set prompts\.chat=false": "the messages or the chat template",
     "see in `cropi check` how": "see in the stored trajectories how",
     "run_dir": "Selector.folder",
     "the verifier": "the reward function",
