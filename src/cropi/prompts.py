@@ -286,10 +286,16 @@ def _cell(row: Row, column: str) -> Any:
 
 
 def _value(row: Row, column: str) -> Any:
-    """As `_cell`, but None for what says nothing: an absent column, null, NaN, blank text, an empty list."""
+    """As `_cell`, but None for an absent column and for what says nothing."""
     value = _cell(row, column)
-    nothing = value is _ABSENT or value in ([], {}) or (isinstance(value, float) and math.isnan(value))
-    return None if nothing or (isinstance(value, str) and not value.strip()) else value
+    return None if value is _ABSENT or _is_nothing(value) else value
+
+
+def _is_nothing(value: Any) -> bool:
+    """Whether it is null, NaN, blank text, or an empty list or object."""
+    if isinstance(value, float):
+        return math.isnan(value)
+    return value is None or value in ([], {}) or (isinstance(value, str) and not value.strip())
 
 
 def _written(value: Any) -> str:
@@ -388,7 +394,7 @@ def checked_messages(messages: Any, where: str, key: str, fix: str) -> str | lis
 def refuse_unseen(values: Mapping[str, Any], where: str, key: str) -> None:
     """DataError for columns that ask for another prompt than the one that TRL makes of a row."""
     for column in UNSEEN_COLUMNS:
-        if _value(Row(dict(values), where), column) is not None:
+        if column in values and not _is_nothing(values[column]):
             raise DataError(
                 f"{where}: the column `{column}` would change what the policy is shown, and training leaves it out",
                 where=key,
