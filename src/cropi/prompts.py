@@ -306,14 +306,7 @@ def _written(value: Any) -> str:
 
 def _prompt(source: FileSource | HubSource, row: Row, columns: dict[str, str], key: str) -> dict[str, Any]:
     """A raw row in the project's columns."""
-    messages, answer = (_value(row, columns[what]) for what in ("prompt", "answer"))
-    if isinstance(answer, bool) or not isinstance(answer, str | int | float) or answer in (math.inf, -math.inf):
-        raise DataError(
-            f"{row.where}: the answer {str(answer)[:80]!r} is neither text nor a finite number",
-            where=key,
-            fix="write it as the text that a right completion would give, or name another column with answer_column.",
-        )
-    answer = _written(answer)
+    answer = _answer(row, columns["answer"], key)
     name = Path(source.path).stem if isinstance(source, FileSource) else source.dataset
     identity = _value(row, columns.get("id", "prompt_id"))
     extra = _extra(row, source, key)
@@ -321,7 +314,7 @@ def _prompt(source: FileSource | HubSource, row: Row, columns: dict[str, str], k
     origin = origin or (extra or {}).get("source_dataset") or name
     refuse_unseen(row.values, row.where, key)
     fix = "mend the row, or name another column with prompt_column."
-    messages = checked_messages(messages, row.where, key, fix)
+    messages = checked_messages(_value(row, columns["prompt"]), row.where, key, fix)
     if columns["prompt"] != "prompt" and not isinstance(messages, str) and messages[-1]["role"] == "assistant":
         raise DataError(
             f"{row.where}: the messages end in the assistant's turn, so the prompt holds its answer",
@@ -343,6 +336,17 @@ def _prompt(source: FileSource | HubSource, row: Row, columns: dict[str, str], k
         "answer": answer,
         "extra": written,
     }
+
+
+def _answer(row: Row, column: str, key: str) -> str:
+    answer = _value(row, column)
+    if isinstance(answer, bool) or not isinstance(answer, str | int | float) or answer in (math.inf, -math.inf):
+        raise DataError(
+            f"{row.where}: the answer {str(answer)[:80]!r} is neither text nor a finite number",
+            where=key,
+            fix="write it as the text that a right completion would give, or name another column with answer_column.",
+        )
+    return _written(answer)
 
 
 def _extra(row: Row, source: FileSource | HubSource, key: str) -> dict[str, Any] | None:
