@@ -1,4 +1,5 @@
 import json
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 from cropi.config import Config
 from cropi.errors import DataError
 from cropi.loading import load_config, validate_config
-from cropi.prompts import data_identity, load_prompts
+from cropi.prompts import checked_prompts, data_identity, load_prompts
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
@@ -117,10 +118,16 @@ def test_hash_ranges_split_a_file_into_disjoint_parts(tmp_path: Path) -> None:
     ("rows", "message"),
     [
         ([], "holds no rows"),
-        ([question(1), question(1)], "occurs twice in train: at .*line 1 and at .*line 2"),
-        ([{"question": "a"}], r"line 1 has no answer \(column answer / solution / ground_truth\)"),
+        (
+            [question(1), question(1)],
+            "rows of train that come again: 1 .*occurs twice in train: at .*line 1 and at .*line 2",
+        ),
+        (
+            [{"question": "a"}],
+            r"line 1 has no answer \(column reward_model.ground_truth / answer / solution / ground_truth\)",
+        ),
         ([{"text": "a", "answer": "1"}], "has no prompt .*its columns are: text, answer"),
-        ([question(1), {"question": "  ", "answer": "1"}], "line 2: the prompt is neither"),
+        ([question(1), {"question": "  ", "answer": "1"}], r"rows without prompt \(column question\): 1 \(.*line 2\)"),
         ([{"prompt": [{"role": "user"}], "answer": "1"}], "neither text nor a list of chat messages"),
         ([question(1000)], "is in validation/v|is in train and in validation/v"),
         ([{"question": "what is  2000 + 1?", "answer": "other"}], "test/t"),  # same words, other case and spaces
@@ -146,14 +153,11 @@ def test_an_unreadable_line_is_named(tmp_path: Path) -> None:
         load_prompts(config(str(path)))
 
 
-def test_missing_files_and_unknown_formats(tmp_path: Path) -> None:
+def test_missing_and_damaged_files(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="there is no file"):
         load_prompts(config(str(tmp_path / "none.jsonl")))
-    (tmp_path / "pool.csv").write_text("a,b")
-    with pytest.raises(DataError, match=r"neither \.jsonl nor \.parquet"):
-        load_prompts(config(str(tmp_path / "pool.csv")))
     (tmp_path / "pool.parquet").write_bytes(b"PAR1 not really")
-    with pytest.raises(DataError, match="cannot be read as Parquet"):
+    with pytest.raises(DataError, match="cannot be read as parquet"):
         load_prompts(config(str(tmp_path / "pool.parquet")))
 
 
@@ -212,3 +216,230 @@ def test_label_rule_and_hint_reach_the_rows() -> None:
     assert all(json.loads(r["messages"]).endswith(f" {r['answer']}") for r in hinted)
     with pytest.raises(DataError, match=r"prompts\.train\.0: label_noise is 0.5 beside label_rule"):
         load_prompts(load_config("quickstart", [pool % "label_rule: stop_early, label_noise: 0.5"]))
+
+
+def text_of(rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    return [(json.loads(row["messages"]), row["answer"]) for row in rows]
+
+
+PAIRS = [('a, "b"\nc?', "05"), ("d?", "NA")]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("pool.csv", 'question,answer\n"a, ""b""\nc?",05\nd?,NA\n'),
+        ("pool.CSV", '\ufeffquestion,answer\r\n"a, ""b""\nc?",05\r\n\r\nd?,NA\r\n'),
+        ("pool.JSONL", "".join(json.dumps({"question": q, "answer": a}) + "\r\n\r\n" for q, a in PAIRS)),
+        ("pool.jsonl", "\ufeff" + "".join(json.dumps({"question": q, "answer": a}) + "\n" for q, a in PAIRS)),
+        ("pool.json", "\ufeff \n" + json.dumps([{"question": q, "answer": a} for q, a in PAIRS], indent=1)),
+        ("pool.Json", "".join(json.dumps({"question": q, "answer": a}) + "\n" for q, a in PAIRS)),
+    ],
+)
+def test_every_format_is_read_and_texts_stay_as_they_are(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / name).write_bytes(content.encode())
+    assert text_of(train_rows(config(str(tmp_path / name)))) == PAIRS
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("pool.json", '{"data": 1,\n "b": 2}', "line 1 is not JSON"),
+        ("pool.json", "[1]", "row 1 is not a JSON object"),
+        ("pool.json", '[{"question": "a"', "the file is not JSON"),
+        ("pool.jsonl", '{"question": "a", "answer": "1", "answer": "2"}', "the key 'answer' occurs twice"),
+        ("pool.jsonl", "[" * 100_000, "line 1 is not JSON"),
+        ("pool.jsonl", '{"question": "a", "answer": ' + "1" * 5000 + "}", "line 1 is not JSON"),
+        ("pool.csv", "question,answer\na\n", "line 2 has more or fewer values"),
+        ("pool.csv", "question,answer\na,1,2\n", "line 2 has more or fewer values"),
+        ("pool.csv", "answer,answer\na,1\n", "two columns have one name"),
+        ("pool.csv", 'question,answer\n"a,1\n', "cannot be read as csv"),
+        ("pool.csv", "", "holds no rows"),
+        ("pool.xlsx", "", "none of .jsonl, .json, .csv, .parquet"),
+    ],
+)
+def test_a_damaged_file_is_refused_with_the_place(tmp_path: Path, name: str, content: str, message: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=message):
+        load_prompts(config(str(tmp_path / name)))
+
+
+@pytest.mark.parametrize("answer", ["NaN", "null", '""', '" \\n"'])
+def test_a_missing_answer_is_no_gold_answer(tmp_path: Path, answer: str) -> None:
+    """And no other column takes its place: the file has an `answer` column."""
+    path = tmp_path / "pool.jsonl"
+    lines = [json.dumps(question(n, solution=f"long text {n}")) for n in range(3)]
+    path.write_text("\n".join([*lines, f'{{"question": "a", "answer": {answer}, "solution": "long text"}}']))
+    with pytest.raises(DataError, match=r"(?s)rows without answer \(column answer\): 1 \(.*line 4.*prompts.empty=drop"):
+        load_prompts(config(str(path)))
+    if answer in ("NaN", "null"):
+        values = {"question": "a", "answer": float("nan") if answer == "NaN" else None}
+        pq.write_table(pa.Table.from_pylist([{"question": "b", "answer": 1.0}, values]), tmp_path / "pool.parquet")
+        with pytest.raises(DataError, match=r"rows without answer \(column answer\): 1 \(.*row 2"):
+            load_prompts(config(str(tmp_path / "pool.parquet")))
+
+
+def test_columns_are_decided_once_for_a_file(tmp_path: Path) -> None:
+    """Rows without a column lack it, though another usual column holds something."""
+    cases: list[tuple[list[dict[str, Any]], str]] = [
+        ([question(1), {"question": "b", "solution": "2"}], "answer"),
+        ([{"prompt": None, "question": "a", "answer": "1"}, {"prompt": "b", "answer": "2"}], "prompt"),
+        ([question(1, reward_model={"ground_truth": "3"}), question(2)], "answer"),
+        ([question(1, reward_model={"ground_truth": None})], "answer"),
+    ]
+    for rows, what in cases:
+        with pytest.raises(DataError, match=f"rows without {what}"):
+            load_prompts(config(write_rows(tmp_path / "pool.jsonl", rows)))
+    path = write_rows(tmp_path / "pool.jsonl", [{"question": "b", "solution": "2", "answer": None}])
+    assert text_of(train_rows(config(path, answer_column="solution"))) == [("b", "2")]
+
+
+@pytest.mark.parametrize(
+    ("answer", "text"), [("5", "5"), (5, "5"), (5.0, "5"), (0.5, "0.5"), (-0.0, "0"), (1e300, "1e+300"), (" 5", " 5")]
+)
+def test_a_number_is_written_as_one_writes_it(tmp_path: Path, answer: Any, text: str) -> None:
+    """A column of whole numbers that has a gap comes out of pandas as floats."""
+    for row in (question(1) | {"answer": answer}, question(1, reward_model={"ground_truth": answer})):
+        (loaded,) = train_rows(config(write_rows(tmp_path / "pool.jsonl", [row])))
+        assert loaded["answer"] == text
+
+
+@pytest.mark.parametrize("answer", [["4"], {"a": 1}, True, False, float("inf"), float("-inf")])
+def test_an_answer_of_another_kind_is_refused(tmp_path: Path, answer: Any) -> None:
+    """verl's `ground_truth` as well."""
+    for row in (question(1) | {"answer": answer}, question(1, reward_model={"ground_truth": answer})):
+        with pytest.raises(DataError, match=r"line 1: the answer .* is neither text nor a finite number"):
+            load_prompts(config(write_rows(tmp_path / "pool.jsonl", [row])))
+
+
+def test_what_is_missing_or_repeated_is_counted_in_one_message_or_dropped(tmp_path: Path) -> None:
+    rows = [question(1), question(2), question(1), question(1), question(3) | {"answer": None}, {"question": " "}]
+    loaded = config(write_rows(tmp_path / "pool.jsonl", rows))
+    with pytest.raises(DataError) as caught:
+        load_prompts(loaded)
+    for part in (
+        "rows without answer (column answer): 1 (",
+        "rows without prompt (column question): 1 (",
+        "rows of train that come again: 2 (",
+        "prompts.duplicates=drop",
+        "prompts.empty=drop",
+    ):
+        assert part in str(caught.value)
+    values = loaded.resolved()
+    values["prompts"] |= {"duplicates": "drop", "empty": "drop"}
+    checked = checked_prompts(validate_config(values, "test"))
+    assert text_of([r for r in checked.rows if r["set"] == "train"]) == [
+        (question(n)["question"], str(n + 1)) for n in (1, 2)
+    ]
+    assert len(checked.warnings) == 3
+    values["prompts"]["empty"] = "refuse"
+    with pytest.raises(DataError, match="without answer") as caught:
+        load_prompts(validate_config(values, "test"))
+    assert "come again" not in str(caught.value)
+
+
+def test_one_id_for_two_prompts_is_never_dropped(tmp_path: Path) -> None:
+    rows = [question(1, key="a"), question(2, key="a")]
+    values = config(write_rows(tmp_path / "pool.jsonl", rows), id_column="key").resolved()
+    values["prompts"]["duplicates"] = "drop"
+    with pytest.raises(DataError, match=r"'a' occurs twice in train.*for two prompts"):
+        load_prompts(validate_config(values, "test"))
+
+
+def test_a_file_split_into_roles_reports_a_row_once(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "pool.jsonl", [*(question(n) for n in range(40)), {"question": "a", "answer": ""}])
+    values = config(path, hash_range=[0, 0.5]).resolved()
+    values["prompts"]["validation"] = {"v": [{"type": "file", "path": path, "hash_range": [0.5, 1]}]}
+    with pytest.raises(DataError, match=r"without answer \(column answer\): 1 \("):
+        load_prompts(validate_config(values, "test"))
+
+
+def test_a_limit_counts_what_is_left_of_repeated_rows(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "pool.jsonl", [question(n) for n in range(10) for _ in range(3)])
+    values = config(path, limit=8).resolved()
+    values["prompts"]["duplicates"] = "drop"
+    assert len(train_rows(validate_config(values, "test"))) == 8
+
+
+def test_ids_and_sources_that_are_missing_in_pandas(tmp_path: Path) -> None:
+    nan = float("nan")
+    rows = [question(1, key=7.0, source="s"), question(2, key=8.0, source=nan)]
+    loaded = train_rows(config(write_rows(tmp_path / "pool.jsonl", rows), id_column="key"))
+    assert [(row["prompt_id"], row["source"]) for row in loaded] == [("7", "s"), ("8", "pool")]
+    with pytest.raises(DataError, match=r"rows without id \(column key\): 1"):
+        load_prompts(config(write_rows(tmp_path / "pool.jsonl", [question(1, key=nan)]), id_column="key"))
+
+
+TOOL_CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": None}}}
+CONVERSATION = [
+    {"role": "system", "content": "brief", "name": "rules"},
+    {"content": [{"type": "text", "text": "1"}, {"type": "text", "text": "+1?"}], "role": "user"},
+    {"role": "assistant", "content": None, "reasoning_content": "add them", "tool_calls": [TOOL_CALL], "weight": 0},
+    {"role": "tool", "name": "add", "content": "2"},
+]
+
+
+def test_messages_are_kept_whole(tmp_path: Path) -> None:
+    """All keys with a value, in their order; a column `messages` is read where there is none of the other names."""
+    rows: list[dict[str, Any]] = [{"messages": CONVERSATION, "answer": "2"}, {"messages": "plain", "answer": "1"}]
+    whole, plain = train_rows(config(write_rows(tmp_path / "pool.jsonl", rows)))
+    assert json.loads(whole["messages"]) == CONVERSATION
+    assert list(json.loads(whole["messages"])[1]) == ["content", "role"]  # templates may write a message as JSON
+    assert json.loads(plain["messages"]) == "plain"
+
+
+def turn(content: Any, **more: Any) -> dict[str, Any]:
+    return {"role": "user", "content": content, **more}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": [turn(None)]}, "message 1 has no `content`"),
+        ({"prompt": [turn(None, tool_calls=[])]}, "message 1 has no `content`"),
+        ({"prompt": [turn("a"), {"content": "b"}]}, "message 2 has no `role`"),
+        ({"prompt": [turn("a") | {"role": ""}]}, "message 1 has no `role`"),
+        ({"prompt": [{"from": "human", "value": "a"}]}, "message 1 has no `role`"),
+        ({"prompt": [turn(5)]}, "`content` of message 1 is neither text nor a list"),
+        ({"prompt": [turn([{"type": "image"}])]}, "`content` of message 1 has a part of type 'image'"),
+        ({"prompt": [turn([{"type": "text", "text": "a"}, {"type": "image_url"}])]}, "part of type 'image_url'"),
+        ({"prompt": [turn(["a"])]}, "part of type 'str'"),
+        ({"prompt": [turn([{"type": "text", "text": " "}])]}, "the prompt is empty"),
+        ({"prompt": turn("a")}, "neither text nor a list of chat messages"),
+        ({"prompt": ["a"]}, "neither text nor a list of chat messages"),
+        ({"prompt": "a", "tools": [{"name": "add"}]}, "the column `tools` would change"),
+        ({"prompt": [turn("a")], "tools": '[{"name": "add"}]'}, "the column `tools` would change"),
+        ({"prompt": "a", "images": ["a.png"]}, "the column `images` would change"),
+        ({"prompt": [turn("a")], "chat_template_kwargs": {"thinking": False}}, "the column `chat_template_kwargs`"),
+        ({"messages": [turn("a"), {"role": "assistant", "content": "1"}]}, "the prompt holds its answer"),
+    ],
+)
+def test_what_a_prompt_cannot_show_is_refused_by_its_key(tmp_path: Path, row: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message) as caught:
+        load_prompts(config(write_rows(tmp_path / "pool.jsonl", [row | {"answer": "1"}])))
+    assert "Fix: " in str(caught.value)
+
+
+def test_columns_without_a_value_change_no_prompt(tmp_path: Path) -> None:
+    nothing: list[Any] = [[], None, "", float("nan")]
+    rows = [question(n, tools=tools, images=None) for n, tools in enumerate(nothing)]
+    assert len(train_rows(config(write_rows(tmp_path / "pool.jsonl", rows)))) == 4
+
+
+def test_messages_that_are_not_json_are_refused(tmp_path: Path) -> None:
+    rows = [{"prompt": [turn("a", at=datetime(2026, 1, 1, tzinfo=UTC))], "answer": "1"}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "pool.parquet")
+    with pytest.raises(DataError, match="the messages are not JSON"):
+        load_prompts(config(str(tmp_path / "pool.parquet")))
+
+
+def test_what_tool_calls_say_tells_prompts_apart(tmp_path: Path) -> None:
+    """In the guard against leakage."""
+    other = json.loads(json.dumps(CONVERSATION))
+    other[2]["tool_calls"][0]["function"]["arguments"]["a"] = 7
+    values = config(write_rows(tmp_path / "pool.jsonl", [{"prompt": CONVERSATION, "answer": "2"}])).resolved()
+    held_out = write_rows(tmp_path / "validation.jsonl", [{"prompt": other, "answer": "8"}])
+    assert len(load_prompts(validate_config(values, "test"))) == 12
+    write_rows(Path(held_out), [{"prompt": CONVERSATION, "answer": "8"}])
+    with pytest.raises(DataError, match="held-out prompts"):
+        load_prompts(validate_config(values, "test"))

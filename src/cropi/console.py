@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Protocol
@@ -70,10 +70,24 @@ def _terminal() -> Console | None:
     return Console(stderr=True)
 
 
+_wording: Callable[[str], str] = str
+
+
+@contextmanager
+def worded(wording: Callable[[str], str]) -> Iterator[None]:
+    """What is said within goes through a function."""
+    global _wording
+    before, _wording = _wording, wording
+    try:
+        yield
+    finally:
+        _wording = before
+
+
 def _print(text: str) -> None:
     if not first():
         return
-    terminal, text = _terminal(), printable(text)
+    terminal, text = _terminal(), printable(_wording(text))
     if terminal is None:
         print(text, file=sys.stderr, flush=True)
     else:

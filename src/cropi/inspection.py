@@ -21,8 +21,10 @@ from cropi.errors import DataError
 from cropi.gradients.groups import Group
 from cropi.gradients.reference import trainable_parameters
 from cropi.gradients.scoring import make_scorer, surrogate_settings
-from cropi.policy import Policy, load_policy
-from cropi.prompts import checked_prompts, leakage_warnings
+from cropi.leakage import turn_text
+from cropi.pipeline import questions
+from cropi.policy import Policy, chat_warnings, load_policy
+from cropi.prompts import checked_prompts
 from cropi.rewards.pool import strict_judge
 from cropi.rewards.verdicts import CORRECT, UNPARSEABLE_ANSWER, Judge, Judgement, answered
 from cropi.rewards.verifiers import written_gold
@@ -83,10 +85,12 @@ def check_run(config: Config) -> CheckResult:
 
     Raises the errors that a run would raise over its config, data and policy.
     """
-    prompts, leakage = checked_prompts(config)
+    prompts, leakage, warnings = checked_prompts(config)
     policy = load_policy(config.policy)
+    warnings += chat_warnings(policy.tokenizer, config.prompts.chat, (row["messages"] for row in prompts))
     settings = grpo_config(config, config.folder, policy.model.device)
     shards, _ = plan(config, policy, prompts, sampled_prompts(config, prompts))
+    tests = questions(config, policy, [row for row in prompts if row["set"].startswith("test/")])
     judge = strict_judge(config.verifier, config.verification)
     against_itself = judge([answered(written_gold(config.verifier, row["answer"]), row) for row in prompts])
     gold = Counter(judgement.verdict for judgement in against_itself)
@@ -114,10 +118,8 @@ def check_run(config: Config) -> CheckResult:
         verdicts=dict(verdicts),
         mixed_groups=sum(len(group) > 1 for group in rewards),
         samples=sample.shown(),
-        estimates=_estimate(
-            config, settings, policy, shards, sample, sum(r["set"].startswith("test/") for r in prompts)
-        ),
-        warnings=[*leakage_warnings(config, leakage), *_warnings(gold, verdicts, any(map(any, rewards)))],
+        estimates=_estimate(config, settings, policy, shards, sample, len(tests)),
+        warnings=[*warnings, *_warnings(gold, verdicts, any(map(any, rewards)))],
     )
 
 
@@ -155,7 +157,7 @@ class _Sample:
 
 def _last_words(messages: str) -> str:
     value = json.loads(messages)
-    return str(value if isinstance(value, str) else value[-1]["content"])
+    return value if isinstance(value, str) else turn_text(value[-1])
 
 
 def completions_of(

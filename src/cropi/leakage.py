@@ -111,7 +111,15 @@ def prompt_text(messages: str) -> str:
     value = json.loads(messages)
     if isinstance(value, str):
         return value
-    return "\n".join(turn["content"] for turn in value if turn["role"] != "system")
+    return "\n".join(turn_text(turn) for turn in value if turn["role"] != "system")
+
+
+def turn_text(turn: Mapping[str, Any]) -> str:
+    """The text of a chat message: its content, or the texts of its parts, with its reasoning and tool calls."""
+    content = turn.get("content") or ""
+    parts = [content] if isinstance(content, str) else [part["text"] for part in content]
+    said = [turn[name] for name in ("reasoning_content", "tool_calls") if turn.get(name)]
+    return "\n".join([*parts, *(one if isinstance(one, str) else json.dumps(one, ensure_ascii=False) for one in said)])
 
 
 def normalised(text: str) -> str:

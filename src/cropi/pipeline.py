@@ -31,7 +31,7 @@ from cropi.gradients.groups import group_facts
 from cropi.gradients.scoring import FeatureRequest, score, surrogate_settings
 from cropi.gradients.validation import validation_groups
 from cropi.lockstep import in_lockstep
-from cropi.policy import Policy, Replica, encode_prompts, load_policy, trainer_prompt, uses_chat
+from cropi.policy import Policy, Replica, chat_warnings, encode_prompts, load_policy, trainer_prompt, uses_chat
 from cropi.prompts import data_identity, make_prompts
 from cropi.refreshing import Refresher
 from cropi.reporting.report import make_report
@@ -55,6 +55,22 @@ from cropi.workspace import Arm, Workspace, evaluation_files, forget_evaluations
 from cropi.world import ALONE, World
 
 MANY_FAILURES = 0.02  # share of the completions on which a verifier may fail without a word
+
+
+def questions(config: Config, policy: Policy, rows: Sequence[Mapping[str, Any]]) -> list[Question]:
+    """Test prompts as they are asked. DataError where one does not fit into the policy's context."""
+    settings = config.prompts
+    chat = uses_chat(policy.tokenizer, settings.chat, settings.system_prompt)
+    prompts = [trainer_prompt(row["messages"], chat=chat, system_prompt=settings.system_prompt) for row in rows]
+    encoded = encode_prompts(policy.tokenizer, prompts)
+    limit, longest = policy.context_length, max(map(len, encoded), default=0)
+    if limit is not None and longest + config.collect.max_completion_length > limit:
+        raise DataError(
+            f"the longest test prompt has {longest} tokens, which leaves no room for a completion in {limit}",
+            where="prompts.test",
+            fix="leave such prompts out, or lower collect.max_completion_length.",
+        )
+    return [Question(row["set"].removeprefix("test/"), row, ids) for row, ids in zip(rows, encoded, strict=True)]
 
 
 class Pipeline:
@@ -112,6 +128,9 @@ class Pipeline:
 
         def make(folder: Path) -> tuple[Mapping[str, int], Mapping[str, Any]]:
             rows, ledger = self.space.prompt_rows, self.space.ledger
+            chat, messages = self.config.prompts.chat, (row["messages"] for row in rows)
+            for text in chat_warnings(self._given.tokenizer, chat, messages):
+                warn(text)
             elsewhere = self._elsewhere(self.base.model, "base")
             make_shards = None if elsewhere is None else shards_elsewhere(elsewhere, self.config, folder, ledger)
             return collect(
@@ -447,16 +466,7 @@ class Pipeline:
 
     @cached_property
     def _test_prompts(self) -> list[Question]:
-        rows = self.space.held_out("test")
-        encoded = encode_prompts(self._given.tokenizer, [self._trainer_prompt(row) for row in rows])
-        limit, longest = self._given.context_length, max(len(ids) for ids in encoded)
-        if limit is not None and longest + self.config.collect.max_completion_length > limit:
-            raise DataError(
-                f"the longest test prompt has {longest} tokens, which leaves no room for a completion in {limit}",
-                where="prompts.test",
-                fix="leave such prompts out, or lower collect.max_completion_length.",
-            )
-        return [Question(row["set"].removeprefix("test/"), row, ids) for row, ids in zip(rows, encoded, strict=True)]
+        return questions(self.config, self._given, self.space.held_out("test"))
 
     def _trainer_prompt(self, row: Mapping[str, Any]) -> str | list[dict[str, Any]]:
         return trainer_prompt(row["messages"], chat=self._chat, system_prompt=self.config.prompts.system_prompt)

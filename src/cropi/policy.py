@@ -9,7 +9,7 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +21,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
 
 from cropi.config import BUILTIN_POLICY, LoraConfig, PolicyConfig
-from cropi.errors import PolicyError
+from cropi.errors import DataError, PolicyError
 from cropi.functional.surrogate import token_logprobs
+from cropi.leakage import turn_text
 from cropi.lockstep import is_sharded
 
 if TYPE_CHECKING:
@@ -314,14 +315,36 @@ def uses_chat(tokenizer: PreTrainedTokenizerBase, chat: bool | None, system_prom
     return has_template if chat is None else chat
 
 
+def chat_warnings(tokenizer: PreTrainedTokenizerBase, chat: bool | None, messages: Iterable[str]) -> list[str]:
+    """What to tell where stored prompts are chat messages, nothing was said of `chat`, and there is no template."""
+    chats = sum(text.startswith("[") for text in messages) if chat is None and not tokenizer.chat_template else 0
+    told = (
+        f"the tokenizer has no chat template: {chats} prompts of chat messages become plain text, contents without "
+        "roles. Put chat_template.jinja beside the tokenizer, or silence this with prompts.chat=false"
+    )
+    return [told] if chats else []
+
+
 def trainer_prompt(messages: str, *, chat: bool, system_prompt: str | None) -> str | list[dict[str, Any]]:
-    """A stored prompt in the form TRL takes: a string, or a list of chat messages."""
+    """A stored prompt in the form TRL takes: a string, or a list of chat messages.
+
+    Raises DataError for messages that as plain text would lose what they hold beside roles and contents.
+    """
     value = json.loads(messages)
-    if not chat:
-        return value if isinstance(value, str) else "\n".join(message["content"] for message in value)
-    turns = [{"role": "user", "content": value}] if isinstance(value, str) else value
-    system = [{"role": "system", "content": system_prompt}] if system_prompt is not None else []
-    return system + turns
+    if chat:
+        turns = [{"role": "user", "content": value}] if isinstance(value, str) else value
+        system = [{"role": "system", "content": system_prompt}] if system_prompt is not None else []
+        return system + turns
+    if isinstance(value, str):
+        return value
+    lost = sorted({key for turn in value for key in turn} - {"role", "content"})
+    if lost:
+        raise DataError(
+            f"without a chat template prompts are plain text, which has no place for the messages' {', '.join(lost)}",
+            where="prompts.chat",
+            fix="give the tokenizer a chat template, or remove these keys from the messages.",
+        )
+    return "\n".join(map(turn_text, value))
 
 
 def encode_prompts(
@@ -332,19 +355,19 @@ def encode_prompts(
         return []
     if isinstance(prompts[0], str):
         return tokenizer(text=list(prompts))["input_ids"]
-    import jinja2  # templates of chat models run in its sandbox
-
+    settings = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
     try:
-        encoded = tokenizer.apply_chat_template(
-            conversation=list(prompts), add_generation_prompt=True, tokenize=True, return_dict=True
-        )
-    except jinja2.TemplateError as error:
+        return tokenizer.apply_chat_template(conversation=list(prompts), **settings)["input_ids"]
+    except Exception as error:  # a template is a program of the model's: it may fail in any way
+        if len(prompts) > 1:  # which of them is it?
+            for prompt in prompts:
+                encode_prompts(tokenizer, [prompt])
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise PolicyError(
-            f"the tokenizer's chat template refuses the prompts: {error}",
+            f"the tokenizer's chat template refuses the prompt {str(prompts[0])[:120]}: {first_line}",
             where="prompts",
             fix="change prompts.system_prompt or the messages, or set prompts.chat=false.",
         ) from None
-    return encoded["input_ids"]
 
 
 def shared_prefixes(model: PreTrainedModel, ids_BT: Tensor, mask_BT: Tensor) -> dict[str, Cache]:

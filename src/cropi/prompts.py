@@ -7,30 +7,68 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from cropi.artifacts import PROMPTS, write_table
-from cropi.config import BuiltinSource, Config, FileSource, HubSource, ReasoningGymSource, Source
+from cropi.config import (
+    BuiltinSource,
+    Config,
+    FileSource,
+    HubSource,
+    PromptsConfig,
+    ReasoningGymSource,
+    Source,
+)
 from cropi.console import warn
+from cropi.data_files import Row, raw_rows
 from cropi.errors import DataError
-from cropi.leakage import Leakage, described, find_leakage
+from cropi.leakage import Leakage, described, find_leakage, turn_text
 from cropi.seeds import derived_seed
 
-PROMPT_COLUMNS = ("prompt", "question", "problem")
-ANSWER_COLUMNS = ("answer", "solution", "ground_truth")
+PROMPT_COLUMNS = ("prompt", "question", "problem", "messages")
+ANSWER_COLUMNS = ("reward_model.ground_truth", "answer", "solution", "ground_truth")  # verl's first
 EXTRA_COLUMNS = ("extra_info", "metadata")
+UNSEEN_COLUMNS = ("tools", "chat_template_kwargs", "image", "images", "video", "videos", "audio", "audios")
+EXAMPLES = 3  # of rows that cannot be used
 
 
-class Row(NamedTuple):
-    """A raw row and where it stands, for errors."""
+class Checked(NamedTuple):
+    """The prompts of a run, what of the held-out ones comes again in another role, and what to tell of both."""
 
-    values: dict[str, Any]
-    where: str
+    rows: list[dict[str, Any]]
+    leakage: Leakage
+    warnings: list[str]
+
+
+class _Unusable:
+    """Rows of all sets that lack something or come again: refused in one message, or dropped and told of."""
+
+    def __init__(self, settings: PromptsConfig) -> None:
+        self._drop = {"empty": settings.empty == "drop", "duplicates": settings.duplicates == "drop"}
+        self._found: dict[tuple[str, str], dict[str, None]] = {}  # places by setting and kind
+
+    def note(self, setting: str, kind: str, place: str) -> None:
+        """Once for each place: several sets may read one file."""
+        self._found.setdefault((setting, kind), {})[place] = None
+
+    def told(self) -> list[str]:
+        """What was dropped. DataError for what may not be."""
+        lines: dict[str, list[str]] = {}
+        for (setting, kind), places in self._found.items():
+            shown = [*list(places)[:EXAMPLES], *(["…"] if len(places) > EXAMPLES else [])]
+            lines.setdefault(setting, []).append(f"rows {kind}: {len(places)} ({'; '.join(shown)})")
+        refused = [setting for setting in lines if not self._drop[setting]]
+        if refused:
+            raise DataError(
+                ". ".join(line for setting in refused for line in lines[setting]),
+                where="prompts",
+                fix="mend these rows, name other columns (answer_column, id_column and the like), or leave rows out "
+                f"with {' and '.join(f'prompts.{setting}=drop' for setting in refused)}.",
+            )
+        return [f"left out: {line}" for setting in lines for line in lines[setting]]
 
 
 def load_prompts(config: Config) -> list[dict[str, Any]]:
@@ -40,15 +78,22 @@ def load_prompts(config: Config) -> list[dict[str, Any]]:
     and, unless `prompts.leakage` says otherwise, for a prompt that stands in train and validation, train and test, or
     validation and test.
     """
-    return checked_prompts(config)[0]
+    return checked_prompts(config).rows
 
 
-def checked_prompts(config: Config) -> tuple[list[dict[str, Any]], Leakage]:
-    """`load_prompts`, and what of the held-out prompts comes again in another role."""
+def checked_prompts(config: Config) -> Checked:
+    """`load_prompts`, with what comes again in another role and what was left out."""
     sets = {"train": config.prompts.train}
     sets |= {f"validation/{name}": sources for name, sources in config.prompts.validation.items()}
     sets |= {f"test/{name}": test.sources for name, test in config.prompts.test.items()}
-    prompts = [row for name, sources in sets.items() for row in _load_set(name, sources, config.seed)]
+    unusable = _Unusable(config.prompts)
+    loaded = {name: _load_set(name, sources, config.seed, unusable) for name, sources in sets.items()}
+    left_out = unusable.told()
+    for name, rows in loaded.items():
+        if not rows:
+            key = f"prompts.{name.replace('/', '.')}"
+            raise DataError("no row is left", where=key, fix="check its paths, hash_range and limit.")
+    prompts = [row for rows in loaded.values() for row in rows]
     _check_quotas(config, prompts)
     leakage = find_leakage(prompts)
     if leakage.exact and config.prompts.leakage == "refuse":
@@ -58,7 +103,7 @@ def checked_prompts(config: Config) -> tuple[list[dict[str, Any]], Leakage]:
             fix="remove them from one of the sets (disjoint hash_range values split one file), or let them pass with "
             "prompts.leakage=warn.",
         )
-    return prompts, leakage
+    return Checked(prompts, leakage, [*left_out, *leakage_warnings(config, leakage)])
 
 
 def leakage_warnings(config: Config, leakage: Leakage) -> list[str]:
@@ -75,8 +120,8 @@ def leakage_warnings(config: Config, leakage: Leakage) -> list[str]:
 
 def make_prompts(config: Config, folder: Path) -> tuple[dict[str, int], dict[str, Any]]:
     """Write `prompts.parquet` to `folder`; returns (rows by set, leakage by kind and sets)."""
-    rows, leakage = checked_prompts(config)
-    for text in leakage_warnings(config, leakage):
+    rows, leakage, warnings = checked_prompts(config)
+    for text in warnings:
         warn(text)
     write_table(folder / "prompts.parquet", rows, PROMPTS)
     counts: dict[str, int] = {}
@@ -110,9 +155,8 @@ def _check_quotas(config: Config, rows: Iterable[dict[str, Any]]) -> None:
         )
 
 
-def _load_set(name: str, sources: Sequence[Source], seed: int) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
-    seen: dict[str, str] = {}
+def _load_set(name: str, sources: Sequence[Source], seed: int, unusable: _Unusable) -> list[dict[str, Any]]:
+    kept: dict[str, tuple[dict[str, Any], str]] = {}  # (row, place) by id
     for number, source in enumerate(sources):
         key = f"prompts.{name.replace('/', '.')}.{number}"
         if isinstance(source, BuiltinSource):
@@ -120,19 +164,23 @@ def _load_set(name: str, sources: Sequence[Source], seed: int) -> list[dict[str,
         elif isinstance(source, ReasoningGymSource):
             loaded = list(_reasoning_gym(source, name, key, seed))
         else:
-            loaded = list(_from_rows(source, key))
-        if not loaded:
-            raise DataError("the source holds no rows", where=key, fix="check its path, hash_range and limit.")
-        for row, where in loaded:
-            first = seen.setdefault(row["prompt_id"], where)
-            if first is not where:
+            loaded = _from_rows(source, key, unusable)
+        new: dict[str, tuple[dict[str, Any], str]] = {}
+        for row, place in loaded:
+            identity = row["prompt_id"]
+            first = new.get(identity) or kept.get(identity)
+            if first is None:
+                new[identity] = row, place
+                continue
+            twice = f"the prompt id {identity!r} occurs twice in {name}: at {first[1]} and at {place}"
+            if any(first[0][column] != row[column] for column in ("messages", "answer")):
                 raise DataError(
-                    f"the prompt id {row['prompt_id']!r} occurs twice in {name}: at {first} and at {where}",
-                    where=key,
-                    fix="remove the repeated row, or name a column of unique ids with id_column.",
+                    f"{twice}, for two prompts", where=key, fix="name a column of unique ids with id_column."
                 )
-            rows.append(row | {"set": name})
-    return rows
+            unusable.note("duplicates", f"of {name} that come again", twice)
+        limit = getattr(source, "limit", None)
+        kept |= new if limit is None else {one: new[one] for one in sorted(new, key=_unit_hash)[:limit]}
+    return [row | {"set": name} for row, _ in kept.values()]
 
 
 def _builtin(source: BuiltinSource, set_name: str, key: str, seed: int) -> Iterator[tuple[dict[str, Any], str]]:
@@ -185,90 +233,119 @@ def _reasoning_gym(
             )
 
 
-def _from_rows(source: FileSource | HubSource, key: str) -> Iterator[tuple[dict[str, Any], str]]:
-    rows = [(_prompt(source, row, key), row.where) for row in _raw_rows(source, key)]
+def _from_rows(source: FileSource | HubSource, key: str, unusable: _Unusable) -> list[tuple[dict[str, Any], str]]:
+    """(prompt, place) of the rows in the source's hash range. Which columns are read is decided once for all rows."""
+    raw = raw_rows(source, key)
+    if not raw:
+        raise DataError("the source holds no rows", where=key, fix="check its path.")
+    columns = {"prompt": _column(raw, source.prompt_column, PROMPT_COLUMNS, "prompt", key)}
+    columns["answer"] = _column(raw, source.answer_column, ANSWER_COLUMNS, "answer", key)
+    if source.id_column is not None:
+        columns["id"] = _column(raw, source.id_column, (), "id", key)
     low, high = source.hash_range
-    rows = [row for row in rows if low <= _unit_hash(row[0]["prompt_id"]) < high]
-    if source.limit is not None:
-        rows = sorted(rows, key=lambda row: _unit_hash(row[0]["prompt_id"]))[: source.limit]
-    yield from rows
+    found, outside = [], 0
+    for row in raw:
+        lacking = next((what for what, column in columns.items() if _value(row, column) is None), None)
+        if lacking is not None:
+            unusable.note("empty", f"without {lacking} (column {columns[lacking]})", row.where)
+            continue
+        prompt = _prompt(source, row, columns, key)
+        if low <= _unit_hash(prompt["prompt_id"]) < high:
+            found.append((prompt, row.where))
+        else:
+            outside += 1
+    if outside and not found:
+        raise DataError(f"all {outside} rows hash outside its hash_range", where=key, fix="widen it.")
+    return found
 
 
-def _raw_rows(source: FileSource | HubSource, key: str) -> Iterable[Row]:
-    if isinstance(source, HubSource):
-        return _hub_rows(source, key)
-    path = Path(source.path).expanduser()
-    if not path.is_file():
-        raise DataError(f"there is no file {path}", where=f"{key}.path", fix="check the path.")
-    if path.suffix == ".parquet":
-        try:
-            table = pq.read_table(path)
-        except (OSError, pa.ArrowInvalid) as error:
-            raise DataError(
-                f"{path} cannot be read as Parquet ({error})", where=key, fix="write the file anew."
-            ) from None
-        return [Row(values, f"{path}, row {number}") for number, values in enumerate(table.to_pylist(), start=1)]
-    if path.suffix == ".jsonl":
-        return _jsonl_rows(path, key)
-    raise DataError(f"{path} is neither .jsonl nor .parquet", where=f"{key}.path", fix="convert or rename the file.")
+def _column(rows: Sequence[Row], named: str | None, usual: Sequence[str], what: str, key: str) -> str:
+    """The column that is named, else the first of the usual ones that any row has."""
+    names = [named] if named is not None else usual
+    for name in names:
+        if any(_cell(row, name) is not _ABSENT for row in rows):
+            return name
+    raise DataError(
+        f"{rows[0].where} has no {what} (column {' / '.join(names)}); its columns are: {', '.join(rows[0].values)}",
+        where=key,
+        fix=f"name the column with {what}_column.",
+    )
 
 
-def _jsonl_rows(path: Path, key: str) -> Iterator[Row]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                values = json.loads(line)
-            except ValueError as error:
-                raise DataError(
-                    f"line {number} is not JSON ({error})", where=str(path), fix="mend that line."
-                ) from None
-            if not isinstance(values, dict):
-                raise DataError(f"line {number} is not a JSON object", where=str(path), fix="mend that line.")
-            yield Row(values, f"{path}, line {number}")
+_ABSENT = object()
 
 
-def _hub_rows(source: HubSource, key: str) -> Iterator[Row]:
-    import datasets
-
-    try:
-        rows = datasets.load_dataset(source.dataset, source.name, split=source.split, revision=source.revision)
-    except Exception as error:  # datasets raises many kinds; each means that the dataset is not to be had
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise DataError(
-            f"the dataset {source.dataset!r} cannot be loaded: {first}",
-            where=f"{key}.dataset",
-            fix="check its id, name, split and revision; offline, download it and use type: file.",
-        ) from None
-    for number, values in enumerate(rows, start=1):
-        yield Row(dict(values), f"{source.dataset}, row {number}")
+def _cell(row: Row, column: str) -> Any:
+    """What a row holds in a column; `outer.inner` is in an object in the column `outer`."""
+    if column in row.values:
+        return row.values[column]
+    outer, _, inner = column.partition(".")
+    nested = row.values.get(outer)
+    return nested.get(inner, _ABSENT) if isinstance(nested, dict) else _ABSENT
 
 
-def _prompt(source: FileSource | HubSource, row: Row, key: str) -> dict[str, Any]:
+def _value(row: Row, column: str) -> Any:
+    """As `_cell`, but None for an absent column and for what says nothing."""
+    value = _cell(row, column)
+    return None if value is _ABSENT or _is_nothing(value) else value
+
+
+def _is_nothing(value: Any) -> bool:
+    """Whether it is null, NaN, blank text, or an empty list or object."""
+    if isinstance(value, float):
+        return math.isnan(value)
+    return value is None or value in ([], {}) or (isinstance(value, str) and not value.strip())
+
+
+def _written(value: Any) -> str:
+    """As one writes it: whole numbers without a point, which pandas gives them where a column has gaps."""
+    whole = isinstance(value, float) and value.is_integer() and abs(value) < 2**53
+    return str(int(value) if whole else value)
+
+
+def _prompt(source: FileSource | HubSource, row: Row, columns: dict[str, str], key: str) -> dict[str, Any]:
     """A raw row in the project's columns."""
-    messages = _column(row, source.prompt_column, PROMPT_COLUMNS, "prompt", key)
-    answer = _answer(row, source, key)
+    answer = _answer(row, columns["answer"], key)
     name = Path(source.path).stem if isinstance(source, FileSource) else source.dataset
-    identity = row.values.get(source.id_column or "prompt_id")
-    if source.id_column is not None and identity is None:
-        raise _missing(row, source.id_column, "id", key)
+    identity = _value(row, columns.get("id", "prompt_id"))
     extra = _extra(row, source, key)
-    origin = row.values.get(source.source_column or "source") or row.values.get("data_source")
+    origin = _value(row, source.source_column or "source") or _value(row, "data_source")
     origin = origin or (extra or {}).get("source_dataset") or name
-    text = json.dumps(_checked_messages(messages, row, key), ensure_ascii=False)
+    refuse_unseen(row.values, row.where, key)
+    fix = "mend the row, or name another column with prompt_column."
+    messages = checked_messages(_value(row, columns["prompt"]), row.where, key, fix)
+    if columns["prompt"] != "prompt" and not isinstance(messages, str) and messages[-1]["role"] == "assistant":
+        raise DataError(
+            f"{row.where}: the messages end in the assistant's turn, so the prompt holds its answer",
+            where=key,
+            fix="remove that turn from the column, and keep its text in an answer column.",
+        )
     try:
+        text = json.dumps(messages, ensure_ascii=False)
         written = None if extra is None else json.dumps(extra, ensure_ascii=False, default=str)
         f"{text}{answer}{identity}{origin}{written}".encode()
+    except TypeError as error:
+        raise DataError(f"{row.where}: the messages are not JSON ({error})", where=key, fix=fix) from None
     except UnicodeEncodeError:
         raise DataError(f"{row.where} holds half a surrogate pair", where=key, fix="mend the row's text.") from None
     return {
-        "prompt_id": str(identity) if identity is not None else content_id(text, answer),
-        "source": str(origin),
+        "prompt_id": _written(identity) if identity is not None else content_id(text, answer),
+        "source": _written(origin),
         "messages": text,
         "answer": answer,
         "extra": written,
     }
+
+
+def _answer(row: Row, column: str, key: str) -> str:
+    answer = _value(row, column)
+    if isinstance(answer, bool) or not isinstance(answer, str | int | float) or answer in (math.inf, -math.inf):
+        raise DataError(
+            f"{row.where}: the answer {str(answer)[:80]!r} is neither text nor a finite number",
+            where=key,
+            fix="write it as the text that a right completion would give, or name another column with answer_column.",
+        )
+    return _written(answer)
 
 
 def _extra(row: Row, source: FileSource | HubSource, key: str) -> dict[str, Any] | None:
@@ -284,53 +361,48 @@ def _extra(row: Row, source: FileSource | HubSource, key: str) -> dict[str, Any]
     return next((row.values[name] for name in EXTRA_COLUMNS if isinstance(row.values.get(name), dict)), None)
 
 
-def _answer(row: Row, source: FileSource | HubSource, key: str) -> str:
-    nested = row.values.get("reward_model")  # verl keeps the gold answer in here
-    if source.answer_column is None and isinstance(nested, dict) and nested.get("ground_truth") is not None:
-        return str(nested["ground_truth"])
-    answer = _column(row, source.answer_column, ANSWER_COLUMNS, "answer", key)
-    if isinstance(answer, bool) or not isinstance(answer, str | int | float):
-        raise DataError(
-            f"{row.where}: the answer {answer!r} is neither text nor a number",
-            where=key,
-            fix="write it as the text that a right completion would give, or name another column with answer_column.",
-        )
-    return str(answer)
+def checked_messages(messages: Any, where: str, key: str, fix: str) -> str | list[dict[str, Any]]:
+    """A prompt as it is put to the policy: text, or chat messages with all that they hold but keys without a value.
+
+    Raises DataError for a message without role or content (tool calls may stand for it), and for images and the like.
+    """
+
+    def refused(what: str) -> DataError:
+        return DataError(f"{where}: {what}", where=key, fix=fix)
+
+    neither = "the prompt is neither text nor a list of chat messages"
+    if isinstance(messages, str):
+        return messages
+    if not isinstance(messages, list) or not all(isinstance(turn, dict) for turn in messages):
+        raise refused(neither)
+    kept = []
+    for number, turn in enumerate(messages, start=1):
+        content = turn.get("content")
+        if not isinstance(turn.get("role"), str) or not turn["role"]:
+            raise refused(f"{neither}: message {number} has no `role`")
+        if content is None and not turn.get("tool_calls"):
+            raise refused(f"{neither}: message {number} has no `content`")
+        if not isinstance(content, str | list | None):
+            raise refused(f"{neither}: the `content` of message {number} is neither text nor a list of parts")
+        for part in content if isinstance(content, list) else ():
+            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+            if kind != "text" or not isinstance(part.get("text"), str):
+                raise refused(f"the `content` of message {number} has a part of type {kind!r}; prompts are text alone")
+        kept.append({k: v for k, v in turn.items() if v is not None} | {"content": content})
+    if not "".join(map(turn_text, kept)).strip():
+        raise refused("the prompt is empty")
+    return kept
 
 
-def _column(row: Row, named: str | None, usual: Sequence[str], what: str, key: str) -> Any:
-    for column in [named] if named is not None else usual:
-        if row.values.get(column) is not None:
-            return row.values[column]
-    raise _missing(row, named or " / ".join(usual), what, key)
-
-
-def _missing(row: Row, column: str, what: str, key: str) -> DataError:
-    return DataError(
-        f"{row.where} has no {what} (column {column}); its columns are: {', '.join(row.values)}",
-        where=key,
-        fix=f"name the column with {what}_column.",
-    )
-
-
-def _checked_messages(messages: Any, row: Row, key: str) -> Any:
-    """A non-empty string, or chat messages with string contents."""
-    turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
-    good = (
-        isinstance(turns, list)
-        and turns
-        and all(
-            isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
-            for turn in turns
-        )
-    )
-    if not good or not "".join(turn["content"] for turn in turns).strip():
-        raise DataError(
-            f"{row.where}: the prompt is neither text nor a list of chat messages, or it is empty",
-            where=key,
-            fix="mend the row, or name another column with prompt_column.",
-        )
-    return messages if isinstance(messages, str) else [{"role": t["role"], "content": t["content"]} for t in turns]
+def refuse_unseen(values: Mapping[str, Any], where: str, key: str) -> None:
+    """DataError for columns that ask for another prompt than the one that TRL makes of a row."""
+    for column in UNSEEN_COLUMNS:
+        if column in values and not _is_nothing(values[column]):
+            raise DataError(
+                f"{where}: the column `{column}` would change what the policy is shown, and training leaves it out",
+                where=key,
+                fix="write what it holds into the messages, and remove or rename the column.",
+            )
 
 
 def content_id(text: str, answer: str) -> str:

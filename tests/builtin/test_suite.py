@@ -24,7 +24,7 @@ def settings(name: str, seed: int = 100) -> Config:
 
 @cache
 def prompts(name: str, seed: int = 100) -> tuple[list[dict], Leakage]:
-    return checked_prompts(settings(name, seed))
+    return checked_prompts(settings(name, seed))[:2]
 
 
 def size(name: str, wanted: Callable[[BuiltinSource], bool]) -> int:

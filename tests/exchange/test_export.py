@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerFast
 from cropi.artifacts import read_jsonl
 from cropi.builtin import POLICY_DIR
 from cropi.errors import ArtifactError, ConfigError, DataError, PolicyError
-from cropi.exchange.export import export
+from cropi.exchange.export import export, parquet_table
 from cropi.exchange.formats import FORMATS, Item
 from cropi.exchange.rewards import Rewards, facts_of
 from cropi.loading import load_config
@@ -208,6 +208,30 @@ def test_rows_by_hand() -> None:
         "label": "4",
         "metadata": {"prompt_id": "a1", "source": "sums", "facts": "{}"},
     }
+
+
+@pytest.mark.parametrize(
+    ("more", "fits"),
+    [
+        ({"name": "a"}, True),  # Parquet gives other messages a null, which a template does not see
+        ({"tool_calls": [{"a": 1}], "content": None}, True),
+        ({"content": [{"type": "text", "text": "a"}]}, False),
+        ({"tool_calls": [{"a": {"b": 1}}, {"a": {"c": 1}}]}, False),
+    ],
+)
+def test_parquet_holds_messages_as_they_are_or_refuses_them(more: dict[str, Any], fits: bool) -> None:
+    prompts = [[{"role": "user", "content": "a"}], [{"role": "user", "content": "a"} | more]]
+    rows = [{"prompt": prompt, "answer": "1"} for prompt in prompts]
+    if not fits:
+        with pytest.raises(DataError, match="the train prompts: the chat messages are of several forms"):
+            parquet_table(rows, "train")
+        return
+    for prompt, read in zip(prompts, parquet_table(rows, "train")["prompt"].to_pylist(), strict=True):
+        assert [strip(message) for message in read] == [strip(message) for message in prompt]
+
+
+def strip(message: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in message.items() if value is not None}
 
 
 def test_slime_reads_labels_as_text(selected: tuple[Pipeline, Arm], tmp_path: Path) -> None:

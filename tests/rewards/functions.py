@@ -32,6 +32,11 @@ def even(completions: list[str], answer: list[str], **_: Any) -> list[float]:
     return [float(text.count(gold) % 2 == 0) for text, gold in zip(completions, answer, strict=True)]
 
 
+def mixed(completions: list[str], **_: Any) -> list[float]:
+    """Right for half of all texts, whatever was asked."""
+    return [float(sum(map(ord, text)) % 2) for text in completions]
+
+
 def hangs(completions: list[str], answer: list[str], **_: Any) -> list[float]:
     if completions[0] == "bad":
         time.sleep(1000)

@@ -23,7 +23,7 @@ from trl import GRPOConfig
 from cropi.artifacts import read_jsonl
 from cropi.builtin import POLICY_DIR, generate
 from cropi.console import warn_once
-from cropi.errors import ArtifactError, ConfigError, DataError, SignalError
+from cropi.errors import ArtifactError, ConfigError, DataError, PolicyError, SignalError, UserError
 from cropi.gradients.scoring import score
 from cropi.trl import CurriculumTrainer, Selector, Verified
 from tests.runs import cropi
@@ -47,6 +47,13 @@ async def right_later(completions: Sequence[str], answer: Sequence[str], **_: An
 def problems(*families: str, split: str = "train", count: int = 12) -> Dataset:
     rows = [row for family in families for row in generate(family, split=split, count=count, seed=0)]
     return Dataset.from_list([{"prompt": row["prompt"], "answer": row["answer"], "level": 1} for row in rows])
+
+
+def chat(content: Any) -> Dataset:
+    return Dataset.from_list([{"prompt": [{"role": "user", "content": content}], "answer": "1"}])
+
+
+CHAT = chat("a")
 
 
 def trainer(folder: Path, selector: Selector | None = None, **changes: Any) -> CurriculumTrainer:
@@ -279,11 +286,24 @@ def test_chat_prompts_and_a_function_beside_the_trainer_s(tmp_path: Path) -> Non
         ({"reward_funcs": [short, right]}, r"(?s)Selector.success: .*short, right.*Selector\(success="),
         ({"ignore_data_skip": True}, "stages would end elsewhere"),
         ({"selector": select(stages=0)}, "has stages"),
+        ({"selector": select(validation=None)}, "Selector.validation: it is a NoneType"),
+        ({"selector": select(validation={"a": [{"prompt": "a"}]})}, r"Selector.validation\['a'\]: it is a list"),
+        ({"selector": select(validation=CHAT.select([]))}, "Selector.validation: it holds no rows"),
+        ({"selector": select(validation=Dataset.from_list([{"a": 1}]))}, "Selector.validation: there is no column"),
+        ({"train_dataset": CHAT}, r"train_dataset\[0\] is chat messages, and that at Selector.validation\[0\] is text"),
+        ({"train_dataset": CHAT, "selector": select(validation=CHAT)}, "processing_class: the prompts are chat"),
+        (
+            {"train_dataset": problems("sum").add_column("tools", [["a"]] * 12)},
+            r"train_dataset\[0\]: the column `tools`",
+        ),
+        ({"train_dataset": chat([{"type": "image"}])}, r"train_dataset\[0\]: .* a part of type 'image'"),
+        ({"selector": select(validation=chat(None))}, r"Selector.validation\[0\]: .*message 1 has no `content`"),
     ],
 )
 def test_what_cannot_be_combined_is_refused_at_once(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
-    with pytest.raises((ConfigError, DataError), match=message):
+    with pytest.raises((ConfigError, DataError, PolicyError), match=message) as caught:
         trainer(tmp_path, **changes)
+    assert not re.search(r"prompts\.\w", str(caught.value))
     assert not (tmp_path / "_curriculum").exists()
 
 
@@ -293,11 +313,21 @@ def test_what_cannot_be_combined_is_refused_at_once(changes: dict[str, Any], mes
         (select(validation=problems("sum", count=8)), "stand in another role"),
         (select(settings={"collect": {"no_such": 1}}), "unknown key collect.no_such"),
         (select(strategy="dapo"), "the work of cropi's own trainer"),
+        (select(settings={"collect": {"batch_size": 0}}), r'Selector.settings\["collect"\]\["batch_size"\]'),
+        (select(settings={"prompts": {"system_prompt": "a"}}), "the trainer shows the policy the prompts as they are"),
+        (select(settings={"prompts": {"chat": True}}), "the trainer shows the policy the prompts as they are"),
     ],
 )
 def test_what_a_selector_refuses_ends_before_the_first_step(selector: Selector, message: str, tmp_path: Path) -> None:
-    with pytest.raises((ConfigError, DataError), match=message):
+    with pytest.raises(UserError, match=message) as caught:
         trainer(tmp_path, selector).train()
+    assert not re.search(r"\b(prompts|trainer)\.\w|hash_range", str(caught.value))
+
+
+def test_prompts_that_teach_nothing_are_an_error_in_the_words_of_the_script(tmp_path: Path) -> None:
+    made = trainer(tmp_path, reward_funcs=lambda completions, **_: [0.0] * len(completions))
+    with pytest.raises(SignalError, match=r"(?s)^train_dataset: none of .*raise args.num_generations"):
+        made.train()
 
 
 def in_form(completions: Sequence[str], **_: Any) -> list[float]:

@@ -85,9 +85,11 @@ class BuiltinSource(Table):
 
 class _RowSource(Table):
     prompt_column: str | None = None
-    """Column of the prompt (a string or chat messages). Unset: the first of `prompt`, `question`, `problem`."""
+    """Column of the prompt (a string or chat messages). Unset: the first of `prompt`, `question`, `problem`, `messages`
+    that any row has. As for answers, rows in which it is empty are never filled from another column."""
     answer_column: str | None = None
-    """Column of the gold answer. Unset: the first of `answer`, `solution`, `ground_truth`."""
+    """Column of the gold answer: text, or a finite number. Unset: the first of `reward_model.ground_truth` (verl),
+    `answer`, `solution`, `ground_truth` that any row has. A name with a dot reaches into a column of objects."""
     id_column: str | None = None
     """Column of a unique id. Unset: `prompt_id` where present, else a hash of the prompt and answer."""
     source_column: str | None = None
@@ -108,12 +110,13 @@ class _RowSource(Table):
 
 
 class FileSource(_RowSource):
-    """A local JSONL or Parquet file."""
+    """A local JSONL, JSON, CSV or Parquet file."""
 
     type: Literal["file"]
     """Picks this kind of source."""
     path: str
-    """The file. Its ending decides the format: .jsonl or .parquet."""
+    """The file. Its ending decides the format: .jsonl, .json (a list of objects, or one a line), .csv (every value is
+    text) or .parquet, in capitals too."""
 
 
 class HubSource(_RowSource):
@@ -170,8 +173,14 @@ class PromptsConfig(Table):
     leakage: Literal["refuse", "warn", "allow"] = "refuse"
     """What to do about test prompts that stand in train or validation, and validation prompts that stand in train.
     `refuse` stops at exact duplicates and warns of near ones, `warn` warns of both, `allow` says nothing."""
+    duplicates: Literal["refuse", "drop"] = "refuse"
+    """What to do about rows of a set that repeat an earlier one, prompt, answer and id: `refuse` counts and names them,
+    `drop` warns of what it leaves out."""
+    empty: Literal["refuse", "drop"] = "refuse"
+    """The same for rows without a prompt, answer or id: null, NaN, blank text."""
     chat: bool | None = None
-    """Put prompts as chat messages through the tokenizer's template. Unset: yes where the tokenizer has one."""
+    """Put prompts as chat messages through the tokenizer's template, text as the user's turn. Unset: yes where the
+    tokenizer has one; else chat messages become plain text, of which a warning tells."""
     system_prompt: str | None = None
     """System message put before every chat prompt."""
 

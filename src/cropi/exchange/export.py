@@ -90,6 +90,28 @@ def _policy(config: Config, arm: Arm, stage: int, checkpoint: Path | None) -> st
     return str(Path(named_policy).resolve()) if Path(named_policy).is_dir() else named_policy
 
 
+def parquet_table(rows: list[dict[str, Any]], split: str) -> pa.Table:
+    """Rows for Parquet. DataError for messages that would come out of it with other keys within than they have."""
+    try:
+        table = pa.Table.from_pylist(rows)
+        whole = all(_valued(a["prompt"]) == _valued(b["prompt"]) for a, b in zip(rows, table.to_pylist(), strict=True))
+    except pa.ArrowException:
+        whole = False
+    if not whole:
+        raise DataError(
+            "the chat messages are of several forms (parts beside text, tool calls with other arguments), which one "
+            "column of Parquet cannot hold",
+            where=f"the {split} prompts",
+            fix="write them in one form, or export to slime or openrlhf.",
+        )
+    return table
+
+
+def _valued(prompt: Any) -> Any:
+    """A prompt as a chat template sees it: without keys of messages that have no value."""
+    return [{k: v for k, v in turn.items() if v is not None} for turn in prompt] if isinstance(prompt, list) else prompt
+
+
 class _Export:
     """The files of one export."""
 
@@ -136,8 +158,9 @@ class _Export:
         if self._form.suffix == "jsonl":
             write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
             return
+        table = parquet_table(list(rows), split)
         with atomic_file(path) as temporary:
-            pa.parquet.write_table(pa.Table.from_pylist(list(rows)), temporary)
+            pa.parquet.write_table(table, temporary)
 
     def _reward(self) -> str:
         verifier, verification = (

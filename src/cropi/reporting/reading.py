@@ -28,6 +28,7 @@ from cropi.artifacts import (
 )
 from cropi.config import Config
 from cropi.functional.sampling import places
+from cropi.leakage import turn_text
 from cropi.reporting.results import Drift, Reliability, StageWorth
 from cropi.workspace import Arm, Workspace, evaluation_files
 
@@ -153,7 +154,7 @@ def rows_of(table: pa.Table, prompt_ids: Iterable[str]) -> dict[str, dict[str, A
 def prompt_text(messages: str) -> str:
     """The prompt of a row of the prompt table as a person reads it: chat turns each with its role."""
     turns = json.loads(messages)
-    return turns if isinstance(turns, str) else "\n".join(f"[{turn['role']}] {turn['content']}" for turn in turns)
+    return turns if isinstance(turns, str) else "\n".join(f"[{turn['role']}] {turn_text(turn)}" for turn in turns)
 
 
 def prompts_left_out(space: Workspace) -> int:

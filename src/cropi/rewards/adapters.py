@@ -15,6 +15,7 @@ from typing import Any
 from cropi.asynchronous import awaited
 from cropi.config import FunctionVerifier, ReasoningGymVerifier, VerlVerifier
 from cropi.errors import hint
+from cropi.leakage import turn_text
 from cropi.rewards.verdicts import UNPARSEABLE_ANSWER, UNPARSEABLE_GOLD, Answered, Graded, judged
 from cropi.rewards.verifiers import Verify
 
@@ -198,7 +199,7 @@ def _extra(row: Answered) -> dict[str, Any]:
 def question(prompt: str) -> str:
     """The text of a prompt, or of its last message."""
     messages = json.loads(prompt) if prompt else ""
-    return messages if isinstance(messages, str) else messages[-1]["content"]
+    return messages if isinstance(messages, str) else turn_text(messages[-1])
 
 
 def _imported(path: str) -> Callable[..., Any]:

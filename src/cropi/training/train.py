@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -376,7 +377,7 @@ def train(task: TrainTask, policy: Policy) -> Path:
             model=policy.model,
             reward_funcs=task.reward,
             args=task.settings,
-            train_dataset=datasets.Dataset.from_list([dict(row) for row in task.rows]),
+            train_dataset=_dataset(task.rows),
             processing_class=policy.tokenizer,
             steps_per_stage=task.steps_per_stage,
         )
@@ -406,6 +407,16 @@ def train(task: TrainTask, policy: Policy) -> Path:
             fix="run the same command again; if it ends there again, report it with the output of `cropi doctor`.",
         )
     return finished
+
+
+def _dataset(rows: Sequence[Mapping[str, Any]]) -> datasets.Dataset:
+    """Rows for TRL. Prompts are JSON in the table, which would give each chat message the keys of all, until used."""
+    written = [dict(row) | {"prompt": json.dumps(row["prompt"])} for row in rows]
+    return datasets.Dataset.from_list(written).with_transform(_read)
+
+
+def _read(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    return batch | {"prompt": [json.loads(prompt) for prompt in batch["prompt"]]}
 
 
 def _newest(task: TrainTask) -> tuple[Path | None, int]:

@@ -28,15 +28,9 @@ from cropi.policy import Policy, weights_identity
 from cropi.rewards.verdicts import Answered, Judgement
 from cropi.training.train import Staged, Stages
 from cropi.training.zero import gathered, refused_of_zero3
-from cropi.trl.selector import PROMPT_ID, VALIDATION, Selector, make_config, prompt_ids
+from cropi.trl.selector import PROMPT_ID, Selector, are_chat, make_config, prompt_ids
 from cropi.trl.success import Success
-
-ARGUMENTS = {  # of the script, by the keys of a config
-    "prompts.train": "train_dataset",
-    f"prompts.validation.{VALIDATION}": "Selector.validation",
-    "prompts.validation": "Selector.validation",
-    "select.strategy": "Selector.strategy",
-}
+from cropi.trl.wording import worded
 
 
 class CurriculumTrainer(Staged):
@@ -68,6 +62,7 @@ class CurriculumTrainer(Staged):
         self._selector, self._positions = selector, {prompt_id: row for row, prompt_id in enumerate(ids)}
         self._success = Success.of(selector, self.reward_funcs, self.reward_func_names)
         self._check(dataset)
+        self._chat = self._asks_in_chat(dataset)
         self.stages, self.steps_per_stage = self._stages()
         self.args.max_steps = self.stages * self.steps_per_stage
         # transformers uploads what is in the output folder, but for names that begin with an underscore
@@ -82,6 +77,18 @@ class CurriculumTrainer(Staged):
         arguments = self.args
         if arguments.top_k or arguments.min_p or arguments.repetition_penalty != 1.0 or arguments.generation_kwargs:
             warn("top_k, min_p, repetition_penalty and generation_kwargs are not applied to what prompts are chosen by")
+
+    def _asks_in_chat(self, dataset: Dataset) -> bool:
+        """Whether prompts are chat messages. PolicyError where nothing can write them for the policy."""
+        sets = {"train": dataset} | {f"validation/{n}": rows for n, rows in self._selector.validation_sets.items()}
+        chat = are_chat({self._selector.places[name]: rows for name, rows in sets.items()})
+        if chat and not getattr(self.processing_class, "chat_template", None):
+            raise PolicyError(
+                "the prompts are chat messages, and the tokenizer has no chat template to write them by",
+                where="processing_class",
+                fix="give a tokenizer that has one (or set its chat_template), or write the prompts as text.",
+            )
+        return chat
 
     def _refused(self, dataset: Dataset) -> list[tuple[Any, str, str, str]]:
         """(whether it is there, what is wrong with it, where, how to fix it)."""
@@ -175,7 +182,8 @@ class CurriculumTrainer(Staged):
         failed: Exception | None = None
         if self.accelerator.is_main_process:
             try:
-                found = [self._chosen(stage, model, in_progress)]
+                with worded():
+                    found = [self._chosen(stage, model, in_progress)]
             except Exception as error:  # the others wait: they are told, whatever it is
                 failed, found = error, [error if isinstance(error, UserError) else PolicyError(repr(error))]
         broadcast_object_list(found)
@@ -193,24 +201,17 @@ class CurriculumTrainer(Staged):
             (arm,) = self._pipeline.space.arms.values()
             return self._pipeline.select_stage(arm, stage, model, in_progress)
         except SignalError as error:
-            raise self._in_words_of_the_script(error) from None
-
-    def _in_words_of_the_script(self, error: SignalError) -> SignalError:
-        """The same of what the script has given: the pipeline speaks of the keys of a config."""
-        where = error.where
-        for key, argument in ARGUMENTS.items():
-            where = where.replace(key, argument)
-        return SignalError(
-            f"{error.what}; {self._success.facts}",
-            where=where,
-            fix="give Selector(success=...) the function that says whether a completion is right, another threshold, "
-            f"or problems that the policy solves sometimes; delete {self._folder} if these change.",
-        )
+            raise SignalError(
+                f"{error.what}; {self._success.facts}",
+                where=error.where,
+                fix=f"{error.fix} Or give Selector(success=...) the function that says whether a completion is right, "
+                f"or another threshold; delete {self._folder} if these change.",
+            ) from None
 
     def _open(self, model: nn.Module) -> None:
         """Begin the run that chooses, or go on with it."""
         name = str(getattr(model.config, "_name_or_path", "") or "model")
-        shape = self.stages, self.steps_per_stage
+        shape = self._chat, self.stages, self.steps_per_stage
         config = make_config(self._selector, self._folder, self.train_dataset, self.args, name, *shape)
         given = Given(Policy(model, self.processing_class), self._identity, self._judge, self.args)
         try:

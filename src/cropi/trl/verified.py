@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from cropi.exchange.rewards import Rewards
+from cropi.trl.wording import worded
 
 
 class Verified:
@@ -21,8 +22,10 @@ class Verified:
     """
 
     def __init__(self, kind: str, *, verification: dict[str, Any] | None = None, **settings: Any) -> None:
-        self._rewards = Rewards({"type": kind, **settings}, verification, where="Verified")
+        with worded():
+            self._rewards = Rewards({"type": kind, **settings}, verification, where="Verified")
         self.__name__ = kind
 
     def __call__(self, completions: Sequence[Any], **columns: Any) -> list[float | None]:
-        return self._rewards.trl(completions, **columns)
+        with worded():
+            return self._rewards.trl(completions, **columns)
