@@ -34,11 +34,12 @@ _SPELLINGS: list[tuple[str, Any]] = [  # what is written in several ways, and th
     (r"(?<![\d.,])\d{1,3}(?:(?: |\{,\})\d{3})+(?!\d)", lambda found: re.sub(r"\D", "", found[0])),
     (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
     (r"\\(?:[lc]?dots|dotsc)(?![A-Za-z])", "..."),
+    (r"^\s*(?:\\approx|≈)", ""),
     (r"\\varnothing", r"\\emptyset"),
     (r"(\d{0,20})\.(\d{0,20})\\(?:overline|bar)\s*{(\d{1,20})}", lambda found: _recurring(*found.groups())),
     (r"(?<![\w^\\}.])(\d{1,20})\s*\\frac\s*{(\d{1,20})}\s*{(\d{1,20})}", lambda found: _mixed(*found.groups())),
     (r"(?<![\w^\\}.])(\d{1,20})\s+(\d{1,20})\s*/\s*(\d{1,20})(?![\d.])", lambda found: _mixed(*found.groups())),
-    (r"(?<=\d)[eE]([-+]?\d{1,3})(?!\d)", r"\\times 10^{\1}"),
+    (r"(?<![\w.])([\d.]+)[eE]([-+]?\d{1,3})(?![\w.])", r"\1\\times 10^{\2}"),
     (r"⟦?\b([ap])⟧?\.\s?⟦?m\b⟧?\.?", r"⟦\1m⟧"),
     (r"(?:⟦|(?<![\\A-Za-z]))(pi|infinity|sin|cos|tan|cot|csc|ln|log|exp)(?:⟧|(?![A-Za-z]))", r"\\\1 "),
     (r"\\infinity", r"\\infty"),
@@ -104,8 +105,11 @@ def _clause(text: str) -> str:
 
 def bare(text: str) -> str:
     """Without white space, Markdown, dollar signs and the full stop around it."""
-    text = text.strip().lstrip(_MARKS).rstrip(_MARKS)
-    return text if text.endswith("..") else text.removesuffix(".").rstrip(_MARKS)
+    text = text.strip().lstrip(_MARKS)
+    short = text.rstrip(_MARKS)
+    if short.endswith("\\"):
+        short = text[: len(short) + 1]  # a dollar sign or a space that is escaped
+    return short if short.endswith("..") else short.removesuffix(".").rstrip(_MARKS.replace("$", ""))
 
 
 @lru_cache(maxsize=10_000)
