@@ -468,6 +468,7 @@ def cut_jsonl(path: Path, kept: Callable[[dict[str, Any]], bool]) -> None:
 
 def _stream(path: Path) -> list[tuple[int, dict[str, Any]]]:
     """Lines of a stream, each with its place."""
+    known = _known_length(path)  # before the lines: another process may be writing
     try:
         data = path.read_bytes() if path.exists() else b""
     except OSError as error:
@@ -480,9 +481,8 @@ def _stream(path: Path) -> list[tuple[int, dict[str, Any]]]:
             raise corrupt(path, f"line {number} differs from its checksum", _RESTORE.format(path.parent))
         found.append((place, json.loads(text + b"}")))
         place += len(line)
-    if place < _known_length(path):
-        what = f"has lost lines: it holds {place} bytes of {_known_length(path)}"
-        raise corrupt(path, what, _RESTORE.format(path.parent))
+    if place < known:
+        raise corrupt(path, f"has lost lines: it holds {place} bytes of {known}", _RESTORE.format(path.parent))
     return found
 
 
