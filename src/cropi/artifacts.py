@@ -211,11 +211,11 @@ def read_sealed(path: Path) -> dict[str, Any]:
     """What `write_sealed` wrote. ArtifactError where the file cannot be read, or was changed."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-        whole = value.pop(SEAL) == _json_sha256(value)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        whole = value.pop(SEAL, None) == _json_sha256(value)
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise corrupt(path, f"cannot be read ({error})") from None
     if not whole:
-        raise corrupt(path, "differs from its checksum")
+        raise corrupt(path, "differs from its checksum, or another version of cropi wrote it")
     return dict(value)
 
 
