@@ -3,11 +3,13 @@
 import contextlib
 import gc
 import io
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from cropi.rewards.verdicts import Judge, Judgement
 
@@ -56,6 +58,11 @@ def cropi(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
             code = ended.code if isinstance(ended.code, int) else 1
     gc.collect()  # lets go of the run's lock, as the end of a process does
     return subprocess.CompletedProcess(list(arguments), code, out.getvalue(), err.getvalue())
+
+
+def json_lines(path: Path) -> list[dict[str, Any]]:
+    """Rows of a JSONL file that is no stream of ours."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def judge(verdict: Callable[[str, str], str]) -> Judge:

@@ -211,11 +211,11 @@ def read_sealed(path: Path) -> dict[str, Any]:
     """What `write_sealed` wrote. ArtifactError where the file cannot be read, or was changed."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-        whole = value.pop(SEAL) == _json_sha256(value)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        whole = value.pop(SEAL, None) == _json_sha256(value)
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise corrupt(path, f"cannot be read ({error})") from None
     if not whole:
-        raise corrupt(path, "differs from its checksum")
+        raise corrupt(path, "differs from its checksum, or another version of cropi wrote it")
     return dict(value)
 
 
@@ -468,6 +468,7 @@ def cut_jsonl(path: Path, kept: Callable[[dict[str, Any]], bool]) -> None:
 
 def _stream(path: Path) -> list[tuple[int, dict[str, Any]]]:
     """Lines of a stream, each with its place."""
+    known = _known_length(path)  # before the lines: another process may be writing
     try:
         data = path.read_bytes() if path.exists() else b""
     except OSError as error:
@@ -480,9 +481,8 @@ def _stream(path: Path) -> list[tuple[int, dict[str, Any]]]:
             raise corrupt(path, f"line {number} differs from its checksum", _RESTORE.format(path.parent))
         found.append((place, json.loads(text + b"}")))
         place += len(line)
-    if place < _known_length(path):
-        what = f"has lost lines: it holds {place} bytes of {_known_length(path)}"
-        raise corrupt(path, what, _RESTORE.format(path.parent))
+    if place < known:
+        raise corrupt(path, f"has lost lines: it holds {place} bytes of {known}", _RESTORE.format(path.parent))
     return found
 
 

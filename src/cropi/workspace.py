@@ -331,7 +331,10 @@ class Workspace:
     def _made(self) -> Iterator[tuple[Path, str | None, dict[str, Any]]]:
         """Folders of what has been made or begun, each with the arm that it belongs to and what it was made from."""
         arms = {name: f"arms/{name}" for name in self.config.arms}
-        places = [(None, "*"), *((arm, f"{place}/{inside}") for arm, place in arms.items() for inside in MADE_IN_ARM)]
+        places = [
+            *((None, name) for name in MADE_BY_ALL),
+            *((arm, f"{place}/{inside}") for arm, place in arms.items() for inside in MADE_IN_ARM),
+        ]
         places += [(self.config.select.strategy.arm, f"checkpoints/*/{inside}") for inside in MADE_IN_ARM]
         for arm, place in places:
             for folder in sorted(self.folder.glob(place)):
@@ -393,6 +396,7 @@ class Workspace:
 
 EVALUATED = "evaluation"  # kind of artifact
 STEP_FILE = re.compile(r"step-(\d+)\.parquet")
+MADE_BY_ALL = ("prompts", "representations", "trajectories", "evaluation")
 MADE_IN_ARM = ("*", "stages/*/*", "checkpoints/*")  # where artifacts of an arm lie
 CONFIG = "config.json"
 ENVIRONMENT = "environment.json"

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests.distributed.launching import finished, launch
-from tests.runs import SMALL, evaluations, selections
+from tests.runs import SMALL, evaluations, json_lines, selections
 from tests.trl.test_trainer import trained_by_two
 
 from cropi.artifacts import finish, read_jsonl, read_manifest
@@ -104,7 +104,7 @@ def selected(cwd: Path) -> list[list[object]]:
     """Prompt ids by stage, best first."""
     files = sorted((cwd / ARM).glob("stages/*/selection/selected.jsonl"))
     assert len(files) == 2
-    return [[row["prompt_id"] for row in read_jsonl(file)] for file in files]
+    return [[row["prompt_id"] for row in json_lines(file)] for file in files]
 
 
 def test_it_is_the_run_of_plain_data_parallelism(run: Run, plain: Run) -> None:

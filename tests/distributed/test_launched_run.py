@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from tests.distributed.launching import launch
-from tests.runs import SMALL, cropi, evaluations, selections
+from tests.runs import SMALL, cropi, evaluations, json_lines, selections
 
 from cropi.artifacts import TRAJECTORIES, read_jsonl, read_table
 from cropi.workspace import rollout_files
@@ -60,7 +60,8 @@ def test_training_has_the_steps_and_the_batches_of_one_process(runs: list[Path])
     random_one, random_two = (lines(folder, "rewards.jsonl", Path("arms/random")) for folder in runs)
     assert [row["prompt_ids"] for row in random_two] == [row["prompt_ids"] for row in random_one]
     for row in two:
-        chosen = {r["prompt_id"] for r in lines(runs[1], f"stages/{row['step'] // 3:03}/selection/selected.jsonl")}
+        selected = runs[1] / ARM / f"stages/{row['step'] // 3:03}/selection/selected.jsonl"
+        chosen = {r["prompt_id"] for r in json_lines(selected)}
         assert set(row["prompt_ids"]) <= chosen
 
 

@@ -18,11 +18,10 @@ from typing import Any
 import datasets
 import pytest
 from pyarrow import parquet
-from tests.runs import SMALL
+from tests.runs import SMALL, json_lines
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from cropi.artifacts import read_jsonl
 from cropi.builtin import POLICY_DIR
 from cropi.errors import ArtifactError, ConfigError, DataError, PolicyError
 from cropi.exchange.export import export, parquet_table
@@ -74,7 +73,7 @@ def text_of(prompt: Any) -> str:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    return parquet.read_table(path).to_pylist() if path.suffix == ".parquet" else list(read_jsonl(path))
+    return parquet.read_table(path).to_pylist() if path.suffix == ".parquet" else json_lines(path)
 
 
 KEYS = {
@@ -97,7 +96,7 @@ def test_every_format_holds_the_selection_best_first_and_the_held_out_prompts(
     run, arm = selected
     folder = exported(selected, name, tmp_path / "out")
     suffix = FORMATS[name].suffix
-    chosen = [row["prompt_id"] for row in read_jsonl(arm.selection(0) / "selected.jsonl")]
+    chosen = [row["prompt_id"] for row in json_lines(arm.selection(0) / "selected.jsonl")]
     assert len(chosen) == COUNT
     prompts = {row["prompt_id"]: row for row in run.space.prompt_rows}
     for split, ids in (
@@ -107,7 +106,7 @@ def test_every_format_holds_the_selection_best_first_and_the_held_out_prompts(
     ):
         expected = [(i, json.loads(prompts[i]["messages"]), prompts[i]["answer"]) for i in ids]
         assert [KEYS[name](row) for row in read(folder / f"{split}.{suffix}")] == expected
-    why = list(read_jsonl(folder / "why.jsonl"))
+    why = json_lines(folder / "why.jsonl")
     assert [row["prompt_id"] for row in why] == chosen
     assert all(row["reason"] for row in why)
     text = (folder / "README.md").read_text()

@@ -23,7 +23,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(place)], check=True)
 
 
-@pytest.mark.parametrize("filled_mb", [6, 4], ids=["at once", "at the first checkpoint"])
+@pytest.mark.parametrize("filled_mb", [6, 4, 1], ids=["at once", "at the first checkpoint", "in its optimizer.pt"])
 def test_a_full_disk_is_named_and_nothing_is_lost(small_disk: Path, filled_mb: int) -> None:
     ballast = small_disk / "ballast"
     ballast.write_bytes(b"\0" * (filled_mb * 1_000_000))

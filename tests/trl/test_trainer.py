@@ -26,7 +26,7 @@ from cropi.console import warn_once
 from cropi.errors import ArtifactError, ConfigError, DataError, PolicyError, SignalError, UserError
 from cropi.gradients.scoring import score
 from cropi.trl import CurriculumTrainer, Selector, Verified
-from tests.runs import cropi
+from tests.runs import cropi, json_lines
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 4
@@ -98,7 +98,7 @@ def select(**changes: Any) -> Selector:
 
 def selections(folder: Path, arm: str = "influence") -> list[set[str]]:
     stages = sorted((folder / "_curriculum" / "run" / "arms" / arm / "stages").iterdir())
-    return [{row["prompt_id"] for row in read_jsonl(stage / "selection" / "selected.jsonl")} for stage in stages]
+    return [{row["prompt_id"] for row in json_lines(stage / "selection" / "selected.jsonl")} for stage in stages]
 
 
 def rewards(folder: Path, arm: str = "influence") -> list[dict[str, Any]]:

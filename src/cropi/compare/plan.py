@@ -17,7 +17,7 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
-from cropi.artifacts import is_finished, write_json
+from cropi.artifacts import is_finished, remove_parts, write_json
 from cropi.compare.presets import Patch, patched, read_patches
 from cropi.config import SAMPLED_BY, Config, config_difference, config_hash
 from cropi.errors import ArtifactError, ConfigError
@@ -124,6 +124,7 @@ def lock(folder: Path) -> TextIOWrapper:
         raise ArtifactError(
             "another comparison is working in this folder", where=str(folder), fix="wait for it, or stop it."
         ) from None
+    remove_parts(folder)
     return file
 
 
