@@ -185,6 +185,33 @@ def gpt2() -> Any:
     return transformers.GPT2LMHeadModel(config).double().eval()
 
 
+def falcon_h1() -> Any:
+    """A state-space model beside the attention of every layer, under adapters and in bfloat16: it moves scores by a few
+    percent, less than rounding may move a logit."""
+    peft = pytest.importorskip("peft")
+    model = make(
+        "FalconH1",
+        num_key_value_heads=1,
+        head_dim=8,
+        mamba_d_ssm=16,
+        mamba_n_heads=2,
+        mamba_d_head=8,
+        mamba_d_state=4,
+        mamba_n_groups=1,
+        mamba_chunk_size=8,
+        initializer_range=0.02,
+    )
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    return peft.get_peft_model(model, config).bfloat16().eval()
+
+
+def with_faint(mixing: Callable[[Tensor], Tensor]) -> Any:
+    """Token mixing that no rounding to bfloat16 would let logits show."""
+    model = tiny("llama").bfloat16()
+    model.model.layers[0].mlp.register_forward_hook(lambda _, __, output: output + 1e-5 * mixing(output))
+    return model
+
+
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "GPT-2": (gpt2, "Conv1D"),
     "Mixtral": (lambda: make("Mixtral", num_local_experts=2, num_key_value_heads=1), "Mixtral(Experts|TopKRouter)"),
@@ -202,6 +229,15 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "an embedding by frequency": (lambda: with_embedding(scale_grad_by_freq=True), "Embedding"),
     "Cohere's scale of logits": (lambda: make("Cohere", logit_scale=0.0625), "logits differ"),
     "Granite's scale of logits": (lambda: make("Granite", logits_scaling=1.1), "logits differ"),
+    "Falcon-H1": (falcon_h1, "beside attention its tokens see others"),
+    "the token before": (lambda: with_faint(lambda x: x.roll(1, dims=1)), "beside attention its tokens see others"),
+    "the token after": (lambda: with_faint(lambda x: x.roll(-1, dims=1)), "beside attention its tokens see others"),
+    "all tokens before": (lambda: with_faint(lambda x: x.cumsum(dim=1)), "beside attention its tokens see others"),
+    "all tokens": (lambda: with_faint(lambda x: x.mean(dim=1, keepdim=True)), "beside attention its tokens see others"),
+    "Bart's decoder": (
+        lambda: make("Bart", d_model=16, encoder_layers=1, decoder_layers=1, decoder_attention_heads=2, pad_token_id=0),
+        "does not take a pack of trajectories",
+    ),
     "BLOOM": (
         lambda: make("Bloom", n_layer=2, n_head=2, layer_norm_epsilon=1e-5),
         "attention",

@@ -17,6 +17,7 @@ from cropi.console import warn
 from cropi.errors import PolicyError
 from cropi.gradients.attention import own_attention, pack_rows, packed, unsupported
 from cropi.gradients.capture import Capture, Reader
+from cropi.gradients.eligible import causal_lm_of, embedded, leaks, reason, require_finite, vocabulary
 from cropi.gradients.groups import Group
 from cropi.gradients.head import Head, HeadResult, check_head
 from cropi.gradients.packing import Pack, Segment, Span, make_pack, plan
@@ -97,8 +98,7 @@ class Engine:
 
     def __init__(self, model: nn.Module, settings: SurrogateSettings, batch_tokens: int | None = None) -> None:
         self.model, self.settings = model, settings
-        unwrap = getattr(model, "get_base_model", None)  # PEFT
-        self._causal_lm: PreTrainedModel = model if unwrap is None else unwrap()
+        self._causal_lm: PreTrainedModel = causal_lm_of(model)
         for module in self._causal_lm.modules():
             kinds = getattr(module, "rope_type", None)
             for kind in kinds.values() if isinstance(kinds, dict) else [kinds]:
@@ -108,11 +108,12 @@ class Engine:
         self.shards = Shards(model)
         self.device = self.shards.device
         self._together = False
-        with self._evaluating():
+        with self._refusing(), self._evaluating():
             if self.shards.sharded:
                 self._enter_once()
             self._capture = Capture(model, self._causal_lm, self._head.module, self.shards)
-            bytes_per_token = self._checked()
+            self._check_neighbours()
+            bytes_per_token = self._check()
             self.repeated = self._capture.repeated()
         self.budget = batch_tokens or self.shards.least(_budget(self.device, bytes_per_token))
 
@@ -300,15 +301,52 @@ class Engine:
             for module, training in modes:
                 module.training = training
 
-    def _checked(self) -> float:
+    @contextmanager
+    def _refusing(self) -> Iterator[None]:
+        """Turn whatever a model's own code raises inside the block into a refusal."""
         try:
-            return self._check()
-        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            yield
+        except PolicyError:
+            raise
+        except Exception as error:
             if _out_of_memory(error):
                 raise
-            reason = (str(error).strip().splitlines() or [""])[0]
-            why = f"its forward pass does not take a pack of trajectories ({type(error).__name__}: {reason})"
+            why = f"its forward pass does not take a pack of trajectories ({reason(error)})"
             raise unsupported(self._causal_lm, why) from error
+
+    def _check_neighbours(self) -> None:
+        """PolicyError where a token's hidden state depends on more than its own trajectory up to it: the gradient must
+        be exactly 0 elsewhere in the pack, which no rounding blurs."""
+        draw = partial(torch.randint, vocabulary(self._causal_lm), generator=torch.Generator().manual_seed(0))
+        lengths = [[5, 4], [9, 1, 8], [3]]
+        members = [
+            Segment(row, draw((7,)).tolist(), [draw((n,)).tolist() for n in own], [1.0] * len(own), None)
+            for row, own in enumerate(lengths)
+        ]
+        pack = make_pack(members, self.device)
+        start = members[0].tokens
+        own = [
+            *range(start, start + 7),
+            *range(start + 7 + 8, start + 7 + 8 + 4),
+        ]  # of the last completion, four tokens
+        visible_1S = torch.zeros(1, pack.tokens, dtype=torch.bool, device=self.device)
+        visible_1S[0, own] = True
+
+        def at_head(hidden_SH: Tensor) -> Tensor:
+            require_finite(hidden_SH)
+            gradient_SH = torch.zeros_like(hidden_SH)
+            gradient_SH[own[-1]] = hidden_SH[own[-1]]
+            return gradient_SH
+
+        with (
+            self._capture.hooks(Nothing(), pack.spans, pack.tokens),
+            pack_rows(self._causal_lm, pack.rows),
+            embedded(self._causal_lm) as inputs,
+        ):
+            self._forward(pack, at_head).backward()
+        if leaks([tensor.grad for tensor in inputs], visible_1S):
+            why = "beside attention its tokens see others (a state-space, recurrent or convolutional layer)"
+            raise unsupported(self._causal_lm, why)
 
     def _check(self) -> float:
         """Compare a small pack with the model's own forward pass. Returns bytes of activations kept per token."""
