@@ -11,8 +11,10 @@ import torch
 import transformers
 from tests.gradients.architectures import GROUPS, SETTINGS, tiny, tiny_lora
 from tests.gradients.footprint import check_unchanged, state
+from tests.runs import SMALL, cropi
 from torch import nn
 
+from cropi.builtin import POLICY_DIR
 from cropi.errors import PolicyError
 from cropi.gradients.scorer import Scorer
 
@@ -191,3 +193,27 @@ def test_a_faint_look_ahead_shows_in_any_precision() -> None:
     model.model.layers[0].mlp.register_forward_hook(lambda _, __, output: output + 1e-5 * output.roll(-1, dims=1))
     with pytest.raises(PolicyError, match="depend on later tokens"):
         Scorer(model, SETTINGS, estimator="reference")
+
+
+@pytest.mark.parametrize(
+    ("model", "settings", "message"),
+    [
+        ("GPT2LMHeadModel", {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 128}, "Conv1D"),
+        ("BertLMHeadModel", ENCODER | {"max_position_embeddings": 128}, "not causal"),
+    ],
+)
+def test_a_run_refuses_a_policy_before_anything_is_collected(
+    model: str, settings: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    policy = tmp_path / "policy"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(POLICY_DIR)
+    tokenizer.save_pretrained(policy)
+    kind = getattr(transformers, model)
+    kind(kind.config_class(**settings | {"vocab_size": len(tokenizer)})).save_pretrained(policy)
+    estimator = "reference" if model.startswith("Bert") else "sketch"
+    overrides = [f"policy.path={policy}", f"score.estimator={estimator}", "name=refused"]
+    ended = cropi("run", "quickstart", *SMALL, *overrides, cwd=tmp_path)
+    assert ended.returncode == 2
+    assert message in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert not list(tmp_path.rglob("*.parquet"))

@@ -22,7 +22,6 @@ from cropi.console import say, warn
 from cropi.errors import ArtifactError, ConfigError, PolicyError, UserError
 from cropi.functional.surrogate import NORMALIZER_OF_LOSS
 from cropi.given import Given
-from cropi.gradients.scoring import make_scorer
 from cropi.pipeline import Pipeline
 from cropi.policy import Policy, weights_identity
 from cropi.rewards.verdicts import Answered, Judgement
@@ -190,7 +189,7 @@ class CurriculumTrainer(Staged):
         config = make_config(self._selector, self._folder, self.train_dataset, self.args, name, *shape)
         given = Given(Policy(model, self.processing_class), self._identity, self._judge, self.args)
         try:
-            self._begin(Pipeline(config, given), model)
+            self._begin(Pipeline(config, given))
         except (ArtifactError, ConfigError) as error:
             raise type(error)(
                 error.what,
@@ -199,7 +198,7 @@ class CurriculumTrainer(Staged):
                 "as it was when training began.",
             ) from None
 
-    def _begin(self, pipeline: Pipeline, model: nn.Module) -> None:
+    def _begin(self, pipeline: Pipeline) -> None:
         self._pipeline = pipeline
         (arm,) = pipeline.space.arms.values()
         if self.state.global_step:
@@ -213,9 +212,6 @@ class CurriculumTrainer(Staged):
                 write_text(arm.rewards, "".join(json.dumps(row) + "\n" for row in kept))
             return
         shutil.rmtree(arm.folder, ignore_errors=True)  # selections and rewards of another training
-        (strategy,) = pipeline.config.arms.values()
-        if strategy.reads_scores:  # refuses a model that is not covered before anything is generated
-            make_scorer(pipeline.config, model, pipeline.surrogate, strategy)
         pipeline.collect()
 
     def _judge(self, rows: Sequence[Answered]) -> list[Judgement]:
