@@ -212,6 +212,19 @@ def with_faint(mixing: Callable[[Tensor], Tensor]) -> Any:
     return model
 
 
+def with_another_gradient(factor: float) -> Any:
+    """In a pack, a layer gives the same numbers and another gradient."""
+    model = tiny("llama")
+
+    def change(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+        if model.config._attn_implementation == "eager":
+            return output
+        return output.detach() + factor * (output - output.detach())
+
+    model.model.layers[0].mlp.register_forward_hook(change)
+    return model
+
+
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "GPT-2": (gpt2, "Conv1D"),
     "Mixtral": (lambda: make("Mixtral", num_local_experts=2, num_key_value_heads=1), "Mixtral(Experts|TopKRouter)"),
@@ -234,6 +247,8 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "the token after": (lambda: with_faint(lambda x: x.roll(-1, dims=1)), "beside attention its tokens see others"),
     "all tokens before": (lambda: with_faint(lambda x: x.cumsum(dim=1)), "beside attention its tokens see others"),
     "all tokens": (lambda: with_faint(lambda x: x.mean(dim=1, keepdim=True)), "beside attention its tokens see others"),
+    "another gradient": (lambda: with_another_gradient(0.0), "its own gradients differ"),
+    "a slightly other gradient": (lambda: with_another_gradient(0.9), "its own gradients differ"),
     "Bart's decoder": (
         lambda: make("Bart", d_model=16, encoder_layers=1, decoder_layers=1, decoder_attention_heads=2, pad_token_id=0),
         "does not take a pack of trajectories",

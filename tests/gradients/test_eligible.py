@@ -12,7 +12,7 @@ import transformers
 from tests.gradients.architectures import GROUPS, SETTINGS, tiny, tiny_lora
 from tests.gradients.footprint import check_unchanged, state
 from tests.runs import SMALL, cropi
-from torch import nn
+from torch import Tensor, nn
 
 from cropi.builtin import POLICY_DIR
 from cropi.errors import PolicyError
@@ -184,6 +184,20 @@ def test_reference_refuses_a_policy_that_has_diverged() -> None:
     with torch.no_grad():
         model.model.norm.weight[3] = torch.nan
     with pytest.raises(PolicyError, match="not finite"):
+        Scorer(model, SETTINGS, estimator="reference")
+
+
+@pytest.mark.parametrize(
+    "mixing",
+    [
+        lambda hidden: hidden + 1e-5 * hidden.flip(0),
+        lambda hidden: hidden * (torch.arange(len(hidden))[:, None, None] != 0),  # no room for the first row
+    ],
+)
+def test_reference_refuses_rows_that_see_each_other(mixing: Callable[[Tensor], Tensor]) -> None:
+    model = tiny("llama")
+    model.model.layers[0].mlp.register_forward_hook(lambda _, __, output: mixing(output) if len(output) > 1 else output)
+    with pytest.raises(PolicyError, match="other rows of a batch"):
         Scorer(model, SETTINGS, estimator="reference")
 
 

@@ -20,7 +20,7 @@ LENGTH, READ = 24, 14
 """Tokens of each row of a probe, and the one among them whose logits are read."""
 
 ROUNDING = {torch.bfloat16: 0.1, torch.float16: 0.02}
-"""Relative difference of logits that rounding may make, 5e-3 in wider types."""
+"""Relative difference of logits that rounding may make, 5e-3 in wider types; of gradients four times as much."""
 
 _LOAD = "load a causal language model, with AutoModelForCausalLM."
 
@@ -61,7 +61,7 @@ def require_rows_apart(model: nn.Module) -> None:
     """Refuse a model whose logits at a token depend on later tokens or on other rows, as a policy's never do.
 
     The gradient of one token's logits must be exactly 0 at all tokens but those up to it, which no rounding blurs. A
-    choice (top-k, buckets) has no gradient, so these logits must also be those of the row alone, cut off there.
+    choice (experts of limited capacity) has no gradient, so the logits must also be those of the row alone.
     """
     inner = causal_lm_of(model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -84,21 +84,27 @@ def require_rows_apart(model: nn.Module) -> None:
 
 def _probe(model: nn.Module, inner: PreTrainedModel, trained: Sequence[nn.Parameter]) -> None:
     ids = torch.randint(vocabulary(inner), (2, LENGTH), generator=torch.Generator().manual_seed(0)).to(inner.device)
-    with embedded(inner) as inputs, torch.enable_grad():
+    with embedded(inner) as found, torch.enable_grad():
         logits = model(input_ids=ids, use_cache=False).logits
+    inputs = list(found.values())
     if logits.shape[:2] != ids.shape or logits.shape[2] < vocabulary(inner):
         raise _refused(inner, f"its logits for {LENGTH} tokens have the shape {list(logits.shape[1:])}", _LOAD)
     require_finite(logits)
     with torch.no_grad():
-        alone = model(input_ids=ids[:1, : READ + 1], use_cache=False).logits
+        alone = model(input_ids=ids[:1], use_cache=False).logits
     coarsest = max((p.dtype for p in model.parameters() if p.is_floating_point()), key=lambda t: torch.finfo(t).eps)
-    changed = difference(logits[0, : READ + 1], alone[0]) > ROUNDING.get(coarsest, 5e-3)
+    changed = difference(logits[0], alone[0]) > ROUNDING.get(coarsest, 5e-3)
     gradients = torch.autograd.grad(logits[0, READ].float().square().sum(), [*inputs, *trained], allow_unused=True)
-    visible = torch.zeros(ids.shape, dtype=torch.bool, device=ids.device)
-    visible[0, : READ + 1] = True
-    if changed or leaks(gradients[: len(inputs)], visible):
+    at_tokens, of_weights = gradients[: len(inputs)], gradients[len(inputs) :]
+    beside = torch.zeros(ids.shape, dtype=torch.bool, device=ids.device)
+    beside[1] = True
+    later = beside.logical_not()
+    later[0, : READ + 1] = False
+    if leaks(at_tokens, later):
         raise _refused(inner, "its logits depend on later tokens, so it is not causal", "use a causal language model.")
-    if all(gradient is None for gradient in gradients[len(inputs) :]):
+    if changed or leaks(at_tokens, beside):
+        raise _refused(inner, "its logits depend on the other rows of a batch", "use another model.")
+    if all(gradient is None for gradient in of_weights):
         raise _refused(inner, "its logits depend on none of its trainable parameters", "train others.")
 
 
@@ -109,16 +115,16 @@ def vocabulary(model: PreTrainedModel) -> int:
 
 
 @contextmanager
-def embedded(model: PreTrainedModel) -> Iterator[list[Tensor]]:
+def embedded(model: PreTrainedModel) -> Iterator[dict[nn.Module, Tensor]]:
     """Collect what embeddings give inside the block; it takes part in gradients, and keeps its own after a pass."""
-    found: list[Tensor] = []
+    found: dict[nn.Module, Tensor] = {}
 
     def keep(module: nn.Module, args: Any, output: Any) -> Tensor | None:
         if not isinstance(output, Tensor):
             return None
         leaf = output if output.requires_grad else output.detach().requires_grad_()
         leaf.retain_grad()
-        found.append(leaf)
+        found[module] = leaf
         return leaf.clone()  # which the model may change in place
 
     modules = {model.get_input_embeddings(), *(m for m in model.modules() if isinstance(m, nn.Embedding))}
@@ -130,10 +136,10 @@ def embedded(model: PreTrainedModel) -> Iterator[list[Tensor]]:
             handle.remove()
 
 
-def leaks(gradients: Sequence[Tensor | None], visible: Tensor) -> bool:
-    """Whether gradients at embedded tokens (B, T, ...) are other than 0 outside of the visible tokens (B, T)."""
-    at_tokens = [g for g in gradients if g is not None and g.shape[: visible.dim()] == visible.shape]
-    return any(bool(gradient[~visible].any()) for gradient in at_tokens)
+def leaks(gradients: Sequence[Tensor | None], hidden: Tensor) -> bool:
+    """Whether gradients at embedded tokens (B, T, ...) are other than 0 at tokens (B, T) that must have no effect."""
+    at_tokens = [g for g in gradients if g is not None and g.shape[: hidden.dim()] == hidden.shape]
+    return any(bool(gradient[hidden].any()) for gradient in at_tokens)
 
 
 @torch.no_grad()
