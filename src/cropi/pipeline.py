@@ -78,7 +78,8 @@ class Pipeline:
         self._chat = uses_chat(self._given.tokenizer, config.prompts.chat, config.prompts.system_prompt)
         self.space = Workspace(config, world)
         self.space.lock()
-        self.trajectories = Trajectories(self.space, group_facts)
+        masked = self.settings.mask_truncated_completions
+        self.trajectories = Trajectories(self.space, group_facts, mask_truncated=masked)
         self.gathered = Gatherer(self.space, self.trajectories)
 
     @property

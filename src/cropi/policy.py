@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.utils.rnn import pad_sequence
 
 from cropi.config import BUILTIN_POLICY, LoraConfig, PolicyConfig
 from cropi.errors import PolicyError
@@ -251,9 +253,20 @@ def weights_identity(model: torch.nn.Module) -> str:
         if isinstance(weight, DTensor):
             weight = weight.full_tensor()
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-        head = weight.detach().flatten()[: HASHED_BYTES // max(1, weight.element_size())].contiguous().cpu()
-        digest.update(head.view(torch.uint8).numpy().tobytes())
+        for part in _plain_parts(weight.detach()):
+            head = part.flatten()[: HASHED_BYTES // max(1, part.element_size())].contiguous().cpu()
+            digest.update(head.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _plain_parts(weight: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The tensors that a weight is stored as: itself, or codes and scales of a quantised one."""
+    names = getattr(weight, "__tensor_flatten__", None)
+    if names is None:
+        yield weight
+    else:
+        for name in names()[0]:
+            yield from _plain_parts(getattr(weight, name))
 
 
 def _cannot_load(what: str, location: str, error: Exception) -> PolicyError:
@@ -338,6 +351,23 @@ def shared_prefixes(model: PreTrainedModel, ids_BT: Tensor, mask_BT: Tensor) -> 
     return {"past_key_values": cache}
 
 
+def longest_alike(model: nn.Module) -> float:
+    """Tokens of the longest sequence up to which rotary positions do not depend on a sequence's length, as those of the
+    types `dynamic` and `longrope` do beyond the length of the original model."""
+    bounds = [math.inf]
+    for module in model.modules():
+        rotary: Any = module
+        kinds = getattr(rotary, "rope_type", None)
+        for layer, kind in kinds.items() if isinstance(kinds, dict) else [(None, kinds)]:
+            if kind == "longrope":
+                parameters = rotary.config.rope_parameters
+                parameters = parameters if layer is None else parameters[layer]
+                bounds.append(parameters["original_max_position_embeddings"])
+            elif kind is not None and "dynamic" in kind:
+                bounds.append(rotary.original_max_seq_len)
+    return min(bounds)
+
+
 def completion_logprobs(
     model: torch.nn.Module,
     prompts: Sequence[Sequence[int]],
@@ -354,6 +384,13 @@ def completion_logprobs(
     device = next(model.parameters()).device
     rows = [[*prompt, *completion] for prompt, completion in zip(prompts, completions, strict=True)]
     width = max(len(row) for row in rows)
+    if len(rows) > 1 and width > longest_alike(model):
+        pairs = zip(prompts, completions, strict=True)
+        alone = [completion_logprobs(model, [p], [c], temperature=temperature) for p, c in pairs]
+        logprobs_KT, mask_KT = (
+            pad_sequence([part[0] for part in parts], batch_first=True) for parts in zip(*alone, strict=True)
+        )
+        return logprobs_KT, mask_KT
     longest = max(1, max(len(completion) for completion in completions))
     input_ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
     lengths = torch.tensor([len(row) for row in rows], device=device)

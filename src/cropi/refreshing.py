@@ -56,7 +56,8 @@ class Refresher:
     def _sample_pool(
         self, arm: Arm, stage: int, policy: Policy, inputs: Mapping[str, str], scores: pa.Table | None
     ) -> None:
-        before = read_overlay(self._trajectories.layers(arm, stage, sampled=False))
+        layers = self._trajectories.layers(arm, stage, sampled=False)
+        before = read_overlay(layers, mask_truncated=self._trajectories.mask_truncated)
         inputs = {**inputs, **({} if before.identity is None else {"refresh": before.identity})}
         if scores is not None:
             newest = self._config.arms[arm.name].scored_stage(stage - 1)

@@ -99,6 +99,7 @@ COVERED: dict[str, Callable[[], Any]] = {
     "norms alone": lambda: without(tiny("gemma3"), "norm"),
     "the head alone": lambda: without(tiny("llama"), "lm_head"),
     "the embedding alone": lambda: without(tiny("llama"), "embed"),
+    "an unused layer": lambda: replaced("model.layers.0.mlp.act_fn", _with_unused),
     "one layer": lambda: without(tiny("qwen3"), "layers.1."),
     "adapters of attention": lambda: adapted(["q_proj", "v_proj"]),
     "rank-stabilised adapters": lambda: adapted("all-linear", use_rslora=True, lora_dropout=0.5),
@@ -114,6 +115,11 @@ def _rope(kind: str, **settings: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("name", COVERED)
 def test_gradients_of_what_is_covered(name: str) -> None:
     check_gradients(COVERED[name]())
+
+
+def _with_unused(module: nn.Module) -> nn.Module:
+    module.unused = nn.Linear(3, 3).double()
+    return module
 
 
 class Extra(nn.Module):
@@ -175,6 +181,8 @@ def with_embedding(**settings: Any) -> Any:
     model = tiny("llama")
     for name, value in settings.items():
         setattr(model.get_input_embeddings(), name, value)
+    with torch.no_grad():
+        model.get_input_embeddings()(torch.arange(VOCABULARY))  # shortens what is too long, once
     return model
 
 
@@ -227,21 +235,26 @@ def with_another_gradient(factor: float) -> Any:
 
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "GPT-2": (gpt2, "Conv1D"),
-    "Mixtral": (lambda: make("Mixtral", num_local_experts=2, num_key_value_heads=1), "Mixtral(Experts|TopKRouter)"),
+    "Mixtral": (
+        lambda: make("Mixtral", num_local_experts=2, num_key_value_heads=1).float(),
+        "Mixtral(Experts|TopKRouter)",
+    ),
     "Qwen2-MoE": (
         lambda: make(
-            "Qwen2Moe", num_experts=2, num_experts_per_tok=1, moe_intermediate_size=8, shared_expert_intermediate_size=8
-        ),
+            "Qwen2Moe",
+            num_key_value_heads=1,
+            num_experts=2,
+            num_experts_per_tok=1,
+            moe_intermediate_size=8,
+            shared_expert_intermediate_size=8,
+        ).float(),
         "Qwen2Moe(Experts|TopKRouter)",
     ),
     "a matrix of one's own": (lambda: replaced("model.layers.0.mlp", lambda m: Extra(m, 16)), "Extra"),
-    "an unused layer": (lambda: replaced("model.layers.0.mlp.act_fn", _with_unused), "act_fn.unused .* never called"),
     "a vector that mixes tokens": (lambda: replaced("model.norm", lambda _: AcrossTokens(16)), "AcrossTokens"),
     "a layer that sees tokens twice": (lambda: replaced("model.layers.1.mlp", Twice), "each token once"),
     "an embedding with a bound": (lambda: with_embedding(max_norm=1.0), "Embedding"),
     "an embedding by frequency": (lambda: with_embedding(scale_grad_by_freq=True), "Embedding"),
-    "Cohere's scale of logits": (lambda: make("Cohere", logit_scale=0.0625), "logits differ"),
-    "Granite's scale of logits": (lambda: make("Granite", logits_scaling=1.1), "logits differ"),
     "Falcon-H1": (falcon_h1, "beside attention its tokens see others"),
     "the token before": (lambda: with_faint(lambda x: x.roll(1, dims=1)), "beside attention its tokens see others"),
     "the token after": (lambda: with_faint(lambda x: x.roll(-1, dims=1)), "beside attention its tokens see others"),
@@ -261,11 +274,6 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "adapters with magnitudes": (lambda: adapted(["q_proj"], use_dora=True), "Dora"),
     "an adapter on the embedding": (lambda: adapted(["embed_tokens"]), "[Ee]mbedding|ParameterDict"),
 }
-
-
-def _with_unused(module: nn.Module) -> nn.Module:
-    module.unused = nn.Linear(3, 3).double()
-    return module
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -322,8 +330,6 @@ def test_a_policy_that_has_diverged_is_refused() -> None:
         Engine(model, SETTINGS, 1000)
 
 
-def test_a_faint_scale_of_logits_is_refused_too() -> None:
+def test_a_faint_scale_of_logits_is_found_too() -> None:
     """A policy with small logits must not hide it below an absolute tolerance."""
-    model = make("Granite", logits_scaling=1.02, initializer_range=0.002)
-    with pytest.raises(PolicyError, match="logits differ"):
-        Engine(model, SETTINGS, 1000)
+    check_gradients(make("Granite", logits_scaling=1.02, initializer_range=0.002))

@@ -159,9 +159,9 @@ def test_so_it_is_after_an_error_of_the_model_itself() -> None:
 
 def test_so_it_is_after_a_refusal() -> None:
     model = tiny("gemma3")
-    model.model.layers[1].mlp.extra = nn.Linear(3, 3).double().eval()  # never called
+    model.model.layers[0].self_attn.sliding_window = None
     before = state(model)
-    with pytest.raises(PolicyError, match="never called"):
+    with pytest.raises(PolicyError, match="sliding window"):
         Engine(model, SETTINGS, 40)
     check_unchanged(model, before)
 

@@ -174,7 +174,7 @@ class _Auditor:
 
     def _sample(self, policy: Policy, prompts: Sequence[Prompt], count: int, label: str) -> list[Group]:
         collect = self._pipeline.config.collect
-        return sample_groups(
+        groups = sample_groups(
             policy,
             prompts,
             count,
@@ -184,3 +184,5 @@ class _Auditor:
             seed=self._settings.seed,
             label=label,
         )
+        masked = self._pipeline.trajectories.mask_truncated
+        return [group.without_truncated(policy.eos_ids) for group in groups] if masked else groups

@@ -31,11 +31,27 @@ class _State:
 
     rows: Rows
     calls: int = 0
-    windows: set[int] = field(default_factory=set)
-    windows_of_masks: set[int] = field(default_factory=set)
+    masks: list[tuple[Tensor, int | None]] = field(default_factory=list)
+    """The masks that transformers asked for, each with its window; models ask for some that no layer uses, and may pass
+    views of them."""
+    differs: bool = False
+    """Whether a layer was given another mask than the packed attention applies."""
+
+    def note(self, mask: Tensor | None, window: int | None) -> None:
+        """Count a layer's call, and compare the mask it was given with the window it asks for."""
+        self.calls += 1
+        width = self.rows.blocks[0][1]
+        allowed = None if mask is None else next((known for made, known in self.masks if _same_view(made, mask)), -1)
+        reach, allowed_reach = (width if w is None else min(w, width) for w in (window, allowed))
+        self.differs |= reach != allowed_reach
 
 
 _current: ContextVar[_State] = ContextVar("rows of the pack in progress")
+
+
+def _same_view(first: Tensor, second: Tensor) -> bool:
+    same_memory = first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
+    return same_memory and first.shape == second.shape
 
 
 @contextmanager
@@ -44,7 +60,7 @@ def packed(model: PreTrainedModel) -> Iterator[None]:
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(IMPLEMENTATION, packed_attention)
-    AttentionMaskInterface.register(IMPLEMENTATION, _no_mask)
+    AttentionMaskInterface.register(IMPLEMENTATION, _placeholder)
     with _implementation(model, IMPLEMENTATION):
         yield
 
@@ -80,8 +96,7 @@ def pack_rows(model: PreTrainedModel, rows: Rows) -> Iterator[None]:
     layers = model.config.get_text_config().num_hidden_layers
     if state.calls != layers:
         raise unsupported(model, f"{state.calls} of its {layers} layers use transformers' attention interface")
-    width = rows.blocks[0][1]
-    if {w for w in state.windows if w < width} != {w for w in state.windows_of_masks if w < width}:
+    if state.differs:
         raise unsupported(model, "its attention mask is neither causal nor a sliding window")
 
 
@@ -94,10 +109,12 @@ def unsupported(model: PreTrainedModel, why: str) -> PolicyError:
     )
 
 
-def _no_mask(*_: Any, local_size: int | None = None, **__: Any) -> None:
-    """The mask of a pack follows from its rows; only the window it asks for is noted."""
-    if local_size is not None:
-        _current.get().windows_of_masks.add(local_size)
+def _placeholder(*_: Any, q_length: int, local_size: int | None = None, device: Any = None, **__: Any) -> Tensor:
+    """A mask that takes no memory, by which a layer shows the window it was given: what it may see follows from the
+    rows of the pack."""
+    mask = torch.ones((), dtype=torch.bool, device=device).expand(1, 1, q_length, q_length)
+    _current.get().masks.append((mask, local_size))
+    return mask
 
 
 def packed_attention(
@@ -118,10 +135,8 @@ def packed_attention(
     if not getattr(module, "is_causal", True):
         raise unsupported(module, "its attention is not causal")
     state = _current.get()
-    state.calls += 1
+    state.note(attention_mask, sliding_window)
     rows = state.rows
-    if sliding_window is not None:
-        state.windows.add(sliding_window)
     heads, size = query.shape[1], value.shape[3]
     # Query gradients of shared prompt tokens come from one row alone; those of keys and values from every row.
     query_R = _ToRows.apply(_by_token(query), rows, False)

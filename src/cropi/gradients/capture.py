@@ -11,7 +11,7 @@ instead of 3. What a weight's gradient is made of goes to a `Reader` as soon as 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -60,14 +60,52 @@ class _Owner:
     names: dict[str, str]
 
 
+@dataclass(frozen=True)
+class Idle:
+    """What a text does not reach of a model's trainable weights, such as a vision tower: its gradient is zero."""
+
+    parameters: Collection[str] = ()
+    modules: Sequence[nn.Module] = ()
+    """Those that hold such parameters and were not called."""
+
+
+@contextmanager
+def watch_calls(model: nn.Module) -> Iterator[set[nn.Module]]:
+    """Collect the modules that are called inside the block."""
+    called: set[nn.Module] = set()
+    with ExitStack() as stack:
+        for module in model.modules():
+            stack.callback(module.register_forward_pre_hook(lambda module, _: called.add(module)).remove)
+        yield called
+
+
+def find_idle(model: nn.Module, logits: Sequence[Tensor], called: Collection[nn.Module]) -> Idle:
+    """The trainable weights to which no path leads from logits in autograd's graph."""
+    reached, seen, waiting = set[int](), set[Any](), [tensor.grad_fn for tensor in logits]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            reached.add(id(getattr(node, "variable", None)))
+            waiting += [following for following, _ in node.next_functions]
+    missed = {id(p): name for name, p in model.named_parameters() if p.requires_grad and id(p) not in reached}
+    holders = [module for module in model.modules() if any(id(p) in missed for p in module._parameters.values())]
+    return Idle(missed.values(), [module for module in holders if module not in called])
+
+
 class Capture:
     """The covered modules of one model. PolicyError names the first module that holds weights it does not cover."""
 
-    def __init__(self, model: nn.Module, causal_lm: PreTrainedModel, head: nn.Module, shards: Shards) -> None:
+    def __init__(
+        self, model: nn.Module, causal_lm: PreTrainedModel, head: nn.Module, shards: Shards, idle: Idle
+    ) -> None:
         self._model, self._device = causal_lm, shards.device
+        self._uncalled = idle.modules
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.trainable: dict[str, Tensor] = {name: outline(p, shards.device) for name, p in self._trained.items()}
+        self.trainable: dict[str, Tensor] = {
+            name: outline(p, shards.device) for name, p in self._trained.items() if name not in idle.parameters
+        }
         self._linears: list[_Owner] = []
         self._embeddings: list[_Owner] = []
         self._norms: list[_Owner] = []
@@ -188,12 +226,17 @@ class Capture:
                 stack.callback(owner.module.register_forward_hook(self._on_norm(owner, reader, spans, tokens)).remove)
             for owner in self._vectors:
                 stack.enter_context(self._per_token(owner, reader, spans, tokens))
+            for module in self._uncalled:
+                stack.callback(module.register_forward_pre_hook(self._refuse).remove)
             first = self._model.get_input_embeddings()
             stack.callback(first.register_forward_hook(_require_grad).remove)
             yield
         for owner in [*self._linears, *self._embeddings, *self._norms, *self._vectors]:
             if not self._calls[owner.path]:
                 raise unsupported(self._model, f"its module {owner.path} holds trainable weights but was never called")
+
+    def _refuse(self, module: nn.Module, args: Any) -> None:
+        raise unsupported(self._model, f"it calls its {type(module).__name__} for some texts only")
 
     def _on_linear(
         self, owner: _Owner, reader: Reader, spans: Sequence[Span], tokens: int

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import psutil
 import torch
@@ -16,7 +16,7 @@ from cropi.artifacts import OK
 from cropi.console import warn
 from cropi.errors import PolicyError
 from cropi.gradients.attention import own_attention, pack_rows, packed, unsupported
-from cropi.gradients.capture import Capture, Reader
+from cropi.gradients.capture import Capture, Idle, Reader, find_idle, watch_calls
 from cropi.gradients.eligible import ROUNDING, causal_lm_of, embedded, leaks, reason, require_finite, vocabulary
 from cropi.gradients.groups import Group
 from cropi.gradients.head import Head, HeadResult, check_head
@@ -24,6 +24,7 @@ from cropi.gradients.packing import Pack, Segment, Span, make_pack, plan
 from cropi.gradients.ratios import RatioMoments, moments
 from cropi.gradients.sharded import Shards, Turn, forward_replaced
 from cropi.gradients.surrogate import SurrogateSettings, trajectory_scales
+from cropi.policy import longest_alike
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -99,21 +100,20 @@ class Engine:
     def __init__(self, model: nn.Module, settings: SurrogateSettings, batch_tokens: int | None = None) -> None:
         self.model, self.settings = model, settings
         self._causal_lm: PreTrainedModel = causal_lm_of(model)
-        for module in self._causal_lm.modules():
-            kinds = getattr(module, "rope_type", None)
-            for kind in kinds.values() if isinstance(kinds, dict) else [kinds]:
-                if kind in {"dynamic", "longrope"}:
-                    raise unsupported(self._causal_lm, f"its rotary positions ({kind}) depend on the longest sequence")
+        self._longest = longest_alike(self._causal_lm)
         self._head = Head(self._causal_lm)
         self.shards = Shards(model)
         self.device = self.shards.device
         self._together = False
-        with self._refusing(), self._evaluating():
-            if self.shards.sharded:
-                self._enter_once()
-            self._capture = Capture(model, self._causal_lm, self._head.module, self.shards)
+        with self._evaluating(), self._refusing():
+            example = self._example()
+            # Sharding is completed by the first forward pass, which has to find parameters as they are trained.
+            with watch_calls(model) as called, torch.set_grad_enabled(not self.shards.sharded):
+                theirs = self._own_logits(example)
+            idle = Idle() if self.shards.sharded else find_idle(model, theirs, called)
+            self._capture = Capture(model, self._causal_lm, self._head.module, self.shards, idle)
             self._check_neighbours()
-            bytes_per_token = self._check()
+            bytes_per_token = self._check(example, torch.cat(theirs).detach())
             self._check_gradients()
             self.repeated = self._capture.repeated()
         self.budget = batch_tokens or self.shards.least(_budget(self.device, bytes_per_token))
@@ -225,6 +225,9 @@ class Engine:
 
     def _plan(self, segments: Sequence[Segment], divisible: bool, most: int | None = None) -> list[list[Segment]]:
         parts = list(segments)
+        longest = 1 + max((segment.longest for segment in parts), default=0)
+        if longest > self._longest:
+            raise _changes_with_length(self._causal_lm, self._longest, longest)
         if divisible:
             parts = [part for segment in segments for part in _divided(segment, self.budget)]
         return plan(parts, self.budget, most)
@@ -284,12 +287,27 @@ class Engine:
         """The model's forward pass as its class has it: trainers wrap that of an object in autocast."""
         return forward_replaced(self.model, partial(type(self.model).forward, self.model))
 
-    @torch.no_grad()
-    def _enter_once(self) -> None:
-        """Sharding is completed by the first forward pass, which has to find parameters as they are trained."""
-        with own_attention(self._causal_lm), self._own_forward():
-            self.model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=self.device), use_cache=False)
+    def _own_logits(self, segment: Segment) -> list[Tensor]:
+        """What the model itself predicts a segment's completions by."""
+        found = []
+        with own_attention(self._causal_lm), self._own_forward(), self._head.watched() as seen:
+            for completion in segment.completions:
+                ids = torch.tensor([segment.prompt_ids + completion[:-1]], device=self.device)
+                found.append(self.model(input_ids=ids, use_cache=False).logits[0])
         self.shards.release()
+        self._head.fit(seen, found)
+        return [logits[len(segment.prompt_ids) - 1 :] for logits in found]
+
+    def _example(self) -> Segment:
+        """Random tokens, of several lengths."""
+        rows = self._causal_lm.get_input_embeddings().num_embeddings
+        generator = torch.Generator().manual_seed(0)
+
+        def draw(count: int) -> list[int]:
+            count = max(1, int(count * min(1, self._longest / 40)))
+            return torch.randint(rows, (count,), generator=generator).tolist()
+
+        return Segment(0, draw(23), [draw(17), draw(1), draw(12)], [1.0] * 3, None)
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
@@ -394,15 +412,8 @@ class Engine:
         assert gradient is not None
         return gradient[0]
 
-    def _check(self) -> float:
-        """Compare a small pack with the model's own forward pass. Returns bytes of activations kept per token."""
-        rows = self._causal_lm.get_input_embeddings().num_embeddings
-        generator = torch.Generator().manual_seed(0)
-
-        def draw(count: int) -> list[int]:
-            return torch.randint(rows, (count,), generator=generator).tolist()
-
-        segment = Segment(0, draw(23), [draw(17), draw(1), draw(12)], [1.0] * 3, None)
+    def _check(self, segment: Segment, theirs_EW: Tensor) -> float:
+        """Compare a small pack with the model's own logits. Returns bytes of activations kept per token."""
         pack, kept = make_pack([segment], self.device), _Kept(self.model)
         ours: list[tuple[Tensor, torch.dtype]] = []
 
@@ -416,13 +427,8 @@ class Engine:
             pack_rows(self._causal_lm, pack.rows),
         ):
             self._forward(pack, at_head).backward()
-        with own_attention(self._causal_lm), self._own_forward(), torch.no_grad():
-            theirs = []
-            for completion in segment.completions:
-                ids = torch.tensor([segment.prompt_ids + completion[:-1]], device=self.device)
-                theirs.append(self.model(input_ids=ids, use_cache=False).logits[0, len(segment.prompt_ids) - 1 :])
         self.shards.release()
-        check_head(self._causal_lm, ours[0][0], torch.cat(theirs), ours[0][1])
+        check_head(self._causal_lm, ours[0][0], theirs_EW, ours[0][1])
         return kept.bytes / pack.tokens
 
 
@@ -453,8 +459,15 @@ class _GivenGradient(torch.autograd.Function):
         return ctx.grad_1SH, None
 
 
+def _plain(tensor: Tensor | None) -> TypeGuard[Tensor]:
+    return type(tensor) in {Tensor, nn.Parameter}
+
+
 class _Kept:
-    """Counts the bytes of activations that a pass inside keeps for its backward pass; weights are kept anyway."""
+    """Counts the bytes of activations that a pass inside keeps for its backward pass; weights are kept anyway.
+
+    Activations are plain tensors; one of another class is a quantised weight, whose storage cannot be asked for.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self._model, self._weights = model, set[int]()
@@ -472,16 +485,25 @@ class _Kept:
         self._stack.close()
 
     def _note_weights(self, module: nn.Module, args: Any) -> None:
-        self._weights = {p.untyped_storage().data_ptr() for p in module._parameters.values() if p is not None}
+        self._weights = {p.untyped_storage().data_ptr() for p in module._parameters.values() if _plain(p)}
 
     def _note(self, tensor: Tensor) -> Tensor:
-        if tensor.untyped_storage().data_ptr() not in self._weights:
+        if _plain(tensor) and tensor.untyped_storage().data_ptr() not in self._weights:
             self._found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
     @property
     def bytes(self) -> int:
         return sum(self._found.values())
+
+
+def _changes_with_length(model: PreTrainedModel, bound: float, longest: int) -> PolicyError:
+    return PolicyError(
+        f"the rotary positions of {type(model).__name__} change for sequences of more than {bound:g} tokens, and a "
+        f"prompt with its completion has {longest}: it cannot be scored beside shorter ones",
+        where="policy",
+        fix="sample shorter completions (collect.max_completion_length) or leave out the long prompts.",
+    )
 
 
 def _too_large(budget: int) -> PolicyError:

@@ -1,8 +1,10 @@
 """A group: the K trajectories of one prompt."""
 
+from __future__ import annotations
+
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
@@ -19,8 +21,9 @@ from cropi.observed import GroupFacts
 class Group:
     """Token ids, rewards and behaviour log-probs of a prompt's K completions.
 
-    A completion ends with its end-of-sequence token if it has one; every completion token counts. Behaviour log-probs
-    of None stand for on-policy trajectories: every importance ratio is 1.
+    A completion ends with its end-of-sequence token if it has one; every completion token counts. One left empty counts
+    in the advantages and weighs nothing, as a completion does that the trainer's loss masks. Behaviour log-probs of
+    None stand for on-policy trajectories: every importance ratio is 1.
     """
 
     prompt_id: str
@@ -45,6 +48,18 @@ class Group:
         """`ok` where the rewards differ and some token can carry them, `no_signal` where the gradient is zero."""
         mixed = any(reward != self.rewards[0] for reward in self.rewards) and any(self.completions)
         return OK if mixed else NO_SIGNAL
+
+    def without_truncated(self, eos_ids: Collection[int]) -> Group:
+        """The same with the completions left empty that do not end with an end-of-sequence token."""
+        kept = [bool(completion) and completion[-1] in eos_ids for completion in self.completions]
+        logprobs = self.behaviour_logprobs
+        return replace(
+            self,
+            completions=[ids if keep else [] for ids, keep in zip(self.completions, kept, strict=True)],
+            behaviour_logprobs=None
+            if logprobs is None
+            else [row if keep else [] for row, keep in zip(logprobs, kept, strict=True)],
+        )
 
     @property
     def pass_rate(self) -> float:

@@ -7,7 +7,8 @@ the very same logits.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -39,22 +40,79 @@ class HeadResult:
 
 
 class Head:
-    """The output layer of a transformers causal LM, with the soft cap of its logits where it has one."""
+    """The output layer of a transformers causal LM, with the constants that its hidden states and its logits are
+    multiplied by, and with the soft cap of its logits where it has one."""
 
     def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+        self._hidden_scale, self._logit_scale = 1.0, 1.0
         module = model.get_output_embeddings()
-        if type(module).forward is not nn.Linear.forward:
+        self._plain = type(module).forward is nn.Linear.forward and type(module.weight) is nn.Parameter
+        frozen = not any(p.requires_grad for p in module.parameters())
+        if not (self._plain or (frozen and isinstance(module, nn.Linear))):
             raise unsupported(
                 model, f"module type {type(module).__module__}.{type(module).__name__} of its head is not covered"
             )
         self.module: nn.Linear = module
         self._softcap: float | None = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
 
+    @contextmanager
+    def watched(self) -> Iterator[list[tuple[Tensor, ...]]]:
+        """What `fit` needs of each of the model's own forward passes inside the block."""
+        hidden: list[Tensor] = []  # stays empty where a model calls a part of its base model instead
+        seen: list[tuple[Tensor, ...]] = []
+
+        def after_head(_: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
+            seen.append((hidden.pop() if hidden else args[0], args[0], output))
+
+        handles = [
+            self._model.base_model.register_forward_hook(lambda _, args, output: hidden.append(output[0])),
+            self.module.register_forward_hook(after_head),
+        ]
+        try:
+            yield seen
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def fit(self, seen: Sequence[tuple[Tensor, ...]], logits: Sequence[Tensor]) -> None:
+        """Find the constants (Granite's `logits_scaling`, Cohere's `logit_scale` and their like) from passes of the
+        model's own and the logits that they gave. PolicyError where the model does something else around its head."""
+        hidden, inputs, outputs = (
+            torch.cat([x.detach().flatten(0, -2) for x in parts]) for parts in zip(*seen, strict=True)
+        )
+        given = torch.cat([x.detach().flatten(0, -2) for x in logits])
+        if not bool(torch.isfinite(given).all()):
+            return  # `check_head` says so
+        self._hidden_scale = self._multiple(hidden, inputs)
+        if self._softcap is not None:
+            within = given.abs() < 0.7 * self._softcap  # where its inverse is precise
+            outputs, given = outputs[within], torch.atanh(given[within].double() / self._softcap) * self._softcap
+        self._logit_scale = self._multiple(outputs, given)
+
+    def _multiple(self, before: Tensor, after: Tensor) -> float:
+        """The number by which `before` has been multiplied."""
+        tolerance = max(8 * torch.finfo(before.dtype).eps, 1e-5)
+        before, after = before.double(), after.double()
+        factor = float((before * after).sum() / (before * before).sum())
+        if float((after - factor * before).abs().max()) > tolerance * float(after.abs().max()):
+            raise unsupported(self._model, "its logits are not its last hidden states times a matrix and a constant")
+        return factor
+
     def logits(self, hidden_EH: Tensor) -> Tensor:
         """Logits in at least float32, as the model itself would give them."""
-        logits = nn.functional.linear(hidden_EH, self.module.weight, self.module.bias)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = type(self.module).forward(self.module, hidden_EH * self._hidden_scale)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).mul_(self._logit_scale)
         return logits if self._softcap is None else torch.tanh(logits / self._softcap) * self._softcap
+
+    def _back(self, grads_EW: Tensor) -> Tensor:
+        """The gradient of the hidden states, from that of what the matrix makes of them."""
+        if self._plain:
+            return grads_EW @ self.module.weight * self._hidden_scale
+        with torch.enable_grad():  # a quantised weight, which may know no product but its own forward pass
+            hidden_EH = grads_EW.new_zeros(len(grads_EW), self.module.in_features).requires_grad_()
+            logits_EW = type(self.module).forward(self.module, hidden_EH)
+        return torch.autograd.grad(logits_EW, hidden_EH, grads_EW.to(logits_EW.dtype))[0] * self._hidden_scale
 
     @torch.no_grad()
     def __call__(
@@ -82,12 +140,12 @@ class Head:
             grads_EW.scatter_add_(1, targets_E1, weights_E1)
             if self._softcap is not None:
                 grads_EW *= 1 - (logits_EW / self._softcap) ** 2
-            grads_EW = grads_EW.to(hidden_SH.dtype)
+            grads_EW = grads_EW.mul_(self._logit_scale).to(hidden_SH.dtype)
             # Several trajectories start from the last prompt token: their gradients meet in its row.
-            grad_SH.index_add_(0, sources_E, grads_EW @ self.module.weight)
+            grad_SH.index_add_(0, sources_E, self._back(grads_EW))
             spans = _clip(pack.predictions, part)
             if "weight" in names:
-                reader.linear(names["weight"], hidden_EH, grads_EW, spans)
+                reader.linear(names["weight"], hidden_EH * self._hidden_scale, grads_EW, spans)
             if "bias" in names:
                 reader.vector(names["bias"], grads_EW, spans)
         return HeadResult(torch.cat(logprobs), torch.cat(log_ratios), grad_SH)

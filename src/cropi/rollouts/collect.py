@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torch import nn
 
@@ -403,10 +404,20 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
-def read_trajectories(folder: Path) -> dict[str, pa.Table]:
-    """All trajectories by set; no set where there are none."""
+def read_trajectories(folder: Path, *, mask_truncated: bool = False) -> dict[str, pa.Table]:
+    """All trajectories by set; no set where there are none.
+
+    `mask_truncated`: with truncated completions left empty. Each then counts in the advantages of its group and weighs
+    nothing, as with TRL's `mask_truncated_completions`.
+    """
     paths = sorted(folder.glob("part-*.parquet"))
     table = pa.concat_tables([TRAJECTORIES.empty_table(), *(read_table(path, TRAJECTORIES) for path in paths)])
+    for place, name in enumerate(TRAJECTORIES.names):
+        if mask_truncated and name in {"completion_ids", "behaviour_logprobs"}:
+            column = table.column(name)
+            emptied = pc.and_(pc.equal(table.column("status"), TRUNCATED), pc.is_valid(column))
+            masked = pc.if_else(emptied, pa.scalar([], column.type), column)
+            table = table.set_column(place, TRAJECTORIES.field(name), masked)
     sets = table.column("set").to_pylist()
     return {
         name: table.take(pa.array([row for row, value in enumerate(sets) if value == name]))

@@ -94,11 +94,13 @@ class Overlay:
         return table.filter(pc.invert(known))
 
 
-def read_overlay(layers: Sequence[Layer]) -> Overlay:
-    """Of every prompt the group of its last layer. `layers` are in the order in which they were sampled."""
+def read_overlay(layers: Sequence[Layer], *, mask_truncated: bool = False) -> Overlay:
+    """Of every prompt the group of its last layer. `layers` are in the order in which they were sampled;
+    `mask_truncated` is as in `read_trajectories`."""
     tables, layer_of = [TRAJECTORIES.empty_table()], dict[str, Layer]()
     for layer in reversed(layers):
-        table = read_trajectories(layer.folder).get("train", TRAJECTORIES.empty_table())
+        tables_by_set = read_trajectories(layer.folder, mask_truncated=mask_truncated)
+        table = tables_by_set.get("train", TRAJECTORIES.empty_table())
         known = pa.array(list(layer_of), pa.string())
         table = table.filter(pc.invert(pc.is_in(table.column("prompt_id"), value_set=known)))
         tables.append(table)
@@ -133,8 +135,11 @@ class Trajectories:
     Keeps the base policy's in memory, and the newer ones of the arm and stage asked for last.
     """
 
-    def __init__(self, space: Workspace, facts: Callable[[pa.Table], dict[str, GroupFacts]]) -> None:
-        self._space, self._facts = space, facts
+    def __init__(
+        self, space: Workspace, facts: Callable[[pa.Table], dict[str, GroupFacts]], *, mask_truncated: bool = False
+    ) -> None:
+        """`mask_truncated`: as the trainer's loss has it; see `read_trajectories`."""
+        self._space, self._facts, self.mask_truncated = space, facts, mask_truncated
         self._latest: tuple[Path, int] | None = None
         self._overlay = read_overlay([])
         last = space.config.train.stages - 1
@@ -152,7 +157,7 @@ class Trajectories:
     def base(self) -> dict[str, pa.Table]:
         """The base policy's, by set."""
         self._open()  # checks the files
-        return read_trajectories(self._space.trajectories)
+        return read_trajectories(self._space.trajectories, mask_truncated=self.mask_truncated)
 
     @cached_property
     def base_groups(self) -> dict[str, GroupFacts]:
@@ -163,7 +168,8 @@ class Trajectories:
         """By set. A validation set that the policy now solves always or never keeps the base policy's."""
         newest = {"train": self.overlay(arm, stage).over(self.base["train"])}
         if self.refreshes_validation(arm, stage):
-            for name, table in read_trajectories(arm.fresh_validation(stage)).items():
+            fresh = read_trajectories(arm.fresh_validation(stage), mask_truncated=self.mask_truncated)
+            for name, table in fresh.items():
                 if any(group.status == OK for group in self._facts(table).values()):
                     newest[name] = table
                 else:
@@ -190,6 +196,8 @@ class Trajectories:
         """Identities for the manifest of what is made from them."""
         refresh = self.overlay(arm, stage).identity
         inputs = {"trajectories": self.identity} | ({} if refresh is None else {"refresh": refresh})
+        if self.mask_truncated:
+            inputs["truncated"] = "masked"
         if self.refreshes_validation(arm, stage):
             inputs["validation"] = open_artifact(arm.fresh_validation(stage), FRESH, made_by="cropi train").identity
         return inputs
@@ -197,7 +205,9 @@ class Trajectories:
     def overlay(self, arm: Arm, stage: int) -> Overlay:
         """What is newer than the base policy's trajectories. ArtifactError where some of it has not been made yet."""
         if self._latest != (arm.folder, stage):
-            self._overlay, self._latest = read_overlay(self.layers(arm, stage)), (arm.folder, stage)
+            layers = self.layers(arm, stage)
+            self._overlay = read_overlay(layers, mask_truncated=self.mask_truncated)
+            self._latest = (arm.folder, stage)
         return self._overlay
 
     def layers(self, arm: Arm, stage: int, *, sampled: bool = True) -> list[Layer]:
