@@ -51,7 +51,7 @@ class Policy:
     @property
     def context_length(self) -> int | None:
         """Longest sequence the model has positions for, where it says so."""
-        return getattr(self.model.config, "max_position_embeddings", None)
+        return getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
 
 
 def policy_location(config: PolicyConfig) -> str:

@@ -20,7 +20,7 @@ from cropi.gradients.engine import Engine, segment_of
 from cropi.gradients.exact import DenseReader
 from cropi.gradients.groups import Group
 from cropi.gradients.reference import prompt_gradient
-from cropi.policy import weights_identity
+from cropi.policy import Policy, weights_identity
 
 TEXT: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -275,6 +275,10 @@ def test_adapters_of_a_family(name: str) -> None:
 )
 def test_frozen_experts(build: Callable[[], Any]) -> None:
     check_family(with_lora(build().float(), ["q_proj", "o_proj"]), tolerance=1e-4)  # no experts in float64
+
+
+def test_the_context_of_a_class_with_images_is_that_of_its_text_model() -> None:
+    assert Policy(FAMILIES["SmolVLM"](), None).context_length == 64
 
 
 class Codes(Tensor):

@@ -47,9 +47,8 @@ class Head:
         self._model = model
         self._hidden_scale, self._logit_scale = 1.0, 1.0
         module = model.get_output_embeddings()
-        self._plain = type(module).forward is nn.Linear.forward and type(module.weight) is nn.Parameter
         frozen = not any(p.requires_grad for p in module.parameters())
-        if not (self._plain or (frozen and isinstance(module, nn.Linear))):
+        if type(module).forward is not nn.Linear.forward and not (frozen and isinstance(module, nn.Linear)):
             raise unsupported(
                 model, f"module type {type(module).__module__}.{type(module).__name__} of its head is not covered"
             )
@@ -87,13 +86,13 @@ class Head:
         self._hidden_scale = self._multiple(hidden, inputs)
         if self._softcap is not None:
             within = given.abs() < 0.7 * self._softcap  # where its inverse is precise
-            outputs, given = outputs[within], torch.atanh(given[within].double() / self._softcap) * self._softcap
+            outputs, given = outputs[within], torch.atanh(_wide(given[within]) / self._softcap) * self._softcap
         self._logit_scale = self._multiple(outputs, given)
 
     def _multiple(self, before: Tensor, after: Tensor) -> float:
         """The number by which `before` has been multiplied."""
         tolerance = max(8 * torch.finfo(before.dtype).eps, 1e-5)
-        before, after = before.double(), after.double()
+        before, after = _wide(before), _wide(after)
         factor = float((before * after).sum() / (before * before).sum())
         if float((after - factor * before).abs().max()) > tolerance * float(after.abs().max()):
             raise unsupported(self._model, "its logits are not its last hidden states times a matrix and a constant")
@@ -102,12 +101,12 @@ class Head:
     def logits(self, hidden_EH: Tensor) -> Tensor:
         """Logits in at least float32, as the model itself would give them."""
         logits = type(self.module).forward(self.module, hidden_EH * self._hidden_scale)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).mul_(self._logit_scale)
+        logits = _wide(logits).mul_(self._logit_scale)
         return logits if self._softcap is None else torch.tanh(logits / self._softcap) * self._softcap
 
     def _back(self, grads_EW: Tensor) -> Tensor:
         """The gradient of the hidden states, from that of what the matrix makes of them."""
-        if self._plain:
+        if type(self.module).forward is nn.Linear.forward and type(self.module.weight) in {Tensor, nn.Parameter}:
             return grads_EW @ self.module.weight * self._hidden_scale
         with torch.enable_grad():  # a quantised weight, which may know no product but its own forward pass
             hidden_EH = grads_EW.new_zeros(len(grads_EW), self.module.in_features).requires_grad_()
@@ -149,6 +148,11 @@ class Head:
             if "bias" in names:
                 reader.vector(names["bias"], grads_EW, spans)
         return HeadResult(torch.cat(logprobs), torch.cat(log_ratios), grad_SH)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """In at least float32."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _log_ratios(logprobs_E: Tensor, pack: Pack, part: slice) -> Tensor:
