@@ -174,9 +174,10 @@ def test_reference_refuses_logits_of_other_tokens_than_those_given() -> None:
         Scorer(peft.get_peft_model(tiny("llama"), config), SETTINGS, estimator="reference")
 
 
-def test_reference_refuses_weights_that_do_not_act() -> None:
+@pytest.mark.parametrize("estimator", ["exact", "reference"])
+def test_weights_that_do_not_act_are_refused(estimator: Any) -> None:
     with pytest.raises(PolicyError, match="none of its trainable parameters"):
-        Scorer(only_an_adapter_out_of_use_is_trainable(), SETTINGS, estimator="reference")
+        Scorer(only_an_adapter_out_of_use_is_trainable(), SETTINGS, estimator=estimator)
 
 
 def test_reference_refuses_a_policy_that_has_diverged() -> None:

@@ -105,7 +105,7 @@ def _probe(model: nn.Module, inner: PreTrainedModel, trained: Sequence[nn.Parame
     if changed or leaks(at_tokens, beside):
         raise _refused(inner, "its logits depend on the other rows of a batch", "use another model.")
     if all(gradient is None for gradient in of_weights):
-        raise _refused(inner, "its logits depend on none of its trainable parameters", "train others.")
+        raise without_effect(inner)
 
 
 def vocabulary(model: PreTrainedModel) -> int:
@@ -157,6 +157,11 @@ def require_finite(logits: Tensor) -> None:
             where="policy",
             fix="check the weights; a policy that has diverged cannot be scored.",
         )
+
+
+def without_effect(model: PreTrainedModel) -> PolicyError:
+    """The error for a model of which nothing that is trainable acts."""
+    return _refused(model, "its logits depend on none of its trainable parameters", "train those that it uses.")
 
 
 def reason(error: Exception) -> str:

@@ -17,7 +17,16 @@ from cropi.console import warn
 from cropi.errors import PolicyError
 from cropi.gradients.attention import own_attention, pack_rows, packed, unsupported
 from cropi.gradients.capture import Capture, Idle, Reader, find_idle, watch_calls
-from cropi.gradients.eligible import ROUNDING, causal_lm_of, embedded, leaks, reason, require_finite, vocabulary
+from cropi.gradients.eligible import (
+    ROUNDING,
+    causal_lm_of,
+    embedded,
+    leaks,
+    reason,
+    require_finite,
+    vocabulary,
+    without_effect,
+)
 from cropi.gradients.groups import Group
 from cropi.gradients.head import Head, HeadResult, check_head
 from cropi.gradients.packing import Pack, Segment, Span, make_pack, plan
@@ -112,6 +121,8 @@ class Engine:
                 theirs = self._own_logits(example)
             idle = Idle() if self.shards.sharded else find_idle(model, theirs, called)
             self._capture = Capture(model, self._causal_lm, self._head.module, self.shards, idle)
+            if not self.parameters:
+                raise without_effect(self._causal_lm)
             self._check_neighbours()
             bytes_per_token = self._check(example, torch.cat(theirs).detach())
             self._check_gradients()
@@ -334,13 +345,18 @@ class Engine:
             raise unsupported(self._causal_lm, why) from error
 
     def _drawn(self) -> list[Segment]:
-        """A few short trajectories; their count of tokens, 53, is no other size in a model."""
+        """A few trajectories, shorter than any length that rotary positions depend on; their count of tokens, 43, is no
+        other size in a model."""
         draw = partial(torch.randint, vocabulary(self._causal_lm), generator=torch.Generator().manual_seed(0))
         return [
             Segment(
-                row, draw((9,)).tolist(), [draw((n,)).tolist() for n in lengths], [1.0, -0.5, 2.0][: len(lengths)], None
+                row,
+                draw((5,)).tolist(),
+                [draw((n,)).tolist() for n in lengths],
+                [1.0, -0.5, 2.0][-len(lengths) :],
+                None,
             )
-            for row, lengths in enumerate([[5, 4], [9, 1, 8], [5]])
+            for row, lengths in enumerate([[5, 4], [7, 1, 8], [9]])
         ]
 
     def _check_neighbours(self) -> None:
@@ -348,7 +364,7 @@ class Engine:
         be exactly 0 elsewhere in the pack, which no rounding blurs."""
         members = self._drawn()
         pack, start = make_pack(members, self.device), members[0].tokens
-        own = [*range(start, start + 9), start + 9 + 8]  # the prompt and the first token of its last completion
+        own = [*range(start, start + 5), start + 5 + 6]  # the prompt and the first token of its last completion
         others_1S = torch.ones(1, pack.tokens, dtype=torch.bool, device=self.device)
         others_1S[0, own] = False
 
