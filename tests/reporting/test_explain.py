@@ -99,7 +99,7 @@ def test_why_and_why_not(space):
     assert outcomes == {
         "p000": "selected (influence: #2)",
         "p001": "ranked 4, cut at 2",
-        "p002": "no signal: its completions were all rewarded alike",
+        "p002": "no signal: its completions were all rewarded alike, or masked",
         "p003": "ranked 3, cut at 2",
         "p004": "gold answer unparseable",
         "p005": "selected (influence: #1)",

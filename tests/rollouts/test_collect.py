@@ -10,7 +10,7 @@ from tests.runs import SMALL
 
 from cropi.artifacts import TRAJECTORIES, read_table
 from cropi.config import Config, PolicyConfig
-from cropi.errors import ArtifactError
+from cropi.errors import ArtifactError, DataError
 from cropi.ledger import Ledger
 from cropi.loading import load_config
 from cropi.policy import Policy, completion_logprobs, load_policy
@@ -21,6 +21,7 @@ from cropi.rollouts.collect import (
     behaviour_logprobs,
     collect,
     collect_anew,
+    plan,
     read_trajectories,
     sampled_prompts,
 )
@@ -190,6 +191,24 @@ def test_a_share_of_the_pool_is_sampled_and_the_rest_can_be_told_from_it(policy:
     assert details["too_long"] == []
     larger = load_config("quickstart", [*SMALL, "collect.fraction=0.6", "seed=4"])
     assert chosen < sampled_prompts(larger, prompts)  # a larger share adds prompts and drops none
+
+
+def test_prompts_beyond_where_rotary_positions_change_are_left_out_of_a_run_that_scores() -> None:
+    config = load_config("quickstart", SMALL)
+    policy = load_policy(config.policy)
+    prompts = load_prompts(config)
+    lengths = [len(ids) for shard in plan(config, policy, prompts)[0] for ids in shard.prompt_ids]
+    rotary: Any = policy.model.get_submodule("model.rotary_emb")
+    rotary.rope_type, bound = "dynamic", max(lengths) - 1 + config.collect.max_completion_length
+    rotary.original_max_seq_len = bound
+    shards, too_long = plan(config, policy, prompts)
+    assert len(too_long) == lengths.count(max(lengths))
+    assert sum(len(shard.prompts) for shard in shards) == len(lengths) - len(too_long)
+    by_length = load_config("quickstart", [*SMALL, "select.strategy={type: random}", "baselines=[]"])
+    assert plan(by_length, policy, prompts)[1] == []
+    rotary.original_max_seq_len = config.collect.max_completion_length
+    with pytest.raises(DataError, match="rotary positions"):
+        plan(config, policy, prompts)
 
 
 def test_what_does_not_fit_is_looked_for_among_those_not_sampled_too(policy: Policy, tmp_path: Path) -> None:

@@ -131,8 +131,8 @@ class Engine:
 
     @property
     def parameters(self) -> dict[str, Tensor]:
-        """All trainable parameters by name; a tied weight is counted once, under its first name. Of sharded ones,
-        tensors of the whole shape that take no memory."""
+        """All trainable parameters that a text reaches, by name; a tied weight is counted once, under its first name.
+        Of sharded ones, tensors of the whole shape that take no memory."""
         return self._capture.trainable
 
     @property
@@ -515,10 +515,10 @@ class _Kept:
 
 def _changes_with_length(model: PreTrainedModel, bound: float, longest: int) -> PolicyError:
     return PolicyError(
-        f"the rotary positions of {type(model).__name__} change for sequences of more than {bound:g} tokens, and a "
+        f"the rotary positions of {type(model).__name__} change for sequences of more than {bound:.0f} tokens, and a "
         f"prompt with its completion has {longest}: it cannot be scored beside shorter ones",
         where="policy",
-        fix="sample shorter completions (collect.max_completion_length) or leave out the long prompts.",
+        fix="leave out long prompts, or sample shorter completions.",
     )
 
 

@@ -21,7 +21,7 @@ from cropi.workspace import Arm, Workspace
 CLOSE = 3  # suggestions for an unknown id
 EXPLORED = "exploration"  # reason of what `select` drew at random
 WHY_NOT = {
-    NO_SIGNAL: "no signal: its completions were all rewarded alike",
+    NO_SIGNAL: "no signal: its completions were all rewarded alike, or masked",
     GOLD_UNPARSEABLE: "gold answer unparseable",
     PROMPT_TOO_LONG: "too long for the policy's context: no trajectories",
 }

@@ -5,6 +5,7 @@ Once of all prompts from the base policy, and of some again from later policies.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -37,7 +38,7 @@ from cropi.functional.pooling import nearest_first, principal_points
 from cropi.functional.sampling import places
 from cropi.ledger import Ledger
 from cropi.lockstep import in_lockstep
-from cropi.policy import Policy, completion_logprobs, encode_prompts, trainer_prompt, uses_chat
+from cropi.policy import Policy, completion_logprobs, encode_prompts, longest_alike, trainer_prompt, uses_chat
 from cropi.rewards.verdicts import Judge, answered
 from cropi.rollouts.generation import Generator, Sampling, TransformersGenerator
 from cropi.rollouts.representations import Representations
@@ -268,10 +269,15 @@ def _summed(shards: Sequence[_Found]) -> tuple[list[str], dict[str, Any]]:
     return [status for shard in shards for status in shard.statuses], details
 
 
-def _longest(config: Config, policy: Policy) -> int | None:
-    """Longest sequence that the policy, and what generates for it, have room for."""
+def _longest(config: Config, policy: Policy) -> tuple[float, str]:
+    """Longest sequence that the policy, what generates for it, and what scores it have room for; and what that is."""
     engine = config.collect.vllm.max_model_len if config.collect.vllm is not None else None
-    return min((limit for limit in (policy.context_length, engine) if limit is not None), default=None)
+    scored = config.score.estimator != "reference" and any(arm.reads_scores for arm in config.arms.values())
+    context = min((limit for limit in (policy.context_length, engine) if limit is not None), default=math.inf)
+    alike = longest_alike(policy.model) if scored else math.inf
+    if alike < context:
+        return alike, f"the {alike:.0f} tokens up to which the policy's rotary positions stay as they are, for scores,"
+    return context, f"the policy's context of {context:.0f} tokens"
 
 
 def plan(
@@ -282,7 +288,7 @@ def plan(
     `sampled` holds the training prompts that are wanted, unset all; what does not fit is looked for among all.
     """
     chat = uses_chat(policy.tokenizer, config.prompts.chat, config.prompts.system_prompt)
-    limit = _longest(config, policy)
+    limit, room = _longest(config, policy)
     shards: list[Shard] = []
     too_long: list[str] = []
     sets = dict.fromkeys(row["set"] for row in prompts if not row["set"].startswith("test/"))
@@ -293,12 +299,12 @@ def plan(
             [trainer_prompt(r["messages"], chat=chat, system_prompt=config.prompts.system_prompt) for r in rows],
         )
         pairs = [(row, ids) for row, ids in zip(rows, encoded, strict=True)]
-        fitting = [p for p in pairs if limit is None or len(p[1]) + config.collect.max_completion_length <= limit]
+        fitting = [p for p in pairs if len(p[1]) + config.collect.max_completion_length <= limit]
         fits = {row["prompt_id"] for row, _ in fitting}
         too_long += [row["prompt_id"] for row in rows if row["prompt_id"] not in fits]
         if not fitting:
             raise DataError(
-                f"no prompt of {name} fits into the policy's context of {limit} tokens beside its completion",
+                f"no prompt of {name} fits into {room} beside its completion",
                 where="collect.max_completion_length",
                 fix="lower it, or use a policy with a longer context.",
             )
@@ -312,7 +318,7 @@ def plan(
             label = f"part-{name.replace('/', '-')}-{start // size:05}"
             shards.append(Shard(label, name, samples, [row for row, _ in chosen], [ids for _, ids in chosen]))
     if too_long:
-        warn(f"{len(too_long)} prompts do not fit into the policy's context of {limit} tokens and are left out")
+        warn(f"{len(too_long)} prompts do not fit into {room} and are left out")
     return shards, too_long
 
 
