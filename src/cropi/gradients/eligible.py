@@ -137,9 +137,10 @@ def embedded(model: PreTrainedModel) -> Iterator[dict[nn.Module, Tensor]]:
 
 
 def leaks(gradients: Sequence[Tensor | None], hidden: Tensor) -> bool:
-    """Whether gradients at embedded tokens (B, T, ...) are other than 0 at tokens (B, T) that must have no effect."""
+    """Whether gradients at embedded tokens (B, T, ...) are other than 0 at tokens (B, T) that must have no effect, or
+    nothing was embedded token by token, so that it cannot be known."""
     at_tokens = [g for g in gradients if g is not None and g.shape[: hidden.dim()] == hidden.shape]
-    return any(bool(gradient[hidden].any()) for gradient in at_tokens)
+    return not at_tokens or any(bool(gradient[hidden].any()) for gradient in at_tokens)
 
 
 @torch.no_grad()
