@@ -144,10 +144,10 @@ def leaks(gradients: Sequence[Tensor | None], hidden: Tensor) -> bool:
 
 
 @torch.no_grad()
-def difference(logits_EW: Tensor, others_EW: Tensor) -> float:
-    """Relative difference of logits: the mean over tokens, since rounding may send one token to another expert."""
-    sizes_E = others_EW.float().norm(dim=-1).clamp(min=1e-30)
-    return float(((logits_EW.float() - others_EW.float()).norm(dim=-1) / sizes_E).mean())
+def difference(found_TE: Tensor, others_TE: Tensor) -> float:
+    """Relative difference of what tokens have: the mean over them, since rounding may send one to another expert."""
+    sizes_T = others_TE.float().norm(dim=-1).clamp(min=1e-30)
+    return float(((found_TE.float() - others_TE.float()).norm(dim=-1) / sizes_T).mean())
 
 
 def require_finite(logits: Tensor) -> None:
