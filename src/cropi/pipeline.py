@@ -28,7 +28,7 @@ from cropi.evaluation.evaluate import Question, evaluate, read_evaluations
 from cropi.gathering import Gatherer
 from cropi.given import Given, arm_at, start_of_stage
 from cropi.gradients.groups import group_facts
-from cropi.gradients.scoring import FeatureRequest, score, surrogate_settings
+from cropi.gradients.scoring import FeatureRequest, make_scorer, score, surrogate_settings
 from cropi.gradients.validation import validation_groups
 from cropi.lockstep import in_lockstep
 from cropi.policy import Policy, Replica, chat_warnings, encode_prompts, load_policy, trainer_prompt, uses_chat
@@ -137,6 +137,9 @@ class Pipeline:
                 self.config, self.base, self.judge, rows, folder, ledger, representations, self.world, make_shards
             )
 
+        known = self.world.from_main(lambda: is_finished(self.space.trajectories))
+        if not known and any(arm.reads_scores for arm in self.config.arms.values()):
+            make_scorer(self.config, self.base.model, self.surrogate)  # refuses a model before anything is generated
         made_by = {"settings": self.space.settings(*SAMPLED_BY)}
         inputs = {"prompts": self.prompts().identity, "policy": self._base_identity} | made_by
         representations = None

@@ -193,6 +193,46 @@ def gpt2() -> Any:
     return transformers.GPT2LMHeadModel(config).double().eval()
 
 
+def falcon_h1() -> Any:
+    """A state-space model beside the attention of every layer, under adapters and in bfloat16: it moves scores by a few
+    percent, less than rounding may move a logit."""
+    peft = pytest.importorskip("peft")
+    model = make(
+        "FalconH1",
+        num_key_value_heads=1,
+        head_dim=8,
+        mamba_d_ssm=16,
+        mamba_n_heads=2,
+        mamba_d_head=8,
+        mamba_d_state=4,
+        mamba_n_groups=1,
+        mamba_chunk_size=8,
+        initializer_range=0.02,
+    )
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    return peft.get_peft_model(model, config).bfloat16().eval()
+
+
+def with_faint(mixing: Callable[[Tensor], Tensor]) -> Any:
+    """Token mixing that no rounding to bfloat16 would let logits show."""
+    model = tiny("llama").bfloat16()
+    model.model.layers[0].mlp.register_forward_hook(lambda _, __, output: output + 1e-5 * mixing(output))
+    return model
+
+
+def with_another_gradient(factor: float) -> Any:
+    """In a pack, a layer gives the same numbers and another gradient."""
+    model = tiny("llama")
+
+    def change(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+        if model.config._attn_implementation == "eager":
+            return output
+        return output.detach() + factor * (output - output.detach())
+
+    model.model.layers[0].mlp.register_forward_hook(change)
+    return model
+
+
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "GPT-2": (gpt2, "Conv1D"),
     "Mixtral": (
@@ -215,6 +255,17 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "a layer that sees tokens twice": (lambda: replaced("model.layers.1.mlp", Twice), "each token once"),
     "an embedding with a bound": (lambda: with_embedding(max_norm=1.0), "Embedding"),
     "an embedding by frequency": (lambda: with_embedding(scale_grad_by_freq=True), "Embedding"),
+    "Falcon-H1": (falcon_h1, "beside attention its tokens see others"),
+    "the token before": (lambda: with_faint(lambda x: x.roll(1, dims=1)), "beside attention its tokens see others"),
+    "the token after": (lambda: with_faint(lambda x: x.roll(-1, dims=1)), "beside attention its tokens see others"),
+    "all tokens before": (lambda: with_faint(lambda x: x.cumsum(dim=1)), "beside attention its tokens see others"),
+    "all tokens": (lambda: with_faint(lambda x: x.mean(dim=1, keepdim=True)), "beside attention its tokens see others"),
+    "another gradient": (lambda: with_another_gradient(0.0), "its own gradients differ"),
+    "a slightly other gradient": (lambda: with_another_gradient(0.9), "its own gradients differ"),
+    "Bart's decoder": (
+        lambda: make("Bart", d_model=16, encoder_layers=1, decoder_layers=1, decoder_attention_heads=2, pad_token_id=0),
+        "does not take a pack of trajectories",
+    ),
     "BLOOM": (
         lambda: make("Bloom", n_layer=2, n_head=2, layer_norm_epsilon=1e-5),
         "attention",

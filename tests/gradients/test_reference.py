@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 from tests.conftest import tiny_llama
-from tests.gradients.architectures import draw_group, tiny
+from tests.gradients.architectures import draw_group, relative_gap, tiny
 from transformers import LlamaForCausalLM
 
 from cropi.functional.projection import SparseProjection
@@ -13,6 +13,7 @@ from cropi.gradients.groups import Group
 from cropi.gradients.reference import prompt_gradient, trainable_parameters
 from cropi.gradients.sketch import UniformMap, project
 from cropi.gradients.surrogate import SurrogateSettings
+from cropi.policy import completion_logprobs
 
 GROUP = Group(
     "p",
@@ -144,14 +145,27 @@ def test_an_empty_completion_does_not_spoil_its_group(model: LlamaForCausalLM) -
     assert any(float(g.abs().sum()) > 0 for g in alone.values())
 
 
-def test_padded_batches_under_a_sliding_window_give_the_same_as_single_trajectories() -> None:
+def test_padding_under_a_sliding_window_changes_no_logprob() -> None:
     """A padded row beyond the window sees no key at all; whatever its attention makes of that must not count."""
     model = tiny("gemma2")
     group = draw_group(2, [9, 1], seed=1)
-    alone = prompt_gradient(model, group, SETTINGS, batch_tokens=1).gradients
-    padded = prompt_gradient(model, group, SETTINGS).gradients
+    padded, _ = completion_logprobs(model, [group.prompt_ids] * 2, group.completions, temperature=1.0)
+    alone, _ = completion_logprobs(model, [group.prompt_ids], group.completions[1:], temperature=1.0)
+    torch.testing.assert_close(padded[1, :1], alone[0], rtol=1e-5, atol=1e-7)
+
+
+def test_a_row_does_not_depend_on_longer_ones_where_rotation_does() -> None:
+    """Dynamic scaling rotates all rows of a pass as the longest one needs it."""
+    rope = {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 4.0}
+    group = draw_group(2, [30, 5], seed=1)
+    together, alone = (
+        prompt_gradient(
+            tiny("llama", rope_parameters=rope, max_position_embeddings=12), group, SETTINGS, batch_tokens=size
+        ).gradients
+        for size in (1000, 1)
+    )
     for name, gradient in alone.items():
-        torch.testing.assert_close(padded[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+        assert relative_gap(together[name], gradient) < 1e-6, name
 
 
 def test_a_step_along_the_gradient_raises_the_surrogate(model: LlamaForCausalLM) -> None:

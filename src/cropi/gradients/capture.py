@@ -199,12 +199,25 @@ class Capture:
             held.update(before)
 
     @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """No trainable parameter gets a gradient inside the block."""
+        parameters = list(self._trained.values())
+        before = [parameter.requires_grad for parameter in parameters]
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter, trained in zip(parameters, before, strict=True):
+                parameter.requires_grad_(trained)
+
+    @contextmanager
     def hooks(self, reader: Reader, spans: Sequence[Span], tokens: int) -> Iterator[None]:
         """Report to the reader what a forward and backward pass inside the block sees. PolicyError where a module with
         trainable weights takes no part in the pass, since its weights then act in a way no hook sees."""
         self._calls.clear()
         with ExitStack() as stack:
-            stack.enter_context(_frozen(list(self._trained.values())))
+            stack.enter_context(self.frozen())
             for owner in self._linears:
                 stack.callback(owner.module.register_forward_hook(self._on_linear(owner, reader, spans, tokens)).remove)
             for owner in self._embeddings:
@@ -353,15 +366,3 @@ def embedding_scale(module: nn.Module) -> float:
     """The number that an embedding multiplies its rows by: 1, or what Gemma's keep."""
     scale = getattr(module, "embed_scale", 1.0)
     return float(scale)
-
-
-@contextmanager
-def _frozen(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    before = [parameter.requires_grad for parameter in parameters]
-    for parameter in parameters:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter, trained in zip(parameters, before, strict=True):
-            parameter.requires_grad_(trained)

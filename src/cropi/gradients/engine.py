@@ -17,6 +17,17 @@ from cropi.console import warn
 from cropi.errors import PolicyError
 from cropi.gradients.attention import own_attention, pack_rows, packed, unsupported
 from cropi.gradients.capture import Capture, Idle, Reader, find_idle, watch_calls
+from cropi.gradients.eligible import (
+    ROUNDING,
+    causal_lm_of,
+    difference,
+    embedded,
+    leaks,
+    reason,
+    require_finite,
+    vocabulary,
+    without_effect,
+)
 from cropi.gradients.groups import Group
 from cropi.gradients.head import Head, HeadResult, check_head
 from cropi.gradients.packing import Pack, Segment, Span, make_pack, plan
@@ -98,8 +109,7 @@ class Engine:
 
     def __init__(self, model: nn.Module, settings: SurrogateSettings, batch_tokens: int | None = None) -> None:
         self.model, self.settings = model, settings
-        unwrap = getattr(model, "get_base_model", None)  # PEFT
-        self._causal_lm: PreTrainedModel = model if unwrap is None else unwrap()
+        self._causal_lm: PreTrainedModel = causal_lm_of(model)
         self._longest = longest_alike(self._causal_lm)
         self._head = Head(self._causal_lm)
         self.shards = Shards(model)
@@ -112,7 +122,11 @@ class Engine:
                 theirs = self._own_logits(example)
             idle = Idle() if self.shards.sharded else find_idle(model, theirs, called)
             self._capture = Capture(model, self._causal_lm, self._head.module, self.shards, idle)
+            if not self.parameters:
+                raise without_effect(self._causal_lm)
+            self._check_neighbours()
             bytes_per_token = self._check(example, torch.cat(theirs).detach())
+            self._check_gradients()
             self.repeated = self._capture.repeated()
         self.budget = batch_tokens or self.shards.least(_budget(self.device, bytes_per_token))
 
@@ -320,15 +334,100 @@ class Engine:
 
     @contextmanager
     def _refusing(self) -> Iterator[None]:
-        """Say that the architecture is not covered, where its own code fails inside the block."""
+        """Turn whatever a model's own code raises inside the block into a refusal."""
         try:
             yield
-        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        except PolicyError:
+            raise
+        except Exception as error:
             if _out_of_memory(error):
                 raise
-            reason = (str(error).strip().splitlines() or [""])[0]
-            why = f"its forward pass does not take a pack of trajectories ({type(error).__name__}: {reason})"
+            why = f"its forward pass does not take a pack of trajectories ({reason(error)})"
             raise unsupported(self._causal_lm, why) from error
+
+    def _drawn(self) -> list[Segment]:
+        """A few trajectories, shorter than any length that rotary positions depend on; their count of tokens, 43, is no
+        other size in a model."""
+        draw = partial(torch.randint, vocabulary(self._causal_lm), generator=torch.Generator().manual_seed(0))
+        return [
+            Segment(
+                row,
+                draw((5,)).tolist(),
+                [draw((n,)).tolist() for n in lengths],
+                [1.0, -0.5, 2.0][-len(lengths) :],
+                None,
+            )
+            for row, lengths in enumerate([[5, 4], [7, 1, 8], [9]])
+        ]
+
+    def _check_neighbours(self) -> None:
+        """PolicyError where a token's hidden state depends on more than its own trajectory up to it: the gradient must
+        be exactly 0 elsewhere in the pack, which no rounding blurs."""
+        members = self._drawn()
+        pack, start = make_pack(members, self.device), members[0].tokens
+        own = [*range(start, start + 5), start + 5 + 6]  # the prompt and the first token of its last completion
+        others_1S = torch.ones(1, pack.tokens, dtype=torch.bool, device=self.device)
+        others_1S[0, own] = False
+
+        def at_head(hidden_SH: Tensor) -> Tensor:
+            require_finite(hidden_SH)
+            gradient_SH = torch.zeros_like(hidden_SH)
+            gradient_SH[own[-1]] = hidden_SH[own[-1]]
+            return gradient_SH
+
+        if leaks([tensor.grad for tensor in self._embedded(pack, at_head).values()], others_1S):
+            why = "beside attention its tokens see others (a state-space, recurrent or convolutional layer)"
+            raise unsupported(self._causal_lm, why)
+
+    def _check_gradients(self) -> None:
+        """PolicyError where the surrogate's gradient at a pack's tokens is not what the model's own passes give, one
+        trajectory at a time."""
+        members, first = self._drawn(), self._causal_lm.get_input_embeddings()
+        pack = make_pack(members, self.device)
+        ours = self._embedded(
+            pack, lambda hidden_SH: self._head(hidden_SH, pack, self.settings, Nothing(), {}).grad_SH
+        )[first].grad
+        assert ours is not None
+        theirs, start = torch.zeros_like(ours), 0
+        for member in members:
+            begin, count = start + len(member.prompt_ids), len(member.prompt_ids)
+            for completion, scale in zip(member.completions, member.scales, strict=True):
+                places = [*range(start, start + count), *range(begin, begin + len(completion) - 1)]
+                theirs[0, places] += scale * self._own_gradient(member.prompt_ids, completion)
+                begin += len(completion) - 1
+            start = begin
+        self.shards.release()
+        gap = difference(ours[0], theirs[0])
+        if gap > 4 * ROUNDING.get(ours.dtype, 5e-3):
+            raise unsupported(
+                self._causal_lm, f"its own gradients differ from the engine's by {gap:.1%} on a test pack"
+            )
+
+    def _embedded(self, pack: Pack, at_head: Callable[[Tensor], Tensor]) -> dict[nn.Module, Tensor]:
+        """What embeddings give in a pack, with its gradients."""
+        with (
+            self._capture.hooks(Nothing(), pack.spans, pack.tokens),
+            pack_rows(self._causal_lm, pack.rows),
+            embedded(self._causal_lm) as found,
+        ):
+            self._forward(pack, at_head).backward()
+        return found
+
+    def _own_gradient(self, prompt_ids: list[int], completion: list[int]) -> Tensor:
+        """Of a trajectory's log-probability at its embedded tokens (all but the last), by the model's own pass."""
+        ids_1T = torch.tensor([prompt_ids + completion], device=self.device)
+        with (
+            own_attention(self._causal_lm),
+            self._own_forward(),
+            self._capture.frozen(),
+            embedded(self._causal_lm) as found,
+        ):
+            logits_TW = self.model(input_ids=ids_1T[:, :-1], use_cache=False).logits[0, len(prompt_ids) - 1 :]
+            logits_TW = logits_TW.to(torch.promote_types(logits_TW.dtype, torch.float32)) / self.settings.temperature
+            logits_TW.log_softmax(dim=-1).gather(1, ids_1T[0, len(prompt_ids) :, None]).sum().backward()
+        gradient = found[self._causal_lm.get_input_embeddings()].grad
+        assert gradient is not None
+        return gradient[0]
 
     def _check(self, segment: Segment, theirs_EW: Tensor) -> float:
         """Compare a small pack with the model's own logits. Returns bytes of activations kept per token."""

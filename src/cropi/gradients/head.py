@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from cropi.errors import PolicyError
 from cropi.functional.surrogate import corrected_ratios
 from cropi.gradients.attention import unsupported
 from cropi.gradients.capture import Reader
+from cropi.gradients.eligible import ROUNDING, difference, require_finite
 from cropi.gradients.packing import Pack, Span
 from cropi.gradients.surrogate import SurrogateSettings
 
@@ -205,14 +205,9 @@ def _clip(spans: Sequence[Span], part: slice) -> list[Span]:
 
 def check_head(model: PreTrainedModel, ours_EW: Tensor, theirs_EW: Tensor, dtype: torch.dtype) -> None:
     """PolicyError where the model makes something else of hidden states in `dtype` than we do."""
-    tolerance = {torch.bfloat16: 0.1, torch.float16: 0.02}.get(dtype, 1e-3)
-    scale = float(theirs_EW.float().abs().max())  # not below some number: small logits may be wrong by a factor, too
-    if not bool(torch.isfinite(theirs_EW).all()):
-        raise PolicyError(
-            "the policy gives logits that are not finite numbers",
-            where="policy",
-            fix="check the weights; a policy that has diverged cannot be scored.",
+    require_finite(theirs_EW)
+    gap = difference(ours_EW, theirs_EW)
+    if gap > ROUNDING.get(dtype, 5e-3):
+        raise unsupported(
+            model, f"its own logits differ from the engine's by {gap:.2g} of their size on a test sequence"
         )
-    gap = float((ours_EW.float() - theirs_EW.float()).abs().max())
-    if gap > tolerance * scale:
-        raise unsupported(model, f"its own logits differ from the engine's by {gap:.2g} on a test sequence")

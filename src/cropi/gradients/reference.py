@@ -34,8 +34,8 @@ def prompt_gradient(
 
     g = sum_k (1/Z_k) sum_t A_k grad rho_{k,t}, rho_{k,t} = pi_theta / beta per token (paper eq. 4): the direction in
     which the prompt's surrogate grows; with ratios and baseline as the settings correct them. No KL and no entropy
-    term. Trajectories whose advantage is zero are not computed, a group of more than `batch_tokens` padded tokens is
-    split. The model is left as it was found: mode, `requires_grad` and `.grad` stay untouched.
+    term. Trajectories whose advantage is zero are not computed; rows of one length go together, at most
+    `batch_tokens` tokens. The model is left as it was found: mode, `requires_grad` and `.grad` stay untouched.
     """
     parameters = trainable_parameters(model)
     # A sum over micro-batches in bfloat16 would lose the small terms.
@@ -119,11 +119,13 @@ def _mean_log_ratios(model: nn.Module, group: Group, settings: SurrogateSettings
 
 
 def _micro_batches(group: Group, scales_K: Tensor, batch_tokens: int) -> Iterator[list[int]]:
-    """Rows with something to learn from, longest first, in batches of at most `batch_tokens` padded tokens."""
-    rows = [k for k in range(len(group.completions)) if scales_K[k] != 0 and group.completions[k]]
-    rows.sort(key=lambda k: -len(group.completions[k]))
-    while rows:
-        width = len(group.prompt_ids) + len(group.completions[rows[0]])
-        count = max(1, batch_tokens // width)
-        yield rows[:count]
-        rows = rows[count:]
+    """Rows with something to learn from, longest first, in batches of one length and at most `batch_tokens` tokens.
+
+    Nothing is padded: rotary positions of some models depend on the longest row, and choices (top-k) on all tokens.
+    """
+    lengths = [len(completion) for completion in group.completions]
+    for length in sorted(set(lengths) - {0}, reverse=True):
+        rows = [k for k, own in enumerate(lengths) if own == length and scales_K[k] != 0]
+        count = max(1, batch_tokens // (len(group.prompt_ids) + length))
+        for start in range(0, len(rows), count):
+            yield rows[start : start + count]

@@ -26,6 +26,7 @@ from cropi.gradients.directions import (
     by_engine,
     room_for_directions,
 )
+from cropi.gradients.eligible import require_rows_apart
 from cropi.gradients.engine import Engine, Work, by_group, segment_of
 from cropi.gradients.exact import ExactReader
 from cropi.gradients.groups import Group
@@ -118,6 +119,8 @@ class Scorer:
                 where="score.estimator",
                 fix="use sketch or exact.",
             )
+        if estimator == "reference":
+            require_rows_apart(model)
         self._engine = None if estimator == "reference" else Engine(model, settings, batch_tokens)
         if self._engine is not None and world.size == 1:
             self._world = self._engine.shards.world()

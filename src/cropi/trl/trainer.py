@@ -22,7 +22,6 @@ from cropi.console import say, warn
 from cropi.errors import ArtifactError, ConfigError, PolicyError, SignalError, UserError
 from cropi.functional.surrogate import NORMALIZER_OF_LOSS
 from cropi.given import Given
-from cropi.gradients.scoring import make_scorer
 from cropi.pipeline import Pipeline
 from cropi.policy import Policy, weights_identity
 from cropi.rewards.verdicts import Answered, Judgement
@@ -215,7 +214,7 @@ class CurriculumTrainer(Staged):
         config = make_config(self._selector, self._folder, self.train_dataset, self.args, name, *shape)
         given = Given(Policy(model, self.processing_class), self._identity, self._judge, self.args)
         try:
-            self._begin(Pipeline(config, given), model)
+            self._begin(Pipeline(config, given))
         except (ArtifactError, ConfigError) as error:
             raise type(error)(
                 error.what,
@@ -224,7 +223,7 @@ class CurriculumTrainer(Staged):
                 "as it was when training began.",
             ) from None
 
-    def _begin(self, pipeline: Pipeline, model: nn.Module) -> None:
+    def _begin(self, pipeline: Pipeline) -> None:
         self._pipeline = pipeline
         (arm,) = pipeline.space.arms.values()
         if self.state.global_step:
@@ -237,9 +236,6 @@ class CurriculumTrainer(Staged):
             cut_jsonl(arm.rewards, lambda row: row["step"] < self.state.global_step)
             return
         shutil.rmtree(arm.folder, ignore_errors=True)  # selections and rewards of another training
-        (strategy,) = pipeline.config.arms.values()
-        if strategy.reads_scores:  # refuses a model that is not covered before anything is generated
-            make_scorer(pipeline.config, model, pipeline.surrogate, strategy)
         pipeline.collect()
 
     def _judge(self, rows: Sequence[Answered]) -> list[Judgement]:
