@@ -267,6 +267,7 @@ def test_what_is_right_in_another_writing(gold: str, answer: str) -> None:
         (r"3\text{ and a half}", r"3\text{ and a half}"),
         (r"10\text{ inches by }5\text{ inches}", r"10\text{ inches by }5\text{ inches}"), (r"\$x", "x"),
         (r"\$2x", "2x"), (r"-\$\frac{1}{2}", r"-\frac12"), (r"5\$", "5"), ("5", "≈5"), (r"€\frac{1}{2}, €2", "0.5,2"),
+        ("true", r"\text{True}"), ("monday", r"\text{Monday}"),
     ],
 )  # fmt: skip
 def test_an_answer_in_another_writing_is_right(gold: str, answer: str) -> None:
@@ -314,7 +315,7 @@ def test_an_answer_in_another_writing_is_right(gold: str, answer: str) -> None:
         ("7", r"7 \pm 1"), ("7", "7i"), ("7", r"7\%\%"), ("7", "7x"), ("7", "70"), ("7", "7?"), ("7", "?7"),
         ("7", "7!"), ("7", "7 _8"), ("7", "7_{8}"),
         (r"1\frac{1}{0}", "5"), ("5", r"1\frac{4}{0}"), (r"50\%", r"60\%"),
-        ("No", r"\text{Not}"), (r"\text{Alice and Bob}", "Alice"), (r"\text{Alice}", "Bob"),
+        ("No", r"\text{Not}"), ("seat", "teas"), ("mon", "nom"), ("true", "false"), (r"\text{Alice and Bob}", "Alice"), (r"\text{Alice}", "Bob"),
         (r"3\text{ and a half}", "3"),
         ("7", "7e0e0"), ("7", "7e0.5"), ("7", "7e0x"),
     ],

@@ -55,7 +55,7 @@ _WORDS = re.compile(
 )
 _BETWEEN = re.compile(r"\s*(?:,\s*)?(?:⟦(?:and|or)⟧|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z]))\s*", re.IGNORECASE)
 _SYMBOLS = re.compile(
-    r"[a-zA-Zα-ωΑ-Ω]|(?:(?![eio])[a-z]|(?![EIO])[A-Z]){2}|(?![aeiou])[a-z]{3,}|abcd?"
+    r"[a-zA-Zα-ωΑ-Ω]|(?:(?![eio])[a-z]|(?![EIO])[A-Z]){2}|(?:(?![aeiou])[a-z]){3,}|abcd?"
 )  # else it is a word
 
 
