@@ -19,7 +19,9 @@ INTRODUCTION = """# Config reference
 
 One YAML file describes a run; `cropi recipes copy quickstart` writes a complete one. `cropi run CONFIG key.path=value`
 replaces single settings, with a number for a position in a list (`prompts.train.0.count=50`). Numbers and booleans are
-those of YAML 1.2: `1e-4` is a number, only `true` and `false` are booleans. Unknown keys are refused.
+those of YAML 1.2: `1e-4` is a number, only `true` and `false` are booleans. Unknown keys are refused. On a command line
+a value is the text as it stands (`verifier.marker=####`), unless it is a number, `true`, `false` or `null`, or begins
+with a quote or a bracket: then it is YAML.
 
 This page is generated from `src/cropi/config` by `make docs`.
 """

@@ -6,7 +6,7 @@ import pytest
 
 from cropi.config import config_difference
 from cropi.errors import ConfigError
-from cropi.loading import load_config, parse_yaml, recipe_names, validate_config
+from cropi.loading import load_config, parse_verifier, parse_yaml, recipe_names, validate_config
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -87,6 +87,71 @@ def test_yaml_is_data_only_and_repeated_keys_are_refused() -> None:
         parse_yaml("!!python/object/apply:os.system ['true']", "test")
     with pytest.raises(ConfigError, match="occurs twice"):
         parse_yaml("seed: 1\nseed: 2", "test")
+
+
+MARKERS = r"""
+####/# of it/a #b/&x/*x/~/Null/!x/!!int 5/|/>/%a/@/`/- x/? x/a: b/Answer:/Answer: /---/--- a/=/<</on/1_000/0x1f/False
+2001-01-01/→ 😀/\boxed{/,/]/}""".strip()
+
+
+@pytest.mark.parametrize("text", [text for line in MARKERS.splitlines() for text in line.split("/")])
+def test_a_command_lines_text_is_the_text(text: str) -> None:
+    assert parse_verifier("exact", [f"marker={text}"]).marker == text  # type: ignore[union-attr]
+    assert load_config("quickstart", [f"verifier.marker={text}"]).verifier.marker == text  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("null", None), ("'####'", "####"), ('"~"', "~"), ("[1, a]", [1, "a"]), ("{a: 1}", {"a": 1}), ("-1e-3", -1e-3)],
+)
+def test_a_command_lines_value_is_yaml_where_it_is_quoted_bracketed_or_a_number(text: str, value: object) -> None:
+    assert load_config("quickstart", [f"trainer.x={text}"]).trainer["x"] == value
+
+
+@pytest.mark.parametrize("override", ["verifier.marker=", "verifier.marker= ", "verifier={type: exact, marker: &x}"])
+def test_a_key_without_a_value_is_refused(override: str) -> None:
+    with pytest.raises(ConfigError, match=r"no value is given(.|\n)*null"):
+        load_config("quickstart", [override])
+
+
+@pytest.mark.parametrize("override", ["verifier.marker=42", "verifier.marker=true", "name=7"])
+def test_a_number_for_a_text_is_refused_with_the_quotes_it_needs(override: str) -> None:
+    with pytest.raises(ConfigError, match="quote"):
+        load_config("quickstart", [override])
+
+
+HOSTILE_YAML = {
+    "marker: ####": "no value is given",
+    "marker: &x": "no value is given",
+    "a: !!int abc": "tags are not read",
+    "a: !!timestamp abc": "tags are not read",
+    "a: !x": "tags are not read",
+    "{[1]: 2}": "a key must be a text",
+    "a: " + "7" * 5000: "number of 5000 digits",
+    "[" * 900 + "]" * 900: "too deep",
+    "[" * 100_000: "too deep",
+    "{a: " * 100_000: "too deep",
+    "&a [*a]": "recursive",
+    "a: &a {b: *a}": "recursive",
+    "\n".join([f"a0: &a0 [{'x, ' * 10}]", *(f"a{n}: &a{n} [{f'*a{n - 1}, ' * 10}]" for n in range(1, 9))]): "more than",
+    r'a: "\ud800"': "surrogate",
+    r'a: "\0"': "NUL",
+    "a: \x07": "not valid YAML",
+    "a: 1\n---\nb: 2": "not valid YAML",
+}
+
+
+@pytest.mark.parametrize(("text", "message"), HOSTILE_YAML.items(), ids=range(len(HOSTILE_YAML)))
+def test_yaml_that_cannot_be_meant_is_refused_in_a_line(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        parse_yaml(text, "test")
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("override", ["prompts.train.²={}", "prompts.train." + "9" * 5000 + "={}", "name=a\udcff"])
+def test_odd_positions_and_bytes_of_a_command_line_are_refused(override: str) -> None:
+    with pytest.raises(ConfigError):
+        load_config("quickstart", [override])
 
 
 def test_resolved_config_reads_back_the_same() -> None:
