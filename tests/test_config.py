@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from cropi.config import config_difference
+from cropi.config import PassRateStrategy, PooledStrategy, config_difference
 from cropi.errors import ConfigError
-from cropi.loading import load_config, parse_verifier, parse_yaml, recipe_names, validate_config
+from cropi.loading import load_config, parse_verifier, recipe_names, validate_config
+from cropi.presets import TYPES, merged, presets
+from cropi.yaml_text import parse_yaml
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -152,6 +154,35 @@ def test_yaml_that_cannot_be_meant_is_refused_in_a_line(text: str, message: str)
 def test_odd_positions_and_bytes_of_a_command_line_are_refused(override: str) -> None:
     with pytest.raises(ConfigError):
         load_config("quickstart", [override])
+
+
+@pytest.mark.parametrize("name", [name for name in presets() if name not in TYPES])
+@pytest.mark.parametrize("path", ["select.strategy.type={}", "select.strategy={{type: {}}}"])
+def test_a_preset_is_named_as_a_strategys_type(name: str, path: str) -> None:
+    config = load_config("quickstart", ["baselines=[]", path.format(name)])
+    patched = merged(load_config("quickstart", ["baselines=[]"]).resolved(), presets()[name]["config"])
+    patched["select"]["strategy"]["name"] = name
+    assert config == validate_config(patched, "test")
+
+
+def test_what_a_command_line_says_goes_before_what_its_preset_says() -> None:
+    config = load_config(
+        "quickstart", ["collect.fraction=0.5", "select.strategy.type=cropi", "select.strategy.screen=0"]
+    )
+    assert (config.collect.fraction, config.collect.num_generations) == (0.5, 4)
+    assert config.select.strategy == PooledStrategy(type="pooled", name="cropi", screen=0)
+
+
+def test_a_preset_is_named_as_a_baseline_where_it_sets_a_strategy_alone() -> None:
+    config = load_config("quickstart", ["baselines=[{type: pass-rate, low: 0.3}]"])
+    assert config.baselines == (PassRateStrategy(type="pass_rate", name="pass-rate", low=0.3),)
+    with pytest.raises(ConfigError, match=r"baselines.1: the preset cropi also sets collect"):
+        load_config("quickstart", ["baselines=[{type: full}, {type: cropi}]"])
+
+
+def test_an_unknown_strategy_is_told_the_nearest_preset_too() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'cropi-paper'"):
+        load_config("quickstart", ["select.strategy.type=cropi_paper"])
 
 
 def test_resolved_config_reads_back_the_same() -> None:

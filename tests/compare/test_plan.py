@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from cropi.compare.plan import FINISHED, lock, make_plan, parse_seeds, read_plan
-from cropi.compare.presets import merged, presets, read_patches
 from cropi.errors import ArtifactError, ConfigError, UserError
 from cropi.loading import load_config, validate_config
+from cropi.presets import merged, presets, read_patches
 
 
 @pytest.mark.parametrize(

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from cropi.artifacts import is_finished, write_json
-from cropi.compare.presets import Patch, patched, read_patches
 from cropi.config import Config, config_difference, config_hash
 from cropi.errors import ArtifactError, ConfigError
 from cropi.loading import load_config, suite_names, validate_config
+from cropi.presets import Patch, patched, read_patches
 
 PLAN = "plan.json"
 BEGUN = "begun.json"

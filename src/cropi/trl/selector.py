@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cropi.artifacts import write_text
-from cropi.compare.presets import merged, preset
 from cropi.config import Config
 from cropi.errors import ConfigError, DataError
 from cropi.loading import validate_config
+from cropi.presets import merged, preset, with_presets
 from cropi.prompts import content_id
 
 if TYPE_CHECKING:
@@ -140,7 +140,8 @@ def make_config(
     strategy = selector.strategy
     chosen = preset(strategy, "Selector.strategy") if isinstance(strategy, str) else strategy
     own = {} if selector.fraction is None else {"select": {"fraction": selector.fraction}}
-    for patch in (chosen, own, selector.settings):
+    values = with_presets(merged(values, chosen), "Selector.strategy")
+    for patch in (own, selector.settings):
         values = merged(values, patch)
     config = validate_config(values, "Selector")
     if config.train.dynamic_sampling or config.refresh.reuse_rollouts:
