@@ -49,6 +49,7 @@ def sections(table: type[BaseModel], path: str, seen: dict[str, type[BaseModel]]
 
 NAMES = {str: "text", int: "whole number", float: "number", bool: "true or false"}
 SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<", "pattern": "matching"}
+BEYOND_USE = (1_000_000_000, 1e6, 1e-9)  # limits that only keep out what no machine could do
 
 
 def type_text(annotation: Any, metadata: Sequence[Any] = ()) -> str:
@@ -78,7 +79,8 @@ def bounds(metadata: Sequence[Any]) -> list[str]:
     found = []
     for item in metadata:
         found += bounds(getattr(item, "metadata", ()))
-        found += [f"{sign} {getattr(item, key)}" for key, sign in SIGNS.items() if getattr(item, key, None) is not None]
+        shown = {sign: getattr(item, key) for key, sign in SIGNS.items() if getattr(item, key, None) is not None}
+        found += [f"{sign} {value}" for sign, value in shown.items() if value not in BEYOND_USE]
     return found
 
 

@@ -53,6 +53,50 @@ def test_mistakes_are_named_with_a_way_out(override: str, message: str) -> None:
     assert "Fix: " in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "override",
+    [
+        *[
+            f"{key}={value}"
+            for key in ("seed", "score.projection.seed", "prompts.train.0.seed")
+            for value in (-1, 2**32)
+        ],
+        "policy.lora={seed: -1}",
+        *[f"evaluate.bootstrap={value}" for value in (0, 999999999999)],
+        *[f"{key}.temperature={value}" for key in ("collect", "evaluate") for value in (0, "1e-300", "1e300")],
+        "score.projection.dim=99999999999999",
+        "score.projection.rank=99999999999",
+        "train.stages=99999999999",
+        "train.steps_per_stage=99999999999",
+        "collect.num_generations=99999999999",
+        "collect.batch_size=" + "9" * 400,
+        "policy.cpu_threads=99999999",
+        "verification.processes=99999999",
+        "verification.seconds=1e300",
+        "name=" + "x" * 300,
+        "baselines=[{type: full, name: " + "x" * 300 + "}]",
+        "prompts.test={" + "x" * 300 + ": {sources: [{type: file, path: x.jsonl}]}}",
+        "trainer.learning_rate=.inf",
+        "trainer.lr_scheduler_kwargs={a: .nan}",
+        "collect.server={url: 'http://a', model: b, body: {top_k: .inf}}",
+        "run_dir=~nosuchuser/runs",
+        r'run_dir="a\0b"',
+    ],
+)
+def test_values_that_no_run_could_use_are_refused(override: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config("quickstart", [override])
+    assert override.partition("=")[0].split(".")[0].rstrip("s") in str(caught.value)
+    assert len(str(caught.value)) < 600
+
+
+def test_a_run_folder_may_lie_under_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load_config("quickstart", ["run_dir=~/runs"]).folder == tmp_path / "runs" / "quickstart"
+    assert load_config("quickstart", ["run_dir=~"]).folder == tmp_path / "quickstart"
+    assert load_config("quickstart", ["run_dir=a~b"]).folder == Path("a~b/quickstart")
+
+
 def test_a_faulty_entry_is_reported_once() -> None:
     with pytest.raises(ConfigError) as caught:
         load_config("quickstart", ["prompts.train.0.cout=5"])

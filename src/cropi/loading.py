@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -56,7 +57,7 @@ def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> Config:
     A file goes before a recipe of the same name, a recipe before a folder. Raises ConfigError naming the key at fault
     and the closest valid one.
     """
-    path = Path(name_or_path)
+    path = Path(os.path.expanduser(name_or_path))  # noqa: PTH111 - a user that there is not is no error here
     if path.suffix in {".yaml", ".yml"} or path.is_file():
         values, where = _read_settings(path), str(path)
     elif name_or_path in recipe_names():

@@ -103,7 +103,10 @@ def open_pipeline(config: str, overrides: list[str] | None, world: World = ALONE
     workers = None if hire is None else hire(loaded)
     from cropi.pipeline import Pipeline
 
-    timeout_s = float(loaded.trainer.get("ddp_timeout", DDP_TIMEOUT_S))
+    try:
+        timeout_s = float(loaded.trainer.get("ddp_timeout", DDP_TIMEOUT_S))
+    except (TypeError, ValueError):
+        raise ConfigError("is no number of seconds", where="trainer.ddp_timeout", fix="correct it.") from None
     world.connect(cpu=loaded.policy.device == "cpu", timeout_s=timeout_s)
     return Pipeline(loaded, world=world, workers=workers)
 
