@@ -229,11 +229,11 @@ def read_table(path: Path, schema: pa.Schema) -> pa.Table:
     """Read a Parquet file and hold it to its schema."""
     try:
         table = pq.read_table(path, page_checksum_verification=True)
-    except (OSError, pa.ArrowInvalid) as error:
+        if table.schema.names == schema.names:
+            return table.cast(schema)
+    except (OSError, pa.ArrowException) as error:
         raise _corrupt(path, f"cannot be read as Parquet ({error})") from None
-    if table.schema.names != schema.names:
-        raise _corrupt(path, f"has the columns {table.schema.names}, not {schema.names}")
-    return table.cast(schema)
+    raise _corrupt(path, f"has the columns {table.schema.names}, not {schema.names}")
 
 
 def finish(
@@ -272,9 +272,9 @@ def open_artifact(folder: Path, kind: str, *, made_by: str) -> Manifest:
     if not path.is_file():
         raise ArtifactError(f"there is no finished {kind} artifact", where=str(folder), fix=f"run `{made_by}` first.")
     try:
-        manifest = Manifest(**json.loads(path.read_text(encoding="utf-8")))
+        manifest = Manifest(**read_json(path))
         files = dict(manifest.files)
-    except (OSError, ValueError, TypeError) as error:
+    except (ValueError, TypeError) as error:
         raise _corrupt(path, f"cannot be read ({error})") from None
     if manifest.kind != kind or manifest.version != FORMAT_VERSION:
         raise _corrupt(path, f"describes {manifest.kind!r} version {manifest.version}, not {kind!r} {FORMAT_VERSION}")
@@ -372,6 +372,17 @@ def wait_for_files(paths: Iterable[Path]) -> None:
             time.sleep(0.1)
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of a run."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise _corrupt(path, f"cannot be read ({error})") from None
+    if not isinstance(found, dict):
+        raise _corrupt(path, "holds no JSON object")
+    return found
+
+
 def append_jsonl(path: Path, row: Mapping[str, Any]) -> None:
     """Add one line to a stream; a line that an interruption cut short is dropped first."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -395,10 +406,14 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     lines = path.read_bytes().splitlines()
     for number, line in enumerate(lines, start=1):
         try:
-            rows.append(json.loads(line))
-        except ValueError:
-            if number < len(lines):
-                raise _corrupt(path, f"line {number} is not JSON") from None
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            if number == len(lines):
+                continue
+            row = None
+        if not isinstance(row, dict):
+            raise _corrupt(path, f"line {number} is no JSON object")
+        rows.append(row)
     return rows
 
 

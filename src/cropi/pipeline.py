@@ -23,10 +23,10 @@ from cropi.artifacts import (
 from cropi.config import Config, PooledStrategy
 from cropi.console import counts_text, say, warn
 from cropi.elsewhere import CarriedPolicy, Elsewhere
-from cropi.errors import ArtifactError, ConfigError, DataError
+from cropi.errors import ArtifactError, ConfigError
 from cropi.evaluation.evaluate import Question, evaluate, forget_after, read_evaluations
 from cropi.gathering import Gatherer
-from cropi.given import Given, arm_at, start_of_stage
+from cropi.given import Given, arm_at, questions, start_of_stage
 from cropi.gradients.groups import group_facts
 from cropi.gradients.scoring import FeatureRequest, score, surrogate_settings
 from cropi.gradients.validation import validation_groups
@@ -68,8 +68,6 @@ class Pipeline:
         `workers` elsewhere collect and score in this process's place.
         """
         self.config, self.world, self._workers = config, world, workers
-        if given is None and not config.prompts.test:
-            raise ConfigError("there is no test set", where="prompts.test", fix="name one: a run is judged by it.")
         given = given or Given.named_by(config, world.size)
         self._given, self._base_identity = given.policy, given.identity
         self._replica = Replica(given.policy, config.policy)
@@ -93,6 +91,8 @@ class Pipeline:
 
     def run(self) -> Summary | None:
         """Prompts to report, of which the first process makes the summary."""
+        self.prompts()
+        _ = self._test_prompts  # what is refused of them is refused before anything is sampled
         self.collect()
         for arm in self.space.arms.values():
             self.train(arm)
@@ -410,16 +410,7 @@ class Pipeline:
 
     @cached_property
     def _test_prompts(self) -> list[Question]:
-        rows = self.space.held_out("test")
-        encoded = encode_prompts(self._given.tokenizer, [self._trainer_prompt(row) for row in rows])
-        limit, longest = self._given.context_length, max(len(ids) for ids in encoded)
-        if limit is not None and longest + self.config.collect.max_completion_length > limit:
-            raise DataError(
-                f"the longest test prompt has {longest} tokens, which leaves no room for a completion in {limit}",
-                where="prompts.test",
-                fix="leave such prompts out, or lower collect.max_completion_length.",
-            )
-        return [Question(row["set"].removeprefix("test/"), row, ids) for row, ids in zip(rows, encoded, strict=True)]
+        return questions(self.config, self._given, self.space.held_out("test"))
 
     def _trainer_prompt(self, row: Mapping[str, Any]) -> str | list[dict[str, Any]]:
         return trainer_prompt(row["messages"], chat=self._chat, system_prompt=self.config.prompts.system_prompt)

@@ -25,6 +25,7 @@ from cropi.lockstep import is_sharded
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
+FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 READ_BY_ONE = "FSDP_CPU_RAM_EFFICIENT_LOADING"  # what transformers asks
 
 
@@ -163,6 +164,7 @@ def load_policy(config: PolicyConfig, location: str | None = None, *, dtype: str
             )
     except Exception as error:  # as above; a damaged file has an error class of its own
         raise _cannot_load("model", location, error) from None
+    _require_finite(model, location)
     rows = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > rows:
         raise PolicyError(
@@ -173,6 +175,20 @@ def load_policy(config: PolicyConfig, location: str | None = None, *, dtype: str
     if config.lora is not None:
         model = _with_adapters(model, config.lora, adapters)
     return Policy(model.to(device_of(config)).eval(), tokenizer)
+
+
+@torch.no_grad()
+def _require_finite(model: nn.Module, location: str) -> None:
+    """PolicyError for weights of which some are no numbers: they would only be found after a collection."""
+    for name, weight in model.named_parameters():
+        if weight.dtype in FLOATS and weight.numel() and not weight.is_meta:
+            low, high = weight.aminmax()
+            if not (low.isfinite() and high.isfinite()):
+                raise PolicyError(
+                    f"the weights {name} are not all finite numbers",
+                    where=f"policy.path {location}",
+                    fix="download or save them again; a policy that has diverged cannot be used.",
+                )
 
 
 @contextmanager
@@ -297,15 +313,13 @@ def encode_prompts(
         return []
     if isinstance(prompts[0], str):
         return tokenizer(text=list(prompts))["input_ids"]
-    import jinja2  # templates of chat models run in its sandbox
-
     try:
         encoded = tokenizer.apply_chat_template(
             conversation=list(prompts), add_generation_prompt=True, tokenize=True, return_dict=True
         )
-    except jinja2.TemplateError as error:
+    except Exception as error:  # a template is a program, which raises what it likes
         raise PolicyError(
-            f"the tokenizer's chat template refuses the prompts: {error}",
+            f"the tokenizer's chat template refuses the prompts: {error or type(error).__name__}",
             where="prompts",
             fix="change prompts.system_prompt or the messages, or set prompts.chat=false.",
         ) from None

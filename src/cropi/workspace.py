@@ -232,6 +232,24 @@ def environment() -> dict[str, str]:
     }
 
 
+def require_claimable(config: Config) -> None:
+    """What `_claim` would refuse, without writing anything; also a place where nothing can be written."""
+    folder, path = config.folder, config.folder / "config.json"
+    try:
+        if path.is_file():
+            _refuse_another(config, json.loads(path.read_text(encoding="utf-8")))
+        elif folder.exists() and (not folder.is_dir() or any(p.suffix != ".part" for p in folder.iterdir())):
+            raise ArtifactError("exists and is not a run", where=str(folder), fix="choose another name= or run_dir=.")
+        there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+        problem = "" if there.is_dir() and os.access(there, os.W_OK | os.X_OK) else f"{there} cannot be written to"
+    except OSError as error:
+        problem = str(error)
+    except (ValueError, RecursionError):
+        raise ArtifactError("is not JSON", where=str(path), fix=f"delete {folder} and run again.") from None
+    if problem:
+        raise ArtifactError(f"cannot be used ({problem})", where=str(folder), fix="choose another run_dir=.")
+
+
 def _claim(config: Config) -> None:
     """Write the resolved config into a new folder; refuse a folder in which something was made with another one.
 
@@ -250,18 +268,27 @@ def _claim(config: Config) -> None:
         before = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ArtifactError(f"cannot be used ({error})", where=str(folder), fix="choose another run_dir=.") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ArtifactError("is not JSON", where=str(path), fix=f"delete {folder} and run again.") from None
-    changed = config_difference(before | {"run_dir": ""}, config.resolved() | {"run_dir": ""})
-    if changed and not _holds_anything(folder):
+    if _refuse_another(config, before):
         write_json(path, config.resolved())  # a run that was refused before it made anything starts over
-    elif changed:
+
+
+def _refuse_another(config: Config, before: Any) -> bool:
+    """Whether a folder was claimed with another config. ConfigError where something was made with it."""
+    folder = config.folder
+    if not isinstance(before, dict):
+        raise ArtifactError("holds no config", where=str(folder / "config.json"), fix=f"delete {folder} and run again.")
+    changed = config_difference(before | {"run_dir": ""}, config.resolved() | {"run_dir": ""})
+    if changed and _holds_anything(folder):
         more = f"; and {len(changed) - SHOWN_CHANGES} more" if len(changed) > SHOWN_CHANGES else ""
         raise ConfigError(
             "this run was started with another config: " + "; ".join(changed[:SHOWN_CHANGES]) + more,
             where=str(folder),
-            fix=f"name its own config ({path}) instead of a recipe, or give the new run another name (name=...).",
+            fix=f"name its own config ({folder / 'config.json'}) instead of a recipe, or give the new run another name "
+            "(name=...).",
         )
+    return bool(changed)
 
 
 def _holds_anything(folder: Path) -> bool:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from cropi.artifacts import read_table, write_table
+from cropi.artifacts import read_json, read_table, write_table
 from cropi.compare.plan import BEGUN, Plan, Run
 from cropi.errors import ArtifactError, ConfigError
 from cropi.ledger import Ledger
@@ -81,13 +80,17 @@ def read_results(path: Path) -> pa.Table:
     """The table of a comparison. ArtifactError for another one, or where there is none."""
     if not path.is_file():
         raise ArtifactError("there is no such file", where=str(path), fix="name the results.parquet of a comparison.")
-    return read_table(path, RESULTS)
+    try:
+        return read_table(path, RESULTS)
+    except ArtifactError as error:
+        fix = "make it anew by the same `cropi compare`, without --results."
+        raise ArtifactError(error.what, where=str(path), fix=fix) from None
 
 
 def run_rows(run: Run) -> Iterator[dict[str, Any]]:
     """Rows of a run whose training has begun, by step and test set: one for every evaluation that there is."""
     folder, config = run.config.folder, run.config
-    parameters = int(json.loads((folder / BEGUN).read_text(encoding="utf-8"))["matrix_parameters"])
+    parameters = int(read_json(folder / BEGUN)["matrix_parameters"])
     (name,) = config.arms
     arm = Arm(name, folder / "arms" / name)
     charged = charges(arm, config, Ledger(folder / "ledger.jsonl").entries())

@@ -163,7 +163,7 @@ class PromptsConfig(Table):
 
     train: tuple[Source, ...] = Field(min_length=1)
     """The pool to select from."""
-    validation: dict[str, tuple[Source, ...]] = Field(min_length=1)
+    validation: dict[str, Annotated[tuple[Source, ...], Field(min_length=1)]] = Field(min_length=1)
     """One or more validation sets by name: what the training should get better at."""
     test: dict[str, TestSetConfig] = Field(default={})
     """Test sets by name: never used for any decision. A run needs one; a trainer of yours (`cropi.trl`) none."""

@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from cropi.artifacts import read_json
 from cropi.loading import recipe_names, suite_names
 from cropi.presets import presets
 from cropi.reporting.blocks import Block, Code, Table, Text
@@ -192,9 +193,9 @@ def _machine(comparison: Comparison) -> Block:
     ]
     for path in [folder / "environment.json" for folder in (comparison.folder, *folders) if folder]:
         if path.is_file():
-            for key, value in json.loads(path.read_text(encoding="utf-8")).items():
+            for key, value in read_json(path).items():
                 seen = values.setdefault(key, {})
-                seen[value] = seen.get(value, 0) + 1
+                seen[str(value)] = seen.get(str(value), 0) + 1
     if not values:
         return Text("Machine and versions stand in the folders of the runs, which are not here.")
     rows = [

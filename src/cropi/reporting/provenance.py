@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 
+from cropi.artifacts import read_json
 from cropi.config import Config
 from cropi.reporting.blocks import Block, Code, Table, Text
 from cropi.workspace import Workspace
@@ -42,4 +43,4 @@ def reproduction(config: Config) -> list[Block]:
 def _environment(space: Workspace) -> dict[str, str]:
     """What the run noted of its machine and packages when it was started."""
     path = space.folder / "environment.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return {name: str(value) for name, value in read_json(path).items()} if path.is_file() else {}

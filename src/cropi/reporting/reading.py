@@ -23,6 +23,7 @@ from cropi.artifacts import (
     Manifest,
     is_finished,
     open_artifact,
+    read_json,
     read_table,
     scores_schema,
 )
@@ -150,7 +151,7 @@ def prompts_left_out(space: Workspace) -> int:
     """How many prompts were too long to be collected."""
     if not is_finished(space.trajectories):
         return 0
-    manifest = json.loads((space.trajectories / "manifest.json").read_text(encoding="utf-8"))
+    manifest = read_json(space.trajectories / "manifest.json")
     return int(manifest["counts"].get(PROMPT_TOO_LONG, 0))
 
 

@@ -50,6 +50,8 @@ def rehearse(options: Mapping[str, Any], device: torch.device) -> None:
     kept = {name: value for name, value in options.items() if name not in LEFT_OUT}
     generations = options["num_generations"]
     small = {
+        "seed": 0,
+        "data_seed": 0,
         "max_steps": 1,
         "max_completion_length": 2,
         "per_device_train_batch_size": generations,

@@ -19,14 +19,14 @@ from torch.utils.data import Sampler
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import GRPOConfig, GRPOTrainer
 
-from cropi.artifacts import append_jsonl, read_jsonl, write_json, write_text
+from cropi.artifacts import append_jsonl, read_json, read_jsonl, write_json, write_text
 from cropi.console import Progress, progress, warn, warn_once
-from cropi.errors import ArtifactError, ConfigError, SignalError
+from cropi.errors import ArtifactError, SignalError
 from cropi.lockstep import in_lockstep, is_sharded
 from cropi.policy import Policy, shared_prefixes
 from cropi.training.dynamic import DynamicSampling, Sampled
 from cropi.training.reward import RecordedReward
-from cropi.training.rollouts import RolloutRecorder, dropouts, forget_rollouts
+from cropi.training.rollouts import RolloutRecorder, forget_rollouts, require_no_dropout
 from cropi.training.sampler import BatchShape, StageSampler
 from cropi.training.sharding import check_sharding
 from cropi.training.zero import gathered, out_of_step, resuming
@@ -389,13 +389,7 @@ def _recorder(task: TrainTask, policy: Policy) -> RolloutRecorder | None:
     """What keeps the rollouts, if they are to be kept. ConfigError where their log-probs would be noisy."""
     if task.record_to is None:
         return None
-    dropping = dropouts(policy.model)  # as the trainer leaves it
-    if dropping:
-        raise ConfigError(
-            f"the policy drops activations while it trains ({dropping[0]}), so the log-probs of its rollouts are noisy",
-            where="refresh.reuse_rollouts",
-            fix="set it to false, or trainer.disable_dropout=true, or the dropout in the policy's config.json to 0.",
-        )
+    require_no_dropout(policy.model)  # as the trainer leaves it
     generations, rank = task.settings.num_generations, task.world.rank
     return RolloutRecorder(task.record_to, task.reward, generations, policy.eos_ids, rank)
 
@@ -404,7 +398,7 @@ def _dynamic_sampling(task: TrainTask, policy: Policy, checkpoint: Path | None) 
     """What refills generation batches, if they are to be; at the place in the selection where a checkpoint stands."""
     if not task.dynamic_sampling:
         return None
-    drawn = 0 if checkpoint is None else json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8"))["drawn"]
+    drawn = 0 if checkpoint is None else read_json(checkpoint / COMPLETE)["drawn"]
     settings, pad_id = task.settings, policy.tokenizer.pad_token_id
     return DynamicSampling(
         task.reward, settings.num_generations, task.dynamic_sampling, pad_id, settings.pad_to_multiple_of, drawn
