@@ -23,7 +23,7 @@ from tests.runs import cropi
 
 CASES = int(os.environ.get("CASES", "1000"))
 CHUNKS = 20
-RUNS = 1  # of the accepted configs of a chunk, carried out to their end
+RUNS = 3  # of the accepted configs of a chunk, carried out to their end
 
 TINY: dict[str, Any] = {
     "name": "tiny",
