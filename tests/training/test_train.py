@@ -289,6 +289,9 @@ def test_gradient_accumulation_and_iterations_keep_the_stage_length(tmp_path: Pa
         ("trainer.log_level=loud", "loud"),
         ("trainer.model_init_kwargs={trust_remote_code: true}", "decided by the run"),
         ("trainer.trust_remote_code=true", "decided by the run"),
+        ("trainer.parallelism_config={tp_size: 2}", "decided by the run"),
+        ("trainer.eval_on_start=true", "eval"),
+        ("trainer.use_liger_kernel=true", "liger"),
     ],
 )
 def test_trainer_settings_that_cannot_work_are_refused(
@@ -326,6 +329,11 @@ def test_trainer_settings_have_the_types_of_trl(override: str, value: object, tm
     settings = grpo_config(config(override), tmp_path, torch.device("cpu"))
     found = getattr(settings, override.partition("=")[0].removeprefix("trainer."))
     assert (found, type(found)) == (value, type(value))
+
+
+def test_settings_that_do_not_fit_the_policy_are_told_in_words(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="LlamaForCausalLM is not a Mixture-of-Experts"):
+        run(tmp_path, "trainer.router_aux_loss_coef=0.1")
 
 
 def test_a_rehearsal_leaves_random_states_as_they_were(tmp_path: Path) -> None:

@@ -192,6 +192,7 @@ OWNED_TRAINER_KEYS: dict[str, str] = {
     "remove_unused_columns": "nothing",
     "dataloader_num_workers": "nothing",
     "model_init_kwargs": "the table policy",
+    "parallelism_config": "nothing: `accelerate launch` divides the work",
     "trust_remote_code": "nothing: code that comes with a model is never run",
     "do_train": "nothing",
     "do_eval": "nothing",

@@ -24,9 +24,7 @@ from cropi.policy import load_policy
 # Settings that reach beyond this process, take long, or depend on the policy.
 LEFT_OUT = {
     "deepspeed",
-    "eval_on_start",
     "generation_batch_size",
-    "load_best_model_at_end",
     "log_completions",
     "log_completions_hub_repo",
     "optim_target_modules",
@@ -38,7 +36,6 @@ LEFT_OUT = {
     "torch_compile_backend",
     "torch_compile_mode",
     "transformers_continuous_batching_config",
-    "use_liger_kernel",
     "use_transformers_continuous_batching",
     "use_transformers_paged",
     "use_vllm",

@@ -21,7 +21,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from cropi.artifacts import append_jsonl, read_json, read_jsonl, write_json, write_text
 from cropi.console import Progress, progress, warn, warn_once
-from cropi.errors import ArtifactError, SignalError
+from cropi.errors import ArtifactError, ConfigError, SignalError
 from cropi.lockstep import in_lockstep, is_sharded
 from cropi.policy import Policy, shared_prefixes
 from cropi.training.dynamic import DynamicSampling, Sampled
@@ -338,14 +338,7 @@ def train(task: TrainTask, policy: Policy) -> Path:
     task.world.from_main(lambda: _forget_after(task, done))
     with progress(f"train {task.label}", total, "steps") as bar:
         bar.advance(done)
-        trainer = StageTrainer(
-            model=policy.model,
-            reward_funcs=task.reward,
-            args=task.settings,
-            train_dataset=datasets.Dataset.from_list([dict(row) for row in task.rows]),
-            processing_class=policy.tokenizer,
-            steps_per_stage=task.steps_per_stage,
-        )
+        trainer = _made_trainer(task, policy)
         check_sharding(trainer, task.asked_in, resume_from)
         position_of = {row["prompt_id"]: position for position, row in enumerate(task.rows)}
         stages = Stages(task.select_stage, position_of, trainer)
@@ -372,6 +365,25 @@ def train(task: TrainTask, policy: Policy) -> Path:
             fix="run the same command again; if it ends there again, report it with the output of `cropi doctor`.",
         )
     return finished
+
+
+def _made_trainer(task: TrainTask, policy: Policy) -> StageTrainer:
+    rows = datasets.Dataset.from_list([dict(row) for row in task.rows])
+    try:
+        return StageTrainer(
+            model=policy.model,
+            reward_funcs=task.reward,
+            args=task.settings,
+            train_dataset=rows,
+            processing_class=policy.tokenizer,
+            steps_per_stage=task.steps_per_stage,
+        )
+    except Exception as error:  # many kinds, for settings that do not fit this policy or a Hub that is not to be had
+        raise ConfigError(
+            f"TRL makes no trainer of them for this policy: {' '.join(str(error).split())}",
+            where="trainer",
+            fix="correct the setting it names, or leave it out, and start the run under another name.",
+        ) from None
 
 
 def _newest(task: TrainTask) -> tuple[Path | None, int]:
