@@ -28,6 +28,7 @@ BEGUN = "begun.json"
 FINISHED = "finished.json"
 LOG = "log.txt"
 SHOWN_CHANGES = 5
+MOST_SEEDS = 10_000  # in a range
 
 SUITE = "suite"  # names all recipes of the scenario suite
 SHARED_TABLES = ("seed", "policy", "prompts", "verifier", "verification", "collect", "evaluate")
@@ -131,9 +132,9 @@ def parse_seeds(text: str) -> list[int]:
     """`0-4`, `0,1,7` or both, in the order given. ConfigError for anything else, and for a seed named twice."""
     seeds: list[int] = []
     for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        match = re.fullmatch(r"\s*([0-9]{1,10})(?:-([0-9]{1,10}))?\s*", part)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
-        if last < first:
+        if not first <= last < first + MOST_SEEDS:
             raise ConfigError(f"{part!r} is no seed and no range of seeds", where="--seeds", fix="give 0-4 or 0,1,7.")
         seeds += range(first, last + 1)
     twice = sorted({seed for seed in seeds if seeds.count(seed) > 1})
