@@ -140,7 +140,7 @@ def test_a_mutated_config_is_used_or_refused(chunk: int, tmp_path: Path, monkeyp
         path = tmp_path / f"case-{case}.yaml"
         text = yaml.dump(mutated(rng), allow_unicode=False)
         path.write_text(damaged(text, rng) if rng.random() < 0.2 else text, encoding="utf-8", errors="surrogatepass")
-        began = time.monotonic()
+        began = time.process_time()
         try:
             config = load_config(str(path))
             given = Given.named_by(config)
@@ -156,7 +156,7 @@ def test_a_mutated_config_is_used_or_refused(chunk: int, tmp_path: Path, monkeyp
             ) from error
         finally:
             torch.set_num_threads(1)
-        assert time.monotonic() - began < 10, path.read_text()
+        assert time.process_time() - began < 10, path.read_text()
     assert max(map(len, messages)) < 3000
     for number, path in enumerate(rng.sample(accepted, min(RUNS, len(accepted)))):
         try:
