@@ -1,16 +1,20 @@
 # Two commands for a newcomer: `make demo` and `make test`. Both make .venv and install pinned versions first.
 PYTHON ?= python3
+CASES ?= 1000
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow test-ray test-deepspeed test-vllm lint docs policy clean
+.PHONY: demo test test-fuzz test-slow test-ray test-deepspeed test-vllm lint docs policy clean
 
 demo: $(STAMP)
 	$(BIN)/cropi run quickstart
 
 test: $(STAMP)
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+test-fuzz: $(STAMP)
+	CASES=$(CASES) $(BIN)/pytest -m fuzz -n 2 tests/test_fuzz.py
 
 test-slow: $(STAMP)
 	$(BIN)/pytest -m slow

@@ -21,9 +21,9 @@ from typing import Any
 from scale import grouped
 
 from cropi.bench.shapes import SHAPES, Shape
-from cropi.compare.presets import preset
 from cropi.config import Config, PooledStrategy
 from cropi.loading import load_config
+from cropi.presets import preset
 from cropi.reporting.flops import flops, score_multiple
 
 Line = Mapping[str, Any]  # of a ledger

@@ -19,7 +19,9 @@ INTRODUCTION = """# Config reference
 
 One YAML file describes a run; `cropi recipes copy quickstart` writes a complete one. `cropi run CONFIG key.path=value`
 replaces single settings, with a number for a position in a list (`prompts.train.0.count=50`). Numbers and booleans are
-those of YAML 1.2: `1e-4` is a number, only `true` and `false` are booleans. Unknown keys are refused.
+those of YAML 1.2: `1e-4` is a number, only `true` and `false` are booleans. Unknown keys are refused. On a command line
+a value is the text as it stands (`verifier.marker=####`), unless it is a number, `true`, `false` or `null`, or begins
+with a quote or a bracket: then it is YAML.
 
 This page is generated from `src/cropi/config` by `make docs`.
 """
@@ -47,6 +49,7 @@ def sections(table: type[BaseModel], path: str, seen: dict[str, type[BaseModel]]
 
 NAMES = {str: "text", int: "whole number", float: "number", bool: "true or false"}
 SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<", "pattern": "matching"}
+BEYOND_USE = (1_000_000_000, 1e6, 1e-9)  # limits that only keep out what no machine could do
 
 
 def type_text(annotation: Any, metadata: Sequence[Any] = ()) -> str:
@@ -76,7 +79,8 @@ def bounds(metadata: Sequence[Any]) -> list[str]:
     found = []
     for item in metadata:
         found += bounds(getattr(item, "metadata", ()))
-        found += [f"{sign} {getattr(item, key)}" for key, sign in SIGNS.items() if getattr(item, key, None) is not None]
+        shown = {sign: getattr(item, key) for key, sign in SIGNS.items() if getattr(item, key, None) is not None}
+        found += [f"{sign} {value}" for sign, value in shown.items() if value not in BEYOND_USE]
     return found
 
 

@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from cropi.config import config_difference
+from cropi.config import PassRateStrategy, PooledStrategy, config_difference
 from cropi.errors import ConfigError
-from cropi.loading import load_config, parse_yaml, recipe_names, validate_config
+from cropi.loading import load_config, parse_verifier, recipe_names, validate_config
+from cropi.presets import TYPES, merged, presets
+from cropi.yaml_text import parse_yaml
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -72,6 +74,50 @@ def test_no_setting_lets_a_models_code_run(override: str) -> None:
         load_config("quickstart", [override])
 
 
+@pytest.mark.parametrize(
+    "override",
+    [
+        *[
+            f"{key}={value}"
+            for key in ("seed", "score.projection.seed", "prompts.train.0.seed")
+            for value in (-1, 2**32)
+        ],
+        "policy.lora={seed: -1}",
+        *[f"evaluate.bootstrap={value}" for value in (0, 999999999999)],
+        *[f"{key}.temperature={value}" for key in ("collect", "evaluate") for value in (0, "1e-300", "1e300")],
+        "score.projection.dim=99999999999999",
+        "score.projection.rank=99999999999",
+        "train.stages=99999999999",
+        "train.steps_per_stage=99999999999",
+        "collect.num_generations=99999999999",
+        "collect.batch_size=" + "9" * 400,
+        "policy.cpu_threads=99999999",
+        "verification.processes=99999999",
+        "verification.seconds=1e300",
+        "name=" + "x" * 300,
+        "baselines=[{type: full, name: " + "x" * 300 + "}]",
+        "prompts.test={" + "x" * 300 + ": {sources: [{type: file, path: x.jsonl}]}}",
+        "trainer.learning_rate=.inf",
+        "trainer.lr_scheduler_kwargs={a: .nan}",
+        "collect.server={url: 'http://a', model: b, body: {top_k: .inf}}",
+        "run_dir=~nosuchuser/runs",
+        r'run_dir="a\0b"',
+    ],
+)
+def test_values_that_no_run_could_use_are_refused(override: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config("quickstart", [override])
+    assert override.partition("=")[0].split(".")[0].rstrip("s") in str(caught.value)
+    assert len(str(caught.value)) < 600
+
+
+def test_a_run_folder_may_lie_under_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load_config("quickstart", ["run_dir=~/runs"]).folder == tmp_path / "runs" / "quickstart"
+    assert load_config("quickstart", ["run_dir=~"]).folder == tmp_path / "quickstart"
+    assert load_config("quickstart", ["run_dir=a~b"]).folder == Path("a~b/quickstart")
+
+
 def test_a_faulty_entry_is_reported_once() -> None:
     with pytest.raises(ConfigError) as caught:
         load_config("quickstart", ["prompts.train.0.cout=5"])
@@ -108,6 +154,100 @@ def test_yaml_is_data_only_and_repeated_keys_are_refused() -> None:
         parse_yaml("!!python/object/apply:os.system ['true']", "test")
     with pytest.raises(ConfigError, match="occurs twice"):
         parse_yaml("seed: 1\nseed: 2", "test")
+
+
+MARKERS = r"""
+####/# of it/a #b/&x/*x/~/Null/!x/!!int 5/|/>/%a/@/`/- x/? x/a: b/Answer:/Answer: /---/--- a/=/<</on/1_000/0x1f/False
+2001-01-01/→ 😀/\boxed{/,/]/}""".strip()
+
+
+@pytest.mark.parametrize("text", [text for line in MARKERS.splitlines() for text in line.split("/")])
+def test_a_command_lines_text_is_the_text(text: str) -> None:
+    assert parse_verifier("exact", [f"marker={text}"]).marker == text  # type: ignore[union-attr]
+    assert load_config("quickstart", [f"verifier.marker={text}"]).verifier.marker == text  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("null", None), ("'####'", "####"), ('"~"', "~"), ("[1, a]", [1, "a"]), ("{a: 1}", {"a": 1}), ("-1e-3", -1e-3)],
+)
+def test_a_command_lines_value_is_yaml_where_it_is_quoted_bracketed_or_a_number(text: str, value: object) -> None:
+    assert load_config("quickstart", [f"trainer.x={text}"]).trainer["x"] == value
+
+
+@pytest.mark.parametrize("override", ["verifier.marker=", "verifier.marker= ", "verifier={type: exact, marker: &x}"])
+def test_a_key_without_a_value_is_refused(override: str) -> None:
+    with pytest.raises(ConfigError, match=r"no value is given(.|\n)*null"):
+        load_config("quickstart", [override])
+
+
+@pytest.mark.parametrize("override", ["verifier.marker=42", "verifier.marker=true", "name=7"])
+def test_a_number_for_a_text_is_refused_with_the_quotes_it_needs(override: str) -> None:
+    with pytest.raises(ConfigError, match="quote"):
+        load_config("quickstart", [override])
+
+
+HOSTILE_YAML = {
+    "marker: ####": "no value is given",
+    "marker: &x": "no value is given",
+    "a: !!int abc": "tags are not read",
+    "a: !!timestamp abc": "tags are not read",
+    "a: !x": "tags are not read",
+    "{[1]: 2}": "a key must be a text",
+    "a: " + "7" * 5000: "number of 5000 digits",
+    "[" * 900 + "]" * 900: "too deep",
+    "[" * 100_000: "too deep",
+    "{a: " * 100_000: "too deep",
+    "&a [*a]": "recursive",
+    "a: &a {b: *a}": "recursive",
+    "\n".join([f"a0: &a0 [{'x, ' * 10}]", *(f"a{n}: &a{n} [{f'*a{n - 1}, ' * 10}]" for n in range(1, 9))]): "more than",
+    r'a: "\ud800"': "surrogate",
+    r'a: "\0"': "NUL",
+    "a: \x07": "not valid YAML",
+    "a: 1\n---\nb: 2": "not valid YAML",
+}
+
+
+@pytest.mark.parametrize(("text", "message"), HOSTILE_YAML.items(), ids=range(len(HOSTILE_YAML)))
+def test_yaml_that_cannot_be_meant_is_refused_in_a_line(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        parse_yaml(text, "test")
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("override", ["prompts.train.²={}", "prompts.train." + "9" * 5000 + "={}", "name=a\udcff"])
+def test_odd_positions_and_bytes_of_a_command_line_are_refused(override: str) -> None:
+    with pytest.raises(ConfigError):
+        load_config("quickstart", [override])
+
+
+@pytest.mark.parametrize("name", [name for name in presets() if name not in TYPES])
+@pytest.mark.parametrize("path", ["select.strategy.type={}", "select.strategy={{type: {}}}"])
+def test_a_preset_is_named_as_a_strategys_type(name: str, path: str) -> None:
+    config = load_config("quickstart", ["baselines=[]", path.format(name)])
+    patched = merged(load_config("quickstart", ["baselines=[]"]).resolved(), presets()[name]["config"])
+    patched["select"]["strategy"]["name"] = name
+    assert config == validate_config(patched, "test")
+
+
+def test_what_a_command_line_says_goes_before_what_its_preset_says() -> None:
+    config = load_config(
+        "quickstart", ["collect.fraction=0.5", "select.strategy.type=cropi", "select.strategy.screen=0"]
+    )
+    assert (config.collect.fraction, config.collect.num_generations) == (0.5, 4)
+    assert config.select.strategy == PooledStrategy(type="pooled", name="cropi", screen=0)
+
+
+def test_a_preset_is_named_as_a_baseline_where_it_sets_a_strategy_alone() -> None:
+    config = load_config("quickstart", ["baselines=[{type: pass-rate, low: 0.3}]"])
+    assert config.baselines == (PassRateStrategy(type="pass_rate", name="pass-rate", low=0.3),)
+    with pytest.raises(ConfigError, match=r"baselines.1: the preset cropi also sets collect"):
+        load_config("quickstart", ["baselines=[{type: full}, {type: cropi}]"])
+
+
+def test_an_unknown_strategy_is_told_the_nearest_preset_too() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'cropi-paper'"):
+        load_config("quickstart", ["select.strategy.type=cropi_paper"])
 
 
 def test_resolved_config_reads_back_the_same() -> None:

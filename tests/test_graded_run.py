@@ -108,7 +108,7 @@ def test_a_verifier_that_fails_often_is_named(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "warning: the verifier failed on a completion, which earns nothing: RuntimeError: no" in done.stderr
     assert re.search(r"warning: the verifier failed on \d+ of 432 completions", done.stderr)
-    done = cropi("check", "quickstart", *GRADED, flaky.replace("at_times_raises", "bare"), cwd=tmp_path)
+    done = cropi("check", "quickstart", *GRADED, flaky.replace("at_times_raises", "bare"), "name=other", cwd=tmp_path)
     assert done.returncode == 2
     assert "the verifier fails on the recorded answers themselves: TypeError" in done.stderr
 

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from trl import GRPOConfig
 
 from cropi.config import Config
-from cropi.errors import ArtifactError, PolicyError
-from cropi.policy import Policy, fingerprint, load_policy
+from cropi.errors import ArtifactError, ConfigError, DataError, PolicyError
+from cropi.evaluation.evaluate import Question
+from cropi.policy import Policy, encode_prompts, fingerprint, load_policy, trainer_prompt, uses_chat
 from cropi.rewards.pool import strict_judge
 from cropi.rewards.verdicts import Judge
+from cropi.training.rollouts import require_no_dropout
 from cropi.training.settings import grpo_config
-from cropi.workspace import Arm, Workspace
+from cropi.workspace import Arm, Workspace, require_writable
 
 
 @dataclass(frozen=True)
@@ -27,10 +32,37 @@ class Given:
 
     @classmethod
     def named_by(cls, config: Config, processes: int = 1) -> Given:
-        """What a config names. Settings that TRL refuses are refused here, before anything is written."""
+        """What a config names, for `run` and `check` alike; what is refused of it is refused before a file is written.
+
+        What is refused of the prompts: `checked_prompts`, `plan` and `questions`.
+        """
+        if not config.prompts.test:
+            raise ConfigError("there is no test set", where="prompts.test", fix="name one: a run is judged by it.")
+        if config.collect.vllm is not None and find_spec("vllm") is None:
+            raise PolicyError("vLLM is not installed", where="collect.vllm", fix="pip install 'cropi[vllm]'.")
+        Workspace(config)  # refuses a folder that is another run's
+        require_writable(config.folder)
         policy = load_policy(config.policy)
         settings = grpo_config(config, config.folder, policy.device, processes)
+        if config.refresh.reuse_rollouts and not settings.disable_dropout:
+            require_no_dropout(policy.model)
         return cls(policy, fingerprint(config.policy), strict_judge(config.verifier, config.verification), settings)
+
+
+def questions(config: Config, policy: Policy, rows: Sequence[Mapping[str, Any]]) -> list[Question]:
+    """Test prompts as they are asked. DataError where one does not fit into the policy's context."""
+    settings = config.prompts
+    chat = uses_chat(policy.tokenizer, settings.chat, settings.system_prompt)
+    prompts = [trainer_prompt(row["messages"], chat=chat, system_prompt=settings.system_prompt) for row in rows]
+    encoded = encode_prompts(policy.tokenizer, prompts)
+    limit, longest = policy.context_length, max(map(len, encoded), default=0)
+    if limit is not None and longest + config.collect.max_completion_length > limit:
+        raise DataError(
+            f"the longest test prompt has {longest} tokens, which leaves no room for a completion in {limit}",
+            where="prompts.test",
+            fix="leave such prompts out, or lower collect.max_completion_length.",
+        )
+    return [Question(row["set"].removeprefix("test/"), row, ids) for row, ids in zip(rows, encoded, strict=True)]
 
 
 def start_of_stage(config: Config, arm: Arm, stage: int) -> Path:

@@ -18,19 +18,18 @@ from cropi.artifacts import is_finished
 from cropi.config import Config
 from cropi.console import duration
 from cropi.errors import DataError
+from cropi.evaluation.evaluate import unreadable
+from cropi.given import Given, questions
 from cropi.gradients.groups import Group
 from cropi.gradients.reference import trainable_parameters
 from cropi.gradients.scoring import make_scorer, surrogate_settings
 from cropi.leakage import turn_text
-from cropi.pipeline import questions
 from cropi.policy import Policy, chat_warnings, load_policy
 from cropi.prompts import checked_prompts
-from cropi.rewards.pool import strict_judge
-from cropi.rewards.verdicts import CORRECT, UNPARSEABLE_ANSWER, Judge, Judgement, answered
+from cropi.rewards.verdicts import CORRECT, UNPARSEABLE_ANSWER, Judge, Judgement, answered, reward
 from cropi.rewards.verifiers import written_gold
 from cropi.rollouts.collect import Shard, behaviour_logprobs, plan, read_trajectories, sampled_prompts
 from cropi.rollouts.generation import Sampling, TransformersGenerator
-from cropi.training.settings import grpo_config
 from cropi.workspace import environment
 
 SAMPLE_PROMPTS = 8
@@ -85,15 +84,15 @@ def check_run(config: Config) -> CheckResult:
 
     Raises the errors that a run would raise over its config, data and policy.
     """
+    given = Given.named_by(config)
+    policy, settings, judge = given.policy, given.settings, given.judge
     prompts, leakage, warnings = checked_prompts(config)
-    policy = load_policy(config.policy)
     warnings += chat_warnings(policy.tokenizer, config.prompts.chat, (row["messages"] for row in prompts))
-    settings = grpo_config(config, config.folder, policy.model.device)
     shards, _ = plan(config, policy, prompts, sampled_prompts(config, prompts))
     tests = questions(config, policy, [row for row in prompts if row["set"].startswith("test/")])
-    judge = strict_judge(config.verifier, config.verification)
     against_itself = judge([answered(written_gold(config.verifier, row["answer"]), row) for row in prompts])
     gold = Counter(judgement.verdict for judgement in against_itself)
+    _require_readable_tests(prompts, against_itself)
     failure = next((judgement.note for judgement in against_itself if judgement.note), None)
     if not gold[CORRECT] and failure is not None:
         raise DataError(
@@ -121,6 +120,15 @@ def check_run(config: Config) -> CheckResult:
         estimates=_estimate(config, settings, policy, shards, sample, len(tests)),
         warnings=[*warnings, *_warnings(gold, verdicts, any(map(any, rewards)))],
     )
+
+
+def _require_readable_tests(prompts: Sequence[Mapping[str, Any]], judged: Sequence[Judgement]) -> None:
+    """DataError for a test set of which evaluation could judge nothing."""
+    readable: dict[str, bool] = {}
+    for row, judgement in zip(prompts, judged, strict=True):
+        readable[row["set"]] = readable.get(row["set"], False) or reward(judgement.verdict) is not None
+    for name in (name for name, found in readable.items() if name.startswith("test/") and not found):
+        raise unreadable(name.removeprefix("test/"))
 
 
 def _warnings(gold: Counter[str], verdicts: Counter[str], rewarded: bool) -> list[str]:

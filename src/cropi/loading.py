@@ -2,59 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import re
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, get_args
 
-import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from cropi.config import Config, VerificationConfig, Verifier
 from cropi.errors import ConfigError, hint
+from cropi.presets import presets, with_presets
+from cropi.yaml_text import parse_argument, parse_yaml
 
-
-class _YamlLoader(yaml.SafeLoader):
-    """YAML with the numbers and booleans of YAML 1.2: `1e-4` is a number, `on` is a string; repeated keys refused."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} occurs twice", key_node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-_YamlLoader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in pairs if not tag.endswith((":float", ":int", ":bool", ":timestamp"))]
-    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_YamlLoader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|false)$"), list("tf"))
-_YamlLoader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789"))
-_YamlLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$|^[-+]?\.inf$|^\.nan$"),
-    list("-+0123456789."),
-)
-
-# PyYAML itself reads a leading zero as octal.
-_YamlLoader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value))
-
-
-def parse_yaml(text: str, where: str) -> Any:
-    """The value of a YAML text; `where` names it in errors."""
-    try:
-        return yaml.load(text, Loader=_YamlLoader)  # noqa: S506 - a subclass of SafeLoader
-    except yaml.YAMLError as error:
-        text = " ".join(str(error).split())
-        raise ConfigError(f"not valid YAML: {text}", where=where, fix="correct the line named.") from None
-
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = 120
 
 # Files beside the recipes that are none: strategies by name, for `cropi compare`.
 NOT_RECIPES = ("presets.yaml",)
@@ -83,13 +48,16 @@ def _yaml_names(folder: Traversable, prefix: str = "") -> Iterator[str]:
             yield prefix + entry.name.removesuffix(".yaml")
 
 
+NAMES_STRATEGY = {"select", "select.strategy", "select.strategy.type"}  # overrides that may name a preset
+
+
 def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> Config:
     """Read a recipe by name, a YAML file or a run's folder by path, apply `key.path=value` overrides, and validate.
 
     A file goes before a recipe of the same name, a recipe before a folder. Raises ConfigError naming the key at fault
     and the closest valid one.
     """
-    path = Path(name_or_path)
+    path = Path(os.path.expanduser(name_or_path))  # noqa: PTH111 - a user that there is not is no error here
     if path.suffix in {".yaml", ".yml"} or path.is_file():
         values, where = _read_settings(path), str(path)
     elif name_or_path in recipe_names():
@@ -104,7 +72,12 @@ def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> Config:
         )
     for override in overrides:
         _apply_override(values, override)
-    return validate_config(values, where)
+    named = with_presets(values, where)
+    if named != values:  # what a command line says goes before what a preset says
+        for override in overrides:
+            if override.partition("=")[0] not in NAMES_STRATEGY:
+                _apply_override(named, override)
+    return validate_config(named, where)
 
 
 def _settings(text: str, where: str) -> dict[str, Any]:
@@ -148,7 +121,7 @@ def _read_run(folder: Path) -> dict[str, Any]:
 
 def _apply_override(values: dict[str, Any], override: str) -> None:
     """Set one `key.path=value`; a part of the path may be a position in a list."""
-    where = f"override {override!r}"
+    where = f"override {_short.repr(override)}"
     path, equals, text = override.partition("=")
     parts = path.split(".")
     if not equals or not all(parts):
@@ -157,23 +130,24 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     for part in parts[:-1]:
         target = target.setdefault(part, {}) if isinstance(target, dict) else target[_position(target, part, where)]
     if isinstance(target, dict):
-        target[parts[-1]] = parse_yaml(text, where)
+        target[parts[-1]] = parse_argument(text, where)
     else:
-        target[_position(target, parts[-1], where)] = parse_yaml(text, where)
+        target[_position(target, parts[-1], where)] = parse_argument(text, where)
 
 
 def _position(target: Any, part: str, where: str) -> int:
     if not isinstance(target, list):
         raise ConfigError(f"{target!r} is a single value, it has no key {part!r}", where=where, fix="shorten the key.")
-    if not part.isdigit() or int(part) >= len(target):
+    positions = [str(position) for position in range(len(target))]
+    if part not in positions:
         raise ConfigError(f"{part!r} is no position in a list of {len(target)}", where=where, fix="count from 0.")
-    return int(part)
+    return positions.index(part)
 
 
 def validate_config(values: Mapping[str, Any], where: str) -> Config:
-    """The typed config of plain values."""
+    """The typed config of plain values, in which presets may be named as strategies."""
     try:
-        return Config.model_validate(values)
+        return Config.model_validate(with_presets(values, where))
     except ValidationError as error:
         raise _refused(error.errors(include_url=False), where) from None
 
@@ -226,10 +200,12 @@ def _explain(problem: Any) -> str:
         return f"{key}.type is missing"
     if kind == "union_tag_invalid":
         options, tag = re.findall(r"'([^']+)'", problem["ctx"]["expected_tags"]), problem["ctx"]["tag"]
+        options += presets() if "strategy" in parts or "baselines" in parts else []
         return f"{key}.type is {tag!r}, which is unknown - {_hint(tag, options, 'types')}"
     if kind == "value_error":
         return f"{key}: {problem['ctx']['error']}"
-    return f"{key} is {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+    quote = ", so quote it (on a command line in two kinds of quotes)" if kind == "string_type" else ""
+    return f"{key} is {_short.repr(problem['input'])}: {problem['msg'][0].lower()}{problem['msg'][1:]}{quote}"
 
 
 def _hint(word: str, known: Sequence[str], noun: str) -> str:

@@ -23,10 +23,10 @@ from cropi.artifacts import (
 from cropi.config import SAMPLED_BY, Config, PooledStrategy
 from cropi.console import counts_text, say, warn
 from cropi.elsewhere import CarriedPolicy, Elsewhere
-from cropi.errors import ArtifactError, ConfigError, DataError
+from cropi.errors import ArtifactError, ConfigError
 from cropi.evaluation.evaluate import Question, evaluate, read_evaluations
 from cropi.gathering import Gatherer
-from cropi.given import Given, arm_at, start_of_stage
+from cropi.given import Given, arm_at, questions, start_of_stage
 from cropi.gradients.groups import group_facts
 from cropi.gradients.scoring import FeatureRequest, make_scorer, score, surrogate_settings
 from cropi.gradients.validation import validation_groups
@@ -57,22 +57,6 @@ from cropi.world import ALONE, World
 MANY_FAILURES = 0.02  # share of the completions on which a verifier may fail without a word
 
 
-def questions(config: Config, policy: Policy, rows: Sequence[Mapping[str, Any]]) -> list[Question]:
-    """Test prompts as they are asked. DataError where one does not fit into the policy's context."""
-    settings = config.prompts
-    chat = uses_chat(policy.tokenizer, settings.chat, settings.system_prompt)
-    prompts = [trainer_prompt(row["messages"], chat=chat, system_prompt=settings.system_prompt) for row in rows]
-    encoded = encode_prompts(policy.tokenizer, prompts)
-    limit, longest = policy.context_length, max(map(len, encoded), default=0)
-    if limit is not None and longest + config.collect.max_completion_length > limit:
-        raise DataError(
-            f"the longest test prompt has {longest} tokens, which leaves no room for a completion in {limit}",
-            where="prompts.test",
-            fix="leave such prompts out, or lower collect.max_completion_length.",
-        )
-    return [Question(row["set"].removeprefix("test/"), row, ids) for row, ids in zip(rows, encoded, strict=True)]
-
-
 class Pipeline:
     """The stages of a run. One whose artifact is complete is skipped, so the same command goes on where it stopped."""
 
@@ -84,8 +68,6 @@ class Pipeline:
         `workers` elsewhere collect and score in this process's place.
         """
         self.config, self.world, self._workers = config, world, workers
-        if given is None and not config.prompts.test:
-            raise ConfigError("there is no test set", where="prompts.test", fix="name one: a run is judged by it.")
         given = given or Given.named_by(config, world.size)
         self._given, self._base_identity = given.policy, given.identity
         self._replica = Replica(given.policy, config.policy)
@@ -110,6 +92,8 @@ class Pipeline:
 
     def run(self) -> Summary | None:
         """Prompts to report, of which the first process makes the summary."""
+        self.prompts()
+        _ = self._test_prompts  # what is refused of them is refused before anything is sampled
         self.collect()
         for arm in self.space.arms.values():
             self.train(arm)

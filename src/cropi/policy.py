@@ -29,6 +29,7 @@ from cropi.lockstep import is_sharded
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
+FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 READ_BY_ONE = "FSDP_CPU_RAM_EFFICIENT_LOADING"  # what transformers asks
 
 
@@ -168,6 +169,7 @@ def load_policy(config: PolicyConfig, location: str | None = None, *, dtype: str
             )
     except Exception as error:  # as above; a damaged file has an error class of its own
         raise _cannot_load("model", location, error) from None
+    _require_finite(model, location)
     rows = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > rows:
         raise PolicyError(
@@ -198,6 +200,20 @@ def _refuse_kernels(location: str, revision: str | None) -> None:
             where=f"policy.path {location}",
             fix="remove that line from it.",
         )
+
+
+@torch.no_grad()
+def _require_finite(model: nn.Module, location: str) -> None:
+    """PolicyError for weights of which some are no numbers: they would only be found after a collection."""
+    for name, weight in model.named_parameters():
+        if weight.dtype in FLOATS and weight.numel() and not weight.is_meta:
+            low, high = weight.aminmax()
+            if not (low.isfinite() and high.isfinite()):
+                raise PolicyError(
+                    f"the weights {name} are not all finite numbers",
+                    where=f"policy.path {location}",
+                    fix="download or save them again; a policy that has diverged cannot be used.",
+                )
 
 
 @contextmanager

@@ -295,12 +295,14 @@ class Workspace:
         """
         path = self.folder / CONFIG
         try:
-            before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+            before: Any = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
             files = list(self.folder.iterdir()) if self.folder.is_dir() else []
         except OSError as error:
             raise _unusable(self.folder, error) from None
-        except ValueError:
+        except (ValueError, RecursionError):
             raise ArtifactError("is not JSON", where=str(path), fix=f"delete {self.folder} and run again.") from None
+        if before is not None and not isinstance(before, dict):
+            raise ArtifactError("holds no config", where=str(path), fix=f"delete {self.folder} and run again.")
         others = [file for file in files if file.name != LOCK and file.suffix != ".part"]
         if before is None and (others or (self.folder.exists() and not self.folder.is_dir())):
             raise ArtifactError(
@@ -417,8 +419,15 @@ def environment() -> dict[str, str]:
     }
 
 
-def _unusable(folder: Path, error: OSError) -> ArtifactError:
-    return ArtifactError(f"cannot be used ({error})", where=str(folder), fix="choose another run_dir=.")
+def require_writable(folder: Path) -> None:
+    """ArtifactError where nothing can be written to a folder, or to the one that it is to be made in."""
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        raise _unusable(folder, f"{there} cannot be written to")
+
+
+def _unusable(folder: Path, problem: object) -> ArtifactError:
+    return ArtifactError(f"cannot be used ({problem})", where=str(folder), fix="choose another run_dir=.")
 
 
 def _shown(changed: list[str]) -> str:

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from cropi.compare.plan import FINISHED, lock, make_plan, parse_seeds, read_plan
-from cropi.compare.presets import merged, presets, read_patches
 from cropi.errors import ArtifactError, ConfigError, UserError
 from cropi.loading import load_config, validate_config
+from cropi.presets import merged, presets, read_patches
 
 
 @pytest.mark.parametrize(
@@ -18,7 +18,9 @@ def test_seeds(text: str, seeds: list[int]):
     assert parse_seeds(text) == seeds
 
 
-@pytest.mark.parametrize("text", ["", "a", "4-2", "1,,2", "-1", "1.5"])
+@pytest.mark.parametrize(
+    "text", ["", "a", "4-2", "1,,2", "-1", "1.5", "0-99999999999", "9" * 5000, "0-9999999999", "²"]
+)
 def test_what_is_no_seed_is_refused(text: str):
     with pytest.raises(ConfigError, match="no seed and no range"):
         parse_seeds(text)

@@ -7,9 +7,9 @@ from typing import Any, get_args
 import pytest
 
 from cropi import config as tables
-from cropi.compare.presets import merged, presets
 from cropi.config import Config, StrategyTable
 from cropi.loading import load_config
+from cropi.presets import merged, presets
 from cropi.selection.select import RANKINGS
 
 PAGE = (Path(__file__).parents[2] / "docs" / "strategies.md").read_text(encoding="utf-8")

@@ -16,7 +16,6 @@ from tests.runs import judge
 from tests.training.test_rollouts import differences
 from tests.training.test_train import policy
 from torch import Tensor
-from trl import GRPOTrainer
 
 from cropi.artifacts import TRAJECTORIES, read_jsonl, read_table
 from cropi.errors import ConfigError
@@ -86,9 +85,9 @@ class Spy:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.trained: dict[int, list[tuple[Any, Any, float]]] = defaultdict(list)
         self.sampled: dict[int, int] = defaultdict(int)
-        compute, generate = GRPOTrainer._compute_loss, GRPOTrainer._generate_single_turn
+        compute, generate = StageTrainer._compute_loss, StageTrainer._generate_single_turn
 
-        def compute_loss(trainer: GRPOTrainer, model: Any, inputs: dict[str, Any]) -> Tensor:
+        def compute_loss(trainer: StageTrainer, model: Any, inputs: dict[str, Any]) -> Tensor:
             for row, advantage in enumerate(inputs["advantages"].tolist()):
                 tokens = (
                     tuple(inputs[f"{part}_ids"][row][inputs[f"{part}_mask"][row].bool()].tolist())
@@ -97,13 +96,13 @@ class Spy:
                 self.trained[trainer.state.global_step].append((*tokens, advantage))
             return compute(trainer, model, inputs)
 
-        def single_turn(trainer: GRPOTrainer, *args: Any, **kwargs: Any) -> Any:
+        def single_turn(trainer: StageTrainer, *args: Any, **kwargs: Any) -> Any:
             completions, logprobs = generate(trainer, *args, **kwargs)
             self.sampled[trainer.state.global_step] += sum(map(len, completions))
             return completions, logprobs
 
-        monkeypatch.setattr(GRPOTrainer, "_compute_loss", compute_loss)
-        monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", single_turn)
+        monkeypatch.setattr(StageTrainer, "_compute_loss", compute_loss)
+        monkeypatch.setattr(StageTrainer, "_generate_single_turn", single_turn)
 
     def groups(self, step: int) -> dict[Any, list[tuple[Any, float]]]:
         """Completions and advantages by prompt; each prompt stands in a step once."""

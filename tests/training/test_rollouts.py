@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file
 from tests.runs import judge
 from tests.training.test_train import ROWS, policy, verdict
-from trl import GRPOTrainer
 
 from cropi.artifacts import TRAJECTORIES, read_table
 from cropi.config import PolicyConfig
@@ -21,7 +20,7 @@ from cropi.rollouts.overlay import newest_rollouts
 from cropi.training.reward import RecordedReward
 from cropi.training.rollouts import RolloutRecorder, dropouts, forget_rollouts
 from cropi.training.settings import grpo_config
-from cropi.training.train import TrainTask, train
+from cropi.training.train import StageTrainer, TrainTask, train
 from cropi.workspace import rollout_files, written_rollouts
 
 STEPS, TEMPERATURE = 4, 0.7
@@ -78,9 +77,9 @@ class Spy:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.seen: dict[int, Counter[Any]] = {}
-        original = GRPOTrainer._compute_loss
+        original = StageTrainer._compute_loss
 
-        def looking(trainer: GRPOTrainer, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        def looking(trainer: StageTrainer, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
             rows = self.seen.setdefault(trainer.state.global_step, Counter())
             for row, advantage in enumerate(inputs["advantages"].tolist()):
                 tokens = (
@@ -90,7 +89,7 @@ class Spy:
                 rows[(*tokens, round(advantage, 3))] += 1
             return original(trainer, model, inputs)
 
-        monkeypatch.setattr(GRPOTrainer, "_compute_loss", looking)
+        monkeypatch.setattr(StageTrainer, "_compute_loss", looking)
 
 
 def as_trained(rows: list[dict[str, Any]]) -> Counter[Any]:

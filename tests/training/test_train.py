@@ -2,11 +2,13 @@
 
 import json
 import os
+import random
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -22,6 +24,7 @@ from cropi.errors import ArtifactError, ConfigError
 from cropi.loading import load_config
 from cropi.policy import Policy, encode_prompts, load_policy
 from cropi.training.history import training_history
+from cropi.training.rehearsal import _problem
 from cropi.training.reward import RecordedReward
 from cropi.training.settings import grpo_config
 from cropi.training.train import TrainTask, newest_checkpoint, train
@@ -325,11 +328,93 @@ def test_gradient_accumulation_and_iterations_keep_the_stage_length(tmp_path: Pa
         ("trainer.report_to=[wandb]", "wandb is not installed"),
         ("trainer.learning_rate=fast", "trainer.learning_rate is 'fast': input should be a valid number"),
         ("trainer.save_strategy=no", "cannot be resumed"),
+        ("trainer.learning_rate='5e-x'", "learning_rate is '5e-x': input should be a valid number"),
+        ("trainer.learning_rate=-1", "learning_rate is -1: must be at least 0"),
+        ("trainer.learning_rate=.nan", "learning_rate is nan: input should be a finite number"),
+        ("trainer.learning_rate=1e300", "no finite weights"),
+        ("trainer.per_device_train_batch_size=0", "must be at least 1"),
+        ("trainer.per_device_train_batch_size=99999999999", "must be at most 1000000"),
+        ("trainer.gradient_accumulation_steps=0", "must be at least 1"),
+        ("trainer.gradient_accumulation_steps=1.5", "valid integer"),
+        ("trainer.num_iterations=0", "must be at least 1"),
+        ("trainer.num_iterations=-1", "must be at least 1"),
+        ("trainer.num_generations=0", "must be at least 1"),
+        ("trainer.num_generations=null", "trainer.num_generations"),
+        ("trainer.steps_per_generation=0", "must be at least 1"),
+        ("trainer.generation_batch_size=0", "must be at least 1"),
+        ("trainer.mask_truncated_completions=maybe", "valid boolean"),
+        ("trainer.bf16=2", "valid boolean"),
+        ("trainer.scale_rewards=best", "scale_rewards is 'best'"),
+        ("trainer.importance_sampling_level=word", "Unknown importance sampling level: word"),
+        ("trainer.lr_scheduler_kwargs={a: 1}", "unexpected keyword argument 'a'"),
+        ("trainer.optim=lomo", "lomo"),
+        ("trainer.optim_args=foo", "trainer: "),
+        ("trainer.reward_weights=[1, 2]", "Number of reward weights"),
+        ("trainer.sync_ref_model=true", "sync_ref_model"),
+        ("trainer.deepspeed={a: 1}", "deepspeed"),
+        ("trainer.deepspeed=nowhere.json", "trainer: "),
+        ("trainer.fsdp=full_shard", "fsdp"),
+        ("trainer.accelerator_config={a: 1}", "unexpected keyword argument 'a'"),
+        ("trainer.cache_implementation=foo", "cache_implementation"),
+        ("trainer.neftune_noise_alpha=-1", "must be at least 0"),
+        ("trainer.adam_beta1=2", "beta"),
+        ("trainer.min_p=7", "min_p"),
+        ("trainer.log_level=loud", "loud"),
+        ("trainer.model_init_kwargs={trust_remote_code: true}", "decided by the run"),
+        ("trainer.trust_remote_code=true", "decided by the run"),
+        ("trainer.parallelism_config={tp_size: 2}", "decided by the run"),
+        ("trainer.eval_on_start=true", "eval"),
+        ("trainer.use_liger_kernel=true", "liger"),
     ],
 )
-def test_trainer_settings_that_cannot_work_are_refused(override: str, message: str, tmp_path: Path) -> None:
+def test_trainer_settings_that_cannot_work_are_refused(
+    override: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "environ", os.environ.copy())  # accelerate takes settings of FSDP from there
     with pytest.raises(ConfigError, match=message):
         grpo_config(config(override), tmp_path, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("trainer.mask_truncated_completions=False", False),
+        ("trainer.bf16=False", False),
+        ("trainer.fp16=no", False),
+        ("trainer.log_completions=True", True),
+        ("trainer.log_completions='1'", True),
+        ("trainer.disable_dropout=on", True),
+        ("trainer.learning_rate='5e-5'", 5e-5),
+        ("trainer.learning_rate=1", 1.0),
+        ("trainer.num_iterations='1'", 1),
+        ("trainer.save_total_limit=1_000", 1000),
+        ("trainer.beta='0'", 0.0),
+        ("trainer.scale_rewards=False", "none"),
+        ("trainer.scale_rewards=true", "group"),
+        ("trainer.scale_rewards=batch", "batch"),
+        ("trainer.report_to=null", []),
+        ("trainer.report_to=none", []),
+        ("trainer.lr_scheduler_kwargs={}", {}),
+        ("trainer.run_name='7'", "7"),
+    ],
+)
+def test_trainer_settings_have_the_types_of_trl(override: str, value: object, tmp_path: Path) -> None:
+    settings = grpo_config(config(override), tmp_path, torch.device("cpu"))
+    found = getattr(settings, override.partition("=")[0].removeprefix("trainer."))
+    assert (found, type(found)) == (value, type(value))
+
+
+def test_settings_that_do_not_fit_the_policy_are_told_in_words(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="LlamaForCausalLM is not a Mixture-of-Experts"):
+        run(tmp_path, "trainer.router_aux_loss_coef=0.1")
+
+
+def test_a_rehearsal_leaves_random_states_as_they_were(tmp_path: Path) -> None:
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    _problem.cache_clear()
+    grpo_config(config(), tmp_path, torch.device("cpu"))
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == before[1:]
 
 
 def test_prompts_are_tokenised_as_trl_does(tmp_path: Path) -> None:

@@ -51,8 +51,9 @@ class Commands(typer.core.TyperGroup):
         except KeyboardInterrupt:
             leave("interrupted; the same command goes on from here", 130)
         except Exception as error:
-            if _disk_is_full(error):
-                leave("error: no space left on the disk\nFix: free some space and run the same command again.", 2)
+            told = _told(error)
+            if told:
+                leave(f"error: {told}", 2)
             if _connection_is_lost(error):
                 leave("error: another process of the run has ended\nFix: run the same command again: it goes on.", 1)
             _world.fail(1)
@@ -117,8 +118,12 @@ def open_pipeline(config: str, overrides: list[str] | None, world: World = ALONE
     workers = None if hire is None else hire(loaded)
     from cropi.pipeline import Pipeline
 
-    timeout_s = float(loaded.trainer.get("ddp_timeout", DDP_TIMEOUT_S))
-    world.connect(cpu=loaded.policy.device == "cpu", timeout_s=timeout_s)
+    if world.size > 1:
+        try:
+            timeout_s = float(loaded.trainer.get("ddp_timeout", DDP_TIMEOUT_S))
+        except (TypeError, ValueError):
+            raise ConfigError("is no number of seconds", where="trainer.ddp_timeout", fix="correct it.") from None
+        world.connect(cpu=loaded.policy.device == "cpu", timeout_s=timeout_s)
     return Pipeline(loaded, world=world, workers=workers)
 
 
@@ -181,6 +186,18 @@ def _connection_is_lost(error: Exception) -> bool:
     """Whether a process that this one waited for has ended; it, or the launcher, says why."""
     lost = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL")
     return _world.size > 1 and isinstance(error, RuntimeError) and any(text in str(error) for text in lost)
+
+
+def _told(error: Exception) -> str:
+    """An error of the machine rather than of this program in words; nothing for any other."""
+    if _disk_is_full(error):
+        return "no space left on the disk\nFix: free some space and run the same command again."
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}\nFix: check that it is there, and may be read and written."
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's own
+        smaller = "collect.batch_size, collect.batch_tokens, score.batch_tokens or trainer.per_device_train_batch_size"
+        return f"out of memory ({' '.join(str(error).split())[:200]})\nFix: lower {smaller}, or use a smaller policy."
+    return ""
 
 
 def _disk_is_full(error: BaseException | None) -> bool:

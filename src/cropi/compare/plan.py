@@ -18,16 +18,17 @@ from pathlib import Path
 from typing import Any
 
 from cropi.artifacts import is_finished, remove_parts, write_json
-from cropi.compare.presets import Patch, patched, read_patches
 from cropi.config import SAMPLED_BY, Config, config_difference, config_hash
 from cropi.errors import ArtifactError, ConfigError
 from cropi.loading import load_config, suite_names, validate_config
+from cropi.presets import Patch, patched, read_patches
 
 PLAN = "plan.json"
 BEGUN = "begun.json"
 FINISHED = "finished.json"
 LOG = "log.txt"
 SHOWN_CHANGES = 5
+MOST_SEEDS = 10_000  # in a range
 
 SUITE = "suite"  # names all recipes of the scenario suite
 SHARED_TABLES = (*SAMPLED_BY, "evaluate")
@@ -132,9 +133,9 @@ def parse_seeds(text: str) -> list[int]:
     """`0-4`, `0,1,7` or both, in the order given. ConfigError for anything else, and for a seed named twice."""
     seeds: list[int] = []
     for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        match = re.fullmatch(r"\s*([0-9]{1,10})(?:-([0-9]{1,10}))?\s*", part)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
-        if last < first:
+        if not first <= last < first + MOST_SEEDS:
             raise ConfigError(f"{part!r} is no seed and no range of seeds", where="--seeds", fix="give 0-4 or 0,1,7.")
         seeds += range(first, last + 1)
     twice = sorted({seed for seed in seeds if seeds.count(seed) > 1})

@@ -80,7 +80,11 @@ def read_results(path: Path) -> pa.Table:
     """The table of a comparison. ArtifactError for another one, or where there is none."""
     if not path.is_file():
         raise ArtifactError("there is no such file", where=str(path), fix="name the results.parquet of a comparison.")
-    return read_table(path, RESULTS)
+    try:
+        return read_table(path, RESULTS)
+    except ArtifactError as error:
+        fix = "make it anew by the same `cropi compare`, without --results."
+        raise ArtifactError(error.what, where=str(path), fix=fix) from None
 
 
 def run_rows(run: Run) -> Iterator[dict[str, Any]]:

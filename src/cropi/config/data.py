@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from cropi.config.base import Fraction, NonNegative, Positive, Table
+from cropi.config.base import Fraction, FreeTable, Positive, Seed, Table
 
 BUILTIN_POLICY = "builtin"
 
@@ -15,13 +15,13 @@ BUILTIN_POLICY = "builtin"
 class LoraConfig(Table):
     """Adapters of low rank beside frozen weights (Hu et al. 2021, arXiv 2106.09685): W + (alpha / r) B A."""
 
-    r: Positive = 16
+    r: Annotated[int, Field(ge=1, le=10_000)] = 16
     """Rank."""
     alpha: Positive = 32
     """Numerator of the scale."""
     target_modules: tuple[str, ...] | Literal["all-linear"] = "all-linear"
     """Names of the layers that get one. `all-linear`: every linear layer but the output head."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of A; B begins at zero, so the policy begins as it is without adapters."""
 
 
@@ -40,7 +40,7 @@ class PolicyConfig(Table):
     what is frozen, and adapters are float32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes CUDA where there is one."""
-    cpu_threads: Positive | None = None
+    cpu_threads: Annotated[int, Field(ge=1, le=1024)] | None = None
     """CPU threads of a computation; torch's choice when unset. A policy of few parameters is fastest with 1."""
     lora: LoraConfig | None = None
     """Train adapters of low rank by PEFT in place of all weights; influence is then that of the adapters' gradients.
@@ -67,7 +67,7 @@ class BuiltinSource(Table):
     """Families to draw from; each becomes the `source` of its prompts."""
     count: Positive
     """Problems per family."""
-    seed: int | None = None
+    seed: Seed | None = None
     """Seed of the problems; the run's `seed` when unset. Train, validation and test never overlap, whatever it is."""
     min_length: Positive | None = None
     """Shortest problem, in items; the family's own default when unset."""
@@ -143,9 +143,9 @@ class ReasoningGymSource(Table):
     """Names of its datasets. Each gives `count` problems."""
     count: Positive
     """Problems of each task."""
-    seed: NonNegative | None = None
+    seed: Seed | None = None
     """Seed of the problems; the run's `seed` when unset. Train, validation and test draw differently from one seed."""
-    options: dict[str, Any] = Field(default={})
+    options: FreeTable = Field(default={})
     """Settings of the tasks, as reasoning-gym names them."""
 
 
@@ -166,7 +166,7 @@ class PromptsConfig(Table):
 
     train: tuple[Source, ...] = Field(min_length=1)
     """The pool to select from."""
-    validation: dict[str, tuple[Source, ...]] = Field(min_length=1)
+    validation: dict[str, Annotated[tuple[Source, ...], Field(min_length=1)]] = Field(min_length=1)
     """One or more validation sets by name: what the training should get better at."""
     test: dict[str, TestSetConfig] = Field(default={})
     """Test sets by name: never used for any decision. A run needs one; a trainer of yours (`cropi.trl`) none."""
@@ -187,6 +187,6 @@ class PromptsConfig(Table):
     @model_validator(mode="after")
     def _names(self) -> PromptsConfig:
         for name in (*self.validation, *self.test):
-            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-                raise ValueError(f"the set name {name!r} may hold letters, digits, '.', '_' and '-' only")
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+                raise ValueError(f"the set name {name!r} may hold up to 100 letters, digits, '.', '_' and '-' only")
         return self

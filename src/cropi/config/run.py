@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from cropi.config.base import Fraction, NonNegative, Positive, Table
+from cropi.config.base import Fraction, FreeTable, Name, Positive, Seed, Table, Temperature
 from cropi.config.data import PolicyConfig, PromptsConfig
 from cropi.config.score import CollectConfig, ScoreConfig
 from cropi.config.select import SelectConfig
@@ -21,11 +22,11 @@ from cropi.config.verifiers import VerificationConfig, Verifier
 class TrainConfig(Table):
     """Stages of GRPO. An epoch of the trainer is a stage."""
 
-    stages: Positive
+    stages: Annotated[int, Field(ge=1, le=10_000)]
     """How often prompts are selected (paper: 5)."""
     steps_per_stage: Positive
     """Optimiser steps per stage (paper: 200)."""
-    dynamic_sampling: NonNegative = 0
+    dynamic_sampling: Annotated[int, Field(ge=0, le=1000)] = 0
     """DAPO's dynamic sampling: how often, at the most, groups of a generation batch whose rewards are all equal are
     replaced by groups of the stage's next prompts. All that is sampled is charged. 0: off."""
 
@@ -53,11 +54,11 @@ class EvaluateConfig(Table):
 
     every: Positive | None = None
     """Steps between evaluations. Unset: at the end of every stage."""
-    samples: NonNegative = 0
+    samples: Annotated[int, Field(ge=0, le=10_000)] = 0
     """n of avg@n: sampled completions per prompt beside the greedy one. 0: greedy only."""
-    temperature: Annotated[float, Field(gt=0)] = 1.0
+    temperature: Temperature = 1.0
     """Temperature of the sampled completions."""
-    bootstrap: Positive = 2000
+    bootstrap: Annotated[int, Field(ge=1, le=100_000)] = 2000
     """Redraws over questions behind each interval."""
     confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
     """Coverage of the intervals."""
@@ -68,14 +69,21 @@ _CODE = re.compile(
 )
 
 
+def _without_tilde(path: str) -> str:
+    expanded = os.path.expanduser(path)  # noqa: PTH111 - Path would drop a dot in front
+    if expanded.startswith("~"):
+        raise ValueError(f"{path} begins with the home of a user that there is not")
+    return expanded
+
+
 class Config(Table):
     """One run: a policy, prompts, and the arms to train on them."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: Name
     """Name of the run; its folder is `run_dir`/`name`."""
-    run_dir: str = "runs"
+    run_dir: Annotated[str, AfterValidator(_without_tilde)] = "runs"
     """Folder that holds runs."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of sampling, selection and training."""
     policy: PolicyConfig
     """The policy."""
@@ -95,7 +103,7 @@ class Config(Table):
     """Stages."""
     refresh: RefreshConfig = RefreshConfig()
     """Newer trajectories for later stages."""
-    trainer: dict[str, Any] = Field(default={})
+    trainer: FreeTable = Field(default={})
     """Settings of TRL's GRPOConfig under TRL's own names. Those that belong to a run are set by it and refused here.
     Batch sizes are those of one process: several share them (docs/scaling.md)."""
     evaluate: EvaluateConfig = EvaluateConfig()
@@ -199,6 +207,7 @@ OWNED_TRAINER_KEYS: dict[str, str] = {
     "remove_unused_columns": "nothing",
     "dataloader_num_workers": "nothing",
     "model_init_kwargs": "the table policy",
+    "parallelism_config": "nothing: `accelerate launch` divides the work",
     "trust_remote_code": "nothing: code that comes with a model is never run",
     "do_train": "nothing",
     "do_eval": "nothing",

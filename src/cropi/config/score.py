@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import AfterValidator, AnyHttpUrl, Field, JsonValue, model_validator
+from pydantic import AfterValidator, AnyHttpUrl, Field, model_validator
 
-from cropi.config.base import Fraction, Positive, Table
+from cropi.config.base import Fraction, FreeTable, Positive, PositiveNumber, Seed, Table, Temperature
 
 
 def _address(url: str) -> str:
@@ -25,15 +25,15 @@ class ServerConfig(Table):
     """The policy's name there."""
     prompts: Literal["tokens", "text"] = "tokens"
     """Send prompts as token ids (vLLM, SGLang, llama.cpp), or as text that tokenises back (`transformers serve`)."""
-    concurrency: Positive = 64
+    concurrency: Annotated[int, Field(ge=1, le=10_000)] = 64
     """Requests at once, each for one completion."""
-    timeout: Annotated[float, Field(gt=0)] = 600.0
+    timeout: PositiveNumber = 600.0
     """Seconds that one request may take."""
-    patience: Annotated[float, Field(gt=0)] = 600.0
+    patience: PositiveNumber = 600.0
     """Seconds without a usable answer, while requests are tried again, after which the run ends. It can go on later."""
     api_key_env: str | None = None
     """Environment variable that holds the key, where the server needs one."""
-    body: dict[str, JsonValue] = Field(default={})
+    body: FreeTable = Field(default={})
     """Further fields of a request, as the server names them. Sampling must be plain for the log-probs to be those of
     the policy: `{"top_k": -1, "return_token_ids": true}` for vLLM."""
 
@@ -54,7 +54,7 @@ class VllmConfig(Table):
     """Share of the GPU's memory for the engine; the policy's own weights stay beside it."""
     max_model_len: Positive | None = None
     """Longest sequence; the model's context when unset."""
-    options: dict[str, Any] = Field(default={})
+    options: FreeTable = Field(default={})
     """Further arguments of `vllm.LLM`. What the policy and this table say stays as they say it."""
 
     @model_validator(mode="after")
@@ -69,7 +69,7 @@ class VllmConfig(Table):
 class CollectConfig(Table):
     """Trajectories, sampled once from the base policy."""
 
-    num_generations: Annotated[int, Field(ge=2)] = 8
+    num_generations: Annotated[int, Field(ge=2, le=10_000)] = 8
     """K, completions per training prompt (paper: 8)."""
     fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of the training pool that is sampled, a fixed random choice. The rest is `not_sampled`: it can be trained
@@ -77,11 +77,11 @@ class CollectConfig(Table):
     nearby: Fraction = 0.0
     """Share of the training pool that is sampled beside that: the prompts that lie nearest to the validation prompts as
     the base policy represents them, as many for each set."""
-    validation_num_generations: Annotated[int, Field(ge=2)] = 32
+    validation_num_generations: Annotated[int, Field(ge=2, le=10_000)] = 32
     """Completions per validation prompt (paper's code: 32)."""
     max_completion_length: Positive
     """Longest completion, in tokens."""
-    temperature: Annotated[float, Field(gt=0)] = 1.0
+    temperature: Temperature = 1.0
     """Sampling temperature; the importance ratio is taken at the same one. 1 keeps the behaviour policy exact."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Nucleus mass. Below 1 the stored log-probs are not those of the sampler, and a warning says so."""
@@ -115,13 +115,13 @@ class ProjectionConfig(Table):
     `uniform`: each coordinate by chance, as the paper has it. See docs/decisions/projection.md."""
     keep_fraction: Annotated[float, Field(gt=0, le=1)] = 0.03
     """Share of the coordinates kept. The paper keeps 0.1 by its uniform mask, which needs them: give both."""
-    rank: Annotated[int, Field(ge=0)] = 8
+    rank: Annotated[int, Field(ge=0, le=10_000)] = 8
     """Structured mask: input directions of each layer that are kept in full."""
     row_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Structured mask: share of each layer's rows kept; the columns' is keep_fraction / row_fraction."""
-    dim: Positive = 32768
+    dim: Annotated[int, Field(ge=1, le=2**24)] = 32768
     """D, length of a gradient feature (paper: 32,768)."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the mask, the buckets and the signs."""
 
 
@@ -173,9 +173,9 @@ class ScoreConfig(Table):
     correction: Literal["token", "clipped", "prefix"] = "token"
     """What stands for the importance ratio of a token: its own (paper eq. 4), its own unless PPO would clip it, or the
     product of those up to it."""
-    clip: Annotated[float, Field(gt=0)] = 0.2
+    clip: PositiveNumber = 0.2
     """Epsilon of `clipped`; the share of ratios outside 1 - clip to 1 + clip is reported in any case."""
-    prefix_cap: Annotated[float, Field(gt=0)] = 10.0
+    prefix_cap: PositiveNumber = 10.0
     """Largest product of ratios that `prefix` uses."""
     baseline: Literal["group", "reweighted"] = "group"
     """Mean and deviation of a group's rewards: plain, or weighted by the trajectories' length-normalised ratios."""

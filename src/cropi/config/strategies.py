@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from cropi.config.base import Fraction, Table
+from cropi.config.base import Fraction, Name, PositiveNumber, Table
 
 Need = Literal["trajectories", "gradients", "validation", "rewards"]
 """What a strategy reads: stored trajectories of the pool, per-prompt gradients, the validation sets, and the rewards of
@@ -27,7 +27,7 @@ class StrategyTable(Table):
     pools: ClassVar[bool] = False  # judges prompts by others that are like them
     takes_all: ClassVar[bool] = False  # trains on all that it keeps, instead of the best ceil(fraction N)
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] | None = None
+    name: Name | None = None
     """Name of the arm. Unset: the type. Two strategies of one type need names."""
 
     @property
@@ -154,9 +154,9 @@ class GaussianStrategy(StrategyTable):
     """Middle of the curve at the first stage: easy prompts."""
     last: Fraction = 0.2
     """Middle of the curve at the last stage: hard ones. In between it moves in equal steps."""
-    sigma: Annotated[float, Field(gt=0)] = 0.2
+    sigma: PositiveNumber = 0.2
     """Standard deviation of the curve."""
-    shares: dict[str, Annotated[float, Field(gt=0)]] = Field(default={})
+    shares: dict[str, PositiveNumber] = Field(default={})
     """Fixed proportions of the sources in every selection; sources not named get no place. Empty: as drawn."""
 
 
@@ -169,7 +169,7 @@ class DotsStrategy(StrategyTable):
     """Picks this strategy."""
     target: Fraction = 0.5
     """Alpha, the pass rate aimed at (released code: 0.5)."""
-    temperature: Annotated[float, Field(gt=0)] = 1e-3
+    temperature: PositiveNumber = 1e-3
     """Tau; so small a one (released code: 1e-3) takes the nearest prompts and draws among equals."""
 
 
@@ -228,7 +228,7 @@ class LearnAlignStrategy(StrategyTable):
 
     type: Literal["learnalign"]
     """Picks this strategy."""
-    candidates: Annotated[int, Field(ge=2)] = 200
+    candidates: Annotated[int, Field(ge=2, le=1_000_000)] = 200
     """Prompts with signal, drawn at random, whose gradients stand for the pool's."""
 
     @property
@@ -266,15 +266,15 @@ class PooledStrategy(StrategyTable):
     screen: Fraction = 0.1
     """Share of the pool, at the most, that is sampled at the start of a stage: prompts that would be chosen, of which
     it is not known how often the policy solves them now."""
-    screen_generations: Annotated[int, Field(ge=2)] = 4
+    screen_generations: Annotated[int, Field(ge=2, le=10_000)] = 4
     """Completions for each of them."""
     own: bool = True
     """Let a prompt's own influence count beside its neighbours', as far as its standard error allows."""
     learnability: Literal["now", "stored"] = "now"
     """Where p (1 - p) comes from: the stored trajectories and all training rewards since, or the former alone."""
-    half_life: Annotated[float, Field(gt=0)] = 0.5
+    half_life: PositiveNumber = 0.5
     """Stages after which a try counts half in the pass rate of now."""
-    prior: Annotated[float, Field(gt=0)] = 2.0
+    prior: PositiveNumber = 2.0
     """Tries that the neighbours' pass rate counts for beside a prompt's own."""
     significance: Annotated[float, Field(ge=0)] = 1.0
     """Standard errors of its neighbourhood's influence that a prompt's must lie above 0 to be chosen for it."""

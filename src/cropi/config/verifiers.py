@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from cropi.config.base import Positive, Table
+from cropi.config.base import Positive, PositiveNumber, Table
 
 
 class VerifierTable(Table):
@@ -167,11 +167,11 @@ Verifier = Annotated[
 class VerificationConfig(Table):
     """The processes that verifiers run in."""
 
-    processes: Positive = 2
+    processes: Annotated[int, Field(ge=1, le=1024)] = 2
     """How many, at the most."""
-    seconds: Annotated[float, Field(gt=0)] = 5.0
+    seconds: PositiveNumber = 5.0
     """Wall-clock time for one answer; then the process is ended, the answer tried once more, and judged `timeout`."""
     memory_mb: Positive = 1024
     """MiB that judging may take beyond what a process has after start-up (where the system can limit it)."""
-    start_seconds: Annotated[float, Field(gt=0)] = 120.0
+    start_seconds: PositiveNumber = 120.0
     """Time for a process to import what the verifier needs."""

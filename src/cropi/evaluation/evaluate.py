@@ -106,13 +106,18 @@ def _refuse_empty(prompts: Sequence[Question], rows: Sequence[Mapping[str, Any]]
     judged = {row["set"] for row in rows}
     for name in dict.fromkeys(prompt.set for prompt in prompts):
         if name not in judged:
-            raise DataError(
-                "the verifier can read none of the recorded answers of this test set",
-                where=f"prompts.test.{name}",
-                fix="choose another verifier, or mend the answers.",
-            )
+            raise unreadable(name)
     if len(rows) < len(prompts):
         warn(f"{len(prompts) - len(rows)} test prompts have answers that the verifier cannot read and are left out")
+
+
+def unreadable(name: str) -> DataError:
+    """The error for a test set without any answer that the verifier can read."""
+    return DataError(
+        "the verifier can read none of the recorded answers of this test set",
+        where=f"prompts.test.{name}",
+        fix="choose another verifier, or mend the answers.",
+    )
 
 
 def accuracy(table: pa.Table, config: EvaluateConfig, *, seed: int) -> dict[str, dict[str, Interval]]:

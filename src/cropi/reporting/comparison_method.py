@@ -6,11 +6,11 @@ import hashlib
 import json
 import shlex
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from typing import Any
 
 from cropi.artifacts import read_sealed
-from cropi.loading import parse_yaml, recipe_names, suite_names
+from cropi.loading import recipe_names, suite_names
+from cropi.presets import presets
 from cropi.reporting.blocks import Block, Code, Table, Text
 from cropi.reporting.comparison_data import Comparison
 from cropi.reporting.comparison_wording import code
@@ -155,12 +155,10 @@ def _plan(comparison: Comparison) -> Mapping[str, Any] | None:
 
 
 def _strategies(comparison: Comparison, patches: Mapping[str, Any]) -> Table:
-    text = (resources.files("cropi.recipes") / "presets.yaml").read_text(encoding="utf-8")
-    presets = parse_yaml(text, "presets.yaml")
-    rows = []
+    named, rows = presets(), []
     for name in comparison.summary["strategies"]:
         patch = patches.get(name)
-        known = presets.get(name)
+        known = named.get(name)
         about = known["about"] if known and known["config"] == patch else ABSENT
         rows.append([name, about, ABSENT if patch is None else json.dumps(patch, ensure_ascii=False)])
     return Table("Strategies: what each changes in a config.", ["strategy", "what it is", "patch"], rows, left=3)
@@ -197,7 +195,7 @@ def _machine(comparison: Comparison) -> Block:
         if path.is_file():
             for key, value in read_sealed(path).items():
                 seen = values.setdefault(key, {})
-                seen[value] = seen.get(value, 0) + 1
+                seen[str(value)] = seen.get(str(value), 0) + 1
     if not values:
         return Text("Machine and versions stand in the folders of the runs, which are not here.")
     rows = [

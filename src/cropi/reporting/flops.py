@@ -69,7 +69,7 @@ def flops(
     multiple = score_multiple(config.score, len(config.prompts.validation))
     scaled = config.score.validation_mean == "normalized" or config.select.strategy.candidates_aimed_at > 0
     validation = GRADIENT * (2 if scaled else 1)
-    passes = GRADIENT * int(config.trainer.get("num_iterations", 1)) + bool(config.trainer.get("beta", 0.0))
+    passes = GRADIENT * int(config.trainer.get("num_iterations", 1)) + bool(float(config.trainer.get("beta", 0.0)))
     batches = list(batches)
     return Flops(
         collect=forward * sum(_of(e, "passes") * _all_tokens(e) for e in collected),
@@ -87,7 +87,7 @@ def _trained_tokens(config: Config, batches: Sequence[Mapping[str, Any]]) -> flo
     if not config.train.dynamic_sampling:
         return sum(map(_all_tokens, batches))
     micro_steps = int(config.trainer.get("gradient_accumulation_steps", 1))
-    a_step = max(1, micro_steps // int(config.trainer.get("steps_per_generation", micro_steps)))  # generation batches
+    a_step = max(1, micro_steps // int(config.trainer.get("steps_per_generation") or micro_steps))  # generation batches
     by_step: dict[int, list[Mapping[str, Any]]] = {}
     for batch in batches:
         by_step.setdefault(batch["step"], []).append(batch)

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from cropi.artifacts import OK, TRUNCATED, cut_jsonl
+from cropi.errors import ConfigError
 from cropi.training.reward import Judged, RecordedReward
 from cropi.workspace import keep_rollouts, rollout_files
 
@@ -109,6 +110,17 @@ def dropouts(model: nn.Module) -> list[str]:
         for name, module in model.named_modules()
         if (isinstance(module, nn.Dropout) and module.p > 0) or _attention_dropout(module) > 0
     ]
+
+
+def require_no_dropout(model: nn.Module) -> None:
+    """ConfigError where the log-probs of rollouts that are to be used again would be noisy."""
+    dropping = dropouts(model)
+    if dropping:
+        raise ConfigError(
+            f"the policy drops activations while it trains ({dropping[0]}), so the log-probs of its rollouts are noisy",
+            where="refresh.reuse_rollouts",
+            fix="set it to false, or trainer.disable_dropout=true, or the dropout in the policy's config.json to 0.",
+        )
 
 
 def _attention_dropout(module: nn.Module) -> float:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -17,6 +18,8 @@ from cropi.config import OWNED_TRAINER_KEYS, Config
 from cropi.errors import ConfigError, hint
 from cropi.functional.surrogate import NORMALIZER_OF_LOSS
 from cropi.training.dynamic import check_dynamic_sampling
+from cropi.training.rehearsal import rehearse
+from cropi.world import launched
 
 
 def grpo_config(config: Config, output_dir: Path, device: torch.device, processes: int = 1) -> GRPOConfig:
@@ -25,10 +28,10 @@ def grpo_config(config: Config, output_dir: Path, device: torch.device, processe
     The table is that of one process: `processes` share its batch, so that training is the same on any number.
 
     Raises ConfigError for a name that GRPOConfig does not have or that the run decides itself, and for values that TRL
-    refuses.
+    refuses, be it only when it trains.
     """
     fields = {field.name for field in dataclasses.fields(GRPOConfig) if field.init}
-    _check_names(config, fields)
+    given = _typed(config.trainer, fields)
     defaults: dict[str, Any] = {
         "num_generations": config.collect.num_generations,
         "temperature": config.collect.temperature,
@@ -56,11 +59,14 @@ def grpo_config(config: Config, output_dir: Path, device: torch.device, processe
         "trust_remote_code": False,
         "model_init_kwargs": config.policy.revision and {"revision": config.policy.revision},  # of the KL reference
     }
+    options = _divided(defaults | given, processes) | owned
     try:
-        settings = GRPOConfig(**(_divided(defaults | config.trainer, processes) | owned))
-    except (ValueError, TypeError) as error:
+        settings = GRPOConfig(**options)
+    except Exception as error:  # TRL and transformers raise many kinds, each for a setting
         raise ConfigError(" ".join(str(error).split()), where="trainer", fix="correct the value it names.") from None
     _check(settings, config)
+    if processes == 1 and not launched():
+        rehearse(options, device)
     if processes > 1 and config.refresh.reuse_rollouts:
         _check_parts(settings)
     return settings
@@ -100,10 +106,29 @@ def _check_parts(settings: GRPOConfig) -> None:
         )
 
 
-def _check_names(config: Config, fields: set[str]) -> None:
-    """Every key of `trainer` is one of GRPOConfig's, is the user's to set, and has a value of the right type."""
-    hints = get_type_hints(GRPOConfig)
-    for key, value in config.trainer.items():
+# What TRL reads, where it says otherwise.
+_TYPES: dict[str, Any] = {
+    "fsdp": bool | str | None,
+    "num_generations": int,
+    "scale_rewards": bool | Literal["group", "batch", "none"],
+}
+_COUNTS = {
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "num_iterations",
+    "num_generations",
+    "steps_per_generation",
+    "generation_batch_size",
+}
+_MAY_BE_NEGATIVE = {"entropy_coef", "entropy_coef_min", "local_rank", "off_policy_mask_threshold"}
+LARGEST = 1_000_000
+
+
+def _typed(table: Mapping[str, Any], fields: set[str]) -> dict[str, Any]:
+    """The values of `trainer` as TRL types them. Every key is one of GRPOConfig's, and the user's to set."""
+    types = get_type_hints(GRPOConfig) | _TYPES
+    typed: dict[str, Any] = {}
+    for key, value in table.items():
         if key in OWNED_TRAINER_KEYS:
             raise ConfigError(
                 f"trainer.{key} is decided by the run", where="trainer", fix=f"set {OWNED_TRAINER_KEYS[key]} instead."
@@ -112,14 +137,27 @@ def _check_names(config: Config, fields: set[str]) -> None:
             meant = hint(key, fields, "see TRL's GRPOConfig for the names")
             raise ConfigError(f"unknown key trainer.{key} - {meant}", where="trainer", fix="correct or remove the key.")
         try:
-            TypeAdapter(hints[key], config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
+            adapter = TypeAdapter(types[key], config=ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False))
+            typed[key] = adapter.validate_python(value)
+            problem = _out_of_bounds(key, typed[key])
         except ValidationError as error:
             message = error.errors(include_url=False)[0]["msg"]
-            raise ConfigError(
-                f"trainer.{key} is {value!r}: {message[0].lower()}{message[1:]}",
-                where="trainer",
-                fix="correct the value.",
-            ) from None
+            problem = f"{message[0].lower()}{message[1:]}"
+        if problem:
+            raise ConfigError(f"trainer.{key} is {value!r}: {problem}", where="trainer", fix="correct the value.")
+    if "report_to" in typed and typed["report_to"] is None:
+        typed["report_to"] = []
+    return typed
+
+
+def _out_of_bounds(key: str, value: Any) -> str:
+    """What is wrong with a number that TRL would take, and divide by or train nothing with."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return ""
+    lowest = 1 if key in _COUNTS else 0
+    if value < lowest and key not in _MAY_BE_NEGATIVE:
+        return f"must be at least {lowest}"
+    return f"must be at most {LARGEST}" if key in _COUNTS and value > LARGEST else ""
 
 
 def _check(settings: GRPOConfig, config: Config) -> None:

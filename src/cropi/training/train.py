@@ -35,7 +35,7 @@ from cropi.lockstep import in_lockstep, is_sharded
 from cropi.policy import Policy, shared_prefixes
 from cropi.training.dynamic import DynamicSampling, Sampled
 from cropi.training.reward import RecordedReward
-from cropi.training.rollouts import RolloutRecorder, dropouts, forget_rollouts
+from cropi.training.rollouts import RolloutRecorder, forget_rollouts, require_no_dropout
 from cropi.training.sampler import BatchShape, StageSampler
 from cropi.training.sharding import check_sharding
 from cropi.training.zero import gathered, out_of_step, resuming
@@ -373,14 +373,7 @@ def train(task: TrainTask, policy: Policy) -> Path:
         return resume_from
     task.world.from_main(lambda: _begin_from(task, resume_from, done))
     with progress(f"train {task.label}", total, "steps", done=done) as bar:
-        trainer = StageTrainer(
-            model=policy.model,
-            reward_funcs=task.reward,
-            args=task.settings,
-            train_dataset=_dataset(task.rows),
-            processing_class=policy.tokenizer,
-            steps_per_stage=task.steps_per_stage,
-        )
+        trainer = _made_trainer(task, policy)
         check_sharding(trainer, task.asked_in, resume_from)
         position_of = {row["prompt_id"]: position for position, row in enumerate(task.rows)}
         stages = Stages(task.select_stage, position_of, trainer)
@@ -419,6 +412,24 @@ def _read(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
     return batch | {"prompt": [json.loads(prompt) for prompt in batch["prompt"]]}
 
 
+def _made_trainer(task: TrainTask, policy: Policy) -> StageTrainer:
+    try:
+        return StageTrainer(
+            model=policy.model,
+            reward_funcs=task.reward,
+            args=task.settings,
+            train_dataset=_dataset(task.rows),
+            processing_class=policy.tokenizer,
+            steps_per_stage=task.steps_per_stage,
+        )
+    except Exception as error:  # many kinds, for settings that do not fit this policy or a Hub that is not to be had
+        raise ConfigError(
+            f"TRL makes no trainer of them for this policy: {' '.join(str(error).split())}",
+            where="trainer",
+            fix="correct the setting it names, or leave it out, and start the run under another name.",
+        ) from None
+
+
 def _newest(task: TrainTask) -> tuple[Path | None, int]:
     """The newest checkpoint as the first process sees it, which also removes what is not complete."""
 
@@ -434,13 +445,7 @@ def _recorder(task: TrainTask, policy: Policy) -> RolloutRecorder | None:
     """What keeps the rollouts, if they are to be kept. ConfigError where their log-probs would be noisy."""
     if task.record_to is None:
         return None
-    dropping = dropouts(policy.model)  # as the trainer leaves it
-    if dropping:
-        raise ConfigError(
-            f"the policy drops activations while it trains ({dropping[0]}), so the log-probs of its rollouts are noisy",
-            where="refresh.reuse_rollouts",
-            fix="set it to false, or trainer.disable_dropout=true, or the dropout in the policy's config.json to 0.",
-        )
+    require_no_dropout(policy.model)  # as the trainer leaves it
     generations, rank = task.settings.num_generations, task.world.rank
     return RolloutRecorder(task.record_to, task.reward, generations, policy.eos_ids, rank)
 

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 from datasets import Dataset
 
 from cropi.artifacts import write_text
-from cropi.compare.presets import merged, preset
 from cropi.config import SCRIPT_REWARDS, Config
 from cropi.errors import ConfigError, DataError
 from cropi.loading import validate_config
+from cropi.presets import merged, preset, with_presets
 from cropi.prompts import checked_messages, content_id, refuse_unseen
 from cropi.trl.wording import worded
 
@@ -182,7 +182,8 @@ def make_config(
     strategy = selector.strategy
     chosen = preset(strategy, "Selector.strategy") if isinstance(strategy, str) else strategy
     own = {} if selector.fraction is None else {"select": {"fraction": selector.fraction}}
-    for patch in (chosen, own, selector.settings):
+    values = with_presets(merged(values, chosen), "Selector.strategy")
+    for patch in (own, selector.settings):
         values = merged(values, patch)
     config = validate_config(values, "Selector")
     _refuse_what_trl_does_not_do(config, chat)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from cropi.config import Strategy
 from cropi.errors import ConfigError, hint
-from cropi.loading import parse_yaml
+from cropi.yaml_text import parse_yaml
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -23,6 +25,9 @@ def presets() -> dict[str, dict[str, Any]]:
     """The strategies of the package by name: `about`, and `config`, the patch."""
     text = (resources.files("cropi.recipes") / "presets.yaml").read_text(encoding="utf-8")
     return dict(parse_yaml(text, "presets.yaml"))
+
+
+TYPES = frozenset(get_args(table.model_fields["type"].annotation)[0] for table in get_args(get_args(Strategy)[0]))
 
 
 def read_patches(names: Sequence[str]) -> dict[str, Patch]:
@@ -48,6 +53,48 @@ def preset(name: str, where: str) -> Patch:
             fix="name presets, or YAML files that patch a config.",
         )
     return dict(known[name]["config"])
+
+
+def with_presets(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The settings of a config without the presets that `select.strategy` and `baselines` name as types.
+
+    All that a preset sets is laid over the config. ConfigError for a baseline whose preset sets more than its strategy,
+    as that would hold for all arms.
+    """
+    result = copy.deepcopy(dict(values))
+    select, baselines = result.get("select"), result.get("baselines")
+    strategy = select.get("strategy") if isinstance(select, dict) else None
+    named = _named(strategy)
+    if named is not None:
+        result = merged(result, _patch_of(named, strategy))
+    entries = baselines if isinstance(baselines, list) else []
+    for place, entry in enumerate(entries):
+        other = _named(entry)
+        if other is not None:
+            patch = _patch_of(other, entry)
+            further = [key for key in (*patch, *patch["select"]) if key not in ("select", "strategy")]
+            if further:
+                raise ConfigError(
+                    f"the preset {other} also sets {', '.join(further)}, which would hold for all arms",
+                    where=f"{where}: baselines.{place}",
+                    fix="name it as select.strategy of another run, or give it to `cropi compare --strategies`.",
+                )
+            entries[place] = patch["select"]["strategy"]
+    return result
+
+
+def _named(strategy: Any) -> str | None:
+    """The preset that stands in the place of a strategy's type."""
+    kind = strategy.get("type") if isinstance(strategy, dict) else None
+    return kind if isinstance(kind, str) and kind not in TYPES and kind in presets() else None
+
+
+def _patch_of(name: str, table: Any) -> dict[str, Any]:
+    """What a preset sets, with the further settings of the table that names it. The preset names the arm."""
+    patch = presets()[name]["config"]
+    own = {key: value for key, value in table.items() if key != "type"}
+    patch["select"]["strategy"] = {"name": name} | patch["select"]["strategy"] | own
+    return patch
 
 
 def _from_file(path: Path) -> tuple[str, Patch]:
