@@ -220,6 +220,15 @@ def with_faint(mixing: Callable[[Tensor], Tensor]) -> Any:
     return model
 
 
+def _with_own_positions() -> Any:
+    """Adds what depends on the place in a pass, too little for logits to show in bfloat16."""
+    model = tiny("llama").bfloat16()
+    model.model.layers[0].register_forward_hook(
+        lambda _, __, output: output + 0.1 * torch.arange(output.shape[1], dtype=output.dtype)[None, :, None].cos()
+    )
+    return model
+
+
 def with_another_gradient(factor: float) -> Any:
     """In a pack, a layer gives the same numbers and another gradient."""
     model = tiny("llama")
@@ -260,6 +269,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "the token after": (lambda: with_faint(lambda x: x.roll(-1, dims=1)), "beside attention its tokens see others"),
     "all tokens before": (lambda: with_faint(lambda x: x.cumsum(dim=1)), "beside attention its tokens see others"),
     "all tokens": (lambda: with_faint(lambda x: x.mean(dim=1, keepdim=True)), "beside attention its tokens see others"),
+    "positions of its own": (_with_own_positions, "depend on their place in a pack"),
     "another gradient": (lambda: with_another_gradient(0.0), "its own gradients differ"),
     "a slightly other gradient": (lambda: with_another_gradient(0.9), "its own gradients differ"),
     "Bart's decoder": (

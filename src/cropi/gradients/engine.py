@@ -362,22 +362,27 @@ class Engine:
 
     def _check_neighbours(self) -> None:
         """PolicyError where a token's hidden state depends on more than its own trajectory up to it: the gradient must
-        be exactly 0 elsewhere in the pack, which no rounding blurs."""
-        members = self._drawn()
-        pack, start = make_pack(members, self.device), members[0].tokens
-        own = [*range(start, start + 5), start + 5 + 6]  # the prompt and the first token of its last completion
-        others_1S = torch.ones(1, pack.tokens, dtype=torch.bool, device=self.device)
-        others_1S[0, own] = False
+        be exactly 0 elsewhere in the pack, which no rounding blurs; and another order of the same trajectories must
+        change nothing."""
+        members, hidden = self._drawn(), list[Tensor]()
+        for order in (members[::-1], members):
+            pack, start = make_pack(order, self.device), order[0].tokens
+            own = [*range(start, start + 5), start + 5 + 6]  # the prompt and the first token of its last completion
 
-        def at_head(hidden_SH: Tensor) -> Tensor:
-            require_finite(hidden_SH)
-            gradient_SH = torch.zeros_like(hidden_SH)
-            gradient_SH[own[-1]] = hidden_SH[own[-1]]
-            return gradient_SH
+            def at_head(hidden_SH: Tensor, start: int = start, last: int = own[-1]) -> Tensor:
+                require_finite(hidden_SH)
+                hidden.append(hidden_SH[start : start + members[1].tokens])
+                gradient_SH = torch.zeros_like(hidden_SH)
+                gradient_SH[last] = hidden_SH[last]
+                return gradient_SH
 
-        if leaks([tensor.grad for tensor in self._embedded(pack, at_head).values()], others_1S):
-            why = "beside attention its tokens see others (a state-space, recurrent or convolutional layer)"
-            raise unsupported(self._causal_lm, why)
+            others_1S = torch.ones(1, pack.tokens, dtype=torch.bool, device=self.device)
+            others_1S[0, own] = False
+            if leaks([tensor.grad for tensor in self._embedded(pack, at_head).values()], others_1S):
+                why = "beside attention its tokens see others (a state-space, recurrent or convolutional layer)"
+                raise unsupported(self._causal_lm, why)
+        if difference(hidden[0], hidden[1]) > 0.1 * ROUNDING.get(hidden[0].dtype, 5e-3):
+            raise unsupported(self._causal_lm, "its tokens depend on their place in a pack (it ignores position_ids)")
 
     def _check_gradients(self) -> None:
         """PolicyError where the surrogate's gradient at a pack's tokens is not what the model's own passes give, one
