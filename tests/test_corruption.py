@@ -26,7 +26,7 @@ SETTINGS = [
     "refresh.reuse_rollouts=true",
     "trainer.save_strategy=steps",
     "trainer.save_steps=1",
-    "trainer.save_total_limit=3",
+    "trainer.save_total_limit=2",
 ]
 DAMAGES = ("flip", "cut", "empty", "remove", "swap")
 

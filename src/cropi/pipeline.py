@@ -372,11 +372,10 @@ class Pipeline:
             world=self.world,
             made_by=self.space.settings(arm=arm),
         )
+        done = self.world.from_main(lambda: newest_checkpoint(arm.checkpoints, self._last_step)[1])
+        self._measure_again(arm, done - 1)  # while their checkpoints are there
         final = train(task, policy)
-        unevaluated = self.world.from_main(lambda: self._unevaluated(arm, self._last_step))
-        for step in unevaluated:  # damaged ones that were deleted
-            checkpoint = open_checkpoint(arm.checkpoints / f"checkpoint-{step}")
-            self._evaluate(load_policy(self.config.policy, str(checkpoint)).model, step, arm)
+        self._measure_again(arm, self._last_step)
         return final
 
     @property
@@ -386,6 +385,12 @@ class Pipeline:
     @property
     def _evaluate_every(self) -> int:
         return self.config.evaluate.every or self.config.train.steps_per_stage
+
+    def _measure_again(self, arm: Arm, step: int) -> None:
+        """Evaluations up to a step that were damaged and deleted."""
+        for at in self.world.from_main(lambda: self._unevaluated(arm, step)):
+            checkpoint = open_checkpoint(arm.checkpoints / f"checkpoint-{at}")
+            self._evaluate(load_policy(self.config.policy, str(checkpoint)).model, at, arm)
 
     def _unevaluated(self, arm: Arm, step: int) -> list[int]:
         """Steps up to one after which the arm should have been evaluated, and is not."""
