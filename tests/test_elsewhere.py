@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import shutil
+import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -150,7 +153,10 @@ def test_scores_that_need_each_other_are_refused(setting: str, said: str, collec
         scored(collected, tmp_path, [setting], Here())
 
 
-def test_an_engine_of_the_workers_own_is_refused(tmp_path: Path) -> None:
+def test_an_engine_of_the_workers_own_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = ModuleType("vllm")
+    installed.__spec__ = ModuleSpec("vllm", None)
+    monkeypatch.setitem(sys.modules, "vllm", installed)
     run = pipeline(tmp_path, *RUN, "collect.vllm={}", workers=Here())
     with pytest.raises(ConfigError, match="vllm serve"):
         run.collect()

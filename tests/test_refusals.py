@@ -88,11 +88,11 @@ def with_template(text: str) -> Callable[[Path], None]:
 
 POLICIES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "nan": (with_nan, "not all finite numbers"),
-    "raises": (with_template("{{ raise_exception('not so') }}"), "template refuses the prompts: not so"),
-    "division": (with_template("{{ 1 / 0 }}"), "template refuses the prompts: division by zero"),
-    "type": (with_template("{{ 1 + 'a' }}"), "template refuses the prompts"),
-    "syntax": (with_template("{% if %}"), "template refuses the prompts"),
-    "recursion": (with_template("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"), "template refuses the prompts"),
+    "raises": (with_template("{{ raise_exception('not so') }}"), ": not so"),
+    "division": (with_template("{{ 1 / 0 }}"), ": division by zero"),
+    "type": (with_template("{{ 1 + 'a' }}"), "template refuses the prompt"),
+    "syntax": (with_template("{% if %}"), "template refuses the prompt"),
+    "recursion": (with_template("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"), "template refuses the prompt"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "the model at"),
     "cut weights": (lambda folder: os.truncate(folder / "model.safetensors", 1000), "the model at"),
     "config": (lambda folder: (folder / "config.json").write_text("[" * 100_000), "cannot be loaded"),

@@ -295,20 +295,21 @@ class Workspace:
         """
         path = self.folder / CONFIG
         try:
-            before: Any = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+            known = path.is_file()
+            before: Any = json.loads(path.read_text(encoding="utf-8")) if known else None
             files = list(self.folder.iterdir()) if self.folder.is_dir() else []
         except OSError as error:
             raise _unusable(self.folder, error) from None
         except (ValueError, RecursionError):
             raise ArtifactError("is not JSON", where=str(path), fix=f"delete {self.folder} and run again.") from None
-        if before is not None and not isinstance(before, dict):
+        if known and not isinstance(before, dict):
             raise ArtifactError("holds no config", where=str(path), fix=f"delete {self.folder} and run again.")
         others = [file for file in files if file.name != LOCK and file.suffix != ".part"]
-        if before is None and (others or (self.folder.exists() and not self.folder.is_dir())):
+        if not known and (others or (self.folder.exists() and not self.folder.is_dir())):
             raise ArtifactError(
                 "exists and is not a run", where=str(self.folder), fix="choose another name= or run_dir=."
             )
-        changed = [] if before is None else config_difference(deciding(before), deciding(self.config.resolved()))
+        changed = [] if not known else config_difference(deciding(before), deciding(self.config.resolved()))
         if changed and self._holds_anything():
             raise ConfigError(
                 f"this run was started with another config: {_shown(changed)}",

@@ -231,4 +231,4 @@ def test_a_run_refuses_a_policy_before_anything_is_collected(
     assert ended.returncode == 2
     assert message in ended.stderr
     assert "Traceback" not in ended.stderr
-    assert not list(tmp_path.rglob("*.parquet"))
+    assert not list(tmp_path.rglob("trajectories"))

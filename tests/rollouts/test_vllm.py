@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, ClassVar
@@ -76,6 +77,7 @@ class Engine:
 @pytest.fixture
 def vllm(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     module = ModuleType("vllm")
+    module.__spec__ = ModuleSpec("vllm", None)
     module.LLM, module.SamplingParams = Engine, SamplingParams  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "vllm", module)
     Engine.started, Engine.requests, Engine.policy = [], [], policy

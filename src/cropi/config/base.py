@@ -18,7 +18,7 @@ def _as_json(value: Any) -> Any:
     try:
         json.dumps(value, allow_nan=False)
     except (ValueError, TypeError):
-        raise ValueError("is nothing that JSON can hold") from None
+        raise ValueError("must be a finite number, a text, true, false, null, a list or a table") from None
     return value
 
 
