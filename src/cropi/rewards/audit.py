@@ -102,26 +102,7 @@ def audit_of(
         by_other = judge_of(other, config.verification)(asked)
         _require_verdicts(by_other, "--against")
         second = [judgement.verdict for judgement in by_other]
-        differing = [
-            n for n, (a, b) in enumerate(zip(verdicts, second, strict=True)) if (a == CORRECT) != (b == CORRECT)
-        ]
-        disagreement = {
-            "first": config.verifier.type,
-            "second": other.type,
-            "of": len(asked),
-            "count": len(differing),
-            "first_only": sum(verdicts[n] == CORRECT for n in differing),
-            "examples": [
-                {
-                    "prompt_id": rows[n]["prompt_id"],
-                    "first": verdicts[n],
-                    "second": second[n],
-                    "answer": rows[n]["answer"][:TEXT],
-                    "completion": texts[n][-TEXT:],
-                }
-                for n in differing[:SHOWN]
-            ],
-        }
+        disagreement = {"first": config.verifier.type, "second": other.type} | _differing(rows, texts, verdicts, second)
     sources = _by_source([row["source"] for row in rows], judged, graded=config.verifier.gives_grades)
     bad = [
         {"prompt_id": row["prompt_id"], "answer": row["answer"][:TEXT], "verdict": verdict}
@@ -129,13 +110,6 @@ def audit_of(
         if verdict != CORRECT
     ]
     cheap = cheap_answers(config.verifier, judge, prompts)
-    fixes = _fixes(of_gold, judged, sources, disagreement)
-    if cheap:
-        names = ", ".join(sorted({row["source"] for row in cheap}))
-        fixes.append(
-            f"answers that need no thought earn more than chance in {names}: a policy would learn to give them. Make "
-            "the verifier stricter, or leave these prompts out."
-        )
     return Audit(
         completions=len(texts),
         origin=origin,
@@ -145,8 +119,41 @@ def audit_of(
         verdicts=dict(Counter(verdicts)),
         disagreement=disagreement,
         cheap=cheap,
-        fixes=fixes,
+        fixes=[*_fixes(of_gold, judged, sources, disagreement), *_against_cheap(cheap)],
     )
+
+
+def _differing(
+    rows: Sequence[Mapping[str, Any]], texts: Sequence[str], first: Sequence[str], second: Sequence[str]
+) -> dict[str, Any]:
+    """Count the completions that only one of two verifiers calls right, with examples."""
+    differing = [n for n, (a, b) in enumerate(zip(first, second, strict=True)) if (a == CORRECT) != (b == CORRECT)]
+    return {
+        "of": len(texts),
+        "count": len(differing),
+        "first_only": sum(first[n] == CORRECT for n in differing),
+        "examples": [
+            {
+                "prompt_id": rows[n]["prompt_id"],
+                "first": first[n],
+                "second": second[n],
+                "answer": rows[n]["answer"][:TEXT],
+                "completion": texts[n][-TEXT:],
+            }
+            for n in differing[:SHOWN]
+        ],
+    }
+
+
+def _against_cheap(cheap: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Say what to do about sources where an answer that needs no thought earns more than chance."""
+    if not cheap:
+        return []
+    names = ", ".join(sorted({row["source"] for row in cheap}))
+    return [
+        f"answers that need no thought earn more than chance in {names}: a policy would learn to give them. Make the "
+        "verifier stricter, or leave these prompts out."
+    ]
 
 
 def _require_verdicts(judged: Sequence[Judgement], where: str) -> None:
