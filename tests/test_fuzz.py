@@ -144,7 +144,7 @@ def test_a_mutated_config_is_used_or_refused(chunk: int, tmp_path: Path, monkeyp
         try:
             config = load_config(str(path))
             given = Given.named_by(config)
-            rows, _ = checked_prompts(config)
+            rows = checked_prompts(config).rows
             plan(config, given.policy, rows, sampled_prompts(config, rows))
             questions(config, given.policy, [row for row in rows if row["set"].startswith("test/")])
             accepted.append(path)
