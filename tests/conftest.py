@@ -13,9 +13,12 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from cropi.training import settings
+from cropi.training.rehearsal import rehearse
+
 VOCABULARY = 13
 
-LONG = {"test_compare", "test_cli", "test_pool", "test_trainer", "test_sharded"}
+LONG = {"test_compare", "test_cli", "test_pool", "test_trainer", "test_sharded", "test_train", "test_refusals"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -52,6 +55,20 @@ def model(request: pytest.FixtureRequest) -> LlamaForCausalLM:
 def _one_thread() -> None:
     """Whatever the test before has set."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_rehearsal() -> Iterator[None]:
+    """Skip the step of training that tries settings, half a second for each config, but in tests that ask for it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(settings, "rehearse", lambda *_: None)
+        yield
+
+
+@pytest.fixture
+def rehearsal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Try settings by a step of training, as a command does."""
+    monkeypatch.setattr(settings, "rehearse", rehearse)
 
 
 @pytest.fixture

@@ -247,7 +247,8 @@ def test_a_second_interrupt_shows_no_traceback_either(tmp_path: Path) -> None:
         os.killpg(process.pid, signal.SIGINT)
         time.sleep(0.02)
     _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130, stderr
+    # Python takes its handlers away while it shuts down: an interrupt then ends it without another word.
+    assert process.returncode in (130, -signal.SIGINT), stderr
     assert "Traceback" not in stderr
     assert "goes on from here" in stderr
 

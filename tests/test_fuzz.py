@@ -21,6 +21,8 @@ from cropi.prompts import checked_prompts
 from cropi.rollouts.collect import plan, sampled_prompts
 from tests.runs import cropi
 
+pytestmark = pytest.mark.usefixtures("rehearsal")
+
 CASES = int(os.environ.get("CASES", "1000"))
 CHUNKS = 20
 RUNS = 3  # of the accepted configs of a chunk, carried out to their end

@@ -22,6 +22,8 @@ from cropi.errors import ArtifactError
 from cropi.ledger import Ledger
 from tests.runs import SMALL, cropi
 
+pytestmark = pytest.mark.usefixtures("rehearsal")
+
 
 def refused(cwd: Path, *overrides: str, verbs: tuple[str, ...] = ("check", "run")) -> str:
     """The one message of all verbs, each of which ends with code 2 within ten seconds of a processor."""

@@ -312,6 +312,7 @@ def test_gradient_accumulation_and_iterations_keep_the_stage_length(tmp_path: Pa
     assert weights
 
 
+@pytest.mark.usefixtures("rehearsal")
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -374,6 +375,7 @@ def test_trainer_settings_that_cannot_work_are_refused(
         grpo_config(config(override), tmp_path, torch.device("cpu"))
 
 
+@pytest.mark.usefixtures("rehearsal")
 @pytest.mark.parametrize(
     ("override", "value"),
     [
@@ -408,6 +410,7 @@ def test_settings_that_do_not_fit_the_policy_are_told_in_words(tmp_path: Path) -
         run(tmp_path, "trainer.router_aux_loss_coef=0.1")
 
 
+@pytest.mark.usefixtures("rehearsal")
 def test_a_rehearsal_leaves_random_states_as_they_were(tmp_path: Path) -> None:
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
     _problem.cache_clear()
