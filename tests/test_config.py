@@ -222,12 +222,19 @@ def test_odd_positions_and_bytes_of_a_command_line_are_refused(override: str) ->
 
 
 @pytest.mark.parametrize("name", [name for name in presets() if name not in TYPES])
-@pytest.mark.parametrize("path", ["select.strategy.type={}", "select.strategy={{type: {}}}"])
+@pytest.mark.parametrize("path", ["select.strategy.type={}", "select.strategy={{type: {}}}", "select.strategy={}"])
 def test_a_preset_is_named_as_a_strategys_type(name: str, path: str) -> None:
     config = load_config("quickstart", ["baselines=[]", path.format(name)])
     patched = merged(load_config("quickstart", ["baselines=[]"]).resolved(), presets()[name]["config"])
     patched["select"]["strategy"]["name"] = name
     assert config == validate_config(patched, "test")
+
+
+def test_a_strategy_is_given_by_its_name_alone() -> None:
+    config = load_config("quickstart", ["select.strategy=full", "baselines=[random, {type: pass_rate}]"])
+    assert list(config.arms) == ["full", "random", "pass_rate"]
+    with pytest.raises(ConfigError, match="did you mean 'full'"):
+        load_config("quickstart", ["select.strategy=fulll"])
 
 
 def test_what_a_command_line_says_goes_before_what_its_preset_says() -> None:

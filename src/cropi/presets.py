@@ -63,12 +63,15 @@ def with_presets(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     """
     result = copy.deepcopy(dict(values))
     select, baselines = result.get("select"), result.get("baselines")
-    strategy = select.get("strategy") if isinstance(select, dict) else None
+    strategy = _table(select.get("strategy")) if isinstance(select, dict) else None
+    if isinstance(select, dict) and strategy is not None:
+        select["strategy"] = strategy
     named = _named(strategy)
     if named is not None:
         result = merged(result, _patch_of(named, strategy))
     entries = baselines if isinstance(baselines, list) else []
-    for place, entry in enumerate(entries):
+    for place, written in enumerate(entries):
+        entry = entries[place] = _table(written)
         other = _named(entry)
         if other is not None:
             patch = _patch_of(other, entry)
@@ -81,6 +84,11 @@ def with_presets(values: Mapping[str, Any], where: str) -> dict[str, Any]:
                 )
             entries[place] = patch["select"]["strategy"]
     return result
+
+
+def _table(strategy: Any) -> Any:
+    """A strategy that is given by its name alone as a table."""
+    return {"type": strategy} if isinstance(strategy, str) else strategy
 
 
 def _named(strategy: Any) -> str | None:
