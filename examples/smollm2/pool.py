@@ -1,37 +1,50 @@
-"""Write the files of the recipe `gsm8k-smollm2`: a pool of word problems, some of use and most not, sources named.
+"""Write warm-start solutions and three pools of problems, from MAWPS, GSM8K and reasoning-gym.
 
-Wanted are the two-step problems of MAWPS's multiarith. In the pool half of them carry the answer of another one
-(`mislabelled`); beside them stand one-step problems (`one-step`), GSM8K's (`gsm8k`, too hard), and counting of
-letters by reasoning-gym (`letters`, of no use). MAWPS is split by hash: 0-0.4 is left
-for the warm start, then training, validation and test.
+The target skill is the two-step problem of MAWPS's multiarith. Each pool is a folder with a `train.jsonl`:
 
-MAWPS is small: a tenth of 719 problems is learned by heart within 15 steps of 64 of them. So every problem of the pool
-whose solution `worked.py` can tell stands there `--versions` times, each time with other numbers of as many digits and
-the answer worked out anew. Validation and test problems stay as they are.
+- `niche`: a tenth is relevant; the rest is easier (one-step), harder (GSM8K) or irrelevant (letters, divisors);
+- `mislabelled`: the same problems, and half of the relevant ones carry the answer of another;
+- `homogeneous`: relevant problems alone.
+
+MAWPS consists of templates: 580 two-step problems are some 120 texts with other names and numbers. It is split by
+template, in hash order, into warm start, training, validation and test. A problem that is still near one of a later
+part is removed and counted. A problem whose solution `worked.py` can tell stands in several versions, with other
+numbers of as many digits and the answer worked out anew.
 """
 
 import argparse
 import json
 import random
+import re
+from collections import Counter
 from collections.abc import Iterable
 from fractions import Fraction
+from itertools import islice, pairwise
 from pathlib import Path
 
 import reasoning_gym
-from worked import NUMBER, Step, meant, split_rows, values
+from worked import NUMBER, Step, meant, place, split_rows, values, worked
 
 Row = dict[str, str]
 
-WARM, TRAIN, VALIDATION = 0.4, 0.7, 0.8  # where the parts end in hash order
+PARTS = {"warm": (0.0, 0.3), "train": (0.3, 0.55), "validation": (0.55, 0.65), "test": (0.65, 1.0)}
+TWO_STEP, ONE_STEP = ("multiarith",), ("addsub", "singleop")
+NEAR = 0.6  # Jaccard similarity of word pairs from which two problems count as the same
+RELEVANT, EASIER, HARDER, IRRELEVANT = 320, 960, 960, 480  # problems in a pool; IRRELEVANT of each kind
+VALIDATION, TARGETED, UNTARGETED = 64, 320, 80  # held-out problems; UNTARGETED of each kind
 TRIES = 500  # to find other numbers for a problem
 
 
-def named(source: str, rows: Iterable[Row]) -> list[Row]:
-    return [{"question": row["question"], "answer": row["answer"], "source": source} for row in rows]
+def named(source: str, rows: Iterable[Row], count: int) -> list[Row]:
+    """The first `count` rows with the name of their kind."""
+    found = [{"question": row["question"], "answer": row["answer"], "source": source} for row in islice(rows, count)]
+    if len(found) < count:
+        raise SystemExit(f"{source}: {count} problems asked for, {len(found)} found")
+    return found
 
 
 def expression_of(row: Row) -> tuple[Step, ...] | None:
-    """What is to be worked out of the numbers of a problem; None where that is not clear or they are not whole."""
+    """The steps from a problem's numbers to its answer; None where that is not clear or the numbers are not whole."""
     numbers = NUMBER.findall(row["question"])
     if not all(number.isdigit() for number in numbers):
         return None
@@ -52,14 +65,15 @@ def renumbered(row: Row, expression: tuple[Step, ...], generator: random.Random)
 
 
 def versions(rows: list[Row], count: int, generator: random.Random) -> list[Row]:
-    """Every row, and `count` - 1 more versions of those whose solution is known."""
-    found = []
-    for row in rows:
-        expression = expression_of(row)
-        more = [renumbered(row, expression, generator) for _ in range(count - 1)] if expression else []
-        texts = {row["question"]: row} | {new["question"]: new for new in more if new is not None}
-        found += texts.values()
-    return found
+    """Every row, then up to `count` - 1 more versions of each row whose solution is known, round by round."""
+    found = {row["question"]: row for row in rows}
+    known = [(row, expression) for row in rows if (expression := expression_of(row))]
+    for _ in range(count - 1):
+        for row, expression in known:
+            new = renumbered(row, expression, generator)
+            if new is not None:
+                found.setdefault(new["question"], new)
+    return list(found.values())
 
 
 def mislabelled(rows: list[Row], generator: random.Random) -> list[Row]:
@@ -75,12 +89,57 @@ def mislabelled(rows: list[Row], generator: random.Random) -> list[Row]:
     ]
 
 
-def letters(count: int, seed: int) -> list[Row]:
-    """How often a letter occurs in a text."""
-    return [
-        {"question": item["question"], "answer": item["answer"]}
-        for item in reasoning_gym.create_dataset("letter_counting", size=count, seed=seed)
-    ]
+def word_pairs(question: str) -> frozenset[tuple[str, str]]:
+    """Pairs of neighbouring words, lower case, every number written 0."""
+    words = re.findall(r"[a-z']+|0", re.sub(r"\d[\d,.]*", "0", question.lower()))
+    return frozenset(pairwise(words))
+
+
+def without_near_duplicates(rows: list[Row], kept: list[Row]) -> list[Row]:
+    """The rows whose word pairs are less than `NEAR` similar to those of every row of `kept`."""
+    others = [word_pairs(row["question"]) for row in kept]
+
+    def near(own: frozenset[tuple[str, str]]) -> bool:
+        return any(len(own & other) >= NEAR * len(own | other) for other in others)
+
+    return [row for row in rows if not near(word_pairs(row["question"]))]
+
+
+def templates(rows: list[Row]) -> list[list[Row]]:
+    """Group rows that are near-duplicates of a group's first row."""
+    found: list[tuple[frozenset[tuple[str, str]], list[Row]]] = []
+    for row in rows:
+        own = word_pairs(row["question"])
+        group = next((rows for first, rows in found if len(own & first) >= NEAR * len(own | first)), None)
+        if group is None:
+            found.append((own, [row]))
+        else:
+            group.append(row)
+    return [group for _, group in found]
+
+
+def split(folder: Path, names: Iterable[str]) -> dict[str, list[Row]]:
+    """MAWPS files split by template, without what is still near a later part."""
+    rows = [row for name in names for row in split_rows(folder / f"{name}.jsonl", (0.0, 1.0))]
+    groups = templates(rows)
+    parts: dict[str, list[Row]] = {}
+    removed: dict[str, int] = {}
+    later: list[Row] = []
+    for part in reversed(PARTS):
+        low, high = PARTS[part]
+        own = [row for group in groups if low <= place(group[0]["question"]) < high for row in group]
+        parts[part] = without_near_duplicates(own, later)
+        removed[part] = len(own) - len(parts[part])
+        later += parts[part]
+    print(f"{', '.join(names)}: {len(rows)} problems in {len(groups)} templates, near-duplicates removed: {removed}")
+    return parts
+
+
+def puzzles(task: str, count: int, seed: int, **settings: int) -> list[Row]:
+    """Problems of reasoning-gym, each question once."""
+    items = reasoning_gym.create_dataset(task, size=4 * count, seed=seed, **settings)
+    rows = {item["question"]: {"question": item["question"], "answer": item["answer"]} for item in items}
+    return list(rows.values())
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -88,47 +147,60 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--mawps", type=Path, required=True, help="folder of addsub, multiarith and singleop .jsonl")
     parser.add_argument("--gsm8k", type=Path, required=True, help="folder of train.jsonl and test.jsonl")
     parser.add_argument("--output", type=Path, required=True, help="folder for the files")
-    parser.add_argument("--versions", type=int, default=6, help="of a MAWPS problem in the pool (default: 6)")
-    parser.add_argument("--hard", type=int, default=960, help="GSM8K problems in the pool (default: 960)")
-    parser.add_argument("--letters", type=int, default=480, help="letter-counting problems in the pool (default: 480)")
-    parser.add_argument("--seed", type=int, default=0, help="of numbers, wrong answers and letters (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="of numbers, wrong answers and puzzles (default: 0)")
     return parser.parse_args()
+
+
+def warm_start(rows: list[Row]) -> list[Row]:
+    """Worked solutions of the problems whose solution is clear."""
+    solved = ((row, worked(row["question"], row["answer"])) for row in rows)
+    return [
+        {"question": row["question"], "answer": solution, "source": "worked"} for row, solution in solved if solution
+    ]
 
 
 def main() -> None:
     arguments = parse_arguments()
     generator = random.Random(arguments.seed)
+    two_step, one_step = split(arguments.mawps, TWO_STEP), split(arguments.mawps, ONE_STEP)
+    letters = puzzles("letter_counting", IRRELEVANT + UNTARGETED, arguments.seed)
+    divisors = puzzles("gcd", IRRELEVANT + UNTARGETED, arguments.seed, max_value=60)
+    hard = without_near_duplicates(
+        list(islice(split_rows(arguments.gsm8k / "train.jsonl", (0.0, 1.0)), HARDER + 40)),
+        tested := split_rows(arguments.gsm8k / "test.jsonl", (0.0, 1.0))[:UNTARGETED],
+    )
 
-    def mawps(part: tuple[float, float], *names: str) -> list[Row]:
-        return [row for name in names for row in split_rows(arguments.mawps / f"{name}.jsonl", part)]
+    def relevant(part: str, count: int, of_each: int) -> list[Row]:
+        return named("two-step", versions(two_step[part], of_each, generator), count)
 
-    def anew(rows: list[Row]) -> list[Row]:
-        return versions(rows, arguments.versions, generator)
-
-    wanted = mawps((WARM, TRAIN), "multiarith")
-    half = len(wanted) // 2
+    target = relevant("train", RELEVANT, 8)
+    others = [
+        *named("one-step", versions(one_step["train"], 8, generator), EASIER),
+        *named("gsm8k", hard, HARDER),
+        *named("letters", letters, IRRELEVANT),
+        *named("divisors", divisors, IRRELEVANT),
+    ]
+    wrong = set(generator.sample(range(RELEVANT), RELEVANT // 2))
+    wrongly = [row | {"source": "mislabelled"} for row in mislabelled(target, generator)]
     files = {
-        "train": [
-            *named("multiarith", anew(wanted[:half])),
-            *named("mislabelled", mislabelled(anew(wanted[half:]), generator)),
-            *named("one-step", anew(mawps((WARM, TRAIN), "addsub", "singleop"))),
-            *named("gsm8k", split_rows(arguments.gsm8k / "train.jsonl", (0.0, 1.0))[: arguments.hard]),
-            *named("letters", letters(arguments.letters, arguments.seed)),
+        "warm": warm_start(versions([*two_step["warm"], *one_step["warm"]], 3, generator)),
+        "niche/train": [*target, *others],
+        "mislabelled/train": [*(wrongly[n] if n in wrong else row for n, row in enumerate(target)), *others],
+        "homogeneous/train": target,
+        "validation": relevant("validation", VALIDATION, 4),
+        "test-targeted": relevant("test", TARGETED, 2),
+        "test-untargeted": [
+            *named("one-step", one_step["test"], UNTARGETED),
+            *named("gsm8k", tested, UNTARGETED),
+            *named("letters", letters[IRRELEVANT:], UNTARGETED),
+            *named("divisors", divisors[IRRELEVANT:], UNTARGETED),
         ],
-        "validation": named("multiarith", mawps((TRAIN, VALIDATION), "multiarith")),
-        "test-multiarith": named("multiarith", mawps((VALIDATION, 1.0), "multiarith")),
-        "test-one-step": named("one-step", mawps((VALIDATION, 1.0), "addsub", "singleop")),
-        "test-gsm8k": named("gsm8k", split_rows(arguments.gsm8k / "test.jsonl", (0.0, 1.0))),
     }
-    arguments.output.mkdir(parents=True, exist_ok=True)
     for name, rows in files.items():
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (arguments.output / f"{name}.jsonl").write_text(text, encoding="utf-8")
-        counts = {
-            source: sum(row["source"] == source for row in rows)
-            for source in dict.fromkeys(row["source"] for row in rows)
-        }
-        print(f"{name}.jsonl: {counts}")
+        path = arguments.output / f"{name}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        print(f"{name}.jsonl: {dict(Counter(row['source'] for row in rows))}")
 
 
 if __name__ == "__main__":

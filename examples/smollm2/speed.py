@@ -1,4 +1,4 @@
-"""Time sampling and a training step on one core: `generate` against `decode.py`, TRL's step against `shared.py`.
+"""Time sampling and a training step on one core: `generate` against `decode.py`, TRL's step against `grpo.py`.
 
 Both of a pair are measured alternately in one process. Ratios are what to read: bare times differ by machine.
 """
@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from datasets import Dataset
 from decode import left_padded, sample
+from grpo import Group, Policy, Question
 from measure import chat
-from shared import SharedPromptTrainer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from trl import GRPOConfig, GRPOTrainer
 
@@ -44,18 +44,19 @@ def timed(work: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - start, result
 
 
-def step_inputs(prompts: list[list[int]], completions: list[list[int]], pad: int) -> dict[str, Any]:
-    """A generation batch of TRL's, with random advantages."""
-    ids, mask = left_padded(prompts, pad)
+def trl_inputs(groups: list[Group], pad: int) -> dict[str, Any]:
+    """The groups as a generation batch of TRL's."""
+    ids, mask = left_padded([group.question.prompt for group in groups for _ in group.completions], pad)
+    completions = [completion for group in groups for completion in group.completions]
     longest = max(map(len, completions))
     padded = torch.tensor([row + [pad] * (longest - len(row)) for row in completions])
     kept = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in completions])
-    advantages = torch.randn(len(prompts), generator=torch.Generator().manual_seed(0))
+    advantages = torch.cat([group.advantages() for group in groups])
     named = {"prompt_ids": ids, "prompt_mask": mask.long(), "completion_ids": padded, "completion_mask": kept}
     return named | {"advantages": advantages, "num_items_in_batch": kept.sum()}
 
 
-def trainer(kind: type[GRPOTrainer], path: Path, tokenizer: Any, rows: int, folder: str) -> GRPOTrainer:
+def trl_trainer(path: Path, tokenizer: Any, rows: int, folder: str) -> GRPOTrainer:
     arguments = GRPOConfig(
         output_dir=folder,
         use_cpu=True,
@@ -63,9 +64,10 @@ def trainer(kind: type[GRPOTrainer], path: Path, tokenizer: Any, rows: int, fold
         gradient_checkpointing=False,
         per_device_train_batch_size=rows,
         max_completion_length=LONGEST,
+        loss_type="dr_grpo",
         report_to=[],
     )
-    made = kind(
+    made = GRPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32),
         reward_funcs=lambda completions, **_: [0.0] * len(completions),
         processing_class=tokenizer,
@@ -77,9 +79,14 @@ def trainer(kind: type[GRPOTrainer], path: Path, tokenizer: Any, rows: int, fold
     return made
 
 
-def stepped(made: GRPOTrainer, inputs: dict[str, Any]) -> None:
+def trl_step(made: GRPOTrainer, inputs: dict[str, Any]) -> None:
     made.model.zero_grad()
     made.compute_loss(made.model, dict(inputs)).backward()
+
+
+def own_step(policy: Policy, groups: list[Group]) -> None:
+    policy.optimizer.zero_grad()
+    policy.accumulate(groups)
 
 
 def sampling(
@@ -119,15 +126,16 @@ def main() -> None:
     )["input_ids"]
     prompts = [prompt for prompt in encoded for _ in range(8)]
     rates, completions = sampling(arguments.model, prompts, eos, pad, arguments.rounds)
-    inputs = step_inputs(prompts[: arguments.step_completions], completions[: arguments.step_completions], pad)
-    ratios = []
+    groups = [  # all mixed: that groups of equal rewards are left out is not measured
+        Group(Question("", "", "", tuple(prompts[n])), completions[n : n + 8], [0.0, 1.0] * 4)
+        for n in range(0, arguments.step_completions, 8)
+    ]
+    inputs, ratios = trl_inputs(groups, pad), []
+    policy = Policy(arguments.model, learning_rate=0.0, longest=LONGEST, seed=0)
     with tempfile.TemporaryDirectory() as folder:
-        kinds = (GRPOTrainer, SharedPromptTrainer)
-        plain, shared = (
-            trainer(kind, arguments.model, tokenizer, arguments.step_completions, folder) for kind in kinds
-        )
+        plain = trl_trainer(arguments.model, tokenizer, arguments.step_completions, folder)
         for number in range(arguments.rounds):
-            slow, fast = (timed(lambda made=made: stepped(made, inputs))[0] for made in (plain, shared))
+            slow, fast = timed(lambda: trl_step(plain, inputs))[0], timed(lambda: own_step(policy, groups))[0]
             ratios += [slow / fast] if number else []
             print(f"step: TRL {slow:.1f} s, shared {fast:.1f} s, {slow / fast:.2f} times", flush=True)
     step, sampled = statistics.median(ratios), statistics.median(rates)

@@ -2,11 +2,9 @@
 
 The solution is the one arithmetic expression, of one or two steps, over numbers in the question that gives
 the answer. A row is skipped where there is none, or where two that mean different things both give it.
-Rows are read and split by cropi's own reader (`cropi.prompts._from_rows`, private: this file goes with the
-cropi it is shipped with), so a recipe with another `hash_range` of the same files never sees these rows.
 """
 
-import argparse
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -14,9 +12,6 @@ from fractions import Fraction
 from itertools import combinations, permutations
 from pathlib import Path
 from typing import NamedTuple
-
-from cropi.config import FileSource
-from cropi.prompts import _from_rows
 
 NUMBER = re.compile(r"(?<![\w.])(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?!\w)|(?<![\w.])\.\d+(?!\w)")
 MAX_DECIMALS = 2
@@ -31,12 +26,17 @@ class Step(NamedTuple):
     right: int
 
 
+def place(question: str) -> float:
+    """A question's place in hash order, in [0, 1)."""
+    return int.from_bytes(hashlib.sha256(question.encode()).digest()[:4], "big") / 2**32
+
+
 def split_rows(path: Path, hash_range: tuple[float, float]) -> list[dict[str, str]]:
-    """`question` and `answer` of the rows that cropi reads from a file under this `hash_range`."""
-    source = FileSource(type="file", path=str(path), hash_range=hash_range)
-    return [
-        {"question": json.loads(row["messages"]), "answer": row["answer"]} for row, _ in _from_rows(source, path.name)
-    ]
+    """`question` and final `answer` of a JSONL file's rows in a part of hash order; a repeated question counts once."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    found = {row["question"]: row["answer"].rpartition("####")[2].strip().replace(",", "") for row in rows}
+    low, high = hash_range
+    return [{"question": q, "answer": answer} for q, answer in found.items() if low <= place(q) < high]
 
 
 def apply(left: Fraction, op: str, right: Fraction) -> Fraction | None:
@@ -124,31 +124,3 @@ def worked(question: str, answer: str) -> str | None:
         lines.append(f"{written(left)} {step.op} {written(right)} = {written(result)}")
         before = result
     return "\n".join([*lines, f"#### {written(goal)}"])
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, nargs="+", required=True, help="MAWPS files: `question`, numeric `answer`")
-    parser.add_argument("--output", type=Path, required=True, help="JSONL of `question` and worked `answer`")
-    parser.add_argument(
-        "--hash-range", type=float, nargs=2, default=(0.0, 0.4), metavar=("LOW", "HIGH"), help="default: 0.0 0.4"
-    )
-    return parser.parse_args()
-
-
-def main() -> None:
-    arguments = parse_arguments()
-    derived = []
-    for path in arguments.data:
-        rows = split_rows(path, tuple(arguments.hash_range))
-        solved = [(row, solution) for row in rows if (solution := worked(row["question"], row["answer"]))]
-        derived += [{"question": row["question"], "answer": solution} for row, solution in solved]
-        two_steps = sum(solution.count("\n") == 2 for _, solution in solved)
-        print(f"{path.name}: {len(solved)} derived ({two_steps} of two steps), {len(rows) - len(solved)} skipped")
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in derived]
-    arguments.output.write_text("".join(lines), encoding="utf-8")
-    print(f"{len(derived)} rows written to {arguments.output}")
-
-
-if __name__ == "__main__":
-    main()

@@ -2,6 +2,7 @@
 
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from cropi.builtin import POLICY_DIR, generate
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "smollm2"))
 
 from decode import sample
-from shared import SharedPromptTrainer
+from grpo import Group, Policy, Question, log_probs, pack
+from speed import trl_inputs
 
 
 def problems(count: int) -> list[dict[str, str]]:
@@ -73,43 +75,75 @@ def test_samples_follow_the_policy(policy: tuple[Any, Any]) -> None:
     assert statistic < {1: 10.8, 2: 13.8, 3: 16.3, 4: 18.5, 5: 20.5}[len(common)]
 
 
-def right(completions: list[str], answer: list[str], **_: Any) -> list[float]:
-    return [float(c.rpartition("answer ")[2].strip() == a) for c, a in zip(completions, answer, strict=True)]
+@pytest.fixture
+def own() -> Policy:
+    return Policy(POLICY_DIR, learning_rate=1e-3, longest=16, seed=0, bf16=False)
 
 
-@pytest.mark.parametrize("loss_type", ["dapo", "grpo"])
-def test_the_shared_step_has_the_gradient_of_trl(tmp_path: Path, loss_type: str) -> None:
-    """Loss and gradient of one generation batch, TRL's own forward pass against the packed one."""
+def groups_of(own: Policy, count: int) -> list[Group]:
+    """Sampled groups of 8 with rewards of three kinds; every third group has equal rewards."""
+    questions = [
+        Question(row["prompt"], row["answer"], "", tuple(own.tokenizer(row["prompt"])["input_ids"]))
+        for row in problems(count)
+    ]
+    sampled = own.sample(questions, 8)
+    return [
+        replace(group, rewards=[float((n + k) % 3 == 0 and n % 3 > 0) for k in range(8)])
+        for n, group in enumerate(sampled)
+    ]
 
-    def trainer(kind: type[GRPOTrainer]) -> GRPOTrainer:
-        arguments = GRPOConfig(
+
+def flat(model: Any) -> torch.Tensor:
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def test_the_step_has_the_gradient_of_trl(tmp_path: Path, own: Policy) -> None:
+    """Loss and gradient of one generation batch: TRL's own, a row for each completion, against packed prompts."""
+    groups = groups_of(own, 4)
+    made = GRPOTrainer(
+        model=str(POLICY_DIR),
+        reward_funcs=lambda completions, **_: [0.0] * len(completions),
+        train_dataset=Dataset.from_list(problems(8)),
+        args=GRPOConfig(
             output_dir=str(tmp_path),
             use_cpu=True,
             bf16=False,
             gradient_checkpointing=False,
-            per_device_train_batch_size=32,
-            num_generations=8,
+            per_device_train_batch_size=8 * len(groups),
             max_completion_length=16,
-            temperature=0.9,
-            beta=0.1,
-            loss_type=loss_type,
+            loss_type="dr_grpo",
+            beta=0.0,
             report_to=[],
-        )
-        dataset = Dataset.from_list(problems(8))
-        made = kind(model=str(POLICY_DIR), reward_funcs=right, train_dataset=dataset, args=arguments)
-        made.current_gradient_accumulation_steps = 1
-        made.model.train()
-        return made
+        ),
+    )
+    made.current_gradient_accumulation_steps = 1
+    made.model.train()
+    loss = made.compute_loss(made.model, trl_inputs(groups, own.tokenizer.pad_token_id))
+    loss.backward()
+    found = own.accumulate(groups, tokens=200)
+    assert found == pytest.approx(float(loss.detach()), rel=1e-5)
+    expected = flat(made.model)
+    assert expected.norm() > 0.001
+    assert float((flat(own.model) - expected).norm() / expected.norm()) < 1e-5
 
-    torch.manual_seed(0)
-    plain, shared = trainer(GRPOTrainer), trainer(SharedPromptTrainer)
-    inputs = plain._prepare_inputs(next(iter(plain.get_train_dataloader())))
-    losses, gradients = [], []
-    for each in (plain, shared):
-        loss = each.compute_loss(each.model, dict(inputs))
-        loss.backward()
-        losses.append(float(loss.detach()))
-        gradients.append(torch.cat([p.grad.flatten() for p in each.model.parameters() if p.grad is not None]))
-    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
-    assert gradients[0].norm() > 0.01
-    assert float((gradients[1] - gradients[0]).norm() / gradients[0].norm()) < 1e-5
+
+def test_a_prompt_s_own_gradient_is_the_sum_over_its_row(own: Policy) -> None:
+    """Read at one layer in the pass of three prompts; the oracle is the gradient of each prompt's loss alone."""
+    groups = [(g.question.prompt, g.completions, [1.0, -1.0] * 4) for g in groups_of(own, 1)]
+    layer = own.model.model.layers[0].mlp.down_proj
+    kept: dict[str, torch.Tensor] = {}
+
+    def hook(module: Any, given: Any, output: torch.Tensor) -> None:
+        kept["input"] = given[0].detach()
+        output.register_hook(lambda gradient: kept.update(gradient=gradient))
+
+    handle = layer.register_forward_hook(hook)
+    together = pack(groups)
+    (together.weights_T * log_probs(own.model, together)).sum().backward()
+    read = torch.einsum("ulo,uli->uoi", kept["gradient"], kept["input"])
+    handle.remove()
+    for n, group in enumerate(groups):
+        alone = pack([group])
+        own.optimizer.zero_grad()
+        (alone.weights_T * log_probs(own.model, alone)).sum().backward()
+        assert float((read[n] - layer.weight.grad).norm() / layer.weight.grad.norm()) < 1e-5

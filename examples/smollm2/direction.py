@@ -1,0 +1,355 @@
+"""Measure what a validation direction costs: its agreement with itself against the number of completions.
+
+`measure` samples completions of every validation prompt from a policy, or re-weights those of an earlier policy by each
+token's importance ratio. It keeps a sketch of every completion's gradient of log pi. `table` draws subsets of the
+completions and prints what each source gives.
+
+The sketch is, for each linear layer, the sum over a completion's own tokens of (P g)(Q a)^T: a is the layer's input, g
+the gradient at its output, P and Q are Gaussian with 16 rows. Inner products of sketches estimate those of gradients
+without bias. Gradients that flow through the prompt's tokens cannot be told apart by completion and are left out; the
+table gives the share of the squared norm that own tokens hold. Dense means over eighths of the prompts serve the ranks.
+"""
+
+import argparse
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from grpo import Group, Packed, Policy, log_probs, pack
+from safetensors.numpy import load_file, save_file
+from torch import Tensor, nn
+
+SKETCH = 16  # columns of P and Q
+TOGETHER = 16  # completions that share one pass
+FOLDS = 8
+RANKS = (8, 16, 32, 64)
+DRAWS = 200  # subsets of each size
+
+
+class Sketcher:
+    """Sketch the gradient of each linear layer, summed over the tokens of each branch."""
+
+    def __init__(self, model: nn.Module) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.layers = [m for name, m in model.named_modules() if isinstance(m, nn.Linear) and name != "lm_head"]
+
+        def projection(width: int) -> Tensor:
+            return torch.randn(width, SKETCH, generator=generator) / SKETCH**0.5
+
+        self.projections = [(projection(m.in_features), projection(m.out_features)) for m in self.layers]
+
+    @contextmanager
+    def reading(self, packed: Packed) -> Iterator[Tensor]:
+        """Encloses a forward and backward pass; yields U x branches x layers x 256; branch 0 is the prompt."""
+        rows = len(packed.ids_UL)
+        branches = int(packed.branch_UL.max()) + 1
+        place = (torch.arange(rows)[:, None] * branches + packed.branch_UL.clamp(min=0)).flatten()
+        found = torch.zeros(rows * branches, len(self.layers), SKETCH * SKETCH)
+        inputs: dict[int, Tensor] = {}
+
+        def keep(n: int) -> Callable[..., None]:
+            def hook(module: nn.Module, given: Any, output: Tensor) -> None:
+                inputs[n] = given[0].detach().float().flatten(0, 1) @ self.projections[n][0]
+                output.register_hook(lambda gradient: meet(n, gradient))
+
+            return hook
+
+        def meet(n: int, gradient: Tensor) -> None:
+            own = gradient.float().flatten(0, 1) @ self.projections[n][1]
+            outer = (own[:, :, None] * inputs.pop(n)[:, None, :]).flatten(1)
+            found[:, n].index_add_(0, place, outer)  # padding has no gradient
+
+        hooks = [layer.register_forward_hook(keep(n)) for n, layer in enumerate(self.layers)]
+        try:
+            yield found.view(rows, branches, len(self.layers), -1)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def centred(rewards: Sequence[float]) -> list[float]:
+    """r - mean of the others: REINFORCE with a leave-one-out baseline."""
+    total, count = sum(rewards), len(rewards)
+    return [reward - (total - reward) / (count - 1) for reward in rewards]
+
+
+def measure(policy: Policy, groups: list[Group], behaviour: dict[int, Any] | None) -> tuple[dict[str, Any], list[Any]]:
+    """Sketches (prompts x completions x size), log-probabilities, and dense gradients by eighths of the prompts."""
+    sketcher = Sketcher(policy.model)
+    count = len(groups[0].completions)
+    size = len(sketcher.layers) * SKETCH * SKETCH
+    scores = np.zeros((len(groups), count, size), np.float16)
+    kept: dict[int, Any] = {}
+    norms = np.zeros(2)
+    dense: list[Any] = []
+    for n, group in enumerate(groups):
+        kept[n] = []
+        weights = centred(group.rewards)
+        whole = torch.zeros(2, size)
+        for start in range(0, count, TOGETHER):
+            part = slice(start, start + TOGETHER)
+            packed = pack([(group.question.prompt, group.completions[part], weights[part])])
+            with sketcher.reading(packed) as found, torch.autocast("cpu", torch.bfloat16):
+                logs = log_probs(policy.model, packed)
+                own = logs.detach()
+                if behaviour is not None:
+                    own = (own - torch.tensor(behaviour[n][start // TOGETHER])).exp()
+                kept[n].append(logs.tolist())
+                factor = packed.weights_T * own if behaviour is not None else packed.weights_T
+                (factor * logs).sum().backward()
+            sketch = found[0].flatten(1)
+            whole += torch.stack([sketch.sum(0), sketch[1:].sum(0)])
+            inverse = torch.tensor([1 / w if abs(w) > 1e-6 else 0.0 for w in weights[part]])
+            scores[n, part] = (sketch[1:] * inverse[:, None]).numpy()
+        norms += whole.square().sum(1).numpy()
+        if (n + 1) % (len(groups) // FOLDS) == 0:
+            dense.append([layer.weight.grad.to(torch.bfloat16) for layer in sketcher.layers])
+            policy.model.zero_grad()
+        print(f"{n + 1} of {len(groups)} prompts", end="\r", flush=True)
+    rewards = np.array([group.rewards for group in groups], np.float32)
+    return {"scores": scores, "rewards": rewards, "own_share": norms[1:] / norms[:1], "kept": kept}, dense
+
+
+def rank_agreement(dense: list[Any]) -> dict[str, list[float]]:
+    """(inner product of each eighth with the mean of the others at a rank) for each rank, and whole."""
+    found: dict[str, list[float]] = {str(rank): [0.0] * FOLDS for rank in (*RANKS, "full")}
+    for layer in range(len(dense[0])):
+        parts = torch.stack([fold[layer].float() for fold in dense])
+        total = parts.sum(0)
+        for n, part in enumerate(parts):
+            others = (total - part) / (FOLDS - 1)
+            found["full"][n] += float((part * others).sum())
+            u, s, v = torch.svd_lowrank(others, q=max(RANKS) + 8)
+            for rank in RANKS:
+                found[str(rank)][n] += float((part * (u[:, :rank] * s[:rank] @ v[:, :rank].T)).sum())
+    return found
+
+
+# The table
+
+
+def gradients(scores: Any, rewards: Any, taken: list[Any]) -> Any:
+    """Each prompt's gradient from the completions `taken` of it, prompts x size."""
+    rows = []
+    for own, graded, places in zip(scores, rewards, taken, strict=True):
+        weights = centred(graded[places].tolist()) if len(places) > 1 else [0.0] * len(places)
+        rows.append(np.array(weights) @ own[places] / max(len(places), 1))
+    return np.stack(rows)
+
+
+def agreement(rows: Any) -> float:
+    """Standard errors by which prompts' gradients agree with the mean of the other prompts'."""
+    total = rows.sum(0)
+    influence = ((total - rows) * rows).sum(1)
+    error = influence.std(ddof=1) / math.sqrt(len(influence))
+    return float(influence.mean() / error) if error else 0.0
+
+
+def cosine(first: Any, second: Any) -> float:
+    scale = float(np.linalg.norm(first) * np.linalg.norm(second))
+    return float(first @ second) / scale if scale else 0.0
+
+
+def equal(count: int, prompts: int, available: int, generator: Any) -> list[Any]:
+    """`count` completions spread evenly over the prompts in random order, at least two of each that is taken."""
+    each, extra = divmod(count, prompts)
+    order = generator.permutation(prompts)
+    sizes = np.full(prompts, each)
+    sizes[order[:extra]] += 1
+    if each < 2:
+        sizes = np.zeros(prompts, int)
+        sizes[order[: count // 2]] = 2
+    return [generator.permutation(available)[:size] for size in sizes]
+
+
+def by_spread(count: int, spread: Any, available: int, generator: Any) -> list[Any]:
+    """Neyman's allocation: completions in proportion to `spread`, at least two where any."""
+    sizes = np.minimum(np.round(count * spread / spread.sum()), available).astype(int)
+    return [generator.permutation(available)[: size if size > 1 else 0] for size in sizes]
+
+
+def read(folder: Path, name: str) -> dict[str, Any]:
+    found = load_file(folder / f"{name}.safetensors")
+    found["scores"] = found["scores"].astype(np.float32)
+    return found
+
+
+def sources(
+    fresh: dict[str, Any], earlier: dict[str, Any], stored: dict[str, Any] | None
+) -> dict[str, Callable[..., Any]]:
+    """Ways to get each prompt's gradient at a policy from `count` completions: name -> f(count, generator)."""
+    prompts, available = fresh["rewards"].shape
+    passing = earlier["rewards"].mean(1)
+    halves = [earlier["rewards"][:, ::2], earlier["rewards"][:, 1::2]]
+    noise = np.array(
+        [
+            np.linalg.norm(a - b)
+            for a, b in zip(
+                gradients(earlier["scores"][:, ::2], halves[0], [np.arange(available // 2)] * prompts),
+                gradients(earlier["scores"][:, 1::2], halves[1], [np.arange(available // 2)] * prompts),
+                strict=True,
+            )
+        ]
+    )
+
+    def of(data: dict[str, Any], allocate: Callable[[int, Any], list[Any]]) -> Callable[..., Any]:
+        return lambda count, generator: gradients(data["scores"], data["rewards"], allocate(count, generator))
+
+    found = {
+        "fresh, equally": of(fresh, lambda count, g: equal(count, prompts, available, g)),
+        "fresh, by p(1 - p)": of(fresh, lambda c, g: by_spread(c, np.sqrt(passing * (1 - passing)), available, g)),
+        "fresh, by uncertainty": of(fresh, lambda count, g: by_spread(count, noise, available, g)),
+    }
+    if stored is not None:
+        found["stored, re-weighted"] = of(stored, lambda count, g: equal(count, prompts, available, g))
+    return found
+
+
+def rows_of(name: str, draw: Callable[..., Any], reference: Any, counts: Sequence[int]) -> list[dict[str, Any]]:
+    """One line for each number of completions."""
+    lines = []
+    for count in counts:
+        generator = np.random.default_rng([count, 0])
+        drawn = [draw(count, generator) for _ in range(DRAWS)]
+        agreed = [agreement(rows) for rows in drawn]
+        likeness = [cosine(rows.mean(0), reference) for rows in drawn]
+        lines.append(
+            {
+                "source": name,
+                "completions": count,
+                "agreement": [round(float(q), 2) for q in np.quantile(agreed, [0.5, 0.1, 0.9])],
+                "above_3": round(float(np.mean(np.array(agreed) >= 3)), 3),
+                "cosine": [round(float(q), 3) for q in np.quantile(likeness, [0.5, 0.1, 0.9])],
+            }
+        )
+    return lines
+
+
+def averaged(policies: Sequence[dict[str, Any]]) -> Callable[..., Any]:
+    """The mean over policies of each prompt's gradient, an equal part of the completions from each."""
+
+    def draw(count: int, generator: Any) -> Any:
+        prompts, available = policies[0]["rewards"].shape
+        each = count // len(policies)
+        drawn = [gradients(p["scores"], p["rewards"], equal(each, prompts, available, generator)) for p in policies]
+        return np.mean(drawn, 0)
+
+    return draw
+
+
+def halves(data: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+    """The first half of every prompt's completions, to draw from, and the mean gradient of the second half."""
+    prompts, available = data["rewards"].shape
+    first = {name: data[name][:, : available // 2] for name in ("scores", "rewards")}
+    rest = [np.arange(available // 2, available)] * prompts
+    return first, gradients(data["scores"], data["rewards"], rest).mean(0)
+
+
+def whole(data: dict[str, Any], first: dict[str, Any]) -> dict[str, Any]:
+    """All completions of a policy: agreement, pass rate, and the cosine to the direction of the first policy."""
+
+    def rows(given: dict[str, Any]) -> Any:
+        prompts, available = given["rewards"].shape
+        return gradients(given["scores"], given["rewards"], [np.arange(available)] * prompts)
+
+    own = rows(data)
+    return {
+        "source": "all fresh",
+        "completions": int(data["rewards"].size),
+        "agreement": [round(agreement(own), 2)],
+        "pass_rate": round(float(data["rewards"].mean()), 4),
+        "own_share": round(float(data["own_share"][0]), 3),
+        "cosine_to_first": round(cosine(own.mean(0), rows(first).mean(0)), 3),
+    }
+
+
+def rank_lines(path: Path) -> list[dict[str, Any]]:
+    lines = []
+    for rank, values in json.loads(path.read_text(encoding="utf-8")).items():
+        own = np.array(values)
+        error = float(own.std(ddof=1) / math.sqrt(len(own)))
+        lines.append(
+            {"source": f"rank {rank}", "agreement": [round(float(own.mean()) / error, 2)], "inner": float(own.mean())}
+        )
+    return lines
+
+
+def table(folder: Path, counts: Sequence[int]) -> list[dict[str, Any]]:
+    lines: list[dict[str, Any]] = []
+    steps = sorted(int(path.stem[6:]) for path in folder.glob("fresh-*.safetensors"))
+    measured = {step: read(folder, f"fresh-{step}") for step in steps}
+    split = {step: halves(data) for step, data in measured.items()}
+    for n, step in enumerate(steps):
+        own, reference = split[step]
+        kept = folder / f"stored-{step}.safetensors"
+        stored = read(folder, kept.stem) if kept.exists() else None
+        ways = sources(own, split[steps[max(n - 1, 0)]][0], stored)
+        if n:
+            ways["evaluations so far, averaged"] = averaged([split[other][0] for other in steps[: n + 1]])
+            ways[f"fresh of step {steps[n - 1]}, not renewed"] = averaged([split[steps[n - 1]][0]])
+        found = [line for way, draw in ways.items() for line in rows_of(way, draw, reference, counts)]
+        found += [whole(measured[step], measured[steps[0]]), *rank_lines(folder / f"fresh-{step}.ranks.json")]
+        lines += [{"step": step} | line for line in found]
+    return lines
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("measure")
+    one.add_argument("--model", type=Path, required=True, help="folder of a policy")
+    one.add_argument("--data", type=Path, required=True, help="folder written by pool.py")
+    one.add_argument("--output", type=Path, required=True)
+    one.add_argument("--step", type=int, required=True, help="how many steps this policy was trained")
+    one.add_argument("--samples", type=int, default=64, help="completions of each prompt (default: 64)")
+    one.add_argument("--stored", action="store_true", help="re-weight the completions of step 0")
+    two = commands.add_parser("table")
+    two.add_argument("--output", type=Path, required=True)
+    two.add_argument("--counts", type=int, nargs="+", default=[128, 256, 328, 512, 656, 1024, 1312, 2048])
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    torch.set_num_threads(1)
+    if arguments.command == "table":
+        lines = table(arguments.output, arguments.counts)
+        for line in lines:
+            print(json.dumps(line))
+        (arguments.output / "table.json").write_text(
+            "".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8"
+        )
+        return
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    name = f"{'stored' if arguments.stored else 'fresh'}-{arguments.step}"
+    if (arguments.output / f"{name}.ranks.json").exists():
+        return
+    policy = Policy(arguments.model, learning_rate=0.0, longest=48, seed=arguments.step)
+    questions = policy.questions(arguments.data / "validation.jsonl")
+    sampled, base = arguments.output / f"{name}.json", arguments.output / "fresh-0.json"
+    if arguments.stored:
+        stored = json.loads(base.read_text(encoding="utf-8"))
+        sampled = base
+    elif not sampled.exists():
+        groups = policy.sample(questions, arguments.samples)
+        text = json.dumps({"groups": [(group.completions, group.rewards) for group in groups]})
+        sampled.write_text(text, encoding="utf-8")
+    stored = json.loads(sampled.read_text(encoding="utf-8"))
+    groups = [Group(question, *group) for question, group in zip(questions, stored["groups"], strict=True)]
+    behaviour = dict(enumerate(stored["log_probs"])) if arguments.stored else None
+    found, dense = measure(policy, groups, behaviour)
+    kept = found.pop("kept")
+    if not arguments.stored:
+        text = json.dumps({"groups": stored["groups"], "log_probs": [kept[n] for n in range(len(groups))]})
+        sampled.write_text(text, encoding="utf-8")
+    save_file(found, arguments.output / f"{name}.safetensors")
+    (arguments.output / f"{name}.ranks.json").write_text(json.dumps(rank_agreement(dense)), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
