@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from cropi.bench.machine import describe
 from cropi.builtin import FAMILIES, generate
 from cropi.config import ExactVerifier, PolicyConfig
 from cropi.functional.agreement import spearman
@@ -33,6 +32,7 @@ from cropi.gradients.groups import Group
 from cropi.gradients.reference import prompt_gradient, trainable_parameters
 from cropi.gradients.scorer import BLOCK, Scored, Scorer
 from cropi.gradients.surrogate import SurrogateSettings
+from cropi.lab.bench.machine import describe
 from cropi.policy import Policy, completion_logprobs, encode_prompts, load_policy
 from cropi.rewards.verdicts import Answered, reward
 from cropi.rewards.verifiers import verifier

@@ -1,6 +1,6 @@
 """What selection costs beside training where nobody has measured it: larger policies, larger pools, more GPUs.
 
-FLOPs are those of `cropi.reporting.flops`, the formula that charges a run by its ledger, given the lines that such a
+FLOPs are those of `cropi.report.flops`, the formula that charges a run by its ledger, given the lines that such a
 run would write: amounts follow from a recipe's settings and the assumed lengths. Seconds follow from FLOPs by assumed
 utilisations, corrected by what was measured: scoring by the engine's seconds over its floor's, the store and selection
 by their seconds and bytes for a prompt. benchmarks/extrapolate.py makes the page of it.
@@ -20,11 +20,11 @@ from typing import Any
 
 from scale import grouped
 
-from cropi.bench.shapes import SHAPES, Shape
 from cropi.config import Config, PooledStrategy
+from cropi.lab.bench.shapes import SHAPES, Shape
 from cropi.loading import load_config
 from cropi.presets import preset
-from cropi.reporting.flops import flops, score_multiple
+from cropi.report.flops import flops, score_multiple
 
 Line = Mapping[str, Any]  # of a ledger
 FLOOR = 2  # forward passes of scoring's floor: forward, and backward through activations
@@ -175,7 +175,7 @@ def parameters(model: Model) -> tuple[int, int]:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from cropi.compare.worker import matrix_parameters
+    from cropi.lab.compare.worker import matrix_parameters
 
     with torch.device("meta"):
         made = AutoModelForCausalLM.from_config(AutoConfig.for_model(model.shape.model_type, **model.shape.settings))

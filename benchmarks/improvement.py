@@ -26,19 +26,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from cropi.audit import improvement as audit
-from cropi.audit.sampling import Prompt, sample_groups
-from cropi.bench.machine import describe
 from cropi.builtin import FAMILIES, generate
 from cropi.config import ExactVerifier, PolicyConfig, VerificationConfig
 from cropi.gradients.engine import Engine
 from cropi.gradients.groups import Group
 from cropi.gradients.surrogate import SurrogateSettings
+from cropi.lab.audit import improvement as audit
+from cropi.lab.audit.sampling import Prompt, sample_groups
+from cropi.lab.bench.machine import describe
 from cropi.policy import Policy, encode_prompts, load_policy
 from cropi.rewards.pool import judge_of
-from cropi.rollouts.collect import behaviour_logprobs
 from cropi.rollouts.generation import Sampling
 from cropi.seeds import derived_seed
+from cropi.stages.collect import behaviour_logprobs
 
 TARGETS = ("sum", "machine")
 LENGTH, TRAJECTORIES, VALIDATION_TRAJECTORIES, SAMPLES = 32, 8, 16, 24

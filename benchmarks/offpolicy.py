@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from cropi.bench.machine import describe
+from cropi.lab.bench.machine import describe
 
 ONE_ARM = ["baselines=[]", "trainer.save_total_limit=100"]
 MEASURES = ("spearman", "top_overlap", "sign_agreement")

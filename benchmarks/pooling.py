@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 
-from cropi.bench.machine import describe
 from cropi.cli.shell import quiet_libraries
 from cropi.functional.pooling import (
     Observed,
@@ -30,6 +29,7 @@ from cropi.functional.pooling import (
     trust_of,
 )
 from cropi.gradients.halves import halves
+from cropi.lab.bench.machine import describe
 
 SHARES = (1.0, 0.5, 0.25, 0.125)
 COUNTS = (8, 4)
@@ -73,11 +73,11 @@ def load(options: argparse.Namespace, seed: int) -> Pool:
     quiet_libraries()
     from cropi.gradients.evidence import validation_evidence
     from cropi.gradients.groups import iterate_groups
-    from cropi.gradients.scoring import make_scorer
     from cropi.gradients.validation import validation_groups
     from cropi.loading import load_config
     from cropi.pipeline import Pipeline
     from cropi.rollouts.representations import read_representations, represent
+    from cropi.stages.score import make_scorer
 
     overrides = [f"seed={seed}", f"name=seed-{seed}", f"run_dir={options.run_dir}"]
     overrides += ["select.strategy.type=influence", f"collect.num_generations={options.trajectories}"]

@@ -24,13 +24,13 @@ import pyarrow.compute as pc
 import torch
 
 from cropi.artifacts import OK, read_table, scores_schema
-from cropi.bench.machine import describe
 from cropi.config import Config
 from cropi.functional.agreement import pearson, sign_agreement, spearman, top_overlap
-from cropi.gradients.scoring import FeatureRequest, score, surrogate_settings
+from cropi.lab.bench.machine import describe
 from cropi.loading import load_config
 from cropi.policy import Policy, load_policy
-from cropi.rollouts.collect import read_trajectories
+from cropi.stages.collect import read_trajectories
+from cropi.stages.score import FeatureRequest, score, surrogate_settings
 from cropi.workspace import Workspace
 
 DTYPES = ("float32", "bfloat16")

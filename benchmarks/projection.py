@@ -18,8 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from cropi.bench.machine import describe
-from cropi.bench.workload import mixed_groups
 from cropi.builtin import FAMILIES
 from cropi.config import PolicyConfig
 from cropi.console import progress
@@ -27,6 +25,8 @@ from cropi.functional.agreement import spearman, top_overlap
 from cropi.functional.projection import SparseProjection
 from cropi.gradients.scorer import Scorer
 from cropi.gradients.surrogate import SurrogateSettings
+from cropi.lab.bench.machine import describe
+from cropi.lab.bench.workload import mixed_groups
 from cropi.policy import load_policy
 
 TARGETS = ("sum", "machine", "horner", "shell")  # one validation set each

@@ -27,8 +27,6 @@ import released_faults as faults
 import torch
 from released_figure import PUBLISHED, draw, print_tables
 
-from cropi.bench.machine import describe
-from cropi.bench.workload import mixed_groups
 from cropi.builtin import FAMILIES
 from cropi.config import PolicyConfig
 from cropi.console import progress
@@ -40,6 +38,8 @@ from cropi.gradients.reference import prompt_gradient, trainable_parameters
 from cropi.gradients.scorer import Scorer
 from cropi.gradients.sketch import GradientMap, StructuredMap, UniformMap, project
 from cropi.gradients.surrogate import SurrogateSettings
+from cropi.lab.bench.machine import describe
+from cropi.lab.bench.workload import mixed_groups
 from cropi.policy import load_policy
 
 TARGETS = ("sum", "machine", "horner", "shell")  # one validation set each, as in benchmarks/projection.py

@@ -50,9 +50,9 @@ def select(size: int, folder: Path, strategy: str = "influence") -> dict[str, fl
     import numpy as np
 
     from cropi.config import Config
+    from cropi.curriculum.candidates import Candidates
     from cropi.loading import load_config
-    from cropi.selection.candidates import Candidates
-    from cropi.selection.select import select as choose_and_write
+    from cropi.stages.select import select as choose_and_write
 
     generator = np.random.default_rng(0)
     ids = [f"{number:016x}" for number in range(size)]
@@ -87,7 +87,7 @@ def evidence(size: int, generator: Any, validation: int = 100, numbers: int = 25
     """What a scoring of 13 % of the pool tells: numbers without a meaning, of the right shapes."""
     import numpy as np
 
-    from cropi.selection.candidates import Evidence
+    from cropi.curriculum.candidates import Evidence
 
     names = [f"set {v}" for v in range(SETS)]
     observed_N, count = generator.random(size) < OBSERVED, SETS * validation
@@ -241,7 +241,7 @@ def figure(source: Path, target: Path) -> None:
 def _drawn(results: dict[str, Any]) -> Any:
     from matplotlib.figure import Figure
 
-    from cropi.reporting.drawing import BLUE, GREEN, ORANGE, PINK
+    from cropi.report.drawing import BLUE, GREEN, ORANGE, PINK
 
     colours = {"select": (BLUE, "o"), "pooled": (PINK, "^"), "store": (ORANGE, "s")}
     drawn = Figure(figsize=(11.5, 4.2), layout="constrained", facecolor="white")
@@ -287,7 +287,7 @@ def _line(axis: Any, by_size: dict[int, list[float]], label: str, look: dict[str
 
 def measure(kind: str, sizes: list[int], rounds: int, options: list[str], file: Path | None) -> dict[str, Any]:
     """Every size once a round; each measurement is kept as soon as it is there."""
-    from cropi.bench.machine import describe
+    from cropi.lab.bench.machine import describe
 
     results: dict[str, Any] = {"machine": {}, "sets": SETS, "rounds": []}
     if file is not None and file.is_file():

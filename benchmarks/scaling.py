@@ -143,7 +143,7 @@ def main() -> None:
     rows = measured(counts, arguments.rounds, options, arguments.fill)
     show(rows)
     if arguments.json is not None:
-        from cropi.bench.machine import describe
+        from cropi.lab.bench.machine import describe
 
         names = ("rounds", "prompts", "validation", "strategy", "fill")
         used = {name: getattr(arguments, name) for name in names}

@@ -32,13 +32,13 @@ from torch import distributed, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from cropi.bench.contenders import BY_WEIGHT, SETS, as_group
-from cropi.bench.machine import describe
-from cropi.bench.shapes import SHAPES, random_policy
-from cropi.bench.workload import random_workload
 from cropi.functional.agreement import spearman, top_overlap
 from cropi.gradients.groups import Group
 from cropi.gradients.scorer import BLOCK, Scorer
+from cropi.lab.bench.contenders import BY_WEIGHT, SETS, as_group
+from cropi.lab.bench.machine import describe
+from cropi.lab.bench.shapes import SHAPES, random_policy
+from cropi.lab.bench.workload import random_workload
 
 GIB = 1 << 30
 

@@ -24,7 +24,7 @@ from cropi.inspection import check_run
 from cropi.loading import validate_config
 from cropi.pipeline import Pipeline
 from cropi.policy import encode_prompts
-from cropi.training.train import Staged
+from cropi.stages.train import Staged
 from cropi.trl import CurriculumTrainer, Selector
 
 PLAIN = (

@@ -15,10 +15,10 @@ import torch
 import yaml
 
 from cropi.errors import UserError
-from cropi.given import Given, questions
 from cropi.loading import load_config
 from cropi.prompts import checked_prompts
-from cropi.rollouts.collect import plan, sampled_prompts
+from cropi.stages.collect import plan, sampled_prompts
+from cropi.stages.given import Given, questions
 from tests.runs import cropi
 
 pytestmark = pytest.mark.usefixtures("rehearsal")

@@ -15,7 +15,7 @@ import cropi as library
 from cropi.artifacts import OK, read_jsonl, read_table, scores_schema
 from cropi.builtin import POLICY_DIR
 from cropi.gradients.groups import Group, iterate_groups
-from cropi.rollouts.collect import read_trajectories
+from cropi.stages.collect import read_trajectories
 from tests.rewards.functions import near
 from tests.runs import SMALL, cropi
 

@@ -14,8 +14,8 @@ from cropi.errors import ConfigError
 from cropi.functional.pooling import principal_points
 from cropi.loading import load_config
 from cropi.pipeline import Pipeline
-from cropi.rollouts.collect import sampled_prompts
 from cropi.rollouts.representations import read_representations
+from cropi.stages.collect import sampled_prompts
 from tests.runs import SMALL, evaluations, selections
 
 STEPS = 2

@@ -22,10 +22,10 @@ from cropi.errors import ArtifactError
 from cropi.ledger import Ledger
 from cropi.loading import load_config
 from cropi.pipeline import Pipeline
-from cropi.refreshing import Refresher
-from cropi.rollouts import collect
 from cropi.rollouts.overlay import FRESH
-from cropi.training.train import StageCallback
+from cropi.stages import collect
+from cropi.stages.refreshing import Refresher
+from cropi.stages.train import StageCallback
 from tests.runs import SMALL, cropi, evaluations, judge, selections
 
 STEPS, PROMPTS, GENERATIONS = 2, 24, 4

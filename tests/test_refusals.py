@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from cropi.artifacts import read_sealed
 from cropi.builtin import POLICY_DIR
 from cropi.cli import shell
-from cropi.compare.results import RESULTS, read_results
 from cropi.errors import ArtifactError
+from cropi.lab.compare.results import RESULTS, read_results
 from cropi.ledger import Ledger
 from tests.runs import SMALL, cropi
 

@@ -18,18 +18,18 @@ from cropi.artifacts import is_finished
 from cropi.config import Config
 from cropi.console import duration
 from cropi.errors import DataError
-from cropi.evaluation.evaluate import unreadable
-from cropi.given import Given, questions
 from cropi.gradients.groups import Group
 from cropi.gradients.reference import trainable_parameters
-from cropi.gradients.scoring import make_scorer, surrogate_settings
 from cropi.leakage import turn_text
 from cropi.policy import Policy, chat_warnings, load_policy
 from cropi.prompts import checked_prompts
 from cropi.rewards.verdicts import CORRECT, UNPARSEABLE_ANSWER, Judge, Judgement, answered, reward
 from cropi.rewards.verifiers import written_gold
-from cropi.rollouts.collect import Shard, behaviour_logprobs, plan, read_trajectories, sampled_prompts
 from cropi.rollouts.generation import Sampling, TransformersGenerator
+from cropi.stages.collect import Shard, behaviour_logprobs, plan, read_trajectories, sampled_prompts
+from cropi.stages.evaluate import unreadable
+from cropi.stages.given import Given, questions
+from cropi.stages.score import make_scorer, surrogate_settings
 from cropi.workspace import environment
 
 SAMPLE_PROMPTS = 8

@@ -22,34 +22,34 @@ from cropi.artifacts import (
 )
 from cropi.config import SAMPLED_BY, Config, PooledStrategy
 from cropi.console import counts_text, say, warn
+from cropi.curriculum.refresh import drift_warning
+from cropi.curriculum.strategies.pooled import prompts_to_screen
 from cropi.elsewhere import CarriedPolicy, Elsewhere
 from cropi.errors import ArtifactError, ConfigError
-from cropi.evaluation.evaluate import Question, evaluate, read_evaluations
-from cropi.gathering import Gatherer
-from cropi.given import Given, arm_at, questions, start_of_stage
 from cropi.gradients.groups import group_facts
-from cropi.gradients.scoring import FeatureRequest, make_scorer, score, surrogate_settings
 from cropi.gradients.validation import validation_groups
 from cropi.lockstep import in_lockstep
 from cropi.policy import Policy, Replica, chat_warnings, encode_prompts, load_policy, trainer_prompt, uses_chat
 from cropi.prompts import data_identity, make_prompts
-from cropi.refreshing import Refresher
-from cropi.reporting.report import make_report
-from cropi.reporting.summary import Summary
+from cropi.report.report import make_report
+from cropi.report.summary import Summary
 from cropi.rewards.verdicts import ERROR, TIMEOUT
-from cropi.rollouts.collect import collect, collect_anew
 from cropi.rollouts.generation import Sampling, TransformersGenerator
 from cropi.rollouts.orders import shards_elsewhere
 from cropi.rollouts.overlay import FRESH, Trajectories
 from cropi.rollouts.representations import KIND as REPRESENTED
 from cropi.rollouts.representations import read_representations, represent
 from cropi.seeds import derived_seed
-from cropi.selection.pooled import prompts_to_screen
-from cropi.selection.refresh import drift_warning
-from cropi.selection.select import require_signal, select
+from cropi.stages.collect import collect, collect_anew
+from cropi.stages.evaluate import Question, evaluate, read_evaluations
+from cropi.stages.gathering import Gatherer
+from cropi.stages.given import Given, arm_at, questions, start_of_stage
+from cropi.stages.refreshing import Refresher
+from cropi.stages.score import FeatureRequest, make_scorer, score, surrogate_settings
+from cropi.stages.select import require_signal, select
+from cropi.stages.train import TrainTask, newest_checkpoint, open_checkpoint, train
 from cropi.training.reward import RecordedReward
 from cropi.training.settings import grpo_config
-from cropi.training.train import TrainTask, newest_checkpoint, open_checkpoint, train
 from cropi.workers import Workers
 from cropi.workspace import Arm, Workspace, evaluation_files, forget_evaluations
 from cropi.world import ALONE, World

@@ -22,7 +22,7 @@ from cropi.exchange.export import export
 from cropi.exchange.rewards import Rewards
 from cropi.loading import load_config
 from cropi.pipeline import Pipeline
-from cropi.rollouts.collect import read_trajectories
+from cropi.stages.collect import read_trajectories
 
 OPTIONS = ["select.strategy={type: pass_rate}", "baselines=[]", "verification.processes=1"]
 

@@ -377,7 +377,7 @@ def test_the_page_names_what_exists() -> None:
     for stem, test in named:
         assert stem in tests, stem
         assert not test or f"def {test}(" in tests[stem], f"{stem}::{test}"
-    rooms = "functional|gradients|pipeline|reporting|selection|training"
+    rooms = "functional|gradients|pipeline|report|curriculum|stages|training"
     functions = set(re.findall(rf"`((?:{rooms})\.[\w.]+)`", page))
     assert len(functions) > 20
     for name in functions:

@@ -12,12 +12,12 @@ import pytest
 from tests.conftest import tiny_llama
 
 from cropi.config import FusionConfig, InfluenceStrategy, SelectConfig
+from cropi.curriculum.candidates import Candidates
 from cropi.gradients.budget import BudgetedScores, BudgetSettings, Cut, Rescoring, budgeted, subsample_factors
 from cropi.gradients.groups import Group
 from cropi.gradients.scorer import Scored, Scorer
 from cropi.gradients.surrogate import SurrogateSettings
-from cropi.selection.candidates import Candidates
-from cropi.selection.select import rank
+from cropi.stages.select import rank
 
 FULL = BudgetSettings(None, None, rescore=False, fraction=0.1)
 CASCADE = BudgetSettings(2, 0.3, rescore=False, fraction=0.1)

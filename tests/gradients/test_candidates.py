@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.conftest import tiny_llama
-from tests.gradients.test_scoring import MIXED, SOLVED, UNREADABLE, VALIDATION, config, group, table
+from tests.stages.test_score import MIXED, SOLVED, UNREADABLE, VALIDATION, config, group, table
 
 from cropi.artifacts import read_table, scores_schema
 from cropi.config import (
@@ -23,8 +23,8 @@ from cropi.gradients.candidates import candidate_groups
 from cropi.gradients.groups import Group
 from cropi.gradients.influence import influence
 from cropi.gradients.reference import prompt_gradient
-from cropi.gradients.scoring import FeatureRequest, score, surrogate_settings
 from cropi.seeds import unit_interval
+from cropi.stages.score import FeatureRequest, score, surrogate_settings
 
 SOURCES = {one.prompt_id: "here" for one in [*MIXED, SOLVED, UNREADABLE]}
 TABLES = {

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 from tests.conftest import tiny_llama
 from tests.gradients.ranks import as_accelerate_does, run_on_processes
-from tests.gradients.test_scoring import NAMES, SOURCES, TABLES, config
+from tests.stages.test_score import NAMES, SOURCES, TABLES, config
 from torch import distributed
 from torch.distributed.device_mesh import DeviceMesh
 
 from cropi.artifacts import read_table, scores_schema
 from cropi.distributed import Launched
 from cropi.gradients import evidence, parts, storing
-from cropi.gradients.scoring import FeatureRequest, score, surrogate_settings
+from cropi.stages.score import FeatureRequest, score, surrogate_settings
 from cropi.world import ALONE, World
 
 pytestmark = pytest.mark.slow  # processes of its own for every worker of the tests

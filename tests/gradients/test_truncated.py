@@ -20,7 +20,7 @@ from cropi.gradients.groups import Group, group_facts, iterate_groups
 from cropi.gradients.reference import prompt_gradient
 from cropi.gradients.surrogate import SurrogateSettings
 from cropi.policy import load_policy
-from cropi.rollouts.collect import read_trajectories
+from cropi.stages.collect import read_trajectories
 
 LENGTH, COUNT, TEMPERATURE = 6, 8, 1.3
 Gradients = dict[str, torch.Tensor]

@@ -7,8 +7,8 @@ import pyarrow as pa
 
 from cropi.artifacts import TRAJECTORIES, finish, write_table
 from cropi.config import FullStrategy, InfluenceStrategy, LearnabilityStrategy, PassRateStrategy, RandomStrategy
-from cropi.rollouts.collect import read_trajectories
 from cropi.rollouts.overlay import Layer, newest_rollouts, read_overlay
+from cropi.stages.collect import read_trajectories
 from cropi.workspace import keep_rollouts
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from tests.rollouts.killed import collected_through
 from tests.runs import SMALL
+from tests.stages.killed import collected_through
 
 from cropi.builtin import POLICY_DIR
 from cropi.config import PolicyConfig, VllmConfig

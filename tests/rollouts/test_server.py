@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.rollouts.killed import collected_through
 from tests.runs import SMALL, cropi
+from tests.stages.killed import collected_through
 
 from cropi.builtin import POLICY_DIR
 from cropi.config import PolicyConfig, ServerConfig

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests.runs import judge
-from tests.training.test_train import ROWS, policy, verdict
+from tests.stages.test_train import ROWS, policy, verdict
 
 from cropi.artifacts import TRAJECTORIES, read_table
 from cropi.config import PolicyConfig
@@ -17,10 +17,10 @@ from cropi.errors import ArtifactError, ConfigError
 from cropi.loading import load_config
 from cropi.policy import completion_logprobs, load_policy
 from cropi.rollouts.overlay import newest_rollouts
+from cropi.stages.train import StageTrainer, TrainTask, train
 from cropi.training.reward import RecordedReward
 from cropi.training.rollouts import RolloutRecorder, dropouts, forget_rollouts
 from cropi.training.settings import grpo_config
-from cropi.training.train import StageTrainer, TrainTask, train
 from cropi.workspace import rollout_files, written_rollouts
 
 STEPS, TEMPERATURE = 4, 0.7

@@ -24,7 +24,7 @@ from cropi.artifacts import read_jsonl
 from cropi.builtin import POLICY_DIR, generate
 from cropi.console import warn_once
 from cropi.errors import ArtifactError, ConfigError, DataError, PolicyError, SignalError, UserError
-from cropi.gradients.scoring import score
+from cropi.stages.score import score
 from cropi.trl import CurriculumTrainer, Selector, Verified
 from tests.runs import cropi, json_lines
 

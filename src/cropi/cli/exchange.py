@@ -35,7 +35,7 @@ def export(
     loaded = read_config(config, overrides)
     quiet_libraries()
     from cropi.exchange.export import export as write
-    from cropi.given import arm_at
+    from cropi.stages.given import arm_at
     from cropi.workspace import Workspace
 
     space = Workspace(loaded)

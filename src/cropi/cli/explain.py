@@ -41,8 +41,8 @@ def explain(
             where=str(loaded.folder),
             fix=f"run `cropi run {config}` first, or name the folder of a run.",
         )
-    from cropi.reporting.explain import explanations
-    from cropi.reporting.explain_text import as_text
+    from cropi.report.explain import explanations
+    from cropi.report.explain_text import as_text
     from cropi.workspace import Workspace
 
     found = explanations(

@@ -9,9 +9,6 @@ from typing import Annotated
 import typer
 
 from cropi import __version__
-from cropi.cli.audit import audit
-from cropi.cli.bench import bench
-from cropi.cli.compare import compare
 from cropi.cli.exchange import export, import_rollouts
 from cropi.cli.explain import explain
 from cropi.cli.recipes import recipes
@@ -36,6 +33,9 @@ from cropi.cli.shell import (
     read_own_config,
 )
 from cropi.cli.verify import audit_rewards, verify
+from cropi.lab.audit_command import audit
+from cropi.lab.bench_command import bench
+from cropi.lab.compare_command import compare
 from cropi.world import first, launched
 
 app = typer.Typer(
@@ -59,7 +59,7 @@ app.add_typer(bench, name="bench")
 def run(config: ConfigArgument, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Prompts to report. Run it again to go on."""
     pipeline = open_pipeline(config, overrides, join())
-    from cropi.reporting.summary import headline
+    from cropi.report.summary import headline
 
     summary = pipeline.run()
     if summary is None:
@@ -138,7 +138,7 @@ def evaluate(
 ) -> None:
     """Accuracy of the base policy or any checkpoint."""
     pipeline = open_pipeline(config, overrides, join())
-    from cropi.evaluation.evaluate import accuracy, as_plain
+    from cropi.stages.evaluate import accuracy, as_plain
 
     settings = pipeline.config
     table = pipeline.evaluate_at(checkpoint)
@@ -155,8 +155,8 @@ def evaluate(
 def report(config: ConfigArgument, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Write the report of what a run's folder holds."""
     from cropi.errors import ArtifactError
-    from cropi.reporting.report import make_report
-    from cropi.reporting.summary import headline
+    from cropi.report.report import make_report
+    from cropi.report.summary import headline
 
     loaded = read_config(config, overrides)
     if not loaded.folder.is_dir():

@@ -15,7 +15,7 @@ the arm's own training so far."""
 
 
 CANDIDATES = ("candidates-a", "candidates-b")
-"""Directions that are halves of a sample of the pool: see `cropi.selection.learnalign`."""
+"""Directions that are halves of a sample of the pool: see `cropi.curriculum.strategies.learnalign`."""
 
 
 class StrategyTable(Table):

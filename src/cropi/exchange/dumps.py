@@ -30,8 +30,8 @@ from cropi.errors import ArtifactError, DataError
 from cropi.pipeline import Pipeline
 from cropi.policy import Policy, encode_prompts, trainer_prompt, uses_chat
 from cropi.rewards.verdicts import answered
-from cropi.rollouts.collect import behaviour_logprobs
 from cropi.rollouts.overlay import IMPORTED
+from cropi.stages.collect import behaviour_logprobs
 from cropi.workspace import Arm
 
 SHARD_PROMPTS = 256

@@ -26,8 +26,8 @@ from cropi.errors import ArtifactError, DataError
 from cropi.exchange.formats import TASKSET, Format, Item, named
 from cropi.exchange.rewards import facts_of
 from cropi.exchange.usage import USAGES, Facts
-from cropi.given import start_of_stage
 from cropi.policy import encode_prompts, load_tokenizer, policy_location, trainer_prompt, uses_chat
+from cropi.stages.given import start_of_stage
 from cropi.training.settings import grpo_config
 from cropi.workspace import Arm, Workspace
 

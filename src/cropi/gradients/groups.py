@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 
 from cropi.artifacts import GOLD_UNPARSEABLE, NO_SIGNAL, OK
 from cropi.functional.influence import reward_variance
-from cropi.observed import GroupFacts
+from cropi.reward_statistics import GroupFacts
 
 
 @dataclass(frozen=True)

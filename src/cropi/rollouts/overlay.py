@@ -29,8 +29,8 @@ from cropi.artifacts import (
     write_table,
 )
 from cropi.console import warn, warn_once
-from cropi.observed import GroupFacts
-from cropi.rollouts.collect import read_trajectories
+from cropi.reward_statistics import GroupFacts
+from cropi.stages.collect import read_trajectories
 from cropi.workspace import Arm, Workspace, written_rollouts
 
 FRESH = "fresh trajectories"  # kinds of artifacts

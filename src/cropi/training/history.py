@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from cropi.artifacts import read_jsonl
-from cropi.observed import Visit, visit
+from cropi.reward_statistics import Visit, visit
 
 
 def training_history(path: Path, before_step: int) -> list[Visit]:

@@ -21,11 +21,11 @@ from cropi.artifacts import append_jsonl, cut_jsonl, is_finished
 from cropi.console import say, warn
 from cropi.errors import ArtifactError, ConfigError, PolicyError, SignalError, UserError
 from cropi.functional.surrogate import NORMALIZER_OF_LOSS
-from cropi.given import Given
 from cropi.pipeline import Pipeline
 from cropi.policy import Policy, weights_identity
 from cropi.rewards.verdicts import Answered, Judgement
-from cropi.training.train import Staged, Stages
+from cropi.stages.given import Given
+from cropi.stages.train import Staged, Stages
 from cropi.training.zero import gathered, refused_of_zero3
 from cropi.trl.selector import PROMPT_ID, Selector, are_chat, make_config, prompt_ids
 from cropi.trl.success import Success

@@ -1,1 +1,0 @@
-"""Greedy accuracy and avg@n on test sets, with intervals over questions."""

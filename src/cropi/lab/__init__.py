@@ -1,0 +1,1 @@
+"""Experiments about the method: comparisons, audits of the estimate, benchmarks. Nothing outside imports it."""

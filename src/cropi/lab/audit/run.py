@@ -1,0 +1,186 @@
+"""`cropi audit`: every policy of a run that is still on disk, audited in turn."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from cropi import __version__
+from cropi.artifacts import OK, build, is_finished, read_sealed, write_sealed
+from cropi.config import config_hash
+from cropi.console import progress, say
+from cropi.errors import ArtifactError, SignalError
+from cropi.functional.projection import SparseProjection
+from cropi.gradients.groups import Group, iterate_groups
+from cropi.gradients.validation import validation_groups
+from cropi.lab.audit.sampling import Prompt, as_prompts, sample_groups
+from cropi.lab.audit.stage import Material, audit_stage, describe, passes
+from cropi.pipeline import Pipeline
+from cropi.policy import Policy
+from cropi.rollouts.generation import Sampling
+from cropi.seeds import unit_interval
+
+FORMAT = 1
+MADE_BY = "cropi audit"
+
+
+@dataclass(frozen=True)
+class AuditSettings:
+    """How much is sampled."""
+
+    prompts: int = 160
+    """Training prompts, the same at every policy."""
+    trajectories: int = 32
+    """Fresh completions of each."""
+    seed: int = 0
+
+
+def audit_run(pipeline: Pipeline, settings: AuditSettings, stages: Sequence[int] | None) -> dict[str, Any]:
+    """Audit the policies at the start of some stages of the main arm (all that are on disk), and the last one.
+
+    One artifact for each policy and settings, so that an interrupted audit goes on where it stopped; `audit.json` holds
+    what was asked for last.
+    """
+    auditor = _Auditor(pipeline, settings)
+    known = auditor.stages()
+    wanted = known if stages is None else list(stages)
+    missing = [stage for stage in wanted if stage not in known]
+    if missing:
+        raise ArtifactError(
+            f"there is no policy of the start of stage {missing[0]}",
+            where="--stages",
+            fix=f"choose from {', '.join(map(str, known))}, or train further first.",
+        )
+    found = [auditor.audit(stage) for stage in wanted]
+    result = {
+        "kind": "audit",
+        "version": FORMAT,
+        "cropi": __version__,
+        "settings": asdict(settings) | {"fraction": pipeline.config.select.fraction},
+        "surrogate": describe(pipeline.surrogate),
+        "steps_per_stage": pipeline.config.train.steps_per_stage,
+        "stages": found,
+    }
+    write_sealed(pipeline.space.folder / "audit.json", result)
+    return result
+
+
+class _Auditor:
+    """A run, its sample of prompts, and what has been sampled for it."""
+
+    def __init__(self, pipeline: Pipeline, settings: AuditSettings) -> None:
+        self._pipeline, self._settings = pipeline, settings
+        self._arm = pipeline.space.arms[pipeline.config.select.strategy.arm]
+        self._rows = {row["prompt_id"]: row for row in pipeline.space.prompt_rows}
+        self._judge = pipeline.judge
+
+    def stages(self) -> list[int]:
+        """Stages at whose start the policy is on disk; one past the last for the end of training."""
+        config = self._pipeline.config.train
+        folder = self._arm.checkpoints
+        steps = [stage * config.steps_per_stage for stage in range(config.stages + 1)]
+        return [stage for stage, step in enumerate(steps) if not step or (folder / f"checkpoint-{step}").is_dir()]
+
+    def audit(self, stage: int) -> dict[str, Any]:
+        """The audit of one policy, read back where it has been made."""
+        pipeline, settings = self._pipeline, config_hash(asdict(self._settings) | {"version": FORMAT})
+        folder = pipeline.space.folder / "audit" / f"{stage:03}-{settings[:8]}"
+        inputs = pipeline.trajectories.inputs(self._arm, self._scored(stage)) | {
+            "policy": f"{self._arm.name} at stage {stage}",
+            "settings": settings,
+        }
+        if not is_finished(folder):
+            say(f"audit of stage {stage}")
+        build(folder, "audit", partial(self._make, stage), inputs=inputs, made_by=MADE_BY)
+        return read_sealed(folder / "audit.json")
+
+    def _make(self, stage: int, folder: Path) -> tuple[Mapping[str, int], Mapping[str, Any]]:
+        pipeline = self._pipeline
+        policy, origin = pipeline.policy_at(self._arm, stage, None)
+        pipeline.require_ratios(origin)
+        tables = pipeline.trajectories.tables(self._arm, self._scored(stage))
+        stored = self._chosen(tables["train"])
+        validation = validation_groups(tables, pipeline.config.score)
+        with pipeline.space.ledger.charge("audit", arm=self._arm.name, stage=stage) as entry:
+            material = self._material(policy, stored, validation, stage)
+            entry["tokens"] = sum(
+                group.completion_tokens
+                for groups in (material.fresh, *(draw for pair in material.fresh_validation.values() for draw in pair))
+                for group in groups
+            )
+            score = pipeline.config.score
+            with progress(f"audit stage {stage}", passes(material), "groups") as bar:
+                found = audit_stage(
+                    policy.model,
+                    pipeline.surrogate,
+                    SparseProjection(**score.projection.model_dump()),
+                    material,
+                    share=pipeline.config.select.fraction,
+                    batch_tokens=score.batch_tokens,
+                    seed=self._settings.seed,
+                    advance=bar.advance,
+                )
+        write_sealed(folder / "audit.json", {"stage": stage} | found)
+        return {"prompts": len(material.stored)}, {}
+
+    def _scored(self, stage: int) -> int:
+        """The stage whose trajectories a policy is compared with: nothing is scored at the end of training."""
+        return min(stage, self._pipeline.config.train.stages - 1)
+
+    def _chosen(self, table: pa.Table) -> list[Group]:
+        """The stored groups of a random sample of the training prompts, the same prompts at every stage."""
+        groups = {prompt_id: group for prompt_id, group in iterate_groups(table) if group is not None}
+        order = sorted(groups, key=lambda i: unit_interval(self._settings.seed, "audit", i))
+        return [groups[prompt_id] for prompt_id in sorted(order[: self._settings.prompts])]
+
+    def _material(
+        self, policy: Policy, stored: Sequence[Group], validation: Mapping[str, Sequence[Group]], stage: int
+    ) -> Material:
+        fresh = {
+            group.prompt_id: group
+            for group in self._sample(
+                policy, as_prompts(stored, self._rows), self._settings.trajectories, f"train {stage}"
+            )
+        }
+        kept = [group for group in stored if group.prompt_id in fresh]
+        fresh_validation = {}
+        for name, groups in validation.items():
+            count = max(len(group.completions) for group in groups)
+            prompts = as_prompts(groups, self._rows)
+            draws = [
+                [
+                    group
+                    for group in self._sample(policy, prompts, count, f"{name} {stage} {draw}")
+                    if group.status == OK
+                ]
+                for draw in range(2)
+            ]
+            if not all(draws):
+                raise SignalError(
+                    "the policy now solves all of this validation set's prompts, or none, in every try: fresh "
+                    "trajectories give no direction to compare with",
+                    where=f"validation set {name}, stage {stage}",
+                    fix="audit earlier stages only (--stages).",
+                )
+            fresh_validation[name] = (draws[0], draws[1])
+        return Material(kept, [fresh[group.prompt_id] for group in kept], validation, fresh_validation)
+
+    def _sample(self, policy: Policy, prompts: Sequence[Prompt], count: int, label: str) -> list[Group]:
+        collect = self._pipeline.config.collect
+        groups = sample_groups(
+            policy,
+            prompts,
+            count,
+            Sampling(collect.max_completion_length, collect.temperature, collect.top_p),
+            self._judge,
+            batch_size=collect.batch_size,
+            seed=self._settings.seed,
+            label=label,
+        )
+        masked = self._pipeline.trajectories.mask_truncated
+        return [group.without_truncated(policy.eos_ids) for group in groups] if masked else groups

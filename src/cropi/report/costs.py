@@ -1,0 +1,108 @@
+"""What each arm has cost, from the ledger and the streams of its training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cropi.artifacts import read_jsonl
+from cropi.config import Config
+from cropi.ledger import SHARED
+from cropi.report.flops import Flops, flops
+from cropi.report.results import Cost
+from cropi.workspace import Arm
+
+Entry = Mapping[str, Any]  # a line of the ledger
+
+
+@dataclass(frozen=True)
+class Charges:
+    """All that an arm pays for, as it was written down."""
+
+    config: Config
+    collected: Sequence[Entry]
+    own: Sequence[Entry]  # the arm's lines of the ledger, collection for it alone included
+    steps: Sequence[Mapping[str, Any]]
+    batches: Sequence[Mapping[str, Any]]
+
+    def up_to(self, step: int | None) -> Charges:
+        """The charges up to an optimiser step: all of the collection, scoring and selecting of the stages begun before
+        it, and the steps themselves.
+        """
+        if step is None:
+            return self
+        return Charges(
+            self.config,
+            [entry for entry in self.collected if self._begun(entry, step)],
+            [entry for entry in self.own if self._begun(entry, step)],
+            [row for row in self.steps if row["step"] <= step],
+            [row for row in self.batches if row["step"] < step],
+        )
+
+    def cost(self) -> Cost:
+        """Seconds and generated tokens."""
+        return Cost(
+            collect=_sum(entry["seconds"] for entry in self.collected),
+            score=self._seconds("score"),
+            select=self._seconds("select"),
+            train=_sum(row["seconds"] for row in self.steps),
+            evaluate=self._seconds("evaluate"),
+            collect_tokens=_whole(_sum(entry["tokens"] for entry in self.collected if "tokens" in entry)),
+            train_tokens=_whole(_sum(row["tokens"] for row in self.batches)),
+        )
+
+    def flops(self, parameters: int) -> Flops:
+        """Operations, for a policy with so many parameters in matrix products."""
+        return flops(self.config, parameters, self.collected, self._phase("score"), self.batches)
+
+    def computed_tokens(self) -> int:
+        """Tokens that scoring computed, those of the validation prompts and those that were only read included."""
+        names = ("computed_tokens", "validation_tokens", "forward_tokens")
+        return sum(entry.get(name, 0) for entry in self._phase("score") for name in names)
+
+    def _phase(self, phase: str) -> list[Entry]:
+        return [entry for entry in self.own if entry["phase"] == phase]
+
+    def _seconds(self, phase: str) -> float | None:
+        return _sum(entry["seconds"] for entry in self._phase(phase))
+
+    def _begun(self, entry: Entry, step: int) -> bool:
+        stage = entry.get("stage")
+        return stage is None or stage * self.config.train.steps_per_stage < step
+
+
+def charges(arm: Arm, config: Config, ledger: Sequence[Entry]) -> Charges:
+    """What an arm is charged with.
+
+    Each arm pays for the collection in full if it uses the stored trajectories, as if it were run alone, and for
+    what was collected for it alone.
+    """
+    own = [entry for entry in ledger if entry["arm"] == arm.name]
+    shared = [entry for entry in ledger if entry["arm"] == SHARED] if config.arms[arm.name].reads_trajectories else []
+    collected = [entry for entry in (*shared, *own) if entry["phase"] == "collect"]
+    return Charges(config, collected, own, read_jsonl(arm.folder / "steps.jsonl"), read_jsonl(arm.rewards))
+
+
+def arm_cost(arm: Arm, config: Config, ledger: Sequence[Entry], *, up_to_step: int | None = None) -> Cost:
+    """The cost of an arm, of the whole of it or up to an optimiser step."""
+    return charges(arm, config, ledger).up_to(up_to_step).cost()
+
+
+def shared_seconds(ledger: Iterable[Entry]) -> dict[str, float]:
+    """Seconds of the work that all arms share, by phase."""
+    seconds: dict[str, float] = {}
+    for entry in ledger:
+        if entry["arm"] == SHARED:
+            seconds[entry["phase"]] = seconds.get(entry["phase"], 0.0) + entry["seconds"]
+    return seconds
+
+
+def _sum(values: Iterable[float]) -> float | None:
+    """The sum, None of nothing."""
+    listed = list(values)
+    return sum(listed) if listed else None
+
+
+def _whole(value: float | None) -> int | None:
+    return None if value is None else int(value)

@@ -1,0 +1,141 @@
+"""Matplotlib figures as SVG inside an HTML page: no scripts, no references, no dates, light or dark.
+
+Colours that must follow the page are drawn in stand-in colours, which become CSS variables in the SVG.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec
+from zlib import crc32
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+
+from cropi.report.wording import on_one_line
+
+P = ParamSpec("P")
+
+# Drawn in these, shown in the page's own colours.
+INK, MUTED, GRID = "#010203", "#020304", "#030405"
+PAGE_COLOURS = {INK: "currentColor", MUTED: "var(--muted)", GRID: "var(--rule)"}
+
+# Okabe and Ito's palette, safe for colour-blind eyes. A mark or a dash tells the lines apart in black and white.
+BLUE, ORANGE, GREEN, PINK, SKY, GREY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#8c8c8c"
+ARM_STYLES: dict[str, dict[str, Any]] = {
+    "influence": {"color": BLUE, "marker": "o", "linestyle": "-"},
+    "full": {"color": ORANGE, "marker": "s", "linestyle": "--"},
+    "random": {"color": GREY, "marker": "^", "linestyle": ":"},
+    "learnability": {"color": GREEN, "marker": "D", "linestyle": "-."},
+    "pass_rate": {"color": PINK, "marker": "v", "linestyle": (0, (5, 1))},
+}
+OTHER_COLOURS = (SKY, ORANGE, GREEN, PINK, BLUE)
+OTHER_MARKS = ("P", "X", "*", "<", ">", "h", "p")
+
+
+def arm_style(name: str) -> dict[str, Any]:
+    """How an arm is drawn, the same in every report; arms without a look of their own get one by their name."""
+    if name in ARM_STYLES:
+        return ARM_STYLES[name]
+    number = crc32(name.encode())
+    look = {"color": OTHER_COLOURS[number % 5], "marker": OTHER_MARKS[number // 5 % 7]}
+    return look | {"linestyle": ("-", "--", ":", "-.")[number // 35 % 4]}
+
+
+SETTINGS: Any = {
+    "svg.hashsalt": "cropi",
+    "svg.fonttype": "none",
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "font.family": ["sans-serif"],
+    "font.size": 9.0,
+    "axes.titlesize": 9.5,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": INK,
+    "axes.titlecolor": INK,
+    "axes.axisbelow": True,
+    "text.color": INK,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "grid.color": GRID,
+    "grid.linewidth": 0.7,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 4.0,
+    "legend.frameon": False,
+}
+WIDTH = 9.6  # inches; scaled to the page's text width
+
+
+def new_figure(height: float) -> Figure:
+    """An empty figure as wide as the page."""
+    return Figure(figsize=(WIDTH, height), layout="constrained")
+
+
+def grid(axes: Axes, axis: str) -> None:
+    """Faint lines behind the data."""
+    axes.grid(visible=True, axis=axis)  # type: ignore[arg-type]
+    axes.tick_params(length=0)
+
+
+def shortened(text: str, length: int = 26) -> str:
+    """A label from the data: printable, on one line, not too long."""
+    return on_one_line(text, length)
+
+
+def thinned(values: Sequence[int], count: int = 12) -> list[int]:
+    """At most `count` of the values, evenly spread, the first and the last among them."""
+    if len(values) <= count:
+        return list(values)
+    places = np.linspace(0, len(values) - 1, count).round().astype(int)
+    return [values[place] for place in dict.fromkeys(places.tolist())]
+
+
+def svg(figure: Figure, name: str) -> str:
+    """The figure as an `<svg>` element; `name` keeps its ids apart from those of other figures of the page."""
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)  # a dollar sign in a name is a dollar sign
+    buffer = io.StringIO()
+    with warnings.catch_warnings():
+        # Letters that the measuring font lacks: the page's own fonts draw the text.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        FigureCanvasSVG(figure).print_svg(buffer, metadata=metadata)
+    return _for_page(buffer.getvalue(), name)
+
+
+def _for_page(text: str, name: str) -> str:
+    """An SVG file's element, without what only a file needs."""
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, count=1, flags=re.DOTALL)
+    head, rest = text.split(">", maxsplit=1)
+    head = re.sub(r'\s(?:xmlns(?::\w+)?|version|width|height)="[^"]*"', "", head)
+    rest = re.sub(r'(\sid="|\bxlink:href="#|url\(#)', rf"\g<1>{name}-", rest)
+    for drawn, shown in PAGE_COLOURS.items():
+        rest = rest.replace(drawn, shown)
+    return f"{head}>{rest.strip()}"
+
+
+def in_style(draw: Callable[P, str | None]) -> Callable[P, str | None]:
+    """Decorator: draw with this module's settings, whatever the user's matplotlibrc says."""
+
+    @functools.wraps(draw)
+    def styled(*args: P.args, **kwargs: P.kwargs) -> str | None:
+        with mpl.rc_context():
+            mpl.rcdefaults()
+            mpl.rcParams.update(SETTINGS)
+            return draw(*args, **kwargs)
+
+    return styled

@@ -1,0 +1,288 @@
+"""Why prompts were or were not selected: all that a run's files say of them. Free of torch."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from cropi.artifacts import GOLD_UNPARSEABLE, NO_SIGNAL, OK, PROMPT_TOO_LONG, open_artifact, read_jsonl
+from cropi.config import Config, PassRateStrategy, Strategy
+from cropi.errors import ArtifactError, UserError
+from cropi.functional.fusion import ranks
+from cropi.functional.sampling import places
+from cropi.report.reading import read_scores, rows_of, scored_stage, selection_table
+from cropi.workspace import Arm, Workspace
+
+CLOSE = 3  # suggestions for an unknown id
+EXPLORED = "exploration"  # reason of what `select` drew at random
+WHY_NOT = {
+    NO_SIGNAL: "no signal: its completions were all rewarded alike, or masked",
+    GOLD_UNPARSEABLE: "gold answer unparseable",
+    PROMPT_TOO_LONG: "too long for the policy's context: no trajectories",
+}
+
+Row = Mapping[str, Any]
+Rewards = dict[int, list[list[float | None]]]  # of one prompt: by stage, by generation batch
+
+
+@dataclass(frozen=True)
+class SetInfluence:
+    """Influence on one validation set."""
+
+    value: float
+    standard_error: float | None  # None: not measured
+    rank: int  # among all prompts of the pool; 1 is best
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What training did with a prompt."""
+
+    times: int  # generation batches that held it
+    completions: int
+    mean_reward: float | None
+
+
+@dataclass(frozen=True)
+class StageFacts:
+    """One prompt at one stage. What is None was not measured, or is not there yet."""
+
+    stage: int
+    status: str  # of the prompt's trajectories as they stand at this stage
+    pass_rate: float | None
+    selected: bool | None
+    outcome: str  # why it was selected, or why not
+    rank: int | None  # under the strategy (influence: fused); 1 is best
+    ranked: int | None  # how many prompts the strategy could rank
+    top_probability: float | None  # of being truly among the best
+    influence: Mapping[str, SetInfluence]  # by validation set; empty without signal or scores
+    scored: str | None  # full, subsampled or predicted
+    ratio_ess: float | None
+    clip_share: float | None
+    kl: float | None
+    trained: Trained
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """One prompt: what it is, and its stages."""
+
+    prompt_id: str
+    source: str
+    messages: str  # JSON: a string, or a list of chat messages
+    answer: str
+    trained: Trained  # over all stages of the arm
+    stages: Sequence[StageFacts]
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain JSON values; the prompt as it was read."""
+        values = asdict(self)
+        return {"prompt_id": self.prompt_id, "prompt": json.loads(values.pop("messages"))} | values
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """The tables of one stage, whichever are there."""
+
+    number: int
+    scores: pa.Table | None
+    selection: pa.Table | None
+    asked_for: int
+
+
+def explanations(
+    config: Config,
+    space: Workspace,
+    prompt_ids: Sequence[str],
+    *,
+    arm: str | None = None,
+    stage: int | None = None,
+    top: int | None = None,
+) -> list[Explanation]:
+    """What is known of some training prompts, or of the `top` best of a stage (the last one selected, by default).
+
+    `arm` is the main one by default, and all stages are told if `stage` is None. Raises UserError for an unknown
+    prompt, arm or stage, naming the closest that there are.
+    """
+    chosen = space.arms[_known_arm(config, arm)]
+    stages = _read_stages(config, chosen, stage)
+    if top is not None:
+        prompt_ids = _best(stages, top)
+    _require_known(space, prompt_ids)
+    rewards = _training_rewards(chosen, config.train.steps_per_stage, prompt_ids)
+    facts = [_facts_of_stage(config, chosen, part, rewards) for part in stages]
+    return [
+        _explanation(space.train_prompts[i], rewards[i], [part[i] for part in facts]) for i in dict.fromkeys(prompt_ids)
+    ]
+
+
+# -- what to explain -----------------------------------------------------------------------------------------------
+
+
+def _known_arm(config: Config, arm: str | None) -> str:
+    if arm is not None and arm not in config.arms:
+        raise UserError(f"the run has no arm {arm!r}", where="--arm", fix=f"give one of: {', '.join(config.arms)}.")
+    return arm or next(iter(config.arms))
+
+
+def _read_stages(config: Config, arm: Arm, stage: int | None) -> list[_Stage]:
+    """The stages asked for that have scores or a selection; an error where there is none."""
+    if stage is not None and stage >= config.train.stages:
+        raise UserError(f"the run has no stage {stage}", where="--stage", fix=f"give 0 to {config.train.stages - 1}.")
+    wanted = range(config.train.stages) if stage is None else [stage]
+    tables = read_scores(config, arm)
+    found = []
+    for number in wanted:
+        selection = selection_table(arm, number)
+        scores = tables.get(scored_stage(config, arm, number))
+        if selection is not None:
+            details = open_artifact(arm.selection(number), "selection", made_by="cropi select").details
+            found.append(_Stage(number, scores, selection, details["asked_for"]))
+        elif number in tables:
+            found.append(_Stage(number, scores, None, 0))
+    if not found:
+        what = f"stage {stage} of {arm.name}" if stage is not None else f"arm {arm.name}"
+        raise ArtifactError(
+            f"{what} has neither scores nor a selection yet", where=str(arm.folder), fix="run `cropi run` first."
+        )
+    return found
+
+
+def _best(stages: Sequence[_Stage], top: int) -> list[str]:
+    table = next((part.selection for part in reversed(stages) if part.selection is not None), None)
+    if table is None:
+        raise UserError("nothing has been selected yet", where="--top", fix="run `cropi select`, or name prompts.")
+    return table.slice(0, top).column("prompt_id").to_pylist()
+
+
+def _require_known(space: Workspace, prompt_ids: Iterable[str]) -> None:
+    """UserError for the first id that is not one of a training prompt."""
+    for prompt_id in prompt_ids:
+        if prompt_id in space.train_prompts:
+            continue
+        other = next((row["set"] for row in space.prompt_rows if row["prompt_id"] == prompt_id), None)
+        if other is not None:
+            raise UserError(f"{prompt_id!r} is a prompt of {other}", fix="name training prompts: only they are ranked.")
+        if "=" in prompt_id:
+            fix = "name the run's folder as CONFIG; settings have no place here."
+            raise UserError(f"the run has no training prompt {prompt_id!r}", where=str(space.folder), fix=fix)
+        close = difflib.get_close_matches(prompt_id, space.train_prompts, n=CLOSE)
+        hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "selection.parquet has the ids."
+        raise UserError(f"the run has no training prompt {prompt_id!r}", where=str(space.folder), fix=hint)
+
+
+# -- what is known -------------------------------------------------------------------------------------------------
+
+
+def _training_rewards(arm: Arm, steps_per_stage: int, prompt_ids: Iterable[str]) -> dict[str, Rewards]:
+    """By prompt: the rewards of every generation batch that held it, by stage."""
+    found: dict[str, Rewards] = {prompt_id: {} for prompt_id in prompt_ids}
+    for batch in read_jsonl(arm.rewards):
+        stage = batch["step"] // steps_per_stage
+        for prompt_id in found.keys() & set(batch["prompt_ids"]):
+            pairs = zip(batch["prompt_ids"], batch["rewards"], strict=True)
+            found[prompt_id].setdefault(stage, []).append([value for i, value in pairs if i == prompt_id])
+    return found
+
+
+def _trained(batches: Sequence[Sequence[float | None]]) -> Trained:
+    known = [value for batch in batches for value in batch if value is not None]
+    return Trained(len(batches), sum(map(len, batches)), sum(known) / len(known) if known else None)
+
+
+def _facts_of_stage(config: Config, arm: Arm, stage: _Stage, rewards: Mapping[str, Rewards]) -> dict[str, StageFacts]:
+    names = config.arms[arm.name].directions(config.prompts.validation)
+    scored = rows_of(stage.scores, rewards) if stage.scores is not None else {}
+    set_ranks = _set_ranks(stage.scores, names)
+    selected = rows_of(stage.selection, rewards) if stage.selection is not None else {}
+    cut = _cut(config, stage)
+    facts = {}
+    for prompt_id, by_stage in rewards.items():
+        row, choice = scored.get(prompt_id, {}), selected.get(prompt_id)
+        facts[prompt_id] = StageFacts(
+            stage=stage.number,
+            status=row.get("status") or selected[prompt_id]["status"],
+            pass_rate=(choice or row)["pass_rate"],
+            selected=None if choice is None else choice["selected"],
+            outcome="scored, nothing selected yet" if choice is None else outcome(choice, cut, config.arms[arm.name]),
+            rank=None if choice is None else choice["rank"],
+            ranked=cut.ranked if stage.selection is not None else None,
+            top_probability=row.get("top_probability"),
+            influence=_influence(row, set_ranks) if row.get("status") == OK else {},
+            scored=row.get("scored"),
+            ratio_ess=row.get("ratio_ess"),
+            clip_share=row.get("clip_share"),
+            kl=row.get("kl"),
+            trained=_trained(by_stage.get(stage.number, [])),
+        )
+    return facts
+
+
+def _set_ranks(scores: pa.Table | None, names: Iterable[str]) -> dict[str, dict[str, int]]:
+    """Rank by validation set and prompt, as `select` takes it."""
+    if scores is None:
+        return {}
+    ids = scores.column("prompt_id").to_pylist()
+    columns = {name: scores.column(f"influence/{name}").to_numpy() for name in names}
+    return {name: dict(zip(ids, ranks(values_N, ids).tolist(), strict=True)) for name, values_N in columns.items()}
+
+
+def _influence(row: Row, set_ranks: Mapping[str, Mapping[str, int]]) -> dict[str, SetInfluence]:
+    return {
+        name: SetInfluence(row[f"influence/{name}"], row[f"standard_error/{name}"], by_prompt[row["prompt_id"]])
+        for name, by_prompt in set_ranks.items()
+    }
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Where a stage's selection ends."""
+
+    rank: int  # the last one that the strategy took; 0 if none
+    ranked: int  # prompts that it could rank
+    short: bool  # whether places were left because of quotas
+
+
+def _cut(config: Config, stage: _Stage) -> Cut:
+    if stage.selection is None:
+        return Cut(0, 0, False)
+    columns = (stage.selection.column(name).to_pylist() for name in ("rank", "selected", "reason"))
+    rows = list(zip(*columns, strict=True))
+    taken = [rank for rank, selected, reason in rows if selected and reason != EXPLORED]
+    ranked = sum(rank is not None for rank, _, _ in rows)
+    room = stage.asked_for - places(config.select.exploration, stage.asked_for)
+    return Cut(max(taken, default=0), ranked, len(taken) < room)
+
+
+def outcome(row: Row, cut: Cut, strategy: Strategy) -> str:
+    """Why a prompt was selected, or why not, from its row of the selection table."""
+    if row["selected"]:
+        return f"selected ({row['reason']})"
+    if row["rank"] is None:
+        return _unranked(row, strategy)
+    if row["rank"] < cut.rank or cut.short:
+        return f"ranked {row['rank']:,}, but the quota of its source was used up"
+    return f"ranked {row['rank']:,}, cut at {cut.rank:,}"
+
+
+def _unranked(row: Row, strategy: Strategy) -> str:
+    if isinstance(strategy, PassRateStrategy) and row["pass_rate"] is not None:
+        return f"pass rate {row['pass_rate']:.2f} outside {strategy.low:g} to {strategy.high:g}"
+    # A mixed group that `learnability` cannot rank: its newest training rewards are equal.
+    return WHY_NOT.get(row["status"], "its newest training rewards are all alike")
+
+
+def _explanation(prompt: Row, rewards: Rewards, stages: Sequence[StageFacts]) -> Explanation:
+    return Explanation(
+        prompt_id=prompt["prompt_id"],
+        source=prompt["source"],
+        messages=prompt["messages"],
+        answer=prompt["answer"],
+        trained=_trained([batch for batches in rewards.values() for batch in batches]),
+        stages=stages,
+    )

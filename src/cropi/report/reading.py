@@ -1,0 +1,218 @@
+"""What a report reads from a run's folder. Everything may be missing: a run can be reported at any time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from cropi.artifacts import (
+    EVALUATION,
+    GOLD_UNPARSEABLE,
+    NO_SIGNAL,
+    OK,
+    PROMPT_TOO_LONG,
+    SELECTION,
+    Manifest,
+    is_finished,
+    open_artifact,
+    read_manifest,
+    read_table,
+    scores_schema,
+)
+from cropi.config import Config
+from cropi.functional.sampling import places
+from cropi.leakage import turn_text
+from cropi.report.results import Drift, Reliability, StageWorth
+from cropi.workspace import Arm, Workspace, evaluation_files
+
+MIXED = "mixed"  # a group with better and worse completions: status `ok`, in words
+
+Results = Mapping[str, Mapping[str, float]]  # test set -> prompt id -> 1 right, 0 wrong, or a mean of samples
+
+
+@dataclass(frozen=True)
+class Answers:
+    """One evaluation: what was answered right. `sampled` holds the sets for which completions were sampled."""
+
+    greedy: Results
+    sampled: Results
+
+
+@dataclass(frozen=True)
+class Selection:
+    """One stage's selection, in the order of the strategy's ranking."""
+
+    prompt_ids: Sequence[str]
+    sources: Sequence[str]
+    selected: Sequence[bool]
+
+    @property
+    def chosen(self) -> frozenset[str]:
+        """Ids of the selected prompts."""
+        return frozenset(i for i, taken in zip(self.prompt_ids, self.selected, strict=True) if taken)
+
+
+def read_answers(folder: Path) -> dict[int, Answers]:
+    """Evaluations by optimiser step, in ascending order."""
+    files = evaluation_files(folder, all_there=True)
+    return {step: _answers(read_table(path, EVALUATION)) for step, path in files.items()}
+
+
+def _answers(table: pa.Table) -> Answers:
+    columns = (table.column(name).to_pylist() for name in ("set", "prompt_id", "greedy", "sampled"))
+    greedy: dict[str, dict[str, float]] = {}
+    sampled: dict[str, dict[str, float]] = {}
+    for name, prompt_id, right, mean in zip(*columns, strict=True):
+        greedy.setdefault(name, {})[prompt_id] = right
+        if mean is not None:
+            sampled.setdefault(name, {})[prompt_id] = mean
+    whole = {name: values for name, values in sampled.items() if len(values) == len(greedy[name])}
+    return Answers(greedy, whole)
+
+
+def selection_table(arm: Arm, stage: int) -> pa.Table | None:
+    """A stage's selection with all columns; None where it has not been made."""
+    folder = arm.selection(stage)
+    if not is_finished(folder):
+        return None
+    open_artifact(folder, "selection", made_by="cropi select")
+    return read_table(folder / "selection.parquet", SELECTION)
+
+
+def read_selections(arm: Arm, stages: int) -> dict[int, Selection]:
+    """Finished selections by stage."""
+    tables = {stage: selection_table(arm, stage) for stage in range(stages)}
+    return {
+        stage: Selection(*(table.column(name).to_pylist() for name in ("prompt_id", "source", "selected")))
+        for stage, table in tables.items()
+        if table is not None
+    }
+
+
+def directions(config: Config, arm: Arm) -> list[str]:
+    """Names of the directions that an arm's influence is measured along."""
+    return config.arms[arm.name].directions(config.prompts.validation)
+
+
+def scored_arm(config: Config, space: Workspace) -> Arm | None:
+    """The first arm that has influence scores, in the order of the config."""
+    stages = range(config.train.stages)
+    return next((arm for arm in space.arms.values() if any(is_finished(arm.scores(s)) for s in stages)), None)
+
+
+def read_scores(config: Config, arm: Arm) -> dict[int, pa.Table]:
+    """Finished influence tables by stage."""
+    schema, tables = scores_schema(directions(config, arm)), {}
+    for stage in range(config.train.stages):
+        folder = arm.scores(stage)
+        if is_finished(folder):
+            open_artifact(folder, "scores", made_by="cropi score")
+            tables[stage] = read_table(folder / "scores.parquet", schema)
+    return tables
+
+
+def read_worth(config: Config, arm: Arm) -> tuple[StageWorth, ...]:
+    """What the scores of an arm's stages are worth, as `score` noted it; nothing for arms without influence."""
+    found = []
+    for stage in range(config.train.stages):
+        folder = arm.scores(stage)
+        if is_finished(folder):
+            manifest = open_artifact(folder, "scores", made_by="cropi score")
+            found.append(_worth(config, stage, manifest))
+    return tuple(found)
+
+
+def _worth(config: Config, stage: int, manifest: Manifest) -> StageWorth:
+    noted, moved = manifest.details["reliability"], manifest.details["drift"]
+    best = min(places(config.select.fraction, sum(manifest.counts.values())), manifest.counts.get(OK, 0))
+    return StageWorth(
+        stage,
+        manifest.details["direction_reliability"],
+        noted and Reliability(noted["reliability"], best, noted["expected_overlap"], noted["chance"]),
+        moved and Drift(**moved),
+    )
+
+
+def scored_stage(config: Config, arm: Arm, stage: int) -> int:
+    """The stage whose scores a selection rests on."""
+    return config.arms[arm.name].scored_stage(stage)
+
+
+def rows_of(table: pa.Table, prompt_ids: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Rows of a few prompts, by id."""
+    ids = pa.array(list(prompt_ids), pa.string())
+    return {row["prompt_id"]: row for row in table.filter(pc.is_in(table.column("prompt_id"), ids)).to_pylist()}
+
+
+def prompt_text(messages: str) -> str:
+    """The prompt of a row of the prompt table as a person reads it: chat turns each with its role."""
+    turns = json.loads(messages)
+    return turns if isinstance(turns, str) else "\n".join(f"[{turn['role']}] {turn_text(turn)}" for turn in turns)
+
+
+def prompts_left_out(space: Workspace) -> int:
+    """How many prompts were too long to be collected."""
+    if not is_finished(space.trajectories):
+        return 0
+    manifest = read_manifest(space.trajectories, "trajectories", made_by="cropi collect")
+    return manifest.counts.get(PROMPT_TOO_LONG, 0)
+
+
+def read_verdicts(space: Workspace) -> pa.Table | None:
+    """set, prompt_id, reward, verdict, status and `tokens` (how many) of every stored trajectory.
+
+    Verifies the checksums of all trajectories. None where collection has not finished.
+    """
+    if not is_finished(space.trajectories):
+        return None
+    open_artifact(space.trajectories, "trajectories", made_by="cropi collect")
+    columns = ["set", "prompt_id", "reward", "verdict", "status", "completion_ids"]
+    table = pa.concat_tables([pq.read_table(path, columns=columns) for path in _parts(space)])
+    tokens = pc.list_value_length(table.column("completion_ids"))
+    return table.drop_columns(["completion_ids"]).append_column("tokens", tokens)
+
+
+def read_completions(space: Workspace, prompt_ids: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+    """Stored completions of a few training prompts, by prompt id and in the order they were sampled."""
+    if not is_finished(space.trajectories):
+        return {}
+    columns = ["set", "prompt_id", "sample", "completion", "verdict", "status"]
+    wanted = [("prompt_id", "in", list(prompt_ids)), ("set", "=", "train")]
+    rows = [row for path in _parts(space) for row in pq.read_table(path, columns=columns, filters=wanted).to_pylist()]
+    rows.sort(key=lambda row: row["sample"])
+    return {prompt_id: [row for row in rows if row["prompt_id"] == prompt_id] for prompt_id in prompt_ids}
+
+
+def group_statuses(verdicts: pa.Table) -> dict[str, str]:
+    """`mixed`, `no_signal` or `gold_unparseable` for every training prompt."""
+    table = verdicts.filter(pc.equal(verdicts.column("set"), "train"))
+    rewards: dict[str, set[float]] = {}
+    tokens: dict[str, int] = {}
+    unreadable: set[str] = set()
+    columns = (table.column(name).to_pylist() for name in ("prompt_id", "reward", "status", "tokens"))
+    for prompt_id, reward, status, length in zip(*columns, strict=True):
+        rewards.setdefault(prompt_id, set()).add(reward)
+        tokens[prompt_id] = tokens.get(prompt_id, 0) + length
+        if status == GOLD_UNPARSEABLE:
+            unreadable.add(prompt_id)
+    return {i: GOLD_UNPARSEABLE if i in unreadable else _signal(rewards[i], tokens[i]) for i in rewards}
+
+
+def _signal(rewards: set[float], tokens: int) -> str:
+    return MIXED if len(rewards) > 1 and tokens else NO_SIGNAL
+
+
+def rows_with(table: pa.Table, status: str = OK) -> pa.Table:
+    """Rows of a table that have a status."""
+    return table.filter(pc.equal(table.column("status"), status))
+
+
+def _parts(space: Workspace) -> list[Path]:
+    return sorted(space.trajectories.glob("part-*.parquet"))

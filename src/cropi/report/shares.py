@@ -1,0 +1,96 @@
+"""What was selected: shares by source, and overlap between stages."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from cropi.report.reading import Selection
+
+MAX_SOURCES = 20  # rows of a table or figure by source
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Counts by source: in the pool and in every stage's selection."""
+
+    sources: Sequence[str]
+    pool_counts: Sequence[int]
+    stage_counts: Mapping[int, Sequence[int]]
+
+    @property
+    def pool(self) -> list[float]:
+        """Shares of the pool."""
+        return _normalised(self.pool_counts)
+
+    @property
+    def by_stage(self) -> dict[int, list[float]]:
+        """Shares of each stage's selection."""
+        return {stage: _normalised(counts) for stage, counts in self.stage_counts.items()}
+
+
+def source_shares(selections: Mapping[str, Mapping[int, Selection]]) -> dict[str, Shares]:
+    """Shares by arm, all arms with the same rows: largest sources first, the small ones of a long list together."""
+    counted = {arm: _count(stages) for arm, stages in selections.items() if stages}
+    pool = next((pool_of_arm for pool_of_arm, _ in counted.values()), Counter())
+    names = _shown(pool, [column for _, by_stage in counted.values() for column in by_stage.values()])
+    return {
+        arm: Shares(
+            _labels(names, pool),
+            _column(names, pool_of_arm, len(names) < len(pool)),
+            {stage: _column(names, column, len(names) < len(pool)) for stage, column in by_stage.items()},
+        )
+        for arm, (pool_of_arm, by_stage) in counted.items()
+    }
+
+
+def _shown(pool: Counter[str], selections: Sequence[Counter[str]]) -> list[str]:
+    """Sources with a row of their own, largest in the pool first: those with the largest shares anywhere."""
+    names = sorted(pool, key=lambda source: (-pool[source], source))
+    if len(names) <= MAX_SOURCES:
+        return names
+    columns = [column for column in (pool, *selections) if column]
+    peak = {name: max(column[name] / column.total() for column in columns) for name in names}
+    kept = {*sorted(names, key=lambda source: (-peak[source], source))[: MAX_SOURCES - 1]}
+    return [name for name in names if name in kept]
+
+
+def _count(stages: Mapping[int, Selection]) -> tuple[Counter[str], dict[int, Counter[str]]]:
+    pool = Counter(next(iter(stages.values())).sources)
+    return pool, {stage: _chosen_sources(selection) for stage, selection in stages.items()}
+
+
+def _chosen_sources(selection: Selection) -> Counter[str]:
+    return Counter(source for source, taken in zip(selection.sources, selection.selected, strict=True) if taken)
+
+
+def _labels(names: Sequence[str], pool: Mapping[str, int]) -> list[str]:
+    rest = len(pool) - len(names)
+    return [*names, *([f"{rest} other sources"] if rest else [])]
+
+
+def _column(names: Sequence[str], counts: Counter[str], with_rest: bool) -> list[int]:
+    """Counts of the named sources, then of all others together."""
+    column = [counts[name] for name in names]
+    return [*column, counts.total() - sum(column)] if with_rest else column
+
+
+def _normalised(counts: Sequence[int]) -> list[float]:
+    total = max(sum(counts), 1)
+    return [count / total for count in counts]
+
+
+def jaccard(stages: Mapping[int, Selection]) -> dict[int, float]:
+    """|A ∩ B| / |A ∪ B| of each stage's selection with that of the stage before, by the later stage."""
+    overlaps = {}
+    for stage in sorted(stages):
+        if stage - 1 in stages:
+            before, now = stages[stage - 1].chosen, stages[stage].chosen
+            overlaps[stage] = len(before & now) / len(before | now) if before | now else 1.0
+    return overlaps
+
+
+def random_jaccard(fraction: float) -> float:
+    """The overlap to expect of two independent random draws of the same share α of a large pool: α / (2 − α)."""
+    return fraction / (2 - fraction)

@@ -1,0 +1,154 @@
+"""Strategies that choose by the stored pass rate."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.curriculum.pool import chosen, pool, scores
+
+from cropi.config import (
+    DotsStrategy,
+    GaussianStrategy,
+    LearnabilityStrategy,
+    MidStrategy,
+    PassRateStrategy,
+    VcrlStrategy,
+)
+from cropi.curriculum.strategies.vcrl import normalised_variance
+from cropi.errors import SignalError
+
+MID, VCRL, DOTS = MidStrategy(type="mid"), VcrlStrategy(type="vcrl"), DotsStrategy(type="dots")
+
+
+def test_mid_by_hand() -> None:
+    # distances from 1/2: a 3/8, b 1/8, c 1/2, d 1/4; e has no reward
+    candidates = pool([1 / 8, 5 / 8, 1.0, 3 / 4, math.nan])
+    assert scores(MID, candidates)[:4].tolist() == [1 / 8, 3 / 8, 0, 1 / 4]
+    assert chosen(MID, 5, candidates) == ["b", "d", "a", "c"]  # those of equal rewards last, e never
+
+
+@given(st.lists(st.integers(1, 7), min_size=2, max_size=20))
+def test_mid_has_the_order_of_learnability(right: list[int]) -> None:
+    candidates = pool([c / 8 for c in right])
+    assert chosen(MID, len(right), candidates) == chosen(
+        LearnabilityStrategy(type="learnability"), len(right), candidates
+    )
+
+
+@pytest.mark.parametrize("size", [2, 3, 7, 8])
+def test_normalised_variance_is_the_sample_variance_over_its_largest(size: int) -> None:
+    rewards = [[1.0] * c + [0.0] * (size - c) for c in range(size + 1)]
+    variances_N = np.var(rewards, axis=1, ddof=1)
+    found_N = normalised_variance(np.var(rewards, axis=1), np.full(size + 1, size))
+    np.testing.assert_allclose(found_N, variances_N / variances_N.max())
+    # VCRL's own forms of the largest: G / (4 (G - 1)) for an even group, (G + 1) / (4 G) for an odd one
+    most = size / (4 * (size - 1)) if size % 2 == 0 else (size + 1) / (4 * size)
+    assert variances_N.max() == pytest.approx(most)
+
+
+def test_vcrl_keeps_what_varies_enough() -> None:
+    # of K = 8: 1 right 7/16, 2 right 12/16, 3 right 15/16, 4 right 1
+    candidates = pool([1 / 8, 1 / 4, 3 / 8, 1 / 2, 1.0, math.nan])
+    assert sorted(chosen(VCRL, 6, candidates)) == ["c", "d"]
+    assert sorted(chosen(VcrlStrategy(type="vcrl", kappa=0.75), 6, candidates)) == ["b", "c", "d"]  # the bound itself
+    assert sorted(chosen(VcrlStrategy(type="vcrl", kappa=0), 6, candidates)) == ["a", "b", "c", "d"]
+    with pytest.raises(SignalError, match="none of the 2 prompts qualifies"):
+        chosen(VCRL, 2, pool([1 / 8, 1.0]))
+
+
+def test_prompts_graded_all_alike_are_not_taken_for_signal() -> None:
+    """Three that always earn 1/2 beside three that vary around 0.3."""
+    grades = {"pass_rates_N": np.array([0.5] * 3 + [0.3] * 3), "variances_N": np.array([0.0] * 3 + [0.04] * 3)}
+    statuses = ["no_signal"] * 3 + ["ok"] * 3
+    candidates = dataclasses.replace(pool([0.5] * 6), statuses=statuses, **grades)
+    for strategy in (
+        MID,
+        DOTS,
+        GaussianStrategy(type="gaussian"),
+        PassRateStrategy(type="pass_rate", low=0.2, high=0.6),
+        LearnabilityStrategy(type="learnability"),
+        VcrlStrategy(type="vcrl", kappa=0.1),
+    ):
+        assert set(chosen(strategy, 3, candidates)) == {"d", "e", "f"}, strategy.type
+    assert chosen(MID, 6, candidates)[3:] == ["a", "b", "c"]  # fills up, as with verdicts
+
+
+def test_vcrl_draws_anew_at_each_stage() -> None:
+    candidates = pool([0.5] * 20)
+    drawn = [chosen(VCRL, 5, dataclasses.replace(candidates, stage=stage)) for stage in range(4)]
+    assert drawn[0] == chosen(VCRL, 5, candidates)
+    assert len({tuple(ids) for ids in drawn}) == 4
+
+
+def test_a_group_of_its_own_size_has_its_own_largest_variance() -> None:
+    candidates = pool([1 / 3, 1 / 3], group_sizes_N=np.array([3, 6]))
+    assert chosen(VcrlStrategy(type="vcrl", kappa=0.9), 2, candidates) == ["a"]  # 2/2 and 8/9
+
+
+def test_dots_takes_the_nearest_and_draws_among_equals() -> None:
+    candidates = pool([0.5] * 6 + [0.375] * 6 + [1.0, math.nan])
+    seeds = [set(chosen(DOTS, 3, dataclasses.replace(candidates, seed=seed))) for seed in range(30)]
+    assert set().union(*seeds) == set("abcdef")
+    assert len({frozenset(ids) for ids in seeds}) > 5
+    assert set(chosen(DOTS, 12, candidates)) == set("abcdefghijkl")
+    assert chosen(DotsStrategy(type="dots", target=1.0), 1, candidates) == ["m"]
+
+
+def test_dots_draws_without_replacement_by_its_weights() -> None:
+    """Two of three prompts: the probability of each pair, drawn one after the other in proportion to the weights."""
+    candidates, strategy = pool([0.5, 0.25, 0.0]), DotsStrategy(type="dots", temperature=0.25)
+    weights = {"a": 1.0, "b": math.exp(-1), "c": math.exp(-2)}
+    total, draws = sum(weights.values()), 4000
+    counts = dict.fromkeys(("ab", "ac", "bc"), 0)
+    for seed in range(draws):
+        counts["".join(sorted(chosen(strategy, 2, dataclasses.replace(candidates, seed=seed))))] += 1
+    for pair, count in counts.items():
+        one, two = (weights[i] for i in pair)
+        chance = one / total * two / (total - one) + two / total * one / (total - two)
+        assert abs(count - draws * chance) < 4 * (draws * chance * (1 - chance)) ** 0.5
+
+
+def gaussian(stage: int, **settings: object) -> tuple[GaussianStrategy, dict[str, int]]:
+    return GaussianStrategy(type="gaussian", **settings), {"stage": stage, "stages": 3}
+
+
+def test_the_gaussian_moves_from_easy_to_hard() -> None:
+    rates = [p for p in (0.125, 0.5, 0.875) for _ in range(20)]
+    found = []
+    for stage in range(3):
+        strategy, facts = gaussian(stage, first=0.875, last=0.125, sigma=0.05)
+        found.append(set(chosen(strategy, 20, pool(rates, **facts))))
+    ids = pool(rates).prompt_ids
+    assert found == [set(ids[40:]), set(ids[20:40]), set(ids[:20])]
+    strategy, _ = gaussian(0, first=0.875, last=0.125, sigma=0.05)
+    assert set(chosen(strategy, 20, pool(rates))) == set(ids[40:])  # a run of one stage stays at its beginning
+
+
+def test_gaussian_weights_by_hand() -> None:
+    """The better of two prompts comes first with w_a / (w_a + w_b), w = exp(-(p - mu)^2 / (2 sigma^2))."""
+    strategy, _ = gaussian(0, first=0.5, sigma=0.25)
+    candidates, draws = pool([0.5, 0.875]), 4000
+    first = sum(chosen(strategy, 1, dataclasses.replace(candidates, seed=seed)) == ["a"] for seed in range(draws))
+    chance = 1 / (1 + math.exp(-(0.375**2) / (2 * 0.25**2)))
+    assert abs(first - draws * chance) < 4 * (draws * chance * (1 - chance)) ** 0.5
+
+
+def test_shares_are_kept_in_every_selection() -> None:
+    sources = ["x"] * 30 + ["y"] * 10 + ["z"] * 10
+    strategy, _ = gaussian(0, shares={"x": 1, "y": 3})
+    candidates = pool([0.5] * 50, sources=sources)
+    source_of = dict(zip(candidates.prompt_ids, sources, strict=True))
+    for size in (4, 8, 12):
+        taken = [source_of[i] for i in chosen(strategy, size, candidates)]
+        assert (taken.count("x"), taken.count("y"), taken.count("z")) == (size // 4, 3 * size // 4, 0)
+    everything = [source_of[i] for i in chosen(strategy, 50, candidates)]
+    assert (everything.count("x"), everything.count("y")) == (30, 10)  # what a source lacks goes to the others
+
+
+def test_shares_take_the_best_of_each_source() -> None:
+    rates = [0.8, 0.1, 0.8, 0.1]
+    strategy, _ = gaussian(0, shares={"x": 1, "y": 1}, sigma=0.01)
+    assert set(chosen(strategy, 2, pool(rates, sources=["x", "x", "y", "y"]))) == {"a", "c"}

@@ -1,0 +1,60 @@
+"""Small comparisons by hand, for the tests of their report."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cropi.artifacts import write_json, write_table
+from cropi.lab.compare.report.page import make_comparison_report
+from cropi.lab.compare.report.runs_data import Comparison, read_comparison
+from cropi.lab.compare.results import COSTS, FLOPS, RESULTS, TOKENS, read_results
+from cropi.lab.compare.statistics import summarise
+from cropi.report.blocks import Table
+
+SLOW, QUICK, NEVER = (0, 1, 2), (0, 4, 4), (0, 0, 1)
+
+
+def rows(
+    scenario: str, strategy: str, seed: int, curve: tuple[int, int, int], collected: float = 0.0, other: int = 1
+) -> list[dict[str, Any]]:
+    """A run with four targeted questions, of which so many are solved, and two others. A step costs 1 of all."""
+    found = []
+    for step, right in zip((0, 4, 8), curve, strict=True):
+        ahead = collected if step else 0.0
+        charged = dict.fromkeys((*COSTS, *TOKENS, *FLOPS), 0)
+        charged |= {"collect_seconds": ahead, "collect_tokens": int(ahead), "collect_flops": ahead}
+        charged |= {"train_seconds": step, "train_tokens": step, "train_flops": step, "flops": ahead + step}
+        for name, targeted, size, solved in (("near", True, 4, right), ("far", False, 2, other)):
+            own = {"scenario": scenario, "strategy": strategy, "seed": seed, "step": step, "set": name}
+            correct = [1.0] * solved + [0.0] * (size - solved)
+            found.append(own | {"targeted": targeted, "questions": f"{seed}", "correct": correct} | charged)
+    return found
+
+
+def written(folder: Path, *runs: list[dict[str, Any]], references: Sequence[str] | None = None) -> Path:
+    """A comparison's folder with the two files that are always there."""
+    write_table(folder / "results.parquet", [row for run in runs for row in run], RESULTS)
+    table = read_results(folder / "results.parquet")
+    write_json(folder / "compare.json", summarise(table, references, [0.25]))
+    return folder
+
+
+def one_seed_in(folder: Path) -> Path:
+    """`full` comes to 2 of 4 at step 8; `quick` at step 2, with 3 paid ahead; `never` does not."""
+    runs = (rows("a", "full", 0, SLOW), rows("a", "quick", 0, QUICK, 3.0), rows("a", "never", 0, NEVER))
+    return written(folder, *runs)
+
+
+def read(folder: Path, main: str | None = None) -> Comparison:
+    return read_comparison(folder, main)
+
+
+def tables(blocks: Sequence[Any]) -> list[Table]:
+    found = [block for block in blocks if isinstance(block, Table)]
+    assert all(len(row) == len(table.header) for table in found for row in table.rows)
+    return found
+
+
+def text_of(folder: Path) -> str:
+    make_comparison_report(folder)
+    return (folder / "compare.md").read_text(encoding="utf-8")

@@ -1,0 +1,264 @@
+"""The real command: what is shared, what an interruption leaves, and that every run is that of `cropi run`."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tests.conftest import tiny_llama
+from tests.runs import SMALL, cropi, cropi_process, evaluations, selections
+
+from cropi.artifacts import append_jsonl, read_jsonl
+from cropi.lab.compare.execute import default_jobs
+from cropi.lab.compare.results import read_results
+from cropi.lab.compare.worker import link_shared, matrix_parameters
+from cropi.ledger import Ledger
+from cropi.loading import load_config
+from cropi.pipeline import Pipeline
+from cropi.workspace import forget_evaluations
+
+TINY = [
+    *SMALL,
+    "prompts.train=[{type: builtin, families: [sum, parity], count: 8, seed: 1}]",
+    "prompts.test.sum.sources=[{type: builtin, families: [sum], count: 4, seed: 3}]",
+    "prompts.test.parity={targeted: false, sources: [{type: builtin, families: [parity], count: 4, seed: 3}]}",
+    "collect.num_generations=4",
+    "train.steps_per_stage=2",
+    "trainer.num_generations=4",
+    "trainer.per_device_train_batch_size=8",
+    "trainer.learning_rate=3e-4",
+]
+COMMAND = ["compare", "quickstart", *TINY, "--strategies", "full,influence", "--seeds", "0,3", "--jobs", "1"]
+OUT = Path("out")
+
+
+def steps(folder: Path) -> int:
+    files = folder.glob("quickstart/seed-*/*/arms/*/steps.jsonl")
+    return sum(path.read_bytes().count(b"\n") for path in files)
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A comparison that was interrupted in its second run, then ended by the same command."""
+    cwd = tmp_path_factory.mktemp("compare")
+    command = [sys.executable, "-m", "cropi", *COMMAND, "--folder", str(OUT)]
+    process = subprocess.Popen(command, cwd=cwd, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    deadline = time.monotonic() + 240
+    while steps(cwd / OUT) < 5:
+        assert process.poll() is None, process.stderr and process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the same command goes on from here" in said
+    (cwd / "interrupted.parquet").write_bytes((cwd / OUT / "results.parquet").read_bytes())
+    done = cropi_process(*COMMAND, "--folder", str(OUT), cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    (cwd / "stdout").write_text(done.stdout)
+    (cwd / "stderr").write_text(done.stderr)
+    return cwd
+
+
+def runs(cwd: Path) -> list[Path]:
+    return sorted(path.parent for path in (cwd / OUT).glob("quickstart/seed-*/*/finished.json"))
+
+
+def test_an_interruption_leaves_the_finished_runs_and_the_rest_is_done_later(compared: Path) -> None:
+    partial = read_results(compared / "interrupted.parquet")
+    assert set(zip(*(partial.column(name).to_pylist() for name in ("seed", "strategy")), strict=True)) == {(0, "full")}
+    assert "3 of 4 runs to do" in (compared / "stderr").read_text()
+    assert [(run.parent.name, run.name) for run in runs(compared)] == [
+        (f"seed-{seed}", name) for seed in (0, 3) for name in ("full", "influence")
+    ]
+
+
+def test_every_run_is_that_of_the_plain_command(compared: Path, tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    for run in runs(compared)[:2]:  # the second one is the one that was interrupted
+        config = load_config(str(run / "config.json"), [f"run_dir={tmp_path / run.parent.name}"])
+        pipeline = Pipeline(config)
+        pipeline.collect()
+        pipeline.train(pipeline.arm_at(0, None))
+        assert len(evaluations(run)) == 3
+        assert len(selections(run)) == 2 * 2
+        assert selections(run) == selections(config.folder)
+        assert evaluations(run) == evaluations(config.folder)
+        pipeline.space.unlock()
+
+
+def test_what_is_shared_is_made_once_and_charged_to_those_who_read_it(compared: Path) -> None:
+    table = read_results(compared / OUT / "results.parquet").to_pylist()
+    for seed in (0, 3):
+        folder = compared / OUT / "quickstart" / f"seed-{seed}"
+        (shared,) = folder.glob("shared-*")
+        parts = sorted((shared / "trajectories").glob("part-*.parquet"))
+        for name in ("full", "influence"):
+            assert all(part.samefile(folder / name / part.relative_to(shared)) for part in parts)
+        entries = [e for e in Ledger(shared / "ledger.jsonl").entries() if e["phase"] == "collect"]
+        last = {row["strategy"]: row for row in table if row["seed"] == seed and row["step"] == 4 and row["targeted"]}
+        assert last["influence"]["collect_tokens"] == sum(entry["tokens"] for entry in entries) > 0
+        assert last["influence"]["collect_seconds"] == pytest.approx(sum(entry["seconds"] for entry in entries))
+        assert last["full"]["collect_tokens"] == last["full"]["score_tokens"] == last["full"]["collect_flops"] == 0
+        assert last["influence"]["score_tokens"] > 0
+
+
+def test_the_table_has_verdicts_and_growing_costs(compared: Path) -> None:
+    table = read_results(compared / OUT / "results.parquet").to_pylist()
+    assert len(table) == 2 * 2 * 3 * 2  # strategies, seeds, evaluations, sets
+    for row in table:
+        assert row["targeted"] == (row["set"] == "sum")
+        assert len(row["correct"]) == 4
+        assert set(row["correct"]) <= {0.0, 1.0}
+        if row["step"] == 0:
+            assert row["flops"] == row["train_seconds"] == row["collect_tokens"] == 0
+        else:
+            assert row["flops"] == row["collect_flops"] + row["score_flops"] + row["train_flops"]
+    for strategy in ("full", "influence"):
+        own = [row for row in table if row["strategy"] == strategy and row["seed"] == 0 and row["set"] == "sum"]
+        assert [row["step"] for row in own] == [0, 2, 4]
+        assert own[0]["flops"] < own[1]["flops"] < own[2]["flops"]
+        assert own[0]["train_tokens"] < own[1]["train_tokens"] < own[2]["train_tokens"]
+    assert len({row["questions"] for row in table if row["set"] == "sum"}) == 1
+
+
+def test_training_is_counted_with_its_prompts(compared: Path) -> None:
+    run = compared / OUT / "quickstart" / "seed-0" / "full"
+    batches = [json.loads(line) for line in (run / "arms/full/rewards.jsonl").read_text().splitlines()]
+    parameters = json.loads((run / "begun.json").read_text())["matrix_parameters"]
+    tokens = sum(batch["tokens"] + batch["prompt_tokens"] for batch in batches)
+    assert all(batch["prompt_tokens"] > 0 for batch in batches)
+    row = read_results(compared / OUT / "results.parquet").to_pylist()[4]
+    assert (row["strategy"], row["seed"], row["step"]) == ("full", 0, 4)
+    assert row["train_flops"] == 2 * parameters * 4 * tokens
+
+
+def test_finished_runs_keep_no_checkpoints_and_their_output(compared: Path) -> None:
+    for run in runs(compared):
+        assert not list(run.glob("arms/*/checkpoints/*"))
+        assert "train" in (run / "log.txt").read_text()
+    assert "selection of" not in (compared / "stderr").read_text()
+
+
+def test_the_result_is_printed_written_and_read_back(compared: Path) -> None:
+    printed = (compared / "stdout").read_text()
+    assert "influence" in printed
+    again = cropi("compare", "--results", str(OUT / "results.parquet"), "--json", cwd=compared)
+    assert again.returncode == 0, again.stderr
+    assert json.loads(again.stdout) == json.loads((compared / OUT / "compare.json").read_text())
+
+
+def test_what_runs_had_reached_can_be_compared_before_they_are_finished(compared: Path, tmp_path: Path) -> None:
+    shutil.copytree(compared / OUT, tmp_path / OUT)
+    stopped = tmp_path / OUT / "quickstart" / "seed-3" / "influence"  # as though interrupted in its second stage
+    (stopped / "finished.json").unlink()
+    (arm,) = stopped.glob("arms/*")
+    forget_evaluations(arm / "evaluation", 2)
+
+    everything = read_results(compared / OUT / "results.parquet").to_pylist()
+    for step, number in ((2, 4), (4, 3)):
+        done = cropi("compare", "--folder", str(OUT), "--up-to-step", str(step), "--json", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        made = tmp_path / OUT / f"step-{step}"
+        rows = read_results(made / "results.parquet").to_pylist()
+        assert len({(row["seed"], row["strategy"]) for row in rows}) == number
+        assert rows == [
+            row
+            for row in everything
+            if row["step"] <= step and (number == 4 or (row["seed"], row["strategy"]) != (3, "influence"))
+        ]
+        assert json.loads(done.stdout)["up_to_step"] == step
+        assert f"the end here is step {step}" in (made / "compare.md").read_text()
+
+    of_folder = json.loads((tmp_path / OUT / "step-2" / "compare.json").read_text())
+    shutil.rmtree(tmp_path / OUT / "step-2")
+    table = str(OUT / "results.parquet")  # of the runs when all were finished
+    printed = cropi("compare", "--results", table, "--up-to-step", "2", cwd=tmp_path).stdout
+    assert json.loads((tmp_path / OUT / "step-2" / "compare.json").read_text()) == of_folder
+    assert "After 2 steps; runs that have not come to their end are among them" in printed
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (["--folder", "out", "--up-to-step", "3"], "no run was evaluated after 3 steps"),
+        (["--folder", "elsewhere", "--up-to-step", "2"], "there is no comparison here"),
+        (["quickstart", "--up-to-step", "2"], "both configs and --up-to-step are given"),
+    ],
+)
+def test_what_cannot_be_compared_is_said(compared: Path, asked: list[str], said: str) -> None:
+    done = cropi("compare", *asked, cwd=compared)
+    assert done.returncode == 2
+    assert said in done.stderr
+    if "3" in asked:
+        assert "name one of these: 2, 4" in done.stderr
+
+
+def test_more_can_be_asked_for_and_a_failing_run_stops_no_other(compared: Path, tmp_path: Path) -> None:
+    shutil.copytree(compared / OUT, tmp_path / OUT)
+    damaged = tmp_path / OUT / "quickstart" / "seed-0"
+    (tmp_path / "huge.yaml").write_text("{trainer: {learning_rate: 1.0e+30}, select: {strategy: {type: full}}}")
+    (tmp_path / "short.yaml").write_text("{trainer: {learning_rate: 1.0e-3}, select: {strategy: {type: full}}}")
+    command = ["compare", "quickstart", *TINY, "--strategies", "huge.yaml,short.yaml", "--seeds", "0", "--jobs", "1"]
+    done = cropi_process(*command, "--folder", str(OUT), cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert "quickstart · seed 0 · huge failed" in done.stderr
+    assert "the policy has diverged" in done.stderr
+    assert "1 of 2 runs failed" in done.stderr
+    assert not (damaged / "huge" / "finished.json").exists()
+    strategies = set(read_results(tmp_path / OUT / "results.parquet").column("strategy").to_pylist())
+    assert strategies == {"full", "influence", "short"}
+
+
+def test_a_config_is_asked_for(tmp_path: Path) -> None:
+    done = cropi("compare", "seed=1", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "no config is named" in done.stderr
+
+
+def test_linking_twice_changes_nothing_and_mends_what_was_cut_short(tmp_path: Path) -> None:
+    shared, run = tmp_path / "shared", tmp_path / "run"
+    made = ("prompts/prompts.parquet", "trajectories/part-0.parquet", "trajectories/part-1.parquet")
+    for name in (*made, "evaluation/step-000000.parquet"):
+        (shared / name).parent.mkdir(parents=True, exist_ok=True)
+        (shared / name).write_text(name)
+        (shared / name).with_name("manifest.json").write_text("{}")
+    for row in ({"arm": "", "phase": "collect"}, {"arm": "", "phase": "evaluate"}, {"arm": "full", "phase": "score"}):
+        append_jsonl(shared / "ledger.jsonl", row)
+    (run / "trajectories").mkdir(parents=True)
+    (run / "trajectories" / "part-0.parquet").write_text("cut sh")
+    append_jsonl(run / "ledger.jsonl", {"arm": "", "phase": "collect"})
+    link_shared(shared, run)
+    assert (run / "trajectories" / "part-0.parquet").samefile(shared / "trajectories" / "part-0.parquet")
+    assert [row["phase"] for row in read_jsonl(run / "ledger.jsonl")] == ["collect", "evaluate"]
+    append_jsonl(run / "ledger.jsonl", {"arm": "", "phase": "more"})
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    link_shared(shared, run)
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    assert len(before) == 9
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_parameters_in_matrix_products(tied: bool) -> None:
+    # By hand: 2 layers of q and o (8 x 8), k and v (4 x 8), gate, up and down (12 x 8), and the head (13 x 8).
+    assert matrix_parameters(tiny_llama(tied=tied)) == 2 * (2 * 64 + 2 * 32 + 3 * 96) + 13 * 8
+
+
+def test_so_many_runs_at_once_as_have_their_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)))
+    free = type("Memory", (), {"available": 64 * 2**30})
+    monkeypatch.setattr("psutil.virtual_memory", lambda: free)
+    on_cpu = ["policy.device=cpu"]
+    assert default_jobs([load_config("quickstart", on_cpu)]) == 6
+    assert default_jobs([load_config("quickstart", [*on_cpu, "policy.cpu_threads=4"])]) == 1
+    assert default_jobs([load_config("quickstart", [*on_cpu, "policy.cpu_threads=null"])]) == 1
+    free.available = 4 * 2**30
+    assert default_jobs([load_config("quickstart", on_cpu)]) == 2
+    free.available = 0
+    assert default_jobs([load_config("quickstart", on_cpu)]) == 1

@@ -1,0 +1,190 @@
+"""What a comparison is asked for, and what is refused before anything runs."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cropi.errors import ArtifactError, ConfigError, UserError
+from cropi.lab.compare.plan import FINISHED, lock, make_plan, parse_seeds, read_plan
+from cropi.loading import load_config, validate_config
+from cropi.presets import merged, presets, read_patches
+
+
+@pytest.mark.parametrize(
+    ("text", "seeds"), [("0-2", [0, 1, 2]), ("3", [3]), ("0,1,7", [0, 1, 7]), ("5-6, 1", [5, 6, 1])]
+)
+def test_seeds(text: str, seeds: list[int]):
+    assert parse_seeds(text) == seeds
+
+
+@pytest.mark.parametrize(
+    "text", ["", "a", "4-2", "1,,2", "-1", "1.5", "0-99999999999", "9" * 5000, "0-9999999999", "²"]
+)
+def test_what_is_no_seed_is_refused(text: str):
+    with pytest.raises(ConfigError, match="no seed and no range"):
+        parse_seeds(text)
+
+
+def test_a_seed_given_twice_is_refused():
+    with pytest.raises(ConfigError, match="seed 3 is given twice"):
+        parse_seeds("0-4,3")
+
+
+def test_patches_merge_key_by_key_and_tables_of_a_type_replace():
+    values = {"select": {"strategy": {"type": "influence", "static": True}, "fraction": 0.2}, "score": {"score": "dot"}}
+    patch = {"select": {"strategy": {"type": "random"}}, "refresh": {"validation": True}}
+    assert merged(values, patch) == {
+        "select": {"strategy": {"type": "random"}, "fraction": 0.2},
+        "score": {"score": "dot"},
+        "refresh": {"validation": True},
+    }
+    assert values["select"]["strategy"]["type"] == "influence"
+
+
+@pytest.mark.parametrize("name", presets())
+def test_every_preset_fits_the_recipes_and_says_what_it_is(name: str):
+    preset = presets()[name]
+    assert set(preset) == {"about", "config"}
+    assert preset["about"]
+    values = merged(load_config("quickstart").resolved() | {"baselines": []}, preset["config"])
+    validate_config(values, name)
+
+
+def test_an_unknown_strategy_names_the_closest():
+    with pytest.raises(ConfigError, match="no strategy 'influense' - did you mean 'influence'"):
+        read_patches(["full", "influense"])
+
+
+def test_a_strategy_may_be_a_file_named_by_its_stem(tmp_path: Path):
+    (tmp_path / "wide.yaml").write_text("select: {strategy: {type: random}, fraction: 0.5}")
+    assert read_patches(["full", str(tmp_path / "wide.yaml")])["wide"]["select"]["fraction"] == 0.5
+    with pytest.raises(ConfigError, match="wide is named twice"):
+        read_patches([str(tmp_path / "wide.yaml")] * 2)
+    (tmp_path / "shared-x.yaml").write_text("{}")
+    with pytest.raises(ConfigError, match="cannot name a strategy"):
+        read_patches([str(tmp_path / "shared-x.yaml")])
+
+
+def test_runs_interleave_the_strategies_within_a_seed(tmp_path: Path):
+    plan = make_plan(["quickstart"], ["train.stages=2"], ["full", "influence", "random"], [4, 0], tmp_path / "out")
+    assert [(run.seed, run.strategy) for run in plan.wanted] == [
+        (seed, name) for seed in (4, 0) for name in ("full", "influence", "random")
+    ]
+    run = plan.wanted[1]
+    assert run.config.folder == tmp_path / "out" / "quickstart" / "seed-4" / "influence"
+    assert (run.config.seed, run.config.train.stages, list(run.config.arms)) == (4, 2, ["influence"])
+    assert run.config.select.fraction == load_config("quickstart").select.fraction
+
+
+def test_what_is_shared_goes_by_what_it_depends_on(tmp_path: Path):
+    (tmp_path / "fewer.yaml").write_text("{collect: {num_generations: 4}, trainer: {num_generations: 4}}")
+    (tmp_path / "slower.yaml").write_text("{trainer: {learning_rate: 1.0e-6}}")
+    names = ["full", "influence", *(str(tmp_path / name) for name in ("fewer.yaml", "slower.yaml"))]
+    plan = make_plan(["quickstart"], [], names, [0, 1], tmp_path / "out")
+    folders = {(run.seed, run.strategy): run.shared.folder for run in plan.wanted}
+    assert folders[0, "full"] == folders[0, "influence"] == folders[0, "slower"] != folders[0, "fewer"]
+    assert folders[0, "full"] != folders[1, "full"]
+    assert folders[0, "full"].parent == tmp_path / "out" / "quickstart" / "seed-0"
+
+
+def test_all_strategies_are_evaluated_at_the_same_steps(tmp_path: Path):
+    (tmp_path / "short.yaml").write_text("{train: {stages: 6, steps_per_stage: 8}}")
+    plan = make_plan(
+        ["quickstart"], ["evaluate.every=null"], ["full", str(tmp_path / "short.yaml")], [0], tmp_path / "o"
+    )
+    assert [run.config.evaluate.every for run in plan.wanted] == [16, 16]
+    (tmp_path / "longer.yaml").write_text("{train: {stages: 6}}")
+    with pytest.raises(ConfigError, match="trains 96 steps, the config 48"):
+        make_plan(["quickstart"], [], ["full", str(tmp_path / "longer.yaml")], [0], tmp_path / "o")
+
+
+@pytest.mark.parametrize("patch", ["{seed: 1}", "{prompts: {chat: true}}", "{evaluate: {every: 1}}"])
+def test_a_strategy_cannot_change_what_pairs_the_runs(tmp_path: Path, patch: str):
+    (tmp_path / "own.yaml").write_text(patch)
+    with pytest.raises(ConfigError, match="the same for all that are compared"):
+        make_plan(["quickstart"], [], [str(tmp_path / "own.yaml")], [0], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_patch_that_does_not_validate_is_refused_before_anything_is_written(tmp_path: Path):
+    (tmp_path / "bad.yaml").write_text("{select: {fractoin: 0.3}}")
+    with pytest.raises(ConfigError, match=r"strategy bad on quickstart.*fractoin"):
+        make_plan(["quickstart"], [], ["full", str(tmp_path / "bad.yaml")], [0], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "option"), [("seed=1", "--seeds"), ("run_dir=x", "--folder"), ("baselines=[]", "--st")]
+)
+def test_what_a_comparison_sets_itself_is_refused(tmp_path: Path, override: str, option: str):
+    with pytest.raises(ConfigError, match=f"sets .* itself\nFix: use {option}"):
+        make_plan(["quickstart"], [override], ["full"], [0], tmp_path / "out")
+
+
+def test_two_configs_of_one_name_are_refused(tmp_path: Path):
+    with pytest.raises(ConfigError, match="two configs have the name quickstart"):
+        make_plan(["quickstart", "quickstart"], [], ["full"], [0], tmp_path / "out")
+
+
+def test_a_second_call_adds_to_the_first(tmp_path: Path):
+    make_plan(["quickstart"], [], ["full", "random"], [0], tmp_path)
+    plan = make_plan(["quickstart"], [], ["influence", "random"], [1], tmp_path)
+    assert [(run.seed, run.strategy) for run in plan.wanted] == [(1, "influence"), (1, "random")]
+    assert [(run.seed, run.strategy) for run in plan.all] == [
+        (0, "full"),
+        (0, "random"),
+        (1, "influence"),
+        (1, "random"),
+    ]
+    assert plan.strategies == ["full", "random", "influence"]
+    assert read_plan(tmp_path).all == plan.all
+
+
+def test_other_settings_of_what_has_begun_are_refused(tmp_path: Path):
+    (tmp_path / "own.yaml").write_text("{select: {fraction: 0.3}}")
+    own, out = str(tmp_path / "own.yaml"), tmp_path / "out"
+    plan = make_plan(["quickstart"], ["train.stages=2"], ["full", own], [0], out)
+    make_plan(["quickstart"], ["train.stages=1"], ["full", own], [0], out)  # nothing has begun yet
+    for run in plan.wanted:
+        run.config.folder.mkdir(parents=True)
+    make_plan(["quickstart"], ["train.stages=1"], ["full", own], [0, 1], out)
+    before = (out / "plan.json").read_bytes()
+    with pytest.raises(ConfigError, match=r"quickstart was begun here with other settings: train.stages: 1 -> 2"):
+        make_plan(["quickstart"], ["train.stages=2"], ["full", own], [0], out)
+    (tmp_path / "own.yaml").write_text("{select: {fraction: 0.4}}")
+    with pytest.raises(ConfigError, match=r"own was begun here with other settings: select.fraction: 0.3 -> 0.4"):
+        make_plan(["quickstart"], ["train.stages=1"], [own], [0], out)
+    assert (out / "plan.json").read_bytes() == before
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path: Path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ArtifactError, match="exists and is no comparison"):
+        make_plan(["quickstart"], [], ["full"], [0], tmp_path)
+    (tmp_path / "plan.json").write_text("{")
+    with pytest.raises(ArtifactError, match="is damaged"):
+        make_plan(["quickstart"], [], ["full"], [0], tmp_path)
+
+
+def test_settings_that_came_up_later_do_not_spoil_a_folder(tmp_path: Path):
+    run = make_plan(["quickstart"], [], ["full"], [0], tmp_path).wanted[0]
+    run.config.folder.mkdir(parents=True)
+    claim = json.loads((tmp_path / "plan.json").read_text())
+    del claim["scenarios"]["quickstart"]["collect"]["top_p"]  # as if it had not been a setting then
+    (tmp_path / "plan.json").write_text(json.dumps(claim))
+    assert make_plan(["quickstart"], [], ["full"], [0], tmp_path).wanted == (run,)
+
+
+def test_a_run_is_finished_when_it_says_so(tmp_path: Path):
+    run = make_plan(["quickstart"], [], ["full"], [0], tmp_path).wanted[0]
+    assert not run.finished
+    run.config.folder.mkdir(parents=True)
+    (run.config.folder / FINISHED).write_text("{}")
+    assert run.finished
+
+
+def test_one_comparison_works_in_a_folder_at_a_time(tmp_path: Path):
+    with lock(tmp_path / "out"), pytest.raises(UserError, match="another comparison is working"):
+        lock(tmp_path / "out")
+    lock(tmp_path / "out").close()

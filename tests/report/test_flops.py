@@ -1,0 +1,73 @@
+"""Operations of an arm by hand."""
+
+import pytest
+
+from cropi.errors import ArtifactError
+from cropi.loading import load_config
+from cropi.report.flops import flops, score_multiple
+
+COLLECTED = {"tokens": 30, "prompt_tokens": 10, "passes": 2}
+SCREENED = COLLECTED | {"passes": 1}
+SCORED = {"tokens": 100, "computed_tokens": 50, "validation_tokens": 7}
+BATCH = {"tokens": 16, "prompt_tokens": 4}
+QUICKSTART = ["trainer.beta=0.0"]
+
+
+def test_operations_by_phase():
+    found = flops(load_config("quickstart", QUICKSTART), 1000, [COLLECTED, SCREENED], [SCORED], [BATCH])
+    # A forward pass of a token is 2 x 1000 operations.
+    assert found.collect == 2000 * (2 * 40 + 40)
+    assert found.score == 2000 * (2 * 50 + 3 * 7)
+    assert found.train == 2000 * (1 + 3) * 20
+    assert found.total == found.collect + found.score + found.train
+
+
+@pytest.mark.parametrize(
+    ("overrides", "passes"), [(["trainer.num_iterations=2"], 7), (["trainer.beta=0.04"], 5), ([], 4)]
+)
+def test_passes_over_a_batch(overrides: list[str], passes: int):
+    found = flops(load_config("quickstart", [*QUICKSTART, *overrides]), 1, [], [], [BATCH])
+    assert found.train == 2 * passes * 20
+
+
+@pytest.mark.parametrize(
+    ("overrides", "multiple"),
+    [
+        ([], 2),
+        (["score.estimator=exact"], 4),  # the quickstart has two validation sets
+        (["score.estimator=reference"], 3),
+        (["score.projection={mask: uniform, keep_fraction: 0.1}"], 3),
+        (["score.baseline=reweighted"], 3),
+    ],
+)
+def test_what_a_token_of_the_pool_costs(overrides: list[str], multiple: int):
+    config = load_config("quickstart", ["score.standard_errors=false", *overrides])
+    assert score_multiple(config.score, len(config.prompts.validation)) == multiple
+
+
+def test_validation_gradients_that_are_scaled_are_made_twice():
+    config = load_config("quickstart", ["score.validation_mean=normalized"])
+    assert flops(config, 1, [], [SCORED], []).score == 2 * (2 * 50 + 6 * 7)
+
+
+def test_work_that_was_interrupted_counts_for_nothing_and_old_lines_are_refused():
+    config = load_config("quickstart")
+    assert flops(config, 1, [{"seconds": 1.0}], [{"seconds": 2.0}], []).total == 0
+    with pytest.raises(ArtifactError, match="lacks passes"):
+        flops(config, 1, [{"tokens": 3}], [], [])
+    with pytest.raises(ArtifactError, match="lacks computed_tokens"):
+        flops(config, 1, [], [{"tokens": 3}], [])
+
+
+def test_tokens_that_are_only_read_cost_a_forward_pass():
+    assert flops(load_config("quickstart"), 10, [], [{"forward_tokens": 8}], []).score == 20 * 8
+
+
+def test_of_refilled_batches_all_is_generated_and_a_batch_trained():
+    config = load_config("quickstart", [*QUICKSTART, "train.dynamic_sampling=2"])
+    batches = [
+        {"step": 0, "prompt_ids": ["p"] * 8, "tokens": 60, "prompt_tokens": 20},
+        {"step": 0, "prompt_ids": ["q"] * 2, "tokens": 15, "prompt_tokens": 5},
+        {"step": 1, "prompt_ids": ["p"] * 8, "tokens": 60, "prompt_tokens": 20},
+    ]
+    assert flops(config, 1, [], [], batches).train == 2 * (180 + 3 * (100 * 8 / 10 + 80))

@@ -1,0 +1,307 @@
+"""The `score` stage on hand-made trajectories: rows, statuses, the feature store, and what an interruption costs."""
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from tests.conftest import tiny_llama
+from tests.runs import SMALL
+
+from cropi.artifacts import TRAJECTORIES, read_table, scores_schema
+from cropi.config import Config
+from cropi.errors import ArtifactError, ConfigError, SignalError
+from cropi.functional.influence import influence as equation
+from cropi.gradients import parts, storing
+from cropi.gradients.groups import Group, iterate_groups
+from cropi.gradients.influence import influence
+from cropi.gradients.scorer import Scorer
+from cropi.gradients.store import open_store, stored_directions
+from cropi.loading import load_config
+from cropi.stages import score as scoring
+from cropi.stages.score import FeatureRequest, score, surrogate_settings
+
+RNG = random.Random(5)
+NAMES = ["sum"]
+
+
+def group(prompt_id: str, rewards: list[float], logprob: float = -1.0) -> Group:
+    completions = [[RNG.randrange(2, 13) for _ in range(RNG.randint(1, 6))] for _ in rewards]
+    logprobs = [[logprob] * len(completion) for completion in completions]
+    return Group(prompt_id, [RNG.randrange(2, 13) for _ in range(RNG.randint(1, 5))], completions, rewards, logprobs)
+
+
+MIXED = [group(f"p{n}", [1.0, 0.0, 0.0, 1.0]) for n in range(9)]
+SOLVED = group("solved", [1.0] * 4)
+BROKEN = group("broken", [1.0, 0.0, 0.0, 1.0], logprob=float("nan"))
+UNREADABLE = group("unreadable", [0.0] * 4)
+VALIDATION = [group(f"v{n}", [1.0, 0.0, 1.0, 0.0]) for n in range(3)]
+OTHER = [group(f"w{n}", [1.0, 0.0, 1.0, 0.0]) for n in range(3)]
+SOURCES = {g.prompt_id: "here" for g in [*MIXED, SOLVED, BROKEN, UNREADABLE]} | {"long": "here"}
+
+
+def table(groups: list[Group], name: str) -> pa.Table:
+    rows: list[dict[str, Any]] = []
+    for g in groups:
+        assert g.behaviour_logprobs is not None
+        status = "gold_unparseable" if g is UNREADABLE else "ok"
+        for k, completion in enumerate(g.completions):
+            row = {"prompt_id": g.prompt_id, "set": name, "sample": k, "prompt_ids": g.prompt_ids}
+            row |= {"completion_ids": completion, "behaviour_logprobs": g.behaviour_logprobs[k], "completion": ""}
+            rows.append(row | {"reward": g.rewards[k], "verdict": "", "status": status})
+    RNG.shuffle(rows)
+    return pa.Table.from_pylist(rows, schema=TRAJECTORIES)
+
+
+TABLES = {
+    "train": table([*MIXED, SOLVED, BROKEN, UNREADABLE], "train"),
+    "validation/sum": table(VALIDATION, "validation/sum"),
+}
+
+
+def config(*overrides: str) -> Config:
+    plain = ["score.projection.dim=4096", "score.standard_errors=false"]
+    return load_config("quickstart", [*SMALL, *plain, *overrides])
+
+
+def run(
+    folder: Path, *overrides: str, tables: dict[str, pa.Table] = TABLES, previous: pa.Table | None = None
+) -> tuple[list[dict[str, Any]], Any]:
+    chosen = config(*overrides)
+    settings = surrogate_settings(chosen, "dr_grpo", "none")
+    request = FeatureRequest(folder / "features", "policy", "tokenizer", "trajectories")
+    (folder / "scores").mkdir(parents=True, exist_ok=True)
+    _, details = score(chosen, settings, tiny_llama(tied=True), tables, SOURCES, folder / "scores", request, previous)
+    return read_table(folder / "scores" / "scores.parquet", scores_schema(NAMES)).to_pylist(), details
+
+
+def values(rows: list[dict[str, Any]]) -> np.ndarray:
+    return np.array([row["influence/sum"] for row in rows])
+
+
+@pytest.mark.parametrize("estimator", ["sketch", "exact", "reference"])
+def test_rows_and_statuses(tmp_path: Path, estimator: str) -> None:
+    rows, details = run(tmp_path, f"score.estimator={estimator}", "score.projection.keep_fraction=1")
+    assert [row["prompt_id"] for row in rows] == list(SOURCES)
+    assert {row["prompt_id"]: row["status"] for row in rows if row["status"] != "ok"} == {
+        "solved": "no_signal",
+        "broken": "non_finite",
+        "unreadable": "gold_unparseable",
+        "long": "prompt_too_long",
+    }
+    assert all(row["influence/sum"] == 0 for row in rows if row["status"] != "ok")
+    assert all(row["influence/sum"] != 0 and row["ratio_ess"] < 1 for row in rows if row["status"] == "ok")
+    settings = surrogate_settings(config(), "dr_grpo", "none")
+    direct = influence(
+        tiny_llama(tied=True),
+        MIXED,
+        {"sum": VALIDATION},
+        estimator="exact",
+        normalizer=settings.normalizer,
+        max_completion_length=settings.max_completion_length,
+        advantage_std=settings.advantage_std,
+    )
+    bound = 0.2 if estimator == "sketch" else 1e-6
+    np.testing.assert_allclose(values(rows[:9]), direct.values[:, 0], atol=bound * np.abs(direct.values).max())
+    assert (details["projection"] is None) == (estimator != "sketch")
+
+
+@pytest.mark.parametrize("estimator", ["sketch", "exact"])
+def test_standard_errors_stand_beside_the_same_influence(tmp_path: Path, estimator: str) -> None:
+    rows, details = run(tmp_path / "a", f"score.estimator={estimator}", "score.standard_errors=true")
+    plain, without = run(tmp_path / "b", f"score.estimator={estimator}")
+    bound = 1e-4 * np.abs(values(plain)).max()
+    np.testing.assert_allclose(values(rows), values(plain), atol=bound)
+    for row, other in zip(rows, plain, strict=True):
+        assert (row["status"], row["kl"], row["clip_share"]) == pytest.approx(
+            (other["status"], other["kl"], other["clip_share"])
+        )
+        assert other["standard_error/sum"] is None
+        assert other["top_probability"] is None
+        if row["status"] == "ok":
+            assert row["standard_error/sum"] > 0
+            assert 0 <= row["top_probability"] <= 1
+        else:
+            assert row["standard_error/sum"] is None
+            assert row["top_probability"] == 0
+    assert sum(row["top_probability"] for row in rows) == pytest.approx(4, abs=1)  # ceil(0.25 x 13) places
+    assert 0 <= details["reliability"]["reliability"]["sum"] <= 1
+    assert details["reliability"]["chance"] < details["reliability"]["expected_overlap"] <= 1
+    assert without["reliability"] is None
+    assert details["drift"]["kl"] == pytest.approx(without["drift"]["kl"])
+    assert details["direction_reliability"]["sum"] == pytest.approx(without["direction_reliability"]["sum"])
+
+
+def test_groups_of_two_have_no_error(tmp_path: Path) -> None:
+    pairs = [group(f"p{n}", [1.0, 0.0]) for n in range(9)]
+    rows, details = run(
+        tmp_path, "score.standard_errors=true", tables=TABLES | {"train": table([*pairs, SOLVED, BROKEN], "train")}
+    )
+    assert all(row["standard_error/sum"] is None and row["top_probability"] is None for row in rows)
+    assert details["reliability"] is None
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["score.store=float32", "score.budget.trajectories=2", "score.estimator=reference"],
+)
+def test_errors_that_cannot_be_had_are_refused_by_name(override: str) -> None:
+    with pytest.raises(ConfigError, match=r"standard_errors=true cannot be had.*standard_errors=false"):
+        config(override, "score.standard_errors=true")
+
+
+def test_a_direction_of_noise_is_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two validation prompts whose gradients cancel: the same trajectories, the rewards turned round."""
+    one = VALIDATION[0]
+    other = Group("turned", one.prompt_ids, one.completions, [1 - r for r in one.rewards], one.behaviour_logprobs)
+    half = Group("more", one.prompt_ids, one.completions, [1.0, 0.0, 0.0, 0.0], one.behaviour_logprobs)
+    _, details = run(tmp_path, tables=TABLES | {"validation/sum": table([one, other, half], "validation/sum")})
+    assert details["direction_reliability"]["sum"] < 0.2
+    assert "its direction is mostly noise" in capsys.readouterr().err
+
+
+def test_groups_come_in_order_and_in_full_however_few_rows_are_read_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cropi.gradients.groups._ROWS_AT_ONCE", 3)
+    found = dict(iterate_groups(TABLES["train"]))
+    assert list(found) == sorted(found)
+    assert found["unreadable"] is None
+    for expected in MIXED:
+        again = found[expected.prompt_id]
+        assert again is not None
+        assert (again.completions, again.rewards) == (expected.completions, expected.rewards)
+
+
+def test_nothing_finite_is_an_error(tmp_path: Path) -> None:
+    tables = TABLES | {"train": table([BROKEN, SOLVED], "train")}
+    with pytest.raises(SignalError, match="no prompt's influence is a finite number"):
+        run(tmp_path, tables=tables)
+
+
+def test_a_broken_validation_set_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(SignalError, match="validation set sum is not a finite number"):
+        run(tmp_path, tables=TABLES | {"validation/sum": table([*VALIDATION, BROKEN], "validation/sum")})
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_scores_read_off_a_store_are_the_same(tmp_path: Path, dtype: str) -> None:
+    plain, _ = run(tmp_path / "a")
+    stored, _ = run(tmp_path / "b", f"score.store={dtype}")
+    bound = {"float32": 1e-6, "bfloat16": 5e-3}[dtype]
+    np.testing.assert_allclose(values(stored), values(plain), atol=bound * np.abs(values(plain)).max())
+    assert [row["status"] for row in stored] == [row["status"] for row in plain]
+    assert len(open_store(tmp_path / "b" / "features").prompt_ids) == 10  # nine and the broken one
+
+
+def test_a_store_meets_a_new_validation_set(tmp_path: Path) -> None:
+    run(tmp_path, "score.store=float32")
+    store, directions = open_store(tmp_path / "features"), stored_directions(tmp_path / "features")
+    settings = surrogate_settings(config(), "dr_grpo", "none")
+    scorer = scoring.make_scorer(config(), tiny_llama(tied=True), settings)
+    scorer.aim({"other": OTHER}, layer_directions=directions)
+    later = store.influence(scorer.features_VD)
+    at_once = scorer(MIXED)
+    rows = [store.prompt_ids.index(g.prompt_id) for g in MIXED]
+    np.testing.assert_allclose(later[rows], equation(at_once.products_NV, at_once.norms_N, np.ones(1)), rtol=1e-5)
+
+
+def test_an_interrupted_store_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storing, "BLOCK", 4)
+    whole, all_of_it = run(tmp_path / "a", "score.store=float32")
+    again, rest = run_twice(tmp_path / "b", monkeypatch, "score.store=float32")
+    assert again == whole
+    assert 0 < rest["tokens_computed"] < all_of_it["tokens_computed"]
+    assert (tmp_path / "a/features/features.bin").read_bytes() == (tmp_path / "b/features/features.bin").read_bytes()
+
+
+@pytest.mark.parametrize("errors", ["false", "true"])
+def test_an_interrupted_scoring_goes_on_with_the_next_part(
+    errors: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parts, "PART", 4)
+    settings = f"score.standard_errors={errors}"
+    whole, details = run(tmp_path / "a", settings)
+    again, same = run_twice(tmp_path / "b", monkeypatch, settings)
+    assert (again, same) == (whole, details)
+    assert sorted(path.name for path in (tmp_path / "b" / "scores").iterdir()) == ["scores.parquet"]
+
+
+def test_parts_of_another_policy_are_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts, "PART", 4)
+    whole, _ = run(tmp_path / "a")
+    with monkeypatch.context() as patch:
+        patch.setattr(scoring, "weights_identity", lambda model: "another")
+        again, _ = run_twice(tmp_path / "b", monkeypatch, after=patch.undo)
+    assert again == whole
+
+
+def run_twice(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, *overrides: str, after: Callable[[], None] | None = None
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Interrupted in the second block of groups, and then to the end."""
+    calls = 0
+
+    def interrupted(self: Scorer, *args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise KeyboardInterrupt
+        return original(self, *args, **kwargs)
+
+    original = Scorer.__call__
+    with monkeypatch.context() as patch:
+        patch.setattr(Scorer, "__call__", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(folder, *overrides)
+    if after is not None:
+        after()
+    return run(folder, *overrides)
+
+
+def test_a_store_of_another_projection_is_refused(tmp_path: Path) -> None:
+    run(tmp_path, "score.store=float32")
+    with pytest.raises(ArtifactError, match="projection"):
+        run(tmp_path, "score.store=float32", "score.projection.seed=7")
+
+
+def test_a_store_needs_the_sketch() -> None:
+    with pytest.raises(ConfigError, match="needs estimator=sketch"):
+        config("score.store=float32", "score.estimator=exact")
+
+
+def test_a_budget_computes_less_and_marks_what_it_left_out(tmp_path: Path) -> None:
+    whole, all_of_it = run(tmp_path / "a", "score.projection.keep_fraction=1")
+    budget = ["score.budget.trajectories=2", "score.budget.contenders=0.4", "select.fraction=0.2"]
+    rows, less = run(tmp_path / "b", "score.projection.keep_fraction=1", *budget)
+    assert less["scored"] == {"full": 6, "subsampled": 4}  # ceil(0.4 * 13) and the rest of the ten with a gradient
+    assert less["tokens_computed"] != all_of_it["tokens_computed"]
+    exact = {row["prompt_id"]: row["influence/sum"] for row in whole}
+    for row in rows:
+        same = row["influence/sum"] == pytest.approx(exact[row["prompt_id"]], rel=1e-6)
+        assert same == (row["scored"] != "subsampled" or row["status"] == "non_finite"), row
+    _, only_two = run(tmp_path / "c", "score.budget.trajectories=2")
+    assert only_two["tokens_computed"] < all_of_it["tokens_computed"]
+
+
+def test_scores_of_the_stage_before_are_used(tmp_path: Path) -> None:
+    run(tmp_path / "a")
+    previous = read_table(tmp_path / "a/scores/scores.parquet", scores_schema(NAMES))
+    rows, details = run(tmp_path / "b", "score.budget.rescore=true", previous=previous)
+    assert details["scored"] == {"full": 10}  # a probe of 32 is more than there are
+    assert values(rows) == pytest.approx(values(previous.to_pylist()))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["score.budget.contenders=0.5"], "contenders needs trajectories"),
+        (["score.budget.trajectories=2", "score.budget.contenders=0.1"], "below select.fraction"),
+        (["score.budget.trajectories=2", "score.store=float32"], "features of every prompt"),
+        (["score.budget.trajectories=2", "score.estimator=reference"], "needs estimator=sketch or exact"),
+    ],
+)
+def test_a_budget_that_makes_no_sense_is_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        config(*overrides)

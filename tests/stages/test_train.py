@@ -1,0 +1,471 @@
+"""The stage loop against real TRL: which prompts, how many steps, and a resume that changes no bit."""
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file
+from tests.runs import judge
+from torch import nn
+
+from cropi import policy as policy_module
+from cropi.artifacts import finish
+from cropi.builtin import POLICY_DIR
+from cropi.config import Config, PolicyConfig
+from cropi.errors import ArtifactError, ConfigError
+from cropi.loading import load_config
+from cropi.policy import Policy, encode_prompts, load_policy
+from cropi.stages.train import TrainTask, newest_checkpoint, train
+from cropi.training.history import training_history
+from cropi.training.rehearsal import _problem
+from cropi.training.reward import RecordedReward
+from cropi.training.settings import grpo_config
+
+STAGES, STEPS = 2, 4
+SELECTIONS = [["p0", "p1", "p2"], ["p7", "p8"]]
+ROWS = [{"prompt_id": f"p{n}", "prompt": f"sum mod 7 : {n % 7} 3 5 =", "answer": "1"} for n in range(10)]
+
+
+def config(*overrides: str) -> Config:
+    settings = [
+        f"train.stages={STAGES}",
+        f"train.steps_per_stage={STEPS}",
+        "collect.max_completion_length=6",
+        "collect.num_generations=4",
+        "trainer={num_generations: 4, per_device_train_batch_size: 8, learning_rate: 1e-3}",
+        "trainer.save_strategy=steps",
+        "trainer.save_steps=3",
+        "trainer.save_total_limit=9",
+    ]
+    return load_config("quickstart", [*settings, *overrides])
+
+
+class Recorder:
+    """Stands for the pipeline: hands out selections and notes what the trainer asks."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[int, bool]] = []
+        self.evaluated: list[int] = []
+
+    def select(self, stage: int, model: nn.Module, in_progress: bool) -> Sequence[str]:
+        self.asked.append((stage, in_progress))
+        return SELECTIONS[stage]
+
+    def evaluate(self, step: int, model: nn.Module) -> None:
+        self.evaluated.append(step)
+
+
+def policy() -> Policy:
+    return load_policy(PolicyConfig(path="builtin", cpu_threads=1))
+
+
+def verdict(completion: str, gold: str) -> str:
+    """A rule that splits nearly every group: an even or odd number of words."""
+    return "correct" if len(completion.split()) % 2 else "wrong"
+
+
+def run(folder: Path, *overrides: str, recorder: Recorder | None = None) -> tuple[Recorder, dict[str, torch.Tensor]]:
+    recorder, settings = recorder or Recorder(), config(*overrides)
+    task = TrainTask(
+        label="test",
+        rows=ROWS,
+        settings=grpo_config(settings, folder / "checkpoints", torch.device("cpu")),
+        stages=STAGES,
+        steps_per_stage=STEPS,
+        evaluate_every=2,
+        reward=RecordedReward(judge(verdict), folder / "rewards.jsonl"),
+        select_stage=recorder.select,
+        evaluate=recorder.evaluate,
+        folder=folder,
+    )
+    last = train(task, policy())
+    return recorder, load_file(last / "model.safetensors")
+
+
+def seen(folder: Path) -> list[tuple[int, set[str]]]:
+    rows = [json.loads(line) for line in (folder / "rewards.jsonl").read_text().splitlines()]
+    return [(row["step"], set(row["prompt_ids"])) for row in rows]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Recorder, dict[str, torch.Tensor]]:
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    return (folder, *run(folder))
+
+
+def test_each_stage_trains_its_selection_for_exactly_its_steps(
+    whole: tuple[Path, Recorder, dict[str, torch.Tensor]],
+) -> None:
+    folder, recorder, _ = whole
+    assert recorder.asked == [(0, False), (1, False)]
+    assert recorder.evaluated == [2, 4, 6, 8]
+    steps = seen(folder)
+    assert [step for step, _ in steps] == list(range(8))
+    for step, prompts in steps:
+        assert prompts <= set(SELECTIONS[step // STEPS]), f"step {step} saw another stage's prompts"
+    assert set().union(*(p for s, p in steps if s < STEPS)) == set(SELECTIONS[0])
+    assert newest_checkpoint(folder / "checkpoints", STAGES * STEPS)[1] == 8
+
+
+@pytest.mark.parametrize("step", [3, 6])
+def test_resume_from_inside_a_stage_changes_no_bit(
+    whole: tuple[Path, Recorder, dict[str, torch.Tensor]], step: int, tmp_path: Path
+) -> None:
+    folder, _, weights = whole
+    shutil.copytree(folder, tmp_path / "run")
+    for path in (tmp_path / "run" / "checkpoints").glob("checkpoint-*"):
+        if int(path.name.split("-")[1]) > step:
+            shutil.rmtree(path)
+    recorder, resumed = run(tmp_path / "run")
+    assert recorder.asked == [(s, True) for s in range(step // STEPS + 1)] + [
+        (s, False) for s in range(step // STEPS + 1, STAGES)
+    ]
+    assert seen(tmp_path / "run") == seen(folder)
+    assert weights.keys() == resumed.keys()
+    for name, weight in weights.items():
+        assert torch.equal(weight, resumed[name]), name
+
+
+def test_resume_inside_a_stage_with_two_updates_per_generation_changes_no_bit(tmp_path: Path) -> None:
+    twice = ("trainer.num_iterations=2", "trainer.save_steps=2")
+    whole, cut = tmp_path / "whole" / "run", tmp_path / "cut" / "run"
+    _, weights = run(whole, *twice)
+    shutil.copytree(whole, cut)
+    for step in (4, 6, 8):
+        shutil.rmtree(cut / "checkpoints" / f"checkpoint-{step}")
+    _, resumed = run(cut, *twice)
+    assert seen(cut) == seen(whole)
+    assert all(torch.equal(weight, resumed[name]) for name, weight in weights.items())
+
+
+@pytest.mark.parametrize("strategy", ["epoch", "steps"])
+def test_a_stage_is_saved_before_it_is_evaluated(strategy: str, tmp_path: Path) -> None:
+    """An interrupted evaluation at the end of a stage costs no step of it, and is made up for."""
+
+    class Interrupted(Recorder):
+        def evaluate(self, step: int, model: nn.Module) -> None:
+            if step == STEPS and not self.evaluated.count(0):
+                self.evaluated.append(0)
+                raise KeyboardInterrupt
+            super().evaluate(step, model)
+
+    options = [f"trainer.save_strategy={strategy}", f"trainer.save_steps={STEPS}"]
+    recorder = Interrupted()
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, *options, recorder=recorder)
+    _, weights = run(tmp_path, *options, recorder=recorder)
+    assert recorder.evaluated == [2, 0, 4, 6, 8]
+    assert recorder.asked == [(0, False), (0, True), (1, False)]
+    assert [step for step, _ in seen(tmp_path)] == list(range(8))
+    _, undisturbed = run(tmp_path / "undisturbed", *options)
+    assert all(torch.equal(weights[name], undisturbed[name]) for name in weights)
+
+
+FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "manifest.json")
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove", "swap"])
+def test_training_does_not_go_on_from_a_damaged_checkpoint(
+    whole: tuple[Path, Recorder, dict[str, torch.Tensor]], name: str, damage: str, tmp_path: Path
+) -> None:
+    shutil.copytree(whole[0], tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/checkpoints/checkpoint-8")
+    path = tmp_path / "run/checkpoints/checkpoint-6" / name
+    data = path.read_bytes()
+    match damage:
+        case "flip":
+            path.write_bytes(data[: len(data) // 2] + bytes([data[len(data) // 2] ^ 1]) + data[len(data) // 2 + 1 :])
+        case "cut":
+            path.write_bytes(data[:-7])
+        case "remove":
+            path.unlink()
+        case "swap":
+            shutil.copy(tmp_path / "run/checkpoints/checkpoint-3" / name, path)
+    if (name, damage) == ("manifest.json", "remove"):  # as an interruption leaves it
+        assert newest_checkpoint(tmp_path / "run/checkpoints", 8) == (tmp_path / "run/checkpoints/checkpoint-3", 3)
+    elif path.read_bytes() != data if path.exists() else True:
+        with pytest.raises(ArtifactError, match=f"checkpoint-6(/{name})?: "):
+            run(tmp_path / "run")
+
+
+def test_a_checkpoint_under_another_name_is_refused(
+    whole: tuple[Path, Recorder, dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    shutil.copytree(whole[0] / "checkpoints/checkpoint-3", tmp_path / "checkpoint-5")
+    with pytest.raises(ArtifactError, match=r"checkpoint-5: is a checkpoint of step 3"):
+        newest_checkpoint(tmp_path, 8)
+
+
+def test_what_lies_beside_the_checkpoints_is_left_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    for name in ("checkpoint-mybackup", "checkpoint-2-old", "checkpoint-20261129"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "mine").write_text("dear")
+        os.utime(folder / name, (0, 0))  # transformers takes the oldest for the first
+    (tmp_path / "elsewhere").mkdir()
+    (folder / "checkpoint-7").symlink_to(tmp_path / "elsewhere")
+    run(tmp_path, "trainer.save_total_limit=2")
+    assert {path.name for path in folder.iterdir()} == {
+        *("checkpoint-mybackup", "checkpoint-2-old", "checkpoint-20261129", "checkpoint-7"),
+        *("checkpoint-6", "checkpoint-8"),
+    }
+    assert all((folder / name / "mine").is_file() for name in ("checkpoint-mybackup", "checkpoint-20261129"))
+
+
+@pytest.mark.parametrize("kind", ["link", "file"])
+def test_a_checkpoint_is_not_written_through_a_link(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "theirs").mkdir()
+    place = tmp_path / "checkpoints" / "checkpoint-3"
+    place.symlink_to(tmp_path / "theirs") if kind == "link" else place.write_text("dear")
+    with pytest.raises(ArtifactError, match="checkpoint-3: is in the way of a checkpoint"):
+        run(tmp_path)
+    assert not list((tmp_path / "theirs").iterdir())
+
+
+@pytest.mark.parametrize("device", ["/dev/full"])
+def test_a_disk_that_fills_up_while_torch_writes_is_named(
+    device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch says nothing of the disk: `unexpected pos`."""
+    save = torch.save
+
+    def full(value: object, path: str) -> None:
+        save(value, device if Path(path).name == "optimizer.pt" else path)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(ArtifactError, match=r"checkpoint-3: no space left on the disk"):
+        run(tmp_path)
+    monkeypatch.setattr(torch, "save", save)
+    run(tmp_path)
+    assert newest_checkpoint(tmp_path / "checkpoints", 8)[1] == 8
+
+
+def test_stages_see_the_policy_without_mixed_precision(tmp_path: Path) -> None:
+    kinds = []
+
+    class Looker(Recorder):
+        def evaluate(self, step: int, model: nn.Module) -> None:
+            with torch.no_grad():
+                kinds.append(model.model.layers[0].mlp.up_proj(torch.zeros(1, 128)).dtype)
+                model.model.register_forward_hook(lambda *_: kinds.append(torch.is_autocast_enabled("cpu")))
+                model(input_ids=torch.tensor([[3, 4]]))
+
+    run(tmp_path, "trainer.bf16=true", recorder=Looker())
+    assert kinds
+    assert torch.float32 in kinds
+    assert kinds[1] is False
+
+
+def test_completions_of_a_prompt_share_its_forward_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rewards and weights are those of training that passes every prompt once for each of its completions."""
+    shared = []
+    plain = policy_module.shared_prefixes
+
+    def counting(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> dict[str, Any]:
+        shared.append(plain(model, ids, mask))
+        return shared[-1]
+
+    monkeypatch.setattr("cropi.stages.train.shared_prefixes", counting)
+    _, weights = run(tmp_path / "shared")
+    assert shared
+    assert all(shared)
+    monkeypatch.setattr("cropi.stages.train.shared_prefixes", lambda *_: {})
+    _, others = run(tmp_path / "apart")
+    assert seen(tmp_path / "shared") == seen(tmp_path / "apart")
+    for name, tensor in weights.items():
+        torch.testing.assert_close(tensor, others[name])
+
+
+def test_an_unfinished_checkpoint_is_not_resumed_from(tmp_path: Path) -> None:
+    for step, complete in ((4, True), (8, False)):
+        path = tmp_path / f"checkpoint-{step}"
+        path.mkdir()
+        if complete:
+            finish(path, "checkpoint", inputs={"step": step}, counts={})
+    assert newest_checkpoint(tmp_path, 8) == (tmp_path / "checkpoint-4", 4)
+    assert not (tmp_path / "checkpoint-8").exists()
+
+
+def test_gradient_accumulation_and_iterations_keep_the_stage_length(tmp_path: Path) -> None:
+    _, weights = run(
+        tmp_path,
+        "trainer.gradient_accumulation_steps=2",
+        "trainer.num_iterations=2",
+        "trainer.save_steps=2",
+    )
+    steps = seen(tmp_path)
+    assert newest_checkpoint(tmp_path / "checkpoints", STAGES * STEPS)[1] == 8
+    # one generation batch of 2 x 8 completions serves two optimiser steps
+    assert [step for step, _ in steps] == [0, 2, 4, 6]
+    assert all(prompts <= set(SELECTIONS[step // STEPS]) for step, prompts in steps)
+    assert weights
+
+
+@pytest.mark.usefixtures("rehearsal")
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("trainer.learning_rat=1", "did you mean 'learning_rate'"),
+        ("trainer.max_steps=3", "train.stages and train.steps_per_stage"),
+        ("trainer.loss_type=nosuch", "no per-prompt normaliser"),
+        ("trainer.num_iterations=3", "train.steps_per_stage: .*no multiple of the 3"),
+        ("trainer.num_iterations=2", "trainer.save_steps: .*no multiple of the 2"),
+        ("trainer.num_generations=5", "must be divisible by"),
+        ("trainer.lr_scheduler_type=fast", "fast is not a valid"),
+        ("trainer.save_total_limit=1", "would lose both"),
+        ("trainer.save_only_model=true", "optimiser's state"),
+        ("trainer.temperature=0.5", "collect.temperature"),
+        ("trainer.report_to=[wandb]", "wandb is not installed"),
+        ("trainer.learning_rate=fast", "trainer.learning_rate is 'fast': input should be a valid number"),
+        ("trainer.save_strategy=no", "cannot be resumed"),
+        ("trainer.learning_rate='5e-x'", "learning_rate is '5e-x': input should be a valid number"),
+        ("trainer.learning_rate=-1", "learning_rate is -1: must be at least 0"),
+        ("trainer.learning_rate=.nan", "learning_rate: must be a finite number"),
+        ("trainer.learning_rate=1e300", "no finite weights"),
+        ("trainer.per_device_train_batch_size=0", "must be at least 1"),
+        ("trainer.per_device_train_batch_size=99999999999", "must be at most 1000000"),
+        ("trainer.gradient_accumulation_steps=0", "must be at least 1"),
+        ("trainer.gradient_accumulation_steps=1.5", "valid integer"),
+        ("trainer.num_iterations=0", "must be at least 1"),
+        ("trainer.num_iterations=-1", "must be at least 1"),
+        ("trainer.num_generations=0", "must be at least 1"),
+        ("trainer.num_generations=null", "trainer.num_generations"),
+        ("trainer.steps_per_generation=0", "must be at least 1"),
+        ("trainer.generation_batch_size=0", "must be at least 1"),
+        ("trainer.mask_truncated_completions=maybe", "valid boolean"),
+        ("trainer.bf16=2", "valid boolean"),
+        ("trainer.scale_rewards=best", "scale_rewards is 'best'"),
+        ("trainer.importance_sampling_level=word", "Unknown importance sampling level: word"),
+        ("trainer.lr_scheduler_kwargs={a: 1}", "unexpected keyword argument 'a'"),
+        ("trainer.optim=lomo", "lomo"),
+        ("trainer.optim_args=foo", "trainer: "),
+        ("trainer.reward_weights=[1, 2]", "Number of reward weights"),
+        ("trainer.sync_ref_model=true", "sync_ref_model"),
+        ("trainer.deepspeed={a: 1}", "deepspeed"),
+        ("trainer.deepspeed=nowhere.json", "trainer: "),
+        ("trainer.fsdp=full_shard", "fsdp"),
+        ("trainer.accelerator_config={a: 1}", "unexpected keyword argument 'a'"),
+        ("trainer.cache_implementation=foo", "cache_implementation"),
+        ("trainer.neftune_noise_alpha=-1", "must be at least 0"),
+        ("trainer.adam_beta1=2", "beta"),
+        ("trainer.min_p=7", "min_p"),
+        ("trainer.log_level=loud", "loud"),
+        ("trainer.model_init_kwargs={torch_dtype: float32}", "decided by the run"),
+        ("trainer.parallelism_config={tp_size: 2}", "decided by the run"),
+        ("trainer.eval_on_start=true", "eval"),
+        ("trainer.use_liger_kernel=true", "liger"),
+    ],
+)
+def test_trainer_settings_that_cannot_work_are_refused(
+    override: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "environ", os.environ.copy())  # accelerate takes settings of FSDP from there
+    with pytest.raises(ConfigError, match=message):
+        grpo_config(config(override), tmp_path, torch.device("cpu"))
+
+
+@pytest.mark.usefixtures("rehearsal")
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("trainer.mask_truncated_completions=False", False),
+        ("trainer.bf16=False", False),
+        ("trainer.fp16=no", False),
+        ("trainer.log_completions=True", True),
+        ("trainer.log_completions='1'", True),
+        ("trainer.disable_dropout=on", True),
+        ("trainer.learning_rate='5e-5'", 5e-5),
+        ("trainer.learning_rate=1", 1.0),
+        ("trainer.num_iterations='1'", 1),
+        ("trainer.save_total_limit=1_000", 1000),
+        ("trainer.beta='0'", 0.0),
+        ("trainer.scale_rewards=False", "none"),
+        ("trainer.scale_rewards=true", "group"),
+        ("trainer.scale_rewards=batch", "batch"),
+        ("trainer.report_to=null", []),
+        ("trainer.report_to=none", []),
+        ("trainer.lr_scheduler_kwargs={}", {}),
+        ("trainer.run_name='7'", "7"),
+    ],
+)
+def test_trainer_settings_have_the_types_of_trl(override: str, value: object, tmp_path: Path) -> None:
+    settings = grpo_config(config(override), tmp_path, torch.device("cpu"))
+    found = getattr(settings, override.partition("=")[0].removeprefix("trainer."))
+    assert (found, type(found)) == (value, type(value))
+
+
+def test_settings_that_do_not_fit_the_policy_are_told_in_words(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="LlamaForCausalLM is not a Mixture-of-Experts"):
+        run(tmp_path, "trainer.router_aux_loss_coef=0.1")
+
+
+@pytest.mark.usefixtures("rehearsal")
+def test_a_rehearsal_leaves_random_states_as_they_were(tmp_path: Path) -> None:
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    _problem.cache_clear()
+    grpo_config(config(), tmp_path, torch.device("cpu"))
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == before[1:]
+
+
+def test_prompts_are_tokenised_as_trl_does(tmp_path: Path) -> None:
+    from cropi.stages.train import StageTrainer
+
+    base = policy()
+    trainer = StageTrainer(
+        model=base.model,
+        reward_funcs=lambda completions, **_: [0.0] * len(completions),
+        args=grpo_config(config(), tmp_path, torch.device("cpu")),
+        train_dataset=Dataset.from_list(ROWS),
+        processing_class=base.tokenizer,
+        steps_per_stage=STEPS,
+    )
+    texts = [row["prompt"] for row in ROWS]
+    assert encode_prompts(base.tokenizer, texts) == trainer._tokenize_prompts(texts)[0]
+    assert set(base.eos_ids) == set(trainer.eos_token_ids)
+
+
+def test_rewards_are_recorded_and_forgotten_by_step(tmp_path: Path) -> None:
+    same = judge(lambda completion, gold: "correct" if completion == gold else "wrong")
+    reward = RecordedReward(same, tmp_path / "r.jsonl")
+    for step, completions in ((0, ["1", "2"]), (1, ["1", "1"]), (2, ["2", "2"])):
+        state = type("State", (), {"global_step": step})()
+        reward(completions, ["1", "1"], ["p", "p"], [[1], [1]], trainer_state=state)
+    assert training_history(tmp_path / "r.jsonl", 3) == [
+        (0, "p", 0.5, 2, 0.25),
+        (1, "p", 1.0, 2, 0),
+        (2, "p", 0.0, 2, 0),
+    ]
+    reward.forget_from(1)
+    assert training_history(tmp_path / "r.jsonl", 3) == [(0, "p", 0.5, 2, 0.25)]
+
+
+def test_the_kl_reference_runs_no_code_of_a_model_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "policy"
+    shutil.copytree(POLICY_DIR, folder)
+    settings = json.loads((folder / "config.json").read_text())
+    auto_map = {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil", "AutoTokenizer": ["evil.Evil", None]}
+    (folder / "config.json").write_text(json.dumps(settings | {"auto_map": auto_map}))
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer | {"auto_map": auto_map}))
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    (folder / "custom_generate").mkdir()
+    (folder / "custom_generate" / "generate.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.setattr(f"{__name__}.policy", lambda: load_policy(PolicyConfig(path=str(folder), cpu_threads=1)))
+    run(tmp_path / "run", "trainer.beta=0.1")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_builtin_policy_is_there() -> None:
+    assert (POLICY_DIR / "model.safetensors").is_file()
