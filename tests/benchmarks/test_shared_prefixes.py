@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from shared_prefixes import SharedPrefixes, make_tree
 from tests.gradients.architectures import tiny
 from torch import nn
 
 from cropi.errors import PolicyError
-from cropi.lab.audit.prefix_tree import SharedPrefixes, make_tree
 from cropi.policy import completion_logprobs
 
 PROMPTS = [

@@ -18,6 +18,7 @@ from typing import Literal
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from shared_prefixes import SharedPrefixes
 from torch import Tensor, nn
 
 from cropi.artifacts import OK
@@ -30,7 +31,6 @@ from cropi.gradients.engine import Engine, segment_of
 from cropi.gradients.exact import DenseReader
 from cropi.gradients.groups import Group
 from cropi.gradients.surrogate import SurrogateSettings
-from cropi.lab.audit.prefix_tree import SharedPrefixes
 
 Direction = dict[str, Tensor]
 """A vector in the space of the trainable parameters, by parameter name."""

@@ -10,16 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.conftest import VOCABULARY, tiny_llama
-from torch import Tensor, nn
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
-
-import cropi
-from cropi.gradients.engine import Engine
-from cropi.gradients.groups import Group
-from cropi.gradients.reference import prompt_gradient, trainable_parameters
-from cropi.gradients.surrogate import SurrogateSettings
-from cropi.lab.audit.improvement import (
+from measured_improvement import (
     Kind,
     Objective,
     PromptScores,
@@ -35,6 +26,15 @@ from cropi.lab.audit.improvement import (
     second_moment,
     slope,
 )
+from tests.conftest import VOCABULARY, tiny_llama
+from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+import cropi
+from cropi.gradients.engine import Engine
+from cropi.gradients.groups import Group
+from cropi.gradients.reference import prompt_gradient, trainable_parameters
+from cropi.gradients.surrogate import SurrogateSettings
 
 SETTINGS = SurrogateSettings("constant", 4)
 PROMPTS = [[3, 5, 4], [7, 2], [6, 11, 9, 8]]
