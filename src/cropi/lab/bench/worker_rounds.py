@@ -1,4 +1,4 @@
-"""Rounds over contenders, each of which lives in a process of its own."""
+"""Worker processes of contenders, and rounds in which they take turns."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ import numpy as np
 
 
 class WorkerError(Exception):
-    """What a worker could not do, in one line."""
+    """A question that a worker failed to answer, in one line."""
 
 
 class Worker:
-    """A process that answers questions in JSON (see `peers/wire.py`); what else it says goes to a log file."""
+    """A process that answers questions in JSON (`peers/worker_protocol.py`); its other output goes to a log."""
 
     def __init__(self, command: Sequence[str], log: Path, *, threads: int) -> None:
         self._log = log
@@ -35,7 +35,7 @@ class Worker:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        """Ask it to go, and see that it went."""
+        """Ask it to quit, then make sure that it has."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         with suppress(OSError, subprocess.TimeoutExpired):  # it is gone already, or will be in a moment
@@ -67,27 +67,25 @@ class Worker:
         return answer
 
     def warnings(self) -> list[str]:
-        """What it warned of so far, in our words: less memory than it wanted, for one."""
+        """Warnings of cropi in its log so far, such as smaller batches for lack of memory."""
         lines = self._log.read_text(errors="replace").splitlines()
         return list(dict.fromkeys(line.removeprefix("warning: ") for line in lines if line.startswith("warning: ")))
 
     def _last_words(self) -> str:
         code = self._process.wait()
         lines = [line.strip() for line in self._log.read_text(errors="replace").splitlines() if line.strip()]
-        return f"its process ended with code {code}: {lines[-1] if lines else 'it said nothing'}"
+        return f"its process ended with code {code}: {lines[-1] if lines else 'its log is empty'}"
 
 
 @dataclass
 class Record:
-    """What was learnt of one contender."""
+    """Measurements of one contender."""
 
     startup_s: float | None = None
     version: str | None = None
     rounds: list[dict[str, Any]] = field(default_factory=list)
     """A worker's answers to `run`, in order."""
     scores_N: np.ndarray | None = None
-    shares: dict[str, float] | None = None
-    """Where its time goes, by kind of operation."""
     error: str | None = None
     warnings: list[str] = field(default_factory=list)
     absent: bool = False
@@ -97,8 +95,8 @@ class Record:
 def take_rounds(
     workers: Mapping[str, Worker], records: Mapping[str, Record], rounds: int, advance: Callable[[], None]
 ) -> None:
-    """Run every worker once a round, none at the same time as another. Each round starts with another one, so that
-    nobody always follows the same neighbour. A worker that fails is asked no more."""
+    """Run every worker once a round, one at a time. Each round starts with another worker, so that none always follows
+    the same neighbour. A worker that fails drops out."""
     names = list(workers)
     for number in range(rounds):
         shift = number % max(1, len(names))

@@ -3,8 +3,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig
 
-from cropi.lab.bench.peers.wire import WeightedGroup
-from cropi.lab.bench.shapes import SHAPES, forward_flops, make_policy, parameter_count, policy_config
+from cropi.lab.bench.peers.worker_protocol import WeightedGroup
+from cropi.lab.bench.policy_shapes import SHAPES, forward_flops, make_policy, parameter_count, policy_config
 
 PUBLISHED = {
     "135m": 134_515_008,

@@ -1,32 +1,17 @@
-"""Results as text: tables that read well on a terminal and are Markdown as they stand."""
+"""Results of a benchmark as text."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-from cropi.lab.bench.lineup import CONTENDERS
-
-MISSING = "–"
-
-
-def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table whose columns are as wide as their widest cell; the first column flush left, numbers right."""
-    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
-
-    def line(cells: Sequence[str]) -> str:
-        first, *others = (
-            cell.ljust(width) if n == 0 else cell.rjust(width)
-            for n, (cell, width) in enumerate(zip(cells, widths, strict=True))
-        )
-        return "| " + " | ".join([first, *others]) + " |"
-
-    rule = "|" + "|".join("-" * (width + 1) + ("-" if n == 0 else ":") for n, width in enumerate(widths)) + "|"
-    return "\n".join([line(header), rule, *(line(row) for row in rows)])
+from cropi.lab.bench.contender_list import CONTENDERS
+from cropi.report.blocks import Table
+from cropi.report.markdown import text_table
+from cropi.report.wording import ABSENT, percent
 
 
 def engine_text(result: dict[str, Any]) -> str:
-    """The table of `cropi bench engine`, what it was measured on, and what its lines mean."""
+    """The setup of a measurement, its table, and how to read it."""
     parts = [_heading(result), _table(result), *_notes(result)]
     return "\n\n".join(part for part in parts if part)
 
@@ -52,29 +37,27 @@ def _table(result: dict[str, Any]) -> str:
     rows = []
     for row in result["contenders"]:
         if row["status"] != "ok":
-            rows.append([row["name"], row["status"], *[MISSING] * (len(header) - 2)])
+            rows.append([row["name"], row["status"], *[ABSENT] * (len(header) - 2)])
             continue
         cells = [row["name"], _spread(row["seconds"], 2), _median(row["given_per_s"]), _median(row["computed_per_s"])]
-        cells[2] = cells[2] if row["covers"] else MISSING
         cells += [_spread(row["ratio_to_floor"], 2), _spread(row["seconds_to_sketch"], 2), _number(row["peak_rss_mb"])]
         cells += [_number(row["peak_gpu_mb"])] if on_gpu else []
-        share = row["share_of_2f_ceiling"]
         cells += [_number(row["startup_s"], 1), _number(row["spearman"], 3), _number(row["precision_at_10"], 2)]
-        rows.append([*cells, MISSING if share is None else f"{share:.0%}"])
-    return aligned(header, rows)
+        rows.append([*cells, percent(row["share_of_2f_ceiling"])])
+    return text_table(Table("", header, rows))
 
 
 def _number(value: float | None, digits: int = 0) -> str:
-    return MISSING if value is None else f"{value:,.{digits}f}"
+    return ABSENT if value is None else f"{value:,.{digits}f}"
 
 
 def _median(value: dict[str, float] | None) -> str:
-    return MISSING if value is None else f"{value['median']:,.0f}"
+    return ABSENT if value is None else f"{value['median']:,.0f}"
 
 
 def _spread(value: dict[str, float] | None, digits: int) -> str:
     if value is None:
-        return MISSING
+        return ABSENT
     median, low, high = (f"{value[key]:,.{digits}f}" for key in ("median", "low", "high"))
     return f"{median} ({low}–{high})"
 
@@ -95,13 +78,6 @@ def _notes(result: dict[str, Any]) -> list[str]:
         elif row["status"] == "failed":
             notes.append(f"{row['name']} failed: {row['error']}")
         notes += [f"{row['name']} warned: {warning}" for warning in row["warnings"]]
-    profiled = {row["name"]: row["time_shares"] for row in result["contenders"] if row["time_shares"]}
-    if profiled:
-        kinds = list(next(iter(profiled.values())))
-        rows = [[name, *(f"{shares[kind]:.0%}" for kind in kinds)] for name, shares in profiled.items()]
-        notes.append(
-            "where the time goes (train prompts, PyTorch's profiler):\n" + aligned(["contender", *kinds], rows)
-        )
     grow = result["grow"]
     if grow is not None and grow["error"] is None:
         small, large = grow["prompts"]
@@ -121,19 +97,3 @@ def _dim(result: dict[str, Any], name: str) -> str:
 
 def _how(name: str) -> str:
     return "\nthen give --bergson-python bergson-env/bin/python" if name == "bergson" else ""
-
-
-def share_text(result: dict[str, Any]) -> str:
-    """The terms of `cropi bench share`, and the share."""
-    terms = aligned(
-        ["term", "amount", "rate", "seconds"],
-        [[term["name"], term["amount"], term["rate"], f"{term['seconds']['median']:,.0f}"] for term in result["terms"]],
-    )
-    shares = [
-        f"{name}: {_percent(value)} of the training time" for name, value in result["share_of_training"].items()
-    ] + [f"{name}: {_percent(value)} if sampling cost nothing" for name, value in result["share_of_updates"].items()]
-    return "\n\n".join([result["heading"], terms, "\n".join(shares), "\n".join(result["assumptions"])])
-
-
-def _percent(value: dict[str, float]) -> str:
-    return f"{value['median']:.2%} ({value['low']:.2%}–{value['high']:.2%})"

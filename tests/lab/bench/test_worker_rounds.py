@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from cropi.lab.bench.measure import Record, Worker, WorkerError, take_rounds
+from cropi.lab.bench.worker_rounds import Record, Worker, WorkerError, take_rounds
 
 ECHO = """
 import json, sys

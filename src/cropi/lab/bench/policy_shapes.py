@@ -1,4 +1,4 @@
-"""Policies to measure on: published shapes with random weights, and what a forward pass through one takes."""
+"""Policies to measure: published shapes with random weights, and the FLOPs of a forward pass."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cropi.lab.bench.peers.wire import WeightedGroup
+from cropi.lab.bench.peers.worker_protocol import WeightedGroup
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -65,7 +65,7 @@ SHAPES: dict[str, Shape] = {
 
 
 def random_policy(shape: str, *, dtype: str, device: str, seed: int) -> PreTrainedModel:
-    """A policy of the shape with random weights, made on the device itself in the dtype that it has."""
+    """Make a policy of the shape with random weights, on the device and in the dtype."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -96,7 +96,7 @@ def policy_config(folder: Path) -> PretrainedConfig:
 
 
 def parameter_count(config: PretrainedConfig) -> int:
-    """All parameters, a tied weight once."""
+    """Count all parameters, a tied weight once."""
     import torch
     from transformers import AutoModelForCausalLM
 

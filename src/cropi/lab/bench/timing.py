@@ -1,4 +1,4 @@
-"""From rounds to numbers: medians, ratios taken round by round, and how well a ranking agrees with the exact one."""
+"""Statistics of rounds: medians, ratios within rounds, and agreement of a ranking with the exact one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from cropi.functional.agreement import spearman, top_overlap
-from cropi.lab.bench.measure import Record
+from cropi.lab.bench.worker_rounds import Record
 
 PRECISION_SHARE = 0.1
 
@@ -30,7 +30,7 @@ def spread(values: Sequence[float]) -> Spread | None:
 
 
 def ratios(ours: Sequence[float], theirs: Sequence[float]) -> Spread | None:
-    """The spread of ours_r / theirs_r over the rounds r that both took: a machine slow for a while slows both."""
+    """Spread of ours_r / theirs_r over the rounds r of both, so that a machine that is slow for a while slows both."""
     return spread([a / b for a, b in zip(ours, theirs, strict=False)])
 
 
@@ -47,7 +47,7 @@ def quality(scores_N: np.ndarray | None, exact_N: np.ndarray | None, signal_N: n
 
 
 def per_token(record: Record) -> list[float]:
-    """Seconds per computed token of each round: of the train pass where it was timed by itself."""
+    """Seconds per computed token of each round: of the train pass if it has its own time."""
     timed = [answer["parts"].get("train", answer) for answer in record.rounds]
     return [part["seconds"] / part["tokens_computed"] for part in timed]
 
@@ -81,5 +81,5 @@ def rates(record: Record, tokens_given: int) -> dict[str, Any]:
 
 
 def plain(value: Spread | None) -> dict[str, float] | None:
-    """For JSON."""
+    """Convert to plain JSON."""
     return None if value is None else asdict(value)

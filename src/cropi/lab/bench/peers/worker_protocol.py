@@ -1,8 +1,8 @@
-"""What the benchmark and a worker say to each other: one JSON object a line on standard input and output.
+"""The protocol of the benchmark and its workers: one JSON object a line on standard input and output.
 
-The worker is asked to `prepare` once (imports and model load, timed apart), then to `run` as often as the benchmark
-likes, for the `scores` of its last run, and to `quit`. A question that fails is answered by {"ok": false, "error": one
-line}. Standard library only, and nothing else of cropi: a worker may live in an environment without it.
+The benchmark asks a worker to `prepare` once (imports and model load), then to `run` several times, for the `scores` of
+the last run, and to `quit`. The answer to a question that fails is {"ok": false, "error": one line}. This file uses the
+standard library alone: a worker may live in an environment without cropi.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import json
 import os
 import resource
 import sys
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -37,7 +36,7 @@ class WeightedGroup:
 
 @dataclass(frozen=True)
 class Task:
-    """What `prepare` asks for."""
+    """The content of a `prepare` question."""
 
     model: str
     groups: list[WeightedGroup]
@@ -51,7 +50,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Part:
-    """A stretch of a run that was timed by itself."""
+    """A part of a run with its own time."""
 
     seconds: float
     tokens_computed: int
@@ -65,7 +64,7 @@ class Measurement:
     tokens_computed: int
     peak_gpu_mb: float | None
     parts: dict[str, Part] = field(default_factory=dict)
-    """By name, for an engine that tells them apart."""
+    """By name, if the engine times them separately."""
 
 
 class Engine(Protocol):
@@ -81,7 +80,7 @@ class Engine(Protocol):
 
 
 def serve(load: Callable[[Task], Engine]) -> None:
-    """Answer questions until `quit` or the end of input. `load` imports what it needs, so that it can be timed."""
+    """Answer questions until `quit` or the end of input."""
     answers = _claim_stdout()
     engine: Engine | None = None
     for line in sys.stdin:
@@ -94,13 +93,13 @@ def serve(load: Callable[[Task], Engine]) -> None:
             else:
                 assert engine is not None, "not prepared"
                 answer = _answer(engine, question)
-        except Exception as error:  # whatever a peer's libraries raise, the benchmark has to learn of it
+        except Exception as error:  # a peer's libraries may raise anything, and the benchmark reports it
             answer = {"ok": False, "error": " ".join(f"{type(error).__name__}: {error}".split())}
         print(json.dumps(answer), file=answers, flush=True)
 
 
 def _claim_stdout() -> TextIO:
-    """The true standard output; from here on whatever libraries print there, from C too, goes to standard error."""
+    """Take standard output for answers, and send what libraries print there, from C too, to standard error."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     return answers
@@ -116,9 +115,8 @@ def _prepare(load: Callable[[Task], Engine], question: Mapping[str, Any]) -> tup
     os.environ["HF_HUB_OFFLINE"] = "1"
     if task.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    started = time.perf_counter()
     engine = load(task)
-    return engine, {"ok": True, "startup_s": time.perf_counter() - started, "version": engine.version}
+    return engine, {"ok": True, "version": engine.version}
 
 
 def _answer(engine: Engine, question: Mapping[str, Any]) -> dict[str, Any]:
@@ -139,14 +137,12 @@ def _answer(engine: Engine, question: Mapping[str, Any]) -> dict[str, Any]:
             with Path(question["path"]).open("wb") as file:
                 np.save(file, engine.scores_N().astype(np.float64))
             return {"ok": True}
-        case "profile":
-            return {"ok": True, "shares": engine.profile()}  # type: ignore[attr-defined]  # only ours has it
         case unknown:
             raise ValueError(f"no such question: {unknown}")
 
 
 def _release_gpu() -> None:
-    """Give back what PyTorch keeps for later: other workers share the GPU."""
+    """Free PyTorch's cached GPU memory: other workers share the GPU."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         torch.cuda.empty_cache()

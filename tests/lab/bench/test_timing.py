@@ -1,12 +1,10 @@
-import math
 from typing import Any
 
 import numpy as np
 import pytest
 
-from cropi.functional.agreement import spearman, top_overlap
-from cropi.lab.bench.measure import Record
-from cropi.lab.bench.results import Spread, per_token, quality, rates, ratios, spread
+from cropi.lab.bench.timing import Spread, per_token, quality, rates, ratios, spread
+from cropi.lab.bench.worker_rounds import Record
 
 
 def answer(seconds: float, tokens: int, **parts: tuple[float, int]) -> dict[str, Any]:
@@ -25,25 +23,6 @@ def test_spread_and_ratios_by_hand() -> None:
     # The machine was twice as slow in the second round: the ratio does not notice.
     assert ratios([2.0, 4.0, 2.2], [1.0, 2.0, 1.0]) == Spread(2.0, 2.0, 2.2)
     assert ratios([2.0, 4.0], [1.0]) == Spread(2.0, 2.0, 2.0)
-
-
-def test_spearman_by_hand() -> None:
-    assert spearman(np.array([1.0, 2.0, 3.0]), np.array([10.0, 100.0, 1000.0])) == pytest.approx(1)
-    assert spearman(np.array([1.0, 2.0, 3.0]), np.array([3.0, 2.0, 1.0])) == pytest.approx(-1)
-    # 1 - 6 * (0 + 1 + 1 + 0) / (4 * 15)
-    assert spearman(np.array([1.0, 2.0, 3.0, 4.0]), np.array([1.0, 3.0, 2.0, 4.0])) == pytest.approx(0.8)
-    # Ranks 1.5, 1.5, 3 and 1, 2, 3.
-    assert spearman(np.array([0.0, 0.0, 1.0]), np.array([0.0, 1.0, 2.0])) == pytest.approx(1.5 / math.sqrt(1.5 * 2))
-    assert math.isnan(spearman(np.zeros(3), np.arange(3.0)))
-
-
-def test_precision_by_hand() -> None:
-    true_N = np.arange(20.0)
-    found_N = true_N.copy()
-    found_N[[0, 19]] = found_N[[19, 0]]
-    assert top_overlap(true_N, true_N, 0.1) == 1
-    assert top_overlap(found_N, true_N, 0.1) == 0.5  # 18 is found, 19 is not
-    assert top_overlap(-true_N, true_N, 0.1) == 0
 
 
 def test_quality_leaves_out_prompts_without_signal() -> None:

@@ -1,10 +1,11 @@
-"""`cropi bench engine`: the influence engine beside floors and other engines, round by round."""
+"""Measure the influence engine against floors and other engines, round by round."""
 
 from __future__ import annotations
 
 import tempfile
+import time
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,30 +13,28 @@ import numpy as np
 
 from cropi.builtin import POLICY_DIR
 from cropi.console import progress, say
-from cropi.lab.bench.lineup import CONTENDERS, Contender, worker_options
+from cropi.lab.bench.benchmark_options import EngineOptions
+from cropi.lab.bench.contender_list import CONTENDERS, Contender
 from cropi.lab.bench.machine import describe, matmul_rate
-from cropi.lab.bench.measure import Record, Worker, WorkerError, take_rounds
-from cropi.lab.bench.peers import PEERS
-from cropi.lab.bench.results import per_token, plain, quality, rates, ratios, seconds
-from cropi.lab.bench.settings import Plan
-from cropi.lab.bench.shapes import forward_flops, make_policy, parameter_count, policy_config
+from cropi.lab.bench.policy_shapes import forward_flops, make_policy, parameter_count, policy_config
+from cropi.lab.bench.timing import per_token, plain, quality, rates, ratios, seconds
+from cropi.lab.bench.worker_rounds import Record, Worker, WorkerError, take_rounds
 from cropi.lab.bench.workload import Workload, builtin_workload, random_workload, tokens_given, write_groups
 
 GROWTH = 10
-PROFILED = ("forward", "floor", "exact", "sketch", "sketch-uniform")
 
 
 @dataclass(frozen=True)
 class Scene:
     """A policy and a workload on disk, for workers to read."""
 
-    plan: Plan
+    plan: EngineOptions
     folder: Path
     policy: Path
     workload: Workload
 
     def question(self, contender: Contender) -> dict[str, Any]:
-        """What a worker is asked to prepare for."""
+        """The content of a contender's `prepare` question."""
         return {
             "model": str(self.policy),
             "groups": str(self.folder / "train.jsonl"),
@@ -44,12 +43,12 @@ class Scene:
             "device": self.plan.device,
             "batch_tokens": self.plan.batch_tokens,
             "threads": self.plan.threads,
-            "options": worker_options(contender, self.plan.recipe_dim),
+            "options": contender.worker_options(self.plan.recipe_dim),
         }
 
 
-def bench_engine(plan: Plan) -> dict[str, Any]:
-    """Measure, and give everything that was found, ready for JSON."""
+def bench_engine(plan: EngineOptions) -> dict[str, Any]:
+    """Measure; the result is plain JSON."""
     with tempfile.TemporaryDirectory(prefix="cropi-bench-") as folder:
         scene = _make_scene(plan, Path(folder))
         records = _measure(scene)
@@ -57,14 +56,13 @@ def bench_engine(plan: Plan) -> dict[str, Any]:
         return _result(scene, records, growth)
 
 
-def _make_scene(plan: Plan, folder: Path, policy: Path | None = None) -> Scene:
-    """Write what the workers read; the policy only where there is none yet."""
+def _make_scene(plan: EngineOptions, folder: Path, policy: Path | None = None) -> Scene:
+    """Write the files that workers read; the policy only if there is none yet."""
     folder.mkdir(exist_ok=True)
     say(f"bench  {plan.shape or 'built-in policy'}, workload {plan.workload}, {plan.prompts} prompts")
-    if policy is None and plan.shape is None:
+    if policy is None and not plan.shape:
         policy = POLICY_DIR
     elif policy is None:
-        assert plan.shape is not None
         policy = folder / "policy"
         make_policy(plan.shape, policy, dtype=plan.dtype, device=plan.device, seed=plan.seed)
     counts = {"prompts": plan.prompts, "validation": plan.validation, "seed": plan.seed}
@@ -78,9 +76,9 @@ def _make_scene(plan: Plan, folder: Path, policy: Path | None = None) -> Scene:
 
 
 def _measure(scene: Scene) -> dict[str, Record]:
-    """Start all workers, one after the other; then rounds; then the scores of those that have some."""
+    """Start all workers, one after the other, take the rounds, and ask for scores."""
     plan = scene.plan
-    records = {name: Record() for name in plan.contenders}
+    records = {name: Record() for name in plan.names}
     with ExitStack() as stack:
         workers: dict[str, Worker] = {}
         with progress("start", len(records), "workers") as bar:
@@ -95,18 +93,17 @@ def _measure(scene: Scene) -> dict[str, Record]:
             records[name].warnings = worker.warnings()
             if CONTENDERS[name].scores and records[name].error is None:
                 _ask_scores(worker, records[name], scene.folder / f"{name}.npy")
-            if plan.profile and name in PROFILED and records[name].error is None:
-                _ask_shares(worker, records[name])
     return records
 
 
 def _start(scene: Scene, contender: Contender, record: Record, stack: ExitStack) -> Worker | None:
-    """A worker with its model loaded; None, and the reason in its record, where that is not to be had."""
+    """Start a worker and load its model; on failure note the reason in its record and return None."""
     try:
         command = contender.command(scene.plan.bergson_python)
     except ValueError as error:
         record.absent, record.error = True, str(error)
         return None
+    started = time.perf_counter()
     log = scene.folder / f"{contender.name}-{scene.plan.prompts}.log"
     worker = stack.enter_context(Worker(command, log, threads=scene.plan.threads))
     try:
@@ -115,7 +112,7 @@ def _start(scene: Scene, contender: Contender, record: Record, stack: ExitStack)
         record.error = str(error)
         record.absent = contender.kind == "peer" and record.error.startswith("ModuleNotFoundError")
         return None
-    record.startup_s, record.version = answer["startup_s"], answer["version"]
+    record.startup_s, record.version = time.perf_counter() - started, answer["version"]
     return worker
 
 
@@ -127,16 +124,11 @@ def _ask_scores(worker: Worker, record: Record, path: Path) -> None:
         record.error = str(error)
 
 
-def _ask_shares(worker: Worker, record: Record) -> None:
-    try:
-        record.shares = worker.ask("profile")["shares"]
-    except WorkerError as error:
-        record.error = str(error)
-
-
 def _growth(scene: Scene) -> dict[str, Any]:
-    """Peak memory of `sketch` with the plan's prompts and ten times as many, each in a fresh worker."""
-    larger = _make_scene(scene.plan.larger(GROWTH), scene.folder / "larger", scene.policy)
+    """Measure peak memory of `sketch` with the plan's prompts and with ten times as many, each in a new worker."""
+    larger = _make_scene(
+        replace(scene.plan, prompts=scene.plan.prompts * GROWTH), scene.folder / "larger", scene.policy
+    )
     peaks: list[float] = []
     with progress("grow", 2, "runs") as bar:
         for one in (scene, larger):
@@ -157,10 +149,9 @@ def _growth(scene: Scene) -> dict[str, Any]:
 def _result(scene: Scene, records: dict[str, Record], growth: dict[str, Any] | None) -> dict[str, Any]:
     plan, config = scene.plan, policy_config(scene.policy)
     flops, rate = forward_flops(config, scene.workload.train), matmul_rate(plan.device, plan.dtype, plan.threads)
-    settings = asdict(plan) | {"bergson_python": None if plan.bergson_python is None else str(plan.bergson_python)}
     return {
         "kind": "engine",
-        "settings": settings,
+        "settings": plan.recorded(),
         "environment": describe(plan.device, plan.threads),
         "policy": {
             "shape": plan.shape or "builtin",
@@ -176,16 +167,15 @@ def _result(scene: Scene, records: dict[str, Record], growth: dict[str, Any] | N
 
 
 def _row(name: str, scene: Scene, records: dict[str, Record], forward_ceiling: float) -> dict[str, Any]:
-    """Everything about one contender."""
+    """All results of one contender."""
     contender, record, workload = CONTENDERS[name], records[name], scene.workload
     given = tokens_given(workload.train)
     if contender.scores:
         given += tokens_given(workload.validation)
     floor, sketch = records.get("floor", Record()), records.get("sketch", Record())
     exact, signal_N = records.get("exact", Record()), np.array([group.has_signal for group in workload.train])
-    comparable = contender.kind != "yardstick"
     passes = 1 if name == "forward" else 2
-    timed = [1 / (cost * forward_ceiling / passes) for cost in per_token(record)] if comparable else []
+    timed = [1 / (cost * forward_ceiling / passes) for cost in per_token(record)]
     return {
         "name": name,
         "kind": contender.kind,
@@ -193,16 +183,15 @@ def _row(name: str, scene: Scene, records: dict[str, Record], forward_ceiling: f
         "status": "absent" if record.absent else "failed" if record.error else "ok",
         "error": record.error,
         "warnings": record.warnings,
-        "install": PEERS[name].install if record.absent else None,
+        "install": contender.install if record.absent else None,
         "version": record.version,
-        "options": worker_options(contender, scene.plan.recipe_dim),
-        "covers": ["train", "validation"] if contender.scores else ["train"] if comparable else [],
+        "options": contender.worker_options(scene.plan.recipe_dim),
+        "covers": ["train", "validation"] if contender.scores else ["train"],
         "startup_s": record.startup_s,
         **rates(record, given),
-        "ratio_to_floor": plain(ratios(per_token(record), per_token(floor))) if comparable else None,
+        "ratio_to_floor": plain(ratios(per_token(record), per_token(floor))),
         "seconds_to_sketch": plain(ratios(seconds(record), seconds(sketch))) if contender.scores else None,
         "share_of_2f_ceiling": float(np.median(timed)) if timed else None,
         **quality(record.scores_N, exact.scores_N, signal_N),
-        "time_shares": record.shares,
         "rounds": record.rounds,
     }
