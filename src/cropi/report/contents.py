@@ -9,8 +9,6 @@ import numpy as np
 import pyarrow as pa
 
 from cropi.config import Config
-from cropi.lab.audit.section import TITLE as AUDIT
-from cropi.lab.audit.section import audit
 from cropi.report import figures
 from cropi.report.blocks import Block, Picture, Section, Table, Text
 from cropi.report.closeups import closeups
@@ -67,7 +65,6 @@ def read_run(config: Config, space: Workspace, summary: Summary) -> Run:
 
 def sections(run: Run) -> list[Section]:
     """The report, in order."""
-    audited = audit(run.space.folder)
     return [
         Section("Result", _result(run.summary)),
         Section("Learning curves", _curves(run.summary)),
@@ -75,7 +72,6 @@ def sections(run: Run) -> list[Section]:
         Section("Turnover between stages", _turnover(run)),
         Section("Distribution of the scores", _distributions(run)),
         Section("Can the ranking be trusted?", _reliability(run)),
-        *([Section(AUDIT, audited)] if audited else []),
         Section("What became of every prompt", funnel(run.space, run.selections, run.scores)),
         Section("Cost", _cost(run.summary)),
         Section("Prompts, close up", closeups(run.config, run.space, run.scores)),

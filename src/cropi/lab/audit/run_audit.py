@@ -1,4 +1,4 @@
-"""`cropi audit`: every policy of a run that is still on disk, audited in turn."""
+"""Audit every policy of a run that is still on disk."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from cropi.errors import ArtifactError, SignalError
 from cropi.functional.projection import SparseProjection
 from cropi.gradients.groups import Group, iterate_groups
 from cropi.gradients.validation import validation_groups
-from cropi.lab.audit.sampling import Prompt, as_prompts, sample_groups
-from cropi.lab.audit.stage import Material, audit_stage, describe, passes
+from cropi.lab.audit.fresh_trajectories import Prompt, as_prompts, sample_groups
+from cropi.lab.audit.policy_audit import Material, audit_stage, passes
 from cropi.pipeline import Pipeline
 from cropi.policy import Policy
 from cropi.rollouts.generation import Sampling
@@ -31,7 +31,7 @@ MADE_BY = "cropi audit"
 
 @dataclass(frozen=True)
 class AuditSettings:
-    """How much is sampled."""
+    """Size of the sample."""
 
     prompts: int = 160
     """Training prompts, the same at every policy."""
@@ -41,10 +41,9 @@ class AuditSettings:
 
 
 def audit_run(pipeline: Pipeline, settings: AuditSettings, stages: Sequence[int] | None) -> dict[str, Any]:
-    """Audit the policies at the start of some stages of the main arm (all that are on disk), and the last one.
+    """Audit the policies at the start of some stages (by default all on disk) and the last one.
 
-    One artifact for each policy and settings, so that an interrupted audit goes on where it stopped; `audit.json` holds
-    what was asked for last.
+    Each policy has an artifact of its own, so an interrupted audit resumes. `audit.json` holds the latest request.
     """
     auditor = _Auditor(pipeline, settings)
     known = auditor.stages()
@@ -62,7 +61,7 @@ def audit_run(pipeline: Pipeline, settings: AuditSettings, stages: Sequence[int]
         "version": FORMAT,
         "cropi": __version__,
         "settings": asdict(settings) | {"fraction": pipeline.config.select.fraction},
-        "surrogate": describe(pipeline.surrogate),
+        "surrogate": asdict(pipeline.surrogate),
         "steps_per_stage": pipeline.config.train.steps_per_stage,
         "stages": found,
     }
@@ -71,7 +70,7 @@ def audit_run(pipeline: Pipeline, settings: AuditSettings, stages: Sequence[int]
 
 
 class _Auditor:
-    """A run, its sample of prompts, and what has been sampled for it."""
+    """A run and the sample of its prompts."""
 
     def __init__(self, pipeline: Pipeline, settings: AuditSettings) -> None:
         self._pipeline, self._settings = pipeline, settings
@@ -80,14 +79,14 @@ class _Auditor:
         self._judge = pipeline.judge
 
     def stages(self) -> list[int]:
-        """Stages at whose start the policy is on disk; one past the last for the end of training."""
+        """Stages whose first policy is on disk; one past the last means the end of training."""
         config = self._pipeline.config.train
         folder = self._arm.checkpoints
         steps = [stage * config.steps_per_stage for stage in range(config.stages + 1)]
         return [stage for stage, step in enumerate(steps) if not step or (folder / f"checkpoint-{step}").is_dir()]
 
     def audit(self, stage: int) -> dict[str, Any]:
-        """The audit of one policy, read back where it has been made."""
+        """Audit one policy, or read the audit back if it exists."""
         pipeline, settings = self._pipeline, config_hash(asdict(self._settings) | {"version": FORMAT})
         folder = pipeline.space.folder / "audit" / f"{stage:03}-{settings[:8]}"
         inputs = pipeline.trajectories.inputs(self._arm, self._scored(stage)) | {
@@ -129,7 +128,7 @@ class _Auditor:
         return {"prompts": len(material.stored)}, {}
 
     def _scored(self, stage: int) -> int:
-        """The stage whose trajectories a policy is compared with: nothing is scored at the end of training."""
+        """The stage whose stored trajectories a policy is compared with; none are scored at the end of training."""
         return min(stage, self._pipeline.config.train.stages - 1)
 
     def _chosen(self, table: pa.Table) -> list[Group]:
@@ -162,8 +161,8 @@ class _Auditor:
             ]
             if not all(draws):
                 raise SignalError(
-                    "the policy now solves all of this validation set's prompts, or none, in every try: fresh "
-                    "trajectories give no direction to compare with",
+                    "the policy solves each prompt of this validation set always or never: fresh trajectories "
+                    "give no direction",
                     where=f"validation set {name}, stage {stage}",
                     fix="audit earlier stages only (--stages).",
                 )

@@ -1,4 +1,4 @@
-"""Fresh trajectories: what the current policy itself would do."""
+"""Sample and judge fresh trajectories from the current policy."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cropi.seeds import derived_seed
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt as the policy takes it."""
+    """A tokenised prompt and its row of the prompt table."""
 
     prompt_id: str
     prompt_ids: list[int]
@@ -33,7 +33,7 @@ def sample_groups(
     seed: int,
     label: str,
 ) -> list[Group]:
-    """`count` judged completions of each prompt, on-policy: all importance ratios are 1.
+    """Sample and judge `count` completions of each prompt. They are on-policy: all importance ratios are 1.
 
     Prompts whose gold answer cannot be read are left out.
     """

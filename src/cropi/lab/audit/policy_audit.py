@@ -1,9 +1,9 @@
-"""One policy of a run: stored trajectories beside fresh ones."""
+"""Audit one policy of a run: compare influence from stored trajectories with influence from fresh ones."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,16 +23,14 @@ DRAWS = ("/ceiling", "/reference")
 """Suffixes of the directions of two draws of fresh validation trajectories."""
 VARIANTS: dict[str, dict[str, Any]] = {
     "token": {},
-    "clipped": {"correction": "clipped"},
     "prefix": {"correction": "prefix"},
-    "reweighted": {"baseline": "reweighted"},
 }
 """Corrections of the estimate, by name; `token` is paper eq. 4."""
 
 
 @dataclass(frozen=True)
 class Material:
-    """What is compared at one policy: the same prompts twice, in the same order."""
+    """The groups to compare at one policy: the same prompts twice, in the same order."""
 
     stored: Sequence[Group]
     fresh: Sequence[Group]
@@ -42,7 +40,7 @@ class Material:
 
 
 def passes(material: Material) -> int:
-    """Groups that `audit_stage` sends through the policy."""
+    """Count the groups that `audit_stage` sends through the policy."""
     validation = sum(len(groups) for groups in material.stored_validation.values())
     fresh = sum(len(groups) for draws in material.fresh_validation.values() for groups in draws)
     stored = len(material.stored)
@@ -60,7 +58,7 @@ def audit_stage(
     seed: int,
     advance: Callable[[int], None],
 ) -> dict[str, Any]:
-    """Everything that fresh trajectories say about the stored ones at one policy, ready for JSON."""
+    """Compare stored with fresh trajectories at one policy; the result is plain JSON."""
     names = list(material.stored_validation)
     directions = dict(material.stored_validation) | {
         name + draw: material.fresh_validation[name][number] for number, draw in enumerate(DRAWS) for name in names
@@ -103,7 +101,7 @@ def audit_stage(
 
 
 def _agreement(variants: Mapping[str, Comparison]) -> dict[str, Any]:
-    """What the comparisons of one validation set say; `token` stands for the estimate itself."""
+    """Results for one validation set; `token` is the estimate itself."""
     overall = {variant: comparison.overall() for variant, comparison in variants.items()}
     return {
         "overall": overall["token"],
@@ -116,7 +114,7 @@ def _agreement(variants: Mapping[str, Comparison]) -> dict[str, Any]:
 
 
 def _facts(material: Material, stored: Sequence[Units]) -> dict[str, Any]:
-    """How much was compared, and how far the policy has moved."""
+    """Counts of what was compared, and how far the policy has moved."""
     moved = sum((units.total() for units in stored), RatioMoments())
     return {
         "prompts": len(material.stored),
@@ -141,8 +139,7 @@ def _units(scorer: Scorer, groups: Sequence[Group], advance: Callable[[int], Non
 def _together(
     scorer: Scorer, material: Material, advance: Callable[[int], None]
 ) -> tuple[list[tuple[Units, int]], np.ndarray]:
-    """Per prompt, stored and fresh trajectories as one set of units with all of their inner products; and the sketched
-    products of the stored ones."""
+    """Join stored and fresh trajectories by prompt, with all inner products; also sketched products of the stored."""
 
     def found(groups: Sequence[Group]) -> Iterator[tuple[Units, torch.Tensor]]:
         for units, features_KD, _ in scorer.units(groups, advance=advance):
@@ -162,8 +159,3 @@ def _together(
         together.append((both, len(old.rewards_K)))
         products.append(old.products(scorer.settings)[0])
     return together, np.array(products)
-
-
-def describe(settings: SurrogateSettings) -> dict[str, Any]:
-    """The surrogate, for the record."""
-    return asdict(settings)
