@@ -30,7 +30,6 @@ PAGE_COLOURS = {INK: "currentColor", MUTED: "var(--muted)", GRID: "var(--rule)"}
 
 # Okabe and Ito's palette, safe for colour-blind eyes. A mark or a dash tells the lines apart in black and white.
 BLUE, ORANGE, GREEN, PINK, SKY, GREY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#8c8c8c"
-PHASE_COLOURS = {"collect": SKY, "score": BLUE, "select": GREEN, "train": ORANGE}
 ARM_STYLES: dict[str, dict[str, Any]] = {
     "influence": {"color": BLUE, "marker": "o", "linestyle": "-"},
     "full": {"color": ORANGE, "marker": "s", "linestyle": "--"},

@@ -12,9 +12,11 @@ from matplotlib.patches import Rectangle
 from cropi.functional.statistics import Interval
 from cropi.report.drawing import (
     BLUE,
+    GREEN,
     GREY,
     MUTED,
-    PHASE_COLOURS,
+    ORANGE,
+    SKY,
     arm_style,
     grid,
     in_style,
@@ -32,6 +34,7 @@ MAX_PANELS = 4  # histograms beside or below each other
 MAX_CELLS = 12  # stages with a number in every cell
 CLIP = (0.5, 99.5)  # percentiles of influence shown; what lies beyond is counted in the outermost bars
 BARS = 40
+PHASES = {"collect": SKY, "score": BLUE, "select": GREEN, "train": ORANGE}
 
 
 @in_style
@@ -177,7 +180,7 @@ def cost_split(summary: Summary) -> str | None:
     figure = new_figure(0.95 + 0.42 * len(arms))
     axes = figure.subplots()
     ends = np.zeros(len(arms))
-    for phase, colour in PHASE_COLOURS.items():
+    for phase, colour in PHASES.items():
         spent = np.array([getattr(arm.cost, phase) or 0.0 for arm in arms])
         if spent.any():
             axes.barh(range(len(arms)), spent, left=ends, height=0.62, color=colour, label=phase, alpha=0.85)
@@ -189,5 +192,5 @@ def cost_split(summary: Summary) -> str | None:
     axes.set_yticks(range(len(arms)), [arm.name for arm in arms])
     axes.set(xlabel="seconds", ylim=(len(arms) - 0.5, -0.5), xlim=(0, max(float(ends.max()), 1e-9) * 1.25))
     grid(axes, "x")
-    figure.legend(loc="outside upper left", ncols=len(PHASE_COLOURS))
+    figure.legend(loc="outside upper left", ncols=len(PHASES))
     return svg(figure, "cost")

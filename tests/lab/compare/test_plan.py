@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from cropi.errors import ArtifactError, ConfigError, UserError
-from cropi.lab.compare.plan import FINISHED, lock, make_plan, parse_seeds, read_plan
+from cropi.lab.compare.comparison_plan import FINISHED, lock, make_plan, parse_seeds, read_plan
 from cropi.loading import load_config, validate_config
 from cropi.presets import merged, presets, read_patches
 

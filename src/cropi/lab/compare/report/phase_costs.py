@@ -1,4 +1,4 @@
-"""What the runs of a comparison cost, by phase."""
+"""Costs of the runs of a comparison, by phase."""
 
 from __future__ import annotations
 
@@ -6,22 +6,20 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from cropi.lab.compare.report.labels import large
-from cropi.lab.compare.report.plots import cost_split
-from cropi.lab.compare.report.runs_data import FLOPS, PHASES, SECONDS, SUITE, TOKENS, Comparison
+from cropi.lab.compare.paired_runs import FLOPS, PHASES, SECONDS, SUITE, TOKENS, Comparison
+from cropi.lab.compare.report.comparison_figures import cost_split
 from cropi.report.blocks import Block, Picture, Table, Text
-from cropi.report.wording import share, tenths
+from cropi.report.wording import large, share, tenths
 
 KINDS = {"seconds": PHASES, "flops": ("collect", "score", "train")}
 NOTE = (
-    "Every strategy is charged as if it were run alone: trajectories that several read are paid in full by each of "
-    "them. Evaluation is not charged. FLOPs have no part for selecting, which multiplies no matrices. Seconds are "
-    "those of this machine, with as many runs at once as it was given."
+    "Trajectories that several strategies read count in full for each. Evaluation does not count. Selecting has no "
+    "FLOPs: it multiplies no matrices. Seconds are those of this machine."
 )
 
 
 def costs(comparison: Comparison) -> list[Block]:
-    """Bars and a table of whole runs, means over seeds and scenarios."""
+    """Bars and tables of the costs of whole runs, means over seeds and scenarios."""
     scope = comparison.scope
     names = [name for name in comparison.strategies if _total(comparison, scope, name, SECONDS) is not None]
     if not names:

@@ -1,4 +1,4 @@
-"""Accuracy curves of a comparison with bands, over steps and over what has been paid."""
+"""Accuracy curves of a comparison with bands, over steps and over costs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float
 
 from cropi.functional.comparison import accuracy_curves, redraw_counts, seed_counts
-from cropi.lab.compare.report.runs_data import Comparison
+from cropi.lab.compare.paired_runs import Comparison
 from cropi.seeds import derived_seed
 
 POINTS = 64  # of a curve over costs, which differ by seed
@@ -26,13 +26,13 @@ class Band:
 
 
 def bands(comparison: Comparison, scenario: str, measures: Iterable[str]) -> dict[str, dict[str, Band]]:
-    """Bands by measure and strategy. Nothing where no test set is targeted.
+    """Bands by measure and strategy; none if no test set is targeted.
 
     Over costs, accuracy is flat while something is paid ahead and then a straight line to the next evaluation; a curve
     ends where the cheapest of its runs does. Redrawn are seeds, and questions within test sets: those that seeds have
     in common together, as in the tables.
     """
-    if not any(comparison.targeted.get(scenario, {}).values()):
+    if not _targeted_sets(comparison, scenario):
         return {}
     curves = _accuracies(comparison, scenario)
     names = [name for name in comparison.strategies if comparison.seeds(scenario, name)]
@@ -41,9 +41,14 @@ def bands(comparison: Comparison, scenario: str, measures: Iterable[str]) -> dic
     }
 
 
+def _targeted_sets(comparison: Comparison, scenario: str) -> list[str]:
+    traces = [trace for own in comparison.traces.get(scenario, {}).values() for trace in own.values()]
+    return [name for name, targeted in traces[0].targeted.items() if targeted] if traces else []
+
+
 def _accuracies(comparison: Comparison, scenario: str) -> dict[tuple[int, str], Float[np.ndarray, "R E"]]:
-    """Mean over the targeted sets by seed and strategy, over redrawn questions: the same redraw for all strategies."""
-    names = [name for name, targeted in comparison.targeted[scenario].items() if targeted]
+    """Mean over the targeted sets by seed and strategy, with the same redraws of questions for all strategies."""
+    names = _targeted_sets(comparison, scenario)
     drawn: dict[tuple[str, str], np.ndarray] = {}
     found: dict[tuple[int, str], np.ndarray] = {}
     for seed, traces in comparison.traces[scenario].items():

@@ -1,8 +1,9 @@
-"""Which runs a comparison consists of, and the folder that is claimed for them.
+"""The runs of a comparison, and the folder that is claimed for them.
 
 DIR/  plan.json  results.parquet  compare.json  compare.html  compare.md  lock
       step-N/                          the same four files of what runs had reached after N steps, finished or not
-      SCENARIO/seed-S/STRATEGY/        an ordinary run, with log.txt, begun.json and, at its end, finished.json
+      SCENARIO/seed-S/STRATEGY/        an ordinary run, with begun.json and, at its end, finished.json
+      SCENARIO/seed-S/STRATEGY.log     its console output
       SCENARIO/seed-S/shared-HASH/     prompts, trajectories and base evaluation of runs that have them in common
 """
 
@@ -26,7 +27,6 @@ from cropi.presets import Patch, patched, read_patches
 PLAN = "plan.json"
 BEGUN = "begun.json"
 FINISHED = "finished.json"
-LOG = "log.txt"
 SHOWN_CHANGES = 5
 MOST_SEEDS = 10_000  # in a range
 
@@ -43,7 +43,7 @@ class Run:
     seed: int
     strategy: str
     config: Config
-    shared: Config  # of the folder that holds what the run has in common with others
+    shared: Config  # of the folder with what the run shares with others
 
     @property
     def label(self) -> str:
@@ -51,18 +51,18 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether the run has been trained and evaluated to its end."""
+        """Whether training and evaluation have ended."""
         return (self.config.folder / FINISHED).is_file()
 
     @property
     def begun(self) -> bool:
-        """Whether the run's training has begun."""
+        """Whether training has begun."""
         return (self.config.folder / BEGUN).is_file()
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The runs that a call asks for, and all that were ever asked for in the folder."""
+    """The runs of this call, and all runs that were ever asked for in the folder."""
 
     folder: Path
     wanted: tuple[Run, ...]
@@ -70,12 +70,12 @@ class Plan:
 
     @property
     def strategies(self) -> list[str]:
-        """Names, in the order in which they were first asked for."""
+        """Names in the order of the first call for each."""
         return list(dict.fromkeys(run.strategy for run in self.all))
 
 
 def collected(shared: Config) -> bool:
-    """Whether everything of a shared folder is there."""
+    """Whether a shared folder is complete."""
     folder = shared.folder
     return is_finished(folder / "trajectories") and is_finished(folder / "evaluation")
 
@@ -85,13 +85,13 @@ def make_plan(
 ) -> Plan:
     """Read and validate everything, and claim the folder.
 
-    Raises ConfigError for an unknown strategy, for a patch that does not fit a config, for anything named twice, and
-    where the folder was claimed with other settings of the same scenario or strategy.
+    Raises ConfigError for an unknown strategy, a patch that does not fit a config, anything named twice, and a scenario
+    or strategy that the folder holds with other settings.
     """
     _refuse_own_keys(overrides)
     patches = read_patches(strategies)
     scenarios: dict[str, dict[str, Any]] = {}
-    for name in [n for given in configs for n in (suite_names() if given == SUITE else [given])]:
+    for name in [n for word in configs for n in (suite_names() if word == SUITE else [word])]:
         base = load_config(name, overrides)
         if base.name in scenarios:
             raise ConfigError(f"two configs have the name {base.name}", where=name, fix="rename one of them.")
@@ -108,14 +108,14 @@ def make_plan(
 
 
 def read_plan(folder: Path) -> Plan:
-    """The plan of a folder as it was claimed, with nothing wanted. ArtifactError where there is none."""
+    """Read the plan of a folder, without runs to do. ArtifactError if there is none."""
     if not (folder / PLAN).is_file():
         raise ArtifactError("there is no comparison here", where=str(folder), fix="name the folder of one.")
     return _plan(folder, _read_claim(folder), [])
 
 
 def lock(folder: Path) -> TextIOWrapper:
-    """Keep other comparisons from working in a folder while the file that is returned is open."""
+    """Lock a folder against other comparisons until the returned file is closed."""
     folder.mkdir(parents=True, exist_ok=True)
     file = (folder / "lock").open("w")
     try:
@@ -130,7 +130,7 @@ def lock(folder: Path) -> TextIOWrapper:
 
 
 def parse_seeds(text: str) -> list[int]:
-    """`0-4`, `0,1,7` or both, in the order given. ConfigError for anything else, and for a seed named twice."""
+    """Parse `0-4`, `0,1,7` or both, in this order. ConfigError for anything else, and for a seed named twice."""
     seeds: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"\s*([0-9]{1,10})(?:-([0-9]{1,10}))?\s*", part)
@@ -153,18 +153,18 @@ def _refuse_own_keys(overrides: Iterable[str]) -> None:
 
 
 def _common(base: Config) -> dict[str, Any]:
-    """The settings of a scenario, without what differs between its runs. All are evaluated at the same steps."""
+    """The settings that all runs of a scenario share, with the same evaluation steps for all."""
     values = {key: value for key, value in base.resolved().items() if key not in PER_RUN}
     return values | {"evaluate": values["evaluate"] | {"every": base.evaluate.every or base.train.steps_per_stage}}
 
 
 def run_folder(folder: Path, scenario: str, seed: int, strategy: str) -> Path:
-    """Where a run lies."""
+    """The folder of a run."""
     return folder / scenario / f"seed-{seed}" / strategy
 
 
 def shortened(changes: Sequence[str]) -> str:
-    """The first of many changes."""
+    """The first of many changes, and the number of the others."""
     more = f"; and {len(changes) - SHOWN_CHANGES} more" if len(changes) > SHOWN_CHANGES else ""
     return "; ".join(changes[:SHOWN_CHANGES]) + more
 
@@ -186,7 +186,7 @@ def _check(config: Config, values: Mapping[str, Any], where: str) -> None:
 
 
 def _shared(config: Config) -> Config:
-    """The config of the folder that makes what a run has in common with others: the same for all that can share it."""
+    """The config that makes what a run shares with others: the same for all runs that can share it."""
     values = config.resolved()
     tables = {key: values[key] for key in SHARED_TABLES}
     generations = config.collect.num_generations
@@ -215,11 +215,11 @@ def _read_claim(folder: Path) -> dict[str, Any]:
 
 
 def _added(before: Mapping[str, Any], asked: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """The claim with what is asked for; ConfigError where a scenario or strategy was claimed with other settings."""
+    """Add to a claim. ConfigError for a scenario or strategy that it holds with other settings."""
     if not before["runs"] and folder.exists() and any(path.name != "lock" for path in folder.iterdir()):
         raise ArtifactError("exists and is no comparison", where=str(folder), fix="choose another --folder.")
     asked = json.loads(json.dumps(asked))  # tuples become lists, as in the file
-    # Settings that have come up since the folder was claimed are at their defaults there.
+    # Settings that are newer than the folder have their defaults there.
     scenarios = {name: _common(validate_config(v | {"name": name}, name)) for name, v in before["scenarios"].items()}
     before = {**before, "scenarios": scenarios}
     for place, kind in ((0, "scenarios"), (2, "strategies")):

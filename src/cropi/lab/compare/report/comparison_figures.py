@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,9 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from cropi.lab.compare.report.curves import Band
-from cropi.lab.compare.report.labels import UNITS, censored, clock, scaled
-from cropi.lab.compare.report.runs_data import Comparison, interval
+from cropi.lab.compare.paired_runs import Comparison, interval
+from cropi.lab.compare.report.accuracy_bands import Band
+from cropi.lab.compare.report.ratio_format import UNITS, censored
 from cropi.report.drawing import (
     ARM_STYLES,
     BLUE,
@@ -27,18 +26,18 @@ from cropi.report.drawing import (
     grid,
     in_style,
     new_figure,
+    panel_grid,
     shortened,
     svg,
     thinned,
 )
 from cropi.report.figures import PHASES
-from cropi.report.wording import share
+from cropi.report.wording import share, si_prefix
 
 AMBER = "#e69f00"
 COLOURS = (BLUE, ORANGE, GREEN, PINK, SKY, AMBER, GREY, INK)
 MARKS = ("o", "s", "D", "v", "P", "X", "^", "*")
 DASHES = ("-", (0, (5, 1)), "-.", (0, (1, 1)))
-COLUMNS = 3  # panels beside each other
 LABEL = 24  # letters of a name in a figure
 RATIOS = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20)
 FINE_RATIOS = (0.25, 0.35, 0.5, 0.7, 1, 1.4, 2, 2.8, 4)
@@ -88,7 +87,7 @@ def speedup_intervals(comparison: Comparison, looks: Styles) -> str | None:
         grid(axes, "x")
     panels[0].set_yticks(range(len(names)), [shortened(name, LABEL) for name in names])
     figure.supxlabel(f"times sooner than {shortened(target, LABEL)} (logarithmic)", fontsize=9)
-    return compact(figure, "speedups")
+    return svg(figure, "speedups")
 
 
 def _whisker(axes: Axes, place: int, entry: Mapping[str, Any], measure: str, look: Mapping[str, Any]) -> None:
@@ -118,7 +117,7 @@ def accuracy_curves(
     shown = {scenario: bands for scenario, bands in found.items() if bands}
     if not shown:
         return None
-    figure, panels = small_multiples(len(shown), 2.2)
+    figure, panels = panel_grid(len(shown), 2.2)
     longest = max(float(band.at[-1]) for bands in shown.values() for band in bands.values())
     scale, unit = axis_unit(measure, longest)
     for axes, (scenario, bands) in zip(panels, shown.items(), strict=True):
@@ -135,18 +134,7 @@ def accuracy_curves(
         grid(axes, "y")
     figure.supxlabel(unit, fontsize=9)
     legend(figure, looks, [name for name in looks if any(name in bands for bands in shown.values())])
-    return compact(figure, f"curves-{measure}")
-
-
-def small_multiples(count: int, height: float) -> tuple[Figure, list[Axes]]:
-    """Panels in rows of three (fewer: as wide as the page), without the empty ones."""
-    columns = min(COLUMNS, count)
-    rows = -(-count // columns)
-    figure = new_figure(0.7 + height * rows * (1 if columns == COLUMNS else 1.3))
-    axes = figure.subplots(rows, columns, squeeze=False).ravel().tolist()
-    for unused in axes[count:]:
-        unused.remove()
-    return figure, axes[:count]
+    return svg(figure, f"curves-{measure}")
 
 
 def legend(figure: Figure, looks: Styles, names: Sequence[str]) -> None:
@@ -160,10 +148,10 @@ def legend(figure: Figure, looks: Styles, names: Sequence[str]) -> None:
 def axis_unit(measure: str, longest: float) -> tuple[float, str]:
     """Divisor and label of an axis."""
     if measure == "seconds":
-        return clock(longest)
+        return (3600.0, "hours") if longest >= 7200 else (60.0, "minutes") if longest >= 300 else (1.0, "seconds")
     if measure == "steps":
         return 1.0, "optimiser steps"
-    scale, prefix = scaled(longest)
+    scale, prefix = si_prefix(longest)
     return scale, {"flops": f"{prefix}FLOPs", "tokens": f"generated tokens ({prefix})"}[measure]
 
 
@@ -194,7 +182,7 @@ def cost_split(costs: Mapping[str, Mapping[str, Sequence[float]]], kinds: Mappin
     panels[0].set_yticks(range(len(names)), [shortened(name, LABEL) for name in names])
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper left", ncols=len(PHASES))
-    return compact(figure, "comparison-cost")
+    return svg(figure, "comparison-cost")
 
 
 @in_style
@@ -219,7 +207,7 @@ def selection_shares(
         axes.set_xticks([tick + 0.5 for tick in ticks], [str(tick) for tick in ticks], fontsize=7.5)
     panels[0].set_yticks([row + 0.5 for row in range(len(sources))], [shortened(s) for s in sources], fontsize=8)
     figure.supxlabel("stage", fontsize=9)
-    return compact(figure, f"selected-{name}")
+    return svg(figure, f"selected-{name}")
 
 
 def _cells(axes: Axes, values: np.ndarray, peak: float) -> None:
@@ -239,7 +227,7 @@ def similarities(panels: Sequence[Mapping[str, Any]], looks: Styles, main: str |
     """Similarity of the selected prompts by stage; a panel has `title`, `pool` and `strategies` (seeds, stages)."""
     if not panels:
         return None
-    figure, all_axes = small_multiples(len(panels), 2.0)
+    figure, all_axes = panel_grid(len(panels), 2.0)
     for axes, panel in zip(all_axes, panels, strict=True):
         axes.axhline(panel["pool"], color=MUTED, linewidth=1.2, linestyle=(0, (2, 2)))
         for name in sorted(panel["strategies"], key=lambda name: name == main):
@@ -250,18 +238,8 @@ def similarities(panels: Sequence[Mapping[str, Any]], looks: Styles, main: str |
             )
             axes.plot(at, values_ST.mean(axis=0), linewidth=width, **look)
         axes.set_title(panel["title"])
-        axes.set_xticks(thinned(axes_range(panel), 6))
+        axes.set_xticks(thinned(range(max(v.shape[1] for v in panel["strategies"].values())), 6))
         grid(axes, "y")
     figure.supxlabel("stage (dotted: the whole pool)", fontsize=9)
     legend(figure, looks, [name for name in looks if any(name in panel["strategies"] for panel in panels)])
-    return compact(figure, "similarity")
-
-
-def axes_range(panel: Mapping[str, Any]) -> range:
-    """Stages of a panel of similarities."""
-    return range(max(values.shape[1] for values in panel["strategies"].values()))
-
-
-def compact(figure: Figure, name: str) -> str:
-    """The figure's SVG, with paths to a hundredth of a point."""
-    return re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), svg(figure, name))
+    return svg(figure, "similarity")

@@ -1,9 +1,9 @@
-"""What the strategies of a comparison selected: sources, and similarity to the validation sets. Reads run folders."""
+"""Selections of the strategies of a comparison, read from run folders: sources, and similarity to validation sets."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,22 +12,13 @@ from jaxtyping import Float
 
 from cropi.artifacts import PROMPTS, is_finished, open_artifact, read_table
 from cropi.functional.similarity import tfidf_similarity
-from cropi.lab.compare.report.runs_data import Comparison
+from cropi.lab.compare.paired_runs import Comparison
 from cropi.leakage import prompt_text, words
 from cropi.report.reading import Selection, selection_table
 from cropi.report.shares import MAX_SOURCES
 from cropi.workspace import Arm
 
 VALIDATION = "validation/"
-TFIDF = "TF-IDF"
-
-
-@dataclass(frozen=True)
-class Encoder:
-    """Embeddings of texts, (N, D), and what to call them."""
-
-    name: str
-    encode: Callable[[Sequence[str]], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -48,7 +39,7 @@ class Chosen:
 
     @property
     def choosing(self) -> list[str]:
-        """Strategies that left anything out."""
+        """Strategies that did not take the whole pool."""
         return [
             name
             for name, by_seed in self.stages.items()
@@ -57,7 +48,7 @@ class Chosen:
 
 
 def read_chosen(comparison: Comparison, scenario: str) -> Chosen:
-    """What can be read of a scenario's runs; empty where their folders are not there."""
+    """Read the selections of a scenario's runs; empty if their folders are not here."""
     pools: dict[int, Pool] = {}
     stages: dict[str, dict[int, Sequence[frozenset[str]]]] = {}
     for strategy in comparison.strategies:
@@ -109,7 +100,7 @@ class SourceShares:
 
 
 def source_shares(chosen: Chosen) -> SourceShares:
-    """Shares by source; of a long list of sources those with the largest share anywhere, the rest together."""
+    """Shares by source; small sources of a long list count together."""
     every = sorted({source for pool in chosen.pools.values() for source in pool.sources.values()})
     place = {source: number for number, source in enumerate(every)}
 
@@ -158,13 +149,9 @@ class Similarity:
     strategies: Mapping[str, Float[np.ndarray, "S G"]]
 
 
-def similarities(chosen: Chosen, encoder: Encoder | None) -> list[Similarity]:
-    """Mean cosine of the selected prompts with the prompts of each validation set, and that of the whole pool.
-
-    TF-IDF vectors by default, else those of an encoder. Of every pair the cosine, its mean over the set's prompts, and
-    of that the mean over the selected ones.
-    """
-    values = {seed: _similarity(pool, encoder) for seed, pool in chosen.pools.items()}
+def similarities(chosen: Chosen) -> list[Similarity]:
+    """Mean TF-IDF cosine with the prompts of each validation set: of the selected prompts, and of the whole pool."""
+    values = {seed: _similarity(pool) for seed, pool in chosen.pools.items()}
     names = list(dict.fromkeys(name for by_set in values.values() for name in by_set))
     found = []
     for name in names:
@@ -184,19 +171,9 @@ def _mean(of_prompt: Mapping[str, float], ids: frozenset[str]) -> float:
     return float(np.mean([of_prompt[i] for i in sorted(ids)])) if ids else float("nan")
 
 
-def _similarity(pool: Pool, encoder: Encoder | None) -> dict[str, dict[str, float]]:
+def _similarity(pool: Pool) -> dict[str, dict[str, float]]:
     """By validation set and prompt id."""
     texts, ids = list(pool.texts.values()), list(pool.texts)
-    if encoder is None:
-        of_sets = {name: [words(text) for text in own] for name, own in pool.validation.items()}
-        values = tfidf_similarity([words(text) for text in texts], of_sets, "mean")
-    else:
-        unit_ND = _unit(encoder.encode(texts))
-        values = {name: unit_ND @ _unit(encoder.encode(own)).mean(axis=0) for name, own in pool.validation.items()}
+    of_sets = {name: [words(text) for text in own] for name, own in pool.validation.items()}
+    values = tfidf_similarity([words(text) for text in texts], of_sets, "mean")
     return {name: dict(zip(ids, values_N.tolist(), strict=True)) for name, values_N in values.items()}
-
-
-def _unit(vectors_ND: Float[np.ndarray, "N D"]) -> Float[np.ndarray, "N D"]:
-    """Vectors of length 1; one of length 0 stays."""
-    lengths_N1 = np.linalg.norm(vectors_ND, axis=1, keepdims=True)
-    return vectors_ND / np.where(lengths_N1 > 0, lengths_N1, 1.0)

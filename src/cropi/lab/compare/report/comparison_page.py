@@ -1,20 +1,22 @@
-"""The report of `cropi compare`: one self-contained page, and the same in Markdown."""
+"""The report of a comparison: one self-contained page, the same in Markdown, and a summary for the terminal."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 
-from cropi.artifacts import write_text
-from cropi.errors import printable
-from cropi.lab.compare.report.curves import bands
-from cropi.lab.compare.report.findings import caveats, lead
-from cropi.lab.compare.report.labels import code, plus
-from cropi.lab.compare.report.methods import limits, method, provenance
-from cropi.lab.compare.report.phases import costs
-from cropi.lab.compare.report.plots import (
+from cropi.lab.compare.paired_runs import Comparison
+from cropi.lab.compare.report.accuracy_bands import bands
+from cropi.lab.compare.report.compared_selections import (
+    Chosen,
+    Similarity,
+    SourceShares,
+    read_chosen,
+    similarities,
+    source_shares,
+)
+from cropi.lab.compare.report.comparison_figures import (
     LABEL,
     Styles,
     accuracy_curves,
@@ -22,62 +24,57 @@ from cropi.lab.compare.report.plots import (
     speedup_intervals,
     styles,
 )
-from cropi.lab.compare.report.plots import similarities as draw_similarities
-from cropi.lab.compare.report.runs_data import Comparison, damaged, read_comparison
-from cropi.lab.compare.report.selected import (
-    TFIDF,
-    Chosen,
-    Encoder,
-    Similarity,
-    SourceShares,
-    read_chosen,
-    similarities,
-    source_shares,
-)
-from cropi.lab.compare.report.tables import accuracies, levels, speedups
+from cropi.lab.compare.report.comparison_figures import similarities as draw_similarities
+from cropi.lab.compare.report.comparison_headline import headline
+from cropi.lab.compare.report.comparison_tables import accuracies, cost_to_target, levels, speedups
+from cropi.lab.compare.report.method_notes import limits, method, provenance
+from cropi.lab.compare.report.phase_costs import costs
 from cropi.report.blocks import Block, Picture, Section, Table, Text
 from cropi.report.drawing import shortened, thinned
-from cropi.report.markdown import markdown
-from cropi.report.report import html
-from cropi.report.wording import ABSENT, decimal, listed, percent
+from cropi.report.markdown import text_table
+from cropi.report.rendering import write_report
+from cropi.report.wording import ABSENT, code, decimal, percent, signed
 
 CURVES = {"steps": "optimiser steps", "flops": "FLOPs", "seconds": "seconds"}
 MAX_STAGES = 8  # columns of a table by stage
 NO_RUNS = "The folders of the runs are not here, so this part is left out."
+NOTHING = "No run is finished yet."
 
 
-def make_comparison_report(folder: Path, main: str | None = None, encoder: Encoder | None = None) -> None:
-    """Write `compare.html` and `compare.md` to a comparison's folder, from `results.parquet` and `compare.json`.
-
-    What the strategies selected is read from the folders of the runs; where there are none, that part is left out and
-    said to be. `main` is the strategy that the headline is about; unset, the one with the largest area that is no
-    reference, with a warning that it was chosen so. `encoder` gives the embeddings of the similarity analysis; unset,
-    TF-IDF. The same folder gives the same bytes. Raises ArtifactError where a file is missing or damaged.
-    """
-    comparison = read_comparison(folder, main)
-    try:
-        parts = sections(comparison, encoder)
-    except (LookupError, TypeError, ValueError) as error:
-        raise damaged(folder / "compare.json", error) from error
-    title = "cropi compare: strategies at equal cost"
-    write_text(folder / "compare.html", printable(html(title, parts)))
-    write_text(folder / "compare.md", printable(markdown(title, parts)))
+def write_comparison_report(comparison: Comparison) -> None:
+    """Write `compare.html` and `compare.md`. Selections are left out if the folders of the runs are not here."""
+    write_report(comparison.folder, "compare", "cropi compare: strategies at equal cost", sections(comparison))
 
 
-def sections(comparison: Comparison, encoder: Encoder | None) -> list[Section]:
+def terminal_text(comparison: Comparison) -> str:
+    """The headline, the cost to reach the target and, with more than two strategies, all speed-ups."""
+    if not comparison.scenarios:
+        return NOTHING
+    tables = [cost_to_target(comparison)]
+    if len(comparison.strategies) > 2:
+        tables += [block for block in speedups(comparison)[:1] if isinstance(block, Table)]
+    step = comparison.summary["up_to_step"]
+    notes = [] if step is None else [f"Results up to step {step}; unfinished runs are included."]
+    shown = [text_table(table) for table in tables if table is not None]
+    return "\n\n".join([headline(comparison).replace("`", ""), *notes, *shown])
+
+
+def sections(comparison: Comparison) -> list[Section]:
     """The report, in order."""
     if not comparison.scenarios:
-        return [Section("Result", [Text("No run is finished yet.", lead=True)])]
+        return [Section("Result", [Text(NOTHING, lead=True)])]
     looks = styles(comparison.strategies)
     chosen = {name: read_chosen(comparison, name) for name in comparison.scenarios}
+    target = cost_to_target(comparison)
+    result: list[Block] = [Text(headline(comparison), lead=True), *([target] if target else [])]
     return [
-        Section("Result", [Text(lead(comparison), lead=True), Text(caveats(comparison))]),
+        Section("Result", result),
         Section("Speed-up", [*_speedup_figure(comparison, looks), *speedups(comparison)]),
         Section("Accuracy", accuracies(comparison)),
         Section("Learning curves", [*_curves(comparison, looks), *levels(comparison)]),
         Section("Cost", costs(comparison)),
         Section("What was selected", _selected(chosen)),
-        Section("Similarity to the validation sets", _similar(comparison, chosen, encoder, looks)),
+        Section("Similarity to the validation sets", _similar(comparison, chosen, looks)),
         Section("Method", method(comparison)),
         Section("Limits", limits(comparison)),
         Section("Where the numbers come from", provenance(comparison)),
@@ -117,27 +114,21 @@ def _curves(comparison: Comparison, looks: Styles) -> list[Block]:
 def _selected(chosen: Mapping[str, Chosen]) -> list[Block]:
     blocks: list[Block] = []
     rows: list[list[str]] = []
-    alike: list[str] = []
     for number, (scenario, found) in enumerate(chosen.items()):
         if not found.choosing:
             continue
         shares = source_shares(found)
-        if len(shares.sources) == 1:
-            alike.append(code(scenario))
-            continue
         drawn = selection_shares(shares.sources, shares.pool.tolist(), shares.strategies, str(number))
         caption = (
-            f"{code(scenario)}: share of each source in the pool and in every stage's selection; darker is larger."
+            f"{code(scenario)}: share of each source in the pool and in every stage's selection; darker is larger. "
+            "Strategies that take the whole pool are left out."
         )
         blocks += [Picture(drawn, caption)] if drawn else []
         rows += _share_rows(scenario, shares)
-    blocks += [Text(f"The pool has one source only in {listed(alike)}.")] if alike else []
     if not rows:
-        return blocks or [Text(_why_nothing(chosen))]
-    intro = "Strategies that take the whole pool are left out: their column would be the pool's."
+        return [Text(_why_nothing(chosen))]
     header = ["scenario", "source", "strategy", "pool", "first stage", "last stage", "mean of stages"]
-    table = Table("Shares in %, mean over seeds.", header, rows, left=3, collapsed=True)
-    return [Text(intro), *blocks, table]
+    return [*blocks, Table("Shares in %, mean over seeds.", header, rows, left=3, collapsed=True)]
 
 
 def _why_nothing(chosen: Mapping[str, Chosen]) -> str:
@@ -159,11 +150,9 @@ def _ends(by_stage: np.ndarray) -> tuple[float, float, float]:
 # -- similarity --------------------------------------------------------------------------------------------------------
 
 
-def _similar(
-    comparison: Comparison, chosen: Mapping[str, Chosen], encoder: Encoder | None, looks: Styles
-) -> list[Block]:
+def _similar(comparison: Comparison, chosen: Mapping[str, Chosen], looks: Styles) -> list[Block]:
     found = {
-        scenario: [one for one in similarities(own, encoder) if one.strategies]
+        scenario: [one for one in similarities(own) if one.strategies]
         for scenario, own in chosen.items()
         if own.choosing
     }
@@ -179,16 +168,14 @@ def _similar(
         for one in several
     ]
     drawn = draw_similarities(panels, looks, comparison.main)
-    name = TFIDF if encoder is None else f"embeddings of {code(encoder.name)}, mean over tokens"
     caption = (
-        f"Mean cosine of the selected prompts with those of a validation set ({name}), by stage; mean over seeds, "
-        "bands from the lowest to the highest seed. Dotted: the whole pool. It tells how alike the texts are, not how "
-        "useful they are."
+        "Mean TF-IDF cosine of the selected prompts with those of a validation set, by stage; mean over seeds, bands "
+        "from the lowest to the highest seed. Dotted: the whole pool. It shows how alike the texts are, not how useful."
     )
-    return [*([Picture(drawn, caption)] if drawn else []), _similarity_table(found, name)]
+    return [*([Picture(drawn, caption)] if drawn else []), _similarity_table(found)]
 
 
-def _similarity_table(found: Mapping[str, Sequence[Similarity]], name: str) -> Table:
+def _similarity_table(found: Mapping[str, Sequence[Similarity]]) -> Table:
     everything = [(scenario, one) for scenario, several in found.items() for one in several]
     stages = thinned(range(max(v.shape[1] for _, one in everything for v in one.strategies.values())), MAX_STAGES)
     rows = []
@@ -198,6 +185,6 @@ def _similarity_table(found: Mapping[str, Sequence[Similarity]], name: str) -> T
             means_G = values_SG.mean(axis=0)
             cells = [decimal(means_G[g], 3) if g < len(means_G) else ABSENT for g in stages]
             row = [scenario, one.validation_set, strategy, decimal(pool, 3), *cells]
-            rows.append([*row, plus(float(means_G.mean()) - pool)])
+            rows.append([*row, signed(float(means_G.mean()) - pool, 3)])
     header = ["scenario", "validation set", "strategy", "pool", *(f"stage {g}" for g in stages), "mean − pool"]
-    return Table(f"Mean cosine ({name}), mean over seeds.", header, rows, left=3, collapsed=len(rows) > 12)
+    return Table("Mean TF-IDF cosine, mean over seeds.", header, rows, left=3, collapsed=len(rows) > 12)

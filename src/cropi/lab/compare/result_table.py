@@ -1,4 +1,4 @@
-"""From the folders of runs to one table: verdicts and cumulative costs at every evaluation."""
+"""The table of results of a comparison: verdicts and cumulative costs of every run at every evaluation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from cropi.artifacts import read_sealed, read_table, write_table
 from cropi.errors import ArtifactError, ConfigError
-from cropi.lab.compare.plan import BEGUN, Plan, Run
+from cropi.lab.compare.comparison_plan import BEGUN, Plan, Run
 from cropi.ledger import Ledger
 from cropi.report.costs import Charges, charges
 from cropi.report.reading import Answers, read_answers
@@ -41,12 +41,12 @@ RESULTS = pa.schema(
 
 
 def write_results(plan: Plan) -> None:
-    """Write `results.parquet` of all finished runs of a folder, in the order in which they were first asked for."""
+    """Write `results.parquet` of all finished runs of a folder, in the plan's order."""
     write_table(plan.folder / RESULTS_FILE, _rows(run for run in plan.all if run.finished), RESULTS)
 
 
 def write_results_up_to(step: int, source: Plan | Path) -> Path:
-    """Write what runs had reached after a number of steps, finished or not, to a folder `step-N`; returns the folder.
+    """Write the results of all runs, finished or not, up to a step to a folder `step-N`. Returns that folder.
 
     `source` is the plan of a comparison's folder, or a table of such results; the new folder is made beside it. Rows
     after the step are left out, and with them runs that were not evaluated at it. ConfigError where no run was.
@@ -77,7 +77,7 @@ def _rows(runs: Iterable[Run]) -> Iterator[dict[str, Any]]:
 
 
 def read_results(path: Path) -> pa.Table:
-    """The table of a comparison. ArtifactError for another one, or where there is none."""
+    """Read the table of a comparison. ArtifactError if there is none, or if it is another table."""
     if not path.is_file():
         raise ArtifactError("there is no such file", where=str(path), fix="name the results.parquet of a comparison.")
     try:
@@ -88,7 +88,7 @@ def read_results(path: Path) -> pa.Table:
 
 
 def run_rows(run: Run) -> Iterator[dict[str, Any]]:
-    """Rows of a run whose training has begun, by step and test set: one for every evaluation that there is."""
+    """Rows of a run whose training has begun: one for every evaluation and test set."""
     folder, config = run.config.folder, run.config
     parameters = int(read_sealed(folder / BEGUN)["matrix_parameters"])
     (name,) = config.arms
@@ -129,7 +129,7 @@ def _costs(charged: Charges, parameters: int) -> dict[str, float]:
 
 
 def _by_set(answers: Answers, tests: Iterable[str]) -> Iterator[tuple[str, dict[str, float]]]:
-    """Test sets in the config's order, each with its verdicts by prompt id.
+    """Verdicts by prompt id of each test set, in the config's order.
 
     avg@n, the share of n sampled completions that are right, where there are samples: it is what training maximises,
     and moves where greedy verdicts wait and jump. Else the greedy verdicts.
