@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from cropi.cli.shell import AsJson, ConfigArgument, Overrides, open_pipeline, print_result
+from cropi.cli.shell import AsJson, ConfigArgument, Overrides, open_run, print_result
 from cropi.errors import UserError
 
 
@@ -21,14 +21,14 @@ def audit(
 ) -> None:
     """Compare stored trajectories with fresh ones: noise, bias, drift."""
     wanted = None if stages is None else _numbers(stages)
-    pipeline = open_pipeline(config, overrides)
+    run = open_run(config, overrides)
     from cropi.lab.audit.audit_report import audit_sections
     from cropi.lab.audit.run_audit import AuditSettings, audit_run
     from cropi.report.markdown import markdown
     from cropi.report.rendering import write_report
 
-    result = audit_run(pipeline, AuditSettings(prompts, trajectories, seed), wanted)
-    folder, title, sections = pipeline.space.folder, f"cropi audit {pipeline.config.name}", audit_sections(result)
+    result = audit_run(run, AuditSettings(prompts, trajectories, seed), wanted)
+    folder, title, sections = run.folder.folder, f"cropi audit {run.config.name}", audit_sections(result)
     write_report(folder, "audit", title, sections)
     print_result(result, as_json, f"{markdown(title, sections)}\nreport: {folder / 'audit.html'}")
 

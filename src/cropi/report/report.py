@@ -6,10 +6,10 @@ from pathlib import Path
 
 from cropi.artifacts import write_json
 from cropi.config import Config
-from cropi.report.contents import read_run, sections
+from cropi.report.contents import read_contents, sections
 from cropi.report.rendering import write_report
 from cropi.report.summary import Summary, summarise
-from cropi.workspace import Workspace
+from cropi.run_folder import RunFolder
 
 
 def make_report(config: Config, folder: Path) -> Summary:
@@ -18,8 +18,8 @@ def make_report(config: Config, folder: Path) -> Summary:
     A run may be reported at any time: what is not there yet is left out and said to be. The same folder gives the same
     bytes. Raises ArtifactError where a file of the run is corrupt.
     """
-    space = Workspace(config)
-    summary = summarise(config, space)
-    write_report(folder, "report", f"cropi run {config.name}", sections(read_run(config, space, summary)))
+    run = RunFolder(config)
+    summary = summarise(config, run)
+    write_report(folder, "report", f"cropi run {config.name}", sections(read_contents(config, run, summary)))
     write_json(folder / "summary.json", summary.as_json())
     return summary

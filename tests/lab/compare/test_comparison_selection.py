@@ -36,7 +36,7 @@ def with_runs(tmp_path: Path) -> Comparison:
                 | {"pass_rate": 0.5, "status": "ok", "reason": None}
                 for i, (source, _) in POOL.items()
             ]
-            path = folder / "arms" / strategy / "stages" / f"{stage:03}" / "selection"
+            path = folder / "selections" / f"stage-{stage:03}"
             write_table(path / "selection.parquet", chosen, SELECTION)
             finish(path, "selection", inputs={}, counts={})
     return one_seed
@@ -78,7 +78,7 @@ def test_selections_are_reported(with_runs: Comparison) -> None:
 
 
 def test_a_damaged_selection_is_named(with_runs: Comparison) -> None:
-    path = with_runs.folder / "a/seed-0/quick/arms/quick/stages/001/selection/selection.parquet"
+    path = with_runs.folder / "a/seed-0/quick/selections/stage-001/selection.parquet"
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ArtifactError, match=r"selection\.parquet"):
         write_comparison_report(with_runs)

@@ -86,7 +86,7 @@ def test_a_run_ends_with_the_comparison(tmp_path: Path) -> None:
 def test_steps_are_counted_from_the_stream_of_the_run(tmp_path: Path) -> None:
     config = load_config("quickstart", [f"run_dir={tmp_path}"])
     job = _Job("a", config, steps=5)
-    stream = config.folder / "arms" / "influence" / "steps.jsonl"
+    stream = config.folder / "steps.jsonl"
     stream.parent.mkdir(parents=True)
     stream.write_text("{}\n{}\n")
     with progress("steps", 5, "steps") as bar:

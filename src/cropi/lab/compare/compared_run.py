@@ -21,9 +21,9 @@ from cropi.artifacts import append_jsonl, is_finished, write_json, write_sealed
 from cropi.config import Config
 from cropi.errors import UserError
 from cropi.lab.compare.comparison_plan import BEGUN, FINISHED
-from cropi.ledger import SHARED, Ledger
+from cropi.ledger import Ledger
 from cropi.loading import validate_config
-from cropi.workspace import Workspace, checkpoints
+from cropi.run_folder import RunFolder, StagePaths, checkpoints
 
 if TYPE_CHECKING:
     from torch import nn
@@ -55,38 +55,40 @@ def _end_with_parent() -> None:
 
 def collect_shared(config: Config) -> None:
     """Make prompts, trajectories and the base evaluation for all runs that share them."""
-    from cropi.pipeline import Pipeline
+    from cropi.stages.collect import collect
+    from cropi.stages.evaluate import evaluate_base
+    from cropi.stages.run import Run
 
-    pipeline = Pipeline(config)
-    pipeline.collect()
-    pipeline.evaluate_base()
+    run = Run(config)
+    collect(run)
+    evaluate_base(run)
 
 
 def train_run(config: Config, shared: Path) -> None:
     """Link what is shared, train, and evaluate; `finished.json` marks the end."""
-    from cropi.pipeline import Pipeline
+    from cropi.pipeline import train_all
+    from cropi.stages.collect import collect
+    from cropi.stages.run import Run
 
     start, folder = time.perf_counter(), config.folder
-    space = Workspace(config)
-    space.lock()  # claims the folder, which has to be empty until then
-    space.unlock()
+    claim = RunFolder(config)
+    claim.lock()  # claims the folder, which has to be empty until then
+    claim.unlock()
     link_shared(shared, folder)
-    pipeline = Pipeline(config)
-    pipeline.collect()
-    (arm,) = pipeline.space.arms.values()
-    write_sealed(folder / BEGUN, {"matrix_parameters": matrix_parameters(pipeline.base.model)})
-    pipeline.train(arm)
+    run = Run(config)
+    collect(run)
+    write_sealed(folder / BEGUN, {"matrix_parameters": matrix_parameters(run.base.model)})
+    train_all(run)
     write_json(folder / FINISHED, {"seconds": time.perf_counter() - start})
 
 
 def remove_checkpoints(config: Config) -> None:
     """Delete the checkpoints of a run, and nothing beside them."""
-    for name in config.arms:
-        folder = config.folder / "arms" / name / "checkpoints"
-        for path in checkpoints(folder, config.train.stages * config.train.steps_per_stage).values():
-            shutil.rmtree(path)
-        with contextlib.suppress(OSError):
-            folder.rmdir()
+    folder = StagePaths(config.folder).checkpoints
+    for path in checkpoints(folder, config.train.stages * config.train.steps_per_stage).values():
+        shutil.rmtree(path)
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def link_shared(shared: Path, folder: Path) -> None:
@@ -96,11 +98,11 @@ def link_shared(shared: Path, folder: Path) -> None:
     The ledger comes first and manifests last, so the next attempt completes what an interruption left.
     """
     theirs, ours = (
-        [row for row in Ledger(place / "ledger.jsonl").entries() if row["arm"] == SHARED] for place in (shared, folder)
+        [row for row in Ledger(place / "ledger.jsonl").entries() if row["stage"] is None] for place in (shared, folder)
     )
     for row in theirs[len(ours) :]:
         append_jsonl(folder / "ledger.jsonl", row)
-    for name in ("prompts", "representations", "trajectories", "evaluation"):
+    for name in ("prompts", "representations", "trajectories", "evaluations"):
         if (shared / name).is_dir() and not is_finished(folder / name):
             files = sorted(path for path in (shared / name).rglob("*") if path.is_file())
             for path in sorted(files, key=lambda path: path.name == "manifest.json"):

@@ -91,8 +91,8 @@ class _Job:
         """Advance the bar by the steps that are new; by all that are left once the job has ended."""
         done = self.steps
         if not self.ended:
-            files = self.config.folder.glob("arms/*/steps.jsonl")
-            done = min(self.steps, sum(path.read_bytes().count(b"\n") for path in files))
+            stream = self.config.folder / "steps.jsonl"
+            done = min(self.steps, stream.read_bytes().count(b"\n") if stream.is_file() else 0)
         bar.advance(done - self.counted)
         self.counted = done
 

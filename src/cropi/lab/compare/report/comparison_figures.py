@@ -14,7 +14,6 @@ from cropi.lab.compare.paired_runs import Comparison, interval
 from cropi.lab.compare.report.accuracy_bands import Band
 from cropi.lab.compare.report.ratio_format import UNITS, censored
 from cropi.report.drawing import (
-    ARM_STYLES,
     BLUE,
     GREEN,
     GREY,
@@ -23,6 +22,7 @@ from cropi.report.drawing import (
     ORANGE,
     PINK,
     SKY,
+    STRATEGY_STYLES,
     grid,
     in_style,
     new_figure,
@@ -51,7 +51,7 @@ def styles(strategies: Sequence[str]) -> dict[str, dict[str, Any]]:
 
     A strategy that the report of a run knows has the look that it has there.
     """
-    looks = {name: dict(ARM_STYLES[name]) for name in strategies if name in ARM_STYLES}
+    looks = {name: dict(STRATEGY_STYLES[name]) for name in strategies if name in STRATEGY_STYLES}
     taken = [look["color"] for look in looks.values()]
     free = [place for place, colour in enumerate(COLOURS) if colour not in taken]
     others = [name for name in strategies if name not in looks]
