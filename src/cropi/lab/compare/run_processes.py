@@ -93,8 +93,9 @@ class _Job:
         if not self.ended:
             stream = self.config.folder / "steps.jsonl"
             done = min(self.steps, stream.read_bytes().count(b"\n") if stream.is_file() else 0)
-        bar.advance(done - self.counted)
-        self.counted = done
+        if done > self.counted:
+            bar.advance(done - self.counted)
+            self.counted = done
 
 
 def execute(plan: Plan, jobs: int, *, keep_checkpoints: bool) -> list[Failure]:
