@@ -226,7 +226,7 @@ def test_a_config_is_asked_for(tmp_path: Path) -> None:
 def test_linking_twice_changes_nothing_and_mends_what_was_cut_short(tmp_path: Path) -> None:
     shared, run = tmp_path / "shared", tmp_path / "run"
     made = ("prompts/prompts.parquet", "trajectories/part-0.parquet", "trajectories/part-1.parquet")
-    for name in (*made, "evaluation/step-000000.parquet"):
+    for name in (*made, "evaluations/step-000000.parquet"):
         (shared / name).parent.mkdir(parents=True, exist_ok=True)
         (shared / name).write_text(name)
         (shared / name).with_name("manifest.json").write_text("{}")

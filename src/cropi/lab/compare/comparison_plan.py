@@ -91,19 +91,22 @@ def make_plan(
     _refuse_own_keys(overrides)
     patches = read_patches(strategies)
     scenarios: dict[str, dict[str, Any]] = {}
-    if all("strategy" in patch.get("select", {}) for patch in patches.values()):
-        overrides = ["select.strategy=full", *overrides]  # nothing of the config's own preset reaches the others
+    own: dict[str, dict[str, Any]] = {}
     for name in [n for word in configs for n in (suite_names() if word == SUITE else [word])]:
         base = load_config(name, overrides)
         if base.name in scenarios:
             raise ConfigError(f"two configs have the name {base.name}", where=name, fix="rename one of them.")
-        scenarios[base.name] = _common(base)
-    for scenario, values in scenarios.items():
-        for strategy, patch in patches.items():
-            _check(_config(scenario, values, strategy, patch, 0, folder), values, f"strategy {strategy}")
+        own[base.name] = scenarios[base.name] = _common(base)
+        if base.select.strategy.name is not None:  # a preset, none of whose settings reach the other strategies
+            others = [override for override in overrides if not override.startswith("select.strategy")]
+            scenarios[base.name] = _common(load_config(name, [*others, "select.strategy=full"]))
     wanted = [(c, s, p) for s in seeds for c in scenarios for p in patches]
+    asked = {"scenarios": scenarios, "own": own, "strategies": patches, "runs": wanted}
+    for scenario, values in scenarios.items():
+        for strategy in patches:
+            _check(_config(asked, scenario, 0, strategy, folder), values, f"strategy {strategy}")
     before = _read_claim(folder)
-    claim = _added(before, {"scenarios": scenarios, "strategies": patches, "runs": wanted}, folder)
+    claim = _added(before, asked, folder)
     if claim != before:
         write_json(folder / PLAN, claim)
     return _plan(folder, claim, wanted)
@@ -171,10 +174,13 @@ def shortened(changes: Sequence[str]) -> str:
     return "; ".join(changes[:SHOWN_CHANGES]) + more
 
 
-def _config(scenario: str, values: Mapping[str, Any], strategy: str, patch: Patch, seed: int, folder: Path) -> Config:
+def _config(claim: Mapping[str, Any], scenario: str, seed: int, strategy: str, folder: Path) -> Config:
+    """The config of a run. A patch without a strategy keeps the config's own, with the preset that it names."""
+    patch: Patch = claim["strategies"][strategy]
+    values = claim["scenarios" if "strategy" in patch.get("select", {}) else "own"][scenario]
     run_dir = str(run_folder(folder, scenario, seed, strategy).parent)
-    own = {"name": strategy, "run_dir": run_dir, "seed": seed}
-    return validate_config(patched(values, patch, strategy) | own, f"strategy {strategy} on {scenario}")
+    per_run = {"name": strategy, "run_dir": run_dir, "seed": seed}
+    return validate_config(patched(values, patch, strategy) | per_run, f"strategy {strategy} on {scenario}")
 
 
 def _check(config: Config, values: Mapping[str, Any], where: str) -> None:
@@ -208,10 +214,10 @@ def _shared(config: Config) -> Config:
 def _read_claim(folder: Path) -> dict[str, Any]:
     path = folder / PLAN
     if not path.is_file():
-        return {"scenarios": {}, "strategies": {}, "runs": []}
+        return {"scenarios": {}, "own": {}, "strategies": {}, "runs": []}
     try:
         claim = json.loads(path.read_text(encoding="utf-8"))
-        return {key: claim[key] for key in ("scenarios", "strategies", "runs")}
+        return {key: claim[key] for key in ("scenarios", "own", "strategies", "runs")}
     except (OSError, ValueError, KeyError, TypeError):
         raise ArtifactError("is damaged", where=str(path), fix="choose another --folder.") from None
 
@@ -237,12 +243,12 @@ def _added(before: Mapping[str, Any], asked: Mapping[str, Any], folder: Path) ->
                     fix="use the same settings again, choose another --folder, or delete its runs.",
                 )
     runs = [*before["runs"], *(run for run in asked["runs"] if run not in before["runs"])]
-    return {kind: {**before[kind], **asked[kind]} for kind in ("scenarios", "strategies")} | {"runs": runs}
+    return {kind: {**before[kind], **asked[kind]} for kind in ("scenarios", "own", "strategies")} | {"runs": runs}
 
 
 def _plan(folder: Path, claim: Mapping[str, Any], wanted: Iterable[tuple[str, int, str]]) -> Plan:
     runs: dict[tuple[str, int, str], Run] = {}
     for scenario, seed, strategy in claim["runs"]:
-        config = _config(scenario, claim["scenarios"][scenario], strategy, claim["strategies"][strategy], seed, folder)
+        config = _config(claim, scenario, seed, strategy, folder)
         runs[scenario, seed, strategy] = Run(scenario, seed, strategy, config, _shared(config))
     return Plan(folder, tuple(runs[key] for key in wanted), tuple(runs.values()))
