@@ -36,6 +36,22 @@ def test_the_docs_are_short() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 900
 
 
+def test_settings_that_the_docs_name_exist() -> None:
+    reference = (ROOT / "docs" / "config.md").read_text(encoding="utf-8")
+    tables = re.findall(r"^## `([\w.]+)[^`]*`$(.*?)(?=^## |\Z)", reference, re.MULTILINE | re.DOTALL)
+    known = {f"{table}.{key}" for table, text in tables for key in re.findall(r"^- `(\w+)` \(", text, re.MULTILINE)}
+    places = "|".join({name.split(".")[0] for name, _ in tables})
+    pages = [
+        page
+        for page in PAGES
+        if page.parent in (ROOT, ROOT / "docs") and page.name not in ("config.md", "CHANGELOG.md")
+    ]
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
+    named = set(re.findall(rf"[`\s]((?:{places})\.[a-z_.]+[a-z_])[`=:]", text))
+    assert len(named) > 20
+    assert sorted(named - known) == []
+
+
 def test_the_config_reference_is_up_to_date() -> None:
     command = [sys.executable, "scripts/config_reference.py", "--check"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
