@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import time
@@ -20,11 +19,10 @@ from cropi.console import duration
 from cropi.errors import DataError
 from cropi.gradients.groups import Group
 from cropi.gradients.reference import trainable_parameters
-from cropi.leakage import turn_text
+from cropi.leakage import last_turn
 from cropi.policy import Policy, chat_warnings, load_policy
 from cropi.prompts import checked_prompts
 from cropi.rewards.verdicts import CORRECT, UNPARSEABLE_ANSWER, Judge, Judgement, answered, reward
-from cropi.rewards.verifiers import written_gold
 from cropi.rollouts.generation import Sampling, TransformersGenerator
 from cropi.stages.collect import Shard, behaviour_logprobs, plan, read_trajectories, sampled_prompts
 from cropi.stages.evaluate import unreadable
@@ -90,7 +88,7 @@ def check_run(config: Config) -> CheckResult:
     warnings += chat_warnings(policy.tokenizer, config.prompts.chat, (row["messages"] for row in prompts))
     shards, _ = plan(config, policy, prompts, sampled_prompts(config, prompts))
     tests = questions(config, policy, [row for row in prompts if row["set"].startswith("test/")])
-    against_itself = judge([answered(written_gold(config.verifier, row["answer"]), row) for row in prompts])
+    against_itself = judge([answered(config.verifier.completion_with(row["answer"]), row) for row in prompts])
     gold = Counter(judgement.verdict for judgement in against_itself)
     _require_readable_tests(prompts, against_itself)
     failure = next((judgement.note for judgement in against_itself if judgement.note), None)
@@ -154,18 +152,13 @@ class _Sample:
     def shown(self) -> list[dict[str, str]]:
         return [
             {
-                "prompt": _last_words(row["messages"]),
+                "prompt": last_turn(row["messages"]),
                 "answer": row["answer"],
                 "completion": texts[0],
                 "verdict": judged[0].verdict,
             }
             for row, texts, judged in zip(self.rows, self.texts, self.judged, strict=True)
         ]
-
-
-def _last_words(messages: str) -> str:
-    value = json.loads(messages)
-    return value if isinstance(value, str) else turn_text(value[-1])
 
 
 def completions_of(

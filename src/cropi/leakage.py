@@ -122,6 +122,12 @@ def turn_text(turn: Mapping[str, Any]) -> str:
     return "\n".join([*parts, *(one if isinstance(one, str) else json.dumps(one, ensure_ascii=False) for one in said)])
 
 
+def last_turn(messages: str) -> str:
+    """The text of a prompt table's `messages`: a string, or the last chat message."""
+    value = json.loads(messages) if messages else ""
+    return value if isinstance(value, str) else turn_text(value[-1])
+
+
 def normalised(text: str) -> str:
     """Text after NFKC, case folding, making every run of white space one space and dropping what cannot be seen."""
     if text.isascii():

@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 
-from cropi.config import ExactVerifier, NumericVerifier
 from cropi.errors import ConfigError
 from cropi.loading import load_config, parse_verifier
-from cropi.rewards.audit import audit_of
+from cropi.rewards.reward_audit import audit_of
+from cropi.rewards.verifiers.exact_text import ExactVerifier
+from cropi.rewards.verifiers.numeric import NumericVerifier
 from tests.runs import cropi
 
 

@@ -6,15 +6,15 @@ import time
 
 import pytest
 
-from cropi.config import MathVerifier
-from cropi.rewards.answers import answer_text
-from cropi.rewards.mathematics import math_verifier
 from cropi.rewards.verdicts import CORRECT, UNPARSEABLE_ANSWER, UNPARSEABLE_GOLD, WRONG, Answered
+from cropi.rewards.verifiers import math_answer
+from cropi.rewards.verifiers.math_answer import MathVerifier
+from cropi.rewards.verifiers.math_reading import answer_text
 
 
-def verdict(gold: str, answer: str, **settings: object) -> str:
+def verdict(gold: str, answer: str) -> str:
     completion = answer if "boxed" in answer else f"\\boxed{{{answer}}}"
-    return math_verifier(MathVerifier(type="math", **settings))(Answered(completion, gold))  # type: ignore[arg-type]
+    return MathVerifier(type="math").load()(Answered(completion, gold))
 
 
 @pytest.mark.parametrize(
@@ -358,7 +358,7 @@ def test_another_answer_is_not_right(gold: str, answer: str) -> None:
     ],
 )  # fmt: skip
 def test_an_announced_answer_is_read(completion: str, gold: str) -> None:
-    assert math_verifier(MathVerifier(type="math"))(Answered(completion, gold)) == CORRECT
+    assert MathVerifier(type="math").load()(Answered(completion, gold)) == CORRECT
 
 
 @pytest.mark.parametrize(
@@ -371,7 +371,7 @@ def test_an_announced_answer_is_read(completion: str, gold: str) -> None:
     ],
 )  # fmt: skip
 def test_what_announces_another_answer_or_none_is_not_right(completion: str, gold: str) -> None:
-    assert math_verifier(MathVerifier(type="math"))(Answered(completion, gold)) in {WRONG, UNPARSEABLE_ANSWER}
+    assert MathVerifier(type="math").load()(Answered(completion, gold)) in {WRONG, UNPARSEABLE_ANSWER}
 
 
 @pytest.mark.parametrize(
@@ -407,7 +407,7 @@ def test_whether_a_gold_answer_can_be_read_does_not_depend_on_the_completion(gol
 
 
 def test_long_runs_of_dots_and_spaces_cost_nothing() -> None:
-    verify = math_verifier(MathVerifier(type="math"))
+    verify = MathVerifier(type="math").load()
     start = time.perf_counter()
     for run in (".", " ", "_", "*", "$"):
         verify(Answered(f"The answer is 7 {run * 200_000} hm", "7"))
@@ -433,13 +433,14 @@ def test_where_the_answer_stands(completion: str, expected: str | None) -> None:
 
 
 def test_boxed_only() -> None:
-    verify = math_verifier(MathVerifier(type="math", boxed_only=True))
+    verify = MathVerifier(type="math", boxed_only=True).load()
     assert verify(Answered("The answer is 5", "5")) == UNPARSEABLE_ANSWER
     assert verify(Answered("The answer is \\boxed{5}", "5")) == CORRECT
     assert verify(Answered("\\boxed{5}", "It takes 2 + 3. #### 5")) == CORRECT
 
 
-def test_an_answer_longer_than_allowed_is_none() -> None:
-    assert verdict("2", "1+1", max_length=3) == CORRECT
-    assert verdict("2", "1+1 ", max_length=3) == CORRECT  # white space around it does not count
-    assert verdict("2", "1 + 1", max_length=3) == UNPARSEABLE_ANSWER
+def test_an_answer_longer_than_allowed_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(math_answer, "MAX_LENGTH", 3)
+    assert verdict("2", "1+1") == CORRECT
+    assert verdict("2", "1+1 ") == CORRECT  # white space around it does not count
+    assert verdict("2", "1 + 1") == UNPARSEABLE_ANSWER

@@ -2,7 +2,6 @@ import time
 
 import pytest
 
-from cropi.config import BoxedVerifier, ExactVerifier, Gsm8kVerifier, NumericVerifier
 from cropi.rewards.verdicts import (
     CORRECT,
     ERROR,
@@ -13,7 +12,11 @@ from cropi.rewards.verdicts import (
     Answered,
     reward,
 )
-from cropi.rewards.verifiers import last_boxed, numbers, verifier, written_gold
+from cropi.rewards.verifiers import Verifier
+from cropi.rewards.verifiers.boxed import BoxedVerifier, last_boxed
+from cropi.rewards.verifiers.exact_text import ExactVerifier
+from cropi.rewards.verifiers.gsm8k import Gsm8kVerifier
+from cropi.rewards.verifiers.numeric import NumericVerifier, numbers
 
 EXACT = ExactVerifier(type="exact", marker="answer")
 NUMERIC = NumericVerifier(type="numeric")
@@ -85,8 +88,8 @@ BOXED = BoxedVerifier(type="boxed")
         (BOXED, "\\boxed{2}", " ", UNPARSEABLE_GOLD),
     ],
 )
-def test_verdicts(config: object, completion: str, gold: str, verdict: str) -> None:
-    assert verifier(config)(Answered(completion, gold)) == verdict
+def test_verdicts(config: Verifier, completion: str, gold: str, verdict: str) -> None:
+    assert config.load()(Answered(completion, gold)) == verdict
 
 
 @pytest.mark.parametrize(
@@ -120,8 +123,8 @@ def test_verdicts(config: object, completion: str, gold: str, verdict: str) -> N
         (NUMERIC, "It is:\n- 5", "5"), (NUMERIC, "10\n-3", "-3"), (NUMERIC, "2\n5", "5"),
     ],
 )  # fmt: skip
-def test_a_number_that_stands_alone_is_read_with_its_sign(config: object, completion: str, gold: str) -> None:
-    assert verifier(config)(Answered(completion, gold)) == CORRECT
+def test_a_number_that_stands_alone_is_read_with_its_sign(config: Verifier, completion: str, gold: str) -> None:
+    assert config.load()(Answered(completion, gold)) == CORRECT
 
 
 @pytest.mark.parametrize(
@@ -148,15 +151,15 @@ def test_a_number_that_stands_alone_is_read_with_its_sign(config: object, comple
         (GSM8K, "#### 1 1/2", "1.5"),
     ],
 )  # fmt: skip
-def test_a_number_is_never_cut_out_of_an_expression(config: object, completion: str, gold: str) -> None:
-    assert verifier(config)(Answered(completion, gold)) in (WRONG, UNPARSEABLE_ANSWER)
+def test_a_number_is_never_cut_out_of_an_expression(config: Verifier, completion: str, gold: str) -> None:
+    assert config.load()(Answered(completion, gold)) in (WRONG, UNPARSEABLE_ANSWER)
 
 
 @pytest.mark.parametrize("config", [NUMERIC, GSM8K])
 @pytest.mark.parametrize("gold", ["-$5", "- 5", "\u20135", "-\u20ac5", r"-\$5", r"\$-5", "-5", "\u22125"])
-def test_a_gold_answer_is_read_as_an_answer_is(config: object, gold: str) -> None:
-    assert verifier(config)(Answered("#### -5", gold)) == CORRECT
-    assert verifier(config)(Answered("#### 5", gold)) == WRONG
+def test_a_gold_answer_is_read_as_an_answer_is(config: Verifier, gold: str) -> None:
+    assert config.load()(Answered("#### -5", gold)) == CORRECT
+    assert config.load()(Answered("#### 5", gold)) == WRONG
 
 
 def test_long_answers_take_linear_time() -> None:
@@ -172,8 +175,8 @@ def test_an_unreadable_gold_answer_is_excluded_not_scored_zero() -> None:
 
 
 @pytest.mark.parametrize("config", [EXACT, NUMERIC, GSM8K, BOXED])
-def test_a_gold_answer_as_a_completion_would_write_it_is_right(config: object) -> None:
-    assert verifier(config)(Answered(written_gold(config, "12"), "12")) == CORRECT
+def test_a_gold_answer_as_a_completion_would_write_it_is_right(config: Verifier) -> None:
+    assert config.load()(Answered(config.completion_with("12"), "12")) == CORRECT
 
 
 @pytest.mark.parametrize(

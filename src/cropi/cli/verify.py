@@ -108,7 +108,7 @@ def audit_rewards(
     from cropi.inspection import completions_of
     from cropi.loading import parse_verifier
     from cropi.prompts import load_prompts
-    from cropi.rewards.audit import audit_of
+    from cropi.rewards.reward_audit import audit_of
 
     other = None if against is None else parse_verifier(against, options or [])
     table = load_prompts(loaded)

@@ -1,6 +1,5 @@
 """Every setting of a run: typed, frozen, unknown keys refused. Free of torch; `make docs` writes docs/config.md."""
 
-from cropi.config.base import Fraction, NonNegative, Positive, Table
 from cropi.config.data import (
     BUILTIN_POLICY,
     BuiltinSource,
@@ -47,20 +46,8 @@ from cropi.config.strategies import (
     StrategyTable,
     VcrlStrategy,
 )
-from cropi.config.verifiers import (
-    SCRIPT_REWARDS,
-    BoxedVerifier,
-    ExactVerifier,
-    FunctionVerifier,
-    Gsm8kVerifier,
-    MathVerifier,
-    NumericVerifier,
-    ReasoningGymVerifier,
-    VerificationConfig,
-    Verifier,
-    VerifierTable,
-    VerlVerifier,
-)
+from cropi.config.verifiers import SCRIPT_REWARDS, VerificationConfig, Verifier
+from cropi.setting_types import Fraction, NonNegative, Positive, Table
 
 __all__ = [
     "BUILTIN_POLICY",
@@ -68,33 +55,27 @@ __all__ = [
     "OWNED_TRAINER_KEYS",
     "SAMPLED_BY",
     "SCRIPT_REWARDS",
-    "BoxedVerifier",
     "BudgetConfig",
     "BuiltinSource",
     "CollectConfig",
     "Config",
     "DotsStrategy",
     "EvaluateConfig",
-    "ExactVerifier",
     "FileSource",
     "Fraction",
     "FullStrategy",
-    "FunctionVerifier",
     "FusionConfig",
     "GaussianStrategy",
     "GradientNormStrategy",
     "GresoStrategy",
-    "Gsm8kVerifier",
     "HubSource",
     "InfluenceStrategy",
     "LearnAlignStrategy",
     "LearnabilityStrategy",
     "LoraConfig",
-    "MathVerifier",
     "MidStrategy",
     "MoppsStrategy",
     "NonNegative",
-    "NumericVerifier",
     "PassRateStrategy",
     "PolicyConfig",
     "PooledStrategy",
@@ -103,7 +84,6 @@ __all__ = [
     "PromptsConfig",
     "RandomStrategy",
     "ReasoningGymSource",
-    "ReasoningGymVerifier",
     "RefreshConfig",
     "ScoreConfig",
     "SelectConfig",
@@ -118,8 +98,6 @@ __all__ = [
     "VcrlStrategy",
     "VerificationConfig",
     "Verifier",
-    "VerifierTable",
-    "VerlVerifier",
     "VllmConfig",
     "config_difference",
     "config_hash",

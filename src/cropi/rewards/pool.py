@@ -1,8 +1,8 @@
-"""A pool of worker processes that can be killed: no answer hangs, crashes or fills the memory of who asks.
+"""A pool of worker processes that can be killed: no answer hangs, crashes or fills the memory of the caller.
 
-Workers are `python -m cropi.rewards.worker`, started anew rather than forked, so nothing of the caller is run twice and
-no lock is inherited. Requests and answers are JSON lines over pipes. Each verdict is sent at once, so the pool knows
-which row a worker is at, even one stuck in a C function. What is no message of a worker's ends that worker.
+Workers are `python -m cropi.rewards.pool_worker`. They are started anew, not forked, so they inherit no locks and run
+none of the caller's code twice. Requests and answers are JSON lines over pipes. Each verdict is sent at once, so the
+pool knows which row a worker is at, even one stuck in a C function. A worker that sends anything else is ended.
 """
 
 from __future__ import annotations
@@ -32,13 +32,14 @@ from pydantic import ConfigDict, Field, TypeAdapter
 from cropi.config import VerificationConfig, Verifier
 from cropi.console import warn
 from cropi.errors import ConfigError
+from cropi.rewards.pool_worker import END_S
 from cropi.rewards.verdicts import ERROR, TIMEOUT, VERDICTS, Answered, GradeError, Judge, Judgement
-from cropi.rewards.worker import END_S
 
 CHUNK = 64  # rows sent to a worker at once, at most
 CHUNK_CHARACTERS = 1_000_000  # and so much text of them, unless a single row has more
 CACHED = 100_000  # judgements that are remembered
 ATTEMPTS = 2  # of a row that ends its worker
+START_S = 120.0  # for a process to import what its verifier needs
 GRACE_S = 10.0  # beyond the time for a row: for reading a chunk, before its first row is begun
 LONGEST = 2**20  # bytes of a message
 _HERE = str(Path(__file__).parents[2])  # where this package is imported from
@@ -148,7 +149,7 @@ def _started(environment: dict[str, str]) -> subprocess.Popen[bytes]:
         _spawner()
         .submit(
             subprocess.Popen,
-            [sys.executable, "-P", "-m", "cropi.rewards.worker"],
+            [sys.executable, "-P", "-m", "cropi.rewards.pool_worker"],
             bufsize=0,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -313,11 +314,11 @@ class Pool:
         """Kill a process that has been at one row for too long."""
         waited = now - worker.since
         if not worker.ready:
-            if waited > self._settings.start_seconds:
+            if waited > START_S:
                 raise ConfigError(
-                    f"a verifier process was not ready after {self._settings.start_seconds:g} s",
-                    where="verification.start_seconds",
-                    fix="give it more time, or look at what importing the verifier does.",
+                    f"a verifier process was not ready after {START_S:g} s",
+                    where="verifier",
+                    fix="look at what importing the verifier does.",
                 )
         elif worker.jobs and waited > self._settings.seconds + (0 if worker.begun else GRACE_S):
             self._bury(worker, TIMEOUT, "took too long", jobs, found)
@@ -334,7 +335,7 @@ class Pool:
             raise ConfigError(
                 f"a verifier process ended while it started (exit code {worker.process.returncode})",
                 where="verifier",
-                fix="run `python -m cropi.rewards.worker` by hand to see why, or raise verification.memory_mb.",
+                fix="run `python -m cropi.rewards.pool_worker` by hand to see why, or raise verification.memory_mb.",
             )
         if not worker.jobs:
             return

@@ -1,7 +1,7 @@
 r"""The verifier `math`: answers in LaTeX or plain writing, compared by meaning with math-verify.
 
 An answer is words alone, or values with units: docs/verifiers.md states the rule. The library gets one short expression
-without text, and what it calls equal is checked again where it is known to be too kind. In its issue tracker
+without text. Verdicts are checked again where the library is known to be too kind. In its issue tracker
 (github.com/huggingface/Math-Verify): numbers near zero are rounded to the same (#14), equations that say nothing equal
 each other (#60), and 2 2/3 is one (#81).
 """
@@ -9,19 +9,22 @@ each other (#60), and 2 2/3 is one (#81).
 from __future__ import annotations
 
 import logging
+import math
 import re
 from fractions import Fraction
 from functools import lru_cache
 from itertools import accumulate
-from typing import Any
+from typing import Any, Literal
 
-from cropi.config import MathVerifier
-from cropi.rewards.answers import Answer, answer_text, bare, read
-from cropi.rewards.sizes import too_large
-from cropi.rewards.units import PERCENT
 from cropi.rewards.verdicts import CORRECT, UNPARSEABLE_ANSWER, UNPARSEABLE_GOLD, WRONG, Answered
-from cropi.rewards.verifiers import NUMBER, Verify, plain_latex, value_of
+from cropi.rewards.verifiers import Verifier, Verify
+from cropi.rewards.verifiers.boxed import in_box, plain_latex
+from cropi.rewards.verifiers.math_reading import PERCENT, Answer, answer_text, bare, read
+from cropi.rewards.verifiers.numeric import NUMBER, value_of
 
+MAX_LENGTH = 1000  # characters of an answer; a longer one is no answer
+MAX_DIGITS = 20_000  # of a value to work out
+MAX_NESTED = 5  # functions of functions
 RELATIVE = 2e-6  # numbers of which one is a decimal are equal up to this share of the larger
 _APART = re.compile(r"(?<!_)\d\s+\d")  # two numbers side by side are neither a product nor a sum
 _DEPTH = 10  # of brackets: the library's time grows exponentially with it
@@ -31,25 +34,36 @@ _INDEX = re.compile(r"_{?i|\\(?:sum|prod)")
 _BASE = re.compile(r"(?<=\d)\s*_\s*(?:{[^{}]*}|\w)")
 
 
-def math_verifier(config: MathVerifier) -> Verify:
-    """Row -> verdict. ImportError where math-verify is missing."""
-    try:
-        import math_verify  # noqa: F401
-    except ImportError:
-        raise ImportError("the verifier `math` needs math-verify: pip install 'cropi[math]'") from None
-    logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it warns that it has no time limit: we have one
+class MathVerifier(Verifier):
+    r"""Right when the last `\boxed{...}`, or the announced answer, means the recorded answer, by math-verify."""
 
-    def verify(row: Answered) -> str:
+    type: Literal["math"]
+    """Picks this verifier."""
+    boxed_only: bool = False
+    r"""Accept only a `\boxed{...}` as an answer, not what follows the last `####`, `answer is` or `answer:`."""
+
+    def load(self) -> Verify:
+        try:
+            import math_verify  # noqa: F401
+        except ImportError:
+            raise ImportError("the verifier `math` needs math-verify: pip install 'cropi[math]'") from None
+        logging.getLogger("math_verify").setLevel(
+            logging.CRITICAL
+        )  # else it warns that it has no time limit
+        return self._judge
+
+    def _judge(self, row: Answered) -> str:
         gold = answer_text(row.answer, boxed_only=False)
         gold = gold if gold is not None else bare(row.answer)
-        if not gold or len(gold) > config.max_length:
+        if not gold or len(gold) > MAX_LENGTH:
             return UNPARSEABLE_GOLD
-        given = answer_text(row.completion, boxed_only=config.boxed_only)
-        if not given or len(given) > config.max_length:
+        given = answer_text(row.completion, boxed_only=self.boxed_only)
+        if not given or len(given) > MAX_LENGTH:
             return UNPARSEABLE_ANSWER
         return compare(gold, given)
 
-    return verify
+    def completion_with(self, answer: str) -> str:
+        return in_box(answer)
 
 
 def compare(gold: str, given: str) -> str:
@@ -187,3 +201,31 @@ def _value(expression: Any) -> Any | None:
         return None
     value = expression.doit().evalf(30)
     return value if value.is_number else None
+
+
+def too_large(expression: Any) -> bool:
+    """Whether working it out could take longer than an answer is worth."""
+    return _digits(expression, 1.0, 0) > MAX_DIGITS
+
+
+def _digits(node: Any, of_symbol: float, depth: int) -> float:
+    """A bound on the digits of a value where symbols have so many."""
+    from sympy import Add, Function, MatrixBase, Pow, Product, Rational, Sum, Symbol, exp, factorial
+
+    if isinstance(node, Rational | Symbol):
+        return of_symbol if isinstance(node, Symbol) else math.log10(max(abs(node.p), node.q))
+    parts = list(node) if isinstance(node, MatrixBase) else list(getattr(node, "args", ()))
+    depth += isinstance(node, Function)
+    limits = max((_digits(part, 0.0, depth) for part in parts[1:]), default=0.0)
+    worked_out = isinstance(node, Sum | Product)
+    sizes = [_digits(part, max(of_symbol, limits) if worked_out else of_symbol, depth) for part in parts] or [1.0]
+    if depth > MAX_NESTED or max(sizes) == math.inf:
+        return math.inf
+    if not isinstance(node, Sum | Product | Pow | factorial | exp):
+        return sum(sizes)
+    times = limits if worked_out else sizes[-1]  # digits of how many times something is multiplied or added
+    if times > math.log10(MAX_DIGITS) + 1:
+        return math.inf
+    if isinstance(node, Pow) and isinstance(node.base, Add) and node.base.free_symbols:
+        return float(100 * 10 ** (times * (len(node.base.args) - 1)))  # for the terms of its expansion
+    return float(10**times * (times + 0.5 if isinstance(node, factorial | exp) else max(sizes[0], 0.3)))

@@ -1,4 +1,4 @@
-"""The process in which a verifier runs: `python -m cropi.rewards.worker`, started and watched by `Pool`.
+"""The process in which a verifier runs: `python -m cropi.rewards.pool_worker`, started and watched by `Pool`.
 
 It reads one JSON line that says which verifier, then lists of rows. It answers in lines, each of the token that it was
 told and a JSON list: it is ready, it has begun with a list, and each verdict as soon as it is found. What verifiers
@@ -143,9 +143,9 @@ def _set_up(settings: dict[str, Any]) -> Any:
     from pydantic import TypeAdapter
 
     from cropi.config import Verifier
-    from cropi.rewards.verifiers import verifier
 
-    return verifier(TypeAdapter(Verifier).validate_python(settings))
+    verifier: Verifier = TypeAdapter(Verifier).validate_python(settings)
+    return verifier.load()
 
 
 STATM = Path("/proc/self/statm")
