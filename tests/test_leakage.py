@@ -13,7 +13,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cropi import leakage
 from cropi.artifacts import TRAJECTORIES
 from cropi.builtin import FAMILIES, generate
 from cropi.config import ScoreConfig
@@ -244,8 +243,7 @@ def test_a_prompt_of_a_megabyte_takes_seconds_and_finds_what_it_hides(hostile: s
     assert ("b", "a") in {(m.prompt_id, m.other_id) for m in found.near}
 
 
-def test_memory_does_not_grow_with_the_training_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(leakage, "BLOCK_GRAMS", 10_000)
+def test_memory_does_not_grow_with_the_training_prompts() -> None:
     rng = random.Random(2)
     vocabulary = [f"{a}{b}" for a in "bcdfghklmnprst" for b in "aeiou"]
     train = [row(" ".join(rng.choices(vocabulary, k=300)), "train", f"{n}") for n in range(1000)]

@@ -92,7 +92,7 @@ def checked_prompts(config: Config) -> Checked:
     for name, rows in loaded.items():
         if not rows:
             key = f"prompts.{name.replace('/', '.')}"
-            raise DataError("no row is left", where=key, fix="check its paths, hash_range and limit.")
+            raise DataError("no row is left", where=key, fix="check its paths and hash_range.")
     prompts = [row for rows in loaded.values() for row in rows]
     _check_quotas(config, prompts)
     leakage = find_leakage(prompts)
@@ -178,8 +178,7 @@ def _load_set(name: str, sources: Sequence[Source], seed: int, unusable: _Unusab
                     f"{twice}, for two prompts", where=key, fix="name a column of unique ids with id_column."
                 )
             unusable.note("duplicates", f"of {name} that come again", twice)
-        limit = getattr(source, "limit", None)
-        kept |= new if limit is None else {one: new[one] for one in sorted(new, key=_unit_hash)[:limit]}
+        kept |= new
     return [row | {"set": name} for row, _ in kept.values()]
 
 
@@ -308,8 +307,8 @@ def _prompt(source: FileSource | HubSource, row: Row, columns: dict[str, str], k
     answer = _answer(row, columns["answer"], key)
     name = Path(source.path).stem if isinstance(source, FileSource) else source.dataset
     identity = _value(row, columns.get("id", "prompt_id"))
-    extra = _extra(row, source, key)
-    origin = _value(row, source.source_column or "source") or _value(row, "data_source")
+    extra = next((row.values[name] for name in EXTRA_COLUMNS if isinstance(row.values.get(name), dict)), None)
+    origin = _value(row, "source") or _value(row, "data_source")
     origin = origin or (extra or {}).get("source_dataset") or name
     refuse_unseen(row.values, row.where, key)
     fix = "mend the row, or name another column with prompt_column."
@@ -346,19 +345,6 @@ def _answer(row: Row, column: str, key: str) -> str:
             fix="write it as the text that a right completion would give, or name another column with answer_column.",
         )
     return _written(answer)
-
-
-def _extra(row: Row, source: FileSource | HubSource, key: str) -> dict[str, Any] | None:
-    if source.extra_column is not None:
-        value = row.values.get(source.extra_column)
-        if not isinstance(value, dict):
-            raise DataError(
-                f"{row.where}: the column {source.extra_column} holds no object",
-                where=key,
-                fix="mend the row, or leave extra_column out.",
-            )
-        return value
-    return next((row.values[name] for name in EXTRA_COLUMNS if isinstance(row.values.get(name), dict)), None)
 
 
 def checked_messages(messages: Any, where: str, key: str, fix: str) -> str | list[dict[str, Any]]:

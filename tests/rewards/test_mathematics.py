@@ -384,9 +384,9 @@ def test_what_announces_another_answer_or_none_is_not_right(completion: str, gol
     ],
 )  # fmt: skip
 def test_what_nobody_could_work_out_is_refused_before_it_is_evaluated(answer: str) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     assert verdict("7", answer) == UNPARSEABLE_ANSWER
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 @pytest.mark.parametrize(
@@ -408,10 +408,10 @@ def test_whether_a_gold_answer_can_be_read_does_not_depend_on_the_completion(gol
 
 def test_long_runs_of_dots_and_spaces_cost_nothing() -> None:
     verify = MathVerifier(type="math").load()
-    start = time.perf_counter()
+    start = time.process_time()
     for run in (".", " ", "_", "*", "$"):
         verify(Answered(f"The answer is 7 {run * 200_000} hm", "7"))
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from cropi.config.run import (
     EvaluateConfig,
     RefreshConfig,
     TrainConfig,
+    VerificationConfig,
     config_difference,
     config_hash,
     deciding,
@@ -46,7 +47,7 @@ from cropi.config.strategies import (
     StrategyTable,
     VcrlStrategy,
 )
-from cropi.config.verifiers import SCRIPT_REWARDS, VerificationConfig, Verifier
+from cropi.rewards.verifiers import Verifier
 from cropi.setting_types import Fraction, NonNegative, Positive, Table
 
 __all__ = [
@@ -54,7 +55,6 @@ __all__ = [
     "CANDIDATES",
     "OWNED_TRAINER_KEYS",
     "SAMPLED_BY",
-    "SCRIPT_REWARDS",
     "BudgetConfig",
     "BuiltinSource",
     "CollectConfig",

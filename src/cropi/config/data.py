@@ -21,8 +21,6 @@ class LoraConfig(Table):
     """Numerator of the scale."""
     target_modules: tuple[str, ...] | Literal["all-linear"] = "all-linear"
     """Names of the layers that get one. `all-linear`: every linear layer but the output head."""
-    seed: Seed = 0
-    """Seed of A; B begins at zero, so the policy begins as it is without adapters."""
 
 
 class PolicyConfig(Table):
@@ -73,8 +71,6 @@ class BuiltinSource(Table):
     """Shortest problem, in items; the family's own default when unset."""
     max_length: Positive | None = None
     """Longest problem, in items; the family's own default when unset."""
-    modulus: Positive | None = None
-    """Modulus of the families that have one; the family's own default when unset."""
     label_noise: Fraction = 0.0
     """Share of the rows whose recorded answer is wrong."""
     label_rule: Literal["right", "stop_early"] = "right"
@@ -92,15 +88,8 @@ class _RowSource(Table):
     `answer`, `solution`, `ground_truth` that any row has. A name with a dot reaches into a column of objects."""
     id_column: str | None = None
     """Column of a unique id. Unset: `prompt_id` where present, else a hash of the prompt and answer."""
-    source_column: str | None = None
-    """Column that names where a prompt comes from. Unset: `source` where present, else the file or dataset name."""
-    extra_column: str | None = None
-    """Column with an object of further facts, for verifiers that ask for them. Unset: the first of `extra_info` (verl),
-    `metadata` (reasoning-gym) that holds one."""
     hash_range: tuple[Fraction, Fraction] = (0.0, 1.0)
     """Keep the rows whose id hashes into [low, high): disjoint ranges split one file into disjoint sets."""
-    limit: Positive | None = None
-    """Keep at most this many rows, the first in hash order: a fixed random subset."""
 
     @model_validator(mode="after")
     def _ordered_range(self) -> _RowSource:

@@ -15,8 +15,20 @@ from cropi.config.data import PolicyConfig, PromptsConfig
 from cropi.config.score import CollectConfig, ScoreConfig
 from cropi.config.select import SelectConfig
 from cropi.config.strategies import Strategy
-from cropi.config.verifiers import VerificationConfig, Verifier
-from cropi.setting_types import Fraction, FreeTable, Name, Positive, Seed, Table, Temperature
+from cropi.rewards.verifiers import Verifier
+from cropi.setting_types import Fraction, FreeTable, Name, Positive, PositiveNumber, Seed, Table
+
+
+class VerificationConfig(Table):
+    """The processes that verifiers run in."""
+
+    processes: Annotated[int, Field(ge=1, le=1024)] = 2
+    """Largest number of processes."""
+    seconds: PositiveNumber = 5.0
+    """Wall-clock time for one answer. A process that takes longer is ended; the answer is tried once more and then
+    judged `timeout`."""
+    memory_mb: Positive = 1024
+    """MiB that judging may take beyond what a process has after start-up, if the system can limit it."""
 
 
 class TrainConfig(Table):
@@ -55,13 +67,7 @@ class EvaluateConfig(Table):
     every: Positive | None = None
     """Steps between evaluations. Unset: at the end of every stage."""
     samples: Annotated[int, Field(ge=0, le=10_000)] = 0
-    """n of avg@n: sampled completions per prompt beside the greedy one. 0: greedy only."""
-    temperature: Temperature = 1.0
-    """Temperature of the sampled completions."""
-    bootstrap: Annotated[int, Field(ge=1, le=100_000)] = 2000
-    """Redraws over questions behind each interval."""
-    confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
-    """Coverage of the intervals."""
+    """n of avg@n: completions per prompt, sampled at temperature 1 beside the greedy one. 0: greedy only."""
 
 
 _CODE = re.compile(
@@ -219,7 +225,6 @@ FREE: dict[str, tuple[str, ...]] = {
     "": ("name", "run_dir"),
     "prompts.": ("leakage",),
     "verification.": ("processes",),
-    "evaluate.": ("bootstrap", "confidence"),
     "collect.server.": ("url", "concurrency", "timeout", "patience", "api_key_env"),
     "trainer.": (
         *("report_to", "run_name", "logging_steps", "logging_strategy", "logging_first_step", "log_completions"),

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from cropi.config import Config
+from cropi.functional.statistics import CONFIDENCE
 from cropi.lab.audit.section import TITLE as AUDIT
 from cropi.lab.audit.section import audit
 from cropi.report import figures
@@ -156,7 +157,7 @@ def _curves(summary: Summary) -> list[Block]:
     if drawn is None:
         text = "No arm has been evaluated yet." if summary.tested else "There is no test set to evaluate on."
         return [Text(text), *_rewards(summary)]
-    level = percent(summary.confidence)
+    level = percent(CONFIDENCE)
     caption = f"Greedy accuracy, mean over test sets. Bands: {level} bootstrap intervals over questions, one seed."
     arms = [arm for arm in summary.arms if arm.steps]
     steps = sorted({point.step for arm in arms for point in arm.curve})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from cropi.functional.statistics import CONFIDENCE
 from cropi.report.results import ArmSummary, Difference, Summary
 from cropi.report.wording import count, decimal, difference, listed, percent, seconds, times, with_interval
 
@@ -122,5 +123,5 @@ def _missing(summary: Summary) -> str:
 def _caveat(summary: Summary) -> str:
     if summary.base is None and not any(arm.steps for arm in summary.arms):
         return ""
-    level = percent(summary.confidence)
+    level = percent(CONFIDENCE)
     return f"One seed ({summary.seed}): the {level} intervals cover the choice of questions, not of seeds."

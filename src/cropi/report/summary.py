@@ -46,7 +46,6 @@ def summarise(config: Config, workspace: Workspace) -> Summary:
         seed=config.seed,
         total_steps=total,
         evaluate_every=config.evaluate.every or config.train.steps_per_stage,
-        confidence=config.evaluate.confidence,
         fraction=config.select.fraction,
         pool=_pool(workspace),
         tested=bool(config.prompts.test),
@@ -120,7 +119,7 @@ def _point(config: Config, step: int, answers: Answers) -> Point:
 def _mean(config: Config, results: Results, *, targeted: bool) -> Interval | None:
     names = [name for name in _names(config, targeted=targeted) if name in results]
     values = [np.array(list(results[name].values())) for name in names]
-    return stratified_mean(values, config.evaluate, seed=_seed(config)) if values else None
+    return stratified_mean(values, seed=_seed(config)) if values else None
 
 
 def _by_set(config: Config, answers: Answers) -> dict[str, dict[str, Interval]]:
@@ -128,7 +127,7 @@ def _by_set(config: Config, answers: Answers) -> dict[str, dict[str, Interval]]:
     kinds = {"greedy": answers.greedy, "sampled": answers.sampled}
     return {
         name: {
-            kind: stratified_mean([np.array(list(r[name].values()))], config.evaluate, seed=_seed(config))
+            kind: stratified_mean([np.array(list(r[name].values()))], seed=_seed(config))
             for kind, r in kinds.items()
             if name in r
         }
@@ -150,7 +149,7 @@ def _difference(config: Config, main: str, other: str, histories: Mapping[str, H
             values.append(np.array([first[name][i] - second[name][i] for i in sorted(common)]))
     if not values:
         return None
-    accuracy = stratified_mean(values, config.evaluate, seed=_seed(config))
+    accuracy = stratified_mean(values, seed=_seed(config))
     return Difference(main, other, step, sum(map(len, values)), accuracy)
 
 

@@ -21,6 +21,8 @@ from cropi.seeds import derived_seed
 from cropi.workspace import evaluation_files, keep_evaluation
 from cropi.world import ALONE, World
 
+SAMPLING_TEMPERATURE = 1.0  # of the completions beside the greedy one
+
 # (prompts as token ids, temperature or None for greedy, seed) -> completions as text
 Generate = Callable[[Sequence[list[int]], float | None, int], list[str]]
 
@@ -80,7 +82,7 @@ def _ask(
     drawn: list[Answered] = []
     if config.samples:
         repeated = [prompt.prompt_ids for prompt in prompts for _ in range(config.samples)]
-        texts_sampled = generate(repeated, config.temperature, seed)
+        texts_sampled = generate(repeated, SAMPLING_TEMPERATURE, seed)
         drawn = [answered(text, prompts[index // config.samples].row) for index, text in enumerate(texts_sampled)]
     judged = judge([*(answered(text, prompt.row) for text, prompt in zip(texts, prompts, strict=True)), *drawn])
     for index, judgement in enumerate(judged[len(prompts) :]):
@@ -128,10 +130,7 @@ def accuracy(table: pa.Table, config: EvaluateConfig, *, seed: int) -> dict[str,
         columns = {"greedy": [row["greedy"] for row in rows]}
         if all(row["sampled"] is not None for row in rows):
             columns["sampled"] = [row["sampled"] for row in rows]
-        result[name] = {
-            column: bootstrap_mean(np.array(values), redraws=config.bootstrap, confidence=config.confidence, seed=seed)
-            for column, values in columns.items()
-        }
+        result[name] = {column: bootstrap_mean(np.array(values), seed=seed) for column, values in columns.items()}
     return result
 
 

@@ -1,70 +1,29 @@
-"""Verifiers: is a completion's answer right?
+"""Verifiers, one file each: its settings and how it judges. A new one needs its file and an import here.
 
-One file holds one verifier: its settings and its judging code. To add one, write a file here and name its class in
-`cropi.config.verifiers`. These files are free of torch and import optional packages in `load` alone.
+The files are free of torch and import optional packages in `load` alone. All verifiers run in the processes of `pool`.
 """
 
-from __future__ import annotations
+from typing import TYPE_CHECKING, Annotated, Union
 
-from collections.abc import Callable
-from typing import Annotated, ClassVar, Self
+from pydantic import Field
 
-from pydantic import AfterValidator, model_validator
+from cropi.rewards.verifier import ScoringVerifier, VerifierTable
+from cropi.rewards.verifiers.boxed import BoxedVerifier as BoxedVerifier
+from cropi.rewards.verifiers.exact_text import ExactVerifier as ExactVerifier
+from cropi.rewards.verifiers.gsm8k import Gsm8kVerifier as Gsm8kVerifier
+from cropi.rewards.verifiers.math_answer import MathVerifier as MathVerifier
+from cropi.rewards.verifiers.numeric import NumericVerifier as NumericVerifier
+from cropi.rewards.verifiers.python_function import FunctionVerifier as FunctionVerifier
+from cropi.rewards.verifiers.reasoning_gym import ReasoningGymVerifier as ReasoningGymVerifier
+from cropi.rewards.verifiers.verl import VerlVerifier as VerlVerifier
 
-from cropi.rewards.verdicts import UNPARSEABLE_GOLD, Answered, Graded, judged
-from cropi.setting_types import Table
+VERIFIERS: tuple[type[VerifierTable], ...] = tuple(
+    table
+    for table in (*VerifierTable.__subclasses__(), *ScoringVerifier.__subclasses__())
+    if table is not ScoringVerifier
+)
 
-Verify = Callable[[Answered], str | Graded]
-
-
-class Verifier(Table):
-    """The settings of a verifier. A subclass adds `type`, a Literal that names it in a config, and `load`."""
-
-    pure: ClassVar[bool] = True  # equal rows always get equal verdicts, so they may be cached
-    type: str
-
-    @property
-    def gives_grades(self) -> bool:
-        """Whether rewards may lie between 0 and 1."""
-        return False
-
-    def load(self) -> Verify:
-        """Return the function row -> verdict. ImportError or ValueError if it cannot be set up."""
-        raise NotImplementedError
-
-    def completion_with(self, answer: str) -> str:
-        """Write a completion that gives this answer in the verifier's format."""
-        return answer
-
-
-class ScoringVerifier(Verifier):
-    """A verifier that gives a score."""
-
-    graded: bool = False
-    """Use the score, from 0 to 1, as the reward. `threshold` then decides only which answers accuracies count."""
-    threshold: float
-    """Score from which an answer is right."""
-
-    @property
-    def gives_grades(self) -> bool:
-        """Whether rewards may lie between 0 and 1."""
-        return self.graded
-
-    @model_validator(mode="after")
-    def _reachable(self) -> Self:
-        if self.graded and not 0 < self.threshold <= 1:
-            raise ValueError(f"threshold must be above 0 and at most 1 where graded, not {self.threshold:g}")
-        return self
-
-    def verdict(self, score: float | None) -> str | Graded:
-        """Turn a score into a verdict; None, as in TRL, excludes the row."""
-        return UNPARSEABLE_GOLD if score is None else judged(float(score), self.threshold, graded=self.graded)
-
-
-def _with_answer(template: str) -> str:
-    if "{answer}" not in template:
-        raise ValueError("must hold {answer}, where the recorded answer stands")
-    return template
-
-
-Template = Annotated[str, AfterValidator(_with_answer)]
+if TYPE_CHECKING:
+    Verifier = VerifierTable
+else:
+    Verifier = Annotated[Union[VERIFIERS], Field(discriminator="type")]  # noqa: UP007 - a union of a tuple

@@ -6,7 +6,7 @@ import re
 from typing import Literal
 
 from cropi.rewards.verdicts import CORRECT, UNPARSEABLE_ANSWER, UNPARSEABLE_GOLD, WRONG, Answered
-from cropi.rewards.verifiers import Verifier, Verify
+from cropi.rewards.verifier import VerifierTable, Verify
 
 _BRACES = re.compile(r"(\\(?:boxed|fbox)\s*\{)|\\.|([{}])", re.DOTALL)
 _APART = re.compile(r"(?<=\d)(?:\\[,;:! ]|\\q?quad(?![A-Za-z])|\s|~)+(?=\d)")  # between digits it separates
@@ -15,7 +15,7 @@ _SHORT = re.compile(r"([_^])\{(\w)\}")
 _FRACTION = re.compile(r"\\[dt]frac(?![A-Za-z])")
 
 
-class BoxedVerifier(Verifier):
+class BoxedVerifier(VerifierTable):
     r"""Right when the last `\boxed{...}` holds the same LaTeX as the recorded answer, spacing aside."""
 
     type: Literal["boxed"]

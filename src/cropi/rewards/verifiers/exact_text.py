@@ -7,10 +7,10 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from cropi.rewards.verdicts import CORRECT, UNPARSEABLE_ANSWER, UNPARSEABLE_GOLD, WRONG, Answered
-from cropi.rewards.verifiers import Verifier, Verify
+from cropi.rewards.verifier import VerifierTable, Verify
 
 
-class ExactVerifier(Verifier):
+class ExactVerifier(VerifierTable):
     """Right when the text after the last marker equals the recorded answer, white space aside."""
 
     type: Literal["exact"]

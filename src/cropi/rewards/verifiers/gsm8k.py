@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Literal
 
 from cropi.rewards.verdicts import Answered
-from cropi.rewards.verifiers import Verifier, Verify
+from cropi.rewards.verifier import VerifierTable, Verify
 from cropi.rewards.verifiers.numeric import compare_numbers, numbers
 
 
-class Gsm8kVerifier(Verifier):
+class Gsm8kVerifier(VerifierTable):
     """Right when the number after the last `####` equals the one after the last `####` of the recorded answer."""
 
     type: Literal["gsm8k"]

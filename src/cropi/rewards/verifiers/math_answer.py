@@ -17,7 +17,7 @@ from itertools import accumulate
 from typing import Any, Literal
 
 from cropi.rewards.verdicts import CORRECT, UNPARSEABLE_ANSWER, UNPARSEABLE_GOLD, WRONG, Answered
-from cropi.rewards.verifiers import Verifier, Verify
+from cropi.rewards.verifier import VerifierTable, Verify
 from cropi.rewards.verifiers.boxed import in_box, plain_latex
 from cropi.rewards.verifiers.math_reading import PERCENT, Answer, answer_text, bare, read
 from cropi.rewards.verifiers.numeric import NUMBER, value_of
@@ -34,7 +34,7 @@ _INDEX = re.compile(r"_{?i|\\(?:sum|prod)")
 _BASE = re.compile(r"(?<=\d)\s*_\s*(?:{[^{}]*}|\w)")
 
 
-class MathVerifier(Verifier):
+class MathVerifier(VerifierTable):
     r"""Right when the last `\boxed{...}`, or the announced answer, means the recorded answer, by math-verify."""
 
     type: Literal["math"]
@@ -47,9 +47,7 @@ class MathVerifier(Verifier):
             import math_verify  # noqa: F401
         except ImportError:
             raise ImportError("the verifier `math` needs math-verify: pip install 'cropi[math]'") from None
-        logging.getLogger("math_verify").setLevel(
-            logging.CRITICAL
-        )  # else it warns that it has no time limit
+        logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # else it warns that it has no time limit
         return self._judge
 
     def _judge(self, row: Answered) -> str:

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from cropi.rewards.verdicts import CORRECT, UNPARSEABLE_ANSWER, UNPARSEABLE_GOLD, WRONG, Answered
-from cropi.rewards.verifiers import Verifier, Verify
+from cropi.rewards.verifier import VerifierTable, Verify
 
 USUAL_TOLERANCE = 1e-6
 
@@ -43,7 +43,7 @@ _PLAIN |= {0xFF01 + n: chr(0x21 + n) for n in range(94)} | dict.fromkeys((0x200B
 _EM_DASH = re.compile(r"(?<![^\s($])—(?=[$€£¥₹\\]*[\d.])")  # a sign only where nothing stands before it
 
 
-class NumericVerifier(Verifier):
+class NumericVerifier(VerifierTable):
     """Right when the last number of the completion equals the recorded answer."""
 
     type: Literal["numeric"]

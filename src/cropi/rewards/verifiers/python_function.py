@@ -14,7 +14,9 @@ from pydantic import AfterValidator, Field
 from cropi.asynchronous import awaited
 from cropi.errors import hint
 from cropi.rewards.verdicts import Answered, Graded
-from cropi.rewards.verifiers import ScoringVerifier, Template, Verify
+from cropi.rewards.verifier import ScoringVerifier, Template, Verify
+
+SCRIPT_REWARDS = "trainer.reward_funcs"  # a path for the reward functions of a TRL script, which only the script has
 
 
 def _dotted(path: str) -> str:

@@ -14,7 +14,7 @@ from pydantic import Field
 
 from cropi.leakage import last_turn
 from cropi.rewards.verdicts import UNPARSEABLE_ANSWER, UNPARSEABLE_GOLD, Answered, Graded
-from cropi.rewards.verifiers import ScoringVerifier, Verify
+from cropi.rewards.verifier import ScoringVerifier, Verify
 from cropi.rewards.verifiers.python_function import extra_columns
 
 Score = Callable[..., float]

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from cropi.asynchronous import awaited
 from cropi.rewards.verdicts import Answered, Graded
-from cropi.rewards.verifiers import ScoringVerifier, Template, Verify
+from cropi.rewards.verifier import ScoringVerifier, Template, Verify
 from cropi.rewards.verifiers.python_function import DottedPath, extra_columns, imported
 
 
