@@ -347,13 +347,6 @@ def test_a_file_split_into_roles_reports_a_row_once(tmp_path: Path) -> None:
         load_prompts(validate_config(values, "test"))
 
 
-def test_a_limit_counts_what_is_left_of_repeated_rows(tmp_path: Path) -> None:
-    path = write_rows(tmp_path / "pool.jsonl", [question(n) for n in range(10) for _ in range(3)])
-    values = config(path, limit=8).resolved()
-    values["prompts"]["duplicates"] = "drop"
-    assert len(train_rows(validate_config(values, "test"))) == 8
-
-
 def test_ids_and_sources_that_are_missing_in_pandas(tmp_path: Path) -> None:
     nan = float("nan")
     rows = [question(1, key=7.0, source="s"), question(2, key=8.0, source=nan)]

@@ -120,14 +120,14 @@ class _Export:
         self._chat = uses_chat(self._tokenizer, config.prompts.chat, config.prompts.system_prompt)
         if form.chat_only and not self._chat:
             raise DataError(
-                f"{name} puts every prompt through the chat template, and this run's prompts are plain text",
+                f"{name} applies the chat template to every prompt, and this run's prompts are plain text",
                 where="prompts.chat",
                 fix="give the tokenizer a chat template and start a run with it, or export to trl, slime or openrlhf.",
             )
         self._longest = 1
 
     def prompts(self, arm: Arm, stage: int) -> dict[str, int]:
-        """Data files, reasons and the reward function; returns how many prompts are in which file."""
+        """Write data files, reasons and the reward function. Returns the number of prompts by file."""
         rows = read_table(arm.selection(stage) / "selection.parquet", SELECTION).to_pylist()
         selected = [row for row in rows if row["selected"]]
         splits: dict[str, Sequence[Mapping[str, Any]]] = {
@@ -170,7 +170,7 @@ class _Export:
         return f'"""{about}"""\n\nfrom cropi.exchange.rewards import Rewards\n\n{made}{self._form.reward}\n'
 
     def _ends(self) -> list[str]:
-        """Special tokens as text: some trainers leave them at the end of a completion."""
+        """Special tokens as text; some trainers leave them at the end of a completion."""
         tokens = {str(token) for token in self._tokenizer.all_special_tokens}
         return sorted(tokens, key=lambda token: (-len(token), token))
 

@@ -65,7 +65,7 @@ class MathVerifier(VerifierTable):
 
 
 def compare(gold: str, given: str) -> str:
-    """The verdict on two answers, each one expression. Whether the gold answer can be read depends on it alone."""
+    """Compare two answers, each one expression. Whether the gold answer is readable depends on it alone."""
     one, other = read(gold), read(given)
     if not _readable(one):
         return UNPARSEABLE_GOLD
@@ -93,7 +93,7 @@ def _readable(answer: Answer) -> bool:
 
 
 def _same(gold: str, given: str) -> bool:
-    """Whether two expressions are equal, also in what the library drops: bases, repetition, the kind of brackets."""
+    """Whether two expressions are equal, also in what the library ignores: bases, repetition, kinds of brackets."""
     expected, number = _number(gold), _number(given)
     if expected is not None and number is not None:
         exact = not re.search(r"[.eE]", gold + given)
@@ -110,12 +110,12 @@ def _same(gold: str, given: str) -> bool:
 
 
 def _items(text: str) -> list[str]:
-    """What stands between the commas of a list; one where there are none."""
+    """The items of a list; the whole text if it has no commas."""
     return re.sub(r"^(?:\\\{|[(\[])|(?:\\\}|[)\]])$", "", plain_latex(text)).split(",")
 
 
 def _number(text: str) -> Fraction | None:
-    """A text that is one number and nothing else."""
+    """The value of a text that is one number."""
     return value_of(text) if NUMBER.fullmatch(text) else None
 
 
@@ -125,7 +125,7 @@ def _close(a: Any, b: Any, tolerance: float) -> Any:
 
 @lru_cache(maxsize=10_000)
 def _parsed(text: str) -> Any | None:
-    """The expression that a text means; None where it means none, or holds a number that nobody would compute with."""
+    """Parse a text as an expression; None if it is none, or would take too long to evaluate."""
     from latex2sympy2_extended.latex2sympy2 import ConversionConfig, NormalizationConfig, latex2sympy
 
     written = text if _INDEX.search(text) else _IMAGINARY.sub("I", text)
@@ -171,7 +171,7 @@ def _equal(gold: Any, given: Any) -> bool:
 
 
 def _defines(relation: Any) -> bool:
-    """Whether an equation names something, as x = 7 and f(x) = 7 do, or is true arithmetic, as 3 + 4 = 7."""
+    """Whether an equation defines a symbol, as x = 7 and f(x) = 7 do, or is true arithmetic, as 3 + 4 = 7."""
     from sympy import Eq, Symbol
     from sympy.core.function import AppliedUndef
 
@@ -183,7 +183,7 @@ def _defines(relation: Any) -> bool:
 
 
 def _empty(equation: Any) -> bool:
-    """Whether an equation holds whatever its symbols are."""
+    """Whether an equation holds for all values of its symbols."""
     from sympy import Expr, simplify
 
     if not all(isinstance(side, Expr) for side in equation.args):
@@ -192,7 +192,7 @@ def _empty(equation: Any) -> bool:
 
 
 def _value(expression: Any) -> Any | None:
-    """Its value to 30 digits where it is a number, an infinite one too."""
+    """The value to 30 digits if it is a number, finite or not."""
     from sympy import Expr
 
     if not isinstance(expression, Expr) or not expression.is_number:
@@ -202,12 +202,12 @@ def _value(expression: Any) -> Any | None:
 
 
 def too_large(expression: Any) -> bool:
-    """Whether working it out could take longer than an answer is worth."""
+    """Whether evaluating it could take too long."""
     return _digits(expression, 1.0, 0) > MAX_DIGITS
 
 
 def _digits(node: Any, of_symbol: float, depth: int) -> float:
-    """A bound on the digits of a value where symbols have so many."""
+    """A bound on the digits of a value, given the digits of symbols."""
     from sympy import Add, Function, MatrixBase, Pow, Product, Rational, Sum, Symbol, exp, factorial
 
     if isinstance(node, Rational | Symbol):

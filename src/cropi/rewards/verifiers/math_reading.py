@@ -34,7 +34,7 @@ _SIGNS = str.maketrans({
     "≥": r"\ge ", "≠": r"\ne ", "±": r"\pm ", "∪": r"\cup ", "∩": r"\cap ", "∅": r"\emptyset ", "²": "^2", "³": "^3",
     "½": r"\frac12 ", "…": "...", "⟦": "", "⟧": "", "\x1f": "",
 })  # fmt: skip
-_SPELLINGS: list[tuple[str, Any]] = [  # what is written in several ways, and the one way that is compared
+_SPELLINGS: list[tuple[str, Any]] = [  # spellings, and the one that is compared
     (r"\\(?:math|text)(?:rm|bf|it) +(\w)", r"\1"),
     (r"\\!|\\(?:left|right|(?:display|text)style|limits|[bB]igg?[lr]?)(?![A-Za-z])", ""),
     (r"(?<!\\)\$|\\(?:[()]|[][]$)|^\\\[", ""),
@@ -80,9 +80,9 @@ def _recurring(whole: str, fixed: str, period: str) -> str:
 class Answer(NamedTuple):
     """An answer in normal form."""
 
-    written: str  # spacing and wrapping aside
-    words: tuple[str, ...] | None  # where it is letters alone: words, or what stands between their commas, sorted
-    is_text: bool  # whether it holds words that no formula could be made of
+    written: str  # without spacing and wrapping
+    words: tuple[str, ...] | None  # if it is letters alone: its words, or items between commas, sorted
+    is_text: bool  # whether it holds words that cannot be a formula
     values: list[str]  # LaTeX without text and units
     units: list[Unit]
 
@@ -100,7 +100,7 @@ def answer_text(text: str, *, boxed_only: bool) -> str | None:
 
 
 def _clause(text: str) -> str:
-    """The start of a text up to the end of the answer: formulas are kept whole, with what joins them."""
+    """The start of a text up to the end of the answer. A formula is kept whole."""
     formula, clause = _FORMULA.match(text), _CLAUSE.search(text)
     if formula is None:
         return text[: clause.start()] if clause else text
@@ -112,7 +112,7 @@ def _clause(text: str) -> str:
 
 
 def bare(text: str) -> str:
-    """Without white space, Markdown, dollar signs and the full stop around it."""
+    """The text without surrounding white space, Markdown, dollar signs and full stop."""
     text = text.strip().lstrip(_MARKS)
     short = text.rstrip(_MARKS)
     if short.endswith("\\"):
@@ -195,7 +195,7 @@ _LETTER = re.compile(r"([-+]?[\d.,]*\d)\s+([mgshLlNJWVKF])")  # 5 m, not 5m
 
 
 def without_units(latex: str) -> tuple[list[str], list[Unit]]:
-    """The values of an answer, cut after each unit where these are several, and the different units in their order."""
+    """Split an answer into values and units. It is cut after each unit if there are several."""
     latex = re.sub(r"\^\s*{?\s*\\circ\s*}?|\\degree", "°", _FRACTION.sub(r"\1/\2", latex))
     latex = re.sub("°\\s*([CF])$", "°⟦\\1⟧", _LETTER.sub(r"\1⟦\2⟧", latex) if _LETTER.fullmatch(latex) else latex)
     latex = _PRICE.sub(lambda at: f"{at[2] or at[3] or ''}⟦{_CURRENCY[at[1] or at[4]]}⟧", latex)
@@ -217,7 +217,7 @@ def without_units(latex: str) -> tuple[list[str], list[Unit]]:
 
 
 def _unit(run: str) -> Unit | None:
-    """Base units with their powers; None where a word is none."""
+    """Base units with their powers; None if a word is no unit."""
     powers, sign, factor = Counter[str](), 1, 1
     elements = list(_ONE.finditer(run))
     for at, one in enumerate(elements):

@@ -64,7 +64,7 @@ def _last(text: str) -> Fraction | None:
 
 
 def numbers(text: str) -> list[Fraction | None]:
-    """What holds a digit, in order: the value of a number that stands alone, None for a part of an expression."""
+    """Words with a digit, in order: the value of a number that stands alone, None for a part of an expression."""
     text = _SPACE.sub(" ", plain_signs(text).replace("{,}", ",").replace("^\\circ", "°").replace("^{\\circ}", "°"))
     text = re.sub(r"}\s+{", "}{", re.sub(r"\n\s*[-+*•]\s", "\n", text))  # dashes of a list are no signs
     for _ in range(5):  # from the inside out
@@ -91,12 +91,12 @@ def _of_line(parts: list[str]) -> list[Fraction | None]:
 
 
 def _joins(part: str) -> bool:
-    """Whether what stands beside a number makes it a part of something."""
+    """Whether this neighbour makes a number part of an expression."""
     return bool(_OPERATOR.fullmatch(part) or re.match(r"\\[A-Za-z]|[^;=]*\u00a4|[-+.]?\d[^,;:]*$", part))
 
 
 def plain_signs(text: str) -> str:
-    """One minus sign for all dashes that may be one, ASCII for full-width characters, and nothing of no width."""
+    """Replace dashes that may be minus signs, and full-width characters; remove characters without width."""
     return _EM_DASH.sub("-", text.translate(_PLAIN))
 
 
@@ -107,13 +107,13 @@ def compare_numbers(given: Fraction | None, expected: Fraction | None, tolerance
     if given is None:
         return UNPARSEABLE_ANSWER
     if tolerance <= USUAL_TOLERANCE and given.denominator == expected.denominator == 1:
-        return CORRECT if given == expected else WRONG  # a tolerance for rounding is none for counting
+        return CORRECT if given == expected else WRONG  # the tolerance is for rounding, not for counts
     margin = Fraction(tolerance) * max(Fraction(1), abs(expected))
     return CORRECT if abs(given - expected) <= margin else WRONG
 
 
 def value_of(text: str) -> Fraction | None:
-    """The value of what `NUMBER` has found; None where it is not finite."""
+    """The value of a match of `NUMBER`; None if it is not finite."""
     try:
         value = Fraction(text.replace(",", "").lstrip("+"))
     except (ValueError, ZeroDivisionError):
