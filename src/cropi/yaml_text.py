@@ -23,7 +23,7 @@ class _YamlLoader(yaml.SafeLoader):
     """
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        event = self.peek_event()
+        event: Any = self.peek_event()
         if getattr(event, "tag", None) is not None:
             raise ComposerError(None, None, "tags are not read: quote a text that begins with !", event.start_mark)
         if isinstance(event, yaml.AliasEvent):
