@@ -24,10 +24,11 @@ class _YamlLoader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         event: Any = self.peek_event()
+        mark = event.start_mark
         if getattr(event, "tag", None) is not None:
-            raise ComposerError(None, None, "tags are not read: quote a text that begins with !", event.start_mark)
-        if isinstance(event, yaml.AliasEvent):
-            raise ComposerError(None, None, "aliases are not read: quote a text that begins with *", event.start_mark)
+            raise ComposerError(None, None, "tags are not read: quote a text that begins with !", mark)
+        if self.check_event(yaml.AliasEvent):
+            raise ComposerError(None, None, "aliases are not read: quote a text that begins with *", mark)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:

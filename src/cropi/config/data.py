@@ -106,7 +106,7 @@ class FileSource(_RowSource):
     type: Literal["file"]
     """Picks this kind of source."""
     path: str
-    """The file. Its suffix sets the format: .jsonl, .json (a list of objects, or one a line), .csv (all values are text)
+    """The file. Its suffix sets the format: .jsonl, .json (a list of objects, or one a line), .csv (all text)
     or .parquet."""
 
 
