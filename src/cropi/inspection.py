@@ -21,8 +21,8 @@ from cropi.gradients.blocks import make_scorer
 from cropi.gradients.groups import Group
 from cropi.gradients.reference import trainable_parameters
 from cropi.gradients.surrogate import surrogate_settings
-from cropi.leakage import last_turn
 from cropi.policy import Policy, chat_warnings, load_policy
+from cropi.prompt_text import last_turn
 from cropi.prompts import checked_prompts
 from cropi.rewards.verdicts import CORRECT, UNPARSEABLE_ANSWER, Judge, Judgement, answered, reward
 from cropi.rollouts.generation import Sampling, TransformersGenerator

@@ -25,7 +25,8 @@ from cropi.config import (
 from cropi.console import warn
 from cropi.data_files import Row, raw_rows
 from cropi.errors import DataError
-from cropi.leakage import Leakage, described, find_leakage, turn_text
+from cropi.leakage import Leakage, described, find_leakage
+from cropi.prompt_text import turn_text
 from cropi.seeds import derived_seed
 
 PROMPT_COLUMNS = ("prompt", "question", "problem", "messages")

@@ -11,7 +11,7 @@ from typing import Any
 
 from cropi.config import Config, Verifier
 from cropi.errors import ConfigError
-from cropi.leakage import last_turn
+from cropi.prompt_text import last_turn
 from cropi.rewards.pool import judge_of
 from cropi.rewards.verdicts import (
     CORRECT,
