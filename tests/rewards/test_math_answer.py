@@ -120,6 +120,7 @@ def test_more_that_the_library_lets_pass(gold: str, answer: str) -> None:
         ("12345", r"12\,345"), (r"10\text{ m}", "10"), (r"10\text{ hours}", "10 hour"), ("1010_2", "1010_{2}"),
         ("1010_2", "1010"), ("(1,2)", "(1, 2)"), (r"\infty", r"+\infty"), ("2 1/2", "5/2"), (r"2\frac12", "2.5"),
         ("1{,}234", "1234"), (r"\{1,1,2\}", r"\{1,2,1\}"),
+        ("6", "2·3"), ("(1,2)", r"\bigl(1,2\bigr)"), (r"1,\ldots,5", "1, …, 5"), ("5", r"\textstyle 5"), ("x^2", "x²"),
     ],
 )  # fmt: skip
 def test_what_is_right_in_another_writing(gold: str, answer: str) -> None:

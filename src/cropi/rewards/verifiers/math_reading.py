@@ -30,9 +30,12 @@ _CLAUSE = re.compile(  # where an announced answer ends
 _FORMULA = re.compile(r"\$\$?([^$]+)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 
 # Signs that the library does not read; ⟦, ⟧ and \x1f are ours and may not come from an answer.
-_SIGNS = str.maketrans({"∞": r"\infty ", "²": "^2", "³": "^3", "½": r"\frac12 ", "⟦": "", "⟧": "", "\x1f": ""})
+_SIGNS = str.maketrans({
+    "∞": r"\infty ", "·": r"\cdot ", "²": "^2", "³": "^3", "½": r"\frac12 ", "…": "...", "⟦": "", "⟧": "", "\x1f": "",
+})  # fmt: skip
 _SPELLINGS: list[tuple[str, Any]] = [  # spellings, and the one that is compared
     (r"\\(?:math|text)(?:rm|bf|it) +(\w)", r"\1"),
+    (r"\\!|\\(?:(?:display|text)style|limits|[bB]igg?[lr]?)(?![A-Za-z])", ""),
     (r"(?<!\\)\$|\\(?:[()]|[][]$)|^\\\[", ""),
     (r"(?:(?<!\\)\\[,;: ]|\\q?quad(?![A-Za-z])|~|\s)+", " "),
     (r"(?<![\d.,])\d{1,3}(?:(?: |\{,\})\d{3})+(?!\d)", lambda found: re.sub(r"\D", "", found[0])),
