@@ -122,9 +122,9 @@ def test_what_was_scored_by_other_trajectories_is_in_the_way(
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", '{"prompt": "x"}\n', "no dump of rollouts"),
-        ("a.jsonl", "not json\n", "no dump of rollouts"),
-        ("a.parquet", "PAR1", "no dump of rollouts"),
+        ("a.jsonl", '{"prompt": "x"}\n', "not a dump of rollouts"),
+        ("a.jsonl", "not json\n", "not a dump of rollouts"),
+        ("a.parquet", "PAR1", "not a dump of rollouts"),
         ("a.jsonl", '{"input": "x", "output": "y", "step": 1}\n', "no two rollouts belong to one training prompt"),
     ],
 )

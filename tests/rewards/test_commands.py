@@ -92,7 +92,7 @@ def test_grades_are_shown(tmp_path: Path) -> None:
         ("[1]\n", ["--verifier", "exact"], "standard input, line 1"),
         ("{\n", ["--verifier", "exact"], "standard input, line 1: not JSON"),
         (lines({"completion": "7"}), ["--verifier", "exact"], "lacks completion or answer"),
-        (lines({"completion": 7, "answer": "7"}), ["--verifier", "exact"], "no object with texts"),
+        (lines({"completion": 7, "answer": "7"}), ["--verifier", "exact"], "not an object of texts"),
         (
             lines({"completion": "7", "answer": "7"}),
             ["--verifier", "function", "--option", "path=a.b"],
