@@ -1,6 +1,6 @@
 r"""The verifier `math`: answers in LaTeX or plain writing, compared by meaning with math-verify.
 
-An answer is words alone, or values with units: docs/verifiers.md states the rule. The library gets one short expression
+An answer is words alone, or values with units. The library gets one short expression
 without text. Verdicts are checked again where the library is known to be too kind. In its issue tracker
 (github.com/huggingface/Math-Verify): numbers near zero are rounded to the same (#14), equations that say nothing equal
 each other (#60), and 2 2/3 is one (#81).
