@@ -1,9 +1,8 @@
 r"""The verifier `math`: answers in LaTeX or plain writing, compared by meaning with math-verify.
 
-An answer is words alone, or values with units. The library gets one short expression
-without text. Verdicts are checked again where the library is known to be too kind. In its issue tracker
-(github.com/huggingface/Math-Verify): numbers near zero are rounded to the same (#14), equations that say nothing equal
-each other (#60), and 2 2/3 is one (#81).
+An answer is words alone, or values with units. The library gets one short expression without text. Verdicts are checked
+again where the library is known to be too kind. In its issue tracker (github.com/huggingface/Math-Verify): numbers near
+zero are rounded to the same (#14), equations that say nothing equal each other (#60), and 2 2/3 is one (#81).
 """
 
 from __future__ import annotations
