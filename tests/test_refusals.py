@@ -54,7 +54,6 @@ def refused(cwd: Path, *overrides: str, verbs: tuple[str, ...] = ("check", "run"
         "trainer.num_generations=0",
         "trainer.gradient_accumulation_steps=0",
         "trainer.ddp_timeout=soon",
-        "evaluate.bootstrap=999999999999",
         "collect.temperature=1e-300",
         "collect.vllm={}",
         "score.projection.dim=99999999999999",

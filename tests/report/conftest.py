@@ -80,7 +80,7 @@ def make_config(folder: Path, made: Fabrication) -> Config:
         "select": {"strategy": {"type": made.strategies[0]}, "fraction": 0.25},
         "baselines": [{"type": name} for name in made.strategies[1:]],
         "train": {"stages": 2, "steps_per_stage": 4},
-        "evaluate": {"every": 2, "bootstrap": 200},
+        "evaluate": {"every": 2},
     }
     return validate_config(values | made.settings, "test")
 

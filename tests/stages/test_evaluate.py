@@ -37,7 +37,7 @@ def verify(completion: str, gold: str) -> str:
 
 
 def test_per_prompt_results_and_accuracy_by_hand(tmp_path: Path) -> None:
-    config = EvaluateConfig(samples=4, bootstrap=200)
+    config = EvaluateConfig(samples=4)
     rows = Exam(generate, verify, config, seed=0, block=2).answers(PROMPTS, 7)
     assert [(r["prompt_id"], r["greedy"], r["sampled"], r["samples"]) for r in rows] == [
         ("a", 1.0, 0.5, 4),

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from cropi.config import Config
+from cropi.functional.statistics import CONFIDENCE
 from cropi.report import figures
 from cropi.report.blocks import Block, Picture, Section, Table, Text
 from cropi.report.closeups import closeups
@@ -112,7 +113,7 @@ def _curves(summary: Summary) -> list[Block]:
     if drawn is None:
         text = "Training has not been evaluated yet." if summary.tested else "There is no test set to evaluate on."
         return [Text(text), *_rewards(summary)]
-    level = percent(summary.confidence)
+    level = percent(CONFIDENCE)
     caption = f"Greedy accuracy, mean over test sets. Bands: {level} bootstrap intervals over questions, one seed."
     rows = [[str(p.step), with_interval(p.targeted), with_interval(p.untargeted)] for p in summary.curve]
     curves = Table("Accuracy by step.", ["step", "targeted", "untargeted"], rows, left=0, collapsed=True)

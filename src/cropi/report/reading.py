@@ -28,7 +28,7 @@ from cropi.artifacts import (
 )
 from cropi.config import Config
 from cropi.functional.sampling import places
-from cropi.leakage import turn_text
+from cropi.prompt_text import turn_text
 from cropi.report.results import Drift, Reliability, StageQuality
 from cropi.run_folder import RunFolder, StagePaths, evaluation_files
 

@@ -27,6 +27,8 @@ from cropi.stages.collect import make_prompt_table
 from cropi.stages.run import Run
 from cropi.world import ALONE, World
 
+SAMPLING_TEMPERATURE = 1.0  # of the completions beside the greedy one
+
 # (prompts as token ids, temperature or None for greedy, seed) -> completions as text
 Generate = Callable[[Sequence[list[int]], float | None, int], list[str]]
 
@@ -149,7 +151,7 @@ class Exam:
         drawn: list[Answered] = []
         if samples:
             repeated = [prompt.prompt_ids for prompt in prompts for _ in range(samples)]
-            texts_sampled = self.generate(repeated, self.config.temperature, seed)
+            texts_sampled = self.generate(repeated, SAMPLING_TEMPERATURE, seed)
             drawn = [answered(text, prompts[index // samples].row) for index, text in enumerate(texts_sampled)]
         judged = self.judge([*(answered(t, prompt.row) for t, prompt in zip(texts, prompts, strict=True)), *drawn])
         for index, judgement in enumerate(judged[len(prompts) :]):
@@ -197,10 +199,7 @@ def accuracy(table: pa.Table, config: EvaluateConfig, *, seed: int) -> dict[str,
         columns = {"greedy": [row["greedy"] for row in rows]}
         if all(row["sampled"] is not None for row in rows):
             columns["sampled"] = [row["sampled"] for row in rows]
-        result[name] = {
-            column: bootstrap_mean(np.array(values), redraws=config.bootstrap, confidence=config.confidence, seed=seed)
-            for column, values in columns.items()
-        }
+        result[name] = {column: bootstrap_mean(np.array(values), seed=seed) for column, values in columns.items()}
     return result
 
 

@@ -65,7 +65,7 @@ from cropi.curriculum.strategies.random import random
 from cropi.curriculum.strategies.similarity import similarity
 from cropi.curriculum.strategies.vcrl import vcrl
 from cropi.functional.sampling import places
-from cropi.leakage import prompt_text
+from cropi.prompt_text import prompt_text
 from cropi.reward_statistics import GroupFacts, Visit, visit
 from cropi.rollouts.representations import KIND as REPRESENTED
 from cropi.rollouts.representations import read_representations

@@ -118,14 +118,14 @@ def builtin_workload(*, prompts: int, validation: int, threads: int, seed: int) 
 def mixed_groups(families: Sequence[str], split: str, count: int, seed: int) -> Iterator[Group]:
     """The first `count` groups whose rewards differ; families take turns."""
     from cropi.builtin import generate
-    from cropi.config import ExactVerifier, PolicyConfig
+    from cropi.config import PolicyConfig
     from cropi.policy import encode_prompts, load_policy
     from cropi.rewards.verdicts import Answered, reward
-    from cropi.rewards.verifiers import verifier
+    from cropi.rewards.verifiers.exact_text import ExactVerifier
     from cropi.rollouts.generation import Sampling, TransformersGenerator
 
     policy = load_policy(PolicyConfig(path="builtin"))
-    complete, verify = TransformersGenerator(policy, 512), verifier(ExactVerifier(type="exact", marker="answer"))
+    complete, verify = TransformersGenerator(policy, 512), ExactVerifier(type="exact", marker="answer").load()
     found, size = 0, max(4, count * 3 // (2 * len(families)))  # some groups will not be mixed
     try:
         rows = [generate(family, split=split, count=size, seed=derived_seed(seed, family)) for family in families]

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from cropi.artifacts import PROMPTS, is_finished, open_artifact, read_table
 from cropi.functional.similarity import tfidf_similarity
 from cropi.lab.compare.paired_runs import Comparison
-from cropi.leakage import prompt_text, words
+from cropi.prompt_text import prompt_text, words
 from cropi.report.reading import Selection, selection_table
 from cropi.report.shares import MAX_SOURCES
 from cropi.run_folder import StagePaths

@@ -1,4 +1,4 @@
-"""What all tables of settings have in common."""
+"""Types of settings: a frozen pydantic table, and the ranges of its values."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def _as_json(value: Any) -> Any:
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1, le=1_000_000_000)]
 NonNegative = Annotated[int, Field(ge=0, le=1_000_000_000)]
-Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what NumPy takes
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # the range that NumPy takes
 PositiveNumber = Annotated[float, Field(gt=0, ge=1e-9, le=1e6)]
 Temperature = Annotated[float, Field(ge=0.01, le=100)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]  # a folder has it too
-FreeTable = dict[str, Annotated[Any, AfterValidator(_as_json)]]  # of keys that another library knows
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]  # also the name of a folder
+FreeTable = dict[str, Annotated[Any, AfterValidator(_as_json)]]  # its keys belong to another library

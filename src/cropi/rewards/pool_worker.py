@@ -1,9 +1,8 @@
-"""The process in which a verifier runs: `python -m cropi.rewards.worker`, started and watched by `Pool`.
+"""The process in which a verifier runs: `python -m cropi.rewards.pool_worker`, started and watched by `Pool`.
 
-It reads one JSON line that says which verifier, then lists of rows. It answers in lines, each of the token that it was
-told and a JSON list: it is ready, it has begun with a list, and each verdict as soon as it is found. What verifiers
-print goes to standard error. A second process, the keeper, stands between it and the pool: when the worker or the pool
-ends, the keeper ends all that the verifier has started.
+It reads one JSON line that names the verifier, then lists of rows. It answers in lines of a secret token and a JSON
+list: it is ready, it has begun with a list, each verdict as soon as it is known. Output of verifiers goes to standard
+error. Its parent, the keeper, ends all children of the verifier when the worker or the pool ends.
 """
 
 from __future__ import annotations
@@ -20,17 +19,17 @@ from typing import Any
 
 from cropi.rewards.verdicts import CORRECT, ERROR, Answered, Graded
 
-NEARLY = 2**25  # bytes that are left when memory counts as used up
-END_S = 5.0  # for all that a verifier has started to end
-NOTE = 500  # characters of a note, at the most
+NEARLY = 2**25  # bytes left when memory counts as used up
+END_S = 5.0  # for all children of a verifier to end
+NOTE = 500  # characters of a note
 _DEATH, _SUBREAPER = 1, 36  # of Linux's prctl
 
 
 def main() -> None:
-    """Split into keeper and worker."""
+    """Fork into keeper and worker."""
     _prctl(_DEATH, signal.SIGTERM)
     _prctl(_SUBREAPER, 1)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # an owner that ignores it hands that down
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a parent that ignores it passes that on
     heard = {signal.SIGCHLD, signal.SIGTERM}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, heard)
     if worker := os.fork():
@@ -42,9 +41,9 @@ def main() -> None:
 
 
 def _keep(worker: int, heard: set[signal.Signals]) -> None:
-    """Wait until the worker ends or SIGTERM comes, then end all that is left, and exit with the worker's status."""
+    """Wait for the worker's end or SIGTERM, end all children, and exit with the worker's status."""
     nothing = os.open(os.devnull, os.O_RDWR)
-    os.dup2(nothing, 0)  # the pipes are the worker's: the pool shall see when it has closed them
+    os.dup2(nothing, 0)  # leave the pipes to the worker, so the pool sees when it closes them
     os.dup2(nothing, 1)
     status = None
     while status is None and signal.sigwait(heard) == signal.SIGCHLD:
@@ -54,14 +53,14 @@ def _keep(worker: int, heard: set[signal.Signals]) -> None:
         status = os.waitpid(worker, 0)[1]
     until = time.monotonic() + END_S
     with suppress(ChildProcessError):  # none is left
-        while time.monotonic() < until:  # children of what has ended become the keeper's own
+        while time.monotonic() < until:  # orphans become children of the keeper
             if not os.waitpid(-1, os.WNOHANG)[0]:
                 _kill_children()
     os._exit(abs(os.waitstatus_to_exitcode(status)))
 
 
 def _reaped(worker: int) -> int | None:
-    """Take leave of all children that have ended; the worker's status if it is among them."""
+    """Reap all children that have ended; returns the worker's status if it is among them."""
     status = None
     with suppress(ChildProcessError):
         while (found := os.waitpid(-1, os.WNOHANG))[0]:
@@ -82,7 +81,7 @@ def _serve() -> None:
     """Judge until standard input ends."""
     answers = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)
-    requests = os.fdopen(os.dup(0), "rb")  # ours alone: what a verifier starts finds nothing to read
+    requests = os.fdopen(os.dup(0), "rb")  # children of a verifier find nothing to read
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
     os.close(nothing)
@@ -102,7 +101,7 @@ def _serve() -> None:
     try:
         verify = _set_up(hello["verifier"])
     except Exception as error:
-        fix = "check the verifier's settings, and that what it needs is installed here."
+        fix = "check the verifier's settings, and that its packages are installed here."
         tell("failed", _note(error), fix)
         return
     ceiling = _limit_memory(hello["memory_mb"])
@@ -119,23 +118,23 @@ def _serve() -> None:
             if os.getpid() != me:
                 os._exit(0)  # a verifier has forked, and this is its child
             if (verdict != CORRECT or (grade is not None and grade < 1)) and _address_space() > ceiling:
-                os._exit(1)  # a library may have caught that memory ran out, and said no
+                os._exit(1)  # a library may have caught a MemoryError and answered "wrong"
             tell("judged", verdict, time.monotonic() - began, note, grade)
 
 
 def _note(error: BaseException) -> str:
-    """Text that can be written anywhere: an exception may speak of half a character."""
+    """The exception as encodable text: it may hold half a surrogate pair."""
     return f"{type(error).__name__}: {error}"[:NOTE].encode(errors="replace").decode()
 
 
 def _judge(verify: Any, row: list[str]) -> tuple[str, str, float | None]:
-    """Verdict, note and grade. Out of memory, the process ends: what is left of it is not to be trusted."""
+    """Verdict, note and grade. The process ends when memory runs out: its state cannot be trusted then."""
     try:
         found = verify(Answered(*row))
         return (found.verdict, "", found.grade) if isinstance(found, Graded) else (found, "", None)
     except MemoryError:
         os._exit(1)
-    except BaseException as error:  # libraries raise timeouts and interrupts of their own
+    except BaseException as error:  # libraries raise their own timeouts and interrupts
         return ERROR, _note(error), None
 
 
@@ -143,16 +142,16 @@ def _set_up(settings: dict[str, Any]) -> Any:
     from pydantic import TypeAdapter
 
     from cropi.config import Verifier
-    from cropi.rewards.verifiers import verifier
 
-    return verifier(TypeAdapter(Verifier).validate_python(settings))
+    verifier: Verifier = TypeAdapter(Verifier).validate_python(settings)
+    return verifier.load()
 
 
 STATM = Path("/proc/self/statm")
 
 
 def _limit_memory(megabytes: int) -> float:
-    """That much address space beyond what is taken now, where the system can limit it; returns what is nearly all."""
+    """Limit further address space, if the system can. Returns the size that counts as nearly used up."""
     if not STATM.exists():
         return float("inf")
     import resource

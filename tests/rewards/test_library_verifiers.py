@@ -9,17 +9,17 @@ from typing import Any
 
 import pytest
 
-from cropi.config import FunctionVerifier, ReasoningGymVerifier, VerlVerifier
-from cropi.rewards.adapters import is_formula
 from cropi.rewards.verdicts import CORRECT, UNPARSEABLE_ANSWER, UNPARSEABLE_GOLD, WRONG, Answered, Graded, reward
-from cropi.rewards.verifiers import verifier, written_gold
+from cropi.rewards.verifiers.python_function import FunctionVerifier
+from cropi.rewards.verifiers.reasoning_gym import ReasoningGymVerifier, is_formula
+from cropi.rewards.verifiers.verl import VerlVerifier
 
 HERE = "tests.rewards.functions"
 LEVEL = json.dumps({"level": 3})
 
 
 def function(name: str, **settings: object) -> object:
-    return verifier(FunctionVerifier(type="function", path=f"{HERE}.{name}", **settings))  # type: ignore[arg-type]
+    return FunctionVerifier(type="function", path=f"{HERE}.{name}", **settings).load()  # type: ignore[arg-type]
 
 
 def test_a_function_gets_what_its_signature_takes() -> None:
@@ -44,7 +44,7 @@ def test_a_grade_is_the_reward_and_the_threshold_still_says_what_is_right() -> N
     assert graded(Answered("0.25", "7")) == Graded(WRONG, 0.25)  # type: ignore[operator]
     assert graded(Answered("0.6", "7")) == Graded(CORRECT, 0.6)  # type: ignore[operator]
     assert function("none", graded=True)(Answered("7", "7")) == UNPARSEABLE_GOLD  # type: ignore[operator]
-    verl = verifier(VerlVerifier(type="verl", path=f"{HERE}.verl_score", graded=True))
+    verl = VerlVerifier(type="verl", path=f"{HERE}.verl_score", graded=True).load()
     assert verl(Answered("7", "7", "sums")) == Graded(CORRECT, 1.0)
     assert graded(Answered(repr(0.2 + 0.4 + 0.3 + 0.1), "7")) == Graded(CORRECT, 1.0)  # type: ignore[operator]
     assert graded(Answered("-1e-9", "7")) == Graded(WRONG, 0.0)  # type: ignore[operator]
@@ -96,20 +96,18 @@ def test_trl_s_own_accuracy_reward() -> None:
         messages=True,
         written="\\boxed{{answer}}",
     )
-    verify = verifier(config)
+    verify = config.load()
     assert verify(Answered("so \\boxed{\\frac{1}{2}}", "\\frac{1}{2}")) == CORRECT
     assert verify(Answered("so \\boxed{\\frac{1}{3}}", "\\frac{1}{2}")) == WRONG
-    assert written_gold(config, "7") == "\\boxed{7}"
+    assert config.completion_with("7") == "\\boxed{7}"
 
 
 @pytest.mark.parametrize("name", ["verl_score", "verl_score_later"])
 def test_verl(name: str) -> None:
-    verify = verifier(VerlVerifier(type="verl", path=f"{HERE}.{name}"))
+    verify = VerlVerifier(type="verl", path=f"{HERE}.{name}").load()
     assert verify(Answered("7", "7", "sums")) == CORRECT
     assert verify(Answered("8", "7", "sums")) == WRONG
     assert verify(Answered("8", "7", "other", "", LEVEL)) == CORRECT
-    fixed = verifier(VerlVerifier(type="verl", path=f"{HERE}.verl_score", data_source="sums"))
-    assert fixed(Answered("8", "7", "other", "", LEVEL)) == WRONG
 
 
 def entries(task: str, count: int = 5) -> list[dict[str, object]]:
@@ -124,7 +122,7 @@ GOLD += ["rearc", "bitwise_arithmetic", "advanced_geometry"]  # whose scorers do
 
 @pytest.mark.parametrize("task", GOLD)
 def test_reasoning_gym_s_gold_answers_are_right(task: str) -> None:
-    verify = verifier(ReasoningGymVerifier(type="reasoning_gym"))
+    verify = ReasoningGymVerifier(type="reasoning_gym").load()
     for entry in entries(task):
         row = Answered(str(entry["answer"]), str(entry["answer"]), task, "", json.dumps(entry["metadata"]))
         assert verify(row) == CORRECT
@@ -136,16 +134,16 @@ def test_reasoning_gym_s_partial_credit_and_threshold() -> None:
     """A wrong answer in the right form earns 0.05 of chain_sum's score or less than 1: the threshold decides."""
     entry = entries("chain_sum")[0]
     row = Answered("1" + str(entry["answer"]), str(entry["answer"]), "chain_sum", "", json.dumps(entry["metadata"]))
-    assert verifier(ReasoningGymVerifier(type="reasoning_gym"))(row) == WRONG
-    assert verifier(ReasoningGymVerifier(type="reasoning_gym", threshold=1e-9))(row) == CORRECT
-    found = verifier(ReasoningGymVerifier(type="reasoning_gym", graded=True))(row)
+    assert ReasoningGymVerifier(type="reasoning_gym").load()(row) == WRONG
+    assert ReasoningGymVerifier(type="reasoning_gym", threshold=1e-9).load()(row) == CORRECT
+    found = ReasoningGymVerifier(type="reasoning_gym", graded=True).load()(row)
     assert isinstance(found, Graded)
     assert found.verdict == WRONG
     assert 0 < found.grade < 1
 
 
 def test_a_task_that_does_not_exist_is_an_unreadable_gold_answer() -> None:
-    verify = verifier(ReasoningGymVerifier(type="reasoning_gym"))
+    verify = ReasoningGymVerifier(type="reasoning_gym").load()
     assert verify(Answered("7", "7", "no_such_task")) == UNPARSEABLE_GOLD
 
 
@@ -187,7 +185,7 @@ CODE = [
 
 @pytest.mark.parametrize("task", EVALUATED + PARSED)
 def test_no_code_is_run(task: str, tmp_path: Path) -> None:
-    verify = verifier(ReasoningGymVerifier(type="reasoning_gym"))
+    verify = ReasoningGymVerifier(type="reasoning_gym").load()
     entry = entries(task)[0]
     marker = tmp_path / "ran"
     for code in CODE:
@@ -198,7 +196,7 @@ def test_no_code_is_run(task: str, tmp_path: Path) -> None:
 
 
 def test_an_answer_that_would_patch_the_task_changes_no_other_verdict() -> None:
-    verify = verifier(ReasoningGymVerifier(type="reasoning_gym"))
+    verify = ReasoningGymVerifier(type="reasoning_gym").load()
     entry = entries("spiral_matrix")[0]
     row = Answered("", str(entry["answer"]), "spiral_matrix", "", json.dumps(entry["metadata"]))
     patch = (
@@ -212,7 +210,7 @@ def test_an_answer_that_would_patch_the_task_changes_no_other_verdict() -> None:
 
 def test_numbers_in_a_comment_do_not_count_as_used() -> None:
     """countdown looks for its numbers in the raw text."""
-    verify = verifier(ReasoningGymVerifier(type="reasoning_gym"))
+    verify = ReasoningGymVerifier(type="reasoning_gym").load()
     entry = entries("countdown")[0]
     numbers = " ".join(str(n) for n in entry["metadata"]["numbers"])  # type: ignore[index]
     cheat = f"{entry['metadata']['target']} # {numbers}"  # type: ignore[index]
@@ -222,7 +220,7 @@ def test_numbers_in_a_comment_do_not_count_as_used() -> None:
 
 def judged_by(task: str, answers: dict[int, list[str]] | list[str], **settings: Any) -> list[tuple[str, str, object]]:
     """What is not judged 0 of these answers to a task's entries."""
-    verify = verifier(ReasoningGymVerifier(type="reasoning_gym", **settings))
+    verify = ReasoningGymVerifier(type="reasoning_gym", **settings).load()
     found = []
     for number, entry in enumerate(entries(task, 20)):
         row = Answered("", str(entry["answer"]), task, "", json.dumps(entry["metadata"]))
@@ -294,6 +292,6 @@ def test_what_a_task_lets_pass_and_what_it_must_not_lose(
     task: str, entry: dict[str, Any], answer: str, expected: str
 ) -> None:
     row = Answered(answer, entry["answer"], task, "", json.dumps(entry.get("metadata", {})))
-    assert verifier(ReasoningGymVerifier(type="reasoning_gym"))(row) in (
+    assert ReasoningGymVerifier(type="reasoning_gym").load()(row) in (
         {expected} if expected == CORRECT else {WRONG, UNPARSEABLE_ANSWER}
     )

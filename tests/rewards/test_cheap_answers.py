@@ -11,9 +11,12 @@ from typing import Any
 
 import pytest
 
-from cropi.config import ExactVerifier, FunctionVerifier, ReasoningGymVerifier, VerificationConfig
-from cropi.rewards.cheap import at_least, cheap_answers
+from cropi.config import VerificationConfig
 from cropi.rewards.pool import judge_of
+from cropi.rewards.reward_audit import at_least, cheap_answers
+from cropi.rewards.verifiers.exact_text import ExactVerifier
+from cropi.rewards.verifiers.python_function import FunctionVerifier
+from cropi.rewards.verifiers.reasoning_gym import ReasoningGymVerifier
 
 LIMITS = VerificationConfig(seconds=5.0, memory_mb=1024)
 

@@ -1,7 +1,9 @@
-"""Are rewards what they should be? Gold answers against themselves, format by source, one verifier beside another."""
+"""Audit rewards: gold answers against themselves, format by source, disagreement of verifiers, cheap answers."""
 
 from __future__ import annotations
 
+import math
+import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +11,7 @@ from typing import Any
 
 from cropi.config import Config, Verifier
 from cropi.errors import ConfigError
-from cropi.rewards.cheap import cheap_answers
+from cropi.prompt_text import last_turn
 from cropi.rewards.pool import judge_of
 from cropi.rewards.verdicts import (
     CORRECT,
@@ -18,19 +20,23 @@ from cropi.rewards.verdicts import (
     UNPARSEABLE_ANSWER,
     UNPARSEABLE_GOLD,
     WRONG,
+    Judge,
     Judgement,
     answered,
 )
-from cropi.rewards.verifiers import written_gold
 
 SHOWN = 20  # examples of each kind, at the most
 TEXT = 200  # characters of a text in an example
 LITTLE = 0.8  # a format that fewer completions keep to is worth a remark
+CONSTANTS = ("", "nan", "inf", "0", "1", "True", "answer", "[]", "{}")  # cheap answers
+CHOICES = 10  # gold answers that are given at once, at the most
+PER_SOURCE = 100  # rows that each cheap answer is tried on, at the most
+UNLIKELY = 0.001  # a cheap answer is reported if chance earns as much less often
 
 
 @dataclass(frozen=True)
 class Audit:
-    """What `audit-rewards` found."""
+    """Findings of `audit-rewards`."""
 
     completions: int
     origin: str
@@ -39,7 +45,7 @@ class Audit:
     sources: dict[str, dict[str, float]]
     verdicts: dict[str, int]
     disagreement: dict[str, Any] | None
-    cheap: list[dict[str, Any]]  # answers that need no thought and earn more than chance
+    cheap: list[dict[str, Any]]  # answers that ignore the question and earn more than chance
     fixes: list[str]
 
     def as_json(self) -> dict[str, Any]:
@@ -89,10 +95,12 @@ def audit_of(
     origin: str,
     other: Verifier | None,
 ) -> Audit:
-    """Judge the gold answers of all prompts, and completions (`rows` are their prompts), by the run's verifier and
-    perhaps another."""
+    """Judge the gold answers of all prompts by the run's verifier, and completions by it and perhaps another.
+
+    `rows` are the prompts of the completions.
+    """
     judge = judge_of(config.verifier, config.verification)
-    of_gold = judge([answered(written_gold(config.verifier, row["answer"]), row) for row in prompts])
+    of_gold = judge([answered(config.verifier.completion_with(row["answer"]), row) for row in prompts])
     asked = [answered(text, row) for text, row in zip(texts, rows, strict=True)]
     judged = judge(asked)
     _require_verdicts([*of_gold, *judged], "verifier")
@@ -146,29 +154,29 @@ def _differing(
 
 
 def _against_cheap(cheap: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Say what to do about sources where an answer that needs no thought earns more than chance."""
+    """Advice about sources where an answer that ignores the question earns more than chance."""
     if not cheap:
         return []
     names = ", ".join(sorted({row["source"] for row in cheap}))
     return [
-        f"answers that need no thought earn more than chance in {names}: a policy would learn to give them. Make the "
-        "verifier stricter, or leave these prompts out."
+        f"answers that ignore the question earn more than chance in {names}: a policy would learn to give them. "
+        "Make the verifier stricter, or remove these prompts."
     ]
 
 
 def _require_verdicts(judged: Sequence[Judgement], where: str) -> None:
-    """ConfigError where a verifier failed on every row: that says nothing of answers."""
+    """ConfigError if a verifier failed on every row, which says nothing about the answers."""
     causes = Counter(judgement.note for judgement in judged if judgement.verdict in (TIMEOUT, ERROR))
     if judged and causes.total() == len(judged):
         raise ConfigError(
-            f"it fails on all {len(judged)} rows that it was asked about: {causes.most_common(1)[0][0]}",
+            f"it fails on all {len(judged)} rows: {causes.most_common(1)[0][0]}",
             where=where,
-            fix="mend it (`cropi verify` tries it on rows of yours), or raise verification.seconds if it is slow.",
+            fix="correct it (try it with `cropi verify`), or raise verification.seconds if it is slow.",
         )
 
 
 def _by_source(origins: Sequence[str], judged: Sequence[Judgement], *, graded: bool) -> dict[str, dict[str, float]]:
-    """Shares of the completions whose gold answer can be read; of graded ones, their mean reward as well."""
+    """Shares among completions with a readable gold answer, and the mean reward if graded."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     rewards: dict[str, float] = defaultdict(float)
     for origin, judgement in zip(origins, judged, strict=True):
@@ -198,12 +206,12 @@ def _fixes(
     unread, wrong = gold.count(UNPARSEABLE_GOLD), gold.count(WRONG) + gold.count(UNPARSEABLE_ANSWER)
     if unread:
         found.append(
-            f"{unread} gold answers cannot be read, or the verifier leaves them out: their prompts are left out. Mend "
-            "them, or choose a verifier that reads them."
+            f"{unread} gold answers cannot be read or are excluded by the verifier: their prompts are not used. "
+            "Correct them, or choose a verifier that reads them."
         )
     if wrong:
         found.append(
-            f"{wrong} gold answers are not right against themselves: a right completion would get no reward. Mend "
+            f"{wrong} gold answers are not right against themselves: a right completion would get no reward. Correct "
             "them, or choose another verifier."
         )
     loose = [name for name, row in sources.items() if row["in_format"] < LITTLE]
@@ -217,9 +225,54 @@ def _fixes(
     ]
     if hopeless:
         found.append(f"no completion of {', '.join(hopeless)} is rewarded: too hard, or the gold answers are wrong.")
-    for verdict, remedy in ((TIMEOUT, "raise verification.seconds"), (ERROR, "mend the verifier")):
+    for verdict, remedy in ((TIMEOUT, "raise verification.seconds"), (ERROR, "correct the verifier")):
         if notes := [judgement.note for judgement in (*of_gold, *judged) if judgement.verdict == verdict]:
             found.append(f"{len(notes)} gold answers or completions ended as {verdict} ({notes[0]}): {remedy}.")
     if disagreement is not None and disagreement["count"]:
         found.append("read the completions on which the two verifiers disagree: one of them is wrong.")
     return found
+
+
+def cheap_answers(verifier: Verifier, judge: Judge, prompts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Answers that earn more than chance, by source: the answer, its mean reward, that of chance, and the rows.
+
+    Chance is the share of the commonest gold answer, the best that ignores the question. An answer is reported if a
+    binomial variable of that mean reaches its sum of rewards, rounded down, less often than `UNLIKELY`.
+    """
+    by_source: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    for row in prompts:
+        by_source[row["source"]].append(row)
+    found = []
+    for source, every in sorted(by_source.items()):
+        rows = every[:: -(-len(every) // PER_SOURCE)]
+        tried = _completions(verifier, rows)
+        asked = [answered(text, row) for texts in tried.values() for text, row in zip(texts, rows, strict=True)]
+        rewards = [judgement.reward for judgement in judge(asked)]
+        chance = Counter(row["answer"].strip() for row in rows).most_common(1)[0][1] / len(rows)
+        for number, name in enumerate(tried):
+            own = [one for one in rewards[number * len(rows) : (number + 1) * len(rows)] if one is not None]
+            if own and at_least(math.floor(sum(own) + 1e-9), len(own), chance) < UNLIKELY:
+                mean = sum(own) / len(own)
+                found.append({"source": source, "answer": name, "earns": mean, "chance": chance, "rows": len(own)})
+    return found
+
+
+def _completions(verifier: Verifier, rows: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Name of a cheap answer -> a completion with it for each row, in the verifier's format."""
+    golds = [gold for gold, _ in Counter(row["answer"].strip() for row in rows).most_common(CHOICES)]
+    asked = [last_turn(row["messages"]) for row in rows]
+    numbers = [re.findall(r"-?\d+(?:\.\d+)?", text)[-1:] for text in asked]
+    constants = {repr(text): [text] * len(rows) for text in CONSTANTS}
+    constants["the commonest gold answer"] = golds[:1] * len(rows)
+    constants["gold answers of others, all at once"] = [", ".join(golds)] * len(rows)
+    constants["the prompt's last number"] = [number[0] if number else "0" for number in numbers]
+    return {
+        **{name: [verifier.completion_with(text) for text in texts] for name, texts in constants.items()},
+        "no text at all": [""] * len(rows),
+        "the prompt": asked,
+    }
+
+
+def at_least(count: int, of: int, chance: float) -> float:
+    """The probability that a binomial variable is at least `count`."""
+    return sum(math.comb(of, n) * chance**n * (1 - chance) ** (of - n) for n in range(count, of + 1))

@@ -1,27 +1,29 @@
 r"""The verifier `math`: answers in LaTeX or plain writing, compared by meaning with math-verify.
 
-An answer is words alone, or values with units: docs/verifiers.md states the rule. The library gets one short expression
-without text, and what it calls equal is checked again where it is known to be too kind. In its issue tracker
-(github.com/huggingface/Math-Verify): numbers near zero are rounded to the same (#14), equations that say nothing equal
-each other (#60), and 2 2/3 is one (#81).
+An answer is words alone, or values with units. The library gets one short expression without text. Verdicts are checked
+again where the library is known to be too kind. In its issue tracker (github.com/huggingface/Math-Verify): numbers near
+zero are rounded to the same (#14), equations that say nothing equal each other (#60), and 2 2/3 is one (#81).
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import re
 from fractions import Fraction
 from functools import lru_cache
 from itertools import accumulate
-from typing import Any
+from typing import Any, Literal
 
-from cropi.config import MathVerifier
-from cropi.rewards.answers import Answer, answer_text, bare, read
-from cropi.rewards.sizes import too_large
-from cropi.rewards.units import PERCENT
 from cropi.rewards.verdicts import CORRECT, UNPARSEABLE_ANSWER, UNPARSEABLE_GOLD, WRONG, Answered
-from cropi.rewards.verifiers import NUMBER, Verify, plain_latex, value_of
+from cropi.rewards.verifier import VerifierTable, Verify
+from cropi.rewards.verifiers.boxed import in_box, plain_latex
+from cropi.rewards.verifiers.math_reading import PERCENT, Answer, answer_text, bare, read
+from cropi.rewards.verifiers.numeric import NUMBER, value_of
 
+MAX_LENGTH = 1000  # characters of an answer; a longer one is no answer
+MAX_DIGITS = 20_000  # of a value to work out
+MAX_NESTED = 5  # functions of functions
 RELATIVE = 2e-6  # numbers of which one is a decimal are equal up to this share of the larger
 _APART = re.compile(r"(?<!_)\d\s+\d")  # two numbers side by side are neither a product nor a sum
 _DEPTH = 10  # of brackets: the library's time grows exponentially with it
@@ -31,29 +33,38 @@ _INDEX = re.compile(r"_{?i|\\(?:sum|prod)")
 _BASE = re.compile(r"(?<=\d)\s*_\s*(?:{[^{}]*}|\w)")
 
 
-def math_verifier(config: MathVerifier) -> Verify:
-    """Row -> verdict. ImportError where math-verify is missing."""
-    try:
-        import math_verify  # noqa: F401
-    except ImportError:
-        raise ImportError("the verifier `math` needs math-verify: pip install 'cropi[math]'") from None
-    logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it warns that it has no time limit: we have one
+class MathVerifier(VerifierTable):
+    r"""Right when the last `\boxed{...}`, or the announced answer, means the recorded answer, by math-verify."""
 
-    def verify(row: Answered) -> str:
+    type: Literal["math"]
+    """Picks this verifier."""
+    boxed_only: bool = False
+    r"""Accept only a `\boxed{...}` as an answer, not what follows the last `####`, `answer is` or `answer:`."""
+
+    def load(self) -> Verify:
+        try:
+            import math_verify  # noqa: F401
+        except ImportError:
+            raise ImportError("the verifier `math` needs math-verify: pip install 'cropi[math]'") from None
+        logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # else it warns that it has no time limit
+        return self._judge
+
+    def _judge(self, row: Answered) -> str:
         gold = answer_text(row.answer, boxed_only=False)
         gold = gold if gold is not None else bare(row.answer)
-        if not gold or len(gold) > config.max_length:
+        if not gold or len(gold) > MAX_LENGTH:
             return UNPARSEABLE_GOLD
-        given = answer_text(row.completion, boxed_only=config.boxed_only)
-        if not given or len(given) > config.max_length:
+        given = answer_text(row.completion, boxed_only=self.boxed_only)
+        if not given or len(given) > MAX_LENGTH:
             return UNPARSEABLE_ANSWER
         return compare(gold, given)
 
-    return verify
+    def completion_with(self, answer: str) -> str:
+        return in_box(answer)
 
 
 def compare(gold: str, given: str) -> str:
-    """The verdict on two answers, each one expression. Whether the gold answer can be read depends on it alone."""
+    """Compare two answers, each one expression. Whether the gold answer is readable depends on it alone."""
     one, other = read(gold), read(given)
     if not _readable(one):
         return UNPARSEABLE_GOLD
@@ -81,7 +92,7 @@ def _readable(answer: Answer) -> bool:
 
 
 def _same(gold: str, given: str) -> bool:
-    """Whether two expressions are equal, also in what the library drops: bases, repetition, the kind of brackets."""
+    """Whether two expressions are equal, also in what the library ignores: bases, repetition, kinds of brackets."""
     expected, number = _number(gold), _number(given)
     if expected is not None and number is not None:
         exact = not re.search(r"[.eE]", gold + given)
@@ -98,12 +109,12 @@ def _same(gold: str, given: str) -> bool:
 
 
 def _items(text: str) -> list[str]:
-    """What stands between the commas of a list; one where there are none."""
+    """The items of a list; the whole text if it has no commas."""
     return re.sub(r"^(?:\\\{|[(\[])|(?:\\\}|[)\]])$", "", plain_latex(text)).split(",")
 
 
 def _number(text: str) -> Fraction | None:
-    """A text that is one number and nothing else."""
+    """The value of a text that is one number."""
     return value_of(text) if NUMBER.fullmatch(text) else None
 
 
@@ -113,7 +124,7 @@ def _close(a: Any, b: Any, tolerance: float) -> Any:
 
 @lru_cache(maxsize=10_000)
 def _parsed(text: str) -> Any | None:
-    """The expression that a text means; None where it means none, or holds a number that nobody would compute with."""
+    """Parse a text as an expression; None if it is none, or would take too long to evaluate."""
     from latex2sympy2_extended.latex2sympy2 import ConversionConfig, NormalizationConfig, latex2sympy
 
     written = text if _INDEX.search(text) else _IMAGINARY.sub("I", text)
@@ -159,7 +170,7 @@ def _equal(gold: Any, given: Any) -> bool:
 
 
 def _defines(relation: Any) -> bool:
-    """Whether an equation names something, as x = 7 and f(x) = 7 do, or is true arithmetic, as 3 + 4 = 7."""
+    """Whether an equation defines a symbol, as x = 7 and f(x) = 7 do, or is true arithmetic, as 3 + 4 = 7."""
     from sympy import Eq, Symbol
     from sympy.core.function import AppliedUndef
 
@@ -171,7 +182,7 @@ def _defines(relation: Any) -> bool:
 
 
 def _empty(equation: Any) -> bool:
-    """Whether an equation holds whatever its symbols are."""
+    """Whether an equation holds for all values of its symbols."""
     from sympy import Expr, simplify
 
     if not all(isinstance(side, Expr) for side in equation.args):
@@ -180,10 +191,38 @@ def _empty(equation: Any) -> bool:
 
 
 def _value(expression: Any) -> Any | None:
-    """Its value to 30 digits where it is a number, an infinite one too."""
+    """The value to 30 digits if it is a number, finite or not."""
     from sympy import Expr
 
     if not isinstance(expression, Expr) or not expression.is_number:
         return None
     value = expression.doit().evalf(30)
     return value if value.is_number else None
+
+
+def too_large(expression: Any) -> bool:
+    """Whether evaluating it could take too long."""
+    return _digits(expression, 1.0, 0) > MAX_DIGITS
+
+
+def _digits(node: Any, of_symbol: float, depth: int) -> float:
+    """A bound on the digits of a value, given the digits of symbols."""
+    from sympy import Add, Function, MatrixBase, Pow, Product, Rational, Sum, Symbol, exp, factorial
+
+    if isinstance(node, Rational | Symbol):
+        return of_symbol if isinstance(node, Symbol) else math.log10(max(abs(node.p), node.q))
+    parts = list(node) if isinstance(node, MatrixBase) else list(getattr(node, "args", ()))
+    depth += isinstance(node, Function)
+    limits = max((_digits(part, 0.0, depth) for part in parts[1:]), default=0.0)
+    worked_out = isinstance(node, Sum | Product)
+    sizes = [_digits(part, max(of_symbol, limits) if worked_out else of_symbol, depth) for part in parts] or [1.0]
+    if depth > MAX_NESTED or max(sizes) == math.inf:
+        return math.inf
+    if not isinstance(node, Sum | Product | Pow | factorial | exp):
+        return sum(sizes)
+    times = limits if worked_out else sizes[-1]  # digits of how many times something is multiplied or added
+    if times > math.log10(MAX_DIGITS) + 1:
+        return math.inf
+    if isinstance(node, Pow) and isinstance(node.base, Add) and node.base.free_symbols:
+        return float(100 * 10 ** (times * (len(node.base.args) - 1)))  # for the terms of its expansion
+    return float(10**times * (times + 0.5 if isinstance(node, factorial | exp) else max(sizes[0], 0.3)))

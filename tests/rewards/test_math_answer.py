@@ -6,15 +6,15 @@ import time
 
 import pytest
 
-from cropi.config import MathVerifier
-from cropi.rewards.answers import answer_text
-from cropi.rewards.mathematics import math_verifier
 from cropi.rewards.verdicts import CORRECT, UNPARSEABLE_ANSWER, UNPARSEABLE_GOLD, WRONG, Answered
+from cropi.rewards.verifiers import math_answer
+from cropi.rewards.verifiers.math_answer import MathVerifier
+from cropi.rewards.verifiers.math_reading import answer_text
 
 
-def verdict(gold: str, answer: str, **settings: object) -> str:
+def verdict(gold: str, answer: str) -> str:
     completion = answer if "boxed" in answer else f"\\boxed{{{answer}}}"
-    return math_verifier(MathVerifier(type="math", **settings))(Answered(completion, gold))  # type: ignore[arg-type]
+    return MathVerifier(type="math").load()(Answered(completion, gold))
 
 
 @pytest.mark.parametrize(
@@ -120,6 +120,7 @@ def test_more_that_the_library_lets_pass(gold: str, answer: str) -> None:
         ("12345", r"12\,345"), (r"10\text{ m}", "10"), (r"10\text{ hours}", "10 hour"), ("1010_2", "1010_{2}"),
         ("1010_2", "1010"), ("(1,2)", "(1, 2)"), (r"\infty", r"+\infty"), ("2 1/2", "5/2"), (r"2\frac12", "2.5"),
         ("1{,}234", "1234"), (r"\{1,1,2\}", r"\{1,2,1\}"),
+        ("6", "2·3"), ("(1,2)", r"\bigl(1,2\bigr)"), (r"1,\ldots,5", "1, …, 5"), ("5", r"\textstyle 5"), ("x^2", "x²"),
     ],
 )  # fmt: skip
 def test_what_is_right_in_another_writing(gold: str, answer: str) -> None:
@@ -358,7 +359,7 @@ def test_another_answer_is_not_right(gold: str, answer: str) -> None:
     ],
 )  # fmt: skip
 def test_an_announced_answer_is_read(completion: str, gold: str) -> None:
-    assert math_verifier(MathVerifier(type="math"))(Answered(completion, gold)) == CORRECT
+    assert MathVerifier(type="math").load()(Answered(completion, gold)) == CORRECT
 
 
 @pytest.mark.parametrize(
@@ -371,7 +372,7 @@ def test_an_announced_answer_is_read(completion: str, gold: str) -> None:
     ],
 )  # fmt: skip
 def test_what_announces_another_answer_or_none_is_not_right(completion: str, gold: str) -> None:
-    assert math_verifier(MathVerifier(type="math"))(Answered(completion, gold)) in {WRONG, UNPARSEABLE_ANSWER}
+    assert MathVerifier(type="math").load()(Answered(completion, gold)) in {WRONG, UNPARSEABLE_ANSWER}
 
 
 @pytest.mark.parametrize(
@@ -384,9 +385,9 @@ def test_what_announces_another_answer_or_none_is_not_right(completion: str, gol
     ],
 )  # fmt: skip
 def test_what_nobody_could_work_out_is_refused_before_it_is_evaluated(answer: str) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     assert verdict("7", answer) == UNPARSEABLE_ANSWER
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 @pytest.mark.parametrize(
@@ -407,11 +408,11 @@ def test_whether_a_gold_answer_can_be_read_does_not_depend_on_the_completion(gol
 
 
 def test_long_runs_of_dots_and_spaces_cost_nothing() -> None:
-    verify = math_verifier(MathVerifier(type="math"))
-    start = time.perf_counter()
+    verify = MathVerifier(type="math").load()
+    start = time.process_time()
     for run in (".", " ", "_", "*", "$"):
         verify(Answered(f"The answer is 7 {run * 200_000} hm", "7"))
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 @pytest.mark.parametrize(
@@ -433,13 +434,14 @@ def test_where_the_answer_stands(completion: str, expected: str | None) -> None:
 
 
 def test_boxed_only() -> None:
-    verify = math_verifier(MathVerifier(type="math", boxed_only=True))
+    verify = MathVerifier(type="math", boxed_only=True).load()
     assert verify(Answered("The answer is 5", "5")) == UNPARSEABLE_ANSWER
     assert verify(Answered("The answer is \\boxed{5}", "5")) == CORRECT
     assert verify(Answered("\\boxed{5}", "It takes 2 + 3. #### 5")) == CORRECT
 
 
-def test_an_answer_longer_than_allowed_is_none() -> None:
-    assert verdict("2", "1+1", max_length=3) == CORRECT
-    assert verdict("2", "1+1 ", max_length=3) == CORRECT  # white space around it does not count
-    assert verdict("2", "1 + 1", max_length=3) == UNPARSEABLE_ANSWER
+def test_an_answer_longer_than_allowed_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(math_answer, "MAX_LENGTH", 3)
+    assert verdict("2", "1+1") == CORRECT
+    assert verdict("2", "1+1 ") == CORRECT  # white space around it does not count
+    assert verdict("2", "1 + 1") == UNPARSEABLE_ANSWER
