@@ -16,15 +16,15 @@ from cropi.artifacts import (
     SELECTION,
     TRAJECTORIES,
     TRUNCATED,
-    append_jsonl,
     count_status,
     finish,
-    scores_schema,
     write_table,
 )
 from cropi.config import Config
 from cropi.loading import validate_config
-from cropi.run_folder import RunFolder, keep_evaluation
+from cropi.run_folder import RunFolder
+from cropi.run_tables import keep_evaluation, scores_schema
+from cropi.streams import append_jsonl
 
 BUILTIN = {"type": "builtin", "families": ["sum"], "count": 4}
 SOURCES = ("sum", "swaps", "sort")
@@ -198,6 +198,7 @@ def write_scores(space: RunFolder, made: Fabrication, stage: int) -> None:
 def write_selection(space: RunFolder, made: Fabrication, stage: int) -> None:
     """A quarter of the pool (all of it for `full`), taken in the pool's order from a place that moves on by stage."""
     prompts, strategy = train_rows(made), made.strategy
+    scored = VALIDATION if strategy == "influence" else ()
     size = len(prompts) if strategy == "full" else len(prompts) // 4
     first = stage * (size // 3) if strategy == "influence" else 0
     order = [*prompts[first:], *prompts[:first]]
@@ -208,9 +209,7 @@ def write_selection(space: RunFolder, made: Fabrication, stage: int) -> None:
             "selected": place < size,
             "rank": place + 1,
             "score": 1 / (place + 1),
-            "scores": [(name, influence_of(place, stage, name)) for name in VALIDATION]
-            if strategy == "influence"
-            else [],
+            "scores": [(name, influence_of(place, stage, name)) for name in scored],
             "pass_rate": 0.5,
             "status": OK,
             "reason": f"{strategy}: #{place + 1}" if place < size else None,

@@ -4,13 +4,15 @@ import shutil
 import numpy as np
 import pytest
 
-from cropi.artifacts import SELECTION, append_jsonl, finish, scores_schema, write_table
+from cropi.artifacts import SELECTION, finish, write_table
 from cropi.config import InfluenceStrategy, LearnabilityStrategy, PassRateStrategy
 from cropi.curriculum.candidates import Candidates, Ranking
 from cropi.curriculum.choose import choose, selection_table
 from cropi.errors import ArtifactError, UserError
 from cropi.report.explain import WHY_NOT, Cut, SetInfluence, Trained, explanations, outcome
 from cropi.report.explain_text import LEGEND, as_text
+from cropi.run_tables import scores_schema
+from cropi.streams import append_jsonl
 
 NAMES = ("alpha", "beta")
 INFLUENCE = InfluenceStrategy(type="influence")
@@ -181,7 +183,7 @@ def test_scores_without_errors_say_so(fabricate):
         (["v-alpha"], {}, "is a prompt of validation/alpha"),
         (["seed=1"], {}, "name the run's folder"),
         (["p000"], {"stage": 2}, "give 0 to 1"),
-        (["p000"], {"stage": 1}, "stage 1 of influence has neither"),
+        (["p000"], {"stage": 1}, "stage 1 has neither"),
     ],
 )
 def test_mistakes_are_named_with_a_way_out(space, ids, options, message):

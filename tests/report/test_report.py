@@ -8,7 +8,6 @@ from html.parser import HTMLParser
 import pytest
 from markdown_it import MarkdownIt
 
-from cropi.artifacts import append_jsonl
 from cropi.errors import ArtifactError, printable
 from cropi.loading import load_config
 from cropi.report.closeups import closeups, pick, shortened, telling
@@ -16,6 +15,7 @@ from cropi.report.headline import headline
 from cropi.report.markdown import escaped, fenced
 from cropi.report.reading import read_scores
 from cropi.report.report import make_report, prose
+from cropi.streams import append_jsonl
 
 HOSTILE = (
     "<script>alert(1)</script>\n```\n````\n| a | b |\n# no heading\n[x](http://example.com) &amp; `code` \ud800\x00"

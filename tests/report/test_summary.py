@@ -2,9 +2,9 @@ import json
 
 import pytest
 
-from cropi.artifacts import append_jsonl
 from cropi.report.headline import headline
 from cropi.report.summary import summarise
+from cropi.streams import append_jsonl
 
 STEADY = {2: ("1000", "00", "10"), 4: ("1100", "00", "10"), 6: ("1100", "10", "10"), 8: ("1110", "10", "10")}
 EMPTY = {"collected": False, "base": None, "stages_scored": 0, "stages_selected": 0, "trained": False}

@@ -47,7 +47,7 @@ def test_every_preset_fits_the_recipes_and_says_what_it_is(name: str):
     preset = presets()[name]
     assert set(preset) == {"about", "config"}
     assert preset["about"]
-    values = merged(load_config("quickstart").resolved(), preset["config"])
+    values = merged(load_config("quickstart", ["select.strategy=full"]).resolved(), preset["config"])
     validate_config(values, name)
 
 

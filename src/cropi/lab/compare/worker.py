@@ -17,12 +17,13 @@ from multiprocessing import connection, parent_process
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cropi.artifacts import append_jsonl, is_finished, write_json, write_sealed
+from cropi.artifacts import is_finished, write_json, write_sealed
 from cropi.config import Config
 from cropi.errors import UserError
 from cropi.lab.compare.plan import BEGUN, FINISHED, LOG
 from cropi.ledger import Ledger
 from cropi.run_folder import RunFolder, StagePaths, checkpoints
+from cropi.streams import append_jsonl
 
 if TYPE_CHECKING:
     from torch import nn
