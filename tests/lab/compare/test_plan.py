@@ -114,7 +114,7 @@ def test_a_patch_that_does_not_validate_is_refused_before_anything_is_written(tm
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("override", "option"), [("seed=1", "--seeds"), ("run_dir=x", "--folder"), ("--st")])
+@pytest.mark.parametrize(("override", "option"), [("seed=1", "--seeds"), ("run_dir=x", "--folder")])
 def test_what_a_comparison_sets_itself_is_refused(tmp_path: Path, override: str, option: str):
     with pytest.raises(ConfigError, match=f"sets .* itself\nFix: use {option}"):
         make_plan(["quickstart"], [override], ["full"], [0], tmp_path / "out")
