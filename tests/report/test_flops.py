@@ -41,7 +41,7 @@ def test_passes_over_a_batch(overrides: list[str], passes: int):
     ],
 )
 def test_what_a_token_of_the_pool_costs(overrides: list[str], multiple: int):
-    config = load_config("quickstart", ["select.strategy=influence", *overrides])
+    config = load_config("quickstart", ["select.strategy=influence", "score.standard_errors=false", *overrides])
     assert score_multiple(config.score, len(config.prompts.validation)) == multiple
 
 
