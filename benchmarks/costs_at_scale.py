@@ -21,7 +21,7 @@ from typing import Any
 from scale import grouped
 
 from cropi.config import Config, PooledStrategy
-from cropi.lab.bench.shapes import SHAPES, Shape
+from cropi.lab.bench.policy_shapes import SHAPES, Shape
 from cropi.loading import load_config
 from cropi.presets import preset
 from cropi.report.flops import flops, score_multiple
@@ -30,8 +30,8 @@ Line = Mapping[str, Any]  # of a ledger
 FLOOR = 2  # forward passes of scoring's floor: forward, and backward through activations
 
 ROOT = Path(__file__).resolve().parents[1]
-SCALE = ROOT / "docs" / "figures" / "scale.json"
-ENGINE = ROOT / "docs" / "figures" / "bench" / "10m-realistic.json"
+SCALE = ROOT / "research" / "figures" / "scale.json"
+ENGINE = ROOT / "research" / "figures" / "bench" / "10m-realistic.json"
 
 LLAMA_70B = Shape(
     "llama",
@@ -175,7 +175,7 @@ def parameters(model: Model) -> tuple[int, int]:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from cropi.lab.compare.worker import matrix_parameters
+    from cropi.lab.compare.compared_run import matrix_parameters
 
     with torch.device("meta"):
         made = AutoModelForCausalLM.from_config(AutoConfig.for_model(model.shape.model_type, **model.shape.settings))
@@ -304,7 +304,7 @@ class Seconds:
 
     @property
     def whole_share(self) -> float:
-        """The same with collection: y of the speed-up x / (1 + y), see docs/paper.md."""
+        """The same with collection: y of the speed-up x / (1 + y), see research/paper.md."""
         return self.share + self.collect / self.train
 
     @property

@@ -6,8 +6,8 @@ many subsets, make the update that training on each would make from fresh comple
 measure how the mean reward on the validation prompts and on others of their families changes. `--stage-steps` trains on
 some subsets for real.
 
-    python benchmarks/improvement.py --seeds 1 --out docs/figures/improvement.json
-    python benchmarks/improvement_report.py docs/figures/improvement.json docs/figures/improvement.svg
+    python benchmarks/improvement.py --seeds 1 --out research/figures/improvement.json
+    python benchmarks/improvement_report.py research/figures/improvement.json research/figures/improvement.svg
 
 With `--raw FOLDER` one file per seed and checkpoint is kept there, and what is there is not made again.
 """
@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import measured_improvement as audit
 import numpy as np
 import torch
 
@@ -31,8 +32,7 @@ from cropi.config import ExactVerifier, PolicyConfig, VerificationConfig
 from cropi.gradients.engine import Engine
 from cropi.gradients.groups import Group
 from cropi.gradients.surrogate import SurrogateSettings
-from cropi.lab.audit import improvement as audit
-from cropi.lab.audit.sampling import Prompt, sample_groups
+from cropi.lab.audit.fresh_trajectories import Prompt, sample_groups
 from cropi.lab.bench.machine import describe
 from cropi.policy import Policy, encode_prompts, load_policy
 from cropi.rewards.pool import judge_of

@@ -1,6 +1,6 @@
 """Tables and the figure of what `benchmarks/improvement.py` has measured.
 
-python benchmarks/improvement_report.py docs/figures/improvement.json docs/figures/improvement.svg
+python benchmarks/improvement_report.py research/figures/improvement.json research/figures/improvement.svg
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
+from measured_improvement import Pair, over_subsets, rank_agreement, slope
 
 from cropi.functional.agreement import spearman
 from cropi.functional.statistics import Interval
-from cropi.lab.audit.improvement import Pair, over_subsets, rank_agreement, slope
 
 BASE = "constant std dot"
 SHOWN = [

@@ -48,7 +48,7 @@ def cropi_process(*arguments: str, cwd: Path, timeout_s: float = 300) -> subproc
 def cropi(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     """Run the command in this process, which saves the imports. What it has opened is closed before it returns."""
     from cropi import console
-    from cropi.cli.main import app
+    from cropi.__main__ import app
 
     out, err, code = io.StringIO(), io.StringIO(), 0
     console.warn_once.cache_clear()

@@ -18,7 +18,7 @@ from cropi.artifacts import read_sealed
 from cropi.builtin import POLICY_DIR
 from cropi.cli import shell
 from cropi.errors import ArtifactError
-from cropi.lab.compare.results import RESULTS, read_results
+from cropi.lab.compare.result_table import RESULTS, read_results
 from cropi.ledger import Ledger
 from tests.runs import SMALL, cropi
 

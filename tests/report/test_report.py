@@ -14,7 +14,8 @@ from cropi.report.closeups import closeups, pick, shortened, telling
 from cropi.report.headline import headline
 from cropi.report.markdown import escaped, fenced
 from cropi.report.reading import read_scores
-from cropi.report.report import make_report, prose
+from cropi.report.rendering import prose
+from cropi.report.report import make_report
 from cropi.streams import append_jsonl
 
 HOSTILE = (

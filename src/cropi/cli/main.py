@@ -33,9 +33,6 @@ from cropi.cli.shell import (
     read_own_config,
 )
 from cropi.cli.verify import audit_rewards, verify
-from cropi.lab.audit_command import audit
-from cropi.lab.bench_command import bench
-from cropi.lab.compare_command import compare
 from cropi.world import first, launched
 
 app = typer.Typer(
@@ -48,11 +45,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(recipes, name="recipes")
-app.command()(audit)
-app.command()(compare)
 app.command()(verify)
 app.command("audit-rewards")(audit_rewards)
-app.add_typer(bench, name="bench")
 
 
 @app.command()
