@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cropi.artifacts import append_jsonl, read_jsonl
+from cropi.streams import append_jsonl, read_jsonl
 from cropi.world import ALONE, World
 
 

@@ -11,9 +11,10 @@ import pytest
 from tests.distributed.threads import together
 from torch.distributed import HashStore
 
-from cropi.artifacts import build, is_finished, read_jsonl
+from cropi.artifacts import build, is_finished
 from cropi.errors import ArtifactError
 from cropi.ledger import Ledger
+from cropi.streams import read_jsonl
 from cropi.world import ALONE, OtherFailed, World, first, launched
 
 

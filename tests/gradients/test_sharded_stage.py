@@ -15,11 +15,12 @@ from tests.stages.test_score import NAMES, SOURCES, TABLES, config
 from torch import distributed
 from torch.distributed.device_mesh import DeviceMesh
 
-from cropi.artifacts import read_table, scores_schema
+from cropi.artifacts import read_table
 from cropi.distributed import Launched
 from cropi.gradients import evidence, parts, storing
 from cropi.gradients.storing import FeatureRequest
 from cropi.gradients.surrogate import surrogate_settings
+from cropi.run_tables import scores_schema
 from cropi.stages.score import ScoredPool, score_pool
 from cropi.world import ALONE, World
 

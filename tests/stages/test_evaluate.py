@@ -7,7 +7,7 @@ from tests.runs import judge
 
 from cropi.config import EvaluateConfig
 from cropi.errors import DataError
-from cropi.run_folder import forget_evaluations, keep_evaluation
+from cropi.run_tables import forget_evaluations, keep_evaluation
 from cropi.stages.evaluate import Exam, Question, accuracy, read_evaluations
 from cropi.world import ALONE, World
 

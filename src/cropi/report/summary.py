@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from cropi.artifacts import read_jsonl
 from cropi.config import Config
 from cropi.functional.statistics import Interval
 from cropi.report.costs import charges
@@ -25,6 +24,7 @@ from cropi.report.reading import (
 from cropi.report.results import Point, Summary
 from cropi.run_folder import RunFolder
 from cropi.seeds import derived_seed
+from cropi.streams import read_jsonl
 
 __all__ = ["Summary", "headline", "summarise"]
 

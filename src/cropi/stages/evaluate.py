@@ -21,7 +21,7 @@ from cropi.lockstep import in_lockstep
 from cropi.policy import Policy, encode_prompts, load_policy, trainer_prompt, uses_chat
 from cropi.rewards.verdicts import Answered, Judge, answered, reward
 from cropi.rollouts.generation import Sampling, TransformersGenerator
-from cropi.run_folder import evaluation_files, keep_evaluation
+from cropi.run_tables import evaluation_files, keep_evaluation
 from cropi.seeds import derived_seed
 from cropi.stages.collect import make_prompt_table
 from cropi.stages.run import Run

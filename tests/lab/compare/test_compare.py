@@ -14,16 +14,16 @@ import torch
 from tests.conftest import tiny_llama
 from tests.runs import SMALL, cropi, cropi_process, evaluations, selections
 
-from cropi.artifacts import append_jsonl, read_jsonl
 from cropi.lab.compare.compared_run import link_shared, matrix_parameters
 from cropi.lab.compare.result_table import read_results
 from cropi.lab.compare.run_processes import default_jobs
 from cropi.ledger import Ledger
 from cropi.loading import load_config
 from cropi.pipeline import train_all
-from cropi.run_folder import forget_evaluations
+from cropi.run_tables import forget_evaluations
 from cropi.stages.collect import collect
 from cropi.stages.run import Run
+from cropi.streams import append_jsonl, read_jsonl
 
 TINY = [
     *SMALL,

@@ -17,13 +17,14 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cropi.artifacts import append_jsonl, is_finished, write_json, write_sealed
+from cropi.artifacts import is_finished, write_json, write_sealed
 from cropi.config import Config
 from cropi.errors import UserError
 from cropi.lab.compare.comparison_plan import BEGUN, FINISHED
 from cropi.ledger import Ledger
 from cropi.loading import validate_config
 from cropi.run_folder import RunFolder, StagePaths, checkpoints
+from cropi.streams import append_jsonl
 
 if TYPE_CHECKING:
     from torch import nn
