@@ -21,7 +21,7 @@ from tests.runs import SMALL, evaluations, selections
 STEPS = 2
 POOLED = [
     *SMALL,
-    "select.strategy={type: pooled, screen: 0.2, screen_generations: 3}",
+    "select.strategy={type: pooled, screen: 0.2}",
     "baselines=[]",
     "collect.fraction=0.5",
     "collect.num_generations=4",
@@ -123,13 +123,13 @@ def test_scoring_again_takes_fresh_validation_prompts_where_it_scores(tmp_path: 
     assert [s for s in range(3) if (stages / f"{s:03}/scores").is_dir()] == [0, 2]
     assert [s for s in range(3) if (stages / f"{s:03}/fresh_validation").is_dir()] == [2]
     assert not any((stages / f"{s:03}/screened").exists() for s in range(3))
-    evidence = pipeline.gathered.candidates(pipeline.space.arms["pooled"], 2).evidence
-    assert evidence is not None
-    assert evidence.validation_tried_at == 2 * STEPS
+    data = pipeline.gathered.candidates(pipeline.space.arms["pooled"], 2).pooling
+    assert data is not None
+    assert data.validation_tried_at == 2 * STEPS
     ids = list(pipeline.space.train_prompts)
     trained = {v.prompt_id for v in pipeline.gathered.candidates(pipeline.space.arms["pooled"], 2).visits}
     assert trained
-    assert all(evidence.tries_N[ids.index(i)] == 0 for i in trained)  # they are visits, and not counted twice
+    assert all(data.tries_N[ids.index(i)] == 0 for i in trained)  # they are visits, and not counted twice
 
 
 def test_prompts_near_the_validation_prompts_are_sampled_and_ratios_are_one(tmp_path: Path) -> None:

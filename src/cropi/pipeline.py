@@ -20,12 +20,13 @@ from cropi.artifacts import (
     open_artifact,
     read_table,
 )
-from cropi.config import SAMPLED_BY, Config, PooledStrategy
+from cropi.config import SAMPLED_BY, Config
 from cropi.console import counts_text, say, warn
-from cropi.curriculum.refresh import drift_warning
-from cropi.curriculum.strategies.pooled import prompts_to_screen
+from cropi.curriculum.stale_trajectories import drift_warning
+from cropi.curriculum.strategies.pooled import SCREEN_GENERATIONS, PooledStrategy
 from cropi.elsewhere import CarriedPolicy, Elsewhere
 from cropi.errors import ArtifactError, ConfigError
+from cropi.functional.sampling import places
 from cropi.gradients.groups import group_facts
 from cropi.gradients.validation import validation_groups
 from cropi.lockstep import in_lockstep
@@ -245,13 +246,12 @@ class Pipeline:
         strategy = self.config.arms[arm.name]
         if not (isinstance(strategy, PooledStrategy) and strategy.screen):
             return
-        fewer = self.config.collect.model_copy(update={"num_generations": strategy.screen_generations})
+        fewer = self.config.collect.model_copy(update={"num_generations": SCREEN_GENERATIONS})
         config, policy = self.config.model_copy(update={"collect": fewer}), Policy(model, self._given.tokenizer)
 
         def make(folder: Path) -> tuple[Mapping[str, int], Mapping[str, Any]]:
-            ids = self.world.from_main(
-                lambda: prompts_to_screen(self.gathered.candidates(arm, stage), strategy, self.config.select)
-            )
+            size = places(self.config.select.fraction, len(self.space.train_prompts))
+            ids = self.world.from_main(lambda: strategy.prompts_to_screen(self.gathered.candidates(arm, stage), size))
             rows = [self.space.train_prompts[prompt_id] for prompt_id in ids]
             where: dict[str, Any] = {"arm": arm.name, "stage": stage, "purpose": "screen", "world": self.world}
             return collect_anew(config, policy, self.judge, rows, folder, self.space.ledger, **where, logprobs=False)

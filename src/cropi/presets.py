@@ -9,7 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, get_args
 
-from cropi.config import Strategy
+from cropi.curriculum.strategies import STRATEGIES
 from cropi.errors import ConfigError, hint
 from cropi.yaml_text import parse_yaml
 
@@ -27,7 +27,7 @@ def presets() -> dict[str, dict[str, Any]]:
     return dict(parse_yaml(text, "presets.yaml"))
 
 
-TYPES = frozenset(get_args(table.model_fields["type"].annotation)[0] for table in get_args(get_args(Strategy)[0]))
+TYPES = frozenset(get_args(table.model_fields["type"].annotation)[0] for table in STRATEGIES)
 
 
 def read_patches(names: Sequence[str]) -> dict[str, Patch]:

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from cropi.curriculum.refresh import drift_warning, prompts_to_refresh
+from cropi.curriculum.stale_trajectories import drift_warning, prompts_to_refresh
 
 NAN = float("nan")
 #        status,            drawn, reused, ratio_ess

@@ -6,7 +6,13 @@ from typing import Any
 import pyarrow as pa
 
 from cropi.artifacts import TRAJECTORIES, finish, write_table
-from cropi.config import FullStrategy, InfluenceStrategy, LearnabilityStrategy, PassRateStrategy, RandomStrategy
+from cropi.curriculum.strategies import (
+    FullStrategy,
+    InfluenceStrategy,
+    LearnabilityStrategy,
+    PassRateStrategy,
+    RandomStrategy,
+)
 from cropi.rollouts.overlay import Layer, newest_rollouts, read_overlay
 from cropi.stages.collect import read_trajectories
 from cropi.workspace import keep_rollouts

@@ -1,6 +1,5 @@
-"""Every setting of a run: typed, frozen, unknown keys refused. Free of torch; `make docs` writes docs/config.md."""
+"""All settings of a run: typed, frozen, unknown keys refused. Free of torch; `make docs` writes docs/config.md."""
 
-from cropi.config.base import Fraction, NonNegative, Positive, Table
 from cropi.config.data import (
     BUILTIN_POLICY,
     BuiltinSource,
@@ -26,27 +25,7 @@ from cropi.config.run import (
     settings_behind,
 )
 from cropi.config.score import BudgetConfig, CollectConfig, ProjectionConfig, ScoreConfig, ServerConfig, VllmConfig
-from cropi.config.select import FusionConfig, SelectConfig
-from cropi.config.strategies import (
-    CANDIDATES,
-    DotsStrategy,
-    FullStrategy,
-    GaussianStrategy,
-    GradientNormStrategy,
-    GresoStrategy,
-    InfluenceStrategy,
-    LearnabilityStrategy,
-    LearnAlignStrategy,
-    MidStrategy,
-    MoppsStrategy,
-    PassRateStrategy,
-    PooledStrategy,
-    RandomStrategy,
-    SimilarityStrategy,
-    Strategy,
-    StrategyTable,
-    VcrlStrategy,
-)
+from cropi.config.select import SelectConfig
 from cropi.config.verifiers import (
     SCRIPT_REWARDS,
     BoxedVerifier,
@@ -61,10 +40,12 @@ from cropi.config.verifiers import (
     VerifierTable,
     VerlVerifier,
 )
+from cropi.curriculum.strategies import Strategy, StrategyTable
+from cropi.curriculum.strategy import FusionConfig
+from cropi.setting_types import Fraction, NonNegative, Positive, Table
 
 __all__ = [
     "BUILTIN_POLICY",
-    "CANDIDATES",
     "OWNED_TRAINER_KEYS",
     "SAMPLED_BY",
     "SCRIPT_REWARDS",
@@ -73,49 +54,34 @@ __all__ = [
     "BuiltinSource",
     "CollectConfig",
     "Config",
-    "DotsStrategy",
     "EvaluateConfig",
     "ExactVerifier",
     "FileSource",
     "Fraction",
-    "FullStrategy",
     "FunctionVerifier",
     "FusionConfig",
-    "GaussianStrategy",
-    "GradientNormStrategy",
-    "GresoStrategy",
     "Gsm8kVerifier",
     "HubSource",
-    "InfluenceStrategy",
-    "LearnAlignStrategy",
-    "LearnabilityStrategy",
     "LoraConfig",
     "MathVerifier",
-    "MidStrategy",
-    "MoppsStrategy",
     "NonNegative",
     "NumericVerifier",
-    "PassRateStrategy",
     "PolicyConfig",
-    "PooledStrategy",
     "Positive",
     "ProjectionConfig",
     "PromptsConfig",
-    "RandomStrategy",
     "ReasoningGymSource",
     "ReasoningGymVerifier",
     "RefreshConfig",
     "ScoreConfig",
     "SelectConfig",
     "ServerConfig",
-    "SimilarityStrategy",
     "Source",
     "Strategy",
     "StrategyTable",
     "Table",
     "TestSetConfig",
     "TrainConfig",
-    "VcrlStrategy",
     "VerificationConfig",
     "Verifier",
     "VerifierTable",

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from cropi.config.base import Fraction, FreeTable, Positive, Seed, Table
+from cropi.setting_types import Fraction, FreeTable, Positive, Seed, Table
 
 BUILTIN_POLICY = "builtin"
 

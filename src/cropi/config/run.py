@@ -11,12 +11,12 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, model_validator
 
-from cropi.config.base import Fraction, FreeTable, Name, Positive, Seed, Table, Temperature
 from cropi.config.data import PolicyConfig, PromptsConfig
 from cropi.config.score import CollectConfig, ScoreConfig
 from cropi.config.select import SelectConfig
-from cropi.config.strategies import Strategy
 from cropi.config.verifiers import VerificationConfig, Verifier
+from cropi.curriculum.strategies import Strategy
+from cropi.setting_types import Fraction, FreeTable, Name, Positive, Seed, Table, Temperature
 
 
 class TrainConfig(Table):

@@ -1,4 +1,4 @@
-"""Strategies, and what they choose from."""
+"""Settings of selection."""
 
 from __future__ import annotations
 
@@ -6,17 +6,9 @@ from typing import Annotated
 
 from pydantic import Field
 
-from cropi.config.base import Fraction, Table
-from cropi.config.strategies import Strategy
-
-
-class FusionConfig(Table):
-    """Reciprocal Rank Fusion over validation sets: sum over sets of 1 / (kappa + rank)."""
-
-    kappa: Annotated[float, Field(ge=0)] = 60.0
-    """Larger values even out the head of the lists (60: Cormack et al. 2009; the paper's code: 0)."""
-    truncate: bool = False
-    """Rank only the first ceil(fraction N) of each list; others add nothing (the paper's code: true, with floor)."""
+from cropi.curriculum.strategies import Strategy
+from cropi.curriculum.strategy import FusionConfig
+from cropi.setting_types import Fraction, Table
 
 
 class SelectConfig(Table):

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from cropi.config.base import Positive, PositiveNumber, Table
+from cropi.setting_types import Positive, PositiveNumber, Table
 
 
 class VerifierTable(Table):

@@ -18,8 +18,8 @@ from cropi.artifacts import (
     scores_schema,
     validation_scores_schema,
 )
-from cropi.curriculum.candidates import Candidates, Evidence
-from cropi.curriculum.evidence import gather_evidence
+from cropi.curriculum.pooling_data import PoolingData, read_pooling_data
+from cropi.curriculum.strategy import Candidates
 from cropi.errors import ArtifactError
 from cropi.leakage import prompt_text
 from cropi.reward_statistics import GroupFacts, Visit, visit
@@ -52,7 +52,7 @@ class Gatherer:
         prompts, strategy = self._space.train_prompts, self._config.arms[arm.name]
         overlay, steps = self._trajectories.overlay(arm, stage), self._config.train.steps_per_stage
         groups = self._trajectories.groups(overlay)
-        history, evidence = training_history(arm.rewards, stage * steps), None
+        history, pooling = training_history(arm.rewards, stage * steps), None
         screened, unreadable = self._screened(arm, stage)
         unreadable |= never_judged(arm.rewards, stage * steps)
         sizes = _group_sizes(self._trajectories.base["train"]) | _group_sizes(overlay.table)
@@ -63,7 +63,7 @@ class Gatherer:
             names = strategy.directions(self._config.prompts.validation)
             influence = {name: table.column(f"influence/{name}").to_numpy() for name in names}
             lengths_N = table.column("feature_norm").to_numpy()
-            evidence = self._evidence(arm, stage, table, sizes_N, overlay) if strategy.pools else None
+            pooling = self._pooling_data(arm, stage, table, sizes_N, overlay) if strategy.pools else None
         return Candidates(
             prompt_ids=list(prompts),
             sources=prompts.column("source"),
@@ -84,7 +84,7 @@ class Gatherer:
             visits=[*history, *screened],
             texts=list(map(prompt_text, prompts.column("messages"))) if strategy.reads_texts else (),
             validation_texts=self._validation_texts,
-            evidence=evidence,
+            pooling=pooling,
         )
 
     def _screened(self, arm: Arm, stage: int) -> tuple[list[Visit], set[str]]:
@@ -104,20 +104,23 @@ class Gatherer:
                 seen += [visit(step, row["prompt_id"], row["reward_list"]) for row in groups]
         return seen, unreadable
 
-    def _evidence(self, arm: Arm, stage: int, scores: pa.Table, sizes_N: np.ndarray, overlay: Overlay) -> Evidence:
+    def _pooling_data(
+        self, arm: Arm, stage: int, scores: pa.Table, sizes_N: np.ndarray, overlay: Overlay
+    ) -> PoolingData:
         open_artifact(self._space.representations, REPRESENTED, made_by="cropi score")
         names = sorted(self._config.prompts.validation)
         scored, steps = self._config.arms[arm.name].scored_stage(stage), self._config.train.steps_per_stage
         validation = read_table(arm.scores(scored) / "validation.parquet", validation_scores_schema(names))
-        return gather_evidence(
+        ids, drawn_at = list(self._space.train_prompts), overlay.drawn_at(steps)
+        trained = {prompt_id for prompt_id, layer in overlay.layer_of.items() if layer.trained}
+        return read_pooling_data(
             names,
-            list(self._space.train_prompts),
             scores,
             validation,
             read_representations(self._space.representations),
             sizes_N,
-            overlay.drawn_at(steps),
-            {prompt_id for prompt_id, layer in overlay.layer_of.items() if layer.trained},
+            np.array([0.0 if i in trained else float(n) for i, n in zip(ids, sizes_N, strict=True)]),
+            np.array([drawn_at.get(i, 0.0) for i in ids], dtype=np.float64),
             scored * steps if self._config.refresh.validation else 0.0,
         )
 

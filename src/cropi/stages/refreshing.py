@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from cropi.artifacts import build, open_artifact
 from cropi.console import counts_text, say
-from cropi.curriculum.refresh import prompts_to_refresh
+from cropi.curriculum.stale_trajectories import prompts_to_refresh
 from cropi.functional.sampling import places
 from cropi.gradients.validation import chosen_for_validation
 from cropi.policy import Policy

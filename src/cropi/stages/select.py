@@ -3,79 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from cropi.artifacts import OK, SELECTION, atomic_file, count_status, write_batches
-from cropi.config import (
-    Config,
-    DotsStrategy,
-    FullStrategy,
-    GaussianStrategy,
-    GradientNormStrategy,
-    GresoStrategy,
-    InfluenceStrategy,
-    LearnabilityStrategy,
-    LearnAlignStrategy,
-    MidStrategy,
-    MoppsStrategy,
-    PassRateStrategy,
-    PooledStrategy,
-    RandomStrategy,
-    SelectConfig,
-    SimilarityStrategy,
-    Strategy,
-    StrategyTable,
-    VcrlStrategy,
-)
+from cropi.config import Config, Strategy
 from cropi.console import counts_text, warn
-from cropi.curriculum.candidates import Candidates, Ranking
 from cropi.curriculum.choose import choose, selection_batches
-from cropi.curriculum.strategies.dots import dots
-from cropi.curriculum.strategies.full import full
-from cropi.curriculum.strategies.gaussian import gaussian
-from cropi.curriculum.strategies.gradient_norm import gradient_norm
-from cropi.curriculum.strategies.greso import greso
-from cropi.curriculum.strategies.influence import influence
-from cropi.curriculum.strategies.learnability import learnability
-from cropi.curriculum.strategies.learnalign import learnalign
-from cropi.curriculum.strategies.mid import mid
-from cropi.curriculum.strategies.mopps import mopps
-from cropi.curriculum.strategies.pass_rate import pass_rate
-from cropi.curriculum.strategies.pooled import pooled
-from cropi.curriculum.strategies.random import random
-from cropi.curriculum.strategies.similarity import similarity
-from cropi.curriculum.strategies.vcrl import vcrl
+from cropi.curriculum.strategy import Candidates
 from cropi.errors import SignalError
 from cropi.functional.sampling import places
 
-RANKINGS: dict[type[StrategyTable], Callable[[Candidates, Any, SelectConfig], Ranking]] = {
-    FullStrategy: full,
-    RandomStrategy: random,
-    PassRateStrategy: pass_rate,
-    MidStrategy: mid,
-    LearnabilityStrategy: learnability,
-    VcrlStrategy: vcrl,
-    GaussianStrategy: gaussian,
-    DotsStrategy: dots,
-    MoppsStrategy: mopps,
-    GresoStrategy: greso,
-    GradientNormStrategy: gradient_norm,
-    LearnAlignStrategy: learnalign,
-    InfluenceStrategy: influence,
-    PooledStrategy: pooled,
-    SimilarityStrategy: similarity,
-}
-
 LINES = 1 << 10  # rows of the export that are Python's objects at once: with many, its collector often walks the pool
-
-
-def rank(candidates: Candidates, strategy: Strategy, config: SelectConfig) -> Ranking:
-    """A strategy's scores for all candidates."""
-    return RANKINGS[type(strategy)](candidates, strategy, config)
 
 
 def select(
@@ -90,8 +32,8 @@ def select(
     settings, size = config.select, places(config.select.fraction, len(candidates))
     if strategy.takes_all:
         settings, size = settings.model_copy(update={"quotas": {}, "exploration": 0.0}), len(candidates)
-    ranking = rank(candidates, strategy, settings)
-    choice = choose(candidates, ranking, settings, size)
+    ranking = strategy.rank(candidates, size, settings.fusion)
+    choice = choose(candidates, ranking, size, settings.exploration, settings.quotas)
     count = len(choice.reasons)
     if count < size and not strategy.takes_all:
         warn(f"stage {candidates.stage}: {size} prompts were asked for, {count} qualify")

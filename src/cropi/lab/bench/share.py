@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from cropi.config import FusionConfig, InfluenceStrategy, SelectConfig
-from cropi.curriculum.candidates import Candidates
+from cropi.config import FusionConfig
 from cropi.curriculum.choose import choose
+from cropi.curriculum.strategies import InfluenceStrategy
+from cropi.curriculum.strategy import Candidates
 from cropi.errors import UserError
 from cropi.lab.bench.results import plain, spread
-from cropi.stages.select import rank
 
 PROMPTS, TRAJECTORIES = 55_000, 8
 STEPS, STEP_PROMPTS = 200, 128
@@ -156,7 +156,7 @@ def selection_seconds() -> float:
         seed=0,
     )
     strategy = InfluenceStrategy(type="influence")
-    config = SelectConfig(strategy=strategy, fraction=FRACTION, fusion=FusionConfig())
+    size = round(FRACTION * PROMPTS)
     started = time.perf_counter()
-    choose(candidates, rank(candidates, strategy, config), config, round(FRACTION * PROMPTS))
+    choose(candidates, strategy.rank(candidates, size, FusionConfig()), size)
     return time.perf_counter() - started

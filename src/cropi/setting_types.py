@@ -1,4 +1,4 @@
-"""What all tables of settings have in common."""
+"""Base class of all tables of settings, and the types of their values."""
 
 from __future__ import annotations
 
