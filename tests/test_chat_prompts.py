@@ -119,7 +119,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> set[tuple[int, ...]]:
 
     def noting(self: GRPOTrainer, prompts: list[Any]) -> Any:
         result = original(self, prompts)
-        if isinstance(self, Staged):  # and not the rehearsal of the settings
+        if isinstance(self, Staged):  # and not the trial step
             found.update(map(tuple, result[0]))
         return result
 

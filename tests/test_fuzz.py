@@ -21,7 +21,7 @@ from cropi.stages.collect import plan, sampled_prompts
 from cropi.stages.given import Given, questions
 from tests.runs import cropi
 
-pytestmark = pytest.mark.usefixtures("rehearsal")
+pytestmark = pytest.mark.usefixtures("trial_step")
 
 CASES = int(os.environ.get("CASES", "1000"))
 CHUNKS = 20

@@ -49,8 +49,8 @@ from cropi.stages.refreshing import Refresher
 from cropi.stages.score import FeatureRequest, make_scorer, score, surrogate_settings
 from cropi.stages.select import require_signal, select
 from cropi.stages.train import TrainTask, newest_checkpoint, open_checkpoint, train
-from cropi.training.reward import RecordedReward
-from cropi.training.settings import grpo_config
+from cropi.training.grpo_settings import grpo_config
+from cropi.training.reward_log import RecordedReward
 from cropi.workers import Workers
 from cropi.workspace import Arm, Workspace, evaluation_files, forget_evaluations
 from cropi.world import ALONE, World

@@ -7,7 +7,7 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -52,6 +52,8 @@ class RefreshConfig(Table):
 class EvaluateConfig(Table):
     """Evaluation during and after training."""
 
+    confidence: ClassVar[float] = 0.95  # coverage of the intervals
+
     every: Positive | None = None
     """Steps between evaluations. Unset: at the end of every stage."""
     samples: Annotated[int, Field(ge=0, le=10_000)] = 0
@@ -60,8 +62,6 @@ class EvaluateConfig(Table):
     """Temperature of the sampled completions."""
     bootstrap: Annotated[int, Field(ge=1, le=100_000)] = 2000
     """Redraws over questions behind each interval."""
-    confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
-    """Coverage of the intervals."""
 
 
 _CODE = re.compile(
@@ -219,8 +219,8 @@ FREE: dict[str, tuple[str, ...]] = {
     "": ("name", "run_dir"),
     "prompts.": ("leakage",),
     "verification.": ("processes", "start_seconds"),
-    "evaluate.": ("bootstrap", "confidence"),
-    "collect.server.": ("url", "concurrency", "timeout", "patience", "api_key_env"),
+    "evaluate.": ("bootstrap",),
+    "collect.server.": ("url", "concurrency", "patience", "api_key_env"),
     "trainer.": (
         *("report_to", "run_name", "logging_steps", "logging_strategy", "logging_first_step", "log_completions"),
         *("num_completions_to_print", "log_level", "disable_tqdm", "ddp_timeout"),

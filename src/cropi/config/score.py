@@ -27,8 +27,6 @@ class ServerConfig(Table):
     """Send prompts as token ids (vLLM, SGLang, llama.cpp), or as text that tokenises back (`transformers serve`)."""
     concurrency: Annotated[int, Field(ge=1, le=10_000)] = 64
     """Requests at once, each for one completion."""
-    timeout: PositiveNumber = 600.0
-    """Seconds that one request may take."""
     patience: PositiveNumber = 600.0
     """Seconds without a usable answer, while requests are tried again, after which the run ends. It can go on later."""
     api_key_env: str | None = None
@@ -48,21 +46,23 @@ class ServerConfig(Table):
 class VllmConfig(Table):
     """vLLM in this process, with the base policy's weights beside those that are trained."""
 
-    tensor_parallel_size: Positive = 1
-    """GPUs that share the weights."""
-    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.7
-    """Share of the GPU's memory for the engine; the policy's own weights stay beside it."""
-    max_model_len: Positive | None = None
-    """Longest sequence; the model's context when unset."""
     options: FreeTable = Field(default={})
-    """Further arguments of `vllm.LLM`. What the policy and this table say stays as they say it."""
+    """Arguments of `vllm.LLM`, e.g. `{"tensor_parallel_size": 2, "max_model_len": 4096}`. Unset, vLLM uses 0.7 of the
+    GPU's memory (`gpu_memory_utilization`). The table `policy` decides model, tokenizer, revision and dtype."""
+
+    @property
+    def max_model_len(self) -> int | None:
+        """Longest sequence; None: the model's context."""
+        return self.options.get("max_model_len")
 
     @model_validator(mode="after")
-    def _nothing_twice(self) -> VllmConfig:
+    def _nothing_that_the_run_decides(self) -> VllmConfig:
         taken = {"model", "tokenizer", "revision", "dtype", "generation_config", "trust_remote_code"}
-        taken |= {"tensor_parallel_size", "gpu_memory_utilization", "max_model_len"}
         if taken & set(self.options):
             raise ValueError(f"{', '.join(sorted(taken & set(self.options)))} cannot be set by options")
+        longest = self.max_model_len
+        if longest is not None and (type(longest) is not int or longest < 1):
+            raise ValueError(f"options.max_model_len is {longest!r}: must be a whole number of at least 1")
         return self
 
 

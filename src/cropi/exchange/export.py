@@ -28,7 +28,7 @@ from cropi.exchange.rewards import facts_of
 from cropi.exchange.usage import USAGES, Facts
 from cropi.policy import encode_prompts, load_tokenizer, policy_location, trainer_prompt, uses_chat
 from cropi.stages.given import start_of_stage
-from cropi.training.settings import grpo_config
+from cropi.training.grpo_settings import grpo_config
 from cropi.workspace import Arm, Workspace
 
 if TYPE_CHECKING:

@@ -27,7 +27,7 @@ from cropi.rollouts.overlay import FRESH, Overlay, Trajectories
 from cropi.rollouts.representations import KIND as REPRESENTED
 from cropi.rollouts.representations import read_representations
 from cropi.stages.collect import read_trajectories
-from cropi.training.history import never_judged, newest_variances, training_history
+from cropi.training.reward_log import never_judged, newest_variances, training_history
 from cropi.workspace import Arm, Workspace
 
 NOTHING = GroupFacts("", float("nan"), float("nan"))  # of a prompt without trajectories

@@ -16,8 +16,8 @@ from cropi.policy import Policy, encode_prompts, fingerprint, load_policy, train
 from cropi.rewards.pool import strict_judge
 from cropi.rewards.verdicts import Judge
 from cropi.stages.evaluate import Question
-from cropi.training.rollouts import require_no_dropout
-from cropi.training.settings import grpo_config
+from cropi.training.grpo_settings import grpo_config
+from cropi.training.rollout_recorder import require_no_dropout
 from cropi.workspace import Arm, Workspace, require_writable
 
 

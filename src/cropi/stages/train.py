@@ -33,12 +33,11 @@ from cropi.console import Progress, progress, warn, warn_once
 from cropi.errors import ArtifactError, ConfigError, SignalError
 from cropi.lockstep import in_lockstep, is_sharded
 from cropi.policy import Policy, shared_prefixes
-from cropi.training.dynamic import DynamicSampling, Sampled
-from cropi.training.reward import RecordedReward
-from cropi.training.rollouts import RolloutRecorder, forget_rollouts, require_no_dropout
-from cropi.training.sampler import BatchShape, StageSampler
-from cropi.training.sharding import check_sharding
-from cropi.training.zero import gathered, out_of_step, resuming
+from cropi.training.dynamic_sampling import DynamicSampling, Sampled
+from cropi.training.reward_log import RecordedReward
+from cropi.training.rollout_recorder import RolloutRecorder, forget_rollouts, require_no_dropout
+from cropi.training.sharding import check_sharding, gathered, out_of_step, resuming
+from cropi.training.stage_sampler import BatchShape, StageSampler
 from cropi.workspace import checkpoints
 from cropi.world import ALONE, World
 

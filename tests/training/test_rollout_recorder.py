@@ -18,9 +18,9 @@ from cropi.loading import load_config
 from cropi.policy import completion_logprobs, load_policy
 from cropi.rollouts.overlay import newest_rollouts
 from cropi.stages.train import StageTrainer, TrainTask, train
-from cropi.training.reward import RecordedReward
-from cropi.training.rollouts import RolloutRecorder, dropouts, forget_rollouts
-from cropi.training.settings import grpo_config
+from cropi.training.grpo_settings import grpo_config
+from cropi.training.reward_log import RecordedReward
+from cropi.training.rollout_recorder import RolloutRecorder, dropouts, forget_rollouts
 from cropi.workspace import rollout_files, written_rollouts
 
 STEPS, TEMPERATURE = 4, 0.7
