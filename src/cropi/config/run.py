@@ -23,29 +23,29 @@ class TrainConfig(Table):
     """Stages of GRPO. An epoch of the trainer is a stage."""
 
     stages: Annotated[int, Field(ge=1, le=10_000)]
-    """How often prompts are selected (paper: 5)."""
+    """Number of stages; each begins with a selection (paper: 5)."""
     steps_per_stage: Positive
     """Optimiser steps per stage (paper: 200)."""
     dynamic_sampling: Annotated[int, Field(ge=0, le=1000)] = 0
-    """DAPO's dynamic sampling: how often, at the most, groups of a generation batch whose rewards are all equal are
-    replaced by groups of the stage's next prompts. All that is sampled is charged. 0: off."""
+    """DAPO's dynamic sampling: largest number of times that groups with equal rewards in a generation batch are
+    replaced by groups of the stage's next prompts. All samples are charged. 0: off."""
 
 
 class RefreshConfig(Table):
-    """Trajectories of later policies in place of the base policy's, for the strategies that read them."""
+    """Newer trajectories in place of the base policy's, for the strategies that read them."""
 
     fraction: Fraction = 0.0
-    """Share of the training pool that is sampled anew at the start of every stage after the first: prompts without
-    signal, and those whose trajectories have drifted furthest from the policy."""
+    """Share of the training pool that is sampled again at the start of every stage after the first: prompts without
+    signal, and those whose trajectories are furthest from the policy."""
     reuse_rollouts: bool = False
-    """Also take the completions that training itself samples, at no cost of sampling."""
+    """Also use the completions that training samples, which cost nothing extra."""
     validation: bool = False
-    """Also sample the validation prompts anew at the start of every stage after the first, for the strategies that
-    score by them: what they point at is then what the policy cannot do now."""
+    """Also sample the validation prompts again at the start of every stage after the first, for strategies that score
+    by them: their gradients then point to skills that the policy lacks now."""
 
     @property
     def active(self) -> bool:
-        """Whether anything is ever newer than the base policy's trajectories."""
+        """Whether later stages have newer trajectories than the base policy's."""
         return self.fraction > 0 or self.reuse_rollouts or self.validation
 
 

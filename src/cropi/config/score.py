@@ -17,10 +17,10 @@ def _address(url: str) -> str:
 
 
 class ServerConfig(Table):
-    """A server with OpenAI's completions API that has the base policy's weights."""
+    """A server with OpenAI's completions API and the base policy's weights."""
 
     url: Annotated[str, AfterValidator(_address)]
-    """Where its API begins, e.g. `http://localhost:8000/v1`."""
+    """Base URL of its API, e.g. `http://localhost:8000/v1`."""
     model: str
     """The policy's name there."""
     prompts: Literal["tokens", "text"] = "tokens"
@@ -72,11 +72,11 @@ class CollectConfig(Table):
     num_generations: Annotated[int, Field(ge=2, le=10_000)] = 8
     """K, completions per training prompt (paper: 8)."""
     fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Share of the training pool that is sampled, a fixed random choice. The rest is `not_sampled`: it can be trained
-    on, but only strategies that judge a prompt by others, or by its text, can choose it."""
+    """Share of the training pool that is sampled, a fixed random choice. The rest is `not_sampled`: only strategies
+    that estimate prompts from similar ones or from their text can choose it."""
     nearby: Fraction = 0.0
-    """Share of the training pool that is sampled beside that: the prompts that lie nearest to the validation prompts as
-    the base policy represents them, as many for each set."""
+    """Further share of the training pool that is sampled: the prompts nearest to the validation prompts in the base
+    policy's representation, equally many per set."""
     validation_num_generations: Annotated[int, Field(ge=2, le=10_000)] = 32
     """Completions per validation prompt (paper's code: 32)."""
     max_completion_length: Positive
@@ -86,19 +86,19 @@ class CollectConfig(Table):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Nucleus mass. Below 1 the stored log-probs are not those of the sampler, and a warning says so."""
     batch_size: Positive = 256
-    """Sequences generated at once; halved by itself when memory runs out."""
+    """Sequences generated at once; halved automatically if memory runs out."""
     batch_tokens: Positive = 8192
     """Padded tokens per forward pass when the behaviour log-probs are computed."""
     shard_prompts: Positive = 128
-    """Prompts per shard: what an interruption can cost."""
+    """Prompts per shard, the unit of progress that an interruption can lose."""
     server: ServerConfig | None = None
-    """Take the completions from a server, in place of generating them in this process. What later policies complete
-    (screening, refresh, evaluation, training) is still generated here or by the trainer."""
+    """Take the completions from a server instead of generating them in this process. Completions of later policies
+    (screening, refresh, evaluation, training) are still generated here or by the trainer."""
     vllm: VllmConfig | None = None
-    """Take the completions from vLLM in this process; what later policies complete is as with `server`."""
+    """Take the completions from vLLM in this process; those of later policies as with `server`."""
     logprobs: bool = True
-    """Compute the behaviour log-probs, one forward pass. `false` saves it where only the base policy is scored, for
-    which all importance ratios are 1."""
+    """Compute the behaviour log-probs, one forward pass. `false` saves it if only the base policy is scored, whose
+    importance ratios are all 1."""
 
     @model_validator(mode="after")
     def _one_backend(self) -> CollectConfig:

@@ -12,15 +12,15 @@ from cropi.setting_types import Fraction, Table
 
 
 class SelectConfig(Table):
-    """Which prompts a stage trains on."""
+    """Selection of the prompts that a stage trains on."""
 
     strategy: Strategy
     """The strategy of the main arm."""
     fraction: Annotated[float, Field(gt=0, le=1)] = 0.1
     """Alpha: ceil(alpha N) prompts are selected (paper: 0.1)."""
     fusion: FusionConfig = FusionConfig()
-    """How the rankings of several validation sets become one."""
+    """Fusion of the rankings of several validation sets."""
     exploration: Fraction = 0.0
-    """Share of the selection drawn at random from the prompts the strategy left out, those without signal included."""
+    """Share of the selection drawn at random from all prompts that the strategy did not choose."""
     quotas: dict[str, Fraction] = Field(default={})
     """Largest share of a selection that a source may take, by source: floor(share x size) places, at least one."""
