@@ -284,12 +284,14 @@ def by_seed(policy: Policy, body: Mapping[str, Any]) -> tuple[int, Any]:
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_one_bad_answer_among_good_ones_changes_nothing(name: str, policy: Policy, serving: Any) -> None:
+def test_one_bad_answer_among_good_ones_changes_nothing(
+    name: str, policy: Policy, serving: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cropi.rollouts.server.TIMEOUT_S", 0.5)
     bad = filled(BAD[name], policy)
-    settings: dict[str, Any] = {"concurrency": 2, "timeout": 0.5}
-    without = ask(policy, serving(lambda _, body: by_seed(policy, body)), **settings)
+    without = ask(policy, serving(lambda _, body: by_seed(policy, body)), concurrency=2)
     fake = serving(lambda number, body: bad if number == 2 else by_seed(policy, body))
-    assert ask(policy, fake, **settings) == without
+    assert ask(policy, fake, concurrency=2) == without
     assert len(fake.bodies) == len(PROMPTS) + 1
 
 
