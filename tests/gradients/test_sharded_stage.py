@@ -18,7 +18,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from cropi.artifacts import read_table, scores_schema
 from cropi.distributed import Launched
 from cropi.gradients import evidence, parts, storing
-from cropi.stages.score import FeatureRequest, score, surrogate_settings
+from cropi.gradients.storing import FeatureRequest
+from cropi.gradients.surrogate import surrogate_settings
+from cropi.stages.score import ScoredPool, score_pool
 from cropi.world import ALONE, World
 
 pytestmark = pytest.mark.slow  # processes of its own for every worker of the tests
@@ -38,8 +40,7 @@ def stage(overrides: Sequence[str], model: Any, folder: Path, world: World) -> N
     settings = surrogate_settings(chosen, "dr_grpo", "none")
     request = FeatureRequest(folder / "features", "policy", "tokenizer", "trajectories")
     (folder / "scores").mkdir(parents=True, exist_ok=True)
-    strategy = chosen.select.strategy
-    score(chosen, settings, model, TABLES, SOURCES, folder / "scores", request, None, 0, strategy, (), world)
+    score_pool(chosen, settings, model, ScoredPool(TABLES, SOURCES, features=request), folder / "scores", world)
 
 
 def scored(folder: Path) -> list[dict[str, Any]]:

@@ -13,8 +13,7 @@ from cropi.errors import ConfigError
 from cropi.loading import load_config
 from cropi.training.grpo_settings import grpo_config
 from cropi.training.reward_log import RecordedReward
-from cropi.training.rollout_recorder import RolloutRecorder
-from cropi.workspace import rollout_files
+from cropi.training.rollout_recorder import RolloutRecorder, rollout_files
 from cropi.world import World
 
 

@@ -22,7 +22,6 @@ from cropi.config.run import (
     config_difference,
     config_hash,
     deciding,
-    settings_behind,
 )
 from cropi.config.score import BudgetConfig, CollectConfig, ProjectionConfig, ScoreConfig, ServerConfig, VllmConfig
 from cropi.config.select import SelectConfig
@@ -90,5 +89,4 @@ __all__ = [
     "config_difference",
     "config_hash",
     "deciding",
-    "settings_behind",
 ]

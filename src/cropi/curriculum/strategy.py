@@ -110,15 +110,15 @@ class StrategyTable(Table, ABC):
     type: str
     """Name of the strategy."""
     name: Name | None = None
-    """Name of the arm. Unset: the type. Two strategies of one type need names."""
+    """Name of the strategy in reports. Unset: the type."""
 
     @abstractmethod
     def rank(self, candidates: Candidates, size: int, fusion: FusionConfig) -> Ranking:
         """Rank all candidates for a stage that trains on `size` prompts."""
 
     @property
-    def arm(self) -> str:
-        """Name of the arm."""
+    def label(self) -> str:
+        """Name of the strategy in reports, and a part of the seeds of samples at later stages."""
         return self.name or self.type
 
     @property
