@@ -20,7 +20,8 @@ from typing import Any
 
 from scale import grouped
 
-from cropi.config import Config, PooledStrategy
+from cropi.config import Config
+from cropi.curriculum.strategies.pooled import SCREEN_GENERATIONS, PooledStrategy
 from cropi.lab.bench.policy_shapes import SHAPES, Shape
 from cropi.loading import load_config
 from cropi.presets import preset
@@ -259,7 +260,7 @@ def ledger(config: Config, prompts: float, a: Assumptions) -> Ledger:
     if isinstance(strategy, PooledStrategy):
         read.append({"passes": 1, "tokens": 0, "prompt_tokens": prompts * a.prompt_tokens})  # representations
         looked_at = min(strategy.screen, 2 * config.select.fraction) * prompts  # at the most
-        generated.append(completions(config.train.stages * looked_at * strategy.screen_generations))
+        generated.append(completions(config.train.stages * looked_at * SCREEN_GENERATIONS))
     scored = {
         "computed_tokens": shared(sampled * (1 - a.without_signal), collect.num_generations),
         "validation_tokens": shared(aimed_at, collect.validation_num_generations),

@@ -1,4 +1,4 @@
-"""The tables of research/extrapolation.md: what selection costs beside training on policies, pools and GPUs not measured.
+"""The tables of research/extrapolation.md: what selection costs on policies, pools and GPUs that were not measured.
 
 python benchmarks/extrapolate.py                                    print them
 python benchmarks/extrapolate.py --write                            put them into the page

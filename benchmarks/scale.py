@@ -1,6 +1,6 @@
 """What choosing costs as the pool grows: time and memory of fusion and selection, and of the feature store.
 
-    python benchmarks/scale.py select --sizes 10000,100000,1000000,10000000 --rounds 3 --json research/figures/scale.json
+    python benchmarks/scale.py select --sizes 10000,100000,1000000,10000000 --rounds 3 --json scale.json
     python benchmarks/scale.py pooled --sizes 3000,10000,30000 --rounds 3 --json research/figures/scale.json
     python benchmarks/scale.py store --sizes 10000,30000,100000,300000 --rounds 3 --json research/figures/scale.json
     python benchmarks/scale.py figure research/figures/scale.json research/figures/scale.svg
@@ -50,7 +50,7 @@ def select(size: int, folder: Path, strategy: str = "influence") -> dict[str, fl
     import numpy as np
 
     from cropi.config import Config
-    from cropi.curriculum.candidates import Candidates
+    from cropi.curriculum.strategy import Candidates
     from cropi.loading import load_config
     from cropi.stages.select import choose_prompts
 
@@ -70,7 +70,7 @@ def select(size: int, folder: Path, strategy: str = "influence") -> dict[str, fl
         influence={f"set {v}": generator.standard_normal(size) for v in range(SETS)},
         stage=0,
         seed=0,
-        evidence=evidence(size, generator) if strategy == "pooled" else None,
+        pooling=pooling_data(size, generator) if strategy == "pooled" else None,
     )
 
     class Prompts(dict[str, Any]):
@@ -83,16 +83,16 @@ def select(size: int, folder: Path, strategy: str = "influence") -> dict[str, fl
     return {"seconds": seconds, "cpu_s": cpu_s, "stored_bytes": stored(folder)}
 
 
-def evidence(size: int, generator: Any, validation: int = 100, numbers: int = 256) -> Any:
-    """What a scoring of 13 % of the pool tells: numbers without a meaning, of the right shapes."""
+def pooling_data(size: int, generator: Any, validation: int = 100, numbers: int = 256) -> Any:
+    """Random inputs of the pooled strategy, in the shapes of a scoring of 13 % of the pool."""
     import numpy as np
 
-    from cropi.curriculum.candidates import Evidence
+    from cropi.curriculum.pooling_data import PoolingData
 
     names = [f"set {v}" for v in range(SETS)]
     observed_N, count = generator.random(size) < OBSERVED, SETS * validation
     influence_NV = np.where(observed_N[:, None], generator.standard_normal((size, SETS)), 0.0)
-    return Evidence(
+    return PoolingData(
         names=names,
         representations_NE=generator.standard_normal((size, numbers), dtype=np.float32),
         tries_N=np.where(observed_N, 4.0, 0.0),

@@ -13,8 +13,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from cropi.training import settings
-from cropi.training.rehearsal import rehearse
+from cropi.training import grpo_settings
+from cropi.training.trial_step import try_one_step
 
 VOCABULARY = 13
 
@@ -58,17 +58,17 @@ def _one_thread() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _no_rehearsal() -> Iterator[None]:
+def _no_trial_step() -> Iterator[None]:
     """Skip the step of training that tries settings, half a second for each config, but in tests that ask for it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(settings, "rehearse", lambda *_: None)
+        patch.setattr(grpo_settings, "try_one_step", lambda *_: None)
         yield
 
 
 @pytest.fixture
-def rehearsal(monkeypatch: pytest.MonkeyPatch) -> None:
+def trial_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """Try settings by a step of training, as a command does."""
-    monkeypatch.setattr(settings, "rehearse", rehearse)
+    monkeypatch.setattr(grpo_settings, "try_one_step", try_one_step)
 
 
 @pytest.fixture

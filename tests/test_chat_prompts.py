@@ -26,7 +26,7 @@ from cropi.pipeline import train_all
 from cropi.policy import encode_prompts
 from cropi.stages.collect import collect
 from cropi.stages.run import Run
-from cropi.stages.train import Staged
+from cropi.training.stage_trainer import Staged
 from cropi.trl import CurriculumTrainer, Selector
 
 PLAIN = (
@@ -121,7 +121,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> set[tuple[int, ...]]:
 
     def noting(self: GRPOTrainer, prompts: list[Any]) -> Any:
         result = original(self, prompts)
-        if isinstance(self, Staged):  # and not the rehearsal of the settings
+        if isinstance(self, Staged):  # and not the trial step
             found.update(map(tuple, result[0]))
         return result
 

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from cropi.config import FullStrategy, PooledStrategy, config_difference
+from cropi.config import config_difference
+from cropi.curriculum.strategies import FullStrategy, PooledStrategy
 from cropi.errors import ConfigError
 from cropi.loading import load_config, parse_verifier, recipe_names, validate_config
 from cropi.presets import TYPES, merged, presets

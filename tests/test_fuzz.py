@@ -22,7 +22,7 @@ from cropi.stages.evaluate import questions
 from cropi.stages.run import Setup
 from tests.runs import cropi
 
-pytestmark = pytest.mark.usefixtures("rehearsal")
+pytestmark = pytest.mark.usefixtures("trial_step")
 
 CASES = int(os.environ.get("CASES", "1000"))
 CHUNKS = 20

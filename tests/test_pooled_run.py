@@ -24,7 +24,7 @@ from tests.runs import SMALL, evaluations, selections
 STEPS = 2
 POOLED = [
     *SMALL,
-    "select.strategy={type: pooled, screen: 0.2, screen_generations: 3}",
+    "select.strategy={type: pooled, screen: 0.2}",
     "collect.fraction=0.5",
     "collect.num_generations=4",
     "train.stages=3",
@@ -91,8 +91,8 @@ def test_screening_samples_the_unknown_a_few_times_and_its_verdicts_count(finish
         for r in found:
             by_prompt.setdefault(r["prompt_id"], []).append(r["reward"])
         assert len(by_prompt) <= 10  # ceil(0.2 x 48)
-        assert {len(rewards) for rewards in by_prompt.values()} <= {3}
-        visits = [v for v in gather_candidates(pipeline, stage).visits if v.tries == 3 and v.step == stage * STEPS]
+        assert {len(rewards) for rewards in by_prompt.values()} <= {4}
+        visits = [v for v in gather_candidates(pipeline, stage).visits if v.step == stage * STEPS]
         assert {v.prompt_id: v.mean_reward for v in visits} == {i: np.mean(r) for i, r in by_prompt.items()}
         assert all(r["behaviour_logprobs"] is None for r in found)
     charged = [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
@@ -120,13 +120,13 @@ def test_scoring_again_takes_fresh_validation_prompts_where_it_scores(tmp_path: 
     assert [path.name for path in sorted((folder / "scores").iterdir())] == ["stage-000", "stage-002"]
     assert [path.name for path in (folder / "fresh-validation").iterdir()] == ["stage-002"]
     assert not (folder / "screened").exists()
-    evidence = gather_candidates(pipeline, 2).evidence
-    assert evidence is not None
-    assert evidence.validation_tried_at == 2 * STEPS
+    data = gather_candidates(pipeline, 2).pooling
+    assert data is not None
+    assert data.validation_tried_at == 2 * STEPS
     ids = list(pipeline.folder.train_prompts)
     trained = {v.prompt_id for v in gather_candidates(pipeline, 2).visits}
     assert trained
-    assert all(evidence.tries_N[ids.index(i)] == 0 for i in trained)  # they are visits, and not counted twice
+    assert all(data.tries_N[ids.index(i)] == 0 for i in trained)  # they are visits, and not counted twice
 
 
 def test_prompts_near_the_validation_prompts_are_sampled_and_ratios_are_one(tmp_path: Path) -> None:

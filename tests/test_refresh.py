@@ -248,7 +248,7 @@ def test_a_policy_far_from_its_trajectories_is_warned_of(
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
     assert len(said) == 1
     assert "stage 1: the policy has moved far" in said[0]
-    assert "25% of as many fresh tokens" in said[0]
+    assert "keeps 25% of its effective" in said[0]
 
 
 def test_a_refresh_that_nothing_reads_is_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

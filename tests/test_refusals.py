@@ -22,7 +22,7 @@ from cropi.lab.compare.result_table import RESULTS, read_results
 from cropi.ledger import Ledger
 from tests.runs import SMALL, cropi
 
-pytestmark = pytest.mark.usefixtures("rehearsal")
+pytestmark = pytest.mark.usefixtures("trial_step")
 
 
 def refused(cwd: Path, *overrides: str, verbs: tuple[str, ...] = ("check", "run")) -> str:

@@ -1,4 +1,4 @@
-"""Strategies by name: patches of a config."""
+"""Presets: named strategies, each with the config patch that makes it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, get_args
 
-from cropi.config import Strategy
+from cropi.curriculum.strategies import STRATEGIES
 from cropi.errors import ConfigError, hint
 from cropi.yaml_text import parse_yaml
 
@@ -22,16 +22,16 @@ COMMON = ("name", "run_dir", "seed", "policy", "prompts", "verifier", "verificat
 
 
 def presets() -> dict[str, dict[str, Any]]:
-    """The strategies of the package by name: `about`, and `config`, the patch."""
+    """Read the package's presets by name: `about`, and `config`, the patch."""
     text = (resources.files("cropi.recipes") / "presets.yaml").read_text(encoding="utf-8")
     return dict(parse_yaml(text, "presets.yaml"))
 
 
-TYPES = frozenset(get_args(table.model_fields["type"].annotation)[0] for table in get_args(get_args(Strategy)[0]))
+TYPES = frozenset(get_args(table.model_fields["type"].annotation)[0] for table in STRATEGIES)
 
 
 def read_patches(names: Sequence[str]) -> dict[str, Patch]:
-    """Patches of presets by name, and of YAML files by path (named by their stem). ConfigError for any other."""
+    """Read patches of presets by name, and of YAML files by path (named by their stem)."""
     patches = dict[str, Patch]()
     for given in names:
         in_file = given.endswith((".yaml", ".yml"))
@@ -43,7 +43,7 @@ def read_patches(names: Sequence[str]) -> dict[str, Patch]:
 
 
 def preset(name: str, where: str) -> Patch:
-    """The patch of a preset; `where` says where its name was given. ConfigError for a name that there is not."""
+    """Return the patch of a preset. `where` is the place of its name, for the ConfigError of an unknown name."""
     known = presets()
     if name not in known:
         listed = f"known: {', '.join(known)}"
@@ -67,12 +67,12 @@ def with_presets(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _table(strategy: Any) -> Any:
-    """A strategy that is given by its name alone as a table."""
+    """Write a strategy given as a name alone as a table."""
     return {"type": strategy} if isinstance(strategy, str) else strategy
 
 
 def _named(strategy: Any) -> str | None:
-    """The preset that stands in the place of a strategy's type."""
+    """Return the preset that a strategy's type names, if any."""
     kind = strategy.get("type") if isinstance(strategy, dict) else None
     return kind if isinstance(kind, str) and kind not in TYPES and kind in presets() else None
 
@@ -102,7 +102,7 @@ def _from_file(path: Path) -> tuple[str, Patch]:
 
 
 def patched(values: Mapping[str, Any], patch: Patch, name: str) -> dict[str, Any]:
-    """The settings of a config with a strategy's laid over them. ConfigError for a setting that pairs the runs."""
+    """Patch a config with a strategy. Raises ConfigError for a setting that must be the same in all runs."""
     for key in COMMON:
         if key in patch:
             raise ConfigError(
@@ -114,8 +114,9 @@ def patched(values: Mapping[str, Any], patch: Patch, name: str) -> dict[str, Any
 
 
 def merged(values: Mapping[str, Any], patch: Patch) -> dict[str, Any]:
-    """A mapping with another laid over it, key by key. A table with a `type` replaces the one before as a whole: the
-    settings of another type are not its own.
+    """Merge a patch into a mapping, key by key.
+
+    A table with a `type` replaces the earlier table, whose settings may belong to another type.
     """
     result = dict(values)
     for key, value in patch.items():

@@ -11,7 +11,7 @@ from cropi.functional.influence import reward_variance
 
 
 class GroupFacts(NamedTuple):
-    """Statistics of a prompt's stored trajectories; NaN where they have no rewards."""
+    """Reward statistics of a prompt's stored trajectories; NaN without rewards."""
 
     status: str
     pass_rate: float  # mean reward
@@ -29,6 +29,6 @@ class Visit(NamedTuple):
 
 
 def visit(step: int, prompt_id: str, rewards: Sequence[float]) -> Visit:
-    """Make a visit from the rewards of a prompt, one or more."""
+    """Summarise one or more rewards of a prompt."""
     variance = float(reward_variance(np.array(rewards, dtype=np.float64)))
     return Visit(step, prompt_id, sum(rewards) / len(rewards), len(rewards), variance)

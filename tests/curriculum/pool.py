@@ -1,13 +1,15 @@
 """A small pool for tests of strategies."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 
-from cropi.config import SelectConfig, Strategy
-from cropi.curriculum.candidates import Candidates
 from cropi.curriculum.choose import choose, selection_table
-from cropi.stages.select import rank
+from cropi.curriculum.strategies import Strategy
+from cropi.curriculum.strategy import Candidates, FusionConfig
+
+FUSION = FusionConfig()
 
 
 def pool(pass_rates: list[float], size: int = 8, **facts: object) -> Candidates:
@@ -20,15 +22,16 @@ def pool(pass_rates: list[float], size: int = 8, **facts: object) -> Candidates:
     return dataclasses.replace(plain, **({"group_sizes_N": sizes_N} | facts))
 
 
-def chosen(strategy: Strategy, size: int, candidates: Candidates, **settings: object) -> list[str]:
+def chosen(
+    strategy: Strategy, size: int, candidates: Candidates, fusion: FusionConfig = FUSION, **settings: Any
+) -> list[str]:
     """Ids of the selection, best first."""
-    config = SelectConfig(strategy=strategy, fraction=size / len(candidates), **settings)
-    ranking = rank(candidates, strategy, config)
-    rows = selection_table(candidates, ranking, choose(candidates, ranking, config, size)).to_pylist()
+    ranking = strategy.rank(candidates, size, fusion)
+    rows = selection_table(candidates, ranking, choose(candidates, ranking, size, **settings)).to_pylist()
     assert sorted(row["prompt_id"] for row in rows) == sorted(candidates.prompt_ids)  # nothing vanishes
     return [row["prompt_id"] for row in rows if row["selected"]]
 
 
-def scores(strategy: Strategy, candidates: Candidates, **settings: object) -> np.ndarray:
-    """What the strategy gives every prompt."""
-    return rank(candidates, strategy, SelectConfig(strategy=strategy, **settings)).scores_N
+def scores(strategy: Strategy, candidates: Candidates) -> np.ndarray:
+    """Scores of all candidates for a selection of a tenth."""
+    return strategy.rank(candidates, -(-len(candidates) // 10), FUSION).scores_N

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.curriculum.pool import chosen, pool, scores
 
-from cropi.config import (
+from cropi.curriculum.strategies import (
     DotsStrategy,
     GaussianStrategy,
     LearnabilityStrategy,
@@ -21,6 +21,7 @@ from cropi.curriculum.strategies.vcrl import normalised_variance
 from cropi.errors import SignalError
 
 MID, VCRL, DOTS = MidStrategy(type="mid"), VcrlStrategy(type="vcrl"), DotsStrategy(type="dots")
+GAUSSIAN, FILES = GaussianStrategy(type="gaussian"), "cropi.curriculum.strategies"
 
 
 def test_mid_by_hand() -> None:
@@ -49,28 +50,31 @@ def test_normalised_variance_is_the_sample_variance_over_its_largest(size: int) 
     assert variances_N.max() == pytest.approx(most)
 
 
-def test_vcrl_keeps_what_varies_enough() -> None:
+def test_vcrl_keeps_what_varies_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     # of K = 8: 1 right 7/16, 2 right 12/16, 3 right 15/16, 4 right 1
     candidates = pool([1 / 8, 1 / 4, 3 / 8, 1 / 2, 1.0, math.nan])
     assert sorted(chosen(VCRL, 6, candidates)) == ["c", "d"]
-    assert sorted(chosen(VcrlStrategy(type="vcrl", kappa=0.75), 6, candidates)) == ["b", "c", "d"]  # the bound itself
-    assert sorted(chosen(VcrlStrategy(type="vcrl", kappa=0), 6, candidates)) == ["a", "b", "c", "d"]
     with pytest.raises(SignalError, match="none of the 2 prompts qualifies"):
         chosen(VCRL, 2, pool([1 / 8, 1.0]))
+    monkeypatch.setattr(f"{FILES}.vcrl.KAPPA", 0.75)
+    assert sorted(chosen(VCRL, 6, candidates)) == ["b", "c", "d"]  # the bound itself
+    monkeypatch.setattr(f"{FILES}.vcrl.KAPPA", 0.0)
+    assert sorted(chosen(VCRL, 6, candidates)) == ["a", "b", "c", "d"]
 
 
-def test_prompts_graded_all_alike_are_not_taken_for_signal() -> None:
+def test_prompts_graded_all_alike_are_not_taken_for_signal(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three that always earn 1/2 beside three that vary around 0.3."""
     grades = {"pass_rates_N": np.array([0.5] * 3 + [0.3] * 3), "variances_N": np.array([0.0] * 3 + [0.04] * 3)}
+    monkeypatch.setattr(f"{FILES}.vcrl.KAPPA", 0.1)
     statuses = ["no_signal"] * 3 + ["ok"] * 3
     candidates = dataclasses.replace(pool([0.5] * 6), statuses=statuses, **grades)
     for strategy in (
         MID,
         DOTS,
-        GaussianStrategy(type="gaussian"),
+        GAUSSIAN,
         PassRateStrategy(type="pass_rate", low=0.2, high=0.6),
         LearnabilityStrategy(type="learnability"),
-        VcrlStrategy(type="vcrl", kappa=0.1),
+        VCRL,
     ):
         assert set(chosen(strategy, 3, candidates)) == {"d", "e", "f"}, strategy.type
     assert chosen(MID, 6, candidates)[3:] == ["a", "b", "c"]  # fills up, as with verdicts
@@ -83,9 +87,10 @@ def test_vcrl_draws_anew_at_each_stage() -> None:
     assert len({tuple(ids) for ids in drawn}) == 4
 
 
-def test_a_group_of_its_own_size_has_its_own_largest_variance() -> None:
+def test_a_group_of_its_own_size_has_its_own_largest_variance(monkeypatch: pytest.MonkeyPatch) -> None:
     candidates = pool([1 / 3, 1 / 3], group_sizes_N=np.array([3, 6]))
-    assert chosen(VcrlStrategy(type="vcrl", kappa=0.9), 2, candidates) == ["a"]  # 2/2 and 8/9
+    monkeypatch.setattr(f"{FILES}.vcrl.KAPPA", 0.9)
+    assert chosen(VCRL, 2, candidates) == ["a"]  # 2/2 and 8/9
 
 
 def test_dots_takes_the_nearest_and_draws_among_equals() -> None:
@@ -94,61 +99,41 @@ def test_dots_takes_the_nearest_and_draws_among_equals() -> None:
     assert set().union(*seeds) == set("abcdef")
     assert len({frozenset(ids) for ids in seeds}) > 5
     assert set(chosen(DOTS, 12, candidates)) == set("abcdefghijkl")
-    assert chosen(DotsStrategy(type="dots", target=1.0), 1, candidates) == ["m"]
 
 
-def test_dots_draws_without_replacement_by_its_weights() -> None:
+def test_dots_draws_without_replacement_by_its_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two of three prompts: the probability of each pair, drawn one after the other in proportion to the weights."""
-    candidates, strategy = pool([0.5, 0.25, 0.0]), DotsStrategy(type="dots", temperature=0.25)
+    monkeypatch.setattr(f"{FILES}.dots.TEMPERATURE", 0.25)
+    candidates = pool([0.5, 0.25, 0.0])
     weights = {"a": 1.0, "b": math.exp(-1), "c": math.exp(-2)}
     total, draws = sum(weights.values()), 4000
     counts = dict.fromkeys(("ab", "ac", "bc"), 0)
     for seed in range(draws):
-        counts["".join(sorted(chosen(strategy, 2, dataclasses.replace(candidates, seed=seed))))] += 1
+        counts["".join(sorted(chosen(DOTS, 2, dataclasses.replace(candidates, seed=seed))))] += 1
     for pair, count in counts.items():
         one, two = (weights[i] for i in pair)
         chance = one / total * two / (total - one) + two / total * one / (total - two)
         assert abs(count - draws * chance) < 4 * (draws * chance * (1 - chance)) ** 0.5
 
 
-def gaussian(stage: int, **settings: object) -> tuple[GaussianStrategy, dict[str, int]]:
-    return GaussianStrategy(type="gaussian", **settings), {"stage": stage, "stages": 3}
+def curve(monkeypatch: pytest.MonkeyPatch, first: float, last: float, sigma: float) -> None:
+    for name, value in {"FIRST": first, "LAST": last, "SIGMA": sigma}.items():
+        monkeypatch.setattr(f"{FILES}.gaussian.{name}", value)
 
 
-def test_the_gaussian_moves_from_easy_to_hard() -> None:
+def test_the_gaussian_moves_from_easy_to_hard(monkeypatch: pytest.MonkeyPatch) -> None:
+    curve(monkeypatch, 0.875, 0.125, 0.05)
     rates = [p for p in (0.125, 0.5, 0.875) for _ in range(20)]
-    found = []
-    for stage in range(3):
-        strategy, facts = gaussian(stage, first=0.875, last=0.125, sigma=0.05)
-        found.append(set(chosen(strategy, 20, pool(rates, **facts))))
+    found = [set(chosen(GAUSSIAN, 20, pool(rates, stage=stage, stages=3))) for stage in range(3)]
     ids = pool(rates).prompt_ids
     assert found == [set(ids[40:]), set(ids[20:40]), set(ids[:20])]
-    strategy, _ = gaussian(0, first=0.875, last=0.125, sigma=0.05)
-    assert set(chosen(strategy, 20, pool(rates))) == set(ids[40:])  # a run of one stage stays at its beginning
+    assert set(chosen(GAUSSIAN, 20, pool(rates))) == set(ids[40:])  # a run of one stage stays at its beginning
 
 
-def test_gaussian_weights_by_hand() -> None:
+def test_gaussian_weights_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     """The better of two prompts comes first with w_a / (w_a + w_b), w = exp(-(p - mu)^2 / (2 sigma^2))."""
-    strategy, _ = gaussian(0, first=0.5, sigma=0.25)
+    curve(monkeypatch, 0.5, 0.2, 0.25)
     candidates, draws = pool([0.5, 0.875]), 4000
-    first = sum(chosen(strategy, 1, dataclasses.replace(candidates, seed=seed)) == ["a"] for seed in range(draws))
+    first = sum(chosen(GAUSSIAN, 1, dataclasses.replace(candidates, seed=seed)) == ["a"] for seed in range(draws))
     chance = 1 / (1 + math.exp(-(0.375**2) / (2 * 0.25**2)))
     assert abs(first - draws * chance) < 4 * (draws * chance * (1 - chance)) ** 0.5
-
-
-def test_shares_are_kept_in_every_selection() -> None:
-    sources = ["x"] * 30 + ["y"] * 10 + ["z"] * 10
-    strategy, _ = gaussian(0, shares={"x": 1, "y": 3})
-    candidates = pool([0.5] * 50, sources=sources)
-    source_of = dict(zip(candidates.prompt_ids, sources, strict=True))
-    for size in (4, 8, 12):
-        taken = [source_of[i] for i in chosen(strategy, size, candidates)]
-        assert (taken.count("x"), taken.count("y"), taken.count("z")) == (size // 4, 3 * size // 4, 0)
-    everything = [source_of[i] for i in chosen(strategy, 50, candidates)]
-    assert (everything.count("x"), everything.count("y")) == (30, 10)  # what a source lacks goes to the others
-
-
-def test_shares_take_the_best_of_each_source() -> None:
-    rates = [0.8, 0.1, 0.8, 0.1]
-    strategy, _ = gaussian(0, shares={"x": 1, "y": 1}, sigma=0.01)
-    assert set(chosen(strategy, 2, pool(rates, sources=["x", "x", "y", "y"]))) == {"a", "c"}

@@ -5,16 +5,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.curriculum.pool import pool, scores
+from tests.curriculum.pool import FUSION, pool, scores
 
-from cropi.config import PooledStrategy, SelectConfig
 from cropi.console import warn_once
-from cropi.curriculum.candidates import Candidates, Evidence
 from cropi.curriculum.choose import choose, selection_table
-from cropi.curriculum.strategies.pooled import _agreement, _shares
+from cropi.curriculum.pooling_data import PoolingData
+from cropi.curriculum.strategies.pooled import PooledStrategy, _agreement, _shares
+from cropi.curriculum.strategy import Candidates, Ranking
 from cropi.functional import pooling
 from cropi.reward_statistics import Visit
-from cropi.stages.select import rank
 
 KINDS, EACH, SEEN = 5, 20, 5  # kinds of prompts; prompts of each; of these with trajectories
 USEFUL, NEUTRAL, HARMFUL, SECOND = 0, 1, 3, 4
@@ -33,7 +32,7 @@ def candidates(noise: float = 0.05, slopes: np.ndarray = SLOPES, **facts: Any) -
     owners = np.repeat([USEFUL, SECOND], 8)
     p_M = generator.choice([0.375, 0.5], size=16)
     w_M = p_M * (1 - p_M) * 16 / 15
-    evidence = Evidence(
+    pooling = PoolingData(
         names=("one", "two"),
         representations_NE=centres[KIND] + 0.1 * generator.normal(size=(len(KIND), 6)),
         tries_N=np.where(seen, 8.0, 0.0),
@@ -54,16 +53,18 @@ def candidates(noise: float = 0.05, slopes: np.ndarray = SLOPES, **facts: Any) -
     plain = pool([0.5] * len(KIND))
     statuses = ["ok" if one else "not_sampled" for one in seen]
     return dataclasses.replace(
-        plain, statuses=statuses, pass_rates_N=p, variances_N=p * (1 - p), evidence=evidence, **facts
+        plain, statuses=statuses, pass_rates_N=p, variances_N=p * (1 - p), pooling=pooling, **facts
     )
 
 
-def kinds(found: Candidates, size: int = 40, **options: Any) -> dict[int, int]:
+def rank(found: Candidates, size: int = 40) -> Ranking:
+    return STRATEGY.rank(found, size, FUSION)
+
+
+def kinds(found: Candidates, size: int = 40) -> dict[int, int]:
     """How many prompts of each kind are chosen."""
-    strategy = STRATEGY.model_copy(update=options)
-    config = SelectConfig(strategy=strategy, fraction=size / len(found))
-    ranking = rank(found, strategy, config)
-    rows = selection_table(found, ranking, choose(found, ranking, config, size)).to_pylist()
+    ranking = rank(found, size)
+    rows = selection_table(found, ranking, choose(found, ranking, size)).to_pylist()
     kind_of = dict(zip(found.prompt_ids, KIND.tolist(), strict=True))
     chosen = [kind_of[row["prompt_id"]] for row in rows if row["selected"]]
     return {kind: chosen.count(kind) for kind in range(KINDS)}
@@ -93,8 +94,7 @@ def test_grades_count_by_how_much_they_vary() -> None:
 
 
 def test_the_manifest_is_told_what_decided() -> None:
-    config = SelectConfig(strategy=STRATEGY, fraction=0.4)
-    facts = rank(candidates(), STRATEGY, config).facts
+    facts = rank(candidates()).facts
     assert (facts["helpful"], facts["chosen_as_helpful"], facts["drawn_beside_them"]) == (2 * EACH, 2 * EACH, 0)
     assert (facts["harmful"], facts["trust_in_validation_prompts"]) == (EACH, 1.0)
     assert facts["left_to_learn"] == {"one": 1.0, "two": 1.0}
@@ -106,25 +106,24 @@ def test_a_direction_on_which_the_validation_prompts_do_not_agree_chooses_nothin
 ) -> None:
     warn_once.cache_clear()
     found = candidates()
-    assert found.evidence is not None
-    influence_MV = found.evidence.validation_influence_MV.copy()
+    assert found.pooling is not None
+    influence_MV = found.pooling.validation_influence_MV.copy()
     influence_MV[:8, 0] = [0.5, -0.5, 0.4, -0.4, 0.6, -0.6, 0.1, -0.1]  # mean 0 in set one
-    noise = dataclasses.replace(found.evidence, validation_influence_MV=influence_MV)
-    chosen = kinds(dataclasses.replace(found, evidence=noise), size=EACH)
+    noise = dataclasses.replace(found.pooling, validation_influence_MV=influence_MV)
+    chosen = kinds(dataclasses.replace(found, pooling=noise), size=EACH)
     assert chosen == {USEFUL: 0, NEUTRAL: 0, 2: 0, HARMFUL: 0, SECOND: EACH}
     told = capsys.readouterr().err
-    assert "validation set one is not followed: its own prompts do not help one another (0.0 standard errors" in told
+    assert "validation set one is ignored: its prompts do not help one another (0.0 standard errors" in told
     assert "set two" not in told
     influence_MV[8:, 1] = influence_MV[:8, 0]  # and in set two: drawn by learnability from all kinds
-    nothing = dataclasses.replace(found.evidence, validation_influence_MV=influence_MV)
-    config = SelectConfig(strategy=STRATEGY, fraction=0.4)
-    facts = rank(dataclasses.replace(found, evidence=nothing), STRATEGY, config).facts
+    nothing = dataclasses.replace(found.pooling, validation_influence_MV=influence_MV)
+    facts = rank(dataclasses.replace(found, pooling=nothing)).facts
     assert facts["agreement"] == {"one": 0.0, "two": 0.0}
     assert (facts["helpful"], facts["harmful"], facts["drawn_beside_them"]) == (0, 0, 40)
 
 
 def test_agreement_is_the_mean_influence_within_a_set_in_standard_errors() -> None:
-    found = candidates().evidence
+    found = candidates().pooling
     assert found is not None
     influence_MV = found.validation_influence_MV.copy()
     influence_MV[:8, 0] = [1, 2, 3, 4, 5, 6, 7, 8]  # mean 4.5, variance 6, standard error sqrt(6 / 8)
@@ -135,8 +134,7 @@ def test_agreement_is_the_mean_influence_within_a_set_in_standard_errors() -> No
 
 
 def test_no_more_than_a_block_of_the_kernel_is_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = SelectConfig(strategy=STRATEGY, fraction=0.4)
-    whole, rows = rank(candidates(), STRATEGY, config), []
+    whole, rows = rank(candidates()), []
 
     def squares(first_NE: np.ndarray, second_OE: np.ndarray) -> np.ndarray:
         rows.append(len(first_NE))
@@ -145,7 +143,7 @@ def test_no_more_than_a_block_of_the_kernel_is_in_memory(monkeypatch: pytest.Mon
     original = pooling._squares
     monkeypatch.setattr(pooling, "_squares", squares)
     monkeypatch.setattr(pooling, "BLOCK", 60)  # a hundred prompts, of which with the validation prompts 41 are observed
-    parts = rank(candidates(), STRATEGY, config)
+    parts = rank(candidates())
     assert max(rows) == 60
     np.testing.assert_allclose(parts.scores_N, whole.scores_N)
     np.testing.assert_array_equal(parts.eligible_N, whole.eligible_N)
@@ -178,12 +176,11 @@ def test_places_by_hand() -> None:
 
 def test_headroom_is_that_of_the_set_that_has_learned_least() -> None:
     fresh = candidates(stage=3, steps_per_stage=16)
-    config = SelectConfig(strategy=STRATEGY, fraction=0.4)
 
     def headroom(useful: float, second: float) -> float:
         rates = ((USEFUL, useful), (SECOND, second))
         seen = [visit for kind, mean in rates for step in (40, 44, 47) for visit in visits(fresh, kind, mean, step)]
-        return float(rank(dataclasses.replace(fresh, visits=seen), STRATEGY, config).facts["headroom"])
+        return float(rank(dataclasses.replace(fresh, visits=seen)).facts["headroom"])
 
     assert headroom(0.4, 0.9) == pytest.approx(headroom(0.9, 0.4), abs=0.1)
     assert headroom(0.4, 0.9) > 0.9
@@ -214,19 +211,6 @@ def test_harm_that_is_hardly_ever_rewarded_now_is_still_left_out() -> None:
     assert kinds(dataclasses.replace(fresh, visits=seen), size=90)[HARMFUL] == 0
 
 
-def test_helpful_prompts_are_drawn_in_proportion() -> None:
-    """Of forty helpful prompts half: others with another seed, and the better ones more often."""
-    config = SelectConfig(strategy=STRATEGY.model_copy(update={"draw": "proportional"}), fraction=20 / len(KIND))
-    found = [rank(candidates(seed=seed), config.strategy, config).eligible_N for seed in range(30)]
-    helpful = (KIND == USEFUL) | (KIND == SECOND)
-    assert all(one.sum() == 20 and not one[~helpful].any() for one in found)
-    assert not np.array_equal(found[0], found[1])
-    often_N, score_N = np.mean(found, axis=0), scores(STRATEGY, candidates())
-    for kind in (USEFUL, SECOND):
-        better = np.argsort(-np.where(kind == KIND, score_N, -np.inf))[:EACH]
-        assert 0 < often_N[better[EACH // 2 :]].mean() < often_N[better[: EACH // 2]].mean() < 1
-
-
 def test_old_tries_are_forgotten() -> None:
     """The same visits, long ago: the useful prompts are no longer known to be solved."""
     late = candidates(stage=20, steps_per_stage=16)
@@ -237,50 +221,41 @@ def test_old_tries_are_forgotten() -> None:
     assert long_ago > 2 * just
 
 
-def test_stored_learnability_knows_nothing_of_training() -> None:
-    fresh = candidates(stage=1, steps_per_stage=16)
-    seen = dataclasses.replace(fresh, visits=visits(fresh, USEFUL, 1.0, 15))
-    stored = STRATEGY.model_copy(update={"learnability": "stored", "screen": 0.0})
-    np.testing.assert_array_equal(scores(stored, seen), scores(stored, fresh))
-    assert not np.array_equal(scores(STRATEGY, seen), scores(STRATEGY, fresh))
-
-
 def test_a_prompts_own_influence_counts_beside_its_neighbours() -> None:
     """One of the sampled useful prompts has a wrong label: its influence points the other way."""
     found = candidates()
-    assert found.evidence is not None
-    influence_NV = found.evidence.influence_NV.copy()
+    assert found.pooling is not None
+    influence_NV = found.pooling.influence_NV.copy()
     influence_NV[0, 0] *= -1
-    evidence = dataclasses.replace(found.evidence, influence_NV=influence_NV)
-    wrong = dataclasses.replace(found, evidence=evidence)
-    own, alone = (scores(STRATEGY.model_copy(update={"own": own}), wrong)[:SEEN] for own in (True, False))
+    pooling = dataclasses.replace(found.pooling, influence_NV=influence_NV)
+    wrong = dataclasses.replace(found, pooling=pooling)
+    own = scores(STRATEGY, wrong)[:SEEN]
     assert own[0] == own.min()
-    assert own[0] < alone[0]
 
 
-def test_noise_is_not_chosen() -> None:
+def test_noise_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Influence far below its error: nobody is helpful, so the places go to learnable prompts of every kind."""
     found = candidates()
-    assert found.evidence is not None
+    assert found.pooling is not None
     generator = np.random.default_rng(1)
-    seen = found.evidence.strengths_N > 0
+    seen = found.pooling.strengths_N > 0
     silent = dataclasses.replace(
-        found.evidence,
+        found.pooling,
         influence_NV=0.01 * generator.normal(size=(len(KIND), 2)) * seen[:, None],
         validation_influence_MV=0.01 * generator.normal(size=(16, 2)),
         errors_NV=np.full((len(KIND), 2), 1.0) * seen[:, None],
         validation_errors_MV=np.full((16, 2), 1.0),
     )
-    chosen = kinds(dataclasses.replace(found, evidence=silent), size=50, significance=3.0)
+    monkeypatch.setattr("cropi.curriculum.strategies.pooled.SIGNIFICANCE", 3.0)
+    chosen = kinds(dataclasses.replace(found, pooling=silent), size=50)
     assert all(count > 0 for count in chosen.values())
 
 
 def test_sets_that_pull_apart_share_the_places() -> None:
-    """Each kind serves its own set and hurts the other, the second kind a little less: by the sum it would take all."""
+    """Each kind serves its own set and hurts the other."""
     apart = SLOPES.copy()
     apart[USEFUL], apart[SECOND] = [3.0, -1.5], [-0.2, 3.0]
     assert kinds(candidates(slopes=apart), size=16) == {USEFUL: 8, NEUTRAL: 0, 2: 0, HARMFUL: 0, SECOND: 8}
-    assert kinds(candidates(slopes=apart), size=16, fusion="sum")[SECOND] > 12
 
 
 def test_a_set_that_has_been_learned_leaves_its_places_to_the_other() -> None:
@@ -290,10 +265,6 @@ def test_a_set_that_has_been_learned_leaves_its_places_to_the_other() -> None:
     assert found[USEFUL] > 3 * found[SECOND]
 
 
-def test_ranks_of_two_sets_can_be_fused() -> None:
-    assert kinds(candidates(), fusion="rank")[SECOND] == EACH
-
-
-def test_pooling_without_evidence_is_an_error() -> None:
-    with pytest.raises(ValueError, match="needs evidence"):
+def test_pooling_without_its_data_is_an_error() -> None:
+    with pytest.raises(ValueError, match="needs pooling data"):
         scores(STRATEGY, pool([0.5] * 4))

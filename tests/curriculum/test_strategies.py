@@ -1,16 +1,20 @@
 """The strategies as a whole: their page, their presets, what they are charged for."""
 
+import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 
-from cropi import config as tables
-from cropi.config import Config, StrategyTable
+import cropi
+from cropi.config import Config
+from cropi.curriculum.strategies import STRATEGIES, SimilarityStrategy, StrategyTable
 from cropi.loading import load_config
 from cropi.presets import merged, presets
-from cropi.stages.select import RANKINGS
 
 PAGE = (Path(__file__).parents[2] / "docs" / "strategies.md").read_text(encoding="utf-8")
 LETTERS = {"trajectories": "T", "gradients": "G", "validation": "V", "rewards": "R"}
@@ -26,9 +30,55 @@ def with_preset(name: str) -> Config:
     return Config(**merged(values, presets()[name]["config"]))
 
 
-def test_every_strategy_has_a_ranking() -> None:
-    (union, _) = get_args(tables.Strategy)
-    assert set(RANKINGS) == set(get_args(union))
+ADDED = '''"""The shortest prompts."""
+
+from typing import ClassVar, Literal
+
+import numpy as np
+
+from cropi.curriculum.strategy import Candidates, FusionConfig, Ranking, StrategyTable
+
+
+class ShortestStrategy(StrategyTable):
+    """The shortest prompts."""
+
+    reads_texts: ClassVar[bool] = True
+
+    type: Literal["shortest"]
+    """Selects this strategy."""
+    longest: int = 1000
+    """Characters of the longest prompt that may be selected."""
+
+    def rank(self, candidates: Candidates, size: int, fusion: FusionConfig) -> Ranking:
+        lengths_N = np.array([len(text) for text in candidates.texts])
+        return Ranking(-lengths_N.astype(float), lengths_N <= self.longest, "short")
+'''
+USED = """
+from cropi.curriculum.strategy import Candidates, FusionConfig
+from cropi.loading import load_config
+import numpy as np
+
+strategy = load_config("quickstart", ["select.strategy={type: shortest, longest: 3}"]).select.strategy
+rates_N = np.full(2, 0.5)
+pool = Candidates(["a", "b"], ["", ""], ["ok", "ok"], rates_N, rates_N / 2, {}, {}, 0, 0, texts=["long text", "two"])
+ranking = strategy.rank(pool, 1, FusionConfig())
+print(strategy.longest, ranking.scores_N.tolist(), ranking.eligible_N.tolist())
+"""
+
+
+def test_adding_a_strategy_takes_one_file_and_one_line(tmp_path: Path) -> None:
+    shutil.copytree(Path(cropi.__file__).parent, tmp_path / "cropi", ignore=shutil.ignore_patterns("__pycache__"))
+    folder = tmp_path / "cropi" / "curriculum" / "strategies"
+    (folder / "shortest.py").write_text(ADDED, encoding="utf-8")
+    with (folder / "__init__.py").open("r+", encoding="utf-8") as package:
+        text = package.read()
+        package.seek(0)
+        line = "from cropi.curriculum.strategies.shortest import ShortestStrategy as ShortestStrategy\n"
+        last = "from cropi.curriculum.strategies.vcrl"
+        package.write(text.replace(last, line + last))
+    command = [sys.executable, "-c", USED]
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True)
+    assert done.stdout.decode().strip() == "3 [-9.0, -3.0] [False, True]", done.stderr.decode()
 
 
 @pytest.mark.parametrize("name", sorted(presets()))
@@ -38,12 +88,12 @@ def test_every_preset_is_a_valid_patch(name: str) -> None:
     assert re.search(rf"`{name}`", PAGE), "docs/strategies.md leaves it out"
 
 
-@pytest.mark.parametrize("strategy", sorted(RANKINGS, key=of_type), ids=of_type)
+@pytest.mark.parametrize("strategy", sorted(STRATEGIES, key=of_type), ids=of_type)
 def test_the_page_says_what_is_read(strategy: type[StrategyTable]) -> None:
     table = PAGE.split("## Presets")[0]
     (row,) = re.findall(rf"^\| `{of_type(strategy)}` \|([^|]*)\|", table, re.MULTILINE)
     letters = set(re.findall(r"\b[TGVR]\b", row))
-    optional = {"T"} if strategy is tables.SimilarityStrategy else set()
+    optional = {"T"} if strategy is SimilarityStrategy else set()
     assert letters == {LETTERS[need] for need in strategy.needs} | optional
 
 
@@ -53,7 +103,7 @@ def test_who_is_charged_for_collection() -> None:
 
 
 def test_who_trains_on_all_that_it_keeps() -> None:
-    assert {of_type(strategy) for strategy in RANKINGS if strategy.takes_all} == {"full", "greso"}
+    assert {of_type(strategy) for strategy in STRATEGIES if strategy.takes_all} == {"full", "greso"}
 
 
 def test_fresh_trajectories_go_to_those_that_have_use_for_them() -> None:

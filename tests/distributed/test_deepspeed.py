@@ -18,7 +18,7 @@ from tests.trl.test_trainer import trained_by_two
 
 from cropi.artifacts import finish, read_manifest
 from cropi.streams import read_jsonl
-from cropi.training.sharding import PLAIN, ZERO
+from cropi.training.sharding import PLAIN, ZERO_NAMES
 
 pytest.importorskip("deepspeed")
 pytestmark = pytest.mark.slow
@@ -120,10 +120,10 @@ def test_it_is_the_run_of_plain_data_parallelism(run: Run, plain: Run) -> None:
 def test_it_goes_on_from_a_checkpoint(run: Run, shortened: Run) -> None:
     done = launch(2, "train", "runs/quickstart", cwd=shortened.cwd)
     assert done.returncode != 0
-    assert f"training began with {ZERO[run.stage == 3]} and would go on with {PLAIN}" in done.stderr
+    assert f"training began with {ZERO_NAMES[run.stage == 3]} and would continue with {PLAIN}" in done.stderr
     done = shortened.again("train", "runs/quickstart", processes=4)
     assert done.returncode != 0
-    assert "divided by DeepSpeed among 2 processes, and there are 4 now" in done.stderr
+    assert "over 2 processes, but there are 4 now" in done.stderr
     done = shortened.again("train", "runs/quickstart")
     assert done.returncode == 0, done.stderr
     shortened.assert_ends_as(run)
@@ -156,8 +156,8 @@ def test_code_in_a_checkpoint_is_not_run(shortened: Run) -> None:
 @pytest.mark.parametrize(
     ("arguments", "changed", "told"),
     [
-        (["trainer.ds3_gather_for_generation=false"], {}, "the policy is to sample with divided weights"),
-        ([], {"ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "false"}, "to be saved without whole weights"),
+        (["trainer.ds3_gather_for_generation=false"], {}, "generation with sharded weights"),
+        ([], {"ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "false"}, "checkpoints without whole weights"),
     ],
 )
 def test_what_cannot_be_gathered_is_refused(

@@ -123,7 +123,7 @@ def test_it_goes_on_from_a_checkpoint(run: Path, copied: Path) -> None:
     shutil.rmtree(last)
     done = launch(2, "train", "runs/quickstart", cwd=copied)
     assert done.returncode != 0
-    assert "training began with FSDP and would go on with plain data parallelism" in done.stderr
+    assert "training began with FSDP and would continue with plain data parallelism" in done.stderr
     done = sharded("train", "runs/quickstart", cwd=copied)
     assert done.returncode == 0, done.stderr
     assert (last / "model.safetensors").read_bytes() == expected

@@ -14,7 +14,7 @@ from tests.runs import SMALL, cropi, evaluations, json_lines, selections
 
 from cropi.artifacts import TRAJECTORIES, read_table
 from cropi.streams import read_jsonl
-from cropi.training.rollouts import rollout_files
+from cropi.training.rollout_recorder import rollout_files
 
 pytestmark = pytest.mark.slow
 

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from tests.conftest import tiny_llama
 
-from cropi.config import FusionConfig, InfluenceStrategy, SelectConfig
-from cropi.curriculum.candidates import Candidates
+from cropi.config import FusionConfig
+from cropi.curriculum.strategies import InfluenceStrategy
+from cropi.curriculum.strategy import Candidates
 from cropi.gradients.budget import BudgetedScores, BudgetSettings, Cut, Rescoring, budgeted, subsample_factors
 from cropi.gradients.groups import Group
 from cropi.gradients.scorer import Scored, Scorer
 from cropi.gradients.surrogate import SurrogateSettings
-from cropi.stages.select import rank
 
 FULL = BudgetSettings(None, None, rescore=False, fraction=0.1)
 CASCADE = BudgetSettings(2, 0.3, rescore=False, fraction=0.1)
@@ -214,7 +214,7 @@ def test_the_cut_is_the_one_that_selection_will_make(truncate: bool) -> None:
     influence_by_set = {f"v{v}": values_NV[:, v] for v in range(3)}
     candidates = Candidates(ids, [""] * 100, statuses, np.zeros(100), np.zeros(100), {}, influence_by_set, 0, 0)
     strategy = InfluenceStrategy(type="influence")
-    ranking = rank(candidates, strategy, SelectConfig(strategy=strategy, fusion=FusionConfig(truncate=truncate)))
+    ranking = strategy.rank(candidates, 10, FusionConfig(truncate=truncate))
     best = sorted(range(40), key=lambda row: (-ranking.scores_N[row], ids[row]))[:10]
     cut = Cut(ids[:40], np.ones(40, dtype=bool), 10, absent=60, depth=10 if truncate else None)
     assert cut.above(values_NV[:40]) == best

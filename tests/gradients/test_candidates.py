@@ -9,14 +9,9 @@ from tests.conftest import tiny_llama
 from tests.stages.test_score import MIXED, SOLVED, UNREADABLE, VALIDATION, config, group, table
 
 from cropi.artifacts import read_table
-from cropi.config import (
-    CANDIDATES,
-    GradientNormStrategy,
-    InfluenceStrategy,
-    LearnAlignStrategy,
-    ScoreConfig,
-    StrategyTable,
-)
+from cropi.config import ScoreConfig
+from cropi.curriculum.strategies import GradientNormStrategy, InfluenceStrategy, LearnAlignStrategy, StrategyTable
+from cropi.curriculum.strategy import CANDIDATES
 from cropi.errors import ConfigError, SignalError
 from cropi.functional.alignment import halves
 from cropi.gradients.candidates import candidate_groups
@@ -57,8 +52,11 @@ def vector(groups: list[Group]) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("estimator", ["exact", "sketch", "reference"])
-def test_candidates_take_the_place_of_validation_sets(tmp_path: Path, estimator: str) -> None:
-    strategy = LearnAlignStrategy(type="learnalign", candidates=4)
+def test_candidates_take_the_place_of_validation_sets(
+    tmp_path: Path, estimator: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LearnAlignStrategy, "candidates_aimed_at", 4)
+    strategy = LearnAlignStrategy(type="learnalign")
     rows, details = scored(tmp_path, strategy, f"score.estimator={estimator}", "score.score=cosine")
     gradients = vector(MIXED)
     sampled = halves({i: unit_interval(0, "candidates", i) for i in gradients}, 4)

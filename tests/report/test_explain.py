@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from cropi.artifacts import SELECTION, finish, write_table
-from cropi.config import InfluenceStrategy, LearnabilityStrategy, PassRateStrategy
-from cropi.curriculum.candidates import Candidates, Ranking
 from cropi.curriculum.choose import choose, selection_table
+from cropi.curriculum.strategies import InfluenceStrategy, LearnabilityStrategy, PassRateStrategy
+from cropi.curriculum.strategy import Candidates, Ranking
 from cropi.errors import ArtifactError, UserError
 from cropi.report.explain import WHY_NOT, Cut, SetInfluence, Trained, explanations, outcome
 from cropi.report.explain_text import LEGEND, as_text
@@ -210,7 +210,7 @@ def outcomes(fabricate, sources, size, **settings):
     ranking = Ranking(values_N, np.ones(len(ids), dtype=bool), "influence", {})
     select = {"strategy": {"type": "influence"}, "fraction": 0.5, **settings}
     space = fabricate(prompts=len(ids), settings={"select": select}, stages_selected=0, stages_scored=1, trained=False)
-    chosen = choose(candidates, ranking, space.config.select, size)
+    chosen = choose(candidates, ranking, size, space.config.select.exploration, space.config.select.quotas)
     rows = selection_table(candidates, ranking, chosen).to_pylist()
     folder = space.stages.selection(0)
     write_table(folder / "selection.parquet", rows, SELECTION)

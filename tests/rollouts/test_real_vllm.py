@@ -29,7 +29,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
 
 WEIGHTS = PolicyConfig(path="builtin", cpu_threads=1)
 # On CPUs vLLM cannot put back the seed of a prompt that it has computed in two pieces (seen with 0.32).
-ENGINE = VllmConfig(max_model_len=128, options={"enforce_eager": True, "enable_chunked_prefill": False})
+ENGINE = VllmConfig(options={"max_model_len": 128, "enforce_eager": True, "enable_chunked_prefill": False})
 
 
 @pytest.fixture(autouse=True, scope="module")

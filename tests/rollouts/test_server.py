@@ -284,21 +284,26 @@ def by_seed(policy: Policy, body: Mapping[str, Any]) -> tuple[int, Any]:
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_one_bad_answer_among_good_ones_changes_nothing(name: str, policy: Policy, serving: Any) -> None:
+def test_one_bad_answer_among_good_ones_changes_nothing(
+    name: str, policy: Policy, serving: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cropi.rollouts.server.TIMEOUT_S", 0.5)
     bad = filled(BAD[name], policy)
-    settings: dict[str, Any] = {"concurrency": 2, "timeout": 0.5}
-    without = ask(policy, serving(lambda _, body: by_seed(policy, body)), **settings)
+    without = ask(policy, serving(lambda _, body: by_seed(policy, body)), concurrency=2)
     fake = serving(lambda number, body: bad if number == 2 else by_seed(policy, body))
-    assert ask(policy, fake, **settings) == without
+    assert ask(policy, fake, concurrency=2) == without
     assert len(fake.bodies) == len(PROMPTS) + 1
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_server_that_answers_badly_is_given_up_within_patience(name: str, policy: Policy, serving: Any) -> None:
+def test_a_server_that_answers_badly_is_given_up_within_patience(
+    name: str, policy: Policy, serving: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cropi.rollouts.server.TIMEOUT_S", 0.3)
     bad = filled(BAD[name], policy)
     began = time.monotonic()
     with pytest.raises(PolicyError, match=r"collect.server.url .*: the server has not answered for 0.1 s") as caught:
-        ask(policy, serving(lambda *_: bad), patience=0.1, timeout=0.3, concurrency=2)
+        ask(policy, serving(lambda *_: bad), patience=0.1, concurrency=2)
     assert time.monotonic() - began < 3
     assert len(str(caught.value)) < 1000
     if name in NOT_SAMPLED:
@@ -325,11 +330,14 @@ def test_patience_begins_with_the_first_failure(policy: Policy, serving: Any) ->
     assert len(ask(policy, serving(answer), patience=0.3, concurrency=1)) == len(PROMPTS)
 
 
-def test_a_server_that_accepts_and_says_nothing_is_given_up(policy: Policy, serving: Any) -> None:
+def test_a_server_that_accepts_and_says_nothing_is_given_up(
+    policy: Policy, serving: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cropi.rollouts.server.TIMEOUT_S", 0.5)
     began, ended = time.monotonic(), threading.Event()
     fake = serving(lambda *_: ended.wait(30) and said("answer 1"))
     with pytest.raises(PolicyError, match="TimeoutError"):
-        ask(policy, fake, timeout=0.5, patience=0.5)
+        ask(policy, fake, patience=0.5)
     ended.set()
     assert time.monotonic() - began < 3
 

@@ -116,7 +116,7 @@ def test_completions_are_plain_samples_in_order_each_with_its_seed(policy: Polic
 @pytest.mark.usefixtures("vllm")
 def test_a_run_collects_through_it_and_gives_its_memory_back(tmp_path: Path) -> None:
     few = ["prompts.train.0.count=3", "collect.num_generations=4", "collect.validation_num_generations=4"]
-    config = load_config("quickstart", [*SMALL, *few, f"run_dir={tmp_path}", "collect.vllm.max_model_len=128"])
+    config = load_config("quickstart", [*SMALL, *few, f"run_dir={tmp_path}", "collect.vllm.options.max_model_len=128"])
     Engine.policy = load_policy(config.policy)
     pipeline = Run(config)
     collect(pipeline)
@@ -129,7 +129,7 @@ def test_a_run_collects_through_it_and_gives_its_memory_back(tmp_path: Path) -> 
 
 @pytest.mark.usefixtures("vllm")
 def test_what_it_refuses_is_said(policy: Policy) -> None:
-    engine = VllmGenerator(policy, WEIGHTS, VllmConfig(gpu_memory_utilization=0.99))
+    engine = VllmGenerator(policy, WEIGHTS, VllmConfig(options={"gpu_memory_utilization": 0.99}))
     with pytest.raises(PolicyError, match="Free memory on device is less than desired"):
         engine(prompts(policy, 1), SAMPLING, seed=1)
 
@@ -141,6 +141,6 @@ def test_without_vllm_the_message_says_what_to_install(policy: Policy, monkeypat
 
 
 def test_one_backend() -> None:
-    both = ["collect.vllm.tensor_parallel_size=2", "collect.server.url=http://localhost:1/v1", "collect.server.model=x"]
+    both = ["collect.vllm={}", "collect.server.url=http://localhost:1/v1", "collect.server.model=x"]
     with pytest.raises(ConfigError, match="exclude each other"):
         load_config("quickstart", both)

@@ -1,28 +1,26 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from cropi.config import (
-    Config,
+from cropi.config import Config, FusionConfig, Strategy
+from cropi.curriculum.choose import choose, selection_table
+from cropi.curriculum.strategies import (
     FullStrategy,
-    FusionConfig,
     InfluenceStrategy,
     LearnabilityStrategy,
     PassRateStrategy,
     RandomStrategy,
-    SelectConfig,
-    Strategy,
 )
-from cropi.curriculum.candidates import Candidates
-from cropi.curriculum.choose import choose, selection_table
+from cropi.curriculum.strategy import Candidates
 from cropi.errors import SignalError
 from cropi.functional.sampling import places
 from cropi.loading import load_config
-from cropi.stages.select import choose_prompts, rank
+from cropi.stages.select import choose_prompts
 
 POOL = Candidates(
     prompt_ids=["a", "b", "c", "d", "e", "f"],
@@ -37,10 +35,9 @@ POOL = Candidates(
 )
 
 
-def chosen(strategy: Strategy, size: int, candidates: Candidates = POOL, **settings: object) -> list[str]:
-    config = SelectConfig(strategy=strategy, fraction=0.5, **settings)
-    ranking = rank(candidates, strategy, config)
-    rows = selection_table(candidates, ranking, choose(candidates, ranking, config, size)).to_pylist()
+def chosen(strategy: Strategy, size: int, candidates: Candidates = POOL, **settings: Any) -> list[str]:
+    ranking = strategy.rank(candidates, size, settings.pop("fusion", FusionConfig()))
+    rows = selection_table(candidates, ranking, choose(candidates, ranking, size, **settings)).to_pylist()
     assert sorted(row["prompt_id"] for row in rows) == sorted(candidates.prompt_ids)  # nothing vanishes
     return [row["prompt_id"] for row in rows if row["selected"]]
 
@@ -75,11 +72,8 @@ def test_influence_by_hand() -> None:
 
 
 def test_truncated_fusion_counts_the_head_of_each_list() -> None:
-    # n = ceil(0.5 * 6) = 3: u counts a1 d2 b3, v counts c1 b2 d3
-    config = SelectConfig(
-        strategy=InfluenceStrategy(type="influence"), fraction=0.5, fusion=FusionConfig(kappa=0, truncate=True)
-    )
-    ranking = rank(POOL, config.strategy, config)
+    # three places: u counts a1 d2 b3, v counts c1 b2 d3
+    ranking = InfluenceStrategy(type="influence").rank(POOL, 3, FusionConfig(kappa=0, truncate=True))
     np.testing.assert_allclose(ranking.scores_N, [1, 1 / 3 + 1 / 2, 1, 1 / 2 + 1 / 3, 0, 0])
 
 

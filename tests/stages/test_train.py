@@ -24,10 +24,9 @@ from cropi.errors import ArtifactError, ConfigError
 from cropi.loading import load_config
 from cropi.policy import Policy, encode_prompts, load_policy
 from cropi.stages.train import TrainTask, newest_checkpoint, train_stages
-from cropi.training.history import training_history
-from cropi.training.rehearsal import _problem
-from cropi.training.reward import RecordedReward
-from cropi.training.settings import grpo_config
+from cropi.training.grpo_settings import grpo_config
+from cropi.training.reward_log import RecordedReward, training_history
+from cropi.training.trial_step import _problem
 
 STAGES, STEPS = 2, 4
 SELECTIONS = [["p0", "p1", "p2"], ["p7", "p8"]]
@@ -312,7 +311,7 @@ def test_gradient_accumulation_and_iterations_keep_the_stage_length(tmp_path: Pa
     assert weights
 
 
-@pytest.mark.usefixtures("rehearsal")
+@pytest.mark.usefixtures("trial_step")
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -323,7 +322,7 @@ def test_gradient_accumulation_and_iterations_keep_the_stage_length(tmp_path: Pa
         ("trainer.num_iterations=2", "trainer.save_steps: .*no multiple of the 2"),
         ("trainer.num_generations=5", "must be divisible by"),
         ("trainer.lr_scheduler_type=fast", "fast is not a valid"),
-        ("trainer.save_total_limit=1", "would lose both"),
+        ("trainer.save_total_limit=1", "loses both"),
         ("trainer.save_only_model=true", "optimiser's state"),
         ("trainer.temperature=0.5", "collect.temperature"),
         ("trainer.report_to=[wandb]", "wandb is not installed"),
@@ -375,7 +374,7 @@ def test_trainer_settings_that_cannot_work_are_refused(
         grpo_config(config(override), tmp_path, torch.device("cpu"))
 
 
-@pytest.mark.usefixtures("rehearsal")
+@pytest.mark.usefixtures("trial_step")
 @pytest.mark.parametrize(
     ("override", "value"),
     [
@@ -410,8 +409,8 @@ def test_settings_that_do_not_fit_the_policy_are_told_in_words(tmp_path: Path) -
         run(tmp_path, "trainer.router_aux_loss_coef=0.1")
 
 
-@pytest.mark.usefixtures("rehearsal")
-def test_a_rehearsal_leaves_random_states_as_they_were(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("trial_step")
+def test_a_trial_step_leaves_random_states_as_they_were(tmp_path: Path) -> None:
     before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
     _problem.cache_clear()
     grpo_config(config(), tmp_path, torch.device("cpu"))

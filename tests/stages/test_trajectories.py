@@ -6,10 +6,16 @@ from typing import Any
 import pyarrow as pa
 
 from cropi.artifacts import TRAJECTORIES, finish, write_table
-from cropi.config import FullStrategy, InfluenceStrategy, LearnabilityStrategy, PassRateStrategy, RandomStrategy
+from cropi.curriculum.strategies import (
+    FullStrategy,
+    InfluenceStrategy,
+    LearnabilityStrategy,
+    PassRateStrategy,
+    RandomStrategy,
+)
 from cropi.rollouts.shards import read_trajectories
 from cropi.stages.trajectories import Layer, newest_rollouts, read_overlay
-from cropi.training.rollouts import keep_rollouts
+from cropi.training.rollout_recorder import keep_rollouts
 
 
 def rows(prompt_id: str, mark: float, generations: int = 2) -> list[dict[str, Any]]:

@@ -12,9 +12,9 @@ from cropi.artifacts import TRAJECTORIES, read_table
 from cropi.errors import ConfigError
 from cropi.loading import load_config
 from cropi.streams import read_jsonl
-from cropi.training.reward import RecordedReward
-from cropi.training.rollouts import RolloutRecorder, rollout_files
-from cropi.training.settings import grpo_config
+from cropi.training.grpo_settings import grpo_config
+from cropi.training.reward_log import RecordedReward
+from cropi.training.rollout_recorder import RolloutRecorder, rollout_files
 from cropi.world import World
 
 
@@ -73,8 +73,8 @@ def test_generation_batches_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) ->
     ("processes", "overrides", "message"),
     [
         (3, [], "a step has 32 x 1 completions, which 3 processes cannot share evenly"),
-        (2, ["train.dynamic_sampling=2"], "dynamic sampling works in one process"),
-        (8, ["refresh.reuse_rollouts=true"], "no whole groups of 8"),
+        (2, ["train.dynamic_sampling=2"], "dynamic sampling supports one process"),
+        (8, ["refresh.reuse_rollouts=true"], "no multiple of num_generations=8"),
     ],
 )
 def test_what_cannot_be_shared_is_refused(

@@ -62,11 +62,11 @@ def test_fsdp2_zero_and_plain_data_parallelism_are_taken() -> None:
             trainer(None, zero=3, changed={"stage3_gather_16bit_weights_on_model_save": False}),
             "zero3_save_16bit_model",
         ),
-        (trainer(None, zero=2, half="bf16"), "DeepSpeed trains with weights that are rounded, to torch.bfloat16"),
-        (trainer(None, zero=2, half="fp16"), "to torch.float16, and the policy is asked in float32"),
-        (trainer(FSDP2 | {"fsdp_version": 1}), "by FSDP1"),
+        (trainer(None, zero=2, half="bf16"), "DeepSpeed trains with rounded weights, to torch.bfloat16"),
+        (trainer(None, zero=2, half="fp16"), "to torch.float16, but the policy is scored in float32"),
+        (trainer(FSDP2 | {"fsdp_version": 1}), "FSDP1"),
         (trainer(FSDP2 | {"state_dict_type": "StateDictType.SHARDED_STATE_DICT"}), "set it to FULL_STATE_DICT"),
-        (trainer(FSDP2 | {"cpu_offload": CPUOffloadPolicy()}), "rest on the CPU"),
+        (trainer(FSDP2 | {"cpu_offload": CPUOffloadPolicy()}), "offloaded to the CPU"),
         (trainer(FSDP2, model=SimpleNamespace(get_base_model=None)), "policy.lora"),
         (
             trainer(FSDP2 | {"mixed_precision_policy": BFLOAT16}),
@@ -82,11 +82,11 @@ def test_what_is_refused(refused: Any, message: str) -> None:
 def test_a_checkpoint_goes_on_as_it_was_begun(tmp_path: Path) -> None:
     plain, fsdp, zero = trainer(None), trainer(FSDP2), trainer(None, zero=2)
     check_sharding(plain, "float32", tmp_path)
-    with pytest.raises(ConfigError, match="began with plain data parallelism and would go on with FSDP"):
+    with pytest.raises(ConfigError, match="began with plain data parallelism and would continue with FSDP"):
         check_sharding(fsdp, "float32", tmp_path)
     (tmp_path / FSDP_OPTIMIZER).touch()
     check_sharding(fsdp, "float32", tmp_path)
-    with pytest.raises(ConfigError, match="began with FSDP and would go on with DeepSpeed"):
+    with pytest.raises(ConfigError, match="began with FSDP and would continue with DeepSpeed"):
         check_sharding(zero, "float32", tmp_path)
     (tmp_path / FSDP_OPTIMIZER).unlink()
     (tmp_path / ZERO_NEWEST).touch()
@@ -94,16 +94,16 @@ def test_a_checkpoint_goes_on_as_it_was_begun(tmp_path: Path) -> None:
     for rank in (0, 1):
         (tmp_path / f"global_step3/zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").touch()
     check_sharding(zero, "float32", tmp_path)
-    with pytest.raises(ConfigError, match="began with DeepSpeed's ZeRO-1 or 2 and would go on with DeepSpeed's ZeRO-3"):
+    with pytest.raises(ConfigError, match="with DeepSpeed's ZeRO-1 or 2 and would continue with DeepSpeed's ZeRO-3"):
         check_sharding(trainer(None, zero=3), "float32", tmp_path)
-    with pytest.raises(ConfigError, match="among 2 processes, and there are 3 now"):
+    with pytest.raises(ConfigError, match="over 2 processes, but there are 3 now"):
         check_sharding(trainer(None, zero=2, processes=3), "float32", tmp_path)
     with pytest.raises(
-        ConfigError, match="began with DeepSpeed's ZeRO-1 or 2 and would go on with plain data parallelism"
+        ConfigError, match="began with DeepSpeed's ZeRO-1 or 2 and would continue with plain data parallelism"
     ):
         check_sharding(plain, "float32", tmp_path)
     for rank in (0, 1):
         (tmp_path / f"global_step3/zero_pp_rank_{rank}_mp_rank_00_model_states.pt").touch()
     check_sharding(trainer(None, zero=3), "float32", tmp_path)
-    with pytest.raises(ConfigError, match="began with DeepSpeed's ZeRO-3 and would go on with DeepSpeed's ZeRO-1 or 2"):
+    with pytest.raises(ConfigError, match="with DeepSpeed's ZeRO-3 and would continue with DeepSpeed's ZeRO-1 or 2"):
         check_sharding(zero, "float32", tmp_path)

@@ -284,8 +284,8 @@ def test_chat_prompts_and_a_function_beside_the_trainer_s(tmp_path: Path) -> Non
         ({"selector": select(success="wrong")}, "'wrong' names no reward function"),
         ({"selector": select(success="right"), "reward_funcs": [right, right]}, "or more than one"),
         ({"reward_funcs": [short, right]}, r"(?s)Selector.success: .*short, right.*Selector\(success="),
-        ({"ignore_data_skip": True}, "stages would end elsewhere"),
-        ({"selector": select(stages=0)}, "has stages"),
+        ({"ignore_data_skip": True}, "shift the ends of stages"),
+        ({"selector": select(stages=0)}, "needs stages"),
         ({"selector": select(validation=None)}, "Selector.validation: it is a NoneType"),
         ({"selector": select(validation={"a": [{"prompt": "a"}]})}, r"Selector.validation\['a'\]: it is a list"),
         ({"selector": select(validation=CHAT.select([]))}, "Selector.validation: it holds no rows"),
@@ -312,10 +312,10 @@ def test_what_cannot_be_combined_is_refused_at_once(changes: dict[str, Any], mes
     [
         (select(validation=problems("sum", count=8)), "stand in another role"),
         (select(settings={"collect": {"no_such": 1}}), "unknown key collect.no_such"),
-        (select(strategy="dapo"), "the work of cropi's own trainer"),
+        (select(strategy="dapo"), "only cropi's own trainer"),
         (select(settings={"collect": {"batch_size": 0}}), r'Selector.settings\["collect"\]\["batch_size"\]'),
-        (select(settings={"prompts": {"system_prompt": "a"}}), "the trainer shows the policy the prompts as they are"),
-        (select(settings={"prompts": {"chat": True}}), "the trainer shows the policy the prompts as they are"),
+        (select(settings={"prompts": {"system_prompt": "a"}}), "the trainer uses the prompts unchanged"),
+        (select(settings={"prompts": {"chat": True}}), "the trainer uses the prompts unchanged"),
     ],
 )
 def test_what_a_selector_refuses_ends_before_the_first_step(selector: Selector, message: str, tmp_path: Path) -> None:
@@ -346,10 +346,10 @@ def on_training(completions: Sequence[str], answer: Sequence[str], level: Sequen
 @pytest.mark.parametrize(
     ("function", "changes", "values"),
     [
-        (in_form, {}, "values lie between -0.5 and 0.25, and from 0.5 on"),
-        (in_form, {"threshold": -1.0}, "values lie between -0.5 and 0.25, and from -1 on"),
-        (short, {"threshold": 2.0}, "and from 2 on"),
-        (no_row, {}, "gave no value"),
+        (in_form, {}, "values lie between -0.5 and 0.25, and values from 0.5"),
+        (in_form, {"threshold": -1.0}, "values lie between -0.5 and 0.25, and values from -1 "),
+        (short, {"threshold": 2.0}, "and values from 2 "),
+        (no_row, {}, "returned no value"),
         (lambda completions, **_: [0.5] * len(completions), {"graded": True}, "values lie between 0.5 and 0.5"),
     ],
 )
@@ -390,7 +390,7 @@ def trained_by_two(tmp_path: Path, **environment: str) -> None:
         "import sys\n"
         f"sys.path.insert(0, {str(ROOT)!r})\n"
         "from pathlib import Path\n"
-        "from cropi.training.zero import gathered\n"
+        "from cropi.training.sharding import gathered\n"
         "from tests.trl.test_trainer import trainer\n"
         "t = trainer(Path('out'), per_device_train_batch_size=8)\n"
         "t.train()\n"

@@ -1,4 +1,4 @@
-"""Every setting of a run: typed, frozen, unknown keys refused. Free of torch; `make docs` writes docs/config.md."""
+"""All settings of a run: typed, frozen, unknown keys refused. Free of torch; `make docs` writes docs/config.md."""
 
 from cropi.config.data import (
     BUILTIN_POLICY,
@@ -25,76 +25,42 @@ from cropi.config.run import (
     deciding,
 )
 from cropi.config.score import BudgetConfig, CollectConfig, ProjectionConfig, ScoreConfig, ServerConfig, VllmConfig
-from cropi.config.select import FusionConfig, SelectConfig
-from cropi.config.strategies import (
-    CANDIDATES,
-    DotsStrategy,
-    FullStrategy,
-    GaussianStrategy,
-    GradientNormStrategy,
-    GresoStrategy,
-    InfluenceStrategy,
-    LearnabilityStrategy,
-    LearnAlignStrategy,
-    MidStrategy,
-    MoppsStrategy,
-    PassRateStrategy,
-    PooledStrategy,
-    RandomStrategy,
-    SimilarityStrategy,
-    Strategy,
-    StrategyTable,
-    VcrlStrategy,
-)
+from cropi.config.select import SelectConfig
+from cropi.curriculum.strategies import Strategy, StrategyTable
+from cropi.curriculum.strategy import FusionConfig
 from cropi.rewards.verifiers import Verifier
 from cropi.setting_types import Fraction, NonNegative, Positive, Table
 
 __all__ = [
     "BUILTIN_POLICY",
-    "CANDIDATES",
     "OWNED_TRAINER_KEYS",
     "SAMPLED_BY",
     "BudgetConfig",
     "BuiltinSource",
     "CollectConfig",
     "Config",
-    "DotsStrategy",
     "EvaluateConfig",
     "FileSource",
     "Fraction",
-    "FullStrategy",
     "FusionConfig",
-    "GaussianStrategy",
-    "GradientNormStrategy",
-    "GresoStrategy",
     "HubSource",
-    "InfluenceStrategy",
-    "LearnAlignStrategy",
-    "LearnabilityStrategy",
     "LoraConfig",
-    "MidStrategy",
-    "MoppsStrategy",
     "NonNegative",
-    "PassRateStrategy",
     "PolicyConfig",
-    "PooledStrategy",
     "Positive",
     "ProjectionConfig",
     "PromptsConfig",
-    "RandomStrategy",
     "ReasoningGymSource",
     "RefreshConfig",
     "ScoreConfig",
     "SelectConfig",
     "ServerConfig",
-    "SimilarityStrategy",
     "Source",
     "Strategy",
     "StrategyTable",
     "Table",
     "TestSetConfig",
     "TrainConfig",
-    "VcrlStrategy",
     "VerificationConfig",
     "Verifier",
     "VllmConfig",

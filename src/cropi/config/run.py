@@ -7,7 +7,7 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -34,34 +34,36 @@ class TrainConfig(Table):
     """Stages of GRPO. One epoch of the trainer is a stage."""
 
     stages: Annotated[int, Field(ge=1, le=10_000)]
-    """Number of selections (paper: 5)."""
+    """Number of stages; each begins with a selection (paper: 5)."""
     steps_per_stage: Positive
     """Optimiser steps per stage (paper: 200)."""
     dynamic_sampling: Annotated[int, Field(ge=0, le=1000)] = 0
-    """DAPO's dynamic sampling: largest number of times that groups of equal rewards in a generation batch are replaced
-    by groups of the stage's next prompts. All samples count as cost. 0: off."""
+    """DAPO's dynamic sampling: largest number of times that groups with equal rewards in a generation batch are
+    replaced by groups of the stage's next prompts. All samples are charged. 0: off."""
 
 
 class RefreshConfig(Table):
-    """Newer trajectories that replace the base policy's, for strategies that read them."""
+    """Newer trajectories in place of the base policy's, for the strategies that read them."""
 
     fraction: Fraction = 0.0
-    """Share of the training pool that is sampled again at the start of every later stage: prompts without signal, and
-    those whose trajectories have drifted furthest from the policy."""
+    """Share of the training pool that is sampled again at the start of every stage after the first: prompts without
+    signal, and those whose trajectories are furthest from the policy."""
     reuse_rollouts: bool = False
-    """Also use the completions that training samples, at no extra cost."""
+    """Also use the completions that training samples, which cost nothing extra."""
     validation: bool = False
-    """Also sample the validation prompts again at the start of every later stage, so that scores point at what the
-    current policy cannot do."""
+    """Also sample the validation prompts again at the start of every stage after the first, for strategies that score
+    by them: their gradients then point to skills that the policy lacks now."""
 
     @property
     def active(self) -> bool:
-        """Whether any trajectory may be newer than the base policy's."""
+        """Whether later stages have newer trajectories than the base policy's."""
         return self.fraction > 0 or self.reuse_rollouts or self.validation
 
 
 class EvaluateConfig(Table):
     """Evaluation during and after training."""
+
+    confidence: ClassVar[float] = 0.95  # coverage of the intervals
 
     every: Positive | None = None
     """Steps between evaluations. Unset: at the end of every stage."""
@@ -212,7 +214,7 @@ FREE: dict[str, tuple[str, ...]] = {
     "": ("name", "run_dir"),
     "prompts.": ("leakage",),
     "verification.": ("processes",),
-    "collect.server.": ("url", "concurrency", "timeout", "patience", "api_key_env"),
+    "collect.server.": ("url", "concurrency", "patience", "api_key_env"),
     "trainer.": (
         *("report_to", "run_name", "logging_steps", "logging_strategy", "logging_first_step", "log_completions"),
         *("num_completions_to_print", "log_level", "disable_tqdm", "ddp_timeout"),

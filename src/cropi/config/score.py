@@ -17,18 +17,16 @@ def _address(url: str) -> str:
 
 
 class ServerConfig(Table):
-    """A server with OpenAI's completions API that has the base policy's weights."""
+    """A server with OpenAI's completions API and the base policy's weights."""
 
     url: Annotated[str, AfterValidator(_address)]
-    """Where its API begins, e.g. `http://localhost:8000/v1`."""
+    """Base URL of its API, e.g. `http://localhost:8000/v1`."""
     model: str
     """The policy's name there."""
     prompts: Literal["tokens", "text"] = "tokens"
     """Send prompts as token ids (vLLM, SGLang, llama.cpp), or as text that tokenises back (`transformers serve`)."""
     concurrency: Annotated[int, Field(ge=1, le=10_000)] = 64
     """Requests at once, each for one completion."""
-    timeout: PositiveNumber = 600.0
-    """Seconds that one request may take."""
     patience: PositiveNumber = 600.0
     """Seconds without a usable answer, while requests are tried again, after which the run ends. It can go on later."""
     api_key_env: str | None = None
@@ -48,21 +46,23 @@ class ServerConfig(Table):
 class VllmConfig(Table):
     """vLLM in this process, with the base policy's weights beside those that are trained."""
 
-    tensor_parallel_size: Positive = 1
-    """GPUs that share the weights."""
-    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.7
-    """Share of the GPU's memory for the engine; the policy's own weights stay beside it."""
-    max_model_len: Positive | None = None
-    """Longest sequence; the model's context when unset."""
     options: FreeTable = Field(default={})
-    """Further arguments of `vllm.LLM`. What the policy and this table say stays as they say it."""
+    """Arguments of `vllm.LLM`, e.g. `{"tensor_parallel_size": 2, "max_model_len": 4096}`. Unset, vLLM uses 0.7 of the
+    GPU's memory (`gpu_memory_utilization`). The table `policy` decides model, tokenizer, revision and dtype."""
+
+    @property
+    def max_model_len(self) -> int | None:
+        """Longest sequence; None: the model's context."""
+        return self.options.get("max_model_len")
 
     @model_validator(mode="after")
-    def _nothing_twice(self) -> VllmConfig:
+    def _nothing_that_the_run_decides(self) -> VllmConfig:
         taken = {"model", "tokenizer", "revision", "dtype", "generation_config", "trust_remote_code"}
-        taken |= {"tensor_parallel_size", "gpu_memory_utilization", "max_model_len"}
         if taken & set(self.options):
             raise ValueError(f"{', '.join(sorted(taken & set(self.options)))} cannot be set by options")
+        longest = self.max_model_len
+        if longest is not None and (type(longest) is not int or longest < 1):
+            raise ValueError(f"options.max_model_len is {longest!r}: must be a whole number of at least 1")
         return self
 
 
@@ -72,11 +72,11 @@ class CollectConfig(Table):
     num_generations: Annotated[int, Field(ge=2, le=10_000)] = 8
     """K, completions per training prompt (paper: 8)."""
     fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Share of the training pool that is sampled, a fixed random choice. The rest is `not_sampled`: it can be trained
-    on, but only strategies that judge a prompt by others, or by its text, can choose it."""
+    """Share of the training pool that is sampled, a fixed random choice. The rest is `not_sampled`: only strategies
+    that estimate prompts from similar ones or from their text can choose it."""
     nearby: Fraction = 0.0
-    """Share of the training pool that is sampled beside that: the prompts that lie nearest to the validation prompts as
-    the base policy represents them, as many for each set."""
+    """Further share of the training pool that is sampled: the prompts nearest to the validation prompts in the base
+    policy's representation, equally many per set."""
     validation_num_generations: Annotated[int, Field(ge=2, le=10_000)] = 32
     """Completions per validation prompt (paper's code: 32)."""
     max_completion_length: Positive
@@ -86,19 +86,19 @@ class CollectConfig(Table):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Nucleus mass. Below 1 the stored log-probs are not those of the sampler, and a warning says so."""
     batch_size: Positive = 256
-    """Sequences generated at once; halved by itself when memory runs out."""
+    """Sequences generated at once; halved automatically if memory runs out."""
     batch_tokens: Positive = 8192
     """Padded tokens per forward pass when the behaviour log-probs are computed."""
     shard_prompts: Positive = 128
-    """Prompts per shard: what an interruption can cost."""
+    """Prompts per shard, the unit of progress that an interruption can lose."""
     server: ServerConfig | None = None
-    """Take the completions from a server, in place of generating them in this process. What later policies complete
-    (screening, refresh, evaluation, training) is still generated here or by the trainer."""
+    """Take the completions from a server instead of generating them in this process. Completions of later policies
+    (screening, refresh, evaluation, training) are still generated here or by the trainer."""
     vllm: VllmConfig | None = None
-    """Take the completions from vLLM in this process; what later policies complete is as with `server`."""
+    """Take the completions from vLLM in this process; those of later policies as with `server`."""
     logprobs: bool = True
-    """Compute the behaviour log-probs, one forward pass. `false` saves it where only the base policy is scored, for
-    which all importance ratios are 1."""
+    """Compute the behaviour log-probs, one forward pass. `false` saves it if only the base policy is scored, whose
+    importance ratios are all 1."""
 
     @model_validator(mode="after")
     def _one_backend(self) -> CollectConfig:

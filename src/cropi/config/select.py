@@ -1,4 +1,4 @@
-"""Strategies, and what they choose from."""
+"""Settings of selection."""
 
 from __future__ import annotations
 
@@ -6,29 +6,21 @@ from typing import Annotated
 
 from pydantic import Field
 
-from cropi.config.strategies import Strategy
+from cropi.curriculum.strategies import Strategy
+from cropi.curriculum.strategy import FusionConfig
 from cropi.setting_types import Fraction, Table
 
 
-class FusionConfig(Table):
-    """Reciprocal Rank Fusion over validation sets: sum over sets of 1 / (kappa + rank)."""
-
-    kappa: Annotated[float, Field(ge=0)] = 60.0
-    """Larger values even out the head of the lists (60: Cormack et al. 2009; the paper's code: 0)."""
-    truncate: bool = False
-    """Rank only the first ceil(fraction N) of each list; others add nothing (the paper's code: true, with floor)."""
-
-
 class SelectConfig(Table):
-    """Which prompts a stage trains on."""
+    """Selection of the prompts that a stage trains on."""
 
     strategy: Strategy
     """The strategy: how the prompts of a stage are chosen."""
     fraction: Annotated[float, Field(gt=0, le=1)] = 0.1
     """Alpha: ceil(alpha N) prompts are selected (paper: 0.1)."""
     fusion: FusionConfig = FusionConfig()
-    """How the rankings of several validation sets become one."""
+    """Fusion of the rankings of several validation sets."""
     exploration: Fraction = 0.0
-    """Share of the selection drawn at random from the prompts the strategy left out, those without signal included."""
+    """Share of the selection drawn at random from all prompts that the strategy did not choose."""
     quotas: dict[str, Fraction] = Field(default={})
     """Largest share of a selection that a source may take, by source: floor(share x size) places, at least one."""

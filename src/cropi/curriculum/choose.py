@@ -1,4 +1,4 @@
-"""From a ranking to a selection: the top of it, under quotas and with an exploration share. Columns, not rows."""
+"""From a ranking to the prompts of a stage: the best ones, under quotas and with an exploration share."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from math import floor
+from types import MappingProxyType
 
 import numpy as np
 import pyarrow as pa
 from jaxtyping import Bool, Int
 
 from cropi.artifacts import SELECTION
-from cropi.config import SelectConfig
-from cropi.curriculum.candidates import Candidates, Ranking
+from cropi.curriculum.strategy import Candidates, Ranking
 from cropi.errors import SignalError
 from cropi.functional.fusion import ranks
 from cropi.functional.sampling import places
 from cropi.seeds import unit_intervals
 
-BLOCK = 1 << 18  # rows of the table that are built at once
+BLOCK = 1 << 18  # rows of the table that are built at a time
 
 
 @dataclass(frozen=True)
@@ -27,28 +27,34 @@ class Choice:
     """All prompts, best first, and which of them are chosen."""
 
     rows_N: Int[np.ndarray, " N"]  # of the candidates
-    ranks_N: Int[np.ndarray, " N"]  # of the candidates, in their order; 0 where the strategy could not rank one
+    ranks_N: Int[np.ndarray, " N"]  # of the candidates, in their order; 0 for an ineligible one
     reasons: Mapping[int, str]  # by row of the candidates, for the chosen ones, best first
 
     def __len__(self) -> int:
         return len(self.rows_N)
 
 
-def choose(candidates: Candidates, ranking: Ranking, config: SelectConfig, size: int) -> Choice:
-    """The top `size` under quotas and the exploration share.
+def choose(
+    candidates: Candidates,
+    ranking: Ranking,
+    size: int,
+    exploration: float = 0.0,
+    quotas: Mapping[str, float] = MappingProxyType({}),
+) -> Choice:
+    """Choose the best `size` prompts under quotas and the exploration share.
 
     Ties break by prompt id. ceil(exploration x size) places go to prompts drawn at random among those that the strategy
-    did not choose, those without signal included, so that nothing is excluded for ever. A quota caps a source's places
-    at floor(quota x size), and at no less than one.
+    did not choose, including those without signal, so that no prompt is excluded for good. A quota caps a source's
+    places at floor(quota x size), but at least one.
     """
     eligible = np.flatnonzero(ranking.eligible_N)
     ranks_N = np.zeros(len(candidates), dtype=np.int64)
     ranks_N[eligible] = ranks(ranking.scores_N[eligible])
     best_first = np.empty_like(eligible)
     best_first[ranks_N[eligible] - 1] = eligible
-    quotas = _Quotas(candidates, config.quotas, size)
-    explored = places(config.exploration, size)
-    chosen = quotas.take(best_first, size - explored)
+    room = _Quotas(candidates, quotas, size)
+    explored = places(exploration, size)
+    chosen = room.take(best_first, size - explored)
     extra = chosen[:0]
     if explored:
         left_N = candidates.usable_N.copy()
@@ -57,7 +63,7 @@ def choose(candidates: Candidates, ranking: Ranking, config: SelectConfig, size:
         names = (candidates.prompt_ids[row] for row in rows.tolist())
         draws = unit_intervals(names, candidates.seed, "explore", candidates.stage)
         order = np.argsort(np.fromiter(draws, dtype=np.float64, count=len(rows)), kind="stable")
-        extra = quotas.take(rows[order], explored)
+        extra = room.take(rows[order], explored)
     if not len(chosen) and not len(extra):
         raise SignalError(
             f"the selection of stage {candidates.stage} is empty: none of the {len(candidates)} prompts qualifies",
@@ -70,7 +76,7 @@ def choose(candidates: Candidates, ranking: Ranking, config: SelectConfig, size:
 
 
 class _Quotas:
-    """What is left of every source's places."""
+    """Remaining places of every source."""
 
     def __init__(self, candidates: Candidates, quotas: Mapping[str, float], size: int) -> None:
         self._room = {name: max(1, floor(Decimal(repr(share)) * size)) for name, share in quotas.items()}
@@ -89,7 +95,7 @@ class _Quotas:
 
 
 def _reasons(ranking: Ranking, chosen: Int[np.ndarray, " T"], ranks_N: Int[np.ndarray, " N"]) -> dict[int, str]:
-    """By row, in the order chosen: what the strategy calls it, its rank, and that in every validation set."""
+    """By row, in the order chosen: the strategy's reason, the rank, and the rank in every validation set."""
     texts = [f"{ranking.reason}: #{order}" for order in ranks_N[chosen].tolist()]
     if names := sorted(ranking.set_ranks):
         columns = [[f"{name} #{rank}" for rank in ranking.set_ranks[name][chosen].tolist()] for name in names]
@@ -99,7 +105,7 @@ def _reasons(ranking: Ranking, chosen: Int[np.ndarray, " T"], ranks_N: Int[np.nd
 
 def selection_batches(candidates: Candidates, ranking: Ranking, choice: Choice) -> Iterator[pa.RecordBatch]:
     """The selection table, best first, in blocks."""
-    # Best first is no order in memory: Arrow's columns are picked from several times as fast as lists of strings.
+    # Picking rows out of order is several times as fast from Arrow columns as from lists of strings.
     texts = [pa.array(each, pa.string()) for each in (candidates.prompt_ids, candidates.sources, candidates.statuses)]
     chosen_N = np.zeros(len(candidates), dtype=bool)
     chosen_N[np.fromiter(choice.reasons, dtype=np.int64, count=len(choice.reasons))] = True
@@ -110,7 +116,7 @@ def selection_batches(candidates: Candidates, ranking: Ranking, choice: Choice) 
 
 
 def selection_table(candidates: Candidates, ranking: Ranking, choice: Choice) -> pa.Table:
-    """The whole of it."""
+    """The whole selection table."""
     return pa.Table.from_batches(selection_batches(candidates, ranking, choice), schema=SELECTION)
 
 

@@ -28,7 +28,7 @@ from cropi.exchange.rewards import facts_of
 from cropi.policy import encode_prompts, load_tokenizer, policy_location, trainer_prompt, uses_chat
 from cropi.run_folder import RunFolder, StagePaths
 from cropi.stages.run import start_of_stage
-from cropi.training.settings import grpo_config
+from cropi.training.grpo_settings import grpo_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pyarrow as pa
 
 from cropi.artifacts import OK
-from cropi.config import CANDIDATES
+from cropi.curriculum.strategy import CANDIDATES
 from cropi.errors import SignalError
 from cropi.functional.alignment import halves
 from cropi.gradients.groups import Group, iterate_groups

@@ -11,7 +11,8 @@ from typing import Any
 import pyarrow as pa
 
 from cropi.artifacts import GOLD_UNPARSEABLE, NO_SIGNAL, OK, PROMPT_TOO_LONG, open_artifact
-from cropi.config import Config, PassRateStrategy, Strategy
+from cropi.config import Config, Strategy
+from cropi.curriculum.strategies import PassRateStrategy
 from cropi.errors import ArtifactError, UserError
 from cropi.functional.fusion import ranks
 from cropi.functional.sampling import places

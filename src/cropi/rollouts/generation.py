@@ -16,7 +16,7 @@ from cropi.policy import Policy, shared_prefixes
 
 @dataclass(frozen=True)
 class Sampling:
-    """How completions are drawn. `temperature` None is greedy decoding."""
+    """Sampling parameters. `temperature` None is greedy decoding."""
 
     max_completion_length: int
     temperature: float | None
@@ -24,7 +24,7 @@ class Sampling:
 
 
 class Generator(Protocol):
-    """Draws one completion per prompt, in the order given: token ids up to and with the first end-of-sequence token."""
+    """Draws one completion per prompt, in order: token ids up to and including the first end-of-sequence token."""
 
     def __call__(self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, seed: int) -> list[list[int]]: ...
 
@@ -32,8 +32,8 @@ class Generator(Protocol):
 class TransformersGenerator:
     """Draws completions with `model.generate`; completions of one prompt share its forward pass.
 
-    Remembers a batch size that memory did not hold. Where parameters are sharded over processes, all call it, each for
-    its own prompts, once or as often as it likes inside of `in_lockstep`.
+    After an out-of-memory error it keeps using the halved batch size. If parameters are sharded over processes, all
+    processes must call it, each for its own prompts: once, or any number of times inside `in_lockstep`.
     """
 
     def __init__(self, policy: Policy, batch_size: int) -> None:
@@ -41,10 +41,10 @@ class TransformersGenerator:
         self._eos = torch.tensor(policy.eos_ids)
 
     def __call__(self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, seed: int) -> list[list[int]]:
-        """One completion per prompt, in the order given: token ids up to and with the first end-of-sequence token.
+        """Return one completion per prompt, in order: token ids up to and including the first end-of-sequence token.
 
-        Prompts are generated in order of length, so that a batch pads little. The random state of the caller is left as
-        it was: the same seed and prompts give the same completions wherever they are drawn.
+        Batches take prompts in order of length to reduce padding. The caller's random state is unchanged, so the same
+        seed and prompts give the same completions anywhere.
         """
         order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
         completions: list[list[int]] = [[] for _ in prompts]
@@ -63,13 +63,13 @@ class TransformersGenerator:
         return completions
 
     def _within_memory(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[int]] | None:
-        """The batch's completions, or None after memory ran out and the batch size was halved."""
+        """Return the batch's completions, or None after an out-of-memory error halved the batch size."""
         try:
             return self._generate(prompts, sampling)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not _out_of_memory(error) or self._batch_size == 1:
                 raise
-            if is_sharded(self._policy.model):  # the others stand in the middle of a pass, which cannot be had again
+            if is_sharded(self._policy.model):  # the other processes are inside a pass that cannot be repeated
                 raise PolicyError(
                     f"out of memory while generating {len(prompts)} completions at once with sharded parameters",
                     where="collect.batch_size",
@@ -103,8 +103,8 @@ class TransformersGenerator:
             **chosen,
         )
         was_training = model.training
-        # A sampling setting that a model ships with (a repetition penalty, say) would make the stored log-probs not
-        # those of the sampler, so the model's own generation config is put aside.
+        # The model's own generation config may hold sampling settings (such as a repetition penalty) under which the
+        # stored log-probs would not be the sampler's, so it is replaced for the call.
         shipped, model.generation_config = model.generation_config, generation_config
         model.eval()
         try:

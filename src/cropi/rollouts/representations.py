@@ -1,4 +1,4 @@
-"""Where prompts lie to each other as the policy sees them: the mean of its last hidden states over the prompt."""
+"""Representations of prompts: the mean of the policy's last hidden states over the prompt."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from cropi.policy import Policy, encode_prompts, trainer_prompt, uses_chat
 from cropi.world import ALONE, World
 
 KIND = "representations"
-ROWS = 4096  # of the file written at once
+ROWS = 4096  # rows of the file per write
 Representations = Mapping[tuple[str, str], Float[np.ndarray, " E"]]  # by (set, prompt id)
 
 
 def represent(
     config: Config, policy: Policy, prompts: Sequence[Mapping[str, Any]], folder: Path, world: World = ALONE
 ) -> tuple[dict[str, int], dict[str, Any]]:
-    """Write `representations.parquet` of all training and validation prompts to `folder`; (rows by set, details).
+    """Write `representations.parquet` of all training and validation prompts; returns (rows by set, details).
 
-    One forward pass over each prompt, in batches that are divided among the processes of `world`. A prompt that does
-    not fit into the context is cut at its beginning.
+    One forward pass over each prompt, in batches that the processes of `world` share. Prompts longer than the context
+    lose their beginning.
     """
     rows = [row for row in prompts if not row["set"].startswith("test/")]
     chat = uses_chat(policy.tokenizer, config.prompts.chat, config.prompts.system_prompt)
@@ -64,7 +64,7 @@ def read_representations(folder: Path) -> Representations:
 def _record_batches(
     rows: Sequence[Mapping[str, Any]], values: Mapping[int, Float[np.ndarray, " E"]]
 ) -> Iterator[pa.RecordBatch]:
-    """The table, without a Python number for each of its numbers."""
+    """Yield the table in blocks, without converting its values to Python numbers."""
     for start in range(0, len(rows), ROWS):
         part = rows[start : start + ROWS]
         matrix_BE = np.stack([values[start + row] for row in range(len(part))])
@@ -78,7 +78,7 @@ def _record_batches(
 
 
 def _batches(prompts: Sequence[Sequence[int]], batch_tokens: int) -> list[list[int]]:
-    """Rows of at most so many padded tokens, the longest prompts first."""
+    """Batches of rows with at most `batch_tokens` padded tokens, the longest prompts first."""
     order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
     batches = []
     while order:
@@ -92,7 +92,7 @@ def _batches(prompts: Sequence[Sequence[int]], batch_tokens: int) -> list[list[i
 def _mean_hidden_states(
     policy: Policy, prompts: Sequence[Sequence[int]], batches: Sequence[Sequence[int]], advance: Any
 ) -> dict[int, Float[np.ndarray, " E"]]:
-    """By row. Padding follows a prompt, so under a causal mask it changes nothing."""
+    """Mean hidden states by row. Padding follows the prompt, so under a causal mask it changes nothing."""
     found: dict[int, Any] = {}
     device, training = policy.device, policy.model.training
     policy.model.eval()

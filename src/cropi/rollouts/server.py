@@ -23,12 +23,13 @@ from cropi.rollouts.generation import Sampling
 from cropi.seeds import derived_seed
 
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 30.0  # between tries, doubling
+TIMEOUT_S = 600.0  # of one request
 SEEDS = 2**31
-LARGEST = 2**24  # bytes of an answer
+LARGEST = 2**24  # bytes of a response
 
 
 class _Choice(BaseModel):
-    """One completion, as far as it is read."""
+    """The fields of one completion that are read."""
 
     model_config = ConfigDict(strict=True)
 
@@ -51,21 +52,20 @@ class _Answer(BaseModel):
 
 
 class _UnusableError(Exception):
-    """An answer that holds no sample of the policy: the request is tried again."""
+    """A response without a sample of the policy; the request is retried."""
 
 
 class ServerGenerator:
-    """Draws completions from a server that has the same weights as the policy; the policy's tokenizer counts tokens.
+    """Draws completions from a server with the policy's weights.
 
-    A request is tried again, at growing intervals, where the server is away, busy or broken (no connection, status 408,
-    429 or 5xx) or its answer is no completion or no sample of the policy (`finish_reason` other than stop and length).
-    The run ends when there has been no usable answer for `patience` seconds. Where a server returns token ids (vLLM),
-    these are the completion; else its text is tokenised, which need not give the sampled tokens back, and an
-    end-of-sequence token follows where the server says that it stopped at one. `retokenized` counts completions whose
-    number of tokens is then not the server's own.
+    Requests are retried at growing intervals if the server is unreachable, busy or broken (no connection, status 408,
+    429 or 5xx), or if its response holds no completion (`finish_reason` other than stop and length). The run ends
+    after `patience` seconds without a usable response. Token ids in a response (vLLM) are the completion. Otherwise its
+    text is tokenised, which may not reproduce the sampled tokens; an end-of-sequence token is added if the server
+    stopped at one. `retokenized` counts completions with another number of tokens than the server's.
 
-    Errors: PolicyError for what a server refuses, for prompts that do not survive as text, and where it stays away;
-    what was collected before is kept.
+    Raises PolicyError if the server refuses a request, if a prompt changes when it is sent as text, and if there is no
+    usable response. Finished shards are kept.
     """
 
     def __init__(self, policy: Policy, config: ServerConfig) -> None:
@@ -76,7 +76,7 @@ class ServerGenerator:
         self.retokenized = 0
 
     def __call__(self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, seed: int) -> list[list[int]]:
-        """One completion per prompt, in the order given: token ids up to and with the first end-of-sequence token."""
+        """Return one completion per prompt, in order: token ids up to and including the first end-of-sequence token."""
         listed = [list(prompt) for prompt in prompts]
         bodies = [
             {
@@ -94,8 +94,8 @@ class ServerGenerator:
         found: list[list[int]] = awaited(self._complete_all(bodies, listed))
         if self.retokenized:
             warn_once(
-                "the server's texts do not tokenise back into the tokens that it sampled for some completions; the "
-                "stored ones are those of the text (collect.server)"
+                "some of the server's texts do not tokenise back into the sampled tokens; the tokens of the text are "
+                "stored (collect.server)"
             )
         return [completion[: sampling.max_completion_length] for completion in found]
 
@@ -105,15 +105,15 @@ class ServerGenerator:
         text = str(self._policy.tokenizer.decode(prompt))
         if self._policy.tokenizer(text=text)["input_ids"] != prompt:
             raise PolicyError(
-                "a prompt is other tokens when it is sent as text and tokenised again (a template that begins with the "
-                "token that the tokenizer puts first, say)",
+                "a prompt sent as text tokenises into other tokens (for example if the template begins with the token "
+                "that the tokenizer puts first)",
                 where="collect.server.prompts",
-                fix="use a server that takes token ids, and set it to tokens.",
+                fix="use a server that accepts token ids, and set it to tokens.",
             )
         return text
 
     async def _complete_all(self, bodies: Sequence[dict[str, Any]], prompts: Sequence[list[int]]) -> list[list[int]]:
-        """After an error or an interrupt, requests that are under way are cancelled."""
+        """Send all requests; an error or an interrupt cancels the open ones."""
         most, slots = self._config.concurrency, asyncio.Semaphore(self._config.concurrency)
         key = os.environ.get(self._config.api_key_env or "", "").strip()
 
@@ -125,7 +125,7 @@ class ServerGenerator:
             async with (
                 httpx2.AsyncClient(
                     headers={b"Authorization": f"Bearer {key}".encode(errors="surrogateescape")} if key else {},
-                    timeout=None,  # each request has one for all of it
+                    timeout=None,  # each request has its own
                     limits=httpx2.Limits(max_connections=most, max_keepalive_connections=most),
                 ) as client,
                 asyncio.TaskGroup() as group,
@@ -142,7 +142,7 @@ class ServerGenerator:
         return [job.result() for job in jobs]
 
     async def _complete(self, client: httpx2.AsyncClient, body: dict[str, Any], prompt: list[int]) -> list[int]:
-        """A completion, however many tries it takes: `patience` is counted from the first failure at the earliest."""
+        """Request a completion until it succeeds; `patience` counts from the first failure at the earliest."""
         wait, failing_since = FIRST_WAIT_S, None
         while True:
             began = time.monotonic()
@@ -160,8 +160,8 @@ class ServerGenerator:
                 raise PolicyError(
                     f"the server has not answered for {self._config.patience:g} s with a usable completion ({trouble})",
                     where=f"collect.server.url {self._config.url}",
-                    fix="see that it runs, and check the URL (it ends in /v1), the model's name there and "
-                    "collect.server.body; then run the same command again: what was collected is kept.",
+                    fix="check that it runs, the URL (it ends in /v1), the model's name there and "
+                    "collect.server.body; then run the same command again: finished shards are kept.",
                 )
             if not self._warned:
                 warn(f"{self._config.url}: {trouble}; trying again")
@@ -170,9 +170,9 @@ class ServerGenerator:
             wait = min(2 * wait, LONGEST_WAIT_S)
 
     async def _post(self, client: httpx2.AsyncClient, body: dict[str, Any]) -> bytes:
-        """The body of an answer with status 200."""
+        """Return the body of a response with status 200."""
         data = bytearray()
-        async with asyncio.timeout(self._config.timeout), client.stream("POST", self._url, json=body) as response:
+        async with asyncio.timeout(TIMEOUT_S), client.stream("POST", self._url, json=body) as response:
             async for chunk in response.aiter_bytes():
                 data += chunk
                 if len(data) > LARGEST:
@@ -184,11 +184,11 @@ class ServerGenerator:
         if status != 200:
             raise self._refused(what)
         if len(data) > LARGEST:
-            raise _UnusableError(f"its answer is longer than {LARGEST} bytes: {_excerpt(data)}")
+            raise _UnusableError(f"its response is longer than {LARGEST} bytes: {_excerpt(data)}")
         return bytes(data)
 
     def _tokens(self, answer: _Answer, prompt: list[int]) -> list[int]:
-        """The completion up to and with its first end-of-sequence token."""
+        """Return the completion up to and including its first end-of-sequence token."""
         [choice] = answer.choices
         count = answer.usage.completion_tokens if answer.usage else None
         if choice.finish_reason not in ("stop", "length"):
@@ -205,11 +205,11 @@ class ServerGenerator:
         return found[: first + 1]
 
     def _check_ids(self, ids: list[int], text: str, count: int | None) -> None:
-        """The text may be less than the ids, where the server has cut it at a stop string."""
+        """Check ids against the text, which may be shorter if the server cut it at a stop string."""
         if not all(0 <= token < self._vocabulary for token in ids):
             raise _UnusableError(f"its token_ids are not all among the policy's {self._vocabulary} tokens")
         if count not in (None, len(ids), len(ids) - 1):
-            raise _UnusableError(f"it counts {count} tokens, and its token_ids are {len(ids)}")
+            raise _UnusableError(f"it counts {count} tokens, but returned {len(ids)} token_ids")
         spelled = (self._policy.tokenizer.decode(ids, skip_special_tokens=skip) for skip in (True, False))
         if not any(_compact(one).startswith(_compact(text)) for one in spelled):
             raise _UnusableError(f"its token_ids are not those of its text in the policy's tokenizer: {text[:200]!r}")
@@ -217,10 +217,10 @@ class ServerGenerator:
     def _retokenized(self, choice: _Choice, count: int | None) -> list[int]:
         if "stop" in self._config.body and "stop_reason" not in choice.model_fields_set:
             raise PolicyError(
-                "the server does not tell (stop_reason) a completion that ended by itself from one that was cut at a "
-                "stop string",
+                "the server returns no stop_reason, so a finished completion looks like one that was cut at a stop "
+                "string",
                 where="collect.server.body.stop",
-                fix="leave it out, or have the server return token ids.",
+                fix="leave it out, or make the server return token ids.",
             )
         eos, reason = self._policy.eos_ids, choice.stop_reason
         found = list(self._policy.tokenizer(text=choice.text, add_special_tokens=False)["input_ids"])
@@ -248,7 +248,7 @@ def _parsed(data: bytes) -> _Answer:
         what = f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
     except ValueError as error:
         what = str(error)
-    raise _UnusableError(f"its answer is no completion ({what[:100]}): {_excerpt(data)}")
+    raise _UnusableError(f"its response is no completion ({what[:100]}): {_excerpt(data)}")
 
 
 def _excerpt(data: bytes | bytearray) -> str:
@@ -256,5 +256,5 @@ def _excerpt(data: bytes | bytearray) -> str:
 
 
 def _compact(text: str) -> str:
-    """A text without what differs where tokens are decoded one by one: white space, and halves of characters."""
+    """Remove white space and partial characters, which differ if tokens are decoded one by one."""
     return re.sub("[\\s\ufffd]", "", text)

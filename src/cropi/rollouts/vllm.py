@@ -16,12 +16,12 @@ SEEDS = 2**31
 
 
 class VllmGenerator:
-    """Draws completions from a vLLM engine that has the base policy's weights; it is started with the first call.
+    """Draws completions from a vLLM engine with the base policy's weights; the first call starts it.
 
-    Every completion has a seed of its own and ends at the policy's end-of-sequence tokens. Sampling is plain: the
-    generation config that a model ships with is put aside.
+    Every completion has its own seed and ends at the policy's end-of-sequence tokens. The model's own generation config
+    is ignored.
 
-    Errors: PolicyError where vLLM is not installed or refuses the model or its options.
+    Raises PolicyError if vLLM is not installed or refuses the model or its options.
     """
 
     def __init__(self, policy: Policy, weights: PolicyConfig, config: VllmConfig) -> None:
@@ -29,7 +29,7 @@ class VllmGenerator:
         self._engine: Any = None
 
     def __call__(self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, seed: int) -> list[list[int]]:
-        """One completion per prompt, in the order given: token ids up to and with the first end-of-sequence token."""
+        """Return one completion per prompt, in order: token ids up to and including the first end-of-sequence token."""
         if self._engine is None:
             self._engine = self._started()
         from vllm import SamplingParams
@@ -50,12 +50,12 @@ class VllmGenerator:
         inputs = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
         try:
             outputs = self._engine.generate(inputs, parameters, use_tqdm=False)
-        except Exception as error:  # as when it starts
-            raise _refused("vLLM ended while it generated", error) from None
+        except Exception as error:  # the engine raises many kinds
+            raise _refused("vLLM failed while it generated", error) from None
         return [self._cut(output.outputs[0].token_ids, eos) for output in outputs]
 
     def close(self) -> None:
-        """Give the engine's memory back: scoring and training need it."""
+        """Free the engine's memory for scoring and training."""
         if self._engine is not None:
             self._engine = None
             gc.collect()
@@ -71,16 +71,14 @@ class VllmGenerator:
             "tokenizer": location,
             "revision": self._weights.revision,
             "dtype": self._weights.dtype,
-            "tensor_parallel_size": self._config.tensor_parallel_size,
-            "gpu_memory_utilization": self._config.gpu_memory_utilization,
-            "max_model_len": self._config.max_model_len,
+            "gpu_memory_utilization": 0.7,  # the policy's own weights stay beside the engine
             "generation_config": "vllm",
             "enable_prefix_caching": True,
             "trust_remote_code": False,
         }
         try:
             return LLM(**settings | self._config.options)
-        except Exception as error:  # the engine raises many kinds; each means that it cannot be had
+        except Exception as error:  # the engine raises many kinds
             raise _refused("vLLM did not start", error) from None
 
     @staticmethod
@@ -93,5 +91,5 @@ def _refused(what: str, error: Exception) -> PolicyError:
     return PolicyError(
         f"{what}: {' '.join(str(error).split())[:300]}",
         where="collect.vllm",
-        fix="correct its settings, or leave the table out: transformers then generates.",
+        fix="correct its settings, or remove the table to generate with transformers.",
     )

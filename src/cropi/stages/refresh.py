@@ -12,10 +12,9 @@ import pyarrow as pa
 from torch import nn
 
 from cropi.artifacts import build, open_artifact
-from cropi.config import PooledStrategy
 from cropi.console import counts_text, say
-from cropi.curriculum.refresh import prompts_to_refresh
-from cropi.curriculum.strategies.pooled import prompts_to_screen
+from cropi.curriculum.stale_trajectories import prompts_to_refresh
+from cropi.curriculum.strategies.pooled import SCREEN_GENERATIONS, PooledStrategy
 from cropi.functional.sampling import places
 from cropi.gradients.validation import chosen_for_validation
 from cropi.policy import Policy
@@ -97,11 +96,12 @@ def screen(run: Run, stage: int, model: nn.Module, origin: str) -> None:
     strategy = run.config.select.strategy
     if not (isinstance(strategy, PooledStrategy) and strategy.screen):
         return
-    fewer = run.config.collect.model_copy(update={"num_generations": strategy.screen_generations})
+    fewer = run.config.collect.model_copy(update={"num_generations": SCREEN_GENERATIONS})
     config, policy = run.config.model_copy(update={"collect": fewer}), Policy(model, run.setup.policy.tokenizer)
 
     def make(folder: Path) -> tuple[Mapping[str, int], Mapping[str, Any]]:
-        ids = run.world.from_main(lambda: prompts_to_screen(gather_candidates(run, stage), strategy, run.config.select))
+        size = places(run.config.select.fraction, len(run.folder.train_prompts))
+        ids = run.world.from_main(lambda: strategy.prompts_to_screen(gather_candidates(run, stage), size))
         rows = [run.folder.train_prompts[prompt_id] for prompt_id in ids]
         sampler = Collector(config, policy, run.judge, run.ledger, run.world)
         return sampler.collect_again(rows, folder, stage, "screen", logprobs=False)

@@ -23,8 +23,8 @@ from cropi.rewards.pool import strict_judge
 from cropi.rewards.verdicts import Judge
 from cropi.run_folder import RunFolder, StagePaths, require_writable
 from cropi.stages.trajectories import Trajectories
-from cropi.training.rollouts import require_no_dropout
-from cropi.training.settings import grpo_config
+from cropi.training.grpo_settings import grpo_config
+from cropi.training.rollout_recorder import require_no_dropout
 from cropi.workers import Workers
 from cropi.world import ALONE, World
 

@@ -28,7 +28,7 @@ from cropi.artifacts import (
 )
 from cropi.config import Config
 from cropi.console import Progress, counts_text, progress, say, warn
-from cropi.curriculum.refresh import drift_warning
+from cropi.curriculum.stale_trajectories import drift_warning
 from cropi.elsewhere import Elsewhere
 from cropi.errors import ArtifactError, SignalError
 from cropi.gradients.blocks import BlockScorer, make_scorer

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,46 +23,11 @@ from cropi.artifacts import (
     read_table,
     write_batches,
 )
-from cropi.config import (
-    Config,
-    DotsStrategy,
-    FullStrategy,
-    GaussianStrategy,
-    GradientNormStrategy,
-    GresoStrategy,
-    InfluenceStrategy,
-    LearnabilityStrategy,
-    LearnAlignStrategy,
-    MidStrategy,
-    MoppsStrategy,
-    PassRateStrategy,
-    PooledStrategy,
-    RandomStrategy,
-    SelectConfig,
-    SimilarityStrategy,
-    Strategy,
-    StrategyTable,
-    VcrlStrategy,
-)
+from cropi.config import Config
 from cropi.console import say, warn
-from cropi.curriculum.candidates import Candidates, Evidence, Ranking
 from cropi.curriculum.choose import choose, selection_batches
-from cropi.curriculum.evidence import gather_evidence
-from cropi.curriculum.strategies.dots import dots
-from cropi.curriculum.strategies.full import full
-from cropi.curriculum.strategies.gaussian import gaussian
-from cropi.curriculum.strategies.gradient_norm import gradient_norm
-from cropi.curriculum.strategies.greso import greso
-from cropi.curriculum.strategies.influence import influence
-from cropi.curriculum.strategies.learnability import learnability
-from cropi.curriculum.strategies.learnalign import learnalign
-from cropi.curriculum.strategies.mid import mid
-from cropi.curriculum.strategies.mopps import mopps
-from cropi.curriculum.strategies.pass_rate import pass_rate
-from cropi.curriculum.strategies.pooled import pooled
-from cropi.curriculum.strategies.random import random
-from cropi.curriculum.strategies.similarity import similarity
-from cropi.curriculum.strategies.vcrl import vcrl
+from cropi.curriculum.pooling_data import PoolingData, read_pooling_data
+from cropi.curriculum.strategy import Candidates
 from cropi.functional.sampling import places
 from cropi.prompt_text import prompt_text
 from cropi.reward_statistics import GroupFacts, Visit, visit
@@ -73,25 +38,7 @@ from cropi.run_tables import validation_scores_schema
 from cropi.stages.run import Run
 from cropi.stages.score import read_scores
 from cropi.stages.trajectories import FRESH, Overlay, require_signal
-from cropi.training.history import never_judged, newest_variances, training_history
-
-RANKINGS: dict[type[StrategyTable], Callable[[Candidates, Any, SelectConfig], Ranking]] = {
-    FullStrategy: full,
-    RandomStrategy: random,
-    PassRateStrategy: pass_rate,
-    MidStrategy: mid,
-    LearnabilityStrategy: learnability,
-    VcrlStrategy: vcrl,
-    GaussianStrategy: gaussian,
-    DotsStrategy: dots,
-    MoppsStrategy: mopps,
-    GresoStrategy: greso,
-    GradientNormStrategy: gradient_norm,
-    LearnAlignStrategy: learnalign,
-    InfluenceStrategy: influence,
-    PooledStrategy: pooled,
-    SimilarityStrategy: similarity,
-}
+from cropi.training.reward_log import never_judged, newest_variances, training_history
 
 LINES = 1 << 10  # rows of the export that are Python's objects at once: with many, its collector often walks the pool
 NOTHING = GroupFacts("", float("nan"), float("nan"))  # of a prompt without trajectories
@@ -120,11 +67,6 @@ def select(run: Run, stage: int) -> list[str]:
     return [row["prompt_id"] for row in rows if row["selected"]]
 
 
-def rank(candidates: Candidates, strategy: Strategy, config: SelectConfig) -> Ranking:
-    """A strategy's scores for all candidates."""
-    return RANKINGS[type(strategy)](candidates, strategy, config)
-
-
 def choose_prompts(
     config: Config,
     candidates: Candidates,
@@ -137,8 +79,8 @@ def choose_prompts(
     settings, size = config.select, places(config.select.fraction, len(candidates))
     if strategy.takes_all:
         settings, size = settings.model_copy(update={"quotas": {}, "exploration": 0.0}), len(candidates)
-    ranking = rank(candidates, strategy, settings)
-    choice = choose(candidates, ranking, settings, size)
+    ranking = strategy.rank(candidates, size, settings.fusion)
+    choice = choose(candidates, ranking, size, settings.exploration, settings.quotas)
     count = len(choice.reasons)
     if count < size and not strategy.takes_all:
         warn(f"stage {candidates.stage}: {size} prompts were asked for, {count} qualify")
@@ -171,7 +113,7 @@ def gather_candidates(run: Run, stage: int) -> Candidates:
     prompts, strategy = run.folder.train_prompts, run.config.select.strategy
     overlay, steps = run.trajectories.overlay(stage), run.config.train.steps_per_stage
     groups = run.trajectories.groups(overlay)
-    history, evidence = training_history(run.paths.rewards, stage * steps), None
+    history, pooling = training_history(run.paths.rewards, stage * steps), None
     screened, unreadable = _screened(run, stage)
     unreadable |= never_judged(run.paths.rewards, stage * steps)
     sizes = _group_sizes(run.trajectories.base["train"]) | _group_sizes(overlay.table)
@@ -182,7 +124,7 @@ def gather_candidates(run: Run, stage: int) -> Candidates:
         names = strategy.directions(run.config.prompts.validation)
         influence = {name: table.column(f"influence/{name}").to_numpy() for name in names}
         lengths_N = table.column("feature_norm").to_numpy()
-        evidence = _evidence(run, stage, table, sizes_N, overlay) if strategy.pools else None
+        pooling = _pooling_data(run, stage, table, sizes_N, overlay) if strategy.pools else None
     return Candidates(
         prompt_ids=list(prompts),
         sources=prompts.column("source"),
@@ -203,7 +145,7 @@ def gather_candidates(run: Run, stage: int) -> Candidates:
         visits=[*history, *screened],
         texts=list(map(prompt_text, prompts.column("messages"))) if strategy.reads_texts else (),
         validation_texts=_validation_texts(run),
-        evidence=evidence,
+        pooling=pooling,
     )
 
 
@@ -225,21 +167,22 @@ def _screened(run: Run, stage: int) -> tuple[list[Visit], set[str]]:
     return seen, unreadable
 
 
-def _evidence(run: Run, stage: int, scores: pa.Table, sizes_N: np.ndarray, overlay: Overlay) -> Evidence:
-    """Everything that a strategy that pools reads of the newest scores."""
+def _pooling_data(run: Run, stage: int, scores: pa.Table, sizes_N: np.ndarray, overlay: Overlay) -> PoolingData:
+    """Inputs of a strategy that pools, from the newest scores."""
     open_artifact(run.folder.representations, REPRESENTED, made_by="cropi score")
     names = sorted(run.config.prompts.validation)
     scored, steps = run.config.select.strategy.scored_stage(stage), run.config.train.steps_per_stage
     validation = read_table(run.paths.scores(scored) / "validation.parquet", validation_scores_schema(names))
-    return gather_evidence(
+    ids, drawn_at = list(run.folder.train_prompts), overlay.drawn_at(steps)
+    trained = {prompt_id for prompt_id, layer in overlay.layer_of.items() if layer.trained}
+    return read_pooling_data(
         names,
-        list(run.folder.train_prompts),
         scores,
         validation,
         read_representations(run.folder.representations),
         sizes_N,
-        overlay.drawn_at(steps),
-        {prompt_id for prompt_id, layer in overlay.layer_of.items() if layer.trained},
+        np.array([0.0 if i in trained else float(n) for i, n in zip(ids, sizes_N, strict=True)]),
+        np.array([drawn_at.get(i, 0.0) for i in ids], dtype=np.float64),
         scored * steps if run.config.refresh.validation else 0.0,
     )
 

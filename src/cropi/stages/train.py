@@ -24,13 +24,12 @@ from cropi.run_tables import evaluation_files, forget_evaluations
 from cropi.stages.evaluate import evaluate, evaluate_base, is_evaluated
 from cropi.stages.run import Run
 from cropi.streams import append_jsonl, cut_jsonl
-from cropi.training.dynamic import DynamicSampling
-from cropi.training.reward import RecordedReward
-from cropi.training.rollouts import RolloutRecorder, forget_rollouts, require_no_dropout
-from cropi.training.settings import grpo_config
-from cropi.training.sharding import check_sharding
+from cropi.training.dynamic_sampling import DynamicSampling
+from cropi.training.grpo_settings import grpo_config
+from cropi.training.reward_log import RecordedReward
+from cropi.training.rollout_recorder import RolloutRecorder, forget_rollouts, require_no_dropout
+from cropi.training.sharding import check_sharding, resuming
 from cropi.training.stage_trainer import SelectStage, Stages, StageTrainer
-from cropi.training.zero import resuming
 from cropi.world import ALONE, World
 
 CHECKPOINT = "checkpoint"  # kind of artifact

@@ -33,7 +33,7 @@ from cropi.errors import SignalError
 from cropi.reward_statistics import GroupFacts
 from cropi.rollouts.shards import read_trajectories
 from cropi.run_folder import RunFolder, StagePaths
-from cropi.training.rollouts import written_rollouts
+from cropi.training.rollout_recorder import written_rollouts
 
 FRESH = "fresh trajectories"  # kinds of artifacts
 REUSED = "rollouts"

@@ -20,10 +20,10 @@ from cropi.console import warn_once
 from cropi.errors import ArtifactError
 from cropi.lockstep import in_lockstep, is_sharded
 from cropi.policy import shared_prefixes
-from cropi.training.dynamic import DynamicSampling, Sampled
-from cropi.training.rollouts import RolloutRecorder
-from cropi.training.sampler import BatchShape, StageSampler
-from cropi.training.zero import gathered, out_of_step
+from cropi.training.dynamic_sampling import DynamicSampling, Sampled
+from cropi.training.rollout_recorder import RolloutRecorder
+from cropi.training.sharding import gathered, out_of_step
+from cropi.training.stage_sampler import BatchShape, StageSampler
 
 TORCH_CANNOT_WRITE = ("unexpected pos", "PytorchStreamWriter failed writing")  # all that torch says of a full disk
 

@@ -1,4 +1,4 @@
-"""How the prompts of a stage are chosen, and the config of a run that says the same."""
+"""Settings of prompt selection in a TRL script, and the equivalent run config."""
 
 from __future__ import annotations
 
@@ -17,46 +17,46 @@ from cropi.loading import validate_config
 from cropi.presets import merged, preset, with_presets
 from cropi.prompts import checked_messages, content_id, refuse_unseen
 from cropi.rewards.verifiers.python_function import SCRIPT_REWARDS
-from cropi.trl.wording import worded
+from cropi.trl.messages import worded
 
 if TYPE_CHECKING:
     from trl import GRPOConfig
 
-PROMPT_ID = "prompt_id"  # the column by which a row of a dataset is known again
-VALIDATION = "validation"  # the name of a set that is given without one
-NO_ANSWER = "(none)"  # where rows record no answer: the reward function reads their columns itself
+PROMPT_ID = "prompt_id"  # the column that identifies a row
+VALIDATION = "validation"  # the name of an unnamed set
+NO_ANSWER = "(none)"  # for rows without an answer: the reward function reads their columns itself
 
 
 @dataclass(frozen=True)
 class Selector:
     """Which prompts each stage of a `CurriculumTrainer` trains on.
 
-    At the start of the first stage the policy answers a part of the training prompts and the validation prompts, the
-    reward function judges, and the strategy chooses; the trainer then sees the chosen prompts only, until the next
-    stage begins. Everything is kept in `folder`, and a resumed training goes on with the same selections.
+    At the start of the first stage the policy answers some training prompts and the validation prompts, the reward
+    function judges the answers, and the strategy chooses. The trainer sees only the chosen prompts until the next
+    stage. `folder` keeps all results, so that a resumed training continues with the same selections.
     """
 
     validation: Dataset | Mapping[str, Dataset]
-    """What training should get better at: rows like those of the training set, and none of them in it."""
+    """Target of training: rows like those of the training set, but not in it."""
     strategy: str | Mapping[str, Any] = "cropi"
-    """A preset by name, or a patch of a config as in `cropi compare`: `select`, `score`, `collect`, `refresh`."""
+    """Name of a preset, or a config patch as in `cropi compare`: `select`, `score`, `collect`, `refresh`."""
     fraction: float | None = None
-    """Share of the training prompts that a stage trains on, at the most. Unset: the strategy's own, else 0.1."""
+    """Largest share of the training prompts in a stage. Unset: the strategy's own, else 0.1."""
     stages: int = 5
-    """How often prompts are chosen, evenly over the steps of the training; less often where these are too few."""
+    """Number of selections, evenly spaced over the training steps; fewer if there are too few steps."""
     success: int | str | Callable[..., Sequence[float | None]] | None = None
-    """The reward function that says whether a completion is right: its place or name among the trainer's, or another
-    function of that form. Unset: the trainer's, if it has one only. Prompts are chosen by it; the rewards of training
-    stay those of the trainer."""
+    """The reward function that says whether a completion is right: an index or name among the trainer's, or another
+    reward function. Unset: the trainer's only one. Prompts are chosen by it; training rewards are still the
+    trainer's."""
     threshold: float = 0.5
-    """Its value from which a completion is right."""
+    """Smallest value of `success` that counts as right."""
     graded: bool = False
-    """Choose by its values themselves, which must lie from 0 to 1, rather than by right and wrong."""
+    """Choose by the values of `success` themselves, which must lie in [0, 1], instead of by right and wrong."""
     folder: str | Path | None = None
-    """Where trajectories, scores and selections are kept. Unset: `_curriculum` in the trainer's output folder,
-    which is never uploaded."""
+    """Folder of trajectories, scores and selections. Unset: `_curriculum` in the trainer's output folder, which is
+    never uploaded."""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """Further settings, laid over all others: `{"collect": {"batch_size": 64}}`."""
+    """Further settings, which override all others: `{"collect": {"batch_size": 64}}`."""
 
     def __post_init__(self) -> None:
         if isinstance(self.strategy, str):
@@ -73,7 +73,7 @@ class Selector:
 
     @property
     def places(self) -> dict[str, str]:
-        """The argument that each set is given by, by the name of the set."""
+        """The script's argument for each set, by the name of the set."""
         several = isinstance(self.validation, Mapping)
         names = {n: f"Selector.validation[{n!r}]" if several else "Selector.validation" for n in self.validation_sets}
         return {"train": "train_dataset"} | {f"validation/{name}": place for name, place in names.items()}
@@ -94,7 +94,7 @@ def _check_columns(dataset: Dataset, where: str) -> None:
 
 
 def prompt_ids(dataset: Dataset, where: str) -> list[str]:
-    """An id for every row: its `prompt_id`, else a hash of its prompt and answer and how often these came before."""
+    """Ids of the rows: `prompt_id`, else a hash of prompt and answer, numbered if it repeats."""
     _check_columns(dataset, where)
     if PROMPT_ID in dataset.column_names:
         ids = [str(value) for value in dataset[PROMPT_ID]]
@@ -113,7 +113,7 @@ def prompt_ids(dataset: Dataset, where: str) -> list[str]:
 
 
 def answer_of(row: Mapping[str, Any]) -> str:
-    """What a row says is right, where it says so in a usual column."""
+    """Return the gold answer of a row from one of the usual columns, else an empty text."""
     for name in ("answer", "solution", "ground_truth"):
         if row.get(name) is not None:
             return str(row[name])
@@ -121,11 +121,11 @@ def answer_of(row: Mapping[str, Any]) -> str:
 
 
 def are_chat(sets: Mapping[str, Any]) -> bool:
-    """Whether all prompts are chat messages, or else all text. `sets` are named by the arguments that they are.
+    """Whether all prompts are chat messages rather than text. `sets` holds datasets by the script's argument.
 
-    Raises ConfigError for what is no dataset, DataError for a prompt that cannot be used or is of the other kind.
+    Raises ConfigError for other objects than datasets, DataError for unusable prompts and for a mix of both forms.
     """
-    kinds: dict[bool, str] = {}  # a place of each
+    kinds: dict[bool, str] = {}  # an example of each
     for where, rows in sets.items():
         if not isinstance(rows, Dataset):
             raise ConfigError(f"it is a {type(rows).__name__}", where=where, fix="give a datasets.Dataset.")
@@ -139,7 +139,7 @@ def are_chat(sets: Mapping[str, Any]) -> bool:
                 raise DataError(
                     f"the prompt at {kinds[True]} is chat messages, and that at {kinds[False]} is text",
                     where=where,
-                    fix="write all prompts in one form: the policy would be asked in two ways.",
+                    fix="write all prompts in one form.",
                 )
         if not len(rows):
             raise DataError("it holds no rows", where=where, fix="give it prompts.")
@@ -149,9 +149,9 @@ def are_chat(sets: Mapping[str, Any]) -> bool:
 def make_config(
     selector: Selector, folder: Path, train: Dataset, args: GRPOConfig, model: str, chat: bool, stages: int, steps: int
 ) -> Config:
-    """The config of the run that chooses, with its prompts written beside it.
+    """Build the config of the run that chooses, and write its prompts to files.
 
-    Raises ConfigError for a strategy or settings that there are none of, DataError for prompts that cannot be used.
+    Raises ConfigError for unknown strategies or settings, DataError for unusable prompts.
     """
     sets = {"train": train} | {f"validation/{name}": rows for name, rows in selector.validation_sets.items()}
     paths = {name: _written(folder / "data", name, rows, selector.places[name]) for name, rows in sets.items()}
@@ -187,27 +187,27 @@ def make_config(
     for patch in (own, selector.settings):
         values = merged(values, patch)
     config = validate_config(values, "Selector")
-    _refuse_what_trl_does_not_do(config, chat)
+    _refuse_unsupported(config, chat)
     return config
 
 
-def _refuse_what_trl_does_not_do(config: Config, chat: bool) -> None:
+def _refuse_unsupported(config: Config, chat: bool) -> None:
     if config.train.dynamic_sampling or config.refresh.reuse_rollouts:
         raise ConfigError(
-            "dynamic sampling and reused rollouts are the work of cropi's own trainer",
+            "only cropi's own trainer supports dynamic sampling and reused rollouts",
             where="Selector",
             fix="choose another strategy or settings, or train with `cropi run`.",
         )
     if config.prompts.system_prompt is not None or config.prompts.chat is not chat:
         raise ConfigError(
-            "the trainer shows the policy the prompts as they are, and so must what chooses them",
+            "the trainer uses the prompts unchanged, so their selection must as well",
             where='Selector.settings["prompts"]',
             fix="leave system_prompt and chat out of it, and write the system message into the datasets.",
         )
 
 
 def _written(folder: Path, name: str, rows: Dataset, where: str) -> Path:
-    """The prompts of a dataset as a file: what a row holds beside them stays in the dataset, at the place noted."""
+    """Write the prompts of a dataset to a file; `extra` refers to the row, whose other columns stay in the dataset."""
     path = folder / f"{name.replace('/', '-')}.jsonl"
     lines = [
         json.dumps(

@@ -1,4 +1,4 @@
-"""TRL's GRPOTrainer on the prompts that a selector chooses, stage by stage."""
+"""TRL's GRPOTrainer, trained on the prompts that a selector chooses for each stage."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ from cropi.rewards.verdicts import Answered, Judgement
 from cropi.stages.collect import collect
 from cropi.stages.run import Run, Setup
 from cropi.streams import append_jsonl, cut_jsonl
+from cropi.training.sharding import gathered, refused_of_zero3
 from cropi.training.stage_trainer import Staged, Stages
-from cropi.training.zero import gathered, refused_of_zero3
+from cropi.trl.messages import worded
+from cropi.trl.reward_function import Success
 from cropi.trl.selector import PROMPT_ID, Selector, are_chat, make_config, prompt_ids
-from cropi.trl.success import Success
-from cropi.trl.wording import worded
 
 
 class CurriculumTrainer(Staged):
-    """`GRPOTrainer` with one argument more: `selector`. All others, and all that it does with them, are TRL's.
+    """`GRPOTrainer` with one more argument, `selector`. All others are TRL's and mean the same.
 
-    Training takes as many steps as it would without (`max_steps`, or `num_train_epochs` over the whole set), divided
-    into at most `selector.stages` stages of equal length, of whole generation batches. An epoch is a stage. Reward
-    functions, PEFT, callbacks, logging, saving and `train(resume_from_checkpoint=...)` are as in TRL. In several
-    processes the first one chooses and the others wait for it (`args.ddp_timeout` must allow for that).
+    Training takes as many steps as without a selector (`max_steps`, or `num_train_epochs` over the whole set), divided
+    into at most `selector.stages` equal stages of whole generation batches. An epoch is a stage. Reward functions,
+    PEFT, callbacks, logging, saving and `train(resume_from_checkpoint=...)` work as in TRL. With several processes the
+    first one chooses and the others wait (`args.ddp_timeout` must allow for that).
 
-    Errors: ConfigError for what cannot be combined with a curriculum (`_refused` lists it); what `Selector` and its
-    settings refuse.
+    Raises ConfigError for arguments that cannot be combined with a curriculum (`_refused` lists them), and the errors
+    of `Selector` and its settings.
     """
 
     def __init__(self, *args: Any, selector: Selector, **kwargs: Any) -> None:
@@ -50,9 +50,9 @@ class CurriculumTrainer(Staged):
         dataset = bound.get("train_dataset")
         if not isinstance(dataset, Dataset):
             raise ConfigError(
-                f"the training set is a {type(dataset).__name__}, and prompts are chosen by their place",
+                f"the training set is a {type(dataset).__name__}, but prompts are chosen by their index",
                 where="train_dataset",
-                fix="give a datasets.Dataset (list(stream) into Dataset.from_list, say).",
+                fix="pass a datasets.Dataset, e.g. Dataset.from_list(list(stream)).",
             )
         ids = prompt_ids(dataset, "train_dataset")
         marked = dataset if PROMPT_ID in dataset.column_names else dataset.add_column(PROMPT_ID, ids)
@@ -65,7 +65,7 @@ class CurriculumTrainer(Staged):
         self._chat = self._asks_in_chat(dataset)
         self.stages, self.steps_per_stage = self._stages()
         self.args.max_steps = self.stages * self.steps_per_stage
-        # transformers uploads what is in the output folder, but for names that begin with an underscore
+        # transformers uploads the output folder, except names that begin with an underscore
         self._folder = Path(selector.folder or Path(self.args.output_dir) / "_curriculum")
         self._run: Run | None = None
         self.add_callback(_StageStart(self))
@@ -76,34 +76,34 @@ class CurriculumTrainer(Staged):
                 raise ConfigError(what, where=where, fix=fix)
         arguments = self.args
         if arguments.top_k or arguments.min_p or arguments.repetition_penalty != 1.0 or arguments.generation_kwargs:
-            warn("top_k, min_p, repetition_penalty and generation_kwargs are not applied to what prompts are chosen by")
+            warn("selection samples without top_k, min_p, repetition_penalty and generation_kwargs")
 
     def _asks_in_chat(self, dataset: Dataset) -> bool:
-        """Whether prompts are chat messages. PolicyError where nothing can write them for the policy."""
+        """Whether prompts are chat messages. Raises PolicyError if the tokenizer cannot format them."""
         sets = {"train": dataset} | {f"validation/{n}": rows for n, rows in self._selector.validation_sets.items()}
         chat = are_chat({self._selector.places[name]: rows for name, rows in sets.items()})
         if chat and not getattr(self.processing_class, "chat_template", None):
             raise PolicyError(
-                "the prompts are chat messages, and the tokenizer has no chat template to write them by",
+                "the prompts are chat messages, but the tokenizer has no chat template",
                 where="processing_class",
-                fix="give a tokenizer that has one (or set its chat_template), or write the prompts as text.",
+                fix="pass a tokenizer with a chat template (or set chat_template), or write the prompts as text.",
             )
         return chat
 
     def _refused(self, dataset: Dataset) -> list[tuple[Any, str, str, str]]:
-        """(whether it is there, what is wrong with it, where, how to fix it)."""
+        """List what is unsupported as (present, problem, where, fix)."""
         arguments = self.args
         return [
             *refused_of_zero3(self),
             (
                 self.is_fsdp_enabled,
-                "the weights are sharded, and the process that chooses needs all of them",
+                "the weights are sharded, but the process that chooses needs all of them",
                 "args.fsdp",
                 "train with plain data parallelism, or choose beforehand with `cropi select`.",
             ),
             (
                 self.tools or self.rollout_func or self.environment_factories,
-                "what prompts are chosen by is sampled from the policy alone",
+                "selection samples from the policy alone",
                 "tools, rollout_func or environment_factory",
                 "leave it out, or choose beforehand with `cropi select`.",
             ),
@@ -121,28 +121,31 @@ class CurriculumTrainer(Staged):
             ),
             (
                 self.chat_template_kwargs,
-                "the prompts that are chosen by are encoded by the template's defaults",
+                "selection encodes prompts with the template's defaults",
                 "args.chat_template_kwargs",
                 "put them into the template, or leave them out.",
             ),
             (
                 getattr(arguments, "cast_lm_head_to_fp32", False),
-                "influence is computed in the weights' own precision",
+                "influence is computed in the precision of the weights",
                 "args.cast_lm_head_to_fp32",
                 "leave it out.",
             ),
             (
                 arguments.ignore_data_skip,
-                "a resumed training would see the batches of a stage again, and stages would end elsewhere",
+                "a resumed training would repeat batches of a stage and shift the ends of stages",
                 "args.ignore_data_skip",
                 "leave it out.",
             ),
-            (self._selector.stages < 1, "a curriculum has stages", "Selector.stages", "give 1 or more."),
+            (self._selector.stages < 1, "a curriculum needs stages", "Selector.stages", "set it to 1 or more."),
         ]
 
     def _stages(self) -> tuple[int, int]:
-        """(stages, optimiser steps of each): all of whole generation batches, as many steps as are asked for or few
-        more; fewer stages where there are not so many generation batches."""
+        """Return the number of stages and the optimiser steps of each.
+
+        Stages consist of whole generation batches, so the total may exceed the requested steps slightly. There are
+        fewer stages if there are too few generation batches.
+        """
         arguments = self.args
         serves = arguments.steps_per_generation * self.num_iterations  # micro-steps of a generation batch
         accumulated = arguments.gradient_accumulation_steps
@@ -157,11 +160,11 @@ class CurriculumTrainer(Staged):
         stages = math.ceil(units / each)
         taken = stages * each * unit
         if taken > 1.05 * total:
-            warn(f"{stages} stages of {each * unit} steps are {taken} steps, where {total:g} were asked for")
+            warn(f"{stages} stages of {each * unit} steps are {taken} steps instead of the requested {total:g}")
         return stages, each * unit
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As TRL's; the curriculum's folder is this training's while it lasts."""
+        """Train as in TRL; the curriculum's folder stays locked meanwhile."""
         with gathered(self):
             weights = weights_identity(self.accelerator.unwrap_model(self.model))
         self._identity = f"{weights} {self._success.identity}"
@@ -177,14 +180,14 @@ class CurriculumTrainer(Staged):
     # -- choosing --------------------------------------------------------------------------------------------------
 
     def choose(self, stage: int, model: nn.Module, in_progress: bool) -> Sequence[str]:
-        """Prompt ids of a stage, chosen by the first process and told to the others."""
+        """Return the prompt ids of a stage: the first process chooses and broadcasts them."""
         found: list[Any] = [None]
         failed: Exception | None = None
         if self.accelerator.is_main_process:
             try:
                 with worded():
                     found = [self._chosen(stage, model, in_progress)]
-            except Exception as error:  # the others wait: they are told, whatever it is
+            except Exception as error:  # the other processes wait for any result
                 failed, found = error, [error if isinstance(error, UserError) else PolicyError(repr(error))]
         broadcast_object_list(found)
         if failed is not None:
@@ -208,7 +211,7 @@ class CurriculumTrainer(Staged):
             ) from None
 
     def _open(self, model: nn.Module) -> None:
-        """Begin the run that chooses, or go on with it."""
+        """Start or resume the run that chooses."""
         name = str(getattr(model.config, "_name_or_path", "") or "model")
         shape = self._chat, self.stages, self.steps_per_stage
         config = make_config(self._selector, self._folder, self.train_dataset, self.args, name, *shape)
@@ -228,17 +231,17 @@ class CurriculumTrainer(Staged):
         if self.state.global_step:
             if not is_finished(run.folder.trajectories):
                 raise ArtifactError(
-                    "training goes on from a checkpoint, and the trajectories of the policy before it are gone",
+                    "training resumes from a checkpoint, but the trajectories of the policy before it are gone",
                     where=str(run.folder.trajectories),
                 )
-            # what an interrupted attempt wrote beyond the checkpoint
+            # lines that an interrupted attempt wrote after the checkpoint
             cut_jsonl(run.paths.rewards, lambda row: row["step"] < self.state.global_step)
             return
         run.paths.forget_training()
         collect(run)
 
     def _judge(self, rows: Sequence[Answered]) -> list[Judgement]:
-        """Verdicts by the reward function that says what is right, on the rows of the datasets that were given."""
+        """Judge completions with the success function, on the original rows of the datasets."""
         sets = {"train": self.train_dataset}
         sets |= {f"validation/{name}": dataset for name, dataset in self._selector.validation_sets.items()}
         found: list[Judgement | None] = [None] * len(rows)
@@ -291,7 +294,7 @@ class CurriculumTrainer(Staged):
         completions: list[Any],
         ids: Sequence[Sequence[int]],
     ) -> None:
-        """What the next selection learns of training: who was right."""
+        """Log which completions of a batch were right, for the next selection."""
         if self._success.place is not None:
             judged = [self._success.judged(value) for value in rewards_per_func[:, self._success.place].tolist()]
         else:
@@ -312,7 +315,7 @@ class CurriculumTrainer(Staged):
 
 
 class _StageStart(TrainerCallback):
-    """Chooses the prompts of a stage when its epoch begins."""
+    """Choose the prompts of a stage when its epoch begins."""
 
     def __init__(self, trainer: CurriculumTrainer) -> None:
         self._trainer = trainer
@@ -320,7 +323,7 @@ class _StageStart(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._stages = Stages(self._trainer.choose, self._trainer._positions, self._trainer)
-        # TRL counts micro-steps from 0 again after a resume, which would shift its generation batches against ours
+        # TRL counts micro-steps from 0 after a resume, which would shift its generation batches
         self._trainer._step = state.global_step * args.gradient_accumulation_steps
         if self._trainer.accelerator.is_main_process:
             stages, steps = self._trainer.stages, self._trainer.steps_per_stage

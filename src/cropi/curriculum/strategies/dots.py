@@ -1,20 +1,30 @@
 """DOTS: a target difficulty."""
 
+from typing import ClassVar, Literal
+
 import numpy as np
 
-from cropi.config import DotsStrategy, SelectConfig
-from cropi.curriculum.candidates import Candidates, Ranking
-from cropi.curriculum.draw import gumbel_keys
+from cropi.curriculum.strategy import Candidates, FusionConfig, Need, Ranking, StrategyTable, gumbel_keys
+
+TARGET = 0.5  # alpha, the target pass rate (released code)
+TEMPERATURE = 1e-3  # tau (released code); so small a value takes the nearest prompts and draws among equals
 
 
-def dots(candidates: Candidates, strategy: DotsStrategy, config: SelectConfig) -> Ranking:
-    """A draw without replacement by w_i = exp(-|p_i - alpha| / tau) (DOTS, arXiv 2506.05316; released code: tau 1e-3).
+class DotsStrategy(StrategyTable):
+    """Prompts drawn by their distance from pass rate 1/2 (DOTS)."""
 
-    Published: p_i is predicted at every step from 256 prompts that are sampled anew, by the embeddings' attention to
-    them, and old rollouts are replayed. Here p_i is of the stored trajectories (newer ones with `refresh`), which are
-    paid for in full; a stage is one draw, and nothing is replayed.
-    """
-    p_N = candidates.pass_rates_N
-    eligible_N = candidates.hopeful_N
-    keys_N = gumbel_keys(candidates, "dots", -np.abs(np.nan_to_num(p_N) - strategy.target) / strategy.temperature)
-    return Ranking(keys_N, eligible_N, f"drawn near pass rate {strategy.target:g}", {})
+    needs: ClassVar[frozenset[Need]] = frozenset({"trajectories"})
+
+    type: Literal["dots"]
+    """Selects this strategy."""
+
+    def rank(self, candidates: Candidates, size: int, fusion: FusionConfig) -> Ranking:
+        """Draw without replacement by w_i = exp(-|p_i - alpha| / tau) (DOTS, arXiv 2506.05316).
+
+        Published: at every step p_i is predicted from 256 newly sampled prompts by attention between embeddings, and
+        old rollouts are replayed. Here p_i comes from the stored trajectories (newer ones with `refresh`), whose cost
+        is charged in full; a stage is one draw, without replay.
+        """
+        distances_N = np.abs(np.nan_to_num(candidates.pass_rates_N) - TARGET)
+        keys_N = gumbel_keys(candidates, "dots", -distances_N / TEMPERATURE)
+        return Ranking(keys_N, candidates.rated_N, f"drawn near pass rate {TARGET:g}")

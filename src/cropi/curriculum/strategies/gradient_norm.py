@@ -1,20 +1,29 @@
 """The longest gradients."""
 
+from typing import ClassVar, Literal
+
 import numpy as np
 
 from cropi.artifacts import OK
-from cropi.config import GradientNormStrategy, SelectConfig
-from cropi.curriculum.candidates import Candidates, Ranking
+from cropi.curriculum.strategy import Candidates, FusionConfig, Need, Ranking, StrategyTable
 
 
-def gradient_norm(candidates: Candidates, strategy: GradientNormStrategy, config: SelectConfig) -> Ranking:
-    """s_i = |g_i|, the length of the prompt's off-policy gradient at this stage, or of its feature under `sketch`.
+class GradientNormStrategy(StrategyTable):
+    """The prompts with the longest gradients."""
 
-    Importance by gradient norm (Katharopoulos & Fleuret, arXiv 1803.00942), a baseline of GradAlign. It needs no
-    validation set; the pass that computes it meets the validation directions all the same, and is charged as that of
-    `influence`.
-    """
-    assert candidates.lengths_N is not None
-    with_signal_N = np.array([status == OK for status in candidates.statuses])
-    lengths_N = np.nan_to_num(candidates.lengths_N)  # not finite: the prompt's own numbers are not
-    return Ranking(lengths_N, with_signal_N & (lengths_N > 0), "its gradient is long", {})
+    needs: ClassVar[frozenset[Need]] = frozenset({"trajectories", "gradients"})
+    reads_lengths: ClassVar[bool] = True
+
+    type: Literal["gradient_norm"]
+    """Selects this strategy."""
+
+    def rank(self, candidates: Candidates, size: int, fusion: FusionConfig) -> Ranking:
+        """s_i = |g_i|, the length of the prompt's off-policy gradient at this stage, or of its feature under `sketch`.
+
+        Importance by gradient norm (Katharopoulos & Fleuret, arXiv 1803.00942), a baseline of GradAlign. It needs no
+        validation set, but its pass also computes influence, so it is charged like `influence`.
+        """
+        assert candidates.lengths_N is not None
+        with_signal_N = np.array([status == OK for status in candidates.statuses])
+        lengths_N = np.nan_to_num(candidates.lengths_N)  # a prompt whose own numbers are not finite
+        return Ranking(lengths_N, with_signal_N & (lengths_N > 0), "its gradient is long")

@@ -1,59 +1,72 @@
-"""GRESO: prompts whose rewards have lately been equal are left out, most of the time."""
+"""GRESO: skip most prompts whose recent rewards were all equal."""
 
 from dataclasses import dataclass
 from itertools import groupby
+from typing import ClassVar, Literal
 
 import numpy as np
 
-from cropi.config import GresoStrategy, SelectConfig
-from cropi.curriculum.candidates import Candidates, Ranking
+from cropi.curriculum.strategy import Candidates, FusionConfig, Need, Ranking, StrategyTable
 from cropi.seeds import unit_interval
 
 EASY, HARD = "easy", "hard"
-LEAST, MOST = 0.05, 0.95  # bounds of the probabilities (released code)
+# All as in the released code.
+START = 0.5  # probability that a prompt is kept after one visit of equal rewards, at first
+CHANGE = 0.01  # change of these probabilities after each step
+AIMS = {EASY: 0.25 / 3, HARD: 0.25 * 2 / 3}  # target shares of visits whose rewards were all right, or all wrong
+LEAST, MOST = 0.05, 0.95  # bounds of the probabilities
+FLOOR = 0.01  # least probability that a prompt is kept
 
 
-def greso(candidates: Candidates, strategy: GresoStrategy, config: SelectConfig) -> Ranking:
-    """Every usable prompt is kept with probability max(p^z_i, floor) (GRESO, arXiv 2506.02177).
+class GresoStrategy(StrategyTable):
+    """All prompts but those whose recent rewards were equal, which are skipped at random (GRESO)."""
 
-    z_i: visits in a row, up to the newest, in which all rewards were 1 (p = p_easy) or all 0 (p = p_hard); of graded
-    rewards, all equal, and at least 1/2 or less. A prompt with z_i = 0, or not visited yet, is always kept.
+    needs: ClassVar[frozenset[Need]] = frozenset({"rewards"})
+    takes_all: ClassVar[bool] = True
 
-    Published: the filter runs before every batch, and batches are filled up to their size, with dynamic sampling behind
-    it (`train.dynamic_sampling`). Here it runs at the start of a stage, and the stage trains on all prompts that it
-    keeps: the whole pool at stage 0, later as many as come out, whatever `select.fraction` says. No stored trajectories
-    are read.
-    """
-    past = replay(candidates, strategy)
-    chance_N = np.array([past.chance(i, strategy.floor) for i in candidates.prompt_ids])
-    drawn_N = np.array([unit_interval(candidates.seed, "greso", candidates.stage, i) for i in candidates.prompt_ids])
-    return Ranking(chance_N, candidates.usable_N & (drawn_N < chance_N), "kept", {})
+    type: Literal["greso"]
+    """Selects this strategy."""
+
+    def rank(self, candidates: Candidates, size: int, fusion: FusionConfig) -> Ranking:
+        """Keep every usable prompt with probability max(p^z_i, floor) (GRESO, arXiv 2506.02177).
+
+        z_i: visits in a row, up to the newest, in which all rewards were 1 (p = p_easy) or all 0 (p = p_hard). Equal
+        graded rewards count as 1 from 1/2 on, else as 0. Prompts with z_i = 0 and unvisited prompts are always kept.
+
+        Published: the filter runs before every batch, and dynamic sampling fills the batches
+        (`train.dynamic_sampling`). Here it runs at the start of a stage, and the stage trains on every kept prompt: the
+        whole pool at stage 0, later whatever remains, regardless of `select.fraction`. It reads no stored trajectories.
+        """
+        state = replay(candidates)
+        chance_N = np.array([state.chance(i) for i in candidates.prompt_ids])
+        drawn_N = np.array(
+            [unit_interval(candidates.seed, "greso", candidates.stage, i) for i in candidates.prompt_ids]
+        )
+        return Ranking(chance_N, candidates.usable_N & (drawn_N < chance_N), "kept")
 
 
 @dataclass(frozen=True)
-class Past:
-    """What the visits so far have come to."""
+class FilterState:
+    """State of the filter after the visits so far."""
 
     keep: dict[str, float]  # p_easy and p_hard
-    streaks: dict[str, tuple[str, int]]  # by prompt id: of which kind, and how long
+    streaks: dict[str, tuple[str, int]]  # by prompt id: kind and length
 
-    def chance(self, prompt_id: str, floor: float) -> float:
+    def chance(self, prompt_id: str) -> float:
         """Probability that a prompt is kept."""
         kind, length = self.streaks.get(prompt_id, (EASY, 0))
-        return max(self.keep[kind] ** length, floor) if length else 1.0
+        return max(self.keep[kind] ** length, FLOOR) if length else 1.0
 
 
-def replay(candidates: Candidates, strategy: GresoStrategy) -> Past:
-    """Step by step through the visits: streaks, and p_easy and p_hard.
+def replay(candidates: Candidates) -> FilterState:
+    """Compute streaks, p_easy and p_hard step by step from the visits.
 
-    After a step, p_easy falls by `change` where the share of its visits that were all right is at least a third of
-    `zero_variance`, and rises otherwise; p_hard the same with visits all wrong and two thirds. Both stay in
-    [0.05, 0.95]. The released code begins with the second epoch; here with the second stage, the first in which the
-    filter can leave something out. (It also counts mean rewards up to 0.11 as wrong and from 0.98 as right, for rewards
-    with a share for the format; here it is whether they are all equal.)
+    After a step, p_easy falls by `CHANGE` if the share of its visits with all rewards right reaches the target, and
+    rises otherwise; p_hard likewise for all wrong. Both stay in [0.05, 0.95]. The released code starts with the second
+    epoch; here the second stage is the first in which the filter can skip anything. (It also counts mean rewards up to
+    0.11 as wrong and from 0.98 as right, for rewards that include a format share; here the rewards must be equal.)
     """
-    keep, streaks = {EASY: strategy.start, HARD: strategy.start}, dict[str, tuple[str, int]]()
-    aims = {EASY: strategy.zero_variance / 3, HARD: strategy.zero_variance * 2 / 3}
+    keep, streaks = {EASY: START, HARD: START}, dict[str, tuple[str, int]]()
     for step, group in groupby(candidates.visits, key=lambda visit: visit.step):
         kinds = []
         for visit in group:
@@ -64,7 +77,7 @@ def replay(candidates: Candidates, strategy: GresoStrategy) -> Past:
             else:
                 streaks[visit.prompt_id] = (kind, length + 1 if kind == last else 1)
             kinds.append(kind)
-        for kind, aim in aims.items() if step >= candidates.steps_per_stage else ():
+        for kind, aim in AIMS.items() if step >= candidates.steps_per_stage else ():
             sign = -1 if kinds.count(kind) / len(kinds) >= aim else 1
-            keep[kind] = min(MOST, max(LEAST, keep[kind] + sign * strategy.change))
-    return Past(keep, streaks)
+            keep[kind] = min(MOST, max(LEAST, keep[kind] + sign * CHANGE))
+    return FilterState(keep, streaks)

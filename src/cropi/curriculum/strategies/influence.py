@@ -1,31 +1,46 @@
 """CROPI: influence on the validation sets, fused."""
 
+from typing import ClassVar, Literal
+
 import numpy as np
 
 from cropi.artifacts import OK
-from cropi.config import InfluenceStrategy, SelectConfig
-from cropi.curriculum.candidates import Candidates, Ranking
-from cropi.curriculum.fuse import fuse
+from cropi.curriculum.strategy import Candidates, FusionConfig, Need, Ranking, StrategyTable, fused_ranking
 from cropi.seeds import unit_intervals
 
 
-def influence(candidates: Candidates, strategy: InfluenceStrategy, config: SelectConfig) -> Ranking:
-    """s_i = sum_v 1 / (kappa + rank_v(i)), rank_v by influence on validation set v (paper: POPI scores fused by RRF).
+class InfluenceStrategy(StrategyTable):
+    """The prompts whose off-policy gradients are most aligned with those of the validation sets (CROPI)."""
 
-    Only prompts with signal can be chosen: the others have a zero gradient, hence no influence either way.
+    needs: ClassVar[frozenset[Need]] = frozenset({"trajectories", "gradients", "validation"})
 
-    Negative controls, with the same prompts to choose from: `bottom` ranks by -influence, so it takes those that point
-    most away from the validation sets (GradAlign's `negsim`); `shuffled` hands the influence of the prompts with signal
-    round among them at random, for all sets in the same way and anew at each stage: chance among the same prompts.
-    """
-    eligible_N = np.array([status == OK for status in candidates.statuses])
-    values = dict(candidates.influence)
-    if strategy.order == "bottom":
-        values = {name: -values_N for name, values_N in values.items()}
-    elif strategy.order == "shuffled":
-        values = {name: _shuffled(candidates, values_N, eligible_N) for name, values_N in values.items()}
-    reason = {"top": "influence", "bottom": "least influence", "shuffled": "shuffled influence"}[strategy.order]
-    return fuse(candidates, values, eligible_N, config, reason)
+    type: Literal["influence"]
+    """Selects this strategy."""
+    static: bool = False
+    """Score once, at the base policy, instead of at every stage."""
+    order: Literal["top", "bottom", "shuffled"] = "top"
+    """Negative controls: `bottom` ranks by -influence; `shuffled` permutes influence at random."""
+
+    def scored_stage(self, stage: int) -> int:
+        return 0 if self.static else stage
+
+    def rank(self, candidates: Candidates, size: int, fusion: FusionConfig) -> Ranking:
+        """s_i = sum_v 1 / (kappa + rank_v(i)), rank_v by influence on validation set v (paper: POPI scores, RRF).
+
+        Only prompts with signal are eligible: all others have a zero gradient and no influence.
+
+        Negative controls with the same eligible prompts: `bottom` takes those with the lowest influence (GradAlign's
+        `negsim`); `shuffled` permutes influence among the prompts with signal, in the same way for all sets and anew at
+        each stage.
+        """
+        eligible_N = np.array([status == OK for status in candidates.statuses])
+        values = dict(candidates.influence)
+        if self.order == "bottom":
+            values = {name: -values_N for name, values_N in values.items()}
+        elif self.order == "shuffled":
+            values = {name: _shuffled(candidates, values_N, eligible_N) for name, values_N in values.items()}
+        reason = {"top": "influence", "bottom": "least influence", "shuffled": "shuffled influence"}[self.order]
+        return fused_ranking(values, eligible_N, size, fusion, reason)
 
 
 def _shuffled(candidates: Candidates, values_N: np.ndarray, eligible_N: np.ndarray) -> np.ndarray:

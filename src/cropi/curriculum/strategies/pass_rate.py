@@ -1,15 +1,38 @@
 """Random prompts from a band of pass rates."""
 
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
 import numpy as np
+from pydantic import model_validator
 
-from cropi.config import PassRateStrategy, SelectConfig
-from cropi.curriculum.candidates import Candidates, Ranking
+from cropi.curriculum.strategy import Candidates, FusionConfig, Need, Ranking, StrategyTable
 from cropi.seeds import unit_interval
+from cropi.setting_types import Fraction
 
 
-def pass_rate(candidates: Candidates, strategy: PassRateStrategy, config: SelectConfig) -> Ranking:
-    """low <= p_i <= high on the stored trajectories, in random order (PRIME, arXiv 2502.01456: 0.2 and 0.8)."""
-    p_N = candidates.pass_rates_N
-    scores_N = np.array([unit_interval(candidates.seed, "pass_rate", i) for i in candidates.prompt_ids])
-    eligible_N = (p_N >= strategy.low) & (p_N <= strategy.high) & candidates.hopeful_N
-    return Ranking(scores_N, eligible_N, f"pass rate in [{strategy.low:g}, {strategy.high:g}]", {})
+class PassRateStrategy(StrategyTable):
+    """Random prompts among those whose stored pass rate lies in a band."""
+
+    needs: ClassVar[frozenset[Need]] = frozenset({"trajectories"})
+
+    type: Literal["pass_rate"]
+    """Selects this strategy."""
+    low: Fraction = 0.2
+    """Lowest pass rate kept."""
+    high: Fraction = 0.8
+    """Highest pass rate kept."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> PassRateStrategy:
+        if self.low > self.high:
+            raise ValueError(f"low ({self.low}) must not exceed high ({self.high})")
+        return self
+
+    def rank(self, candidates: Candidates, size: int, fusion: FusionConfig) -> Ranking:
+        """low <= p_i <= high on the stored trajectories, in random order (PRIME, arXiv 2502.01456: 0.2 and 0.8)."""
+        p_N = candidates.pass_rates_N
+        scores_N = np.array([unit_interval(candidates.seed, "pass_rate", i) for i in candidates.prompt_ids])
+        eligible_N = (p_N >= self.low) & (p_N <= self.high) & candidates.rated_N
+        return Ranking(scores_N, eligible_N, f"pass rate in [{self.low:g}, {self.high:g}]")

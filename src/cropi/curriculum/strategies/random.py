@@ -1,17 +1,26 @@
 """A uniformly random subset."""
 
+from typing import Literal
+
 import numpy as np
 
-from cropi.config import RandomStrategy, SelectConfig
-from cropi.curriculum.candidates import Candidates, Ranking
+from cropi.curriculum.strategy import Candidates, FusionConfig, Ranking, StrategyTable
 from cropi.seeds import unit_interval
 
 
-def random(candidates: Candidates, strategy: RandomStrategy, config: SelectConfig) -> Ranking:
-    """s_i = u(seed, i), or u(seed, stage, i) with `redraw`: uniform numbers that depend on nothing else.
+class RandomStrategy(StrategyTable):
+    """A uniformly random subset: the control that the paper lacks."""
 
-    The control that the paper lacks. Prompts without signal take part: they may have one by now.
-    """
-    purpose = ("random", candidates.stage) if strategy.redraw else ("random",)
-    scores_N = np.array([unit_interval(candidates.seed, *purpose, i) for i in candidates.prompt_ids])
-    return Ranking(scores_N, candidates.usable_N, "drawn at random", {})
+    type: Literal["random"]
+    """Selects this strategy."""
+    redraw: bool = False
+    """Draw a new subset at every stage instead of one for the whole run."""
+
+    def rank(self, candidates: Candidates, size: int, fusion: FusionConfig) -> Ranking:
+        """s_i = u(seed, i), or u(seed, stage, i) with `redraw`: independent uniform numbers.
+
+        Prompts without signal take part: they may have gained one since they were sampled.
+        """
+        purpose = ("random", candidates.stage) if self.redraw else ("random",)
+        scores_N = np.array([unit_interval(candidates.seed, *purpose, i) for i in candidates.prompt_ids])
+        return Ranking(scores_N, candidates.usable_N, "drawn at random")

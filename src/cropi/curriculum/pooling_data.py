@@ -1,34 +1,53 @@
-"""From the tables of a stage to what pooling goes by."""
+"""Inputs of the `pooled` strategy, read from the tables of a scoring and from the policy's representations."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 from jaxtyping import Float, Int
 
 from cropi.artifacts import OK
-from cropi.curriculum.candidates import Evidence
 
 
-def gather_evidence(
+@dataclass(frozen=True)
+class PoolingData:
+    """Influence, pass rates and representations of N training and M validation prompts."""
+
+    names: Sequence[str]  # of the validation sets
+    representations_NE: Float[np.ndarray, "N E"]
+    tries_N: Float[np.ndarray, " N"]  # stored trajectories; 0 if training sampled the newest ones, which are visits
+    tried_at_N: Float[np.ndarray, " N"]  # the optimiser step at which they were sampled
+    strengths_N: Float[np.ndarray, " N"]  # variance of the rewards when it was scored; 0 if it was not scored
+    influence_NV: Float[np.ndarray, "N V"]
+    errors_NV: Float[np.ndarray, "N V"]  # standard errors
+    validation_sets: Sequence[str]  # the set of each of the M prompts
+    validation_ME: Float[np.ndarray, "M E"]
+    validation_tries_M: Float[np.ndarray, " M"]
+    validation_tried_at: float
+    validation_pass_rates_M: Float[np.ndarray, " M"]
+    validation_variances_M: Float[np.ndarray, " M"]  # of the rewards
+    validation_strengths_M: Float[np.ndarray, " M"]
+    validation_influence_MV: Float[np.ndarray, "M V"]  # on the other prompts of the set
+    validation_errors_MV: Float[np.ndarray, "M V"]
+
+
+def read_pooling_data(
     names: Sequence[str],
-    prompt_ids: Sequence[str],
     scores: pa.Table,
     validation: pa.Table,
     representations: Mapping[tuple[str, str], Float[np.ndarray, " E"]],
     sizes_N: Int[np.ndarray, " N"],
-    tried_at: Mapping[str, float],
-    trained: Collection[str],
+    tries_N: Float[np.ndarray, " N"],
+    tried_at_N: Float[np.ndarray, " N"],
     validation_tried_at: float,
-) -> Evidence:
-    """`scores` and `validation` are tables of one scoring, `sizes_N` the trajectories of each prompt's newest group.
+) -> PoolingData:
+    """Build the inputs from the tables `scores` and `validation` of one scoring.
 
-    `tried_at` is the step at which that was sampled, for those that are not the base policy's; `trained` holds the
-    prompts whose newest group training itself sampled: those are counted as visits.
-
-    A prompt whose error is not known counts as not scored, a validation prompt as not there.
+    `sizes_N` counts the trajectories of each prompt's newest group; the other arguments are as in `PoolingData`.
+    A training prompt without a standard error counts as not scored; a validation prompt without one is left out.
     """
     errors_NV = _columns(scores, "standard_error", names)
     scored_N = np.array([status == OK for status in scores.column("status").to_pylist()])
@@ -41,11 +60,11 @@ def gather_evidence(
     places_M = [representations[f"validation/{name}", i] for name, i in keys]
     columns = ("pass_rate", "reward_variance", "trajectories")
     p_M, variances_M, tries_M = (validation.column(name).to_numpy().astype(np.float64) for name in columns)
-    return Evidence(
+    return PoolingData(
         names=tuple(names),
-        representations_NE=np.stack([representations["train", i] for i in prompt_ids]),
-        tries_N=np.array([0.0 if i in trained else float(n) for i, n in zip(prompt_ids, sizes_N, strict=True)]),
-        tried_at_N=np.array([tried_at.get(i, 0.0) for i in prompt_ids], dtype=np.float64),
+        representations_NE=np.stack([representations["train", i] for i in scores.column("prompt_id").to_pylist()]),
+        tries_N=tries_N,
+        tried_at_N=tried_at_N,
         strengths_N=np.where(scored_N, _strength(variances_N, np.maximum(sizes_N, 2)), 0.0),
         influence_NV=_columns(scores, "influence", names),
         errors_NV=np.nan_to_num(errors_NV),
@@ -62,7 +81,7 @@ def gather_evidence(
 
 
 def _strength(variances_N: Float[np.ndarray, " N"], count_N: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
-    """The unbiased estimate of the rewards' variance from `count` tries."""
+    """Unbiased estimate of the rewards' variance from `count` tries."""
     return variances_N * count_N / (count_N - 1)
 
 

@@ -1,4 +1,4 @@
-"""Messages of a run in the words of a TRL script: `collect.temperature` is its `args.temperature`."""
+"""Translate messages of a run for a TRL script: `collect.temperature` becomes `args.temperature`."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from cropi import console
 from cropi.config import Config
 from cropi.errors import UserError
 
-# Tables as the place of an error.
+# Arguments of a script, by the table that an error names.
 WHOLE = {"policy": "model", "prompts": "the prompts", "verifier": "Verified", "trainer": "args"} | {
     name: f'Selector.settings["{name}"]' for name in ("collect", "score", "select", "refresh")
 }
-# What a script names itself, with all that is in it.
+# Arguments of a script, by setting.
 ARGUMENTS = {
     "policy.path": "model",
     "policy.device": "model",
@@ -29,7 +29,7 @@ ARGUMENTS = {
     "train.stages": "Selector.stages",
     "train.steps_per_stage": "args.max_steps",
 } | {f"collect.{name}": f"args.{name}" for name in ("num_generations", "max_completion_length", "temperature", "top_p")}
-PHRASES = {  # regular expressions: what a script does not have, and what it has instead
+PHRASES = {  # regular expressions of command-line advice, and the script's equivalent
     "go on with `cropi run`|run the same command again|run `cropi [a-z]+` first": "run the script again",
     "start the run under another name|give the run another name|(choose )?another (name= or )?run_dir=": (
         "give another Selector.folder"
@@ -48,21 +48,21 @@ _KEY = re.compile(rf"(?<![\w./-])({'|'.join(_TABLES)})((?:\.[A-Za-z0-9_-]+)+)(=[
 
 
 def in_script(text: str) -> str:
-    """A message of a run as the user of a script can follow it."""
+    """Translate a message of a run for the user of a script."""
     for phrase, other in PHRASES.items():
         text = re.sub(phrase, other, text)
     return _KEY.sub(_argument, text)
 
 
 def reworded(error: UserError) -> UserError:
-    """The same error in the words of a script."""
+    """Translate an error for the user of a script."""
     where = WHOLE.get(error.where) or in_script(error.where)
     return type(error)(in_script(error.what), where=where, fix=in_script(error.fix))
 
 
 @contextmanager
 def worded() -> Iterator[None]:
-    """What is said and raised within is in the words of a script."""
+    """Translate the messages and errors of the block."""
     with console.worded(in_script):
         try:
             yield
@@ -86,6 +86,6 @@ def _argument(match: re.Match[str]) -> str:
 
 
 def _literal(value: str) -> str:
-    """A value of YAML's in Python."""
+    """Write a YAML value in Python."""
     python = {"true": "True", "false": "False", "null": "None"}
     return python.get(value) or (value if re.fullmatch(r"[\d.e-]+", value) else f'"{value}"')

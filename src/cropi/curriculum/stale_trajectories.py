@@ -1,4 +1,4 @@
-"""Which prompts to sample anew, and when the stored trajectories are too old to go by."""
+"""Refresh of stored trajectories: which prompts to sample again, and a warning if they are too old."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from cropi.artifacts import NO_SIGNAL, OK
 from cropi.seeds import unit_interval
 
-# Beyond any of these a stage's scores are a matter of old trajectories more than of the policy.
+# Beyond any of these, a stage's scores depend more on old trajectories than on the policy.
 LOW_ESS = 0.5  # half of the sample lost: where sequential Monte Carlo resamples (Liu & Chen 1995)
 HIGH_CLIP_SHARE = 0.3  # PPO would take no step on so many tokens; training runs stay near 0.1 to 0.2
 HIGH_KL = 0.1  # nats a token: 10 nats over a hundred tokens, completions that the policy would hardly write
@@ -28,18 +28,18 @@ def prompts_to_refresh(
     seed: int,
     stage: int,
 ) -> list[str]:
-    """At most `count` prompts of status `ok` or `no_signal` whose trajectories a stage replaces, most urgent first.
+    """Choose at most `count` prompts of status `ok` or `no_signal` to sample again, most urgent first.
 
-    `drawn_N` is the stage in which the current group was sampled (-1: before all of them), `reused_N` whether training
-    sampled it in the stage before, `ratio_ess_N` its effective sample share in the newest scores (NaN: not known).
+    `drawn_N` is the stage in which the current group was sampled (-1: before stage 0), `reused_N` whether training
+    sampled it in the previous stage, `ratio_ess_N` its effective sample share in the newest scores (NaN: unknown).
 
-    1. Groups without signal, the oldest first: they can be of use again only if they are sampled anew. They get half of
-       the places, rounded up, and what 2. leaves over.
-    2. Groups with signal by ascending `ratio_ess`, the unknown ones last and oldest first. They get the other half, and
-       what 1. leaves over.
-    3. What training has just sampled, if places are left.
+    1. Groups without signal, oldest first: only new samples can make them useful. They get half of the places, rounded
+       up, and the places that 2. does not need.
+    2. Groups with signal by ascending `ratio_ess`; unknown ones come last, oldest first. They get the other half, and
+       the places that 1. does not need.
+    3. Groups that training has just sampled, if places are left.
 
-    Ties break by a hash of (seed, stage, prompt id), so that nobody is first at every stage, and at last by id.
+    Ties break by a hash of (seed, stage, prompt id), so that no prompt is first at every stage, and then by id.
     """
     chance_N = [unit_interval(seed, "refresh", stage, i) for i in prompt_ids]
 
@@ -60,17 +60,17 @@ def prompts_to_refresh(
 
 
 def drift_warning(drift: Mapping[str, float] | None, stage: int, *, refreshing: bool) -> str | None:
-    """What to tell a user whose stored trajectories are too old for a stage, None where they will do.
+    """Return a warning if the stored trajectories are too old for a stage, else None.
 
-    `drift` holds `ratio_ess` (median over prompts), `clip_share` and `kl` (means), None where nothing is known.
+    `drift` holds `ratio_ess` (median over prompts), `clip_share` and `kl` (means); None if nothing is known.
     """
     if drift is None:
         return None
     found = []
     if drift["ratio_ess"] < LOW_ESS:
-        found.append(f"the median prompt's are worth {drift['ratio_ess']:.0%} of as many fresh tokens (ratio_ess)")
+        found.append(f"the median prompt keeps {drift['ratio_ess']:.0%} of its effective sample size (ratio_ess)")
     if drift["clip_share"] > HIGH_CLIP_SHARE:
-        found.append(f"{drift['clip_share']:.0%} of the importance ratios are beyond the clip range")
+        found.append(f"{drift['clip_share']:.0%} of the importance ratios are outside the clip range")
     if drift["kl"] > HIGH_KL:
         found.append(f"the divergence is {drift['kl']:.2f} nats a token")
     if not found:

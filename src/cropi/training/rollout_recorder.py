@@ -1,4 +1,4 @@
-"""Training's own rollouts, kept as trajectories: they are fresh, and cost no further sampling."""
+"""Keep the rollouts of training as trajectories for later scoring: they are new and cost nothing extra."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from torch import Tensor, nn
 from cropi.artifacts import OK, TRAJECTORIES, TRUNCATED, corrupt, file_sha256, write_table
 from cropi.errors import ConfigError
 from cropi.streams import append_jsonl, cut_jsonl, read_jsonl
-from cropi.training.reward import Judged, RecordedReward
+from cropi.training.reward_log import Judged, RecordedReward
 
 
 class RolloutRecorder:
-    """Writes the complete groups of every generation batch to a Parquet file of its own, as trajectories.
+    """Writes the complete groups of every generation batch to one Parquet file, as trajectories.
 
-    A batch is opened by `begin` and written once `note` has brought the log-probs of all its rows, so a file is whole
-    or absent, and `forget_from` makes a resumed run write what an undisturbed one would have written.
+    `begin` opens a batch; it is written once `note` has received the log-probs of all its rows, so a file is whole or
+    absent. After `forget_rollouts`, a resumed run writes the same files as an uninterrupted one.
 
-    A group is complete when its K completions stand side by side in one batch, all have a reward, and all log-probs are
-    finite. Of several complete groups of a prompt the last counts.
+    A group is complete if its K completions are adjacent in one batch, all have a reward, and all log-probs are finite.
+    Of several complete groups of a prompt the last counts.
 
-    What the log-probs are: those of the weights that sampled, at the sampling temperature, by the forward pass of
-    TRL's loss. In full precision, or with weights in bfloat16, that is the policy as it is scored, but for rounding.
-    Under mixed precision (`trainer.bf16` with float32 weights) both sampling and the loss run under autocast: the
-    log-probs are exact for the policy that sampled, and differ by bfloat16 rounding from those of the plain policy.
-    Importance ratios then are about 1 rather than 1 before the first step, which is what corrects for such a sampler.
+    The log-probs are those of the sampling weights at the sampling temperature, from the forward pass of TRL's loss. In
+    full precision, or with bfloat16 weights, they equal those of the scored policy up to rounding. Under mixed
+    precision (`trainer.bf16` with float32 weights), sampling and loss run under autocast: the log-probs are exact for
+    the sampler and differ from the scored policy by bfloat16 rounding. Importance ratios before the first step are then
+    about 1, which corrects for this sampler.
     """
 
     def __init__(
         self, folder: Path, reward: RecordedReward, generations: int, eos_ids: Sequence[int], rank: int = 0
     ) -> None:
-        """`rank` is that of the process, which writes its own part of a batch."""
+        """Record in `folder`; the process of rank `rank` writes its own rows of a batch."""
         self._folder, self._reward, self._generations, self._eos_ids = folder, reward, generations, set(eos_ids)
         self._rank = rank
         self._judged: Judged | None = None
@@ -43,7 +43,7 @@ class RolloutRecorder:
         self._logprobs: list[list[float] | None] = []
 
     def begin(self, step: int, prompts: Sequence[list[int]]) -> None:
-        """Open the batch judged last, sampled at an optimiser step; `prompts` are token ids, row by row."""
+        """Open the batch that was judged last, sampled at an optimiser step; `prompts` are token ids by row."""
         judged = self._reward.latest
         assert self._judged is None, "a generation batch is used up before the next one is sampled"
         assert judged is not None, "a generation batch is judged before it is trained on"
@@ -52,7 +52,7 @@ class RolloutRecorder:
         self._logprobs = [None] * len(prompts)
 
     def note(self, rows: Sequence[int], logprobs_BT: Tensor) -> None:
-        """Log-probs of some rows, padded on the right. Those noted first stay: later ones are of an updated policy."""
+        """Add log-probs of some rows, padded on the right. The first count: later ones are of an updated policy."""
         if self._judged is None:
             return
         for row, values_T in zip(rows, logprobs_BT.detach().float().cpu(), strict=True):
@@ -130,7 +130,7 @@ def rollout_files(folder: Path) -> dict[tuple[int, int, int], Path]:
 
 
 def forget_rollouts(folder: Path, step: int) -> None:
-    """Drop the batches sampled at or after an optimiser step."""
+    """Delete the batches sampled at or after an optimiser step."""
     for path in folder.glob("written-*.jsonl"):
         cut_jsonl(path, lambda row: row["step"] < step)
     for (sampled_at, *_), path in rollout_files(folder).items():
@@ -139,7 +139,7 @@ def forget_rollouts(folder: Path, step: int) -> None:
 
 
 def dropouts(model: nn.Module) -> list[str]:
-    """Names of the modules that drop activations while training: log-probs of the loss are noisy with them."""
+    """Names of the modules with dropout in training, which makes the loss's log-probs noisy."""
     return [
         name
         for name, module in model.named_modules()
@@ -148,17 +148,17 @@ def dropouts(model: nn.Module) -> list[str]:
 
 
 def require_no_dropout(model: nn.Module) -> None:
-    """ConfigError where the log-probs of rollouts that are to be used again would be noisy."""
+    """Raise ConfigError if dropout would make the log-probs of reused rollouts noisy."""
     dropping = dropouts(model)
     if dropping:
         raise ConfigError(
-            f"the policy drops activations while it trains ({dropping[0]}), so the log-probs of its rollouts are noisy",
+            f"the policy uses dropout in training ({dropping[0]}), so the log-probs of its rollouts are noisy",
             where="refresh.reuse_rollouts",
             fix="set it to false, or trainer.disable_dropout=true, or the dropout in the policy's config.json to 0.",
         )
 
 
 def _attention_dropout(module: nn.Module) -> float:
-    """The share that attention drops without a module of its own."""
+    """Dropout rate of attention modules that have no dropout module."""
     share = vars(module).get("attention_dropout", 0.0)
     return share if isinstance(share, float) else 0.0

@@ -1,4 +1,4 @@
-"""What says that a completion is right: one of the trainer's reward functions, or another of that form."""
+"""Reward functions: the one that judges completions for a `Selector`, and a verifier as one."""
 
 from __future__ import annotations
 
@@ -16,33 +16,35 @@ from torch import nn
 from cropi.asynchronous import awaited
 from cropi.console import warn_once
 from cropi.errors import ConfigError
+from cropi.exchange.rewards import Rewards
 from cropi.rewards.verdicts import ERROR, UNPARSEABLE_GOLD, Graded, GradeError, Judgement, judged
+from cropi.trl.messages import worded
 from cropi.trl.selector import Selector
 
-OWN = ("prompt", "completion", "completion_ids")  # columns that TRL does not pass on as they are
+OWN = ("prompt", "completion", "completion_ids")  # columns that TRL does not pass on unchanged
 
 
 @dataclass
 class Success:
-    """A reward function, the value from which a completion is right, and whether prompts are chosen by its values."""
+    """The reward function that says whether a completion is right, and how to read its values."""
 
     name: str
     function: Callable[..., Any]
-    place: int | None  # among the trainer's reward functions; None: it is none of them
-    threshold: float
-    graded: bool
+    place: int | None  # index in the trainer's reward functions; None: another function
+    threshold: float  # values from it on are right
+    graded: bool  # choose prompts by the values themselves
     least: float = math.inf  # of the values so far
     largest: float = -math.inf
 
     @classmethod
     def of(cls, selector: Selector, functions: Sequence[Any], names: Sequence[str]) -> Success:
-        """What a selector names. ConfigError for what is no reward function, or a name that several have."""
+        """Find the reward function that a selector names; ConfigError if there is none or more than one."""
         chosen = selector.success
         if chosen is None and len(functions) > 1:
             raise ConfigError(
-                f"the trainer has several reward functions ({', '.join(names)}), and one has to say what is right",
+                f"the trainer has several reward functions ({', '.join(names)}), and one must judge completions",
                 where="Selector.success",
-                fix="name it, as in Selector(success=...), or give a function of its own.",
+                fix="name one with Selector(success=...), or pass another function.",
             )
         chosen = 0 if chosen is None else chosen
         if callable(chosen):
@@ -57,24 +59,24 @@ class Success:
             )
         if isinstance(functions[chosen], nn.Module):
             raise ConfigError(
-                f"{names[chosen]} is a reward model, which does not say whether a completion is right",
+                f"{names[chosen]} is a reward model, which cannot say whether a completion is right",
                 where="Selector.success",
-                fix="name a reward function, or give one.",
+                fix="name or pass a reward function.",
             )
         return cls(names[chosen], functions[chosen], chosen, selector.threshold, selector.graded)
 
     @property
     def facts(self) -> str:
-        """What it has given so far, for a message."""
+        """Describe its values so far, for a message."""
         by = f"prompts are chosen by the reward function {self.name}"
         if self.largest < self.least:
-            return f"{by}, which gave no value here (it gave None, or the completions were judged earlier)"
+            return f"{by}, which returned no value here (it returned None, or the completions were judged earlier)"
         lie = f"{by}, whose values lie between {self.least:g} and {self.largest:g}"
-        return lie if self.graded else f"{lie}, and from {self.threshold:g} on (threshold) a completion is right"
+        return lie if self.graded else f"{lie}, and values from {self.threshold:g} (threshold) count as right"
 
     @property
     def identity(self) -> str:
-        """SHA-256 of its name, threshold, grading and text, if that can be had; what it calls is not part of it."""
+        """SHA-256 of its name, threshold, grading and source text, if available, without functions that it calls."""
         try:
             text = inspect.getsource(inspect.unwrap(self.function))
         except (OSError, TypeError):
@@ -82,9 +84,9 @@ class Success:
         return hashlib.sha256(f"{self.name} {self.threshold} {self.graded} {text}".encode()).hexdigest()
 
     def judged(self, value: float | None) -> Judgement:
-        """What a reward comes to. None and NaN, as TRL has it, say that the row is not for this function.
+        """Judge a reward. As in TRL, None and NaN mean that the row is not for this function.
 
-        A grade outside 0 to 1 is an error, which earns nothing.
+        A grade outside [0, 1] is an error and counts as 0.
         """
         if value is None or math.isnan(value):
             return Judgement(UNPARSEABLE_GOLD, 0.0)
@@ -94,8 +96,8 @@ class Success:
             found = judged(score, threshold, graded=self.graded)
         except GradeError as error:
             warn_once(
-                f"reward function {self.name} gave a value outside 0 to 1, which counts as 0 where prompts are chosen; "
-                "give Selector(success=...) a function whose values lie there, or leave out graded=True"
+                f"reward function {self.name} gave a value outside 0 to 1, which counts as 0 when prompts are chosen; "
+                "pass Selector(success=...) a function with values in that range, or leave out graded=True"
             )
             return Judgement(ERROR, 0.0, str(error))
         return Judgement(found.verdict, 0.0, grade=found.grade) if isinstance(found, Graded) else Judgement(found, 0.0)
@@ -109,8 +111,10 @@ class Success:
         state: Any,
         loop: asyncio.AbstractEventLoop | None,
     ) -> list[Judgement]:
-        """Judgements by the function, called as TRL calls it; awaited in TRL's loop, if it has one: clients and locks
-        belong to a loop."""
+        """Call the function as TRL does and judge its rewards.
+
+        Coroutines run in TRL's event loop, if it has one, since clients and locks belong to a loop.
+        """
         result = awaited(
             self.function(
                 prompts=prompts,
@@ -127,6 +131,29 @@ class Success:
             raise ConfigError(
                 f"it returned {len(result)} rewards for {len(completions)} completions",
                 where=f"reward function {self.name}",
-                fix="return one for each.",
+                fix="return one reward per completion.",
             )
         return [self.judged(value) for value in result]
+
+
+class Verified:
+    """A verifier as a TRL reward function: 1 or 0, and None for an unreadable gold answer.
+
+    Verifiers run in processes that can be killed. With `graded=True`, a verifier that scores returns its scores.
+
+        GRPOTrainer(..., reward_funcs=Verified("math"))
+        Verified("exact", marker="answer", verification={"processes": 8})
+
+    Gold answers come from the column `answer`, else `solution`; `source`, `extra_info` and `metadata` are passed to
+    verifiers that need them. Raises ConfigError for an unknown verifier or setting, DataError for rows without an
+    answer.
+    """
+
+    def __init__(self, kind: str, *, verification: dict[str, Any] | None = None, **settings: Any) -> None:
+        with worded():
+            self._rewards = Rewards({"type": kind, **settings}, verification, where="Verified")
+        self.__name__ = kind
+
+    def __call__(self, completions: Sequence[Any], **columns: Any) -> list[float | None]:
+        with worded():
+            return self._rewards.trl(completions, **columns)

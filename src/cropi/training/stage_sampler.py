@@ -1,4 +1,4 @@
-"""The sampler of a stage: exactly the selected prompts, in exactly the stage's number of batches."""
+"""Dataset sampler of a stage: the selected prompts, in the stage's number of batches."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from cropi.seeds import derived_seed
 
 @dataclass(frozen=True)
 class BatchShape:
-    """How TRL cuts a generation batch.
+    """Layout of a generation batch in TRL.
 
-    A chunk of `prompts` prompts, each repeated `generations` times, is one generation batch; TRL asks for it `repeats`
-    times, once for every micro-step that it serves. The prompts of a chunk differ unless the selection is smaller.
+    A generation batch has `prompts` prompts, each repeated `generations` times. TRL requests it `repeats` times, once
+    for every micro-step that it serves. Its prompts differ unless the selection is smaller.
     """
 
     prompts: int
@@ -27,10 +27,10 @@ class BatchShape:
 class StageSampler(Sampler[int]):
     """Yields dataset positions in the layout of TRL's RepeatSampler, from the current stage's selection only.
 
-    The selection is walked through in a random order that is drawn anew for every pass; a selection smaller than a
-    generation batch is repeated rather than dropped. A stage with the same selection as the stage before goes on where
-    that one stopped, so that on the full pool every prompt is seen once before any is seen twice. The order depends on
-    the seed and on where the selection began, so a resumed run sees the same batches.
+    Each pass through the selection has a new random order; a selection smaller than a generation batch is repeated. A
+    stage with the same selection as the previous one continues its pass, so that on the full pool every prompt is seen
+    once before any is seen twice. The order depends on the seed and the first stage of the selection, so a resumed run
+    sees the same batches.
     """
 
     def __init__(self, shape: BatchShape, chunks_per_stage: int, seed: int) -> None:
@@ -42,9 +42,9 @@ class StageSampler(Sampler[int]):
     def start_stage(
         self, stage: int, positions: Sequence[int], first_stage: int, *, consumed: int | None = None
     ) -> None:
-        """Sample from `positions` from now on; `first_stage` is the first of the stages in a row that share them.
+        """Sample from `positions` from now on; `first_stage` is the first of the consecutive stages that share them.
 
-        `consumed` is how many prompts those before have taken, where that is not what they take without refills.
+        `consumed` counts the prompts that earlier ones of these stages drew. Unset: the number without refills.
         """
         if not positions:
             raise ValueError(f"stage {stage} has no prompts")
@@ -53,9 +53,9 @@ class StageSampler(Sampler[int]):
         self._drawing = self._walk()
 
     def draw(self, prompts: int) -> list[int]:
-        """The next prompts of the stage, for a trainer that takes as many as it needs and not what a loader brings.
+        """Draw the next prompts of the stage, for a trainer that takes as many as it needs.
 
-        Draws go on from each other; what iteration yields is the same walk, counted apart.
+        Iteration yields the same sequence, with a counter of its own.
         """
         return [next(self._drawing) for _ in range(prompts)]
 
@@ -70,7 +70,7 @@ class StageSampler(Sampler[int]):
                     yield from [position] * self._shape.generations
 
     def _walk(self) -> Iterator[int]:
-        """The endless sequence of prompts, from the place where this stage begins."""
+        """Yield prompts without end, starting at the first prompt of this stage."""
         passes, skip = divmod(self._consumed, len(self._positions))
         while True:
             generator = torch.Generator().manual_seed(derived_seed(self._seed, "order", self._first_stage, passes))

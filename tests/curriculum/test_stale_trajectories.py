@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from cropi.curriculum.refresh import drift_warning, prompts_to_refresh
+from cropi.curriculum.stale_trajectories import drift_warning, prompts_to_refresh
 
 NAN = float("nan")
 #        status,            drawn, reused, ratio_ess
@@ -75,7 +75,7 @@ def test_ties_are_drawn_by_seed_and_stage() -> None:
     [
         (None, None),
         ({"ratio_ess": 0.5, "clip_share": 0.3, "kl": 0.1}, None),
-        ({"ratio_ess": 0.49, "clip_share": 0.0, "kl": 0.0}, "49% of as many fresh tokens"),
+        ({"ratio_ess": 0.49, "clip_share": 0.0, "kl": 0.0}, "keeps 49% of its effective"),
         ({"ratio_ess": 1.0, "clip_share": 0.31, "kl": 0.0}, "31% of the importance ratios"),
         ({"ratio_ess": 1.0, "clip_share": 0.0, "kl": 0.25}, "0.25 nats a token"),
     ],

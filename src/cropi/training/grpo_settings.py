@@ -1,4 +1,4 @@
-"""From the `trainer` table of a config to TRL's GRPOConfig."""
+"""Build TRL's GRPOConfig from the `trainer` table of a config, and check it."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from trl import GRPOConfig
 from cropi.config import OWNED_TRAINER_KEYS, Config
 from cropi.errors import ConfigError, hint
 from cropi.functional.surrogate import NORMALIZER_OF_LOSS
-from cropi.training.dynamic import check_dynamic_sampling
-from cropi.training.rehearsal import rehearse
+from cropi.training.dynamic_sampling import check_dynamic_sampling
+from cropi.training.trial_step import try_one_step
 from cropi.world import launched
 
 
 def grpo_config(config: Config, output_dir: Path, device: torch.device, processes: int = 1) -> GRPOConfig:
-    """The trainer's settings: TRL's defaults, then what a run decides, then the user's `trainer` table.
+    """Merge TRL's defaults, the user's `trainer` table, and the settings that the run owns.
 
-    The table is that of one process: `processes` share its batch, so that training is the same on any number.
+    The table describes one process: several `processes` share its batch, so that training is the same on any number.
 
-    Raises ConfigError for a name that GRPOConfig does not have or that the run decides itself, and for values that TRL
-    refuses, be it only when it trains.
+    Raises ConfigError for unknown names, for names that the run owns, and for values that TRL refuses, now or in
+    training.
     """
     fields = {field.name for field in dataclasses.fields(GRPOConfig) if field.init}
     given = _typed(config.trainer, fields)
@@ -66,15 +66,16 @@ def grpo_config(config: Config, output_dir: Path, device: torch.device, processe
         raise ConfigError(" ".join(str(error).split()), where="trainer", fix="correct the value it names.") from None
     _check(settings, config)
     if processes == 1 and not launched():
-        rehearse(options, device)
+        try_one_step(options, device)
     if processes > 1 and config.refresh.reuse_rollouts:
-        _check_parts(settings)
+        _check_whole_groups(settings)
     return settings
 
 
 def _divided(options: dict[str, Any], processes: int) -> dict[str, Any]:
-    """The same optimisation on several processes: fewer micro-steps each first, which keeps what is in memory at once,
-    then fewer rows. Batches of one step, and of one generation, stay as they are over all processes together.
+    """Divide the batch among processes: first the micro-steps, so that memory use stays the same, then the rows.
+
+    The batches of a step and of a generation, over all processes together, stay the same.
     """
     if processes == 1:
         return options
@@ -95,18 +96,18 @@ def _divided(options: dict[str, Any], processes: int) -> dict[str, Any]:
     return options | shared
 
 
-def _check_parts(settings: GRPOConfig) -> None:
-    """Every process keeps the groups of its own part of a generation batch."""
-    rows = settings.per_device_train_batch_size * settings.steps_per_generation
-    if rows % settings.num_generations:
+def _check_whole_groups(settings: GRPOConfig) -> None:
+    """Require whole groups in each process's rows of a generation batch: it keeps its own groups."""
+    rows, size = settings.per_device_train_batch_size * settings.steps_per_generation, settings.num_generations
+    if rows % size:
         raise ConfigError(
-            f"a process has {rows} rows of a generation batch, no whole groups of {settings.num_generations}",
+            f"a process gets {rows} rows of a generation batch, no multiple of num_generations={size}",
             where="refresh.reuse_rollouts",
             fix="set it to false, or launch fewer processes.",
         )
 
 
-# What TRL reads, where it says otherwise.
+# Types that TRL accepts, where its annotations differ.
 _TYPES: dict[str, Any] = {
     "fsdp": bool | str | None,
     "num_generations": int,
@@ -125,7 +126,7 @@ LARGEST = 1_000_000
 
 
 def _typed(table: Mapping[str, Any], fields: set[str]) -> dict[str, Any]:
-    """The values of `trainer` as TRL types them. Every key is one of GRPOConfig's, and the user's to set."""
+    """Convert the values of `trainer` to TRL's types; refuse unknown keys and keys that the run owns."""
     types = get_type_hints(GRPOConfig) | _TYPES
     typed: dict[str, Any] = {}
     for key, value in table.items():
@@ -151,7 +152,7 @@ def _typed(table: Mapping[str, Any], fields: set[str]) -> dict[str, Any]:
 
 
 def _out_of_bounds(key: str, value: Any) -> str:
-    """What is wrong with a number that TRL would take, and divide by or train nothing with."""
+    """Return the problem of a number that TRL accepts, but that it would divide by or train nothing with."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return ""
     lowest = 1 if key in _COUNTS else 0
@@ -184,10 +185,10 @@ def _check(settings: GRPOConfig, config: Config) -> None:
 
 
 def _check_generation_batches(settings: GRPOConfig, config: Config) -> None:
-    """A generation batch serves several micro-steps; it must not reach over the end of a stage or a checkpoint.
+    """Require that generation batches, which serve several micro-steps, end with each stage and each checkpoint.
 
-    On resume TRL counts micro-steps from 0 again and generates anew, so a checkpoint inside a generation batch would be
-    followed by other completions than without the interruption.
+    On resume TRL counts micro-steps from 0 and generates anew. After a checkpoint inside a generation batch, a resumed
+    run would therefore sample different completions.
     """
     serves = settings.steps_per_generation * settings.num_iterations
     spans = {"train.steps_per_stage": config.train.steps_per_stage}
@@ -207,25 +208,25 @@ def _check_generation_batches(settings: GRPOConfig, config: Config) -> None:
 def _check_saving(settings: GRPOConfig) -> None:
     if settings.save_strategy not in {"epoch", "steps"}:
         raise ConfigError(
-            f"save_strategy {settings.save_strategy!s} would leave a run that cannot be resumed",
+            f"save_strategy {settings.save_strategy!s} leaves a run that cannot be resumed",
             where="trainer.save_strategy",
             fix="use epoch (every stage) or steps with save_steps.",
         )
     if settings.save_total_limit is not None and settings.save_total_limit < 2:
         raise ConfigError(
-            "with a single checkpoint, an interruption while the next one is written would lose both",
+            "with a single checkpoint, an interruption during the next save loses both",
             where="trainer.save_total_limit",
             fix="set it to 2 or more.",
         )
 
 
-# What a rollout must be drawn without to be a trajectory: the stored log-probs are those of the policy itself.
+# Rollouts can be reused only without these settings: the stored log-probs are those of the unmodified policy.
 _PLAIN_SAMPLING: dict[str, Any] = {
     "top_k": 0,
     "min_p": None,
     "repetition_penalty": 1.0,
     "generation_kwargs": None,
-    "mask_truncated_completions": False,  # TRL takes no log-probs of completions that it masks
+    "mask_truncated_completions": False,  # TRL computes no log-probs of masked completions
 }
 
 
@@ -233,7 +234,7 @@ def _check_rollouts(settings: GRPOConfig) -> None:
     for name, plain in _PLAIN_SAMPLING.items():
         if getattr(settings, name) != plain:
             raise ConfigError(
-                f"with trainer.{name} the rollouts of training cannot be used again: their log-probs are not known",
+                f"with trainer.{name} training rollouts cannot be reused: their log-probs are unknown",
                 where="refresh.reuse_rollouts",
                 fix=f"set it to false, or leave trainer.{name} out.",
             )

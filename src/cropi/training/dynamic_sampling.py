@@ -1,4 +1,4 @@
-"""Dynamic sampling: groups whose rewards are all equal make room for mixed groups of further prompts."""
+"""Dynamic sampling: replace groups whose rewards are all equal by mixed groups of further prompts."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch.nn import functional
 from trl import GRPOConfig
 
 from cropi.errors import ConfigError
-from cropi.training.reward import Judged, RecordedReward
+from cropi.training.reward_log import Judged, RecordedReward
 
 EPSILON = 1e-6  # rewards that differ by less are equal
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """Completions as TRL's loss takes them, group by group, and as they were judged."""
+    """Completions of a generation batch, group by group: TRL's tensors and the judgements."""
 
     tensors: Mapping[str, Tensor]
     judged: Judged
@@ -30,19 +30,19 @@ class Refilled:
     """A generation batch after its refills."""
 
     trained: Sampled
-    dropped: Sampled | None  # what was sampled beside it; None where there was no refill
-    equal_before: float  # share of groups without variance as they were sampled first
-    equal_after: float  # the same of what is trained on
+    dropped: Sampled | None  # other groups that were sampled; None without a refill
+    equal_before: float  # share of groups without variance in the first sample
+    equal_after: float  # share in the batch that is trained on
     extra: int  # generation batches sampled beyond the first
 
 
 @dataclass
 class DynamicSampling:
-    """Fills a generation batch with mixed groups: 0 < |{k: o_k is right}| < K (DAPO, arXiv 2503.14476, eq. 11).
+    """Fill a generation batch with mixed groups: 0 < |{k: o_k is right}| < K (DAPO, arXiv 2503.14476, eq. 11).
 
-    A group is mixed if its rewards differ, so that its advantages are not all zero. What is missing is drawn from the
-    prompts that come next, as many as there are groups without variance, at most `refills` times. Places that are still
-    empty then keep the group without variance that was sampled for them first.
+    A group is mixed if its rewards differ, so that its advantages are not all zero. At most `refills` times, it samples
+    the next prompts, as many as there are groups without variance. Groups that are still missing keep their first
+    sample.
     """
 
     reward: RecordedReward
@@ -50,10 +50,10 @@ class DynamicSampling:
     refills: int
     pad_id: int
     multiple: int | None = None  # TRL's pad_to_multiple_of
-    drawn: int = 0  # prompts taken from the walk through the selection since it began
+    drawn: int = 0  # prompts drawn from this selection so far
 
     def fill(self, sample: Callable[[int], Mapping[str, Tensor]], prompts: int) -> Refilled:
-        """A generation batch of `prompts` groups; `sample` draws the next prompts and gives TRL's tensors for them."""
+        """Build a generation batch of `prompts` groups; `sample` draws the next prompts and returns TRL's tensors."""
         batches = [self._judged(sample, prompts)]
         mixed = self.mixed_groups(batches[0].judged.rewards)
         equal_before = mixed.count(False) / prompts
@@ -72,7 +72,7 @@ class DynamicSampling:
         return Refilled(trained, dropped, equal_before, mixed.count(False) / prompts, len(batches) - 1)
 
     def mixed_groups(self, rewards: Sequence[float | None]) -> list[bool]:
-        """Whether the rewards of each group differ; a completion that could not be judged does not count."""
+        """Whether the rewards of each group differ; completions that could not be judged do not count."""
         mixed = []
         for start in range(0, len(rewards), self.generations):
             known = [value for value in rewards[start : start + self.generations] if value is not None]
@@ -89,14 +89,14 @@ class DynamicSampling:
         groups = range(len(everything.judged.rewards) // self.generations)
         left = [group for group in groups if group not in set(chosen)]
         trained, dropped = (
-            _part(everything, [group * self.generations + k for group in part for k in range(self.generations)])
+            _rows_of(everything, [group * self.generations + k for group in part for k in range(self.generations)])
             for part in (chosen, left)
         )
         return Sampled(_trimmed(trained.tensors, self.multiple), trained.judged), dropped
 
 
 def _joined(batches: Sequence[Sampled], pad_id: int) -> Sampled:
-    """The rows of all batches, padded as TRL pads: prompts on the left, all else on the right."""
+    """Concatenate batches with TRL's padding: prompts on the left, everything else on the right."""
     tensors = {}
     for name, first in batches[0].tensors.items():
         parts = [batch.tensors[name] for batch in batches]
@@ -120,7 +120,7 @@ def _joined(batches: Sequence[Sampled], pad_id: int) -> Sampled:
     )
 
 
-def _part(batch: Sampled, rows: Sequence[int]) -> Sampled:
+def _rows_of(batch: Sampled, rows: Sequence[int]) -> Sampled:
     judged = batch.judged
     return Sampled(
         {name: tensor[list(rows)] for name, tensor in batch.tensors.items()},
@@ -135,7 +135,7 @@ def _part(batch: Sampled, rows: Sequence[int]) -> Sampled:
 
 
 def _trimmed(tensors: Mapping[str, Tensor], multiple: int | None) -> dict[str, Tensor]:
-    """Without columns that are padding in every row, and with `num_items_in_batch`: the tokens of the loss."""
+    """Drop columns that are padding in every row, and count the tokens of the loss as `num_items_in_batch`."""
     completion_width = tensors["completion_mask"].shape[1]
     prompt, completion = (_width(tensors[f"{part}_mask"], multiple) for part in ("prompt", "completion"))
     trimmed = {}
@@ -155,7 +155,7 @@ def _width(mask_BT: Tensor, multiple: int | None) -> int:
 
 
 def check_dynamic_sampling(settings: GRPOConfig, refills: int) -> None:
-    """Refuse with a ConfigError what would make a refilled batch differ from a plain one with the same groups."""
+    """Raise ConfigError for settings under which a refilled batch differs from a plain one with the same groups."""
     if not refills:
         return
     refused: dict[str, tuple[Any, str]] = {
@@ -171,7 +171,7 @@ def check_dynamic_sampling(settings: GRPOConfig, refills: int) -> None:
             )
     if settings.world_size > 1:
         raise ConfigError(
-            f"dynamic sampling works in one process, and this run has {settings.world_size}",
+            f"dynamic sampling supports one process, and this run has {settings.world_size}",
             where="train.dynamic_sampling",
             fix="start one process, or set it to 0.",
         )

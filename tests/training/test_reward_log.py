@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from cropi.streams import append_jsonl
-from cropi.training.history import never_judged, newest_variances, training_history
+from cropi.training.reward_log import never_judged, newest_variances, training_history
 
 
 def test_history_by_batch_and_prompt(tmp_path: Path) -> None:

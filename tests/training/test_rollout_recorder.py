@@ -18,9 +18,9 @@ from cropi.loading import load_config
 from cropi.policy import completion_logprobs, load_policy
 from cropi.stages.train import TrainTask, train_stages
 from cropi.stages.trajectories import newest_rollouts
-from cropi.training.reward import RecordedReward
-from cropi.training.rollouts import RolloutRecorder, dropouts, forget_rollouts, rollout_files, written_rollouts
-from cropi.training.settings import grpo_config
+from cropi.training.grpo_settings import grpo_config
+from cropi.training.reward_log import RecordedReward
+from cropi.training.rollout_recorder import RolloutRecorder, dropouts, forget_rollouts, rollout_files, written_rollouts
 from cropi.training.stage_trainer import StageTrainer
 
 STEPS, TEMPERATURE = 4, 0.7

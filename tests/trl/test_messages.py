@@ -1,4 +1,4 @@
-"""Messages that a user of a TRL script meets speak of the script."""
+"""Messages in a TRL script name the script's arguments."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from cropi.console import say
 from cropi.errors import ConfigError, DataError
 from cropi.loading import load_config
 from cropi.trl import Selector, Verified
-from cropi.trl.wording import in_script, reworded, worded
+from cropi.trl.messages import in_script, reworded, worded
 
 PACKAGE = Path(cropi.__file__).parent
-REACHED = ["gradients", "rollouts", "selection", "trl"]  # what a CurriculumTrainer calls, with the modules below
+REACHED = ["curriculum", "gradients", "rollouts", "stages", "trl"]  # rooms that a CurriculumTrainer calls
 MODULES = ["artifacts", "leakage", "pipeline", "policy", "prompts", "run_folder"]
 # Words of a config or of the command line that a script has no use for.
 FOREIGN = r"`cropi (?!explain|doctor|select`|run`\.)|\brun_dir\b|\bname=|disjoint hash_range|graded: true"

@@ -1,5 +1,7 @@
-"""One step of training, of the built-in policy: what TRL and torch refuse of a trainer's settings only when they use
-them is known before anything is spent."""
+"""One trial step of training with the built-in policy.
+
+TRL and torch check some settings only when they use them; the trial finds these errors before a run spends anything.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,7 @@ from cropi.config import BUILTIN_POLICY, PolicyConfig
 from cropi.errors import ConfigError
 from cropi.policy import load_policy
 
-# Settings that reach beyond this process, take long, or depend on the policy.
+# Settings with effects outside this process, slow ones, and those that depend on the policy.
 LEFT_OUT = {
     "deepspeed",
     "generation_batch_size",
@@ -42,8 +44,8 @@ LEFT_OUT = {
 }
 
 
-def rehearse(options: Mapping[str, Any], device: torch.device) -> None:
-    """ConfigError where one step of training with these settings of GRPOConfig fails or leaves no finite weights."""
+def try_one_step(options: Mapping[str, Any], device: torch.device) -> None:
+    """Raise ConfigError if a training step with these GRPOConfig settings fails or its weights are not finite."""
     kept = {name: value for name, value in options.items() if name not in LEFT_OUT}
     generations = options["num_generations"]
     small = {
@@ -65,7 +67,7 @@ def rehearse(options: Mapping[str, Any], device: torch.device) -> None:
 
 
 class _Options(dict[str, Any]):
-    """Settings as a key of a cache."""
+    """Settings that can be a cache key."""
 
     def __hash__(self) -> int:  # type: ignore[override]
         return hash(repr(self))
@@ -73,9 +75,9 @@ class _Options(dict[str, Any]):
 
 @cache
 def _problem(options: _Options, device: str) -> str:
-    """What one step of training ends with, where it is no step; the same settings are tried once in a process."""
+    """Return the error of one training step, or an empty text. A process tries the same settings once."""
     policy = load_policy(PolicyConfig(path=BUILTIN_POLICY, device=device))  # type: ignore[arg-type]
-    with _as_if_nothing_happened(), tempfile.TemporaryDirectory() as folder:
+    with _without_side_effects(), tempfile.TemporaryDirectory() as folder:
         try:
             trainer = GRPOTrainer(
                 model=policy.model,
@@ -89,7 +91,7 @@ def _problem(options: _Options, device: str) -> str:
         except Exception as error:  # TRL, transformers and torch raise many kinds, each for a setting
             return f"{type(error).__name__}: " + " ".join(str(error).split())[:400]
     finite = all(bool(weight.isfinite().all()) for weight in policy.model.parameters())
-    return "" if finite and trainer.state.global_step == 1 else "it leaves no finite weights"
+    return "" if finite and trainer.state.global_step == 1 else "it leaves weights that are not finite"
 
 
 def _alternating(completions: Sequence[Any], **_: Any) -> list[float]:
@@ -98,8 +100,8 @@ def _alternating(completions: Sequence[Any], **_: Any) -> list[float]:
 
 
 @contextmanager
-def _as_if_nothing_happened() -> Iterator[None]:
-    """Random states as they were, and no warnings: what is worth one is warned of in training."""
+def _without_side_effects() -> Iterator[None]:
+    """Restore random states, and ignore warnings: training itself shows them."""
     states = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -3,7 +3,7 @@ from collections import Counter
 import pytest
 from trl.trainer.utils import RepeatSampler
 
-from cropi.training.sampler import BatchShape, StageSampler
+from cropi.training.stage_sampler import BatchShape, StageSampler
 
 SHAPE = BatchShape(prompts=3, generations=2, repeats=2)
 

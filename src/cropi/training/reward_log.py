@@ -1,21 +1,22 @@
-"""The run's verifier as TRL's reward function, and a record of the rewards that training saw."""
+"""The run's verifier as TRL's reward function, with a log of the training rewards that later stages read."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cropi.reward_statistics import Visit, visit
 from cropi.rewards.verdicts import Answered, Judge
-from cropi.streams import append_jsonl, cut_jsonl
+from cropi.streams import append_jsonl, cut_jsonl, read_jsonl
 from cropi.world import ALONE, World
 
 
 @dataclass(frozen=True)
 class Judged:
-    """The completions of a generation batch as they were judged, in TRL's order."""
+    """Judged completions of a generation batch, in TRL's order."""
 
     prompt_ids: Sequence[str]
     texts: Sequence[str]
@@ -27,11 +28,10 @@ class Judged:
 class RecordedReward:
     """Judges completions and writes one line per generation batch: step, prompt ids, rewards, verdicts, tokens.
 
-    `tokens` are those of the completions; those of the prompts are written as well where the rows have a column
-    `prompt_tokens`. The lines are what re-scored strategies and the cost ledger read. `latest` is the batch judged
-    last. `forget_from` drops what an interrupted attempt wrote beyond the checkpoint that training resumes from.
+    `tokens` counts the completions' tokens; the prompts' tokens are logged too if the rows have a column
+    `prompt_tokens`. Strategies and the cost ledger read the log. `latest` is the batch judged last.
 
-    Every process judges its part of a batch, and `latest` is that part; the first one writes the line for all.
+    Every process judges its own part of a batch, which becomes its `latest`; the first process writes the line for all.
     """
 
     __name__ = "verdict"
@@ -66,15 +66,48 @@ class RecordedReward:
         return rewards
 
     def forget_from(self, step: int) -> None:
-        """Drop the lines of batches at or after an optimiser step."""
+        """Drop the lines at or after an optimiser step, which an interrupted attempt wrote after its checkpoint."""
         cut_jsonl(self._path, lambda row: row["step"] < step)
 
 
 def _joined(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The line of a generation batch, from those of its parts."""
+    """Join the lines of all processes into the line of a generation batch."""
     line = dict(rows[0])
     for row in rows[1:]:
         line |= {name: [*line[name], *row[name]] for name in ("prompt_ids", "rewards")}
         line |= {name: line[name] + row[name] for name in ("tokens", "prompt_tokens") if name in line}
         line["verdicts"] = dict(sorted((Counter(line["verdicts"]) + Counter(row["verdicts"])).items()))
     return line
+
+
+def training_history(path: Path, before_step: int) -> list[Visit]:
+    """Read one visit per prompt and generation batch before a step, in the order of the batches and then by id.
+
+    Completions that could not be judged do not count; prompts without a judged completion are left out.
+    """
+    found = []
+    for row in read_jsonl(path):
+        if row["step"] >= before_step:
+            break
+        values: dict[str, list[float]] = {}
+        for prompt_id, value in zip(row["prompt_ids"], row["rewards"], strict=True):
+            if value is not None:
+                values.setdefault(prompt_id, []).append(value)
+        found += [visit(row["step"], prompt_id, rewards) for prompt_id, rewards in sorted(values.items())]
+    return found
+
+
+def never_judged(path: Path, before_step: int) -> set[str]:
+    """Return prompts trained on before a step that never had a reward: their gold answer cannot be read."""
+    rows = [row for row in read_jsonl(path) if row["step"] < before_step]
+    pairs = [pair for row in rows for pair in zip(row["prompt_ids"], row["rewards"], strict=True)]
+    return {i for i, _ in pairs} - {i for i, value in pairs if value is not None}
+
+
+def newest_variances(history: Iterable[Visit], since_steps: Mapping[str, int] | None = None) -> dict[str, float]:
+    """Variance of each prompt's newest training rewards.
+
+    Prompts in `since_steps` have newer trajectories from that step, so their earlier visits do not count.
+    """
+    since_steps = since_steps or {}
+    return {one.prompt_id: one.variance for one in history if one.step >= since_steps.get(one.prompt_id, 0)}

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from tests.runs import judge
 from tests.stages.test_train import policy
-from tests.training.test_rollouts import differences
+from tests.training.test_rollout_recorder import differences
 from torch import Tensor
 
 from cropi.artifacts import TRAJECTORIES, read_table
@@ -22,10 +22,10 @@ from cropi.errors import ConfigError
 from cropi.loading import load_config
 from cropi.stages.train import StageCallback, TrainTask, train_stages
 from cropi.streams import read_jsonl
-from cropi.training.dynamic import DynamicSampling, check_dynamic_sampling
-from cropi.training.reward import Judged, RecordedReward
-from cropi.training.rollouts import rollout_files
-from cropi.training.settings import grpo_config
+from cropi.training.dynamic_sampling import DynamicSampling, check_dynamic_sampling
+from cropi.training.grpo_settings import grpo_config
+from cropi.training.reward_log import Judged, RecordedReward
+from cropi.training.rollout_recorder import rollout_files
 from cropi.training.stage_trainer import StageTrainer
 
 K, TEMPERATURE, LENGTH = 4, 1.5, 6
