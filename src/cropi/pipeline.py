@@ -24,18 +24,17 @@ from cropi.config import SAMPLED_BY, Config, PooledStrategy
 from cropi.console import counts_text, say, warn
 from cropi.curriculum.refresh import drift_warning
 from cropi.curriculum.strategies.pooled import prompts_to_screen
-from cropi.elsewhere import CarriedPolicy, Elsewhere
 from cropi.errors import ArtifactError, ConfigError
+from cropi.fsdp import in_lockstep
 from cropi.gradients.groups import group_facts
 from cropi.gradients.validation import validation_groups
-from cropi.lockstep import in_lockstep
+from cropi.parallel import process_group
 from cropi.policy import Policy, Replica, chat_warnings, encode_prompts, load_policy, trainer_prompt, uses_chat
 from cropi.prompts import data_identity, make_prompts
 from cropi.report.report import make_report
 from cropi.report.summary import Summary
 from cropi.rewards.verdicts import ERROR, TIMEOUT
 from cropi.rollouts.generation import Sampling, TransformersGenerator
-from cropi.rollouts.orders import shards_elsewhere
 from cropi.rollouts.overlay import FRESH, Trajectories
 from cropi.rollouts.representations import KIND as REPRESENTED
 from cropi.rollouts.representations import read_representations, represent
@@ -50,9 +49,7 @@ from cropi.stages.select import require_signal, select
 from cropi.stages.train import TrainTask, newest_checkpoint, open_checkpoint, train
 from cropi.training.reward import RecordedReward
 from cropi.training.settings import grpo_config
-from cropi.workers import Workers
 from cropi.workspace import Arm, Workspace, evaluation_files, forget_evaluations
-from cropi.world import ALONE, World
 
 MANY_FAILURES = 0.02  # share of the completions on which a verifier may fail without a word
 
@@ -60,21 +57,15 @@ MANY_FAILURES = 0.02  # share of the completions on which a verifier may fail wi
 class Pipeline:
     """The stages of a run. One whose artifact is complete is skipped, so the same command goes on where it stopped."""
 
-    def __init__(
-        self, config: Config, given: Given | None = None, world: World = ALONE, workers: Workers | None = None
-    ) -> None:
-        """`world` are the processes that work on this run: each makes its own pipeline, and asks it for the same.
-
-        `workers` elsewhere collect and score in this process's place.
-        """
-        self.config, self.world, self._workers = config, world, workers
-        given = given or Given.named_by(config, world.size)
+    def __init__(self, config: Config, given: Given | None = None) -> None:
+        self.config = config
+        given = given or Given.named_by(config, process_group().size)
         self._given, self._base_identity = given.policy, given.identity
         self._replica = Replica(given.policy, config.policy)
         self.judge, self.settings = given.judge, given.settings
         self.surrogate = surrogate_settings(config, self.settings.loss_type, self.settings.scale_rewards)
         self._chat = uses_chat(self._given.tokenizer, config.prompts.chat, config.prompts.system_prompt)
-        self.space = Workspace(config, world)
+        self.space = Workspace(config)
         self.space.lock()
         masked = self.settings.mask_truncated_completions
         self.trajectories = Trajectories(self.space, group_facts, mask_truncated=masked)
@@ -83,7 +74,7 @@ class Pipeline:
     @property
     def _in_parts(self) -> dict[str, Any]:
         """How an artifact is built whose parts are divided among the processes, and outlive an interruption."""
-        return {"keep_parts": True, "shared": True, "world": self.world}
+        return {"keep_parts": True, "shared": True}
 
     @property
     def base(self) -> Policy:
@@ -105,7 +96,7 @@ class Pipeline:
         """The prompt table."""
         make = partial(make_prompts, self.config)
         inputs = data_identity(self.config) | {"settings": self.space.settings("prompts")}
-        return build(self.space.prompts, "prompts", make, inputs=inputs, made_by="cropi collect", world=self.world)
+        return build(self.space.prompts, "prompts", make, inputs=inputs, made_by="cropi collect")
 
     def collect(self) -> Manifest:
         """Trajectories of the base policy. SignalError where they hold nothing that the run's arms could learn from."""
@@ -115,13 +106,9 @@ class Pipeline:
             chat, messages = self.config.prompts.chat, (row["messages"] for row in rows)
             for text in chat_warnings(self._given.tokenizer, chat, messages):
                 warn(text)
-            elsewhere = self._elsewhere(self.base.model, "base")
-            make_shards = None if elsewhere is None else shards_elsewhere(elsewhere, self.config, folder, ledger)
-            return collect(
-                self.config, self.base, self.judge, rows, folder, ledger, representations, self.world, make_shards
-            )
+            return collect(self.config, self.base, self.judge, rows, folder, ledger, representations)
 
-        known = self.world.from_main(lambda: is_finished(self.space.trajectories))
+        known = process_group().from_main(lambda: is_finished(self.space.trajectories))
         if not known and any(arm.reads_scores for arm in self.config.arms.values()):
             make_scorer(self.config, self.base.model, self.surrogate)  # refuses a model before anything is generated
         made_by = {"settings": self.space.settings(*SAMPLED_BY)}
@@ -175,8 +162,7 @@ class Pipeline:
         statuses = self.trajectories.statuses(self.trajectories.groups(self.trajectories.overlay(arm, stage)))
 
         def make(folder: Path) -> tuple[Mapping[str, int], Mapping[str, Any]]:
-            elsewhere = self._elsewhere(model, origin)
-            with self.space.ledger.charge("score", arm=arm.name, stage=stage, owed=self._owed_s) as entry:
+            with self.space.ledger.charge("score", arm=arm.name, stage=stage) as entry:
                 result = score(
                     self.config,
                     self.surrogate,
@@ -189,10 +175,8 @@ class Pipeline:
                     stage,
                     self.config.arms[arm.name],
                     [i for i, status in zip(prompts, statuses, strict=True) if status == NOT_SAMPLED],
-                    self.world,
-                    elsewhere,
                 )
-                if self.world.is_main:
+                if process_group().is_main:
                     entry["tokens"] = result[1]["tokens"]
                     entry["computed_tokens"] = result[1]["tokens_computed"]
                     entry["validation_tokens"] = result[1]["validation_tokens"]
@@ -205,14 +189,6 @@ class Pipeline:
         if text is not None:
             warn(text)
         return manifest
-
-    def _elsewhere(self, model: nn.Module, origin: str) -> Elsewhere | None:
-        if self._workers is None:
-            return None
-        return Elsewhere(self._workers, CarriedPolicy.of(self.config.policy, model, named=origin == "base"))
-
-    def _owed_s(self) -> float:
-        return 0.0 if self._workers is None else self._workers.owed_s
 
     def require_ratios(self, origin: str) -> None:
         """Importance ratios, unless the policy is the one that sampled."""
@@ -228,7 +204,7 @@ class Pipeline:
 
         def make(folder: Path) -> tuple[Mapping[str, int], Mapping[str, Any]]:
             with self.space.ledger.charge(phase, **charged) as entry:
-                result = represent(self.config, self.base, self.space.prompt_rows, folder, self.world)
+                result = represent(self.config, self.base, self.space.prompt_rows, folder)
                 read = result[1]["prompt_tokens"]
                 entry |= (
                     {"forward_tokens": read} if phase == "score" else {"tokens": 0, "prompt_tokens": read, "passes": 1}
@@ -238,7 +214,7 @@ class Pipeline:
         inputs: dict[str, Any] = {"prompts": self.prompts().identity, "policy": self._base_identity}
         inputs |= {"settings": self.space.settings("policy", "prompts")}
         folder = self.space.representations
-        build(folder, REPRESENTED, make, inputs=inputs, made_by=f"cropi {phase}", world=self.world, shared=True)
+        build(folder, REPRESENTED, make, inputs=inputs, made_by=f"cropi {phase}", shared=True)
 
     def screen(self, arm: Arm, stage: int, model: nn.Module, origin: str) -> None:
         """A few trajectories of the prompts that a strategy that pools would choose, if it asks for them."""
@@ -249,11 +225,11 @@ class Pipeline:
         config, policy = self.config.model_copy(update={"collect": fewer}), Policy(model, self._given.tokenizer)
 
         def make(folder: Path) -> tuple[Mapping[str, int], Mapping[str, Any]]:
-            ids = self.world.from_main(
+            ids = process_group().from_main(
                 lambda: prompts_to_screen(self.gathered.candidates(arm, stage), strategy, self.config.select)
             )
             rows = [self.space.train_prompts[prompt_id] for prompt_id in ids]
-            where: dict[str, Any] = {"arm": arm.name, "stage": stage, "purpose": "screen", "world": self.world}
+            where: dict[str, Any] = {"arm": arm.name, "stage": stage, "purpose": "screen"}
             return collect_anew(config, policy, self.judge, rows, folder, self.space.ledger, **where, logprobs=False)
 
         inputs = {**self.trajectories.inputs(arm, stage), "policy": origin, "settings": self.space.settings(arm=arm)}
@@ -280,11 +256,11 @@ class Pipeline:
         if self._uses_influence(arm):
             folder = arm.scores(self.config.arms[arm.name].scored_stage(stage))
             inputs["scores"] = open_artifact(folder, "scores", made_by="cropi score").identity
-        if self.world.from_main(lambda: is_finished(arm.screened(stage))):
+        if process_group().from_main(lambda: is_finished(arm.screened(stage))):
             inputs["screened"] = open_artifact(arm.screened(stage), FRESH, made_by="cropi score").identity
         folder = arm.selection(stage)
-        new = self.world.from_main(lambda: not is_finished(folder))
-        manifest = build(folder, "selection", make, inputs=inputs, made_by="cropi select", world=self.world)
+        new = process_group().from_main(lambda: not is_finished(folder))
+        manifest = build(folder, "selection", make, inputs=inputs, made_by="cropi select")
         if new:
             chosen = manifest.counts["selected"]
             say(f"selection of {arm.name}, stage {stage}: {chosen} of {len(self.space.train_prompts)} prompts")
@@ -296,7 +272,7 @@ class Pipeline:
 
     def select_stage(self, arm: Arm, stage: int, model: nn.Module, in_progress: bool) -> Sequence[str]:
         """What the trainer asks at the start of a stage, with the policy in memory."""
-        if in_progress and not self.world.from_main(lambda: is_finished(arm.selection(stage))):
+        if in_progress and not process_group().from_main(lambda: is_finished(arm.selection(stage))):
             raise ArtifactError(
                 f"the selection of stage {stage} is gone, but training stands in or beyond that stage",
                 where=str(arm.selection(stage)),
@@ -340,8 +316,8 @@ class Pipeline:
     def train(self, arm: Arm) -> Path:
         """Train all stages of an arm, evaluating on schedule from the base policy on; returns the last checkpoint."""
         self.evaluate_base()
-        settings = grpo_config(self.config, arm.checkpoints, self._given.device, self.world.size)
-        self.world.from_main(lambda: self._begin_at(arm, newest_checkpoint(arm.checkpoints, self._last_step)[1]))
+        settings = grpo_config(self.config, arm.checkpoints, self._given.device, process_group().size)
+        process_group().from_main(lambda: self._begin_at(arm, newest_checkpoint(arm.checkpoints, self._last_step)[1]))
         policy = load_policy(self.config.policy, dtype=self.config.policy.trained_in)
         status_of = dict(
             zip(self.space.train_prompts, self.trajectories.statuses(self.trajectories.base_groups), strict=True)
@@ -361,7 +337,7 @@ class Pipeline:
             stages=self.config.train.stages,
             steps_per_stage=self.config.train.steps_per_stage,
             evaluate_every=self._evaluate_every,
-            reward=RecordedReward(self.judge, arm.rewards, self.world),
+            reward=RecordedReward(self.judge, arm.rewards),
             select_stage=lambda stage, model, in_progress: self.select_stage(arm, stage, model, in_progress),
             evaluate=lambda step, model: self._evaluate(model, step, arm),
             evaluated=lambda step: self._is_evaluated(arm.evaluation, step),
@@ -369,10 +345,9 @@ class Pipeline:
             record_to=arm.rollouts if self.trajectories.reuses(arm) else None,
             dynamic_sampling=self.config.train.dynamic_sampling,
             asked_in=self.config.policy.dtype,
-            world=self.world,
             made_by=self.space.settings(arm=arm),
         )
-        done = self.world.from_main(lambda: newest_checkpoint(arm.checkpoints, self._last_step)[1])
+        done = process_group().from_main(lambda: newest_checkpoint(arm.checkpoints, self._last_step)[1])
         self._measure_again(arm, done - 1)  # while their checkpoints are there
         final = train(task, policy)
         self._measure_again(arm, self._last_step)
@@ -388,7 +363,7 @@ class Pipeline:
 
     def _measure_again(self, arm: Arm, step: int) -> None:
         """Evaluations up to a step that were damaged and deleted."""
-        for at in self.world.from_main(lambda: self._unevaluated(arm, step)):
+        for at in process_group().from_main(lambda: self._unevaluated(arm, step)):
             checkpoint = open_checkpoint(arm.checkpoints / f"checkpoint-{at}")
             self._evaluate(load_policy(self.config.policy, str(checkpoint)).model, at, arm)
 
@@ -415,7 +390,7 @@ class Pipeline:
             self._evaluate(self.base.model, 0, None)
 
     def _is_evaluated(self, folder: Path, step: int) -> bool:
-        return self.world.from_main(lambda: step in evaluation_files(folder))
+        return process_group().from_main(lambda: step in evaluation_files(folder))
 
     def evaluate_at(self, checkpoint: Path | None) -> pa.Table:
         """Accuracy of the base policy or of any checkpoint, read back where it has been measured."""
@@ -452,7 +427,6 @@ class Pipeline:
                 folder=self.space.evaluation if arm is None else arm.evaluation,
                 block=self.config.collect.batch_size,
                 lockstep=in_lockstep(policy.model),
-                world=self.world,
                 settings=self.space.settings(*SAMPLED_BY, "evaluate") if arm is None else self.space.settings(arm=arm),
             )
 
@@ -467,4 +441,4 @@ class Pipeline:
 
     def report(self) -> Summary | None:
         """Write report.html, report.md and summary.json from what the folder holds; the first process does."""
-        return make_report(self.config, self.space.folder) if self.world.is_main else None
+        return make_report(self.config, self.space.folder) if process_group().is_main else None

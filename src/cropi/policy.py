@@ -22,9 +22,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from cropi.config import BUILTIN_POLICY, LoraConfig, PolicyConfig
 from cropi.errors import DataError, PolicyError
+from cropi.fsdp import is_sharded
 from cropi.functional.surrogate import token_logprobs
 from cropi.leakage import turn_text
-from cropi.lockstep import is_sharded
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase

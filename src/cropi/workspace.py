@@ -54,7 +54,7 @@ from cropi.artifacts import (
 from cropi.config import Config, config_difference, deciding, settings_behind
 from cropi.errors import ArtifactError, ConfigError
 from cropi.ledger import Ledger
-from cropi.world import ALONE, World
+from cropi.parallel import process_group
 
 
 @dataclass(frozen=True)
@@ -243,8 +243,8 @@ class Workspace:
 
         Writes the resolved config into a new folder, once it is locked: nobody else's run is touched.
         """
-        self.world.from_main(self._lock)
-        if not self.world.is_main:
+        process_group().from_main(self._lock)
+        if not process_group().is_main:
             wait_for_files([self.folder / CONFIG])
 
     def _lock(self) -> None:
@@ -278,10 +278,10 @@ class Workspace:
         name = self.config.select.strategy.arm
         return Arm(name, self.folder / "checkpoints" / f"{checkpoint.resolve().name}-{identity[:12]}")
 
-    def __init__(self, config: Config, world: World = ALONE) -> None:
-        self.config, self.folder, self.world = config, config.folder, world
-        self.ledger = Ledger(self.folder / "ledger.jsonl", world)
-        world.from_main(self._check_claim)
+    def __init__(self, config: Config) -> None:
+        self.config, self.folder = config, config.folder
+        self.ledger = Ledger(self.folder / "ledger.jsonl")
+        process_group().from_main(self._check_claim)
 
     def settings(self, *tables: str, arm: Arm | None = None) -> dict[str, Any]:
         """The settings that something is made by, for its manifest: all of an arm's, or some tables of the config."""

@@ -18,17 +18,14 @@ from cropi.cli.shell import (
     CheckpointOption,
     Commands,
     ConfigArgument,
-    GpusOption,
     Overrides,
     RayOption,
     StageOption,
     WorkersOption,
-    join,
     leave,
     open_pipeline,
     print_result,
     quiet_libraries,
-    ray_workers,
     read_config,
     read_own_config,
 )
@@ -36,7 +33,7 @@ from cropi.cli.verify import audit_rewards, verify
 from cropi.lab.audit_command import audit
 from cropi.lab.bench_command import bench
 from cropi.lab.compare_command import compare
-from cropi.world import first, launched
+from cropi.parallel import is_first_rank, launched, leave_launcher
 
 app = typer.Typer(
     cls=Commands,
@@ -58,7 +55,7 @@ app.add_typer(bench, name="bench")
 @app.command()
 def run(config: ConfigArgument, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Prompts to report. Run it again to go on."""
-    pipeline = open_pipeline(config, overrides, join())
+    pipeline = open_pipeline(config, overrides)
     from cropi.report.summary import headline
 
     summary = pipeline.run()
@@ -76,11 +73,10 @@ def collect(
     overrides: Overrides = None,
     ray: RayOption = None,
     workers: WorkersOption = None,
-    gpus_per_worker: GpusOption = None,
     as_json: AsJson = False,
 ) -> None:
     """Sample and judge K trajectories per prompt."""
-    pipeline = open_pipeline(config, overrides, join(), ray_workers(ray, workers, gpus_per_worker))
+    pipeline = open_pipeline(config, overrides, ray=ray, workers=workers)
     manifest = pipeline.collect()
     path = str(pipeline.space.trajectories)
     print_result({"path": path, "counts": dict(manifest.counts)}, as_json, path)
@@ -94,11 +90,10 @@ def score(
     checkpoint: CheckpointOption = None,
     ray: RayOption = None,
     workers: WorkersOption = None,
-    gpus_per_worker: GpusOption = None,
     as_json: AsJson = False,
 ) -> None:
     """Influence of every prompt on the validation sets."""
-    pipeline = open_pipeline(config, overrides, join(), ray_workers(ray, workers, gpus_per_worker))
+    pipeline = open_pipeline(config, overrides, ray=ray, workers=workers)
     arm = pipeline.arm_at(stage, checkpoint)
     policy, origin = pipeline.policy_at(arm, stage, checkpoint)
     manifest = pipeline.score(arm, stage, policy.model, origin)
@@ -127,7 +122,7 @@ def select(
 @app.command()
 def train(config: ConfigArgument, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Score, select, train and evaluate, stage by stage."""
-    pipeline = open_pipeline(config, overrides, join())
+    pipeline = open_pipeline(config, overrides)
     paths = {arm.name: str(pipeline.train(arm)) for arm in pipeline.space.arms.values()}
     print_result(paths, as_json, "\n".join(f"{name}: {path}" for name, path in paths.items()))
 
@@ -137,7 +132,7 @@ def evaluate(
     config: ConfigArgument, overrides: Overrides = None, checkpoint: CheckpointOption = None, as_json: AsJson = False
 ) -> None:
     """Accuracy of the base policy or any checkpoint."""
-    pipeline = open_pipeline(config, overrides, join())
+    pipeline = open_pipeline(config, overrides)
     from cropi.stages.evaluate import accuracy, as_plain
 
     settings = pipeline.config
@@ -208,8 +203,9 @@ def options(
     if launched() and ctx.invoked_subcommand not in TOGETHER:
         if ctx.invoked_subcommand == "compare":
             leave("error: compare starts its own processes\nFix: call it without a launcher.", 2)
-        if not first():
+        if not is_first_rank():
             raise typer.Exit  # one process is enough
+        leave_launcher()
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,18 +34,20 @@ from cropi.artifacts import (
 from cropi.config import Config
 from cropi.console import progress, warn
 from cropi.errors import ArtifactError, ConfigError, DataError
+from cropi.fsdp import in_lockstep
 from cropi.functional.pooling import nearest_first, principal_points
 from cropi.functional.sampling import places
 from cropi.ledger import Ledger
-from cropi.lockstep import in_lockstep
+from cropi.parallel import Perform, RayPool, Task, process_group, ray_pool
 from cropi.policy import Policy, completion_logprobs, encode_prompts, longest_alike, trainer_prompt, uses_chat
+from cropi.policy_copy import PolicyCopy
+from cropi.rewards.pool import strict_judge
 from cropi.rewards.verdicts import Judge, answered
 from cropi.rollouts.generation import Generator, Sampling, TransformersGenerator
 from cropi.rollouts.representations import Representations
 from cropi.rollouts.server import ServerGenerator
 from cropi.rollouts.vllm import VllmGenerator
 from cropi.seeds import derived_seed, unit_interval
-from cropi.world import ALONE, World
 
 
 @dataclass(frozen=True)
@@ -116,13 +118,10 @@ def collect(
     folder: Path,
     ledger: Ledger,
     representations: Representations | None = None,
-    world: World = ALONE,
-    elsewhere: MakeShards | None = None,
 ) -> tuple[dict[str, int], dict[str, Any]]:
     """Write one `part-*.parquet` per shard to `folder`; shards that are already there are kept.
 
-    The shards that are missing are divided among the processes of `world`, or made `elsewhere`: what is in a shard does
-    not depend on that.
+    The ranks divide the missing shards, or Ray workers make them. The content of a shard does not depend on that.
 
     Behaviour log-probs are recomputed by the model itself in one forward pass per batch, at the sampling temperature,
     if `collect.logprobs` asks for them. `collect.nearby` goes by the representations. Every shard is charged to the
@@ -132,21 +131,66 @@ def collect(
     if config.collect.top_p < 1:
         warn("collect.top_p is below 1: the sampler is not the policy whose log-probs are stored, so ratios are biased")
     shards, too_long = plan(config, policy, prompts, sampled_prompts(config, prompts, representations))
-    if elsewhere is not None:
-        statuses, details = _sample_all(folder, shards, elsewhere, world)
+    pool = ray_pool()
+    if pool is not None:
+        statuses, details = _sample_all(folder, shards, partial(_by_ray, pool, config, policy, folder, ledger))
     else:
-        with _generator(config, policy, world) as generate:
+        with _generator(config, policy) as generate:
             sampler = Sampler(config, policy, generate, judge, ("collect",), config.collect.logprobs)
             make = partial(sampler.make, folder=folder, charge=partial(ledger.charge_share, "collect"))
-            statuses, details = _sample_all(folder, shards, make, world)
+            statuses, details = _sample_all(folder, shards, make)
     return count_status([PROMPT_TOO_LONG] * len(too_long) + statuses), details | {"too_long": too_long}
 
 
+@dataclass(frozen=True)
+class SampleJob:
+    """Sampling of shards by a Ray worker."""
+
+    config: Config
+    policy: PolicyCopy
+
+    def start(self) -> Perform:
+        """Load the policy and start the verifier."""
+        policy, config = self.policy.load(), self.config
+        generate, judge = plain_generator(config, policy), strict_judge(config.verifier, config.verification)
+        sampler = Sampler(config, policy, generate, judge, ("collect",), config.collect.logprobs)
+
+        def perform(task: Task) -> Task:
+            rows, cost = sampler.sample(Shard(**task.facts))
+            return Task(task.index, pa.Table.from_pylist(rows, schema=TRAJECTORIES), cost)
+
+        return perform
+
+
+def _by_ray(
+    pool: RayPool, config: Config, policy: Policy, folder: Path, ledger: Ledger, shards: Sequence[Shard]
+) -> Iterator[tuple[Shard, Rows]]:
+    """Have Ray workers make shards; write and charge each as it comes back."""
+    if not shards:
+        return  # no cluster is needed
+    if config.collect.vllm is not None:
+        raise ConfigError(
+            "Ray workers start no vLLM of their own",
+            where="collect.vllm",
+            fix="start `vllm serve` and name it in collect.server.",
+        )
+    job = SampleJob(config, PolicyCopy.of(config.policy, policy.model, trained=False))
+    tasks = (Task(index, pa.table({}), vars(shard)) for index, shard in enumerate(shards))
+    with closing(pool.map(job, tasks)) as made:
+        for task in made:
+            shard, rows = shards[task.index], task.rows.to_pylist()
+            if not holds(shard, rows):
+                raise ValueError(f"shard {shard.name} came back with other prompts")
+            write_table(folder / shard.file, rows, TRAJECTORIES)
+            ledger.add("collect", **task.facts)
+            yield shard, rows
+
+
 @contextmanager
-def _generator(config: Config, policy: Policy, world: World) -> Iterator[Generator]:
+def _generator(config: Config, policy: Policy) -> Iterator[Generator]:
     """What completes prompts as the base policy does."""
     settings = config.collect
-    if settings.vllm is not None and world.size > 1:
+    if settings.vllm is not None and process_group().size > 1:
         raise ConfigError(
             "vLLM starts processes of its own, on GPUs that the other processes of this launch use",
             where="collect.vllm",
@@ -204,7 +248,6 @@ def collect_anew(
     stage: int,
     purpose: str = "refresh",
     logprobs: bool = True,
-    world: World = ALONE,
 ) -> tuple[dict[str, int], dict[str, Any]]:
     """The same for training prompts of an arm at the start of a stage, from the policy as it is then.
 
@@ -216,28 +259,27 @@ def collect_anew(
     generate = TransformersGenerator(policy, config.collect.batch_size)
     sampler = Sampler(config, policy, generate, judge, seeded, logprobs)
     make = partial(sampler.make, folder=folder, charge=charge)
-    statuses, details = _sample_all(folder, shards, make, world)
+    statuses, details = _sample_all(folder, shards, make)
     return count_status(statuses), details | {"prompts": len(prompts)}
 
 
-def _sample_all(
-    folder: Path, shards: Sequence[Shard], make: MakeShards, world: World
-) -> tuple[list[str], dict[str, Any]]:
-    """Make the shards that are not there; returns (status of every trajectory, details), of the first process."""
-    missing = world.from_main(lambda: [n for n, shard in enumerate(shards) if not (folder / shard.file).is_file()])
+def _sample_all(folder: Path, shards: Sequence[Shard], make: MakeShards) -> tuple[list[str], dict[str, Any]]:
+    """Make the missing shards; returns (status of every trajectory, details) on rank 0."""
+    ranks = process_group()
+    missing = ranks.from_main(lambda: [n for n, shard in enumerate(shards) if not (folder / shard.file).is_file()])
     still = set(missing)
     kept = [shard for place, shard in enumerate(shards) if place not in still]
-    own = [shards[place] for place in world.share(missing)]
+    own = [shards[place] for place in ranks.share(missing)]
     found: dict[str, _Found] = {}
-    if world.is_main:
+    if ranks.is_main:
         found = {shard.name: _found(_stored(folder, shard)) for shard in kept}
     done, total = (sum(map(len, part)) for part in (kept, (*kept, *own)))
-    with progress(world.titled("collect"), total, "trajectories", done=done) as bar:
+    with progress(ranks.titled("collect"), total, "trajectories", done=done) as bar:
         for shard, rows in make(own):
             found[shard.name] = _found(rows)
             bar.advance(len(shard))
-    world.barrier()
-    if not world.is_main:
+    ranks.barrier()
+    if not ranks.is_main:
         return [], {}
     wait_for_files(folder / shard.file for shard in shards)
     return _summed([found.get(shard.name) or _found(_stored(folder, shard)) for shard in shards])

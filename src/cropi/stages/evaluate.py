@@ -16,10 +16,10 @@ from cropi.config import EvaluateConfig
 from cropi.console import warn
 from cropi.errors import DataError
 from cropi.functional.statistics import Interval, bootstrap_mean
+from cropi.parallel import process_group
 from cropi.rewards.verdicts import Answered, Judge, answered, reward
 from cropi.seeds import derived_seed
 from cropi.workspace import evaluation_files, keep_evaluation
-from cropi.world import ALONE, World
 
 # (prompts as token ids, temperature or None for greedy, seed) -> completions as text
 Generate = Callable[[Sequence[list[int]], float | None, int], list[str]]
@@ -45,28 +45,28 @@ def evaluate(
     folder: Path,
     block: int,
     lockstep: AbstractContextManager[None] = nullcontext(),  # noqa: B008
-    world: World = ALONE,
     settings: Mapping[str, Any] | None = None,
 ) -> pa.Table:
     """Judge greedy and sampled completions of all test prompts and write `step-NNNNNN.parquet`.
 
-    Questions are asked in blocks of `block`, the longest first, which are divided among the processes of `world`; what
+    Questions are asked in blocks of `block`, the longest first, which are divided among the ranks; what
     these do by themselves stands inside `lockstep`. The same seed draws the same completions from the same policy, so
     two policies are compared on the same questions and random numbers. Prompts whose gold answer cannot be read are
     left out of the file. `settings` go into the manifest.
     """
     order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place].prompt_ids))
     blocks = [order[start : start + block] for start in range(0, len(order), block)]
+    ranks = process_group()
     own: dict[int, dict[str, Any] | None] = {}
     with lockstep:
-        for number in world.share(range(len(blocks))):
+        for number in ranks.share(range(len(blocks))):
             asked = [prompts[place] for place in blocks[number]]
             answers = _ask(asked, generate, judge, config, step, derived_seed(seed, number))
             own |= dict(zip(blocks[number], answers, strict=True))
-    found = {place: row for part in world.gather(own) for place, row in part.items()}
+    found = {place: row for part in ranks.gather(own) for place, row in part.items()}
     rows = [row for place in range(len(prompts)) if (row := found[place]) is not None]
     _refuse_empty(prompts, rows)
-    if world.is_main:
+    if ranks.is_main:
         keep_evaluation(folder, step, rows, settings or {})
     return pa.Table.from_pylist(rows, schema=EVALUATION)
 

@@ -38,7 +38,7 @@ class Refresher:
         if settings.reuse_rollouts:
             steps = self._config.train.steps_per_stage
             copy = partial(newest_rollouts, arm.rollouts, (stage - 1) * steps, stage * steps)
-            build(arm.reused(stage), REUSED, copy, inputs=inputs, made_by=MADE_BY, world=self._space.world)
+            build(arm.reused(stage), REUSED, copy, inputs=inputs, made_by=MADE_BY)
         if self._trajectories.refreshes_validation(arm, stage):
             self._sample(arm.fresh_validation(stage), arm, stage, policy, self._validation_rows(), inputs)
         if settings.fraction:
@@ -86,11 +86,10 @@ class Refresher:
         rows: list[dict[str, Any]],
         inputs: Mapping[str, Any],
     ) -> None:
-        world = self._space.world
 
         def make(folder: Path) -> tuple[Mapping[str, int], Mapping[str, Any]]:
-            where: dict[str, Any] = {"arm": arm.name, "stage": stage, "world": world}
+            where: dict[str, Any] = {"arm": arm.name, "stage": stage}
             return collect_anew(self._config, policy, self._judge, rows, folder, self._space.ledger, **where)
 
-        manifest = build(folder, FRESH, make, inputs=inputs, made_by=MADE_BY, keep_parts=True, world=world, shared=True)
+        manifest = build(folder, FRESH, make, inputs=inputs, made_by=MADE_BY, keep_parts=True, shared=True)
         say(f"{folder.name.replace('_', ' ')} trajectories of stage {stage}: {counts_text(manifest.counts)}")

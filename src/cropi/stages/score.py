@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -25,16 +25,14 @@ from cropi.artifacts import (
 )
 from cropi.config import Config, StrategyTable
 from cropi.console import Progress, progress, warn
-from cropi.elsewhere import Elsewhere
-from cropi.errors import SignalError
+from cropi.errors import ConfigError, SignalError
 from cropi.functional.surrogate import NORMALIZER_OF_LOSS
-from cropi.gradients.blocks import BlockScorer, make_scorer
+from cropi.gradients.blocks import BlockScorer, make_parts_by_ray, make_scorer
 from cropi.gradients.budget import BudgetSettings, budgeted
 from cropi.gradients.candidates import candidate_groups
 from cropi.gradients.directions import pieces
 from cropi.gradients.evidence import validation_evidence
 from cropi.gradients.groups import Group, iterate_groups
-from cropi.gradients.orders import parts_elsewhere, require_parts
 from cropi.gradients.parts import Parts, Row, groups_of, known, make_parts, part_rows
 from cropi.gradients.ratios import FACTS
 from cropi.gradients.scorer import Scored, Scorer
@@ -43,8 +41,8 @@ from cropi.gradients.storing import FeatureRequest, rows_of_store, store_feature
 from cropi.gradients.surrogate import SurrogateSettings
 from cropi.gradients.validation import validation_groups, warn_of_noise
 from cropi.gradients.worth import drift, note_reliability
+from cropi.parallel import process_group, ray_pool
 from cropi.policy import weights_identity
-from cropi.world import ALONE, World
 
 __all__ = ["FeatureRequest", "make_scorer", "score", "surrogate_settings"]
 
@@ -79,8 +77,6 @@ def score(
     stage: int = 0,
     strategy: StrategyTable | None = None,
     not_sampled: Collection[str] = (),
-    world: World = ALONE,
-    elsewhere: Elsewhere | None = None,
 ) -> tuple[dict[str, int], dict[str, Any]]:
     """Write `scores.parquet` to `folder`: one row per training prompt, those without signal included (influence 0).
 
@@ -89,32 +85,31 @@ def score(
     `score.store`, features go to a store of their own first, and the scores are read off it. `previous` are the scores
     of the stage before, for `score.budget.rescore`. Under a strategy that aims at candidates, halves of a sample of the
     training prompts take the place of the validation sets: their mean gradients, each scaled to length 1, and `dot`.
-    Prompts are divided among the processes of `world`, but under `score.budget`, where the first scores alone, or they
-    are scored `elsewhere`. What an interruption left in `folder` is gone on with. Returns (rows by status, details), to
-    the first process. Raises SignalError where a validation set has no mixed group, or nothing is finite.
+    The ranks divide the prompts, or Ray workers score them; under `score.budget` rank 0 scores alone. Parts that an
+    interruption left in `folder` are kept. Returns (rows by status, details) on rank 0. Raises SignalError where a
+    validation set has no mixed group, or nothing is finite.
     """
-    if elsewhere is not None:
-        require_parts(config)
+    if ray_pool() is not None:
+        _require_parts(config)
     validation = _aims(config, strategy, trajectories)
     names = list(validation)
     pools = strategy is not None and strategy.pools
     standard_errors = config.score.standard_errors and not (strategy and strategy.reads_lengths)  # of no use to lengths
     rows = _blank_rows(sources, names, frozenset(not_sampled))
     mixed = sorted(_note_facts(trajectories["train"], rows))
-    scorer = make_scorer(config, model, settings, strategy, world)
-    work = _Work(scorer, trajectories["train"], mixed, validation, world)
+    scorer = make_scorer(config, model, settings, strategy)
+    work = _Work(scorer, trajectories["train"], mixed, validation)
     if config.score.budget.active:
         found = work.with_budget(config, len(sources), previous, stage)
     elif config.score.store == "none":
         block_scorer = BlockScorer(scorer, names, standard_errors, pools)
-        make = None if elsewhere is None else partial(parts_elsewhere, elsewhere, config, strategy)
-        found = work.in_parts(Parts(folder, names, mixed), block_scorer, make)
+        found = work.in_parts(Parts(folder, names, mixed), block_scorer, config, strategy)
     else:
         found = work.by_features(features, config.score.store)
     if strategy is None or strategy.aims_at_validation:
         warn_of_noise(scorer.direction_reliability)
-    evidence, computed = validation_evidence(scorer, validation, world=world) if pools else ([], 0)
-    if not world.is_main:
+    evidence, computed = validation_evidence(scorer, validation) if pools else ([], 0)
+    if not process_group().is_main:
         return {}, {}
     if pools:
         write_table(folder / "validation.parquet", evidence, validation_scores_schema(names))
@@ -185,6 +180,22 @@ def _blank_rows(sources: Mapping[str, str], names: list[str], not_sampled: froze
     }
 
 
+def _require_parts(config: Config) -> None:
+    """ConfigError where parts of the scores depend on each other, which Ray workers cannot divide."""
+    if config.score.budget.active:
+        raise ConfigError(
+            "which prompts are scored in full depends on the scores of the others, so Ray workers cannot divide them",
+            where="score.budget",
+            fix="score without --ray, or without a budget.",
+        )
+    if config.score.store != "none":
+        raise ConfigError(
+            "the feature store needs a folder that all processes share, and Ray workers share none",
+            where="score.store",
+            fix="score without --ray, or with score.store=none.",
+        )
+
+
 class _Work:
     """Scoring of the groups with a signal, in one of three ways. Each gives rows of `part_schema`, part by part."""
 
@@ -194,39 +205,37 @@ class _Work:
         table: pa.Table,
         prompt_ids: Sequence[str],
         validation: Mapping[str, Sequence[Group]],
-        world: World,
     ) -> None:
-        self._scorer, self._table, self._world = scorer, table, world
+        self._scorer, self._table, self._ranks = scorer, table, process_group()
         self._prompt_ids, self._validation = prompt_ids, validation
-        own = [piece for groups in validation.values() for _, piece in world.share(pieces(groups))]
+        own = [piece for groups in validation.values() for _, piece in self._ranks.share(pieces(groups))]
         self._aimed_at = sum(map(len, own))
 
     def in_parts(
-        self, parts: Parts, score: BlockScorer, elsewhere: Callable[..., None] | None = None
+        self, parts: Parts, score: BlockScorer, config: Config, strategy: StrategyTable | None
     ) -> Iterable[list[Row]]:
-        """A file for every few groups, each by one process, or made elsewhere."""
+        """Write a file for every few groups, each by one rank or Ray worker."""
         policy = weights_identity(self._scorer.model)
-        self._world.from_main(lambda: parts.begin(policy))
-        missing = self._world.from_main(parts.missing)
-        own = sum(len(parts.ids(index)) for index in self._world.share(missing))
+        self._ranks.from_main(lambda: parts.begin(policy))
+        missing = self._ranks.from_main(parts.missing)
+        own = sum(len(parts.ids(index)) for index in self._ranks.share(missing))
         with self._progress(own) as bar:
             self._scorer.aim(self._validation, bar.advance, stored_directions(parts.folder))
-            if self._world.is_main:
+            if self._ranks.is_main:
                 keep_directions(parts.folder, self._scorer.layer_directions)
-            if elsewhere is not None:
-                elsewhere(score, parts, self._table, missing, bar.advance)
+            pool = ray_pool()
+            if pool is not None:
+                make_parts_by_ray(pool, config, strategy, score, parts, self._table, missing, bar.advance)
             else:
                 advancing = partial(score, advance=bar.advance)
-                make_parts(parts, self._table, advancing, missing, self._scorer.lockstep(), self._world)
+                make_parts(parts, self._table, advancing, missing, self._scorer.lockstep())
         return parts.rows()
 
     def by_features(self, request: FeatureRequest, dtype: Literal["bfloat16", "float32"]) -> Iterable[list[Row]]:
         """Features first, in shards, each by one process; the first one reads the scores off them."""
-        with self._progress(len(self._world.share(self._prompt_ids))) as bar:
+        with self._progress(len(self._ranks.share(self._prompt_ids))) as bar:
             self._scorer.aim(self._validation, bar.advance, stored_directions(request.folder))
-            store, computed = store_features(
-                request, dtype, self._scorer, self._table, self._prompt_ids, bar.advance, self._world
-            )
+            store, computed = store_features(request, dtype, self._scorer, self._table, self._prompt_ids, bar.advance)
         if store is None:
             return []
         return rows_of_store(store, self._scorer, self._table, list(self._validation), computed)
@@ -245,7 +254,7 @@ class _Work:
         with self._progress(len(self._prompt_ids)) as bar:
             self._scorer.aim(self._validation, bar.advance)
             with self._scorer.lockstep():
-                if not self._world.is_main:
+                if not self._ranks.is_main:
                     return []
                 groups = list(groups_of(self._table, self._prompt_ids))
                 before, seed = _previous_values(previous, groups), config.seed
@@ -256,7 +265,7 @@ class _Work:
         return [part_rows(groups, list(self._validation), found.values_NV, scored, found.how)]
 
     def _progress(self, groups: int) -> AbstractContextManager[Progress]:
-        return progress(self._world.titled("score"), groups + self._aimed_at, "prompts")
+        return progress(self._ranks.titled("score"), groups + self._aimed_at, "prompts")
 
 
 def _previous_values(previous: pa.Table | None, groups: Sequence[Group]) -> np.ndarray | None:

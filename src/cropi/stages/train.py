@@ -31,7 +31,8 @@ from cropi.artifacts import (
 )
 from cropi.console import Progress, progress, warn, warn_once
 from cropi.errors import ArtifactError, ConfigError, SignalError
-from cropi.lockstep import in_lockstep, is_sharded
+from cropi.fsdp import in_lockstep, is_sharded
+from cropi.parallel import process_group
 from cropi.policy import Policy, shared_prefixes
 from cropi.training.dynamic import DynamicSampling, Sampled
 from cropi.training.reward import RecordedReward
@@ -40,7 +41,6 @@ from cropi.training.sampler import BatchShape, StageSampler
 from cropi.training.sharding import check_sharding
 from cropi.training.zero import gathered, out_of_step, resuming
 from cropi.workspace import checkpoints
-from cropi.world import ALONE, World
 
 CHECKPOINT = "checkpoint"  # kind of artifact
 MADE_BY = "cropi train"
@@ -283,10 +283,10 @@ class StageCallback(TrainerCallback):
         self._step_began = time.perf_counter()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        world = self.task.world
-        if world.is_main:
-            line = {"step": state.global_step, "seconds": (time.perf_counter() - self._step_began) * world.size}
-            append_jsonl(self.task.folder / "steps.jsonl", line | world.facts())
+        ranks = process_group()
+        if ranks.is_main:
+            line = {"step": state.global_step, "seconds": (time.perf_counter() - self._step_began) * ranks.size}
+            append_jsonl(self.task.folder / "steps.jsonl", line | ranks.facts())
         self.bar.advance()
         self._due = self._is_scheduled(state)
         if state.global_step % self.trainer.steps_per_stage:
@@ -313,14 +313,14 @@ class StageCallback(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **_: Any,
     ) -> None:
-        if not self.task.world.is_main:
+        if not process_group().is_main:
             return
         finite = {k: v for k, v in (logs or {}).items() if isinstance(v, int | float) and abs(v) < float("inf")}
         append_jsonl(self.task.folder / "metrics.jsonl", finite | {"step": state.global_step})
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.task.world.barrier()  # each process writes its random state
-        if self.task.world.is_main:
+        process_group().barrier()  # each process writes its random state
+        if process_group().is_main:
             self._finish(Path(args.output_dir) / f"checkpoint-{state.global_step}", state.global_step)
         self._evaluate_if_due(state)
 
@@ -352,7 +352,6 @@ class TrainTask:
     dynamic_sampling: int = 0  # refills of a generation batch at the most
     evaluated: Callable[[int], bool] = lambda step: False  # whether that step has been evaluated before
     asked_in: str = "float32"  # the dtype that the policy is asked in: `policy.dtype`
-    world: World = ALONE  # the processes that train together, each with the same task
     made_by: Mapping[str, Any] = field(default_factory=dict)  # settings, for the manifests of checkpoints
 
     @property
@@ -371,7 +370,7 @@ def train(task: TrainTask, policy: Policy) -> Path:
     resume_from, done = _newest(task)
     if done == total and resume_from is not None:
         return resume_from
-    task.world.from_main(lambda: _begin_from(task, resume_from, done))
+    process_group().from_main(lambda: _begin_from(task, resume_from, done))
     with progress(f"train {task.label}", total, "steps", done=done) as bar:
         trainer = _made_trainer(task, policy)
         check_sharding(trainer, task.asked_in, resume_from)
@@ -437,7 +436,7 @@ def _newest(task: TrainTask) -> tuple[Path | None, int]:
         path, step = newest_checkpoint(Path(task.settings.output_dir), task.total)
         return None if path is None else str(path), step
 
-    found, done = task.world.from_main(find)
+    found, done = process_group().from_main(find)
     return None if found is None else Path(found), done
 
 
@@ -446,7 +445,7 @@ def _recorder(task: TrainTask, policy: Policy) -> RolloutRecorder | None:
     if task.record_to is None:
         return None
     require_no_dropout(policy.model)  # as the trainer leaves it
-    generations, rank = task.settings.num_generations, task.world.rank
+    generations, rank = task.settings.num_generations, process_group().rank
     return RolloutRecorder(task.record_to, task.reward, generations, policy.eos_ids, rank)
 
 
