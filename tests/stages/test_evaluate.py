@@ -7,9 +7,9 @@ from tests.runs import judge
 
 from cropi.config import EvaluateConfig
 from cropi.errors import DataError
+from cropi.parallel import ProcessGroup, process_group
 from cropi.stages.evaluate import Question, accuracy, evaluate, read_evaluations
 from cropi.workspace import forget_evaluations
-from cropi.world import ALONE, World
 
 PROMPTS = [
     Question(name, {"prompt_id": prompt_id, "source": "s", "messages": '""', "answer": answer, "extra": None}, [token])
@@ -55,16 +55,16 @@ def test_per_prompt_results_and_accuracy_by_hand(tmp_path: Path) -> None:
 def test_processes_ask_different_questions_and_have_the_same_table(block: int, tmp_path: Path) -> None:
     config, asked = EvaluateConfig(samples=4), []
 
-    def work(world: World) -> Any:
+    def work(ranks: ProcessGroup) -> Any:
         def counted(prompts: list[list[int]], temperature: float | None, seed: int) -> list[str]:
             if temperature is None:
                 asked.extend(prompts)
             return generate(prompts, temperature, seed)
 
-        options: dict[str, Any] = {"step": 7, "seed": 0, "folder": tmp_path / str(world.size), "block": block}
-        return evaluate(PROMPTS, counted, verify, config, **options, world=world)
+        options: dict[str, Any] = {"step": 7, "seed": 0, "folder": tmp_path / str(ranks.size), "block": block}
+        return evaluate(PROMPTS, counted, verify, config, **options)
 
-    alone = work(ALONE)
+    alone = work(process_group())
     assert together(work) == [alone, alone]
     assert sorted(asked) == sorted([prompt.prompt_ids for prompt in PROMPTS] * 2)
     assert read_evaluations(tmp_path / "2")[7] == read_evaluations(tmp_path / "1")[7] == alone
