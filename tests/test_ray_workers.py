@@ -56,7 +56,7 @@ class LocalPool(RayPool):
         self.stop, self.made = stop, list[int]()
 
     def _map_batches(self, job: Job, tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
-        worker = Worker(pickle.loads(pickle.dumps(job)))
+        worker = Worker(lambda: pickle.loads(pickle.dumps(job)))
         for table in reversed(list(tables)):
             if len(self.made) == self.stop:
                 raise KeyboardInterrupt

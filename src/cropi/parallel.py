@@ -17,6 +17,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import pyarrow as pa
@@ -248,17 +249,18 @@ def unpacked(table: pa.Table) -> Task:
 class Worker:
     """The callable class that `map_batches` runs in its actors.
 
-    A UserError comes back as the fact `error`; any other exception ends the work with its traceback.
+    `fetch` gets the job, which may be large, from Ray's object store. A UserError comes back as the fact `error`; any
+    other exception ends the work with its traceback.
     """
 
-    def __init__(self, job: Job) -> None:
-        self._job = job
+    def __init__(self, fetch: Callable[[], Job]) -> None:
+        self._fetch = fetch
         self._perform: Perform | None = None
 
     def __call__(self, table: pa.Table) -> pa.Table:
         task = unpacked(table)
         try:
-            self._perform = self._perform or self._job.start()
+            self._perform = self._perform or self._fetch().start()
             start = time.perf_counter()
             done = self._perform(task)
         except UserError as error:
@@ -305,7 +307,7 @@ class RayPool:
             size = {"size": min(self._workers, len(rows))} if self._workers else {"min_size": 1, "max_size": len(rows)}
             dataset = ray.data.from_arrow_refs(rows).map_batches(
                 Worker,
-                fn_constructor_args=(job,),
+                fn_constructor_args=(partial(ray.get, ray.put(job)),),
                 compute=ray.data.ActorPoolStrategy(**size, max_tasks_in_flight_per_actor=1),
                 batch_size=1,
                 batch_format="pyarrow",
