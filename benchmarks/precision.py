@@ -26,12 +26,13 @@ import torch
 from cropi.artifacts import OK, read_table, scores_schema
 from cropi.config import Config
 from cropi.functional.agreement import pearson, sign_agreement, spearman, top_overlap
+from cropi.gradients.surrogate import surrogate_settings
 from cropi.lab.bench.machine import describe
 from cropi.loading import load_config
 from cropi.policy import Policy, load_policy
-from cropi.stages.collect import read_trajectories
-from cropi.stages.score import FeatureRequest, score, surrogate_settings
-from cropi.workspace import Workspace
+from cropi.rollouts.shards import read_trajectories
+from cropi.run_folder import RunFolder
+from cropi.stages.score import ScoredPool, score_pool
 
 DTYPES = ("float32", "bfloat16")
 
@@ -44,7 +45,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     config = load_config(options.config, options.overrides)
-    space = Workspace(config)
+    space = RunFolder(config)
     trajectories = _on_policy(read_trajectories(space.trajectories))
     policies = {dtype: load_policy(config.policy.model_copy(update={"dtype": dtype})) for dtype in DTYPES}
     found: dict[str, Any] = {}
@@ -96,8 +97,7 @@ def _scores(config: Config, policy: Policy, trajectories: dict[str, pa.Table]) -
     prompts = dict.fromkeys(trajectories["train"].column("prompt_id").to_pylist(), "")
     settings = surrogate_settings(config, str(config.trainer.get("loss_type", "dapo")), True)
     with tempfile.TemporaryDirectory() as folder:
-        request = FeatureRequest(Path(folder) / "features", "", "", "")
-        score(config, settings, policy.model, trajectories, prompts, Path(folder), request)
+        score_pool(config, settings, policy.model, ScoredPool(trajectories, prompts), Path(folder))
         names = sorted(config.prompts.validation)
         rows = read_table(Path(folder) / "scores.parquet", scores_schema(names)).to_pylist()
     if policy.device.type == "cuda":

@@ -24,13 +24,16 @@ from cropi.errors import ConfigError, DataError, PolicyError, UserError
 from cropi.ledger import Ledger
 from cropi.loading import load_config
 from cropi.parallel import Job, Perform, RayPool, Task, Worker, packed, unpacked, use_ray
-from cropi.pipeline import Pipeline
+from cropi.pipeline import score_stage
 from cropi.policy import load_policy, weights_identity
 from cropi.policy_copy import PolicyCopy
+from cropi.stages.collect import collect
+from cropi.stages.run import Run
+from cropi.stages.select import select
 from tests.runs import SMALL, cropi
 
 BUILTIN = PolicyConfig(path="builtin", cpu_threads=1)
-RUN = [*SMALL, "baselines=[]", "collect.shard_prompts=8"]
+RUN = [*SMALL, "collect.shard_prompts=8"]
 
 # 68 of 72 training prompts have a signal: two parts.
 POOL = [
@@ -129,48 +132,48 @@ def test_a_policy_is_loaded_by_name_or_with_its_trained_weights(monkeypatch: pyt
         PolicyCopy(BUILTIN, "", {}, "/", version="0.0.0").load()
 
 
-def pipeline(folder: Path, *overrides: str) -> Pipeline:
+def opened(folder: Path, *overrides: str) -> Run:
     torch.set_num_threads(1)
-    return Pipeline(load_config("quickstart", [*overrides, f"run_dir={folder}"]))
+    return Run(load_config("quickstart", [*overrides, f"run_dir={folder}"]))
 
 
 def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def costs(run: Pipeline) -> list[Any]:
+def costs(run: Run) -> list[Any]:
     names = ("phase", "passes", "tokens", "prompt_tokens")
-    return sorted([entry[name] for name in names] for entry in run.space.ledger.entries())
+    return sorted([entry[name] for name in names] for entry in run.ledger.entries())
 
 
 def test_shards_of_workers_are_those_of_one_process_and_outlive_an_interruption(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    alone = pipeline(tmp_path / "alone", *RUN)
-    alone.collect()
-    run = pipeline(tmp_path / "run", *RUN)
+    alone = opened(tmp_path / "alone", *RUN)
+    collect(alone)
+    run = opened(tmp_path / "run", *RUN)
     monkeypatch.setattr(parallel, "_pool", LocalPool(stop=3))
     with pytest.raises(KeyboardInterrupt):
-        run.collect()
-    run.space.unlock()
-    parts = {path: path.stat().st_mtime_ns for path in run.space.trajectories.glob("part-*")}
+        collect(run)
+    run.folder.unlock()
+    parts = {path: path.stat().st_mtime_ns for path in run.folder.trajectories.glob("part-*")}
     assert len(parts) == 3
     pool = LocalPool()
     monkeypatch.setattr(parallel, "_pool", pool)
-    again = pipeline(tmp_path / "run", *RUN)
-    again.collect()
+    again = opened(tmp_path / "run", *RUN)
+    collect(again)
     assert len(pool.made) == 4
     assert all(path.stat().st_mtime_ns == before for path, before in parts.items())
-    assert files(again.space.trajectories) == files(alone.space.trajectories)
+    assert files(again.folder.trajectories) == files(alone.folder.trajectories)
     assert costs(again) == costs(alone)
 
 
 @pytest.fixture(scope="module")
 def collected(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("collected")
-    run = pipeline(folder, *POOL)
-    run.collect()
-    run.space.unlock()
+    run = opened(folder, *POOL)
+    collect(run)
+    run.folder.unlock()
     return folder / "quickstart"
 
 
@@ -180,13 +183,12 @@ def scored(collected: Path, folder: Path, overrides: list[str]) -> dict[str, byt
     if config.policy == load_config("quickstart", POOL).policy and not config.folder.exists():
         shutil.copytree(collected, config.folder)
         write_json(config.folder / "config.json", config.resolved())
-    run = pipeline(folder, *POOL, *overrides)
-    run.collect()
-    arm = run.arm_at(0, None)
-    run.score(arm, 0, run.base.model, "base")
-    run.select(arm, 0)
-    run.space.unlock()
-    return files(arm.folder)
+    run = opened(folder, *POOL, *overrides)
+    collect(run)
+    score_stage(run, 0, run.base.model, "base")
+    select(run, 0)
+    run.folder.unlock()
+    return files(run.paths.folder)
 
 
 @pytest.mark.parametrize("way", [pytest.param(w, marks=pytest.mark.slow) if w in SLOW else w for w in WAYS])
@@ -220,7 +222,7 @@ def test_settings_that_workers_cannot_follow_are_refused(
     monkeypatch.setitem(sys.modules, "vllm", installed)
     monkeypatch.setattr(parallel, "_pool", LocalPool())
     with pytest.raises(UserError, match=said):
-        pipeline(tmp_path, *RUN, setting).collect()
+        collect(opened(tmp_path, *RUN, setting))
 
 
 def test_without_ray_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

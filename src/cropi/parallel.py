@@ -313,8 +313,7 @@ class RayPool:
                 batch_format="pyarrow",
                 num_cpus=self._cpus,
                 num_gpus=int(self._on_gpu and ray.cluster_resources().get("GPU", 0) > 0),
-                max_restarts=RESTARTS,
-                max_task_retries=RESTARTS,
+                ray_remote_args_fn=lambda: {"max_restarts": RESTARTS, "max_task_retries": RESTARTS},
             )
             try:
                 yield from dataset.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=0)

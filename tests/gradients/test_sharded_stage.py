@@ -17,7 +17,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from cropi import parallel
 from cropi.artifacts import read_table, scores_schema
 from cropi.gradients import evidence, parts, storing
-from cropi.stages.score import FeatureRequest, score, surrogate_settings
+from cropi.gradients.storing import FeatureRequest
+from cropi.gradients.surrogate import surrogate_settings
+from cropi.stages.score import ScoredPool, score_pool
 
 pytestmark = pytest.mark.slow  # processes of its own for every worker of the tests
 
@@ -36,8 +38,7 @@ def stage(overrides: Sequence[str], model: Any, folder: Path) -> None:
     settings = surrogate_settings(chosen, "dr_grpo", "none")
     request = FeatureRequest(folder / "features", "policy", "tokenizer", "trajectories")
     (folder / "scores").mkdir(parents=True, exist_ok=True)
-    strategy = chosen.select.strategy
-    score(chosen, settings, model, TABLES, SOURCES, folder / "scores", request, None, 0, strategy, ())
+    score_pool(chosen, settings, model, ScoredPool(TABLES, SOURCES, features=request), folder / "scores")
 
 
 def scored(folder: Path) -> list[dict[str, Any]]:

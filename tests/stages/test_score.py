@@ -20,9 +20,11 @@ from cropi.gradients.groups import Group, iterate_groups
 from cropi.gradients.influence import influence
 from cropi.gradients.scorer import Scorer
 from cropi.gradients.store import open_store, stored_directions
+from cropi.gradients.storing import FeatureRequest
+from cropi.gradients.surrogate import surrogate_settings
 from cropi.loading import load_config
 from cropi.stages import score as scoring
-from cropi.stages.score import FeatureRequest, score, surrogate_settings
+from cropi.stages.score import ScoredPool, score_pool
 
 RNG = random.Random(5)
 NAMES = ["sum"]
@@ -73,8 +75,9 @@ def run(
     chosen = config(*overrides)
     settings = surrogate_settings(chosen, "dr_grpo", "none")
     request = FeatureRequest(folder / "features", "policy", "tokenizer", "trajectories")
+    pool = ScoredPool(tables, SOURCES, features=request, previous=previous)
     (folder / "scores").mkdir(parents=True, exist_ok=True)
-    _, details = score(chosen, settings, tiny_llama(tied=True), tables, SOURCES, folder / "scores", request, previous)
+    _, details = score_pool(chosen, settings, tiny_llama(tied=True), pool, folder / "scores")
     return read_table(folder / "scores" / "scores.parquet", scores_schema(NAMES)).to_pylist(), details
 
 

@@ -14,9 +14,8 @@ from cropi.errors import ConfigError
 from cropi.loading import load_config
 from cropi.parallel import ProcessGroup
 from cropi.training.reward import RecordedReward
-from cropi.training.rollouts import RolloutRecorder
+from cropi.training.rollouts import RolloutRecorder, rollout_files
 from cropi.training.settings import grpo_config
-from cropi.workspace import rollout_files
 
 
 class Second(ProcessGroup):

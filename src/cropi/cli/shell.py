@@ -17,7 +17,7 @@ from cropi.parallel import end_ranks, is_first_rank, is_lost_rank, launched, pro
 
 if TYPE_CHECKING:
     from cropi.config import Config
-    from cropi.pipeline import Pipeline
+    from cropi.stages.run import Run
 
 TOGETHER = frozenset({"run", "collect", "score", "train", "evaluate"})
 """Commands that the ranks of a launcher run together."""
@@ -100,10 +100,8 @@ def read_own_config(config: str, overrides: list[str] | None) -> Config:
     return loaded
 
 
-def open_pipeline(
-    config: str, overrides: list[str] | None, *, ray: str | None = None, workers: int | None = None
-) -> Pipeline:
-    """The pipeline of a run. Under a launcher, all ranks open it; `ray` and `workers` are the options of that name."""
+def open_run(config: str, overrides: list[str] | None, *, ray: str | None = None, workers: int | None = None) -> Run:
+    """The run of a config. Under a launcher all ranks open it; `ray` and `workers` are the options of that name."""
     loaded = read_own_config(config, overrides)
     policy = loaded.policy
     use_ray(ray, workers, cpus=policy.cpu_threads or 1, on_gpu=policy.device != "cpu")
@@ -114,9 +112,9 @@ def open_pipeline(
         except (TypeError, ValueError):
             raise ConfigError("is no number of seconds", where="trainer.ddp_timeout", fix="correct it.") from None
         start_ranks(cpu=policy.device == "cpu", timeout_s=timeout_s)
-    from cropi.pipeline import Pipeline
+    from cropi.stages.run import Run
 
-    return Pipeline(loaded)
+    return Run(loaded)
 
 
 def quiet_libraries() -> None:

@@ -23,7 +23,6 @@ from cropi.config.run import (
     config_difference,
     config_hash,
     deciding,
-    settings_behind,
 )
 from cropi.config.score import BudgetConfig, CollectConfig, ProjectionConfig, ScoreConfig, ServerConfig, VllmConfig
 from cropi.config.select import FusionConfig, SelectConfig
@@ -124,5 +123,4 @@ __all__ = [
     "config_difference",
     "config_hash",
     "deciding",
-    "settings_behind",
 ]

@@ -67,7 +67,6 @@ class ScoreJob:
     config: Config
     policy: PolicyCopy
     settings: SurrogateSettings
-    strategy: StrategyTable | None
     aim: Aim
     names: Sequence[str]
     standard_errors: bool
@@ -75,7 +74,7 @@ class ScoreJob:
 
     def start(self) -> Perform:
         """Load the policy and aim at the directions."""
-        scorer = make_scorer(self.config, self.policy.load().model, self.settings, self.strategy)
+        scorer = make_scorer(self.config, self.policy.load().model, self.settings, self.config.select.strategy)
         scorer.aim_as(self.aim)
         score = BlockScorer(scorer, self.names, self.standard_errors, self.pools)
 
@@ -89,7 +88,6 @@ class ScoreJob:
 def make_parts_by_ray(
     pool: RayPool,
     config: Config,
-    strategy: StrategyTable | None,
     score: BlockScorer,
     parts: Parts,
     table: pa.Table,
@@ -101,9 +99,7 @@ def make_parts_by_ray(
         return  # no cluster is needed
     scorer = score.scorer
     policy = PolicyCopy.of(config.policy, scorer.model, trained=True)
-    job = ScoreJob(
-        config, policy, scorer.settings, strategy, scorer.aimed, score.names, score.standard_errors, score.pools
-    )
+    job = ScoreJob(config, policy, scorer.settings, scorer.aimed, score.names, score.standard_errors, score.pools)
     with closing(pool.map(job, _tasks(parts, table, missing))) as made:
         for task in made:
             parts.keep(task.index, task.rows.to_pylist())

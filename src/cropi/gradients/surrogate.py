@@ -8,8 +8,9 @@ from typing import Literal
 
 import numpy as np
 
+from cropi.config import Config
 from cropi.functional.advantages import group_advantages
-from cropi.functional.surrogate import Correction, Normalizer, normalizers
+from cropi.functional.surrogate import NORMALIZER_OF_LOSS, Correction, Normalizer, normalizers
 from cropi.gradients.groups import Group
 
 Baseline = Literal["group", "reweighted"]
@@ -31,6 +32,24 @@ class SurrogateSettings:
     """Largest product of ratios that `prefix` uses."""
     baseline: Baseline = "group"
     """Mean and deviation that advantages are taken against: the group's, or weighted by exp(mean_t log rho)."""
+
+
+def surrogate_settings(config: Config, loss_type: str, scale_rewards: str | bool) -> SurrogateSettings:
+    """Settings of the surrogate, from a run's config and its trainer's loss.
+
+    Rewards scaled by the deviation of the whole batch share that divisor, which ranks like no scaling.
+    """
+    normalizer, std = config.score.normalizer, config.score.advantage_std
+    return SurrogateSettings(
+        normalizer=NORMALIZER_OF_LOSS[loss_type] if normalizer == "auto" else normalizer,
+        max_completion_length=config.collect.max_completion_length,
+        temperature=config.collect.temperature,
+        advantage_std=scale_rewards in {"group", True} if std == "auto" else std,
+        correction=config.score.correction,
+        clip=config.score.clip,
+        prefix_cap=config.score.prefix_cap,
+        baseline=config.score.baseline,
+    )
 
 
 def trajectory_scales(

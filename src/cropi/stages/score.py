@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -18,15 +19,19 @@ from cropi.artifacts import (
     NOT_SAMPLED,
     OK,
     PROMPT_TOO_LONG,
+    Manifest,
+    build,
     count_status,
+    is_finished,
+    read_table,
     scores_schema,
     validation_scores_schema,
     write_table,
 )
-from cropi.config import Config, StrategyTable
-from cropi.console import Progress, progress, warn
-from cropi.errors import ConfigError, SignalError
-from cropi.functional.surrogate import NORMALIZER_OF_LOSS
+from cropi.config import Config
+from cropi.console import Progress, counts_text, progress, say, warn
+from cropi.curriculum.refresh import drift_warning
+from cropi.errors import ArtifactError, ConfigError, SignalError
 from cropi.gradients.blocks import BlockScorer, make_parts_by_ray, make_scorer
 from cropi.gradients.budget import BudgetSettings, budgeted
 from cropi.gradients.candidates import candidate_groups
@@ -43,80 +48,120 @@ from cropi.gradients.validation import validation_groups, warn_of_noise
 from cropi.gradients.worth import drift, note_reliability
 from cropi.parallel import process_group, ray_pool
 from cropi.policy import weights_identity
-
-__all__ = ["FeatureRequest", "make_scorer", "score", "surrogate_settings"]
-
-
-def surrogate_settings(config: Config, loss_type: str, scale_rewards: str | bool) -> SurrogateSettings:
-    """The surrogate that a run's settings and its trainer's loss call for.
-
-    Rewards scaled by the deviation of the whole batch share that divisor, which ranks like no scaling.
-    """
-    normalizer, std = config.score.normalizer, config.score.advantage_std
-    return SurrogateSettings(
-        normalizer=NORMALIZER_OF_LOSS[loss_type] if normalizer == "auto" else normalizer,
-        max_completion_length=config.collect.max_completion_length,
-        temperature=config.collect.temperature,
-        advantage_std=scale_rewards in {"group", True} if std == "auto" else std,
-        correction=config.score.correction,
-        clip=config.score.clip,
-        prefix_cap=config.score.prefix_cap,
-        baseline=config.score.baseline,
-    )
+from cropi.stages.collect import make_representations
+from cropi.stages.run import Run
 
 
-def score(
+def score(run: Run, stage: int, model: nn.Module, origin: str) -> Manifest:
+    """Score all training prompts at a policy; `origin` names the policy, for the manifest."""
+    strategy, paths = run.config.select.strategy, run.paths
+    if strategy.pools:
+        make_representations(run, "score", stage)
+    prompts, inputs = run.folder.train_prompts, run.trajectories.inputs(stage)
+    statuses = run.trajectories.statuses(run.trajectories.groups(run.trajectories.overlay(stage)))
+
+    def make(folder: Path) -> tuple[Mapping[str, int], Mapping[str, Any]]:
+        identities = f"{run.setup.identity} {origin}", run.setup.identity, " ".join(inputs.values())
+        pool = ScoredPool(
+            run.trajectories.tables(stage),
+            dict(zip(prompts, prompts.column("source"), strict=True)),
+            frozenset(i for i, status in zip(prompts, statuses, strict=True) if status == NOT_SAMPLED),
+            FeatureRequest(paths.features(stage), *identities),
+            stage,
+            _previous_scores(run, stage),
+        )
+        with run.ledger.charge("score", stage=stage) as entry:
+            counts, details = score_pool(run.config, run.surrogate, model, pool, folder)
+            if process_group().is_main:
+                entry["tokens"] = details["tokens"]
+                entry["computed_tokens"] = details["tokens_computed"]
+                entry["validation_tokens"] = details["validation_tokens"]
+        return counts, details
+
+    made_from = inputs | {"policy": origin, "settings": run.folder.settings()}
+    manifest = build(paths.scores(stage), "scores", make, inputs=made_from, made_by="cropi score", **run.in_parts)
+    say(f"scores of stage {stage}: {counts_text(manifest.counts)}")
+    text = drift_warning(manifest.details["drift"], stage, refreshing=run.config.refresh.active)
+    if text is not None:
+        warn(text)
+    return manifest
+
+
+def read_scores(run: Run, stage: int) -> pa.Table:
+    """The scores of a stage. ArtifactError where they are of other prompts than the run's."""
+    folder = run.paths.scores(stage)
+    names = run.config.select.strategy.directions(run.config.prompts.validation)
+    table = read_table(folder / "scores.parquet", scores_schema(names))
+    if table.column("prompt_id").to_pylist() != list(run.folder.train_prompts):
+        raise ArtifactError("holds other prompts than the run", where=str(folder), fix="delete the run's folder.")
+    return table
+
+
+def _previous_scores(run: Run, stage: int) -> pa.Table | None:
+    """Scores of the stage before, of the prompts whose trajectories are the same: for `score.budget.rescore`."""
+    if not (run.config.score.budget.rescore and stage and is_finished(run.paths.scores(stage - 1))):
+        return None
+    return run.trajectories.overlay(stage).without_replaced(read_scores(run, stage - 1), stage)
+
+
+@dataclass(frozen=True)
+class ScoredPool:
+    """The trajectories that a stage is scored by, and facts of the prompts."""
+
+    tables: Mapping[str, pa.Table]  # "train" and "validation/NAME" -> trajectories
+    sources: Mapping[str, str]  # prompt id -> source, of all training prompts
+    not_sampled: Collection[str] = ()  # prompts that were never sampled; others without trajectories are too long
+    features: FeatureRequest | None = None  # with `score.store`: where features go
+    stage: int = 0
+    previous: pa.Table | None = None  # scores of the stage before, for `score.budget.rescore`
+
+
+def score_pool(
     config: Config,
     settings: SurrogateSettings,
     model: nn.Module,
-    trajectories: Mapping[str, pa.Table],
-    sources: Mapping[str, str],
+    pool: ScoredPool,
     folder: Path,
-    features: FeatureRequest,
-    previous: pa.Table | None = None,
-    stage: int = 0,
-    strategy: StrategyTable | None = None,
-    not_sampled: Collection[str] = (),
 ) -> tuple[dict[str, int], dict[str, Any]]:
     """Write `scores.parquet` to `folder`: one row per training prompt, those without signal included (influence 0).
 
-    `trajectories` maps "train" and "validation/NAME" to their tables, `sources` prompt ids to sources; of prompts
-    without trajectories, those in `not_sampled` were never asked for any, the others are too long. With
-    `score.store`, features go to a store of their own first, and the scores are read off it. `previous` are the scores
-    of the stage before, for `score.budget.rescore`. Under a strategy that aims at candidates, halves of a sample of the
-    training prompts take the place of the validation sets: their mean gradients, each scaled to length 1, and `dot`.
-    The ranks divide the prompts, or Ray workers score them; under `score.budget` rank 0 scores alone. Parts that an
-    interruption left in `folder` are kept. Returns (rows by status, details) on rank 0. Raises SignalError where a
-    validation set has no mixed group, or nothing is finite.
+    With `score.store`, features are stored first, and the scores are computed from them. A strategy that aims at
+    candidates takes the mean gradients of two halves of a sample of the pool in place of the validation sets, each
+    scaled to length 1, and `dot`. The ranks divide the prompts, or Ray workers score them; under `score.budget`
+    rank 0 scores alone. Scores that an interrupted attempt left in `folder` are kept.
+
+    Returns (rows by status, details), to the first process. SignalError where a validation set has no mixed group, or
+    nothing is finite.
     """
     if ray_pool() is not None:
         _require_parts(config)
-    validation = _aims(config, strategy, trajectories)
+    strategy = config.select.strategy
+    validation = _aims(config, pool.tables)
     names = list(validation)
-    pools = strategy is not None and strategy.pools
-    standard_errors = config.score.standard_errors and not (strategy and strategy.reads_lengths)  # of no use to lengths
-    rows = _blank_rows(sources, names, frozenset(not_sampled))
-    mixed = sorted(_note_facts(trajectories["train"], rows))
+    standard_errors = config.score.standard_errors and not strategy.reads_lengths  # of no use to lengths
+    rows = _blank_rows(pool.sources, names, frozenset(pool.not_sampled))
+    mixed = sorted(_note_facts(pool.tables["train"], rows))
     scorer = make_scorer(config, model, settings, strategy)
-    work = _Work(scorer, trajectories["train"], mixed, validation)
+    work = _Work(scorer, pool.tables["train"], mixed, validation)
     if config.score.budget.active:
-        found = work.with_budget(config, len(sources), previous, stage)
+        found = work.with_budget(config, pool)
     elif config.score.store == "none":
-        block_scorer = BlockScorer(scorer, names, standard_errors, pools)
-        found = work.in_parts(Parts(folder, names, mixed), block_scorer, config, strategy)
+        block_scorer = BlockScorer(scorer, names, standard_errors, strategy.pools)
+        found = work.in_parts(Parts(folder, names, mixed), block_scorer, config)
     else:
-        found = work.by_features(features, config.score.store)
-    if strategy is None or strategy.aims_at_validation:
+        assert pool.features is not None, "a store has a place"
+        found = work.by_features(pool.features, config.score.store)
+    if not strategy.candidates_aimed_at:
         warn_of_noise(scorer.direction_reliability)
-    evidence, computed = validation_evidence(scorer, validation) if pools else ([], 0)
+    evidence, computed = validation_evidence(scorer, validation) if strategy.pools else ([], 0)
     if not process_group().is_main:
         return {}, {}
-    if pools:
+    if strategy.pools:
         write_table(folder / "validation.parquet", evidence, validation_scores_schema(names))
     tokens = _note_all(rows, found, validation, computed)
     counts = count_status(row["status"] for row in rows.values())
     _check_finite(counts)
-    reliability = note_reliability(config, rows, names, stage) if standard_errors else None
+    reliability = note_reliability(config, rows, names, pool.stage) if standard_errors else None
     write_table(folder / "scores.parquet", list(rows.values()), scores_schema(names))
     Parts(folder, names, mixed).drop()
     return counts, tokens | {"reliability": reliability} | _of_scorer(scorer) | _of_rows(rows.values()) | _of_aims(
@@ -138,12 +183,11 @@ def _note_all(
     return tokens
 
 
-def _aims(
-    config: Config, strategy: StrategyTable | None, trajectories: Mapping[str, pa.Table]
-) -> dict[str, list[Group]]:
-    """The groups by whose mean gradients the pool is scored."""
-    if strategy is not None and strategy.candidates_aimed_at:
-        return candidate_groups(trajectories["train"], strategy.candidates_aimed_at, config.seed)
+def _aims(config: Config, trajectories: Mapping[str, pa.Table]) -> dict[str, list[Group]]:
+    """The groups whose mean gradients are the directions of influence."""
+    aimed_at = config.select.strategy.candidates_aimed_at
+    if aimed_at:
+        return candidate_groups(trajectories["train"], aimed_at, config.seed)
     return validation_groups(trajectories, config.score)
 
 
@@ -211,9 +255,7 @@ class _Work:
         own = [piece for groups in validation.values() for _, piece in self._ranks.share(pieces(groups))]
         self._aimed_at = sum(map(len, own))
 
-    def in_parts(
-        self, parts: Parts, score: BlockScorer, config: Config, strategy: StrategyTable | None
-    ) -> Iterable[list[Row]]:
+    def in_parts(self, parts: Parts, score: BlockScorer, config: Config) -> Iterable[list[Row]]:
         """Write a file for every few groups, each by one rank or Ray worker."""
         policy = weights_identity(self._scorer.model)
         self._ranks.from_main(lambda: parts.begin(policy))
@@ -223,9 +265,9 @@ class _Work:
             self._scorer.aim(self._validation, bar.advance, stored_directions(parts.folder))
             if self._ranks.is_main:
                 keep_directions(parts.folder, self._scorer.layer_directions)
-            pool = ray_pool()
-            if pool is not None:
-                make_parts_by_ray(pool, config, strategy, score, parts, self._table, missing, bar.advance)
+            workers = ray_pool()
+            if workers is not None:
+                make_parts_by_ray(workers, config, score, parts, self._table, missing, bar.advance)
             else:
                 advancing = partial(score, advance=bar.advance)
                 make_parts(parts, self._table, advancing, missing, self._scorer.lockstep())
@@ -240,7 +282,7 @@ class _Work:
             return []
         return rows_of_store(store, self._scorer, self._table, list(self._validation), computed)
 
-    def with_budget(self, config: Config, pool: int, previous: pa.Table | None, stage: int) -> Iterable[list[Row]]:
+    def with_budget(self, config: Config, pool: ScoredPool) -> Iterable[list[Row]]:
         """All groups at once, by the first process: which of them are scored in full depends on the others."""
         budget = config.score.budget
         settings = BudgetSettings(
@@ -257,9 +299,15 @@ class _Work:
                 if not self._ranks.is_main:
                     return []
                 groups = list(groups_of(self._table, self._prompt_ids))
-                before, seed = _previous_values(previous, groups), config.seed
                 found = budgeted(
-                    self._scorer, groups, settings, before, seed=seed, stage=stage, pool=pool, advance=bar.advance
+                    self._scorer,
+                    groups,
+                    settings,
+                    _previous_values(pool.previous, groups),
+                    seed=config.seed,
+                    stage=pool.stage,
+                    pool=len(pool.sources),
+                    advance=bar.advance,
                 )
         scored = Scored(found.values_NV, found.norms_N, found.ratio_facts_NR, None, found.tokens_computed)
         return [part_rows(groups, list(self._validation), found.values_NV, scored, found.how)]
