@@ -6,7 +6,7 @@ import pickle
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -58,7 +58,7 @@ class LocalPool(RayPool):
         super().__init__("local", None, cpus=1, on_gpu=False)
         self.stop, self.made = stop, list[int]()
 
-    def _map_batches(self, job: Job, tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    def _map_batches(self, job: Job, tables: Iterable[pa.Table]) -> Generator[pa.Table]:
         worker = Worker(lambda: pickle.loads(pickle.dumps(job)))
         for table in reversed(list(tables)):
             if len(self.made) == self.stop:

@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -286,21 +286,23 @@ class RayPool:
 
         UserError where a worker raised one, or where Ray gives up.
         """
-        tables = self._map_batches(job, map(packed, tasks))
-        while True:
-            start = time.perf_counter()
-            table = next(tables, None)
-            self.extra_s -= time.perf_counter() - start
-            if table is None:
-                return
-            task = unpacked(table)
-            if "error" in task.facts:
-                what, where, fix = task.facts["error"]
-                raise UserError(what, where=where, fix=fix)
-            self.extra_s += task.facts["seconds"]
-            yield task
+        with closing(self._map_batches(job, map(packed, tasks))) as tables:
+            while (table := self._wait(tables)) is not None:
+                task = unpacked(table)
+                if "error" in task.facts:
+                    what, where, fix = task.facts["error"]
+                    raise UserError(what, where=where, fix=fix)
+                self.extra_s += task.facts["seconds"]
+                yield task
 
-    def _map_batches(self, job: Job, tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    def _wait(self, tables: Iterator[pa.Table]) -> pa.Table | None:
+        start = time.perf_counter()
+        try:
+            return next(tables, None)
+        finally:
+            self.extra_s -= time.perf_counter() - start
+
+    def _map_batches(self, job: Job, tables: Iterable[pa.Table]) -> Generator[pa.Table]:
         ray = _import_ray()
         with self._connected(ray):
             rows = [ray.put(table) for table in tables]
