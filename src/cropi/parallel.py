@@ -13,6 +13,7 @@ import platform
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -307,16 +308,19 @@ class RayPool:
         with self._connected(ray):
             rows = [ray.put(table) for table in tables]
             size = {"size": min(self._workers, len(rows))} if self._workers else {"min_size": 1, "max_size": len(rows)}
-            dataset = ray.data.from_arrow_refs(rows).map_batches(
-                Worker,
-                fn_constructor_args=(partial(ray.get, ray.put(job)),),
-                compute=ray.data.ActorPoolStrategy(**size, max_tasks_in_flight_per_actor=1),
-                batch_size=1,
-                batch_format="pyarrow",
-                num_cpus=self._cpus,
-                num_gpus=int(self._on_gpu and ray.cluster_resources().get("GPU", 0) > 0),
-                ray_remote_args_fn=lambda: {"max_restarts": RESTARTS, "max_task_retries": RESTARTS},
-            )
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)  # Ray 2.60 has no new names for the last two
+                dataset = ray.data.from_arrow_refs(rows).map_batches(
+                    Worker,
+                    fn_constructor_args=(partial(ray.get, ray.put(job)),),
+                    compute=ray.data.ActorPoolStrategy(**size, max_tasks_in_flight_per_actor=1),
+                    batch_size=1,
+                    batch_format="pyarrow",
+                    num_cpus=self._cpus,
+                    num_gpus=int(self._on_gpu and ray.cluster_resources().get("GPU", 0) > 0),
+                    max_restarts=RESTARTS,
+                    max_task_retries=RESTARTS,
+                )
             try:
                 yield from dataset.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=0)
             except ray.exceptions.RayActorError as error:
