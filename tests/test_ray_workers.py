@@ -188,7 +188,7 @@ def scored(collected: Path, folder: Path, overrides: list[str]) -> dict[str, byt
     score_stage(run, 0, run.base.model, "base")
     select(run, 0)
     run.folder.unlock()
-    return files(run.paths.folder)
+    return files(run.paths.scores(0)) | files(run.paths.selection(0))
 
 
 @pytest.mark.parametrize("way", [pytest.param(w, marks=pytest.mark.slow) if w in SLOW else w for w in WAYS])
