@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 .PHONY: demo test test-fuzz test-slow test-ray test-deepspeed test-vllm lint house docs policy clean
 
 demo: $(STAMP)
-	$(BIN)/cropi run quickstart
+	$(BIN)/cropi compare quickstart --strategies full,cropi --seeds 0 --folder runs/demo
 
 test: $(STAMP)
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from cropi.builtin import FAMILIES, generate
-from cropi.config import ExactVerifier, PolicyConfig
+from cropi.config import PolicyConfig
 from cropi.functional.agreement import spearman
 from cropi.functional.sampling import places
 from cropi.functional.statistics import bootstrap_mean
@@ -35,7 +35,7 @@ from cropi.gradients.surrogate import SurrogateSettings
 from cropi.lab.bench.machine import describe
 from cropi.policy import Policy, completion_logprobs, encode_prompts, load_policy
 from cropi.rewards.verdicts import Answered, reward
-from cropi.rewards.verifiers import verifier
+from cropi.rewards.verifiers.exact_text import ExactVerifier
 from cropi.rollouts.generation import Sampling, TransformersGenerator
 
 TARGETS = ("sum", "machine")  # one validation set each
@@ -76,7 +76,7 @@ class LookUp(Scorer):
 
 def draw(policy: Policy, rows: Sequence[dict[str, Any]], count: int, seed: int) -> list[Group]:
     """`count` trajectories for each row."""
-    verify = verifier(ExactVerifier(type="exact", marker="answer"))
+    verify = ExactVerifier(type="exact", marker="answer").load()
     prompts = encode_prompts(policy.tokenizer, [row["prompt"] for row in rows])
     repeated = [ids for ids in prompts for _ in range(count)]
     completions = TransformersGenerator(policy, 512)(repeated, Sampling(LENGTH, 1.0), seed=seed)

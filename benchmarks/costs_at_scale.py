@@ -21,7 +21,7 @@ from typing import Any
 from scale import grouped
 
 from cropi.config import Config, PooledStrategy
-from cropi.lab.bench.shapes import SHAPES, Shape
+from cropi.lab.bench.policy_shapes import SHAPES, Shape
 from cropi.loading import load_config
 from cropi.presets import preset
 from cropi.report.flops import flops, score_multiple
@@ -175,7 +175,7 @@ def parameters(model: Model) -> tuple[int, int]:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from cropi.lab.compare.worker import matrix_parameters
+    from cropi.lab.compare.compared_run import matrix_parameters
 
     with torch.device("meta"):
         made = AutoModelForCausalLM.from_config(AutoConfig.for_model(model.shape.model_type, **model.shape.settings))

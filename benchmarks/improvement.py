@@ -23,19 +23,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import measured_improvement as audit
 import numpy as np
 import torch
 
 from cropi.builtin import FAMILIES, generate
-from cropi.config import ExactVerifier, PolicyConfig, VerificationConfig
+from cropi.config import PolicyConfig, VerificationConfig
 from cropi.gradients.engine import Engine
 from cropi.gradients.groups import Group
 from cropi.gradients.surrogate import SurrogateSettings
-from cropi.lab.audit import improvement as audit
-from cropi.lab.audit.sampling import Prompt, sample_groups
+from cropi.lab.audit.fresh_trajectories import Prompt, sample_groups
 from cropi.lab.bench.machine import describe
 from cropi.policy import Policy, encode_prompts, load_policy
 from cropi.rewards.pool import judge_of
+from cropi.rewards.verifiers.exact_text import ExactVerifier
 from cropi.rollouts.generation import Sampling
 from cropi.rollouts.shards import behaviour_logprobs
 from cropi.seeds import derived_seed

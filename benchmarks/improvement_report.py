@@ -15,10 +15,10 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
+from measured_improvement import Pair, over_subsets, rank_agreement, slope
 
 from cropi.functional.agreement import spearman
 from cropi.functional.statistics import Interval
-from cropi.lab.audit.improvement import Pair, over_subsets, rank_agreement, slope
 
 BASE = "constant std dot"
 SHOWN = [

@@ -17,7 +17,8 @@ from typing import Any
 
 from cropi import leakage
 from cropi.builtin import FAMILIES, generate
-from cropi.leakage import find_leakage, numbers, prompt_text, words
+from cropi.leakage import find_leakage
+from cropi.prompt_text import numbers, prompt_text, words
 
 Rows = list[dict[str, Any]]
 SAME_WORDS = 0.85  # difflib's ratio above which two problems with the same numbers count as two editions of one

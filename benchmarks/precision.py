@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from cropi.artifacts import OK, read_table, scores_schema
+from cropi.artifacts import OK, read_table
 from cropi.config import Config
 from cropi.functional.agreement import pearson, sign_agreement, spearman, top_overlap
 from cropi.gradients.surrogate import surrogate_settings
@@ -32,6 +32,7 @@ from cropi.loading import load_config
 from cropi.policy import Policy, load_policy
 from cropi.rollouts.shards import read_trajectories
 from cropi.run_folder import RunFolder
+from cropi.run_tables import scores_schema
 from cropi.stages.score import ScoredPool, score_pool
 
 DTYPES = ("float32", "bfloat16")

@@ -64,7 +64,7 @@ def start(processes: int, command: str, options: list[str], cwd: Path) -> subpro
 
 def scored(processes: int, options: list[str], folders: list[Path]) -> list[dict[str, Any]]:
     """Make the scores anew in every folder at once."""
-    from cropi.artifacts import read_jsonl
+    from cropi.streams import read_jsonl
 
     for cwd in folders:
         shutil.rmtree(cwd / RUN / "scores", ignore_errors=True)

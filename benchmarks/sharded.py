@@ -37,7 +37,7 @@ from cropi.gradients.groups import Group
 from cropi.gradients.scorer import BLOCK, Scorer
 from cropi.lab.bench.contenders import BY_WEIGHT, SETS, as_group
 from cropi.lab.bench.machine import describe
-from cropi.lab.bench.shapes import SHAPES, random_policy
+from cropi.lab.bench.policy_shapes import SHAPES, random_policy
 from cropi.lab.bench.workload import random_workload
 
 GIB = 1 << 30

@@ -16,9 +16,10 @@ import logging
 import statistics
 import time
 
-from cropi.config import MathVerifier, VerificationConfig
+from cropi.config import VerificationConfig
 from cropi.rewards.pool import Pool
 from cropi.rewards.verdicts import CORRECT, Answered
+from cropi.rewards.verifiers.math_answer import MathVerifier
 
 KINDS = (
     ("{n}", "{n}"),

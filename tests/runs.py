@@ -26,7 +26,6 @@ SMALL = [
     "train.steps_per_stage=3",
     "trainer.per_device_train_batch_size=32",
     "evaluate.every=2",
-    "evaluate.bootstrap=200",
     "score.max_validation_prompts=6",
     "score.standard_errors=false",
 ]
@@ -48,7 +47,7 @@ def cropi_process(*arguments: str, cwd: Path, timeout_s: float = 300) -> subproc
 def cropi(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     """Run the command in this process, which saves the imports. What it has opened is closed before it returns."""
     from cropi import console
-    from cropi.cli.main import app
+    from cropi.__main__ import app
 
     out, err, code = io.StringIO(), io.StringIO(), 0
     console.warn_once.cache_clear()

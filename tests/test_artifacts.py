@@ -11,12 +11,9 @@ import pytest
 
 from cropi import artifacts
 from cropi.artifacts import (
-    append_jsonl,
     atomic_file,
     build,
-    cut_jsonl,
     open_artifact,
-    read_jsonl,
     read_sealed,
     read_table,
     remove_parts,
@@ -25,6 +22,7 @@ from cropi.artifacts import (
     write_table,
 )
 from cropi.errors import ArtifactError
+from cropi.streams import append_jsonl, cut_jsonl, read_jsonl
 
 SCHEMA = pa.schema([("a", pa.int32())])
 

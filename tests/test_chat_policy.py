@@ -93,7 +93,7 @@ def pipeline(folder: Path, run: Path, *overrides: str) -> Run:
             "learning_rate": 1e-3,
             "beta": 0.0,
         },
-        "evaluate": {"every": 4, "bootstrap": 50},
+        "evaluate": {"every": 4},
     }
     path = run / "chat.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -152,7 +152,6 @@ def config(folder: Path, run: Path, train: list[Any], validation: list[Any], tes
         "select": {"strategy": {"type": "full"}},
         "train": {"stages": 1, "steps_per_stage": 1},
         "trainer": {"num_generations": 2, "per_device_train_batch_size": 20, "gradient_accumulation_steps": 1},
-        "evaluate": {"bootstrap": 50},
     }
     return validate_config(values, "test")
 

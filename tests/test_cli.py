@@ -263,10 +263,10 @@ def test_check_judges_real_rows_and_writes_nothing(tmp_path: Path) -> None:
 def test_help_leaves_torch_out() -> None:
     code = """
 import sys
-import cropi.cli
+import cropi.__main__
 sys.argv = ["cropi", "--help"]
 try:
-    cropi.cli.main()
+    cropi.__main__.main()
 except SystemExit:
     sys.exit("torch" in sys.modules)
 """

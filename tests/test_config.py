@@ -81,9 +81,7 @@ def test_no_setting_lets_a_models_code_run(override: str) -> None:
             for key in ("seed", "score.projection.seed", "prompts.train.0.seed")
             for value in (-1, 2**32)
         ],
-        "policy.lora={seed: -1}",
-        *[f"evaluate.bootstrap={value}" for value in (0, 999999999999)],
-        *[f"{key}.temperature={value}" for key in ("collect", "evaluate") for value in (0, "1e-300", "1e300")],
+        *[f"collect.temperature={value}" for value in (0, "1e-300", "1e300")],
         "score.projection.dim=99999999999999",
         "score.projection.rank=99999999999",
         "train.stages=99999999999",
@@ -197,9 +195,8 @@ HOSTILE_YAML = {
     "[" * 900 + "]" * 900: "too deep",
     "[" * 100_000: "too deep",
     "{a: " * 100_000: "too deep",
-    "&a [*a]": "recursive",
-    "a: &a {b: *a}": "recursive",
-    "\n".join([f"a0: &a0 [{'x, ' * 10}]", *(f"a{n}: &a{n} [{f'*a{n - 1}, ' * 10}]" for n in range(1, 9))]): "more than",
+    "&a [*a]": "aliases are not read",
+    "a: &a 1\nb: *a": "aliases are not read",
     r'a: "\ud800"': "surrogate",
     r'a: "\0"': "NUL",
     "a: \x07": "not valid YAML",

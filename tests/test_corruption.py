@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from cropi.artifacts import read_jsonl
 from cropi.stages import train
 from cropi.stages.run import Run
+from cropi.streams import read_jsonl
 from tests.runs import SMALL, cropi, evaluations, selections
 
 RUN = Path("runs/quickstart")

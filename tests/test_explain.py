@@ -100,10 +100,10 @@ def test_no_run_is_made_by_asking(tmp_path: Path) -> None:
 def test_explaining_leaves_torch_out(finished: Path) -> None:
     code = """
 import sys
-import cropi.cli
+import cropi.__main__
 sys.argv = ["cropi", "explain", sys.argv[1]]
 try:
-    cropi.cli.main()
+    cropi.__main__.main()
 except SystemExit:
     pass
 print({"torch", "matplotlib", "transformers"} & set(sys.modules))

@@ -42,7 +42,6 @@ TINY: dict[str, Any] = {
     "select": {"strategy": {"type": "influence"}, "fraction": 0.5},
     "train": {"stages": 2, "steps_per_stage": 1},
     "trainer": {"num_generations": 4, "per_device_train_batch_size": 8, "learning_rate": 1e-4, "beta": 0.0},
-    "evaluate": {"bootstrap": 50},
 }
 
 NUMBERS = [0, 1, 2, 3, 7, -1, 0.5, 1.0, -0.5, 1e-300, 1e300, -0.0, 2**31, 2**32, 2**63, 10**30, int("9" * 400)]

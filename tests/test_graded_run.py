@@ -13,11 +13,13 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 import cropi as library
-from cropi.artifacts import OK, read_jsonl, read_table, scores_schema
+from cropi.artifacts import OK, read_table
 from cropi.builtin import POLICY_DIR
 from cropi.gradients.groups import Group, iterate_groups
 from cropi.loading import load_config
 from cropi.rollouts.shards import read_trajectories
+from cropi.run_tables import scores_schema
+from cropi.streams import read_jsonl
 from tests.rewards.functions import near
 from tests.runs import SMALL, cropi
 

@@ -13,13 +13,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cropi import leakage
 from cropi.artifacts import TRAJECTORIES
 from cropi.builtin import FAMILIES, generate
 from cropi.config import ScoreConfig
 from cropi.gradients.groups import Group
 from cropi.gradients.validation import one_sided, validation_groups
-from cropi.leakage import Leakage, Match, common_limit, find_leakage, normalised, prompt_text, words
+from cropi.leakage import Leakage, Match, common_limit, find_leakage
+from cropi.prompt_text import normalised, prompt_text, words
 from cropi.prompts import leakage_warnings
 from tests.runs import SMALL, cropi
 from tests.test_prompts import config, question, write_rows
@@ -244,8 +244,7 @@ def test_a_prompt_of_a_megabyte_takes_seconds_and_finds_what_it_hides(hostile: s
     assert ("b", "a") in {(m.prompt_id, m.other_id) for m in found.near}
 
 
-def test_memory_does_not_grow_with_the_training_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(leakage, "BLOCK_GRAMS", 10_000)
+def test_memory_does_not_grow_with_the_training_prompts() -> None:
     rng = random.Random(2)
     vocabulary = [f"{a}{b}" for a in "bcdfghklmnprst" for b in "aeiou"]
     train = [row(" ".join(rng.choices(vocabulary, k=300)), "train", f"{n}") for n in range(1000)]

@@ -18,7 +18,7 @@ from cropi.artifacts import read_sealed
 from cropi.builtin import POLICY_DIR
 from cropi.cli import shell
 from cropi.errors import ArtifactError
-from cropi.lab.compare.results import RESULTS, read_results
+from cropi.lab.compare.result_table import RESULTS, read_results
 from cropi.ledger import Ledger
 from tests.runs import SMALL, cropi
 
@@ -54,7 +54,6 @@ def refused(cwd: Path, *overrides: str, verbs: tuple[str, ...] = ("check", "run"
         "trainer.num_generations=0",
         "trainer.gradient_accumulation_steps=0",
         "trainer.ddp_timeout=soon",
-        "evaluate.bootstrap=999999999999",
         "collect.temperature=1e-300",
         "collect.vllm={}",
         "score.projection.dim=99999999999999",

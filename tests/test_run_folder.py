@@ -90,7 +90,6 @@ STAGE_SETTINGS = [
 ]
 FREE_SETTINGS = [
     "verification.processes=1",
-    "evaluate.bootstrap=99",
     "trainer.logging_steps=3",
     "trainer.save_total_limit=5",
 ]

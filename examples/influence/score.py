@@ -10,10 +10,10 @@ import torch
 
 import cropi
 from cropi.builtin import generate
-from cropi.config import ExactVerifier, PolicyConfig
+from cropi.config import PolicyConfig
 from cropi.policy import completion_logprobs, encode_prompts, load_policy
 from cropi.rewards.verdicts import Answered, reward
-from cropi.rewards.verifiers import verifier
+from cropi.rewards.verifiers.exact_text import ExactVerifier
 from cropi.rollouts.generation import Sampling, TransformersGenerator
 
 K = 8
@@ -25,7 +25,7 @@ def sample_groups(policy, problems, seed):
     repeated = [ids for ids in prompts for _ in range(K)]
     completions = TransformersGenerator(policy, 256)(repeated, Sampling(32, temperature=1.0), seed=seed)
     texts = policy.tokenizer.batch_decode(completions, skip_special_tokens=True)
-    verify = verifier(ExactVerifier(type="exact", marker="answer"))
+    verify = ExactVerifier(type="exact", marker="answer").load()
     groups = []
     for n, problem in enumerate(problems):
         mine = slice(n * K, (n + 1) * K)

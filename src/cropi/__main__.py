@@ -1,5 +1,15 @@
-"""`python -m cropi`."""
+"""The `cropi` command: the core commands and those of the lab. Nothing imports the lab but this file."""
 
-from cropi.cli import main
+from cropi.cli import app, main
+from cropi.lab.audit_command import audit
+from cropi.lab.bench_command import bench
+from cropi.lab.compare_command import compare
 
-main()
+app.command("audit")(audit)
+app.command("compare")(compare)
+app.add_typer(bench, name="bench")
+
+__all__ = ["app", "main"]
+
+if __name__ == "__main__":
+    main()

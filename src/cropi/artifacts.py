@@ -28,8 +28,6 @@ from cropi.errors import ArtifactError, UserError
 from cropi.parallel import process_group
 
 FORMAT_VERSION = 2
-_RESTORE = "put back a copy of it, or delete {} and run again."
-_CHECK = ', "check": "'  # the end of a stream's line
 SEAL = "sha256"  # a key of sealed JSON: the checksum of all others
 MANIFEST = "manifest.json"
 BEGUN = "inputs.json"  # in an unfinished folder whose parts are kept: what they are made from
@@ -106,46 +104,6 @@ EVALUATION = pa.schema(
         ("verdict", pa.string()),
     ]
 )
-
-
-def scores_schema(validation_sets: Iterable[str]) -> pa.Schema:
-    """Columns of an influence table: one `influence/NAME` and one `standard_error/NAME` per validation set."""
-    validation_sets = list(validation_sets)
-    return pa.schema(
-        [
-            ("prompt_id", pa.string()),
-            ("source", pa.string()),
-            ("status", pa.string()),
-            ("pass_rate", pa.float64()),
-            ("reward_variance", pa.float64()),  # p (1 - p) where rewards are 1 and 0
-            ("completion_tokens", pa.int64()),
-            ("feature_norm", pa.float64()),
-            ("ratio_ess", pa.float64()),  # effective sample size of the token ratios, as a share of the tokens
-            ("clip_share", pa.float64()),  # share of the token ratios outside 1 +- 0.2
-            ("kl", pa.float64()),  # KL(policy || behaviour policy) per token, in nats
-            ("scored", pa.string()),  # full, subsampled or predicted; null where there is nothing to score
-            (
-                "top_probability",
-                pa.float64(),
-            ),  # of being among the best when fused; null if unknown
-            *((f"influence/{name}", pa.float64()) for name in validation_sets),
-            *((f"standard_error/{name}", pa.float64()) for name in validation_sets),  # null where it is not known
-        ]
-    )
-
-
-def validation_scores_schema(validation_sets: Iterable[str]) -> pa.Schema:
-    """Columns of the validation prompts' own scores, with an influence and its error for each validation set."""
-    names = list(validation_sets)
-    known = [
-        ("set", pa.string()),
-        ("prompt_id", pa.string()),
-        ("pass_rate", pa.float64()),
-        ("reward_variance", pa.float64()),
-        ("trajectories", pa.int32()),
-    ]
-    numbers = [(f"{column}/{name}", pa.float64()) for column in ("influence", "standard_error") for name in names]
-    return pa.schema(known + numbers)
 
 
 @dataclass(frozen=True)
@@ -416,91 +374,6 @@ def wait_for_files(paths: Iterable[Path]) -> None:
                     fix="put run_dir on a file system that all nodes share.",
                 )
             time.sleep(0.1)
-
-
-def append_jsonl(path: Path, row: Mapping[str, Any]) -> None:
-    """Add one line to a stream. A line that an interruption cut short is dropped first.
-
-    Each line ends with a checksum of the stream's name, the line's place and its text. The length that the stream has
-    reached stands in a file beside it, written later: a stream that is shorter has lost lines.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with path.open("ab+") as file:
-            if file.tell():
-                file.seek(-1, os.SEEK_END)
-                if file.read(1) != b"\n":
-                    file.seek(0)
-                    file.truncate(file.read().rfind(b"\n") + 1)
-            text = json.dumps(row, allow_nan=False)[:-1]
-            check = _line_check(path, file.seek(0, os.SEEK_END), text.encode())
-            file.write(f'{text}{_CHECK}{check}"}}\n'.encode())
-            file.flush()
-            os.fsync(file.fileno())
-            length = file.tell()
-    except OSError as error:
-        raise no_space(path) if error.errno in {errno.ENOSPC, errno.EDQUOT} else error from None
-    write_text(_length_file(path), str(length))
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """All whole lines of a stream; a last line cut short by an interruption is left out.
-
-    ArtifactError where the stream is not what was appended to it.
-    """
-    return [row for _, row in _stream(path)]
-
-
-def check_streams(*folders: Path) -> None:
-    """ArtifactError where a stream of some folders is not what was appended to it."""
-    for file in sorted(file for folder in folders for file in folder.glob(_length_file(Path("*")).name)):
-        _stream(file.with_name(file.name.removeprefix(".").removesuffix(".length")))
-
-
-def cut_jsonl(path: Path, kept: Callable[[dict[str, Any]], bool]) -> None:
-    """Drop the end of a stream, from the first line that is not kept."""
-    for start, row in _stream(path):
-        if not kept(row):
-            write_text(_length_file(path), str(start))
-            os.truncate(path, start)
-            return
-
-
-def _stream(path: Path) -> list[tuple[int, dict[str, Any]]]:
-    """Lines of a stream, each with its place."""
-    known = _known_length(path)  # before the lines: another process may be writing
-    try:
-        data = path.read_bytes() if path.exists() else b""
-    except OSError as error:
-        raise corrupt(path, f"cannot be read ({error})", _RESTORE.format(path.parent)) from None
-    data = data[: data.rfind(b"\n") + 1]
-    found, place = [], 0
-    for number, line in enumerate(data.splitlines(keepends=True), start=1):
-        text, _, check = line.rpartition(_CHECK.encode())
-        if check != f'{_line_check(path, place, text)}"}}\n'.encode():
-            raise corrupt(path, f"line {number} differs from its checksum", _RESTORE.format(path.parent))
-        found.append((place, json.loads(text + b"}")))
-        place += len(line)
-    if place < known:
-        raise corrupt(path, f"has lost lines: it holds {place} bytes of {known}", _RESTORE.format(path.parent))
-    return found
-
-
-def _line_check(path: Path, place: int, text: bytes) -> str:
-    name = f"{path.absolute().parent.name}/{path.name} {place} "
-    return hashlib.sha256(name.encode() + text).hexdigest()[:16]
-
-
-def _length_file(path: Path) -> Path:
-    return path.with_name(f".{path.name}.length")
-
-
-def _known_length(path: Path) -> int:
-    file = _length_file(path)
-    try:
-        return int(file.read_text(encoding="ascii")) if file.is_file() else 0
-    except ValueError as error:
-        raise corrupt(file, f"cannot be read ({error})") from None
 
 
 def count_status(statuses: Iterable[str]) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""Asynchronous code that is called from synchronous code."""
+"""Call asynchronous code from synchronous code."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 
 
 def awaited(value: Any, loop: asyncio.AbstractEventLoop | None = None) -> Any:
-    """The value, or what it comes to if it is awaitable: in a running loop, else in the one loop of this process.
+    """The value, or its result if it is awaitable, computed in the given running loop or else in this process's own.
 
-    It is always the same loop, because clients and locks belong to a loop. An interrupt cancels what is under way.
+    The process has one loop, because clients and locks belong to a loop. An interrupt cancels the work.
     """
     if not inspect.isawaitable(value):
         return value

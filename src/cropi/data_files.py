@@ -1,4 +1,4 @@
-"""Rows of data files and of datasets on the Hub, as dicts. What they mean is the matter of `cropi.prompts`."""
+"""Read rows of data files and Hub datasets as dicts; `cropi.prompts` interprets them."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from cropi.errors import DataError
 
 
 class Row(NamedTuple):
-    """A raw row and where it stands, for errors."""
+    """A raw row and its place, for errors."""
 
     values: dict[str, Any]
     where: str
 
 
 def raw_rows(source: FileSource | HubSource, key: str) -> list[Row]:
-    """All rows of a source; `key` is its place in the config. DataError, with the line, for what cannot be read."""
+    """Read all rows of a source; `key` is its place in the config. DataError names the line that cannot be read."""
     if isinstance(source, HubSource):
         return list(_hub(source, key))
     path = Path(source.path).expanduser()
@@ -39,7 +39,7 @@ def raw_rows(source: FileSource | HubSource, key: str) -> list[Row]:
         return list(reader(path))
     except (OSError, csv.Error, UnicodeDecodeError, pa.ArrowException) as error:
         kind = path.suffix.lower().removeprefix(".")
-        raise DataError(f"{path} cannot be read as {kind} ({error})", where=key, fix="write the file anew.") from None
+        raise DataError(f"{path} cannot be read as {kind} ({error})", where=key, fix="write the file again.") from None
 
 
 def _jsonl(path: Path) -> Iterator[Row]:
@@ -50,7 +50,7 @@ def _jsonl(path: Path) -> Iterator[Row]:
 
 
 def _json(path: Path) -> Iterator[Row]:
-    """A list of objects; else an object a line, as many tools write them under this name."""
+    """A list of objects, or one object a line, which many tools also write under this name."""
     content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
     if not content.lstrip().startswith(b"["):
         yield from _jsonl(path)
@@ -60,7 +60,7 @@ def _json(path: Path) -> Iterator[Row]:
 
 
 def _csv(path: Path) -> Iterator[Row]:
-    """Every value is text, as it stands in the file."""
+    """Every value is text, exactly as in the file."""
     csv.field_size_limit(sys.maxsize)
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, strict=True)
@@ -68,7 +68,7 @@ def _csv(path: Path) -> Iterator[Row]:
         for values in reader:
             where = f"line {reader.line_num}"
             if None in values or None in values.values():
-                raise DataError(f"{where} has more or fewer values than the header", where=str(path), fix="mend it.")
+                raise DataError(f"{where} has more or fewer values than the header", where=str(path), fix="correct it.")
             yield _row(values, path, where)
 
 
@@ -86,7 +86,7 @@ def _parsed(text: bytes, path: Path, what: str) -> Any:
     try:
         return json.loads(text, object_pairs_hook=_unrepeated_keys)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{what} is not JSON ({error})", where=str(path), fix=f"mend {what}.") from None
+        raise DataError(f"{what} is not JSON ({error})", where=str(path), fix=f"correct {what}.") from None
 
 
 def _unrepeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -104,7 +104,7 @@ def _unrepeated(names: Sequence[str], path: Path) -> None:
 
 def _row(values: Any, path: Path, where: str) -> Row:
     if not isinstance(values, dict):
-        raise DataError(f"{where} is not a JSON object", where=str(path), fix=f"mend {where}.")
+        raise DataError(f"{where} is not a JSON object", where=str(path), fix=f"correct {where}.")
     return Row(values, f"{path}, {where}")
 
 
@@ -113,7 +113,7 @@ def _hub(source: HubSource, key: str) -> Iterator[Row]:
 
     try:
         rows = datasets.load_dataset(source.dataset, source.name, split=source.split, revision=source.revision)
-    except Exception as error:  # datasets raises many kinds; each means that the dataset is not to be had
+    except Exception as error:  # datasets raises many kinds
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DataError(
             f"the dataset {source.dataset!r} cannot be loaded: {first}",

@@ -1,8 +1,7 @@
-"""`check` and `doctor`: look at everything a run will need before it starts, and write nothing."""
+"""`check` and `doctor`: inspect everything that a run needs before it starts. They write nothing."""
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import time
@@ -22,11 +21,10 @@ from cropi.gradients.blocks import make_scorer
 from cropi.gradients.groups import Group
 from cropi.gradients.reference import trainable_parameters
 from cropi.gradients.surrogate import surrogate_settings
-from cropi.leakage import turn_text
 from cropi.policy import Policy, chat_warnings, load_policy
+from cropi.prompt_text import last_turn
 from cropi.prompts import checked_prompts
 from cropi.rewards.verdicts import CORRECT, UNPARSEABLE_ANSWER, Judge, Judgement, answered, reward
-from cropi.rewards.verifiers import written_gold
 from cropi.rollouts.generation import Sampling, TransformersGenerator
 from cropi.rollouts.shards import Shard, behaviour_logprobs, plan, read_trajectories, sampled_prompts
 from cropi.run_folder import environment
@@ -38,10 +36,10 @@ SAMPLE_PROMPTS = 8
 
 @dataclass(frozen=True)
 class CheckResult:
-    """What `check` found and what it expects."""
+    """Findings and estimates of `check`."""
 
     prompts: dict[str, int]  # by set
-    leakage: dict[str, dict[str, int]]  # held-out prompts that stand in another role, by kind and sets
+    leakage: dict[str, dict[str, int]]  # held-out prompts that are also in another role, by kind and sets
     parameters: int
     gold_against_itself: dict[str, int]  # verdicts; anything but `correct` points at the verifier or the data
     verdicts: dict[str, int]  # of the sampled completions
@@ -91,7 +89,7 @@ def check_run(config: Config) -> CheckResult:
     warnings += chat_warnings(policy.tokenizer, config.prompts.chat, (row["messages"] for row in prompts))
     shards, _ = plan(config, policy, prompts, sampled_prompts(config, prompts))
     tests = questions(config, policy, [row for row in prompts if row["set"].startswith("test/")])
-    against_itself = judge([answered(written_gold(config.verifier, row["answer"]), row) for row in prompts])
+    against_itself = judge([answered(config.verifier.completion_with(row["answer"]), row) for row in prompts])
     gold = Counter(judgement.verdict for judgement in against_itself)
     _require_readable_tests(prompts, against_itself)
     failure = next((judgement.note for judgement in against_itself if judgement.note), None)
@@ -99,13 +97,13 @@ def check_run(config: Config) -> CheckResult:
         raise DataError(
             f"the verifier fails on the recorded answers themselves: {failure}",
             where="verifier",
-            fix="mend it; `cropi verify` tries it on rows of yours.",
+            fix="correct it; try it with `cropi verify`.",
         )
     if not gold[CORRECT]:
         raise DataError(
             f"the verifier judges none of the recorded answers right against itself ({dict(gold)})",
             where="verifier",
-            fix="choose another verifier or other settings of it, or mend the answers.",
+            fix="choose another verifier or other settings, or correct the answers.",
         )
     sample = _sample(config, policy, [shard for shard in shards if shard.set == "train"], judge)
     verdicts = Counter(judgement.verdict for group in sample.judged for judgement in group)
@@ -124,7 +122,7 @@ def check_run(config: Config) -> CheckResult:
 
 
 def _require_readable_tests(prompts: Sequence[Mapping[str, Any]], judged: Sequence[Judgement]) -> None:
-    """DataError for a test set of which evaluation could judge nothing."""
+    """DataError for a test set without a readable gold answer."""
     readable: dict[str, bool] = {}
     for row, judgement in zip(prompts, judged, strict=True):
         readable[row["set"]] = readable.get(row["set"], False) or reward(judgement.verdict) is not None
@@ -155,7 +153,7 @@ class _Sample:
     def shown(self) -> list[dict[str, str]]:
         return [
             {
-                "prompt": _last_words(row["messages"]),
+                "prompt": last_turn(row["messages"]),
                 "answer": row["answer"],
                 "completion": texts[0],
                 "verdict": judged[0].verdict,
@@ -164,16 +162,14 @@ class _Sample:
         ]
 
 
-def _last_words(messages: str) -> str:
-    value = json.loads(messages)
-    return value if isinstance(value, str) else turn_text(value[-1])
-
-
 def completions_of(
     config: Config, table: Sequence[Mapping[str, Any]], prompts: int
 ) -> tuple[list[Mapping[str, Any]], list[str], str]:
-    """(rows of the prompt table, a completion of each, where these come from): the run's stored trajectories, else
-    `num_generations` sampled now of each of so many training prompts, spread over the pool."""
+    """(rows of the prompt table, a completion of each, their origin).
+
+    The completions are the run's stored trajectories. If there are none, `num_generations` are sampled for each of
+    `prompts` training prompts, spread over the pool.
+    """
     folder = config.folder / "trajectories"
     if is_finished(folder):
         known = {row["prompt_id"]: row for row in table if row["set"] == "train"}
@@ -188,7 +184,7 @@ def completions_of(
 
 
 def _spread(shards: Sequence[Shard], count: int) -> list[tuple[Any, list[int]]]:
-    """So many prompts, evenly spaced in the order of the shards, with their token ids."""
+    """`count` prompts, evenly spaced over the shards, with their token ids."""
     pairs = [pair for shard in shards for pair in zip(shard.prompts, shard.prompt_ids, strict=True)]
     count = min(count, len(pairs))
     return [pairs[number * len(pairs) // count] for number in range(count)]
@@ -207,13 +203,13 @@ def _drawn(
 
 
 def _sample(config: Config, policy: Policy, shards: Sequence[Shard], judge: Judge) -> _Sample:
-    """Groups of prompts spread over the pool, and what generating them and a gradient of one cost."""
+    """Sample groups of prompts spread over the pool; measure generation and the gradient of one group."""
     pairs = _spread(shards, SAMPLE_PROMPTS)
     count, settings = config.collect.num_generations, config.collect
     start = time.perf_counter()
     rows, ids, completions = _drawn(config, policy, pairs)
     generate_s = (time.perf_counter() - start) / len(ids)
-    # The rewards are made up: a gradient costs the same whichever they are.
+    # The rewards are made up: they do not change the cost of a gradient.
     logprobs = behaviour_logprobs(policy, ids[:count], completions[:count], settings.temperature, settings.batch_tokens)
     group = Group("check", ids[0], completions[:count], [float(k % 2) for k in range(count)], logprobs)
     surrogate = surrogate_settings(config, "grpo", "group")
@@ -232,7 +228,7 @@ def _sample(config: Config, policy: Policy, shards: Sequence[Shard], judge: Judg
 def _estimate(
     config: Config, settings: Any, policy: Policy, shards: Sequence[Shard], sample: _Sample, tests: int
 ) -> dict[str, float]:
-    """Names end in their unit; times are seconds."""
+    """Extrapolate the cost of the run. Names end in their unit (`_s`: seconds)."""
     count = config.collect.num_generations
     trajectories = sum(len(shard.prompts) * shard.samples for shard in shards)
     mean_completion = sample.tokens / (len(sample.rows) * count)
@@ -254,8 +250,10 @@ def _estimate(
 
 
 def _bytes_to_train(config: Config, policy: Policy) -> int:
-    """Weights, gradient and two moments of what is trained, the base policy, and in bfloat16 the copy that is asked.
-    Under LoRA: weights, gradient and moments of the adapters, in float32, and the frozen weights."""
+    """Bytes of trained weights, their gradient and two moments, the base policy, and in bfloat16 a copy for sampling.
+
+    With LoRA: the same of the adapters, in float32, and the frozen weights.
+    """
     trained = sum(p.numel() for p in trainable_parameters(policy.model).values())
     if config.policy.lora is not None:
         return 16 * trained + sum(p.nbytes for p in policy.model.parameters() if not p.requires_grad)
@@ -273,7 +271,7 @@ def _existing(path: Path) -> Path:
 
 
 def hardware() -> dict[str, str]:
-    """Versions and hardware, nothing that identifies a person."""
+    """Versions and hardware, without anything that identifies a person."""
     return environment() | {
         "torch threads": str(torch.get_num_threads()),
         "cuda": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none",

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cropi.artifacts import append_jsonl, read_jsonl
 from cropi.parallel import extra_seconds, process_group
+from cropi.streams import append_jsonl, read_jsonl
 
 
 class Ledger:

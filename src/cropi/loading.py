@@ -1,4 +1,4 @@
-"""From a recipe or a YAML file and overrides to a Config, or an error that names the key at fault. Free of torch."""
+"""Load a Config from a recipe, a YAML file or a run's folder, with overrides. Errors name the key. Free of torch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from cropi.yaml_text import parse_argument, parse_yaml
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 120
 
-# Files beside the recipes that are none: strategies by name, for `cropi compare`.
+# A file beside the recipes that is none: strategies by name.
 NOT_RECIPES = ("presets.yaml",)
 
 
@@ -36,7 +36,7 @@ def suite_names() -> list[str]:
 
 
 def recipe_text(name: str) -> str:
-    """A recipe as it is written."""
+    """The text of a recipe."""
     return resources.files("cropi.recipes").joinpath(*f"{name}.yaml".split("/")).read_text(encoding="utf-8")
 
 
@@ -52,12 +52,12 @@ NAMES_STRATEGY = {"select", "select.strategy", "select.strategy.type"}  # overri
 
 
 def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> Config:
-    """Read a recipe by name, a YAML file or a run's folder by path, apply `key.path=value` overrides, and validate.
+    """Read a recipe by name, or a YAML file or a run's folder by path; apply `key.path=value` overrides; validate.
 
-    A file goes before a recipe of the same name, a recipe before a folder. Raises ConfigError naming the key at fault
-    and the closest valid one.
+    A file takes precedence over a recipe of the same name, a recipe over a folder. ConfigError names the faulty key and
+    the closest valid one.
     """
-    path = Path(os.path.expanduser(name_or_path))  # noqa: PTH111 - a user that there is not is no error here
+    path = Path(os.path.expanduser(name_or_path))  # noqa: PTH111 - an unknown user is no error here
     if path.suffix in {".yaml", ".yml"} or path.is_file():
         values, where = _read_settings(path), str(path)
     elif name_or_path in recipe_names():
@@ -73,7 +73,7 @@ def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> Config:
     for override in overrides:
         _apply_override(values, override)
     named = with_presets(values)
-    if named != values:  # what a command line says goes before what a preset says
+    if named != values:  # the command line takes precedence over a preset
         for override in overrides:
             if override.partition("=")[0] not in NAMES_STRATEGY:
                 _apply_override(named, override)
@@ -96,9 +96,9 @@ def _read_settings(path: Path) -> dict[str, Any]:
 
 
 def _read_run(folder: Path) -> dict[str, Any]:
-    """Read the config that a run's folder was claimed with. The run is where the folder is now, wherever it was made.
+    """Read the config of a run's folder, which may have been moved since.
 
-    The output folder of a TRL script is one too: it holds its curriculum's run, beside a model's config.json.
+    The output folder of a TRL script counts too: it holds its curriculum's run, beside a model's config.json.
     """
     for place in (folder, folder / "run", folder / "_curriculum" / "run"):
         path = place / "config.json"
@@ -114,13 +114,13 @@ def _read_run(folder: Path) -> dict[str, Any]:
         raise ConfigError(
             f"the folder of the run {name!r} has another name",
             where=str(folder),
-            fix="give it its own name back.",
+            fix="rename it back.",
         )
     return values | {"run_dir": str(place.parent)}
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:
-    """Set one `key.path=value`; a part of the path may be a position in a list."""
+    """Set one `key.path=value`; a key may be a position in a list."""
     where = f"override {_short.repr(override)}"
     path, equals, text = override.partition("=")
     parts = path.split(".")
@@ -145,7 +145,7 @@ def _position(target: Any, part: str, where: str) -> int:
 
 
 def validate_config(values: Mapping[str, Any], where: str) -> Config:
-    """The typed config of plain values, in which presets may be named as strategies."""
+    """Validate plain values, in which presets may be named as strategies."""
     try:
         return Config.model_validate(with_presets(values))
     except ValidationError as error:
@@ -153,7 +153,7 @@ def validate_config(values: Mapping[str, Any], where: str) -> Config:
 
 
 def parse_verifier(kind: str, options: Sequence[str]) -> Verifier:
-    """The verifier of a type, with `key=value` settings as on a command line."""
+    """Make a verifier of its type and `key=value` settings from a command line."""
     values: dict[str, Any] = {"type": kind}
     for option in options:
         _apply_override(values, option)
@@ -161,17 +161,17 @@ def parse_verifier(kind: str, options: Sequence[str]) -> Verifier:
 
 
 def verifier_of(values: Mapping[str, Any], where: str) -> Verifier:
-    """The verifier of plain values. ConfigError for what there is not."""
+    """Make a verifier of plain values. ConfigError for unknown types and settings."""
     return _table("verifier", Verifier, values, where)
 
 
 def verification_of(values: Mapping[str, Any], where: str) -> VerificationConfig:
-    """How verifiers run, of plain values. ConfigError likewise."""
+    """Make the verification settings of plain values. ConfigError for unknown settings."""
     return _table("verification", VerificationConfig, values, where)
 
 
 def _table(name: str, kind: Any, values: Mapping[str, Any], where: str) -> Any:
-    """One table of a config by itself; an error speaks of its place in a config."""
+    """Validate one table of a config; an error names its place in a config."""
     try:
         return TypeAdapter(kind).validate_python(values)
     except ValidationError as error:
@@ -180,14 +180,14 @@ def _table(name: str, kind: Any, values: Mapping[str, Any], where: str) -> Any:
 
 
 def _refused(problems: Sequence[Any], where: str) -> ConfigError:
-    # A list whose only entry is faulty is reported as too short as well; the entry's own fault says it all.
+    # pydantic also reports a list whose only entry is faulty as too short: report the entry alone.
     blamed = [p for p in problems if not any(q["loc"][: len(p["loc"])] == p["loc"] and q is not p for q in problems)]
     lines = dict.fromkeys(_explain(problem) for problem in blamed)
     return ConfigError("; ".join(lines), where=where, fix="see docs/config.md or `cropi recipes copy`.")
 
 
 def _explain(problem: Any) -> str:
-    """One pydantic problem in a user's words: the key, what is wrong with it, the nearest valid spelling."""
+    """Describe a pydantic problem: the key, what is wrong with it, the closest valid spelling."""
     parts, kind = problem["loc"], problem["type"]
     shown, tables = _walk(parts)
     key = ".".join(shown) or "the config"
@@ -213,7 +213,7 @@ def _hint(word: str, known: Sequence[str], noun: str) -> str:
 
 
 def _walk(parts: Sequence[Any]) -> tuple[list[str], list[type[BaseModel]]]:
-    """An error path as the user wrote it, without pydantic's union tags, and the tables that may hold its last part."""
+    """An error path as the user wrote it, without pydantic's union tags, and the tables that may hold its last key."""
     shown: list[str] = []
     tables: list[type[BaseModel]] = [Config]
     for index, part in enumerate(parts):

@@ -24,7 +24,7 @@ from cropi.config import BUILTIN_POLICY, LoraConfig, PolicyConfig
 from cropi.errors import DataError, PolicyError
 from cropi.fsdp import is_sharded
 from cropi.functional.surrogate import token_logprobs
-from cropi.leakage import turn_text
+from cropi.prompt_text import turn_text
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
@@ -246,7 +246,7 @@ def _with_adapters(model: PreTrainedModel, settings: LoraConfig, location: str |
         if location is not None:
             return peft.PeftModel.from_pretrained(model, location, is_trainable=True)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(settings.seed)
+            torch.manual_seed(0)
             return peft.get_peft_model(model, adapter)
     except Exception as error:  # PEFT raises many kinds, for names that no layer has and for damaged files
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,4 +1,4 @@
-"""Prompts: reading every source into one table, with stable ids, and refusing what would spoil a run.
+"""Prompts: read every source into one table with stable ids, and refuse rows that would spoil a run.
 
 Free of torch. Rows have the columns of `artifacts.PROMPTS`.
 """
@@ -25,7 +25,8 @@ from cropi.config import (
 from cropi.console import warn
 from cropi.data_files import Row, raw_rows
 from cropi.errors import DataError
-from cropi.leakage import Leakage, described, find_leakage, turn_text
+from cropi.leakage import Leakage, described, find_leakage
+from cropi.prompt_text import turn_text
 from cropi.seeds import derived_seed
 
 PROMPT_COLUMNS = ("prompt", "question", "problem", "messages")
@@ -36,7 +37,7 @@ EXAMPLES = 3  # of rows that cannot be used
 
 
 class Checked(NamedTuple):
-    """The prompts of a run, what of the held-out ones comes again in another role, and what to tell of both."""
+    """The prompts of a run, their leakage between roles, and warnings about both."""
 
     rows: list[dict[str, Any]]
     leakage: Leakage
@@ -44,18 +45,18 @@ class Checked(NamedTuple):
 
 
 class _Unusable:
-    """Rows of all sets that lack something or come again: refused in one message, or dropped and told of."""
+    """Rows of all sets that are incomplete or repeated: refused in one message, or dropped with a warning."""
 
     def __init__(self, settings: PromptsConfig) -> None:
         self._drop = {"empty": settings.empty == "drop", "duplicates": settings.duplicates == "drop"}
         self._found: dict[tuple[str, str], dict[str, None]] = {}  # places by setting and kind
 
     def note(self, setting: str, kind: str, place: str) -> None:
-        """Once for each place: several sets may read one file."""
+        """Record a row, once for each place: several sets may read one file."""
         self._found.setdefault((setting, kind), {})[place] = None
 
-    def told(self) -> list[str]:
-        """What was dropped. DataError for what may not be."""
+    def warnings(self) -> list[str]:
+        """List the rows that were dropped. DataError for rows that may not be dropped."""
         lines: dict[str, list[str]] = {}
         for (setting, kind), places in self._found.items():
             shown = [*list(places)[:EXAMPLES], *(["…"] if len(places) > EXAMPLES else [])]
@@ -65,7 +66,7 @@ class _Unusable:
             raise DataError(
                 ". ".join(line for setting in refused for line in lines[setting]),
                 where="prompts",
-                fix="mend these rows, name other columns (answer_column, id_column and the like), or leave rows out "
+                fix="correct these rows, name other columns (answer_column, id_column and the like), or leave rows out "
                 f"with {' and '.join(f'prompts.{setting}=drop' for setting in refused)}.",
             )
         return [f"left out: {line}" for setting in lines for line in lines[setting]]
@@ -74,25 +75,24 @@ class _Unusable:
 def load_prompts(config: Config) -> list[dict[str, Any]]:
     """All prompts of a run: the training pool, the validation sets and the test sets, in that order.
 
-    Raises DataError for a source that is missing, empty, unreadable (with the line), lacks a column or repeats an id,
-    and, unless `prompts.leakage` says otherwise, for a prompt that stands in train and validation, train and test, or
-    validation and test.
+    Raises DataError for a source that is missing, empty or unreadable (with the line), that lacks a column or repeats
+    an id; and for leakage between roles, unless `prompts.leakage` allows it.
     """
     return checked_prompts(config).rows
 
 
 def checked_prompts(config: Config) -> Checked:
-    """`load_prompts`, with what comes again in another role and what was left out."""
+    """`load_prompts`, with the leakage between roles and the warnings."""
     sets = {"train": config.prompts.train}
     sets |= {f"validation/{name}": sources for name, sources in config.prompts.validation.items()}
     sets |= {f"test/{name}": test.sources for name, test in config.prompts.test.items()}
     unusable = _Unusable(config.prompts)
     loaded = {name: _load_set(name, sources, config.seed, unusable) for name, sources in sets.items()}
-    left_out = unusable.told()
+    left_out = unusable.warnings()
     for name, rows in loaded.items():
         if not rows:
             key = f"prompts.{name.replace('/', '.')}"
-            raise DataError("no row is left", where=key, fix="check its paths, hash_range and limit.")
+            raise DataError("no row is left", where=key, fix="check its paths and hash_range.")
     prompts = [row for rows in loaded.values() for row in rows]
     _check_quotas(config, prompts)
     leakage = find_leakage(prompts)
@@ -100,14 +100,14 @@ def checked_prompts(config: Config) -> Checked:
         raise DataError(
             f"held-out prompts stand in another role with the same text or id: {described(leakage.exact)}",
             where="prompts",
-            fix="remove them from one of the sets (disjoint hash_range values split one file), or let them pass with "
+            fix="remove them from one of the sets (disjoint hash_range values split one file), or allow them with "
             "prompts.leakage=warn.",
         )
     return Checked(prompts, leakage, [*left_out, *leakage_warnings(config, leakage)])
 
 
 def leakage_warnings(config: Config, leakage: Leakage) -> list[str]:
-    """What to tell of the leakage that did not stop the run; nothing under `prompts.leakage=allow`."""
+    """Warnings about leakage that did not stop the run; none under `prompts.leakage=allow`."""
     if config.prompts.leakage == "allow":
         return []
     kinds = {"with the same text or id": leakage.exact, "nearly word for word": leakage.near}
@@ -131,7 +131,7 @@ def make_prompts(config: Config, folder: Path) -> tuple[dict[str, int], dict[str
 
 
 def data_identity(config: Config) -> dict[str, str]:
-    """What the prompt table depends on: the settings, the run's seed where a source takes it, local files' content."""
+    """The inputs of the prompt table besides settings: the run's seed if a source uses it, hashes of local files."""
     sources = [*config.prompts.train, *(s for sources in config.prompts.validation.values() for s in sources)]
     sources += [s for test in config.prompts.test.values() for s in test.sources]
     identity = {}
@@ -178,13 +178,12 @@ def _load_set(name: str, sources: Sequence[Source], seed: int, unusable: _Unusab
                     f"{twice}, for two prompts", where=key, fix="name a column of unique ids with id_column."
                 )
             unusable.note("duplicates", f"of {name} that come again", twice)
-        limit = getattr(source, "limit", None)
-        kept |= new if limit is None else {one: new[one] for one in sorted(new, key=_unit_hash)[:limit]}
+        kept |= new
     return [row | {"set": name} for row, _ in kept.values()]
 
 
 def _builtin(source: BuiltinSource, set_name: str, key: str, seed: int) -> Iterator[tuple[dict[str, Any], str]]:
-    """The problems of a source; `seed` is for one that has none of its own."""
+    """The problems of a source; `seed` is used if the source has none."""
     from cropi.builtin import generate
 
     options = source.model_dump(exclude={"type", "families"})
@@ -203,7 +202,7 @@ def _builtin(source: BuiltinSource, set_name: str, key: str, seed: int) -> Itera
 def _reasoning_gym(
     source: ReasoningGymSource, set_name: str, key: str, seed: int
 ) -> Iterator[tuple[dict[str, Any], str]]:
-    """The problems of a source; each role has seeds of its own."""
+    """The problems of a source; each role has its own seeds."""
     try:
         import reasoning_gym
     except ImportError:
@@ -216,7 +215,7 @@ def _reasoning_gym(
         try:
             problems = reasoning_gym.create_dataset(task, size=source.count, seed=drawn, **source.options)
             entries = [problems[number] for number in range(source.count)]
-        except Exception as error:  # tasks check their settings in ways of their own
+        except Exception as error:  # tasks raise many kinds
             raise DataError(
                 f"the task {task!r} cannot be made: {error}", where=key, fix="check its name and options."
             ) from None
@@ -234,7 +233,7 @@ def _reasoning_gym(
 
 
 def _from_rows(source: FileSource | HubSource, key: str, unusable: _Unusable) -> list[tuple[dict[str, Any], str]]:
-    """(prompt, place) of the rows in the source's hash range. Which columns are read is decided once for all rows."""
+    """(prompt, place) of the rows in the source's hash range. The columns are chosen once for all rows."""
     raw = raw_rows(source, key)
     if not raw:
         raise DataError("the source holds no rows", where=key, fix="check its path.")
@@ -260,7 +259,7 @@ def _from_rows(source: FileSource | HubSource, key: str, unusable: _Unusable) ->
 
 
 def _column(rows: Sequence[Row], named: str | None, usual: Sequence[str], what: str, key: str) -> str:
-    """The column that is named, else the first of the usual ones that any row has."""
+    """The configured column, else the first of the usual ones that any row has."""
     names = [named] if named is not None else usual
     for name in names:
         if any(_cell(row, name) is not _ABSENT for row in rows):
@@ -276,7 +275,7 @@ _ABSENT = object()
 
 
 def _cell(row: Row, column: str) -> Any:
-    """What a row holds in a column; `outer.inner` is in an object in the column `outer`."""
+    """The value in a column; `outer.inner` is the key `inner` of an object in the column `outer`."""
     if column in row.values:
         return row.values[column]
     outer, _, inner = column.partition(".")
@@ -285,7 +284,7 @@ def _cell(row: Row, column: str) -> Any:
 
 
 def _value(row: Row, column: str) -> Any:
-    """As `_cell`, but None for an absent column and for what says nothing."""
+    """As `_cell`, but None for an absent column or an empty value."""
     value = _cell(row, column)
     return None if value is _ABSENT or _is_nothing(value) else value
 
@@ -298,21 +297,21 @@ def _is_nothing(value: Any) -> bool:
 
 
 def _written(value: Any) -> str:
-    """As one writes it: whole numbers without a point, which pandas gives them where a column has gaps."""
+    """Write whole numbers without the decimal point that pandas adds if a column has gaps."""
     whole = isinstance(value, float) and value.is_integer() and abs(value) < 2**53
     return str(int(value) if whole else value)
 
 
 def _prompt(source: FileSource | HubSource, row: Row, columns: dict[str, str], key: str) -> dict[str, Any]:
-    """A raw row in the project's columns."""
+    """Convert a raw row to the project's columns."""
     answer = _answer(row, columns["answer"], key)
     name = Path(source.path).stem if isinstance(source, FileSource) else source.dataset
     identity = _value(row, columns.get("id", "prompt_id"))
-    extra = _extra(row, source, key)
-    origin = _value(row, source.source_column or "source") or _value(row, "data_source")
+    extra = next((row.values[name] for name in EXTRA_COLUMNS if isinstance(row.values.get(name), dict)), None)
+    origin = _value(row, "source") or _value(row, "data_source")
     origin = origin or (extra or {}).get("source_dataset") or name
     refuse_unseen(row.values, row.where, key)
-    fix = "mend the row, or name another column with prompt_column."
+    fix = "correct the row, or name another column with prompt_column."
     messages = checked_messages(_value(row, columns["prompt"]), row.where, key, fix)
     if columns["prompt"] != "prompt" and not isinstance(messages, str) and messages[-1]["role"] == "assistant":
         raise DataError(
@@ -327,7 +326,7 @@ def _prompt(source: FileSource | HubSource, row: Row, columns: dict[str, str], k
     except TypeError as error:
         raise DataError(f"{row.where}: the messages are not JSON ({error})", where=key, fix=fix) from None
     except UnicodeEncodeError:
-        raise DataError(f"{row.where} holds half a surrogate pair", where=key, fix="mend the row's text.") from None
+        raise DataError(f"{row.where} holds half a surrogate pair", where=key, fix="correct the row's text.") from None
     return {
         "prompt_id": _written(identity) if identity is not None else content_id(text, answer),
         "source": _written(origin),
@@ -348,23 +347,10 @@ def _answer(row: Row, column: str, key: str) -> str:
     return _written(answer)
 
 
-def _extra(row: Row, source: FileSource | HubSource, key: str) -> dict[str, Any] | None:
-    if source.extra_column is not None:
-        value = row.values.get(source.extra_column)
-        if not isinstance(value, dict):
-            raise DataError(
-                f"{row.where}: the column {source.extra_column} holds no object",
-                where=key,
-                fix="mend the row, or leave extra_column out.",
-            )
-        return value
-    return next((row.values[name] for name in EXTRA_COLUMNS if isinstance(row.values.get(name), dict)), None)
-
-
 def checked_messages(messages: Any, where: str, key: str, fix: str) -> str | list[dict[str, Any]]:
-    """A prompt as it is put to the policy: text, or chat messages with all that they hold but keys without a value.
+    """Check a prompt: text, or chat messages. Keys without a value are removed.
 
-    Raises DataError for a message without role or content (tool calls may stand for it), and for images and the like.
+    Raises DataError for a message without role or content (tool calls may replace it), and for images and the like.
     """
 
     def refused(what: str) -> DataError:
@@ -395,13 +381,13 @@ def checked_messages(messages: Any, where: str, key: str, fix: str) -> str | lis
 
 
 def refuse_unseen(values: Mapping[str, Any], where: str, key: str) -> None:
-    """DataError for columns that ask for another prompt than the one that TRL makes of a row."""
+    """DataError for columns that would make TRL build another prompt from the row."""
     for column in UNSEEN_COLUMNS:
         if column in values and not _is_nothing(values[column]):
             raise DataError(
-                f"{where}: the column `{column}` would change what the policy is shown, and training leaves it out",
+                f"{where}: the column `{column}` would change what the policy is shown, and training ignores it",
                 where=key,
-                fix="write what it holds into the messages, and remove or rename the column.",
+                fix="write its content into the messages, and remove or rename the column.",
             )
 
 
@@ -411,5 +397,5 @@ def content_id(text: str, answer: str) -> str:
 
 
 def _unit_hash(identity: str) -> float:
-    """A number in [0, 1) that depends on an id alone."""
+    """A number in [0, 1) that depends only on an id."""
     return int.from_bytes(hashlib.sha256(identity.encode()).digest()[:6], "big") / (1 << 48)

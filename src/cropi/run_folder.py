@@ -17,8 +17,7 @@ import platform
 import re
 import shutil
 import weakref
-from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import metadata
@@ -30,28 +29,21 @@ import pyarrow.compute as pc
 
 from cropi.artifacts import (
     BEGUN,
-    EVALUATION,
     MANIFEST,
     PROMPTS,
-    check_file,
-    check_streams,
-    corrupt,
-    cut_jsonl,
-    finish,
-    is_finished,
     open_artifact,
-    read_manifest,
     read_sealed,
     read_table,
     remove_parts,
     wait_for_files,
     write_json,
     write_sealed,
-    write_table,
 )
 from cropi.config import Config, config_difference, deciding
 from cropi.errors import ArtifactError, ConfigError
 from cropi.parallel import process_group
+from cropi.run_tables import TrainPrompts
+from cropi.streams import check_streams, cut_jsonl
 
 
 @dataclass(frozen=True)
@@ -140,82 +132,6 @@ def checkpoints(folder: Path, last: int) -> dict[int, Path]:
     """The checkpoints of ours in a folder, finished or not, by steps up to the last one of the training."""
     found = {checkpoint_step(path): path for path in folder.glob("checkpoint-*")}
     return {step: path for step, path in found.items() if step is not None and step <= last}
-
-
-def evaluation_files(folder: Path, *, all_there: bool = False) -> dict[int, Path]:
-    """Tables of finished evaluations by optimiser step, in ascending order; step 0 is the base policy.
-
-    ArtifactError where one is damaged, and with `all_there` where one is missing.
-    """
-    known = read_manifest(folder, EVALUATED, made_by="cropi run").files if is_finished(folder) else {}
-    again = "go on with `cropi run`: it is measured again, if the checkpoint of its step is still there."
-    for name, checksum in known.items():
-        if all_there or (folder / name).is_file():
-            check_file(folder / name, checksum, f"delete {folder / name} and {again}")
-    found = {_evaluated_at(path.name): path for path in folder.glob("step-*") if STEP_FILE.fullmatch(path.name)}
-    for path in found.values():
-        if all_there and path.name not in known:
-            raise corrupt(path, "is not in its manifest", again)
-    return {step: path for step, path in sorted(found.items()) if path.name in known}
-
-
-def keep_evaluation(folder: Path, step: int, rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> None:
-    """Write the table of an evaluation, and the manifest of all in the folder."""
-    path = folder / f"step-{step:06}.parquet"
-    write_table(path, rows, EVALUATION)
-    before = read_manifest(folder, EVALUATED, made_by="cropi run") if is_finished(folder) else None
-    known = {} if before is None else {name: found for name, found in before.files.items() if name != path.name}
-    inputs = {"settings": {**({} if before is None else before.inputs["settings"]), **settings}}
-    finish(folder, EVALUATED, inputs=inputs, counts={}, known=known, names=sorted([*known, path.name]))
-
-
-def forget_evaluations(folder: Path, step: int) -> None:
-    """Drop evaluations beyond the step that an interrupted training goes on from."""
-    if is_finished(folder):
-        before = read_manifest(folder, EVALUATED, made_by="cropi run")
-        kept = {name: checksum for name, checksum in before.files.items() if _evaluated_at(name) <= step}
-        finish(folder, EVALUATED, inputs=before.inputs, counts={}, known=kept, names=kept)
-    for path in folder.glob("step-*.parquet"):
-        if STEP_FILE.fullmatch(path.name) and _evaluated_at(path.name) > step:
-            path.unlink()
-
-
-def _evaluated_at(name: str) -> int:
-    return int(name.removeprefix("step-").removesuffix(".parquet"))
-
-
-class TrainPrompts(Mapping[str, dict[str, Any]]):
-    """Training prompts by id, in ascending order of id. Rows are made from columns when they are asked for."""
-
-    def __init__(self, table: pa.Table) -> None:
-        wide = [pa.field(f.name, pa.large_string() if f.type == pa.string() else f.type) for f in table.schema]
-        self._table = table.cast(pa.schema(wide)).sort_by("prompt_id").combine_chunks()
-        self._ids: list[str] = self._table.column("prompt_id").to_pylist()
-
-    def __getitem__(self, prompt_id: str) -> dict[str, Any]:
-        place = bisect_left(self._ids, prompt_id)
-        if place == len(self._ids) or self._ids[place] != prompt_id:
-            raise KeyError(prompt_id)
-        return self._table.slice(place, 1).to_pylist()[0]
-
-    def __contains__(self, prompt_id: object) -> bool:
-        place = bisect_left(self._ids, prompt_id) if isinstance(prompt_id, str) else len(self._ids)
-        return place < len(self._ids) and self._ids[place] == prompt_id
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._ids)
-
-    def __len__(self) -> int:
-        return len(self._ids)
-
-    def rows(self) -> Iterator[dict[str, Any]]:
-        """All rows, a block of them in memory at a time."""
-        for start in range(0, len(self._ids), BLOCK_ROWS):
-            yield from self._table.slice(start, BLOCK_ROWS).to_pylist()
-
-    def column(self, name: str) -> list[Any]:
-        """One column, in the order of the ids."""
-        return self._table.column(name).to_pylist()
 
 
 class RunFolder:
@@ -362,15 +278,12 @@ class RunFolder:
         return TrainPrompts(self._prompt_table.filter(pc.equal(self._prompt_table.column("set"), "train")))
 
 
-EVALUATED = "evaluation"  # kind of artifact
-STEP_FILE = re.compile(r"step-(\d+)\.parquet")
 BEFORE_TRAINING = ("prompts", "representations", "trajectories")
 BY_STAGE = ("scores", "features", "selections", "fresh", "fresh-validation", "screened", "reused")
 OUTSIDE = "other-checkpoints"
 CONFIG = "config.json"
 ENVIRONMENT = "environment.json"
 LOCK = "lock"
-BLOCK_ROWS = 1 << 14
 SHOWN_CHANGES = 5
 PACKAGES = ("cropi", "torch", "transformers", "trl", "accelerate", "datasets", "tokenizers", "numpy", "pyarrow")
 

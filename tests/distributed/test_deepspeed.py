@@ -16,7 +16,8 @@ from tests.distributed.launching import finished, launch
 from tests.runs import SMALL, evaluations, json_lines, selections
 from tests.trl.test_trainer import trained_by_two
 
-from cropi.artifacts import finish, read_jsonl, read_manifest
+from cropi.artifacts import finish, read_manifest
+from cropi.streams import read_jsonl
 from cropi.training.sharding import PLAIN, ZERO
 
 pytest.importorskip("deepspeed")

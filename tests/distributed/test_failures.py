@@ -13,8 +13,8 @@ import pytest
 from tests.distributed.launching import kill_a_rank, launch
 from tests.runs import SMALL, evaluations, selections
 
-from cropi.artifacts import read_jsonl
 from cropi.ledger import Ledger
+from cropi.streams import read_jsonl
 
 pytestmark = pytest.mark.slow
 

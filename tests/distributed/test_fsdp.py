@@ -13,7 +13,9 @@ import pytest
 from tests.distributed.launching import LAUNCHER, finished, launch
 from tests.runs import SMALL, cropi, evaluations, selections
 
-from cropi.artifacts import EVALUATION, TRAJECTORIES, read_jsonl, read_table, scores_schema
+from cropi.artifacts import EVALUATION, TRAJECTORIES, read_table
+from cropi.run_tables import scores_schema
+from cropi.streams import read_jsonl
 
 pytestmark = pytest.mark.slow
 

@@ -12,7 +12,8 @@ import pytest
 from tests.distributed.launching import launch
 from tests.runs import SMALL, cropi, evaluations, json_lines, selections
 
-from cropi.artifacts import TRAJECTORIES, read_jsonl, read_table
+from cropi.artifacts import TRAJECTORIES, read_table
+from cropi.streams import read_jsonl
 from cropi.training.rollouts import rollout_files
 
 pytestmark = pytest.mark.slow

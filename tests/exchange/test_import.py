@@ -115,17 +115,17 @@ def test_what_was_scored_by_other_trajectories_is_in_the_way(
 ) -> None:
     path = write_verl(tmp_path / "1.jsonl", sampled, 1)
     select(half, 0)
-    with pytest.raises(ArtifactError, match="made from the trajectories that were there before"):
+    with pytest.raises(ArtifactError, match="made from earlier trajectories"):
         imported(half, path)
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", '{"prompt": "x"}\n', "no dump of rollouts"),
-        ("a.jsonl", "not json\n", "no dump of rollouts"),
-        ("a.parquet", "PAR1", "no dump of rollouts"),
-        ("a.jsonl", '{"input": "x", "output": "y", "step": 1}\n', "no two rollouts are of one training prompt"),
+        ("a.jsonl", '{"prompt": "x"}\n', "not a dump of rollouts"),
+        ("a.jsonl", "not json\n", "not a dump of rollouts"),
+        ("a.parquet", "PAR1", "not a dump of rollouts"),
+        ("a.jsonl", '{"input": "x", "output": "y", "step": 1}\n', "no two rollouts belong to one training prompt"),
     ],
 )
 def test_what_cannot_be_read_is_refused(half: Run, name: str, content: str, message: str, tmp_path: Path) -> None:
@@ -133,7 +133,7 @@ def test_what_cannot_be_read_is_refused(half: Run, name: str, content: str, mess
     path.write_text(content)
     with pytest.raises(DataError, match=message):
         imported(half, path)
-    with pytest.raises(DataError, match="there are no rollouts"):
+    with pytest.raises(DataError, match="holds no rollouts"):
         imported(half, tmp_path / "nowhere.jsonl")
 
 

@@ -8,7 +8,7 @@ import pytest
 from tests.conftest import tiny_llama
 from tests.stages.test_score import MIXED, SOLVED, UNREADABLE, VALIDATION, config, group, table
 
-from cropi.artifacts import read_table, scores_schema
+from cropi.artifacts import read_table
 from cropi.config import (
     CANDIDATES,
     GradientNormStrategy,
@@ -24,6 +24,7 @@ from cropi.gradients.groups import Group
 from cropi.gradients.influence import influence
 from cropi.gradients.reference import prompt_gradient
 from cropi.gradients.surrogate import surrogate_settings
+from cropi.run_tables import scores_schema
 from cropi.seeds import unit_interval
 from cropi.stages.score import ScoredPool, score_pool
 

@@ -15,10 +15,11 @@ from tests.stages.test_score import NAMES, SOURCES, TABLES, config
 from torch.distributed.device_mesh import DeviceMesh
 
 from cropi import parallel
-from cropi.artifacts import read_table, scores_schema
+from cropi.artifacts import read_table
 from cropi.gradients import evidence, parts, storing
 from cropi.gradients.storing import FeatureRequest
 from cropi.gradients.surrogate import surrogate_settings
+from cropi.run_tables import scores_schema
 from cropi.stages.score import ScoredPool, score_pool
 
 pytestmark = pytest.mark.slow  # processes of its own for every worker of the tests

@@ -11,7 +11,7 @@ from datasets import Dataset
 from tests.runs import SMALL, cropi
 from trl import GRPOConfig, GRPOTrainer
 
-from cropi.artifacts import OK, TRAJECTORIES, TRUNCATED, read_table, scores_schema, write_table
+from cropi.artifacts import OK, TRAJECTORIES, TRUNCATED, read_table, write_table
 from cropi.config import PolicyConfig
 from cropi.functional.surrogate import NORMALIZER_OF_LOSS
 from cropi.gradients.engine import Engine, segment_of
@@ -21,6 +21,7 @@ from cropi.gradients.reference import prompt_gradient
 from cropi.gradients.surrogate import SurrogateSettings
 from cropi.policy import load_policy
 from cropi.rollouts.shards import read_trajectories
+from cropi.run_tables import scores_schema
 
 LENGTH, COUNT, TEMPERATURE = 6, 8, 1.3
 Gradients = dict[str, torch.Tensor]

@@ -16,40 +16,35 @@ from cropi.artifacts import (
     SELECTION,
     TRAJECTORIES,
     TRUNCATED,
-    append_jsonl,
     count_status,
     finish,
-    scores_schema,
     write_table,
 )
 from cropi.config import Config
 from cropi.loading import validate_config
-from cropi.run_folder import RunFolder, keep_evaluation
+from cropi.run_folder import RunFolder
+from cropi.run_tables import keep_evaluation, scores_schema
+from cropi.streams import append_jsonl
 
 BUILTIN = {"type": "builtin", "families": ["sum"], "count": 4}
 SOURCES = ("sum", "swaps", "sort")
 VALIDATION = ("alpha", "beta")
 
 # Right and wrong answers by test set: `near` and `far` are targeted. Means of means: (near + far) / 2.
-# The base policy starts at 0.125; the others end at 1, 0.625 and 0.25.
+# The base policy starts at 0.125; training ends at 1.
 BASE = {"near": "1000", "far": "00", "other": "10"}
 WINNING = {2: ("1100", "10", "10"), 4: ("1110", "10", "10"), 6: ("1111", "10", "10"), 8: ("1111", "11", "10")}
-SLOW = {2: ("1000", "00", "10"), 4: ("1100", "00", "10"), 6: ("1100", "10", "00"), 8: ("1110", "10", "00")}
-POOR = {2: ("1000", "00", "10"), 4: ("1000", "00", "10"), 6: ("1000", "00", "10"), 8: ("1100", "00", "10")}
 
 
 @dataclass
 class Fabrication:
     """Everything that can be varied about the fabricated run."""
 
-    strategies: tuple[str, ...] = ("influence", "full", "random")  # the first is the main arm's
-    evaluations: Mapping[str, Mapping[int, tuple[str, str, str]]] = field(
-        default_factory=lambda: {"influence": WINNING, "full": SLOW, "random": POOR}
-    )
+    strategy: str = "influence"
+    evaluations: Mapping[int, tuple[str, str, str]] = field(default_factory=lambda: WINNING)
     base: Mapping[str, str] | None = field(default_factory=lambda: dict(BASE))
     settings: Mapping[str, Any] = field(default_factory=dict)
     prompts: int = 12
-    scored: str = "influence"  # the arm that has scores
     stages_scored: int = 2
     stages_selected: int = 2
     collected: bool = True
@@ -77,10 +72,9 @@ def make_config(folder: Path, made: Fabrication) -> Config:
         },
         "verifier": {"type": "exact"},
         "collect": {"num_generations": 4, "max_completion_length": 8},
-        "select": {"strategy": {"type": made.strategies[0]}, "fraction": 0.25},
-        "baselines": [{"type": name} for name in made.strategies[1:]],
+        "select": {"strategy": {"type": made.strategy}, "fraction": 0.25},
         "train": {"stages": 2, "steps_per_stage": 4},
-        "evaluate": {"every": 2, "bootstrap": 200},
+        "evaluate": {"every": 2},
     }
     return validate_config(values | made.settings, "test")
 
@@ -147,11 +141,11 @@ def write_trajectories(space: RunFolder, made: Fabrication) -> None:
     write_table(space.trajectories / "part-train-00000.parquet", rows, TRAJECTORIES)
     counts = {"ok": len(rows) - 1, "prompt_too_long": 1, "truncated": 1}
     finish(space.trajectories, "trajectories", inputs={}, counts=counts)
-    append_jsonl(space.folder / "ledger.jsonl", charge("", "collect", None, 10.0, tokens=144))
+    append_jsonl(space.folder / "ledger.jsonl", charge("collect", None, 10.0, tokens=144))
 
 
-def charge(arm: str, phase: str, stage: int | None, seconds: float, **more: int) -> dict[str, Any]:
-    return {"arm": arm, "phase": phase, "stage": stage, **more, "seconds": seconds}
+def charge(phase: str, stage: int | None, seconds: float, **more: int) -> dict[str, Any]:
+    return {"phase": phase, "stage": stage, **more, "seconds": seconds}
 
 
 def influence_of(number: int, stage: int, name: str) -> float:
@@ -190,7 +184,7 @@ def write_scores(space: RunFolder, made: Fabrication, stage: int) -> None:
             row[f"influence/{name}"] = influence_of(number, stage, name) if signal else 0.0
             row[f"standard_error/{name}"] = standard_error(stage, name) if signal and made.errors else None
         rows.append(row)
-    folder = space.arm(made.scored).scores(stage)
+    folder = space.stages.scores(stage)
     write_table(folder / "scores.parquet", rows, scores_schema(VALIDATION))
     details = {
         "reliability": reliability_of(made),
@@ -198,14 +192,15 @@ def write_scores(space: RunFolder, made: Fabrication, stage: int) -> None:
         "drift": {"ratio_ess": 1 - 0.25 * stage, "clip_share": 0.125 * stage, "kl": 0.02 * stage},
     }
     finish(folder, "scores", inputs={}, counts=count_status(row["status"] for row in rows), details=details)
-    append_jsonl(space.folder / "ledger.jsonl", charge(made.scored, "score", stage, 3.0, tokens=100))
+    append_jsonl(space.folder / "ledger.jsonl", charge("score", stage, 3.0, tokens=100))
 
 
-def write_selection(space: RunFolder, made: Fabrication, arm: str, stage: int) -> None:
+def write_selection(space: RunFolder, made: Fabrication, stage: int) -> None:
     """A quarter of the pool (all of it for `full`), taken in the pool's order from a place that moves on by stage."""
-    prompts = train_rows(made)
-    size = len(prompts) if arm == "full" else len(prompts) // 4
-    first = stage * (size // 3) if arm == "influence" else 0
+    prompts, strategy = train_rows(made), made.strategy
+    scored = VALIDATION if strategy == "influence" else ()
+    size = len(prompts) if strategy == "full" else len(prompts) // 4
+    first = stage * (size // 3) if strategy == "influence" else 0
     order = [*prompts[first:], *prompts[:first]]
     rows = [
         {
@@ -214,30 +209,29 @@ def write_selection(space: RunFolder, made: Fabrication, arm: str, stage: int) -
             "selected": place < size,
             "rank": place + 1,
             "score": 1 / (place + 1),
-            "scores": [(name, influence_of(place, stage, name)) for name in VALIDATION] if arm == "influence" else [],
+            "scores": [(name, influence_of(place, stage, name)) for name in scored],
             "pass_rate": 0.5,
             "status": OK,
-            "reason": f"{arm}: #{place + 1}" if place < size else None,
+            "reason": f"{strategy}: #{place + 1}" if place < size else None,
         }
         for place, prompt in enumerate(order)
     ]
-    details = {"asked_for": size, "strategy": arm, "stage": stage}
-    folder = space.arm(arm).selection(stage)
+    details = {"asked_for": size, "strategy": strategy, "stage": stage}
+    folder = space.stages.selection(stage)
     write_table(folder / "selection.parquet", rows, SELECTION)
     finish(folder, "selection", inputs={}, counts={"selected": size, "left_out": len(rows) - size}, details=details)
-    append_jsonl(space.folder / "ledger.jsonl", charge(arm, "select", stage, 0.5))
+    append_jsonl(space.folder / "ledger.jsonl", charge("select", stage, 0.5))
 
 
-def write_training(space: RunFolder, made: Fabrication, arm: str) -> None:
+def write_training(space: RunFolder, made: Fabrication) -> None:
     """Eight steps of 2 s and 30 tokens; evaluations of 1.5 s each."""
-    folder = space.arm(arm).folder
     for step in range(1, 9):
-        append_jsonl(folder / "steps.jsonl", {"step": step, "seconds": 2.0})
+        append_jsonl(space.stages.steps, {"step": step, "seconds": 2.0})
         row = {"step": step - 1, "prompt_ids": ["p000"], "rewards": [1.0], "verdicts": {"correct": 1}, "tokens": 30}
-        append_jsonl(folder / "rewards.jsonl", row)
-    for step, marks in made.evaluations.get(arm, {}).items():
-        write_evaluation(space.arm(arm).evaluation, step, dict(zip(("near", "far", "other"), marks, strict=True)))
-        append_jsonl(space.folder / "ledger.jsonl", charge(arm, "evaluate", step // 4, 1.5))
+        append_jsonl(space.stages.rewards, row)
+    for step, marks in made.evaluations.items():
+        write_evaluation(space.stages.evaluations, step, dict(zip(("near", "far", "other"), marks, strict=True)))
+        append_jsonl(space.folder / "ledger.jsonl", charge("evaluate", step // 4, 1.5))
 
 
 def fabricate_in(folder: Path, made: Fabrication) -> RunFolder:
@@ -248,16 +242,15 @@ def fabricate_in(folder: Path, made: Fabrication) -> RunFolder:
         write_prompts(space, made)
         write_trajectories(space, made)
     if made.base is not None:
-        write_evaluation(space.evaluation, 0, made.base)
-        append_jsonl(space.folder / "ledger.jsonl", charge("", "evaluate", 0, 4.0))
-    if made.scored in made.strategies:
+        write_evaluation(space.stages.evaluations, 0, made.base)
+        append_jsonl(space.folder / "ledger.jsonl", charge("evaluate", None, 4.0))
+    if space.config.select.strategy.reads_scores:
         for stage in range(made.stages_scored):
             write_scores(space, made, stage)
-    for arm in made.strategies:
-        for stage in range(made.stages_selected):
-            write_selection(space, made, arm, stage)
-        if made.trained:
-            write_training(space, made, arm)
+    for stage in range(made.stages_selected):
+        write_selection(space, made, stage)
+    if made.trained:
+        write_training(space, made)
     return space
 
 

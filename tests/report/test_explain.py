@@ -4,13 +4,15 @@ import shutil
 import numpy as np
 import pytest
 
-from cropi.artifacts import SELECTION, append_jsonl, finish, scores_schema, write_table
+from cropi.artifacts import SELECTION, finish, write_table
 from cropi.config import InfluenceStrategy, LearnabilityStrategy, PassRateStrategy
 from cropi.curriculum.candidates import Candidates, Ranking
 from cropi.curriculum.choose import choose, selection_table
 from cropi.errors import ArtifactError, UserError
 from cropi.report.explain import WHY_NOT, Cut, SetInfluence, Trained, explanations, outcome
 from cropi.report.explain_text import LEGEND, as_text
+from cropi.run_tables import scores_schema
+from cropi.streams import append_jsonl
 
 NAMES = ("alpha", "beta")
 INFLUENCE = InfluenceStrategy(type="influence")
@@ -30,9 +32,9 @@ RANKED = ["p005", "p000", "p003", "p001"]  # two places
 
 @pytest.fixture
 def space(fabricate):
-    """Six prompts, of which stage 0 has scores and a selection; the prompt table and arms are the fabricated ones."""
+    """Six prompts, of which stage 0 has scores and a selection; the prompt table is the fabricated one."""
     space = fabricate(prompts=6, stages_scored=0, stages_selected=0, trained=False)
-    folder = space.arm("influence").scores(0)
+    folder = space.stages.scores(0)
     rows = [
         {
             "prompt_id": prompt_id,
@@ -59,7 +61,7 @@ def space(fabricate):
 
 
 def write_selection(space):
-    folder = space.arm("influence").selection(0)
+    folder = space.stages.selection(0)
     rows = [
         {
             "prompt_id": prompt_id,
@@ -116,7 +118,7 @@ def test_training_by_stage(space):
         (4, ["p000", "p000", "p001", "p001"], [0.0, None, 1.0, 1.0]),  # the second stage begins at step 4
     ]
     for step, ids, rewards in batches:
-        append_jsonl(space.arm("influence").rewards, {"step": step, "prompt_ids": ids, "rewards": rewards})
+        append_jsonl(space.stages.rewards, {"step": step, "prompt_ids": ids, "rewards": rewards})
     found = explained(space, "p000", "p003")
     assert found["p000"].trained == Trained(3, 6, pytest.approx(3 / 5))
     assert found["p000"].stages[0].trained == Trained(2, 4, 0.75)
@@ -139,7 +141,7 @@ def test_one_stage_or_all_that_are_there(fabricate):
 
 
 def test_scores_without_a_selection_are_told(space):
-    shutil.rmtree(space.arm("influence").selection(0))
+    shutil.rmtree(space.stages.selection(0))
     facts = explained(space, "p000")["p000"].stages[0]
     assert (facts.selected, facts.rank, facts.outcome) == (None, None, "scored, nothing selected yet")
     assert facts.influence["alpha"].rank == 1
@@ -147,13 +149,13 @@ def test_scores_without_a_selection_are_told(space):
         explained(space, top=1)
 
 
-def test_arms_without_influence_are_explained_by_their_strategy(fabricate):
-    space = fabricate(trained=False)
-    facts = explained(space, "p000", arm="random", stage=0)["p000"].stages[0]
+def test_strategies_without_influence_are_explained(fabricate):
+    space = fabricate(strategy="random", trained=False)
+    facts = explained(space, "p000", stage=0)["p000"].stages[0]
     assert (facts.outcome, facts.influence, facts.top_probability) == ("selected (random: #1)", {}, None)
 
 
-def test_a_static_arm_is_explained_by_the_scores_of_its_first_stage(fabricate):
+def test_a_static_strategy_is_explained_by_the_scores_of_its_first_stage(fabricate):
     settings = {"select": {"strategy": {"type": "influence", "static": True}, "fraction": 0.25}}
     space = fabricate(settings=settings, stages_scored=1, trained=False)
     first, second = explained(space, "p003")["p003"].stages
@@ -180,9 +182,8 @@ def test_scores_without_errors_say_so(fabricate):
         (["p000", "q"], {}, "no training prompt 'q'"),
         (["v-alpha"], {}, "is a prompt of validation/alpha"),
         (["seed=1"], {}, "name the run's folder"),
-        (["p000"], {"arm": "influnce"}, "give one of: influence, full, random"),
         (["p000"], {"stage": 2}, "give 0 to 1"),
-        (["p000"], {"stage": 1}, "stage 1 of influence has neither"),
+        (["p000"], {"stage": 1}, "stage 1 has neither"),
     ],
 )
 def test_mistakes_are_named_with_a_way_out(space, ids, options, message):
@@ -211,7 +212,7 @@ def outcomes(fabricate, sources, size, **settings):
     space = fabricate(prompts=len(ids), settings={"select": select}, stages_selected=0, stages_scored=1, trained=False)
     chosen = choose(candidates, ranking, space.config.select, size)
     rows = selection_table(candidates, ranking, chosen).to_pylist()
-    folder = space.arm("influence").selection(0)
+    folder = space.stages.selection(0)
     write_table(folder / "selection.parquet", rows, SELECTION)
     finish(folder, "selection", inputs={}, counts={}, details={"asked_for": size})
     return [found.stages[0].outcome for found in explained(space, *ids).values()]

@@ -5,7 +5,7 @@ import matplotlib as mpl
 import pytest
 
 from cropi.report import figures, reliability_figures
-from cropi.report.drawing import ARM_STYLES
+from cropi.report.drawing import STRATEGY_STYLES
 from cropi.report.reading import Selection, read_scores, read_selections
 from cropi.report.reliability_figures import MAX_BARS, shown_rows
 from cropi.report.shares import MAX_SOURCES, jaccard, random_jaccard, source_shares
@@ -20,20 +20,20 @@ def parsed(svg):
 
 
 def selections_of(space):
-    return {name: read_selections(arm, 2) for name, arm in space.arms.items()}
+    return read_selections(space.stages, 2)
 
 
 def all_figures(space):
     summary, selections = summarise(space.config, space), selections_of(space)
-    scores = read_scores(space.config, space.arm("influence"))
+    scores = read_scores(space.config, space.stages)
     return {
         "curves": figures.learning_curves(summary),
-        "shares": figures.selection_shares(source_shares(selections)),
-        "turnover": figures.turnover(selections, 0.25),
-        "scores": figures.score_distributions(scores, selections["influence"], NAMES),
-        "cost": figures.cost_split(summary),
-        "errors": errors_drawn(scores, selections["influence"]),
-        "worth": reliability_figures.worth_by_stage(summary.arm("influence").stages, NAMES),
+        "shares": figures.selection_shares(source_shares(selections)) if selections else None,
+        "turnover": figures.turnover(jaccard(selections), 0.25) if selections else None,
+        "scores": figures.score_distributions(scores, selections, NAMES),
+        "cost": figures.cost_split(summary.cost),
+        "errors": errors_drawn(scores, selections),
+        "worth": reliability_figures.quality_by_stage(summary.stages, NAMES),
     }
 
 
@@ -71,11 +71,9 @@ def test_figures_do_not_depend_on_the_users_settings_and_leave_them_alone(drawn,
         assert mpl.rcParams["lines.linewidth"] == 9.0
 
 
-def test_every_strategy_has_a_style_of_its_own(fabricate):
-    space = fabricate(strategies=("influence", "full", "random", "learnability", "pass_rate"))
-    assert set(space.config.arms) == set(ARM_STYLES)
-    looks = [(style["color"], style["marker"], str(style["linestyle"])) for style in ARM_STYLES.values()]
-    assert all(len(set(column)) == len(ARM_STYLES) for column in zip(*looks, strict=True))
+def test_every_style_is_its_own():
+    looks = [(style["color"], style["marker"], str(style["linestyle"])) for style in STRATEGY_STYLES.values()]
+    assert all(len(set(column)) == len(STRATEGY_STYLES) for column in zip(*looks, strict=True))
 
 
 def test_names_are_shown_as_they_are(fabricate):
@@ -93,33 +91,33 @@ def test_nothing_to_draw_is_nothing_drawn(fabricate):
 
 def test_scores_without_a_selection_are_drawn(fabricate):
     space = fabricate(stages_selected=0, trained=False)
-    svg = figures.score_distributions(read_scores(space.config, space.arm("influence")), {}, NAMES)
+    svg = figures.score_distributions(read_scores(space.config, space.stages), {}, NAMES)
     assert "selected" not in svg
 
 
 def test_without_errors_no_error_bars_are_drawn(fabricate):
     space = fabricate(errors=False, trained=False)
-    scores = read_scores(space.config, space.arm("influence"))
-    assert errors_drawn(scores, selections_of(space)["influence"]) is None
+    scores = read_scores(space.config, space.stages)
+    assert errors_drawn(scores, selections_of(space)) is None
 
 
 def test_drift_is_drawn_from_two_stages_on_and_reliability_where_it_was_measured(fabricate):
     one = summarise_stages(fabricate(stages_scored=1, stages_selected=1, trained=False))
-    assert reliability_figures.worth_by_stage(one, NAMES) is None
-    drawn = reliability_figures.worth_by_stage(summarise_stages(fabricate(errors=False, trained=False)), NAMES)
+    assert reliability_figures.quality_by_stage(one, NAMES) is None
+    drawn = reliability_figures.quality_by_stage(summarise_stages(fabricate(errors=False, trained=False)), NAMES)
     texts = {element.text for element in parsed(drawn).iter("text")}
     assert "clip share" in texts
     assert "reliability" not in texts
 
 
 def summarise_stages(space):
-    return summarise(space.config, space).arm("influence").stages
+    return summarise(space.config, space).stages
 
 
 def test_the_prompts_shown_are_the_selected_and_as_many_that_follow_with_signal(fabricate):
     space = fabricate(trained=False)
-    scores = read_scores(space.config, space.arm("influence"))
-    selection = selections_of(space)["influence"][0]
+    scores = read_scores(space.config, space.stages)
+    selection = selections_of(space)[0]
     # p000, p001 and p002 are selected; p002, p005 and p008 have no signal.
     assert selection.chosen == {"p000", "p001", "p002"}
     assert [row["prompt_id"] for row in shown_rows(scores[0], selection)] == ["p000", "p001", "p003", "p004", "p006"]
@@ -133,8 +131,8 @@ def test_error_bars_are_one_standard_error_to_either_side(monkeypatch, fabricate
         bars.setdefault(axes.get_subplotspec().num1, []).extend(zip(at, low, high, strict=True))
 
     monkeypatch.setattr("matplotlib.axes.Axes.vlines", noted)
-    scores = read_scores(space.config, space.arm("influence"))
-    reliability_figures.influence_errors(scores[0], selections_of(space)["influence"][0], NAMES, 0.375)
+    scores = read_scores(space.config, space.stages)
+    reliability_figures.influence_errors(scores[0], selections_of(space)[0], NAMES, 0.375)
     assert len(bars[0]) == len(bars[1]) == 5
     assert all((high - low) / 2 == pytest.approx(0.25) for _, low, high in bars[0])
     assert all((high - low) / 2 == pytest.approx(0.5) for _, low, high in bars[1])
@@ -146,8 +144,8 @@ def test_error_bars_are_one_standard_error_to_either_side(monkeypatch, fabricate
 
 def test_a_large_selection_is_thinned_and_stays_small(fabricate):
     space = fabricate(prompts=6000, trained=False, stages_scored=1, stages_selected=1)
-    scores = read_scores(space.config, space.arm("influence"))
-    selection = read_selections(space.arm("influence"), 1)[0]
+    scores = read_scores(space.config, space.stages)
+    selection = read_selections(space.stages, 1)[0]
     assert len(selection.chosen) == 1500
     svg = reliability_figures.influence_errors(scores[0], selection, NAMES, 0.375)
     assert svg.count("<use") < 3 * MAX_BARS + 100  # a mark for each prompt of three panels, and ticks
@@ -163,17 +161,16 @@ def a_selection(sources, taken):
 
 def test_shares_by_hand():
     stage = a_selection(["a", "a", "a", "b"], [True, False, False, True])
-    shares = source_shares({"influence": {0: stage}, "random": {}})
-    assert set(shares) == {"influence"}
-    assert shares["influence"].sources == ["a", "b"]
-    assert shares["influence"].pool == [0.75, 0.25]
-    assert shares["influence"].by_stage == {0: [0.5, 0.5]}
+    shares = source_shares({0: stage})
+    assert shares.sources == ["a", "b"]
+    assert shares.pool == [0.75, 0.25]
+    assert shares.by_stage == {0: [0.5, 0.5]}
 
 
 def test_a_long_list_of_sources_keeps_those_that_matter_and_loses_no_prompt():
     sources = [f"s{number:02}" for number in range(50) for _ in range(2 if number < 30 else 1)]
     last = a_selection(sources, [source == "s49" for source in sources])  # small in the pool, all of the selection
-    shares = source_shares({"influence": {0: last}})["influence"]
+    shares = source_shares({0: last})
     assert len(shares.sources) == MAX_SOURCES
     assert shares.sources[-2:] == ["s49", f"{51 - MAX_SOURCES} other sources"]
     assert sum(shares.pool_counts) == len(sources)

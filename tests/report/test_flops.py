@@ -41,12 +41,12 @@ def test_passes_over_a_batch(overrides: list[str], passes: int):
     ],
 )
 def test_what_a_token_of_the_pool_costs(overrides: list[str], multiple: int):
-    config = load_config("quickstart", ["score.standard_errors=false", *overrides])
+    config = load_config("quickstart", ["select.strategy=influence", "score.standard_errors=false", *overrides])
     assert score_multiple(config.score, len(config.prompts.validation)) == multiple
 
 
 def test_validation_gradients_that_are_scaled_are_made_twice():
-    config = load_config("quickstart", ["score.validation_mean=normalized"])
+    config = load_config("quickstart", ["select.strategy=influence", "score.validation_mean=normalized"])
     assert flops(config, 1, [], [SCORED], []).score == 2 * (2 * 50 + 6 * 7)
 
 

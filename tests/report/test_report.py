@@ -8,14 +8,15 @@ from html.parser import HTMLParser
 import pytest
 from markdown_it import MarkdownIt
 
-from cropi.artifacts import append_jsonl
 from cropi.errors import ArtifactError, printable
 from cropi.loading import load_config
 from cropi.report.closeups import closeups, pick, shortened, telling
+from cropi.report.headline import headline
 from cropi.report.markdown import escaped, fenced
 from cropi.report.reading import read_scores
-from cropi.report.report import make_report, prose
-from cropi.report.summary import headline
+from cropi.report.rendering import prose
+from cropi.report.report import make_report
+from cropi.streams import append_jsonl
 
 HOSTILE = (
     "<script>alert(1)</script>\n```\n````\n| a | b |\n# no heading\n[x](http://example.com) &amp; `code` \ud800\x00"
@@ -157,8 +158,8 @@ PARTS = [
     {"errors": False},
     {"stages_scored": 1, "stages_selected": 1, "trained": False},
     {"evaluations": {}, "stages_scored": 1},
-    {"strategies": ("random",), "evaluations": {"random": {}}},
-    {"strategies": ("full",), "evaluations": {"full": {8: ("1110", "10", "10")}}},
+    {"strategy": "random", "evaluations": {}},
+    {"strategy": "full", "evaluations": {8: ("1110", "10", "10")}},
 ]
 
 
@@ -178,7 +179,7 @@ def test_what_is_not_there_is_said(fabricate):
 
 def test_a_file_that_was_changed_is_refused(fabricate):
     space = fabricate()
-    with (space.arm("influence").selection(1) / "selection.parquet").open("ab") as file:
+    with (space.stages.selection(1) / "selection.parquet").open("ab") as file:
         file.write(b"x")
     with pytest.raises(ArtifactError, match="checksum"):
         make_report(space.config, space.folder)
@@ -195,11 +196,9 @@ def cells(text, *, section):
 
 
 def test_the_result_table(files):
-    rows = {row[0]: row for row in cells(files["report.md"], section=1)}
+    rows = {row[0].strip("`"): row for row in cells(files["report.md"], section=1)}
     assert rows["influence"][1:3] == ["8", "1.00 [1.00, 1.00]"]
-    assert rows["influence"][5:] == ["4", "33.0 s", "384"]
-    assert rows["random"][5:] == ["not reached", "17.0 s", "240"]
-    assert rows["full"][4].startswith("+0.38 [")
+    assert rows["base policy"][1] == "0"
 
 
 def test_the_funnel_counts_every_row(files):
@@ -210,20 +209,19 @@ def test_the_funnel_counts_every_row(files):
     assert ["training groups", "", "mixed", "8", "66.7 %"] in rows
     assert ["training groups", "", "no_signal", "4", "33.3 %"] in rows
     assert ["scores", "influence, stage 1", "ok", "8", "66.7 %"] in rows
-    assert ["selection", "influence, stage 0", "selected", "3", "25.0 %"] in rows
+    assert ["selection", "stage 0", "selected", "3", "25.0 %"] in rows
     assert ["train", "correct", "32", "66.7 %"] in rows
 
 
 def test_the_cost_table(files):
-    rows = {row[0]: row[1:] for row in cells(files["report.md"], section=8)}
-    assert rows["influence"] == ["10.0", "6.0", "1.0", "16.0", "33.0", "6.0", "43.8 %", "144", "240"]
-    assert rows["full"] == ["–", "–", "1.0", "16.0", "17.0", "6.0", "6.2 %", "–", "240"]
-    assert rows["once, for all arms"] == ["10.0", "–", "–", "–", "–", "4.0", "–", "–", "–"]
+    assert ["10.0", "6.0", "1.0", "16.0", "33.0", "10.0", "43.8 %", "144", "240"] in cells(
+        files["report.md"], section=8
+    )
 
 
 def test_the_turnover_table(files):
     rows = cells(files["report.md"], section=4)
-    assert ["influence", "0 → 1", "2", "1", "1", "0.50"] in rows
+    assert ["0 → 1", "2", "1", "1", "0.50"] in rows
 
 
 def section_text(text, number):
@@ -257,30 +255,22 @@ def test_explored_and_rationed_selections_are_not_called_the_best(fabricate):
     assert "About 1.8 of the 3 best ranked prompts of stage 1 are expected" in text
 
 
-def test_the_influence_arm_is_judged_where_it_is_a_baseline(fabricate):
-    space = fabricate(strategies=("random", "influence"), evaluations={})
-    assert "1.8 of 3 selected prompts" in section_text(written(space)["report.md"], 6)
-
-
-@pytest.mark.parametrize("strategy", ["pooled", "gradient_norm", "vcrl"])
+@pytest.mark.parametrize("strategy", ["pooled", "gradient_norm"])
 def test_the_scores_of_any_strategy_are_shown(fabricate, strategy):
-    text = written(fabricate(strategies=(strategy,), scored=strategy, evaluations={}))["report.md"]
-    assert f"over those that `{strategy}` selected" in section_text(text, 5)
+    text = written(fabricate(strategy=strategy, evaluations={}))["report.md"]
     assert ["alpha", "0", "8"] in [row[:3] for row in cells(text, section=5)]
     assert "A second scoring, from as many fresh trajectories" in section_text(text, 6)
 
 
 @pytest.mark.parametrize(
-    ("strategies", "said"),
+    ("strategy", "said"),
     [
-        (("random",), "This run computes no influence: `random` chooses without it."),
-        (("random", "full"), "This run computes no influence: `random` and `full` choose without it."),
-        (("influence",), "Influence has not been computed yet."),
-        (("random", "pooled"), "Influence has not been computed yet."),
+        ("random", "This run computes no influence: `random` chooses without it."),
+        ("influence", "Influence has not been computed yet."),
     ],
 )
-def test_without_scores_it_says_whether_there_will_be_any(fabricate, strategies, said):
-    text = written(fabricate(strategies=strategies, stages_scored=0, evaluations={}))["report.md"]
+def test_without_scores_it_says_whether_there_will_be_any(fabricate, strategy, said):
+    text = written(fabricate(strategy=strategy, stages_scored=0, evaluations={}))["report.md"]
     assert said in section_text(text, 5)
     assert said in section_text(text, 6)
 
@@ -292,7 +282,7 @@ def test_a_run_without_test_sets_shows_the_rewards_of_training(fabricate):
     space = fabricate(settings=settings, evaluations={}, base=None, trained=False)
     for step, rewards in enumerate(([0.0, 1.0], [None, 0.5], [0.5], [0.5], [1.0, 1.0], [1.0])):
         row = {"step": step, "prompt_ids": ["p000"] * len(rewards), "rewards": rewards, "verdicts": {}, "tokens": 3}
-        append_jsonl(space.arm("influence").rewards, row)
+        append_jsonl(space.stages.rewards, row)
     text = written(space)["report.md"]
     assert "has no test set, so its accuracy is not measured" in section_text(text, 1)
     assert "went from 0.50 in the first stage to 1.00 in stage 1" in section_text(text, 1)
@@ -302,7 +292,7 @@ def test_a_run_without_test_sets_shows_the_rewards_of_training(fabricate):
 
 def test_close_ups_show_errors(fabricate):
     space = fabricate(trained=False)
-    scores = read_scores(space.config, space.arm("influence"))
+    scores = read_scores(space.config, space.stages)
     cards = {dict(card.facts)["prompt id"]: dict(card.facts) for card in closeups(space.config, space, scores)[1:]}
     assert cards["p001"]["influence on alpha"].endswith(" ± 0.025")  # 0.25 x 10^-1
     assert cards["p001"]["influence on beta"].endswith(" ± 0.05")
@@ -312,7 +302,7 @@ def test_close_ups_show_errors(fabricate):
 
 def test_close_ups_without_errors_say_so(fabricate):
     space = fabricate(errors=False, trained=False)
-    scores = read_scores(space.config, space.arm("influence"))
+    scores = read_scores(space.config, space.stages)
     facts = dict(closeups(space.config, space, scores)[1].facts)
     assert facts["influence on alpha"].endswith(" ± not measured")
     assert facts["probability of being truly best"] == "not measured"

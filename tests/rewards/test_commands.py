@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 
-from cropi.config import ExactVerifier, NumericVerifier
 from cropi.errors import ConfigError
 from cropi.loading import load_config, parse_verifier
-from cropi.rewards.audit import audit_of
+from cropi.rewards.reward_audit import audit_of
+from cropi.rewards.verifiers.exact_text import ExactVerifier
+from cropi.rewards.verifiers.numeric import NumericVerifier
 from tests.runs import cropi
 
 
@@ -91,7 +92,7 @@ def test_grades_are_shown(tmp_path: Path) -> None:
         ("[1]\n", ["--verifier", "exact"], "standard input, line 1"),
         ("{\n", ["--verifier", "exact"], "standard input, line 1: not JSON"),
         (lines({"completion": "7"}), ["--verifier", "exact"], "lacks completion or answer"),
-        (lines({"completion": 7, "answer": "7"}), ["--verifier", "exact"], "no object with texts"),
+        (lines({"completion": 7, "answer": "7"}), ["--verifier", "exact"], "not an object of texts"),
         (
             lines({"completion": "7", "answer": "7"}),
             ["--verifier", "function", "--option", "path=a.b"],
@@ -230,7 +231,7 @@ def test_the_command_samples_where_nothing_is_collected_and_writes_nothing(tmp_p
     done = cropi("audit-rewards", "quickstart", "--prompts", "6", "--against", "numeric", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
-    assert result["completions"] == 48
+    assert result["completions"] == 24
     assert result["origin"] == "sampled now"
     assert set(result["gold"]) == {"correct"}
     assert result["cheap"] == []

@@ -16,19 +16,17 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cropi.config import (
-    BoxedVerifier,
-    ExactVerifier,
-    FunctionVerifier,
-    Gsm8kVerifier,
-    MathVerifier,
-    NumericVerifier,
-    ReasoningGymVerifier,
-    VerificationConfig,
-)
+from cropi.config import VerificationConfig
 from cropi.errors import ConfigError
 from cropi.rewards.pool import Pool, judge_of
 from cropi.rewards.verdicts import CORRECT, ERROR, TIMEOUT, UNPARSEABLE_GOLD, VERDICTS, WRONG, Answered
+from cropi.rewards.verifiers.boxed import BoxedVerifier
+from cropi.rewards.verifiers.exact_text import ExactVerifier
+from cropi.rewards.verifiers.gsm8k import Gsm8kVerifier
+from cropi.rewards.verifiers.math_answer import MathVerifier
+from cropi.rewards.verifiers.numeric import NumericVerifier
+from cropi.rewards.verifiers.python_function import FunctionVerifier
+from cropi.rewards.verifiers.reasoning_gym import ReasoningGymVerifier
 from tests.rewards import functions, hostile
 
 LIMITS = VerificationConfig(seconds=1.0, memory_mb=256)
@@ -245,7 +243,8 @@ def test_an_interrupt_leaves_no_process_and_a_pool_that_works() -> None:
 def test_processes_end_with_their_owner() -> None:
     """Even where it has no time to say so."""
     code = (
-        "import os, psutil; from cropi.config import FunctionVerifier, VerificationConfig;"
+        "import os, psutil; from cropi.config import VerificationConfig; "
+        "from cropi.rewards.verifiers.python_function import FunctionVerifier;"
         "from cropi.rewards.pool import Pool; from cropi.rewards.verdicts import Answered;"
         "p = Pool(FunctionVerifier(type='function', path='tests.rewards.functions.does'), VerificationConfig());"
         "p([Answered('forked', '7')]); all = psutil.Process().children(recursive=True); assert len(all) == 3;"

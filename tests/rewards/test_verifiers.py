@@ -1,8 +1,14 @@
+import json
+import os
+import shutil
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
-from cropi.config import BoxedVerifier, ExactVerifier, Gsm8kVerifier, NumericVerifier
+import cropi
 from cropi.rewards.verdicts import (
     CORRECT,
     ERROR,
@@ -13,7 +19,11 @@ from cropi.rewards.verdicts import (
     Answered,
     reward,
 )
-from cropi.rewards.verifiers import last_boxed, numbers, verifier, written_gold
+from cropi.rewards.verifier import VerifierTable
+from cropi.rewards.verifiers.boxed import BoxedVerifier, last_boxed
+from cropi.rewards.verifiers.exact_text import ExactVerifier
+from cropi.rewards.verifiers.gsm8k import Gsm8kVerifier
+from cropi.rewards.verifiers.numeric import NumericVerifier, numbers
 
 EXACT = ExactVerifier(type="exact", marker="answer")
 NUMERIC = NumericVerifier(type="numeric")
@@ -85,8 +95,8 @@ BOXED = BoxedVerifier(type="boxed")
         (BOXED, "\\boxed{2}", " ", UNPARSEABLE_GOLD),
     ],
 )
-def test_verdicts(config: object, completion: str, gold: str, verdict: str) -> None:
-    assert verifier(config)(Answered(completion, gold)) == verdict
+def test_verdicts(config: VerifierTable, completion: str, gold: str, verdict: str) -> None:
+    assert config.load()(Answered(completion, gold)) == verdict
 
 
 @pytest.mark.parametrize(
@@ -120,8 +130,8 @@ def test_verdicts(config: object, completion: str, gold: str, verdict: str) -> N
         (NUMERIC, "It is:\n- 5", "5"), (NUMERIC, "10\n-3", "-3"), (NUMERIC, "2\n5", "5"),
     ],
 )  # fmt: skip
-def test_a_number_that_stands_alone_is_read_with_its_sign(config: object, completion: str, gold: str) -> None:
-    assert verifier(config)(Answered(completion, gold)) == CORRECT
+def test_a_number_that_stands_alone_is_read_with_its_sign(config: VerifierTable, completion: str, gold: str) -> None:
+    assert config.load()(Answered(completion, gold)) == CORRECT
 
 
 @pytest.mark.parametrize(
@@ -148,22 +158,22 @@ def test_a_number_that_stands_alone_is_read_with_its_sign(config: object, comple
         (GSM8K, "#### 1 1/2", "1.5"),
     ],
 )  # fmt: skip
-def test_a_number_is_never_cut_out_of_an_expression(config: object, completion: str, gold: str) -> None:
-    assert verifier(config)(Answered(completion, gold)) in (WRONG, UNPARSEABLE_ANSWER)
+def test_a_number_is_never_cut_out_of_an_expression(config: VerifierTable, completion: str, gold: str) -> None:
+    assert config.load()(Answered(completion, gold)) in (WRONG, UNPARSEABLE_ANSWER)
 
 
 @pytest.mark.parametrize("config", [NUMERIC, GSM8K])
 @pytest.mark.parametrize("gold", ["-$5", "- 5", "\u20135", "-\u20ac5", r"-\$5", r"\$-5", "-5", "\u22125"])
-def test_a_gold_answer_is_read_as_an_answer_is(config: object, gold: str) -> None:
-    assert verifier(config)(Answered("#### -5", gold)) == CORRECT
-    assert verifier(config)(Answered("#### 5", gold)) == WRONG
+def test_a_gold_answer_is_read_as_an_answer_is(config: VerifierTable, gold: str) -> None:
+    assert config.load()(Answered("#### -5", gold)) == CORRECT
+    assert config.load()(Answered("#### 5", gold)) == WRONG
 
 
 def test_long_answers_take_linear_time() -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     for piece in ("9", "8 ", "1+", "{", "$", "[5", "\\frac{1}{", "- ", "a_"):
         numbers(piece * 100_000)
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
 
 
 def test_an_unreadable_gold_answer_is_excluded_not_scored_zero() -> None:
@@ -172,8 +182,8 @@ def test_an_unreadable_gold_answer_is_excluded_not_scored_zero() -> None:
 
 
 @pytest.mark.parametrize("config", [EXACT, NUMERIC, GSM8K, BOXED])
-def test_a_gold_answer_as_a_completion_would_write_it_is_right(config: object) -> None:
-    assert verifier(config)(Answered(written_gold(config, "12"), "12")) == CORRECT
+def test_a_gold_answer_as_a_completion_would_write_it_is_right(config: VerifierTable) -> None:
+    assert config.load()(Answered(config.completion_with("12"), "12")) == CORRECT
 
 
 @pytest.mark.parametrize(
@@ -189,3 +199,39 @@ def test_a_gold_answer_as_a_completion_would_write_it_is_right(config: object) -
 )
 def test_the_last_box(text: str, inside: str | None) -> None:
     assert last_boxed(text) == inside
+
+
+ADDED = '''
+from typing import Literal
+
+from cropi.rewards.verdicts import CORRECT, WRONG
+from cropi.rewards.verifier import VerifierTable, Verify
+
+
+class LongEnoughVerifier(VerifierTable):
+    """Right when the completion is long enough."""
+
+    type: Literal["long_enough"]
+    """Picks this verifier."""
+    characters: int = 5
+    """Least length."""
+
+    def load(self) -> Verify:
+        return lambda row: CORRECT if len(row.completion) >= self.characters else WRONG
+'''
+
+
+def test_adding_a_verifier_takes_one_file_and_one_line(tmp_path: Path) -> None:
+    ignored = shutil.ignore_patterns("__pycache__", "*.safetensors")
+    shutil.copytree(Path(cropi.__file__).parent, tmp_path / "cropi", ignore=ignored)
+    folder = tmp_path / "cropi" / "rewards" / "verifiers"
+    (folder / "long_enough.py").write_text(ADDED, encoding="utf-8")
+    text = (folder / "__init__.py").read_text(encoding="utf-8")
+    line = "from cropi.rewards.verifiers.long_enough import LongEnoughVerifier as LongEnoughVerifier\n"
+    last = "from cropi.rewards.verifiers.verl"
+    (folder / "__init__.py").write_text(text.replace(last, line + last), encoding="utf-8")
+    rows = "".join(json.dumps({"completion": text, "answer": ""}) + "\n" for text in ("four", "seven letters"))
+    command = [sys.executable, "-m", "cropi", "verify", "--verifier", "long_enough", "--seconds", "60"]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, input=rows, capture_output=True, text=True)
+    assert [json.loads(line)["verdict"] for line in done.stdout.splitlines()] == [WRONG, CORRECT], done.stderr

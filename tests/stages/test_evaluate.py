@@ -8,7 +8,7 @@ from tests.runs import judge
 from cropi.config import EvaluateConfig
 from cropi.errors import DataError
 from cropi.parallel import ProcessGroup, process_group
-from cropi.run_folder import forget_evaluations, keep_evaluation
+from cropi.run_tables import forget_evaluations, keep_evaluation
 from cropi.stages.evaluate import Exam, Question, accuracy, read_evaluations
 
 PROMPTS = [
@@ -37,7 +37,7 @@ def verify(completion: str, gold: str) -> str:
 
 
 def test_per_prompt_results_and_accuracy_by_hand(tmp_path: Path) -> None:
-    config = EvaluateConfig(samples=4, bootstrap=200)
+    config = EvaluateConfig(samples=4)
     rows = Exam(generate, verify, config, seed=0, block=2).answers(PROMPTS, 7)
     assert [(r["prompt_id"], r["greedy"], r["sampled"], r["samples"]) for r in rows] == [
         ("a", 1.0, 0.5, 4),

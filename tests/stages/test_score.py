@@ -11,7 +11,7 @@ import pytest
 from tests.conftest import tiny_llama
 from tests.runs import SMALL
 
-from cropi.artifacts import TRAJECTORIES, read_table, scores_schema
+from cropi.artifacts import TRAJECTORIES, read_table
 from cropi.config import Config
 from cropi.errors import ArtifactError, ConfigError, SignalError
 from cropi.functional.influence import influence as equation
@@ -23,6 +23,7 @@ from cropi.gradients.store import open_store, stored_directions
 from cropi.gradients.storing import FeatureRequest
 from cropi.gradients.surrogate import surrogate_settings
 from cropi.loading import load_config
+from cropi.run_tables import scores_schema
 from cropi.stages import score as scoring
 from cropi.stages.score import ScoredPool, score_pool
 

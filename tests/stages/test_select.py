@@ -127,7 +127,7 @@ def test_an_empty_selection_is_an_error() -> None:
 
 
 def config() -> Config:
-    return load_config("quickstart", ["select.fraction=0.5"])
+    return load_config("quickstart", ["select.strategy=influence", "select.fraction=0.5"])
 
 
 def write(folder: Path, candidates: Candidates = POOL) -> tuple[bytes, bytes]:

@@ -17,10 +17,11 @@ from tests.stages.test_train import policy
 from tests.training.test_rollouts import differences
 from torch import Tensor
 
-from cropi.artifacts import TRAJECTORIES, read_jsonl, read_table
+from cropi.artifacts import TRAJECTORIES, read_table
 from cropi.errors import ConfigError
 from cropi.loading import load_config
 from cropi.stages.train import StageCallback, TrainTask, train_stages
+from cropi.streams import read_jsonl
 from cropi.training.dynamic import DynamicSampling, check_dynamic_sampling
 from cropi.training.reward import Judged, RecordedReward
 from cropi.training.rollouts import rollout_files

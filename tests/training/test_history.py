@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from cropi.artifacts import append_jsonl
+from cropi.streams import append_jsonl
 from cropi.training.history import never_judged, newest_variances, training_history
 
 

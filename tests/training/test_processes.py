@@ -9,10 +9,11 @@ import torch
 from tests.runs import SMALL, judge
 
 from cropi import parallel
-from cropi.artifacts import TRAJECTORIES, read_jsonl, read_table
+from cropi.artifacts import TRAJECTORIES, read_table
 from cropi.errors import ConfigError
 from cropi.loading import load_config
 from cropi.parallel import ProcessGroup
+from cropi.streams import read_jsonl
 from cropi.training.reward import RecordedReward
 from cropi.training.rollouts import RolloutRecorder, rollout_files
 from cropi.training.settings import grpo_config

@@ -20,11 +20,11 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 from trl import GRPOConfig
 
-from cropi.artifacts import read_jsonl
 from cropi.builtin import POLICY_DIR, generate
 from cropi.console import warn_once
 from cropi.errors import ArtifactError, ConfigError, DataError, PolicyError, SignalError, UserError
 from cropi.stages.score import score_pool
+from cropi.streams import read_jsonl
 from cropi.trl import CurriculumTrainer, Selector, Verified
 from tests.runs import cropi, json_lines
 

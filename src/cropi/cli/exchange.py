@@ -1,4 +1,4 @@
-"""`cropi export` and `cropi import`: selections to other trainers, their rollouts back."""
+"""`cropi export` and `cropi import`: write selections for other trainers, read their rollouts back."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def export(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write a stage's selection as another trainer's files, with its verifier and the commands to use them."""
+    """Write a stage's selection as another trainer's files, with the verifier and the run's settings."""
     loaded = read_config(config, overrides)
     quiet_libraries()
     from cropi.exchange.export import export as write
@@ -54,9 +54,9 @@ def import_rollouts(
     checkpoint: CheckpointOption = None,
     as_json: AsJson = False,
 ) -> None:
-    """Read rollouts of verl or TRL back as trajectories of the run, or of what is scored at a checkpoint.
+    """Read rollouts of verl or TRL as trajectories of the run, or of the scoring at a checkpoint.
 
-    Their log-probs are taken from the policy of that checkpoint, else from the base policy.
+    Log-probs come from the policy of that checkpoint, else from the base policy.
     """
     opened = open_run(config, None)
     from cropi.exchange.dumps import import_rollouts as read

@@ -30,9 +30,6 @@ from cropi.cli.shell import (
     read_own_config,
 )
 from cropi.cli.verify import audit_rewards, verify
-from cropi.lab.audit_command import audit
-from cropi.lab.bench_command import bench
-from cropi.lab.compare_command import compare
 from cropi.parallel import is_first_rank, launched, leave_launcher
 
 app = typer.Typer(
@@ -45,11 +42,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(recipes, name="recipes")
-app.command()(audit)
-app.command()(compare)
 app.command()(verify)
 app.command("audit-rewards")(audit_rewards)
-app.add_typer(bench, name="bench")
 
 
 @app.command()

@@ -37,7 +37,7 @@ def copy_recipe(
     name: Name,
     target: Annotated[Path, typer.Argument(help="Folder or file to write.")] = Path(),
 ) -> None:
-    """Write a recipe to a file, to be changed."""
+    """Write a recipe to a file that you can edit."""
     text = _text(name)
     path = target / f"{name.rpartition('/')[2]}.yaml" if target.is_dir() else target
     if path.exists():

@@ -88,7 +88,7 @@ def read_config(config: str, overrides: list[str] | None) -> Config:
 
 def read_own_config(config: str, overrides: list[str] | None) -> Config:
     """The config that a command names. ConfigError for the curriculum of a TRL script: only the script can go on."""
-    from cropi.config import SCRIPT_REWARDS
+    from cropi.rewards.verifiers.python_function import SCRIPT_REWARDS
 
     loaded = read_config(config, overrides)
     if getattr(loaded.verifier, "path", None) == SCRIPT_REWARDS:

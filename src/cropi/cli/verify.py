@@ -1,4 +1,4 @@
-"""`cropi verify` and `cropi audit-rewards`: is a right answer judged right?"""
+"""`cropi verify` and `cropi audit-rewards`: check that verifiers judge right answers as right."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def verify(
 ) -> None:
     """Judge JSONL rows {"completion", "answer"} from standard input; one verdict a line, in order.
 
-    Rows may have `source`, `prompt` (text or chat messages) and `extra` (an object), for verifiers that ask for them.
+    Rows may have `source`, `prompt` (text or chat messages) and `extra` (an object), for verifiers that need them.
     """
     from cropi.config import VerificationConfig
     from cropi.loading import parse_verifier
@@ -56,7 +56,7 @@ def verify(
                 batch.append(row)
                 if len(batch) == BATCH:
                     flush()
-        except DataError:  # what came before a row that cannot be read is judged
+        except DataError:  # judge the rows before the one that cannot be read
             flush()
             raise
         flush()
@@ -74,9 +74,9 @@ def _rows() -> Iterator[Any]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"not JSON ({error})", where=where, fix="mend that line.") from None
+            raise DataError(f"not JSON ({error})", where=where, fix="correct that line.") from None
         if not isinstance(row, dict) or not all(isinstance(row.get(name, ""), str) for name in TEXTS):
-            raise DataError("is no object with texts", where=where, fix='write {"completion": "…", "answer": "…"}.')
+            raise DataError("is not an object of texts", where=where, fix='write {"completion": "…", "answer": "…"}.')
         if "completion" not in row or "answer" not in row:
             raise DataError("lacks completion or answer", where=where, fix='write {"completion": "…", "answer": "…"}.')
         prompt, extra = row.get("prompt"), row.get("extra")
@@ -99,16 +99,16 @@ def audit_rewards(
     prompts: Annotated[int, typer.Option(min=1, help="Training prompts that completions are sampled for.")] = 64,
     as_json: AsJson = False,
 ) -> None:
-    """Gold answers against themselves, format against pass rate, two verifiers against each other; what to fix.
+    """Check gold answers against themselves, formats, pass rates and a second verifier; say what to fix.
 
-    The completions are those that the run has collected, else sampled now; nothing is written.
+    The completions are those that the run has collected; otherwise they are sampled now. Nothing is written.
     """
     loaded = read_own_config(config, overrides)
     quiet_libraries()
     from cropi.inspection import completions_of
     from cropi.loading import parse_verifier
     from cropi.prompts import load_prompts
-    from cropi.rewards.audit import audit_of
+    from cropi.rewards.reward_audit import audit_of
 
     other = None if against is None else parse_verifier(against, options or [])
     table = load_prompts(loaded)

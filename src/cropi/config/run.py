@@ -11,40 +11,52 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, model_validator
 
-from cropi.config.base import Fraction, FreeTable, Name, Positive, Seed, Table, Temperature
 from cropi.config.data import PolicyConfig, PromptsConfig
 from cropi.config.score import CollectConfig, ScoreConfig
 from cropi.config.select import SelectConfig
-from cropi.config.verifiers import VerificationConfig, Verifier
+from cropi.rewards.verifiers import Verifier
+from cropi.setting_types import Fraction, FreeTable, Name, Positive, PositiveNumber, Seed, Table
+
+
+class VerificationConfig(Table):
+    """The processes that verifiers run in."""
+
+    processes: Annotated[int, Field(ge=1, le=1024)] = 2
+    """Largest number of processes."""
+    seconds: PositiveNumber = 5.0
+    """Wall-clock time for one answer. A process that takes longer is ended; the answer is tried once more and then
+    judged `timeout`."""
+    memory_mb: Positive = 1024
+    """MiB that judging may take beyond what a process has after start-up, if the system can limit it."""
 
 
 class TrainConfig(Table):
-    """Stages of GRPO. An epoch of the trainer is a stage."""
+    """Stages of GRPO. One epoch of the trainer is a stage."""
 
     stages: Annotated[int, Field(ge=1, le=10_000)]
-    """How often prompts are selected (paper: 5)."""
+    """Number of selections (paper: 5)."""
     steps_per_stage: Positive
     """Optimiser steps per stage (paper: 200)."""
     dynamic_sampling: Annotated[int, Field(ge=0, le=1000)] = 0
-    """DAPO's dynamic sampling: how often, at the most, groups of a generation batch whose rewards are all equal are
-    replaced by groups of the stage's next prompts. All that is sampled is charged. 0: off."""
+    """DAPO's dynamic sampling: largest number of times that groups of equal rewards in a generation batch are replaced
+    by groups of the stage's next prompts. All samples count as cost. 0: off."""
 
 
 class RefreshConfig(Table):
-    """Trajectories of later policies in place of the base policy's, for the strategies that read them."""
+    """Newer trajectories that replace the base policy's, for strategies that read them."""
 
     fraction: Fraction = 0.0
-    """Share of the training pool that is sampled anew at the start of every stage after the first: prompts without
-    signal, and those whose trajectories have drifted furthest from the policy."""
+    """Share of the training pool that is sampled again at the start of every later stage: prompts without signal, and
+    those whose trajectories have drifted furthest from the policy."""
     reuse_rollouts: bool = False
-    """Also take the completions that training itself samples, at no cost of sampling."""
+    """Also use the completions that training samples, at no extra cost."""
     validation: bool = False
-    """Also sample the validation prompts anew at the start of every stage after the first, for the strategies that
-    score by them: what they point at is then what the policy cannot do now."""
+    """Also sample the validation prompts again at the start of every later stage, so that scores point at what the
+    current policy cannot do."""
 
     @property
     def active(self) -> bool:
-        """Whether anything is ever newer than the base policy's trajectories."""
+        """Whether any trajectory may be newer than the base policy's."""
         return self.fraction > 0 or self.reuse_rollouts or self.validation
 
 
@@ -54,13 +66,7 @@ class EvaluateConfig(Table):
     every: Positive | None = None
     """Steps between evaluations. Unset: at the end of every stage."""
     samples: Annotated[int, Field(ge=0, le=10_000)] = 0
-    """n of avg@n: sampled completions per prompt beside the greedy one. 0: greedy only."""
-    temperature: Temperature = 1.0
-    """Temperature of the sampled completions."""
-    bootstrap: Annotated[int, Field(ge=1, le=100_000)] = 2000
-    """Redraws over questions behind each interval."""
-    confidence: Annotated[float, Field(gt=0, lt=1)] = 0.95
-    """Coverage of the intervals."""
+    """n of avg@n: completions per prompt, sampled at temperature 1 beside the greedy one. 0: greedy only."""
 
 
 _CODE = re.compile(
@@ -71,7 +77,7 @@ _CODE = re.compile(
 def _without_tilde(path: str) -> str:
     expanded = os.path.expanduser(path)  # noqa: PTH111 - Path would drop a dot in front
     if expanded.startswith("~"):
-        raise ValueError(f"{path} begins with the home of a user that there is not")
+        raise ValueError(f"{path} begins with the home of an unknown user")
     return expanded
 
 
@@ -89,9 +95,9 @@ class Config(Table):
     prompts: PromptsConfig
     """The data."""
     verifier: Verifier
-    """How a completion is judged."""
+    """The judge of completions."""
     verification: VerificationConfig = VerificationConfig()
-    """The processes that judge."""
+    """The processes of the verifier."""
     collect: CollectConfig
     """Trajectory collection."""
     score: ScoreConfig = ScoreConfig()
@@ -103,8 +109,8 @@ class Config(Table):
     refresh: RefreshConfig = RefreshConfig()
     """Newer trajectories for later stages."""
     trainer: FreeTable = Field(default={})
-    """Settings of TRL's GRPOConfig under TRL's own names. Those that belong to a run are set by it and refused here.
-    Batch sizes are those of one process: several share them (docs/scaling.md)."""
+    """Settings of TRL's GRPOConfig under TRL's names. Those that the run sets itself are refused (see below).
+    Batch sizes are those of a single process; several processes share them (docs/scaling.md)."""
     evaluate: EvaluateConfig = EvaluateConfig()
     """Evaluation."""
 
@@ -112,9 +118,9 @@ class Config(Table):
     def _no_code_of_a_model(self) -> Config:
         vllm = {} if self.collect.vllm is None else self.collect.vllm.options
         for place, table in (("trainer", self.trainer), ("collect.vllm.options", vllm)):
-            found = _CODE.search(json.dumps(table, default=str))  # in tables of tables, and in JSON as text, too
+            found = _CODE.search(json.dumps(table, default=str))  # also in nested tables, and in JSON as text
             if found:
-                raise ValueError(f"{place} has {found[1]}: code that comes with a model is never run; leave it out")
+                raise ValueError(f"{place} has {found[1]}: code that comes with a model is never run; remove it")
         return self
 
     @model_validator(mode="after")
@@ -171,11 +177,11 @@ class Config(Table):
         return Path(self.run_dir) / self.name
 
     def resolved(self) -> dict[str, Any]:
-        """Every setting, defaults included, as plain JSON values."""
+        """All settings, defaults included, as plain JSON values."""
         return self.model_dump(mode="json")
 
 
-# Settings of GRPOConfig that a run decides itself, with the place where the user does so.
+# Settings of GRPOConfig that a run sets itself, with the setting to use instead.
 OWNED_TRAINER_KEYS: dict[str, str] = {
     "output_dir": "run_dir and name",
     "max_steps": "train.stages and train.steps_per_stage",
@@ -201,12 +207,11 @@ OWNED_TRAINER_KEYS: dict[str, str] = {
 }
 
 
-# Settings that no result of a stage depends on: they may change while a run is half done.
+# Settings that no result depends on: they may change during a run.
 FREE: dict[str, tuple[str, ...]] = {
     "": ("name", "run_dir"),
     "prompts.": ("leakage",),
-    "verification.": ("processes", "start_seconds"),
-    "evaluate.": ("bootstrap", "confidence"),
+    "verification.": ("processes",),
     "collect.server.": ("url", "concurrency", "timeout", "patience", "api_key_env"),
     "trainer.": (
         *("report_to", "run_name", "logging_steps", "logging_strategy", "logging_first_step", "log_completions"),
@@ -215,11 +220,12 @@ FREE: dict[str, tuple[str, ...]] = {
         *("vllm_server_base_url", "vllm_server_host", "vllm_server_port", "vllm_server_timeout"),
     ),
 }
-SAMPLED_BY = ("seed", "policy", "prompts", "verifier", "verification", "collect")  # tables behind base trajectories
+# Tables that base trajectories depend on.
+SAMPLED_BY = ("seed", "policy", "prompts", "verifier", "verification", "collect")
 
 
 def deciding(resolved: Any, prefix: str = "") -> Any:
-    """Resolved settings without those that decide nothing."""
+    """Resolved settings without those that no result depends on."""
     if not isinstance(resolved, dict):
         return resolved
     return {key: deciding(v, f"{prefix}{key}.") for key, v in resolved.items() if key not in FREE.get(prefix, ())}

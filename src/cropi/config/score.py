@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, AnyHttpUrl, Field, model_validator
 
-from cropi.config.base import Fraction, FreeTable, Positive, PositiveNumber, Seed, Table, Temperature
+from cropi.setting_types import Fraction, FreeTable, Positive, PositiveNumber, Seed, Table, Temperature
 
 
 def _address(url: str) -> str:

@@ -6,8 +6,8 @@ from typing import Annotated
 
 from pydantic import Field
 
-from cropi.config.base import Fraction, Table
 from cropi.config.strategies import Strategy
+from cropi.setting_types import Fraction, Table
 
 
 class FusionConfig(Table):

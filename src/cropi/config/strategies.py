@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from cropi.config.base import Fraction, Name, PositiveNumber, Table
+from cropi.setting_types import Fraction, Name, PositiveNumber, Table
 
 Need = Literal["trajectories", "gradients", "validation", "rewards"]
 """What a strategy reads: stored trajectories of the pool, per-prompt gradients, the validation sets, and the rewards of

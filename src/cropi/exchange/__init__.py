@@ -1,1 +1,1 @@
-"""Selections for trainers that are not ours, in their formats, and their rollouts back as trajectories."""
+"""Export selections in the formats of other trainers, and import their rollouts as trajectories."""

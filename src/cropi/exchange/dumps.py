@@ -1,4 +1,4 @@
-"""`cropi import`: rollouts that another trainer has written, read back as trajectories."""
+"""`cropi import`: read rollouts of another trainer as trajectories."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ SHARD_PROMPTS = 256
 
 
 class Rollout(NamedTuple):
-    """A completion of a dump: its prompt as the trainer wrote it, and the optimiser step it was sampled at."""
+    """A completion of a dump, its prompt as the trainer wrote it, and its optimiser step."""
 
     prompt: str
     completion: str
@@ -46,23 +46,22 @@ class Rollout(NamedTuple):
 
 
 def import_rollouts(run: Run, policy: Policy, origin: str, paths: Sequence[Path]) -> Manifest:
-    """Make trajectories of the run's training prompts from dumps, laid over those that were collected.
+    """Read dumps as trajectories of the run's training prompts; they replace those that were collected.
 
-    verl's `trainer.rollout_data_dir` (JSONL) and TRL's `log_completions` (Parquet) are read. They know prompts by their
-    text: of each the newest step with two completions or more counts, and what is no training prompt of the run, or has
-    the text of two, is left out and counted. Completions are judged by the run's verifier. Tokens are those of the
-    text, with the end-of-sequence token where they leave room for it, and log-probs are those that `policy` gives:
-    neither need be what the trainer's sampler had.
+    Formats: verl's `trainer.rollout_data_dir` (JSONL) and TRL's `log_completions` (Parquet). Prompts are matched by
+    text. Of each prompt, the newest step with at least two completions counts; prompts without a unique match are left
+    out and counted. The run's verifier judges the completions. They are tokenised again, with an end-of-sequence token
+    if there is room, and `policy` gives the log-probs; both may differ from the trainer's.
 
-    Errors: DataError for files that are no dump, and where none of their prompts is the run's; ArtifactError where the
-    stage has been scored or selected by other trajectories.
+    Errors: DataError for files that are no dump or hold no prompt of the run; ArtifactError if the stage has been
+    scored or selected by other trajectories.
     """
     made = [folder for folder in (run.paths.scores(0), run.paths.selection(0)) if is_finished(folder)]
     if made and not is_finished(run.paths.imported):
         raise ArtifactError(
-            "has been made from the trajectories that were there before",
+            "was made from earlier trajectories",
             where=str(made[0]),
-            fix="import before you score and select, or delete it and what was made of it.",
+            fix="import before you score and select, or delete it and everything made from it.",
         )
     files = _files(paths)
     inputs: dict[str, Any] = {"prompts": make_prompt_table(run).identity, "policy": origin, "files": _digest(files)}
@@ -94,7 +93,7 @@ def _make(run: Run, policy: Policy, files: Sequence[Path], folder: Path) -> tupl
 
 
 def _newest_groups(files: Sequence[Path], known: Mapping[str, str]) -> tuple[dict[str, list[str]], int]:
-    """(completions of the newest step that has two or more, by prompt id; how many rollouts are left out)."""
+    """(completions of the newest step with at least two, by prompt id; the number of rollouts left out)."""
     by_step: dict[str, dict[int, list[str]]] = defaultdict(lambda: defaultdict(list))
     count = 0
     for path in files:
@@ -113,7 +112,7 @@ def _newest_groups(files: Sequence[Path], known: Mapping[str, str]) -> tuple[dic
             groups[prompt_id] = steps[newest]
     if not groups:
         raise DataError(
-            "no two rollouts are of one training prompt of this run",
+            "no two rollouts belong to one training prompt of this run",
             where=", ".join(map(str, files[:3])),
             fix="import into the run that exported the prompts, with its system prompt and chat template.",
         )
@@ -121,7 +120,7 @@ def _newest_groups(files: Sequence[Path], known: Mapping[str, str]) -> tuple[dic
 
 
 def _newest(steps: Mapping[int, Sequence[str]]) -> int | None:
-    """The newest step with two completions or more."""
+    """The newest step with at least two completions."""
     return max((step for step, completions in steps.items() if len(completions) > 1), default=None)
 
 
@@ -156,7 +155,7 @@ def _rows(
 
 
 def _known(run: Run, policy: Policy) -> tuple[dict[str, str], dict[str, list[int]]]:
-    """(training prompt ids by every way in which dumps write prompts, token ids by prompt id)."""
+    """(training prompt ids by each form in which dumps write prompts; token ids by prompt id)."""
     settings = run.config.prompts
     chat = uses_chat(policy.tokenizer, settings.chat, settings.system_prompt)
     prompts = {
@@ -184,7 +183,9 @@ def _files(paths: Sequence[Path]) -> list[Path]:
     for path in paths:
         found = sorted(p for p in path.iterdir() if p.suffix in {".jsonl", ".parquet"}) if path.is_dir() else [path]
         if not found or not all(p.is_file() for p in found):
-            raise DataError("there are no rollouts", where=str(path), fix="name .jsonl or .parquet files, or a folder.")
+            raise DataError(
+                "holds no rollouts", where=str(path), fix="give .jsonl or .parquet files, or a folder of them."
+            )
         files += found
     return files
 
@@ -212,7 +213,7 @@ def _read(path: Path) -> Iterator[Rollout]:
                 yield Rollout(str(row["input"]).strip(), str(row["output"]), int(row["step"]))
     except (pa.ArrowInvalid, KeyError, IndexError, TypeError, ValueError) as error:
         raise DataError(
-            f"is no dump of rollouts ({type(error).__name__}: {error})",
+            f"is not a dump of rollouts ({type(error).__name__}: {error})",
             where=str(path),
             fix="give files of verl's trainer.rollout_data_dir (.jsonl) or of TRL's log_completions (.parquet).",
         ) from None

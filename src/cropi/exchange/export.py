@@ -25,7 +25,6 @@ from cropi.config import Config
 from cropi.errors import ArtifactError, DataError
 from cropi.exchange.formats import TASKSET, Format, Item, named
 from cropi.exchange.rewards import facts_of
-from cropi.exchange.usage import USAGES, Facts
 from cropi.policy import encode_prompts, load_tokenizer, policy_location, trainer_prompt, uses_chat
 from cropi.run_folder import RunFolder, StagePaths
 from cropi.stages.run import start_of_stage
@@ -41,13 +40,13 @@ WHY = ("prompt_id", "rank", "score", "reason", "pass_rate", "status")
 def export(
     run: RunFolder, paths: StagePaths, stage: int, format_name: str, checkpoint: Path | None, folder: Path
 ) -> Manifest:
-    """Write train, validation and test files, the reward function, `why.jsonl` and a README with the commands.
+    """Write train, validation and test files, the reward function, `why.jsonl` and a README with the settings.
 
-    Prompts are as the policy sees them in a run: chat messages with the system prompt where there is a chat template,
-    text otherwise; the best come first. Nothing that is there already is touched: an export that is there is opened.
+    Prompts are as the policy sees them in a run: chat messages with the system prompt if the tokenizer has a chat
+    template, else text; the best come first. Existing files stay as they are: a finished export is opened.
 
-    Errors: ArtifactError where the stage has not been selected, or the folder holds something else; DataError for a
-    format that there is not or cannot have these prompts; PolicyError where the policy of the stage is not there.
+    Errors: ArtifactError if the stage has not been selected or the folder holds something else; DataError for an
+    unknown format or one that cannot hold these prompts; PolicyError if the policy of the stage is missing.
     """
     form, folder = named(format_name), folder.resolve()
     policy = _policy(run.config, paths, stage, checkpoint)
@@ -56,7 +55,7 @@ def export(
     if is_finished(folder):
         return _opened(folder, inputs)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ArtifactError("is there and is no export", where=str(folder), fix="name a new folder by --output.")
+        raise ArtifactError("exists and is no export", where=str(folder), fix="name a new folder with --output.")
     unfinished = folder.with_name(f".{folder.name}.cropi-export")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
@@ -75,13 +74,13 @@ def _opened(folder: Path, inputs: Mapping[str, str]) -> Manifest:
     other = sorted(key for key in inputs if manifest.inputs.get(key) != inputs[key])
     if other:
         raise ArtifactError(
-            f"is an export of another {', '.join(other)}", where=str(folder), fix="name a new folder by --output."
+            f"is an export of another {', '.join(other)}", where=str(folder), fix="name a new folder with --output."
         )
     return manifest
 
 
 def _policy(config: Config, paths: StagePaths, stage: int, checkpoint: Path | None) -> str:
-    """Where the policy that the stage begins with lies: an absolute path, or a Hub id."""
+    """The location of the policy that the stage begins with: an absolute path, or a Hub id."""
     if checkpoint is None and stage:
         checkpoint = start_of_stage(config, paths, stage)
     if checkpoint is not None:
@@ -91,7 +90,7 @@ def _policy(config: Config, paths: StagePaths, stage: int, checkpoint: Path | No
 
 
 def parquet_table(rows: list[dict[str, Any]], split: str) -> pa.Table:
-    """Rows for Parquet. DataError for messages that would come out of it with other keys within than they have."""
+    """Rows for Parquet. DataError if a column cannot hold the messages without changing their keys."""
     try:
         table = pa.Table.from_pylist(rows)
         whole = all(_valued(a["prompt"]) == _valued(b["prompt"]) for a, b in zip(rows, table.to_pylist(), strict=True))
@@ -99,8 +98,8 @@ def parquet_table(rows: list[dict[str, Any]], split: str) -> pa.Table:
         whole = False
     if not whole:
         raise DataError(
-            "the chat messages are of several forms (parts beside text, tool calls with other arguments), which one "
-            "column of Parquet cannot hold",
+            "one Parquet column cannot hold the chat messages: they have different forms (parts beside text, tool "
+            "calls with other arguments)",
             where=f"the {split} prompts",
             fix="write them in one form, or export to slime or openrlhf.",
         )
@@ -108,7 +107,7 @@ def parquet_table(rows: list[dict[str, Any]], split: str) -> pa.Table:
 
 
 def _valued(prompt: Any) -> Any:
-    """A prompt as a chat template sees it: without keys of messages that have no value."""
+    """A prompt as a chat template sees it: without message keys that have no value."""
     return [{k: v for k, v in turn.items() if v is not None} for turn in prompt] if isinstance(prompt, list) else prompt
 
 
@@ -122,14 +121,14 @@ class _Export:
         self._chat = uses_chat(self._tokenizer, config.prompts.chat, config.prompts.system_prompt)
         if form.chat_only and not self._chat:
             raise DataError(
-                f"{name} puts every prompt through the chat template, and this run's prompts are plain text",
+                f"{name} applies the chat template to every prompt, and this run's prompts are plain text",
                 where="prompts.chat",
                 fix="give the tokenizer a chat template and start a run with it, or export to trl, slime or openrlhf.",
             )
         self._longest = 1
 
     def prompts(self, selection: Path) -> dict[str, int]:
-        """Data files, reasons and the reward function; returns how many prompts are in which file."""
+        """Write data files, reasons and the reward function. Returns the number of prompts by file."""
         rows = read_table(selection / "selection.parquet", SELECTION).to_pylist()
         selected = [row for row in rows if row["selected"]]
         splits: dict[str, Sequence[Mapping[str, Any]]] = {
@@ -172,53 +171,53 @@ class _Export:
         return f'"""{about}"""\n\nfrom cropi.exchange.rewards import Rewards\n\n{made}{self._form.reward}\n'
 
     def _ends(self) -> list[str]:
-        """Special tokens as text: some trainers leave them at the end of a completion."""
+        """Special tokens as text; some trainers leave them at the end of a completion."""
         tokens = {str(token) for token in self._tokenizer.all_special_tokens}
         return sorted(tokens, key=lambda token: (-len(token), token))
 
     def readme(self, stage: int, policy: str, folder: Path, count: int) -> None:
-        """What is in the folder, and how the trainer is told of it."""
+        """List the files and the run's settings; docs/trainers.md says how each trainer takes them."""
         suffix, weights = self._form.suffix, self._config.policy
         notes = ""
         if weights.revision is not None:
             notes += f"\nRevision of the policy: `{weights.revision}`.\n"
         if weights.lora is not None:
             notes += (
-                "\nThe run trains adapters, and its checkpoints hold these alone: merge them into the weights first.\n"
+                "\nThe run trains adapters, and its checkpoints hold only these: merge them into the weights first.\n"
             )
+        settings = {"policy": policy, "training prompts": f"{folder}/train.{suffix}"} | self._settings()
+        rows = "\n".join(f"| {name} | `{value}` |" for name, value in settings.items())
         text = f"""\
 # {self._config.name}, stage {stage}, for {self._name}
 
-| file | what |
+| file | content |
 |---|---|
 | `train.{suffix}` | {count} prompts that `{self._config.select.strategy.label}` chose, the best first |
-| `why.jsonl` | why each of them |
+| `why.jsonl` | why each of them was chosen |
 | `validation.{suffix}`, `test.{suffix}` | the run's validation and test prompts |
 | `reward.py` | its verifier; needs cropi, and a function of your own, where rewards are computed |
 {notes}
-{USAGES[self._name](self._facts(stage, policy, folder))}
+Settings of the run, under TRL's names where it has one. Other names: docs/trainers.md of cropi.
+
+| setting | value |
+|---|---|
+{rows}
 """
         write_text(self._folder / "README.md", text)
 
-    def _facts(self, stage: int, policy: str, folder: Path) -> Facts:
+    def _settings(self) -> dict[str, Any]:
+        """The run's training settings."""
         settings = grpo_config(self._config, self._folder, torch.device("cpu"))
         completions = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
-        return Facts(
-            name=self._config.name,
-            stage=stage,
-            policy=policy,
-            folder=str(folder),
-            chat=self._chat,
-            longest_prompt=self._longest,
-            num_generations=settings.num_generations,
-            max_completion_length=self._config.collect.max_completion_length,
-            temperature=settings.temperature,
-            learning_rate=settings.learning_rate,
-            loss_type=settings.loss_type,
-            beta=settings.beta,
-            prompts_per_step=max(1, completions // settings.num_generations),
-            steps=self._config.train.steps_per_stage,
-            per_device=settings.per_device_train_batch_size,
-            accumulation=settings.gradient_accumulation_steps,
-            scheduler=str(getattr(settings.lr_scheduler_type, "value", settings.lr_scheduler_type)),
-        )
+        return {
+            "prompts per step": max(1, completions // settings.num_generations),
+            "num_generations": settings.num_generations,
+            "max_steps": self._config.train.steps_per_stage,
+            "longest prompt, tokens": self._longest,
+            "max_completion_length": self._config.collect.max_completion_length,
+            "temperature": settings.temperature,
+            "learning_rate": settings.learning_rate,
+            "lr_scheduler_type": str(getattr(settings.lr_scheduler_type, "value", settings.lr_scheduler_type)),
+            "loss_type": settings.loss_type,
+            "beta": settings.beta,
+        }

@@ -1,4 +1,4 @@
-"""Prompts in the form of a trainer's data file. Free of torch."""
+"""Rows of prompts in the format of each trainer. Free of torch."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ Prompt = str | list[dict[str, Any]]  # text, or chat messages
 
 @dataclass(frozen=True)
 class Item:
-    """A prompt to be trained or tested on, and its place in the file."""
+    """A prompt and its place in the file."""
 
     prompt_id: str
     prompt: Prompt
     answer: str
     source: str
-    facts: str  # what verifiers may ask for: see `cropi.exchange.rewards.facts_of`
+    facts: str  # further input of verifiers: see `cropi.exchange.rewards.facts_of`
     split: str
     place: int
 
 
 @dataclass(frozen=True)
 class Format:
-    """A trainer: its files, its rows, and the reward function that is written beside them."""
+    """The files and rows of a trainer, and its reward function."""
 
     suffix: Literal["parquet", "jsonl"]
     row: Callable[[Item], dict[str, Any]]
-    reward: str  # the name in reward.py, and which method of `Rewards` it is
-    chat_only: bool = False  # it puts every prompt through the chat template
+    reward: str  # the line of reward.py that names a method of `Rewards`
+    chat_only: bool = False  # it applies the chat template to every prompt
 
 
 def _trl(item: Item) -> dict[str, Any]:
@@ -57,7 +57,7 @@ def _slime(item: Item) -> dict[str, Any]:
 
 
 def _openrlhf(item: Item) -> dict[str, Any]:
-    label = json.dumps({"answer": item.answer, "facts": item.facts})  # all that its reward functions are told
+    label = json.dumps({"answer": item.answer, "facts": item.facts})  # the only input of its reward functions
     return {"prompt": item.prompt, "label": label, "datasource": item.source, "prompt_id": item.prompt_id}
 
 
@@ -114,7 +114,7 @@ class StageTaskset(vf.Taskset[StageTask, StageConfig]):
 
 
 def named(name: str) -> Format:
-    """A format by name. DataError for one that there is not."""
+    """The format of a name. DataError if it is unknown."""
     if name not in FORMATS:
         raise DataError(f"there is no format {name!r}", where="--format", fix=f"give one of {', '.join(FORMATS)}.")
     return FORMATS[name]

@@ -1,4 +1,4 @@
-"""A verifier of ours as the reward function of TRL, verl, slime, OpenRLHF, and of verifiers' tasks (prime-rl)."""
+"""A verifier as the reward function of TRL, verl, slime, OpenRLHF, and of verifiers' tasks (prime-rl)."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from cropi.loading import verification_of, verifier_of
 from cropi.rewards.pool import judge_of
 from cropi.rewards.verdicts import CORRECT, Answered
 
-FACTS = "facts"  # where an exported row says what a verifier may ask for: see `facts_of`
+FACTS = "facts"  # the key of an exported row that holds the result of `facts_of`
 
 
 def facts_of(prompt: str, source: str, extra: str) -> str:
-    """What a verifier may ask for beside completion and answer, as a row of a data file carries it."""
+    """A verifier's input besides completion and answer, as JSON for a row of a data file."""
     return json.dumps({"prompt": prompt, "source": source, "extra": extra})
 
 
@@ -29,9 +29,9 @@ class Rewards:
         rewards = Rewards({"type": "math"})
         compute_score = rewards.verl
 
-    Trainers that ask for one completion at a time, from many threads, are answered in batches of all that wait. A gold
-    answer that cannot be read gives None where the trainer knows that (TRL), else 0. `ends` are special tokens that
-    some trainers leave at the end of a completion's text. ConfigError for a verifier or settings that there are not.
+    Requests for one completion, from many threads, are judged in batches. An unreadable gold answer gives None if the
+    trainer supports that (TRL), else 0. `ends` are special tokens that some trainers leave at the end of a completion.
+    ConfigError for an unknown verifier or setting.
     """
 
     def __init__(
@@ -53,8 +53,11 @@ class Rewards:
         return [judgement.reward for judgement in self._judge(rows)]
 
     def trl(self, completions: Sequence[Any], **columns: Any) -> list[float | None]:
-        """TRL's `reward_funcs`. The gold answers are the column `answer`, else `solution`; `facts` (of an export), or
-        `prompts`, `source`, and `extra_info` or `metadata`, are passed on. DataError for rows without an answer."""
+        """TRL's `reward_funcs`. The gold answers are the column `answer`, else `solution`.
+
+        `facts` (of an export), or `prompts`, `source` and `extra_info` or `metadata`, are passed on to the verifier.
+        DataError for rows without an answer.
+        """
         golds = columns.get("answer", columns.get("solution"))
         if golds is None:
             raise DataError(
@@ -81,8 +84,10 @@ class Rewards:
         return await self._later(_row(self._without_ends(sample.response), sample.label, facts))
 
     def openrlhf(self, queries: Sequence[str], prompts: Sequence[str], labels: Sequence[str], **_: Any) -> Any:
-        """OpenRLHF's `reward_func`, for `--reward.remote_url`: a query is the prompt with its completion, a label that
-        of an export: JSON of the answer and the facts."""
+        """OpenRLHF's `reward_func`, for `--reward.remote_url`.
+
+        A query is the prompt with its completion; a label is JSON of the answer and the facts, as exported.
+        """
         import torch
 
         rows = []
@@ -113,14 +118,14 @@ class Rewards:
         return future
 
     def _dispatch(self) -> None:
-        """Judge what waits, all of it at once, for as long as the process lives."""
+        """Judge all waiting rows at once, for as long as the process lives."""
         while True:
             batch = [self._waiting.get()]
             while not self._waiting.empty():
                 batch.append(self._waiting.get())
             try:
                 values = self([row for row, _ in batch])
-            except Exception as error:  # each that waits is told
+            except Exception as error:  # passed on to every caller
                 for _, future in batch:
                     future.set_exception(error)
                 continue
@@ -128,14 +133,14 @@ class Rewards:
                 future.set_result(value)
 
     def _without_ends(self, text: str) -> str:
-        """The text without the special tokens that end it."""
+        """The text without special tokens at its end."""
         while text.endswith(self._ends):
             text = next(text.removesuffix(end) for end in self._ends if text.endswith(end)).rstrip()
         return text
 
 
 def _facts(known: Mapping[str, Any]) -> dict[str, str]:
-    """Prompt, source and extra of a row: those of its export, else what its columns say."""
+    """Prompt, source and extra of a row: those of its export, else those of its columns."""
     if isinstance(known.get(FACTS), str):
         return dict(json.loads(known[FACTS]))
     prompt = known.get("prompts", known.get("prompt"))
@@ -156,5 +161,5 @@ def _is_column(values: Any, golds: Sequence[Any]) -> bool:
 
 
 def _text(completion: Any) -> str:
-    """Of a completion as TRL gives it: text, or chat messages of which the last counts."""
+    """The text of a completion of TRL: text, or the last of its chat messages."""
     return completion if isinstance(completion, str) else str(completion[-1]["content"])

@@ -5,6 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
+REDRAWS = 2000  # over questions behind each interval
+CONFIDENCE = 0.95  # coverage of the intervals
+
 
 @dataclass(frozen=True)
 class Interval:
@@ -15,7 +18,9 @@ class Interval:
     high: float
 
 
-def bootstrap_mean(values_N: Float[np.ndarray, " N"], *, redraws: int, confidence: float, seed: int) -> Interval:
+def bootstrap_mean(
+    values_N: Float[np.ndarray, " N"], *, seed: int, redraws: int = REDRAWS, confidence: float = CONFIDENCE
+) -> Interval:
     """Mean over questions with its percentile bootstrap interval (Efron 1979): questions are redrawn with replacement.
 
     Samples of one question belong together, so pass one value (their mean) per question. Raises ValueError when empty.

@@ -1,4 +1,4 @@
-"""`cropi audit`: is the estimate right?"""
+"""`cropi audit`: compare influence from stored trajectories with influence from fresh ones."""
 
 from __future__ import annotations
 
@@ -13,32 +13,30 @@ from cropi.errors import UserError
 def audit(
     config: ConfigArgument,
     overrides: Overrides = None,
-    prompts: Annotated[int, typer.Option(min=8, help="Training prompts that are sampled anew.")] = 160,
-    trajectories: Annotated[int, typer.Option(min=4, help="Fresh completions of each.")] = 32,
-    stages: Annotated[
-        str | None, typer.Option(help="Stages with commas between.", show_default="all that are on disk")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Of the sample and its completions.")] = 0,
+    prompts: Annotated[int, typer.Option(min=8, help="Training prompts to sample again.")] = 160,
+    trajectories: Annotated[int, typer.Option(min=4, help="Fresh completions of each prompt.")] = 32,
+    stages: Annotated[str | None, typer.Option(help="Stages, separated by commas.", show_default="all on disk")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the sample and its completions.")] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Stored trajectories against fresh ones: noise, bias, drift."""
+    """Compare stored trajectories with fresh ones: noise, bias, drift."""
     wanted = None if stages is None else _numbers(stages)
     run = open_run(config, overrides)
-    from cropi.lab.audit.run import AuditSettings, audit_run
-    from cropi.lab.audit.section import TITLE
-    from cropi.lab.audit.section import audit as section
-    from cropi.report.blocks import Section
+    from cropi.lab.audit.audit_report import audit_sections
+    from cropi.lab.audit.run_audit import AuditSettings, audit_run
     from cropi.report.markdown import markdown
-    from cropi.report.report import make_report
+    from cropi.report.rendering import write_report
 
     result = audit_run(run, AuditSettings(prompts, trajectories, seed), wanted)
-    make_report(run.config, run.folder.folder)
-    text = markdown("cropi audit", [Section(TITLE, section(run.folder.folder))])
-    print_result(result, as_json, f"{text}\nreport: {run.folder.folder / 'report.html'}")
+    folder, title, sections = run.folder.folder, f"cropi audit {run.config.name}", audit_sections(result)
+    write_report(folder, "audit", title, sections)
+    print_result(result, as_json, f"{markdown(title, sections)}\nreport: {folder / 'audit.html'}")
 
 
 def _numbers(text: str) -> list[int]:
     try:
         return sorted({int(part) for part in text.split(",")})
     except ValueError:
-        raise UserError(f"{text!r} holds something else than numbers", where="--stages", fix="give 0,2, say.") from None
+        raise UserError(
+            f"{text!r} is not a list of stages", where="--stages", fix="give numbers, such as 0,2."
+        ) from None

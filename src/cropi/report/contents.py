@@ -9,8 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from cropi.config import Config
-from cropi.lab.audit.section import TITLE as AUDIT
-from cropi.lab.audit.section import audit
+from cropi.functional.statistics import CONFIDENCE
 from cropi.report import figures
 from cropi.report.blocks import Block, Picture, Section, Table, Text
 from cropi.report.closeups import closeups
@@ -60,7 +59,6 @@ def read_contents(config: Config, run: RunFolder, summary: Summary) -> Contents:
 
 def sections(found: Contents) -> list[Section]:
     """The report, in order."""
-    audited = audit(found.run.folder)
     return [
         Section("Result", _result(found.summary)),
         Section("Learning curves", _curves(found.summary)),
@@ -68,7 +66,6 @@ def sections(found: Contents) -> list[Section]:
         Section("Turnover between stages", _turnover(found)),
         Section("Distribution of the scores", _distributions(found)),
         Section("Can the ranking be trusted?", _reliability(found)),
-        *([Section(AUDIT, audited)] if audited else []),
         Section("What became of every prompt", funnel(found.run, found.selections, found.scores)),
         Section("Cost", _cost(found.summary)),
         Section("Prompts, close up", closeups(found.config, found.run, found.scores)),
@@ -116,7 +113,7 @@ def _curves(summary: Summary) -> list[Block]:
     if drawn is None:
         text = "Training has not been evaluated yet." if summary.tested else "There is no test set to evaluate on."
         return [Text(text), *_rewards(summary)]
-    level = percent(summary.confidence)
+    level = percent(CONFIDENCE)
     caption = f"Greedy accuracy, mean over test sets. Bands: {level} bootstrap intervals over questions, one seed."
     rows = [[str(p.step), with_interval(p.targeted), with_interval(p.untargeted)] for p in summary.curve]
     curves = Table("Accuracy by step.", ["step", "targeted", "untargeted"], rows, left=0, collapsed=True)

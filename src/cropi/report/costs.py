@@ -6,12 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cropi.artifacts import read_jsonl
 from cropi.config import Config
 from cropi.ledger import Ledger
 from cropi.report.flops import Flops, flops
 from cropi.report.results import Cost
 from cropi.run_folder import StagePaths
+from cropi.streams import read_jsonl
 
 Entry = Mapping[str, Any]  # a line of the ledger
 

@@ -77,12 +77,24 @@ SETTINGS: Any = {
     "lines.markersize": 4.0,
     "legend.frameon": False,
 }
+COLUMNS = 3  # panels in a row
 WIDTH = 9.6  # inches; scaled to the page's text width
 
 
 def new_figure(height: float) -> Figure:
     """An empty figure as wide as the page."""
     return Figure(figsize=(WIDTH, height), layout="constrained")
+
+
+def panel_grid(count: int, height: float) -> tuple[Figure, list[Axes]]:
+    """A figure with so many panels in rows of three; fewer panels are as wide as the page and taller."""
+    columns = min(COLUMNS, count)
+    rows = -(-count // columns)
+    figure = new_figure(0.7 + height * rows * (1 if columns == COLUMNS else 1.3))
+    panels = figure.subplots(rows, columns, squeeze=False).ravel().tolist()
+    for unused in panels[count:]:
+        unused.remove()
+    return figure, panels[:count]
 
 
 def grid(axes: Axes, axis: str) -> None:
@@ -126,6 +138,7 @@ def _for_page(text: str, name: str) -> str:
     rest = re.sub(r'(\sid="|\bxlink:href="#|url\(#)', rf"\g<1>{name}-", rest)
     for drawn, shown in PAGE_COLOURS.items():
         rest = rest.replace(drawn, shown)
+    rest = re.sub(r' d="[^"]*"', lambda path: re.sub(r"(\.\d\d)\d+", r"\1", path[0]), rest)  # to 0.01 of a point
     return f"{head}>{rest.strip()}"
 
 

@@ -10,13 +10,14 @@ from typing import Any
 
 import pyarrow as pa
 
-from cropi.artifacts import GOLD_UNPARSEABLE, NO_SIGNAL, OK, PROMPT_TOO_LONG, open_artifact, read_jsonl
+from cropi.artifacts import GOLD_UNPARSEABLE, NO_SIGNAL, OK, PROMPT_TOO_LONG, open_artifact
 from cropi.config import Config, PassRateStrategy, Strategy
 from cropi.errors import ArtifactError, UserError
 from cropi.functional.fusion import ranks
 from cropi.functional.sampling import places
 from cropi.report.reading import directions, read_scores, rows_of, selection_table
 from cropi.run_folder import RunFolder, StagePaths
+from cropi.streams import read_jsonl
 
 CLOSE = 3  # suggestions for an unknown id
 EXPLORED = "exploration"  # reason of what `select` drew at random

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from cropi.functional.statistics import CONFIDENCE
 from cropi.report.results import Summary
 from cropi.report.wording import count, decimal, percent, share, with_interval
 
@@ -67,5 +68,5 @@ def _cost(summary: Summary) -> str:
 def _caveat(summary: Summary) -> str:
     if summary.base is None and not summary.steps:
         return ""
-    level = percent(summary.confidence)
+    level = percent(CONFIDENCE)
     return f"One seed ({summary.seed}): the {level} intervals cover the choice of questions, not of seeds."

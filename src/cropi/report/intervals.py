@@ -6,11 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from cropi.config import EvaluateConfig
-from cropi.functional.statistics import Interval
+from cropi.functional.statistics import CONFIDENCE, REDRAWS, Interval
 
 
-def stratified_mean(sets: Sequence[np.ndarray], config: EvaluateConfig, *, seed: int) -> Interval:
+def stratified_mean(sets: Sequence[np.ndarray], *, seed: int, redraws: int = REDRAWS) -> Interval:
     """Mean of the sets' means, with its percentile bootstrap interval over questions.
 
     Every set keeps its size and its weight: questions are redrawn with replacement within each set. Redrawing N
@@ -23,9 +22,9 @@ def stratified_mean(sets: Sequence[np.ndarray], config: EvaluateConfig, *, seed:
     means_RS = []
     for values_N in sets:
         distinct_U, counts_U = np.unique(values_N, return_counts=True)
-        draws_RU = generator.multinomial(len(values_N), counts_U / len(values_N), size=config.bootstrap)
+        draws_RU = generator.multinomial(len(values_N), counts_U / len(values_N), size=redraws)
         means_RS.append(draws_RU @ distinct_U / len(values_N))
-    tail = (1 - config.confidence) / 2
+    tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(np.mean(means_RS, axis=0), [tail, 1 - tail])
     mean = float(np.mean([values_N.mean() for values_N in sets]))
     return Interval(mean, float(low), float(high))

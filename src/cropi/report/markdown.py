@@ -32,6 +32,19 @@ def fenced(text: str) -> str:
     return f"{fence}text\n{text}\n{fence}"
 
 
+def text_table(table: Table) -> str:
+    """Render a table for a terminal: Markdown whose columns are as wide as their widest cell, without the caption."""
+    rows = [list(table.header), *map(list, table.rows)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(table.header))]
+
+    def line(row: Sequence[str]) -> str:
+        pairs = enumerate(zip(row, widths, strict=True))
+        return _line([cell.ljust(width) if n < table.left else cell.rjust(width) for n, (cell, width) in pairs])
+
+    marks = ["-" * width if n < table.left else "-" * (width - 1) + ":" for n, width in enumerate(widths)]
+    return "\n".join([line(rows[0]), _line(marks), *map(line, rows[1:])])
+
+
 def _block(block: Block) -> str:
     match block:
         case Text(text=text):

@@ -24,13 +24,13 @@ from cropi.artifacts import (
     open_artifact,
     read_manifest,
     read_table,
-    scores_schema,
 )
 from cropi.config import Config
 from cropi.functional.sampling import places
-from cropi.leakage import turn_text
+from cropi.prompt_text import turn_text
 from cropi.report.results import Drift, Reliability, StageQuality
-from cropi.run_folder import RunFolder, StagePaths, evaluation_files
+from cropi.run_folder import RunFolder, StagePaths
+from cropi.run_tables import evaluation_files, scores_schema
 
 MIXED = "mixed"  # a group with better and worse completions: status `ok`, in words
 

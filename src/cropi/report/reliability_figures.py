@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from cropi.artifacts import OK
 from cropi.report.drawing import (
@@ -21,6 +20,7 @@ from cropi.report.drawing import (
     grid,
     in_style,
     new_figure,
+    panel_grid,
     shortened,
     svg,
     thinned,
@@ -30,7 +30,6 @@ from cropi.report.results import StageQuality
 
 MAX_BARS = 120  # prompts of a panel, evenly spread over all that it stands for
 MAX_SETS = 4
-COLUMNS = 3
 SET_COLOURS = (BLUE, ORANGE, GREEN, PINK)
 
 Row = Mapping[str, Any]  # of the score table
@@ -48,7 +47,7 @@ def influence_errors(
     if not any(row["top_probability"] is not None for row in rows):
         return None
     names = list(validation_sets)[:MAX_SETS]
-    figure, panels = _panels(len(names) + 1)
+    figure, panels = panel_grid(len(names) + 1, 2.5)
     for axes, name in zip(panels, names, strict=False):
         _error_bars(axes, rows, name, selection.chosen)
     _chances(panels[-1], rows, selection.chosen, chance)
@@ -69,17 +68,6 @@ def shown_rows(table: pa.Table, selection: Selection) -> Sequence[Row]:
             kept.append(row)
             room -= not taken
     return kept
-
-
-def _panels(count: int) -> tuple[Figure, list[Axes]]:
-    """`count` panels in rows of COLUMNS."""
-    columns = min(count, COLUMNS)
-    rows = -(-count // columns)
-    figure = new_figure(0.5 + 2.5 * rows)
-    panels = list(figure.subplots(rows, columns, squeeze=False).ravel())
-    for unused in panels[count:]:
-        unused.remove()
-    return figure, panels[:count]
 
 
 def _error_bars(axes: Axes, rows: Sequence[Row], name: str, chosen: frozenset[str]) -> None:

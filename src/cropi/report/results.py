@@ -90,7 +90,6 @@ class Summary:
     seed: int
     total_steps: int
     evaluate_every: int
-    confidence: float
     fraction: float  # share of the pool that a stage selects
     pool: int | None  # training prompts to select from
     tested: bool  # whether the run has test sets

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from cropi.artifacts import read_jsonl
 from cropi.config import Config
 from cropi.functional.statistics import Interval
 from cropi.report.costs import charges
@@ -25,6 +24,7 @@ from cropi.report.reading import (
 from cropi.report.results import Point, Summary
 from cropi.run_folder import RunFolder
 from cropi.seeds import derived_seed
+from cropi.streams import read_jsonl
 
 __all__ = ["Summary", "headline", "summarise"]
 
@@ -39,7 +39,6 @@ def summarise(config: Config, run: RunFolder) -> Summary:
         seed=config.seed,
         total_steps=config.train.stages * config.train.steps_per_stage,
         evaluate_every=config.evaluate.every or config.train.steps_per_stage,
-        confidence=config.evaluate.confidence,
         fraction=config.select.fraction,
         pool=_pool(run),
         tested=bool(config.prompts.test),
@@ -71,7 +70,7 @@ def _point(config: Config, step: int, answers: Answers) -> Point:
 def _mean(config: Config, results: Results, *, targeted: bool) -> Interval | None:
     names = [name for name in _names(config, targeted=targeted) if name in results]
     values = [np.array(list(results[name].values())) for name in names]
-    return stratified_mean(values, config.evaluate, seed=_seed(config)) if values else None
+    return stratified_mean(values, seed=_seed(config)) if values else None
 
 
 def _by_set(config: Config, answers: Answers) -> dict[str, dict[str, Interval]]:
@@ -79,7 +78,7 @@ def _by_set(config: Config, answers: Answers) -> dict[str, dict[str, Interval]]:
     kinds = {"greedy": answers.greedy, "sampled": answers.sampled}
     return {
         name: {
-            kind: stratified_mean([np.array(list(r[name].values()))], config.evaluate, seed=_seed(config))
+            kind: stratified_mean([np.array(list(r[name].values()))], seed=_seed(config))
             for kind, r in kinds.items()
             if name in r
         }

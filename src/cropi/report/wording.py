@@ -1,4 +1,4 @@
-"""Numbers as people read them."""
+"""Numbers and names as reports show them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from cropi.functional.statistics import Interval
 
 ABSENT = "–"
 NOT_MEASURED = "not measured"
+NAME_LENGTH = 60  # characters of a name in prose
 
 
 def decimal(value: float | None, digits: int = 2) -> str:
@@ -17,27 +18,45 @@ def decimal(value: float | None, digits: int = 2) -> str:
     return text.lstrip("-") if float(text) == 0 else text.replace("-", "−")
 
 
-def signed(value: float) -> str:
+def signed(value: float, digits: int = 2) -> str:
     """`+0.22`, `−0.03`, `0.00`."""
-    text = decimal(value)
+    text = decimal(value, digits)
     return text if text.startswith("−") or not float(text) else f"+{text}"
 
 
-def with_interval(interval: Interval | None) -> str:
+def with_interval(interval: Interval | None, digits: int = 2) -> str:
     """`0.93 [0.89, 0.96]`."""
     if interval is None:
         return ABSENT
-    return f"{decimal(interval.mean)} [{decimal(interval.low)}, {decimal(interval.high)}]"
+    return f"{decimal(interval.mean, digits)} [{decimal(interval.low, digits)}, {decimal(interval.high, digits)}]"
 
 
-def difference(interval: Interval) -> str:
+def difference(interval: Interval | None, digits: int = 2) -> str:
     """`+0.22 [+0.15, +0.29]`."""
-    return f"{signed(interval.mean)} [{signed(interval.low)}, {signed(interval.high)}]"
+    if interval is None:
+        return ABSENT
+    return f"{signed(interval.mean, digits)} [{signed(interval.low, digits)}, {signed(interval.high, digits)}]"
 
 
 def count(value: float | None) -> str:
     """`1,200`."""
     return ABSENT if value is None else f"{value:,.0f}"
+
+
+def large(value: float | None) -> str:
+    """`12.3 T`: a count with an SI prefix."""
+    if value is None:
+        return ABSENT
+    scale, prefix = si_prefix(value)
+    return f"{value / scale:.3g} {prefix}".rstrip()
+
+
+def si_prefix(value: float) -> tuple[float, str]:
+    """Divisor and SI prefix for numbers as large as this one."""
+    for scale, prefix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= scale:
+            return scale, prefix
+    return 1.0, ""
 
 
 def seconds(value: float | None) -> str:
@@ -81,6 +100,11 @@ def on_one_line(text: str, length: int) -> str:
     """Text from the data for one line: runs of white space as one space, what cannot be printed as U+FFFD, cut."""
     clean = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(text.split()))
     return clean if len(clean) <= length else clean[: length - 1] + "…"
+
+
+def code(name: str) -> str:
+    """Show a name from the data inside prose: between backticks, and with none inside."""
+    return f"`{on_one_line(name, NAME_LENGTH).replace('`', chr(39))}`"
 
 
 def times(ratio: float) -> str:

@@ -1,1 +1,1 @@
-"""Verifiers: is a completion's answer right? Pure string work, so no completion can hang or run anything."""
+"""Rewards: verifiers, the processes that they run in, and an audit of their verdicts."""

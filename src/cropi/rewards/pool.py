@@ -1,8 +1,8 @@
-"""A pool of worker processes that can be killed: no answer hangs, crashes or fills the memory of who asks.
+"""A pool of worker processes that can be killed: no answer hangs, crashes or fills the memory of the caller.
 
-Workers are `python -m cropi.rewards.worker`, started anew rather than forked, so nothing of the caller is run twice and
-no lock is inherited. Requests and answers are JSON lines over pipes. Each verdict is sent at once, so the pool knows
-which row a worker is at, even one stuck in a C function. What is no message of a worker's ends that worker.
+Workers are `python -m cropi.rewards.pool_worker`. They are started anew, not forked, so they inherit no locks and run
+none of the caller's code twice. Requests and answers are JSON lines over pipes. Each verdict is sent at once, so the
+pool knows which row a worker is at, even one stuck in a C function. A worker that sends anything else is ended.
 """
 
 from __future__ import annotations
@@ -32,13 +32,14 @@ from pydantic import ConfigDict, Field, TypeAdapter
 from cropi.config import VerificationConfig, Verifier
 from cropi.console import warn
 from cropi.errors import ConfigError
+from cropi.rewards.pool_worker import END_S
 from cropi.rewards.verdicts import ERROR, TIMEOUT, VERDICTS, Answered, GradeError, Judge, Judgement
-from cropi.rewards.worker import END_S
 
 CHUNK = 64  # rows sent to a worker at once, at most
 CHUNK_CHARACTERS = 1_000_000  # and so much text of them, unless a single row has more
 CACHED = 100_000  # judgements that are remembered
 ATTEMPTS = 2  # of a row that ends its worker
+START_S = 120.0  # for a process to import what its verifier needs
 GRACE_S = 10.0  # beyond the time for a row: for reading a chunk, before its first row is begun
 LONGEST = 2**20  # bytes of a message
 _HERE = str(Path(__file__).parents[2])  # where this package is imported from
@@ -55,31 +56,31 @@ _MESSAGE: TypeAdapter[tuple[Any, ...]] = TypeAdapter(
 
 @dataclass
 class _Job:
-    """A row on its way."""
+    """A row that waits for its verdict."""
 
     place: int  # in the caller's list
     row: Answered
     attempts: int = 0
-    spared: int = 0  # times that a process ended with it in hand before it had begun
+    spared: int = 0  # times that a process ended before it had begun with this row
 
 
 class _Worker:
-    """One process, and the rows that it has been sent."""
+    """One process, and the rows sent to it."""
 
     def __init__(self, spec: str, settings: VerificationConfig) -> None:
         self.jobs: deque[_Job] = deque()
         self.ready = False
         self.begun = False  # with the first of its rows
         self.judged = 0
-        self.since = time.monotonic()  # it was started, was sent rows or was heard last
-        self._token = secrets.token_hex(16)  # begins each of its messages: what a verifier writes does not
+        self.since = time.monotonic()  # the last start, sending or message
+        self._token = secrets.token_hex(16)  # starts each of its messages, unlike output of verifiers
         self._partial, self._unsent = b"", memoryview(b"")
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
         environment["PYTHONPATH"] = os.pathsep.join([_HERE, *filter(None, [environment.get("PYTHONPATH")])])
         self.process = _started(environment)
         assert self.process.stdin is not None
         os.set_blocking(self.process.stdin.fileno(), False)
-        path = [*sys.path, str(Path.cwd())]  # functions of the user's stand where the run is started
+        path = [*sys.path, str(Path.cwd())]  # a user's functions are in the folder where the run starts
         hello = {"verifier": json.loads(spec), "memory_mb": settings.memory_mb, "path": path, "token": self._token}
         self._send(hello)
 
@@ -88,14 +89,14 @@ class _Worker:
         self.push()
 
     def push(self) -> bool:
-        """Send as much as the pipe takes; whether something is left."""
+        """Send as much as the pipe takes. Returns whether something is left."""
         assert self.process.stdin is not None
         try:
             while self._unsent:
                 self._unsent = self._unsent[os.write(self.process.stdin.fileno(), self._unsent) :]
         except BlockingIOError:
             return True
-        except BrokenPipeError:  # it has died: its end is read where answers are
+        except BrokenPipeError:  # it has died, which `read` reports
             self._unsent = memoryview(b"")
         return False
 
@@ -105,7 +106,7 @@ class _Worker:
         self._send([list(job.row) for job in jobs])
 
     def read(self) -> Iterator[tuple[Any, ...]]:
-        """Complete messages. EOFError when the process has ended, ValueError at what is no message."""
+        """Complete messages. EOFError if the process has ended, ValueError for anything but a message."""
         assert self.process.stdout is not None
         data = os.read(self.process.stdout.fileno(), 1 << 16)
         if not data:
@@ -120,14 +121,14 @@ class _Worker:
 
     @property
     def gone(self) -> bool:
-        """Whether it has ended. It is not waited for: until then its number is its own."""
+        """Whether it has ended. It is not reaped here, so its process id stays reserved."""
         try:
             return os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
         except ChildProcessError:
             return True
 
     def kill(self) -> None:
-        """End the process and all that it has started, by asking its keeper."""
+        """End the process and its children, through its keeper."""
         self.process.terminate()
         self.process.send_signal(signal.SIGCONT)
         try:
@@ -142,18 +143,20 @@ class _Worker:
 
 
 def _started(environment: dict[str, str]) -> subprocess.Popen[bytes]:
-    """A process that dies with this one: the system ends it with the *thread* that has started it, so one thread that
-    lives as long as this process starts them all."""
+    """Start a worker that dies with this process.
+
+    The system ends a worker with the *thread* that started it, so one thread, which never ends, starts them all.
+    """
     return (
         _spawner()
         .submit(
             subprocess.Popen,
-            [sys.executable, "-P", "-m", "cropi.rewards.worker"],
+            [sys.executable, "-P", "-m", "cropi.rewards.pool_worker"],
             bufsize=0,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,
-            start_new_session=True,  # an interrupt from the keyboard is the caller's business
+            start_new_session=True,  # Ctrl-C goes to the caller alone
         )
         .result()
     )
@@ -165,14 +168,13 @@ def _spawner() -> ThreadPoolExecutor:
 
 
 class Pool:
-    """Judges rows by one verifier in processes that can be killed, started when first asked.
+    """Judge rows by one verifier in processes that can be killed. They start at the first call.
 
-    A row that takes longer than `seconds` of wall-clock time, or whose worker needs more than `memory_mb` MiB beyond
-    what it had after start-up or dies, is tried once more in a fresh process and then judged `timeout` or `error`; the
-    pool goes on. Judgements of equal rows are remembered unless the verifier is a function of the user's, which may be
-    anything. `counts` holds how many rows got which verdict; `kills` how many processes were ended.
+    A row is tried again in a fresh process if it takes longer than `seconds`, or if its worker dies or needs more than
+    `memory_mb` MiB beyond its start-up. After that it is judged `timeout` or `error`, and the pool goes on. Verdicts
+    are cached, except for functions of the user. `counts` holds the rows by verdict, `kills` the ended processes.
 
-    Errors: ConfigError when the verifier cannot be set up (a missing package, a function that cannot be imported).
+    Errors: ConfigError if the verifier cannot be set up (a missing package, a function that cannot be imported).
     """
 
     def __init__(self, verifier: Verifier, settings: VerificationConfig) -> None:
@@ -180,7 +182,7 @@ class Pool:
         self._cache: OrderedDict[bytes, Judgement] | None = OrderedDict() if verifier.pure else None
         self._workers: list[_Worker] = []
         self._failed_starts = 0  # in a row
-        self._told = False
+        self._warned = False
         self._lock = threading.Lock()
         self.counts: Counter[str] = Counter()
         self.kills = 0
@@ -228,20 +230,20 @@ class Pool:
             found |= {place: found[first[key]] for place, key in twins}
             if self._cache is not None:
                 for key, place in first.items():
-                    if found[place].verdict not in (ERROR, TIMEOUT):  # the machine's doing, perhaps
+                    if found[place].verdict not in (ERROR, TIMEOUT):  # another try may succeed
                         self._cache[key] = found[place]
                 while len(self._cache) > CACHED:
                     self._cache.popitem(last=False)
             self.counts.update(judgement.verdict for judgement in found.values())
-            self._tell_of_failures(found.values())
+            self._warn_of_failure(found.values())
             return [found[place] for place in range(len(rows))]
 
-    def _tell_of_failures(self, judged: Iterable[Judgement]) -> None:
-        """Once: a verifier that fails on everything would otherwise look like a policy that solves nothing."""
+    def _warn_of_failure(self, judged: Iterable[Judgement]) -> None:
+        """Warn once: a verifier that always fails would look like a policy that solves nothing."""
         failed = next((judgement for judgement in judged if judgement.verdict in (ERROR, TIMEOUT)), None)
-        if failed is not None and not self._told:
-            self._told = True
-            warn(f"the verifier failed on a completion, which earns nothing: {failed.note} (said once)")
+        if failed is not None and not self._warned:
+            self._warned = True
+            warn(f"the verifier failed on a completion, which earns nothing: {failed.note} (reported once)")
 
     def _run(self, jobs: deque[_Job], found: dict[int, Judgement]) -> None:
         wanted = len(found) + len(jobs)
@@ -256,7 +258,7 @@ class Pool:
                     if worker.push():
                         selector.register(worker.process.stdin, selectors.EVENT_WRITE)
                 events = selector.select(min(0.05, self._settings.seconds / 10))
-            now = time.monotonic()  # what comes after it is not yet read, and no sign of a row that takes too long
+            now = time.monotonic()  # messages that arrive later are not read yet, so time after this does not count
             for event, _ in events:
                 if event.data is not None:
                     self._listen(event.data, jobs, found)
@@ -264,10 +266,10 @@ class Pool:
                 self._watch(worker, now, jobs, found)
 
     def _hand_out(self, jobs: deque[_Job]) -> None:
-        """Start processes for the rows that wait, and give each idle one a chunk."""
+        """Start processes for waiting rows, and send each idle one a chunk."""
         for worker in [one for one in self._workers if one.ready and not one.jobs and one.gone]:
-            self._discard(worker)  # it ended while it had nothing to do: no row is to blame
-        if jobs and jobs[0].attempts:  # to a fresh process, in which no other row has left anything
+            self._discard(worker)  # it ended while idle: no row is to blame
+        if jobs and jobs[0].attempts:  # retry in a fresh process, without traces of other rows
             idle = [one for one in self._workers if not one.jobs]
             if idle and all(one.judged for one in idle):
                 self._discard(idle[0])
@@ -290,7 +292,7 @@ class Pool:
             self._bury(worker, ERROR, "wrote into the pipe in which verdicts are sent", jobs, found)
 
     def _take(self, worker: _Worker, message: tuple[Any, ...], found: dict[int, Judgement]) -> None:
-        """Act on a message; ValueError for one that is out of turn."""
+        """Act on a message. ValueError if it is out of turn."""
         match message:
             case ("failed", text, fix):
                 raise ConfigError(f"the verifier cannot be set up: {text}", where="verifier", fix=fix)
@@ -310,20 +312,20 @@ class Pool:
         self._workers.remove(worker)
 
     def _watch(self, worker: _Worker, now: float, jobs: deque[_Job], found: dict[int, Judgement]) -> None:
-        """Kill a process that has been at one row for too long."""
+        """Kill a process that takes too long for one row."""
         waited = now - worker.since
         if not worker.ready:
-            if waited > self._settings.start_seconds:
+            if waited > START_S:
                 raise ConfigError(
-                    f"a verifier process was not ready after {self._settings.start_seconds:g} s",
-                    where="verification.start_seconds",
-                    fix="give it more time, or look at what importing the verifier does.",
+                    f"a verifier process was not ready after {START_S:g} s",
+                    where="verifier",
+                    fix="check what importing the verifier does.",
                 )
         elif worker.jobs and waited > self._settings.seconds + (0 if worker.begun else GRACE_S):
             self._bury(worker, TIMEOUT, "took too long", jobs, found)
 
     def _bury(self, worker: _Worker, verdict: str, note: str, jobs: deque[_Job], found: dict[int, Judgement]) -> None:
-        """The row that a process was at is to blame; the others of its chunk are sent again."""
+        """End a process. Its current row is to blame; the others of its chunk are sent again."""
         seconds = time.monotonic() - worker.since
         self._discard(worker)
         self.kills += 1
@@ -334,7 +336,7 @@ class Pool:
             raise ConfigError(
                 f"a verifier process ended while it started (exit code {worker.process.returncode})",
                 where="verifier",
-                fix="run `python -m cropi.rewards.worker` by hand to see why, or raise verification.memory_mb.",
+                fix="run `python -m cropi.rewards.pool_worker` by hand to see why, or raise verification.memory_mb.",
             )
         if not worker.jobs:
             return
@@ -355,7 +357,7 @@ def _characters(job: _Job) -> int:
 
 
 def _chunk(jobs: deque[_Job], size: int) -> list[_Job]:
-    """The next rows, at most `size`; one that has ended a worker goes alone."""
+    """Take the next rows, at most `size`. A row that has ended a worker goes alone."""
     taken = [jobs.popleft()]
     characters = _characters(taken[0])
     while jobs and len(taken) < size and not taken[0].attempts and not jobs[0].attempts:
@@ -370,7 +372,7 @@ _POOLS: dict[tuple[str, str], Pool] = {}
 
 
 def judge_of(verifier: Verifier, settings: VerificationConfig) -> Pool:
-    """The pool of a verifier: one in this process, whoever asks."""
+    """The pool of a verifier; there is one of each in this process."""
     key = verifier.model_dump_json(), settings.model_dump_json()
     if key not in _POOLS:
         _POOLS[key] = Pool(verifier, settings)
@@ -378,8 +380,7 @@ def judge_of(verifier: Verifier, settings: VerificationConfig) -> Pool:
 
 
 def strict_judge(verifier: Verifier, settings: VerificationConfig) -> Judge:
-    """The judge of a run: ConfigError for a grade outside 0 to 1. Counted as 0 it would teach the opposite of what is
-    meant, for it is mostly the best answers that earn more than 1."""
+    """The judge of a run. A grade outside [0, 1] is a ConfigError; counting it as 0 would punish the best answers."""
     pool = judge_of(verifier, settings)
 
     def judge(rows: Sequence[Answered]) -> list[Judgement]:
@@ -389,7 +390,7 @@ def strict_judge(verifier: Verifier, settings: VerificationConfig) -> Judge:
                 raise ConfigError(
                     judgement.note.removeprefix(f"{GradeError.__name__}: "),
                     where="verifier",
-                    fix="scale what it returns to 0 to 1, or leave out graded: true.",
+                    fix="scale its return value to [0, 1], or remove graded: true.",
                 )
         return judged
 

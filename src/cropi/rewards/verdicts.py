@@ -1,4 +1,4 @@
-"""What a verifier is asked, and what it answers."""
+"""Input and output of verifiers."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ class GradeError(ValueError):
 
 
 class Answered(NamedTuple):
-    """A completion beside the recorded (gold) answer, and what some verifiers ask for."""
+    """A completion, the recorded (gold) answer, and further facts that some verifiers need."""
 
     completion: str
     answer: str
     source: str = ""
     prompt: str = ""  # JSON: text or chat messages
-    extra: str = ""  # JSON: an object with what else the data holds
+    extra: str = ""  # JSON: an object with the row's further columns
 
 
 class Graded(NamedTuple):
-    """A verdict with a reward of its own, from 0 to 1."""
+    """A verdict with its own reward, from 0 to 1."""
 
     verdict: str
     grade: float
 
 
 class Judgement(NamedTuple):
-    """A verdict, the wall-clock seconds that it took, what went wrong where something did, and the grade, if any."""
+    """A verdict, the wall-clock seconds that it took, an error note if it failed, and its grade if it has one."""
 
     verdict: str
     seconds: float
@@ -48,7 +48,7 @@ class Judgement(NamedTuple):
 
     @property
     def reward(self) -> float | None:
-        """The grade, else that of the verdict."""
+        """The grade, else the reward of the verdict."""
         return reward(self.verdict) if self.grade is None else self.grade
 
 
@@ -56,22 +56,21 @@ Judge = Callable[[Sequence[Answered]], list[Judgement]]  # in the order of the r
 
 
 def answered(completion: str, prompt: Mapping[str, Any]) -> Answered:
-    """A completion of a row of the prompt table."""
+    """A completion for a row of the prompt table."""
     return Answered(completion, prompt["answer"], prompt["source"], prompt["messages"], prompt.get("extra") or "")
 
 
 def reward(verdict: str | Graded) -> float | None:
-    """Its grade; else 1 for correct, None (no reward at all) for a gold answer that cannot be read, 0 for others."""
+    """The grade, else 1 for correct, None (no reward) for an unreadable gold answer, and 0 for others."""
     if isinstance(verdict, Graded):
         return verdict.grade
     return None if verdict == UNPARSEABLE_GOLD else float(verdict == CORRECT)
 
 
 def judged(score: float, threshold: float, *, graded: bool) -> str | Graded:
-    """What a score comes to: right from the threshold on; where graded, it is the reward as well.
+    """Turn a score into a verdict: right from the threshold on. If graded, the score is the reward too.
 
-    ValueError for a score that is not a number; GradeError for one that, graded, is outside 0 to 1 by more than
-    rounding.
+    ValueError for NaN; GradeError for a graded score outside 0 to 1 by more than rounding.
     """
     if math.isnan(score):
         raise ValueError("the score is not a number")

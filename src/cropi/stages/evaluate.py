@@ -22,10 +22,12 @@ from cropi.parallel import process_group
 from cropi.policy import Policy, encode_prompts, load_policy, trainer_prompt, uses_chat
 from cropi.rewards.verdicts import Answered, Judge, answered, reward
 from cropi.rollouts.generation import Sampling, TransformersGenerator
-from cropi.run_folder import evaluation_files, keep_evaluation
+from cropi.run_tables import evaluation_files, keep_evaluation
 from cropi.seeds import derived_seed
 from cropi.stages.collect import make_prompt_table
 from cropi.stages.run import Run
+
+SAMPLING_TEMPERATURE = 1.0  # of the completions beside the greedy one
 
 # (prompts as token ids, temperature or None for greedy, seed) -> completions as text
 Generate = Callable[[Sequence[list[int]], float | None, int], list[str]]
@@ -148,7 +150,7 @@ class Exam:
         drawn: list[Answered] = []
         if samples:
             repeated = [prompt.prompt_ids for prompt in prompts for _ in range(samples)]
-            texts_sampled = self.generate(repeated, self.config.temperature, seed)
+            texts_sampled = self.generate(repeated, SAMPLING_TEMPERATURE, seed)
             drawn = [answered(text, prompts[index // samples].row) for index, text in enumerate(texts_sampled)]
         judged = self.judge([*(answered(t, prompt.row) for t, prompt in zip(texts, prompts, strict=True)), *drawn])
         for index, judgement in enumerate(judged[len(prompts) :]):
@@ -196,10 +198,7 @@ def accuracy(table: pa.Table, config: EvaluateConfig, *, seed: int) -> dict[str,
         columns = {"greedy": [row["greedy"] for row in rows]}
         if all(row["sampled"] is not None for row in rows):
             columns["sampled"] = [row["sampled"] for row in rows]
-        result[name] = {
-            column: bootstrap_mean(np.array(values), redraws=config.bootstrap, confidence=config.confidence, seed=seed)
-            for column, values in columns.items()
-        }
+        result[name] = {column: bootstrap_mean(np.array(values), seed=seed) for column, values in columns.items()}
     return result
 
 

@@ -24,8 +24,6 @@ from cropi.artifacts import (
     count_status,
     is_finished,
     read_table,
-    scores_schema,
-    validation_scores_schema,
     write_table,
 )
 from cropi.config import Config
@@ -48,6 +46,7 @@ from cropi.gradients.validation import validation_groups, warn_of_noise
 from cropi.gradients.worth import drift, note_reliability
 from cropi.parallel import process_group, ray_pool
 from cropi.policy import weights_identity
+from cropi.run_tables import scores_schema, validation_scores_schema
 from cropi.stages.collect import make_representations
 from cropi.stages.run import Run
 

@@ -21,7 +21,6 @@ from cropi.artifacts import (
     is_finished,
     open_artifact,
     read_table,
-    validation_scores_schema,
     write_batches,
 )
 from cropi.config import (
@@ -65,11 +64,12 @@ from cropi.curriculum.strategies.random import random
 from cropi.curriculum.strategies.similarity import similarity
 from cropi.curriculum.strategies.vcrl import vcrl
 from cropi.functional.sampling import places
-from cropi.leakage import prompt_text
+from cropi.prompt_text import prompt_text
 from cropi.reward_statistics import GroupFacts, Visit, visit
 from cropi.rollouts.representations import KIND as REPRESENTED
 from cropi.rollouts.representations import read_representations
 from cropi.rollouts.shards import read_trajectories
+from cropi.run_tables import validation_scores_schema
 from cropi.stages.run import Run
 from cropi.stages.score import read_scores
 from cropi.stages.trajectories import FRESH, Overlay, require_signal

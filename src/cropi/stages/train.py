@@ -15,23 +15,16 @@ from torch import nn
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import GRPOConfig
 
-from cropi.artifacts import (
-    USABLE,
-    append_jsonl,
-    corrupt,
-    cut_jsonl,
-    finish,
-    is_finished,
-    open_artifact,
-    read_manifest,
-)
+from cropi.artifacts import USABLE, corrupt, finish, is_finished, open_artifact, read_manifest
 from cropi.console import Progress, progress, warn
 from cropi.errors import ArtifactError, ConfigError, SignalError
 from cropi.parallel import process_group
 from cropi.policy import Policy, encode_prompts, load_policy, trainer_prompt, uses_chat
-from cropi.run_folder import checkpoints, evaluation_files, forget_evaluations
+from cropi.run_folder import checkpoints
+from cropi.run_tables import evaluation_files, forget_evaluations
 from cropi.stages.evaluate import evaluate, evaluate_base, is_evaluated
 from cropi.stages.run import Run
+from cropi.streams import append_jsonl, cut_jsonl
 from cropi.training.dynamic import DynamicSampling
 from cropi.training.reward import RecordedReward
 from cropi.training.rollouts import RolloutRecorder, forget_rollouts, require_no_dropout

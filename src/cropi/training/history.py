@@ -3,8 +3,8 @@
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from cropi.artifacts import read_jsonl
 from cropi.reward_statistics import Visit, visit
+from cropi.streams import read_jsonl
 
 
 def training_history(path: Path, before_step: int) -> list[Visit]:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cropi.artifacts import append_jsonl, cut_jsonl
 from cropi.parallel import process_group
 from cropi.rewards.verdicts import Answered, Judge
+from cropi.streams import append_jsonl, cut_jsonl
 
 
 @dataclass(frozen=True)

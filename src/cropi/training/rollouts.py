@@ -9,18 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from cropi.artifacts import (
-    OK,
-    TRAJECTORIES,
-    TRUNCATED,
-    append_jsonl,
-    corrupt,
-    cut_jsonl,
-    file_sha256,
-    read_jsonl,
-    write_table,
-)
+from cropi.artifacts import OK, TRAJECTORIES, TRUNCATED, corrupt, file_sha256, write_table
 from cropi.errors import ConfigError
+from cropi.streams import append_jsonl, cut_jsonl, read_jsonl
 from cropi.training.reward import Judged, RecordedReward
 
 

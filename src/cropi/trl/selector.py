@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 from datasets import Dataset
 
 from cropi.artifacts import write_text
-from cropi.config import SCRIPT_REWARDS, Config
+from cropi.config import Config
 from cropi.errors import ConfigError, DataError
 from cropi.loading import validate_config
 from cropi.presets import merged, preset, with_presets
 from cropi.prompts import checked_messages, content_id, refuse_unseen
+from cropi.rewards.verifiers.python_function import SCRIPT_REWARDS
 from cropi.trl.wording import worded
 
 if TYPE_CHECKING:

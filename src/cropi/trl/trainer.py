@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import GRPOTrainer
 
-from cropi.artifacts import append_jsonl, cut_jsonl, is_finished
+from cropi.artifacts import is_finished
 from cropi.console import say, warn
 from cropi.errors import ArtifactError, ConfigError, PolicyError, SignalError, UserError
 from cropi.functional.surrogate import NORMALIZER_OF_LOSS
@@ -25,6 +25,7 @@ from cropi.policy import Policy, weights_identity
 from cropi.rewards.verdicts import Answered, Judgement
 from cropi.stages.collect import collect
 from cropi.stages.run import Run, Setup
+from cropi.streams import append_jsonl, cut_jsonl
 from cropi.training.stage_trainer import Staged, Stages
 from cropi.training.zero import gathered, refused_of_zero3
 from cropi.trl.selector import PROMPT_ID, Selector, are_chat, make_config, prompt_ids

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cropi.artifacts import write_json, write_table
-from cropi.lab.compare.report.page import make_comparison_report
-from cropi.lab.compare.report.runs_data import Comparison, read_comparison
-from cropi.lab.compare.results import COSTS, FLOPS, RESULTS, TOKENS, read_results
-from cropi.lab.compare.statistics import summarise
+from cropi.artifacts import write_table
+from cropi.lab.compare.comparison_summary import summarise
+from cropi.lab.compare.paired_runs import Comparison, best_strategy, read_traces
+from cropi.lab.compare.report.comparison_page import write_comparison_report
+from cropi.lab.compare.result_table import COSTS, FLOPS, RESULTS, TOKENS, read_results
 from cropi.report.blocks import Table
 
 SLOW, QUICK, NEVER = (0, 1, 2), (0, 4, 4), (0, 0, 1)
@@ -31,22 +31,18 @@ def rows(
     return found
 
 
-def written(folder: Path, *runs: list[dict[str, Any]], references: Sequence[str] | None = None) -> Path:
-    """A comparison's folder with the two files that are always there."""
+def compared(folder: Path, *runs: list[dict[str, Any]], references: Sequence[str] | None = None) -> Comparison:
+    """A comparison of these runs, whose table lies in a folder."""
     write_table(folder / "results.parquet", [row for run in runs for row in run], RESULTS)
-    table = read_results(folder / "results.parquet")
-    write_json(folder / "compare.json", summarise(table, references, [0.25]))
-    return folder
+    traces = read_traces(read_results(folder / "results.parquet"))
+    summary = summarise(traces, references, [0.25])
+    return Comparison(folder, summary, traces, best_strategy(summary))
 
 
-def one_seed_in(folder: Path) -> Path:
+def one_seed_in(folder: Path) -> Comparison:
     """`full` comes to 2 of 4 at step 8; `quick` at step 2, with 3 paid ahead; `never` does not."""
     runs = (rows("a", "full", 0, SLOW), rows("a", "quick", 0, QUICK, 3.0), rows("a", "never", 0, NEVER))
-    return written(folder, *runs)
-
-
-def read(folder: Path, main: str | None = None) -> Comparison:
-    return read_comparison(folder, main)
+    return compared(folder, *runs)
 
 
 def tables(blocks: Sequence[Any]) -> list[Table]:
@@ -55,6 +51,6 @@ def tables(blocks: Sequence[Any]) -> list[Table]:
     return found
 
 
-def text_of(folder: Path) -> str:
-    make_comparison_report(folder)
-    return (folder / "compare.md").read_text(encoding="utf-8")
+def text_of(comparison: Comparison) -> str:
+    write_comparison_report(comparison)
+    return (comparison.folder / "compare.md").read_text(encoding="utf-8")

@@ -14,16 +14,16 @@ import torch
 from tests.conftest import tiny_llama
 from tests.runs import SMALL, cropi, cropi_process, evaluations, selections
 
-from cropi.artifacts import append_jsonl, read_jsonl
-from cropi.lab.compare.execute import default_jobs
-from cropi.lab.compare.results import read_results
-from cropi.lab.compare.worker import link_shared, matrix_parameters
+from cropi.lab.compare.compared_run import link_shared, matrix_parameters
+from cropi.lab.compare.result_table import read_results
+from cropi.lab.compare.run_processes import default_jobs
 from cropi.ledger import Ledger
 from cropi.loading import load_config
 from cropi.pipeline import train_all
-from cropi.run_folder import forget_evaluations
+from cropi.run_tables import forget_evaluations
 from cropi.stages.collect import collect
 from cropi.stages.run import Run
+from cropi.streams import append_jsonl, read_jsonl
 
 TINY = [
     *SMALL,
@@ -144,7 +144,7 @@ def test_training_is_counted_with_its_prompts(compared: Path) -> None:
 def test_finished_runs_keep_no_checkpoints_and_their_output(compared: Path) -> None:
     for run in runs(compared):
         assert not list(run.glob("checkpoints/*"))
-        assert "train" in (run / "log.txt").read_text()
+        assert "train" in run.with_name(f"{run.name}.log").read_text()
     assert "selection of" not in (compared / "stderr").read_text()
 
 
@@ -175,14 +175,14 @@ def test_what_runs_had_reached_can_be_compared_before_they_are_finished(compared
             if row["step"] <= step and (number == 4 or (row["seed"], row["strategy"]) != (3, "influence"))
         ]
         assert json.loads(done.stdout)["up_to_step"] == step
-        assert f"the end here is step {step}" in (made / "compare.md").read_text()
+        assert f"| cut at step | {step} |" in (made / "compare.md").read_text()
 
     of_folder = json.loads((tmp_path / OUT / "step-2" / "compare.json").read_text())
     shutil.rmtree(tmp_path / OUT / "step-2")
     table = str(OUT / "results.parquet")  # of the runs when all were finished
     printed = cropi("compare", "--results", table, "--up-to-step", "2", cwd=tmp_path).stdout
     assert json.loads((tmp_path / OUT / "step-2" / "compare.json").read_text()) == of_folder
-    assert "After 2 steps; runs that have not come to their end are among them" in printed
+    assert "Results up to step 2; unfinished runs are included" in printed
 
 
 @pytest.mark.parametrize(
@@ -226,7 +226,7 @@ def test_a_config_is_asked_for(tmp_path: Path) -> None:
 def test_linking_twice_changes_nothing_and_mends_what_was_cut_short(tmp_path: Path) -> None:
     shared, run = tmp_path / "shared", tmp_path / "run"
     made = ("prompts/prompts.parquet", "trajectories/part-0.parquet", "trajectories/part-1.parquet")
-    for name in (*made, "evaluation/step-000000.parquet"):
+    for name in (*made, "evaluations/step-000000.parquet"):
         (shared / name).parent.mkdir(parents=True, exist_ok=True)
         (shared / name).write_text(name)
         (shared / name).with_name("manifest.json").write_text("{}")

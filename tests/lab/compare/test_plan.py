@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from cropi.errors import ArtifactError, ConfigError, UserError
-from cropi.lab.compare.plan import FINISHED, lock, make_plan, parse_seeds, read_plan
+from cropi.lab.compare.comparison_plan import FINISHED, lock, make_plan, parse_seeds, read_plan
 from cropi.loading import load_config, validate_config
 from cropi.presets import merged, presets, read_patches
 
@@ -47,7 +47,7 @@ def test_every_preset_fits_the_recipes_and_says_what_it_is(name: str):
     preset = presets()[name]
     assert set(preset) == {"about", "config"}
     assert preset["about"]
-    values = merged(load_config("quickstart").resolved(), preset["config"])
+    values = merged(load_config("quickstart", ["select.strategy=full"]).resolved(), preset["config"])
     validate_config(values, name)
 
 
@@ -81,11 +81,20 @@ def test_what_is_shared_goes_by_what_it_depends_on(tmp_path: Path):
     (tmp_path / "fewer.yaml").write_text("{collect: {num_generations: 4}, trainer: {num_generations: 4}}")
     (tmp_path / "slower.yaml").write_text("{trainer: {learning_rate: 1.0e-6}}")
     names = ["full", "influence", *(str(tmp_path / name) for name in ("fewer.yaml", "slower.yaml"))]
-    plan = make_plan(["quickstart"], [], names, [0, 1], tmp_path / "out")
+    plan = make_plan(["quickstart"], ["select.strategy=random"], names, [0, 1], tmp_path / "out")
     folders = {(run.seed, run.strategy): run.shared.folder for run in plan.wanted}
     assert folders[0, "full"] == folders[0, "influence"] == folders[0, "slower"] != folders[0, "fewer"]
     assert folders[0, "full"] != folders[1, "full"]
     assert folders[0, "full"].parent == tmp_path / "out" / "quickstart" / "seed-0"
+
+
+def test_a_patch_without_a_strategy_keeps_that_of_the_config(tmp_path: Path):
+    (tmp_path / "slower.yaml").write_text("{trainer: {learning_rate: 1.0e-6}}")
+    names = ["influence", str(tmp_path / "slower.yaml")]
+    influence, slower = (run.config for run in make_plan(["quickstart"], [], names, [0], tmp_path / "out").wanted)
+    own = load_config("quickstart")
+    assert (slower.select, slower.collect) == (own.select, own.collect)
+    assert influence.collect.logprobs  # nothing of the config's preset reaches it
 
 
 def test_all_strategies_are_evaluated_at_the_same_steps(tmp_path: Path):
@@ -114,7 +123,7 @@ def test_a_patch_that_does_not_validate_is_refused_before_anything_is_written(tm
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("override", "option"), [("seed=1", "--seeds"), ("run_dir=x", "--folder"), ("--st")])
+@pytest.mark.parametrize(("override", "option"), [("seed=1", "--seeds"), ("run_dir=x", "--folder")])
 def test_what_a_comparison_sets_itself_is_refused(tmp_path: Path, override: str, option: str):
     with pytest.raises(ConfigError, match=f"sets .* itself\nFix: use {option}"):
         make_plan(["quickstart"], [override], ["full"], [0], tmp_path / "out")

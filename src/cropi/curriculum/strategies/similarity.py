@@ -6,7 +6,7 @@ from cropi.config import SelectConfig, SimilarityStrategy
 from cropi.curriculum.candidates import Candidates, Ranking
 from cropi.curriculum.fuse import fuse
 from cropi.functional.similarity import tfidf_similarity
-from cropi.leakage import words
+from cropi.prompt_text import words
 
 
 def similarity(candidates: Candidates, strategy: SimilarityStrategy, config: SelectConfig) -> Ranking:

@@ -1,1 +1,1 @@
-"""Is the estimate right, and does it predict improvement? Answers from fresh trajectories, with error bars."""
+"""Audits of a run: is influence from stored trajectories right?"""

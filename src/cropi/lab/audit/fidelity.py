@@ -1,9 +1,9 @@
-"""Off-policy influence beside on-policy influence of the same prompts, and beside what noise alone would leave of it.
+"""Agreement of off-policy with on-policy influence of the same prompts, and the ceiling that noise sets.
 
-Two parts of one prompt's fresh trajectories estimate the same number, so their agreement is a ceiling for any estimate
-from as many trajectories. What the stored trajectories fall short of it is bias; what the ceiling falls short of 1 is
-noise. The validation direction is drawn three times: stored, fresh for the ceiling, and fresh for the reference that
-both are compared with, so that neither side has an advantage of a shared direction.
+Two halves of one prompt's fresh trajectories estimate the same number, so their agreement is a ceiling for any estimate
+from as many trajectories. The gap between ceiling and stored trajectories is bias; the gap between 1 and the ceiling is
+noise. The validation direction is drawn three times: stored, fresh for the ceiling, and fresh for the reference of
+both, so neither side gains from a shared direction.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ Draw = Callable[[np.random.Generator], tuple[Float[np.ndarray, " N"], Float[np.n
 
 @dataclass(frozen=True)
 class _Side:
-    """All prompts' trajectories of one kind, the same number of each, met with one direction."""
+    """Trajectories of one kind, the same number for every prompt, and their products with one direction."""
 
     rewards_NK: Float[np.ndarray, "N K"]
     lengths_NK: Int[np.ndarray, "N K"]
@@ -51,10 +51,10 @@ class _Side:
     def count(self) -> int:
         return self.rewards_NK.shape[1]
 
-    def scores(self, settings: SurrogateSettings, parts_Nk: Int[np.ndarray, "N k"]) -> Float[np.ndarray, " N"]:
+    def scores(self, settings: SurrogateSettings, subset_Nk: Int[np.ndarray, "N k"]) -> Float[np.ndarray, " N"]:
         """Influence of each prompt from some of its trajectories."""
         taken = [
-            np.take_along_axis(values_NK, parts_Nk, axis=1)
+            np.take_along_axis(values_NK, subset_Nk, axis=1)
             for values_NK in (self.rewards_NK, self.lengths_NK, self.logs_NK, self.products_NK)
         ]
         return (scales_of(taken[0], taken[1], settings, taken[2]) * taken[3]).sum(axis=1)
@@ -71,7 +71,7 @@ def _side(units: Sequence[Units], column: int) -> _Side:
 
 
 class Comparison:
-    """Scores of some prompts on one validation set, drawn again and again from parts of their trajectories."""
+    """Scores of prompts on one validation set, recomputed from random subsets of their trajectories."""
 
     def __init__(
         self,
@@ -104,13 +104,13 @@ class Comparison:
         stored, ceiling, fresh = self._stored, self._ceiling, self._fresh
 
         def off(generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-            parts_NK = _orders(generator, stored)[:, :count]
-            others_NK = _orders(generator, fresh)[:, :reference]
-            return stored.scores(self._settings, parts_NK), fresh.scores(self._settings, others_NK)
+            subset_NK = _shuffled(generator, stored)[:, :count]
+            other_NK = _shuffled(generator, fresh)[:, :reference]
+            return stored.scores(self._settings, subset_NK), fresh.scores(self._settings, other_NK)
 
         def on(generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-            orders_NK = _orders(generator, fresh)
-            parts = orders_NK[:, :count], orders_NK[:, count : count + reference]
+            shuffled_NK = _shuffled(generator, fresh)
+            parts = shuffled_NK[:, :count], shuffled_NK[:, count : count + reference]
             return ceiling.scores(self._settings, parts[0]), fresh.scores(self._settings, parts[1])
 
         return {
@@ -167,7 +167,7 @@ class Comparison:
         return np.array(squares)
 
     def overall(self) -> dict[str, object]:
-        """All trajectories at once: agreement, reliabilities, and the correlation that is left without noise."""
+        """From all trajectories: agreement, reliabilities, and the correlation corrected for noise."""
         whole = self._whole
         scores = whole.stored_N, whole.fresh_N
         raw, reliabilities = pearson(*scores), whole.reliabilities
@@ -198,7 +198,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class _Whole:
-    """Scores from all trajectories, and the squares of their errors."""
+    """Scores from all trajectories, and their squared errors."""
 
     stored_N: Float[np.ndarray, " N"]
     fresh_N: Float[np.ndarray, " N"]
@@ -237,7 +237,7 @@ class _Whole:
         }
 
 
-def _orders(generator: np.random.Generator, side: _Side) -> Int[np.ndarray, "N K"]:
+def _shuffled(generator: np.random.Generator, side: _Side) -> Int[np.ndarray, "N K"]:
     """A random order of each prompt's trajectories."""
     return generator.permuted(np.tile(np.arange(side.count), (len(side.rewards_NK), 1)), axis=1)
 
@@ -316,7 +316,7 @@ def _known(value: float) -> float | None:
 
 
 def plain(value: Mapping[str, object]) -> dict[str, object]:
-    """For JSON, which has no NaN."""
+    """Replace NaN, which JSON does not have, by None."""
     return {
         key: plain(inner) if isinstance(inner, Mapping) else _known(inner) if isinstance(inner, float) else inner
         for key, inner in value.items()

@@ -1,1 +1,1 @@
-"""How fast, how large and how faithful the influence engine is, beside floors and other engines (`cropi bench`)."""
+"""Speed, memory and accuracy of the influence engine, against floors and other engines (`cropi bench`)."""

@@ -1,4 +1,4 @@
-"""Our own contenders: the influence engine as a user runs it, and the floors under it."""
+"""Our own contenders and their worker process: the influence engine as `score` uses it, and floors."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from cropi import __version__
 from cropi.functional.projection import SparseProjection
@@ -18,15 +19,17 @@ from cropi.gradients.groups import Group
 from cropi.gradients.packing import Segment
 from cropi.gradients.scorer import BLOCK, Scorer
 from cropi.gradients.surrogate import SurrogateSettings
-from cropi.lab.bench.peers.wire import Engine as Contending
-from cropi.lab.bench.peers.wire import Measurement, Part, Task, WeightedGroup
-from cropi.lab.bench.profile import time_shares
+from cropi.lab.bench.peers.worker_protocol import Engine as Contending
+from cropi.lab.bench.peers.worker_protocol import Measurement, Part, Task, WeightedGroup, serve
 
 SETS = 2
 """Validation sets: validation prompts take turns."""
 
 BY_WEIGHT = SurrogateSettings(normalizer="constant", max_completion_length=1, advantage_std=False)
 """A_k / Z_k = (reward_k - mean) / K."""
+
+LOGITS_AT_ONCE = 1 << 31
+"""Of a batch, whatever its tokens: 8 GiB in float32."""
 
 SCORERS: dict[str, dict[str, Any]] = {
     "exact": {"estimator": "exact"},
@@ -38,9 +41,7 @@ SCORERS: dict[str, dict[str, Any]] = {
 
 
 def contender(task: Task) -> Contending:
-    """The contender that the task's options name, its model loaded."""
-    from cropi.lab.bench.plain import Generation, Stock, Training
-
+    """Load the contender that the task's options name."""
     torch.set_num_threads(task.threads)
     match task.options["contender"]:
         case "forward":
@@ -49,22 +50,18 @@ def contender(task: Task) -> Contending:
             return Floor(task, backward=True)
         case "stock":
             return Stock(task)
-        case "generate":
-            return Generation(task)
-        case "train":
-            return Training(task)
         case name:
             return Influence(task, SCORERS[name])
 
 
-def load_model(task: Task, **settings: Any) -> nn.Module:
+def load_model(task: Task, **settings: Any) -> Any:
     """The task's policy on its device, in evaluation mode."""
     from transformers import AutoModelForCausalLM
 
     if task.device == "cuda" and not torch.cuda.is_available():
         raise RuntimeError("no CUDA device is available")
     settings |= {"dtype": getattr(torch, task.dtype), "trust_remote_code": False}
-    model: Any = AutoModelForCausalLM.from_pretrained(task.model, **settings)
+    model = AutoModelForCausalLM.from_pretrained(task.model, **settings)
     return model.to(task.device).eval()
 
 
@@ -76,13 +73,13 @@ def as_group(group: WeightedGroup) -> Group:
 
 
 def segments_of(groups: Sequence[Group]) -> list[Segment]:
-    """What has to be computed of some groups."""
+    """Segments of the groups that have a signal."""
     found = [segment_of(index, group, BY_WEIGHT) for index, group in enumerate(groups)]
     return [segment for segment in found if segment is not None]
 
 
 class Meter:
-    """Seconds, and tokens that go through a model, padding included, of the parts of a run."""
+    """Meter for the parts of a run: seconds, and tokens through the model, padding included."""
 
     def __init__(self, model: nn.Module) -> None:
         embeddings = model.get_input_embeddings()  # type: ignore[operator]
@@ -95,14 +92,14 @@ class Meter:
         self._tokens += args[0].numel()
 
     def begin(self) -> None:
-        """Forget the run before."""
+        """Start a new run."""
         self._parts = {}
         if self._on_gpu:
             torch.cuda.reset_peak_memory_stats()
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Time a block, to the end of what it left the GPU to do."""
+        """Time a block, including the work it queued on the GPU."""
         tokens, started = self._tokens, self._now()
         yield
         self._parts[name] = Part(self._now() - started, self._tokens - tokens)
@@ -129,7 +126,7 @@ class Unscored:
 
 
 class Floor(Unscored):
-    """Our packs through the model with nobody reading, forward alone or with the backward pass through activations."""
+    """Pass our packs through the model without reading gradients: forward alone, or also backward to activations."""
 
     def __init__(self, task: Task, *, backward: bool) -> None:
         model = load_model(task)
@@ -144,10 +141,6 @@ class Floor(Unscored):
             self._pass()
         return self._meter.measurement()
 
-    def profile(self) -> dict[str, float]:
-        """Where the time of a run goes."""
-        return time_shares(self._pass)
-
     def _pass(self) -> None:
         for start in range(0, len(self._groups), BLOCK):
             segments = segments_of(self._groups[start : start + BLOCK])
@@ -157,8 +150,44 @@ class Floor(Unscored):
                 self._engine.logprobs(segments)
 
 
+class Stock(Unscored):
+    """Forward and backward to the embeddings' output, weights frozen."""
+
+    def __init__(self, task: Task) -> None:
+        self._model = load_model(task, attn_implementation="sdpa").requires_grad_(False)
+        rows_BT = equal_rows(task)
+        tokens = min(task.batch_tokens, LOGITS_AT_ONCE // self._model.config.vocab_size)
+        self._batches: list[Tensor] = list(rows_BT.split(max(1, tokens // rows_BT.shape[1])))
+        self._meter = Meter(self._model)
+
+    def run(self) -> Measurement:
+        """All rows, as many at once as `batch_tokens` allows."""
+        self._meter.begin()
+        with self._meter.part("train"):
+            for rows_BT in self._batches:
+                embedded = self._model.get_input_embeddings()(rows_BT).requires_grad_()
+                self._loss(rows_BT, embedded).backward()
+        return self._meter.measurement()
+
+    def _loss(self, rows_BT: Tensor, embedded_BTD: Tensor) -> Tensor:
+        """Cross-entropy summed over all tokens that have one before them."""
+        logits_BTV = self._model(use_cache=False, inputs_embeds=embedded_BTD).logits[:, :-1]
+        return F.cross_entropy(logits_BTV.flatten(0, 1).float(), rows_BT[:, 1:].flatten(), reduction="sum")
+
+
+def equal_rows(task: Task) -> Tensor:
+    """(rows, length) token ids: as many tokens as the packed train prompts have, in rows of their trajectories' mean
+    length. The tokens are the trajectories', one after another."""
+    segments = segments_of([as_group(group) for group in task.groups])
+    sequences = [segment.prompt_ids + ids for segment in segments for ids in segment.completions]
+    length = round(sum(map(len, sequences)) / len(sequences))
+    rows = max(1, round(sum(segment.tokens for segment in segments) / length))
+    stream = torch.tensor([i for sequence in sequences for i in sequence], device=task.device)
+    return stream[: min(rows, len(stream) // length) * length].view(-1, length)
+
+
 class Influence:
-    """A `Scorer` aimed at the validation sets and asked about the train prompts, block by block, as `score` does."""
+    """A `Scorer` aimed at the validation sets that scores the train prompts block by block, as `score` does."""
 
     version = f"cropi {__version__}"
 
@@ -174,7 +203,7 @@ class Influence:
         return Scorer(self._model, BY_WEIGHT, batch_tokens=self._task.batch_tokens, **self._settings)
 
     def run(self) -> Measurement:
-        """Directions and scores, by a scorer of its own: making one belongs to starting up, and is not timed."""
+        """Compute directions and scores with a new scorer; making it is not timed."""
         scorer = self._new_scorer()
         self._meter.begin()
         with self._meter.part("validation"):
@@ -182,12 +211,6 @@ class Influence:
         with self._meter.part("train"):
             self._products_NV = self._score(scorer)
         return self._meter.measurement()
-
-    def profile(self) -> dict[str, float]:
-        """Where the time of scoring the train prompts goes."""
-        scorer = self._new_scorer()
-        scorer.aim(self._validation)
-        return time_shares(lambda: self._score(scorer))
 
     def _score(self, scorer: Scorer) -> np.ndarray:
         starts = range(0, len(self._groups), BLOCK)
@@ -197,3 +220,7 @@ class Influence:
         """From <g_i, mean of set v>, the product with the mean over the prompts of all sets."""
         sizes_V = np.array([len(groups) for groups in self._validation.values()])
         return self._products_NV @ (sizes_V / sizes_V.sum())
+
+
+if __name__ == "__main__":
+    serve(contender)

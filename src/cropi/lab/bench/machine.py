@@ -1,4 +1,4 @@
-"""The machine that numbers belong to."""
+"""Describe the machine that measures."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _commit() -> str | None:
         command = [git, "-C", str(folder), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()  # noqa: S603
 
-    if not ask("ls-files", "__init__.py"):  # in some other repository, an environment's say
+    if not ask("ls-files", "__init__.py"):  # the checkout of something else
         return None
     return ask("rev-parse", "HEAD") + ("+" if ask("status", "--porcelain", "--", str(folder)) else "")
 

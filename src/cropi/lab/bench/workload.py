@@ -1,4 +1,4 @@
-"""What every contender is given: the same rows of train and validation prompts, as JSONL that any worker can read.
+"""The workload of a benchmark: the same train and validation prompts for every contender, as JSONL.
 
 A row is {prompt_id, prompt_ids, completions, weights}; a prompt's gradient is the sum over its trajectories
 of weight_k = A_k / Z_k times grad log pi(completion_k), at the very policy that is measured (all ratios are 1).
@@ -18,14 +18,9 @@ import torch
 from cropi.errors import DataError
 from cropi.gradients.groups import Group
 from cropi.gradients.surrogate import SurrogateSettings, trajectory_scales
-from cropi.lab.bench.peers.wire import WeightedGroup
+from cropi.lab.bench.peers.worker_protocol import WeightedGroup
 from cropi.seeds import derived_seed
 
-WORKLOADS = {
-    "realistic": "random tokens; 8 trajectories a prompt, 45 % of the train prompts without signal",
-    "plain": "random tokens; one trajectory a prompt, all with signal: nothing to skip and nothing to share",
-    "builtin": "prompts and completions of the built-in policy, mixed groups only",
-}
 ZERO_SHARE = 0.45
 TRAJECTORIES = 8
 PROMPT_TOKENS = {"realistic": (64, 150), "plain": (8, 32)}
@@ -43,7 +38,7 @@ class Workload:
     validation: list[WeightedGroup]
 
     def facts(self) -> dict[str, Any]:
-        """Counts that describe it; tokens are those given: every trajectory with a prompt of its own."""
+        """Counts of the workload; each trajectory counts with its own copy of the prompt."""
         trajectories = [(group, ids) for group in self.train for ids in group.completions]
         return {
             "prompts": len(self.train),
@@ -94,12 +89,12 @@ def random_workload(name: str, *, prompts: int, validation: int, vocabulary: int
 
 
 def _ids(generator: np.random.Generator, count: int, vocabulary: int) -> list[int]:
-    """Token ids as frequent as words are: p(id) falls like 1 / id (Zipf)."""
+    """Random token ids with the frequencies of words: p(id) falls like 1 / id (Zipf)."""
     return (np.floor((vocabulary + 1) ** generator.random(count)) - 1).astype(int).clip(0, vocabulary - 1).tolist()
 
 
 def weighted(group: Group) -> WeightedGroup:
-    """A group with the weights that our own surrogate gives it."""
+    """Give a group the weights of our own surrogate."""
     return WeightedGroup(group.prompt_id, group.prompt_ids, group.completions, trajectory_scales(group, GRPO))
 
 
@@ -123,14 +118,14 @@ def builtin_workload(*, prompts: int, validation: int, threads: int, seed: int) 
 def mixed_groups(families: Sequence[str], split: str, count: int, seed: int) -> Iterator[Group]:
     """The first `count` groups whose rewards differ; families take turns."""
     from cropi.builtin import generate
-    from cropi.config import ExactVerifier, PolicyConfig
+    from cropi.config import PolicyConfig
     from cropi.policy import encode_prompts, load_policy
     from cropi.rewards.verdicts import Answered, reward
-    from cropi.rewards.verifiers import verifier
+    from cropi.rewards.verifiers.exact_text import ExactVerifier
     from cropi.rollouts.generation import Sampling, TransformersGenerator
 
     policy = load_policy(PolicyConfig(path="builtin"))
-    complete, verify = TransformersGenerator(policy, 512), verifier(ExactVerifier(type="exact", marker="answer"))
+    complete, verify = TransformersGenerator(policy, 512), ExactVerifier(type="exact", marker="answer").load()
     found, size = 0, max(4, count * 3 // (2 * len(families)))  # some groups will not be mixed
     try:
         rows = [generate(family, split=split, count=size, seed=derived_seed(seed, family)) for family in families]

@@ -1,1 +1,1 @@
-"""`compare`: strategies over scenarios and seeds, as ordinary runs that share what is the same for all."""
+"""Comparisons of strategies over scenarios and seeds, made of ordinary runs with a shared start."""

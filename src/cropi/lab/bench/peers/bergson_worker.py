@@ -25,9 +25,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import numpy as np
 
-    from cropi.lab.bench.peers.wire import Measurement, Task, WeightedGroup, serve
+    from cropi.lab.bench.peers.worker_protocol import Measurement, Task, WeightedGroup, serve
 else:
-    from wire import Measurement, serve  # beside this file, which runs as a script where cropi is not installed
+    from worker_protocol import (  # beside this file, which runs as a script where cropi is not installed
+        Measurement,
+        serve,
+    )
 
 PRECISIONS = {"float32": "fp32", "bfloat16": "bf16"}
 

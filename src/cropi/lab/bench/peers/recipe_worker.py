@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from cropi.lab.bench.peers.wire import Measurement, Task, WeightedGroup, serve
+from cropi.lab.bench.peers.worker_protocol import Measurement, Task, WeightedGroup, serve
 
 if TYPE_CHECKING:
     import numpy as np

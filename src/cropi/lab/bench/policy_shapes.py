@@ -1,0 +1,128 @@
+"""Policies to measure: published shapes with random weights, and the FLOPs of a forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cropi.lab.bench.peers.worker_protocol import WeightedGroup
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A transformers architecture and the settings of its config."""
+
+    model_type: str
+    summary: str
+    settings: dict[str, Any]
+
+
+def _qwen2(
+    summary: str, hidden: int, inner: int, layers: int, heads: int, kv: int, vocabulary: int, tied: bool = True
+) -> Shape:
+    return Shape(
+        "qwen2",
+        summary,
+        {
+            "hidden_size": hidden,
+            "intermediate_size": inner,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv,
+            "vocab_size": vocabulary,
+            "tie_word_embeddings": tied,
+            "max_position_embeddings": 32768 if vocabulary > 100_000 else 1024,
+        },
+    )
+
+
+SHAPES: dict[str, Shape] = {
+    "tiny": _qwen2("24 thousand parameters, for trying the command out", 32, 64, 2, 4, 2, 256),
+    "10m": _qwen2("10 million parameters", 320, 864, 8, 5, 5, 2048),
+    "135m": Shape(
+        "llama",
+        "SmolLM2-135M",
+        {
+            "hidden_size": 576,
+            "intermediate_size": 1536,
+            "num_hidden_layers": 30,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+            "vocab_size": 49152,
+            "tie_word_embeddings": True,
+            "max_position_embeddings": 8192,
+        },
+    ),
+    "qwen2.5-0.5b": _qwen2("Qwen2.5-0.5B", 896, 4864, 24, 14, 2, 151936),
+    "qwen2.5-1.5b": _qwen2("Qwen2.5-1.5B", 1536, 8960, 28, 12, 2, 151936),
+    "qwen2.5-7b": _qwen2("Qwen2.5-7B", 3584, 18944, 28, 28, 4, 152064, tied=False),
+}
+
+
+def random_policy(shape: str, *, dtype: str, device: str, seed: int) -> PreTrainedModel:
+    """Make a policy of the shape with random weights, on the device and in the dtype."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    # No token ends a sequence: with random weights it would do so anywhere.
+    special = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    config = AutoConfig.for_model(SHAPES[shape].model_type, **SHAPES[shape].settings, **special)
+    torch.manual_seed(seed)
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
+
+
+def make_policy(shape: str, folder: Path, *, dtype: str, device: str, seed: int) -> None:
+    """Write a random policy of the shape to `folder`. No tokenizer: the benchmark has ids only."""
+    import torch
+
+    model = random_policy(shape, dtype=dtype, device=device, seed=seed)
+    model.save_pretrained(folder)
+    del model
+    if device == "cuda":
+        torch.cuda.empty_cache()
+
+
+def policy_config(folder: Path) -> PretrainedConfig:
+    """The config of a policy in a folder."""
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+
+
+def parameter_count(config: PretrainedConfig) -> int:
+    """Count all parameters, a tied weight once."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+
+
+def forward_flops(config: PretrainedConfig, groups: Sequence[WeightedGroup]) -> float:
+    """FLOPs of one forward pass over the packed groups with signal, per token computed.
+
+    F = 2 N_layers + (predictions / tokens) 2 H W + layers 4 H_attention (mean number of tokens seen), N_layers being
+    the weights of all linear layers but the head (H, W), which acts on positions that predict a completion token.
+    """
+    tokens = predictions = seen = 0
+    for group in (group for group in groups if group.has_signal):
+        prompt = len(group.prompt_ids)
+        tokens += prompt
+        seen += prompt * (prompt + 1) // 2
+        for completion in group.completions:
+            computed = len(completion) - 1
+            tokens += computed
+            predictions += len(completion)
+            seen += computed * prompt + computed * (computed + 1) // 2
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    head_size = getattr(config, "head_dim", None) or hidden // heads
+    attention = hidden * head_size * (heads + 2 * config.num_key_value_heads) + heads * head_size * hidden
+    layers = config.num_hidden_layers * (attention + 3 * hidden * config.intermediate_size)
+    head = hidden * config.vocab_size * predictions / tokens
+    return 2 * layers + 2 * head + config.num_hidden_layers * 4 * heads * head_size * seen / tokens

@@ -1,0 +1,248 @@
+"""Speed-ups, areas and accuracies of the strategies of a comparison, with intervals, as plain JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from cropi.errors import ConfigError
+from cropi.functional.comparison import (
+    accuracy_curves,
+    area_weights,
+    first_crossings,
+    log_speedups,
+    mean_over_seeds,
+    percentile_interval,
+    redraw_counts,
+    restricted_costs,
+    seed_counts,
+)
+from cropi.lab.compare.paired_runs import MEASURES, SUITE, Trace, Traces
+from cropi.seeds import derived_seed
+
+TARGET = "full"  # its own final accuracy is what the others are to reach
+AREAS = ("steps", "flops")
+KINDS = ("targeted", "untargeted")
+COMPARED = ("area", "final")  # quantities of which differences from the references are taken
+SHARES = ("reached", "no_gain")  # of runs
+REDRAWS, CONFIDENCE = 2000, 0.95
+
+Draws = dict[str, np.ndarray]  # quantity -> estimate and redraws (R,)
+Seed = Mapping[str, Trace]  # by strategy
+
+
+def summarise(
+    traces: Traces,
+    references: Sequence[str] | None = None,
+    levels: Sequence[float] = (),
+    aside: Sequence[str] = (),
+    up_to_step: int | None = None,
+) -> dict[str, Any]:
+    """Summarise a comparison by scenario and over all scenarios (`suite`). See docs/compare.md.
+
+    `references`: strategies to take differences from; `full` by default. A strategy is compared with them on the seeds
+    that all of them have finished. `levels`: further targeted accuracies to give costs for. `aside`: scenarios without
+    anything to gain, whose speed-ups do not count over the suite. ConfigError for an unknown reference or scenario.
+    """
+    for name in aside:
+        if name not in traces:
+            raise ConfigError(
+                f"there is no scenario {name!r}", where="--aside", fix=f"name one of: {', '.join(traces)}."
+            )
+    strategies = list(dict.fromkeys(name for seeds in traces.values() for own in seeds.values() for name in own))
+    references = _references(references, strategies)
+    entries: list[dict[str, Any]] = []
+    by_strategy: dict[str, dict[str, tuple[int, Draws]]] = {}
+    for scenario, found in traces.items():
+        for strategy, (count, draws) in _scenario(scenario, found, strategies, references, levels).items():
+            facts = {"scenario": scenario, "strategy": strategy, "seeds": count}
+            entries.append(facts | _shown(draws, references))
+            by_strategy.setdefault(strategy, {})[scenario] = count, draws
+    entries += [_suite(name, by_strategy[name], references, aside) for name in strategies if name in by_strategy]
+    return {
+        "target": TARGET,
+        "references": references,
+        "best_reference": _best(references, entries),
+        "redraws": REDRAWS,
+        "confidence": CONFIDENCE,
+        "scenarios": list(traces),
+        "aside": list(aside),
+        "up_to_step": up_to_step,
+        "strategies": strategies,
+        "entries": entries,
+    }
+
+
+def _references(asked: Sequence[str] | None, strategies: Sequence[str]) -> list[str]:
+    if asked is None:
+        return [TARGET] if TARGET in strategies else []
+    for name in asked:
+        if name not in strategies:
+            raise ConfigError(
+                f"there is no run of {name!r}", where="--reference", fix=f"name one of: {', '.join(strategies)}."
+            )
+    return list(asked)
+
+
+def _best(references: Sequence[str], entries: Sequence[Mapping[str, Any]]) -> str | None:
+    """The reference with the largest area over the suite."""
+    areas = {e["strategy"]: e["area"]["steps"]["mean"] for e in entries if e["scenario"] == SUITE}
+    return max((name for name in references if name in areas), key=lambda name: areas[name], default=None)
+
+
+# -- one scenario ------------------------------------------------------------------------------------------------------
+
+
+def _scenario(
+    scenario: str,
+    seeds: Mapping[int, Seed],
+    strategies: Sequence[str],
+    references: Sequence[str],
+    levels: Sequence[float],
+) -> dict[str, tuple[int, Draws]]:
+    """By strategy: the number of seeds that target and references share with it, and its draws on them."""
+    with_target = any(TARGET in seed for seed in seeds.values())
+    needed = {*references, *([TARGET] if with_target else [])}
+    groups: dict[tuple[int, ...], list[str]] = {}
+    for strategy in strategies:
+        shared = tuple(s for s, seed in sorted(seeds.items()) if {strategy, *needed} <= set(seed))
+        if shared:
+            groups.setdefault(shared, []).append(strategy)
+    found: dict[str, tuple[int, Draws]] = {}
+    for shared, names in groups.items():
+        paired = [*names, *sorted(needed - set(names))]
+        generator = np.random.default_rng(derived_seed(0, "compare", scenario, *shared))
+        draws = _paired([seeds[s] for s in shared], paired, references, levels, generator)
+        found |= {name: (len(shared), draws[name]) for name in names}
+    return {name: found[name] for name in strategies if name in found}
+
+
+def _paired(
+    seeds: Sequence[Seed],
+    strategies: Sequence[str],
+    references: Sequence[str],
+    levels: Sequence[float],
+    generator: np.random.Generator,
+) -> dict[str, Draws]:
+    """Draws by strategy, from the same redraws of seeds and questions. `NAME - REFERENCE` are differences."""
+    counts_RS = seed_counts(len(seeds), REDRAWS, generator)
+    questions: dict[str, np.ndarray] = {}  # the same questions in several seeds are redrawn together
+    found = []
+    for seed in seeds:
+        curves = _curves(seed, strategies, questions, generator)
+        found.append(_levels(seed, strategies, curves) | _times(seed, strategies, curves, levels))
+    names = [name for name in found[0] if all(name in own for own in found)]
+    means = {name: mean_over_seeds(np.stack([own[name] for own in found], axis=1), counts_RS) for name in names}
+    draws: dict[str, Draws] = {}
+    for place, strategy in enumerate(strategies):
+        draws[strategy] = {name: values_RA[:, place] for name, values_RA in means.items()}
+        for reference in references:
+            other = strategies.index(reference)
+            for name, values_RA in means.items():
+                if name.partition("/")[0] in COMPARED:
+                    draws[strategy][f"{name} - {reference}"] = values_RA[:, place] - values_RA[:, other]
+    return draws
+
+
+def _curves(
+    seed: Seed, strategies: Sequence[str], questions: dict[str, np.ndarray], generator: np.random.Generator
+) -> dict[str, np.ndarray]:
+    """Accuracy (R, A, E) over the targeted sets and over the others, each set with the same weight."""
+    curves: dict[str, list[np.ndarray]] = {}
+    first = seed[strategies[0]]
+    for name in sorted(first.questions):
+        correct_AEQ = np.stack([seed[strategy].correct[name] for strategy in strategies])
+        key = f"{name}/{first.questions[name]}"
+        if key not in questions:
+            count = correct_AEQ.shape[-1]
+            questions[key] = redraw_counts(count, count, REDRAWS, generator)
+        kind = KINDS[0] if first.targeted[name] else KINDS[1]
+        curves.setdefault(kind, []).append(accuracy_curves(correct_AEQ, questions[key]))
+    return {kind: np.mean(values, axis=0) for kind, values in curves.items()}
+
+
+def _levels(seed: Seed, strategies: Sequence[str], curves: Mapping[str, np.ndarray]) -> Draws:
+    """Final accuracies and areas under the targeted curve (R, A)."""
+    found = {f"final/{kind}": curve_RAE[..., -1] for kind, curve_RAE in curves.items()}
+    if "targeted" not in curves:
+        return found
+    for measure in AREAS:
+        reference = seed[TARGET].paid(measure) if TARGET in strategies else None
+        if measure != "steps" and reference is None:
+            continue
+        limit = seed[strategies[0]].steps[-1] if reference is None else reference[0][-1] + reference[1][-1]
+        costs = [seed[strategy].paid(measure) for strategy in strategies]
+        weights_AE = np.stack([area_weights(ahead_E, running_E, float(limit)) for ahead_E, running_E in costs])
+        found[f"area/{measure}"] = np.einsum("rae,ae->ra", curves["targeted"], weights_AE)
+    return found
+
+
+def _times(seed: Seed, strategies: Sequence[str], curves: Mapping[str, np.ndarray], levels: Sequence[float]) -> Draws:
+    """By measure (R, A): costs up to the levels and up to the target, and log speed-ups against the target strategy."""
+    if "targeted" not in curves:
+        return {}
+    curves_RAE, found = curves["targeted"], Draws()
+    costs = {
+        measure: np.stack([np.stack(seed[strategy].paid(measure)) for strategy in strategies], axis=1)
+        for measure in MEASURES
+    }
+    goals = {f"{level:g}": np.full(len(curves_RAE), level) for level in levels}
+    if TARGET in strategies:
+        place = strategies.index(TARGET)
+        goals["target"] = curves_RAE[:, place, -1]
+    for name, levels_R in goals.items():
+        places_RA = first_crossings(curves_RAE, levels_R)
+        found[f"to {name}/reached"] = 1.0 - np.isnan(places_RA)
+        found |= {f"to {name}/{measure}": restricted_costs(places_RA, costs[measure]) for measure in MEASURES}
+        if name != "target":
+            continue
+        steps = seed[TARGET].steps
+        one_step = 1 / float(steps[1] - steps[0])
+        theirs_R = places_RA[:, place]
+        found["to target/no_gain"] = np.repeat((theirs_R == 0)[:, None], len(strategies), axis=1).astype(float)
+        for measure, costs_AE in costs.items():
+            speedup_RA = log_speedups(places_RA, theirs_R, costs_AE, costs_AE[:, place], one_step)
+            found[f"speedup/{measure}"] = speedup_RA
+    return found
+
+
+# -- output -----------------------------------------------------------------------------------------------------------
+
+
+def _suite(
+    strategy: str, found: Mapping[str, tuple[int, Draws]], references: Sequence[str], aside: Sequence[str]
+) -> dict[str, Any]:
+    """Means over the scenarios that a strategy has been run on (of speed-ups: geometric)."""
+    counted = [draws for scenario, (_, draws) in found.items() if scenario not in aside]
+    everything = [draws for _, draws in found.values()]
+    means = {}
+    for name in everything[0]:
+        over = counted if name.partition("/")[0] not in COMPARED else everything
+        if over and all(name in own for own in over):
+            means[name] = np.mean([own[name] for own in over], axis=0)
+    facts = {
+        "scenario": SUITE,
+        "strategy": strategy,
+        "scenarios": len(found),
+        "seeds": sum(n for n, _ in found.values()),
+    }
+    return facts | _shown(means, references)
+
+
+def _shown(draws: Draws, references: Sequence[str]) -> dict[str, Any]:
+    """Intervals by quantity; shares as they are. Speed-ups leave their logarithms here."""
+    result: dict[str, Any] = {"speedup": {}, "to": {}, "area": {}, "final": {}}
+    result["against"] = {reference: {"area": {}, "final": {}} for reference in references}
+    for name, values_R in draws.items():
+        quantity, _, reference = name.partition(" - ")
+        group, key = quantity.split("/")
+        shown = np.exp(values_R) if group == "speedup" else values_R
+        value = float(shown[0]) if key in SHARES else vars(percentile_interval(shown, CONFIDENCE))
+        where = result["against"][reference] if reference else result
+        if group.startswith("to "):
+            where["to"].setdefault(group.removeprefix("to "), {})[key] = value
+        else:
+            where[group][key] = value
+    return result

@@ -1,0 +1,147 @@
+"""The tables of a comparison: speed-ups, accuracies, differences, costs to reach an accuracy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from cropi.lab.compare.paired_runs import MEASURES, SUITE, Comparison, interval
+from cropi.lab.compare.report.comparison_headline import HEADLINE_MEASURES
+from cropi.lab.compare.report.ratio_format import (
+    UNITS,
+    Entry,
+    no_gain,
+    reached,
+    scenario_label,
+    speedup,
+)
+from cropi.report.blocks import Block, Table, Text
+from cropi.report.wording import ABSENT, code, difference, large, percent, seconds, significant, with_interval
+
+OPEN_SCENARIOS = 2  # with more of them, the tables by scenario are folded
+COSTS: Mapping[str, Callable[[float], str]] = {
+    "steps": significant,
+    "tokens": large,
+    "flops": large,
+    "seconds": seconds,
+}
+
+
+def cost_to_target(comparison: Comparison) -> Table | None:
+    """Steps, FLOPs and seconds to the target's final accuracy, of the target and of the main strategy."""
+    target, main = comparison.summary["target"], comparison.main
+    entries = comparison.entries(comparison.scope)
+    if main is None or main == target or target not in entries or "target" not in entries.get(main, {"to": {}})["to"]:
+        return None
+    own, theirs = (entries[name]["to"]["target"] for name in (main, target))
+    rows = [
+        [UNITS[m], COSTS[m](theirs[m]["mean"]), COSTS[m](own[m]["mean"]), speedup(entries[main], m)]
+        for m in HEADLINE_MEASURES
+    ]
+    caption = (
+        f"Mean cost to reach the final targeted accuracy of {code(target)}, and the speed-up: geometric mean over "
+        "runs. A run that never gets there counts with its total cost, and `<` marks an upper bound."
+    )
+    return Table(caption, [f"to {target}'s accuracy", target, main, "speed-up"], rows)
+
+
+def speedups(comparison: Comparison) -> list[Block]:
+    """Speed-ups with intervals."""
+    target = code(comparison.summary["target"])
+    if not any(entry["speedup"] for entry in comparison.summary["entries"]):
+        return [Text(f"Without {target} there is no target, and no speed-up.")]
+    caption = (
+        f"Speed-up: how many times sooner the final targeted accuracy of {target} is reached, geometric mean over "
+        "seeds (and scenarios). `<`: an upper bound, because some runs never reached it. Reached: share of the runs "
+        f"that did. No gain: share of the runs in which {target} ends no higher than the base policy (ratio 1 for "
+        "all). Tokens: generated ones."
+    )
+    header = ["steps", "tokens", "FLOPs", "seconds", "reached", "no gain"]
+    return list(_tables(comparison, (caption, "Speed-up"), header, _speed_row))
+
+
+def _speed_row(entry: Entry) -> list[str]:
+    cells, share = [speedup(entry, measure) for measure in MEASURES], reached(entry)
+    of_runs = ABSENT if share is None else f"{percent(share)} of {entry['seeds']}"
+    return [*cells, of_runs, percent(no_gain(entry))]
+
+
+def accuracies(comparison: Comparison) -> list[Block]:
+    """Final accuracies and areas, and their differences from every reference."""
+    header = ["targeted", "untargeted", "area (steps)", "area (FLOPs)"]
+    summary = comparison.summary
+    caption = (
+        "Targeted and untargeted accuracy at the end of the run. Area: mean targeted accuracy over the run, by steps, "
+        f"and by FLOPs up to the total of {code(summary['target'])}."
+    )
+    captions = caption, "Accuracy and area"
+    blocks: list[Block] = [
+        *_tables(comparison, captions, header, lambda entry: [with_interval(found, 3) for found in _four(entry)])
+    ]
+    for reference in summary["references"]:
+        text = f"Difference from {code(reference)}"
+        captions = f"{text}, on the same seeds and questions.", text
+        shown = reference in (summary["target"], summary["best_reference"])
+        blocks += _tables(comparison, captions, header, _difference_row(reference), reference, shown)
+    return blocks
+
+
+def _difference_row(reference: str) -> Callable[[Entry], list[str]]:
+    return lambda entry: [difference(found, 3) for found in _four(entry["against"][reference])]
+
+
+def _four(where: Mapping[str, Any]) -> list[Any]:
+    final, area = where["final"], where["area"]
+    found = (final.get("targeted"), final.get("untargeted"), area.get("steps"), area.get("flops"))
+    return [interval(value) for value in found]
+
+
+def levels(comparison: Comparison) -> list[Block]:
+    """Mean costs to reach the target and every level that was asked for."""
+    scopes = [*([SUITE] if len(comparison.scenarios) > 1 else []), *comparison.scenarios]
+    rows = [
+        [scenario_label(e["scenario"]), e["strategy"], level, percent(goal["reached"]), *_costs(goal)]
+        for scenario in scopes
+        for e in comparison.entries(scenario).values()
+        for level, goal in e["to"].items()
+    ]
+    if not rows:
+        return []
+    caption = (
+        f"Mean cost to reach a targeted accuracy (`target`: the final one of {code(comparison.summary['target'])}). A "
+        "run that never gets there counts with its total cost."
+    )
+    header = ["scenario", "strategy", "accuracy", "reached", *(UNITS[measure] for measure in MEASURES)]
+    return [Table(caption, header, rows, left=2, collapsed=True)]
+
+
+def _costs(goal: Mapping[str, Any]) -> Iterator[str]:
+    for measure in MEASURES:
+        found, form = goal[measure], COSTS[measure]
+        yield f"{form(found['mean'])} [{form(found['low'])}, {form(found['high'])}]"
+
+
+def _tables(
+    comparison: Comparison,
+    captions: tuple[str, str],
+    header: list[str],
+    row: Callable[[Entry], list[str]],
+    but: str | None = None,
+    shown: bool = True,
+) -> Iterator[Table]:
+    """A table over the suite and one by scenario (`captions`: long and short), without the strategy `but`.
+
+    The row of the main strategy is stressed. Tables are folded if not `shown`; by scenario also if there are many.
+    """
+    caption, short = captions
+    whole = "" if comparison.scope != SUITE else " All scenarios, each with the same weight."
+    entries = [entry for name, entry in comparison.entries(comparison.scope).items() if name != but]
+    rows = [[entry["strategy"], *row(entry)] for entry in entries]
+    strong = next((n for n, entry in enumerate(entries) if entry["strategy"] == comparison.main), None)
+    if rows:
+        yield Table(caption + whole, ["strategy", *header], rows, strong=strong, collapsed=not shown)
+    if comparison.scope == SUITE:
+        parts = [e for s in comparison.scenarios for name, e in comparison.entries(s).items() if name != but]
+        rows = [[entry["scenario"], entry["strategy"], *row(entry)] for entry in parts]
+        folded = not shown or len(comparison.scenarios) > OPEN_SCENARIOS
+        yield Table(f"{short}, by scenario.", ["scenario", "strategy", *header], rows, left=2, collapsed=folded)

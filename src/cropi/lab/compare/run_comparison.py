@@ -1,0 +1,89 @@
+"""A whole comparison: plan, runs, table, statistics, report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from cropi.artifacts import write_json
+from cropi.console import say, warn
+from cropi.errors import ConfigError
+from cropi.lab.compare.compare_options import CompareOptions
+from cropi.lab.compare.comparison_plan import Plan, Run, lock, make_plan, parse_seeds, read_plan
+from cropi.lab.compare.comparison_summary import summarise
+from cropi.lab.compare.paired_runs import Comparison, best_strategy, read_traces
+from cropi.lab.compare.report.comparison_page import write_comparison_report
+from cropi.lab.compare.result_table import RESULTS_FILE, read_results, write_results, write_results_up_to
+from cropi.lab.compare.run_processes import Failure, default_jobs, execute
+
+
+def compare_runs(options: CompareOptions) -> tuple[Comparison, list[Failure]]:
+    """Do the missing runs, then write table, statistics and report of all runs in the folder.
+
+    The same options resume an interrupted call; others add to the folder. Raises the errors of `make_plan`.
+    """
+    with lock(options.folder):
+        seeds = parse_seeds(options.seeds)
+        plan = make_plan(options.names, options.overrides, options.strategy_names, seeds, options.folder)
+        _check_names(options, plan)
+        missing = [run for run in plan.wanted if not run.finished]
+        _check_trainers(missing)
+        jobs = options.jobs or (default_jobs([run.config for run in missing]) if missing else 1)
+        say(f"{len(missing)} of {len(plan.wanted)} runs to do" + (f", {jobs} at a time" if missing else ""))
+        try:
+            failures = execute(plan, jobs, keep_checkpoints=options.keep_checkpoints)
+        finally:
+            write_results(plan)
+        comparison = analyse(plan.folder, options)
+    if failures:
+        warn(f"{len(failures)} of {len(plan.wanted)} runs failed; the same command tries them again")
+    return comparison, failures
+
+
+def compare_results(options: CompareOptions) -> Comparison:
+    """Compare the results of existing runs, all of them or up to a step."""
+    if options.up_to_step is not None:
+        source = options.results if options.results is not None else read_plan(options.folder)
+        return analyse(write_results_up_to(options.up_to_step, source), options)
+    assert options.results is not None
+    return analyse(options.results.parent, options)
+
+
+def analyse(folder: Path, options: CompareOptions) -> Comparison:
+    """Write `compare.json` and the report from the results in a folder.
+
+    A reference or main strategy without a finished run is left out.
+    """
+    table = read_results(folder / RESULTS_FILE)
+    traces, known = read_traces(table), set(table.column("strategy").to_pylist())
+    references = options.references and [name for name in options.references if name in known]
+    summary = summarise(traces, references, options.accuracies, options.set_aside, options.up_to_step)
+    write_json(folder / "compare.json", summary)
+    named = options.main if options.main in known else None
+    comparison = Comparison(folder, summary, traces, named or best_strategy(summary))
+    write_comparison_report(comparison)
+    return comparison
+
+
+def _check_names(options: CompareOptions, plan: Plan) -> None:
+    named = [("--reference", name) for name in options.references or []]
+    named += [("--main", options.main)] if options.main is not None else []
+    for option, name in named:
+        if name not in plan.strategies:
+            raise ConfigError(f"{name!r} is none of the strategies", where=option, fix="add it to them.")
+
+
+def _check_trainers(runs: Sequence[Run]) -> None:
+    """Refuse settings that TRL refuses before anything runs, once for every scenario and strategy."""
+    if not runs:
+        return
+    import torch
+
+    from cropi.training.settings import grpo_config
+
+    for run in {(run.scenario, run.strategy): run for run in runs}.values():
+        try:
+            grpo_config(run.config, run.config.folder, torch.device("cpu"))
+        except ConfigError as error:
+            where = f"strategy {run.strategy} on {run.scenario}"
+            raise ConfigError(error.what, where=where, fix="correct its settings of the trainer.") from None

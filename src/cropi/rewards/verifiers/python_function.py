@@ -1,0 +1,110 @@
+"""The verifier `function`: a Python reward function in TRL's form."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import re
+from collections.abc import Callable
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import AfterValidator, Field
+
+from cropi.asynchronous import awaited
+from cropi.errors import hint
+from cropi.rewards.verdicts import Answered, Graded
+from cropi.rewards.verifier import ScoringVerifier, Template, Verify
+
+SCRIPT_REWARDS = "trainer.reward_funcs"  # a path for the reward functions of a TRL script, which only the script has
+
+
+def _dotted(path: str) -> str:
+    if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", path):
+        raise ValueError("must be MODULE.FUNCTION, as rewards.right for the function right of rewards.py")
+    return path
+
+
+DottedPath = Annotated[str, AfterValidator(_dotted)]
+
+
+class FunctionVerifier(ScoringVerifier):
+    """A reward function of your own, with TRL's signature; it gets one completion at a time."""
+
+    pure: ClassVar[bool] = False
+
+    type: Literal["function"]
+    """Picks this verifier."""
+    path: DottedPath
+    """The function, as `module.function`, importable from the folder where the run is started. Its code is run: name
+    only code that you trust."""
+    threshold: float = 0.5
+    """Reward from which a completion is right. If the function returns None, the row is excluded."""
+    answer_as: Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")] = "answer"
+    """Name of the keyword argument with the recorded answers (TRL's own functions: `solution`)."""
+    messages: bool = False
+    """Pass completions as chat messages instead of text."""
+    written: Template = "{answer}"
+    """How a right completion writes the answer; used to check recorded answers against themselves."""
+
+    def load(self) -> Verify:
+        """Import the function. It is called with one row: `f(completions, **columns) -> rewards`.
+
+        The columns are `prompts`, `completions`, the recorded answer under its configured name, `source`, and the
+        row's extra columns, each as a list of one. A function without `**kwargs` gets those in its signature.
+        """
+        function = imported(self.path)
+        accepted = _parameters(function)
+
+        def verify(row: Answered) -> str | Graded:
+            columns = self._columns(row)
+            rewards = awaited(function(**{k: v for k, v in columns.items() if accepted is None or k in accepted}))
+            if not hasattr(rewards, "__len__"):
+                kind = type(rewards).__name__
+                raise TypeError(f"{self.path} returned one {kind}, not a list with a reward for each completion")
+            if len(rewards) != 1:
+                raise ValueError(f"{self.path} returned {len(rewards)} rewards for one completion")
+            return self.verdict(rewards[0])
+
+        return verify
+
+    def _columns(self, row: Answered) -> dict[str, list[Any]]:
+        completion = [{"role": "assistant", "content": row.completion}] if self.messages else row.completion
+        prompt = json.loads(row.prompt) if row.prompt else ""
+        columns = {name: [value] for name, value in extra_columns(row).items()}
+        columns |= {"prompts": [prompt], "completions": [completion], "source": [row.source]}
+        return columns | {self.answer_as: [row.answer]}
+
+    def completion_with(self, answer: str) -> str:
+        return self.written.replace("{answer}", answer)
+
+
+def extra_columns(row: Answered) -> dict[str, Any]:
+    """The row's further columns by name."""
+    found = json.loads(row.extra) if row.extra else {}
+    return found if isinstance(found, dict) else {}
+
+
+def imported(path: str) -> Callable[..., Any]:
+    """Import `module.function`. ImportError names the closest function if there is none of that name."""
+    module, _, name = path.rpartition(".")
+    try:
+        found = importlib.import_module(module)
+        function = getattr(found, name)
+    except AttributeError:
+        raise ImportError(
+            f"{path} cannot be imported: {module} has no {name}; {hint(name, dir(found), 'define it there')}"
+        ) from None
+    except ImportError as error:
+        raise ImportError(f"{path} cannot be imported ({error})") from None
+    if not callable(function):
+        raise TypeError(f"{path} is not a function")
+    return function
+
+
+def _parameters(function: Callable[..., Any]) -> set[str] | None:
+    """Names of the parameters that a function takes; None if it takes any."""
+    parameters = inspect.signature(function).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return None
+    return {parameter.name for parameter in parameters}

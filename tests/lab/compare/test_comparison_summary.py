@@ -1,0 +1,187 @@
+"""What a table of results shows, by hand."""
+
+import json
+import math
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from cropi.errors import ArtifactError, ConfigError
+from cropi.lab.compare.comparison_summary import summarise
+from cropi.lab.compare.paired_runs import Traces, read_traces
+from cropi.lab.compare.result_table import COSTS, FLOPS, RESULTS, TOKENS
+
+STEPS = (0, 4, 8)
+
+
+def rows(
+    scenario: str,
+    strategy: str,
+    seed: int,
+    curve: tuple[int, int, int],
+    *,
+    collected: float = 0.0,
+    questions: str = "q",
+    steps: tuple[int, ...] = STEPS,
+    other: tuple[int, int, int] = (1, 1, 1),
+) -> list[dict[str, Any]]:
+    """A run with four targeted questions, of which so many are solved, and two others. A step costs 1 of all."""
+    found = []
+    for step, right, rest in zip(steps, curve, other, strict=True):
+        ahead = collected if step else 0.0
+        costs = dict.fromkeys((*COSTS, *TOKENS, *FLOPS), 0)
+        costs |= {"collect_seconds": ahead, "collect_tokens": int(ahead), "collect_flops": ahead, "flops": ahead + step}
+        costs |= {"train_seconds": step, "train_tokens": step, "train_flops": step}
+        for name, targeted, size, solved in (("near", True, 4, right), ("far", False, 2, rest)):
+            own = {"scenario": scenario, "strategy": strategy, "seed": seed, "step": step, "set": name}
+            correct = [1.0] * solved + [0.0] * (size - solved)
+            found.append(own | {"targeted": targeted, "questions": questions, "correct": correct} | costs)
+    return found
+
+
+def table(*runs: list[dict[str, Any]]) -> Traces:
+    return read_traces(pa.Table.from_pylist([row for run in runs for row in run], schema=RESULTS))
+
+
+def entry(summary: dict[str, Any], strategy: str, scenario: str = "a") -> dict[str, Any]:
+    (found,) = [e for e in summary["entries"] if (e["scenario"], e["strategy"]) == (scenario, strategy)]
+    return found
+
+
+def test_one_seed_by_hand():
+    summary = summarise(
+        table(
+            rows("a", "full", 0, (0, 1, 2)),
+            rows("a", "quick", 0, (0, 4, 4), collected=3.0, other=(1, 2, 0)),
+            rows("a", "slow", 0, (0, 0, 1)),
+        )
+    )
+    quick, slow = entry(summary, "quick"), entry(summary, "slow")
+    # full comes to 2 of 4 at step 8; quick from 0 to 4 of 4 in 4 steps, so at step 2, with 3 paid ahead.
+    assert quick["speedup"]["steps"]["mean"] == pytest.approx(8 / 2)
+    for measure in ("tokens", "flops", "seconds"):
+        assert quick["speedup"][measure]["mean"] == pytest.approx(8 / 5)
+    goal = quick["to"]["target"]
+    assert (goal["reached"], goal["no_gain"], quick["seeds"]) == (1.0, 0.0, 1)
+    assert (goal["steps"]["mean"], goal["flops"]["mean"]) == (2.0, 5.0)
+    # slow never does: 8 / 8 at the most.
+    assert slow["speedup"]["steps"]["mean"] == pytest.approx(1.0)
+    assert (slow["to"]["target"]["reached"], slow["to"]["target"]["steps"]["mean"]) == (0.0, 8.0)
+    # Over steps: (0 / 2 + 1 + 1 / 2) / 2. Over operations, up to full's 8: flat for 3, up for 4, flat for 1.
+    assert quick["area"]["steps"]["mean"] == pytest.approx(0.75)
+    assert quick["area"]["flops"]["mean"] == pytest.approx((0 + 4 / 2 + 1) / 8)
+    assert quick["final"]["targeted"]["mean"] == 1.0
+    assert quick["final"]["untargeted"]["mean"] == 0.0
+    # full's area: (0 / 2 + 1 / 4 + (2 / 4) / 2) / 2
+    assert quick["against"]["full"]["area"]["steps"]["mean"] == pytest.approx(0.75 - 0.25)
+    assert quick["against"]["full"]["final"]["untargeted"]["mean"] == -0.5
+    itself = entry(summary, "full")
+    assert {tuple(itself["speedup"][m].values()) for m in itself["speedup"]} == {(1.0, 1.0, 1.0)}
+    assert tuple(itself["against"]["full"]["area"]["steps"].values()) == (0.0, 0.0, 0.0)
+
+
+def test_seeds_and_scenarios_have_geometric_means():
+    quick, slow = (0, 4, 4), (0, 1, 2)  # to 2 of 4 in 2 steps and in 8
+    found = []
+    for scenario, curves in {"a": (quick, slow), "b": (quick, quick)}.items():
+        for seed, curve in enumerate(curves):
+            found += [rows(scenario, "full", seed, slow), rows(scenario, "x", seed, curve)]
+    summary = summarise(table(*found))
+    assert entry(summary, "x", "a")["speedup"]["steps"]["mean"] == pytest.approx(2.0)  # of 4 and 1
+    assert entry(summary, "x", "b")["speedup"]["steps"]["mean"] == pytest.approx(4.0)
+    suite = entry(summary, "x", "suite")
+    assert suite["speedup"]["steps"]["mean"] == pytest.approx(math.sqrt(8))
+    assert (suite["scenarios"], suite["seeds"]) == (2, 4)
+    assert suite["area"]["steps"]["mean"] == pytest.approx((0.75 + 0.25 + 0.75 + 0.75) / 4)
+    without = entry(summarise(table(*found), aside=["b"]), "x", "suite")
+    assert without["speedup"]["steps"]["mean"] == pytest.approx(2.0)
+    assert without["to"]["target"] == entry(summary, "x", "a")["to"]["target"]
+    assert without["area"] == suite["area"]  # accuracies count everywhere
+    with pytest.raises(ConfigError, match="no scenario 'c'"):
+        summarise(table(*found), aside=["c"])
+
+
+def test_where_full_gains_nothing_no_strategy_is_faster():
+    summary = summarise(table(rows("a", "full", 0, (2, 3, 1)), rows("a", "x", 0, (2, 4, 4))))
+    assert entry(summary, "x")["speedup"]["steps"]["mean"] == 1.0
+    assert entry(summary, "x")["to"]["target"]["no_gain"] == 1.0
+    assert entry(summary, "x")["to"]["target"]["reached"] == 1.0
+
+
+def test_costs_to_fixed_levels():
+    found = [rows("a", "full", s, (0, 1, 2)) for s in (0, 1)]
+    found += [rows("a", "x", s, (0, 4, 4) if s else (0, 2, 2), collected=3.0) for s in (0, 1)]
+    summary = summarise(table(*found), levels=[0.25, 0.75])
+    # x comes to 0.25 after 2 steps and after 1, to 0.75 never (8 steps) and after 3; 3 are paid ahead.
+    low, high = (entry(summary, "x")["to"][level] for level in ("0.25", "0.75"))
+    assert (low["reached"], low["steps"]["mean"], low["tokens"]["mean"]) == (1.0, 1.5, 4.5)
+    assert (high["reached"], high["steps"]["mean"], high["seconds"]["mean"]) == (0.5, 5.5, 8.5)
+    assert entry(summary, "full")["to"]["0.25"]["steps"]["mean"] == 4.0
+    assert entry(summary, "full")["to"]["0.75"]["reached"] == 0.0
+
+
+def test_a_strategy_is_compared_on_the_seeds_it_shares():
+    found = [rows("a", "full", s, (0, 1, 2)) for s in (0, 1, 2)]
+    found += [rows("a", "x", s, (0, 4, 4) if s else (0, 0, 0)) for s in (0, 1, 2)]
+    found += [rows("a", "late", 2, (0, 4, 4)), rows("a", "other", 7, (0, 4, 4))]
+    summary = summarise(table(*found))
+    assert [entry(summary, name)["seeds"] for name in ("full", "x", "late")] == [3, 3, 1]
+    assert entry(summary, "late")["speedup"]["steps"]["mean"] == pytest.approx(4.0)
+    assert [e["strategy"] for e in summary["entries"] if e["scenario"] == "a"] == ["full", "x", "late"]
+    assert "other" in summary["strategies"]
+
+
+def test_strategies_are_redrawn_together():
+    """Two strategies with the same verdicts differ by nothing in any redraw, whichever others there are."""
+    curve = (0, 1, 3)
+    found = [rows("a", name, seed, curve) for name in ("full", "x") for seed in (0, 1, 2)]
+    more = [rows("a", "z", seed, (0, 4, seed)) for seed in (0, 1, 2)]
+    alone, beside = summarise(table(*found)), summarise(table(*found, *more))
+    for summary in (alone, beside):
+        assert tuple(entry(summary, "x")["against"]["full"]["final"]["targeted"].values()) == (0.0, 0.0, 0.0)
+        assert entry(summary, "x")["final"]["targeted"]["low"] < 0.75 < entry(summary, "x")["final"]["targeted"]["high"]
+    assert entry(alone, "x") == entry(beside, "x")
+
+
+def test_the_same_questions_in_several_seeds_are_redrawn_together():
+    """With all seeds alike only the questions vary: four shared ones leave more doubt than eight different ones."""
+
+    def width(names: tuple[str, str]) -> float:
+        found = [rows("a", "full", seed, (0, 2, 2), questions=names[seed]) for seed in (0, 1)]
+        interval = entry(summarise(table(*found)), "full")["final"]["targeted"]
+        return float(interval["high"] - interval["low"])
+
+    assert width(("q", "q")) == pytest.approx(1.0)  # of four questions: none right to all right, beyond 95 %
+    found = [rows("a", "full", seed, (0, 2, 2), questions=f"q{seed}") for seed in range(12)]
+    shared = [rows("a", "full", seed, (0, 2, 2), questions="q") for seed in range(12)]
+    own, together = (entry(summarise(table(*runs)), "full")["final"]["targeted"] for runs in (found, shared))
+    assert own["high"] - own["low"] < 0.6 * (together["high"] - together["low"])
+
+
+def test_runs_that_are_not_paired_are_refused():
+    with pytest.raises(ArtifactError, match="not paired"):
+        summarise(table(rows("a", "full", 0, (0, 1, 2)), rows("a", "x", 0, (0, 1, 2), questions="p")))
+    with pytest.raises(ArtifactError, match="not paired"):
+        summarise(table(rows("a", "full", 0, (0, 1, 2)), rows("a", "x", 0, (0, 1, 2), steps=(0, 2, 8))))
+
+
+def test_references_are_chosen_by_name_and_the_best_is_named():
+    found = [rows("a", "full", 0, (0, 1, 2)), rows("a", "x", 0, (0, 4, 4)), rows("a", "y", 0, (0, 0, 1))]
+    summary = summarise(table(*found), ["y", "full"])
+    assert summary["references"] == ["y", "full"]
+    assert summary["best_reference"] == "full"
+    assert entry(summary, "x")["against"]["y"]["final"]["targeted"]["mean"] == 0.75
+    with pytest.raises(ConfigError, match="no run of 'z'"):
+        summarise(table(*found), ["z"])
+
+
+def test_without_full_there_are_no_speed_ups():
+    summary = summarise(table(rows("a", "x", 0, (0, 4, 4)), rows("a", "y", 0, (0, 0, 1))))
+    assert (summary["references"], summary["best_reference"]) == ([], None)
+    assert entry(summary, "x")["speedup"] == {}
+    assert list(entry(summary, "x")["area"]) == ["steps"]
+
+
+def test_nothing_finished_is_no_error():
+    assert json.loads(json.dumps(summarise(table()), allow_nan=False))["entries"] == []
