@@ -32,7 +32,7 @@ LAB = ("lab", "audit", "bench", "compare", "reporting.comparison*", "cli.audit",
 ENTRIES = ("gradients.scoring", "selection.select", "training.train")
 PIPELINE = ("pipeline",)
 GROUND = ("artifacts", "builtin", "config", "console", "errors", "leakage", "ledger", "policy", "rewards", "seeds",
-          "workspace", "world")
+          "workspace", "parallel")
 OTHER_STRATEGIES = tuple(f"selection.{name}" for name in (
     "dots", "draw", "full", "gaussian", "gradient_norm", "greso", "learnability", "learnalign", "mid", "mopps",
     "pass_rate", "pooled", "random", "similarity", "vcrl"))

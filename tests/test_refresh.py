@@ -324,7 +324,7 @@ def test_a_solved_validation_set_keeps_its_old_direction(
     solved = judge(lambda *_: "correct")
     monkeypatch.setattr(
         "cropi.stages.refresh.collector",
-        lambda run, policy: Collector(run.config, policy, solved, run.ledger, run.world),
+        lambda run, policy: Collector(run.config, policy, solved, run.ledger),
     )
     train_all(pipeline)
     assert "solves each prompt of validation/sum in all tries or in none" in capsys.readouterr().err

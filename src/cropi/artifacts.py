@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 
 from cropi import __version__
 from cropi.errors import ArtifactError, UserError
-from cropi.world import ALONE, World
+from cropi.parallel import process_group
 
 FORMAT_VERSION = 2
 SEAL = "sha256"  # a key of sealed JSON: the checksum of all others
@@ -301,24 +301,24 @@ def build(
     inputs: Mapping[str, Any],
     made_by: str,
     keep_parts: bool = False,
-    world: World = ALONE,
     shared: bool = False,
 ) -> Manifest:
     """The artifact in `folder`: opened where it is complete, made otherwise.
 
     `make` fills the folder and returns (counts, details). The folder is emptied first, unless `keep_parts` says that
-    `make` goes on from what an interruption left. An artifact made from other inputs is refused. Of several processes
-    the first does all of it, unless `make` is `shared`: all of them call it then, and write files of their own.
+    `make` goes on from what an interruption left. An artifact made from other inputs is refused. Rank 0
+    does all of it, unless `make` is `shared`: all of them call it then, and write files of their own.
     """
-    known = world.from_main(lambda: _begin(folder, kind, inputs, made_by, keep_parts))
+    ranks = process_group()
+    known = ranks.from_main(lambda: _begin(folder, kind, inputs, made_by, keep_parts))
     if known is not None:
         return Manifest(**known)
-    counts, details = make(folder) if shared or world.is_main else ({}, {})
-    world.barrier()
+    counts, details = make(folder) if shared or ranks.is_main else ({}, {})
+    ranks.barrier()
     manifest = Manifest(
-        **world.from_main(lambda: vars(finish(folder, kind, inputs=inputs, counts=counts, details=details)))
+        **ranks.from_main(lambda: vars(finish(folder, kind, inputs=inputs, counts=counts, details=details)))
     )
-    if not world.is_main:
+    if not ranks.is_main:
         wait_for_files(folder / name for name in (MANIFEST, *manifest.files))
     return manifest
 

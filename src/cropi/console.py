@@ -13,7 +13,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Protocol
 
 from cropi.errors import printable
-from cropi.world import first
+from cropi.parallel import is_first_rank
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -85,7 +85,7 @@ def worded(wording: Callable[[str], str]) -> Iterator[None]:
 
 
 def _print(text: str) -> None:
-    if not first():
+    if not is_first_rank():
         return
     terminal, text = _terminal(), printable(_wording(text))
     if terminal is None:
@@ -118,7 +118,7 @@ def progress(label: str, total: int, unit: str, *, done: int = 0) -> Iterator[Pr
     """
     start = time.monotonic()
     terminal = _terminal()
-    if terminal is not None and first():
+    if terminal is not None and is_first_rank():
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
         from rich.progress import Progress as RichProgress
 

@@ -6,13 +6,13 @@ Seconds are those of all processes added up: on GPUs, GPU-seconds.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from cropi.parallel import extra_seconds, process_group
 from cropi.streams import append_jsonl, read_jsonl
-from cropi.world import ALONE, World
 
 
 class Ledger:
@@ -22,30 +22,29 @@ class Ledger:
     the pool, shared prompts once), `validation_tokens` and `forward_tokens` (only read): what `reporting.flops` counts.
     """
 
-    def __init__(self, path: Path, world: World = ALONE) -> None:
-        self._path, self._world = path, world
+    def __init__(self, path: Path) -> None:
+        self._path = path
 
     @contextmanager
-    def charge(
-        self, phase: str, *, stage: int | None = None, owed: Callable[[], float] = lambda: 0.0
-    ) -> Iterator[dict[str, Any]]:
-        """Time a block that all processes go through together, or wait at; the block may put `tokens` and the like into
-        the dictionary it is given, of which that of the first process counts.
+    def charge(self, phase: str, *, stage: int | None = None) -> Iterator[dict[str, Any]]:
+        """Time a block that all ranks run. The block may add `tokens` and the like to the dictionary; that of rank 0
+        counts.
 
-        A block that ends with an error is charged as well: its seconds were spent. `owed`: see `Workers.owed_s`.
+        A block that ends with an error is charged as well, since its seconds were spent.
         """
         entry: dict[str, Any] = {"phase": phase, "stage": stage}
-        start, before = time.perf_counter(), owed()
+        start, extra = time.perf_counter(), extra_seconds()
         try:
             yield entry
         finally:
-            if self._world.is_main:
-                seconds = (time.perf_counter() - start) * self._world.size + owed() - before
-                append_jsonl(self._path, entry | {"seconds": seconds} | self._world.facts())
+            ranks = process_group()
+            if ranks.is_main:
+                seconds = (time.perf_counter() - start) * ranks.size + extra_seconds() - extra
+                append_jsonl(self._path, entry | {"seconds": seconds} | ranks.facts())
 
     @contextmanager
     def charge_share(self, phase: str, *, stage: int | None = None) -> Iterator[dict[str, Any]]:
-        """The same of work that is this process's alone: every process writes a file of its own."""
+        """Time a block that belongs to this rank alone. Each rank writes its own file."""
         entry: dict[str, Any] = {"phase": phase, "stage": stage}
         start = time.perf_counter()
         try:
@@ -54,7 +53,7 @@ class Ledger:
             append_jsonl(self._own, entry | {"seconds": time.perf_counter() - start})
 
     def add(self, phase: str, seconds: float, *, stage: int | None = None, **facts: int | float) -> None:
-        """Charge work that another process has timed."""
+        """Charge work that a Ray worker has timed."""
         append_jsonl(self._own, {"phase": phase, "stage": stage, **facts, "seconds": seconds})
 
     def entries(self) -> list[dict[str, Any]]:
@@ -64,5 +63,5 @@ class Ledger:
 
     @property
     def _own(self) -> Path:
-        rank = self._world.rank
+        rank = process_group().rank
         return self._path.with_stem(f"{self._path.stem}-{rank:03}") if rank else self._path

@@ -22,8 +22,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from cropi.config import BUILTIN_POLICY, LoraConfig, PolicyConfig
 from cropi.errors import DataError, PolicyError
+from cropi.fsdp import is_sharded
 from cropi.functional.surrogate import token_logprobs
-from cropi.lockstep import is_sharded
 from cropi.prompt_text import turn_text
 
 if TYPE_CHECKING:

@@ -41,9 +41,9 @@ from cropi.artifacts import (
 )
 from cropi.config import Config, config_difference, deciding
 from cropi.errors import ArtifactError, ConfigError
+from cropi.parallel import process_group
 from cropi.run_tables import TrainPrompts
 from cropi.streams import check_streams, cut_jsonl
-from cropi.world import ALONE, World
 
 
 @dataclass(frozen=True)
@@ -137,18 +137,18 @@ def checkpoints(folder: Path, last: int) -> dict[int, Path]:
 class RunFolder:
     """The folder of a run. Readers write nothing; `lock` claims it for one config, by the first process for all."""
 
-    def __init__(self, config: Config, world: World = ALONE) -> None:
-        self.config, self.folder, self.world = config, config.folder, world
+    def __init__(self, config: Config) -> None:
+        self.config, self.folder = config, config.folder
         self.stages = StagePaths(config.folder)
-        world.from_main(self._check_claim)
+        process_group().from_main(self._check_claim)
 
     def lock(self) -> None:
         """Keep others from writing to this run until this process ends, however it ends, or drops this object.
 
         Writes the resolved config into a new folder, once it is locked: nobody else's run is touched.
         """
-        self.world.from_main(self._lock)
-        if not self.world.is_main:
+        process_group().from_main(self._lock)
+        if not process_group().is_main:
             wait_for_files([self.folder / CONFIG])
 
     def _lock(self) -> None:

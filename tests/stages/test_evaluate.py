@@ -7,9 +7,9 @@ from tests.runs import judge
 
 from cropi.config import EvaluateConfig
 from cropi.errors import DataError
+from cropi.parallel import ProcessGroup, process_group
 from cropi.run_tables import forget_evaluations, keep_evaluation
 from cropi.stages.evaluate import Exam, Question, accuracy, read_evaluations
-from cropi.world import ALONE, World
 
 PROMPTS = [
     Question(name, {"prompt_id": prompt_id, "source": "s", "messages": '""', "answer": answer, "extra": None}, [token])
@@ -56,15 +56,15 @@ def test_per_prompt_results_and_accuracy_by_hand(tmp_path: Path) -> None:
 def test_processes_ask_different_questions_and_have_the_same_answers(block: int) -> None:
     config, asked = EvaluateConfig(samples=4), []
 
-    def work(world: World) -> Any:
+    def work(ranks: ProcessGroup) -> Any:
         def counted(prompts: list[list[int]], temperature: float | None, seed: int) -> list[str]:
             if temperature is None:
                 asked.extend(prompts)
             return generate(prompts, temperature, seed)
 
-        return Exam(counted, verify, config, seed=0, block=block).answers(PROMPTS, 7, world=world)
+        return Exam(counted, verify, config, seed=0, block=block).answers(PROMPTS, 7)
 
-    alone = work(ALONE)
+    alone = work(process_group())
     assert together(work) == [alone, alone]
     assert sorted(asked) == sorted([prompt.prompt_ids for prompt in PROMPTS] * 2)
 

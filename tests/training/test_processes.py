@@ -8,17 +8,18 @@ import pytest
 import torch
 from tests.runs import SMALL, judge
 
+from cropi import parallel
 from cropi.artifacts import TRAJECTORIES, read_table
 from cropi.errors import ConfigError
 from cropi.loading import load_config
+from cropi.parallel import ProcessGroup
 from cropi.streams import read_jsonl
 from cropi.training.grpo_settings import grpo_config
 from cropi.training.reward_log import RecordedReward
 from cropi.training.rollout_recorder import RolloutRecorder, rollout_files
-from cropi.world import World
 
 
-class Second(World):
+class Second(ProcessGroup):
     """The first of two processes, of which the second says what the first says."""
 
     size = 2
@@ -85,9 +86,10 @@ def test_what_cannot_be_shared_is_refused(
         settings(processes, *overrides)
 
 
-def test_one_line_says_what_all_processes_were_rewarded_with(tmp_path: Path) -> None:
+def test_one_line_says_what_all_processes_were_rewarded_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parallel, "_group", Second())
     verdicts = {"1": "correct", "2": "wrong"}
-    reward = RecordedReward(judge(lambda text, _: verdicts[text]), tmp_path / "rewards.jsonl", Second())
+    reward = RecordedReward(judge(lambda text, _: verdicts[text]), tmp_path / "rewards.jsonl")
     state = SimpleNamespace(global_step=3)
     found = reward(["1", "2"], ["1", "1"], ["p", "q"], [[7], [7, 8]], trainer_state=state, prompt_tokens=[2, 3])
     assert found == [1.0, 0.0]

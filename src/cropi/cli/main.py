@@ -18,22 +18,19 @@ from cropi.cli.shell import (
     CheckpointOption,
     Commands,
     ConfigArgument,
-    GpusOption,
     Overrides,
     RayOption,
     StageOption,
     WorkersOption,
-    join,
     leave,
     open_run,
     print_result,
     quiet_libraries,
-    ray_workers,
     read_config,
     read_own_config,
 )
 from cropi.cli.verify import audit_rewards, verify
-from cropi.world import first, launched
+from cropi.parallel import is_first_rank, launched, leave_launcher
 
 app = typer.Typer(
     cls=Commands,
@@ -52,7 +49,7 @@ app.command("audit-rewards")(audit_rewards)
 @app.command()
 def run(config: ConfigArgument, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Do everything, from the prompts to the report. Run it again to go on."""
-    opened = open_run(config, overrides, join())
+    opened = open_run(config, overrides)
     from cropi.pipeline import run_all
     from cropi.report.summary import headline
 
@@ -70,11 +67,10 @@ def collect(
     overrides: Overrides = None,
     ray: RayOption = None,
     workers: WorkersOption = None,
-    gpus_per_worker: GpusOption = None,
     as_json: AsJson = False,
 ) -> None:
     """Sample and judge K trajectories per prompt."""
-    opened = open_run(config, overrides, join(), ray_workers(ray, workers, gpus_per_worker))
+    opened = open_run(config, overrides, ray=ray, workers=workers)
     from cropi.stages.collect import collect as collect_trajectories
 
     manifest = collect_trajectories(opened)
@@ -90,11 +86,10 @@ def score(
     checkpoint: CheckpointOption = None,
     ray: RayOption = None,
     workers: WorkersOption = None,
-    gpus_per_worker: GpusOption = None,
     as_json: AsJson = False,
 ) -> None:
     """Influence of every prompt on the validation sets."""
-    opened = open_run(config, overrides, join(), ray_workers(ray, workers, gpus_per_worker))
+    opened = open_run(config, overrides, ray=ray, workers=workers)
     from cropi.pipeline import score_at
 
     folder, manifest = score_at(opened, stage, checkpoint)
@@ -122,7 +117,7 @@ def select(
 @app.command()
 def train(config: ConfigArgument, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Score, select, train and evaluate, stage by stage."""
-    opened = open_run(config, overrides, join())
+    opened = open_run(config, overrides)
     from cropi.pipeline import train_all
 
     path = str(train_all(opened))
@@ -134,7 +129,7 @@ def evaluate(
     config: ConfigArgument, overrides: Overrides = None, checkpoint: CheckpointOption = None, as_json: AsJson = False
 ) -> None:
     """Accuracy of the base policy or any checkpoint."""
-    opened = open_run(config, overrides, join())
+    opened = open_run(config, overrides)
     from cropi.stages.evaluate import accuracy, as_plain, evaluate_at
 
     settings = opened.config
@@ -204,8 +199,9 @@ def options(
     if launched() and ctx.invoked_subcommand not in TOGETHER:
         if ctx.invoked_subcommand == "compare":
             leave("error: compare starts its own processes\nFix: call it without a launcher.", 2)
-        if not first():
+        if not is_first_rank():
             raise typer.Exit  # one process is enough
+        leave_launcher()
 
 
 def main() -> None:

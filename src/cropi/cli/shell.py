@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -14,38 +13,29 @@ import typer
 import typer.core
 
 from cropi.errors import ConfigError, UserError, printable
-from cropi.world import ALONE, OtherFailed, World, first, launched
+from cropi.parallel import end_ranks, is_first_rank, is_lost_rank, launched, process_group, start_ranks, use_ray
 
 if TYPE_CHECKING:
     from cropi.config import Config
     from cropi.stages.run import Run
-    from cropi.workers import Workers
-
-    Hire = Callable[[Config], Workers]
 
 TOGETHER = frozenset({"run", "collect", "score", "train", "evaluate"})
-"""Commands whose work is divided among the processes that a launcher starts."""
+"""Commands that the ranks of a launcher run together."""
 
 DDP_TIMEOUT_S = 1800.0  # as in TrainingArguments
-
-_world = ALONE
 
 
 class Commands(typer.core.TyperGroup):
     """Turns errors into messages and exit codes around every command; a bug keeps its traceback.
 
-    Of several processes that a launcher has started, the first that fails says why, and the others end with it.
+    Of several ranks, the first that fails reports the error.
     """
 
     def invoke(self, ctx: Any) -> Any:
         try:
             result = super().invoke(ctx)
-            _world.leave()
+            end_ranks()
             return result
-        except OtherFailed as other:
-            if other.why:
-                leave(f"error: {other.why}", other.code)
-            sys.exit(other.code)
         except UserError as error:
             leave(f"error: {error}", 2)
         except KeyboardInterrupt:
@@ -54,9 +44,12 @@ class Commands(typer.core.TyperGroup):
             told = _told(error)
             if told:
                 leave(f"error: {told}", 2)
-            if _connection_is_lost(error):
-                leave("error: another process of the run has ended\nFix: run the same command again: it goes on.", 1)
-            _world.fail(1)
+            if is_lost_rank(error):
+                leave(
+                    "error: another process of the run has ended, or has not answered within trainer.ddp_timeout\n"
+                    "Fix: run the same command again: it goes on where it stopped.",
+                    1,
+                )
             raise
 
 
@@ -76,17 +69,13 @@ RayOption = Annotated[
     typer.Option(
         "--ray",
         metavar="ADDRESS",
-        help="Divide the work in a Ray cluster: auto, HOST:PORT, or local for this machine.",
+        help="Divide the work among Ray workers: auto, HOST:PORT, or local for this machine.",
         show_default=False,
     ),
 ]
 WorkersOption = Annotated[
     int | None,
-    typer.Option("--workers", min=1, help="Workers in the Ray cluster; unset as many as it holds.", show_default=False),
-]
-GpusOption = Annotated[
-    float | None,
-    typer.Option("--gpus-per-worker", min=0, help="GPUs of each; unset 1 if there are any.", show_default=False),
+    typer.Option("--workers", min=1, help="Number of Ray workers; unset as many as fit.", show_default=False),
 ]
 
 
@@ -111,48 +100,21 @@ def read_own_config(config: str, overrides: list[str] | None) -> Config:
     return loaded
 
 
-def open_run(config: str, overrides: list[str] | None, world: World = ALONE, hire: Hire | None = None) -> Run:
-    """Open a run for work."""
+def open_run(config: str, overrides: list[str] | None, *, ray: str | None = None, workers: int | None = None) -> Run:
+    """The run of a config. Under a launcher all ranks open it; `ray` and `workers` are the options of that name."""
     loaded = read_own_config(config, overrides)
+    policy = loaded.policy
+    use_ray(ray, workers, cpus=policy.cpu_threads or 1, on_gpu=policy.device != "cpu")
     quiet_libraries()
-    workers = None if hire is None else hire(loaded)
-    from cropi.stages.run import Run
-
-    if world.size > 1:
+    if launched():
         try:
             timeout_s = float(loaded.trainer.get("ddp_timeout", DDP_TIMEOUT_S))
         except (TypeError, ValueError):
             raise ConfigError("is no number of seconds", where="trainer.ddp_timeout", fix="correct it.") from None
-        world.connect(cpu=loaded.policy.device == "cpu", timeout_s=timeout_s)
-    return Run(loaded, world=world, workers=workers)
+        start_ranks(cpu=policy.device == "cpu", timeout_s=timeout_s)
+    from cropi.stages.run import Run
 
-
-def ray_workers(address: str | None, count: int | None, gpus: float | None) -> Hire | None:
-    """What finds workers in a Ray cluster. ConfigError under a launcher, or for settings of workers without one."""
-    if address is None:
-        if count is not None or gpus is not None:
-            raise ConfigError("there are no workers without a Ray cluster", where="--workers", fix="give --ray too.")
-        return None
-    if launched():
-        raise ConfigError("a launcher has divided the work already", where="--ray", fix="call cropi without it.")
-
-    def hire(config: Config) -> Workers:
-        from cropi.cluster import Cluster
-
-        policy = config.policy
-        return Cluster(address, count, gpus, cpus=policy.cpu_threads or 1, device=policy.device)
-
-    return hire
-
-
-def join() -> World:
-    """The processes that a launcher has started, this one among them, or this one alone."""
-    global _world
-    if launched():
-        from cropi.distributed import Launched
-
-        _world = Launched.by_environment()
-    return _world
+    return Run(loaded)
 
 
 def quiet_libraries() -> None:
@@ -170,22 +132,17 @@ def quiet_libraries() -> None:
 
 def print_result(value: dict[str, Any], as_json: bool, text: str) -> None:
     """What a command found, on standard output."""
-    if not first():
+    if not is_first_rank():
         return
     print(json.dumps(value, indent=2, allow_nan=False) if as_json else printable(text))
 
 
 def leave(text: str, code: int) -> NoReturn:
-    """End with a message on standard error, if no other process has failed before."""
-    if _world.fail(code):
-        print(printable(_world.signed(text)), file=sys.stderr, flush=True)
+    """End with a message on standard error, if no other rank has failed before."""
+    ranks = process_group()
+    if ranks.fails_first():
+        print(printable(ranks.signed(text)), file=sys.stderr, flush=True)
     sys.exit(code)
-
-
-def _connection_is_lost(error: Exception) -> bool:
-    """Whether a process that this one waited for has ended; it, or the launcher, says why."""
-    lost = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL")
-    return _world.size > 1 and isinstance(error, RuntimeError) and any(text in str(error) for text in lost)
 
 
 def _told(error: Exception) -> str:

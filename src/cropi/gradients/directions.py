@@ -28,7 +28,7 @@ from cropi.gradients.packing import Segment
 from cropi.gradients.reference import prompt_gradient, trainable_parameters
 from cropi.gradients.surrogate import SurrogateSettings
 from cropi.gradients.units import mean_log_ratios
-from cropi.world import World
+from cropi.parallel import ProcessGroup, process_group
 
 PIECE = 16
 """Groups whose gradients are summed together, by one process."""
@@ -121,7 +121,7 @@ class MeanGradients:
         parameters: Mapping[str, Tensor],
         make_piece: Callable[[Sequence[Group], int], Piece],
         validation: Mapping[str, Sequence[Group]],
-        world: World,
+        ranks: ProcessGroup,
         *,
         matrices: Collection[str] = (),
         together: Callable[[], AbstractContextManager[None]] = nullcontext,
@@ -129,7 +129,7 @@ class MeanGradients:
     ) -> None:
         """`make_piece` of groups and the number of their set's. `matrices` are the linear layers' weights. `together`
         is entered by all processes around whatever passes each of them makes. SignalError for a set without a group."""
-        self._parameters, self._matrices, self._world = parameters, matrices, world
+        self._parameters, self._matrices, self._ranks = parameters, matrices, ranks
         self._together, self._advance = together, advance
         self.mean_inputs: dict[str, Tensor] = {}
         """What each linear layer is given, by the name of its weight: means over tokens, added up over the sets."""
@@ -138,7 +138,7 @@ class MeanGradients:
                 raise SignalError("it has no group", where=f"validation set {name}", fix="give it prompts.")
         with together():
             self._own_V = [
-                [(half, make_piece(piece, len(groups))) for half, piece in world.share(pieces(groups))]
+                [(half, make_piece(piece, len(groups))) for half, piece in ranks.share(pieces(groups))]
                 for groups in validation.values()
             ]
 
@@ -187,7 +187,7 @@ class MeanGradients:
                     inputs[name] += sums_I
                 del found
         for sums in (*wide, inputs):
-            self._world.add(sums)
+            self._ranks.add(sums)
         for name, sums_I in inputs.items():
             mean_I = (sums_I[1:] / sums_I[0].clamp(min=1)).float()
             self.mean_inputs[name] = self.mean_inputs.get(name, 0.0) + mean_I
@@ -199,9 +199,7 @@ def _wide(parameter: Tensor) -> torch.dtype:
     return torch.promote_types(parameter.dtype, torch.float32)
 
 
-def by_engine(
-    engine: Engine, validation: Mapping[str, Sequence[Group]], mean: Mean, world: World, advance: Advance
-) -> MeanGradients:
+def by_engine(engine: Engine, validation: Mapping[str, Sequence[Group]], mean: Mean, advance: Advance) -> MeanGradients:
     """Mean gradients from passes of the engine, the processes in lockstep. ValueError inside a `lockstep`: directions
     are made of sums over processes, and some of these may be doing something else there."""
     if engine.in_lockstep:
@@ -214,7 +212,7 @@ def by_engine(
         engine.parameters,
         make_piece,
         validation,
-        world,
+        engine.shards.ranks(),
         matrices=engine.matrices,
         together=engine.lockstep,
         advance=advance,
@@ -252,7 +250,6 @@ def by_autograd(
     batch_tokens: int,
     validation: Mapping[str, Sequence[Group]],
     mean: Mean,
-    world: World,
     advance: Advance,
 ) -> MeanGradients:
     """Mean gradients by the reference estimator."""
@@ -264,7 +261,7 @@ def by_autograd(
         name: torch.zeros((), dtype=torch.float64, device=p.device).expand(p.shape)
         for name, p in trainable_parameters(model).items()
     }
-    return MeanGradients(wide, make_piece, validation, world, advance=advance)
+    return MeanGradients(wide, make_piece, validation, process_group(), advance=advance)
 
 
 class _AutogradPiece:
@@ -295,7 +292,7 @@ class _AutogradPiece:
         return total, {}
 
 
-def room_for_directions(engine: Engine, world: World) -> int:
-    """Bytes that dense gradients may take, the same in all processes."""
+def room_for_directions(engine: Engine) -> int:
+    """Bytes that dense gradients may take, the same on all ranks."""
     room = int(free_bytes(engine.device) * MEMORY_SHARE.get(engine.device.type, 0.25))
-    return min(world.gather(room))
+    return min(engine.shards.ranks().gather(room))

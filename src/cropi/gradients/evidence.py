@@ -10,7 +10,7 @@ import numpy as np
 from cropi.gradients.groups import Group
 from cropi.gradients.halves import joined, score_by_halves
 from cropi.gradients.scorer import Scored, Scorer
-from cropi.world import ALONE, World
+from cropi.parallel import process_group
 
 PIECE = 16  # groups that one process scores together
 
@@ -19,16 +19,15 @@ def validation_evidence(
     scorer: Scorer,
     validation: Mapping[str, Sequence[Group]],
     advance: Callable[[int], None] | None = None,
-    world: World = ALONE,
 ) -> tuple[list[dict[str, Any]], int]:
     """Rows of the table of validation scores, and the tokens computed.
 
     A validation prompt's gradient is part of its own set's direction d_v = 1/M sum_m g_m. What counts is its influence
     on the others: <g_j, (M d_v - g_j) / (M - 1)>, zero where it is the set's only prompt. Its standard error is taken
-    from <g_j, d_v>, times M / (M - 1). For `dot` and plain means. The processes of `world` divide the groups.
+    from <g_j, d_v>, times M / (M - 1). For `dot` and plain means. The ranks divide the groups.
     """
     names, rows, computed = list(validation), [], 0
-    of_set = _scored(scorer, validation, advance, world)
+    of_set = _scored(scorer, validation, advance)
     for own, (name, groups) in enumerate(validation.items()):
         scored = of_set[name]
         assert scored.errors_NV is not None
@@ -54,14 +53,14 @@ def _scored(
     scorer: Scorer,
     validation: Mapping[str, Sequence[Group]],
     advance: Callable[[int], None] | None,
-    world: World,
 ) -> dict[str, Scored]:
     """Every set's groups, piece by piece and each piece by one process."""
+    ranks = process_group()
     pieces = [(name, start) for name, groups in validation.items() for start in range(0, len(groups), PIECE)]
     with scorer.lockstep():
         own = {
             (name, start): score_by_halves(scorer, validation[name][start : start + PIECE], advance)
-            for name, start in world.share(pieces)
+            for name, start in ranks.share(pieces)
         }
-    found = {piece: scored for part in world.gather(own) for piece, scored in part.items()}
+    found = {piece: scored for part in ranks.gather(own) for piece, scored in part.items()}
     return {name: joined([found[piece] for piece in pieces if piece[0] == name]) for name in validation}

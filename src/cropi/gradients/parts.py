@@ -1,7 +1,6 @@
 """Scores in parts: a file for every few groups, made by one process, so that an interruption costs a part and no more.
 
-A part depends on the policy and on what it is scored by, not on who makes it: a process of this run, or a job elsewhere
-that writes the same rows to the same file.
+A part depends on the policy and on the validation directions, not on the process that makes it.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from cropi.gradients.influence import statuses
 from cropi.gradients.ratios import FACTS
 from cropi.gradients.scorer import Scored
 from cropi.gradients.store import DIRECTIONS
-from cropi.world import World
+from cropi.parallel import process_group
 
 PART = 64  # groups: few enough to be divided among many processes, enough to fill packs
 
@@ -139,15 +138,15 @@ def make_parts(
     score: Callable[[Sequence[Group]], list[Row]],
     missing: Sequence[int],
     lockstep: AbstractContextManager[None],
-    world: World,
 ) -> None:
-    """Score this process's share of the missing parts, inside `lockstep`, and go on when all processes have."""
-    own = world.share(missing)
+    """Score this rank's share of the missing parts, inside `lockstep`, and wait for the other ranks."""
+    ranks = process_group()
+    own = ranks.share(missing)
     groups = groups_of(table, [prompt_id for index in own for prompt_id in parts.ids(index)])
     with lockstep:
         for index in own:
             parts.make(index, list(islice(groups, len(parts.ids(index)))), score)
-    world.barrier()
+    ranks.barrier()
 
 
 def groups_of(table: pa.Table, prompt_ids: Sequence[str]) -> Iterator[Group]:

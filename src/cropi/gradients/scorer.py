@@ -38,7 +38,7 @@ from cropi.gradients.sharded import Shards
 from cropi.gradients.sketch import GradientMap, SketchReader, StructuredMap, UniformMap, project
 from cropi.gradients.surrogate import SurrogateSettings
 from cropi.gradients.units import Units, mean_log_ratios, unit_rows, unit_signs, without_signal
-from cropi.world import ALONE, World
+from cropi.parallel import process_group
 
 Estimator = Literal["exact", "sketch", "reference"]
 Score = functional.Score
@@ -73,13 +73,18 @@ class Scored:
 
 @dataclass(frozen=True)
 class Aim:
-    """What a scorer has been aimed at: enough for another one of the same policy and settings."""
+    """Validation directions, for another scorer of the same policy and settings."""
 
     directions: Sequence[Mapping[str, Tensor]]
     """Dense, for the estimators that meet them; `sketch` has met them already, and has none."""
     layer_directions: Mapping[str, Tensor]
     features_VD: Float[Tensor, "V D"] | None
     norms_V: Float[np.ndarray, " V"]
+
+
+def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of tensors that other processes can read."""
+    return {name: tensor.detach().cpu() for name, tensor in tensors.items()}
 
 
 class Scorer:
@@ -90,8 +95,8 @@ class Scorer:
 
     `exact`: without projection, by (2 + V) forward passes of work at most, often 3; `sketch`: through a
     `SparseProjection`, about 2; `reference`: by autograd, one group at a time, at least 3. `lengths`: have those
-    of the gradients even where the score needs none. The processes of a `world` aim together: each takes a share of
-    the validation groups, and all come to the same directions. What they are asked about after that is their own.
+    of the gradients even where the score needs none. The ranks of a run aim together: each takes a share of the
+    validation groups, and all get the same directions. After that each rank asks about groups of its own.
     """
 
     def __init__(
@@ -105,14 +110,13 @@ class Scorer:
         projection: SparseProjection | None = None,
         batch_tokens: int | None = None,
         lengths: bool = False,
-        world: World = ALONE,
     ) -> None:
         self.estimator, self.score, self._mean = estimator, score, validation_mean
         self._lengths = lengths or score != "dot"
         self.projection = projection or SparseProjection()
         self.layer_directions: dict[str, Tensor] = {}
         self.settings = settings
-        self.model, self._batch_tokens, self._world = model, batch_tokens or REFERENCE_TOKENS, world
+        self.model, self._batch_tokens = model, batch_tokens or REFERENCE_TOKENS
         if estimator == "reference" and Shards(model).sharded:
             raise PolicyError(
                 "the reference estimator differentiates by whole parameters, and the policy's are sharded",
@@ -122,8 +126,7 @@ class Scorer:
         if estimator == "reference":
             require_rows_apart(model)
         self._engine = None if estimator == "reference" else Engine(model, settings, batch_tokens)
-        if self._engine is not None and world.size == 1:
-            self._world = self._engine.shards.world()
+        self._ranks = process_group() if self._engine is None else self._engine.shards.ranks()
 
     def aim(
         self,
@@ -141,13 +144,11 @@ class Scorer:
         """
         self._known = Directions(list(validation))
         if self._engine is None:
-            gradients = by_autograd(
-                self.model, self.settings, self._batch_tokens, validation, self._mean, self._world, advance
-            )
+            gradients = by_autograd(self.model, self.settings, self._batch_tokens, validation, self._mean, advance)
             self._directions = self._known.add(gradients.of(gradients.names))
         else:
-            gradients = by_engine(self._engine, validation, self._mean, self._world, advance)
-            parts = gradients.parts(room_for_directions(self._engine, self._world))
+            gradients = by_engine(self._engine, validation, self._mean, advance)
+            parts = gradients.parts(room_for_directions(self._engine))
             self.aimed_in_parts = len(parts)
             if self.estimator == "exact":
                 self._aim_exact(gradients, parts)
@@ -173,13 +174,13 @@ class Scorer:
         structured, device = self.projection.mask == "structured", self._engine.device
         given = layer_directions if structured and layer_directions else {}
         self.layer_directions = {name: columns.to(device) for name, columns in given.items()}
-        self._world.copy_main(self.layer_directions)
+        self._ranks.copy_main(self.layer_directions)
         features = []
         for names in parts:
             directions = self._known.add(gradients.of(names))
             if structured and not given:
                 found = self._layer_directions(directions, gradients.mean_inputs)
-                self._world.copy_main(found)
+                self._ranks.copy_main(found)
                 self.layer_directions |= found
             self._map = self._make_map(names)
             features.append(torch.stack([project(self._map, direction) for direction in directions]).cpu())
@@ -187,7 +188,7 @@ class Scorer:
         if len(parts) > 1:
             self._map = self._make_map()
         self.features_VD = torch.stack(features).sum(dim=0)
-        self._world.copy_main({"features": self.features_VD})
+        self._ranks.copy_main({"features": self.features_VD})
 
     @contextmanager
     def lockstep(self) -> Iterator[None]:
@@ -200,8 +201,8 @@ class Scorer:
     def aimed(self) -> Aim:
         """For `aim_as`."""
         if self.estimator == "sketch":
-            return Aim((), self.layer_directions, self.features_VD, self._norms_V)
-        return Aim(self._directions, {}, None, self._norms_V)
+            return Aim((), _on_cpu(self.layer_directions), self.features_VD, self._norms_V)
+        return Aim([_on_cpu(direction) for direction in self._directions], {}, None, self._norms_V)
 
     def aim_as(self, aim: Aim) -> None:
         """Take over what another scorer has been aimed at: no gradient is computed."""

@@ -8,7 +8,7 @@ two tokens. A weight's gradient is never formed by autograd, hence none is ever 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import IntEnum
 from typing import Any
@@ -19,8 +19,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from cropi.errors import PolicyError
-from cropi.lockstep import computed_on
-from cropi.world import ALONE, T, World
+from cropi.fsdp import computed_on
+from cropi.parallel import ProcessGroup, Ranks, process_group
 
 
 class Turn(IntEnum):
@@ -68,9 +68,10 @@ class Shards:
         distributed.all_reduce(found, distributed.ReduceOp.MIN, group=self._group)
         return int(found)
 
-    def world(self) -> World:
-        """The processes that the parameters are spread over, for whoever knows of no larger one."""
-        return ALONE if self._group is None else _Holders(self._group, self.device)
+    def ranks(self) -> ProcessGroup:
+        """The process group of the run, or the ranks that hold the parameters if the run has none."""
+        known = process_group()
+        return known if known.size > 1 or self._group is None else Ranks(self._group, self.device)
 
     @contextmanager
     def gathered(self, model: nn.Module, path: str) -> Iterator[None]:
@@ -91,34 +92,6 @@ class Shards:
         """Let no whole parameter stay in memory: torch keeps those of the outermost unit after a forward pass."""
         for unit in self._units:
             unit.reshard()
-
-
-class _Holders(World):
-    """The processes that hold a part of some parameters each."""
-
-    def __init__(self, group: Any, device: torch.device) -> None:
-        self._group, self._device = group, device
-        self.rank, self.size = distributed.get_rank(group), distributed.get_world_size(group)
-
-    def barrier(self) -> None:
-        distributed.barrier(self._group)
-
-    def gather(self, value: T) -> list[T]:
-        values: list[Any] = [None] * self.size
-        distributed.all_gather_object(values, value, group=self._group)
-        return values
-
-    def add(self, tensors: Mapping[str, Tensor]) -> None:
-        for name in sorted(tensors):
-            wide = tensors[name].to(self._device, torch.float64)
-            distributed.all_reduce(wide, group=self._group)
-            tensors[name].copy_(wide)
-
-    def copy_main(self, tensors: Mapping[str, Tensor]) -> None:
-        for name in sorted(tensors):
-            same = tensors[name].to(self._device).contiguous()
-            distributed.broadcast(same, group=self._group, group_src=0)
-            tensors[name].copy_(same)
 
 
 def _group_of(part: DTensor) -> Any:

@@ -19,7 +19,7 @@ from cropi.gradients.parts import Row, groups_of, part_rows
 from cropi.gradients.ratios import FACTS
 from cropi.gradients.scorer import BLOCK, Scored, Scorer
 from cropi.gradients.store import FeatureStore, FeatureStoreWriter, StoreIdentity, directions_digest
-from cropi.world import World
+from cropi.parallel import process_group
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,6 @@ def store_features(
     table: pa.Table,
     prompt_ids: Sequence[str],
     advance: Callable[[int], None],
-    world: World,
 ) -> tuple[FeatureStore | None, dict[int, int]]:
     """Write the shards that are missing, each process its share of them.
 
@@ -55,16 +54,17 @@ def store_features(
         dim=scorer.projection.dim,
         **asdict(scorer.settings),
     )
+    ranks = process_group()
     writer: FeatureStoreWriter | None = None
-    if world.is_main:
+    if ranks.is_main:
         writer = FeatureStoreWriter(features.folder, identity, prompt_ids, BLOCK, scorer.layer_directions)
     begun = writer
-    missing = world.from_main(lambda: begun.missing() if begun is not None else [])
+    missing = ranks.from_main(lambda: begun.missing() if begun is not None else [])
     if missing and writer is None:
         writer = FeatureStoreWriter(features.folder, identity, prompt_ids, BLOCK, begun=True)
     computed: dict[int, int] = {}
     if writer is not None:  # in all processes, or, where nothing is missing, in the first alone
-        own = world.share(missing)
+        own = ranks.share(missing)
         groups = groups_of(table, [i for index in own for i in prompt_ids[writer.shard(index)]])
         with scorer.lockstep() if missing else nullcontext():
             for index in own:
@@ -74,9 +74,9 @@ def store_features(
                 assert scored.features_ND is not None
                 writer.write_shard(index, scored.features_ND, _feature_rows(block, scored))
                 computed[index] = scored.tokens_computed
-    world.barrier()
-    everywhere = {index: tokens for part_of in world.gather(computed) for index, tokens in part_of.items()}
-    if writer is None or not world.is_main:
+    ranks.barrier()
+    everywhere = {index: tokens for part_of in ranks.gather(computed) for index, tokens in part_of.items()}
+    if writer is None or not ranks.is_main:
         return None, everywhere
     writer.wait_for_records()
     return writer.finish(), everywhere

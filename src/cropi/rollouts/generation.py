@@ -10,7 +10,7 @@ import torch
 
 from cropi.console import warn
 from cropi.errors import PolicyError
-from cropi.lockstep import in_lockstep, is_sharded
+from cropi.fsdp import in_lockstep, is_sharded
 from cropi.policy import Policy, shared_prefixes
 
 

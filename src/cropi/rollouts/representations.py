@@ -16,8 +16,8 @@ from cropi.artifacts import REPRESENTATIONS, read_table, write_batches
 from cropi.config import Config
 from cropi.console import progress
 from cropi.errors import ArtifactError
+from cropi.parallel import process_group
 from cropi.policy import Policy, encode_prompts, trainer_prompt, uses_chat
-from cropi.world import ALONE, World
 
 KIND = "representations"
 ROWS = 4096  # rows of the file per write
@@ -25,23 +25,24 @@ Representations = Mapping[tuple[str, str], Float[np.ndarray, " E"]]  # by (set, 
 
 
 def represent(
-    config: Config, policy: Policy, prompts: Sequence[Mapping[str, Any]], folder: Path, world: World = ALONE
+    config: Config, policy: Policy, prompts: Sequence[Mapping[str, Any]], folder: Path
 ) -> tuple[dict[str, int], dict[str, Any]]:
     """Write `representations.parquet` of all training and validation prompts; returns (rows by set, details).
 
-    One forward pass over each prompt, in batches that the processes of `world` share. Prompts longer than the context
-    lose their beginning.
+    One forward pass over each prompt, in batches that the ranks share. Prompts longer than the context lose their
+    beginning.
     """
     rows = [row for row in prompts if not row["set"].startswith("test/")]
     chat = uses_chat(policy.tokenizer, config.prompts.chat, config.prompts.system_prompt)
     system = config.prompts.system_prompt
     texts = [trainer_prompt(row["messages"], chat=chat, system_prompt=system) for row in rows]
     encoded = [ids[-(policy.context_length or len(ids)) :] for ids in encode_prompts(policy.tokenizer, texts)]
-    batches = world.share(_batches(encoded, config.collect.batch_tokens))
-    with progress(world.titled("represent"), sum(map(len, batches)), "prompts") as bar:
+    ranks = process_group()
+    batches = ranks.share(_batches(encoded, config.collect.batch_tokens))
+    with progress(ranks.titled("represent"), sum(map(len, batches)), "prompts") as bar:
         own = _mean_hidden_states(policy, encoded, batches, bar.advance)
-    of_row = {row: values for part in world.gather(own) for row, values in part.items()}
-    if world.is_main:
+    of_row = {row: values for part in ranks.gather(own) for row, values in part.items()}
+    if ranks.is_main:
         write_batches(folder / "representations.parquet", _record_batches(rows, of_row), REPRESENTATIONS)
     counts = {name: sum(row["set"] == name for row in rows) for name in dict.fromkeys(row["set"] for row in rows)}
     return counts, {"prompt_tokens": sum(map(len, encoded))}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,17 +19,20 @@ from cropi.artifacts import GOLD_UNPARSEABLE, OK, TRAJECTORIES, TRUNCATED, read_
 from cropi.config import Config
 from cropi.console import warn
 from cropi.errors import ConfigError, DataError
+from cropi.fsdp import in_lockstep
 from cropi.functional.pooling import nearest_first, principal_points
 from cropi.functional.sampling import places
-from cropi.lockstep import in_lockstep
+from cropi.ledger import Ledger
+from cropi.parallel import Perform, RayPool, Task, process_group
 from cropi.policy import Policy, completion_logprobs, encode_prompts, longest_alike, trainer_prompt, uses_chat
+from cropi.policy_copy import PolicyCopy
+from cropi.rewards.pool import strict_judge
 from cropi.rewards.verdicts import Judge, answered
 from cropi.rollouts.generation import Generator, Sampling, TransformersGenerator
 from cropi.rollouts.representations import Representations
 from cropi.rollouts.server import ServerGenerator
 from cropi.rollouts.vllm import VllmGenerator
 from cropi.seeds import derived_seed, unit_interval
-from cropi.world import World
 
 
 @dataclass(frozen=True)
@@ -92,11 +95,55 @@ class Sampler:
                 yield shard, rows
 
 
+@dataclass(frozen=True)
+class SampleJob:
+    """Sampling of shards by a Ray worker."""
+
+    config: Config
+    policy: PolicyCopy
+
+    def start(self) -> Perform:
+        """Load the policy and start the verifier."""
+        policy, config = self.policy.load(), self.config
+        generate, judge = plain_generator(config, policy), strict_judge(config.verifier, config.verification)
+        sampler = Sampler(config, policy, generate, judge, ("collect",), config.collect.logprobs)
+
+        def perform(task: Task) -> Task:
+            rows, cost = sampler.sample(Shard(**task.facts))
+            return Task(task.index, pa.Table.from_pylist(rows, schema=TRAJECTORIES), cost)
+
+        return perform
+
+
+def make_shards_by_ray(
+    pool: RayPool, config: Config, policy: Policy, folder: Path, ledger: Ledger, shards: Sequence[Shard]
+) -> Iterator[tuple[Shard, Rows]]:
+    """Have Ray workers make shards; write and charge each as it comes back."""
+    if not shards:
+        return  # no cluster is needed
+    if config.collect.vllm is not None:
+        raise ConfigError(
+            "Ray workers start no vLLM of their own",
+            where="collect.vllm",
+            fix="start `vllm serve` and name it in collect.server.",
+        )
+    job = SampleJob(config, PolicyCopy.of(config.policy, policy.model, trained=False))
+    tasks = (Task(index, pa.table({}), vars(shard)) for index, shard in enumerate(shards))
+    with closing(pool.map(job, tasks)) as made:
+        for task in made:
+            shard, rows = shards[task.index], task.rows.to_pylist()
+            if not holds(shard, rows):
+                raise ValueError(f"shard {shard.name} came back with other prompts")
+            write_table(folder / shard.file, rows, TRAJECTORIES)
+            ledger.add("collect", **task.facts)
+            yield shard, rows
+
+
 @contextmanager
-def pool_generator(config: Config, policy: Policy, world: World) -> Iterator[Generator]:
+def pool_generator(config: Config, policy: Policy) -> Iterator[Generator]:
     """The generator for the whole pool: vLLM, a server, or transformers."""
     settings = config.collect
-    if settings.vllm is not None and world.size > 1:
+    if settings.vllm is not None and process_group().size > 1:
         raise ConfigError(
             "vLLM starts processes of its own, on GPUs that the other processes of this launch use",
             where="collect.vllm",

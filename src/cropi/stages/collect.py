@@ -19,17 +19,25 @@ from cropi.errors import ArtifactError
 from cropi.gradients.blocks import make_scorer
 from cropi.gradients.validation import validation_groups
 from cropi.ledger import Ledger
+from cropi.parallel import process_group, ray_pool
 from cropi.policy import Policy, chat_warnings
 from cropi.prompts import data_identity, make_prompts
 from cropi.rewards.verdicts import ERROR, TIMEOUT, Judge
 from cropi.rollouts.generation import TransformersGenerator
-from cropi.rollouts.orders import shards_elsewhere
 from cropi.rollouts.representations import KIND as REPRESENTED
 from cropi.rollouts.representations import Representations, read_representations, represent
-from cropi.rollouts.shards import MakeShards, Sampler, Shard, holds, plan, pool_generator, sampled_prompts
+from cropi.rollouts.shards import (
+    MakeShards,
+    Sampler,
+    Shard,
+    holds,
+    make_shards_by_ray,
+    plan,
+    pool_generator,
+    sampled_prompts,
+)
 from cropi.stages.run import Run
 from cropi.stages.trajectories import require_signal
-from cropi.world import ALONE, World
 
 MANY_FAILURES = 0.02  # share of the completions on which a verifier may fail without a warning
 
@@ -41,7 +49,7 @@ def make_prompt_table(run: Run) -> Manifest:
     """Write the prompt table."""
     inputs = data_identity(run.config) | {"settings": run.folder.settings("prompts")}
     make = partial(make_prompts, run.config)
-    return build(run.folder.prompts, "prompts", make, inputs=inputs, made_by="cropi collect", world=run.world)
+    return build(run.folder.prompts, "prompts", make, inputs=inputs, made_by="cropi collect")
 
 
 def collect(run: Run) -> Manifest:
@@ -67,10 +75,8 @@ def _collect(run: Run, folder: Path) -> tuple[Mapping[str, int], Mapping[str, An
     rows, chat = run.folder.prompt_rows, run.config.prompts.chat
     for text in chat_warnings(run.base.tokenizer, chat, (row["messages"] for row in rows)):
         warn(text)
-    elsewhere = run.elsewhere(run.base.model, "base")
-    make_shards = None if elsewhere is None else shards_elsewhere(elsewhere, run.config, folder, run.ledger)
     nearby = read_representations(run.folder.representations) if run.config.collect.nearby else None
-    return collector(run, run.base).collect(rows, folder, nearby, make_shards)
+    return collector(run, run.base).collect(rows, folder, nearby)
 
 
 def _tell(run: Run, manifest: Manifest) -> None:
@@ -94,7 +100,7 @@ def make_representations(run: Run, phase: str, stage: int | None = None) -> None
 
     def make(folder: Path) -> tuple[Mapping[str, int], Mapping[str, Any]]:
         with run.ledger.charge(phase, stage=stage) as entry:
-            result = represent(run.config, run.base, run.folder.prompt_rows, folder, run.world)
+            result = represent(run.config, run.base, run.folder.prompt_rows, folder)
             read = result[1]["prompt_tokens"]
             entry |= {"forward_tokens": read} if phase == "score" else {"tokens": 0, "prompt_tokens": read, "passes": 1}
         return result
@@ -102,7 +108,7 @@ def make_representations(run: Run, phase: str, stage: int | None = None) -> None
     inputs: dict[str, Any] = {"prompts": make_prompt_table(run).identity, "policy": run.setup.identity}
     inputs |= {"settings": run.folder.settings("policy", "prompts")}
     folder = run.folder.representations
-    build(folder, REPRESENTED, make, inputs=inputs, made_by=f"cropi {phase}", world=run.world, shared=True)
+    build(folder, REPRESENTED, make, inputs=inputs, made_by=f"cropi {phase}", shared=True)
 
 
 # -- sampling ------------------------------------------------------------------------------------------------------
@@ -116,18 +122,16 @@ class Collector:
     policy: Policy
     judge: Judge
     ledger: Ledger
-    world: World = ALONE
 
     def collect(
         self,
         prompts: Sequence[Mapping[str, Any]],
         folder: Path,
         representations: Representations | None = None,
-        elsewhere: MakeShards | None = None,
     ) -> tuple[dict[str, int], dict[str, Any]]:
         """Sample the pool and the validation sets from the base policy. Returns (rows by status, details).
 
-        The missing shards are divided among the processes, or made `elsewhere`; their content does not depend on that.
+        The ranks divide the missing shards, or Ray workers make them; their content does not depend on that.
         With `collect.logprobs`, the model itself computes the behaviour log-probs at the sampling temperature.
         `collect.nearby` needs the representations. A prompt that does not fit into the policy's context counts as one
         row `prompt_too_long`.
@@ -136,13 +140,15 @@ class Collector:
         if config.collect.top_p < 1:
             warn("collect.top_p is below 1: the log-probs are not those of the truncated sampler, so ratios are biased")
         shards, too_long = plan(config, self.policy, prompts, sampled_prompts(config, prompts, representations))
-        if elsewhere is not None:
-            statuses, details = _sample_all(folder, shards, elsewhere, self.world)
+        workers = ray_pool()
+        if workers is not None:
+            make = partial(make_shards_by_ray, workers, config, self.policy, folder, self.ledger)
+            statuses, details = _sample_all(folder, shards, make)
         else:
-            with pool_generator(config, self.policy, self.world) as generate:
+            with pool_generator(config, self.policy) as generate:
                 sampler = Sampler(config, self.policy, generate, self.judge, ("collect",), config.collect.logprobs)
                 make = partial(sampler.make, folder=folder, charge=partial(self.ledger.charge_share, "collect"))
-                statuses, details = _sample_all(folder, shards, make, self.world)
+                statuses, details = _sample_all(folder, shards, make)
         return count_status([PROMPT_TOO_LONG] * len(too_long) + statuses), details | {"too_long": too_long}
 
     def collect_again(
@@ -164,33 +170,32 @@ class Collector:
         generate = TransformersGenerator(self.policy, self.config.collect.batch_size)
         sampler = Sampler(self.config, self.policy, generate, self.judge, seeded, logprobs)
         make = partial(sampler.make, folder=folder, charge=charge)
-        statuses, details = _sample_all(folder, shards, make, self.world)
+        statuses, details = _sample_all(folder, shards, make)
         return count_status(statuses), details | {"prompts": len(prompts)}
 
 
 def collector(run: Run, policy: Policy) -> Collector:
     """The collector of a run for a policy."""
-    return Collector(run.config, policy, run.judge, run.ledger, run.world)
+    return Collector(run.config, policy, run.judge, run.ledger)
 
 
-def _sample_all(
-    folder: Path, shards: Sequence[Shard], make: MakeShards, world: World
-) -> tuple[list[str], dict[str, Any]]:
-    """Make the shards that are not there; returns (status of every trajectory, details), of the first process."""
-    missing = world.from_main(lambda: [n for n, shard in enumerate(shards) if not (folder / shard.file).is_file()])
+def _sample_all(folder: Path, shards: Sequence[Shard], make: MakeShards) -> tuple[list[str], dict[str, Any]]:
+    """Make the missing shards; returns (status of every trajectory, details) on rank 0."""
+    ranks = process_group()
+    missing = ranks.from_main(lambda: [n for n, shard in enumerate(shards) if not (folder / shard.file).is_file()])
     still = set(missing)
     kept = [shard for place, shard in enumerate(shards) if place not in still]
-    own = [shards[place] for place in world.share(missing)]
+    own = [shards[place] for place in ranks.share(missing)]
     found: dict[str, _Found] = {}
-    if world.is_main:
+    if ranks.is_main:
         found = {shard.name: _found(_stored(folder, shard)) for shard in kept}
     done, total = (sum(map(len, part)) for part in (kept, (*kept, *own)))
-    with progress(world.titled("collect"), total, "trajectories", done=done) as bar:
+    with progress(ranks.titled("collect"), total, "trajectories", done=done) as bar:
         for shard, rows in make(own):
             found[shard.name] = _found(rows)
             bar.advance(len(shard))
-    world.barrier()
-    if not world.is_main:
+    ranks.barrier()
+    if not ranks.is_main:
         return [], {}
     wait_for_files(folder / shard.file for shard in shards)
     return _summed([found.get(shard.name) or _found(_stored(folder, shard)) for shard in shards])

@@ -16,8 +16,9 @@ from cropi.artifacts import EVALUATION, read_table
 from cropi.config import SAMPLED_BY, Config, EvaluateConfig
 from cropi.console import warn
 from cropi.errors import DataError
+from cropi.fsdp import in_lockstep
 from cropi.functional.statistics import Interval, bootstrap_mean
-from cropi.lockstep import in_lockstep
+from cropi.parallel import process_group
 from cropi.policy import Policy, encode_prompts, load_policy, trainer_prompt, uses_chat
 from cropi.rewards.verdicts import Answered, Judge, answered, reward
 from cropi.rollouts.generation import Sampling, TransformersGenerator
@@ -25,7 +26,6 @@ from cropi.run_tables import evaluation_files, keep_evaluation
 from cropi.seeds import derived_seed
 from cropi.stages.collect import make_prompt_table
 from cropi.stages.run import Run
-from cropi.world import ALONE, World
 
 SAMPLING_TEMPERATURE = 1.0  # of the completions beside the greedy one
 
@@ -60,7 +60,7 @@ def evaluate_at(run: Run, checkpoint: Path | None) -> pa.Table:
 
 def is_evaluated(run: Run, step: int) -> bool:
     """Whether the policy has been evaluated after an optimiser step."""
-    return run.world.from_main(lambda: step in evaluation_files(run.paths.evaluations))
+    return process_group().from_main(lambda: step in evaluation_files(run.paths.evaluations))
 
 
 def evaluate(run: Run, model: nn.Module, step: int) -> pa.Table:
@@ -81,8 +81,8 @@ def evaluate(run: Run, model: nn.Module, step: int) -> pa.Table:
     stage = (step - 1) // config.train.steps_per_stage if step else None
     with run.ledger.charge("evaluate", stage=stage):
         asked = read_questions(run)
-        rows = exam.answers(asked, step, in_lockstep(policy.model), run.world)
-        if run.world.is_main:
+        rows = exam.answers(asked, step, in_lockstep(policy.model))
+        if process_group().is_main:
             tables = () if step else (*SAMPLED_BY, "evaluate")
             keep_evaluation(run.paths.evaluations, step, rows, run.folder.settings(*tables))
     return pa.Table.from_pylist(rows, schema=EVALUATION)
@@ -124,7 +124,6 @@ class Exam:
         questions: Sequence[Question],
         step: int,
         lockstep: AbstractContextManager[None] = nullcontext(),  # noqa: B008
-        world: World = ALONE,
     ) -> list[dict[str, Any]]:
         """A row for every question whose gold answer can be read.
 
@@ -135,10 +134,10 @@ class Exam:
         blocks = [order[start : start + self.block] for start in range(0, len(order), self.block)]
         own: dict[int, dict[str, Any] | None] = {}
         with lockstep:
-            for number in world.share(range(len(blocks))):
+            for number in process_group().share(range(len(blocks))):
                 asked = [questions[place] for place in blocks[number]]
                 own |= dict(zip(blocks[number], self._ask(asked, step, derived_seed(self.seed, number)), strict=True))
-        found = {place: row for part in world.gather(own) for place, row in part.items()}
+        found = {place: row for part in process_group().gather(own) for place, row in part.items()}
         rows = [row for place in range(len(questions)) if (row := found[place]) is not None]
         _refuse_empty(questions, rows)
         return rows

@@ -17,6 +17,7 @@ from cropi.curriculum.stale_trajectories import prompts_to_refresh
 from cropi.curriculum.strategies.pooled import SCREEN_GENERATIONS, PooledStrategy
 from cropi.functional.sampling import places
 from cropi.gradients.validation import chosen_for_validation
+from cropi.parallel import process_group
 from cropi.policy import Policy
 from cropi.stages.collect import Collector, collector
 from cropi.stages.run import Run
@@ -37,7 +38,7 @@ def refresh(run: Run, stage: int, model: nn.Module, origin: str) -> None:
     if settings.reuse_rollouts:
         steps = run.config.train.steps_per_stage
         copy = partial(newest_rollouts, run.paths.rollouts, (stage - 1) * steps, stage * steps)
-        build(run.paths.reused(stage), REUSED, copy, inputs=inputs, made_by=MADE_BY, world=run.world)
+        build(run.paths.reused(stage), REUSED, copy, inputs=inputs, made_by=MADE_BY)
     if run.trajectories.refreshes_validation(stage):
         _sample(run, run.paths.fresh_validation(stage), stage, policy, _validation_rows(run), inputs)
     if settings.fraction:
@@ -101,9 +102,9 @@ def screen(run: Run, stage: int, model: nn.Module, origin: str) -> None:
 
     def make(folder: Path) -> tuple[Mapping[str, int], Mapping[str, Any]]:
         size = places(run.config.select.fraction, len(run.folder.train_prompts))
-        ids = run.world.from_main(lambda: strategy.prompts_to_screen(gather_candidates(run, stage), size))
+        ids = process_group().from_main(lambda: strategy.prompts_to_screen(gather_candidates(run, stage), size))
         rows = [run.folder.train_prompts[prompt_id] for prompt_id in ids]
-        sampler = Collector(config, policy, run.judge, run.ledger, run.world)
+        sampler = Collector(config, policy, run.judge, run.ledger)
         return sampler.collect_again(rows, folder, stage, "screen", logprobs=False)
 
     inputs = {**run.trajectories.inputs(stage), "policy": origin, "settings": run.folder.settings()}

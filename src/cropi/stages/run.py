@@ -13,11 +13,11 @@ from trl import GRPOConfig
 
 from cropi.artifacts import is_finished
 from cropi.config import Config
-from cropi.elsewhere import CarriedPolicy, Elsewhere
 from cropi.errors import ArtifactError, ConfigError, PolicyError
 from cropi.gradients.groups import group_facts
 from cropi.gradients.surrogate import surrogate_settings
 from cropi.ledger import Ledger
+from cropi.parallel import process_group
 from cropi.policy import Policy, Replica, fingerprint, load_policy
 from cropi.rewards.pool import strict_judge
 from cropi.rewards.verdicts import Judge
@@ -25,8 +25,6 @@ from cropi.run_folder import RunFolder, StagePaths, require_writable
 from cropi.stages.trajectories import Trajectories
 from cropi.training.grpo_settings import grpo_config
 from cropi.training.rollout_recorder import require_no_dropout
-from cropi.workers import Workers
-from cropi.world import ALONE, World
 
 
 @dataclass(frozen=True)
@@ -60,19 +58,15 @@ class Setup:
 class Run:
     """A run that is open for work. It holds the lock of its folder."""
 
-    def __init__(
-        self, config: Config, setup: Setup | None = None, world: World = ALONE, workers: Workers | None = None
-    ) -> None:
-        """`setup` is given by a trainer of the user's; unset, the config names it. `world` are the processes that work
-        on this run together, each with its own `Run`. `workers` collect and score in this process's place.
-        """
-        self.config, self.world, self.workers = config, world, workers
-        self.setup = setup or Setup.of(config, world.size)
+    def __init__(self, config: Config, setup: Setup | None = None) -> None:
+        """`setup` is given by a trainer of the user's; unset, the config names it. Each rank has its own `Run`."""
+        self.config = config
+        self.setup = setup or Setup.of(config, process_group().size)
         self.judge = self.setup.judge
         trainer = self.setup.settings
         self.surrogate = surrogate_settings(config, trainer.loss_type, trainer.scale_rewards)
         self._replica = Replica(self.setup.policy, config.policy)
-        self.folder = RunFolder(config, world)
+        self.folder = RunFolder(config)
         self.folder.lock()
         self._mask_truncated = trainer.mask_truncated_completions
         self._open(self.folder.stages)
@@ -80,7 +74,7 @@ class Run:
     def _open(self, paths: StagePaths) -> None:
         """Work on the run's own stages, or on those of a checkpoint from outside."""
         self.paths = paths
-        self.ledger = Ledger(paths.ledger, self.world)
+        self.ledger = Ledger(paths.ledger)
         self.trajectories = Trajectories(self.folder, paths, group_facts, mask_truncated=self._mask_truncated)
 
     def at_checkpoint(self, stage: int, checkpoint: Path | None) -> Run:
@@ -104,24 +98,14 @@ class Run:
         """A policy in training, in the precision of sampling and scoring."""
         return Policy(self._replica.of(model), self.setup.policy.tokenizer)
 
-    def elsewhere(self, model: nn.Module, origin: str) -> Elsewhere | None:
-        """The workers with a policy to work with, if the run has any."""
-        if self.workers is None:
-            return None
-        return Elsewhere(self.workers, CarriedPolicy.of(self.config.policy, model, named=origin == "base"))
-
-    def owed_s(self) -> float:
-        """Seconds of workers that the ledger has not been charged with yet."""
-        return 0.0 if self.workers is None else self.workers.owed_s
-
     def is_finished(self, folder: Path) -> bool:
         """Whether the first process sees a finished artifact."""
-        return self.world.from_main(lambda: is_finished(folder))
+        return process_group().from_main(lambda: is_finished(folder))
 
     @property
     def in_parts(self) -> dict[str, Any]:
         """Arguments of `build` for an artifact whose parts are divided among processes and outlive an interruption."""
-        return {"keep_parts": True, "shared": True, "world": self.world}
+        return {"keep_parts": True, "shared": True}
 
     @property
     def last_step(self) -> int:

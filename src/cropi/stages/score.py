@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -29,15 +29,13 @@ from cropi.artifacts import (
 from cropi.config import Config
 from cropi.console import Progress, counts_text, progress, say, warn
 from cropi.curriculum.stale_trajectories import drift_warning
-from cropi.elsewhere import Elsewhere
-from cropi.errors import ArtifactError, SignalError
-from cropi.gradients.blocks import BlockScorer, make_scorer
+from cropi.errors import ArtifactError, ConfigError, SignalError
+from cropi.gradients.blocks import BlockScorer, make_parts_by_ray, make_scorer
 from cropi.gradients.budget import BudgetSettings, budgeted
 from cropi.gradients.candidates import candidate_groups
 from cropi.gradients.directions import pieces
 from cropi.gradients.evidence import validation_evidence
 from cropi.gradients.groups import Group, iterate_groups
-from cropi.gradients.orders import parts_elsewhere, require_parts
 from cropi.gradients.parts import Parts, Row, groups_of, known, make_parts, part_rows
 from cropi.gradients.ratios import FACTS
 from cropi.gradients.scorer import Scored, Scorer
@@ -46,11 +44,11 @@ from cropi.gradients.storing import FeatureRequest, rows_of_store, store_feature
 from cropi.gradients.surrogate import SurrogateSettings
 from cropi.gradients.validation import validation_groups, warn_of_noise
 from cropi.gradients.worth import drift, note_reliability
+from cropi.parallel import process_group, ray_pool
 from cropi.policy import weights_identity
 from cropi.run_tables import scores_schema, validation_scores_schema
 from cropi.stages.collect import make_representations
 from cropi.stages.run import Run
-from cropi.world import ALONE, World
 
 
 def score(run: Run, stage: int, model: nn.Module, origin: str) -> Manifest:
@@ -71,10 +69,9 @@ def score(run: Run, stage: int, model: nn.Module, origin: str) -> Manifest:
             stage,
             _previous_scores(run, stage),
         )
-        with run.ledger.charge("score", stage=stage, owed=run.owed_s) as entry:
-            elsewhere = run.elsewhere(model, origin)
-            counts, details = score_pool(run.config, run.surrogate, model, pool, folder, run.world, elsewhere)
-            if run.world.is_main:
+        with run.ledger.charge("score", stage=stage) as entry:
+            counts, details = score_pool(run.config, run.surrogate, model, pool, folder)
+            if process_group().is_main:
                 entry["tokens"] = details["tokens"]
                 entry["computed_tokens"] = details["tokens_computed"]
                 entry["validation_tokens"] = details["validation_tokens"]
@@ -124,42 +121,39 @@ def score_pool(
     model: nn.Module,
     pool: ScoredPool,
     folder: Path,
-    world: World = ALONE,
-    elsewhere: Elsewhere | None = None,
 ) -> tuple[dict[str, int], dict[str, Any]]:
     """Write `scores.parquet` to `folder`: one row per training prompt, those without signal included (influence 0).
 
     With `score.store`, features are stored first, and the scores are computed from them. A strategy that aims at
     candidates takes the mean gradients of two halves of a sample of the pool in place of the validation sets, each
-    scaled to length 1, and `dot`. Prompts are divided among the processes, or scored `elsewhere`; under `score.budget`
-    the first process scores alone. Scores that an interrupted attempt left in `folder` are kept.
+    scaled to length 1, and `dot`. The ranks divide the prompts, or Ray workers score them; under `score.budget`
+    rank 0 scores alone. Scores that an interrupted attempt left in `folder` are kept.
 
     Returns (rows by status, details), to the first process. SignalError where a validation set has no mixed group, or
     nothing is finite.
     """
-    if elsewhere is not None:
-        require_parts(config)
+    if ray_pool() is not None:
+        _require_parts(config)
     strategy = config.select.strategy
     validation = _aims(config, pool.tables)
     names = list(validation)
     standard_errors = config.score.standard_errors and not strategy.reads_lengths  # of no use to lengths
     rows = _blank_rows(pool.sources, names, frozenset(pool.not_sampled))
     mixed = sorted(_note_facts(pool.tables["train"], rows))
-    scorer = make_scorer(config, model, settings, strategy, world)
-    work = _Work(scorer, pool.tables["train"], mixed, validation, world)
+    scorer = make_scorer(config, model, settings, strategy)
+    work = _Work(scorer, pool.tables["train"], mixed, validation)
     if config.score.budget.active:
         found = work.with_budget(config, pool)
     elif config.score.store == "none":
         block_scorer = BlockScorer(scorer, names, standard_errors, strategy.pools)
-        make = None if elsewhere is None else partial(parts_elsewhere, elsewhere, config)
-        found = work.in_parts(Parts(folder, names, mixed), block_scorer, make)
+        found = work.in_parts(Parts(folder, names, mixed), block_scorer, config)
     else:
         assert pool.features is not None, "a store has a place"
         found = work.by_features(pool.features, config.score.store)
     if not strategy.candidates_aimed_at:
         warn_of_noise(scorer.direction_reliability)
-    evidence, computed = validation_evidence(scorer, validation, world=world) if strategy.pools else ([], 0)
-    if not world.is_main:
+    evidence, computed = validation_evidence(scorer, validation) if strategy.pools else ([], 0)
+    if not process_group().is_main:
         return {}, {}
     if strategy.pools:
         write_table(folder / "validation.parquet", evidence, validation_scores_schema(names))
@@ -229,6 +223,22 @@ def _blank_rows(sources: Mapping[str, str], names: list[str], not_sampled: froze
     }
 
 
+def _require_parts(config: Config) -> None:
+    """ConfigError where parts of the scores depend on each other, which Ray workers cannot divide."""
+    if config.score.budget.active:
+        raise ConfigError(
+            "which prompts are scored in full depends on the scores of the others, so Ray workers cannot divide them",
+            where="score.budget",
+            fix="score without --ray, or without a budget.",
+        )
+    if config.score.store != "none":
+        raise ConfigError(
+            "the feature store needs a folder that all processes share, and Ray workers share none",
+            where="score.store",
+            fix="score without --ray, or with score.store=none.",
+        )
+
+
 class _Work:
     """Scoring of the groups with a signal, in one of three ways. Each gives rows of `part_schema`, part by part."""
 
@@ -238,39 +248,35 @@ class _Work:
         table: pa.Table,
         prompt_ids: Sequence[str],
         validation: Mapping[str, Sequence[Group]],
-        world: World,
     ) -> None:
-        self._scorer, self._table, self._world = scorer, table, world
+        self._scorer, self._table, self._ranks = scorer, table, process_group()
         self._prompt_ids, self._validation = prompt_ids, validation
-        own = [piece for groups in validation.values() for _, piece in world.share(pieces(groups))]
+        own = [piece for groups in validation.values() for _, piece in self._ranks.share(pieces(groups))]
         self._aimed_at = sum(map(len, own))
 
-    def in_parts(
-        self, parts: Parts, score: BlockScorer, elsewhere: Callable[..., None] | None = None
-    ) -> Iterable[list[Row]]:
-        """A file for every few groups, each by one process, or made elsewhere."""
+    def in_parts(self, parts: Parts, score: BlockScorer, config: Config) -> Iterable[list[Row]]:
+        """Write a file for every few groups, each by one rank or Ray worker."""
         policy = weights_identity(self._scorer.model)
-        self._world.from_main(lambda: parts.begin(policy))
-        missing = self._world.from_main(parts.missing)
-        own = sum(len(parts.ids(index)) for index in self._world.share(missing))
+        self._ranks.from_main(lambda: parts.begin(policy))
+        missing = self._ranks.from_main(parts.missing)
+        own = sum(len(parts.ids(index)) for index in self._ranks.share(missing))
         with self._progress(own) as bar:
             self._scorer.aim(self._validation, bar.advance, stored_directions(parts.folder))
-            if self._world.is_main:
+            if self._ranks.is_main:
                 keep_directions(parts.folder, self._scorer.layer_directions)
-            if elsewhere is not None:
-                elsewhere(score, parts, self._table, missing, bar.advance)
+            workers = ray_pool()
+            if workers is not None:
+                make_parts_by_ray(workers, config, score, parts, self._table, missing, bar.advance)
             else:
                 advancing = partial(score, advance=bar.advance)
-                make_parts(parts, self._table, advancing, missing, self._scorer.lockstep(), self._world)
+                make_parts(parts, self._table, advancing, missing, self._scorer.lockstep())
         return parts.rows()
 
     def by_features(self, request: FeatureRequest, dtype: Literal["bfloat16", "float32"]) -> Iterable[list[Row]]:
         """Features first, in shards, each by one process; the first one reads the scores off them."""
-        with self._progress(len(self._world.share(self._prompt_ids))) as bar:
+        with self._progress(len(self._ranks.share(self._prompt_ids))) as bar:
             self._scorer.aim(self._validation, bar.advance, stored_directions(request.folder))
-            store, computed = store_features(
-                request, dtype, self._scorer, self._table, self._prompt_ids, bar.advance, self._world
-            )
+            store, computed = store_features(request, dtype, self._scorer, self._table, self._prompt_ids, bar.advance)
         if store is None:
             return []
         return rows_of_store(store, self._scorer, self._table, list(self._validation), computed)
@@ -289,7 +295,7 @@ class _Work:
         with self._progress(len(self._prompt_ids)) as bar:
             self._scorer.aim(self._validation, bar.advance)
             with self._scorer.lockstep():
-                if not self._world.is_main:
+                if not self._ranks.is_main:
                     return []
                 groups = list(groups_of(self._table, self._prompt_ids))
                 found = budgeted(
@@ -306,7 +312,7 @@ class _Work:
         return [part_rows(groups, list(self._validation), found.values_NV, scored, found.how)]
 
     def _progress(self, groups: int) -> AbstractContextManager[Progress]:
-        return progress(self._world.titled("score"), groups + self._aimed_at, "prompts")
+        return progress(self._ranks.titled("score"), groups + self._aimed_at, "prompts")
 
 
 def _previous_values(previous: pa.Table | None, groups: Sequence[Group]) -> np.ndarray | None:

@@ -59,7 +59,7 @@ def select(run: Run, stage: int) -> list[str]:
     if run.is_finished(run.paths.screened(stage)):
         inputs["screened"] = open_artifact(run.paths.screened(stage), FRESH, made_by="cropi score").identity
     new = not run.is_finished(folder)
-    manifest = build(folder, "selection", make, inputs=inputs, made_by="cropi select", world=run.world)
+    manifest = build(folder, "selection", make, inputs=inputs, made_by="cropi select")
     if new:
         chosen, pool = manifest.counts["selected"], len(run.folder.train_prompts)
         say(f"selection of {strategy.label}, stage {stage}: {chosen} of {pool} prompts")

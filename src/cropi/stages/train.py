@@ -18,6 +18,7 @@ from trl import GRPOConfig
 from cropi.artifacts import USABLE, corrupt, finish, is_finished, open_artifact, read_manifest
 from cropi.console import Progress, progress, warn
 from cropi.errors import ArtifactError, ConfigError, SignalError
+from cropi.parallel import process_group
 from cropi.policy import Policy, encode_prompts, load_policy, trainer_prompt, uses_chat
 from cropi.run_folder import checkpoints
 from cropi.run_tables import evaluation_files, forget_evaluations
@@ -30,7 +31,6 @@ from cropi.training.reward_log import RecordedReward
 from cropi.training.rollout_recorder import RolloutRecorder, forget_rollouts, require_no_dropout
 from cropi.training.sharding import check_sharding, resuming
 from cropi.training.stage_trainer import SelectStage, Stages, StageTrainer
-from cropi.world import ALONE, World
 
 CHECKPOINT = "checkpoint"  # kind of artifact
 MADE_BY = "cropi train"
@@ -40,8 +40,8 @@ Evaluate = Callable[[int, nn.Module], None]  # (optimiser step, model)
 def train(run: Run, select_stage: SelectStage) -> Path:
     """Train all stages, evaluating on schedule from the base policy on; returns the last checkpoint."""
     evaluate_base(run)
-    settings = grpo_config(run.config, run.paths.checkpoints, run.setup.policy.device, run.world.size)
-    run.world.from_main(lambda: _require_evaluations(run, _newest_step(run)))
+    settings = grpo_config(run.config, run.paths.checkpoints, run.setup.policy.device, process_group().size)
+    process_group().from_main(lambda: _require_evaluations(run, _newest_step(run)))
     policy = load_policy(run.config.policy, dtype=run.config.policy.trained_in)
     task = TrainTask(
         label=run.config.select.strategy.label,
@@ -50,7 +50,7 @@ def train(run: Run, select_stage: SelectStage) -> Path:
         stages=run.config.train.stages,
         steps_per_stage=run.config.train.steps_per_stage,
         evaluate_every=_evaluate_every(run),
-        reward=RecordedReward(run.judge, run.paths.rewards, run.world),
+        reward=RecordedReward(run.judge, run.paths.rewards),
         select_stage=select_stage,
         evaluate=lambda step, model: _evaluate(run, step, model),
         evaluated=lambda step: is_evaluated(run, step),
@@ -58,10 +58,9 @@ def train(run: Run, select_stage: SelectStage) -> Path:
         record_to=run.paths.rollouts if run.trajectories.reuses else None,
         dynamic_sampling=run.config.train.dynamic_sampling,
         asked_in=run.config.policy.dtype,
-        world=run.world,
         made_by=run.folder.settings(),
     )
-    done = run.world.from_main(lambda: _newest_step(run))
+    done = process_group().from_main(lambda: _newest_step(run))
     _evaluate_missing(run, done - 1)  # while their checkpoints are there
     final = train_stages(task, policy)
     _evaluate_missing(run, run.last_step)
@@ -112,7 +111,7 @@ def _evaluate_every(run: Run) -> int:
 
 def _evaluate_missing(run: Run, step: int) -> None:
     """Evaluate again, up to a step, where the table was damaged and deleted."""
-    for at in run.world.from_main(lambda: _unevaluated(run, step)):
+    for at in process_group().from_main(lambda: _unevaluated(run, step)):
         checkpoint = open_checkpoint(run.paths.checkpoints / f"checkpoint-{at}")
         evaluate(run, load_policy(run.config.policy, str(checkpoint)).model, at)
 
@@ -169,10 +168,10 @@ class StageCallback(TrainerCallback):
         self._step_began = time.perf_counter()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        world = self.task.world
-        if world.is_main:
-            line = {"step": state.global_step, "seconds": (time.perf_counter() - self._step_began) * world.size}
-            append_jsonl(self.task.folder / "steps.jsonl", line | world.facts())
+        ranks = process_group()
+        if ranks.is_main:
+            line = {"step": state.global_step, "seconds": (time.perf_counter() - self._step_began) * ranks.size}
+            append_jsonl(self.task.folder / "steps.jsonl", line | ranks.facts())
         self.bar.advance()
         self._due = self._is_scheduled(state)
         if state.global_step % self.trainer.steps_per_stage:
@@ -199,14 +198,14 @@ class StageCallback(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **_: Any,
     ) -> None:
-        if not self.task.world.is_main:
+        if not process_group().is_main:
             return
         finite = {k: v for k, v in (logs or {}).items() if isinstance(v, int | float) and abs(v) < float("inf")}
         append_jsonl(self.task.folder / "metrics.jsonl", finite | {"step": state.global_step})
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.task.world.barrier()  # each process writes its random state
-        if self.task.world.is_main:
+        process_group().barrier()  # each process writes its random state
+        if process_group().is_main:
             self._finish(Path(args.output_dir) / f"checkpoint-{state.global_step}", state.global_step)
         self._evaluate_if_due(state)
 
@@ -238,7 +237,6 @@ class TrainTask:
     dynamic_sampling: int = 0  # refills of a generation batch at the most
     evaluated: Callable[[int], bool] = lambda step: False  # whether that step has been evaluated before
     asked_in: str = "float32"  # the dtype that the policy is asked in: `policy.dtype`
-    world: World = ALONE  # the processes that train together, each with the same task
     made_by: Mapping[str, Any] = field(default_factory=dict)  # settings, for the manifests of checkpoints
 
     @property
@@ -257,7 +255,7 @@ def train_stages(task: TrainTask, policy: Policy) -> Path:
     resume_from, done = _newest(task)
     if done == total and resume_from is not None:
         return resume_from
-    task.world.from_main(lambda: _begin_from(task, resume_from, done))
+    process_group().from_main(lambda: _begin_from(task, resume_from, done))
     with progress(f"train {task.label}", total, "steps", done=done) as bar:
         trainer = _made_trainer(task, policy)
         check_sharding(trainer, task.asked_in, resume_from)
@@ -323,7 +321,7 @@ def _newest(task: TrainTask) -> tuple[Path | None, int]:
         path, step = newest_checkpoint(Path(task.settings.output_dir), task.total)
         return None if path is None else str(path), step
 
-    found, done = task.world.from_main(find)
+    found, done = process_group().from_main(find)
     return None if found is None else Path(found), done
 
 
@@ -332,7 +330,7 @@ def _recorder(task: TrainTask, policy: Policy) -> RolloutRecorder | None:
     if task.record_to is None:
         return None
     require_no_dropout(policy.model)  # as the trainer leaves it
-    generations, rank = task.settings.num_generations, task.world.rank
+    generations, rank = task.settings.num_generations, process_group().rank
     return RolloutRecorder(task.record_to, task.reward, generations, policy.eos_ids, rank)
 
 

@@ -17,9 +17,9 @@ from trl import GRPOConfig
 from cropi.config import OWNED_TRAINER_KEYS, Config
 from cropi.errors import ConfigError, hint
 from cropi.functional.surrogate import NORMALIZER_OF_LOSS
+from cropi.parallel import launched
 from cropi.training.dynamic_sampling import check_dynamic_sampling
 from cropi.training.trial_step import try_one_step
-from cropi.world import launched
 
 
 def grpo_config(config: Config, output_dir: Path, device: torch.device, processes: int = 1) -> GRPOConfig:

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cropi.parallel import process_group
 from cropi.reward_statistics import Visit, visit
 from cropi.rewards.verdicts import Answered, Judge
 from cropi.streams import append_jsonl, cut_jsonl, read_jsonl
-from cropi.world import ALONE, World
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class RecordedReward:
 
     __name__ = "verdict"
 
-    def __init__(self, judge: Judge, path: Path, world: World = ALONE) -> None:
-        self._judge, self._path, self._world = judge, path, world
+    def __init__(self, judge: Judge, path: Path) -> None:
+        self._judge, self._path = judge, path
         self.latest: Judged | None = None
 
     def __call__(
@@ -59,8 +59,8 @@ class RecordedReward:
         }
         if "prompt_tokens" in columns:
             line["prompt_tokens"] = sum(columns["prompt_tokens"])
-        lines = self._world.gather(line)
-        if self._world.is_main:
+        lines = process_group().gather(line)
+        if process_group().is_main:
             append_jsonl(self._path, _joined(lines))
         self.latest = Judged(prompt_id, texts, completion_ids, rewards, verdicts)
         return rewards

@@ -18,7 +18,7 @@ from trl import GRPOTrainer
 from cropi.artifacts import no_space
 from cropi.console import warn_once
 from cropi.errors import ArtifactError
-from cropi.lockstep import in_lockstep, is_sharded
+from cropi.fsdp import in_lockstep, is_sharded
 from cropi.policy import shared_prefixes
 from cropi.training.dynamic_sampling import DynamicSampling, Sampled
 from cropi.training.rollout_recorder import RolloutRecorder

@@ -79,7 +79,7 @@ def _check_trainers(runs: Sequence[Run]) -> None:
         return
     import torch
 
-    from cropi.training.settings import grpo_config
+    from cropi.training.grpo_settings import grpo_config
 
     for run in {(run.scenario, run.strategy): run for run in runs}.values():
         try:

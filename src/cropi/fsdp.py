@@ -1,7 +1,7 @@
-"""Forward passes of a policy whose parameters are sharded over processes, as torch's `fully_shard` (FSDP2) leaves them.
+"""Forward passes of a policy whose parameters are sharded over ranks by torch's `fully_shard` (FSDP2).
 
-A pass gathers whole parameters from all processes, so that all have to run as many. Sampling does not by itself: one
-process has more prompts, or longer completions. Inside `in_lockstep` whoever is done takes part in what others do.
+A pass gathers whole parameters from all ranks, so all ranks must run the same number of passes. Sampling breaks that
+rule: one rank has more prompts, or longer completions. Inside `in_lockstep` a rank that is done runs dummy passes.
 """
 
 from __future__ import annotations
@@ -19,23 +19,24 @@ _together: WeakSet[nn.Module] = WeakSet()
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether a process holds only a part of some parameters."""
+    """Whether each rank holds only a part of some parameters."""
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 @contextmanager
 def in_lockstep(model: nn.Module) -> Iterator[None]:
-    """Run as many forward passes without gradients inside as need be, whatever other processes do with theirs: before
-    each the processes agree, by one number, that there is one, and one that has left takes part with two tokens until
-    all have. A block inside of another is part of it. Nothing happens where parameters are not sharded.
+    """Let each rank run any number of forward passes without gradients inside the block.
 
-    All processes have to enter the same blocks in the same order, and nothing else that they do together may stand
-    inside. A pass that runs out of memory cannot be repeated, since the others stand in the middle of it.
+    Before each pass the ranks agree, by one number, that there is one. A rank that has left the block runs passes of
+    two tokens until all have left. A nested block belongs to the outer one. Without sharding this does nothing.
+
+    All ranks enter the same blocks in the same order, with no other collective inside. A pass that runs out of memory
+    cannot be repeated, since the other ranks are in the middle of it.
     """
     if model in _together or not is_sharded(model) or distributed.get_world_size() == 1:
         yield
         return
-    # transformers' trainer lets `generate` gather the outermost parameters once for all passes, which not all begin
+    # transformers' trainer makes `generate` gather the outermost parameters before its passes, which some ranks skip
     generate = model.__dict__.pop("generate", None)
     before_pass = model.register_forward_pre_hook(lambda *_: _note_pass(model), prepend=True)
     _together.add(model)
@@ -48,7 +49,7 @@ def in_lockstep(model: nn.Module) -> Iterator[None]:
         _together.discard(model)
         if generate is not None:
             model.generate = generate
-        for module in model.modules():  # torch keeps the parameters that a forward pass ends with
+        for module in model.modules():  # torch keeps the last parameters of a forward pass whole
             if isinstance(module, FSDPModule):
                 module.reshard()
 
@@ -59,7 +60,7 @@ def _note_pass(model: nn.Module) -> None:
 
 @torch.no_grad()
 def _join(model: nn.Module) -> None:
-    """Take part in the passes of those that have not left."""
+    """Run dummy passes until all ranks have left the block."""
     was_training = model.training
     model.eval()
     ids_BT = torch.zeros(1, 2, dtype=torch.int64, device=_device(model))
@@ -73,13 +74,13 @@ def _device(model: nn.Module) -> torch.device:
 
 
 def _agree(model: nn.Module, wanted: bool) -> bool:
-    """Whether any process wants a pass."""
+    """Whether any rank wants a pass."""
     found = torch.tensor(int(wanted), device=_device(model))
     distributed.all_reduce(found, distributed.ReduceOp.MAX)
     return bool(found)
 
 
 def computed_on(part: DTensor) -> torch.device:
-    """Where passes are computed: parameters may rest elsewhere."""
+    """The device that computes passes; parameters may be offloaded to another."""
     kind = part.device_mesh.device_type
     return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)

@@ -13,7 +13,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from cropi.errors import PolicyError
-from cropi.lockstep import in_lockstep
+from cropi.fsdp import in_lockstep
 from cropi.policy import Policy
 from cropi.rollouts import generation
 from cropi.rollouts.generation import Sampling, TransformersGenerator
