@@ -146,7 +146,7 @@ def test_a_checkpoint_s_weights_travel_with_the_order(collected: Path, tmp_path:
 
 @pytest.mark.parametrize(
     ("setting", "said"),
-    [("score.budget.trajectories=4", "depends on the scores"), ("score.store=float32", "the feature store is written")],
+    [("score.store=float32", "the feature store is written")],
 )
 def test_scores_that_need_each_other_are_refused(setting: str, said: str, collected: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=said):

@@ -185,7 +185,6 @@ class Pipeline:
                     dict(zip(prompts, prompts.column("source"), strict=True)),
                     folder,
                     features,
-                    self._previous_scores(arm, stage),
                     stage,
                     self.config.arms[arm.name],
                     [i for i, status in zip(prompts, statuses, strict=True) if status == NOT_SAMPLED],
@@ -259,12 +258,6 @@ class Pipeline:
         inputs = {**self.trajectories.inputs(arm, stage), "policy": origin, "settings": self.space.settings(arm=arm)}
         manifest = build(arm.screened(stage), FRESH, make, inputs=inputs, made_by="cropi score", **self._in_parts)
         say(f"screened trajectories of stage {stage}: {counts_text(manifest.counts)}")
-
-    def _previous_scores(self, arm: Arm, stage: int) -> pa.Table | None:
-        """Scores of the stage before, of the prompts whose trajectories are the same: for `score.budget.rescore`."""
-        if not (self.config.score.budget.rescore and stage and is_finished(arm.scores(stage - 1))):
-            return None
-        return self.trajectories.overlay(arm, stage).without_replaced(self.gathered.scores(arm, stage - 1), stage)
 
     def select(self, arm: Arm, stage: int) -> list[str]:
         """Prompt ids of a stage's selection, read back where it has been made."""

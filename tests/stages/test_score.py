@@ -67,14 +67,12 @@ def config(*overrides: str) -> Config:
     return load_config("quickstart", [*SMALL, *plain, *overrides])
 
 
-def run(
-    folder: Path, *overrides: str, tables: dict[str, pa.Table] = TABLES, previous: pa.Table | None = None
-) -> tuple[list[dict[str, Any]], Any]:
+def run(folder: Path, *overrides: str, tables: dict[str, pa.Table] = TABLES) -> tuple[list[dict[str, Any]], Any]:
     chosen = config(*overrides)
     settings = surrogate_settings(chosen, "dr_grpo", "none")
     request = FeatureRequest(folder / "features", "policy", "tokenizer", "trajectories")
     (folder / "scores").mkdir(parents=True, exist_ok=True)
-    _, details = score(chosen, settings, tiny_llama(tied=True), tables, SOURCES, folder / "scores", request, previous)
+    _, details = score(chosen, settings, tiny_llama(tied=True), tables, SOURCES, folder / "scores", request)
     return read_table(folder / "scores" / "scores.parquet", scores_schema(NAMES)).to_pylist(), details
 
 
@@ -146,7 +144,7 @@ def test_groups_of_two_have_no_error(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "override",
-    ["score.store=float32", "score.budget.trajectories=2", "score.estimator=reference"],
+    ["score.store=float32", "score.estimator=reference"],
 )
 def test_errors_that_cannot_be_had_are_refused_by_name(override: str) -> None:
     with pytest.raises(ConfigError, match=r"standard_errors=true cannot be had.*standard_errors=false"):
@@ -269,39 +267,3 @@ def test_a_store_of_another_projection_is_refused(tmp_path: Path) -> None:
 def test_a_store_needs_the_sketch() -> None:
     with pytest.raises(ConfigError, match="needs estimator=sketch"):
         config("score.store=float32", "score.estimator=exact")
-
-
-def test_a_budget_computes_less_and_marks_what_it_left_out(tmp_path: Path) -> None:
-    whole, all_of_it = run(tmp_path / "a", "score.projection.keep_fraction=1")
-    budget = ["score.budget.trajectories=2", "score.budget.contenders=0.4", "select.fraction=0.2"]
-    rows, less = run(tmp_path / "b", "score.projection.keep_fraction=1", *budget)
-    assert less["scored"] == {"full": 6, "subsampled": 4}  # ceil(0.4 * 13) and the rest of the ten with a gradient
-    assert less["tokens_computed"] != all_of_it["tokens_computed"]
-    exact = {row["prompt_id"]: row["influence/sum"] for row in whole}
-    for row in rows:
-        same = row["influence/sum"] == pytest.approx(exact[row["prompt_id"]], rel=1e-6)
-        assert same == (row["scored"] != "subsampled" or row["status"] == "non_finite"), row
-    _, only_two = run(tmp_path / "c", "score.budget.trajectories=2")
-    assert only_two["tokens_computed"] < all_of_it["tokens_computed"]
-
-
-def test_scores_of_the_stage_before_are_used(tmp_path: Path) -> None:
-    run(tmp_path / "a")
-    previous = read_table(tmp_path / "a/scores/scores.parquet", scores_schema(NAMES))
-    rows, details = run(tmp_path / "b", "score.budget.rescore=true", previous=previous)
-    assert details["scored"] == {"full": 10}  # a probe of 32 is more than there are
-    assert values(rows) == pytest.approx(values(previous.to_pylist()))
-
-
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        (["score.budget.contenders=0.5"], "contenders needs trajectories"),
-        (["score.budget.trajectories=2", "score.budget.contenders=0.1"], "below select.fraction"),
-        (["score.budget.trajectories=2", "score.store=float32"], "features of every prompt"),
-        (["score.budget.trajectories=2", "score.estimator=reference"], "needs estimator=sketch or exact"),
-    ],
-)
-def test_a_budget_that_makes_no_sense_is_refused(overrides: list[str], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        config(*overrides)

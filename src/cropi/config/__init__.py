@@ -25,7 +25,7 @@ from cropi.config.run import (
     deciding,
     settings_behind,
 )
-from cropi.config.score import BudgetConfig, CollectConfig, ProjectionConfig, ScoreConfig, ServerConfig, VllmConfig
+from cropi.config.score import CollectConfig, ProjectionConfig, ScoreConfig, ServerConfig, VllmConfig
 from cropi.config.select import FusionConfig, SelectConfig
 from cropi.config.strategies import (
     CANDIDATES,
@@ -69,7 +69,6 @@ __all__ = [
     "SAMPLED_BY",
     "SCRIPT_REWARDS",
     "BoxedVerifier",
-    "BudgetConfig",
     "BuiltinSource",
     "CollectConfig",
     "Config",

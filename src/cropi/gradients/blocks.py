@@ -54,4 +54,4 @@ class BlockScorer:
             scored = score_by_halves(self.scorer, block, advance)
         else:
             scored = self.scorer(block, standard_errors=self.standard_errors, advance=advance)
-        return part_rows(block, self.names, self.scorer.values(scored), scored, ["full"] * len(block))
+        return part_rows(block, self.names, self.scorer.values(scored), scored)

@@ -112,13 +112,6 @@ def _units(parts: Parts, table: pa.Table, missing: Sequence[int]) -> Iterator[Un
 
 def require_parts(config: Config) -> None:
     """ConfigError where scores are not made in parts that need nothing of each other."""
-    if config.score.budget.active:
-        raise ConfigError(
-            "which prompts are scored in full depends on the scores of the others, so workers elsewhere cannot divide "
-            "them",
-            where="score.budget",
-            fix="score without --ray, or without a budget.",
-        )
     if config.score.store != "none":
         raise ConfigError(
             "the feature store is written by processes that share its folder, which workers elsewhere do not",

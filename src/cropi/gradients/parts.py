@@ -39,7 +39,6 @@ def part_schema(names: Sequence[str]) -> pa.Schema:
         [
             ("prompt_id", pa.string()),
             ("status", pa.string()),
-            ("scored", pa.string()),
             *((name, pa.float64()) for name in numbers),  # null where it is not known or not finite
             ("tokens", pa.int64()),  # of the group, its prompt once for each completion
             ("part_tokens", pa.int64()),  # computed for the whole part, the same in every row
@@ -47,14 +46,12 @@ def part_schema(names: Sequence[str]) -> pa.Schema:
     )
 
 
-def part_rows(
-    groups: Sequence[Group], names: Sequence[str], values_NV: np.ndarray, scored: Scored, how: Sequence[str]
-) -> list[Row]:
+def part_rows(groups: Sequence[Group], names: Sequence[str], values_NV: np.ndarray, scored: Scored) -> list[Row]:
     """Rows of `part_schema` of groups with a signal; only those with finite influence have numbers."""
     rows = []
     blank: Row = dict.fromkeys(part_schema(names).names)
     for index, (group, status) in enumerate(zip(groups, statuses(groups, values_NV), strict=True)):
-        row = blank | {"prompt_id": group.prompt_id, "status": status, "scored": how[index]}
+        row = blank | {"prompt_id": group.prompt_id, "status": status}
         row["tokens"] = len(group.prompt_ids) * len(group.completions) + group.completion_tokens
         row["part_tokens"] = scored.tokens_computed
         if status == OK:

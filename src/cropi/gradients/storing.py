@@ -99,7 +99,7 @@ def rows_of_store(
         block = list(islice(groups, BLOCK))
         tokens = sum(computed.values()) if start == 0 else 0
         scored = Scored(values_NV[part], norms_N[part], facts_NR[part], None, tokens)
-        yield part_rows(block, names, values_NV[part], scored, ["full"] * len(block))
+        yield part_rows(block, names, values_NV[part], scored)
 
 
 def _feature_rows(groups: Sequence[Group], scored: Scored) -> list[dict[str, Any]]:

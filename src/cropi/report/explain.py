@@ -61,7 +61,6 @@ class StageFacts:
     ranked: int | None  # how many prompts the strategy could rank
     top_probability: float | None  # of being truly among the best
     influence: Mapping[str, SetInfluence]  # by validation set; empty without signal or scores
-    scored: str | None  # full, subsampled or predicted
     ratio_ess: float | None
     clip_share: float | None
     kl: float | None
@@ -214,7 +213,6 @@ def _facts_of_stage(config: Config, arm: Arm, stage: _Stage, rewards: Mapping[st
             ranked=cut.ranked if stage.selection is not None else None,
             top_probability=row.get("top_probability"),
             influence=_influence(row, set_ranks) if row.get("status") == OK else {},
-            scored=row.get("scored"),
             ratio_ess=row.get("ratio_ess"),
             clip_share=row.get("clip_share"),
             kl=row.get("kl"),

@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import pyarrow as pa
 from torch import nn
 
@@ -29,15 +28,14 @@ from cropi.elsewhere import Elsewhere
 from cropi.errors import SignalError
 from cropi.functional.surrogate import NORMALIZER_OF_LOSS
 from cropi.gradients.blocks import BlockScorer, make_scorer
-from cropi.gradients.budget import BudgetSettings, budgeted
 from cropi.gradients.candidates import candidate_groups
 from cropi.gradients.directions import pieces
 from cropi.gradients.evidence import validation_evidence
 from cropi.gradients.groups import Group, iterate_groups
 from cropi.gradients.orders import parts_elsewhere, require_parts
-from cropi.gradients.parts import Parts, Row, groups_of, known, make_parts, part_rows
+from cropi.gradients.parts import Parts, Row, known, make_parts
 from cropi.gradients.ratios import FACTS
-from cropi.gradients.scorer import Scored, Scorer
+from cropi.gradients.scorer import Scorer
 from cropi.gradients.store import keep_directions, stored_directions
 from cropi.gradients.storing import FeatureRequest, rows_of_store, store_features
 from cropi.gradients.surrogate import SurrogateSettings
@@ -75,7 +73,6 @@ def score(
     sources: Mapping[str, str],
     folder: Path,
     features: FeatureRequest,
-    previous: pa.Table | None = None,
     stage: int = 0,
     strategy: StrategyTable | None = None,
     not_sampled: Collection[str] = (),
@@ -86,11 +83,10 @@ def score(
 
     `trajectories` maps "train" and "validation/NAME" to their tables, `sources` prompt ids to sources; of prompts
     without trajectories, those in `not_sampled` were never asked for any, the others are too long. With
-    `score.store`, features go to a store of their own first, and the scores are read off it. `previous` are the scores
-    of the stage before, for `score.budget.rescore`. Under a strategy that aims at candidates, halves of a sample of the
-    training prompts take the place of the validation sets: their mean gradients, each scaled to length 1, and `dot`.
-    Prompts are divided among the processes of `world`, but under `score.budget`, where the first scores alone, or they
-    are scored `elsewhere`. What an interruption left in `folder` is gone on with. Returns (rows by status, details), to
+    `score.store`, features go to a store of their own first, and the scores are read off it. Under a strategy that aims
+    at candidates, halves of a sample of the training prompts take the place of the validation sets: their mean
+    gradients, each scaled to length 1, and `dot`. Prompts are divided among the processes of `world`, or they are
+    scored `elsewhere`. What an interruption left in `folder` is gone on with. Returns (rows by status, details), to
     the first process. Raises SignalError where a validation set has no mixed group, or nothing is finite.
     """
     if elsewhere is not None:
@@ -103,9 +99,7 @@ def score(
     mixed = sorted(_note_facts(trajectories["train"], rows))
     scorer = make_scorer(config, model, settings, strategy, world)
     work = _Work(scorer, trajectories["train"], mixed, validation, world)
-    if config.score.budget.active:
-        found = work.with_budget(config, len(sources), previous, stage)
-    elif config.score.store == "none":
+    if config.score.store == "none":
         block_scorer = BlockScorer(scorer, names, standard_errors, pools)
         make = None if elsewhere is None else partial(parts_elsewhere, elsewhere, config, strategy)
         found = work.in_parts(Parts(folder, names, mixed), block_scorer, make)
@@ -163,8 +157,7 @@ def _of_scorer(scorer: Scorer) -> dict[str, Any]:
 
 
 def _of_rows(rows: Collection[Mapping[str, Any]]) -> dict[str, Any]:
-    scored = count_status(row["scored"] for row in rows if row["scored"] is not None)
-    return {"drift": drift(rows), "scored": scored}
+    return {"drift": drift(rows)}
 
 
 def _of_aims(validation: Mapping[str, Sequence[Group]]) -> dict[str, Any]:
@@ -178,7 +171,7 @@ def _of_aims(validation: Mapping[str, Sequence[Group]]) -> dict[str, Any]:
 def _blank_rows(sources: Mapping[str, str], names: list[str], not_sampled: frozenset[str]) -> dict[str, dict[str, Any]]:
     """Rows of prompts without trajectories, by prompt id."""
     none: dict[str, Any] = {f"influence/{name}": 0.0 for name in names} | {"completion_tokens": 0, "feature_norm": 0.0}
-    none |= {"pass_rate": None, "reward_variance": None, **dict.fromkeys([*FACTS, "scored"])}
+    none |= {"pass_rate": None, "reward_variance": None, **dict.fromkeys(FACTS)}
     return {
         i: {**none, "prompt_id": i, "source": source, "status": NOT_SAMPLED if i in not_sampled else PROMPT_TOO_LONG}
         for i, source in sources.items()
@@ -231,41 +224,8 @@ class _Work:
             return []
         return rows_of_store(store, self._scorer, self._table, list(self._validation), computed)
 
-    def with_budget(self, config: Config, pool: int, previous: pa.Table | None, stage: int) -> Iterable[list[Row]]:
-        """All groups at once, by the first process: which of them are scored in full depends on the others."""
-        budget = config.score.budget
-        settings = BudgetSettings(
-            trajectories=budget.trajectories,
-            contenders=budget.contenders,
-            rescore=budget.rescore,
-            fraction=config.select.fraction,
-            kappa=config.select.fusion.kappa,
-            truncate=config.select.fusion.truncate,
-        )
-        with self._progress(len(self._prompt_ids)) as bar:
-            self._scorer.aim(self._validation, bar.advance)
-            with self._scorer.lockstep():
-                if not self._world.is_main:
-                    return []
-                groups = list(groups_of(self._table, self._prompt_ids))
-                before, seed = _previous_values(previous, groups), config.seed
-                found = budgeted(
-                    self._scorer, groups, settings, before, seed=seed, stage=stage, pool=pool, advance=bar.advance
-                )
-        scored = Scored(found.values_NV, found.norms_N, found.ratio_facts_NR, None, found.tokens_computed)
-        return [part_rows(groups, list(self._validation), found.values_NV, scored, found.how)]
-
     def _progress(self, groups: int) -> AbstractContextManager[Progress]:
         return progress(self._world.titled("score"), groups + self._aimed_at, "prompts")
-
-
-def _previous_values(previous: pa.Table | None, groups: Sequence[Group]) -> np.ndarray | None:
-    """Influence of the groups in the scores of another stage; NaN where they have none there."""
-    if previous is None:
-        return None
-    names = [name for name in previous.column_names if name.startswith("influence/")]
-    known = {row["prompt_id"]: [row[name] for name in names] for row in previous.to_pylist() if row["status"] == OK}
-    return np.array([known.get(group.prompt_id, [np.nan] * len(names)) for group in groups])
 
 
 def _note_facts(table: pa.Table, rows: Mapping[str, dict[str, Any]]) -> list[str]:
@@ -286,7 +246,7 @@ def _note_scores(rows: Mapping[str, Row], part: Sequence[Row], tokens: dict[str,
     """Enter what a part holds, and count its tokens."""
     for row in part:
         entered = rows[row["prompt_id"]]
-        entered |= {"status": row["status"], "scored": row["scored"]}
+        entered["status"] = row["status"]
         if row["status"] == OK:
             names = (name for name in row if name not in {"tokens", "part_tokens"})
             entered |= {name: row[name] for name in names}
