@@ -30,7 +30,7 @@ from cropi.builtin import FAMILIES, generate
 from cropi.config import ExactVerifier, PolicyConfig, VerificationConfig
 from cropi.gradients.engine import Engine
 from cropi.gradients.groups import Group
-from cropi.gradients.surrogate import SurrogateSettings
+from cropi.gradients.surrogate_weights import SurrogateSettings
 from cropi.lab.audit import improvement as audit
 from cropi.lab.audit.sampling import Prompt, sample_groups
 from cropi.lab.bench.machine import describe

@@ -17,7 +17,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from cropi.functional.agreement import spearman
-from cropi.functional.statistics import Interval
+from cropi.functional.bootstrap import Interval
 from cropi.lab.audit.improvement import Pair, over_subsets, rank_agreement, slope
 
 BASE = "constant std dot"

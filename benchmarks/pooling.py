@@ -28,7 +28,7 @@ from cropi.functional.pooling import (
     principal_points,
     trust_of,
 )
-from cropi.gradients.halves import halves
+from cropi.gradients.score_reliability import halves
 from cropi.lab.bench.machine import describe
 
 SHARES = (1.0, 0.5, 0.25, 0.125)
@@ -71,9 +71,9 @@ def main() -> None:
 def load(options: argparse.Namespace, seed: int) -> Pool:
     """Collect, and take all trajectories' inner products with the validation directions."""
     quiet_libraries()
-    from cropi.gradients.evidence import validation_evidence
     from cropi.gradients.groups import iterate_groups
-    from cropi.gradients.validation import validation_groups
+    from cropi.gradients.validation_groups import validation_groups
+    from cropi.gradients.validation_scores import score_validation_prompts
     from cropi.loading import load_config
     from cropi.pipeline import Pipeline
     from cropi.rollouts.representations import read_representations, represent
@@ -94,7 +94,7 @@ def load(options: argparse.Namespace, seed: int) -> Pool:
         units.products_KV if len(units.products_KV) else np.zeros((options.trajectories, len(validation)))
         for units, _, _ in exactly.units(groups)
     ]
-    evidence, _ = validation_evidence(sketched, validation)
+    evidence, _ = score_validation_prompts(sketched, validation)
     folder = pipeline.space.folder / "places"
     represent(config, pipeline.base, pipeline.space.prompt_rows, folder)
     places = read_representations(folder)

@@ -34,7 +34,7 @@ from torch.distributed.fsdp import fully_shard
 
 from cropi.functional.agreement import spearman, top_overlap
 from cropi.gradients.groups import Group
-from cropi.gradients.scorer import BLOCK, Scorer
+from cropi.gradients.influence_scorer import BLOCK, Scorer
 from cropi.lab.bench.contenders import BY_WEIGHT, SETS, as_group
 from cropi.lab.bench.machine import describe
 from cropi.lab.bench.shapes import SHAPES, random_policy

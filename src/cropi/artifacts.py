@@ -108,6 +108,9 @@ EVALUATION = pa.schema(
 )
 
 
+CLIP_RANGE = 0.2  # the epsilon of PPO and GRPO, by which drift is reported
+
+
 def scores_schema(validation_sets: Iterable[str]) -> pa.Schema:
     """Columns of an influence table: one `influence/NAME` and one `standard_error/NAME` per validation set."""
     validation_sets = list(validation_sets)
@@ -121,7 +124,7 @@ def scores_schema(validation_sets: Iterable[str]) -> pa.Schema:
             ("completion_tokens", pa.int64()),
             ("feature_norm", pa.float64()),
             ("ratio_ess", pa.float64()),  # effective sample size of the token ratios, as a share of the tokens
-            ("clip_share", pa.float64()),  # share of the token ratios outside 1 +- 0.2
+            ("clip_share", pa.float64()),  # share of the token ratios outside 1 +- CLIP_RANGE
             ("kl", pa.float64()),  # KL(policy || behaviour policy) per token, in nats
             (
                 "top_probability",

@@ -27,7 +27,7 @@ from cropi.curriculum.strategies.pooled import prompts_to_screen
 from cropi.elsewhere import CarriedPolicy, Elsewhere
 from cropi.errors import ArtifactError, ConfigError
 from cropi.gradients.groups import group_facts
-from cropi.gradients.validation import validation_groups
+from cropi.gradients.validation_groups import validation_groups
 from cropi.lockstep import in_lockstep
 from cropi.policy import Policy, Replica, chat_warnings, encode_prompts, load_policy, trainer_prompt, uses_chat
 from cropi.prompts import data_identity, make_prompts
@@ -45,7 +45,7 @@ from cropi.stages.evaluate import Question, evaluate, read_evaluations
 from cropi.stages.gathering import Gatherer
 from cropi.stages.given import Given, arm_at, questions, start_of_stage
 from cropi.stages.refreshing import Refresher
-from cropi.stages.score import FeatureRequest, make_scorer, score, surrogate_settings
+from cropi.stages.score import make_scorer, score, surrogate_settings
 from cropi.stages.select import require_signal, select
 from cropi.stages.train import TrainTask, newest_checkpoint, open_checkpoint, train
 from cropi.training.reward import RecordedReward
@@ -168,9 +168,6 @@ class Pipeline:
         if self.config.arms[arm.name].pools:
             self._represent("score", arm=arm.name, stage=stage)
         inputs = self.trajectories.inputs(arm, stage)
-        of_policy, of_trajectories = f"{self._base_identity} {origin}", " ".join(inputs.values())
-        features = FeatureRequest(arm.features(stage), of_policy, self._base_identity, of_trajectories)
-
         prompts = self.space.train_prompts
         statuses = self.trajectories.statuses(self.trajectories.groups(self.trajectories.overlay(arm, stage)))
 
@@ -184,7 +181,6 @@ class Pipeline:
                     self.trajectories.tables(arm, stage),
                     dict(zip(prompts, prompts.column("source"), strict=True)),
                     folder,
-                    features,
                     stage,
                     self.config.arms[arm.name],
                     [i for i, status in zip(prompts, statuses, strict=True) if status == NOT_SAMPLED],

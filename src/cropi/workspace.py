@@ -67,9 +67,6 @@ class Arm:
     def scores(self, stage: int) -> Path:
         return self.folder / "stages" / f"{stage:03}" / "scores"
 
-    def features(self, stage: int) -> Path:
-        return self.folder / "stages" / f"{stage:03}" / "features"
-
     def selection(self, stage: int) -> Path:
         return self.folder / "stages" / f"{stage:03}" / "selection"
 

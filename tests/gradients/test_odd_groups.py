@@ -14,8 +14,8 @@ from tests.gradients.architectures import GROUPS, SETTINGS, draw_group, tiny
 import cropi
 from cropi.errors import SignalError
 from cropi.functional.projection import SparseProjection
+from cropi.gradients.group_influence import InfluenceScores
 from cropi.gradients.groups import Group
-from cropi.gradients.influence import InfluenceScores
 from cropi.gradients.reference import prompt_gradient
 
 pytestmark = pytest.mark.usefixtures("unchecked_shapes")

@@ -17,8 +17,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from cropi.artifacts import read_table, scores_schema
 from cropi.distributed import Launched
-from cropi.gradients import evidence, parts, storing
-from cropi.stages.score import FeatureRequest, score, surrogate_settings
+from cropi.gradients import score_shards, validation_scores
+from cropi.stages.score import score, surrogate_settings
 from cropi.world import ALONE, World
 
 pytestmark = pytest.mark.slow  # processes of its own for every worker of the tests
@@ -36,10 +36,9 @@ WAYS = {
 def stage(overrides: Sequence[str], model: Any, folder: Path, world: World) -> None:
     chosen = config(*overrides)
     settings = surrogate_settings(chosen, "dr_grpo", "none")
-    request = FeatureRequest(folder / "features", "policy", "tokenizer", "trajectories")
     (folder / "scores").mkdir(parents=True, exist_ok=True)
     strategy = chosen.select.strategy
-    score(chosen, settings, model, TABLES, SOURCES, folder / "scores", request, None, 0, strategy, (), world)
+    score(chosen, settings, model, TABLES, SOURCES, folder / "scores", 0, strategy, (), world)
 
 
 def scored(folder: Path) -> list[dict[str, Any]]:
@@ -48,9 +47,8 @@ def scored(folder: Path) -> list[dict[str, Any]]:
 
 def pieces_of_three(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten groups are four pieces, the last of one group: the processes have different work."""
-    monkeypatch.setattr(parts, "PART", 3)
-    monkeypatch.setattr(storing, "BLOCK", 3)
-    monkeypatch.setattr(evidence, "PIECE", 2)
+    monkeypatch.setattr(score_shards, "SHARD_PROMPTS", 3)
+    monkeypatch.setattr(validation_scores, "PIECE", 2)
 
 
 def shared(overrides: Sequence[str], folder: Path, mesh: DeviceMesh) -> None:

@@ -18,7 +18,7 @@ from cropi.gradients.engine import Engine, segment_of
 from cropi.gradients.exact import DenseReader
 from cropi.gradients.groups import Group, group_facts, iterate_groups
 from cropi.gradients.reference import prompt_gradient
-from cropi.gradients.surrogate import SurrogateSettings
+from cropi.gradients.surrogate_weights import SurrogateSettings
 from cropi.policy import load_policy
 from cropi.stages.collect import read_trajectories
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from cropi.config import EvaluateConfig
-from cropi.functional.statistics import bootstrap_mean
+from cropi.functional.bootstrap import bootstrap_mean
 from cropi.report.intervals import stratified_mean
 
 MANY = EvaluateConfig(bootstrap=20_000)

@@ -137,7 +137,6 @@ class Config(Table):
             "score.score=dot": self.score.score == "dot",
             "score.validation_mean=plain": self.score.validation_mean == "plain",
             "score.estimator=sketch": self.score.estimator == "sketch",
-            "score.store=none": self.score.store == "none",
         }
         for name, strategy in self.arms.items():
             missing = [text for text, there in wanted.items() if strategy.pools and not there]

@@ -15,8 +15,7 @@ from cropi.artifacts import SELECTION
 from cropi.config import SelectConfig
 from cropi.curriculum.candidates import Candidates, Ranking
 from cropi.errors import SignalError
-from cropi.functional.fusion import ranks
-from cropi.functional.sampling import places
+from cropi.functional.ranking import ranks, selection_size
 from cropi.seeds import unit_intervals
 
 BLOCK = 1 << 18  # rows of the table that are built at once
@@ -47,7 +46,7 @@ def choose(candidates: Candidates, ranking: Ranking, config: SelectConfig, size:
     best_first = np.empty_like(eligible)
     best_first[ranks_N[eligible] - 1] = eligible
     quotas = _Quotas(candidates, config.quotas, size)
-    explored = places(config.exploration, size)
+    explored = selection_size(config.exploration, size)
     chosen = quotas.take(best_first, size - explored)
     extra = chosen[:0]
     if explored:

@@ -7,8 +7,7 @@ from jaxtyping import Bool, Float
 
 from cropi.config import SelectConfig
 from cropi.curriculum.candidates import Candidates, Ranking
-from cropi.functional.fusion import ranks, reciprocal_rank_fusion
-from cropi.functional.sampling import places
+from cropi.functional.ranking import ranks, reciprocal_rank_fusion, selection_size
 
 
 def fuse(
@@ -23,7 +22,7 @@ def fuse(
     All prompts have a rank, eligible or not. With `truncate`, a list of N counts down to rank ceil(fraction N).
     """
     set_ranks = {name: ranks(values_N) for name, values_N in values.items()}
-    depth = places(config.fraction, len(candidates)) if config.fusion.truncate else None
+    depth = selection_size(config.fraction, len(candidates)) if config.fusion.truncate else None
     ranks_NV = np.stack(list(set_ranks.values()), axis=1)
     fused_N = reciprocal_rank_fusion(ranks_NV, kappa=config.fusion.kappa, depth=depth)
     return Ranking(fused_N, eligible_N, reason, set_ranks)

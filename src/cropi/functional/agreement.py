@@ -7,7 +7,7 @@ import math
 import numpy as np
 from jaxtyping import Float
 
-from cropi.functional.sampling import places
+from cropi.functional.ranking import selection_size
 
 
 def spearman(first_N: Float[np.ndarray, " N"], second_N: Float[np.ndarray, " N"]) -> float:
@@ -30,7 +30,7 @@ def _ranks(values_N: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
 def top_overlap(found_N: Float[np.ndarray, " N"], true_N: Float[np.ndarray, " N"], share: float) -> float:
     """Which part of the ceil(share N) highest of one scoring is among as many of the other (precision@share). Of equal
     values the first count as higher. Chance gives `share`."""
-    count = places(share, len(true_N))
+    count = selection_size(share, len(true_N))
     best = [set(np.argsort(-values_N, kind="stable")[:count].tolist()) for values_N in (found_N, true_N)]
     return len(best[0] & best[1]) / count
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cropi.artifacts import GOLD_UNPARSEABLE, NO_SIGNAL, OK
-from cropi.functional.influence import reward_variance
+from cropi.functional.influence_formulas import reward_variance
 from cropi.reward_statistics import GroupFacts
 
 

@@ -1,4 +1,4 @@
-"""Parts of the scores that workers elsewhere make."""
+"""ScoreShards of the scores that workers elsewhere make."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ import pyarrow.compute as pc
 from cropi.config import Config, StrategyTable
 from cropi.elsewhere import CarriedPolicy, Elsewhere, Packed, pack_tensors, unpack_tensors
 from cropi.errors import ConfigError
-from cropi.gradients.blocks import BlockScorer, make_scorer
 from cropi.gradients.groups import iterate_groups
-from cropi.gradients.parts import PART, Parts, part_schema
-from cropi.gradients.scorer import Aim
-from cropi.gradients.surrogate import SurrogateSettings
+from cropi.gradients.influence_scorer import Aim
+from cropi.gradients.score_shards import SHARD_PROMPTS, BlockScorer, ScoreShards, make_scorer, shard_schema
+from cropi.gradients.surrogate_weights import SurrogateSettings
 from cropi.workers import Make, Unit
 
 
@@ -54,7 +53,6 @@ class ScoreOrder:
     aim: PackedAim
     names: Sequence[str]
     standard_errors: bool
-    pools: bool
 
     def begin(self) -> Make:
         model = self.policy.load().model
@@ -62,11 +60,11 @@ class ScoreOrder:
         strategy = None if self.arm is None else config.arms[self.arm]
         scorer = make_scorer(config, model, self.settings, strategy)
         scorer.aim_as(self.aim.unpacked())
-        score = BlockScorer(scorer, self.names, self.standard_errors, self.pools)
+        score = BlockScorer(scorer, self.names, self.standard_errors)
 
         def make(unit: Unit) -> Unit:
             groups = [group for _, group in iterate_groups(unit.rows) if group is not None]
-            return Unit(unit.index, pa.Table.from_pylist(score(groups), schema=part_schema(self.names)), {})
+            return Unit(unit.index, pa.Table.from_pylist(score(groups)[0], schema=shard_schema(self.names)), {})
 
         return make
 
@@ -76,7 +74,7 @@ def parts_elsewhere(
     config: Config,
     strategy: StrategyTable | None,
     score: BlockScorer,
-    parts: Parts,
+    parts: ScoreShards,
     table: pa.Table,
     missing: Sequence[int],
     advance: Callable[[int], None],
@@ -92,18 +90,17 @@ def parts_elsewhere(
         PackedAim.of(score.scorer.aimed),
         score.names,
         score.standard_errors,
-        score.pools,
     )
     with closing(elsewhere.workers.each(order, _units(parts, table, missing))) as made:
         for unit in made:
-            parts.keep(unit.index, unit.rows.to_pylist())
+            parts.write(unit.index, unit.rows.to_pylist())
             advance(len(parts.ids(unit.index)))
 
 
-def _units(parts: Parts, table: pa.Table, missing: Sequence[int]) -> Iterator[Unit]:
+def _units(parts: ScoreShards, table: pa.Table, missing: Sequence[int]) -> Iterator[Unit]:
     """The trajectories of each part in turn."""
     place = pc.index_in(table.column("prompt_id"), value_set=pa.array(list(parts.prompt_ids), pa.string()))
-    part_of_row = pc.fill_null(place, -1).to_numpy() // PART
+    part_of_row = pc.fill_null(place, -1).to_numpy() // SHARD_PROMPTS
     order = np.argsort(part_of_row, kind="stable")
     for index in missing:
         first, last = np.searchsorted(part_of_row, [index, index + 1], sorter=order)

@@ -114,9 +114,7 @@ class Pack:
     on_policy_E: Tensor
     """True where the segment has no behaviour log-probs, so that the ratio is 1."""
     predictions: list[Span]
-    """Which stretch of the E predictions belongs to which result row."""
-    lengths: list[int]
-    """Predictions of each trajectory, in order."""
+    """Stretches of the E predictions, with the result row of each."""
 
     @cached_property
     def tokens(self) -> int:
@@ -152,9 +150,7 @@ def make_pack(segments: Sequence[Segment], device: torch.device) -> Pack:
     on_policy: list[bool] = []
     spans: list[Span] = []
     predictions: list[Span] = []
-    lengths: list[int] = []
     for segment in segments:
-        lengths += map(len, segment.completions)
         start, first_prediction, length = len(ids), len(targets), len(segment.prompt_ids)
         ids += segment.prompt_ids
         positions += range(length)
@@ -180,7 +176,6 @@ def make_pack(segments: Sequence[Segment], device: torch.device) -> Pack:
         torch.tensor(behaviour, dtype=torch.float64, device=device) if not all(on_policy) else None,
         torch.tensor(on_policy, device=device),
         predictions,
-        lengths,
     )
 
 

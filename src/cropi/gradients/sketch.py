@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from cropi.functional.projection import SparseProjection, fold
-from cropi.gradients.exact import row_sums
-from cropi.gradients.numerics import add_outer_sum, outer_sum, widened
+from cropi.gradients.exact import add_outer_sum, outer_sum, row_sums, widened
 from cropi.gradients.packing import Segment, Span
 
 _CHUNK = 1 << 24  # coordinates hashed at once: 8 bytes each

@@ -13,8 +13,7 @@ import pyarrow as pa
 from cropi.artifacts import GOLD_UNPARSEABLE, NO_SIGNAL, OK, PROMPT_TOO_LONG, open_artifact, read_jsonl
 from cropi.config import Config, PassRateStrategy, Strategy
 from cropi.errors import ArtifactError, UserError
-from cropi.functional.fusion import ranks
-from cropi.functional.sampling import places
+from cropi.functional.ranking import ranks, selection_size
 from cropi.report.reading import read_scores, rows_of, scored_stage, selection_table
 from cropi.workspace import Arm, Workspace
 
@@ -253,7 +252,7 @@ def _cut(config: Config, stage: _Stage) -> Cut:
     rows = list(zip(*columns, strict=True))
     taken = [rank for rank, selected, reason in rows if selected and reason != EXPLORED]
     ranked = sum(rank is not None for rank, _, _ in rows)
-    room = stage.asked_for - places(config.select.exploration, stage.asked_for)
+    room = stage.asked_for - selection_size(config.select.exploration, stage.asked_for)
     return Cut(max(taken, default=0), ranked, len(taken) < room)
 
 

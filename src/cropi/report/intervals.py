@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from cropi.config import EvaluateConfig
-from cropi.functional.statistics import Interval
+from cropi.functional.bootstrap import Interval
 
 
 def stratified_mean(sets: Sequence[np.ndarray], config: EvaluateConfig, *, seed: int) -> Interval:

@@ -27,7 +27,7 @@ from cropi.artifacts import (
     scores_schema,
 )
 from cropi.config import Config
-from cropi.functional.sampling import places
+from cropi.functional.ranking import selection_size
 from cropi.leakage import turn_text
 from cropi.report.results import Drift, Reliability, StageWorth
 from cropi.workspace import Arm, Workspace, evaluation_files
@@ -131,7 +131,7 @@ def read_worth(config: Config, arm: Arm) -> tuple[StageWorth, ...]:
 
 def _worth(config: Config, stage: int, manifest: Manifest) -> StageWorth:
     noted, moved = manifest.details["reliability"], manifest.details["drift"]
-    best = min(places(config.select.fraction, sum(manifest.counts.values())), manifest.counts.get(OK, 0))
+    best = min(selection_size(config.select.fraction, sum(manifest.counts.values())), manifest.counts.get(OK, 0))
     return StageWorth(
         stage,
         manifest.details["direction_reliability"],

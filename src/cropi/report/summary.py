@@ -9,7 +9,7 @@ import numpy as np
 
 from cropi.artifacts import read_jsonl
 from cropi.config import Config
-from cropi.functional.statistics import Interval
+from cropi.functional.bootstrap import Interval
 from cropi.report.costs import Entry, arm_cost, shared_seconds
 from cropi.report.headline import headline
 from cropi.report.intervals import stratified_mean

@@ -15,7 +15,7 @@ from cropi.artifacts import EVALUATION, read_table
 from cropi.config import EvaluateConfig
 from cropi.console import warn
 from cropi.errors import DataError
-from cropi.functional.statistics import Interval, bootstrap_mean
+from cropi.functional.bootstrap import Interval, bootstrap_mean
 from cropi.rewards.verdicts import Answered, Judge, answered, reward
 from cropi.seeds import derived_seed
 from cropi.workspace import evaluation_files, keep_evaluation

@@ -13,8 +13,8 @@ import pyarrow as pa
 from cropi.artifacts import build, open_artifact
 from cropi.console import counts_text, say
 from cropi.curriculum.refresh import prompts_to_refresh
-from cropi.functional.sampling import places
-from cropi.gradients.validation import chosen_for_validation
+from cropi.functional.ranking import selection_size
+from cropi.gradients.validation_groups import chosen_for_validation
 from cropi.policy import Policy
 from cropi.rewards.verdicts import Judge
 from cropi.rollouts.overlay import FRESH, REUSED, Trajectories, newest_rollouts, read_overlay
@@ -70,7 +70,7 @@ class Refresher:
             before.drawn(ids),
             before.reused(ids, stage),
             np.full(len(ids), np.nan) if scores is None else scores.column("ratio_ess").to_numpy(),
-            places(self._config.refresh.fraction, len(ids)),
+            selection_size(self._config.refresh.fraction, len(ids)),
             seed=self._config.seed,
             stage=stage,
         )

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
 from torch import nn
@@ -27,24 +27,28 @@ from cropi.console import Progress, progress, warn
 from cropi.elsewhere import Elsewhere
 from cropi.errors import SignalError
 from cropi.functional.surrogate import NORMALIZER_OF_LOSS
-from cropi.gradients.blocks import BlockScorer, make_scorer
-from cropi.gradients.candidates import candidate_groups
-from cropi.gradients.directions import pieces
-from cropi.gradients.evidence import validation_evidence
 from cropi.gradients.groups import Group, iterate_groups
+from cropi.gradients.influence_scorer import Scorer
 from cropi.gradients.orders import parts_elsewhere, require_parts
-from cropi.gradients.parts import Parts, Row, known, make_parts
-from cropi.gradients.ratios import FACTS
-from cropi.gradients.scorer import Scorer
-from cropi.gradients.store import keep_directions, stored_directions
-from cropi.gradients.storing import FeatureRequest, rows_of_store, store_features
-from cropi.gradients.surrogate import SurrogateSettings
-from cropi.gradients.validation import validation_groups, warn_of_noise
-from cropi.gradients.worth import drift, note_reliability
+from cropi.gradients.score_reliability import add_reliability, policy_drift
+from cropi.gradients.score_shards import (
+    BlockScorer,
+    Row,
+    ScoreShards,
+    finite_or_none,
+    make_scorer,
+    read_directions,
+    score_missing_shards,
+    write_directions,
+)
+from cropi.gradients.surrogate_weights import RATIO_COLUMNS, SurrogateSettings
+from cropi.gradients.validation_directions import pieces
+from cropi.gradients.validation_groups import candidate_groups, validation_groups, warn_of_noise
+from cropi.gradients.validation_scores import score_validation_prompts
 from cropi.policy import weights_identity
 from cropi.world import ALONE, World
 
-__all__ = ["FeatureRequest", "make_scorer", "score", "surrogate_settings"]
+__all__ = ["make_scorer", "score", "surrogate_settings"]
 
 
 def surrogate_settings(config: Config, loss_type: str, scale_rewards: str | bool) -> SurrogateSettings:
@@ -58,10 +62,6 @@ def surrogate_settings(config: Config, loss_type: str, scale_rewards: str | bool
         max_completion_length=config.collect.max_completion_length,
         temperature=config.collect.temperature,
         advantage_std=scale_rewards in {"group", True} if std == "auto" else std,
-        correction=config.score.correction,
-        clip=config.score.clip,
-        prefix_cap=config.score.prefix_cap,
-        baseline=config.score.baseline,
     )
 
 
@@ -72,7 +72,6 @@ def score(
     trajectories: Mapping[str, pa.Table],
     sources: Mapping[str, str],
     folder: Path,
-    features: FeatureRequest,
     stage: int = 0,
     strategy: StrategyTable | None = None,
     not_sampled: Collection[str] = (),
@@ -82,12 +81,11 @@ def score(
     """Write `scores.parquet` to `folder`: one row per training prompt, those without signal included (influence 0).
 
     `trajectories` maps "train" and "validation/NAME" to their tables, `sources` prompt ids to sources; of prompts
-    without trajectories, those in `not_sampled` were never asked for any, the others are too long. With
-    `score.store`, features go to a store of their own first, and the scores are read off it. Under a strategy that aims
-    at candidates, halves of a sample of the training prompts take the place of the validation sets: their mean
-    gradients, each scaled to length 1, and `dot`. Prompts are divided among the processes of `world`, or they are
-    scored `elsewhere`. What an interruption left in `folder` is gone on with. Returns (rows by status, details), to
-    the first process. Raises SignalError where a validation set has no mixed group, or nothing is finite.
+    without trajectories, those in `not_sampled` were never sampled, the others are too long. With `score.store`, the
+    gradient features of each shard stay beside the scores. For a strategy that aims at candidates, halves of a sample
+    of the training prompts replace the validation sets, with normalised means and `dot`. The processes of `world`, or
+    workers `elsewhere`, divide the prompts. An interrupted scoring in `folder` is continued. Returns (rows by status,
+    details) in the first process. Raises SignalError if a validation set has no mixed group or no score is finite.
     """
     if elsewhere is not None:
         require_parts(config)
@@ -99,15 +97,13 @@ def score(
     mixed = sorted(_note_facts(trajectories["train"], rows))
     scorer = make_scorer(config, model, settings, strategy, world)
     work = _Work(scorer, trajectories["train"], mixed, validation, world)
-    if config.score.store == "none":
-        block_scorer = BlockScorer(scorer, names, standard_errors, pools)
-        make = None if elsewhere is None else partial(parts_elsewhere, elsewhere, config, strategy)
-        found = work.in_parts(Parts(folder, names, mixed), block_scorer, make)
-    else:
-        found = work.by_features(features, config.score.store)
+    block_scorer = BlockScorer(scorer, names, standard_errors or pools)
+    make = None if elsewhere is None else partial(parts_elsewhere, elsewhere, config, strategy)
+    shards = ScoreShards(folder, names, mixed, None if config.score.store == "none" else config.score.store)
+    found = work.in_shards(shards, block_scorer, make)
     if strategy is None or strategy.aims_at_validation:
         warn_of_noise(scorer.direction_reliability)
-    evidence, computed = validation_evidence(scorer, validation, world=world) if pools else ([], 0)
+    evidence, computed = score_validation_prompts(scorer, validation, world=world) if pools else ([], 0)
     if not world.is_main:
         return {}, {}
     if pools:
@@ -115,9 +111,9 @@ def score(
     tokens = _note_all(rows, found, validation, computed)
     counts = count_status(row["status"] for row in rows.values())
     _check_finite(counts)
-    reliability = note_reliability(config, rows, names, stage) if standard_errors else None
+    reliability = add_reliability(config, rows, names, stage) if standard_errors else None
     write_table(folder / "scores.parquet", list(rows.values()), scores_schema(names))
-    Parts(folder, names, mixed).drop()
+    shards.remove()
     return counts, tokens | {"reliability": reliability} | _of_scorer(scorer) | _of_rows(rows.values()) | _of_aims(
         validation
     )
@@ -152,12 +148,12 @@ def _of_scorer(scorer: Scorer) -> dict[str, Any]:
         "projection": scorer.projection.identity if scorer.estimator == "sketch" else None,
         "score": scorer.score,
         "normalizer": scorer.settings.normalizer,
-        "direction_reliability": {name: known(value) for name, value in scorer.direction_reliability.items()},
+        "direction_reliability": {name: finite_or_none(value) for name, value in scorer.direction_reliability.items()},
     }
 
 
 def _of_rows(rows: Collection[Mapping[str, Any]]) -> dict[str, Any]:
-    return {"drift": drift(rows)}
+    return {"drift": policy_drift(rows)}
 
 
 def _of_aims(validation: Mapping[str, Sequence[Group]]) -> dict[str, Any]:
@@ -171,7 +167,7 @@ def _of_aims(validation: Mapping[str, Sequence[Group]]) -> dict[str, Any]:
 def _blank_rows(sources: Mapping[str, str], names: list[str], not_sampled: frozenset[str]) -> dict[str, dict[str, Any]]:
     """Rows of prompts without trajectories, by prompt id."""
     none: dict[str, Any] = {f"influence/{name}": 0.0 for name in names} | {"completion_tokens": 0, "feature_norm": 0.0}
-    none |= {"pass_rate": None, "reward_variance": None, **dict.fromkeys(FACTS)}
+    none |= {"pass_rate": None, "reward_variance": None, **dict.fromkeys(RATIO_COLUMNS)}
     return {
         i: {**none, "prompt_id": i, "source": source, "status": NOT_SAMPLED if i in not_sampled else PROMPT_TOO_LONG}
         for i, source in sources.items()
@@ -179,7 +175,7 @@ def _blank_rows(sources: Mapping[str, str], names: list[str], not_sampled: froze
 
 
 class _Work:
-    """Scoring of the groups with a signal, in one of three ways. Each gives rows of `part_schema`, part by part."""
+    """Scoring of the groups with signal, shard by shard."""
 
     def __init__(
         self,
@@ -194,35 +190,24 @@ class _Work:
         own = [piece for groups in validation.values() for _, piece in world.share(pieces(groups))]
         self._aimed_at = sum(map(len, own))
 
-    def in_parts(
-        self, parts: Parts, score: BlockScorer, elsewhere: Callable[..., None] | None = None
+    def in_shards(
+        self, shards: ScoreShards, score: BlockScorer, elsewhere: Callable[..., None] | None = None
     ) -> Iterable[list[Row]]:
-        """A file for every few groups, each by one process, or made elsewhere."""
+        """Score the missing shards, each by one process or by workers elsewhere; return the rows of all."""
         policy = weights_identity(self._scorer.model)
-        self._world.from_main(lambda: parts.begin(policy))
-        missing = self._world.from_main(parts.missing)
-        own = sum(len(parts.ids(index)) for index in self._world.share(missing))
+        self._world.from_main(lambda: shards.begin(policy))
+        missing = self._world.from_main(shards.missing)
+        own = sum(len(shards.ids(index)) for index in self._world.share(missing))
         with self._progress(own) as bar:
-            self._scorer.aim(self._validation, bar.advance, stored_directions(parts.folder))
+            self._scorer.aim(self._validation, bar.advance, read_directions(shards.folder))
             if self._world.is_main:
-                keep_directions(parts.folder, self._scorer.layer_directions)
+                write_directions(shards.folder, self._scorer.layer_directions)
             if elsewhere is not None:
-                elsewhere(score, parts, self._table, missing, bar.advance)
+                elsewhere(score, shards, self._table, missing, bar.advance)
             else:
                 advancing = partial(score, advance=bar.advance)
-                make_parts(parts, self._table, advancing, missing, self._scorer.lockstep(), self._world)
-        return parts.rows()
-
-    def by_features(self, request: FeatureRequest, dtype: Literal["bfloat16", "float32"]) -> Iterable[list[Row]]:
-        """Features first, in shards, each by one process; the first one reads the scores off them."""
-        with self._progress(len(self._world.share(self._prompt_ids))) as bar:
-            self._scorer.aim(self._validation, bar.advance, stored_directions(request.folder))
-            store, computed = store_features(
-                request, dtype, self._scorer, self._table, self._prompt_ids, bar.advance, self._world
-            )
-        if store is None:
-            return []
-        return rows_of_store(store, self._scorer, self._table, list(self._validation), computed)
+                score_missing_shards(shards, self._table, advancing, missing, self._scorer.lockstep(), self._world)
+        return shards.rows()
 
     def _progress(self, groups: int) -> AbstractContextManager[Progress]:
         return progress(self._world.titled("score"), groups + self._aimed_at, "prompts")
@@ -248,10 +233,10 @@ def _note_scores(rows: Mapping[str, Row], part: Sequence[Row], tokens: dict[str,
         entered = rows[row["prompt_id"]]
         entered["status"] = row["status"]
         if row["status"] == OK:
-            names = (name for name in row if name not in {"tokens", "part_tokens"})
+            names = (name for name in row if name not in {"tokens", "shard_tokens"})
             entered |= {name: row[name] for name in names}
         tokens["tokens"] += row["tokens"]
-    tokens["tokens_computed"] += part[0]["part_tokens"] if part else 0
+    tokens["tokens_computed"] += part[0]["shard_tokens"] if part else 0
 
 
 def _check_finite(counts: Mapping[str, int]) -> None:

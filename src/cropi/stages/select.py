@@ -50,7 +50,7 @@ from cropi.curriculum.strategies.random import random
 from cropi.curriculum.strategies.similarity import similarity
 from cropi.curriculum.strategies.vcrl import vcrl
 from cropi.errors import SignalError
-from cropi.functional.sampling import places
+from cropi.functional.ranking import selection_size
 
 RANKINGS: dict[type[StrategyTable], Callable[[Candidates, Any, SelectConfig], Ranking]] = {
     FullStrategy: full,
@@ -87,7 +87,7 @@ def select(
 ) -> tuple[dict[str, int], dict[str, Any]]:
     """Write `selection.parquet` (every prompt) and `selected.jsonl` (the chosen ones, with prompt and answer)."""
     require_signal(candidates.statuses)
-    settings, size = config.select, places(config.select.fraction, len(candidates))
+    settings, size = config.select, selection_size(config.select.fraction, len(candidates))
     if strategy.takes_all:
         settings, size = settings.model_copy(update={"quotas": {}, "exploration": 0.0}), len(candidates)
     ranking = rank(candidates, strategy, settings)

@@ -18,7 +18,7 @@ import cropi
 from cropi.gradients.engine import Engine
 from cropi.gradients.groups import Group
 from cropi.gradients.reference import prompt_gradient, trainable_parameters
-from cropi.gradients.surrogate import SurrogateSettings
+from cropi.gradients.surrogate_weights import SurrogateSettings
 from cropi.lab.audit.improvement import (
     Kind,
     Objective,

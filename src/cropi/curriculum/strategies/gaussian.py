@@ -6,7 +6,7 @@ from jaxtyping import Float
 from cropi.config import GaussianStrategy, SelectConfig
 from cropi.curriculum.candidates import Candidates, Ranking
 from cropi.curriculum.draw import gumbel_keys
-from cropi.functional.fusion import ranks
+from cropi.functional.ranking import ranks
 
 
 def gaussian(candidates: Candidates, strategy: GaussianStrategy, config: SelectConfig) -> Ranking:

@@ -13,7 +13,6 @@ from cropi.config import PooledStrategy, SelectConfig
 from cropi.console import warn_once
 from cropi.curriculum.candidates import Candidates, Evidence, Ranking
 from cropi.curriculum.draw import gumbel_keys
-from cropi.functional.fusion import ranks, reciprocal_rank_fusion
 from cropi.functional.pooling import (
     Observed,
     Slopes,
@@ -23,7 +22,8 @@ from cropi.functional.pooling import (
     trust_of,
     verdict_rates,
 )
-from cropi.functional.sampling import places as share_size
+from cropi.functional.ranking import ranks, reciprocal_rank_fusion
+from cropi.functional.ranking import selection_size as share_size
 
 
 def pooled(candidates: Candidates, strategy: PooledStrategy, config: SelectConfig) -> Ranking:

@@ -5,7 +5,7 @@ import numpy as np
 from cropi.config import SelectConfig, SimilarityStrategy
 from cropi.curriculum.candidates import Candidates, Ranking
 from cropi.curriculum.fuse import fuse
-from cropi.functional.similarity import tfidf_similarity
+from cropi.functional.tfidf import tfidf_similarity
 from cropi.leakage import words
 
 

@@ -21,15 +21,15 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from cropi.artifacts import OK
-from cropi.functional import influence as functional
 from cropi.functional.advantages import EPSILON
 from cropi.functional.agreement import spearman
-from cropi.functional.statistics import Interval
+from cropi.functional.bootstrap import Interval
+from cropi.functional.influence_formulas import gain
 from cropi.functional.surrogate import Normalizer
 from cropi.gradients.engine import Engine, segment_of
 from cropi.gradients.exact import DenseReader
 from cropi.gradients.groups import Group
-from cropi.gradients.surrogate import SurrogateSettings
+from cropi.gradients.surrogate_weights import SurrogateSettings
 from cropi.lab.audit.prefix_tree import SharedPrefixes
 
 Direction = dict[str, Tensor]
@@ -279,7 +279,7 @@ class PromptScores:
             return products_NV * scales_N1
         lengths_NV = lengths_N1 * self._lengths_V[((kind.normalizer, kind.validation_std), kind.preconditioned)]
         cosines_NV = np.divide(products_NV, lengths_NV, out=np.zeros_like(products_NV), where=lengths_NV > 0)
-        return functional.gain(cosines_NV, self._variances_N) if kind.score == "gain" else cosines_NV
+        return gain(cosines_NV, self._variances_N) if kind.score == "gain" else cosines_NV
 
     def learnability(self) -> Float[np.ndarray, " N"]:
         """Variance of the rewards."""

@@ -10,7 +10,8 @@ import numpy as np
 import pyarrow as pa
 
 from cropi.errors import ArtifactError, ConfigError
-from cropi.functional.comparison import (
+from cropi.lab.compare.results import COSTS
+from cropi.lab.compare.speedups import (
     accuracy_curves,
     area_weights,
     first_crossings,
@@ -21,7 +22,6 @@ from cropi.functional.comparison import (
     restricted_costs,
     seed_counts,
 )
-from cropi.lab.compare.results import COSTS
 from cropi.seeds import derived_seed
 
 TARGET = "full"  # its own final accuracy is what the others are to reach

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from cropi.functional.statistics import Interval
+from cropi.functional.bootstrap import Interval
 from cropi.lab.compare.report.labels import UNITS, censored, code, gap, no_gain, part, ratio_interval, reached
 from cropi.lab.compare.report.runs_data import Comparison, interval
 from cropi.report.wording import count, listed, percent

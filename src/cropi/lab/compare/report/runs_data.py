@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cropi.errors import ArtifactError
-from cropi.functional.statistics import Interval
+from cropi.functional.bootstrap import Interval
 
 SUITE = "suite"  # all scenarios together, as compare.json names them
 MEASURES = ("steps", "tokens", "flops", "seconds")

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float
 
 from cropi.artifacts import PROMPTS, is_finished, open_artifact, read_table
-from cropi.functional.similarity import tfidf_similarity
+from cropi.functional.tfidf import tfidf_similarity
 from cropi.lab.compare.report.runs_data import Comparison
 from cropi.leakage import prompt_text, words
 from cropi.report.reading import Selection, selection_table

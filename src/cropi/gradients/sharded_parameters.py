@@ -1,9 +1,9 @@
 """Policies whose parameters are sharded over processes, as torch's `fully_shard` (FSDP2) leaves them.
 
-Outside a pass each process holds a part of every parameter (a DTensor); inside, a module's parameters are whole from
-just before it is called until just after. Whole parameters are gathered by all processes together, so that all have to
-run the same passes, in the same order. `Shards` keeps them in step: whoever has nothing to compute takes part with
-two tokens. A weight's gradient is never formed by autograd, hence none is ever reduced.
+Outside a pass each process holds a shard of every parameter (a DTensor). During a pass, a module's parameters are
+gathered just before its call and released just after. All processes gather together, so all must run the same passes in
+the same order. `ShardedParameters` keeps them in step: a process with nothing to compute runs a pass of two tokens. No
+weight gradient is formed by autograd, so none is reduced.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from cropi.world import ALONE, T, World
 
 
 class Turn(IntEnum):
-    """What a process wants to do next. Where they differ, the greatest is done by all."""
+    """The next pass of a process. If processes differ, all do the greatest."""
 
     NOTHING = 0
     FORWARD = 1
@@ -32,15 +32,15 @@ class Turn(IntEnum):
     """Forward and backward."""
 
 
-class Shards:
-    """How the parameters of one model are spread over processes; over this process alone where they are whole."""
+class ShardedParameters:
+    """How one model's parameters are sharded over processes; a single process holds them if they are not sharded."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        self._modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
         parts = [p for p in model.parameters() if isinstance(p, DTensor)]
-        if parts and not self._units:
+        if parts and not self._modules:
             raise _not_covered("it holds DTensors that fully_shard did not make")
-        self.sharded = bool(self._units)
+        self.sharded = bool(self._modules)
         self._group, self.device = None, next(model.parameters()).device
         self.rank, self.count = 0, 1
         if not parts:
@@ -53,7 +53,7 @@ class Shards:
         self.device = computed_on(parts[0])
 
     def agree(self, turn: Turn) -> Turn:
-        """The greatest of what the processes want to do next."""
+        """Return the greatest turn that any process wants next."""
         if self.count == 1:
             return turn
         wanted = torch.tensor([turn], device=self.device)
@@ -61,7 +61,7 @@ class Shards:
         return Turn(int(wanted))
 
     def least(self, number: int) -> int:
-        """The smallest of the numbers that the processes give."""
+        """Return the smallest number of all processes."""
         if self.count == 1:
             return number
         found = torch.tensor([number], device=self.device)
@@ -69,12 +69,12 @@ class Shards:
         return int(found)
 
     def world(self) -> World:
-        """The processes that the parameters are spread over, for whoever knows of no larger one."""
-        return ALONE if self._group is None else _Holders(self._group, self.device)
+        """Return the process group that the parameters are sharded over."""
+        return ALONE if self._group is None else _ParameterProcesses(self._group, self.device)
 
     @contextmanager
     def gathered(self, model: nn.Module, path: str) -> Iterator[None]:
-        """The own parameters of the module at a path, whole inside the block."""
+        """Gather the own parameters of the module at a path inside the block."""
         steps = path.split(".") if path else []
         above = [model.get_submodule(".".join(steps[:depth])) for depth in range(len(steps) + 1)]
         unit = next((module for module in reversed(above) if isinstance(module, FSDPModule)), None)
@@ -88,13 +88,13 @@ class Shards:
             unit.reshard()
 
     def release(self) -> None:
-        """Let no whole parameter stay in memory: torch keeps those of the outermost unit after a forward pass."""
-        for unit in self._units:
+        """Release gathered parameters: torch keeps those of the outermost module after a forward pass."""
+        for unit in self._modules:
             unit.reshard()
 
 
-class _Holders(World):
-    """The processes that hold a part of some parameters each."""
+class _ParameterProcesses(World):
+    """The process group of sharded parameters."""
 
     def __init__(self, group: Any, device: torch.device) -> None:
         self._group, self._device = group, device
@@ -122,7 +122,7 @@ class _Holders(World):
 
 
 def _group_of(part: DTensor) -> Any:
-    """The processes that a parameter is sharded over; copies of it, as hybrid sharding makes, do not matter."""
+    """Return the process group that a parameter is sharded over, ignoring replicas from hybrid sharding."""
     dims = [dim for dim, placement in enumerate(part.placements) if placement.is_shard()]
     if len(dims) != 1:
         raise _not_covered("its parameters are sharded along several dimensions of the device mesh, or along none")
@@ -138,7 +138,7 @@ def _not_covered(why: str) -> PolicyError:
 
 
 def outline(parameter: Tensor, device: torch.device) -> Tensor:
-    """What has a sharded parameter's whole shape and dtype and takes no memory; others are given back."""
+    """Return an empty-memory tensor of a sharded parameter's full shape and dtype; other parameters as they are."""
     if not isinstance(parameter, DTensor):
         return parameter
     return torch.zeros((), dtype=parameter.dtype, device=device).expand(parameter.shape)
@@ -146,7 +146,7 @@ def outline(parameter: Tensor, device: torch.device) -> Tensor:
 
 @contextmanager
 def forward_replaced(module: nn.Module, forward: Any) -> Iterator[None]:
-    """Let a module compute something else when it is called. Its hooks, by which FSDP gathers parameters, stay."""
+    """Replace a module's forward inside the block. Its hooks, by which FSDP gathers parameters, stay."""
     before = module.__dict__.get("forward")
     module.forward = forward
     try:

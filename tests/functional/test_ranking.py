@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cropi.functional.fusion import ranks, reciprocal_rank_fusion
+from cropi.functional.ranking import ranks, reciprocal_rank_fusion, selection_size
 
 
 def test_ties_break_by_id() -> None:
@@ -31,3 +31,8 @@ def test_truncation_counts_only_the_head() -> None:
 def test_one_list_keeps_its_order(order: list[int]) -> None:
     fused_N = reciprocal_rank_fusion(np.array(order)[:, None])
     assert np.argsort(-fused_N).tolist() == np.argsort(order).tolist()
+
+
+@pytest.mark.parametrize(("fraction", "count", "expected"), [(0.1, 1000, 100), (0.07, 100, 7), (0.1, 11, 2)])
+def test_selection_size_of_the_fraction_as_written(fraction: float, count: int, expected: int) -> None:
+    assert selection_size(fraction, count) == expected

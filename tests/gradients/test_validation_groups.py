@@ -19,12 +19,12 @@ from cropi.config import (
 )
 from cropi.errors import ConfigError, SignalError
 from cropi.functional.alignment import halves
-from cropi.gradients.candidates import candidate_groups
+from cropi.gradients.group_influence import influence
 from cropi.gradients.groups import Group
-from cropi.gradients.influence import influence
 from cropi.gradients.reference import prompt_gradient
+from cropi.gradients.validation_groups import candidate_groups
 from cropi.seeds import unit_interval
-from cropi.stages.score import FeatureRequest, score, surrogate_settings
+from cropi.stages.score import score, surrogate_settings
 
 SOURCES = {one.prompt_id: "here" for one in [*MIXED, SOLVED, UNREADABLE]}
 TABLES = {
@@ -37,10 +37,9 @@ UNEVEN = [group(f"u{n}", [1.0] * (1 + n) + [0.0] * (3 - n)) for n in range(3)]  
 def scored(folder: Path, strategy: StrategyTable, *overrides: str) -> tuple[list[dict[str, Any]], Any]:
     chosen = config("score.projection.keep_fraction=1", *overrides)
     settings = surrogate_settings(chosen, "dr_grpo", "none")
-    request = FeatureRequest(folder / "features", "policy", "tokenizer", "trajectories")
     (folder / "scores").mkdir(parents=True)
     model, target = tiny_llama(tied=True), folder / "scores"
-    _, details = score(chosen, settings, model, TABLES, SOURCES, target, request, None, 0, strategy)
+    _, details = score(chosen, settings, model, TABLES, SOURCES, target, 0, strategy)
     schema = scores_schema(strategy.directions(["sum"]))
     return read_table(target / "scores.parquet", schema).to_pylist(), details
 

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from cropi.functional.comparison import (
+from cropi.lab.compare.speedups import (
     accuracy_curves,
     area_weights,
     costs_at,

@@ -1,7 +1,7 @@
-"""Directions, the mean gradients of validation sets: what groups are scored against.
+"""Validation directions: the mean gradients of validation sets.
 
-They are the same numbers on any number of processes. They are dense, and those of a large policy are larger than the
-policy, so they can be made of a part of the parameters at a time, by passes of the validation sets for each part.
+They do not depend on the number of processes. They are dense, and for a large policy larger than the policy itself, so
+they can be computed for a part of the parameters at a time, with passes over the validation sets for each part.
 """
 
 from __future__ import annotations
@@ -18,56 +18,54 @@ from torch import Tensor, nn
 
 from cropi.artifacts import OK
 from cropi.errors import SignalError
-from cropi.functional import influence as functional
+from cropi.functional import influence_formulas
 from cropi.functional.agreement import spearman_brown
 from cropi.gradients.engine import Engine, by_group, free_bytes, segment_of
-from cropi.gradients.exact import DenseReader, ExactReader
+from cropi.gradients.exact import DenseReader, ExactReader, inner, norm
 from cropi.gradients.groups import Group
-from cropi.gradients.numerics import inner, norm
 from cropi.gradients.packing import Segment
 from cropi.gradients.reference import prompt_gradient, trainable_parameters
-from cropi.gradients.surrogate import SurrogateSettings
-from cropi.gradients.units import mean_log_ratios
+from cropi.gradients.surrogate_weights import SurrogateSettings
 from cropi.world import World
 
 PIECE = 16
-"""Groups whose gradients are summed together, by one process."""
+"""Groups whose gradients one process sums together."""
 
 REFERENCE_TOKENS = 8192
-"""Padded tokens of a forward pass of the reference estimator, unless told otherwise."""
+"""Default number of padded tokens in a forward pass of the reference estimator."""
 
 MEMORY_SHARE = {"cpu": 0.5, "cuda": 0.25}
-"""Of the memory that is free, what dense gradients may take while they are made. Packs on CUDA have had half of it."""
+"""Share of the free memory for dense gradients. On CUDA, packs already use half of the memory."""
 
 Advance = Callable[[int], None] | None
 Mean = Literal["plain", "normalized"]
 Gradients = dict[str, Tensor]
 Halves = tuple[Gradients, Gradients]
-"""Two parts that a mean gradient is the sum of: of every other prompt of a validation set, and of the others."""
+"""The two summands of a mean gradient: from every other prompt of a validation set, and from the rest."""
 
 
 def pieces(groups: Sequence[Group]) -> list[tuple[int, Sequence[Group]]]:
-    """A set's groups in pieces, each with its half."""
+    """Divide a set's groups into pieces, each with the number of its half."""
     halves = [groups[half::2] for half in (0, 1)]
     return [(half, all_[at : at + PIECE]) for half, all_ in enumerate(halves) for at in range(0, len(all_), PIECE)]
 
 
 class Directions:
-    """What is known of V directions, gathered from their halves by parts of the parameters."""
+    """Inner products and reliability of V directions, added up over parts of the parameters."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self._names, count = names, len(names)
         self.products_VV = np.zeros((count, count))
-        """Their inner products."""
+        """Inner products of the directions."""
         self._within_V3 = np.zeros((count, 3))
 
     def add(self, halves_V: Iterable[Halves]) -> list[Gradients]:
-        """Takes the halves' gradients of further parameters, and gives the directions' own. SignalError where one is
-        not finite."""
+        """Add the halves' gradients of further parameters; return the directions' gradients of these parameters. Raises
+        SignalError if one is not finite."""
         found = []
         for v, (first, rest) in enumerate(halves_V):
             self._within_V3[v] += inner(first, first), inner(rest, rest), inner(first, rest)
-            while rest:  # emptied on the way, before the next set's are made
+            while rest:  # freed one by one, before the next set is computed
                 name, gradient = rest.popitem()
                 first[name] += gradient
                 del gradient
@@ -89,8 +87,8 @@ class Directions:
 
     @property
     def reliability_V(self) -> Float[np.ndarray, " V"]:
-        """The cosine between the halves, stepped up to the whole set (Spearman-Brown): the correlation in direction to
-        be expected with one from as many other prompts. NaN where a half is 0, as it is for a single prompt."""
+        """Cosine between the halves, stepped up to the whole set (Spearman-Brown): the expected correlation with a
+        direction from as many other prompts. NaN if a half is 0, as for a single prompt."""
         found = []
         for first, rest, between in self._within_V3:
             norms = first**0.5 * rest**0.5
@@ -100,20 +98,19 @@ class Directions:
 
 
 class Piece(Protocol):
-    """Some groups of a validation set, made ready, each with its weight in the set's mean."""
+    """Some groups of a validation set, each with its weight in the set's mean."""
 
     def sums(self, names: Sequence[str], advance: Advance) -> tuple[Gradients, dict[str, Tensor]]:
-        """Their gradients' sum for some parameters, float32 or wider; and of the linear layers among these the number
-        of tokens and the sum of what they were given, (1 + I,) float64."""
+        """Sum the gradients of some parameters, in float32 or wider; for linear layers, also return the number of input
+        tokens and their sum, (1 + I,) float64."""
 
 
 class MeanGradients:
-    """The mean gradients of validation sets, by halves, of whatever parameters are asked for.
+    """Compute the mean gradients of validation sets, by halves, for any subset of the parameters.
 
-    A set's gradients are summed from pieces that do not depend on the number of processes, each by one process, and the
-    pieces in float64: of float32 numbers of like size that sum is exact, whatever its order. So another number of
-    processes changes no direction, nor the input directions that a structured mask takes from it, which follow small
-    changes far.
+    One process sums a piece, and pieces do not depend on the number of processes. Pieces are summed in float64, which
+    is exact for float32 numbers of similar size, in any order. So the number of processes changes no direction, nor
+    the input directions of a structured mask, which are sensitive to small changes.
     """
 
     def __init__(
@@ -127,12 +124,12 @@ class MeanGradients:
         together: Callable[[], AbstractContextManager[None]] = nullcontext,
         advance: Advance = None,
     ) -> None:
-        """`make_piece` of groups and the number of their set's. `matrices` are the linear layers' weights. `together`
-        is entered by all processes around whatever passes each of them makes. SignalError for a set without a group."""
+        """`make_piece` takes groups and the size of their set. `matrices` are the linear layers' weights. All processes
+        enter `together` around their own passes. Raises SignalError for a set without a group."""
         self._parameters, self._matrices, self._world = parameters, matrices, world
         self._together, self._advance = together, advance
         self.mean_inputs: dict[str, Tensor] = {}
-        """What each linear layer is given, by the name of its weight: means over tokens, added up over the sets."""
+        """Mean input of each linear layer over tokens, summed over the sets; by the name of its weight."""
         for name, groups in validation.items():
             if not groups:
                 raise SignalError("it has no group", where=f"validation set {name}", fix="give it prompts.")
@@ -144,12 +141,12 @@ class MeanGradients:
 
     @property
     def names(self) -> list[str]:
-        """Of all parameters."""
+        """Names of all parameters."""
         return list(self._parameters)
 
     def parts(self, room: int) -> list[list[str]]:
-        """Names of the parameters, so many at a time as leave their dense gradients in so many bytes of memory."""
-        # The directions of all sets, both halves of one in float64, and a piece.
+        """Divide the parameters so that the dense gradients of each part fit into `room` bytes."""
+        # The directions of all sets, both halves of one set in float64, and one piece.
         left = most = room // (4 * len(self._own_V) + 2 * 8 + 4)
         found: list[list[str]] = [[]]
         for name, parameter in self._parameters.items():
@@ -161,11 +158,11 @@ class MeanGradients:
         return found
 
     def of(self, names: Sequence[str]) -> Iterator[Halves]:
-        """Of each set in turn both halves' gradients; afterwards `mean_inputs` are those of these parameters."""
+        """Yield both halves' gradients of each set; sets `mean_inputs` for these parameters."""
         self.mean_inputs = {}
         for own in self._own_V:
             yield self._halves(own, names)
-        self._advance = None  # every group has been met
+        self._advance = None  # every group has been counted
 
     def _halves(self, own: Sequence[tuple[int, Piece]], names: Sequence[str]) -> Halves:
         parameters = {name: self._parameters[name] for name in names}
@@ -202,8 +199,8 @@ def _wide(parameter: Tensor) -> torch.dtype:
 def by_engine(
     engine: Engine, validation: Mapping[str, Sequence[Group]], mean: Mean, world: World, advance: Advance
 ) -> MeanGradients:
-    """Mean gradients from passes of the engine, the processes in lockstep. ValueError inside a `lockstep`: directions
-    are made of sums over processes, and some of these may be doing something else there."""
+    """Compute mean gradients with the engine, the processes in lockstep. Raises ValueError inside `lockstep`, because
+    directions are sums over processes, which may be doing something else there."""
     if engine.in_lockstep:
         raise ValueError("directions cannot be made inside lockstep()")
 
@@ -224,17 +221,17 @@ def by_engine(
 class _EnginePiece:
     def __init__(self, engine: Engine, groups: Sequence[Group], count: int, mean: Mean) -> None:
         self._engine = engine
-        settings, logs, norms_M = engine.settings, mean_log_ratios(engine, groups), np.ones(len(groups))
+        settings, norms_M = engine.settings, np.ones(len(groups))
         if mean == "normalized":
             zero = torch.zeros((), device=engine.device)
             nothing = {name: zero.to(_wide(p)).expand(p.shape) for name, p in engine.parameters.items()}
             reader = ExactReader([nothing], len(groups), norms=True, repeated=engine.repeated)
-            found = [segment_of(index, group, settings, None, logs[index]) for index, group in enumerate(groups)]
+            found = [segment_of(index, group, settings) for index, group in enumerate(groups)]
             engine.run([segment for segment in found if segment is not None], reader, divisible=False)
             norms_M = reader.squares_N.clamp(min=0).sqrt().numpy()
-        weights = functional.mean_weights(norms_M, mean, count).tolist()
+        weights = influence_formulas.mean_weights(norms_M, mean, count).tolist()
         found = [
-            segment_of(index, group, settings, [weight] * len(group.completions), logs[index])
+            segment_of(index, group, settings, [weight] * len(group.completions))
             for index, (group, weight) in enumerate(zip(groups, weights, strict=True))
         ]
         self._segments: list[Segment] = [segment for segment in found if segment is not None]
@@ -255,7 +252,7 @@ def by_autograd(
     world: World,
     advance: Advance,
 ) -> MeanGradients:
-    """Mean gradients by the reference estimator."""
+    """Compute mean gradients by the reference estimator."""
 
     def make_piece(groups: Sequence[Group], count: int) -> Piece:
         return _AutogradPiece(model, settings, batch_tokens, groups, count, mean)
@@ -287,7 +284,7 @@ class _AutogradPiece:
             if group.status != OK:
                 continue
             found = prompt_gradient(self._model, group, self._settings, batch_tokens=self._batch_tokens).gradients
-            weight = functional.mean_weights(np.array([norm(found)]), self._mean, self._count)[0]
+            weight = influence_formulas.mean_weights(np.array([norm(found)]), self._mean, self._count)[0]
             for name in names:
                 total[name] += found[name] * weight
             if advance is not None:
@@ -296,6 +293,6 @@ class _AutogradPiece:
 
 
 def room_for_directions(engine: Engine, world: World) -> int:
-    """Bytes that dense gradients may take, the same in all processes."""
+    """Return the bytes available to dense gradients, the same in all processes."""
     room = int(free_bytes(engine.device) * MEMORY_SHARE.get(engine.device.type, 0.25))
     return min(world.gather(room))

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cropi.functional.influence import influence, mean_weights, reward_variance
+from cropi.functional.influence_formulas import influence, mean_weights, reward_variance
 
 G_ND = np.array([[3.0, 4.0], [-1.0, 0.0], [0.0, 0.0]])
 D_VD = np.array([[1.0, 0.0], [0.0, 2.0]])

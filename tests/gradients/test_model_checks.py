@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from cropi.builtin import POLICY_DIR
 from cropi.errors import PolicyError
-from cropi.gradients.scorer import Scorer
+from cropi.gradients.influence_scorer import Scorer
 
 ENCODER = {
     "vocab_size": 41,

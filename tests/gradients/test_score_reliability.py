@@ -9,10 +9,10 @@ import pytest
 from tests.gradients.architectures import GROUPS, SETTINGS, draw_group, tiny
 
 from cropi.functional.projection import SparseProjection
-from cropi.gradients.evidence import validation_evidence
-from cropi.gradients.halves import halves, score_by_halves
+from cropi.gradients.influence_scorer import Scorer
 from cropi.gradients.reference import prompt_gradient
-from cropi.gradients.scorer import Scorer
+from cropi.gradients.score_reliability import half_factors, score_by_halves
+from cropi.gradients.validation_scores import score_validation_prompts
 
 pytestmark = pytest.mark.usefixtures("unchecked_shapes")
 
@@ -30,8 +30,8 @@ def aimed(projection: SparseProjection = NEARLY_EXACT) -> Scorer:
 
 
 def test_halves_share_the_rewards_evenly() -> None:
-    assert halves([0.0, 1.0, 0.0, 1.0]) == ([1.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 1.0])
-    assert halves([0.0, 0.0, 1.0]) == ([0.0, 1.0, 1.0], [1.0, 0.0, 0.0])
+    assert half_factors([0.0, 1.0, 0.0, 1.0]) == ([1.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 1.0])
+    assert half_factors([0.0, 0.0, 1.0]) == ([0.0, 1.0, 1.0], [1.0, 0.0, 0.0])
 
 
 def test_two_halves_are_the_whole_and_their_difference_the_error() -> None:
@@ -39,10 +39,10 @@ def test_two_halves_are_the_whole_and_their_difference_the_error() -> None:
     plain, found = scorer(groups), score_by_halves(scorer, groups)
     np.testing.assert_allclose(found.products_NV, plain.products_NV, rtol=1e-4, atol=1e-7)
     np.testing.assert_allclose(found.norms_N, plain.norms_N, rtol=1e-4, atol=1e-7)
-    np.testing.assert_allclose(found.ratio_facts_NR, plain.ratio_facts_NR, rtol=1e-6)
+    np.testing.assert_allclose(found.ratio_columns_NR, plain.ratio_columns_NR, rtol=1e-6)
     assert found.errors_NV is not None
     for n, group in enumerate(groups):
-        first, second = halves(group.rewards)
+        first, second = half_factors(group.rewards)
         parts = scorer([group, group], factors=[first, second]).products_NV
         np.testing.assert_allclose(found.errors_NV[n], np.abs(parts[0] - parts[1]), rtol=1e-4, atol=1e-7)
     assert (found.errors_NV[:3] > 0).all()
@@ -65,7 +65,7 @@ def test_squared_error_is_the_variance_over_draws() -> None:
 
 
 def test_validation_prompts_do_not_count_for_themselves() -> None:
-    rows, computed = validation_evidence(aimed(), VALIDATION)
+    rows, computed = score_validation_prompts(aimed(), VALIDATION)
     model = tiny("gpt_neox")
     gradients = {
         name: [prompt_gradient(model, group, SETTINGS, batch_tokens=1 << 20).gradients for group in groups]
@@ -90,5 +90,5 @@ def test_validation_prompts_do_not_count_for_themselves() -> None:
 def test_the_only_prompt_of_a_set_says_nothing_of_it() -> None:
     scorer = Scorer(tiny("gpt_neox"), SETTINGS, projection=NEARLY_EXACT)
     scorer.aim({"a": GROUPS[:1]})
-    rows, _ = validation_evidence(scorer, {"a": GROUPS[:1]})
+    rows, _ = score_validation_prompts(scorer, {"a": GROUPS[:1]})
     assert rows[0]["influence/a"] == 0.0

@@ -1,15 +1,22 @@
-"""Fusion of several rankings into one. NumPy only: selection runs without torch."""
+"""Ranking of prompts, and fusion of several rankings into one. NumPy only: selection runs without torch."""
 
+import math
 from collections.abc import Sequence
+from decimal import Decimal
 
 import numpy as np
 from jaxtyping import Float, Int
 
 
-def ranks(scores_N: Float[np.ndarray, " N"], ids: Sequence[str] | None = None) -> Int[np.ndarray, " N"]:
-    """Rank of each row, 1 for the highest score; equal scores are ranked by id, in ascending order.
+def selection_size(fraction: float, count: int) -> int:
+    """ceil(fraction x count) of the fraction as it is written: 0.07 of 100 is 7, though 0.07 * 100 is above 7."""
+    return math.ceil(Decimal(repr(fraction)) * count)
 
-    Without `ids`, rows are in ascending order of their ids already.
+
+def ranks(scores_N: Float[np.ndarray, " N"], ids: Sequence[str] | None = None) -> Int[np.ndarray, " N"]:
+    """Rank each row, 1 for the highest score; equal scores are ranked by id, in ascending order.
+
+    Without `ids`, rows must already be in ascending order of their ids.
     """
     if np.isnan(scores_N).any():
         raise ValueError("a score is NaN and cannot be ranked")
@@ -28,7 +35,7 @@ def reciprocal_rank_fusion(
 ) -> Float[np.ndarray, " N"]:
     """F_i = sum_v 1 / (kappa + rank_v(i)) (Cormack et al. 2009).
 
-    With `depth`, only ranks up to it count and the others add 0. The paper's released code is kappa = 0 with
+    With `depth`, only ranks up to it count; the others add 0. The paper's released code uses kappa = 0 and
     depth = floor(alpha N): there, first place in one list outweighs third place in two.
     """
     if kappa < 0:

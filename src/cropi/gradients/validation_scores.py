@@ -1,4 +1,4 @@
-"""The validation prompts' own influence: what they say of the training prompts that are like them."""
+"""Influence of the validation prompts themselves, as evidence about similar training prompts."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ from typing import Any
 import numpy as np
 
 from cropi.gradients.groups import Group
-from cropi.gradients.halves import joined, score_by_halves
-from cropi.gradients.scorer import Scored, Scorer
+from cropi.gradients.influence_scorer import Scored, Scorer
+from cropi.gradients.score_reliability import concatenated, score_by_halves
 from cropi.world import ALONE, World
 
-PIECE = 16  # groups that one process scores together
+PIECE = 16  # groups scored together by one process
 
 
-def validation_evidence(
+def score_validation_prompts(
     scorer: Scorer,
     validation: Mapping[str, Sequence[Group]],
     advance: Callable[[int], None] | None = None,
     world: World = ALONE,
 ) -> tuple[list[dict[str, Any]], int]:
-    """Rows of the table of validation scores, and the tokens computed.
+    """Score validation prompts; return rows of the validation score table, and the tokens computed.
 
-    A validation prompt's gradient is part of its own set's direction d_v = 1/M sum_m g_m. What counts is its influence
-    on the others: <g_j, (M d_v - g_j) / (M - 1)>, zero where it is the set's only prompt. Its standard error is taken
-    from <g_j, d_v>, times M / (M - 1). For `dot` and plain means. The processes of `world` divide the groups.
+    A validation prompt's gradient is part of its own set's direction d_v = 1/M sum_m g_m. Its influence on the other
+    prompts is <g_j, (M d_v - g_j) / (M - 1)>, zero if it is the only prompt. The standard error is that of <g_j, d_v>,
+    times M / (M - 1). For `dot` and plain means. The processes of `world` divide the groups.
     """
     names, rows, computed = list(validation), [], 0
-    of_set = _scored(scorer, validation, advance, world)
+    by_set = _scored(scorer, validation, advance, world)
     for own, (name, groups) in enumerate(validation.items()):
-        scored = of_set[name]
+        scored = by_set[name]
         assert scored.errors_NV is not None
         computed += scored.tokens_computed
         count = len(groups)
@@ -39,14 +39,14 @@ def validation_evidence(
         products_NV[:, own] = alone if count > 1 else 0.0
         errors_NV[:, own] *= count / max(count - 1, 1)
         for row, group in enumerate(groups):
-            known: dict[str, Any] = {"prompt_id": group.prompt_id, "set": name}
-            known |= {"pass_rate": group.pass_rate, "reward_variance": group.variance}
-            known["trajectories"] = len(group.completions)
+            entry: dict[str, Any] = {"prompt_id": group.prompt_id, "set": name}
+            entry |= {"pass_rate": group.pass_rate, "reward_variance": group.variance}
+            entry["trajectories"] = len(group.completions)
             for v, column in enumerate(names):
-                known[f"influence/{column}"] = float(products_NV[row, v])
+                entry[f"influence/{column}"] = float(products_NV[row, v])
                 error = float(errors_NV[row, v])
-                known[f"standard_error/{column}"] = error if np.isfinite(error) else None
-            rows.append(known)
+                entry[f"standard_error/{column}"] = error if np.isfinite(error) else None
+            rows.append(entry)
     return rows, computed
 
 
@@ -56,12 +56,12 @@ def _scored(
     advance: Callable[[int], None] | None,
     world: World,
 ) -> dict[str, Scored]:
-    """Every set's groups, piece by piece and each piece by one process."""
+    """Score every set piece by piece, each piece by one process."""
     pieces = [(name, start) for name, groups in validation.items() for start in range(0, len(groups), PIECE)]
     with scorer.lockstep():
         own = {
-            (name, start): score_by_halves(scorer, validation[name][start : start + PIECE], advance)
+            (name, start): concatenated([score_by_halves(scorer, validation[name][start : start + PIECE], advance)])
             for name, start in world.share(pieces)
         }
     found = {piece: scored for part in world.gather(own) for piece, scored in part.items()}
-    return {name: joined([found[piece] for piece in pieces if piece[0] == name]) for name in validation}
+    return {name: concatenated([found[piece] for piece in pieces if piece[0] == name]) for name in validation}

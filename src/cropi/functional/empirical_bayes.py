@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
-from cropi.functional.fusion import reciprocal_rank_fusion
+from cropi.functional.ranking import reciprocal_rank_fusion
 
 
 def reliability(estimates_N: Float[np.ndarray, " N"], errors_N: Float[np.ndarray, " N"]) -> float:

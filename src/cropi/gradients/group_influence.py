@@ -1,4 +1,4 @@
-"""`cropi.influence`: influence of groups on validation sets, in memory."""
+"""`cropi.influence`: compute the influence of groups on validation sets, in memory."""
 
 from __future__ import annotations
 
@@ -15,27 +15,28 @@ from cropi.errors import SignalError
 from cropi.functional.projection import SparseProjection
 from cropi.functional.surrogate import Normalizer
 from cropi.gradients.groups import Group
-from cropi.gradients.scorer import BLOCK, Estimator, Score, Scorer
-from cropi.gradients.surrogate import SurrogateSettings
+from cropi.gradients.influence_scorer import BLOCK, Estimator, Score, Scorer
+from cropi.gradients.score_reliability import score_by_halves
+from cropi.gradients.surrogate_weights import SurrogateSettings
 
 
 @dataclass(frozen=True)
 class InfluenceScores:
-    """The result of `cropi.influence`."""
+    """Result of `cropi.influence`."""
 
     values: Float[np.ndarray, "N V"]
-    """Influence of each prompt on each validation set, float64, in the orders given; 0 where there is no signal."""
+    """Influence of each prompt on each validation set, float64, in the order of the arguments; 0 without signal."""
     status: list[str]
-    """Per prompt: `ok`, `no_signal` (all rewards equal, or no completion token), `non_finite` (its own numbers)."""
+    """Per prompt: `ok`, `no_signal` (all rewards equal, or no completion token) or `non_finite`."""
     validation: list[str]
     """Names of the validation sets."""
     ratio_ess: Float[np.ndarray, " N"]
     """Effective share of the tokens after importance weighting, in (0, 1]: 1 on-policy."""
     standard_errors: Float[np.ndarray, "N V"] | None
-    """Of `values`, from the spread of each prompt's trajectories (jackknife), if asked for; 0 without signal, NaN for
-    fewer than three trajectories."""
+    """Standard errors of `values` from two halves of each prompt's trajectories, if requested; 0 without signal. Each
+    has one degree of freedom: average squares over prompts."""
     tokens_given: int
-    """Tokens of all training trajectories, prompts counted for each."""
+    """Tokens of all training trajectories, with the prompt counted for each."""
     tokens_computed: int
     """Tokens that went through the policy for the training prompts."""
 
@@ -56,7 +57,7 @@ def influence(
     standard_errors: bool = False,
     batch_tokens: int | None = None,
 ) -> InfluenceScores:
-    """Influence of every training prompt on every validation set at the policy's current weights.
+    """Compute the influence of every training prompt on every validation set at the policy's current weights.
 
     Inf_v(i) = <g_i, (1/M) sum_m g_m> with g the gradient of a prompt's off-policy surrogate
     sum_k (1/Z_k) sum_t rho_{k,t} A_k (paper eq. 4 and its definition of influence): to first order, what a step along
@@ -69,18 +70,17 @@ def influence(
     normalizer: Z_k, see `cropi.functional.surrogate.normalizers`; `constant` needs `max_completion_length`.
     advantage_std: divide advantages by the group's standard deviation (GRPO) or not (Dr. GRPO).
     temperature: the one that the trajectories were sampled with.
-    standard_errors: also give each value's; prompts are then not shared by their trajectories, which costs their tokens
-        K times. Not for `reference`, nor for `exact` with cosine or gain.
-    batch_tokens: tokens of a forward pass; by default what memory allows.
+    standard_errors: also estimate the error of each value; computes each prompt twice. For `sketch` only.
+    batch_tokens: tokens of a forward pass; by default as many as memory allows.
 
-    A group without signal, or whose own numbers are not finite, gets 0 and a status, and changes nothing for others.
-    Raises SignalError where a validation set has no group with signal or a direction that is not finite, ValueError for
-    `constant` without a length, PolicyError for an architecture that the engine does not cover.
+    A group without signal, or with numbers that are not finite, gets 0 and a status, and does not affect others.
+    Raises SignalError if a validation set has no group with signal or a direction that is not finite, ValueError for
+    `constant` without a length, and PolicyError for an architecture that the engine does not cover.
     """
     if normalizer == "constant" and max_completion_length is None:
         raise ValueError("normalizer='constant' needs max_completion_length, in tokens")
-    if standard_errors and (estimator == "reference" or (estimator == "exact" and score != "dot")):
-        raise ValueError("standard_errors needs estimator='sketch', or 'exact' with score='dot'")
+    if standard_errors and estimator != "sketch":
+        raise ValueError("standard_errors needs estimator='sketch'")
     settings = SurrogateSettings(normalizer, max_completion_length or 1, temperature, advantage_std)
     scorer = Scorer(
         policy,
@@ -100,19 +100,20 @@ def _require_signal(validation: Mapping[str, Sequence[Group]]) -> None:
     for name, groups in validation.items():
         if not any(group.status == OK for group in groups):
             raise SignalError(
-                "no group of it has both better and worse completions, so it gives no direction",
+                "none of its groups has both better and worse completions, so it has no direction",
                 where=f"validation set {name}",
                 fix="use problems that the policy solves sometimes, or more completions for each.",
             )
 
 
 def _scored(scorer: Scorer, train: Sequence[Group], validation: list[str], standard_errors: bool) -> InfluenceScores:
-    """Block by block, so that no more features are in memory at once."""
+    """Score block by block, which limits the features in memory."""
     values, shares, errors, tokens = [], [], [], 0
     for start in range(0, len(train), BLOCK):
-        scored = scorer(train[start : start + BLOCK], standard_errors=standard_errors)
+        block = train[start : start + BLOCK]
+        scored = score_by_halves(scorer, block) if standard_errors else scorer(block)
         values.append(scorer.values(scored))
-        shares.append(scored.ratio_facts_NR[:, 0])
+        shares.append(scored.ratio_columns_NR[:, 0])
         if scored.errors_NV is not None:
             errors.append(scored.errors_NV)
         tokens += scored.tokens_computed
@@ -132,7 +133,7 @@ def _scored(scorer: Scorer, train: Sequence[Group], validation: list[str], stand
 
 
 def statuses(groups: Sequence[Group], values_NV: Float[np.ndarray, "N V"]) -> list[str]:
-    """Status of each group, given its influence."""
+    """Return the status of each group, given its influence."""
     finite_N = np.isfinite(values_NV).all(axis=1)
     return [
         NO_SIGNAL if group.status != OK else OK if finite else NON_FINITE

@@ -6,8 +6,8 @@ import torch
 from tests.gradients.architectures import BUILDERS, SETTINGS, draw_group
 
 from cropi.functional.projection import SparseProjection
-from cropi.gradients import directions
-from cropi.gradients.scorer import Scorer
+from cropi.gradients import validation_directions as directions
+from cropi.gradients.influence_scorer import Scorer
 
 VALIDATION = {
     "one": [draw_group(5, [7, 4, 6], seed=50 + n) for n in range(3)],
@@ -24,7 +24,11 @@ def test_parts_of_the_parameters_make_the_same_directions(
     projection = SparseProjection(dim=128, keep_fraction=0.2, mask=mask)  # type: ignore[arg-type]
     found = []
     for room in (1 << 40, 300 * (4 * len(VALIDATION) + 20)):
-        monkeypatch.setattr(directions, "free_bytes", lambda device, room=room: room / directions.MEMORY_SHARE["cpu"])
+        monkeypatch.setattr(
+            directions,
+            "free_bytes",
+            lambda device, room=room: room / directions.MEMORY_SHARE["cpu"],
+        )
         scorer = Scorer(BUILDERS[name](), SETTINGS, score="cosine", validation_mean=mean, projection=projection)  # type: ignore[arg-type]
         met: list[int] = []
         scorer.aim(VALIDATION, met.append)
@@ -47,7 +51,11 @@ def test_parts_of_the_parameters_make_the_same_directions(
 def test_exact_directions_are_made_in_parts_too(monkeypatch: pytest.MonkeyPatch) -> None:
     groups, found = [draw_group(6, [9, 1, 5], seed=70)], []
     for room in (1 << 40, 300 * (4 * len(VALIDATION) + 20)):
-        monkeypatch.setattr(directions, "free_bytes", lambda device, room=room: room / directions.MEMORY_SHARE["cpu"])
+        monkeypatch.setattr(
+            directions,
+            "free_bytes",
+            lambda device, room=room: room / directions.MEMORY_SHARE["cpu"],
+        )
         scorer = Scorer(BUILDERS["llama_tied"](), SETTINGS, estimator="exact", score="cosine")
         scorer.aim(VALIDATION)
         found.append((scorer.aimed_in_parts, scorer.values(scorer(groups))))

@@ -23,10 +23,11 @@ from torch.distributed.tensor import DTensor
 
 from cropi.errors import PolicyError
 from cropi.functional.projection import SparseProjection
-from cropi.gradients.engine import Engine, Nothing, segment_of
+from cropi.gradients.capture import NullReader
+from cropi.gradients.engine import Engine, segment_of
 from cropi.gradients.groups import Group
+from cropi.gradients.influence_scorer import Scorer
 from cropi.gradients.packing import Span
-from cropi.gradients.scorer import Scorer
 from cropi.policy import weights_identity
 
 TRAIN = [draw_group(2 + n, [3 + n, 9 - n, 5], seed=80 + n, on_policy=n == 2) for n in range(5)]
@@ -86,7 +87,7 @@ def answer(question: Question, model: nn.Module, groups: Sequence[Group]) -> dic
         "errors": scored.errors_NV,
         "norms": scored.norms_N,
         "features": scored.features_ND,
-        "facts": scored.ratio_facts_NR,
+        "facts": scored.ratio_columns_NR,
         "cosines": scorer.direction_cosines(),
         "reliability": list(scorer.direction_reliability.values()),
     }
@@ -137,7 +138,7 @@ def aim_in_lockstep(mesh: DeviceMesh) -> str:
     return str(caught.value)
 
 
-class Watch(Nothing):
+class Watch(NullReader):
     """Notes how many numbers of the parameters are in memory while gradients come in."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -161,7 +162,7 @@ def memory(style: Callable[..., Any], mesh: DeviceMesh) -> dict[str, Any]:
         block.mlp.register_forward_hook(lambda *_: forward.append(whole_numbers(model)))
     engine.run([segment], watch)
     with torch.no_grad():
-        engine.logprobs([segment])
+        engine.forward_only([segment])
     return {
         "parameters": parameters,
         "layer": layer,
@@ -338,7 +339,7 @@ def test_running_out_of_memory_is_an_error(alone: DeviceMesh, monkeypatch: pytes
     """Other processes would wait for ever for the pass that was broken off."""
     engine = Engine(by_blocks(BUILDERS["llama"](), alone), SETTINGS, batch_tokens=40)
 
-    class Greedy(Nothing):
+    class Greedy(NullReader):
         def linear(self, *_: Any) -> None:
             raise torch.OutOfMemoryError
 

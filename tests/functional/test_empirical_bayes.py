@@ -3,19 +3,7 @@ from statistics import NormalDist
 import numpy as np
 import pytest
 
-from cropi.functional.reliability import Posterior, reliability, shrunk, top_probabilities
-from cropi.functional.resampling import jackknife_error, leave_one_out
-
-
-def test_the_jackknife_error_of_a_mean_is_the_textbooks() -> None:
-    values_K = np.random.default_rng(0).standard_normal(9)
-    estimates_KV = values_K[leave_one_out(9)].mean(axis=1)[:, None]
-    assert jackknife_error(estimates_KV)[0] == pytest.approx(values_K.std(ddof=1) / 3)
-
-
-def test_two_trajectories_have_no_error() -> None:
-    assert np.isnan(jackknife_error(np.zeros((2, 3)))).all()
-    assert leave_one_out(3).tolist() == [[1, 2], [0, 2], [0, 1]]
+from cropi.functional.empirical_bayes import Posterior, reliability, shrunk, top_probabilities
 
 
 def simulated(count: int, spread: float, errors_N: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
