@@ -130,6 +130,7 @@ def store(size: int, folder: Path, dim: int, largest: int) -> dict[str, float]:
 
 def one_store(folder: Path, first: int, count: int, features_BD: Any, directions_VD: Any) -> dict[str, float]:
     import torch
+
     from cropi.gradients.score_shards import read_features, write_features
 
     ids = [f"{number:016x}" for number in range(first, first + count)]
