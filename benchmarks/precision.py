@@ -26,11 +26,12 @@ import torch
 from cropi.artifacts import OK, read_table, scores_schema
 from cropi.config import Config
 from cropi.functional.agreement import pearson, sign_agreement, spearman, top_overlap
+from cropi.gradients.surrogate_weights import surrogate_settings
 from cropi.lab.bench.machine import describe
 from cropi.loading import load_config
 from cropi.policy import Policy, load_policy
 from cropi.stages.collect import read_trajectories
-from cropi.stages.score import FeatureRequest, score, surrogate_settings
+from cropi.stages.score import score
 from cropi.workspace import Workspace
 
 DTYPES = ("float32", "bfloat16")
@@ -96,8 +97,7 @@ def _scores(config: Config, policy: Policy, trajectories: dict[str, pa.Table]) -
     prompts = dict.fromkeys(trajectories["train"].column("prompt_id").to_pylist(), "")
     settings = surrogate_settings(config, str(config.trainer.get("loss_type", "dapo")), True)
     with tempfile.TemporaryDirectory() as folder:
-        request = FeatureRequest(Path(folder) / "features", "", "", "")
-        score(config, settings, policy.model, trajectories, prompts, Path(folder), request)
+        score(config, settings, policy.model, trajectories, prompts, Path(folder))
         names = sorted(config.prompts.validation)
         rows = read_table(Path(folder) / "scores.parquet", scores_schema(names)).to_pylist()
     if policy.device.type == "cuda":

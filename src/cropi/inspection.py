@@ -20,6 +20,8 @@ from cropi.console import duration
 from cropi.errors import DataError
 from cropi.gradients.groups import Group
 from cropi.gradients.reference import trainable_parameters
+from cropi.gradients.score_shards import make_scorer
+from cropi.gradients.surrogate_weights import surrogate_settings
 from cropi.leakage import turn_text
 from cropi.policy import Policy, chat_warnings, load_policy
 from cropi.prompts import checked_prompts
@@ -29,7 +31,6 @@ from cropi.rollouts.generation import Sampling, TransformersGenerator
 from cropi.stages.collect import Shard, behaviour_logprobs, plan, read_trajectories, sampled_prompts
 from cropi.stages.evaluate import unreadable
 from cropi.stages.given import Given, questions
-from cropi.stages.score import make_scorer, surrogate_settings
 from cropi.workspace import environment
 
 SAMPLE_PROMPTS = 8

@@ -27,6 +27,8 @@ from cropi.curriculum.strategies.pooled import prompts_to_screen
 from cropi.elsewhere import CarriedPolicy, Elsewhere
 from cropi.errors import ArtifactError, ConfigError
 from cropi.gradients.groups import group_facts
+from cropi.gradients.score_shards import make_scorer
+from cropi.gradients.surrogate_weights import surrogate_settings
 from cropi.gradients.validation_groups import validation_groups
 from cropi.lockstep import in_lockstep
 from cropi.policy import Policy, Replica, chat_warnings, encode_prompts, load_policy, trainer_prompt, uses_chat
@@ -45,7 +47,7 @@ from cropi.stages.evaluate import Question, evaluate, read_evaluations
 from cropi.stages.gathering import Gatherer
 from cropi.stages.given import Given, arm_at, questions, start_of_stage
 from cropi.stages.refreshing import Refresher
-from cropi.stages.score import make_scorer, score, surrogate_settings
+from cropi.stages.score import score
 from cropi.stages.select import require_signal, select
 from cropi.stages.train import TrainTask, newest_checkpoint, open_checkpoint, train
 from cropi.training.reward import RecordedReward

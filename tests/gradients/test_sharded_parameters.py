@@ -28,6 +28,7 @@ from cropi.gradients.engine import Engine, segment_of
 from cropi.gradients.groups import Group
 from cropi.gradients.influence_scorer import Scorer
 from cropi.gradients.packing import Span
+from cropi.gradients.score_reliability import score_by_halves
 from cropi.policy import weights_identity
 
 TRAIN = [draw_group(2 + n, [3 + n, 9 - n, 5], seed=80 + n, on_policy=n == 2) for n in range(5)]
@@ -60,10 +61,10 @@ QUESTIONS = {
     "llama_modules": Question("llama", by_modules, score="cosine", first=2),
     "llama_exact": Question("llama", estimator="exact", score="cosine", first=0),
     "tied": Question("llama_tied", score="cosine", first=5),
-    "tied_accelerate": Question("llama_tied", as_accelerate_does, estimator="exact", errors=True, first=5),
+    "tied_accelerate": Question("llama_tied", as_accelerate_does, estimator="exact", first=5),
     "qwen2": Question("qwen2", as_accelerate_does, scorer={"validation_mean": "normalized"}),
     "qwen2_exact": Question("qwen2", estimator="exact"),
-    "qwen3": Question("qwen3", as_accelerate_does, score="cosine", settings={"baseline": "reweighted"}, first=1),
+    "qwen3": Question("qwen3", as_accelerate_does, score="cosine", settings={"advantage_std": False}, first=1),
     "gpt_neox": Question("gpt_neox", as_accelerate_does, score="gain", batch_tokens=1000),
     "lora": Question("llama_lora", score="cosine", errors=True, first=0),
     "lora_accelerate": Question("llama_lora", as_accelerate_does, estimator="exact", score="cosine"),
@@ -81,7 +82,7 @@ def scorer_of(question: Question, model: nn.Module) -> Scorer:
 def answer(question: Question, model: nn.Module, groups: Sequence[Group]) -> dict[str, Any]:
     scorer = scorer_of(question, model)
     scorer.aim(VALIDATION)
-    scored = scorer(groups, standard_errors=question.errors)
+    scored = score_by_halves(scorer, groups) if question.errors else scorer(groups)
     return {
         "values": scorer.values(scored),
         "errors": scored.errors_NV,

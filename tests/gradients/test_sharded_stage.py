@@ -18,7 +18,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from cropi.artifacts import read_table, scores_schema
 from cropi.distributed import Launched
 from cropi.gradients import score_shards, validation_scores
-from cropi.stages.score import score, surrogate_settings
+from cropi.gradients.surrogate_weights import surrogate_settings
+from cropi.stages.score import score
 from cropi.world import ALONE, World
 
 pytestmark = pytest.mark.slow  # processes of its own for every worker of the tests
@@ -29,7 +30,6 @@ WAYS = {
     "exact": ["score.estimator=exact"],
     "pooled": ["select.strategy={type: pooled}"],
     "store": ["score.store=float32"],
-    "budget": ["score.budget.trajectories=2"],
 }
 
 

@@ -20,9 +20,10 @@ from cropi.gradients.group_influence import influence
 from cropi.gradients.groups import Group, iterate_groups
 from cropi.gradients.influence_scorer import Scorer
 from cropi.gradients.score_shards import read_directions, read_features
+from cropi.gradients.surrogate_weights import surrogate_settings
 from cropi.loading import load_config
 from cropi.stages import score as scoring
-from cropi.stages.score import score, surrogate_settings
+from cropi.stages.score import score
 
 RNG = random.Random(5)
 NAMES = ["sum"]
@@ -224,7 +225,7 @@ def test_kept_features_give_the_scores_and_outlive_an_interruption(
     rows, _ = run_twice(tmp_path / "b", monkeypatch, errors, f"score.store={dtype}")
     assert rows == plain
     folder, settings = tmp_path / "b" / "scores", surrogate_settings(config(), "dr_grpo", "none")
-    scorer = scoring.make_scorer(config(), tiny_llama(tied=True), settings)
+    scorer = score_shards.make_scorer(config(), tiny_llama(tied=True), settings)
     scorer.aim({"sum": VALIDATION, "other": OTHER}, layer_directions=read_directions(folder))
     kept = list(read_features(folder))
     assert [len(ids) for ids, _ in kept] == [4, 4, 2]  # nine and the broken one

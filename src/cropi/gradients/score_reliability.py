@@ -43,7 +43,7 @@ def score_by_halves(scorer: Scorer, groups: Sequence[Group], advance: Callable[[
     """
     if scorer.estimator != "sketch":
         raise ValueError("standard errors need estimator='sketch'")
-    blocks = [_score_block(scorer, groups[at : at + BLOCK], advance) for at in range(0, len(groups), BLOCK)]
+    blocks = [_score_block(scorer, groups[at : at + BLOCK], advance) for at in range(0, max(len(groups), 1), BLOCK)]
     return blocks[0] if len(blocks) == 1 else concatenated(blocks)
 
 
@@ -65,18 +65,19 @@ def _score_block(scorer: Scorer, groups: Sequence[Group], advance: Callable[[int
     factors = [half for group in groups for half in half_factors(group.rewards)]
     scored = scorer(doubled, factors=factors)
     assert scored.features_ND is not None
-    products_NHV = scored.products_NV.reshape(len(groups), 2, -1)
-    features_ND = scored.features_ND.reshape(len(groups), 2, -1).sum(dim=1)
+    products_NHV = scored.products_NV.reshape(len(groups), 2, scored.products_NV.shape[1])
+    features_ND = scored.features_ND.reshape(len(groups), 2, scored.features_ND.shape[1]).sum(dim=1)
     pairs = zip(scored.ratios[::2], scored.ratios[1::2], strict=True)
     columns_NR = np.array([(first + second).columns for first, second in pairs])
     if advance is not None:
         advance(len(groups))
     norms_N = features_ND.double().norm(dim=1).numpy()
     variances_N = np.array([group.variance for group in groups], dtype=np.float64)
-    differences_NV = np.abs(products_NHV[:, 0] - products_NHV[:, 1])
+    with np.errstate(invalid="ignore"):  # infinite products give NaN, which the status reports
+        sums_NV, differences_NV = products_NHV.sum(axis=1), np.abs(products_NHV[:, 0] - products_NHV[:, 1])
     return replace(
         scored,
-        products_NV=products_NHV.sum(axis=1),
+        products_NV=sums_NV,
         norms_N=norms_N,
         ratio_columns_NR=columns_NR.reshape(len(groups), len(RATIO_COLUMNS)),
         features_ND=features_ND,

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from cropi.artifacts import CLIP_RANGE
+from cropi.config import Config
 from cropi.functional.advantages import group_advantages
-from cropi.functional.surrogate import Normalizer, normalizers
+from cropi.functional.surrogate import NORMALIZER_OF_LOSS, Normalizer, normalizers
 from cropi.gradients.groups import Group
 from cropi.gradients.packing import Span
 
@@ -28,6 +29,20 @@ class SurrogateSettings:
     max_completion_length: int
     temperature: float = 1.0
     advantage_std: bool = True
+
+
+def surrogate_settings(config: Config, loss_type: str, scale_rewards: str | bool) -> SurrogateSettings:
+    """Make the settings of the surrogate from a run's config and its trainer's loss.
+
+    Rewards scaled by the deviation of the whole batch share that divisor, which ranks like no scaling.
+    """
+    normalizer, std = config.score.normalizer, config.score.advantage_std
+    return SurrogateSettings(
+        normalizer=NORMALIZER_OF_LOSS[loss_type] if normalizer == "auto" else normalizer,
+        max_completion_length=config.collect.max_completion_length,
+        temperature=config.collect.temperature,
+        advantage_std=scale_rewards in {"group", True} if std == "auto" else std,
+    )
 
 
 def trajectory_scales(group: Group, settings: SurrogateSettings) -> list[float]:

@@ -26,7 +26,6 @@ from cropi.config import Config, StrategyTable
 from cropi.console import Progress, progress, warn
 from cropi.elsewhere import Elsewhere
 from cropi.errors import SignalError
-from cropi.functional.surrogate import NORMALIZER_OF_LOSS
 from cropi.gradients.groups import Group, iterate_groups
 from cropi.gradients.influence_scorer import Scorer
 from cropi.gradients.orders import parts_elsewhere, require_parts
@@ -47,22 +46,6 @@ from cropi.gradients.validation_groups import candidate_groups, validation_group
 from cropi.gradients.validation_scores import score_validation_prompts
 from cropi.policy import weights_identity
 from cropi.world import ALONE, World
-
-__all__ = ["make_scorer", "score", "surrogate_settings"]
-
-
-def surrogate_settings(config: Config, loss_type: str, scale_rewards: str | bool) -> SurrogateSettings:
-    """The surrogate that a run's settings and its trainer's loss call for.
-
-    Rewards scaled by the deviation of the whole batch share that divisor, which ranks like no scaling.
-    """
-    normalizer, std = config.score.normalizer, config.score.advantage_std
-    return SurrogateSettings(
-        normalizer=NORMALIZER_OF_LOSS[loss_type] if normalizer == "auto" else normalizer,
-        max_completion_length=config.collect.max_completion_length,
-        temperature=config.collect.temperature,
-        advantage_std=scale_rewards in {"group", True} if std == "auto" else std,
-    )
 
 
 def score(

@@ -10,8 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from cropi.errors import ArtifactError, ConfigError
-from cropi.lab.compare.results import COSTS
-from cropi.lab.compare.speedups import (
+from cropi.lab.compare.curve_statistics import (
     accuracy_curves,
     area_weights,
     first_crossings,
@@ -22,6 +21,7 @@ from cropi.lab.compare.speedups import (
     restricted_costs,
     seed_counts,
 )
+from cropi.lab.compare.results import COSTS
 from cropi.seeds import derived_seed
 
 TARGET = "full"  # its own final accuracy is what the others are to reach

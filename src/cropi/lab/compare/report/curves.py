@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
+from cropi.lab.compare.curve_statistics import accuracy_curves, redraw_counts, seed_counts
 from cropi.lab.compare.report.runs_data import Comparison
-from cropi.lab.compare.speedups import accuracy_curves, redraw_counts, seed_counts
 from cropi.seeds import derived_seed
 
 POINTS = 64  # of a curve over costs, which differ by seed

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from cropi.lab.compare.speedups import (
+from cropi.lab.compare.curve_statistics import (
     accuracy_curves,
     area_weights,
     costs_at,
