@@ -17,7 +17,7 @@ from cropi.errors import PolicyError
 from cropi.gradients.attention import pack_rows, packed, unsupported
 from cropi.gradients.capture import Capture, Idle, NullReader, Reader, find_idle, watch_calls
 from cropi.gradients.groups import Group
-from cropi.gradients.head import Head, HeadResult
+from cropi.gradients.head import Head
 from cropi.gradients.model_checks import (
     causal_lm_of,
     check_gradients,
@@ -243,29 +243,31 @@ class Engine:
 
     def _pass(self, members: Sequence[Segment], reader: Reader) -> tuple[int, Statistics]:
         pack = make_pack(members, self.device)
-        found: list[HeadResult] = []
+        found: list[Tensor] = []
 
         def at_head(hidden_SH: Tensor) -> Tensor:
-            found.append(self.head(hidden_SH, pack, self.settings, reader, self.capture.head_names))
-            return found[0].grad_SH
+            log_ratios_E, grad_SH = self.head(hidden_SH, pack, self.settings, reader, self.capture.head_names)
+            found.append(log_ratios_E)
+            return grad_SH
 
         with self.capture.hooks(reader, pack.spans, pack.tokens), pack_rows(self.causal_lm, pack.rows):
             self.forward(pack, at_head).backward()
-        return pack.tokens, _statistics(pack, found[0].log_ratios_E)
+        return pack.tokens, _statistics(pack, found[0])
 
     @torch.no_grad()
     def _forward_pass(self, members: Sequence[Segment]) -> tuple[int, Statistics]:
         pack = make_pack(members, self.device)
-        found: list[HeadResult] = []
+        found: list[Tensor] = []
 
         def at_head(hidden_SH: Tensor) -> Tensor:
-            found.append(self.head(hidden_SH, pack, self.settings, None, {}))
-            return found[0].grad_SH
+            log_ratios_E, grad_SH = self.head(hidden_SH, pack, self.settings, None, {})
+            found.append(log_ratios_E)
+            return grad_SH
 
         with pack_rows(self.causal_lm, pack.rows):
             self.forward(pack, at_head)
         self.shards.release()
-        return pack.tokens, _statistics(pack, found[0].log_ratios_E)
+        return pack.tokens, _statistics(pack, found[0])
 
     def forward(self, pack: Pack, at_head: Callable[[Tensor], Tensor]) -> Tensor:
         """Run a pack up to the head. `at_head` maps its hidden states to their gradient, with which the backward pass

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,15 +23,6 @@ if TYPE_CHECKING:
 
 LOGITS_AT_ONCE = {"cpu": 1 << 24, "cuda": 1 << 28}
 """Logits of one chunk, in float32: 64 MiB and 1 GiB."""
-
-
-@dataclass(frozen=True)
-class HeadResult:
-    """Log-probs (float32 or wider) and log ratios (float64) of the predictions; gradient of the hidden states."""
-
-    logprobs_E: Tensor
-    log_ratios_E: Tensor
-    grad_SH: Tensor
 
 
 class Head:
@@ -112,12 +102,12 @@ class Head:
     @torch.no_grad()
     def __call__(
         self, hidden_SH: Tensor, pack: Pack, settings: SurrogateSettings, reader: Reader | None, names: dict[str, str]
-    ) -> HeadResult:
-        """Compute loss and gradient at the predictions of a pack; without a reader, log-probs alone."""
+    ) -> tuple[Tensor, Tensor]:
+        """Return log importance ratios (float64) of a pack's predictions and the gradient of its hidden states; without
+        a reader, the gradient is 0."""
         grad_SH = torch.zeros_like(hidden_SH)
         chunk = max(1, LOGITS_AT_ONCE.get(hidden_SH.device.type, 1 << 24) // self.module.out_features)
-        logprobs, log_ratios = [], []
-        temperature = settings.temperature
+        log_ratios, temperature = [], settings.temperature
         for first in range(0, len(pack.targets_E), chunk):
             part = slice(first, first + chunk)
             sources_E, targets_E1 = pack.sources_E[part], pack.targets_E[part, None]
@@ -125,7 +115,6 @@ class Head:
             logits_EW = self.logits(hidden_EH)
             logp_EW = torch.log_softmax(logits_EW / temperature, dim=-1)
             logp_E1 = logp_EW.gather(1, targets_E1)
-            logprobs.append(logp_E1[:, 0])
             log_ratios.append(_log_ratios(logp_E1[:, 0], pack, part))
             if reader is None:
                 continue
@@ -143,7 +132,7 @@ class Head:
                 reader.linear(names["weight"], hidden_EH * self._hidden_scale, grads_EW, spans)
             if "bias" in names:
                 reader.vector(names["bias"], grads_EW, spans)
-        return HeadResult(torch.cat(logprobs), torch.cat(log_ratios), grad_SH)
+        return torch.cat(log_ratios), grad_SH
 
 
 def _wide(tensor: Tensor) -> Tensor:

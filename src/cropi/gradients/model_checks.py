@@ -271,7 +271,7 @@ def check_gradients(engine: Engine) -> None:
     members, first = _test_segments(engine), engine.causal_lm.get_input_embeddings()
     pack = make_pack(members, engine.device)
     ours = _embedding_outputs(
-        engine, pack, lambda hidden_SH: engine.head(hidden_SH, pack, engine.settings, NullReader(), {}).grad_SH
+        engine, pack, lambda hidden_SH: engine.head(hidden_SH, pack, engine.settings, NullReader(), {})[1]
     )[first].grad
     assert ours is not None
     theirs, start = torch.zeros_like(ours), 0
