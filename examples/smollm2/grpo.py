@@ -171,7 +171,7 @@ class Policy:
             for n, question in enumerate(questions)
         ]
 
-    def accumulate(self, groups: Sequence[Group], *, tokens: int = 2048) -> float:
+    def accumulate(self, groups: Sequence[Group], *, tokens: int = 1024) -> float:
         """Add the gradient of the loss to `.grad`; returns the loss. Z = completions x `longest`, as in dr_grpo."""
         normaliser = sum(len(group.completions) for group in groups) * self.longest
         loss = 0.0
