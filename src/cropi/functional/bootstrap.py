@@ -1,4 +1,4 @@
-"""Intervals. NumPy only."""
+"""Bootstrap intervals. NumPy only."""
 
 from dataclasses import dataclass
 
@@ -16,9 +16,9 @@ class Interval:
 
 
 def bootstrap_mean(values_N: Float[np.ndarray, " N"], *, redraws: int, confidence: float, seed: int) -> Interval:
-    """Mean over questions with its percentile bootstrap interval (Efron 1979): questions are redrawn with replacement.
+    """Mean over questions with its percentile bootstrap interval (Efron 1979), redrawing questions with replacement.
 
-    Samples of one question belong together, so pass one value (their mean) per question. Raises ValueError when empty.
+    Samples of one question are not independent: pass their mean. Raises ValueError without questions.
     """
     if not len(values_N):
         raise ValueError("cannot take the mean of no questions")

@@ -1,7 +1,6 @@
-"""What scores with error bars are worth: reliability, shrinkage, and the probability of being among the best.
+"""Empirical Bayes for noisy scores: reliability, shrinkage, and the probability of being among the best.
 
-NumPy only. The model behind it: true scores are draws from N(mu, tau^2), and each was observed with a normal error of
-its own size.
+NumPy only. The model: true scores are draws from N(mu, tau^2), each observed with a normal error of its own size.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ def reliability(estimates_N: Float[np.ndarray, " N"], errors_N: Float[np.ndarray
     """1 - mean(s^2) / variance, at least 0: the share of the estimates' variance that is not noise.
 
     It estimates the correlation of two estimates from independent trajectories, on the same validation direction. 0
-    where the estimates do not vary; errors that are NaN do not count.
+    if the estimates are constant; NaN errors are ignored.
     """
     variance = float(np.var(estimates_N, ddof=1)) if len(estimates_N) > 1 else 0.0
     noise = _mean_square(errors_N)
@@ -27,7 +26,7 @@ def reliability(estimates_N: Float[np.ndarray, " N"], errors_N: Float[np.ndarray
 
 @dataclass(frozen=True)
 class Posterior:
-    """Mean and standard deviation of every true score, given its estimate and all others."""
+    """Posterior mean and standard deviation of every true score."""
 
     means_N: Float[np.ndarray, " N"]
     deviations_N: Float[np.ndarray, " N"]
@@ -37,7 +36,7 @@ def shrunk(estimates_N: Float[np.ndarray, " N"], errors_N: Float[np.ndarray, " N
     """Empirical Bayes (Morris 1983): with tau^2 = variance - mean(s^2), at least 0, and mu the mean of the estimates,
     mean_i = mu + B_i (x_i - mu), variance_i = B_i s_i^2, B_i = tau^2 / (tau^2 + s_i^2).
 
-    An error that is NaN stands for the root mean square of the others.
+    NaN errors are replaced by the root mean square of the others.
     """
     noise = _mean_square(errors_N)
     squares_N = np.where(np.isnan(errors_N), noise, errors_N**2)
@@ -64,8 +63,8 @@ def top_probabilities(
 ) -> Float[np.ndarray, " N"]:
     """Share of `draws` from the posteriors in which each prompt is among the `size` best of the fused ranking.
 
-    One posterior per validation set, drawn independently: errors of one prompt on several sets share its trajectories,
-    which this leaves out. Fusion as in `reciprocal_rank_fusion`.
+    One posterior per validation set, drawn independently. This ignores that errors of one prompt on several sets share
+    its trajectories. Fusion as in `reciprocal_rank_fusion`.
     """
     count = len(posteriors[0].means_N)
     if count <= size:

@@ -1,4 +1,4 @@
-"""Influence: how far a training prompt's gradient points along a validation set's. NumPy only."""
+"""Formulas of influence: inner products, cosines and gains of gradients. NumPy only."""
 
 from typing import Literal
 
@@ -11,12 +11,11 @@ Score = Literal["dot", "cosine", "gain"]
 def mean_weights(
     norms_M: Float[np.ndarray, " M"], mean: Literal["plain", "normalized"] = "plain", count: int | None = None
 ) -> Float[np.ndarray, " M"]:
-    """Weights w_m with which the direction of a validation set is sum_m w_m g_m; `count` is the set's size where these
-    are some of its prompts.
+    """Weights w_m of the direction of a validation set, sum_m w_m g_m. `count` is the set's size if `norms_M` covers
+    only some of its prompts.
 
     `plain`: 1/M, the gradient of the mean surrogate, so that <g_i, d> is the mean of <g_i, g_m>. `normalized`:
-    1/(M |g_m|), in which no prompt weighs more than another; a zero gradient keeps weight 0. Raises ValueError when
-    the set is empty.
+    1/(M |g_m|), equal weight for every prompt; a zero gradient has weight 0. Raises ValueError for an empty set.
     """
     count = len(norms_M) if count is None else count
     if not count:
@@ -37,11 +36,10 @@ def influence(
 
     `dot`: <g_i, d_v>, the first-order gain of the validation objective from a step along g_i.
     `cosine`: <g_i, d_v> / (|g_i| |d_v|), the gain of a step of fixed length (what the paper's experiments rank by).
-    `gain`: cosine x standard deviation of the prompt's rewards (`variances_N`), sqrt(p_i (1 - p_i)) where these are
-    verdicts. Ours: the `dot` of gradients whose advantages are divided by their deviation, if the mean log-likelihood
-    gradients of right and of wrong completions lay equally far apart for every prompt. What lengths say beyond that is
-    taken for noise.
-    A zero vector on either side gives 0; what is not a finite number stays so. `dot` reads no norms.
+    `gain`: cosine x standard deviation of the prompt's rewards (`variances_N`), sqrt(p_i (1 - p_i)) for verdicts. Ours:
+    the `dot` of gradients whose advantages are divided by their deviation, if the mean log-likelihood gradients of
+    right and wrong completions were equally far apart for every prompt. Other differences in length count as noise.
+    A zero vector on either side gives 0; non-finite numbers stay non-finite. `dot` does not need norms.
     """
     if score == "dot":
         return products_NV
@@ -56,7 +54,7 @@ def influence(
 
 
 def gain(cosines_NV: Float[np.ndarray, "N V"], variances_N: Float[np.ndarray, " N"]) -> Float[np.ndarray, "N V"]:
-    """cosine x standard deviation of the rewards: see `influence`."""
+    """Cosine x standard deviation of the rewards; see `influence`."""
     return cosines_NV * np.sqrt(variances_N)[:, None]
 
 
@@ -64,7 +62,7 @@ def reward_variance(rewards_XK: Float[np.ndarray, "*X K"]) -> Float[np.ndarray, 
     """Population variance of each group's rewards, m (1 - m) - mean[r (1 - r)] with m their mean.
 
     For verdicts, 0 and 1, this is p (1 - p) to the bit: learnability (Foerster & Foster, arXiv 2502.12272). Equal
-    rewards give exactly 0; rewards that are not finite, or none, NaN.
+    rewards give exactly 0; non-finite rewards, or none, give NaN.
     """
     rewards_XK = np.asarray(rewards_XK, dtype=np.float64)
     if not rewards_XK.shape[-1]:

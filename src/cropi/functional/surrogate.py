@@ -10,8 +10,8 @@ from torch import Tensor
 
 Normalizer = Literal["sequence", "token", "constant"]
 
-# The per-prompt normaliser that ranks prompts as the trainer's loss weighs them. A divisor that all prompts of a batch
-# share (`dapo`, `bnpo`, `cispo`: the batch's token count) does not change the ranking, so it acts like a constant.
+# The per-prompt normaliser with which prompts rank as in the trainer's loss. A divisor shared by all prompts of a batch
+# (`dapo`, `bnpo`, `cispo`: the batch's token count) does not change the ranking, so it counts as a constant.
 NORMALIZER_OF_LOSS: Mapping[str, Normalizer] = {
     "grpo": "sequence",
     "sapo": "sequence",
@@ -45,7 +45,7 @@ def normalizers(
     """Z of each trajectory, so that the surrogate is sum_k (1 / Z_k) sum_t rho_{k,t} A_k; from completion lengths.
 
     `sequence`: K |tau_k| (paper eq. 4, TRL's `grpo`); `token`: sum_k |tau_k|; `constant`: K times the longest
-    completion allowed (TRL's `dr_grpo`). An empty completion has no token to weigh and gets Z = 1 instead of 0.
+    completion allowed (TRL's `dr_grpo`). An empty completion gets Z = 1 instead of 0.
     """
     lengths_XK = np.asarray(lengths_XK, dtype=np.float64)
     count = lengths_XK.shape[-1]
@@ -63,15 +63,14 @@ def token_weights(
 ) -> Float[Tensor, "K T"]:
     """w_{k,t} = rho_{k,t} A_k / Z_k on completion tokens, 0 elsewhere, without gradient; `scales_K` are A_k / Z_k.
 
-    Since grad rho = rho grad log pi, the gradient of
-    sum_{k,t} w_{k,t} log pi(x_{k,t}) is that of the surrogate
-    sum_k (1/Z_k) sum_t rho_{k,t} A_k: the off-policy estimate of paper eq. 4, by one backward pass.
+    Since grad rho = rho grad log pi, the gradient of sum_{k,t} w_{k,t} log pi(x_{k,t}) equals that of the surrogate
+    sum_k (1/Z_k) sum_t rho_{k,t} A_k: the off-policy estimate of paper eq. 4, from one backward pass.
     """
     weights_KT = ratios_KT.detach().double() * scales_K.double().unsqueeze(1)
     return torch.where(mask_KT, weights_KT, torch.zeros_like(weights_KT))
 
 
 def effective_sample_share(ratios_T: Float[Tensor, " T"]) -> float:
-    """(sum rho)^2 / (T sum rho^2) in (0, 1]: the share of the tokens that the weighted sum is worth (Kish 1965)."""
+    """(sum rho)^2 / (T sum rho^2) in (0, 1]: the effective sample size as a share of the tokens (Kish 1965)."""
     ratios_T = ratios_T.double()
     return float(ratios_T.sum() ** 2 / (ratios_T.numel() * (ratios_T**2).sum())) if ratios_T.numel() else 1.0

@@ -13,9 +13,9 @@ def tfidf_similarity(
     sets: Mapping[str, Sequence[Sequence[str]]],
     over: Literal["max", "mean"] = "max",
 ) -> dict[str, Float[np.ndarray, " N"]]:
-    """Similarity in [0, 1] of N texts to each set of texts; a text is its words in order.
+    """Similarity in [0, 1] of N texts to each set of texts; a text is a sequence of words.
 
-    x_w = n_w (1 + ln((1 + D) / (1 + D_w))): w stands n_w times in the text, and in D_w of all D texts, the sets'
+    x_w = n_w (1 + ln((1 + D) / (1 + D_w))): w occurs n_w times in the text, and in D_w of all D texts, sets
     included (Salton & Buckley 1988, with the smoothing that scikit-learn has by default). Of the cosines of x with the
     texts of a set the largest (`max`: the nearest neighbour, for sets of several kinds) or the mean (`mean`: the cosine
     with the set's centroid, but for a factor). A text without a word has similarity 0.
