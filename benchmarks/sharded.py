@@ -104,7 +104,7 @@ def score(policy: nn.Module, train: list[Group], validation: dict[str, list[Grou
     return {
         "values": np.concatenate([scorer.values(block) for block in blocks]),
         "made": made,
-        "aimed": aimed | {"parts": scorer.aimed_in_parts},
+        "aimed": aimed | {"parts": scorer.direction_passes},
         "scored": scored | {"tokens_computed": tokens, "tokens_per_s": round(tokens / (scored["seconds"] or 1))},
     }
 

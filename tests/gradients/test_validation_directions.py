@@ -35,8 +35,8 @@ def test_parts_of_the_parameters_make_the_same_directions(
         assert sum(met) == 5  # however often they pass
         found.append(scorer)
     whole, parts = found
-    assert whole.aimed_in_parts == 1
-    assert parts.aimed_in_parts > 3
+    assert whole.direction_passes == 1
+    assert parts.direction_passes > 3
     torch.testing.assert_close(parts.features_VD, whole.features_VD)
     assert whole.layer_directions.keys() == parts.layer_directions.keys()
     for layer, columns_IR in whole.layer_directions.items():
@@ -58,7 +58,7 @@ def test_exact_directions_are_made_in_parts_too(monkeypatch: pytest.MonkeyPatch)
         )
         scorer = Scorer(BUILDERS["llama_tied"](), SETTINGS, estimator="exact", score="cosine")
         scorer.aim(VALIDATION)
-        found.append((scorer.aimed_in_parts, scorer.values(scorer(groups))))
+        found.append((scorer.direction_passes, scorer.values(scorer(groups))))
     (one, whole), (several, parts) = found
     assert one == 1 < several
     np.testing.assert_allclose(parts, whole, rtol=1e-12)

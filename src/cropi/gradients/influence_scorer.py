@@ -140,26 +140,26 @@ class Scorer:
             self._directions = self._known.add(gradients.of(gradients.names))
         else:
             gradients = by_engine(self._engine, validation, self._mean, self._world, advance)
-            parts = gradients.parts(room_for_directions(self._engine, self._world))
-            self.aimed_in_parts = len(parts)
+            chunks = gradients.parameter_chunks(room_for_directions(self._engine, self._world))
+            self.direction_passes = len(chunks)
             if self.estimator == "exact":
-                self._aim_exact(gradients, parts)
+                self._aim_exact(gradients, chunks)
             else:
-                self._aim_sketch(gradients, parts, layer_directions)
+                self._aim_sketch(gradients, chunks, layer_directions)
         self.direction_reliability = dict(zip(validation, self._known.reliability_V.tolist(), strict=True))
         if self.estimator == "sketch":
             self.norms_V = self.features_VD.double().norm(dim=1).numpy()
         else:
             self.norms_V = self._known.norms_V
 
-    def _aim_exact(self, gradients: MeanGradients, parts: Sequence[Sequence[str]]) -> None:
+    def _aim_exact(self, gradients: MeanGradients, chunks: Sequence[Sequence[str]]) -> None:
         self._directions = [{} for _ in self._known.norms_V]
-        for names in parts:
+        for names in chunks:
             for direction, found in zip(self._directions, self._known.add(gradients.of(names)), strict=True):
                 direction |= found
 
     def _aim_sketch(
-        self, gradients: MeanGradients, parts: Sequence[Sequence[str]], layer_directions: Mapping[str, Tensor] | None
+        self, gradients: MeanGradients, chunks: Sequence[Sequence[str]], layer_directions: Mapping[str, Tensor] | None
     ) -> None:
         """Keep only the projected features of each direction."""
         assert self._engine is not None
@@ -168,7 +168,7 @@ class Scorer:
         self.layer_directions = {name: columns.to(device) for name, columns in given.items()}
         self._world.copy_main(self.layer_directions)
         features = []
-        for names in parts:
+        for names in chunks:
             directions = self._known.add(gradients.of(names))
             if structured and not given:
                 found = self._layer_directions(directions, gradients.mean_inputs)
@@ -177,7 +177,7 @@ class Scorer:
             self._map = self._make_map(names)
             features.append(torch.stack([project(self._map, direction) for direction in directions]).cpu())
             del directions
-        if len(parts) > 1:
+        if len(chunks) > 1:
             self._map = self._make_map()
         self.features_VD = torch.stack(features).sum(dim=0)
         self._world.copy_main({"features": self.features_VD})

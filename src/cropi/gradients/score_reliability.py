@@ -96,6 +96,8 @@ def add_reliability(
     prompts that is expected to belong there, and the share that `chance` would give.
     """
     ok = [row for row in rows.values() if row["status"] == OK]
+    if not ok:
+        return None
     settings, size = config.select, selection_size(config.select.fraction, len(rows))
     estimates = {name: np.array([row[f"influence/{name}"] for row in ok]) for name in names}
     errors = {name: np.array([row[f"standard_error/{name}"] for row in ok], dtype=np.float64) for name in names}

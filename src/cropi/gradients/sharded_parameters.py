@@ -33,7 +33,7 @@ class Turn(IntEnum):
 
 
 class ShardedParameters:
-    """How one model's parameters are sharded over processes; a single process holds them if they are not sharded."""
+    """Sharding of one model's parameters over processes; a single process if they are not sharded."""
 
     def __init__(self, model: nn.Module) -> None:
         self._modules = [module for module in model.modules() if isinstance(module, FSDPModule)]

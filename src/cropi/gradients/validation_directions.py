@@ -144,7 +144,7 @@ class MeanGradients:
         """Names of all parameters."""
         return list(self._parameters)
 
-    def parts(self, room: int) -> list[list[str]]:
+    def parameter_chunks(self, room: int) -> list[list[str]]:
         """Divide the parameters so that the dense gradients of each part fit into `room` bytes."""
         # The directions of all sets, both halves of one set in float64, and one piece.
         left = most = room // (4 * len(self._own_V) + 2 * 8 + 4)

@@ -1,4 +1,4 @@
-"""`score`: the influence of every training prompt on every validation set, at the current policy."""
+"""The score stage: influence of every training prompt on every validation set, at the current policy."""
 
 from __future__ import annotations
 
@@ -97,29 +97,29 @@ def score(
     reliability = add_reliability(config, rows, names, stage) if standard_errors else None
     write_table(folder / "scores.parquet", list(rows.values()), scores_schema(names))
     shards.remove()
-    return counts, tokens | {"reliability": reliability} | _of_scorer(scorer) | _of_rows(rows.values()) | _of_aims(
-        validation
+    return counts, tokens | {"reliability": reliability} | {"drift": policy_drift(rows.values())} | (
+        _of_scorer(scorer) | _of_aims(validation)
     )
 
 
 def _note_all(
     rows: Mapping[str, dict[str, Any]],
-    parts: Iterable[list[Row]],
+    shards: Iterable[list[Row]],
     validation: Mapping[str, Sequence[Group]],
     computed: int,
 ) -> dict[str, int]:
-    """Enter the scores of all parts; returns the tokens scored and computed, those of the validation sets included."""
+    """Enter the scores of all shards; return the tokens scored and computed, validation sets included."""
     given = sum(group.completion_tokens for groups in validation.values() for group in groups)
     tokens = {"tokens": given, "tokens_computed": computed}
-    for part in parts:
-        _note_scores(rows, part, tokens)
+    for shard in shards:
+        _note_scores(rows, shard, tokens)
     return tokens
 
 
 def _aims(
     config: Config, strategy: StrategyTable | None, trajectories: Mapping[str, pa.Table]
 ) -> dict[str, list[Group]]:
-    """The groups by whose mean gradients the pool is scored."""
+    """Return the groups whose mean gradients are the directions."""
     if strategy is not None and strategy.candidates_aimed_at:
         return candidate_groups(trajectories["train"], strategy.candidates_aimed_at, config.seed)
     return validation_groups(trajectories, config.score)
@@ -133,10 +133,6 @@ def _of_scorer(scorer: Scorer) -> dict[str, Any]:
         "normalizer": scorer.settings.normalizer,
         "direction_reliability": {name: finite_or_none(value) for name, value in scorer.direction_reliability.items()},
     }
-
-
-def _of_rows(rows: Collection[Mapping[str, Any]]) -> dict[str, Any]:
-    return {"drift": policy_drift(rows)}
 
 
 def _of_aims(validation: Mapping[str, Sequence[Group]]) -> dict[str, Any]:
@@ -197,7 +193,7 @@ class _Work:
 
 
 def _note_facts(table: pa.Table, rows: Mapping[str, dict[str, Any]]) -> list[str]:
-    """Enter what is known of the prompts before any gradient; returns those that have one."""
+    """Enter status, pass rate and length of each prompt; return the prompts with a gradient."""
     mixed = []
     for prompt_id, group in iterate_groups(table):
         row = rows[prompt_id]
@@ -210,16 +206,16 @@ def _note_facts(table: pa.Table, rows: Mapping[str, dict[str, Any]]) -> list[str
     return mixed
 
 
-def _note_scores(rows: Mapping[str, Row], part: Sequence[Row], tokens: dict[str, int]) -> None:
-    """Enter what a part holds, and count its tokens."""
-    for row in part:
+def _note_scores(rows: Mapping[str, Row], shard: Sequence[Row], tokens: dict[str, int]) -> None:
+    """Enter the scores of a shard, and count its tokens."""
+    for row in shard:
         entered = rows[row["prompt_id"]]
         entered["status"] = row["status"]
         if row["status"] == OK:
             names = (name for name in row if name not in {"tokens", "shard_tokens"})
             entered |= {name: row[name] for name in names}
         tokens["tokens"] += row["tokens"]
-    tokens["tokens_computed"] += part[0]["shard_tokens"] if part else 0
+    tokens["tokens_computed"] += shard[0]["shard_tokens"] if shard else 0
 
 
 def _check_finite(counts: Mapping[str, int]) -> None:
