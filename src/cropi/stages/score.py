@@ -97,9 +97,8 @@ def score(
     reliability = add_reliability(config, rows, names, stage) if standard_errors else None
     write_table(folder / "scores.parquet", list(rows.values()), scores_schema(names))
     shards.remove()
-    return counts, tokens | {"reliability": reliability} | {"drift": policy_drift(rows.values())} | (
-        _of_scorer(scorer) | _of_aims(validation)
-    )
+    details = {"reliability": reliability, "drift": policy_drift(rows.values())}
+    return counts, tokens | details | _of_scorer(scorer) | _of_aims(validation)
 
 
 def _note_all(
