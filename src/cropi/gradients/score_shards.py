@@ -124,7 +124,7 @@ class BlockScorer:
 
 @dataclass(frozen=True)
 class ScoreShards:
-    """The shards of a stage's scores: `shard-NNNNN.parquet` until the scores are complete, and, with `features` set to
+    """The shards of a stage's scores: `part-NNNNN.parquet` until the scores are complete, and, with `features` set to
     a dtype, `features-NNNNN.safetensors`, which stay."""
 
     folder: Path
@@ -177,7 +177,7 @@ class ScoreShards:
 
     def remove(self) -> None:
         """Remove the files that only an unfinished scoring needs. Directions stay with kept features."""
-        unneeded = [*self.folder.glob("shard-*.parquet"), self.folder / "shards.json"]
+        unneeded = [*self.folder.glob("part-*.parquet"), self.folder / "shards.json"]
         if self.features is None:
             unneeded.append(self.folder / DIRECTIONS)
         for path in unneeded:
@@ -188,7 +188,7 @@ class ScoreShards:
         return -(-len(self.prompt_ids) // SHARD_PROMPTS)
 
     def _path(self, index: int) -> Path:
-        return self.folder / f"shard-{index:05}.parquet"
+        return self.folder / f"part-{index:05}.parquet"
 
 
 def score_missing_shards(
