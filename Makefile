@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-fuzz test-slow test-ray test-deepspeed test-vllm lint docs policy clean
+.PHONY: demo test test-fuzz test-slow test-ray test-deepspeed test-vllm lint house docs policy clean
 
 demo: $(STAMP)
 	$(BIN)/cropi run quickstart
@@ -42,6 +42,9 @@ lint: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python scripts/config_reference.py --check
+
+house: $(STAMP)
+	$(BIN)/python scripts/house.py
 
 docs: $(STAMP)
 	$(BIN)/python scripts/config_reference.py

@@ -37,8 +37,8 @@ from cropi.lab.bench.machine import describe
 from cropi.policy import Policy, encode_prompts, load_policy
 from cropi.rewards.pool import judge_of
 from cropi.rollouts.generation import Sampling
+from cropi.rollouts.shards import behaviour_logprobs
 from cropi.seeds import derived_seed
-from cropi.stages.collect import behaviour_logprobs
 
 TARGETS = ("sum", "machine")
 LENGTH, TRAJECTORIES, VALIDATION_TRAJECTORIES, SAMPLES = 32, 8, 16, 24

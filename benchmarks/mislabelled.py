@@ -1,4 +1,4 @@
-"""How many of the prompts that a quickstart run selected carry a wrong answer, by arm and stage.
+"""How many of the prompts that a quickstart run selected carry a wrong answer, by stage.
 
     python benchmarks/mislabelled.py runs/quickstart
 
@@ -37,11 +37,11 @@ def main() -> None:
     config = validate_config(json.loads((run / "config.json").read_text(encoding="utf-8")), str(run))
     wrong = wrong_answers(config)
     print(f"pool: {sum(wrong.values())} of {len(wrong)} answers wrong\n")
-    print("| arm | stage | selected | wrong |\n|---|---|---|---|")
-    for path in sorted(run.glob("arms/*/stages/*/selection/selection.parquet")):
+    print("| stage | selected | wrong |\n|---|---|---|")
+    for path in sorted(run.glob("selections/stage-*/selection.parquet")):
         chosen = [row["prompt_id"] for row in read_table(path, SELECTION).to_pylist() if row["selected"]]
         share = sum(wrong[prompt_id] for prompt_id in chosen) / len(chosen)
-        print(f"| {path.parts[-5]} | {int(path.parts[-3])} | {len(chosen)} | {share:.2f} |")
+        print(f"| {path.parent.name} | {len(chosen)} | {share:.2f} |")
 
 
 if __name__ == "__main__":

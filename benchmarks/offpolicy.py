@@ -1,6 +1,6 @@
 """How far off-policy influence agrees with on-policy influence, stage by stage, with several seeds.
 
-Trains the quickstart's influence arm with each seed, keeps every stage's policy, and audits them all (`cropi audit`).
+Trains the quickstart under `influence` with each seed, keeps every stage's policy, and audits them all (`cropi audit`).
 Seeds change the base policy's trajectories, the training and the audit's own sample.
 
     python benchmarks/offpolicy.py --seeds 3 --out docs/figures/offpolicy.json
@@ -19,7 +19,7 @@ from typing import Any
 
 from cropi.lab.bench.machine import describe
 
-ONE_ARM = ["baselines=[]", "trainer.save_total_limit=100"]
+SETTINGS = ["select.strategy=influence", "trainer.save_total_limit=100"]
 MEASURES = ("spearman", "top_overlap", "sign_agreement")
 
 
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def _audit(seed: int, options: argparse.Namespace) -> dict[str, Any]:
-    overrides = [f"name=seed-{seed}", f"seed={seed}", f"run_dir={options.run_dir}", *ONE_ARM, *options.set]
+    overrides = [f"name=seed-{seed}", f"seed={seed}", f"run_dir={options.run_dir}", *SETTINGS, *options.set]
     size = ["--prompts", str(options.prompts), "--trajectories", str(options.trajectories), "--seed", str(seed)]
     for command in (["run", "quickstart", *overrides], ["audit", "quickstart", *overrides, *size]):
         subprocess.run(  # noqa: S603 - this very package's command

@@ -77,14 +77,15 @@ def load(options: argparse.Namespace, seed: int) -> Pool:
     from cropi.gradients.validation_scores import score_validation_prompts
     from cropi.lab.audit.trajectory_products import trajectory_products
     from cropi.loading import load_config
-    from cropi.pipeline import Pipeline
     from cropi.rollouts.representations import read_representations, represent
+    from cropi.stages.collect import collect
+    from cropi.stages.run import Run
 
     overrides = [f"seed={seed}", f"name=seed-{seed}", f"run_dir={options.run_dir}"]
     overrides += ["select.strategy.type=influence", f"collect.num_generations={options.trajectories}"]
     config = load_config(options.config, overrides)
-    pipeline = Pipeline(config)
-    pipeline.collect()
+    pipeline = Run(config)
+    collect(pipeline)
     validation = validation_groups(pipeline.trajectories.base, config.score)
     exact = config.model_copy(update={"score": config.score.model_copy(update={"estimator": "exact"})})
     exactly, sketched = (make_scorer(one, pipeline.base.model, pipeline.surrogate) for one in (exact, config))
@@ -96,8 +97,8 @@ def load(options: argparse.Namespace, seed: int) -> Pool:
         for one, _ in trajectory_products(exactly, groups)
     ]
     evidence, _ = score_validation_prompts(sketched, validation)
-    folder = pipeline.space.folder / "places"
-    represent(config, pipeline.base, pipeline.space.prompt_rows, folder)
+    folder = pipeline.folder.folder / "places"
+    represent(config, pipeline.base, pipeline.folder.prompt_rows, folder)
     places = read_representations(folder)
     keys = [("train", group.prompt_id) for group in groups]
     keys += [(f"validation/{row['set']}", row["prompt_id"]) for row in evidence]

@@ -30,9 +30,9 @@ from cropi.gradients.surrogate_weights import surrogate_settings
 from cropi.lab.bench.machine import describe
 from cropi.loading import load_config
 from cropi.policy import Policy, load_policy
-from cropi.stages.collect import read_trajectories
-from cropi.stages.score import score
-from cropi.workspace import Workspace
+from cropi.rollouts.shards import read_trajectories
+from cropi.run_folder import RunFolder
+from cropi.stages.score import ScoredPool, score_pool
 
 DTYPES = ("float32", "bfloat16")
 
@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     config = load_config(options.config, options.overrides)
-    space = Workspace(config)
+    space = RunFolder(config)
     trajectories = _on_policy(read_trajectories(space.trajectories))
     policies = {dtype: load_policy(config.policy.model_copy(update={"dtype": dtype})) for dtype in DTYPES}
     found: dict[str, Any] = {}
@@ -97,7 +97,7 @@ def _scores(config: Config, policy: Policy, trajectories: dict[str, pa.Table]) -
     prompts = dict.fromkeys(trajectories["train"].column("prompt_id").to_pylist(), "")
     settings = surrogate_settings(config, str(config.trainer.get("loss_type", "dapo")), True)
     with tempfile.TemporaryDirectory() as folder:
-        score(config, settings, policy.model, trajectories, prompts, Path(folder))
+        score_pool(config, settings, policy.model, ScoredPool(trajectories, prompts), Path(folder))
         names = sorted(config.prompts.validation)
         rows = read_table(Path(folder) / "scores.parquet", scores_schema(names)).to_pylist()
     if policy.device.type == "cuda":

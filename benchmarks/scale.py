@@ -52,7 +52,7 @@ def select(size: int, folder: Path, strategy: str = "influence") -> dict[str, fl
     from cropi.config import Config
     from cropi.curriculum.candidates import Candidates
     from cropi.loading import load_config
-    from cropi.stages.select import select as choose_and_write
+    from cropi.stages.select import choose_prompts
 
     generator = np.random.default_rng(0)
     ids = [f"{number:016x}" for number in range(size)]
@@ -78,7 +78,7 @@ def select(size: int, folder: Path, strategy: str = "influence") -> dict[str, fl
             return {"messages": '"a problem"', "answer": "7"}
 
     started, used = time.perf_counter(), time.process_time()
-    choose_and_write(config, config.select.strategy, candidates, Prompts(), folder)
+    choose_prompts(config, candidates, Prompts(), folder)
     seconds, cpu_s = time.perf_counter() - started, time.process_time() - used
     return {"seconds": seconds, "cpu_s": cpu_s, "stored_bytes": stored(folder)}
 

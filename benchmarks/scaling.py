@@ -47,7 +47,6 @@ def settings(prompts: int, validation: int, strategy: str) -> list[str]:
         "score.standard_errors=false",
         f"select.strategy={{type: {strategy}}}",
         "collect.shard_prompts=32",
-        "baselines=[]",
     ]
 
 
@@ -68,7 +67,7 @@ def scored(processes: int, options: list[str], folders: list[Path]) -> list[dict
     from cropi.artifacts import read_jsonl
 
     for cwd in folders:
-        shutil.rmtree(cwd / RUN / "arms", ignore_errors=True)
+        shutil.rmtree(cwd / RUN / "scores", ignore_errors=True)
     started = time.perf_counter()
     jobs = [start(processes, "score", options, cwd) for cwd in folders]
     found = []
@@ -77,7 +76,7 @@ def scored(processes: int, options: list[str], folders: list[Path]) -> list[dict
             raise RuntimeError(f"scoring in {cwd} ended with {job.returncode}")
         whole = time.perf_counter() - started
         entry = [line for line in read_jsonl(cwd / RUN / "ledger.jsonl") if "computed_tokens" in line][-1]
-        (scores,) = (cwd / RUN / "arms").glob("*/stages/000/scores/scores.parquet")
+        scores = cwd / RUN / "scores/stage-000/scores.parquet"
         found.append(
             {
                 "seconds": entry["seconds"] / entry.get("processes", 1),

@@ -13,13 +13,14 @@ from typing import Any
 
 from cropi.rewards.verdicts import Judge, Judgement
 
-# Four families, one of them the target; two stages of three steps; under half a minute for all arms.
+# Four families, one of them the target; two stages of three steps.
 SMALL = [
     "prompts.train=[{type: builtin, families: [sum, parity, count, machine], count: 12, seed: 1, label_noise: 0.25}]",
     "prompts.validation={sum: [{type: builtin, families: [sum], count: 6, seed: 2}]}",
     "prompts.test={sum: {sources: [{type: builtin, families: [sum], count: 16, seed: 3}]}}",
     "collect.validation_num_generations=8",
     "collect.shard_prompts=16",
+    "select.strategy={type: influence}",
     "select.fraction=0.25",
     "train.stages=2",
     "train.steps_per_stage=3",
@@ -71,10 +72,10 @@ def judge(verdict: Callable[[str, str], str]) -> Judge:
 
 
 def selections(folder: Path) -> dict[str, bytes]:
-    """Selection files of all arms and stages, by path."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.glob("arms/*/stages/*/selection/sel*"))}
+    """Selection files of all stages, by path."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.glob("selections/stage-*/sel*"))}
 
 
 def evaluations(folder: Path) -> dict[str, bytes]:
-    """Evaluation files of all arms, by path."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.glob("**/evaluation/step-*.parquet"))}
+    """Evaluation files, by path."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.glob("evaluations/step-*.parquet"))}

@@ -15,7 +15,9 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 
 from cropi.artifacts import OK, TRUNCATED
 from cropi.loading import load_config
-from cropi.pipeline import Pipeline
+from cropi.pipeline import score_stage, train_all
+from cropi.stages.collect import collect
+from cropi.stages.run import Run
 from tests.runs import selections
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]  # padding and an end, start, end
@@ -64,7 +66,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def pipeline(folder: Path, run: Path, *overrides: str) -> Pipeline:
+def pipeline(folder: Path, run: Path, *overrides: str) -> Run:
     settings = {
         "name": "chat",
         "run_dir": str(run),
@@ -96,23 +98,22 @@ def pipeline(folder: Path, run: Path, *overrides: str) -> Pipeline:
     path = run / "chat.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(settings))
-    return Pipeline(load_config(str(path), overrides))
+    return Run(load_config(str(path), overrides))
 
 
 def trained(folder: Path, run: Path, *overrides: str) -> tuple[dict[str, bytes], dict[str, torch.Tensor]]:
     made = pipeline(folder, run, *overrides)
-    made.collect()
-    (arm,) = made.space.arms.values()
-    last = made.train(arm)
-    made.space.unlock()
+    collect(made)
+    last = train_all(made)
+    made.folder.unlock()
     return selections(run / "chat"), load_file(last / "model.safetensors")
 
 
 def test_completions_end_where_the_model_says_and_prompts_are_its_template_s(folder: Path, tmp_path: Path) -> None:
     made = pipeline(folder, tmp_path)
-    made.collect()
+    collect(made)
     rows = made.trajectories.base["train"].to_pylist()
-    made.space.unlock()
+    made.folder.unlock()
     words = dict(enumerate([*SPECIAL, *WORDS]))
     text = " ".join(words[token] for token in rows[0]["prompt_ids"])
     assert text.startswith("<|im_start|> system \n be brief <|im_end|> \n <|im_start|> user")
@@ -146,14 +147,13 @@ def test_asked_in_bfloat16_and_trained_in_float32(folder: Path, tmp_path: Path) 
     _, weights = trained(folder, tmp_path, *options)
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
     made = pipeline(folder, tmp_path, *options)
-    (arm,) = made.space.arms.values()
-    within = parquet.read_table(arm.scores(1) / "scores.parquet").to_pylist()
-    shutil.rmtree(arm.scores(1))
-    policy, origin = made.policy_at(arm, 1, None)
+    within = parquet.read_table(made.paths.scores(1) / "scores.parquet").to_pylist()
+    shutil.rmtree(made.paths.scores(1))
+    policy, origin = made.policy_at(1, None)
     assert policy.model.dtype == made.base.model.dtype == torch.bfloat16
-    made.score(arm, 1, policy.model, origin)
-    made.space.unlock()
-    assert parquet.read_table(arm.scores(1) / "scores.parquet").to_pylist() == within
+    score_stage(made, 1, policy.model, origin)
+    made.folder.unlock()
+    assert parquet.read_table(made.paths.scores(1) / "scores.parquet").to_pylist() == within
 
 
 def test_small_steps_are_kept_in_float32_and_lost_in_bfloat16(folder: Path, tmp_path: Path) -> None:

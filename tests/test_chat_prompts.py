@@ -22,8 +22,10 @@ from cropi.config import Config
 from cropi.errors import DataError, PolicyError
 from cropi.inspection import check_run
 from cropi.loading import validate_config
-from cropi.pipeline import Pipeline
+from cropi.pipeline import train_all
 from cropi.policy import encode_prompts
+from cropi.stages.collect import collect
+from cropi.stages.run import Run
 from cropi.stages.train import Staged
 from cropi.trl import CurriculumTrainer, Selector
 
@@ -155,8 +157,8 @@ def config(folder: Path, run: Path, train: list[Any], validation: list[Any], tes
     return validate_config(values, "test")
 
 
-def pipeline(folder: Path, run: Path, train: list[Any], validation: list[Any], **prompts: Any) -> Pipeline:
-    return Pipeline(config(folder, run, train, validation, rows(range(90, 92)), **prompts))
+def pipeline(folder: Path, run: Path, train: list[Any], validation: list[Any], **prompts: Any) -> Run:
+    return Run(config(folder, run, train, validation, rows(range(90, 92)), **prompts))
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -166,13 +168,12 @@ def test_a_run_stores_and_trains_on_the_whole_row(
     tokenizer = tokenizer_of(folder, TEMPLATES[name])
     train, validation = rows(range(10)), rows(range(50, 55))
     made = pipeline(folder, tmp_path, train, validation)
-    made.collect()
+    collect(made)
     stored = {s: {tuple(row["prompt_ids"]) for row in table.to_pylist()} for s, table in made.trajectories.base.items()}
     assert stored["train"] == {expected(tokenizer, row) for row in train}
     assert stored["validation/mine"] == {expected(tokenizer, row) for row in validation}
-    (arm,) = made.space.arms.values()
-    made.train(arm)
-    made.space.unlock()
+    train_all(made)
+    made.folder.unlock()
     assert seen == stored["train"]
 
 
@@ -249,8 +250,8 @@ def test_plain_text_that_would_lose_a_key_is_refused(folder: Path, tmp_path: Pat
     tokenizer_of(folder, RICH)
     made = pipeline(folder, tmp_path, rows([number]), rows([50]), chat=False)
     with pytest.raises(DataError, match=r"no place for the messages' (name|reasoning|tool_calls)"):
-        made.collect()
-    made.space.unlock()
+        collect(made)
+    made.folder.unlock()
     assert not (tmp_path / "chat" / "trajectories" / "manifest.json").exists()
 
 
@@ -267,7 +268,7 @@ def test_text_beside_chat_messages_is_the_user_s_turn(
     """In a run with a chat template, wherever it stands."""
     tokenizer = tokenizer_of(folder, RICH)
     made = pipeline(folder, tmp_path, train, validation)
-    made.collect()
+    collect(made)
     for name, held in (("train", train), ("validation/mine", validation)):
         asked = [
             row if isinstance(row["prompt"], list) else {"prompt": [{"role": "user", "content": row["prompt"]}]}
@@ -275,9 +276,8 @@ def test_text_beside_chat_messages_is_the_user_s_turn(
         ]
         stored = {tuple(row["prompt_ids"]) for row in made.trajectories.base[name].to_pylist()}
         assert stored == {expected(tokenizer, row) for row in asked}
-    (arm,) = made.space.arms.values()
-    made.train(arm)
-    made.space.unlock()
+    train_all(made)
+    made.folder.unlock()
     assert seen == {tuple(row["prompt_ids"]) for row in made.trajectories.base["train"].to_pylist()}
 
 
@@ -288,9 +288,9 @@ def test_check_warns_where_chat_messages_become_plain_text(
     given = config(folder, tmp_path, [*TEXTS, CHATS[0]], CHATS, TEXTS[:1])
     (told,) = [text for text in check_run(given).warnings if "no chat template" in text]
     assert "7 prompts" in told
-    made = Pipeline(given)
-    made.collect()
-    made.space.unlock()
+    made = Run(given)
+    collect(made)
+    made.folder.unlock()
     assert told in capsys.readouterr().err
     for values in ({"chat": False}, {}):
         silent = config(folder, tmp_path / "silent", TEXTS, CHATS if values else TEXTS, TEXTS[:1], **values)

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs import SMALL, cropi, cropi_process, evaluations, selections
+from tests.runs import SMALL, cropi, cropi_process, evaluations, json_lines, selections
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small finished run with all arms."""
+    """A small finished run."""
     cwd = tmp_path_factory.mktemp("run")
     done = cropi_process("run", "quickstart", *SMALL, cwd=cwd)
     assert done.returncode == 0, done.stderr
@@ -31,23 +31,20 @@ def test_a_run_ends_with_headline_report_and_all_files(finished: Path) -> None:
     output = (finished / "stdout").read_text()
     assert "report: runs/quickstart/report.html" in output
     assert "`influence`" in output
-    assert "random" in output
-    for arm in ("influence", "full", "random"):
-        assert (folder / "arms" / arm / "checkpoints" / "checkpoint-6" / "model.safetensors").is_file()
-        steps = [json.loads(line)["step"] for line in (folder / "arms" / arm / "steps.jsonl").read_text().splitlines()]
-        assert steps == [1, 2, 3, 4, 5, 6]
-        names = sorted(path.name for path in (folder / "arms" / arm / "evaluation").iterdir())
-        assert names == ["manifest.json", "step-000002.parquet", "step-000004.parquet", "step-000006.parquet"]
+    assert (folder / "checkpoints" / "checkpoint-6" / "model.safetensors").is_file()
+    assert [row["step"] for row in json_lines(folder / "steps.jsonl")] == [1, 2, 3, 4, 5, 6]
+    names = sorted(path.name for path in (folder / "evaluations").iterdir())
+    assert names == ["manifest.json", *(f"step-00000{step}.parquet" for step in (0, 2, 4, 6))]
     assert (folder / "report.html").stat().st_size > 10_000
     assert json.loads((folder / "summary.json").read_text())
 
 
 def test_training_saw_only_the_selection_of_its_stage(finished: Path) -> None:
-    folder = finished / "runs" / "quickstart" / "arms" / "influence"
+    folder = finished / "runs" / "quickstart"
     for stage in range(2):
         chosen = {
             json.loads(line)["prompt_id"]
-            for line in (folder / "stages" / f"{stage:03}" / "selection" / "selected.jsonl").read_text().splitlines()
+            for line in (folder / "selections" / f"stage-{stage:03}" / "selected.jsonl").read_text().splitlines()
         }
         rows = [json.loads(line) for line in (folder / "rewards.jsonl").read_text().splitlines()]
         seen = {i for row in rows if stage * 3 <= row["step"] < stage * 3 + 3 for i in row["prompt_ids"]}
@@ -78,7 +75,7 @@ def test_two_runs_with_one_seed_select_byte_identically(finished: Path, tmp_path
     for verb in (["collect"], ["score"], ["select"]):
         done = cropi(*verb, "quickstart", *SMALL, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
-    path = "runs/quickstart/arms/influence/stages/000/selection/selection.parquet"
+    path = "runs/quickstart/selections/stage-000/selection.parquet"
     assert (tmp_path / path).read_bytes() == (finished / path).read_bytes()
 
 
@@ -125,12 +122,12 @@ def test_a_moved_run_goes_on_and_a_busy_one_is_refused(finished: Path, tmp_path:
 
 def test_a_lost_final_evaluation_is_made_again(finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished / "runs", tmp_path / "runs")
-    path = tmp_path / "runs/quickstart/arms/influence/evaluation/step-000006.parquet"
+    path = tmp_path / "runs/quickstart/evaluations/step-000006.parquet"
     whole = path.read_bytes()
     path.write_bytes(whole[:-30])
     done = cropi("run", "quickstart", *SMALL, cwd=tmp_path)
     assert done.returncode == 2
-    assert f"Fix: delete runs/quickstart/arms/influence/evaluation/{path.name}" in done.stderr
+    assert f"Fix: delete runs/quickstart/evaluations/{path.name}" in done.stderr
     path.unlink()
     assert cropi("run", "quickstart", *SMALL, cwd=tmp_path).returncode == 0
     assert path.read_bytes() == whole
@@ -139,11 +136,11 @@ def test_a_lost_final_evaluation_is_made_again(finished: Path, tmp_path: Path) -
 @pytest.mark.slow
 def test_a_checkpoint_from_elsewhere_is_scored_and_selected_by_itself(finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished / "runs", tmp_path / "runs")
-    other = ["--checkpoint", "runs/quickstart/arms/full/checkpoints/checkpoint-6"]
+    other = ["--checkpoint", "runs/quickstart/checkpoints/checkpoint-6"]
     for verb in ("score", "select", "evaluate"):
         done = cropi(verb, "quickstart", *SMALL, *other, "--json", cwd=tmp_path)
         assert done.returncode == 0, done.stderr
-    assert len(list((tmp_path / "runs/quickstart/checkpoints").iterdir())) == 1
+    assert len(list((tmp_path / "runs/quickstart/other-checkpoints").iterdir())) == 1
     assert selections(tmp_path) == selections(finished)
     early = cropi("select", "quickstart", *SMALL, "name=new", "--stage", "1", cwd=tmp_path)
     assert early.returncode == 2

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from cropi.config import PassRateStrategy, PooledStrategy, config_difference
+from cropi.config import FullStrategy, PooledStrategy, config_difference
 from cropi.errors import ConfigError
 from cropi.loading import load_config, parse_verifier, recipe_names, validate_config
 from cropi.presets import TYPES, merged, presets
@@ -39,7 +39,6 @@ def test_overrides_reach_lists_tables_and_the_trainer() -> None:
         ("prompts.train.7.count=1", "no position in a list of 1"),
         ("seed.x=1", "single value"),
         ("seed", "key.path=value"),
-        ("baselines=[{type: full}, {type: full}]", "is named twice"),
         ("prompts.validation={a/b: [{type: file, path: x.jsonl}]}", "the set name 'a/b'"),
         ("select.strategy={type: pass_rate, low: 0.9, high: 0.1}", "must not exceed"),
         ("name=../evil", "name is '../evil'"),
@@ -95,7 +94,7 @@ def test_no_setting_lets_a_models_code_run(override: str) -> None:
         "verification.processes=99999999",
         "verification.seconds=1e300",
         "name=" + "x" * 300,
-        "baselines=[{type: full, name: " + "x" * 300 + "}]",
+        "select.strategy={type: full, name: " + "x" * 300 + "}",
         "prompts.test={" + "x" * 300 + ": {sources: [{type: file, path: x.jsonl}]}}",
         "trainer.learning_rate=.inf",
         "trainer.lr_scheduler_kwargs={a: .nan}",
@@ -224,15 +223,14 @@ def test_odd_positions_and_bytes_of_a_command_line_are_refused(override: str) ->
 @pytest.mark.parametrize("name", [name for name in presets() if name not in TYPES])
 @pytest.mark.parametrize("path", ["select.strategy.type={}", "select.strategy={{type: {}}}", "select.strategy={}"])
 def test_a_preset_is_named_as_a_strategys_type(name: str, path: str) -> None:
-    config = load_config("quickstart", ["baselines=[]", path.format(name)])
-    patched = merged(load_config("quickstart", ["baselines=[]"]).resolved(), presets()[name]["config"])
+    config = load_config("quickstart", [path.format(name)])
+    patched = merged(load_config("quickstart", ["select.strategy=full"]).resolved(), presets()[name]["config"])
     patched["select"]["strategy"]["name"] = name
     assert config == validate_config(patched, "test")
 
 
 def test_a_strategy_is_given_by_its_name_alone() -> None:
-    config = load_config("quickstart", ["select.strategy=full", "baselines=[random, {type: pass_rate}]"])
-    assert list(config.arms) == ["full", "random", "pass_rate"]
+    assert load_config("quickstart", ["select.strategy=full"]).select.strategy == FullStrategy(type="full")
     with pytest.raises(ConfigError, match="did you mean 'full'"):
         load_config("quickstart", ["select.strategy=fulll"])
 
@@ -243,13 +241,6 @@ def test_what_a_command_line_says_goes_before_what_its_preset_says() -> None:
     )
     assert (config.collect.fraction, config.collect.num_generations) == (0.5, 4)
     assert config.select.strategy == PooledStrategy(type="pooled", name="cropi", screen=0)
-
-
-def test_a_preset_is_named_as_a_baseline_where_it_sets_a_strategy_alone() -> None:
-    config = load_config("quickstart", ["baselines=[{type: pass-rate, low: 0.3}]"])
-    assert config.baselines == (PassRateStrategy(type="pass_rate", name="pass-rate", low=0.3),)
-    with pytest.raises(ConfigError, match=r"baselines.1: the preset cropi also sets collect"):
-        load_config("quickstart", ["baselines=[{type: full}, {type: cropi}]"])
 
 
 def test_an_unknown_strategy_is_told_the_nearest_preset_too() -> None:

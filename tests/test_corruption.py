@@ -12,15 +12,14 @@ from typing import Any
 import pytest
 
 from cropi.artifacts import read_jsonl
-from cropi.pipeline import Pipeline
+from cropi.stages import train
+from cropi.stages.run import Run
 from tests.runs import SMALL, cropi, evaluations, selections
 
 RUN = Path("runs/quickstart")
-ARM = RUN / "arms/influence"
 LAST = Path("checkpoints/checkpoint-6")
 SETTINGS = [
     *SMALL,
-    "baselines=[{type: random}]",
     "prompts.train=[{type: builtin, families: [sum, parity], count: 12, seed: 1}]",
     "score.standard_errors=false",
     "refresh.reuse_rollouts=true",
@@ -35,15 +34,15 @@ DAMAGES = ("flip", "cut", "empty", "remove", "swap")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """(a run that ends, one that was interrupted while it measured its fourth step)."""
     whole, half = tmp_path_factory.mktemp("whole"), tmp_path_factory.mktemp("half")
-    measure = Pipeline._evaluate
+    measure = train._evaluate
 
-    def interrupted(pipeline: Pipeline, model: object, step: int, *rest: object) -> object:
+    def interrupted(run: Run, step: int, model: Any) -> None:
         if step == 4:
             raise KeyboardInterrupt
-        return measure(pipeline, model, step, *rest)  # type: ignore[arg-type]
+        measure(run, step, model)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(Pipeline, "_evaluate", interrupted)
+        patched.setattr(train, "_evaluate", interrupted)
         assert cropi("run", "quickstart", *SETTINGS, cwd=half).returncode == 130
     done = cropi("run", "quickstart", *SETTINGS, cwd=whole)
     assert done.returncode == 0, done.stderr
@@ -52,11 +51,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 def results(cwd: Path) -> dict[str, object]:
     """All that an undisturbed run ends with but for what it cost."""
-    arms = sorted((cwd / RUN / "arms").iterdir())
-    rewards = {f"rewards of {arm.name}": read_jsonl(arm / "rewards.jsonl") for arm in arms}
-    weights = {f"weights of {arm.name}": (arm / LAST / "model.safetensors").read_bytes() for arm in arms}
+    trained = {"rewards": read_jsonl(cwd / RUN / "rewards.jsonl")}
+    trained["weights"] = [(cwd / RUN / LAST / "model.safetensors").read_bytes()]
     summary = without_costs(json.loads((cwd / RUN / "summary.json").read_text()))
-    return {**selections(cwd / RUN), **evaluations(cwd / RUN), **rewards, **weights, "summary": summary}
+    return {**selections(cwd / RUN), **evaluations(cwd / RUN), **trained, "summary": summary}
 
 
 def without_costs(value: Any) -> Any:
@@ -115,17 +113,17 @@ def ends_wrongly(runs: tuple[Path, Path], name: str, kind: str, cwd: Path) -> st
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
-        (ARM / "rewards.jsonl", "flip"),
-        (ARM / "rewards.jsonl", "cut"),
-        (ARM / "steps.jsonl", "remove"),
+        (RUN / "rewards.jsonl", "flip"),
+        (RUN / "rewards.jsonl", "cut"),
+        (RUN / "steps.jsonl", "remove"),
         (RUN / "ledger.jsonl", "flip"),
-        (ARM / "evaluation/step-000002.parquet", "flip"),
-        (ARM / "evaluation/step-000002.parquet", "swap"),
-        (RUN / "evaluation/step-000000.parquet", "flip"),
-        (ARM / "checkpoints/checkpoint-3/model.safetensors", "flip"),
-        (ARM / "checkpoints/checkpoint-3/optimizer.pt", "swap"),
-        (ARM / "checkpoints/checkpoint-3/rng_state.pth", "swap"),
-        (ARM / "stages/000/selection/selection.parquet", "swap"),
+        (RUN / "evaluations/step-000002.parquet", "flip"),
+        (RUN / "evaluations/step-000002.parquet", "swap"),
+        (RUN / "evaluations/step-000000.parquet", "flip"),
+        (RUN / "checkpoints/checkpoint-3/model.safetensors", "flip"),
+        (RUN / "checkpoints/checkpoint-3/optimizer.pt", "swap"),
+        (RUN / "checkpoints/checkpoint-3/rng_state.pth", "swap"),
+        (RUN / "selections/stage-000/selection.parquet", "swap"),
         (RUN / "environment.json", "flip"),
     ],
 )

@@ -15,13 +15,16 @@ import torch
 from cropi.artifacts import write_json
 from cropi.errors import ConfigError, UserError
 from cropi.loading import load_config
-from cropi.pipeline import Pipeline
+from cropi.pipeline import score_stage
 from cropi.policy import Policy, load_policy
+from cropi.stages.collect import collect
+from cropi.stages.run import Run
+from cropi.stages.select import select
 from cropi.workers import Workers
 from tests.elsewhere import Here
 from tests.runs import SMALL
 
-RUN = [*SMALL, "baselines=[]", "collect.shard_prompts=8"]
+RUN = [*SMALL, "collect.shard_prompts=8"]
 
 # 68 of 72 training prompts have a signal: two parts.
 POOL = [
@@ -43,38 +46,38 @@ MORE_WAYS = {
 }
 
 
-def pipeline(folder: Path, *overrides: str, workers: Workers | None = None) -> Pipeline:
+def pipeline(folder: Path, *overrides: str, workers: Workers | None = None) -> Run:
     torch.set_num_threads(1)
-    return Pipeline(load_config("quickstart", [*overrides, f"run_dir={folder}"]), workers=workers)
+    return Run(load_config("quickstart", [*overrides, f"run_dir={folder}"]), workers=workers)
 
 
 def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def tokens(run: Pipeline) -> list[Any]:
+def tokens(run: Run) -> list[Any]:
     names = ("phase", "passes", "tokens", "prompt_tokens")
-    return sorted([entry[name] for name in names] for entry in run.space.ledger.entries())
+    return sorted([entry[name] for name in names] for entry in run.folder.ledger.entries())
 
 
 def test_shards_made_elsewhere_are_those_of_one_process_and_outlive_an_interruption(tmp_path: Path) -> None:
     alone = pipeline(tmp_path / "alone", *RUN)
-    alone.collect()
+    collect(alone)
     killed = Here(stop=3)
     run = pipeline(tmp_path / "run", *RUN, workers=killed)
     with pytest.raises(KeyboardInterrupt):
-        run.collect()
-    run.space.unlock()
-    parts = {path: path.stat().st_mtime_ns for path in run.space.trajectories.glob("part-*")}
+        collect(run)
+    run.folder.unlock()
+    parts = {path: path.stat().st_mtime_ns for path in run.folder.trajectories.glob("part-*")}
     assert len(parts) == 3
     workers = Here()
     again = pipeline(tmp_path / "run", *RUN, workers=workers)
-    again.collect()
+    collect(again)
     assert len(workers.made) == 4
     assert all(path.stat().st_mtime_ns == before for path, before in parts.items())
-    assert files(again.space.trajectories) == files(alone.space.trajectories)
+    assert files(again.folder.trajectories) == files(alone.folder.trajectories)
     assert tokens(again) == tokens(alone)
-    charged = sum(entry["seconds"] for entry in again.space.ledger.entries())
+    charged = sum(entry["seconds"] for entry in again.folder.ledger.entries())
     assert charged == pytest.approx(workers.seconds + killed.seconds)
 
 
@@ -82,8 +85,8 @@ def test_shards_made_elsewhere_are_those_of_one_process_and_outlive_an_interrupt
 def collected(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("collected")
     run = pipeline(folder, *POOL)
-    run.collect()
-    run.space.unlock()
+    collect(run)
+    run.folder.unlock()
     return folder / "quickstart"
 
 
@@ -94,12 +97,11 @@ def scored(collected: Path, folder: Path, overrides: list[str], workers: Workers
         shutil.copytree(collected, config.folder)
         write_json(config.folder / "config.json", config.resolved())
     run = pipeline(folder, *POOL, *overrides, workers=workers)
-    run.collect()
-    arm = run.arm_at(0, None)
-    run.score(arm, 0, run.base.model, "base")
-    run.select(arm, 0)
-    run.space.unlock()
-    return files(arm.folder)
+    collect(run)
+    score_stage(run, 0, run.base.model, "base")
+    select(run, 0)
+    run.folder.unlock()
+    return files(run.paths.folder)
 
 
 @pytest.mark.parametrize("way", [*WAYS, *(pytest.param(way, marks=pytest.mark.slow) for way in MORE_WAYS)])
@@ -116,12 +118,11 @@ def test_scoring_goes_on_where_it_stopped_and_charges_the_workers(collected: Pat
         scored(collected, tmp_path / "run", [], Here(stop=1))
     workers = Here()
     run = pipeline(tmp_path / "run", *POOL, workers=workers)
-    arm = run.arm_at(0, None)
-    run.score(arm, 0, run.base.model, "base")
-    run.select(arm, 0)
+    score_stage(run, 0, run.base.model, "base")
+    select(run, 0)
     assert workers.made == [0]
-    assert files(arm.folder) == alone
-    phases = [entry["phase"] for entry in run.space.ledger.entries()]
+    assert files(run.paths.folder) == alone
+    phases = [entry["phase"] for entry in run.folder.ledger.entries()]
     assert [phase for phase in phases if phase != "collect"] == ["score", "score", "select"]
 
 
@@ -134,13 +135,15 @@ def test_a_checkpoint_s_weights_travel_with_the_order(collected: Path, tmp_path:
     policy.tokenizer.save_pretrained(tmp_path / "checkpoint")
     found = []
     for place, workers in (("alone", None), ("elsewhere", Here())):
-        shutil.copytree(collected, tmp_path / place / "quickstart", ignore=shutil.ignore_patterns("arms"))
+        shutil.copytree(
+            collected, tmp_path / place / "quickstart", ignore=shutil.ignore_patterns("scores", "selections")
+        )
         run = pipeline(tmp_path / place, *POOL, workers=workers)
-        arm = run.arm_at(0, tmp_path / "checkpoint")
-        asked, origin = run.policy_at(arm, 0, tmp_path / "checkpoint")
+        run = run.at_checkpoint(0, tmp_path / "checkpoint")
+        asked, origin = run.policy_at(0, tmp_path / "checkpoint")
         assert isinstance(asked, Policy)
-        run.score(arm, 0, asked.model, origin)
-        found.append(files(arm.folder))
+        score_stage(run, 0, asked.model, origin)
+        found.append(files(run.paths.folder))
     assert found[0] == found[1]
 
 
@@ -159,10 +162,10 @@ def test_an_engine_of_the_workers_own_is_refused(tmp_path: Path, monkeypatch: py
     monkeypatch.setitem(sys.modules, "vllm", installed)
     run = pipeline(tmp_path, *RUN, "collect.vllm={}", workers=Here())
     with pytest.raises(ConfigError, match="vllm serve"):
-        run.collect()
+        collect(run)
 
 
 def test_a_verifier_that_workers_lack_is_said_as_anywhere(tmp_path: Path) -> None:
     run = pipeline(tmp_path, *RUN, "verifier={type: function, path: nowhere.at_all}", workers=Here())
     with pytest.raises(UserError, match=r"verifier: the verifier cannot be set up: .*nowhere.* \(on .+\)"):
-        run.collect()
+        collect(run)

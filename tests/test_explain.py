@@ -16,7 +16,6 @@ from tests.runs import SMALL, cropi
 ONE_STAGE = [
     *SMALL,
     "score.standard_errors=true",
-    "baselines=[]",
     "train.stages=1",
     "train.steps_per_stage=2",
     "evaluate.every=2",
@@ -39,13 +38,12 @@ def explained(*arguments: str, cwd: Path) -> list[dict]:
 
 
 def test_what_is_explained_agrees_with_the_files(finished: Path, tmp_path: Path) -> None:
-    stage = finished / "arms/influence/stages/000"
-    selection = pq.read_table(stage / "selection/selection.parquet").to_pylist()
-    scores = {row["prompt_id"]: row for row in pq.read_table(stage / "scores/scores.parquet").to_pylist()}
+    selection = pq.read_table(finished / "selections/stage-000/selection.parquet").to_pylist()
+    scores = {row["prompt_id"]: row for row in pq.read_table(finished / "scores/stage-000/scores.parquet").to_pylist()}
     found = explained(str(finished), *(row["prompt_id"] for row in selection), cwd=tmp_path)
     trained = [
         prompt_id
-        for line in (finished / "arms/influence/rewards.jsonl").read_text().splitlines()
+        for line in (finished / "rewards.jsonl").read_text().splitlines()
         for prompt_id in json.loads(line)["prompt_ids"]
     ]
     for row, prompt in zip(selection, found, strict=True):
@@ -76,7 +74,6 @@ def test_the_best_without_ids_and_as_text(finished: Path, tmp_path: Path) -> Non
         (["nosuchprompt"], "no training prompt 'nosuchprompt'"),
         (["x", "--top", "3"], "leave one of them out"),
         (["--stage", "1"], "give 0 to 0"),
-        (["--arm", "full"], "give one of: influence"),
     ],
 )
 def test_mistakes_exit_2(finished: Path, arguments: list[str], message: str, tmp_path: Path) -> None:

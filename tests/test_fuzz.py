@@ -17,8 +17,9 @@ import yaml
 from cropi.errors import UserError
 from cropi.loading import load_config
 from cropi.prompts import checked_prompts
-from cropi.stages.collect import plan, sampled_prompts
-from cropi.stages.given import Given, questions
+from cropi.rollouts.shards import plan, sampled_prompts
+from cropi.stages.evaluate import questions
+from cropi.stages.run import Setup
 from tests.runs import cropi
 
 pytestmark = pytest.mark.usefixtures("rehearsal")
@@ -39,7 +40,6 @@ TINY: dict[str, Any] = {
     "verification": {"processes": 1},
     "collect": {"num_generations": 8, "validation_num_generations": 8, "max_completion_length": 24},
     "select": {"strategy": {"type": "influence"}, "fraction": 0.5},
-    "baselines": [{"type": "full"}],
     "train": {"stages": 2, "steps_per_stage": 1},
     "trainer": {"num_generations": 4, "per_device_train_batch_size": 8, "learning_rate": 1e-4, "beta": 0.0},
     "evaluate": {"bootstrap": 50},
@@ -145,10 +145,10 @@ def test_a_mutated_config_is_used_or_refused(chunk: int, tmp_path: Path, monkeyp
         began = time.process_time()
         try:
             config = load_config(str(path))
-            given = Given.named_by(config)
+            setup = Setup.of(config)
             rows = checked_prompts(config).rows
-            plan(config, given.policy, rows, sampled_prompts(config, rows))
-            questions(config, given.policy, [row for row in rows if row["set"].startswith("test/")])
+            plan(config, setup.policy, rows, sampled_prompts(config, rows))
+            questions(config, setup.policy, [row for row in rows if row["set"].startswith("test/")])
             accepted.append(path)
         except UserError as error:
             messages.append(str(error))

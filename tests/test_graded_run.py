@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,8 @@ import cropi as library
 from cropi.artifacts import OK, read_jsonl, read_table, scores_schema
 from cropi.builtin import POLICY_DIR
 from cropi.gradients.groups import Group, iterate_groups
-from cropi.stages.collect import read_trajectories
+from cropi.loading import load_config
+from cropi.rollouts.shards import read_trajectories
 from tests.rewards.functions import near
 from tests.runs import SMALL, cropi
 
@@ -25,7 +27,6 @@ GRADED = [
     f"verifier={{type: function, path: tests.rewards.functions.near, graded: true, threshold: {THRESHOLD}}}",
     "score={estimator: exact, normalizer: sequence, advantage_std: true}",
     "select.strategy={type: influence}",
-    "baselines=[{type: learnability, rescore: true}]",
     "run_dir=runs",
 ]
 
@@ -57,7 +58,7 @@ def test_trajectories_hold_the_function_s_values(run: Path) -> None:
 
 def test_scores_are_the_gradients_of_the_mean_grade(run: Path) -> None:
     """By autograd, through the library's reference; and not those of the verdicts."""
-    scores = read_table(run / "arms/influence/stages/000/scores/scores.parquet", scores_schema(["sum"])).to_pylist()
+    scores = read_table(run / "scores/stage-000/scores.parquet", scores_schema(["sum"])).to_pylist()
     stored, validation = groups(run, "train"), list(groups(run, "validation/sum").values())
     chosen = [row for row in scores if row["status"] == OK][:6]
     policy = AutoModelForCausalLM.from_pretrained(POLICY_DIR)
@@ -68,14 +69,21 @@ def test_scores_are_the_gradients_of_the_mean_grade(run: Path) -> None:
 
 
 def test_training_is_rewarded_by_grades_and_evaluation_counts_what_is_right(run: Path) -> None:
-    rewards = [value for row in read_jsonl(run / "arms" / "influence" / "rewards.jsonl") for value in row["rewards"]]
+    rewards = [value for row in read_jsonl(run / "rewards.jsonl") for value in row["rewards"]]
     assert any(0 < value < 1 for value in rewards)
     right = {row["greedy"] for path in run.glob("**/step-*.parquet") for row in pq.read_table(path).to_pylist()}
     assert right == {0, 1}
 
 
-def test_learnability_is_the_variance_of_the_grades(run: Path) -> None:
-    rows = pq.read_table(run / "arms/learnability/stages/000/selection/selection.parquet").to_pylist()
+def test_learnability_is_the_variance_of_the_grades(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run / "trajectories", tmp_path / "runs/quickstart/trajectories")
+    shutil.copytree(run / "prompts", tmp_path / "runs/quickstart/prompts")
+    strategy = "select.strategy={type: learnability}"
+    config = load_config("quickstart", [*GRADED, strategy, f"run_dir={tmp_path / 'runs'}"])
+    (tmp_path / "runs/quickstart/config.json").write_text(json.dumps(config.resolved()))
+    done = cropi("select", "quickstart", *GRADED, strategy, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = pq.read_table(tmp_path / "runs/quickstart/selections/stage-000/selection.parquet").to_pylist()
     stored = groups(run, "train")
     for row in rows:
         assert row["score"] == pytest.approx(np.var(stored[row["prompt_id"]].rewards), abs=1e-12)

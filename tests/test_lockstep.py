@@ -17,7 +17,7 @@ from cropi.lockstep import in_lockstep
 from cropi.policy import Policy
 from cropi.rollouts import generation
 from cropi.rollouts.generation import Sampling, TransformersGenerator
-from cropi.stages.collect import behaviour_logprobs
+from cropi.rollouts.shards import behaviour_logprobs
 from tests.gradients.architectures import BUILDERS
 from tests.gradients.ranks import as_accelerate_does, by_blocks, by_modules, processes, run_on_processes, whole_numbers
 

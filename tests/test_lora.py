@@ -11,8 +11,11 @@ from cropi.errors import PolicyError
 from cropi.gradients.reference import trainable_parameters
 from cropi.inspection import check_run
 from cropi.loading import load_config
-from cropi.pipeline import Pipeline
+from cropi.pipeline import train_all
 from cropi.policy import fingerprint, load_policy
+from cropi.stages.collect import collect
+from cropi.stages.run import Run
+from cropi.stages.score import read_scores
 from tests.runs import SMALL
 
 PLAIN = PolicyConfig(path="builtin", cpu_threads=1)
@@ -50,11 +53,10 @@ def test_settings_of_the_adapters_are_part_of_the_policy_s_identity() -> None:
 
 
 def test_a_run_trains_scores_and_loads_adapters(tmp_path: Path) -> None:
-    more = [f"run_dir={tmp_path}", "policy.lora={r: 4, alpha: 8}", "baselines=[]", "trainer.learning_rate=1e-3"]
-    pipeline = Pipeline(load_config("quickstart", [*SMALL, *more]))
-    pipeline.collect()
-    (arm,) = pipeline.space.arms.values()
-    last = pipeline.train(arm)
+    more = [f"run_dir={tmp_path}", "policy.lora={r: 4, alpha: 8}", "trainer.learning_rate=1e-3"]
+    pipeline = Run(load_config("quickstart", [*SMALL, *more]))
+    collect(pipeline)
+    last = train_all(pipeline)
     saved = load_file(last / "adapter_model.safetensors")
     assert saved
     assert all("lora_" in name for name in saved)
@@ -63,9 +65,9 @@ def test_a_run_trains_scores_and_loads_adapters(tmp_path: Path) -> None:
     moved = {name for name in base if not torch.equal(base[name], trained[name])}
     assert moved
     assert all("lora_" in name for name in moved)
-    influence = pipeline.gathered.scores(arm, 1).column("influence/sum").drop_null().to_pylist()
+    influence = read_scores(pipeline, 1).column("influence/sum").drop_null().to_pylist()
     assert any(influence)
-    pipeline.space.unlock()
+    pipeline.folder.unlock()
 
 
 def test_a_layer_that_is_not_there_is_refused() -> None:

@@ -3,7 +3,7 @@
 import pyarrow as pa
 import pytest
 
-from cropi.workspace import TrainPrompts
+from cropi.run_folder import TrainPrompts
 
 
 def test_rows_by_id_in_ascending_order_whatever_chunks_they_came_in() -> None:

@@ -97,7 +97,7 @@ def test_work_elsewhere_is_charged_in_place_of_waiting(tmp_path: Path) -> None:
     (entry,) = ledger.entries()
     assert 100.2 < entry["seconds"] < 101
     ledger.add("collect", 3.5, tokens=7)
-    assert ledger.entries()[1] == {"arm": "", "phase": "collect", "stage": None, "tokens": 7, "seconds": 3.5}
+    assert ledger.entries()[1] == {"phase": "collect", "stage": None, "tokens": 7, "seconds": 3.5}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int64])

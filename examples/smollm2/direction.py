@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from grpo import Group, Packed, Policy, log_probs, pack
+from grpo import Group, Packed, Policy, Question, log_probs, pack
 from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
 
@@ -29,6 +29,7 @@ TOGETHER = 16  # completions that share one pass
 FOLDS = 8
 RANKS = (8, 16, 32, 64)
 DRAWS = 200  # subsets of each size
+AUDITED = {"two-step": 32, "one-step": 24, "divisors": 8}  # pool prompts whose influence is compared between sources
 
 
 class Sketcher:
@@ -54,13 +55,15 @@ class Sketcher:
 
         def keep(n: int) -> Callable[..., None]:
             def hook(module: nn.Module, given: Any, output: Tensor) -> None:
-                inputs[n] = given[0].detach().float().flatten(0, 1) @ self.projections[n][0]
+                with torch.autocast("cpu", enabled=False):
+                    inputs[n] = given[0].detach().float().flatten(0, 1) @ self.projections[n][0]
                 output.register_hook(lambda gradient: meet(n, gradient))
 
             return hook
 
         def meet(n: int, gradient: Tensor) -> None:
-            own = gradient.float().flatten(0, 1) @ self.projections[n][1]
+            with torch.autocast("cpu", enabled=False):
+                own = gradient.float().flatten(0, 1) @ self.projections[n][1]
             outer = (own[:, :, None] * inputs.pop(n)[:, None, :]).flatten(1)
             found[:, n].index_add_(0, place, outer)  # padding has no gradient
 
@@ -78,8 +81,10 @@ def centred(rewards: Sequence[float]) -> list[float]:
     return [reward - (total - reward) / (count - 1) for reward in rewards]
 
 
-def measure(policy: Policy, groups: list[Group], behaviour: dict[int, Any] | None) -> tuple[dict[str, Any], list[Any]]:
-    """Sketches (prompts x completions x size), log-probabilities, and dense gradients by eighths of the prompts."""
+def measure(
+    policy: Policy, groups: list[Group], behaviour: dict[int, Any] | None, folds: int
+) -> tuple[dict[str, Any], list[Any]]:
+    """Sketches (prompts x completions x size), log-probabilities, and dense gradients of `folds` parts."""
     sketcher = Sketcher(policy.model)
     count = len(groups[0].completions)
     size = len(sketcher.layers) * SKETCH * SKETCH
@@ -90,8 +95,9 @@ def measure(policy: Policy, groups: list[Group], behaviour: dict[int, Any] | Non
     for n, group in enumerate(groups):
         kept[n] = []
         weights = centred(group.rewards)
+        parts = range(0, count, TOGETHER) if any(weights) else ()  # without mixed rewards there is no gradient
         whole = torch.zeros(2, size)
-        for start in range(0, count, TOGETHER):
+        for start in parts:
             part = slice(start, start + TOGETHER)
             packed = pack([(group.question.prompt, group.completions[part], weights[part])])
             with sketcher.reading(packed) as found, torch.autocast("cpu", torch.bfloat16):
@@ -107,12 +113,18 @@ def measure(policy: Policy, groups: list[Group], behaviour: dict[int, Any] | Non
             inverse = torch.tensor([1 / w if abs(w) > 1e-6 else 0.0 for w in weights[part]])
             scores[n, part] = (sketch[1:] * inverse[:, None]).numpy()
         norms += whole.square().sum(1).numpy()
-        if (n + 1) % (len(groups) // FOLDS) == 0:
-            dense.append([layer.weight.grad.to(torch.bfloat16) for layer in sketcher.layers])
+        if folds and (n + 1) % (len(groups) // folds) == 0:
+            dense.append([as_dense(layer) for layer in sketcher.layers])
             policy.model.zero_grad()
         print(f"{n + 1} of {len(groups)} prompts", end="\r", flush=True)
+    policy.model.zero_grad()
     rewards = np.array([group.rewards for group in groups], np.float32)
     return {"scores": scores, "rewards": rewards, "own_share": norms[1:] / norms[:1], "kept": kept}, dense
+
+
+def as_dense(layer: nn.Linear) -> Tensor:
+    found = layer.weight.grad
+    return (torch.zeros_like(layer.weight) if found is None else found).to(torch.bfloat16)
 
 
 def rank_agreement(dense: list[Any]) -> dict[str, list[float]]:
@@ -175,8 +187,46 @@ def by_spread(count: int, spread: Any, available: int, generator: Any) -> list[A
 
 def read(folder: Path, name: str) -> dict[str, Any]:
     found = load_file(folder / f"{name}.safetensors")
-    found["scores"] = found["scores"].astype(np.float32)
-    return found
+    return found | {name: found[name].astype(np.float32) for name in ("scores", "pool_scores")}
+
+
+def spearman(first: Any, second: Any) -> float:
+    """Correlation of ranks; ties share their mean rank."""
+
+    def ranks(values: Any) -> Any:
+        return (values[:, None] > values).sum(1) + (values[:, None] == values).sum(1) / 2
+
+    return float(np.corrcoef(ranks(first), ranks(second))[0, 1])
+
+
+def audit(fresh: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """Influence of the pool prompts from one source's completions beside that from fresh ones, over mixed prompts.
+
+    The ceiling is the agreement of two disjoint halves of the fresh completions, stepped up to all (Spearman-Brown).
+    """
+    prompts, available = fresh["pool_rewards"].shape
+    every, even, odd = (np.arange(start, available, step) for start, step in ((0, 1), (0, 2), (1, 2)))
+
+    def influence(data: dict[str, Any], places: Any, target: Any) -> Any:
+        return gradients(data["pool_scores"], data["pool_rewards"], [places] * prompts) @ target
+
+    size = fresh["rewards"].shape[1]
+    directions = [
+        gradients(data["scores"], data["rewards"], [places] * len(data["rewards"])).mean(0)
+        for data, places in ((fresh, np.arange(0, size, 2)), (fresh, np.arange(1, size, 2)), (other, np.arange(size)))
+    ]
+    mixed = (np.ptp(fresh["pool_rewards"], axis=1) > 0) & (np.ptp(other["pool_rewards"], axis=1) > 0)
+    halves_agree = spearman(influence(fresh, even, directions[0])[mixed], influence(fresh, odd, directions[1])[mixed])
+    reference = influence(fresh, every, sum(directions[:2]))[mixed]
+    return {
+        "prompts": int(mixed.sum()),
+        "halves": round(halves_agree, 3),
+        "ceiling": round(2 * halves_agree / (1 + halves_agree), 3),
+        "stored_prompts_fresh_direction": round(
+            spearman(influence(other, every, sum(directions[:2]))[mixed], reference), 3
+        ),
+        "stored_both": round(spearman(influence(other, every, directions[2])[mixed], reference), 3),
+    }
 
 
 def sources(
@@ -294,8 +344,54 @@ def table(folder: Path, counts: Sequence[int]) -> list[dict[str, Any]]:
             ways[f"fresh of step {steps[n - 1]}, not renewed"] = averaged([split[steps[n - 1]][0]])
         found = [line for way, draw in ways.items() for line in rows_of(way, draw, reference, counts)]
         found += [whole(measured[step], measured[steps[0]]), *rank_lines(folder / f"fresh-{step}.ranks.json")]
+        if stored is not None:
+            found.append({"source": "audit, stored against fresh"} | audit(measured[step], stored))
         lines += [{"step": step} | line for line in found]
     return lines
+
+
+def audited(pool: Sequence[Question]) -> list[Question]:
+    """A fixed sample of pool prompts, half of them relevant, whose influence is compared between sources."""
+    chosen: list[Question] = []
+    for kind, count in AUDITED.items():
+        members = [question for question in pool if question.source == kind]
+        chosen += [members[n] for n in np.random.default_rng(3).permutation(len(members))[:count]]
+    return chosen
+
+
+def measure_policy(arguments: argparse.Namespace) -> None:
+    """Sample or re-weight completions of the validation prompts and of some pool prompts, and keep their sketches."""
+    folder = arguments.output
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f"{'stored' if arguments.stored else 'fresh'}-{arguments.step}"
+    if (folder / f"{name}.ranks.json").exists():
+        return
+    policy = Policy(arguments.model, learning_rate=0.0, longest=48, seed=arguments.step)
+    questions = {
+        "validation": (policy.questions(arguments.data / "validation.jsonl"), arguments.samples),
+        "pool": (audited(policy.questions(arguments.data / "niche" / "train.jsonl")), TOGETHER),
+    }
+    sampled = folder / ("fresh-0.json" if arguments.stored else f"{name}.json")
+    if not sampled.exists():
+        drawn = {part: policy.sample(*of) for part, of in questions.items()}
+        text = {part: {"groups": [(g.completions, g.rewards) for g in groups]} for part, groups in drawn.items()}
+        sampled.write_text(json.dumps(text), encoding="utf-8")
+    kept = json.loads(sampled.read_text(encoding="utf-8"))
+    arrays: dict[str, Any] = {}
+    for part, (own, _) in questions.items():
+        groups = [Group(question, *group) for question, group in zip(own, kept[part]["groups"], strict=True)]
+        behaviour = dict(enumerate(kept[part]["log_probs"])) if arguments.stored else None
+        found, dense = measure(policy, groups, behaviour, FOLDS if part == "validation" else 0)
+        logs = found.pop("kept")
+        if not arguments.stored:
+            kept[part]["log_probs"] = [logs[n] for n in range(len(groups))]
+        arrays |= {key if part == "validation" else f"pool_{key}": value for key, value in found.items()}
+        if part == "validation":
+            ranks = rank_agreement(dense)
+    if not arguments.stored:
+        sampled.write_text(json.dumps(kept), encoding="utf-8")
+    save_file(arrays, folder / f"{name}.safetensors")
+    (folder / f"{name}.ranks.json").write_text(json.dumps(ranks), encoding="utf-8")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -325,30 +421,7 @@ def main() -> None:
             "".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8"
         )
         return
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    name = f"{'stored' if arguments.stored else 'fresh'}-{arguments.step}"
-    if (arguments.output / f"{name}.ranks.json").exists():
-        return
-    policy = Policy(arguments.model, learning_rate=0.0, longest=48, seed=arguments.step)
-    questions = policy.questions(arguments.data / "validation.jsonl")
-    sampled, base = arguments.output / f"{name}.json", arguments.output / "fresh-0.json"
-    if arguments.stored:
-        stored = json.loads(base.read_text(encoding="utf-8"))
-        sampled = base
-    elif not sampled.exists():
-        groups = policy.sample(questions, arguments.samples)
-        text = json.dumps({"groups": [(group.completions, group.rewards) for group in groups]})
-        sampled.write_text(text, encoding="utf-8")
-    stored = json.loads(sampled.read_text(encoding="utf-8"))
-    groups = [Group(question, *group) for question, group in zip(questions, stored["groups"], strict=True)]
-    behaviour = dict(enumerate(stored["log_probs"])) if arguments.stored else None
-    found, dense = measure(policy, groups, behaviour)
-    kept = found.pop("kept")
-    if not arguments.stored:
-        text = json.dumps({"groups": stored["groups"], "log_probs": [kept[n] for n in range(len(groups))]})
-        sampled.write_text(text, encoding="utf-8")
-    save_file(found, arguments.output / f"{name}.safetensors")
-    (arguments.output / f"{name}.ranks.json").write_text(json.dumps(rank_agreement(dense)), encoding="utf-8")
+    measure_policy(arguments)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from decode import sample
-from measure import chat, is_correct
+from task import chat, is_correct
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 

@@ -113,7 +113,7 @@ def main() -> None:
     policy = Policy(arguments.model, learning_rate=0.0, longest=48, seed=0)
     pool = policy.questions(arguments.data / "niche" / "train.jsonl")
     questions = policy.questions(arguments.data / "validation.jsonl")
-    stored = json.loads((arguments.output / "fresh-0.json").read_text(encoding="utf-8"))["groups"]
+    stored = json.loads((arguments.output / "fresh-0.json").read_text(encoding="utf-8"))["validation"]["groups"]
     groups = [Group(question, *group) for question, group in zip(questions, stored, strict=True)]
     aim = direction(policy, [Group(g.question, g.completions[:-MEASURED], g.rewards[:-MEASURED]) for g in groups])
     measured = [Group(g.question, g.completions[-MEASURED:], g.rewards[-MEASURED:]) for g in groups]

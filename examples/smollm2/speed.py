@@ -16,7 +16,7 @@ import torch
 from datasets import Dataset
 from decode import left_padded, sample
 from grpo import Group, Policy, Question
-from measure import chat
+from task import chat
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from trl import GRPOConfig, GRPOTrainer
 

@@ -28,10 +28,10 @@ from cropi.prompts import checked_prompts
 from cropi.rewards.verdicts import CORRECT, UNPARSEABLE_ANSWER, Judge, Judgement, answered, reward
 from cropi.rewards.verifiers import written_gold
 from cropi.rollouts.generation import Sampling, TransformersGenerator
-from cropi.stages.collect import Shard, behaviour_logprobs, plan, read_trajectories, sampled_prompts
-from cropi.stages.evaluate import unreadable
-from cropi.stages.given import Given, questions
-from cropi.workspace import environment
+from cropi.rollouts.shards import Shard, behaviour_logprobs, plan, read_trajectories, sampled_prompts
+from cropi.run_folder import environment
+from cropi.stages.evaluate import questions, unreadable
+from cropi.stages.run import Setup
 
 SAMPLE_PROMPTS = 8
 
@@ -85,8 +85,8 @@ def check_run(config: Config) -> CheckResult:
 
     Raises the errors that a run would raise over its config, data and policy.
     """
-    given = Given.named_by(config)
-    policy, settings, judge = given.policy, given.settings, given.judge
+    setup = Setup.of(config)
+    policy, settings, judge = setup.policy, setup.settings, setup.judge
     prompts, leakage, warnings = checked_prompts(config)
     warnings += chat_warnings(policy.tokenizer, config.prompts.chat, (row["messages"] for row in prompts))
     shards, _ = plan(config, policy, prompts, sampled_prompts(config, prompts))
@@ -238,16 +238,16 @@ def _estimate(
     mean_completion = sample.tokens / (len(sample.rows) * count)
     per_step = settings.generation_batch_size / settings.steps_per_generation * settings.gradient_accumulation_steps
     steps = config.train.stages * config.train.steps_per_stage
-    scored = any(strategy.reads_scores for strategy in config.arms.values())
+    scored = config.select.strategy.reads_scores
     evaluations = steps // (config.evaluate.every or config.train.steps_per_stage)
     return {
         "trajectories": trajectories,
         "collect_tokens": trajectories * mean_completion,
         "collect_s": trajectories * sample.generate_s,
         "score_per_stage_s": trajectories / count * sample.gradient_s if scored else 0.0,
-        "train_tokens_per_arm": steps * per_step * mean_completion,
-        "train_per_arm_s": steps * per_step * (sample.generate_s + sample.gradient_s / count),
-        "evaluate_per_arm_s": evaluations * tests * (1 + config.evaluate.samples) * sample.generate_s,
+        "train_tokens": steps * per_step * mean_completion,
+        "train_s": steps * per_step * (sample.generate_s + sample.gradient_s / count),
+        "evaluate_s": evaluations * tests * (1 + config.evaluate.samples) * sample.generate_s,
         "model_and_optimiser_bytes": _bytes_to_train(config, policy),
         "free_disk_bytes": shutil.disk_usage(_existing(config.folder)).free,
     }

@@ -1,4 +1,4 @@
-"""The cost ledger: seconds and tokens of everything a run does, written as it happens.
+"""The cost ledger: seconds and tokens of all work of a run, written as it happens.
 
 Seconds are those of all processes added up: on GPUs, GPU-seconds.
 """
@@ -14,11 +14,9 @@ from typing import Any
 from cropi.artifacts import append_jsonl, read_jsonl
 from cropi.world import ALONE, World
 
-SHARED = ""  # the arm of work that all arms use
-
 
 class Ledger:
-    """Adds lines {arm, phase, stage, seconds, tokens, ...} to `ledger.jsonl`, of further processes `ledger-RANK.jsonl`.
+    """Adds lines {phase, stage, seconds, tokens, ...} to `ledger.jsonl`, of further processes `ledger-RANK.jsonl`.
 
     Collection writes `tokens` (of completions), `prompt_tokens` and `passes` over both, scoring `computed_tokens` (of
     the pool, shared prompts once), `validation_tokens` and `forward_tokens` (only read): what `reporting.flops` counts.
@@ -29,14 +27,14 @@ class Ledger:
 
     @contextmanager
     def charge(
-        self, phase: str, *, arm: str = SHARED, stage: int | None = None, owed: Callable[[], float] = lambda: 0.0
+        self, phase: str, *, stage: int | None = None, owed: Callable[[], float] = lambda: 0.0
     ) -> Iterator[dict[str, Any]]:
         """Time a block that all processes go through together, or wait at; the block may put `tokens` and the like into
         the dictionary it is given, of which that of the first process counts.
 
         A block that ends with an error is charged as well: its seconds were spent. `owed`: see `Workers.owed_s`.
         """
-        entry: dict[str, Any] = {"arm": arm, "phase": phase, "stage": stage}
+        entry: dict[str, Any] = {"phase": phase, "stage": stage}
         start, before = time.perf_counter(), owed()
         try:
             yield entry
@@ -46,23 +44,21 @@ class Ledger:
                 append_jsonl(self._path, entry | {"seconds": seconds} | self._world.facts())
 
     @contextmanager
-    def charge_share(self, phase: str, *, arm: str = SHARED, stage: int | None = None) -> Iterator[dict[str, Any]]:
+    def charge_share(self, phase: str, *, stage: int | None = None) -> Iterator[dict[str, Any]]:
         """The same of work that is this process's alone: every process writes a file of its own."""
-        entry: dict[str, Any] = {"arm": arm, "phase": phase, "stage": stage}
+        entry: dict[str, Any] = {"phase": phase, "stage": stage}
         start = time.perf_counter()
         try:
             yield entry
         finally:
             append_jsonl(self._own, entry | {"seconds": time.perf_counter() - start})
 
-    def add(
-        self, phase: str, seconds: float, *, arm: str = SHARED, stage: int | None = None, **facts: int | float
-    ) -> None:
+    def add(self, phase: str, seconds: float, *, stage: int | None = None, **facts: int | float) -> None:
         """Charge work that another process has timed."""
-        append_jsonl(self._own, {"arm": arm, "phase": phase, "stage": stage, **facts, "seconds": seconds})
+        append_jsonl(self._own, {"phase": phase, "stage": stage, **facts, "seconds": seconds})
 
     def entries(self) -> list[dict[str, Any]]:
-        """All lines so far."""
+        """All lines so far. Work before the first stage has no stage: runs of a comparison share it."""
         others = sorted(self._path.parent.glob(f"{self._path.stem}-*{self._path.suffix}"))
         return [entry for path in (self._path, *others) for entry in read_jsonl(path)]
 

@@ -72,7 +72,7 @@ def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> Config:
         )
     for override in overrides:
         _apply_override(values, override)
-    named = with_presets(values, where)
+    named = with_presets(values)
     if named != values:  # what a command line says goes before what a preset says
         for override in overrides:
             if override.partition("=")[0] not in NAMES_STRATEGY:
@@ -147,7 +147,7 @@ def _position(target: Any, part: str, where: str) -> int:
 def validate_config(values: Mapping[str, Any], where: str) -> Config:
     """The typed config of plain values, in which presets may be named as strategies."""
     try:
-        return Config.model_validate(with_presets(values, where))
+        return Config.model_validate(with_presets(values))
     except ValidationError as error:
         raise _refused(error.errors(include_url=False), where) from None
 
@@ -200,7 +200,7 @@ def _explain(problem: Any) -> str:
         return f"{key}.type is missing"
     if kind == "union_tag_invalid":
         options, tag = re.findall(r"'([^']+)'", problem["ctx"]["expected_tags"]), problem["ctx"]["tag"]
-        options += presets() if "strategy" in parts or "baselines" in parts else []
+        options += presets() if "strategy" in parts else []
         return f"{key}.type is {tag!r}, which is unknown - {_hint(tag, options, 'types')}"
     if kind == "value_error":
         return f"{key}: {problem['ctx']['error']}"

@@ -18,7 +18,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 Patch = Mapping[str, Any]
 
 # What pairs the runs: the same for every strategy.
-COMMON = ("name", "run_dir", "seed", "baselines", "policy", "prompts", "verifier", "verification", "evaluate")
+COMMON = ("name", "run_dir", "seed", "policy", "prompts", "verifier", "verification", "evaluate")
 
 
 def presets() -> dict[str, dict[str, Any]]:
@@ -55,35 +55,15 @@ def preset(name: str, where: str) -> Patch:
     return dict(known[name]["config"])
 
 
-def with_presets(values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The settings of a config without the presets that `select.strategy` and `baselines` name as types.
-
-    All that a preset sets is laid over the config. ConfigError for a baseline whose preset sets more than its strategy,
-    as that would hold for all arms.
-    """
+def with_presets(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a config, with the preset that `select.strategy` names laid over them."""
     result = copy.deepcopy(dict(values))
-    select, baselines = result.get("select"), result.get("baselines")
+    select = result.get("select")
     strategy = _table(select.get("strategy")) if isinstance(select, dict) else None
     if isinstance(select, dict) and strategy is not None:
         select["strategy"] = strategy
     named = _named(strategy)
-    if named is not None:
-        result = merged(result, _patch_of(named, strategy))
-    entries = baselines if isinstance(baselines, list) else []
-    for place, written in enumerate(entries):
-        entry = entries[place] = _table(written)
-        other = _named(entry)
-        if other is not None:
-            patch = _patch_of(other, entry)
-            further = [key for key in (*patch, *patch["select"]) if key not in ("select", "strategy")]
-            if further:
-                raise ConfigError(
-                    f"the preset {other} also sets {', '.join(further)}, which would hold for all arms",
-                    where=f"{where}: baselines.{place}",
-                    fix="name it as select.strategy of another run, or give it to `cropi compare --strategies`.",
-                )
-            entries[place] = patch["select"]["strategy"]
-    return result
+    return result if named is None else merged(result, _patch_of(named, strategy))
 
 
 def _table(strategy: Any) -> Any:
@@ -98,7 +78,7 @@ def _named(strategy: Any) -> str | None:
 
 
 def _patch_of(name: str, table: Any) -> dict[str, Any]:
-    """What a preset sets, with the further settings of the table that names it. The preset names the arm."""
+    """What a preset sets, with the further settings of the table that names it. The preset names the strategy."""
     patch = presets()[name]["config"]
     own = {key: value for key, value in table.items() if key != "type"}
     patch["select"]["strategy"] = {"name": name} | patch["select"]["strategy"] | own

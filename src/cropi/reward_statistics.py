@@ -1,4 +1,4 @@
-"""What is known of groups and of training without their tokens: what one stage tells the next."""
+"""Per-prompt reward statistics shared between stages."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cropi.functional.influence_formulas import reward_variance
 
 
 class GroupFacts(NamedTuple):
-    """Of a prompt's stored trajectories; NaN where they have no rewards."""
+    """Statistics of a prompt's stored trajectories; NaN where they have no rewards."""
 
     status: str
     pass_rate: float  # mean reward
@@ -19,7 +19,7 @@ class GroupFacts(NamedTuple):
 
 
 class Visit(NamedTuple):
-    """A prompt in a generation batch of an arm's own training."""
+    """A prompt in a generation batch of training."""
 
     step: int  # the optimiser step under way, from 0
     prompt_id: str
@@ -29,6 +29,6 @@ class Visit(NamedTuple):
 
 
 def visit(step: int, prompt_id: str, rewards: Sequence[float]) -> Visit:
-    """What rewards of a prompt, one or more, come to."""
+    """Make a visit from the rewards of a prompt, one or more."""
     variance = float(reward_variance(np.array(rewards, dtype=np.float64)))
     return Visit(step, prompt_id, sum(rewards) / len(rewards), len(rewards), variance)

@@ -47,7 +47,6 @@ def test_protocol(name):
     config = settings(name)
     assert config.name == name
     assert config.select.strategy.type == "full"
-    assert not config.baselines
     trainer, steps = config.trainer, config.train.stages * config.train.steps_per_stage
     assert (trainer["per_device_train_batch_size"], trainer["num_generations"], trainer["beta"]) == (64, 8, 0.0)
     assert (trainer["loss_type"], steps, config.evaluate.every, config.policy.cpu_threads) == ("dr_grpo", 96, 8, 1)

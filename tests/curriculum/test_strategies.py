@@ -22,7 +22,7 @@ def of_type(strategy: type[StrategyTable]) -> str:
 
 
 def with_preset(name: str) -> Config:
-    values: dict[str, Any] = load_config("quickstart", []).resolved() | {"baselines": []}
+    values: dict[str, Any] = load_config("quickstart", []).resolved()
     return Config(**merged(values, presets()[name]["config"]))
 
 

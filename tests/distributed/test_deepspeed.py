@@ -23,9 +23,8 @@ pytest.importorskip("deepspeed")
 pytestmark = pytest.mark.slow
 
 RUN = Path("runs/quickstart")
-ARM = RUN / "arms/influence"
-LAST = ARM / "checkpoints/checkpoint-6"
-ARGUMENTS = [*SMALL, "baselines=[]"]
+LAST = RUN / "checkpoints/checkpoint-6"
+ARGUMENTS = [*SMALL]
 
 CPU = {"DS_ACCELERATOR": "cpu"}
 DEEPSPEED = CPU | {  # what `accelerate launch --use_deepspeed` hands on
@@ -97,12 +96,12 @@ def shortened(run: Run, tmp_path: Path) -> Run:
 
 
 def steps(cwd: Path) -> list[dict[str, object]]:
-    return [{k: row[k] for k in ("step", "prompt_ids", "rewards")} for row in read_jsonl(cwd / ARM / "rewards.jsonl")]
+    return [{k: row[k] for k in ("step", "prompt_ids", "rewards")} for row in read_jsonl(cwd / RUN / "rewards.jsonl")]
 
 
 def selected(cwd: Path) -> list[list[object]]:
     """Prompt ids by stage, best first."""
-    files = sorted((cwd / ARM).glob("stages/*/selection/selected.jsonl"))
+    files = sorted((cwd / RUN).glob("stages/*/selection/selected.jsonl"))
     assert len(files) == 2
     return [[row["prompt_id"] for row in json_lines(file)] for file in files]
 
@@ -142,7 +141,7 @@ class _Planted:
 
 def test_code_in_a_checkpoint_is_not_run(shortened: Run) -> None:
     planted = shortened.cwd / "planted"
-    checkpoint = shortened.cwd / ARM / "checkpoints/checkpoint-3"
+    checkpoint = shortened.cwd / RUN / "checkpoints/checkpoint-3"
     (state,) = checkpoint.glob("global_step3/zero_pp_rank_0_*_optim_states.pt")
     torch.save({"planted": _Planted(planted)}, state)
     before = read_manifest(checkpoint, "checkpoint", made_by="cropi train")

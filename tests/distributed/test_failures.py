@@ -19,12 +19,10 @@ from cropi.ledger import Ledger
 pytestmark = pytest.mark.slow
 
 RUN = Path("runs/quickstart")
-ARM = RUN / "arms/influence"
 ARGUMENTS = [
     "run",
     "quickstart",
     *SMALL,
-    "baselines=[]",
     "prompts.train=[{type: builtin, families: [sum, parity, count, machine], count: 48, seed: 1, label_noise: 0.25}]",
     "collect.shard_prompts=8",
     "trainer.save_strategy=steps",
@@ -43,9 +41,9 @@ def lines(path: Path, count: int) -> Callable[[Path], bool]:
 
 MOMENTS = {
     "collecting": files(f"{RUN}/trajectories/part-*.parquet", 3),
-    "scoring": files(f"{ARM}/stages/000/scores/part-*.parquet", 1),
-    "training": lines(ARM / "steps.jsonl", 2),
-    "scoring again": files(f"{ARM}/stages/001/scores/part-*.parquet", 1),
+    "scoring": files(f"{RUN}/stages/000/scores/part-*.parquet", 1),
+    "training": lines(RUN / "steps.jsonl", 2),
+    "scoring again": files(f"{RUN}/stages/001/scores/part-*.parquet", 1),
 }
 
 
@@ -63,7 +61,7 @@ def same(ours: Path, theirs: Path, *, made_again: int = 0) -> None:
         assert (ours / RUN / "trajectories" / path.name).read_bytes() == path.read_bytes()
     assert selections(ours / RUN) == selections(theirs / RUN)
     assert evaluations(ours / RUN) == evaluations(theirs / RUN)
-    assert read_jsonl(ours / ARM / "rewards.jsonl") == read_jsonl(theirs / ARM / "rewards.jsonl")
+    assert read_jsonl(ours / RUN / "rewards.jsonl") == read_jsonl(theirs / RUN / "rewards.jsonl")
     entries = Ledger(ours / RUN / "ledger.jsonl").entries()
     assert len([e for e in entries if e["phase"] == "collect" and "tokens" in e]) == SHARDS + made_again
     assert not list((ours / RUN).rglob("*.part"))
@@ -140,6 +138,6 @@ def test_another_number_of_processes_goes_on(undisturbed: Path, tmp_path: Path) 
     assert code != 0
     done = launch(1, *ARGUMENTS, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    name = "arms/influence/stages/000/selection/selection.parquet"
+    name = "selections/stage-000/selection.parquet"
     assert selections(tmp_path / RUN)[name] == selections(undisturbed / RUN)[name]
-    assert [row["step"] for row in read_jsonl(tmp_path / ARM / "rewards.jsonl")] == list(range(6))
+    assert [row["step"] for row in read_jsonl(tmp_path / RUN / "rewards.jsonl")] == list(range(6))

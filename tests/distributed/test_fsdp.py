@@ -18,8 +18,7 @@ from cropi.artifacts import EVALUATION, TRAJECTORIES, read_jsonl, read_table, sc
 pytestmark = pytest.mark.slow
 
 RUN = Path("runs/quickstart")
-ARM = RUN / "arms/influence"
-ARGUMENTS = [*SMALL, "baselines=[]", "evaluate.samples=2", "refresh.fraction=0.2", "refresh.reuse_rollouts=true"]
+ARGUMENTS = [*SMALL, "evaluate.samples=2", "refresh.fraction=0.2", "refresh.reuse_rollouts=true"]
 
 # What `accelerate launch --use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP` hands on.
 FSDP = {
@@ -54,7 +53,7 @@ def copied(run: Path, tmp_path: Path) -> Path:
 
 
 def scores(cwd: Path, stage: int) -> pa.Table:
-    return read_table(cwd / ARM / f"stages/{stage:03}/scores/scores.parquet", scores_schema(["sum"]))
+    return read_table(cwd / RUN / f"stages/{stage:03}/scores/scores.parquet", scores_schema(["sum"]))
 
 
 def assert_close(one: pa.Table, two: pa.Table) -> None:
@@ -75,7 +74,7 @@ def test_the_first_stage_is_that_of_one_process(run: Path, tmp_path: Path) -> No
         done = cropi(command, "quickstart", *ARGUMENTS, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
     assert_close(scores(tmp_path, 0), scores(run, 0))
-    first = "arms/influence/stages/000/selection/selected.jsonl"
+    first = "selections/stage-000/selected.jsonl"
     assert selections(run / RUN)[first] == selections(tmp_path / RUN)[first]
     for path in sorted((tmp_path / RUN / "trajectories").iterdir()):
         assert (run / RUN / "trajectories" / path.name).read_bytes() == path.read_bytes()
@@ -83,7 +82,7 @@ def test_the_first_stage_is_that_of_one_process(run: Path, tmp_path: Path) -> No
 
 def test_later_scores_are_those_of_the_whole_checkpoint(run: Path, copied: Path) -> None:
     """Fresh trajectories drawn by sharded parameters, their log-probs, and scores."""
-    stage = copied / ARM / "stages/001"
+    stage = copied / RUN / "stages/001"
     fresh = {path.name: read_table(path, TRAJECTORIES).to_pylist() for path in stage.glob("fresh*/part-*.parquet")}
     assert fresh
     for path in stage.iterdir():
@@ -101,15 +100,15 @@ def test_later_scores_are_those_of_the_whole_checkpoint(run: Path, copied: Path)
 
 
 def test_it_learns_and_is_evaluated_as_the_checkpoint_is(run: Path, tmp_path: Path) -> None:
-    found = {path: content for path, content in evaluations(run / RUN).items() if "arms" in path}
+    found = {path: content for path, content in evaluations(run / RUN).items() if "000000" not in path}
     assert [path.rpartition("-")[2] for path in found] == ["000002.parquet", "000004.parquet", "000006.parquet"]
     shutil.copytree(run, tmp_path / "copy")
-    last = run / ARM / "checkpoints/checkpoint-6"
+    last = run / RUN / "checkpoints/checkpoint-6"
     done = cropi("evaluate", "runs/quickstart", "--checkpoint", str(last), cwd=tmp_path / "copy")
     assert done.returncode == 0, done.stderr
     (again,) = (tmp_path / "copy" / RUN / "checkpoints").glob("*/evaluation/step-000000.parquet")
     expected = read_table(again, EVALUATION).drop_columns("step")
-    rows = read_table(run / ARM / "evaluation/step-000006.parquet", EVALUATION).drop_columns("step")
+    rows = read_table(run / RUN / "evaluation/step-000006.parquet", EVALUATION).drop_columns("step")
     assert rows.to_pylist() == expected.to_pylist()
     base = read_table(run / RUN / "evaluation/step-000000.parquet", EVALUATION)
     assert np.mean(rows.column("greedy")) > np.mean(base.column("greedy"))
@@ -117,7 +116,7 @@ def test_it_learns_and_is_evaluated_as_the_checkpoint_is(run: Path, tmp_path: Pa
 
 def test_it_goes_on_from_a_checkpoint(run: Path, copied: Path) -> None:
     """And comes to the same weights."""
-    last = copied / ARM / "checkpoints/checkpoint-6"
+    last = copied / RUN / "checkpoints/checkpoint-6"
     expected = (last / "model.safetensors").read_bytes()
     shutil.rmtree(last)
     done = launch(2, "train", "runs/quickstart", cwd=copied)
@@ -130,7 +129,7 @@ def test_it_goes_on_from_a_checkpoint(run: Path, copied: Path) -> None:
 
 
 def rewards(cwd: Path) -> list[Any]:
-    return [{k: row[k] for k in ("step", "prompt_ids", "rewards")} for row in read_jsonl(cwd / ARM / "rewards.jsonl")]
+    return [{k: row[k] for k in ("step", "prompt_ids", "rewards")} for row in read_jsonl(cwd / RUN / "rewards.jsonl")]
 
 
 def test_on_cpus_accelerate_shards_nothing(tmp_path: Path) -> None:

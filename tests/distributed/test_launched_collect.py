@@ -15,9 +15,9 @@ def files(folder: Path) -> dict[str, bytes]:
 
 def test_two_processes_collect_what_one_collects(tmp_path: Path) -> None:
     """Every byte, and each shard by one process."""
-    one = cropi("collect", "quickstart", *SMALL, "baselines=[]", "name=one", cwd=tmp_path)
+    one = cropi("collect", "quickstart", *SMALL, "name=one", cwd=tmp_path)
     assert one.returncode == 0, one.stderr
-    two = launch(2, "collect", "quickstart", *SMALL, "baselines=[]", "name=two", cwd=tmp_path)
+    two = launch(2, "collect", "quickstart", *SMALL, "name=two", cwd=tmp_path)
     assert two.returncode == 0, two.stderr
     assert two.stdout.splitlines() == ["runs/two/trajectories"]
     assert two.stderr.count("trajectories: ok") == 1

@@ -13,12 +13,11 @@ from tests.distributed.launching import launch
 from tests.runs import SMALL, cropi, evaluations, json_lines, selections
 
 from cropi.artifacts import TRAJECTORIES, read_jsonl, read_table
-from cropi.workspace import rollout_files
+from cropi.training.rollouts import rollout_files
 
 pytestmark = pytest.mark.slow
 
 RUN = Path("runs/quickstart")
-ARM = Path("arms/influence")
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +26,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     folders = []
     for processes in (1, 2):
         cwd = tmp_path_factory.mktemp("run")
-        arguments = ["run", "quickstart", *SMALL, "baselines=[{type: random}]", "refresh.reuse_rollouts=true"]
+        arguments = ["run", "quickstart", *SMALL, "refresh.reuse_rollouts=true"]
         done = cropi(*arguments, cwd=cwd) if processes == 1 else launch(2, *arguments, cwd=cwd)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("report: runs/quickstart/report.html") == 1
@@ -35,16 +34,16 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return folders
 
 
-def lines(folder: Path, name: str, arm: Path = ARM) -> list[dict[str, Any]]:
-    return list(read_jsonl(folder / arm / name))
+def lines(folder: Path, name: str) -> list[dict[str, Any]]:
+    return list(read_jsonl(folder / name))
 
 
 def test_what_comes_before_training_is_the_same(runs: list[Path]) -> None:
     """Every byte of the base policy's evaluation, of the trajectories and of the first selection."""
     one, two = runs
-    assert evaluations(two)["evaluation/step-000000.parquet"] == evaluations(one)["evaluation/step-000000.parquet"]
+    assert evaluations(two)["evaluations/step-000000.parquet"] == evaluations(one)["evaluations/step-000000.parquet"]
     for name in ("selection.parquet", "selected.jsonl"):
-        path = f"arms/influence/stages/000/selection/{name}"
+        path = f"selections/stage-000/{name}"
         assert selections(two)[path] == selections(one)[path]
     for path in sorted((one / "trajectories").iterdir()):
         assert (two / "trajectories" / path.name).read_bytes() == path.read_bytes()
@@ -57,10 +56,8 @@ def test_training_has_the_steps_and_the_batches_of_one_process(runs: list[Path])
     assert [row["prompt_ids"] for row in two[:3]] == [row["prompt_ids"] for row in one[:3]]
     assert [len(row["rewards"]) for row in two] == [32] * 6
     assert [row["prompt_tokens"] for row in two[:3]] == [row["prompt_tokens"] for row in one[:3]]
-    random_one, random_two = (lines(folder, "rewards.jsonl", Path("arms/random")) for folder in runs)
-    assert [row["prompt_ids"] for row in random_two] == [row["prompt_ids"] for row in random_one]
     for row in two:
-        selected = runs[1] / ARM / f"stages/{row['step'] // 3:03}/selection/selected.jsonl"
+        selected = runs[1] / f"selections/stage-{row['step'] // 3:03}/selected.jsonl"
         chosen = {r["prompt_id"] for r in json_lines(selected)}
         assert set(row["prompt_ids"]) <= chosen
 
@@ -77,13 +74,13 @@ def test_steps_and_metrics_are_written_once(runs: list[Path]) -> None:
 
 def test_rollouts_of_both_processes_are_kept_and_used(runs: list[Path]) -> None:
     two = runs[1]
-    files = rollout_files(two / ARM / "rollouts")
+    files = rollout_files(two / "rollouts")
     assert list(files) == [(step, 0, rank) for step in range(6) for rank in range(2)]
     for step, row in enumerate(lines(two, "rewards.jsonl")):
         kept = [read_table(files[step, 0, rank], TRAJECTORIES).to_pylist() for rank in range(2)]
         assert {r["prompt_id"] for part in kept for r in part} <= set(row["prompt_ids"])
         assert all(math.isfinite(value) for part in kept for r in part for value in r["behaviour_logprobs"])
-    manifest = json.loads((two / ARM / "stages/001/rollouts/manifest.json").read_text())
+    manifest = json.loads((two / "reused/stage-001/manifest.json").read_text())
     assert manifest["details"]["prompts"] == len(
         {i for row in lines(two, "rewards.jsonl")[:3] for i in row["prompt_ids"]}
     )
@@ -96,11 +93,11 @@ def test_a_run_of_two_is_read_and_gone_on_with_by_one(runs: list[Path], tmp_path
     for command in (["report"], ["explain"], ["score", "--stage", "1"]):
         done = cropi(command[0], "runs/quickstart", *command[1:], cwd=cwd)
         assert done.returncode == 0, done.stderr
-    shutil.rmtree(cwd / RUN / ARM / "checkpoints" / "checkpoint-6")
+    shutil.rmtree(cwd / RUN / "checkpoints" / "checkpoint-6")
     done = cropi("train", "runs/quickstart", cwd=cwd)
     assert done.returncode == 0, done.stderr
     assert [row["step"] for row in lines(cwd / RUN, "rewards.jsonl")] == list(range(6))
-    assert list(rollout_files(cwd / RUN / ARM / "rollouts"))[-1] == (5, 0, 0)
+    assert list(rollout_files(cwd / RUN / "rollouts"))[-1] == (5, 0, 0)
 
 
 def test_commands_of_one_process_work_once_under_a_launcher(runs: list[Path]) -> None:

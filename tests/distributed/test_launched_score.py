@@ -17,7 +17,6 @@ RUN = Path("runs/quickstart")
 # Three parts of scores, and two pieces of every half of the validation set.
 POOL = [
     *SMALL[3:],
-    "baselines=[]",
     "score.max_validation_prompts=40",
     "prompts.train=[{type: builtin, families: [sum, parity, count, machine], count: 48, seed: 1, label_noise: 0.25}]",
     "prompts.validation={sum: [{type: builtin, families: [sum], count: 40, seed: 2}]}",
@@ -64,5 +63,5 @@ def test_two_processes_score_as_one(way: str, collected: Path, tmp_path: Path) -
 
 def made(cwd: Path) -> dict[Path, bytes]:
     """Scores, features and selections."""
-    paths = sorted((cwd / RUN / "arms").rglob("*"))
+    paths = sorted((cwd / RUN / "scores").rglob("*"))
     return {path.relative_to(cwd): path.read_bytes() for path in paths if path.is_file()}

@@ -43,7 +43,7 @@ def free_port() -> int:
 
 
 def test_two_launchers_make_one_run(tmp_path: Path) -> None:
-    arguments = ["score", "quickstart", *SMALL, "baselines=[]"]
+    arguments = ["score", "quickstart", *SMALL]
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
     for command in ("collect", "score"):
@@ -55,7 +55,7 @@ def test_two_launchers_make_one_run(tmp_path: Path) -> None:
         for started in nodes:
             _, errors = started.communicate(timeout=300)
             assert started.returncode == 0, errors
-    for name in ("trajectories/manifest.json", "arms/influence/stages/000/scores/scores.parquet"):
+    for name in ("trajectories/manifest.json", "scores/stage-000/scores.parquet"):
         assert (tmp_path / "two" / RUN / name).read_bytes() == (tmp_path / "one" / RUN / name).read_bytes()
 
 
@@ -63,7 +63,6 @@ COLLECT = [
     "collect",
     "quickstart",
     *SMALL,
-    "baselines=[]",
     "prompts.train=[{type: builtin, families: [sum, parity, count, machine], count: 96, seed: 1, label_noise: 0.25}]",
     "collect.shard_prompts=4",
     "trainer.ddp_timeout=10",  # the longest silence as well

@@ -34,7 +34,7 @@ RUN = Path("runs/quickstart")
 TRAJECTORIES = RUN / "trajectories"
 SHARDS = 14
 STORE = 200 * 2**20  # bytes of a node's object store
-SETTINGS = [*SMALL, "baselines=[]", "collect.shard_prompts=4"]
+SETTINGS = [*SMALL, "collect.shard_prompts=4"]
 VERIFIER = "verifier={type: function, path: verifiers.%s}"
 
 
@@ -93,7 +93,7 @@ def test_two_workers_collect_and_score_what_one_process_does(address: str, place
     done = cropi(*command("select", None), cwd=place)
     assert done.returncode == 0, done.stderr
     one = alone(place, commands=("collect", "score", "select"))
-    for folder in (TRAJECTORIES, RUN / "arms"):
+    for folder in (TRAJECTORIES, RUN / "scores"):
         assert files(place / folder) == files(one / folder)
     entries, expected = (Ledger(cwd / RUN / "ledger.jsonl").entries() for cwd in (place, one))
     assert sorted(entry.get("tokens", 0) for entry in entries) == sorted(entry.get("tokens", 0) for entry in expected)
@@ -119,7 +119,7 @@ def test_a_worker_killed_while_it_scores_changes_no_score(address: str, place: P
     assert done.returncode == 0, done.stderr
     assert killer.result() not in psutil.pids()
     one = alone(place, commands=("collect", "score"))
-    assert files(place / RUN / "arms") == files(one / RUN / "arms")
+    assert files(place / RUN / "scores") == files(one / RUN / "scores")
 
 
 def kill_a_working_actor() -> int:

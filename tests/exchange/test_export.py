@@ -28,32 +28,32 @@ from cropi.exchange.export import export, parquet_table
 from cropi.exchange.formats import FORMATS, Item
 from cropi.exchange.rewards import Rewards, facts_of
 from cropi.loading import load_config
-from cropi.pipeline import Pipeline
-from cropi.workspace import Arm
+from cropi.stages.collect import collect
+from cropi.stages.run import Run
+from cropi.stages.select import select
 
 COUNT = 12  # a quarter of 48 prompts
 
 
-OPTIONS = ["select.strategy={type: pass_rate}", "baselines=[]", "verification.processes=1"]
+OPTIONS = ["select.strategy={type: pass_rate}", "verification.processes=1"]
 
 
-def made(folder: Path, *options: str) -> tuple[Pipeline, Arm]:
-    run = Pipeline(load_config("quickstart", [*SMALL, *OPTIONS, f"run_dir={folder}", *options]))
-    run.collect()
-    arm = run.arm_at(0, None)
-    run.select(arm, 0)
-    run.space.unlock()
-    return run, arm
+def made(folder: Path, *options: str) -> Run:
+    run = Run(load_config("quickstart", [*SMALL, *OPTIONS, f"run_dir={folder}", *options]))
+    collect(run)
+    select(run, 0)
+    run.folder.unlock()
+    return run
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Pipeline, Arm]:
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A run of plain text."""
     return made(tmp_path_factory.mktemp("plain"))
 
 
 @pytest.fixture(scope="module")
-def selected(tmp_path_factory: pytest.TempPathFactory) -> tuple[Pipeline, Arm]:
+def selected(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """The same under a chat template that adds nothing."""
     folder = tmp_path_factory.mktemp("chat")
     shutil.copytree(POLICY_DIR, folder / "policy with a name")
@@ -62,9 +62,9 @@ def selected(tmp_path_factory: pytest.TempPathFactory) -> tuple[Pipeline, Arm]:
     return made(folder, f"policy.path={folder}/policy with a name")
 
 
-def exported(selected: tuple[Pipeline, Arm], name: str, folder: Path) -> Path:
-    run, arm = selected
-    export(run.config, run.space, arm, 0, name, None, folder)
+def exported(selected: Run, name: str, folder: Path) -> Path:
+    run = selected
+    export(run.folder, run.paths, 0, name, None, folder)
     return folder
 
 
@@ -91,14 +91,14 @@ KEYS = {
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_format_holds_the_selection_best_first_and_the_held_out_prompts(
-    selected: tuple[Pipeline, Arm], name: str, tmp_path: Path
+    selected: Run, name: str, tmp_path: Path
 ) -> None:
-    run, arm = selected
+    run = selected
     folder = exported(selected, name, tmp_path / "out")
     suffix = FORMATS[name].suffix
-    chosen = [row["prompt_id"] for row in json_lines(arm.selection(0) / "selected.jsonl")]
+    chosen = [row["prompt_id"] for row in json_lines(run.paths.selection(0) / "selected.jsonl")]
     assert len(chosen) == COUNT
-    prompts = {row["prompt_id"]: row for row in run.space.prompt_rows}
+    prompts = {row["prompt_id"]: row for row in run.folder.prompt_rows}
     for split, ids in (
         ("train", chosen),
         ("validation", [i for i, row in prompts.items() if row["set"].startswith("validation")]),
@@ -115,9 +115,9 @@ def test_every_format_holds_the_selection_best_first_and_the_held_out_prompts(
 
 
 def test_a_second_export_of_the_same_is_the_first_and_nothing_else_is_touched(
-    selected: tuple[Pipeline, Arm], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    selected: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, arm = selected
+    run = selected
     folder = exported(selected, "trl", tmp_path / "out")
     before = (folder / "train.parquet").stat().st_mtime_ns
     exported(selected, "trl", folder)
@@ -129,11 +129,17 @@ def test_a_second_export_of_the_same_is_the_first_and_nothing_else_is_touched(
     (tmp_path / "file").write_text("years of work")
     (tmp_path / "empty").mkdir()
     exported(selected, "trl", tmp_path / "empty")
-    kept = {path: path.read_bytes() for path in run.space.folder.rglob("*") if path.is_file()}
-    for precious in (run.space.folder, arm.folder, arm.selection(0), tmp_path / "out" / "..", tmp_path / "file"):
+    kept = {path: path.read_bytes() for path in run.folder.folder.rglob("*") if path.is_file()}
+    for precious in (
+        run.folder.folder,
+        run.paths.folder,
+        run.paths.selection(0),
+        tmp_path / "out" / "..",
+        tmp_path / "file",
+    ):
         with pytest.raises(ArtifactError):
             exported(selected, "trl", precious)
-    assert kept == {path: path.read_bytes() for path in run.space.folder.rglob("*") if path.is_file()}
+    assert kept == {path: path.read_bytes() for path in run.folder.folder.rglob("*") if path.is_file()}
     assert (tmp_path / "file").read_text() == "years of work"
 
     def full(*_: Any) -> str:
@@ -147,8 +153,8 @@ def test_a_second_export_of_the_same_is_the_first_and_nothing_else_is_touched(
     assert (exported(selected, "slime", tmp_path / "late") / "README.md").is_file()
 
 
-def test_what_the_run_is_about_is_in_the_command_and_quoted(selected: tuple[Pipeline, Arm], tmp_path: Path) -> None:
-    run, _ = selected
+def test_what_the_run_is_about_is_in_the_command_and_quoted(selected: Run, tmp_path: Path) -> None:
+    run = selected
     policy = run.config.policy.path
     for name in FORMATS:
         text = (exported(selected, name, tmp_path / f"{name} out") / "README.md").read_text()
@@ -166,7 +172,7 @@ def test_what_the_run_is_about_is_in_the_command_and_quoted(selected: tuple[Pipe
     assert repr(policy) in script
 
 
-def test_plain_text_is_not_for_trainers_that_know_chats_only(plain: tuple[Pipeline, Arm], tmp_path: Path) -> None:
+def test_plain_text_is_not_for_trainers_that_know_chats_only(plain: Run, tmp_path: Path) -> None:
     for name in ("verl", "prime-rl"):
         with pytest.raises(DataError, match="plain text"):
             exported(plain, name, tmp_path / name)
@@ -176,13 +182,13 @@ def test_plain_text_is_not_for_trainers_that_know_chats_only(plain: tuple[Pipeli
         assert "chat-template" not in (folder / "README.md").read_text()
 
 
-def test_a_later_stage_begins_with_its_checkpoint(plain: tuple[Pipeline, Arm], tmp_path: Path) -> None:
-    run, arm = plain
+def test_a_later_stage_begins_with_its_checkpoint(plain: Run, tmp_path: Path) -> None:
+    run = plain
     with pytest.raises(PolicyError, match="no checkpoint of the start of stage 1"):
-        export(run.config, run.space, arm, 1, "trl", None, tmp_path / "out")
+        export(run.folder, run.paths, 1, "trl", None, tmp_path / "out")
 
 
-def test_trl_trains_on_it_as_datasets_load_it(selected: tuple[Pipeline, Arm], tmp_path: Path) -> None:
+def test_trl_trains_on_it_as_datasets_load_it(selected: Run, tmp_path: Path) -> None:
     folder = exported(selected, "trl", tmp_path / "out")
     rows = datasets.load_dataset("parquet", data_files=str(folder / "train.parquet"), split="train")
     assert len(rows) == COUNT
@@ -233,7 +239,7 @@ def strip(message: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in message.items() if value is not None}
 
 
-def test_slime_reads_labels_as_text(selected: tuple[Pipeline, Arm], tmp_path: Path) -> None:
+def test_slime_reads_labels_as_text(selected: Run, tmp_path: Path) -> None:
     """By the call that slime's reader makes: pandas, lines of JSON, the label as text."""
     pandas = pytest.importorskip("pandas")
     folder = exported(selected, "slime", tmp_path / "out")
@@ -242,7 +248,7 @@ def test_slime_reads_labels_as_text(selected: tuple[Pipeline, Arm], tmp_path: Pa
     assert list(frame["label"]) == [row["label"] for row in read(folder / "train.jsonl")]
 
 
-def test_verl_s_own_loader_reads_it(selected: tuple[Pipeline, Arm], tmp_path: Path) -> None:
+def test_verl_s_own_loader_reads_it(selected: Run, tmp_path: Path) -> None:
     rl_dataset = pytest.importorskip("verl.utils.dataset.rl_dataset")
     folder = exported(selected, "verl", tmp_path / "out")
     words = Tokenizer(models.WordLevel({"<eos>": 0, "?": 1}, unk_token="?"))
@@ -257,7 +263,7 @@ def test_verl_s_own_loader_reads_it(selected: tuple[Pipeline, Arm], tmp_path: Pa
     assert [loaded[n]["index"] for n in range(COUNT)] == list(range(COUNT))
 
 
-def test_verifiers_own_loader_reads_it(selected: tuple[Pipeline, Arm], tmp_path: Path) -> None:
+def test_verifiers_own_loader_reads_it(selected: Run, tmp_path: Path) -> None:
     pytest.importorskip("verifiers.v1")
     folder = exported(selected, "prime-rl", tmp_path / "out")
     program = (

@@ -21,35 +21,36 @@ from cropi.exchange.dumps import import_rollouts
 from cropi.exchange.export import export
 from cropi.exchange.rewards import Rewards
 from cropi.loading import load_config
-from cropi.pipeline import Pipeline
-from cropi.stages.collect import read_trajectories
+from cropi.rollouts.shards import read_trajectories
+from cropi.stages.collect import collect
+from cropi.stages.run import Run
+from cropi.stages.select import select
 
-OPTIONS = ["select.strategy={type: pass_rate}", "baselines=[]", "verification.processes=1"]
+OPTIONS = ["select.strategy={type: pass_rate}", "verification.processes=1"]
 
 
 @pytest.fixture(scope="module")
 def sampled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Trajectories of all training prompts, with the prompts' text."""
-    made = Pipeline(load_config("quickstart", [*SMALL, *OPTIONS, f"run_dir={tmp_path_factory.mktemp('all')}"]))
-    made.collect()
-    made.space.unlock()
-    prompts = made.space.train_prompts
+    made = Run(load_config("quickstart", [*SMALL, *OPTIONS, f"run_dir={tmp_path_factory.mktemp('all')}"]))
+    collect(made)
+    made.folder.unlock()
+    prompts = made.folder.train_prompts
     rows = made.trajectories.base["train"].to_pylist()
     return [row | {"text": json.loads(prompts[row["prompt_id"]]["messages"])} for row in rows]
 
 
 @pytest.fixture
-def half(tmp_path: Path) -> Pipeline:
+def half(tmp_path: Path) -> Run:
     """A run of the same prompts that has sampled half of them."""
-    made = Pipeline(load_config("quickstart", [*SMALL, *OPTIONS, "collect.fraction=0.5", f"run_dir={tmp_path}"]))
-    made.collect()
+    made = Run(load_config("quickstart", [*SMALL, *OPTIONS, "collect.fraction=0.5", f"run_dir={tmp_path}"]))
+    collect(made)
     yield made
-    made.space.unlock()
+    made.folder.unlock()
 
 
-def imported(run: Pipeline, *paths: Path) -> Any:
-    arm = run.arm_at(0, None)
-    return import_rollouts(run, arm, run.base, "base", paths)
+def imported(run: Run, *paths: Path) -> Any:
+    return import_rollouts(run, run.base, "base", paths)
 
 
 def write_verl(path: Path, rows: list[dict[str, Any]], step: int) -> Path:
@@ -66,14 +67,12 @@ def write_trl(path: Path, rows: list[dict[str, Any]], step: int) -> Path:
 
 @pytest.mark.parametrize("write", [write_verl, write_trl])
 def test_a_dump_of_a_run_s_own_trajectories_is_these(
-    sampled: list[dict[str, Any]], half: Pipeline, write: Any, tmp_path: Path
+    sampled: list[dict[str, Any]], half: Run, write: Any, tmp_path: Path
 ) -> None:
     """Tokens, verdicts, rewards, ends and log-probs, in the order sampled: all but the numbering is equal."""
     path = tmp_path / ("1.jsonl" if write is write_verl else "completions_00001.parquet")
     manifest = imported(half, write(path, sampled, 1))
-    rows = {
-        (r["prompt_id"], r["sample"]): r for r in read_trajectories(half.arm_at(0, None).imported)["train"].to_pylist()
-    }
+    rows = {(r["prompt_id"], r["sample"]): r for r in read_trajectories(half.paths.imported)["train"].to_pylist()}
     assert len(rows) == len(sampled) == sum(manifest.counts.values())
     for expected in sampled:
         found = rows[expected["prompt_id"], expected["sample"]]
@@ -82,12 +81,11 @@ def test_a_dump_of_a_run_s_own_trajectories_is_these(
             assert found[name] == expected[name], name
 
 
-def test_selections_know_of_them(sampled: list[dict[str, Any]], half: Pipeline, tmp_path: Path) -> None:
+def test_selections_know_of_them(sampled: list[dict[str, Any]], half: Run, tmp_path: Path) -> None:
     """Prompts that were not sampled have the pass rate of their imported completions."""
     imported(half, write_verl(tmp_path / "1.jsonl", sampled, 1))
-    arm = half.arm_at(0, None)
-    half.select(arm, 0)
-    rows = read_table(arm.selection(0) / "selection.parquet", SELECTION).to_pylist()
+    select(half, 0)
+    rows = read_table(half.paths.selection(0) / "selection.parquet", SELECTION).to_pylist()
     rates: dict[str, list[float]] = {}
     for row in sampled:
         rates.setdefault(row["prompt_id"], []).append(row["reward"])
@@ -97,7 +95,7 @@ def test_selections_know_of_them(sampled: list[dict[str, Any]], half: Pipeline, 
 
 
 def test_the_newest_step_with_a_group_counts_and_strangers_are_counted(
-    sampled: list[dict[str, Any]], half: Pipeline, tmp_path: Path
+    sampled: list[dict[str, Any]], half: Run, tmp_path: Path
 ) -> None:
     mine = [row for row in sampled if row["prompt_id"] == sampled[0]["prompt_id"]]
     stranger = mine[0] | {"text": "what is love"}
@@ -107,16 +105,16 @@ def test_the_newest_step_with_a_group_counts_and_strangers_are_counted(
     write_verl(folder / "2.jsonl", [r | {"completion": "answer 2"} for r in mine[:3]] + [stranger], 2)
     write_verl(folder / "3.jsonl", [mine[0] | {"completion": "answer 3"}], 3)  # one completion is no group
     manifest = imported(half, folder)
-    rows = read_trajectories(half.arm_at(0, None).imported)["train"].to_pylist()
+    rows = read_trajectories(half.paths.imported)["train"].to_pylist()
     assert [row["completion"] for row in rows] == ["answer 2"] * 3
     assert manifest.details["left_out"] == len(mine) + 2
 
 
 def test_what_was_scored_by_other_trajectories_is_in_the_way(
-    sampled: list[dict[str, Any]], half: Pipeline, tmp_path: Path
+    sampled: list[dict[str, Any]], half: Run, tmp_path: Path
 ) -> None:
     path = write_verl(tmp_path / "1.jsonl", sampled, 1)
-    half.select(half.arm_at(0, None), 0)
+    select(half, 0)
     with pytest.raises(ArtifactError, match="made from the trajectories that were there before"):
         imported(half, path)
 
@@ -130,7 +128,7 @@ def test_what_was_scored_by_other_trajectories_is_in_the_way(
         ("a.jsonl", '{"input": "x", "output": "y", "step": 1}\n', "no two rollouts are of one training prompt"),
     ],
 )
-def test_what_cannot_be_read_is_refused(half: Pipeline, name: str, content: str, message: str, tmp_path: Path) -> None:
+def test_what_cannot_be_read_is_refused(half: Run, name: str, content: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / name
     path.write_text(content)
     with pytest.raises(DataError, match=message):
@@ -139,11 +137,10 @@ def test_what_cannot_be_read_is_refused(half: Pipeline, name: str, content: str,
         imported(half, tmp_path / "nowhere.jsonl")
 
 
-def test_what_trl_writes_while_it_trains_on_an_export_comes_back(half: Pipeline, tmp_path: Path) -> None:
+def test_what_trl_writes_while_it_trains_on_an_export_comes_back(half: Run, tmp_path: Path) -> None:
     """Export, two steps of TRL's own trainer, import: every prompt of the selection that was trained on."""
-    arm = half.arm_at(0, None)
-    half.select(arm, 0)
-    export(half.config, half.space, arm, 0, "trl", None, tmp_path / "stage")
+    select(half, 0)
+    export(half.folder, half.paths, 0, "trl", None, tmp_path / "stage")
     rows = datasets.load_dataset("parquet", data_files=str(tmp_path / "stage" / "train.parquet"), split="train")
     trained = GRPOTrainer(
         model=str(POLICY_DIR),
@@ -166,10 +163,10 @@ def test_what_trl_writes_while_it_trains_on_an_export_comes_back(half: Pipeline,
         train_dataset=rows,
     )
     trained.train()
-    shutil.rmtree(arm.selection(0))
+    shutil.rmtree(half.paths.selection(0))
     manifest = imported(half, tmp_path / "trained" / "completions")
     assert manifest.details["prompts"] == 8
     assert manifest.details["left_out"] == 0
-    found = read_trajectories(arm.imported)["train"].to_pylist()
+    found = read_trajectories(half.paths.imported)["train"].to_pylist()
     assert {row["prompt_id"] for row in found} <= set(rows["prompt_id"])
     assert {len([r for r in found if r["prompt_id"] == i]) for i in {row["prompt_id"] for row in found}} == {4}

@@ -19,7 +19,7 @@ from cropi.artifacts import read_table, scores_schema
 from cropi.distributed import Launched
 from cropi.gradients import score_shards, validation_scores
 from cropi.gradients.surrogate_weights import surrogate_settings
-from cropi.stages.score import score
+from cropi.stages.score import ScoredPool, score_pool
 from cropi.world import ALONE, World
 
 pytestmark = pytest.mark.slow  # processes of its own for every worker of the tests
@@ -37,8 +37,7 @@ def stage(overrides: Sequence[str], model: Any, folder: Path, world: World) -> N
     chosen = config(*overrides)
     settings = surrogate_settings(chosen, "dr_grpo", "none")
     (folder / "scores").mkdir(parents=True, exist_ok=True)
-    strategy = chosen.select.strategy
-    score(chosen, settings, model, TABLES, SOURCES, folder / "scores", 0, strategy, (), world)
+    score_pool(chosen, settings, model, ScoredPool(TABLES, SOURCES), folder / "scores", world)
 
 
 def scored(folder: Path) -> list[dict[str, Any]]:

@@ -25,7 +25,7 @@ from cropi.gradients.reference import prompt_gradient
 from cropi.gradients.surrogate_weights import surrogate_settings
 from cropi.gradients.validation_groups import candidate_groups
 from cropi.seeds import unit_interval
-from cropi.stages.score import score
+from cropi.stages.score import ScoredPool, score_pool
 
 SOURCES = {one.prompt_id: "here" for one in [*MIXED, SOLVED, UNREADABLE]}
 TABLES = {
@@ -37,10 +37,11 @@ UNEVEN = [group(f"u{n}", [1.0] * (1 + n) + [0.0] * (3 - n)) for n in range(3)]  
 
 def scored(folder: Path, strategy: StrategyTable, *overrides: str) -> tuple[list[dict[str, Any]], Any]:
     chosen = config("score.projection.keep_fraction=1", *overrides)
+    chosen = chosen.model_copy(update={"select": chosen.select.model_copy(update={"strategy": strategy})})
     settings = surrogate_settings(chosen, "dr_grpo", "none")
     (folder / "scores").mkdir(parents=True)
     model, target = tiny_llama(tied=True), folder / "scores"
-    _, details = score(chosen, settings, model, TABLES, SOURCES, target, 0, strategy)
+    _, details = score_pool(chosen, settings, model, ScoredPool(TABLES, SOURCES), target)
     schema = scores_schema(strategy.directions(["sum"]))
     return read_table(target / "scores.parquet", schema).to_pylist(), details
 

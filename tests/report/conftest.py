@@ -24,7 +24,7 @@ from cropi.artifacts import (
 )
 from cropi.config import Config
 from cropi.loading import validate_config
-from cropi.workspace import Workspace, keep_evaluation
+from cropi.run_folder import RunFolder, keep_evaluation
 
 BUILTIN = {"type": "builtin", "families": ["sum"], "count": 4}
 SOURCES = ("sum", "swaps", "sort")
@@ -117,14 +117,14 @@ def train_rows(made: Fabrication) -> list[dict[str, Any]]:
     ]
 
 
-def write_prompts(space: Workspace, made: Fabrication) -> None:
+def write_prompts(space: RunFolder, made: Fabrication) -> None:
     rows = train_rows(made)
     rows += [{**rows[0], "prompt_id": f"v-{name}", "set": f"validation/{name}"} for name in VALIDATION]
     write_table(space.prompts / "prompts.parquet", rows, PROMPTS)
     finish(space.prompts, "prompts", inputs={}, counts={"train": made.prompts})
 
 
-def write_trajectories(space: Workspace, made: Fabrication) -> None:
+def write_trajectories(space: RunFolder, made: Fabrication) -> None:
     """Four per prompt. Every third prompt is solved always: no signal. One completion of p000 is truncated."""
     rows = []
     for number, prompt in enumerate(train_rows(made)):
@@ -169,7 +169,7 @@ def reliability_of(made: Fabrication) -> dict[str, Any] | None:
     return {"reliability": {"alpha": 0.5, "beta": 0.25}, "expected_overlap": 0.6, "chance": 0.375}
 
 
-def write_scores(space: Workspace, made: Fabrication, stage: int) -> None:
+def write_scores(space: RunFolder, made: Fabrication, stage: int) -> None:
     rows = []
     for number, prompt in enumerate(train_rows(made)):
         signal = number % 3 != 2
@@ -200,7 +200,7 @@ def write_scores(space: Workspace, made: Fabrication, stage: int) -> None:
     append_jsonl(space.folder / "ledger.jsonl", charge(made.scored, "score", stage, 3.0, tokens=100))
 
 
-def write_selection(space: Workspace, made: Fabrication, arm: str, stage: int) -> None:
+def write_selection(space: RunFolder, made: Fabrication, arm: str, stage: int) -> None:
     """A quarter of the pool (all of it for `full`), taken in the pool's order from a place that moves on by stage."""
     prompts = train_rows(made)
     size = len(prompts) if arm == "full" else len(prompts) // 4
@@ -227,7 +227,7 @@ def write_selection(space: Workspace, made: Fabrication, arm: str, stage: int) -
     append_jsonl(space.folder / "ledger.jsonl", charge(arm, "select", stage, 0.5))
 
 
-def write_training(space: Workspace, made: Fabrication, arm: str) -> None:
+def write_training(space: RunFolder, made: Fabrication, arm: str) -> None:
     """Eight steps of 2 s and 30 tokens; evaluations of 1.5 s each."""
     folder = space.arm(arm).folder
     for step in range(1, 9):
@@ -239,8 +239,8 @@ def write_training(space: Workspace, made: Fabrication, arm: str) -> None:
         append_jsonl(space.folder / "ledger.jsonl", charge(arm, "evaluate", step // 4, 1.5))
 
 
-def fabricate_in(folder: Path, made: Fabrication) -> Workspace:
-    space = Workspace(make_config(folder, made))
+def fabricate_in(folder: Path, made: Fabrication) -> RunFolder:
+    space = RunFolder(make_config(folder, made))
     space.lock()
     space.unlock()
     if made.collected:
@@ -260,7 +260,7 @@ def fabricate_in(folder: Path, made: Fabrication) -> Workspace:
     return space
 
 
-Fabricate = Callable[..., Workspace]
+Fabricate = Callable[..., RunFolder]
 
 
 @pytest.fixture
@@ -270,6 +270,6 @@ def fabricate(tmp_path: Path) -> Fabricate:
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     """The run as it stands by default, for tests that only read it."""
     return fabricate_in(tmp_path_factory.mktemp("finished"), Fabrication())

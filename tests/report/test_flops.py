@@ -1,4 +1,4 @@
-"""Operations of an arm by hand."""
+"""Operations of a run by hand."""
 
 import pytest
 

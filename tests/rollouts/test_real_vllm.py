@@ -18,10 +18,11 @@ from tests.stages.killed import collected_through
 from cropi.builtin import POLICY_DIR
 from cropi.config import PolicyConfig, VllmConfig
 from cropi.loading import load_config
-from cropi.pipeline import Pipeline
 from cropi.policy import Policy, load_policy
 from cropi.rollouts.generation import Sampling, TransformersGenerator
 from cropi.rollouts.vllm import VllmGenerator
+from cropi.stages.collect import collect
+from cropi.stages.run import Run
 
 pytest.importorskip("vllm", exc_type=ImportError)
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
@@ -120,10 +121,10 @@ def test_a_run_collects_through_it_and_its_processes_are_gone(
     vllm = f"collect.vllm={ENGINE.model_dump_json()}"
     found = []
     for name in ("once", "again"):
-        pipeline = Pipeline(load_config("quickstart", [*SMALL, *few, vllm, f"run_dir={tmp_path}", f"name={name}"]))
-        manifest = pipeline.collect()
+        pipeline = Run(load_config("quickstart", [*SMALL, *few, vllm, f"run_dir={tmp_path}", f"name={name}"]))
+        manifest = collect(pipeline)
         found.append([row for table in pipeline.trajectories.base.values() for row in table.to_pylist()])
-        pipeline.space.unlock()
+        pipeline.folder.unlock()
         assert sum(manifest.counts.values()) == len(found[-1]) > 50
     assert [row["completion"] for row in found[0]] == [row["completion"] for row in found[1]]
     assert {row["verdict"] for row in found[0]} >= {"correct", "wrong"}

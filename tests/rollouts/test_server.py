@@ -383,7 +383,7 @@ def test_a_collection_that_ends_over_bad_answers_goes_on_with_the_same_bytes(
 
     def collect(run_dir: str) -> Any:
         server = {"url": fake.url, "model": "m", "patience": 0.5, "concurrency": 4}
-        more = ["baselines=[]", "collect.shard_prompts=8", f"collect.server={json.dumps(server)}"]
+        more = ["collect.shard_prompts=8", f"collect.server={json.dumps(server)}"]
         return cropi("collect", "quickstart", *SMALL, *more, f"run_dir={run_dir}", cwd=tmp_path)
 
     def parts(run_dir: str) -> dict[str, bytes]:

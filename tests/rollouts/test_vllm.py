@@ -17,10 +17,11 @@ from cropi.builtin import POLICY_DIR
 from cropi.config import PolicyConfig, VllmConfig
 from cropi.errors import ConfigError, PolicyError
 from cropi.loading import load_config
-from cropi.pipeline import Pipeline
 from cropi.policy import Policy, load_policy
 from cropi.rollouts.generation import Sampling, TransformersGenerator
 from cropi.rollouts.vllm import VllmGenerator
+from cropi.stages.collect import collect
+from cropi.stages.run import Run
 
 WEIGHTS = PolicyConfig(path="builtin", cpu_threads=1)
 SAMPLING = Sampling(8, 0.7, 0.9)
@@ -117,10 +118,10 @@ def test_a_run_collects_through_it_and_gives_its_memory_back(tmp_path: Path) -> 
     few = ["prompts.train.0.count=3", "collect.num_generations=4", "collect.validation_num_generations=4"]
     config = load_config("quickstart", [*SMALL, *few, f"run_dir={tmp_path}", "collect.vllm.max_model_len=128"])
     Engine.policy = load_policy(config.policy)
-    pipeline = Pipeline(config)
-    pipeline.collect()
+    pipeline = Run(config)
+    collect(pipeline)
     rows = [row for table in pipeline.trajectories.base.values() for row in table.to_pylist()]
-    pipeline.space.unlock()
+    pipeline.folder.unlock()
     assert len(rows) == len(Engine.requests) > 0
     assert {row["verdict"] for row in rows} >= {"correct", "wrong"}
     assert Engine.alive == 0

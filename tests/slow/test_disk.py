@@ -27,11 +27,11 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk_is_named_and_nothing_is_lost(small_disk: Path, filled_mb: int) -> None:
     ballast = small_disk / "ballast"
     ballast.write_bytes(b"\0" * (filled_mb * 1_000_000))
-    done = cropi_process("run", "quickstart", *SMALL, "baselines=[]", cwd=small_disk)
+    done = cropi_process("run", "quickstart", *SMALL, cwd=small_disk)
     assert done.returncode == 2, done.stderr
     assert "no space left" in done.stderr
     assert "Traceback" not in done.stderr
     ballast.unlink()
     subprocess.run(["mount", "-o", "remount,size=200m", str(small_disk)], check=True)
-    again = cropi_process("run", "quickstart", *SMALL, "baselines=[]", cwd=small_disk)
+    again = cropi_process("run", "quickstart", *SMALL, cwd=small_disk)
     assert again.returncode == 0, again.stderr

@@ -33,9 +33,8 @@ def lines(path: str, count: int) -> Callable[[Path], bool]:
 MOMENTS: dict[str, Callable[[Path], bool]] = {
     "collecting": exists("trajectories/part-*.parquet", 2),
     "scoring stage 0": exists("trajectories/manifest.json"),
-    "training in the middle of stage 0": lines("arms/influence/steps.jsonl", 5),
-    "scoring stage 1": exists("arms/influence/checkpoints/checkpoint-16/manifest.json"),
-    "training another arm": lines("arms/full/steps.jsonl", 21),
+    "training in the middle of stage 0": lines("steps.jsonl", 5),
+    "scoring stage 1": exists("checkpoints/checkpoint-16/manifest.json"),
 }
 
 
@@ -71,5 +70,5 @@ def test_killed_five_times_ends_like_uninterrupted(uninterrupted: Path, tmp_path
     assert len(selections(ours)) == 3 * 3 * 2
     assert evaluations(ours) == evaluations(uninterrupted)
     assert len(evaluations(ours)) == 1 + 3 * 12
-    rewards = [(f / "arms/influence/rewards.jsonl").read_text().splitlines() for f in (ours, uninterrupted)]
+    rewards = [(f / "rewards.jsonl").read_text().splitlines() for f in (ours, uninterrupted)]
     assert [json.loads(line)["rewards"] for line in rewards[0]] == [json.loads(line)["rewards"] for line in rewards[1]]

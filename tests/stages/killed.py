@@ -20,7 +20,8 @@ import pytest
 from tests.runs import SMALL
 
 from cropi.loading import load_config
-from cropi.pipeline import Pipeline
+from cropi.stages.collect import collect
+from cropi.stages.run import Run
 
 EXPECTED = 48 * 8 + 6 * 8  # trajectories of the run
 
@@ -56,13 +57,13 @@ def collected_through(
     try:
         _wait_for(port, log)
         server_of = {"url": f"http://localhost:{port}/v1", "concurrency": 4, "patience": 240} | dict(settings)
-        more = [f"run_dir={folder}", "baselines=[]", "collect.shard_prompts=8", "collect.max_completion_length=16"]
-        pipeline = Pipeline(load_config("quickstart", [*SMALL, *more, f"collect.server={json.dumps(server_of)}"]))
+        more = [f"run_dir={folder}", "collect.shard_prompts=8", "collect.max_completion_length=16"]
+        pipeline = Run(load_config("quickstart", [*SMALL, *more, f"collect.server={json.dumps(server_of)}"]))
         threading.Thread(target=interrupt, daemon=True).start()
-        manifest = pipeline.collect()
+        manifest = collect(pipeline)
         assert restarted.is_set(), "the server was to be killed before collection had ended"
         rows = [row for table in pipeline.trajectories.base.values() for row in table.to_pylist()]
-        pipeline.space.unlock()
+        pipeline.folder.unlock()
         count = Counter((row["set"], row["prompt_id"], row["sample"]) for row in rows)
         assert len(rows) == len(count) == EXPECTED
         assert sum(manifest.counts.values()) == EXPECTED

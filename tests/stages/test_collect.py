@@ -18,14 +18,8 @@ from cropi.prompts import load_prompts
 from cropi.rewards.pool import judge_of
 from cropi.rollouts import generation
 from cropi.rollouts.generation import Sampling, TransformersGenerator
-from cropi.stages.collect import (
-    behaviour_logprobs,
-    collect,
-    collect_anew,
-    plan,
-    read_trajectories,
-    sampled_prompts,
-)
+from cropi.rollouts.shards import behaviour_logprobs, plan, read_trajectories, sampled_prompts
+from cropi.stages.collect import Collector
 
 JUDGE = judge_of(load_config("quickstart").verifier, load_config("quickstart").verification)
 
@@ -109,7 +103,7 @@ def small() -> Config:
 
 def test_collection_stores_what_it_says_and_resumes_at_any_shard(policy: Policy, tmp_path: Path) -> None:
     prompts = load_prompts(small())
-    counts, details = collect(small(), policy, JUDGE, prompts, tmp_path, Ledger(tmp_path / "ledger.jsonl"))
+    counts, details = Collector(small(), policy, JUDGE, Ledger(tmp_path / "ledger.jsonl")).collect(prompts, tmp_path)
     table = read_trajectories(tmp_path)
     rows = table["train"].to_pylist()
     assert sorted(table) == ["train", "validation/sum"]
@@ -128,21 +122,21 @@ def test_collection_stores_what_it_says_and_resumes_at_any_shard(policy: Policy,
     parts = sorted(tmp_path.glob("part-*.parquet"))
     before = {part.name: part.read_bytes() for part in parts}
     parts[1].unlink()
-    collect(small(), policy, JUDGE, prompts, tmp_path, Ledger(tmp_path / "ledger.jsonl"))
+    Collector(small(), policy, JUDGE, Ledger(tmp_path / "ledger.jsonl")).collect(prompts, tmp_path)
     assert {part.name: part.read_bytes() for part in sorted(tmp_path.glob("part-*.parquet"))} == before
 
 
 def test_a_shard_of_other_prompts_is_refused(policy: Policy, tmp_path: Path) -> None:
     prompts = load_prompts(small())
-    collect(small(), policy, JUDGE, prompts, tmp_path, Ledger(tmp_path / "ledger.jsonl"))
+    Collector(small(), policy, JUDGE, Ledger(tmp_path / "ledger.jsonl")).collect(prompts, tmp_path)
     part = sorted(tmp_path.glob("part-train-*.parquet"))[0]
     (tmp_path / sorted(tmp_path.glob("part-train-*.parquet"))[1].name).write_bytes(part.read_bytes())
     with pytest.raises(ArtifactError, match="other prompts"):
-        collect(small(), policy, JUDGE, prompts, tmp_path, Ledger(tmp_path / "ledger.jsonl"))
+        Collector(small(), policy, JUDGE, Ledger(tmp_path / "ledger.jsonl")).collect(prompts, tmp_path)
     assert read_table(part, TRAJECTORIES).num_rows == 16 * 8
 
 
-def test_collecting_anew_samples_from_the_policy_as_it_is_and_charges_the_arm(policy: Policy, tmp_path: Path) -> None:
+def test_collecting_again_samples_from_the_policy_as_it_is_now(policy: Policy, tmp_path: Path) -> None:
     prompts = [row for row in load_prompts(small()) if row["set"] == "train"][:20]
     moved = load_policy(PolicyConfig(path="builtin", cpu_threads=1))
     with torch.no_grad():
@@ -152,7 +146,7 @@ def test_collecting_anew_samples_from_the_policy_as_it_is_and_charges_the_arm(po
     def anew(folder: Path, stage: int) -> list[dict[str, Any]]:
         folder.mkdir(exist_ok=True)
         ledger = Ledger(tmp_path / "ledger.jsonl")
-        counts, details = collect_anew(small(), moved, JUDGE, prompts, folder, ledger, arm="influence", stage=stage)
+        counts, details = Collector(small(), moved, JUDGE, ledger).collect_again(prompts, folder, stage)
         assert sum(counts.values()) == 20 * 8
         assert details["prompts"] == 20
         return read_trajectories(folder)["train"].to_pylist()
@@ -167,7 +161,7 @@ def test_collecting_anew_samples_from_the_policy_as_it_is_and_charges_the_arm(po
         assert row["behaviour_logprobs"] == pytest.approx(own, abs=2e-5)
         assert row["behaviour_logprobs"] != pytest.approx(theirs, abs=1e-2)
     entries = Ledger(tmp_path / "ledger.jsonl").entries()
-    assert {(entry["arm"], entry["phase"], entry["stage"]) for entry in entries} == {("influence", "collect", 1)}
+    assert {(entry["phase"], entry["stage"]) for entry in entries} == {("collect", 1)}
     assert sum(entry["tokens"] for entry in entries) == sum(len(row["completion_ids"]) for row in rows)
     parts = {part.name: part.read_bytes() for part in (tmp_path / "one").iterdir()}
     assert len(parts) == 2
@@ -184,7 +178,7 @@ def test_a_share_of_the_pool_is_sampled_and_the_rest_can_be_told_from_it(policy:
     chosen = sampled_prompts(config, prompts)
     assert len(pool) == 48
     assert len(chosen) == 15  # ceil(0.3 x 48)
-    _, details = collect(config, policy, JUDGE, prompts, tmp_path, Ledger(tmp_path / "ledger.jsonl"))
+    _, details = Collector(config, policy, JUDGE, Ledger(tmp_path / "ledger.jsonl")).collect(prompts, tmp_path)
     stored = read_trajectories(tmp_path)
     assert set(stored["train"].column("prompt_id").to_pylist()) == chosen
     assert stored["validation/sum"].num_rows == 6 * 8
@@ -204,7 +198,7 @@ def test_prompts_beyond_where_rotary_positions_change_are_left_out_of_a_run_that
     shards, too_long = plan(config, policy, prompts)
     assert len(too_long) == lengths.count(max(lengths))
     assert sum(len(shard.prompts) for shard in shards) == len(lengths) - len(too_long)
-    by_length = load_config("quickstart", [*SMALL, "select.strategy={type: random}", "baselines=[]"])
+    by_length = load_config("quickstart", [*SMALL, "select.strategy={type: random}"])
     assert plan(by_length, policy, prompts)[1] == []
     rotary.original_max_seq_len = config.collect.max_completion_length
     with pytest.raises(DataError, match="rotary positions"):
@@ -219,5 +213,5 @@ def test_what_does_not_fit_is_looked_for_among_those_not_sampled_too(policy: Pol
     )
     endless = json.dumps("sum mod 7 : " + "3 " * 4000 + "=")
     changed = [row | {"messages": endless} if row is left_out else row for row in prompts]
-    _, details = collect(config, policy, JUDGE, changed, tmp_path, Ledger(tmp_path / "ledger.jsonl"))
+    _, details = Collector(config, policy, JUDGE, Ledger(tmp_path / "ledger.jsonl")).collect(changed, tmp_path)
     assert details["too_long"] == [left_out["prompt_id"]]

@@ -7,8 +7,8 @@ from tests.runs import judge
 
 from cropi.config import EvaluateConfig
 from cropi.errors import DataError
-from cropi.stages.evaluate import Question, accuracy, evaluate, read_evaluations
-from cropi.workspace import forget_evaluations
+from cropi.run_folder import forget_evaluations, keep_evaluation
+from cropi.stages.evaluate import Exam, Question, accuracy, read_evaluations
 from cropi.world import ALONE, World
 
 PROMPTS = [
@@ -38,13 +38,14 @@ def verify(completion: str, gold: str) -> str:
 
 def test_per_prompt_results_and_accuracy_by_hand(tmp_path: Path) -> None:
     config = EvaluateConfig(samples=4, bootstrap=200)
-    table = evaluate(PROMPTS, generate, verify, config, step=7, seed=0, folder=tmp_path, block=2)
-    assert [(r["prompt_id"], r["greedy"], r["sampled"], r["samples"]) for r in table.to_pylist()] == [
+    rows = Exam(generate, verify, config, seed=0, block=2).answers(PROMPTS, 7)
+    assert [(r["prompt_id"], r["greedy"], r["sampled"], r["samples"]) for r in rows] == [
         ("a", 1.0, 0.5, 4),
         ("b", 0.0, 0.5, 4),
         ("c", 1.0, 0.5, 4),
     ]
-    result = accuracy(table, config, seed=0)
+    keep_evaluation(tmp_path, 7, rows, {})
+    result = accuracy(read_evaluations(tmp_path)[7], config, seed=0)
     assert result["easy"]["greedy"].mean == 0.5
     assert result["easy"]["greedy"].low == 0.0
     assert result["easy"]["greedy"].high == 1.0
@@ -52,7 +53,7 @@ def test_per_prompt_results_and_accuracy_by_hand(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("block", [1, 2, 3])
-def test_processes_ask_different_questions_and_have_the_same_table(block: int, tmp_path: Path) -> None:
+def test_processes_ask_different_questions_and_have_the_same_answers(block: int) -> None:
     config, asked = EvaluateConfig(samples=4), []
 
     def work(world: World) -> Any:
@@ -61,26 +62,23 @@ def test_processes_ask_different_questions_and_have_the_same_table(block: int, t
                 asked.extend(prompts)
             return generate(prompts, temperature, seed)
 
-        options: dict[str, Any] = {"step": 7, "seed": 0, "folder": tmp_path / str(world.size), "block": block}
-        return evaluate(PROMPTS, counted, verify, config, **options, world=world)
+        return Exam(counted, verify, config, seed=0, block=block).answers(PROMPTS, 7, world=world)
 
     alone = work(ALONE)
     assert together(work) == [alone, alone]
     assert sorted(asked) == sorted([prompt.prompt_ids for prompt in PROMPTS] * 2)
-    assert read_evaluations(tmp_path / "2")[7] == read_evaluations(tmp_path / "1")[7] == alone
 
 
 def test_files_are_found_by_step_and_forgotten_after_a_resume(tmp_path: Path) -> None:
     config = EvaluateConfig()
     for step in (10, 2, 30):
-        evaluate(PROMPTS, generate, verify, config, step=step, seed=0, folder=tmp_path, block=2)
+        keep_evaluation(tmp_path, step, Exam(generate, verify, config, seed=0, block=2).answers(PROMPTS, step), {})
     assert list(read_evaluations(tmp_path)) == [2, 10, 30]
     assert read_evaluations(tmp_path)[2].column("sampled").to_pylist() == [None] * 3
     forget_evaluations(tmp_path, 10)
     assert list(read_evaluations(tmp_path)) == [2, 10]
 
 
-def test_a_test_set_without_readable_answers_is_an_error(tmp_path: Path) -> None:
+def test_a_test_set_without_readable_answers_is_an_error() -> None:
     with pytest.raises(DataError, match="can read none of the recorded answers"):
-        evaluate(PROMPTS[3:], generate, verify, EvaluateConfig(), step=0, seed=0, folder=tmp_path, block=2)
-    assert list(tmp_path.iterdir()) == []
+        Exam(generate, verify, EvaluateConfig(), seed=0, block=2).answers(PROMPTS[3:], 0)

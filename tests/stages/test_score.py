@@ -23,7 +23,7 @@ from cropi.gradients.score_shards import read_directions, read_features
 from cropi.gradients.surrogate_weights import surrogate_settings
 from cropi.loading import load_config
 from cropi.stages import score as scoring
-from cropi.stages.score import score
+from cropi.stages.score import ScoredPool, score_pool
 
 RNG = random.Random(5)
 NAMES = ["sum"]
@@ -71,8 +71,9 @@ def config(*overrides: str) -> Config:
 def run(folder: Path, *overrides: str, tables: dict[str, pa.Table] = TABLES) -> tuple[list[dict[str, Any]], Any]:
     chosen = config(*overrides)
     settings = surrogate_settings(chosen, "dr_grpo", "none")
+    pool = ScoredPool(tables, SOURCES)
     (folder / "scores").mkdir(parents=True, exist_ok=True)
-    _, details = score(chosen, settings, tiny_llama(tied=True), tables, SOURCES, folder / "scores")
+    _, details = score_pool(chosen, settings, tiny_llama(tied=True), pool, folder / "scores")
     return read_table(folder / "scores" / "scores.parquet", scores_schema(NAMES)).to_pylist(), details
 
 

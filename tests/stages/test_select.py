@@ -22,7 +22,7 @@ from cropi.curriculum.choose import choose, selection_table
 from cropi.errors import SignalError
 from cropi.functional.ranking import selection_size
 from cropi.loading import load_config
-from cropi.stages.select import rank, select
+from cropi.stages.select import choose_prompts, rank
 
 POOL = Candidates(
     prompt_ids=["a", "b", "c", "d", "e", "f"],
@@ -139,7 +139,7 @@ def config() -> Config:
 def write(folder: Path, candidates: Candidates = POOL) -> tuple[bytes, bytes]:
     prompts = {i: {"messages": json.dumps(f"prompt {i}"), "answer": "1"} for i in candidates.prompt_ids}
     folder.mkdir(parents=True)
-    select(config(), InfluenceStrategy(type="influence"), candidates, prompts, folder)
+    choose_prompts(config(), candidates, prompts, folder)
     return (folder / "selection.parquet").read_bytes(), (folder / "selected.jsonl").read_bytes()
 
 

@@ -23,7 +23,7 @@ from cropi.config import Config, PolicyConfig
 from cropi.errors import ArtifactError, ConfigError
 from cropi.loading import load_config
 from cropi.policy import Policy, encode_prompts, load_policy
-from cropi.stages.train import TrainTask, newest_checkpoint, train
+from cropi.stages.train import TrainTask, newest_checkpoint, train_stages
 from cropi.training.history import training_history
 from cropi.training.rehearsal import _problem
 from cropi.training.reward import RecordedReward
@@ -86,7 +86,7 @@ def run(folder: Path, *overrides: str, recorder: Recorder | None = None) -> tupl
         evaluate=recorder.evaluate,
         folder=folder,
     )
-    last = train(task, policy())
+    last = train_stages(task, policy())
     return recorder, load_file(last / "model.safetensors")
 
 
@@ -276,11 +276,11 @@ def test_completions_of_a_prompt_share_its_forward_pass(tmp_path: Path, monkeypa
         shared.append(plain(model, ids, mask))
         return shared[-1]
 
-    monkeypatch.setattr("cropi.stages.train.shared_prefixes", counting)
+    monkeypatch.setattr("cropi.training.stage_trainer.shared_prefixes", counting)
     _, weights = run(tmp_path / "shared")
     assert shared
     assert all(shared)
-    monkeypatch.setattr("cropi.stages.train.shared_prefixes", lambda *_: {})
+    monkeypatch.setattr("cropi.training.stage_trainer.shared_prefixes", lambda *_: {})
     _, others = run(tmp_path / "apart")
     assert seen(tmp_path / "shared") == seen(tmp_path / "apart")
     for name, tensor in weights.items():
@@ -420,7 +420,7 @@ def test_a_rehearsal_leaves_random_states_as_they_were(tmp_path: Path) -> None:
 
 
 def test_prompts_are_tokenised_as_trl_does(tmp_path: Path) -> None:
-    from cropi.stages.train import StageTrainer
+    from cropi.training.stage_trainer import StageTrainer
 
     base = policy()
     trainer = StageTrainer(

@@ -20,11 +20,12 @@ from torch import Tensor
 from cropi.artifacts import TRAJECTORIES, read_jsonl, read_table
 from cropi.errors import ConfigError
 from cropi.loading import load_config
-from cropi.stages.train import StageCallback, StageTrainer, TrainTask, train
+from cropi.stages.train import StageCallback, TrainTask, train_stages
 from cropi.training.dynamic import DynamicSampling, check_dynamic_sampling
 from cropi.training.reward import Judged, RecordedReward
+from cropi.training.rollouts import rollout_files
 from cropi.training.settings import grpo_config
-from cropi.workspace import rollout_files
+from cropi.training.stage_trainer import StageTrainer
 
 K, TEMPERATURE, LENGTH = 4, 1.5, 6
 POOL = [f"p{n}" for n in range(24)]
@@ -76,7 +77,7 @@ def run(
         record_to=folder / "rollouts" if record else None,
         dynamic_sampling=settings.train.dynamic_sampling,
     )
-    return load_file(train(task, policy()) / "model.safetensors")
+    return load_file(train_stages(task, policy()) / "model.safetensors")
 
 
 class Spy:

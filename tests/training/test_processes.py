@@ -12,9 +12,8 @@ from cropi.artifacts import TRAJECTORIES, read_jsonl, read_table
 from cropi.errors import ConfigError
 from cropi.loading import load_config
 from cropi.training.reward import RecordedReward
-from cropi.training.rollouts import RolloutRecorder
+from cropi.training.rollouts import RolloutRecorder, rollout_files
 from cropi.training.settings import grpo_config
-from cropi.workspace import rollout_files
 from cropi.world import World
 
 

@@ -16,12 +16,12 @@ from cropi.config import PolicyConfig
 from cropi.errors import ArtifactError, ConfigError
 from cropi.loading import load_config
 from cropi.policy import completion_logprobs, load_policy
-from cropi.rollouts.overlay import newest_rollouts
-from cropi.stages.train import StageTrainer, TrainTask, train
+from cropi.stages.train import TrainTask, train_stages
+from cropi.stages.trajectories import newest_rollouts
 from cropi.training.reward import RecordedReward
-from cropi.training.rollouts import RolloutRecorder, dropouts, forget_rollouts
+from cropi.training.rollouts import RolloutRecorder, dropouts, forget_rollouts, rollout_files, written_rollouts
 from cropi.training.settings import grpo_config
-from cropi.workspace import rollout_files, written_rollouts
+from cropi.training.stage_trainer import StageTrainer
 
 STEPS, TEMPERATURE = 4, 0.7
 END_OF_SEQUENCE = 1
@@ -53,7 +53,7 @@ def run(folder: Path, *overrides: str, record: bool = True) -> dict[str, torch.T
         folder=folder,
         record_to=folder / "rollouts" if record else None,
     )
-    return load_file(train(task, policy()) / "model.safetensors")
+    return load_file(train_stages(task, policy()) / "model.safetensors")
 
 
 def recorded(folder: Path) -> dict[tuple[int, int], list[dict[str, Any]]]:

@@ -24,7 +24,7 @@ from cropi.artifacts import read_jsonl
 from cropi.builtin import POLICY_DIR, generate
 from cropi.console import warn_once
 from cropi.errors import ArtifactError, ConfigError, DataError, PolicyError, SignalError, UserError
-from cropi.stages.score import score
+from cropi.stages.score import score_pool
 from cropi.trl import CurriculumTrainer, Selector, Verified
 from tests.runs import cropi, json_lines
 
@@ -96,13 +96,13 @@ def select(**changes: Any) -> Selector:
     return Selector(**(given | changes))
 
 
-def selections(folder: Path, arm: str = "influence") -> list[set[str]]:
-    stages = sorted((folder / "_curriculum" / "run" / "arms" / arm / "stages").iterdir())
+def selections(folder: Path) -> list[set[str]]:
+    stages = sorted((folder / "_curriculum" / "run" / "selections").iterdir())
     return [{row["prompt_id"] for row in json_lines(stage / "selection" / "selected.jsonl")} for stage in stages]
 
 
-def rewards(folder: Path, arm: str = "influence") -> list[dict[str, Any]]:
-    return list(read_jsonl(folder / "_curriculum" / "run" / "arms" / arm / "rewards.jsonl"))
+def rewards(folder: Path) -> list[dict[str, Any]]:
+    return list(read_jsonl(folder / "_curriculum" / "run" / "rewards.jsonl"))
 
 
 @pytest.fixture(scope="module")
@@ -227,8 +227,8 @@ def test_the_default_strategy_with_an_asynchronous_reward(tmp_path: Path) -> Non
     trained = trainer(tmp_path, selector, reward_funcs=[right_later], num_train_epochs=1, max_steps=-1)
     assert trained.args.max_steps == 12  # 48 prompts, 4 of them a step
     trained.train()
-    assert len(selections(tmp_path, "pooled")) == 2
-    assert len(rewards(tmp_path, "pooled")) == 12
+    assert len(selections(tmp_path)) == 2
+    assert len(rewards(tmp_path)) == 12
 
 
 def test_what_screening_could_not_judge_is_not_trained_on(tmp_path: Path) -> None:
@@ -243,10 +243,10 @@ def test_what_screening_could_not_judge_is_not_trained_on(tmp_path: Path) -> Non
     selector = Selector(validation=validation, stages=3, fraction=0.5, settings=settings)
     pool = problems("sum", "parity", "count", "machine", count=24)
     trainer(tmp_path, selector, reward_funcs=not_all, train_dataset=pool, max_steps=3).train()
-    stages = tmp_path / "_curriculum" / "run" / "arms" / "pooled" / "stages"
+    run = tmp_path / "_curriculum" / "run"
     unjudged: set[str] = set()
-    for number, chosen in enumerate(selections(tmp_path, "pooled")):
-        parts = (stages / f"{number:03}" / "screened").glob("part-*")
+    for number, chosen in enumerate(selections(tmp_path)):
+        parts = (run / "screened" / f"stage-{number:03}").glob("part-*")
         looked = [row for path in parts for row in pq.read_table(path).to_pylist()]
         unjudged |= {row["prompt_id"] for row in looked if row["reward"] is None}
         assert not unjudged & chosen
@@ -465,8 +465,8 @@ def test_ids_that_are_numbers_and_columns_that_trl_drops(tmp_path: Path) -> None
     numbered = rows.add_column("prompt_id", list(range(len(rows))))
     trained = trainer(tmp_path, select(strategy="learnability-rescored"), train_dataset=numbered)
     trained.train()
-    chosen = selections(tmp_path, "learnability")
-    for row in rewards(tmp_path, "learnability"):
+    chosen = selections(tmp_path)
+    for row in rewards(tmp_path):
         assert set(row["prompt_ids"]) <= chosen[row["step"] // 2]
 
 
@@ -583,9 +583,9 @@ def test_under_mixed_precision_prompts_are_chosen_by_a_rounded_copy(
     def looks(config: Any, surrogate: Any, model: Any, *rest: Any) -> Any:
         now = trained.model.state_dict()
         seen.append(all(torch.equal(t, now[name].to(torch.bfloat16)) for name, t in model.state_dict().items()))
-        return score(config, surrogate, model, *rest)
+        return score_pool(config, surrogate, model, *rest)
 
-    monkeypatch.setattr("cropi.pipeline.score", looks)
+    monkeypatch.setattr("cropi.stages.score.score_pool", looks)
     trained.train()
     assert seen == [True, True]
     assert {parameter.dtype for parameter in trained.model.parameters()} == {torch.float32}

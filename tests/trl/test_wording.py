@@ -19,7 +19,7 @@ from cropi.trl.wording import in_script, reworded, worded
 
 PACKAGE = Path(cropi.__file__).parent
 REACHED = ["gradients", "rollouts", "selection", "trl"]  # what a CurriculumTrainer calls, with the modules below
-MODULES = ["artifacts", "gathering", "leakage", "pipeline", "policy", "prompts", "refreshing", "workspace"]
+MODULES = ["artifacts", "leakage", "pipeline", "policy", "prompts", "run_folder"]
 # Words of a config or of the command line that a script has no use for.
 FOREIGN = r"`cropi (?!explain|doctor|select`|run`\.)|\brun_dir\b|\bname=|disjoint hash_range|graded: true"
 # Messages of a run that is not a script's: another process or machine collects, or a command was given.

@@ -13,7 +13,7 @@ from cropi.cli.shell import (
     ConfigArgument,
     Overrides,
     StageOption,
-    open_pipeline,
+    open_run,
     print_result,
     quiet_libraries,
     read_config,
@@ -35,14 +35,15 @@ def export(
     loaded = read_config(config, overrides)
     quiet_libraries()
     from cropi.exchange.export import export as write
-    from cropi.stages.given import arm_at
-    from cropi.workspace import Workspace
+    from cropi.run_folder import RunFolder
+    from cropi.stages.run import paths_at
 
-    space = Workspace(loaded)
-    arm = arm_at(space, stage, checkpoint)
-    place = f"{arm.folder.name}-stage-{stage:03}-{format_name}"
+    run = RunFolder(loaded)
+    paths = paths_at(run, stage, checkpoint)
+    outside = "" if checkpoint is None else f"{paths.folder.name}-"
+    place = f"{outside}stage-{stage:03}-{format_name}"
     folder = (output or loaded.folder / "exports" / place).absolute()
-    manifest = write(loaded, space, arm, stage, format_name, checkpoint, folder)
+    manifest = write(run, paths, stage, format_name, checkpoint, folder)
     counts = dict(manifest.counts)
     print_result({"path": str(folder), "counts": counts}, as_json, f"{folder}\nhow to use it: {folder / 'README.md'}")
 
@@ -57,11 +58,11 @@ def import_rollouts(
 
     Their log-probs are taken from the policy of that checkpoint, else from the base policy.
     """
-    pipeline = open_pipeline(config, None)
+    opened = open_run(config, None)
     from cropi.exchange.dumps import import_rollouts as read
 
-    arm = pipeline.arm_at(0, checkpoint)
-    policy, origin = pipeline.policy_at(arm, 0, checkpoint)
-    manifest = read(pipeline, arm, policy, origin, dumps)
-    path = str(arm.imported)
+    run = opened.at_checkpoint(0, checkpoint)
+    policy, origin = run.policy_at(0, checkpoint)
+    manifest = read(run, policy, origin, dumps)
+    path = str(run.paths.imported)
     print_result({"path": path, "counts": dict(manifest.counts), "prompts": manifest.details["prompts"]}, as_json, path)

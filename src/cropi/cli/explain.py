@@ -22,7 +22,6 @@ def explain(
     stage: Annotated[
         int | None, typer.Option("--stage", min=0, help="One stage, counted from 0.", show_default="all")
     ] = None,
-    arm: Annotated[str | None, typer.Option("--arm", help="Name of an arm.", show_default="the main one")] = None,
     top: Annotated[
         int | None,
         typer.Option(
@@ -43,13 +42,12 @@ def explain(
         )
     from cropi.report.explain import explanations
     from cropi.report.explain_text import as_text
-    from cropi.workspace import Workspace
+    from cropi.run_folder import RunFolder
 
     found = explanations(
         loaded,
-        Workspace(loaded),
+        RunFolder(loaded),
         prompt_ids or [],
-        arm=arm,
         stage=stage,
         top=None if prompt_ids else top or DEFAULT_TOP,
     )

@@ -25,7 +25,7 @@ from cropi.cli.shell import (
     WorkersOption,
     join,
     leave,
-    open_pipeline,
+    open_run,
     print_result,
     quiet_libraries,
     ray_workers,
@@ -57,16 +57,16 @@ app.add_typer(bench, name="bench")
 
 @app.command()
 def run(config: ConfigArgument, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Prompts to report. Run it again to go on."""
-    pipeline = open_pipeline(config, overrides, join())
+    """Do everything, from the prompts to the report. Run it again to go on."""
+    opened = open_run(config, overrides, join())
+    from cropi.pipeline import run_all
     from cropi.report.summary import headline
 
-    summary = pipeline.run()
+    summary = run_all(opened)
     if summary is None:
         return
-    last = pipeline.config.train.stages * pipeline.config.train.steps_per_stage
-    policy = pipeline.arm_at(0, None).checkpoints / f"checkpoint-{last}"
-    text = f"\n{headline(summary)}\n\npolicy: {policy}\nreport: {pipeline.space.folder / 'report.html'}"
+    policy = opened.paths.checkpoints / f"checkpoint-{opened.last_step}"
+    text = f"\n{headline(summary)}\n\npolicy: {policy}\nreport: {opened.folder.folder / 'report.html'}"
     print_result(summary.as_json(), as_json, text)
 
 
@@ -80,9 +80,11 @@ def collect(
     as_json: AsJson = False,
 ) -> None:
     """Sample and judge K trajectories per prompt."""
-    pipeline = open_pipeline(config, overrides, join(), ray_workers(ray, workers, gpus_per_worker))
-    manifest = pipeline.collect()
-    path = str(pipeline.space.trajectories)
+    opened = open_run(config, overrides, join(), ray_workers(ray, workers, gpus_per_worker))
+    from cropi.stages.collect import collect as collect_trajectories
+
+    manifest = collect_trajectories(opened)
+    path = str(opened.folder.trajectories)
     print_result({"path": path, "counts": dict(manifest.counts)}, as_json, path)
 
 
@@ -98,12 +100,11 @@ def score(
     as_json: AsJson = False,
 ) -> None:
     """Influence of every prompt on the validation sets."""
-    pipeline = open_pipeline(config, overrides, join(), ray_workers(ray, workers, gpus_per_worker))
-    arm = pipeline.arm_at(stage, checkpoint)
-    policy, origin = pipeline.policy_at(arm, stage, checkpoint)
-    manifest = pipeline.score(arm, stage, policy.model, origin)
-    pipeline.screen(arm, stage, policy.model, origin)
-    path = str(arm.scores(stage) / "scores.parquet")
+    opened = open_run(config, overrides, join(), ray_workers(ray, workers, gpus_per_worker))
+    from cropi.pipeline import score_at
+
+    folder, manifest = score_at(opened, stage, checkpoint)
+    path = str(folder / "scores.parquet")
     print_result({"path": path, "counts": dict(manifest.counts)}, as_json, path)
 
 
@@ -116,20 +117,22 @@ def select(
     as_json: AsJson = False,
 ) -> None:
     """Choose the prompts of a stage, with reasons."""
-    pipeline = open_pipeline(config, overrides)
-    arm = pipeline.arm_at(stage, checkpoint)
-    pipeline.require_reached(arm, stage)
-    chosen = pipeline.select(arm, stage)
-    path = str(arm.selection(stage) / "selected.jsonl")
+    opened = open_run(config, overrides)
+    from cropi.pipeline import select_at
+
+    folder, chosen = select_at(opened, stage, checkpoint)
+    path = str(folder / "selected.jsonl")
     print_result({"path": path, "selected": len(chosen)}, as_json, path)
 
 
 @app.command()
 def train(config: ConfigArgument, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Score, select, train and evaluate, stage by stage."""
-    pipeline = open_pipeline(config, overrides, join())
-    paths = {arm.name: str(pipeline.train(arm)) for arm in pipeline.space.arms.values()}
-    print_result(paths, as_json, "\n".join(f"{name}: {path}" for name, path in paths.items()))
+    opened = open_run(config, overrides, join())
+    from cropi.pipeline import train_all
+
+    path = str(train_all(opened))
+    print_result({"path": path}, as_json, path)
 
 
 @app.command()
@@ -137,12 +140,11 @@ def evaluate(
     config: ConfigArgument, overrides: Overrides = None, checkpoint: CheckpointOption = None, as_json: AsJson = False
 ) -> None:
     """Accuracy of the base policy or any checkpoint."""
-    pipeline = open_pipeline(config, overrides, join())
-    from cropi.stages.evaluate import accuracy, as_plain
+    opened = open_run(config, overrides, join())
+    from cropi.stages.evaluate import accuracy, as_plain, evaluate_at
 
-    settings = pipeline.config
-    table = pipeline.evaluate_at(checkpoint)
-    result = as_plain(accuracy(table, settings.evaluate, seed=settings.seed))
+    settings = opened.config
+    result = as_plain(accuracy(evaluate_at(opened, checkpoint), settings.evaluate, seed=settings.seed))
     lines = [
         f"{name}  {kind}  {value['mean']:.3f}  [{value['low']:.3f}, {value['high']:.3f}]"
         for name, kinds in result.items()

@@ -18,7 +18,7 @@ from cropi.world import ALONE, OtherFailed, World, first, launched
 
 if TYPE_CHECKING:
     from cropi.config import Config
-    from cropi.pipeline import Pipeline
+    from cropi.stages.run import Run
     from cropi.workers import Workers
 
     Hire = Callable[[Config], Workers]
@@ -111,12 +111,12 @@ def read_own_config(config: str, overrides: list[str] | None) -> Config:
     return loaded
 
 
-def open_pipeline(config: str, overrides: list[str] | None, world: World = ALONE, hire: Hire | None = None) -> Pipeline:
-    """The pipeline of a run."""
+def open_run(config: str, overrides: list[str] | None, world: World = ALONE, hire: Hire | None = None) -> Run:
+    """Open a run for work."""
     loaded = read_own_config(config, overrides)
     quiet_libraries()
     workers = None if hire is None else hire(loaded)
-    from cropi.pipeline import Pipeline
+    from cropi.stages.run import Run
 
     if world.size > 1:
         try:
@@ -124,7 +124,7 @@ def open_pipeline(config: str, overrides: list[str] | None, world: World = ALONE
         except (TypeError, ValueError):
             raise ConfigError("is no number of seconds", where="trainer.ddp_timeout", fix="correct it.") from None
         world.connect(cpu=loaded.policy.device == "cpu", timeout_s=timeout_s)
-    return Pipeline(loaded, world=world, workers=workers)
+    return Run(loaded, world=world, workers=workers)
 
 
 def ray_workers(address: str | None, count: int | None, gpus: float | None) -> Hire | None:

@@ -23,7 +23,6 @@ from cropi.config.run import (
     config_difference,
     config_hash,
     deciding,
-    settings_behind,
 )
 from cropi.config.score import CollectConfig, ProjectionConfig, ScoreConfig, ServerConfig, VllmConfig
 from cropi.config.select import FusionConfig, SelectConfig
@@ -123,5 +122,4 @@ __all__ = [
     "config_difference",
     "config_hash",
     "deciding",
-    "settings_behind",
 ]

@@ -15,7 +15,6 @@ from cropi.config.base import Fraction, FreeTable, Name, Positive, Seed, Table, 
 from cropi.config.data import PolicyConfig, PromptsConfig
 from cropi.config.score import CollectConfig, ScoreConfig
 from cropi.config.select import SelectConfig
-from cropi.config.strategies import Strategy
 from cropi.config.verifiers import VerificationConfig, Verifier
 
 
@@ -77,7 +76,7 @@ def _without_tilde(path: str) -> str:
 
 
 class Config(Table):
-    """One run: a policy, prompts, and the arms to train on them."""
+    """One run: a policy, prompts, and the strategy that chooses what the policy trains on."""
 
     name: Name
     """Name of the run; its folder is `run_dir`/`name`."""
@@ -108,19 +107,6 @@ class Config(Table):
     Batch sizes are those of one process: several share them (docs/scaling.md)."""
     evaluate: EvaluateConfig = EvaluateConfig()
     """Evaluation."""
-    baselines: tuple[Strategy, ...] = ()
-    """Further strategies trained on the same prompts, trajectories and number of steps, for comparison."""
-
-    @model_validator(mode="after")
-    def _arms(self) -> Config:
-        names = [strategy.arm for strategy in (self.select.strategy, *self.baselines)]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ValueError(
-                f"{', '.join(twice)} is named twice by select.strategy and baselines: drop one, e.g. baselines=[], "
-                "or give it a name"
-            )
-        return self
 
     @model_validator(mode="after")
     def _no_code_of_a_model(self) -> Config:
@@ -138,10 +124,12 @@ class Config(Table):
             "score.validation_mean=plain": self.score.validation_mean == "plain",
             "score.estimator=sketch": self.score.estimator == "sketch",
         }
-        for name, strategy in self.arms.items():
-            missing = [text for text, there in wanted.items() if strategy.pools and not there]
-            if missing:
-                raise ValueError(f"{name} pools inner products by their standard errors, which needs {missing[0]}")
+        strategy = self.select.strategy
+        missing = [text for text, there in wanted.items() if strategy.pools and not there]
+        if missing:
+            raise ValueError(
+                f"{strategy.label} pools inner products by their standard errors, which needs {missing[0]}"
+            )
         return self
 
     @model_validator(mode="after")
@@ -150,15 +138,12 @@ class Config(Table):
             return self
         if self.refresh.active:
             raise ValueError("collect.logprobs=false leaves later stages nothing to score by: set refresh off, or true")
-        for name, strategy in self.arms.items():
-            if strategy.reads_scores and any(map(strategy.scored_stage, range(self.train.stages))):
-                raise ValueError(f"{name} scores policies after the base policy, which needs collect.logprobs=true")
+        strategy = self.select.strategy
+        if strategy.reads_scores and any(map(strategy.scored_stage, range(self.train.stages))):
+            raise ValueError(
+                f"{strategy.label} scores policies after the base policy, which needs collect.logprobs=true"
+            )
         return self
-
-    @property
-    def arms(self) -> dict[str, Strategy]:
-        """The strategies to train, the main one first, by name."""
-        return {strategy.arm: strategy for strategy in (self.select.strategy, *self.baselines)}
 
     @property
     def folder(self) -> Path:
@@ -218,14 +203,6 @@ def deciding(resolved: Any, prefix: str = "") -> Any:
     if not isinstance(resolved, dict):
         return resolved
     return {key: deciding(v, f"{prefix}{key}.") for key, v in resolved.items() if key not in FREE.get(prefix, ())}
-
-
-def settings_behind(config: Config, arm: str | None) -> dict[str, Any]:
-    """The settings that results depend on, by table; those of other arms than the one given are left out."""
-    values = deciding(config.resolved())
-    own = {} if arm is None else {"strategy": config.arms[arm].model_dump(mode="json")}
-    select = {key: value for key, value in values["select"].items() if key != "strategy"}
-    return {key: value for key, value in values.items() if key != "baselines"} | {"select": select} | own
 
 
 def config_hash(values: Any) -> str:

@@ -23,7 +23,7 @@ class SelectConfig(Table):
     """Which prompts a stage trains on."""
 
     strategy: Strategy
-    """The strategy of the main arm."""
+    """The strategy: how the prompts of a stage are chosen."""
     fraction: Annotated[float, Field(gt=0, le=1)] = 0.1
     """Alpha: ceil(alpha N) prompts are selected (paper: 0.1)."""
     fusion: FusionConfig = FusionConfig()

@@ -11,7 +11,7 @@ from cropi.config.base import Fraction, Name, PositiveNumber, Table
 
 Need = Literal["trajectories", "gradients", "validation", "rewards"]
 """What a strategy reads: stored trajectories of the pool, per-prompt gradients, the validation sets, and the rewards of
-the arm's own training so far."""
+training so far."""
 
 
 CANDIDATES = ("candidates-a", "candidates-b")
@@ -28,11 +28,11 @@ class StrategyTable(Table):
     takes_all: ClassVar[bool] = False  # trains on all that it keeps, instead of the best ceil(fraction N)
 
     name: Name | None = None
-    """Name of the arm. Unset: the type. Two strategies of one type need names."""
+    """Name of the strategy in reports. Unset: the type."""
 
     @property
-    def arm(self) -> str:
-        """Name of the arm."""
+    def label(self) -> str:
+        """Name of the strategy in reports, and a part of the seeds of what a stage samples."""
         return self.name or str(getattr(self, "type"))  # noqa: B009 - every strategy has one, of its own literal type
 
     @property

@@ -53,7 +53,7 @@ class Candidates:
     steps_per_stage: int = 1
     group_sizes_N: Int[np.ndarray, " N"] | None = None  # K of the stored trajectories; 0 where there are none
     lengths_N: Float[np.ndarray, " N"] | None = None  # |g_i|; NaN where it was not computed
-    visits: Sequence[Visit] = ()  # all of the arm's training before this stage, in order
+    visits: Sequence[Visit] = ()  # all training before this stage, in order
     texts: Sequence[str] = ()  # of the prompts
     evidence: Evidence | None = None  # for strategies that pool
     validation_texts: Mapping[str, Sequence[str]] = field(default_factory=dict)  # by validation set

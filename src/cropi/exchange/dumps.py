@@ -27,12 +27,12 @@ from cropi.artifacts import (
 from cropi.config import SAMPLED_BY
 from cropi.console import progress, say
 from cropi.errors import ArtifactError, DataError
-from cropi.pipeline import Pipeline
 from cropi.policy import Policy, encode_prompts, trainer_prompt, uses_chat
 from cropi.rewards.verdicts import answered
-from cropi.rollouts.overlay import IMPORTED
-from cropi.stages.collect import behaviour_logprobs
-from cropi.workspace import Arm
+from cropi.rollouts.shards import behaviour_logprobs
+from cropi.stages.collect import make_prompt_table
+from cropi.stages.run import Run
+from cropi.stages.trajectories import IMPORTED
 
 SHARD_PROMPTS = 256
 
@@ -45,8 +45,8 @@ class Rollout(NamedTuple):
     step: int
 
 
-def import_rollouts(pipeline: Pipeline, arm: Arm, policy: Policy, origin: str, paths: Sequence[Path]) -> Manifest:
-    """Trajectories of an arm's training prompts from dumps, laid over those that were collected.
+def import_rollouts(run: Run, policy: Policy, origin: str, paths: Sequence[Path]) -> Manifest:
+    """Make trajectories of the run's training prompts from dumps, laid over those that were collected.
 
     verl's `trainer.rollout_data_dir` (JSONL) and TRL's `log_completions` (Parquet) are read. They know prompts by their
     text: of each the newest step with two completions or more counts, and what is no training prompt of the run, or has
@@ -57,27 +57,25 @@ def import_rollouts(pipeline: Pipeline, arm: Arm, policy: Policy, origin: str, p
     Errors: DataError for files that are no dump, and where none of their prompts is the run's; ArtifactError where the
     stage has been scored or selected by other trajectories.
     """
-    made = [folder for folder in (arm.scores(0), arm.selection(0)) if is_finished(folder)]
-    if made and not is_finished(arm.imported):
+    made = [folder for folder in (run.paths.scores(0), run.paths.selection(0)) if is_finished(folder)]
+    if made and not is_finished(run.paths.imported):
         raise ArtifactError(
             "has been made from the trajectories that were there before",
             where=str(made[0]),
             fix="import before you score and select, or delete it and what was made of it.",
         )
     files = _files(paths)
-    inputs: dict[str, Any] = {"prompts": pipeline.prompts().identity, "policy": origin, "files": _digest(files)}
-    inputs |= {"settings": pipeline.space.settings(*SAMPLED_BY)}
-    make = partial(_make, pipeline, policy, files)
-    manifest = build(arm.imported, IMPORTED, make, inputs=inputs, made_by="cropi import")
+    inputs: dict[str, Any] = {"prompts": make_prompt_table(run).identity, "policy": origin, "files": _digest(files)}
+    inputs |= {"settings": run.folder.settings(*SAMPLED_BY)}
+    make = partial(_make, run, policy, files)
+    manifest = build(run.paths.imported, IMPORTED, make, inputs=inputs, made_by="cropi import")
     found, rest = manifest.details["prompts"], manifest.details["left_out"]
     say(f"imported trajectories of {found} prompts; {rest} rollouts were of other prompts or of single completions")
     return manifest
 
 
-def _make(
-    pipeline: Pipeline, policy: Policy, files: Sequence[Path], folder: Path
-) -> tuple[Mapping[str, int], Mapping[str, Any]]:
-    known, encoded = _known(pipeline, policy)
+def _make(run: Run, policy: Policy, files: Sequence[Path], folder: Path) -> tuple[Mapping[str, int], Mapping[str, Any]]:
+    known, encoded = _known(run, policy)
     groups, left_out = _newest_groups(files, known)
     statuses: list[str] = []
     verdicts: Counter[str] = Counter()
@@ -85,8 +83,8 @@ def _make(
     with progress("import", len(ids), "prompts") as bar:
         for start in range(0, len(ids), SHARD_PROMPTS):
             chosen = ids[start : start + SHARD_PROMPTS]
-            rows = [row for i in chosen for row in _rows(pipeline, policy, i, encoded[i], groups[i])]
-            _judge(pipeline, policy, rows)
+            rows = [row for i in chosen for row in _rows(run, policy, i, encoded[i], groups[i])]
+            _judge(run, policy, rows)
             write_table(folder / f"part-{start // SHARD_PROMPTS:05}.parquet", rows, TRAJECTORIES)
             statuses += [row["status"] for row in rows]
             verdicts.update(row["verdict"] for row in rows)
@@ -127,10 +125,10 @@ def _newest(steps: Mapping[int, Sequence[str]]) -> int | None:
     return max((step for step, completions in steps.items() if len(completions) > 1), default=None)
 
 
-def _judge(pipeline: Pipeline, policy: Policy, rows: Sequence[dict[str, Any]]) -> None:
+def _judge(run: Run, policy: Policy, rows: Sequence[dict[str, Any]]) -> None:
     """Add verdicts, rewards and log-probs to the rows."""
-    settings, prompts = pipeline.config.collect, pipeline.space.train_prompts
-    judged = pipeline.judge([answered(row["completion"], prompts[row["prompt_id"]]) for row in rows])
+    settings, prompts = run.config.collect, run.folder.train_prompts
+    judged = run.judge([answered(row["completion"], prompts[row["prompt_id"]]) for row in rows])
     asked, given = ([row[name] for row in rows] for name in ("prompt_ids", "completion_ids"))
     logprobs = behaviour_logprobs(policy, asked, given, settings.temperature, settings.batch_tokens)
     for row, judgement, values in zip(rows, judged, logprobs, strict=True):
@@ -140,9 +138,9 @@ def _judge(pipeline: Pipeline, policy: Policy, rows: Sequence[dict[str, Any]]) -
 
 
 def _rows(
-    pipeline: Pipeline, policy: Policy, prompt_id: str, prompt_ids: list[int], completions: Sequence[str]
+    run: Run, policy: Policy, prompt_id: str, prompt_ids: list[int], completions: Sequence[str]
 ) -> Iterator[dict[str, Any]]:
-    longest = pipeline.config.collect.max_completion_length
+    longest = run.config.collect.max_completion_length
     for sample, text in enumerate(completions):
         tokens = list(policy.tokenizer(text=text, add_special_tokens=False)["input_ids"])
         ended = len(tokens) < longest
@@ -157,13 +155,13 @@ def _rows(
         }
 
 
-def _known(pipeline: Pipeline, policy: Policy) -> tuple[dict[str, str], dict[str, list[int]]]:
+def _known(run: Run, policy: Policy) -> tuple[dict[str, str], dict[str, list[int]]]:
     """(training prompt ids by every way in which dumps write prompts, token ids by prompt id)."""
-    settings = pipeline.config.prompts
+    settings = run.config.prompts
     chat = uses_chat(policy.tokenizer, settings.chat, settings.system_prompt)
     prompts = {
         row["prompt_id"]: trainer_prompt(row["messages"], chat=chat, system_prompt=settings.system_prompt)
-        for row in pipeline.space.train_prompts.rows()
+        for row in run.folder.train_prompts.rows()
     }
     encoded = dict(zip(prompts, encode_prompts(policy.tokenizer, list(prompts.values())), strict=True))
     decoded = policy.tokenizer.batch_decode(list(encoded.values()), skip_special_tokens=True)

@@ -27,9 +27,9 @@ from cropi.exchange.formats import TASKSET, Format, Item, named
 from cropi.exchange.rewards import facts_of
 from cropi.exchange.usage import USAGES, Facts
 from cropi.policy import encode_prompts, load_tokenizer, policy_location, trainer_prompt, uses_chat
-from cropi.stages.given import start_of_stage
+from cropi.run_folder import RunFolder, StagePaths
+from cropi.stages.run import start_of_stage
 from cropi.training.settings import grpo_config
-from cropi.workspace import Arm, Workspace
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,7 +39,7 @@ WHY = ("prompt_id", "rank", "score", "reason", "pass_rate", "status")
 
 
 def export(
-    config: Config, space: Workspace, arm: Arm, stage: int, format_name: str, checkpoint: Path | None, folder: Path
+    run: RunFolder, paths: StagePaths, stage: int, format_name: str, checkpoint: Path | None, folder: Path
 ) -> Manifest:
     """Write train, validation and test files, the reward function, `why.jsonl` and a README with the commands.
 
@@ -50,8 +50,8 @@ def export(
     format that there is not or cannot have these prompts; PolicyError where the policy of the stage is not there.
     """
     form, folder = named(format_name), folder.resolve()
-    policy = _policy(config, arm, stage, checkpoint)
-    chosen = open_artifact(arm.selection(stage), "selection", made_by="cropi select")
+    policy = _policy(run.config, paths, stage, checkpoint)
+    chosen = open_artifact(paths.selection(stage), "selection", made_by="cropi select")
     inputs = {"selection": chosen.identity, "format": format_name, "policy": policy, "folder": str(folder)}
     if is_finished(folder):
         return _opened(folder, inputs)
@@ -60,9 +60,9 @@ def export(
     unfinished = folder.with_name(f".{folder.name}.cropi-export")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    written = _Export(config, space, form, format_name, unfinished)
-    counts = written.prompts(arm, stage)
-    written.readme(stage, policy, folder, arm.name, counts["train"])
+    written = _Export(run, form, format_name, unfinished)
+    counts = written.prompts(paths.selection(stage))
+    written.readme(stage, policy, folder, counts["train"])
     finish(unfinished, KIND, inputs=inputs, counts=counts, details={"format": format_name, "stage": stage})
     if folder.is_dir():
         folder.rmdir()
@@ -80,10 +80,10 @@ def _opened(folder: Path, inputs: Mapping[str, str]) -> Manifest:
     return manifest
 
 
-def _policy(config: Config, arm: Arm, stage: int, checkpoint: Path | None) -> str:
+def _policy(config: Config, paths: StagePaths, stage: int, checkpoint: Path | None) -> str:
     """Where the policy that the stage begins with lies: an absolute path, or a Hub id."""
     if checkpoint is None and stage:
-        checkpoint = start_of_stage(config, arm, stage)
+        checkpoint = start_of_stage(config, paths, stage)
     if checkpoint is not None:
         return str(checkpoint.resolve())
     named_policy = policy_location(config.policy)
@@ -115,8 +115,9 @@ def _valued(prompt: Any) -> Any:
 class _Export:
     """The files of one export."""
 
-    def __init__(self, config: Config, space: Workspace, form: Format, name: str, folder: Path) -> None:
-        self._config, self._space, self._form, self._name, self._folder = config, space, form, name, folder
+    def __init__(self, run: RunFolder, form: Format, name: str, folder: Path) -> None:
+        config = run.config
+        self._run, self._config, self._form, self._name, self._folder = run, config, form, name, folder
         self._tokenizer: PreTrainedTokenizerBase = load_tokenizer(config.policy)
         self._chat = uses_chat(self._tokenizer, config.prompts.chat, config.prompts.system_prompt)
         if form.chat_only and not self._chat:
@@ -127,14 +128,14 @@ class _Export:
             )
         self._longest = 1
 
-    def prompts(self, arm: Arm, stage: int) -> dict[str, int]:
+    def prompts(self, selection: Path) -> dict[str, int]:
         """Data files, reasons and the reward function; returns how many prompts are in which file."""
-        rows = read_table(arm.selection(stage) / "selection.parquet", SELECTION).to_pylist()
+        rows = read_table(selection / "selection.parquet", SELECTION).to_pylist()
         selected = [row for row in rows if row["selected"]]
         splits: dict[str, Sequence[Mapping[str, Any]]] = {
-            "train": [self._space.train_prompts[row["prompt_id"]] for row in selected],
-            "validation": self._space.held_out("validation"),
-            "test": self._space.held_out("test"),
+            "train": [self._run.train_prompts[row["prompt_id"]] for row in selected],
+            "validation": self._run.held_out("validation"),
+            "test": self._run.held_out("test"),
         }
         for split, prompts in splits.items():
             items = [self._item(row, split, place) for place, row in enumerate(prompts)]
@@ -175,7 +176,7 @@ class _Export:
         tokens = {str(token) for token in self._tokenizer.all_special_tokens}
         return sorted(tokens, key=lambda token: (-len(token), token))
 
-    def readme(self, stage: int, policy: str, folder: Path, arm: str, count: int) -> None:
+    def readme(self, stage: int, policy: str, folder: Path, count: int) -> None:
         """What is in the folder, and how the trainer is told of it."""
         suffix, weights = self._form.suffix, self._config.policy
         notes = ""
@@ -190,7 +191,7 @@ class _Export:
 
 | file | what |
 |---|---|
-| `train.{suffix}` | {count} prompts that `{arm}` chose, the best first |
+| `train.{suffix}` | {count} prompts that `{self._config.select.strategy.label}` chose, the best first |
 | `why.jsonl` | why each of them |
 | `validation.{suffix}`, `test.{suffix}` | the run's validation and test prompts |
 | `reward.py` | its verifier; needs cropi, and a function of your own, where rewards are computed |

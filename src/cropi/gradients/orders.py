@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cropi.config import Config, StrategyTable
+from cropi.config import Config
 from cropi.elsewhere import CarriedPolicy, Elsewhere, Packed, pack_tensors, unpack_tensors
 from cropi.errors import ConfigError
 from cropi.gradients.groups import iterate_groups
@@ -49,7 +49,6 @@ class ScoreOrder:
     config: dict[str, Any]
     policy: CarriedPolicy
     settings: SurrogateSettings
-    arm: str | None  # the strategy that it is for
     aim: PackedAim
     names: Sequence[str]
     standard_errors: bool
@@ -57,8 +56,7 @@ class ScoreOrder:
     def begin(self) -> Make:
         model = self.policy.load().model
         config = Config.model_validate(self.config)
-        strategy = None if self.arm is None else config.arms[self.arm]
-        scorer = make_scorer(config, model, self.settings, strategy)
+        scorer = make_scorer(config, model, self.settings, config.select.strategy)
         scorer.aim_as(self.aim.unpacked())
         score = BlockScorer(scorer, self.names, self.standard_errors)
 
@@ -72,7 +70,6 @@ class ScoreOrder:
 def parts_elsewhere(
     elsewhere: Elsewhere,
     config: Config,
-    strategy: StrategyTable | None,
     score: BlockScorer,
     parts: ScoreShards,
     table: pa.Table,
@@ -86,7 +83,6 @@ def parts_elsewhere(
         config.resolved(),
         elsewhere.policy,
         score.scorer.settings,
-        None if strategy is None else strategy.arm,
         PackedAim.of(score.scorer.aimed),
         score.names,
         score.standard_errors,

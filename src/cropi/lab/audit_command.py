@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from cropi.cli.shell import AsJson, ConfigArgument, Overrides, open_pipeline, print_result
+from cropi.cli.shell import AsJson, ConfigArgument, Overrides, open_run, print_result
 from cropi.errors import UserError
 
 
@@ -23,17 +23,18 @@ def audit(
 ) -> None:
     """Stored trajectories against fresh ones: noise, bias, drift."""
     wanted = None if stages is None else _numbers(stages)
-    pipeline = open_pipeline(config, overrides)
+    run = open_run(config, overrides)
     from cropi.lab.audit.run import AuditSettings, audit_run
     from cropi.lab.audit.section import TITLE
     from cropi.lab.audit.section import audit as section
     from cropi.report.blocks import Section
     from cropi.report.markdown import markdown
+    from cropi.report.report import make_report
 
-    result = audit_run(pipeline, AuditSettings(prompts, trajectories, seed), wanted)
-    pipeline.report()
-    text = markdown("cropi audit", [Section(TITLE, section(pipeline.space.folder))])
-    print_result(result, as_json, f"{text}\nreport: {pipeline.space.folder / 'report.html'}")
+    result = audit_run(run, AuditSettings(prompts, trajectories, seed), wanted)
+    make_report(run.config, run.folder.folder)
+    text = markdown("cropi audit", [Section(TITLE, section(run.folder.folder))])
+    print_result(result, as_json, f"{text}\nreport: {run.folder.folder / 'report.html'}")
 
 
 def _numbers(text: str) -> list[int]:

@@ -1,4 +1,4 @@
-"""A few prompts of the main arm's last selection, with what is known of them."""
+"""A few prompts of the last selection, with all that the run knows of them."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import pyarrow as pa
 from cropi.artifacts import OK, is_finished
 from cropi.config import Config
 from cropi.report.blocks import Block, Card, Text
-from cropi.report.reading import prompt_text, read_completions, rows_of, scored_stage, selection_table
+from cropi.report.reading import prompt_text, read_completions, rows_of, selection_table
 from cropi.report.wording import ABSENT, NOT_MEASURED, decimal, with_error
 from cropi.rewards.verdicts import CORRECT
+from cropi.run_folder import RunFolder
 from cropi.seeds import unit_interval
-from cropi.workspace import Workspace
 
 EACH = 3  # prompts from the top, from the bottom and at random; completions of a prompt
 MAX_CHARACTERS = 2000  # of a prompt or completion
@@ -22,23 +22,22 @@ MAX_CHARACTERS = 2000  # of a prompt or completion
 Row = Mapping[str, Any]  # of the selection table
 
 
-def closeups(config: Config, space: Workspace, scores: Mapping[int, pa.Table]) -> list[Block]:
+def closeups(config: Config, run: RunFolder, scores: Mapping[int, pa.Table]) -> list[Block]:
     """Cards of the highest and lowest ranked prompts and of some drawn at random; `scores`: influence by stage."""
-    arm = next(iter(space.arms.values()))
-    found = ((stage, selection_table(arm, stage)) for stage in reversed(range(config.train.stages)))
+    found = ((stage, selection_table(run.stages, stage)) for stage in reversed(range(config.train.stages)))
     stage, table = next(((stage, table) for stage, table in found if table is not None), (0, None))
-    if table is None or not is_finished(space.prompts):
+    if table is None or not is_finished(run.prompts):
         return [Text("Nothing has been selected yet.")]
     chosen = pick(table.to_pylist(), config.seed)
     ids = [row["prompt_id"] for rows in chosen.values() for row in rows]
-    completions, scored = read_completions(space, ids), scores.get(scored_stage(config, arm, stage))
+    completions, scored = read_completions(run, ids), scores.get(config.select.strategy.scored_stage(stage))
     facts = rows_of(scored, ids) if scored is not None else {}
     note = (
-        f"From the last selection of `{arm.name}`, that of stage {stage}. Completions are the base policy's, pass "
+        f"From the last selection, that of stage {stage}. Completions are the base policy's, pass "
         f"rates those of {'the newest trajectories' if config.refresh.active else 'its stored trajectories'}."
         + (" Influence stands with its standard error." if facts else "")
     )
-    prompts, ranked = space.train_prompts, len(table) - table.column("rank").null_count
+    prompts, ranked = run.train_prompts, len(table) - table.column("rank").null_count
     cards = [
         Card(
             kind,

@@ -1,4 +1,4 @@
-"""What each arm has cost, from the ledger and the streams of its training."""
+"""The cost of a run, from the ledger and the streams of its training."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from typing import Any
 
 from cropi.artifacts import read_jsonl
 from cropi.config import Config
-from cropi.ledger import SHARED
+from cropi.ledger import Ledger
 from cropi.report.flops import Flops, flops
 from cropi.report.results import Cost
-from cropi.workspace import Arm
+from cropi.run_folder import StagePaths
 
 Entry = Mapping[str, Any]  # a line of the ledger
 
 
 @dataclass(frozen=True)
 class Charges:
-    """All that an arm pays for, as it was written down."""
+    """Everything that a run pays for, as it was written down."""
 
     config: Config
     collected: Sequence[Entry]
-    own: Sequence[Entry]  # the arm's lines of the ledger, collection for it alone included
+    entries: Sequence[Entry]  # all lines of the ledger
     steps: Sequence[Mapping[str, Any]]
     batches: Sequence[Mapping[str, Any]]
 
@@ -35,7 +35,7 @@ class Charges:
         return Charges(
             self.config,
             [entry for entry in self.collected if self._begun(entry, step)],
-            [entry for entry in self.own if self._begun(entry, step)],
+            [entry for entry in self.entries if self._begun(entry, step)],
             [row for row in self.steps if row["step"] <= step],
             [row for row in self.batches if row["step"] < step],
         )
@@ -62,7 +62,7 @@ class Charges:
         return sum(entry.get(name, 0) for entry in self._phase("score") for name in names)
 
     def _phase(self, phase: str) -> list[Entry]:
-        return [entry for entry in self.own if entry["phase"] == phase]
+        return [entry for entry in self.entries if entry["phase"] == phase]
 
     def _seconds(self, phase: str) -> float | None:
         return _sum(entry["seconds"] for entry in self._phase(phase))
@@ -72,30 +72,12 @@ class Charges:
         return stage is None or stage * self.config.train.steps_per_stage < step
 
 
-def charges(arm: Arm, config: Config, ledger: Sequence[Entry]) -> Charges:
-    """What an arm is charged with.
-
-    Each arm pays for the collection in full if it uses the stored trajectories, as if it were run alone, and for
-    what was collected for it alone.
-    """
-    own = [entry for entry in ledger if entry["arm"] == arm.name]
-    shared = [entry for entry in ledger if entry["arm"] == SHARED] if config.arms[arm.name].reads_trajectories else []
-    collected = [entry for entry in (*shared, *own) if entry["phase"] == "collect"]
-    return Charges(config, collected, own, read_jsonl(arm.folder / "steps.jsonl"), read_jsonl(arm.rewards))
-
-
-def arm_cost(arm: Arm, config: Config, ledger: Sequence[Entry], *, up_to_step: int | None = None) -> Cost:
-    """The cost of an arm, of the whole of it or up to an optimiser step."""
-    return charges(arm, config, ledger).up_to(up_to_step).cost()
-
-
-def shared_seconds(ledger: Iterable[Entry]) -> dict[str, float]:
-    """Seconds of the work that all arms share, by phase."""
-    seconds: dict[str, float] = {}
-    for entry in ledger:
-        if entry["arm"] == SHARED:
-            seconds[entry["phase"]] = seconds.get(entry["phase"], 0.0) + entry["seconds"]
-    return seconds
+def charges(config: Config, paths: StagePaths) -> Charges:
+    """The charges of a run. Collection before training counts only if the strategy reads stored trajectories."""
+    entries = Ledger(paths.ledger).entries()
+    reads = config.select.strategy.reads_trajectories
+    collected = [entry for entry in entries if entry["phase"] == "collect" and (reads or entry["stage"] is not None)]
+    return Charges(config, collected, entries, read_jsonl(paths.steps), read_jsonl(paths.rewards))
 
 
 def _sum(values: Iterable[float]) -> float | None:

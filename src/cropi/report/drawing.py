@@ -10,7 +10,7 @@ import io
 import re
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, ParamSpec
+from typing import Any, ParamSpec, TypeVar
 from zlib import crc32
 
 import matplotlib as mpl
@@ -23,6 +23,7 @@ from matplotlib.text import Text
 from cropi.report.wording import on_one_line
 
 P = ParamSpec("P")
+T = TypeVar("T")
 
 # Drawn in these, shown in the page's own colours.
 INK, MUTED, GRID = "#010203", "#020304", "#030405"
@@ -30,7 +31,7 @@ PAGE_COLOURS = {INK: "currentColor", MUTED: "var(--muted)", GRID: "var(--rule)"}
 
 # Okabe and Ito's palette, safe for colour-blind eyes. A mark or a dash tells the lines apart in black and white.
 BLUE, ORANGE, GREEN, PINK, SKY, GREY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#8c8c8c"
-ARM_STYLES: dict[str, dict[str, Any]] = {
+STRATEGY_STYLES: dict[str, dict[str, Any]] = {
     "influence": {"color": BLUE, "marker": "o", "linestyle": "-"},
     "full": {"color": ORANGE, "marker": "s", "linestyle": "--"},
     "random": {"color": GREY, "marker": "^", "linestyle": ":"},
@@ -41,10 +42,10 @@ OTHER_COLOURS = (SKY, ORANGE, GREEN, PINK, BLUE)
 OTHER_MARKS = ("P", "X", "*", "<", ">", "h", "p")
 
 
-def arm_style(name: str) -> dict[str, Any]:
-    """How an arm is drawn, the same in every report; arms without a look of their own get one by their name."""
-    if name in ARM_STYLES:
-        return ARM_STYLES[name]
+def strategy_style(name: str) -> dict[str, Any]:
+    """Colour, mark and dash of a strategy, the same in every report; those without a fixed look get one by name."""
+    if name in STRATEGY_STYLES:
+        return STRATEGY_STYLES[name]
     number = crc32(name.encode())
     look = {"color": OTHER_COLOURS[number % 5], "marker": OTHER_MARKS[number // 5 % 7]}
     return look | {"linestyle": ("-", "--", ":", "-.")[number // 35 % 4]}
@@ -128,11 +129,11 @@ def _for_page(text: str, name: str) -> str:
     return f"{head}>{rest.strip()}"
 
 
-def in_style(draw: Callable[P, str | None]) -> Callable[P, str | None]:
+def in_style(draw: Callable[P, T]) -> Callable[P, T]:
     """Decorator: draw with this module's settings, whatever the user's matplotlibrc says."""
 
     @functools.wraps(draw)
-    def styled(*args: P.args, **kwargs: P.kwargs) -> str | None:
+    def styled(*args: P.args, **kwargs: P.kwargs) -> T:
         with mpl.rc_context():
             mpl.rcdefaults()
             mpl.rcParams.update(SETTINGS)

@@ -1,4 +1,4 @@
-"""Why prompts were or were not selected: all that a run's files say of them. Free of torch."""
+"""Explain why prompts were or were not selected, from a run's files. Free of torch."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from cropi.artifacts import GOLD_UNPARSEABLE, NO_SIGNAL, OK, PROMPT_TOO_LONG, op
 from cropi.config import Config, PassRateStrategy, Strategy
 from cropi.errors import ArtifactError, UserError
 from cropi.functional.ranking import ranks, selection_size
-from cropi.report.reading import read_scores, rows_of, scored_stage, selection_table
-from cropi.workspace import Arm, Workspace
+from cropi.report.reading import directions, read_scores, rows_of, selection_table
+from cropi.run_folder import RunFolder, StagePaths
 
 CLOSE = 3  # suggestions for an unknown id
 EXPLORED = "exploration"  # reason of what `select` drew at random
@@ -74,7 +74,7 @@ class Explanation:
     source: str
     messages: str  # JSON: a string, or a list of chat messages
     answer: str
-    trained: Trained  # over all stages of the arm
+    trained: Trained  # over all stages
     stages: Sequence[StageFacts]
 
     def as_json(self) -> dict[str, Any]:
@@ -95,58 +95,49 @@ class _Stage:
 
 def explanations(
     config: Config,
-    space: Workspace,
+    run: RunFolder,
     prompt_ids: Sequence[str],
     *,
-    arm: str | None = None,
     stage: int | None = None,
     top: int | None = None,
 ) -> list[Explanation]:
-    """What is known of some training prompts, or of the `top` best of a stage (the last one selected, by default).
+    """Explain some training prompts, or the `top` best of a stage (by default the last one selected).
 
-    `arm` is the main one by default, and all stages are told if `stage` is None. Raises UserError for an unknown
-    prompt, arm or stage, naming the closest that there are.
+    All stages are told if `stage` is None. UserError for an unknown prompt or stage, with the closest that there are.
     """
-    chosen = space.arms[_known_arm(config, arm)]
-    stages = _read_stages(config, chosen, stage)
+    stages = _read_stages(config, run.stages, stage)
     if top is not None:
         prompt_ids = _best(stages, top)
-    _require_known(space, prompt_ids)
-    rewards = _training_rewards(chosen, config.train.steps_per_stage, prompt_ids)
-    facts = [_facts_of_stage(config, chosen, part, rewards) for part in stages]
+    _require_known(run, prompt_ids)
+    rewards = _training_rewards(run.stages, config.train.steps_per_stage, prompt_ids)
+    facts = [_facts_of_stage(config, part, rewards) for part in stages]
     return [
-        _explanation(space.train_prompts[i], rewards[i], [part[i] for part in facts]) for i in dict.fromkeys(prompt_ids)
+        _explanation(run.train_prompts[i], rewards[i], [part[i] for part in facts]) for i in dict.fromkeys(prompt_ids)
     ]
 
 
 # -- what to explain -----------------------------------------------------------------------------------------------
 
 
-def _known_arm(config: Config, arm: str | None) -> str:
-    if arm is not None and arm not in config.arms:
-        raise UserError(f"the run has no arm {arm!r}", where="--arm", fix=f"give one of: {', '.join(config.arms)}.")
-    return arm or next(iter(config.arms))
-
-
-def _read_stages(config: Config, arm: Arm, stage: int | None) -> list[_Stage]:
+def _read_stages(config: Config, paths: StagePaths, stage: int | None) -> list[_Stage]:
     """The stages asked for that have scores or a selection; an error where there is none."""
     if stage is not None and stage >= config.train.stages:
         raise UserError(f"the run has no stage {stage}", where="--stage", fix=f"give 0 to {config.train.stages - 1}.")
     wanted = range(config.train.stages) if stage is None else [stage]
-    tables = read_scores(config, arm)
+    tables = read_scores(config, paths)
     found = []
     for number in wanted:
-        selection = selection_table(arm, number)
-        scores = tables.get(scored_stage(config, arm, number))
+        selection = selection_table(paths, number)
+        scores = tables.get(config.select.strategy.scored_stage(number))
         if selection is not None:
-            details = open_artifact(arm.selection(number), "selection", made_by="cropi select").details
+            details = open_artifact(paths.selection(number), "selection", made_by="cropi select").details
             found.append(_Stage(number, scores, selection, details["asked_for"]))
         elif number in tables:
             found.append(_Stage(number, scores, None, 0))
     if not found:
-        what = f"stage {stage} of {arm.name}" if stage is not None else f"arm {arm.name}"
+        what = f"stage {stage}" if stage is not None else "the run"
         raise ArtifactError(
-            f"{what} has neither scores nor a selection yet", where=str(arm.folder), fix="run `cropi run` first."
+            f"{what} has neither scores nor a selection yet", where=str(paths.folder), fix="run `cropi run` first."
         )
     return found
 
@@ -158,29 +149,29 @@ def _best(stages: Sequence[_Stage], top: int) -> list[str]:
     return table.slice(0, top).column("prompt_id").to_pylist()
 
 
-def _require_known(space: Workspace, prompt_ids: Iterable[str]) -> None:
+def _require_known(run: RunFolder, prompt_ids: Iterable[str]) -> None:
     """UserError for the first id that is not one of a training prompt."""
     for prompt_id in prompt_ids:
-        if prompt_id in space.train_prompts:
+        if prompt_id in run.train_prompts:
             continue
-        other = next((row["set"] for row in space.prompt_rows if row["prompt_id"] == prompt_id), None)
+        other = next((row["set"] for row in run.prompt_rows if row["prompt_id"] == prompt_id), None)
         if other is not None:
             raise UserError(f"{prompt_id!r} is a prompt of {other}", fix="name training prompts: only they are ranked.")
         if "=" in prompt_id:
             fix = "name the run's folder as CONFIG; settings have no place here."
-            raise UserError(f"the run has no training prompt {prompt_id!r}", where=str(space.folder), fix=fix)
-        close = difflib.get_close_matches(prompt_id, space.train_prompts, n=CLOSE)
+            raise UserError(f"the run has no training prompt {prompt_id!r}", where=str(run.folder), fix=fix)
+        close = difflib.get_close_matches(prompt_id, run.train_prompts, n=CLOSE)
         hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "selection.parquet has the ids."
-        raise UserError(f"the run has no training prompt {prompt_id!r}", where=str(space.folder), fix=hint)
+        raise UserError(f"the run has no training prompt {prompt_id!r}", where=str(run.folder), fix=hint)
 
 
 # -- what is known -------------------------------------------------------------------------------------------------
 
 
-def _training_rewards(arm: Arm, steps_per_stage: int, prompt_ids: Iterable[str]) -> dict[str, Rewards]:
+def _training_rewards(paths: StagePaths, steps_per_stage: int, prompt_ids: Iterable[str]) -> dict[str, Rewards]:
     """By prompt: the rewards of every generation batch that held it, by stage."""
     found: dict[str, Rewards] = {prompt_id: {} for prompt_id in prompt_ids}
-    for batch in read_jsonl(arm.rewards):
+    for batch in read_jsonl(paths.rewards):
         stage = batch["step"] // steps_per_stage
         for prompt_id in found.keys() & set(batch["prompt_ids"]):
             pairs = zip(batch["prompt_ids"], batch["rewards"], strict=True)
@@ -193,8 +184,8 @@ def _trained(batches: Sequence[Sequence[float | None]]) -> Trained:
     return Trained(len(batches), sum(map(len, batches)), sum(known) / len(known) if known else None)
 
 
-def _facts_of_stage(config: Config, arm: Arm, stage: _Stage, rewards: Mapping[str, Rewards]) -> dict[str, StageFacts]:
-    names = config.arms[arm.name].directions(config.prompts.validation)
+def _facts_of_stage(config: Config, stage: _Stage, rewards: Mapping[str, Rewards]) -> dict[str, StageFacts]:
+    names = directions(config)
     scored = rows_of(stage.scores, rewards) if stage.scores is not None else {}
     set_ranks = _set_ranks(stage.scores, names)
     selected = rows_of(stage.selection, rewards) if stage.selection is not None else {}
@@ -207,7 +198,7 @@ def _facts_of_stage(config: Config, arm: Arm, stage: _Stage, rewards: Mapping[st
             status=row.get("status") or selected[prompt_id]["status"],
             pass_rate=(choice or row)["pass_rate"],
             selected=None if choice is None else choice["selected"],
-            outcome="scored, nothing selected yet" if choice is None else outcome(choice, cut, config.arms[arm.name]),
+            outcome="scored, nothing selected yet" if choice is None else outcome(choice, cut, config.select.strategy),
             rank=None if choice is None else choice["rank"],
             ranked=cut.ranked if stage.selection is not None else None,
             top_probability=row.get("top_probability"),

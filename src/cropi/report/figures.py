@@ -17,17 +17,17 @@ from cropi.report.drawing import (
     MUTED,
     ORANGE,
     SKY,
-    arm_style,
     grid,
     in_style,
     new_figure,
     shortened,
+    strategy_style,
     svg,
     thinned,
 )
 from cropi.report.reading import Selection, rows_with
-from cropi.report.results import ArmSummary, Summary
-from cropi.report.shares import Shares, jaccard, random_jaccard
+from cropi.report.results import Cost, Summary
+from cropi.report.shares import Shares, random_jaccard
 from cropi.report.wording import percent
 
 MAX_PANELS = 4  # histograms beside or below each other
@@ -39,62 +39,51 @@ PHASES = {"collect": SKY, "score": BLUE, "select": GREEN, "train": ORANGE}
 
 @in_style
 def learning_curves(summary: Summary) -> str | None:
-    """Accuracy by optimiser step, all arms, with bands; the untargeted sets in a smaller panel."""
-    arms = [arm for arm in summary.arms if arm.steps]
-    kinds = [kind for kind in ("targeted", "untargeted") if any(_series(arm, kind) for arm in arms)]
-    if not kinds:
+    """Accuracy by optimiser step, with bands; the untargeted sets in a smaller panel."""
+    kinds = [kind for kind in ("targeted", "untargeted") if _series(summary, kind)]
+    if not kinds or not summary.steps:
         return None
     figure = new_figure(3.6)
     panels = figure.subplots(1, len(kinds), squeeze=False, width_ratios=[1.9, 1.0][: len(kinds)])[0]
     for axes, kind in zip(panels, kinds, strict=True):
-        for arm in arms:
-            _curve(axes, arm, _series(arm, kind))
+        _curve(axes, summary.strategy, _series(summary, kind))
         axes.set(xlabel="optimiser steps", xlim=(0, summary.total_steps * 1.02))
         axes.set_title(f"{kind} test sets: accuracy")
         axes.set_ylim(0, 1.02)
         grid(axes, "y")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=len(arms))
     return svg(figure, "curves")
 
 
-def _series(arm: ArmSummary, kind: str) -> list[tuple[int, Interval]]:
-    return [(point.step, value) for point in arm.curve if (value := getattr(point, kind)) is not None]
+def _series(summary: Summary, kind: str) -> list[tuple[int, Interval]]:
+    return [(point.step, value) for point in summary.curve if (value := getattr(point, kind)) is not None]
 
 
-def _curve(axes: Axes, arm: ArmSummary, series: Sequence[tuple[int, Interval]]) -> None:
-    if not series:
-        return
-    style = arm_style(arm.name)
+def _curve(axes: Axes, strategy: str, series: Sequence[tuple[int, Interval]]) -> None:
+    style = strategy_style(strategy)
     steps, means = [step for step, _ in series], [value.mean for _, value in series]
     low, high = [value.low for _, value in series], [value.high for _, value in series]
     axes.fill_between(steps, low, high, color=style["color"], alpha=0.13, linewidth=0)
-    axes.plot(steps, means, label=arm.name, **style)
+    axes.plot(steps, means, **style)
 
 
 @in_style
-def selection_shares(shares: Mapping[str, Shares]) -> str | None:
-    """By arm: how much of each stage's selection comes from each source, beside the source's share of the pool."""
-    if not shares:
-        return None
-    sources = next(iter(shares.values())).sources
-    figure = new_figure(1.0 + 0.27 * len(sources))
-    widths = [2.2 + len(s.by_stage) for s in shares.values()]
-    panels = figure.subplots(1, len(shares), squeeze=False, sharey=True, width_ratios=widths)[0]
-    peak = max(max(column) for s in shares.values() for column in (s.pool, *s.by_stage.values()))
-    for axes, (arm, table) in zip(panels, shares.items(), strict=True):
-        _heat_map(axes, table, arm_style(arm)["color"], peak)
-        axes.set_title(arm)
-    panels[0].set_yticks([row - 0.03 for row in range(len(sources))], [shortened(source) for source in sources])
+def selection_shares(shares: Shares) -> str:
+    """How much of each stage's selection comes from each source, beside the source's share of the pool."""
+    figure = new_figure(1.0 + 0.27 * len(shares.sources))
+    axes = figure.subplots()
+    _heat_map(axes, shares, max(max(column) for column in (shares.pool, *shares.by_stage.values())))
+    places = [row - 0.03 for row in range(len(shares.sources))]
+    axes.set_yticks(places, [shortened(source) for source in shares.sources])
     return svg(figure, "shares")
 
 
-def _heat_map(axes: Axes, table: Shares, colour: str, peak: float) -> None:
+def _heat_map(axes: Axes, table: Shares, peak: float) -> None:
     columns = {"pool": table.pool} | {str(stage): column for stage, column in table.by_stage.items()}
     numbers = len(columns) <= MAX_CELLS + 1
     for place, (label, column) in enumerate(columns.items()):
         left = place - 0.5 + (0.25 if place else 0.0)  # a gap after the pool
         for row, share in enumerate(column):
-            shade = GREY if label == "pool" else colour
+            shade = GREY if label == "pool" else BLUE
             axes.add_patch(Rectangle((left, row - 0.5), 0.96, 0.94, color=shade, alpha=0.6 * share / peak, linewidth=0))
             if numbers:
                 text = f"{100 * share:.0f}" if share else "·"
@@ -108,24 +97,19 @@ def _heat_map(axes: Axes, table: Shares, colour: str, peak: float) -> None:
 
 
 @in_style
-def turnover(selections: Mapping[str, Mapping[int, Selection]], fraction: float) -> str | None:
-    """By arm: overlap of each stage's selection with the one before."""
-    series = {arm: jaccard(stages) for arm, stages in selections.items()}
-    series = {arm: overlaps for arm, overlaps in series.items() if overlaps}
-    if not series:
-        return None
+def turnover(overlaps: Mapping[int, float], fraction: float) -> str:
+    """Overlap of each stage's selection with the one before, by the later stage."""
     figure = new_figure(2.6)
     axes = figure.subplots()
-    stages = sorted({stage for overlaps in series.values() for stage in overlaps})
-    for arm, overlaps in series.items():
-        axes.plot(list(overlaps), list(overlaps.values()), label=arm, clip_on=False, **arm_style(arm))
+    stages = sorted(overlaps)
+    axes.plot(list(overlaps), list(overlaps.values()), label="selections", clip_on=False, color=BLUE, marker="o")
     expected = random_jaccard(fraction)
     axes.axhline(expected, color=MUTED, linewidth=1, linestyle=(0, (2, 2)), label="two random draws")
     axes.set(ylim=(0, 1.02), xlabel="from stage → to stage", xlim=(min(stages) - 0.3, max(stages) + 0.3))
     axes.set_title("Jaccard overlap of consecutive selections")
     axes.set_xticks(thinned(stages), [f"{stage - 1} → {stage}" for stage in thinned(stages)])
     grid(axes, "y")
-    figure.legend(loc="outside upper left", ncols=len(series) + 1)
+    figure.legend(loc="outside upper left", ncols=2)
     return svg(figure, "turnover")
 
 
@@ -172,25 +156,23 @@ def _histogram(axes: Axes, values_N: np.ndarray, selected_N: np.ndarray) -> None
 
 
 @in_style
-def cost_split(summary: Summary) -> str | None:
-    """Seconds by arm: collection, scoring, selecting and training, one after the other."""
-    arms = [arm for arm in summary.arms if arm.cost.total is not None]
-    if not arms:
+def cost_split(cost: Cost) -> str | None:
+    """Seconds of collection, scoring, selecting and training, one after the other."""
+    if cost.total is None:
         return None
-    figure = new_figure(0.95 + 0.42 * len(arms))
+    figure = new_figure(1.4)
     axes = figure.subplots()
-    ends = np.zeros(len(arms))
+    end = 0.0
     for phase, colour in PHASES.items():
-        spent = np.array([getattr(arm.cost, phase) or 0.0 for arm in arms])
-        if spent.any():
-            axes.barh(range(len(arms)), spent, left=ends, height=0.62, color=colour, label=phase, alpha=0.85)
-        ends += spent
-    for place, arm in enumerate(arms):
-        text, at = f"selection {percent(arm.cost.selection_share)} of training", (float(ends[place]), place)
-        if arm.cost.score:
-            axes.annotate(text, at, (6, 0), textcoords="offset points", va="center", fontsize=8, color=MUTED)
-    axes.set_yticks(range(len(arms)), [arm.name for arm in arms])
-    axes.set(xlabel="seconds", ylim=(len(arms) - 0.5, -0.5), xlim=(0, max(float(ends.max()), 1e-9) * 1.25))
+        spent = getattr(cost, phase) or 0.0
+        if spent:
+            axes.barh([0], [spent], left=[end], height=0.62, color=colour, label=phase, alpha=0.85)
+        end += spent
+    if cost.score:
+        text = f"selection {percent(cost.selection_share)} of training"
+        axes.annotate(text, (end, 0), (6, 0), textcoords="offset points", va="center", fontsize=8, color=MUTED)
+    axes.set_yticks([])
+    axes.set(xlabel="seconds", ylim=(0.5, -0.5), xlim=(0, max(end, 1e-9) * 1.25))
     grid(axes, "x")
     figure.legend(loc="outside upper left", ncols=len(PHASES))
     return svg(figure, "cost")

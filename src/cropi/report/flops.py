@@ -1,4 +1,4 @@
-"""Floating-point operations of an arm, by one formula for all of them.
+"""Floating-point operations of a run, by one formula for all strategies.
 
 The unit is the forward pass of a token: 2 P operations, with P the parameters that take part in matrix products (the
 output head counts, looked-up embeddings do not; attention scores are left out). In forward passes:

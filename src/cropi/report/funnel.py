@@ -1,4 +1,4 @@
-"""What became of every row: counts by status from the prompts to the selections."""
+"""The funnel: rows by status from the prompts to the selections."""
 
 from __future__ import annotations
 
@@ -12,26 +12,23 @@ from cropi.artifacts import PROMPT_TOO_LONG, count_status, is_finished
 from cropi.report.blocks import Block, Table, Text
 from cropi.report.reading import Selection, group_statuses, prompts_left_out, read_verdicts
 from cropi.report.wording import count, share
-from cropi.workspace import Workspace
+from cropi.run_folder import RunFolder
 
 Rows = list[list[str]]
 
 
-def funnel(
-    space: Workspace, selections: Mapping[str, Mapping[int, Selection]], scores: Mapping[int, pa.Table]
-) -> list[Block]:
+def funnel(run: RunFolder, selections: Mapping[int, Selection], scores: Mapping[int, pa.Table]) -> list[Block]:
     """Tables of statuses and verdicts, as far as the run has come."""
-    verdicts = read_verdicts(space)
-    rows = _prompts(space)
+    verdicts = read_verdicts(run)
+    rows = _prompts(run)
     if verdicts is not None:
-        rows += _trajectories(space, verdicts)
+        rows += _trajectories(run, verdicts)
         rows += _shares("training groups", "", group_statuses(verdicts).values())
     for stage, table in scores.items():
         rows += _shares("scores", f"influence, stage {stage}", table.column("status").to_pylist())
-    for arm, stages in selections.items():
-        for stage, selection in stages.items():
-            taken, pool = sum(selection.selected), len(selection.selected)
-            rows.append(["selection", f"{arm}, stage {stage}", "selected", count(taken), share(taken / max(pool, 1))])
+    for stage, selection in selections.items():
+        taken, pool = sum(selection.selected), len(selection.selected)
+        rows.append(["selection", f"stage {stage}", "selected", count(taken), share(taken / max(pool, 1))])
     if not rows:
         return [Text("There are no prompts yet.")]
     caption = (
@@ -42,16 +39,16 @@ def funnel(
     return [table, *([_verdicts(verdicts)] if verdicts is not None else [])]
 
 
-def _prompts(space: Workspace) -> Rows:
-    if not is_finished(space.prompts):
+def _prompts(run: RunFolder) -> Rows:
+    if not is_finished(run.prompts):
         return []
-    by_set = Counter(row["set"] for row in space.prompt_rows)
+    by_set = Counter(row["set"] for row in run.prompt_rows)
     return [["prompts", name, "", count(number), ""] for name, number in by_set.items()]
 
 
-def _trajectories(space: Workspace, verdicts: pa.Table) -> Rows:
+def _trajectories(run: RunFolder, verdicts: pa.Table) -> Rows:
     rows: Rows = []
-    if skipped := prompts_left_out(space):
+    if skipped := prompts_left_out(run):
         rows.append(["prompts", "all sets but test", PROMPT_TOO_LONG, count(skipped), ""])
     for name, table in _by_set(verdicts).items():
         rows += _shares("trajectories", name, table.column("status").to_pylist())

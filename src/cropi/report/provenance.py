@@ -8,12 +8,12 @@ import shlex
 from cropi.artifacts import read_sealed
 from cropi.config import Config
 from cropi.report.blocks import Block, Code, Table, Text
-from cropi.workspace import ENVIRONMENT, Workspace
+from cropi.run_folder import ENVIRONMENT, RunFolder
 
 
-def settings(config: Config, space: Workspace) -> list[Block]:
+def settings(config: Config, run: RunFolder) -> list[Block]:
     """The resolved config, and the versions of the packages that decide the numbers."""
-    rows = [[name, value] for name, value in _environment(space).items()]
+    rows = [[name, value] for name, value in _environment(run).items()]
     resolved = json.dumps(config.resolved(), indent=2, ensure_ascii=False)
     return [
         Code("Every setting, defaults included (config.json)", resolved, collapsed=True),
@@ -34,13 +34,13 @@ def reproduction(config: Config) -> list[Block]:
         Code("the same run, into another folder", again),
         Code("another seed", other),
         Text(
-            "The same machine and versions give the same selections; other hardware rounds differently. A comparison "
-            "of strategies needs several seeds; this page describes one run."
+            "The same machine and versions give the same selections; other hardware rounds differently. To compare "
+            "strategies over several seeds: `cropi compare`."
         ),
     ]
 
 
-def _environment(space: Workspace) -> dict[str, str]:
+def _environment(run: RunFolder) -> dict[str, str]:
     """What the run noted of its machine and packages when it was started."""
-    path = space.folder / ENVIRONMENT
+    path = run.folder / ENVIRONMENT
     return read_sealed(path) if path.is_file() else {}

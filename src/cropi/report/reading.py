@@ -1,4 +1,4 @@
-"""What a report reads from a run's folder. Everything may be missing: a run can be reported at any time."""
+"""Readers of a run's folder for reports. Everything may be missing: a run can be reported at any time."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from cropi.artifacts import (
 from cropi.config import Config
 from cropi.functional.ranking import selection_size
 from cropi.leakage import turn_text
-from cropi.report.results import Drift, Reliability, StageWorth
-from cropi.workspace import Arm, Workspace, evaluation_files
+from cropi.report.results import Drift, Reliability, StageQuality
+from cropi.run_folder import RunFolder, StagePaths, evaluation_files
 
 MIXED = "mixed"  # a group with better and worse completions: status `ok`, in words
 
@@ -77,18 +77,18 @@ def _answers(table: pa.Table) -> Answers:
     return Answers(greedy, whole)
 
 
-def selection_table(arm: Arm, stage: int) -> pa.Table | None:
+def selection_table(paths: StagePaths, stage: int) -> pa.Table | None:
     """A stage's selection with all columns; None where it has not been made."""
-    folder = arm.selection(stage)
+    folder = paths.selection(stage)
     if not is_finished(folder):
         return None
     open_artifact(folder, "selection", made_by="cropi select")
     return read_table(folder / "selection.parquet", SELECTION)
 
 
-def read_selections(arm: Arm, stages: int) -> dict[int, Selection]:
+def read_selections(paths: StagePaths, stages: int) -> dict[int, Selection]:
     """Finished selections by stage."""
-    tables = {stage: selection_table(arm, stage) for stage in range(stages)}
+    tables = {stage: selection_table(paths, stage) for stage in range(stages)}
     return {
         stage: Selection(*(table.column(name).to_pylist() for name in ("prompt_id", "source", "selected")))
         for stage, table in tables.items()
@@ -96,53 +96,42 @@ def read_selections(arm: Arm, stages: int) -> dict[int, Selection]:
     }
 
 
-def directions(config: Config, arm: Arm) -> list[str]:
-    """Names of the directions that an arm's influence is measured along."""
-    return config.arms[arm.name].directions(config.prompts.validation)
+def directions(config: Config) -> list[str]:
+    """Names of the directions that influence is measured along."""
+    return config.select.strategy.directions(config.prompts.validation)
 
 
-def scored_arm(config: Config, space: Workspace) -> Arm | None:
-    """The first arm that has influence scores, in the order of the config."""
-    stages = range(config.train.stages)
-    return next((arm for arm in space.arms.values() if any(is_finished(arm.scores(s)) for s in stages)), None)
-
-
-def read_scores(config: Config, arm: Arm) -> dict[int, pa.Table]:
+def read_scores(config: Config, paths: StagePaths) -> dict[int, pa.Table]:
     """Finished influence tables by stage."""
-    schema, tables = scores_schema(directions(config, arm)), {}
+    schema, tables = scores_schema(directions(config)), {}
     for stage in range(config.train.stages):
-        folder = arm.scores(stage)
+        folder = paths.scores(stage)
         if is_finished(folder):
             open_artifact(folder, "scores", made_by="cropi score")
             tables[stage] = read_table(folder / "scores.parquet", schema)
     return tables
 
 
-def read_worth(config: Config, arm: Arm) -> tuple[StageWorth, ...]:
-    """What the scores of an arm's stages are worth, as `score` noted it; nothing for arms without influence."""
+def read_quality(config: Config, paths: StagePaths) -> tuple[StageQuality, ...]:
+    """Quality of the scores by stage, as `score` noted it; nothing for strategies without influence."""
     found = []
     for stage in range(config.train.stages):
-        folder = arm.scores(stage)
+        folder = paths.scores(stage)
         if is_finished(folder):
             manifest = open_artifact(folder, "scores", made_by="cropi score")
-            found.append(_worth(config, stage, manifest))
+            found.append(_quality(config, stage, manifest))
     return tuple(found)
 
 
-def _worth(config: Config, stage: int, manifest: Manifest) -> StageWorth:
+def _quality(config: Config, stage: int, manifest: Manifest) -> StageQuality:
     noted, moved = manifest.details["reliability"], manifest.details["drift"]
     best = min(selection_size(config.select.fraction, sum(manifest.counts.values())), manifest.counts.get(OK, 0))
-    return StageWorth(
+    return StageQuality(
         stage,
         manifest.details["direction_reliability"],
         noted and Reliability(noted["reliability"], best, noted["expected_overlap"], noted["chance"]),
         moved and Drift(**moved),
     )
-
-
-def scored_stage(config: Config, arm: Arm, stage: int) -> int:
-    """The stage whose scores a selection rests on."""
-    return config.arms[arm.name].scored_stage(stage)
 
 
 def rows_of(table: pa.Table, prompt_ids: Iterable[str]) -> dict[str, dict[str, Any]]:
@@ -157,35 +146,35 @@ def prompt_text(messages: str) -> str:
     return turns if isinstance(turns, str) else "\n".join(f"[{turn['role']}] {turn_text(turn)}" for turn in turns)
 
 
-def prompts_left_out(space: Workspace) -> int:
+def prompts_left_out(run: RunFolder) -> int:
     """How many prompts were too long to be collected."""
-    if not is_finished(space.trajectories):
+    if not is_finished(run.trajectories):
         return 0
-    manifest = read_manifest(space.trajectories, "trajectories", made_by="cropi collect")
+    manifest = read_manifest(run.trajectories, "trajectories", made_by="cropi collect")
     return manifest.counts.get(PROMPT_TOO_LONG, 0)
 
 
-def read_verdicts(space: Workspace) -> pa.Table | None:
+def read_verdicts(run: RunFolder) -> pa.Table | None:
     """set, prompt_id, reward, verdict, status and `tokens` (how many) of every stored trajectory.
 
     Verifies the checksums of all trajectories. None where collection has not finished.
     """
-    if not is_finished(space.trajectories):
+    if not is_finished(run.trajectories):
         return None
-    open_artifact(space.trajectories, "trajectories", made_by="cropi collect")
+    open_artifact(run.trajectories, "trajectories", made_by="cropi collect")
     columns = ["set", "prompt_id", "reward", "verdict", "status", "completion_ids"]
-    table = pa.concat_tables([pq.read_table(path, columns=columns) for path in _parts(space)])
+    table = pa.concat_tables([pq.read_table(path, columns=columns) for path in _parts(run)])
     tokens = pc.list_value_length(table.column("completion_ids"))
     return table.drop_columns(["completion_ids"]).append_column("tokens", tokens)
 
 
-def read_completions(space: Workspace, prompt_ids: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+def read_completions(run: RunFolder, prompt_ids: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
     """Stored completions of a few training prompts, by prompt id and in the order they were sampled."""
-    if not is_finished(space.trajectories):
+    if not is_finished(run.trajectories):
         return {}
     columns = ["set", "prompt_id", "sample", "completion", "verdict", "status"]
     wanted = [("prompt_id", "in", list(prompt_ids)), ("set", "=", "train")]
-    rows = [row for path in _parts(space) for row in pq.read_table(path, columns=columns, filters=wanted).to_pylist()]
+    rows = [row for path in _parts(run) for row in pq.read_table(path, columns=columns, filters=wanted).to_pylist()]
     rows.sort(key=lambda row: row["sample"])
     return {prompt_id: [row for row in rows if row["prompt_id"] == prompt_id] for prompt_id in prompt_ids}
 
@@ -214,5 +203,5 @@ def rows_with(table: pa.Table, status: str = OK) -> pa.Table:
     return table.filter(pc.equal(table.column("status"), status))
 
 
-def _parts(space: Workspace) -> list[Path]:
-    return sorted(space.trajectories.glob("part-*.parquet"))
+def _parts(run: RunFolder) -> list[Path]:
+    return sorted(run.trajectories.glob("part-*.parquet"))

@@ -10,10 +10,9 @@ from cropi.artifacts import CLIP_RANGE
 from cropi.config import Config
 from cropi.report import reliability_figures as figures
 from cropi.report.blocks import Block, Picture, Table, Text
-from cropi.report.reading import Selection, directions, scored_stage
-from cropi.report.results import Drift, Reliability, StageWorth
+from cropi.report.reading import Selection, directions
+from cropi.report.results import Drift, Reliability, StageQuality
 from cropi.report.wording import ABSENT, NOT_MEASURED, about, count, decimal, percent, share, significant
-from cropi.workspace import Arm
 
 RELIABILITY_CAPTION = (
     "Reliability: the share of the differences in influence that is not noise, or how two scorings from other "
@@ -29,18 +28,17 @@ DRIFT_CAPTION = (
 
 def reliability(
     config: Config,
-    arm: Arm,
-    stages: Sequence[StageWorth],
+    stages: Sequence[StageQuality],
     scores: Mapping[int, pa.Table],
     selections: Mapping[int, Selection],
 ) -> list[Block]:
-    """Sentences, figures and tables over the scored stages of an arm."""
-    names = directions(config, arm)
-    drawn = figures.worth_by_stage(stages, names)
+    """Sentences, figures and tables over the scored stages."""
+    names = directions(config)
+    drawn = figures.quality_by_stage(stages, names)
     caption = f"By stage. At most {figures.MAX_SETS} validation sets are drawn."
     return [
         Text(_ranking_sentence(config, stages[-1])),
-        *_error_bars(config, arm, stages, scores, selections),
+        *_error_bars(config, stages, scores, selections),
         _reliability_table(stages, names),
         Text(_drift_sentence(stages[-1])),
         *([Picture(drawn, caption)] if drawn else []),
@@ -48,17 +46,17 @@ def reliability(
     ]
 
 
-def _ranking_sentence(config: Config, worth: StageWorth) -> str:
-    found = worth.reliability
+def _ranking_sentence(config: Config, quality: StageQuality) -> str:
+    found = quality.reliability
     if found is None:
         return "The errors of the influence were not measured in this run; `score.standard_errors=true` measures them."
     if found.chance >= 1:
-        return f"At stage {worth.stage} every prompt with signal is among the best: there is nothing to rank."
+        return f"At stage {quality.stage} every prompt with signal is among the best: there is nothing to rank."
     expected, by_chance = found.best * found.expected_overlap, found.best * found.chance
     plain = not config.select.quotas and not config.select.exploration
     which = f"{count(found.best)} selected" if plain else f"the {count(found.best)} best ranked"
     text = (
-        f"About {about(expected)} of {which} prompts of stage {worth.stage} are expected to belong "
+        f"About {about(expected)} of {which} prompts of stage {quality.stage} are expected to belong "
         f"among the best {count(found.best)}; chance would give {about(by_chance)}."
     )
     low, high = min(found.by_set.values()), max(found.by_set.values())
@@ -68,13 +66,13 @@ def _ranking_sentence(config: Config, worth: StageWorth) -> str:
     return f"{text} A second scoring, from as many fresh trajectories, would correlate with this one by about {span}."
 
 
-def _drift_sentence(worth: StageWorth) -> str:
-    drift = worth.drift
+def _drift_sentence(quality: StageQuality) -> str:
+    drift = quality.drift
     if drift is None:
         return "The drift of the policy was not measured."
     low, high = (significant(1 + sign * CLIP_RANGE) for sign in (-1, 1))
     return (
-        f"At stage {worth.stage} the stored trajectories of the median prompt count as much as "
+        f"At stage {quality.stage} the stored trajectories of the median prompt count as much as "
         f"{percent(drift.ratio_ess)} of as many fresh ones; {percent(drift.clip_share)} of the token ratios "
         f"lie outside {low} to {high}, and the policy is {decimal(drift.kl, 3)} nats per token from the one that "
         "sampled."
@@ -83,19 +81,18 @@ def _drift_sentence(worth: StageWorth) -> str:
 
 def _error_bars(
     config: Config,
-    arm: Arm,
-    stages: Sequence[StageWorth],
+    stages: Sequence[StageQuality],
     scores: Mapping[int, pa.Table],
     selections: Mapping[int, Selection],
 ) -> list[Block]:
     """The figure of the last stage that is both scored and selected."""
-    worths = {worth.stage: worth for worth in stages}
+    by_stage = {quality.stage: quality for quality in stages}
     for stage in sorted(selections, reverse=True):
-        scored = scored_stage(config, arm, stage)
-        found = worths[scored].reliability if scored in worths else None
+        scored = config.select.strategy.scored_stage(stage)
+        found = by_stage[scored].reliability if scored in by_stage else None
         if found is None:
             continue
-        names = directions(config, arm)
+        names = directions(config)
         drawn = figures.influence_errors(scores[scored], selections[stage], names, found.chance)
         caption = (
             f"Selected prompts of stage {stage} and as many that follow them in rank. Bars: one standard error to "
@@ -106,16 +103,16 @@ def _error_bars(
     return []
 
 
-def _reliability_table(stages: Sequence[StageWorth], names: Sequence[str]) -> Table:
+def _reliability_table(stages: Sequence[StageQuality], names: Sequence[str]) -> Table:
     header = ["stage", *(f"reliability, {name}" for name in names), *(f"direction, {name}" for name in names)]
     rows = [
         [
-            str(worth.stage),
-            *_reliabilities(worth.reliability, names),
-            *(_measured(worth.direction_reliability[name]) for name in names),
-            *_overlap(worth.reliability),
+            str(quality.stage),
+            *_reliabilities(quality.reliability, names),
+            *(_measured(quality.direction_reliability[name]) for name in names),
+            *_overlap(quality.reliability),
         ]
-        for worth in stages
+        for quality in stages
     ]
     return Table(RELIABILITY_CAPTION, [*header, "best ranked", "expected", "by chance"], rows, left=0)
 
@@ -134,10 +131,10 @@ def _overlap(found: Reliability | None) -> list[str]:
     return [count(found.best), about(found.best * found.expected_overlap), about(found.best * found.chance)]
 
 
-def _drift_table(stages: Sequence[StageWorth]) -> Table:
+def _drift_table(stages: Sequence[StageQuality]) -> Table:
     low, high = (significant(1 + sign * CLIP_RANGE) for sign in (-1, 1))
     header = ["stage", "effective sample size", f"outside {low} to {high}", "KL per token, nats"]
-    rows = [[str(worth.stage), *_drift_cells(worth.drift)] for worth in stages]
+    rows = [[str(quality.stage), *_drift_cells(quality.drift)] for quality in stages]
     return Table(DRIFT_CAPTION, header, rows, left=0)
 
 

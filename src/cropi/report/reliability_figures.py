@@ -26,7 +26,7 @@ from cropi.report.drawing import (
     thinned,
 )
 from cropi.report.reading import Selection, rows_of
-from cropi.report.results import StageWorth
+from cropi.report.results import StageQuality
 
 MAX_BARS = 120  # prompts of a panel, evenly spread over all that it stands for
 MAX_SETS = 4
@@ -115,7 +115,7 @@ def _chances(axes: Axes, rows: Sequence[Row], chosen: frozenset[str], chance: fl
 
 
 @in_style
-def worth_by_stage(stages: Sequence[StageWorth], validation_sets: Sequence[str]) -> str | None:
+def quality_by_stage(stages: Sequence[StageQuality], validation_sets: Sequence[str]) -> str | None:
     """Reliability and the drift of the policy by stage; None before there are two stages with drift."""
     moved = [(worth.stage, worth.drift) for worth in stages if worth.drift is not None]
     if len(moved) < 2:

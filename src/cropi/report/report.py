@@ -13,10 +13,10 @@ from cropi.artifacts import write_json, write_text
 from cropi.config import Config
 from cropi.errors import printable
 from cropi.report.blocks import Section
-from cropi.report.contents import read_run, sections
+from cropi.report.contents import read_contents, sections
 from cropi.report.markdown import markdown
 from cropi.report.summary import Summary, summarise
-from cropi.workspace import Workspace
+from cropi.run_folder import RunFolder
 
 TEMPLATE = "report.html.jinja"
 
@@ -27,9 +27,9 @@ def make_report(config: Config, folder: Path) -> Summary:
     A run may be reported at any time: what is not there yet is left out and said to be. The same folder gives the same
     bytes. Raises ArtifactError where a file of the run is corrupt.
     """
-    space = Workspace(config)
-    summary = summarise(config, space)
-    parts = sections(read_run(config, space, summary))
+    run = RunFolder(config)
+    summary = summarise(config, run)
+    parts = sections(read_contents(config, run, summary))
     title = f"cropi run {config.name}"
     write_text(folder / "report.html", printable(html(title, parts)))
     write_text(folder / "report.md", printable(markdown(title, parts)))

@@ -11,13 +11,13 @@ from cropi.functional.bootstrap import Interval
 
 @dataclass(frozen=True)
 class Cost:
-    """What an arm has cost. None: not charged to this arm, or not there yet."""
+    """The cost of a run. None: not charged, or not there yet."""
 
     collect: float | None = None  # seconds
     score: float | None = None
     select: float | None = None
     train: float | None = None
-    evaluate: float | None = None  # shown, but not part of the total: it decides nothing
+    evaluate: float | None = None  # shown, but not part of the total
     collect_tokens: int | None = None  # generated tokens
     train_tokens: int | None = None
 
@@ -54,7 +54,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Reliability:
-    """What the errors of a stage's influence say of its ranking."""
+    """Reliability of a stage's ranking, from the errors of its influence."""
 
     by_set: Mapping[str, float]  # share of the influence's variance that is not noise, by validation set
     best: int  # how many of the best ranked a plain selection takes
@@ -72,8 +72,8 @@ class Drift:
 
 
 @dataclass(frozen=True)
-class StageWorth:
-    """What a stage's scores are worth. None: not measured."""
+class StageQuality:
+    """Quality of a stage's scores. None: not measured."""
 
     stage: int
     direction_reliability: Mapping[str, float | None]  # by validation set: would other prompts give its direction again
@@ -82,42 +82,11 @@ class StageWorth:
 
 
 @dataclass(frozen=True)
-class ArmSummary:
-    """What is known of one arm."""
-
-    name: str
-    steps: int  # the last evaluated step; 0 before there is any
-    finished: bool  # whether that is the run's last step
-    curve: tuple[Point, ...]  # step 0 is the base policy
-    final: Mapping[str, Mapping[str, Interval]]  # at `steps`: test set -> greedy, sampled; empty while `steps` is 0
-    steps_to_target: int | None  # first evaluated step at `full`'s final targeted accuracy; None: not reached
-    seconds_to_target: float | None  # the cost up to that step, by the rules of Cost.total
-    cost: Cost
-    stages: tuple[StageWorth, ...]  # of an arm that is scored by influence, by stage
-    rewards: tuple[float | None, ...]  # mean reward of training by stage, as far as it has come
-
-    @property
-    def last(self) -> Point | None:
-        """The point at the last evaluated step, None while there is none beyond the base policy."""
-        return self.curve[-1] if self.steps else None
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Targeted accuracy of the main arm minus another arm's, at one step, on the same questions."""
-
-    main: str
-    other: str
-    step: int  # the last one evaluated for both
-    questions: int
-    accuracy: Interval
-
-
-@dataclass(frozen=True)
 class Summary:
-    """A run in numbers, the main arm first."""
+    """A run in numbers."""
 
     name: str
+    strategy: str
     seed: int
     total_steps: int
     evaluate_every: int
@@ -127,21 +96,23 @@ class Summary:
     tested: bool  # whether the run has test sets
     base: Point | None
     base_by_set: Mapping[str, Mapping[str, Interval]]
-    arms: tuple[ArmSummary, ...]
-    differences: tuple[Difference, ...]
-    target: float | None  # `full`'s final targeted accuracy; None without a finished `full`
-    shared_seconds: Mapping[str, float]  # work for all arms (collection, base evaluation), by phase
+    steps: int  # the last evaluated step; 0 before there is any
+    curve: tuple[Point, ...]  # step 0 is the base policy
+    final: Mapping[str, Mapping[str, Interval]]  # at `steps`: test set -> greedy, sampled; empty while `steps` is 0
+    cost: Cost
+    stages: tuple[StageQuality, ...]  # where the strategy scores by influence
+    rewards: tuple[float | None, ...]  # mean reward of training by stage, as far as it has come
 
     @property
-    def main(self) -> ArmSummary:
-        """The arm of select.strategy."""
-        return self.arms[0]
+    def finished(self) -> bool:
+        """Whether the last evaluated step is the last one."""
+        return self.steps == self.total_steps
 
-    def arm(self, name: str) -> ArmSummary | None:
-        """An arm by name."""
-        return next((arm for arm in self.arms if arm.name == name), None)
+    @property
+    def last(self) -> Point | None:
+        """The point at the last evaluated step, None while there is none beyond the base policy."""
+        return self.curve[-1] if self.steps else None
 
     def as_json(self) -> dict[str, Any]:
-        """Plain JSON values. No value is NaN: what is not known is null or absent."""
-        arms = [asdict(arm) | {"cost": arm.cost.as_json()} for arm in self.arms]
-        return asdict(self) | {"arms": arms}
+        """Plain JSON values. Unknown numbers are null or absent, never NaN."""
+        return asdict(self) | {"cost": self.cost.as_json()}

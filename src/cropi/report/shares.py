@@ -1,4 +1,4 @@
-"""What was selected: shares by source, and overlap between stages."""
+"""Selections: shares by source, and overlap between stages."""
 
 from __future__ import annotations
 
@@ -30,19 +30,14 @@ class Shares:
         return {stage: _normalised(counts) for stage, counts in self.stage_counts.items()}
 
 
-def source_shares(selections: Mapping[str, Mapping[int, Selection]]) -> dict[str, Shares]:
-    """Shares by arm, all arms with the same rows: largest sources first, the small ones of a long list together."""
-    counted = {arm: _count(stages) for arm, stages in selections.items() if stages}
-    pool = next((pool_of_arm for pool_of_arm, _ in counted.values()), Counter())
-    names = _shown(pool, [column for _, by_stage in counted.values() for column in by_stage.values()])
-    return {
-        arm: Shares(
-            _labels(names, pool),
-            _column(names, pool_of_arm, len(names) < len(pool)),
-            {stage: _column(names, column, len(names) < len(pool)) for stage, column in by_stage.items()},
-        )
-        for arm, (pool_of_arm, by_stage) in counted.items()
-    }
+def source_shares(stages: Mapping[int, Selection]) -> Shares:
+    """Shares by source, the largest first; the small ones of a long list together. There is at least one stage."""
+    pool = Counter(next(iter(stages.values())).sources)
+    by_stage = {stage: _chosen_sources(selection) for stage, selection in stages.items()}
+    names = _shown(pool, list(by_stage.values()))
+    rest = len(names) < len(pool)
+    counts = {stage: _column(names, column, rest) for stage, column in by_stage.items()}
+    return Shares(_labels(names, pool), _column(names, pool, rest), counts)
 
 
 def _shown(pool: Counter[str], selections: Sequence[Counter[str]]) -> list[str]:
@@ -54,11 +49,6 @@ def _shown(pool: Counter[str], selections: Sequence[Counter[str]]) -> list[str]:
     peak = {name: max(column[name] / column.total() for column in columns) for name in names}
     kept = {*sorted(names, key=lambda source: (-peak[source], source))[: MAX_SOURCES - 1]}
     return [name for name in names if name in kept]
-
-
-def _count(stages: Mapping[int, Selection]) -> tuple[Counter[str], dict[int, Counter[str]]]:
-    pool = Counter(next(iter(stages.values())).sources)
-    return pool, {stage: _chosen_sources(selection) for stage, selection in stages.items()}
 
 
 def _chosen_sources(selection: Selection) -> Counter[str]:

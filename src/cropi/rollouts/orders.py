@@ -16,7 +16,7 @@ from cropi.elsewhere import CarriedPolicy, Elsewhere
 from cropi.errors import ConfigError
 from cropi.ledger import Ledger
 from cropi.rewards.pool import strict_judge
-from cropi.stages.collect import MakeShards, Rows, Sampler, Shard, holds, plain_generator
+from cropi.rollouts.shards import MakeShards, Rows, Sampler, Shard, holds, plain_generator
 from cropi.workers import Make, Unit
 
 DESCRIPTION = PROMPTS.append(pa.field("prompt_ids", pa.list_(pa.int32())))

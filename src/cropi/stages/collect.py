@@ -1,223 +1,176 @@
 """`collect`: K trajectories per prompt, in shards that survive an interruption.
 
-Once of all prompts from the base policy, and of some again from later policies.
+All prompts once from the base policy, and some prompts again from later policies.
 """
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import torch
-from torch import nn
-
-from cropi.artifacts import (
-    GOLD_UNPARSEABLE,
-    OK,
-    PROMPT_TOO_LONG,
-    TRAJECTORIES,
-    TRUNCATED,
-    count_status,
-    read_table,
-    wait_for_files,
-    write_table,
-)
-from cropi.config import Config
-from cropi.console import progress, warn
-from cropi.errors import ArtifactError, ConfigError, DataError
-from cropi.functional.pooling import nearest_first, principal_points
-from cropi.functional.ranking import selection_size
+from cropi.artifacts import PROMPT_TOO_LONG, TRAJECTORIES, Manifest, build, count_status, read_table, wait_for_files
+from cropi.config import SAMPLED_BY, Config
+from cropi.console import counts_text, progress, say, warn
+from cropi.errors import ArtifactError
+from cropi.gradients.score_shards import make_scorer
+from cropi.gradients.validation_groups import validation_groups
 from cropi.ledger import Ledger
-from cropi.lockstep import in_lockstep
-from cropi.policy import Policy, completion_logprobs, encode_prompts, longest_alike, trainer_prompt, uses_chat
-from cropi.rewards.verdicts import Judge, answered
-from cropi.rollouts.generation import Generator, Sampling, TransformersGenerator
-from cropi.rollouts.representations import Representations
-from cropi.rollouts.server import ServerGenerator
-from cropi.rollouts.vllm import VllmGenerator
-from cropi.seeds import derived_seed, unit_interval
+from cropi.policy import Policy, chat_warnings
+from cropi.prompts import data_identity, make_prompts
+from cropi.rewards.verdicts import ERROR, TIMEOUT, Judge
+from cropi.rollouts.generation import TransformersGenerator
+from cropi.rollouts.orders import shards_elsewhere
+from cropi.rollouts.representations import KIND as REPRESENTED
+from cropi.rollouts.representations import Representations, read_representations, represent
+from cropi.rollouts.shards import MakeShards, Sampler, Shard, holds, plan, pool_generator, sampled_prompts
+from cropi.stages.run import Run
+from cropi.stages.trajectories import require_signal
 from cropi.world import ALONE, World
 
+MANY_FAILURES = 0.02  # share of the completions on which a verifier may fail without a warning
+
+
+# -- the stage -----------------------------------------------------------------------------------------------------
+
+
+def make_prompt_table(run: Run) -> Manifest:
+    """Write the prompt table."""
+    inputs = data_identity(run.config) | {"settings": run.folder.settings("prompts")}
+    make = partial(make_prompts, run.config)
+    return build(run.folder.prompts, "prompts", make, inputs=inputs, made_by="cropi collect", world=run.world)
+
+
+def collect(run: Run) -> Manifest:
+    """Collect trajectories of the base policy. SignalError where they give the run's strategy nothing to learn from."""
+    prompts = make_prompt_table(run)
+    folder, strategy = run.folder.trajectories, run.config.select.strategy
+    if strategy.reads_scores and not run.is_finished(folder):
+        make_scorer(run.config, run.base.model, run.surrogate)  # refuses a model before anything is generated
+    inputs: dict[str, Any] = {"prompts": prompts.identity, "policy": run.setup.identity}
+    inputs |= {"settings": run.folder.settings(*SAMPLED_BY)}
+    if run.config.collect.nearby:
+        make_representations(run, "collect")
+    manifest = build(
+        folder, "trajectories", partial(_collect, run), inputs=inputs, made_by="cropi collect", **run.in_parts
+    )
+    _tell(run, manifest)
+    if strategy.aims_at_validation:
+        validation_groups(run.trajectories.base, run.config.score)
+    return manifest
+
+
+def _collect(run: Run, folder: Path) -> tuple[Mapping[str, int], Mapping[str, Any]]:
+    rows, chat = run.folder.prompt_rows, run.config.prompts.chat
+    for text in chat_warnings(run.base.tokenizer, chat, (row["messages"] for row in rows)):
+        warn(text)
+    elsewhere = run.elsewhere(run.base.model, "base")
+    make_shards = None if elsewhere is None else shards_elsewhere(elsewhere, run.config, folder, run.ledger)
+    nearby = read_representations(run.folder.representations) if run.config.collect.nearby else None
+    return collector(run, run.base).collect(rows, folder, nearby, make_shards)
+
+
+def _tell(run: Run, manifest: Manifest) -> None:
+    """Print what was collected, and warn of a verifier that fails often."""
+    verdicts = manifest.details["verdicts"]
+    say(f"trajectories: {counts_text(manifest.counts)}")
+    say(f"verdicts: {counts_text(verdicts)}")
+    failed, total = verdicts.get(ERROR, 0) + verdicts.get(TIMEOUT, 0), sum(verdicts.values())
+    if failed > MANY_FAILURES * total:
+        warn(
+            f"the verifier failed on {failed} of {total} completions, and they earned nothing. If they should have, "
+            f"mend it, delete {run.folder.trajectories} and run again (`cropi audit-rewards` tells more)"
+        )
+    mixed = require_signal(run.trajectories.statuses(run.trajectories.base_groups))
+    sampled = len(run.trajectories.base_groups)
+    say(f"groups: {mixed} of {sampled} mixed" + (", the others carry no signal now" if mixed < sampled else ""))
+
+
+def make_representations(run: Run, phase: str, stage: int | None = None) -> None:
+    """Store the base policy's representations of the prompts, charged to the phase that asks first."""
+
+    def make(folder: Path) -> tuple[Mapping[str, int], Mapping[str, Any]]:
+        with run.ledger.charge(phase, stage=stage) as entry:
+            result = represent(run.config, run.base, run.folder.prompt_rows, folder, run.world)
+            read = result[1]["prompt_tokens"]
+            entry |= {"forward_tokens": read} if phase == "score" else {"tokens": 0, "prompt_tokens": read, "passes": 1}
+        return result
+
+    inputs: dict[str, Any] = {"prompts": make_prompt_table(run).identity, "policy": run.setup.identity}
+    inputs |= {"settings": run.folder.settings("policy", "prompts")}
+    folder = run.folder.representations
+    build(folder, REPRESENTED, make, inputs=inputs, made_by=f"cropi {phase}", world=run.world, shared=True)
+
+
+# -- sampling ------------------------------------------------------------------------------------------------------
+
 
 @dataclass(frozen=True)
-class Shard:
-    """Prompts of one set that are generated and stored together."""
-
-    name: str
-    set: str
-    samples: int
-    prompts: Sequence[Mapping[str, Any]]
-    prompt_ids: Sequence[list[int]]
-
-    @property
-    def file(self) -> str:
-        """Its file's name."""
-        return f"{self.name}.parquet"
-
-    def __len__(self) -> int:
-        """Trajectories."""
-        return len(self.prompts) * self.samples
-
-
-Rows = list[dict[str, Any]]
-Charge = Callable[[], AbstractContextManager[dict[str, Any]]]
-MakeShards = Callable[[Sequence[Shard]], Iterator[tuple[Shard, Rows]]]
-"""Makes and writes shards, and charges for them; gives each with its rows when it is done, in any order."""
-
-
-@dataclass(frozen=True)
-class Sampler:
-    """Makes shards, each for itself: what a shard holds depends on the run's seed, its purpose and its name alone."""
+class Collector:
+    """Samples prompts with one policy, in shards of a folder. Shards that are there already are kept."""
 
     config: Config
     policy: Policy
-    generate: Generator
     judge: Judge
-    purpose: tuple[str | int, ...]
-    logprobs: bool = True
+    ledger: Ledger
+    world: World = ALONE
 
-    def sample(self, shard: Shard) -> tuple[Rows, dict[str, int]]:
-        """Sample and judge a shard; returns its rows, and what they have cost."""
-        seed = derived_seed(self.config.seed, *self.purpose, shard.name)
-        rows = _sample(self.config, self.policy, self.judge, self.generate, shard, seed)
-        if self.logprobs:
-            _add_logprobs(self.config, self.policy, rows)
-        tokens = {
-            name: sum(len(row[column]) for row in rows)
-            for name, column in (("tokens", "completion_ids"), ("prompt_tokens", "prompt_ids"))
-        }
-        return rows, {"passes": 1 + self.logprobs, **tokens}
+    def collect(
+        self,
+        prompts: Sequence[Mapping[str, Any]],
+        folder: Path,
+        representations: Representations | None = None,
+        elsewhere: MakeShards | None = None,
+    ) -> tuple[dict[str, int], dict[str, Any]]:
+        """Sample the pool and the validation sets from the base policy. Returns (rows by status, details).
 
-    def make(self, shards: Sequence[Shard], folder: Path, charge: Charge) -> Iterator[tuple[Shard, Rows]]:
-        """Sample, judge, charge and write each shard in turn."""
-        with in_lockstep(self.policy.model):
-            for shard in shards:
-                with charge() as entry:
-                    rows, cost = self.sample(shard)
-                    entry |= cost
-                write_table(folder / shard.file, rows, TRAJECTORIES)
-                yield shard, rows
+        The missing shards are divided among the processes, or made `elsewhere`; their content does not depend on that.
+        With `collect.logprobs`, the model itself computes the behaviour log-probs at the sampling temperature.
+        `collect.nearby` needs the representations. A prompt that does not fit into the policy's context counts as one
+        row `prompt_too_long`.
+        """
+        config = self.config
+        if config.collect.top_p < 1:
+            warn("collect.top_p is below 1: the log-probs are not those of the truncated sampler, so ratios are biased")
+        shards, too_long = plan(config, self.policy, prompts, sampled_prompts(config, prompts, representations))
+        if elsewhere is not None:
+            statuses, details = _sample_all(folder, shards, elsewhere, self.world)
+        else:
+            with pool_generator(config, self.policy, self.world) as generate:
+                sampler = Sampler(config, self.policy, generate, self.judge, ("collect",), config.collect.logprobs)
+                make = partial(sampler.make, folder=folder, charge=partial(self.ledger.charge_share, "collect"))
+                statuses, details = _sample_all(folder, shards, make, self.world)
+        return count_status([PROMPT_TOO_LONG] * len(too_long) + statuses), details | {"too_long": too_long}
 
+    def collect_again(
+        self,
+        prompts: Sequence[Mapping[str, Any]],
+        folder: Path,
+        stage: int,
+        purpose: str = "refresh",
+        logprobs: bool = True,
+    ) -> tuple[dict[str, int], dict[str, Any]]:
+        """Sample some prompts at the start of a stage, from the policy as it is then.
 
-def collect(
-    config: Config,
-    policy: Policy,
-    judge: Judge,
-    prompts: Sequence[Mapping[str, Any]],
-    folder: Path,
-    ledger: Ledger,
-    representations: Representations | None = None,
-    world: World = ALONE,
-    elsewhere: MakeShards | None = None,
-) -> tuple[dict[str, int], dict[str, Any]]:
-    """Write one `part-*.parquet` per shard to `folder`; shards that are already there are kept.
-
-    The shards that are missing are divided among the processes of `world`, or made `elsewhere`: what is in a shard does
-    not depend on that.
-
-    Behaviour log-probs are recomputed by the model itself in one forward pass per batch, at the sampling temperature,
-    if `collect.logprobs` asks for them. `collect.nearby` goes by the representations. Every shard is charged to the
-    ledger as it is made. Returns (rows by status, details); a prompt that does not fit into the policy's context counts
-    as one row `prompt_too_long`.
-    """
-    if config.collect.top_p < 1:
-        warn("collect.top_p is below 1: the sampler is not the policy whose log-probs are stored, so ratios are biased")
-    shards, too_long = plan(config, policy, prompts, sampled_prompts(config, prompts, representations))
-    if elsewhere is not None:
-        statuses, details = _sample_all(folder, shards, elsewhere, world)
-    else:
-        with _generator(config, policy, world) as generate:
-            sampler = Sampler(config, policy, generate, judge, ("collect",), config.collect.logprobs)
-            make = partial(sampler.make, folder=folder, charge=partial(ledger.charge_share, "collect"))
-            statuses, details = _sample_all(folder, shards, make, world)
-    return count_status([PROMPT_TOO_LONG] * len(too_long) + statuses), details | {"too_long": too_long}
+        The seed depends on the purpose, the strategy's name and the stage. The model is left in the mode it was in.
+        Without `logprobs`, for trajectories of which only the rewards are wanted, the column is null.
+        """
+        shards, _ = plan(self.config, self.policy, prompts)
+        charge = partial(self.ledger.charge_share, "collect", stage=stage)
+        seeded = (purpose, self.config.select.strategy.label, stage)
+        generate = TransformersGenerator(self.policy, self.config.collect.batch_size)
+        sampler = Sampler(self.config, self.policy, generate, self.judge, seeded, logprobs)
+        make = partial(sampler.make, folder=folder, charge=charge)
+        statuses, details = _sample_all(folder, shards, make, self.world)
+        return count_status(statuses), details | {"prompts": len(prompts)}
 
 
-@contextmanager
-def _generator(config: Config, policy: Policy, world: World) -> Iterator[Generator]:
-    """What completes prompts as the base policy does."""
-    settings = config.collect
-    if settings.vllm is not None and world.size > 1:
-        raise ConfigError(
-            "vLLM starts processes of its own, on GPUs that the other processes of this launch use",
-            where="collect.vllm",
-            fix="collect without a launcher first, or start `vllm serve` and name it in collect.server.",
-        )
-    if settings.vllm is not None:
-        engine = VllmGenerator(policy, config.policy, settings.vllm)
-        try:
-            yield engine
-        finally:
-            engine.close()
-    else:
-        yield plain_generator(config, policy)
-
-
-def plain_generator(config: Config, policy: Policy) -> Generator:
-    """The same of a process that starts no engine."""
-    if config.collect.server is not None:
-        return ServerGenerator(policy, config.collect.server)
-    return TransformersGenerator(policy, config.collect.batch_size)
-
-
-def sampled_prompts(
-    config: Config, prompts: Sequence[Mapping[str, Any]], representations: Representations | None = None
-) -> set[str]:
-    """Ids of the training prompts that are to be sampled: a fixed random share of the pool, and of the rest those
-    nearest to the validation prompts. Without representations these are drawn at random too: as many, at no cost.
-    """
-    pool = sorted(row["prompt_id"] for row in prompts if row["set"] == "train")
-    shuffled = sorted(pool, key=lambda i: (unit_interval(config.seed, "collect", i), i))
-    drawn, nearby = selection_size(config.collect.fraction, len(pool)), selection_size(config.collect.nearby, len(pool))
-    chosen = shuffled[:drawn]
-    rest = shuffled[drawn:] if representations is None or not nearby else _nearest(pool, chosen, representations)
-    return {*chosen, *rest[:nearby]}
-
-
-def _nearest(pool: Sequence[str], chosen: Collection[str], representations: Representations) -> list[str]:
-    """Prompts of the pool that are not chosen yet, the nearest to the validation prompts first."""
-    validation = [key for key in representations if key[0] != "train"]
-    points = principal_points(np.stack([representations[key] for key in [*(("train", i) for i in pool), *validation]]))
-    order = nearest_first(points[: len(pool)], points[len(pool) :], [name for name, _ in validation])
-    taken = set(chosen)
-    return [pool[row] for row in order if pool[row] not in taken]
-
-
-def collect_anew(
-    config: Config,
-    policy: Policy,
-    judge: Judge,
-    prompts: Sequence[Mapping[str, Any]],
-    folder: Path,
-    ledger: Ledger,
-    *,
-    arm: str,
-    stage: int,
-    purpose: str = "refresh",
-    logprobs: bool = True,
-    world: World = ALONE,
-) -> tuple[dict[str, int], dict[str, Any]]:
-    """The same for training prompts of an arm at the start of a stage, from the policy as it is then.
-
-    The arm is charged, and the seed is of the purpose, the arm and the stage. The model is left in the mode it was in.
-    Without `logprobs`, for trajectories of which only the rewards are wanted, the column is null.
-    """
-    shards, _ = plan(config, policy, prompts)
-    charge, seeded = partial(ledger.charge_share, "collect", arm=arm, stage=stage), (purpose, arm, stage)
-    generate = TransformersGenerator(policy, config.collect.batch_size)
-    sampler = Sampler(config, policy, generate, judge, seeded, logprobs)
-    make = partial(sampler.make, folder=folder, charge=charge)
-    statuses, details = _sample_all(folder, shards, make, world)
-    return count_status(statuses), details | {"prompts": len(prompts)}
+def collector(run: Run, policy: Policy) -> Collector:
+    """The collector of a run for a policy."""
+    return Collector(run.config, policy, run.judge, run.ledger, run.world)
 
 
 def _sample_all(
@@ -245,7 +198,7 @@ def _sample_all(
 
 @dataclass(frozen=True)
 class _Found:
-    """What a shard adds to the account of a collection."""
+    """Facts of one shard, to be summed over a collection."""
 
     statuses: Sequence[str]
     verdicts: Counter[str]
@@ -268,65 +221,6 @@ def _summed(shards: Sequence[_Found]) -> tuple[list[str], dict[str, Any]]:
     return [status for shard in shards for status in shard.statuses], details
 
 
-def _longest(config: Config, policy: Policy) -> tuple[float, str]:
-    """Longest sequence that the policy, what generates for it, and what scores it have room for; and what that is."""
-    engine = config.collect.vllm.max_model_len if config.collect.vllm is not None else None
-    scored = config.score.estimator != "reference" and any(arm.reads_scores for arm in config.arms.values())
-    context = min((limit for limit in (policy.context_length, engine) if limit is not None), default=math.inf)
-    alike = longest_alike(policy.model) if scored else math.inf
-    if alike < context:
-        return alike, f"the {alike:.0f} tokens up to which the policy's rotary positions stay as they are, for scores,"
-    return context, f"the policy's context of {context:.0f} tokens"
-
-
-def plan(
-    config: Config, policy: Policy, prompts: Sequence[Mapping[str, Any]], sampled: Collection[str] | None = None
-) -> tuple[list[Shard], list[str]]:
-    """The shards of a collection, longest prompts first, and the ids of prompts that do not fit into the context.
-
-    `sampled` holds the training prompts that are wanted, unset all; what does not fit is looked for among all.
-    """
-    chat = uses_chat(policy.tokenizer, config.prompts.chat, config.prompts.system_prompt)
-    limit, room = _longest(config, policy)
-    shards: list[Shard] = []
-    too_long: list[str] = []
-    sets = dict.fromkeys(row["set"] for row in prompts if not row["set"].startswith("test/"))
-    for name in sets:
-        rows = [row for row in prompts if row["set"] == name]
-        encoded = encode_prompts(
-            policy.tokenizer,
-            [trainer_prompt(r["messages"], chat=chat, system_prompt=config.prompts.system_prompt) for r in rows],
-        )
-        pairs = [(row, ids) for row, ids in zip(rows, encoded, strict=True)]
-        fitting = [p for p in pairs if len(p[1]) + config.collect.max_completion_length <= limit]
-        fits = {row["prompt_id"] for row, _ in fitting}
-        too_long += [row["prompt_id"] for row in rows if row["prompt_id"] not in fits]
-        if not fitting:
-            raise DataError(
-                f"no prompt of {name} fits into {room} beside its completion",
-                where="collect.max_completion_length",
-                fix="lower it, or use a policy with a longer context.",
-            )
-        if name == "train" and sampled is not None:
-            fitting = [pair for pair in fitting if pair[0]["prompt_id"] in sampled]
-        fitting.sort(key=lambda pair: (-len(pair[1]), pair[0]["prompt_id"]))
-        samples = config.collect.num_generations if name == "train" else config.collect.validation_num_generations
-        size = config.collect.shard_prompts
-        for start in range(0, len(fitting), size):
-            chosen = fitting[start : start + size]
-            label = f"part-{name.replace('/', '-')}-{start // size:05}"
-            shards.append(Shard(label, name, samples, [row for row, _ in chosen], [ids for _, ids in chosen]))
-    if too_long:
-        warn(f"{len(too_long)} prompts do not fit into {room} and are left out")
-    return shards, too_long
-
-
-def holds(shard: Shard, rows: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether rows are of a shard's prompts, all of them and no others."""
-    expected = [(row["prompt_id"], sample) for row in shard.prompts for sample in range(shard.samples)]
-    return [(row["prompt_id"], row["sample"]) for row in rows] == expected
-
-
 def _stored(folder: Path, shard: Shard) -> list[dict[str, Any]]:
     """A shard that an earlier attempt or another process has made, held to the prompts it must contain."""
     path = folder / shard.file
@@ -334,97 +228,3 @@ def _stored(folder: Path, shard: Shard) -> list[dict[str, Any]]:
     if not holds(shard, rows):
         raise ArtifactError("holds other prompts than this run's", where=str(path), fix=f"delete {path} and run again.")
     return rows
-
-
-def _sample(
-    config: Config, policy: Policy, judge: Judge, generate: Generator, shard: Shard, seed: int
-) -> list[dict[str, Any]]:
-    settings = config.collect
-    repeated = [ids for ids in shard.prompt_ids for _ in range(shard.samples)]
-    sampling = Sampling(settings.max_completion_length, settings.temperature, settings.top_p)
-    completions = generate(repeated, sampling, seed=seed)
-    texts = policy.tokenizer.batch_decode(completions, skip_special_tokens=True)
-    prompts = [prompt for prompt in shard.prompts for _ in range(shard.samples)]
-    eos = set(policy.eos_ids)
-    judged = judge([answered(text, prompt) for text, prompt in zip(texts, prompts, strict=True)])
-    rows = []
-    for index, (ids, completion) in enumerate(zip(repeated, completions, strict=True)):
-        verdict, value = judged[index].verdict, judged[index].reward
-        ended = bool(completion) and completion[-1] in eos
-        rows.append(
-            {
-                "prompt_id": prompts[index]["prompt_id"],
-                "set": shard.set,
-                "sample": index % shard.samples,
-                "prompt_ids": ids,
-                "completion_ids": completion,
-                "behaviour_logprobs": None,
-                "completion": texts[index],
-                "reward": value,
-                "verdict": verdict,
-                "status": GOLD_UNPARSEABLE if value is None else OK if ended else TRUNCATED,
-            }
-        )
-    return rows
-
-
-def _add_logprobs(config: Config, policy: Policy, rows: Sequence[dict[str, Any]]) -> None:
-    prompts, completions = ([row[name] for row in rows] for name in ("prompt_ids", "completion_ids"))
-    settings = config.collect
-    found = behaviour_logprobs(policy, prompts, completions, settings.temperature, settings.batch_tokens)
-    for row, logprobs in zip(rows, found, strict=True):
-        row["behaviour_logprobs"] = logprobs
-
-
-@torch.no_grad()
-def behaviour_logprobs(
-    policy: Policy,
-    prompts: Sequence[Sequence[int]],
-    completions: Sequence[Sequence[int]],
-    temperature: float,
-    batch_tokens: int,
-) -> list[list[float]]:
-    """log beta of every completion token, float32, in batches of at most `batch_tokens` padded tokens; no dropout."""
-    order = sorted(range(len(prompts)), key=lambda row: -(len(prompts[row]) + len(completions[row])))
-    result: list[list[float]] = [[] for _ in prompts]
-    with _evaluating(policy.model):
-        while order:
-            width = len(prompts[order[0]]) + len(completions[order[0]])
-            rows, order = order[: max(1, batch_tokens // width)], order[max(1, batch_tokens // width) :]
-            logprobs_KT, _ = completion_logprobs(
-                policy.model, [prompts[r] for r in rows], [completions[r] for r in rows], temperature=temperature
-            )
-            for row, values in zip(rows, logprobs_KT.float().cpu().tolist(), strict=True):
-                result[row] = values[: len(completions[row])]
-    return result
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
-
-
-def read_trajectories(folder: Path, *, mask_truncated: bool = False) -> dict[str, pa.Table]:
-    """All trajectories by set; no set where there are none.
-
-    `mask_truncated`: with truncated completions left empty. Each then counts in the advantages of its group and weighs
-    nothing, as with TRL's `mask_truncated_completions`.
-    """
-    paths = sorted(folder.glob("part-*.parquet"))
-    table = pa.concat_tables([TRAJECTORIES.empty_table(), *(read_table(path, TRAJECTORIES) for path in paths)])
-    for place, name in enumerate(TRAJECTORIES.names):
-        if mask_truncated and name in {"completion_ids", "behaviour_logprobs"}:
-            column = table.column(name)
-            emptied = pc.and_(pc.equal(table.column("status"), TRUNCATED), pc.is_valid(column))
-            masked = pc.if_else(emptied, pa.scalar([], column.type), column)
-            table = table.set_column(place, TRAJECTORIES.field(name), masked)
-    sets = table.column("set").to_pylist()
-    return {
-        name: table.take(pa.array([row for row, value in enumerate(sets) if value == name]))
-        for name in dict.fromkeys(sets)
-    }

@@ -10,15 +10,21 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from torch import nn
 
 from cropi.artifacts import EVALUATION, read_table
-from cropi.config import EvaluateConfig
+from cropi.config import SAMPLED_BY, Config, EvaluateConfig
 from cropi.console import warn
 from cropi.errors import DataError
 from cropi.functional.bootstrap import Interval, bootstrap_mean
+from cropi.lockstep import in_lockstep
+from cropi.policy import Policy, encode_prompts, load_policy, trainer_prompt, uses_chat
 from cropi.rewards.verdicts import Answered, Judge, answered, reward
+from cropi.rollouts.generation import Sampling, TransformersGenerator
+from cropi.run_folder import evaluation_files, keep_evaluation
 from cropi.seeds import derived_seed
-from cropi.workspace import evaluation_files, keep_evaluation
+from cropi.stages.collect import make_prompt_table
+from cropi.stages.run import Run
 from cropi.world import ALONE, World
 
 # (prompts as token ids, temperature or None for greedy, seed) -> completions as text
@@ -34,72 +40,135 @@ class Question:
     prompt_ids: list[int]
 
 
-def evaluate(
-    prompts: Sequence[Question],
-    generate: Generate,
-    judge: Judge,
-    config: EvaluateConfig,
-    *,
-    step: int,
-    seed: int,
-    folder: Path,
-    block: int,
-    lockstep: AbstractContextManager[None] = nullcontext(),  # noqa: B008
-    world: World = ALONE,
-    settings: Mapping[str, Any] | None = None,
-) -> pa.Table:
-    """Judge greedy and sampled completions of all test prompts and write `step-NNNNNN.parquet`.
+def evaluate_base(run: Run) -> None:
+    """Measure the accuracy before training, unless that has been done."""
+    if not is_evaluated(run, 0):
+        evaluate(run, run.base.model, 0)
 
-    Questions are asked in blocks of `block`, the longest first, which are divided among the processes of `world`; what
-    these do by themselves stands inside `lockstep`. The same seed draws the same completions from the same policy, so
-    two policies are compared on the same questions and random numbers. Prompts whose gold answer cannot be read are
-    left out of the file. `settings` go into the manifest.
+
+def evaluate_at(run: Run, checkpoint: Path | None) -> pa.Table:
+    """Accuracy of the base policy or of a checkpoint, read back where it has been measured."""
+    make_prompt_table(run)
+    run = run.at_checkpoint(0, checkpoint)
+    if is_evaluated(run, 0):
+        return read_evaluations(run.paths.evaluations)[0]
+    policy = run.base if checkpoint is None else load_policy(run.config.policy, str(checkpoint))
+    return evaluate(run, policy.model, 0)
+
+
+def is_evaluated(run: Run, step: int) -> bool:
+    """Whether the policy has been evaluated after an optimiser step."""
+    return run.world.from_main(lambda: step in evaluation_files(run.paths.evaluations))
+
+
+def evaluate(run: Run, model: nn.Module, step: int) -> pa.Table:
+    """Ask a policy the test questions after an optimiser step, and keep the table of answers. Step 0: the base policy.
+
+    The same seed draws the same completions from the same policy, so two policies are compared on the same questions
+    and random numbers. Questions whose gold answer cannot be read are left out of the table.
     """
-    order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place].prompt_ids))
-    blocks = [order[start : start + block] for start in range(0, len(order), block)]
-    own: dict[int, dict[str, Any] | None] = {}
-    with lockstep:
-        for number in world.share(range(len(blocks))):
-            asked = [prompts[place] for place in blocks[number]]
-            answers = _ask(asked, generate, judge, config, step, derived_seed(seed, number))
-            own |= dict(zip(blocks[number], answers, strict=True))
-    found = {place: row for part in world.gather(own) for place, row in part.items()}
-    rows = [row for place in range(len(prompts)) if (row := found[place]) is not None]
-    _refuse_empty(prompts, rows)
-    if world.is_main:
-        keep_evaluation(folder, step, rows, settings or {})
+    config, policy = run.config, run.asked(model)
+    sampler = TransformersGenerator(policy, config.collect.batch_size)
+
+    def generate(prompts: Sequence[list[int]], temperature: float | None, seed: int) -> list[str]:
+        sampling = Sampling(config.collect.max_completion_length, temperature)
+        completions = sampler(prompts, sampling, seed=seed)
+        return policy.tokenizer.batch_decode(completions, skip_special_tokens=True)
+
+    exam = Exam(generate, run.judge, config.evaluate, derived_seed(config.seed, "evaluate"), config.collect.batch_size)
+    stage = (step - 1) // config.train.steps_per_stage if step else None
+    with run.ledger.charge("evaluate", stage=stage):
+        asked = read_questions(run)
+        rows = exam.answers(asked, step, in_lockstep(policy.model), run.world)
+        if run.world.is_main:
+            tables = () if step else (*SAMPLED_BY, "evaluate")
+            keep_evaluation(run.paths.evaluations, step, rows, run.folder.settings(*tables))
     return pa.Table.from_pylist(rows, schema=EVALUATION)
 
 
-def _ask(
-    prompts: Sequence[Question], generate: Generate, judge: Judge, config: EvaluateConfig, step: int, seed: int
-) -> list[dict[str, Any] | None]:
-    """A row for every question; None where the gold answer cannot be read."""
-    texts = generate([prompt.prompt_ids for prompt in prompts], None, seed)
-    sampled: list[list[float]] = [[] for _ in prompts]
-    drawn: list[Answered] = []
-    if config.samples:
-        repeated = [prompt.prompt_ids for prompt in prompts for _ in range(config.samples)]
-        texts_sampled = generate(repeated, config.temperature, seed)
-        drawn = [answered(text, prompts[index // config.samples].row) for index, text in enumerate(texts_sampled)]
-    judged = judge([*(answered(text, prompt.row) for text, prompt in zip(texts, prompts, strict=True)), *drawn])
-    for index, judgement in enumerate(judged[len(prompts) :]):
-        sampled[index // config.samples].append(reward(judgement.verdict) or 0.0)
-    rows: list[dict[str, Any] | None] = []
-    for prompt, text, values, judgement in zip(prompts, texts, sampled, judged, strict=False):
-        row = {
-            "set": prompt.set,
-            "prompt_id": prompt.row["prompt_id"],
-            "source": prompt.row["source"],
-            "step": step,
-            "greedy": reward(judgement.verdict),
-            "sampled": float(np.mean(values)) if values else None,
-            "samples": len(values),
-            "completion": text,
-            "verdict": judgement.verdict,
-        }
-        rows.append(None if row["greedy"] is None else row)
-    return rows
+def read_questions(run: Run) -> list[Question]:
+    """The test questions of a run. DataError where one does not fit into the policy's context."""
+    return questions(run.config, run.setup.policy, run.folder.held_out("test"))
+
+
+def questions(config: Config, policy: Policy, rows: Sequence[Mapping[str, Any]]) -> list[Question]:
+    """Test questions from rows of the prompt table. DataError where one does not fit into the policy's context."""
+    settings = config.prompts
+    chat = uses_chat(policy.tokenizer, settings.chat, settings.system_prompt)
+    prompts = [trainer_prompt(row["messages"], chat=chat, system_prompt=settings.system_prompt) for row in rows]
+    encoded = encode_prompts(policy.tokenizer, prompts)
+    limit, longest = policy.context_length, max(map(len, encoded), default=0)
+    if limit is not None and longest + config.collect.max_completion_length > limit:
+        raise DataError(
+            f"the longest test prompt has {longest} tokens, which leaves no room for a completion in {limit}",
+            where="prompts.test",
+            fix="leave such prompts out, or lower collect.max_completion_length.",
+        )
+    return [Question(row["set"].removeprefix("test/"), row, ids) for row, ids in zip(rows, encoded, strict=True)]
+
+
+@dataclass(frozen=True)
+class Exam:
+    """Generation and judgement of answers to test questions, in blocks of so many questions."""
+
+    generate: Generate
+    judge: Judge
+    config: EvaluateConfig
+    seed: int
+    block: int
+
+    def answers(
+        self,
+        questions: Sequence[Question],
+        step: int,
+        lockstep: AbstractContextManager[None] = nullcontext(),  # noqa: B008
+        world: World = ALONE,
+    ) -> list[dict[str, Any]]:
+        """A row for every question whose gold answer can be read.
+
+        Blocks hold the longest questions first and are divided among the processes. Work that a process does by itself
+        runs inside `lockstep`.
+        """
+        order = sorted(range(len(questions)), key=lambda place: -len(questions[place].prompt_ids))
+        blocks = [order[start : start + self.block] for start in range(0, len(order), self.block)]
+        own: dict[int, dict[str, Any] | None] = {}
+        with lockstep:
+            for number in world.share(range(len(blocks))):
+                asked = [questions[place] for place in blocks[number]]
+                own |= dict(zip(blocks[number], self._ask(asked, step, derived_seed(self.seed, number)), strict=True))
+        found = {place: row for part in world.gather(own) for place, row in part.items()}
+        rows = [row for place in range(len(questions)) if (row := found[place]) is not None]
+        _refuse_empty(questions, rows)
+        return rows
+
+    def _ask(self, prompts: Sequence[Question], step: int, seed: int) -> list[dict[str, Any] | None]:
+        """A row for every question; None where the gold answer cannot be read."""
+        samples = self.config.samples
+        texts = self.generate([prompt.prompt_ids for prompt in prompts], None, seed)
+        sampled: list[list[float]] = [[] for _ in prompts]
+        drawn: list[Answered] = []
+        if samples:
+            repeated = [prompt.prompt_ids for prompt in prompts for _ in range(samples)]
+            texts_sampled = self.generate(repeated, self.config.temperature, seed)
+            drawn = [answered(text, prompts[index // samples].row) for index, text in enumerate(texts_sampled)]
+        judged = self.judge([*(answered(t, prompt.row) for t, prompt in zip(texts, prompts, strict=True)), *drawn])
+        for index, judgement in enumerate(judged[len(prompts) :]):
+            sampled[index // samples].append(reward(judgement.verdict) or 0.0)
+        rows: list[dict[str, Any] | None] = []
+        for prompt, text, values, judgement in zip(prompts, texts, sampled, judged, strict=False):
+            row = {
+                "set": prompt.set,
+                "prompt_id": prompt.row["prompt_id"],
+                "source": prompt.row["source"],
+                "step": step,
+                "greedy": reward(judgement.verdict),
+                "sampled": float(np.mean(values)) if values else None,
+                "samples": len(values),
+                "completion": text,
+                "verdict": judgement.verdict,
+            }
+            rows.append(None if row["greedy"] is None else row)
+        return rows
 
 
 def _refuse_empty(prompts: Sequence[Question], rows: Sequence[Mapping[str, Any]]) -> None:

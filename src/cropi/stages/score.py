@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,19 @@ from cropi.artifacts import (
     NOT_SAMPLED,
     OK,
     PROMPT_TOO_LONG,
+    Manifest,
+    build,
     count_status,
+    read_table,
     scores_schema,
     validation_scores_schema,
     write_table,
 )
-from cropi.config import Config, StrategyTable
-from cropi.console import Progress, progress, warn
+from cropi.config import Config
+from cropi.console import Progress, counts_text, progress, say, warn
+from cropi.curriculum.refresh import drift_warning
 from cropi.elsewhere import Elsewhere
-from cropi.errors import SignalError
+from cropi.errors import ArtifactError, SignalError
 from cropi.gradients.groups import Group, iterate_groups
 from cropi.gradients.influence_scorer import Scorer
 from cropi.gradients.orders import parts_elsewhere, require_parts
@@ -45,56 +50,107 @@ from cropi.gradients.validation_directions import pieces
 from cropi.gradients.validation_groups import candidate_groups, validation_groups, warn_of_noise
 from cropi.gradients.validation_scores import score_validation_prompts
 from cropi.policy import weights_identity
+from cropi.stages.collect import make_representations
+from cropi.stages.run import Run
 from cropi.world import ALONE, World
 
 
-def score(
+def score(run: Run, stage: int, model: nn.Module, origin: str) -> Manifest:
+    """Score all training prompts at a policy; `origin` names the policy, for the manifest."""
+    strategy, paths = run.config.select.strategy, run.paths
+    if strategy.pools:
+        make_representations(run, "score", stage)
+    prompts, inputs = run.folder.train_prompts, run.trajectories.inputs(stage)
+    statuses = run.trajectories.statuses(run.trajectories.groups(run.trajectories.overlay(stage)))
+
+    def make(folder: Path) -> tuple[Mapping[str, int], Mapping[str, Any]]:
+        pool = ScoredPool(
+            run.trajectories.tables(stage),
+            dict(zip(prompts, prompts.column("source"), strict=True)),
+            frozenset(i for i, status in zip(prompts, statuses, strict=True) if status == NOT_SAMPLED),
+            stage,
+        )
+        with run.ledger.charge("score", stage=stage, owed=run.owed_s) as entry:
+            elsewhere = run.elsewhere(model, origin)
+            counts, details = score_pool(run.config, run.surrogate, model, pool, folder, run.world, elsewhere)
+            if run.world.is_main:
+                entry["tokens"] = details["tokens"]
+                entry["computed_tokens"] = details["tokens_computed"]
+                entry["validation_tokens"] = details["validation_tokens"]
+        return counts, details
+
+    made_from = inputs | {"policy": origin, "settings": run.folder.settings()}
+    manifest = build(paths.scores(stage), "scores", make, inputs=made_from, made_by="cropi score", **run.in_parts)
+    say(f"scores of stage {stage}: {counts_text(manifest.counts)}")
+    text = drift_warning(manifest.details["drift"], stage, refreshing=run.config.refresh.active)
+    if text is not None:
+        warn(text)
+    return manifest
+
+
+def read_scores(run: Run, stage: int) -> pa.Table:
+    """The scores of a stage. ArtifactError where they are of other prompts than the run's."""
+    folder = run.paths.scores(stage)
+    names = run.config.select.strategy.directions(run.config.prompts.validation)
+    table = read_table(folder / "scores.parquet", scores_schema(names))
+    if table.column("prompt_id").to_pylist() != list(run.folder.train_prompts):
+        raise ArtifactError("holds other prompts than the run", where=str(folder), fix="delete the run's folder.")
+    return table
+
+
+@dataclass(frozen=True)
+class ScoredPool:
+    """The trajectories that a stage is scored by, and facts of the prompts."""
+
+    tables: Mapping[str, pa.Table]  # "train" and "validation/NAME" -> trajectories
+    sources: Mapping[str, str]  # prompt id -> source, of all training prompts
+    not_sampled: Collection[str] = ()  # prompts that were never sampled; others without trajectories are too long
+    stage: int = 0
+
+
+def score_pool(
     config: Config,
     settings: SurrogateSettings,
     model: nn.Module,
-    trajectories: Mapping[str, pa.Table],
-    sources: Mapping[str, str],
+    pool: ScoredPool,
     folder: Path,
-    stage: int = 0,
-    strategy: StrategyTable | None = None,
-    not_sampled: Collection[str] = (),
     world: World = ALONE,
     elsewhere: Elsewhere | None = None,
 ) -> tuple[dict[str, int], dict[str, Any]]:
     """Write `scores.parquet` to `folder`: one row per training prompt, those without signal included (influence 0).
 
-    `trajectories` maps "train" and "validation/NAME" to their tables, `sources` prompt ids to sources; of prompts
-    without trajectories, those in `not_sampled` were never sampled, the others are too long. With `score.store`, the
-    gradient features of each shard stay beside the scores. For a strategy that aims at candidates, halves of a sample
-    of the training prompts replace the validation sets, with normalised means and `dot`. The processes of `world`, or
-    workers `elsewhere`, divide the prompts. An interrupted scoring in `folder` is continued. Returns (rows by status,
-    details) in the first process. Raises SignalError if a validation set has no mixed group or no score is finite.
+    With `score.store`, the gradient features of each shard stay beside the scores. For a strategy that aims at
+    candidates, halves of a sample of the pool replace the validation sets, with normalised means and `dot`. The
+    processes of `world`, or workers `elsewhere`, divide the prompts. An interrupted scoring in `folder` is continued.
+
+    Returns (rows by status, details) in the first process. Raises SignalError if a validation set has no mixed group or
+    no score is finite.
     """
     if elsewhere is not None:
         require_parts(config)
-    validation = _aims(config, strategy, trajectories)
+    strategy = config.select.strategy
+    validation = _aims(config, pool.tables)
     names = list(validation)
-    pools = strategy is not None and strategy.pools
-    standard_errors = config.score.standard_errors and not (strategy and strategy.reads_lengths)  # of no use to lengths
-    rows = _blank_rows(sources, names, frozenset(not_sampled))
-    mixed = sorted(_note_facts(trajectories["train"], rows))
+    standard_errors = config.score.standard_errors and not strategy.reads_lengths  # of no use to lengths
+    rows = _blank_rows(pool.sources, names, frozenset(pool.not_sampled))
+    mixed = sorted(_note_facts(pool.tables["train"], rows))
     scorer = make_scorer(config, model, settings, strategy, world)
-    work = _Work(scorer, trajectories["train"], mixed, validation, world)
-    block_scorer = BlockScorer(scorer, names, standard_errors or pools)
-    make = None if elsewhere is None else partial(parts_elsewhere, elsewhere, config, strategy)
+    work = _Work(scorer, pool.tables["train"], mixed, validation, world)
+    block_scorer = BlockScorer(scorer, names, standard_errors or strategy.pools)
+    make = None if elsewhere is None else partial(parts_elsewhere, elsewhere, config)
     shards = ScoreShards(folder, names, mixed, None if config.score.store == "none" else config.score.store)
     found = work.in_shards(shards, block_scorer, make)
-    if strategy is None or strategy.aims_at_validation:
+    if not strategy.candidates_aimed_at:
         warn_of_noise(scorer.direction_reliability)
-    evidence, computed = score_validation_prompts(scorer, validation, world=world) if pools else ([], 0)
+    evidence, computed = score_validation_prompts(scorer, validation, world=world) if strategy.pools else ([], 0)
     if not world.is_main:
         return {}, {}
-    if pools:
+    if strategy.pools:
         write_table(folder / "validation.parquet", evidence, validation_scores_schema(names))
     tokens = _note_all(rows, found, validation, computed)
     counts = count_status(row["status"] for row in rows.values())
     _check_finite(counts)
-    reliability = add_reliability(config, rows, names, stage) if standard_errors else None
+    reliability = add_reliability(config, rows, names, pool.stage) if standard_errors else None
     write_table(folder / "scores.parquet", list(rows.values()), scores_schema(names))
     shards.remove()
     details = {"reliability": reliability, "drift": policy_drift(rows.values())}
@@ -115,12 +171,11 @@ def _note_all(
     return tokens
 
 
-def _aims(
-    config: Config, strategy: StrategyTable | None, trajectories: Mapping[str, pa.Table]
-) -> dict[str, list[Group]]:
+def _aims(config: Config, trajectories: Mapping[str, pa.Table]) -> dict[str, list[Group]]:
     """Return the groups whose mean gradients are the directions."""
-    if strategy is not None and strategy.candidates_aimed_at:
-        return candidate_groups(trajectories["train"], strategy.candidates_aimed_at, config.seed)
+    aimed_at = config.select.strategy.candidates_aimed_at
+    if aimed_at:
+        return candidate_groups(trajectories["train"], aimed_at, config.seed)
     return validation_groups(trajectories, config.score)
 
 

@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from cropi.artifacts import OK, SELECTION, atomic_file, count_status, write_batches
+from cropi.artifacts import (
+    GOLD_UNPARSEABLE,
+    NOT_SAMPLED,
+    SELECTION,
+    TRAJECTORIES,
+    atomic_file,
+    build,
+    is_finished,
+    open_artifact,
+    read_table,
+    validation_scores_schema,
+    write_batches,
+)
 from cropi.config import (
     Config,
     DotsStrategy,
@@ -31,9 +45,10 @@ from cropi.config import (
     StrategyTable,
     VcrlStrategy,
 )
-from cropi.console import counts_text, warn
-from cropi.curriculum.candidates import Candidates, Ranking
+from cropi.console import say, warn
+from cropi.curriculum.candidates import Candidates, Evidence, Ranking
 from cropi.curriculum.choose import choose, selection_batches
+from cropi.curriculum.evidence import gather_evidence
 from cropi.curriculum.strategies.dots import dots
 from cropi.curriculum.strategies.full import full
 from cropi.curriculum.strategies.gaussian import gaussian
@@ -49,8 +64,16 @@ from cropi.curriculum.strategies.pooled import pooled
 from cropi.curriculum.strategies.random import random
 from cropi.curriculum.strategies.similarity import similarity
 from cropi.curriculum.strategies.vcrl import vcrl
-from cropi.errors import SignalError
 from cropi.functional.ranking import selection_size
+from cropi.leakage import prompt_text
+from cropi.reward_statistics import GroupFacts, Visit, visit
+from cropi.rollouts.representations import KIND as REPRESENTED
+from cropi.rollouts.representations import read_representations
+from cropi.rollouts.shards import read_trajectories
+from cropi.stages.run import Run
+from cropi.stages.score import read_scores
+from cropi.stages.trajectories import FRESH, Overlay, require_signal
+from cropi.training.history import never_judged, newest_variances, training_history
 
 RANKINGS: dict[type[StrategyTable], Callable[[Candidates, Any, SelectConfig], Ranking]] = {
     FullStrategy: full,
@@ -71,6 +94,30 @@ RANKINGS: dict[type[StrategyTable], Callable[[Candidates, Any, SelectConfig], Ra
 }
 
 LINES = 1 << 10  # rows of the export that are Python's objects at once: with many, its collector often walks the pool
+NOTHING = GroupFacts("", float("nan"), float("nan"))  # of a prompt without trajectories
+
+
+def select(run: Run, stage: int) -> list[str]:
+    """Select the prompts of a stage, or read the selection back where it has been made. Returns prompt ids."""
+
+    def make(folder: Path) -> tuple[Mapping[str, int], Mapping[str, Any]]:
+        with run.ledger.charge("select", stage=stage):
+            return choose_prompts(run.config, gather_candidates(run, stage), run.folder.train_prompts, folder)
+
+    strategy, folder = run.config.select.strategy, run.paths.selection(stage)
+    inputs: dict[str, Any] = {**run.trajectories.inputs(stage), "settings": run.folder.settings()}
+    if strategy.reads_scores:
+        scores = run.paths.scores(strategy.scored_stage(stage))
+        inputs["scores"] = open_artifact(scores, "scores", made_by="cropi score").identity
+    if run.is_finished(run.paths.screened(stage)):
+        inputs["screened"] = open_artifact(run.paths.screened(stage), FRESH, made_by="cropi score").identity
+    new = not run.is_finished(folder)
+    manifest = build(folder, "selection", make, inputs=inputs, made_by="cropi select", world=run.world)
+    if new:
+        chosen, pool = manifest.counts["selected"], len(run.folder.train_prompts)
+        say(f"selection of {strategy.label}, stage {stage}: {chosen} of {pool} prompts")
+    rows = read_table(folder / "selection.parquet", SELECTION).to_pylist()
+    return [row["prompt_id"] for row in rows if row["selected"]]
 
 
 def rank(candidates: Candidates, strategy: Strategy, config: SelectConfig) -> Ranking:
@@ -78,15 +125,15 @@ def rank(candidates: Candidates, strategy: Strategy, config: SelectConfig) -> Ra
     return RANKINGS[type(strategy)](candidates, strategy, config)
 
 
-def select(
+def choose_prompts(
     config: Config,
-    strategy: Strategy,
     candidates: Candidates,
     prompts: Mapping[str, Mapping[str, Any]],
     folder: Path,
 ) -> tuple[dict[str, int], dict[str, Any]]:
     """Write `selection.parquet` (every prompt) and `selected.jsonl` (the chosen ones, with prompt and answer)."""
     require_signal(candidates.statuses)
+    strategy = config.select.strategy
     settings, size = config.select, selection_size(config.select.fraction, len(candidates))
     if strategy.takes_all:
         settings, size = settings.model_copy(update={"quotas": {}, "exploration": 0.0}), len(candidates)
@@ -112,22 +159,98 @@ def select(
     return counts, {"asked_for": size, "strategy": strategy.type, "stage": candidates.stage, **ranking.facts}
 
 
-def require_signal(statuses: Sequence[str]) -> int:
-    """How many groups are mixed; SignalError where none is, for then there is nothing to learn from."""
-    mixed = sum(status == OK for status in statuses)
-    if not mixed:
-        raise SignalError(
-            f"none of the {len(statuses)} training prompts has both better and worse completions "
-            f"({counts_text(count_status(statuses))})",
-            where="prompts.train",
-            fix="use problems that the policy solves sometimes, raise collect.num_generations, or see in `cropi check` "
-            "how the verifier judges real completions.",
-        )
-    return mixed
-
-
 def _export_row(row: Mapping[str, Any], prompt: Mapping[str, Any]) -> dict[str, Any]:
     kept = {key: row[key] for key in ("prompt_id", "source", "rank", "score", "pass_rate", "reason")}
     return (
         {"prompt": json.loads(prompt["messages"]), "answer": prompt["answer"]} | kept | {"scores": dict(row["scores"])}
     )
+
+
+def gather_candidates(run: Run, stage: int) -> Candidates:
+    """The training pool at the start of a stage, with all that the run's strategy reads."""
+    prompts, strategy = run.folder.train_prompts, run.config.select.strategy
+    overlay, steps = run.trajectories.overlay(stage), run.config.train.steps_per_stage
+    groups = run.trajectories.groups(overlay)
+    history, evidence = training_history(run.paths.rewards, stage * steps), None
+    screened, unreadable = _screened(run, stage)
+    unreadable |= never_judged(run.paths.rewards, stage * steps)
+    sizes = _group_sizes(run.trajectories.base["train"]) | _group_sizes(overlay.table)
+    sizes_N = np.array([sizes.get(i, 0) for i in prompts])
+    influence, lengths_N = dict[str, np.ndarray](), None
+    if strategy.reads_scores:
+        table = read_scores(run, strategy.scored_stage(stage))
+        names = strategy.directions(run.config.prompts.validation)
+        influence = {name: table.column(f"influence/{name}").to_numpy() for name in names}
+        lengths_N = table.column("feature_norm").to_numpy()
+        evidence = _evidence(run, stage, table, sizes_N, overlay) if strategy.pools else None
+    return Candidates(
+        prompt_ids=list(prompts),
+        sources=prompts.column("source"),
+        statuses=[
+            GOLD_UNPARSEABLE if status == NOT_SAMPLED and i in unreadable else status
+            for i, status in zip(prompts, run.trajectories.statuses(groups), strict=True)
+        ],
+        pass_rates_N=np.array([groups.get(i, NOTHING).pass_rate for i in prompts]),
+        variances_N=np.array([groups.get(i, NOTHING).variance for i in prompts]),
+        training_variances=newest_variances(history, overlay.drawn_at(steps)),
+        influence=influence,
+        stage=stage,
+        seed=run.config.seed,
+        stages=run.config.train.stages,
+        steps_per_stage=steps,
+        group_sizes_N=sizes_N,
+        lengths_N=lengths_N,
+        visits=[*history, *screened],
+        texts=list(map(prompt_text, prompts.column("messages"))) if strategy.reads_texts else (),
+        validation_texts=_validation_texts(run),
+        evidence=evidence,
+    )
+
+
+def _screened(run: Run, stage: int) -> tuple[list[Visit], set[str]]:
+    """Rewards of prompts that were screened up to a stage, and the prompts whose answers cannot be read."""
+    seen: list[Visit] = []
+    unreadable: set[str] = set()
+    for number in range(stage + 1):
+        folder = run.paths.screened(number)
+        if is_finished(folder):
+            open_artifact(folder, FRESH, made_by="cropi score")  # checks the files
+            table = read_trajectories(folder).get("train", TRAJECTORIES.empty_table())
+            known = pc.is_valid(table.column("reward"))
+            unreadable |= set(table.filter(pc.invert(known)).column("prompt_id").to_pylist())
+            judged = table.filter(known)
+            groups = judged.group_by("prompt_id").aggregate([("reward", "list")]).to_pylist()
+            step = number * run.config.train.steps_per_stage
+            seen += [visit(step, row["prompt_id"], row["reward_list"]) for row in groups]
+    return seen, unreadable
+
+
+def _evidence(run: Run, stage: int, scores: pa.Table, sizes_N: np.ndarray, overlay: Overlay) -> Evidence:
+    """Everything that a strategy that pools reads of the newest scores."""
+    open_artifact(run.folder.representations, REPRESENTED, made_by="cropi score")
+    names = sorted(run.config.prompts.validation)
+    scored, steps = run.config.select.strategy.scored_stage(stage), run.config.train.steps_per_stage
+    validation = read_table(run.paths.scores(scored) / "validation.parquet", validation_scores_schema(names))
+    return gather_evidence(
+        names,
+        list(run.folder.train_prompts),
+        scores,
+        validation,
+        read_representations(run.folder.representations),
+        sizes_N,
+        overlay.drawn_at(steps),
+        {prompt_id for prompt_id, layer in overlay.layer_of.items() if layer.trained},
+        scored * steps if run.config.refresh.validation else 0.0,
+    )
+
+
+def _validation_texts(run: Run) -> dict[str, list[str]]:
+    """The texts of every validation set's prompts."""
+    rows = run.folder.held_out("validation")
+    names = sorted(run.config.prompts.validation)
+    return {n: [prompt_text(row["messages"]) for row in rows if row["set"] == f"validation/{n}"] for n in names}
+
+
+def _group_sizes(table: pa.Table) -> dict[str, int]:
+    """Trajectories of every prompt of a table."""
+    return {row["values"]: row["counts"] for row in pc.value_counts(table.column("prompt_id")).to_pylist()}

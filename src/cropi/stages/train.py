@@ -1,254 +1,148 @@
-"""`train`: one `GRPOTrainer.train()` for all stages of an arm."""
+"""`train`: one `GRPOTrainer.train()` for all stages of a run."""
 
 from __future__ import annotations
 
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
-import torch
-from torch import Tensor, nn
-from torch.utils.data import Sampler
+from torch import nn
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOConfig
 
 from cropi.artifacts import (
+    USABLE,
     append_jsonl,
     corrupt,
     cut_jsonl,
     finish,
     is_finished,
-    no_space,
     open_artifact,
     read_manifest,
 )
-from cropi.console import Progress, progress, warn, warn_once
+from cropi.console import Progress, progress, warn
 from cropi.errors import ArtifactError, ConfigError, SignalError
-from cropi.lockstep import in_lockstep, is_sharded
-from cropi.policy import Policy, shared_prefixes
-from cropi.training.dynamic import DynamicSampling, Sampled
+from cropi.policy import Policy, encode_prompts, load_policy, trainer_prompt, uses_chat
+from cropi.run_folder import checkpoints, evaluation_files, forget_evaluations
+from cropi.stages.evaluate import evaluate, evaluate_base, is_evaluated
+from cropi.stages.run import Run
+from cropi.training.dynamic import DynamicSampling
 from cropi.training.reward import RecordedReward
 from cropi.training.rollouts import RolloutRecorder, forget_rollouts, require_no_dropout
-from cropi.training.sampler import BatchShape, StageSampler
+from cropi.training.settings import grpo_config
 from cropi.training.sharding import check_sharding
-from cropi.training.zero import gathered, out_of_step, resuming
-from cropi.workspace import checkpoints
+from cropi.training.stage_trainer import SelectStage, Stages, StageTrainer
+from cropi.training.zero import resuming
 from cropi.world import ALONE, World
 
 CHECKPOINT = "checkpoint"  # kind of artifact
 MADE_BY = "cropi train"
-TORCH_CANNOT_WRITE = ("unexpected pos", "PytorchStreamWriter failed writing")  # all that torch says of a full disk
-
-# (stage, model, whether training stands in the middle of the stage) -> selected prompt ids
-SelectStage = Callable[[int, nn.Module, bool], Sequence[str]]
 Evaluate = Callable[[int, nn.Module], None]  # (optimiser step, model)
 
-RECORDED_ROW = "recorded_row"  # a key of TRL's batches: the row's place in its generation batch
+
+def train(run: Run, select_stage: SelectStage) -> Path:
+    """Train all stages, evaluating on schedule from the base policy on; returns the last checkpoint."""
+    evaluate_base(run)
+    settings = grpo_config(run.config, run.paths.checkpoints, run.setup.policy.device, run.world.size)
+    run.world.from_main(lambda: _require_evaluations(run, _newest_step(run)))
+    policy = load_policy(run.config.policy, dtype=run.config.policy.trained_in)
+    task = TrainTask(
+        label=run.config.select.strategy.label,
+        rows=_training_rows(run),
+        settings=settings,
+        stages=run.config.train.stages,
+        steps_per_stage=run.config.train.steps_per_stage,
+        evaluate_every=_evaluate_every(run),
+        reward=RecordedReward(run.judge, run.paths.rewards, run.world),
+        select_stage=select_stage,
+        evaluate=lambda step, model: _evaluate(run, step, model),
+        evaluated=lambda step: is_evaluated(run, step),
+        folder=run.paths.folder,
+        record_to=run.paths.rollouts if run.trajectories.reuses else None,
+        dynamic_sampling=run.config.train.dynamic_sampling,
+        asked_in=run.config.policy.dtype,
+        world=run.world,
+        made_by=run.folder.settings(),
+    )
+    done = run.world.from_main(lambda: _newest_step(run))
+    _evaluate_missing(run, done - 1)  # while their checkpoints are there
+    final = train_stages(task, policy)
+    _evaluate_missing(run, run.last_step)
+    return final
 
 
-class Staged(GRPOTrainer):
-    """TRL's GRPOTrainer with the batches of a StageSampler. `steps_per_stage` is set before it trains."""
-
-    steps_per_stage: int
-    stage_sampler: StageSampler | None = None
-
-    def _get_train_sampler(self, dataset: datasets.Dataset | None = None) -> Sampler[int]:
-        repeats = self.args.steps_per_generation * self.num_iterations
-        shape = BatchShape(self.args.generation_batch_size // self.num_generations, self.num_generations, repeats)
-        micro_steps = self.steps_per_stage * self.args.gradient_accumulation_steps
-        self.stage_sampler = StageSampler(shape, micro_steps // repeats, self.args.seed)
-        return self.stage_sampler
-
-    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        """TRL's, but that the completions of a prompt share its forward pass where transformers generates."""
-        model = self.accelerator.unwrap_model(self.model)
-        replaced = model.__dict__.get("generate")
-        # for sharded parameters transformers puts another in its place: see `in_lockstep`
-        generate = partial(type(model).generate, model) if is_sharded(model) else model.generate
-
-        def sharing(input_ids: Tensor, attention_mask: Tensor, **settings: Any) -> Any:
-            with in_lockstep(model), out_of_step(model):
-                shared = shared_prefixes(model, input_ids, attention_mask)
-                given = {"input_ids": input_ids, "attention_mask": attention_mask, "synced_gpus": False}
-                return generate(**given, **shared, **settings)
-
-        model.generate = sharing
-        try:
-            return super()._generate_and_score_completions(inputs)
-        finally:
-            del model.generate
-            if replaced is not None:
-                model.generate = replaced
-
-    @contextmanager
-    def plain_model(self) -> Iterator[nn.Module]:
-        """The policy without the mixed precision that training wraps around its forward pass, and with whole weights.
-
-        Stored log-probs and the base policy's accuracy were taken without it, and what is compared with them must be
-        too.
-        """
-        model = self.accelerator.unwrap_model(self.model)
-        wrapped, original = model.__dict__.get("forward"), model.__dict__.get("_original_forward")
-        with gathered(self):
-            if wrapped is None or original is None:
-                yield model
-                return
-            model.forward = original
-            try:
-                yield model
-            finally:
-                model.forward = wrapped
+def require_reached(run: Run, stage: int) -> None:
+    """Refuse to select by hand a stage that training has not reached: some strategies read its rewards."""
+    reached = _newest_step(run) // run.config.train.steps_per_stage
+    if stage > reached:
+        raise ArtifactError(
+            f"training has not come to stage {stage} yet, only to {reached}",
+            where="--stage",
+            fix="run `cropi train` first.",
+        )
 
 
-@dataclass
-class Stages:
-    """The selections of a training, and the start of a stage in its sampler."""
-
-    select: SelectStage
-    position_of: Mapping[str, int]
-    trainer: Staged
-    _selections: list[tuple[int, ...]] = field(default_factory=list)
-
-    def begin(self, step: int, drawn: Callable[[bool], int] | None = None) -> None:
-        """Start the stage that an optimiser step lies in; after a resume, with the selections of those before it.
-
-        `drawn`, of whether its selection is new, says how many prompts of it are taken, where the sampler cannot know.
-        """
-        stage, inside = divmod(step, self.trainer.steps_per_stage)
-        while len(self._selections) < stage:
-            self._remember(len(self._selections), in_progress=True)
-        self._remember(stage, in_progress=inside > 0)
-        first = stage
-        while first > 0 and self._selections[first - 1] == self._selections[stage]:
-            first -= 1
-        sampler = self.trainer.stage_sampler
-        assert sampler is not None, "the data loader is made before the first epoch begins"
-        consumed = None if drawn is None else drawn(step == first * self.trainer.steps_per_stage)
-        sampler.start_stage(stage, self._selections[stage], first, consumed=consumed)
-
-    def _remember(self, stage: int, *, in_progress: bool) -> None:
-        with self.trainer.plain_model() as model:
-            ids = self.select(stage, model, in_progress)
-        self._selections.append(tuple(sorted(self.position_of[prompt_id] for prompt_id in ids)))
+def _newest_step(run: Run) -> int:
+    return newest_checkpoint(run.paths.checkpoints, run.last_step)[1]
 
 
-class StageTrainer(Staged):
-    """A `Staged` trainer with a recorder of its rollouts, and without TRL's model card.
-
-    With dynamic sampling it draws the prompts of a generation batch itself, from the same sampler: how many a batch
-    takes is not known when the loader fetches the next.
-
-    Where TRL takes the log-probs of a generation batch itself (`old_per_token_logps`), these are recorded. Otherwise
-    all updates on the batch belong to one optimiser step, so the weights of the loss are those that sampled: its
-    log-probs are recorded, found again by their rows, which TRL shuffles and splits together with the batch.
-    """
-
-    def __init__(self, *args: Any, steps_per_stage: int, **kwargs: Any) -> None:
-        self.steps_per_stage = steps_per_stage
-        self.recorder: RolloutRecorder | None = None
-        self.dynamic: DynamicSampling | None = None
-        self._recorded_rows: list[int] | None = None
-        super().__init__(*args, **kwargs)
-
-    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        if self.dynamic is None:
-            output = super()._generate_and_score_completions(inputs)
-        else:
-            output = self._filled(self.dynamic, len(inputs) // self.num_generations)
-        if self.recorder is not None:
-            self._begin_record(self.recorder, output)
-            if "old_per_token_logps" in output:
-                self.recorder.note(range(len(inputs)), output["old_per_token_logps"])
-            else:
-                output[RECORDED_ROW] = torch.arange(len(inputs))
-        return output
-
-    def _filled(self, dynamic: DynamicSampling, prompts: int) -> dict[str, Any]:
-        refilled = dynamic.fill(self._sample, prompts)
-        if self.recorder is not None and refilled.dropped is not None:
-            self._record_dropped(self.recorder, dynamic, refilled.dropped)
-        dynamic.reward.latest = refilled.trained.judged
-        measured = {
-            "equal_before": refilled.equal_before,
-            "equal_after": refilled.equal_after,
-            "extra": refilled.extra,
-            "trained_tokens": sum(map(len, refilled.trained.judged.completion_ids)),
+def _training_rows(run: Run) -> list[dict[str, Any]]:
+    """Rows for TRL of the prompts that can be trained on."""
+    tokenizer, settings = run.setup.policy.tokenizer, run.config.prompts
+    chat, prompts = uses_chat(tokenizer, settings.chat, settings.system_prompt), run.folder.train_prompts
+    statuses = dict(zip(prompts, run.trajectories.statuses(run.trajectories.base_groups), strict=True))
+    rows = [
+        {
+            "prompt": trainer_prompt(row["messages"], chat=chat, system_prompt=settings.system_prompt),
+            "prompt_json": row["messages"],
+            "extra": row["extra"] or "",
         }
-        for name, value in measured.items():
-            self._metrics["train"][f"dynamic_sampling/{name}"].append(float(value))
-        if refilled.equal_after:
-            warn_once(
-                f"after {dynamic.refills} refills a generation batch still has groups whose rewards are all equal; "
-                "they stay in it and teach nothing (metrics.jsonl: dynamic_sampling/equal_after)"
+        | {name: row[name] for name in ("prompt_id", "answer", "source")}
+        for row in prompts.rows()
+        if statuses[row["prompt_id"]] in USABLE
+    ]
+    encoded = encode_prompts(tokenizer, [row["prompt"] for row in rows])
+    return [row | {"prompt_tokens": len(ids)} for row, ids in zip(rows, encoded, strict=True)]
+
+
+def _evaluate(run: Run, step: int, model: nn.Module) -> None:
+    evaluate(run, model, step)
+
+
+def _evaluate_every(run: Run) -> int:
+    return run.config.evaluate.every or run.config.train.steps_per_stage
+
+
+def _evaluate_missing(run: Run, step: int) -> None:
+    """Evaluate again, up to a step, where the table was damaged and deleted."""
+    for at in run.world.from_main(lambda: _unevaluated(run, step)):
+        checkpoint = open_checkpoint(run.paths.checkpoints / f"checkpoint-{at}")
+        evaluate(run, load_policy(run.config.policy, str(checkpoint)).model, at)
+
+
+def _unevaluated(run: Run, step: int) -> list[int]:
+    """Steps up to one after which there should be an evaluation, and is none."""
+    known, every = evaluation_files(run.paths.evaluations), _evaluate_every(run)
+    wanted = sorted({*range(every, run.last_step, every), run.last_step})
+    return [at for at in wanted if at <= step and at not in known]
+
+
+def _require_evaluations(run: Run, step: int) -> None:
+    """Drop evaluations beyond the step that training goes on from, and require those before it."""
+    folder = run.paths.evaluations
+    forget_evaluations(folder, step)
+    for at in _unevaluated(run, step):
+        if not is_finished(run.paths.checkpoints / f"checkpoint-{at}"):
+            raise ArtifactError(
+                "is missing or not in its manifest, and the checkpoint of its step is gone",
+                where=str(folder / f"step-{at:06}.parquet"),
+                fix=f"put back a copy of {folder}, or start the run under another name.",
             )
-        return dict(refilled.trained.tensors)
-
-    def _sample(self, prompts: int) -> dict[str, Any]:
-        """The groups of the stage's next prompts."""
-        assert self.stage_sampler is not None, "a stage is started before anything is sampled"
-        assert self.dynamic is not None, "without dynamic sampling the loader brings the prompts"
-        positions = self.stage_sampler.draw(prompts)
-        self.dynamic.drawn += prompts
-        rows = [self.train_dataset[position] for position in positions for _ in range(self.num_generations)]
-        return super()._generate_and_score_completions(rows)
-
-    def _begin_record(self, recorder: RolloutRecorder, tensors: Mapping[str, Tensor]) -> None:
-        pairs = zip(tensors["prompt_ids"].cpu(), tensors["prompt_mask"].cpu().bool(), strict=True)
-        recorder.begin(self.state.global_step, [ids[mask].tolist() for ids, mask in pairs])
-
-    def _record_dropped(self, recorder: RolloutRecorder, dynamic: DynamicSampling, dropped: Sampled) -> None:
-        """Keep the groups that are not trained on as well: without them every prompt would look mixed."""
-        tensors, dynamic.reward.latest = dropped.tensors, dropped.judged
-        self._begin_record(recorder, tensors)
-        logprobs_BT = tensors.get("old_per_token_logps")
-        if logprobs_BT is None:
-            ids, masks = (
-                torch.cat([tensors[f"{part}_{kind}"] for part in ("prompt", "completion")], dim=1)
-                for kind in ("ids", "mask")
-            )
-            width, size = tensors["completion_ids"].shape[1], self.args.per_device_train_batch_size
-            with torch.no_grad():
-                logprobs_BT = self._get_per_token_logps_and_entropies(self.model, ids, masks, width, batch_size=size)[0]
-        recorder.note(range(len(logprobs_BT)), logprobs_BT)
-
-    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        rows = inputs.get(RECORDED_ROW)
-        self._recorded_rows = None if rows is None else rows.tolist()
-        try:
-            return super()._compute_loss(model, inputs)
-        finally:
-            self._recorded_rows = None
-
-    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Any, Any]:
-        logprobs_BT, entropies, auxiliary_loss = super()._get_per_token_logps_and_entropies(*args, **kwargs)
-        if self.recorder is not None and self._recorded_rows is not None:
-            self.recorder.note(self._recorded_rows, logprobs_BT)
-        return logprobs_BT, entropies, auxiliary_loss
-
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """As in transformers, but that old checkpoints stay until the new one is finished: see `StageCallback`."""
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        if folder.is_symlink() or folder.is_file():
-            raise ArtifactError("is in the way of a checkpoint", where=str(folder), fix="move it and run again.")
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            super()._save_checkpoint(*args, **kwargs)
-        except RuntimeError as error:
-            if any(text in str(error) for text in TORCH_CANNOT_WRITE):
-                raise no_space(folder) from None
-            raise
-        finally:
-            self.args.save_total_limit = limit
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """No card: TRL's would say that the policy was fine-tuned from a model of no name, and link to it."""
 
 
 @dataclass
@@ -336,7 +230,7 @@ class StageCallback(TrainerCallback):
 
 @dataclass(frozen=True)
 class TrainTask:
-    """What one arm is to be trained on, and what happens around its steps."""
+    """The rows, settings and callbacks of a training."""
 
     label: str
     rows: Sequence[Mapping[str, Any]]  # prompt_id, prompt (as TRL takes it), answer
@@ -361,8 +255,8 @@ class TrainTask:
         return self.stages * self.steps_per_stage
 
 
-def train(task: TrainTask, policy: Policy) -> Path:
-    """Train all stages of an arm, going on from its newest complete checkpoint; returns the last checkpoint.
+def train_stages(task: TrainTask, policy: Policy) -> Path:
+    """Train all stages, going on from the newest complete checkpoint; returns the last checkpoint.
 
     One `train()` call keeps the optimiser state, the learning-rate schedule, the step count and the KL reference (the
     initial policy) over all stages.
@@ -389,7 +283,7 @@ def train(task: TrainTask, policy: Policy) -> Path:
                 raise
             raise SignalError(
                 "the policy has diverged: it gives no finite probabilities any more",
-                where=f"arm {task.label}",
+                where=f"run {task.label}",
                 fix="lower trainer.learning_rate or set trainer.max_grad_norm, and start the run under another name.",
             ) from None
     finished, done = _newest(task)

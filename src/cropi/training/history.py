@@ -1,4 +1,4 @@
-"""What an arm's training has seen, read back from the record of its rewards."""
+"""The rewards of training so far, read back from the record."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path

@@ -1,18 +1,27 @@
-"""What training samples, kept as trajectories: they are fresh, and have been paid for already."""
+"""Training's own rollouts, kept as trajectories: they are fresh, and cost no further sampling."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from cropi.artifacts import OK, TRUNCATED, cut_jsonl
+from cropi.artifacts import (
+    OK,
+    TRAJECTORIES,
+    TRUNCATED,
+    append_jsonl,
+    corrupt,
+    cut_jsonl,
+    file_sha256,
+    read_jsonl,
+    write_table,
+)
 from cropi.errors import ConfigError
 from cropi.training.reward import Judged, RecordedReward
-from cropi.workspace import keep_rollouts, rollout_files
 
 
 class RolloutRecorder:
@@ -92,6 +101,41 @@ class RolloutRecorder:
             "verdict": judged.verdicts[place],
             "status": OK if completion[-1] in self._eos_ids else TRUNCATED,
         }
+
+
+def rollout_file(folder: Path, step: int, batch: int, rank: int = 0) -> Path:
+    """The file of a process's part of a generation batch of training: by the optimiser step it was sampled at, its
+    place in the step, and the process if it is not the first."""
+    return folder / f"part-{step:06}-{batch:03}{f'-{rank:03}' if rank else ''}.parquet"
+
+
+def keep_rollouts(place: tuple[Path, int, int, int], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write a file of `rollout_file`, and note that it is whole."""
+    folder, step, batch, rank = place
+    path = rollout_file(*place)
+    write_table(path, rows, TRAJECTORIES)
+    noted = {"step": step, "batch": batch, "rank": rank, "file": path.name, "sha256": file_sha256(path)}
+    append_jsonl(folder / f"written-{rank:03}.jsonl", noted)
+
+
+def written_rollouts(folder: Path) -> dict[tuple[int, int, int], tuple[Path, str]]:
+    """Files of `rollout_file` and their checksums, as the processes noted them when they had written them."""
+    rows = [row for path in sorted(folder.glob("written-*.jsonl")) for row in read_jsonl(path)]
+    noted = {(row["step"], row["batch"], row["rank"]): (folder / row["file"], row["sha256"]) for row in rows}
+    for key, path in rollout_files(folder).items():
+        if key not in noted:
+            name = folder / f"written-{key[2]:03}.jsonl"
+            raise corrupt(name, f"does not name {path.name}", f"put back a copy, or delete {folder.parent}.")
+    return noted
+
+
+def rollout_files(folder: Path) -> dict[tuple[int, int, int], Path]:
+    """The files of `rollout_file` that are there by (step, batch, process), oldest first."""
+    found = {}
+    for path in folder.glob("part-*-*.parquet"):
+        step, batch, *rank = map(int, path.stem.split("-")[1:])
+        found[step, batch, rank[0] if rank else 0] = path
+    return dict(sorted(found.items()))
 
 
 def forget_rollouts(folder: Path, step: int) -> None:

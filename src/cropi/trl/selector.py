@@ -182,7 +182,7 @@ def make_config(
     strategy = selector.strategy
     chosen = preset(strategy, "Selector.strategy") if isinstance(strategy, str) else strategy
     own = {} if selector.fraction is None else {"select": {"fraction": selector.fraction}}
-    values = with_presets(merged(values, chosen), "Selector.strategy")
+    values = with_presets(merged(values, chosen))
     for patch in (own, selector.settings):
         values = merged(values, patch)
     config = validate_config(values, "Selector")

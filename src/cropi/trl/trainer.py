@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import json
 import math
-import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,11 +20,12 @@ from cropi.artifacts import append_jsonl, cut_jsonl, is_finished
 from cropi.console import say, warn
 from cropi.errors import ArtifactError, ConfigError, PolicyError, SignalError, UserError
 from cropi.functional.surrogate import NORMALIZER_OF_LOSS
-from cropi.pipeline import Pipeline
+from cropi.pipeline import select_stage
 from cropi.policy import Policy, weights_identity
 from cropi.rewards.verdicts import Answered, Judgement
-from cropi.stages.given import Given
-from cropi.stages.train import Staged, Stages
+from cropi.stages.collect import collect
+from cropi.stages.run import Run, Setup
+from cropi.training.stage_trainer import Staged, Stages
 from cropi.training.zero import gathered, refused_of_zero3
 from cropi.trl.selector import PROMPT_ID, Selector, are_chat, make_config, prompt_ids
 from cropi.trl.success import Success
@@ -66,7 +66,7 @@ class CurriculumTrainer(Staged):
         self.args.max_steps = self.stages * self.steps_per_stage
         # transformers uploads what is in the output folder, but for names that begin with an underscore
         self._folder = Path(selector.folder or Path(self.args.output_dir) / "_curriculum")
-        self._pipeline: Pipeline | None = None
+        self._run: Run | None = None
         self.add_callback(_StageStart(self))
 
     def _check(self, dataset: Dataset) -> None:
@@ -169,9 +169,9 @@ class CurriculumTrainer(Staged):
         except UserError as error:
             raise error.with_traceback(None) from None  # without the frames that are not the script's
         finally:
-            if self._pipeline is not None:
-                self._pipeline.space.unlock()
-                self._pipeline = None
+            if self._run is not None:
+                self._run.folder.unlock()
+                self._run = None
 
     # -- choosing --------------------------------------------------------------------------------------------------
 
@@ -194,11 +194,10 @@ class CurriculumTrainer(Staged):
 
     def _chosen(self, stage: int, model: nn.Module, in_progress: bool) -> Sequence[str]:
         try:
-            if self._pipeline is None:
+            if self._run is None:
                 self._open(model)
-            assert self._pipeline is not None
-            (arm,) = self._pipeline.space.arms.values()
-            return self._pipeline.select_stage(arm, stage, model, in_progress)
+            assert self._run is not None
+            return select_stage(self._run, stage, model, in_progress)
         except SignalError as error:
             raise SignalError(
                 f"{error.what}; {self._success.facts}",
@@ -212,9 +211,9 @@ class CurriculumTrainer(Staged):
         name = str(getattr(model.config, "_name_or_path", "") or "model")
         shape = self._chat, self.stages, self.steps_per_stage
         config = make_config(self._selector, self._folder, self.train_dataset, self.args, name, *shape)
-        given = Given(Policy(model, self.processing_class), self._identity, self._judge, self.args)
+        setup = Setup(Policy(model, self.processing_class), self._identity, self._judge, self.args)
         try:
-            self._begin(Pipeline(config, given))
+            self._begin(Run(config, setup))
         except (ArtifactError, ConfigError) as error:
             raise type(error)(
                 error.what,
@@ -223,20 +222,19 @@ class CurriculumTrainer(Staged):
                 "as it was when training began.",
             ) from None
 
-    def _begin(self, pipeline: Pipeline) -> None:
-        self._pipeline = pipeline
-        (arm,) = pipeline.space.arms.values()
+    def _begin(self, run: Run) -> None:
+        self._run = run
         if self.state.global_step:
-            if not is_finished(pipeline.space.trajectories):
+            if not is_finished(run.folder.trajectories):
                 raise ArtifactError(
                     "training goes on from a checkpoint, and the trajectories of the policy before it are gone",
-                    where=str(pipeline.space.trajectories),
+                    where=str(run.folder.trajectories),
                 )
             # what an interrupted attempt wrote beyond the checkpoint
-            cut_jsonl(arm.rewards, lambda row: row["step"] < self.state.global_step)
+            cut_jsonl(run.paths.rewards, lambda row: row["step"] < self.state.global_step)
             return
-        shutil.rmtree(arm.folder, ignore_errors=True)  # selections and rewards of another training
-        pipeline.collect()
+        run.paths.forget_training()
+        collect(run)
 
     def _judge(self, rows: Sequence[Answered]) -> list[Judgement]:
         """Verdicts by the reward function that says what is right, on the rows of the datasets that were given."""
@@ -300,9 +298,8 @@ class CurriculumTrainer(Staged):
             judged = gather_object(self._judged(prompts, completions, ids, columns))
         seen = gather_object([str(row[PROMPT_ID]) for row in inputs])
         tokens = sum(gather_object([len(one) for one in ids]))
-        if self._pipeline is None:
+        if self._run is None:
             return
-        (arm,) = self._pipeline.space.arms.values()
         row = {
             "step": self.state.global_step,
             "prompt_ids": seen,
@@ -310,7 +307,7 @@ class CurriculumTrainer(Staged):
             "verdicts": dict(sorted(Counter(judgement.verdict for judgement in judged).items())),
             "tokens": tokens,
         }
-        append_jsonl(arm.rewards, row)
+        append_jsonl(self._run.paths.rewards, row)
 
 
 class _StageStart(TrainerCallback):

@@ -20,8 +20,10 @@ from cropi.lab.compare.results import read_results
 from cropi.lab.compare.worker import link_shared, matrix_parameters
 from cropi.ledger import Ledger
 from cropi.loading import load_config
-from cropi.pipeline import Pipeline
-from cropi.workspace import forget_evaluations
+from cropi.pipeline import train_all
+from cropi.run_folder import forget_evaluations
+from cropi.stages.collect import collect
+from cropi.stages.run import Run
 
 TINY = [
     *SMALL,
@@ -39,7 +41,7 @@ OUT = Path("out")
 
 
 def steps(folder: Path) -> int:
-    files = folder.glob("quickstart/seed-*/*/arms/*/steps.jsonl")
+    files = folder.glob("quickstart/seed-*/*/steps.jsonl")
     return sum(path.read_bytes().count(b"\n") for path in files)
 
 
@@ -83,14 +85,14 @@ def test_every_run_is_that_of_the_plain_command(compared: Path, tmp_path: Path) 
     torch.set_num_threads(1)
     for run in runs(compared)[:2]:  # the second one is the one that was interrupted
         config = load_config(str(run / "config.json"), [f"run_dir={tmp_path / run.parent.name}"])
-        pipeline = Pipeline(config)
-        pipeline.collect()
-        pipeline.train(pipeline.arm_at(0, None))
+        pipeline = Run(config)
+        collect(pipeline)
+        train_all(pipeline)
         assert len(evaluations(run)) == 3
         assert len(selections(run)) == 2 * 2
         assert selections(run) == selections(config.folder)
         assert evaluations(run) == evaluations(config.folder)
-        pipeline.space.unlock()
+        pipeline.folder.unlock()
 
 
 def test_what_is_shared_is_made_once_and_charged_to_those_who_read_it(compared: Path) -> None:
@@ -130,7 +132,7 @@ def test_the_table_has_verdicts_and_growing_costs(compared: Path) -> None:
 
 def test_training_is_counted_with_its_prompts(compared: Path) -> None:
     run = compared / OUT / "quickstart" / "seed-0" / "full"
-    batches = [json.loads(line) for line in (run / "arms/full/rewards.jsonl").read_text().splitlines()]
+    batches = [json.loads(line) for line in (run / "rewards.jsonl").read_text().splitlines()]
     parameters = json.loads((run / "begun.json").read_text())["matrix_parameters"]
     tokens = sum(batch["tokens"] + batch["prompt_tokens"] for batch in batches)
     assert all(batch["prompt_tokens"] > 0 for batch in batches)
@@ -141,7 +143,7 @@ def test_training_is_counted_with_its_prompts(compared: Path) -> None:
 
 def test_finished_runs_keep_no_checkpoints_and_their_output(compared: Path) -> None:
     for run in runs(compared):
-        assert not list(run.glob("arms/*/checkpoints/*"))
+        assert not list(run.glob("checkpoints/*"))
         assert "train" in (run / "log.txt").read_text()
     assert "selection of" not in (compared / "stderr").read_text()
 
@@ -158,8 +160,7 @@ def test_what_runs_had_reached_can_be_compared_before_they_are_finished(compared
     shutil.copytree(compared / OUT, tmp_path / OUT)
     stopped = tmp_path / OUT / "quickstart" / "seed-3" / "influence"  # as though interrupted in its second stage
     (stopped / "finished.json").unlink()
-    (arm,) = stopped.glob("arms/*")
-    forget_evaluations(arm / "evaluation", 2)
+    forget_evaluations(stopped / "evaluations", 2)
 
     everything = read_results(compared / OUT / "results.parquet").to_pylist()
     for step, number in ((2, 4), (4, 3)):
@@ -229,15 +230,19 @@ def test_linking_twice_changes_nothing_and_mends_what_was_cut_short(tmp_path: Pa
         (shared / name).parent.mkdir(parents=True, exist_ok=True)
         (shared / name).write_text(name)
         (shared / name).with_name("manifest.json").write_text("{}")
-    for row in ({"arm": "", "phase": "collect"}, {"arm": "", "phase": "evaluate"}, {"arm": "full", "phase": "score"}):
+    for row in (
+        {"stage": None, "phase": "collect"},
+        {"stage": None, "phase": "evaluate"},
+        {"stage": 0, "phase": "score"},
+    ):
         append_jsonl(shared / "ledger.jsonl", row)
     (run / "trajectories").mkdir(parents=True)
     (run / "trajectories" / "part-0.parquet").write_text("cut sh")
-    append_jsonl(run / "ledger.jsonl", {"arm": "", "phase": "collect"})
+    append_jsonl(run / "ledger.jsonl", {"stage": None, "phase": "collect"})
     link_shared(shared, run)
     assert (run / "trajectories" / "part-0.parquet").samefile(shared / "trajectories" / "part-0.parquet")
     assert [row["phase"] for row in read_jsonl(run / "ledger.jsonl")] == ["collect", "evaluate"]
-    append_jsonl(run / "ledger.jsonl", {"arm": "", "phase": "more"})
+    append_jsonl(run / "ledger.jsonl", {"stage": None, "phase": "more"})
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     link_shared(shared, run)
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before

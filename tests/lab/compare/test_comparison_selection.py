@@ -38,7 +38,7 @@ def with_runs(tmp_path: Path) -> Path:
                 | {"pass_rate": 0.5, "status": "ok", "reason": None}
                 for i, (source, _) in POOL.items()
             ]
-            path = folder / "arms" / strategy / "stages" / f"{stage:03}" / "selection"
+            path = folder / "selections" / f"stage-{stage:03}"
             write_table(path / "selection.parquet", chosen, SELECTION)
             finish(path, "selection", inputs={}, counts={})
     return one_seed
@@ -94,7 +94,7 @@ def test_selections_are_reported(with_runs: Path) -> None:
 
 
 def test_a_damaged_selection_is_named(with_runs: Path) -> None:
-    path = with_runs / "a/seed-0/quick/arms/quick/stages/001/selection/selection.parquet"
+    path = with_runs / "a/seed-0/quick/selections/stage-001/selection.parquet"
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ArtifactError, match=r"selection\.parquet"):
         make_comparison_report(with_runs)

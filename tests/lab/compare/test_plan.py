@@ -47,7 +47,7 @@ def test_every_preset_fits_the_recipes_and_says_what_it_is(name: str):
     preset = presets()[name]
     assert set(preset) == {"about", "config"}
     assert preset["about"]
-    values = merged(load_config("quickstart").resolved() | {"baselines": []}, preset["config"])
+    values = merged(load_config("quickstart").resolved(), preset["config"])
     validate_config(values, name)
 
 
@@ -73,7 +73,7 @@ def test_runs_interleave_the_strategies_within_a_seed(tmp_path: Path):
     ]
     run = plan.wanted[1]
     assert run.config.folder == tmp_path / "out" / "quickstart" / "seed-4" / "influence"
-    assert (run.config.seed, run.config.train.stages, list(run.config.arms)) == (4, 2, ["influence"])
+    assert (run.config.seed, run.config.train.stages, run.config.select.strategy.label) == (4, 2, "influence")
     assert run.config.select.fraction == load_config("quickstart").select.fraction
 
 
@@ -114,9 +114,7 @@ def test_a_patch_that_does_not_validate_is_refused_before_anything_is_written(tm
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    ("override", "option"), [("seed=1", "--seeds"), ("run_dir=x", "--folder"), ("baselines=[]", "--st")]
-)
+@pytest.mark.parametrize(("override", "option"), [("seed=1", "--seeds"), ("run_dir=x", "--folder"), ("--st")])
 def test_what_a_comparison_sets_itself_is_refused(tmp_path: Path, override: str, option: str):
     with pytest.raises(ConfigError, match=f"sets .* itself\nFix: use {option}"):
         make_plan(["quickstart"], [override], ["full"], [0], tmp_path / "out")

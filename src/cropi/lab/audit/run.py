@@ -20,10 +20,10 @@ from cropi.gradients.groups import Group, iterate_groups
 from cropi.gradients.validation_groups import validation_groups
 from cropi.lab.audit.sampling import Prompt, as_prompts, sample_groups
 from cropi.lab.audit.stage import Material, audit_stage, describe, passes
-from cropi.pipeline import Pipeline
 from cropi.policy import Policy
 from cropi.rollouts.generation import Sampling
 from cropi.seeds import unit_interval
+from cropi.stages.run import Run
 
 FORMAT = 1
 MADE_BY = "cropi audit"
@@ -40,13 +40,13 @@ class AuditSettings:
     seed: int = 0
 
 
-def audit_run(pipeline: Pipeline, settings: AuditSettings, stages: Sequence[int] | None) -> dict[str, Any]:
-    """Audit the policies at the start of some stages of the main arm (all that are on disk), and the last one.
+def audit_run(run: Run, settings: AuditSettings, stages: Sequence[int] | None) -> dict[str, Any]:
+    """Audit the policies at the start of some stages of a run (all that are on disk), and the last one.
 
     One artifact for each policy and settings, so that an interrupted audit goes on where it stopped; `audit.json` holds
     what was asked for last.
     """
-    auditor = _Auditor(pipeline, settings)
+    auditor = _Auditor(run, settings)
     known = auditor.stages()
     wanted = known if stages is None else list(stages)
     missing = [stage for stage in wanted if stage not in known]
@@ -61,37 +61,36 @@ def audit_run(pipeline: Pipeline, settings: AuditSettings, stages: Sequence[int]
         "kind": "audit",
         "version": FORMAT,
         "cropi": __version__,
-        "settings": asdict(settings) | {"fraction": pipeline.config.select.fraction},
-        "surrogate": describe(pipeline.surrogate),
-        "steps_per_stage": pipeline.config.train.steps_per_stage,
+        "settings": asdict(settings) | {"fraction": run.config.select.fraction},
+        "surrogate": describe(run.surrogate),
+        "steps_per_stage": run.config.train.steps_per_stage,
         "stages": found,
     }
-    write_sealed(pipeline.space.folder / "audit.json", result)
+    write_sealed(run.folder.folder / "audit.json", result)
     return result
 
 
 class _Auditor:
     """A run, its sample of prompts, and what has been sampled for it."""
 
-    def __init__(self, pipeline: Pipeline, settings: AuditSettings) -> None:
-        self._pipeline, self._settings = pipeline, settings
-        self._arm = pipeline.space.arms[pipeline.config.select.strategy.arm]
-        self._rows = {row["prompt_id"]: row for row in pipeline.space.prompt_rows}
-        self._judge = pipeline.judge
+    def __init__(self, run: Run, settings: AuditSettings) -> None:
+        self._run, self._settings = run, settings
+        self._rows = {row["prompt_id"]: row for row in run.folder.prompt_rows}
+        self._judge = run.judge
 
     def stages(self) -> list[int]:
         """Stages at whose start the policy is on disk; one past the last for the end of training."""
-        config = self._pipeline.config.train
-        folder = self._arm.checkpoints
+        config = self._run.config.train
+        folder = self._run.paths.checkpoints
         steps = [stage * config.steps_per_stage for stage in range(config.stages + 1)]
         return [stage for stage, step in enumerate(steps) if not step or (folder / f"checkpoint-{step}").is_dir()]
 
     def audit(self, stage: int) -> dict[str, Any]:
         """The audit of one policy, read back where it has been made."""
-        pipeline, settings = self._pipeline, config_hash(asdict(self._settings) | {"version": FORMAT})
-        folder = pipeline.space.folder / "audit" / f"{stage:03}-{settings[:8]}"
-        inputs = pipeline.trajectories.inputs(self._arm, self._scored(stage)) | {
-            "policy": f"{self._arm.name} at stage {stage}",
+        run, settings = self._run, config_hash(asdict(self._settings) | {"version": FORMAT})
+        folder = run.folder.folder / "audit" / f"{stage:03}-{settings[:8]}"
+        inputs = run.trajectories.inputs(self._scored(stage)) | {
+            "policy": f"{run.config.select.strategy.label} at stage {stage}",
             "settings": settings,
         }
         if not is_finished(folder):
@@ -100,27 +99,27 @@ class _Auditor:
         return read_sealed(folder / "audit.json")
 
     def _make(self, stage: int, folder: Path) -> tuple[Mapping[str, int], Mapping[str, Any]]:
-        pipeline = self._pipeline
-        policy, origin = pipeline.policy_at(self._arm, stage, None)
-        pipeline.require_ratios(origin)
-        tables = pipeline.trajectories.tables(self._arm, self._scored(stage))
+        run = self._run
+        policy, origin = run.policy_at(stage, None)
+        run.require_ratios(origin)
+        tables = run.trajectories.tables(self._scored(stage))
         stored = self._chosen(tables["train"])
-        validation = validation_groups(tables, pipeline.config.score)
-        with pipeline.space.ledger.charge("audit", arm=self._arm.name, stage=stage) as entry:
+        validation = validation_groups(tables, run.config.score)
+        with run.ledger.charge("audit", stage=stage) as entry:
             material = self._material(policy, stored, validation, stage)
             entry["tokens"] = sum(
                 group.completion_tokens
                 for groups in (material.fresh, *(draw for pair in material.fresh_validation.values() for draw in pair))
                 for group in groups
             )
-            score = pipeline.config.score
+            score = run.config.score
             with progress(f"audit stage {stage}", passes(material), "groups") as bar:
                 found = audit_stage(
                     policy.model,
-                    pipeline.surrogate,
+                    run.surrogate,
                     SparseProjection(**score.projection.model_dump()),
                     material,
-                    share=pipeline.config.select.fraction,
+                    share=run.config.select.fraction,
                     batch_tokens=score.batch_tokens,
                     seed=self._settings.seed,
                     advance=bar.advance,
@@ -130,7 +129,7 @@ class _Auditor:
 
     def _scored(self, stage: int) -> int:
         """The stage whose trajectories a policy is compared with: nothing is scored at the end of training."""
-        return min(stage, self._pipeline.config.train.stages - 1)
+        return min(stage, self._run.config.train.stages - 1)
 
     def _chosen(self, table: pa.Table) -> list[Group]:
         """The stored groups of a random sample of the training prompts, the same prompts at every stage."""
@@ -171,7 +170,7 @@ class _Auditor:
         return Material(kept, [fresh[group.prompt_id] for group in kept], validation, fresh_validation)
 
     def _sample(self, policy: Policy, prompts: Sequence[Prompt], count: int, label: str) -> list[Group]:
-        collect = self._pipeline.config.collect
+        collect = self._run.config.collect
         groups = sample_groups(
             policy,
             prompts,
@@ -182,5 +181,5 @@ class _Auditor:
             seed=self._settings.seed,
             label=label,
         )
-        masked = self._pipeline.trajectories.mask_truncated
+        masked = self._run.trajectories.mask_truncated
         return [group.without_truncated(policy.eos_ids) for group in groups] if masked else groups

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import cropi
-from cropi.workspace import environment
+from cropi.run_folder import environment
 
 
 def describe(device: str, threads: int) -> dict[str, Any]:

@@ -46,9 +46,9 @@ class _Job:
 
     def look(self, bar: Progress) -> None:
         """Count the steps that are new, all of them once the task has ended."""
-        arms = self.task.config.folder / "arms"
-        files = [path for arm in self.task.config.arms if (path := arms / arm / "steps.jsonl").is_file()]
-        done = self.steps if self.outcome else min(self.steps, sum(p.read_bytes().count(b"\n") for p in files))
+        stream = self.task.config.folder / "steps.jsonl"
+        written = stream.read_bytes().count(b"\n") if stream.is_file() else 0
+        done = self.steps if self.outcome else min(self.steps, written)
         if done > self.seen:
             bar.advance(done - self.seen)
             self.seen = done

@@ -32,7 +32,7 @@ MOST_SEEDS = 10_000  # in a range
 
 SUITE = "suite"  # names all recipes of the scenario suite
 SHARED_TABLES = (*SAMPLED_BY, "evaluate")
-PER_RUN = ("name", "run_dir", "seed", "baselines")  # what a comparison sets itself
+PER_RUN = ("name", "run_dir", "seed")  # what a comparison sets itself
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Plan:
 def collected(shared: Config) -> bool:
     """Whether everything of a shared folder is there."""
     folder = shared.folder
-    return is_finished(folder / "trajectories") and is_finished(folder / "evaluation")
+    return is_finished(folder / "trajectories") and is_finished(folder / "evaluations")
 
 
 def make_plan(
@@ -91,6 +91,8 @@ def make_plan(
     _refuse_own_keys(overrides)
     patches = read_patches(strategies)
     scenarios: dict[str, dict[str, Any]] = {}
+    if all("strategy" in patch.get("select", {}) for patch in patches.values()):
+        overrides = ["select.strategy=full", *overrides]  # nothing of the config's own preset reaches the others
     for name in [n for given in configs for n in (suite_names() if given == SUITE else [given])]:
         base = load_config(name, overrides)
         if base.name in scenarios:
@@ -145,7 +147,7 @@ def parse_seeds(text: str) -> list[int]:
 
 
 def _refuse_own_keys(overrides: Iterable[str]) -> None:
-    own = {"seed": "--seeds", "run_dir": "--folder", "baselines": "--strategies"}
+    own = {"seed": "--seeds", "run_dir": "--folder"}
     for override in overrides:
         key = override.partition("=")[0].split(".")[0]
         if key in own:
@@ -171,7 +173,7 @@ def shortened(changes: Sequence[str]) -> str:
 
 def _config(scenario: str, values: Mapping[str, Any], strategy: str, patch: Patch, seed: int, folder: Path) -> Config:
     run_dir = str(run_folder(folder, scenario, seed, strategy).parent)
-    own = {"name": strategy, "run_dir": run_dir, "seed": seed, "baselines": []}
+    own = {"name": strategy, "run_dir": run_dir, "seed": seed}
     return validate_config(patched(values, patch, strategy) | own, f"strategy {strategy} on {scenario}")
 
 

@@ -12,10 +12,9 @@ import pyarrow as pa
 from cropi.artifacts import read_sealed, read_table, write_table
 from cropi.errors import ArtifactError, ConfigError
 from cropi.lab.compare.plan import BEGUN, Plan, Run
-from cropi.ledger import Ledger
 from cropi.report.costs import Charges, charges
 from cropi.report.reading import Answers, read_answers
-from cropi.workspace import Arm
+from cropi.run_folder import StagePaths
 
 RESULTS_FILE = "results.parquet"
 
@@ -91,10 +90,9 @@ def run_rows(run: Run) -> Iterator[dict[str, Any]]:
     """Rows of a run whose training has begun, by step and test set: one for every evaluation that there is."""
     folder, config = run.config.folder, run.config
     parameters = int(read_sealed(folder / BEGUN)["matrix_parameters"])
-    (name,) = config.arms
-    arm = Arm(name, folder / "arms" / name)
-    charged = charges(arm, config, Ledger(folder / "ledger.jsonl").entries())
-    answers = {0: read_answers(folder / "evaluation")[0]} | read_answers(arm.evaluation)
+    paths = StagePaths(folder)
+    charged = charges(config, paths)
+    answers = read_answers(paths.evaluations)
     for step, found in answers.items():
         costs = _nothing() if step == 0 else _costs(charged.up_to(step), parameters)
         for test, values in _by_set(found, config.prompts.test):

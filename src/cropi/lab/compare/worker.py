@@ -21,8 +21,8 @@ from cropi.artifacts import append_jsonl, is_finished, write_json, write_sealed
 from cropi.config import Config
 from cropi.errors import UserError
 from cropi.lab.compare.plan import BEGUN, FINISHED, LOG
-from cropi.ledger import SHARED, Ledger
-from cropi.workspace import Workspace, checkpoints
+from cropi.ledger import Ledger
+from cropi.run_folder import RunFolder, StagePaths, checkpoints
 
 if TYPE_CHECKING:
     from torch import nn
@@ -66,9 +66,9 @@ def serve(tasks: connection.Connection, work: Callable[[Task], Outcome]) -> None
 def attempt(task: Task) -> Outcome:
     """Do a task with its console output in its log; an error becomes an outcome."""
     try:
-        space = Workspace(task.config)
-        space.lock()  # claims the folder, which has to be empty until then
-        space.unlock()
+        folder = RunFolder(task.config)
+        folder.lock()  # claims the folder, which has to be empty until then
+        folder.unlock()
         with _console_to(task.log):
             return _attempt(task)
     except UserError as error:
@@ -91,32 +91,35 @@ def _attempt(task: Task) -> Outcome:
         sys.stderr.flush()
         return Outcome(last_lines(task.log))
     finally:
-        gc.collect()  # a pipeline holds its run's lock
+        gc.collect()  # a run holds its lock
     return Outcome()
 
 
 def collect_shared(task: Task) -> None:
     """Prompts, trajectories and base evaluation, for all runs that have them in common."""
-    from cropi.pipeline import Pipeline
+    from cropi.stages.collect import collect
+    from cropi.stages.evaluate import evaluate_base
+    from cropi.stages.run import Run
 
     _begin(task)
-    pipeline = Pipeline(task.config)
-    pipeline.collect()
-    pipeline.evaluate_base()
+    run = Run(task.config)
+    collect(run)
+    evaluate_base(run)
 
 
 def train_run(task: Task, shared: Path) -> None:
     """A run from its linked trajectories to its last evaluation; `finished.json` says that it is done."""
-    from cropi.pipeline import Pipeline
+    from cropi.pipeline import train_all
+    from cropi.stages.collect import collect
+    from cropi.stages.run import Run
 
     _begin(task)
     start, folder = time.perf_counter(), task.config.folder
     link_shared(shared, folder)
-    pipeline = Pipeline(task.config)
-    pipeline.collect()
-    (arm,) = pipeline.space.arms.values()
-    write_sealed(folder / BEGUN, {"matrix_parameters": matrix_parameters(pipeline.base.model)})
-    pipeline.train(arm)
+    run = Run(task.config)
+    collect(run)
+    write_sealed(folder / BEGUN, {"matrix_parameters": matrix_parameters(run.base.model)})
+    train_all(run)
     write_json(folder / FINISHED, {"seconds": time.perf_counter() - start})
     if not task.keep_checkpoints:
         remove_checkpoints(task.config)
@@ -124,12 +127,11 @@ def train_run(task: Task, shared: Path) -> None:
 
 def remove_checkpoints(config: Config) -> None:
     """Delete the checkpoints of a run, and nothing that lies beside them."""
-    for name in config.arms:
-        folder = config.folder / "arms" / name / "checkpoints"
-        for path in checkpoints(folder, config.train.stages * config.train.steps_per_stage).values():
-            shutil.rmtree(path)
-        with contextlib.suppress(OSError):
-            folder.rmdir()
+    folder = StagePaths(config.folder).checkpoints
+    for path in checkpoints(folder, config.train.stages * config.train.steps_per_stage).values():
+        shutil.rmtree(path)
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def link_shared(shared: Path, folder: Path) -> None:
@@ -139,11 +141,11 @@ def link_shared(shared: Path, folder: Path) -> None:
     The ledger comes first and manifests last, so that what an interruption leaves is made whole by the next attempt.
     """
     theirs, ours = (
-        [row for row in Ledger(place / "ledger.jsonl").entries() if row["arm"] == SHARED] for place in (shared, folder)
+        [row for row in Ledger(place / "ledger.jsonl").entries() if row["stage"] is None] for place in (shared, folder)
     )
     for row in theirs[len(ours) :]:
         append_jsonl(folder / "ledger.jsonl", row)
-    for name in ("prompts", "representations", "trajectories", "evaluation"):
+    for name in ("prompts", "representations", "trajectories", "evaluations"):
         if (shared / name).is_dir() and not is_finished(folder / name):
             files = sorted(path for path in (shared / name).rglob("*") if path.is_file())
             for path in sorted(files, key=lambda path: path.name == "manifest.json"):

@@ -15,7 +15,6 @@ from cropi.lab.compare.report.curves import Band
 from cropi.lab.compare.report.labels import UNITS, censored, clock, scaled
 from cropi.lab.compare.report.runs_data import Comparison, interval
 from cropi.report.drawing import (
-    ARM_STYLES,
     BLUE,
     GREEN,
     GREY,
@@ -24,6 +23,7 @@ from cropi.report.drawing import (
     ORANGE,
     PINK,
     SKY,
+    STRATEGY_STYLES,
     grid,
     in_style,
     new_figure,
@@ -52,7 +52,7 @@ def styles(strategies: Sequence[str]) -> dict[str, dict[str, Any]]:
 
     A strategy that the report of a run knows has the look that it has there.
     """
-    looks = {name: dict(ARM_STYLES[name]) for name in strategies if name in ARM_STYLES}
+    looks = {name: dict(STRATEGY_STYLES[name]) for name in strategies if name in STRATEGY_STYLES}
     taken = [look["color"] for look in looks.values()]
     free = [place for place, colour in enumerate(COLOURS) if colour not in taken]
     others = [name for name in strategies if name not in looks]

@@ -16,7 +16,7 @@ from cropi.lab.compare.report.runs_data import Comparison
 from cropi.leakage import prompt_text, words
 from cropi.report.reading import Selection, selection_table
 from cropi.report.shares import MAX_SOURCES
-from cropi.workspace import Arm
+from cropi.run_folder import StagePaths
 
 VALIDATION = "validation/"
 TFIDF = "TF-IDF"
@@ -71,11 +71,8 @@ def read_chosen(comparison: Comparison, scenario: str) -> Chosen:
 
 
 def _selections(folder: Path) -> list[frozenset[str]]:
-    arms = sorted(path for path in folder.glob("arms/*") if path.is_dir())
-    if len(arms) != 1:
-        return []
-    arm, found = Arm(arms[0].name, arms[0]), list[frozenset[str]]()
-    while (table := selection_table(arm, len(found))) is not None:
+    paths, found = StagePaths(folder), list[frozenset[str]]()
+    while (table := selection_table(paths, len(found))) is not None:
         columns = (table.column(name).to_pylist() for name in ("prompt_id", "source", "selected"))
         found.append(Selection(*columns).chosen)
     return found

@@ -1,11 +1,11 @@
-"""The folder of a run: where everything lies, and whose it is. Free of torch.
+"""The folder of a run: its paths, and the lock that claims it for one config. Free of torch.
 
 config.json  environment.json  ledger.jsonl  summary.json  report.html  report.md
-ledger-RANK.jsonl (of further processes)
-prompts/  representations/  trajectories/  evaluation/ (the base policy)
-checkpoints/NAME-HASH/  (scores, selections, evaluations of checkpoints from elsewhere)
-arms/ARM/  stages/NNN/{rollouts,fresh,scores,selection}/  evaluation/  checkpoints/  rollouts/
-           steps.jsonl  metrics.jsonl  rewards.jsonl
+prompts/  representations/  trajectories/                   before training
+scores/stage-NNN/  selections/stage-NNN/                    made at the start of a stage
+fresh/  fresh-validation/  reused/  screened/  features/    by stage, where the config asks for them
+rollouts/  checkpoints/  evaluations/  steps.jsonl  metrics.jsonl  rewards.jsonl
+other-checkpoints/NAME-HASH/  (scores, selections and evaluations of checkpoints from outside)
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import weakref
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,16 +33,13 @@ from cropi.artifacts import (
     EVALUATION,
     MANIFEST,
     PROMPTS,
-    TRAJECTORIES,
-    append_jsonl,
     check_file,
     check_streams,
     corrupt,
-    file_sha256,
+    cut_jsonl,
     finish,
     is_finished,
     open_artifact,
-    read_jsonl,
     read_manifest,
     read_sealed,
     read_table,
@@ -51,49 +49,47 @@ from cropi.artifacts import (
     write_sealed,
     write_table,
 )
-from cropi.config import Config, config_difference, deciding, settings_behind
+from cropi.config import Config, config_difference, deciding
 from cropi.errors import ArtifactError, ConfigError
-from cropi.ledger import Ledger
 from cropi.world import ALONE, World
 
 
 @dataclass(frozen=True)
-class Arm:
-    """Paths of one strategy's training."""
+class StagePaths:
+    """Paths of what the stages make, in a run's folder or in that of a checkpoint from outside."""
 
-    name: str
     folder: Path
 
     def scores(self, stage: int) -> Path:
-        return self.folder / "stages" / f"{stage:03}" / "scores"
+        return self._of("scores", stage)
 
     def selection(self, stage: int) -> Path:
-        return self.folder / "stages" / f"{stage:03}" / "selection"
+        return self._of("selections", stage)
 
     def fresh(self, stage: int) -> Path:
-        """Trajectories sampled anew at the start of a stage."""
-        return self.folder / "stages" / f"{stage:03}" / "fresh"
+        """Trajectories of the training pool, sampled again at the start of a stage."""
+        return self._of("fresh", stage)
+
+    def fresh_validation(self, stage: int) -> Path:
+        """Trajectories of the validation sets, sampled again at the start of a stage."""
+        return self._of("fresh-validation", stage)
 
     def screened(self, stage: int) -> Path:
         """A few trajectories of the prompts that a stage would choose, by the policy at its start."""
-        return self.folder / "stages" / f"{stage:03}" / "screened"
-
-    def fresh_validation(self, stage: int) -> Path:
-        """The same of the validation sets."""
-        return self.folder / "stages" / f"{stage:03}" / "fresh_validation"
+        return self._of("screened", stage)
 
     def reused(self, stage: int) -> Path:
         """The newest groups that training sampled in the stage before."""
-        return self.folder / "stages" / f"{stage:03}" / "rollouts"
+        return self._of("reused", stage)
 
     @property
     def imported(self) -> Path:
-        """Trajectories that another trainer's rollouts hold."""
+        """Trajectories from another trainer's rollouts."""
         return self.folder / "imported"
 
     @property
     def rollouts(self) -> Path:
-        """What training samples, a file per generation batch: see `rollout_file`."""
+        """Completions that training samples, a file per generation batch: see `training.rollouts`."""
         return self.folder / "rollouts"
 
     @property
@@ -101,12 +97,34 @@ class Arm:
         return self.folder / "checkpoints"
 
     @property
-    def evaluation(self) -> Path:
-        return self.folder / "evaluation"
+    def evaluations(self) -> Path:
+        return self.folder / "evaluations"
 
     @property
     def rewards(self) -> Path:
         return self.folder / "rewards.jsonl"
+
+    @property
+    def steps(self) -> Path:
+        return self.folder / "steps.jsonl"
+
+    @property
+    def metrics(self) -> Path:
+        return self.folder / "metrics.jsonl"
+
+    @property
+    def ledger(self) -> Path:
+        return self.folder / "ledger.jsonl"
+
+    def _of(self, name: str, stage: int) -> Path:
+        return self.folder / name / f"stage-{stage:03}"
+
+    def forget_training(self) -> None:
+        """Delete what the stages have made of an earlier training."""
+        for name in (*BY_STAGE, "imported", "rollouts", "checkpoints", "evaluations"):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+        for stream in (self.rewards, self.steps, self.metrics):
+            cut_jsonl(stream, lambda _: False)
 
 
 def checkpoint_step(path: Path) -> int | None:
@@ -121,43 +139,8 @@ def checkpoints(folder: Path, last: int) -> dict[int, Path]:
     return {step: path for step, path in found.items() if step is not None and step <= last}
 
 
-def rollout_file(folder: Path, step: int, batch: int, rank: int = 0) -> Path:
-    """The file of a process's part of a generation batch of training: by the optimiser step it was sampled at, its
-    place in the step, and the process if it is not the first."""
-    return folder / f"part-{step:06}-{batch:03}{f'-{rank:03}' if rank else ''}.parquet"
-
-
-def keep_rollouts(place: tuple[Path, int, int, int], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write a file of `rollout_file`, and note that it is whole."""
-    folder, step, batch, rank = place
-    path = rollout_file(*place)
-    write_table(path, rows, TRAJECTORIES)
-    noted = {"step": step, "batch": batch, "rank": rank, "file": path.name, "sha256": file_sha256(path)}
-    append_jsonl(folder / f"written-{rank:03}.jsonl", noted)
-
-
-def written_rollouts(folder: Path) -> dict[tuple[int, int, int], tuple[Path, str]]:
-    """Files of `rollout_file` and their checksums, as the processes noted them when they had written them."""
-    rows = [row for path in sorted(folder.glob("written-*.jsonl")) for row in read_jsonl(path)]
-    noted = {(row["step"], row["batch"], row["rank"]): (folder / row["file"], row["sha256"]) for row in rows}
-    for key, path in rollout_files(folder).items():
-        if key not in noted:
-            name = folder / f"written-{key[2]:03}.jsonl"
-            raise corrupt(name, f"does not name {path.name}", f"put back a copy, or delete {folder.parent}.")
-    return noted
-
-
-def rollout_files(folder: Path) -> dict[tuple[int, int, int], Path]:
-    """The files of `rollout_file` that are there by (step, batch, process), oldest first."""
-    found = {}
-    for path in folder.glob("part-*-*.parquet"):
-        step, batch, *rank = map(int, path.stem.split("-")[1:])
-        found[step, batch, rank[0] if rank else 0] = path
-    return dict(sorted(found.items()))
-
-
 def evaluation_files(folder: Path, *, all_there: bool = False) -> dict[int, Path]:
-    """Tables of finished evaluations by optimiser step, in ascending order.
+    """Tables of finished evaluations by optimiser step, in ascending order; step 0 is the base policy.
 
     ArtifactError where one is damaged, and with `all_there` where one is missing.
     """
@@ -177,9 +160,9 @@ def keep_evaluation(folder: Path, step: int, rows: Sequence[Mapping[str, Any]], 
     """Write the table of an evaluation, and the manifest of all in the folder."""
     path = folder / f"step-{step:06}.parquet"
     write_table(path, rows, EVALUATION)
-    known = dict(read_manifest(folder, EVALUATED, made_by="cropi run").files) if is_finished(folder) else {}
-    known.pop(path.name, None)
-    inputs = {"settings": settings}
+    before = read_manifest(folder, EVALUATED, made_by="cropi run") if is_finished(folder) else None
+    known = {} if before is None else {name: found for name, found in before.files.items() if name != path.name}
+    inputs = {"settings": {**({} if before is None else before.inputs["settings"]), **settings}}
     finish(folder, EVALUATED, inputs=inputs, counts={}, known=known, names=sorted([*known, path.name]))
 
 
@@ -199,7 +182,7 @@ def _evaluated_at(name: str) -> int:
 
 
 class TrainPrompts(Mapping[str, dict[str, Any]]):
-    """Training prompts by id, in ascending order of id: columns, of which a row is made when it is asked for."""
+    """Training prompts by id, in ascending order of id. Rows are made from columns when they are asked for."""
 
     def __init__(self, table: pa.Table) -> None:
         wide = [pa.field(f.name, pa.large_string() if f.type == pa.string() else f.type) for f in table.schema]
@@ -232,11 +215,16 @@ class TrainPrompts(Mapping[str, dict[str, Any]]):
         return self._table.column(name).to_pylist()
 
 
-class Workspace:
-    """A run's folder. Readers write nothing; `lock` claims it for one config, by the first process for all."""
+class RunFolder:
+    """The folder of a run. Readers write nothing; `lock` claims it for one config, by the first process for all."""
+
+    def __init__(self, config: Config, world: World = ALONE) -> None:
+        self.config, self.folder, self.world = config, config.folder, world
+        self.stages = StagePaths(config.folder)
+        world.from_main(self._check_claim)
 
     def lock(self) -> None:
-        """Keep others from writing to this run until this process ends, however it ends, or forgets the workspace.
+        """Keep others from writing to this run until this process ends, however it ends, or drops this object.
 
         Writes the resolved config into a new folder, once it is locked: nobody else's run is touched.
         """
@@ -259,7 +247,7 @@ class Workspace:
             ) from None
         remove_parts(self.folder)
         self._check_claim()  # another process may have claimed it in the meantime
-        check_streams(self.folder, *self.folder.glob("arms/*"))
+        check_streams(self.folder, *self.folder.glob(f"{OUTSIDE}/*"))
         if not (self.folder / CONFIG).is_file() or not self._holds_anything():
             write_json(self.folder / CONFIG, self.config.resolved())
         if not (self.folder / ENVIRONMENT).is_file():
@@ -270,25 +258,19 @@ class Workspace:
         """Let other processes write to this run."""
         self._unlock()
 
-    def foreign(self, checkpoint: Path, identity: str) -> Arm:
-        """Where scores, selections and evaluations of a checkpoint from elsewhere go: by its name and content."""
-        name = self.config.select.strategy.arm
-        return Arm(name, self.folder / "checkpoints" / f"{checkpoint.resolve().name}-{identity[:12]}")
+    def outside(self, checkpoint: Path, identity: str) -> StagePaths:
+        """Paths for a checkpoint from outside the run, by its name and content."""
+        return StagePaths(self.folder / OUTSIDE / f"{checkpoint.resolve().name}-{identity[:12]}")
 
-    def __init__(self, config: Config, world: World = ALONE) -> None:
-        self.config, self.folder, self.world = config, config.folder, world
-        self.ledger = Ledger(self.folder / "ledger.jsonl", world)
-        world.from_main(self._check_claim)
-
-    def settings(self, *tables: str, arm: Arm | None = None) -> dict[str, Any]:
-        """The settings that something is made by, for its manifest: all of an arm's, or some tables of the config."""
-        found = settings_behind(self.config, None if arm is None else arm.name)
+    def settings(self, *tables: str) -> dict[str, Any]:
+        """The settings behind an artifact, for its manifest: some tables of the config, or all."""
+        found = deciding(self.config.resolved())
         return {name: found[name] for name in tables or found}
 
     def _check_claim(self) -> None:
-        """Refuse a folder that is no run, and one in which something was made with other settings.
+        """Refuse a folder that is no run, or that holds artifacts made with other settings.
 
-        Where the folder lies is not part of what was claimed: a run may be moved.
+        The folder's own path does not count: a run may be moved.
         """
         path = self.folder / CONFIG
         try:
@@ -316,10 +298,10 @@ class Workspace:
         self._check_settings()
 
     def _check_settings(self) -> None:
-        """Refuse settings other than those that made what is there: its config may have been edited."""
-        for folder, arm, inputs in self._made():
+        """Refuse settings that differ from those of a finished artifact: the config may have been edited."""
+        for folder, inputs in self._made():
             if "settings" in inputs:
-                before, now = inputs["settings"], settings_behind(self.config, arm)
+                before, now = inputs["settings"], self.settings()
                 changed = config_difference(before, {key: now.get(key) for key in before})
                 if changed:
                     raise ConfigError(
@@ -328,23 +310,19 @@ class Workspace:
                         fix=f"change them back in {self.folder / CONFIG}, or give the new run another name (name=...).",
                     )
 
-    def _made(self) -> Iterator[tuple[Path, str | None, dict[str, Any]]]:
-        """Folders of what has been made or begun, each with the arm that it belongs to and what it was made from."""
-        arms = {name: f"arms/{name}" for name in self.config.arms}
-        places = [
-            *((None, name) for name in MADE_BY_ALL),
-            *((arm, f"{place}/{inside}") for arm, place in arms.items() for inside in MADE_IN_ARM),
-        ]
-        places += [(self.config.select.strategy.arm, f"checkpoints/*/{inside}") for inside in MADE_IN_ARM]
-        for arm, place in places:
+    def _made(self) -> Iterator[tuple[Path, dict[str, Any]]]:
+        """Artifacts that are finished or begun, each with the inputs that it was made from."""
+        by_stage = [f"{name}/stage-*" for name in BY_STAGE]
+        inside = [*BEFORE_TRAINING, "imported", "evaluations", "checkpoints/*", *by_stage]
+        for place in [*inside, *(f"{OUTSIDE}/*/{name}" for name in inside)]:
             for folder in sorted(self.folder.glob(place)):
                 own = folder.parent.name != "checkpoints" or checkpoint_step(folder) is not None
                 found = [folder / name for name in (MANIFEST, BEGUN) if (folder / name).is_file()]
                 if own and found:
-                    yield folder, arm, read_sealed(found[0])["inputs"]
+                    yield folder, read_sealed(found[0])["inputs"]
 
     def _holds_anything(self) -> bool:
-        """Whether some stage has left something in the folder."""
+        """Whether the folder holds any artifact."""
         names = (path.name for path in self.folder.rglob("*"))
         return any(name == MANIFEST or name.startswith("part-") for name in names)
 
@@ -358,21 +336,8 @@ class Workspace:
 
     @property
     def representations(self) -> Path:
-        """Where the base policy sees every prompt."""
+        """Hidden states of the base policy for every prompt."""
         return self.folder / "representations"
-
-    @property
-    def evaluation(self) -> Path:
-        return self.folder / "evaluation"
-
-    def arm(self, name: str) -> Arm:
-        """Paths of an arm."""
-        return Arm(name, self.folder / "arms" / name)
-
-    @property
-    def arms(self) -> dict[str, Arm]:
-        """All arms, the main one first."""
-        return {name: self.arm(name) for name in self.config.arms}
 
     @cached_property
     def _prompt_table(self) -> pa.Table:
@@ -396,8 +361,9 @@ class Workspace:
 
 EVALUATED = "evaluation"  # kind of artifact
 STEP_FILE = re.compile(r"step-(\d+)\.parquet")
-MADE_BY_ALL = ("prompts", "representations", "trajectories", "evaluation")
-MADE_IN_ARM = ("*", "stages/*/*", "checkpoints/*")  # where artifacts of an arm lie
+BEFORE_TRAINING = ("prompts", "representations", "trajectories")
+BY_STAGE = ("scores", "features", "selections", "fresh", "fresh-validation", "screened", "reused")
+OUTSIDE = "other-checkpoints"
 CONFIG = "config.json"
 ENVIRONMENT = "environment.json"
 LOCK = "lock"
@@ -407,7 +373,7 @@ PACKAGES = ("cropi", "torch", "transformers", "trl", "accelerate", "datasets", "
 
 
 def environment() -> dict[str, str]:
-    """Versions and machine that decide a run's numbers, as far as they can be had without importing anything."""
+    """Versions and machine, as far as they can be had without importing anything."""
     versions = {name: metadata.version(name) for name in PACKAGES}
     return {
         "python": platform.python_version(),

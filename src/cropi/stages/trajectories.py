@@ -1,4 +1,4 @@
-"""The newest trajectories of every prompt: later policies' laid over the base policy's, per arm and stage."""
+"""The newest trajectories of every prompt: groups of later policies in place of the base policy's, by stage."""
 
 from __future__ import annotations
 
@@ -28,10 +28,12 @@ from cropi.artifacts import (
     read_table,
     write_table,
 )
-from cropi.console import warn, warn_once
+from cropi.console import counts_text, warn, warn_once
+from cropi.errors import SignalError
 from cropi.reward_statistics import GroupFacts
-from cropi.stages.collect import read_trajectories
-from cropi.workspace import Arm, Workspace, written_rollouts
+from cropi.rollouts.shards import read_trajectories
+from cropi.run_folder import RunFolder, StagePaths
+from cropi.training.rollouts import written_rollouts
 
 FRESH = "fresh trajectories"  # kinds of artifacts
 REUSED = "rollouts"
@@ -126,23 +128,25 @@ def newest_rollouts(
 
 
 class Trajectories:
-    """A run's trajectories as they are for an arm at the start of a stage.
+    """A run's trajectories at the start of a stage.
 
-    Keeps the base policy's in memory, and the newer ones of the arm and stage asked for last.
+    Keeps the base policy's in memory, and the newer ones of the stage asked for last.
     """
 
     def __init__(
-        self, space: Workspace, facts: Callable[[pa.Table], dict[str, GroupFacts]], *, mask_truncated: bool = False
+        self,
+        folder: RunFolder,
+        paths: StagePaths,
+        facts: Callable[[pa.Table], dict[str, GroupFacts]],
+        *,
+        mask_truncated: bool = False,
     ) -> None:
         """`mask_truncated`: as the trainer's loss has it; see `read_trajectories`."""
-        self._space, self._facts, self.mask_truncated = space, facts, mask_truncated
-        self._latest: tuple[Path, int] | None = None
+        self._folder, self._paths, self._facts, self.mask_truncated = folder, paths, facts, mask_truncated
+        self._latest: int | None = None
         self._overlay = read_overlay([])
-        last = space.config.train.stages - 1
-        if space.config.refresh.active and not any(self.refreshes(arm, last) for arm in space.arms.values()):
-            warn_once(
-                "refresh has no effect: the run has one stage, or no strategy that reads the trajectories of a stage"
-            )
+        if folder.config.refresh.active and not self.refreshes(folder.config.train.stages - 1):
+            warn_once("refresh has no effect: the run has one stage, or its strategy never reads newer trajectories")
 
     @cached_property
     def identity(self) -> str:
@@ -153,18 +157,18 @@ class Trajectories:
     def base(self) -> dict[str, pa.Table]:
         """The base policy's, by set."""
         self._open()  # checks the files
-        return read_trajectories(self._space.trajectories, mask_truncated=self.mask_truncated)
+        return read_trajectories(self._folder.trajectories, mask_truncated=self.mask_truncated)
 
     @cached_property
     def base_groups(self) -> dict[str, GroupFacts]:
         """Facts of the base policy's groups: the groups themselves need not fit into memory."""
         return self._facts(self.base["train"])
 
-    def tables(self, arm: Arm, stage: int) -> dict[str, pa.Table]:
+    def tables(self, stage: int) -> dict[str, pa.Table]:
         """By set. A validation set that the policy now solves always or never keeps the base policy's."""
-        newest = {"train": self.overlay(arm, stage).over(self.base["train"])}
-        if self.refreshes_validation(arm, stage):
-            fresh = read_trajectories(arm.fresh_validation(stage), mask_truncated=self.mask_truncated)
+        newest = {"train": self.overlay(stage).over(self.base["train"])}
+        if self.refreshes_validation(stage):
+            fresh = read_trajectories(self._paths.fresh_validation(stage), mask_truncated=self.mask_truncated)
             for name, table in fresh.items():
                 if any(group.status == OK for group in self._facts(table).values()):
                     newest[name] = table
@@ -182,63 +186,80 @@ class Trajectories:
     def statuses(self, groups: Mapping[str, GroupFacts]) -> list[str]:
         """Status of every training prompt, given the facts of the groups that there are."""
         without = {True: PROMPT_TOO_LONG, False: NOT_SAMPLED}
-        return [groups[i].status if i in groups else without[i in self._too_long] for i in self._space.train_prompts]
+        return [groups[i].status if i in groups else without[i in self._too_long] for i in self._folder.train_prompts]
 
     def groups(self, overlay: Overlay) -> dict[str, GroupFacts]:
         """Facts of every prompt's newest group."""
         return {**self.base_groups, **self._facts(overlay.table)} if overlay.layer_of else self.base_groups
 
-    def inputs(self, arm: Arm, stage: int) -> dict[str, str]:
-        """Identities for the manifest of what is made from them."""
-        refresh = self.overlay(arm, stage).identity
+    def inputs(self, stage: int) -> dict[str, str]:
+        """Identities of the trajectories, for the manifests of artifacts made from them."""
+        refresh = self.overlay(stage).identity
         inputs = {"trajectories": self.identity} | ({} if refresh is None else {"refresh": refresh})
         if self.mask_truncated:
             inputs["truncated"] = "masked"
-        if self.refreshes_validation(arm, stage):
-            inputs["validation"] = open_artifact(arm.fresh_validation(stage), FRESH, made_by="cropi train").identity
+        if self.refreshes_validation(stage):
+            inputs["validation"] = open_artifact(
+                self._paths.fresh_validation(stage), FRESH, made_by="cropi train"
+            ).identity
         return inputs
 
-    def overlay(self, arm: Arm, stage: int) -> Overlay:
-        """What is newer than the base policy's trajectories. ArtifactError where some of it has not been made yet."""
-        if self._latest != (arm.folder, stage):
-            layers = self.layers(arm, stage)
+    def overlay(self, stage: int) -> Overlay:
+        """The trajectories newer than the base policy's. ArtifactError where some have not been made yet."""
+        if self._latest != stage:
+            layers = self.layers(stage)
             self._overlay = read_overlay(layers, mask_truncated=self.mask_truncated)
-            self._latest = (arm.folder, stage)
+            self._latest = stage
         return self._overlay
 
-    def layers(self, arm: Arm, stage: int, *, sampled: bool = True) -> list[Layer]:
-        """What lies over the base trajectories, oldest first; without `sampled`, before the stage samples its own."""
+    def layers(self, stage: int, *, sampled: bool = True) -> list[Layer]:
+        """The newer trajectories by source, oldest first; without `sampled`, before the stage samples its own."""
         found: list[Layer] = []
-        if is_finished(arm.imported):
-            identity = open_artifact(arm.imported, IMPORTED, made_by="cropi import").identity
-            found.append(Layer(arm.imported, identity, 0, trained=False))
-        if not self.refreshes(arm, stage):
+        if is_finished(self._paths.imported):
+            identity = open_artifact(self._paths.imported, IMPORTED, made_by="cropi import").identity
+            found.append(Layer(self._paths.imported, identity, 0, trained=False))
+        if not self.refreshes(stage):
             return found
-        settings = self._space.config.refresh
+        settings = self._folder.config.refresh
         for number in range(1, stage + 1):
             if settings.reuse_rollouts:
-                found.append(_layer(arm.reused(number), REUSED, number, trained=True))
+                found.append(_layer(self._paths.reused(number), REUSED, number, trained=True))
             if settings.fraction and (sampled or number < stage):
-                found.append(_layer(arm.fresh(number), FRESH, number, trained=False))
+                found.append(_layer(self._paths.fresh(number), FRESH, number, trained=False))
         return found
 
-    def refreshes(self, arm: Arm, stage: int) -> bool:
-        """Whether the arm has newer trajectories at a stage."""
-        strategy = self._space.config.arms[arm.name]
-        return stage > 0 and self._space.config.refresh.active and strategy.follows_trajectories
+    def refreshes(self, stage: int) -> bool:
+        """Whether there are newer trajectories at a stage."""
+        strategy = self._folder.config.select.strategy
+        return stage > 0 and self._folder.config.refresh.active and strategy.follows_trajectories
 
-    def refreshes_validation(self, arm: Arm, stage: int) -> bool:
+    def refreshes_validation(self, stage: int) -> bool:
         """Whether the validation sets are sampled anew at a stage: where it is scored by them."""
-        strategy = self._space.config.arms[arm.name]
+        strategy = self._folder.config.select.strategy
         scored = strategy.aims_at_validation and strategy.scored_stage(stage) == stage
-        return self._space.config.refresh.validation and scored and self.refreshes(arm, stage)
+        return self._folder.config.refresh.validation and scored and self.refreshes(stage)
 
-    def reuses(self, arm: Arm) -> bool:
-        """Whether the rollouts of an arm's training are of use to a later stage."""
-        return self._space.config.refresh.reuse_rollouts and self.refreshes(arm, self._space.config.train.stages - 1)
+    @property
+    def reuses(self) -> bool:
+        """Whether a later stage uses the rollouts of training."""
+        return self._folder.config.refresh.reuse_rollouts and self.refreshes(self._folder.config.train.stages - 1)
 
     def _open(self) -> Manifest:
-        return open_artifact(self._space.trajectories, "trajectories", made_by="cropi collect")
+        return open_artifact(self._folder.trajectories, "trajectories", made_by="cropi collect")
+
+
+def require_signal(statuses: Sequence[str]) -> int:
+    """Count the mixed groups. SignalError where there is none: there is nothing to learn from."""
+    mixed = sum(status == OK for status in statuses)
+    if not mixed:
+        raise SignalError(
+            f"none of the {len(statuses)} training prompts has both better and worse completions "
+            f"({counts_text(count_status(statuses))})",
+            where="prompts.train",
+            fix="use problems that the policy solves sometimes, raise collect.num_generations, or see in `cropi check` "
+            "how the verifier judges real completions.",
+        )
+    return mixed
 
 
 def _layer(folder: Path, kind: str, stage: int, *, trained: bool) -> Layer:

@@ -7,9 +7,9 @@ import pyarrow as pa
 
 from cropi.artifacts import TRAJECTORIES, finish, write_table
 from cropi.config import FullStrategy, InfluenceStrategy, LearnabilityStrategy, PassRateStrategy, RandomStrategy
-from cropi.rollouts.overlay import Layer, newest_rollouts, read_overlay
-from cropi.stages.collect import read_trajectories
-from cropi.workspace import keep_rollouts
+from cropi.rollouts.shards import read_trajectories
+from cropi.stages.trajectories import Layer, newest_rollouts, read_overlay
+from cropi.training.rollouts import keep_rollouts
 
 
 def rows(prompt_id: str, mark: float, generations: int = 2) -> list[dict[str, Any]]:

@@ -1,0 +1,295 @@
+"""Trajectories in shards: which prompts a shard holds, how they are sampled and judged, and how they are read back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from torch import nn
+
+from cropi.artifacts import GOLD_UNPARSEABLE, OK, TRAJECTORIES, TRUNCATED, read_table, write_table
+from cropi.config import Config
+from cropi.console import warn
+from cropi.errors import ConfigError, DataError
+from cropi.functional.pooling import nearest_first, principal_points
+from cropi.functional.ranking import selection_size
+from cropi.lockstep import in_lockstep
+from cropi.policy import Policy, completion_logprobs, encode_prompts, longest_alike, trainer_prompt, uses_chat
+from cropi.rewards.verdicts import Judge, answered
+from cropi.rollouts.generation import Generator, Sampling, TransformersGenerator
+from cropi.rollouts.representations import Representations
+from cropi.rollouts.server import ServerGenerator
+from cropi.rollouts.vllm import VllmGenerator
+from cropi.seeds import derived_seed, unit_interval
+from cropi.world import World
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Prompts of one set that are generated and stored together."""
+
+    name: str
+    set: str
+    samples: int
+    prompts: Sequence[Mapping[str, Any]]
+    prompt_ids: Sequence[list[int]]
+
+    @property
+    def file(self) -> str:
+        """Its file's name."""
+        return f"{self.name}.parquet"
+
+    def __len__(self) -> int:
+        """Trajectories."""
+        return len(self.prompts) * self.samples
+
+
+Rows = list[dict[str, Any]]
+Charge = Callable[[], AbstractContextManager[dict[str, Any]]]
+MakeShards = Callable[[Sequence[Shard]], Iterator[tuple[Shard, Rows]]]
+"""Makes, writes and charges shards; gives each with its rows when it is done, in any order."""
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Samples shards. A shard's content depends on the run's seed, the purpose and the shard's name alone."""
+
+    config: Config
+    policy: Policy
+    generate: Generator
+    judge: Judge
+    purpose: tuple[str | int, ...]
+    logprobs: bool = True
+
+    def sample(self, shard: Shard) -> tuple[Rows, dict[str, int]]:
+        """Sample and judge a shard. Returns its rows and their cost."""
+        seed = derived_seed(self.config.seed, *self.purpose, shard.name)
+        rows = _sample(self.config, self.policy, self.judge, self.generate, shard, seed)
+        if self.logprobs:
+            _add_logprobs(self.config, self.policy, rows)
+        tokens = {
+            name: sum(len(row[column]) for row in rows)
+            for name, column in (("tokens", "completion_ids"), ("prompt_tokens", "prompt_ids"))
+        }
+        return rows, {"passes": 1 + self.logprobs, **tokens}
+
+    def make(self, shards: Sequence[Shard], folder: Path, charge: Charge) -> Iterator[tuple[Shard, Rows]]:
+        """Sample, judge, charge and write each shard in turn."""
+        with in_lockstep(self.policy.model):
+            for shard in shards:
+                with charge() as entry:
+                    rows, cost = self.sample(shard)
+                    entry |= cost
+                write_table(folder / shard.file, rows, TRAJECTORIES)
+                yield shard, rows
+
+
+@contextmanager
+def pool_generator(config: Config, policy: Policy, world: World) -> Iterator[Generator]:
+    """The generator for the whole pool: vLLM, a server, or transformers."""
+    settings = config.collect
+    if settings.vllm is not None and world.size > 1:
+        raise ConfigError(
+            "vLLM starts processes of its own, on GPUs that the other processes of this launch use",
+            where="collect.vllm",
+            fix="collect without a launcher first, or start `vllm serve` and name it in collect.server.",
+        )
+    if settings.vllm is not None:
+        engine = VllmGenerator(policy, config.policy, settings.vllm)
+        try:
+            yield engine
+        finally:
+            engine.close()
+    else:
+        yield plain_generator(config, policy)
+
+
+def plain_generator(config: Config, policy: Policy) -> Generator:
+    """A generator that starts no engine: a server, or transformers."""
+    if config.collect.server is not None:
+        return ServerGenerator(policy, config.collect.server)
+    return TransformersGenerator(policy, config.collect.batch_size)
+
+
+def sampled_prompts(
+    config: Config, prompts: Sequence[Mapping[str, Any]], representations: Representations | None = None
+) -> set[str]:
+    """Ids of the training prompts that are to be sampled: a fixed random share of the pool, and of the rest those
+    nearest to the validation prompts. Without representations these are drawn at random too: as many, at no cost.
+    """
+    pool = sorted(row["prompt_id"] for row in prompts if row["set"] == "train")
+    shuffled = sorted(pool, key=lambda i: (unit_interval(config.seed, "collect", i), i))
+    drawn, nearby = selection_size(config.collect.fraction, len(pool)), selection_size(config.collect.nearby, len(pool))
+    chosen = shuffled[:drawn]
+    rest = shuffled[drawn:] if representations is None or not nearby else _nearest(pool, chosen, representations)
+    return {*chosen, *rest[:nearby]}
+
+
+def _nearest(pool: Sequence[str], chosen: Collection[str], representations: Representations) -> list[str]:
+    """Prompts of the pool that are not chosen yet, the nearest to the validation prompts first."""
+    validation = [key for key in representations if key[0] != "train"]
+    points = principal_points(np.stack([representations[key] for key in [*(("train", i) for i in pool), *validation]]))
+    order = nearest_first(points[: len(pool)], points[len(pool) :], [name for name, _ in validation])
+    taken = set(chosen)
+    return [pool[row] for row in order if pool[row] not in taken]
+
+
+def _longest(config: Config, policy: Policy) -> tuple[float, str]:
+    """Longest sequence that the policy, what generates for it, and what scores it have room for; and what that is."""
+    engine = config.collect.vllm.max_model_len if config.collect.vllm is not None else None
+    scored = config.score.estimator != "reference" and config.select.strategy.reads_scores
+    context = min((limit for limit in (policy.context_length, engine) if limit is not None), default=math.inf)
+    alike = longest_alike(policy.model) if scored else math.inf
+    if alike < context:
+        return alike, f"the {alike:.0f} tokens up to which the policy's rotary positions stay as they are, for scores,"
+    return context, f"the policy's context of {context:.0f} tokens"
+
+
+def plan(
+    config: Config, policy: Policy, prompts: Sequence[Mapping[str, Any]], sampled: Collection[str] | None = None
+) -> tuple[list[Shard], list[str]]:
+    """The shards of a collection, longest prompts first, and the ids of prompts that do not fit into the context.
+
+    `sampled` holds the training prompts that are wanted, unset all; what does not fit is looked for among all.
+    """
+    chat = uses_chat(policy.tokenizer, config.prompts.chat, config.prompts.system_prompt)
+    limit, room = _longest(config, policy)
+    shards: list[Shard] = []
+    too_long: list[str] = []
+    sets = dict.fromkeys(row["set"] for row in prompts if not row["set"].startswith("test/"))
+    for name in sets:
+        rows = [row for row in prompts if row["set"] == name]
+        encoded = encode_prompts(
+            policy.tokenizer,
+            [trainer_prompt(r["messages"], chat=chat, system_prompt=config.prompts.system_prompt) for r in rows],
+        )
+        pairs = [(row, ids) for row, ids in zip(rows, encoded, strict=True)]
+        fitting = [p for p in pairs if len(p[1]) + config.collect.max_completion_length <= limit]
+        fits = {row["prompt_id"] for row, _ in fitting}
+        too_long += [row["prompt_id"] for row in rows if row["prompt_id"] not in fits]
+        if not fitting:
+            raise DataError(
+                f"no prompt of {name} fits into {room} beside its completion",
+                where="collect.max_completion_length",
+                fix="lower it, or use a policy with a longer context.",
+            )
+        if name == "train" and sampled is not None:
+            fitting = [pair for pair in fitting if pair[0]["prompt_id"] in sampled]
+        fitting.sort(key=lambda pair: (-len(pair[1]), pair[0]["prompt_id"]))
+        samples = config.collect.num_generations if name == "train" else config.collect.validation_num_generations
+        size = config.collect.shard_prompts
+        for start in range(0, len(fitting), size):
+            chosen = fitting[start : start + size]
+            label = f"part-{name.replace('/', '-')}-{start // size:05}"
+            shards.append(Shard(label, name, samples, [row for row, _ in chosen], [ids for _, ids in chosen]))
+    if too_long:
+        warn(f"{len(too_long)} prompts do not fit into {room} and are left out")
+    return shards, too_long
+
+
+def holds(shard: Shard, rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether rows are of a shard's prompts, all of them and no others."""
+    expected = [(row["prompt_id"], sample) for row in shard.prompts for sample in range(shard.samples)]
+    return [(row["prompt_id"], row["sample"]) for row in rows] == expected
+
+
+def _sample(
+    config: Config, policy: Policy, judge: Judge, generate: Generator, shard: Shard, seed: int
+) -> list[dict[str, Any]]:
+    settings = config.collect
+    repeated = [ids for ids in shard.prompt_ids for _ in range(shard.samples)]
+    sampling = Sampling(settings.max_completion_length, settings.temperature, settings.top_p)
+    completions = generate(repeated, sampling, seed=seed)
+    texts = policy.tokenizer.batch_decode(completions, skip_special_tokens=True)
+    prompts = [prompt for prompt in shard.prompts for _ in range(shard.samples)]
+    eos = set(policy.eos_ids)
+    judged = judge([answered(text, prompt) for text, prompt in zip(texts, prompts, strict=True)])
+    rows = []
+    for index, (ids, completion) in enumerate(zip(repeated, completions, strict=True)):
+        verdict, value = judged[index].verdict, judged[index].reward
+        ended = bool(completion) and completion[-1] in eos
+        rows.append(
+            {
+                "prompt_id": prompts[index]["prompt_id"],
+                "set": shard.set,
+                "sample": index % shard.samples,
+                "prompt_ids": ids,
+                "completion_ids": completion,
+                "behaviour_logprobs": None,
+                "completion": texts[index],
+                "reward": value,
+                "verdict": verdict,
+                "status": GOLD_UNPARSEABLE if value is None else OK if ended else TRUNCATED,
+            }
+        )
+    return rows
+
+
+def _add_logprobs(config: Config, policy: Policy, rows: Sequence[dict[str, Any]]) -> None:
+    prompts, completions = ([row[name] for row in rows] for name in ("prompt_ids", "completion_ids"))
+    settings = config.collect
+    found = behaviour_logprobs(policy, prompts, completions, settings.temperature, settings.batch_tokens)
+    for row, logprobs in zip(rows, found, strict=True):
+        row["behaviour_logprobs"] = logprobs
+
+
+@torch.no_grad()
+def behaviour_logprobs(
+    policy: Policy,
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    temperature: float,
+    batch_tokens: int,
+) -> list[list[float]]:
+    """log beta of every completion token, float32, in batches of at most `batch_tokens` padded tokens; no dropout."""
+    order = sorted(range(len(prompts)), key=lambda row: -(len(prompts[row]) + len(completions[row])))
+    result: list[list[float]] = [[] for _ in prompts]
+    with _evaluating(policy.model):
+        while order:
+            width = len(prompts[order[0]]) + len(completions[order[0]])
+            rows, order = order[: max(1, batch_tokens // width)], order[max(1, batch_tokens // width) :]
+            logprobs_KT, _ = completion_logprobs(
+                policy.model, [prompts[r] for r in rows], [completions[r] for r in rows], temperature=temperature
+            )
+            for row, values in zip(rows, logprobs_KT.float().cpu().tolist(), strict=True):
+                result[row] = values[: len(completions[row])]
+    return result
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def read_trajectories(folder: Path, *, mask_truncated: bool = False) -> dict[str, pa.Table]:
+    """All trajectories by set; no set where there are none.
+
+    `mask_truncated`: with truncated completions left empty. Each then counts in the advantages of its group and weighs
+    nothing, as with TRL's `mask_truncated_completions`.
+    """
+    paths = sorted(folder.glob("part-*.parquet"))
+    table = pa.concat_tables([TRAJECTORIES.empty_table(), *(read_table(path, TRAJECTORIES) for path in paths)])
+    for place, name in enumerate(TRAJECTORIES.names):
+        if mask_truncated and name in {"completion_ids", "behaviour_logprobs"}:
+            column = table.column(name)
+            emptied = pc.and_(pc.equal(table.column("status"), TRUNCATED), pc.is_valid(column))
+            masked = pc.if_else(emptied, pa.scalar([], column.type), column)
+            table = table.set_column(place, TRAJECTORIES.field(name), masked)
+    sets = table.column("set").to_pylist()
+    return {
+        name: table.take(pa.array([row for row, value in enumerate(sets) if value == name]))
+        for name in dict.fromkeys(sets)
+    }

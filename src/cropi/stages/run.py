@@ -1,0 +1,179 @@
+"""An open run: its config, folder, policy, judge and processes. Every stage takes one."""
+
+from __future__ import annotations
+
+from copy import copy
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from trl import GRPOConfig
+
+from cropi.artifacts import is_finished
+from cropi.config import Config
+from cropi.elsewhere import CarriedPolicy, Elsewhere
+from cropi.errors import ArtifactError, ConfigError, PolicyError
+from cropi.gradients.groups import group_facts
+from cropi.gradients.surrogate_weights import surrogate_settings
+from cropi.ledger import Ledger
+from cropi.policy import Policy, Replica, fingerprint, load_policy
+from cropi.rewards.pool import strict_judge
+from cropi.rewards.verdicts import Judge
+from cropi.run_folder import RunFolder, StagePaths, require_writable
+from cropi.stages.trajectories import Trajectories
+from cropi.training.rollouts import require_no_dropout
+from cropi.training.settings import grpo_config
+from cropi.workers import Workers
+from cropi.world import ALONE, World
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The policy of a run, the judge of its completions, and the settings of its trainer."""
+
+    policy: Policy  # before any training
+    identity: str  # hash of everything in the policy that results depend on
+    judge: Judge
+    settings: GRPOConfig
+
+    @classmethod
+    def of(cls, config: Config, processes: int = 1) -> Setup:
+        """Load what a config names, for `run` and `check` alike. Settings are refused before a file is written.
+
+        Prompts are refused elsewhere: in `checked_prompts`, `plan` and `questions`.
+        """
+        if not config.prompts.test:
+            raise ConfigError("there is no test set", where="prompts.test", fix="name one: a run is judged by it.")
+        if config.collect.vllm is not None and find_spec("vllm") is None:
+            raise PolicyError("vLLM is not installed", where="collect.vllm", fix="pip install 'cropi[vllm]'.")
+        RunFolder(config)  # refuses a folder that is another run's
+        require_writable(config.folder)
+        policy = load_policy(config.policy)
+        settings = grpo_config(config, config.folder, policy.device, processes)
+        if config.refresh.reuse_rollouts and not settings.disable_dropout:
+            require_no_dropout(policy.model)
+        return cls(policy, fingerprint(config.policy), strict_judge(config.verifier, config.verification), settings)
+
+
+class Run:
+    """A run that is open for work. It holds the lock of its folder."""
+
+    def __init__(
+        self, config: Config, setup: Setup | None = None, world: World = ALONE, workers: Workers | None = None
+    ) -> None:
+        """`setup` is given by a trainer of the user's; unset, the config names it. `world` are the processes that work
+        on this run together, each with its own `Run`. `workers` collect and score in this process's place.
+        """
+        self.config, self.world, self.workers = config, world, workers
+        self.setup = setup or Setup.of(config, world.size)
+        self.judge = self.setup.judge
+        trainer = self.setup.settings
+        self.surrogate = surrogate_settings(config, trainer.loss_type, trainer.scale_rewards)
+        self._replica = Replica(self.setup.policy, config.policy)
+        self.folder = RunFolder(config, world)
+        self.folder.lock()
+        self._mask_truncated = trainer.mask_truncated_completions
+        self._open(self.folder.stages)
+
+    def _open(self, paths: StagePaths) -> None:
+        """Work on the run's own stages, or on those of a checkpoint from outside."""
+        self.paths = paths
+        self.ledger = Ledger(paths.ledger, self.world)
+        self.trajectories = Trajectories(self.folder, paths, group_facts, mask_truncated=self._mask_truncated)
+
+    def at_checkpoint(self, stage: int, checkpoint: Path | None) -> Run:
+        """This run at a stage, or at a checkpoint from outside with a folder of its own for what is made there.
+
+        Errors: ArtifactError for a stage that the run does not have, PolicyError for a checkpoint that is not there.
+        """
+        paths = paths_at(self.folder, stage, checkpoint)
+        if paths == self.paths:
+            return self
+        run = copy(self)
+        run._open(paths)
+        return run
+
+    @property
+    def base(self) -> Policy:
+        """The policy before training, in the precision of sampling and scoring."""
+        return self.asked(self.setup.policy.model)
+
+    def asked(self, model: nn.Module) -> Policy:
+        """A policy in training, in the precision of sampling and scoring."""
+        return Policy(self._replica.of(model), self.setup.policy.tokenizer)
+
+    def elsewhere(self, model: nn.Module, origin: str) -> Elsewhere | None:
+        """The workers with a policy to work with, if the run has any."""
+        if self.workers is None:
+            return None
+        return Elsewhere(self.workers, CarriedPolicy.of(self.config.policy, model, named=origin == "base"))
+
+    def owed_s(self) -> float:
+        """Seconds of workers that the ledger has not been charged with yet."""
+        return 0.0 if self.workers is None else self.workers.owed_s
+
+    def is_finished(self, folder: Path) -> bool:
+        """Whether the first process sees a finished artifact."""
+        return self.world.from_main(lambda: is_finished(folder))
+
+    @property
+    def in_parts(self) -> dict[str, Any]:
+        """Arguments of `build` for an artifact whose parts are divided among processes and outlive an interruption."""
+        return {"keep_parts": True, "shared": True, "world": self.world}
+
+    @property
+    def last_step(self) -> int:
+        """Optimiser steps of all stages."""
+        return self.config.train.stages * self.config.train.steps_per_stage
+
+    def origin(self, stage: int) -> str:
+        """The name of the policy at the start of a stage, for manifests."""
+        step = stage * self.config.train.steps_per_stage
+        return f"{self.config.select.strategy.label} after step {step}" if stage else "base"
+
+    def policy_at(self, stage: int, checkpoint: Path | None) -> tuple[Policy, str]:
+        """The policy at the start of a stage and its name, for work outside training."""
+        if checkpoint is not None:
+            return load_policy(self.config.policy, str(checkpoint)), f"checkpoint {self.paths.folder.name}"
+        if stage == 0:
+            return self.base, "base"
+        path = start_of_stage(self.config, self.paths, stage)
+        return load_policy(self.config.policy, str(path)), self.origin(stage)
+
+    def require_ratios(self, origin: str) -> None:
+        """Refuse to score a policy other than the base policy where the trajectories have no log-probs."""
+        if origin != "base" and not self.config.collect.logprobs:
+            raise ConfigError(
+                "the trajectories have no behaviour log-probs, so only the base policy can be scored by them",
+                where="collect.logprobs",
+                fix="start a run with collect.logprobs=true.",
+            )
+
+
+def start_of_stage(config: Config, paths: StagePaths, stage: int) -> Path:
+    """The checkpoint at the start of a stage after the first. PolicyError where it is not there."""
+    path = paths.checkpoints / f"checkpoint-{stage * config.train.steps_per_stage}"
+    if not path.is_dir():
+        raise PolicyError(
+            f"there is no checkpoint of the start of stage {stage}",
+            where=str(path),
+            fix="train up to it first, or keep more checkpoints with trainer.save_total_limit.",
+        )
+    return path
+
+
+def paths_at(folder: RunFolder, stage: int, checkpoint: Path | None) -> StagePaths:
+    """Paths of a run's own stages, or of a checkpoint from outside. See `Run.at_checkpoint` for the errors."""
+    config = folder.config
+    if stage >= config.train.stages:
+        last = config.train.stages - 1
+        raise ArtifactError(f"the run has no stage {stage}", where="--stage", fix=f"give 0 to {last}.")
+    if checkpoint is None:
+        return folder.stages
+    if stage:
+        raise PolicyError("a checkpoint from outside has one stage only", where="--stage", fix="leave it out.")
+    if not checkpoint.is_dir():
+        raise PolicyError(f"there is no folder {checkpoint}", where="--checkpoint", fix="check the path.")
+    return folder.outside(checkpoint, fingerprint(config.policy, str(checkpoint)))

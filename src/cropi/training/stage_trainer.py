@@ -1,0 +1,231 @@
+"""TRL's GRPOTrainer on the selections of stages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Sampler
+from trl import GRPOTrainer
+
+from cropi.artifacts import no_space
+from cropi.console import warn_once
+from cropi.errors import ArtifactError
+from cropi.lockstep import in_lockstep, is_sharded
+from cropi.policy import shared_prefixes
+from cropi.training.dynamic import DynamicSampling, Sampled
+from cropi.training.rollouts import RolloutRecorder
+from cropi.training.sampler import BatchShape, StageSampler
+from cropi.training.zero import gathered, out_of_step
+
+TORCH_CANNOT_WRITE = ("unexpected pos", "PytorchStreamWriter failed writing")  # all that torch says of a full disk
+
+# (stage, model, whether training stands in the middle of the stage) -> selected prompt ids
+SelectStage = Callable[[int, nn.Module, bool], Sequence[str]]
+
+RECORDED_ROW = "recorded_row"  # a key of TRL's batches: the row's place in its generation batch
+
+
+class Staged(GRPOTrainer):
+    """TRL's GRPOTrainer with the batches of a StageSampler. `steps_per_stage` is set before it trains."""
+
+    steps_per_stage: int
+    stage_sampler: StageSampler | None = None
+
+    def _get_train_sampler(self, dataset: datasets.Dataset | None = None) -> Sampler[int]:
+        repeats = self.args.steps_per_generation * self.num_iterations
+        shape = BatchShape(self.args.generation_batch_size // self.num_generations, self.num_generations, repeats)
+        micro_steps = self.steps_per_stage * self.args.gradient_accumulation_steps
+        self.stage_sampler = StageSampler(shape, micro_steps // repeats, self.args.seed)
+        return self.stage_sampler
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """TRL's, but that the completions of a prompt share its forward pass where transformers generates."""
+        model = self.accelerator.unwrap_model(self.model)
+        replaced = model.__dict__.get("generate")
+        # for sharded parameters transformers puts another in its place: see `in_lockstep`
+        generate = partial(type(model).generate, model) if is_sharded(model) else model.generate
+
+        def sharing(input_ids: Tensor, attention_mask: Tensor, **settings: Any) -> Any:
+            with in_lockstep(model), out_of_step(model):
+                shared = shared_prefixes(model, input_ids, attention_mask)
+                given = {"input_ids": input_ids, "attention_mask": attention_mask, "synced_gpus": False}
+                return generate(**given, **shared, **settings)
+
+        model.generate = sharing
+        try:
+            return super()._generate_and_score_completions(inputs)
+        finally:
+            del model.generate
+            if replaced is not None:
+                model.generate = replaced
+
+    @contextmanager
+    def plain_model(self) -> Iterator[nn.Module]:
+        """The policy without the mixed precision that training wraps around its forward pass, and with whole weights.
+
+        Stored log-probs and the base policy's accuracy were taken without it, and what is compared with them must be
+        too.
+        """
+        model = self.accelerator.unwrap_model(self.model)
+        wrapped, original = model.__dict__.get("forward"), model.__dict__.get("_original_forward")
+        with gathered(self):
+            if wrapped is None or original is None:
+                yield model
+                return
+            model.forward = original
+            try:
+                yield model
+            finally:
+                model.forward = wrapped
+
+
+@dataclass
+class Stages:
+    """The selections of a training, and the start of a stage in its sampler."""
+
+    select: SelectStage
+    position_of: Mapping[str, int]
+    trainer: Staged
+    _selections: list[tuple[int, ...]] = field(default_factory=list)
+
+    def begin(self, step: int, drawn: Callable[[bool], int] | None = None) -> None:
+        """Start the stage that an optimiser step lies in; after a resume, with the selections of those before it.
+
+        `drawn`, of whether its selection is new, says how many prompts of it are taken, where the sampler cannot know.
+        """
+        stage, inside = divmod(step, self.trainer.steps_per_stage)
+        while len(self._selections) < stage:
+            self._remember(len(self._selections), in_progress=True)
+        self._remember(stage, in_progress=inside > 0)
+        first = stage
+        while first > 0 and self._selections[first - 1] == self._selections[stage]:
+            first -= 1
+        sampler = self.trainer.stage_sampler
+        assert sampler is not None, "the data loader is made before the first epoch begins"
+        consumed = None if drawn is None else drawn(step == first * self.trainer.steps_per_stage)
+        sampler.start_stage(stage, self._selections[stage], first, consumed=consumed)
+
+    def _remember(self, stage: int, *, in_progress: bool) -> None:
+        with self.trainer.plain_model() as model:
+            ids = self.select(stage, model, in_progress)
+        self._selections.append(tuple(sorted(self.position_of[prompt_id] for prompt_id in ids)))
+
+
+class StageTrainer(Staged):
+    """A `Staged` trainer with a recorder of its rollouts, and without TRL's model card.
+
+    With dynamic sampling it draws the prompts of a generation batch itself, from the same sampler: how many a batch
+    takes is not known when the loader fetches the next.
+
+    Where TRL takes the log-probs of a generation batch itself (`old_per_token_logps`), these are recorded. Otherwise
+    all updates on the batch belong to one optimiser step, so the weights of the loss are those that sampled: its
+    log-probs are recorded, found again by their rows, which TRL shuffles and splits together with the batch.
+    """
+
+    def __init__(self, *args: Any, steps_per_stage: int, **kwargs: Any) -> None:
+        self.steps_per_stage = steps_per_stage
+        self.recorder: RolloutRecorder | None = None
+        self.dynamic: DynamicSampling | None = None
+        self._recorded_rows: list[int] | None = None
+        super().__init__(*args, **kwargs)
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        if self.dynamic is None:
+            output = super()._generate_and_score_completions(inputs)
+        else:
+            output = self._filled(self.dynamic, len(inputs) // self.num_generations)
+        if self.recorder is not None:
+            self._begin_record(self.recorder, output)
+            if "old_per_token_logps" in output:
+                self.recorder.note(range(len(inputs)), output["old_per_token_logps"])
+            else:
+                output[RECORDED_ROW] = torch.arange(len(inputs))
+        return output
+
+    def _filled(self, dynamic: DynamicSampling, prompts: int) -> dict[str, Any]:
+        refilled = dynamic.fill(self._sample, prompts)
+        if self.recorder is not None and refilled.dropped is not None:
+            self._record_dropped(self.recorder, dynamic, refilled.dropped)
+        dynamic.reward.latest = refilled.trained.judged
+        measured = {
+            "equal_before": refilled.equal_before,
+            "equal_after": refilled.equal_after,
+            "extra": refilled.extra,
+            "trained_tokens": sum(map(len, refilled.trained.judged.completion_ids)),
+        }
+        for name, value in measured.items():
+            self._metrics["train"][f"dynamic_sampling/{name}"].append(float(value))
+        if refilled.equal_after:
+            warn_once(
+                f"after {dynamic.refills} refills a generation batch still has groups whose rewards are all equal; "
+                "they stay in it and teach nothing (metrics.jsonl: dynamic_sampling/equal_after)"
+            )
+        return dict(refilled.trained.tensors)
+
+    def _sample(self, prompts: int) -> dict[str, Any]:
+        """The groups of the stage's next prompts."""
+        assert self.stage_sampler is not None, "a stage is started before anything is sampled"
+        assert self.dynamic is not None, "without dynamic sampling the loader brings the prompts"
+        positions = self.stage_sampler.draw(prompts)
+        self.dynamic.drawn += prompts
+        rows = [self.train_dataset[position] for position in positions for _ in range(self.num_generations)]
+        return super()._generate_and_score_completions(rows)
+
+    def _begin_record(self, recorder: RolloutRecorder, tensors: Mapping[str, Tensor]) -> None:
+        pairs = zip(tensors["prompt_ids"].cpu(), tensors["prompt_mask"].cpu().bool(), strict=True)
+        recorder.begin(self.state.global_step, [ids[mask].tolist() for ids, mask in pairs])
+
+    def _record_dropped(self, recorder: RolloutRecorder, dynamic: DynamicSampling, dropped: Sampled) -> None:
+        """Keep the groups that are not trained on as well: without them every prompt would look mixed."""
+        tensors, dynamic.reward.latest = dropped.tensors, dropped.judged
+        self._begin_record(recorder, tensors)
+        logprobs_BT = tensors.get("old_per_token_logps")
+        if logprobs_BT is None:
+            ids, masks = (
+                torch.cat([tensors[f"{part}_{kind}"] for part in ("prompt", "completion")], dim=1)
+                for kind in ("ids", "mask")
+            )
+            width, size = tensors["completion_ids"].shape[1], self.args.per_device_train_batch_size
+            with torch.no_grad():
+                logprobs_BT = self._get_per_token_logps_and_entropies(self.model, ids, masks, width, batch_size=size)[0]
+        recorder.note(range(len(logprobs_BT)), logprobs_BT)
+
+    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        rows = inputs.get(RECORDED_ROW)
+        self._recorded_rows = None if rows is None else rows.tolist()
+        try:
+            return super()._compute_loss(model, inputs)
+        finally:
+            self._recorded_rows = None
+
+    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Any, Any]:
+        logprobs_BT, entropies, auxiliary_loss = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        if self.recorder is not None and self._recorded_rows is not None:
+            self.recorder.note(self._recorded_rows, logprobs_BT)
+        return logprobs_BT, entropies, auxiliary_loss
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """As in transformers, but that old checkpoints stay until the new one is finished: see `StageCallback`."""
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        if folder.is_symlink() or folder.is_file():
+            raise ArtifactError("is in the way of a checkpoint", where=str(folder), fix="move it and run again.")
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        except RuntimeError as error:
+            if any(text in str(error) for text in TORCH_CANNOT_WRITE):
+                raise no_space(folder) from None
+            raise
+        finally:
+            self.args.save_total_limit = limit
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """No card: TRL's would say that the policy was fine-tuned from a model of no name, and link to it."""
