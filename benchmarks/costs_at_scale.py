@@ -30,8 +30,8 @@ Line = Mapping[str, Any]  # of a ledger
 FLOOR = 2  # forward passes of scoring's floor: forward, and backward through activations
 
 ROOT = Path(__file__).resolve().parents[1]
-SCALE = ROOT / "docs" / "figures" / "scale.json"
-ENGINE = ROOT / "docs" / "figures" / "bench" / "10m-realistic.json"
+SCALE = ROOT / "research" / "figures" / "scale.json"
+ENGINE = ROOT / "research" / "figures" / "bench" / "10m-realistic.json"
 
 LLAMA_70B = Shape(
     "llama",
@@ -304,7 +304,7 @@ class Seconds:
 
     @property
     def whole_share(self) -> float:
-        """The same with collection: y of the speed-up x / (1 + y), see docs/paper.md."""
+        """The same with collection: y of the speed-up x / (1 + y), see research/paper.md."""
         return self.share + self.collect / self.train
 
     @property

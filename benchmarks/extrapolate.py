@@ -1,4 +1,4 @@
-"""The tables of docs/extrapolation.md: what selection costs beside training on policies, pools and GPUs not measured.
+"""The tables of research/extrapolation.md: what selection costs beside training on policies, pools and GPUs not measured.
 
 python benchmarks/extrapolate.py                                    print them
 python benchmarks/extrapolate.py --write                            put them into the page
@@ -32,7 +32,7 @@ from costs_at_scale import (
     steps,
 )
 
-PAGE = ROOT / "docs" / "extrapolation.md"
+PAGE = ROOT / "research" / "extrapolation.md"
 BEGIN, END = "<!-- computed: python benchmarks/extrapolate.py --write -->", "<!-- end of what is computed -->"
 
 POOLS = (10_000, 100_000, 1_000_000, 10_000_000)
@@ -335,7 +335,7 @@ def assumptions(changes: Sequence[str]) -> Assumptions:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="put the tables into docs/extrapolation.md")
+    parser.add_argument("--write", action="store_true", help="put the tables into research/extrapolation.md")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="another assumption")
     arguments = parser.parse_args()
     computed = page(assumptions(arguments.set))

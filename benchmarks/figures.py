@@ -1,7 +1,7 @@
 """Take figures out of the report of a run or a comparison, as SVG files for the docs.
 
-python benchmarks/figures.py runs/quickstart/report.html docs/figures/quickstart
-python benchmarks/figures.py runs/suite/compare.html docs/figures/suite speedups curves-flops
+python benchmarks/figures.py runs/quickstart/report.html research/figures/quickstart
+python benchmarks/figures.py runs/suite/compare.html research/figures/suite speedups curves-flops
 """
 
 from __future__ import annotations

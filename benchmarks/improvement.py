@@ -6,8 +6,8 @@ many subsets, make the update that training on each would make from fresh comple
 measure how the mean reward on the validation prompts and on others of their families changes. `--stage-steps` trains on
 some subsets for real.
 
-    python benchmarks/improvement.py --seeds 1 --out docs/figures/improvement.json
-    python benchmarks/improvement_report.py docs/figures/improvement.json docs/figures/improvement.svg
+    python benchmarks/improvement.py --seeds 1 --out research/figures/improvement.json
+    python benchmarks/improvement_report.py research/figures/improvement.json research/figures/improvement.svg
 
 With `--raw FOLDER` one file per seed and checkpoint is kept there, and what is there is not made again.
 """

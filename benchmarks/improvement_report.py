@@ -1,6 +1,6 @@
 """Tables and the figure of what `benchmarks/improvement.py` has measured.
 
-python benchmarks/improvement_report.py docs/figures/improvement.json docs/figures/improvement.svg
+python benchmarks/improvement_report.py research/figures/improvement.json research/figures/improvement.svg
 """
 
 from __future__ import annotations

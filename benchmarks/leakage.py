@@ -1,4 +1,4 @@
-"""How many held-out prompts the leakage guard reports on real and built-in data, and what it costs: `docs/guards.md`.
+"""How many held-out prompts the leakage guard reports on real and built-in data, and what it costs: `research/leakage.md`.
 
 python benchmarks/leakage.py GSM8K_FOLDER MAWPS_FOLDER    (train.jsonl, test.jsonl; addsub.jsonl, singleeq.jsonl, ...)
 """

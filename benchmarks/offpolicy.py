@@ -3,7 +3,7 @@
 Trains the quickstart under `influence` with each seed, keeps every stage's policy, and audits them all (`cropi audit`).
 Seeds change the base policy's trajectories, the training and the audit's own sample.
 
-    python benchmarks/offpolicy.py --seeds 3 --out docs/figures/offpolicy.json
+    python benchmarks/offpolicy.py --seeds 3 --out research/figures/offpolicy.json
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Samples K = `--trajectories` of every prompt of a scenario from the base policy.
 see, of a share of the pool; the rest are the truth, drawn independently. The value of a selection is the mean true
 influence of its prompts, summed over validation sets, over that of the best selection there is.
 
-    python benchmarks/pooling.py --seeds 100,101 --out docs/figures/pooling.json
+    python benchmarks/pooling.py --seeds 100,101 --out research/figures/pooling.json
 """
 
 from __future__ import annotations

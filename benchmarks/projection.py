@@ -4,7 +4,7 @@ Groups are real: the built-in policy's own completions, families in turn. Exact 
 same engine on the same groups, so the projection is the only difference; every variant is drawn with several seeds, and
 each seed gives one value per validation set.
 
-    python benchmarks/projection.py --prompts 1000 --seeds 3 --out docs/figures/projection.json
+    python benchmarks/projection.py --prompts 1000 --seeds 3 --out research/figures/projection.json
 """
 
 from __future__ import annotations

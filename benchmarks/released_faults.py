@@ -16,7 +16,7 @@ from itertools import pairwise
 import numpy as np
 
 # Of the published figure: Qwen2.5-1.5B, whose first parameter is the embedding, tied to the head. The rows of one
-# kernel call are not published: 16 is what fits (docs/findings/projection.md).
+# kernel call are not published: 16 is what fits (research/findings/projection.md).
 WORD = 1 << 32
 RELEASED_BATCH = 16
 RELEASED_FEATURES = 1_543_714_304

@@ -3,8 +3,8 @@
 Real groups of the built-in policy; neighbours and influence by projected gradients against exact ones. The faults are
 those of benchmarks/released_faults.py, each alone and together.
 
-    python benchmarks/released_projection.py --seeds 3 --out docs/figures/released_projection.json
-    python benchmarks/released_projection.py --draw docs/figures/released_projection.json
+    python benchmarks/released_projection.py --seeds 3 --out research/figures/released_projection.json
+    python benchmarks/released_projection.py --draw research/figures/released_projection.json
 
 The first writes the JSON, the second draws the figure beside it and prints the tables. Gradients lie in a temporary
 folder of up to 11 GB (TMPDIR) while it runs.

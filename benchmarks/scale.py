@@ -1,10 +1,10 @@
 """What choosing costs as the pool grows: time and memory of fusion and selection, and of the feature store.
 
-    python benchmarks/scale.py select --sizes 10000,100000,1000000,10000000 --rounds 3 --json docs/figures/scale.json
-    python benchmarks/scale.py pooled --sizes 3000,10000,30000 --rounds 3 --json docs/figures/scale.json
-    python benchmarks/scale.py store --sizes 10000,30000,100000,300000 --rounds 3 --json docs/figures/scale.json
-    python benchmarks/scale.py figure docs/figures/scale.json docs/figures/scale.svg
-    python benchmarks/scale.py table docs/figures/scale.json
+    python benchmarks/scale.py select --sizes 10000,100000,1000000,10000000 --rounds 3 --json research/figures/scale.json
+    python benchmarks/scale.py pooled --sizes 3000,10000,30000 --rounds 3 --json research/figures/scale.json
+    python benchmarks/scale.py store --sizes 10000,30000,100000,300000 --rounds 3 --json research/figures/scale.json
+    python benchmarks/scale.py figure research/figures/scale.json research/figures/scale.svg
+    python benchmarks/scale.py table research/figures/scale.json
 
 `select`: influence on four validation sets is simulated; measured is what `cropi select` then does: four rankings,
 their fusion, the choice of a tenth with 5 % explored and a quota on one of five sources, and the selection's files.

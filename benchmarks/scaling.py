@@ -1,6 +1,6 @@
 """Strong scaling of scoring: the same pool scored by one process and by several, measured in turn.
 
-    python benchmarks/scaling.py --processes 1,2 --rounds 3 --json docs/figures/scaling.json
+    python benchmarks/scaling.py --processes 1,2 --rounds 3 --json research/figures/scaling.json
 
 A pool of built-in problems is collected once, by the most processes. Then rounds go through the numbers of processes
 in turn; each time the scores of the first stage are made anew by `cropi score`, with one thread a process, under

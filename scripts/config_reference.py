@@ -17,13 +17,15 @@ from cropi import config
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "config.md"
 INTRODUCTION = """# Config reference
 
-One YAML file describes a run; `cropi recipes copy quickstart` writes a complete one. `cropi run CONFIG key.path=value`
-replaces single settings, with a number for a position in a list (`prompts.train.0.count=50`). Numbers and booleans are
-those of YAML 1.2: `1e-4` is a number, only `true` and `false` are booleans. Unknown keys are refused. On a command line
-a value is the text as it stands (`verifier.marker=####`), unless it is a number, `true`, `false` or `null`, or begins
-with a quote or a bracket: then it is YAML.
+One YAML file describes a run. `cropi recipes copy quickstart .` writes a complete one.
 
-This page is generated from `src/cropi/config` by `make docs`.
+- `cropi run CONFIG key.path=value` replaces settings; a number is a place in a list (`prompts.train.0.count=50`).
+- Unknown keys are refused.
+- Numbers and booleans are those of YAML 1.2: `1e-4` is a number, and only `true` and `false` are booleans.
+- On a command line a value is plain text (`verifier.marker=####`), unless it is a number, `true`, `false` or `null`, or
+  begins with a quote or a bracket. Then it is YAML.
+
+`make docs` generates this page from `src/cropi/config`.
 """
 
 
@@ -47,21 +49,20 @@ def sections(table: type[BaseModel], path: str, seen: dict[str, type[BaseModel]]
             sections(member, label, seen)
 
 
-NAMES = {str: "text", int: "whole number", float: "number", bool: "true or false"}
+NAMES = {str: "str", int: "int", float: "float", bool: "bool"}
 SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<", "pattern": "matching"}
 BEYOND_USE = (1_000_000_000, 1e6, 1e-9)  # limits that only keep out what no machine could do
 
 
 def type_text(annotation: Any, metadata: Sequence[Any] = ()) -> str:
-    """A type in words: `whole number >= 1`, `list of text`, `a or b`, `name -> list of builtin, file or hub`."""
+    """A type in words: `int >= 1`, `list of str`, `a or b`, `name -> list of tables with a type`."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return type_text(arguments[0], arguments[1:])
-    if annotation in (Any, JsonValue, type(None)):
-        return "unset" if annotation is type(None) else "anything"
+    if annotation in (Any, JsonValue):
+        return "anything"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        field = annotation.model_fields.get("type")
-        return get_args(field.annotation)[0] if field else "table"
+        return "table with a `type`" if "type" in annotation.model_fields else "table"
     if origin is Literal:
         return " or ".join(f"`{a}`" for a in arguments)
     if origin is tuple:
@@ -70,7 +71,7 @@ def type_text(annotation: Any, metadata: Sequence[Any] = ()) -> str:
     if origin is dict:
         return f"name -> {type_text(arguments[1])}"
     if arguments:
-        return " or ".join(dict.fromkeys(type_text(a) for a in arguments))
+        return " or ".join(dict.fromkeys(type_text(a) for a in arguments if a is not type(None)))
     return " ".join([NAMES.get(annotation, str(annotation)), *bounds(metadata)])
 
 
@@ -84,32 +85,47 @@ def bounds(metadata: Sequence[Any]) -> list[str]:
     return found
 
 
-def shown_type(field: Any) -> str:
-    return type_text(field.annotation, field.metadata)
-
-
-def default_text(field: Any) -> str:
+def described(name: str, field: Any) -> str:
+    """One setting as a list item: name, type, default, meaning."""
     if field.default is PydanticUndefined and field.default_factory is None:
-        return "required"
-    if isinstance(field.default, BaseModel):
-        return "see below"
-    return "unset" if field.default is None else f"`{json.dumps(field.default)}`"
+        default = "required"
+    elif isinstance(field.default, BaseModel):
+        default = ""
+    else:
+        default = "unset" if field.default is None else f"`{json.dumps(field.default)}`"
+    facts = ", ".join(filter(None, [type_text(field.annotation, field.metadata), default]))
+    return f"- `{name}` ({facts}): " + " ".join((field.description or "").split())
+
+
+def table_text(path: str, table: type[BaseModel], known: dict[str, str]) -> str:
+    """One section. Settings that an earlier type at the same place has too are named, not described again."""
+    place, _, kind = path.partition(" (type: ")
+    lines, repeated = [], []
+    for name, field in table.model_fields.items():
+        if name == "type":
+            continue
+        line = described(name, field)
+        if place + line in known:
+            repeated.append(f"`{name}`")
+        else:
+            lines.append(line)
+            if kind:
+                known[place + line] = kind
+    if repeated:
+        lines.insert(0, f"- {', '.join(repeated)}: as above.")
+    return "\n".join([f"## {f'`{path}`' if path else 'Top level'}\n\n{(table.__doc__ or '').strip()}\n", *lines, ""])
 
 
 def page() -> str:
     seen: dict[str, type[BaseModel]] = {}
     sections(config.Config, "", seen)
-    lines = [INTRODUCTION]
-    for path, table in seen.items():
-        lines.append(f"## {f'`{path}`' if path else 'Top level'}\n\n{(table.__doc__ or '').strip()}\n")
-        lines.append("| key | type | default | meaning |\n|---|---|---|---|")
-        for name, field in table.model_fields.items():
-            cells = [f"`{name}`", shown_type(field), default_text(field), field.description or ""]
-            lines.append("| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in cells) + " |")
-        lines.append("")
-    owned = "\n".join(f"| `{key}` | {where} |" for key, where in config.OWNED_TRAINER_KEYS.items())
-    lines.append(f"## Keys that `trainer` refuses\n\n| key | set instead |\n|---|---|\n{owned}\n")
-    return "\n".join(lines)
+    known: dict[str, str] = {}
+    owned: dict[str, list[str]] = {}
+    for key, where in config.OWNED_TRAINER_KEYS.items():
+        owned.setdefault(where, []).append(f"`{key}`")
+    refused = "\n".join(f"- {', '.join(keys)}: {where}" for where, keys in owned.items())
+    tables = [table_text(path, table, known) for path, table in seen.items()]
+    return "\n".join([INTRODUCTION, *tables, f"## Keys that `trainer` refuses, and what to set instead\n\n{refused}\n"])
 
 
 def main() -> int:

@@ -3,19 +3,53 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def test_relative_links_in_the_docs_resolve() -> None:
-    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md")]
-    assert len(pages) > 10
-    broken = [
-        f"{page.relative_to(ROOT)}: {target}"
-        for page in pages
-        for target in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8"))
-        if "://" not in target and not (page.parent / target).exists()
+FOLDERS = ("docs", "research", "examples")
+PAGES = [*ROOT.glob("*.md"), *(page for folder in FOLDERS for page in (ROOT / folder).rglob("*.md"))]
+
+
+def anchors(page: Path) -> set[str]:
+    """Names of a page's headings, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def is_broken(page: Path, target: str) -> bool:
+    path, _, anchor = target.partition("#")
+    found = page.parent / path if path else page
+    return not found.exists() or (bool(anchor) and anchor not in anchors(found))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_in_the_docs_resolve(page: Path) -> None:
+    links = re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
+    assert [target for target in links if "://" not in target and is_broken(page, target)] == []
+
+
+def test_the_docs_are_short() -> None:
+    counts = {page: len(page.read_text(encoding="utf-8").split()) for page in (ROOT / "docs").rglob("*.md")}
+    assert sum(counts.values()) <= 20_000
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 900
+
+
+def test_settings_that_the_docs_name_exist() -> None:
+    reference = (ROOT / "docs" / "config.md").read_text(encoding="utf-8")
+    tables = re.findall(r"^## `([\w.]+)[^`]*`$(.*?)(?=^## |\Z)", reference, re.MULTILINE | re.DOTALL)
+    known = {f"{table}.{key}" for table, text in tables for key in re.findall(r"^- `(\w+)` \(", text, re.MULTILINE)}
+    places = "|".join({name.split(".")[0] for name, _ in tables})
+    pages = [
+        page
+        for page in PAGES
+        if page.parent in (ROOT, ROOT / "docs") and page.name not in ("config.md", "CHANGELOG.md")
     ]
-    assert broken == []
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
+    named = set(re.findall(rf"[`\s]((?:{places})\.[a-z_.]+[a-z_])[`=:]", text))
+    assert len(named) > 20
+    assert sorted(named - known) == []
 
 
 def test_the_config_reference_is_up_to_date() -> None:

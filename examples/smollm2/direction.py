@@ -284,7 +284,8 @@ def averaged(policies: Sequence[dict[str, Any]]) -> Callable[..., Any]:
     """The mean over policies of each prompt's gradient, an equal part of the completions from each."""
 
     def draw(count: int, generator: Any) -> Any:
-        prompts, available = policies[0]["rewards"].shape
+        prompts = len(policies[0]["rewards"])
+        available = min(policy["rewards"].shape[1] for policy in policies)
         each = count // len(policies)
         drawn = [gradients(p["scores"], p["rewards"], equal(each, prompts, available, generator)) for p in policies]
         return np.mean(drawn, 0)
@@ -378,8 +379,8 @@ def measure_policy(arguments: argparse.Namespace) -> None:
         sampled.write_text(json.dumps(text), encoding="utf-8")
     kept = json.loads(sampled.read_text(encoding="utf-8"))
     arrays: dict[str, Any] = {}
-    for part, (own, _) in questions.items():
-        groups = [Group(question, *group) for question, group in zip(own, kept[part]["groups"], strict=True)]
+    for part, (own, count) in questions.items():
+        groups = [Group(q, c[:count], r[:count]) for q, (c, r) in zip(own, kept[part]["groups"], strict=True)]
         behaviour = dict(enumerate(kept[part]["log_probs"])) if arguments.stored else None
         found, dense = measure(policy, groups, behaviour, FOLDS if part == "validation" else 0)
         logs = found.pop("kept")

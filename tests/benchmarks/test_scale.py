@@ -27,7 +27,7 @@ def test_every_kind_is_measured_and_shown(kind: str, capsys: pytest.CaptureFixtu
 
 
 def test_the_committed_rounds_are_drawn(tmp_path: Path) -> None:
-    source = Path(__file__).resolve().parents[2] / "docs" / "figures" / "scale.json"
+    source = Path(__file__).resolve().parents[2] / "research" / "figures" / "scale.json"
     scale.figure(source, tmp_path / "drawn.svg")
     drawn = (tmp_path / "drawn.svg").read_text(encoding="utf-8")
     assert all(about in drawn for about in scale.ABOUT.values())
