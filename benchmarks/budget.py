@@ -21,17 +21,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from cropi.gradients.budget import BudgetedScores, BudgetSettings, Cut, budgeted
 
 from cropi.builtin import FAMILIES, generate
 from cropi.config import PolicyConfig
 from cropi.functional.agreement import spearman
-from cropi.functional.sampling import places
-from cropi.functional.statistics import bootstrap_mean
-from cropi.gradients.budget import BudgetedScores, BudgetSettings, Cut, budgeted
+from cropi.functional.bootstrap import bootstrap_mean
+from cropi.functional.ranking import selection_size
 from cropi.gradients.groups import Group
+from cropi.gradients.influence_scorer import BLOCK, Scored, Scorer
 from cropi.gradients.reference import prompt_gradient, trainable_parameters
-from cropi.gradients.scorer import BLOCK, Scored, Scorer
-from cropi.gradients.surrogate import SurrogateSettings
+from cropi.gradients.surrogate_weights import SurrogateSettings
 from cropi.lab.bench.machine import describe
 from cropi.policy import Policy, completion_logprobs, encode_prompts, load_policy
 from cropi.rewards.verdicts import Answered, reward
@@ -127,7 +127,7 @@ class Ruler:
     """Measures settings against the exact scores at one policy."""
 
     def __init__(self, groups: Sequence[Group], exact_NV: np.ndarray) -> None:
-        self.exact_NV, size = exact_NV, places(FRACTION, len(groups))
+        self.exact_NV, size = exact_NV, selection_size(FRACTION, len(groups))
         self.cut = Cut([g.prompt_id for g in groups], np.ones(len(groups), dtype=bool), size)
         self.selected = self.cut.above(exact_NV)
         self.tokens = sum(len(g.prompt_ids) + sum(len(c) - 1 for c in g.completions) for g in groups)
@@ -155,7 +155,7 @@ class Ruler:
     def precision(self, found: Sequence[np.ndarray], whose: Ruler) -> float:
         """Mean precision@10 % of another pool's scores, among the prompts in both."""
         shared = sorted(set(self.cut.ids) & set(whose.cut.ids))
-        cut = Cut(shared, np.ones(len(shared), dtype=bool), places(FRACTION, len(shared)))
+        cut = Cut(shared, np.ones(len(shared), dtype=bool), selection_size(FRACTION, len(shared)))
         mine, theirs = ([{i: n for n, i in enumerate(ruler.cut.ids)}[i] for i in shared] for ruler in (self, whose))
         best = set(cut.above(self.exact_NV[mine]))
         return float(np.mean([len(best & set(cut.above(values_NV[theirs]))) / cut.places for values_NV in found]))

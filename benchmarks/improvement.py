@@ -31,7 +31,7 @@ from cropi.builtin import FAMILIES, generate
 from cropi.config import PolicyConfig, VerificationConfig
 from cropi.gradients.engine import Engine
 from cropi.gradients.groups import Group
-from cropi.gradients.surrogate import SurrogateSettings
+from cropi.gradients.surrogate_weights import SurrogateSettings
 from cropi.lab.audit.fresh_trajectories import Prompt, sample_groups
 from cropi.lab.bench.machine import describe
 from cropi.policy import Policy, encode_prompts, load_policy

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from measured_improvement import Pair, over_subsets, rank_agreement, slope
 
 from cropi.functional.agreement import spearman
-from cropi.functional.statistics import Interval
+from cropi.functional.bootstrap import Interval
 
 BASE = "constant std dot"
 SHOWN = [

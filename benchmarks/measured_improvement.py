@@ -22,15 +22,15 @@ from shared_prefixes import SharedPrefixes
 from torch import Tensor, nn
 
 from cropi.artifacts import OK
-from cropi.functional import influence as functional
+from cropi.functional import influence_formulas as functional
 from cropi.functional.advantages import EPSILON
 from cropi.functional.agreement import spearman
-from cropi.functional.statistics import Interval
+from cropi.functional.bootstrap import Interval
 from cropi.functional.surrogate import Normalizer
 from cropi.gradients.engine import Engine, segment_of
 from cropi.gradients.exact import DenseReader
 from cropi.gradients.groups import Group
-from cropi.gradients.surrogate import SurrogateSettings
+from cropi.gradients.surrogate_weights import SurrogateSettings
 
 Direction = dict[str, Tensor]
 """A vector in the space of the trainable parameters, by parameter name."""

@@ -91,7 +91,7 @@ def _table(rows: list[dict[str, Any]]) -> str:
     columns = [
         "spearman/off_policy", "spearman/ceiling", "top_overlap/off_policy", "top_overlap/ceiling", "cosine/off_policy",
         "cosine/ceiling", "direction/off_policy", "direction/ceiling", "variant/token", "variant/prefix",
-        "variant/reweighted", "variant/clipped", "ratio_ess", "kl", "projection",
+        "ratio_ess", "kl", "projection",
     ]  # fmt: skip
     lines = ["| stage | " + " | ".join(columns) + " |", "|" + "---|" * (len(columns) + 1)]
     for row in rows:

@@ -28,7 +28,7 @@ from cropi.functional.pooling import (
     principal_points,
     trust_of,
 )
-from cropi.gradients.halves import halves
+from cropi.gradients.score_reliability import half_factors
 from cropi.lab.bench.machine import describe
 
 SHARES = (1.0, 0.5, 0.25, 0.125)
@@ -71,14 +71,15 @@ def main() -> None:
 def load(options: argparse.Namespace, seed: int) -> Pool:
     """Collect, and take all trajectories' inner products with the validation directions."""
     quiet_libraries()
-    from cropi.gradients.evidence import validation_evidence
     from cropi.gradients.groups import iterate_groups
-    from cropi.gradients.validation import validation_groups
+    from cropi.gradients.score_shards import make_scorer
+    from cropi.gradients.validation_groups import validation_groups
+    from cropi.gradients.validation_scores import score_validation_prompts
+    from cropi.lab.audit.trajectory_products import trajectory_products
     from cropi.loading import load_config
     from cropi.rollouts.representations import read_representations, represent
     from cropi.stages.collect import collect
     from cropi.stages.run import Run
-    from cropi.stages.score import make_scorer
 
     overrides = [f"seed={seed}", f"name=seed-{seed}", f"run_dir={options.run_dir}"]
     overrides += ["select.strategy.type=influence", f"collect.num_generations={options.trajectories}"]
@@ -92,10 +93,10 @@ def load(options: argparse.Namespace, seed: int) -> Pool:
     sketched.aim(validation)
     groups = [group for _, group in iterate_groups(pipeline.trajectories.base["train"]) if group is not None]
     products = [
-        units.products_KV if len(units.products_KV) else np.zeros((options.trajectories, len(validation)))
-        for units, _, _ in exactly.units(groups)
+        one.products_KV if len(one.products_KV) else np.zeros((options.trajectories, len(validation)))
+        for one, _ in trajectory_products(exactly, groups)
     ]
-    evidence, _ = validation_evidence(sketched, validation)
+    evidence, _ = score_validation_prompts(sketched, validation)
     folder = pipeline.folder.folder / "places"
     represent(config, pipeline.base, pipeline.folder.prompt_rows, folder)
     places = read_representations(folder)
@@ -122,7 +123,7 @@ def parts(rewards_NK: np.ndarray, products_NKV: np.ndarray) -> tuple[np.ndarray,
     """Influence of every prompt and its error from two halves, for advantages against the group's mean over K."""
     advantages_NK = rewards_NK - rewards_NK.mean(axis=1, keepdims=True)
     terms_NKV = advantages_NK[:, :, None] * products_NKV / rewards_NK.shape[1]
-    first_NK = np.array([halves(rewards)[0] for rewards in rewards_NK.tolist()])
+    first_NK = np.array([half_factors(rewards)[0] for rewards in rewards_NK.tolist()])
     first_NV = (terms_NKV * first_NK[:, :, None]).sum(axis=1)
     total_NV = terms_NKV.sum(axis=1)
     return total_NV, np.abs(2 * first_NV - total_NV)

@@ -23,8 +23,8 @@ from cropi.config import PolicyConfig
 from cropi.console import progress
 from cropi.functional.agreement import spearman, top_overlap
 from cropi.functional.projection import SparseProjection
-from cropi.gradients.scorer import Scorer
-from cropi.gradients.surrogate import SurrogateSettings
+from cropi.gradients.influence_scorer import Scorer
+from cropi.gradients.surrogate_weights import SurrogateSettings
 from cropi.lab.bench.machine import describe
 from cropi.lab.bench.workload import mixed_groups
 from cropi.policy import load_policy

@@ -32,12 +32,12 @@ from cropi.config import PolicyConfig
 from cropi.console import progress
 from cropi.functional.agreement import spearman, top_overlap
 from cropi.functional.projection import SparseProjection
-from cropi.functional.sampling import places
+from cropi.functional.ranking import selection_size
 from cropi.gradients.groups import Group
+from cropi.gradients.influence_scorer import Scorer
 from cropi.gradients.reference import prompt_gradient, trainable_parameters
-from cropi.gradients.scorer import Scorer
 from cropi.gradients.sketch import GradientMap, StructuredMap, UniformMap, project
-from cropi.gradients.surrogate import SurrogateSettings
+from cropi.gradients.surrogate_weights import SurrogateSettings
 from cropi.lab.bench.machine import describe
 from cropi.lab.bench.workload import mixed_groups
 from cropi.policy import load_policy
@@ -92,7 +92,7 @@ def top_neighbours(similarity_NN: np.ndarray) -> np.ndarray:
     """Whether j is among the tenth of all others that is most similar to i, (N, N)."""
     others_NN = similarity_NN.copy()
     np.fill_diagonal(others_NN, -np.inf)
-    count = places(SHARE, len(others_NN) - 1)
+    count = selection_size(SHARE, len(others_NN) - 1)
     best = np.argpartition(-others_NN, count - 1, axis=1)[:, :count]
     chosen_NN = np.zeros(others_NN.shape, bool)
     np.put_along_axis(chosen_NN, best, True, axis=1)

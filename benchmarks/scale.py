@@ -9,8 +9,8 @@
 `select`: influence on four validation sets is simulated; measured is what `cropi select` then does: four rankings,
 their fusion, the choice of a tenth with 5 % explored and a quota on one of five sources, and the selection's files.
 `pooled`: the same files by the strategy `pooled`, of which 13 % are observed; representations of 256 numbers.
-`store`: features are simulated; measured is writing and finishing a store of bfloat16 features shard by shard, and
-opening (all checksums) and scoring it against four validation directions as it is read back. A pool of more than
+`store`: features are simulated; measured is writing bfloat16 features shard by shard, and
+scoring them against four validation directions as it is read back. A pool of more than
 `--largest` prompts is written, scored and deleted as several stores, one on the disk at a time.
 
 Every measurement is a process of its own, alone, after a small pool that loads what is loaded late. Memory is the most
@@ -131,28 +131,20 @@ def store(size: int, folder: Path, dim: int, largest: int) -> dict[str, float]:
 def one_store(folder: Path, first: int, count: int, features_BD: Any, directions_VD: Any) -> dict[str, float]:
     import torch
 
-    from cropi.gradients.store import FeatureStoreWriter, StoreIdentity, open_store
+    from cropi.gradients.score_shards import read_features, write_features
 
-    plain = {"policy": "p", "tokenizer": "t", "trajectories": "t", "projection": "p", "directions": ""}
-    how = {"normalizer": "constant", "correction": "token", "baseline": "group", "advantage_std": False}
-    numbers = {"max_completion_length": 1, "temperature": 1.0, "clip": 0.2, "prefix_cap": 2.0}
-    identity = StoreIdentity(**plain, **how, **numbers, dtype="bfloat16", dim=features_BD.shape[1])
     ids = [f"{number:016x}" for number in range(first, first + count)]
-    facts = {"status": "ok", "norm": 1.0, "ratio_ess": 1.0, "clip_share": 0.0, "kl": 0.0, "tokens": 1}
+    folder.mkdir()
     started, used = time.perf_counter(), time.process_time()
-    writer = FeatureStoreWriter(folder, identity, ids, shard_rows=BLOCK)
-    for index in writer.missing():
-        part = writer.shard(index)
-        rows = [{"prompt_id": prompt_id, **facts} for prompt_id in ids[part]]
-        writer.write_shard(index, features_BD[: part.stop - part.start], rows)
-    writer.finish()
+    for index, start in enumerate(range(0, count, BLOCK)):
+        shard = ids[start : start + BLOCK]
+        write_features(folder / f"features-{index:05}.safetensors", shard, features_BD[: len(shard)], "bfloat16")
     written = time.perf_counter()
-    scores_NV = open_store(folder).influence(directions_VD)
+    found = [features_ND.double() @ directions_VD.double().T for _, features_ND in read_features(folder)]
     done, cpu_s = time.perf_counter(), time.process_time() - used
-    expected_BV = (features_BD.bfloat16().double() @ directions_VD.double().T).numpy()
-    for start in range(0, count, BLOCK):
-        part_BV = torch.from_numpy(scores_NV[start : start + BLOCK])
-        torch.testing.assert_close(part_BV, torch.from_numpy(expected_BV[: len(part_BV)]), rtol=1e-9, atol=1e-9)
+    expected_BV = features_BD.bfloat16().double() @ directions_VD.double().T
+    for part_BV in found:
+        torch.testing.assert_close(part_BV, expected_BV[: len(part_BV)], rtol=1e-9, atol=1e-9)
     seconds = {"write_s": written - started, "score_s": done - written, "cpu_s": cpu_s}
     return seconds | {"stored_bytes": stored(folder), "stores": 1.0}
 

@@ -34,7 +34,7 @@ from torch.distributed.fsdp import fully_shard
 
 from cropi.functional.agreement import spearman, top_overlap
 from cropi.gradients.groups import Group
-from cropi.gradients.scorer import BLOCK, Scorer
+from cropi.gradients.influence_scorer import BLOCK, Scorer
 from cropi.lab.bench.contenders import BY_WEIGHT, SETS, as_group
 from cropi.lab.bench.machine import describe
 from cropi.lab.bench.policy_shapes import SHAPES, random_policy
@@ -104,7 +104,7 @@ def score(policy: nn.Module, train: list[Group], validation: dict[str, list[Grou
     return {
         "values": np.concatenate([scorer.values(block) for block in blocks]),
         "made": made,
-        "aimed": aimed | {"parts": scorer.aimed_in_parts},
+        "aimed": aimed | {"parts": scorer.direction_passes},
         "scored": scored | {"tokens_computed": tokens, "tokens_per_s": round(tokens / (scored["seconds"] or 1))},
     }
 

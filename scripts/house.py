@@ -28,13 +28,13 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Names below the package, of modules or of packages with all that is in them. Edit them when files move.
 # fmt: off
-LAB = ("lab", "audit", "bench", "compare", "reporting.comparison*", "cli.audit", "cli.bench", "cli.compare")
-ENTRIES = ("gradients.scoring", "selection.select", "training.train")
+LAB = ("lab",)
+ENTRIES = ("stages.score", "stages.select", "stages.train")
 PIPELINE = ("pipeline",)
 GROUND = ("artifacts", "builtin", "config", "console", "errors", "leakage", "ledger", "policy", "rewards", "seeds",
-          "workspace", "parallel")
-OTHER_STRATEGIES = tuple(f"selection.{name}" for name in (
-    "dots", "draw", "full", "gaussian", "gradient_norm", "greso", "learnability", "learnalign", "mid", "mopps",
+          "run_folder", "parallel")
+OTHER_STRATEGIES = tuple(f"curriculum.strategies.{name}" for name in (
+    "dots", "full", "gaussian", "gradient_norm", "greso", "learnability", "learnalign", "mid", "mopps",
     "pass_rate", "pooled", "random", "similarity", "vcrl"))
 # fmt: on
 

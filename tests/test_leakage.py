@@ -17,7 +17,7 @@ from cropi.artifacts import TRAJECTORIES
 from cropi.builtin import FAMILIES, generate
 from cropi.config import ScoreConfig
 from cropi.gradients.groups import Group
-from cropi.gradients.validation import one_sided, validation_groups
+from cropi.gradients.validation_groups import one_sided, validation_groups
 from cropi.leakage import Leakage, Match, common_limit, find_leakage
 from cropi.prompt_text import normalised, prompt_text, words
 from cropi.prompts import leakage_warnings

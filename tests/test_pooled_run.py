@@ -177,7 +177,7 @@ def test_without_log_probs_later_policies_cannot_be_scored(override: str, messag
 
 @pytest.mark.parametrize(
     "override",
-    ["score.score=cosine", "score.validation_mean=normalized", "score.estimator=exact", "score.store=float32"],
+    ["score.score=cosine", "score.validation_mean=normalized", "score.estimator=exact"],
 )
 def test_settings_that_leave_no_errors_are_refused(override: str) -> None:
     with pytest.raises(ConfigError, match="pooled pools inner products by their standard errors"):

@@ -6,17 +6,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cropi.functional.projection import SparseProjection
+    from cropi.gradients.group_influence import InfluenceScores, influence
     from cropi.gradients.groups import Group
-    from cropi.gradients.influence import InfluenceScores, influence
 
 __version__ = "0.1.0"
 __all__ = ["Group", "InfluenceScores", "SparseProjection", "influence"]
 
 _HOMES = {
     "Group": "cropi.gradients.groups",
-    "InfluenceScores": "cropi.gradients.influence",
+    "InfluenceScores": "cropi.gradients.group_influence",
     "SparseProjection": "cropi.functional.projection",
-    "influence": "cropi.gradients.influence",
+    "influence": "cropi.gradients.group_influence",
 }
 
 

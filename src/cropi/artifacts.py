@@ -106,6 +106,9 @@ EVALUATION = pa.schema(
 )
 
 
+CLIP_RANGE = 0.2  # the epsilon of PPO and GRPO, by which drift is reported
+
+
 @dataclass(frozen=True)
 class Manifest:
     """What an artifact is, what it was made from, and the checksums of its files."""

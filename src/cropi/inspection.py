@@ -17,10 +17,10 @@ from cropi.artifacts import is_finished
 from cropi.config import Config
 from cropi.console import duration
 from cropi.errors import DataError
-from cropi.gradients.blocks import make_scorer
 from cropi.gradients.groups import Group
 from cropi.gradients.reference import trainable_parameters
-from cropi.gradients.surrogate import surrogate_settings
+from cropi.gradients.score_shards import make_scorer
+from cropi.gradients.surrogate_weights import surrogate_settings
 from cropi.policy import Policy, chat_warnings, load_policy
 from cropi.prompt_text import last_turn
 from cropi.prompts import checked_prompts

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cropi.functional.influence import reward_variance
+from cropi.functional.influence_formulas import reward_variance
 
 
 class GroupFacts(NamedTuple):

@@ -55,9 +55,6 @@ class StagePaths:
     def scores(self, stage: int) -> Path:
         return self._of("scores", stage)
 
-    def features(self, stage: int) -> Path:
-        return self._of("features", stage)
-
     def selection(self, stage: int) -> Path:
         return self._of("selections", stage)
 

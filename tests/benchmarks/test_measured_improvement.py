@@ -34,7 +34,7 @@ import cropi
 from cropi.gradients.engine import Engine
 from cropi.gradients.groups import Group
 from cropi.gradients.reference import prompt_gradient, trainable_parameters
-from cropi.gradients.surrogate import SurrogateSettings
+from cropi.gradients.surrogate_weights import SurrogateSettings
 
 SETTINGS = SurrogateSettings("constant", 4)
 PROMPTS = [[3, 5, 4], [7, 2], [6, 11, 9, 8]]

@@ -30,7 +30,6 @@ WAYS = {
     "exact": ["score.estimator=exact"],
     "autograd": ["score.estimator=reference", "select.strategy={type: influence}"],
     "by features": ["score.store=float32"],
-    "with a budget": ["score.budget.trajectories=4"],
 }
 
 

@@ -36,19 +36,6 @@ def test_one_reward_is_refused() -> None:
         group_advantages(np.array([1.0]))
 
 
-def test_equal_weights_change_nothing_and_unequal_ones_move_the_baseline() -> None:
-    rewards_K, weights_K = np.array([1.0, 0.0, 0.0]), np.array([2.0, 1.0, 1.0])
-    for std in (True, False):
-        plain_K = group_advantages(rewards_K, std=std)
-        np.testing.assert_allclose(
-            group_advantages(rewards_K, std=std, weights_XK=np.full(3, 7.0)), plain_K, rtol=1e-12
-        )
-    # shares 1/2, 1/4, 1/4: mean 1/2, variance 3/2 (1/2 + 1/4 + 1/4) / 4 = 3/8
-    np.testing.assert_allclose(group_advantages(rewards_K, std=False, weights_XK=weights_K), [0.5, -0.5, -0.5])
-    expected_K = np.array([0.5, -0.5, -0.5]) / (np.sqrt(3 / 8) + 1e-4)
-    np.testing.assert_allclose(group_advantages(rewards_K, weights_XK=weights_K), expected_K)
-
-
 def test_groups_side_by_side_are_groups_one_by_one() -> None:
     rewards_NK = np.random.default_rng(0).integers(0, 2, (5, 4)).astype(float)
     alone = np.stack([group_advantages(rewards_K) for rewards_K in rewards_NK])

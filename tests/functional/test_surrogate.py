@@ -3,7 +3,6 @@ import pytest
 import torch
 
 from cropi.functional.surrogate import (
-    corrected_ratios,
     effective_sample_share,
     importance_ratios,
     normalizers,
@@ -73,25 +72,3 @@ def test_effective_sample_share() -> None:
     assert effective_sample_share(torch.ones(7)) == pytest.approx(1.0)
     assert effective_sample_share(torch.tensor([1.0, 0.0, 0.0, 0.0])) == pytest.approx(0.25)
     assert effective_sample_share(torch.tensor([1.0, 3.0])) == pytest.approx(16 / (2 * 10))
-
-
-def test_corrected_ratios_by_hand() -> None:
-    logs_T = torch.tensor([2.0, 0.5, 4.0, 1.1], dtype=torch.float64).log()
-
-    def corrected(correction: str, sign: float = 1.0) -> list[float]:
-        return corrected_ratios(logs_T, correction, clip=0.2, cap=3.5, sign=sign).tolist()
-
-    assert corrected("token") == pytest.approx([2.0, 0.5, 4.0, 1.1])
-    assert corrected("clipped") == pytest.approx([0.0, 0.5, 0.0, 1.1])
-    assert corrected("clipped", -1.0) == pytest.approx([2.0, 0.0, 4.0, 1.1])
-    assert corrected("prefix") == pytest.approx([2.0, 1.0, 3.5, 3.5])
-
-
-@pytest.mark.parametrize("sign", [1.0, -1.0])
-def test_clipped_ratios_are_the_gradient_of_ppos_objective(sign: float) -> None:
-    logs_T = torch.linspace(-1, 1, 40, dtype=torch.float64).requires_grad_()
-    ratios_T = logs_T.exp()
-    objective = torch.minimum(ratios_T * sign, ratios_T.clamp(0.8, 1.2) * sign).sum()
-    (expected_T,) = torch.autograd.grad(objective, logs_T)
-    ours_T = corrected_ratios(logs_T.detach(), "clipped", clip=0.2, cap=1.0, sign=sign) * sign
-    torch.testing.assert_close(ours_T, expected_T, rtol=1e-12, atol=0)

@@ -1,4 +1,4 @@
-"""Statements of docs/paper.md about policies, on one so small that every completion and every group is enumerated.
+"""The statements of docs/paper.md about policies, on one so small that every completion and every group is enumerated.
 
 Expectations are exact sums, gradients of objectives come from autograd: neither knows of ratios or baselines.
 """
@@ -19,15 +19,14 @@ from torch import Tensor
 
 from cropi.functional.advantages import EPSILON
 from cropi.functional.agreement import top_overlap
-from cropi.functional.fusion import reciprocal_rank_fusion
-from cropi.functional.influence import influence, mean_weights
-from cropi.functional.surrogate import corrected_ratios, effective_sample_share
+from cropi.functional.influence_formulas import influence, mean_weights
+from cropi.functional.ranking import reciprocal_rank_fusion
+from cropi.functional.surrogate import effective_sample_share
 from cropi.gradients.packing import Span
-from cropi.gradients.ratios import RatioMoments, moments
-from cropi.gradients.surrogate import SurrogateSettings, scales_of
-from cropi.gradients.units import Units
+from cropi.gradients.surrogate_weights import RatioStatistics, SurrogateSettings, ratio_statistics, scales_of
+from cropi.lab.audit.prefix_correction import log_prefix_ratios
+from cropi.lab.audit.trajectory_products import TrajectoryProducts
 
-TESTS = Path(__file__).resolve().parents[1]
 TOKENS, HORIZON, END = 3, 3, 0
 PARAMETERS = TOKENS + TOKENS * TOKENS
 
@@ -82,17 +81,11 @@ def expected(theta: Tensor, outcome_C: np.ndarray) -> Tensor:
     return probabilities(theta) @ torch.from_numpy(outcome_C)
 
 
-def units(
-    theta: Tensor, beta: Tensor, correction: str, cap: float = math.inf, signs: np.ndarray | None = None
-) -> Tensor:
+def units(theta: Tensor, beta: Tensor, correction: str, cap: float = math.inf) -> Tensor:
     """sum_t w_t grad log pi(x_t) of every completion (C, P), with the library's ratios."""
     jacobian = torch.autograd.functional.jacobian(lambda t: torch.cat(logs_of(t)), theta)
     log_ratios = [a - b for a, b in zip(logs_of(theta), logs_of(beta), strict=True)]
-    signs = np.ones(len(COMPLETIONS)) if signs is None else signs
-    weights = [
-        corrected_ratios(logs_T, correction, clip=0.2, cap=cap, sign=float(sign))
-        for logs_T, sign in zip(log_ratios, signs, strict=True)
-    ]
+    weights = [(logs_T if correction == "token" else log_prefix_ratios(logs_T, cap)).exp() for logs_T in log_ratios]
     parts = jacobian.split(LENGTHS_C.tolist())
     return torch.stack([weights_T @ part_TP for weights_T, part_TP in zip(weights, parts, strict=True)])
 
@@ -141,7 +134,7 @@ CORRECTIONS = {"token": (BETA, BETA), "prefix": (AWAY, BETA)}
 def estimate(theta: Tensor, correction: str, baseline: float, cap: float = math.inf) -> np.ndarray:
     """Expectation over one completion of the estimate with a constant baseline."""
     outcome_C = REWARDS_C - baseline
-    return (probabilities(BETA).numpy() * outcome_C) @ units(theta, BETA, correction, cap, np.sign(outcome_C)).numpy()
+    return (probabilities(BETA).numpy() * outcome_C) @ units(theta, BETA, correction, cap).numpy()
 
 
 def test_a_step_gains_its_influence_and_a_remainder_of_second_order() -> None:
@@ -264,13 +257,12 @@ def test_dividing_by_the_length_gives_the_gradient_of_another_objective() -> Non
     assert other_P @ truth_P / np.linalg.norm(other_P) / np.linalg.norm(truth_P) < 0.99
 
 
-def test_clips_and_caps_let_the_baseline_into_the_gradient() -> None:
+def test_caps_let_the_baseline_into_the_gradient() -> None:
     token_P = estimate(AWAY, "token", 0.2)
     assert gap(estimate(AWAY, "token", 0.8), token_P) < 1e-12
     prefix_P = estimate(AWAY, "prefix", 0.2)
     assert gap(estimate(AWAY, "prefix", 0.8), prefix_P) < 1e-12
-    for correction, cap in (("clipped", math.inf), ("prefix", 1.1)):
-        assert gap(estimate(AWAY, correction, 0.8, cap), estimate(AWAY, correction, 0.2, cap)) > 0.02
+    assert gap(estimate(AWAY, "prefix", 0.8, 1.1), estimate(AWAY, "prefix", 0.2, 1.1)) > 0.02
 
 
 def test_influence_errors_are_bounded_and_a_wide_gap_at_the_cut_keeps_the_best() -> None:
@@ -295,7 +287,7 @@ def test_the_effective_share_of_whole_ratios_falls_by_a_power_of_the_length() ->
     whole_X = torch.cartesian_prod(*[ratios_W] * 5).prod(dim=1)
     assert effective_sample_share(ratios_W) == pytest.approx(1 / (1 + divergence))
     assert effective_sample_share(whole_X) == pytest.approx((1 + divergence) ** -5)
-    facts = moments(ratios_W.log(), [Span(0, 0, 4)], 0.2)[0]
+    facts = ratio_statistics(ratios_W.log(), [Span(0, 0, 4)])[0]
     assert facts.effective_share == pytest.approx(1 / (1 + divergence))
     assert facts.kl == pytest.approx(float((policy_W * ratios_W.log()).sum()))
 
@@ -321,10 +313,10 @@ def test_the_jackknife_counts_what_two_trajectories_do_together_twice(count: int
     for group in itertools.product(ATOMS, repeat=count):
         rewards_K, products_K, chances_K = np.array(group).T
         for name, shift in (("square", 0.0), ("shifted", 7.0)):
-            whole = Units(
-                rewards_K, np.ones(count, np.int64), products_K[:, None] + shift, None, [RatioMoments()] * count
+            whole = TrajectoryProducts(
+                rewards_K, np.ones(count, np.int64), products_K[:, None] + shift, None, [RatioStatistics()] * count
             )
-            found[name].append(float(whole.errors(settings, "dot", np.ones(1))[0]) ** 2)
+            found[name].append(float(whole.errors(settings)[0]) ** 2)
         found["value"].append(float(whole.products(settings)[0, 0]))
         found["chance"].append(float(chances_K.prod()))
         found["held"].append(float(np.var((rewards_K - rewards_K.mean()) * (products_K + 7), ddof=1)) / count)
@@ -370,9 +362,22 @@ def test_drift_adds_up_over_stages_at_most() -> None:
 
 
 def test_the_page_names_what_exists() -> None:
-    page = (TESTS.parent / "docs" / "paper.md").read_text(encoding="utf-8")
-    folders = (TESTS, TESTS.parent / "src")
-    code = "\n".join(path.read_text(encoding="utf-8") for folder in folders for path in folder.rglob("*.py"))
-    named = set(re.findall(r"`(\w+)\(\)`|`(test_\w+)`|`([A-Z][a-z]\w+)`", page))
-    assert len(named) > 40
-    assert [name for names in named for name in names if name and not re.search(rf"(def|class) {name}\b", code)] == []
+    root = Path(__file__).resolve().parents[2]
+    page = (root / "docs" / "paper.md").read_text(encoding="utf-8")
+    tests = {path.stem: path.read_text(encoding="utf-8") for path in (root / "tests").rglob("test_*.py")}
+    named = re.findall(r"`(test_\w+)(?:::(test_\w+))?`", page)
+    assert len(named) > 30
+    for stem, test in named:
+        assert stem in tests, stem
+        assert not test or f"def {test}(" in tests[stem], f"{stem}::{test}"
+    rooms = "functional|gradients|pipeline|report|curriculum|stages|training"
+    functions = set(re.findall(rf"`((?:{rooms})\.[\w.]+)`", page))
+    assert len(functions) > 20
+    for name in functions:
+        room, module, *parts = name.split(".")
+        source = (
+            (root / "src" / "cropi" / room / f"{module}.py") if room != "pipeline" else root / "src/cropi/pipeline.py"
+        )
+        text = source.read_text(encoding="utf-8")
+        for part in parts if room != "pipeline" else [module]:
+            assert re.search(rf"^\s*(?:def|class) {part}\b", text, re.MULTILINE), name

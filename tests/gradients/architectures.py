@@ -13,7 +13,7 @@ import transformers
 from torch import Tensor, nn
 
 from cropi.gradients.groups import Group
-from cropi.gradients.surrogate import SurrogateSettings
+from cropi.gradients.surrogate_weights import SurrogateSettings
 
 VOCABULARY = 41
 NORMALIZERS = ["sequence", "token", "constant"]

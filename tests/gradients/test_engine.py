@@ -26,12 +26,13 @@ from torch import Tensor, nn
 from cropi.errors import PolicyError
 from cropi.functional.projection import SparseProjection
 from cropi.gradients import engine as engine_module
-from cropi.gradients.engine import Engine, Nothing, segment_of
+from cropi.gradients.capture import NullReader
+from cropi.gradients.engine import Engine, segment_of
 from cropi.gradients.exact import DenseReader, ExactReader
 from cropi.gradients.groups import Group
+from cropi.gradients.influence_scorer import Scorer
 from cropi.gradients.packing import Segment
 from cropi.gradients.reference import trainable_parameters
-from cropi.gradients.scorer import Scorer
 from cropi.gradients.sketch import SketchReader, UniformMap
 
 MANY = [draw_group(5, [8, 6, 7], seed=40 + number) for number in range(4)]
@@ -99,7 +100,7 @@ def test_the_model_is_left_as_it_was_found(model: Any) -> None:
     check_unchanged(model, before)
     engine.run(segments(GROUPS), DenseReader(engine.parameters, engine.vocabulary))
     check_unchanged(model, before)
-    engine.logprobs(segments(GROUPS))
+    engine.forward_only(segments(GROUPS))
     check_unchanged(model, before)
 
 
@@ -118,11 +119,11 @@ def test_what_was_frozen_since_stays_frozen() -> None:
     engine = Engine(model, SETTINGS, 40)
     model.model.embed_tokens.weight.requires_grad_(False)
     before = state(model)
-    engine.run(segments(GROUPS), Nothing())
+    engine.run(segments(GROUPS), NullReader())
     check_unchanged(model, before)
 
 
-class Failing(Nothing):
+class Failing(NullReader):
     """Raises when told of the n-th thing of a kind."""
 
     def __init__(self, kind: str) -> None:
@@ -322,7 +323,7 @@ def test_running_out_of_memory_late_restarts_sums_and_goes_on_with_rows(which: s
 @pytest.mark.parametrize("which", ["dense", "exact", "sketch"])
 def test_what_is_thrown_away_does_not_count_among_the_ratios(which: str) -> None:
     model = tiny("gpt_neox")
-    plain = Engine(model, SETTINGS, 46).run(segments(MANY), Nothing())
+    plain = Engine(model, SETTINGS, 46).run(segments(MANY), NullReader())
     reader = Limited(readers(model)[which](), lambda packs: len(packs) == 2)
     work = Engine(model, SETTINGS, 46).run(segments(MANY), reader)
     for row, moments in plain.ratios.items():
@@ -348,7 +349,7 @@ def test_what_cannot_be_divided_is_an_error(divisible: bool, what: str) -> None:
     engine = Engine(model, SETTINGS, 1000)
     before = state(model)
     with pytest.raises(PolicyError, match=f"(?s)device cpu: out of memory while scoring {what}.*Fix: free memory"):
-        engine.run([part.alone()[0] if divisible else part], Limited(Nothing(), larger_than(0)), divisible=divisible)
+        engine.run([part.alone()[0] if divisible else part], Limited(NullReader(), larger_than(0)), divisible=divisible)
     assert engine.budget == 1000
     check_unchanged(model, before)
 
@@ -356,7 +357,7 @@ def test_what_cannot_be_divided_is_an_error(divisible: bool, what: str) -> None:
 def test_other_errors_are_not_taken_for_a_lack_of_memory() -> None:
     model = tiny("gpt_neox")
 
-    class Broken(Nothing):
+    class Broken(NullReader):
         def linear(self, *_: Any) -> None:
             raise RuntimeError("shapes differ")
 
@@ -412,7 +413,7 @@ def test_nothing_without_an_advantage_reaches_the_model() -> None:
     assert {row: moments.tokens for row, moments in work.ratios.items()} == {1: 3, 3: 3, 4: 5}
     assert work.of(0).effective_share == 1.0
     seen.clear()
-    assert engine.run(segments(MIXED[:1]), Nothing()).tokens == 0
+    assert engine.run(segments(MIXED[:1]), NullReader()).tokens == 0
     assert not seen
 
 
@@ -421,7 +422,7 @@ def test_a_prompt_is_computed_once_for_all_its_trajectories_unless_it_is_divided
     for budget, expected in ((1000, 23), (1, 15 + 3 * 5 + 3)):
         engine = Engine(model, SETTINGS, budget)
         seen = tokens_seen(model)
-        work = engine.run(segments(MANY[:1]), Nothing())
+        work = engine.run(segments(MANY[:1]), NullReader())
         assert work.tokens == sum(seen) == expected, budget
 
 
@@ -456,7 +457,7 @@ def test_scorer_leaves_groups_without_signal_out() -> None:
 
 def test_a_forward_pass_alone_gives_the_same_ratios() -> None:
     engine = Engine(tiny("gpt_neox"), SETTINGS, 25)
-    full, alone = engine.run(segments(GROUPS), Nothing()), engine.logprobs(segments(GROUPS))
+    full, alone = engine.run(segments(GROUPS), NullReader()), engine.forward_only(segments(GROUPS))
     assert full.tokens == alone.tokens
     assert full.ratios.keys() == alone.ratios.keys()
     for row, moments in full.ratios.items():

@@ -16,8 +16,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from cropi.errors import PolicyError
 from cropi.gradients.groups import Group
-from cropi.gradients.scorer import Scorer
-from cropi.gradients.surrogate import SurrogateSettings, trajectory_scales
+from cropi.gradients.influence_scorer import Scorer
+from cropi.gradients.surrogate_weights import SurrogateSettings, trajectory_scales
 
 TRAIN = [draw_group(6, [9, 1, 5], seed=1), draw_group(3, [3, 8], seed=2), draw_group(4, [7, 2], seed=3, on_policy=True)]
 VALIDATION = [draw_group(5, [6, 4, 7], seed=4), draw_group(2, [5, 3], seed=5)]

@@ -14,8 +14,8 @@ from tests.gradients.architectures import GROUPS, SETTINGS, draw_group, tiny
 import cropi
 from cropi.errors import SignalError
 from cropi.functional.projection import SparseProjection
+from cropi.gradients.group_influence import InfluenceScores
 from cropi.gradients.groups import Group
-from cropi.gradients.influence import InfluenceScores
 from cropi.gradients.reference import prompt_gradient
 
 pytestmark = pytest.mark.usefixtures("unchecked_shapes")
@@ -88,7 +88,7 @@ def test_odd_groups_get_a_status_and_change_nothing_for_others(estimator: str, s
         assert bool(found.values[1].any()) == (status == "ok"), name
 
 
-@pytest.mark.parametrize("estimator", ["exact", "uniform", "structured"])
+@pytest.mark.parametrize("estimator", ["uniform", "structured"])
 def test_all_odd_groups_at_once_in_one_pack_of_float32(estimator: str) -> None:
     model = tiny("llama_tied").float()
     groups = [group for group, _ in ODD.values()]

@@ -15,8 +15,8 @@ from torch import Tensor
 from cropi.functional.projection import SparseProjection, principal_directions
 from cropi.gradients.engine import Engine, segment_of
 from cropi.gradients.exact import DenseReader, ExactReader
+from cropi.gradients.group_influence import influence
 from cropi.gradients.groups import Group
-from cropi.gradients.influence import influence
 from cropi.gradients.packing import Pack, Segment, make_pack, plan
 from cropi.gradients.reference import trainable_parameters
 from cropi.gradients.sketch import SketchReader, StructuredMap, UniformMap

@@ -12,7 +12,7 @@ from cropi.functional.projection import SparseProjection
 from cropi.gradients.groups import Group
 from cropi.gradients.reference import prompt_gradient, trainable_parameters
 from cropi.gradients.sketch import UniformMap, project
-from cropi.gradients.surrogate import SurrogateSettings
+from cropi.gradients.surrogate_weights import SurrogateSettings
 from cropi.policy import completion_logprobs
 
 GROUP = Group(

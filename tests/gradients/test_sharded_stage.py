@@ -16,11 +16,9 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from cropi import parallel
 from cropi.artifacts import read_table
-from cropi.gradients import evidence, parts, storing
-from cropi.gradients.storing import FeatureRequest
-from cropi.gradients.surrogate import surrogate_settings
-from cropi.run_tables import scores_schema
-from cropi.stages.score import ScoredPool, score_pool
+from cropi.gradients import score_shards, validation_scores
+from cropi.gradients.surrogate_weights import surrogate_settings
+from cropi.stages.score import score
 
 pytestmark = pytest.mark.slow  # processes of its own for every worker of the tests
 
@@ -30,27 +28,25 @@ WAYS = {
     "exact": ["score.estimator=exact"],
     "pooled": ["select.strategy={type: pooled}"],
     "store": ["score.store=float32"],
-    "budget": ["score.budget.trajectories=2"],
 }
 
 
 def stage(overrides: Sequence[str], model: Any, folder: Path) -> None:
     chosen = config(*overrides)
     settings = surrogate_settings(chosen, "dr_grpo", "none")
-    request = FeatureRequest(folder / "features", "policy", "tokenizer", "trajectories")
     (folder / "scores").mkdir(parents=True, exist_ok=True)
-    score_pool(chosen, settings, model, ScoredPool(TABLES, SOURCES, features=request), folder / "scores")
+    strategy = chosen.select.strategy
+    score(chosen, settings, model, TABLES, SOURCES, folder / "scores", 0, strategy, ())
 
 
 def scored(folder: Path) -> list[dict[str, Any]]:
-    return read_table(folder / "scores" / "scores.parquet", scores_schema(NAMES)).to_pylist()
+    return read_table(folder / "scores" / "scores.parquet"(NAMES)).to_pylist()
 
 
 def pieces_of_three(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten groups are four pieces, the last of one group: the processes have different work."""
-    monkeypatch.setattr(parts, "PART", 3)
-    monkeypatch.setattr(storing, "BLOCK", 3)
-    monkeypatch.setattr(evidence, "PIECE", 2)
+    monkeypatch.setattr(score_shards, "SHARD_PROMPTS", 3)
+    monkeypatch.setattr(validation_scores, "PIECE", 2)
 
 
 def shared(overrides: Sequence[str], folder: Path, mesh: DeviceMesh) -> None:

@@ -177,7 +177,6 @@ def write_scores(space: RunFolder, made: Fabrication, stage: int) -> None:
             "ratio_ess": 1 - 0.25 * stage if signal else None,
             "clip_share": 0.125 * stage if signal else None,
             "kl": 0.02 * stage if signal else None,
-            "scored": "full" if signal else None,
             "top_probability": (1 / (number + 1) if signal else 0.0) if made.errors else None,
         }
         for name in VALIDATION:

@@ -44,7 +44,6 @@ def space(fabricate):
             "ratio_ess": 0.75 if status == "ok" else None,
             "clip_share": 0.125 if status == "ok" else None,
             "kl": 0.02 if status == "ok" else None,
-            "scored": "full" if status == "ok" else None,
             "top_probability": 0.625 if status == "ok" else 0.0,
             "influence/alpha": alpha,
             "influence/beta": beta,

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from cropi.functional.statistics import bootstrap_mean
+from cropi.functional.bootstrap import bootstrap_mean
 from cropi.report.intervals import stratified_mean
 
 MANY = 20_000

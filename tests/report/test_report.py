@@ -243,7 +243,7 @@ def test_the_ranking_is_judged_by_stage(files):
 
 def test_errors_that_were_not_measured_are_said_to_be(fabricate):
     text = section_text(written(fabricate(errors=False))["report.md"], 6)
-    assert "were not measured in this run: that takes `score.standard_errors`" in text
+    assert "`score.standard_errors=true` measures them" in text
     assert "expected to belong" not in text
     row = next(line for line in text.splitlines() if line.startswith("| 0 |"))
     assert row.split(" | ")[1:3] == ["not measured", "not measured"]

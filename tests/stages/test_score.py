@@ -8,20 +8,19 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from tests.conftest import tiny_llama
 from tests.runs import SMALL
 
 from cropi.artifacts import TRAJECTORIES, read_table
 from cropi.config import Config
-from cropi.errors import ArtifactError, ConfigError, SignalError
-from cropi.functional.influence import influence as equation
-from cropi.gradients import parts, storing
+from cropi.errors import ConfigError, SignalError
+from cropi.gradients import score_shards
+from cropi.gradients.group_influence import influence
 from cropi.gradients.groups import Group, iterate_groups
-from cropi.gradients.influence import influence
-from cropi.gradients.scorer import Scorer
-from cropi.gradients.store import open_store, stored_directions
-from cropi.gradients.storing import FeatureRequest
-from cropi.gradients.surrogate import surrogate_settings
+from cropi.gradients.influence_scorer import Scorer
+from cropi.gradients.score_shards import read_directions, read_features
+from cropi.gradients.surrogate_weights import surrogate_settings
 from cropi.loading import load_config
 from cropi.run_tables import scores_schema
 from cropi.stages import score as scoring
@@ -70,13 +69,10 @@ def config(*overrides: str) -> Config:
     return load_config("quickstart", [*SMALL, *plain, *overrides])
 
 
-def run(
-    folder: Path, *overrides: str, tables: dict[str, pa.Table] = TABLES, previous: pa.Table | None = None
-) -> tuple[list[dict[str, Any]], Any]:
+def run(folder: Path, *overrides: str, tables: dict[str, pa.Table] = TABLES) -> tuple[list[dict[str, Any]], Any]:
     chosen = config(*overrides)
     settings = surrogate_settings(chosen, "dr_grpo", "none")
-    request = FeatureRequest(folder / "features", "policy", "tokenizer", "trajectories")
-    pool = ScoredPool(tables, SOURCES, features=request, previous=previous)
+    pool = ScoredPool(tables, SOURCES)
     (folder / "scores").mkdir(parents=True, exist_ok=True)
     _, details = score_pool(chosen, settings, tiny_llama(tied=True), pool, folder / "scores")
     return read_table(folder / "scores" / "scores.parquet", scores_schema(NAMES)).to_pylist(), details
@@ -113,10 +109,9 @@ def test_rows_and_statuses(tmp_path: Path, estimator: str) -> None:
     assert (details["projection"] is None) == (estimator != "sketch")
 
 
-@pytest.mark.parametrize("estimator", ["sketch", "exact"])
-def test_standard_errors_stand_beside_the_same_influence(tmp_path: Path, estimator: str) -> None:
-    rows, details = run(tmp_path / "a", f"score.estimator={estimator}", "score.standard_errors=true")
-    plain, without = run(tmp_path / "b", f"score.estimator={estimator}")
+def test_standard_errors_stand_beside_the_same_influence(tmp_path: Path) -> None:
+    rows, details = run(tmp_path / "a", "score.standard_errors=true")
+    plain, without = run(tmp_path / "b")
     bound = 1e-4 * np.abs(values(plain)).max()
     np.testing.assert_allclose(values(rows), values(plain), atol=bound)
     for row, other in zip(rows, plain, strict=True):
@@ -137,24 +132,6 @@ def test_standard_errors_stand_beside_the_same_influence(tmp_path: Path, estimat
     assert without["reliability"] is None
     assert details["drift"]["kl"] == pytest.approx(without["drift"]["kl"])
     assert details["direction_reliability"]["sum"] == pytest.approx(without["direction_reliability"]["sum"])
-
-
-def test_groups_of_two_have_no_error(tmp_path: Path) -> None:
-    pairs = [group(f"p{n}", [1.0, 0.0]) for n in range(9)]
-    rows, details = run(
-        tmp_path, "score.standard_errors=true", tables=TABLES | {"train": table([*pairs, SOLVED, BROKEN], "train")}
-    )
-    assert all(row["standard_error/sum"] is None and row["top_probability"] is None for row in rows)
-    assert details["reliability"] is None
-
-
-@pytest.mark.parametrize(
-    "override",
-    ["score.store=float32", "score.budget.trajectories=2", "score.estimator=reference"],
-)
-def test_errors_that_cannot_be_had_are_refused_by_name(override: str) -> None:
-    with pytest.raises(ConfigError, match=r"standard_errors=true cannot be had.*standard_errors=false"):
-        config(override, "score.standard_errors=true")
 
 
 def test_a_direction_of_noise_is_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -189,42 +166,11 @@ def test_a_broken_validation_set_is_an_error(tmp_path: Path) -> None:
         run(tmp_path, tables=TABLES | {"validation/sum": table([*VALIDATION, BROKEN], "validation/sum")})
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_scores_read_off_a_store_are_the_same(tmp_path: Path, dtype: str) -> None:
-    plain, _ = run(tmp_path / "a")
-    stored, _ = run(tmp_path / "b", f"score.store={dtype}")
-    bound = {"float32": 1e-6, "bfloat16": 5e-3}[dtype]
-    np.testing.assert_allclose(values(stored), values(plain), atol=bound * np.abs(values(plain)).max())
-    assert [row["status"] for row in stored] == [row["status"] for row in plain]
-    assert len(open_store(tmp_path / "b" / "features").prompt_ids) == 10  # nine and the broken one
-
-
-def test_a_store_meets_a_new_validation_set(tmp_path: Path) -> None:
-    run(tmp_path, "score.store=float32")
-    store, directions = open_store(tmp_path / "features"), stored_directions(tmp_path / "features")
-    settings = surrogate_settings(config(), "dr_grpo", "none")
-    scorer = scoring.make_scorer(config(), tiny_llama(tied=True), settings)
-    scorer.aim({"other": OTHER}, layer_directions=directions)
-    later = store.influence(scorer.features_VD)
-    at_once = scorer(MIXED)
-    rows = [store.prompt_ids.index(g.prompt_id) for g in MIXED]
-    np.testing.assert_allclose(later[rows], equation(at_once.products_NV, at_once.norms_N, np.ones(1)), rtol=1e-5)
-
-
-def test_an_interrupted_store_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storing, "BLOCK", 4)
-    whole, all_of_it = run(tmp_path / "a", "score.store=float32")
-    again, rest = run_twice(tmp_path / "b", monkeypatch, "score.store=float32")
-    assert again == whole
-    assert 0 < rest["tokens_computed"] < all_of_it["tokens_computed"]
-    assert (tmp_path / "a/features/features.bin").read_bytes() == (tmp_path / "b/features/features.bin").read_bytes()
-
-
 @pytest.mark.parametrize("errors", ["false", "true"])
 def test_an_interrupted_scoring_goes_on_with_the_next_part(
     errors: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parts, "PART", 4)
+    monkeypatch.setattr(score_shards, "SHARD_PROMPTS", 4)
     settings = f"score.standard_errors={errors}"
     whole, details = run(tmp_path / "a", settings)
     again, same = run_twice(tmp_path / "b", monkeypatch, settings)
@@ -233,7 +179,7 @@ def test_an_interrupted_scoring_goes_on_with_the_next_part(
 
 
 def test_parts_of_another_policy_are_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parts, "PART", 4)
+    monkeypatch.setattr(score_shards, "SHARD_PROMPTS", 4)
     whole, _ = run(tmp_path / "a")
     with monkeypatch.context() as patch:
         patch.setattr(scoring, "weights_identity", lambda model: "another")
@@ -264,48 +210,29 @@ def run_twice(
     return run(folder, *overrides)
 
 
-def test_a_store_of_another_projection_is_refused(tmp_path: Path) -> None:
-    run(tmp_path, "score.store=float32")
-    with pytest.raises(ArtifactError, match="projection"):
-        run(tmp_path, "score.store=float32", "score.projection.seed=7")
-
-
-def test_a_store_needs_the_sketch() -> None:
+@pytest.mark.parametrize("override", ["score.store=float32", "score.standard_errors=true"])
+def test_features_and_errors_need_the_sketch(override: str) -> None:
     with pytest.raises(ConfigError, match="needs estimator=sketch"):
-        config("score.store=float32", "score.estimator=exact")
+        config(override, "score.estimator=exact")
 
 
-def test_a_budget_computes_less_and_marks_what_it_left_out(tmp_path: Path) -> None:
-    whole, all_of_it = run(tmp_path / "a", "score.projection.keep_fraction=1")
-    budget = ["score.budget.trajectories=2", "score.budget.contenders=0.4", "select.fraction=0.2"]
-    rows, less = run(tmp_path / "b", "score.projection.keep_fraction=1", *budget)
-    assert less["scored"] == {"full": 6, "subsampled": 4}  # ceil(0.4 * 13) and the rest of the ten with a gradient
-    assert less["tokens_computed"] != all_of_it["tokens_computed"]
-    exact = {row["prompt_id"]: row["influence/sum"] for row in whole}
-    for row in rows:
-        same = row["influence/sum"] == pytest.approx(exact[row["prompt_id"]], rel=1e-6)
-        assert same == (row["scored"] != "subsampled" or row["status"] == "non_finite"), row
-    _, only_two = run(tmp_path / "c", "score.budget.trajectories=2")
-    assert only_two["tokens_computed"] < all_of_it["tokens_computed"]
-
-
-def test_scores_of_the_stage_before_are_used(tmp_path: Path) -> None:
-    run(tmp_path / "a")
-    previous = read_table(tmp_path / "a/scores/scores.parquet", scores_schema(NAMES))
-    rows, details = run(tmp_path / "b", "score.budget.rescore=true", previous=previous)
-    assert details["scored"] == {"full": 10}  # a probe of 32 is more than there are
-    assert values(rows) == pytest.approx(values(previous.to_pylist()))
-
-
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        (["score.budget.contenders=0.5"], "contenders needs trajectories"),
-        (["score.budget.trajectories=2", "score.budget.contenders=0.1"], "below select.fraction"),
-        (["score.budget.trajectories=2", "score.store=float32"], "features of every prompt"),
-        (["score.budget.trajectories=2", "score.estimator=reference"], "needs estimator=sketch or exact"),
-    ],
-)
-def test_a_budget_that_makes_no_sense_is_refused(overrides: list[str], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        config(*overrides)
+@pytest.mark.parametrize("errors", ["false", "true"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_kept_features_give_the_scores_and_outlive_an_interruption(
+    dtype: str, errors: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(score_shards, "SHARD_PROMPTS", 4)
+    errors = f"score.standard_errors={errors}"
+    plain, _ = run(tmp_path / "a", errors)
+    rows, _ = run_twice(tmp_path / "b", monkeypatch, errors, f"score.store={dtype}")
+    assert rows == plain
+    folder, settings = tmp_path / "b" / "scores", surrogate_settings(config(), "dr_grpo", "none")
+    scorer = score_shards.make_scorer(config(), tiny_llama(tied=True), settings)
+    scorer.aim({"sum": VALIDATION, "other": OTHER}, layer_directions=read_directions(folder))
+    kept = list(read_features(folder))
+    assert [len(ids) for ids, _ in kept] == [4, 4, 2]  # nine and the broken one
+    of_prompt = dict(zip([i for ids, _ in kept for i in ids], torch.cat([found for _, found in kept]), strict=True))
+    products = torch.stack([of_prompt[g.prompt_id] for g in MIXED]) @ scorer.features_VD.float().T
+    bound = {"float32": 1e-5, "bfloat16": 5e-3}[dtype] * np.abs(values(plain)).max()
+    np.testing.assert_allclose(products[:, 0], values(plain)[: len(MIXED)], atol=bound)
+    np.testing.assert_allclose(products[:, 1], scorer(MIXED).products_NV[:, 1], atol=bound)

@@ -18,7 +18,7 @@ from cropi.curriculum.strategies import (
 )
 from cropi.curriculum.strategy import Candidates
 from cropi.errors import SignalError
-from cropi.functional.sampling import places
+from cropi.functional.ranking import selection_size
 from cropi.loading import load_config
 from cropi.stages.select import choose_prompts
 
@@ -107,7 +107,13 @@ def test_exploration_is_never_rounded_away_nor_wasted() -> None:
 
 
 def test_a_fraction_means_what_is_written() -> None:
-    assert [places(f, n) for f, n in ((0.07, 100), (0.14, 50), (0.55, 100), (0.1, 101), (1.0, 7))] == [7, 7, 55, 11, 7]
+    assert [selection_size(f, n) for f, n in ((0.07, 100), (0.14, 50), (0.55, 100), (0.1, 101), (1.0, 7))] == [
+        7,
+        7,
+        55,
+        11,
+        7,
+    ]
 
 
 def test_quota_caps_a_source() -> None:

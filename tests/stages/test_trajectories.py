@@ -70,8 +70,6 @@ def test_the_newest_group_of_every_prompt_wins(tmp_path: Path) -> None:
     assert overlay.drawn(list("abcde")).tolist() == [0, 1, 1, 2, -1]
     assert overlay.drawn_at(5) == {"a": 0, "b": 5, "c": 5, "d": 10}
     assert overlay.reused(list("abcde"), 2).tolist() == [False, False, True, False, False]
-    table = pa.table({"prompt_id": list("abcde")})
-    assert overlay.without_replaced(table, 2).column("prompt_id").to_pylist() == ["a", "b", "e"]
     assert read_overlay(layers[:2]).identity != read_overlay(layers[:3]).identity != overlay.identity
 
 

@@ -24,7 +24,7 @@ from cropi.config.run import (
     config_hash,
     deciding,
 )
-from cropi.config.score import BudgetConfig, CollectConfig, ProjectionConfig, ScoreConfig, ServerConfig, VllmConfig
+from cropi.config.score import CollectConfig, ProjectionConfig, ScoreConfig, ServerConfig, VllmConfig
 from cropi.config.select import SelectConfig
 from cropi.curriculum.strategies import Strategy, StrategyTable
 from cropi.curriculum.strategy import FusionConfig
@@ -35,7 +35,6 @@ __all__ = [
     "BUILTIN_POLICY",
     "OWNED_TRAINER_KEYS",
     "SAMPLED_BY",
-    "BudgetConfig",
     "BuiltinSource",
     "CollectConfig",
     "Config",

@@ -126,31 +126,11 @@ class Config(Table):
         return self
 
     @model_validator(mode="after")
-    def _enough_contenders(self) -> Config:
-        contenders = self.score.budget.contenders
-        if contenders is not None and contenders < self.select.fraction:
-            raise ValueError(
-                f"score.budget.contenders ({contenders}) is below select.fraction ({self.select.fraction})"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _lengths_are_computed(self) -> Config:
-        strategy = self.select.strategy
-        if strategy.reads_lengths and self.score.budget.active:
-            raise ValueError(
-                f"{strategy.label} needs the gradient of every prompt in full, which score.budget leaves out"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _pooling_has_errors(self) -> Config:
         wanted = {
             "score.score=dot": self.score.score == "dot",
             "score.validation_mean=plain": self.score.validation_mean == "plain",
             "score.estimator=sketch": self.score.estimator == "sketch",
-            "score.store=none": self.score.store == "none",
-            "no score.budget": not self.score.budget.active,
         }
         strategy = self.select.strategy
         missing = [text for text, there in wanted.items() if strategy.pools and not there]

@@ -125,28 +125,6 @@ class ProjectionConfig(Table):
     """Seed of the mask, the buckets and the signs."""
 
 
-class BudgetConfig(Table):
-    """What scoring may leave out; by default nothing. What each option loses: docs/decisions/budget.md."""
-
-    trajectories: Annotated[int, Field(ge=2)] | None = None
-    """Trajectories of each group that are scored at first, half of them with positive advantage."""
-    contenders: Fraction | None = None
-    """Share of the pool that is then scored in full: those that rank best so far. Needs `trajectories`."""
-    rescore: bool = False
-    """After the first stage, score only prompts whose last score could still bring them to the cut."""
-
-    @property
-    def active(self) -> bool:
-        """Whether anything is left out."""
-        return self.trajectories is not None or self.rescore
-
-    @model_validator(mode="after")
-    def _contenders_of_something(self) -> BudgetConfig:
-        if self.contenders is not None and self.trajectories is None:
-            raise ValueError("contenders needs trajectories: without, every prompt is scored in full already")
-        return self
-
-
 class ScoreConfig(Table):
     """Influence of every training prompt on every validation set, at the current policy."""
 
@@ -168,45 +146,17 @@ class ScoreConfig(Table):
     store: Literal["none", "bfloat16", "float32"] = "none"
     """Keep the gradient features beside the scores, in this type. Needs the sketch estimator."""
     standard_errors: bool = False
-    """Also estimate the error of every influence, from the spread of the prompt's trajectories (jackknife). These then
-    do not share their prompt in the pass through the policy, which costs its tokens K times."""
-    correction: Literal["token", "clipped", "prefix"] = "token"
-    """What stands for the importance ratio of a token: its own (paper eq. 4), its own unless PPO would clip it, or the
-    product of those up to it."""
-    clip: PositiveNumber = 0.2
-    """Epsilon of `clipped`; the share of ratios outside 1 - clip to 1 + clip is reported in any case."""
-    prefix_cap: PositiveNumber = 10.0
-    """Largest product of ratios that `prefix` uses."""
-    baseline: Literal["group", "reweighted"] = "group"
-    """Mean and deviation of a group's rewards: plain, or weighted by the trajectories' length-normalised ratios."""
-    budget: BudgetConfig = BudgetConfig()
-    """Scoring for less."""
+    """Also estimate the error of every influence, from two halves of the prompt's trajectories. Prompts are computed
+    twice. Needs the sketch estimator."""
     projection: ProjectionConfig = ProjectionConfig()
     """How a gradient becomes a feature."""
 
     @model_validator(mode="after")
-    def _store_needs_features(self) -> ScoreConfig:
-        if self.store != "none" and self.estimator != "sketch":
+    def _needs_features(self) -> ScoreConfig:
+        if self.estimator == "sketch":
+            return self
+        if self.store != "none":
             raise ValueError(f"store={self.store} needs estimator=sketch: {self.estimator} makes no features")
-        if self.store != "none" and self.budget.active:
-            raise ValueError(f"store={self.store} needs features of every prompt, which score.budget leaves out")
-        if self.budget.trajectories is not None and self.estimator == "reference":
-            raise ValueError("budget.trajectories needs estimator=sketch or exact")
-        if self.budget.active and self.baseline == "reweighted":
-            raise ValueError("baseline=reweighted needs all trajectories, which score.budget leaves out")
-        return self
-
-    @model_validator(mode="after")
-    def _errors_need_trajectories(self) -> ScoreConfig:
-        reason = None
-        if self.budget.active:
-            reason = "score.budget leaves trajectories out"
-        elif self.store != "none":
-            reason = "a store keeps the features of whole groups"
-        elif self.estimator == "reference":
-            reason = "estimator=reference knows whole groups alone"
-        elif self.estimator == "exact" and self.score != "dot":
-            reason = f"estimator=exact has no inner products of trajectories, which score={self.score} needs"
-        if self.standard_errors and reason is not None:
-            raise ValueError(f"standard_errors=true cannot be had: {reason}; set score.standard_errors=false")
+        if self.standard_errors:
+            raise ValueError("standard_errors=true needs estimator=sketch; set score.standard_errors=false")
         return self

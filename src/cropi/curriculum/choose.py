@@ -15,8 +15,7 @@ from jaxtyping import Bool, Int
 from cropi.artifacts import SELECTION
 from cropi.curriculum.strategy import Candidates, Ranking
 from cropi.errors import SignalError
-from cropi.functional.fusion import ranks
-from cropi.functional.sampling import places
+from cropi.functional.ranking import ranks, selection_size
 from cropi.seeds import unit_intervals
 
 BLOCK = 1 << 18  # rows of the table that are built at a time
@@ -53,7 +52,7 @@ def choose(
     best_first = np.empty_like(eligible)
     best_first[ranks_N[eligible] - 1] = eligible
     room = _Quotas(candidates, quotas, size)
-    explored = places(exploration, size)
+    explored = selection_size(exploration, size)
     chosen = room.take(best_first, size - explored)
     extra = chosen[:0]
     if explored:

@@ -14,7 +14,7 @@ from pydantic import Field
 
 from cropi.artifacts import USABLE
 from cropi.curriculum.pooling_data import PoolingData
-from cropi.functional.fusion import ranks, reciprocal_rank_fusion
+from cropi.functional.ranking import ranks, reciprocal_rank_fusion
 from cropi.reward_statistics import Visit
 from cropi.seeds import unit_interval
 from cropi.setting_types import Name, Table

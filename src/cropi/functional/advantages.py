@@ -8,32 +8,25 @@ from jaxtyping import Float
 EPSILON = 1e-4
 
 
-def group_advantages(
-    rewards_XK: Float[np.ndarray, "*X K"], *, std: bool = True, weights_XK: Float[np.ndarray, "*X K"] | None = None
-) -> Float[np.ndarray, "*X K"]:
+def group_advantages(rewards_XK: Float[np.ndarray, "*X K"], *, std: bool = True) -> Float[np.ndarray, "*X K"]:
     """Advantage of each trajectory of one prompt against its group; leading dimensions are groups.
 
     A_k = (r_k - mean(r)) / (s + 1e-4), with s the standard deviation with Bessel's correction (GRPO, arXiv 2402.03300,
     eq. 21; the constant is TRL's). `std=False` gives A_k = r_k - mean(r) (Dr. GRPO, arXiv 2503.20783).
 
-    With weights (one positive number a trajectory) mean and deviation are weighted: mean = sum w r / sum w,
-    s^2 = K / (K - 1) sum w (r - mean)^2 / sum w. Weights of length-normalised sequence ratios re-weight the baseline
-    towards the current policy, as the paper's released code offers.
-
-    Equal rewards give exactly 0. Raises ValueError for fewer than two rewards, whose deviation does not exist.
+    Equal rewards give exactly 0. Raises ValueError for fewer than two rewards, which have no deviation.
     """
     rewards_XK = np.asarray(rewards_XK, dtype=np.float64)
     count = rewards_XK.shape[-1]
     if count < 2:
         raise ValueError(f"a group needs at least 2 rewards, got {count}")
-    weights_XK = np.ones(count) if weights_XK is None else weights_XK
-    shares_XK = weights_XK / weights_XK.sum(axis=-1, keepdims=True)
-    with np.errstate(invalid="ignore"):  # infinite rewards: what comes of them is not a number, and noticed later
-        centred_XK = rewards_XK - (shares_XK * rewards_XK).sum(axis=-1, keepdims=True)
+    share = 1 / count
+    with np.errstate(invalid="ignore"):  # infinite rewards give NaN, which is handled later
+        centred_XK = rewards_XK - (share * rewards_XK).sum(axis=-1, keepdims=True)
     # The mean of equal floats may differ from them by a rounding error, which 1/1e-4 would blow up.
     equal_X1 = (rewards_XK == rewards_XK[..., :1]).all(axis=-1, keepdims=True)
     centred_XK = np.where(equal_X1, 0.0, centred_XK)
     if not std:
         return centred_XK
-    variance_X1 = count / (count - 1) * (shares_XK * centred_XK**2).sum(axis=-1, keepdims=True)
+    variance_X1 = count / (count - 1) * (share * centred_XK**2).sum(axis=-1, keepdims=True)
     return centred_XK / (np.sqrt(variance_X1) + EPSILON)

@@ -1,4 +1,4 @@
-"""How far two scorings of the same prompts agree. NumPy only."""
+"""Agreement of two scorings of the same prompts. NumPy only."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import math
 import numpy as np
 from jaxtyping import Float
 
-from cropi.functional.sampling import places
+from cropi.functional.ranking import selection_size
 
 
 def spearman(first_N: Float[np.ndarray, " N"], second_N: Float[np.ndarray, " N"]) -> float:
-    """Correlation of ranks, equal values sharing the mean of theirs; NaN where one side does not vary."""
+    """Rank correlation, with mean ranks for ties; NaN if one side is constant."""
     return pearson(_ranks(first_N), _ranks(second_N))
 
 
 def pearson(first_N: Float[np.ndarray, " N"], second_N: Float[np.ndarray, " N"]) -> float:
-    """Correlation; NaN where one side does not vary."""
+    """Pearson correlation; NaN if one side is constant."""
     first_N, second_N = first_N - first_N.mean(), second_N - second_N.mean()
     lengths = math.sqrt(float(first_N @ first_N) * float(second_N @ second_N))
     return float(first_N @ second_N) / lengths if lengths else math.nan
@@ -28,15 +28,17 @@ def _ranks(values_N: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
 
 
 def top_overlap(found_N: Float[np.ndarray, " N"], true_N: Float[np.ndarray, " N"], share: float) -> float:
-    """Which part of the ceil(share N) highest of one scoring is among as many of the other (precision@share). Of equal
-    values the first count as higher. Chance gives `share`."""
-    count = places(share, len(true_N))
+    """Share of the ceil(share N) highest of one scoring that are also among as many of the other (precision@share).
+
+    Ties are broken by position, the first counting as higher. Chance gives `share`.
+    """
+    count = selection_size(share, len(true_N))
     best = [set(np.argsort(-values_N, kind="stable")[:count].tolist()) for values_N in (found_N, true_N)]
     return len(best[0] & best[1]) / count
 
 
 def sign_agreement(first_N: Float[np.ndarray, " N"], second_N: Float[np.ndarray, " N"]) -> float:
-    """Share of the prompts whose scores have the same sign, among those where neither is 0; NaN where there is none."""
+    """Share of prompts whose scores have the same sign, among those with two non-zero scores; NaN without any."""
     both_N = (first_N != 0) & (second_N != 0)
     return float((np.sign(first_N) == np.sign(second_N))[both_N].mean()) if both_N.any() else math.nan
 
@@ -47,9 +49,9 @@ def spearman_brown(correlation: float, times: float = 2.0) -> float:
 
 
 def disattenuated(correlation: float, first_reliability: float, second_reliability: float) -> float:
-    """The correlation that two noisy scorings would have without noise: r / sqrt(r_1 r_2) (Spearman 1904).
+    """Correlation that two noisy scorings would have without noise: r / sqrt(r_1 r_2) (Spearman 1904).
 
-    NaN where a reliability is not positive. Above 1 by chance alone.
+    NaN if a reliability is not positive. Values above 1 come from chance.
     """
     if not (first_reliability > 0 and second_reliability > 0):
         return math.nan

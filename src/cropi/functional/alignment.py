@@ -7,9 +7,9 @@ from jaxtyping import Bool, Float
 
 
 def halves(keys: Mapping[str, float], count: int) -> tuple[list[str], list[str]]:
-    """The `count` ids of the smallest keys (ties by id), dealt in turn to two halves, each in ascending order.
+    """Deal the `count` ids of the smallest keys (ties by id) in turn to two halves, each in ascending order.
 
-    All ids where there are fewer. ValueError where a half would be empty.
+    Uses all ids if there are fewer. Raises ValueError if a half would be empty.
     """
     drawn = sorted(keys, key=lambda i: (keys[i], i))[:count]
     if len(drawn) < 2:
@@ -22,8 +22,8 @@ def mean_cosines(
 ) -> Float[np.ndarray, " N"]:
     """c_i = mean of cos(g_i, g_j) over the sampled prompts j, or over the half that i does not belong to.
 
-    From products <g_i, d_h> with d_h = (1/M_h) sum_{j in h} g_j / |g_j|: <g_i, d_h> / |g_i| is the mean cosine with a
-    half. So no prompt is compared with itself, which would favour the sampled ones. 0 where g_i is 0.
+    Input are products <g_i, d_h> with d_h = (1/M_h) sum_{j in h} g_j / |g_j|, so that <g_i, d_h> / |g_i| is the mean
+    cosine with a half. No prompt is compared with itself, which would favour the sampled ones. 0 if g_i is 0.
     """
     cosines_N2 = np.divide(
         products_N2, lengths_N[:, None], out=np.zeros(products_N2.shape), where=lengths_N[:, None] > 0

@@ -1,7 +1,7 @@
-"""Influence and pass rates pooled over similar prompts. NumPy only.
+"""What neighbours say of a prompt: influence and pass rates pooled over prompts that are alike. NumPy only.
 
-Shapes: N prompts to be estimated, O observed prompts (scored ones of the pool, and validation prompts), V validation
-sets, E dimensions of a representation.
+Letters: N prompts to be judged, O observed ones (scored trajectories, validation prompts among them), V validation
+sets, E numbers of a representation.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ from functools import cached_property
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-BANDWIDTHS = (2.0, 1.0, 1.25, 1.5, 2.5, 3.0)  # tried, the default first; in median distances to the nearest observed
+BANDWIDTHS = (2.0, 1.0, 1.25, 1.5, 2.5, 3.0)  # tried, the usual one first; in median distances to the nearest observed
 TRUSTS = (1.0, 0.3, 0.1)  # weights tried for validation prompts beside the pool's
-PRIOR = 1.0  # weight of the pool's mean beside the neighbours, in prompts
-LEAST_SPREAD = 0.02  # least variance of slopes in a neighbourhood, as a share of the pool's
-OWN_ERROR = 0.25  # weight of a prompt's own squared error beside its neighbours'
-CELLS = 8192  # cells that observed prompts are grouped into, if there are more of them
-POINTS = 8192  # rows of representations converted to float64 at a time
-BLOCK = 2048  # most rows of a kernel matrix at a time
-NUMBERS = 1 << 21  # most entries of a kernel matrix at a time: 16 MB
+PRIOR = 1.0  # prompts that the pool as a whole counts for beside the neighbours
+LEAST_SPREAD = 0.02  # of the pool's variance of own slopes: no neighbourhood is taken to be more uniform than that
+OWN_ERROR = 0.25  # what a prompt's own squared error counts for beside its neighbours'
+CELLS = 8192  # places that observed prompts are gathered in, where there are more of them
+POINTS = 8192  # rows of representations widened at once
+BLOCK = 2048  # rows of a kernel matrix made at once, at the most
+NUMBERS = 1 << 21  # of a kernel matrix made at once, at the most: 16 MB
 
 
 def principal_points(*parts: Float[np.ndarray, "_ E"], dimensions: int = 32) -> Float[np.ndarray, "N dimensions"]:
-    """Coordinates of all rows along their first principal directions, scaled to a mean square length of 1.
+    """Coordinates of the rows of all parts along their first principal directions, scaled to a mean square length of 1.
 
-    Fewer directions if there are fewer dimensions; zeros if all rows are equal. Rows are converted to float64 and
-    centred in blocks, since the representations may fill most of the memory.
+    Fewer directions where there are fewer; all zeros where the rows are all alike. Rows are widened to float64 and
+    centred a block at a time, since all of them may fill most of the memory.
     """
     rows = [part[start : start + POINTS] for part in parts for start in range(0, len(part), POINTS)]
     count = sum(map(len, rows))
@@ -44,10 +44,10 @@ def principal_points(*parts: Float[np.ndarray, "_ E"], dimensions: int = 32) -> 
 def nearest_first(
     points_NE: Float[np.ndarray, "N E"], validation_ME: Float[np.ndarray, "M E"], sets: Sequence[str]
 ) -> Int[np.ndarray, " N"]:
-    """Rows of the pool, nearest to the validation prompts first; several sets take turns.
+    """Rows of the pool, the nearest to validation prompts first; of several sets, each takes its turn.
 
-    Each set ranks the rows by min_m |x - x_m| over its prompts m; the order is by each row's best rank, ties by row.
-    `sets` holds the set of each of the M validation prompts.
+    By set the rows are ranked by min_m |x - x_m| over its prompts m; then all rows by their best rank, of equals the
+    first. `sets` holds the set of each of the M validation prompts.
     """
     names = sorted(set(sets))
     members = [np.array([owner == name for owner in sets]) for name in names]
@@ -62,34 +62,34 @@ def nearest_first(
 
 @dataclass(frozen=True)
 class Observed:
-    """Prompts with an estimated influence: some of the pool, and validation prompts (`guests_O`)."""
+    """Prompts whose influence has been estimated: some of the pool, and validation prompts as its guests."""
 
     places_OE: Float[np.ndarray, "O E"]
     strengths_O: Float[np.ndarray, " O"]
-    """w = p (1 - p), >= 0. A group without signal has 0 and carries no information."""
+    """w = p (1 - p), >= 0. A group without signal has 0 and tells nothing."""
     influence_OV: Float[np.ndarray, "O V"]
     errors_OV: Float[np.ndarray, "O V"]
     """Standard errors; finite."""
     guests_O: Bool[np.ndarray, " O"]
 
     def trusting(self, trust: float) -> Observed:
-        """Weight the guests: multiply their strength, influence and error by the root of `trust`."""
+        """With this weight on what guests tell: its root on strength, influence and error."""
         root_O = np.where(self.guests_O, np.sqrt(trust), 1.0)
         scaled = {name: root_O[:, None] * getattr(self, name) for name in ("influence_OV", "errors_OV")}
         return replace(self, strengths_O=root_O * self.strengths_O, **scaled)
 
     def every(self, step: int) -> Observed:
-        """Keep every `step`th prompt."""
+        """Every `step`th of them."""
         return Observed(*(getattr(self, field.name)[::step] for field in fields(self)))
 
     @cached_property
     def own_O(self) -> Bool[np.ndarray, " O"]:
-        """The pool's own prompts; all prompts if none of its own has any strength."""
+        """The pool's own; all, where none of its own has any strength."""
         return ~self.guests_O if (self.strengths_O[~self.guests_O] > 0).any() else np.ones_like(self.guests_O)
 
     @cached_property
     def slope_V(self) -> Float[np.ndarray, " V"]:
-        """g: the slope of the whole pool."""
+        """g: the slope of the pool as a whole."""
         w = self.strengths_O[self.own_O]
         slope_V: np.ndarray = w @ self.influence_OV[self.own_O] / (w @ w)
         return slope_V
@@ -109,12 +109,12 @@ class Observed:
 
 
 def bandwidth_of(observed: Observed) -> float:
-    """Twice the median distance of an observed prompt to the nearest other, unless one of `BANDWIDTHS` predicts better.
+    """Twice the median distance of an observed prompt to the nearest other, unless one of `BANDWIDTHS` tells better.
 
     Better: by leaving one out (Stone 1974), sum_v mean_j (s_j - w_j f_-j)^2 / mean_j s_j^2 with f of `pooled_slopes`
     from all prompts but j is less by more than a standard error of the difference (Breiman et al. 1984, section
     3.4.3); then the best of those. Of more than `BLOCK` observed prompts every other one, or every third, ... is used.
-    1 if all prompts coincide.
+    1 where all lie in one place.
     """
     observed = observed.every(-(-len(observed.guests_O) // BLOCK))
     squares_OO = _squares(observed.places_OE, observed.places_OE)
@@ -131,10 +131,12 @@ def bandwidth_of(observed: Observed) -> float:
 
 
 def trust_of(observed: Observed) -> tuple[float, float]:
-    """Choose from `TRUSTS` the weight of guests beside the pool's own observed prompts, and the bandwidth for it.
+    """The weight, of `TRUSTS`, with which guests are to count beside the pool's own observed prompts, and the bandwidth
+    that goes with it.
 
-    The weight minimises the leave-one-out error of the pool's own prompts; ties go to the largest. Guests mislead if
-    similar prompts of the pool carry other labels. 1 if the pool has fewer than two observed prompts.
+    The one by which neighbours tell the influence of the pool's own prompts best, each left out; of equals the largest.
+    Guests mislead where the pool's prompts that look like them carry other labels. 1 where the pool has less than two
+    observed prompts.
     """
     observed = observed.every(-(-len(observed.guests_O) // BLOCK))
     own_O = ~observed.guests_O
@@ -161,14 +163,14 @@ def _left_out(squares_OO: Float[np.ndarray, "O O"], observed: Observed, bandwidt
 def kernel(
     points_NE: Float[np.ndarray, "N E"], observed_OE: Float[np.ndarray, "O E"], bandwidth: float
 ) -> Float[np.ndarray, "N O"]:
-    """k(x, x') = exp(-|x - x'|^2 / (2 h^2)): 1 for the same place."""
+    """k(x, x') = exp(-|x - x'|^2 / (2 h^2)): how much of a neighbour one prompt is to another, 1 for the same place."""
     return np.exp(-_squares(points_NE, observed_OE) / (2 * bandwidth**2))
 
 
 def blocks(count: int, observed: int) -> list[slice]:
-    """Slices of rows for kernel matrices of limited size; one empty slice for 0 rows.
+    """Rows of which a kernel matrix is made at once, in turn; one empty block of none.
 
-    Longer rows give fewer at a time: the system frees large arrays at once, and allocating their pages again is slow.
+    Fewer of longer rows: large arrays go back to the system when they are let go, and all their pages come anew.
     """
     rows = max(1, min(BLOCK, NUMBERS // max(observed, 1)))
     return [slice(start, start + rows) for start in range(0, max(count, 1), rows)]
@@ -176,10 +178,10 @@ def blocks(count: int, observed: int) -> list[slice]:
 
 @dataclass(frozen=True)
 class Cells:
-    """At most `CELLS` places of observed prompts: each prompt's own, or the mean of nearby ones.
+    """Where observed prompts lie, at most `CELLS` places: each prompt's own, or the mean of those that are near.
 
-    Pooling sums the kernel times a value of each observed prompt. The kernel hardly differs within a cell, so it is
-    taken out of the cell's sum. The time for a prompt then does not grow with the pool.
+    All that is pooled are sums over observed prompts of the kernel times something of theirs. A kernel that hardly
+    differs within a cell can be taken out of the cell's sum, so the time for a prompt does not grow with the pool.
     """
 
     places_CE: Float[np.ndarray, "C E"]
@@ -187,7 +189,7 @@ class Cells:
 
     @classmethod
     def of(cls, places_OE: Float[np.ndarray, "O E"]) -> Cells:
-        """Take evenly spaced rows as cells, and assign each prompt to the nearest."""
+        """Evenly spaced prompts found cells, and each prompt joins the nearest of them."""
         step = -(-len(places_OE) // CELLS)
         if step <= 1:
             return cls(places_OE, None)
@@ -196,12 +198,12 @@ class Cells:
             [_squares(places_OE[rows], founders_CE).argmin(axis=1) for rows in blocks(len(places_OE), len(founders_CE))]
         )
         cells = cls(founders_CE, of_O)
-        counts_C = cells.sums(np.ones(len(places_OE)))  # 0 for a cell that coincides with another
+        counts_C = cells.sums(np.ones(len(places_OE)))  # 0 where another cell lies in the same place
         means_CE = cells.sums(places_OE) / np.maximum(counts_C, 1)[:, None]
         return cls(means_CE[counts_C > 0], (np.cumsum(counts_C > 0) - 1)[of_O])
 
     def sums(self, values_OX: Float[np.ndarray, " O *X"]) -> Float[np.ndarray, " C *X"]:
-        """Sum values by cell."""
+        """By cell."""
         if self.of_O is None:
             return values_OX
         count = len(self.places_CE)
@@ -219,7 +221,7 @@ class Slopes:
     errors_NV: Float[np.ndarray, "N V"]
     """Posterior standard deviation."""
     smooth_errors_NV: Float[np.ndarray, "N V"]
-    """The part of it due to the neighbourhood's f: the uncertainty about similar prompts."""
+    """The part of it that the neighbourhood's f has: what is not known of prompts of this kind."""
 
 
 def pooled_slopes(
@@ -235,28 +237,28 @@ def pooled_slopes(
         kappa(x) = (sum_j k_j [(s_j - w_j f(x))^2 - e_j^2] + n_0 kappa_g) / (the same), at least a little
         u_j      = kappa w_j (s_j - w_j f) / (kappa w_j^2 + e_j^2)
 
-    g, kappa_g and n_0 come from the pool, without guests. Within u_j, e_j^2 is the prompt's own with the weight
-    `OWN_ERROR` and otherwise its neighbours' for such a strength, since the error of a single prompt is itself
-    uncertain. `own_N` is each prompt's row among the observed; prompts with -1 get f alone. Sources: kernel
+    Guests say nothing of g, kappa_g and n_0, which are the pool's. Within u_j, e_j^2 is the prompt's own with the
+    weight `OWN_ERROR` and else its neighbours' for such a strength: the error of a single prompt is itself little
+    known. `own_N` is each prompt's row among the observed, -1 for one that has none: it gets f alone. Sources: kernel
     regression (Nadaraya 1964, Watson 1964), the normal means model of Efron & Morris (1973) with a variance that
     differs from place to place.
 
-    Raises ValueError if no observed prompt has any strength.
+    ValueError where no observed prompt has any strength.
     """
     if not (observed.strengths_O > 0).any():
         raise ValueError("no observed prompt has any strength")
     cells = Cells.of(observed.places_OE)
-    sums = _CellSums.by(observed, cells)
+    told = _Told.by(observed, cells)
     parts = [
-        _posterior(kernel(points_NE[rows], cells.places_CE, bandwidth), sums, observed, own_N[rows])
+        _posterior(kernel(points_NE[rows], cells.places_CE, bandwidth), told, observed, own_N[rows])
         for rows in blocks(len(points_NE), len(cells.places_CE))
     ]
     return Slopes(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(Slopes)))
 
 
 @dataclass(frozen=True)
-class _CellSums:
-    """Sums by cell: w^2, w^4, w s, s^2, e^2 and (w e)^2."""
+class _Told:
+    """What the prompts of each cell tell, added up: w^2, w^4, w s, s^2, e^2 and (w e)^2."""
 
     w2_C: Float[np.ndarray, " C"]
     w4_C: Float[np.ndarray, " C"]
@@ -266,7 +268,7 @@ class _CellSums:
     w2e2_CV: Float[np.ndarray, "C V"]
 
     @classmethod
-    def by(cls, observed: Observed, cells: Cells) -> _CellSums:
+    def by(cls, observed: Observed, cells: Cells) -> _Told:
         w2, squared_OV = observed.strengths_O**2, observed.errors_OV**2
         weighted_OV = observed.strengths_O[:, None] * observed.influence_OV
         values = (w2, w2**2, weighted_OV, observed.influence_OV**2, squared_OV, w2[:, None] * squared_OV)
@@ -279,26 +281,26 @@ def _smooth(
     ws_CV: Float[np.ndarray, "C V"],
     observed: Observed,
 ) -> tuple[Float[np.ndarray, "N V"], Float[np.ndarray, "N 1"]]:
-    """Return f and its denominator sum_j k_j w_j^2 + n_0."""
+    """f, and its denominator sum_j k_j w_j^2 + n_0."""
     mass_N1 = (weights_NC @ w2_C)[:, None] + observed.prior
     return (weights_NC @ ws_CV + observed.prior * observed.slope_V) / mass_N1, mass_N1
 
 
 def _posterior(
-    weights_NC: Float[np.ndarray, "N C"], sums: _CellSums, observed: Observed, own_N: Int[np.ndarray, " N"]
+    weights_NC: Float[np.ndarray, "N C"], told: _Told, observed: Observed, own_N: Int[np.ndarray, " N"]
 ) -> Slopes:
     w, prior = observed.strengths_O, observed.prior
-    f_NV, mass_N1 = _smooth(weights_NC, sums.w2_C, sums.ws_CV, observed)
+    f_NV, mass_N1 = _smooth(weights_NC, told.w2_C, told.ws_CV, observed)
     # sum_j k_j (s_j - w_j f)^2, multiplied out
     residual_NV = (
-        weights_NC @ sums.s2_CV - 2 * f_NV * (weights_NC @ sums.ws_CV) + f_NV**2 * (weights_NC @ sums.w2_C)[:, None]
+        weights_NC @ told.s2_CV - 2 * f_NV * (weights_NC @ told.ws_CV) + f_NV**2 * (weights_NC @ told.w2_C)[:, None]
     )
-    noise_NV = weights_NC @ sums.e2_CV
+    noise_NV = weights_NC @ told.e2_CV
     spread_NV = (residual_NV - noise_NV + prior * observed.spread_V) / mass_N1
     spread_NV = np.maximum(spread_NV, LEAST_SPREAD * observed.spread_V)
     per_strength_NV = noise_NV / np.maximum(mass_N1 - prior, 1e-300)
     squares_NC = weights_NC**2
-    f_variance_NV = spread_NV * (squares_NC @ sums.w4_C)[:, None] + squares_NC @ sums.w2e2_CV
+    f_variance_NV = spread_NV * (squares_NC @ told.w4_C)[:, None] + squares_NC @ told.w2e2_CV
     f_variance_NV /= mass_N1**2
     f_variance_NV += (prior / mass_N1) ** 2 * observed.spread_V
     seen = (own_N >= 0) & (w[own_N] > 0)
@@ -324,7 +326,7 @@ def pooled_strengths(
     """Posterior mean pass rate and expected p (1 - p) of each prompt from its own tries and its neighbours'.
 
     Beta(a, b) with a = successes + prior m(x), b = failures + prior (1 - m(x)), where m(x) is the pass rate of the
-    neighbours' tries, kernel-weighted; the whole pool counts as `PRIOR` mean prompts:
+    neighbours' tries, kernel-weighted, with the pool's own counted as `PRIOR` mean prompts:
     E[p (1 - p)] = a b / ((a + b) (a + b + 1)). `counts_O` may be discounted and need not be whole.
     """
     cells = Cells.of(tried_OE)
@@ -345,9 +347,9 @@ def pooled_strengths(
 
 
 def verdict_rates(means_N: Float[np.ndarray, " N"], variances_N: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
-    """Pass rates p of verdicts with the variance of these rewards: p (1 - p) = variance, on the mean's side of 1/2.
+    """Pass rates p of verdicts that vary as these rewards do: p (1 - p) = variance, on the mean's side of 1/2.
 
-    For verdicts this is the mean itself, to the bit. NaN stays NaN.
+    The mean itself, to the bit, where the rewards are verdicts. NaN stays NaN.
     """
     roots_N = np.sqrt(np.maximum(1 - 4 * variances_N, 0.0))
     rates_N = np.where(means_N >= 0.5, (1 + roots_N) / 2, (1 - roots_N) / 2)

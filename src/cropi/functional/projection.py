@@ -1,8 +1,8 @@
-"""Sparse random projection of a gradient: keep a random part of its coordinates, then count-sketch what was kept.
+"""Sparse random projection of a gradient: keep a random part of its coordinates, then count-sketch them.
 
-A coordinate is known by its parameter's name and its flat position there. Whether it is kept, its bucket and its sign
-come from a counter-based hash of (seed, name, position), so the same bits come out on any device, in any order, and for
-any set of other parameters.
+A coordinate is identified by its parameter's name and its flat position. A counter-based hash of (seed, name, position)
+decides whether it is kept, its bucket and its sign. So the result does not depend on the device, the order, or on other
+parameters.
 """
 
 import hashlib
@@ -20,18 +20,18 @@ _DOUBLES = 1 << 27  # numbers copied in float64 at once: 1 GiB
 
 
 def _signed(value: int) -> int:
-    """A 64-bit pattern as the signed integer that torch stores it in."""
+    """Convert a 64-bit pattern to the signed integer that torch stores."""
     value %= _WORD
     return value - _WORD if value >= _WORD >> 1 else value
 
 
 def _shift_right(values_P: Int[Tensor, " P"], bits: int) -> Int[Tensor, " P"]:
-    """Logical shift; torch's own is arithmetic and would copy the sign bit down."""
+    """Shift logically; torch's own shift is arithmetic and copies the sign bit."""
     return (values_P >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def hash_counters(key: int, counters_P: Int[Tensor, " P"]) -> Int[Tensor, " P"]:
-    """64 pseudo-random bits per counter: the SplitMix64 finaliser of key + counter * golden ratio (Steele et al. 2014).
+    """Return 64 random bits per counter: the SplitMix64 finaliser of key + counter * golden ratio (Steele et al. 2014).
 
     Integer arithmetic wraps modulo 2^64 on every device, so CPU and GPU give the same bits.
     """
@@ -70,7 +70,7 @@ class SparseProjection:
 
     @property
     def identity(self) -> str:
-        """Names the map itself: two features may be compared only if this is equal (and the directions U, if any)."""
+        """Identify the map: features are comparable only if this is equal, and the directions U, if any."""
         kept = f"-r{self.rank}-rows{self.row_fraction!r}" if self.mask == "structured" else ""
         return f"count-sketch-v{PROJECTION_VERSION}-d{self.dim}-{self.mask}-q{self.keep_fraction!r}{kept}-s{self.seed}"
 
@@ -88,19 +88,19 @@ class SparseProjection:
         )
 
     def subset(self, name: str, role: str, size: int, fraction: float) -> Int[Tensor, " k"]:
-        """k = round(fraction * size) of `size` indices, at least one, each equally likely, in ascending order."""
+        """Choose k = round(fraction * size) of `size` indices, at least one, in ascending order."""
         count = max(1, round(fraction * size))
         hashed = _shift_right(hash_counters(self._key(name, role), torch.arange(size)), 1)
         return hashed.argsort(stable=True)[:count].sort().values
 
     def signed_buckets(self, name: str, counters_P: Int[Tensor, " P"]) -> Int[Tensor, " P"]:
-        """b(i) in [0, dim) where s(i) = +1, dim + b(i) where s(i) = -1: one number for both."""
+        """Encode bucket and sign in one number: b(i) in [0, dim) if s(i) = +1, dim + b(i) if s(i) = -1."""
         bits_P = hash_counters(self._key(name, "bucket"), counters_P)
         return _shift_right(bits_P, 33) % self.dim + (bits_P & 1) * self.dim
 
 
 def fold(signed_sums_2D: Float[Tensor, "*N twoD"]) -> Float[Tensor, "*N D"]:
-    """The sketch from sums over signed buckets: those with sign +1 less those with sign -1."""
+    """Compute the sketch from sums over signed buckets: those with sign +1 minus those with sign -1."""
     plus, minus = signed_sums_2D.chunk(2, dim=-1)
     return plus - minus
 
@@ -108,11 +108,11 @@ def fold(signed_sums_2D: Float[Tensor, "*N twoD"]) -> Float[Tensor, "*N D"]:
 def principal_directions(
     matrices_XI: Float[Tensor, "X I"], first_I: Float[Tensor, " I"], rank: int
 ) -> Float[Tensor, "I r"]:
-    """`rank` orthonormal columns: the direction of `first_I`, and the strongest right singular directions of the rest.
+    """Find `rank` orthonormal columns: the direction of `first_I`, and top right singular directions of the rest.
 
     Subspace iteration (Halko et al. 2011) from a fixed start, in float64: four rounds and eight spare columns. Any
-    orthonormal columns would serve the projection; these leave little of what matters to chance. Fewer columns than
-    `rank` where there are fewer inputs; zero columns where the matrices have lower rank.
+    orthonormal columns are valid; these leave the least to chance. Fewer columns than `rank` if there are fewer inputs;
+    zero columns if the matrices have lower rank.
     """
     size = matrices_XI.shape[1]
     rank = min(rank, size)

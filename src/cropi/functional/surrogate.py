@@ -9,10 +9,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 Normalizer = Literal["sequence", "token", "constant"]
-Correction = Literal["token", "clipped", "prefix"]
 
-# The per-prompt normaliser that ranks prompts as the trainer's loss weighs them. A divisor that all prompts of a batch
-# share (`dapo`, `bnpo`, `cispo`: the batch's token count) does not change the ranking, so it acts like a constant.
+# The per-prompt normaliser with which prompts rank as in the trainer's loss. A divisor shared by all prompts of a batch
+# (`dapo`, `bnpo`, `cispo`: the batch's token count) does not change the ranking, so it counts as a constant.
 NORMALIZER_OF_LOSS: Mapping[str, Normalizer] = {
     "grpo": "sequence",
     "sapo": "sequence",
@@ -46,7 +45,7 @@ def normalizers(
     """Z of each trajectory, so that the surrogate is sum_k (1 / Z_k) sum_t rho_{k,t} A_k; from completion lengths.
 
     `sequence`: K |tau_k| (paper eq. 4, TRL's `grpo`); `token`: sum_k |tau_k|; `constant`: K times the longest
-    completion allowed (TRL's `dr_grpo`). An empty completion has no token to weigh and gets Z = 1 instead of 0.
+    completion allowed (TRL's `dr_grpo`). An empty completion gets Z = 1 instead of 0.
     """
     lengths_XK = np.asarray(lengths_XK, dtype=np.float64)
     count = lengths_XK.shape[-1]
@@ -59,42 +58,19 @@ def normalizers(
             return np.full(lengths_XK.shape, float(count * max_completion_length))
 
 
-def corrected_ratios(
-    log_ratios_T: Float[Tensor, " T"], correction: Correction, *, clip: float, cap: float, sign: float
-) -> Float[Tensor, " T"]:
-    """What multiplies grad log pi(x_t) of one trajectory, from its log rho_t, in order; without gradient.
-
-    `token`: rho_t (paper eq. 4). Exact where prefix and continuation are as likely under both policies, else biased.
-    `clipped`: rho_t where min(rho_t A, clip(rho_t, 1 - clip, 1 + clip) A) still depends on the policy, else 0 (PPO,
-    arXiv 1707.06347, eq. 7); `sign` is the advantage's. Less variance, more bias.
-    `prefix`: rho_1 ... rho_t, at most `cap`: the probability of having come here as well. Without the cap, and with a
-    baseline that does not depend on the trajectory, only the outcome's dependence on what follows stays uncorrected.
-    """
-    match correction:
-        case "token":
-            return log_ratios_T.exp()
-        case "clipped":
-            ratios_T = log_ratios_T.exp()
-            beyond_T = ratios_T > 1 + clip if sign > 0 else ratios_T < 1 - clip
-            return torch.where(beyond_T, torch.zeros_like(ratios_T), ratios_T)
-        case "prefix":
-            return log_ratios_T.cumsum(0).exp().clamp(max=cap)
-
-
 def token_weights(
     ratios_KT: Float[Tensor, "K T"], scales_K: Float[Tensor, " K"], mask_KT: Bool[Tensor, "K T"]
 ) -> Float[Tensor, "K T"]:
-    """w_{k,t} = rho_{k,t} A_k / Z_k on completion tokens, 0 elsewhere, without gradient; scales are the A_k / Z_k.
+    """w_{k,t} = rho_{k,t} A_k / Z_k on completion tokens, 0 elsewhere, without gradient; `scales_K` are A_k / Z_k.
 
-    Ratios may be corrected ones. Since grad rho = rho grad log pi, the gradient of
-    sum_{k,t} w_{k,t} log pi(x_{k,t}) is that of the surrogate
-    sum_k (1/Z_k) sum_t rho_{k,t} A_k: the off-policy estimate of paper eq. 4, by one backward pass.
+    Since grad rho = rho grad log pi, the gradient of sum_{k,t} w_{k,t} log pi(x_{k,t}) equals that of the surrogate
+    sum_k (1/Z_k) sum_t rho_{k,t} A_k: the off-policy estimate of paper eq. 4, from one backward pass.
     """
     weights_KT = ratios_KT.detach().double() * scales_K.double().unsqueeze(1)
     return torch.where(mask_KT, weights_KT, torch.zeros_like(weights_KT))
 
 
 def effective_sample_share(ratios_T: Float[Tensor, " T"]) -> float:
-    """(sum rho)^2 / (T sum rho^2) in (0, 1]: the share of the tokens that the weighted sum is worth (Kish 1965)."""
+    """(sum rho)^2 / (T sum rho^2) in (0, 1]: the effective sample size as a share of the tokens (Kish 1965)."""
     ratios_T = ratios_T.double()
     return float(ratios_T.sum() ** 2 / (ratios_T.numel() * (ratios_T**2).sum())) if ratios_T.numel() else 1.0

@@ -15,10 +15,10 @@ def tfidf_similarity(
 ) -> dict[str, Float[np.ndarray, " N"]]:
     """Similarity in [0, 1] of N texts to each set of texts; a text is a sequence of words.
 
-    x_w = n_w (1 + ln((1 + D) / (1 + D_w))), where n_w counts word w in the text and D_w counts the texts with w among
-    all D texts, sets included (Salton & Buckley 1988, with scikit-learn's default smoothing). The similarity to a set
-    is the largest cosine of x with its texts (`max`: the nearest neighbour, for sets of several kinds) or the mean
-    (`mean`: up to a factor, the cosine with the set's centroid). A text without words has similarity 0.
+    x_w = n_w (1 + ln((1 + D) / (1 + D_w))): w occurs n_w times in the text, and in D_w of all D texts, sets
+    included (Salton & Buckley 1988, with the smoothing that scikit-learn has by default). Of the cosines of x with the
+    texts of a set the largest (`max`: the nearest neighbour, for sets of several kinds) or the mean (`mean`: the cosine
+    with the set's centroid, but for a factor). A text without a word has similarity 0.
 
     Memory: one float64 for each text of a set and each word of the sets. Raises ValueError for an empty set.
     """

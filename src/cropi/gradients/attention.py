@@ -1,7 +1,7 @@
-"""Attention over a pack: the linear layers see each token once, attention sees whole trajectories.
+"""Attention over a pack: linear layers compute each token once, attention uses whole trajectories.
 
-Packed tokens are gathered into rows (prompt + one completion) that all start at position 0, so any mask that depends on
-positions alone (causal, sliding window) is the same for all rows. In the causal case no mask is needed at all.
+Packed tokens are gathered into rows (prompt + one completion) that start at position 0, so a mask that depends on
+positions alone (causal, sliding window) is the same for all rows. Causal attention needs no mask tensor.
 """
 
 from __future__ import annotations
@@ -27,18 +27,17 @@ IMPLEMENTATION = "cropi_packed"
 
 @dataclass
 class _State:
-    """The rows of the pack in progress, and what the model asked for, to be checked afterwards."""
+    """Rows of the current pack, and the masks that the model requested, to be checked afterwards."""
 
     rows: Rows
     calls: int = 0
     masks: list[tuple[Tensor, int | None]] = field(default_factory=list)
-    """The masks that transformers asked for, each with its window; models ask for some that no layer uses, and may pass
-    views of them."""
+    """Masks requested by transformers, each with its window; layers may use some of them only, or views of them."""
     differs: bool = False
-    """Whether a layer was given another mask than the packed attention applies."""
+    """Whether a layer got another mask than the packed attention applies."""
 
     def note(self, mask: Tensor | None, window: int | None) -> None:
-        """Count a layer's call, and compare the mask it was given with the window it asks for."""
+        """Count a layer's call, and compare its mask with its window."""
         self.calls += 1
         width = self.rows.blocks[0][1]
         allowed = None if mask is None else next((known for made, known in self.masks if _same_view(made, mask)), -1)
@@ -67,7 +66,7 @@ def packed(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def own_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Make it use transformers' plainest attention inside the block, to be compared with."""
+    """Make a transformers model use eager attention inside the block, for comparison."""
     with _implementation(model, "eager"):
         yield
 
@@ -78,7 +77,7 @@ def _implementation(model: PreTrainedModel, name: str) -> Iterator[None]:
     try:
         model.set_attn_implementation(name)
         if model.config._attn_implementation != name:
-            raise unsupported(model, "it does not let its attention be chosen")
+            raise unsupported(model, "its attention implementation cannot be set")
         yield
     finally:
         model.set_attn_implementation(before)
@@ -86,7 +85,7 @@ def _implementation(model: PreTrainedModel, name: str) -> Iterator[None]:
 
 @contextmanager
 def pack_rows(model: PreTrainedModel, rows: Rows) -> Iterator[None]:
-    """Name the rows of the pack that goes through the model inside the block."""
+    """Set the rows of the pack that goes through the model inside the block."""
     state = _State(rows)
     token = _current.set(state)
     try:
@@ -101,17 +100,16 @@ def pack_rows(model: PreTrainedModel, rows: Rows) -> Iterator[None]:
 
 
 def unsupported(model: PreTrainedModel, why: str) -> PolicyError:
-    """The error for an architecture that the engine cannot compute faithfully."""
+    """Make the error for an architecture that the engine cannot reproduce."""
     return PolicyError(
         f"gradients of {type(model).__name__} cannot be computed by the engine: {why}",
         where="policy",
-        fix="use score.estimator=reference, which needs nothing but autograd, and report the architecture.",
+        fix="use score.estimator=reference, which needs only autograd, and report the architecture.",
     )
 
 
 def _placeholder(*_: Any, q_length: int, local_size: int | None = None, device: Any = None, **__: Any) -> Tensor:
-    """A mask that takes no memory, by which a layer shows the window it was given: what it may see follows from the
-    rows of the pack."""
+    """Return a memory-free mask that identifies the window of a layer; the rows of the pack decide visibility."""
     mask = torch.ones((), dtype=torch.bool, device=device).expand(1, 1, q_length, q_length)
     _current.get().masks.append((mask, local_size))
     return mask
@@ -138,7 +136,7 @@ def packed_attention(
     state.note(attention_mask, sliding_window)
     rows = state.rows
     heads, size = query.shape[1], value.shape[3]
-    # Query gradients of shared prompt tokens come from one row alone; those of keys and values from every row.
+    # Query gradients of shared prompt tokens come from one row; those of keys and values from every row.
     query_R = _ToRows.apply(_by_token(query), rows, False)
     key_R, value_R = (_ToRows.apply(_by_token(x), rows, True) for x in (key, value))
     results, start = [], 0
@@ -160,7 +158,7 @@ def _by_token(packed_1HSE: Tensor) -> Tensor:
 def _attend(
     query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None, softcap: float | None
 ) -> Tensor:
-    """Causal attention over rows (B, heads, T, head size), all of which start at position 0."""
+    """Compute causal attention over rows (B, heads, T, head size) that start at position 0."""
     width = query.shape[2]
     limited = window is not None and window < width
     if softcap is None:
@@ -175,13 +173,13 @@ def _attend(
 
 
 def _visible(width: int, window: int, device: torch.device) -> Tensor:
-    """Which keys (columns) each query (rows) sees: itself and the `window` - 1 before it."""
+    """Make the mask of keys (columns) that each query (row) sees: itself and the `window` - 1 before it."""
     distance = torch.arange(width, device=device)[:, None] - torch.arange(width, device=device)[None]
     return (distance >= 0) & (distance < window)
 
 
 class _ToRows(torch.autograd.Function):
-    """Packed tokens (S, heads, head size) to rows. Backward adds up the copies of a shared prompt token."""
+    """Gather packed tokens (S, heads, head size) into rows. Backward adds up the copies of a shared prompt token."""
 
     @staticmethod
     def forward(ctx: Any, packed: Tensor, rows: Rows, shared: bool) -> Tensor:
@@ -201,7 +199,7 @@ class _ToRows(torch.autograd.Function):
 
 
 class _FromRows(torch.autograd.Function):
-    """Results of rows back to packed tokens; padding and the further copies of a prompt are left behind."""
+    """Scatter rows back to packed tokens, without padding and without further copies of a prompt."""
 
     @staticmethod
     def forward(ctx: Any, results_RE: Tensor, rows: Rows) -> Tensor:

@@ -1,11 +1,11 @@
-"""Seeing the input and output gradient of every module with trainable weights, while no weight gradient is ever formed.
+"""Hooks that capture the input and output gradient of every module with trainable weights, without weight gradients.
 
 The weights are frozen for the pass, so the backward pass runs through activations only: 2 forward passes of work in all
-instead of 3. What a weight's gradient is made of goes to a `Reader` as soon as it is known:
+instead of 3. The factors of each weight's gradient go to a `Reader` during the backward pass:
 
 - linear layer: G = sum_t g_t a_t^T from inputs a and output gradients g;
 - embedding: row x_t of G grows by g_t;
-- norm scales and other vectors: one gradient per token, from a scale that is a tensor of its own for every token.
+- norm scales and other vectors: one gradient per token, from a scale with one entry per token.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from torch.nn import functional as F
 
 from cropi.gradients.attention import unsupported
 from cropi.gradients.packing import Segment, Span
-from cropi.gradients.sharded import Shards, outline
+from cropi.gradients.sharded_parameters import ShardedParameters, outline
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
 class Reader(Protocol):
-    """What an estimator does with the factors of a gradient. Names are those of the parameters; tied ones share one.
+    """Consumer of the factors of a gradient. Names are parameter names; tied parameters share one.
 
-    `begin` opens a pack and `commit` closes it; `undo` forgets an unfinished one, or all, and then returns False.
+    `begin` opens a pack and `commit` closes it. `undo` drops an unfinished pack, or all results and returns False.
     """
 
     row_bytes: int
-    """Memory that each result row of a pack takes."""
+    """Memory per result row of a pack."""
 
     def begin(self, segments: Sequence[Segment]) -> None: ...
     def commit(self) -> None: ...
@@ -51,9 +51,23 @@ class Reader(Protocol):
         """A parameter whose gradient over a span is the sum of the rows of grads."""
 
 
+class NullReader:
+    """A reader that ignores everything: it gives the lowest cost of the engine."""
+
+    row_bytes = 0
+
+    def begin(self, segments: Sequence[Segment]) -> None: ...
+    def linear(self, name: str, inputs_TI: Tensor, grads_TO: Tensor, spans: Sequence[Span]) -> None: ...
+    def rows(self, name: str, ids_T: Tensor, grads_TI: Tensor, spans: Sequence[Span]) -> None: ...
+    def vector(self, name: str, grads_TP: Tensor, spans: Sequence[Span]) -> None: ...
+    def commit(self) -> None: ...
+    def undo(self) -> bool:
+        return True
+
+
 @dataclass(frozen=True)
 class _Owner:
-    """A module with trainable parameters of its own, and the names they are known by."""
+    """A module with trainable parameters of its own, and their names."""
 
     module: nn.Module
     path: str
@@ -62,11 +76,11 @@ class _Owner:
 
 @dataclass(frozen=True)
 class Idle:
-    """What a text does not reach of a model's trainable weights, such as a vision tower: its gradient is zero."""
+    """Trainable weights that text input does not use, such as a vision tower: their gradient is zero."""
 
     parameters: Collection[str] = ()
     modules: Sequence[nn.Module] = ()
-    """Those that hold such parameters and were not called."""
+    """Modules with such parameters that were not called."""
 
 
 @contextmanager
@@ -80,7 +94,7 @@ def watch_calls(model: nn.Module) -> Iterator[set[nn.Module]]:
 
 
 def find_idle(model: nn.Module, logits: Sequence[Tensor], called: Collection[nn.Module]) -> Idle:
-    """The trainable weights to which no path leads from logits in autograd's graph."""
+    """Find the trainable weights that autograd's graph does not connect to the logits."""
     reached, seen, waiting = set[int](), set[Any](), [tensor.grad_fn for tensor in logits]
     while waiting:
         node = waiting.pop()
@@ -94,10 +108,10 @@ def find_idle(model: nn.Module, logits: Sequence[Tensor], called: Collection[nn.
 
 
 class Capture:
-    """The covered modules of one model. PolicyError names the first module that holds weights it does not cover."""
+    """Hooks on the modules of one model. Raises PolicyError with the first module whose weights are not covered."""
 
     def __init__(
-        self, model: nn.Module, causal_lm: PreTrainedModel, head: nn.Module, shards: Shards, idle: Idle
+        self, model: nn.Module, causal_lm: PreTrainedModel, head: nn.Module, shards: ShardedParameters, idle: Idle
     ) -> None:
         self._model, self._device = causal_lm, shards.device
         self._uncalled = idle.modules
@@ -130,8 +144,8 @@ class Capture:
         self._calls: Counter[str] = Counter()
 
     def repeated(self) -> set[str]:
-        """Names of which a pass reports several parts: the head's, which comes in chunks, and those that modules share
-        or a module called twice in the last pass holds."""
+        """Return the names that one pass reports in several parts: the head's, which comes in chunks, those shared by
+        modules, and those of a module called twice in the last pass."""
         owners = [*self._linears, *self._embeddings, *self._norms, *self._vectors]
         parts = Counter(
             name for owner in owners for name in owner.names.values() for _ in range(self._calls[owner.path])
@@ -155,20 +169,20 @@ class Capture:
 
     @staticmethod
     def _plain_rows(module: nn.Embedding) -> bool:
-        """Whether an embedding gives rows of its weight times one number (as Gemma's does)."""
+        """Whether an embedding returns rows of its weight times one number (as Gemma's does)."""
         if module.max_norm is not None or module.scale_grad_by_freq or module.sparse:
             return False
         with torch.no_grad():
             ids = torch.arange(min(4, module.num_embeddings), device=module.weight.device)
             try:
                 given = module.forward(ids).float()
-            except (IndexError, TypeError, RuntimeError):  # it takes something else than ids
+            except (IndexError, TypeError, RuntimeError):  # its input is not ids
                 return False
             stored = module.weight[ids].float() * embedding_scale(module)
         return given.shape == stored.shape and bool(torch.allclose(given, stored, rtol=1e-2, atol=1e-6))
 
     def _acts_by_token(self, module: nn.Module, own: dict[str, str]) -> bool:
-        """Whether a module with vector weights acts on each token alone, and takes weights that differ by token."""
+        """Whether a module with vector weights acts on each token alone and accepts weights that differ by token."""
         size = max(getattr(module, attribute).shape[0] for attribute in own)
         first = getattr(module, next(iter(own)))
         generator = torch.Generator().manual_seed(0)
@@ -188,19 +202,14 @@ class Capture:
                     held.update({attribute: weights[attribute][0, token] for attribute in own})
                     apart.append(module.forward(inputs[:, token : token + 1]))
             return bool(torch.allclose(together, torch.cat(apart, dim=1), rtol=1e-3, atol=1e-3))
-        except (
-            RuntimeError,
-            TypeError,
-            AttributeError,
-            ValueError,
-        ):  # another shape of module than a scale per channel
+        except (RuntimeError, TypeError, AttributeError, ValueError):  # not a scale per channel
             return False
         finally:
             held.update(before)
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
-        """No trainable parameter gets a gradient inside the block."""
+        """Freeze all trainable parameters inside the block."""
         parameters = list(self._trained.values())
         before = [parameter.requires_grad for parameter in parameters]
         for parameter in parameters:
@@ -213,8 +222,8 @@ class Capture:
 
     @contextmanager
     def hooks(self, reader: Reader, spans: Sequence[Span], tokens: int) -> Iterator[None]:
-        """Report to the reader what a forward and backward pass inside the block sees. PolicyError where a module with
-        trainable weights takes no part in the pass, since its weights then act in a way no hook sees."""
+        """Report a forward and backward pass inside the block to the reader. Raises PolicyError if a module with
+        trainable weights is never called, because its weights then act where no hook sees them."""
         self._calls.clear()
         with ExitStack() as stack:
             stack.enter_context(self.frozen())
@@ -285,7 +294,7 @@ class Capture:
     def _on_norm(
         self, owner: _Owner, reader: Reader, spans: Sequence[Span], tokens: int
     ) -> Callable[[nn.Module, Any, Tensor], None]:
-        """torch's own norms refuse weights that differ by token; what they scale is computed once more instead."""
+        """Recompute the normalised input: torch's own norms refuse weights that differ by token."""
 
         def after_forward(module: nn.Module, args: Any, output: Tensor) -> None:
             self._calls[owner.path] += 1
@@ -301,7 +310,7 @@ class Capture:
             def after_backward(grad: Tensor) -> None:
                 for attribute, factor in (("weight", plain), ("bias", 1.0)):
                     if attribute in owner.names:
-                        # several vectors of one token (heads) share the parameter, so their gradients are added
+                        # several vectors of one token (heads) share the parameter: add their gradients
                         parts = (grad * factor).movedim(dim, 0).reshape(tokens, -1, grad.shape[-1])
                         reader.vector(owner.names[attribute], parts.sum(dim=1), spans)
 
@@ -310,8 +319,8 @@ class Capture:
         return after_forward
 
     def _token_dim(self, owner: _Owner, values: Tensor, tokens: int) -> int:
-        """Which dimension of a module's values runs over tokens: the first pass, whose token count no other dimension
-        has, decides."""
+        """Find the dimension of a module's values that runs over tokens, from the first pass: it alone has the token
+        count."""
         if owner.path not in self._token_dims:
             found = [dim for dim, size in enumerate(values.shape[:-1]) if size == tokens]
             if len(found) != 1:
@@ -321,9 +330,9 @@ class Capture:
 
     @contextmanager
     def _per_token(self, owner: _Owner, reader: Reader, spans: Sequence[Span], tokens: int) -> Iterator[None]:
-        """Give a module, call by call, weights with an entry of their own for every token, and read their gradients."""
+        """Give a module weights with one entry per token, call by call, and read their gradients."""
         module, originals = owner.module, dict[str, Any]()
-        held: dict[str, Any] = module._parameters  # written to directly: torch would refuse what is no parameter
+        held: dict[str, Any] = module._parameters  # written directly: torch accepts parameters only
 
         def before_forward(module: nn.Module, args: Any) -> None:
             self._calls[owner.path] += 1
@@ -343,7 +352,7 @@ class Capture:
 
         def put_back(*_: Any) -> None:
             for attribute, original in originals.items():
-                if not isinstance(held[attribute], nn.Parameter):  # else FSDP has put its own part there again
+                if not isinstance(held[attribute], nn.Parameter):  # else FSDP has restored its shard
                     held[attribute] = original
             originals.clear()
 
@@ -357,12 +366,12 @@ class Capture:
 
 
 def _require_grad(module: nn.Module, args: Any, output: Tensor) -> None:
-    """Where the first layers are not trained, the pass still has to reach the first adapter."""
+    """Make the output require grad: the pass must reach the first adapter even if earlier layers are not trained."""
     if not output.requires_grad:
         output.requires_grad_()
 
 
 def embedding_scale(module: nn.Module) -> float:
-    """The number that an embedding multiplies its rows by: 1, or what Gemma's keep."""
+    """Return the factor of an embedding's rows: 1, or `embed_scale` (Gemma)."""
     scale = getattr(module, "embed_scale", 1.0)
     return float(scale)

@@ -1,4 +1,4 @@
-"""Gradients that are exact: summed into one dense direction, or met with dense directions span by span."""
+"""Readers without projection: the dense sum of gradients, and inner products of gradients with dense directions."""
 
 from __future__ import annotations
 
@@ -7,16 +7,18 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from cropi.gradients.numerics import outer_sum, widened
 from cropi.gradients.packing import Segment, Span
+
+AT_ONCE = 1 << 27
+"""Numbers copied to float64 at once: 1 GiB."""
 
 
 class DenseReader:
-    """The sum of the gradients of all segments, by parameter name, and the inputs of each linear layer.
+    """Sum the gradients of all segments, by parameter name, and the inputs of each linear layer.
 
-    One matrix product per layer and pack: a third forward pass of work. Shapes are those of the parameters; float32, or
-    wider where the parameters are. Other parameters are passed over. Inputs count a prompt once, however its group is
-    divided; `vocabulary` names the head's weight, which sees predictions instead of tokens.
+    One matrix product per layer and pack: as much work as a third forward pass. Shapes are those of the parameters;
+    float32, or wider if the parameters are. Other parameters are skipped. Inputs count a prompt once, however its group
+    is divided; `vocabulary` names the head's weight, which sees predictions instead of tokens.
     """
 
     row_bytes = 0
@@ -28,17 +30,17 @@ class DenseReader:
             for name, p in parameters.items()
         }
         self.inputs: dict[str, Tensor] = {}
-        """By the name of a linear layer's weight: how many tokens it was given, followed by their sum; float64."""
+        """Number of input tokens, followed by their sum, float64; by the name of a linear layer's weight."""
 
     def undo(self) -> bool:
-        """Sums cannot be taken back, so all is forgotten. In place: it is called where memory has run out."""
+        """Reset all sums in place, since one pack cannot be subtracted. Memory has run out when this is called."""
         for gradient in self.gradients.values():
             gradient.zero_()
         self.inputs.clear()
         return False
 
     def begin(self, segments: Sequence[Segment]) -> None:
-        self._fresh = None  # which tokens are met for the first time; None: all
+        self._fresh = None  # mask of the tokens not read before; None: all
         if any(segment.repeats_prompt for segment in segments):
             parts = [
                 [not segment.repeats_prompt] * len(segment.prompt_ids)
@@ -73,13 +75,13 @@ class DenseReader:
 
 
 class ExactReader:
-    """Inner products of every row's gradient with dense directions, and its squared norm if asked for.
+    """Compute inner products of every row's gradient with dense directions, and its squared norm if asked for.
 
-    Per linear layer (O, I), T tokens and V directions the product sum_t g_t^T (D_v a_t) takes V 2 T O I operations, and
-    forming the gradient of one row in one layer at a time 2 T O I + 2 V O I: the cheaper is taken. So is it for the
-    squared norm: token by token, <A A^T, B B^T> in 2 T^2 (O + I), or from the gradient formed. A norm needs each row's
-    trajectories in one segment, and of parameters that are reported in several parts (`Engine.repeated`) each row's
-    gradient whole until the pack is done.
+    Per linear layer (O, I), T tokens and V directions, sum_t g_t^T (D_v a_t) takes V 2 T O I operations. Forming the
+    gradient of one row in one layer at a time takes 2 T O I + 2 V O I. The cheaper of the two is used. The same holds
+    for the squared norm: token by token, <A A^T, B B^T> in 2 T^2 (O + I), or from the formed gradient. A norm needs
+    each row's trajectories in one segment. For parameters reported in several parts (`Engine.repeated`), each row's
+    gradient is kept until the pack is done.
     """
 
     def __init__(
@@ -90,8 +92,8 @@ class ExactReader:
         norms: bool = False,
         repeated: Collection[str] | None = None,
     ) -> None:
-        """`count` is the number of result rows; directions have the shapes of the parameters. Without `repeated`, any
-        parameter may be reported in several parts, and norms take the memory of a gradient per row of a pack."""
+        """`count` is the number of result rows; directions have the shapes of the parameters. Without `repeated`, all
+        parameters count as repeated, and norms take the memory of one gradient per row of a pack."""
         first, *others = directions
         self._directions = {
             name: torch.stack([found, *(direction[name] for direction in others)]) if others else found[None]
@@ -188,6 +190,44 @@ class ExactReader:
 
 
 def row_sums(ids_T: Tensor, grads_TI: Tensor) -> tuple[Tensor, Tensor]:
-    """(distinct ids, sum of the gradients of each)."""
+    """Return distinct ids and the sum of the gradients of each."""
     ids_U, inverse_T = ids_T.unique(return_inverse=True)
     return ids_U, grads_TI.new_zeros(len(ids_U), grads_TI.shape[1]).index_add_(0, inverse_T, grads_TI)
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """Convert to float32, unless it is wider already."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def outer_sum(grads_TO: Tensor, inputs_TI: Tensor) -> Tensor:
+    """Compute sum_t grads[t] inputs[t]^T, (O, I), in float32 or wider.
+
+    On CUDA, 16-bit factors stay 16-bit, so that tensor cores can be used.
+    """
+    if grads_TO.is_cuda and grads_TO.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(grads_TO.T, inputs_TI.to(grads_TO.dtype), out_dtype=torch.float32)
+    inputs_TI = widened(inputs_TI)
+    return grads_TO.to(inputs_TI.dtype).T @ inputs_TI
+
+
+def add_outer_sum(total_WO: Tensor, left_TW: Tensor, right_TO: Tensor) -> None:
+    """Add sum_t left[t] right[t]^T, computed as in `outer_sum`, to a (W, O) tensor of float32 or wider."""
+    if right_TO.is_cuda and right_TO.dtype in (torch.bfloat16, torch.float16):
+        total_WO += outer_sum(left_TW.to(right_TO.dtype), right_TO)
+    else:
+        total_WO.addmm_(left_TW.to(total_WO.dtype).T, right_TO.to(total_WO.dtype))
+
+
+def inner(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> float:
+    """Compute the inner product of two gradients by parameter name, in float64."""
+    total = 0.0
+    for name in first:
+        parts = (gradients[name].reshape(-1).split(AT_ONCE) for gradients in (first, second))
+        total += sum((one.double() * other.double()).sum() for one, other in zip(*parts, strict=True))
+    return float(total)
+
+
+def norm(gradients: Mapping[str, Tensor]) -> float:
+    """Compute the norm of a gradient by parameter name, in float64."""
+    return inner(gradients, gradients) ** 0.5

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cropi.artifacts import GOLD_UNPARSEABLE, NO_SIGNAL, OK
-from cropi.functional.influence import reward_variance
+from cropi.functional.influence_formulas import reward_variance
 from cropi.reward_statistics import GroupFacts
 
 
@@ -21,9 +21,9 @@ from cropi.reward_statistics import GroupFacts
 class Group:
     """Token ids, rewards and behaviour log-probs of a prompt's K completions.
 
-    A completion ends with its end-of-sequence token if it has one; every completion token counts. One left empty counts
-    in the advantages and weighs nothing, as a completion does that the trainer's loss masks. Behaviour log-probs of
-    None stand for on-policy trajectories: every importance ratio is 1.
+    A completion includes its end-of-sequence token if it has one; every completion token counts. An empty completion
+    counts in the advantages but has no weight, like one masked by the trainer's loss. Behaviour log-probs of None mean
+    on-policy trajectories: every importance ratio is 1.
     """
 
     prompt_id: str
@@ -34,7 +34,7 @@ class Group:
 
     def __post_init__(self) -> None:
         if not self.prompt_ids:
-            raise ValueError(f"prompt {self.prompt_id}: the prompt holds no token")
+            raise ValueError(f"prompt {self.prompt_id}: the prompt has no token")
         if len(self.completions) != len(self.rewards):
             raise ValueError(
                 f"prompt {self.prompt_id}: {len(self.completions)} completions, {len(self.rewards)} rewards"
@@ -45,12 +45,12 @@ class Group:
 
     @property
     def status(self) -> str:
-        """`ok` where the rewards differ and some token can carry them, `no_signal` where the gradient is zero."""
+        """`ok` if the rewards differ and a completion has a token; `no_signal` if the gradient is zero."""
         mixed = any(reward != self.rewards[0] for reward in self.rewards) and any(self.completions)
         return OK if mixed else NO_SIGNAL
 
     def without_truncated(self, eos_ids: Collection[int]) -> Group:
-        """The same with the completions left empty that do not end with an end-of-sequence token."""
+        """Return the group with completions emptied that do not end with an end-of-sequence token."""
         kept = [bool(completion) and completion[-1] in eos_ids for completion in self.completions]
         logprobs = self.behaviour_logprobs
         return replace(
@@ -68,7 +68,7 @@ class Group:
 
     @property
     def variance(self) -> float:
-        """Of the rewards: p (1 - p) where they are 0 and 1."""
+        """Variance of the rewards: p (1 - p) if they are 0 and 1."""
         return float(reward_variance(np.array(self.rewards, dtype=np.float64)))
 
     @property
@@ -77,7 +77,7 @@ class Group:
 
 
 def group_facts(table: pa.Table) -> dict[str, GroupFacts]:
-    """Of every group of one set's trajectories, by prompt id."""
+    """Return status, pass rate and variance of every group of one set's trajectories, by prompt id."""
     unreadable = GroupFacts(GOLD_UNPARSEABLE, math.nan, math.nan)
     return {
         prompt_id: unreadable if group is None else GroupFacts(group.status, group.pass_rate, group.variance)
@@ -90,10 +90,9 @@ _ROWS_AT_ONCE = 4096
 
 
 def iterate_groups(table: pa.Table) -> Iterator[tuple[str, Group | None]]:
-    """(prompt id, group) of one set's trajectories by ascending prompt id, a few thousand rows in memory at a time.
+    """Yield (prompt id, group) of one set's trajectories by ascending prompt id, a few thousand rows at a time.
 
-    None stands for a prompt whose gold answer cannot be read (status `gold_unparseable`): it has no reward to learn
-    from.
+    The group is None if the gold answer cannot be read (status `gold_unparseable`), because then there are no rewards.
     """
     order = pc.sort_indices(
         table.select(["prompt_id", "sample"]), sort_keys=[("prompt_id", "ascending"), ("sample", "ascending")]

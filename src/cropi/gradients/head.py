@@ -1,26 +1,22 @@
-"""The vocabulary head: log-probs, importance ratios and token weights, and the gradient they send back, in chunks.
+"""The vocabulary head, in chunks: log-probs, importance ratios, token weights, and the gradient of the hidden states.
 
-Loss and gradient of a chunk are made together, so that logits of all tokens never exist at once:
-g_logits = w (onehot(x) - softmax(logits / T)) / T, with w = rho A_k / Z_k (or a corrected ratio for rho) taken from
-the very same logits.
+The loss and gradient of a chunk are computed together, so that logits of all tokens never exist at once:
+g_logits = w (onehot(x) - softmax(logits / T)) / T, with w = rho A_k / Z_k from the same logits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from cropi.functional.surrogate import corrected_ratios
 from cropi.gradients.attention import unsupported
 from cropi.gradients.capture import Reader
-from cropi.gradients.eligible import ROUNDING, difference, require_finite
 from cropi.gradients.packing import Pack, Span
-from cropi.gradients.surrogate import SurrogateSettings
+from cropi.gradients.surrogate_weights import SurrogateSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,19 +25,9 @@ LOGITS_AT_ONCE = {"cpu": 1 << 24, "cuda": 1 << 28}
 """Logits of one chunk, in float32: 64 MiB and 1 GiB."""
 
 
-@dataclass(frozen=True)
-class HeadResult:
-    """Per prediction: log-probs, float32 or wider, and log importance ratios, float64; and the gradient of the hidden
-    states."""
-
-    logprobs_E: Tensor
-    log_ratios_E: Tensor
-    grad_SH: Tensor
-
-
 class Head:
-    """The output layer of a transformers causal LM, with the constants that its hidden states and its logits are
-    multiplied by, and with the soft cap of its logits where it has one."""
+    """The output layer of a transformers causal LM, with the constants that scale its hidden states and its logits, and
+    the soft cap of its logits if it has one."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
@@ -57,8 +43,8 @@ class Head:
 
     @contextmanager
     def watched(self) -> Iterator[list[tuple[Tensor, ...]]]:
-        """What `fit` needs of each of the model's own forward passes inside the block."""
-        hidden: list[Tensor] = []  # stays empty where a model calls a part of its base model instead
+        """Record what `fit` needs from each of the model's own forward passes inside the block."""
+        hidden: list[Tensor] = []  # stays empty if a model calls only a part of its base model
         seen: list[tuple[Tensor, ...]] = []
 
         def after_head(_: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
@@ -75,22 +61,22 @@ class Head:
                 handle.remove()
 
     def fit(self, seen: Sequence[tuple[Tensor, ...]], logits: Sequence[Tensor]) -> None:
-        """Find the constants (Granite's `logits_scaling`, Cohere's `logit_scale` and their like) from passes of the
-        model's own and the logits that they gave. PolicyError where the model does something else around its head."""
+        """Find the scaling constants (Granite's `logits_scaling`, Cohere's `logit_scale` and the like) from the model's
+        own passes and their logits. PolicyError if the model does anything else around its head."""
         hidden, inputs, outputs = (
             torch.cat([x.detach().flatten(0, -2) for x in parts]) for parts in zip(*seen, strict=True)
         )
         given = torch.cat([x.detach().flatten(0, -2) for x in logits])
         if not bool(torch.isfinite(given).all()):
-            return  # `check_head` says so
+            return  # `check_engine` reports it
         self._hidden_scale = self._multiple(hidden, inputs)
         if self._softcap is not None:
-            within = given.abs() < 0.7 * self._softcap  # where its inverse is precise
+            within = given.abs() < 0.7 * self._softcap  # the inverse is precise there
             outputs, given = outputs[within], torch.atanh(_wide(given[within]) / self._softcap) * self._softcap
         self._logit_scale = self._multiple(outputs, given)
 
     def _multiple(self, before: Tensor, after: Tensor) -> float:
-        """The number by which `before` has been multiplied."""
+        """Return the number by which `before` has been multiplied."""
         tolerance = max(8 * torch.finfo(before.dtype).eps, 1e-5)
         before, after = _wide(before), _wide(after)
         factor = float((before * after).sum() / (before * before).sum())
@@ -99,16 +85,16 @@ class Head:
         return factor
 
     def logits(self, hidden_EH: Tensor) -> Tensor:
-        """Logits in at least float32, as the model itself would give them."""
+        """Compute logits in at least float32, as the model itself does."""
         logits = type(self.module).forward(self.module, hidden_EH * self._hidden_scale)
         logits = _wide(logits).mul_(self._logit_scale)
         return logits if self._softcap is None else torch.tanh(logits / self._softcap) * self._softcap
 
     def _back(self, grads_EW: Tensor) -> Tensor:
-        """The gradient of the hidden states, from that of what the matrix makes of them."""
+        """Compute the gradient of the hidden states from the gradient of the matrix product."""
         if type(self.module).forward is nn.Linear.forward and type(self.module.weight) in {Tensor, nn.Parameter}:
             return grads_EW @ self.module.weight * self._hidden_scale
-        with torch.enable_grad():  # a quantised weight, which may know no product but its own forward pass
+        with torch.enable_grad():  # a quantised weight may support no product but its own forward pass
             hidden_EH = grads_EW.new_zeros(len(grads_EW), self.module.in_features).requires_grad_()
             logits_EW = type(self.module).forward(self.module, hidden_EH)
         return torch.autograd.grad(logits_EW, hidden_EH, grads_EW.to(logits_EW.dtype))[0] * self._hidden_scale
@@ -116,12 +102,12 @@ class Head:
     @torch.no_grad()
     def __call__(
         self, hidden_SH: Tensor, pack: Pack, settings: SurrogateSettings, reader: Reader | None, names: dict[str, str]
-    ) -> HeadResult:
-        """Loss and gradient at the predictions of a pack; without a reader, log-probs alone."""
+    ) -> tuple[Tensor, Tensor]:
+        """Return log importance ratios (float64) of a pack's predictions and the gradient of its hidden states; without
+        a reader, the gradient is 0."""
         grad_SH = torch.zeros_like(hidden_SH)
         chunk = max(1, LOGITS_AT_ONCE.get(hidden_SH.device.type, 1 << 24) // self.module.out_features)
-        logprobs, log_ratios = [], []
-        factors, temperature = _Factors(pack, settings), settings.temperature
+        log_ratios, temperature = [], settings.temperature
         for first in range(0, len(pack.targets_E), chunk):
             part = slice(first, first + chunk)
             sources_E, targets_E1 = pack.sources_E[part], pack.targets_E[part, None]
@@ -129,85 +115,40 @@ class Head:
             logits_EW = self.logits(hidden_EH)
             logp_EW = torch.log_softmax(logits_EW / temperature, dim=-1)
             logp_E1 = logp_EW.gather(1, targets_E1)
-            logprobs.append(logp_E1[:, 0])
             log_ratios.append(_log_ratios(logp_E1[:, 0], pack, part))
             if reader is None:
                 continue
-            weights_E = factors(log_ratios[-1], part) * pack.scales_E[part]
+            weights_E = log_ratios[-1].exp() * pack.scales_E[part]
             weights_E1 = weights_E[:, None].to(logp_EW.dtype) / temperature
             grads_EW = logp_EW.exp_().mul_(-weights_E1)
             grads_EW.scatter_add_(1, targets_E1, weights_E1)
             if self._softcap is not None:
                 grads_EW *= 1 - (logits_EW / self._softcap) ** 2
             grads_EW = grads_EW.mul_(self._logit_scale).to(hidden_SH.dtype)
-            # Several trajectories start from the last prompt token: their gradients meet in its row.
+            # Several trajectories start from the last prompt token: their gradients add up in its row.
             grad_SH.index_add_(0, sources_E, self._back(grads_EW))
             spans = _clip(pack.predictions, part)
             if "weight" in names:
                 reader.linear(names["weight"], hidden_EH * self._hidden_scale, grads_EW, spans)
             if "bias" in names:
                 reader.vector(names["bias"], grads_EW, spans)
-        return HeadResult(torch.cat(logprobs), torch.cat(log_ratios), grad_SH)
+        return torch.cat(log_ratios), grad_SH
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    """In at least float32."""
+    """Convert to at least float32."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _log_ratios(logprobs_E: Tensor, pack: Pack, part: slice) -> Tensor:
-    """log rho of a chunk of predictions; 0 for on-policy ones."""
+    """Compute log rho of a chunk of predictions; 0 for on-policy ones."""
     if pack.behaviour_E is None:
         return torch.zeros_like(logprobs_E, dtype=torch.float64)
     differences_E = logprobs_E.double() - pack.behaviour_E[part]
     return torch.where(pack.on_policy_E[part], torch.zeros_like(differences_E), differences_E)
 
 
-class _Factors:
-    """What stands in for each ratio, chunk by chunk: a chunk may end within a trajectory."""
-
-    def __init__(self, pack: Pack, settings: SurrogateSettings) -> None:
-        self._pack, self._settings = pack, settings
-        self._waiting = list(reversed(pack.lengths))
-        """Predictions to come of each trajectory, the next one last."""
-        self._so_far = 0.0
-        """Sum of the log ratios that were met of the next trajectory."""
-
-    def __call__(self, log_ratios_E: Tensor, part: slice) -> Tensor:
-        settings = self._settings
-        if settings.correction == "token":
-            return log_ratios_E.exp()
-        scales_E, found, start = self._pack.scales_E[part], [], 0
-        while start < len(log_ratios_E):
-            length = self._waiting.pop()
-            logs_T = log_ratios_E[start : start + length].clone()
-            if not length:
-                continue
-            logs_T[0] += self._so_far
-            sign = float(scales_E[start].sign())
-            found.append(
-                corrected_ratios(logs_T, settings.correction, clip=settings.clip, cap=settings.prefix_cap, sign=sign)
-            )
-            if len(logs_T) < length:
-                self._waiting.append(length - len(logs_T))
-                self._so_far = float(logs_T.sum()) if settings.correction == "prefix" else 0.0
-            else:
-                self._so_far = 0.0
-            start += len(logs_T)
-        return torch.cat(found)
-
-
 def _clip(spans: Sequence[Span], part: slice) -> list[Span]:
-    """The spans that fall into a chunk, counted from its start."""
+    """Cut the spans to a chunk, counted from its start."""
     clipped = [Span(s.index, max(s.start, part.start) - part.start, min(s.stop, part.stop) - part.start) for s in spans]
     return [span for span in clipped if span.start < span.stop]
-
-
-def check_head(model: PreTrainedModel, ours_EW: Tensor, theirs_EW: Tensor, dtype: torch.dtype) -> None:
-    """PolicyError where the model makes something else of hidden states in `dtype` than we do."""
-    require_finite(theirs_EW)
-    gap = difference(ours_EW, theirs_EW)
-    if gap > ROUNDING.get(dtype, 5e-3):
-        raise unsupported(
-            model, f"its own logits differ from the engine's by {gap:.2g} of their size on a test sequence"
-        )

@@ -1,9 +1,8 @@
-"""Groups side by side in one row of tokens: no padding, and each prompt once for all of its trajectories.
+"""Packing of groups into one row of tokens, without padding, with each prompt once for all of its trajectories.
 
-A *segment* is a prompt with the trajectories that share it. Its tokens stand together: first the prompt, then the
-completions one after another, each without its last token, which predicts nothing. A completion's tokens carry the
-positions they would have right after the prompt, and attention (see `attention.py`) lets them see the prompt and their
-own completion only.
+A *segment* is a prompt with the trajectories that share it: first the prompt, then the completions one after another,
+each without its last token, which predicts nothing. A completion's tokens have the positions right after the prompt,
+and attention (see `attention.py`) lets them see the prompt and their own completion only.
 """
 
 from __future__ import annotations
@@ -16,15 +15,15 @@ import torch
 from torch import Tensor
 
 ROOM, FEW = 0.85, 16
-"""A row joins a block of attention rows if it fills at least this part of its width, or leaves no more than a few
-tokens empty: padding costs less than another call then."""
+"""A row joins a block of attention rows if it fills at least this share of the width, or leaves at most `FEW` tokens
+empty: then padding costs less than another call."""
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A prompt, the completions to be computed after it, and the factor A_k / Z_k of each.
+    """A prompt, its completions, and the factor A_k / Z_k of each.
 
-    `index` is the row of the results that the segment's gradient belongs to.
+    `index` is the result row of the segment's gradient.
     """
 
     index: int
@@ -33,7 +32,7 @@ class Segment:
     scales: list[float]
     behaviour_logprobs: list[list[float]] | None
     repeats_prompt: bool = False
-    """True for all but one of the segments that a group was divided into: its prompt has been met before."""
+    """True for all but one segment of a divided group, so that its prompt is counted once."""
 
     @property
     def tokens(self) -> int:
@@ -42,15 +41,15 @@ class Segment:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest row of attention: the prompt and one completion."""
+        """Tokens of the longest attention row: the prompt and one completion."""
         return len(self.prompt_ids) + max(len(completion) for completion in self.completions) - 1
 
     def alone(self) -> list[Segment]:
-        """One segment for each trajectory, each with a prompt of its own."""
+        """Split into one segment per trajectory, each with its own copy of the prompt."""
         return [self._part(slice(k, k + 1)) for k in range(len(self.completions))]
 
     def halves(self) -> list[Segment]:
-        """Two segments with half of the completions each. Gradients add up."""
+        """Split into two segments with half of the completions each. Their gradients add up."""
         middle = len(self.completions) // 2
         return [self._part(slice(0, middle)), self._part(slice(middle, None))]
 
@@ -68,7 +67,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Span:
-    """Which result row a stretch [start, stop) of tokens belongs to."""
+    """A stretch [start, stop) of tokens, and its result row."""
 
     index: int
     start: int
@@ -77,23 +76,22 @@ class Span:
 
 @dataclass(frozen=True)
 class Rows:
-    """How packed tokens stand in the rows of attention: row = prompt + one completion, padded on the right.
+    """The arrangement of packed tokens in attention rows: prompt + one completion, padded on the right.
 
-    Rows of similar length make a block, so that little is padded. Padding repeats a row's own first token: under a
-    causal mask no other token sees it, and nothing of another row ever enters. R counts the tokens of
-    all rows with padding.
+    Rows of similar length make a block, which limits padding. Padding repeats the row's first token: under a causal
+    mask no other token sees it. R counts the tokens of all rows, with padding.
     """
 
     blocks: list[tuple[int, int]]
-    """(rows, width) of each block; their tokens follow one another."""
+    """(rows, width) of each block, in the order of their tokens."""
     gather_R: Tensor
     """Pack position of each token of each row."""
     scatter_S: Tensor
-    """Where each packed token's result stands among the R; a prompt's is taken from its first row."""
+    """Row position of each packed token's result; that of a prompt token is in its first row."""
     prompt_tokens_Q: Tensor
-    """Pack positions of the prompt tokens that several rows share, those with most rows first."""
+    """Pack positions of prompt tokens shared by several rows, those with most rows first."""
     copies: list[Tensor]
-    """Where the second, third, ... copies of those tokens stand among the R; each list a prefix of the one before."""
+    """Row positions of the second, third, ... copies of those tokens; each list covers a prefix of the one before."""
 
 
 @dataclass(frozen=True)
@@ -105,18 +103,16 @@ class Pack:
     spans: list[Span]
     rows: Rows
     sources_E: Tensor
-    """Pack position whose hidden state predicts a completion token."""
+    """Pack position of the hidden state that predicts each completion token."""
     targets_E: Tensor
     scales_E: Tensor
     """A_k / Z_k of the trajectory of each prediction, float64."""
     behaviour_E: Tensor | None
-    """log beta of each target; None where all are on-policy."""
+    """log beta of each target; None if all are on-policy."""
     on_policy_E: Tensor
-    """True where the segment has no behaviour log-probs, so that the ratio is 1."""
+    """True if the segment has no behaviour log-probs, so that the ratio is 1."""
     predictions: list[Span]
-    """Which stretch of the E predictions belongs to which result row."""
-    lengths: list[int]
-    """Predictions of each trajectory, in order."""
+    """Stretches of the E predictions, with the result row of each."""
 
     @cached_property
     def tokens(self) -> int:
@@ -124,10 +120,10 @@ class Pack:
 
 
 def plan(segments: Sequence[Segment], budget: int, most: int | None = None) -> list[list[Segment]]:
-    """Segments by falling length in packs of at most `budget` tokens and `most` segments; one that is larger gets a
-    pack of its own.
+    """Divide segments, longest first, into packs of at most `budget` tokens and `most` segments; a larger segment gets
+    a pack of its own.
 
-    Similar lengths together keep attention's padding small. The plan depends on nothing but the segments and budget.
+    Similar lengths in a pack reduce attention's padding. The plan depends only on the arguments.
     """
     order = sorted(segments, key=lambda s: (-s.longest, -s.tokens, s.index))
     packs: list[list[Segment]] = []
@@ -142,7 +138,7 @@ def plan(segments: Sequence[Segment], budget: int, most: int | None = None) -> l
 
 
 def make_pack(segments: Sequence[Segment], device: torch.device) -> Pack:
-    """Lay segments out for the model."""
+    """Make the tensors of a pack."""
     ids: list[int] = []
     positions: list[int] = []
     sources: list[int] = []
@@ -152,9 +148,7 @@ def make_pack(segments: Sequence[Segment], device: torch.device) -> Pack:
     on_policy: list[bool] = []
     spans: list[Span] = []
     predictions: list[Span] = []
-    lengths: list[int] = []
     for segment in segments:
-        lengths += map(len, segment.completions)
         start, first_prediction, length = len(ids), len(targets), len(segment.prompt_ids)
         ids += segment.prompt_ids
         positions += range(length)
@@ -180,7 +174,6 @@ def make_pack(segments: Sequence[Segment], device: torch.device) -> Pack:
         torch.tensor(behaviour, dtype=torch.float64, device=device) if not all(on_policy) else None,
         torch.tensor(on_policy, device=device),
         predictions,
-        lengths,
     )
 
 
@@ -196,7 +189,7 @@ def _rows(segments: Sequence[Segment], spans: Sequence[Span], device: torch.devi
     blocks: list[tuple[int, int]] = []
     gather: list[int] = []
     scatter = [0] * spans[-1].stop
-    starts: dict[tuple[int, int], int] = {}  # where the row of (segment, which of its rows) stands
+    starts: dict[tuple[int, int], int] = {}  # first token of each (segment, row)
     for number, k, prompt, completion_tokens in rows:
         length = len(prompt) + len(completion_tokens)
         if not blocks or length < min(ROOM * blocks[-1][1], blocks[-1][1] - FEW):

@@ -1,4 +1,4 @@
-"""The reference estimator: autograd, one prompt at a time. Slow, plain, and the oracle for anything faster."""
+"""The reference estimator: autograd, one prompt at a time. Slow and simple; the oracle for the fast estimators."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -6,15 +6,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from cropi.functional.surrogate import corrected_ratios, effective_sample_share, importance_ratios, token_weights
+from cropi.artifacts import CLIP_RANGE
+from cropi.functional.surrogate import effective_sample_share, importance_ratios, token_weights
 from cropi.gradients.groups import Group
-from cropi.gradients.surrogate import SurrogateSettings, trajectory_scales
+from cropi.gradients.surrogate_weights import SurrogateSettings, trajectory_scales
 from cropi.policy import completion_logprobs
 
 
 @dataclass(frozen=True)
 class PromptGradient:
-    """The gradient of one prompt's surrogate by parameter name, and what its ratios are like (see `ratios.FACTS`)."""
+    """Gradient of one prompt's surrogate by parameter name, and its ratio statistics (see `RATIO_COLUMNS`)."""
 
     gradients: dict[str, Tensor]
     ratio_ess: float
@@ -30,12 +31,12 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def prompt_gradient(
     model: nn.Module, group: Group, settings: SurrogateSettings, *, batch_tokens: int = 8192
 ) -> PromptGradient:
-    """Off-policy policy gradient of one prompt at the model's current weights.
+    """Compute the off-policy policy gradient of one prompt at the model's current weights.
 
     g = sum_k (1/Z_k) sum_t A_k grad rho_{k,t}, rho_{k,t} = pi_theta / beta per token (paper eq. 4): the direction in
-    which the prompt's surrogate grows; with ratios and baseline as the settings correct them. No KL and no entropy
-    term. Trajectories whose advantage is zero are not computed; rows of one length go together, at most
-    `batch_tokens` tokens. The model is left as it was found: mode, `requires_grad` and `.grad` stay untouched.
+    which the prompt's surrogate grows, without KL or entropy terms. Trajectories with zero advantage are skipped. Rows
+    of one length go together, at most `batch_tokens` tokens. The model's mode, `requires_grad` and `.grad` stay as
+    they are.
     """
     parameters = trainable_parameters(model)
     # A sum over micro-batches in bfloat16 would lose the small terms.
@@ -46,8 +47,7 @@ def prompt_gradient(
     was_training = model.training
     model.eval()
     try:
-        logs_K = _mean_log_ratios(model, group, settings) if settings.baseline == "reweighted" else None
-        scales_K = torch.tensor(trajectory_scales(group, settings, logs_K), dtype=torch.float64)
+        scales_K = torch.tensor(trajectory_scales(group, settings), dtype=torch.float64)
         for rows in _micro_batches(group, scales_K, batch_tokens):
             loss, ratios_T = _weighted_logprob(model, group, rows, scales_K, settings)
             gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
@@ -61,7 +61,7 @@ def prompt_gradient(
     return PromptGradient(
         total,
         effective_sample_share(ratios_T),
-        float(((ratios_T - 1).abs() > settings.clip).double().mean()),
+        float(((ratios_T - 1).abs() > CLIP_RANGE).double().mean()),
         float((torch.xlogy(ratios_T, ratios_T) - ratios_T + 1).mean()),
     )
 
@@ -86,42 +86,15 @@ def _weighted_logprob(
             stored = torch.tensor(group.behaviour_logprobs[k], dtype=logprobs_KT.dtype)
             behaviour_KT[row, : len(stored)] = stored.to(logprobs_KT.device)
     ratios_KT = importance_ratios(logprobs_KT.detach(), behaviour_KT)
-    device = logprobs_KT.device
-    factors_KT = torch.stack(
-        [
-            corrected_ratios(
-                logs_T,
-                settings.correction,
-                clip=settings.clip,
-                cap=settings.prefix_cap,
-                sign=float(scales_K[k].sign()),
-            )
-            for logs_T, k in zip((logprobs_KT.detach() - behaviour_KT).double(), rows, strict=True)
-        ]
-    )
-    weights_KT = token_weights(factors_KT, scales_K[rows].to(device), mask_KT)
+    factors_KT = (logprobs_KT.detach() - behaviour_KT).double().exp()
+    weights_KT = token_weights(factors_KT, scales_K[rows].to(logprobs_KT.device), mask_KT)
     return (weights_KT.to(logprobs_KT.dtype) * logprobs_KT).sum(), ratios_KT[mask_KT]
 
 
-@torch.no_grad()
-def _mean_log_ratios(model: nn.Module, group: Group, settings: SurrogateSettings) -> list[float]:
-    """Mean log rho of each trajectory, 0 for on-policy and empty ones."""
-    if group.behaviour_logprobs is None:
-        return [0.0] * len(group.completions)
-    found = []
-    for completion, stored in zip(group.completions, group.behaviour_logprobs, strict=True):
-        if not completion:
-            found.append(0.0)
-            continue
-        logprobs_KT, _ = completion_logprobs(model, [group.prompt_ids], [completion], temperature=settings.temperature)
-        found.append(float((logprobs_KT[0].double().cpu() - torch.tensor(stored, dtype=torch.float64)).mean()))
-    return found
-
-
 def _micro_batches(group: Group, scales_K: Tensor, batch_tokens: int) -> Iterator[list[int]]:
-    """Rows with something to learn from, longest first, in batches of one length and at most `batch_tokens` tokens.
+    """Rows with a non-zero scale, longest first, in batches of one length and at most `batch_tokens` tokens.
 
-    Nothing is padded: rotary positions of some models depend on the longest row, and choices (top-k) on all tokens.
+    No row is padded: rotary positions of some models depend on the longest row, and expert choices on all tokens.
     """
     lengths = [len(completion) for completion in group.completions]
     for length in sorted(set(lengths) - {0}, reverse=True):

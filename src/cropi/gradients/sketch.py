@@ -1,6 +1,6 @@
-"""Gradient features: a sparse random projection read off the factors of a gradient.
+"""Gradient features: a sparse random projection computed from the factors of a gradient.
 
-Of each linear layer only what the projection keeps is ever computed. See `SparseProjection` for the map itself.
+Of each linear layer, only the kept part is computed. See `SparseProjection` for the map.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from cropi.functional.projection import SparseProjection, fold
-from cropi.gradients.exact import row_sums
-from cropi.gradients.numerics import add_outer_sum, outer_sum, widened
+from cropi.gradients.exact import add_outer_sum, outer_sum, row_sums, widened
 from cropi.gradients.packing import Segment, Span
 
 _CHUNK = 1 << 24  # coordinates hashed at once: 8 bytes each
@@ -23,31 +22,30 @@ _CHUNK = 1 << 24  # coordinates hashed at once: 8 bytes each
 class GradientMap(Protocol):
     """A linear map from gradients to features, applied to factors or dense tensors.
 
-    What it keeps of a row's gradient is gathered in K staged numbers, each with a signed bucket of its own, and
-    scattered once when the row is complete. Embedding rows, of which a prompt touches few, go to the 2 * dim
-    sums directly.
+    The kept part of a row's gradient is gathered in K staged numbers, each with a signed bucket, and scattered once
+    when the row is complete. Embedding rows, of which a prompt uses few, are added to the 2 * dim sums directly.
     """
 
     projection: SparseProjection
     buckets_K: Tensor
     scale: float
-    """What the sums are multiplied by in the end."""
+    """Factor of the final sums."""
 
     def narrow(self, name: str, inputs_TI: Tensor) -> Tensor:
-        """What of a linear layer's inputs (or an embedding's gradients) the map needs."""
+        """Reduce a linear layer's inputs (or an embedding's gradients) to what the map needs."""
 
     def add_product(self, name: str, narrowed_TW: Tensor, grads_TO: Tensor, staged_K: Tensor) -> None:
-        """Add what is kept of grads^T inputs."""
+        """Add the kept part of grads^T inputs."""
 
     def add_rows(self, name: str, ids_U: Tensor, narrowed_UW: Tensor, staged_K: Tensor, sums_B: Tensor) -> None:
-        """Add what is kept of a gradient that is zero outside the given rows."""
+        """Add the kept part of a gradient that is zero outside some rows."""
 
     def add_vector(self, name: str, gradient_P: Tensor, staged_K: Tensor) -> None:
-        """Add what is kept of the gradient of a vector parameter."""
+        """Add the kept part of the gradient of a vector parameter."""
 
 
 class UniformMap:
-    """Every coordinate kept by chance. The gradient of each linear layer is formed, one row and layer at a time."""
+    """Keep each coordinate at random. Forms the gradient of each linear layer, one row and layer at a time."""
 
     def __init__(self, projection: SparseProjection, parameters: Mapping[str, Tensor]) -> None:
         self.projection = projection
@@ -63,7 +61,7 @@ class UniformMap:
         self.buckets_K = torch.cat(buckets) if buckets else _no_buckets(parameters)
 
     def _plan(self, name: str, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Kept positions in ascending order, and their signed buckets."""
+        """Return kept positions in ascending order, and their signed buckets."""
         index = torch.int32 if count < 1 << 31 else torch.int64
         positions, buckets = [], []
         for start in range(0, count, _CHUNK):
@@ -95,11 +93,11 @@ class UniformMap:
 
 @dataclass(frozen=True)
 class _Layer:
-    """What the structured map keeps of one linear layer (O, I)."""
+    """The kept part of one linear layer (O, I)."""
 
     directions_IR: Tensor
     directions_CR: Tensor
-    """The directions at the kept columns alone."""
+    """The directions at the kept columns."""
     columns_C: Tensor
     rows: Tensor | None
     """Kept rows of the rest; None: all."""
@@ -107,15 +105,15 @@ class _Layer:
     """1 / sqrt(share of the rest that is kept)."""
     outs: int
     start: int
-    """Where [G U | kept columns of the rest]^T, (r + C, O), begins among the staged numbers; with kept rows: where
-    (G U)^T (r, O), followed by the kept part of the rest (C, R), begins. Few long rows make a faster product."""
+    """Offset in the staged numbers of [G U | kept columns of the rest]^T, (r + C, O); with kept rows, of (G U)^T (r, O)
+    followed by the kept part of the rest (C, R). Few long rows make a faster product."""
 
 
 class StructuredMap:
-    """Of each linear layer a few directions of its inputs in full, and random rows and columns of the rest.
+    """Keep a few input directions of each linear layer in full, and random rows and columns of the rest.
 
     Narrowed inputs are [a U | scale (a - U U^T a) at the kept columns]: one matrix product with the output gradients
-    gives all that is kept of a layer. Parameters that no linear layer owns are kept whole.
+    gives the kept part of a layer. Parameters outside linear layers are kept whole.
     """
 
     scale = 1.0
@@ -127,8 +125,8 @@ class StructuredMap:
         directions: Mapping[str, Tensor],
         vocabulary: Collection[str] = (),
     ) -> None:
-        """`directions` holds U (I, r) by the name of each linear layer's weight; `vocabulary` the names of those whose
-        rows are tokens, of which none is left out: a few tokens carry most of such a gradient."""
+        """`directions` holds U (I, r) by the name of each linear layer's weight. `vocabulary` names those whose rows
+        are tokens; all of their rows are kept, because a few tokens carry most of such a gradient."""
         self.projection = projection
         self._layers: dict[str, _Layer] = {}
         self._vectors: dict[str, slice] = {}
@@ -181,7 +179,7 @@ class StructuredMap:
 
     @staticmethod
     def _kept(layer: _Layer, staged_K: Tensor) -> tuple[Tensor, Tensor]:
-        """Views of the staged numbers: (G U)^T (r, O) and the rest (C, R)."""
+        """Return views of the staged numbers: (G U)^T (r, O) and the rest (C, R)."""
         rank, columns = layer.directions_CR.shape[1], len(layer.columns_C)
         middle = layer.start + layer.outs * rank
         rows = layer.outs if layer.rows is None else len(layer.rows)
@@ -224,12 +222,12 @@ class StructuredMap:
 
 
 def _no_buckets(parameters: Mapping[str, Tensor]) -> Tensor:
-    """Where embeddings alone are trained, nothing is staged."""
+    """Return no buckets: if only embeddings are trained, nothing is staged."""
     return torch.zeros(0, dtype=torch.int32, device=next(iter(parameters.values())).device)
 
 
 class SketchReader:
-    """The feature of each row's gradient, (N, dim) float32 or wider, in main memory."""
+    """Compute the feature of each row's gradient, (N, dim) float32 or wider, in main memory."""
 
     def __init__(self, gradient_map: GradientMap, count: int, dtype: torch.dtype = torch.float32) -> None:
         self._map = gradient_map
@@ -277,7 +275,7 @@ class SketchReader:
 
 
 def project(gradient_map: GradientMap, gradients: Mapping[str, Tensor]) -> Tensor:
-    """The feature (dim,) of a gradient given by parameter name, float32 or wider."""
+    """Compute the feature (dim,) of a gradient by parameter name, float32 or wider."""
     first = next(iter(gradients.values()))
     staged_K = widened(first[:0]).new_zeros(len(gradient_map.buckets_K))
     sums_B = staged_K.new_zeros(2 * gradient_map.projection.dim)

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from cropi.config import Config
-from cropi.functional.statistics import CONFIDENCE
+from cropi.functional.bootstrap import CONFIDENCE
 from cropi.report import figures
 from cropi.report.blocks import Block, Picture, Section, Table, Text
 from cropi.report.closeups import closeups

@@ -14,8 +14,7 @@ from cropi.artifacts import GOLD_UNPARSEABLE, NO_SIGNAL, OK, PROMPT_TOO_LONG, op
 from cropi.config import Config, Strategy
 from cropi.curriculum.strategies import PassRateStrategy
 from cropi.errors import ArtifactError, UserError
-from cropi.functional.fusion import ranks
-from cropi.functional.sampling import places
+from cropi.functional.ranking import ranks, selection_size
 from cropi.report.reading import directions, read_scores, rows_of, selection_table
 from cropi.run_folder import RunFolder, StagePaths
 from cropi.streams import read_jsonl
@@ -63,7 +62,6 @@ class StageFacts:
     ranked: int | None  # how many prompts the strategy could rank
     top_probability: float | None  # of being truly among the best
     influence: Mapping[str, SetInfluence]  # by validation set; empty without signal or scores
-    scored: str | None  # full, subsampled or predicted
     ratio_ess: float | None
     clip_share: float | None
     kl: float | None
@@ -207,7 +205,6 @@ def _facts_of_stage(config: Config, stage: _Stage, rewards: Mapping[str, Rewards
             ranked=cut.ranked if stage.selection is not None else None,
             top_probability=row.get("top_probability"),
             influence=_influence(row, set_ranks) if row.get("status") == OK else {},
-            scored=row.get("scored"),
             ratio_ess=row.get("ratio_ess"),
             clip_share=row.get("clip_share"),
             kl=row.get("kl"),
@@ -248,7 +245,7 @@ def _cut(config: Config, stage: _Stage) -> Cut:
     rows = list(zip(*columns, strict=True))
     taken = [rank for rank, selected, reason in rows if selected and reason != EXPLORED]
     ranked = sum(rank is not None for rank, _, _ in rows)
-    room = stage.asked_for - places(config.select.exploration, stage.asked_for)
+    room = stage.asked_for - selection_size(config.select.exploration, stage.asked_for)
     return Cut(max(taken, default=0), ranked, len(taken) < room)
 
 

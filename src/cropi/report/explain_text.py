@@ -17,7 +17,6 @@ from cropi.report.wording import (
 )
 
 MAX_PROMPT, MAX_WORD = 300, 80  # characters shown of a prompt, and of an answer, id or name
-FULL = "full"  # a prompt whose trajectories were all scored
 LEGEND = (
     "±: one standard error; #: rank on that validation set; P(best): probability of being truly among the best; ESS: "
     "effective sample size of the token ratios, as a share; clip: share of them outside the clip range; KL: nats per "
@@ -61,7 +60,6 @@ def _table(stages: Sequence[StageFacts]) -> list[str]:
         "rank",
         "P(best)",
         *names,
-        "scored",
         "ESS",
         "clip",
         "KL",
@@ -76,7 +74,6 @@ def _table(stages: Sequence[StageFacts]) -> list[str]:
 
 
 def _cells(facts: StageFacts, names: Sequence[str]) -> list[str]:
-    scored = facts.scored if facts.scored not in {None, FULL} else None
     return [
         str(facts.stage),
         facts.status,
@@ -84,7 +81,6 @@ def _cells(facts: StageFacts, names: Sequence[str]) -> list[str]:
         f"{count(facts.rank)} of {count(facts.ranked)}" if facts.rank is not None else ABSENT,
         _chance(facts),
         *(_influence(facts, name) for name in names),
-        scored or ABSENT,
         decimal(facts.ratio_ess),
         percent(facts.clip_share),
         decimal(facts.kl, 3),

@@ -9,7 +9,7 @@ import pyarrow as pa
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
-from cropi.functional.statistics import Interval
+from cropi.functional.bootstrap import Interval
 from cropi.report.drawing import (
     BLUE,
     GREEN,

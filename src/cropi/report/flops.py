@@ -8,8 +8,8 @@ output head counts, looked-up embeddings do not; attention scores are left out).
     score        m per token of the pool that is computed + 3 per token of the validation prompts (their dense gradient:
                  forward, and a backward pass of twice that; twice over where each is scaled to length 1 first).
                  m: 2 for `sketch` (forward, backward through activations), 3 with the uniform mask, which needs the
-                 dense gradient; 2 + V for `exact` with V validation sets; 3 for `reference`. A baseline reweighted by
-                 ratios takes one more for them. Tokens that are only read (representations): 1 each.
+                 dense gradient; 2 + V for `exact` with V validation sets; 3 for `reference`. Tokens that are only read
+                 (representations): 1 each.
     training     generation + 3 per token and pass over a batch (forward and backward; `trainer.num_iterations` passes),
                  + 1 for the reference policy where `trainer.beta` is not 0. With dynamic sampling, all that is sampled
                  is generated, and the share that one batch is of it by rows is trained on.
@@ -51,7 +51,7 @@ def score_multiple(settings: ScoreConfig, validation_sets: int) -> int:
         "exact": 2 + validation_sets,
         "reference": GRADIENT,
     }
-    return by_estimator[settings.estimator] + (settings.baseline == "reweighted")
+    return by_estimator[settings.estimator]
 
 
 def flops(

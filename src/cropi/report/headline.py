@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cropi.functional.statistics import CONFIDENCE
+from cropi.functional.bootstrap import CONFIDENCE
 from cropi.report.results import Summary
 from cropi.report.wording import count, decimal, percent, share, with_interval
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from cropi.functional.statistics import CONFIDENCE, REDRAWS, Interval
+from cropi.functional.bootstrap import CONFIDENCE, REDRAWS, Interval
 
 
 def stratified_mean(sets: Sequence[np.ndarray], *, seed: int, redraws: int = REDRAWS) -> Interval:

@@ -26,7 +26,7 @@ from cropi.artifacts import (
     read_table,
 )
 from cropi.config import Config
-from cropi.functional.sampling import places
+from cropi.functional.ranking import selection_size
 from cropi.prompt_text import turn_text
 from cropi.report.results import Drift, Reliability, StageQuality
 from cropi.run_folder import RunFolder, StagePaths
@@ -125,7 +125,7 @@ def read_quality(config: Config, paths: StagePaths) -> tuple[StageQuality, ...]:
 
 def _quality(config: Config, stage: int, manifest: Manifest) -> StageQuality:
     noted, moved = manifest.details["reliability"], manifest.details["drift"]
-    best = min(places(config.select.fraction, sum(manifest.counts.values())), manifest.counts.get(OK, 0))
+    best = min(selection_size(config.select.fraction, sum(manifest.counts.values())), manifest.counts.get(OK, 0))
     return StageQuality(
         stage,
         manifest.details["direction_reliability"],

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import pyarrow as pa
 
+from cropi.artifacts import CLIP_RANGE
 from cropi.config import Config
 from cropi.report import reliability_figures as figures
 from cropi.report.blocks import Block, Picture, Table, Text
@@ -39,19 +40,16 @@ def reliability(
         Text(_ranking_sentence(config, stages[-1])),
         *_error_bars(config, stages, scores, selections),
         _reliability_table(stages, names),
-        Text(_drift_sentence(config, stages[-1])),
+        Text(_drift_sentence(stages[-1])),
         *([Picture(drawn, caption)] if drawn else []),
-        _drift_table(config, stages),
+        _drift_table(stages),
     ]
 
 
 def _ranking_sentence(config: Config, quality: StageQuality) -> str:
     found = quality.reliability
     if found is None:
-        return (
-            "The errors of the influence were not measured in this run: that takes `score.standard_errors` and at "
-            "least three trajectories of a prompt."
-        )
+        return "The errors of the influence were not measured in this run; `score.standard_errors=true` measures them."
     if found.chance >= 1:
         return f"At stage {quality.stage} every prompt with signal is among the best: there is nothing to rank."
     expected, by_chance = found.best * found.expected_overlap, found.best * found.chance
@@ -68,11 +66,11 @@ def _ranking_sentence(config: Config, quality: StageQuality) -> str:
     return f"{text} A second scoring, from as many fresh trajectories, would correlate with this one by about {span}."
 
 
-def _drift_sentence(config: Config, quality: StageQuality) -> str:
+def _drift_sentence(quality: StageQuality) -> str:
     drift = quality.drift
     if drift is None:
         return "The drift of the policy was not measured."
-    low, high = (significant(1 + sign * config.score.clip) for sign in (-1, 1))
+    low, high = (significant(1 + sign * CLIP_RANGE) for sign in (-1, 1))
     return (
         f"At stage {quality.stage} the stored trajectories of the median prompt count as much as "
         f"{percent(drift.ratio_ess)} of as many fresh ones; {percent(drift.clip_share)} of the token ratios "
@@ -98,7 +96,7 @@ def _error_bars(
         drawn = figures.influence_errors(scores[scored], selections[stage], names, found.chance)
         caption = (
             f"Selected prompts of stage {stage} and as many that follow them in rank. Bars: one standard error to "
-            "either side, from the spread over a prompt's trajectories (jackknife). Last panel: dotted, a random draw. "
+            "either side, from two halves of the prompt's trajectories. Last panel: dotted, a random draw. "
             f"At most {figures.MAX_BARS} prompts a panel, evenly spread, and {figures.MAX_SETS} sets are drawn."
         )
         return [Picture(drawn, caption)] if drawn else []
@@ -133,8 +131,8 @@ def _overlap(found: Reliability | None) -> list[str]:
     return [count(found.best), about(found.best * found.expected_overlap), about(found.best * found.chance)]
 
 
-def _drift_table(config: Config, stages: Sequence[StageQuality]) -> Table:
-    low, high = (significant(1 + sign * config.score.clip) for sign in (-1, 1))
+def _drift_table(stages: Sequence[StageQuality]) -> Table:
+    low, high = (significant(1 + sign * CLIP_RANGE) for sign in (-1, 1))
     header = ["stage", "effective sample size", f"outside {low} to {high}", "KL per token, nats"]
     rows = [[str(quality.stage), *_drift_cells(quality.drift)] for quality in stages]
     return Table(DRIFT_CAPTION, header, rows, left=0)

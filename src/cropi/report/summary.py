@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from cropi.config import Config
-from cropi.functional.statistics import Interval
+from cropi.functional.bootstrap import Interval
 from cropi.report.costs import charges
 from cropi.report.headline import headline
 from cropi.report.intervals import stratified_mean

@@ -21,7 +21,7 @@ from cropi.console import warn
 from cropi.errors import ConfigError, DataError
 from cropi.fsdp import in_lockstep
 from cropi.functional.pooling import nearest_first, principal_points
-from cropi.functional.sampling import places
+from cropi.functional.ranking import selection_size
 from cropi.ledger import Ledger
 from cropi.parallel import Perform, RayPool, Task, process_group
 from cropi.policy import Policy, completion_logprobs, encode_prompts, longest_alike, trainer_prompt, uses_chat
@@ -174,7 +174,7 @@ def sampled_prompts(
     """
     pool = sorted(row["prompt_id"] for row in prompts if row["set"] == "train")
     shuffled = sorted(pool, key=lambda i: (unit_interval(config.seed, "collect", i), i))
-    drawn, nearby = places(config.collect.fraction, len(pool)), places(config.collect.nearby, len(pool))
+    drawn, nearby = selection_size(config.collect.fraction, len(pool)), selection_size(config.collect.nearby, len(pool))
     chosen = shuffled[:drawn]
     rest = shuffled[drawn:] if representations is None or not nearby else _nearest(pool, chosen, representations)
     return {*chosen, *rest[:nearby]}

@@ -16,8 +16,8 @@ from cropi.artifacts import PROMPT_TOO_LONG, TRAJECTORIES, Manifest, build, coun
 from cropi.config import SAMPLED_BY, Config
 from cropi.console import counts_text, progress, say, warn
 from cropi.errors import ArtifactError
-from cropi.gradients.blocks import make_scorer
-from cropi.gradients.validation import validation_groups
+from cropi.gradients.score_shards import make_scorer
+from cropi.gradients.validation_groups import validation_groups
 from cropi.ledger import Ledger
 from cropi.parallel import process_group, ray_pool
 from cropi.policy import Policy, chat_warnings

@@ -17,7 +17,7 @@ from cropi.config import SAMPLED_BY, Config, EvaluateConfig
 from cropi.console import warn
 from cropi.errors import DataError
 from cropi.fsdp import in_lockstep
-from cropi.functional.statistics import Interval, bootstrap_mean
+from cropi.functional.bootstrap import Interval, bootstrap_mean
 from cropi.parallel import process_group
 from cropi.policy import Policy, encode_prompts, load_policy, trainer_prompt, uses_chat
 from cropi.rewards.verdicts import Answered, Judge, answered, reward

@@ -15,8 +15,8 @@ from cropi.artifacts import build, open_artifact
 from cropi.console import counts_text, say
 from cropi.curriculum.stale_trajectories import prompts_to_refresh
 from cropi.curriculum.strategies.pooled import SCREEN_GENERATIONS, PooledStrategy
-from cropi.functional.sampling import places
-from cropi.gradients.validation import chosen_for_validation
+from cropi.functional.ranking import selection_size
+from cropi.gradients.validation_groups import chosen_for_validation
 from cropi.parallel import process_group
 from cropi.policy import Policy
 from cropi.stages.collect import Collector, collector
@@ -75,7 +75,7 @@ def _sample_pool(run: Run, stage: int, policy: Policy, inputs: Mapping[str, Any]
         before.drawn(ids),
         before.reused(ids, stage),
         np.full(len(ids), np.nan) if scores is None else scores.column("ratio_ess").to_numpy(),
-        places(run.config.refresh.fraction, len(ids)),
+        selection_size(run.config.refresh.fraction, len(ids)),
         seed=run.config.seed,
         stage=stage,
     )
@@ -101,7 +101,7 @@ def screen(run: Run, stage: int, model: nn.Module, origin: str) -> None:
     config, policy = run.config.model_copy(update={"collect": fewer}), Policy(model, run.setup.policy.tokenizer)
 
     def make(folder: Path) -> tuple[Mapping[str, int], Mapping[str, Any]]:
-        size = places(run.config.select.fraction, len(run.folder.train_prompts))
+        size = selection_size(run.config.select.fraction, len(run.folder.train_prompts))
         ids = process_group().from_main(lambda: strategy.prompts_to_screen(gather_candidates(run, stage), size))
         rows = [run.folder.train_prompts[prompt_id] for prompt_id in ids]
         sampler = Collector(config, policy, run.judge, run.ledger)

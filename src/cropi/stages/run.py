@@ -15,7 +15,7 @@ from cropi.artifacts import is_finished
 from cropi.config import Config
 from cropi.errors import ArtifactError, ConfigError, PolicyError
 from cropi.gradients.groups import group_facts
-from cropi.gradients.surrogate import surrogate_settings
+from cropi.gradients.surrogate_weights import surrogate_settings
 from cropi.ledger import Ledger
 from cropi.parallel import process_group
 from cropi.policy import Policy, Replica, fingerprint, load_policy

@@ -28,7 +28,7 @@ from cropi.console import say, warn
 from cropi.curriculum.choose import choose, selection_batches
 from cropi.curriculum.pooling_data import PoolingData, read_pooling_data
 from cropi.curriculum.strategy import Candidates
-from cropi.functional.sampling import places
+from cropi.functional.ranking import selection_size
 from cropi.prompt_text import prompt_text
 from cropi.reward_statistics import GroupFacts, Visit, visit
 from cropi.rollouts.representations import KIND as REPRESENTED
@@ -76,7 +76,7 @@ def choose_prompts(
     """Write `selection.parquet` (every prompt) and `selected.jsonl` (the chosen ones, with prompt and answer)."""
     require_signal(candidates.statuses)
     strategy = config.select.strategy
-    settings, size = config.select, places(config.select.fraction, len(candidates))
+    settings, size = config.select, selection_size(config.select.fraction, len(candidates))
     if strategy.takes_all:
         settings, size = settings.model_copy(update={"quotas": {}, "exploration": 0.0}), len(candidates)
     ranking = strategy.rank(candidates, size, settings.fusion)

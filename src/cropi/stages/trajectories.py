@@ -90,12 +90,6 @@ class Overlay:
         layers = [self.layer_of.get(i) for i in prompt_ids]
         return np.array([layer is not None and layer.trained and layer.stage == stage for layer in layers])
 
-    def without_replaced(self, table: pa.Table, stage: int) -> pa.Table:
-        """The rows of a table of prompts whose group is the same as at the stage before."""
-        replaced = [prompt_id for prompt_id, layer in self.layer_of.items() if layer.stage == stage]
-        known = pc.is_in(table.column("prompt_id"), value_set=pa.array(replaced, pa.string()))
-        return table.filter(pc.invert(known))
-
 
 def read_overlay(layers: Sequence[Layer], *, mask_truncated: bool = False) -> Overlay:
     """Of every prompt the group of its last layer. `layers` are in the order in which they were sampled;

@@ -5,22 +5,23 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cropi.gradients.ratios import RatioMoments
-from cropi.gradients.surrogate import SurrogateSettings
-from cropi.gradients.units import Units
+from cropi.gradients.surrogate_weights import RatioStatistics, SurrogateSettings
 from cropi.lab.audit.fidelity import Comparison, gradient_cosines, interval
+from cropi.lab.audit.trajectory_products import TrajectoryProducts
 
 pytestmark = pytest.mark.usefixtures("unchecked_shapes")
 
 SETTINGS = SurrogateSettings("constant", 1, advantage_std=False)
 
 
-def made_up(generator: np.random.Generator, influence: float, count: int, noise: float, tilt: float = 1.0) -> Units:
+def made_up(
+    generator: np.random.Generator, influence: float, count: int, noise: float, tilt: float = 1.0
+) -> TrajectoryProducts:
     """Trajectories, half of them right; right ones have the product `influence` more than wrong ones on average."""
     rewards_K = np.arange(count) % 2 * 1.0
     products_K = tilt * influence * rewards_K * 2 + noise * generator.standard_normal(count)
     gram_KK = np.eye(count)
-    return Units(rewards_K, np.ones(count, dtype=np.int64), products_K[:, None], gram_KK, [RatioMoments()] * count)
+    return TrajectoryProducts(rewards_K, np.ones(count, int), products_K[:, None], gram_KK, [RatioStatistics()] * count)
 
 
 def influences(prompts: int, *, seed: int, bias: float) -> tuple[np.ndarray, np.ndarray]:
@@ -89,8 +90,8 @@ def test_gradient_cosines_of_equal_and_of_unrelated_gradients() -> None:
         features = np.array([stored * (k % 2) for k in range(8)] + [fresh * (k % 2) for k in range(16)])
         features = features + 1e-3 * generator.standard_normal(features.shape)
         rewards = np.array([k % 2 * 1.0 for k in range(24)])
-        units = Units(
-            rewards, np.ones(24, dtype=np.int64), np.zeros((24, 1)), features @ features.T, [RatioMoments()] * 24
+        units = TrajectoryProducts(
+            rewards, np.ones(24, dtype=np.int64), np.zeros((24, 1)), features @ features.T, [RatioStatistics()] * 24
         )
         together.append((units, 8))
     found = gradient_cosines(together, SETTINGS, 0)
@@ -113,10 +114,12 @@ def test_a_larger_group_is_no_bias() -> None:
     trajectories are compared, so that this does not count."""
     generator = np.random.default_rng(6)
 
-    def drawn(influence: float, count: int) -> Units:
+    def drawn(influence: float, count: int) -> TrajectoryProducts:
         rewards_K = (generator.random(count) < 0.5) * 1.0
         products_K = 2 * influence * rewards_K + 0.3 * generator.standard_normal(count)
-        return Units(rewards_K, np.ones(count, dtype=np.int64), products_K[:, None], None, [RatioMoments()] * count)
+        return TrajectoryProducts(
+            rewards_K, np.ones(count, int), products_K[:, None], None, [RatioStatistics()] * count
+        )
 
     truth_N = generator.standard_normal(1500)
     old, new = [drawn(x, 8) for x in truth_N], [drawn(x, 32) for x in truth_N]

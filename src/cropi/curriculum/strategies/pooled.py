@@ -13,7 +13,6 @@ from pydantic import Field
 from cropi.console import warn_once
 from cropi.curriculum.pooling_data import PoolingData
 from cropi.curriculum.strategy import Candidates, FusionConfig, Need, Ranking, StrategyTable, gumbel_keys
-from cropi.functional.fusion import ranks
 from cropi.functional.pooling import (
     Observed,
     Slopes,
@@ -23,7 +22,8 @@ from cropi.functional.pooling import (
     trust_of,
     verdict_rates,
 )
-from cropi.functional.sampling import places as share_size
+from cropi.functional.ranking import ranks
+from cropi.functional.ranking import selection_size as share_size
 from cropi.setting_types import Fraction
 
 SCREEN_GENERATIONS = 4  # completions for each screened prompt

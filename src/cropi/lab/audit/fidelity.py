@@ -17,8 +17,8 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from cropi.functional.agreement import disattenuated, pearson, sign_agreement, spearman, top_overlap
-from cropi.gradients.surrogate import SurrogateSettings, scales_of
-from cropi.gradients.units import Units, restricted
+from cropi.gradients.surrogate_weights import SurrogateSettings, scales_of
+from cropi.lab.audit.trajectory_products import TrajectoryProducts
 
 REDRAWS = 200
 SPLITS = 10
@@ -44,7 +44,6 @@ class _Side:
 
     rewards_NK: Float[np.ndarray, "N K"]
     lengths_NK: Int[np.ndarray, "N K"]
-    logs_NK: Float[np.ndarray, "N K"]
     products_NK: Float[np.ndarray, "N K"]
 
     @property
@@ -55,18 +54,17 @@ class _Side:
         """Influence of each prompt from some of its trajectories."""
         taken = [
             np.take_along_axis(values_NK, subset_Nk, axis=1)
-            for values_NK in (self.rewards_NK, self.lengths_NK, self.logs_NK, self.products_NK)
+            for values_NK in (self.rewards_NK, self.lengths_NK, self.products_NK)
         ]
-        return (scales_of(taken[0], taken[1], settings, taken[2]) * taken[3]).sum(axis=1)
+        return (scales_of(taken[0], taken[1], settings) * taken[2]).sum(axis=1)
 
 
-def _side(units: Sequence[Units], column: int) -> _Side:
-    count = min(len(one.rewards_K) for one in units)
+def _side(products: Sequence[TrajectoryProducts], column: int) -> _Side:
+    count = min(len(one.rewards_K) for one in products)
     return _Side(
-        np.stack([one.rewards_K[:count] for one in units]),
-        np.stack([one.lengths_K[:count] for one in units]),
-        np.array([[moments.mean_log for moments in one.ratios[:count]] for one in units]),
-        np.stack([one.products_KV[:count, column] for one in units]),
+        np.stack([one.rewards_K[:count] for one in products]),
+        np.stack([one.lengths_K[:count] for one in products]),
+        np.stack([one.products_KV[:count, column] for one in products]),
     )
 
 
@@ -75,8 +73,8 @@ class Comparison:
 
     def __init__(
         self,
-        stored: Sequence[Units],
-        fresh: Sequence[Units],
+        stored: Sequence[TrajectoryProducts],
+        fresh: Sequence[TrajectoryProducts],
         columns: tuple[int, int, int],
         settings: SurrogateSettings,
         share: float,
@@ -86,9 +84,9 @@ class Comparison:
         two draws of fresh ones, for the ceiling and for the reference. Where prompts differ in their number of
         trajectories, the smallest is used of each."""
         self._stored, self._ceiling, self._fresh = (
-            _side(units, column) for units, column in zip((stored, fresh, fresh), columns, strict=True)
+            _side(products, column) for products, column in zip((stored, fresh, fresh), columns, strict=True)
         )
-        self._units, self._columns = (stored, fresh), columns
+        self._products, self._columns = (stored, fresh), columns
         self._settings, self._share, self._seed = settings, share, seed
 
     def by_count(self) -> list[dict[str, object]]:
@@ -147,21 +145,21 @@ class Comparison:
             for side in (self._fresh, self._ceiling)
         )
         fresh_N = fresh_GN.mean(axis=0)
-        noise_N = fresh_GN.var(axis=0, ddof=1) / groups if groups > 1 else self._jackknife(self._units[1], 2)
+        noise_N = fresh_GN.var(axis=0, ddof=1) / groups if groups > 1 else self._jackknife(self._products[1], 2)
         return _Whole(
             stored_N,
             fresh_N,
-            self._jackknife(self._units[0], 0),
+            self._jackknife(self._products[0], 0),
             noise_N,
             (again_GN.mean(axis=0) - fresh_N) ** 2,
         )
 
-    def _jackknife(self, units: Sequence[Units], side: int) -> Float[np.ndarray, " N"]:
+    def _jackknife(self, products: Sequence[TrajectoryProducts], side: int) -> Float[np.ndarray, " N"]:
         """Squared error of each prompt's score. A jackknife's variance is that of K - 1 trajectories, so it is taken
         times (K - 1) / K; 0 where there are fewer than three."""
         column, squares = self._columns[side], []
-        for one in units:
-            error = float(one.errors(self._settings, "dot", np.ones(one.products_KV.shape[1]))[column])
+        for one in products:
+            error = float(one.errors(self._settings)[column])
             known = error if math.isfinite(error) else 0.0
             squares.append(known**2 * (len(one.rewards_K) - 1) / len(one.rewards_K))
         return np.array(squares)
@@ -243,7 +241,7 @@ def _shuffled(generator: np.random.Generator, side: _Side) -> Int[np.ndarray, "N
 
 
 def gradient_cosines(
-    pairs: Sequence[tuple[Units, int]], settings: SurrogateSettings, seed: int
+    pairs: Sequence[tuple[TrajectoryProducts, int]], settings: SurrogateSettings, seed: int
 ) -> dict[str, dict[str, float]] | None:
     """Quartiles over prompts of the cosine between the stored and the fresh gradient of the same prompt, from as many
     trajectories each; and between two fresh ones, its ceiling.
@@ -253,14 +251,14 @@ def gradient_cosines(
     """
     generator = np.random.default_rng(seed)
     found: dict[str, list[float]] = {"off_policy": [], "ceiling": []}
-    for units, stored in pairs:
-        total = len(units.rewards_K)
+    for products, stored in pairs:
+        total = len(products.rewards_K)
         count = min(stored, (total - stored) // 2)
         order = stored + generator.permutation(total - stored)
         halves = order[:count], order[count : 2 * count]
         old = generator.permutation(stored)[:count]
         for name, first, second in (("off_policy", old, halves[0]), ("ceiling", halves[1], halves[0])):
-            value = _cosine(units, first, second, settings)
+            value = _cosine(products, first, second, settings)
             if math.isfinite(value):
                 found[name].append(value)
     if not found["off_policy"] or not found["ceiling"]:
@@ -268,11 +266,15 @@ def gradient_cosines(
     return {name: _quartiles(values) for name, values in found.items()}
 
 
-def _cosine(units: Units, first_k: np.ndarray, second_k: np.ndarray, settings: SurrogateSettings) -> float:
+def _cosine(
+    products: TrajectoryProducts, first_k: np.ndarray, second_k: np.ndarray, settings: SurrogateSettings
+) -> float:
     """NaN where either side has no signal."""
-    assert units.gram_KK is not None
-    scales = [restricted(units, part).scales(settings)[0] for part in (first_k, second_k)]
-    blocks = [units.gram_KK[np.ix_(a, b)] for a, b in ((first_k, second_k), (first_k, first_k), (second_k, second_k))]
+    assert products.gram_KK is not None
+    scales = [products.restricted(part).scales(settings)[0] for part in (first_k, second_k)]
+    blocks = [
+        products.gram_KK[np.ix_(a, b)] for a, b in ((first_k, second_k), (first_k, first_k), (second_k, second_k))
+    ]
     product = float(scales[0] @ blocks[0] @ scales[1])
     squares = float(scales[0] @ blocks[1] @ scales[0]) * float(scales[1] @ blocks[2] @ scales[1])
     return product / math.sqrt(squares) if squares > 0 else math.nan

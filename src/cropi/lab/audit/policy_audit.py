@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,19 +13,16 @@ from cropi.artifacts import OK
 from cropi.functional.agreement import spearman, top_overlap
 from cropi.functional.projection import SparseProjection
 from cropi.gradients.groups import Group
-from cropi.gradients.ratios import RatioMoments
-from cropi.gradients.scorer import Scorer
-from cropi.gradients.surrogate import SurrogateSettings
-from cropi.gradients.units import Units
+from cropi.gradients.influence_scorer import Scorer
+from cropi.gradients.surrogate_weights import RatioStatistics, SurrogateSettings
 from cropi.lab.audit.fidelity import Comparison, gradient_cosines, plain
+from cropi.lab.audit.prefix_correction import prefix_corrected
+from cropi.lab.audit.trajectory_products import TrajectoryProducts, trajectory_products
 
 DRAWS = ("/ceiling", "/reference")
 """Suffixes of the directions of two draws of fresh validation trajectories."""
-VARIANTS: dict[str, dict[str, Any]] = {
-    "token": {},
-    "prefix": {"correction": "prefix"},
-}
-"""Corrections of the estimate, by name; `token` is paper eq. 4."""
+VARIANTS = ("token", "prefix")
+"""Corrections of the importance ratio: the token's own ratio (paper eq. 4), or the product of those up to it."""
 
 
 @dataclass(frozen=True)
@@ -60,33 +57,31 @@ def audit_stage(
 ) -> dict[str, Any]:
     """Compare stored with fresh trajectories at one policy; the result is plain JSON."""
     names = list(material.stored_validation)
-    directions = dict(material.stored_validation) | {
+    fresh_directions = {
         name + draw: material.fresh_validation[name][number] for number, draw in enumerate(DRAWS) for name in names
     }
 
-    def aimed(changes: Mapping[str, Any], **options: Any) -> tuple[Scorer, SurrogateSettings]:
-        used = replace(settings, **{"correction": "token", "baseline": "group", **changes})
-        scorer = Scorer(model, used, batch_tokens=batch_tokens, **options)
-        scorer.aim(directions, advance)
-        return scorer, used
+    def aimed(stored_validation: Mapping[str, Sequence[Group]], **options: Any) -> Scorer:
+        scorer = Scorer(model, settings, batch_tokens=batch_tokens, **options)
+        scorer.aim({**stored_validation, **fresh_directions}, advance)
+        return scorer
 
-    exact, used = aimed({}, estimator="exact")
-    stored = {"token": _units(exact, material.stored, advance)}
-    fresh = _units(exact, material.fresh, advance)
+    def corrected(groups: Sequence[Group]) -> list[Group]:
+        return prefix_corrected(model, groups, settings.temperature)
+
+    exact = aimed(material.stored_validation, estimator="exact")
+    stored = {"token": _products(exact, material.stored, advance)}
+    fresh = _products(exact, material.fresh, advance)
     cosines = exact.direction_cosines()
-    for variant, changes in VARIANTS.items():
-        if variant != "token":
-            stored[variant] = _units(aimed(changes, estimator="exact")[0], material.stored, advance)
-    sketch, _ = aimed({}, estimator="sketch", projection=projection)
+    prefix = aimed({name: corrected(groups) for name, groups in material.stored_validation.items()}, estimator="exact")
+    stored["prefix"] = _products(prefix, corrected(material.stored), advance)
+    sketch = aimed(material.stored_validation, estimator="sketch", projection=projection)
     together, sketched = _together(sketch, material, advance)
     sets = {}
     for n, name in enumerate(names):
         columns = (n, len(names) + n, 2 * len(names) + n)
-        variants = {
-            variant: Comparison(stored[variant], fresh, columns, replace(used, **changes), share, seed)
-            for variant, changes in VARIANTS.items()
-        }
-        products_N = np.array([units.products(used)[0, n] for units in stored["token"]])
+        variants = {variant: Comparison(stored[variant], fresh, columns, settings, share, seed) for variant in VARIANTS}
+        products_N = np.array([one.products(settings)[0, n] for one in stored["token"]])
         projected = {
             "spearman": spearman(sketched[:, n], products_N),
             "top_overlap": top_overlap(sketched[:, n], products_N, share),
@@ -95,7 +90,7 @@ def audit_stage(
         cosine = {"off_policy": cosines[n, reference], "ceiling": cosines[ceiling, reference]}
         sets[name] = plain(_agreement(variants) | {"direction_cosine": cosine, "projection": projected})
     return _facts(material, stored["token"]) | {
-        "gradient_cosine": gradient_cosines(together, used, seed),
+        "gradient_cosine": gradient_cosines(together, settings, seed),
         "sets": sets,
     }
 
@@ -113,9 +108,9 @@ def _agreement(variants: Mapping[str, Comparison]) -> dict[str, Any]:
     }
 
 
-def _facts(material: Material, stored: Sequence[Units]) -> dict[str, Any]:
-    """Counts of what was compared, and how far the policy has moved."""
-    moved = sum((units.total() for units in stored), RatioMoments())
+def _facts(material: Material, stored: Sequence[TrajectoryProducts]) -> dict[str, Any]:
+    """How much was compared, and how far the policy has moved."""
+    moved = sum((products.total() for products in stored), RatioStatistics())
     return {
         "prompts": len(material.stored),
         "with_signal": {
@@ -132,24 +127,25 @@ def _count(groups: Sequence[Group]) -> int:
     return min(len(group.completions) for group in groups)
 
 
-def _units(scorer: Scorer, groups: Sequence[Group], advance: Callable[[int], None]) -> list[Units]:
-    return [units for units, _, _ in scorer.units(groups, advance=advance)]
+def _products(scorer: Scorer, groups: Sequence[Group], advance: Callable[[int], None]) -> list[TrajectoryProducts]:
+    return [products for products, _ in trajectory_products(scorer, groups, advance)]
 
 
 def _together(
     scorer: Scorer, material: Material, advance: Callable[[int], None]
-) -> tuple[list[tuple[Units, int]], np.ndarray]:
-    """Join stored and fresh trajectories by prompt, with all inner products; also sketched products of the stored."""
+) -> tuple[list[tuple[TrajectoryProducts, int]], np.ndarray]:
+    """Join each prompt's stored and fresh trajectories, with all of their inner products; also return the sketched
+    products of the stored ones."""
 
-    def found(groups: Sequence[Group]) -> Iterator[tuple[Units, torch.Tensor]]:
-        for units, features_KD, _ in scorer.units(groups, advance=advance):
+    def found(groups: Sequence[Group]) -> Iterator[tuple[TrajectoryProducts, torch.Tensor]]:
+        for products, features_KD in trajectory_products(scorer, groups, advance):
             assert features_KD is not None
-            yield units, features_KD.double()
+            yield products, features_KD.double()
 
-    together, products = [], []
+    together, sketched = [], []
     for (old, old_KD), (new, new_KD) in zip(found(material.stored), found(material.fresh), strict=True):
         features_KD = torch.cat([old_KD, new_KD])
-        both = Units(
+        both = TrajectoryProducts(
             np.concatenate([old.rewards_K, new.rewards_K]),
             np.concatenate([old.lengths_K, new.lengths_K]),
             np.concatenate([old.products_KV, new.products_KV]),
@@ -157,5 +153,5 @@ def _together(
             [*old.ratios, *new.ratios],
         )
         together.append((both, len(old.rewards_K)))
-        products.append(old.products(scorer.settings)[0])
-    return together, np.array(products)
+        sketched.append(old.products(scorer.settings)[0])
+    return together, np.array(sketched)

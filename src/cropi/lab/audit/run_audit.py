@@ -17,7 +17,7 @@ from cropi.console import progress, say
 from cropi.errors import ArtifactError, SignalError
 from cropi.functional.projection import SparseProjection
 from cropi.gradients.groups import Group, iterate_groups
-from cropi.gradients.validation import validation_groups
+from cropi.gradients.validation_groups import validation_groups
 from cropi.lab.audit.fresh_trajectories import Prompt, as_prompts, sample_groups
 from cropi.lab.audit.policy_audit import Material, audit_stage, passes
 from cropi.policy import Policy

@@ -14,11 +14,12 @@ from torch.nn import functional as F
 
 from cropi import __version__
 from cropi.functional.projection import SparseProjection
-from cropi.gradients.engine import Engine, Nothing, segment_of
+from cropi.gradients.capture import NullReader
+from cropi.gradients.engine import Engine, segment_of
 from cropi.gradients.groups import Group
+from cropi.gradients.influence_scorer import BLOCK, Scorer
 from cropi.gradients.packing import Segment
-from cropi.gradients.scorer import BLOCK, Scorer
-from cropi.gradients.surrogate import SurrogateSettings
+from cropi.gradients.surrogate_weights import SurrogateSettings
 from cropi.lab.bench.peers.worker_protocol import Engine as Contending
 from cropi.lab.bench.peers.worker_protocol import Measurement, Part, Task, WeightedGroup, serve
 
@@ -145,9 +146,9 @@ class Floor(Unscored):
         for start in range(0, len(self._groups), BLOCK):
             segments = segments_of(self._groups[start : start + BLOCK])
             if self._backward:
-                self._engine.run(segments, Nothing())
+                self._engine.run(segments, NullReader())
             else:
-                self._engine.logprobs(segments)
+                self._engine.forward_only(segments)
 
 
 class Stock(Unscored):

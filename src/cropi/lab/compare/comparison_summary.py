@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from cropi.errors import ConfigError
-from cropi.functional.comparison import (
+from cropi.lab.compare.curve_statistics import (
     accuracy_curves,
     area_weights,
     first_crossings,

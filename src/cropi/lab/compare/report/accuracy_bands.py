@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
-from cropi.functional.comparison import accuracy_curves, redraw_counts, seed_counts
+from cropi.lab.compare.curve_statistics import accuracy_curves, redraw_counts, seed_counts
 from cropi.lab.compare.paired_runs import Comparison
 from cropi.seeds import derived_seed
 

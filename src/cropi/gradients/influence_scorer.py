@@ -1,0 +1,300 @@
+"""The influence scorer: compute validation directions of one policy, then the influence of groups on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from cropi.artifacts import OK
+from cropi.errors import PolicyError
+from cropi.functional import influence_formulas
+from cropi.functional.projection import SparseProjection, principal_directions
+from cropi.gradients.engine import Engine, by_group, segment_of
+from cropi.gradients.exact import ExactReader, inner, norm, widened
+from cropi.gradients.groups import Group
+from cropi.gradients.model_checks import require_independent_rows
+from cropi.gradients.packing import Segment
+from cropi.gradients.reference import prompt_gradient
+from cropi.gradients.sharded_parameters import ShardedParameters
+from cropi.gradients.sketch import GradientMap, SketchReader, StructuredMap, UniformMap, project
+from cropi.gradients.surrogate_weights import RATIO_COLUMNS, RatioStatistics, SurrogateSettings
+from cropi.gradients.validation_directions import (
+    REFERENCE_TOKENS,
+    Directions,
+    Gradients,
+    MeanGradients,
+    by_autograd,
+    by_engine,
+    room_for_directions,
+)
+from cropi.parallel import process_group
+
+Estimator = Literal["exact", "sketch", "reference"]
+Score = influence_formulas.Score
+
+BLOCK = 256
+"""Groups whose features are in memory at once; packs are filled from one block."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Scores of some groups, in their order; zeros for groups without signal."""
+
+    products_NV: Float[np.ndarray, "N V"]
+    """<g_i, d_v>."""
+    norms_N: Float[np.ndarray, " N"]
+    """|g_i|; of the feature for `sketch`; NaN if not requested (`exact` with `dot`, without `lengths`)."""
+    ratio_columns_NR: Float[np.ndarray, "N R"]
+    """`RATIO_COLUMNS` of each group; (1, 0, 0) if nothing was computed."""
+    features_ND: Tensor | None
+    """Gradient features, for `sketch` only."""
+    tokens_computed: int
+    errors_NV: Float[np.ndarray, "N V"] | None = None
+    """Standard errors of the influence, if requested: 0 without signal. See `score_by_halves`."""
+    variances_N: Float[np.ndarray, " N"] | None = None
+    """Variances of the rewards."""
+    ratios: Sequence[RatioStatistics] = ()
+    """Ratio statistics of each group, if an engine ran."""
+
+
+@dataclass(frozen=True)
+class Aim:
+    """Directions of a scorer, for another scorer of the same policy and settings."""
+
+    directions: Sequence[Mapping[str, Tensor]]
+    """Dense directions; none for `sketch`, which keeps their features only."""
+    layer_directions: Mapping[str, Tensor]
+    features_VD: Float[Tensor, "V D"] | None
+    norms_V: Float[np.ndarray, " V"]
+
+
+class Scorer:
+    """Compute the influence of groups on validation sets: call `aim` with the validation sets, then score groups.
+
+    The validation directions d_v are always exact: dense means of the groups' gradients (`plain`), or of the gradients
+    scaled to length 1 (`normalized`). Estimators differ in the inner product of a training group's gradient with them:
+
+    `exact`: without projection, at most (2 + V) forward passes of work, often 3; `sketch`: through a
+    `SparseProjection`, about 2; `reference`: by autograd, one group at a time, at least 3. `lengths`: compute the norms
+    of gradients even if the score does not need them. The ranks of a run make the directions together: each takes
+    a share of the validation groups, and all get the same directions. Afterwards each scores its own groups.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: SurrogateSettings,
+        *,
+        estimator: Estimator = "sketch",
+        score: Score = "dot",
+        validation_mean: Literal["plain", "normalized"] = "plain",
+        projection: SparseProjection | None = None,
+        batch_tokens: int | None = None,
+        lengths: bool = False,
+    ) -> None:
+        self.estimator, self.score, self._mean = estimator, score, validation_mean
+        self._lengths = lengths or score != "dot"
+        self.projection = projection or SparseProjection()
+        self.layer_directions: dict[str, Tensor] = {}
+        self.settings = settings
+        self.model, self._batch_tokens = model, batch_tokens or REFERENCE_TOKENS
+        if estimator == "reference" and ShardedParameters(model).sharded:
+            raise PolicyError(
+                "the reference estimator needs full parameters, and the policy's are sharded",
+                where="score.estimator",
+                fix="use sketch or exact.",
+            )
+        if estimator == "reference":
+            require_independent_rows(model)
+        self._engine = None if estimator == "reference" else Engine(model, settings, batch_tokens)
+        self._ranks = process_group() if self._engine is None else self._engine.shards.ranks()
+
+    def aim(
+        self,
+        validation: Mapping[str, Sequence[Group]],
+        advance: Callable[[int], None] | None = None,
+        layer_directions: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Compute the directions of validation sets. Raises SignalError if one is empty or not finite.
+
+        Also sets `direction_reliability`: by set, the expected correlation of this direction with one from as many
+        other prompts; see `Directions.reliability_V`.
+
+        `layer_directions` are the U of a structured mask by parameter name, to compare with features made earlier; by
+        default they are computed from the validation sets.
+        """
+        self._known = Directions(list(validation))
+        if self._engine is None:
+            gradients = by_autograd(self.model, self.settings, self._batch_tokens, validation, self._mean, advance)
+            self._directions = self._known.add(gradients.of(gradients.names))
+        else:
+            gradients = by_engine(self._engine, validation, self._mean, advance)
+            chunks = gradients.parameter_chunks(room_for_directions(self._engine))
+            self.direction_passes = len(chunks)
+            if self.estimator == "exact":
+                self._aim_exact(gradients, chunks)
+            else:
+                self._aim_sketch(gradients, chunks, layer_directions)
+        self.direction_reliability = dict(zip(validation, self._known.reliability_V.tolist(), strict=True))
+        if self.estimator == "sketch":
+            self.norms_V = self.features_VD.double().norm(dim=1).numpy()
+        else:
+            self.norms_V = self._known.norms_V
+
+    def _aim_exact(self, gradients: MeanGradients, chunks: Sequence[Sequence[str]]) -> None:
+        self._directions = [{} for _ in self._known.norms_V]
+        for names in chunks:
+            for direction, found in zip(self._directions, self._known.add(gradients.of(names)), strict=True):
+                direction |= found
+
+    def _aim_sketch(
+        self, gradients: MeanGradients, chunks: Sequence[Sequence[str]], layer_directions: Mapping[str, Tensor] | None
+    ) -> None:
+        """Keep only the projected features of each direction."""
+        assert self._engine is not None
+        structured, device = self.projection.mask == "structured", self._engine.device
+        given = layer_directions if structured and layer_directions else {}
+        self.layer_directions = {name: columns.to(device) for name, columns in given.items()}
+        self._ranks.copy_main(self.layer_directions)
+        features = []
+        for names in chunks:
+            directions = self._known.add(gradients.of(names))
+            if structured and not given:
+                found = self._layer_directions(directions, gradients.mean_inputs)
+                self._ranks.copy_main(found)
+                self.layer_directions |= found
+            self._map = self._make_map(names)
+            features.append(torch.stack([project(self._map, direction) for direction in directions]).cpu())
+            del directions
+        if len(chunks) > 1:
+            self._map = self._make_map()
+        self.features_VD = torch.stack(features).sum(dim=0)
+        self._ranks.copy_main({"features": self.features_VD})
+
+    @contextmanager
+    def lockstep(self) -> Iterator[None]:
+        """Let processes with sharded parameters score any number of groups inside, each its own; see `Engine.lockstep`.
+        A call outside opens a block of its own."""
+        with nullcontext() if self._engine is None else self._engine.lockstep():
+            yield
+
+    @property
+    def aimed(self) -> Aim:
+        """Return the directions, for `aim_as`."""
+        if self.estimator == "sketch":
+            return Aim((), _on_cpu(self.layer_directions), self.features_VD, self.norms_V)
+        return Aim([_on_cpu(direction) for direction in self._directions], {}, None, self.norms_V)
+
+    def aim_as(self, aim: Aim) -> None:
+        """Use the directions of another scorer; no gradient is computed."""
+        places = {name: parameter.device for name, parameter in self.model.named_parameters()}
+        self.norms_V = aim.norms_V
+        self._directions = [{name: d.to(places[name]) for name, d in dense.items()} for dense in aim.directions]
+        if aim.features_VD is not None:
+            self.layer_directions = {name: U.to(places[name]) for name, U in aim.layer_directions.items()}
+            self._map, self.features_VD = self._make_map(), aim.features_VD
+
+    def __call__(
+        self,
+        groups: Sequence[Group],
+        *,
+        factors: Sequence[Sequence[float]] | None = None,
+        advance: Callable[[int], None] | None = None,
+    ) -> Scored:
+        """Score a block of groups. `factors` multiply the weights of each group's trajectories; the reference estimator
+        ignores them."""
+        with self.lockstep():
+            if self._engine is None:
+                scored = self._by_reference(groups, advance)
+            else:
+                segments = [
+                    segment_of(index, group, self.settings, None if factors is None else factors[index])
+                    for index, group in enumerate(groups)
+                ]
+                present = [segment for segment in segments if segment is not None]
+                scored = self.score_segments(present, len(groups), advance, norms=self._lengths)
+        return replace(scored, variances_N=np.array([group.variance for group in groups], dtype=np.float64))
+
+    def direction_cosines(self) -> Float[np.ndarray, "V V"]:
+        """Compute the cosines between the directions; 0 for one of length 0."""
+        norms_V = self._known.norms_V
+        return influence_formulas.influence(self._known.products_VV, norms_V, norms_V, "cosine")
+
+    def values(self, scored: Scored) -> Float[np.ndarray, "N V"]:
+        """Compute the influence by the scorer's score, 0 for a zero gradient; see `influence_formulas.influence`."""
+        return influence_formulas.influence(
+            scored.products_NV, scored.norms_N, self.norms_V, self.score, scored.variances_N
+        )
+
+    def score_segments(
+        self,
+        segments: Sequence[Segment],
+        count: int,
+        advance: Callable[[int], None] | None = None,
+        *,
+        norms: bool = False,
+    ) -> Scored:
+        """Pass segments through the engine into `count` result rows. `exact` computes norms only with `norms`."""
+        if self._engine is None:
+            raise ValueError("segments need estimator='exact' or 'sketch'")
+        after = by_group(advance)
+        if self.estimator == "exact":
+            exact = ExactReader(self._directions, count, norms=norms, repeated=self._engine.repeated)
+            work = self._engine.run(segments, exact, after=after, divisible=not norms)
+            norms_N = np.sqrt(exact.squares_N.clamp(min=0).numpy() if norms else np.full(count, np.nan))
+            products_NV, features_ND = exact.products_NV.numpy(), None
+        else:
+            sketch = SketchReader(self._map, count, self.features_VD.dtype)
+            work = self._engine.run(segments, sketch, after=after)
+            features_ND = sketch.features_ND
+            products_NV = (features_ND.double() @ self.features_VD.double().T).numpy()
+            norms_N = features_ND.double().norm(dim=1).numpy()
+        ratios = [work.of(index) for index in range(count)]
+        columns_NR = np.array([one.columns for one in ratios]).reshape(count, len(RATIO_COLUMNS))
+        return Scored(products_NV, norms_N, columns_NR, features_ND, work.tokens, ratios=ratios)
+
+    def _by_reference(self, groups: Sequence[Group], advance: Callable[[int], None] | None) -> Scored:
+        products_NV = np.zeros((len(groups), len(self._directions)))
+        norms_N, columns_NR = np.zeros(len(groups)), np.tile(RatioStatistics().columns, (len(groups), 1))
+        tokens = 0
+        for index, group in enumerate(groups):
+            if group.status != OK:
+                continue
+            found = prompt_gradient(self.model, group, self.settings, batch_tokens=self._batch_tokens)
+            products_NV[index] = [inner(found.gradients, direction) for direction in self._directions]
+            norms_N[index] = norm(found.gradients)
+            columns_NR[index] = found.ratio_ess, found.clip_share, found.kl
+            tokens += len(group.prompt_ids) * len(group.completions) + group.completion_tokens
+            if advance is not None:
+                advance(1)
+        return Scored(products_NV, norms_N, columns_NR, None, tokens)
+
+    def _make_map(self, names: Sequence[str] | None = None) -> GradientMap:
+        """Make the map of all parameters, or of some."""
+        assert self._engine is not None
+        parameters = self._engine.parameters
+        if names is not None:
+            parameters = {name: parameters[name] for name in names}
+        if self.projection.mask == "uniform":
+            return UniformMap(self.projection, parameters)
+        return StructuredMap(self.projection, parameters, self.layer_directions, self._engine.vocabulary)
+
+    def _layer_directions(self, directions: Sequence[Gradients], means: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Compute U of the linear layers with known mean inputs."""
+        found = {}
+        for name in sorted(means):
+            stacked = torch.cat([direction[name] for direction in directions])
+            found[name] = widened(principal_directions(stacked, means[name], self.projection.rank).to(stacked.dtype))
+        return found
+
+
+def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copy tensors to where other processes can read them."""
+    return {name: tensor.detach().cpu() for name, tensor in tensors.items()}

@@ -1,0 +1,295 @@
+"""Validation directions: the mean gradients of validation sets.
+
+They do not depend on the number of processes. They are dense, and for a large policy larger than the policy itself, so
+they can be computed for a part of the parameters at a time, with passes over the validation sets for each part.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from cropi.artifacts import OK
+from cropi.errors import SignalError
+from cropi.functional import influence_formulas
+from cropi.functional.agreement import spearman_brown
+from cropi.gradients.engine import Engine, by_group, free_bytes, segment_of
+from cropi.gradients.exact import DenseReader, ExactReader, inner, norm
+from cropi.gradients.groups import Group
+from cropi.gradients.packing import Segment
+from cropi.gradients.reference import prompt_gradient, trainable_parameters
+from cropi.gradients.surrogate_weights import SurrogateSettings
+from cropi.parallel import ProcessGroup, process_group
+
+PIECE = 16
+"""Groups whose gradients one process sums together."""
+
+REFERENCE_TOKENS = 8192
+"""Default number of padded tokens in a forward pass of the reference estimator."""
+
+MEMORY_SHARE = {"cpu": 0.5, "cuda": 0.25}
+"""Share of the free memory for dense gradients. On CUDA, packs already use half of the memory."""
+
+Advance = Callable[[int], None] | None
+Mean = Literal["plain", "normalized"]
+Gradients = dict[str, Tensor]
+Halves = tuple[Gradients, Gradients]
+"""The two summands of a mean gradient: from every other prompt of a validation set, and from the rest."""
+
+
+def pieces(groups: Sequence[Group]) -> list[tuple[int, Sequence[Group]]]:
+    """Divide a set's groups into pieces, each with the number of its half."""
+    halves = [groups[half::2] for half in (0, 1)]
+    return [(half, all_[at : at + PIECE]) for half, all_ in enumerate(halves) for at in range(0, len(all_), PIECE)]
+
+
+class Directions:
+    """Inner products and reliability of V directions, added up over parts of the parameters."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._names, count = names, len(names)
+        self.products_VV = np.zeros((count, count))
+        """Inner products of the directions."""
+        self._within_V3 = np.zeros((count, 3))
+
+    def add(self, halves_V: Iterable[Halves]) -> list[Gradients]:
+        """Add the halves' gradients of further parameters; return the directions' gradients of these parameters. Raises
+        SignalError if one is not finite."""
+        found = []
+        for v, (first, rest) in enumerate(halves_V):
+            self._within_V3[v] += inner(first, first), inner(rest, rest), inner(first, rest)
+            while rest:  # freed one by one, before the next set is computed
+                name, gradient = rest.popitem()
+                first[name] += gradient
+                del gradient
+            found.append(first)
+        self.products_VV += [[inner(one, other) for other in found] for one in found]
+        for name, length in zip(self._names, self.norms_V, strict=True):
+            if not np.isfinite(length):
+                raise SignalError(
+                    f"the gradient of validation set {name} is not a finite number",
+                    where=f"validation set {name}",
+                    fix="check its behaviour log-probs and rewards; a policy that has diverged cannot be scored: "
+                    "lower trainer.learning_rate.",
+                )
+        return found
+
+    @property
+    def norms_V(self) -> Float[np.ndarray, " V"]:
+        return np.sqrt(self.products_VV.diagonal())
+
+    @property
+    def reliability_V(self) -> Float[np.ndarray, " V"]:
+        """Cosine between the halves, stepped up to the whole set (Spearman-Brown): the expected correlation with a
+        direction from as many other prompts. NaN if a half is 0, as for a single prompt."""
+        found = []
+        for first, rest, between in self._within_V3:
+            norms = first**0.5 * rest**0.5
+            cosine = between / norms if norms else math.nan
+            found.append(-math.inf if cosine <= -1 else spearman_brown(cosine))
+        return np.array(found)
+
+
+class Piece(Protocol):
+    """Some groups of a validation set, each with its weight in the set's mean."""
+
+    def sums(self, names: Sequence[str], advance: Advance) -> tuple[Gradients, dict[str, Tensor]]:
+        """Sum the gradients of some parameters, in float32 or wider; for linear layers, also return the number of input
+        tokens and their sum, (1 + I,) float64."""
+
+
+class MeanGradients:
+    """Compute the mean gradients of validation sets, by halves, for any subset of the parameters.
+
+    One process sums a piece, and pieces do not depend on the number of processes. Pieces are summed in float64, which
+    is exact for float32 numbers of similar size, in any order. So the number of processes changes no direction, nor
+    the input directions of a structured mask, which are sensitive to small changes.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, Tensor],
+        make_piece: Callable[[Sequence[Group], int], Piece],
+        validation: Mapping[str, Sequence[Group]],
+        ranks: ProcessGroup,
+        *,
+        matrices: Collection[str] = (),
+        together: Callable[[], AbstractContextManager[None]] = nullcontext,
+        advance: Advance = None,
+    ) -> None:
+        """`make_piece` takes groups and the size of their set. `matrices` are the linear layers' weights. All processes
+        enter `together` around their own passes. Raises SignalError for a set without a group."""
+        self._parameters, self._matrices, self._ranks = parameters, matrices, ranks
+        self._together, self._advance = together, advance
+        self.mean_inputs: dict[str, Tensor] = {}
+        """Mean input of each linear layer over tokens, summed over the sets; by the name of its weight."""
+        for name, groups in validation.items():
+            if not groups:
+                raise SignalError("it has no group", where=f"validation set {name}", fix="give it prompts.")
+        with together():
+            self._own_V = [
+                [(half, make_piece(piece, len(groups))) for half, piece in ranks.share(pieces(groups))]
+                for groups in validation.values()
+            ]
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all parameters."""
+        return list(self._parameters)
+
+    def parameter_chunks(self, room: int) -> list[list[str]]:
+        """Divide the parameters so that the dense gradients of each part fit into `room` bytes."""
+        # The directions of all sets, both halves of one set in float64, and one piece.
+        left = most = room // (4 * len(self._own_V) + 2 * 8 + 4)
+        found: list[list[str]] = [[]]
+        for name, parameter in self._parameters.items():
+            if parameter.numel() > left and found[-1]:
+                found.append([])
+                left = most
+            found[-1].append(name)
+            left -= parameter.numel()
+        return found
+
+    def of(self, names: Sequence[str]) -> Iterator[Halves]:
+        """Yield both halves' gradients of each set; sets `mean_inputs` for these parameters."""
+        self.mean_inputs = {}
+        for own in self._own_V:
+            yield self._halves(own, names)
+        self._advance = None  # every group has been counted
+
+    def _halves(self, own: Sequence[tuple[int, Piece]], names: Sequence[str]) -> Halves:
+        parameters = {name: self._parameters[name] for name in names}
+        wide = [
+            {name: torch.zeros(p.shape, dtype=torch.float64, device=p.device) for name, p in parameters.items()}
+            for _ in (0, 1)
+        ]
+        inputs = {
+            name: torch.zeros(1 + p.shape[1], dtype=torch.float64, device=p.device)
+            for name, p in parameters.items()
+            if name in self._matrices
+        }
+        with self._together():
+            for half, piece in own:
+                found, inputs_of = piece.sums(names, self._advance)
+                for name, gradient in found.items():
+                    wide[half][name] += gradient
+                for name, sums_I in inputs_of.items():
+                    inputs[name] += sums_I
+                del found
+        for sums in (*wide, inputs):
+            self._ranks.add(sums)
+        for name, sums_I in inputs.items():
+            mean_I = (sums_I[1:] / sums_I[0].clamp(min=1)).float()
+            self.mean_inputs[name] = self.mean_inputs.get(name, 0.0) + mean_I
+        first, rest = ({name: half.pop(name).to(_wide(parameters[name])) for name in names} for half in wide)
+        return first, rest
+
+
+def _wide(parameter: Tensor) -> torch.dtype:
+    return torch.promote_types(parameter.dtype, torch.float32)
+
+
+def by_engine(engine: Engine, validation: Mapping[str, Sequence[Group]], mean: Mean, advance: Advance) -> MeanGradients:
+    """Compute mean gradients with the engine, the processes in lockstep. Raises ValueError inside `lockstep`, because
+    directions are sums over processes, which may be doing something else there."""
+    if engine.in_lockstep:
+        raise ValueError("directions cannot be made inside lockstep()")
+
+    def make_piece(groups: Sequence[Group], count: int) -> Piece:
+        return _EnginePiece(engine, groups, count, mean)
+
+    return MeanGradients(
+        engine.parameters,
+        make_piece,
+        validation,
+        engine.shards.ranks(),
+        matrices=engine.matrices,
+        together=engine.lockstep,
+        advance=advance,
+    )
+
+
+class _EnginePiece:
+    def __init__(self, engine: Engine, groups: Sequence[Group], count: int, mean: Mean) -> None:
+        self._engine = engine
+        settings, norms_M = engine.settings, np.ones(len(groups))
+        if mean == "normalized":
+            zero = torch.zeros((), device=engine.device)
+            nothing = {name: zero.to(_wide(p)).expand(p.shape) for name, p in engine.parameters.items()}
+            reader = ExactReader([nothing], len(groups), norms=True, repeated=engine.repeated)
+            found = [segment_of(index, group, settings) for index, group in enumerate(groups)]
+            engine.run([segment for segment in found if segment is not None], reader, divisible=False)
+            norms_M = reader.squares_N.clamp(min=0).sqrt().numpy()
+        weights = influence_formulas.mean_weights(norms_M, mean, count).tolist()
+        found = [
+            segment_of(index, group, settings, [weight] * len(group.completions))
+            for index, (group, weight) in enumerate(zip(groups, weights, strict=True))
+        ]
+        self._segments: list[Segment] = [segment for segment in found if segment is not None]
+
+    def sums(self, names: Sequence[str], advance: Advance) -> tuple[Gradients, dict[str, Tensor]]:
+        parameters = self._engine.parameters
+        reader = DenseReader({name: parameters[name] for name in names}, self._engine.vocabulary)
+        self._engine.run(self._segments, reader, after=by_group(advance))
+        return reader.gradients, reader.inputs
+
+
+def by_autograd(
+    model: nn.Module,
+    settings: SurrogateSettings,
+    batch_tokens: int,
+    validation: Mapping[str, Sequence[Group]],
+    mean: Mean,
+    advance: Advance,
+) -> MeanGradients:
+    """Compute mean gradients by the reference estimator."""
+
+    def make_piece(groups: Sequence[Group], count: int) -> Piece:
+        return _AutogradPiece(model, settings, batch_tokens, groups, count, mean)
+
+    wide = {
+        name: torch.zeros((), dtype=torch.float64, device=p.device).expand(p.shape)
+        for name, p in trainable_parameters(model).items()
+    }
+    return MeanGradients(wide, make_piece, validation, process_group(), advance=advance)
+
+
+class _AutogradPiece:
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: SurrogateSettings,
+        batch_tokens: int,
+        groups: Sequence[Group],
+        count: int,
+        mean: Mean,
+    ) -> None:
+        self._model, self._settings, self._batch_tokens = model, settings, batch_tokens
+        self._groups, self._count, self._mean = groups, count, mean
+
+    def sums(self, names: Sequence[str], advance: Advance) -> tuple[Gradients, dict[str, Tensor]]:
+        parameters = trainable_parameters(self._model)
+        total = {name: torch.zeros_like(parameters[name], dtype=torch.float64) for name in names}
+        for group in self._groups:
+            if group.status != OK:
+                continue
+            found = prompt_gradient(self._model, group, self._settings, batch_tokens=self._batch_tokens).gradients
+            weight = influence_formulas.mean_weights(np.array([norm(found)]), self._mean, self._count)[0]
+            for name in names:
+                total[name] += found[name] * weight
+            if advance is not None:
+                advance(1)
+        return total, {}
+
+
+def room_for_directions(engine: Engine) -> int:
+    """Return the bytes available to dense gradients, the same in all processes."""
+    room = int(free_bytes(engine.device) * MEMORY_SHARE.get(engine.device.type, 0.25))
+    return min(engine.shards.ranks().gather(room))

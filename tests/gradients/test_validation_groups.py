@@ -1,0 +1,113 @@
+"""Scores by gain, by candidates of the pool, and with lengths: what strategies other than plain influence ask for."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tests.conftest import tiny_llama
+from tests.stages.test_score import MIXED, SOLVED, UNREADABLE, VALIDATION, config, group, table
+
+from cropi.artifacts import read_table
+from cropi.config import (
+    CANDIDATES,
+    GradientNormStrategy,
+    InfluenceStrategy,
+    LearnAlignStrategy,
+    ScoreConfig,
+    StrategyTable,
+)
+from cropi.errors import SignalError
+from cropi.functional.alignment import halves
+from cropi.gradients.group_influence import influence
+from cropi.gradients.groups import Group
+from cropi.gradients.reference import prompt_gradient
+from cropi.gradients.surrogate_weights import surrogate_settings
+from cropi.gradients.validation_groups import candidate_groups
+from cropi.run_tables import scores_schema
+from cropi.seeds import unit_interval
+from cropi.stages.score import score
+
+SOURCES = {one.prompt_id: "here" for one in [*MIXED, SOLVED, UNREADABLE]}
+TABLES = {
+    "train": table([*MIXED, SOLVED, UNREADABLE], "train"),
+    "validation/sum": table(VALIDATION, "validation/sum"),
+}
+UNEVEN = [group(f"u{n}", [1.0] * (1 + n) + [0.0] * (3 - n)) for n in range(3)]  # pass rates 1/4, 1/2, 3/4
+
+
+def scored(folder: Path, strategy: StrategyTable, *overrides: str) -> tuple[list[dict[str, Any]], Any]:
+    chosen = config("score.projection.keep_fraction=1", *overrides)
+    settings = surrogate_settings(chosen, "dr_grpo", "none")
+    (folder / "scores").mkdir(parents=True)
+    model, target = tiny_llama(tied=True), folder / "scores"
+    _, details = score(chosen, settings, model, TABLES, SOURCES, target, 0, strategy)
+    schema = scores_schema(strategy.directions(["sum"]))
+    return read_table(target / "scores.parquet", schema).to_pylist(), details
+
+
+def vector(groups: list[Group]) -> dict[str, np.ndarray]:
+    settings = surrogate_settings(config(), "dr_grpo", "none")
+    found = {}
+    for one in groups:
+        gradients = prompt_gradient(tiny_llama(tied=True), one, settings, batch_tokens=4096).gradients
+        found[one.prompt_id] = np.concatenate([gradients[name].double().numpy().ravel() for name in sorted(gradients)])
+    return found
+
+
+@pytest.mark.parametrize("estimator", ["exact", "sketch", "reference"])
+def test_candidates_take_the_place_of_validation_sets(tmp_path: Path, estimator: str) -> None:
+    strategy = LearnAlignStrategy(type="learnalign", candidates=4)
+    rows, details = scored(tmp_path, strategy, f"score.estimator={estimator}", "score.score=cosine")
+    gradients = vector(MIXED)
+    sampled = halves({i: unit_interval(0, "candidates", i) for i in gradients}, 4)
+    assert details["validation_groups"] == dict.fromkeys(CANDIDATES, 2)
+    assert details["score"] == "dot"
+    bound = 0.1 if estimator == "sketch" else 1e-5
+    for row in rows[: len(MIXED)]:
+        own = gradients[row["prompt_id"]]
+        length = np.linalg.norm(own)
+        assert row["feature_norm"] == pytest.approx(length, rel=bound)
+        for name, half in zip(CANDIDATES, sampled, strict=True):
+            mean = np.mean([gradients[i] / np.linalg.norm(gradients[i]) for i in half], axis=0)
+            assert row[f"influence/{name}"] == pytest.approx(own @ mean, rel=bound, abs=bound * length)
+
+
+def test_two_candidates_at_least() -> None:
+    with pytest.raises(SignalError, match="two are needed"):
+        candidate_groups(table([MIXED[0]], "train"), 10, 0)
+    assert [len(part) for part in candidate_groups(table(MIXED, "train"), 100, 0).values()] == [5, 4]
+
+
+def test_lengths_are_known_where_the_score_needs_none(tmp_path: Path) -> None:
+    lengths = {i: np.linalg.norm(own) for i, own in vector(MIXED).items()}
+    rows, _ = scored(tmp_path / "a", GradientNormStrategy(type="gradient_norm"), "score.estimator=exact")
+    assert [row["feature_norm"] for row in rows[:9]] == pytest.approx([lengths[row["prompt_id"]] for row in rows[:9]])
+    rows, _ = scored(tmp_path / "b", InfluenceStrategy(type="influence"), "score.estimator=exact")
+    assert [row["feature_norm"] for row in rows[:9]] == [None] * 9
+
+
+@pytest.mark.parametrize("estimator", ["exact", "sketch", "reference"])
+def test_gain_is_cosine_times_the_deviation_of_a_verdict(estimator: str) -> None:
+    found = {
+        kind: influence(tiny_llama(tied=True), UNEVEN, {"v": VALIDATION}, estimator=estimator, score=kind).values[:, 0]
+        for kind in ("cosine", "gain")
+    }
+    assert np.abs(found["cosine"]).min() > 1e-4
+    np.testing.assert_allclose(found["gain"] / found["cosine"], np.sqrt([3 / 16, 1 / 4, 3 / 16]))
+
+
+def test_errors_of_gain_are_scaled_as_its_values() -> None:
+    groups = [group(f"j{n}", [1.0] * right + [0.0] * (5 - right)) for n, right in enumerate((2, 3))]
+    found = [
+        influence(tiny_llama(tied=True), groups, {"v": VALIDATION}, score=score, standard_errors=True)
+        for score in ("dot", "gain")
+    ]
+    relative = [one.standard_errors / one.values for one in found if one.standard_errors is not None]
+    np.testing.assert_allclose(relative[1], relative[0], rtol=1e-6)
+    assert (np.abs(relative[0]) > 0).all()
+
+
+def test_errors_need_features() -> None:
+    with pytest.raises(ValueError, match="needs estimator=sketch"):
+        ScoreConfig(score="gain", estimator="exact", standard_errors=True)
