@@ -29,7 +29,7 @@ from cropi.functional.agreement import spearman
 from cropi.functional.bootstrap import bootstrap_mean
 from cropi.functional.ranking import selection_size
 from cropi.gradients.groups import Group
-from cropi.gradients.influence_scorer import BLOCK, Scored, Scorer
+from cropi.gradients.influence_scorer import BLOCK, Scored, Scorer, ScorerOptions
 from cropi.gradients.reference import prompt_gradient, trainable_parameters
 from cropi.gradients.surrogate_weights import SurrogateSettings
 from cropi.lab.bench.machine import describe
@@ -214,7 +214,7 @@ def check(scorer: Scorer, groups: list[Group], look_up: LookUp) -> dict[str, flo
 
 
 def aimed(policy: Policy, estimator: Any, validation: Mapping[str, list[Group]]) -> Scorer:
-    scorer = Scorer(policy.model, SURROGATE, estimator=estimator)
+    scorer = Scorer(policy.model, SURROGATE, ScorerOptions(estimator=estimator))
     scorer.aim(validation)
     return scorer
 

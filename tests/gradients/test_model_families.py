@@ -19,6 +19,7 @@ from cropi.errors import PolicyError
 from cropi.gradients.engine import Engine, segment_of
 from cropi.gradients.exact import DenseReader
 from cropi.gradients.groups import Group
+from cropi.gradients.influence_scorer import ScorerOptions
 from cropi.gradients.reference import prompt_gradient
 from cropi.policy import Policy, weights_identity
 
@@ -243,9 +244,8 @@ def check_family(model: Any, tolerance: float = 1e-5) -> None:
             model,
             GROUPS[:-1],
             {"aim": GROUPS[-1:]},
-            estimator="exact",
-            score=score,
-            temperature=SETTINGS.temperature,
+            surrogate=SETTINGS,
+            options=ScorerOptions("exact", score),
         )
         scale = max(lengths) if score == "dot" else 1.0
         assert found.values[:, 0].tolist() == pytest.approx(right, abs=tolerance * scale), score
