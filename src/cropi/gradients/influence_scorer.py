@@ -46,12 +46,12 @@ BLOCK = 256
 
 @dataclass(frozen=True)
 class ScorerOptions:
-    """How a scorer computes influence."""
+    """Options of a scorer."""
 
     estimator: Estimator = "sketch"
-    """How a group's gradient meets the directions. `exact`: without projection, at most (2 + V) forward passes of work,
-    often 3. `sketch`: through a `SparseProjection`, about 2. `reference`: by autograd, one group at a time, at least
-    3."""
+    """Inner product of a group's gradient with the directions. `exact`: without projection, at most (2 + V) forward
+    passes of work, often 3. `sketch`: through a `SparseProjection`, about 2. `reference`: by autograd, one group at a
+    time, at least 3."""
     score: Score = "dot"
     """Formula of the influence; see `cropi.functional.influence_formulas.influence`."""
     validation_mean: Mean = "plain"

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from cropi.artifacts import CLIP_RANGE
 from cropi.config import Config
-from cropi.functional.advantages import group_advantages
-from cropi.functional.surrogate import NORMALIZER_OF_LOSS, Normalizer, normalizers
+from cropi.functional.surrogate import NORMALIZER_OF_LOSS, Normalizer, group_advantages, normalizers
 from cropi.gradients.groups import Group
 from cropi.gradients.packing import Span
 
