@@ -131,7 +131,7 @@ def test_what_is_no_policy_is_refused_with_the_reason(name: str, estimator: Any)
 
 @pytest.mark.parametrize("estimator", ["exact", "reference"])
 def test_a_wrapped_model_is_refused(estimator: Any) -> None:
-    with pytest.raises(PolicyError, match=r"no transformers model.*\n.*without what wraps it"):
+    with pytest.raises(PolicyError, match=r"no transformers model.*\n.*without a wrapper"):
         Scorer(Wrapper(tiny("llama")), SETTINGS, ScorerOptions(estimator=estimator))
 
 
