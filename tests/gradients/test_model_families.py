@@ -357,7 +357,7 @@ def test_by_reference_every_row_is_rotated_by_its_own_length() -> None:
 def test_a_row_beyond_the_length_where_rotation_changes_is_refused(name: str) -> None:
     longer = Group("long", [5] * 6, [[3] * 10, [4] * 2], [1.0, 0.0], None)  # 16 tokens; the length is 15
     engine = Engine(FAMILIES[name](), SETTINGS, 1000)
-    with pytest.raises(PolicyError, match=r"more than 15 tokens.* has 16"):
+    with pytest.raises(PolicyError, match=r"above 15 tokens.* has 16"):
         engine.run([segment_of(0, longer, SETTINGS)], DenseReader(engine.parameters, engine.vocabulary))
 
 
