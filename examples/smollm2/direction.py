@@ -338,7 +338,7 @@ def rank_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def table(folder: Path, counts: Sequence[int]) -> list[dict[str, Any]]:
-    """All lines. An estimate draws from the first half of each prompt's completions; its reference is the second half."""
+    """All lines. Estimates draw from the first half of each prompt's completions; the reference is the second half."""
     steps = sorted(int(path.stem[6:]) for path in folder.glob("fresh-*.safetensors"))
     paths = [folder / f"{kind}-{step}.safetensors" for kind in ("fresh", "stored") for step in steps]
     loaded = {path.stem: load_file(path) for path in paths if path.exists()}
