@@ -150,7 +150,7 @@ def gather_candidates(run: Run, stage: int) -> Candidates:
 
 
 def _screened(run: Run, stage: int) -> tuple[list[Visit], set[str]]:
-    """Rewards of prompts that were screened up to a stage, and the prompts whose answers cannot be read."""
+    """Read the rewards of prompts screened up to a stage, and the prompts whose answers cannot be read."""
     seen: list[Visit] = []
     unreadable: set[str] = set()
     for number in range(stage + 1):
