@@ -20,14 +20,13 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 from trl import GRPOConfig
 
-from cropi.artifacts import SELECTION, read_table
 from cropi.builtin import POLICY_DIR, generate
 from cropi.console import warn_once
 from cropi.errors import ArtifactError, ConfigError, DataError, PolicyError, SignalError, UserError
 from cropi.stages.score import score_pool
 from cropi.streams import read_jsonl
 from cropi.trl import CurriculumTrainer, Selector, Verified
-from tests.runs import cropi
+from tests.runs import cropi, json_lines
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 4
@@ -99,8 +98,7 @@ def select(**changes: Any) -> Selector:
 
 def selections(folder: Path) -> list[set[str]]:
     stages = sorted((folder / "_curriculum" / "run" / "selections").iterdir())
-    tables = [read_table(stage / "selection" / "selection.parquet", SELECTION).to_pylist() for stage in stages]
-    return [{row["prompt_id"] for row in rows if row["selected"]} for rows in tables]
+    return [{row["prompt_id"] for row in json_lines(stage / "selected.jsonl")} for stage in stages]
 
 
 def rewards(folder: Path) -> list[dict[str, Any]]:
