@@ -44,7 +44,7 @@ def train(run: Run, select_stage: SelectStage) -> Path:
     process_group().from_main(lambda: _require_evaluations(run, _newest_step(run)))
     policy = load_policy(run.config.policy, dtype=run.config.policy.trained_in)
     task = TrainTask(
-        label=run.config.select.strategy.label,
+        label=run.config.select.label,
         rows=_training_rows(run),
         settings=settings,
         stages=run.config.train.stages,
