@@ -41,9 +41,9 @@ def lines(path: Path, count: int) -> Callable[[Path], bool]:
 
 MOMENTS = {
     "collecting": files(f"{RUN}/trajectories/part-*.parquet", 3),
-    "scoring": files(f"{RUN}/stages/000/scores/part-*.parquet", 1),
+    "scoring": files(f"{RUN}/scores/stage-000/part-*.parquet", 1),
     "training": lines(RUN / "steps.jsonl", 2),
-    "scoring again": files(f"{RUN}/stages/001/scores/part-*.parquet", 1),
+    "scoring again": files(f"{RUN}/scores/stage-001/part-*.parquet", 1),
 }
 
 
