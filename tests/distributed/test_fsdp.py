@@ -84,7 +84,9 @@ def test_the_first_stage_is_that_of_one_process(run: Path, tmp_path: Path) -> No
 
 def test_later_scores_are_those_of_the_whole_checkpoint(run: Path, copied: Path) -> None:
     """Fresh trajectories drawn by sharded parameters, their log-probs, and scores."""
-    fresh = {path: read_table(path, TRAJECTORIES).to_pylist() for path in (copied / RUN).glob("fresh*/stage-001/part-*")}
+    fresh = {
+        path: read_table(path, TRAJECTORIES).to_pylist() for path in (copied / RUN).glob("fresh*/stage-001/part-*")
+    }
     assert fresh
     for made in ("fresh", "fresh-validation", "scores", "selections"):
         shutil.rmtree(copied / RUN / made / "stage-001", ignore_errors=True)

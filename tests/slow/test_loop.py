@@ -32,6 +32,10 @@ def manifest(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "manifest.json").read_text())
 
 
+def identity(policy: Path) -> str:
+    return fingerprint(PolicyConfig(path="builtin"), str(policy))[:12]
+
+
 def chosen(place: Path) -> list[str]:
     """Prompts of the first selection in a folder, best first."""
     path = place / "selections" / "stage-000" / "selected.jsonl"
@@ -55,9 +59,7 @@ def test_two_stages_with_a_trainer_of_ones_own(tmp_path: Path) -> None:
     first, last = ((policy / "model.safetensors").read_bytes() for policy in policies)
     assert first != last
     # Where a checkpoint's results lie is told by its content: the second stage is that of what the first one trained.
-    places = [
-        run / "other-checkpoints" / f"{at.name}-{fingerprint(PolicyConfig(path='builtin'), str(at))[:12]}" for at in policies
-    ]
+    places = [run / "other-checkpoints" / f"{at.name}-{identity(at)}" for at in policies]
     stages = [run, places[0]]
     assert {path.parents[2] for path in run.rglob("selected.jsonl")} == set(stages)
     scores = [manifest(stage / "scores" / "stage-000") for stage in stages]
