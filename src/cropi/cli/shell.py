@@ -87,7 +87,7 @@ def read_config(config: str, overrides: list[str] | None) -> Config:
 
 
 def read_own_config(config: str, overrides: list[str] | None) -> Config:
-    """Load the config that a command names. ConfigError for the curriculum of a TRL script: only the script can go on."""
+    """Load the config that a command names. ConfigError for the curriculum of a TRL script: only that can go on."""
     from cropi.rewards.verifiers.python_function import SCRIPT_REWARDS
 
     loaded = read_config(config, overrides)
@@ -101,7 +101,7 @@ def read_own_config(config: str, overrides: list[str] | None) -> Config:
 
 
 def open_run(config: str, overrides: list[str] | None, *, ray: str | None = None, workers: int | None = None) -> Run:
-    """Open the run of a config. Under a launcher all ranks open it; `ray` and `workers` are the options of that name."""
+    """Open the run of a config, on all ranks of a launcher; `ray` and `workers` are the options of that name."""
     loaded = read_own_config(config, overrides)
     policy = loaded.policy
     use_ray(ray, workers, cpus=policy.cpu_threads or 1, on_gpu=policy.device != "cpu")
