@@ -338,12 +338,10 @@ def rank_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def table(folder: Path, counts: Sequence[int]) -> list[dict[str, Any]]:
-    """All lines; an estimate draws from the first half of each prompt's completions, its reference is the other half."""
+    """All lines. Estimates draw from the first half of each prompt's completions; the reference is the second half."""
     steps = sorted(int(path.stem[6:]) for path in folder.glob("fresh-*.safetensors"))
-    names = [f"{kind}-{step}" for kind in ("fresh", "stored") for step in steps]
-    loaded = {
-        name: load_file(folder / f"{name}.safetensors") for name in names if (folder / f"{name}.safetensors").exists()
-    }
+    paths = [folder / f"{kind}-{step}.safetensors" for kind in ("fresh", "stored") for step in steps]
+    loaded = {path.stem: load_file(path) for path in paths if path.exists()}
     products = Products([data["scores"].reshape(-1, data["scores"].shape[-1]) for data in loaded.values()])
     measured: dict[str, Measured] = {}
     start = 0
