@@ -93,7 +93,7 @@ def test_no_setting_lets_a_models_code_run(override: str) -> None:
         "verification.processes=99999999",
         "verification.seconds=1e300",
         "name=" + "x" * 300,
-        "select.strategy={type: full, name: " + "x" * 300 + "}",
+        "select.name=" + "x" * 300,
         "prompts.test={" + "x" * 300 + ": {sources: [{type: file, path: x.jsonl}]}}",
         "trainer.learning_rate=.inf",
         "trainer.lr_scheduler_kwargs={a: .nan}",
@@ -223,7 +223,7 @@ def test_odd_positions_and_bytes_of_a_command_line_are_refused(override: str) ->
 def test_a_preset_is_named_as_a_strategys_type(name: str, path: str) -> None:
     config = load_config("quickstart", [path.format(name)])
     patched = merged(load_config("quickstart", ["select.strategy=full"]).resolved(), presets()[name]["config"])
-    patched["select"]["strategy"]["name"] = name
+    patched["select"]["name"] = name
     assert config == validate_config(patched, "test")
 
 

@@ -29,6 +29,7 @@ TOGETHER = 16  # completions that share one pass
 FOLDS = 8
 RANKS = (8, 16, 32, 64)
 DRAWS = 200  # subsets of each size
+Draw = Callable[[int, Any], Any]
 AUDITED = {"two-step": 32, "one-step": 24, "divisors": 8}  # pool prompts whose influence is compared between sources
 
 
@@ -150,21 +151,57 @@ def gradients(scores: Any, rewards: Any, taken: list[Any]) -> Any:
     rows = []
     for own, graded, places in zip(scores, rewards, taken, strict=True):
         weights = centred(graded[places].tolist()) if len(places) > 1 else [0.0] * len(places)
-        rows.append(np.array(weights) @ own[places] / max(len(places), 1))
+        rows.append(np.array(weights) @ own[places].astype(np.float32) / max(len(places), 1))
     return np.stack(rows)
 
 
-def agreement(rows: Any) -> float:
-    """Standard errors by which prompts' gradients agree with the mean of the other prompts'."""
-    total = rows.sum(0)
-    influence = ((total - rows) * rows).sum(1)
+def agreement(products: Any) -> float:
+    """Standard errors by which each prompt's gradient agrees with the others', from their inner products."""
+    influence = products.sum(1) - np.diag(products)
     error = influence.std(ddof=1) / math.sqrt(len(influence))
     return float(influence.mean() / error) if error else 0.0
 
 
-def cosine(first: Any, second: Any) -> float:
-    scale = float(np.linalg.norm(first) * np.linalg.norm(second))
-    return float(first @ second) / scale if scale else 0.0
+class Measured:
+    """Sketches and rewards of one source, and where its completions stand in the common table of inner products."""
+
+    def __init__(self, rewards: Any, rows: Any) -> None:
+        self.rewards, self.rows = rewards, rows
+
+    def part(self, of: slice) -> "Measured":
+        return Measured(self.rewards[:, of], self.rows[:, of])
+
+    def weights(self, taken: list[Any], size: int) -> Any:
+        """The weight of each completion of the table in each prompt's gradient, prompts x size."""
+        found = np.zeros((len(taken), size), np.float32)
+        for n, places in enumerate(taken):
+            if len(places) > 1:
+                found[n, self.rows[n, places]] = np.array(centred(self.rewards[n, places].tolist())) / len(places)
+        return found
+
+    def all(self, size: int) -> Any:
+        return self.weights([np.arange(self.rewards.shape[1])] * len(self.rewards), size)
+
+
+class Products:
+    """Inner products between the sketches of all completions."""
+
+    def __init__(self, scores: Sequence[Any]) -> None:
+        rows = torch.from_numpy(np.concatenate(scores))
+        self.table = np.concatenate([(block.float() @ rows.float().T).numpy() for block in rows.split(1024)])
+
+    @property
+    def size(self) -> int:
+        return len(self.table)
+
+    def between(self, weights: Any) -> Any:
+        """Inner products of the combined gradients, prompts x prompts."""
+        used = weights.any(0).nonzero()[0]
+        return weights[:, used] @ self.table[np.ix_(used, used)] @ weights[:, used].T
+
+    def cosine(self, first: Any, second: Any) -> float:
+        lengths = float(first @ (self.table @ first)) * float(second @ (self.table @ second))
+        return float(first @ (self.table @ second)) / lengths**0.5 if lengths else 0.0
 
 
 def equal(count: int, prompts: int, available: int, generator: Any) -> list[Any]:
@@ -183,11 +220,6 @@ def by_spread(count: int, spread: Any, available: int, generator: Any) -> list[A
     """Neyman's allocation: completions in proportion to `spread`, at least two where any."""
     sizes = np.minimum(np.round(count * spread / spread.sum()), available).astype(int)
     return [generator.permutation(available)[: size if size > 1 else 0] for size in sizes]
-
-
-def read(folder: Path, name: str) -> dict[str, Any]:
-    found = load_file(folder / f"{name}.safetensors")
-    return found | {name: found[name].astype(np.float32) for name in ("scores", "pool_scores")}
 
 
 def spearman(first: Any, second: Any) -> float:
@@ -229,26 +261,15 @@ def audit(fresh: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def sources(
-    fresh: dict[str, Any], earlier: dict[str, Any], stored: dict[str, Any] | None
-) -> dict[str, Callable[..., Any]]:
-    """Ways to get each prompt's gradient at a policy from `count` completions: name -> f(count, generator)."""
-    prompts, available = fresh["rewards"].shape
-    passing = earlier["rewards"].mean(1)
-    halves = [earlier["rewards"][:, ::2], earlier["rewards"][:, 1::2]]
-    noise = np.array(
-        [
-            np.linalg.norm(a - b)
-            for a, b in zip(
-                gradients(earlier["scores"][:, ::2], halves[0], [np.arange(available // 2)] * prompts),
-                gradients(earlier["scores"][:, 1::2], halves[1], [np.arange(available // 2)] * prompts),
-                strict=True,
-            )
-        ]
-    )
+def sources(fresh: Measured, earlier: Measured, stored: Measured | None, products: Products) -> dict[str, Draw]:
+    """Ways to weight `count` completions for the gradients of one policy: name -> f(count, generator)."""
+    prompts, available = fresh.rewards.shape
+    passing = earlier.rewards.mean(1)
+    even, odd = (earlier.part(slice(start, None, 2)).all(products.size) for start in (0, 1))
+    noise = np.sqrt(np.maximum(np.diag(products.between(even - odd)), 0))
 
-    def of(data: dict[str, Any], allocate: Callable[[int, Any], list[Any]]) -> Callable[..., Any]:
-        return lambda count, generator: gradients(data["scores"], data["rewards"], allocate(count, generator))
+    def of(data: Measured, allocate: Callable[[int, Any], list[Any]]) -> Draw:
+        return lambda count, generator: data.weights(allocate(count, generator), products.size)
 
     found = {
         "fresh, equally": of(fresh, lambda count, g: equal(count, prompts, available, g)),
@@ -260,14 +281,14 @@ def sources(
     return found
 
 
-def rows_of(name: str, draw: Callable[..., Any], reference: Any, counts: Sequence[int]) -> list[dict[str, Any]]:
+def rows_of(name: str, draw: Draw, reference: Any, counts: Sequence[int], products: Products) -> list[dict[str, Any]]:
     """One line for each number of completions."""
     lines = []
     for count in counts:
         generator = np.random.default_rng([count, 0])
         drawn = [draw(count, generator) for _ in range(DRAWS)]
-        agreed = [agreement(rows) for rows in drawn]
-        likeness = [cosine(rows.mean(0), reference) for rows in drawn]
+        agreed = [agreement(products.between(weights)) for weights in drawn]
+        likeness = [products.cosine(weights.mean(0), reference) for weights in drawn]
         lines.append(
             {
                 "source": name,
@@ -280,42 +301,28 @@ def rows_of(name: str, draw: Callable[..., Any], reference: Any, counts: Sequenc
     return lines
 
 
-def averaged(policies: Sequence[dict[str, Any]]) -> Callable[..., Any]:
+def averaged(policies: Sequence[Measured], size: int) -> Draw:
     """The mean over policies of each prompt's gradient, an equal part of the completions from each."""
 
     def draw(count: int, generator: Any) -> Any:
-        prompts = len(policies[0]["rewards"])
-        available = min(policy["rewards"].shape[1] for policy in policies)
+        prompts = len(policies[0].rewards)
+        available = min(policy.rewards.shape[1] for policy in policies)
         each = count // len(policies)
-        drawn = [gradients(p["scores"], p["rewards"], equal(each, prompts, available, generator)) for p in policies]
-        return np.mean(drawn, 0)
+        return np.mean([p.weights(equal(each, prompts, available, generator), size) for p in policies], 0)
 
     return draw
 
 
-def halves(data: dict[str, Any]) -> tuple[dict[str, Any], Any]:
-    """The first half of every prompt's completions, to draw from, and the mean gradient of the second half."""
-    prompts, available = data["rewards"].shape
-    first = {name: data[name][:, : available // 2] for name in ("scores", "rewards")}
-    rest = [np.arange(available // 2, available)] * prompts
-    return first, gradients(data["scores"], data["rewards"], rest).mean(0)
-
-
-def whole(data: dict[str, Any], first: dict[str, Any]) -> dict[str, Any]:
+def whole(data: Measured, first: Measured, own_share: float, products: Products) -> dict[str, Any]:
     """All completions of a policy: agreement, pass rate, and the cosine to the direction of the first policy."""
-
-    def rows(given: dict[str, Any]) -> Any:
-        prompts, available = given["rewards"].shape
-        return gradients(given["scores"], given["rewards"], [np.arange(available)] * prompts)
-
-    own = rows(data)
+    weights = data.all(products.size)
     return {
         "source": "all fresh",
-        "completions": int(data["rewards"].size),
-        "agreement": [round(agreement(own), 2)],
-        "pass_rate": round(float(data["rewards"].mean()), 4),
-        "own_share": round(float(data["own_share"][0]), 3),
-        "cosine_to_first": round(cosine(own.mean(0), rows(first).mean(0)), 3),
+        "completions": int(data.rewards.size),
+        "agreement": [round(agreement(products.between(weights)), 2)],
+        "pass_rate": round(float(data.rewards.mean()), 4),
+        "own_share": round(own_share, 3),
+        "cosine_to_first": round(products.cosine(weights.mean(0), first.all(products.size).mean(0)), 3),
     }
 
 
@@ -331,22 +338,33 @@ def rank_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def table(folder: Path, counts: Sequence[int]) -> list[dict[str, Any]]:
-    lines: list[dict[str, Any]] = []
+    """All lines. Estimates draw from the first half of each prompt's completions; the reference is the second half."""
     steps = sorted(int(path.stem[6:]) for path in folder.glob("fresh-*.safetensors"))
-    measured = {step: read(folder, f"fresh-{step}") for step in steps}
-    split = {step: halves(data) for step, data in measured.items()}
+    paths = [folder / f"{kind}-{step}.safetensors" for kind in ("fresh", "stored") for step in steps]
+    loaded = {path.stem: load_file(path) for path in paths if path.exists()}
+    products = Products([data["scores"].reshape(-1, data["scores"].shape[-1]) for data in loaded.values()])
+    measured: dict[str, Measured] = {}
+    start = 0
+    for name, data in loaded.items():
+        places = np.arange(start, start + data["rewards"].size).reshape(data["rewards"].shape)
+        measured[name] = Measured(data["rewards"], places)
+        start += data["rewards"].size
+    lines: list[dict[str, Any]] = []
     for n, step in enumerate(steps):
-        own, reference = split[step]
-        kept = folder / f"stored-{step}.safetensors"
-        stored = read(folder, kept.stem) if kept.exists() else None
-        ways = sources(own, split[steps[max(n - 1, 0)]][0], stored)
+        fresh = [measured[f"fresh-{other}"] for other in steps[: n + 1]]
+        halves = [data.part(slice(data.rewards.shape[1] // 2)) for data in fresh]
+        reference = fresh[n].part(slice(fresh[n].rewards.shape[1] // 2, None)).all(products.size).mean(0)
+        stored = measured.get(f"stored-{step}")
+        ways = sources(halves[n], halves[max(n - 1, 0)], stored, products)
         if n:
-            ways["evaluations so far, averaged"] = averaged([split[other][0] for other in steps[: n + 1]])
-            ways[f"fresh of step {steps[n - 1]}, not renewed"] = averaged([split[steps[n - 1]][0]])
-        found = [line for way, draw in ways.items() for line in rows_of(way, draw, reference, counts)]
-        found += [whole(measured[step], measured[steps[0]]), *rank_lines(folder / f"fresh-{step}.ranks.json")]
+            ways["evaluations so far, averaged"] = averaged(halves, products.size)
+            ways[f"fresh of step {steps[n - 1]}, not renewed"] = averaged(halves[n - 1 : n], products.size)
+        found = [line for way, draw in ways.items() for line in rows_of(way, draw, reference, counts, products)]
+        own_share = float(loaded[f"fresh-{step}"]["own_share"][0])
+        found += [whole(fresh[n], fresh[0], own_share, products), *rank_lines(folder / f"fresh-{step}.ranks.json")]
         if stored is not None:
-            found.append({"source": "audit, stored against fresh"} | audit(measured[step], stored))
+            compared = audit(loaded[f"fresh-{step}"], loaded[f"stored-{step}"])
+            found.append({"source": "audit, stored against fresh"} | compared)
         lines += [{"step": step} | line for line in found]
     return lines
 

@@ -15,7 +15,7 @@ from cropi.builtin import POLICY_DIR, generate
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "smollm2"))
 
 import pilot
-from direction import Sketcher, agreement, by_spread, centred, equal, gradients
+from direction import Measured, Products, Sketcher, agreement, by_spread, centred, equal, gradients
 from grpo import Group, Policy, Question, log_probs, pack
 from improvement import change
 from pilot import Likeness, Shuffled
@@ -68,8 +68,22 @@ def test_the_gradient_of_a_prompt_uses_the_leave_one_out_baseline() -> None:
 def test_agreement_is_large_for_a_common_direction_and_small_for_noise() -> None:
     generator = np.random.default_rng(0)
     noise = generator.standard_normal((200, 64, 300))
-    assert abs(np.mean([agreement(rows) for rows in noise])) < 0.3
-    assert agreement(noise[0] + 0.5) > 5
+    assert abs(np.mean([agreement(rows @ rows.T) for rows in noise])) < 0.3
+    assert agreement((noise[0] + 0.5) @ (noise[0] + 0.5).T) > 5
+
+
+def test_combined_gradients_have_the_inner_products_of_their_sums() -> None:
+    generator = np.random.default_rng(0)
+    scores, rewards = generator.standard_normal((3, 8, 20)).astype(np.float32), generator.integers(0, 2, (3, 8)) * 1.0
+    products = Products([scores.reshape(24, 20)])
+    measured = Measured(rewards, np.arange(24).reshape(3, 8))
+    taken = [np.array([0, 3, 5]), np.array([1, 2]), np.arange(8)]
+    rows = gradients(scores, rewards, taken)
+    weights = measured.weights(taken, products.size)
+    np.testing.assert_allclose(products.between(weights), rows @ rows.T, rtol=1e-4, atol=1e-5)
+    total, first = rows.mean(0), rows[2]
+    cosine = total @ first / np.linalg.norm(total) / np.linalg.norm(first)
+    assert products.cosine(weights.mean(0), weights[2]) == pytest.approx(cosine, abs=1e-5)
 
 
 @pytest.mark.parametrize("count", [20, 64, 200])

@@ -152,7 +152,7 @@ class Config(Table):
         missing = [text for text, there in wanted.items() if strategy.pools and not there]
         if missing:
             raise ValueError(
-                f"{strategy.label} pools inner products by their standard errors, which needs {missing[0]}"
+                f"{self.select.label} pools inner products by their standard errors, which needs {missing[0]}"
             )
         return self
 
@@ -165,7 +165,7 @@ class Config(Table):
         strategy = self.select.strategy
         if strategy.reads_scores and any(map(strategy.scored_stage, range(self.train.stages))):
             raise ValueError(
-                f"{strategy.label} scores policies after the base policy, which needs collect.logprobs=true"
+                f"{self.select.label} scores policies after the base policy, which needs collect.logprobs=true"
             )
         return self
 

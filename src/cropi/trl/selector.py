@@ -207,7 +207,7 @@ def _refuse_unsupported(config: Config, chat: bool) -> None:
 
 
 def _written(folder: Path, name: str, rows: Dataset, where: str) -> Path:
-    """Write the prompts of a dataset to a file; `extra_info` refers to the row, whose other columns stay in the dataset."""
+    """Write the prompts of a dataset to a file; `extra_info` is the row's place in the dataset."""
     path = folder / f"{name.replace('/', '-')}.jsonl"
     lines = [
         json.dumps(
