@@ -31,7 +31,7 @@ def test_overrides_reach_lists_tables_and_the_trainer() -> None:
         ("prompts.test.sum.targetd=true", "did you mean 'targeted'"),
         ("score.projection.dims=5", "unknown key score.projection.dims - did you mean 'dim'"),
         ("select.strategy.type=influnce", "did you mean 'influence'"),
-        ("select.strategy.lo=1", "known keys here: name, order, static, type"),
+        ("select.strategy.lo=1", "known keys here: name, rescore_every, screen, type"),
         ("select.fraction=1.5", "select.fraction is 1.5: input should be less than or equal to 1"),
         ("seed=abc", "seed is 'abc': input should be a valid integer"),
         ("collect={}", "collect.max_completion_length is missing"),
@@ -262,7 +262,7 @@ def test_difference_names_each_changed_key() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["cropi.config", "cropi.cli", "cropi.stages.select", "cropi.report.report", "cropi.prompts"]
+    "module", ["cropi.config", "cropi.cli", "cropi.curriculum.choose", "cropi.report.report", "cropi.prompts"]
 )
 def test_import_leaves_torch_out(module: str) -> None:
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
