@@ -238,7 +238,8 @@ def test_what_a_command_line_says_goes_before_what_its_preset_says() -> None:
         "quickstart", ["collect.fraction=0.5", "select.strategy.type=cropi", "select.strategy.screen=0"]
     )
     assert (config.collect.fraction, config.collect.num_generations) == (0.5, 4)
-    assert config.select.strategy == PooledStrategy(type="pooled", name="cropi", screen=0)
+    assert config.select.strategy == PooledStrategy(type="pooled", screen=0)
+    assert config.select.label == "cropi"
 
 
 def test_an_unknown_strategy_is_told_the_nearest_preset_too() -> None:
