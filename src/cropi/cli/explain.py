@@ -40,8 +40,7 @@ def explain(
             where=str(loaded.folder),
             fix=f"run `cropi run {config}` first, or name the folder of a run.",
         )
-    from cropi.report.explain import explanations
-    from cropi.report.explain_text import as_text
+    from cropi.report.explanations import as_text, explanations
     from cropi.run_folder import RunFolder
 
     found = explanations(

@@ -146,7 +146,7 @@ def evaluate(
 def report(config: ConfigArgument, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Write the report of what a run's folder holds."""
     from cropi.errors import ArtifactError
-    from cropi.report.report import make_report
+    from cropi.report.run_report import make_report
     from cropi.report.summary import headline
 
     loaded = read_config(config, overrides)
