@@ -23,10 +23,9 @@ from torch import Tensor, nn
 
 from cropi.artifacts import OK
 from cropi.functional import influence_formulas as functional
-from cropi.functional.advantages import EPSILON
 from cropi.functional.agreement import spearman
 from cropi.functional.bootstrap import Interval
-from cropi.functional.surrogate import Normalizer
+from cropi.functional.surrogate import EPSILON, Normalizer
 from cropi.gradients.engine import Engine, segment_of
 from cropi.gradients.exact import DenseReader
 from cropi.gradients.groups import Group

@@ -23,7 +23,7 @@ from cropi.config import PolicyConfig
 from cropi.console import progress
 from cropi.functional.agreement import spearman, top_overlap
 from cropi.functional.projection import SparseProjection
-from cropi.gradients.influence_scorer import Scorer
+from cropi.gradients.influence_scorer import Scorer, ScorerOptions
 from cropi.gradients.surrogate_weights import SurrogateSettings
 from cropi.lab.bench.machine import describe
 from cropi.lab.bench.workload import mixed_groups
@@ -52,14 +52,14 @@ def main() -> None:
     train = list(mixed_groups(sorted(FAMILIES), "train", options.prompts, 0))
     validation = {name: list(mixed_groups([name], "validation", options.validation, 0)) for name in TARGETS}
     model = load_policy(PolicyConfig(path="builtin")).model
-    exact = _influence(Scorer(model, SETTINGS, estimator="exact"), train, validation)
+    exact = _influence(Scorer(model, SETTINGS, ScorerOptions(estimator="exact")), train, validation)
     rows = []
     with progress("projections", len(VARIANTS) * options.seeds, "draws") as bar:
         for variant in VARIANTS:
             found = []
             for seed in range(options.seeds):
                 projection = SparseProjection(**variant, seed=seed)
-                scorer = Scorer(model, SETTINGS, estimator="sketch", projection=projection)
+                scorer = Scorer(model, SETTINGS, ScorerOptions(estimator="sketch", projection=projection))
                 found.append(_influence(scorer, train, validation))
                 bar.advance()
             rows.append(variant | _quality(found, exact))

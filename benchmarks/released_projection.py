@@ -34,7 +34,7 @@ from cropi.functional.agreement import spearman, top_overlap
 from cropi.functional.projection import SparseProjection
 from cropi.functional.ranking import selection_size
 from cropi.gradients.groups import Group
-from cropi.gradients.influence_scorer import Scorer
+from cropi.gradients.influence_scorer import Scorer, ScorerOptions
 from cropi.gradients.reference import prompt_gradient, trainable_parameters
 from cropi.gradients.sketch import GradientMap, StructuredMap, UniformMap, project
 from cropi.gradients.surrogate_weights import SurrogateSettings
@@ -271,7 +271,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     exact_RR = first[features]
     judge = Judge(exact_RR[:count, :count], pool.products(exact_RR))
     results = Results(judge, pool)
-    scorer = Scorer(model, SETTINGS, projection=SparseProjection(mask="structured"))
+    scorer = Scorer(model, SETTINGS, ScorerOptions(projection=SparseProjection(mask="structured")))
     scorer.aim(pool.validation)
     with progress("projections", 2 * options.seeds * len(KEEP), "kept shares") as bar:
         for seed in range(options.seeds):

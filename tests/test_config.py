@@ -31,7 +31,7 @@ def test_overrides_reach_lists_tables_and_the_trainer() -> None:
         ("prompts.test.sum.targetd=true", "did you mean 'targeted'"),
         ("score.projection.dims=5", "unknown key score.projection.dims - did you mean 'dim'"),
         ("select.strategy.type=influnce", "did you mean 'influence'"),
-        ("select.strategy.lo=1", "known keys here: name, order, static, type"),
+        ("select.strategy.lo=1", "known keys here: name, rescore_every, screen, type"),
         ("select.fraction=1.5", "select.fraction is 1.5: input should be less than or equal to 1"),
         ("seed=abc", "seed is 'abc': input should be a valid integer"),
         ("collect={}", "collect.max_completion_length is missing"),
@@ -93,7 +93,7 @@ def test_no_setting_lets_a_models_code_run(override: str) -> None:
         "verification.processes=99999999",
         "verification.seconds=1e300",
         "name=" + "x" * 300,
-        "select.strategy={type: full, name: " + "x" * 300 + "}",
+        "select.name=" + "x" * 300,
         "prompts.test={" + "x" * 300 + ": {sources: [{type: file, path: x.jsonl}]}}",
         "trainer.learning_rate=.inf",
         "trainer.lr_scheduler_kwargs={a: .nan}",
@@ -223,7 +223,7 @@ def test_odd_positions_and_bytes_of_a_command_line_are_refused(override: str) ->
 def test_a_preset_is_named_as_a_strategys_type(name: str, path: str) -> None:
     config = load_config("quickstart", [path.format(name)])
     patched = merged(load_config("quickstart", ["select.strategy=full"]).resolved(), presets()[name]["config"])
-    patched["select"]["strategy"]["name"] = name
+    patched["select"]["name"] = name
     assert config == validate_config(patched, "test")
 
 
@@ -262,7 +262,7 @@ def test_difference_names_each_changed_key() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["cropi.config", "cropi.cli", "cropi.stages.select", "cropi.report.run_report", "cropi.prompts"]
+    "module", ["cropi.config", "cropi.cli", "cropi.curriculum.choose", "cropi.report.run_report", "cropi.prompts"]
 )
 def test_import_leaves_torch_out(module: str) -> None:
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"

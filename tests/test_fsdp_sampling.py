@@ -1,4 +1,4 @@
-"""Processes that share a policy's parameters sample different numbers of completions."""
+"""Ranks that shard a policy's parameters sample different numbers of completions."""
 
 from __future__ import annotations
 

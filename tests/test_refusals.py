@@ -140,14 +140,14 @@ def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path: Path, monkeypat
         (torch.OutOfMemoryError("CUDA out of memory"), "out of memory"),
     ],
 )
-def test_what_a_machine_lacks_is_told_in_words(error: Exception, message: str) -> None:
-    assert shell._told(error).startswith(message)
-    assert "\nFix: " in shell._told(error)
+def test_an_error_of_the_machine_is_explained(error: Exception, message: str) -> None:
+    assert shell.machine_error(error).startswith(message)
+    assert "\nFix: " in shell.machine_error(error)
 
 
 @pytest.mark.parametrize("error", [ValueError("x"), KeyError("x"), OSError("x"), ConnectionError(1, "x")])
 def test_a_bug_keeps_its_traceback(error: Exception) -> None:
-    assert shell._told(error) == ""
+    assert shell.machine_error(error) == ""
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"null", b"\xff", b"[" * 100_000])

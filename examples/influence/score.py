@@ -53,7 +53,8 @@ def main():
         for name in ("sum", "machine")
     }
 
-    scores = cropi.influence(policy.model, train, validation, normalizer="constant", max_completion_length=32)
+    surrogate = cropi.SurrogateSettings(normalizer="constant", max_completion_length=32)
+    scores = cropi.influence(policy.model, train, validation, surrogate=surrogate)
 
     print(f"{scores.tokens_given} tokens given, {scores.tokens_computed} computed\n")
     print(f"{'pool':10} " + " ".join(f"{name:>10}" for name in scores.validation))

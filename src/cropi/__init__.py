@@ -8,20 +8,24 @@ if TYPE_CHECKING:
     from cropi.functional.projection import SparseProjection
     from cropi.gradients.group_influence import InfluenceScores, influence
     from cropi.gradients.groups import Group
+    from cropi.gradients.influence_scorer import ScorerOptions
+    from cropi.gradients.surrogate_weights import SurrogateSettings
 
 __version__ = "0.1.0"
-__all__ = ["Group", "InfluenceScores", "SparseProjection", "influence"]
+__all__ = ["Group", "InfluenceScores", "ScorerOptions", "SparseProjection", "SurrogateSettings", "influence"]
 
 _HOMES = {
     "Group": "cropi.gradients.groups",
     "InfluenceScores": "cropi.gradients.group_influence",
+    "ScorerOptions": "cropi.gradients.influence_scorer",
     "SparseProjection": "cropi.functional.projection",
+    "SurrogateSettings": "cropi.gradients.surrogate_weights",
     "influence": "cropi.gradients.group_influence",
 }
 
 
 def __getattr__(name: str) -> Any:
-    """The public names, imported when asked for: the command line starts without torch."""
+    """Import a public name when it is first used, so that the command line starts without torch."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module

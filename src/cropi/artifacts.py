@@ -111,7 +111,7 @@ CLIP_RANGE = 0.2  # the epsilon of PPO and GRPO, by which drift is reported
 
 @dataclass(frozen=True)
 class Manifest:
-    """What an artifact is, what it was made from, and the checksums of its files."""
+    """Kind of an artifact, its inputs, and the checksums of its files."""
 
     kind: str
     inputs: Mapping[str, Any]  # name -> identity of what it was made from; under `settings` the settings that made it
@@ -129,7 +129,7 @@ class Manifest:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """A temporary path that replaces `path` once the block has ended well; nothing is left behind otherwise."""
+    """Yield a temporary path. It replaces `path` if the block ends without an error, and is deleted otherwise."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -169,7 +169,7 @@ def write_sealed(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
-    """What `write_sealed` wrote. ArtifactError where the file cannot be read, or was changed."""
+    """Read what `write_sealed` wrote. ArtifactError if the file cannot be read or was changed."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
         whole = value.pop(SEAL, None) == _json_sha256(value)
@@ -192,7 +192,7 @@ def write_table(path: Path, rows: Iterable[Mapping[str, Any]], schema: pa.Schema
 
 
 def write_batches(path: Path, batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> None:
-    """The same, a batch in memory at a time."""
+    """Write a Parquet file in one step, with one batch in memory at a time."""
     with (
         atomic_file(path) as temporary,
         _space_for(path),
@@ -204,7 +204,7 @@ def write_batches(path: Path, batches: Iterable[pa.RecordBatch], schema: pa.Sche
 
 @contextmanager
 def _space_for(path: Path) -> Iterator[None]:
-    """Arrow's error for a full disk as ours."""
+    """Turn Arrow's error for a full disk into ours."""
     try:
         yield
     except OSError as error:
@@ -234,10 +234,9 @@ def finish(
     known: Mapping[str, str] | None = None,
     names: Iterable[str] | None = None,
 ) -> Manifest:
-    """Write the manifest of a folder whose files are all there: from now on the artifact counts as complete.
+    """Write the manifest of a folder whose files are complete. From then on the artifact is finished.
 
-    `known` has the checksums of files that have been read already: a feature store can be larger than memory. `names`
-    are the files that belong to it, all that are there unless given.
+    `known`: checksums that are known already. `names`: the files of the artifact; by default all in the folder.
     """
     known = known or {}
     if names is None:
@@ -263,7 +262,7 @@ def open_artifact(folder: Path, kind: str, *, made_by: str) -> Manifest:
 
 
 def read_manifest(folder: Path, kind: str, *, made_by: str) -> Manifest:
-    """An artifact's manifest, without a look at its files."""
+    """Read an artifact's manifest without checking its files."""
     path = folder / MANIFEST
     if not path.is_file():
         raise ArtifactError(f"there is no finished {kind} artifact", where=str(folder), fix=f"run `{made_by}` first.")
@@ -275,7 +274,7 @@ def read_manifest(folder: Path, kind: str, *, made_by: str) -> Manifest:
 
 
 def check_file(path: Path, checksum: str, fix: str | None = None) -> None:
-    """ArtifactError where a file is missing, or is not the one that has the checksum."""
+    """Raise ArtifactError if a file is missing or does not have the checksum."""
     if not path.is_file():
         raise corrupt(path, "is missing", fix)
     if file_sha256(path) != checksum:
@@ -283,7 +282,7 @@ def check_file(path: Path, checksum: str, fix: str | None = None) -> None:
 
 
 def corrupt(path: Path, what: str, fix: str | None = None) -> ArtifactError:
-    """The error for a damaged file: what belongs to one manifest is made anew together, any other file by itself."""
+    """Return the error for a damaged file. It names what to delete: the file, or the artifact that holds it."""
     part = path.parent if is_finished(path.parent) else path
     return ArtifactError(
         what, where=str(path), fix=fix or f"delete {part} and go on with `cropi run`: it is made anew."
@@ -306,11 +305,11 @@ def build(
     keep_parts: bool = False,
     shared: bool = False,
 ) -> Manifest:
-    """The artifact in `folder`: opened where it is complete, made otherwise.
+    """Open the artifact in `folder` if it is finished, and make it otherwise. Refuse one made from other inputs.
 
-    `make` fills the folder and returns (counts, details). The folder is emptied first, unless `keep_parts` says that
-    `make` goes on from what an interruption left. An artifact made from other inputs is refused. Rank 0
-    does all of it, unless `make` is `shared`: all of them call it then, and write files of their own.
+    `make` fills the folder and returns (counts, details). With `keep_parts` it continues from the files that an
+    interruption left; otherwise the folder is emptied first. Rank 0 alone calls `make`, unless it is `shared`: then
+    every rank calls it and writes files of its own.
     """
     ranks = process_group()
     known = ranks.from_main(lambda: _begin(folder, kind, inputs, made_by, keep_parts))
@@ -327,7 +326,7 @@ def build(
 
 
 def _begin(folder: Path, kind: str, inputs: Mapping[str, Any], made_by: str, keep_parts: bool) -> dict[str, Any] | None:
-    """The manifest of a finished artifact; None after its folder has been made ready."""
+    """Return the manifest of a finished artifact. Otherwise prepare its folder and return None."""
     if is_finished(folder):
         manifest = open_artifact(folder, kind, made_by=made_by)
         stale = sorted(key for key in {*inputs, *manifest.inputs} if inputs.get(key) != manifest.inputs.get(key))
@@ -357,7 +356,7 @@ def remove(folder: Path) -> None:
 
 
 def remove_parts(folder: Path) -> None:
-    """Delete what interrupted processes of this machine were writing, anywhere in a folder."""
+    """Delete files that interrupted processes of this machine were writing, anywhere in a folder."""
     for path in folder.rglob(".*.part"):
         writer = path.name.split(".")[-2]
         if not (writer.isdigit() and psutil.pid_exists(int(writer))):
@@ -365,7 +364,7 @@ def remove_parts(folder: Path) -> None:
 
 
 def wait_for_files(paths: Iterable[Path]) -> None:
-    """Until files that other processes have written are to be seen here: a network file system may show them late."""
+    """Wait for files that other processes have written: a network file system may show them late."""
     deadline = time.monotonic() + APPEAR_S
     for path in paths:
         while not path.is_file():

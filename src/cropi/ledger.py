@@ -19,7 +19,7 @@ class Ledger:
     """Adds lines {phase, stage, seconds, tokens, ...} to `ledger.jsonl`, of further processes `ledger-RANK.jsonl`.
 
     Collection writes `tokens` (of completions), `prompt_tokens` and `passes` over both, scoring `computed_tokens` (of
-    the pool, shared prompts once), `validation_tokens` and `forward_tokens` (only read): what `reporting.flops` counts.
+    the pool, shared prompts once), `validation_tokens` and `forward_tokens` (only read). `report.flops` counts these.
     """
 
     def __init__(self, path: Path) -> None:
@@ -27,10 +27,9 @@ class Ledger:
 
     @contextmanager
     def charge(self, phase: str, *, stage: int | None = None) -> Iterator[dict[str, Any]]:
-        """Time a block that all ranks run. The block may add `tokens` and the like to the dictionary; that of rank 0
-        counts.
+        """Time a block that all ranks run, also if it ends with an error.
 
-        A block that ends with an error is charged as well, since its seconds were spent.
+        The block may add `tokens` and other facts to the dictionary. Only the dictionary of rank 0 is written.
         """
         entry: dict[str, Any] = {"phase": phase, "stage": stage}
         start, extra = time.perf_counter(), extra_seconds()
@@ -57,7 +56,7 @@ class Ledger:
         append_jsonl(self._own, {"phase": phase, "stage": stage, **facts, "seconds": seconds})
 
     def entries(self) -> list[dict[str, Any]]:
-        """All lines so far. Work before the first stage has no stage: runs of a comparison share it."""
+        """Read all lines so far. Work before the first stage has no stage."""
         others = sorted(self._path.parent.glob(f"{self._path.stem}-*{self._path.suffix}"))
         return [entry for path in (self._path, *others) for entry in read_jsonl(path)]
 

@@ -70,7 +70,7 @@ class ProcessGroup:
         return self.rank == 0
 
     def share(self, work: Sequence[T]) -> Sequence[T]:
-        """This rank's pieces of some work: every `size`-th."""
+        """This rank's share of some work: every `size`-th piece."""
         return work[self.rank :: self.size]
 
     def titled(self, label: str) -> str:
@@ -93,7 +93,7 @@ class ProcessGroup:
         return [value]
 
     def add(self, tensors: Mapping[str, Tensor]) -> None:
-        """Replace tensors by their sums over all ranks, taken in float64."""
+        """Replace tensors by their sums over all ranks, computed in float64."""
 
     def copy_main(self, tensors: Mapping[str, Tensor]) -> None:
         """Replace tensors by those of rank 0."""
@@ -214,7 +214,7 @@ def is_lost_rank(error: Exception) -> bool:
 
 @dataclass(frozen=True)
 class Task:
-    """A piece of work for a Ray worker, or the result: a table, and JSON values."""
+    """A piece of work for a Ray worker, or its result: a table and JSON values."""
 
     index: int
     rows: pa.Table
@@ -265,8 +265,8 @@ class Worker:
             start = time.perf_counter()
             done = self._perform(task)
         except UserError as error:
-            told = [f"{error.what} (on {platform.node()})", error.where, error.fix]
-            return packed(Task(task.index, pa.table({}), {"error": told}))
+            message = [f"{error.what} (on {platform.node()})", error.where, error.fix]
+            return packed(Task(task.index, pa.table({}), {"error": message}))
         return packed(Task(done.index, done.rows, {**done.facts, "seconds": time.perf_counter() - start}))
 
 
@@ -280,7 +280,7 @@ class RayPool:
 
     def __init__(self, address: str, workers: int | None, *, cpus: int, on_gpu: bool) -> None:
         self._address, self._workers, self._cpus, self._on_gpu = address, workers, cpus, on_gpu
-        self.extra_s = 0.0  # that workers were busy for, beyond the time that this process waited for them
+        self.extra_s = 0.0  # seconds of work by the workers, minus the seconds that this process waited
 
     def map(self, job: Job, tasks: Iterable[Task]) -> Generator[Task]:
         """Perform tasks; results come as they are done, each with the fact `seconds`. Close what is not exhausted.
@@ -383,7 +383,7 @@ def ray_pool() -> RayPool | None:
 
 
 def use_ray(address: str | None, workers: int | None, *, cpus: int, on_gpu: bool) -> None:
-    """Have Ray workers collect and score, if an address is given. ConfigError where that cannot be."""
+    """Let Ray workers collect and score, if there is an address. ConfigError where that is impossible."""
     global _pool
     if address is None:
         if workers is not None:
@@ -405,5 +405,5 @@ def use_ray(address: str | None, workers: int | None, *, cpus: int, on_gpu: bool
 
 
 def extra_seconds() -> float:
-    """Seconds that Ray workers were busy for, beyond the time that this process has waited for them."""
+    """The seconds that Ray workers worked, minus those that this process waited for them."""
     return 0.0 if _pool is None else _pool.extra_s

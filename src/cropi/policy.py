@@ -1,4 +1,4 @@
-"""The policy: loading it, writing prompts in its words, and the log-probs it gives to completions."""
+"""Load a policy, encode prompts for it, and compute its log-probs of completions."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Policy:
 
     @property
     def context_length(self) -> int | None:
-        """Longest sequence the model has positions for, where it says so."""
+        """Longest sequence that the model has positions for; None if its config does not say."""
         return getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
 
 
@@ -75,7 +75,7 @@ def policy_location(config: PolicyConfig) -> str:
 
 
 def device_of(config: PolicyConfig) -> torch.device:
-    """The device that a policy is to live on."""
+    """Return the device that the config asks for."""
     if config.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if config.device == "cuda" and not torch.cuda.is_available():
@@ -84,7 +84,7 @@ def device_of(config: PolicyConfig) -> torch.device:
 
 
 def load_tokenizer(config: PolicyConfig, location: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer alone, with a padding token and an end-of-sequence token for certain."""
+    """Load the tokenizer alone. It has a padding token and an end-of-sequence token."""
     from transformers import AutoTokenizer
 
     location = location or policy_location(config)
@@ -106,11 +106,11 @@ def load_tokenizer(config: PolicyConfig, location: str | None = None) -> PreTrai
 
 
 class Replica:
-    """A policy's weights in bfloat16 where it is asked in bfloat16 and trained in float32.
+    """A bfloat16 copy of a policy that is trained in float32 but sampled and scored in bfloat16.
 
-    One copy, filled anew each time: 2 bytes per parameter beside the weights of training. It has the dtypes of a policy
-    that was loaded in bfloat16; of one in float32, trained parameters and frozen ones alike are rounded. Weights that
-    are sharded over processes are not copied: what rounds them is FSDP's mixed precision, as it gathers them.
+    There is one copy, 2 bytes per parameter, which is refilled each time. It has the dtypes of a policy loaded in
+    bfloat16; of a policy in float32, trained and frozen parameters are rounded. Sharded weights are not copied: FSDP's
+    mixed precision rounds them when it gathers them.
     """
 
     def __init__(self, like: Policy, config: PolicyConfig) -> None:
@@ -119,7 +119,7 @@ class Replica:
 
     @torch.no_grad()
     def of(self, model: Any) -> Any:
-        """The model itself, or the copy with its weights as they are now."""
+        """Return the model itself, or the copy with the model's current weights."""
         if not self._rounds or model.dtype != torch.float32 or is_sharded(model):
             return model
         if self._copy is None:
@@ -183,7 +183,7 @@ def load_policy(config: PolicyConfig, location: str | None = None, *, dtype: str
 
 
 def _refuse_kernels(location: str, revision: str | None) -> None:
-    """PolicyError for a model that names a kernel of the Hub, which transformers would fetch and run."""
+    """Raise PolicyError if a model names a kernel of the Hub, which transformers would fetch and run."""
     from transformers import PreTrainedConfig
 
     adapters = Path(location, "adapter_config.json")
@@ -204,7 +204,7 @@ def _refuse_kernels(location: str, revision: str | None) -> None:
 
 @torch.no_grad()
 def _require_finite(model: nn.Module, location: str) -> None:
-    """PolicyError for weights of which some are no numbers: they would only be found after a collection."""
+    """Raise PolicyError if some weights are not finite. Otherwise a run would find them only after collection."""
     for name, weight in model.named_parameters():
         if weight.dtype in FLOATS and weight.numel() and not weight.is_meta:
             low, high = weight.aminmax()
@@ -218,8 +218,9 @@ def _require_finite(model: nn.Module, location: str) -> None:
 
 @contextmanager
 def _read_by_all() -> Iterator[None]:
-    """`accelerate launch --use_fsdp` has only the first process read weights, since they are to be sharded anyway. Here
-    every process samples from the policy before that.
+    """Let every rank read the weights, since every rank samples before they are sharded.
+
+    Under `accelerate launch --use_fsdp`, transformers would let only rank 0 read them.
     """
     asked = os.environ.get(READ_BY_ONE)
     if asked is not None:
@@ -232,7 +233,7 @@ def _read_by_all() -> Iterator[None]:
 
 
 def _with_adapters(model: PreTrainedModel, settings: LoraConfig, location: str | None) -> PreTrainedModel:
-    """A frozen model with trainable adapters: new ones, the same for the same seed, or those of a checkpoint."""
+    """Freeze a model and add trainable adapters: new ones from a fixed seed, or those of a checkpoint."""
     try:
         import peft
     except ImportError:
@@ -258,7 +259,7 @@ def _with_adapters(model: PreTrainedModel, settings: LoraConfig, location: str |
 
 
 def fingerprint(config: PolicyConfig, location: str | None = None) -> str:
-    """SHA-256 over the files of a local policy, or the commit of one on the Hub: what its results depend on."""
+    """Return the SHA-256 of the files of a local policy, or the commit of one on the Hub."""
     if config.lora is not None and location is None:
         plain = fingerprint(config.model_copy(update={"lora": None}))
         return hashlib.sha256(f"{plain} {config.lora.model_dump_json()}".encode()).hexdigest()
@@ -283,9 +284,9 @@ HASHED_BYTES = 1 << 20  # of every weight
 
 
 def weights_identity(model: torch.nn.Module) -> str:
-    """SHA-256 over the names, shapes and first bytes of all weights: which policy a model in memory is.
+    """Identify a policy in memory by the SHA-256 of the names, shapes and first bytes of all weights.
 
-    Weights that are sharded over processes are gathered for it one by one, by all of them, and give what whole ones do.
+    All ranks gather sharded weights one by one, so the result does not depend on sharding.
     """
     digest = hashlib.sha256()
     for name, weight in sorted(model.state_dict().items()):
@@ -299,7 +300,7 @@ def weights_identity(model: torch.nn.Module) -> str:
 
 
 def _plain_parts(weight: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The tensors that a weight is stored as: itself, or codes and scales of a quantised one."""
+    """Yield the tensors that store a weight: itself, or the codes and scales of a quantised one."""
     names = getattr(weight, "__tensor_flatten__", None)
     if names is None:
         yield weight
@@ -318,7 +319,7 @@ def _cannot_load(what: str, location: str, error: Exception) -> PolicyError:
 
 
 def uses_chat(tokenizer: PreTrainedTokenizerBase, chat: bool | None, system_prompt: str | None = None) -> bool:
-    """Whether prompts go through the chat template. PolicyError where a setting asks for one that is not there."""
+    """Whether prompts go through the chat template. PolicyError if a setting needs a template that is missing."""
     has_template = bool(tokenizer.chat_template)
     if system_prompt is not None and not (has_template and chat is not False):
         raise PolicyError(
@@ -332,7 +333,7 @@ def uses_chat(tokenizer: PreTrainedTokenizerBase, chat: bool | None, system_prom
 
 
 def chat_warnings(tokenizer: PreTrainedTokenizerBase, chat: bool | None, messages: Iterable[str]) -> list[str]:
-    """What to tell where stored prompts are chat messages, nothing was said of `chat`, and there is no template."""
+    """Warn of chat messages that become plain text because the tokenizer has no chat template and `chat` is unset."""
     chats = sum(text.startswith("[") for text in messages) if chat is None and not tokenizer.chat_template else 0
     told = (
         f"the tokenizer has no chat template: {chats} prompts of chat messages become plain text, contents without "
@@ -387,8 +388,9 @@ def encode_prompts(
 
 
 def shared_prefixes(model: PreTrainedModel, ids_BT: Tensor, mask_BT: Tensor) -> dict[str, Cache]:
-    """For `generate`: keys and values of all but the last token of prompts, padded on the left, computed once for each
-    distinct prompt. Nothing where none is repeated, or the model keeps more than keys and values.
+    """Compute the keys and values of left-padded prompts once for each distinct prompt, as arguments of `generate`.
+
+    They cover all tokens but the last. Empty if no prompt is repeated, or if the model's cache holds more than that.
     """
     from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
@@ -413,8 +415,10 @@ def shared_prefixes(model: PreTrainedModel, ids_BT: Tensor, mask_BT: Tensor) -> 
 
 
 def longest_alike(model: nn.Module) -> float:
-    """Tokens of the longest sequence up to which rotary positions do not depend on a sequence's length, as those of the
-    types `dynamic` and `longrope` do beyond the length of the original model."""
+    """Return the length up to which rotary positions do not depend on the length of the sequence.
+
+    Those of the types `dynamic` and `longrope` do so beyond the length of the original model.
+    """
     bounds = [math.inf]
     for module in model.modules():
         rotary: Any = module
@@ -439,8 +443,8 @@ def completion_logprobs(
     """Log-probs that a model gives to completion tokens, by one teacher-forced forward pass.
 
     Returns (logprobs_KT float32 or wider, mask_KT bool), padded on the right to the longest completion; entries outside
-    the mask are 0. Prompt and completion stand side by side and padding follows them, so that under a causal mask no
-    row sees another row's length; an attention mask would only make rows of padding that see nothing at all.
+    the mask are 0. Padding follows prompt and completion, so that under a causal mask no row depends on it. No
+    attention mask is needed.
     """
     device = next(model.parameters()).device
     rows = [[*prompt, *completion] for prompt, completion in zip(prompts, completions, strict=True)]

@@ -63,7 +63,11 @@ def with_presets(values: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(select, dict) and strategy is not None:
         select["strategy"] = strategy
     named = _named(strategy)
-    return result if named is None else merged(result, _patch_of(named, strategy))
+    if named is None:
+        return result
+    own_name = result["select"].get("name")
+    result["select"]["name"] = named if own_name is None else own_name
+    return merged(result, _patch_of(named, strategy))
 
 
 def _table(strategy: Any) -> Any:
@@ -78,10 +82,10 @@ def _named(strategy: Any) -> str | None:
 
 
 def _patch_of(name: str, table: Any) -> dict[str, Any]:
-    """What a preset sets, with the further settings of the table that names it. The preset names the strategy."""
+    """What a preset sets, with the further settings of the table that names it."""
     patch = presets()[name]["config"]
     own = {key: value for key, value in table.items() if key != "type"}
-    patch["select"]["strategy"] = {"name": name} | patch["select"]["strategy"] | own
+    patch["select"]["strategy"] = patch["select"]["strategy"] | own
     return patch
 
 

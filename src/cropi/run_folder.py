@@ -3,7 +3,7 @@
 config.json  environment.json  ledger.jsonl  summary.json  report.html  report.md
 prompts/  representations/  trajectories/                   before training
 scores/stage-NNN/  selections/stage-NNN/                    made at the start of a stage
-fresh/  fresh-validation/  reused/  screened/  features/    by stage, where the config asks for them
+fresh/  fresh-validation/  reused/  screened/               by stage, where the config asks for them
 rollouts/  checkpoints/  evaluations/  steps.jsonl  metrics.jsonl  rewards.jsonl
 other-checkpoints/NAME-HASH/  (scores, selections and evaluations of checkpoints from outside)
 """
@@ -276,7 +276,7 @@ class RunFolder:
 
 
 BEFORE_TRAINING = ("prompts", "representations", "trajectories")
-BY_STAGE = ("scores", "features", "selections", "fresh", "fresh-validation", "screened", "reused")
+BY_STAGE = ("scores", "selections", "fresh", "fresh-validation", "screened", "reused")
 OUTSIDE = "other-checkpoints"
 CONFIG = "config.json"
 ENVIRONMENT = "environment.json"

@@ -32,11 +32,7 @@ def scores_schema(validation_sets: Iterable[str]) -> pa.Schema:
             ("ratio_ess", pa.float64()),  # effective sample size of the token ratios, as a share of the tokens
             ("clip_share", pa.float64()),  # share of the token ratios outside 1 +- 0.2
             ("kl", pa.float64()),  # KL(policy || behaviour policy) per token, in nats
-            ("scored", pa.string()),  # full, subsampled or predicted; null where there is nothing to score
-            (
-                "top_probability",
-                pa.float64(),
-            ),  # of being among the best when fused; null if unknown
+            ("top_probability", pa.float64()),  # of being among the best when fused; null where it is not known
             *((f"influence/{name}", pa.float64()) for name in validation_sets),
             *((f"standard_error/{name}", pa.float64()) for name in validation_sets),  # null where it is not known
         ]

@@ -19,8 +19,8 @@ _CHECK = ', "check": "'  # the end of a line
 def append_jsonl(path: Path, row: Mapping[str, Any]) -> None:
     """Add one line to a stream. A line that an interruption cut short is dropped first.
 
-    Each line ends with a checksum of the stream's name, the line's place and its text. The length that the stream has
-    reached stands in a file beside it, written later: a stream that is shorter has lost lines.
+    Each line ends with a checksum of the stream's name, the line's place and its text. A file beside the stream holds
+    its length, written after the line: a stream that is shorter has lost lines.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -42,15 +42,15 @@ def append_jsonl(path: Path, row: Mapping[str, Any]) -> None:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """All whole lines of a stream; a last line cut short by an interruption is left out.
+    """Read all whole lines of a stream. Leave out a last line that an interruption cut short.
 
-    ArtifactError where the stream is not what was appended to it.
+    ArtifactError if the stream was changed.
     """
     return [row for _, row in _stream(path)]
 
 
 def check_streams(*folders: Path) -> None:
-    """ArtifactError where a stream of some folders is not what was appended to it."""
+    """Raise ArtifactError if a stream in one of the folders was changed."""
     for file in sorted(file for folder in folders for file in folder.glob(_length_file(Path("*")).name)):
         _stream(file.with_name(file.name.removeprefix(".").removesuffix(".length")))
 

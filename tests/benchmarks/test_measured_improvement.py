@@ -221,10 +221,9 @@ def scored() -> tuple[nn.Module, list[Group], dict[str, list[Group]], PromptScor
 @pytest.mark.parametrize("score", ["dot", "cosine"])
 def test_scores_are_those_of_the_public_call(normalizer: str, std: bool, score: str) -> None:
     model, train, validation, scores = scored()
-    expected = cropi.influence(
-        model, train, validation, estimator="reference", normalizer=normalizer, score=score, advantage_std=std,
-        max_completion_length=4,
-    ).values  # fmt: skip
+    surrogate = cropi.SurrogateSettings(normalizer, max_completion_length=4, advantage_std=std)
+    options = cropi.ScorerOptions("reference", score)
+    expected = cropi.influence(model, train, validation, surrogate=surrogate, options=options).values
     found = scores.values(Kind(normalizer, std, std, score, False))
     # transformers' norms are in float32
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6 * np.abs(expected).max())

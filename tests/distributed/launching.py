@@ -16,7 +16,7 @@ LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 
 def command(processes: int, *arguments: str, restarts: int = 0) -> list[str]:
-    """What starts so many processes of the command; one is started without a launcher."""
+    """Build the call that starts this many processes of the command; one starts without a launcher."""
     if processes == 1:
         return [sys.executable, "-m", "cropi", *arguments]
     return [*LAUNCHER, str(processes), "--max-restarts", str(restarts), "-m", "cropi", *arguments]
@@ -30,7 +30,7 @@ def launch(
 
 
 def finished(call: Sequence[str], *, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Any launcher's call, run to its end."""
+    """Run any launcher's call to its end."""
     return subprocess.run(
         call, cwd=cwd, capture_output=True, text=True, timeout=600, env=os.environ | environment, check=False
     )

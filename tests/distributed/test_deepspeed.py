@@ -102,7 +102,7 @@ def steps(cwd: Path) -> list[dict[str, object]]:
 
 def selected(cwd: Path) -> list[list[object]]:
     """Prompt ids by stage, best first."""
-    files = sorted((cwd / RUN).glob("stages/*/selection/selected.jsonl"))
+    files = sorted((cwd / RUN).glob("selections/stage-*/selected.jsonl"))
     assert len(files) == 2
     return [[row["prompt_id"] for row in json_lines(file)] for file in files]
 

@@ -1,7 +1,7 @@
-"""What happens when one of two processes is killed, fails, or is started again by the launcher.
+"""Two processes of which one is killed, fails, or is started again by the launcher.
 
-The end of every story: the launcher says that it failed, and the same command then comes to the results of a run that
-nobody disturbed, with each shard made once.
+The launcher reports the failure. The same command then comes to the results of an undisturbed run, and makes each
+shard once.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ def lines(path: Path, count: int) -> Callable[[Path], bool]:
 
 MOMENTS = {
     "collecting": files(f"{RUN}/trajectories/part-*.parquet", 3),
-    "scoring": files(f"{RUN}/stages/000/scores/part-*.parquet", 1),
+    "scoring": files(f"{RUN}/scores/stage-000/part-*.parquet", 1),
     "training": lines(RUN / "steps.jsonl", 2),
-    "scoring again": files(f"{RUN}/stages/001/scores/part-*.parquet", 1),
+    "scoring again": files(f"{RUN}/scores/stage-001/part-*.parquet", 1),
 }
 
 
@@ -132,7 +132,7 @@ def test_a_full_disk_of_one_node_is_named_and_nothing_is_lost(
 
 
 def test_another_number_of_processes_goes_on(undisturbed: Path, tmp_path: Path) -> None:
-    """What two have begun one ends: shards and parts are the same for any number."""
+    """One process ends what two began: shards are the same for any number."""
     moment = MOMENTS["scoring"]
     code, _ = kill_a_rank(lambda: moment(tmp_path), *ARGUMENTS, cwd=tmp_path)
     assert code != 0

@@ -55,7 +55,7 @@ def copied(run: Path, tmp_path: Path) -> Path:
 
 
 def scores(cwd: Path, stage: int) -> pa.Table:
-    return read_table(cwd / RUN / f"stages/{stage:03}/scores/scores.parquet", scores_schema(["sum"]))
+    return read_table(cwd / RUN / f"scores/stage-{stage:03}/scores.parquet", scores_schema(["sum"]))
 
 
 def assert_close(one: pa.Table, two: pa.Table) -> None:
@@ -84,17 +84,17 @@ def test_the_first_stage_is_that_of_one_process(run: Path, tmp_path: Path) -> No
 
 def test_later_scores_are_those_of_the_whole_checkpoint(run: Path, copied: Path) -> None:
     """Fresh trajectories drawn by sharded parameters, their log-probs, and scores."""
-    stage = copied / RUN / "stages/001"
-    fresh = {path.name: read_table(path, TRAJECTORIES).to_pylist() for path in stage.glob("fresh*/part-*.parquet")}
+    fresh = {
+        path: read_table(path, TRAJECTORIES).to_pylist() for path in (copied / RUN).glob("fresh*/stage-001/part-*")
+    }
     assert fresh
-    for path in stage.iterdir():
-        if path.name != "rollouts":
-            shutil.rmtree(path)
+    for made in ("fresh", "fresh-validation", "scores", "selections"):
+        shutil.rmtree(copied / RUN / made / "stage-001", ignore_errors=True)
     for command in ("score", "select"):
         done = cropi(command, "runs/quickstart", "--stage", "1", cwd=copied)
         assert done.returncode == 0, done.stderr
-    for path in stage.glob("fresh*/part-*.parquet"):
-        for expected, row in zip(read_table(path, TRAJECTORIES).to_pylist(), fresh[path.name], strict=True):
+    for path, rows in fresh.items():
+        for expected, row in zip(read_table(path, TRAJECTORIES).to_pylist(), rows, strict=True):
             assert row["completion_ids"] == expected["completion_ids"]
             np.testing.assert_allclose(row["behaviour_logprobs"], expected["behaviour_logprobs"], atol=1e-4)
     assert_close(scores(copied, 1), scores(run, 1))
@@ -108,11 +108,11 @@ def test_it_learns_and_is_evaluated_as_the_checkpoint_is(run: Path, tmp_path: Pa
     last = run / RUN / "checkpoints/checkpoint-6"
     done = cropi("evaluate", "runs/quickstart", "--checkpoint", str(last), cwd=tmp_path / "copy")
     assert done.returncode == 0, done.stderr
-    (again,) = (tmp_path / "copy" / RUN / "checkpoints").glob("*/evaluation/step-000000.parquet")
+    (again,) = (tmp_path / "copy" / RUN / "other-checkpoints").glob("*/evaluations/step-000000.parquet")
     expected = read_table(again, EVALUATION).drop_columns("step")
-    rows = read_table(run / RUN / "evaluation/step-000006.parquet", EVALUATION).drop_columns("step")
+    rows = read_table(run / RUN / "evaluations/step-000006.parquet", EVALUATION).drop_columns("step")
     assert rows.to_pylist() == expected.to_pylist()
-    base = read_table(run / RUN / "evaluation/step-000000.parquet", EVALUATION)
+    base = read_table(run / RUN / "evaluations/step-000000.parquet", EVALUATION)
     assert np.mean(rows.column("greedy")) > np.mean(base.column("greedy"))
 
 

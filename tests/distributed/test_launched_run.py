@@ -1,4 +1,4 @@
-"""A whole run by two processes of the real launcher, and what it has in common with that of one."""
+"""A whole run by two processes of the real launcher, compared with that of one."""
 
 from __future__ import annotations
 

@@ -63,5 +63,5 @@ def test_two_processes_score_as_one(way: str, collected: Path, tmp_path: Path) -
 
 def made(cwd: Path) -> dict[Path, bytes]:
     """Scores, features and selections."""
-    paths = sorted((cwd / RUN / "scores").rglob("*"))
+    paths = [path for name in ("scores", "selections") for path in (cwd / RUN / name).rglob("*")]
     return {path.relative_to(cwd): path.read_bytes() for path in paths if path.is_file()}

@@ -1,4 +1,4 @@
-"""Two launchers that meet, as on two nodes with a shared folder, and what is left of a run whose node goes away."""
+"""Two launchers that meet, as on two nodes with a shared folder, and a run that loses a node."""
 
 import os
 import socket

@@ -264,11 +264,23 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "a layer that sees tokens twice": (lambda: replaced("model.layers.1.mlp", Twice), "each token once"),
     "an embedding with a bound": (lambda: with_embedding(max_norm=1.0), "Embedding"),
     "an embedding by frequency": (lambda: with_embedding(scale_grad_by_freq=True), "Embedding"),
-    "Falcon-H1": (falcon_h1, "beside attention its tokens see others"),
-    "the token before": (lambda: with_faint(lambda x: x.roll(1, dims=1)), "beside attention its tokens see others"),
-    "the token after": (lambda: with_faint(lambda x: x.roll(-1, dims=1)), "beside attention its tokens see others"),
-    "all tokens before": (lambda: with_faint(lambda x: x.cumsum(dim=1)), "beside attention its tokens see others"),
-    "all tokens": (lambda: with_faint(lambda x: x.mean(dim=1, keepdim=True)), "beside attention its tokens see others"),
+    "Falcon-H1": (falcon_h1, "tokens see other trajectories outside attention"),
+    "the token before": (
+        lambda: with_faint(lambda x: x.roll(1, dims=1)),
+        "tokens see other trajectories outside attention",
+    ),
+    "the token after": (
+        lambda: with_faint(lambda x: x.roll(-1, dims=1)),
+        "tokens see other trajectories outside attention",
+    ),
+    "all tokens before": (
+        lambda: with_faint(lambda x: x.cumsum(dim=1)),
+        "tokens see other trajectories outside attention",
+    ),
+    "all tokens": (
+        lambda: with_faint(lambda x: x.mean(dim=1, keepdim=True)),
+        "tokens see other trajectories outside attention",
+    ),
     "positions of its own": (_with_own_positions, "depend on their place in a pack"),
     "another gradient": (lambda: with_another_gradient(0.0), "its own gradients differ"),
     "a slightly other gradient": (lambda: with_another_gradient(0.9), "its own gradients differ"),

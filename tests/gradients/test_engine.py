@@ -30,7 +30,7 @@ from cropi.gradients.capture import NullReader
 from cropi.gradients.engine import Engine, segment_of
 from cropi.gradients.exact import DenseReader, ExactReader
 from cropi.gradients.groups import Group
-from cropi.gradients.influence_scorer import Scorer
+from cropi.gradients.influence_scorer import Scorer, ScorerOptions
 from cropi.gradients.packing import Segment
 from cropi.gradients.reference import trainable_parameters
 from cropi.gradients.sketch import SketchReader, UniformMap
@@ -87,7 +87,9 @@ def test_precision_that_a_trainer_wraps_around_a_model_is_left_out() -> None:
     """As accelerate does: the forward pass of the object, not of its class."""
     plain, wrapped = tiny("llama").float(), tiny("llama").float()
     wrapped.forward = torch.autocast("cpu", torch.bfloat16)(wrapped.forward)
-    scorers = [Scorer(model, SETTINGS, projection=SparseProjection(dim=64)) for model in (plain, wrapped)]
+    scorers = [
+        Scorer(model, SETTINGS, ScorerOptions(projection=SparseProjection(dim=64))) for model in (plain, wrapped)
+    ]
     for scorer in scorers:
         scorer.aim({"all": GROUPS})
     assert torch.equal(*(scorer.features_VD for scorer in scorers))
@@ -445,7 +447,7 @@ def test_factors_weigh_trajectories_and_leave_out_those_of_zero() -> None:
 
 def test_scorer_leaves_groups_without_signal_out() -> None:
     model = tiny("gpt_neox")
-    scorer = Scorer(model, settings_of("token"), estimator="exact", batch_tokens=1000)
+    scorer = Scorer(model, settings_of("token"), ScorerOptions(estimator="exact", batch_tokens=1000))
     scorer.aim({"v": MANY})
     seen = tokens_seen(model)
     told: list[int] = []

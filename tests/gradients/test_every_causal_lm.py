@@ -16,7 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from cropi.errors import PolicyError
 from cropi.gradients.groups import Group
-from cropi.gradients.influence_scorer import Scorer
+from cropi.gradients.influence_scorer import Scorer, ScorerOptions
 from cropi.gradients.surrogate_weights import SurrogateSettings, trajectory_scales
 
 TRAIN = [draw_group(6, [9, 1, 5], seed=1), draw_group(3, [3, 8], seed=2), draw_group(4, [7, 2], seed=3, on_policy=True)]
@@ -156,7 +156,7 @@ def autograd(model: Any, group: Group) -> Tensor:
 def check(model: Any, estimator: Any) -> str:
     """`right` or `refused`; an AssertionError for wrong numbers."""
     try:
-        scorer = Scorer(model, SETTINGS, estimator=estimator, score="cosine")
+        scorer = Scorer(model, SETTINGS, ScorerOptions(estimator=estimator, score="cosine"))
         scorer.aim({"v": VALIDATION})
         scored = scorer(TRAIN)
     except PolicyError:

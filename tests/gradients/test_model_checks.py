@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from cropi.builtin import POLICY_DIR
 from cropi.errors import PolicyError
-from cropi.gradients.influence_scorer import Scorer
+from cropi.gradients.influence_scorer import Scorer, ScorerOptions
 
 ENCODER = {
     "vocab_size": 41,
@@ -124,15 +124,15 @@ def test_what_is_no_policy_is_refused_with_the_reason(name: str, estimator: Any)
     model = build().eval()
     before = state(model)
     with pytest.raises(PolicyError, match=message) as caught:
-        Scorer(model, SETTINGS, estimator=estimator)
+        Scorer(model, SETTINGS, ScorerOptions(estimator=estimator))
     assert "reference" not in str(caught.value)
     check_unchanged(model, before)
 
 
 @pytest.mark.parametrize("estimator", ["exact", "reference"])
 def test_a_wrapped_model_is_refused(estimator: Any) -> None:
-    with pytest.raises(PolicyError, match=r"no transformers model.*\n.*without what wraps it"):
-        Scorer(Wrapper(tiny("llama")), SETTINGS, estimator=estimator)
+    with pytest.raises(PolicyError, match=r"no transformers model.*\n.*without a wrapper"):
+        Scorer(Wrapper(tiny("llama")), SETTINGS, ScorerOptions(estimator=estimator))
 
 
 @pytest.mark.parametrize("estimator", ["exact", "reference"])
@@ -140,9 +140,9 @@ def test_adapters_loaded_for_inference_are_refused(tmp_path: Path, estimator: An
     peft = pytest.importorskip("peft")
     tiny_lora().save_pretrained(tmp_path)
     with pytest.raises(PolicyError, match="is_trainable=True"):
-        Scorer(peft.PeftModel.from_pretrained(tiny("llama"), tmp_path), SETTINGS, estimator=estimator)
+        Scorer(peft.PeftModel.from_pretrained(tiny("llama"), tmp_path), SETTINGS, ScorerOptions(estimator=estimator))
     trainable = peft.PeftModel.from_pretrained(tiny("llama"), tmp_path, is_trainable=True).double()
-    Scorer(trainable, SETTINGS, estimator=estimator).aim({"v": GROUPS})
+    Scorer(trainable, SETTINGS, ScorerOptions(estimator=estimator)).aim({"v": GROUPS})
 
 
 NOT_CAUSAL: dict[str, Callable[[], Any]] = {
@@ -163,7 +163,7 @@ def test_reference_refuses_what_is_not_causal(name: str) -> None:
     model = NOT_CAUSAL[name]().eval()
     before = state(model)
     with pytest.raises(PolicyError, match="depend on later tokens"):
-        Scorer(model, SETTINGS, estimator="reference")
+        Scorer(model, SETTINGS, ScorerOptions(estimator="reference"))
     check_unchanged(model, before)
 
 
@@ -171,13 +171,13 @@ def test_reference_refuses_logits_of_other_tokens_than_those_given() -> None:
     peft = pytest.importorskip("peft")
     config = peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
     with pytest.raises(PolicyError, match=r"for 24 tokens have the shape \[27, 41\]"):
-        Scorer(peft.get_peft_model(tiny("llama"), config), SETTINGS, estimator="reference")
+        Scorer(peft.get_peft_model(tiny("llama"), config), SETTINGS, ScorerOptions(estimator="reference"))
 
 
 @pytest.mark.parametrize("estimator", ["exact", "reference"])
 def test_weights_that_do_not_act_are_refused(estimator: Any) -> None:
     with pytest.raises(PolicyError, match="none of its trainable parameters"):
-        Scorer(only_an_adapter_out_of_use_is_trainable(), SETTINGS, estimator=estimator)
+        Scorer(only_an_adapter_out_of_use_is_trainable(), SETTINGS, ScorerOptions(estimator=estimator))
 
 
 def test_reference_refuses_a_policy_that_has_diverged() -> None:
@@ -185,7 +185,7 @@ def test_reference_refuses_a_policy_that_has_diverged() -> None:
     with torch.no_grad():
         model.model.norm.weight[3] = torch.nan
     with pytest.raises(PolicyError, match="not finite"):
-        Scorer(model, SETTINGS, estimator="reference")
+        Scorer(model, SETTINGS, ScorerOptions(estimator="reference"))
 
 
 @pytest.mark.parametrize(
@@ -199,7 +199,7 @@ def test_reference_refuses_rows_that_see_each_other(mixing: Callable[[Tensor], T
     model = tiny("llama")
     model.model.layers[0].mlp.register_forward_hook(lambda _, __, output: mixing(output) if len(output) > 1 else output)
     with pytest.raises(PolicyError, match="other rows of a batch"):
-        Scorer(model, SETTINGS, estimator="reference")
+        Scorer(model, SETTINGS, ScorerOptions(estimator="reference"))
 
 
 def test_a_faint_look_ahead_shows_in_any_precision() -> None:
@@ -207,7 +207,7 @@ def test_a_faint_look_ahead_shows_in_any_precision() -> None:
     model = tiny("llama").bfloat16()
     model.model.layers[0].mlp.register_forward_hook(lambda _, __, output: output + 1e-5 * output.roll(-1, dims=1))
     with pytest.raises(PolicyError, match="depend on later tokens"):
-        Scorer(model, SETTINGS, estimator="reference")
+        Scorer(model, SETTINGS, ScorerOptions(estimator="reference"))
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from cropi.errors import PolicyError
 from cropi.gradients.engine import Engine, segment_of
 from cropi.gradients.exact import DenseReader
 from cropi.gradients.groups import Group
+from cropi.gradients.influence_scorer import ScorerOptions
 from cropi.gradients.reference import prompt_gradient
 from cropi.policy import Policy, weights_identity
 
@@ -243,9 +244,8 @@ def check_family(model: Any, tolerance: float = 1e-5) -> None:
             model,
             GROUPS[:-1],
             {"aim": GROUPS[-1:]},
-            estimator="exact",
-            score=score,
-            temperature=SETTINGS.temperature,
+            surrogate=SETTINGS,
+            options=ScorerOptions("exact", score),
         )
         scale = max(lengths) if score == "dot" else 1.0
         assert found.values[:, 0].tolist() == pytest.approx(right, abs=tolerance * scale), score
@@ -357,7 +357,7 @@ def test_by_reference_every_row_is_rotated_by_its_own_length() -> None:
 def test_a_row_beyond_the_length_where_rotation_changes_is_refused(name: str) -> None:
     longer = Group("long", [5] * 6, [[3] * 10, [4] * 2], [1.0, 0.0], None)  # 16 tokens; the length is 15
     engine = Engine(FAMILIES[name](), SETTINGS, 1000)
-    with pytest.raises(PolicyError, match=r"more than 15 tokens.* has 16"):
+    with pytest.raises(PolicyError, match=r"above 15 tokens.* has 16"):
         engine.run([segment_of(0, longer, SETTINGS)], DenseReader(engine.parameters, engine.vocabulary))
 
 

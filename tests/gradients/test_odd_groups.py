@@ -16,6 +16,7 @@ from cropi.errors import SignalError
 from cropi.functional.projection import SparseProjection
 from cropi.gradients.group_influence import InfluenceScores
 from cropi.gradients.groups import Group
+from cropi.gradients.influence_scorer import ScorerOptions
 from cropi.gradients.reference import prompt_gradient
 
 pytestmark = pytest.mark.usefixtures("unchecked_shapes")
@@ -61,15 +62,12 @@ ODD: dict[str, tuple[Group, str]] = {
 }
 
 
-def scores(model: Any, train: list[Group], estimator: str, **options: Any) -> InfluenceScores:
+def scores(
+    model: Any, train: list[Group], estimator: str, *, score: Any = "dot", standard_errors: bool = False
+) -> InfluenceScores:
+    options = ScorerOptions(score=score, batch_tokens=10_000, **ESTIMATORS[estimator])
     return cropi.influence(
-        model,
-        train,
-        VALIDATION,
-        temperature=SETTINGS.temperature,
-        batch_tokens=10_000,
-        **ESTIMATORS[estimator],
-        **options,
+        model, train, VALIDATION, surrogate=SETTINGS, options=options, standard_errors=standard_errors
     )
 
 
@@ -146,9 +144,8 @@ def test_groups_without_signal_count_as_zeros_in_a_validation_set(estimator: str
             model,
             GROUPS,
             {"a": [BASE, *others]},
-            temperature=0.8,
-            validation_mean=validation_mean,
-            **ESTIMATORS[estimator],
+            surrogate=SETTINGS,
+            options=ScorerOptions(validation_mean=validation_mean, **ESTIMATORS[estimator]),
         ).values
         for others in ([], empty)
     )
@@ -158,14 +155,14 @@ def test_groups_without_signal_count_as_zeros_in_a_validation_set(estimator: str
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_a_validation_set_that_gives_no_direction_is_an_error_that_names_it(estimator: str) -> None:
     model = tiny("gpt_neox")
-    options = ESTIMATORS[estimator]
+    options = ScorerOptions(**ESTIMATORS[estimator])
     silent = [group for group, status in ODD.values() if status == "no_signal"]
     for groups in (silent, []):
         with pytest.raises(SignalError, match="validation set dull"):
-            cropi.influence(model, GROUPS, {"fine": [BASE], "dull": groups}, **options)
+            cropi.influence(model, GROUPS, {"fine": [BASE], "dull": groups}, options=options)
     for group in (group for group, status in ODD.values() if status == "non_finite"):
         with pytest.raises(SignalError, match="validation set broken"):
-            cropi.influence(model, GROUPS, {"broken": [BASE, group]}, **options)
+            cropi.influence(model, GROUPS, {"broken": [BASE, group]}, options=options)
 
 
 def test_no_training_group_at_all() -> None:
@@ -181,13 +178,8 @@ def test_tokens_given_and_computed() -> None:
     assert (found.tokens_given, found.tokens_computed) == (sum(given), sum(computed))
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"normalizer": "constant"}, "max_completion_length"),
-        ({"standard_errors": True, "estimator": "reference"}, "standard_errors"),
-    ],
-)
-def test_options_that_do_not_go_together(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        cropi.influence(tiny("gpt_neox"), GROUPS, VALIDATION, **options)
+def test_options_that_do_not_go_together() -> None:
+    with pytest.raises(ValueError, match="max_completion_length"):
+        cropi.SurrogateSettings(normalizer="constant")
+    with pytest.raises(ValueError, match="standard_errors"):
+        scores(tiny("gpt_neox"), GROUPS, "reference", standard_errors=True)

@@ -17,9 +17,11 @@ from cropi.gradients.engine import Engine, segment_of
 from cropi.gradients.exact import DenseReader, ExactReader
 from cropi.gradients.group_influence import influence
 from cropi.gradients.groups import Group
+from cropi.gradients.influence_scorer import ScorerOptions
 from cropi.gradients.packing import Pack, Segment, make_pack, plan
 from cropi.gradients.reference import trainable_parameters
 from cropi.gradients.sketch import SketchReader, StructuredMap, UniformMap
+from cropi.gradients.surrogate_weights import SurrogateSettings
 
 pytestmark = pytest.mark.usefixtures("unchecked_shapes")
 
@@ -151,11 +153,8 @@ def test_influence_of_a_prompt_does_not_depend_on_order_or_budget(
             model,
             train,
             VALIDATION,
-            score=score,
-            validation_mean=validation_mean,
-            temperature=0.8,
-            batch_tokens=budget,
-            **options,
+            surrogate=SurrogateSettings(temperature=0.8),
+            options=ScorerOptions(score=score, validation_mean=validation_mean, batch_tokens=budget, **options),
         )
         assert set(found.status) == {"ok"}
         return found.values
@@ -175,7 +174,11 @@ def test_influence_by_engine_is_that_of_the_reference() -> None:
         for validation_mean in ("plain", "normalized"):
             found = [
                 influence(
-                    model, TRAIN, VALIDATION, estimator=e, score=score, validation_mean=validation_mean, temperature=0.8
+                    model,
+                    TRAIN,
+                    VALIDATION,
+                    surrogate=SurrogateSettings(temperature=0.8),
+                    options=ScorerOptions(e, score, validation_mean),
                 )
                 for e in ("exact", "reference")
             ]

@@ -9,7 +9,7 @@ import pytest
 from tests.gradients.architectures import GROUPS, SETTINGS, draw_group, tiny
 
 from cropi.functional.projection import SparseProjection
-from cropi.gradients.influence_scorer import Scorer
+from cropi.gradients.influence_scorer import Scorer, ScorerOptions
 from cropi.gradients.reference import prompt_gradient
 from cropi.gradients.score_reliability import half_factors, score_by_halves
 from cropi.gradients.validation_scores import score_validation_prompts
@@ -24,7 +24,7 @@ NEARLY_EXACT = SparseProjection(dim=1 << 18, keep_fraction=1.0, mask="uniform", 
 
 
 def aimed(projection: SparseProjection = NEARLY_EXACT) -> Scorer:
-    scorer = Scorer(tiny("gpt_neox"), SETTINGS, projection=projection)
+    scorer = Scorer(tiny("gpt_neox"), SETTINGS, ScorerOptions(projection=projection))
     scorer.aim(VALIDATION)
     return scorer
 
@@ -88,7 +88,7 @@ def test_validation_prompts_do_not_count_for_themselves() -> None:
 
 
 def test_the_only_prompt_of_a_set_says_nothing_of_it() -> None:
-    scorer = Scorer(tiny("gpt_neox"), SETTINGS, projection=NEARLY_EXACT)
+    scorer = Scorer(tiny("gpt_neox"), SETTINGS, ScorerOptions(projection=NEARLY_EXACT))
     scorer.aim({"a": GROUPS[:1]})
     rows, _ = score_validation_prompts(scorer, {"a": GROUPS[:1]})
     assert rows[0]["influence/a"] == 0.0

@@ -26,7 +26,7 @@ from cropi.functional.projection import SparseProjection
 from cropi.gradients.capture import NullReader
 from cropi.gradients.engine import Engine, segment_of
 from cropi.gradients.groups import Group
-from cropi.gradients.influence_scorer import Scorer
+from cropi.gradients.influence_scorer import Scorer, ScorerOptions
 from cropi.gradients.packing import Span
 from cropi.gradients.score_reliability import score_by_halves
 from cropi.policy import weights_identity
@@ -76,7 +76,7 @@ def scorer_of(question: Question, model: nn.Module) -> Scorer:
     options = {"projection": SparseProjection(dim=128, keep_fraction=0.3)} | question.scorer
     settings = dataclasses.replace(SETTINGS, **question.settings)
     names: dict[str, Any] = {"estimator": question.estimator, "score": question.score}
-    return Scorer(model, settings, batch_tokens=question.batch_tokens, **names, **options)
+    return Scorer(model, settings, ScorerOptions(batch_tokens=question.batch_tokens, **names, **options))
 
 
 def answer(question: Question, model: nn.Module, groups: Sequence[Group]) -> dict[str, Any]:
@@ -333,7 +333,7 @@ def test_one_process_finds_the_same_bits(policy: str, style: str, alone: DeviceM
 
 def test_the_reference_estimator_refuses_sharded_parameters(alone: DeviceMesh) -> None:
     with pytest.raises(PolicyError, match="use sketch or exact"):
-        Scorer(by_blocks(BUILDERS["llama"](), alone), SETTINGS, estimator="reference")
+        Scorer(by_blocks(BUILDERS["llama"](), alone), SETTINGS, ScorerOptions(estimator="reference"))
 
 
 def test_running_out_of_memory_is_an_error(alone: DeviceMesh, monkeypatch: pytest.MonkeyPatch) -> None:

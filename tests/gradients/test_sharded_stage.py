@@ -18,7 +18,8 @@ from cropi import parallel
 from cropi.artifacts import read_table
 from cropi.gradients import score_shards, validation_scores
 from cropi.gradients.surrogate_weights import surrogate_settings
-from cropi.stages.score import score
+from cropi.run_tables import scores_schema
+from cropi.stages.score import ScoredPool, score_pool
 
 pytestmark = pytest.mark.slow  # processes of its own for every worker of the tests
 
@@ -35,12 +36,11 @@ def stage(overrides: Sequence[str], model: Any, folder: Path) -> None:
     chosen = config(*overrides)
     settings = surrogate_settings(chosen, "dr_grpo", "none")
     (folder / "scores").mkdir(parents=True, exist_ok=True)
-    strategy = chosen.select.strategy
-    score(chosen, settings, model, TABLES, SOURCES, folder / "scores", 0, strategy, ())
+    score_pool(chosen, settings, model, ScoredPool(TABLES, SOURCES), folder / "scores")
 
 
 def scored(folder: Path) -> list[dict[str, Any]]:
-    return read_table(folder / "scores" / "scores.parquet"(NAMES)).to_pylist()
+    return read_table(folder / "scores" / "scores.parquet", scores_schema(NAMES)).to_pylist()
 
 
 def pieces_of_three(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,8 @@ from cropi.gradients.groups import Group, group_facts, iterate_groups
 from cropi.gradients.reference import prompt_gradient
 from cropi.gradients.surrogate_weights import SurrogateSettings
 from cropi.policy import load_policy
-from cropi.stages.collect import read_trajectories
+from cropi.rollouts.shards import read_trajectories
+from cropi.run_tables import scores_schema
 
 LENGTH, COUNT, TEMPERATURE = 6, 8, 1.3
 Gradients = dict[str, torch.Tensor]
@@ -154,13 +155,13 @@ def test_fresh_completions_are_masked_alike() -> None:
 
 
 def test_a_run_scores_by_what_its_trainer_learns_from(tmp_path: Path) -> None:
-    masked = [*SMALL, "baselines=[]", "collect.max_completion_length=4", "trainer.mask_truncated_completions=true"]
+    masked = [*SMALL, "collect.max_completion_length=4", "trainer.mask_truncated_completions=true"]
     for command in ("collect", "score"):
         done = cropi(command, "quickstart", *masked, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
     [run] = (tmp_path / "runs").iterdir()
-    [path] = run.glob("arms/influence/stages/*/scores/scores.parquet")
-    scored = {row["prompt_id"]: row for row in read_table(path(["sum"])).to_pylist()}
+    [path] = run.glob("scores/*/scores.parquet")
+    scored = {row["prompt_id"]: row for row in read_table(path, scores_schema(["sum"])).to_pylist()}
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in read_trajectories(run / "trajectories")["train"].to_pylist():
         groups.setdefault(row["prompt_id"], []).append(row)

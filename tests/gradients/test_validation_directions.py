@@ -7,7 +7,7 @@ from tests.gradients.architectures import BUILDERS, SETTINGS, draw_group
 
 from cropi.functional.projection import SparseProjection
 from cropi.gradients import validation_directions as directions
-from cropi.gradients.influence_scorer import Scorer
+from cropi.gradients.influence_scorer import Scorer, ScorerOptions
 
 VALIDATION = {
     "one": [draw_group(5, [7, 4, 6], seed=50 + n) for n in range(3)],
@@ -29,7 +29,9 @@ def test_parts_of_the_parameters_make_the_same_directions(
             "free_bytes",
             lambda device, room=room: room / directions.MEMORY_SHARE["cpu"],
         )
-        scorer = Scorer(BUILDERS[name](), SETTINGS, score="cosine", validation_mean=mean, projection=projection)  # type: ignore[arg-type]
+        scorer = Scorer(
+            BUILDERS[name](), SETTINGS, ScorerOptions(score="cosine", validation_mean=mean, projection=projection)
+        )  # type: ignore[arg-type]
         met: list[int] = []
         scorer.aim(VALIDATION, met.append)
         assert sum(met) == 5  # however often they pass
@@ -56,7 +58,7 @@ def test_exact_directions_are_made_in_parts_too(monkeypatch: pytest.MonkeyPatch)
             "free_bytes",
             lambda device, room=room: room / directions.MEMORY_SHARE["cpu"],
         )
-        scorer = Scorer(BUILDERS["llama_tied"](), SETTINGS, estimator="exact", score="cosine")
+        scorer = Scorer(BUILDERS["llama_tied"](), SETTINGS, ScorerOptions(estimator="exact", score="cosine"))
         scorer.aim(VALIDATION)
         found.append((scorer.direction_passes, scorer.values(scorer(groups))))
     (one, whole), (several, parts) = found

@@ -1,4 +1,4 @@
-"""Scores by gain, by candidates of the pool, and with lengths: what strategies other than plain influence ask for."""
+"""Scores by gain, by candidates of the pool, and with lengths, as strategies other than plain influence need them."""
 
 from pathlib import Path
 from typing import Any
@@ -9,24 +9,20 @@ from tests.conftest import tiny_llama
 from tests.stages.test_score import MIXED, SOLVED, UNREADABLE, VALIDATION, config, group, table
 
 from cropi.artifacts import read_table
-from cropi.config import (
-    CANDIDATES,
-    GradientNormStrategy,
-    InfluenceStrategy,
-    LearnAlignStrategy,
-    ScoreConfig,
-    StrategyTable,
-)
+from cropi.config import ScoreConfig
+from cropi.curriculum.strategies.learnalign import LearnAlignStrategy
+from cropi.curriculum.strategy import CANDIDATES
 from cropi.errors import SignalError
 from cropi.functional.alignment import halves
 from cropi.gradients.group_influence import influence
 from cropi.gradients.groups import Group
+from cropi.gradients.influence_scorer import ScorerOptions
 from cropi.gradients.reference import prompt_gradient
 from cropi.gradients.surrogate_weights import surrogate_settings
 from cropi.gradients.validation_groups import candidate_groups
 from cropi.run_tables import scores_schema
 from cropi.seeds import unit_interval
-from cropi.stages.score import score
+from cropi.stages.score import ScoredPool, score_pool
 
 SOURCES = {one.prompt_id: "here" for one in [*MIXED, SOLVED, UNREADABLE]}
 TABLES = {
@@ -36,13 +32,13 @@ TABLES = {
 UNEVEN = [group(f"u{n}", [1.0] * (1 + n) + [0.0] * (3 - n)) for n in range(3)]  # pass rates 1/4, 1/2, 3/4
 
 
-def scored(folder: Path, strategy: StrategyTable, *overrides: str) -> tuple[list[dict[str, Any]], Any]:
-    chosen = config("score.projection.keep_fraction=1", *overrides)
+def scored(folder: Path, strategy: str, *overrides: str) -> tuple[list[dict[str, Any]], Any]:
+    chosen = config("score.projection.keep_fraction=1", f"select.strategy={{type: {strategy}}}", *overrides)
     settings = surrogate_settings(chosen, "dr_grpo", "none")
     (folder / "scores").mkdir(parents=True)
     model, target = tiny_llama(tied=True), folder / "scores"
-    _, details = score(chosen, settings, model, TABLES, SOURCES, target, 0, strategy)
-    schema = scores_schema(strategy.directions(["sum"]))
+    _, details = score_pool(chosen, settings, model, ScoredPool(TABLES, SOURCES), target)
+    schema = scores_schema(chosen.select.strategy.directions(["sum"]))
     return read_table(target / "scores.parquet", schema).to_pylist(), details
 
 
@@ -56,9 +52,11 @@ def vector(groups: list[Group]) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("estimator", ["exact", "sketch", "reference"])
-def test_candidates_take_the_place_of_validation_sets(tmp_path: Path, estimator: str) -> None:
-    strategy = LearnAlignStrategy(type="learnalign", candidates=4)
-    rows, details = scored(tmp_path, strategy, f"score.estimator={estimator}", "score.score=cosine")
+def test_candidates_take_the_place_of_validation_sets(
+    tmp_path: Path, estimator: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LearnAlignStrategy, "candidates_aimed_at", 4)
+    rows, details = scored(tmp_path, "learnalign", f"score.estimator={estimator}", "score.score=cosine")
     gradients = vector(MIXED)
     sampled = halves({i: unit_interval(0, "candidates", i) for i in gradients}, 4)
     assert details["validation_groups"] == dict.fromkeys(CANDIDATES, 2)
@@ -74,23 +72,25 @@ def test_candidates_take_the_place_of_validation_sets(tmp_path: Path, estimator:
 
 
 def test_two_candidates_at_least() -> None:
-    with pytest.raises(SignalError, match="two are needed"):
+    with pytest.raises(SignalError, match="at least two are needed"):
         candidate_groups(table([MIXED[0]], "train"), 10, 0)
     assert [len(part) for part in candidate_groups(table(MIXED, "train"), 100, 0).values()] == [5, 4]
 
 
 def test_lengths_are_known_where_the_score_needs_none(tmp_path: Path) -> None:
     lengths = {i: np.linalg.norm(own) for i, own in vector(MIXED).items()}
-    rows, _ = scored(tmp_path / "a", GradientNormStrategy(type="gradient_norm"), "score.estimator=exact")
+    rows, _ = scored(tmp_path / "a", "gradient_norm", "score.estimator=exact")
     assert [row["feature_norm"] for row in rows[:9]] == pytest.approx([lengths[row["prompt_id"]] for row in rows[:9]])
-    rows, _ = scored(tmp_path / "b", InfluenceStrategy(type="influence"), "score.estimator=exact")
+    rows, _ = scored(tmp_path / "b", "influence", "score.estimator=exact")
     assert [row["feature_norm"] for row in rows[:9]] == [None] * 9
 
 
 @pytest.mark.parametrize("estimator", ["exact", "sketch", "reference"])
 def test_gain_is_cosine_times_the_deviation_of_a_verdict(estimator: str) -> None:
     found = {
-        kind: influence(tiny_llama(tied=True), UNEVEN, {"v": VALIDATION}, estimator=estimator, score=kind).values[:, 0]
+        kind: influence(
+            tiny_llama(tied=True), UNEVEN, {"v": VALIDATION}, options=ScorerOptions(estimator, kind)
+        ).values[:, 0]
         for kind in ("cosine", "gain")
     }
     assert np.abs(found["cosine"]).min() > 1e-4
@@ -100,7 +100,9 @@ def test_gain_is_cosine_times_the_deviation_of_a_verdict(estimator: str) -> None
 def test_errors_of_gain_are_scaled_as_its_values() -> None:
     groups = [group(f"j{n}", [1.0] * right + [0.0] * (5 - right)) for n, right in enumerate((2, 3))]
     found = [
-        influence(tiny_llama(tied=True), groups, {"v": VALIDATION}, score=score, standard_errors=True)
+        influence(
+            tiny_llama(tied=True), groups, {"v": VALIDATION}, options=ScorerOptions(score=score), standard_errors=True
+        )
         for score in ("dot", "gain")
     ]
     relative = [one.standard_errors / one.values for one in found if one.standard_errors is not None]

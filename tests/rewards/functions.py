@@ -45,7 +45,7 @@ def hangs(completions: list[str], answer: list[str], **_: Any) -> list[float]:
 
 def fills_memory(completions: list[str], answer: list[str], **_: Any) -> list[float]:
     if completions[0] == "bad":
-        kept = [bytearray(2**24) for _ in range(1000)]
+        kept = [bytes(2**24) for _ in range(1000)]
         return [float(len(kept))]
     return equal(completions, answer)
 

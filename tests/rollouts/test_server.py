@@ -488,7 +488,7 @@ def test_a_prompt_that_does_not_survive_as_text_is_refused(policy: Policy) -> No
 
     odd = Policy(policy.model, Begins())  # type: ignore[arg-type]
     generate = ServerGenerator(odd, ServerConfig(url="http://localhost:1/v1", model="m", prompts="text"))
-    with pytest.raises(PolicyError, match="other tokens when it is sent as text"):
+    with pytest.raises(PolicyError, match="sent as text tokenises into other tokens"):
         generate([[1, 5]], Sampling(4, 1.0), seed=0)
 
 

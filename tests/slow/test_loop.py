@@ -21,6 +21,7 @@ SMALL = [
     "prompts.validation={sum: [{type: builtin, families: [sum], count: 6, seed: 2}]}",
     "prompts.test={sum: {sources: [{type: builtin, families: [sum], count: 16, seed: 3}]}}",
     "collect.validation_num_generations=8",
+    "select.strategy={type: influence}",
     "select.fraction=0.25",
     "score.max_validation_prompts=6",
     "score.standard_errors=false",
@@ -31,9 +32,14 @@ def manifest(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "manifest.json").read_text())
 
 
-def chosen(stage: Path) -> list[str]:
-    """Prompts of a stage's selection, best first."""
-    return [json.loads(line)["prompt"] for line in (stage / "selection" / "selected.jsonl").read_text().splitlines()]
+def identity(policy: Path) -> str:
+    return fingerprint(PolicyConfig(path="builtin"), str(policy))[:12]
+
+
+def chosen(place: Path) -> list[str]:
+    """Prompts of the first selection in a folder, best first."""
+    path = place / "selections" / "stage-000" / "selected.jsonl"
+    return [json.loads(line)["prompt"] for line in path.read_text().splitlines()]
 
 
 @pytest.mark.timeout(3600)
@@ -53,12 +59,10 @@ def test_two_stages_with_a_trainer_of_ones_own(tmp_path: Path) -> None:
     first, last = ((policy / "model.safetensors").read_bytes() for policy in policies)
     assert first != last
     # Where a checkpoint's results lie is told by its content: the second stage is that of what the first one trained.
-    places = [
-        run / "checkpoints" / f"{at.name}-{fingerprint(PolicyConfig(path='builtin'), str(at))[:12]}" for at in policies
-    ]
+    places = [run / "other-checkpoints" / f"{at.name}-{identity(at)}" for at in policies]
     stages = [run, places[0]]
-    assert [path.parents[1] for path in run.rglob("selected.jsonl")] == stages
-    scores = [manifest(stage / "scores") for stage in stages]
+    assert {path.parents[2] for path in run.rglob("selected.jsonl")} == set(stages)
+    scores = [manifest(stage / "scores" / "stage-000") for stage in stages]
     assert scores[0]["inputs"]["policy"] == "base"
     assert scores[1]["inputs"]["policy"] == f"checkpoint {places[0].name}"
     assert scores[1]["inputs"]["refresh"] != scores[0]["inputs"].get("refresh")
@@ -73,4 +77,4 @@ def test_two_stages_with_a_trainer_of_ones_own(tmp_path: Path) -> None:
         assert len(sampled) == 8  # steps
         assert {prompt for table in sampled for prompt in table.column("prompt").to_pylist()} == set(prompts)
         assert manifest(places[number] / "imported")["counts"]
-        assert (places[number] / "evaluation" / "step-000000.parquet").is_file()
+        assert (places[number] / "evaluations" / "step-000000.parquet").is_file()

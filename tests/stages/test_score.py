@@ -18,7 +18,7 @@ from cropi.errors import ConfigError, SignalError
 from cropi.gradients import score_shards
 from cropi.gradients.group_influence import influence
 from cropi.gradients.groups import Group, iterate_groups
-from cropi.gradients.influence_scorer import Scorer
+from cropi.gradients.influence_scorer import Scorer, ScorerOptions
 from cropi.gradients.score_shards import read_directions, read_features
 from cropi.gradients.surrogate_weights import surrogate_settings
 from cropi.loading import load_config
@@ -99,10 +99,8 @@ def test_rows_and_statuses(tmp_path: Path, estimator: str) -> None:
         tiny_llama(tied=True),
         MIXED,
         {"sum": VALIDATION},
-        estimator="exact",
-        normalizer=settings.normalizer,
-        max_completion_length=settings.max_completion_length,
-        advantage_std=settings.advantage_std,
+        surrogate=settings,
+        options=ScorerOptions("exact"),
     )
     bound = 0.2 if estimator == "sketch" else 1e-6
     np.testing.assert_allclose(values(rows[:9]), direct.values[:, 0], atol=bound * np.abs(direct.values).max())

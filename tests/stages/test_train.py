@@ -331,7 +331,7 @@ def test_gradient_accumulation_and_iterations_keep_the_stage_length(tmp_path: Pa
         ("trainer.learning_rate='5e-x'", "learning_rate is '5e-x': input should be a valid number"),
         ("trainer.learning_rate=-1", "learning_rate is -1: must be at least 0"),
         ("trainer.learning_rate=.nan", "learning_rate: must be a finite number"),
-        ("trainer.learning_rate=1e300", "no finite weights"),
+        ("trainer.learning_rate=1e300", "weights that are not finite"),
         ("trainer.per_device_train_batch_size=0", "must be at least 1"),
         ("trainer.per_device_train_batch_size=99999999999", "must be at most 1000000"),
         ("trainer.gradient_accumulation_steps=0", "must be at least 1"),

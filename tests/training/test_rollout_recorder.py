@@ -34,6 +34,7 @@ SETTINGS = [
     "trainer={num_generations: 4, per_device_train_batch_size: 8, learning_rate: 1e-3, save_strategy: steps}",
     "trainer.save_total_limit=9",
     "trainer.save_steps=1",
+    "select.strategy=influence",
     "refresh.reuse_rollouts=true",
 ]
 

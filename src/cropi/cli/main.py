@@ -10,7 +10,6 @@ import typer
 
 from cropi import __version__
 from cropi.cli.exchange import export, import_rollouts
-from cropi.cli.explain import explain
 from cropi.cli.recipes import recipes
 from cropi.cli.shell import (
     TOGETHER,
@@ -30,7 +29,10 @@ from cropi.cli.shell import (
     read_own_config,
 )
 from cropi.cli.verify import audit_rewards, verify
+from cropi.errors import ArtifactError, UserError
 from cropi.parallel import is_first_rank, launched, leave_launcher
+
+EXPLAINED = 10  # prompts, if none is named
 
 app = typer.Typer(
     cls=Commands,
@@ -145,7 +147,6 @@ def evaluate(
 @app.command()
 def report(config: ConfigArgument, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Write the report of what a run's folder holds."""
-    from cropi.errors import ArtifactError
     from cropi.report.run_report import make_report
     from cropi.report.summary import headline
 
@@ -156,7 +157,48 @@ def report(config: ConfigArgument, overrides: Overrides = None, as_json: AsJson 
     print_result(summary.as_json(), as_json, f"{headline(summary)}\n\nreport: {loaded.folder / 'report.html'}")
 
 
-app.command()(explain)
+@app.command()
+def explain(
+    config: Annotated[
+        str, typer.Argument(metavar="CONFIG", help="A run's folder, its config.json, a YAML file or a recipe's name.")
+    ],
+    prompt_ids: Annotated[
+        list[str] | None, typer.Argument(metavar="PROMPT_ID", help="Training prompts.", show_default=False)
+    ] = None,
+    stage: Annotated[
+        int | None, typer.Option("--stage", min=0, help="One stage, counted from 0.", show_default="all")
+    ] = None,
+    top: Annotated[
+        int | None,
+        typer.Option(
+            "--top", min=1, help="Without ids: so many of the stage's best ranked.", show_default=str(EXPLAINED)
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Why prompts were or were not selected."""
+    if prompt_ids and top is not None:
+        raise UserError("both prompts and --top are given", where="--top", fix="leave one of them out.")
+    loaded = read_config(config, None)
+    if not (loaded.folder / "config.json").is_file():
+        raise ArtifactError(
+            "there is no such run",
+            where=str(loaded.folder),
+            fix=f"run `cropi run {config}` first, or name the folder of a run.",
+        )
+    from cropi.report.explanations import as_text, explanations
+    from cropi.run_folder import RunFolder
+
+    found = explanations(
+        loaded,
+        RunFolder(loaded),
+        prompt_ids or [],
+        stage=stage,
+        top=None if prompt_ids else top or EXPLAINED,
+    )
+    print_result({"prompts": [each.as_json() for each in found]}, as_json, as_text(found))
+
+
 app.command()(export)
 app.command("import")(import_rollouts)
 

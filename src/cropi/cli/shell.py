@@ -1,4 +1,4 @@
-"""What all commands share: options, output, and how errors end a command."""
+"""Options, output and error messages that all commands share."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ class Commands(typer.core.TyperGroup):
         except KeyboardInterrupt:
             leave("interrupted; the same command goes on from here", 130)
         except Exception as error:
-            told = _told(error)
-            if told:
-                leave(f"error: {told}", 2)
+            message = machine_error(error)
+            if message:
+                leave(f"error: {message}", 2)
             if is_lost_rank(error):
                 leave(
                     "error: another process of the run has ended, or has not answered within trainer.ddp_timeout\n"
@@ -80,14 +80,14 @@ WorkersOption = Annotated[
 
 
 def read_config(config: str, overrides: list[str] | None) -> Config:
-    """The config that a command names, with the overrides of its command line."""
+    """Load the config that a command names, with the overrides of its command line."""
     from cropi.loading import load_config
 
     return load_config(config, overrides or [])
 
 
 def read_own_config(config: str, overrides: list[str] | None) -> Config:
-    """The config that a command names. ConfigError for the curriculum of a TRL script: only the script can go on."""
+    """Load the config that a command names. ConfigError for the curriculum of a TRL script: only that can go on."""
     from cropi.rewards.verifiers.python_function import SCRIPT_REWARDS
 
     loaded = read_config(config, overrides)
@@ -101,7 +101,7 @@ def read_own_config(config: str, overrides: list[str] | None) -> Config:
 
 
 def open_run(config: str, overrides: list[str] | None, *, ray: str | None = None, workers: int | None = None) -> Run:
-    """The run of a config. Under a launcher all ranks open it; `ray` and `workers` are the options of that name."""
+    """Open the run of a config, on all ranks of a launcher; `ray` and `workers` are the options of that name."""
     loaded = read_own_config(config, overrides)
     policy = loaded.policy
     use_ray(ray, workers, cpus=policy.cpu_threads or 1, on_gpu=policy.device != "cpu")
@@ -118,7 +118,7 @@ def open_run(config: str, overrides: list[str] | None, *, ray: str | None = None
 
 
 def quiet_libraries() -> None:
-    """No telemetry, and no progress bars beside our own. Set before the libraries are imported."""
+    """Turn off telemetry and the progress bars of libraries. Call it before they are imported."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -131,7 +131,7 @@ def quiet_libraries() -> None:
 
 
 def print_result(value: dict[str, Any], as_json: bool, text: str) -> None:
-    """What a command found, on standard output."""
+    """Print the result of a command, as JSON or as text, on the first rank only."""
     if not is_first_rank():
         return
     print(json.dumps(value, indent=2, allow_nan=False) if as_json else printable(text))
@@ -145,8 +145,8 @@ def leave(text: str, code: int) -> NoReturn:
     sys.exit(code)
 
 
-def _told(error: Exception) -> str:
-    """An error of the machine rather than of this program in words; nothing for any other."""
+def machine_error(error: Exception) -> str:
+    """Explain an error that the machine causes, such as a full disk; an empty text for any other."""
     if _disk_is_full(error):
         return "no space left on the disk\nFix: free some space and run the same command again."
     if isinstance(error, OSError) and error.filename is not None:
@@ -158,7 +158,7 @@ def _told(error: Exception) -> str:
 
 
 def _disk_is_full(error: BaseException | None) -> bool:
-    """Whether a full disk is behind an error: libraries wrap it in errors of their own."""
+    """Whether a full disk caused an error: libraries wrap it in errors of their own."""
     while error is not None:
         if getattr(error, "errno", None) in {errno.ENOSPC, errno.EDQUOT} or "No space left" in str(error):
             return True

@@ -12,20 +12,20 @@ from cropi.config.data import (
     Source,
     TestSetConfig,
 )
-from cropi.config.run import (
+from cropi.config.run_config import (
     OWNED_TRAINER_KEYS,
     SAMPLED_BY,
     Config,
     EvaluateConfig,
     RefreshConfig,
+    SelectConfig,
     TrainConfig,
     VerificationConfig,
     config_difference,
     config_hash,
     deciding,
 )
-from cropi.config.score import CollectConfig, ProjectionConfig, ScoreConfig, ServerConfig, VllmConfig
-from cropi.config.select import SelectConfig
+from cropi.config.score_config import CollectConfig, ProjectionConfig, ScoreConfig, ServerConfig, VllmConfig
 from cropi.curriculum.strategies import Strategy, StrategyTable
 from cropi.curriculum.strategy import FusionConfig
 from cropi.rewards.verifiers import Verifier

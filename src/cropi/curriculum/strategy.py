@@ -17,7 +17,7 @@ from cropi.curriculum.pooling_data import PoolingData
 from cropi.functional.ranking import ranks, reciprocal_rank_fusion
 from cropi.reward_statistics import Visit
 from cropi.seeds import unit_interval
-from cropi.setting_types import Name, Table
+from cropi.setting_types import Table
 
 CANDIDATES = ("candidates-a", "candidates-b")
 """Names of the two halves of a sample of the pool, which `learnalign` uses as directions."""
@@ -109,17 +109,10 @@ class StrategyTable(Table, ABC):
 
     type: str
     """Name of the strategy."""
-    name: Name | None = None
-    """Name of the strategy in reports. Unset: the type."""
 
     @abstractmethod
     def rank(self, candidates: Candidates, size: int, fusion: FusionConfig) -> Ranking:
         """Rank all candidates for a stage that trains on `size` prompts."""
-
-    @property
-    def label(self) -> str:
-        """Name of the strategy in reports, and a part of the seeds of samples at later stages."""
-        return self.name or self.type
 
     @property
     def reads_trajectories(self) -> bool:

@@ -192,7 +192,7 @@ class _Export:
 
 | file | content |
 |---|---|
-| `train.{suffix}` | {count} prompts that `{self._config.select.strategy.label}` chose, the best first |
+| `train.{suffix}` | {count} prompts that `{self._config.select.label}` chose, the best first |
 | `why.jsonl` | why each of them was chosen |
 | `validation.{suffix}`, `test.{suffix}` | the run's validation and test prompts |
 | `reward.py` | its verifier; needs cropi, and a function of your own, where rewards are computed |

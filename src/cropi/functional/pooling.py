@@ -1,4 +1,4 @@
-"""What neighbours say of a prompt: influence and pass rates pooled over prompts that are alike. NumPy only.
+"""Influence and pass rates of a prompt, pooled over prompts that are alike. NumPy only.
 
 Letters: N prompts to be judged, O observed ones (scored trajectories, validation prompts among them), V validation
 sets, E numbers of a representation.
@@ -178,7 +178,7 @@ def blocks(count: int, observed: int) -> list[slice]:
 
 @dataclass(frozen=True)
 class Cells:
-    """Where observed prompts lie, at most `CELLS` places: each prompt's own, or the mean of those that are near.
+    """Places of the observed prompts, at most `CELLS`: each prompt's own, or the mean of those that are near.
 
     All that is pooled are sums over observed prompts of the kernel times something of theirs. A kernel that hardly
     differs within a cell can be taken out of the cell's sum, so the time for a prompt does not grow with the pool.
@@ -258,7 +258,7 @@ def pooled_slopes(
 
 @dataclass(frozen=True)
 class _Told:
-    """What the prompts of each cell tell, added up: w^2, w^4, w s, s^2, e^2 and (w e)^2."""
+    """Sums over the prompts of each cell: w^2, w^4, w s, s^2, e^2 and (w e)^2."""
 
     w2_C: Float[np.ndarray, " C"]
     w4_C: Float[np.ndarray, " C"]

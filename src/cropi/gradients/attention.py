@@ -122,17 +122,15 @@ def packed_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    **kwargs: Any,
+    **options: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface: (1, heads, S, head size) to (1, S, heads, head size)."""
-    if kwargs.get("s_aux") is not None:
+    """Implement transformers' attention interface: (1, heads, S, head size) to (1, S, heads, head size)."""
+    if options.get("s_aux") is not None:
         raise unsupported(module, "its attention has sinks")
     if not getattr(module, "is_causal", True):
         raise unsupported(module, "its attention is not causal")
     state = _current.get()
+    sliding_window, softcap = options.get("sliding_window"), options.get("softcap")
     state.note(attention_mask, sliding_window)
     rows = state.rows
     heads, size = query.shape[1], value.shape[3]

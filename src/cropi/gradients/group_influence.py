@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from jaxtyping import Float
@@ -12,10 +11,8 @@ from torch import nn
 
 from cropi.artifacts import NO_SIGNAL, NON_FINITE, OK
 from cropi.errors import SignalError
-from cropi.functional.projection import SparseProjection
-from cropi.functional.surrogate import Normalizer
 from cropi.gradients.groups import Group
-from cropi.gradients.influence_scorer import BLOCK, Estimator, Score, Scorer
+from cropi.gradients.influence_scorer import BLOCK, Scorer, ScorerOptions
 from cropi.gradients.score_reliability import score_by_halves
 from cropi.gradients.surrogate_weights import SurrogateSettings
 
@@ -46,51 +43,30 @@ def influence(
     train: Sequence[Group],
     validation: Mapping[str, Sequence[Group]],
     *,
-    estimator: Estimator = "sketch",
-    normalizer: Normalizer = "sequence",
-    score: Score = "dot",
-    advantage_std: bool = True,
-    max_completion_length: int | None = None,
-    temperature: float = 1.0,
-    validation_mean: Literal["plain", "normalized"] = "plain",
-    projection: SparseProjection | None = None,
+    surrogate: SurrogateSettings = SurrogateSettings(),  # noqa: B008 - frozen
+    options: ScorerOptions = ScorerOptions(),  # noqa: B008 - frozen
     standard_errors: bool = False,
-    batch_tokens: int | None = None,
 ) -> InfluenceScores:
     """Compute the influence of every training prompt on every validation set at the policy's current weights.
 
     Inf_v(i) = <g_i, (1/M) sum_m g_m> with g the gradient of a prompt's off-policy surrogate
     sum_k (1/Z_k) sum_t rho_{k,t} A_k (paper eq. 4 and its definition of influence): to first order, what a step along
-    g_i adds to the validation objective. `score="cosine"` divides by both lengths, as the paper's experiments do;
-    `score="gain"` multiplies that by the standard deviation of the prompt's rewards.
+    g_i adds to the validation objective. With the score `cosine` it is divided by both lengths, as in the paper's
+    experiments; `gain` multiplies that by the standard deviation of the prompt's rewards.
 
     policy: a transformers causal LM, or a PEFT model around one; gradients are those of its trainable parameters.
     train, validation: groups of trajectories; the validation sets' order is the mapping's.
-    estimator: `sketch` (about 2 forward passes of work per token), `exact` (no projection), `reference` (autograd).
-    normalizer: Z_k, see `cropi.functional.surrogate.normalizers`; `constant` needs `max_completion_length`.
-    advantage_std: divide advantages by the group's standard deviation (GRPO) or not (Dr. GRPO).
-    temperature: the one that the trajectories were sampled with.
+    surrogate: normaliser and scaling of the advantages, and the temperature that the trajectories were sampled with.
+    options: estimator, score, and details of the computation.
     standard_errors: also estimate the error of each value; computes each prompt twice. For `sketch` only.
-    batch_tokens: tokens of a forward pass; by default as many as memory allows.
 
     A group without signal, or with numbers that are not finite, gets 0 and a status, and does not affect others.
-    Raises SignalError if a validation set has no group with signal or a direction that is not finite, ValueError for
-    `constant` without a length, and PolicyError for an architecture that the engine does not cover.
+    Raises SignalError if a validation set has no group with signal or a direction that is not finite, and PolicyError
+    for an architecture that the engine does not cover.
     """
-    if normalizer == "constant" and max_completion_length is None:
-        raise ValueError("normalizer='constant' needs max_completion_length, in tokens")
-    if standard_errors and estimator != "sketch":
+    if standard_errors and options.estimator != "sketch":
         raise ValueError("standard_errors needs estimator='sketch'")
-    settings = SurrogateSettings(normalizer, max_completion_length or 1, temperature, advantage_std)
-    scorer = Scorer(
-        policy,
-        settings,
-        estimator=estimator,
-        score=score,
-        validation_mean=validation_mean,
-        projection=projection,
-        batch_tokens=batch_tokens,
-    )
+    scorer = Scorer(policy, surrogate, options)
     _require_signal(validation)
     scorer.aim(validation)
     return _scored(scorer, train, list(validation), standard_errors)

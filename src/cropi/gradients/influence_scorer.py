@@ -29,6 +29,7 @@ from cropi.gradients.validation_directions import (
     REFERENCE_TOKENS,
     Directions,
     Gradients,
+    Mean,
     MeanGradients,
     by_autograd,
     by_engine,
@@ -41,6 +42,26 @@ Score = influence_formulas.Score
 
 BLOCK = 256
 """Groups whose features are in memory at once; packs are filled from one block."""
+
+
+@dataclass(frozen=True)
+class ScorerOptions:
+    """Options of a scorer."""
+
+    estimator: Estimator = "sketch"
+    """Inner product of a group's gradient with the directions. `exact`: without projection, at most (2 + V) forward
+    passes of work, often 3. `sketch`: through a `SparseProjection`, about 2. `reference`: by autograd, one group at a
+    time, at least 3."""
+    score: Score = "dot"
+    """Formula of the influence; see `cropi.functional.influence_formulas.influence`."""
+    validation_mean: Mean = "plain"
+    """Mean of the gradients of a validation set: `plain`, or of gradients scaled to length 1 (`normalized`)."""
+    projection: SparseProjection = SparseProjection()  # noqa: RUF009 - frozen
+    """Projection of `sketch`."""
+    batch_tokens: int | None = None
+    """Tokens of a forward pass; by default as many as memory allows."""
+    lengths: bool = False
+    """Compute the norms of gradients even if the score does not need them."""
 
 
 @dataclass(frozen=True)
@@ -78,33 +99,19 @@ class Aim:
 class Scorer:
     """Compute the influence of groups on validation sets: call `aim` with the validation sets, then score groups.
 
-    The validation directions d_v are always exact: dense means of the groups' gradients (`plain`), or of the gradients
-    scaled to length 1 (`normalized`). Estimators differ in the inner product of a training group's gradient with them:
-
-    `exact`: without projection, at most (2 + V) forward passes of work, often 3; `sketch`: through a
-    `SparseProjection`, about 2; `reference`: by autograd, one group at a time, at least 3. `lengths`: compute the norms
-    of gradients even if the score does not need them. The ranks of a run make the directions together: each takes
-    a share of the validation groups, and all get the same directions. Afterwards each scores its own groups.
+    The validation directions d_v are always exact and dense; estimators differ in the inner product of a training
+    group's gradient with them. The ranks of a run make the directions together: each takes a share of the validation
+    groups, and all get the same directions. Afterwards each scores its own groups.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        settings: SurrogateSettings,
-        *,
-        estimator: Estimator = "sketch",
-        score: Score = "dot",
-        validation_mean: Literal["plain", "normalized"] = "plain",
-        projection: SparseProjection | None = None,
-        batch_tokens: int | None = None,
-        lengths: bool = False,
-    ) -> None:
-        self.estimator, self.score, self._mean = estimator, score, validation_mean
-        self._lengths = lengths or score != "dot"
-        self.projection = projection or SparseProjection()
+    def __init__(self, model: nn.Module, settings: SurrogateSettings, options: ScorerOptions = ScorerOptions()) -> None:
+        estimator = options.estimator
+        self.estimator, self.score, self._mean = estimator, options.score, options.validation_mean
+        self._lengths = options.lengths or options.score != "dot"
+        self.projection = options.projection
         self.layer_directions: dict[str, Tensor] = {}
         self.settings = settings
-        self.model, self._batch_tokens = model, batch_tokens or REFERENCE_TOKENS
+        self.model, self._batch_tokens = model, options.batch_tokens or REFERENCE_TOKENS
         if estimator == "reference" and ShardedParameters(model).sharded:
             raise PolicyError(
                 "the reference estimator needs full parameters, and the policy's are sharded",
@@ -113,7 +120,7 @@ class Scorer:
             )
         if estimator == "reference":
             require_independent_rows(model)
-        self._engine = None if estimator == "reference" else Engine(model, settings, batch_tokens)
+        self._engine = None if estimator == "reference" else Engine(model, settings, options.batch_tokens)
         self._ranks = process_group() if self._engine is None else self._engine.shards.ranks()
 
     def aim(

@@ -29,7 +29,7 @@ from cropi.errors import ArtifactError
 from cropi.functional.projection import SparseProjection
 from cropi.gradients.group_influence import statuses
 from cropi.gradients.groups import Group, iterate_groups
-from cropi.gradients.influence_scorer import Aim, Scored, Scorer
+from cropi.gradients.influence_scorer import Aim, Scored, Scorer, ScorerOptions
 from cropi.gradients.score_reliability import score_by_halves
 from cropi.gradients.surrogate_weights import RATIO_COLUMNS, SurrogateSettings
 from cropi.parallel import Perform, RayPool, Task, process_group
@@ -89,16 +89,15 @@ def make_scorer(
 ) -> Scorer:
     """Make the scorer for a config; a strategy that compares with candidates needs normalised means and `dot`."""
     aims_at_candidates = strategy is not None and strategy.candidates_aimed_at > 0
-    return Scorer(
-        model,
-        settings,
+    options = ScorerOptions(
         estimator=config.score.estimator,
         score="dot" if aims_at_candidates else config.score.score,
         validation_mean="normalized" if aims_at_candidates else config.score.validation_mean,
-        lengths=strategy is not None and strategy.reads_lengths,
         projection=SparseProjection(**config.score.projection.model_dump()),
         batch_tokens=config.score.batch_tokens,
+        lengths=strategy is not None and strategy.reads_lengths,
     )
+    return Scorer(model, settings, options)
 
 
 @dataclass(frozen=True)

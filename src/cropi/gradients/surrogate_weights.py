@@ -12,8 +12,7 @@ from torch import Tensor
 
 from cropi.artifacts import CLIP_RANGE
 from cropi.config import Config
-from cropi.functional.advantages import group_advantages
-from cropi.functional.surrogate import NORMALIZER_OF_LOSS, Normalizer, normalizers
+from cropi.functional.surrogate import NORMALIZER_OF_LOSS, Normalizer, group_advantages, normalizers
 from cropi.gradients.groups import Group
 from cropi.gradients.packing import Span
 
@@ -23,12 +22,20 @@ RATIO_COLUMNS = ("ratio_ess", "clip_share", "kl")
 
 @dataclass(frozen=True)
 class SurrogateSettings:
-    """Settings of the off-policy surrogate of a prompt."""
+    """Settings of the off-policy surrogate of a prompt. Raises ValueError for `constant` without a length."""
 
-    normalizer: Normalizer
-    max_completion_length: int
+    normalizer: Normalizer = "sequence"
+    """Z_k, see `cropi.functional.surrogate.normalizers`."""
+    max_completion_length: int = 0
+    """Longest completion in tokens; only `constant` needs it."""
     temperature: float = 1.0
+    """The one that the trajectories were sampled with."""
     advantage_std: bool = True
+    """Divide advantages by the group's standard deviation (GRPO) or not (Dr. GRPO)."""
+
+    def __post_init__(self) -> None:
+        if self.normalizer == "constant" and self.max_completion_length < 1:
+            raise ValueError("normalizer='constant' needs max_completion_length, in tokens")
 
 
 def surrogate_settings(config: Config, loss_type: str, scale_rewards: str | bool) -> SurrogateSettings:

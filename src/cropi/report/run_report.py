@@ -220,10 +220,9 @@ def _reliability(found: Contents) -> list[Block]:
 
 def _unscored(config: Config) -> str:
     """Say whether influence is still to come or never will."""
-    strategy = config.select.strategy
-    if strategy.reads_scores:
+    if config.select.strategy.reads_scores:
         return "Influence has not been computed yet."
-    return f"This run computes no influence: `{strategy.label}` chooses without it."
+    return f"This run computes no influence: `{config.select.label}` chooses without it."
 
 
 # -- cost ----------------------------------------------------------------------------------------------------------

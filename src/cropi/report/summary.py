@@ -34,7 +34,7 @@ def summarise(config: Config, run: RunFolder) -> Summary:
     base, steps = answers.get(0), max(answers, default=0)
     return Summary(
         name=config.name,
-        strategy=config.select.strategy.label,
+        strategy=config.select.label,
         seed=config.seed,
         total_steps=config.train.stages * config.train.steps_per_stage,
         evaluate_every=config.evaluate.every or config.train.steps_per_stage,

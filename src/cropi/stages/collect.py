@@ -166,7 +166,7 @@ class Collector:
         """
         shards, _ = plan(self.config, self.policy, prompts)
         charge = partial(self.ledger.charge_share, "collect", stage=stage)
-        seeded = (purpose, self.config.select.strategy.label, stage)
+        seeded = (purpose, self.config.select.label, stage)
         generate = TransformersGenerator(self.policy, self.config.collect.batch_size)
         sampler = Sampler(self.config, self.policy, generate, self.judge, seeded, logprobs)
         make = partial(sampler.make, folder=folder, charge=charge)

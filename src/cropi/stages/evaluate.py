@@ -49,7 +49,7 @@ def evaluate_base(run: Run) -> None:
 
 
 def evaluate_at(run: Run, checkpoint: Path | None) -> pa.Table:
-    """Accuracy of the base policy or of a checkpoint, read back where it has been measured."""
+    """Return the accuracy of the base policy or of a checkpoint. Read it back if it has been measured."""
     make_prompt_table(run)
     run = run.at_checkpoint(0, checkpoint)
     if is_evaluated(run, 0):
@@ -64,7 +64,7 @@ def is_evaluated(run: Run, step: int) -> bool:
 
 
 def evaluate(run: Run, model: nn.Module, step: int) -> pa.Table:
-    """Ask a policy the test questions after an optimiser step, and keep the table of answers. Step 0: the base policy.
+    """Ask a policy the test questions after an optimiser step, and write the table of answers. Step 0: the base policy.
 
     The same seed draws the same completions from the same policy, so two policies are compared on the same questions
     and random numbers. Questions whose gold answer cannot be read are left out of the table.
@@ -111,7 +111,7 @@ def questions(config: Config, policy: Policy, rows: Sequence[Mapping[str, Any]])
 
 @dataclass(frozen=True)
 class Exam:
-    """Generation and judgement of answers to test questions, in blocks of so many questions."""
+    """Generate and judge answers to test questions, in blocks."""
 
     generate: Generate
     judge: Judge
@@ -127,8 +127,7 @@ class Exam:
     ) -> list[dict[str, Any]]:
         """A row for every question whose gold answer can be read.
 
-        Blocks hold the longest questions first and are divided among the processes. Work that a process does by itself
-        runs inside `lockstep`.
+        The ranks divide the blocks, which hold the longest questions first. Work of one rank alone runs in `lockstep`.
         """
         order = sorted(range(len(questions)), key=lambda place: -len(questions[place].prompt_ids))
         blocks = [order[start : start + self.block] for start in range(0, len(order), self.block)]

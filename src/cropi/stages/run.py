@@ -115,7 +115,7 @@ class Run:
     def origin(self, stage: int) -> str:
         """The name of the policy at the start of a stage, for manifests."""
         step = stage * self.config.train.steps_per_stage
-        return f"{self.config.select.strategy.label} after step {step}" if stage else "base"
+        return f"{self.config.select.label} after step {step}" if stage else "base"
 
     def policy_at(self, stage: int, checkpoint: Path | None) -> tuple[Policy, str]:
         """The policy at the start of a stage and its name, for work outside training."""

@@ -158,8 +158,8 @@ def _note_all(
     computed: int,
 ) -> dict[str, int]:
     """Enter the scores of all shards; return the tokens scored and computed, validation sets included."""
-    given = sum(group.completion_tokens for groups in validation.values() for group in groups)
-    tokens = {"tokens": given, "tokens_computed": computed}
+    validated = sum(group.completion_tokens for groups in validation.values() for group in groups)
+    tokens = {"tokens": validated, "tokens_computed": computed}
     for shard in shards:
         _note_scores(rows, shard, tokens)
     return tokens

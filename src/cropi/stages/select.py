@@ -62,7 +62,7 @@ def select(run: Run, stage: int) -> list[str]:
     manifest = build(folder, "selection", make, inputs=inputs, made_by="cropi select")
     if new:
         chosen, pool = manifest.counts["selected"], len(run.folder.train_prompts)
-        say(f"selection of {strategy.label}, stage {stage}: {chosen} of {pool} prompts")
+        say(f"selection of {run.config.select.label}, stage {stage}: {chosen} of {pool} prompts")
     rows = read_table(folder / "selection.parquet", SELECTION).to_pylist()
     return [row["prompt_id"] for row in rows if row["selected"]]
 
@@ -150,7 +150,7 @@ def gather_candidates(run: Run, stage: int) -> Candidates:
 
 
 def _screened(run: Run, stage: int) -> tuple[list[Visit], set[str]]:
-    """Rewards of prompts that were screened up to a stage, and the prompts whose answers cannot be read."""
+    """Read the rewards of prompts screened up to a stage, and the prompts whose answers cannot be read."""
     seen: list[Visit] = []
     unreadable: set[str] = set()
     for number in range(stage + 1):

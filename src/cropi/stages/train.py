@@ -44,7 +44,7 @@ def train(run: Run, select_stage: SelectStage) -> Path:
     process_group().from_main(lambda: _require_evaluations(run, _newest_step(run)))
     policy = load_policy(run.config.policy, dtype=run.config.policy.trained_in)
     task = TrainTask(
-        label=run.config.select.strategy.label,
+        label=run.config.select.label,
         rows=_training_rows(run),
         settings=settings,
         stages=run.config.train.stages,
@@ -68,7 +68,7 @@ def train(run: Run, select_stage: SelectStage) -> Path:
 
 
 def require_reached(run: Run, stage: int) -> None:
-    """Refuse to select by hand a stage that training has not reached: some strategies read its rewards."""
+    """Refuse to select a stage that training has not reached: some strategies read its rewards."""
     reached = _newest_step(run) // run.config.train.steps_per_stage
     if stage > reached:
         raise ArtifactError(
@@ -110,14 +110,14 @@ def _evaluate_every(run: Run) -> int:
 
 
 def _evaluate_missing(run: Run, step: int) -> None:
-    """Evaluate again, up to a step, where the table was damaged and deleted."""
+    """Evaluate again up to a step, for tables that were damaged and deleted."""
     for at in process_group().from_main(lambda: _unevaluated(run, step)):
         checkpoint = open_checkpoint(run.paths.checkpoints / f"checkpoint-{at}")
         evaluate(run, load_policy(run.config.policy, str(checkpoint)).model, at)
 
 
 def _unevaluated(run: Run, step: int) -> list[int]:
-    """Steps up to one after which there should be an evaluation, and is none."""
+    """List the steps up to one that should have an evaluation and have none."""
     known, every = evaluation_files(run.paths.evaluations), _evaluate_every(run)
     wanted = sorted({*range(every, run.last_step, every), run.last_step})
     return [at for at in wanted if at <= step and at not in known]
@@ -140,8 +140,8 @@ def _require_evaluations(run: Run, step: int) -> None:
 class StageCallback(TrainerCallback):
     """Starts every stage with its selection, evaluates on schedule, and marks checkpoints as complete.
 
-    What is to be evaluated at the end of a stage is saved first: evaluation may take long, and what interrupts it must
-    not cost the stage. It is made up for when training goes on from there.
+    At the end of a stage the checkpoint is saved before the evaluation, which may take long: an interruption must not
+    cost the stage. A missed evaluation is made when training continues.
     """
 
     stages: Stages
@@ -315,7 +315,7 @@ def _made_trainer(task: TrainTask, policy: Policy) -> StageTrainer:
 
 
 def _newest(task: TrainTask) -> tuple[Path | None, int]:
-    """The newest checkpoint as the first process sees it, which also removes what is not complete."""
+    """Find the newest checkpoint, as rank 0 sees it. Rank 0 removes incomplete ones."""
 
     def find() -> tuple[str | None, int]:
         path, step = newest_checkpoint(Path(task.settings.output_dir), task.total)
@@ -326,7 +326,7 @@ def _newest(task: TrainTask) -> tuple[Path | None, int]:
 
 
 def _recorder(task: TrainTask, policy: Policy) -> RolloutRecorder | None:
-    """What keeps the rollouts, if they are to be kept. ConfigError where their log-probs would be noisy."""
+    """Return the recorder of rollouts, if they are to be kept. ConfigError if their log-probs would be noisy."""
     if task.record_to is None:
         return None
     require_no_dropout(policy.model)  # as the trainer leaves it
@@ -335,7 +335,7 @@ def _recorder(task: TrainTask, policy: Policy) -> RolloutRecorder | None:
 
 
 def _dynamic_sampling(task: TrainTask, policy: Policy, checkpoint: Path | None) -> DynamicSampling | None:
-    """What refills generation batches, if they are to be; at the place in the selection where a checkpoint stands."""
+    """Return the object that refills generation batches, if the config asks for it, at the position of a checkpoint."""
     if not task.dynamic_sampling:
         return None
     drawn = 0 if checkpoint is None else read_manifest(checkpoint, CHECKPOINT, made_by=MADE_BY).details["drawn"]
@@ -346,22 +346,22 @@ def _dynamic_sampling(task: TrainTask, policy: Policy, checkpoint: Path | None) 
 
 
 def newest_checkpoint(folder: Path, last: int) -> tuple[Path | None, int]:
-    """The newest finished checkpoint and its step, (None, 0) where there is none; unfinished ones are removed.
+    """Return the newest finished checkpoint and its step, or (None, 0). Remove unfinished ones.
 
-    Whatever is not a folder `checkpoint-STEP` of a step up to the `last` is not ours and left alone.
+    Only folders `checkpoint-STEP` with a step up to `last` count. Everything else is left alone.
     """
     finished = {step: path for step, path in checkpoints(folder, last).items() if _is_finished(path, step)}
     return (finished[max(finished)], max(finished)) if finished else (None, 0)
 
 
 def open_checkpoint(path: Path) -> Path:
-    """A finished checkpoint, with all its files checked."""
+    """Check all files of a finished checkpoint; return its path."""
     open_artifact(path, CHECKPOINT, made_by=MADE_BY)
     return path
 
 
 def _is_finished(checkpoint: Path, step: int) -> bool:
-    """Whether a checkpoint is whole, and the one that its name says; else it is removed."""
+    """Whether a checkpoint is complete. Remove it if not; refuse one whose step differs from its name."""
     if not is_finished(checkpoint):
         warn(f"{checkpoint} is not complete and is removed; training goes on from the checkpoint before it")
         shutil.rmtree(checkpoint)

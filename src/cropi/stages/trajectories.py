@@ -42,7 +42,7 @@ IMPORTED = "imported trajectories"
 
 @dataclass(frozen=True)
 class Layer:
-    """Trajectories that came up at the start of a stage, at most one group per prompt."""
+    """Trajectories that are new at the start of a stage, at most one group per prompt."""
 
     folder: Path
     identity: str
@@ -64,9 +64,9 @@ class Overlay:
     identity: str | None  # of all layers together; None where there are none
 
     def over(self, base: pa.Table) -> pa.Table:
-        """The base trajectories with every prompt's newest group in place of its own: a table of one chunk.
+        """Replace the groups of the base trajectories by newer ones. Returns a table of one chunk.
 
-        Column by column, so that beside the result only one column is in memory twice.
+        Works column by column, so that only one column is in memory twice.
         """
         if not self.layer_of:
             return base
@@ -92,8 +92,10 @@ class Overlay:
 
 
 def read_overlay(layers: Sequence[Layer], *, mask_truncated: bool = False) -> Overlay:
-    """Of every prompt the group of its last layer. `layers` are in the order in which they were sampled;
-    `mask_truncated` is as in `read_trajectories`."""
+    """Read the group of the last layer for every prompt.
+
+    `layers` are in the order in which they were sampled. For `mask_truncated` see `read_trajectories`.
+    """
     tables, layer_of = [TRAJECTORIES.empty_table()], dict[str, Layer]()
     for layer in reversed(layers):
         tables_by_set = read_trajectories(layer.folder, mask_truncated=mask_truncated)
@@ -150,22 +152,25 @@ class Trajectories:
 
     @cached_property
     def identity(self) -> str:
-        """Of the base policy's."""
+        """Identity of the base policy's trajectories."""
         return self._open().identity
 
     @cached_property
     def base(self) -> dict[str, pa.Table]:
-        """The base policy's, by set."""
+        """The base policy's trajectories, by set."""
         self._open()  # checks the files
         return read_trajectories(self._folder.trajectories, mask_truncated=self.mask_truncated)
 
     @cached_property
     def base_groups(self) -> dict[str, GroupFacts]:
-        """Facts of the base policy's groups: the groups themselves need not fit into memory."""
+        """Facts of the base policy's groups. The groups themselves need not fit into memory."""
         return self._facts(self.base["train"])
 
     def tables(self, stage: int) -> dict[str, pa.Table]:
-        """By set. A validation set that the policy now solves always or never keeps the base policy's."""
+        """Return the newest trajectories by set.
+
+        A validation set that the policy now solves always or never keeps the base policy's.
+        """
         newest = {"train": self.overlay(stage).over(self.base["train"])}
         if self.refreshes_validation(stage):
             fresh = read_trajectories(self._paths.fresh_validation(stage), mask_truncated=self.mask_truncated)
@@ -184,7 +189,7 @@ class Trajectories:
         return frozenset(self._open().details["too_long"])
 
     def statuses(self, groups: Mapping[str, GroupFacts]) -> list[str]:
-        """Status of every training prompt, given the facts of the groups that there are."""
+        """Return the status of every training prompt from the facts of the groups."""
         without = {True: PROMPT_TOO_LONG, False: NOT_SAMPLED}
         return [groups[i].status if i in groups else without[i in self._too_long] for i in self._folder.train_prompts]
 
@@ -205,7 +210,7 @@ class Trajectories:
         return inputs
 
     def overlay(self, stage: int) -> Overlay:
-        """The trajectories newer than the base policy's. ArtifactError where some have not been made yet."""
+        """Return the trajectories newer than the base policy's. ArtifactError if some have not been made yet."""
         if self._latest != stage:
             layers = self.layers(stage)
             self._overlay = read_overlay(layers, mask_truncated=self.mask_truncated)
@@ -213,7 +218,7 @@ class Trajectories:
         return self._overlay
 
     def layers(self, stage: int, *, sampled: bool = True) -> list[Layer]:
-        """The newer trajectories by source, oldest first; without `sampled`, before the stage samples its own."""
+        """List the newer trajectories, oldest first; without `sampled`, not those that the stage itself samples."""
         found: list[Layer] = []
         if is_finished(self._paths.imported):
             identity = open_artifact(self._paths.imported, IMPORTED, made_by="cropi import").identity
@@ -234,7 +239,7 @@ class Trajectories:
         return stage > 0 and self._folder.config.refresh.active and strategy.follows_trajectories
 
     def refreshes_validation(self, stage: int) -> bool:
-        """Whether the validation sets are sampled anew at a stage: where it is scored by them."""
+        """Whether the validation sets are sampled again at a stage: only if it is scored by them."""
         strategy = self._folder.config.select.strategy
         scored = strategy.aims_at_validation and strategy.scored_stage(stage) == stage
         return self._folder.config.refresh.validation and scored and self.refreshes(stage)

@@ -155,7 +155,7 @@ def make_config(
     """
     sets = {"train": train} | {f"validation/{name}": rows for name, rows in selector.validation_sets.items()}
     paths = {name: _written(folder / "data", name, rows, selector.places[name]) for name, rows in sets.items()}
-    sources = {name: [{"type": "file", "path": str(path), "extra_column": "extra"}] for name, path in paths.items()}
+    sources = {name: [{"type": "file", "path": str(path)}] for name, path in paths.items()}
     values: dict[str, Any] = {
         "name": "run",
         "run_dir": str(folder),
@@ -207,7 +207,7 @@ def _refuse_unsupported(config: Config, chat: bool) -> None:
 
 
 def _written(folder: Path, name: str, rows: Dataset, where: str) -> Path:
-    """Write the prompts of a dataset to a file; `extra` refers to the row, whose other columns stay in the dataset."""
+    """Write the prompts of a dataset to a file; `extra_info` is the row's place in the dataset."""
     path = folder / f"{name.replace('/', '-')}.jsonl"
     lines = [
         json.dumps(
@@ -216,7 +216,7 @@ def _written(folder: Path, name: str, rows: Dataset, where: str) -> Path:
                 "answer": answer_of(row).strip() or NO_ANSWER,
                 PROMPT_ID: prompt_id,
                 "source": str(row.get("source") or row.get("data_source") or "train"),
-                "extra": {"set": name, "row": number},
+                "extra_info": {"set": name, "row": number},
             },
             ensure_ascii=False,
         )

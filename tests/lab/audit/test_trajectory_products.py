@@ -12,7 +12,7 @@ from tests.gradients.architectures import GROUPS, SETTINGS, draw_group, tiny
 
 from cropi.functional.projection import SparseProjection
 from cropi.gradients.groups import Group
-from cropi.gradients.influence_scorer import Scorer
+from cropi.gradients.influence_scorer import Scorer, ScorerOptions
 from cropi.gradients.reference import prompt_gradient
 from cropi.gradients.surrogate_weights import SurrogateSettings
 from cropi.lab.audit.prefix_correction import log_prefix_ratios, prefix_corrected
@@ -32,7 +32,7 @@ WIDE = SparseProjection(64, 0.5, seed=1, rank=2)
 
 
 def aimed(settings: SurrogateSettings, **options: Any) -> Scorer:
-    scorer = Scorer(tiny("gpt_neox"), settings, **options)
+    scorer = Scorer(tiny("gpt_neox"), settings, ScorerOptions(**options))
     scorer.aim(VALIDATION)
     return scorer
 
@@ -103,7 +103,7 @@ def test_ratio_statistics_by_hand() -> None:
     products = TrajectoryProducts(np.ones(1), np.ones(1, dtype=np.int64), np.zeros((1, 1)), None, [])
     assert products.total().columns == (1.0, 0.0, 0.0)
     model, group = tiny("llama"), draw_group(4, [3, 6], seed=6)
-    scorer = Scorer(model, SETTINGS, estimator="exact")
+    scorer = Scorer(model, SETTINGS, ScorerOptions(estimator="exact"))
     scorer.aim({"a": [group]})
     logs = []
     for completion, stored in zip(group.completions, group.behaviour_logprobs or [], strict=True):
@@ -143,7 +143,7 @@ def test_the_jackknifes_error_is_the_spread_over_many_redraws() -> None:
 def test_the_reliability_of_a_direction_is_that_of_its_halves() -> None:
     groups = [draw_group(5, [7, 4, 6], seed=50 + n) for n in range(5)]
     for estimator in ("exact", "reference"):
-        scorer = Scorer(tiny("gpt_neox"), SETTINGS, estimator=estimator)  # type: ignore[arg-type]
+        scorer = Scorer(tiny("gpt_neox"), SETTINGS, ScorerOptions(estimator=estimator))  # type: ignore[arg-type]
         scorer.aim({"all": groups, "even": groups[::2], "odd": groups[1::2], "one": groups[:1]})
         halves = scorer.direction_cosines()[1, 2]
         assert scorer.direction_reliability["all"] == pytest.approx(2 * halves / (1 + halves), rel=1e-6)

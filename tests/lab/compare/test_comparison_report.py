@@ -54,7 +54,7 @@ def test_the_headline_and_the_three_numbers_by_hand(one_seed: Comparison) -> Non
     """One seed, and few questions: only the estimates are certain. 8 / 2 steps; 8 / (3 + 2) of all that is paid."""
     quick = main(one_seed, "quick")
     said = headline(quick)
-    assert re.findall(r"(\d+\.\d+) \[\S+ \S+\] times as fast in (\w+)", said) == [
+    assert re.findall(r"(\d+\.\d+) \[\S+ \S+\]× fewer (\w+)", said) == [
         *(("4.00", "steps"), ("1.60", "FLOPs"), ("1.60", "seconds"))
     ]
     assert len(re.findall(r"[.] |[.]$", said)) == 2

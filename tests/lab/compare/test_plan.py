@@ -73,7 +73,7 @@ def test_runs_interleave_the_strategies_within_a_seed(tmp_path: Path):
     ]
     run = plan.wanted[1]
     assert run.config.folder == tmp_path / "out" / "quickstart" / "seed-4" / "influence"
-    assert (run.config.seed, run.config.train.stages, run.config.select.strategy.label) == (4, 2, "influence")
+    assert (run.config.seed, run.config.train.stages, run.config.select.label) == (4, 2, "influence")
     assert run.config.select.fraction == load_config("quickstart").select.fraction
 
 

@@ -13,7 +13,7 @@ from cropi.artifacts import OK
 from cropi.functional.agreement import spearman, top_overlap
 from cropi.functional.projection import SparseProjection
 from cropi.gradients.groups import Group
-from cropi.gradients.influence_scorer import Scorer
+from cropi.gradients.influence_scorer import Scorer, ScorerOptions
 from cropi.gradients.surrogate_weights import RatioStatistics, SurrogateSettings
 from cropi.lab.audit.fidelity import Comparison, gradient_cosines, plain
 from cropi.lab.audit.prefix_correction import prefix_corrected
@@ -62,7 +62,7 @@ def audit_stage(
     }
 
     def aimed(stored_validation: Mapping[str, Sequence[Group]], **options: Any) -> Scorer:
-        scorer = Scorer(model, settings, batch_tokens=batch_tokens, **options)
+        scorer = Scorer(model, settings, ScorerOptions(batch_tokens=batch_tokens, **options))
         scorer.aim({**stored_validation, **fresh_directions}, advance)
         return scorer
 

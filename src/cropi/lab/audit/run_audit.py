@@ -89,7 +89,7 @@ class _Auditor:
         run, settings = self._run, config_hash(asdict(self._settings) | {"version": FORMAT})
         folder = run.folder.folder / "audit" / f"{stage:03}-{settings[:8]}"
         inputs = run.trajectories.inputs(self._scored(stage)) | {
-            "policy": f"{run.config.select.strategy.label} at stage {stage}",
+            "policy": f"{run.config.select.label} at stage {stage}",
             "settings": settings,
         }
         if not is_finished(folder):

@@ -17,7 +17,7 @@ from cropi.functional.projection import SparseProjection
 from cropi.gradients.capture import NullReader
 from cropi.gradients.engine import Engine, segment_of
 from cropi.gradients.groups import Group
-from cropi.gradients.influence_scorer import BLOCK, Scorer
+from cropi.gradients.influence_scorer import BLOCK, Scorer, ScorerOptions
 from cropi.gradients.packing import Segment
 from cropi.gradients.surrogate_weights import SurrogateSettings
 from cropi.lab.bench.peers.worker_protocol import Engine as Contending
@@ -201,7 +201,8 @@ class Influence:
         self._meter = Meter(self._model)
 
     def _new_scorer(self) -> Scorer:
-        return Scorer(self._model, BY_WEIGHT, batch_tokens=self._task.batch_tokens, **self._settings)
+        options = ScorerOptions(batch_tokens=self._task.batch_tokens, **self._settings)
+        return Scorer(self._model, BY_WEIGHT, options)
 
     def run(self) -> Measurement:
         """Compute directions and scores with a new scorer; making it is not timed."""

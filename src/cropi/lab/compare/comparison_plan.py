@@ -97,8 +97,8 @@ def make_plan(
         if base.name in scenarios:
             raise ConfigError(f"two configs have the name {base.name}", where=name, fix="rename one of them.")
         own[base.name] = scenarios[base.name] = _common(base)
-        if base.select.strategy.name is not None:  # a preset, none of whose settings reach the other strategies
-            others = [override for override in overrides if not override.startswith("select.strategy")]
+        if base.select.name is not None:  # a preset, none of whose settings reach the other strategies
+            others = [o for o in overrides if not o.startswith(("select.strategy", "select.name"))]
             scenarios[base.name] = _common(load_config(name, [*others, "select.strategy=full"]))
     wanted = [(c, s, p) for s in seeds for c in scenarios for p in patches]
     asked = {"scenarios": scenarios, "own": own, "strategies": patches, "runs": wanted}

@@ -199,15 +199,16 @@ def headline(comparison: Comparison) -> str:
     known = {m: found for m in HEADLINE_MEASURES if (found := interval(entry["speedup"].get(m))) is not None}
     if not known:
         return f"{target} was not run, so there is no target and no speed-up."
-    ratios = listed([f"{ratio_interval(found)} times as fast in {UNITS[measure]}" for measure, found in known.items()])
     if censored(entry):
         missed = percent(1 - (reached(entry) or 0.0))
+        ratios = listed([f"{ratio_interval(found)}× in {UNITS[measure]}" for measure, found in known.items()])
         return (
-            f"{code(main)} never reached the final accuracy of {target} in {missed} of its runs. It is at most "
-            f"{ratios}."
+            f"{code(main)} never reached the final accuracy of {target} in {missed} of its runs. Its speed-up is at "
+            f"most {ratios}."
         )
+    ratios = listed([f"{ratio_interval(found)}× fewer {UNITS[measure]}" for measure, found in known.items()])
     return (
-        f"{code(main)} reaches the final accuracy of {target} {ratios}, rollouts and scoring included. "
+        f"{code(main)} reaches the final accuracy of {target} with {ratios}, including rollouts and scoring. "
         f"{_certainty(comparison)}"
     )
 

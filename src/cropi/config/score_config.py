@@ -112,7 +112,7 @@ class ProjectionConfig(Table):
 
     mask: Literal["structured", "uniform"] = "structured"
     """What is kept. `structured`: of each layer a few directions and random columns, at a third of the extra cost;
-    `uniform`: each coordinate by chance, as the paper has it. See docs/decisions/projection.md."""
+    `uniform`: each coordinate by chance, as the paper has it. See research/decisions/projection.md."""
     keep_fraction: Annotated[float, Field(gt=0, le=1)] = 0.03
     """Share of the coordinates kept. The paper keeps 0.1 by its uniform mask, which needs them: give both."""
     rank: Annotated[int, Field(ge=0, le=10_000)] = 8
@@ -129,7 +129,7 @@ class ScoreConfig(Table):
     """Influence of every training prompt on every validation set, at the current policy."""
 
     normalizer: Literal["auto", "sequence", "token", "constant"] = "auto"
-    """What a prompt's surrogate is divided by. `auto` matches the trainer's loss; see docs/decisions."""
+    """What a prompt's surrogate is divided by. `auto` matches the trainer's loss; see research/decisions."""
     score: Literal["dot", "cosine", "gain"] = "dot"
     """`dot` is the first-order gain of a step along the prompt's gradient; `cosine` is what the paper's runs use;
     `gain` is cosine x standard deviation of the rewards."""

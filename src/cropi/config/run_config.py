@@ -1,4 +1,4 @@
-"""One run: training, evaluation, and all tables together."""
+"""Settings of a run: selection, training, evaluation, and all tables together."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from typing import Annotated, Any, ClassVar
 from pydantic import AfterValidator, Field, model_validator
 
 from cropi.config.data import PolicyConfig, PromptsConfig
-from cropi.config.score import CollectConfig, ScoreConfig
-from cropi.config.select import SelectConfig
+from cropi.config.score_config import CollectConfig, ScoreConfig
+from cropi.curriculum.strategies import Strategy
+from cropi.curriculum.strategy import FusionConfig
 from cropi.rewards.verifiers import Verifier
 from cropi.setting_types import Fraction, FreeTable, Name, Positive, PositiveNumber, Seed, Table
 
@@ -28,6 +29,28 @@ class VerificationConfig(Table):
     judged `timeout`."""
     memory_mb: Positive = 1024
     """MiB that judging may take beyond what a process has after start-up, if the system can limit it."""
+
+
+class SelectConfig(Table):
+    """Selection of the prompts that a stage trains on."""
+
+    strategy: Strategy
+    """The strategy: how the prompts of a stage are chosen."""
+    name: Name | None = None
+    """Name of the strategy in reports. Unset: the preset that `strategy` names, or its type."""
+    fraction: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """Alpha: ceil(alpha N) prompts are selected (paper: 0.1)."""
+    fusion: FusionConfig = FusionConfig()
+    """Fusion of the rankings of several validation sets."""
+    exploration: Fraction = 0.0
+    """Share of the selection drawn at random from all prompts that the strategy did not choose."""
+    quotas: dict[str, Fraction] = Field(default={})
+    """Largest share of a selection that a source may take, by source: floor(share x size) places, at least one."""
+
+    @property
+    def label(self) -> str:
+        """Name of the strategy in reports, and a part of the seeds of samples at later stages."""
+        return self.name or self.strategy.type
 
 
 class TrainConfig(Table):
@@ -136,7 +159,7 @@ class Config(Table):
         missing = [text for text, there in wanted.items() if strategy.pools and not there]
         if missing:
             raise ValueError(
-                f"{strategy.label} pools inner products by their standard errors, which needs {missing[0]}"
+                f"{self.select.label} pools inner products by their standard errors, which needs {missing[0]}"
             )
         return self
 
@@ -149,7 +172,7 @@ class Config(Table):
         strategy = self.select.strategy
         if strategy.reads_scores and any(map(strategy.scored_stage, range(self.train.stages))):
             raise ValueError(
-                f"{strategy.label} scores policies after the base policy, which needs collect.logprobs=true"
+                f"{self.select.label} scores policies after the base policy, which needs collect.logprobs=true"
             )
         return self
 
