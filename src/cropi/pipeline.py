@@ -11,7 +11,7 @@ from torch import nn
 from cropi.artifacts import Manifest
 from cropi.errors import ArtifactError
 from cropi.parallel import process_group
-from cropi.report.report import make_report
+from cropi.report.run_report import make_report
 from cropi.report.summary import Summary
 from cropi.stages.collect import collect, make_prompt_table
 from cropi.stages.evaluate import read_questions

@@ -15,8 +15,12 @@ from cropi.report.headline import headline
 from cropi.report.markdown import escaped, fenced
 from cropi.report.reading import read_scores
 from cropi.report.rendering import prose
+<<<<<<< HEAD
 from cropi.report.report import make_report
 from cropi.run_folder import RunFolder
+=======
+from cropi.report.run_report import make_report
+>>>>>>> w-t3
 from cropi.streams import append_jsonl
 
 HOSTILE = (
@@ -354,7 +358,7 @@ def test_the_command_that_is_named_loads_the_same_config(files, finished):
 
 def test_reporting_does_not_import_torch():
     heavy = {"torch", "trl", "transformers", "matplotlib.pyplot"}
-    code = f"import sys, cropi.report.report; print({heavy} & set(sys.modules))"
+    code = f"import sys, cropi.report.run_report; print({heavy} & set(sys.modules))"
     result = subprocess.run(
         [sys.executable, "-c", code], env={"PYTHONPATH": ":".join(sys.path)}, capture_output=True, text=True, check=True
     )

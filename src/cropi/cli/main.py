@@ -147,7 +147,7 @@ def evaluate(
 @app.command()
 def report(config: ConfigArgument, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Write the report of what a run's folder holds."""
-    from cropi.report.report import make_report
+    from cropi.report.run_report import make_report
     from cropi.report.summary import headline
     from cropi.run_folder import RunFolder
 
@@ -187,8 +187,7 @@ def explain(
             where=str(loaded.folder),
             fix=f"run `cropi run {config}` first, or name the folder of a run.",
         )
-    from cropi.report.explain import explanations
-    from cropi.report.explain_text import as_text
+    from cropi.report.explanations import as_text, explanations
     from cropi.run_folder import RunFolder
 
     found = explanations(
