@@ -15,12 +15,8 @@ from cropi.report.headline import headline
 from cropi.report.markdown import escaped, fenced
 from cropi.report.reading import read_scores
 from cropi.report.rendering import prose
-<<<<<<< HEAD
-from cropi.report.report import make_report
-from cropi.run_folder import RunFolder
-=======
 from cropi.report.run_report import make_report
->>>>>>> w-t3
+from cropi.run_folder import RunFolder
 from cropi.streams import append_jsonl
 
 HOSTILE = (
