@@ -32,7 +32,7 @@ from cropi.config import PolicyConfig, VerificationConfig
 from cropi.gradients.engine import Engine
 from cropi.gradients.groups import Group
 from cropi.gradients.surrogate_weights import SurrogateSettings
-from cropi.lab.audit.fresh_trajectories import Prompt, sample_groups
+from cropi.lab.audit.run_audit import Prompt, sample_groups
 from cropi.lab.bench.machine import describe
 from cropi.policy import Policy, encode_prompts, load_policy
 from cropi.rewards.pool import judge_of

@@ -263,7 +263,7 @@ def test_difference_names_each_changed_key() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["cropi.config", "cropi.cli", "cropi.curriculum.choose", "cropi.report.report", "cropi.prompts"]
+    "module", ["cropi.config", "cropi.cli", "cropi.curriculum.choose", "cropi.report.run_report", "cropi.prompts"]
 )
 def test_import_leaves_torch_out(module: str) -> None:
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"

@@ -11,7 +11,7 @@ from torch import nn
 from cropi.artifacts import Manifest
 from cropi.errors import ArtifactError
 from cropi.parallel import process_group
-from cropi.report.report import make_report
+from cropi.report.run_report import make_report
 from cropi.report.summary import Summary
 from cropi.stages.collect import collect, make_prompt_table
 from cropi.stages.evaluate import read_questions
@@ -31,7 +31,7 @@ def run_all(run: Run) -> Summary | None:
     read_questions(run)  # refuses test prompts before anything is sampled
     collect(run)
     train_all(run)
-    return make_report(run.config, run.folder.folder) if process_group().is_main else None
+    return make_report(run.folder) if process_group().is_main else None
 
 
 def train_all(run: Run) -> Path:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from cropi.lab.compare.paired_runs import Comparison
+from cropi.lab.compare.paired_runs import Comparison, interval
 from cropi.lab.compare.report.accuracy_bands import bands
 from cropi.lab.compare.report.compared_selections import (
     Chosen,
@@ -25,15 +25,14 @@ from cropi.lab.compare.report.comparison_figures import (
     styles,
 )
 from cropi.lab.compare.report.comparison_figures import similarities as draw_similarities
-from cropi.lab.compare.report.comparison_headline import headline
-from cropi.lab.compare.report.comparison_tables import accuracies, cost_to_target, levels, speedups
+from cropi.lab.compare.report.comparison_tables import accuracies, cost_to_target, costs, levels, speedups
 from cropi.lab.compare.report.method_notes import limits, method, provenance
-from cropi.lab.compare.report.phase_costs import costs
+from cropi.lab.compare.report.ratio_format import HEADLINE_MEASURES, UNITS, censored, ratio_interval, reached
 from cropi.report.blocks import Block, Picture, Section, Table, Text
 from cropi.report.drawing import shortened, thinned
 from cropi.report.markdown import text_table
 from cropi.report.rendering import write_report
-from cropi.report.wording import ABSENT, code, decimal, percent, signed
+from cropi.report.wording import ABSENT, code, decimal, listed, percent, signed
 
 CURVES = {"steps": "optimiser steps", "flops": "FLOPs", "seconds": "seconds"}
 MAX_STAGES = 8  # columns of a table by stage
@@ -188,3 +187,36 @@ def _similarity_table(found: Mapping[str, Sequence[Similarity]]) -> Table:
             rows.append([*row, signed(float(means_G.mean()) - pool, 3)])
     header = ["scenario", "validation set", "strategy", "pool", *(f"stage {g}" for g in stages), "mean − pool"]
     return Table("Mean TF-IDF cosine, mean over seeds.", header, rows, left=3, collapsed=len(rows) > 12)
+
+
+def headline(comparison: Comparison) -> str:
+    """Say how much sooner the main strategy reaches the target's accuracy, and how sure that is."""
+    main, entries = comparison.main, comparison.entries(comparison.scope)
+    if main is None or main not in entries:
+        names = listed([code(name) for name in comparison.strategies])
+        return f"Only {names}: there is nothing to compare."
+    entry, target = entries[main], code(comparison.summary["target"])
+    known = {m: found for m in HEADLINE_MEASURES if (found := interval(entry["speedup"].get(m))) is not None}
+    if not known:
+        return f"{target} was not run, so there is no target and no speed-up."
+    if censored(entry):
+        missed = percent(1 - (reached(entry) or 0.0))
+        ratios = listed([f"{ratio_interval(found)}× in {UNITS[measure]}" for measure, found in known.items()])
+        return (
+            f"{code(main)} never reached the final accuracy of {target} in {missed} of its runs. Its speed-up is at "
+            f"most {ratios}."
+        )
+    ratios = listed([f"{ratio_interval(found)}× fewer {UNITS[measure]}" for measure, found in known.items()])
+    return (
+        f"{code(main)} reaches the final accuracy of {target} with {ratios}, including rollouts and scoring. "
+        f"{_certainty(comparison)}"
+    )
+
+
+def _certainty(comparison: Comparison) -> str:
+    level = percent(comparison.summary["confidence"])
+    counts = [entry["seeds"] for name in comparison.scenarios for entry in comparison.entries(name).values()]
+    if max(counts) == 1:
+        return f"One seed: the {level} intervals cover the choice of questions, not of seeds."
+    span = str(min(counts)) if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
+    return f"Scenarios: {len(comparison.scenarios)}; seeds of each: {span}; {level} intervals over seeds and questions."

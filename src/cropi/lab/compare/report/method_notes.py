@@ -96,7 +96,8 @@ def provenance(comparison: Comparison) -> list[Block]:
 
 def _command(comparison: Comparison) -> str:
     seeds = sorted({seed for found in comparison.traces.values() for seed in found})
-    span = f"{seeds[0]}-{seeds[-1]}" if seeds == list(range(seeds[0], seeds[-1] + 1)) else ",".join(map(str, seeds))
+    in_a_row = len(seeds) > 1 and seeds == list(range(seeds[0], seeds[-1] + 1))
+    span = f"{seeds[0]}-{seeds[-1]}" if in_a_row else ",".join(map(str, seeds))
     recipes = {name.split("/")[-1]: name for name in recipe_names()}
     names = [recipes.get(name, name) for name in comparison.traces]
     configs = ["suite"] if set(names) == set(suite_names()) else names

@@ -10,6 +10,7 @@ from cropi.lab.compare.paired_runs import SUITE, interval
 from cropi.report.wording import ABSENT
 
 UNITS = {"steps": "steps", "tokens": "generated tokens", "flops": "FLOPs", "seconds": "seconds"}
+HEADLINE_MEASURES = ("steps", "flops", "seconds")
 Entry = Mapping[str, Any]
 
 

@@ -1,36 +1,30 @@
-"""The sections of a run's report, from the numbers and the files of the run."""
+"""The report of a run: one self-contained HTML page, the same in Markdown, and the numbers in JSON."""
 
 from __future__ import annotations
 
+import json
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 
+from cropi.artifacts import read_sealed, write_json
 from cropi.config import Config
 from cropi.functional.bootstrap import CONFIDENCE
 from cropi.report import figures
-from cropi.report.blocks import Block, Picture, Section, Table, Text
+from cropi.report.blocks import Block, Code, Picture, Section, Table, Text
 from cropi.report.closeups import closeups
 from cropi.report.funnel import funnel
 from cropi.report.headline import headline
-from cropi.report.provenance import reproduction, settings
 from cropi.report.reading import Selection, directions, read_scores, read_selections, rows_with
 from cropi.report.reliability import reliability
-from cropi.report.results import Summary
+from cropi.report.rendering import write_report
 from cropi.report.shares import Shares, jaccard, source_shares
-from cropi.report.wording import (
-    ABSENT,
-    count,
-    decimal,
-    percent,
-    share,
-    significant,
-    tenths,
-    with_interval,
-)
-from cropi.run_folder import RunFolder
+from cropi.report.summary import Summary, summarise
+from cropi.report.wording import ABSENT, count, decimal, percent, share, significant, tenths, with_interval
+from cropi.run_folder import ENVIRONMENT, RunFolder
 
 COST_NOTE = (
     "The total is collect + score + select + train. Collection before training counts only where the strategy reads "
@@ -38,6 +32,19 @@ COST_NOTE = (
     "optimiser steps, rollouts included, that led to the final weights. Work lost to an interruption counts for "
     "collection, scoring and selection, and not for training."
 )
+
+
+def make_report(run: RunFolder) -> Summary:
+    """Write `report.html`, `report.md` and `summary.json` to a run's folder, from what the folder holds.
+
+    A run may be reported at any time: what is not there yet is left out and said to be. The same folder gives the same
+    bytes. Raises ArtifactError where a file of the run is corrupt.
+    """
+    config, folder = run.config, run.folder
+    summary = summarise(config, run)
+    write_report(folder, "report", f"cropi run {config.name}", sections(read_contents(config, run, summary)))
+    write_json(folder / "summary.json", summary.as_json())
+    return summary
 
 
 @dataclass(frozen=True)
@@ -235,3 +242,41 @@ def _cost(summary: Summary) -> list[Block]:
     drawn = figures.cost_split(cost)
     blocks: list[Block] = [Picture(drawn, "Seconds, evaluation left out.")] if drawn else []
     return [*blocks, Table("Seconds by phase, and generated tokens.", header, [row], left=0), Text(COST_NOTE)]
+
+
+# -- provenance -----------------------------------------------------------------------------------------------------
+
+
+def settings(config: Config, run: RunFolder) -> list[Block]:
+    """The resolved config, and the versions of the packages that decide the numbers."""
+    rows = [[name, value] for name, value in _environment(run).items()]
+    resolved = json.dumps(config.resolved(), indent=2, ensure_ascii=False)
+    return [
+        Code("Every setting, defaults included (config.json)", resolved, collapsed=True),
+        Table("Where the run was started (environment.json).", ["what", "version"], rows, left=2, collapsed=True),
+    ]
+
+
+def reproduction(config: Config) -> list[Block]:
+    """The command that makes the run again, and the one for another seed."""
+    path = shlex.quote((config.folder / "config.json").as_posix())
+    again = f"cropi run {path} run_dir=again"
+    other = f"cropi run {path} name={config.name}-seed{config.seed + 1} seed={config.seed + 1}"
+    return [
+        Text(
+            f"The seed of this run is {config.seed}. `config.json` in the run's folder is a complete config: the one "
+            "under Settings. From the folder where the run was started:"
+        ),
+        Code("the same run, into another folder", again),
+        Code("another seed", other),
+        Text(
+            "The same machine and versions give the same selections; other hardware rounds differently. To compare "
+            "strategies over several seeds: `cropi compare`."
+        ),
+    ]
+
+
+def _environment(run: RunFolder) -> dict[str, str]:
+    """What the run noted of its machine and packages when it was started."""
+    path = run.folder / ENVIRONMENT
+    return read_sealed(path) if path.is_file() else {}

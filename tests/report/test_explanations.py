@@ -9,8 +9,7 @@ from cropi.curriculum.choose import choose, selection_table
 from cropi.curriculum.strategies import InfluenceStrategy, LearnabilityStrategy, PassRateStrategy
 from cropi.curriculum.strategy import Candidates, Ranking
 from cropi.errors import ArtifactError, UserError
-from cropi.report.explain import WHY_NOT, Cut, SetInfluence, Trained, explanations, outcome
-from cropi.report.explain_text import LEGEND, as_text
+from cropi.report.explanations import LEGEND, WHY_NOT, Cut, SetInfluence, Trained, as_text, explanations, outcome
 from cropi.run_tables import scores_schema
 from cropi.streams import append_jsonl
 
