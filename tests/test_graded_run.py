@@ -65,7 +65,8 @@ def test_scores_are_the_gradients_of_the_mean_grade(run: Path) -> None:
     chosen = [row for row in scores if row["status"] == OK][:6]
     policy = AutoModelForCausalLM.from_pretrained(POLICY_DIR)
     parts = [stored[row["prompt_id"]] for row in chosen]
-    found = library.influence(policy, parts, {"sum": validation}, estimator="reference")
+    reference = library.ScorerOptions(estimator="reference")
+    found = library.influence(policy, parts, {"sum": validation}, options=reference)
     np.testing.assert_allclose([row["influence/sum"] for row in chosen], found.values[:, 0], rtol=2e-3, atol=1e-6)
     assert [row["pass_rate"] for row in chosen] == pytest.approx([np.mean(group.rewards) for group in parts])
 
