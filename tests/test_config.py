@@ -31,7 +31,7 @@ def test_overrides_reach_lists_tables_and_the_trainer() -> None:
         ("prompts.test.sum.targetd=true", "did you mean 'targeted'"),
         ("score.projection.dims=5", "unknown key score.projection.dims - did you mean 'dim'"),
         ("select.strategy.type=influnce", "did you mean 'influence'"),
-        ("select.strategy.lo=1", "known keys here: name, rescore_every, screen, type"),
+        ("select.strategy.lo=1", "known keys here: rescore_every, screen, type"),
         ("select.fraction=1.5", "select.fraction is 1.5: input should be less than or equal to 1"),
         ("seed=abc", "seed is 'abc': input should be a valid integer"),
         ("collect={}", "collect.max_completion_length is missing"),
@@ -238,7 +238,8 @@ def test_what_a_command_line_says_goes_before_what_its_preset_says() -> None:
         "quickstart", ["collect.fraction=0.5", "select.strategy.type=cropi", "select.strategy.screen=0"]
     )
     assert (config.collect.fraction, config.collect.num_generations) == (0.5, 4)
-    assert config.select.strategy == PooledStrategy(type="pooled", name="cropi", screen=0)
+    assert config.select.strategy == PooledStrategy(type="pooled", screen=0)
+    assert config.select.label == "cropi"
 
 
 def test_an_unknown_strategy_is_told_the_nearest_preset_too() -> None:

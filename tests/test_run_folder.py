@@ -46,7 +46,7 @@ def test_a_process_that_is_refused_or_only_reads_writes_nothing(tmp_path: Path) 
     before = files(tmp_path)
     with pytest.raises(ArtifactError, match="another process is working on this run"):
         RunFolder(config(tmp_path, 1)).lock()
-    make_report(config(tmp_path, 0), running.folder)
+    make_report(RunFolder(config(tmp_path, 0)))
     assert {name for name in files(tmp_path) if name not in before} == {
         str(running.folder / name) for name in ("report.html", "report.md", "summary.json")
     }

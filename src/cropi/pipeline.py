@@ -31,7 +31,7 @@ def run_all(run: Run) -> Summary | None:
     read_questions(run)  # refuses test prompts before anything is sampled
     collect(run)
     train_all(run)
-    return make_report(run.config, run.folder.folder) if process_group().is_main else None
+    return make_report(run.folder) if process_group().is_main else None
 
 
 def train_all(run: Run) -> Path:

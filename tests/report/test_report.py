@@ -16,6 +16,7 @@ from cropi.report.markdown import escaped, fenced
 from cropi.report.reading import read_scores
 from cropi.report.rendering import prose
 from cropi.report.run_report import make_report
+from cropi.run_folder import RunFolder
 from cropi.streams import append_jsonl
 
 HOSTILE = (
@@ -51,13 +52,13 @@ class Outline(HTMLParser):
 
 
 def written(space):
-    make_report(space.config, space.folder)
+    make_report(RunFolder(space.config))
     return {name: (space.folder / name).read_text(encoding="utf-8") for name in ("report.html", "report.md")}
 
 
 def test_the_three_files_and_what_is_returned(finished):
     space = finished
-    summary = make_report(space.config, space.folder)
+    summary = make_report(RunFolder(space.config))
     page = Outline((space.folder / "report.html").read_text(encoding="utf-8"))
     text = (space.folder / "report.md").read_text(encoding="utf-8")
     assert headline(summary) in text
@@ -182,7 +183,7 @@ def test_a_file_that_was_changed_is_refused(fabricate):
     with (space.stages.selection(1) / "selection.parquet").open("ab") as file:
         file.write(b"x")
     with pytest.raises(ArtifactError, match="checksum"):
-        make_report(space.config, space.folder)
+        make_report(RunFolder(space.config))
 
 
 # -- sections ----------------------------------------------------------------------------------------------------------

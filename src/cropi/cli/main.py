@@ -149,11 +149,12 @@ def report(config: ConfigArgument, overrides: Overrides = None, as_json: AsJson 
     """Write the report of what a run's folder holds."""
     from cropi.report.run_report import make_report
     from cropi.report.summary import headline
+    from cropi.run_folder import RunFolder
 
     loaded = read_config(config, overrides)
     if not loaded.folder.is_dir():
         raise ArtifactError("there is no such run", where=str(loaded.folder), fix=f"run `cropi run {config}` first.")
-    summary = make_report(loaded, loaded.folder)
+    summary = make_report(RunFolder(loaded))
     print_result(summary.as_json(), as_json, f"{headline(summary)}\n\nreport: {loaded.folder / 'report.html'}")
 
 

@@ -6,7 +6,6 @@ import json
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -35,13 +34,13 @@ COST_NOTE = (
 )
 
 
-def make_report(config: Config, folder: Path) -> Summary:
+def make_report(run: RunFolder) -> Summary:
     """Write `report.html`, `report.md` and `summary.json` to a run's folder, from what the folder holds.
 
     A run may be reported at any time: what is not there yet is left out and said to be. The same folder gives the same
     bytes. Raises ArtifactError where a file of the run is corrupt.
     """
-    run = RunFolder(config)
+    config, folder = run.config, run.folder
     summary = summarise(config, run)
     write_report(folder, "report", f"cropi run {config.name}", sections(read_contents(config, run, summary)))
     write_json(folder / "summary.json", summary.as_json())
