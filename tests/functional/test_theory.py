@@ -23,7 +23,7 @@ from cropi.functional.ranking import reciprocal_rank_fusion
 from cropi.functional.surrogate import EPSILON, effective_sample_share
 from cropi.gradients.packing import Span
 from cropi.gradients.surrogate_weights import RatioStatistics, SurrogateSettings, ratio_statistics, scales_of
-from cropi.lab.audit.prefix_correction import log_prefix_ratios
+from cropi.lab.audit.policy_audit import log_prefix_ratios
 from cropi.lab.audit.trajectory_products import TrajectoryProducts
 
 TOKENS, HORIZON, END = 3, 3, 0

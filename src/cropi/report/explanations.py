@@ -51,7 +51,7 @@ class SetInfluence:
 
 @dataclass(frozen=True)
 class Trained:
-    """What training did with a prompt."""
+    """A prompt's use in training."""
 
     times: int  # generation batches that held it
     completions: int
@@ -240,7 +240,7 @@ def _influence(row: Row, set_ranks: Mapping[str, Mapping[str, int]]) -> dict[str
 
 @dataclass(frozen=True)
 class Cut:
-    """Where a stage's selection ends."""
+    """The end of a stage's selection."""
 
     rank: int  # the last one that the strategy took; 0 if none
     ranked: int  # prompts that it could rank

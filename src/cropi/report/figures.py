@@ -68,7 +68,7 @@ def _curve(axes: Axes, strategy: str, series: Sequence[tuple[int, Interval]]) ->
 
 @in_style
 def selection_shares(shares: Shares) -> str:
-    """How much of each stage's selection comes from each source, beside the source's share of the pool."""
+    """Draw each source's share of the pool and of every stage's selection."""
     figure = new_figure(1.0 + 0.27 * len(shares.sources))
     axes = figure.subplots()
     _heat_map(axes, shares, max(max(column) for column in (shares.pool, *shares.by_stage.values())))

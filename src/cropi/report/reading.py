@@ -147,7 +147,7 @@ def prompt_text(messages: str) -> str:
 
 
 def prompts_left_out(run: RunFolder) -> int:
-    """How many prompts were too long to be collected."""
+    """Count the prompts that were too long to be collected."""
     if not is_finished(run.trajectories):
         return 0
     manifest = read_manifest(run.trajectories, "trajectories", made_by="cropi collect")

@@ -64,7 +64,7 @@ class Reliability:
 
 @dataclass(frozen=True)
 class Drift:
-    """How far a stage's policy is from the one that sampled, over the prompts with signal."""
+    """Distance of a stage's policy from the behaviour policy, over the prompts with signal."""
 
     ratio_ess: float  # median effective sample size of a prompt's token ratios, as a share of its tokens
     clip_share: float  # mean share of the token ratios outside 1 - clip to 1 + clip

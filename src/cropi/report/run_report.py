@@ -277,6 +277,6 @@ def reproduction(config: Config) -> list[Block]:
 
 
 def _environment(run: RunFolder) -> dict[str, str]:
-    """What the run noted of its machine and packages when it was started."""
+    """The machine and package versions that the run recorded at its start."""
     path = run.folder / ENVIRONMENT
     return read_sealed(path) if path.is_file() else {}

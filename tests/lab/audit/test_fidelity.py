@@ -1,4 +1,4 @@
-"""Audits with known answers: units are made up, so that the truth behind them is known."""
+"""Audits with known answers: trajectories are made up, so that their true influence is known."""
 
 from __future__ import annotations
 
@@ -90,10 +90,10 @@ def test_gradient_cosines_of_equal_and_of_unrelated_gradients() -> None:
         features = np.array([stored * (k % 2) for k in range(8)] + [fresh * (k % 2) for k in range(16)])
         features = features + 1e-3 * generator.standard_normal(features.shape)
         rewards = np.array([k % 2 * 1.0 for k in range(24)])
-        units = TrajectoryProducts(
+        products = TrajectoryProducts(
             rewards, np.ones(24, dtype=np.int64), np.zeros((24, 1)), features @ features.T, [RatioStatistics()] * 24
         )
-        together.append((units, 8))
+        together.append((products, 8))
     found = gradient_cosines(together, SETTINGS, 0)
     assert found is not None
     assert found["ceiling"]["median"] == pytest.approx(1.0, abs=1e-3)

@@ -15,7 +15,7 @@ from cropi.gradients.groups import Group
 from cropi.gradients.influence_scorer import Scorer, ScorerOptions
 from cropi.gradients.reference import prompt_gradient
 from cropi.gradients.surrogate_weights import SurrogateSettings
-from cropi.lab.audit.prefix_correction import log_prefix_ratios, prefix_corrected
+from cropi.lab.audit.policy_audit import log_prefix_ratios, prefix_corrected
 from cropi.lab.audit.trajectory_products import (
     TrajectoryProducts,
     jackknife_error,

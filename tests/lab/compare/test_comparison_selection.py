@@ -1,4 +1,4 @@
-"""What a comparison's report says of the selections: shares and similarity by hand."""
+"""Shares and similarity of the selections in a comparison's report, by hand."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a table of results shows, by hand."""
+"""Statistics of a table of results, by hand."""
 
 import json
 import math

@@ -45,7 +45,9 @@ def test_what_is_paid_ahead_is_paid_in_full():
     assert costs_at(places, ahead, running).tolist() == [0.0, 12.0, 14.0, 16.0, 25.0, 28.0]
 
 
-COSTS = np.array([[[0, 0, 0], [0, 6, 6]], [[0, 4, 8], [0, 4, 8]]], float)  # (ahead, running) of a reference and an arm
+COSTS = np.array(
+    [[[0, 0, 0], [0, 6, 6]], [[0, 4, 8], [0, 4, 8]]], float
+)  # (ahead, running) of a reference and a strategy
 
 
 def speedups(places: list[float], one_step: float = 0.1) -> list[float]:
@@ -54,7 +56,7 @@ def speedups(places: list[float], one_step: float = 0.1) -> list[float]:
 
 
 def test_a_speed_up_is_the_reference_s_cost_over_the_arm_s():
-    # reference at place 1.5: 6; arm at 0.5: 6 paid ahead + 2
+    # reference at place 1.5: 6; strategy at 0.5: 6 paid ahead + 2
     assert speedups([1.5, 0.5]) == pytest.approx([1.0, 6 / 8])
 
 
@@ -68,7 +70,7 @@ def test_a_level_that_is_there_before_training_makes_no_difference():
 
 
 def test_no_time_is_shorter_than_a_step():
-    # The arm is there at place 0.001; a step is 0.25 of an interval: 6 ahead + 1.
+    # The strategy is there at place 0.001; a step is 0.25 of an interval: 6 ahead + 1.
     assert speedups([1.0, 0.001], one_step=0.25) == pytest.approx([1.0, 4 / 7])
 
 
@@ -77,7 +79,7 @@ def test_areas_by_hand():
     assert area_weights(nothing, steps, 6.0) == pytest.approx([1 / 6, 3 / 6, 2 / 6])  # the trapezoid rule
     # Cut in the middle of the second interval: the line from a1 to a2 up to its middle.
     assert area_weights(nothing, steps, 4.0) == pytest.approx([1 / 4, (1 + 1.5) / 4, 0.5 / 4])
-    # An arm that ends at 6 of 10 stays as it was.
+    # A strategy that ends at 6 of 10 stays as it was.
     assert area_weights(nothing, steps, 10.0) == pytest.approx([0.1, 0.3, 0.6])
     # 4 are paid before the first step: the curve stays where it was while they are.
     assert area_weights(np.array([0.0, 4.0, 4.0]), steps, 6.0) == pytest.approx([(4 + 1) / 6, 1 / 6, 0.0])
@@ -147,7 +149,7 @@ def test_the_interval_of_a_tiny_case_is_that_of_all_redraws():
 
 
 def test_intervals_cover_the_truth():
-    """Differences of two arms over 8 seeds and 40 questions of their own: 95 % intervals hold it about that often."""
+    """95 % intervals of the difference of two strategies (8 seeds, 40 own questions) hold it about that often."""
     generator = np.random.default_rng(3)
     held, trials, gain = 0, 200, 0.1
     for _ in range(trials):

@@ -1,4 +1,4 @@
-"""What a comparison is asked for, and what is refused before anything runs."""
+"""Plans of comparisons, and requests refused before anything runs."""
 
 import json
 from pathlib import Path

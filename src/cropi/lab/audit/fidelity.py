@@ -181,7 +181,7 @@ class Comparison:
         """Mean square of stored - fresh, taken apart: noise of either side's trajectories and of their validation
         directions, and what is left, bias. Each with its 95 % bootstrap interval over prompts.
 
-        In units of the variance of the true scores, estimated as the variance of the fresh ones less their noise.
+        Relative to the variance of the true scores, estimated as the variance of the fresh ones less their noise.
         `slope` is the regression of stored on fresh scores over the fresh ones' reliability: 1 without bias, below 1
         where stored trajectories shrink influence. NaN where the fresh scores hold no more than noise.
         """
@@ -246,7 +246,7 @@ def gradient_cosines(
     """Quartiles over prompts of the cosine between the stored and the fresh gradient of the same prompt, from as many
     trajectories each; and between two fresh ones, its ceiling.
 
-    Each pair is the units of stored and fresh trajectories together, with their inner products, and the number of
+    Each pair is the products of stored and fresh trajectories together, with their inner products, and the number of
     stored ones, which come first.
     """
     generator = np.random.default_rng(seed)

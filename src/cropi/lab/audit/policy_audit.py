@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from cropi.artifacts import OK
 from cropi.functional.agreement import spearman, top_overlap
@@ -16,13 +19,15 @@ from cropi.gradients.groups import Group
 from cropi.gradients.influence_scorer import Scorer, ScorerOptions
 from cropi.gradients.surrogate_weights import RatioStatistics, SurrogateSettings
 from cropi.lab.audit.fidelity import Comparison, gradient_cosines, plain
-from cropi.lab.audit.prefix_correction import prefix_corrected
 from cropi.lab.audit.trajectory_products import TrajectoryProducts, trajectory_products
+from cropi.policy import completion_logprobs
 
 DRAWS = ("/ceiling", "/reference")
 """Suffixes of the directions of two draws of fresh validation trajectories."""
 VARIANTS = ("token", "prefix")
 """Corrections of the importance ratio: the token's own ratio (paper eq. 4), or the product of those up to it."""
+CAP = 10.0
+"""Largest product of ratios in the prefix correction: each token weighed by the ratios up to it."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +114,7 @@ def _agreement(variants: Mapping[str, Comparison]) -> dict[str, Any]:
 
 
 def _facts(material: Material, stored: Sequence[TrajectoryProducts]) -> dict[str, Any]:
-    """How much was compared, and how far the policy has moved."""
+    """Number of prompts and trajectories compared, and the policy's drift."""
     moved = sum((products.total() for products in stored), RatioStatistics())
     return {
         "prompts": len(material.stored),
@@ -155,3 +160,37 @@ def _together(
         together.append((both, len(old.rewards_K)))
         sketched.append(old.products(scorer.settings)[0])
     return together, np.array(sketched)
+
+
+# -- the prefix correction --------------------------------------------------------------------------------------------
+
+
+def log_prefix_ratios(log_ratios_T: Float[Tensor, " T"], cap: float = CAP) -> Float[Tensor, " T"]:
+    """log min(rho_1 ... rho_t, cap) of one trajectory, from its log rho_t in order.
+
+    The product is the probability ratio of the whole prefix. Without the cap, and with a baseline that does not depend
+    on the trajectory, only the outcome's dependence on later tokens stays uncorrected.
+    """
+    return log_ratios_T.cumsum(0).clamp(max=math.log(cap))
+
+
+@torch.no_grad()
+def prefix_corrected(model: nn.Module, groups: Sequence[Group], temperature: float, cap: float = CAP) -> list[Group]:
+    """Replace behaviour log-probs so that the token ratios at this policy become the prefix products. On-policy groups
+    stay as they are."""
+    return [_corrected(model, group, temperature, cap) for group in groups]
+
+
+def _corrected(model: nn.Module, group: Group, temperature: float, cap: float) -> Group:
+    if group.behaviour_logprobs is None:
+        return group
+    corrected: list[list[float]] = []
+    for completion, stored in zip(group.completions, group.behaviour_logprobs, strict=True):
+        if not completion:
+            corrected.append([])
+            continue
+        found_KT, _ = completion_logprobs(model, [group.prompt_ids], [completion], temperature=temperature)
+        current_T = found_KT[0].double().cpu()
+        log_ratios_T = current_T - torch.tensor(stored, dtype=torch.float64)
+        corrected.append((current_T - log_prefix_ratios(log_ratios_T, cap)).tolist())
+    return replace(group, behaviour_logprobs=corrected)

@@ -1,6 +1,6 @@
 """Strategies against each other over seeds and questions: times to a target, areas, paired intervals. NumPy only.
 
-Further letters of this module: `S` seeds, `A` arms (strategies), `E` evaluations, `Q` questions, `R` redraws. Row 0 of
+Further letters of this module: `S` seeds, `A` strategies, `E` evaluations, `Q` questions, `R` redraws. Row 0 of
 every array over redraws is the sample itself, so that one computation gives estimate and interval.
 """
 
@@ -15,7 +15,7 @@ ROUNDING = 1e-12  # two means of means that are equal on paper may differ by thi
 
 
 def redraw_counts(count: int, draws: int, redraws: int, generator: np.random.Generator) -> Int[np.ndarray, "R N"]:
-    """How often each of `count` things is drawn, `draws` with replacement; row 0: each once. R = redraws + 1."""
+    """Redraw `count` things, `draws` with replacement: how often each is drawn; row 0: each once. R = redraws + 1."""
     drawn_RN = generator.multinomial(draws, np.full(count, 1 / count), size=redraws)
     return np.concatenate([np.ones((1, count), dtype=drawn_RN.dtype), drawn_RN])
 
@@ -31,17 +31,17 @@ def seed_counts(count: int, redraws: int, generator: np.random.Generator) -> Int
 def accuracy_curves(
     correct_AEQ: Float[np.ndarray, "A E Q"], counts_RQ: Int[np.ndarray, "R Q"]
 ) -> Float[np.ndarray, "R A E"]:
-    """Mean verdict of every arm and evaluation, over the redrawn questions: the same redraw for all arms."""
-    arms, evaluations, questions = correct_AEQ.shape
-    sums_RAE = counts_RQ.astype(float) @ correct_AEQ.reshape(arms * evaluations, questions).T
-    return (sums_RAE / counts_RQ.sum(axis=1, keepdims=True)).reshape(len(counts_RQ), arms, evaluations)
+    """Mean verdict of every strategy and evaluation, over the redrawn questions: the same redraw for all strategies."""
+    strategies, evaluations, questions = correct_AEQ.shape
+    sums_RAE = counts_RQ.astype(float) @ correct_AEQ.reshape(strategies * evaluations, questions).T
+    return (sums_RAE / counts_RQ.sum(axis=1, keepdims=True)).reshape(len(counts_RQ), strategies, evaluations)
 
 
 def first_crossings(
     curves_RAE: Float[np.ndarray, "R A E"], levels_R: Float[np.ndarray, " R"]
 ) -> Float[np.ndarray, "R A"]:
-    """Where each curve first reaches a level, as a place among the evaluations: 2.5 is half-way from the third to the
-    fourth, by a straight line. 0 where the first one is there already; NaN where none is.
+    """Find where each curve first reaches a level, as a place among the evaluations: 2.5 is half-way from the third
+    to the fourth, by a straight line. 0 where the first one is there already; NaN where none is.
     """
     reached_RAE = curves_RAE >= levels_R[:, None, None] - ROUNDING
     last_RA = reached_RAE.argmax(axis=-1)
@@ -75,8 +75,8 @@ def log_speedups(
 ) -> Float[np.ndarray, "R A"]:
     """log(time of the reference / time of the arm), for places of `first_crossings`; costs are (ahead, running).
 
-    An arm that never reaches the level (NaN) is given the time at which its run ended, so its ratio is too high: an
-    upper bound. A level that the reference has before training (place 0) is no gain that any arm could have sooner: 0.
+    A strategy that never reaches the level (NaN) is given the time at which its run ended, so its ratio is too high: an
+    upper bound. A level that the reference has before training (place 0) allows no gain: 0.
     No time is shorter than that of one step (`one_step`, as a place).
     """
     end = costs_AE.shape[-1] - 1
@@ -92,7 +92,7 @@ def restricted_costs(
     """Cost up to places of `first_crossings`; up to the end of the run where the level is never reached.
 
     The mean over runs is the restricted mean of survival analysis (Royston and Parmar 2013): with all runs of one
-    length it compares arms although some never arrive.
+    length it compares strategies although some never arrive.
     """
     end = costs_AE.shape[-1] - 1
     own_RA = np.where(np.isnan(places_RA), end, places_RA)
