@@ -106,6 +106,7 @@ def test_a_node_that_is_gone_ends_the_other_and_the_same_command_goes_on(
     finally:
         for process in alive([*families[0], *families[1]]):
             process.kill()
+        nodes[gone].communicate()  # it has ended; this closes its pipes
     assert "same command" in errors
     finished = parts(tmp_path)
     assert 4 <= len(finished) <= SHARDS
