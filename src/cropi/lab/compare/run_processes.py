@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,12 +76,20 @@ class _Job:
         if self.process is not None:
             self.process.kill()
             self.process.wait()
+            self._close()
+
+    def _close(self) -> None:
+        """Close the pipe to the process; its buffer may hold a task that nobody reads any more."""
+        if self.process is not None and self.process.stdin is not None:
+            with suppress(BrokenPipeError):
+                self.process.stdin.close()
 
     def poll(self) -> None:
         """Check whether the process has ended, and how."""
         code = None if self.process is None else self.process.poll()
         if code is None or self.ended:
             return
+        self._close()
         self.finished = code == 0
         if code:
             lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:]
