@@ -73,7 +73,7 @@ def log_speedups(
     reference_costs_E: Float[np.ndarray, "2 E"],
     one_step: float,
 ) -> Float[np.ndarray, "R A"]:
-    """log(time of the reference / time of the arm), for places of `first_crossings`; costs are (ahead, running).
+    """log(time of the reference / time of the strategy), for places of `first_crossings`; costs are (ahead, running).
 
     A strategy that never reaches the level (NaN) is given the time at which its run ended, so its ratio is too high: an
     upper bound. A level that the reference has before training (place 0) allows no gain: 0.
