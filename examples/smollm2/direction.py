@@ -24,6 +24,8 @@ from grpo import Group, Packed, Policy, Question, log_probs, pack
 from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
 
+from cropi.functional.agreement import spearman, spearman_brown
+
 SKETCH = 16  # columns of P and Q
 TOGETHER = 16  # completions that share one pass
 FOLDS = 8
@@ -222,15 +224,6 @@ def by_spread(count: int, spread: Any, available: int, generator: Any) -> list[A
     return [generator.permutation(available)[: size if size > 1 else 0] for size in sizes]
 
 
-def spearman(first: Any, second: Any) -> float:
-    """Correlation of ranks; ties share their mean rank."""
-
-    def ranks(values: Any) -> Any:
-        return (values[:, None] > values).sum(1) + (values[:, None] == values).sum(1) / 2
-
-    return float(np.corrcoef(ranks(first), ranks(second))[0, 1])
-
-
 def audit(fresh: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     """Influence of the pool prompts from one source's completions beside that from fresh ones, over mixed prompts.
 
@@ -253,7 +246,7 @@ def audit(fresh: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     return {
         "prompts": int(mixed.sum()),
         "halves": round(halves_agree, 3),
-        "ceiling": round(2 * halves_agree / (1 + halves_agree), 3),
+        "ceiling": round(spearman_brown(halves_agree), 3),
         "stored_prompts_fresh_direction": round(
             spearman(influence(other, every, sum(directions[:2]))[mixed], reference), 3
         ),

@@ -18,9 +18,10 @@ import numpy as np
 import torch
 from grpo import Group, Policy, Question
 
+from cropi.functional.pooling import principal_points
+
 HALF_LIFE = 16  # steps after which a group's rewards count half
 COOL = 4  # steps before a prompt may come again
-COMPONENTS = 32  # of the representations
 
 
 class Choice(Protocol):
@@ -51,7 +52,7 @@ class Likeness:
     """Likeness to the validation prompts x learnability from training's rewards."""
 
     def __init__(self, pool: Any, validation: Any) -> None:
-        points = components(np.concatenate([pool, validation]))
+        points = principal_points(pool, validation)
         points, targets = points[: len(pool)], points[len(pool) :]
         squares = distances(points, points)
         nearest = np.sqrt(squares + np.diag(np.full(len(points), np.inf))).min(1)
@@ -82,13 +83,6 @@ class Likeness:
 
 def distances(first: Any, second: Any) -> Any:
     return np.maximum((first**2).sum(1)[:, None] + (second**2).sum(1) - 2 * first @ second.T, 0)
-
-
-def components(vectors: Any) -> Any:
-    """Coordinates in the first principal components."""
-    centred = vectors - vectors.mean(0)
-    left, values, _ = np.linalg.svd(centred, full_matrices=False)
-    return left[:, :COMPONENTS] * values[:COMPONENTS]
 
 
 @torch.inference_mode()

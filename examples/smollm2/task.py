@@ -1,8 +1,9 @@
 """The task's prompt and reward."""
 
-import re
+from cropi.rewards.verdicts import CORRECT, Answered
+from cropi.rewards.verifiers.gsm8k import Gsm8kVerifier
 
-NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
+judge = Gsm8kVerifier(type="gsm8k").load()
 
 
 def chat(question: str) -> list[dict[str, str]]:
@@ -10,13 +11,6 @@ def chat(question: str) -> list[dict[str, str]]:
     return [{"role": "system", "content": ""}, {"role": "user", "content": question}]
 
 
-def final_number(text: str) -> float | None:
-    """The last number after the last `####`, or None where there is none."""
-    _, mark, tail = text.rpartition("####")
-    numbers = NUMBER.findall(tail) if mark else []
-    return float(numbers[-1].replace(",", "")) if numbers else None
-
-
 def is_correct(text: str, answer: str) -> bool:
-    number = final_number(text)
-    return number is not None and abs(number - float(answer.replace(",", ""))) < 1e-4
+    """Whether the number after the last `####` is the answer, as the recipe's verifier has it."""
+    return judge(Answered(text, answer)) == CORRECT

@@ -1,6 +1,6 @@
-"""What a person sees: a bar per stage on a terminal, plain lines elsewhere. Results go to stdout, this to stderr.
+"""Progress and messages on stderr: a bar per stage on a terminal, plain lines elsewhere. Results go to stdout.
 
-Of the processes that a launcher has started the first one speaks.
+Of the processes that a launcher has started, only the first prints.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ _wording: Callable[[str], str] = str
 
 @contextmanager
 def worded(wording: Callable[[str], str]) -> Iterator[None]:
-    """What is said within goes through a function."""
+    """Pass every message printed inside the block through `wording`."""
     global _wording
     before, _wording = _wording, wording
     try:

@@ -17,7 +17,7 @@ def printable(text: str) -> str:
 
 
 class UserError(Exception):
-    """What happened, where, and how to fix it, in one paragraph."""
+    """An error that the user can fix: one paragraph that names the fault, its place and the remedy."""
 
     def __init__(self, what: str, *, where: str = "", fix: str = "") -> None:
         what, where, fix = self.what, self.where, self.fix = printable(what), printable(where), printable(fix)

@@ -82,7 +82,7 @@ def _named(strategy: Any) -> str | None:
 
 
 def _patch_of(name: str, table: Any) -> dict[str, Any]:
-    """What a preset sets, with the further settings of the table that names it."""
+    """The patch of a preset, with the further settings of the table that names it."""
     patch = presets()[name]["config"]
     own = {key: value for key, value in table.items() if key != "type"}
     patch["select"]["strategy"] = patch["select"]["strategy"] | own

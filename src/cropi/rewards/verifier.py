@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Annotated, ClassVar, Self
 
@@ -13,7 +14,7 @@ from cropi.setting_types import Table
 Verify = Callable[[Answered], str | Graded]
 
 
-class VerifierTable(Table):
+class VerifierTable(Table, ABC):
     """The settings of a verifier. A subclass adds `type`, a Literal that names it in a config, and `load`."""
 
     pure: ClassVar[bool] = True  # equal rows always get equal verdicts, so they may be cached
@@ -24,9 +25,9 @@ class VerifierTable(Table):
         """Whether rewards may lie between 0 and 1."""
         return False
 
+    @abstractmethod
     def load(self) -> Verify:
         """Return the function row -> verdict. ImportError or ValueError if it cannot be set up."""
-        raise NotImplementedError
 
     def completion_with(self, answer: str) -> str:
         """Write a completion that gives this answer in the verifier's format."""
