@@ -9,16 +9,17 @@ import pyarrow as pa
 from cropi.artifacts import CLIP_RANGE
 from cropi.config import Config
 from cropi.report import reliability_figures as figures
-from cropi.report.blocks import Block, Picture, Table, Text
+from cropi.report.blocks import Block, Picture, Table
 from cropi.report.reading import Selection, directions
 from cropi.report.results import Drift, Reliability, StageQuality
-from cropi.report.wording import ABSENT, NOT_MEASURED, about, count, decimal, percent, share, significant
+from cropi.report.wording import ABSENT, NOT_MEASURED, about, count, decimal, share, significant
 
 RELIABILITY_CAPTION = (
     "Reliability: the share of the differences in influence that is not noise, or how two scorings from other "
     "trajectories of the same prompts would correlate (0: noise alone, 1: none). Direction: how the validation set's "
     "own direction would correlate with one from as many other prompts. Expected: of the best ranked, how many belong "
-    "among the truly best; beside it, what a random draw would give."
+    "among the truly best; beside it, what a random draw would give. Errors "
+    "are measured with `score.standard_errors=true`."
 )
 DRIFT_CAPTION = (
     "Drift of the policy from the one that sampled the stored trajectories, over the prompts with signal. Effective "
@@ -32,51 +33,16 @@ def reliability(
     scores: Mapping[int, pa.Table],
     selections: Mapping[int, Selection],
 ) -> list[Block]:
-    """Sentences, figures and tables over the scored stages."""
+    """Figures and tables over the scored stages."""
     names = directions(config)
     drawn = figures.quality_by_stage(stages, names)
     caption = f"By stage. At most {figures.MAX_SETS} validation sets are drawn."
     return [
-        Text(_ranking_sentence(config, stages[-1])),
         *_error_bars(config, stages, scores, selections),
         _reliability_table(stages, names),
-        Text(_drift_sentence(stages[-1])),
         *([Picture(drawn, caption)] if drawn else []),
         _drift_table(stages),
     ]
-
-
-def _ranking_sentence(config: Config, quality: StageQuality) -> str:
-    found = quality.reliability
-    if found is None:
-        return "The errors of the influence were not measured in this run; `score.standard_errors=true` measures them."
-    if found.chance >= 1:
-        return f"At stage {quality.stage} every prompt with signal is among the best: there is nothing to rank."
-    expected, by_chance = found.best * found.expected_overlap, found.best * found.chance
-    plain = not config.select.quotas and not config.select.exploration
-    which = f"{count(found.best)} selected" if plain else f"the {count(found.best)} best ranked"
-    text = (
-        f"About {about(expected)} of {which} prompts of stage {quality.stage} are expected to belong "
-        f"among the best {count(found.best)}; chance would give {about(by_chance)}."
-    )
-    low, high = min(found.by_set.values()), max(found.by_set.values())
-    if high == 0:
-        return f"{text} On no validation set do the prompts differ by more than the noise of their influence."
-    span = decimal(low) if decimal(low) == decimal(high) else f"{decimal(low)} to {decimal(high)}"
-    return f"{text} A second scoring, from as many fresh trajectories, would correlate with this one by about {span}."
-
-
-def _drift_sentence(quality: StageQuality) -> str:
-    drift = quality.drift
-    if drift is None:
-        return "The drift of the policy was not measured."
-    low, high = (significant(1 + sign * CLIP_RANGE) for sign in (-1, 1))
-    return (
-        f"At stage {quality.stage} the stored trajectories of the median prompt count as much as "
-        f"{percent(drift.ratio_ess)} of as many fresh ones; {percent(drift.clip_share)} of the token ratios "
-        f"lie outside {low} to {high}, and the policy is {decimal(drift.kl, 3)} nats per token from the one that "
-        "sampled."
-    )
 
 
 def _error_bars(
