@@ -34,7 +34,8 @@ from cropi.gradients.groups import Group
 from cropi.gradients.surrogate_weights import SurrogateSettings
 from cropi.lab.audit.run_audit import Prompt, sample_groups
 from cropi.lab.bench.machine import describe
-from cropi.policy import Policy, encode_prompts, load_policy
+from cropi.policy import Policy, load_policy
+from cropi.prompt_encoding import encode_prompts
 from cropi.rewards.pool import judge_of
 from cropi.rewards.verifiers.exact_text import ExactVerifier
 from cropi.rollouts.generation import Sampling

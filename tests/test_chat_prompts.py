@@ -23,7 +23,7 @@ from cropi.errors import DataError, PolicyError
 from cropi.inspection import check_run
 from cropi.loading import validate_config
 from cropi.pipeline import train_all
-from cropi.policy import encode_prompts
+from cropi.prompt_encoding import encode_prompts
 from cropi.stages.collect import collect
 from cropi.stages.run import Run
 from cropi.training.stage_trainer import Staged

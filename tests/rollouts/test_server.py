@@ -23,7 +23,8 @@ from tests.stages.killed import collected_through
 from cropi.builtin import POLICY_DIR
 from cropi.config import PolicyConfig, ServerConfig
 from cropi.errors import PolicyError
-from cropi.policy import Policy, encode_prompts, load_policy
+from cropi.policy import Policy, load_policy
+from cropi.prompt_encoding import encode_prompts
 from cropi.rollouts.generation import Sampling
 from cropi.rollouts.server import ServerGenerator
 

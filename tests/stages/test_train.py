@@ -22,7 +22,8 @@ from cropi.builtin import POLICY_DIR
 from cropi.config import Config, PolicyConfig
 from cropi.errors import ArtifactError, ConfigError
 from cropi.loading import load_config
-from cropi.policy import Policy, encode_prompts, load_policy
+from cropi.policy import Policy, load_policy
+from cropi.prompt_encoding import encode_prompts
 from cropi.stages.train import TrainTask, newest_checkpoint, train_stages
 from cropi.training.grpo_settings import grpo_config
 from cropi.training.reward_log import RecordedReward, training_history

@@ -27,7 +27,8 @@ from cropi.artifacts import (
 from cropi.config import SAMPLED_BY
 from cropi.console import progress, say
 from cropi.errors import ArtifactError, DataError
-from cropi.policy import Policy, encode_prompts, trainer_prompt, uses_chat
+from cropi.policy import Policy
+from cropi.prompt_encoding import encode_prompts, trainer_prompt, uses_chat
 from cropi.rewards.verdicts import answered
 from cropi.rollouts.shards import behaviour_logprobs
 from cropi.stages.collect import make_prompt_table

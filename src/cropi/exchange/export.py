@@ -25,7 +25,8 @@ from cropi.config import Config
 from cropi.errors import ArtifactError, DataError
 from cropi.exchange.formats import TASKSET, Format, Item, named
 from cropi.exchange.rewards import facts_of
-from cropi.policy import encode_prompts, load_tokenizer, policy_location, trainer_prompt, uses_chat
+from cropi.policy import load_tokenizer, policy_location
+from cropi.prompt_encoding import encode_prompts, trainer_prompt, uses_chat
 from cropi.run_folder import RunFolder, StagePaths
 from cropi.stages.run import start_of_stage
 from cropi.training.grpo_settings import grpo_config

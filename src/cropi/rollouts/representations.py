@@ -17,7 +17,8 @@ from cropi.config import Config
 from cropi.console import progress
 from cropi.errors import ArtifactError
 from cropi.parallel import process_group
-from cropi.policy import Policy, encode_prompts, trainer_prompt, uses_chat
+from cropi.policy import Policy
+from cropi.prompt_encoding import encode_prompts, trainer_prompt, uses_chat
 
 KIND = "representations"
 ROWS = 4096  # rows of the file per write

@@ -24,8 +24,9 @@ from cropi.functional.pooling import nearest_first, principal_points
 from cropi.functional.ranking import selection_size
 from cropi.ledger import Ledger
 from cropi.parallel import Perform, RayPool, Task, process_group
-from cropi.policy import Policy, completion_logprobs, encode_prompts, longest_alike, trainer_prompt, uses_chat
+from cropi.policy import Policy, completion_logprobs, longest_alike
 from cropi.policy_copy import PolicyCopy
+from cropi.prompt_encoding import encode_prompts, trainer_prompt, uses_chat
 from cropi.rewards.pool import strict_judge
 from cropi.rewards.verdicts import Judge, answered
 from cropi.rollouts.generation import Generator, Sampling, TransformersGenerator

@@ -20,7 +20,8 @@ from cropi.gradients.score_shards import make_scorer
 from cropi.gradients.validation_groups import validation_groups
 from cropi.ledger import Ledger
 from cropi.parallel import process_group, ray_pool
-from cropi.policy import Policy, chat_warnings
+from cropi.policy import Policy
+from cropi.prompt_encoding import chat_warnings
 from cropi.prompts import data_identity, make_prompts
 from cropi.rewards.verdicts import ERROR, TIMEOUT, Judge
 from cropi.rollouts.generation import TransformersGenerator

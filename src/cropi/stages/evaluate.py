@@ -19,7 +19,8 @@ from cropi.errors import DataError
 from cropi.fsdp import in_lockstep
 from cropi.functional.bootstrap import Interval, bootstrap_mean
 from cropi.parallel import process_group
-from cropi.policy import Policy, encode_prompts, load_policy, trainer_prompt, uses_chat
+from cropi.policy import Policy, load_policy
+from cropi.prompt_encoding import encode_prompts, trainer_prompt, uses_chat
 from cropi.rewards.verdicts import Answered, Judge, answered, reward
 from cropi.rollouts.generation import Sampling, TransformersGenerator
 from cropi.run_tables import evaluation_files, keep_evaluation

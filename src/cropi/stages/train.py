@@ -19,7 +19,8 @@ from cropi.artifacts import USABLE, corrupt, finish, is_finished, open_artifact,
 from cropi.console import Progress, progress, warn
 from cropi.errors import ArtifactError, ConfigError, SignalError
 from cropi.parallel import process_group
-from cropi.policy import Policy, encode_prompts, load_policy, trainer_prompt, uses_chat
+from cropi.policy import Policy, load_policy
+from cropi.prompt_encoding import encode_prompts, trainer_prompt, uses_chat
 from cropi.run_folder import checkpoints
 from cropi.run_tables import evaluation_files, forget_evaluations
 from cropi.stages.evaluate import evaluate, evaluate_base, is_evaluated

@@ -119,7 +119,8 @@ def mixed_groups(families: Sequence[str], split: str, count: int, seed: int) -> 
     """The first `count` groups whose rewards differ; families take turns."""
     from cropi.builtin import generate
     from cropi.config import PolicyConfig
-    from cropi.policy import encode_prompts, load_policy
+    from cropi.policy import load_policy
+    from cropi.prompt_encoding import encode_prompts
     from cropi.rewards.verdicts import Answered, reward
     from cropi.rewards.verifiers.exact_text import ExactVerifier
     from cropi.rollouts.generation import Sampling, TransformersGenerator

@@ -1,0 +1,82 @@
+"""Write prompts in the words and tokens that a policy sees."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from cropi.errors import DataError, PolicyError
+from cropi.prompt_text import turn_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def uses_chat(tokenizer: PreTrainedTokenizerBase, chat: bool | None, system_prompt: str | None = None) -> bool:
+    """Whether prompts go through the chat template. PolicyError if a setting needs a template that is missing."""
+    has_template = bool(tokenizer.chat_template)
+    if system_prompt is not None and not (has_template and chat is not False):
+        raise PolicyError(
+            "a system prompt needs the tokenizer's chat template, which is missing or switched off",
+            where="prompts.system_prompt",
+            fix="leave it out, or put its text into the prompts.",
+        )
+    if chat and not has_template:
+        raise PolicyError("the tokenizer has no chat template", where="prompts.chat", fix="set prompts.chat=false.")
+    return has_template if chat is None else chat
+
+
+def chat_warnings(tokenizer: PreTrainedTokenizerBase, chat: bool | None, messages: Iterable[str]) -> list[str]:
+    """Warn of chat messages that become plain text because the tokenizer has no chat template and `chat` is unset."""
+    chats = sum(text.startswith("[") for text in messages) if chat is None and not tokenizer.chat_template else 0
+    told = (
+        f"the tokenizer has no chat template: {chats} prompts of chat messages become plain text, contents without "
+        "roles. Put chat_template.jinja beside the tokenizer, or silence this with prompts.chat=false"
+    )
+    return [told] if chats else []
+
+
+def trainer_prompt(messages: str, *, chat: bool, system_prompt: str | None) -> str | list[dict[str, Any]]:
+    """A stored prompt in the form TRL takes: a string, or a list of chat messages.
+
+    Raises DataError for messages that as plain text would lose what they hold beside roles and contents.
+    """
+    value = json.loads(messages)
+    if chat:
+        turns = [{"role": "user", "content": value}] if isinstance(value, str) else value
+        system = [{"role": "system", "content": system_prompt}] if system_prompt is not None else []
+        return system + turns
+    if isinstance(value, str):
+        return value
+    lost = sorted({key for turn in value for key in turn} - {"role", "content"})
+    if lost:
+        raise DataError(
+            f"without a chat template prompts are plain text, which has no place for the messages' {', '.join(lost)}",
+            where="prompts.chat",
+            fix="give the tokenizer a chat template, or remove these keys from the messages.",
+        )
+    return "\n".join(map(turn_text, value))
+
+
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str | list[dict[str, Any]]]
+) -> list[list[int]]:
+    """Token ids of prompts, the same that TRL's GRPOTrainer gives the model."""
+    if not prompts:
+        return []
+    if isinstance(prompts[0], str):
+        return tokenizer(text=list(prompts))["input_ids"]
+    settings = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
+    try:
+        return tokenizer.apply_chat_template(conversation=list(prompts), **settings)["input_ids"]
+    except Exception as error:  # a template is a program of the model's: it may fail in any way
+        if len(prompts) > 1:  # which of them is it?
+            for prompt in prompts:
+                encode_prompts(tokenizer, [prompt])
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise PolicyError(
+            f"the tokenizer's chat template refuses the prompt {str(prompts[0])[:120]}: {first_line}",
+            where="prompts",
+            fix="change prompts.system_prompt or the messages, or set prompts.chat=false.",
+        ) from None
