@@ -74,8 +74,9 @@ def choose_prompts(
     folder: Path,
 ) -> tuple[dict[str, int], dict[str, Any]]:
     """Write `selection.parquet` (every prompt) and `selected.jsonl` (the chosen ones, with prompt and answer)."""
-    require_signal(candidates.statuses)
     strategy = config.select.strategy
+    if strategy.collects:
+        require_signal(candidates.statuses)
     settings, size = config.select, selection_size(config.select.fraction, len(candidates))
     if strategy.takes_all:
         settings, size = settings.model_copy(update={"quotas": {}, "exploration": 0.0}), len(candidates)

@@ -1,0 +1,66 @@
+"""A trainer that reads influence in its own backward passes, and trains on the prompts that its curriculum chooses."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+import datasets
+from torch import Tensor, nn
+from torch.utils.data import Sampler
+from trl import GRPOTrainer
+
+from cropi.training.online_loop import OnlineLoop
+from cropi.training.stage_trainer import StageTrainer
+
+
+class ReadsInfluence(GRPOTrainer):
+    """Gives every generation batch's rewards and influence to an `OnlineLoop`.
+
+    Of TRL it overrides `_get_train_sampler`, and wraps `training_step` and `compute_loss`: the reader has to enclose
+    forward and backward of a micro-batch, and only the loss's inputs tell whose rows these are.
+    """
+
+    online: OnlineLoop | None = None
+    _micro_steps = 0
+    _reading: ExitStack | None = None
+
+    def _get_train_sampler(self, dataset: datasets.Dataset | None = None) -> Sampler[int]:
+        return super()._get_train_sampler(dataset) if self.online is None else self.online.sampler
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """TRL's, inside the reader during the first pass over a generation batch."""
+        if self.online is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        micro_step = self._micro_steps % (self.args.steps_per_generation * self.num_iterations)
+        self._micro_steps += 1
+        if micro_step >= self.args.steps_per_generation:  # a further iteration: the policy has moved
+            return super().training_step(model, inputs, num_items_in_batch)
+        with ExitStack() as self._reading:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        self._reading = None
+        self.online.end_micro_batch()
+        if micro_step == self.args.steps_per_generation - 1:
+            self.online.end_generation_batch(self.state.global_step)
+        return loss
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """TRL's; the loop sees which rows it is of."""
+        if self.online is not None and self._reading is not None:
+            scaler = getattr(self.accelerator, "scaler", None)
+            scale = float(scaler.get_scale()) if scaler is not None else 1.0
+            accumulated = self.current_gradient_accumulation_steps
+            self._reading.enter_context(self.online.micro_batch(inputs, accumulated, scale))
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+
+class OnlineTrainer(ReadsInfluence, StageTrainer):
+    """The trainer of `cropi run` with a curriculum."""
+
+    def _get_train_sampler(self, dataset: datasets.Dataset | None = None) -> Sampler[int]:
+        if self.online is None:
+            return StageTrainer._get_train_sampler(self, dataset)
+        self.stage_sampler = self.online.sampler
+        return self.online.sampler
