@@ -46,7 +46,8 @@ class OnlineRun:
         """The loop of a trainer, at the start of training or where a checkpoint left it."""
         run, settings, self._trainer = self._run, trainer.args, trainer
         make_representations(run, "score")
-        self._validation, self._curriculum = self._validation_pass(), self._made_curriculum()
+        self._validation = self._validation_pass()
+        self._curriculum = self._made_curriculum()
         micro_steps = run.config.train.steps_per_stage * settings.gradient_accumulation_steps
         repeats = settings.steps_per_generation * trainer.num_iterations
         shape = BatchShape(

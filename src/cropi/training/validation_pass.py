@@ -16,6 +16,7 @@ from cropi.policy import Policy, completion_logprobs
 from cropi.rewards.verdicts import Judge, answered
 from cropi.rollouts.generation import Generator, Sampling
 
+KEPT = 0.5  # weight of a round's gradients at the next round
 Due = Mapping[str, Sequence[int]]  # completions that each prompt of a validation set wants
 
 
@@ -66,8 +67,8 @@ class ValidationPass:
                 found.setdefault((name, member), []).append((ids, judgement.reward))
         groups: dict[str, list[SampledGroup]] = {name: [] for name in sorted(due)}
         for (name, member), pairs in found.items():
-            ids, rewards = zip(*pairs, strict=True)
-            groups[name].append(SampledGroup(member, self.sets[name][member].tokens, ids, rewards))
+            own, rewards = [ids for ids, _ in pairs], [reward for _, reward in pairs]
+            groups[name].append(SampledGroup(member, self.sets[name][member].tokens, own, rewards))
         return groups
 
     def differentiate(self, model: nn.Module, groups: Mapping[str, Sequence[SampledGroup]]) -> int:
@@ -76,11 +77,11 @@ class ValidationPass:
         Groups of equal rewards have no gradient. No gradient buffer, optimiser state or random state is touched.
         """
         tokens = 0
-        for place, (name, own) in enumerate(groups.items()):
+        for name, own in groups.items():
             sketch = self.sketches.get(name)
             if sketch is None:
-                sketch = self.sketches[name] = DirectionSketch(model, seed=place)
-            sketch.begin(members=len(self.sets[name]))
+                sketch = self.sketches[name] = self._sketch(model, name)
+            sketch.begin(members=len(self.sets[name]), keep=KEPT)
             for rows in self._micro_batches(own):
                 tokens += self._add(model, sketch, rows)
         return tokens
@@ -95,10 +96,12 @@ class ValidationPass:
 
     def load_state_dict(self, model: nn.Module, state: Mapping[str, Any]) -> None:
         """Go on from the sketches of a checkpoint."""
-        places = {name: place for place, name in enumerate(sorted(self.sets))}
         for name, sketch_state in state.items():
-            self.sketches[name] = DirectionSketch(model, seed=places[name])
+            self.sketches[name] = self._sketch(model, name)
             self.sketches[name].load_state_dict(sketch_state)
+
+    def _sketch(self, model: nn.Module, name: str) -> DirectionSketch:
+        return DirectionSketch(model, seed=sorted(self.sets).index(name))
 
     def _micro_batches(self, groups: Sequence[SampledGroup]) -> Iterator[list[_Row]]:
         """Rows with a non-zero advantage, longest first, at most `batch_tokens` padded tokens together."""
