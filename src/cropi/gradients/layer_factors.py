@@ -190,8 +190,9 @@ class _Meet(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.meet(grad, *ctx.saved_tensors)
-        return grad, None, *[None] * len(ctx.saved_tensors)
+        kept = ctx.saved_tensors  # once: non-reentrant checkpointing refuses a second look
+        ctx.meet(grad, *kept)
+        return grad, None, *[None] * len(kept)
 
 
 class Watch:
