@@ -185,7 +185,12 @@ class DirectionSketch:
 
     def state_dict(self) -> dict[str, Any]:
         """Return tensors and counts: the sketch is linear, test matrices come from the seed."""
-        return {"sums": self._sums, "old": self._old, "own": self._own, "counts": (self._members, self._count, self.completions)}
+        return {
+            "sums": self._sums,
+            "old": self._old,
+            "own": self._own,
+            "counts": (self._members, self._count, self.completions),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned."""
@@ -240,7 +245,9 @@ class _Directing:
             if not bool(chosen.any()):
                 continue
             if probes.exact:
-                self._sketch.add(name, half, _outer(left(torch.eye(len(probes.left), device=grad.device)), wide, chosen))
+                self._sketch.add(
+                    name, half, _outer(left(torch.eye(len(probes.left), device=grad.device)), wide, chosen)
+                )
             else:
                 self._sketch.add(f"{name}.W", half, _outer(left(probes.psi), wide, chosen))
                 self._sketch.add(f"{name}.Y", half, self._range(layer, kept, grad, right(probes.omega), chosen))

@@ -165,9 +165,7 @@ class Reader:
         """Read against new directions from now on. Drops what was not taken."""
         self.sets = tuple(directions)
         self._bases = _Bases(self._model, self._layers, directions)
-        self._watched = [
-            layer for layer in self._layers if layer.weight in self._bases or layer.bias in self._bases
-        ]
+        self._watched = [layer for layer in self._layers if layer.weight in self._bases or layer.bias in self._bases]
         self._values = torch.zeros(0, len(self.sets), 2, dtype=torch.float64)
         self._totals: dict[str, Tensor] = {}
 
