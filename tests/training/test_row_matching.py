@@ -20,12 +20,12 @@ def test_equal_completions_of_two_prompts_are_told_apart() -> None:
 def test_duplicate_prompts_share_what_differs_and_lose_what_does_not() -> None:
     known = sampled(((1,), (5,), 0), ((1,), (6,), 0), ((1,), (5,), 1), ((1,), (7,), 1))
     rows = [LossRow((1,), (completion,), False) for completion in (5, 6, 5, 7)]
-    assert match_rows(known, rows, PAD) == [None, 0, None, 1]
+    assert match_rows(known, rows, PAD) == [None, 1, None, 3]
 
 
 def test_equal_completions_of_one_group_belong_to_it() -> None:
     known = sampled(((1,), (5,), 4), ((1,), (5,), 4))
-    assert match_rows(known, [LossRow((1,), (5,), False)] * 2, PAD) == [4, 4]
+    assert match_rows(known, [LossRow((1,), (5,), False)] * 2, PAD) == [0, 1]
 
 
 def test_unknown_tokens_match_nothing() -> None:
@@ -54,4 +54,4 @@ def test_masked_and_empty_completions_are_found_by_their_ids() -> None:
     }
     rows = loss_rows(inputs, PAD)
     assert all(row.masked for row in rows)
-    assert match_rows(sampled(((4,), (7, 8), 2), ((5,), (), 3)), rows, PAD) == [2, 3]
+    assert match_rows(sampled(((4,), (7, 8), 2), ((5,), (), 3)), rows, PAD) == [0, 1]

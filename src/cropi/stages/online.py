@@ -12,6 +12,7 @@ import numpy as np
 from cropi.artifacts import open_artifact
 from cropi.curriculum.curriculum import Curriculum
 from cropi.curriculum.strategies.online import OnlineStrategy
+from cropi.functional.pooling import principal_points
 from cropi.parallel import process_group
 from cropi.prompt_encoding import encode_prompts, trainer_prompt, uses_chat
 from cropi.rollouts.generation import Sampling, TransformersGenerator
@@ -59,7 +60,7 @@ class OnlineRun:
         encoded = encode_prompts(run.setup.policy.tokenizer, [row["prompt"] for row in self._rows])
         ids = [row["prompt_id"] for row in self._rows]
         processes = process_group().size
-        loop = OnlineLoop(
+        loop = self._loop = OnlineLoop(
             curriculum=self._curriculum,
             sampler=sampler,
             reward=self._reward,
@@ -92,16 +93,16 @@ class OnlineRun:
             name: np.stack([known[f"validation/{name}", prompt.row["prompt_id"]] for prompt in prompts])
             for name, prompts in self._validation.sets.items()
         }
-        ahead = settings.gradient_accumulation_steps // (settings.steps_per_generation * self._trainer.num_iterations)
         ids = [row["prompt_id"] for row in self._rows]
+        pool_NE = np.stack([known["train", prompt_id] for prompt_id in ids])
+        every = principal_points(pool_NE, *validation.values())
+        ends = np.cumsum([len(pool_NE), *map(len, validation.values())])
+        points = dict(zip(validation, np.split(every[ends[0] :], ends[1:-1] - ends[0]), strict=True))
         return Curriculum(
-            ids,
-            np.stack([known["train", prompt_id] for prompt_id in ids]),
-            validation,
+            every[: len(pool_NE)],
+            points,
             seed=derived_seed(run.config.seed, "curriculum"),
-            group_size=settings.num_generations,
             scaling="group" if settings.scale_rewards in {"group", True} else "none",
-            lag=max(1, ahead),
             observe_only=self._observe_only,
         )
 
@@ -125,13 +126,18 @@ class OnlineRun:
     def _choose(self, batch: int, prompts: int) -> list[int]:
         """Ask the curriculum for a generation batch, and write its answer down."""
         with self._run.ledger.charge("select", stage=self._stage(self._trainer.state.global_step)):
-            places = [int(place) for place in self._curriculum.next(prompts)]
+            step = int(batch // self._batches_per_step)
+            choices = self._curriculum.next(prompts, step)
+        places = [choice.place for choice in choices]
+        places = (places * prompts)[:prompts]  # a pool smaller than a batch is repeated
+        self._loop.explained.append(choices)
         if process_group().is_main:
             line = {
                 "batch": batch,
-                "step": int(batch // self._batches_per_step),
+                "step": step,
                 "asked_at": self._trainer.state.global_step,
                 "prompt_ids": [self._rows[place]["prompt_id"] for place in places],
+                "why": [" ".join((choice.source, choice.validation_set)).strip() for choice in choices],
             }
             append_jsonl(self._run.paths.choices, line)
         return places

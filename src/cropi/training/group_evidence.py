@@ -17,12 +17,13 @@ from cropi.training.row_matching import LossRow, SampledRow, Tokens, match_rows
 
 @dataclass(frozen=True)
 class GroupOutcome:
-    """A finished group. `influence_VH`: against the two halves of each validation set's direction, if it was read."""
+    """A finished group. `influence_VCH`: of two halves of its completions, with better and worse ones in
+    both, against the two halves of each validation set's direction, if it was read."""
 
     number: int  # of the group in its generation batch
     prompt_id: str
     rewards: Sequence[float]  # of the completions that could be judged
-    influence_VH: Float[np.ndarray, "V 2"] | None
+    influence_VCH: Float[np.ndarray, "V 2 2"] | None
 
 
 @dataclass
@@ -57,11 +58,11 @@ class GroupEvidence:
             for prompt, ids, number in zip(prompts, judged.completion_ids, numbers, strict=True)
         ]
         read = [
-            (group, values)
-            for group, values in zip(match_rows(sampled, self._rows, self.pad_id), self._values, strict=True)
+            (None if place is None else first + place, values)
+            for place, values in zip(match_rows(sampled, self._rows, self.pad_id), self._values, strict=True)
         ]
         self._rows, self._values = [], []
-        judgements = list(zip(numbers, judged.prompt_ids, judged.rewards, strict=True))
+        judgements = list(zip(range(first, first + count), judged.prompt_ids, judged.rewards, strict=True))
         parts = ranks.gather((judgements, read))
         return self._outcomes([row for part in parts for row in part[0]], [row for part in parts for row in part[1]])
 
@@ -70,20 +71,19 @@ class GroupEvidence:
         judgements: Sequence[tuple[int, str, float | None]],
         read: Sequence[tuple[int | None, Float[np.ndarray, "V 2"]]],
     ) -> list[GroupOutcome]:
-        self.dropped += sum(group is None for group, _ in read)
-        values: dict[int, list[np.ndarray]] = {}
-        for group, value_VH in read:
-            if group is not None:
-                values.setdefault(group, []).append(value_VH)
+        self.dropped += sum(row is None for row, _ in read)
+        values = {row: value_VH for row, value_VH in read if row is not None}
         known = [reward for *_, reward in judgements if reward is not None]
         scale = float(np.std(known, ddof=1)) + EPSILON if self.batch_scaled and len(known) > 1 else 1.0
-        groups: dict[int, list[tuple[str, float | None]]] = {}
-        for number, prompt_id, reward in judgements:
-            groups.setdefault(number, []).append((prompt_id, reward))
+        groups: dict[int, list[tuple[int, str, float | None]]] = {}
+        for row, prompt_id, reward in judgements:
+            groups.setdefault(row // self.generations, []).append((row, prompt_id, reward))
         outcomes = []
         for number, rows in sorted(groups.items()):
-            rewards = [reward for _, reward in rows if reward is not None]
-            whole = len(rewards) == len(rows) == len(values.get(number, ()))
-            influence_VH = scale * np.sum(values[number], axis=0) if whole and len(set(rewards)) > 1 else None
-            outcomes.append(GroupOutcome(number, rows[0][0], rewards, influence_VH))
+            judged = sorted((reward, row) for row, _, reward in rows if reward is not None)
+            halves, rewards = None, [reward for *_, reward in rows if reward is not None]
+            if len(judged) == len(rows) and all(row in values for _, row in judged):
+                parts = [sum(values[row] for _, row in judged[half::2]) for half in (0, 1)]
+                halves = scale * np.stack(parts, axis=1)
+            outcomes.append(GroupOutcome(number, rows[0][1], rewards, halves))
         return outcomes

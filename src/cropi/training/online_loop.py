@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cropi.curriculum.curriculum import Curriculum
+from cropi.curriculum.curriculum import Choice, Curriculum
 from cropi.gradients.reading import Reader
 from cropi.training.curriculum_state import load_state, save_state
 from cropi.training.group_evidence import GroupEvidence
@@ -41,6 +41,7 @@ class OnlineLoop:
     differentiate: Callable[[Mapping[str, Sequence[SampledGroup]], int], None]  # `validation.differentiate`, charged
     reader: Reader | None = None  # once there are directions
     batches: int = 0  # generation batches that were observed
+    explained: list[list[Choice]] = field(default_factory=list)  # by generation batch; empty while only observing
     _rows: list[LossRow] = field(default_factory=list)
     _factor: float = 1.0
 
@@ -67,26 +68,32 @@ class OnlineLoop:
         names = list(self.validation.sketches)
         for outcome in outcomes:
             influence = None
-            if outcome.influence_VH is not None:
-                pairs = zip(names, outcome.influence_VH, strict=True)
-                influence = {name: (float(value_H[0]), float(value_H[1])) for name, value_H in pairs}
+            if outcome.influence_VCH is not None:
+                pairs = zip(names, outcome.influence_VCH, strict=True)
+                influence = {name: halves_CH.tolist() for name, halves_CH in pairs}
             if outcome.rewards:
                 self.curriculum.observe(
-                    self.place_of[outcome.prompt_id],
+                    self._choice(outcome.prompt_id),
                     outcome.rewards,
                     step=step,
-                    group=self.batches * len(outcomes) + outcome.number,
+                    group=f"{self.batches}-{outcome.number}",
                     influence=influence,
                 )
         self.batches += 1
+
+    def _choice(self, prompt_id: str) -> Choice:
+        place = self.place_of[prompt_id]
+        batch = self.explained[self.batches] if self.explained else []
+        return next((choice for choice in batch if choice.place == place), Choice(place, "uniform", ""))
 
     # -- directions ----------------------------------------------------------------------------------------------------
 
     def renew_directions(self, step: int) -> None:
         """Sample and differentiate the validation prompts that the curriculum asks for before a step."""
-        due = {name: counts for name, counts in self.curriculum.validation_due(step).items() if any(counts)}
-        if not due:
+        count = self.curriculum.validation_due(step)
+        if not count:
             return
+        due = {name: [count] * len(prompts) for name, prompts in self.validation.sets.items()}
         groups = self.sample(due, step)
         self.differentiate(groups, step)
         self._turn()
@@ -95,7 +102,8 @@ class OnlineLoop:
             for group in own:
                 values = left_out[group.member]
                 mixed = len(set(group.rewards)) > 1 and bool(torch.isfinite(values).all())
-                influence = (float(values[0]), float(values[1])) if mixed else None
+                # the halves of the prompt's own completions are not told apart here
+                influence = [(values / 2).tolist()] * 2 if mixed else None
                 self.curriculum.observe_validation(name, group.member, group.rewards, step=step, influence=influence)
 
     def _turn(self) -> None:
@@ -111,7 +119,7 @@ class OnlineLoop:
 
     def metrics(self) -> dict[str, float]:
         """Numbers for a logger."""
-        known = {f"curriculum/{name}": value for name, value in self.curriculum.metrics().items()}
+        known = {name: value for name, value in self.curriculum.metrics().items() if abs(value) < float("inf")}
         return known | {"curriculum/rows_dropped": float(self.evidence.dropped)}
 
     def save(self, folder: Path) -> None:
@@ -121,6 +129,7 @@ class OnlineLoop:
             "directions": self.validation.state_dict(),
             "choices": self.sampler.choices,
             "batches": self.batches,
+            "explained": [[asdict(choice) for choice in batch] for batch in self.explained],
             "dropped": self.evidence.dropped,
         }
         save_state(folder, state)
@@ -130,6 +139,7 @@ class OnlineLoop:
         state = load_state(folder)
         self.curriculum.load_state_dict(state["curriculum"])
         self.validation.load_state_dict(self.model, state["directions"])
+        self.explained = [[Choice(**choice) for choice in batch] for batch in state["explained"]]
         self.sampler.choices = state["choices"]
         self.batches, self.evidence.dropped = state["batches"], state["dropped"]
         self._turn()

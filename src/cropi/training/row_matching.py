@@ -46,19 +46,23 @@ def loss_rows(inputs: Mapping[str, Tensor], pad_id: int) -> list[LossRow]:
 
 
 def match_rows(sampled: Sequence[SampledRow], rows: Sequence[LossRow], pad_id: int) -> list[int | None]:
-    """Return the group of each row of the loss; None where none or several groups hold the same tokens.
+    """Return the place in `sampled` of each row of the loss; None where none or several groups hold the same tokens.
 
     Rows of one group with equal tokens are interchangeable, for influence is summed over the group.
     """
-    whole: dict[tuple[Tokens, Tokens], set[int]] = {}
-    stripped: dict[tuple[Tokens, Tokens], set[int]] = {}
-    for row in sampled:
-        whole.setdefault((row.prompt, row.completion), set()).add(row.group)
-        stripped.setdefault((row.prompt, _stripped(row.completion, pad_id)), set()).add(row.group)
-    found = []
+    whole: dict[tuple[Tokens, Tokens], list[int]] = {}
+    stripped: dict[tuple[Tokens, Tokens], list[int]] = {}
+    for place, row in enumerate(sampled):
+        whole.setdefault((row.prompt, row.completion), []).append(place)
+        stripped.setdefault((row.prompt, _stripped(row.completion, pad_id)), []).append(place)
+    found: list[int | None] = []
+    taken: set[int] = set()
     for read in rows:
-        groups = (stripped if read.masked else whole).get((read.prompt, read.completion), set())
-        found.append(next(iter(groups)) if len(groups) == 1 else None)
+        places = (stripped if read.masked else whole).get((read.prompt, read.completion), [])
+        free = [place for place in places if place not in taken]
+        alone = bool(free) and len({sampled[place].group for place in places}) == 1
+        found.append(free[0] if alone else None)
+        taken.update(free[:1] if alone else ())
     return found
 
 
