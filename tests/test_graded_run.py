@@ -109,7 +109,7 @@ def test_grades_above_1_end_the_run_before_anything_is_learned_from_them(tmp_pat
         done = cropi(command, "quickstart", *GRADED, above, cwd=tmp_path)
         assert done.returncode == 2
         assert "error: verifier: the score 1.2 is outside 0 to 1" in done.stderr
-        assert "Fix: scale its return value" in done.stderr
+        assert "Fix: scale its value" in done.stderr
     assert not list(tmp_path.glob("runs/**/part-train-*.parquet"))
 
 

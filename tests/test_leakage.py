@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cropi.artifacts import TRAJECTORIES
-from cropi.builtin import FAMILIES, generate
+from cropi.builtin import FAMILIES, difficulty, generate
 from cropi.config import ScoreConfig
 from cropi.gradients.groups import Group
 from cropi.gradients.validation_groups import one_sided, validation_groups
@@ -128,7 +128,13 @@ def test_no_built_in_family_is_reported() -> None:
     rows = []
     for family in FAMILIES:
         for name, (split, count) in sets.items():
-            problems = generate(family, split=split, count=count, seed=1, max_length=12 if family != "hop" else None)
+            problems = generate(
+                family,
+                split=split,
+                count=count,
+                seed=1,
+                level=difficulty(family, max_length=12 if family != "hop" else None),
+            )
             rows += [row(p["prompt"], name, p["prompt_id"]) for p in problems]
     assert find_leakage(rows) == Leakage((), ())
 

@@ -13,15 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cropi.artifacts import PROMPTS, write_table
-from cropi.config import (
-    BuiltinSource,
-    Config,
-    FileSource,
-    HubSource,
-    PromptsConfig,
-    ReasoningGymSource,
-    Source,
-)
+from cropi.config import BuiltinSource, Config, FileSource, HubSource, PromptsConfig, ReasoningGymSource, Source
 from cropi.console import warn
 from cropi.data_files import Row, raw_rows
 from cropi.errors import DataError
@@ -184,14 +176,14 @@ def _load_set(name: str, sources: Sequence[Source], seed: int, unusable: _Unusab
 
 def _builtin(source: BuiltinSource, set_name: str, key: str, seed: int) -> Iterator[tuple[dict[str, Any], str]]:
     """The problems of a source; `seed` is used if the source has none."""
-    from cropi.builtin import generate
+    from cropi.builtin import difficulty, generate
 
-    options = source.model_dump(exclude={"type", "families"})
-    if source.seed is None:
-        options["seed"] = seed
+    lengths = source.model_dump(include={"min_length", "max_length"})
+    options = source.model_dump(include={"count", "label_noise", "label_rule", "hint"})
+    options["seed"] = seed if source.seed is None else source.seed
     for family in source.families:
         try:
-            rows = generate(family, split=set_name.split("/")[0], **options)
+            rows = generate(family, split=set_name.split("/")[0], level=difficulty(family, **lengths), **options)
         except ValueError as error:
             raise DataError(str(error), where=key, fix="change the setting it names.") from None
         for number, row in enumerate(rows):
