@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -86,7 +86,6 @@ def checked_prompts(config: Config) -> Checked:
             key = f"prompts.{name.replace('/', '.')}"
             raise DataError("no row is left", where=key, fix="check its paths and hash_range.")
     prompts = [row for rows in loaded.values() for row in rows]
-    _check_quotas(config, prompts)
     leakage = find_leakage(prompts)
     if leakage.exact and config.prompts.leakage == "refuse":
         raise DataError(
@@ -134,17 +133,6 @@ def data_identity(config: Config) -> dict[str, str]:
             with path.open("rb") as file:
                 identity[str(path)] = hashlib.file_digest(file, "sha256").hexdigest()
     return identity
-
-
-def _check_quotas(config: Config, rows: Iterable[dict[str, Any]]) -> None:
-    known = sorted({row["source"] for row in rows if row["set"] == "train"})
-    unknown = sorted(set(config.select.quotas) - set(known))
-    if unknown:
-        raise DataError(
-            f"no training prompt has the source {unknown[0]!r}",
-            where="select.quotas",
-            fix=f"use one of: {', '.join(known)}.",
-        )
 
 
 def _load_set(name: str, sources: Sequence[Source], seed: int, unusable: _Unusable) -> list[dict[str, Any]]:

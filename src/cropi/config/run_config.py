@@ -44,8 +44,6 @@ class SelectConfig(Table):
     """Fusion of the rankings of several validation sets."""
     exploration: Fraction = 0.0
     """Share of the selection drawn at random from all prompts that the strategy did not choose."""
-    quotas: dict[str, Fraction] = Field(default={})
-    """Largest share of a selection that a source may take, by source: floor(share x size) places, at least one."""
 
     @property
     def label(self) -> str:
