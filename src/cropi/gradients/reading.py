@@ -1,0 +1,176 @@
+"""Influence read while a policy trains: the inner product of each row's gradient with directions of low rank.
+
+With G = sum_t g_t a_t^T a row's gradient of a weight and D = L R a direction of rank r,
+
+    <G, D> = sum_t <L^T g_t, R a_t>,
+
+r (n_in + n_out) multiplications a token beside the n_in n_out of the weight's own gradient. An embedding has a_t = the
+token's unit vector, so that L^T a_t is a row of L; a vector's gradient meets a vector.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from cropi.gradients.layer_taps import Layer, normalised, readable_layers, tapped
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """A matrix of low rank, left @ right."""
+
+    left: Float[Tensor, "n_out r"]
+    right: Float[Tensor, "r n_in"]
+
+
+Direction = Mapping[str, LowRank | Tensor]
+"""A direction in weight space by parameter name: a matrix as its factors, a vector as it is. A parameter that is
+missing has direction 0."""
+
+
+class Reader:
+    """Reads <gradient of a row, direction> for several directions in passes that run anyway.
+
+    `reading` encloses the forward and backward pass of a micro-batch; `take` returns what was read since. The gradient
+    is that of the loss which the pass differentiates: the caller undoes its normaliser. Rows are sequences: the first
+    dimension of every layer's output, which has tokens and width besides. A layer whose output has not, such as an
+    expert of a mixture, is not read. `exclude_unfaithful` finds what is read wrongly for any other reason.
+    """
+
+    def __init__(self, model: nn.Module, directions: Sequence[Direction]) -> None:
+        """PolicyError for a compiled model."""
+        self._layers = readable_layers(model)
+        self._count = len(directions)
+        self._matrices: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+        self._vectors: dict[str, Tensor] = {}
+        for name in sorted({name for layer in self._layers for name in layer.parameters}):
+            self._stack(name, [direction.get(name) for direction in directions])
+        self._rows: Tensor | None = None
+        self._found: list[Tensor] = []  # by layer, rows x directions
+        self._taken: list[tuple[Tensor, Tensor]] = []
+        self._totals: dict[str, Tensor] = {}  # what was read of each parameter, over all rows
+        self._missed: set[str] = set()
+
+    def _stack(self, name: str, own: Sequence[LowRank | Tensor | None]) -> None:
+        """Put the factors of all directions side by side, with the direction that each rank belongs to."""
+        matrices = [(n, part) for n, part in enumerate(own) if isinstance(part, LowRank)]
+        vectors = {n: part for n, part in enumerate(own) if not isinstance(part, LowRank | None)}
+        if matrices:
+            left = torch.cat([part.left for _, part in matrices], 1).float()
+            right = torch.cat([part.right for _, part in matrices], 0).float()
+            places = [n for n, part in matrices for _ in range(part.left.shape[1])]
+            belongs = torch.zeros(len(places), self._count, device=left.device)
+            belongs[torch.arange(len(places)), torch.tensor(places)] = 1
+            self._matrices[name] = left, right, belongs
+        if vectors:
+            zero = torch.zeros_like(next(iter(vectors.values())))
+            self._vectors[name] = torch.stack([vectors.get(n, zero) for n in range(self._count)]).float()
+
+    @contextmanager
+    def reading(self, rows: Int[Tensor, " B"]) -> Iterator[None]:
+        """Read one micro-batch, whose sequences are these rows. Encloses its forward and its backward pass."""
+        self._rows = rows
+        try:
+            with tapped([layer for layer in self._layers if self._has_direction(layer)], self):
+                yield
+            if self._found:
+                self._taken.append((rows.cpu(), torch.stack(self._found).sum(0).cpu()))
+        finally:
+            self._rows, self._found = None, []
+
+    def take(self) -> tuple[Int[Tensor, " M"], Float[Tensor, "M directions"]]:
+        """Rows and their inner products since the last call. A row that came several times has several lines."""
+        taken, self._taken = self._taken, []
+        if not taken:
+            return torch.zeros(0, dtype=torch.int64), torch.zeros(0, self._count)
+        return torch.cat([rows for rows, _ in taken]), torch.cat([values for _, values in taken])
+
+    def exclude_unfaithful(self, model: nn.Module, tolerance: float = 0.01) -> list[str]:
+        """Stop reading parameters for which the sum over rows is not <`.grad`, direction>; returns their names.
+
+        `.grad` has to be the sum of the passes that this reader has read so far, in one process. A weight that a fused
+        loss or a kernel uses without calling its layer is found by this.
+        """
+        found = []
+        for name, parameter in model.named_parameters():
+            if name not in self._totals or parameter.grad is None:
+                continue
+            expected = self._against(name, parameter.grad.float())
+            scale = parameter.grad.float().norm() * self._lengths(name)
+            if bool(((self._totals[name] - expected).abs() > tolerance * scale).any()):
+                found.append(name)
+        self._missed.update(found)
+        self._layers = [layer for layer in self._layers if not self._missed.intersection(layer.parameters)]
+        return found
+
+    def share_read(self, model: nn.Module) -> float:
+        """Share of the squared norm of the model's `.grad` that lies in parameters which were read. NaN without any.
+
+        Below one half, evidence of influence does not stand for the prompt.
+        """
+        squares = {
+            name: float(parameter.grad.float().square().sum())
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad and parameter.grad is not None
+        }
+        total = sum(squares.values())
+        read = sum(value for name, value in squares.items() if name in self._totals and name not in self._missed)
+        return read / total if total else float("nan")
+
+    def _against(self, name: str, gradient: Tensor) -> Tensor:
+        """Inner products of a parameter's gradient with the directions."""
+        if name in self._vectors:
+            return self._vectors[name] @ gradient
+        left, right, belongs = self._matrices[name]
+        return ((left * (gradient @ right.T)).sum(0)) @ belongs
+
+    def _lengths(self, name: str) -> Tensor:
+        """Norms of a parameter's directions."""
+        if name in self._vectors:
+            return self._vectors[name].norm(dim=1)
+        left, right, belongs = self._matrices[name]
+        squares = (left.T @ left) * (right @ right.T)
+        return torch.einsum("rd,rs,sd->d", belongs, squares, belongs).clamp(min=0).sqrt()
+
+    def _has_direction(self, layer: Layer) -> bool:
+        return any(name in self._matrices or name in self._vectors for name in layer.parameters)
+
+    # What a tap does
+
+    def keep(self, layer: Layer, read: Tensor) -> tuple[Tensor, ...]:
+        if layer.kind == "linear" and layer.weight in self._matrices:
+            _, right, _ = self._matrices[layer.weight]
+            return (read.float() @ right.T,)
+        return (read,) if layer.kind != "linear" else ()
+
+    def meet(self, layer: Layer, gradient: Tensor, *kept: Tensor) -> None:
+        assert self._rows is not None, "a backward pass belongs inside the block of its forward pass"
+        if gradient.dim() < 3 or len(gradient) != len(self._rows):
+            self._missed.update(layer.parameters)
+            return
+        tokens = gradient.float().flatten(1, -2)
+        if layer.weight in self._matrices:
+            self._add(layer.weight, self._matrix_products(layer.weight, layer, tokens, kept[0]))
+        elif layer.weight in self._vectors:
+            scaled = [normalised(layer, kept[0], scale).reshape(tokens.shape) for scale in self._vectors[layer.weight]]
+            self._add(layer.weight, torch.stack([(tokens * each).sum((1, 2)) for each in scaled], 1))
+        if layer.bias in self._vectors:
+            self._add(layer.bias, tokens.sum(1) @ self._vectors[layer.bias].T)
+
+    def _matrix_products(self, name: str, layer: Layer, tokens: Tensor, kept: Tensor) -> Tensor:
+        """Rows x directions."""
+        left, right, belongs = self._matrices[name]
+        if layer.kind == "embedding":  # y = s E[i]: row i of E's gradient is s times the sum of g_t over the tokens i
+            scale = float(getattr(layer.module, "embed_scale", 1.0))  # Gemma's
+            return (left[kept.flatten(1)] * (tokens @ right.T)).sum(1) @ belongs * scale
+        return ((tokens @ left) * kept.flatten(1, -2)).sum(1) @ belongs
+
+    def _add(self, name: str, values: Tensor) -> None:
+        self._totals[name] = self._totals[name] + values.sum(0) if name in self._totals else values.sum(0)
+        self._found.append(values)
