@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from tests.gradients.architectures import BUILDERS, VOCABULARY, tiny
+from tests.gradients.test_every_causal_lm import build
 from torch import Tensor, nn
 
 from cropi.errors import PolicyError
@@ -223,3 +224,38 @@ def test_frozen_weights_are_left_alone() -> None:
     directions = directions_for(model)
     ids, mask = rows_of_tokens()
     assert gap(read(model, directions, ids, mask), expected(model, directions, ids, mask, WEIGHTS)) < 1e-5
+
+
+SHARES = {
+    "llama": 1.0,
+    "qwen2": 1.0,
+    "gpt_oss": 0.7,  # experts are tensors of three dimensions
+    "qwen3_next": 0.5,
+    "qwen3_5_text": 0.7,
+    "granite": 1.0,
+    "lfm2": 0.8,  # short convolutions
+    "qwen3_moe": 0.9,
+    "falcon_h1": 0.9,
+}
+"""Least share of the squared gradient that is read, by architecture of a tiny model."""
+
+
+@pytest.mark.parametrize("kind", SHARES)
+def test_of_other_architectures_it_is_right_in_what_it_reads_and_knows_the_rest(kind: str) -> None:
+    model = build(kind)
+    directions = directions_for(model)
+    ids, mask = rows_of_tokens()
+    reader = Reader(model, directions)
+
+    def passed() -> Tensor:
+        with reader.reading(torch.arange(4)):
+            loss_of_rows(model, ids, mask, WEIGHTS).backward()
+        return reader.take()[1]
+
+    passed()
+    assert reader.exclude_unfaithful(model) == []
+    assert SHARES[kind] - 1e-6 <= reader.share_read(model) <= 1
+    whole = reader.read_parameters
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in whole)
+    assert gap(passed(), expected(model, directions, ids, mask, WEIGHTS)) < 1e-5

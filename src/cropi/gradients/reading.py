@@ -91,9 +91,10 @@ class Reader:
             return torch.zeros(0, dtype=torch.int64), torch.zeros(0, self._count)
         return torch.cat([rows for rows, _ in taken]), torch.cat([values for _, values in taken])
 
-    def exclude_unfaithful(self, model: nn.Module, tolerance: float = 0.01) -> list[str]:
+    def exclude_unfaithful(self, model: nn.Module, tolerance: float = 0.05) -> list[str]:
         """Stop reading parameters for which the sum over rows is not <`.grad`, direction>; returns their names.
 
+        An error counts beyond `tolerance` times |<g, D>| + |g| |D| / sqrt(n), its size for an unrelated direction.
         `.grad` has to be the sum of the passes that this reader has read so far, in one process. A weight that a fused
         loss or a kernel uses without calling its layer is found by this.
         """
@@ -102,12 +103,17 @@ class Reader:
             if name not in self._totals or parameter.grad is None:
                 continue
             expected = self._against(name, parameter.grad.float())
-            scale = parameter.grad.float().norm() * self._lengths(name)
-            if bool(((self._totals[name] - expected).abs() > tolerance * scale).any()):
+            by_chance = parameter.grad.float().norm() * self._lengths(name) / parameter.numel() ** 0.5
+            if bool(((self._totals[name] - expected).abs() > tolerance * (by_chance + expected.abs())).any()):
                 found.append(name)
         self._missed.update(found)
         self._layers = [layer for layer in self._layers if not self._missed.intersection(layer.parameters)]
         return found
+
+    @property
+    def read_parameters(self) -> set[str]:
+        """Names of the parameters that have been read whole so far."""
+        return set(self._totals) - self._missed
 
     def share_read(self, model: nn.Module) -> float:
         """Share of the squared norm of the model's `.grad` that lies in parameters which were read. NaN without any.
@@ -120,7 +126,7 @@ class Reader:
             if parameter.requires_grad and parameter.grad is not None
         }
         total = sum(squares.values())
-        read = sum(value for name, value in squares.items() if name in self._totals and name not in self._missed)
+        read = sum(value for name, value in squares.items() if name in self.read_parameters)
         return read / total if total else float("nan")
 
     def _against(self, name: str, gradient: Tensor) -> Tensor:
@@ -167,8 +173,11 @@ class Reader:
         """Rows x directions."""
         left, right, belongs = self._matrices[name]
         if layer.kind == "embedding":  # y = s E[i]: row i of E's gradient is s times the sum of g_t over the tokens i
+            ids = kept.flatten(1)
             scale = float(getattr(layer.module, "embed_scale", 1.0))  # Gemma's
-            return (left[kept.flatten(1)] * (tokens @ right.T)).sum(1) @ belongs * scale
+            if (padding := getattr(layer.module, "padding_idx", None)) is not None:  # autograd gives it no gradient
+                tokens = tokens * (ids != padding)[..., None]
+            return (left[ids] * (tokens @ right.T)).sum(1) @ belongs * scale
         return ((tokens @ left) * kept.flatten(1, -2)).sum(1) @ belongs
 
     def _add(self, name: str, values: Tensor) -> None:
