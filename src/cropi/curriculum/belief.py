@@ -1,0 +1,288 @@
+"""What is believed about prompts while a policy trains: their influence on a validation set, and their rewards.
+
+Letters: P points, which are the N prompts of the pool and then the validation prompts; F features of a point.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+HALF_LIFE = 16.0  # steps after which what was seen of influence counts half: the policy has moved
+REWARD_HALF_LIFE = 8.0  # the same for rewards, which training changes faster
+SPREADS = (0.25, 1.0, 4.0)  # tried: prior variance of the common part, relative to the observed slopes
+OWN_SHARES = (0.1, 0.5, 2.0)  # tried: variance of a prompt's own part, relative to the common part
+CORRELATIONS = (1.0, 0.9, 0.6, 0.3)  # tried: between what a validation prompt and a pool prompt like it give
+OWN_ERROR = 0.25  # of an observation's squared error; the rest is the mean of all, since one difference is a bad guess
+PRIOR_TRIES = 2.0  # completions that the rewards of similar prompts count for
+
+
+@dataclass(frozen=True)
+class Hyperparameters:
+    """Prior variances and the correlation of tasks, by marginal likelihood."""
+
+    spread: float  # s: weights w ~ N(0, s I)
+    own_share: float  # own effects u ~ N(0, own_share s)
+    correlation: float  # rho
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """Of the slopes f_i = x_i . w + u_i of the pool's prompts: influence per unit of learnability."""
+
+    features_NF: Float[np.ndarray, "N F"]
+    mean_F: Float[np.ndarray, " F"]
+    root_FF: Float[np.ndarray, "F F"]  # R with R R^T the covariance of w
+    trust_N: Float[np.ndarray, " N"]  # of a prompt's own observations: tau / (tau + 1 / precision); 0 if unseen
+    seen_N: Float[np.ndarray, " N"]  # their mean; 0 if unseen
+    own_variance: float  # tau, prior variance of an own effect
+    chosen: Hyperparameters
+    log_likelihood: float
+
+    def means(self) -> Float[np.ndarray, " N"]:
+        """Expected slopes."""
+        return self._given(self.features_NF @ self.mean_F)
+
+    def variances(self) -> Float[np.ndarray, " N"]:
+        """Variances of the slopes."""
+        common_N = ((self.features_NF @ self.root_FF) ** 2).sum(axis=1)
+        return (1 - self.trust_N) ** 2 * common_N + (1 - self.trust_N) * self.own_variance
+
+    def draw(self, generator: np.random.Generator) -> Float[np.ndarray, " N"]:
+        """One joint draw of all slopes."""
+        weights_F = self.mean_F + self.root_FF @ generator.standard_normal(len(self.mean_F))
+        own_N = generator.standard_normal(len(self.trust_N)) * np.sqrt((1 - self.trust_N) * self.own_variance)
+        return self._given(self.features_NF @ weights_F) + own_N
+
+    def _given(self, common_N: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
+        return (1 - self.trust_N) * common_N + self.trust_N * self.seen_N
+
+
+class InfluenceBelief:
+    """Belief about the influence of every prompt on one validation set, per unit of learnability.
+
+    Slopes are linear in features, with an effect of the prompt's own: f_i = x_i . w + u_i. A validation prompt's slope
+    is that of a second task with correlation rho: x_j . (rho w + sqrt(1 - rho^2) w') + u_j. An observation is
+    y = f + error, its variance known and doubled every `HALF_LIFE` steps. Since all age alike, a point's precision and
+    precision-weighted sum are sufficient statistics.
+    """
+
+    def __init__(self, features_PF: Float[np.ndarray, "P F"], pool: int) -> None:
+        self._features_PF, self._pool = features_PF, pool
+        points = len(features_PF)
+        self.precision_P, self.weighted_P = np.zeros(points), np.zeros(points)
+        self._step = 0
+        self._errors = np.zeros(2)  # sum and number of the squared errors of observations, ageing too
+
+    def observe(self, point: int, slope: float, squared_error: float, step: int) -> None:
+        """Add an observation of a point's slope. One that arrives late counts less by its age."""
+        self.age_to(step)
+        weight = 2.0 ** (-max(self._step - step, 0) / HALF_LIFE)
+        self._errors += weight * np.array([squared_error, 1.0])
+        smoothed = OWN_ERROR * squared_error + (1 - OWN_ERROR) * self._errors[0] / self._errors[1]
+        if smoothed <= 0:
+            return  # an error of nothing: two halves that agree to the last bit tell of no sample
+        self.precision_P[point] += weight / smoothed
+        self.weighted_P[point] += weight * slope / smoothed
+
+    def age_to(self, step: int) -> None:
+        """Let time pass."""
+        if step > self._step:
+            factor = 2.0 ** (-(step - self._step) / HALF_LIFE)
+            for sums in (self.precision_P, self.weighted_P, self._errors):
+                sums *= factor
+            self._step = step
+
+    def posterior(self) -> Posterior | None:
+        """Belief at the hyper-parameters of the largest marginal likelihood; None before any observation."""
+        seen = np.flatnonzero(self.precision_P)
+        if not len(seen):
+            return None
+        means_S = self.weighted_P[seen] / self.precision_P[seen]
+        noise_S = 1 / self.precision_P[seen]
+        excess = float((means_S**2 - noise_S).mean())
+        scale = max(excess, 0.1 * float((means_S**2).mean()), np.finfo(float).tiny)
+        grid = [
+            Hyperparameters(scale * spread, own, rho)
+            for spread, own, rho in product(SPREADS, OWN_SHARES, CORRELATIONS if (seen >= self._pool).any() else (1.0,))
+        ]
+        solved = [_Solved(self._features_PF[seen], seen >= self._pool, means_S, noise_S, each) for each in grid]
+        best = max(solved, key=lambda each: each.log_likelihood)
+        return self._of_pool(best, seen, means_S, noise_S)
+
+    def _of_pool(
+        self,
+        best: _Solved,
+        seen: Int[np.ndarray, " S"],
+        means_S: Float[np.ndarray, " S"],
+        noise_S: Float[np.ndarray, " S"],
+    ) -> Posterior:
+        own_variance = best.chosen.spread * best.chosen.own_share
+        trust_N, seen_N = np.zeros(self._pool), np.zeros(self._pool)
+        of_pool = seen < self._pool
+        trust_N[seen[of_pool]] = own_variance / (own_variance + noise_S[of_pool])
+        seen_N[seen[of_pool]] = means_S[of_pool]
+        width = self._features_PF.shape[1]
+        covariance = best.covariance()[:width, :width]
+        root = np.linalg.cholesky(covariance + 1e-12 * np.trace(covariance) / width * np.eye(width))
+        features = self._features_PF[: self._pool]
+        mean = best.mean()[:width]
+        return Posterior(features, mean, root, trust_N, seen_N, own_variance, best.chosen, best.log_likelihood)
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Arrays from which `restore` continues bit for bit."""
+        sums = {"precision": self.precision_P, "weighted": self.weighted_P, "errors": self._errors}
+        return {**{name: values.copy() for name, values in sums.items()}, "step": np.array([self._step])}
+
+    def restore(self, state: dict[str, np.ndarray]) -> None:
+        """Take over such a state."""
+        self.precision_P, self.weighted_P = state["precision"].copy(), state["weighted"].copy()
+        self._errors, self._step = state["errors"].copy(), int(state["step"][0])
+
+
+class _Solved:
+    """The posterior of (w, w') at some hyper-parameters, from S points that were seen.
+
+    y_i ~ N(z_i . (w, w'), tau + noise_i) with z = (x, 0) for the pool and (rho x, sqrt(1 - rho^2) x) for validation.
+    """
+
+    def __init__(
+        self,
+        features_SF: Float[np.ndarray, "S F"],
+        validation_S: Bool[np.ndarray, " S"],
+        means_S: Float[np.ndarray, " S"],
+        noise_S: Float[np.ndarray, " S"],
+        chosen: Hyperparameters,
+    ) -> None:
+        self.chosen = chosen
+        rho, two_tasks = chosen.correlation, chosen.correlation < 1
+        first_SF = features_SF * np.where(validation_S, rho, 1.0)[:, None]
+        parts = [first_SF]
+        if two_tasks:
+            parts.append(features_SF * np.where(validation_S, np.sqrt(1 - rho**2), 0.0)[:, None])
+        z_SD = np.concatenate(parts, axis=1)
+        weight_S = 1 / (chosen.spread * chosen.own_share + noise_S)
+        precision = np.eye(z_SD.shape[1]) / chosen.spread + z_SD.T @ (weight_S[:, None] * z_SD)
+        self._root = np.linalg.cholesky(precision)
+        target = z_SD.T @ (weight_S * means_S)
+        half = np.linalg.solve(self._root, target)
+        self._half = half
+        log_determinant = 2 * np.log(np.diag(self._root)).sum() + z_SD.shape[1] * np.log(chosen.spread)
+        quadratic = float((weight_S * means_S**2).sum() - half @ half)
+        self.log_likelihood = -0.5 * float(
+            log_determinant - np.log(weight_S).sum() + quadratic + len(means_S) * np.log(2 * np.pi)
+        )
+
+    def mean(self) -> Float[np.ndarray, " D"]:
+        found: np.ndarray = np.linalg.solve(self._root.T, self._half)
+        return found
+
+    def covariance(self) -> Float[np.ndarray, "D D"]:
+        inverse = np.linalg.inv(self._root)
+        found: np.ndarray = inverse.T @ inverse
+        return found
+
+
+class RewardBelief:
+    """Belief about the rewards of every point: a Beta distribution whose prior is what similar prompts got.
+
+    Graded rewards count as that share of a success, and their spread within a group, relative to that of verdicts of
+    the same mean, scales the variance that is expected.
+    """
+
+    def __init__(self, features_PF: Float[np.ndarray, "P F"]) -> None:
+        self._features_PF = features_PF
+        points = len(features_PF)
+        self._won_P, self._tries_P = np.zeros(points), np.zeros(points)
+        self._spread = np.zeros(2)  # sums of the variances of groups, and of verdicts with their means
+        self._step = 0
+
+    def observe(self, point: int, rewards: Float[np.ndarray, " K"], step: int) -> None:
+        """Add a group's rewards, from 0 to 1."""
+        self.age_to(step)
+        weight = 2.0 ** (-max(self._step - step, 0) / REWARD_HALF_LIFE)
+        mean = float(rewards.mean())
+        self._won_P[point] += weight * float(rewards.sum())
+        self._tries_P[point] += weight * len(rewards)
+        self._spread += weight * np.array([float(rewards.var()), mean * (1 - mean)])
+
+    def age_to(self, step: int) -> None:
+        """Let time pass."""
+        if step > self._step:
+            factor = 2.0 ** (-(step - self._step) / REWARD_HALF_LIFE)
+            for sums in (self._won_P, self._tries_P, self._spread):
+                sums *= factor
+            self._step = step
+
+    def pass_rates(self) -> Float[np.ndarray, " P"]:
+        """Expected mean reward."""
+        a_P, b_P = self._beta()
+        return a_P / (a_P + b_P)
+
+    def variances(self) -> Float[np.ndarray, " P"]:
+        """Expected variance of a reward: E[p (1 - p)] for verdicts."""
+        a_P, b_P = self._beta()
+        total_P = a_P + b_P
+        graded = self._spread[0] / self._spread[1] if self._spread[1] > 0 else 1.0
+        return graded * a_P * b_P / (total_P * (total_P + 1))
+
+    def _beta(self) -> tuple[Float[np.ndarray, " P"], Float[np.ndarray, " P"]]:
+        tries_F, won_F = self._tries_P @ self._features_PF, self._won_P @ self._features_PF
+        near_P = np.maximum(self._features_PF @ tries_F, 0.0)
+        won_P = np.clip(self._features_PF @ won_F, 0.0, near_P)
+        rate_P = (won_P + 0.5e-3) / (near_P + 1e-3)
+        return (
+            self._won_P + PRIOR_TRIES * rate_P,
+            np.maximum(self._tries_P - self._won_P, 0.0) + PRIOR_TRIES * (1 - rate_P),
+        )
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Arrays from which `restore` continues bit for bit."""
+        sums = {"won": self._won_P, "tries": self._tries_P, "spread": self._spread}
+        return {**{name: values.copy() for name, values in sums.items()}, "step": np.array([self._step])}
+
+    def restore(self, state: dict[str, np.ndarray]) -> None:
+        """Take over such a state."""
+        self._won_P, self._tries_P = state["won"].copy(), state["tries"].copy()
+        self._spread, self._step = state["spread"].copy(), int(state["step"][0])
+
+
+def kernel_features(
+    points_PE: Float[np.ndarray, "P E"], pool: int, dimensions: int = 128, *, seed: int = 0
+) -> Float[np.ndarray, "P F"]:
+    """Features whose inner products approximate exp(-|x - y|^2 / 2 h^2) (Nystroem; Williams and Seeger 2001).
+
+    h is twice the median distance of a point to its nearest other, over up to 2,000 of them. Landmarks are all points,
+    if there are no more than `dimensions`; else a random sample of the pool and of the validation prompts, half each
+    where there are as many.
+    """
+    generator = np.random.default_rng(seed)
+    sample = points_PE[np.sort(generator.permutation(len(points_PE))[:2000])]
+    squares = _squares(sample, sample) + np.diag(np.full(len(sample), np.inf))
+    nearest = np.sqrt(squares.min(axis=1)) if len(sample) > 1 else np.ones(1)
+    positive = nearest[nearest > 0]
+    width = 2 * (2 * float(np.median(positive))) ** 2 if len(positive) else 1.0
+    landmarks = points_PE[_landmarks(len(points_PE), pool, dimensions, generator)]
+    values, vectors = np.linalg.eigh(np.exp(-_squares(landmarks, landmarks) / width))
+    kept = values > 1e-8 * values.max()
+    root = vectors[:, kept] / np.sqrt(values[kept])
+    rows = (points_PE[start : start + 8192] for start in range(0, len(points_PE), 8192))
+    return np.concatenate([np.exp(-_squares(part, landmarks) / width) @ root for part in rows])
+
+
+def _landmarks(points: int, pool: int, dimensions: int, generator: np.random.Generator) -> Int[np.ndarray, " L"]:
+    if points <= dimensions:
+        return np.arange(points)
+    held_out = min(points - pool, dimensions // 2)
+    of_pool = generator.permutation(pool)[: dimensions - held_out]
+    return np.sort(np.concatenate([of_pool, pool + generator.permutation(points - pool)[:held_out]]))
+
+
+def _squares(first: Float[np.ndarray, "A E"], second: Float[np.ndarray, "B E"]) -> Float[np.ndarray, "A B"]:
+    """Squared distances."""
+    products = (first**2).sum(axis=1)[:, None] + (second**2).sum(axis=1) - 2 * first @ second.T
+    found: np.ndarray = np.maximum(products, 0.0)
+    return found
