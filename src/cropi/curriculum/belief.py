@@ -96,20 +96,19 @@ class InfluenceBelief:
                 sums *= factor
             self._step = step
 
-    def posterior(self) -> Posterior | None:
-        """Belief at the hyper-parameters of the largest marginal likelihood; None before any observation."""
+    def posterior(self, chosen: Hyperparameters | None = None) -> Posterior | None:
+        """Belief at these hyper-parameters, by default those of the largest marginal likelihood on a grid.
+
+        None before any observation.
+        """
         seen = np.flatnonzero(self.precision_P)
         if not len(seen):
             return None
         means_S = self.weighted_P[seen] / self.precision_P[seen]
         noise_S = 1 / self.precision_P[seen]
-        excess = float((means_S**2 - noise_S).mean())
-        scale = max(excess, 0.1 * float((means_S**2).mean()), np.finfo(float).tiny)
-        grid = [
-            Hyperparameters(scale * spread, own, rho)
-            for spread, own, rho in product(SPREADS, OWN_SHARES, CORRELATIONS if (seen >= self._pool).any() else (1.0,))
-        ]
-        solved = [_Solved(self._features_PF[seen], seen >= self._pool, means_S, noise_S, each) for each in grid]
+        validation_S, features_SF = seen >= self._pool, self._features_PF[seen]
+        grid = [chosen] if chosen is not None else _grid(means_S, noise_S, two_tasks=bool(validation_S.any()))
+        solved = [_Solved(features_SF, validation_S, means_S, noise_S, each) for each in grid]
         best = max(solved, key=lambda each: each.log_likelihood)
         return self._of_pool(best, seen, means_S, noise_S)
 
@@ -141,6 +140,16 @@ class InfluenceBelief:
         """Take over such a state."""
         self.precision_P, self.weighted_P = state["precision"].copy(), state["weighted"].copy()
         self._errors, self._step = state["errors"].copy(), int(state["step"][0])
+
+
+def _grid(
+    means_S: Float[np.ndarray, " S"], noise_S: Float[np.ndarray, " S"], *, two_tasks: bool
+) -> list[Hyperparameters]:
+    """Hyper-parameters to try, in the scale of the slopes that were seen."""
+    excess = float((means_S**2 - noise_S).mean())
+    scale = max(excess, 0.1 * float((means_S**2).mean()), float(np.finfo(float).tiny))
+    correlations = CORRELATIONS if two_tasks else (1.0,)
+    return [Hyperparameters(scale * spread, *rest) for spread, *rest in product(SPREADS, OWN_SHARES, correlations)]
 
 
 class _Solved:

@@ -1,0 +1,319 @@
+"""A curriculum that learns while it trains: it chooses prompts, and learns from what training does with them anyway."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Float, Int
+
+from cropi.curriculum.belief import Hyperparameters, InfluenceBelief, Posterior, RewardBelief, kernel_features
+
+UNIFORM = 0.1  # share of the places that are drawn uniformly, so that it is known what choosing gains
+GREEDY = 0.5  # of the other places: by the posterior mean; the rest by a joint draw
+COOLDOWN = 8  # steps before a prompt may be chosen again
+DIRECTION_EVERY = 16  # steps between fresh completions of the validation prompts
+DIRECTION_COMPLETIONS = 4  # of each of them
+REFIT_EVERY = 4  # steps between two choices of hyper-parameters
+ENOUGH = 8  # groups of either kind before the gain of choosing is judged
+GAIN_HALF_LIFE = 32.0  # steps
+
+Source = Literal["mean", "draw", "uniform"]
+Halves = Sequence[Sequence[float]]
+"""Inner products of a group's gradient: two halves of its completions x two halves of the direction."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A prompt that was chosen, and why."""
+
+    place: int
+    source: Source
+    validation_set: str  # empty if drawn uniformly
+
+
+class Curriculum:
+    """Chooses prompts by drawn gain = learnability x influence per unit of learnability.
+
+    Free of any trainer. `next` may be asked again before anything is observed, as loaders that fetch ahead do: prompts
+    that were drawn are not drawn again at once. A group that was observed already is ignored. Before a direction is
+    known, prompts are drawn uniformly.
+    """
+
+    def __init__(
+        self,
+        points_NE: Float[np.ndarray, "N E"],
+        validation: Mapping[str, Float[np.ndarray, "M E"]],
+        *,
+        seed: int,
+        scaling: Literal["group", "none"] = "group",
+        observe_only: bool = False,
+    ) -> None:
+        """`points_NE` represents the pool's prompts, `validation` those of each set, in the same coordinates.
+
+        `scaling` is that of the trainer's advantages: divided by the group's standard deviation, or not. With
+        `observe_only` all prompts are drawn uniformly.
+        """
+        self._pool, self._names = len(points_NE), sorted(validation)
+        self._first = dict[str, int]()
+        every = [points_NE]
+        for name in self._names:
+            self._first[name] = sum(map(len, every))
+            every.append(validation[name])
+        self._sizes = {name: len(validation[name]) for name in self._names}
+        features_PF = kernel_features(np.concatenate(every).astype(np.float64), self._pool)
+        self._rewards = RewardBelief(features_PF)
+        self._influence = {name: self._belief(features_PF, name) for name in self._names}
+        self._seed, self._scaling, self._observe_only = seed, scaling, observe_only
+        self._asked = 0  # calls of `next`
+        self._last_N = np.full(self._pool, -COOLDOWN - 1)  # step of the last draw
+        self._times_N = np.zeros(self._pool, dtype=np.int64)
+        self._seen = set[str]()
+        self._fitted: dict[str, tuple[int, Hyperparameters]] = {}  # step and choice by set
+        self._directed: int | None = None
+        self._gains: list[tuple[int, bool, float]] = []  # step, uniform, gain
+
+    def _belief(self, features_PF: Float[np.ndarray, "P F"], name: str) -> InfluenceBelief:
+        start = self._first[name]
+        rows = [*range(self._pool), *range(start, start + self._sizes[name])]
+        return InfluenceBelief(features_PF[rows], self._pool)
+
+    # Choosing
+
+    def next(self, count: int, step: int) -> list[Choice]:
+        """Choose the prompts of a batch that `step` will train on; fewer than `count` only if the pool is smaller."""
+        generator = np.random.default_rng([self._seed, self._asked])
+        self._asked += 1
+        self._age(step)
+        free_N = self._last_N < step - COOLDOWN
+        if free_N.sum() < count:
+            free_N = np.argsort(np.argsort(self._last_N, kind="stable")) < count
+        chosen = list[Choice]()
+        plans = self._plans(step, generator)
+        for _ in range(min(count, self._pool)):
+            choice = self._one(free_N, plans, generator)
+            chosen.append(choice)
+            free_N[choice.place] = False
+            self._last_N[choice.place] = step
+            self._times_N[choice.place] += 1
+        return chosen
+
+    def _plans(self, step: int, generator: np.random.Generator) -> list[tuple[str, float, dict[Source, Any]]]:
+        """(set, share of the places, gains by way of choosing) for every set with a posterior; none if uniform."""
+        if self._observe_only or self._is_no_better():
+            return []
+        learnability_P = self._learnability()
+        found = []
+        for name in self._names:
+            posterior = self._posterior(name, step)
+            if posterior is not None:
+                weight_N = learnability_P[: self._pool]
+                gains: dict[Source, Any] = {
+                    "mean": weight_N * posterior.means(),
+                    "draw": weight_N * posterior.draw(generator),
+                }
+                left = float(learnability_P[self._members(name)].mean())
+                found.append((name, left, gains))
+        return found
+
+    def _posterior(self, name: str, step: int) -> Posterior | None:
+        """Belief about a set, with hyper-parameters that are chosen anew every few steps."""
+        belief, (since, chosen) = self._influence[name], self._fitted.get(name, (0, None))
+        if chosen is not None and step - since < REFIT_EVERY:
+            return belief.posterior(chosen)
+        found = belief.posterior()
+        if found is not None:
+            self._fitted[name] = step, found.chosen
+        return found
+
+    def _one(self, free_N: Any, plans: Any, generator: np.random.Generator) -> Choice:
+        """One place: uniform, or the largest gain on a set drawn by what is left to learn there."""
+        uniform = generator.random() < UNIFORM
+        if uniform or not plans:
+            return Choice(int(generator.choice(np.flatnonzero(free_N))), "uniform", "")
+        shares = np.array([left for _, left, _ in plans])
+        name, _, gains = plans[int(generator.choice(len(plans), p=shares / shares.sum()))]
+        source: Source = "mean" if generator.random() < GREEDY else "draw"
+        return Choice(int(np.argmax(np.where(free_N, gains[source], -np.inf))), source, name)
+
+    def _learnability(self) -> Float[np.ndarray, " P"]:
+        """Expected size of the advantages: the rewards' standard deviation, or variance if they are not divided."""
+        variances_P = self._rewards.variances()
+        return np.sqrt(variances_P) if self._scaling == "group" else variances_P
+
+    def _members(self, name: str) -> Int[np.ndarray, " M"]:
+        return np.arange(self._first[name], self._first[name] + self._sizes[name])
+
+    # Learning
+
+    def observe(
+        self,
+        choice: Choice,
+        rewards: Sequence[float],
+        *,
+        step: int,
+        group: str,
+        influence: Mapping[str, Halves] | None = None,
+    ) -> None:
+        """Take a finished group of a prompt: its rewards, and its influence on each set if a direction was known.
+
+        `influence` has the inner products of the two halves of the group's gradient with the two halves of the
+        direction, in any unit that stays the same. Groups of equal rewards tell of rewards only.
+        """
+        if group in self._seen:
+            return
+        self._seen.add(group)
+        self._age(step)
+        known = np.asarray(rewards, dtype=float)
+        self._rewards.observe(choice.place, known, step)
+        if influence is None:
+            return
+        gain = 0.0
+        for name, halves in influence.items():
+            gain += self._told(self._influence[name], choice.place, known, halves, step)
+        self._gains.append((step, choice.source == "uniform", gain))
+
+    def observe_validation(
+        self, name: str, member: int, rewards: Sequence[float], *, step: int, influence: Halves | None = None
+    ) -> None:
+        """Take the fresh completions of a validation prompt: rewards, and influence without the prompt's own part."""
+        self._age(step)
+        known = np.asarray(rewards, dtype=float)
+        self._rewards.observe(self._first[name] + member, known, step)
+        if influence is not None:
+            self._told(self._influence[name], self._pool + member, known, influence, step)
+        self._directed = step
+
+    def _told(
+        self, belief: InfluenceBelief, point: int, rewards: Float[np.ndarray, " K"], halves: Halves, step: int
+    ) -> float:
+        """Turn a group's inner products into a slope with its error; returns its influence."""
+        parts = np.asarray(halves, dtype=float)  # completions x direction
+        influence = float(parts.sum(axis=0).mean())
+        variance = float(rewards.var(ddof=1)) if len(rewards) > 1 else 0.0
+        learnability = variance**0.5 if self._scaling == "group" else variance
+        if learnability > 0:
+            of_completions = (parts[0].mean() - parts[1].mean()) ** 2
+            of_direction = ((parts[:, 0].sum() - parts[:, 1].sum()) / 2) ** 2
+            error = float(of_completions + of_direction) / learnability**2
+            belief.observe(point, influence / learnability, error, step)
+        return influence
+
+    def validation_due(self, step: int) -> int:
+        """Fresh completions that each validation prompt should get now; 0 if none."""
+        due = self._directed is None or step - self._directed >= DIRECTION_EVERY
+        return DIRECTION_COMPLETIONS if due else 0
+
+    def _age(self, step: int) -> None:
+        self._rewards.age_to(step)
+        for belief in self._influence.values():
+            belief.age_to(step)
+
+    # What is known
+
+    def gain(self) -> tuple[float, float, float] | None:
+        """How many times as much a chosen group helps as one drawn uniformly, with a 95 % interval (Fieller 1954).
+
+        None before enough groups of both kinds. Groups of equal rewards help by 0. Older groups count less.
+        """
+        found = self._chosen_and_uniform()
+        return None if found is None else _ratio(*found)
+
+    def _chosen_and_uniform(self) -> tuple[float, float, float, float] | None:
+        """Mean influence of chosen groups and its variance, then the same of uniform ones."""
+        kinds = [[(step, gain) for step, uniform, gain in self._gains if uniform == kind] for kind in (False, True)]
+        if min(map(len, kinds)) < ENOUGH:
+            return None
+        now, found = max(step for step, _, _ in self._gains), list[float]()
+        for groups in kinds:
+            steps, gains = (np.array(column) for column in zip(*groups, strict=True))
+            weights = 2.0 ** (-(now - steps) / GAIN_HALF_LIFE)
+            weights /= weights.sum()
+            mean = float(weights @ gains)
+            found += [mean, float(weights**2 @ (gains - mean) ** 2) * len(gains) / (len(gains) - 1)]
+        return found[0], found[1], found[2], found[3]
+
+    def _is_no_better(self) -> bool:
+        """Whether chosen groups help less than uniform ones, by more than chance. A ratio would fail below zero."""
+        found = self._chosen_and_uniform()
+        if found is None:
+            return False
+        chosen, chosen_var, uniform, uniform_var = found
+        return chosen - uniform + 1.96 * (chosen_var + uniform_var) ** 0.5 < 0
+
+    def metrics(self) -> dict[str, float]:
+        """Numbers for a logger."""
+        found = {"curriculum/seen": float((self._times_N > 0).mean())}
+        ratio = self.gain()
+        if ratio is not None:
+            found |= {f"curriculum/gain{end}": value for end, value in zip(("", "_low", "_high"), ratio, strict=True)}
+        for name, (_, chosen) in self._fitted.items():
+            found[f"curriculum/{name}/correlation"] = chosen.correlation
+            found[f"curriculum/{name}/own_share"] = chosen.own_share
+        return found
+
+    def table(self, prompt_ids: Sequence[str]) -> pa.Table:
+        """Every prompt of the pool: times drawn, expected reward, and influence on each set with its standard error."""
+        columns: dict[str, Any] = {
+            "prompt_id": list(prompt_ids),
+            "times_drawn": self._times_N,
+            "pass_rate": self._rewards.pass_rates()[: self._pool],
+        }
+        learnability_N = self._learnability()[: self._pool]
+        for name, belief in self._influence.items():
+            posterior = belief.posterior()
+            if posterior is not None:
+                columns[f"influence/{name}"] = learnability_N * posterior.means()
+                columns[f"standard_error/{name}"] = learnability_N * np.sqrt(posterior.variances())
+        return pa.table(columns)
+
+    # State
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """Arrays from which `load_state_dict` continues bit for bit."""
+        facts = {
+            "asked": self._asked,
+            "fitted": {name: [since, asdict(chosen)] for name, (since, chosen) in self._fitted.items()},
+            "directed": self._directed,
+            "seen": sorted(self._seen),
+            "gains": self._gains,
+        }
+        found: dict[str, np.ndarray] = {"facts": np.frombuffer(json.dumps(facts).encode(), dtype=np.uint8)}
+        found |= {"last": self._last_N.copy(), "times": self._times_N.copy()}
+        found |= {f"rewards/{key}": values for key, values in self._rewards.state().items()}
+        for name, belief in self._influence.items():
+            found |= {f"influence/{name}/{key}": values for key, values in belief.state().items()}
+        return found
+
+    def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
+        """Take over such a state; choices after it are those that would have followed."""
+        facts = json.loads(state["facts"].tobytes().decode())
+        self._asked, self._directed = facts["asked"], facts["directed"]
+        self._seen = set(facts["seen"])
+        self._gains = [(step, uniform, gain) for step, uniform, gain in facts["gains"]]
+        self._last_N, self._times_N = state["last"].copy(), state["times"].copy()
+        self._rewards.restore(_below(state, "rewards/"))
+        for name, belief in self._influence.items():
+            belief.restore(_below(state, f"influence/{name}/"))
+        fitted = facts["fitted"].items()
+        self._fitted = {name: (since, Hyperparameters(**chosen)) for name, (since, chosen) in fitted}
+
+
+def _below(state: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    return {key.removeprefix(prefix): values for key, values in state.items() if key.startswith(prefix)}
+
+
+def _ratio(top: float, top_var: float, bottom: float, bottom_var: float) -> tuple[float, float, float]:
+    """top / bottom and its 95 % interval by Fieller's theorem, for independent means; unbounded if bottom may be 0."""
+    z = 1.96**2
+    ratio = top / bottom if bottom else float("inf")
+    a = bottom**2 - z * bottom_var
+    if a <= 0:
+        return ratio, float("-inf"), float("inf")
+    middle = top * bottom
+    root = np.sqrt(max(middle**2 - a * (top**2 - z * top_var), 0.0))
+    return ratio, float((middle - root) / a), float((middle + root) / a)
