@@ -11,7 +11,7 @@ from cropi.curriculum.curriculum import COOLDOWN, Choice, Curriculum, _ratio
 
 
 class World:
-    """Two kinds of prompts in two places; those of kind 0 help the validation set, those of kind 1 do what `other` says."""
+    """Two kinds of prompts in two places: those of kind 0 help the validation set, the others do what `other` says."""
 
     def __init__(self, pool: int = 80, seed: int = 0, look_alike: bool = False, other: float = -1.0) -> None:
         generator = np.random.default_rng(seed)
