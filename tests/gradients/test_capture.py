@@ -300,7 +300,7 @@ OTHERS: dict[str, Callable[[], Any]] = {
         tiny("llama"), ["q_proj"], modules_to_save=["embed_tokens"]
     ),
     "adapters and a copy of a tied embedding": lambda: with_lora(
-        tiny("llama"), ["q_proj"], "llama_tied", modules_to_save=["embed_tokens"], ensure_weight_tying=True
+        tiny("llama_tied"), ["q_proj"], modules_to_save=["embed_tokens"], ensure_weight_tying=True
     ),
     "two adapters at once": two_adapters,
     "virtual tokens": with_virtual_tokens,
