@@ -57,6 +57,14 @@ def run(folder: Path, *overrides: str, record: bool = True) -> dict[str, torch.T
     return load_file(train_stages(task, policy()) / "model.safetensors")
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
+    """The folder of a recorded training, and its weights."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    return folder, run(folder)
+
+
 def recorded(folder: Path) -> dict[tuple[int, int], list[dict[str, Any]]]:
     return {key: read_table(path, TRAJECTORIES).to_pylist() for key, path in rollout_files(folder / "rollouts").items()}
 
@@ -158,27 +166,30 @@ def test_under_mixed_precision_they_are_near_the_plain_policys(tmp_path: Path) -
         assert 1e-4 < float(differences(tmp_path, step, rows).mean()) < 0.02
 
 
-def test_recording_changes_no_weight_and_a_resumed_run_records_the_same(tmp_path: Path) -> None:
-    whole, cut = tmp_path / "whole" / "run", tmp_path / "cut" / "run"
-    weights = run(whole)
+def test_recording_changes_no_weight_and_a_resumed_run_records_the_same(
+    whole: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    (folder, weights), cut = whole, tmp_path / "cut" / "run"
     silent = run(tmp_path / "silent", record=False)
     assert not (tmp_path / "silent" / "rollouts").exists()
     assert all(torch.equal(weight, silent[name]) for name, weight in weights.items())
-    shutil.copytree(whole, cut)
+    shutil.copytree(folder, cut)
     for step in (3, 4):
         shutil.rmtree(cut / "checkpoints" / f"checkpoint-{step}")
     left = rollout_files(cut / "rollouts")
     left[3, 0, 0].unlink()  # killed in the step that wrote it
     left[2, 0, 0].write_bytes(left[1, 0, 0].read_bytes())  # of the attempt that was cut off: to be made anew
     run(cut)
-    ours, again = ({p.name: p.read_bytes() for p in (folder / "rollouts").iterdir()} for folder in (whole, cut))
-    assert len(written_rollouts(whole / "rollouts")) == STEPS
+    ours, again = ({p.name: p.read_bytes() for p in (place / "rollouts").iterdir()} for place in (folder, cut))
+    assert len(written_rollouts(folder / "rollouts")) == STEPS
     assert again == ours
 
 
 @pytest.mark.parametrize("damage", ["flip", "swap", "remove", "forgotten"])
-def test_rollouts_that_were_changed_are_not_used(damage: str, tmp_path: Path) -> None:
-    run(tmp_path)
+def test_rollouts_that_were_changed_are_not_used(
+    damage: str, whole: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    shutil.copytree(whole[0] / "rollouts", tmp_path / "rollouts")
     left = rollout_files(tmp_path / "rollouts")
     match damage:
         case "flip":
