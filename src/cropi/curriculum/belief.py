@@ -1,4 +1,4 @@
-"""What is believed about prompts while a policy trains: their influence on a validation set, and their rewards.
+"""Belief about prompts while a policy trains: their influence on a validation set, and their rewards.
 
 Letters: P points, which are the N prompts of the pool and then the validation prompts; F features of a point.
 """

@@ -216,7 +216,7 @@ class Curriculum:
     # What is known
 
     def gain(self) -> tuple[float, float, float] | None:
-        """How many times as much a chosen group helps as one drawn uniformly, with a 95 % interval (Fieller 1954).
+        """Help of a chosen group divided by that of a uniformly drawn one, with a 95 % interval (Fieller 1954).
 
         None before enough groups of both kinds. Groups of equal rewards help by 0. Older groups count less.
         """

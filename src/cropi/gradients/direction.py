@@ -30,7 +30,7 @@ from cropi.gradients.reading import Direction, LowRank
 
 @dataclass
 class _Sums:
-    """What is summed of one matrix, by part: Y (parts x n_out x k) and W (parts x l x n_in)."""
+    """Sums of one matrix, by part: Y (parts x n_out x k) and W (parts x l x n_in)."""
 
     right: Float[Tensor, "n_in k"]  # Omega
     left: Float[Tensor, "l n_out"]  # Psi
