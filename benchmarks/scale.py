@@ -7,7 +7,7 @@
     python benchmarks/scale.py table research/figures/scale.json
 
 `select`: influence on four validation sets is simulated; measured is what `cropi select` then does: four rankings,
-their fusion, the choice of a tenth with 5 % explored and a quota on one of five sources, and the selection's files.
+their fusion, the choice of a tenth with 5 % explored, and the selection's files.
 `pooled`: the same files by the strategy `pooled`, of which 13 % are observed; representations of 256 numbers.
 `store`: features are simulated; measured is writing bfloat16 features shard by shard, and
 scoring them against four validation directions as it is read back. A pool of more than
@@ -58,7 +58,7 @@ def select(size: int, folder: Path, strategy: str = "influence") -> dict[str, fl
     ids = [f"{number:016x}" for number in range(size)]
     sources = [f"source {number % 5}" for number in range(size)]
     settings = [f"select.strategy={{type: {strategy}}}", "select.fraction=0.1", "select.exploration=0.05"]
-    config: Config = load_config("quickstart", [*settings, 'select.quotas={"source 0": 0.1}'])
+    config: Config = load_config("quickstart", settings)
     rates_N = generator.integers(1, 8, size) / 8
     candidates = Candidates(
         prompt_ids=ids,

@@ -34,7 +34,7 @@ PIPELINE = ("pipeline",)
 GROUND = ("artifacts", "builtin", "config", "console", "errors", "leakage", "ledger", "policy", "rewards", "seeds",
           "run_folder", "parallel")
 OTHER_STRATEGIES = tuple(f"curriculum.strategies.{name}" for name in (
-    "dots", "full", "gaussian", "gradient_norm", "greso", "learnability", "learnalign", "mid", "mopps",
+    "dots", "full", "gaussian", "gradient_norm", "learnability", "learnalign", "mid", "mopps",
     "pass_rate", "pooled", "random", "similarity", "vcrl"))
 # fmt: on
 

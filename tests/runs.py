@@ -60,6 +60,21 @@ def cropi(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.CompletedProcess(list(arguments), code, out.getvalue(), err.getvalue())
 
 
+def cropi_ok(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run the command in this process; it must succeed."""
+    done = cropi(*arguments, cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def cropi_error(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run the command in this process; it must end with a user's error: code 2 and no traceback."""
+    done = cropi(*arguments, cwd=cwd)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
 def json_lines(path: Path) -> list[dict[str, Any]]:
     """Rows of a JSONL file that is no stream of ours."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs import SMALL, cropi, cropi_process, evaluations, json_lines, selections
+from tests.runs import SMALL, cropi, cropi_error, cropi_ok, cropi_process, evaluations, json_lines, selections
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +54,7 @@ def test_training_saw_only_the_selection_of_its_stage(finished: Path) -> None:
 
 
 def test_rewards_are_audited_on_what_the_run_collected(finished: Path) -> None:
-    done = cropi("audit-rewards", "runs/quickstart", cwd=finished)
-    assert done.returncode == 0, done.stderr
+    done = cropi_ok("audit-rewards", "runs/quickstart", cwd=finished)
     assert "384 completions, collected by the run" in done.stdout
     assert "gold answers against themselves: 70 correct" in done.stdout
 
@@ -73,25 +72,21 @@ def test_the_same_command_again_changes_nothing(finished: Path) -> None:
 @pytest.mark.slow
 def test_two_runs_with_one_seed_select_byte_identically(finished: Path, tmp_path: Path) -> None:
     for verb in (["collect"], ["score"], ["select"]):
-        done = cropi(*verb, "quickstart", *SMALL, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
+        cropi_ok(*verb, "quickstart", *SMALL, cwd=tmp_path)
     path = "runs/quickstart/selections/stage-000/selection.parquet"
     assert (tmp_path / path).read_bytes() == (finished / path).read_bytes()
 
 
 def test_a_changed_config_is_refused_with_the_difference(finished: Path) -> None:
-    done = cropi("run", "quickstart", *SMALL, "seed=7", cwd=finished)
-    assert done.returncode == 2
+    done = cropi_error("run", "quickstart", *SMALL, "seed=7", cwd=finished)
     assert "seed: 0 -> 7" in done.stderr
-    assert "Traceback" not in done.stderr
 
 
 def test_a_damaged_artifact_is_found(finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished / "runs", tmp_path / "runs")
     part = next((tmp_path / "runs/quickstart/trajectories").glob("part-*.parquet"))
     part.write_bytes(part.read_bytes()[:-20])
-    done = cropi("run", "quickstart", *SMALL, cwd=tmp_path)
-    assert done.returncode == 2
+    done = cropi_error("run", "quickstart", *SMALL, cwd=tmp_path)
     assert "checksum" in done.stderr
     assert "Fix: delete" in done.stderr
 
@@ -101,11 +96,10 @@ def test_a_changed_policy_or_data_file_is_noticed(tmp_path: Path) -> None:
 
     shutil.copytree(POLICY_DIR, tmp_path / "policy")
     command = ["collect", "quickstart", *SMALL, "policy.path=./policy"]
-    assert cropi(*command, cwd=tmp_path).returncode == 0
+    cropi_ok(*command, cwd=tmp_path)
     settings = tmp_path / "policy" / "generation_config.json"
     settings.write_text(settings.read_text() + " ")
-    done = cropi(*command, cwd=tmp_path)
-    assert done.returncode == 2
+    done = cropi_error(*command, cwd=tmp_path)
     assert "made from another policy" in done.stderr
 
 
@@ -125,11 +119,10 @@ def test_a_lost_final_evaluation_is_made_again(finished: Path, tmp_path: Path) -
     path = tmp_path / "runs/quickstart/evaluations/step-000006.parquet"
     whole = path.read_bytes()
     path.write_bytes(whole[:-30])
-    done = cropi("run", "quickstart", *SMALL, cwd=tmp_path)
-    assert done.returncode == 2
+    done = cropi_error("run", "quickstart", *SMALL, cwd=tmp_path)
     assert f"Fix: delete runs/quickstart/evaluations/{path.name}" in done.stderr
     path.unlink()
-    assert cropi("run", "quickstart", *SMALL, cwd=tmp_path).returncode == 0
+    cropi_ok("run", "quickstart", *SMALL, cwd=tmp_path)
     assert path.read_bytes() == whole
 
 
@@ -138,8 +131,7 @@ def test_a_checkpoint_from_elsewhere_is_scored_and_selected_by_itself(finished: 
     shutil.copytree(finished / "runs", tmp_path / "runs")
     other = ["--checkpoint", "runs/quickstart/checkpoints/checkpoint-6"]
     for verb in ("score", "select", "evaluate"):
-        done = cropi(verb, "quickstart", *SMALL, *other, "--json", cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
+        cropi_ok(verb, "quickstart", *SMALL, *other, "--json", cwd=tmp_path)
     assert len(list((tmp_path / "runs/quickstart/other-checkpoints").iterdir())) == 1
     assert selections(tmp_path) == selections(finished)
     early = cropi("select", "quickstart", *SMALL, "name=new", "--stage", "1", cwd=tmp_path)
@@ -150,8 +142,7 @@ def test_a_run_killed_while_it_claimed_its_folder_goes_on(tmp_path: Path) -> Non
     folder = tmp_path / "runs" / "quickstart"
     folder.mkdir(parents=True)
     (folder / ".config.json.123.part").write_text("{")
-    done = cropi("collect", "quickstart", *SMALL, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    cropi_ok("collect", "quickstart", *SMALL, cwd=tmp_path)
 
 
 def test_remote_code_is_never_run(tmp_path: Path) -> None:
@@ -187,8 +178,7 @@ def test_remote_code_is_never_run(tmp_path: Path) -> None:
     ],
 )
 def test_what_a_user_can_fix_exits_2(arguments: list[str], message: str, tmp_path: Path) -> None:
-    done = cropi(*arguments, cwd=tmp_path)
-    assert done.returncode == 2
+    done = cropi_error(*arguments, cwd=tmp_path)
     assert message in done.stderr
 
 
@@ -205,15 +195,12 @@ def test_a_model_without_tokenizer_is_refused(tmp_path: Path) -> None:
     (tmp_path / "bare").mkdir()
     for name in ("config.json", "model.safetensors"):
         shutil.copy(POLICY_DIR / name, tmp_path / "bare" / name)
-    done = cropi("run", "quickstart", "policy.path=./bare", cwd=tmp_path)
-    assert done.returncode == 2
+    done = cropi_error("run", "quickstart", "policy.path=./bare", cwd=tmp_path)
     assert "tokenizer" in done.stderr
-    assert "Traceback" not in done.stderr
 
 
 def test_no_mixed_group_is_refused_after_collection(tmp_path: Path) -> None:
-    done = cropi("run", "quickstart", *SMALL, "verifier.marker=never", cwd=tmp_path)
-    assert done.returncode == 2
+    done = cropi_error("run", "quickstart", *SMALL, "verifier.marker=never", cwd=tmp_path)
     assert "both better and worse" in done.stderr
 
 
@@ -228,8 +215,7 @@ def test_interrupt_exits_130_and_the_run_goes_on(tmp_path: Path) -> None:
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130, stderr
     assert "goes on from here" in stderr
-    done = cropi("collect", "quickstart", *SMALL, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    cropi_ok("collect", "quickstart", *SMALL, cwd=tmp_path)
 
 
 def test_a_second_interrupt_shows_no_traceback_either(tmp_path: Path) -> None:
@@ -251,8 +237,7 @@ def test_a_second_interrupt_shows_no_traceback_either(tmp_path: Path) -> None:
 
 
 def test_check_judges_real_rows_and_writes_nothing(tmp_path: Path) -> None:
-    done = cropi("check", "quickstart", *SMALL, "--json", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    done = cropi_ok("check", "quickstart", *SMALL, "--json", cwd=tmp_path)
     result = json.loads(done.stdout)
     assert result["gold_against_itself"] == {"correct": 48 + 6 + 16}
     assert result["prompts"]["train"] == 48
@@ -276,6 +261,6 @@ except SystemExit:
 def test_doctor_and_recipes_answer_in_json(tmp_path: Path) -> None:
     assert json.loads(cropi("doctor", "--json", cwd=tmp_path).stdout)["torch"]
     assert "quickstart" in json.loads(cropi("recipes", "--json", cwd=tmp_path).stdout)
-    assert cropi("recipes", "copy", "quickstart", cwd=tmp_path).returncode == 0
-    assert cropi("recipes", "copy", "quickstart", cwd=tmp_path).returncode == 2
-    assert cropi("check", "quickstart.yaml", *SMALL, cwd=tmp_path).returncode == 0
+    cropi_ok("recipes", "copy", "quickstart", cwd=tmp_path)
+    cropi_error("recipes", "copy", "quickstart", cwd=tmp_path)
+    cropi_ok("check", "quickstart.yaml", *SMALL, cwd=tmp_path)

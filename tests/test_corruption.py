@@ -14,7 +14,7 @@ import pytest
 from cropi.stages import train
 from cropi.stages.run import Run
 from cropi.streams import read_jsonl
-from tests.runs import SMALL, cropi, evaluations, selections
+from tests.runs import SMALL, cropi, cropi_error, cropi_ok, evaluations, selections
 
 RUN = Path("runs/quickstart")
 LAST = Path("checkpoints/checkpoint-6")
@@ -44,8 +44,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(train, "_evaluate", interrupted)
         assert cropi("run", "quickstart", *SETTINGS, cwd=half).returncode == 130
-    done = cropi("run", "quickstart", *SETTINGS, cwd=whole)
-    assert done.returncode == 0, done.stderr
+    cropi_ok("run", "quickstart", *SETTINGS, cwd=whole)
     return whole, half
 
 
@@ -146,8 +145,7 @@ def test_a_config_that_was_edited_is_refused_and_the_difference_shown(
     table[key.split(".")[-1]] = before / 2 if before else 1
     path.write_text(json.dumps(config))
     for command in ("run", "report", "select"):
-        done = cropi(command, str(RUN), cwd=tmp_path / "run")
-        assert done.returncode == 2, done.stdout
+        done = cropi_error(command, str(RUN), cwd=tmp_path / "run")
         assert f"{key}: {json.dumps(before)} -> " in done.stderr
 
 

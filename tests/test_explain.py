@@ -11,7 +11,7 @@ import pytest
 
 from cropi.errors import ConfigError
 from cropi.loading import load_config
-from tests.runs import SMALL, cropi
+from tests.runs import SMALL, cropi_error, cropi_ok
 
 ONE_STAGE = [
     *SMALL,
@@ -26,14 +26,12 @@ ONE_STAGE = [
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run of one stage."""
     cwd = tmp_path_factory.mktemp("run")
-    done = cropi("run", "quickstart", *ONE_STAGE, cwd=cwd)
-    assert done.returncode == 0, done.stderr
+    cropi_ok("run", "quickstart", *ONE_STAGE, cwd=cwd)
     return cwd / "runs" / "quickstart"
 
 
 def explained(*arguments: str, cwd: Path) -> list[dict]:
-    done = cropi("explain", *arguments, "--json", cwd=cwd)
-    assert done.returncode == 0, done.stderr
+    done = cropi_ok("explain", *arguments, "--json", cwd=cwd)
     return json.loads(done.stdout)["prompts"]
 
 
@@ -61,8 +59,7 @@ def test_what_is_explained_agrees_with_the_files(finished: Path, tmp_path: Path)
 
 
 def test_the_best_without_ids_and_as_text(finished: Path, tmp_path: Path) -> None:
-    done = cropi("explain", str(finished), "--top", "3", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    done = cropi_ok("explain", str(finished), "--top", "3", cwd=tmp_path)
     assert done.stdout.count("selected (influence: #") == 3
     assert "influence: #1 (sum #1)" in done.stdout
     assert len(explained(str(finished), cwd=tmp_path)) == 10
@@ -77,22 +74,18 @@ def test_the_best_without_ids_and_as_text(finished: Path, tmp_path: Path) -> Non
     ],
 )
 def test_mistakes_exit_2(finished: Path, arguments: list[str], message: str, tmp_path: Path) -> None:
-    done = cropi("explain", str(finished), *arguments, cwd=tmp_path)
-    assert done.returncode == 2
+    done = cropi_error("explain", str(finished), *arguments, cwd=tmp_path)
     assert message in done.stderr
-    assert "Traceback" not in done.stderr
 
 
 def test_a_mistyped_id_is_answered_with_the_right_one(finished: Path, tmp_path: Path) -> None:
     right = explained(str(finished), "--top", "1", cwd=tmp_path)[0]["prompt_id"]
-    done = cropi("explain", str(finished), right[:-1], cwd=tmp_path)
-    assert done.returncode == 2
+    done = cropi_error("explain", str(finished), right[:-1], cwd=tmp_path)
     assert f"did you mean '{right}'" in done.stderr
 
 
 def test_no_run_is_made_by_asking(tmp_path: Path) -> None:
-    done = cropi("explain", "quickstart", cwd=tmp_path)
-    assert done.returncode == 2
+    done = cropi_error("explain", "quickstart", cwd=tmp_path)
     assert "there is no such run" in done.stderr
     assert list(tmp_path.iterdir()) == []
 
@@ -128,8 +121,7 @@ def test_a_folder_names_its_run_wherever_it_is(finished: Path, tmp_path: Path, m
 
 def test_every_command_takes_a_folder(finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished, tmp_path / "quickstart")
-    done = cropi("report", "./quickstart", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    done = cropi_ok("report", "./quickstart", cwd=tmp_path)
     assert "report: quickstart/report.html" in done.stdout
 
 

@@ -30,7 +30,7 @@ from cropi.policy_copy import PolicyCopy
 from cropi.stages.collect import collect
 from cropi.stages.run import Run
 from cropi.stages.select import select
-from tests.runs import SMALL, cropi
+from tests.runs import SMALL, cropi_error
 
 BUILTIN = PolicyConfig(path="builtin", cpu_threads=1)
 RUN = [*SMALL, "collect.shard_prompts=8"]
@@ -227,8 +227,7 @@ def test_settings_that_workers_cannot_follow_are_refused(
 
 def test_without_ray_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    done = cropi("collect", "quickstart", "--ray", "local", cwd=tmp_path)
-    assert done.returncode == 2
+    done = cropi_error("collect", "quickstart", "--ray", "local", cwd=tmp_path)
     assert done.stderr == "error: --ray: Ray is not installed\nFix: pip install 'cropi[ray]'.\n"
     assert not (tmp_path / "runs").exists()
 

@@ -28,7 +28,7 @@ from cropi.stages.run import Run
 from cropi.stages.select import select
 from cropi.stages.train import StageCallback
 from cropi.stages.trajectories import FRESH
-from tests.runs import SMALL, cropi, evaluations, judge, selections
+from tests.runs import SMALL, cropi_ok, evaluations, judge, selections
 
 STEPS, PROMPTS, GENERATIONS = 2, 24, 4
 REFRESHED = [
@@ -281,8 +281,7 @@ def test_killed_five_times_it_ends_like_undisturbed(finished: Path, tmp_path: Pa
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
         assert process.wait(timeout=30) == -signal.SIGKILL
-    done = cropi(*command, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    cropi_ok(*command, cwd=tmp_path)
     ours = tmp_path / "runs/quickstart"
     assert selections(ours) == selections(finished)
     assert files_of_trajectories(ours) == files_of_trajectories(finished)

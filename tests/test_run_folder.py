@@ -95,11 +95,16 @@ FREE_SETTINGS = [
 ]
 
 
+CHECKPOINT = "checkpoints/checkpoint-2"
+
+
 @pytest.mark.parametrize(
-    "place",
-    ["checkpoints/checkpoint-2", "scores/stage-000", "evaluations"],
+    ("setting", "place"),
+    [
+        *((setting, CHECKPOINT) for setting in (*STAGE_SETTINGS, *FREE_SETTINGS)),
+        *((STAGE_SETTINGS[0], place) for place in ("scores/stage-000", "evaluations")),
+    ],
 )
-@pytest.mark.parametrize("setting", [*STAGE_SETTINGS, *FREE_SETTINGS])
 def test_artifacts_of_stages_know_the_settings_that_made_them(tmp_path: Path, place: str, setting: str) -> None:
     space = claimed(tmp_path, 0)
     made = space.folder / place

@@ -8,7 +8,8 @@ importance weighting completions that had no part in D:
     J(theta') - J(theta) = mean over completions of (r - mean of the others) * (pi_theta'(x) / pi_theta(x) - 1).
 
 It needs the completions that `direction.py measure --step 0` has left in its folder, writes a line for each batch to
-`improvement.jsonl` there, and goes on where it was stopped.
+`improvement.jsonl` there, and goes on where it was stopped. `--table` prints rank correlations with 95 % bootstrap
+intervals over batches, and means by kind, from the lines there.
 """
 
 import argparse
@@ -23,6 +24,8 @@ import torch
 from direction import centred
 from grpo import Group, Policy, Question, log_probs, pack
 from torch import Tensor
+
+from cropi.functional.agreement import spearman
 
 KINDS = ("two-step", "two-step", "one-step", "all", "gsm8k", "divisors")  # of batch n: KINDS[n % 6]
 PROMPTS, COMPLETIONS = 16, 8
@@ -95,19 +98,46 @@ def tried(
     return {"cosine": dot / norm / aimed, "dot": dot, "norm": norm, "change": gained, "error": error}
 
 
+def table(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rank correlation of each prediction with the change, and means by kind of batch."""
+    changes = np.array([line["change"] for line in lines])
+    generator = np.random.default_rng(0)
+    drawn = [generator.integers(0, len(lines), len(lines)) for _ in range(2000)]
+    found: list[dict[str, Any]] = []
+    for name in ("cosine", "dot", "learnability"):
+        values = np.array([line[name] for line in lines])
+        interval = np.nanquantile([spearman(values[rows], changes[rows]) for rows in drawn], [0.025, 0.975])
+        correlation = round(spearman(values, changes), 3)
+        found.append({"prediction": name, "spearman": correlation, "interval": interval.round(2).tolist()})
+    for kind in dict.fromkeys(line["kind"] for line in lines):
+        own = [line for line in lines if line["kind"] == kind]
+        means = {name: round(float(np.mean([line[name] for line in own])), 4) for name in ("cosine", "change")}
+        found.append({"kind": kind, "batches": len(own)} | means)
+    return found
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="folder of the policy")
-    parser.add_argument("--data", type=Path, required=True, help="folder written by pool.py")
+    parser.add_argument("--model", type=Path, help="folder of the policy")
+    parser.add_argument("--data", type=Path, help="folder written by pool.py")
     parser.add_argument("--output", type=Path, required=True, help="folder of `direction.py measure --step 0`")
     parser.add_argument("--batches", type=int, default=30, help="default: 30")
     parser.add_argument("--step", type=float, default=0.1, help="length of the step in weight space (default: 0.1)")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after these minutes")
-    return parser.parse_args()
+    parser.add_argument("--table", action="store_true", help="print the table of what was measured")
+    arguments = parser.parse_args()
+    if not arguments.table and (arguments.model is None or arguments.data is None):
+        parser.error("give --model and --data, or --table")
+    return arguments
 
 
 def main() -> None:
     arguments = parse_arguments()
+    log = arguments.output / "improvement.jsonl"
+    if arguments.table:
+        for line in table([json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]):
+            print(json.dumps(line))
+        return
     torch.set_num_threads(1)
     started = time.monotonic()
     policy = Policy(arguments.model, learning_rate=0.0, longest=48, seed=0)
@@ -119,7 +149,6 @@ def main() -> None:
     measured = [Group(g.question, g.completions[-MEASURED:], g.rewards[-MEASURED:]) for g in groups]
     weights = np.array([centred(group.rewards) for group in measured])
     before = sums(policy, measured)
-    log = arguments.output / "improvement.jsonl"
     done = len(log.read_text(encoding="utf-8").splitlines()) if log.exists() else 0
     for number in range(done, arguments.batches):
         if time.monotonic() - started > 60 * arguments.minutes:

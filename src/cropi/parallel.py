@@ -35,9 +35,6 @@ RESTARTS = 3  # of a Ray worker that dies, and attempts at the task that it had
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "Timed out", "timed out")
 
 
-# -- processes of this run -------------------------------------------------------------------------------------------
-
-
 def launched() -> bool:
     """Whether `torchrun`, `accelerate launch` or the like has started this process as one of several."""
     return "LOCAL_RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
@@ -119,41 +116,33 @@ class Ranks(ProcessGroup):
     def __init__(self, subgroup: Any = None, device: Any = None) -> None:
         from torch import distributed
 
-        self._subgroup, self._device = subgroup, device
+        self._torch, self._subgroup, self._device = distributed, subgroup, device
         self.rank, self.size = distributed.get_rank(subgroup), distributed.get_world_size(subgroup)
 
     def barrier(self) -> None:
         self.gather(None)
 
     def from_main(self, find: Callable[[], T]) -> T:
-        from torch import distributed
-
         found: list[Any] = [find() if self.is_main else None]
-        distributed.broadcast_object_list(found, group=self._subgroup, group_src=0)
+        self._torch.broadcast_object_list(found, group=self._subgroup, group_src=0)
         return found[0]
 
     def gather(self, value: T) -> list[T]:
-        from torch import distributed
-
         values: list[Any] = [None] * self.size
-        distributed.all_gather_object(values, value, group=self._subgroup)
+        self._torch.all_gather_object(values, value, group=self._subgroup)
         return values
 
     def add(self, tensors: Mapping[str, Tensor]) -> None:
-        from torch import distributed
-
         for name in sorted(tensors):
             wide = tensors[name].to(self._device or tensors[name].device).double()
-            distributed.all_reduce(wide, group=self._subgroup)
+            self._torch.all_reduce(wide, group=self._subgroup)
             tensors[name].copy_(wide)
 
     def copy_main(self, tensors: Mapping[str, Tensor]) -> None:
-        from torch import distributed
-
         for name in sorted(tensors):
             if tensors[name].numel():
                 same = tensors[name].to(self._device or tensors[name].device).contiguous()
-                distributed.broadcast(same, group=self._subgroup, group_src=0)
+                self._torch.broadcast(same, group=self._subgroup, group_src=0)
                 tensors[name].copy_(same)
 
     def fails_first(self) -> bool:
@@ -207,9 +196,6 @@ def end_ranks() -> None:
 def is_lost_rank(error: Exception) -> bool:
     """Whether an error says that another rank has ended, or did not answer in time."""
     return _group.size > 1 and isinstance(error, RuntimeError) and any(text in str(error) for text in _LOST)
-
-
-# -- Ray workers -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -8,20 +8,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from cropi.artifacts import PROMPTS, write_table
-from cropi.config import (
-    BuiltinSource,
-    Config,
-    FileSource,
-    HubSource,
-    PromptsConfig,
-    ReasoningGymSource,
-    Source,
-)
+from cropi.config import BuiltinSource, Config, FileSource, HubSource, PromptsConfig, ReasoningGymSource, Source
 from cropi.console import warn
 from cropi.data_files import Row, raw_rows
 from cropi.errors import DataError
@@ -94,7 +86,6 @@ def checked_prompts(config: Config) -> Checked:
             key = f"prompts.{name.replace('/', '.')}"
             raise DataError("no row is left", where=key, fix="check its paths and hash_range.")
     prompts = [row for rows in loaded.values() for row in rows]
-    _check_quotas(config, prompts)
     leakage = find_leakage(prompts)
     if leakage.exact and config.prompts.leakage == "refuse":
         raise DataError(
@@ -144,17 +135,6 @@ def data_identity(config: Config) -> dict[str, str]:
     return identity
 
 
-def _check_quotas(config: Config, rows: Iterable[dict[str, Any]]) -> None:
-    known = sorted({row["source"] for row in rows if row["set"] == "train"})
-    unknown = sorted(set(config.select.quotas) - set(known))
-    if unknown:
-        raise DataError(
-            f"no training prompt has the source {unknown[0]!r}",
-            where="select.quotas",
-            fix=f"use one of: {', '.join(known)}.",
-        )
-
-
 def _load_set(name: str, sources: Sequence[Source], seed: int, unusable: _Unusable) -> list[dict[str, Any]]:
     kept: dict[str, tuple[dict[str, Any], str]] = {}  # (row, place) by id
     for number, source in enumerate(sources):
@@ -184,14 +164,14 @@ def _load_set(name: str, sources: Sequence[Source], seed: int, unusable: _Unusab
 
 def _builtin(source: BuiltinSource, set_name: str, key: str, seed: int) -> Iterator[tuple[dict[str, Any], str]]:
     """The problems of a source; `seed` is used if the source has none."""
-    from cropi.builtin import generate
+    from cropi.builtin import difficulty, generate
 
-    options = source.model_dump(exclude={"type", "families"})
-    if source.seed is None:
-        options["seed"] = seed
+    lengths = source.model_dump(include={"min_length", "max_length"})
+    options = source.model_dump(include={"count", "label_noise", "label_rule", "hint"})
+    options["seed"] = seed if source.seed is None else source.seed
     for family in source.families:
         try:
-            rows = generate(family, split=set_name.split("/")[0], **options)
+            rows = generate(family, split=set_name.split("/")[0], level=difficulty(family, **lengths), **options)
         except ValueError as error:
             raise DataError(str(error), where=key, fix="change the setting it names.") from None
         for number, row in enumerate(rows):

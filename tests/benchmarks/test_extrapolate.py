@@ -76,13 +76,6 @@ def test_seconds_are_split_over_gpus_but_for_selection_and_the_longest_completio
     assert masks["published"] / masks["all"] == pytest.approx(2.0 / 1.5, rel=0.02)  # not the 3 / 2 of the operations
 
 
-def test_selection_beyond_what_was_measured_grows_as_it_did(rates: Measured) -> None:
-    assert rates.selecting("influence", 1_000_000) == pytest.approx(10.0)
-    assert rates.selecting("pooled", 10_000) == pytest.approx(0.02 * 20)
-    assert rates.selecting("pooled", 1000) == pytest.approx(0.02)
-    assert rates.selecting("influence", 10) == pytest.approx(1e-4)
-
-
 @pytest.mark.parametrize("plan", costs.PLANS)
 def test_at_the_limit_what_is_saved_is_what_it_costs(rates: Measured, plan: str) -> None:
     pool = break_even(MIDDLE, plan, 8, USUAL, 2.66)
@@ -91,12 +84,3 @@ def test_at_the_limit_what_is_saved_is_what_it_costs(rates: Measured, plan: str)
     assert without >= pool
     assert seconds(MIDDLE, plan, without, 8, USUAL).split_share == pytest.approx(1.66, rel=0.01)
     assert break_even(MIDDLE, plan, 8, USUAL, 1.0001) == 0  # less than the validation prompts cost
-
-
-def test_other_assumptions_are_read_or_refused() -> None:
-    assert extrapolate.assumptions(["gpu=A100", "completion_tokens=900"]) == replace(
-        USUAL, gpu="A100", completion_tokens=900
-    )
-    for change in ("gpu=abacus", "colour=1", "gpu"):
-        with pytest.raises(SystemExit, match="assumptions are gpu, training_mfu"):
-            extrapolate.assumptions([change])

@@ -4,6 +4,7 @@ from collections import Counter
 
 import pytest
 
+from cropi.builtin import difficulty
 from cropi.builtin.dataset import SPLITS, generate
 from cropi.builtin.families import FAMILIES
 
@@ -14,6 +15,9 @@ FIRST_ROW = {
     "source": "sum",
     "mislabelled": True,
 }
+
+TEN_LONG = difficulty("parity", min_length=10, max_length=10)
+SHORT = difficulty("sum", min_length=3, max_length=4, modulus=5)
 
 
 def test_the_rows_are_pinned_and_the_same_in_another_process():
@@ -54,7 +58,7 @@ def test_splits_hold_80_10_and_10_percent():
     sizes = {}
     for split in SPLITS:
         with pytest.raises(ValueError, match="found only") as caught:
-            generate("parity", split=split, count=1_025, seed=0, min_length=10, max_length=10)
+            generate("parity", split=split, count=1_025, seed=0, level=TEN_LONG)
         sizes[split] = int(str(caught.value).split("found only ")[1].split()[0])
     assert sum(sizes.values()) == 1_024
     # four standard deviations of a binomial
@@ -68,11 +72,11 @@ def test_a_small_space_names_the_knobs():
         "asked for 99 distinct 'elevator' problems in split 'train' .* raise max_length .now 2. or modulus .now 7."
     )
     with pytest.raises(ValueError, match=message):
-        generate("elevator", split="train", count=99, seed=0, min_length=2, max_length=2)
+        generate("elevator", split="train", count=99, seed=0, level=difficulty("elevator", min_length=2, max_length=2))
 
 
 def test_lengths_and_modulus_reach_the_problems():
-    rows = generate("sum", split="train", count=40, seed=0, min_length=3, max_length=4, modulus=5)
+    rows = generate("sum", split="train", count=40, seed=0, level=SHORT)
     assert {len(row["prompt"].split()) for row in rows} == {8, 9}
     assert all(row["prompt"].startswith("sum mod 5 :") for row in rows)
 

@@ -70,6 +70,17 @@ def test_ties_are_drawn_by_seed_and_stage() -> None:
     assert {chosen(1, "ac", seed=seed)[0] for seed in range(20)} == {"a", "c"}
 
 
+def test_rounding_orders_no_prompt() -> None:
+    """At the policy that sampled them all ratios are 1, but for the noise of the arithmetic."""
+    ids = [f"p{n:02}" for n in range(40)]
+    ess_N = 1 - 1e-6 * np.random.default_rng(0).random(40)
+
+    def first(noisy_N: np.ndarray) -> list[str]:
+        return prompts_to_refresh(ids, ["ok"] * 40, np.full(40, -1), np.zeros(40, bool), noisy_N, 10, seed=0, stage=1)
+
+    assert first(ess_N) == first(ess_N[::-1]) == first(np.ones(40))
+
+
 @pytest.mark.parametrize(
     ("drift", "said"),
     [

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -27,6 +28,13 @@ def launch(
 ) -> subprocess.CompletedProcess[str]:
     """Run the command to its end."""
     return finished(command(processes, *arguments, restarts=restarts), cwd=cwd, **environment)
+
+
+def launch_ok(processes: int, *arguments: str, cwd: Path, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run the command to its end; it must succeed."""
+    done = launch(processes, *arguments, cwd=cwd, **options)
+    assert done.returncode == 0, done.stderr
+    return done
 
 
 def finished(call: Sequence[str], *, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.distributed.launching import finished, launch
+from tests.distributed.launching import finished, launch, launch_ok
 from tests.runs import SMALL, evaluations, json_lines, selections
 from tests.trl.test_trainer import trained_by_two
 
@@ -66,8 +66,7 @@ class Run:
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """The run of plain data parallelism."""
     cwd = tmp_path_factory.mktemp("plain")
-    done = launch(2, "run", "quickstart", *ARGUMENTS, cwd=cwd)
-    assert done.returncode == 0, done.stderr
+    launch_ok(2, "run", "quickstart", *ARGUMENTS, cwd=cwd)
     return Run(cwd, 0)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.distributed.launching import kill_a_rank, launch
+from tests.distributed.launching import kill_a_rank, launch, launch_ok
 from tests.runs import SMALL, evaluations, selections
 
 from cropi.ledger import Ledger
@@ -50,8 +50,7 @@ MOMENTS = {
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     cwd = tmp_path_factory.mktemp("undisturbed")
-    done = launch(2, *ARGUMENTS, cwd=cwd)
-    assert done.returncode == 0, done.stderr
+    launch_ok(2, *ARGUMENTS, cwd=cwd)
     return cwd
 
 
@@ -78,8 +77,7 @@ def test_a_killed_process_ends_the_job_and_the_same_command_goes_on(
     assert code != 0
     assert errors.count("Traceback") == 1, errors  # the launcher's own
     assert not (tmp_path / RUN / "report.html").exists()
-    done = launch(2, *ARGUMENTS, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    launch_ok(2, *ARGUMENTS, cwd=tmp_path)
     same(tmp_path, undisturbed)
 
 
@@ -126,8 +124,7 @@ def test_a_full_disk_of_one_node_is_named_and_nothing_is_lost(
     assert done.stderr.count("no space left on the disk") == 1
     assert ("[process 2 of 2 on " in done.stderr) == (rank == 1)
     assert done.stderr.count("Traceback") == 1, done.stderr  # the launcher's own
-    done = launch(2, *ARGUMENTS, cwd=cwd)
-    assert done.returncode == 0, done.stderr
+    launch_ok(2, *ARGUMENTS, cwd=cwd)
     same(cwd, undisturbed, made_again=made_again)
 
 
@@ -136,8 +133,7 @@ def test_another_number_of_processes_goes_on(undisturbed: Path, tmp_path: Path) 
     moment = MOMENTS["scoring"]
     code, _ = kill_a_rank(lambda: moment(tmp_path), *ARGUMENTS, cwd=tmp_path)
     assert code != 0
-    done = launch(1, *ARGUMENTS, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    launch_ok(1, *ARGUMENTS, cwd=tmp_path)
     name = "selections/stage-000/selection.parquet"
     assert selections(tmp_path / RUN)[name] == selections(undisturbed / RUN)[name]
     assert [row["step"] for row in read_jsonl(tmp_path / RUN / "rewards.jsonl")] == list(range(6))

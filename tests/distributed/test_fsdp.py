@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from tests.distributed.launching import LAUNCHER, finished, launch
-from tests.runs import SMALL, cropi, evaluations, selections
+from tests.distributed.launching import LAUNCHER, finished, launch, launch_ok
+from tests.runs import SMALL, cropi_ok, evaluations, selections
 
 from cropi.artifacts import EVALUATION, TRAJECTORIES, read_table
 from cropi.run_tables import scores_schema
@@ -73,8 +73,7 @@ def assert_close(one: pa.Table, two: pa.Table) -> None:
 def test_the_first_stage_is_that_of_one_process(run: Path, tmp_path: Path) -> None:
     """Whose policy is whole: the same trajectories, scores but for rounding, and selection."""
     for command in ("collect", "score", "select"):
-        done = cropi(command, "quickstart", *ARGUMENTS, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
+        cropi_ok(command, "quickstart", *ARGUMENTS, cwd=tmp_path)
     assert_close(scores(tmp_path, 0), scores(run, 0))
     first = "selections/stage-000/selected.jsonl"
     assert selections(run / RUN)[first] == selections(tmp_path / RUN)[first]
@@ -91,8 +90,7 @@ def test_later_scores_are_those_of_the_whole_checkpoint(run: Path, copied: Path)
     for made in ("fresh", "fresh-validation", "scores", "selections"):
         shutil.rmtree(copied / RUN / made / "stage-001", ignore_errors=True)
     for command in ("score", "select"):
-        done = cropi(command, "runs/quickstart", "--stage", "1", cwd=copied)
-        assert done.returncode == 0, done.stderr
+        cropi_ok(command, "runs/quickstart", "--stage", "1", cwd=copied)
     for path, rows in fresh.items():
         for expected, row in zip(read_table(path, TRAJECTORIES).to_pylist(), rows, strict=True):
             assert row["completion_ids"] == expected["completion_ids"]
@@ -106,8 +104,7 @@ def test_it_learns_and_is_evaluated_as_the_checkpoint_is(run: Path, tmp_path: Pa
     assert [path.rpartition("-")[2] for path in found] == ["000002.parquet", "000004.parquet", "000006.parquet"]
     shutil.copytree(run, tmp_path / "copy")
     last = run / RUN / "checkpoints/checkpoint-6"
-    done = cropi("evaluate", "runs/quickstart", "--checkpoint", str(last), cwd=tmp_path / "copy")
-    assert done.returncode == 0, done.stderr
+    cropi_ok("evaluate", "runs/quickstart", "--checkpoint", str(last), cwd=tmp_path / "copy")
     (again,) = (tmp_path / "copy" / RUN / "other-checkpoints").glob("*/evaluations/step-000000.parquet")
     expected = read_table(again, EVALUATION).drop_columns("step")
     rows = read_table(run / RUN / "evaluations/step-000006.parquet", EVALUATION).drop_columns("step")
@@ -135,6 +132,5 @@ def rewards(cwd: Path) -> list[Any]:
 
 
 def test_on_cpus_accelerate_shards_nothing(tmp_path: Path) -> None:
-    done = launch(2, "run", "quickstart", *ARGUMENTS[:-3], cwd=tmp_path, **FSDP)
-    assert done.returncode == 0, done.stderr
+    done = launch_ok(2, "run", "quickstart", *ARGUMENTS[:-3], cwd=tmp_path, **FSDP)
     assert done.stderr.count("accelerate shards no weights on CPUs") == 1

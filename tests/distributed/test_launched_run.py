@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.distributed.launching import launch
-from tests.runs import SMALL, cropi, evaluations, json_lines, selections
+from tests.distributed.launching import launch, launch_ok
+from tests.runs import SMALL, cropi, cropi_ok, evaluations, json_lines, selections
 
 from cropi.artifacts import TRAJECTORIES, read_table
 from cropi.streams import read_jsonl
@@ -92,19 +92,16 @@ def test_a_run_of_two_is_read_and_gone_on_with_by_one(runs: list[Path], tmp_path
     shutil.copytree(runs[1].parents[1], tmp_path / "copy")
     cwd = tmp_path / "copy"
     for command in (["report"], ["explain"], ["score", "--stage", "1"]):
-        done = cropi(command[0], "runs/quickstart", *command[1:], cwd=cwd)
-        assert done.returncode == 0, done.stderr
+        cropi_ok(command[0], "runs/quickstart", *command[1:], cwd=cwd)
     shutil.rmtree(cwd / RUN / "checkpoints" / "checkpoint-6")
-    done = cropi("train", "runs/quickstart", cwd=cwd)
-    assert done.returncode == 0, done.stderr
+    cropi_ok("train", "runs/quickstart", cwd=cwd)
     assert [row["step"] for row in lines(cwd / RUN, "rewards.jsonl")] == list(range(6))
     assert list(rollout_files(cwd / RUN / "rollouts"))[-1] == (5, 0, 0)
 
 
 def test_commands_of_one_process_work_once_under_a_launcher(runs: list[Path]) -> None:
     cwd = runs[1].parents[1]
-    done = launch(2, "report", "runs/quickstart", cwd=cwd)
-    assert done.returncode == 0, done.stderr
+    done = launch_ok(2, "report", "runs/quickstart", cwd=cwd)
     assert done.stdout.count("report: runs/quickstart/report.html") == 1
     done = launch(2, "compare", "quickstart", cwd=cwd)
     assert done.returncode != 0

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from tests.distributed.launching import launch
-from tests.runs import SMALL, cropi
+from tests.runs import SMALL, cropi, cropi_ok
 
 from cropi.artifacts import write_json
 from cropi.loading import load_config
@@ -37,8 +37,7 @@ WAYS = {
 def collected(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the trajectories that all share."""
     cwd = tmp_path_factory.mktemp("collected")
-    done = cropi("collect", "quickstart", *POOL, cwd=cwd)
-    assert done.returncode == 0, done.stderr
+    cropi_ok("collect", "quickstart", *POOL, cwd=cwd)
     return cwd
 
 
@@ -54,8 +53,7 @@ def test_two_processes_score_as_one(way: str, collected: Path, tmp_path: Path) -
         else:
             done = launch(2, "score", "quickstart", *settings, cwd=cwd)
         assert done.returncode == 0, done.stderr
-        done = cropi("select", "quickstart", *settings, cwd=cwd)
-        assert done.returncode == 0, done.stderr
+        cropi_ok("select", "quickstart", *settings, cwd=cwd)
     one, two = (made(tmp_path / processes) for processes in ("1", "2"))
     assert {"scores.parquet", "selected.jsonl"} <= {path.name for path in one}
     assert two == one

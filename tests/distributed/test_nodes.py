@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from tests.runs import SMALL, cropi
+from tests.runs import SMALL, cropi_ok
 
 from cropi.ledger import Ledger
 
@@ -45,8 +45,7 @@ def test_two_launchers_make_one_run(tmp_path: Path) -> None:
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
     for command in ("collect", "score"):
-        done = cropi(command, *arguments[1:], cwd=tmp_path / "one")
-        assert done.returncode == 0, done.stderr
+        cropi_ok(command, *arguments[1:], cwd=tmp_path / "one")
     for command in ("collect", "score"):
         port = free_port()
         nodes = [node(rank, port, command, *arguments[1:], cwd=tmp_path / "two") for rank in (0, 1)]
@@ -72,8 +71,7 @@ SHARDS = 96 + 2
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """Every file of the trajectories, by name; by one process, as two make the same."""
     cwd = tmp_path_factory.mktemp("undisturbed")
-    done = cropi(*COLLECT, cwd=cwd)
-    assert done.returncode == 0, done.stderr
+    cropi_ok(*COLLECT, cwd=cwd)
     return {path.name: path.read_bytes() for path in (cwd / TRAJECTORIES).iterdir()}
 
 

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "smoll
 import pilot
 from direction import Measured, Products, Sketcher, agreement, by_spread, centred, equal, gradients
 from grpo import Group, Policy, Question, log_probs, pack
-from improvement import change
+from improvement import change, table
 from pilot import Likeness, Shuffled
 
 
@@ -151,3 +151,15 @@ def test_a_pilot_that_was_stopped_goes_on_as_if_it_had_not_been(
     whole = lines("whole", 4)
     assert [line["evaluated"] for line in whole if "evaluated" in line] == [0, 2, 4]
     assert lines("parts", 2, 4) == whole
+
+
+def test_the_table_of_improvements_by_hand() -> None:
+    changes, cosines = [0.3, 0.1, 0.2, 0.0], [0.9, 0.2, 0.5, 0.1]
+    lines = [
+        {"kind": kind, "cosine": cosine, "dot": -cosine, "learnability": 0.25 - n / 100, "change": change}
+        for n, (kind, cosine, change) in enumerate(zip("aabb", cosines, changes, strict=True))
+    ]
+    cosine, dot, learnability, first, second = table(lines)
+    assert (cosine["spearman"], dot["spearman"], learnability["spearman"]) == (1.0, -1.0, 0.8)
+    assert first == {"kind": "a", "batches": 2, "cosine": 0.55, "change": 0.2}
+    assert (second["batches"], second["change"]) == (2, 0.1)

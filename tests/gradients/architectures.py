@@ -19,7 +19,7 @@ VOCABULARY = 41
 NORMALIZERS = ["sequence", "token", "constant"]
 SETTINGS = SurrogateSettings("sequence", max_completion_length=16, temperature=0.8)
 
-_COMMON = {
+COMMON = {
     "vocab_size": VOCABULARY,
     "hidden_size": 16,
     "intermediate_size": 24,
@@ -55,7 +55,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
 def tiny(name: str, *, seed: int = 0, **changes: Any) -> transformers.PreTrainedModel:
     """A policy in float64 whose norm scales and biases are neither 1 nor 0."""
     prefix, settings = ARCHITECTURES[name]
-    settings = _COMMON | settings | changes
+    settings = COMMON | settings | changes
     text = "Text" if prefix == "Gemma3" else ""
     if prefix == "GPTNeoX":
         settings = {key: value for key, value in settings.items() if key not in {"head_dim", "num_key_value_heads"}}
@@ -74,15 +74,20 @@ def perturbed(model: Any) -> Any:
     return model
 
 
-def tiny_lora() -> Any:
-    """A frozen Llama with adapters on all of its linear layers but the head."""
+def with_lora(model: Any, targets: Any = "all-linear", **settings: Any) -> Any:
+    """Freeze the model and add adapters, in the model's dtype, to the named linear layers or to all but the head."""
     peft = pytest.importorskip("peft")
-    model = peft.get_peft_model(tiny("llama"), peft.LoraConfig(r=3, target_modules="all-linear", task_type="CAUSAL_LM"))
+    config = peft.LoraConfig(target_modules=targets, task_type="CAUSAL_LM", **{"r": 2} | settings)
+    adapted = peft.get_peft_model(model, config)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:  # zero at the start, which would hide the gradient of A
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name or "lora_embedding" in name:  # zero at the start, which would hide the gradient of A
                 parameter.normal_(std=0.3)
-    return model.double().eval()
+    return adapted.to(next(model.parameters()).dtype).eval()
+
+
+def tiny_lora() -> Any:
+    return with_lora(tiny("llama"), r=3)
 
 
 def draw_group(prompt: int, lengths: list[int], *, seed: int, on_policy: bool = False) -> Group:

@@ -180,12 +180,13 @@ def test_weights_that_do_not_act_are_refused(estimator: Any) -> None:
         Scorer(only_an_adapter_out_of_use_is_trainable(), SETTINGS, ScorerOptions(estimator=estimator))
 
 
-def test_reference_refuses_a_policy_that_has_diverged() -> None:
+@pytest.mark.parametrize("estimator", ["exact", "reference"])
+def test_a_policy_that_has_diverged_is_refused(estimator: Any) -> None:
     model = tiny("llama")
     with torch.no_grad():
         model.model.norm.weight[3] = torch.nan
     with pytest.raises(PolicyError, match="not finite"):
-        Scorer(model, SETTINGS, ScorerOptions(estimator="reference"))
+        Scorer(model, SETTINGS, ScorerOptions(estimator=estimator))
 
 
 @pytest.mark.parametrize(

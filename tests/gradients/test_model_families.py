@@ -10,7 +10,16 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tests.gradients.architectures import GROUPS, SETTINGS, VOCABULARY, draw_group, perturbed, relative_gap
+from tests.gradients.architectures import (
+    COMMON,
+    GROUPS,
+    SETTINGS,
+    VOCABULARY,
+    draw_group,
+    perturbed,
+    relative_gap,
+    with_lora,
+)
 from tests.gradients.footprint import check_unchanged, state
 from torch import Tensor, nn
 
@@ -23,21 +32,7 @@ from cropi.gradients.influence_scorer import ScorerOptions
 from cropi.gradients.reference import prompt_gradient
 from cropi.policy import Policy, weights_identity
 
-TEXT: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-    "bos_token_id": None,
-    "eos_token_id": 1,
-    "pad_token_id": None,
-    "initializer_range": 0.3,
-    "tie_word_embeddings": True,
-}
+TEXT = COMMON | {"hidden_size": 32, "initializer_range": 0.3}
 VISION = {
     "hidden_size": 16,
     "intermediate_size": 24,
@@ -186,16 +181,6 @@ FAMILIES: dict[str, Callable[[], Any]] = {
 }
 
 Gradients = dict[str, Tensor]
-
-
-def with_lora(model: Any, targets: Any = "all-linear") -> Any:
-    peft = pytest.importorskip("peft")
-    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM"))
-    with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.3)
-    return adapted.to(next(model.parameters()).dtype).eval()
 
 
 def oracle(model: Any, group: Group) -> Gradients:

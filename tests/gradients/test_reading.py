@@ -1,4 +1,4 @@
-"""Influence read in a backward pass against autograd, one sequence at a time, with directions of full rank."""
+"""Influence read in a backward pass against autograd, one row at a time."""
 
 from __future__ import annotations
 
@@ -7,151 +7,255 @@ from typing import Any
 
 import pytest
 import torch
-from tests.gradients.architectures import BUILDERS, VOCABULARY
-from tests.gradients.test_model_families import text, with_lora
-from torch import Tensor
+from tests.gradients.architectures import BUILDERS, VOCABULARY, tiny
+from tests.gradients.test_every_causal_lm import build
+from torch import Tensor, nn
 
 from cropi.errors import PolicyError
-from cropi.gradients.direction import Direction, DirectionSketch
-from cropi.gradients.reading import Reader
+from cropi.gradients.reading import Direction, LowRank, Reader
 
-MODELS: dict[str, Callable[[], Any]] = {
-    name: BUILDERS[name] for name in ("llama", "llama_tied", "qwen2", "qwen3", "gemma2", "gemma3", "gpt_neox")
-} | {
-    "llama, LoRA": lambda: BUILDERS["llama_lora"]().float(),
-    "granite": text("Granite", logits_scaling=8.0, embedding_multiplier=3.0, attention_multiplier=0.3),
-    "gemma3, LoRA": lambda: with_lora(BUILDERS["gemma3"]()),
-    "qwen2, LoRA": lambda: with_lora(BUILDERS["qwen2"]()),
-}
-PROMPT, LENGTHS, WEIGHTS = 3, [9, 4, 6], [1.0, -0.7, 0.4]
+Loss = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
+SIDES = ("left", "right")
 
 
-def rows_of_tokens(seed: int = 0) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(2, VOCABULARY, (length,), generator=generator) for length in LENGTHS]
+def rows_of_tokens(lengths: tuple[int, ...] = (9, 5, 2, 7), side: str = "right") -> tuple[Tensor, Tensor]:
+    """Random ids and mask, padded on one side."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(2, VOCABULARY, (len(lengths), max(lengths)), generator=generator)
+    places = torch.arange(max(lengths)).expand(len(lengths), -1)
+    sizes = torch.tensor(lengths)[:, None]
+    mask = places < sizes if side == "right" else places >= max(lengths) - sizes
+    return ids * mask, mask.long()
 
 
-def loss_of(model: Any, rows: list[Tensor], weights: list[float], left: bool = False) -> Tensor:
-    """-sum of weighted log-probabilities of the tokens after the prompt, over padded rows."""
-    width = max(len(row) for row in rows)
-    ids, mask = torch.zeros(len(rows), width, dtype=torch.long), torch.zeros(len(rows), width)
-    begins = [width - len(row) if left else 0 for row in rows]
-    for b, (row, begin) in enumerate(zip(rows, begins, strict=True)):
-        ids[b, begin : begin + len(row)], mask[b, begin : begin + len(row)] = row, 1
-    positions = (mask.cumsum(1) - 1).clamp_min(0).long()
-    out = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
-    table = out.logits.log_softmax(-1)
-    terms = [
-        weight * table[b, begin + PROMPT - 1 : begin + len(row) - 1].gather(1, row[PROMPT:, None]).sum()
-        for b, (row, begin, weight) in enumerate(zip(rows, begins, weights, strict=True))
-    ]
-    return -torch.stack(terms).sum()
+def loss_of_rows(model: nn.Module, ids: Tensor, mask: Tensor, weights: Tensor) -> Tensor:
+    """sum_b w_b sum_t log pi(x_t), over real tokens."""
+    logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1].float()
+    chosen = logits.log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
+    return (chosen * mask[:, 1:] * mask[:, :-1] * weights[:, None]).sum()
 
 
-def gradients(model: Any, row: Tensor, weight: float) -> dict[str, Tensor]:
+WEIGHTS = torch.tensor([1.0, -2.0, 0.5, 1.5])
+
+
+def directions_for(model: nn.Module, count: int = 2, rank: int | None = None) -> list[Direction]:
+    """Random directions over all trainable parameters; of full rank unless `rank` says otherwise."""
+    generator = torch.Generator().manual_seed(1)
+
+    def drawn(parameter: Tensor) -> LowRank | Tensor:
+        if parameter.dim() == 1:
+            return torch.randn(parameter.shape, generator=generator)
+        full = torch.randn(parameter.shape, generator=generator)
+        if rank is None:
+            return LowRank(torch.eye(len(full)), full)
+        return LowRank(torch.randn(len(full), rank, generator=generator), full[:rank])
+
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    return [{name: drawn(p) for name, p in named} for _ in range(count)]
+
+
+def inner(direction: Direction, gradients: dict[str, Tensor]) -> float:
+    total = 0.0
+    for name, gradient in gradients.items():
+        part = direction[name]
+        dense = part.left @ part.right if isinstance(part, LowRank) else part
+        total += float((dense.double() * gradient.double()).sum())
+    return total
+
+
+def expected(model: nn.Module, directions: list[Direction], ids: Tensor, mask: Tensor, weights: Tensor) -> Tensor:
+    """By autograd, one row at a time."""
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    found = torch.autograd.grad(loss_of(model, [row], [weight]), list(named.values()), allow_unused=True)
-    return {n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(named.items(), found, strict=True)}
+    found = []
+    for n in range(len(ids)):
+        loss = loss_of_rows(model, ids[n : n + 1], mask[n : n + 1], weights[n : n + 1])
+        grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+        own = {name: g for name, g in zip(named, grads, strict=True) if g is not None}
+        found.append([inner(direction, own) for direction in directions])
+    return torch.tensor(found)
 
 
-def whole(model: Any, seed: int = 5) -> dict[str, Tensor]:
-    """Two different halves: gradients of other sequences."""
-    one, two = (gradients(model, row, 1.0) for row in rows_of_tokens(seed)[:2])
-    return {name: torch.stack([one[name], two[name]]) for name in one}
+def read(model: nn.Module, directions: list[Direction], ids: Tensor, mask: Tensor, weights: Tensor = WEIGHTS) -> Tensor:
+    reader = Reader(model, directions)
+    with reader.reading(torch.arange(len(ids))):
+        loss_of_rows(model, ids, mask, weights).backward()
+    assert reader.exclude_unfaithful(model) == []
+    assert reader.share_read(model) == pytest.approx(1)
+    rows, values = reader.take()
+    assert rows.tolist() == list(range(len(ids)))
+    return values
 
 
-def expected(model: Any, target: dict[str, Tensor], names: Any) -> Tensor:
-    found = [gradients(model, row, weight) for row, weight in zip(rows_of_tokens(), WEIGHTS, strict=True)]
-    return torch.stack(
-        [sum((target[n].double() * g[n].double()).flatten(1).sum(1) for n in names) for g in found]  # type: ignore[misc]
-    )
+def gap(found: Tensor, wanted: Tensor) -> float:
+    return float((found - wanted).norm() / wanted.norm())
 
 
-def close(found: Tensor, right: Tensor, tolerance: float = 1e-5) -> bool:
-    return float((found - right).abs().max()) < tolerance * float(right.abs().max())
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("name", BUILDERS)
+def test_it_equals_autograd_row_by_row(name: str, side: str) -> None:
+    model = BUILDERS[name]().float()
+    directions = directions_for(model)
+    ids, mask = rows_of_tokens(side=side)
+    found = read(model, directions, ids, mask)
+    assert gap(found, expected(model, directions, ids, mask, WEIGHTS)) < 1e-5
 
 
-@pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
-@pytest.mark.parametrize("name", MODELS)
-def test_equal_to_autograd(name: str, left: bool) -> None:
-    model = MODELS[name]().float()
-    target = whole(model)
-    reader = Reader(model, {"a": Direction.whole(target), "b": Direction.whole({n: -g for n, g in target.items()})})
-    assert not reader.unread
-    with reader.reading([2, 0, 1]):
-        loss_of(model, rows_of_tokens(), WEIGHTS, left).backward()
-    coverage = reader.measure()
-    found = reader.take()
-    right = expected(model, target, reader.read)
-    assert close(found[[2, 0, 1], 0], right)
-    assert torch.allclose(found[:, 0], -found[:, 1])
-    assert coverage.share == pytest.approx(1.0, abs=1e-5)
-    assert coverage.factor == pytest.approx(1.0, abs=1e-4)
-    assert not len(reader.take())
+def test_low_ranks_of_several_directions_are_told_apart() -> None:
+    model = tiny("llama_tied").float()
+    directions = directions_for(model, 3, rank=2)
+    directions[1] = {name: part for name, part in directions[1].items() if "mlp" in name}  # others are 0 there
+    ids, mask = rows_of_tokens()
+    missing = {name: torch.zeros(p.shape) for name, p in model.named_parameters() if "mlp" not in name}
+    whole = [directions[0], directions[1] | missing, directions[2]]
+    found = read(model, directions, ids, mask)
+    assert gap(found, expected(model, whole, ids, mask, WEIGHTS)) < 1e-5
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointing(reentrant: bool) -> None:
-    model = MODELS["qwen3"]().float()
-    target = whole(model)
-    right = expected(model, target, target)
-    model.train().gradient_checkpointing_enable({"use_reentrant": reentrant})
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_changes_nothing(reentrant: bool) -> None:
+    model = tiny("qwen3").float()
+    directions = directions_for(model)
+    ids, mask = rows_of_tokens()
+    plain = read(model, directions, ids, mask)
+    model.zero_grad()
+    model.train()
     model.enable_input_require_grads()
-    reader = Reader(model, {"a": Direction.whole(target)})
-    for row in range(3):  # micro-batches of one
-        with reader.reading([row], scale=2.0):
-            (2 * loss_of(model, [rows_of_tokens()[row]], [WEIGHTS[row]])).backward()
-    assert close(reader.take()[:, 0], right)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    torch.testing.assert_close(read(model, directions, ids, mask), plain, rtol=1e-5, atol=1e-6)
 
 
-def test_autocast() -> None:
-    model = MODELS["llama"]().float()
-    target = whole(model)
-    reader = Reader(model, {"a": Direction.whole(target)})
-    with reader.reading(range(3)):
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = loss_of(model, rows_of_tokens(), WEIGHTS)
+def test_micro_batches_and_repeated_rows_add_up() -> None:
+    model = tiny("llama").float()
+    directions = directions_for(model)
+    ids, mask = rows_of_tokens()
+    whole = read(model, directions, ids, mask)
+    reader = Reader(model, directions)
+    for part in (torch.tensor([2, 0]), torch.tensor([1, 3])):
+        with reader.reading(part):
+            loss_of_rows(model, ids[part], mask[part], WEIGHTS[part]).backward()
+    rows, values = reader.take()
+    assert rows.tolist() == [2, 0, 1, 3]
+    torch.testing.assert_close(values, whole[rows], rtol=1e-5, atol=1e-6)
+    assert len(reader.take()[0]) == 0
+
+
+def test_training_is_the_same_with_and_without_it() -> None:
+    """Gradients, and the random state, bit for bit."""
+    ids, mask = rows_of_tokens()
+    gradients = []
+    for reads in (False, True):
+        model = tiny("gemma2").float()
+        reader = Reader(model, directions_for(model))
+        torch.manual_seed(3)
+        if reads:
+            with reader.reading(torch.arange(len(ids))):
+                loss_of_rows(model, ids, mask, WEIGHTS).backward()
+        else:
+            loss_of_rows(model, ids, mask, WEIGHTS).backward()
+        gradients.append([*(p.grad for p in model.parameters()), torch.rand(1)])
+        assert not any(module._forward_hooks for module in model.modules())
+    assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
+
+
+def test_autocast_in_bfloat16_is_near() -> None:
+    model = tiny("llama").float()
+    directions = directions_for(model)
+    ids, mask = rows_of_tokens()
+    exact = expected(model, directions, ids, mask, WEIGHTS)
+    reader = Reader(model, directions)
+    with reader.reading(torch.arange(4)), torch.autocast("cpu", torch.bfloat16):
+        loss = loss_of_rows(model, ids, mask, WEIGHTS)
         loss.backward()
-    assert close(reader.take()[:, 0], expected(model, target, target), 0.05)
+    found = reader.take()[1]
+    assert gap(found, exact) < 0.05
+    assert found.dtype == torch.float32
 
 
-def test_misuse_is_an_error() -> None:
-    model = MODELS["llama"]().float()
-    reader = Reader(model, {"a": Direction.whole(whole(model))})
-    with pytest.raises(RuntimeError, match="inside the block"), reader.reading(range(3)):
-        loss = loss_of(model, rows_of_tokens(), WEIGHTS)
-    with pytest.raises(RuntimeError, match="must enclose the backward"):
-        loss.backward()
-    with pytest.raises(ValueError, match="row numbers"), reader.reading([0]):
-        loss_of(model, rows_of_tokens(), WEIGHTS)
-    with pytest.raises(PolicyError, match=r"torch\.compile"):
-        Reader(torch.compile(model), {})
+class InPlace(nn.Module):
+    """Writes into a layer's output, reads one weight directly, and calls one layer twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.twice, self.direct = (nn.Linear(4, 4) for _ in range(3))
+        self.flat = nn.Linear(4, 4, bias=False)
+
+    def forward(self, read_BTI: Tensor) -> Tensor:
+        out = self.first(read_BTI)
+        out.mul_(2).add_(1)
+        out = self.twice(torch.tanh(self.twice(out)))
+        out = out + self.flat(out.reshape(-1, 4)).reshape(out.shape)
+        return nn.functional.linear(out, self.direct.weight) + self.direct(out)
 
 
-@pytest.mark.parametrize("checkpointing", [None, True, False], ids=["plain", "reentrant", "non-reentrant"])
-@pytest.mark.parametrize("name", ["llama_tied", "qwen2, LoRA"])
-def test_direction_is_the_mean_gradient(name: str, checkpointing: bool | None) -> None:
-    model = MODELS[name]().float()
-    rows = rows_of_tokens(7)
-    each = [gradients(model, row, 1.0) for row in rows]
-    if checkpointing is not None:
-        model.train().gradient_checkpointing_enable({"use_reentrant": checkpointing})
-    sketch = DirectionSketch(model, rank=64, width=64)
-    sketch.begin(3)
-    state = torch.get_rng_state()
-    with sketch.directing([0, 1, 2], [0, 1, 0]) as backward:
-        backward(loss_of(sketch.model, rows, [1.0] * 3))
-    assert torch.equal(torch.get_rng_state(), state)
-    assert all(p.grad is None for p in model.parameters())
-    found = sketch.direction()
-    for n in each[0]:
-        mean = sum(g[n] for g in each) / 3  # type: ignore[misc]
-        half = 2 * each[1][n] / 3
-        got = found.vectors[n] if n in found.vectors else found.left[n] @ found.halves[n] @ found.right[n]
-        assert float((got.mean(0) - mean).norm()) < 1e-4 * float(mean.norm()), n
-        if n in found.vectors:
-            assert float((got[1] - half).norm()) < 1e-4 * float(half.norm()), n
-    loo = sketch.leave_one_out()
-    for m in range(3):
-        others = sum((each[m][n] * each[j][n]).sum() for j in range(3) if j != m for n in each[0]) / 2
-        assert float(loo[m].mean()) == pytest.approx(float(others), rel=1e-3)
+def test_what_cannot_be_read_is_found_and_told() -> None:
+    torch.manual_seed(0)
+    model, read_BTI = InPlace(), torch.randn(3, 5, 4)
+    names = [name for name, _ in model.named_parameters()]
+    directions = directions_for(model, 1)
+    reader = Reader(model, directions)
+
+    def passed() -> None:
+        with reader.reading(torch.arange(3)):
+            model(read_BTI).square().sum().backward()
+
+    passed()
+    assert reader.exclude_unfaithful(model) == ["direct.weight"]
+    squares = {name: float(p.grad.square().sum()) for name, p in model.named_parameters()}
+    whole = {"first.weight", "first.bias", "twice.weight", "twice.bias", "direct.bias"}
+    assert set(names) - whole == {"direct.weight", "flat.weight"}
+    share = sum(squares[name] for name in whole) / sum(squares.values())
+    assert reader.share_read(model) == pytest.approx(share, rel=1e-5)
+    reader.take()
+    passed()  # now without the layer of the direct weight
+    total = reader.take()[1].sum()
+    known = {name: p.grad / 2 for name, p in model.named_parameters() if name in whole - {"direct.bias"}}
+    assert float(total) == pytest.approx(inner(directions[0], known), rel=1e-4)
+
+
+def test_a_compiled_model_is_refused() -> None:
+    with pytest.raises(PolicyError, match="compiled model ignores taps"):
+        Reader(torch.compile(nn.Linear(2, 2)), [{}])
+
+
+def test_frozen_weights_are_left_alone() -> None:
+    model: Any = tiny("llama").float()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("layers.1" in name)
+    directions = directions_for(model)
+    ids, mask = rows_of_tokens()
+    assert gap(read(model, directions, ids, mask), expected(model, directions, ids, mask, WEIGHTS)) < 1e-5
+
+
+SHARES = {
+    "llama": 1.0,
+    "qwen2": 1.0,
+    "gpt_oss": 0.7,  # experts are tensors of three dimensions
+    "qwen3_next": 0.5,
+    "qwen3_5_text": 0.7,
+    "granite": 1.0,
+    "lfm2": 0.8,  # short convolutions
+    "qwen3_moe": 0.9,
+    "falcon_h1": 0.9,
+}
+"""Least share of the squared gradient that is read, by architecture of a tiny model."""
+
+
+@pytest.mark.parametrize("kind", SHARES)
+def test_of_other_architectures_it_is_right_in_what_it_reads_and_knows_the_rest(kind: str) -> None:
+    model = build(kind)
+    directions = directions_for(model)
+    ids, mask = rows_of_tokens()
+    reader = Reader(model, directions)
+
+    def passed() -> Tensor:
+        with reader.reading(torch.arange(4)):
+            loss_of_rows(model, ids, mask, WEIGHTS).backward()
+        return reader.take()[1]
+
+    passed()
+    assert reader.exclude_unfaithful(model) == []
+    assert SHARES[kind] - 1e-6 <= reader.share_read(model) <= 1
+    whole = reader.read_parameters
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in whole)
+    assert gap(passed(), expected(model, directions, ids, mask, WEIGHTS)) < 1e-5

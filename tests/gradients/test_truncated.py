@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from tests.runs import SMALL, cropi
+from tests.runs import SMALL, cropi_ok
 from trl import GRPOConfig, GRPOTrainer
 
 from cropi.artifacts import OK, TRAJECTORIES, TRUNCATED, read_table, write_table
@@ -157,8 +157,7 @@ def test_fresh_completions_are_masked_alike() -> None:
 def test_a_run_scores_by_what_its_trainer_learns_from(tmp_path: Path) -> None:
     masked = [*SMALL, "collect.max_completion_length=4", "trainer.mask_truncated_completions=true"]
     for command in ("collect", "score"):
-        done = cropi(command, "quickstart", *masked, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
+        cropi_ok(command, "quickstart", *masked, cwd=tmp_path)
     [run] = (tmp_path / "runs").iterdir()
     [path] = run.glob("scores/*/scores.parquet")
     scored = {row["prompt_id"]: row for row in read_table(path, scores_schema(["sum"])).to_pylist()}

@@ -208,29 +208,12 @@ def outcomes(fabricate, sources, size, **settings):
     ranking = Ranking(values_N, np.ones(len(ids), dtype=bool), "influence", {})
     select = {"strategy": {"type": "influence"}, "fraction": 0.5, **settings}
     space = fabricate(prompts=len(ids), settings={"select": select}, stages_selected=0, stages_scored=1, trained=False)
-    chosen = choose(candidates, ranking, size, space.config.select.exploration, space.config.select.quotas)
+    chosen = choose(candidates, ranking, size, space.config.select.exploration)
     rows = selection_table(candidates, ranking, chosen).to_pylist()
     folder = space.stages.selection(0)
     write_table(folder / "selection.parquet", rows, SELECTION)
     finish(folder, "selection", inputs={}, counts={}, details={"asked_for": size})
     return [found.stages[0].outcome for found in explained(space, *ids).values()]
-
-
-QUOTA = "but the quota of its source was used up"
-
-
-def test_a_used_up_quota_is_the_reason_above_the_cut_only(fabricate):
-    # The first two (then x is full), the fourth and the fifth: the third was passed over, the sixth came too late.
-    first, second, third, fourth, fifth, sixth = outcomes(fabricate, list("xxxyyy"), 4, quotas={"x": 0.5})
-    assert [text for text in (first, second, fourth, fifth) if not text.startswith("selected (influence")] == []
-    assert third == f"ranked 3, {QUOTA}"
-    assert sixth == "ranked 6, cut at 5"
-
-
-def test_places_left_over_are_due_to_quotas(fabricate):
-    first, *others = outcomes(fabricate, list("xxxx"), 2, quotas={"x": 0.25})
-    assert first == "selected (influence: #1)"
-    assert others == [f"ranked {rank}, {QUOTA}" for rank in (2, 3, 4)]
 
 
 def test_explored_prompts_do_not_move_the_cut(fabricate):
@@ -253,7 +236,7 @@ def test_explored_prompts_do_not_move_the_cut(fabricate):
 )
 def test_why_a_prompt_has_no_rank(status, pass_rate, strategy, reason):
     row = {"selected": False, "rank": None, "status": status, "pass_rate": pass_rate}
-    assert outcome(row, Cut(3, 6, short=False), strategy) == reason
+    assert outcome(row, Cut(3, 6), strategy) == reason
 
 
 # -- text and JSON -----------------------------------------------------------------------------------------------------

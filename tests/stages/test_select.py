@@ -116,11 +116,6 @@ def test_a_fraction_means_what_is_written() -> None:
     ]
 
 
-def test_quota_caps_a_source() -> None:
-    taken = chosen(FullStrategy(type="full"), 4, quotas={"x": 0.25})
-    assert taken == ["a", "d", "e"]
-
-
 def test_an_empty_selection_is_an_error() -> None:
     with pytest.raises(SignalError, match="none of the 6 prompts qualifies"):
         chosen(PassRateStrategy(type="pass_rate", low=0.9, high=0.95), 3)

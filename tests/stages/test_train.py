@@ -465,7 +465,3 @@ def test_the_kl_reference_runs_no_code_of_a_model_folder(tmp_path: Path, monkeyp
     monkeypatch.setattr(f"{__name__}.policy", lambda: load_policy(PolicyConfig(path=str(folder), cpu_threads=1)))
     run(tmp_path / "run", "trainer.beta=0.1")
     assert not (tmp_path / "ran").exists()
-
-
-def test_the_builtin_policy_is_there() -> None:
-    assert (POLICY_DIR / "model.safetensors").is_file()

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from tests.runs import judge
 from tests.stages.test_train import policy
-from tests.training.test_rollout_recorder import differences
+from tests.training.test_rollout_recorder import Spy, differences
 from torch import Tensor
 
 from cropi.artifacts import TRAJECTORIES, read_table
@@ -79,40 +79,6 @@ def run(
         dynamic_sampling=settings.train.dynamic_sampling,
     )
     return load_file(train_stages(task, policy()) / "model.safetensors")
-
-
-class Spy:
-    """By optimiser step: rows of the loss (prompt tokens, completion tokens, advantage); all sampled tokens."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.trained: dict[int, list[tuple[Any, Any, float]]] = defaultdict(list)
-        self.sampled: dict[int, int] = defaultdict(int)
-        compute, generate = StageTrainer._compute_loss, StageTrainer._generate_single_turn
-
-        def compute_loss(trainer: StageTrainer, model: Any, inputs: dict[str, Any]) -> Tensor:
-            for row, advantage in enumerate(inputs["advantages"].tolist()):
-                tokens = (
-                    tuple(inputs[f"{part}_ids"][row][inputs[f"{part}_mask"][row].bool()].tolist())
-                    for part in ("prompt", "completion")
-                )
-                self.trained[trainer.state.global_step].append((*tokens, advantage))
-            return compute(trainer, model, inputs)
-
-        def single_turn(trainer: StageTrainer, *args: Any, **kwargs: Any) -> Any:
-            completions, logprobs = generate(trainer, *args, **kwargs)
-            self.sampled[trainer.state.global_step] += sum(map(len, completions))
-            return completions, logprobs
-
-        monkeypatch.setattr(StageTrainer, "_compute_loss", compute_loss)
-        monkeypatch.setattr(StageTrainer, "_generate_single_turn", single_turn)
-
-    def groups(self, step: int) -> dict[Any, list[tuple[Any, float]]]:
-        """Completions and advantages by prompt; each prompt stands in a step once."""
-        found: dict[Any, list[tuple[Any, float]]] = defaultdict(list)
-        for prompt, completion, advantage in self.trained[step]:
-            found[prompt].append((completion, advantage))
-        assert all(len(rows) == K for rows in found.values())
-        return found
 
 
 def metrics(folder: Path) -> list[dict[str, float]]:

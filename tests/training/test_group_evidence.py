@@ -24,7 +24,8 @@ def test_shuffled_rows_are_summed_by_group() -> None:
     evidence = GroupEvidence(TOKENS, 2, 0)
     read(evidence, [("b", (6,)), ("a", (5,)), ("b", (5,)), ("a", (6,))])
     first, second = evidence.finish(judged([1.0, 0.0, 0.0, 1.0], [[5], [6], [5], [6]]))
-    assert first.influence_VCH is not None and second.influence_VCH is not None
+    assert first.influence_VCH is not None
+    assert second.influence_VCH is not None
     assert first.influence_VCH.tolist() == [[[4.0, 40.0], [2.0, 20.0]]]
     assert second.influence_VCH.tolist() == [[[3.0, 30.0], [1.0, 10.0]]]
 
@@ -33,11 +34,14 @@ def test_missing_rewards_and_lost_rows_give_no_influence() -> None:
     evidence = GroupEvidence(TOKENS, 2, 0)
     read(evidence, [("b", (6,)), ("a", (5,)), ("b", (9,)), ("a", (6,))])
     first, second = evidence.finish(judged([1.0, 1.0, 0.0, 1.0], [[5], [6], [5], [6]]))
-    assert first.influence_VCH is not None and first.rewards == [1.0, 1.0]
-    assert second.influence_VCH is None and evidence.dropped == 1
+    assert first.influence_VCH is not None
+    assert first.rewards == [1.0, 1.0]
+    assert second.influence_VCH is None
+    assert evidence.dropped == 1
     read(evidence, [("b", (6,)), ("a", (5,)), ("b", (5,)), ("a", (6,))])
     first, _ = evidence.finish(judged([1.0, None, 0.0, 1.0], [[5], [6], [5], [6]]))
-    assert first.influence_VCH is None and first.rewards == [1.0]
+    assert first.influence_VCH is None
+    assert first.rewards == [1.0]
 
 
 def test_scaling_by_the_batch_is_undone() -> None:

@@ -1,7 +1,7 @@
 """Rollouts of training kept as trajectories: against the policy of their step, and against what TRL trained on."""
 
 import shutil
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from cropi.training.reward_log import RecordedReward
 from cropi.training.rollout_recorder import RolloutRecorder, dropouts, forget_rollouts, rollout_files, written_rollouts
 from cropi.training.stage_trainer import StageTrainer
 
-STEPS, TEMPERATURE = 4, 0.7
+STEPS, TEMPERATURE, GENERATIONS = 4, 0.7, 4
 END_OF_SEQUENCE = 1
 ACCUMULATED = ("trainer.gradient_accumulation_steps=4", "trainer.steps_per_generation=2")
 SETTINGS = [
@@ -57,6 +57,14 @@ def run(folder: Path, *overrides: str, record: bool = True) -> dict[str, torch.T
     return load_file(train_stages(task, policy()) / "model.safetensors")
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
+    """The folder of a recorded training, and its weights."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    return folder, run(folder)
+
+
 def recorded(folder: Path) -> dict[tuple[int, int], list[dict[str, Any]]]:
     return {key: read_table(path, TRAJECTORIES).to_pylist() for key, path in rollout_files(folder / "rollouts").items()}
 
@@ -74,23 +82,37 @@ def differences(folder: Path, step: int, rows: list[dict[str, Any]], temperature
 
 
 class Spy:
-    """What TRL computes its loss from, by optimiser step: prompt tokens, completion tokens, advantage."""
+    """By optimiser step: rows of the loss (prompt tokens, completion tokens, advantage); all sampled tokens."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.seen: dict[int, Counter[Any]] = {}
-        original = StageTrainer._compute_loss
+        self.trained: dict[int, list[tuple[Any, Any, float]]] = defaultdict(list)
+        self.sampled: dict[int, int] = defaultdict(int)
+        compute, generate = StageTrainer._compute_loss, StageTrainer._generate_single_turn
 
-        def looking(trainer: StageTrainer, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-            rows = self.seen.setdefault(trainer.state.global_step, Counter())
+        def compute_loss(trainer: StageTrainer, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
             for row, advantage in enumerate(inputs["advantages"].tolist()):
                 tokens = (
                     tuple(inputs[f"{part}_ids"][row][inputs[f"{part}_mask"][row].bool()].tolist())
                     for part in ("prompt", "completion")
                 )
-                rows[(*tokens, round(advantage, 3))] += 1
-            return original(trainer, model, inputs)
+                self.trained[trainer.state.global_step].append((*tokens, advantage))
+            return compute(trainer, model, inputs)
 
-        monkeypatch.setattr(StageTrainer, "_compute_loss", looking)
+        def single_turn(trainer: StageTrainer, *args: Any, **kwargs: Any) -> Any:
+            completions, logprobs = generate(trainer, *args, **kwargs)
+            self.sampled[trainer.state.global_step] += sum(map(len, completions))
+            return completions, logprobs
+
+        monkeypatch.setattr(StageTrainer, "_compute_loss", compute_loss)
+        monkeypatch.setattr(StageTrainer, "_generate_single_turn", single_turn)
+
+    def groups(self, step: int) -> dict[Any, list[tuple[Any, float]]]:
+        """Completions and advantages by prompt; each prompt stands in a step once."""
+        found: dict[Any, list[tuple[Any, float]]] = defaultdict(list)
+        for prompt, completion, advantage in self.trained[step]:
+            found[prompt].append((completion, advantage))
+        assert all(len(rows) == GENERATIONS for rows in found.values())
+        return found
 
 
 def as_trained(rows: list[dict[str, Any]]) -> Counter[Any]:
@@ -132,7 +154,7 @@ def test_rollouts_are_what_was_trained_on_with_the_log_probs_of_the_policy_that_
             assert float(differences(tmp_path, STEPS, rows).max()) > 1e-2
             assert float(differences(tmp_path, step, rows, 1.0).max()) > 1e-2
         parts = [as_trained(part) for key, part in found.items() if key[0] == step]
-        assert sum(parts, Counter()) == spy.seen[step]
+        assert sum(parts, Counter()) == Counter((*tokens, round(a, 3)) for *tokens, a in spy.trained[step])
         for row in rows:
             assert row["reward"] == float(verdict(row["completion"], "") == "correct")
             assert (row["status"] == "ok") == (row["completion_ids"][-1] == END_OF_SEQUENCE)
@@ -144,27 +166,30 @@ def test_under_mixed_precision_they_are_near_the_plain_policys(tmp_path: Path) -
         assert 1e-4 < float(differences(tmp_path, step, rows).mean()) < 0.02
 
 
-def test_recording_changes_no_weight_and_a_resumed_run_records_the_same(tmp_path: Path) -> None:
-    whole, cut = tmp_path / "whole" / "run", tmp_path / "cut" / "run"
-    weights = run(whole)
+def test_recording_changes_no_weight_and_a_resumed_run_records_the_same(
+    whole: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    (folder, weights), cut = whole, tmp_path / "cut" / "run"
     silent = run(tmp_path / "silent", record=False)
     assert not (tmp_path / "silent" / "rollouts").exists()
     assert all(torch.equal(weight, silent[name]) for name, weight in weights.items())
-    shutil.copytree(whole, cut)
+    shutil.copytree(folder, cut)
     for step in (3, 4):
         shutil.rmtree(cut / "checkpoints" / f"checkpoint-{step}")
     left = rollout_files(cut / "rollouts")
     left[3, 0, 0].unlink()  # killed in the step that wrote it
     left[2, 0, 0].write_bytes(left[1, 0, 0].read_bytes())  # of the attempt that was cut off: to be made anew
     run(cut)
-    ours, again = ({p.name: p.read_bytes() for p in (folder / "rollouts").iterdir()} for folder in (whole, cut))
-    assert len(written_rollouts(whole / "rollouts")) == STEPS
+    ours, again = ({p.name: p.read_bytes() for p in (place / "rollouts").iterdir()} for place in (folder, cut))
+    assert len(written_rollouts(folder / "rollouts")) == STEPS
     assert again == ours
 
 
 @pytest.mark.parametrize("damage", ["flip", "swap", "remove", "forgotten"])
-def test_rollouts_that_were_changed_are_not_used(damage: str, tmp_path: Path) -> None:
-    run(tmp_path)
+def test_rollouts_that_were_changed_are_not_used(
+    damage: str, whole: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    shutil.copytree(whole[0] / "rollouts", tmp_path / "rollouts")
     left = rollout_files(tmp_path / "rollouts")
     match damage:
         case "flip":

@@ -26,7 +26,7 @@ from cropi.errors import ArtifactError, ConfigError, DataError, PolicyError, Sig
 from cropi.stages.score import score_pool
 from cropi.streams import read_jsonl
 from cropi.trl import CurriculumTrainer, Selector, Verified
-from tests.runs import cropi, json_lines
+from tests.runs import cropi_error, cropi_ok, json_lines
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 4
@@ -116,8 +116,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, CurriculumTra
 @pytest.mark.parametrize("place", ["", "_curriculum", "_curriculum/run"])
 def test_the_output_folder_is_reported_as_the_run_it_is(whole: tuple[Path, CurriculumTrainer], place: str) -> None:
     folder = whole[0] / place
-    done = cropi("report", str(folder), cwd=folder)
-    assert done.returncode == 0, done.stderr
+    done = cropi_ok("report", str(folder), cwd=folder)
     assert "no test set, so its accuracy is not measured" in done.stdout
     said = re.search(
         r"mean reward of training went from ([\d.]+) in the first stage to ([\d.]+) in stage 1", done.stdout
@@ -133,8 +132,7 @@ def test_the_output_folder_is_reported_as_the_run_it_is(whole: tuple[Path, Curri
 
 @pytest.mark.parametrize("command", ["check", "run", "score", "select", "evaluate", "audit", "audit-rewards"])
 def test_only_the_script_goes_on_with_its_curriculum(whole: tuple[Path, CurriculumTrainer], command: str) -> None:
-    done = cropi(command, str(whole[0]), cwd=whole[0])
-    assert done.returncode == 2
+    done = cropi_error(command, str(whole[0]), cwd=whole[0])
     assert "the curriculum of a TRL script" in done.stderr
     assert "Fix: run the script to go on" in done.stderr
 

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from cropi.builtin.dataset import generate
-from cropi.builtin.families import FAMILIES
+from cropi.builtin.families import FAMILIES, difficulty
 
 POLICY_DIR = Path(__file__).parent / "policy"
 
-__all__ = ["FAMILIES", "POLICY_DIR", "generate"]
+__all__ = ["FAMILIES", "POLICY_DIR", "difficulty", "generate"]

@@ -22,15 +22,14 @@ def generate(
     split: str,
     count: int,
     seed: int,
-    min_length: int | None = None,
-    max_length: int | None = None,
-    modulus: int | None = None,
+    level: Difficulty | None = None,
     label_noise: float = 0.0,
     label_rule: str = "right",
     hint: float = 0.0,
 ) -> list[dict[str, Any]]:
     """`count` distinct problems of one family as rows; the same arguments give the same rows in any process.
 
+    Without a `level` they have the family's default difficulty.
     A problem belongs to the split that the hash of its prompt says (80 % train, 10 % validation, 10 % test), so
     splits are disjoint whatever the seeds. Exactly ``round(label_noise * count)`` rows, chosen by the seed, carry a
     wrong but plausible answer. With the label rule ``stop_early`` every row carries the answer of one who stops one
@@ -43,7 +42,7 @@ def generate(
     states, or when there are fewer distinct problems than `count`.
     """
     _check(split, count, label_noise, label_rule, hint)
-    level = difficulty(family, min_length=min_length, max_length=max_length, modulus=modulus)
+    level = level or difficulty(family)
     rng = random.Random(f"{family}/{split}/{seed}")
     problems = _distinct(family, split, count, rng, level)
     noisy = set(rng.sample(range(count), round(label_noise * count)))

@@ -59,7 +59,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Difficulty:
-    """How long a problem is, in items to work through, and the modulus where the family has one (else None)."""
+    """Range of a problem's length, in items to work through, and the modulus where the family has one (else None)."""
 
     min_length: int
     max_length: int
@@ -136,7 +136,7 @@ def maximum(rng: random.Random, length: int, _modulus: None) -> Problem:
 
 
 def count(rng: random.Random, length: int, _modulus: None) -> Problem:
-    """How often the named letter has come so far."""
+    """Number of times that the named letter has come so far."""
     letter = rng.choice("abc")
     items = rng.choices("abc", k=length)
     return _scan(f"count {letter}", items, [items[: i + 1].count(letter) for i in range(length)])
@@ -163,7 +163,7 @@ def shell(rng: random.Random, length: int, _modulus: None) -> Problem:
 
 
 def depth(rng: random.Random, length: int, _modulus: None) -> Problem:
-    """How many brackets are open; every closing bracket closes the one opened last."""
+    """Number of open brackets; every closing bracket closes the one opened last."""
     items: list[str] = []
     states: list[int] = []
     expected: list[str] = []
@@ -200,7 +200,7 @@ def elevator(rng: random.Random, length: int, modulus: int) -> Problem:
 
 
 def runs(rng: random.Random, length: int, _modulus: None) -> Problem:
-    """How many runs of equal letters have begun."""
+    """Number of runs of equal letters that have begun."""
     items = rng.choices("abc", k=length)
     states = [1 + sum(items[j] != items[j - 1] for j in range(1, i + 1)) for i in range(length)]
     return _scan("runs", items, states)

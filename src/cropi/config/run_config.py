@@ -44,8 +44,6 @@ class SelectConfig(Table):
     """Fusion of the rankings of several validation sets."""
     exploration: Fraction = 0.0
     """Share of the selection drawn at random from all prompts that the strategy did not choose."""
-    quotas: dict[str, Fraction] = Field(default={})
-    """Largest share of a selection that a source may take, by source: floor(share x size) places, at least one."""
 
     @property
     def label(self) -> str:
@@ -173,6 +171,15 @@ class Config(Table):
         if strategy.reads_scores and any(map(strategy.scored_stage, range(self.train.stages))):
             raise ValueError(
                 f"{self.select.label} scores policies after the base policy, which needs collect.logprobs=true"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _online_chooses_whole_batches(self) -> Config:
+        if self.select.strategy.chooses_online and self.train.dynamic_sampling:
+            raise ValueError(
+                f"{self.select.label} chooses every generation batch, so train.dynamic_sampling cannot replace its "
+                "groups: set it to 0"
             )
         return self
 

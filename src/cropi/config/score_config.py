@@ -111,8 +111,8 @@ class ProjectionConfig(Table):
     """The sparse random projection of a gradient."""
 
     mask: Literal["structured", "uniform"] = "structured"
-    """What is kept. `structured`: of each layer a few directions and random columns, at a third of the extra cost;
-    `uniform`: each coordinate by chance, as the paper has it. See research/decisions/projection.md."""
+    """The coordinates kept. `structured`: of each layer a few directions and random columns, at a third of the extra
+    cost; `uniform`: each coordinate by chance, as the paper has it. See research/decisions/projection.md."""
     keep_fraction: Annotated[float, Field(gt=0, le=1)] = 0.03
     """Share of the coordinates kept. The paper keeps 0.1 by its uniform mask, which needs them: give both."""
     rank: Annotated[int, Field(ge=0, le=10_000)] = 8
@@ -129,7 +129,7 @@ class ScoreConfig(Table):
     """Influence of every training prompt on every validation set, at the current policy."""
 
     normalizer: Literal["auto", "sequence", "token", "constant"] = "auto"
-    """What a prompt's surrogate is divided by. `auto` matches the trainer's loss; see research/decisions."""
+    """The divisor of a prompt's surrogate. `auto` matches the trainer's loss; see research/decisions."""
     score: Literal["dot", "cosine", "gain"] = "dot"
     """`dot` is the first-order gain of a step along the prompt's gradient; `cosine` is what the paper's runs use;
     `gain` is cosine x standard deviation of the rewards."""
@@ -140,7 +140,7 @@ class ScoreConfig(Table):
     max_validation_prompts: Positive = 100
     """Validation prompts used per set, a fixed random choice (paper's code: 100)."""
     estimator: Literal["sketch", "exact", "reference"] = "sketch"
-    """How gradients meet the validation sets: projected, without projection, or by autograd one prompt at a time."""
+    """Gradients are compared projected, without projection, or by autograd one prompt at a time."""
     batch_tokens: Positive | None = None
     """Tokens of a forward pass; a larger group is split and its gradients are added. Unset: what memory allows."""
     store: Literal["none", "bfloat16", "float32"] = "none"
@@ -149,7 +149,7 @@ class ScoreConfig(Table):
     """Also estimate the error of every influence, from two halves of the prompt's trajectories. Prompts are computed
     twice. Needs the sketch estimator."""
     projection: ProjectionConfig = ProjectionConfig()
-    """How a gradient becomes a feature."""
+    """The projection of a gradient to a feature."""
 
     @model_validator(mode="after")
     def _needs_features(self) -> ScoreConfig:

@@ -1,12 +1,9 @@
-"""From a ranking to the prompts of a stage: the best ones, under quotas and with an exploration share."""
+"""From a ranking to the prompts of a stage: the best ones, with an exploration share."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from decimal import Decimal
-from math import floor
-from types import MappingProxyType
 
 import numpy as np
 import pyarrow as pa
@@ -38,22 +35,19 @@ def choose(
     ranking: Ranking,
     size: int,
     exploration: float = 0.0,
-    quotas: Mapping[str, float] = MappingProxyType({}),
 ) -> Choice:
-    """Choose the best `size` prompts under quotas and the exploration share.
+    """Choose the best `size` prompts under the exploration share.
 
     Ties break by prompt id. ceil(exploration x size) places go to prompts drawn at random among those that the strategy
-    did not choose, including those without signal, so that no prompt is excluded for good. A quota caps a source's
-    places at floor(quota x size), but at least one.
+    did not choose, including those without signal, so that no prompt is excluded for good.
     """
     eligible = np.flatnonzero(ranking.eligible_N)
     ranks_N = np.zeros(len(candidates), dtype=np.int64)
     ranks_N[eligible] = ranks(ranking.scores_N[eligible])
     best_first = np.empty_like(eligible)
     best_first[ranks_N[eligible] - 1] = eligible
-    room = _Quotas(candidates, quotas, size)
     explored = selection_size(exploration, size)
-    chosen = room.take(best_first, size - explored)
+    chosen = best_first[: size - explored]
     extra = chosen[:0]
     if explored:
         left_N = candidates.usable_N.copy()
@@ -62,7 +56,7 @@ def choose(
         names = (candidates.prompt_ids[row] for row in rows.tolist())
         draws = unit_intervals(names, candidates.seed, "explore", candidates.stage)
         order = np.argsort(np.fromiter(draws, dtype=np.float64, count=len(rows)), kind="stable")
-        extra = room.take(rows[order], explored)
+        extra = rows[order][:explored]
     if not len(chosen) and not len(extra):
         raise SignalError(
             f"the selection of stage {candidates.stage} is empty: none of the {len(candidates)} prompts qualifies",
@@ -72,25 +66,6 @@ def choose(
     reasons = _reasons(ranking, chosen, ranks_N)
     rest = np.flatnonzero(~ranking.eligible_N)
     return Choice(np.concatenate([best_first, rest]), ranks_N, reasons | dict.fromkeys(extra.tolist(), "exploration"))
-
-
-class _Quotas:
-    """Remaining places of every source."""
-
-    def __init__(self, candidates: Candidates, quotas: Mapping[str, float], size: int) -> None:
-        self._room = {name: max(1, floor(Decimal(repr(share)) * size)) for name, share in quotas.items()}
-        sources = np.array(candidates.sources, dtype=object) if quotas else np.empty(0, dtype=object)
-        self._of: dict[str, Bool[np.ndarray, " N"]] = {name: sources == name for name in quotas}
-
-    def take(self, queue: Int[np.ndarray, " M"], count: int) -> Int[np.ndarray, " T"]:
-        """The first `count` rows of a queue whose source has room left."""
-        kept = np.ones(len(queue), dtype=bool)
-        for name, among_N in self._of.items():
-            kept[np.flatnonzero(among_N[queue])[self._room[name] :]] = False
-        taken = queue[kept][:count]
-        for name, among_N in self._of.items():
-            self._room[name] -= int(among_N[taken].sum())
-        return taken
 
 
 def _reasons(ranking: Ranking, chosen: Int[np.ndarray, " T"], ranks_N: Int[np.ndarray, " N"]) -> dict[int, str]:

@@ -35,8 +35,8 @@ def prompts_to_refresh(
 
     1. Groups without signal, oldest first: only new samples can make them useful. They get half of the places, rounded
        up, and the places that 2. does not need.
-    2. Groups with signal by ascending `ratio_ess`; unknown ones come last, oldest first. They get the other half, and
-       the places that 1. does not need.
+    2. Groups with signal by ascending `ratio_ess` to three decimals (more is rounding); unknown ones come last, oldest
+       first. They get the other half, and the places that 1. does not need.
     3. Groups that training has just sampled, if places are left.
 
     Ties break by a hash of (seed, stage, prompt id), so that no prompt is first at every stage, and then by id.
@@ -48,7 +48,7 @@ def prompts_to_refresh(
 
     def drift(row: int) -> tuple[bool, float, tuple[int, float, str]]:
         unknown = isnan(ratio_ess_N[row])
-        return unknown, 0.0 if unknown else float(ratio_ess_N[row]), age(row)
+        return unknown, 0.0 if unknown else round(float(ratio_ess_N[row]), 3), age(row)
 
     older = [row for row in range(len(prompt_ids)) if not reused_N[row]]
     silent = sorted((row for row in older if statuses[row] == NO_SIGNAL), key=age)

@@ -1,274 +1,185 @@
-"""Read the influence of each sequence on validation sets from the backward pass that trains the model.
+"""Influence read while a policy trains: the inner product of each row's gradient with directions of low rank.
 
-A set's direction at a weight is D = L C R of low rank. For the gradient G = sum_t u_t v_t^T of one sequence's loss,
-<G, D> = <sum_t (u_t L)^T (R v_t), C>: r (m + n) multiplications per token, without forming G. What is read is the
-gradient of the loss that is differentiated, with its normaliser held fixed. Both G and D are gradients of losses, so a
-positive value means that training on the sequence lowers the validation loss.
+With G = sum_t g_t a_t^T a row's gradient of a weight and D = L R a direction of rank r,
+
+    <G, D> = sum_t <L^T g_t, R a_t>,
+
+r (n_in + n_out) multiplications a token beside the n_in n_out of the weight's own gradient. An embedding has a_t = the
+token's unit vector, so that L^T a_t is a row of L; a vector's gradient meets a vector.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-from cropi.gradients.direction import Direction
-from cropi.gradients.layer_factors import (
-    EMBEDDING,
-    NORM,
-    TRANSPOSED,
-    Layer,
-    Watch,
-    find_layers,
-    input_side,
-    normalised,
-    parameter_shapes,
-    project,
-    unwrapped,
-    widened,
-)
-
-ENOUGH = 0.5
-"""Share of the squared gradient norm below which influence is not evidence."""
+from cropi.gradients.layer_taps import Layer, normalised, readable_layers, tapped
 
 
 @dataclass(frozen=True)
-class Coverage:
-    """How much of the model's gradient the reader sees.
+class LowRank:
+    """A matrix of low rank, left @ right."""
 
-    `share` is 1 - |G - G_read|^2 / |G|^2. `factor` is .grad over what was read: 1 but for clipping or a loss scale.
-    `unread` names the trainable parameters that are not or only partly read, and why.
-    """
-
-    share: float
-    factor: float
-    unread: Mapping[str, str]
+    left: Float[Tensor, "n_out r"]
+    right: Float[Tensor, "r n_in"]
 
 
-class _Bases:
-    """The directions of all sets, stacked so that one product per layer serves all."""
-
-    def __init__(self, model: nn.Module, layers: Sequence[Layer], directions: Mapping[str, Direction]) -> None:
-        device = {name: p.device for name, p in model.named_parameters()}
-        matrices, vectors = parameter_shapes(model, list(layers))
-        sets = list(directions.values())
-        self.sets = len(sets)
-        self.left: dict[str, Tensor] = {}
-        self.right: dict[str, Tensor] = {}
-        self.cores: dict[str, Tensor] = {}
-        self.vectors: dict[str, Tensor] = {}
-        for name, shape in matrices.items():
-            known = [d.halves[name].shape[1:] if name in d.halves else (0, 0) for d in sets]
-            p, q = (max(size) for size in zip(*known, strict=True))
-            if not p:
-                continue
-            left, right = torch.zeros(shape[0], len(sets), p), torch.zeros(shape[1], len(sets), q)
-            cores = torch.zeros(len(sets), 2, p, q, dtype=torch.float64)
-            for s, d in enumerate(sets):
-                if name in d.halves:
-                    a, b = known[s]
-                    left[:, s, :a], right[:, s, :b] = d.left[name].cpu(), d.right[name].cpu().T
-                    cores[s, :, :a, :b] = d.halves[name].cpu()
-            self.left[name] = left.flatten(1).to(device[name])
-            self.right[name] = right.flatten(1).to(device[name])
-            self.cores[name] = cores.to(device[name])
-        for name, shape in vectors.items():
-            if any(name in d.vectors for d in sets):
-                none = torch.zeros(2, *shape)
-                stacked = torch.stack([d.vectors.get(name, none).cpu() for d in sets])
-                self.vectors[name] = stacked.to(device[name], torch.float64)
-
-    def __contains__(self, name: str | None) -> bool:
-        return name in self.cores or name in self.vectors
-
-
-class _Reading:
-    """One forward and backward pass: sums over tokens by parameter and sequence."""
-
-    def __init__(self, bases: _Bases, rows: int, skip: Callable[[Layer, str], None]) -> None:
-        self.rows, self._bases, self.skip = rows, bases, skip
-        self.products: list[tuple[str, Tensor]] = []
-        """Parameter, rows x sets x p x q."""
-        self.sums: list[tuple[str, Tensor]] = []
-        """Parameter, rows x n."""
-
-    def keep(self, layer: Layer, values: Tensor) -> Tensor | None:
-        if layer.kind == NORM:
-            return values if layer.weight in self._bases.vectors else None
-        if layer.weight not in self._bases.cores:
-            return None
-        assert layer.weight is not None
-        basis = self._bases.left if layer.kind in (EMBEDDING, TRANSPOSED) else self._bases.right
-        return input_side(layer, values, basis[layer.weight])
-
-    def meet(self, layer: Layer, kept: Tensor | None, grad: Tensor) -> None:
-        if layer.bias in self._bases.vectors:
-            assert layer.bias is not None
-            self.sums.append((layer.bias, widened(grad).sum(1)))
-        if kept is None or layer.weight is None:
-            return
-        if layer.kind == NORM:
-            product = normalised(layer.module, kept).mul_(widened(grad))
-            self.sums.append((layer.weight, product.sum(1)))
-            return
-        from_input = layer.kind in (EMBEDDING, TRANSPOSED)
-        met = project(grad, (self._bases.right if from_input else self._bases.left)[layer.weight])
-        left, right = (kept, met) if from_input else (met, kept)
-        shape = (self.rows, left.shape[1], self._bases.sets, -1)
-        left, right = left.view(shape).permute(0, 2, 3, 1), right.view(shape).transpose(1, 2)
-        self.products.append((layer.weight, left.to(right.dtype) @ right))
-
-    def values(self) -> Tensor:
-        """Return rows x sets x 2, float64."""
-        total: Any = torch.zeros(self.rows, self._bases.sets, 2, dtype=torch.float64)
-        for names, stacked in _stacked(self.products):
-            cores = torch.stack([self._bases.cores[name] for name in names])
-            total = total + torch.einsum("nbspq,nshpq->bsh", stacked.double(), cores).cpu()
-        for names, stacked in _stacked(self.sums):
-            vectors = torch.stack([self._bases.vectors[name] for name in names])
-            total = total + torch.einsum("nbi,nshi->bsh", stacked.double(), vectors).cpu()
-        return total
-
-
-def _stacked(found: Sequence[tuple[str, Tensor]]) -> Iterator[tuple[tuple[str, ...], Tensor]]:
-    groups = defaultdict[Any, list[tuple[str, Tensor]]](list)
-    for name, tensor in found:
-        groups[tensor.shape, tensor.device].append((name, tensor))
-    for group in groups.values():
-        yield tuple(name for name, _ in group), torch.stack([tensor for _, tensor in group])
+Direction = Mapping[str, LowRank | Tensor]
+"""A direction in weight space by parameter name: a matrix as its factors, a vector as it is. A parameter that is
+missing has direction 0."""
 
 
 class Reader:
-    """Reads, for each sequence of a batch, the inner product of its gradient with the direction of each set.
+    """Reads <gradient of a row, direction> for several directions in passes that run anyway.
 
-    A layer called several times and a weight shared by layers add up, as their gradients do. Trainable parameters that
-    cannot be read count in `unread`. The trained weights' gradients are not changed.
+    `reading` encloses the forward and backward pass of a micro-batch; `take` returns what was read since. The gradient
+    is that of the loss which the pass differentiates: the caller undoes its normaliser. Rows are sequences: the first
+    dimension of every layer's output, which has tokens and width besides. A layer whose output has not, such as an
+    expert of a mixture, is not read. `exclude_unfaithful` finds what is read wrongly for any other reason.
     """
 
-    def __init__(self, model: nn.Module, directions: Mapping[str, Direction]) -> None:
-        """Raises PolicyError for a model compiled by torch.compile."""
-        self._model = unwrapped(model)
-        self._layers, self._unread = find_layers(self._model)
-        self._skipped: dict[str, str] = {}
-        self._busy = False
-        self.share_read: float | None = None
-        """Share of the squared gradient norm that is read; None before `measure`."""
-        self.turn_to(directions)
+    def __init__(self, model: nn.Module, directions: Sequence[Direction]) -> None:
+        """PolicyError for a compiled model."""
+        self._layers = readable_layers(model)
+        self._count = len(directions)
+        self._matrices: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+        self._vectors: dict[str, Tensor] = {}
+        for name in sorted({name for layer in self._layers for name in layer.parameters}):
+            self._stack(name, [direction.get(name) for direction in directions])
+        self._rows: Tensor | None = None
+        self._found: list[Tensor] = []  # by layer, rows x directions
+        self._taken: list[tuple[Tensor, Tensor]] = []
+        self._totals: dict[str, Tensor] = {}  # what was read of each parameter, over all rows
+        self._missed: set[str] = set()
 
-    def turn_to(self, directions: Mapping[str, Direction]) -> None:
-        """Read against new directions from now on. Drops what was not taken."""
-        self.sets = tuple(directions)
-        self._bases = _Bases(self._model, self._layers, directions)
-        self._watched = [layer for layer in self._layers if layer.weight in self._bases or layer.bias in self._bases]
-        self._values = torch.zeros(0, len(self.sets), 2, dtype=torch.float64)
-        self._totals: dict[str, Tensor] = {}
-
-    @property
-    def read(self) -> frozenset[str]:
-        """Names of the parameters that are read."""
-        names = {name for layer in self._watched for name in (layer.weight, layer.bias) if name in self._bases}
-        return frozenset(name for name in names if name is not None) - set(self._skipped)
-
-    @property
-    def unread(self) -> dict[str, str]:
-        """Trainable parameters that are not read, and why."""
-        trained = {name for name, p in self._model.named_parameters() if p.requires_grad}
-        return dict.fromkeys(trained - self.read, "no direction") | self._unread | self._skipped
-
-    @property
-    def enough(self) -> bool:
-        """Whether at least half of the squared gradient norm is read. False before `measure`."""
-        return self.share_read is not None and self.share_read >= ENOUGH
+    def _stack(self, name: str, own: Sequence[LowRank | Tensor | None]) -> None:
+        """Put the factors of all directions side by side, with the direction that each rank belongs to."""
+        matrices = [(n, part) for n, part in enumerate(own) if isinstance(part, LowRank)]
+        vectors = {n: part for n, part in enumerate(own) if not isinstance(part, LowRank | None)}
+        if matrices:
+            left = torch.cat([part.left for _, part in matrices], 1).float()
+            right = torch.cat([part.right for _, part in matrices], 0).float()
+            places = [n for n, part in matrices for _ in range(part.left.shape[1])]
+            belongs = torch.zeros(len(places), self._count, device=left.device)
+            belongs[torch.arange(len(places)), torch.tensor(places)] = 1
+            self._matrices[name] = left, right, belongs
+        if vectors:
+            zero = torch.zeros_like(next(iter(vectors.values())))
+            self._vectors[name] = torch.stack([vectors.get(n, zero) for n in range(self._count)]).float()
 
     @contextmanager
-    def reading(self, rows: Sequence[int] | Tensor, *, scale: float = 1.0) -> Iterator[None]:
-        """Enclose the forward and backward pass of one micro-batch; `rows` numbers its sequences.
-
-        Values of equal numbers add up, also over blocks. `scale` divides what is read: the scale of a GradScaler times
-        the number of processes of DistributedDataParallel. Raises RuntimeError if the block saw no backward pass.
-        """
-        unwrapped(self._model)
-        if self._busy:
-            raise RuntimeError("reading is under way already: blocks cannot be nested")
-        numbers = torch.as_tensor(rows, dtype=torch.long).cpu()
-        work = _Reading(self._bases, len(numbers), self._skip)
-        watch = Watch(self._model, self._watched, work)
-        self._busy = True
+    def reading(self, rows: Int[Tensor, " B"]) -> Iterator[None]:
+        """Read one micro-batch, whose sequences are these rows. Encloses its forward and its backward pass."""
+        self._rows = rows
         try:
-            with watch.hooks():
+            with tapped([layer for layer in self._layers if self._has_direction(layer)], self):
                 yield
+            if self._found:
+                self._taken.append((rows.cpu(), torch.stack(self._found).sum(0).cpu()))
         finally:
-            self._busy = False
-        if not watch.met and self._watched:
-            raise RuntimeError("no gradient was read: forward and backward must both run inside the block")
-        self._add(numbers, work, scale)
+            self._rows, self._found = None, []
 
-    def _skip(self, layer: Layer, why: str) -> None:
-        self._skipped |= {name: f"{layer.path}: {why}" for name in (layer.weight, layer.bias) if name is not None}
+    def take(self) -> tuple[Int[Tensor, " M"], Float[Tensor, "M directions"]]:
+        """Rows and their inner products since the last call. A row that came several times has several lines."""
+        taken, self._taken = self._taken, []
+        if not taken:
+            return torch.zeros(0, dtype=torch.int64), torch.zeros(0, self._count)
+        return torch.cat([rows for rows, _ in taken]), torch.cat([values for _, values in taken])
 
-    def _add(self, numbers: Tensor, work: _Reading, scale: float) -> None:
-        count = max(len(self._values), int(numbers.max()) + 1)
-        grown = torch.zeros(count, *self._values.shape[1:], dtype=torch.float64)
-        grown[: len(self._values)] = self._values
-        self._values = grown.index_add_(0, numbers, work.values() / scale)
-        for name, found in [*work.products, *work.sums]:
-            total = found.sum(0) / scale
-            self._totals[name] = self._totals[name] + total if name in self._totals else total
+    def exclude_unfaithful(self, model: nn.Module, tolerance: float = 0.05) -> list[str]:
+        """Stop reading parameters for which the sum over rows is not <`.grad`, direction>; returns their names.
 
-    def take(self) -> Tensor:
-        """Return the values against each half of each direction, (largest row + 1) x sets x 2, and empty the reader."""
-        found, self._values = self._values, self._values.new_zeros(0, len(self.sets), 2)
+        An error counts beyond `tolerance` times |<g, D>| + |g| |D| / sqrt(n), its size for an unrelated direction.
+        `.grad` has to be the sum of the passes that this reader has read so far, in one process. A weight that a fused
+        loss or a kernel uses without calling its layer is found by this.
+        """
+        found = []
+        for name, parameter in model.named_parameters():
+            if name not in self._totals or parameter.grad is None:
+                continue
+            expected = self._against(name, parameter.grad.float())
+            by_chance = parameter.grad.float().norm() * self._lengths(name) / parameter.numel() ** 0.5
+            if bool(((self._totals[name] - expected).abs() > tolerance * (by_chance + expected.abs())).any()):
+                found.append(name)
+        self._missed.update(found)
+        self._layers = [layer for layer in self._layers if not self._missed.intersection(layer.parameters)]
         return found
 
-    def forget_totals(self) -> None:
-        """Begin to sum for `measure` anew, as `zero_grad` does for .grad."""
-        self._totals.clear()
+    @property
+    def read_parameters(self) -> set[str]:
+        """Names of the parameters that have been read whole so far."""
+        return set(self._totals) - self._missed
 
-    @torch.no_grad()
-    def measure(self, reduce: Callable[[Tensor], None] | None = None) -> Coverage:
-        """Compare what was read since `forget_totals` with .grad, which has to hold the gradient of the same passes.
+    def share_read(self, model: nn.Module) -> float:
+        """Share of the squared norm of the model's `.grad` that lies in parameters which were read. NaN without any.
 
-        Each weight's gradient is compared in the bases of the directions, L^T G R. `reduce` sums a tensor over
-        processes in place, where .grad is averaged over them. Sets `share_read`.
+        Below one half, evidence of influence does not stand for the prompt.
         """
-        squares, compared = dict[str, float](), dict[str, tuple[Tensor, Tensor]]()
-        for name, p in self._model.named_parameters():
-            if not p.requires_grad or p.grad is None:
-                continue
-            grad = widened(p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad)
-            squares[name] = float(grad.square().sum())
-            if name in self._bases and name not in self._skipped:
-                true = self._in_bases(name, grad).double()
-                found = self._totals[name].double() if name in self._totals else torch.zeros_like(true)
-                if reduce is not None:
-                    reduce(found)
-                compared[name] = found, true
-        factors = [float((a * b).sum() / a.square().sum()) for a, b in compared.values() if a.any()]
-        factor = float(torch.tensor(factors).median()) if factors else 1.0
-        unread, missed = self.unread, 0.0
-        for name, square in squares.items():
-            gap = 1.0
-            if name in compared:
-                found, true = compared[name]
-                gap = float((true - factor * found).norm() / max(float(true.norm()), 1e-30)) ** 2
-                if gap > 1e-3:
-                    unread[name] = "its weight is used outside of its layer, too"
-            missed += min(1.0, gap) * square
+        squares = {
+            name: float(parameter.grad.float().square().sum())
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad and parameter.grad is not None
+        }
         total = sum(squares.values())
-        self.share_read = 1.0 - missed / total if total else 0.0
-        return Coverage(self.share_read, factor, unread)
+        read = sum(value for name, value in squares.items() if name in self.read_parameters)
+        return read / total if total else float("nan")
 
-    def _in_bases(self, name: str, grad: Tensor) -> Tensor:
-        """Return L^T G R of each set, or a vector's gradient as it is."""
-        if name in self._bases.vectors:
-            return grad
-        left, right = (side[name].to(grad.dtype) for side in (self._bases.left, self._bases.right))
-        sets = self._bases.sets
-        left_S, right_S = (side.view(len(side), sets, -1).transpose(0, 1) for side in (left, right))
-        return left_S.transpose(1, 2) @ grad @ right_S
+    def _against(self, name: str, gradient: Tensor) -> Tensor:
+        """Inner products of a parameter's gradient with the directions."""
+        if name in self._vectors:
+            return self._vectors[name] @ gradient
+        left, right, belongs = self._matrices[name]
+        return ((left * (gradient @ right.T)).sum(0)) @ belongs
+
+    def _lengths(self, name: str) -> Tensor:
+        """Norms of a parameter's directions."""
+        if name in self._vectors:
+            return self._vectors[name].norm(dim=1)
+        left, right, belongs = self._matrices[name]
+        squares = (left.T @ left) * (right @ right.T)
+        return torch.einsum("rd,rs,sd->d", belongs, squares, belongs).clamp(min=0).sqrt()
+
+    def _has_direction(self, layer: Layer) -> bool:
+        return any(name in self._matrices or name in self._vectors for name in layer.parameters)
+
+    # What a tap does
+
+    def keep(self, layer: Layer, read: Tensor) -> tuple[Tensor, ...]:
+        if layer.kind == "linear" and layer.weight in self._matrices:
+            _, right, _ = self._matrices[layer.weight]
+            return (read.float() @ right.T,)
+        return (read,) if layer.kind != "linear" else ()
+
+    def meet(self, layer: Layer, gradient: Tensor, *kept: Tensor) -> None:
+        assert self._rows is not None, "a backward pass belongs inside the block of its forward pass"
+        if gradient.dim() < 3 or len(gradient) != len(self._rows):
+            self._missed.update(layer.parameters)
+            return
+        tokens = gradient.float().flatten(1, -2)
+        if layer.weight in self._matrices:
+            self._add(layer.weight, self._matrix_products(layer.weight, layer, tokens, kept[0]))
+        elif layer.weight in self._vectors:
+            scaled = [normalised(layer, kept[0], scale).reshape(tokens.shape) for scale in self._vectors[layer.weight]]
+            self._add(layer.weight, torch.stack([(tokens * each).sum((1, 2)) for each in scaled], 1))
+        if layer.bias in self._vectors:
+            self._add(layer.bias, tokens.sum(1) @ self._vectors[layer.bias].T)
+
+    def _matrix_products(self, name: str, layer: Layer, tokens: Tensor, kept: Tensor) -> Tensor:
+        """Rows x directions."""
+        left, right, belongs = self._matrices[name]
+        if layer.kind == "embedding":  # y = s E[i]: row i of E's gradient is s times the sum of g_t over the tokens i
+            ids = kept.flatten(1)
+            scale = float(getattr(layer.module, "embed_scale", 1.0))  # Gemma's
+            if (padding := getattr(layer.module, "padding_idx", None)) is not None:  # autograd gives it no gradient
+                tokens = tokens * (ids != padding)[..., None]
+            return (left[ids] * (tokens @ right.T)).sum(1) @ belongs * scale
+        return ((tokens @ left) * kept.flatten(1, -2)).sum(1) @ belongs
+
+    def _add(self, name: str, values: Tensor) -> None:
+        self._totals[name] = self._totals[name] + values.sum(0) if name in self._totals else values.sum(0)
+        self._found.append(values)

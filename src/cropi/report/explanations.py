@@ -10,11 +10,11 @@ from typing import Any
 
 import pyarrow as pa
 
-from cropi.artifacts import GOLD_UNPARSEABLE, NO_SIGNAL, OK, PROMPT_TOO_LONG, open_artifact
+from cropi.artifacts import GOLD_UNPARSEABLE, NO_SIGNAL, OK, PROMPT_TOO_LONG
 from cropi.config import Config, Strategy
 from cropi.curriculum.strategies import PassRateStrategy
 from cropi.errors import ArtifactError, UserError
-from cropi.functional.ranking import ranks, selection_size
+from cropi.functional.ranking import ranks
 from cropi.report.reading import directions, prompt_text, read_scores, rows_of, selection_table
 from cropi.report.wording import (
     ABSENT,
@@ -101,7 +101,6 @@ class _Stage:
     number: int
     scores: pa.Table | None
     selection: pa.Table | None
-    asked_for: int
 
 
 def explanations(
@@ -141,10 +140,9 @@ def _read_stages(config: Config, paths: StagePaths, stage: int | None) -> list[_
         selection = selection_table(paths, number)
         scores = tables.get(config.select.strategy.scored_stage(number))
         if selection is not None:
-            details = open_artifact(paths.selection(number), "selection", made_by="cropi select").details
-            found.append(_Stage(number, scores, selection, details["asked_for"]))
+            found.append(_Stage(number, scores, selection))
         elif number in tables:
-            found.append(_Stage(number, scores, None, 0))
+            found.append(_Stage(number, scores, None))
     if not found:
         what = f"stage {stage}" if stage is not None else "the run"
         raise ArtifactError(
@@ -200,7 +198,7 @@ def _facts_of_stage(config: Config, stage: _Stage, rewards: Mapping[str, Rewards
     scored = rows_of(stage.scores, rewards) if stage.scores is not None else {}
     set_ranks = _set_ranks(stage.scores, names)
     selected = rows_of(stage.selection, rewards) if stage.selection is not None else {}
-    cut = _cut(config, stage)
+    cut = _cut(stage)
     facts = {}
     for prompt_id, by_stage in rewards.items():
         row, choice = scored.get(prompt_id, {}), selected.get(prompt_id)
@@ -244,18 +242,16 @@ class Cut:
 
     rank: int  # the last one that the strategy took; 0 if none
     ranked: int  # prompts that it could rank
-    short: bool  # whether places were left because of quotas
 
 
-def _cut(config: Config, stage: _Stage) -> Cut:
+def _cut(stage: _Stage) -> Cut:
     if stage.selection is None:
-        return Cut(0, 0, False)
+        return Cut(0, 0)
     columns = (stage.selection.column(name).to_pylist() for name in ("rank", "selected", "reason"))
     rows = list(zip(*columns, strict=True))
     taken = [rank for rank, selected, reason in rows if selected and reason != EXPLORED]
     ranked = sum(rank is not None for rank, _, _ in rows)
-    room = stage.asked_for - selection_size(config.select.exploration, stage.asked_for)
-    return Cut(max(taken, default=0), ranked, len(taken) < room)
+    return Cut(max(taken, default=0), ranked)
 
 
 def outcome(row: Row, cut: Cut, strategy: Strategy) -> str:
@@ -264,8 +260,6 @@ def outcome(row: Row, cut: Cut, strategy: Strategy) -> str:
         return f"selected ({row['reason']})"
     if row["rank"] is None:
         return _unranked(row, strategy)
-    if row["rank"] < cut.rank or cut.short:
-        return f"ranked {row['rank']:,}, but the quota of its source was used up"
     return f"ranked {row['rank']:,}, cut at {cut.rank:,}"
 
 

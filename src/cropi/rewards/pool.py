@@ -387,11 +387,8 @@ def strict_judge(verifier: Verifier, settings: VerificationConfig) -> Judge:
         judged = pool(rows)
         for judgement in judged:
             if judgement.note.startswith(GradeError.__name__):
-                raise ConfigError(
-                    judgement.note.removeprefix(f"{GradeError.__name__}: "),
-                    where="verifier",
-                    fix="scale its return value to [0, 1], or remove graded: true.",
-                )
+                said = judgement.note.removeprefix(f"{GradeError.__name__}: ")
+                raise ConfigError(said, where="verifier", fix="scale its value to [0, 1], or remove graded: true.")
         return judged
 
     return judge

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from trl import GRPOConfig
 
 from cropi.artifacts import open_artifact
 from cropi.curriculum.curriculum import Curriculum
 from cropi.curriculum.strategies.online import OnlineStrategy
+from cropi.errors import ConfigError
 from cropi.functional.pooling import principal_points
 from cropi.parallel import process_group
 from cropi.prompt_encoding import encode_prompts, trainer_prompt, uses_chat
@@ -20,16 +22,16 @@ from cropi.rollouts.representations import KIND as REPRESENTED
 from cropi.rollouts.representations import read_representations
 from cropi.seeds import derived_seed
 from cropi.stages.collect import make_representations
+from cropi.stages.online_loop import OnlineLoop
 from cropi.stages.run import Run
+from cropi.stages.validation_pass import Due, SampledGroup, ValidationPass, ValidationPrompt
 from cropi.streams import append_jsonl, cut_jsonl
 from cropi.training.group_evidence import GroupEvidence
 from cropi.training.loss_normalizer import LossNormalizer
-from cropi.training.online_loop import OnlineLoop
 from cropi.training.online_sampler import OnlineSampler
 from cropi.training.online_trainer import OnlineTrainer
 from cropi.training.reward_log import RecordedReward
 from cropi.training.stage_sampler import BatchShape
-from cropi.training.validation_pass import Due, SampledGroup, ValidationPass, ValidationPrompt
 
 
 class OnlineRun:
@@ -41,6 +43,12 @@ class OnlineRun:
         strategy = run.config.select.strategy
         assert isinstance(strategy, OnlineStrategy)
         self._observe_only = strategy.observe_only
+        if process_group().size > 1:
+            raise ConfigError(
+                f"{run.config.select.label} reads influence in one process, and this run has {process_group().size}",
+                where="select.strategy",
+                fix="start it without `accelerate launch`, or choose another strategy.",
+            )
         self._trainer: OnlineTrainer
 
     def loop(self, trainer: OnlineTrainer, checkpoint: Path | None) -> OnlineLoop:
@@ -59,7 +67,6 @@ class OnlineRun:
         sampler = OnlineSampler(shape, micro_steps // repeats, settings.seed, choose)
         encoded = encode_prompts(run.setup.policy.tokenizer, [row["prompt"] for row in self._rows])
         ids = [row["prompt_id"] for row in self._rows]
-        processes = process_group().size
         loop = self._loop = OnlineLoop(
             curriculum=self._curriculum,
             sampler=sampler,
@@ -70,7 +77,7 @@ class OnlineRun:
                 run.setup.policy.tokenizer.pad_token_id,
                 batch_scaled=settings.scale_rewards == "batch",
             ),
-            normalizer=LossNormalizer.of(settings, processes),
+            normalizer=_normalizer(settings),
             validation=self._validation,
             place_of={prompt_id: place for place, prompt_id in enumerate(ids)},
             model=trainer.accelerator.unwrap_model(trainer.model),
@@ -159,11 +166,21 @@ class OnlineRun:
             entry |= {"prompt_tokens": sum(count * length for count, length in asked)}
         return groups
 
-    def _differentiate(self, groups: Mapping[str, Sequence[SampledGroup]], step: int) -> None:
+    def _differentiate(
+        self, groups: Mapping[str, Sequence[SampledGroup]], step: int
+    ) -> Mapping[str, Mapping[int, Sequence[float]]]:
         charge = self._run.ledger.charge("score", stage=self._stage(step))
         with charge as entry, self._trainer.plain_model() as model:
-            tokens = self._validation.differentiate(model, groups)
+            given, tokens = self._validation.differentiate(model, groups)
             entry |= {"step": step, "computed_tokens": 0, "validation_tokens": tokens}
+        return given
 
     def _stage(self, step: int) -> int:
         return min(step // self._run.config.train.steps_per_stage, self._run.config.train.stages - 1)
+
+
+def _normalizer(settings: GRPOConfig) -> LossNormalizer:
+    try:
+        return LossNormalizer.of(settings, process_group().size)
+    except ValueError as error:
+        raise ConfigError(str(error), where="trainer.loss_type", fix="use dapo, the default, or grpo.") from None

@@ -77,11 +77,9 @@ def choose_prompts(
     strategy = config.select.strategy
     if strategy.collects:
         require_signal(candidates.statuses)
-    settings, size = config.select, selection_size(config.select.fraction, len(candidates))
-    if strategy.takes_all:
-        settings, size = settings.model_copy(update={"quotas": {}, "exploration": 0.0}), len(candidates)
-    ranking = strategy.rank(candidates, size, settings.fusion)
-    choice = choose(candidates, ranking, size, settings.exploration, settings.quotas)
+    size = len(candidates) if strategy.takes_all else selection_size(config.select.fraction, len(candidates))
+    ranking = strategy.rank(candidates, size, config.select.fusion)
+    choice = choose(candidates, ranking, size, 0.0 if strategy.takes_all else config.select.exploration)
     count = len(choice.reasons)
     if count < size and not strategy.takes_all:
         warn(f"stage {candidates.stage}: {size} prompts were asked for, {count} qualify")

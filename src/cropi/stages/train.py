@@ -25,11 +25,11 @@ from cropi.run_folder import checkpoints
 from cropi.run_tables import evaluation_files, forget_evaluations
 from cropi.stages.evaluate import evaluate, evaluate_base, is_evaluated
 from cropi.stages.online import OnlineRun
+from cropi.stages.online_loop import OnlineLoop
 from cropi.stages.run import Run
 from cropi.streams import append_jsonl, cut_jsonl
 from cropi.training.dynamic_sampling import DynamicSampling
 from cropi.training.grpo_settings import grpo_config
-from cropi.training.online_loop import OnlineLoop
 from cropi.training.online_trainer import OnlineTrainer
 from cropi.training.reward_log import RecordedReward
 from cropi.training.rollout_recorder import RolloutRecorder, forget_rollouts, require_no_dropout

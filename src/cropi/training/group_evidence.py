@@ -43,6 +43,15 @@ class GroupEvidence:
         self._rows += rows
         self._values += list(values_BVH.double().numpy())
 
+    @property
+    def is_begun(self) -> bool:
+        """Whether some rows of a generation batch have been read."""
+        return bool(self._rows)
+
+    def forget(self) -> None:
+        """Leave out what was read of the batch so far."""
+        self._rows, self._values = [], []
+
     def finish(self, judged: Judged) -> list[GroupOutcome]:
         """Return the groups of the batch in order, and forget it. Collective: a group may lie on several processes.
 

@@ -2,26 +2,56 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
-from typing import Any
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, ExitStack
+from pathlib import Path
+from typing import Any, Protocol
 
 import datasets
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from trl import GRPOTrainer
 
-from cropi.training.online_loop import OnlineLoop
+from cropi.training.online_sampler import OnlineSampler
 from cropi.training.stage_trainer import StageTrainer
 
 
+class Loop(Protocol):
+    """The curriculum's side of a training: it reads micro-batches and chooses generation batches."""
+
+    sampler: OnlineSampler
+
+    @property
+    def reads_all(self) -> bool:
+        """Whether it wants every pass over a generation batch, and not the first alone."""
+
+    def micro_batch(self, inputs: Mapping[str, Tensor], accumulated: int, scale: float) -> AbstractContextManager[Any]:
+        """A context for forward and backward of a micro-batch, one of `accumulated` in its optimiser step."""
+
+    def end_micro_batch(self, *, first_pass: bool, whole_gradient: bool) -> None:
+        """`whole_gradient`: `.grad` holds all passes since the last optimiser step."""
+
+    def end_generation_batch(self, step: int) -> None:
+        """Every completion of a generation batch has been differentiated."""
+
+    def renew_directions(self, step: int) -> None:
+        """Called before every step."""
+
+    def metrics(self) -> dict[str, float]:
+        """Numbers for a logger."""
+
+    def save(self, folder: Path) -> None:
+        """Write the state into a checkpoint."""
+
+
 class ReadsInfluence(GRPOTrainer):
-    """Gives every generation batch's rewards and influence to an `OnlineLoop`.
+    """Gives every generation batch's rewards and influence to an `Loop`.
 
     Of TRL it overrides `_get_train_sampler`, and wraps `training_step` and `compute_loss`: the reader has to enclose
     forward and backward of a micro-batch, and only the loss's inputs tell whose rows these are.
     """
 
-    online: OnlineLoop | None = None
+    online: Loop | None = None
     _micro_steps = 0
     _reading: ExitStack | None = None
 
@@ -34,12 +64,13 @@ class ReadsInfluence(GRPOTrainer):
             return super().training_step(model, inputs, num_items_in_batch)
         micro_step = self._micro_steps % (self.args.steps_per_generation * self.num_iterations)
         self._micro_steps += 1
-        if micro_step >= self.args.steps_per_generation:  # a further iteration: the policy has moved
+        first_pass = micro_step < self.args.steps_per_generation  # in a further iteration the policy has moved
+        if not first_pass and not self.online.reads_all:
             return super().training_step(model, inputs, num_items_in_batch)
         with ExitStack() as self._reading:
             loss = super().training_step(model, inputs, num_items_in_batch)
         self._reading = None
-        self.online.end_micro_batch()
+        self.online.end_micro_batch(first_pass=first_pass, whole_gradient=self.accelerator.sync_gradients)
         if micro_step == self.args.steps_per_generation - 1:
             self.online.end_generation_batch(self.state.global_step)
         return loss

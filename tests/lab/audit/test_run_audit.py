@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.runs import SMALL, cropi
+from tests.runs import SMALL, cropi_error, cropi_ok
 
 FEW = ["--prompts", "12", "--trajectories", "8"]
 RUN = [*SMALL, "train.stages=1", "score.standard_errors=false"]
@@ -16,10 +16,8 @@ RUN = [*SMALL, "train.stages=1", "score.standard_errors=false"]
 @pytest.fixture(scope="module")
 def audited(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], str]:
     cwd = tmp_path_factory.mktemp("audit")
-    done = cropi("run", "quickstart", *RUN, cwd=cwd)
-    assert done.returncode == 0, done.stderr
-    done = cropi("audit", "quickstart", *RUN, *FEW, cwd=cwd)
-    assert done.returncode == 0, done.stderr
+    cropi_ok("run", "quickstart", *RUN, cwd=cwd)
+    done = cropi_ok("audit", "quickstart", *RUN, *FEW, cwd=cwd)
     run = next((cwd / "runs").iterdir())
     return cwd, json.loads((run / "audit.json").read_text()), done.stdout
 
@@ -61,12 +59,10 @@ def test_audits_are_read_back_and_other_sizes_stand_beside_them(audited: tuple[P
     run = next((cwd / "runs").iterdir())
     kept = next((run / "audit").glob("000-*")) / "audit.json"
     before = kept.stat().st_mtime_ns
-    done = cropi("audit", "quickstart", *RUN, "--prompts", "8", "--trajectories", "4", "--stages", "0", cwd=cwd)
-    assert done.returncode == 0, done.stderr
+    cropi_ok("audit", "quickstart", *RUN, "--prompts", "8", "--trajectories", "4", "--stages", "0", cwd=cwd)
     assert json.loads((run / "audit.json").read_text())["settings"]["prompts"] == 8
     assert len(list((run / "audit").iterdir())) == len(result["stages"]) + 1
-    done = cropi("audit", "quickstart", *RUN, *FEW, "--json", cwd=cwd)
-    assert done.returncode == 0, done.stderr
+    done = cropi_ok("audit", "quickstart", *RUN, *FEW, "--json", cwd=cwd)
     assert kept.stat().st_mtime_ns == before
     assert json.loads(done.stdout) == result
 
@@ -86,6 +82,5 @@ def test_the_audit_has_a_page_of_its_own(audited: tuple[Path, dict[str, Any], st
     ],
 )
 def test_bad_arguments(audited: tuple[Path, dict[str, Any], str], arguments: list[str], message: str) -> None:
-    done = cropi("audit", "quickstart", *RUN, *arguments, cwd=audited[0])
-    assert done.returncode == 2
+    done = cropi_error("audit", "quickstart", *RUN, *arguments, cwd=audited[0])
     assert message in done.stderr

@@ -15,19 +15,27 @@ SLOW, QUICK, NEVER = (0, 1, 2), (0, 4, 4), (0, 0, 1)
 
 
 def rows(
-    scenario: str, strategy: str, seed: int, curve: tuple[int, int, int], collected: float = 0.0, other: int = 1
+    scenario: str,
+    strategy: str,
+    seed: int,
+    curve: tuple[int, int, int],
+    collected: float = 0.0,
+    *,
+    questions: str | None = None,
+    steps: tuple[int, ...] = (0, 4, 8),
+    other: tuple[int, int, int] = (1, 1, 1),
 ) -> list[dict[str, Any]]:
     """A run with four targeted questions, of which so many are solved, and two others. A step costs 1 of all."""
     found = []
-    for step, right in zip((0, 4, 8), curve, strict=True):
+    for step, right, rest in zip(steps, curve, other, strict=True):
         ahead = collected if step else 0.0
         charged = dict.fromkeys((*COSTS, *TOKENS, *FLOPS), 0)
         charged |= {"collect_seconds": ahead, "collect_tokens": int(ahead), "collect_flops": ahead}
         charged |= {"train_seconds": step, "train_tokens": step, "train_flops": step, "flops": ahead + step}
-        for name, targeted, size, solved in (("near", True, 4, right), ("far", False, 2, other)):
+        for name, targeted, size, solved in (("near", True, 4, right), ("far", False, 2, rest)):
             own = {"scenario": scenario, "strategy": strategy, "seed": seed, "step": step, "set": name}
-            correct = [1.0] * solved + [0.0] * (size - solved)
-            found.append(own | {"targeted": targeted, "questions": f"{seed}", "correct": correct} | charged)
+            own |= {"targeted": targeted, "questions": questions or f"{seed}"}
+            found.append(own | {"correct": [1.0] * solved + [0.0] * (size - solved)} | charged)
     return found
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from tests.conftest import tiny_llama
-from tests.runs import SMALL, cropi, evaluations, selections
+from tests.runs import SMALL, cropi, cropi_error, cropi_ok, evaluations, selections
 
 from cropi.lab.compare.compared_run import link_shared, matrix_parameters
 from cropi.lab.compare.result_table import read_results
@@ -64,8 +64,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert process.returncode == 130
     assert "the same command goes on from here" in said
     (cwd / "interrupted.parquet").write_bytes((cwd / OUT / "results.parquet").read_bytes())
-    done = cropi(*COMMAND, "--folder", str(OUT), cwd=cwd)
-    assert done.returncode == 0, done.stderr
+    done = cropi_ok(*COMMAND, "--folder", str(OUT), cwd=cwd)
     (cwd / "stdout").write_text(done.stdout)
     (cwd / "stderr").write_text(done.stderr)
     return cwd
@@ -164,8 +163,7 @@ def test_what_runs_had_reached_can_be_compared_before_they_are_finished(compared
 
     everything = read_results(compared / OUT / "results.parquet").to_pylist()
     for step, number in ((2, 2), (4, 1)):
-        done = cropi("compare", "--folder", str(OUT), "--up-to-step", str(step), "--json", cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
+        done = cropi_ok("compare", "--folder", str(OUT), "--up-to-step", str(step), "--json", cwd=tmp_path)
         made = tmp_path / OUT / f"step-{step}"
         rows = read_results(made / "results.parquet").to_pylist()
         assert len({row["strategy"] for row in rows}) == number
@@ -190,8 +188,7 @@ def test_what_runs_had_reached_can_be_compared_before_they_are_finished(compared
     ],
 )
 def test_what_cannot_be_compared_is_said(compared: Path, asked: list[str], said: str) -> None:
-    done = cropi("compare", *asked, cwd=compared)
-    assert done.returncode == 2
+    done = cropi_error("compare", *asked, cwd=compared)
     assert said in done.stderr
     if "3" in asked:
         assert "name one of these: 2, 4" in done.stderr
@@ -203,8 +200,7 @@ def test_more_can_be_asked_for_and_a_failing_run_stops_no_other(compared: Path, 
     (tmp_path / "huge.yaml").write_text("{trainer: {learning_rate: 1.0e+30}, select: {strategy: {type: full}}}")
     (tmp_path / "short.yaml").write_text("{trainer: {learning_rate: 1.0e-3}, select: {strategy: {type: full}}}")
     command = ["compare", "quickstart", *TINY, "--strategies", "huge.yaml,short.yaml", "--seeds", "3", "--jobs", "1"]
-    done = cropi(*command, "--folder", str(OUT), cwd=tmp_path)
-    assert done.returncode == 2, done.stderr
+    done = cropi_error(*command, "--folder", str(OUT), cwd=tmp_path)
     assert "quickstart · seed 3 · huge failed" in done.stderr
     assert "the policy has diverged" in done.stderr
     assert "1 of 2 runs failed" in done.stderr
@@ -214,8 +210,7 @@ def test_more_can_be_asked_for_and_a_failing_run_stops_no_other(compared: Path, 
 
 
 def test_a_config_is_asked_for(tmp_path: Path) -> None:
-    done = cropi("compare", "seed=1", cwd=tmp_path)
-    assert done.returncode == 2
+    done = cropi_error("compare", "seed=1", cwd=tmp_path)
     assert "no config is named" in done.stderr
 
 

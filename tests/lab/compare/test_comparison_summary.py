@@ -2,42 +2,20 @@
 
 import json
 import math
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
 import pytest
+from tests.lab.compare import comparisons
 
 from cropi.errors import ArtifactError, ConfigError
 from cropi.lab.compare.comparison_summary import summarise
 from cropi.lab.compare.paired_runs import Traces, read_traces
-from cropi.lab.compare.result_table import COSTS, FLOPS, RESULTS, TOKENS
+from cropi.lab.compare.result_table import RESULTS
 
-STEPS = (0, 4, 8)
-
-
-def rows(
-    scenario: str,
-    strategy: str,
-    seed: int,
-    curve: tuple[int, int, int],
-    *,
-    collected: float = 0.0,
-    questions: str = "q",
-    steps: tuple[int, ...] = STEPS,
-    other: tuple[int, int, int] = (1, 1, 1),
-) -> list[dict[str, Any]]:
-    """A run with four targeted questions, of which so many are solved, and two others. A step costs 1 of all."""
-    found = []
-    for step, right, rest in zip(steps, curve, other, strict=True):
-        ahead = collected if step else 0.0
-        costs = dict.fromkeys((*COSTS, *TOKENS, *FLOPS), 0)
-        costs |= {"collect_seconds": ahead, "collect_tokens": int(ahead), "collect_flops": ahead, "flops": ahead + step}
-        costs |= {"train_seconds": step, "train_tokens": step, "train_flops": step}
-        for name, targeted, size, solved in (("near", True, 4, right), ("far", False, 2, rest)):
-            own = {"scenario": scenario, "strategy": strategy, "seed": seed, "step": step, "set": name}
-            correct = [1.0] * solved + [0.0] * (size - solved)
-            found.append(own | {"targeted": targeted, "questions": questions, "correct": correct} | costs)
-    return found
+# Every seed has the same questions.
+rows = partial(comparisons.rows, questions="q")
 
 
 def table(*runs: list[dict[str, Any]]) -> Traces:

@@ -7,8 +7,8 @@ import pytest
 
 from cropi.errors import ArtifactError, ConfigError, UserError
 from cropi.lab.compare.comparison_plan import FINISHED, lock, make_plan, parse_seeds, read_plan
-from cropi.loading import load_config, validate_config
-from cropi.presets import merged, presets, read_patches
+from cropi.loading import load_config
+from cropi.presets import merged, read_patches
 
 
 @pytest.mark.parametrize(
@@ -40,15 +40,6 @@ def test_patches_merge_key_by_key_and_tables_of_a_type_replace():
         "refresh": {"validation": True},
     }
     assert values["select"]["strategy"]["type"] == "influence"
-
-
-@pytest.mark.parametrize("name", presets())
-def test_every_preset_fits_the_recipes_and_says_what_it_is(name: str):
-    preset = presets()[name]
-    assert set(preset) == {"about", "config"}
-    assert preset["about"]
-    values = merged(load_config("quickstart", ["select.strategy=full"]).resolved(), preset["config"])
-    validate_config(values, name)
 
 
 def test_an_unknown_strategy_names_the_closest():

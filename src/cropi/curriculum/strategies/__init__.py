@@ -8,7 +8,6 @@ from cropi.curriculum.strategies.dots import DotsStrategy as DotsStrategy
 from cropi.curriculum.strategies.full import FullStrategy as FullStrategy
 from cropi.curriculum.strategies.gaussian import GaussianStrategy as GaussianStrategy
 from cropi.curriculum.strategies.gradient_norm import GradientNormStrategy as GradientNormStrategy
-from cropi.curriculum.strategies.greso import GresoStrategy as GresoStrategy
 from cropi.curriculum.strategies.influence import InfluenceStrategy as InfluenceStrategy
 from cropi.curriculum.strategies.learnability import LearnabilityStrategy as LearnabilityStrategy
 from cropi.curriculum.strategies.learnalign import LearnAlignStrategy as LearnAlignStrategy

@@ -45,7 +45,7 @@ class FunctionVerifier(ScoringVerifier):
     messages: bool = False
     """Pass completions as chat messages instead of text."""
     written: Template = "{answer}"
-    """How a right completion writes the answer; used to check recorded answers against themselves."""
+    """A right completion with the answer in it; used to check recorded answers against themselves."""
 
     def load(self) -> Verify:
         """Import the function. It is called with one row: `f(completions, **columns) -> rewards`.

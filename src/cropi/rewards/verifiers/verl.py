@@ -22,7 +22,7 @@ class VerlVerifier(ScoringVerifier):
     threshold: float = 0.5
     """Score from which a completion is right."""
     written: Template = "{answer}"
-    """How a right completion writes the answer; used to check recorded answers against themselves."""
+    """A right completion with the answer in it; used to check recorded answers against themselves."""
 
     def load(self) -> Verify:
         function = imported(self.path)

@@ -1,0 +1,122 @@
+"""Taps on a model's layers: what a layer read, met by the gradient at its output, in a backward pass that runs anyway.
+
+The gradient of a linear layer's weight is G = sum_t g_t a_t^T over tokens t: a_t is the layer's input, g_t the loss's
+gradient at its output. A tap is an identity function on the layer's output. It saves what it needs of the input through
+autograd, so that either kind of gradient checkpointing drops and recomputes it, and meets g in the backward pass. It
+makes no second pass and touches no weight, gradient buffer or random state, so it works on the local rows of DDP, FSDP2
+and ZeRO.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from cropi.errors import PolicyError
+
+Kind = Literal["linear", "embedding", "norm"]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A module whose trainable parameters a tap can read, and their names in the model. A tied weight has one name."""
+
+    module: nn.Module
+    kind: Kind
+    weight: str | None  # None: the module has none, or it is frozen
+    bias: str | None
+
+    @property
+    def parameters(self) -> list[str]:
+        return [name for name in (self.weight, self.bias) if name is not None]
+
+
+class Tap(Protocol):
+    """The work of a tap on one layer."""
+
+    def keep(self, layer: Layer, read: Tensor) -> tuple[Tensor, ...]:
+        """Tensors to save in the forward pass; `read` is the layer's input, or an embedding's token ids."""
+
+    def meet(self, layer: Layer, gradient: Tensor, *kept: Tensor) -> None:
+        """Take the gradient at the layer's output, batch x tokens x width, in the backward pass."""
+
+
+class _Meeting(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, tap: Tap, layer: Layer, *kept: Tensor) -> Tensor:
+        ctx.save_for_backward(*kept)
+        ctx.tap, ctx.layer = tap, layer
+        return output.detach()  # not a view of the output: models may write into it
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        (gradient,) = gradients
+        kept = ctx.saved_tensors  # once: checkpointing recomputes them for it
+        with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
+            ctx.tap.meet(ctx.layer, gradient, *kept)
+        return gradient, None, None, *[None] * len(kept)
+
+
+def readable_layers(model: nn.Module) -> list[Layer]:
+    """Linear layers (LoRA's included), embeddings and norms with trainable parameters of their own."""
+    names = {id(parameter): name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    found = []
+    for module in model.modules():
+        own = {name: names.get(id(p)) for name, p in module.named_parameters(recurse=False)}
+        kind = _kind(module, own)
+        if kind is not None and any(own.values()):
+            found.append(Layer(module, kind, own.get("weight"), own.get("bias")))
+    return found
+
+
+def _kind(module: nn.Module, own: dict[str, str | None]) -> Kind | None:
+    if type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None:
+        raise PolicyError(
+            "a compiled model ignores taps on its layers, so influence cannot be read while it trains",
+            where="trainer.torch_compile",
+            fix="leave it out.",
+        )
+    if isinstance(module, nn.Linear):
+        return "linear"
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    is_norm = "Norm" in type(module).__name__ and not list(module.children())
+    return "norm" if is_norm and set(own) <= {"weight", "bias"} else None
+
+
+@contextmanager
+def tapped(layers: Sequence[Layer], tap: Tap) -> Iterator[None]:
+    """Put a tap on every layer, for the forward and backward passes inside the block."""
+    hooks = [layer.module.register_forward_hook(_hook(layer, tap)) for layer in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _hook(layer: Layer, tap: Tap) -> Callable[[nn.Module, tuple[Any, ...], Any], Tensor | None]:
+    def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Tensor | None:
+        if not torch.is_grad_enabled() or not isinstance(output, Tensor) or not output.requires_grad:
+            return None  # reentrant checkpointing passes here first; its second pass has a graph
+        with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
+            kept = tap.keep(layer, inputs[0])
+        return _Meeting.apply(output, tap, layer, *kept)
+
+    return hook
+
+
+def normalised(layer: Layer, read: Tensor, scale: Tensor) -> Tensor:
+    """scale * x, where a norm of weight w computes w * x (or (1 + w) * x) from `read`: its change with the weight."""
+
+    def at(weight: Tensor) -> Tensor:
+        replaced = {name: torch.zeros_like(scale) for name, _ in layer.module.named_parameters(recurse=False)}
+        output: Tensor = torch.func.functional_call(layer.module, replaced | {"weight": weight}, (read,))
+        return output.float()
+
+    return at(scale) - at(torch.zeros_like(scale))

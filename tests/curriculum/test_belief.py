@@ -1,0 +1,217 @@
+"""Beliefs about influence and rewards against the exact Gaussian process, and by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from cropi.curriculum.belief import (
+    CORRELATIONS,
+    HALF_LIFE,
+    OWN_ERROR,
+    OWN_SHARES,
+    SPREADS,
+    InfluenceBelief,
+    RewardBelief,
+    kernel_features,
+)
+
+
+def drawn_points(pool: int = 12, validation: int = 5, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((pool + validation, 3))
+
+
+def test_one_observation_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cropi.curriculum.belief.SPREADS", (1.0,))
+    monkeypatch.setattr("cropi.curriculum.belief.OWN_SHARES", (0.5,))
+    belief = InfluenceBelief(np.array([[1.0], [2.0]]), pool=2)
+    belief.observe(0, slope=2.0, squared_error=1.0, step=0)
+    found = belief.posterior()
+    # spread: 2^2 - 1 = 3; tau = 1.5. y = 1 w + u + e: w given y is N(2 x 3 / (3 + 1.5 + 1), 3 - 9 / 5.5)
+    assert found.chosen.spread == 3
+    assert found.mean_F == pytest.approx([6 / 5.5])
+    assert found.root_FF.item() ** 2 == pytest.approx(3 - 9 / 5.5)
+    # u given y is 2 x 1.5 / 5.5, so that f_0 = 6 / 5.5 + 3 / 5.5; the other prompt has no own part
+    assert found.means() == pytest.approx([9 / 5.5, 12 / 5.5])
+    # var f_0 = 4.5 - 4.5^2 / 5.5; var f_1 = 4 var w + tau
+    assert found.variances() == pytest.approx([4.5 - 4.5**2 / 5.5, 4 * (3 - 9 / 5.5) + 1.5])
+
+
+def exact(
+    kernel: np.ndarray,
+    pool: int,
+    points: list[int],
+    slopes: list[float],
+    noise: list[float],
+    s: float,
+    own: float,
+    rho: float,
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """Mean, covariance and log likelihood of the process itself, by brute force."""
+    of_pool = np.arange(len(kernel)) < pool
+    full = s * (kernel * np.where(of_pool[:, None] == of_pool, 1.0, rho) + own * np.eye(len(kernel)))
+    seen = full[np.ix_(points, points)] + np.diag(noise)
+    cross = full[:pool][:, points]
+    y = np.array(slopes)
+    inverse = np.linalg.inv(seen)
+    log = -0.5 * (y @ inverse @ y + np.linalg.slogdet(seen)[1] + len(y) * np.log(2 * np.pi))
+    return cross @ inverse @ y, full[:pool, :pool] - cross @ inverse @ cross.T, float(log)
+
+
+def test_it_is_the_gaussian_process_of_its_kernel() -> None:
+    """With features of full rank. Points are seen once each, so that the likelihood is that of the observations."""
+    points_PE, pool = drawn_points(), 12
+    features = kernel_features(points_PE, pool)
+    kernel = features @ features.T
+    generator = np.random.default_rng(1)
+    points, errors = [0, 3, 5, 13, 16, 7], generator.uniform(0.5, 2, 6)
+    slopes = (generator.standard_normal(6) * 3).tolist()
+    belief = InfluenceBelief(features, pool)
+    for point, slope, error in zip(points, slopes, errors, strict=True):
+        belief.observe(point, slope, error, step=0)
+    noise = (OWN_ERROR * errors + (1 - OWN_ERROR) * errors.mean()).tolist()
+    found = belief.posterior()
+    assert found is not None
+    grid = [(s, own, rho) for s in SPREADS for own in OWN_SHARES for rho in CORRELATIONS]
+    scale = max(np.square(slopes).mean() - np.mean(noise), 0.1 * np.square(slopes).mean())
+    logs = [exact(kernel, pool, points, slopes, noise, s * scale, own, rho)[2] for s, own, rho in grid]
+    s, own, rho = grid[int(np.argmax(logs))]
+    assert found.log_likelihood == pytest.approx(max(logs))
+    assert (found.chosen.spread, found.chosen.own_share, found.chosen.correlation) == (
+        pytest.approx(s * scale),
+        own,
+        rho,
+    )
+    mean, covariance, _ = exact(kernel, pool, points, slopes, noise, s * scale, own, rho)
+    np.testing.assert_allclose(found.means(), mean, atol=1e-6 * abs(mean).max())
+    np.testing.assert_allclose(found.variances(), np.diag(covariance), rtol=1e-5)
+    draws = np.stack([found.draw(np.random.default_rng(n)) for n in range(20_000)])
+    np.testing.assert_allclose(np.cov(draws.T), covariance, atol=0.06 * covariance.max())
+    np.testing.assert_allclose(draws.mean(0), mean, atol=0.04 * covariance.max() ** 0.5)
+
+
+def test_observations_of_one_point_combine_and_age(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cropi.curriculum.belief.OWN_ERROR", 1.0)
+    belief = InfluenceBelief(np.eye(2), pool=2)
+    belief.observe(0, 3.0, 0.5, step=0)
+    belief.observe(0, 1.0, 1.0, step=int(HALF_LIFE))  # by then the first counts half: precision 1 and 1
+    assert [values.tolist() for values in belief.summary()] == [[0], [2.0], [0.5]]
+    late = InfluenceBelief(np.eye(2), pool=2)
+    late.observe(0, 1.0, 1.0, step=int(HALF_LIFE))
+    late.observe(0, 3.0, 0.5, step=0)  # arrives late
+    assert [values.tolist() for values in late.summary()] == [[0], [2.0], [0.5]]
+    belief.age_to(int(10.5 * HALF_LIFE))
+    assert belief.summary()[1].tolist() == [1.0]
+
+
+def test_errors_are_mostly_the_mean_of_all() -> None:
+    """A lucky first observation is not believed before all others."""
+    belief = InfluenceBelief(np.eye(3), pool=3)
+    for point, error in enumerate((1e-6, 1.0, 3.0)):
+        belief.observe(point, 1.0, error, step=0)
+    mean = (1e-6 + 4) / 3
+    assert belief.summary()[2] == pytest.approx([0.25 * error + 0.75 * mean for error in (1e-6, 1.0, 3.0)])
+
+
+def test_numbers_that_are_not_finite_are_left_out() -> None:
+    belief = InfluenceBelief(np.eye(2), pool=2)
+    assert not belief.observe(0, float("nan"), 1.0, step=0)
+    assert not belief.observe(0, 1.0, float("inf"), step=0)
+    assert belief.posterior() is None
+
+
+def test_few_features_are_as_uncertain_as_the_kernel() -> None:
+    """Points far from all landmarks have the prior's variance, not almost none."""
+    points = np.random.default_rng(0).standard_normal((400, 3)) * 5
+    features = kernel_features(points, 400, 16)
+    belief = InfluenceBelief(features, 400)
+    for n in range(40):
+        belief.observe(n, float(n % 5) - 2, 0.1, step=0)
+    found = belief.posterior()
+    assert found is not None
+    unseen_N = found.variances()[40:]
+    prior = found.chosen.spread * (1 + found.chosen.own_share)
+    assert np.median(unseen_N) == pytest.approx(prior, rel=0.1)
+    assert unseen_N.max() <= prior * 1.001
+
+
+def test_a_correlation_is_found_where_validation_prompts_mislead() -> None:
+    """Pool prompts in the places of validation prompts have slopes unlike theirs, or like theirs."""
+    generator = np.random.default_rng(0)
+    base = generator.standard_normal((40, 3))
+    features = kernel_features(np.concatenate([base, base]), pool=40)
+    truth = features[:40] @ generator.standard_normal(features.shape[1])
+    for sign, low, high in ((1.0, 0.9, 1.0), (-1.0, 0.3, 0.6)):
+        belief = InfluenceBelief(features, pool=40)
+        for n in range(40):
+            belief.observe(n, truth[n] + 0.05 * generator.standard_normal(), 0.0025, step=0)
+            belief.observe(40 + n, sign * truth[n] + 0.05 * generator.standard_normal(), 0.0025, step=0)
+        found = belief.posterior()
+        assert found is not None
+        assert low <= found.chosen.correlation <= high
+
+
+def test_without_observations_there_is_no_belief() -> None:
+    assert InfluenceBelief(np.eye(3), pool=2).posterior() is None
+
+
+def test_rewards_by_hand() -> None:
+    belief = RewardBelief(np.eye(3))
+    belief.observe(0, np.array([1.0, 1.0, 1.0, 0.0]), step=0)
+    # a point's own neighbourhood is itself: rate (3 + 0.0005) / (4 + 0.001); Beta(3 + 1.5, 1 + 0.5)
+    assert belief.pass_rates()[0] == pytest.approx(4.5 / 6, abs=1e-3)
+    assert belief.variances()[0] == pytest.approx(4.5 * 1.5 / (6 * 7), abs=1e-3)
+    assert belief.pass_rates()[1] == pytest.approx(0.5)  # unlike anything seen: Beta(1, 1)
+    assert belief.variances()[1] == pytest.approx(1 / 6)
+    belief.age_to(8)
+    assert belief.pass_rates()[0] == pytest.approx((1.5 + 1.5) / (2 + 2), abs=1e-3)
+
+
+def test_graded_rewards_have_the_variance_that_groups_show() -> None:
+    graded = RewardBelief(np.eye(1))
+    graded.observe(0, np.array([0.4, 0.6]), step=0)  # variance 0.01 of at most 0.25
+    verdicts = RewardBelief(np.eye(1))
+    verdicts.observe(0, np.array([0.0, 1.0]), step=0)
+    assert graded.variances()[0] == pytest.approx(0.04 * verdicts.variances()[0])
+
+
+def test_neighbours_share_rewards() -> None:
+    points = np.array([[0.0], [0.1], [5.0], [5.1]])
+    belief = RewardBelief(kernel_features(points, pool=4))
+    belief.observe(0, np.ones(8), step=0)
+    near, far = belief.pass_rates()[1], belief.pass_rates()[3]
+    assert near > 0.9
+    assert far == pytest.approx(0.5, abs=0.05)
+
+
+def test_features_give_the_kernel_and_few_of_them_nearly() -> None:
+    points = np.random.default_rng(0).standard_normal((300, 2))
+    full = kernel_features(points, 250, 300)
+    gaps = []
+    for dimensions in (32, 64, 128):
+        few = kernel_features(points, 250, dimensions)
+        assert few.shape[1] <= dimensions
+        gaps.append(np.linalg.norm(few @ few.T - full @ full.T) / np.linalg.norm(full @ full.T))
+    assert np.diag(full @ full.T) == pytest.approx(1, abs=1e-5)
+    assert gaps == sorted(gaps, reverse=True)
+    assert gaps[-1] < 0.3
+    assert np.isfinite(kernel_features(np.zeros((5, 2)), 4)).all()
+    assert kernel_features(np.zeros((1, 2)), 1).shape == (1, 1)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_intervals_cover_what_they_say(seed: int) -> None:
+    """Prequential coverage where the model is true: each slope is predicted before it is observed."""
+    generator = np.random.default_rng(seed)
+    features = kernel_features(generator.standard_normal((200, 2)), pool=200)
+    truth = 2 * (features @ generator.standard_normal(features.shape[1]) + 0.7 * generator.standard_normal(200))
+    belief, inside, total = InfluenceBelief(features, 200), np.zeros(2), 0
+    for n, point in enumerate(generator.permutation(200)):
+        slope = truth[point] + generator.standard_normal()
+        found = belief.posterior() if n >= 40 else None
+        if found is not None:
+            z = abs(slope - found.means()[point]) / np.sqrt(found.variances()[point] + 1)
+            inside += [z < 0.6745, z < 1.645]
+            total += 1
+        belief.observe(point, slope, 1.0, step=0)
+    assert inside / total == pytest.approx([0.5, 0.9], abs=0.12)

@@ -1,0 +1,203 @@
+"""The curriculum as a whole: what it chooses, what it learns from, and how it goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from cropi.curriculum.curriculum import COOLDOWN, Choice, Curriculum, _ratio
+from cropi.errors import ArtifactError
+
+
+class World:
+    """Two kinds of prompts in two places: those of kind 0 help the validation set, the others do what `other` says."""
+
+    def __init__(self, pool: int = 80, seed: int = 0, look_alike: bool = False, other: float = -1.0) -> None:
+        generator = np.random.default_rng(seed)
+        self.kinds = np.arange(pool) % 2
+        centres = np.array([[0.0, 0.0], [4.0, 0.0]])
+        self.points = centres[self.kinds] + 0.3 * generator.standard_normal((pool, 2))
+        target = centres[1 if look_alike else 0]
+        self.validation = {"v": target + 0.3 * generator.standard_normal((10, 2))}
+        self.generator, self.slopes = generator, (1.0, other)
+
+    def group(self, choice: Choice) -> tuple[list[float], dict[str, np.ndarray]]:
+        rewards = (self.generator.random(8) < 0.5).astype(float)
+        halves = self.slopes[self.kinds[choice.place]] * rewards.std(ddof=1) / 2 + 0.2 * self.generator.standard_normal(
+            (2, 2)
+        )
+        return rewards.tolist(), {"v": halves}
+
+
+def made(world: World, **options: object) -> Curriculum:
+    return Curriculum(world.points, world.validation, **{"seed": 0, **options})  # type: ignore[arg-type]
+
+
+def trained(curriculum: Curriculum, world: World, steps: range, lag: int = 0) -> Iterator[list[Choice]]:
+    """Choices by step; rewards arrive `lag` steps later."""
+    waiting = []
+    for step in steps:
+        choices = curriculum.next(8, step)
+        waiting.append((step, choices))
+        yield choices
+        if len(waiting) > lag:
+            at, known = waiting.pop(0)
+            for n, choice in enumerate(known):
+                rewards, influence = world.group(choice)
+                curriculum.observe(choice, rewards, step=at, group=f"{at}/{n}", influence=influence)
+
+
+@pytest.mark.parametrize("lag", [0, 1, 2])
+@pytest.mark.parametrize("look_alike", [False, True])
+def test_it_learns_what_helps_whatever_the_prompts_look_like(lag: int, look_alike: bool) -> None:
+    world = World(pool=400, look_alike=look_alike)
+    choices = [c for batch in trained(made(world), world, range(40), lag) for c in batch][160:]
+    chosen = [c for c in choices if c.source != "uniform"]
+    assert np.mean([world.kinds[c.place] == 0 for c in chosen]) > 0.9
+    assert 0.04 < np.mean([c.source == "uniform" for c in choices]) < 0.2
+
+
+def test_before_a_direction_is_known_all_places_are_uniform() -> None:
+    world = World()
+    curriculum = made(world)
+    first = curriculum.next(8, 0)
+    assert {c.source for c in first} == {"uniform"}
+    curriculum.observe(first[0], [0.0, 1.0], step=0, group="a")  # rewards alone
+    assert {c.source for c in curriculum.next(8, 1)} == {"uniform"}
+
+
+def test_drawn_prompts_rest_though_nothing_was_observed() -> None:
+    curriculum = made(World(pool=200))
+    batches = [curriculum.next(8, step) for step in range(COOLDOWN + 1)]
+    places = [c.place for batch in batches for c in batch]
+    assert len(set(places)) == len(places)
+    small = made(World(pool=10))
+    assert [len({c.place for c in small.next(8, step)}) for step in range(4)] == [8] * 4
+    assert len(made(World(pool=4)).next(8, 0)) == 4
+    assert len(made(World(pool=1)).next(1, 0)) == 1
+
+
+def test_it_goes_on_from_its_state_bit_for_bit() -> None:
+    def run(stop: int | None) -> list[list[Choice]]:
+        world = World()
+        curriculum, batches = made(world), list[list[Choice]]()
+        for part in (range(10),) if stop is None else (range(stop), range(stop, 10)):
+            if part.start:
+                state = curriculum.state_dict()
+                curriculum = made(world)
+                curriculum.load_state_dict(state)
+            batches += list(trained(curriculum, world, part))
+        return batches
+
+    assert run(5) == run(3) == run(None)
+
+
+def test_a_group_counts_once_and_its_order_does_not_matter() -> None:
+    world = World()
+    told = [(Choice(n, "uniform", ""), *world.group(Choice(n, "uniform", ""))) for n in range(12)]
+
+    def after(order: list[int]) -> dict[str, np.ndarray]:
+        curriculum = made(world)
+        for n in order:
+            choice, rewards, influence = told[n]
+            curriculum.observe(choice, rewards, step=0, group=str(n), influence=influence)
+        return curriculum.table([str(n) for n in range(80)]).to_pydict()
+
+    plain = after(list(range(12)))
+    assert after([*range(12), 3, 5]) == plain
+    other = after(list(range(12))[::-1])
+    for name in ("pass_rate", "influence/v", "standard_error/v"):
+        np.testing.assert_allclose(other[name], plain[name], rtol=1e-6)
+
+
+def test_equal_rewards_and_single_completions_are_no_evidence_of_influence() -> None:
+    world = World()
+    curriculum = made(world)
+    for n, rewards in enumerate(([1.0] * 8, [0.0] * 4, [1.0])):
+        curriculum.observe(Choice(n, "uniform", ""), rewards, step=0, group=str(n), influence={"v": [[9, 9], [9, 9]]})
+    assert "influence/v" not in curriculum.table([str(n) for n in range(80)]).column_names
+
+
+def test_what_choosing_gains_is_known_and_choosing_stops_where_it_harms() -> None:
+    world = World(pool=400, other=0.2)
+    curriculum = made(world)
+    assert curriculum.gain() is None
+    list(trained(curriculum, world, range(60)))
+    ratio, low, high = curriculum.gain()
+    assert 1 < low <= ratio <= high
+    assert ratio == pytest.approx(1 / 0.6, abs=1)
+    harmful = made(world)
+    generator = np.random.default_rng(0)
+    for n in range(200):
+        choice = Choice(n % 80, "uniform" if n % 5 == 0 else "mean", "v")
+        gain = (1.0 if choice.source == "uniform" else -0.5) + 0.1 * generator.standard_normal((2, 2)) / 4
+        harmful.observe(choice, [0.0, 1.0], step=0, group=str(n), influence={"v": np.broadcast_to(gain, (2, 2)) / 2})
+    assert harmful.gain()[2] < 1
+    assert {c.source for c in harmful.next(8, 1)} == {"uniform"}
+
+
+def test_the_interval_of_a_ratio_by_hand() -> None:
+    # Fieller: 4 / 2 with variances 0.25 and 0: the bounds of 4 +- 1.96 x 0.5, over 2
+    assert _ratio(4, 0.25, 2, 0.0) == pytest.approx((2, 1.51, 2.49))
+    assert _ratio(1, 0.1, 0.1, 1.0) == (pytest.approx(10), float("-inf"), float("inf"))
+
+
+def test_where_nothing_helps_prompts_that_teach_something_are_drawn() -> None:
+    """The largest of negative gains is that of a prompt which is always solved."""
+    world = World(pool=200)
+    curriculum = made(world)
+    for n in range(100):
+        solved = n % 2 == 0
+        rewards = [1.0] * 8 if solved else [0.0, 1.0] * 4
+        influence = {"v": np.full((2, 2), -1.0) + 0.1 * world.generator.standard_normal((2, 2))}
+        curriculum.observe(Choice(n, "uniform", ""), rewards, step=0, group=str(n), influence=influence)
+    found = [c for step in range(1, 9) for c in curriculum.next(8, step) if c.source == "learnability"]
+    assert len(found) > 8
+    pass_rate = curriculum.table([str(n) for n in range(200)])["pass_rate"].to_numpy()
+    assert np.mean([pass_rate[c.place] > 0.9 for c in found]) < 0.25
+
+
+def test_the_state_of_other_prompts_is_refused() -> None:
+    world = World()
+    state = made(world).state_dict()
+    world.points = world.points[::-1]
+    with pytest.raises(ArtifactError, match="other prompts"):
+        made(world).load_state_dict(state)
+
+
+def test_infinite_influence_is_dropped_and_counted() -> None:
+    curriculum = made(World())
+    bad = {"v": [[float("inf"), 0.0], [0.0, 0.0]]}
+    curriculum.observe(Choice(0, "uniform", ""), [0.0, 1.0], step=0, group="a", influence=bad)
+    assert curriculum.metrics()["curriculum/dropped"] == 1
+
+
+def test_observing_alone_never_chooses() -> None:
+    world = World()
+    batches = list(trained(made(world, observe_only=True), world, range(20)))
+    assert {c.source for batch in batches for c in batch} == {"uniform"}
+
+
+def test_several_sets_share_the_places_by_what_is_left_to_learn() -> None:
+    world = World()
+    world.validation = {"solved": world.validation["v"], "open": world.validation["v"] + [4.0, 0.0]}
+    curriculum = made(world)
+    for member in range(10):
+        curriculum.observe_validation("solved", member, [1.0] * 8, step=0, influence=[[1, 1], [1, 1]])
+        curriculum.observe_validation("open", member, [0.0, 1.0] * 4, step=0, influence=[[1, 1.1], [1, 1]])
+    for n in range(20):
+        rewards, halves = world.group(Choice(n, "uniform", ""))
+        influence = {"solved": halves["v"], "open": -halves["v"]}
+        curriculum.observe(Choice(n, "uniform", ""), rewards, step=0, group=str(n), influence=influence)
+    places = [c for step in range(1, 9) for c in curriculum.next(8, step)]
+    counts = {name: sum(c.validation_set == name for c in places) for name in ("solved", "open")}
+    assert counts["open"] > 1.5 * counts["solved"]
+
+
+def test_directions_are_due_at_first_and_then_every_few_steps() -> None:
+    curriculum = made(World())
+    assert curriculum.validation_due(0) == 4
+    curriculum.observe_validation("v", 0, [0.0, 1.0], step=0)
+    assert next(step for step in range(1, 40) if curriculum.validation_due(step)) == 16
