@@ -67,10 +67,9 @@ def test_it_is_the_gaussian_process_of_its_kernel() -> None:
     points, errors = [0, 3, 5, 13, 16, 7], generator.uniform(0.5, 2, 6)
     slopes = (generator.standard_normal(6) * 3).tolist()
     belief = InfluenceBelief(features, pool)
-    noise = list[float]()
-    for n, (point, slope, error) in enumerate(zip(points, slopes, errors, strict=True)):
+    for point, slope, error in zip(points, slopes, errors, strict=True):
         belief.observe(point, slope, error, step=0)
-        noise.append(OWN_ERROR * error + (1 - OWN_ERROR) * errors[: n + 1].mean())
+    noise = (OWN_ERROR * errors + (1 - OWN_ERROR) * errors.mean()).tolist()
     found = belief.posterior()
     assert found is not None
     grid = [(s, own, rho) for s in SPREADS for own in OWN_SHARES for rho in CORRELATIONS]
@@ -96,13 +95,44 @@ def test_observations_of_one_point_combine_and_age(monkeypatch: pytest.MonkeyPat
     belief = InfluenceBelief(np.eye(2), pool=2)
     belief.observe(0, 3.0, 0.5, step=0)
     belief.observe(0, 1.0, 1.0, step=int(HALF_LIFE))  # by then the first counts half: precision 1 and 1
-    assert belief.precision_P[0] == pytest.approx(2)
-    assert belief.weighted_P[0] / belief.precision_P[0] == pytest.approx(2)
+    assert [values.tolist() for values in belief.summary()] == [[0], [2.0], [0.5]]
     late = InfluenceBelief(np.eye(2), pool=2)
     late.observe(0, 1.0, 1.0, step=int(HALF_LIFE))
     late.observe(0, 3.0, 0.5, step=0)  # arrives late
-    assert late.precision_P == pytest.approx(belief.precision_P)
-    assert late.weighted_P == pytest.approx(belief.weighted_P)
+    assert [values.tolist() for values in late.summary()] == [[0], [2.0], [0.5]]
+    belief.age_to(int(10.5 * HALF_LIFE))
+    assert belief.summary()[1].tolist() == [1.0]
+
+
+def test_errors_are_mostly_the_mean_of_all() -> None:
+    """A lucky first observation is not believed before all others."""
+    belief = InfluenceBelief(np.eye(3), pool=3)
+    for point, error in enumerate((1e-6, 1.0, 3.0)):
+        belief.observe(point, 1.0, error, step=0)
+    mean = (1e-6 + 4) / 3
+    assert belief.summary()[2] == pytest.approx([0.25 * error + 0.75 * mean for error in (1e-6, 1.0, 3.0)])
+
+
+def test_numbers_that_are_not_finite_are_left_out() -> None:
+    belief = InfluenceBelief(np.eye(2), pool=2)
+    assert not belief.observe(0, float("nan"), 1.0, step=0)
+    assert not belief.observe(0, 1.0, float("inf"), step=0)
+    assert belief.posterior() is None
+
+
+def test_few_features_are_as_uncertain_as_the_kernel() -> None:
+    """Points far from all landmarks have the prior's variance, not almost none."""
+    points = np.random.default_rng(0).standard_normal((400, 3)) * 5
+    features = kernel_features(points, 400, 16)
+    belief = InfluenceBelief(features, 400)
+    for n in range(40):
+        belief.observe(n, float(n % 5) - 2, 0.1, step=0)
+    found = belief.posterior()
+    assert found is not None
+    unseen_N = found.variances()[40:]
+    prior = found.chosen.spread * (1 + found.chosen.own_share)
+    assert np.median(unseen_N) == pytest.approx(prior, rel=0.1)
+    assert unseen_N.max() <= prior * 1.001
 
 
 def test_a_correlation_is_found_where_validation_prompts_mislead() -> None:

@@ -16,6 +16,7 @@ REWARD_HALF_LIFE = 8.0  # the same for rewards, which training changes faster
 SPREADS = (0.25, 1.0, 4.0)  # tried: prior variance of the common part, relative to the observed slopes
 OWN_SHARES = (0.1, 0.5, 2.0)  # tried: variance of a prompt's own part, relative to the common part
 CORRELATIONS = (1.0, 0.9, 0.6, 0.3)  # tried: between what a validation prompt and a pool prompt like it give
+FORGOTTEN = 10  # half-lives after which an observation is dropped
 OWN_ERROR = 0.25  # of an observation's squared error; the rest is the mean of all, since one difference is a bad guess
 PRIOR_TRIES = 2.0  # completions that the rewards of similar prompts count for
 
@@ -38,7 +39,7 @@ class Posterior:
     root_FF: Float[np.ndarray, "F F"]  # R with R R^T the covariance of w
     trust_N: Float[np.ndarray, " N"]  # of a prompt's own observations: tau / (tau + 1 / precision); 0 if unseen
     seen_N: Float[np.ndarray, " N"]  # their mean; 0 if unseen
-    own_variance: float  # tau, prior variance of an own effect
+    own_N: Float[np.ndarray, " N"]  # tau, prior variances of the own effects
     chosen: Hyperparameters
     log_likelihood: float
 
@@ -49,12 +50,12 @@ class Posterior:
     def variances(self) -> Float[np.ndarray, " N"]:
         """Variances of the slopes."""
         common_N = ((self.features_NF @ self.root_FF) ** 2).sum(axis=1)
-        return (1 - self.trust_N) ** 2 * common_N + (1 - self.trust_N) * self.own_variance
+        return (1 - self.trust_N) ** 2 * common_N + (1 - self.trust_N) * self.own_N
 
     def draw(self, generator: np.random.Generator) -> Float[np.ndarray, " N"]:
         """One joint draw of all slopes."""
         weights_F = self.mean_F + self.root_FF @ generator.standard_normal(len(self.mean_F))
-        own_N = generator.standard_normal(len(self.trust_N)) * np.sqrt((1 - self.trust_N) * self.own_variance)
+        own_N = generator.standard_normal(len(self.trust_N)) * np.sqrt((1 - self.trust_N) * self.own_N)
         return self._given(self.features_NF @ weights_F) + own_N
 
     def _given(self, common_N: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
@@ -65,51 +66,60 @@ class InfluenceBelief:
     """Belief about the influence of every prompt on one validation set, per unit of learnability.
 
     Slopes are linear in features, with an effect of the prompt's own: f_i = x_i . w + u_i. A validation prompt's slope
-    is that of a second task with correlation rho: x_j . (rho w + sqrt(1 - rho^2) w') + u_j. An observation is
-    y = f + error, its variance known and doubled every `HALF_LIFE` steps. Since all age alike, a point's precision and
-    precision-weighted sum are sufficient statistics.
+    is that of a second task with correlation rho: x_j . (rho w + sqrt(1 - rho^2) w') + u_j. The own effect's variance
+    is s (own share + 1 - |x_i|^2), so that a prompt far from all landmarks is as uncertain as under the kernel itself
+    (FITC; Snelson and Ghahramani 2006). An observation is y = f + error, its variance known and doubled every
+    `HALF_LIFE` steps.
     """
 
     def __init__(self, features_PF: Float[np.ndarray, "P F"], pool: int) -> None:
         self._features_PF, self._pool = features_PF, pool
-        points = len(features_PF)
-        self.precision_P, self.weighted_P = np.zeros(points), np.zeros(points)
+        self._beyond_P = np.maximum(1 - (features_PF**2).sum(axis=1), 0.0)
+        self._seen_O4 = np.empty((0, 4))  # point, slope, squared error, step
         self._step = 0
-        self._errors = np.zeros(2)  # sum and number of the squared errors of observations, ageing too
 
-    def observe(self, point: int, slope: float, squared_error: float, step: int) -> None:
-        """Add an observation of a point's slope. One that arrives late counts less by its age."""
+    def observe(self, point: int, slope: float, squared_error: float, step: int) -> bool:
+        """Add an observation of a point's slope; returns False for one that is not finite, which is left out."""
+        if not np.isfinite([slope, squared_error]).all():
+            return False
+        self._seen_O4 = np.concatenate([self._seen_O4, [[point, slope, squared_error, step]]])
         self.age_to(step)
-        weight = 2.0 ** (-max(self._step - step, 0) / HALF_LIFE)
-        self._errors += weight * np.array([squared_error, 1.0])
-        smoothed = OWN_ERROR * squared_error + (1 - OWN_ERROR) * self._errors[0] / self._errors[1]
-        if smoothed <= 0:
-            return  # an error of nothing: two halves that agree to the last bit tell of no sample
-        self.precision_P[point] += weight / smoothed
-        self.weighted_P[point] += weight * slope / smoothed
+        return True
 
     def age_to(self, step: int) -> None:
-        """Let time pass."""
+        """Let time pass. Observations that count less than a thousandth are forgotten."""
         if step > self._step:
-            factor = 2.0 ** (-(step - self._step) / HALF_LIFE)
-            for sums in (self.precision_P, self.weighted_P, self._errors):
-                sums *= factor
             self._step = step
+            self._seen_O4 = self._seen_O4[step - self._seen_O4[:, 3] < FORGOTTEN * HALF_LIFE]
+
+    def summary(self) -> tuple[Int[np.ndarray, " S"], Float[np.ndarray, " S"], Float[np.ndarray, " S"]]:
+        """The points that were seen, the mean of each one's slopes, and its variance.
+
+        An observation's error is mostly the mean of all, and so does not hang on the order in which they came.
+        """
+        points_O = self._seen_O4[:, 0].astype(int)
+        slopes_O, errors_O = self._seen_O4[:, 1], self._seen_O4[:, 2]
+        weights_O = 2.0 ** (-np.maximum(self._step - self._seen_O4[:, 3], 0) / HALF_LIFE)
+        mean_error = float(weights_O @ errors_O / weights_O.sum()) if len(points_O) else 0.0
+        if mean_error <= 0:  # nothing is known of the errors
+            return np.empty(0, dtype=int), np.empty(0), np.empty(0)
+        precision_O = weights_O / (OWN_ERROR * errors_O + (1 - OWN_ERROR) * mean_error)
+        seen, place_O = np.unique(points_O, return_inverse=True)
+        precision_S = np.bincount(place_O, precision_O)
+        return seen, np.bincount(place_O, precision_O * slopes_O) / precision_S, 1 / precision_S
 
     def posterior(self, chosen: Hyperparameters | None = None) -> Posterior | None:
         """Belief at these hyper-parameters, by default those of the largest marginal likelihood on a grid.
 
         None before any observation.
         """
-        seen = np.flatnonzero(self.precision_P)
+        seen, means_S, noise_S = self.summary()
         if not len(seen):
             return None
-        means_S = self.weighted_P[seen] / self.precision_P[seen]
-        noise_S = 1 / self.precision_P[seen]
-        validation_S, features_SF = seen >= self._pool, self._features_PF[seen]
+        validation_S = seen >= self._pool
         grid = [chosen] if chosen is not None else _grid(means_S, noise_S, two_tasks=bool(validation_S.any()))
-        solved = [_Solved(features_SF, validation_S, means_S, noise_S, each) for each in grid]
-        best = max(solved, key=lambda each: each.log_likelihood)
+        data = self._features_PF[seen], self._beyond_P[seen], validation_S, means_S, noise_S
+        best = max((_Solved(*data, each) for each in grid), key=lambda solved: solved.log_likelihood)
         return self._of_pool(best, seen, means_S, noise_S)
 
     def _of_pool(
@@ -119,27 +129,25 @@ class InfluenceBelief:
         means_S: Float[np.ndarray, " S"],
         noise_S: Float[np.ndarray, " S"],
     ) -> Posterior:
-        own_variance = best.chosen.spread * best.chosen.own_share
+        own_N = best.chosen.spread * (best.chosen.own_share + self._beyond_P[: self._pool])
         trust_N, seen_N = np.zeros(self._pool), np.zeros(self._pool)
-        of_pool = seen < self._pool
-        trust_N[seen[of_pool]] = own_variance / (own_variance + noise_S[of_pool])
-        seen_N[seen[of_pool]] = means_S[of_pool]
+        mine = seen[seen < self._pool]
+        trust_N[mine] = own_N[mine] / (own_N[mine] + noise_S[: len(mine)])
+        seen_N[mine] = means_S[: len(mine)]
         width = self._features_PF.shape[1]
         covariance = best.covariance()[:width, :width]
         root = np.linalg.cholesky(covariance + 1e-12 * np.trace(covariance) / width * np.eye(width))
         features = self._features_PF[: self._pool]
         mean = best.mean()[:width]
-        return Posterior(features, mean, root, trust_N, seen_N, own_variance, best.chosen, best.log_likelihood)
+        return Posterior(features, mean, root, trust_N, seen_N, own_N, best.chosen, best.log_likelihood)
 
     def state(self) -> dict[str, np.ndarray]:
         """Arrays from which `restore` continues bit for bit."""
-        sums = {"precision": self.precision_P, "weighted": self.weighted_P, "errors": self._errors}
-        return {**{name: values.copy() for name, values in sums.items()}, "step": np.array([self._step])}
+        return {"seen": self._seen_O4.copy(), "step": np.array([self._step])}
 
     def restore(self, state: dict[str, np.ndarray]) -> None:
         """Take over such a state."""
-        self.precision_P, self.weighted_P = state["precision"].copy(), state["weighted"].copy()
-        self._errors, self._step = state["errors"].copy(), int(state["step"][0])
+        self._seen_O4, self._step = state["seen"].copy(), int(state["step"][0])
 
 
 def _grid(
@@ -155,12 +163,13 @@ def _grid(
 class _Solved:
     """The posterior of (w, w') at some hyper-parameters, from S points that were seen.
 
-    y_i ~ N(z_i . (w, w'), tau + noise_i) with z = (x, 0) for the pool and (rho x, sqrt(1 - rho^2) x) for validation.
+    y_i ~ N(z_i . (w, w'), tau_i + noise_i) with z = (x, 0) for the pool and (rho x, sqrt(1 - rho^2) x) for validation.
     """
 
     def __init__(
         self,
         features_SF: Float[np.ndarray, "S F"],
+        beyond_S: Float[np.ndarray, " S"],
         validation_S: Bool[np.ndarray, " S"],
         means_S: Float[np.ndarray, " S"],
         noise_S: Float[np.ndarray, " S"],
@@ -173,7 +182,7 @@ class _Solved:
         if two_tasks:
             parts.append(features_SF * np.where(validation_S, np.sqrt(1 - rho**2), 0.0)[:, None])
         z_SD = np.concatenate(parts, axis=1)
-        weight_S = 1 / (chosen.spread * chosen.own_share + noise_S)
+        weight_S = 1 / (chosen.spread * (chosen.own_share + beyond_S) + noise_S)
         precision = np.eye(z_SD.shape[1]) / chosen.spread + z_SD.T @ (weight_S[:, None] * z_SD)
         self._root = np.linalg.cholesky(precision)
         target = z_SD.T @ (weight_S * means_S)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -11,7 +12,15 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Float, Int
 
-from cropi.curriculum.belief import Hyperparameters, InfluenceBelief, Posterior, RewardBelief, kernel_features
+from cropi.curriculum.belief import (
+    FORGOTTEN,
+    Hyperparameters,
+    InfluenceBelief,
+    Posterior,
+    RewardBelief,
+    kernel_features,
+)
+from cropi.errors import ArtifactError
 
 UNIFORM = 0.1  # share of the places that are drawn uniformly, so that it is known what choosing gains
 GREEDY = 0.5  # of the other places: by the posterior mean; the rest by a joint draw
@@ -22,7 +31,7 @@ REFIT_EVERY = 4  # steps between two choices of hyper-parameters
 ENOUGH = 8  # groups of either kind before the gain of choosing is judged
 GAIN_HALF_LIFE = 32.0  # steps
 
-Source = Literal["mean", "draw", "uniform"]
+Source = Literal["mean", "draw", "learnability", "uniform"]
 Halves = Sequence[Sequence[float]]
 """Inner products of a group's gradient: two halves of its completions x two halves of the direction."""
 
@@ -68,6 +77,7 @@ class Curriculum:
         features_PF = kernel_features(np.concatenate(every).astype(np.float64), self._pool)
         self._rewards = RewardBelief(features_PF)
         self._influence = {name: self._belief(features_PF, name) for name in self._names}
+        self._fingerprint = hashlib.sha256(features_PF.tobytes()).hexdigest()
         self._seed, self._scaling, self._observe_only = seed, scaling, observe_only
         self._asked = 0  # calls of `next`
         self._last_N = np.full(self._pool, -COOLDOWN - 1)  # step of the last draw
@@ -75,6 +85,7 @@ class Curriculum:
         self._seen = set[str]()
         self._fitted: dict[str, tuple[int, Hyperparameters]] = {}  # step and choice by set
         self._directed: int | None = None
+        self._dropped = 0  # observations that were not finite
         self._gains: list[tuple[int, bool, float]] = []  # step, uniform, gain
 
     def _belief(self, features_PF: Float[np.ndarray, "P F"], name: str) -> InfluenceBelief:
@@ -138,7 +149,12 @@ class Curriculum:
         shares = np.array([left for _, left, _ in plans])
         name, _, gains = plans[int(generator.choice(len(plans), p=shares / shares.sum()))]
         source: Source = "mean" if generator.random() < GREEDY else "draw"
-        return Choice(int(np.argmax(np.where(free_N, gains[source], -np.inf))), source, name)
+        gains_N = np.where(free_N, gains[source], -np.inf)
+        if gains_N.max() > 0:
+            return Choice(int(np.argmax(gains_N)), source, name)
+        # none is believed to help: of negative gains the largest would be that of a prompt which teaches nothing
+        weights_N = np.where(free_N, self._learnability()[: self._pool], 0.0)
+        return Choice(int(generator.choice(self._pool, p=weights_N / weights_N.sum())), "learnability", name)
 
     def _learnability(self) -> Float[np.ndarray, " P"]:
         """Expected size of the advantages: the rewards' standard deviation, or variance if they are not divided."""
@@ -176,6 +192,7 @@ class Curriculum:
         for name, halves in influence.items():
             gain += self._told(self._influence[name], choice.place, known, halves, step)
         self._gains.append((step, choice.source == "uniform", gain))
+        self._gains = [each for each in self._gains if step - each[0] < FORGOTTEN * GAIN_HALF_LIFE]
 
     def observe_validation(
         self, name: str, member: int, rewards: Sequence[float], *, step: int, influence: Halves | None = None
@@ -200,8 +217,8 @@ class Curriculum:
             of_completions = (parts[0].mean() - parts[1].mean()) ** 2
             of_direction = ((parts[:, 0].sum() - parts[:, 1].sum()) / 2) ** 2
             error = float(of_completions + of_direction) / learnability**2
-            belief.observe(point, influence / learnability, error, step)
-        return influence
+            self._dropped += not belief.observe(point, influence / learnability, error, step)
+        return influence if np.isfinite(influence) else 0.0
 
     def validation_due(self, step: int) -> int:
         """Fresh completions that each validation prompt should get now; 0 if none."""
@@ -247,7 +264,7 @@ class Curriculum:
 
     def metrics(self) -> dict[str, float]:
         """Numbers for a logger."""
-        found = {"curriculum/seen": float((self._times_N > 0).mean())}
+        found = {"curriculum/seen": float((self._times_N > 0).mean()), "curriculum/dropped": float(self._dropped)}
         ratio = self.gain()
         if ratio is not None:
             found |= {f"curriculum/gain{end}": value for end, value in zip(("", "_low", "_high"), ratio, strict=True)}
@@ -276,7 +293,9 @@ class Curriculum:
     def state_dict(self) -> dict[str, np.ndarray]:
         """Arrays from which `load_state_dict` continues bit for bit."""
         facts = {
+            "points": self._fingerprint,
             "asked": self._asked,
+            "dropped": self._dropped,
             "fitted": {name: [since, asdict(chosen)] for name, (since, chosen) in self._fitted.items()},
             "directed": self._directed,
             "seen": sorted(self._seen),
@@ -290,9 +309,17 @@ class Curriculum:
         return found
 
     def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
-        """Take over such a state; choices after it are those that would have followed."""
+        """Take over such a state; choices after it are those that would have followed.
+
+        ArtifactError if it is of other prompts, or of the same in another order.
+        """
         facts = json.loads(state["facts"].tobytes().decode())
-        self._asked, self._directed = facts["asked"], facts["directed"]
+        if facts["points"] != self._fingerprint:
+            raise ArtifactError(
+                "the curriculum's state belongs to other prompts or representations",
+                fix="continue with the prompts and the policy that training began with.",
+            )
+        self._asked, self._directed, self._dropped = facts["asked"], facts["directed"], facts["dropped"]
         self._seen = set(facts["seen"])
         self._gains = [(step, uniform, gain) for step, uniform, gain in facts["gains"]]
         self._last_N, self._times_N = state["last"].copy(), state["times"].copy()
