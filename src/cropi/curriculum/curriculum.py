@@ -153,7 +153,7 @@ class Curriculum:
         if gains_N.max() > 0:
             return Choice(int(np.argmax(gains_N)), source, name)
         # none is believed to help: of negative gains the largest would be that of a prompt which teaches nothing
-        weights_N = np.where(free_N, self._learnability()[: self._pool], 0.0)
+        weights_N = np.where(free_N, self._rewards.variances()[: self._pool], 0.0)
         return Choice(int(generator.choice(self._pool, p=weights_N / weights_N.sum())), "learnability", name)
 
     def _learnability(self) -> Float[np.ndarray, " P"]:
