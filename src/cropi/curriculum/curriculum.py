@@ -116,11 +116,13 @@ class Curriculum:
 
     def _plans(self, step: int, generator: np.random.Generator) -> list[tuple[str, float, dict[Source, Any]]]:
         """(set, share of the places, gains by way of choosing) for every set with a posterior; none if uniform."""
-        if self._observe_only or (self._is_no_better() and not self.rewards_only):
+        if self._observe_only:
+            return []
+        if self.rewards_only:
+            return [("", 1.0, dict.fromkeys(("mean", "draw"), np.zeros(self._pool)))]
+        if self._is_no_better():
             return []
         learnability_P = self._learnability()
-        if self.rewards_only:
-            return [("", 1.0, dict.fromkeys(("mean", "draw"), learnability_P[: self._pool]))]
         found = []
         for name in self._names:
             posterior = self._posterior(name, step)
@@ -156,7 +158,7 @@ class Curriculum:
         if gains_N.max() > 0:
             return Choice(int(np.argmax(gains_N)), source, name)
         # none is believed to help: of negative gains the largest would be that of a prompt which teaches nothing
-        weights_N = np.where(free_N, self._learnability()[: self._pool], 0.0)
+        weights_N = np.where(free_N, self._rewards.variances()[: self._pool], 0.0)
         return Choice(int(generator.choice(self._pool, p=weights_N / weights_N.sum())), "learnability", name)
 
     def _learnability(self) -> Float[np.ndarray, " P"]:
