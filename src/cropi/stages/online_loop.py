@@ -73,9 +73,7 @@ class OnlineLoop:
         places, values = self.reader.take()
         if first_pass:
             values_BD = torch.zeros(len(self._rows), values.shape[1]).index_add(0, places, values)
-            norms = torch.tensor([direction.norm for direction in self.validation.directions.values()])
-            values_BVH = values_BD.unflatten(1, (-1, 2)) / norms[:, None]
-            self.evidence.add(self._rows, self._factor * values_BVH)
+            self.evidence.add(self._rows, self._factor * values_BD.unflatten(1, (-1, 2)))
         if whole_gradient and not self.checked:
             self._check(self.reader)
 
@@ -85,8 +83,6 @@ class OnlineLoop:
         if math.isnan(share):  # no gradient yet
             return
         self.checked, self.share_read = True, share
-        if wrong:
-            self.evidence.forget()
         if share < ENOUGH_READ:
             warn(
                 f"only {share:.0%} of the squared gradient can be read while training, so prompts are chosen by their "
@@ -94,9 +90,12 @@ class OnlineLoop:
             )
             self._choose_by_rewards()
             return
+        before = list(self.validation.directions)
         self.validation.readable = reader.read_parameters
         self.validation.renew()
         self._turn()
+        if wrong or before != list(self.validation.directions):
+            self.evidence.forget()
 
     def _choose_by_rewards(self) -> None:
         self.curriculum.rewards_only = True
@@ -111,8 +110,8 @@ class OnlineLoop:
         for outcome in outcomes:
             influence = None
             if outcome.influence_VCH is not None and self.checked:
-                pairs = zip(self.validation.directions, outcome.influence_VCH, strict=True)
-                influence = {name: halves_CH.tolist() for name, halves_CH in pairs}
+                pairs = zip(self.validation.directions.items(), outcome.influence_VCH, strict=True)
+                influence = {name: (halves_CH / known.norm).tolist() for (name, known), halves_CH in pairs}
             if outcome.rewards:
                 self.curriculum.observe(
                     self._choice(outcome.prompt_id),
