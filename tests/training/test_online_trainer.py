@@ -4,11 +4,14 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from tests.runs import SMALL, cropi, json_lines
+
+from cropi.training.curriculum_state import load_state
 
 SETTINGS = [
     *(text for text in SMALL if not text.startswith(("select.", "trainer.per_device"))),
@@ -90,3 +93,48 @@ def test_training_does_not_resume_without_the_curriculum_s_state(
     done = cropi("run", "quickstart", *SETTINGS, "select.strategy={type: online}", cwd=tmp_path / "again")
     assert done.returncode == 2
     assert "curriculum" in done.stderr
+
+
+def test_where_too_little_is_read_prompts_are_chosen_by_rewards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cropi.stages.online_loop.ENOUGH_READ", 1.1)
+    done = cropi("run", "quickstart", *SETTINGS, "select.strategy={type: online}", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "of the squared gradient can be read" in done.stderr
+    why = [row["why"] for row in json_lines(tmp_path / "runs" / "run" / "choices.jsonl")]
+    assert "learnability" in {source for sources in why[2:] for source in sources}
+    assert not any(source.endswith(" sum") for sources in why[2:] for source in sources)
+
+
+def test_dynamic_sampling_is_refused(tmp_path: Path) -> None:
+    settings = [*SETTINGS, "select.strategy={type: online}", "train.dynamic_sampling=2"]
+    done = cropi("run", "quickstart", *settings, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "train.dynamic_sampling" in done.stderr
+
+
+def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cropi.stages.online.process_group", lambda: SimpleNamespace(size=2, rank=0, is_main=True))
+    done = cropi("run", "quickstart", *SETTINGS, "select.strategy={type: online}", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "in one process" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["trainer.gradient_checkpointing=true", "trainer.gradient_checkpointing_kwargs={use_reentrant: false}"],
+        ["trainer.num_iterations=2"],
+        ["trainer.steps_per_generation=1"],  # two generation batches in an optimiser step
+        ["trainer.steps_per_generation=4"],  # a generation batch over two optimiser steps
+    ],
+)
+def test_it_reads_under_other_settings(settings: list[str], tmp_path: Path) -> None:
+    folder = run(tmp_path, "{type: online}", "train.stages=1", "train.steps_per_stage=4", *settings)
+    last = [row for row in json_lines(folder / "metrics.jsonl") if "curriculum/share_read" in row][-1]
+    assert last["curriculum/share_read"] > 0.5
+    assert last["curriculum/rows_dropped"] == 0
+    state = load_state(folder / "checkpoints" / "checkpoint-4")["curriculum"]
+    pool = len(state["last"])
+    assert (state["influence/sum/seen"][:, 0] < pool).sum() > 4  # prompts of the pool

@@ -1,4 +1,4 @@
-"""Influence told of a group in a real training equals autograd's for that group alone, whatever TRL's loss divides by."""
+"""Influence told of a group in a real training equals autograd's for it alone, whatever TRL's loss divides by."""
 
 from pathlib import Path
 
