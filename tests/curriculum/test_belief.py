@@ -21,10 +21,14 @@ def drawn_points(pool: int = 12, validation: int = 5, seed: int = 0) -> np.ndarr
     return np.random.default_rng(seed).standard_normal((pool + validation, 3))
 
 
+def believing(features: np.ndarray, pool: int) -> InfluenceBelief:
+    return InfluenceBelief(features[:pool], features[pool:])
+
+
 def test_one_observation_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cropi.curriculum.belief.SPREADS", (1.0,))
     monkeypatch.setattr("cropi.curriculum.belief.OWN_SHARES", (0.5,))
-    belief = InfluenceBelief(np.array([[1.0], [2.0]]), pool=2)
+    belief = InfluenceBelief(np.array([[1.0], [2.0]]), np.empty((0, 1)))
     belief.observe(0, slope=2.0, squared_error=1.0, step=0)
     found = belief.posterior()
     # spread: 2^2 - 1 = 3; tau = 1.5. y = 1 w + u + e: w given y is N(2 x 3 / (3 + 1.5 + 1), 3 - 9 / 5.5)
@@ -66,7 +70,7 @@ def test_it_is_the_gaussian_process_of_its_kernel() -> None:
     generator = np.random.default_rng(1)
     points, errors = [0, 3, 5, 13, 16, 7], generator.uniform(0.5, 2, 6)
     slopes = (generator.standard_normal(6) * 3).tolist()
-    belief = InfluenceBelief(features, pool)
+    belief = believing(features, pool)
     for point, slope, error in zip(points, slopes, errors, strict=True):
         belief.observe(point, slope, error, step=0)
     noise = (OWN_ERROR * errors + (1 - OWN_ERROR) * errors.mean()).tolist()
@@ -92,11 +96,11 @@ def test_it_is_the_gaussian_process_of_its_kernel() -> None:
 
 def test_observations_of_one_point_combine_and_age(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cropi.curriculum.belief.OWN_ERROR", 1.0)
-    belief = InfluenceBelief(np.eye(2), pool=2)
+    belief = believing(np.eye(2), 2)
     belief.observe(0, 3.0, 0.5, step=0)
     belief.observe(0, 1.0, 1.0, step=int(HALF_LIFE))  # by then the first counts half: precision 1 and 1
     assert [values.tolist() for values in belief.summary()] == [[0], [2.0], [0.5]]
-    late = InfluenceBelief(np.eye(2), pool=2)
+    late = believing(np.eye(2), 2)
     late.observe(0, 1.0, 1.0, step=int(HALF_LIFE))
     late.observe(0, 3.0, 0.5, step=0)  # arrives late
     assert [values.tolist() for values in late.summary()] == [[0], [2.0], [0.5]]
@@ -106,7 +110,7 @@ def test_observations_of_one_point_combine_and_age(monkeypatch: pytest.MonkeyPat
 
 def test_errors_are_mostly_the_mean_of_all() -> None:
     """A lucky first observation is not believed before all others."""
-    belief = InfluenceBelief(np.eye(3), pool=3)
+    belief = believing(np.eye(3), 3)
     for point, error in enumerate((1e-6, 1.0, 3.0)):
         belief.observe(point, 1.0, error, step=0)
     mean = (1e-6 + 4) / 3
@@ -114,7 +118,7 @@ def test_errors_are_mostly_the_mean_of_all() -> None:
 
 
 def test_numbers_that_are_not_finite_are_left_out() -> None:
-    belief = InfluenceBelief(np.eye(2), pool=2)
+    belief = believing(np.eye(2), 2)
     assert not belief.observe(0, float("nan"), 1.0, step=0)
     assert not belief.observe(0, 1.0, float("inf"), step=0)
     assert belief.posterior() is None
@@ -124,7 +128,7 @@ def test_few_features_are_as_uncertain_as_the_kernel() -> None:
     """Points far from all landmarks have the prior's variance, not almost none."""
     points = np.random.default_rng(0).standard_normal((400, 3)) * 5
     features = kernel_features(points, 400, 16)
-    belief = InfluenceBelief(features, 400)
+    belief = believing(features, 400)
     for n in range(40):
         belief.observe(n, float(n % 5) - 2, 0.1, step=0)
     found = belief.posterior()
@@ -142,7 +146,7 @@ def test_a_correlation_is_found_where_validation_prompts_mislead() -> None:
     features = kernel_features(np.concatenate([base, base]), pool=40)
     truth = features[:40] @ generator.standard_normal(features.shape[1])
     for sign, low, high in ((1.0, 0.9, 1.0), (-1.0, 0.3, 0.6)):
-        belief = InfluenceBelief(features, pool=40)
+        belief = believing(features, 40)
         for n in range(40):
             belief.observe(n, truth[n] + 0.05 * generator.standard_normal(), 0.0025, step=0)
             belief.observe(40 + n, sign * truth[n] + 0.05 * generator.standard_normal(), 0.0025, step=0)
@@ -152,7 +156,7 @@ def test_a_correlation_is_found_where_validation_prompts_mislead() -> None:
 
 
 def test_without_observations_there_is_no_belief() -> None:
-    assert InfluenceBelief(np.eye(3), pool=2).posterior() is None
+    assert believing(np.eye(3), 2).posterior() is None
 
 
 def test_rewards_by_hand() -> None:
@@ -205,7 +209,7 @@ def test_intervals_cover_what_they_say(seed: int) -> None:
     generator = np.random.default_rng(seed)
     features = kernel_features(generator.standard_normal((200, 2)), pool=200)
     truth = 2 * (features @ generator.standard_normal(features.shape[1]) + 0.7 * generator.standard_normal(200))
-    belief, inside, total = InfluenceBelief(features, 200), np.zeros(2), 0
+    belief, inside, total = believing(features, 200), np.zeros(2), 0
     for n, point in enumerate(generator.permutation(200)):
         slope = truth[point] + generator.standard_normal()
         found = belief.posterior() if n >= 40 else None

@@ -16,6 +16,7 @@ REWARD_HALF_LIFE = 8.0  # the same for rewards, which training changes faster
 SPREADS = (0.25, 1.0, 4.0)  # tried: prior variance of the common part, relative to the observed slopes
 OWN_SHARES = (0.1, 0.5, 2.0)  # tried: variance of a prompt's own part, relative to the common part
 CORRELATIONS = (1.0, 0.9, 0.6, 0.3)  # tried: between what a validation prompt and a pool prompt like it give
+BLOCK = 8192  # points at a time
 FORGOTTEN = 10  # half-lives after which an observation is dropped
 OWN_ERROR = 0.25  # of an observation's squared error; the rest is the mean of all, since one difference is a bad guess
 PRIOR_TRIES = 2.0  # completions that the rewards of similar prompts count for
@@ -45,18 +46,23 @@ class Posterior:
 
     def means(self) -> Float[np.ndarray, " N"]:
         """Expected slopes."""
-        return self._given(self.features_NF @ self.mean_F)
+        return self._given(self._common(self.mean_F))
 
     def variances(self) -> Float[np.ndarray, " N"]:
         """Variances of the slopes."""
-        common_N = ((self.features_NF @ self.root_FF) ** 2).sum(axis=1)
+        blocks = (self.features_NF[start : start + BLOCK] for start in range(0, len(self.features_NF), BLOCK))
+        common_N = np.concatenate([((block @ self.root_FF) ** 2).sum(axis=1) for block in blocks])
         return (1 - self.trust_N) ** 2 * common_N + (1 - self.trust_N) * self.own_N
 
     def draw(self, generator: np.random.Generator) -> Float[np.ndarray, " N"]:
         """One joint draw of all slopes."""
         weights_F = self.mean_F + self.root_FF @ generator.standard_normal(len(self.mean_F))
         own_N = generator.standard_normal(len(self.trust_N)) * np.sqrt((1 - self.trust_N) * self.own_N)
-        return self._given(self.features_NF @ weights_F) + own_N
+        return self._given(self._common(weights_F)) + own_N
+
+    def _common(self, weights_F: Float[np.ndarray, " F"]) -> Float[np.ndarray, " N"]:
+        found: np.ndarray = self.features_NF @ weights_F.astype(self.features_NF.dtype)
+        return found.astype(np.float64)
 
     def _given(self, common_N: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
         return (1 - self.trust_N) * common_N + self.trust_N * self.seen_N
@@ -72,9 +78,11 @@ class InfluenceBelief:
     `HALF_LIFE` steps.
     """
 
-    def __init__(self, features_PF: Float[np.ndarray, "P F"], pool: int) -> None:
-        self._features_PF, self._pool = features_PF, pool
-        self._beyond_P = np.maximum(1 - (features_PF**2).sum(axis=1), 0.0)
+    def __init__(self, pool_NF: Float[np.ndarray, "N F"], validation_MF: Float[np.ndarray, "M F"]) -> None:
+        """Points are numbered from the pool's first to the last validation prompt."""
+        self._pool_NF, self._validation_MF, self._pool = pool_NF, validation_MF, len(pool_NF)
+        squares = (np.einsum("pf,pf->p", each, each) for each in (pool_NF, validation_MF))
+        self._beyond_P = np.maximum(1 - np.concatenate([*squares]), 0.0)
         self._seen_O4 = np.empty((0, 4))  # point, slope, squared error, step
         self._step = 0
 
@@ -118,7 +126,10 @@ class InfluenceBelief:
             return None
         validation_S = seen >= self._pool
         grid = [chosen] if chosen is not None else _grid(means_S, noise_S, two_tasks=bool(validation_S.any()))
-        data = self._features_PF[seen], self._beyond_P[seen], validation_S, means_S, noise_S
+        features_SF = np.concatenate(
+            [self._pool_NF[seen[~validation_S]], self._validation_MF[seen[validation_S] - self._pool]]
+        )
+        data = features_SF.astype(np.float64), self._beyond_P[seen], validation_S, means_S, noise_S
         best = max((_Solved(*data, each) for each in grid), key=lambda solved: solved.log_likelihood)
         return self._of_pool(best, seen, means_S, noise_S)
 
@@ -134,12 +145,11 @@ class InfluenceBelief:
         mine = seen[seen < self._pool]
         trust_N[mine] = own_N[mine] / (own_N[mine] + noise_S[: len(mine)])
         seen_N[mine] = means_S[: len(mine)]
-        width = self._features_PF.shape[1]
+        width = self._pool_NF.shape[1]
         covariance = best.covariance()[:width, :width]
         root = np.linalg.cholesky(covariance + 1e-12 * np.trace(covariance) / width * np.eye(width))
-        features = self._features_PF[: self._pool]
         mean = best.mean()[:width]
-        return Posterior(features, mean, root, trust_N, seen_N, own_N, best.chosen, best.log_likelihood)
+        return Posterior(self._pool_NF, mean, root, trust_N, seen_N, own_N, best.chosen, best.log_likelihood)
 
     def state(self) -> dict[str, np.ndarray]:
         """Arrays from which `restore` continues bit for bit."""
@@ -248,9 +258,11 @@ class RewardBelief:
         return graded * a_P * b_P / (total_P * (total_P + 1))
 
     def _beta(self) -> tuple[Float[np.ndarray, " P"], Float[np.ndarray, " P"]]:
-        tries_F, won_F = self._tries_P @ self._features_PF, self._won_P @ self._features_PF
-        near_P = np.maximum(self._features_PF @ tries_F, 0.0)
-        won_P = np.clip(self._features_PF @ won_F, 0.0, near_P)
+        seen = np.flatnonzero(self._tries_P)
+        sums_2F = np.stack([self._tries_P[seen], self._won_P[seen]]) @ self._features_PF[seen]
+        near_P, won_P = (self._features_PF @ sums_2F.T.astype(self._features_PF.dtype)).T.astype(np.float64)
+        near_P = np.maximum(near_P, 0.0)
+        won_P = np.clip(won_P, 0.0, near_P)
         rate_P = (won_P + 0.5e-3) / (near_P + 1e-3)
         return (
             self._won_P + PRIOR_TRIES * rate_P,
@@ -278,17 +290,20 @@ def kernel_features(
     where there are as many.
     """
     generator = np.random.default_rng(seed)
-    sample = points_PE[np.sort(generator.permutation(len(points_PE))[:2000])]
+    sample = points_PE[np.sort(generator.permutation(len(points_PE))[:2000])].astype(np.float64)
     squares = _squares(sample, sample) + np.diag(np.full(len(sample), np.inf))
     nearest = np.sqrt(squares.min(axis=1)) if len(sample) > 1 else np.ones(1)
     positive = nearest[nearest > 0]
     width = 2 * (2 * float(np.median(positive))) ** 2 if len(positive) else 1.0
-    landmarks = points_PE[_landmarks(len(points_PE), pool, dimensions, generator)]
+    landmarks = points_PE[_landmarks(len(points_PE), pool, dimensions, generator)].astype(np.float64)
     values, vectors = np.linalg.eigh(np.exp(-_squares(landmarks, landmarks) / width))
     kept = values > 1e-8 * values.max()
     root = vectors[:, kept] / np.sqrt(values[kept])
-    rows = (points_PE[start : start + 8192] for start in range(0, len(points_PE), 8192))
-    return np.concatenate([np.exp(-_squares(part, landmarks) / width) @ root for part in rows])
+    found = np.empty((len(points_PE), root.shape[1]), dtype=np.float32)
+    for start in range(0, len(points_PE), BLOCK):
+        part = slice(start, start + BLOCK)
+        found[part] = np.exp(-_squares(points_PE[part].astype(np.float64), landmarks) / width) @ root
+    return found
 
 
 def _landmarks(points: int, pool: int, dimensions: int, generator: np.random.Generator) -> Int[np.ndarray, " L"]:

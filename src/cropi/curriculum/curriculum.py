@@ -74,10 +74,10 @@ class Curriculum:
             self._first[name] = sum(map(len, every))
             every.append(validation[name])
         self._sizes = {name: len(validation[name]) for name in self._names}
-        features_PF = kernel_features(np.concatenate(every).astype(np.float64), self._pool)
+        features_PF = kernel_features(np.concatenate(every), self._pool)
         self._rewards = RewardBelief(features_PF)
         self._influence = {name: self._belief(features_PF, name) for name in self._names}
-        self._fingerprint = hashlib.sha256(features_PF.tobytes()).hexdigest()
+        self._fingerprint = hashlib.sha256(features_PF).hexdigest()  # type: ignore[arg-type] # contiguous
         self._seed, self._scaling, self._observe_only = seed, scaling, observe_only
         self.rewards_only = False  # where too little of the gradient can be read
         self._asked = 0  # calls of `next`
@@ -91,8 +91,7 @@ class Curriculum:
 
     def _belief(self, features_PF: Float[np.ndarray, "P F"], name: str) -> InfluenceBelief:
         start = self._first[name]
-        rows = [*range(self._pool), *range(start, start + self._sizes[name])]
-        return InfluenceBelief(features_PF[rows], self._pool)
+        return InfluenceBelief(features_PF[: self._pool], features_PF[start : start + self._sizes[name]])
 
     # Choosing
 
