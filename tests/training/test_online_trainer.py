@@ -4,14 +4,16 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from tests.runs import SMALL, cropi, json_lines
 
+from cropi.errors import ConfigError
+from cropi.loading import load_config
 from cropi.training.curriculum_state import load_state
+from cropi.training.grpo_settings import grpo_config
 
 SETTINGS = [
     *(text for text in SMALL if not text.startswith(("select.", "trainer.per_device"))),
@@ -114,11 +116,10 @@ def test_dynamic_sampling_is_refused(tmp_path: Path) -> None:
     assert "train.dynamic_sampling" in done.stderr
 
 
-def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cropi.stages.online.process_group", lambda: SimpleNamespace(size=2, rank=0, is_main=True))
-    done = cropi("run", "quickstart", *SETTINGS, "select.strategy={type: online}", cwd=tmp_path)
-    assert done.returncode == 2
-    assert "in one process" in done.stderr
+def test_several_processes_are_refused(tmp_path: Path) -> None:
+    config = load_config("quickstart", [*SETTINGS, "select.strategy={type: online}"])
+    with pytest.raises(ConfigError, match="in one process"):
+        grpo_config(config, tmp_path, torch.device("cpu"), processes=2)
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from trl import GRPOConfig
 
 from cropi.artifacts import open_artifact
 from cropi.curriculum.curriculum import Curriculum
 from cropi.curriculum.strategies.online import OnlineStrategy
-from cropi.errors import ConfigError
 from cropi.functional.pooling import principal_points
 from cropi.parallel import process_group
 from cropi.prompt_encoding import encode_prompts, trainer_prompt, uses_chat
@@ -43,12 +41,6 @@ class OnlineRun:
         strategy = run.config.select.strategy
         assert isinstance(strategy, OnlineStrategy)
         self._observe_only = strategy.observe_only
-        if process_group().size > 1:
-            raise ConfigError(
-                f"{run.config.select.label} reads influence in one process, and this run has {process_group().size}",
-                where="select.strategy",
-                fix="start it without `accelerate launch`, or choose another strategy.",
-            )
         self._trainer: OnlineTrainer
 
     def loop(self, trainer: OnlineTrainer, checkpoint: Path | None) -> OnlineLoop:
@@ -77,7 +69,7 @@ class OnlineRun:
                 run.setup.policy.tokenizer.pad_token_id,
                 batch_scaled=settings.scale_rewards == "batch",
             ),
-            normalizer=_normalizer(settings),
+            normalizer=LossNormalizer.of(settings, process_group().size),
             validation=self._validation,
             place_of={prompt_id: place for place, prompt_id in enumerate(ids)},
             model=trainer.accelerator.unwrap_model(trainer.model),
@@ -177,10 +169,3 @@ class OnlineRun:
 
     def _stage(self, step: int) -> int:
         return min(step // self._run.config.train.steps_per_stage, self._run.config.train.stages - 1)
-
-
-def _normalizer(settings: GRPOConfig) -> LossNormalizer:
-    try:
-        return LossNormalizer.of(settings, process_group().size)
-    except ValueError as error:
-        raise ConfigError(str(error), where="trainer.loss_type", fix="use dapo, the default, or grpo.") from None

@@ -15,6 +15,7 @@ from transformers.integrations import get_available_reporting_integrations
 from trl import GRPOConfig
 
 from cropi.config import OWNED_TRAINER_KEYS, Config
+from cropi.console import warn_once
 from cropi.errors import ConfigError, hint
 from cropi.functional.surrogate import NORMALIZER_OF_LOSS
 from cropi.parallel import launched
@@ -65,11 +66,25 @@ def grpo_config(config: Config, output_dir: Path, device: torch.device, processe
     except Exception as error:  # TRL and transformers raise many kinds, each for a setting
         raise ConfigError(" ".join(str(error).split()), where="trainer", fix="correct the value it names.") from None
     _check(settings, config)
+    if config.select.strategy.chooses_online:
+        _check_online(settings, config.select.label, processes)
     if processes == 1 and not launched():
         try_one_step(options, device)
     if processes > 1 and config.refresh.reuse_rollouts:
         _check_whole_groups(settings)
     return settings
+
+
+def _check_online(settings: GRPOConfig, strategy: str, processes: int) -> None:
+    """ConfigError where influence cannot be read while training; a warning where it is not that of rewards alone."""
+    if processes > 1:
+        raise ConfigError(
+            f"{strategy} reads influence in one process, and this run has {processes}",
+            where="select.strategy",
+            fix="start it without `accelerate launch`, or choose another strategy.",
+        )
+    if settings.beta:
+        warn_once("trainer.beta is above 0, so the influence that is read contains the KL term")
 
 
 def _divided(options: dict[str, Any], processes: int) -> dict[str, Any]:
