@@ -4,7 +4,7 @@ config.json  environment.json  ledger.jsonl  summary.json  report.html  report.m
 prompts/  representations/  trajectories/                   before training
 scores/stage-NNN/  selections/stage-NNN/                    made at the start of a stage
 fresh/  fresh-validation/  reused/  screened/               by stage, where the config asks for them
-rollouts/  checkpoints/  evaluations/  steps.jsonl  metrics.jsonl  rewards.jsonl
+rollouts/  checkpoints/  evaluations/  steps.jsonl  metrics.jsonl  rewards.jsonl  choices.jsonl
 other-checkpoints/NAME-HASH/  (scores, selections and evaluations of checkpoints from outside)
 """
 
@@ -97,6 +97,11 @@ class StagePaths:
         return self.folder / "rewards.jsonl"
 
     @property
+    def choices(self) -> Path:
+        """The prompts of every generation batch, where a strategy chooses them one by one."""
+        return self.folder / "choices.jsonl"
+
+    @property
     def steps(self) -> Path:
         return self.folder / "steps.jsonl"
 
@@ -115,7 +120,7 @@ class StagePaths:
         """Delete what the stages have made of an earlier training."""
         for name in (*BY_STAGE, "imported", "rollouts", "checkpoints", "evaluations"):
             shutil.rmtree(self.folder / name, ignore_errors=True)
-        for stream in (self.rewards, self.steps, self.metrics):
+        for stream in (self.rewards, self.steps, self.metrics, self.choices):
             cut_jsonl(stream, lambda _: False)
 
 

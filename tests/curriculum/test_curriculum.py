@@ -199,3 +199,15 @@ def test_directions_are_due_at_first_and_then_every_few_steps() -> None:
     assert curriculum.validation_due(0) == 4
     curriculum.observe_validation("v", 0, [0.0, 1.0], step=0)
     assert next(step for step in range(1, 40) if curriculum.validation_due(step)) == 16
+
+
+def test_by_rewards_alone_prompts_that_are_always_solved_are_rarely_drawn() -> None:
+    world = World(pool=40)
+    curriculum = made(world)
+    for place in range(40):
+        rewards = [1.0] * 8 if place % 2 else [1.0, 0.0] * 4
+        curriculum.observe(Choice(place, "uniform", ""), rewards, step=0, group=str(place))
+    curriculum.rewards_only = True
+    choices = [choice for step in range(1, 30, 10) for choice in curriculum.next(8, step)]
+    assert curriculum.validation_due(30) == 0
+    assert np.mean([choice.place % 2 for choice in choices if choice.source != "uniform"]) < 0.4

@@ -174,6 +174,15 @@ class Config(Table):
             )
         return self
 
+    @model_validator(mode="after")
+    def _online_chooses_whole_batches(self) -> Config:
+        if self.select.strategy.chooses_online and self.train.dynamic_sampling:
+            raise ValueError(
+                f"{self.select.label} chooses every generation batch, so train.dynamic_sampling cannot replace its "
+                "groups: set it to 0"
+            )
+        return self
+
     @property
     def folder(self) -> Path:
         """The run's folder."""

@@ -79,6 +79,7 @@ class Curriculum:
         self._influence = {name: self._belief(features_PF, name) for name in self._names}
         self._fingerprint = hashlib.sha256(features_PF).hexdigest()  # type: ignore[arg-type] # contiguous
         self._seed, self._scaling, self._observe_only = seed, scaling, observe_only
+        self.rewards_only = False  # where too little of the gradient can be read
         self._asked = 0  # calls of `next`
         self._last_N = np.full(self._pool, -COOLDOWN - 1)  # step of the last draw
         self._times_N = np.zeros(self._pool, dtype=np.int64)
@@ -114,7 +115,11 @@ class Curriculum:
 
     def _plans(self, step: int, generator: np.random.Generator) -> list[tuple[str, float, dict[Source, Any]]]:
         """(set, share of the places, gains by way of choosing) for every set with a posterior; none if uniform."""
-        if self._observe_only or self._is_no_better():
+        if self._observe_only:
+            return []
+        if self.rewards_only:
+            return [("", 1.0, dict.fromkeys(("mean", "draw"), np.zeros(self._pool)))]
+        if self._is_no_better():
             return []
         learnability_P = self._learnability()
         found = []
@@ -222,7 +227,7 @@ class Curriculum:
     def validation_due(self, step: int) -> int:
         """Fresh completions that each validation prompt should get now; 0 if none."""
         due = self._directed is None or step - self._directed >= DIRECTION_EVERY
-        return DIRECTION_COMPLETIONS if due else 0
+        return DIRECTION_COMPLETIONS if due and not self.rewards_only else 0
 
     def _age(self, step: int) -> None:
         self._rewards.age_to(step)

@@ -105,6 +105,8 @@ class StrategyTable(Table, ABC):
     reads_texts: ClassVar[bool] = False  # ranks by the prompts' words
     pools: ClassVar[bool] = False  # estimates a prompt's influence from similar prompts
     takes_all: ClassVar[bool] = False  # trains on every eligible prompt instead of the best ceil(fraction N)
+    collects: ClassVar[bool] = True  # samples the pool and the validation sets before training
+    chooses_online: ClassVar[bool] = False  # chooses every generation batch while training runs
     candidates_aimed_at: ClassVar[int] = 0  # training prompts that replace the validation sets as directions
 
     type: str

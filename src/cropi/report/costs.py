@@ -68,6 +68,8 @@ class Charges:
         return _sum(entry["seconds"] for entry in self._phase(phase))
 
     def _begun(self, entry: Entry, step: int) -> bool:
+        if "step" in entry:  # work within a stage
+            return bool(entry["step"] < step)
         stage = entry.get("stage")
         return stage is None or stage * self.config.train.steps_per_stage < step
 

@@ -157,9 +157,9 @@ def prompts_left_out(run: RunFolder) -> int:
 def read_verdicts(run: RunFolder) -> pa.Table | None:
     """set, prompt_id, reward, verdict, status and `tokens` (how many) of every stored trajectory.
 
-    Verifies the checksums of all trajectories. None where collection has not finished.
+    Verifies the checksums of all trajectories. None where collection has not finished or sampled nothing.
     """
-    if not is_finished(run.trajectories):
+    if not is_finished(run.trajectories) or not _parts(run):
         return None
     open_artifact(run.trajectories, "trajectories", made_by="cropi collect")
     columns = ["set", "prompt_id", "reward", "verdict", "status", "completion_ids"]

@@ -91,6 +91,8 @@ def _tell(run: Run, manifest: Manifest) -> None:
             f"the verifier failed on {failed} of {total} completions, and they earned nothing. If they should have, "
             f"mend it, delete {run.folder.trajectories} and run again (`cropi audit-rewards` tells more)"
         )
+    if not run.config.select.strategy.collects and not run.trajectories.base_groups:
+        return
     mixed = require_signal(run.trajectories.statuses(run.trajectories.base_groups))
     sampled = len(run.trajectories.base_groups)
     say(f"groups: {mixed} of {sampled} mixed" + (", the others carry no signal now" if mixed < sampled else ""))
@@ -141,6 +143,7 @@ class Collector:
         if config.collect.top_p < 1:
             warn("collect.top_p is below 1: the log-probs are not those of the truncated sampler, so ratios are biased")
         shards, too_long = plan(config, self.policy, prompts, sampled_prompts(config, prompts, representations))
+        shards = shards if config.select.strategy.collects else []
         workers = ray_pool()
         if workers is not None:
             make = partial(make_shards_by_ray, workers, config, self.policy, folder, self.ledger)

@@ -74,8 +74,9 @@ def choose_prompts(
     folder: Path,
 ) -> tuple[dict[str, int], dict[str, Any]]:
     """Write `selection.parquet` (every prompt) and `selected.jsonl` (the chosen ones, with prompt and answer)."""
-    require_signal(candidates.statuses)
     strategy = config.select.strategy
+    if strategy.collects:
+        require_signal(candidates.statuses)
     size = len(candidates) if strategy.takes_all else selection_size(config.select.fraction, len(candidates))
     ranking = strategy.rank(candidates, size, config.select.fusion)
     choice = choose(candidates, ranking, size, 0.0 if strategy.takes_all else config.select.exploration)

@@ -24,14 +24,17 @@ from cropi.prompt_encoding import encode_prompts, trainer_prompt, uses_chat
 from cropi.run_folder import checkpoints
 from cropi.run_tables import evaluation_files, forget_evaluations
 from cropi.stages.evaluate import evaluate, evaluate_base, is_evaluated
+from cropi.stages.online import OnlineRun
+from cropi.stages.online_loop import OnlineLoop
 from cropi.stages.run import Run
 from cropi.streams import append_jsonl, cut_jsonl
 from cropi.training.dynamic_sampling import DynamicSampling
 from cropi.training.grpo_settings import grpo_config
+from cropi.training.online_trainer import OnlineTrainer
 from cropi.training.reward_log import RecordedReward
 from cropi.training.rollout_recorder import RolloutRecorder, forget_rollouts, require_no_dropout
 from cropi.training.sharding import check_sharding, resuming
-from cropi.training.stage_trainer import SelectStage, Stages, StageTrainer
+from cropi.training.stage_trainer import SelectStage, Stages
 
 CHECKPOINT = "checkpoint"  # kind of artifact
 MADE_BY = "cropi train"
@@ -44,14 +47,17 @@ def train(run: Run, select_stage: SelectStage) -> Path:
     settings = grpo_config(run.config, run.paths.checkpoints, run.setup.policy.device, process_group().size)
     process_group().from_main(lambda: _require_evaluations(run, _newest_step(run)))
     policy = load_policy(run.config.policy, dtype=run.config.policy.trained_in)
+    rows, reward = _training_rows(run), RecordedReward(run.judge, run.paths.rewards)
+    online = OnlineRun(run, rows, reward).loop if run.config.select.strategy.chooses_online else None
     task = TrainTask(
         label=run.config.select.label,
-        rows=_training_rows(run),
+        rows=rows,
         settings=settings,
         stages=run.config.train.stages,
         steps_per_stage=run.config.train.steps_per_stage,
         evaluate_every=_evaluate_every(run),
-        reward=RecordedReward(run.judge, run.paths.rewards),
+        reward=reward,
+        online=online,
         select_stage=select_stage,
         evaluate=lambda step, model: _evaluate(run, step, model),
         evaluated=lambda step: is_evaluated(run, step),
@@ -148,7 +154,7 @@ class StageCallback(TrainerCallback):
     stages: Stages
     task: TrainTask
     bar: Progress
-    trainer: StageTrainer
+    trainer: OnlineTrainer
     _due: bool = False
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -163,6 +169,8 @@ class StageCallback(TrainerCallback):
             return dynamic.drawn
 
         self._evaluate_if_due(state)
+        if self.trainer.online is not None and state.global_step == 0:
+            self.trainer.online.renew_directions(0)
         self.stages.begin(state.global_step, None if dynamic is None else drawn)
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -173,6 +181,8 @@ class StageCallback(TrainerCallback):
         if ranks.is_main:
             line = {"step": state.global_step, "seconds": (time.perf_counter() - self._step_began) * ranks.size}
             append_jsonl(self.task.folder / "steps.jsonl", line | ranks.facts())
+        if self.trainer.online is not None and state.global_step < state.max_steps:
+            self.trainer.online.renew_directions(state.global_step)
         self.bar.advance()
         self._due = self._is_scheduled(state)
         if state.global_step % self.trainer.steps_per_stage:
@@ -201,7 +211,9 @@ class StageCallback(TrainerCallback):
     ) -> None:
         if not process_group().is_main:
             return
-        finite = {k: v for k, v in (logs or {}).items() if isinstance(v, int | float) and abs(v) < float("inf")}
+        online = self.trainer.online
+        logs = (logs or {}) | ({} if online is None else online.metrics())
+        finite = {k: v for k, v in logs.items() if isinstance(v, int | float) and abs(v) < float("inf")}
         append_jsonl(self.task.folder / "metrics.jsonl", finite | {"step": state.global_step})
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -211,6 +223,8 @@ class StageCallback(TrainerCallback):
         self._evaluate_if_due(state)
 
     def _finish(self, checkpoint: Path, step: int) -> None:
+        if self.trainer.online is not None:
+            self.trainer.online.save(checkpoint)
         dynamic = self.trainer.dynamic
         details = {} if dynamic is None else {"drawn": dynamic.drawn}
         inputs = {"step": step, "settings": self.task.made_by}
@@ -234,6 +248,7 @@ class TrainTask:
     select_stage: SelectStage
     evaluate: Evaluate
     folder: Path
+    online: Callable[[OnlineTrainer, Path | None], OnlineLoop] | None = None  # of a trainer at a checkpoint
     record_to: Path | None = None  # where rollouts are kept as trajectories, if they are
     dynamic_sampling: int = 0  # refills of a generation batch at the most
     evaluated: Callable[[int], bool] = lambda step: False  # whether that step has been evaluated before
@@ -265,6 +280,8 @@ def train_stages(task: TrainTask, policy: Policy) -> Path:
         trainer.add_callback(StageCallback(stages, task, bar, trainer))
         trainer.recorder = _recorder(task, policy)
         trainer.dynamic = _dynamic_sampling(task, policy, resume_from)
+        if task.online is not None:
+            trainer.online = task.online(trainer, resume_from)
         trainer.remove_callback(PrinterCallback)  # this project has its own progress
         try:
             with resuming(trainer):
@@ -297,9 +314,9 @@ def _read(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
     return batch | {"prompt": [json.loads(prompt) for prompt in batch["prompt"]]}
 
 
-def _made_trainer(task: TrainTask, policy: Policy) -> StageTrainer:
+def _made_trainer(task: TrainTask, policy: Policy) -> OnlineTrainer:
     try:
-        return StageTrainer(
+        return OnlineTrainer(
             model=policy.model,
             reward_funcs=task.reward,
             args=task.settings,

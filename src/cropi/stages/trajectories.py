@@ -159,7 +159,8 @@ class Trajectories:
     def base(self) -> dict[str, pa.Table]:
         """The base policy's trajectories, by set."""
         self._open()  # checks the files
-        return read_trajectories(self._folder.trajectories, mask_truncated=self.mask_truncated)
+        none = {"train": TRAJECTORIES.empty_table()}  # for a strategy that collects nothing
+        return none | read_trajectories(self._folder.trajectories, mask_truncated=self.mask_truncated)
 
     @cached_property
     def base_groups(self) -> dict[str, GroupFacts]:

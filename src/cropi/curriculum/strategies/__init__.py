@@ -13,6 +13,7 @@ from cropi.curriculum.strategies.learnability import LearnabilityStrategy as Lea
 from cropi.curriculum.strategies.learnalign import LearnAlignStrategy as LearnAlignStrategy
 from cropi.curriculum.strategies.mid import MidStrategy as MidStrategy
 from cropi.curriculum.strategies.mopps import MoppsStrategy as MoppsStrategy
+from cropi.curriculum.strategies.online import OnlineStrategy as OnlineStrategy
 from cropi.curriculum.strategies.pass_rate import PassRateStrategy as PassRateStrategy
 from cropi.curriculum.strategies.pooled import PooledStrategy as PooledStrategy
 from cropi.curriculum.strategies.random import RandomStrategy as RandomStrategy

@@ -1,0 +1,217 @@
+"""Directions of the validation sets: fresh completions of their prompts, and a backward pass over them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from cropi.functional.surrogate import group_advantages
+from cropi.gradients.direction import DirectionSketch, backward_to_embeddings, deterministic, inner
+from cropi.gradients.reading import Direction, Reader
+from cropi.gradients.surrogate_weights import SurrogateSettings
+from cropi.policy import Policy, completion_logprobs
+from cropi.rewards.verdicts import Judge, answered
+from cropi.rollouts.generation import Generator, Sampling
+
+RANK = 8
+KEPT = 0.5  # weight of a round's gradients at the next round
+Due = Mapping[str, Sequence[int]]  # completions that each prompt of a validation set wants
+
+
+@dataclass(frozen=True)
+class ValidationPrompt:
+    """A validation prompt: its row in the prompt table and its tokens."""
+
+    row: Mapping[str, Any]
+    tokens: Sequence[int]
+
+
+@dataclass(frozen=True)
+class SampledGroup:
+    """Completions of a validation prompt and their rewards; those without a reward are left out."""
+
+    member: int  # place in its set
+    tokens: Sequence[int]
+    completions: Sequence[Sequence[int]]
+    rewards: Sequence[float]
+
+
+@dataclass(frozen=True)
+class SetDirection:
+    """Two directions of a validation set, from members with an even and with an odd place, and their length."""
+
+    halves: Sequence[Direction]
+    norm: float
+
+    @classmethod
+    def of(cls, halves: Sequence[Direction]) -> SetDirection | None:
+        """None where a half is zero. Noise makes |D| too large: sqrt <D_0, D_1> is free of it where it is defined."""
+        lengths = [inner(half, half) ** 0.5 for half in halves]
+        if min(lengths) == 0:
+            return None
+        common = inner(halves[0], halves[1])
+        return cls(halves, common**0.5 if common > 0 else (lengths[0] * lengths[1]) ** 0.5)
+
+
+@dataclass
+class ValidationPass:
+    """Samples validation prompts and keeps a sketch of each set's mean gradient, averaged over rounds."""
+
+    sets: Mapping[str, Sequence[ValidationPrompt]]
+    judge: Judge
+    sampling: Sampling
+    surrogate: SurrogateSettings  # normaliser and scaling of the trainer's loss
+    batch_tokens: int
+    seed: Callable[[int], int]  # of the samples at an optimiser step
+    sketches: dict[str, DirectionSketch] = field(default_factory=dict)
+    directions: dict[str, SetDirection] = field(default_factory=dict)
+    readable: Set[str] | None = None  # parameters that training's passes read; None before that is known
+
+    def sample(self, policy: Policy, generate: Generator, due: Due, step: int) -> dict[str, list[SampledGroup]]:
+        """Sample and judge as many completions as each prompt wants. The global random state is left alone."""
+        wanted = [
+            (name, member, prompt)
+            for name in sorted(due)
+            for member, (prompt, count) in enumerate(zip(self.sets[name], due[name], strict=True))
+            for _ in range(count)
+        ]
+        completions = generate([prompt.tokens for *_, prompt in wanted], self.sampling, seed=self.seed(step))
+        texts = policy.tokenizer.batch_decode(completions, skip_special_tokens=True)
+        rows = [answered(text, prompt.row) for text, (*_, prompt) in zip(texts, wanted, strict=True)]
+        found: dict[tuple[str, int], list[tuple[list[int], float]]] = {}
+        for (name, member, _), ids, judgement in zip(wanted, completions, self.judge(rows), strict=True):
+            if judgement.reward is not None:
+                found.setdefault((name, member), []).append((ids, judgement.reward))
+        groups: dict[str, list[SampledGroup]] = {name: [] for name in sorted(due)}
+        for (name, member), pairs in found.items():
+            own, rewards = [ids for ids, _ in pairs], [reward for _, reward in pairs]
+            groups[name].append(SampledGroup(member, self.sets[name][member].tokens, own, rewards))
+        return groups
+
+    def differentiate(
+        self, model: PreTrainedModel, groups: Mapping[str, Sequence[SampledGroup]]
+    ) -> tuple[dict[str, dict[int, list[float]]], int]:
+        """Renew the directions, and return what the members give to their own set, with the tokens computed.
+
+        A member gives two numbers, one for each half of its completions, against the half of the direction that it had
+        no part in: the direction before this round, or the new one where there is none. Groups of equal rewards have no
+        gradient and give nothing. No gradient buffer, optimiser state or random state is touched.
+        """
+        old, tokens = dict(self.directions), 0
+        given: dict[str, dict[int, list[float]]] = {}
+        with deterministic(model):
+            for name, own in groups.items():
+                sketch = self.sketches.setdefault(name, DirectionSketch(model, RANK))
+                sketch.scale(KEPT)
+                given[name], computed = self._pass(model, own, old.get(name), sketch)
+                tokens += computed
+            self.renew()
+            for name in [name for name in groups if name not in old and name in self.directions]:
+                given[name], computed = self._pass(model, groups[name], self.directions[name], None)
+                tokens += computed
+        return given, tokens
+
+    def _pass(
+        self,
+        model: PreTrainedModel,
+        groups: Sequence[SampledGroup],
+        direction: SetDirection | None,
+        sketch: DirectionSketch | None,
+    ) -> tuple[dict[int, list[float]], int]:
+        """Differentiate groups of one set, reading against a direction and adding to a sketch."""
+        reader = None if direction is None else Reader(model, direction.halves)
+        found, tokens = dict[int, list[float]](), 0
+        for rows in self._micro_batches(groups):
+            with ExitStack() as stack:
+                backward = stack.enter_context(backward_to_embeddings(model))
+                if sketch is not None:
+                    stack.enter_context(sketch.sketching(torch.tensor([row.member % 2 for row in rows])))
+                if reader is not None:
+                    stack.enter_context(reader.reading(torch.arange(len(rows))))
+                backward(self._loss(model, rows))
+            tokens += sum(row.length for row in rows)
+            if reader is not None and direction is not None:
+                places, values = reader.take()
+                for place, value in zip(places.tolist(), values.tolist(), strict=True):
+                    row = rows[place]
+                    found.setdefault(row.member, [0.0, 0.0])[row.half] += value[1 - row.member % 2] / direction.norm
+        return found, tokens
+
+    def renew(self) -> None:
+        """Make the directions from the sketches, of the readable parameters."""
+        self.directions = {}
+        for name, sketch in self.sketches.items():
+            halves = [
+                {key: part for key, part in half.items() if self.readable is None or key in self.readable}
+                for half in sketch.directions()
+            ]
+            direction = SetDirection.of(halves)
+            if direction is not None:
+                self.directions[name] = direction
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sums of the sketches."""
+        return {name: sketch.sums() for name, sketch in self.sketches.items()}
+
+    def load_state_dict(self, model: PreTrainedModel, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Go on from the sums of a checkpoint."""
+        for name, known in state.items():
+            self.sketches[name] = DirectionSketch(model, RANK)
+            for key, sums in self.sketches[name].sums().items():
+                sums.copy_(known[key])
+        self.renew()
+
+    def _micro_batches(self, groups: Sequence[SampledGroup]) -> Iterator[list[_Row]]:
+        """Rows with a non-zero advantage, longest first, at most `batch_tokens` padded tokens together."""
+        rows = sorted((row for group in groups for row in self._rows(group)), key=lambda row: -row.length)
+        while rows:
+            count = max(1, self.batch_tokens // rows[0].length)
+            yield rows[:count]
+            rows = rows[count:]
+
+    def _rows(self, group: SampledGroup) -> Iterator[_Row]:
+        """Rows of a group: halves alternate in order of reward, so that both have better and worse completions."""
+        rewards, count = group.rewards, len(group.rewards)
+        if len(set(rewards)) < 2:
+            return
+        advantages_K = group_advantages(np.array(rewards), std=self.surrogate.advantage_std)
+        order = sorted(range(count), key=lambda k: (rewards[k], k))
+        for place, k in enumerate(order):
+            completion = group.completions[k]
+            by_length = self.surrogate.normalizer == "sequence"
+            unit = len(completion) if by_length else self.sampling.max_completion_length
+            if completion and advantages_K[k]:
+                weight = float(advantages_K[k]) / (count * max(1, unit))
+                yield _Row(group.member, place % 2, group.tokens, completion, weight)
+
+    def _loss(self, model: PreTrainedModel, rows: Sequence[_Row]) -> Tensor:
+        logprobs_BT, _ = completion_logprobs(
+            model,
+            [row.prompt for row in rows],
+            [row.completion for row in rows],
+            temperature=self.sampling.temperature or 1.0,
+        )
+        weights_B = logprobs_BT.new_tensor([row.weight for row in rows])
+        return -(weights_B[:, None] * logprobs_BT).sum()
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A completion in the direction pass."""
+
+    member: int
+    half: int
+    prompt: Sequence[int]
+    completion: Sequence[int]
+    weight: float  # advantage by the normaliser of its group
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt) + len(self.completion)

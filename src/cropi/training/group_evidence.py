@@ -1,0 +1,98 @@
+"""Rewards and influence of the groups of a generation batch, put together from its micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from jaxtyping import Float
+from torch import Tensor
+
+from cropi.functional.surrogate import EPSILON
+from cropi.parallel import process_group
+from cropi.training.reward_log import Judged
+from cropi.training.row_matching import LossRow, SampledRow, Tokens, match_rows
+
+
+@dataclass(frozen=True)
+class GroupOutcome:
+    """A finished group. `influence_VCH`: of two halves of its completions, with better and worse ones in
+    both, against the two halves of each validation set's direction, if it was read."""
+
+    number: int  # of the group in its generation batch
+    prompt_id: str
+    rewards: Sequence[float]  # of the completions that could be judged
+    influence_VCH: Float[np.ndarray, "V 2 2"] | None
+
+
+@dataclass
+class GroupEvidence:
+    """Collects what the micro-batches of a generation batch give, and divides it among the groups at the end."""
+
+    prompt_tokens: Mapping[str, Tokens]  # by prompt id
+    generations: int  # K
+    pad_id: int
+    batch_scaled: bool = False  # advantages were divided by the deviation of the whole batch's rewards
+    dropped: int = 0  # rows that could not be matched, over all batches
+    _rows: list[LossRow] = field(default_factory=list)
+    _values: list[Float[np.ndarray, "V 2"]] = field(default_factory=list)
+
+    def add(self, rows: Sequence[LossRow], values_BVH: Tensor) -> None:
+        """Keep the influence of the rows of a micro-batch, free of the loss's normaliser."""
+        self._rows += rows
+        self._values += list(values_BVH.double().numpy())
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether some rows of a generation batch have been read."""
+        return bool(self._rows)
+
+    def forget(self) -> None:
+        """Leave out what was read of the batch so far."""
+        self._rows, self._values = [], []
+
+    def finish(self, judged: Judged) -> list[GroupOutcome]:
+        """Return the groups of the batch in order, and forget it. Collective: a group may lie on several processes.
+
+        A group has influence only if all its completions were judged and found again. With rewards scaled by the batch,
+        influence is multiplied by their deviation, so that it does not depend on the other groups.
+        """
+        count, ranks = len(judged.prompt_ids), process_group()
+        first = ranks.rank * count
+        numbers = [(first + row) // self.generations for row in range(count)]
+        prompts = [self.prompt_tokens[prompt_id] for prompt_id in judged.prompt_ids]
+        sampled = [
+            SampledRow(prompt, tuple(ids), number)
+            for prompt, ids, number in zip(prompts, judged.completion_ids, numbers, strict=True)
+        ]
+        read = [
+            (None if place is None else first + place, values)
+            for place, values in zip(match_rows(sampled, self._rows, self.pad_id), self._values, strict=True)
+        ]
+        self._rows, self._values = [], []
+        judgements = list(zip(range(first, first + count), judged.prompt_ids, judged.rewards, strict=True))
+        parts = ranks.gather((judgements, read))
+        return self._outcomes([row for part in parts for row in part[0]], [row for part in parts for row in part[1]])
+
+    def _outcomes(
+        self,
+        judgements: Sequence[tuple[int, str, float | None]],
+        read: Sequence[tuple[int | None, Float[np.ndarray, "V 2"]]],
+    ) -> list[GroupOutcome]:
+        self.dropped += sum(row is None for row, _ in read)
+        values = {row: value_VH for row, value_VH in read if row is not None}
+        known = [reward for *_, reward in judgements if reward is not None]
+        scale = float(np.std(known, ddof=1)) + EPSILON if self.batch_scaled and len(known) > 1 else 1.0
+        groups: dict[int, list[tuple[int, str, float | None]]] = {}
+        for row, prompt_id, reward in judgements:
+            groups.setdefault(row // self.generations, []).append((row, prompt_id, reward))
+        outcomes = []
+        for number, rows in sorted(groups.items()):
+            judged = sorted((reward, row) for row, _, reward in rows if reward is not None)
+            halves, rewards = None, [reward for *_, reward in rows if reward is not None]
+            if len(judged) == len(rows) and all(row in values for _, row in judged):
+                parts = [sum(values[row] for _, row in judged[half::2]) for half in (0, 1)]
+                halves = scale * np.stack(parts, axis=1)
+            outcomes.append(GroupOutcome(number, rows[0][1], rewards, halves))
+        return outcomes

@@ -1,0 +1,97 @@
+"""A trainer that reads influence in its own backward passes, and trains on the prompts that its curriculum chooses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, ExitStack
+from pathlib import Path
+from typing import Any, Protocol
+
+import datasets
+from torch import Tensor, nn
+from torch.utils.data import Sampler
+from trl import GRPOTrainer
+
+from cropi.training.online_sampler import OnlineSampler
+from cropi.training.stage_trainer import StageTrainer
+
+
+class Loop(Protocol):
+    """The curriculum's side of a training: it reads micro-batches and chooses generation batches."""
+
+    sampler: OnlineSampler
+
+    @property
+    def reads_all(self) -> bool:
+        """Whether it wants every pass over a generation batch, and not the first alone."""
+
+    def micro_batch(self, inputs: Mapping[str, Tensor], accumulated: int, scale: float) -> AbstractContextManager[Any]:
+        """A context for forward and backward of a micro-batch, one of `accumulated` in its optimiser step."""
+
+    def end_micro_batch(self, *, first_pass: bool, whole_gradient: bool) -> None:
+        """`whole_gradient`: `.grad` holds all passes since the last optimiser step."""
+
+    def end_generation_batch(self, step: int) -> None:
+        """Every completion of a generation batch has been differentiated."""
+
+    def renew_directions(self, step: int) -> None:
+        """Called before every step."""
+
+    def metrics(self) -> dict[str, float]:
+        """Numbers for a logger."""
+
+    def save(self, folder: Path) -> None:
+        """Write the state into a checkpoint."""
+
+
+class ReadsInfluence(GRPOTrainer):
+    """Gives every generation batch's rewards and influence to an `Loop`.
+
+    Of TRL it overrides `_get_train_sampler`, and wraps `training_step` and `compute_loss`: the reader has to enclose
+    forward and backward of a micro-batch, and only the loss's inputs tell whose rows these are.
+    """
+
+    online: Loop | None = None
+    _micro_steps = 0
+    _reading: ExitStack | None = None
+
+    def _get_train_sampler(self, dataset: datasets.Dataset | None = None) -> Sampler[int]:
+        return super()._get_train_sampler(dataset) if self.online is None else self.online.sampler
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """TRL's, inside the reader during the first pass over a generation batch."""
+        if self.online is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        micro_step = self._micro_steps % (self.args.steps_per_generation * self.num_iterations)
+        self._micro_steps += 1
+        first_pass = micro_step < self.args.steps_per_generation  # in a further iteration the policy has moved
+        if not first_pass and not self.online.reads_all:
+            return super().training_step(model, inputs, num_items_in_batch)
+        with ExitStack() as self._reading:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        self._reading = None
+        self.online.end_micro_batch(first_pass=first_pass, whole_gradient=self.accelerator.sync_gradients)
+        if micro_step == self.args.steps_per_generation - 1:
+            self.online.end_generation_batch(self.state.global_step)
+        return loss
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """TRL's; the loop sees which rows it is of."""
+        if self.online is not None and self._reading is not None:
+            scaler = getattr(self.accelerator, "scaler", None)
+            scale = float(scaler.get_scale()) if scaler is not None else 1.0
+            accumulated = self.current_gradient_accumulation_steps
+            self._reading.enter_context(self.online.micro_batch(inputs, accumulated, scale))
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+
+class OnlineTrainer(ReadsInfluence, StageTrainer):
+    """The trainer of `cropi run` with a curriculum."""
+
+    def _get_train_sampler(self, dataset: datasets.Dataset | None = None) -> Sampler[int]:
+        if self.online is None:
+            return StageTrainer._get_train_sampler(self, dataset)
+        self.stage_sampler = self.online.sampler
+        return self.online.sampler

@@ -1,0 +1,140 @@
+"""An online run against real TRL: it learns of every group, resumes bit for bit, and observing changes nothing."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.runs import SMALL, cropi, json_lines
+
+from cropi.training.curriculum_state import load_state
+
+SETTINGS = [
+    *(text for text in SMALL if not text.startswith(("select.", "trainer.per_device"))),
+    "trainer.per_device_train_batch_size=16",
+    "trainer.gradient_accumulation_steps=2",
+    "trainer.save_total_limit=9",
+    "name=run",
+]
+Weights = dict[str, torch.Tensor]
+
+
+def run(place: Path, strategy: str, *overrides: str) -> Path:
+    place.mkdir(parents=True, exist_ok=True)
+    done = cropi("run", "quickstart", *SETTINGS, f"select.strategy={strategy}", *overrides, cwd=place)
+    assert done.returncode == 0, done.stderr
+    return place / "runs" / "run"
+
+
+def weights(folder: Path, step: int = 6) -> Weights:
+    return load_file(folder / "checkpoints" / f"checkpoint-{step}" / "model.safetensors")
+
+
+def same(first: Weights, second: Weights) -> bool:
+    return all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.fixture(scope="module")
+def online(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run(tmp_path_factory.mktemp("online"), "{type: online}")
+
+
+def test_nothing_of_the_pool_is_collected_and_every_choice_is_written(online: Path) -> None:
+    assert not list((online / "trajectories").glob("part-*"))
+    choices = json_lines(online / "choices.jsonl")
+    trained = [row["prompt_ids"] for row in json_lines(online / "rewards.jsonl")]
+    assert [list(dict.fromkeys(ids)) for ids in trained] == [row["prompt_ids"] for row in choices]
+
+
+def test_validation_completions_directions_representations_and_choices_are_charged(online: Path) -> None:
+    lines = json_lines(online / "ledger.jsonl")
+    assert any(line["phase"] == "collect" and line["step"] == 0 and line["tokens"] > 0 for line in lines)
+    assert any(line["phase"] == "score" and line.get("validation_tokens", 0) > 0 for line in lines)
+    assert any(line["phase"] == "score" and line.get("forward_tokens", 0) > 0 for line in lines)
+    assert sum(line["phase"] == "select" and line["stage"] is not None for line in lines) >= 6
+    assert not any(line["phase"] == "collect" and line["stage"] is None for line in lines)
+
+
+def test_the_loader_asks_one_batch_ahead_within_a_stage(online: Path) -> None:
+    asked = [row["asked_at"] for row in json_lines(online / "choices.jsonl")]
+    assert asked == [0, 0, 1, 3, 3, 4]
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(online: Path, tmp_path: Path) -> None:
+    shutil.copytree(online.parents[1], tmp_path / "again")
+    folder = tmp_path / "again" / "runs" / "run"
+    shutil.rmtree(folder / "checkpoints" / "checkpoint-6")
+    run(tmp_path / "again", "{type: online}")
+    assert same(weights(folder), weights(online))
+    choices = [[row["prompt_ids"] for row in json_lines(place / "choices.jsonl")] for place in (folder, online)]
+    assert choices[0] == choices[1]
+    states = [place / "checkpoints" / "checkpoint-6" / "curriculum.json" for place in (folder, online)]
+    assert json.loads(states[0].read_text())["values"] == json.loads(states[1].read_text())["values"]
+
+
+def test_observing_leaves_the_weights_of_plain_training(tmp_path: Path) -> None:
+    observed = run(tmp_path / "observed", "{type: online, observe_only: true}")
+    plain = run(tmp_path / "plain", "{type: full}")
+    assert same(weights(observed), weights(plain))
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_text("{}")])
+def test_training_does_not_resume_without_the_curriculum_s_state(
+    online: Path, tmp_path: Path, damage: Callable[[Path], object]
+) -> None:
+    shutil.copytree(online.parents[1], tmp_path / "again")
+    folder = tmp_path / "again" / "runs" / "run" / "checkpoints"
+    shutil.rmtree(folder / "checkpoint-6")
+    damage(folder / "checkpoint-3" / "curriculum.json")
+    done = cropi("run", "quickstart", *SETTINGS, "select.strategy={type: online}", cwd=tmp_path / "again")
+    assert done.returncode == 2
+    assert "curriculum" in done.stderr
+
+
+def test_where_too_little_is_read_prompts_are_chosen_by_rewards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cropi.stages.online_loop.ENOUGH_READ", 1.1)
+    done = cropi("run", "quickstart", *SETTINGS, "select.strategy={type: online}", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "of the squared gradient can be read" in done.stderr
+    why = [row["why"] for row in json_lines(tmp_path / "runs" / "run" / "choices.jsonl")]
+    assert "learnability" in {source for sources in why[2:] for source in sources}
+    assert not any(source.endswith(" sum") for sources in why[2:] for source in sources)
+
+
+def test_dynamic_sampling_is_refused(tmp_path: Path) -> None:
+    settings = [*SETTINGS, "select.strategy={type: online}", "train.dynamic_sampling=2"]
+    done = cropi("run", "quickstart", *settings, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "train.dynamic_sampling" in done.stderr
+
+
+def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cropi.stages.online.process_group", lambda: SimpleNamespace(size=2, rank=0, is_main=True))
+    done = cropi("run", "quickstart", *SETTINGS, "select.strategy={type: online}", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "in one process" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["trainer.gradient_checkpointing=true", "trainer.gradient_checkpointing_kwargs={use_reentrant: false}"],
+        ["trainer.num_iterations=2"],
+        ["trainer.steps_per_generation=1"],  # two generation batches in an optimiser step
+        ["trainer.steps_per_generation=4"],  # a generation batch over two optimiser steps
+    ],
+)
+def test_it_reads_under_other_settings(settings: list[str], tmp_path: Path) -> None:
+    folder = run(tmp_path, "{type: online}", "train.stages=1", "train.steps_per_stage=4", *settings)
+    last = [row for row in json_lines(folder / "metrics.jsonl") if "curriculum/share_read" in row][-1]
+    assert last["curriculum/share_read"] > 0.5
+    assert last["curriculum/rows_dropped"] == 0
+    state = load_state(folder / "checkpoints" / "checkpoint-4")["curriculum"]
+    pool = len(state["last"])
+    assert (state["influence/sum/seen"][:, 0] < pool).sum() > 4  # prompts of the pool

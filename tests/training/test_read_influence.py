@@ -1,0 +1,73 @@
+"""Influence told of a group in a real training equals autograd's for it alone, whatever TRL's loss divides by."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tests.runs import SMALL, cropi
+from torch import Tensor
+
+from cropi.gradients.reading import Direction, LowRank
+from cropi.policy import completion_logprobs
+from cropi.stages.online_loop import OnlineLoop
+from cropi.training.group_evidence import GroupEvidence, GroupOutcome
+
+SETTINGS = [
+    *(text for text in SMALL if not text.startswith(("select.", "train.", "trainer."))),
+    *("select.strategy={type: online}", "train.stages=1", "train.steps_per_stage=3", "name=run"),
+    *("trainer.per_device_train_batch_size=8", "trainer.gradient_accumulation_steps=4"),
+]
+
+
+def dense(part: LowRank | Tensor) -> Tensor:
+    return part.left @ part.right if isinstance(part, LowRank) else part
+
+
+def along(gradient: dict[str, Tensor], direction: Direction) -> float:
+    return sum(float((gradient[name] * dense(part)).sum()) for name, part in direction.items())
+
+
+def by_autograd(loop: OnlineLoop, rewards: list[float], prompt: tuple[int, ...], own: list[list[int]]) -> np.ndarray:
+    """Sets x halves of the direction: the whole group's descent gradient, with Z of the loss."""
+    by_length = loop.normalizer.loss_type == "grpo"
+    known, longest = np.array(rewards), loop.normalizer.max_completion_length
+    advantages = (known - known.mean()) / (known.std(ddof=1) + 1e-4)
+    lengths = [len(ids) if by_length else longest for ids in own]
+    weights = torch.tensor(advantages / (len(own) * np.array(lengths)))
+    with torch.enable_grad():
+        logprobs, _ = completion_logprobs(loop.model, [prompt] * len(own), own, temperature=1.0)
+        parameters = dict(loop.model.named_parameters())
+        gradients = torch.autograd.grad(-(weights[:, None] * logprobs).sum(), list(parameters.values()))
+    found = dict(zip(parameters, gradients, strict=True))
+    sets = loop.validation.directions.values()
+    return np.array([[along(found, half) for half in each.halves] for each in sets])
+
+
+@pytest.mark.parametrize("loss", ["grpo", "dr_grpo", "bnpo", "dapo"])
+def test_it_equals_autograd(loss: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    finish, end = GroupEvidence.finish, OnlineLoop.end_generation_batch
+    outcomes: list[GroupOutcome] = []
+    compared = list[float]()
+
+    def finished(self: GroupEvidence, judged: object) -> list[GroupOutcome]:
+        outcomes[:] = finish(self, judged)  # type: ignore[arg-type]
+        return outcomes
+
+    def ended(self: OnlineLoop, step: int) -> None:
+        end(self, step)
+        judged = self.reward.latest
+        assert judged is not None
+        for number, outcome in enumerate(outcomes):
+            if outcome.influence_VCH is None or len(set(outcome.rewards)) < 2:
+                continue
+            own = judged.completion_ids[number * 8 : number * 8 + 8]
+            wanted = by_autograd(self, list(outcome.rewards), self.evidence.prompt_tokens[outcome.prompt_id], own)
+            compared.append(float(np.abs(outcome.influence_VCH.sum(1) - wanted).max() / np.abs(wanted).max()))
+
+    monkeypatch.setattr(GroupEvidence, "finish", finished)
+    monkeypatch.setattr(OnlineLoop, "end_generation_batch", ended)
+    done = cropi("run", "quickstart", *SETTINGS, f"trainer.loss_type={loss}", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len(compared) >= 3
+    assert max(compared) < 1e-4
