@@ -114,8 +114,7 @@ class DirectionSketch:
             return  # as the reader has it
         tokens_BTO, parts = gradient.float().flatten(1, -2), self._part_of
         if layer.kind == "norm" and layer.weight is not None:
-            width = self._vectors[layer.weight].shape[1]
-            unit = normalised(layer, kept[0], torch.ones(width, device=gradient.device)).reshape(tokens_BTO.shape)
+            unit = normalised(layer, kept[0]).reshape(tokens_BTO.shape)
             self._vectors[layer.weight] += torch.einsum("bp,bto,bto->po", parts, tokens_BTO, unit)
         elif layer.weight is not None:
             self._meet_matrix(layer, self._matrices[layer.weight], tokens_BTO, kept)

@@ -105,18 +105,21 @@ def _hook(layer: Layer, tap: Tap) -> Callable[[nn.Module, tuple[Any, ...], Any],
         if not torch.is_grad_enabled() or not isinstance(output, Tensor) or not output.requires_grad:
             return None  # reentrant checkpointing passes here first; its second pass has a graph
         with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
-            kept = tap.keep(layer, inputs[0])
+            # under autocast a layer computes in its output's type, whatever its input has
+            read = inputs[0].to(output.dtype) if layer.kind == "linear" else inputs[0]
+            kept = tap.keep(layer, read)
         return _Meeting.apply(output, tap, layer, *kept)
 
     return hook
 
 
-def normalised(layer: Layer, read: Tensor, scale: Tensor) -> Tensor:
-    """scale * x, where a norm of weight w computes w * x (or (1 + w) * x) from `read`: its change with the weight."""
+def normalised(layer: Layer, read: Tensor) -> Tensor:
+    """x, where a norm of weight w computes w * x (or (1 + w) * x) from `read`: its change with the weight."""
+    own = {name: torch.zeros_like(p) for name, p in layer.module.named_parameters(recurse=False)}
 
     def at(weight: Tensor) -> Tensor:
-        replaced = {name: torch.zeros_like(scale) for name, _ in layer.module.named_parameters(recurse=False)}
-        output: Tensor = torch.func.functional_call(layer.module, replaced | {"weight": weight}, (read,))
+        output: Tensor = torch.func.functional_call(layer.module, own | {"weight": weight}, (read,))
         return output.float()
 
-    return at(scale) - at(torch.zeros_like(scale))
+    zero = own["weight"]
+    return at(torch.ones_like(zero)) - at(zero)
