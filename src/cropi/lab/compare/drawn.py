@@ -113,9 +113,7 @@ def draw(seed: int) -> Draw:
     )
 
 
-def _practice(
-    rng: random.Random, wanted: Mapping[str, Sequence[str]]
-) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
+def _practice(rng: random.Random, wanted: Mapping[str, Sequence[str]]) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
     """Which families practise the wanted skills, and which look like them with wrong answers."""
     own = [family for families in wanted.values() for family in families]
     alike = {style: [f for f, s in STYLES.items() if s == style and f not in own] for style in wanted}
@@ -277,7 +275,9 @@ def base_policy_check() -> Callable[[int], Checked]:
         config, checked = drawn_scenario(seed), {}
         sampling = Sampling(config["collect"]["max_completion_length"], 1.0)
         for name, sources in config["prompts"]["validation"].items():
-            rows = [row for source in sources for row in _checked_rows(source, CHECKED_PROMPTS // len(sources), generate)]
+            rows = [
+                row for source in sources for row in _checked_rows(source, CHECKED_PROMPTS // len(sources), generate)
+            ]
             encoded = encode_prompts(policy.tokenizer, [row["prompt"] for row in rows])
             completions = sampler([ids for ids in encoded for _ in range(CHECKED_SAMPLES)], sampling, seed=seed)
             texts = policy.tokenizer.batch_decode(completions, skip_special_tokens=True)
