@@ -70,6 +70,11 @@ def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> Config:
             f"there is no config file, no run and no recipe named {name_or_path!r}",
             fix=f"give a .yaml file, a run's folder or one of the recipes: {', '.join(recipe_names())}.",
         )
+    return config_of(values, where, overrides)
+
+
+def config_of(values: dict[str, Any], where: str, overrides: Sequence[str] = ()) -> Config:
+    """Apply `key.path=value` overrides to plain values, in place; validate."""
     select = values.get("select")
     if isinstance(select, dict) and any(override.partition("=")[0] in NAMES_STRATEGY for override in overrides):
         select.pop("name", None)  # of the strategy that is replaced

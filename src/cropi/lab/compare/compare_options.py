@@ -22,13 +22,16 @@ class CompareOptions:
         list[str] | None,
         typer.Argument(
             metavar="CONFIG... [key=value]...",
-            help="Recipes, YAML files or `suite` (all its recipes), and settings that replace theirs.",
+            help="Recipes, YAML files, `suite` (all its recipes), `drawn` (scenarios drawn at random) or `drawn-SEED`, "
+            "and settings that replace theirs.",
             show_default=False,
         ),
     ] = None
     strategies: Annotated[str, typer.Option(help="Presets and YAML patches, separated by commas.")] = (
         "full,random,learnability,influence"
     )
+    scenarios: Annotated[int, typer.Option(min=1, help="Number of scenarios of `drawn`.")] = 40
+    first_draw: Annotated[int, typer.Option(min=0, help="Seed of the first scenario that `drawn` may take.")] = 0
     seeds: Annotated[str, typer.Option(help="Such as 0-4 or 0,1,7.")] = "0-4"
     folder: Annotated[Path, typer.Option(help="Folder of the runs; a later call adds to it.")] = Path("runs/compare")
     jobs: Annotated[int | None, typer.Option(min=1, help="Runs at once.", show_default="by cores and memory")] = None

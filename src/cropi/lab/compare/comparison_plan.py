@@ -1,6 +1,7 @@
 """The runs of a comparison, and the folder that is claimed for them.
 
-DIR/  plan.json  results.parquet  compare.json  compare.html  compare.md  lock
+DIR/  drawn.json                       base pass rates of drawn scenarios, and which were rejected
+      plan.json  results.parquet  compare.json  compare.html  compare.md  lock
       step-N/                          the same four files of what runs had reached after N steps, finished or not
       SCENARIO/seed-S/STRATEGY/        an ordinary run, with begun.json and, at its end, finished.json
       SCENARIO/seed-S/STRATEGY.log     its console output
@@ -21,12 +22,14 @@ from typing import Any
 from cropi.artifacts import is_finished, remove_parts, write_json
 from cropi.config import SAMPLED_BY, Config, config_difference, config_hash
 from cropi.errors import ArtifactError, ConfigError
-from cropi.loading import load_config, suite_names, validate_config
+from cropi.lab.compare.drawn import drawn_scenario, seed_of
+from cropi.loading import config_of, load_config, suite_names, validate_config
 from cropi.presets import Patch, patched, read_patches
 
 PLAN = "plan.json"
 BEGUN = "begun.json"
 FINISHED = "finished.json"
+BEFORE_PLAN = ("lock", "drawn.json")  # files that a folder may hold before it is claimed
 SHOWN_CHANGES = 5
 MOST_SEEDS = 10_000  # in a range
 
@@ -93,13 +96,13 @@ def make_plan(
     scenarios: dict[str, dict[str, Any]] = {}
     own: dict[str, dict[str, Any]] = {}
     for name in [n for word in configs for n in (suite_names() if word == SUITE else [word])]:
-        base = load_config(name, overrides)
+        base = _scenario(name, overrides)
         if base.name in scenarios:
             raise ConfigError(f"two configs have the name {base.name}", where=name, fix="rename one of them.")
         own[base.name] = scenarios[base.name] = _common(base)
         if base.select.name is not None:  # a preset, none of whose settings reach the other strategies
             others = [o for o in overrides if not o.startswith(("select.strategy", "select.name"))]
-            scenarios[base.name] = _common(load_config(name, [*others, "select.strategy=full"]))
+            scenarios[base.name] = _common(_scenario(name, [*others, "select.strategy=full"]))
     wanted = [(c, s, p) for s in seeds for c in scenarios for p in patches]
     asked = {"scenarios": scenarios, "own": own, "strategies": patches, "runs": wanted}
     for scenario, values in scenarios.items():
@@ -155,6 +158,12 @@ def _refuse_own_keys(overrides: Iterable[str]) -> None:
         key = override.partition("=")[0].split(".")[0]
         if key in own:
             raise ConfigError(f"a comparison sets {key} itself", where=f"override {override!r}", fix=f"use {own[key]}.")
+
+
+def _scenario(name: str, overrides: Sequence[str]) -> Config:
+    """The config of a drawn scenario, or of a recipe or file."""
+    seed = seed_of(name)
+    return load_config(name, overrides) if seed is None else config_of(drawn_scenario(seed), name, overrides)
 
 
 def _common(base: Config) -> dict[str, Any]:
@@ -224,7 +233,7 @@ def _read_claim(folder: Path) -> dict[str, Any]:
 
 def _added(before: Mapping[str, Any], asked: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Add to a claim. ConfigError for a scenario or strategy that it holds with other settings."""
-    if not before["runs"] and folder.exists() and any(path.name != "lock" for path in folder.iterdir()):
+    if not before["runs"] and folder.exists() and any(path.name not in BEFORE_PLAN for path in folder.iterdir()):
         raise ArtifactError("exists and is no comparison", where=str(folder), fix="choose another --folder.")
     asked = json.loads(json.dumps(asked))  # tuples become lists, as in the file
     # Settings that are newer than the folder have their defaults there.

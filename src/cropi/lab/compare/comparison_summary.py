@@ -19,6 +19,7 @@ from cropi.lab.compare.curve_statistics import (
     restricted_costs,
     seed_counts,
 )
+from cropi.lab.compare.drawn import seed_of
 from cropi.lab.compare.paired_runs import MEASURES, SUITE, Trace, Traces
 from cropi.seeds import derived_seed
 
@@ -214,14 +215,18 @@ def _times(seed: Seed, strategies: Sequence[str], curves: Mapping[str, np.ndarra
 def _suite(
     strategy: str, found: Mapping[str, tuple[int, Draws]], references: Sequence[str], aside: Sequence[str]
 ) -> dict[str, Any]:
-    """Means over the scenarios that a strategy has been run on (of speed-ups: geometric)."""
+    """Means over the scenarios that a strategy has been run on (of speed-ups: geometric).
+
+    Drawn scenarios stand for a population: if all are drawn, they are redrawn too, and intervals are about it.
+    """
     counted = [draws for scenario, (_, draws) in found.items() if scenario not in aside]
     everything = [draws for _, draws in found.values()]
+    drawn = all(seed_of(scenario) is not None for scenario in found)
     means = {}
     for name in everything[0]:
         over = counted if name.partition("/")[0] not in COMPARED else everything
         if over and all(name in own for own in over):
-            means[name] = np.mean([own[name] for own in over], axis=0)
+            means[name] = _over_scenarios(np.stack([own[name] for own in over], axis=1), drawn)
     facts = {
         "scenario": SUITE,
         "strategy": strategy,
@@ -229,6 +234,15 @@ def _suite(
         "seeds": sum(n for n, _ in found.values()),
     }
     return facts | _shown(means, references)
+
+
+def _over_scenarios(values_RC: np.ndarray, drawn: bool) -> np.ndarray:
+    """Mean over C scenarios (R,), which are redrawn where they are drawn: C - 1 at a time, as seeds are."""
+    if not drawn:
+        return np.mean(values_RC, axis=1)
+    count = values_RC.shape[1]
+    counts_RC = seed_counts(count, len(values_RC) - 1, np.random.default_rng(derived_seed(0, "scenarios", count)))
+    return np.sum(values_RC * counts_RC, axis=1) / counts_RC.sum(axis=1)
 
 
 def _shown(draws: Draws, references: Sequence[str]) -> dict[str, Any]:

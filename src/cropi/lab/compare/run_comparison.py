@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from cropi.artifacts import write_json
@@ -11,6 +12,7 @@ from cropi.errors import ConfigError
 from cropi.lab.compare.compare_options import CompareOptions
 from cropi.lab.compare.comparison_plan import Plan, Run, lock, make_plan, parse_seeds, read_plan
 from cropi.lab.compare.comparison_summary import summarise
+from cropi.lab.compare.drawn import DRAWN, Checked, accepted, base_policy_check, rejection
 from cropi.lab.compare.paired_runs import Comparison, best_strategy, read_traces
 from cropi.lab.compare.report.comparison_page import write_comparison_report
 from cropi.lab.compare.result_table import RESULTS_FILE, read_results, write_results, write_results_up_to
@@ -24,7 +26,8 @@ def compare_runs(options: CompareOptions) -> tuple[Comparison, list[Failure]]:
     """
     with lock(options.folder):
         seeds = parse_seeds(options.seeds)
-        plan = make_plan(options.names, options.overrides, options.strategy_names, seeds, options.folder)
+        names = _with_drawn(options)
+        plan = make_plan(names, options.overrides, options.strategy_names, seeds, options.folder)
         _check_names(options, plan)
         missing = [run for run in plan.wanted if not run.finished]
         _check_trainers(missing)
@@ -63,6 +66,28 @@ def analyse(folder: Path, options: CompareOptions) -> Comparison:
     comparison = Comparison(folder, summary, traces, named or best_strategy(summary))
     write_comparison_report(comparison)
     return comparison
+
+
+def _with_drawn(options: CompareOptions) -> list[str]:
+    """The configs to run; `drawn` stands for the accepted scenarios. `drawn.json` keeps what the base policy answered."""
+    if DRAWN not in options.names:
+        return options.names
+    path = options.folder / "drawn.json"
+    known: dict[str, dict[str, list[int]]] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    asked: list[Callable[[int], Checked]] = []
+
+    def check(seed: int) -> Checked:
+        name = f"{DRAWN}-{seed}"
+        if name not in known:
+            asked[:] = asked or [base_policy_check()]
+            known[name] = {key: list(rights) for key, rights in asked[0](seed).items()}
+            write_json(path, known)
+        return known[name]
+
+    drawn = [f"{DRAWN}-{seed}" for seed in accepted(options.scenarios, options.first_draw, check)]
+    rejected = [name for name, checked in known.items() if rejection(checked) is not None]
+    say(f"{len(drawn)} scenarios are drawn; of all draws so far {len(rejected)} of {len(known)} were rejected")
+    return [name for word in options.names for name in (drawn if word == DRAWN else [word])]
 
 
 def _check_names(options: CompareOptions, plan: Plan) -> None:

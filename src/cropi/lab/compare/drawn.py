@@ -1,0 +1,299 @@
+"""Scenarios drawn at random from a population of prompt pools, and the rule that rejects degenerate draws.
+
+`drawn_scenario(7)` is the config `drawn-7`. The seed decides the settings below; the seed of a run decides the problems
+and the training. The trainer, the policy and the 96 steps are those of the scenario suite.
+
+- Wanted: 1 to 3 validation sets. Each has a style of its own and 1 or 2 families of that style.
+- Relevant prompts: 2 to 30 % of the pool, log-uniform. They are of the wanted families (`own`), of other families of
+  their styles (`kin`), or half of each (`both`).
+- Label noise: none with probability 1/2, else 10 to 50 %, uniform; among relevant and among other prompts separately.
+- Look-alikes: none with probability 1/2, else 5 to 30 % of the pool. All their answers stop one item early. They are of
+  the wanted families if no right prompt is, else of families of the wanted styles that have no right prompts.
+- Solved prompts (the whole working is shown) and impossible ones (11 or 12 items): each like the look-alikes.
+- Other prompts fill the pool, at least 10 % of it: 2 to 6 families of the styles that are not wanted.
+- Pool size: 600 to 1500 prompts, log-uniform.
+- Lengths: the families' default ranges, moved by -1, 0 or 1 items; for the wanted styles and the others separately.
+
+Look-alikes, solved and impossible prompts are scaled down in proportion where they would leave less than 10 % to others.
+
+The rule, fixed before any comparison: the base policy answers 32 held-out prompts of each validation set's families 4
+times at temperature 1. With every set at the same weight, a draw is rejected
+- as "nothing to learn" if fewer than 1/8 of the prompts have a right answer: there is no reward to start from;
+- as "learned at once" if more than 1/2 of the prompts have 3 or 4 right answers: training only sharpens what is there.
+The rule never looks at training, so it favours no strategy.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cropi.builtin.families import STYLES, WITHOUT_RUNNING_ANSWER, difficulty
+
+DRAWN = "drawn"  # names the population; `drawn-SEED` is one scenario
+SHARE_OF_RELEVANT = (0.02, 0.30)
+SHARE_OF_GROUP = (0.05, 0.30)  # look-alikes, solved, impossible
+NOISE = (0.1, 0.5)
+POOL = (600, 1500)
+LEAST_OTHERS = 0.1
+IMPOSSIBLE = {"min_length": 11, "max_length": 12}
+VALIDATION, TEST, UNTARGETED = 24, 128, 32  # prompts: of a validation set, of a targeted test set, of another family
+CHECKED_PROMPTS, CHECKED_SAMPLES = 32, 4
+MIN_REACHED, MAX_MASTERED, MASTERED = 1 / 8, 1 / 2, 3
+MAX_DRAWS_PER_SCENARIO = 50
+CHECK_SEED = 2_000_000_011  # of the checked prompts: none that runs use by habit
+
+# A validation set's name -> right answers, out of 4, to each of its checked prompts.
+Checked = Mapping[str, Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What one scenario of the population is made of; shares are of the pool, noises of their group."""
+
+    wanted: dict[str, tuple[str, ...]]  # families by validation set, which has the name of its style
+    practice: str  # own, kin or both
+    pool: int
+    relevant: float
+    look_alikes: float
+    solved: float
+    impossible: float
+    relevant_noise: float
+    other_noise: float
+    wanted_shift: int
+    other_shift: int
+    kin: tuple[str, ...]  # families of the wanted styles that practise them
+    decoys: tuple[str, ...]  # families of the look-alikes
+    others: tuple[str, ...]
+    solved_families: tuple[str, ...]
+    impossible_families: tuple[str, ...]
+
+    @property
+    def wanted_families(self) -> tuple[str, ...]:
+        return tuple(family for families in self.wanted.values() for family in families)
+
+
+def draw(seed: int) -> Draw:
+    """Draw the facts of a scenario; the same seed gives the same draw in any process."""
+    rng = random.Random(f"{DRAWN}-{seed}")
+    styles = sorted(set(STYLES.values()))
+    wanted = {}
+    for style in rng.sample(styles, rng.randint(1, 3)):
+        families = [family for family, own in STYLES.items() if own == style]
+        wanted[style] = tuple(rng.sample(families, rng.randint(1, 2)))
+    practice, kin, decoys = _practice(rng, wanted)
+    rest = [family for family, style in STYLES.items() if style not in wanted]
+    others = tuple(rng.sample(rest, min(len(rest), rng.randint(2, 6))))
+    relevant = _log_uniform(rng, SHARE_OF_RELEVANT)
+    look_alikes, solved, impossible = (_sometimes(rng, SHARE_OF_GROUP) for _ in range(3))
+    look_alikes = look_alikes if decoys else 0.0
+    extra = look_alikes + solved + impossible
+    scale = min(1.0, (1 - LEAST_OTHERS - relevant) / extra) if extra else 1.0
+    return Draw(
+        wanted=wanted,
+        practice=practice,
+        pool=round(_log_uniform(rng, POOL)),
+        relevant=relevant,
+        look_alikes=scale * look_alikes,
+        solved=scale * solved,
+        impossible=scale * impossible,
+        relevant_noise=round(_sometimes(rng, NOISE), 2),
+        other_noise=round(_sometimes(rng, NOISE), 2),
+        wanted_shift=rng.randint(-1, 1),
+        other_shift=rng.randint(-1, 1),
+        kin=kin,
+        decoys=decoys,
+        others=others,
+        solved_families=tuple(rng.sample(list(STYLES), 4)),
+        impossible_families=tuple(rng.sample([family for family in STYLES if family != "parity"], 4)),
+    )
+
+
+def _practice(rng: random.Random, wanted: Mapping[str, Sequence[str]]) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
+    """Which families practise the wanted skills, and which look like them with wrong answers."""
+    own = [family for families in wanted.values() for family in families]
+    alike = {style: [f for f, s in STYLES.items() if s == style and f not in own] for style in wanted}
+    practice = rng.choice(["own", "kin", "both"])
+    kin = [rng.choice(families) for families in alike.values()] if practice != "own" else []
+    left = own if practice == "kin" else [f for families in alike.values() for f in families if f not in kin]
+    decoys = [family for family in left if family not in WITHOUT_RUNNING_ANSWER]
+    return practice, tuple(kin), tuple(rng.sample(decoys, min(len(decoys), rng.randint(1, 3))))
+
+
+def _log_uniform(rng: random.Random, bounds: tuple[float, float]) -> float:
+    return math.exp(rng.uniform(math.log(bounds[0]), math.log(bounds[1])))
+
+
+def _sometimes(rng: random.Random, bounds: tuple[float, float]) -> float:
+    """Nothing with probability 1/2, else uniform."""
+    value = rng.uniform(*bounds)
+    return value if rng.random() < 0.5 else 0.0
+
+
+def drawn_scenario(seed: int) -> dict[str, Any]:
+    """The config of the scenario `drawn-SEED`, as plain values."""
+    made = draw(seed)
+    used = [*made.wanted_families, *made.kin, *made.decoys]
+    longest = [_most_words(family, made.wanted_shift) for family in used]
+    longest += [_most_words(family, made.other_shift) for family in made.others]
+    return {
+        "name": f"{DRAWN}-{seed}",
+        "seed": 0,
+        "policy": {"path": "builtin", "cpu_threads": 1},
+        "prompts": {"train": _pool(made), "validation": _validation(made), "test": _tests(made)},
+        "verifier": {"type": "exact", "marker": "answer"},
+        "collect": {
+            "num_generations": 8,
+            "validation_num_generations": 16,
+            "max_completion_length": max(16, *longest),
+            "batch_size": 512,
+        },
+        "select": {"strategy": {"type": "full"}, "fraction": 0.1},
+        "train": {"stages": 6, "steps_per_stage": 16},
+        "trainer": {
+            "num_generations": 8,
+            "per_device_train_batch_size": 64,
+            "learning_rate": 4e-5,
+            "lr_scheduler_type": "constant",
+            "loss_type": "dr_grpo",
+            "beta": 0.0,
+        },
+        "evaluate": {"every": 8, "samples": 2},
+    }
+
+
+def _pool(made: Draw) -> list[dict[str, Any]]:
+    """Sources of the training pool."""
+    practice = {"own": 1.0, "both": 0.5, "kin": 0.0}[made.practice]
+    others = 1 - made.relevant - made.look_alikes - made.solved - made.impossible
+    noise, other_noise = {"label_noise": made.relevant_noise}, {"label_noise": made.other_noise}
+    groups: list[tuple[Sequence[str], float, int, dict[str, Any]]] = [
+        (made.wanted_families, practice * made.relevant, made.wanted_shift, noise),
+        (made.kin, (1 - practice) * made.relevant, made.wanted_shift, noise),
+        (made.decoys, made.look_alikes, made.wanted_shift, {"label_rule": "stop_early"}),
+        (made.solved_families, made.solved, 0, {"hint": 1.0}),
+        (made.impossible_families, made.impossible, 0, IMPOSSIBLE),
+        (made.others, others, made.other_shift, other_noise),
+    ]
+    sources = []
+    for families, share, shift, settings in groups:
+        if families and share > 0:
+            count = max(1, round(share * made.pool / len(families)))
+            sources += [_source(family, count, shift) | settings for family in families]
+    return sources
+
+
+def _source(family: str, count: int, shift: int) -> dict[str, Any]:
+    low, high = _lengths(family, shift)
+    return {"type": "builtin", "families": [family], "count": count, "min_length": low, "max_length": high}
+
+
+def _lengths(family: str, shift: int) -> tuple[int, int]:
+    """The default range of lengths, moved. Parity has too few problems below its default."""
+    level = difficulty(family)
+    moved = max(shift, 0) if family == "parity" else shift
+    return max(2, level.min_length + moved), level.max_length + moved
+
+
+def _most_words(family: str, shift: int) -> int:
+    """Words of the longest worked answer: style, steps, `answer`, the answer, the end; and two to spare."""
+    _, high = _lengths(family, shift)
+    return high + (high if family == "reverse" else 1) + 5
+
+
+def _validation(made: Draw) -> dict[str, list[dict[str, Any]]]:
+    return {
+        name: [_source(family, VALIDATION // len(families), made.wanted_shift) for family in families]
+        for name, families in made.wanted.items()
+    }
+
+
+def _tests(made: Draw) -> dict[str, Any]:
+    """A targeted test set for each validation set; the others: a family of every style that is not wanted itself."""
+    tests: dict[str, Any] = {
+        name: {
+            "targeted": True,
+            "sources": [_source(family, TEST // len(families), made.wanted_shift) for family in families],
+        }
+        for name, families in made.wanted.items()
+    }
+    spare: dict[str, str] = {}
+    for family, style in STYLES.items():
+        if family not in made.wanted_families:
+            spare.setdefault(style, family)
+    sources = [{"type": "builtin", "families": list(spare.values()), "count": UNTARGETED}]
+    return tests | {"others": {"targeted": False, "sources": sources}}
+
+
+# -- the rule ----------------------------------------------------------------------------------------------------------
+
+
+def rejection(checked: Checked) -> str | None:
+    """The reason to reject a draw, from the right answers of 4 to each checked prompt; None: it is accepted."""
+    reached, mastered = (
+        sum(sum(right >= least for right in rights) / len(rights) for rights in checked.values()) / len(checked)
+        for least in (1, MASTERED)
+    )
+    if reached < MIN_REACHED:
+        return "nothing to learn"
+    return "learned at once" if mastered > MAX_MASTERED else None
+
+
+def accepted(count: int, first: int, check: Callable[[int], Checked]) -> Iterator[int]:
+    """The first `count` seeds from `first` on whose draws are accepted. `check` asks the base policy."""
+    seed, found = first, 0
+    while found < count:
+        if rejection(check(seed)) is None:
+            yield seed
+            found += 1
+        seed += 1
+        assert seed - first < MAX_DRAWS_PER_SCENARIO * count, "the rule rejects nearly every draw"
+
+
+def seed_of(name: str) -> int | None:
+    """The seed in a scenario's name; None if the name is not `drawn-SEED`."""
+    match = re.fullmatch(rf"{DRAWN}-([0-9]{{1,9}})", name)
+    return int(match[1]) if match else None
+
+
+def base_policy_check() -> Callable[[int], Checked]:
+    """A function that asks the built-in policy the checked prompts of a draw. The policy is loaded once."""
+    from cropi.builtin import generate
+    from cropi.config import PolicyConfig
+    from cropi.policy import load_policy
+    from cropi.prompt_encoding import encode_prompts
+    from cropi.rollouts.generation import Sampling, TransformersGenerator
+
+    policy = load_policy(PolicyConfig(path="builtin"))
+    sampler = TransformersGenerator(policy, 512)
+
+    def check(seed: int) -> Checked:
+        config, checked = drawn_scenario(seed), {}
+        sampling = Sampling(config["collect"]["max_completion_length"], 1.0)
+        for name, sources in config["prompts"]["validation"].items():
+            rows = [
+                row for source in sources for row in _checked_rows(source, CHECKED_PROMPTS // len(sources), generate)
+            ]
+            encoded = encode_prompts(policy.tokenizer, [row["prompt"] for row in rows])
+            completions = sampler([ids for ids in encoded for _ in range(CHECKED_SAMPLES)], sampling, seed=seed)
+            texts = policy.tokenizer.batch_decode(completions, skip_special_tokens=True)
+            right = [
+                text.rpartition("answer")[2].strip() == rows[place // CHECKED_SAMPLES]["answer"]
+                for place, text in enumerate(texts)
+            ]
+            checked[name] = [sum(right[i : i + CHECKED_SAMPLES]) for i in range(0, len(right), CHECKED_SAMPLES)]
+        return checked
+
+    return check
+
+
+def _checked_rows(source: Mapping[str, Any], count: int, generate: Callable[..., Any]) -> list[dict[str, Any]]:
+    """Held-out problems of a source of a validation set."""
+    (family,) = source["families"]
+    level = difficulty(family, min_length=source["min_length"], max_length=source["max_length"])
+    rows: list[dict[str, Any]] = generate(family, split="validation", count=count, seed=CHECK_SEED, level=level)
+    return rows

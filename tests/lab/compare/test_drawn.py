@@ -1,0 +1,163 @@
+"""Drawn scenarios: the same in any process, as various as stated, and rejected by the stated rule."""
+
+import hashlib
+import json
+from collections import Counter
+from functools import cache
+
+import numpy as np
+import pytest
+from tests.lab.compare.comparisons import NEVER, QUICK, SLOW, compared, rows
+
+from cropi.builtin.families import STYLES
+from cropi.config import Config
+from cropi.lab.compare import run_comparison
+from cropi.lab.compare.compare_options import CompareOptions
+from cropi.lab.compare.comparison_plan import make_plan
+from cropi.lab.compare.drawn import accepted, draw, drawn_scenario, rejection, seed_of
+from cropi.loading import config_of, load_config
+from cropi.prompts import checked_prompts
+
+SEEDS = range(200)
+POPULATION_HASH = "dd46cc83230f90ee"
+
+
+@cache
+def config(seed: int) -> Config:
+
+    return config_of(drawn_scenario(seed), f"drawn-{seed}")
+
+
+def shares(seed: int) -> Counter:
+    """Share of the pool by what its prompts are."""
+    made, found = draw(seed), Counter()
+    for source in config(seed).prompts.train:
+        (family,) = source.families
+        kind = "look-alikes" if source.label_rule == "stop_early" else "solved" if source.hint else "relevant"
+        if source.min_length == 11:
+            kind = "impossible"
+        elif kind == "relevant" and family not in (*made.wanted_families, *made.kin):
+            kind = "others"
+        found[kind] += source.count
+    return Counter({kind: count / found.total() for kind, count in found.items()})
+
+
+def test_the_same_seed_gives_the_same_scenario_in_any_process():
+    text = json.dumps([drawn_scenario(seed) for seed in range(5)])
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == POPULATION_HASH
+
+
+def test_every_axis_varies_within_its_bounds():
+    draws = [draw(seed) for seed in SEEDS]
+    assert set(Counter(len(made.wanted) for made in draws)) == {1, 2, 3}
+    assert {family for made in draws for family in made.wanted_families} == set(STYLES)
+    assert {made.practice for made in draws} == {"own", "kin", "both"}
+    assert {made.wanted_shift for made in draws} == {made.other_shift for made in draws} == {-1, 0, 1}
+    logs = np.log([made.relevant for made in draws])
+    assert np.log(0.02) <= logs.min()
+    assert logs.max() <= np.log(0.3)
+    assert np.mean(logs) == pytest.approx(np.log(0.02 * 0.3) / 2, abs=0.2)  # log-uniform; 3.6 standard errors
+    assert all(600 <= made.pool <= 1500 for made in draws)
+    for name, low in (
+        ("look_alikes", 0),
+        ("solved", 0),
+        ("impossible", 0),
+        ("relevant_noise", 0.1),
+        ("other_noise", 0.1),
+    ):
+        values = np.array([getattr(made, name) for made in draws])
+        assert 0.35 < np.mean(values == 0) < 0.65
+        assert low <= values[values > 0].min()
+        assert values.max() <= (0.5 if "noise" in name else 0.3)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_config_has_the_shares_of_its_draw_and_right_validation_sets(seed: int):
+    made, own, found = draw(seed), config(seed), shares(seed)
+    tests = own.prompts.test.values()
+    assert (own.name, own.train.stages * own.train.steps_per_stage) == (f"drawn-{seed}", 96)
+    assert found["relevant"] == pytest.approx(made.relevant, abs=0.012)  # whole prompts of up to 6 families
+    assert found["look-alikes"] == pytest.approx(made.look_alikes, abs=0.012)
+    assert found["others"] >= 0.08
+    validation = [source for sources in own.prompts.validation.values() for source in sources]
+    assert all(s.label_noise == 0 and s.label_rule == "right" for s in validation)
+    assert {f for s in validation for f in s.families} == {
+        f for test in tests if test.targeted for s in test.sources for f in s.families
+    }
+    assert not {STYLES[family] for family in made.others} & set(made.wanted)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_prompts_can_be_made_and_stand_in_one_role(seed: int):
+    found = checked_prompts(config(seed))
+    assert not found.leakage.exact
+    assert sum(row["set"] == "train" for row in found.rows) == pytest.approx(draw(seed).pool, abs=20)
+
+
+def test_a_drawn_config_is_what_a_file_would_say(tmp_path):
+    path = tmp_path / "drawn-3.yaml"
+    path.write_text(json.dumps(drawn_scenario(3)), encoding="utf-8")
+    assert load_config(str(path)) == config(3)
+
+
+def test_the_trainer_is_that_of_the_suite():
+    suite = load_config("suite/targeted").resolved()
+    for table in ("policy", "verifier", "select", "train", "trainer", "evaluate"):
+        assert config(0).resolved()[table] == suite[table]
+
+
+@pytest.mark.parametrize(
+    ("checked", "reason"),
+    [
+        ({"a": [0] * 29 + [1] * 3}, "nothing to learn"),
+        ({"a": [0] * 28 + [1] * 4}, None),
+        ({"a": [4] * 17 + [2] * 15}, "learned at once"),
+        ({"a": [3] * 16 + [2] * 16}, None),
+        ({"a": [4] * 32, "b": [0] * 32}, None),  # one to keep, one out of reach: half and half
+        ({"a": [0] * 32, "b": [0] * 25 + [1] * 7}, "nothing to learn"),
+        ({"a": [4] * 32, "b": [1] * 32, "c": [4] * 32}, "learned at once"),
+    ],
+)
+def test_the_rule(checked, reason):
+    assert rejection(checked) == reason
+
+
+def test_the_first_accepted_draws_are_taken():
+    assert list(accepted(3, 5, lambda seed: {"a": [seed % 2 * 2] * 32})) == [5, 7, 9]
+
+
+def test_names():
+    assert (seed_of("drawn-12"), seed_of("drawn-"), seed_of("drawn"), seed_of("drawn-x")) == (12, None, None, None)
+
+
+def test_drawn_stands_for_the_accepted_scenarios_and_the_policy_is_asked_once(tmp_path, monkeypatch):
+    asked = []
+
+    def check(seed):
+        asked.append(seed)
+        return {"a": [seed % 2 * 2] * 32}
+
+    monkeypatch.setattr(run_comparison, "base_policy_check", lambda: check)
+    options = CompareOptions(["drawn", "seed=0"], scenarios=2, folder=tmp_path)
+    names = run_comparison._with_drawn(options)
+    assert names == run_comparison._with_drawn(options) == ["drawn-1", "drawn-3"]
+    assert asked == [0, 1, 2, 3]
+    plan = make_plan(names, ["train.stages=3"], ["full", "random"], [0], tmp_path)
+    assert [(run.scenario, run.strategy) for run in plan.wanted] == [
+        (name, strategy) for name in names for strategy in ("full", "random")
+    ]
+    assert plan.wanted[0].config.train.stages == 3
+
+
+def test_intervals_over_drawn_scenarios_include_their_spread(tmp_path):
+    def area(*names: str) -> dict[str, float]:
+        curves = [QUICK, SLOW, NEVER, QUICK]
+        runs = [rows(name, "full", 0, curve) for name, curve in zip(names, curves, strict=True)]
+        folder = tmp_path / names[0]
+        folder.mkdir()
+        entries = compared(folder, *runs).summary["entries"]
+        return next(e for e in entries if e["scenario"] == "suite")["area"]["steps"]
+
+    drawn, named = area("drawn-0", "drawn-1", "drawn-2", "drawn-3"), area("a", "b", "c", "d")
+    assert drawn["mean"] == pytest.approx(named["mean"])
+    assert drawn["high"] - drawn["low"] > named["high"] - named["low"]
