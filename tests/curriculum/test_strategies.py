@@ -99,11 +99,11 @@ def test_the_page_says_what_is_read(strategy: type[StrategyTable]) -> None:
 
 def test_who_is_charged_for_collection() -> None:
     free = {name for name in presets() if not with_preset(name).select.strategy.reads_trajectories}
-    assert free == {"full", "random", "random-redrawn", "dapo", "mopps", "similarity"}
+    assert free == {"full", "random", "random-redrawn", "dapo", "mopps", "online", "similarity"}
 
 
 def test_who_trains_on_all_that_it_keeps() -> None:
-    assert {of_type(strategy) for strategy in STRATEGIES if strategy.takes_all} == {"full"}
+    assert {of_type(strategy) for strategy in STRATEGIES if strategy.takes_all} == {"full", "online"}
 
 
 def test_fresh_trajectories_go_to_those_that_have_use_for_them() -> None:

@@ -14,7 +14,8 @@ and the training. The trainer, the policy and the 96 steps are those of the scen
 - Pool size: 600 to 1500 prompts, log-uniform.
 - Lengths: the families' default ranges, moved by -1, 0 or 1 items; for the wanted styles and the others separately.
 
-Look-alikes, solved and impossible prompts are scaled down in proportion where they would leave less than 10 % to others.
+Look-alikes, solved and impossible prompts are scaled down in proportion where they would leave less than 10 % to
+others.
 
 The rule, fixed before any comparison: the base policy answers 32 held-out prompts of each validation set's families 4
 times at temperature 1. With every set at the same weight, a draw is rejected

@@ -69,7 +69,7 @@ def analyse(folder: Path, options: CompareOptions) -> Comparison:
 
 
 def _with_drawn(options: CompareOptions) -> list[str]:
-    """The configs to run; `drawn` stands for the accepted scenarios. `drawn.json` keeps what the base policy answered."""
+    """The configs to run; `drawn` stands for the accepted scenarios. `drawn.json` keeps the base policy's answers."""
     if DRAWN not in options.names:
         return options.names
     path = options.folder / "drawn.json"

@@ -33,7 +33,8 @@ DEFINITIONS = {
     "so are both ends of the interval. Where full ends no higher than the base policy, the ratio is 1 for all.",
     "intervals": "Percentiles of redraws of seeds and of questions within test sets, the same for all strategies. Of S "
     "seeds S - 1 are redrawn (Rao and Wu 1988); questions that seeds share are redrawn together. They hold for these "
-    "scenarios; if all are drawn at random, scenarios are redrawn too and they hold for the population. They are not corrected for the number of strategies.",
+    "scenarios; if all are drawn at random, scenarios are redrawn too and they hold for the population. They are not "
+    "corrected for the number of strategies.",
 }
 LIMITS = (
     "Few seeds give wide intervals, and percentiles of a handful are too narrow.",
