@@ -59,7 +59,7 @@ def train(run: Run, select_stage: SelectStage) -> Path:
         reward=reward,
         online=online,
         select_stage=select_stage,
-        evaluate=lambda step, model: _evaluate(run, step, model),
+        evaluate=lambda step, model: evaluate(run, model, step),
         evaluated=lambda step: is_evaluated(run, step),
         folder=run.paths.folder,
         record_to=run.paths.rollouts if run.trajectories.reuses else None,
@@ -106,10 +106,6 @@ def _training_rows(run: Run) -> list[dict[str, Any]]:
     ]
     encoded = encode_prompts(tokenizer, [row["prompt"] for row in rows])
     return [row | {"prompt_tokens": len(ids)} for row, ids in zip(rows, encoded, strict=True)]
-
-
-def _evaluate(run: Run, step: int, model: nn.Module) -> None:
-    evaluate(run, model, step)
 
 
 def _evaluate_every(run: Run) -> int:

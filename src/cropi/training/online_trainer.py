@@ -45,7 +45,7 @@ class Loop(Protocol):
 
 
 class ReadsInfluence(GRPOTrainer):
-    """Gives every generation batch's rewards and influence to an `Loop`.
+    """Gives every generation batch's rewards and influence to a `Loop`.
 
     Of TRL it overrides `_get_train_sampler`, and wraps `training_step` and `compute_loss`: the reader has to enclose
     forward and backward of a micro-batch, and only the loss's inputs tell whose rows these are.

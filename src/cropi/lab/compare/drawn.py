@@ -54,7 +54,7 @@ Checked = Mapping[str, Sequence[int]]
 
 @dataclass(frozen=True)
 class Draw:
-    """What one scenario of the population is made of; shares are of the pool, noises of their group."""
+    """The make-up of one scenario of the population; shares are of the pool, noises of their group."""
 
     wanted: dict[str, tuple[str, ...]]  # families by validation set, which has the name of its style
     practice: str  # own, kin or both
