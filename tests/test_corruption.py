@@ -34,15 +34,15 @@ DAMAGES = ("flip", "cut", "empty", "remove", "swap")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """(a run that ends, one that was interrupted while it measured its fourth step)."""
     whole, half = tmp_path_factory.mktemp("whole"), tmp_path_factory.mktemp("half")
-    measure = train._evaluate
+    measure = train.evaluate
 
     def interrupted(run: Run, step: int, model: Any) -> None:
         if step == 4:
             raise KeyboardInterrupt
-        measure(run, step, model)
+        measure(run, model, step)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(train, "_evaluate", interrupted)
+        patched.setattr(train, "evaluate", interrupted)
         assert cropi("run", "quickstart", *SETTINGS, cwd=half).returncode == 130
     cropi_ok("run", "quickstart", *SETTINGS, cwd=whole)
     return whole, half
