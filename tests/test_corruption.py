@@ -36,7 +36,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     whole, half = tmp_path_factory.mktemp("whole"), tmp_path_factory.mktemp("half")
     measure = train.evaluate
 
-    def interrupted(run: Run, step: int, model: Any) -> None:
+    def interrupted(run: Run, model: Any, step: int) -> None:
         if step == 4:
             raise KeyboardInterrupt
         measure(run, model, step)
