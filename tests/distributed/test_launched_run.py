@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cropi.training.rollout_recorder import rollout_files
 from tests.distributed.launching import launch, launch_ok
 from tests.runs import SMALL, cropi, cropi_ok, evaluations, json_lines, selections
 
 from cropi.artifacts import TRAJECTORIES, read_table
 from cropi.streams import read_jsonl
-from cropi.training.rollout_recorder import rollout_files
 
 pytestmark = pytest.mark.slow
 

@@ -2,8 +2,6 @@
 
 import numpy as np
 import pytest
-
-from cropi.functional import pooling
 from cropi.functional.pooling import (
     Cells,
     Observed,
@@ -16,6 +14,8 @@ from cropi.functional.pooling import (
     trust_of,
     verdict_rates,
 )
+
+from cropi.functional import pooling
 
 FAR = 1e6
 

@@ -6,13 +6,13 @@ import dataclasses
 
 import numpy as np
 import pytest
+from cropi.gradients.validation_scores import score_validation_prompts
 from tests.gradients.architectures import GROUPS, SETTINGS, draw_group, tiny
 
 from cropi.functional.projection import SparseProjection
 from cropi.gradients.influence_scorer import Scorer, ScorerOptions
 from cropi.gradients.reference import prompt_gradient
 from cropi.gradients.score_reliability import half_factors, score_by_halves
-from cropi.gradients.validation_scores import score_validation_prompts
 
 pytestmark = pytest.mark.usefixtures("unchecked_shapes")
 

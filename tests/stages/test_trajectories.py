@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+from cropi.training.rollout_recorder import keep_rollouts
 
 from cropi.artifacts import TRAJECTORIES, finish, write_table
 from cropi.curriculum.strategies import (
@@ -15,7 +16,6 @@ from cropi.curriculum.strategies import (
 )
 from cropi.rollouts.shards import read_trajectories
 from cropi.stages.trajectories import Layer, newest_rollouts, read_overlay
-from cropi.training.rollout_recorder import keep_rollouts
 
 
 def rows(prompt_id: str, mark: float, generations: int = 2) -> list[dict[str, Any]]:

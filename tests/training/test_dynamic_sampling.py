@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from cropi.training.rollout_recorder import rollout_files
 from safetensors.torch import load_file
 from tests.runs import judge
 from tests.stages.test_train import policy
@@ -25,7 +26,6 @@ from cropi.streams import read_jsonl
 from cropi.training.dynamic_sampling import DynamicSampling, check_dynamic_sampling
 from cropi.training.grpo_settings import grpo_config
 from cropi.training.reward_log import Judged, RecordedReward
-from cropi.training.rollout_recorder import rollout_files
 from cropi.training.stage_trainer import StageTrainer
 
 K, TEMPERATURE, LENGTH = 4, 1.5, 6

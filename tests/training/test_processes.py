@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from cropi.training.rollout_recorder import RolloutRecorder, rollout_files
 from tests.runs import SMALL, judge
 
 from cropi import parallel
@@ -16,7 +17,6 @@ from cropi.parallel import ProcessGroup
 from cropi.streams import read_jsonl
 from cropi.training.grpo_settings import grpo_config
 from cropi.training.reward_log import RecordedReward
-from cropi.training.rollout_recorder import RolloutRecorder, rollout_files
 
 
 class Second(ProcessGroup):

@@ -16,7 +16,7 @@ from cropi.config.score_config import CollectConfig, ScoreConfig
 from cropi.curriculum.strategies import Strategy
 from cropi.curriculum.strategy import FusionConfig
 from cropi.rewards.verifiers import Verifier
-from cropi.setting_types import Fraction, FreeTable, Name, Positive, PositiveNumber, Seed, Table
+from cropi.setting_types import FreeTable, Name, Positive, PositiveNumber, Seed, Table
 
 
 class VerificationConfig(Table):
@@ -42,12 +42,10 @@ class SelectConfig(Table):
     """Alpha: ceil(alpha N) prompts are selected (paper: 0.1)."""
     fusion: FusionConfig = FusionConfig()
     """Fusion of the rankings of several validation sets."""
-    exploration: Fraction = 0.0
-    """Share of the selection drawn at random from all prompts that the strategy did not choose."""
 
     @property
     def label(self) -> str:
-        """Name of the strategy in reports, and a part of the seeds of samples at later stages."""
+        """Name of the strategy in reports."""
         return self.name or self.strategy.type
 
 
@@ -61,24 +59,6 @@ class TrainConfig(Table):
     dynamic_sampling: Annotated[int, Field(ge=0, le=1000)] = 0
     """DAPO's dynamic sampling: largest number of times that groups with equal rewards in a generation batch are
     replaced by groups of the stage's next prompts. All samples are charged. 0: off."""
-
-
-class RefreshConfig(Table):
-    """Newer trajectories in place of the base policy's, for the strategies that read them."""
-
-    fraction: Fraction = 0.0
-    """Share of the training pool that is sampled again at the start of every stage after the first: prompts without
-    signal, and those whose trajectories are furthest from the policy."""
-    reuse_rollouts: bool = False
-    """Also use the completions that training samples, which cost nothing extra."""
-    validation: bool = False
-    """Also sample the validation prompts again at the start of every stage after the first, for strategies that score
-    by them: their gradients then point to skills that the policy lacks now."""
-
-    @property
-    def active(self) -> bool:
-        """Whether later stages have newer trajectories than the base policy's."""
-        return self.fraction > 0 or self.reuse_rollouts or self.validation
 
 
 class EvaluateConfig(Table):
@@ -129,8 +109,6 @@ class Config(Table):
     """Selection."""
     train: TrainConfig
     """Stages."""
-    refresh: RefreshConfig = RefreshConfig()
-    """Newer trajectories for later stages."""
     trainer: FreeTable = Field(default={})
     """Settings of TRL's GRPOConfig under TRL's names. Those that the run sets itself are refused (see below).
     Batch sizes are those of a single process; several processes share them (docs/scaling.md)."""
@@ -147,26 +125,9 @@ class Config(Table):
         return self
 
     @model_validator(mode="after")
-    def _pooling_has_errors(self) -> Config:
-        wanted = {
-            "score.score=dot": self.score.score == "dot",
-            "score.validation_mean=plain": self.score.validation_mean == "plain",
-            "score.estimator=sketch": self.score.estimator == "sketch",
-        }
-        strategy = self.select.strategy
-        missing = [text for text, there in wanted.items() if strategy.pools and not there]
-        if missing:
-            raise ValueError(
-                f"{self.select.label} pools inner products by their standard errors, which needs {missing[0]}"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _ratios_can_be_had(self) -> Config:
         if self.collect.logprobs:
             return self
-        if self.refresh.active:
-            raise ValueError("collect.logprobs=false leaves later stages nothing to score by: set refresh off, or true")
         strategy = self.select.strategy
         if strategy.reads_scores and any(map(strategy.scored_stage, range(self.train.stages))):
             raise ValueError(

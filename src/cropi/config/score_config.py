@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, AnyHttpUrl, Field, model_validator
 
-from cropi.setting_types import Fraction, FreeTable, Positive, PositiveNumber, Seed, Table, Temperature
+from cropi.setting_types import FreeTable, Positive, PositiveNumber, Seed, Table, Temperature
 
 
 def _address(url: str) -> str:
@@ -67,16 +67,10 @@ class VllmConfig(Table):
 
 
 class CollectConfig(Table):
-    """Trajectories, sampled once from the base policy."""
+    """Trajectories, sampled once from the base policy if the strategy reads them."""
 
     num_generations: Annotated[int, Field(ge=2, le=10_000)] = 8
     """K, completions per training prompt (paper: 8)."""
-    fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Share of the training pool that is sampled, a fixed random choice. The rest is `not_sampled`: only strategies
-    that estimate prompts from similar ones or from their text can choose it."""
-    nearby: Fraction = 0.0
-    """Further share of the training pool that is sampled: the prompts nearest to the validation prompts in the base
-    policy's representation, equally many per set."""
     validation_num_generations: Annotated[int, Field(ge=2, le=10_000)] = 32
     """Completions per validation prompt (paper's code: 32)."""
     max_completion_length: Positive
@@ -93,7 +87,7 @@ class CollectConfig(Table):
     """Prompts per shard, the unit of progress that an interruption can lose."""
     server: ServerConfig | None = None
     """Take the completions from a server instead of generating them in this process. Completions of later policies
-    (screening, refresh, evaluation, training) are still generated here or by the trainer."""
+    (validation, evaluation, training) are still generated here or by the trainer."""
     vllm: VllmConfig | None = None
     """Take the completions from vLLM in this process; those of later policies as with `server`."""
     logprobs: bool = True

@@ -13,7 +13,6 @@ from jaxtyping import Bool, Float, Int
 from pydantic import Field
 
 from cropi.artifacts import USABLE
-from cropi.curriculum.pooling_data import PoolingData
 from cropi.functional.ranking import ranks, reciprocal_rank_fusion
 from cropi.reward_statistics import Visit
 from cropi.seeds import unit_interval
@@ -41,12 +40,10 @@ class Candidates:
     stage: int
     seed: int
     stages: int = 1  # of the run
-    steps_per_stage: int = 1
     group_sizes_N: Int[np.ndarray, " N"] | None = None  # K of the stored trajectories; 0 for a prompt without any
     lengths_N: Float[np.ndarray, " N"] | None = None  # |g_i|; NaN if it was not computed
     visits: Sequence[Visit] = ()  # all training before this stage, in order
     texts: Sequence[str] = ()  # of the prompts
-    pooling: PoolingData | None = None  # for strategies that pool
     validation_texts: Mapping[str, Sequence[str]] = field(default_factory=dict)  # by validation set
 
     def __post_init__(self) -> None:
@@ -103,9 +100,7 @@ class StrategyTable(Table, ABC):
     needs: ClassVar[frozenset[Need]] = frozenset()
     reads_lengths: ClassVar[bool] = False  # needs the length of every prompt's gradient
     reads_texts: ClassVar[bool] = False  # ranks by the prompts' words
-    pools: ClassVar[bool] = False  # estimates a prompt's influence from similar prompts
     takes_all: ClassVar[bool] = False  # trains on every eligible prompt instead of the best ceil(fraction N)
-    collects: ClassVar[bool] = True  # samples the pool and the validation sets before training
     chooses_online: ClassVar[bool] = False  # chooses every generation batch while training runs
     candidates_aimed_at: ClassVar[int] = 0  # training prompts that replace the validation sets as directions
 
@@ -117,8 +112,8 @@ class StrategyTable(Table, ABC):
         """Rank all candidates for a stage that trains on `size` prompts."""
 
     @property
-    def reads_trajectories(self) -> bool:
-        """Whether it ranks by the stored trajectories, so that their cost is charged to it."""
+    def collects(self) -> bool:
+        """Whether the pool and the validation sets are sampled before training: it ranks by these trajectories."""
         return "trajectories" in self.needs
 
     @property
@@ -138,11 +133,6 @@ class StrategyTable(Table, ABC):
     def scored_stage(self, stage: int) -> int:
         """Return the stage whose scores are used at `stage`."""
         return stage
-
-    @property
-    def follows_trajectories(self) -> bool:
-        """Whether newer trajectories change its later selections."""
-        return self.reads_trajectories and any(self.scored_stage(stage) == stage for stage in range(1, 100))
 
 
 def gumbel_keys(

@@ -11,8 +11,8 @@ import numpy as np
 
 from cropi.artifacts import open_artifact
 from cropi.curriculum.curriculum import Curriculum
-from cropi.curriculum.strategies.online import OnlineStrategy
-from cropi.functional.pooling import principal_points
+from cropi.curriculum.strategies.cropi import CropiStrategy
+from cropi.functional.projection import principal_points
 from cropi.parallel import process_group
 from cropi.prompt_encoding import encode_prompts, trainer_prompt, uses_chat
 from cropi.rollouts.generation import Sampling, TransformersGenerator
@@ -39,14 +39,14 @@ class OnlineRun:
         """`rows` are the trainer's: the pool, in the order of the curriculum's places."""
         self._run, self._rows, self._reward = run, rows, reward
         strategy = run.config.select.strategy
-        assert isinstance(strategy, OnlineStrategy)
+        assert isinstance(strategy, CropiStrategy)
         self._observe_only = strategy.observe_only
         self._trainer: OnlineTrainer
 
     def loop(self, trainer: OnlineTrainer, checkpoint: Path | None) -> OnlineLoop:
         """The loop of a trainer, at the start of training or where a checkpoint left it."""
         run, settings, self._trainer = self._run, trainer.args, trainer
-        make_representations(run, "score")
+        make_representations(run)
         self._validation = self._validation_pass()
         self._curriculum = self._made_curriculum()
         micro_steps = run.config.train.steps_per_stage * settings.gradient_accumulation_steps
@@ -86,7 +86,7 @@ class OnlineRun:
     def _made_curriculum(self) -> Curriculum:
         run, settings = self._run, self._trainer.args
         folder = run.folder.representations
-        open_artifact(folder, REPRESENTED, made_by="cropi score")
+        open_artifact(folder, REPRESENTED, made_by="cropi train")
         known = read_representations(folder)
         validation = {
             name: np.stack([known[f"validation/{name}", prompt.row["prompt_id"]] for prompt in prompts])

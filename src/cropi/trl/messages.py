@@ -12,7 +12,7 @@ from cropi.errors import UserError
 
 # Arguments of a script, by the table that an error names.
 WHOLE = {"policy": "model", "prompts": "the prompts", "verifier": "Verified", "trainer": "args"} | {
-    name: f'Selector.settings["{name}"]' for name in ("collect", "score", "select", "refresh")
+    name: f'Selector.settings["{name}"]' for name in ("collect", "score", "select")
 }
 # Arguments of a script, by setting.
 ARGUMENTS = {

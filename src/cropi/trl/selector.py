@@ -38,8 +38,9 @@ class Selector:
 
     validation: Dataset | Mapping[str, Dataset]
     """Target of training: rows like those of the training set, but not in it."""
-    strategy: str | Mapping[str, Any] = "cropi"
-    """Name of a preset, or a config patch as in `cropi compare`: `select`, `score`, `collect`, `refresh`."""
+    strategy: str | Mapping[str, Any] = "influence"
+    """Name of a preset, or a config patch as in `cropi compare`: `select`, `score`, `collect`. Not `cropi`, which only
+    `cropi run` can train with."""
     fraction: float | None = None
     """Largest share of the training prompts in a stage. Unset: the strategy's own, else 0.1."""
     stages: int = 5
@@ -192,9 +193,9 @@ def make_config(
 
 
 def _refuse_unsupported(config: Config, chat: bool) -> None:
-    if config.train.dynamic_sampling or config.refresh.reuse_rollouts:
+    if config.train.dynamic_sampling or config.select.strategy.chooses_online:
         raise ConfigError(
-            "only cropi's own trainer supports dynamic sampling and reused rollouts",
+            "only cropi's own trainer supports dynamic sampling and strategies that choose while training",
             where="Selector",
             fix="choose another strategy or settings, or train with `cropi run`.",
         )

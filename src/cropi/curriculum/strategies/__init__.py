@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Union
 
 from pydantic import Field
 
+from cropi.curriculum.strategies.cropi import CropiStrategy as CropiStrategy
 from cropi.curriculum.strategies.dots import DotsStrategy as DotsStrategy
 from cropi.curriculum.strategies.full import FullStrategy as FullStrategy
 from cropi.curriculum.strategies.gaussian import GaussianStrategy as GaussianStrategy
@@ -13,9 +14,7 @@ from cropi.curriculum.strategies.learnability import LearnabilityStrategy as Lea
 from cropi.curriculum.strategies.learnalign import LearnAlignStrategy as LearnAlignStrategy
 from cropi.curriculum.strategies.mid import MidStrategy as MidStrategy
 from cropi.curriculum.strategies.mopps import MoppsStrategy as MoppsStrategy
-from cropi.curriculum.strategies.online import OnlineStrategy as OnlineStrategy
 from cropi.curriculum.strategies.pass_rate import PassRateStrategy as PassRateStrategy
-from cropi.curriculum.strategies.pooled import PooledStrategy as PooledStrategy
 from cropi.curriculum.strategies.random import RandomStrategy as RandomStrategy
 from cropi.curriculum.strategies.similarity import SimilarityStrategy as SimilarityStrategy
 from cropi.curriculum.strategies.vcrl import VcrlStrategy as VcrlStrategy

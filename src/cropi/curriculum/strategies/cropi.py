@@ -1,4 +1,4 @@
-"""Online influence: prompts chosen batch by batch while training runs."""
+"""Our own: prompts chosen batch by batch while training runs."""
 
 from typing import ClassVar, Literal
 
@@ -7,18 +7,17 @@ import numpy as np
 from cropi.curriculum.strategy import Candidates, FusionConfig, Need, Ranking, StrategyTable
 
 
-class OnlineStrategy(StrategyTable):
+class CropiStrategy(StrategyTable):
     """Prompts chosen for each generation batch by influence that is read from training's own backward passes.
 
-    Nothing of the pool is collected, scored or screened. Only the validation prompts are sampled, to find directions.
+    Nothing of the pool is collected or scored. Only the validation prompts are sampled, to find directions.
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset({"validation", "rewards"})
     takes_all: ClassVar[bool] = True
-    collects: ClassVar[bool] = False
     chooses_online: ClassVar[bool] = True
 
-    type: Literal["online"]
+    type: Literal["cropi"]
     """Selects this strategy."""
     observe_only: bool = False
     """Read influence and report it, but train on the whole pool as `full` does."""
