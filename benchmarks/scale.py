@@ -131,10 +131,7 @@ def one_here(kind: str, size: int, dim: int, largest: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         for count, name in ((BLOCK, "small"), (size, "made")):
             place = Path(folder) / name
-            if kind == "store":
-                found = store(count, place, dim, largest)
-            else:
-                found = select(count, place)
+            found = store(count, place, dim, largest) if kind == "store" else select(count, place)
     return found | {"peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
 
 

@@ -168,7 +168,9 @@ def test_a_run_stores_and_trains_on_the_whole_row(
     train, validation = rows(range(10)), rows(range(50, 55))
     made = pipeline(folder, tmp_path, train, validation)
     collect(made)
-    stored = {s: {tuple(row["prompt_ids"]) for row in table.to_pylist()} for s, table in made.trajectories.base.items()}
+    stored = {
+        s: {tuple(row["prompt_ids"]) for row in table.to_pylist()} for s, table in made.trajectories.tables.items()
+    }
     assert stored["train"] == {expected(tokenizer, row) for row in train}
     assert stored["validation/mine"] == {expected(tokenizer, row) for row in validation}
     train_all(made)
@@ -273,11 +275,11 @@ def test_text_beside_chat_messages_is_the_user_s_turn(
             row if isinstance(row["prompt"], list) else {"prompt": [{"role": "user", "content": row["prompt"]}]}
             for row in held
         ]
-        stored = {tuple(row["prompt_ids"]) for row in made.trajectories.base[name].to_pylist()}
+        stored = {tuple(row["prompt_ids"]) for row in made.trajectories.tables[name].to_pylist()}
         assert stored == {expected(tokenizer, row) for row in asked}
     train_all(made)
     made.folder.unlock()
-    assert seen == {tuple(row["prompt_ids"]) for row in made.trajectories.base["train"].to_pylist()}
+    assert seen == {tuple(row["prompt_ids"]) for row in made.trajectories.tables["train"].to_pylist()}
 
 
 def test_check_warns_where_chat_messages_become_plain_text(

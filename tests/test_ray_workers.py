@@ -42,7 +42,6 @@ POOL = [
 ]
 WAYS: dict[str, list[str]] = {
     "influence": [],
-    "pooled": ["select.strategy={type: pooled}"],
     "exact": ["score.estimator=exact"],
     "with errors": ["score.standard_errors=true"],
     "learnalign": ["select.strategy={type: learnalign}"],

@@ -51,7 +51,7 @@ def test_a_visit_changes_no_other_prompts_draw() -> None:
 
 
 def test_it_does_not_pay_for_stored_trajectories() -> None:
-    assert not MOPPS.reads_trajectories
+    assert not MOPPS.collects
     candidates = pool([0.5] * 26, visits=[seen(0, "a", 1.0, 8)])
     unlike = [
         dataclasses.replace(candidates, pass_rates_N=rates_N, variances_N=rates_N)

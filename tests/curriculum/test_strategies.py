@@ -97,20 +97,13 @@ def test_the_page_says_what_is_read(strategy: type[StrategyTable]) -> None:
     assert letters == {LETTERS[need] for need in strategy.needs} | optional
 
 
-def test_who_is_charged_for_collection() -> None:
-    free = {name for name in presets() if not with_preset(name).select.strategy.reads_trajectories}
-    assert free == {"full", "random", "random-redrawn", "dapo", "mopps", "online", "similarity"}
+def test_who_collects() -> None:
+    free = {name for name in presets() if not with_preset(name).select.strategy.collects}
+    assert free == {"full", "random", "random-redrawn", "dapo", "mopps", "cropi", "similarity"}
 
 
 def test_who_trains_on_all_that_it_keeps() -> None:
-    assert {of_type(strategy) for strategy in STRATEGIES if strategy.takes_all} == {"full", "online"}
-
-
-def test_fresh_trajectories_go_to_those_that_have_use_for_them() -> None:
-    for name in ("gradalign", "acc-greedy"):
-        config = with_preset(name)
-        assert config.refresh.fraction == 1
-        assert config.select.strategy.follows_trajectories
+    assert {of_type(strategy) for strategy in STRATEGIES if strategy.takes_all} == {"full", "cropi"}
 
 
 def test_the_paper_is_set_in_full() -> None:

@@ -7,14 +7,14 @@ from cropi.loading import load_config
 from cropi.report.flops import flops, score_multiple
 
 COLLECTED = {"tokens": 30, "prompt_tokens": 10, "passes": 2}
-SCREENED = COLLECTED | {"passes": 1}
+GENERATED = COLLECTED | {"passes": 1}
 SCORED = {"tokens": 100, "computed_tokens": 50, "validation_tokens": 7}
 BATCH = {"tokens": 16, "prompt_tokens": 4}
 QUICKSTART = ["trainer.beta=0.0"]
 
 
 def test_operations_by_phase():
-    found = flops(load_config("quickstart", QUICKSTART), 1000, [COLLECTED, SCREENED], [SCORED], [BATCH])
+    found = flops(load_config("quickstart", QUICKSTART), 1000, [COLLECTED, GENERATED], [SCORED], [BATCH])
     # A forward pass of a token is 2 x 1000 operations.
     assert found.collect == 2000 * (2 * 40 + 40)
     assert found.score == 2000 * (2 * 50 + 3 * 7)
@@ -40,7 +40,7 @@ def test_passes_over_a_batch(overrides: list[str], passes: int):
     ],
 )
 def test_what_a_token_of_the_pool_costs(overrides: list[str], multiple: int):
-    config = load_config("quickstart", ["select.strategy=influence", "score.standard_errors=false", *overrides])
+    config = load_config("quickstart", ["select.strategy=influence", *overrides])
     assert score_multiple(config.score, len(config.prompts.validation)) == multiple
 
 

@@ -123,7 +123,7 @@ def test_a_run_collects_through_it_and_its_processes_are_gone(
     for name in ("once", "again"):
         pipeline = Run(load_config("quickstart", [*SMALL, *few, vllm, f"run_dir={tmp_path}", f"name={name}"]))
         manifest = collect(pipeline)
-        found.append([row for table in pipeline.trajectories.base.values() for row in table.to_pylist()])
+        found.append([row for table in pipeline.trajectories.tables.values() for row in table.to_pylist()])
         pipeline.folder.unlock()
         assert sum(manifest.counts.values()) == len(found[-1]) > 50
     assert [row["completion"] for row in found[0]] == [row["completion"] for row in found[1]]

@@ -120,7 +120,7 @@ def test_a_run_collects_through_it_and_gives_its_memory_back(tmp_path: Path) -> 
     Engine.policy = load_policy(config.policy)
     pipeline = Run(config)
     collect(pipeline)
-    rows = [row for table in pipeline.trajectories.base.values() for row in table.to_pylist()]
+    rows = [row for table in pipeline.trajectories.tables.values() for row in table.to_pylist()]
     pipeline.folder.unlock()
     assert len(rows) == len(Engine.requests) > 0
     assert {row["verdict"] for row in rows} >= {"correct", "wrong"}

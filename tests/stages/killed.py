@@ -62,7 +62,7 @@ def collected_through(
         threading.Thread(target=interrupt, daemon=True).start()
         manifest = collect(pipeline)
         assert restarted.is_set(), "the server was to be killed before collection had ended"
-        rows = [row for table in pipeline.trajectories.base.values() for row in table.to_pylist()]
+        rows = [row for table in pipeline.trajectories.tables.values() for row in table.to_pylist()]
         pipeline.folder.unlock()
         count = Counter((row["set"], row["prompt_id"], row["sample"]) for row in rows)
         assert len(rows) == len(count) == EXPECTED

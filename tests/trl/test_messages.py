@@ -64,7 +64,7 @@ OTHERS = ("train_dataset", "model", "peft_config")  # of the trainer's arguments
 
 
 def test_every_setting_has_a_name_that_a_script_has() -> None:
-    tables = {"prompts", "policy", "verifier", "collect", "score", "select", "refresh", "train", "trainer", "evaluate"}
+    tables = {"prompts", "policy", "verifier", "collect", "score", "select", "train", "trainer", "evaluate"}
     for key in keys(load_config("quickstart").resolved()):
         if key.partition(".")[0] not in tables or "." not in key:
             continue

@@ -131,9 +131,10 @@ class Collector:
         if config.collect.top_p < 1:
             warn("collect.top_p is below 1: the log-probs are not those of the truncated sampler, so ratios are biased")
         shards, too_long = plan(config, self.policy, prompts)
-        shards = shards if config.select.strategy.collects else []
         workers = ray_pool()
-        if workers is not None:
+        if not config.select.strategy.collects:
+            statuses, details = _summed([])
+        elif workers is not None:
             make = partial(make_shards_by_ray, workers, config, self.policy, folder, self.ledger)
             statuses, details = _sample_all(folder, shards, make)
         else:

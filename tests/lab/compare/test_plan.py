@@ -33,11 +33,11 @@ def test_a_seed_given_twice_is_refused():
 
 def test_patches_merge_key_by_key_and_tables_of_a_type_replace():
     values = {"select": {"strategy": {"type": "influence", "static": True}, "fraction": 0.2}, "score": {"score": "dot"}}
-    patch = {"select": {"strategy": {"type": "random"}}, "refresh": {"validation": True}}
+    patch = {"select": {"strategy": {"type": "random"}}, "collect": {"logprobs": False}}
     assert merged(values, patch) == {
         "select": {"strategy": {"type": "random"}, "fraction": 0.2},
         "score": {"score": "dot"},
-        "refresh": {"validation": True},
+        "collect": {"logprobs": False},
     }
     assert values["select"]["strategy"]["type"] == "influence"
 
