@@ -84,7 +84,10 @@ def test_a_dump_of_a_run_s_own_trajectories_is_these(
 def test_selections_know_of_them(sampled: list[dict[str, Any]], other: Run, tmp_path: Path) -> None:
     """Prompts have the pass rate of their imported completions."""
     imported(other, write_verl(tmp_path / "1.jsonl", sampled, 1))
+    other.folder.unlock()
+    other = Run(other.config)
     select(other, 0)
+    other.folder.unlock()
     rows = read_table(other.paths.selection(0) / "selection.parquet", SELECTION).to_pylist()
     rates: dict[str, list[float]] = {}
     for row in sampled:

@@ -63,7 +63,7 @@ def test_tokens_that_are_only_read_cost_a_forward_pass():
 
 
 def test_of_refilled_batches_all_is_generated_and_a_batch_trained():
-    config = load_config("quickstart", [*QUICKSTART, "train.dynamic_sampling=2"])
+    config = load_config("quickstart", [*QUICKSTART, "select.strategy=full", "train.dynamic_sampling=2"])
     batches = [
         {"step": 0, "prompt_ids": ["p"] * 8, "tokens": 60, "prompt_tokens": 20},
         {"step": 0, "prompt_ids": ["q"] * 2, "tokens": 15, "prompt_tokens": 5},

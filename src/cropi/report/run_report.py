@@ -170,7 +170,8 @@ def _turnover(found: Contents) -> list[Block]:
         rows.append([f"{stage - 1} → {stage}", *numbers, decimal(overlap)])
     if not rows:
         return [Text("There are no two consecutive selections.")]
-    drawn = figures.turnover(overlaps, found.config.select.fraction)
+    shares = [len(selection.chosen) / len(selection.selected) for selection in found.selections.values()]
+    drawn = figures.turnover(overlaps, float(np.mean(shares)))
     caption = "1: the same prompts again; 0: none of them. Dotted: what two independent random draws would share."
     header = ["stages", "kept", "new", "dropped", "overlap"]
     table = Table("Prompts kept, new and dropped. Overlap: kept ÷ (kept + new + dropped).", header, rows, left=1)
@@ -221,6 +222,8 @@ def _unscored(config: Config) -> str:
     """Say whether influence is still to come or never will."""
     if config.select.strategy.reads_scores:
         return "Influence has not been computed yet."
+    if config.select.strategy.chooses_online:
+        return f"`{config.select.label}` reads influence while it trains and scores no prompts beforehand."
     return f"This run computes no influence: `{config.select.label}` chooses without it."
 
 

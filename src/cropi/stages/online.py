@@ -134,6 +134,7 @@ class OnlineRun:
             line = {
                 "batch": batch,
                 "step": step,
+                "stage": self._stage(step),
                 "asked_at": self._trainer.state.global_step,
                 "prompt_ids": [self._rows[place]["prompt_id"] for place in places],
                 "why": [" ".join((choice.source, choice.validation_set)).strip() for choice in choices],

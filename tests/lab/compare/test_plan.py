@@ -71,10 +71,11 @@ def test_runs_interleave_the_strategies_within_a_seed(tmp_path: Path):
 def test_what_is_shared_goes_by_what_it_depends_on(tmp_path: Path):
     (tmp_path / "fewer.yaml").write_text("{collect: {num_generations: 4}, trainer: {num_generations: 4}}")
     (tmp_path / "slower.yaml").write_text("{trainer: {learning_rate: 1.0e-6}}")
-    names = ["full", "influence", *(str(tmp_path / name) for name in ("fewer.yaml", "slower.yaml"))]
+    names = ["full", "influence", "learnability", *(str(tmp_path / n) for n in ("fewer.yaml", "slower.yaml"))]
     plan = make_plan(["quickstart"], ["select.strategy=random"], names, [0, 1], tmp_path / "out")
     folders = {(run.seed, run.strategy): run.shared.folder for run in plan.wanted}
-    assert folders[0, "full"] == folders[0, "influence"] == folders[0, "slower"] != folders[0, "fewer"]
+    assert folders[0, "full"] == folders[0, "slower"] != folders[0, "fewer"]
+    assert folders[0, "influence"] == folders[0, "learnability"] != folders[0, "full"]  # which collects nothing
     assert folders[0, "full"] != folders[1, "full"]
     assert folders[0, "full"].parent == tmp_path / "out" / "quickstart" / "seed-0"
 
