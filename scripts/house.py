@@ -35,7 +35,7 @@ GROUND = ("artifacts", "builtin", "config", "console", "errors", "leakage", "led
           "run_folder", "parallel")
 OTHER_STRATEGIES = tuple(f"curriculum.strategies.{name}" for name in (
     "dots", "full", "gaussian", "gradient_norm", "learnability", "learnalign", "mid", "mopps",
-    "pass_rate", "pooled", "random", "similarity", "vcrl"))
+    "pass_rate", "random", "similarity", "vcrl"))
 # fmt: on
 
 QUESTION = re.compile(r"(What|Where|Whose|How)\b")
