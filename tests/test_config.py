@@ -77,14 +77,9 @@ def test_no_setting_lets_a_models_code_run(override: str) -> None:
 @pytest.mark.parametrize(
     "override",
     [
-        *[
-            f"{key}={value}"
-            for key in ("seed", "score.projection.seed", "prompts.train.0.seed")
-            for value in (-1, 2**32)
-        ],
+        *[f"{key}={value}" for key in ("seed", "prompts.train.0.seed") for value in (-1, 2**32)],
         *[f"collect.temperature={value}" for value in (0, "1e-300", "1e300")],
         "score.projection.dim=99999999999999",
-        "score.projection.rank=99999999999",
         "train.stages=99999999999",
         "train.steps_per_stage=99999999999",
         "collect.num_generations=99999999999",

@@ -198,7 +198,7 @@ def _drawn(
     settings = config.collect
     repeated = [pair for pair in pairs for _ in range(settings.num_generations)]
     ids = [prompt_ids for _, prompt_ids in repeated]
-    sampling = Sampling(settings.max_completion_length, settings.temperature, settings.top_p)
+    sampling = Sampling(settings.max_completion_length, settings.temperature)
     completions = TransformersGenerator(policy, settings.batch_size)(ids, sampling, seed=config.seed)
     return [row for row, _ in repeated], ids, completions
 

@@ -45,7 +45,7 @@ def test_what_a_token_of_the_pool_costs(overrides: list[str], multiple: int):
 
 
 def test_validation_gradients_that_are_scaled_are_made_twice():
-    config = load_config("quickstart", ["select.strategy=influence", "score.validation_mean=normalized"])
+    config = load_config("quickstart", ["select.strategy=learnalign"])
     assert flops(config, 1, [], [SCORED], []).score == 2 * (2 * 50 + 6 * 7)
 
 

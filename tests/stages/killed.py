@@ -56,8 +56,13 @@ def collected_through(
 
     try:
         _wait_for(port, log)
-        server_of = {"url": f"http://localhost:{port}/v1", "concurrency": 4, "patience": 240} | dict(settings)
-        more = [f"run_dir={folder}", "collect.shard_prompts=8", "collect.max_completion_length=16"]
+        server_of = {"url": f"http://localhost:{port}/v1"} | dict(settings)
+        more = [
+            f"run_dir={folder}",
+            "collect.shard_prompts=8",
+            "collect.batch_size=4",
+            "collect.max_completion_length=16",
+        ]
         pipeline = Run(load_config("quickstart", [*SMALL, *more, f"collect.server={json.dumps(server_of)}"]))
         threading.Thread(target=interrupt, daemon=True).start()
         manifest = collect(pipeline)

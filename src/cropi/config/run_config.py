@@ -162,7 +162,6 @@ OWNED_TRAINER_KEYS: dict[str, str] = {
     "seed": "seed",
     "data_seed": "seed",
     "temperature": "collect.temperature",
-    "top_p": "collect.top_p",
     "chat_template_kwargs": "nothing: prompts are encoded by the template's defaults",
     "save_only_model": "nothing: a run without the optimiser's state cannot go on",
     "ignore_data_skip": "nothing: a resumed run goes on with the next batch",
@@ -185,7 +184,7 @@ FREE: dict[str, tuple[str, ...]] = {
     "": ("name", "run_dir"),
     "prompts.": ("leakage",),
     "verification.": ("processes",),
-    "collect.server.": ("url", "concurrency", "patience", "api_key_env"),
+    "collect.server.": ("url", "api_key_env"),
     "trainer.": (
         *("report_to", "run_name", "logging_steps", "logging_strategy", "logging_first_step", "log_completions"),
         *("num_completions_to_print", "log_level", "disable_tqdm", "ddp_timeout"),

@@ -92,7 +92,7 @@ def make_scorer(
     options = ScorerOptions(
         estimator=config.score.estimator,
         score="dot" if aims_at_candidates else config.score.score,
-        validation_mean="normalized" if aims_at_candidates else config.score.validation_mean,
+        validation_mean="normalized" if aims_at_candidates else "plain",
         projection=SparseProjection(**config.score.projection.model_dump()),
         batch_tokens=config.score.batch_tokens,
         lengths=strategy is not None and strategy.reads_lengths,

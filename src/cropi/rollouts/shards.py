@@ -159,7 +159,7 @@ def pool_generator(config: Config, policy: Policy) -> Iterator[Generator]:
 def plain_generator(config: Config, policy: Policy) -> Generator:
     """A generator that starts no engine: a server, or transformers."""
     if config.collect.server is not None:
-        return ServerGenerator(policy, config.collect.server)
+        return ServerGenerator(policy, config.collect.server, config.collect.batch_size)
     return TransformersGenerator(policy, config.collect.batch_size)
 
 
@@ -220,7 +220,7 @@ def _sample(
 ) -> list[dict[str, Any]]:
     settings = config.collect
     repeated = [ids for ids in shard.prompt_ids for _ in range(shard.samples)]
-    sampling = Sampling(settings.max_completion_length, settings.temperature, settings.top_p)
+    sampling = Sampling(settings.max_completion_length, settings.temperature)
     completions = generate(repeated, sampling, seed=seed)
     texts = policy.tokenizer.batch_decode(completions, skip_special_tokens=True)
     prompts = [prompt for prompt in shard.prompts for _ in range(shard.samples)]

@@ -128,8 +128,6 @@ class Collector:
         A prompt that does not fit into the policy's context counts as one row `prompt_too_long`.
         """
         config = self.config
-        if config.collect.top_p < 1:
-            warn("collect.top_p is below 1: the log-probs are not those of the truncated sampler, so ratios are biased")
         shards, too_long = plan(config, self.policy, prompts)
         workers = ray_pool()
         if not config.select.strategy.collects:

@@ -116,7 +116,7 @@ class OnlineRun:
         return ValidationPass(
             sets,
             run.judge,
-            Sampling(collect.max_completion_length, collect.temperature, collect.top_p),
+            Sampling(collect.max_completion_length, collect.temperature),
             run.surrogate,
             collect.batch_tokens,
             partial(derived_seed, run.config.seed, "validation"),

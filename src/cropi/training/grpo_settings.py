@@ -36,7 +36,6 @@ def grpo_config(config: Config, output_dir: Path, device: torch.device, processe
     defaults: dict[str, Any] = {
         "num_generations": config.collect.num_generations,
         "temperature": config.collect.temperature,
-        "top_p": config.collect.top_p,
         "use_cpu": device.type == "cpu",
         "report_to": [],
         "logging_steps": 1,

@@ -177,7 +177,6 @@ def make_config(
             "num_generations": args.num_generations,
             "max_completion_length": args.max_completion_length,
             "temperature": args.temperature,
-            "top_p": args.top_p,
         },
         "train": {"stages": stages, "steps_per_stage": steps},
     }

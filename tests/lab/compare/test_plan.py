@@ -170,7 +170,7 @@ def test_settings_that_came_up_later_do_not_spoil_a_folder(tmp_path: Path):
     run = make_plan(["quickstart"], [], ["full"], [0], tmp_path).wanted[0]
     run.config.folder.mkdir(parents=True)
     claim = json.loads((tmp_path / "plan.json").read_text())
-    del claim["scenarios"]["quickstart"]["collect"]["top_p"]  # as if it had not been a setting then
+    del claim["scenarios"]["quickstart"]["collect"]["temperature"]  # as if it had not been a setting then
     (tmp_path / "plan.json").write_text(json.dumps(claim))
     assert make_plan(["quickstart"], [], ["full"], [0], tmp_path).wanted == (run,)
 

@@ -170,7 +170,7 @@ class _Auditor:
             policy,
             prompts,
             count,
-            Sampling(collect.max_completion_length, collect.temperature, collect.top_p),
+            Sampling(collect.max_completion_length, collect.temperature),
             self._judge,
             batch_size=collect.batch_size,
             seed=self._settings.seed,
