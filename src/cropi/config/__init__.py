@@ -19,7 +19,6 @@ from cropi.config.run_config import (
     EvaluateConfig,
     SelectConfig,
     TrainConfig,
-    VerificationConfig,
     config_difference,
     config_hash,
     deciding,
@@ -27,6 +26,7 @@ from cropi.config.run_config import (
 from cropi.config.score_config import CollectConfig, ProjectionConfig, ScoreConfig, ServerConfig, VllmConfig
 from cropi.curriculum.strategies import Strategy, StrategyTable
 from cropi.curriculum.strategy import FusionConfig
+from cropi.rewards.verifier import VerificationConfig
 from cropi.rewards.verifiers import Verifier
 from cropi.setting_types import Fraction, NonNegative, Positive, Table
 

@@ -15,20 +15,9 @@ from cropi.config.data import PolicyConfig, PromptsConfig
 from cropi.config.score_config import CollectConfig, ScoreConfig
 from cropi.curriculum.strategies import Strategy
 from cropi.curriculum.strategy import FusionConfig
+from cropi.rewards.verifier import VerificationConfig
 from cropi.rewards.verifiers import Verifier
-from cropi.setting_types import FreeTable, Name, Positive, PositiveNumber, Seed, Table
-
-
-class VerificationConfig(Table):
-    """The processes that verifiers run in."""
-
-    processes: Annotated[int, Field(ge=1, le=1024)] = 2
-    """Largest number of processes."""
-    seconds: PositiveNumber = 5.0
-    """Wall-clock time for one answer. A process that takes longer is ended; the answer is tried once more and then
-    judged `timeout`."""
-    memory_mb: Positive = 1024
-    """MiB that judging may take beyond what a process has after start-up, if the system can limit it."""
+from cropi.setting_types import FreeTable, Name, Positive, Seed, Table
 
 
 class SelectConfig(Table):

@@ -21,8 +21,7 @@ from cropi.errors import ConfigError, DataError
 from cropi.fsdp import in_lockstep
 from cropi.ledger import Ledger
 from cropi.parallel import Perform, RayPool, Task, process_group
-from cropi.policy import Policy, completion_logprobs, longest_alike
-from cropi.policy_copy import PolicyCopy
+from cropi.policy import Policy, PolicyCopy, completion_logprobs, longest_alike
 from cropi.prompt_encoding import encode_prompts, trainer_prompt, uses_chat
 from cropi.rewards.pool import strict_judge
 from cropi.rewards.verdicts import Judge, answered
