@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -78,7 +78,6 @@ class Ranking:
     eligible_N: Bool[np.ndarray, " N"]
     reason: str
     set_ranks: Mapping[str, Int[np.ndarray, " N"]] = field(default_factory=dict)  # rank by validation set
-    facts: Mapping[str, Any] = field(default_factory=dict)  # intermediate results, for the manifest
 
 
 class FusionConfig(Table):

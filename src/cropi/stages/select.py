@@ -88,7 +88,7 @@ def choose_prompts(
             folder / "selection.parquet", map(exported, selection_batches(candidates, ranking, choice)), SELECTION
         )
     counts = {"selected": count, "left_out": len(choice) - count}
-    return counts, {"asked_for": size, "strategy": strategy.type, "stage": candidates.stage, **ranking.facts}
+    return counts, {"asked_for": size, "strategy": strategy.type, "stage": candidates.stage}
 
 
 def _export_row(row: Mapping[str, Any], prompt: Mapping[str, Any]) -> dict[str, Any]:
