@@ -2,14 +2,13 @@
 
 A coordinate is identified by its parameter's name and its flat position. A counter-based hash of (seed, name, position)
 decides whether it is kept, its bucket and its sign. So the result does not depend on the device, the order, or on other
-parameters. Also here: principal directions of gradients, and of representations.
+parameters.
 """
 
 import hashlib
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -17,7 +16,6 @@ from torch import Tensor
 PROJECTION_VERSION = 2
 
 _WORD = 1 << 64
-_ROWS = 8192  # of representations widened at once
 _DOUBLES = 1 << 27  # numbers copied in float64 at once: 1 GiB
 
 
@@ -142,20 +140,3 @@ def principal_directions(
     usable = values > 1e-9 * values.max().clamp(min=1e-300)
     directions_IR = torch.cat([mean_I1, (strongest_IR * usable)], dim=1)[:, :rank]
     return directions_IR
-
-
-def principal_points(*parts: Float[np.ndarray, "_ E"], dimensions: int = 32) -> Float[np.ndarray, "N dimensions"]:
-    """Coordinates of the rows of all parts along their first principal directions, scaled to a mean square length of 1.
-
-    Returns fewer directions if there are fewer, and zeros if all rows are equal. Rows are widened to float64 and
-    centred in blocks, since all of them may fill most of the memory.
-    """
-    rows = [part[start : start + _ROWS] for part in parts for start in range(0, len(part), _ROWS)]
-    count = sum(map(len, rows))
-    mean_E = sum(block.sum(axis=0, dtype=np.float64) for block in rows) / count
-    covariance_EE = sum((centred := block - mean_E).T @ centred for block in rows) / count
-    values_E, directions_EE = np.linalg.eigh(covariance_EE)
-    kept = np.argsort(-values_E)[:dimensions]
-    points = np.concatenate([(block - mean_E) @ directions_EE[:, kept] for block in rows])
-    scale = float(np.sqrt((points**2).sum(axis=1).mean()))
-    return points / scale if scale > 0 else points

@@ -12,7 +12,7 @@ import numpy as np
 from cropi.artifacts import open_artifact
 from cropi.curriculum.curriculum import Curriculum
 from cropi.curriculum.strategies.cropi import CropiStrategy
-from cropi.functional.projection import principal_points
+from cropi.functional.principal_points import principal_points
 from cropi.parallel import process_group
 from cropi.prompt_encoding import encode_prompts, trainer_prompt, uses_chat
 from cropi.rollouts.generation import Sampling, TransformersGenerator
