@@ -129,6 +129,9 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> set[tuple[int, ...]]:
     return found
 
 
+EVERY = {"select": {"strategy": {"type": "pass_rate", "low": 0, "high": 1}, "fraction": 1.0}}  # collects, and takes all
+
+
 def config(folder: Path, run: Path, train: list[Any], validation: list[Any], test: list[Any], **prompts: Any) -> Config:
     sources = {}
     for name, held in (("train", train), ("validation", validation), ("test", test)):
@@ -149,7 +152,7 @@ def config(folder: Path, run: Path, train: list[Any], validation: list[Any], tes
         },
         "verifier": {"type": "function", "path": "tests.rewards.functions.mixed"},
         "collect": {"num_generations": 2, "validation_num_generations": 2, "max_completion_length": 6},
-        "select": {"strategy": {"type": "full"}},
+        **EVERY,
         "train": {"stages": 1, "steps_per_stage": 1},
         "trainer": {"num_generations": 2, "per_device_train_batch_size": 20, "gradient_accumulation_steps": 1},
     }
@@ -203,7 +206,7 @@ def script(folder: Path, out: Path, template: str | None, train: Dataset, valida
         args=args,
         train_dataset=train,
         processing_class=tokenizer,
-        selector=Selector(validation=validation, strategy="full", stages=1, settings=VALIDATED),
+        selector=Selector(validation=validation, strategy=EVERY, stages=1, settings=VALIDATED),
     )
 
 

@@ -214,7 +214,7 @@ def test_nothing_but_the_sketch_is_left_to_chance_within_the_directions() -> Non
     """A gradient whose inputs lie in the span of U is kept whole, however little of the rest is."""
     shapes = {"w": (6, 20)}
     directions = random_directions(shapes, {"w"}, 4)
-    gradient_map = make_map(SparseProjection(1 << 17, 0.05, seed=3, rank=4), shapes, directions, set())
+    gradient_map = make_map(SparseProjection(1 << 17, 0.05, seed=3, rank=4), shapes, directions)
     generator = torch.Generator().manual_seed(5)
     u, v = (torch.randn(6, 4, dtype=torch.float64, generator=generator) @ directions["w"].T for _ in range(2))
     found = float(project(gradient_map, {"w": u}) @ project(gradient_map, {"w": v}))
@@ -229,7 +229,7 @@ def test_a_parameters_bits_do_not_depend_on_other_parameters(mask: str) -> None:
     parts = []
     for name in shapes:
         kept = {key: value for key, value in directions.items() if key == name}
-        alone = make_map(MASKS[mask], {name: shapes[name], "other": (1,)}, kept, {"head"})
+        alone = make_map(MASKS[mask], {name: shapes[name], "other": (1,)}, kept)
         parts.append(project(alone, {name: gradients[name]}))
         assert bool(parts[-1].any()), name
     together = make_map(MASKS[mask], dict(reversed(shapes.items())), directions)
@@ -243,7 +243,7 @@ def test_a_policy_of_which_the_embedding_alone_is_trained() -> None:
     engine = Engine(model, SETTINGS, 1000)
     for projection in (PROJECTIONS["uniform"], PROJECTIONS["rank 3"]):
         shapes = {name: tuple(parameter.shape) for name, parameter in engine.parameters.items()}
-        reader = SketchReader(make_map(projection, shapes, {}, set()), 1, torch.float64)
+        reader = SketchReader(make_map(projection, shapes, {}), 1, torch.float64)
         engine.run([segment_of(0, GROUPS[0], SETTINGS)], reader)
         gradients = prompt_gradient(model, GROUPS[0], SETTINGS).gradients
         assert relative_gap(reader.features_ND[0], written_out(projection, gradients, {}, set())) < 1e-9

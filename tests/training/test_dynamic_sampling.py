@@ -32,6 +32,7 @@ ROWS = [
     for n, prompt_id in enumerate(POOL)
 ]
 SETTINGS = [
+    "select.strategy=full",
     f"collect.max_completion_length={LENGTH}",
     f"collect.temperature={TEMPERATURE}",
     "trainer={num_generations: 4, per_device_train_batch_size: 8, learning_rate: 1e-3, max_grad_norm: 0}",

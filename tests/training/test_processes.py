@@ -73,7 +73,6 @@ def test_generation_batches_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) ->
     [
         (3, [], "a step has 32 x 1 completions, which 3 processes cannot share evenly"),
         (2, ["train.dynamic_sampling=2"], "dynamic sampling supports one process"),
-        (2, ["select.strategy=cropi"], "cropi reads influence in one process, and this run has 2"),
     ],
 )
 def test_what_cannot_be_shared_is_refused(
