@@ -142,5 +142,5 @@ def drift_warning(drift: Mapping[str, float] | None, stage: int) -> str | None:
         return None
     return (
         f"stage {stage}: the policy has moved far from the one that sampled the trajectories, so influence is noisy or "
-        f"biased: {'; '.join(found)}. Train fewer steps, or import newer rollouts with `cropi import`."
+        f"biased: {'; '.join(found)}. Train fewer steps, or begin anew from the present policy."
     )
