@@ -1,0 +1,77 @@
+"""Runs of choosers that learn from rewards alone: what they are charged for, and that they resume bit for bit."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.runs import SMALL, cropi, json_lines
+
+from cropi.gradients.reading import Reader
+from cropi.stages.validation_pass import ValidationPass
+from cropi.training.loss_normalizer import LossNormalizer
+
+SETTINGS = [
+    *(text for text in SMALL if not text.startswith(("select.", "trainer.per_device"))),
+    "trainer.per_device_train_batch_size=16",
+    "trainer.gradient_accumulation_steps=2",
+    "trainer.save_total_limit=9",
+    "name=run",
+]
+
+
+def run(place: Path, strategy: str) -> Path:
+    place.mkdir(parents=True, exist_ok=True)
+    done = cropi("run", "quickstart", *SETTINGS, f"select.strategy={strategy}", cwd=place)
+    assert done.returncode == 0, done.stderr
+    return place / "runs" / "run"
+
+
+def refuse(*_: object, **__: object) -> None:
+    raise AssertionError("rewards alone were to be read")
+
+
+@pytest.fixture(scope="module")
+def mopps(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        for reads in (Reader, ValidationPass, LossNormalizer):
+            patch.setattr(reads, "__init__", refuse)
+        patch.setattr("cropi.stages.online.make_representations", refuse)
+        return run(tmp_path_factory.mktemp("mopps"), "{type: mopps, candidates: 2}")
+
+
+def test_of_rewards_nothing_is_charged_but_training_and_evaluation(mopps: Path) -> None:
+    lines = json_lines(mopps / "ledger.jsonl")
+    assert {line["phase"] for line in lines if line["phase"] not in {"select", "evaluate"}} <= {"collect"}
+    assert not any(line.get("tokens") or line.get("prompt_tokens") for line in lines if line["phase"] == "collect")
+    assert not (mopps / "representations").exists()
+    assert not list((mopps / "trajectories").glob("part-*"))
+
+
+def test_every_choice_is_written_trained_on_and_one_batch_ahead(mopps: Path) -> None:
+    choices = json_lines(mopps / "choices.jsonl")
+    trained = [row["prompt_ids"] for row in json_lines(mopps / "rewards.jsonl")]
+    assert [list(dict.fromkeys(ids)) for ids in trained] == [row["prompt_ids"] for row in choices]
+    assert [row["asked_at"] for row in choices] == [0, 0, 1, 3, 3, 4]
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(mopps: Path, tmp_path: Path) -> None:
+    shutil.copytree(mopps.parents[1], tmp_path / "again")
+    folder = tmp_path / "again" / "runs" / "run"
+    shutil.rmtree(folder / "checkpoints" / "checkpoint-6")
+    run(tmp_path / "again", "{type: mopps, candidates: 2}")
+    weights = [load_file(place / "checkpoints" / "checkpoint-6" / "model.safetensors") for place in (folder, mopps)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    states = [(place / "checkpoints" / "checkpoint-6" / "curriculum.json").read_text() for place in (folder, mopps)]
+    assert states[0] == states[1]
+
+
+@pytest.mark.parametrize("strategy", ["{type: similarity_learnability, by: hidden}", "bmc-t"])
+def test_hidden_states_are_charged(strategy: str, tmp_path: Path) -> None:
+    folder = run(tmp_path, strategy)
+    lines = json_lines(folder / "ledger.jsonl")
+    (read,) = [line for line in lines if line["phase"] == "score"]
+    assert read["forward_tokens"] > 0
+    assert not any(line.get("tokens") for line in lines if line["phase"] == "collect")
+    assert len(json_lines(folder / "choices.jsonl")) == 6
