@@ -11,6 +11,7 @@ from cropi.curriculum.curriculum import Choice
 from cropi.curriculum.prompt_tree import Cluster, prompt_tree
 from cropi.curriculum.strategies.bmc import Bmc, BmcStrategy, _Node
 from cropi.curriculum.strategies.bots import Bots, BotsStrategy
+from cropi.curriculum.strategies.lze import Lze, LzeStrategy
 from cropi.curriculum.strategies.mopps import Mopps, MoppsStrategy
 from cropi.curriculum.strategies.similarity_learnability import SimilarityLearnability, SimilarityLearnabilityStrategy
 from cropi.curriculum.strategies.thompson import Thompson, ThompsonStrategy
@@ -44,6 +45,7 @@ MAKE: dict[str, Callable[[Pool], RewardChooser]] = {
     "mopps": MoppsStrategy(type="mopps").chooser,
     "bots": BotsStrategy(type="bots").chooser,
     "thompson": ThompsonStrategy(type="thompson").chooser,
+    "lze": LzeStrategy(type="lze").chooser,
     "bmc": BmcStrategy(type="bmc").chooser,
     "bmc-t": BmcStrategy(type="bmc", utility=0.25, visit_all_first=False).chooser,
 }
@@ -158,6 +160,41 @@ def test_bots_has_the_mass_of_its_equilibrium() -> None:
         tell(chooser, 0, HALF, step)
     assert chooser.a_N[0] + chooser.b_N[0] == pytest.approx((2 * 0.1 + 8) / 0.1)
     assert chooser.a_N[1] + chooser.b_N[1] == pytest.approx(2)
+
+
+# -- LZE -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("right", "energy"), enumerate([0, 0.383, 0.562, 0.586, 0.5, 0.352, 0.188, 0.055, 0]), ids=range(9)
+)
+def test_lze_s_energy_at_the_first_visit(right: int, energy: float) -> None:
+    chooser = MAKE["lze"](pool())
+    assert isinstance(chooser, Lze)
+    assert chooser.energy(0, [1.0] * right + [0.0] * (8 - right)) == pytest.approx(energy, abs=6e-4)
+
+
+def test_lze_s_energy_later_by_hand() -> None:
+    chooser = MAKE["lze"](pool())
+    assert isinstance(chooser, Lze)
+    tell(chooser, 0, [1.0] * 6 + [0.0] * 2, 0)
+    tell(chooser, 0, HALF, 1)
+    assert chooser.mean_N[0] == pytest.approx(0.9 * 0.75 + 0.1 * 0.5)
+    # D stays 1/4 of the first visit, and the rate is 0.25 where the running mean is 0.725
+    expected = 0.25 * 4 * 0.25 * 0.75 * (1 + 0.3 * 2 * 0.475)
+    assert chooser.energy(0, [1.0] * 2 + [0.0] * 6) == pytest.approx(expected)
+
+
+def test_lze_keeps_the_best_groups_and_one_where_all_are_dead() -> None:
+    chooser = MAKE["lze"](pool())
+    assert isinstance(chooser, Lze)
+    good, poor = [1.0] * 3 + [0.0] * 5, [1.0] * 7 + [0.0]  # 0.586 and 0.055
+    groups = [(0, poor), (1, good), (2, NONE), (3, good), (4, ALL), (5, poor), (6, good), (7, NONE)]
+    assert chooser.kept(groups, 0) == [1, 3, 6]  # 0.4 of 8
+    assert chooser.kept([(0, NONE), (1, good), (2, ALL), *groups[:1]] + [(7, NONE)] * 4, 0) == [1, 3]
+    assert chooser.kept([(0, NONE), (1, ALL)], 0) == [0]
+    passes = [choice.place for step in range(15) for choice in chooser.next(8, step)]
+    assert set(Counter(passes).values()) == {2}
 
 
 # -- Thompson ------------------------------------------------------------------------------------------------------

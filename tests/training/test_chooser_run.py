@@ -2,15 +2,21 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from tests.runs import SMALL, cropi, json_lines
 
+from cropi.curriculum.strategies.lze import Lze
 from cropi.gradients.reading import Reader
+from cropi.loading import load_config
+from cropi.report.flops import flops
 from cropi.stages.validation_pass import ValidationPass
 from cropi.training.loss_normalizer import LossNormalizer
+from cropi.training.online_trainer import ReadsInfluence
 
 SETTINGS = [
     *(text for text in SMALL if not text.startswith(("select.", "trainer.per_device"))),
@@ -65,6 +71,29 @@ def test_a_resumed_run_equals_an_uninterrupted_one(mopps: Path, tmp_path: Path) 
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     states = [(place / "checkpoints" / "checkpoint-6" / "curriculum.json").read_text() for place in (folder, mopps)]
     assert states[0] == states[1]
+
+
+def test_a_gate_trains_on_some_groups_and_learns_of_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, learned = list[int](), list[int]()
+    compute, learn = ReadsInfluence.compute_loss, Lze.learn
+
+    def computed(self: ReadsInfluence, model: object, inputs: dict[str, torch.Tensor], *rest: Any, **named: Any) -> Any:
+        rows.append(len(inputs["completion_ids"]))
+        return compute(self, model, inputs, *rest, **named)  # type: ignore[arg-type]
+
+    def learnt(self: Lze, place: int, rewards: np.ndarray, step: int) -> None:
+        learned.append(place)
+        learn(self, place, rewards, step)
+
+    monkeypatch.setattr(ReadsInfluence, "compute_loss", computed)
+    monkeypatch.setattr(Lze, "learn", learnt)
+    folder = run(tmp_path, "lze")
+    assert rows == [4] * 12  # of four groups one, in two micro-steps
+    assert len(learned) == 24
+    config = load_config("quickstart", [*SETTINGS, "select.strategy=lze", "trainer.beta=0.0"])
+    batches = json_lines(folder / "rewards.jsonl")
+    tokens = sum(row["tokens"] + row["prompt_tokens"] for row in batches)
+    assert flops(config, 1, [], [], batches).train == 2 * tokens * (1 + 3 / 4)
 
 
 @pytest.mark.parametrize("strategy", ["{type: similarity_learnability, by: hidden}", "bmc-t"])

@@ -7,7 +7,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
@@ -68,6 +68,14 @@ class PromptChooser(Protocol):
 
     def load_state_dict(self, state: State) -> None:
         """Take over such a state."""
+
+
+@runtime_checkable
+class GroupGate(Protocol):
+    """A chooser that trains on some of a generation batch's groups."""
+
+    def kept(self, groups: Sequence[tuple[int, Sequence[float]]], batch: int) -> list[int]:
+        """Return numbers of the groups, each a place and its rewards, that are trained on: one at least."""
 
 
 class RewardChooser(ABC):

@@ -133,6 +133,10 @@ class StrategyTable(Table, ABC):
         """Whether it needs `score`."""
         return "gradients" in self.needs
 
+    def trained_groups(self, groups: int) -> int:
+        """How many groups of a generation batch are trained on; the others are sampled only."""
+        return groups
+
     @property
     def aims_at_validation(self) -> bool:
         """Whether its scores are inner products with gradients of the validation sets."""

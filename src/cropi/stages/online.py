@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from cropi.artifacts import open_artifact
-from cropi.curriculum.chooser import ChoosesBatches, Pool
+from cropi.curriculum.chooser import ChoosesBatches, GroupGate, Pool
 from cropi.curriculum.curriculum import Curriculum
 from cropi.curriculum.strategies.online import OnlineStrategy
+from cropi.errors import ConfigError
 from cropi.parallel import process_group
 from cropi.prompt_encoding import encode_prompts, trainer_prompt, uses_chat
 from cropi.prompt_text import prompt_text
@@ -83,6 +84,12 @@ class OnlineRun:
             tokenizer.pad_token_id,
             batch_scaled=settings.scale_rewards == "batch",
         )
+        if isinstance(self._chooser, GroupGate) and settings.num_generations % settings.steps_per_generation:
+            raise ConfigError(
+                f"some groups of a generation batch do not divide into {settings.steps_per_generation} micro-steps",
+                where="trainer.per_device_train_batch_size",
+                fix=f"set it so that the micro-steps of a generation batch divide {settings.num_generations}.",
+            )
         if not isinstance(self._chooser, Curriculum):
             return ChooserLoop(
                 chooser=self._chooser, sampler=sampler, reward=self._reward, evidence=evidence, place_of=place_of

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cropi.console import warn
-from cropi.curriculum.chooser import PromptChooser
+from cropi.curriculum.chooser import GroupGate, PromptChooser
 from cropi.curriculum.curriculum import Choice, Curriculum, Halves
 from cropi.gradients.reading import Reader
 from cropi.stages.validation_pass import Due, SampledGroup, ValidationPass
@@ -60,6 +60,21 @@ class ChooserLoop:
 
     def renew_directions(self, step: int) -> None:
         """Nothing: there are none."""
+
+    def kept_groups(self) -> list[int] | None:
+        """Groups of the batch that was just sampled that are trained on; None for all."""
+        if not isinstance(self.chooser, GroupGate):
+            return None
+        judged, size = self.reward.latest, self.evidence.generations
+        assert judged is not None, "a generation batch is judged as it is sampled"
+        groups = [
+            (
+                self.place_of[judged.prompt_ids[start]],
+                [r for r in judged.rewards[start : start + size] if r is not None],
+            )
+            for start in range(0, len(judged.prompt_ids), size)
+        ]
+        return self.chooser.kept(groups, self.batches)
 
     def end_generation_batch(self, step: int) -> None:
         """Tell the chooser of every group, once all its completions have been differentiated."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler
 from trl import GRPOTrainer
 
+from cropi.training.dynamic_sampling import only_groups
 from cropi.training.online_sampler import OnlineSampler
 from cropi.training.stage_trainer import StageTrainer
 
@@ -23,6 +24,9 @@ class Loop(Protocol):
 
     def reads(self, *, first_pass: bool) -> bool:
         """Whether it wants a pass over a generation batch: the first, or a further one."""
+
+    def kept_groups(self) -> list[int] | None:
+        """Groups of the batch that was just sampled that are trained on; None for all."""
 
     def micro_batch(self, inputs: Mapping[str, Tensor], accumulated: int, scale: float) -> AbstractContextManager[Any]:
         """A context for forward and backward of a micro-batch, one of `accumulated` in its optimiser step."""
@@ -95,3 +99,8 @@ class OnlineTrainer(ReadsInfluence, StageTrainer):
             return StageTrainer._get_train_sampler(self, dataset)
         self.stage_sampler = self.online.sampler
         return self.online.sampler
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        output = super()._generate_and_score_completions(inputs)
+        kept = None if self.online is None else self.online.kept_groups()
+        return output if kept is None else only_groups(output, kept, self.num_generations, self.args.pad_to_multiple_of)

@@ -13,6 +13,7 @@ from cropi.curriculum.strategies.gradient_norm import GradientNormStrategy as Gr
 from cropi.curriculum.strategies.influence import InfluenceStrategy as InfluenceStrategy
 from cropi.curriculum.strategies.learnability import LearnabilityStrategy as LearnabilityStrategy
 from cropi.curriculum.strategies.learnalign import LearnAlignStrategy as LearnAlignStrategy
+from cropi.curriculum.strategies.lze import LzeStrategy as LzeStrategy
 from cropi.curriculum.strategies.mid import MidStrategy as MidStrategy
 from cropi.curriculum.strategies.mopps import MoppsStrategy as MoppsStrategy
 from cropi.curriculum.strategies.online import OnlineStrategy as OnlineStrategy
