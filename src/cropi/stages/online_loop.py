@@ -67,13 +67,10 @@ class ChooserLoop:
             return None
         judged, size = self.reward.latest, self.evidence.generations
         assert judged is not None, "a generation batch is judged as it is sampled"
-        groups = [
-            (
-                self.place_of[judged.prompt_ids[start]],
-                [r for r in judged.rewards[start : start + size] if r is not None],
-            )
-            for start in range(0, len(judged.prompt_ids), size)
-        ]
+        groups = list[tuple[int, list[float]]]()
+        for start in range(0, len(judged.prompt_ids), size):
+            rewards = [reward for reward in judged.rewards[start : start + size] if reward is not None]
+            groups.append((self.place_of[judged.prompt_ids[start]], rewards))
         return self.chooser.kept(groups, self.batches)
 
     def end_generation_batch(self, step: int) -> None:
