@@ -12,8 +12,8 @@ output head counts, looked-up embeddings do not; attention scores are left out).
                  (representations): 1 each.
     training     generation + 3 per token and pass over a batch (forward and backward; `trainer.num_iterations` passes),
                  + 1 for the reference policy where `trainer.beta` is not 0. With dynamic sampling, all that is sampled
-                 is generated, and the share that one batch is of it by rows is trained on. With a gate: the strategy's share
-                 of the groups.
+                 is generated, and the share that one batch is of it by rows is trained on. With a gate: the share
+                 that the strategy keeps.
 
 A pass over padding, and the optimiser's own arithmetic, are not counted. Evaluation is not charged.
 """
