@@ -108,7 +108,7 @@ def test_who_is_charged_for_collection() -> None:
     free = {name for name in presets() if not with_preset(name).select.strategy.reads_trajectories}
     online = {name for name in free if with_preset(name).select.strategy.chooses_online}
     assert free - online == {"full", "random", "random-redrawn", "dapo", "similarity"}
-    by_rewards = {"mopps", "bots", "thompson", "lze", "similarity-learnability-words"}
+    by_rewards = {"mopps", "bots", "thompson", "thompson-dapo", "lze", "similarity-learnability-words"}
     assert online == by_rewards | {"bmc", "bmc-t", "similarity-learnability-hidden", "online"}
     assert {name for name in online if not with_preset(name).select.strategy.reads_representations} == by_rewards
     assert {name for name in online if with_preset(name).select.strategy.reads_influence} == {"online"}

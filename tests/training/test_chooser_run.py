@@ -1,6 +1,8 @@
 """Runs of choosers that learn from rewards alone: what they are charged for, and that they resume bit for bit."""
 
+import json
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from cropi.gradients.reading import Reader
 from cropi.loading import load_config
 from cropi.report.flops import flops
 from cropi.stages.validation_pass import ValidationPass
+from cropi.training.curriculum_state import load_state
 from cropi.training.loss_normalizer import LossNormalizer
 from cropi.training.online_trainer import ReadsInfluence
 
@@ -63,14 +66,18 @@ def test_every_choice_is_written_trained_on_and_one_batch_ahead(mopps: Path) -> 
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(mopps: Path, tmp_path: Path) -> None:
-    shutil.copytree(mopps.parents[1], tmp_path / "again")
-    folder = tmp_path / "again" / "runs" / "run"
+    equals_after_resume(mopps, tmp_path, "{type: mopps, candidates: 2}")
+
+
+def equals_after_resume(whole: Path, place: Path, strategy: str) -> None:
+    shutil.copytree(whole.parents[1], place / "again")
+    folder = place / "again" / "runs" / "run"
     shutil.rmtree(folder / "checkpoints" / "checkpoint-6")
-    run(tmp_path / "again", "{type: mopps, candidates: 2}")
-    weights = [load_file(place / "checkpoints" / "checkpoint-6" / "model.safetensors") for place in (folder, mopps)]
+    run(place / "again", strategy)
+    last = [each / "checkpoints" / "checkpoint-6" for each in (folder, whole)]
+    weights = [load_file(each / "model.safetensors") for each in last]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-    states = [(place / "checkpoints" / "checkpoint-6" / "curriculum.json").read_text() for place in (folder, mopps)]
-    assert states[0] == states[1]
+    assert (last[0] / "curriculum.json").read_text() == (last[1] / "curriculum.json").read_text()
 
 
 def test_a_gate_trains_on_some_groups_and_learns_of_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,6 +101,27 @@ def test_a_gate_trains_on_some_groups_and_learns_of_all(tmp_path: Path, monkeypa
     batches = json_lines(folder / "rewards.jsonl")
     tokens = sum(row["tokens"] + row["prompt_tokens"] for row in batches)
     assert flops(config, 1, [], [], batches).train == 2 * tokens * (1 + 3 / 4)
+
+
+@pytest.fixture(scope="module")
+def refilled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run(tmp_path_factory.mktemp("refilled"), "thompson-dapo")
+
+
+def test_refills_are_chosen_and_dropped_groups_are_learned_of(refilled: Path) -> None:
+    choices, sampled = (json_lines(refilled / name) for name in ("choices.jsonl", "rewards.jsonl"))
+    assert len(choices) > 6  # some batches were refilled
+    assert [list(dict.fromkeys(row["prompt_ids"])) for row in sampled] == [row["prompt_ids"] for row in choices]
+    assert [row["asked_at"] for row in choices] == [row["step"] for row in sampled]
+    state = load_state(refilled / "checkpoints" / "checkpoint-6")["curriculum"]
+    groups = json.loads(state["facts"].tobytes().decode())["seen"]
+    assert len(groups) == sum(len(row["prompt_ids"]) for row in choices)  # every group that was sampled
+    in_step = Counter((row["step"], prompt_id) for row in choices for prompt_id in row["prompt_ids"])
+    assert set(in_step.values()) == {1}
+
+
+def test_a_refilled_run_resumes_bit_for_bit(refilled: Path, tmp_path: Path) -> None:
+    equals_after_resume(refilled, tmp_path, "thompson-dapo")
 
 
 @pytest.mark.parametrize("strategy", ["{type: similarity_learnability, by: hidden}", "bmc-t"])

@@ -70,7 +70,8 @@ class OnlineRun:
         )
         self._batches_per_step = settings.gradient_accumulation_steps / repeats
         choose = None if self._only_observes else self._choose
-        return OnlineSampler(shape, micro_steps // repeats, settings.seed, choose)
+        draws = self._run.config.train.dynamic_sampling > 0
+        return OnlineSampler(shape, micro_steps // repeats, settings.seed, choose, draws=draws)
 
     def _made_loop(self, sampler: OnlineSampler) -> ChooserLoop:
         run, settings, trainer = self._run, self._trainer.args, self._trainer
@@ -92,7 +93,12 @@ class OnlineRun:
             )
         if not isinstance(self._chooser, Curriculum):
             return ChooserLoop(
-                chooser=self._chooser, sampler=sampler, reward=self._reward, evidence=evidence, place_of=place_of
+                chooser=self._chooser,
+                sampler=sampler,
+                reward=self._reward,
+                evidence=evidence,
+                place_of=place_of,
+                draws=run.config.train.dynamic_sampling > 0,
             )
         self._validation = self._validation_pass()
         return OnlineLoop(
@@ -153,8 +159,9 @@ class OnlineRun:
 
     def _choose(self, batch: int, prompts: int) -> list[int]:
         """Ask the curriculum for a generation batch, and write its answer down."""
-        with self._run.ledger.charge("select", stage=self._stage(self._trainer.state.global_step)):
-            step = int(batch // self._batches_per_step)
+        now = self._trainer.state.global_step
+        with self._run.ledger.charge("select", stage=self._stage(now)):
+            step = now if self._run.config.train.dynamic_sampling else int(batch // self._batches_per_step)
             choices = self._chooser.next(prompts, step)
         places = [choice.place for choice in choices]
         places = (places * prompts)[:prompts]  # a pool smaller than a batch is repeated
@@ -163,7 +170,7 @@ class OnlineRun:
             line = {
                 "batch": batch,
                 "step": step,
-                "asked_at": self._trainer.state.global_step,
+                "asked_at": now,
                 "prompt_ids": [self._rows[place]["prompt_id"] for place in places],
                 "why": [" ".join((choice.source, choice.validation_set)).strip() for choice in choices],
             }

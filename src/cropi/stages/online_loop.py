@@ -22,7 +22,7 @@ from cropi.training.curriculum_state import load_state, save_state
 from cropi.training.group_evidence import GroupEvidence, GroupOutcome
 from cropi.training.loss_normalizer import LossNormalizer
 from cropi.training.online_sampler import OnlineSampler
-from cropi.training.reward_log import RecordedReward
+from cropi.training.reward_log import Judged, RecordedReward
 from cropi.training.row_matching import LossRow, loss_rows
 
 # Samples the validation prompts that are due at a step, with the policy in training.
@@ -44,8 +44,11 @@ class ChooserLoop:
     reward: RecordedReward
     evidence: GroupEvidence
     place_of: Mapping[str, int]  # of a prompt id in the pool
+    draws: bool = False  # whether the trainer draws, as often as it has to for a generation batch
     batches: int = 0  # generation batches that were observed
-    explained: list[list[Choice]] = field(default_factory=list)  # by generation batch; empty while only observing
+    explained: list[list[Choice]] = field(default_factory=list)  # by choice; empty while only observing
+    _observed: int = 0  # choices whose groups were observed
+    _dropped: list[tuple[str, list[float]]] = field(default_factory=list)  # groups that are not trained on
 
     def reads(self, *, first_pass: bool) -> bool:
         """Whether a pass over a generation batch has to be read."""
@@ -67,34 +70,48 @@ class ChooserLoop:
             return None
         judged, size = self.reward.latest, self.evidence.generations
         assert judged is not None, "a generation batch is judged as it is sampled"
-        groups = list[tuple[int, list[float]]]()
-        for start in range(0, len(judged.prompt_ids), size):
-            rewards = [reward for reward in judged.rewards[start : start + size] if reward is not None]
-            groups.append((self.place_of[judged.prompt_ids[start]], rewards))
+        groups = [(self.place_of[prompt_id], rewards) for prompt_id, rewards in _groups(judged, size)]
         return self.chooser.kept(groups, self.batches)
+
+    def drop_groups(self, judged: Judged) -> None:
+        """Remember the groups that were sampled for a generation batch and are not in it."""
+        self._dropped += _groups(judged, self.evidence.generations)
 
     def end_generation_batch(self, step: int) -> None:
         """Tell the chooser of every group, once all its completions have been differentiated."""
         judged = self.reward.latest
         assert judged is not None, "a generation batch is judged before it is trained on"
+        choice_of = self._choices()
         for outcome in self.evidence.finish(judged):
             if outcome.rewards:
                 self.chooser.observe(
-                    self._choice(outcome.prompt_id),
+                    choice_of(outcome.prompt_id),
                     outcome.rewards,
                     step=step,
                     group=f"{self.batches}-{outcome.number}",
                     influence=self._influence(outcome),
                 )
+        for number, (prompt_id, rewards) in enumerate(self._dropped):
+            if rewards:
+                name = f"{self.batches}-dropped-{number}"
+                self.chooser.observe(choice_of(prompt_id), rewards, step=step, group=name)
+        self._dropped = []
         self.batches += 1
 
     def _influence(self, outcome: GroupOutcome) -> Mapping[str, Halves] | None:
         return None
 
-    def _choice(self, prompt_id: str) -> Choice:
-        place = self.place_of[prompt_id]
-        batch = self.explained[self.batches] if self.explained else []
-        return next((choice for choice in batch if choice.place == place), Choice(place, "uniform", ""))
+    def _choices(self) -> Callable[[str], Choice]:
+        """Return why a prompt is in the generation batch that ends; the loader has chosen later ones already."""
+        end = len(self.explained) if self.draws else self._observed + 1
+        of_place = {choice.place: choice for batch in self.explained[self._observed : end] for choice in batch}
+        self._observed = end
+
+        def choice_of(prompt_id: str) -> Choice:
+            place = self.place_of[prompt_id]
+            return of_place.get(place, Choice(place, "uniform", ""))
+
+        return choice_of
 
     def metrics(self) -> dict[str, float]:
         """Numbers for a logger."""
@@ -113,13 +130,23 @@ class ChooserLoop:
             "curriculum": self.chooser.state_dict(),
             "choices": self.sampler.choices,
             "batches": self.batches,
+            "observed": self._observed,
             "explained": [[asdict(choice) for choice in batch] for batch in self.explained],
         }
 
     def _restore(self, state: Mapping[str, Any]) -> None:
         self.chooser.load_state_dict(state["curriculum"])
         self.explained = [[Choice(**choice) for choice in batch] for batch in state["explained"]]
-        self.sampler.choices, self.batches = state["choices"], state["batches"]
+        self.sampler.choices = state["choices"]
+        self.batches, self._observed = state["batches"], state["observed"]
+
+
+def _groups(judged: Judged, size: int) -> list[tuple[str, list[float]]]:
+    """Prompt ids of whole groups, with the rewards of the completions that could be judged."""
+    return [
+        (judged.prompt_ids[start], [value for value in judged.rewards[start : start + size] if value is not None])
+        for start in range(0, len(judged.prompt_ids), size)
+    ]
 
 
 @dataclass(kw_only=True)

@@ -14,6 +14,7 @@ from trl import GRPOTrainer
 
 from cropi.training.dynamic_sampling import only_groups
 from cropi.training.online_sampler import OnlineSampler
+from cropi.training.reward_log import Judged
 from cropi.training.stage_trainer import StageTrainer
 
 
@@ -27,6 +28,9 @@ class Loop(Protocol):
 
     def kept_groups(self) -> list[int] | None:
         """Groups of the batch that was just sampled that are trained on; None for all."""
+
+    def drop_groups(self, judged: Judged) -> None:
+        """Groups were sampled for a generation batch and are not in it."""
 
     def micro_batch(self, inputs: Mapping[str, Tensor], accumulated: int, scale: float) -> AbstractContextManager[Any]:
         """A context for forward and backward of a micro-batch, one of `accumulated` in its optimiser step."""
@@ -104,3 +108,7 @@ class OnlineTrainer(ReadsInfluence, StageTrainer):
         output = super()._generate_and_score_completions(inputs)
         kept = None if self.online is None else self.online.kept_groups()
         return output if kept is None else only_groups(output, kept, self.num_generations, self.args.pad_to_multiple_of)
+
+    def _drop(self, judged: Judged) -> None:
+        if self.online is not None:
+            self.online.drop_groups(judged)

@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 import numpy as np
 from jaxtyping import Float
 
-from cropi.curriculum.chooser import ChoosesBatches, Pool, RewardChooser
+from cropi.curriculum.chooser import ChoosesBatches, Pool, RewardChooser, rested
 from cropi.curriculum.curriculum import Choice
 from cropi.curriculum.strategy import Need, StrategyTable
 
@@ -45,7 +45,7 @@ class Thompson(RewardChooser):
     def choose(self, count: int, step: int, generator: np.random.Generator) -> list[Choice]:
         weights_B = generator.beta(1 + self.informative_B, 1 + self.groups_B - self.informative_B)
         weights_B = np.maximum(weights_B / weights_B.sum(), FLOOR / len(weights_B))
-        free_N, chosen = np.ones(len(self.pool), dtype=bool), list[Choice]()
+        free_N, chosen = rested(self.last_N, step, 0, count), list[Choice]()  # not again for a refilled batch
         for _ in range(count):
             left_B = np.bincount(self._source_N[free_N], minlength=len(weights_B)) > 0
             shares_B = np.where(left_B, weights_B, 0.0)
