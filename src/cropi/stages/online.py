@@ -74,45 +74,41 @@ class OnlineRun:
         return OnlineSampler(shape, micro_steps // repeats, settings.seed, choose, draws=draws)
 
     def _made_loop(self, sampler: OnlineSampler) -> ChooserLoop:
-        run, settings, trainer = self._run, self._trainer.args, self._trainer
-        ids = [row["prompt_id"] for row in self._rows]
-        place_of = {prompt_id: place for place, prompt_id in enumerate(ids)}
-        tokenizer, reads = run.setup.policy.tokenizer, isinstance(self._chooser, Curriculum)
-        encoded = encode_prompts(tokenizer, [row["prompt"] for row in self._rows]) if reads else []
-        evidence = GroupEvidence(
-            {i: tuple(tokens) for i, tokens in zip(ids, encoded, strict=False)},
-            settings.num_generations,
-            tokenizer.pad_token_id,
-            batch_scaled=settings.scale_rewards == "batch",
-        )
-        if isinstance(self._chooser, GroupGate) and settings.num_generations % settings.steps_per_generation:
+        settings, chooser, reads = self._trainer.args, self._chooser, isinstance(self._chooser, Curriculum)
+        if isinstance(chooser, GroupGate) and settings.num_generations % settings.steps_per_generation:
             raise ConfigError(
                 f"some groups of a generation batch do not divide into {settings.steps_per_generation} micro-steps",
                 where="trainer.per_device_train_batch_size",
                 fix=f"set it so that the micro-steps of a generation batch divide {settings.num_generations}.",
             )
-        if not isinstance(self._chooser, Curriculum):
-            return ChooserLoop(
-                chooser=self._chooser,
-                sampler=sampler,
-                reward=self._reward,
-                evidence=evidence,
-                place_of=place_of,
-                draws=run.config.train.dynamic_sampling > 0,
-            )
+        parts: dict[str, Any] = {
+            "sampler": sampler,
+            "reward": self._reward,
+            "evidence": self._evidence(self._encoded() if reads else {}),
+            "place_of": {row["prompt_id"]: place for place, row in enumerate(self._rows)},
+            "draws": self._run.config.train.dynamic_sampling > 0,
+        }
+        if not isinstance(chooser, Curriculum):
+            return ChooserLoop(chooser=chooser, **parts)
         self._validation = self._validation_pass()
         return OnlineLoop(
-            chooser=self._chooser,
-            sampler=sampler,
-            reward=self._reward,
-            evidence=evidence,
-            place_of=place_of,
+            chooser=chooser,
             normalizer=LossNormalizer.of(settings, process_group().size),
             validation=self._validation,
-            model=trainer.accelerator.unwrap_model(trainer.model),
+            model=self._trainer.accelerator.unwrap_model(self._trainer.model),
             sample=self._sample,
             differentiate=self._differentiate,
+            **parts,
         )
+
+    def _encoded(self) -> dict[str, tuple[int, ...]]:
+        encoded = encode_prompts(self._run.setup.policy.tokenizer, [row["prompt"] for row in self._rows])
+        return {row["prompt_id"]: tuple(tokens) for row, tokens in zip(self._rows, encoded, strict=True)}
+
+    def _evidence(self, prompt_tokens: Mapping[str, tuple[int, ...]]) -> GroupEvidence:
+        settings, pad_id = self._trainer.args, self._run.setup.policy.tokenizer.pad_token_id
+        batch_scaled = settings.scale_rewards == "batch"
+        return GroupEvidence(prompt_tokens, settings.num_generations, pad_id, batch_scaled=batch_scaled)
 
     def _pool(self) -> Pool:
         run, settings, strategy = self._run, self._trainer.args, self._run.config.select.strategy
