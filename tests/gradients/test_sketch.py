@@ -246,7 +246,7 @@ def test_a_policy_of_which_the_embedding_alone_is_trained() -> None:
         reader = SketchReader(make_map(projection, shapes, {}), 1, torch.float64)
         engine.run([segment_of(0, GROUPS[0], SETTINGS)], reader)
         gradients = prompt_gradient(model, GROUPS[0], SETTINGS).gradients
-        assert relative_gap(reader.features_ND[0], written_out(projection, gradients, {}, set())) < 1e-9
+        assert relative_gap(reader.features_ND[0], written_out(projection, gradients, {})) < 1e-9
 
 
 def test_float32_features_are_those_of_float64_rounded() -> None:

@@ -14,16 +14,15 @@ from pydantic import Field
 
 from cropi.artifacts import USABLE
 from cropi.functional.ranking import ranks, reciprocal_rank_fusion
-from cropi.reward_statistics import Visit
 from cropi.seeds import unit_interval
 from cropi.setting_types import Table
 
 CANDIDATES = ("candidates-a", "candidates-b")
 """Names of the two halves of a sample of the pool, which `learnalign` uses as directions."""
 
-Need = Literal["trajectories", "gradients", "validation", "rewards"]
-"""Input of a strategy: stored trajectories of the pool, per-prompt gradients, the validation sets, or the rewards of
-training so far."""
+Need = Literal["trajectories", "gradients", "validation", "rewards", "representations"]
+"""Input of a strategy: stored trajectories of the pool, per-prompt gradients, the validation sets, the rewards of
+training so far, or the base policy's hidden states of the prompts."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,6 @@ class Candidates:
     stages: int = 1  # of the run
     group_sizes_N: Int[np.ndarray, " N"] | None = None  # K of the stored trajectories; 0 for a prompt without any
     lengths_N: Float[np.ndarray, " N"] | None = None  # |g_i|; NaN if it was not computed
-    visits: Sequence[Visit] = ()  # all training before this stage, in order
     texts: Sequence[str] = ()  # of the prompts
     validation_texts: Mapping[str, Sequence[str]] = field(default_factory=dict)  # by validation set
 
@@ -101,6 +99,8 @@ class StrategyTable(Table, ABC):
     reads_texts: ClassVar[bool] = False  # ranks by the prompts' words
     takes_all: ClassVar[bool] = False  # trains on every eligible prompt instead of the best ceil(fraction N)
     chooses_online: ClassVar[bool] = False  # chooses every generation batch while training runs
+    reads_influence: ClassVar[bool] = False  # in training's own backward passes, with directions of the validation sets
+    represented_depth: ClassVar[float] = 1.0  # which hidden states it reads: 1 is the last layer's, 0 the embeddings
     candidates_aimed_at: ClassVar[int] = 0  # training prompts that replace the validation sets as directions
 
     type: str
@@ -116,9 +116,18 @@ class StrategyTable(Table, ABC):
         return "trajectories" in self.needs
 
     @property
+    def reads_representations(self) -> bool:
+        """Whether it reads the base policy's hidden states of the prompts before training."""
+        return "representations" in self.needs
+
+    @property
     def reads_scores(self) -> bool:
         """Whether it needs `score`."""
         return "gradients" in self.needs
+
+    def trained_groups(self, groups: int) -> int:
+        """How many groups of a generation batch are trained on; the others are sampled only."""
+        return groups
 
     @property
     def aims_at_validation(self) -> bool:

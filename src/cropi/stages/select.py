@@ -126,7 +126,6 @@ def gather_candidates(run: Run, stage: int) -> Candidates:
         stages=run.config.train.stages,
         group_sizes_N=np.array([sizes.get(i, 0) for i in prompts]),
         lengths_N=lengths_N,
-        visits=history,
         texts=list(map(prompt_text, prompts.column("messages"))) if strategy.reads_texts else (),
         validation_texts=_validation_texts(run),
     )

@@ -30,6 +30,7 @@ class Refilled:
     """A generation batch after its refills."""
 
     trained: Sampled
+    dropped: Sampled | None  # other groups that were sampled; None without a refill
     equal_before: float  # share of groups without variance in the first sample
     equal_after: float  # share in the batch that is trained on
     extra: int  # generation batches sampled beyond the first
@@ -66,9 +67,9 @@ class DynamicSampling:
             for place, group in zip(empty, found, strict=False):  # more places than groups, or as many
                 chosen[place], mixed[place] = group, True
         if len(batches) == 1:
-            return Refilled(batches[0], equal_before, equal_before, 0)
-        trained = self._trained(batches, chosen)
-        return Refilled(trained, equal_before, mixed.count(False) / prompts, len(batches) - 1)
+            return Refilled(batches[0], None, equal_before, equal_before, 0)
+        trained, dropped = self._divided(batches, chosen)
+        return Refilled(trained, dropped, equal_before, mixed.count(False) / prompts, len(batches) - 1)
 
     def mixed_groups(self, rewards: Sequence[float | None]) -> list[bool]:
         """Whether the rewards of each group differ; completions that could not be judged do not count."""
@@ -83,10 +84,15 @@ class DynamicSampling:
         assert self.reward.latest is not None, "a generation batch is judged as it is sampled"
         return Sampled(tensors, self.reward.latest)
 
-    def _trained(self, batches: Sequence[Sampled], chosen: Sequence[int]) -> Sampled:
-        rows = [group * self.generations + k for group in chosen for k in range(self.generations)]
-        trained = _rows_of(_joined(batches, self.pad_id), rows)
-        return Sampled(_trimmed(trained.tensors, self.multiple), trained.judged)
+    def _divided(self, batches: Sequence[Sampled], chosen: Sequence[int]) -> tuple[Sampled, Sampled]:
+        everything = _joined(batches, self.pad_id)
+        groups = range(len(everything.judged.rewards) // self.generations)
+        left = [group for group in groups if group not in set(chosen)]
+        trained, dropped = (
+            _rows_of(everything, [group * self.generations + k for group in part for k in range(self.generations)])
+            for part in (chosen, left)
+        )
+        return Sampled(_trimmed(trained.tensors, self.multiple), trained.judged), dropped
 
 
 def _joined(batches: Sequence[Sampled], pad_id: int) -> Sampled:
@@ -126,6 +132,14 @@ def _rows_of(batch: Sampled, rows: Sequence[int]) -> Sampled:
             [judged.verdicts[row] for row in rows],
         ),
     )
+
+
+def only_groups(
+    tensors: Mapping[str, Tensor], groups: Sequence[int], generations: int, multiple: int | None
+) -> dict[str, Tensor]:
+    """Return the rows of some groups of a generation batch."""
+    rows = [group * generations + k for group in groups for k in range(generations)]
+    return _trimmed({name: tensor[rows] for name, tensor in tensors.items() if tensor.ndim}, multiple)
 
 
 def _trimmed(tensors: Mapping[str, Tensor], multiple: int | None) -> dict[str, Tensor]:

@@ -192,9 +192,15 @@ def make_config(
 
 
 def _refuse_unsupported(config: Config, chat: bool) -> None:
-    if config.train.dynamic_sampling or config.select.strategy.chooses_online:
+    if config.select.strategy.chooses_online:
         raise ConfigError(
-            "only cropi's own trainer supports dynamic sampling and strategies that choose while training",
+            f"{config.select.label} chooses every generation batch, and a Selector the prompts of a stage",
+            where="Selector.strategy",
+            fix="choose another strategy, or train with `cropi run`.",
+        )
+    if config.train.dynamic_sampling:
+        raise ConfigError(
+            "only cropi's own trainer supports dynamic sampling",
             where="Selector",
             fix="choose another strategy or settings, or train with `cropi run`.",
         )
