@@ -126,7 +126,7 @@ class StrategyTable(Table, ABC):
         return "gradients" in self.needs
 
     def trained_groups(self, groups: int) -> int:
-        """How many groups of a generation batch are trained on; the others are sampled only."""
+        """Return how many groups of a generation batch are trained on; the others are sampled only."""
         return groups
 
     @property

@@ -30,7 +30,7 @@ class SimilarityLearnabilityStrategy(ChoosesBatches, StrategyTable):
     type: Literal["similarity_learnability"]
     """Selects this strategy."""
     by: Literal["words", "hidden"] = "hidden"
-    """What is compared: words (TF-IDF), or the base policy's mean last hidden states."""
+    """Compare words (TF-IDF), or the base policy's mean last hidden states."""
 
     @property
     def reads_representations(self) -> bool:
