@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tests.lab.compare.comparisons import NEVER, QUICK, SLOW, compared, rows
 
-from cropi.builtin.families import STYLES
+from cropi.builtin.families import STYLES, difficulty
 from cropi.config import Config
 from cropi.lab.compare import run_comparison
 from cropi.lab.compare.compare_options import CompareOptions
@@ -19,7 +19,7 @@ from cropi.loading import config_of, load_config
 from cropi.prompts import checked_prompts
 
 SEEDS = range(200)
-POPULATION_HASH = "dd46cc83230f90ee"
+POPULATION_HASH = "da15743be8315eb5"
 
 
 @cache
@@ -34,7 +34,7 @@ def shares(seed: int) -> Counter:
     for source in config(seed).prompts.train:
         (family,) = source.families
         kind = "look-alikes" if source.label_rule == "stop_early" else "solved" if source.hint else "relevant"
-        if source.min_length == 11:
+        if source.max_length == 12 and family != "parity":
             kind = "impossible"
         elif kind == "relevant" and family not in (*made.wanted_families, *made.kin):
             kind = "others"
@@ -58,6 +58,8 @@ def test_every_axis_varies_within_its_bounds():
     assert logs.max() <= np.log(0.3)
     assert np.mean(logs) == pytest.approx(np.log(0.02 * 0.3) / 2, abs=0.2)  # log-uniform; 3.6 standard errors
     assert all(600 <= made.pool <= 1500 for made in draws)
+    assert 0.12 < np.mean([made.two_levels for made in draws]) < 0.28
+    assert 0.12 < np.mean([made.plain for made in draws]) < 0.28
     for name, low in (
         ("look_alikes", 0),
         ("solved", 0),
@@ -87,7 +89,30 @@ def test_a_config_has_the_shares_of_its_draw_and_right_validation_sets(seed: int
     assert not {STYLES[family] for family in made.others} & set(made.wanted)
 
 
-@pytest.mark.parametrize("seed", range(8))
+def test_of_two_levels_the_long_one_is_wanted_and_both_are_practised():
+    made, own = draw(959), config(959)
+    assert made.two_levels
+    assert made.wanted_families[0] == "horner"  # 4 to 7 items by default
+    assert {(s.min_length, s.max_length) for s in own.prompts.validation["steps"] if s.families == ("horner",)} == {
+        (8, 9)
+    }
+    levels = Counter()
+    for source in own.prompts.train:
+        if source.families[0] in made.kin and not source.hint and source.min_length < 12:
+            levels["short" if source.max_length <= difficulty(source.families[0]).max_length else "long"] += source.count
+    assert levels["short"] == levels["long"] == pytest.approx(made.relevant * made.pool / 2, abs=3)
+
+
+def test_in_plain_words_every_prompt_has_distractors():
+    for seed, count in ((900, 40), (901, 0)):
+        prompts = config(seed).prompts
+        assert draw(seed).plain == (count > 0)
+        sources = [*prompts.train, *(s for own in prompts.validation.values() for s in own)]
+        sources += [s for test in prompts.test.values() for s in test.sources]
+        assert {source.distractors for source in sources} == {count}
+
+
+@pytest.mark.parametrize("seed", [*range(4), 900, 910, 915, 959])
 def test_prompts_can_be_made_and_stand_in_one_role(seed: int):
     found = checked_prompts(config(seed))
     assert not found.leakage.exact

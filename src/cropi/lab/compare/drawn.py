@@ -13,6 +13,12 @@ and the training. The trainer, the policy and the 96 steps are those of the scen
 - Other prompts fill the pool, at least 10 % of it: 2 to 6 families of the styles that are not wanted.
 - Pool size: 600 to 1500 prompts, log-uniform.
 - Lengths: the families' default ranges, moved by -1, 0 or 1 items; for the wanted styles and the others separately.
+- Two levels (*shift*), in 1 draw of 5: validation and tests, and half of the relevant prompts, are 1 or 2 items longer
+  than the default range; the other half have the range moved by -2 (parity: the default). First the short ones help, since
+  they teach the style; then they are solved, and the long ones do. Look-alikes are long, impossible ones have 12 items.
+- Plain words, in 1 draw of 5: every prompt has 40 distractors behind its family's name, so that similarity of texts
+  tells nothing. The name itself stays: the built-in policy cannot work on prompts without it. Its hidden states still
+  tell families apart.
 
 Look-alikes, solved and impossible prompts are scaled down in proportion where they would leave less than 10 % to
 others.
@@ -31,7 +37,7 @@ import random
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from cropi.builtin.families import STYLES, WITHOUT_RUNNING_ANSWER, difficulty
 
@@ -42,12 +48,14 @@ NOISE = (0.1, 0.5)
 POOL = (600, 1500)
 LEAST_OTHERS = 0.1
 IMPOSSIBLE = {"min_length": 11, "max_length": 12}
+TWO_LEVELS, PLAIN, DISTRACTORS = 1 / 5, 1 / 5, 40
 VALIDATION, TEST, UNTARGETED = 24, 128, 32  # prompts: of a validation set, of a targeted test set, of another family
 CHECKED_PROMPTS, CHECKED_SAMPLES = 32, 4
 MIN_REACHED, MAX_MASTERED, MASTERED = 1 / 8, 1 / 2, 3
 MAX_DRAWS_PER_SCENARIO = 50
 CHECK_SEED = 2_000_000_011  # of the checked prompts: none that runs use by habit
 
+Lengths = int | Literal["short", "long"]
 # A validation set's name -> right answers, out of 4, to each of its checked prompts.
 Checked = Mapping[str, Sequence[int]]
 
@@ -72,6 +80,13 @@ class Draw:
     others: tuple[str, ...]
     solved_families: tuple[str, ...]
     impossible_families: tuple[str, ...]
+    two_levels: bool
+    plain: bool
+
+    @property
+    def wanted_lengths(self) -> Lengths:
+        """Of validation and test prompts."""
+        return "long" if self.two_levels else self.wanted_shift
 
     @property
     def wanted_families(self) -> tuple[str, ...]:
@@ -111,6 +126,8 @@ def draw(seed: int) -> Draw:
         others=others,
         solved_families=tuple(rng.sample(list(STYLES), 4)),
         impossible_families=tuple(rng.sample([family for family in STYLES if family != "parity"], 4)),
+        two_levels=rng.random() < TWO_LEVELS,
+        plain=rng.random() < PLAIN,
     )
 
 
@@ -139,7 +156,7 @@ def drawn_scenario(seed: int) -> dict[str, Any]:
     """The config of the scenario `drawn-SEED`, as plain values."""
     made = draw(seed)
     used = [*made.wanted_families, *made.kin, *made.decoys]
-    longest = [_most_words(family, made.wanted_shift) for family in used]
+    longest = [_most_words(family, made.wanted_lengths) for family in used]
     longest += [_most_words(family, made.other_shift) for family in made.others]
     return {
         "name": f"{DRAWN}-{seed}",
@@ -172,43 +189,52 @@ def _pool(made: Draw) -> list[dict[str, Any]]:
     practice = {"own": 1.0, "both": 0.5, "kin": 0.0}[made.practice]
     others = 1 - made.relevant - made.look_alikes - made.solved - made.impossible
     noise, other_noise = {"label_noise": made.relevant_noise}, {"label_noise": made.other_noise}
-    groups: list[tuple[Sequence[str], float, int, dict[str, Any]]] = [
-        (made.wanted_families, practice * made.relevant, made.wanted_shift, noise),
-        (made.kin, (1 - practice) * made.relevant, made.wanted_shift, noise),
-        (made.decoys, made.look_alikes, made.wanted_shift, {"label_rule": "stop_early"}),
+    levels: list[Lengths] = ["short", "long"] if made.two_levels else [made.wanted_shift]
+    impossible = IMPOSSIBLE | ({"min_length": 12} if made.two_levels else {})
+    groups: list[tuple[Sequence[str], float, Lengths, dict[str, Any]]] = [
+        *((made.wanted_families, practice * made.relevant / len(levels), level, noise) for level in levels),
+        *((made.kin, (1 - practice) * made.relevant / len(levels), level, noise) for level in levels),
+        (made.decoys, made.look_alikes, made.wanted_lengths, {"label_rule": "stop_early"}),
         (made.solved_families, made.solved, 0, {"hint": 1.0}),
-        (made.impossible_families, made.impossible, 0, IMPOSSIBLE),
+        (made.impossible_families, made.impossible, 0, impossible),
         (made.others, others, made.other_shift, other_noise),
     ]
     sources = []
-    for families, share, shift, settings in groups:
+    for families, share, lengths, settings in groups:
         if families and share > 0:
             count = max(1, round(share * made.pool / len(families)))
-            sources += [_source(family, count, shift) | settings for family in families]
+            sources += [_source(family, count, lengths) | settings | _distractors(made) for family in families]
     return sources
 
 
-def _source(family: str, count: int, shift: int) -> dict[str, Any]:
-    low, high = _lengths(family, shift)
+def _source(family: str, count: int, lengths: Lengths) -> dict[str, Any]:
+    low, high = _lengths(family, lengths)
     return {"type": "builtin", "families": [family], "count": count, "min_length": low, "max_length": high}
 
 
-def _lengths(family: str, shift: int) -> tuple[int, int]:
-    """The default range of lengths, moved. Parity has too few problems below its default."""
+def _distractors(made: Draw) -> dict[str, int]:
+    return {"distractors": DISTRACTORS} if made.plain else {}
+
+
+def _lengths(family: str, lengths: Lengths) -> tuple[int, int]:
+    """The default range of lengths, moved, or a level of two. Parity has too few problems below its default."""
     level = difficulty(family)
+    if lengths == "long":
+        return level.max_length + 1, level.max_length + 2
+    shift = -2 if lengths == "short" else lengths
     moved = max(shift, 0) if family == "parity" else shift
     return max(2, level.min_length + moved), level.max_length + moved
 
 
-def _most_words(family: str, shift: int) -> int:
+def _most_words(family: str, lengths: Lengths) -> int:
     """Words of the longest worked answer: style, steps, `answer`, the answer, the end; and two to spare."""
-    _, high = _lengths(family, shift)
+    _, high = _lengths(family, lengths)
     return high + (high if family == "reverse" else 1) + 5
 
 
 def _validation(made: Draw) -> dict[str, list[dict[str, Any]]]:
     return {
-        name: [_source(family, VALIDATION // len(families), made.wanted_shift) for family in families]
+        name: [_source(family, VALIDATION // len(families), made.wanted_lengths) | _distractors(made) for family in families]
         for name, families in made.wanted.items()
     }
 
@@ -218,7 +244,7 @@ def _tests(made: Draw) -> dict[str, Any]:
     tests: dict[str, Any] = {
         name: {
             "targeted": True,
-            "sources": [_source(family, TEST // len(families), made.wanted_shift) for family in families],
+            "sources": [_source(family, TEST // len(families), made.wanted_lengths) | _distractors(made) for family in families],
         }
         for name, families in made.wanted.items()
     }
@@ -226,7 +252,7 @@ def _tests(made: Draw) -> dict[str, Any]:
     for family, style in STYLES.items():
         if family not in made.wanted_families:
             spare.setdefault(style, family)
-    sources = [{"type": "builtin", "families": list(spare.values()), "count": UNTARGETED}]
+    sources = [{"type": "builtin", "families": list(spare.values()), "count": UNTARGETED} | _distractors(made)]
     return tests | {"others": {"targeted": False, "sources": sources}}
 
 
@@ -296,5 +322,8 @@ def _checked_rows(source: Mapping[str, Any], count: int, generate: Callable[...,
     """Held-out problems of a source of a validation set."""
     (family,) = source["families"]
     level = difficulty(family, min_length=source["min_length"], max_length=source["max_length"])
-    rows: list[dict[str, Any]] = generate(family, split="validation", count=count, seed=CHECK_SEED, level=level)
+    distractors = source.get("distractors", 0)
+    rows: list[dict[str, Any]] = generate(
+        family, split="validation", count=count, seed=CHECK_SEED, level=level, distractors=distractors
+    )
     return rows
