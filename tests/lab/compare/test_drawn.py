@@ -132,23 +132,25 @@ def test_the_trainer_is_that_of_the_suite():
 
 
 @pytest.mark.parametrize(
-    ("checked", "reason"),
+    ("seed", "checked", "reason"),
     [
-        ({"a": [0] * 29 + [1] * 3}, "nothing to learn"),
-        ({"a": [0] * 28 + [1] * 4}, None),
-        ({"a": [4] * 17 + [2] * 15}, "learned at once"),
-        ({"a": [3] * 16 + [2] * 16}, None),
-        ({"a": [4] * 32, "b": [0] * 32}, None),  # one to keep, one out of reach: half and half
-        ({"a": [0] * 32, "b": [0] * 25 + [1] * 7}, "nothing to learn"),
-        ({"a": [4] * 32, "b": [1] * 32, "c": [4] * 32}, "learned at once"),
+        (900, {"a": [0.3, 0.54]}, "nothing in reach"),
+        (900, {"a": [0.3, 0.56]}, None),
+        (900, {"a": [0.71, 0.99]}, "solved already"),
+        (900, {"a": [0.69, 0.95]}, None),
+        (900, {"a": [0.9, 1.0], "b": [0.1, 0.6]}, None),  # one to keep, one to learn: half and half
+        (900, {"a": [0.3, 0.6], "b": [0.3, 0.4]}, "nothing in reach"),
+        (933, {"a": [0.3, 0.9]}, "too few to practise"),  # 13 prompts
+        (940, {"a": [0.3, 0.9]}, "too few to practise"),  # 15
+        (954, {"a": [0.3, 0.9]}, None),  # 20
     ],
 )
-def test_the_rule(checked, reason):
-    assert rejection(checked) == reason
+def test_the_rule(seed, checked, reason):
+    assert rejection(draw(seed), checked) == reason
 
 
 def test_the_first_accepted_draws_are_taken():
-    assert list(accepted(3, 5, lambda seed: {"a": [seed % 2 * 2] * 32})) == [5, 7, 9]
+    assert list(accepted(2, 904, lambda seed: {"a": [0.3, 0.3 + seed % 2]})) == [905, 907]
 
 
 def test_names():
@@ -160,7 +162,7 @@ def test_drawn_stands_for_the_accepted_scenarios_and_the_policy_is_asked_once(tm
 
     def check(seed):
         asked.append(seed)
-        return {"a": [seed % 2 * 2] * 32}
+        return {"a": [0.3, 0.3 + seed % 2]}
 
     monkeypatch.setattr(run_comparison, "base_policy_check", lambda: check)
     options = CompareOptions(["drawn", "seed=0"], scenarios=2, folder=tmp_path)

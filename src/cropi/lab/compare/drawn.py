@@ -23,11 +23,14 @@ and the training. The trainer, the policy and the 96 steps are those of the scen
 Look-alikes, solved and impossible prompts are scaled down in proportion where they would leave less than 10 % to
 others.
 
-The rule, fixed before any comparison: the base policy answers 32 held-out prompts of each validation set's families 4
-times at temperature 1. With every set at the same weight, a draw is rejected
-- as "nothing to learn" if fewer than 1/8 of the prompts have a right answer: there is no reward to start from;
-- as "learned at once" if more than 1/2 of the prompts have 3 or 4 right answers: training only sharpens what is there.
-The rule never looks at training, so it favours no strategy.
+The rule, fixed before any comparison on these draws: the base policy answers 32 held-out prompts of each validation
+set's families 4 times at temperature 1, once as they are and once with the right style, the first word of the worked
+steps, at their end. The second pass rate is what finding the style alone would reach. With every set at the same
+weight, a draw is rejected
+- as "too few to practise" if fewer than 16 relevant prompts have right answers: two batches of training;
+- as "solved already" if the pass rate is above 0.7;
+- as "nothing in reach" if it would rise by less than 0.25.
+The rule never looks at training, so it favours no strategy. It rejected 11 of the development draws 900 to 959: 5, 3, 3.
 """
 
 from __future__ import annotations
@@ -37,6 +40,7 @@ import random
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Literal
 
 from cropi.builtin.families import STYLES, WITHOUT_RUNNING_ANSWER, difficulty
@@ -51,13 +55,13 @@ IMPOSSIBLE = {"min_length": 11, "max_length": 12}
 TWO_LEVELS, PLAIN, DISTRACTORS = 1 / 5, 1 / 5, 40
 VALIDATION, TEST, UNTARGETED = 24, 128, 32  # prompts: of a validation set, of a targeted test set, of another family
 CHECKED_PROMPTS, CHECKED_SAMPLES = 32, 4
-MIN_REACHED, MAX_MASTERED, MASTERED = 1 / 8, 1 / 2, 3
+MIN_RELEVANT, MAX_RATE, MIN_RISE = 16, 0.7, 0.25
 MAX_DRAWS_PER_SCENARIO = 50
 CHECK_SEED = 2_000_000_011  # of the checked prompts: none that runs use by habit
 
 Lengths = int | Literal["short", "long"]
-# A validation set's name -> right answers, out of 4, to each of its checked prompts.
-Checked = Mapping[str, Sequence[int]]
+# A validation set's name -> the base policy's pass rate, and the one with the right style.
+Checked = Mapping[str, Sequence[float]]
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,11 @@ class Draw:
     def wanted_lengths(self) -> Lengths:
         """Of validation and test prompts."""
         return "long" if self.two_levels else self.wanted_shift
+
+    @property
+    def right_and_relevant(self) -> float:
+        """Number of relevant prompts with right answers."""
+        return self.relevant * self.pool * (1 - self.relevant_noise)
 
     @property
     def wanted_families(self) -> tuple[str, ...]:
@@ -259,22 +268,21 @@ def _tests(made: Draw) -> dict[str, Any]:
 # -- the rule ----------------------------------------------------------------------------------------------------------
 
 
-def rejection(checked: Checked) -> str | None:
-    """The reason to reject a draw, from the right answers of 4 to each checked prompt; None: it is accepted."""
-    reached, mastered = (
-        sum(sum(right >= least for right in rights) / len(rights) for rights in checked.values()) / len(checked)
-        for least in (1, MASTERED)
-    )
-    if reached < MIN_REACHED:
-        return "nothing to learn"
-    return "learned at once" if mastered > MAX_MASTERED else None
+def rejection(made: Draw, checked: Checked) -> str | None:
+    """The reason to reject a draw; None: it is accepted."""
+    alone, with_style = (sum(rates[place] for rates in checked.values()) / len(checked) for place in (0, 1))
+    if made.right_and_relevant < MIN_RELEVANT:
+        return "too few to practise"
+    if alone > MAX_RATE:
+        return "solved already"
+    return "nothing in reach" if with_style - alone < MIN_RISE else None
 
 
 def accepted(count: int, first: int, check: Callable[[int], Checked]) -> Iterator[int]:
     """The first `count` seeds from `first` on whose draws are accepted. `check` asks the base policy."""
     seed, found = first, 0
     while found < count:
-        if rejection(check(seed)) is None:
+        if rejection(draw(seed), check(seed)) is None:
             yield seed
             found += 1
         seed += 1
@@ -299,31 +307,31 @@ def base_policy_check() -> Callable[[int], Checked]:
     sampler = TransformersGenerator(policy, 512)
 
     def check(seed: int) -> Checked:
-        config, checked = drawn_scenario(seed), {}
+        config = drawn_scenario(seed)
+        rows = {name: _checked_rows(sources, generate) for name, sources in config["prompts"]["validation"].items()}
+        prompts, answers = zip(*(row for own in rows.values() for row in own), strict=True)
+        encoded = [ids for ids in encode_prompts(policy.tokenizer, prompts) for _ in range(CHECKED_SAMPLES)]
         sampling = Sampling(config["collect"]["max_completion_length"], 1.0)
-        for name, sources in config["prompts"]["validation"].items():
-            rows = [
-                row for source in sources for row in _checked_rows(source, CHECKED_PROMPTS // len(sources), generate)
-            ]
-            encoded = encode_prompts(policy.tokenizer, [row["prompt"] for row in rows])
-            completions = sampler([ids for ids in encoded for _ in range(CHECKED_SAMPLES)], sampling, seed=seed)
-            texts = policy.tokenizer.batch_decode(completions, skip_special_tokens=True)
-            right = [
-                text.rpartition("answer")[2].strip() == rows[place // CHECKED_SAMPLES]["answer"]
-                for place, text in enumerate(texts)
-            ]
-            checked[name] = [sum(right[i : i + CHECKED_SAMPLES]) for i in range(0, len(right), CHECKED_SAMPLES)]
-        return checked
+        texts = policy.tokenizer.batch_decode(sampler(encoded, sampling, seed=seed), skip_special_tokens=True)
+        right = iter(
+            text.rpartition("answer")[2].strip() == answers[place // CHECKED_SAMPLES]
+            for place, text in enumerate(texts)
+        )
+        halves = {name: len(own) * CHECKED_SAMPLES // 2 for name, own in rows.items()}
+        return {name: [sum(islice(right, half)) / half for _ in range(2)] for name, half in halves.items()}
 
     return check
 
 
-def _checked_rows(source: Mapping[str, Any], count: int, generate: Callable[..., Any]) -> list[dict[str, Any]]:
-    """Held-out problems of a source of a validation set."""
-    (family,) = source["families"]
-    level = difficulty(family, min_length=source["min_length"], max_length=source["max_length"])
-    distractors = source.get("distractors", 0)
-    rows: list[dict[str, Any]] = generate(
-        family, split="validation", count=count, seed=CHECK_SEED, level=level, distractors=distractors
-    )
-    return rows
+def _checked_rows(sources: Sequence[Mapping[str, Any]], generate: Callable[..., Any]) -> list[tuple[str, str]]:
+    """Held-out problems of a validation set, as (prompt, answer): as they are, then with the right style."""
+    rows: list[dict[str, Any]] = []
+    for source in sources:
+        (family,) = source["families"]
+        level = difficulty(family, min_length=source["min_length"], max_length=source["max_length"])
+        count, distractors = CHECKED_PROMPTS // len(sources), source.get("distractors", 0)
+        rows += generate(
+            family, split="validation", count=count, seed=CHECK_SEED, level=level, distractors=distractors
+        )
+    alone = [(row["prompt"], row["answer"]) for row in rows]
+    return alone + [(f"{row['prompt']} {STYLES[row['source']]}", row["answer"]) for row in rows]
