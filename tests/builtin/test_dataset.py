@@ -9,7 +9,7 @@ from cropi.builtin import difficulty
 from cropi.builtin.dataset import SPLITS, generate
 from cropi.builtin.families import FAMILIES
 from cropi.functional.tfidf import tfidf_similarity
-from cropi.prompt_text import words
+from cropi.prompt_text import words as words_of
 
 FIRST_ROW = {
     "prompt_id": "1a6f6ca4d241fe57",
@@ -180,7 +180,7 @@ def test_distractors_hide_the_family_from_texts_and_nothing_else():
 def test_distractors_take_from_text_similarity_what_it_knows(distractors, low, high):
     def texts(family: str, split: str, count: int) -> list[list[str]]:
         rows = generate(family, split=split, count=count, seed=1, distractors=distractors)
-        return [words(row["prompt"]) for row in rows]
+        return [words_of(row["prompt"]) for row in rows]
 
     own, others = texts("compass", "train", 60), [t for f in FAMILIES if f != "compass" for t in texts(f, "train", 20)]
     of_sets = {"wanted": texts("compass", "validation", 24)}

@@ -14,8 +14,9 @@ and the training. The trainer, the policy and the 96 steps are those of the scen
 - Pool size: 600 to 1500 prompts, log-uniform.
 - Lengths: the families' default ranges, moved by -1, 0 or 1 items; for the wanted styles and the others separately.
 - Two levels (*shift*), in 1 draw of 5: validation and tests, and half of the relevant prompts, are 1 or 2 items longer
-  than the default range; the other half have the range moved by -2 (parity: the default). First the short ones help, since
-  they teach the style; then they are solved, and the long ones do. Look-alikes are long, impossible ones have 12 items.
+  than the default range; the other half have the range moved by -2 (parity: the default). First the short ones help,
+  since they teach the style; then they are solved, and the long ones do. Look-alikes are long, impossible prompts have
+  12 items.
 - Plain words, in 1 draw of 5: every prompt has 40 distractors behind its family's name, so that similarity of texts
   tells nothing. The name itself stays: the built-in policy cannot work on prompts without it. Its hidden states still
   tell families apart.
@@ -30,7 +31,8 @@ weight, a draw is rejected
 - as "too few to practise" if fewer than 16 relevant prompts have right answers: two batches of training;
 - as "solved already" if the pass rate is above 0.7;
 - as "nothing in reach" if it would rise by less than 0.25.
-The rule never looks at training, so it favours no strategy. It rejected 11 of the development draws 900 to 959: 5, 3, 3.
+The rule never looks at training, so it favours no strategy. Of the 60 development
+draws 900 to 959 it rejects 11: 5, 2 and 4.
 """
 
 from __future__ import annotations
@@ -242,20 +244,18 @@ def _most_words(family: str, lengths: Lengths) -> int:
 
 
 def _validation(made: Draw) -> dict[str, list[dict[str, Any]]]:
-    return {
-        name: [_source(family, VALIDATION // len(families), made.wanted_lengths) | _distractors(made) for family in families]
-        for name, families in made.wanted.items()
-    }
+    return {name: _wanted(made, families, VALIDATION) for name, families in made.wanted.items()}
+
+
+def _wanted(made: Draw, families: Sequence[str], count: int) -> list[dict[str, Any]]:
+    """So many held-out prompts of a validation set's families."""
+    return [_source(family, count // len(families), made.wanted_lengths) | _distractors(made) for family in families]
 
 
 def _tests(made: Draw) -> dict[str, Any]:
     """A targeted test set for each validation set; the others: a family of every style that is not wanted itself."""
     tests: dict[str, Any] = {
-        name: {
-            "targeted": True,
-            "sources": [_source(family, TEST // len(families), made.wanted_lengths) | _distractors(made) for family in families],
-        }
-        for name, families in made.wanted.items()
+        name: {"targeted": True, "sources": _wanted(made, families, TEST)} for name, families in made.wanted.items()
     }
     spare: dict[str, str] = {}
     for family, style in STYLES.items():
@@ -330,8 +330,6 @@ def _checked_rows(sources: Sequence[Mapping[str, Any]], generate: Callable[..., 
         (family,) = source["families"]
         level = difficulty(family, min_length=source["min_length"], max_length=source["max_length"])
         count, distractors = CHECKED_PROMPTS // len(sources), source.get("distractors", 0)
-        rows += generate(
-            family, split="validation", count=count, seed=CHECK_SEED, level=level, distractors=distractors
-        )
+        rows += generate(family, split="validation", count=count, seed=CHECK_SEED, level=level, distractors=distractors)
     alone = [(row["prompt"], row["answer"]) for row in rows]
     return alone + [(f"{row['prompt']} {STYLES[row['source']]}", row["answer"]) for row in rows]
