@@ -18,7 +18,7 @@ from cropi.loading import config_of, load_config
 from cropi.prompts import checked_prompts
 
 SEEDS = range(200)
-POPULATION_HASH = "da15743be8315eb5"
+POPULATION_HASH = "6cf3a0595e94995d"
 
 
 @cache

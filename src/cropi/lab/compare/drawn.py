@@ -55,7 +55,7 @@ POOL = (600, 1500)
 LEAST_OTHERS = 0.1
 IMPOSSIBLE = {"min_length": 11, "max_length": 12}
 TWO_LEVELS, PLAIN, DISTRACTORS = 1 / 5, 1 / 5, 40
-VALIDATION, TEST, UNTARGETED = 24, 128, 32  # prompts: of a validation set, of a targeted test set, of another family
+VALIDATION, TEST, UNTARGETED = 24, 128, 32  # prompts: of a validation set, of all targeted tests, of another family
 CHECKED_PROMPTS, CHECKED_SAMPLES = 32, 4
 MIN_RELEVANT, MAX_RATE, MIN_RISE = 16, 0.7, 0.25
 MAX_DRAWS_PER_SCENARIO = 50
@@ -255,7 +255,8 @@ def _wanted(made: Draw, families: Sequence[str], count: int) -> list[dict[str, A
 def _tests(made: Draw) -> dict[str, Any]:
     """A targeted test set for each validation set; the others: a family of every style that is not wanted itself."""
     tests: dict[str, Any] = {
-        name: {"targeted": True, "sources": _wanted(made, families, TEST)} for name, families in made.wanted.items()
+        name: {"targeted": True, "sources": _wanted(made, families, TEST // len(made.wanted))}
+        for name, families in made.wanted.items()
     }
     spare: dict[str, str] = {}
     for family, style in STYLES.items():
