@@ -1,14 +1,12 @@
 """What choosing costs as the pool grows: time and memory of fusion and selection, and of the feature store.
 
     python benchmarks/scale.py select --sizes 10000,100000,1000000,10000000 --rounds 3 --json scale.json
-    python benchmarks/scale.py pooled --sizes 3000,10000,30000 --rounds 3 --json research/figures/scale.json
     python benchmarks/scale.py store --sizes 10000,30000,100000,300000 --rounds 3 --json research/figures/scale.json
     python benchmarks/scale.py figure research/figures/scale.json research/figures/scale.svg
     python benchmarks/scale.py table research/figures/scale.json
 
 `select`: influence on four validation sets is simulated; measured is what `cropi select` then does: four rankings,
-their fusion, the choice of a tenth with 5 % explored, and the selection's files.
-`pooled`: the same files by the strategy `pooled`, of which 13 % are observed; representations of 256 numbers.
+their fusion, the choice of a tenth, and the selection's files.
 `store`: features are simulated; measured is writing bfloat16 features shard by shard, and
 scoring them against four validation directions as it is read back. A pool of more than
 `--largest` prompts is written, scored and deleted as several stores, one on the disk at a time.
@@ -38,14 +36,12 @@ SETS = 4
 BLOCK = 256  # features that are simulated; a pool repeats them
 KINDS = {
     "select": {"seconds": "fuse, select, write"},
-    "pooled": {"seconds": "pooled"},
     "store": {"write_s": "store: write", "score_s": "store: score"},
 }
-ABOUT = {"select": f"fuse and select, {SETS} sets", "pooled": "pooled, 13 % observed", "store": "feature store"}
-OBSERVED = 0.13  # of the pool, as the preset `cropi` samples it
+ABOUT = {"select": f"fuse and select, {SETS} sets", "store": "feature store"}
 
 
-def select(size: int, folder: Path, strategy: str = "influence") -> dict[str, float]:
+def select(size: int, folder: Path) -> dict[str, float]:
     """Rank, fuse, choose and write a pool of `size` prompts with simulated influence."""
     import numpy as np
 
@@ -57,8 +53,7 @@ def select(size: int, folder: Path, strategy: str = "influence") -> dict[str, fl
     generator = np.random.default_rng(0)
     ids = [f"{number:016x}" for number in range(size)]
     sources = [f"source {number % 5}" for number in range(size)]
-    settings = [f"select.strategy={{type: {strategy}}}", "select.fraction=0.1", "select.exploration=0.05"]
-    config: Config = load_config("quickstart", settings)
+    config: Config = load_config("quickstart", ["select.strategy=influence", "select.fraction=0.1"])
     rates_N = generator.integers(1, 8, size) / 8
     candidates = Candidates(
         prompt_ids=ids,
@@ -70,7 +65,6 @@ def select(size: int, folder: Path, strategy: str = "influence") -> dict[str, fl
         influence={f"set {v}": generator.standard_normal(size) for v in range(SETS)},
         stage=0,
         seed=0,
-        pooling=pooling_data(size, generator) if strategy == "pooled" else None,
     )
 
     class Prompts(dict[str, Any]):
@@ -81,35 +75,6 @@ def select(size: int, folder: Path, strategy: str = "influence") -> dict[str, fl
     choose_prompts(config, candidates, Prompts(), folder)
     seconds, cpu_s = time.perf_counter() - started, time.process_time() - used
     return {"seconds": seconds, "cpu_s": cpu_s, "stored_bytes": stored(folder)}
-
-
-def pooling_data(size: int, generator: Any, validation: int = 100, numbers: int = 256) -> Any:
-    """Random inputs of the pooled strategy, in the shapes of a scoring of 13 % of the pool."""
-    import numpy as np
-
-    from cropi.curriculum.pooling_data import PoolingData
-
-    names = [f"set {v}" for v in range(SETS)]
-    observed_N, count = generator.random(size) < OBSERVED, SETS * validation
-    influence_NV = np.where(observed_N[:, None], generator.standard_normal((size, SETS)), 0.0)
-    return PoolingData(
-        names=names,
-        representations_NE=generator.standard_normal((size, numbers), dtype=np.float32),
-        tries_N=np.where(observed_N, 4.0, 0.0),
-        tried_at_N=np.zeros(size),
-        strengths_N=np.where(observed_N, 0.1875, 0.0),
-        influence_NV=influence_NV,
-        errors_NV=np.ones((size, SETS)),
-        validation_sets=[name for name in names for _ in range(validation)],
-        validation_ME=generator.standard_normal((count, numbers), dtype=np.float32),
-        validation_tries_M=np.full(count, 4.0),
-        validation_tried_at=0.0,
-        validation_pass_rates_M=np.full(count, 0.5),
-        validation_variances_M=np.full(count, 0.25),
-        validation_strengths_M=np.full(count, 0.25),
-        validation_influence_MV=generator.standard_normal((count, SETS)) + 1,
-        validation_errors_MV=np.ones((count, SETS)),
-    )
 
 
 def store(size: int, folder: Path, dim: int, largest: int) -> dict[str, float]:
@@ -166,10 +131,7 @@ def one_here(kind: str, size: int, dim: int, largest: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         for count, name in ((BLOCK, "small"), (size, "made")):
             place = Path(folder) / name
-            if kind == "store":
-                found = store(count, place, dim, largest)
-            else:
-                found = select(count, place, {"select": "influence"}.get(kind, kind))
+            found = store(count, place, dim, largest) if kind == "store" else select(count, place)
     return found | {"peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
 
 
@@ -233,9 +195,9 @@ def figure(source: Path, target: Path) -> None:
 def _drawn(results: dict[str, Any]) -> Any:
     from matplotlib.figure import Figure
 
-    from cropi.report.drawing import BLUE, GREEN, ORANGE, PINK
+    from cropi.report.drawing import BLUE, GREEN, ORANGE
 
-    colours = {"select": (BLUE, "o"), "pooled": (PINK, "^"), "store": (ORANGE, "s")}
+    colours = {"select": (BLUE, "o"), "store": (ORANGE, "s")}
     drawn = Figure(figsize=(11.5, 4.2), layout="constrained", facecolor="white")
     axes = drawn.subplots(1, 3)
     for kind, about in ABOUT.items():

@@ -33,7 +33,7 @@ FAMILIES = ["sum", "alternate", "product", "horner", "parity", "maximum", "count
 RUN = Path("runs/scaling")
 
 
-def settings(prompts: int, validation: int, strategy: str) -> list[str]:
+def settings(prompts: int, validation: int) -> list[str]:
     """A run that only its first scoring is wanted of."""
     count = prompts // len(FAMILIES)
     sources = ", ".join(
@@ -44,8 +44,7 @@ def settings(prompts: int, validation: int, strategy: str) -> list[str]:
         f"prompts.train=[{{type: builtin, families: [{', '.join(FAMILIES)}], count: {count}, seed: 1}}]",
         f"prompts.validation={{{sources}}}",
         f"score.max_validation_prompts={validation}",
-        "score.standard_errors=false",
-        f"select.strategy={{type: {strategy}}}",
+        "select.strategy=influence",
         "collect.shard_prompts=32",
     ]
 
@@ -133,18 +132,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--prompts", type=int, default=1920, help="pool")
     parser.add_argument("--validation", type=int, default=64, help="prompts of each of the two validation sets")
-    parser.add_argument("--strategy", default="influence", help="influence or pooled")
     parser.add_argument("--fill", action="store_true", help="keep all cores busy whatever the number of processes")
     parser.add_argument("--json", type=Path, help="write the results to this file")
     arguments = parser.parse_args()
     counts = [int(count) for count in arguments.processes.split(",")]
-    options = settings(arguments.prompts, arguments.validation, arguments.strategy)
+    options = settings(arguments.prompts, arguments.validation)
     rows = measured(counts, arguments.rounds, options, arguments.fill)
     show(rows)
     if arguments.json is not None:
         from cropi.lab.bench.machine import describe
 
-        names = ("rounds", "prompts", "validation", "strategy", "fill")
+        names = ("rounds", "prompts", "validation", "fill")
         used = {name: getattr(arguments, name) for name in names}
         result = {"measured": rows, **used, "machine": describe("cpu", 1)}
         arguments.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

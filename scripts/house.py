@@ -35,7 +35,7 @@ GROUND = ("artifacts", "builtin", "config", "console", "errors", "leakage", "led
           "run_folder", "parallel")
 OTHER_STRATEGIES = tuple(f"curriculum.strategies.{name}" for name in (
     "bmc", "bots", "dots", "full", "gaussian", "gradient_norm", "learnability", "learnalign", "lze", "mid", "mopps",
-    "pass_rate", "pooled", "random", "similarity", "similarity_learnability", "thompson", "vcrl"))
+    "pass_rate", "random", "similarity", "similarity_learnability", "thompson", "vcrl"))
 # fmt: on
 
 QUESTION = re.compile(r"(What|Where|Whose|How)\b")

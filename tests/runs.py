@@ -27,7 +27,6 @@ SMALL = [
     "trainer.per_device_train_batch_size=32",
     "evaluate.every=2",
     "score.max_validation_prompts=6",
-    "score.standard_errors=false",
 ]
 
 

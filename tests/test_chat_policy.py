@@ -112,7 +112,7 @@ def trained(folder: Path, run: Path, *overrides: str) -> tuple[dict[str, bytes],
 def test_completions_end_where_the_model_says_and_prompts_are_its_template_s(folder: Path, tmp_path: Path) -> None:
     made = pipeline(folder, tmp_path)
     collect(made)
-    rows = made.trajectories.base["train"].to_pylist()
+    rows = made.trajectories.tables["train"].to_pylist()
     made.folder.unlock()
     words = dict(enumerate([*SPECIAL, *WORDS]))
     text = " ".join(words[token] for token in rows[0]["prompt_ids"])

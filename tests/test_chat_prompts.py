@@ -129,6 +129,9 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> set[tuple[int, ...]]:
     return found
 
 
+EVERY = {"select": {"strategy": {"type": "pass_rate", "low": 0, "high": 1}, "fraction": 1.0}}  # collects, and takes all
+
+
 def config(folder: Path, run: Path, train: list[Any], validation: list[Any], test: list[Any], **prompts: Any) -> Config:
     sources = {}
     for name, held in (("train", train), ("validation", validation), ("test", test)):
@@ -149,7 +152,7 @@ def config(folder: Path, run: Path, train: list[Any], validation: list[Any], tes
         },
         "verifier": {"type": "function", "path": "tests.rewards.functions.mixed"},
         "collect": {"num_generations": 2, "validation_num_generations": 2, "max_completion_length": 6},
-        "select": {"strategy": {"type": "full"}},
+        **EVERY,
         "train": {"stages": 1, "steps_per_stage": 1},
         "trainer": {"num_generations": 2, "per_device_train_batch_size": 20, "gradient_accumulation_steps": 1},
     }
@@ -168,7 +171,9 @@ def test_a_run_stores_and_trains_on_the_whole_row(
     train, validation = rows(range(10)), rows(range(50, 55))
     made = pipeline(folder, tmp_path, train, validation)
     collect(made)
-    stored = {s: {tuple(row["prompt_ids"]) for row in table.to_pylist()} for s, table in made.trajectories.base.items()}
+    stored = {
+        s: {tuple(row["prompt_ids"]) for row in table.to_pylist()} for s, table in made.trajectories.tables.items()
+    }
     assert stored["train"] == {expected(tokenizer, row) for row in train}
     assert stored["validation/mine"] == {expected(tokenizer, row) for row in validation}
     train_all(made)
@@ -201,7 +206,7 @@ def script(folder: Path, out: Path, template: str | None, train: Dataset, valida
         args=args,
         train_dataset=train,
         processing_class=tokenizer,
-        selector=Selector(validation=validation, strategy="full", stages=1, settings=VALIDATED),
+        selector=Selector(validation=validation, strategy=EVERY, stages=1, settings=VALIDATED),
     )
 
 
@@ -273,11 +278,11 @@ def test_text_beside_chat_messages_is_the_user_s_turn(
             row if isinstance(row["prompt"], list) else {"prompt": [{"role": "user", "content": row["prompt"]}]}
             for row in held
         ]
-        stored = {tuple(row["prompt_ids"]) for row in made.trajectories.base[name].to_pylist()}
+        stored = {tuple(row["prompt_ids"]) for row in made.trajectories.tables[name].to_pylist()}
         assert stored == {expected(tokenizer, row) for row in asked}
     train_all(made)
     made.folder.unlock()
-    assert seen == {tuple(row["prompt_ids"]) for row in made.trajectories.base["train"].to_pylist()}
+    assert seen == {tuple(row["prompt_ids"]) for row in made.trajectories.tables["train"].to_pylist()}
 
 
 def test_check_warns_where_chat_messages_become_plain_text(

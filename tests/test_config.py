@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from cropi.config import config_difference
-from cropi.curriculum.strategies import FullStrategy, PooledStrategy
+from cropi.curriculum.strategies import CropiStrategy, FullStrategy
 from cropi.errors import ConfigError
 from cropi.loading import load_config, parse_verifier, recipe_names, validate_config
 from cropi.presets import TYPES, merged, presets
@@ -31,7 +31,7 @@ def test_overrides_reach_lists_tables_and_the_trainer() -> None:
         ("prompts.test.sum.targetd=true", "did you mean 'targeted'"),
         ("score.projection.dims=5", "unknown key score.projection.dims - did you mean 'dim'"),
         ("select.strategy.type=influnce", "did you mean 'influence'"),
-        ("select.strategy.lo=1", "known keys here: rescore_every, screen, type"),
+        ("select.strategy.lo=1", "known keys here: observe_only, type"),
         ("select.fraction=1.5", "select.fraction is 1.5: input should be less than or equal to 1"),
         ("seed=abc", "seed is 'abc': input should be a valid integer"),
         ("collect={}", "collect.max_completion_length is missing"),
@@ -77,14 +77,9 @@ def test_no_setting_lets_a_models_code_run(override: str) -> None:
 @pytest.mark.parametrize(
     "override",
     [
-        *[
-            f"{key}={value}"
-            for key in ("seed", "score.projection.seed", "prompts.train.0.seed")
-            for value in (-1, 2**32)
-        ],
+        *[f"{key}={value}" for key in ("seed", "prompts.train.0.seed") for value in (-1, 2**32)],
         *[f"collect.temperature={value}" for value in (0, "1e-300", "1e300")],
         "score.projection.dim=99999999999999",
-        "score.projection.rank=99999999999",
         "train.stages=99999999999",
         "train.steps_per_stage=99999999999",
         "collect.num_generations=99999999999",
@@ -234,12 +229,14 @@ def test_a_strategy_is_given_by_its_name_alone() -> None:
 
 
 def test_what_a_command_line_says_goes_before_what_its_preset_says() -> None:
-    config = load_config(
-        "quickstart", ["collect.fraction=0.5", "select.strategy.type=cropi", "select.strategy.screen=0"]
-    )
-    assert (config.collect.fraction, config.collect.num_generations) == (0.5, 4)
-    assert config.select.strategy == PooledStrategy(type="pooled", screen=0)
-    assert config.select.label == "cropi"
+    config = load_config("quickstart", ["select.strategy.type=dapo", "train.dynamic_sampling=2"])
+    assert config.train.dynamic_sampling == 2
+    assert config.select.strategy == FullStrategy(type="full")
+    assert config.select.label == "dapo"
+
+
+def test_the_quickstart_names_the_curriculum() -> None:
+    assert load_config("quickstart").select.strategy == CropiStrategy(type="cropi")
 
 
 def test_an_unknown_strategy_is_told_the_nearest_preset_too() -> None:

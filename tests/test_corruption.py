@@ -21,8 +21,6 @@ LAST = Path("checkpoints/checkpoint-6")
 SETTINGS = [
     *SMALL,
     "prompts.train=[{type: builtin, families: [sum, parity], count: 12, seed: 1}]",
-    "score.standard_errors=false",
-    "refresh.reuse_rollouts=true",
     "trainer.save_strategy=steps",
     "trainer.save_steps=1",
     "trainer.save_total_limit=2",

@@ -17,7 +17,7 @@ import yaml
 from cropi.errors import UserError
 from cropi.loading import load_config
 from cropi.prompts import checked_prompts
-from cropi.rollouts.shards import plan, sampled_prompts
+from cropi.rollouts.shards import plan
 from cropi.stages.evaluate import questions
 from cropi.stages.run import Setup
 from tests.runs import cropi
@@ -146,7 +146,7 @@ def test_a_mutated_config_is_used_or_refused(chunk: int, tmp_path: Path, monkeyp
             config = load_config(str(path))
             setup = Setup.of(config)
             rows = checked_prompts(config).rows
-            plan(config, setup.policy, rows, sampled_prompts(config, rows))
+            plan(config, setup.policy, rows)
             questions(config, setup.policy, [row for row in rows if row["set"].startswith("test/")])
             accepted.append(path)
         except UserError as error:

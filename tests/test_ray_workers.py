@@ -25,8 +25,7 @@ from cropi.ledger import Ledger
 from cropi.loading import load_config
 from cropi.parallel import Job, Perform, RayPool, Task, Worker, packed, unpacked, use_ray
 from cropi.pipeline import score_stage
-from cropi.policy import load_policy, weights_identity
-from cropi.policy_copy import PolicyCopy
+from cropi.policy import PolicyCopy, load_policy, weights_identity
 from cropi.stages.collect import collect
 from cropi.stages.run import Run
 from cropi.stages.select import select
@@ -42,7 +41,6 @@ POOL = [
 ]
 WAYS: dict[str, list[str]] = {
     "influence": [],
-    "pooled": ["select.strategy={type: pooled}"],
     "exact": ["score.estimator=exact"],
     "with errors": ["score.standard_errors=true"],
     "learnalign": ["select.strategy={type: learnalign}"],

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from cropi.cli.recipes import copy_recipe, show_recipe
+from cropi.cli.main import copy_recipe, show_recipe
 from cropi.errors import UserError
 from cropi.loading import load_config, recipe_names, recipe_text, suite_names, validate_config
 from cropi.presets import merged, presets

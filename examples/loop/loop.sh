@@ -9,7 +9,7 @@ folder=$1 && shift
 run=$folder/loop
 stages=${STAGES:-3}
 
-cropi collect quickstart name=loop run_dir="$folder" "$@"
+cropi collect quickstart name=loop run_dir="$folder" select.strategy=influence "$@"
 at=() # the base policy, then what the trainer saved
 for ((stage = 0; stage < stages; stage++)); do
   cropi score "$run" ${at[@]+"${at[@]}"}

@@ -1,9 +1,7 @@
 """The `cropi` command: the core commands and those of the lab. Nothing imports the lab but this file."""
 
 from cropi.cli import app, main
-from cropi.lab.audit_command import audit
-from cropi.lab.bench_command import bench
-from cropi.lab.compare_command import compare
+from cropi.lab.commands import audit, bench, compare
 
 app.command("audit")(audit)
 app.command("compare")(compare)

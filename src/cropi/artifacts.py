@@ -40,7 +40,7 @@ TRUNCATED = "truncated"  # the completion ended at the length limit, without end
 GOLD_UNPARSEABLE = "gold_unparseable"  # the recorded answer cannot be read by the verifier: excluded, never scored 0
 NON_FINITE = "non_finite"  # the influence is not a finite number, because the prompt's own numbers are not
 PROMPT_TOO_LONG = "prompt_too_long"  # prompt and completion would not fit into the policy's context: no trajectories
-NOT_SAMPLED = "not_sampled"  # no trajectories have been asked for: see collect.fraction
+NOT_SAMPLED = "not_sampled"  # the strategy reads no trajectories
 USABLE = frozenset({OK, NO_SIGNAL, NOT_SAMPLED})  # statuses of a prompt that can be trained on
 
 PROMPTS = pa.schema(

@@ -27,7 +27,7 @@ from cropi.prompt_text import last_turn
 from cropi.prompts import checked_prompts
 from cropi.rewards.verdicts import CORRECT, UNPARSEABLE_ANSWER, Judge, Judgement, answered, reward
 from cropi.rollouts.generation import Sampling, TransformersGenerator
-from cropi.rollouts.shards import Shard, behaviour_logprobs, plan, read_trajectories, sampled_prompts
+from cropi.rollouts.shards import Shard, behaviour_logprobs, plan, read_trajectories
 from cropi.run_folder import environment
 from cropi.stages.evaluate import questions, unreadable
 from cropi.stages.run import Setup
@@ -88,7 +88,7 @@ def check_run(config: Config) -> CheckResult:
     policy, settings, judge = setup.policy, setup.settings, setup.judge
     prompts, leakage, warnings = checked_prompts(config)
     warnings += chat_warnings(policy.tokenizer, config.prompts.chat, (row["messages"] for row in prompts))
-    shards, _ = plan(config, policy, prompts, sampled_prompts(config, prompts))
+    shards, _ = plan(config, policy, prompts)
     tests = questions(config, policy, [row for row in prompts if row["set"].startswith("test/")])
     against_itself = judge([answered(config.verifier.completion_with(row["answer"]), row) for row in prompts])
     gold = Counter(judgement.verdict for judgement in against_itself)
@@ -172,13 +172,13 @@ def completions_of(
     `prompts` training prompts, spread over the pool.
     """
     folder = config.folder / "trajectories"
-    if is_finished(folder):
+    if is_finished(folder) and config.select.strategy.collects:
         known = {row["prompt_id"]: row for row in table if row["set"] == "train"}
         stored = read_trajectories(folder)["train"].select(["prompt_id", "completion"]).to_pylist()
         kept = [row for row in stored if row["prompt_id"] in known]
         return [known[row["prompt_id"]] for row in kept], [row["completion"] for row in kept], "collected by the run"
     policy = load_policy(config.policy)
-    shards, _ = plan(config, policy, table, sampled_prompts(config, table))
+    shards, _ = plan(config, policy, table)
     pairs = _spread([shard for shard in shards if shard.set == "train"], prompts)
     rows, _, completions = _drawn(config, policy, pairs)
     return rows, policy.tokenizer.batch_decode(completions, skip_special_tokens=True), "sampled now"
@@ -198,7 +198,7 @@ def _drawn(
     settings = config.collect
     repeated = [pair for pair in pairs for _ in range(settings.num_generations)]
     ids = [prompt_ids for _, prompt_ids in repeated]
-    sampling = Sampling(settings.max_completion_length, settings.temperature, settings.top_p)
+    sampling = Sampling(settings.max_completion_length, settings.temperature)
     completions = TransformersGenerator(policy, settings.batch_size)(ids, sampling, seed=config.seed)
     return [row for row, _ in repeated], ids, completions
 
@@ -231,7 +231,8 @@ def _estimate(
 ) -> dict[str, float]:
     """Extrapolate the cost of the run. Names end in their unit (`_s`: seconds)."""
     count = config.collect.num_generations
-    trajectories = sum(len(shard.prompts) * shard.samples for shard in shards)
+    collects = config.select.strategy.collects
+    trajectories = sum(len(shard.prompts) * shard.samples for shard in shards) if collects else 0
     mean_completion = sample.tokens / (len(sample.rows) * count)
     per_step = settings.generation_batch_size / settings.steps_per_generation * settings.gradient_accumulation_steps
     steps = config.train.stages * config.train.steps_per_stage

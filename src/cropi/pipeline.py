@@ -15,7 +15,6 @@ from cropi.report.run_report import make_report
 from cropi.report.summary import Summary
 from cropi.stages.collect import collect, make_prompt_table
 from cropi.stages.evaluate import read_questions
-from cropi.stages.refresh import refresh, screen
 from cropi.stages.run import Run
 from cropi.stages.score import score
 from cropi.stages.select import select
@@ -52,34 +51,17 @@ def select_stage(run: Run, stage: int, model: nn.Module, in_progress: bool) -> S
             fix="put back a copy of it, or start the run under another name.",
         )
     if not in_progress:
-        prepare(run, stage, run.asked(model).model, run.origin(stage))
+        strategy = run.config.select.strategy
+        if strategy.reads_scores and strategy.scored_stage(stage) == stage:
+            score(run, stage, run.asked(model).model, run.origin(stage))
     return select(run, stage)
-
-
-def prepare(run: Run, stage: int, model: nn.Module, origin: str) -> None:
-    """Make everything that the selection of a stage reads, at a policy named `origin`."""
-    strategy = run.config.select.strategy
-    if strategy.reads_scores and strategy.scored_stage(stage) == stage:
-        score_stage(run, stage, model, origin)
-    else:
-        refresh(run, stage, model, origin)
-    screen(run, stage, model, origin)
-
-
-def score_stage(run: Run, stage: int, model: nn.Module, origin: str) -> Manifest:
-    """Refresh the trajectories and score all training prompts."""
-    run.require_ratios(origin)
-    refresh(run, stage, model, origin)
-    return score(run, stage, model, origin)
 
 
 def score_at(run: Run, stage: int, checkpoint: Path | None) -> tuple[Path, Manifest]:
     """Score at the start of a stage, or at a checkpoint from outside; returns the folder of the scores."""
     run = run.at_checkpoint(stage, checkpoint)
     policy, origin = run.policy_at(stage, checkpoint)
-    manifest = score_stage(run, stage, policy.model, origin)
-    screen(run, stage, policy.model, origin)
-    return run.paths.scores(stage), manifest
+    return run.paths.scores(stage), score(run, stage, policy.model, origin)
 
 
 def select_at(run: Run, stage: int, checkpoint: Path | None) -> tuple[Path, list[str]]:

@@ -3,8 +3,8 @@
 config.json  environment.json  ledger.jsonl  summary.json  report.html  report.md
 prompts/  representations/  trajectories/                   before training
 scores/stage-NNN/  selections/stage-NNN/                    made at the start of a stage
-fresh/  fresh-validation/  reused/  screened/               by stage, where the config asks for them
-rollouts/  checkpoints/  evaluations/  steps.jsonl  metrics.jsonl  rewards.jsonl  choices.jsonl
+imported/                                                   from another trainer, by `cropi import`
+checkpoints/  evaluations/  steps.jsonl  metrics.jsonl  rewards.jsonl  choices.jsonl
 other-checkpoints/NAME-HASH/  (scores, selections and evaluations of checkpoints from outside)
 """
 
@@ -58,31 +58,10 @@ class StagePaths:
     def selection(self, stage: int) -> Path:
         return self._of("selections", stage)
 
-    def fresh(self, stage: int) -> Path:
-        """Trajectories of the training pool, sampled again at the start of a stage."""
-        return self._of("fresh", stage)
-
-    def fresh_validation(self, stage: int) -> Path:
-        """Trajectories of the validation sets, sampled again at the start of a stage."""
-        return self._of("fresh-validation", stage)
-
-    def screened(self, stage: int) -> Path:
-        """A few trajectories of the prompts that a stage would choose, by the policy at its start."""
-        return self._of("screened", stage)
-
-    def reused(self, stage: int) -> Path:
-        """The newest groups that training sampled in the stage before."""
-        return self._of("reused", stage)
-
     @property
     def imported(self) -> Path:
         """Trajectories from another trainer's rollouts."""
         return self.folder / "imported"
-
-    @property
-    def rollouts(self) -> Path:
-        """Completions that training samples, a file per generation batch: see `training.rollouts`."""
-        return self.folder / "rollouts"
 
     @property
     def checkpoints(self) -> Path:
@@ -118,7 +97,7 @@ class StagePaths:
 
     def forget_training(self) -> None:
         """Delete what the stages have made of an earlier training."""
-        for name in (*BY_STAGE, "imported", "rollouts", "checkpoints", "evaluations"):
+        for name in (*BY_STAGE, "imported", "checkpoints", "evaluations"):
             shutil.rmtree(self.folder / name, ignore_errors=True)
         for stream in (self.rewards, self.steps, self.metrics, self.choices):
             cut_jsonl(stream, lambda _: False)
@@ -281,7 +260,7 @@ class RunFolder:
 
 
 BEFORE_TRAINING = ("prompts", "representations", "trajectories")
-BY_STAGE = ("scores", "selections", "fresh", "fresh-validation", "screened", "reused")
+BY_STAGE = ("scores", "selections")
 OUTSIDE = "other-checkpoints"
 CONFIG = "config.json"
 ENVIRONMENT = "environment.json"

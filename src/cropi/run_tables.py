@@ -39,20 +39,6 @@ def scores_schema(validation_sets: Iterable[str]) -> pa.Schema:
     )
 
 
-def validation_scores_schema(validation_sets: Iterable[str]) -> pa.Schema:
-    """Columns of the validation prompts' own scores, with an influence and its error for each validation set."""
-    names = list(validation_sets)
-    known = [
-        ("set", pa.string()),
-        ("prompt_id", pa.string()),
-        ("pass_rate", pa.float64()),
-        ("reward_variance", pa.float64()),
-        ("trajectories", pa.int32()),
-    ]
-    numbers = [(f"{column}/{name}", pa.float64()) for column in ("influence", "standard_error") for name in names]
-    return pa.schema(known + numbers)
-
-
 def evaluation_files(folder: Path, *, all_there: bool = False) -> dict[int, Path]:
     """Tables of finished evaluations by optimiser step, in ascending order; step 0 is the base policy.
 

@@ -1,7 +1,6 @@
 """A small pool for tests of strategies."""
 
 import dataclasses
-from typing import Any
 
 import numpy as np
 
@@ -22,12 +21,10 @@ def pool(pass_rates: list[float], size: int = 8, **facts: object) -> Candidates:
     return dataclasses.replace(plain, **({"group_sizes_N": sizes_N} | facts))
 
 
-def chosen(
-    strategy: Strategy, size: int, candidates: Candidates, fusion: FusionConfig = FUSION, **settings: Any
-) -> list[str]:
+def chosen(strategy: Strategy, size: int, candidates: Candidates, fusion: FusionConfig = FUSION) -> list[str]:
     """Ids of the selection, best first."""
     ranking = strategy.rank(candidates, size, fusion)
-    rows = selection_table(candidates, ranking, choose(candidates, ranking, size, **settings)).to_pylist()
+    rows = selection_table(candidates, ranking, choose(candidates, ranking, size)).to_pylist()
     assert sorted(row["prompt_id"] for row in rows) == sorted(candidates.prompt_ids)  # nothing vanishes
     return [row["prompt_id"] for row in rows if row["selected"]]
 

@@ -100,12 +100,12 @@ ALIKE = pool(RATES, texts=TEXTS, validation_texts={"sums": ["add one and two", "
 def test_similarity_takes_the_most_similar_text() -> None:
     plain = SimilarityStrategy(type="similarity")
     assert chosen(plain, 3, ALIKE) == ["a", "e", "c"]  # equal texts by id; e is always solved, and nobody looks
-    assert not plain.reads_trajectories
+    assert not plain.collects
 
 
 def test_similarity_and_learnability() -> None:
     both = SimilarityStrategy(type="similarity", learnability=True)
-    assert both.reads_trajectories
+    assert both.collects
     assert not both.reads_scores
     assert chosen(both, 2, ALIKE) == ["a", "c"]  # e has no signal; c has little, but the others are not like them
     even = dataclasses.replace(ALIKE, variances_N=np.array([1 / 64, 0.25, 0.25, 0.25, 0.0, 0.25, 0.25]))

@@ -104,26 +104,19 @@ def test_the_page_says_what_is_read(strategy: type[StrategyTable]) -> None:
     assert letters == {LETTERS[need] for need in strategy.needs} | OPTIONAL.get(strategy, set())
 
 
-def test_who_is_charged_for_collection() -> None:
-    free = {name for name in presets() if not with_preset(name).select.strategy.reads_trajectories}
+def test_who_collects() -> None:
+    free = {name for name in presets() if not with_preset(name).select.strategy.collects}
     online = {name for name in free if with_preset(name).select.strategy.chooses_online}
     assert free - online == {"full", "random", "random-redrawn", "dapo", "similarity"}
     by_rewards = {"mopps", "bots", "thompson", "thompson-dapo", "lze", "similarity-learnability-words"}
-    assert online == by_rewards | {"bmc", "bmc-t", "similarity-learnability-hidden", "online"}
+    assert online == by_rewards | {"bmc", "bmc-t", "similarity-learnability-hidden", "cropi"}
     assert {name for name in online if not with_preset(name).select.strategy.reads_representations} == by_rewards
-    assert {name for name in online if with_preset(name).select.strategy.reads_influence} == {"online"}
+    assert {name for name in online if with_preset(name).select.strategy.reads_influence} == {"cropi"}
 
 
 def test_who_trains_on_all_that_it_keeps() -> None:
     online = {of_type(strategy) for strategy in STRATEGIES if strategy.chooses_online}
     assert {of_type(strategy) for strategy in STRATEGIES if strategy.takes_all} == {"full"} | online
-
-
-def test_fresh_trajectories_go_to_those_that_have_use_for_them() -> None:
-    for name in ("gradalign", "acc-greedy"):
-        config = with_preset(name)
-        assert config.refresh.fraction == 1
-        assert config.select.strategy.follows_trajectories
 
 
 def test_the_paper_is_set_in_full() -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,9 +10,7 @@ import pytest
 from tests.distributed.launching import launch, launch_ok
 from tests.runs import SMALL, cropi, cropi_ok, evaluations, json_lines, selections
 
-from cropi.artifacts import TRAJECTORIES, read_table
 from cropi.streams import read_jsonl
-from cropi.training.rollout_recorder import rollout_files
 
 pytestmark = pytest.mark.slow
 
@@ -27,7 +23,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     folders = []
     for processes in (1, 2):
         cwd = tmp_path_factory.mktemp("run")
-        arguments = ["run", "quickstart", *SMALL, "refresh.reuse_rollouts=true"]
+        arguments = ["run", "quickstart", *SMALL]
         done = cropi(*arguments, cwd=cwd) if processes == 1 else launch(2, *arguments, cwd=cwd)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("report: runs/quickstart/report.html") == 1
@@ -73,20 +69,6 @@ def test_steps_and_metrics_are_written_once(runs: list[Path]) -> None:
     assert len(evaluations(runs[0])) == len(evaluations(runs[1]))
 
 
-def test_rollouts_of_both_processes_are_kept_and_used(runs: list[Path]) -> None:
-    two = runs[1]
-    files = rollout_files(two / "rollouts")
-    assert list(files) == [(step, 0, rank) for step in range(6) for rank in range(2)]
-    for step, row in enumerate(lines(two, "rewards.jsonl")):
-        kept = [read_table(files[step, 0, rank], TRAJECTORIES).to_pylist() for rank in range(2)]
-        assert {r["prompt_id"] for part in kept for r in part} <= set(row["prompt_ids"])
-        assert all(math.isfinite(value) for part in kept for r in part for value in r["behaviour_logprobs"])
-    manifest = json.loads((two / "reused/stage-001/manifest.json").read_text())
-    assert manifest["details"]["prompts"] == len(
-        {i for row in lines(two, "rewards.jsonl")[:3] for i in row["prompt_ids"]}
-    )
-
-
 def test_a_run_of_two_is_read_and_gone_on_with_by_one(runs: list[Path], tmp_path: Path) -> None:
     """Its report, an explanation, and the rest of its training."""
     shutil.copytree(runs[1].parents[1], tmp_path / "copy")
@@ -96,7 +78,6 @@ def test_a_run_of_two_is_read_and_gone_on_with_by_one(runs: list[Path], tmp_path
     shutil.rmtree(cwd / RUN / "checkpoints" / "checkpoint-6")
     cropi_ok("train", "runs/quickstart", cwd=cwd)
     assert [row["step"] for row in lines(cwd / RUN, "rewards.jsonl")] == list(range(6))
-    assert list(rollout_files(cwd / RUN / "rollouts"))[-1] == (5, 0, 0)
 
 
 def test_commands_of_one_process_work_once_under_a_launcher(runs: list[Path]) -> None:

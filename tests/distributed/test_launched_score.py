@@ -25,7 +25,6 @@ POOL = [
 WAYS = {
     "influence": [],
     "with errors": ["score.standard_errors=true"],
-    "pooled": ["select.strategy={type: pooled}"],
     "learnalign": ["select.strategy={type: learnalign}"],
     "exact": ["score.estimator=exact"],
     "autograd": ["score.estimator=reference", "select.strategy={type: influence}"],

@@ -36,14 +36,14 @@ def sampled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     collect(made)
     made.folder.unlock()
     prompts = made.folder.train_prompts
-    rows = made.trajectories.base["train"].to_pylist()
+    rows = made.trajectories.tables["train"].to_pylist()
     return [row | {"text": json.loads(prompts[row["prompt_id"]]["messages"])} for row in rows]
 
 
 @pytest.fixture
-def half(tmp_path: Path) -> Run:
-    """A run of the same prompts that has sampled half of them."""
-    made = Run(load_config("quickstart", [*SMALL, *OPTIONS, "collect.fraction=0.5", f"run_dir={tmp_path}"]))
+def other(tmp_path: Path) -> Run:
+    """A run of the same prompts with other trajectories."""
+    made = Run(load_config("quickstart", [*SMALL, *OPTIONS, "collect.num_generations=4", f"run_dir={tmp_path}"]))
     collect(made)
     yield made
     made.folder.unlock()
@@ -67,12 +67,12 @@ def write_trl(path: Path, rows: list[dict[str, Any]], step: int) -> Path:
 
 @pytest.mark.parametrize("write", [write_verl, write_trl])
 def test_a_dump_of_a_run_s_own_trajectories_is_these(
-    sampled: list[dict[str, Any]], half: Run, write: Any, tmp_path: Path
+    sampled: list[dict[str, Any]], other: Run, write: Any, tmp_path: Path
 ) -> None:
     """Tokens, verdicts, rewards, ends and log-probs, in the order sampled: all but the numbering is equal."""
     path = tmp_path / ("1.jsonl" if write is write_verl else "completions_00001.parquet")
-    manifest = imported(half, write(path, sampled, 1))
-    rows = {(r["prompt_id"], r["sample"]): r for r in read_trajectories(half.paths.imported)["train"].to_pylist()}
+    manifest = imported(other, write(path, sampled, 1))
+    rows = {(r["prompt_id"], r["sample"]): r for r in read_trajectories(other.paths.imported)["train"].to_pylist()}
     assert len(rows) == len(sampled) == sum(manifest.counts.values())
     for expected in sampled:
         found = rows[expected["prompt_id"], expected["sample"]]
@@ -81,11 +81,14 @@ def test_a_dump_of_a_run_s_own_trajectories_is_these(
             assert found[name] == expected[name], name
 
 
-def test_selections_know_of_them(sampled: list[dict[str, Any]], half: Run, tmp_path: Path) -> None:
-    """Prompts that were not sampled have the pass rate of their imported completions."""
-    imported(half, write_verl(tmp_path / "1.jsonl", sampled, 1))
-    select(half, 0)
-    rows = read_table(half.paths.selection(0) / "selection.parquet", SELECTION).to_pylist()
+def test_selections_know_of_them(sampled: list[dict[str, Any]], other: Run, tmp_path: Path) -> None:
+    """Prompts have the pass rate of their imported completions."""
+    imported(other, write_verl(tmp_path / "1.jsonl", sampled, 1))
+    other.folder.unlock()
+    other = Run(other.config)
+    select(other, 0)
+    other.folder.unlock()
+    rows = read_table(other.paths.selection(0) / "selection.parquet", SELECTION).to_pylist()
     rates: dict[str, list[float]] = {}
     for row in sampled:
         rates.setdefault(row["prompt_id"], []).append(row["reward"])
@@ -95,7 +98,7 @@ def test_selections_know_of_them(sampled: list[dict[str, Any]], half: Run, tmp_p
 
 
 def test_the_newest_step_with_a_group_counts_and_strangers_are_counted(
-    sampled: list[dict[str, Any]], half: Run, tmp_path: Path
+    sampled: list[dict[str, Any]], other: Run, tmp_path: Path
 ) -> None:
     mine = [row for row in sampled if row["prompt_id"] == sampled[0]["prompt_id"]]
     stranger = mine[0] | {"text": "what is love"}
@@ -104,19 +107,19 @@ def test_the_newest_step_with_a_group_counts_and_strangers_are_counted(
     write_verl(folder / "1.jsonl", [r | {"completion": "answer 1"} for r in mine], 1)
     write_verl(folder / "2.jsonl", [r | {"completion": "answer 2"} for r in mine[:3]] + [stranger], 2)
     write_verl(folder / "3.jsonl", [mine[0] | {"completion": "answer 3"}], 3)  # one completion is no group
-    manifest = imported(half, folder)
-    rows = read_trajectories(half.paths.imported)["train"].to_pylist()
+    manifest = imported(other, folder)
+    rows = read_trajectories(other.paths.imported)["train"].to_pylist()
     assert [row["completion"] for row in rows] == ["answer 2"] * 3
     assert manifest.details["left_out"] == len(mine) + 2
 
 
 def test_what_was_scored_by_other_trajectories_is_in_the_way(
-    sampled: list[dict[str, Any]], half: Run, tmp_path: Path
+    sampled: list[dict[str, Any]], other: Run, tmp_path: Path
 ) -> None:
     path = write_verl(tmp_path / "1.jsonl", sampled, 1)
-    select(half, 0)
+    select(other, 0)
     with pytest.raises(ArtifactError, match="made from earlier trajectories"):
-        imported(half, path)
+        imported(other, path)
 
 
 @pytest.mark.parametrize(
@@ -128,19 +131,19 @@ def test_what_was_scored_by_other_trajectories_is_in_the_way(
         ("a.jsonl", '{"input": "x", "output": "y", "step": 1}\n', "no two rollouts belong to one training prompt"),
     ],
 )
-def test_what_cannot_be_read_is_refused(half: Run, name: str, content: str, message: str, tmp_path: Path) -> None:
+def test_what_cannot_be_read_is_refused(other: Run, name: str, content: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / name
     path.write_text(content)
     with pytest.raises(DataError, match=message):
-        imported(half, path)
+        imported(other, path)
     with pytest.raises(DataError, match="holds no rollouts"):
-        imported(half, tmp_path / "nowhere.jsonl")
+        imported(other, tmp_path / "nowhere.jsonl")
 
 
-def test_what_trl_writes_while_it_trains_on_an_export_comes_back(half: Run, tmp_path: Path) -> None:
+def test_what_trl_writes_while_it_trains_on_an_export_comes_back(other: Run, tmp_path: Path) -> None:
     """Export, two steps of TRL's own trainer, import: every prompt of the selection that was trained on."""
-    select(half, 0)
-    export(half.folder, half.paths, 0, "trl", None, tmp_path / "stage")
+    select(other, 0)
+    export(other.folder, other.paths, 0, "trl", None, tmp_path / "stage")
     rows = datasets.load_dataset("parquet", data_files=str(tmp_path / "stage" / "train.parquet"), split="train")
     trained = GRPOTrainer(
         model=str(POLICY_DIR),
@@ -151,7 +154,7 @@ def test_what_trl_writes_while_it_trains_on_an_export_comes_back(half: Run, tmp_
             bf16=False,
             per_device_train_batch_size=16,
             num_generations=4,
-            max_completion_length=half.config.collect.max_completion_length,
+            max_completion_length=other.config.collect.max_completion_length,
             max_steps=2,
             logging_steps=1,
             log_completions=True,
@@ -163,10 +166,10 @@ def test_what_trl_writes_while_it_trains_on_an_export_comes_back(half: Run, tmp_
         train_dataset=rows,
     )
     trained.train()
-    shutil.rmtree(half.paths.selection(0))
-    manifest = imported(half, tmp_path / "trained" / "completions")
+    shutil.rmtree(other.paths.selection(0))
+    manifest = imported(other, tmp_path / "trained" / "completions")
     assert manifest.details["prompts"] == 8
     assert manifest.details["left_out"] == 0
-    found = read_trajectories(half.paths.imported)["train"].to_pylist()
+    found = read_trajectories(other.paths.imported)["train"].to_pylist()
     assert {row["prompt_id"] for row in found} <= set(rows["prompt_id"])
     assert {len([r for r in found if r["prompt_id"] == i]) for i in {row["prompt_id"] for row in found}} == {4}

@@ -80,8 +80,8 @@ def uniform(engine: Engine, parts: Sequence[Segment], divisible: bool) -> Tensor
 def structured(engine: Engine, parts: Sequence[Segment], divisible: bool) -> Tensor:
     gradients = random_gradients(engine.model, 3)
     directions = {name: principal_directions(gradients[name], gradients[name][0], 3) for name in engine.matrices}
-    projection = SparseProjection(64, 0.3, 5, row_fraction=0.5)
-    gradient_map = StructuredMap(projection, engine.parameters, directions, engine.vocabulary)
+    projection = SparseProjection(64, 0.3, 5)
+    gradient_map = StructuredMap(projection, engine.parameters, directions)
     reader = SketchReader(gradient_map, len(TRAIN), torch.float64)
     engine.run(parts, reader, divisible=divisible)
     return reader.features_ND

@@ -1,4 +1,4 @@
-"""Errors from halves of a group, and the validation prompts' own influence, against the reference estimator."""
+"""Errors from halves of a group, and the warning of drift."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ from tests.gradients.architectures import GROUPS, SETTINGS, draw_group, tiny
 
 from cropi.functional.projection import SparseProjection
 from cropi.gradients.influence_scorer import Scorer, ScorerOptions
-from cropi.gradients.reference import prompt_gradient
-from cropi.gradients.score_reliability import half_factors, score_by_halves
-from cropi.gradients.validation_scores import score_validation_prompts
+from cropi.gradients.score_reliability import drift_warning, half_factors, score_by_halves
 
 pytestmark = pytest.mark.usefixtures("unchecked_shapes")
 
@@ -64,31 +62,17 @@ def test_squared_error_is_the_variance_over_draws() -> None:
     np.testing.assert_allclose(squared_V, variance_V, rtol=0.35)
 
 
-def test_validation_prompts_do_not_count_for_themselves() -> None:
-    rows, computed = score_validation_prompts(aimed(), VALIDATION)
-    model = tiny("gpt_neox")
-    gradients = {
-        name: [prompt_gradient(model, group, SETTINGS, batch_tokens=1 << 20).gradients for group in groups]
-        for name, groups in VALIDATION.items()
-    }
-    assert computed > 0
-    assert [(row["set"], row["prompt_id"]) for row in rows] == [
-        (name, group.prompt_id) for name, groups in VALIDATION.items() for group in groups
-    ]
-    at = 0
-    for name, own in gradients.items():
-        for j, mine in enumerate(own):
-            for column, others in gradients.items():
-                rest = [g for k, g in enumerate(others) if not (column == name and k == j)]
-                mean = {p: sum(g[p].double() for g in rest) / len(rest) for p in mine}
-                wanted = float(sum((mine[p].double() * mean[p]).sum() for p in mine))
-                lengths = [float(sum((g[p].double() ** 2).sum() for p in mine)) ** 0.5 for g in (mine, mean)]
-                assert abs(rows[at][f"influence/{column}"] - wanted) < 5e-3 * lengths[0] * lengths[1]
-            at += 1
-
-
-def test_the_only_prompt_of_a_set_says_nothing_of_it() -> None:
-    scorer = Scorer(tiny("gpt_neox"), SETTINGS, ScorerOptions(projection=NEARLY_EXACT))
-    scorer.aim({"a": GROUPS[:1]})
-    rows, _ = score_validation_prompts(scorer, {"a": GROUPS[:1]})
-    assert rows[0]["influence/a"] == 0.0
+@pytest.mark.parametrize(
+    ("drift", "said"),
+    [
+        (None, None),
+        ({"ratio_ess": 0.5, "clip_share": 0.3, "kl": 0.1}, None),
+        ({"ratio_ess": 0.49, "clip_share": 0.0, "kl": 0.0}, "keeps 49% of its effective"),
+        ({"ratio_ess": 1.0, "clip_share": 0.31, "kl": 0.0}, "31% of the importance ratios"),
+        ({"ratio_ess": 1.0, "clip_share": 0.0, "kl": 0.25}, "0.25 nats a token"),
+    ],
+)
+def test_drift_is_told_beyond_its_limits_only(drift: dict[str, float] | None, said: str | None) -> None:
+    text = drift_warning(drift, 2)
+    assert (text is None) == (said is None)
+    assert said is None or (str(text).startswith("stage 2: ") and said in str(text))

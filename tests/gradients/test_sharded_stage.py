@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from cropi import parallel
 from cropi.artifacts import read_table
-from cropi.gradients import score_shards, validation_scores
+from cropi.gradients import score_shards
 from cropi.gradients.surrogate_weights import surrogate_settings
 from cropi.run_tables import scores_schema
 from cropi.stages.score import ScoredPool, score_pool
@@ -27,7 +27,6 @@ WAYS = {
     "parts": [],
     "errors": ["score.standard_errors=true"],
     "exact": ["score.estimator=exact"],
-    "pooled": ["select.strategy={type: pooled}"],
     "store": ["score.store=float32"],
 }
 
@@ -46,7 +45,6 @@ def scored(folder: Path) -> list[dict[str, Any]]:
 def pieces_of_three(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten groups are four pieces, the last of one group: the processes have different work."""
     monkeypatch.setattr(score_shards, "SHARD_PROMPTS", 3)
-    monkeypatch.setattr(validation_scores, "PIECE", 2)
 
 
 def shared(overrides: Sequence[str], folder: Path, mesh: DeviceMesh) -> None:

@@ -23,9 +23,6 @@ PROJECTIONS = {
     "rank 0": SparseProjection(dim=37, keep_fraction=0.3, seed=4, rank=0),
     "rank 3": SparseProjection(dim=1 << 15, keep_fraction=0.3, seed=5, rank=3),
     "rank 8": SparseProjection(dim=512, keep_fraction=0.1, seed=6, rank=8),
-    "rank 0, half the rows": SparseProjection(dim=512, keep_fraction=0.3, seed=7, rank=0, row_fraction=0.5),
-    "rank 3, half the rows": SparseProjection(dim=37, keep_fraction=0.3, seed=8, rank=3, row_fraction=0.5),
-    "rank 8, half the rows": SparseProjection(dim=1 << 15, keep_fraction=0.5, seed=9, rank=8, row_fraction=0.5),
 }
 
 Gradients = dict[str, Tensor]
@@ -41,19 +38,15 @@ def random_directions(shapes: dict[str, tuple[int, ...]], matrices: set[str], ra
     return {name: principal_directions(gradients[name], gradients[name].mean(dim=0), rank) for name in sorted(matrices)}
 
 
-def make_map(
-    projection: SparseProjection, shapes: dict[str, tuple[int, ...]], directions: Gradients, vocabulary: set[str]
-) -> GradientMap:
+def make_map(projection: SparseProjection, shapes: dict[str, tuple[int, ...]], directions: Gradients) -> GradientMap:
     """The map for parameters of the given shapes."""
     parameters = {name: nn.Parameter(torch.zeros(shape, dtype=torch.float64)) for name, shape in shapes.items()}
     if projection.mask == "uniform":
         return UniformMap(projection, parameters)
-    return StructuredMap(projection, parameters, directions, vocabulary)
+    return StructuredMap(projection, parameters, directions)
 
 
-def written_out(
-    projection: SparseProjection, gradients: Gradients, directions: Gradients, vocabulary: set[str]
-) -> Tensor:
+def written_out(projection: SparseProjection, gradients: Gradients, directions: Gradients) -> Tensor:
     """The feature from the definition: which numbers are kept, how they are scaled, and where each one goes."""
     feature_D = torch.zeros(projection.dim, dtype=torch.float64)
 
@@ -73,13 +66,9 @@ def written_out(
             along = gradient @ directions[name]
             add(f"{name}/directions", torch.arange(along.numel()), along)
             rest = gradient - along @ directions[name].T
-            outs, ins = gradient.shape
-            columns = projection.subset(name, "columns", ins, projection.keep_fraction / projection.row_fraction)
-            rows = projection.subset(name, "rows", outs, projection.row_fraction)
-            if projection.row_fraction == 1 or name in vocabulary:
-                rows = torch.arange(outs)
-            kept = rest[rows][:, columns]
-            add(name, places[rows][:, columns], kept * (rest.numel() / kept.numel()) ** 0.5)
+            columns = projection.subset(name, "columns", gradient.shape[1], projection.keep_fraction)
+            kept = rest[:, columns]
+            add(name, places[:, columns], kept * (rest.numel() / kept.numel()) ** 0.5)
     return feature_D
 
 
@@ -96,12 +85,12 @@ def test_features_are_projections_of_whole_gradients(model: Any, kind: str) -> N
     engine = Engine(model, SETTINGS, 30)
     shapes = {name: tuple(parameter.shape) for name, parameter in engine.parameters.items()}
     directions = random_directions(shapes, engine.matrices, projection.rank)
-    gradient_map = make_map(projection, shapes, directions, engine.vocabulary)
+    gradient_map = make_map(projection, shapes, directions)
     reader = SketchReader(gradient_map, len(GROUPS), torch.float64)
     engine.run([segment_of(row, group, SETTINGS) for row, group in enumerate(GROUPS)], reader)
     for row, group in enumerate(GROUPS):
         gradients = prompt_gradient(model, group, SETTINGS, batch_tokens=1).gradients
-        expected = written_out(projection, gradients, directions, engine.vocabulary)
+        expected = written_out(projection, gradients, directions)
         assert relative_gap(project(gradient_map, gradients), expected) < 1e-9
         assert relative_gap(reader.features_ND[row], expected) < 1e-9
 
@@ -128,7 +117,6 @@ MASKS = {
     "uniform": SparseProjection(dim=64, keep_fraction=0.3, mask="uniform"),
     "rank 0": SparseProjection(dim=64, keep_fraction=0.3, rank=0),
     "rank 3": SparseProjection(dim=64, keep_fraction=0.3, rank=3),
-    "half the rows": SparseProjection(dim=64, keep_fraction=0.25, rank=2, row_fraction=0.5),
 }
 
 
@@ -153,7 +141,7 @@ def products_over_seeds(
     directions = random_directions(shapes, MATRICES & set(shapes), projection.rank)
     found = []
     for seed in range(seeds):
-        gradient_map = make_map(reseeded(projection, seed), shapes, directions, {"head"})
+        gradient_map = make_map(reseeded(projection, seed), shapes, directions)
         found.append(float(project(gradient_map, u) @ project(gradient_map, v)))
     return torch.tensor(found, dtype=torch.float64), directions
 
@@ -226,7 +214,7 @@ def test_nothing_but_the_sketch_is_left_to_chance_within_the_directions() -> Non
     """A gradient whose inputs lie in the span of U is kept whole, however little of the rest is."""
     shapes = {"w": (6, 20)}
     directions = random_directions(shapes, {"w"}, 4)
-    gradient_map = make_map(SparseProjection(1 << 17, 0.05, seed=3, rank=4), shapes, directions, set())
+    gradient_map = make_map(SparseProjection(1 << 17, 0.05, seed=3, rank=4), shapes, directions)
     generator = torch.Generator().manual_seed(5)
     u, v = (torch.randn(6, 4, dtype=torch.float64, generator=generator) @ directions["w"].T for _ in range(2))
     found = float(project(gradient_map, {"w": u}) @ project(gradient_map, {"w": v}))
@@ -241,10 +229,10 @@ def test_a_parameters_bits_do_not_depend_on_other_parameters(mask: str) -> None:
     parts = []
     for name in shapes:
         kept = {key: value for key, value in directions.items() if key == name}
-        alone = make_map(MASKS[mask], {name: shapes[name], "other": (1,)}, kept, {"head"})
+        alone = make_map(MASKS[mask], {name: shapes[name], "other": (1,)}, kept)
         parts.append(project(alone, {name: gradients[name]}))
         assert bool(parts[-1].any()), name
-    together = make_map(MASKS[mask], dict(reversed(shapes.items())), directions, {"head"})
+    together = make_map(MASKS[mask], dict(reversed(shapes.items())), directions)
     assert relative_gap(project(together, gradients), sum(parts)) < 1e-12
 
 
@@ -255,10 +243,10 @@ def test_a_policy_of_which_the_embedding_alone_is_trained() -> None:
     engine = Engine(model, SETTINGS, 1000)
     for projection in (PROJECTIONS["uniform"], PROJECTIONS["rank 3"]):
         shapes = {name: tuple(parameter.shape) for name, parameter in engine.parameters.items()}
-        reader = SketchReader(make_map(projection, shapes, {}, set()), 1, torch.float64)
+        reader = SketchReader(make_map(projection, shapes, {}), 1, torch.float64)
         engine.run([segment_of(0, GROUPS[0], SETTINGS)], reader)
         gradients = prompt_gradient(model, GROUPS[0], SETTINGS).gradients
-        assert relative_gap(reader.features_ND[0], written_out(projection, gradients, {}, set())) < 1e-9
+        assert relative_gap(reader.features_ND[0], written_out(projection, gradients, {})) < 1e-9
 
 
 def test_float32_features_are_those_of_float64_rounded() -> None:
@@ -269,7 +257,7 @@ def test_float32_features_are_those_of_float64_rounded() -> None:
     for dtype in (torch.float32, torch.float64):
         engine = Engine(model.to(dtype), SETTINGS, 1000)
         parameters, directions = engine.parameters, random_directions(shapes, engine.matrices, 3)
-        gradient_map = StructuredMap(PROJECTIONS["rank 3"], parameters, directions, engine.vocabulary)
+        gradient_map = StructuredMap(PROJECTIONS["rank 3"], parameters, directions)
         reader = SketchReader(gradient_map, len(GROUPS), dtype)
         engine.run([segment_of(row, group, SETTINGS) for row, group in enumerate(GROUPS)], reader)
         features.append(reader.features_ND)

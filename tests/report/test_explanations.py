@@ -1,13 +1,10 @@
 import json
 import shutil
 
-import numpy as np
 import pytest
 
 from cropi.artifacts import SELECTION, finish, write_table
-from cropi.curriculum.choose import choose, selection_table
 from cropi.curriculum.strategies import InfluenceStrategy, LearnabilityStrategy, PassRateStrategy
-from cropi.curriculum.strategy import Candidates, Ranking
 from cropi.errors import ArtifactError, UserError
 from cropi.report.explanations import LEGEND, WHY_NOT, Cut, SetInfluence, Trained, as_text, explanations, outcome
 from cropi.run_tables import scores_schema
@@ -195,33 +192,6 @@ def test_nothing_made_yet(fabricate):
     space = fabricate(stages_scored=0, stages_selected=0, trained=False)
     with pytest.raises(ArtifactError, match="neither scores nor a selection"):
         explained(space, "p000")
-
-
-# -- outcomes of real selections ---------------------------------------------------------------------------------------
-
-
-def outcomes(fabricate, sources, size, **settings):
-    """Prompts p000, p001, ... with falling influence, chosen by `select`: what is said of each."""
-    ids = [f"p{number:03}" for number in range(len(sources))]
-    values_N = np.arange(len(ids), 0.0, -1.0)
-    candidates = Candidates(ids, sources, ["ok"] * len(ids), values_N / 10, values_N, {}, {}, 0, 0)
-    ranking = Ranking(values_N, np.ones(len(ids), dtype=bool), "influence", {})
-    select = {"strategy": {"type": "influence"}, "fraction": 0.5, **settings}
-    space = fabricate(prompts=len(ids), settings={"select": select}, stages_selected=0, stages_scored=1, trained=False)
-    chosen = choose(candidates, ranking, size, space.config.select.exploration)
-    rows = selection_table(candidates, ranking, chosen).to_pylist()
-    folder = space.stages.selection(0)
-    write_table(folder / "selection.parquet", rows, SELECTION)
-    finish(folder, "selection", inputs={}, counts={}, details={"asked_for": size})
-    return [found.stages[0].outcome for found in explained(space, *ids).values()]
-
-
-def test_explored_prompts_do_not_move_the_cut(fabricate):
-    first, second, *others = outcomes(fabricate, list("xxxxxx"), 4, exploration=0.5)
-    assert (first, second) == ("selected (influence: #1)", "selected (influence: #2)")
-    assert others.count("selected (exploration)") == 2
-    assert [text for text in others if text.endswith(", cut at 2")] == [t for t in others if t[:6] == "ranked"]
-    assert len([text for text in others if text[:6] == "ranked"]) == 2
 
 
 @pytest.mark.parametrize(

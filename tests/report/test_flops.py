@@ -7,14 +7,14 @@ from cropi.loading import load_config
 from cropi.report.flops import flops, score_multiple
 
 COLLECTED = {"tokens": 30, "prompt_tokens": 10, "passes": 2}
-SCREENED = COLLECTED | {"passes": 1}
+GENERATED = COLLECTED | {"passes": 1}
 SCORED = {"tokens": 100, "computed_tokens": 50, "validation_tokens": 7}
 BATCH = {"tokens": 16, "prompt_tokens": 4}
 QUICKSTART = ["trainer.beta=0.0"]
 
 
 def test_operations_by_phase():
-    found = flops(load_config("quickstart", QUICKSTART), 1000, [COLLECTED, SCREENED], [SCORED], [BATCH])
+    found = flops(load_config("quickstart", QUICKSTART), 1000, [COLLECTED, GENERATED], [SCORED], [BATCH])
     # A forward pass of a token is 2 x 1000 operations.
     assert found.collect == 2000 * (2 * 40 + 40)
     assert found.score == 2000 * (2 * 50 + 3 * 7)
@@ -40,12 +40,12 @@ def test_passes_over_a_batch(overrides: list[str], passes: int):
     ],
 )
 def test_what_a_token_of_the_pool_costs(overrides: list[str], multiple: int):
-    config = load_config("quickstart", ["select.strategy=influence", "score.standard_errors=false", *overrides])
+    config = load_config("quickstart", ["select.strategy=influence", *overrides])
     assert score_multiple(config.score, len(config.prompts.validation)) == multiple
 
 
 def test_validation_gradients_that_are_scaled_are_made_twice():
-    config = load_config("quickstart", ["select.strategy=influence", "score.validation_mean=normalized"])
+    config = load_config("quickstart", ["select.strategy=learnalign"])
     assert flops(config, 1, [], [SCORED], []).score == 2 * (2 * 50 + 6 * 7)
 
 
@@ -63,7 +63,7 @@ def test_tokens_that_are_only_read_cost_a_forward_pass():
 
 
 def test_of_refilled_batches_all_is_generated_and_a_batch_trained():
-    config = load_config("quickstart", [*QUICKSTART, "train.dynamic_sampling=2"])
+    config = load_config("quickstart", [*QUICKSTART, "select.strategy=full", "train.dynamic_sampling=2"])
     batches = [
         {"step": 0, "prompt_ids": ["p"] * 8, "tokens": 60, "prompt_tokens": 20},
         {"step": 0, "prompt_ids": ["q"] * 2, "tokens": 15, "prompt_tokens": 5},

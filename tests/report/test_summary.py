@@ -132,7 +132,7 @@ def test_the_paragraph_of_an_interrupted_run(fabricate):
 
 def test_the_paragraph_of_full(fabricate):
     text = headline(summary_of(fabricate(strategy="full", evaluations=STEADY)))
-    assert text.startswith("After 8 steps, `full` (all 12 prompts) solves 0.62")
+    assert text.startswith("After 8 steps, `full` (pool of 12 prompts) solves 0.62")
 
 
 def test_a_run_without_targeted_sets_says_so(fabricate):

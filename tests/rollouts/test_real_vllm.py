@@ -66,14 +66,14 @@ def engine_processes() -> set[int]:
 
 
 def test_greedy_completions_are_those_of_transformers(policy: Policy, engine: VllmGenerator) -> None:
-    asked, greedy = prompts(policy, 40), Sampling(24, None, 1.0)
+    asked, greedy = prompts(policy, 40), Sampling(24, None)
     found = engine(asked, greedy, seed=1)
     assert found == TransformersGenerator(policy, 40)(asked, greedy, seed=1)
     assert all(completion[-1] in policy.eos_ids for completion in found)
 
 
 def test_samples_are_drawn_by_their_seeds_and_as_the_policy_draws(policy: Policy, engine: VllmGenerator) -> None:
-    sampling = Sampling(1, 2.0, 1.0)
+    sampling = Sampling(1, 2.0)
     [prompt] = prompts(policy, 1)
     drawn = engine([prompt] * 2000, sampling, seed=1)
     assert drawn == engine([prompt] * 2000, sampling, seed=1)
@@ -114,7 +114,7 @@ def test_its_server_killed_in_mid_collection_and_started_again_loses_and_doubles
 def test_a_run_collects_through_it_and_its_processes_are_gone(
     policy: Policy, engine: VllmGenerator, tmp_path: Path
 ) -> None:
-    engine(prompts(policy, 1), Sampling(1, None, 1.0), seed=1)
+    engine(prompts(policy, 1), Sampling(1, None), seed=1)
     before = engine_processes()
     assert before, "those of an engine that is in use are seen"
     few = ["collect.num_generations=4", "collect.validation_num_generations=4"]
@@ -123,7 +123,7 @@ def test_a_run_collects_through_it_and_its_processes_are_gone(
     for name in ("once", "again"):
         pipeline = Run(load_config("quickstart", [*SMALL, *few, vllm, f"run_dir={tmp_path}", f"name={name}"]))
         manifest = collect(pipeline)
-        found.append([row for table in pipeline.trajectories.base.values() for row in table.to_pylist()])
+        found.append([row for table in pipeline.trajectories.tables.values() for row in table.to_pylist()])
         pipeline.folder.unlock()
         assert sum(manifest.counts.values()) == len(found[-1]) > 50
     assert [row["completion"] for row in found[0]] == [row["completion"] for row in found[1]]

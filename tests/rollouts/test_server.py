@@ -25,6 +25,7 @@ from cropi.config import PolicyConfig, ServerConfig
 from cropi.errors import PolicyError
 from cropi.policy import Policy, load_policy
 from cropi.prompt_encoding import encode_prompts
+from cropi.rollouts import server
 from cropi.rollouts.generation import Sampling
 from cropi.rollouts.server import ServerGenerator
 
@@ -113,10 +114,12 @@ def said(text: Any, reason: Any = "stop", **more: Any) -> tuple[int, Any]:
 
 
 def ask(policy: Policy, fake: Fake, length: int = 8, **settings: Any) -> list[list[int]]:
-    given: dict[str, Any] = {"url": fake.url, "model": "m", "patience": 5.0} | settings
-    config = ServerConfig(**given)
-    generate = ServerGenerator(policy, config)
-    return generate(encode_prompts(policy.tokenizer, PROMPTS), Sampling(length, 0.7, 0.9), seed=3)
+    concurrency, patience = settings.pop("concurrency", 64), settings.pop("patience", 5.0)
+    given: dict[str, Any] = {"url": fake.url, "model": "m"} | settings
+    generate = ServerGenerator(policy, ServerConfig(**given), concurrency)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(server, "PATIENCE_S", patience)
+        return generate(encode_prompts(policy.tokenizer, PROMPTS), Sampling(length, 0.7), seed=3)
 
 
 def test_texts_become_tokens_in_order_and_end_where_the_server_stopped(policy: Policy, serving: Any) -> None:
@@ -126,7 +129,7 @@ def test_texts_become_tokens_in_order_and_end_where_the_server_stopped(policy: P
     assert texts == [f"answer {n}" for n in range(6)]
     assert all(ids[-1] == policy.tokenizer.eos_token_id for ids in completions)
     body = fake.bodies[0]
-    assert (body["max_tokens"], body["temperature"], body["top_p"], body["top_k"]) == (8, 0.7, 0.9, -1)
+    assert (body["max_tokens"], body["temperature"], body["top_p"], body["top_k"]) == (8, 0.7, 1.0, -1)
     assert len({body["seed"] for body in fake.bodies}) == 6
 
 
@@ -386,7 +389,7 @@ def test_ids_may_hold_more_than_a_text_that_was_cut_at_a_stop_string(policy: Pol
 
 
 def test_a_collection_that_ends_over_bad_answers_goes_on_with_the_same_bytes(
-    policy: Policy, serving: Any, tmp_path: Path
+    policy: Policy, serving: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bad = [filled(reply, policy) for reply in BAD.values() if not callable(reply)]
     failing = threading.Event()
@@ -397,8 +400,9 @@ def test_a_collection_that_ends_over_bad_answers_goes_on_with_the_same_bytes(
     fake = serving(answer)
 
     def collect(run_dir: str) -> Any:
-        server = {"url": fake.url, "model": "m", "patience": 0.5, "concurrency": 4}
-        more = ["collect.shard_prompts=8", f"collect.server={json.dumps(server)}"]
+        monkeypatch.setattr(server, "PATIENCE_S", 0.5)
+        of_server = {"url": fake.url, "model": "m"}
+        more = ["collect.shard_prompts=8", "collect.batch_size=4", f"collect.server={json.dumps(of_server)}"]
         return cropi("collect", "quickstart", *SMALL, *more, f"run_dir={run_dir}", cwd=tmp_path)
 
     def parts(run_dir: str) -> dict[str, bytes]:
@@ -438,11 +442,12 @@ def test_settings_that_no_request_can_be_made_of(changes: dict[str, Any], messag
         ServerConfig.model_validate({"url": "http://localhost:8000/v1", "model": "m"} | changes)
 
 
-def test_a_server_that_stays_away_is_given_up(policy: Policy) -> None:
+def test_a_server_that_stays_away_is_given_up(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    generate = ServerGenerator(policy, ServerConfig(url=f"http://127.0.0.1:{port}/v1", model="m", patience=1.0))
+    monkeypatch.setattr(server, "PATIENCE_S", 1.0)
+    generate = ServerGenerator(policy, ServerConfig(url=f"http://127.0.0.1:{port}/v1", model="m"), 4)
     with pytest.raises(PolicyError, match="has not answered for 1 s"):
         generate([[5, 6]], Sampling(4, 1.0), seed=0)
 
@@ -494,7 +499,7 @@ def test_a_prompt_that_does_not_survive_as_text_is_refused(policy: Policy) -> No
             return {"input_ids": [1, *([1] if text.startswith("<s>") else []), 5]}
 
     odd = Policy(policy.model, Begins())  # type: ignore[arg-type]
-    generate = ServerGenerator(odd, ServerConfig(url="http://localhost:1/v1", model="m", prompts="text"))
+    generate = ServerGenerator(odd, ServerConfig(url="http://localhost:1/v1", model="m", prompts="text"), 4)
     with pytest.raises(PolicyError, match="sent as text tokenises into other tokens"):
         generate([[1, 5]], Sampling(4, 1.0), seed=0)
 
@@ -502,7 +507,7 @@ def test_a_prompt_that_does_not_survive_as_text_is_refused(policy: Policy) -> No
 def test_a_text_that_tokenises_otherwise_is_counted(policy: Policy, serving: Any) -> None:
     _, answer = said("answer 1")
     fake = serving(lambda *_: (200, answer | {"usage": {"completion_tokens": 7}}))
-    generate = ServerGenerator(policy, ServerConfig(url=fake.url, model="m"))
+    generate = ServerGenerator(policy, ServerConfig(url=fake.url, model="m"), 4)
     generate(encode_prompts(policy.tokenizer, PROMPTS), Sampling(8, 1.0), seed=0)
     assert generate.retokenized == 6
 

@@ -24,7 +24,7 @@ from cropi.stages.collect import collect
 from cropi.stages.run import Run
 
 WEIGHTS = PolicyConfig(path="builtin", cpu_threads=1)
-SAMPLING = Sampling(8, 0.7, 0.9)
+SAMPLING = Sampling(8, 0.7)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ class Engine:
         Engine.requests += list(zip(prompts, sampling_params, strict=True))
         found = []
         for prompt, parameters in zip(prompts, sampling_params, strict=True):
-            sampling = Sampling(parameters.max_tokens, parameters.temperature or None, parameters.top_p)
+            sampling = Sampling(parameters.max_tokens, parameters.temperature or None)
             generate = TransformersGenerator(Engine.policy, 1)
             [tokens] = generate([prompt["prompt_token_ids"]], sampling, seed=parameters.seed)
             found.append(SimpleNamespace(outputs=[SimpleNamespace(token_ids=(*tokens, 5, 6))]))
@@ -105,7 +105,7 @@ def test_completions_are_plain_samples_in_order_each_with_its_seed(policy: Polic
         ended = truth[-1] in eos
         assert completion == (truth if ended else [*truth, 5, 6])  # what follows the end is cut off
     assert any(truth[-1] in eos for truth in expected)
-    assert {(p.temperature, p.top_p, p.top_k, p.max_tokens) for _, p in Engine.requests} == {(0.7, 0.9, -1, 8)}
+    assert {(p.temperature, p.top_p, p.top_k, p.max_tokens) for _, p in Engine.requests} == {(0.7, 1.0, -1, 8)}
     assert engine(asked, SAMPLING, seed=1) == drawn
     [settings] = Engine.started  # one engine for both calls
     assert settings["model"] == str(POLICY_DIR)
@@ -120,7 +120,7 @@ def test_a_run_collects_through_it_and_gives_its_memory_back(tmp_path: Path) -> 
     Engine.policy = load_policy(config.policy)
     pipeline = Run(config)
     collect(pipeline)
-    rows = [row for table in pipeline.trajectories.base.values() for row in table.to_pylist()]
+    rows = [row for table in pipeline.trajectories.tables.values() for row in table.to_pylist()]
     pipeline.folder.unlock()
     assert len(rows) == len(Engine.requests) > 0
     assert {row["verdict"] for row in rows} >= {"correct", "wrong"}

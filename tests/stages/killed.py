@@ -56,13 +56,18 @@ def collected_through(
 
     try:
         _wait_for(port, log)
-        server_of = {"url": f"http://localhost:{port}/v1", "concurrency": 4, "patience": 240} | dict(settings)
-        more = [f"run_dir={folder}", "collect.shard_prompts=8", "collect.max_completion_length=16"]
+        server_of = {"url": f"http://localhost:{port}/v1"} | dict(settings)
+        more = [
+            f"run_dir={folder}",
+            "collect.shard_prompts=8",
+            "collect.batch_size=4",
+            "collect.max_completion_length=16",
+        ]
         pipeline = Run(load_config("quickstart", [*SMALL, *more, f"collect.server={json.dumps(server_of)}"]))
         threading.Thread(target=interrupt, daemon=True).start()
         manifest = collect(pipeline)
         assert restarted.is_set(), "the server was to be killed before collection had ended"
-        rows = [row for table in pipeline.trajectories.base.values() for row in table.to_pylist()]
+        rows = [row for table in pipeline.trajectories.tables.values() for row in table.to_pylist()]
         pipeline.folder.unlock()
         count = Counter((row["set"], row["prompt_id"], row["sample"]) for row in rows)
         assert len(rows) == len(count) == EXPECTED

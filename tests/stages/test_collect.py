@@ -18,7 +18,7 @@ from cropi.prompts import load_prompts
 from cropi.rewards.pool import judge_of
 from cropi.rollouts import generation
 from cropi.rollouts.generation import Sampling, TransformersGenerator
-from cropi.rollouts.shards import behaviour_logprobs, plan, read_trajectories, sampled_prompts
+from cropi.rollouts.shards import behaviour_logprobs, plan, read_trajectories
 from cropi.stages.collect import Collector
 
 JUDGE = judge_of(load_config("quickstart").verifier, load_config("quickstart").verification)
@@ -136,57 +136,6 @@ def test_a_shard_of_other_prompts_is_refused(policy: Policy, tmp_path: Path) -> 
     assert read_table(part, TRAJECTORIES).num_rows == 16 * 8
 
 
-def test_collecting_again_samples_from_the_policy_as_it_is_now(policy: Policy, tmp_path: Path) -> None:
-    prompts = [row for row in load_prompts(small()) if row["set"] == "train"][:20]
-    moved = load_policy(PolicyConfig(path="builtin", cpu_threads=1))
-    with torch.no_grad():
-        moved.model.model.embed_tokens.weight.mul_(1.3)
-    moved.model.train()
-
-    def anew(folder: Path, stage: int) -> list[dict[str, Any]]:
-        folder.mkdir(exist_ok=True)
-        ledger = Ledger(tmp_path / "ledger.jsonl")
-        counts, details = Collector(small(), moved, JUDGE, ledger).collect_again(prompts, folder, stage)
-        assert sum(counts.values()) == 20 * 8
-        assert details["prompts"] == 20
-        return read_trajectories(folder)["train"].to_pylist()
-
-    rows = anew(tmp_path / "one", 1)
-    assert moved.model.training
-    for row in rows[::20]:
-        own, theirs = (
-            behaviour_logprobs(p, [row["prompt_ids"]], [row["completion_ids"]], 1.0, batch_tokens=64)[0]
-            for p in (moved, policy)
-        )
-        assert row["behaviour_logprobs"] == pytest.approx(own, abs=2e-5)
-        assert row["behaviour_logprobs"] != pytest.approx(theirs, abs=1e-2)
-    entries = Ledger(tmp_path / "ledger.jsonl").entries()
-    assert {(entry["phase"], entry["stage"]) for entry in entries} == {("collect", 1)}
-    assert sum(entry["tokens"] for entry in entries) == sum(len(row["completion_ids"]) for row in rows)
-    parts = {part.name: part.read_bytes() for part in (tmp_path / "one").iterdir()}
-    assert len(parts) == 2
-    next((tmp_path / "one").glob("*-00001.parquet")).unlink()
-    anew(tmp_path / "one", 1)
-    assert {part.name: part.read_bytes() for part in (tmp_path / "one").iterdir()} == parts
-    assert [row["completion_ids"] for row in anew(tmp_path / "two", 2)] != [row["completion_ids"] for row in rows]
-
-
-def test_a_share_of_the_pool_is_sampled_and_the_rest_can_be_told_from_it(policy: Policy, tmp_path: Path) -> None:
-    config = load_config("quickstart", [*SMALL, "collect.fraction=0.3", "seed=4"])
-    prompts = load_prompts(config)
-    pool = {row["prompt_id"] for row in prompts if row["set"] == "train"}
-    chosen = sampled_prompts(config, prompts)
-    assert len(pool) == 48
-    assert len(chosen) == 15  # ceil(0.3 x 48)
-    _, details = Collector(config, policy, JUDGE, Ledger(tmp_path / "ledger.jsonl")).collect(prompts, tmp_path)
-    stored = read_trajectories(tmp_path)
-    assert set(stored["train"].column("prompt_id").to_pylist()) == chosen
-    assert stored["validation/sum"].num_rows == 6 * 8
-    assert details["too_long"] == []
-    larger = load_config("quickstart", [*SMALL, "collect.fraction=0.6", "seed=4"])
-    assert chosen < sampled_prompts(larger, prompts)  # a larger share adds prompts and drops none
-
-
 def test_prompts_beyond_where_rotary_positions_change_are_left_out_of_a_run_that_scores() -> None:
     config = load_config("quickstart", SMALL)
     policy = load_policy(config.policy)
@@ -205,13 +154,13 @@ def test_prompts_beyond_where_rotary_positions_change_are_left_out_of_a_run_that
         plan(config, policy, prompts)
 
 
-def test_what_does_not_fit_is_looked_for_among_those_not_sampled_too(policy: Policy, tmp_path: Path) -> None:
-    config = load_config("quickstart", [*SMALL, "collect.fraction=0.3", "seed=4"])
+def test_a_strategy_that_reads_no_trajectories_collects_none(policy: Policy, tmp_path: Path) -> None:
+    config = load_config("quickstart", [*SMALL, "select.strategy=similarity"])
     prompts = load_prompts(config)
-    left_out = next(
-        r for r in prompts if r["set"] == "train" and r["prompt_id"] not in sampled_prompts(config, prompts)
-    )
-    endless = json.dumps("sum mod 7 : " + "3 " * 4000 + "=")
-    changed = [row | {"messages": endless} if row is left_out else row for row in prompts]
-    _, details = Collector(config, policy, JUDGE, Ledger(tmp_path / "ledger.jsonl")).collect(changed, tmp_path)
-    assert details["too_long"] == [left_out["prompt_id"]]
+    endless = prompts[0] | {"messages": json.dumps("sum mod 7 : " + "3 " * 4000 + "=")}
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    counts, details = Collector(config, policy, JUDGE, ledger).collect([endless, *prompts[1:]], tmp_path)
+    assert counts == {"prompt_too_long": 1}
+    assert details["too_long"] == [prompts[0]["prompt_id"]]
+    assert not list(tmp_path.glob("part-*"))
+    assert not ledger.entries()

@@ -65,7 +65,7 @@ TABLES = {
 
 
 def config(*overrides: str) -> Config:
-    plain = ["score.projection.dim=4096", "score.standard_errors=false"]
+    plain = ["score.projection.dim=4096"]
     return load_config("quickstart", [*SMALL, *plain, *overrides])
 
 

@@ -1,7 +1,6 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -35,9 +34,11 @@ POOL = Candidates(
 )
 
 
-def chosen(strategy: Strategy, size: int, candidates: Candidates = POOL, **settings: Any) -> list[str]:
-    ranking = strategy.rank(candidates, size, settings.pop("fusion", FusionConfig()))
-    rows = selection_table(candidates, ranking, choose(candidates, ranking, size, **settings)).to_pylist()
+def chosen(
+    strategy: Strategy, size: int, candidates: Candidates = POOL, fusion: FusionConfig | None = None
+) -> list[str]:
+    ranking = strategy.rank(candidates, size, fusion or FusionConfig())
+    rows = selection_table(candidates, ranking, choose(candidates, ranking, size)).to_pylist()
     assert sorted(row["prompt_id"] for row in rows) == sorted(candidates.prompt_ids)  # nothing vanishes
     return [row["prompt_id"] for row in rows if row["selected"]]
 
@@ -87,23 +88,6 @@ def test_random_is_fixed_or_redrawn() -> None:
         for prompt_id in chosen(fixed, 1, dataclasses.replace(POOL, seed=seed)):
             counts[prompt_id] += 1
     assert all(abs(count - 80) < 4 * (400 * 0.2 * 0.8) ** 0.5 for count in counts.values())
-
-
-def test_exploration_reaches_prompts_without_signal() -> None:
-    seen = set()
-    for stage in range(40):
-        rows = chosen(InfluenceStrategy(type="influence"), 4, dataclasses.replace(POOL, stage=stage), exploration=0.5)
-        assert len(rows) == 4
-        assert set(rows[:2]) == {"b", "d"}
-        seen |= set(rows)
-    assert "e" in seen
-
-
-def test_exploration_is_never_rounded_away_nor_wasted() -> None:
-    for stage in range(20):
-        rows = chosen(InfluenceStrategy(type="influence"), 4, dataclasses.replace(POOL, stage=stage), exploration=0.01)
-        assert len(rows) == 4
-        assert "f" not in rows  # its answer cannot be read: there is nothing to explore
 
 
 def test_a_fraction_means_what_is_written() -> None:

@@ -42,7 +42,7 @@ def same(first: Weights, second: Weights) -> bool:
 
 @pytest.fixture(scope="module")
 def online(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return run(tmp_path_factory.mktemp("online"), "{type: online}")
+    return run(tmp_path_factory.mktemp("cropi"), "{type: cropi}")
 
 
 def test_nothing_of_the_pool_is_collected_and_every_choice_is_written(online: Path) -> None:
@@ -70,7 +70,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(online: Path, tmp_path: Path)
     shutil.copytree(online.parents[1], tmp_path / "again")
     folder = tmp_path / "again" / "runs" / "run"
     shutil.rmtree(folder / "checkpoints" / "checkpoint-6")
-    run(tmp_path / "again", "{type: online}")
+    run(tmp_path / "again", "{type: cropi}")
     assert same(weights(folder), weights(online))
     choices = [[row["prompt_ids"] for row in json_lines(place / "choices.jsonl")] for place in (folder, online)]
     assert choices[0] == choices[1]
@@ -79,7 +79,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(online: Path, tmp_path: Path)
 
 
 def test_observing_leaves_the_weights_of_plain_training(tmp_path: Path) -> None:
-    observed = run(tmp_path / "observed", "{type: online, observe_only: true}")
+    observed = run(tmp_path / "observed", "{type: cropi, observe_only: true}")
     plain = run(tmp_path / "plain", "{type: full}")
     assert same(weights(observed), weights(plain))
 
@@ -92,7 +92,7 @@ def test_training_does_not_resume_without_the_curriculum_s_state(
     folder = tmp_path / "again" / "runs" / "run" / "checkpoints"
     shutil.rmtree(folder / "checkpoint-6")
     damage(folder / "checkpoint-3" / "curriculum.json")
-    done = cropi("run", "quickstart", *SETTINGS, "select.strategy={type: online}", cwd=tmp_path / "again")
+    done = cropi("run", "quickstart", *SETTINGS, "select.strategy={type: cropi}", cwd=tmp_path / "again")
     assert done.returncode == 2
     assert "curriculum" in done.stderr
 
@@ -101,7 +101,7 @@ def test_where_too_little_is_read_prompts_are_chosen_by_rewards(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("cropi.stages.online_loop.ENOUGH_READ", 1.1)
-    done = cropi("run", "quickstart", *SETTINGS, "select.strategy={type: online}", cwd=tmp_path)
+    done = cropi("run", "quickstart", *SETTINGS, "select.strategy={type: cropi}", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "of the squared gradient can be read" in done.stderr
     why = [row["why"] for row in json_lines(tmp_path / "runs" / "run" / "choices.jsonl")]
@@ -110,14 +110,14 @@ def test_where_too_little_is_read_prompts_are_chosen_by_rewards(
 
 
 def test_dynamic_sampling_is_refused(tmp_path: Path) -> None:
-    settings = [*SETTINGS, "select.strategy={type: online}", "train.dynamic_sampling=2"]
+    settings = [*SETTINGS, "select.strategy={type: cropi}", "train.dynamic_sampling=2"]
     done = cropi("run", "quickstart", *settings, cwd=tmp_path)
     assert done.returncode == 2
     assert "train.dynamic_sampling" in done.stderr
 
 
 def test_several_processes_are_refused(tmp_path: Path) -> None:
-    config = load_config("quickstart", [*SETTINGS, "select.strategy={type: online}"])
+    config = load_config("quickstart", [*SETTINGS, "select.strategy={type: cropi}"])
     with pytest.raises(ConfigError, match="in one process"):
         grpo_config(config, tmp_path, torch.device("cpu"), processes=2)
 
@@ -132,7 +132,7 @@ def test_several_processes_are_refused(tmp_path: Path) -> None:
     ],
 )
 def test_it_reads_under_other_settings(settings: list[str], tmp_path: Path) -> None:
-    folder = run(tmp_path, "{type: online}", "train.stages=1", "train.steps_per_stage=4", *settings)
+    folder = run(tmp_path, "{type: cropi}", "train.stages=1", "train.steps_per_stage=4", *settings)
     last = [row for row in json_lines(folder / "metrics.jsonl") if "curriculum/share_read" in row][-1]
     assert last["curriculum/share_read"] > 0.5
     assert last["curriculum/rows_dropped"] == 0

@@ -9,14 +9,12 @@ import torch
 from tests.runs import SMALL, judge
 
 from cropi import parallel
-from cropi.artifacts import TRAJECTORIES, read_table
 from cropi.errors import ConfigError
 from cropi.loading import load_config
 from cropi.parallel import ProcessGroup
 from cropi.streams import read_jsonl
 from cropi.training.grpo_settings import grpo_config
 from cropi.training.reward_log import RecordedReward
-from cropi.training.rollout_recorder import RolloutRecorder, rollout_files
 
 
 class Second(ProcessGroup):
@@ -75,7 +73,6 @@ def test_generation_batches_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) ->
     [
         (3, [], "a step has 32 x 1 completions, which 3 processes cannot share evenly"),
         (2, ["train.dynamic_sampling=2"], "dynamic sampling supports one process"),
-        (8, ["refresh.reuse_rollouts=true"], "no multiple of num_generations=8"),
     ],
 )
 def test_what_cannot_be_shared_is_refused(
@@ -103,17 +100,3 @@ def test_one_line_says_what_all_processes_were_rewarded_with(tmp_path: Path, mon
             "prompt_tokens": 10,
         }
     ]
-
-
-def test_each_process_keeps_its_own_rollouts(tmp_path: Path) -> None:
-    reward = RecordedReward(judge(lambda text, _: "correct"), tmp_path / "rewards.jsonl")
-    for rank in (0, 1):
-        recorder = RolloutRecorder(tmp_path / "rollouts", reward, 2, [1], rank)
-        state = SimpleNamespace(global_step=5)
-        reward(["a", "b"], ["1", "1"], [f"p{rank}"] * 2, [[7, 1], [8, 1]], trainer_state=state)
-        recorder.begin(5, [[4], [4]])
-        recorder.note([0, 1], torch.zeros(2, 2))
-    files = rollout_files(tmp_path / "rollouts")
-    assert list(files) == [(5, 0, 0), (5, 0, 1)]
-    ids = [read_table(path, TRAJECTORIES).column("prompt_id").to_pylist() for path in files.values()]
-    assert ids == [["p0", "p0"], ["p1", "p1"]]

@@ -15,7 +15,7 @@ from cropi.training.group_evidence import GroupEvidence, GroupOutcome
 
 SETTINGS = [
     *(text for text in SMALL if not text.startswith(("select.", "train.", "trainer."))),
-    *("select.strategy={type: online}", "train.stages=1", "train.steps_per_stage=3", "name=run"),
+    *("select.strategy={type: cropi}", "train.stages=1", "train.steps_per_stage=3", "name=run"),
     *("trainer.per_device_train_batch_size=8", "trainer.gradient_accumulation_steps=4"),
 ]
 

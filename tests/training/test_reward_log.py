@@ -19,4 +19,3 @@ def test_history_by_batch_and_prompt(tmp_path: Path) -> None:
     append_jsonl(path, {"step": 4, "prompt_ids": ["b", "b", "b"], "rewards": [0.2, 0.8, 0.5]})
     assert newest_variances(training_history(path, 4)) == {"a": 0, "b": 0}
     assert newest_variances(training_history(path, 5)) == {"a": 0, "b": pytest.approx(0.06)}  # (0.09 + 0.09) / 3
-    assert newest_variances(training_history(path, 3), {"b": 2}) == {"a": 0}  # sampled anew at step 2, not seen since

@@ -18,8 +18,16 @@ from cropi.trl import Selector, Verified
 from cropi.trl.messages import in_script, reworded, worded
 
 PACKAGE = Path(cropi.__file__).parent
-REACHED = ["curriculum", "gradients", "rollouts", "stages", "trl"]  # rooms that a CurriculumTrainer calls
-MODULES = ["artifacts", "leakage", "pipeline", "policy", "prompts", "run_folder"]
+REACHED = [
+    "curriculum",
+    "gradients",
+    "policy",
+    "prompts",
+    "rollouts",
+    "stages",
+    "trl",
+]  # rooms that a CurriculumTrainer calls
+MODULES = ["artifacts", "leakage", "pipeline", "run_folder"]
 # Words of a config or of the command line that a script has no use for.
 FOREIGN = r"`cropi (?!explain|doctor|select`|run`\.)|\brun_dir\b|\bname=|disjoint hash_range|graded: true"
 # Messages of a run that is not a script's: another process or machine collects, or a command was given.
@@ -64,7 +72,7 @@ OTHERS = ("train_dataset", "model", "peft_config")  # of the trainer's arguments
 
 
 def test_every_setting_has_a_name_that_a_script_has() -> None:
-    tables = {"prompts", "policy", "verifier", "collect", "score", "select", "refresh", "train", "trainer", "evaluate"}
+    tables = {"prompts", "policy", "verifier", "collect", "score", "select", "train", "trainer", "evaluate"}
     for key in keys(load_config("quickstart").resolved()):
         if key.partition(".")[0] not in tables or "." not in key:
             continue

@@ -229,28 +229,6 @@ def test_the_default_strategy_with_an_asynchronous_reward(tmp_path: Path) -> Non
     assert len(rewards(tmp_path)) == 12
 
 
-def test_what_screening_could_not_judge_is_not_trained_on(tmp_path: Path) -> None:
-    """A part of the prompts is sampled beforehand; of the others, those that get None are known by looking at them."""
-
-    def not_all(completions: Sequence[str], answer: Sequence[str], **_: Any) -> list[float | None]:
-        values = right(completions, answer)
-        return [None if gold in {"0", "1", "even"} else value for value, gold in zip(values, answer, strict=True)]
-
-    validation = problems("sum", split="validation", count=12)
-    settings = {"collect": {"validation_num_generations": 8}}
-    selector = Selector(validation=validation, stages=3, fraction=0.5, settings=settings)
-    pool = problems("sum", "parity", "count", "machine", count=24)
-    trainer(tmp_path, selector, reward_funcs=not_all, train_dataset=pool, max_steps=3).train()
-    run = tmp_path / "_curriculum" / "run"
-    unjudged: set[str] = set()
-    for number, chosen in enumerate(selections(tmp_path)):
-        parts = (run / "screened" / f"stage-{number:03}").glob("part-*")
-        looked = [row for path in parts for row in pq.read_table(path).to_pylist()]
-        unjudged |= {row["prompt_id"] for row in looked if row["reward"] is None}
-        assert not unjudged & chosen
-    assert unjudged
-
-
 def test_chat_prompts_and_a_function_beside_the_trainer_s(tmp_path: Path) -> None:
     def says(completions: Sequence[Any], answer: Sequence[str], **_: Any) -> list[float | None]:
         return right([c[0]["content"] for c in completions], answer)  # type: ignore[return-value]

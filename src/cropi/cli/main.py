@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from cropi import __version__
-from cropi.cli.exchange import export, import_rollouts
-from cropi.cli.recipes import recipes
 from cropi.cli.shell import (
     TOGETHER,
     AsJson,
@@ -43,6 +42,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+recipes = typer.Typer(help="Complete configs that come with the package.", invoke_without_command=True)
 app.add_typer(recipes, name="recipes")
 app.command()(verify)
 app.command("audit-rewards")(audit_rewards)
@@ -200,8 +200,54 @@ def explain(
     print_result({"prompts": [each.as_json() for each in found]}, as_json, as_text(found))
 
 
-app.command()(export)
-app.command("import")(import_rollouts)
+@app.command()
+def export(
+    config: ConfigArgument,
+    overrides: Overrides = None,
+    format_name: Annotated[str, typer.Option("--format", help="trl, verl, slime, openrlhf or prime-rl.")] = "trl",
+    stage: StageOption = 0,
+    checkpoint: CheckpointOption = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", help="Folder to write to.", show_default="exports/ in the run's folder")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a stage's selection as another trainer's files, with the verifier and the run's settings."""
+    loaded = read_config(config, overrides)
+    quiet_libraries()
+    from cropi.exchange.export import export as write
+    from cropi.run_folder import RunFolder
+    from cropi.stages.run import paths_at
+
+    run = RunFolder(loaded)
+    paths = paths_at(run, stage, checkpoint)
+    outside = "" if checkpoint is None else f"{paths.folder.name}-"
+    place = f"{outside}stage-{stage:03}-{format_name}"
+    folder = (output or loaded.folder / "exports" / place).absolute()
+    manifest = write(run, paths, stage, format_name, checkpoint, folder)
+    counts = dict(manifest.counts)
+    print_result({"path": str(folder), "counts": counts}, as_json, f"{folder}\nhow to use it: {folder / 'README.md'}")
+
+
+@app.command("import")
+def import_rollouts(
+    config: ConfigArgument,
+    dumps: Annotated[list[Path], typer.Argument(metavar="DUMP", help="Files, or folders of them.")],
+    checkpoint: CheckpointOption = None,
+    as_json: AsJson = False,
+) -> None:
+    """Read rollouts of verl or TRL as trajectories of the run, or of the scoring at a checkpoint.
+
+    Log-probs come from the policy of that checkpoint, else from the base policy.
+    """
+    opened = open_run(config, None)
+    from cropi.exchange.dumps import import_rollouts as read
+
+    run = opened.at_checkpoint(0, checkpoint)
+    policy, origin = run.policy_at(0, checkpoint)
+    manifest = read(run, policy, origin, dumps)
+    path = str(run.paths.imported)
+    print_result({"path": path, "counts": dict(manifest.counts), "prompts": manifest.details["prompts"]}, as_json, path)
 
 
 @app.command()
@@ -223,6 +269,58 @@ def doctor(as_json: AsJson = False) -> None:
 
     facts = hardware()
     print_result(facts, as_json, "\n".join(f"{name:<16} {value}" for name, value in facts.items()))
+
+
+# -- recipes -----------------------------------------------------------------------------------------------------------
+
+RecipeName = Annotated[str, typer.Argument(help="Name of the recipe, with its folder: `suite/targeted`.")]
+
+
+@recipes.callback()
+def list_recipes(context: typer.Context, as_json: AsJson = False) -> None:
+    """List the recipes."""
+    if context.invoked_subcommand is not None:
+        return
+    from cropi.loading import recipe_names, recipe_text
+
+    first_line = {name: recipe_text(name).splitlines()[0].lstrip("# ") for name in recipe_names()}
+    print_result(first_line, as_json, "\n".join(f"{name:<18} {line}" for name, line in first_line.items()))
+
+
+@recipes.command("show")
+def show_recipe(name: RecipeName) -> None:
+    """Print a recipe."""
+    print(_recipe(name), end="")
+
+
+@recipes.command("copy")
+def copy_recipe(
+    name: RecipeName,
+    target: Annotated[Path, typer.Argument(help="Folder or file to write.")] = Path(),
+) -> None:
+    """Write a recipe to a file that you can edit."""
+    text = _recipe(name)
+    path = target / f"{name.rpartition('/')[2]}.yaml" if target.is_dir() else target
+    if path.exists():
+        raise UserError("exists already", where=str(path), fix="choose another name; nothing is overwritten.")
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(
+            f"cannot be written ({error.strerror})", where=str(path), fix="choose another folder."
+        ) from None
+    print(path)
+
+
+def _recipe(name: str) -> str:
+    from cropi.loading import recipe_names, recipe_text
+
+    if name not in recipe_names():
+        raise UserError(f"there is no recipe {name!r}", fix=f"choose one of: {', '.join(recipe_names())}.")
+    return recipe_text(name)
+
+
+# -- the command itself -----------------------------------------------------------------------------------------------
 
 
 def _version(wanted: bool) -> None:

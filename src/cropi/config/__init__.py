@@ -17,10 +17,8 @@ from cropi.config.run_config import (
     SAMPLED_BY,
     Config,
     EvaluateConfig,
-    RefreshConfig,
     SelectConfig,
     TrainConfig,
-    VerificationConfig,
     config_difference,
     config_hash,
     deciding,
@@ -28,6 +26,7 @@ from cropi.config.run_config import (
 from cropi.config.score_config import CollectConfig, ProjectionConfig, ScoreConfig, ServerConfig, VllmConfig
 from cropi.curriculum.strategies import Strategy, StrategyTable
 from cropi.curriculum.strategy import FusionConfig
+from cropi.rewards.verifier import VerificationConfig
 from cropi.rewards.verifiers import Verifier
 from cropi.setting_types import Fraction, NonNegative, Positive, Table
 
@@ -50,7 +49,6 @@ __all__ = [
     "ProjectionConfig",
     "PromptsConfig",
     "ReasoningGymSource",
-    "RefreshConfig",
     "ScoreConfig",
     "SelectConfig",
     "ServerConfig",

@@ -15,20 +15,9 @@ from cropi.config.data import PolicyConfig, PromptsConfig
 from cropi.config.score_config import CollectConfig, ScoreConfig
 from cropi.curriculum.strategies import Strategy
 from cropi.curriculum.strategy import FusionConfig
+from cropi.rewards.verifier import VerificationConfig
 from cropi.rewards.verifiers import Verifier
-from cropi.setting_types import Fraction, FreeTable, Name, Positive, PositiveNumber, Seed, Table
-
-
-class VerificationConfig(Table):
-    """The processes that verifiers run in."""
-
-    processes: Annotated[int, Field(ge=1, le=1024)] = 2
-    """Largest number of processes."""
-    seconds: PositiveNumber = 5.0
-    """Wall-clock time for one answer. A process that takes longer is ended; the answer is tried once more and then
-    judged `timeout`."""
-    memory_mb: Positive = 1024
-    """MiB that judging may take beyond what a process has after start-up, if the system can limit it."""
+from cropi.setting_types import FreeTable, Name, Positive, Seed, Table
 
 
 class SelectConfig(Table):
@@ -42,12 +31,10 @@ class SelectConfig(Table):
     """Alpha: ceil(alpha N) prompts are selected (paper: 0.1)."""
     fusion: FusionConfig = FusionConfig()
     """Fusion of the rankings of several validation sets."""
-    exploration: Fraction = 0.0
-    """Share of the selection drawn at random from all prompts that the strategy did not choose."""
 
     @property
     def label(self) -> str:
-        """Name of the strategy in reports, and a part of the seeds of samples at later stages."""
+        """Name of the strategy in reports."""
         return self.name or self.strategy.type
 
 
@@ -61,24 +48,6 @@ class TrainConfig(Table):
     dynamic_sampling: Annotated[int, Field(ge=0, le=1000)] = 0
     """DAPO's dynamic sampling: largest number of times that groups with equal rewards in a generation batch are
     replaced by groups of the stage's next prompts. All samples are charged. 0: off."""
-
-
-class RefreshConfig(Table):
-    """Newer trajectories in place of the base policy's, for the strategies that read them."""
-
-    fraction: Fraction = 0.0
-    """Share of the training pool that is sampled again at the start of every stage after the first: prompts without
-    signal, and those whose trajectories are furthest from the policy."""
-    reuse_rollouts: bool = False
-    """Also use the completions that training samples, which cost nothing extra."""
-    validation: bool = False
-    """Also sample the validation prompts again at the start of every stage after the first, for strategies that score
-    by them: their gradients then point to skills that the policy lacks now."""
-
-    @property
-    def active(self) -> bool:
-        """Whether later stages have newer trajectories than the base policy's."""
-        return self.fraction > 0 or self.reuse_rollouts or self.validation
 
 
 class EvaluateConfig(Table):
@@ -129,8 +98,6 @@ class Config(Table):
     """Selection."""
     train: TrainConfig
     """Stages."""
-    refresh: RefreshConfig = RefreshConfig()
-    """Newer trajectories for later stages."""
     trainer: FreeTable = Field(default={})
     """Settings of TRL's GRPOConfig under TRL's names. Those that the run sets itself are refused (see below).
     Batch sizes are those of a single process; several processes share them (docs/scaling.md)."""
@@ -147,26 +114,9 @@ class Config(Table):
         return self
 
     @model_validator(mode="after")
-    def _pooling_has_errors(self) -> Config:
-        wanted = {
-            "score.score=dot": self.score.score == "dot",
-            "score.validation_mean=plain": self.score.validation_mean == "plain",
-            "score.estimator=sketch": self.score.estimator == "sketch",
-        }
-        strategy = self.select.strategy
-        missing = [text for text, there in wanted.items() if strategy.pools and not there]
-        if missing:
-            raise ValueError(
-                f"{self.select.label} pools inner products by their standard errors, which needs {missing[0]}"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _ratios_can_be_had(self) -> Config:
         if self.collect.logprobs:
             return self
-        if self.refresh.active:
-            raise ValueError("collect.logprobs=false leaves later stages nothing to score by: set refresh off, or true")
         strategy = self.select.strategy
         if strategy.reads_scores and any(map(strategy.scored_stage, range(self.train.stages))):
             raise ValueError(
@@ -201,7 +151,6 @@ OWNED_TRAINER_KEYS: dict[str, str] = {
     "seed": "seed",
     "data_seed": "seed",
     "temperature": "collect.temperature",
-    "top_p": "collect.top_p",
     "chat_template_kwargs": "nothing: prompts are encoded by the template's defaults",
     "save_only_model": "nothing: a run without the optimiser's state cannot go on",
     "ignore_data_skip": "nothing: a resumed run goes on with the next batch",
@@ -224,7 +173,7 @@ FREE: dict[str, tuple[str, ...]] = {
     "": ("name", "run_dir"),
     "prompts.": ("leakage",),
     "verification.": ("processes",),
-    "collect.server.": ("url", "concurrency", "patience", "api_key_env"),
+    "collect.server.": ("url", "api_key_env"),
     "trainer.": (
         *("report_to", "run_name", "logging_steps", "logging_strategy", "logging_first_step", "log_completions"),
         *("num_completions_to_print", "log_level", "disable_tqdm", "ddp_timeout"),

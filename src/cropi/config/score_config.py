@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, AnyHttpUrl, Field, model_validator
 
-from cropi.setting_types import Fraction, FreeTable, Positive, PositiveNumber, Seed, Table, Temperature
+from cropi.setting_types import FreeTable, Positive, Table, Temperature
 
 
 def _address(url: str) -> str:
@@ -25,10 +25,6 @@ class ServerConfig(Table):
     """The policy's name there."""
     prompts: Literal["tokens", "text"] = "tokens"
     """Send prompts as token ids (vLLM, SGLang, llama.cpp), or as text that tokenises back (`transformers serve`)."""
-    concurrency: Annotated[int, Field(ge=1, le=10_000)] = 64
-    """Requests at once, each for one completion."""
-    patience: PositiveNumber = 600.0
-    """Seconds without a usable answer, while requests are tried again, after which the run ends. It can go on later."""
     api_key_env: str | None = None
     """Environment variable that holds the key, where the server needs one."""
     body: FreeTable = Field(default={})
@@ -67,33 +63,25 @@ class VllmConfig(Table):
 
 
 class CollectConfig(Table):
-    """Trajectories, sampled once from the base policy."""
+    """Trajectories, sampled once from the base policy if the strategy reads them."""
 
     num_generations: Annotated[int, Field(ge=2, le=10_000)] = 8
     """K, completions per training prompt (paper: 8)."""
-    fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Share of the training pool that is sampled, a fixed random choice. The rest is `not_sampled`: only strategies
-    that estimate prompts from similar ones or from their text can choose it."""
-    nearby: Fraction = 0.0
-    """Further share of the training pool that is sampled: the prompts nearest to the validation prompts in the base
-    policy's representation, equally many per set."""
     validation_num_generations: Annotated[int, Field(ge=2, le=10_000)] = 32
     """Completions per validation prompt (paper's code: 32)."""
     max_completion_length: Positive
     """Longest completion, in tokens."""
     temperature: Temperature = 1.0
     """Sampling temperature; the importance ratio is taken at the same one. 1 keeps the behaviour policy exact."""
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Nucleus mass. Below 1 the stored log-probs are not those of the sampler, and a warning says so."""
     batch_size: Positive = 256
-    """Sequences generated at once; halved automatically if memory runs out."""
+    """Sequences generated at once, also by a server; halved automatically if memory runs out."""
     batch_tokens: Positive = 8192
     """Padded tokens per forward pass when the behaviour log-probs are computed."""
     shard_prompts: Positive = 128
     """Prompts per shard, the unit of progress that an interruption can lose."""
     server: ServerConfig | None = None
     """Take the completions from a server instead of generating them in this process. Completions of later policies
-    (screening, refresh, evaluation, training) are still generated here or by the trainer."""
+    (validation, evaluation, training) are still generated here or by the trainer."""
     vllm: VllmConfig | None = None
     """Take the completions from vLLM in this process; those of later policies as with `server`."""
     logprobs: bool = True
@@ -111,18 +99,12 @@ class ProjectionConfig(Table):
     """The sparse random projection of a gradient."""
 
     mask: Literal["structured", "uniform"] = "structured"
-    """The coordinates kept. `structured`: of each layer a few directions and random columns, at a third of the extra
+    """The coordinates kept. `structured`: of each layer eight directions and random columns, at a third of the extra
     cost; `uniform`: each coordinate by chance, as the paper has it. See research/decisions/projection.md."""
     keep_fraction: Annotated[float, Field(gt=0, le=1)] = 0.03
     """Share of the coordinates kept. The paper keeps 0.1 by its uniform mask, which needs them: give both."""
-    rank: Annotated[int, Field(ge=0, le=10_000)] = 8
-    """Structured mask: input directions of each layer that are kept in full."""
-    row_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Structured mask: share of each layer's rows kept; the columns' is keep_fraction / row_fraction."""
     dim: Annotated[int, Field(ge=1, le=2**24)] = 32768
     """D, length of a gradient feature (paper: 32,768)."""
-    seed: Seed = 0
-    """Seed of the mask, the buckets and the signs."""
 
 
 class ScoreConfig(Table):
@@ -135,8 +117,6 @@ class ScoreConfig(Table):
     `gain` is cosine x standard deviation of the rewards."""
     advantage_std: bool | Literal["auto"] = "auto"
     """Divide advantages by the group's standard deviation (GRPO). `auto` follows `trainer.scale_rewards`."""
-    validation_mean: Literal["plain", "normalized"] = "plain"
-    """Mean of the validation features as they are, or each scaled to length 1 first."""
     max_validation_prompts: Positive = 100
     """Validation prompts used per set, a fixed random choice (paper's code: 100)."""
     estimator: Literal["sketch", "exact", "reference"] = "sketch"

@@ -1,4 +1,4 @@
-"""From a ranking to the prompts of a stage: the best ones, with an exploration share."""
+"""From a ranking to the prompts of a stage."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from jaxtyping import Bool, Int
 from cropi.artifacts import SELECTION
 from cropi.curriculum.strategy import Candidates, Ranking
 from cropi.errors import SignalError
-from cropi.functional.ranking import ranks, selection_size
-from cropi.seeds import unit_intervals
+from cropi.functional.ranking import ranks
 
 BLOCK = 1 << 18  # rows of the table that are built at a time
 
@@ -30,42 +29,22 @@ class Choice:
         return len(self.rows_N)
 
 
-def choose(
-    candidates: Candidates,
-    ranking: Ranking,
-    size: int,
-    exploration: float = 0.0,
-) -> Choice:
-    """Choose the best `size` prompts under the exploration share.
-
-    Ties break by prompt id. ceil(exploration x size) places go to prompts drawn at random among those that the strategy
-    did not choose, including those without signal, so that no prompt is excluded for good.
-    """
+def choose(candidates: Candidates, ranking: Ranking, size: int) -> Choice:
+    """Choose the best `size` prompts. Ties break by prompt id."""
     eligible = np.flatnonzero(ranking.eligible_N)
     ranks_N = np.zeros(len(candidates), dtype=np.int64)
     ranks_N[eligible] = ranks(ranking.scores_N[eligible])
     best_first = np.empty_like(eligible)
     best_first[ranks_N[eligible] - 1] = eligible
-    explored = selection_size(exploration, size)
-    chosen = best_first[: size - explored]
-    extra = chosen[:0]
-    if explored:
-        left_N = candidates.usable_N.copy()
-        left_N[chosen] = False
-        rows = np.flatnonzero(left_N)
-        names = (candidates.prompt_ids[row] for row in rows.tolist())
-        draws = unit_intervals(names, candidates.seed, "explore", candidates.stage)
-        order = np.argsort(np.fromiter(draws, dtype=np.float64, count=len(rows)), kind="stable")
-        extra = rows[order][:explored]
-    if not len(chosen) and not len(extra):
+    chosen = best_first[:size]
+    if not len(chosen):
         raise SignalError(
             f"the selection of stage {candidates.stage} is empty: none of the {len(candidates)} prompts qualifies",
             where="select.strategy",
-            fix="widen the strategy's band, raise collect.num_generations, or set select.exploration above 0.",
+            fix="widen the strategy's band, or raise collect.num_generations.",
         )
-    reasons = _reasons(ranking, chosen, ranks_N)
     rest = np.flatnonzero(~ranking.eligible_N)
-    return Choice(np.concatenate([best_first, rest]), ranks_N, reasons | dict.fromkeys(extra.tolist(), "exploration"))
+    return Choice(np.concatenate([best_first, rest]), ranks_N, _reasons(ranking, chosen, ranks_N))
 
 
 def _reasons(ranking: Ranking, chosen: Int[np.ndarray, " T"], ranks_N: Int[np.ndarray, " N"]) -> dict[int, str]:

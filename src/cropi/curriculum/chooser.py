@@ -1,4 +1,4 @@
-"""What chooses the prompts of every generation batch while training runs, and what it may know beforehand."""
+"""Choosers: they choose the prompts of every generation batch while training runs."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class PromptChooser(Protocol):
         """Numbers for a logger."""
 
     def table(self, prompt_ids: Sequence[str]) -> pa.Table:
-        """What is known of every prompt of the pool."""
+        """Return what is known of every prompt of the pool."""
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """Arrays from which `load_state_dict` continues bit for bit."""
@@ -142,7 +142,7 @@ class RewardChooser(ABC):
         return {"curriculum/seen": float((self.times_N > 0).mean())}
 
     def table(self, prompt_ids: Sequence[str]) -> pa.Table:
-        """What is known of every prompt of the pool."""
+        """Return what is known of every prompt of the pool."""
         return pa.table({"prompt_id": list(prompt_ids), "times_drawn": self.times_N} | self.columns())
 
     def state_dict(self) -> dict[str, np.ndarray]:
@@ -176,7 +176,6 @@ class ChoosesBatches(ABC):
     """Mixin of strategies that choose every generation batch, and so rank nothing by stage."""
 
     takes_all: ClassVar[bool] = True
-    collects: ClassVar[bool] = False
     chooses_online: ClassVar[bool] = True
 
     @abstractmethod

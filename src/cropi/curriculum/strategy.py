@@ -6,16 +6,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 from pydantic import Field
 
 from cropi.artifacts import USABLE
-from cropi.curriculum.pooling_data import PoolingData
 from cropi.functional.ranking import ranks, reciprocal_rank_fusion
-from cropi.reward_statistics import Visit
 from cropi.seeds import unit_interval
 from cropi.setting_types import Table
 
@@ -41,12 +39,9 @@ class Candidates:
     stage: int
     seed: int
     stages: int = 1  # of the run
-    steps_per_stage: int = 1
     group_sizes_N: Int[np.ndarray, " N"] | None = None  # K of the stored trajectories; 0 for a prompt without any
     lengths_N: Float[np.ndarray, " N"] | None = None  # |g_i|; NaN if it was not computed
-    visits: Sequence[Visit] = ()  # all training before this stage, in order
     texts: Sequence[str] = ()  # of the prompts
-    pooling: PoolingData | None = None  # for strategies that pool
     validation_texts: Mapping[str, Sequence[str]] = field(default_factory=dict)  # by validation set
 
     def __post_init__(self) -> None:
@@ -81,7 +76,6 @@ class Ranking:
     eligible_N: Bool[np.ndarray, " N"]
     reason: str
     set_ranks: Mapping[str, Int[np.ndarray, " N"]] = field(default_factory=dict)  # rank by validation set
-    facts: Mapping[str, Any] = field(default_factory=dict)  # intermediate results, for the manifest
 
 
 class FusionConfig(Table):
@@ -103,9 +97,7 @@ class StrategyTable(Table, ABC):
     needs: ClassVar[frozenset[Need]] = frozenset()
     reads_lengths: ClassVar[bool] = False  # needs the length of every prompt's gradient
     reads_texts: ClassVar[bool] = False  # ranks by the prompts' words
-    pools: ClassVar[bool] = False  # estimates a prompt's influence from similar prompts
     takes_all: ClassVar[bool] = False  # trains on every eligible prompt instead of the best ceil(fraction N)
-    collects: ClassVar[bool] = True  # samples the pool and the validation sets before training
     chooses_online: ClassVar[bool] = False  # chooses every generation batch while training runs
     reads_influence: ClassVar[bool] = False  # in training's own backward passes, with directions of the validation sets
     represented_depth: ClassVar[float] = 1.0  # which hidden states it reads: 1 is the last layer's, 0 the embeddings
@@ -119,8 +111,8 @@ class StrategyTable(Table, ABC):
         """Rank all candidates for a stage that trains on `size` prompts."""
 
     @property
-    def reads_trajectories(self) -> bool:
-        """Whether it ranks by the stored trajectories, so that their cost is charged to it."""
+    def collects(self) -> bool:
+        """Whether the pool and the validation sets are sampled before training: it ranks by these trajectories."""
         return "trajectories" in self.needs
 
     @property
@@ -134,7 +126,7 @@ class StrategyTable(Table, ABC):
         return "gradients" in self.needs
 
     def trained_groups(self, groups: int) -> int:
-        """How many groups of a generation batch are trained on; the others are sampled only."""
+        """Return how many groups of a generation batch are trained on; the others are sampled only."""
         return groups
 
     @property
@@ -149,11 +141,6 @@ class StrategyTable(Table, ABC):
     def scored_stage(self, stage: int) -> int:
         """Return the stage whose scores are used at `stage`."""
         return stage
-
-    @property
-    def follows_trajectories(self) -> bool:
-        """Whether newer trajectories change its later selections."""
-        return self.reads_trajectories and any(self.scored_stage(stage) == stage for stage in range(1, 100))
 
 
 def gumbel_keys(

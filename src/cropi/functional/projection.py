@@ -55,10 +55,10 @@ class SparseProjection:
     docs/paper.md.
 
     `structured`: of each linear layer's gradient G (O, I) the product G U with `rank` orthonormal input directions in
-    full, and of the rest G - G U U^T a random set of rows and columns, so that G itself is never formed: the rows'
-    share is `row_fraction`, the columns' q / row_fraction. <G, H> = <GU, HU> + <G - GUU^T, H - HUU^T>, so only the
-    second term is left to chance: with all rows and k of I columns it adds the variance I^2/k (1 - k/I) S^2, S^2 being
-    the variance (Bessel) of the columns' inner products. Norms, biases and embeddings are kept whole.
+    full, and of the rest G - G U U^T a random share q of the columns, so that G itself is never formed. <G, H> =
+    <GU, HU> + <G - GUU^T, H - HUU^T>, so only the second term is left to chance: with k of I columns it adds the
+    variance I^2/k (1 - k/I) S^2, S^2 being the variance (Bessel) of the columns' inner products. Norms, biases and
+    embeddings are kept whole.
     """
 
     dim: int = 32768
@@ -66,12 +66,11 @@ class SparseProjection:
     seed: int = 0
     mask: Literal["structured", "uniform"] = "structured"
     rank: int = 8
-    row_fraction: float = 1.0
 
     @property
     def identity(self) -> str:
         """Identify the map: features are comparable only if this is equal, and the directions U, if any."""
-        kept = f"-r{self.rank}-rows{self.row_fraction!r}" if self.mask == "structured" else ""
+        kept = f"-r{self.rank}" if self.mask == "structured" else ""
         return f"count-sketch-v{PROJECTION_VERSION}-d{self.dim}-{self.mask}-q{self.keep_fraction!r}{kept}-s{self.seed}"
 
     def _key(self, name: str, role: str) -> int:

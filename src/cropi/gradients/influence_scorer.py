@@ -291,7 +291,7 @@ class Scorer:
             parameters = {name: parameters[name] for name in names}
         if self.projection.mask == "uniform":
             return UniformMap(self.projection, parameters)
-        return StructuredMap(self.projection, parameters, self.layer_directions, self._engine.vocabulary)
+        return StructuredMap(self.projection, parameters, self.layer_directions)
 
     def _layer_directions(self, directions: Sequence[Gradients], means: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Compute U of the linear layers with known mean inputs."""

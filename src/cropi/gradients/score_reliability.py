@@ -1,4 +1,4 @@
-"""Reliability of scores: standard errors from two halves of each group, and how stable the ranking is."""
+"""Reliability of scores: standard errors from two halves of each group, stability of the ranking, policy drift."""
 
 from __future__ import annotations
 
@@ -14,9 +14,14 @@ from cropi.functional.empirical_bayes import reliability, shrunk, top_probabilit
 from cropi.functional.influence_formulas import influence
 from cropi.functional.ranking import ranks, reciprocal_rank_fusion, selection_size
 from cropi.gradients.groups import Group
-from cropi.gradients.influence_scorer import BLOCK, Scored, Scorer
+from cropi.gradients.influence_scorer import Scored, Scorer
 from cropi.gradients.surrogate_weights import RATIO_COLUMNS
 from cropi.seeds import derived_seed
+
+# Beyond any of these, a stage's scores depend more on old trajectories than on the policy.
+LOW_ESS = 0.5  # half of the sample lost: where sequential Monte Carlo resamples (Liu & Chen 1995)
+HIGH_CLIP_SHARE = 0.3  # PPO would take no step on so many tokens; training runs stay near 0.1 to 0.2
+HIGH_KL = 0.1  # nats a token: 10 nats over a hundred tokens, completions that the policy would hardly write
 
 
 def half_factors(rewards: Sequence[float]) -> tuple[list[float], list[float]]:
@@ -39,28 +44,10 @@ def score_by_halves(scorer: Scorer, groups: Sequence[Group], advance: Callable[[
     freedom, so average squares over prompts. For `cosine` and `gain`, the error of the gradient's length is left out.
 
     A prompt is computed once per half, so its tokens count twice. Needs estimator `sketch`, whose features give the
-    norm of the sum. Features of at most one block are kept.
+    norm of the sum.
     """
     if scorer.estimator != "sketch":
         raise ValueError("standard errors need estimator='sketch'")
-    blocks = [_score_block(scorer, groups[at : at + BLOCK], advance) for at in range(0, max(len(groups), 1), BLOCK)]
-    return blocks[0] if len(blocks) == 1 else concatenated(blocks)
-
-
-def concatenated(blocks: Sequence[Scored]) -> Scored:
-    """Join the scores of several blocks of groups, without their features."""
-    return Scored(
-        np.concatenate([block.products_NV for block in blocks]),
-        np.concatenate([block.norms_N for block in blocks]),
-        np.concatenate([block.ratio_columns_NR for block in blocks]),
-        None,
-        sum(block.tokens_computed for block in blocks),
-        np.concatenate([block.errors_NV for block in blocks if block.errors_NV is not None]),
-        np.concatenate([block.variances_N for block in blocks if block.variances_N is not None]),
-    )
-
-
-def _score_block(scorer: Scorer, groups: Sequence[Group], advance: Callable[[int], None] | None) -> Scored:
     doubled = [group for group in groups for _ in range(2)]
     factors = [half for group in groups for half in half_factors(group.rewards)]
     scored = scorer(doubled, factors=factors)
@@ -138,3 +125,22 @@ def policy_drift(rows: Iterable[Mapping[str, Any]]) -> dict[str, float] | None:
         "clip_share": float(np.mean([row["clip_share"] for row in known])),
         "kl": float(np.mean([row["kl"] for row in known])),
     }
+
+
+def drift_warning(drift: Mapping[str, float] | None, stage: int) -> str | None:
+    """Return a warning if the stored trajectories are too old for a stage, else None. `drift`: see `policy_drift`."""
+    if drift is None:
+        return None
+    found = []
+    if drift["ratio_ess"] < LOW_ESS:
+        found.append(f"the median prompt keeps {drift['ratio_ess']:.0%} of its effective sample size (ratio_ess)")
+    if drift["clip_share"] > HIGH_CLIP_SHARE:
+        found.append(f"{drift['clip_share']:.0%} of the importance ratios are outside the clip range")
+    if drift["kl"] > HIGH_KL:
+        found.append(f"the divergence is {drift['kl']:.2f} nats a token")
+    if not found:
+        return None
+    return (
+        f"stage {stage}: the policy has moved far from the one that sampled the trajectories, so influence is noisy or "
+        f"biased: {'; '.join(found)}. Train fewer steps, or begin anew from the present policy."
+    )

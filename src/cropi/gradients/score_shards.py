@@ -33,7 +33,7 @@ from cropi.gradients.influence_scorer import Aim, Scored, Scorer, ScorerOptions
 from cropi.gradients.score_reliability import score_by_halves
 from cropi.gradients.surrogate_weights import RATIO_COLUMNS, SurrogateSettings
 from cropi.parallel import Perform, RayPool, Task, process_group
-from cropi.policy_copy import PolicyCopy
+from cropi.policy import PolicyCopy
 
 SHARD_PROMPTS = 64  # few enough to divide among many processes, enough to fill packs
 DIRECTIONS = "directions.safetensors"
@@ -92,7 +92,7 @@ def make_scorer(
     options = ScorerOptions(
         estimator=config.score.estimator,
         score="dot" if aims_at_candidates else config.score.score,
-        validation_mean="normalized" if aims_at_candidates else config.score.validation_mean,
+        validation_mean="normalized" if aims_at_candidates else "plain",
         projection=SparseProjection(**config.score.projection.model_dump()),
         batch_tokens=config.score.batch_tokens,
         lengths=strategy is not None and strategy.reads_lengths,

@@ -5,7 +5,7 @@ Of each linear layer, only the kept part is computed. See `SparseProjection` for
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -99,18 +99,16 @@ class _Layer:
     directions_CR: Tensor
     """The directions at the kept columns."""
     columns_C: Tensor
-    rows: Tensor | None
-    """Kept rows of the rest; None: all."""
     scale: float
     """1 / sqrt(share of the rest that is kept)."""
     outs: int
     start: int
-    """Offset in the staged numbers of [G U | kept columns of the rest]^T, (r + C, O); with kept rows, of (G U)^T (r, O)
-    followed by the kept part of the rest (C, R). Few long rows make a faster product."""
+    """Offset in the staged numbers of [G U | kept columns of the rest]^T, (r + C, O): few long rows make a faster
+    product."""
 
 
 class StructuredMap:
-    """Keep a few input directions of each linear layer in full, and random rows and columns of the rest.
+    """Keep a few input directions of each linear layer in full, and random columns of the rest.
 
     Narrowed inputs are [a U | scale (a - U U^T a) at the kept columns]: one matrix product with the output gradients
     gives the kept part of a layer. Parameters outside linear layers are kept whole.
@@ -123,10 +121,8 @@ class StructuredMap:
         projection: SparseProjection,
         parameters: Mapping[str, Tensor],
         directions: Mapping[str, Tensor],
-        vocabulary: Collection[str] = (),
     ) -> None:
-        """`directions` holds U (I, r) by the name of each linear layer's weight. `vocabulary` names those whose rows
-        are tokens; all of their rows are kept, because a few tokens carry most of such a gradient."""
+        """`directions` holds U (I, r) by the name of each linear layer's weight."""
         self.projection = projection
         self._layers: dict[str, _Layer] = {}
         self._vectors: dict[str, slice] = {}
@@ -134,7 +130,7 @@ class StructuredMap:
         start = 0
         for name, parameter in parameters.items():
             if name in directions:
-                self._layers[name], found = self._layer(name, parameter, directions[name], name in vocabulary, start)
+                self._layers[name], found = self._layer(name, parameter, directions[name], start)
             elif parameter.dim() == 1:
                 self._vectors[name] = slice(start, start + len(parameter))
                 found = self._hash(name, torch.arange(len(parameter), device=parameter.device))
@@ -144,26 +140,19 @@ class StructuredMap:
             buckets.append(found)
         self.buckets_K = torch.cat(buckets) if buckets else _no_buckets(parameters)
 
-    def _layer(
-        self, name: str, weight: Tensor, directions_IR: Tensor, all_rows: bool, start: int
-    ) -> tuple[_Layer, Tensor]:
+    def _layer(self, name: str, weight: Tensor, directions_IR: Tensor, start: int) -> tuple[_Layer, Tensor]:
         outs, ins = weight.shape
         rank, device, projection = directions_IR.shape[1], weight.device, self.projection
-        columns_C = projection.subset(
-            name, "columns", ins, min(1.0, projection.keep_fraction / projection.row_fraction)
-        )
-        columns_C, rows, rows_R = columns_C.to(device), None, torch.arange(outs, device=device)
-        if projection.row_fraction < 1 and not all_rows:
-            rows = rows_R = projection.subset(name, "rows", outs, projection.row_fraction).to(device)
-        share = len(columns_C) / ins * len(rows_R) / outs
+        columns_C = projection.subset(name, "columns", ins, projection.keep_fraction).to(device)
+        share = len(columns_C) / ins
         # On CUDA 16-bit inputs are projected as they are; elsewhere in float32 or wider.
         dtype = weight.dtype if weight.is_cuda else torch.promote_types(weight.dtype, torch.float32)
         directions_IR = directions_IR.to(device, dtype)
         every = torch.arange(outs * rank, device=device).reshape(outs, rank)
         along_RO = self._hash(f"{name}/directions", every).T
-        rest_CR = self._hash(name, rows_R[:, None] * ins + columns_C).T
-        found = torch.cat([along_RO.reshape(-1), rest_CR.reshape(-1)])
-        return _Layer(directions_IR, directions_IR[columns_C], columns_C, rows, share**-0.5, outs, start), found
+        rest_CO = self._hash(name, torch.arange(outs, device=device)[:, None] * ins + columns_C).T
+        found = torch.cat([along_RO.reshape(-1), rest_CO.reshape(-1)])
+        return _Layer(directions_IR, directions_IR[columns_C], columns_C, share**-0.5, outs, start), found
 
     def _hash(self, name: str, counters: Tensor) -> Tensor:
         return self.projection.signed_buckets(name, counters.reshape(-1)).to(torch.int32).reshape(counters.shape)
@@ -178,37 +167,16 @@ class StructuredMap:
         return torch.cat([along_TR, rest_TC], dim=1)
 
     @staticmethod
-    def _kept(layer: _Layer, staged_K: Tensor) -> tuple[Tensor, Tensor]:
-        """Return views of the staged numbers: (G U)^T (r, O) and the rest (C, R)."""
-        rank, columns = layer.directions_CR.shape[1], len(layer.columns_C)
-        middle = layer.start + layer.outs * rank
-        rows = layer.outs if layer.rows is None else len(layer.rows)
-        along = staged_K[layer.start : middle].view(rank, layer.outs)
-        return along, staged_K[middle : middle + rows * columns].view(columns, rows)
+    def _kept(layer: _Layer, width: int, staged_K: Tensor) -> Tensor:
+        """Return a view of a layer's staged numbers, (r + C, O); `width` is r + C."""
+        return staged_K[layer.start : layer.start + layer.outs * width].view(width, layer.outs)
 
     def add_product(self, name: str, narrowed_TW: Tensor, grads_TO: Tensor, staged_K: Tensor) -> None:
-        layer = self._layers[name]
-        width = narrowed_TW.shape[1]
-        if layer.rows is None:
-            both_WO = staged_K[layer.start : layer.start + layer.outs * width].view(width, layer.outs)
-            add_outer_sum(both_WO, narrowed_TW, grads_TO)
-            return
-        along_RO, rest_CR = self._kept(layer, staged_K)
-        rank = len(along_RO)
-        add_outer_sum(along_RO, narrowed_TW[:, :rank], grads_TO)
-        add_outer_sum(rest_CR, narrowed_TW[:, rank:], grads_TO.index_select(1, layer.rows))
+        add_outer_sum(self._kept(self._layers[name], narrowed_TW.shape[1], staged_K), narrowed_TW, grads_TO)
 
     def add_rows(self, name: str, ids_U: Tensor, narrowed_UW: Tensor, staged_K: Tensor, sums_B: Tensor) -> None:
         if name in self._layers:
-            layer = self._layers[name]
-            along_RO, rest_CR = self._kept(layer, staged_K)
-            rank = len(along_RO)
-            along_RO.index_add_(1, ids_U, narrowed_UW[:, :rank].T)
-            if layer.rows is not None:
-                places = torch.searchsorted(layer.rows, ids_U).clamp(max=len(layer.rows) - 1)
-                kept = layer.rows[places] == ids_U
-                ids_U, narrowed_UW = places[kept], narrowed_UW[kept]
-            rest_CR.index_add_(1, ids_U, narrowed_UW[:, rank:].T)
+            self._kept(self._layers[name], narrowed_UW.shape[1], staged_K).index_add_(1, ids_U, narrowed_UW.T)
             return
         width = narrowed_UW.shape[1]
         step = max(1, _CHUNK // width)

@@ -32,10 +32,8 @@ def closeups(config: Config, run: RunFolder, scores: Mapping[int, pa.Table]) -> 
     ids = [row["prompt_id"] for rows in chosen.values() for row in rows]
     completions, scored = read_completions(run, ids), scores.get(config.select.strategy.scored_stage(stage))
     facts = rows_of(scored, ids) if scored is not None else {}
-    note = (
-        f"From the last selection, that of stage {stage}. Completions are the base policy's, pass "
-        f"rates those of {'the newest trajectories' if config.refresh.active else 'its stored trajectories'}."
-        + (" Influence stands with its standard error." if facts else "")
+    note = f"From the last selection, that of stage {stage}. Completions and pass rates: the stored trajectories." + (
+        " Influence stands with its standard error." if facts else ""
     )
     prompts, ranked = run.train_prompts, len(table) - table.column("rank").null_count
     cards = [

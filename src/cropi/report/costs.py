@@ -77,7 +77,7 @@ class Charges:
 def charges(config: Config, paths: StagePaths) -> Charges:
     """The charges of a run. Collection before training counts only if the strategy reads stored trajectories."""
     entries = Ledger(paths.ledger).entries()
-    reads = config.select.strategy.reads_trajectories
+    reads = config.select.strategy.collects
     collected = [entry for entry in entries if entry["phase"] == "collect" and (reads or entry["stage"] is not None)]
     return Charges(config, collected, entries, read_jsonl(paths.steps), read_jsonl(paths.rewards))
 

@@ -29,7 +29,6 @@ from cropi.run_folder import RunFolder, StagePaths
 from cropi.streams import read_jsonl
 
 CLOSE = 3  # suggestions for an unknown id
-EXPLORED = "exploration"  # reason of what `select` drew at random
 WHY_NOT = {
     NO_SIGNAL: "no signal: its completions were all rewarded alike, or masked",
     GOLD_UNPARSEABLE: "gold answer unparseable",
@@ -247,10 +246,10 @@ class Cut:
 def _cut(stage: _Stage) -> Cut:
     if stage.selection is None:
         return Cut(0, 0)
-    columns = (stage.selection.column(name).to_pylist() for name in ("rank", "selected", "reason"))
+    columns = (stage.selection.column(name).to_pylist() for name in ("rank", "selected"))
     rows = list(zip(*columns, strict=True))
-    taken = [rank for rank, selected, reason in rows if selected and reason != EXPLORED]
-    ranked = sum(rank is not None for rank, _, _ in rows)
+    taken = [rank for rank, selected in rows if selected]
+    ranked = sum(rank is not None for rank, _ in rows)
     return Cut(max(taken, default=0), ranked)
 
 

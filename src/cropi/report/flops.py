@@ -6,7 +6,7 @@ output head counts, looked-up embeddings do not; attention scores are left out).
     generation   every prompt and completion token once (with a cache nothing is computed twice)
     collection   generation, and once more for the behaviour log-probs where they are taken
     score        m per token of the pool that is computed + 3 per token of the validation prompts (their dense gradient:
-                 forward, and a backward pass of twice that; twice over where each is scaled to length 1 first).
+                 forward, and a backward pass of twice that; twice over for `learnalign`, which scales them).
                  m: 2 for `sketch` (forward, backward through activations), 3 with the uniform mask, which needs the
                  dense gradient; 2 + V for `exact` with V validation sets; 3 for `reference`. Tokens that are only read
                  (representations): 1 each.
@@ -68,8 +68,7 @@ def flops(
     """
     forward = FORWARD * parameters
     multiple = score_multiple(config.score, len(config.prompts.validation))
-    scaled = config.score.validation_mean == "normalized" or config.select.strategy.candidates_aimed_at > 0
-    validation = GRADIENT * (2 if scaled else 1)
+    validation = GRADIENT * (2 if config.select.strategy.candidates_aimed_at > 0 else 1)  # scaled to length 1 first
     passes = GRADIENT * int(config.trainer.get("num_iterations", 1)) + bool(float(config.trainer.get("beta", 0.0)))
     batches = list(batches)
     return Flops(

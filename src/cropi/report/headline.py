@@ -42,7 +42,7 @@ def _rewards(summary: Summary) -> str:
 
 def _share(summary: Summary) -> str:
     prompts = f"{count(summary.pool)} prompts" if summary.pool is not None else "the prompts"
-    return f"all {prompts}" if summary.strategy == "full" else f"{percent(summary.fraction)} of {prompts} per stage"
+    return f"pool of {prompts}" if summary.fraction is None else f"{percent(summary.fraction)} of {prompts} per stage"
 
 
 def _progress(summary: Summary) -> str:

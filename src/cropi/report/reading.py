@@ -31,6 +31,7 @@ from cropi.prompt_text import turn_text
 from cropi.report.results import Drift, Reliability, StageQuality
 from cropi.run_folder import RunFolder, StagePaths
 from cropi.run_tables import evaluation_files, scores_schema
+from cropi.streams import read_jsonl
 
 MIXED = "mixed"  # a group with better and worse completions: status `ok`, in words
 
@@ -86,14 +87,23 @@ def selection_table(paths: StagePaths, stage: int) -> pa.Table | None:
     return read_table(folder / "selection.parquet", SELECTION)
 
 
+def read_selection(paths: StagePaths, stage: int) -> Selection | None:
+    """A stage's selection; of a strategy that chooses batch by batch, the prompts of the stage's batches."""
+    table = selection_table(paths, stage)
+    if table is None:
+        return None
+    ids, sources, selected = (table.column(name).to_pylist() for name in ("prompt_id", "source", "selected"))
+    if paths.choices.is_file():
+        batches = [batch for batch in read_jsonl(paths.choices) if batch["stage"] == stage]
+        chosen = {prompt_id for batch in batches for prompt_id in batch["prompt_ids"]}
+        selected = [prompt_id in chosen for prompt_id in ids]
+    return Selection(ids, sources, selected)
+
+
 def read_selections(paths: StagePaths, stages: int) -> dict[int, Selection]:
     """Finished selections by stage."""
-    tables = {stage: selection_table(paths, stage) for stage in range(stages)}
-    return {
-        stage: Selection(*(table.column(name).to_pylist() for name in ("prompt_id", "source", "selected")))
-        for stage, table in tables.items()
-        if table is not None
-    }
+    found = {stage: read_selection(paths, stage) for stage in range(stages)}
+    return {stage: selection for stage, selection in found.items() if selection is not None}
 
 
 def directions(config: Config) -> list[str]:

@@ -90,7 +90,7 @@ class Summary:
     seed: int
     total_steps: int
     evaluate_every: int
-    fraction: float  # share of the pool that a stage selects
+    fraction: float | None  # share of the pool that a stage selects; None: the strategy may take all
     pool: int | None  # training prompts to select from
     tested: bool  # whether the run has test sets
     base: Point | None

@@ -4,21 +4,31 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from cropi.artifacts import read_sealed, write_json
+from cropi.artifacts import PROMPT_TOO_LONG, count_status, is_finished, read_sealed, write_json
 from cropi.config import Config
 from cropi.functional.bootstrap import CONFIDENCE
 from cropi.report import figures
 from cropi.report.blocks import Block, Code, Picture, Section, Table, Text
 from cropi.report.closeups import closeups
-from cropi.report.funnel import funnel
 from cropi.report.headline import headline
-from cropi.report.reading import Selection, directions, read_scores, read_selections, rows_with
+from cropi.report.reading import (
+    Selection,
+    directions,
+    group_statuses,
+    prompts_left_out,
+    read_scores,
+    read_selections,
+    read_verdicts,
+    rows_with,
+)
 from cropi.report.reliability import reliability
 from cropi.report.rendering import write_report
 from cropi.report.shares import Shares, jaccard, source_shares
@@ -170,7 +180,8 @@ def _turnover(found: Contents) -> list[Block]:
         rows.append([f"{stage - 1} → {stage}", *numbers, decimal(overlap)])
     if not rows:
         return [Text("There are no two consecutive selections.")]
-    drawn = figures.turnover(overlaps, found.config.select.fraction)
+    shares = [len(selection.chosen) / len(selection.selected) for selection in found.selections.values()]
+    drawn = figures.turnover(overlaps, float(np.mean(shares)))
     caption = "1: the same prompts again; 0: none of them. Dotted: what two independent random draws would share."
     header = ["stages", "kept", "new", "dropped", "overlap"]
     table = Table("Prompts kept, new and dropped. Overlap: kept ÷ (kept + new + dropped).", header, rows, left=1)
@@ -221,7 +232,71 @@ def _unscored(config: Config) -> str:
     """Say whether influence is still to come or never will."""
     if config.select.strategy.reads_scores:
         return "Influence has not been computed yet."
+    if config.select.strategy.chooses_online:
+        return f"`{config.select.label}` reads influence while it trains and scores no prompts beforehand."
     return f"This run computes no influence: `{config.select.label}` chooses without it."
+
+
+# -- statuses ----------------------------------------------------------------------------------------------------------
+
+Rows = list[list[str]]
+
+
+def funnel(run: RunFolder, selections: Mapping[int, Selection], scores: Mapping[int, pa.Table]) -> list[Block]:
+    """Tables of statuses and verdicts, as far as the run has come."""
+    verdicts = read_verdicts(run)
+    rows = _prompt_rows(run)
+    if verdicts is not None:
+        rows += _trajectory_rows(run, verdicts)
+        rows += _status_rows("training groups", "", group_statuses(verdicts).values())
+    for stage, table in scores.items():
+        rows += _status_rows("scores", f"influence, stage {stage}", table.column("status").to_pylist())
+    for stage, selection in selections.items():
+        taken, pool = sum(selection.selected), len(selection.selected)
+        rows.append(["selection", f"stage {stage}", "selected", count(taken), share(taken / max(pool, 1))])
+    if not rows:
+        return [Text("There are no prompts yet.")]
+    caption = (
+        "Rows by status. A group is mixed when its completions are rewarded unlike; a group without signal has a "
+        "gradient of zero."
+    )
+    table = Table(caption, ["step", "of", "status", "rows", "share"], rows, left=3)
+    return [table, *([_verdicts(verdicts)] if verdicts is not None else [])]
+
+
+def _prompt_rows(run: RunFolder) -> Rows:
+    if not is_finished(run.prompts):
+        return []
+    by_set = Counter(row["set"] for row in run.prompt_rows)
+    return [["prompts", name, "", count(number), ""] for name, number in by_set.items()]
+
+
+def _trajectory_rows(run: RunFolder, verdicts: pa.Table) -> Rows:
+    rows: Rows = []
+    if skipped := prompts_left_out(run):
+        rows.append(["prompts", "all sets but test", PROMPT_TOO_LONG, count(skipped), ""])
+    for name, table in _verdicts_by_set(verdicts).items():
+        rows += _status_rows("trajectories", name, table.column("status").to_pylist())
+    return rows
+
+
+def _verdicts(verdicts: pa.Table) -> Table:
+    rows: Rows = []
+    for name, table in _verdicts_by_set(verdicts).items():
+        rows += [row[1:] for row in _status_rows("", name, table.column("verdict").to_pylist())]
+    return Table("Verdicts on the stored trajectories.", ["of", "verdict", "completions", "share"], rows, left=2)
+
+
+def _verdicts_by_set(verdicts: pa.Table) -> dict[str, pa.Table]:
+    """Rows by set, the training set first."""
+    names = sorted(pc.unique(verdicts.column("set")).to_pylist(), key=lambda name: (name != "train", name))
+    return {name: verdicts.filter(pc.equal(verdicts.column("set"), name)) for name in names}
+
+
+def _status_rows(step: str, of: str, statuses: Iterable[str]) -> Rows:
+    counts = count_status(statuses)
+    total = sum(counts.values())
+    return [[step, of, status, count(number), share(number / total)] for status, number in counts.items()]
 
 
 # -- cost ----------------------------------------------------------------------------------------------------------

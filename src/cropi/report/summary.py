@@ -38,7 +38,7 @@ def summarise(config: Config, run: RunFolder) -> Summary:
         seed=config.seed,
         total_steps=config.train.stages * config.train.steps_per_stage,
         evaluate_every=config.evaluate.every or config.train.steps_per_stage,
-        fraction=config.select.fraction,
+        fraction=None if config.select.strategy.takes_all else config.select.fraction,
         pool=_pool(run),
         tested=bool(config.prompts.test),
         base=_point(config, 0, base) if base else None,

@@ -29,11 +29,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, TypeAdapter
 
-from cropi.config import VerificationConfig, Verifier
 from cropi.console import warn
 from cropi.errors import ConfigError
 from cropi.rewards.pool_worker import END_S
 from cropi.rewards.verdicts import ERROR, TIMEOUT, VERDICTS, Answered, GradeError, Judge, Judgement
+from cropi.rewards.verifier import VerificationConfig
+from cropi.rewards.verifiers import Verifier
 
 CHUNK = 64  # rows sent to a worker at once, at most
 CHUNK_CHARACTERS = 1_000_000  # and so much text of them, unless a single row has more

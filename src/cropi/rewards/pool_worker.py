@@ -141,7 +141,7 @@ def _judge(verify: Any, row: list[str]) -> tuple[str, str, float | None]:
 def _set_up(settings: dict[str, Any]) -> Any:
     from pydantic import TypeAdapter
 
-    from cropi.config import Verifier
+    from cropi.rewards.verifiers import Verifier
 
     verifier: Verifier = TypeAdapter(Verifier).validate_python(settings)
     return verifier.load()

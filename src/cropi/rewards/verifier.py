@@ -1,4 +1,4 @@
-"""The base classes of verifiers. A verifier says whether a completion's answer is right."""
+"""The base classes of verifiers, and their processes. A verifier says whether a completion's answer is right."""
 
 from __future__ import annotations
 
@@ -6,12 +6,24 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Annotated, ClassVar, Self
 
-from pydantic import AfterValidator, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from cropi.rewards.verdicts import UNPARSEABLE_GOLD, Answered, Graded, judged
-from cropi.setting_types import Table
+from cropi.setting_types import Positive, PositiveNumber, Table
 
 Verify = Callable[[Answered], str | Graded]
+
+
+class VerificationConfig(Table):
+    """The processes that verifiers run in."""
+
+    processes: Annotated[int, Field(ge=1, le=1024)] = 2
+    """Largest number of processes."""
+    seconds: PositiveNumber = 5.0
+    """Wall-clock time for one answer. A process that takes longer is ended; the answer is tried once more and then
+    judged `timeout`."""
+    memory_mb: Positive = 1024
+    """MiB that judging may take beyond what a process has after start-up, if the system can limit it."""
 
 
 class VerifierTable(Table, ABC):

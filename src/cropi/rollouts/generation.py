@@ -20,7 +20,6 @@ class Sampling:
 
     max_completion_length: int
     temperature: float | None
-    top_p: float = 1.0
 
 
 class Generator(Protocol):
@@ -92,7 +91,7 @@ class TransformersGenerator:
         chosen = (
             {"do_sample": False}
             if sampling.temperature is None
-            else {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+            else {"do_sample": True, "temperature": sampling.temperature, "top_p": 1.0, "top_k": 0}
         )
         generation_config = GenerationConfig(
             max_new_tokens=sampling.max_completion_length,

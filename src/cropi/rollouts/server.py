@@ -24,6 +24,7 @@ from cropi.seeds import derived_seed
 
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 30.0  # between tries, doubling
 TIMEOUT_S = 600.0  # of one request
+PATIENCE_S = 600.0  # without a usable response, while requests are tried again
 SEEDS = 2**31
 LARGEST = 2**24  # bytes of a response
 
@@ -60,7 +61,7 @@ class ServerGenerator:
 
     Requests are retried at growing intervals if the server is unreachable, busy or broken (no connection, status 408,
     429 or 5xx), or if its response holds no completion (`finish_reason` other than stop and length). The run ends
-    after `patience` seconds without a usable response. Token ids in a response (vLLM) are the completion. Otherwise its
+    after `PATIENCE_S` without a usable response. Token ids in a response (vLLM) are the completion. Otherwise its
     text is tokenised, which may not reproduce the sampled tokens; an end-of-sequence token is added if the server
     stopped at one. `retokenized` counts completions with another number of tokens than the server's.
 
@@ -68,8 +69,9 @@ class ServerGenerator:
     usable response. Finished shards are kept.
     """
 
-    def __init__(self, policy: Policy, config: ServerConfig) -> None:
-        self._policy, self._config = policy, config
+    def __init__(self, policy: Policy, config: ServerConfig, concurrency: int) -> None:
+        """`concurrency`: requests at once, each for one completion."""
+        self._policy, self._config, self._concurrency = policy, config, concurrency
         self._url = f"{config.url.rstrip('/')}/completions"
         self._vocabulary = policy.model.config.get_text_config().vocab_size
         self._answered, self._warned = 0.0, False
@@ -84,7 +86,7 @@ class ServerGenerator:
                 "prompt": self._written(prompt),
                 "max_tokens": sampling.max_completion_length,
                 "temperature": 0.0 if sampling.temperature is None else sampling.temperature,
-                "top_p": sampling.top_p,
+                "top_p": 1.0,
                 "seed": derived_seed(seed, number) % SEEDS,
                 **self._config.body,
             }
@@ -114,7 +116,7 @@ class ServerGenerator:
 
     async def _complete_all(self, bodies: Sequence[dict[str, Any]], prompts: Sequence[list[int]]) -> list[list[int]]:
         """Send all requests; an error or an interrupt cancels the open ones."""
-        most, slots = self._config.concurrency, asyncio.Semaphore(self._config.concurrency)
+        most, slots = self._concurrency, asyncio.Semaphore(self._concurrency)
         key = os.environ.get(self._config.api_key_env or "", "").strip()
 
         async def one(client: httpx2.AsyncClient, body: dict[str, Any], prompt: list[int]) -> list[int]:
@@ -142,7 +144,7 @@ class ServerGenerator:
         return [job.result() for job in jobs]
 
     async def _complete(self, client: httpx2.AsyncClient, body: dict[str, Any], prompt: list[int]) -> list[int]:
-        """Request a completion until it succeeds; `patience` counts from the first failure at the earliest."""
+        """Request a completion until it succeeds; `PATIENCE_S` counts from the first failure at the earliest."""
         wait, failing_since = FIRST_WAIT_S, None
         while True:
             began = time.monotonic()
@@ -155,10 +157,10 @@ class ServerGenerator:
                 trouble = f"{named}{error}"[:400]
                 if failing_since is None:
                     failing_since = began if isinstance(error, TimeoutError) else time.monotonic()
-            left = max(self._answered, failing_since) + self._config.patience - time.monotonic()
+            left = max(self._answered, failing_since) + PATIENCE_S - time.monotonic()
             if left <= 0:
                 raise PolicyError(
-                    f"the server has not answered for {self._config.patience:g} s with a usable completion ({trouble})",
+                    f"the server has not answered for {PATIENCE_S:g} s with a usable completion ({trouble})",
                     where=f"collect.server.url {self._config.url}",
                     fix="check that it runs, the URL (it ends in /v1), the model's name there and "
                     "collect.server.body; then run the same command again: finished shards are kept.",

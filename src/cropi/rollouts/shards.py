@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
@@ -20,20 +19,16 @@ from cropi.config import Config
 from cropi.console import warn
 from cropi.errors import ConfigError, DataError
 from cropi.fsdp import in_lockstep
-from cropi.functional.pooling import nearest_first, principal_points
-from cropi.functional.ranking import selection_size
 from cropi.ledger import Ledger
 from cropi.parallel import Perform, RayPool, Task, process_group
-from cropi.policy import Policy, completion_logprobs, longest_alike
-from cropi.policy_copy import PolicyCopy
+from cropi.policy import Policy, PolicyCopy, completion_logprobs, longest_alike
 from cropi.prompt_encoding import encode_prompts, trainer_prompt, uses_chat
 from cropi.rewards.pool import strict_judge
 from cropi.rewards.verdicts import Judge, answered
 from cropi.rollouts.generation import Generator, Sampling, TransformersGenerator
-from cropi.rollouts.representations import Representations
 from cropi.rollouts.server import ServerGenerator
 from cropi.rollouts.vllm import VllmGenerator
-from cropi.seeds import derived_seed, unit_interval
+from cropi.seeds import derived_seed
 
 
 @dataclass(frozen=True)
@@ -163,31 +158,8 @@ def pool_generator(config: Config, policy: Policy) -> Iterator[Generator]:
 def plain_generator(config: Config, policy: Policy) -> Generator:
     """A generator that starts no engine: a server, or transformers."""
     if config.collect.server is not None:
-        return ServerGenerator(policy, config.collect.server)
+        return ServerGenerator(policy, config.collect.server, config.collect.batch_size)
     return TransformersGenerator(policy, config.collect.batch_size)
-
-
-def sampled_prompts(
-    config: Config, prompts: Sequence[Mapping[str, Any]], representations: Representations | None = None
-) -> set[str]:
-    """Ids of the training prompts that are to be sampled: a fixed random share of the pool, and of the rest those
-    nearest to the validation prompts. Without representations these are drawn at random too: as many, at no cost.
-    """
-    pool = sorted(row["prompt_id"] for row in prompts if row["set"] == "train")
-    shuffled = sorted(pool, key=lambda i: (unit_interval(config.seed, "collect", i), i))
-    drawn, nearby = selection_size(config.collect.fraction, len(pool)), selection_size(config.collect.nearby, len(pool))
-    chosen = shuffled[:drawn]
-    rest = shuffled[drawn:] if representations is None or not nearby else _nearest(pool, chosen, representations)
-    return {*chosen, *rest[:nearby]}
-
-
-def _nearest(pool: Sequence[str], chosen: Collection[str], representations: Representations) -> list[str]:
-    """Prompts of the pool that are not chosen yet, the nearest to the validation prompts first."""
-    validation = [key for key in representations if key[0] != "train"]
-    points = principal_points(np.stack([representations[key] for key in [*(("train", i) for i in pool), *validation]]))
-    order = nearest_first(points[: len(pool)], points[len(pool) :], [name for name, _ in validation])
-    taken = set(chosen)
-    return [pool[row] for row in order if pool[row] not in taken]
 
 
 def _longest(config: Config, policy: Policy) -> tuple[float, str]:
@@ -201,13 +173,8 @@ def _longest(config: Config, policy: Policy) -> tuple[float, str]:
     return context, f"the policy's context of {context:.0f} tokens"
 
 
-def plan(
-    config: Config, policy: Policy, prompts: Sequence[Mapping[str, Any]], sampled: Collection[str] | None = None
-) -> tuple[list[Shard], list[str]]:
-    """The shards of a collection, longest prompts first, and the ids of prompts that do not fit into the context.
-
-    `sampled` holds the training prompts that are wanted, unset all; what does not fit is looked for among all.
-    """
+def plan(config: Config, policy: Policy, prompts: Sequence[Mapping[str, Any]]) -> tuple[list[Shard], list[str]]:
+    """The shards of a collection, longest prompts first, and the ids of prompts that do not fit into the context."""
     chat = uses_chat(policy.tokenizer, config.prompts.chat, config.prompts.system_prompt)
     limit, room = _longest(config, policy)
     shards: list[Shard] = []
@@ -229,8 +196,6 @@ def plan(
                 where="collect.max_completion_length",
                 fix="lower it, or use a policy with a longer context.",
             )
-        if name == "train" and sampled is not None:
-            fitting = [pair for pair in fitting if pair[0]["prompt_id"] in sampled]
         fitting.sort(key=lambda pair: (-len(pair[1]), pair[0]["prompt_id"]))
         samples = config.collect.num_generations if name == "train" else config.collect.validation_num_generations
         size = config.collect.shard_prompts
@@ -254,7 +219,7 @@ def _sample(
 ) -> list[dict[str, Any]]:
     settings = config.collect
     repeated = [ids for ids in shard.prompt_ids for _ in range(shard.samples)]
-    sampling = Sampling(settings.max_completion_length, settings.temperature, settings.top_p)
+    sampling = Sampling(settings.max_completion_length, settings.temperature)
     completions = generate(repeated, sampling, seed=seed)
     texts = policy.tokenizer.batch_decode(completions, skip_special_tokens=True)
     prompts = [prompt for prompt in shard.prompts for _ in range(shard.samples)]

@@ -39,7 +39,7 @@ class VllmGenerator:
             SamplingParams(
                 max_tokens=sampling.max_completion_length,
                 temperature=0.0 if sampling.temperature is None else sampling.temperature,
-                top_p=sampling.top_p,
+                top_p=1.0,
                 top_k=-1,
                 seed=derived_seed(seed, number) % SEEDS,
                 stop_token_ids=eos,

@@ -1,6 +1,6 @@
 """`collect`: K trajectories per prompt, in shards that survive an interruption.
 
-All prompts once from the base policy, and some prompts again from later policies.
+All prompts once from the base policy, for the strategies that read trajectories.
 """
 
 from __future__ import annotations
@@ -24,9 +24,8 @@ from cropi.policy import Policy
 from cropi.prompt_encoding import chat_warnings
 from cropi.prompts import data_identity, make_prompts
 from cropi.rewards.verdicts import ERROR, TIMEOUT, Judge
-from cropi.rollouts.generation import TransformersGenerator
 from cropi.rollouts.representations import KIND as REPRESENTED
-from cropi.rollouts.representations import Representations, read_representations, represent
+from cropi.rollouts.representations import represent
 from cropi.rollouts.shards import (
     MakeShards,
     Sampler,
@@ -35,7 +34,6 @@ from cropi.rollouts.shards import (
     make_shards_by_ray,
     plan,
     pool_generator,
-    sampled_prompts,
 )
 from cropi.stages.run import Run
 from cropi.stages.trajectories import require_signal
@@ -61,14 +59,12 @@ def collect(run: Run) -> Manifest:
         make_scorer(run.config, run.base.model, run.surrogate)  # refuses a model before anything is generated
     inputs: dict[str, Any] = {"prompts": prompts.identity, "policy": run.setup.identity}
     inputs |= {"settings": run.folder.settings(*SAMPLED_BY)}
-    if run.config.collect.nearby:
-        make_representations(run, "collect")
     manifest = build(
         folder, "trajectories", partial(_collect, run), inputs=inputs, made_by="cropi collect", **run.in_parts
     )
     _tell(run, manifest)
     if strategy.aims_at_validation:
-        validation_groups(run.trajectories.base, run.config.score)
+        validation_groups(run.trajectories.tables, run.config.score)
     return manifest
 
 
@@ -76,12 +72,14 @@ def _collect(run: Run, folder: Path) -> tuple[Mapping[str, int], Mapping[str, An
     rows, chat = run.folder.prompt_rows, run.config.prompts.chat
     for text in chat_warnings(run.base.tokenizer, chat, (row["messages"] for row in rows)):
         warn(text)
-    nearby = read_representations(run.folder.representations) if run.config.collect.nearby else None
-    return collector(run, run.base).collect(rows, folder, nearby)
+    return Collector(run.config, run.base, run.judge, run.ledger).collect(rows, folder)
 
 
 def _tell(run: Run, manifest: Manifest) -> None:
     """Print what was collected, and warn of a verifier that fails often."""
+    if not run.config.select.strategy.collects:
+        say(f"nothing is collected: {run.config.select.label} reads no trajectories")
+        return
     verdicts = manifest.details["verdicts"]
     say(f"trajectories: {counts_text(manifest.counts)}")
     say(f"verdicts: {counts_text(verdicts)}")
@@ -91,21 +89,17 @@ def _tell(run: Run, manifest: Manifest) -> None:
             f"the verifier failed on {failed} of {total} completions, and they earned nothing. If they should have, "
             f"mend it, delete {run.folder.trajectories} and run again (`cropi audit-rewards` tells more)"
         )
-    if not run.config.select.strategy.collects and not run.trajectories.base_groups:
-        return
-    mixed = require_signal(run.trajectories.statuses(run.trajectories.base_groups))
-    sampled = len(run.trajectories.base_groups)
+    mixed, sampled = require_signal(run.trajectories.statuses), len(run.trajectories.groups)
     say(f"groups: {mixed} of {sampled} mixed" + (", the others carry no signal now" if mixed < sampled else ""))
 
 
-def make_representations(run: Run, phase: str, stage: int | None = None) -> None:
-    """Store the base policy's representations of the prompts, charged to the phase that asks first."""
+def make_representations(run: Run) -> None:
+    """Store the base policy's representations of the prompts, charged to scoring."""
 
     def make(folder: Path) -> tuple[Mapping[str, int], Mapping[str, Any]]:
-        with run.ledger.charge(phase, stage=stage) as entry:
+        with run.ledger.charge("score") as entry:
             result = represent(run.config, run.base, run.folder.prompt_rows, folder)
-            read = result[1]["prompt_tokens"]
-            entry |= {"forward_tokens": read} if phase == "score" else {"tokens": 0, "prompt_tokens": read, "passes": 1}
+            entry |= {"forward_tokens": result[1]["prompt_tokens"]}
         return result
 
     inputs: dict[str, Any] = {"prompts": make_prompt_table(run).identity, "policy": run.setup.identity}
@@ -113,7 +107,7 @@ def make_representations(run: Run, phase: str, stage: int | None = None) -> None
     depth = run.config.select.strategy.represented_depth
     inputs |= {} if depth == 1 else {"depth": depth}
     folder = run.folder.representations
-    build(folder, REPRESENTED, make, inputs=inputs, made_by=f"cropi {phase}", shared=True)
+    build(folder, REPRESENTED, make, inputs=inputs, made_by="cropi train", shared=True)
 
 
 # -- sampling ------------------------------------------------------------------------------------------------------
@@ -128,26 +122,19 @@ class Collector:
     judge: Judge
     ledger: Ledger
 
-    def collect(
-        self,
-        prompts: Sequence[Mapping[str, Any]],
-        folder: Path,
-        representations: Representations | None = None,
-    ) -> tuple[dict[str, int], dict[str, Any]]:
+    def collect(self, prompts: Sequence[Mapping[str, Any]], folder: Path) -> tuple[dict[str, int], dict[str, Any]]:
         """Sample the pool and the validation sets from the base policy. Returns (rows by status, details).
 
         The ranks divide the missing shards, or Ray workers make them; their content does not depend on that.
         With `collect.logprobs`, the model itself computes the behaviour log-probs at the sampling temperature.
-        `collect.nearby` needs the representations. A prompt that does not fit into the policy's context counts as one
-        row `prompt_too_long`.
+        A prompt that does not fit into the policy's context counts as one row `prompt_too_long`.
         """
         config = self.config
-        if config.collect.top_p < 1:
-            warn("collect.top_p is below 1: the log-probs are not those of the truncated sampler, so ratios are biased")
-        shards, too_long = plan(config, self.policy, prompts, sampled_prompts(config, prompts, representations))
-        shards = shards if config.select.strategy.collects else []
+        shards, too_long = plan(config, self.policy, prompts)
         workers = ray_pool()
-        if workers is not None:
+        if not config.select.strategy.collects:
+            statuses, details = _summed([])
+        elif workers is not None:
             make = partial(make_shards_by_ray, workers, config, self.policy, folder, self.ledger)
             statuses, details = _sample_all(folder, shards, make)
         else:
@@ -156,33 +143,6 @@ class Collector:
                 make = partial(sampler.make, folder=folder, charge=partial(self.ledger.charge_share, "collect"))
                 statuses, details = _sample_all(folder, shards, make)
         return count_status([PROMPT_TOO_LONG] * len(too_long) + statuses), details | {"too_long": too_long}
-
-    def collect_again(
-        self,
-        prompts: Sequence[Mapping[str, Any]],
-        folder: Path,
-        stage: int,
-        purpose: str = "refresh",
-        logprobs: bool = True,
-    ) -> tuple[dict[str, int], dict[str, Any]]:
-        """Sample some prompts at the start of a stage, from the policy as it is then.
-
-        The seed depends on the purpose, the strategy's name and the stage. The model is left in the mode it was in.
-        Without `logprobs`, for trajectories of which only the rewards are wanted, the column is null.
-        """
-        shards, _ = plan(self.config, self.policy, prompts)
-        charge = partial(self.ledger.charge_share, "collect", stage=stage)
-        seeded = (purpose, self.config.select.label, stage)
-        generate = TransformersGenerator(self.policy, self.config.collect.batch_size)
-        sampler = Sampler(self.config, self.policy, generate, self.judge, seeded, logprobs)
-        make = partial(sampler.make, folder=folder, charge=charge)
-        statuses, details = _sample_all(folder, shards, make)
-        return count_status(statuses), details | {"prompts": len(prompts)}
-
-
-def collector(run: Run, policy: Policy) -> Collector:
-    """The collector of a run for a policy."""
-    return Collector(run.config, policy, run.judge, run.ledger)
 
 
 def _sample_all(folder: Path, shards: Sequence[Shard], make: MakeShards) -> tuple[list[str], dict[str, Any]]:

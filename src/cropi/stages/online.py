@@ -12,7 +12,7 @@ import numpy as np
 from cropi.artifacts import open_artifact
 from cropi.curriculum.chooser import ChoosesBatches, GroupGate, Pool
 from cropi.curriculum.curriculum import Curriculum
-from cropi.curriculum.strategies.online import OnlineStrategy
+from cropi.curriculum.strategies.cropi import CropiStrategy
 from cropi.errors import ConfigError
 from cropi.parallel import process_group
 from cropi.prompt_encoding import encode_prompts, trainer_prompt, uses_chat
@@ -41,7 +41,7 @@ class OnlineRun:
         """`rows` are the trainer's: the pool, in the order of the chooser's places."""
         self._run, self._rows, self._reward = run, rows, reward
         strategy = run.config.select.strategy
-        self._only_observes = isinstance(strategy, OnlineStrategy) and strategy.observe_only
+        self._only_observes = isinstance(strategy, CropiStrategy) and strategy.observe_only
         assert isinstance(strategy, ChoosesBatches)
         self._make_chooser = strategy.chooser
         self._trainer: OnlineTrainer
@@ -50,7 +50,7 @@ class OnlineRun:
         """The loop of a trainer, at the start of training or where a checkpoint left it."""
         run, self._trainer = self._run, trainer
         if run.config.select.strategy.reads_representations:
-            make_representations(run, "score")
+            make_representations(run)
         with run.ledger.charge("select"):
             self._chooser = self._make_chooser(self._pool())
         loop = self._loop = self._made_loop(self._sampler())
@@ -120,7 +120,7 @@ class OnlineRun:
             read["texts"] = [prompt_text(row["prompt_json"]) for row in self._rows]
             read["validation_texts"] = {n: [prompt_text(row["messages"]) for row in members[n]] for n in names}
         if strategy.reads_representations:
-            open_artifact(run.folder.representations, REPRESENTED, made_by="cropi score")
+            open_artifact(run.folder.representations, REPRESENTED, made_by="cropi train")
             known = read_representations(run.folder.representations)
             read["states_NE"] = np.stack([known["train", prompt_id] for prompt_id in ids])
             read["validation_states"] = {
@@ -147,7 +147,7 @@ class OnlineRun:
         return ValidationPass(
             sets,
             run.judge,
-            Sampling(collect.max_completion_length, collect.temperature, collect.top_p),
+            Sampling(collect.max_completion_length, collect.temperature),
             run.surrogate,
             collect.batch_tokens,
             partial(derived_seed, run.config.seed, "validation"),
@@ -166,6 +166,7 @@ class OnlineRun:
             line = {
                 "batch": batch,
                 "step": step,
+                "stage": self._stage(step),
                 "asked_at": now,
                 "prompt_ids": [self._rows[place]["prompt_id"] for place in places],
                 "why": [" ".join((choice.source, choice.validation_set)).strip() for choice in choices],

@@ -24,7 +24,6 @@ from cropi.rewards.verdicts import Judge
 from cropi.run_folder import RunFolder, StagePaths, require_writable
 from cropi.stages.trajectories import Trajectories
 from cropi.training.grpo_settings import grpo_config
-from cropi.training.rollout_recorder import require_no_dropout
 
 
 @dataclass(frozen=True)
@@ -50,8 +49,6 @@ class Setup:
         require_writable(config.folder)
         policy = load_policy(config.policy)
         settings = grpo_config(config, config.folder, policy.device, processes)
-        if config.refresh.reuse_rollouts and not settings.disable_dropout:
-            require_no_dropout(policy.model)
         return cls(policy, fingerprint(config.policy), strict_judge(config.verifier, config.verification), settings)
 
 
@@ -126,8 +123,14 @@ class Run:
         path = start_of_stage(self.config, self.paths, stage)
         return load_policy(self.config.policy, str(path)), self.origin(stage)
 
-    def require_ratios(self, origin: str) -> None:
-        """Refuse to score a policy other than the base policy where the trajectories have no log-probs."""
+    def require_trajectories(self, origin: str) -> None:
+        """Refuse to score a policy without trajectories, or one other than the base policy without log-probs."""
+        if not self.config.select.strategy.collects:
+            raise ConfigError(
+                f"{self.config.select.label} reads no trajectories, so there are none to score by",
+                where="select.strategy",
+                fix="start a run with a strategy that reads them, such as influence.",
+            )
         if origin != "base" and not self.config.collect.logprobs:
             raise ConfigError(
                 "the trajectories have no behaviour log-probs, so only the base policy can be scored by them",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +15,6 @@ from torch import nn
 from cropi.artifacts import (
     GOLD_UNPARSEABLE,
     NON_FINITE,
-    NOT_SAMPLED,
     OK,
     PROMPT_TOO_LONG,
     Manifest,
@@ -26,11 +25,10 @@ from cropi.artifacts import (
 )
 from cropi.config import Config, StrategyTable
 from cropi.console import Progress, counts_text, progress, say, warn
-from cropi.curriculum.stale_trajectories import drift_warning
 from cropi.errors import ArtifactError, ConfigError, SignalError
 from cropi.gradients.groups import Group, iterate_groups
 from cropi.gradients.influence_scorer import Scorer
-from cropi.gradients.score_reliability import add_reliability, policy_drift
+from cropi.gradients.score_reliability import add_reliability, drift_warning, policy_drift
 from cropi.gradients.score_shards import (
     BlockScorer,
     Row,
@@ -45,29 +43,19 @@ from cropi.gradients.score_shards import (
 from cropi.gradients.surrogate_weights import RATIO_COLUMNS, SurrogateSettings
 from cropi.gradients.validation_directions import pieces
 from cropi.gradients.validation_groups import candidate_groups, validation_groups, warn_of_noise
-from cropi.gradients.validation_scores import score_validation_prompts
 from cropi.parallel import process_group, ray_pool
 from cropi.policy import weights_identity
-from cropi.run_tables import scores_schema, validation_scores_schema
-from cropi.stages.collect import make_representations
+from cropi.run_tables import scores_schema
 from cropi.stages.run import Run
 
 
 def score(run: Run, stage: int, model: nn.Module, origin: str) -> Manifest:
     """Score all training prompts at a policy; `origin` names the policy, for the manifest."""
-    strategy, paths = run.config.select.strategy, run.paths
-    if strategy.pools:
-        make_representations(run, "score", stage)
-    prompts, inputs = run.folder.train_prompts, run.trajectories.inputs(stage)
-    statuses = run.trajectories.statuses(run.trajectories.groups(run.trajectories.overlay(stage)))
+    run.require_trajectories(origin)
+    prompts = run.folder.train_prompts
 
     def make(folder: Path) -> tuple[Mapping[str, int], Mapping[str, Any]]:
-        pool = ScoredPool(
-            run.trajectories.tables(stage),
-            dict(zip(prompts, prompts.column("source"), strict=True)),
-            frozenset(i for i, status in zip(prompts, statuses, strict=True) if status == NOT_SAMPLED),
-            stage,
-        )
+        pool = ScoredPool(run.trajectories.tables, dict(zip(prompts, prompts.column("source"), strict=True)), stage)
         with run.ledger.charge("score", stage=stage) as entry:
             counts, details = score_pool(run.config, run.surrogate, model, pool, folder)
             if process_group().is_main:
@@ -76,10 +64,10 @@ def score(run: Run, stage: int, model: nn.Module, origin: str) -> Manifest:
                 entry["validation_tokens"] = details["validation_tokens"]
         return counts, details
 
-    made_from = inputs | {"policy": origin, "settings": run.folder.settings()}
-    manifest = build(paths.scores(stage), "scores", make, inputs=made_from, made_by="cropi score", **run.in_parts)
+    made_from = run.trajectories.inputs | {"policy": origin, "settings": run.folder.settings()}
+    manifest = build(run.paths.scores(stage), "scores", make, inputs=made_from, made_by="cropi score", **run.in_parts)
     say(f"scores of stage {stage}: {counts_text(manifest.counts)}")
-    text = drift_warning(manifest.details["drift"], stage, refreshing=run.config.refresh.active)
+    text = drift_warning(manifest.details["drift"], stage)
     if text is not None:
         warn(text)
     return manifest
@@ -101,7 +89,6 @@ class ScoredPool:
 
     tables: Mapping[str, pa.Table]  # "train" and "validation/NAME" -> trajectories
     sources: Mapping[str, str]  # prompt id -> source, of all training prompts
-    not_sampled: Collection[str] = ()  # prompts that were never sampled; others without trajectories are too long
     stage: int = 0
 
 
@@ -127,21 +114,18 @@ def score_pool(
     validation = _aims(config, pool.tables)
     names = list(validation)
     standard_errors = config.score.standard_errors and not strategy.reads_lengths  # of no use to lengths
-    rows = _blank_rows(pool.sources, names, frozenset(pool.not_sampled))
+    rows = _blank_rows(pool.sources, names)
     mixed = sorted(_note_facts(pool.tables["train"], rows))
     scorer = make_scorer(config, model, settings, strategy)
     work = _Work(scorer, pool.tables["train"], mixed, validation)
-    block_scorer = BlockScorer(scorer, names, standard_errors or strategy.pools)
+    block_scorer = BlockScorer(scorer, names, standard_errors)
     shards = ScoreShards(folder, names, mixed, None if config.score.store == "none" else config.score.store)
     found = work.in_shards(shards, block_scorer, config, strategy)
     if not strategy.candidates_aimed_at:
         warn_of_noise(scorer.direction_reliability)
-    evidence, computed = score_validation_prompts(scorer, validation) if strategy.pools else ([], 0)
     if not process_group().is_main:
         return {}, {}
-    if strategy.pools:
-        write_table(folder / "validation.parquet", evidence, validation_scores_schema(names))
-    tokens = _note_all(rows, found, validation, computed)
+    tokens = _note_all(rows, found, validation)
     counts = count_status(row["status"] for row in rows.values())
     _check_finite(counts)
     reliability = add_reliability(config, rows, names, pool.stage) if standard_errors else None
@@ -155,11 +139,10 @@ def _note_all(
     rows: Mapping[str, dict[str, Any]],
     shards: Iterable[list[Row]],
     validation: Mapping[str, Sequence[Group]],
-    computed: int,
 ) -> dict[str, int]:
     """Enter the scores of all shards; return the tokens scored and computed, validation sets included."""
     validated = sum(group.completion_tokens for groups in validation.values() for group in groups)
-    tokens = {"tokens": validated, "tokens_computed": computed}
+    tokens = {"tokens": validated, "tokens_computed": 0}
     for shard in shards:
         _note_scores(rows, shard, tokens)
     return tokens
@@ -191,14 +174,12 @@ def _of_aims(validation: Mapping[str, Sequence[Group]]) -> dict[str, Any]:
     }
 
 
-def _blank_rows(sources: Mapping[str, str], names: list[str], not_sampled: frozenset[str]) -> dict[str, dict[str, Any]]:
+def _blank_rows(sources: Mapping[str, str], names: list[str]) -> dict[str, dict[str, Any]]:
     """Rows of prompts without trajectories, by prompt id."""
     none: dict[str, Any] = {f"influence/{name}": 0.0 for name in names} | {"completion_tokens": 0, "feature_norm": 0.0}
     none |= {"pass_rate": None, "reward_variance": None, **dict.fromkeys(RATIO_COLUMNS)}
-    return {
-        i: {**none, "prompt_id": i, "source": source, "status": NOT_SAMPLED if i in not_sampled else PROMPT_TOO_LONG}
-        for i, source in sources.items()
-    }
+    none |= {"status": PROMPT_TOO_LONG}
+    return {i: {**none, "prompt_id": i, "source": source} for i, source in sources.items()}
 
 
 def _require_shared_folder(config: Config) -> None:

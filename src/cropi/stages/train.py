@@ -32,7 +32,6 @@ from cropi.training.dynamic_sampling import DynamicSampling
 from cropi.training.grpo_settings import grpo_config
 from cropi.training.online_trainer import OnlineTrainer
 from cropi.training.reward_log import RecordedReward
-from cropi.training.rollout_recorder import RolloutRecorder, forget_rollouts, require_no_dropout
 from cropi.training.sharding import check_sharding, resuming
 from cropi.training.stage_trainer import SelectStage, Stages
 
@@ -62,7 +61,6 @@ def train(run: Run, select_stage: SelectStage) -> Path:
         evaluate=lambda step, model: evaluate(run, model, step),
         evaluated=lambda step: is_evaluated(run, step),
         folder=run.paths.folder,
-        record_to=run.paths.rollouts if run.trajectories.reuses else None,
         dynamic_sampling=run.config.train.dynamic_sampling,
         asked_in=run.config.policy.dtype,
         made_by=run.folder.settings(),
@@ -93,7 +91,7 @@ def _training_rows(run: Run) -> list[dict[str, Any]]:
     """Rows for TRL of the prompts that can be trained on."""
     tokenizer, settings = run.setup.policy.tokenizer, run.config.prompts
     chat, prompts = uses_chat(tokenizer, settings.chat, settings.system_prompt), run.folder.train_prompts
-    statuses = dict(zip(prompts, run.trajectories.statuses(run.trajectories.base_groups), strict=True))
+    statuses = dict(zip(prompts, run.trajectories.statuses, strict=True))
     rows = [
         {
             "prompt": trainer_prompt(row["messages"], chat=chat, system_prompt=settings.system_prompt),
@@ -245,7 +243,6 @@ class TrainTask:
     evaluate: Evaluate
     folder: Path
     online: Callable[[OnlineTrainer, Path | None], ChooserLoop] | None = None  # of a trainer at a checkpoint
-    record_to: Path | None = None  # where rollouts are kept as trajectories, if they are
     dynamic_sampling: int = 0  # refills of a generation batch at the most
     evaluated: Callable[[int], bool] = lambda step: False  # whether that step has been evaluated before
     asked_in: str = "float32"  # the dtype that the policy is asked in: `policy.dtype`
@@ -274,7 +271,6 @@ def train_stages(task: TrainTask, policy: Policy) -> Path:
         position_of = {row["prompt_id"]: position for position, row in enumerate(task.rows)}
         stages = Stages(task.select_stage, position_of, trainer)
         trainer.add_callback(StageCallback(stages, task, bar, trainer))
-        trainer.recorder = _recorder(task, policy)
         trainer.dynamic = _dynamic_sampling(task, policy, resume_from)
         if task.online is not None:
             trainer.online = task.online(trainer, resume_from)
@@ -339,15 +335,6 @@ def _newest(task: TrainTask) -> tuple[Path | None, int]:
     return None if found is None else Path(found), done
 
 
-def _recorder(task: TrainTask, policy: Policy) -> RolloutRecorder | None:
-    """Return the recorder of rollouts, if they are to be kept. ConfigError if their log-probs would be noisy."""
-    if task.record_to is None:
-        return None
-    require_no_dropout(policy.model)  # as the trainer leaves it
-    generations, rank = task.settings.num_generations, process_group().rank
-    return RolloutRecorder(task.record_to, task.reward, generations, policy.eos_ids, rank)
-
-
 def _dynamic_sampling(task: TrainTask, policy: Policy, checkpoint: Path | None) -> DynamicSampling | None:
     """Return the object that refills generation batches, if the config asks for it, at the position of a checkpoint."""
     if not task.dynamic_sampling:
@@ -391,7 +378,5 @@ def _begin_from(task: TrainTask, checkpoint: Path | None, step: int) -> None:
     if checkpoint is not None:
         open_checkpoint(checkpoint)
     task.reward.forget_from(step)
-    if task.record_to is not None:
-        forget_rollouts(task.record_to, step)
     for name in ("steps.jsonl", "metrics.jsonl"):
         cut_jsonl(task.folder / name, lambda row: row["step"] <= step)

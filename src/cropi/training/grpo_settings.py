@@ -36,7 +36,6 @@ def grpo_config(config: Config, output_dir: Path, device: torch.device, processe
     defaults: dict[str, Any] = {
         "num_generations": config.collect.num_generations,
         "temperature": config.collect.temperature,
-        "top_p": config.collect.top_p,
         "use_cpu": device.type == "cpu",
         "report_to": [],
         "logging_steps": 1,
@@ -70,8 +69,6 @@ def grpo_config(config: Config, output_dir: Path, device: torch.device, processe
         _check_online(settings, config, processes)
     if processes == 1 and not launched():
         try_one_step(options, device)
-    if processes > 1 and config.refresh.reuse_rollouts:
-        _check_whole_groups(settings)
     return settings
 
 
@@ -109,17 +106,6 @@ def _divided(options: dict[str, Any], processes: int) -> dict[str, Any]:
     if served is not None:
         shared["steps_per_generation"] = served // fewer_steps
     return options | shared
-
-
-def _check_whole_groups(settings: GRPOConfig) -> None:
-    """Require whole groups in each process's rows of a generation batch: it keeps its own groups."""
-    rows, size = settings.per_device_train_batch_size * settings.steps_per_generation, settings.num_generations
-    if rows % size:
-        raise ConfigError(
-            f"a process gets {rows} rows of a generation batch, no multiple of num_generations={size}",
-            where="refresh.reuse_rollouts",
-            fix="set it to false, or launch fewer processes.",
-        )
 
 
 # Types that TRL accepts, where its annotations differ.
@@ -186,8 +172,6 @@ def _check(settings: GRPOConfig, config: Config) -> None:
     _check_generation_batches(settings, config)
     _check_saving(settings)
     check_dynamic_sampling(settings, config.train.dynamic_sampling)
-    if config.refresh.reuse_rollouts:
-        _check_rollouts(settings)
     if settings.use_vllm and find_spec("vllm") is None:
         raise ConfigError("vLLM is not installed", where="trainer.use_vllm", fix="pip install vllm, or leave it out.")
     missing = sorted(set(settings.report_to) - set(get_available_reporting_integrations()))
@@ -233,23 +217,3 @@ def _check_saving(settings: GRPOConfig) -> None:
             where="trainer.save_total_limit",
             fix="set it to 2 or more.",
         )
-
-
-# Rollouts can be reused only without these settings: the stored log-probs are those of the unmodified policy.
-_PLAIN_SAMPLING: dict[str, Any] = {
-    "top_k": 0,
-    "min_p": None,
-    "repetition_penalty": 1.0,
-    "generation_kwargs": None,
-    "mask_truncated_completions": False,  # TRL computes no log-probs of masked completions
-}
-
-
-def _check_rollouts(settings: GRPOConfig) -> None:
-    for name, plain in _PLAIN_SAMPLING.items():
-        if getattr(settings, name) != plain:
-            raise ConfigError(
-                f"with trainer.{name} training rollouts cannot be reused: their log-probs are unknown",
-                where="refresh.reuse_rollouts",
-                fix=f"set it to false, or leave trainer.{name} out.",
-            )

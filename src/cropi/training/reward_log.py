@@ -104,10 +104,6 @@ def never_judged(path: Path, before_step: int) -> set[str]:
     return {i for i, _ in pairs} - {i for i, value in pairs if value is not None}
 
 
-def newest_variances(history: Iterable[Visit], since_steps: Mapping[str, int] | None = None) -> dict[str, float]:
-    """Variance of each prompt's newest training rewards.
-
-    Prompts in `since_steps` have newer trajectories from that step, so their earlier visits do not count.
-    """
-    since_steps = since_steps or {}
-    return {one.prompt_id: one.variance for one in history if one.step >= since_steps.get(one.prompt_id, 0)}
+def newest_variances(history: Iterable[Visit]) -> dict[str, float]:
+    """Variance of each prompt's newest training rewards."""
+    return {one.prompt_id: one.variance for one in history}

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import torch
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from trl import GRPOTrainer
@@ -20,9 +19,8 @@ from cropi.console import warn_once
 from cropi.errors import ArtifactError
 from cropi.fsdp import in_lockstep, is_sharded
 from cropi.policy import shared_prefixes
-from cropi.training.dynamic_sampling import DynamicSampling, Sampled
+from cropi.training.dynamic_sampling import DynamicSampling
 from cropi.training.reward_log import Judged
-from cropi.training.rollout_recorder import RolloutRecorder
 from cropi.training.sharding import gathered, out_of_step
 from cropi.training.stage_sampler import BatchShape, StageSampler
 
@@ -30,8 +28,6 @@ TORCH_CANNOT_WRITE = ("unexpected pos", "PytorchStreamWriter failed writing")  #
 
 # (stage, model, whether training stands in the middle of the stage) -> selected prompt ids
 SelectStage = Callable[[int, nn.Module, bool], Sequence[str]]
-
-RECORDED_ROW = "recorded_row"  # a key of TRL's batches: the row's place in its generation batch
 
 
 class Staged(GRPOTrainer):
@@ -121,42 +117,26 @@ class Stages:
 
 
 class StageTrainer(Staged):
-    """A `Staged` trainer with a recorder of its rollouts, and without TRL's model card.
+    """A `Staged` trainer without TRL's model card.
 
     With dynamic sampling it draws the prompts of a generation batch itself, from the same sampler: how many a batch
     takes is not known when the loader fetches the next.
-
-    Where TRL takes the log-probs of a generation batch itself (`old_per_token_logps`), these are recorded. Otherwise
-    all updates on the batch belong to one optimiser step, so the weights of the loss are those that sampled: its
-    log-probs are recorded, found again by their rows, which TRL shuffles and splits together with the batch.
     """
 
     def __init__(self, *args: Any, steps_per_stage: int, **kwargs: Any) -> None:
         self.steps_per_stage = steps_per_stage
-        self.recorder: RolloutRecorder | None = None
         self.dynamic: DynamicSampling | None = None
-        self._recorded_rows: list[int] | None = None
         super().__init__(*args, **kwargs)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         if self.dynamic is None:
-            output = super()._generate_and_score_completions(inputs)
-        else:
-            output = self._filled(self.dynamic, len(inputs) // self.num_generations)
-        if self.recorder is not None:
-            self._begin_record(self.recorder, output)
-            if "old_per_token_logps" in output:
-                self.recorder.note(range(len(inputs)), output["old_per_token_logps"])
-            else:
-                output[RECORDED_ROW] = torch.arange(len(inputs))
-        return output
+            return super()._generate_and_score_completions(inputs)
+        return self._filled(self.dynamic, len(inputs) // self.num_generations)
 
     def _filled(self, dynamic: DynamicSampling, prompts: int) -> dict[str, Any]:
         refilled = dynamic.fill(self._sample, prompts)
         if refilled.dropped is not None:
             self._drop(refilled.dropped.judged)
-            if self.recorder is not None:
-                self._record_dropped(self.recorder, dynamic, refilled.dropped)
         dynamic.reward.latest = refilled.trained.judged
         measured = {
             "equal_before": refilled.equal_before,
@@ -184,39 +164,6 @@ class StageTrainer(Staged):
         self.dynamic.drawn += prompts
         rows = [self.train_dataset[position] for position in positions for _ in range(self.num_generations)]
         return super()._generate_and_score_completions(rows)
-
-    def _begin_record(self, recorder: RolloutRecorder, tensors: Mapping[str, Tensor]) -> None:
-        pairs = zip(tensors["prompt_ids"].cpu(), tensors["prompt_mask"].cpu().bool(), strict=True)
-        recorder.begin(self.state.global_step, [ids[mask].tolist() for ids, mask in pairs])
-
-    def _record_dropped(self, recorder: RolloutRecorder, dynamic: DynamicSampling, dropped: Sampled) -> None:
-        """Keep the groups that are not trained on as well: without them every prompt would look mixed."""
-        tensors, dynamic.reward.latest = dropped.tensors, dropped.judged
-        self._begin_record(recorder, tensors)
-        logprobs_BT = tensors.get("old_per_token_logps")
-        if logprobs_BT is None:
-            ids, masks = (
-                torch.cat([tensors[f"{part}_{kind}"] for part in ("prompt", "completion")], dim=1)
-                for kind in ("ids", "mask")
-            )
-            width, size = tensors["completion_ids"].shape[1], self.args.per_device_train_batch_size
-            with torch.no_grad():
-                logprobs_BT = self._get_per_token_logps_and_entropies(self.model, ids, masks, width, batch_size=size)[0]
-        recorder.note(range(len(logprobs_BT)), logprobs_BT)
-
-    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        rows = inputs.get(RECORDED_ROW)
-        self._recorded_rows = None if rows is None else rows.tolist()
-        try:
-            return super()._compute_loss(model, inputs)
-        finally:
-            self._recorded_rows = None
-
-    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Any, Any]:
-        logprobs_BT, entropies, auxiliary_loss = super()._get_per_token_logps_and_entropies(*args, **kwargs)
-        if self.recorder is not None and self._recorded_rows is not None:
-            self.recorder.note(self._recorded_rows, logprobs_BT)
-        return logprobs_BT, entropies, auxiliary_loss
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """As in transformers, but that old checkpoints stay until the new one is finished: see `StageCallback`."""

@@ -12,7 +12,7 @@ from cropi.errors import UserError
 
 # Arguments of a script, by the table that an error names.
 WHOLE = {"policy": "model", "prompts": "the prompts", "verifier": "Verified", "trainer": "args"} | {
-    name: f'Selector.settings["{name}"]' for name in ("collect", "score", "select", "refresh")
+    name: f'Selector.settings["{name}"]' for name in ("collect", "score", "select")
 }
 # Arguments of a script, by setting.
 ARGUMENTS = {
@@ -28,7 +28,7 @@ ARGUMENTS = {
     "select.fraction": "Selector.fraction",
     "train.stages": "Selector.stages",
     "train.steps_per_stage": "args.max_steps",
-} | {f"collect.{name}": f"args.{name}" for name in ("num_generations", "max_completion_length", "temperature", "top_p")}
+} | {f"collect.{name}": f"args.{name}" for name in ("num_generations", "max_completion_length", "temperature")}
 PHRASES = {  # regular expressions of command-line advice, and the script's equivalent
     "go on with `cropi run`|run the same command again|run `cropi [a-z]+` first": "run the script again",
     "start the run under another name|give the run another name|(choose )?another (name= or )?run_dir=": (

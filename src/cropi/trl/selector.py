@@ -38,8 +38,9 @@ class Selector:
 
     validation: Dataset | Mapping[str, Dataset]
     """Target of training: rows like those of the training set, but not in it."""
-    strategy: str | Mapping[str, Any] = "cropi"
-    """Name of a preset, or a config patch as in `cropi compare`: `select`, `score`, `collect`, `refresh`."""
+    strategy: str | Mapping[str, Any] = "influence"
+    """Name of a preset, or a config patch as in `cropi compare`: `select`, `score`, `collect`. Not `cropi`, which only
+    `cropi run` can train with."""
     fraction: float | None = None
     """Largest share of the training prompts in a stage. Unset: the strategy's own, else 0.1."""
     stages: int = 5
@@ -176,7 +177,6 @@ def make_config(
             "num_generations": args.num_generations,
             "max_completion_length": args.max_completion_length,
             "temperature": args.temperature,
-            "top_p": args.top_p,
         },
         "train": {"stages": stages, "steps_per_stage": steps},
     }
@@ -198,9 +198,9 @@ def _refuse_unsupported(config: Config, chat: bool) -> None:
             where="Selector.strategy",
             fix="choose another strategy, or train with `cropi run`.",
         )
-    if config.train.dynamic_sampling or config.refresh.reuse_rollouts:
+    if config.train.dynamic_sampling:
         raise ConfigError(
-            "only cropi's own trainer supports dynamic sampling and reused rollouts",
+            "only cropi's own trainer supports dynamic sampling",
             where="Selector",
             fix="choose another strategy or settings, or train with `cropi run`.",
         )

@@ -75,8 +75,9 @@ class CurriculumTrainer(Staged):
             if refused:
                 raise ConfigError(what, where=where, fix=fix)
         arguments = self.args
-        if arguments.top_k or arguments.min_p or arguments.repetition_penalty != 1.0 or arguments.generation_kwargs:
-            warn("selection samples without top_k, min_p, repetition_penalty and generation_kwargs")
+        plain = arguments.top_p == 1.0 and arguments.repetition_penalty == 1.0
+        if not plain or arguments.top_k or arguments.min_p or arguments.generation_kwargs:
+            warn("selection samples without top_p, top_k, min_p, repetition_penalty and generation_kwargs")
 
     def _asks_in_chat(self, dataset: Dataset) -> bool:
         """Whether prompts are chat messages. Raises PolicyError if the tokenizer cannot format them."""

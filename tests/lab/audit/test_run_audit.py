@@ -10,7 +10,7 @@ import pytest
 from tests.runs import SMALL, cropi_error, cropi_ok
 
 FEW = ["--prompts", "12", "--trajectories", "8"]
-RUN = [*SMALL, "train.stages=1", "score.standard_errors=false"]
+RUN = [*SMALL, "train.stages=1"]
 
 
 @pytest.fixture(scope="module")

@@ -98,10 +98,10 @@ def test_every_run_is_that_of_the_plain_command(compared: Path, tmp_path: Path) 
 def test_what_is_shared_is_made_once_and_charged_to_those_who_read_it(compared: Path) -> None:
     table = read_results(compared / OUT / "results.parquet").to_pylist()
     folder = compared / OUT / "quickstart" / "seed-3"
-    (shared,) = folder.glob("shared-*/")
+    (shared,) = {path.parents[1] for path in folder.glob("shared-*/trajectories/part-*.parquet")}
     parts = sorted((shared / "trajectories").glob("part-*.parquet"))
-    for name in ("full", "influence"):
-        assert all(part.samefile(folder / name / part.relative_to(shared)) for part in parts)
+    assert all(part.samefile(folder / "influence" / part.relative_to(shared)) for part in parts)
+    assert not list((folder / "full" / "trajectories").glob("part-*"))
     entries = [e for e in Ledger(shared / "ledger.jsonl").entries() if e["phase"] == "collect"]
     last = {row["strategy"]: row for row in table if row["step"] == 4 and row["targeted"]}
     assert last["influence"]["collect_tokens"] == sum(entry["tokens"] for entry in entries) > 0

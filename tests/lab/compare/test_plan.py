@@ -33,11 +33,11 @@ def test_a_seed_given_twice_is_refused():
 
 def test_patches_merge_key_by_key_and_tables_of_a_type_replace():
     values = {"select": {"strategy": {"type": "influence", "static": True}, "fraction": 0.2}, "score": {"score": "dot"}}
-    patch = {"select": {"strategy": {"type": "random"}}, "refresh": {"validation": True}}
+    patch = {"select": {"strategy": {"type": "random"}}, "collect": {"logprobs": False}}
     assert merged(values, patch) == {
         "select": {"strategy": {"type": "random"}, "fraction": 0.2},
         "score": {"score": "dot"},
-        "refresh": {"validation": True},
+        "collect": {"logprobs": False},
     }
     assert values["select"]["strategy"]["type"] == "influence"
 
@@ -71,10 +71,11 @@ def test_runs_interleave_the_strategies_within_a_seed(tmp_path: Path):
 def test_what_is_shared_goes_by_what_it_depends_on(tmp_path: Path):
     (tmp_path / "fewer.yaml").write_text("{collect: {num_generations: 4}, trainer: {num_generations: 4}}")
     (tmp_path / "slower.yaml").write_text("{trainer: {learning_rate: 1.0e-6}}")
-    names = ["full", "influence", *(str(tmp_path / name) for name in ("fewer.yaml", "slower.yaml"))]
+    names = ["full", "influence", "learnability", *(str(tmp_path / n) for n in ("fewer.yaml", "slower.yaml"))]
     plan = make_plan(["quickstart"], ["select.strategy=random"], names, [0, 1], tmp_path / "out")
     folders = {(run.seed, run.strategy): run.shared.folder for run in plan.wanted}
-    assert folders[0, "full"] == folders[0, "influence"] == folders[0, "slower"] != folders[0, "fewer"]
+    assert folders[0, "full"] == folders[0, "slower"] != folders[0, "fewer"]
+    assert folders[0, "influence"] == folders[0, "learnability"] != folders[0, "full"]  # which collects nothing
     assert folders[0, "full"] != folders[1, "full"]
     assert folders[0, "full"].parent == tmp_path / "out" / "quickstart" / "seed-0"
 
@@ -169,7 +170,7 @@ def test_settings_that_came_up_later_do_not_spoil_a_folder(tmp_path: Path):
     run = make_plan(["quickstart"], [], ["full"], [0], tmp_path).wanted[0]
     run.config.folder.mkdir(parents=True)
     claim = json.loads((tmp_path / "plan.json").read_text())
-    del claim["scenarios"]["quickstart"]["collect"]["top_p"]  # as if it had not been a setting then
+    del claim["scenarios"]["quickstart"]["collect"]["temperature"]  # as if it had not been a setting then
     (tmp_path / "plan.json").write_text(json.dumps(claim))
     assert make_plan(["quickstart"], [], ["full"], [0], tmp_path).wanted == (run,)
 

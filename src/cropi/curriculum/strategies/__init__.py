@@ -6,6 +6,7 @@ from pydantic import Field
 
 from cropi.curriculum.strategies.bmc import BmcStrategy as BmcStrategy
 from cropi.curriculum.strategies.bots import BotsStrategy as BotsStrategy
+from cropi.curriculum.strategies.cropi import CropiStrategy as CropiStrategy
 from cropi.curriculum.strategies.dots import DotsStrategy as DotsStrategy
 from cropi.curriculum.strategies.full import FullStrategy as FullStrategy
 from cropi.curriculum.strategies.gaussian import GaussianStrategy as GaussianStrategy
@@ -16,9 +17,7 @@ from cropi.curriculum.strategies.learnalign import LearnAlignStrategy as LearnAl
 from cropi.curriculum.strategies.lze import LzeStrategy as LzeStrategy
 from cropi.curriculum.strategies.mid import MidStrategy as MidStrategy
 from cropi.curriculum.strategies.mopps import MoppsStrategy as MoppsStrategy
-from cropi.curriculum.strategies.online import OnlineStrategy as OnlineStrategy
 from cropi.curriculum.strategies.pass_rate import PassRateStrategy as PassRateStrategy
-from cropi.curriculum.strategies.pooled import PooledStrategy as PooledStrategy
 from cropi.curriculum.strategies.random import RandomStrategy as RandomStrategy
 from cropi.curriculum.strategies.similarity import SimilarityStrategy as SimilarityStrategy
 from cropi.curriculum.strategies.similarity_learnability import (

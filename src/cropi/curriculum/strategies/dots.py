@@ -22,7 +22,7 @@ class DotsStrategy(StrategyTable):
         """Draw without replacement by w_i = exp(-|p_i - alpha| / tau) (DOTS, arXiv 2506.05316).
 
         Published: at every step p_i is predicted from 256 newly sampled prompts by attention between embeddings, and
-        old rollouts are replayed. Here p_i comes from the stored trajectories (newer ones with `refresh`), whose cost
+        old rollouts are replayed. Here p_i comes from the stored trajectories, whose cost
         is charged in full; a stage is one draw, without replay.
         """
         distances_N = np.abs(np.nan_to_num(candidates.pass_rates_N) - TARGET)

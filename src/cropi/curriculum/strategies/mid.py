@@ -20,7 +20,7 @@ class MidStrategy(StrategyTable):
 
         p (1 - p) = 1/4 - (p - 1/2)^2, so for verdicts this is the order of static `learnability`. The difference: if
         too few prompts have signal, those with equal rewards fill the places. The published baseline samples new
-        trajectories at every round: `refresh.fraction: 1`.
+        trajectories at every round.
         """
         p_N = candidates.pass_rates_N
         known_N = candidates.usable_N & ~np.isnan(p_N)

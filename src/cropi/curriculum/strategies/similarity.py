@@ -21,7 +21,7 @@ class SimilarityStrategy(StrategyTable):
     """Multiply by p (1 - p) of the stored trajectories."""
 
     @property
-    def reads_trajectories(self) -> bool:
+    def collects(self) -> bool:
         return self.learnability
 
     def rank(self, candidates: Candidates, size: int, fusion: FusionConfig) -> Ranking:

@@ -10,7 +10,7 @@ from cropi.curriculum.belief import RewardBelief, kernel_features
 from cropi.curriculum.chooser import ChoosesBatches, Pool, RewardChooser, State, rested
 from cropi.curriculum.curriculum import Choice
 from cropi.curriculum.strategy import Need, StrategyTable
-from cropi.functional.pooling import principal_points
+from cropi.functional.principal_points import principal_points
 from cropi.functional.tfidf import tfidf_points, tfidf_similarity
 from cropi.prompt_text import words
 
@@ -30,7 +30,7 @@ class SimilarityLearnabilityStrategy(ChoosesBatches, StrategyTable):
     type: Literal["similarity_learnability"]
     """Selects this strategy."""
     by: Literal["words", "hidden"] = "hidden"
-    """What is compared: words (TF-IDF), or the base policy's mean last hidden states."""
+    """Compare words (TF-IDF), or the base policy's mean last hidden states."""
 
     @property
     def reads_representations(self) -> bool:

@@ -65,7 +65,7 @@ def _headline(stage: Mapping[str, Any]) -> str:
             biased.append(code(name))
     text = f"At stage {stage['stage']}, stored trajectories reach a rank correlation of {listed(reached)}."
     if biased:
-        return f"{text} The gap exceeds noise on {listed(biased)}: fresher trajectories would help (`refresh`)."
+        return f"{text} The gap exceeds noise on {listed(biased)}: fresher trajectories would help (`cropi import`)."
     return f"{text} The gap is within noise: more trajectories would help more than fresher ones."
 
 

@@ -88,7 +88,7 @@ class _Auditor:
         """Audit one policy, or read the audit back if it exists."""
         run, settings = self._run, config_hash(asdict(self._settings) | {"version": FORMAT})
         folder = run.folder.folder / "audit" / f"{stage:03}-{settings[:8]}"
-        inputs = run.trajectories.inputs(self._scored(stage)) | {
+        inputs = run.trajectories.inputs | {
             "policy": f"{run.config.select.label} at stage {stage}",
             "settings": settings,
         }
@@ -100,8 +100,8 @@ class _Auditor:
     def _make(self, stage: int, folder: Path) -> tuple[Mapping[str, int], Mapping[str, Any]]:
         run = self._run
         policy, origin = run.policy_at(stage, None)
-        run.require_ratios(origin)
-        tables = run.trajectories.tables(self._scored(stage))
+        run.require_trajectories(origin)
+        tables = run.trajectories.tables
         stored = self._chosen(tables["train"])
         validation = validation_groups(tables, run.config.score)
         with run.ledger.charge("audit", stage=stage) as entry:
@@ -125,10 +125,6 @@ class _Auditor:
                 )
         write_sealed(folder / "audit.json", {"stage": stage} | found)
         return {"prompts": len(material.stored)}, {}
-
-    def _scored(self, stage: int) -> int:
-        """The stage whose stored trajectories a policy is compared with; none are scored at the end of training."""
-        return min(stage, self._run.config.train.stages - 1)
 
     def _chosen(self, table: pa.Table) -> list[Group]:
         """The stored groups of a random sample of the training prompts, the same prompts at every stage."""
@@ -174,7 +170,7 @@ class _Auditor:
             policy,
             prompts,
             count,
-            Sampling(collect.max_completion_length, collect.temperature, collect.top_p),
+            Sampling(collect.max_completion_length, collect.temperature),
             self._judge,
             batch_size=collect.batch_size,
             seed=self._settings.seed,

@@ -28,7 +28,7 @@ class CompareOptions:
         ),
     ] = None
     strategies: Annotated[str, typer.Option(help="Presets and YAML patches, separated by commas.")] = (
-        "full,random,learnability,influence"
+        "full,random,similarity,cropi"
     )
     scenarios: Annotated[int, typer.Option(min=1, help="Number of scenarios of `drawn`.")] = 40
     first_draw: Annotated[int, typer.Option(min=0, help="Seed of the first scenario that `drawn` may take.")] = 0

@@ -205,14 +205,14 @@ def _check(config: Config, values: Mapping[str, Any], where: str) -> None:
 def _shared(config: Config) -> Config:
     """The config that makes what a run shares with others: the same for all runs that can share it."""
     values = config.resolved()
-    tables = {key: values[key] for key in SHARED_TABLES}
+    strategy = {"type": "pass_rate" if config.select.strategy.collects else "full"}  # stands for all that collect
+    tables = {key: values[key] for key in SHARED_TABLES} | {"select": {"strategy": strategy}}
     generations = config.collect.num_generations
     return validate_config(
         tables
         | {
             "name": f"shared-{config_hash(tables)[:8]}",
             "run_dir": config.run_dir,
-            "select": {"strategy": {"type": "full"}},
             "train": {"stages": 1, "steps_per_stage": 1},
             "trainer": {"num_generations": generations, "per_device_train_batch_size": generations},
         },

@@ -14,7 +14,7 @@ from cropi.artifacts import PROMPTS, is_finished, open_artifact, read_table
 from cropi.functional.tfidf import tfidf_similarity
 from cropi.lab.compare.paired_runs import Comparison
 from cropi.prompt_text import prompt_text, words
-from cropi.report.reading import Selection, selection_table
+from cropi.report.reading import read_selection
 from cropi.report.shares import MAX_SOURCES
 from cropi.run_folder import StagePaths
 
@@ -63,9 +63,8 @@ def read_chosen(comparison: Comparison, scenario: str) -> Chosen:
 
 def _selections(folder: Path) -> list[frozenset[str]]:
     paths, found = StagePaths(folder), list[frozenset[str]]()
-    while (table := selection_table(paths, len(found))) is not None:
-        columns = (table.column(name).to_pylist() for name in ("prompt_id", "source", "selected"))
-        found.append(Selection(*columns).chosen)
+    while (selection := read_selection(paths, len(found))) is not None:
+        found.append(selection.chosen)
     return found
 
 

@@ -19,9 +19,9 @@ from cropi.report.wording import ABSENT, count, percent
 DEFINITIONS = {
     "pairing": "All strategies of a scenario and seed start from the same policy, pool, stored trajectories and test "
     "questions, train for the same number of steps and are evaluated at the same ones.",
-    "cost": "Stored trajectories count in full, before the first step, for every strategy that reads them. Fresh "
-    "trajectories, scores and selection count before the first step of their stage; training counts with its rollouts, "
-    "dropped ones too. Evaluation does not count.",
+    "cost": "Stored trajectories count in full, before the first step, for every strategy that reads them; "
+    "scores and selection count when they are made, and so do the validation completions of a strategy that chooses "
+    "while training. Training counts with its rollouts, dropped ones too. Evaluation does not count.",
     "FLOPs": "2 P a token and forward pass; P: parameters in matrix products. Generation takes 1 forward pass a token, "
     "collection 2, training 1 for generation and 3 for every pass over a batch; scoring depends on the estimator.",
     "accuracy": "Mean over the questions of a test set: share of right answers among the samples (evaluate.samples), "

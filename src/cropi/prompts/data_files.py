@@ -1,4 +1,4 @@
-"""Read rows of data files and Hub datasets as dicts; `cropi.prompts` interprets them."""
+"""Read rows of data files and Hub datasets as dicts; `prompt_table` interprets them."""
 
 from __future__ import annotations
 

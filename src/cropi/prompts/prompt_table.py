@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 from cropi.artifacts import PROMPTS, write_table
 from cropi.config import BuiltinSource, Config, FileSource, HubSource, PromptsConfig, ReasoningGymSource, Source
 from cropi.console import warn
-from cropi.data_files import Row, raw_rows
 from cropi.errors import DataError
 from cropi.leakage import Leakage, described, find_leakage
 from cropi.prompt_text import turn_text
+from cropi.prompts.data_files import Row, raw_rows
 from cropi.seeds import derived_seed
 
 PROMPT_COLUMNS = ("prompt", "question", "problem", "messages")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from cropi import __version__
 from cropi.config import PolicyConfig
 from cropi.errors import ConfigError, PolicyError
-from cropi.policy import Policy, load_policy, weights_identity
+from cropi.policy.loaded_policy import Policy, load_policy, weights_identity
 
 
 @dataclass(frozen=True)

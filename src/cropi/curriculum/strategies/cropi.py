@@ -1,4 +1,4 @@
-"""Online influence: prompts chosen batch by batch while training runs."""
+"""Our own: prompts chosen batch by batch while training runs."""
 
 from typing import ClassVar, Literal
 
@@ -7,19 +7,19 @@ import numpy as np
 from cropi.curriculum.chooser import ChoosesBatches, Pool
 from cropi.curriculum.curriculum import Curriculum
 from cropi.curriculum.strategy import Need, StrategyTable
-from cropi.functional.pooling import principal_points
+from cropi.functional.principal_points import principal_points
 
 
-class OnlineStrategy(ChoosesBatches, StrategyTable):
+class CropiStrategy(ChoosesBatches, StrategyTable):
     """Prompts chosen for each generation batch by influence that is read from training's own backward passes.
 
-    Nothing of the pool is collected, scored or screened. Only the validation prompts are sampled, to find directions.
+    Nothing of the pool is collected or scored. Only the validation prompts are sampled, to find directions.
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset({"validation", "rewards", "representations"})
     reads_influence: ClassVar[bool] = True
 
-    type: Literal["online"]
+    type: Literal["cropi"]
     """Selects this strategy."""
     observe_only: bool = False
     """Read influence and report it, but train on the whole pool as `full` does."""
