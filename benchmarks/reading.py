@@ -78,6 +78,8 @@ def cost(arguments: argparse.Namespace) -> dict[str, Any]:
 
     pairs = [(passed(True), passed(False)) for _ in range(ROUNDS)][1:]
     ratios = sorted(reading / plain for reading, plain in pairs)
+    with reader.reading(torch.arange(len(ids)), model):
+        loss_of(model, ids, advantages, bf16=arguments.bf16).backward()
     return {
         "model": arguments.model,
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -85,7 +87,7 @@ def cost(arguments: argparse.Namespace) -> dict[str, Any]:
         "rank": arguments.rank,
         "ratio": round(statistics.median(ratios), 3),
         "range": [round(ratios[0], 3), round(ratios[-1], 3)],
-        "share_read": round(reader.share_read(model), 4),
+        "share_read": round(reader.exclude_unfaithful()[1], 4),
     }
 
 

@@ -77,10 +77,9 @@ def expected(model: nn.Module, directions: list[Direction], ids: Tensor, mask: T
 
 def read(model: nn.Module, directions: list[Direction], ids: Tensor, mask: Tensor, weights: Tensor = WEIGHTS) -> Tensor:
     reader = Reader(model, directions)
-    with reader.reading(torch.arange(len(ids))):
+    with reader.reading(torch.arange(len(ids)), model):
         loss_of_rows(model, ids, mask, weights).backward()
-    assert reader.exclude_unfaithful(model) == []
-    assert reader.share_read(model) == pytest.approx(1)
+    assert reader.exclude_unfaithful() == ([], pytest.approx(1))
     rows, values = reader.take()
     assert rows.tolist() == list(range(len(ids)))
     return values
@@ -195,16 +194,18 @@ def test_what_cannot_be_read_is_found_and_told() -> None:
     reader = Reader(model, directions)
 
     def passed() -> None:
-        with reader.reading(torch.arange(3)):
+        with reader.reading(torch.arange(3), model):
             model(read_BTI).square().sum().backward()
 
     passed()
-    assert reader.exclude_unfaithful(model) == ["direct.weight"]
+    wrong, read_share = reader.exclude_unfaithful()
+    assert wrong == ["direct.weight"]
     squares = {name: float(p.grad.square().sum()) for name, p in model.named_parameters()}
     whole = {"first.weight", "first.bias", "twice.weight", "twice.bias", "direct.bias"}
     assert set(names) - whole == {"direct.weight", "flat.weight"}
     share = sum(squares[name] for name in whole) / sum(squares.values())
-    assert reader.share_read(model) == pytest.approx(share, rel=1e-5)
+    assert read_share == pytest.approx(share, rel=1e-5)
+    assert not any(p._backward_hooks for p in model.parameters())
     reader.take()
     passed()  # now without the layer of the direct weight
     total = reader.take()[1].sum()
@@ -248,13 +249,14 @@ def test_of_other_architectures_it_is_right_in_what_it_reads_and_knows_the_rest(
     reader = Reader(model, directions)
 
     def passed() -> Tensor:
-        with reader.reading(torch.arange(4)):
+        with reader.reading(torch.arange(4), model):
             loss_of_rows(model, ids, mask, WEIGHTS).backward()
         return reader.take()[1]
 
     passed()
-    assert reader.exclude_unfaithful(model) == []
-    assert SHARES[kind] - 1e-6 <= reader.share_read(model) <= 1
+    wrong, share = reader.exclude_unfaithful()
+    assert wrong == []
+    assert SHARES[kind] - 1e-6 <= share <= 1 + 1e-6
     whole = reader.read_parameters
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in whole)

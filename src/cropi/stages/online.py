@@ -126,7 +126,8 @@ class OnlineRun:
         """Ask the curriculum for a generation batch, and write its answer down."""
         with self._run.ledger.charge("select", stage=self._stage(self._trainer.state.global_step)):
             step = int(batch // self._batches_per_step)
-            choices = self._curriculum.next(prompts, step)
+            asked = self._curriculum.next(prompts, step)  # by every process, whose states stay the same
+            choices = process_group().from_main(lambda: asked)
         places = [choice.place for choice in choices]
         places = (places * prompts)[:prompts]  # a pool smaller than a batch is repeated
         self._loop.explained.append(choices)

@@ -55,31 +55,24 @@ class OnlineLoop:
 
     # -- reading -------------------------------------------------------------------------------------------------------
 
-    @property
-    def reads_all(self) -> bool:
-        """Whether every pass has to be read: until what is read has been checked against a whole gradient."""
-        return self.reader is not None and not self.checked
-
     def micro_batch(self, inputs: Mapping[str, Tensor], accumulated: int, scale: float) -> AbstractContextManager[Any]:
         """The reader's context for forward and backward of a micro-batch; `scale` is that of mixed precision."""
         self._rows = loss_rows(inputs, self.evidence.pad_id)
         self._factor = self.normalizer.factor(inputs, accumulated) / scale
-        return nullcontext() if self.reader is None else self.reader.reading(torch.arange(len(self._rows)))
-
-    def end_micro_batch(self, *, first_pass: bool, whole_gradient: bool) -> None:
-        """Take what was read. `whole_gradient`: `.grad` holds all passes since the last optimiser step."""
         if self.reader is None:
-            return
-        places, values = self.reader.take()
-        if first_pass:
+            return nullcontext()
+        return self.reader.reading(torch.arange(len(self._rows)), None if self.checked else self.model)
+
+    def end_micro_batch(self) -> None:
+        """Take what was read."""
+        if self.reader is not None:
+            places, values = self.reader.take()
             values_BD = torch.zeros(len(self._rows), values.shape[1]).index_add(0, places, values)
             self.evidence.add(self._rows, self._factor * values_BD.unflatten(1, (-1, 2)))
-        if whole_gradient and not self.checked:
-            self._check(self.reader)
 
     def _check(self, reader: Reader) -> None:
         """Leave out what is read wrongly; go on with rewards alone where too little is left."""
-        wrong, share = reader.exclude_unfaithful(self.model), reader.share_read(self.model)
+        wrong, share = reader.exclude_unfaithful()
         if math.isnan(share):  # no gradient yet
             return
         self.checked, self.share_read = True, share
@@ -103,7 +96,9 @@ class OnlineLoop:
         self.evidence.forget()
 
     def end_generation_batch(self, step: int) -> None:
-        """Tell the curriculum of every group, once all its completions have been differentiated."""
+        """Tell the curriculum of every group, once all its completions have been differentiated. Collective."""
+        if self.reader is not None and not self.checked:
+            self._check(self.reader)
         judged = self.reward.latest
         assert judged is not None, "a generation batch is judged before it is trained on"
         outcomes = self.evidence.finish(judged)

@@ -67,7 +67,7 @@ def grpo_config(config: Config, output_dir: Path, device: torch.device, processe
         raise ConfigError(" ".join(str(error).split()), where="trainer", fix="correct the value it names.") from None
     _check(settings, config)
     if config.select.strategy.chooses_online:
-        _check_online(settings, config.select.label, processes)
+        _warn_online(settings)
     if processes == 1 and not launched():
         try_one_step(options, device)
     if processes > 1 and config.refresh.reuse_rollouts:
@@ -75,14 +75,8 @@ def grpo_config(config: Config, output_dir: Path, device: torch.device, processe
     return settings
 
 
-def _check_online(settings: GRPOConfig, strategy: str, processes: int) -> None:
-    """ConfigError where influence cannot be read while training; a warning where it is not that of rewards alone."""
-    if processes > 1:
-        raise ConfigError(
-            f"{strategy} reads influence in one process, and this run has {processes}",
-            where="select.strategy",
-            fix="start it without `accelerate launch`, or choose another strategy.",
-        )
+def _warn_online(settings: GRPOConfig) -> None:
+    """Warn where the influence that is read while training is not that of rewards alone."""
     if settings.beta:
         warn_once("trainer.beta is above 0, so the influence that is read contains the KL term")
 
