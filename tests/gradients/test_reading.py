@@ -156,18 +156,33 @@ def test_training_is_the_same_with_and_without_it() -> None:
     assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
 
 
-def test_autocast_in_bfloat16_is_near() -> None:
+@pytest.mark.parametrize(("dtype", "scale"), [(torch.bfloat16, 1.0), (torch.float16, 1024.0)])
+def test_autocast_is_near_and_what_is_read_has_the_scale_of_the_loss(dtype: torch.dtype, scale: float) -> None:
     model = tiny("llama").float()
     directions = directions_for(model)
     ids, mask = rows_of_tokens()
     exact = expected(model, directions, ids, mask, WEIGHTS)
     reader = Reader(model, directions)
-    with reader.reading(torch.arange(4)), torch.autocast("cpu", torch.bfloat16):
+    with reader.reading(torch.arange(4), model), torch.autocast("cpu", dtype):
         loss = loss_of_rows(model, ids, mask, WEIGHTS)
-        loss.backward()
-    found = reader.take()[1]
+        (loss * scale).backward()
+    found = reader.take()[1] / scale
+    assert reader.exclude_unfaithful() == ([], pytest.approx(1))
     assert gap(found, exact) < 0.05
     assert found.dtype == torch.float32
+
+
+def test_a_gradient_that_overflowed_is_no_check() -> None:
+    """The first steps in float16 do, until the scale is small enough."""
+    model = tiny("llama").float()
+    ids, mask = rows_of_tokens()
+    reader = Reader(model, directions_for(model))
+    for scale in (1e38, 1.0):
+        with reader.reading(torch.arange(4), model):
+            (loss_of_rows(model, ids, mask, WEIGHTS) * scale).backward()
+        wrong, share = reader.exclude_unfaithful()
+        assert wrong == []
+        assert share == pytest.approx(1 if scale == 1 else float("nan"), nan_ok=True)
 
 
 class InPlace(nn.Module):

@@ -10,10 +10,7 @@ import torch
 from safetensors.torch import load_file
 from tests.runs import SMALL, cropi, json_lines
 
-from cropi.errors import ConfigError
-from cropi.loading import load_config
 from cropi.training.curriculum_state import load_state
-from cropi.training.grpo_settings import grpo_config
 
 SETTINGS = [
     *(text for text in SMALL if not text.startswith(("select.", "trainer.per_device"))),
@@ -114,12 +111,6 @@ def test_dynamic_sampling_is_refused(tmp_path: Path) -> None:
     done = cropi("run", "quickstart", *settings, cwd=tmp_path)
     assert done.returncode == 2
     assert "train.dynamic_sampling" in done.stderr
-
-
-def test_several_processes_are_refused(tmp_path: Path) -> None:
-    config = load_config("quickstart", [*SETTINGS, "select.strategy={type: online}"])
-    with pytest.raises(ConfigError, match="in one process"):
-        grpo_config(config, tmp_path, torch.device("cpu"), processes=2)
 
 
 @pytest.mark.parametrize(

@@ -163,7 +163,7 @@ def normalised(layer: Layer, read: Tensor) -> Tensor:
 
     def at(weight: Tensor) -> Tensor:
         weights = own | {"module.weight": weight}
-        return torch.func.functional_call(_Bare(layer.module), weights, (read.float(),))  # type: ignore[no-any-return]
+        return torch.func.functional_call(_Bare(layer.module), weights, (read.float(),))
 
     zero = own["module.weight"]
     return at(torch.ones_like(zero)) - at(zero)

@@ -109,13 +109,18 @@ class Reader:
         """Stop reading parameters for which the sum over rows is not <gradient, direction>, by the checked passes.
 
         Returns their names, and the share of the squared gradient norm that lies in parameters which are read: NaN
-        without a gradient; below one half, influence does not stand for a prompt. An error counts beyond `tolerance`
-        times |<g, D>| + |g| |D| / sqrt(n), its size for an unrelated direction. A weight that a fused loss or a kernel
-        uses without calling its layer is found by this. Collective: the sums are those of all processes.
+        without a gradient or where it overflowed; below one half, influence does not stand for a prompt. An error
+        counts beyond `tolerance` times |<g, D>| + |g| |D| / sqrt(n), its size for an unrelated direction. A weight that
+        a fused loss or a kernel uses without calling its layer is found by this. Collective: the sums are those of all
+        processes.
         """
         own = [{k: v.double().cpu() for k, v in part.items()} for part in (self._totals, self._expected, self._squares)]
         parts = process_group().gather((own, self._missed))
         totals, expected, squares = (_summed([sums[n] for sums, _ in parts]) for n in range(3))
+        whole = float(sum(squares.values()))
+        if not 0 < whole < float("inf"):
+            self._totals, self._expected, self._squares = {}, {}, {}
+            return [], float("nan")
         self._missed = set().union(*(missed for _, missed in parts))
         found = []
         for name in sorted(totals.keys() & squares.keys()):
@@ -125,9 +130,8 @@ class Reader:
         self._missed.update(found)
         self._layers = [layer for layer in self._layers if not self._missed.intersection(layer.parameters)]
         self.read_parameters = totals.keys() - self._missed
-        whole = float(sum(squares.values()))
         read = float(sum(value for name, value in squares.items() if name in self.read_parameters))
-        return found, read / whole if whole else float("nan")
+        return found, read / whole
 
     def _compare(self, name: str, gradient: Tensor) -> None:
         """Take a parameter's gradient of the rows of a checked pass."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -87,7 +86,7 @@ class ValidationPass:
             for name in sorted(due)
             for member, (prompt, count) in enumerate(zip(self.sets[name], due[name], strict=True))
         ]
-        wanted = [(*asked, prompt) for *asked, prompt, count in ranks.share(prompts) for _ in range(count)]
+        wanted = [each[:3] for each in ranks.share(prompts) for _ in range(each[3])]
         seed = self.seed(step, ranks.rank) if ranks.rank else self.seed(step)
         completions = generate([prompt.tokens for *_, prompt in wanted], self.sampling, seed=seed)
         texts = policy.tokenizer.batch_decode(completions, skip_special_tokens=True)
@@ -141,7 +140,7 @@ class ValidationPass:
         tokens = sum(row.length for rows in batches for row in rows)
         while len(batches) % ranks.size:  # sharded weights are gathered for the passes of all ranks together
             batches.append([replace(row, weight=0.0) for row in batches[-1]])
-        own: list[tuple[int, _Row, list[float]]] = []
+        read = dict[int, list[list[float]]]()
         for number in ranks.share(range(len(batches))):
             rows = batches[number]
             with ExitStack() as stack:
@@ -152,12 +151,12 @@ class ValidationPass:
                     stack.enter_context(reader.reading(torch.arange(len(rows))))
                 backward(self._loss(model, rows))
             if reader is not None:
-                places, values = reader.take()
-                own += [(number, rows[place], value) for place, value in zip(places.tolist(), values.tolist(), strict=True)]
+                read[number] = reader.take()[1].tolist()
         found = dict[int, list[float]]()
-        for _, row, value in sorted((each for part in ranks.gather(own) for each in part), key=itemgetter(0)):
+        for number, values in sorted({key: own for part in ranks.gather(read) for key, own in part.items()}.items()):
             assert direction is not None
-            found.setdefault(row.member, [0.0, 0.0])[row.half] += value[1 - row.member % 2] / direction.norm
+            for row, value in zip(batches[number], values, strict=False):
+                found.setdefault(row.member, [0.0, 0.0])[row.half] += value[1 - row.member % 2] / direction.norm
         return found, tokens
 
     def renew(self) -> None:
@@ -185,7 +184,7 @@ class ValidationPass:
         self.renew()
 
     def _micro_batches(self, model: PreTrainedModel, groups: Sequence[SampledGroup]) -> Iterator[list[_Row]]:
-        """Rows with a non-zero advantage, longest first, at most `batch_tokens` padded tokens together: one pass each."""
+        """Rows with a non-zero advantage, longest first, of at most `batch_tokens` padded tokens, for one pass each."""
         limit = longest_alike(model)
         rows = sorted((row for group in groups for row in self._rows(group)), key=lambda row: -row.length)
         while rows:
