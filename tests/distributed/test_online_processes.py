@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.distributed.launching import LAUNCHER, finished, zero
-from tests.distributed.test_fsdp import FSDP
+from tests.distributed.test_fsdp import FSDP, sharded
 from tests.runs import SMALL, json_lines
 
 from cropi.training.curriculum_state import load_state
@@ -24,7 +24,7 @@ ONLINE = [
     "trainer.per_device_train_batch_size=6",  # 3 groups of 8, one of which lies on both processes
     "trainer.gradient_accumulation_steps=4",
     "trainer.optim=sgd",  # Adam turns rounding of gradients that are near zero into whole steps
-    "trainer.learning_rate=0.05",
+    "trainer.learning_rate=0.01",
     "name=run",
 ]
 RUN = Path("runs/run")
@@ -105,3 +105,18 @@ def test_what_is_charged_is_charged_once(recorded: Path, replayed: Path) -> None
         for folder in (recorded, replayed)
     )
     assert two == one
+
+
+def test_sharded_weights_sample_their_own_and_go_on_from_a_checkpoint(tmp_path: Path) -> None:
+    """To the same weights, choices and state."""
+    done = sharded("run", "quickstart", *ONLINE, "trainer.optim=adamw_torch", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    last = tmp_path / RUN / "checkpoints/checkpoint-6"
+    names = "model.safetensors", "curriculum.json", "curriculum.npz"
+    expected = [(last / name).read_bytes() for name in names]
+    choices = [row["prompt_ids"] for row in json_lines(tmp_path / RUN / "choices.jsonl")]
+    shutil.rmtree(last)
+    done = sharded("train", "runs/run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [(last / name).read_bytes() for name in names] == expected
+    assert [row["prompt_ids"] for row in json_lines(tmp_path / RUN / "choices.jsonl")] == choices

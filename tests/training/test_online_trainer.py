@@ -10,7 +10,10 @@ import torch
 from safetensors.torch import load_file
 from tests.runs import SMALL, cropi, json_lines
 
+from cropi.errors import ConfigError
+from cropi.loading import load_config
 from cropi.training.curriculum_state import load_state
+from cropi.training.grpo_settings import grpo_config
 
 SETTINGS = [
     *(text for text in SMALL if not text.startswith(("select.", "trainer.per_device"))),
@@ -111,6 +114,12 @@ def test_dynamic_sampling_is_refused(tmp_path: Path) -> None:
     done = cropi("run", "quickstart", *settings, cwd=tmp_path)
     assert done.returncode == 2
     assert "train.dynamic_sampling" in done.stderr
+
+
+def test_batches_that_one_process_fetches_for_all_are_refused(tmp_path: Path) -> None:
+    settings = [*SETTINGS, "select.strategy={type: online}", "trainer.accelerator_config={dispatch_batches: true}"]
+    with pytest.raises(ConfigError, match="one of them would fetch it for all"):
+        grpo_config(load_config("quickstart", settings), tmp_path, torch.device("cpu"), processes=2)
 
 
 @pytest.mark.parametrize(
