@@ -8,7 +8,7 @@
 `cost`: a forward and backward pass over the same rows with and without reading, alternately in one process; prints the
 median ratio of the seconds and its range. Every set has two directions, of its two halves. `memory`: the peak of the
 resident memory of such passes, with weights and gradients, each kind in a process of its own; what the process had
-before it loaded the model is left out. `fidelity`: Pearson and Spearman correlation over rows of <G, D_r> with <G, D>
+before it loaded the model is left out (on Linux). `fidelity`: Pearson and Spearman correlation over rows of <G, D_r> with <G, D>
 of the whole direction, for r = 4 to 64. Tokens, advantages and directions are of random rows: for cost they do not
 matter; fidelity is that of the gradients of such rows.
 """
@@ -19,10 +19,10 @@ import argparse
 import json
 import multiprocessing
 import os
-import resource
 import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ from cropi.policy import load_policy
 
 RANKS = (4, 8, 16, 32, 64)
 ROUNDS = 7  # the first is left out
+MEMORY_ROUNDS = 3
 
 
 def random_rows(model: Any, rows: int, tokens: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -101,14 +102,20 @@ def cost(arguments: argparse.Namespace) -> dict[str, Any]:
 def peak(arguments: argparse.Namespace, reads: bool) -> int:
     """Bytes of two passes, weights, gradients and what reading keeps, at their most in this process."""
     torch.set_num_threads(1)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = most_resident()
     model: Any = load_policy(PolicyConfig(path=arguments.model)).model
     reader = Reader(model, [random_direction(model, arguments.rank) for _ in range(2 * arguments.sets * reads)])
     ids, advantages = random_rows(model, arguments.rows, arguments.tokens, 0)
     for _ in range(2):
         with reader.reading(torch.arange(len(ids))):
             loss_of(model, ids, advantages, bf16=arguments.bf16).backward()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    return most_resident() - before
+
+
+def most_resident() -> int:
+    """The most bytes that this process has had. `ru_maxrss` would include those of the process that started it."""
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+    return int(line.split()[1]) * 1024
 
 
 def random_direction(model: nn.Module, rank: int) -> Direction:
@@ -128,7 +135,7 @@ def memory(arguments: argparse.Namespace) -> dict[str, Any]:
         with ProcessPoolExecutor(1, mp_context=spawned) as processes:
             return processes.submit(peak, arguments, reads).result()
 
-    pairs = [(measured(True), measured(False)) for _ in range(3)]
+    pairs = [(measured(True), measured(False)) for _ in range(MEMORY_ROUNDS)]
     ratios = sorted(reading / plain for reading, plain in pairs)
     return {
         "model": arguments.model,

@@ -10,6 +10,7 @@ import reading
 @pytest.mark.parametrize("command", ["cost", "memory", "fidelity"])
 def test_it_measures_the_built_in_policy(command, monkeypatch, capsys):
     monkeypatch.setattr(reading, "ROUNDS", 2)
+    monkeypatch.setattr(reading, "MEMORY_ROUNDS", 1)
     monkeypatch.setattr(sys, "argv", ["reading.py", command, "--rows", "4", "--tokens", "8", "--sets", "2"])
     reading.main()
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
