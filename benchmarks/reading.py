@@ -7,10 +7,10 @@
 
 `cost`: a forward and backward pass over the same rows with and without reading, alternately in one process; prints the
 median ratio of the seconds and its range. Every set has two directions, of its two halves. `memory`: the peak of the
-resident memory of such passes, with weights and gradients, each kind in a process of its own; what the process had
-before it loaded the model is left out (on Linux). `fidelity`: Pearson and Spearman correlation over rows of <G, D_r> with <G, D>
-of the whole direction, for r = 4 to 64. Tokens, advantages and directions are of random rows: for cost they do not
-matter; fidelity is that of the gradients of such rows.
+resident memory of such passes, with weights and gradients, each kind in a process of its own (on Linux); what the
+process had before it loaded the model is left out. `fidelity`: Pearson and Spearman correlation over rows of <G, D_r>
+with <G, D> of the whole direction, for r = 4 to 64. Tokens, advantages and directions are of random rows: for cost they
+do not matter; fidelity is that of the gradients of such rows.
 """
 
 from __future__ import annotations

@@ -34,8 +34,8 @@ PIPELINE = ("pipeline",)
 GROUND = ("artifacts", "builtin", "config", "console", "errors", "leakage", "ledger", "policy", "rewards", "seeds",
           "run_folder", "parallel")
 OTHER_STRATEGIES = tuple(f"curriculum.strategies.{name}" for name in (
-    "dots", "full", "gaussian", "gradient_norm", "learnability", "learnalign", "mid", "mopps",
-    "pass_rate", "pooled", "random", "similarity", "vcrl"))
+    "bmc", "bots", "dots", "full", "gaussian", "gradient_norm", "learnability", "learnalign", "lze", "mid", "mopps",
+    "pass_rate", "pooled", "random", "similarity", "similarity_learnability", "thompson", "vcrl"))
 # fmt: on
 
 QUESTION = re.compile(r"(What|Where|Whose|How)\b")

@@ -12,12 +12,20 @@ import pytest
 
 import cropi
 from cropi.config import Config
-from cropi.curriculum.strategies import STRATEGIES, SimilarityStrategy, StrategyTable
+from cropi.curriculum.strategies import (
+    STRATEGIES,
+    BmcStrategy,
+    SimilarityLearnabilityStrategy,
+    SimilarityStrategy,
+    StrategyTable,
+)
 from cropi.loading import load_config
 from cropi.presets import merged, presets
 
 PAGE = (Path(__file__).parents[2] / "docs" / "strategies.md").read_text(encoding="utf-8")
-LETTERS = {"trajectories": "T", "gradients": "G", "validation": "V", "rewards": "R"}
+LETTERS = {"trajectories": "T", "gradients": "G", "validation": "V", "rewards": "R", "representations": "H"}
+# What a strategy reads under some of its settings.
+OPTIONAL = {SimilarityStrategy: {"T"}, SimilarityLearnabilityStrategy: {"H"}, BmcStrategy: {"V"}}
 
 
 def of_type(strategy: type[StrategyTable]) -> str:
@@ -92,18 +100,23 @@ def test_every_preset_is_a_valid_patch(name: str) -> None:
 def test_the_page_says_what_is_read(strategy: type[StrategyTable]) -> None:
     table = PAGE.split("## Presets")[0]
     (row,) = re.findall(rf"^\| `{of_type(strategy)}` \|([^|]*)\|", table, re.MULTILINE)
-    letters = set(re.findall(r"\b[TGVR]\b", row))
-    optional = {"T"} if strategy is SimilarityStrategy else set()
-    assert letters == {LETTERS[need] for need in strategy.needs} | optional
+    letters = set(re.findall(r"\b[TGVRH]\b", row))
+    assert letters == {LETTERS[need] for need in strategy.needs} | OPTIONAL.get(strategy, set())
 
 
 def test_who_is_charged_for_collection() -> None:
     free = {name for name in presets() if not with_preset(name).select.strategy.reads_trajectories}
-    assert free == {"full", "random", "random-redrawn", "dapo", "mopps", "online", "similarity"}
+    online = {name for name in free if with_preset(name).select.strategy.chooses_online}
+    assert free - online == {"full", "random", "random-redrawn", "dapo", "similarity"}
+    by_rewards = {"mopps", "bots", "thompson", "thompson-dapo", "lze", "similarity-learnability-words"}
+    assert online == by_rewards | {"bmc", "bmc-t", "similarity-learnability-hidden", "online"}
+    assert {name for name in online if not with_preset(name).select.strategy.reads_representations} == by_rewards
+    assert {name for name in online if with_preset(name).select.strategy.reads_influence} == {"online"}
 
 
 def test_who_trains_on_all_that_it_keeps() -> None:
-    assert {of_type(strategy) for strategy in STRATEGIES if strategy.takes_all} == {"full", "online"}
+    online = {of_type(strategy) for strategy in STRATEGIES if strategy.chooses_online}
+    assert {of_type(strategy) for strategy in STRATEGIES if strategy.takes_all} == {"full"} | online
 
 
 def test_fresh_trajectories_go_to_those_that_have_use_for_them() -> None:

@@ -311,6 +311,7 @@ def test_what_cannot_be_combined_is_refused_at_once(changes: dict[str, Any], mes
         (select(validation=problems("sum", count=8)), "stand in another role"),
         (select(settings={"collect": {"no_such": 1}}), "unknown key collect.no_such"),
         (select(strategy="dapo"), "only cropi's own trainer"),
+        (select(strategy="mopps"), "chooses every generation batch"),
         (select(settings={"collect": {"batch_size": 0}}), r'Selector.settings\["collect"\]\["batch_size"\]'),
         (select(settings={"prompts": {"system_prompt": "a"}}), "the trainer uses the prompts unchanged"),
         (select(settings={"prompts": {"chat": True}}), "the trainer uses the prompts unchanged"),

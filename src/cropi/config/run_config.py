@@ -176,10 +176,10 @@ class Config(Table):
 
     @model_validator(mode="after")
     def _online_chooses_whole_batches(self) -> Config:
-        if self.select.strategy.chooses_online and self.train.dynamic_sampling:
+        if self.select.strategy.reads_influence and self.train.dynamic_sampling:
             raise ValueError(
-                f"{self.select.label} chooses every generation batch, so train.dynamic_sampling cannot replace its "
-                "groups: set it to 0"
+                f"{self.select.label} reads the influence of whole generation batches, and train.dynamic_sampling "
+                "replaces groups: set it to 0"
             )
         return self
 

@@ -22,9 +22,9 @@ from cropi.setting_types import Table
 CANDIDATES = ("candidates-a", "candidates-b")
 """Names of the two halves of a sample of the pool, which `learnalign` uses as directions."""
 
-Need = Literal["trajectories", "gradients", "validation", "rewards"]
-"""Input of a strategy: stored trajectories of the pool, per-prompt gradients, the validation sets, or the rewards of
-training so far."""
+Need = Literal["trajectories", "gradients", "validation", "rewards", "representations"]
+"""Input of a strategy: stored trajectories of the pool, per-prompt gradients, the validation sets, the rewards of
+training so far, or the base policy's hidden states of the prompts."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,8 @@ class StrategyTable(Table, ABC):
     takes_all: ClassVar[bool] = False  # trains on every eligible prompt instead of the best ceil(fraction N)
     collects: ClassVar[bool] = True  # samples the pool and the validation sets before training
     chooses_online: ClassVar[bool] = False  # chooses every generation batch while training runs
+    reads_influence: ClassVar[bool] = False  # in training's own backward passes, with directions of the validation sets
+    represented_depth: ClassVar[float] = 1.0  # which hidden states it reads: 1 is the last layer's, 0 the embeddings
     candidates_aimed_at: ClassVar[int] = 0  # training prompts that replace the validation sets as directions
 
     type: str
@@ -122,9 +124,18 @@ class StrategyTable(Table, ABC):
         return "trajectories" in self.needs
 
     @property
+    def reads_representations(self) -> bool:
+        """Whether it reads the base policy's hidden states of the prompts before training."""
+        return "representations" in self.needs
+
+    @property
     def reads_scores(self) -> bool:
         """Whether it needs `score`."""
         return "gradients" in self.needs
+
+    def trained_groups(self, groups: int) -> int:
+        """How many groups of a generation batch are trained on; the others are sampled only."""
+        return groups
 
     @property
     def aims_at_validation(self) -> bool:

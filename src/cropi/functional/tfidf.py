@@ -1,5 +1,6 @@
 """Similarity of texts by their words: cosines of TF-IDF vectors. NumPy only."""
 
+import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Literal
@@ -25,10 +26,7 @@ def tfidf_similarity(
     empty = [name for name, members in sets.items() if not members]
     if empty:
         raise ValueError(f"nothing can be similar to the empty set {empty[0]}")
-    everything = [Counter(text) for text in (*texts, *(text for members in sets.values() for text in members))]
-    holding = Counter(word for counts in everything for word in counts)
-    weight_of = {word: 1 + np.log((1 + len(everything)) / (1 + count)) for word, count in holding.items()}
-    vectors = [_unit(counts, weight_of) for counts in everything]
+    vectors = _vectors([*texts, *(text for members in sets.values() for text in members)])
     of_texts, rest = vectors[: len(texts)], vectors[len(texts) :]
     found = {}
     for name, members in sets.items():
@@ -40,6 +38,27 @@ def tfidf_similarity(
         matrix_XW = matrix_MW.mean(axis=0, keepdims=True) if over == "mean" else matrix_MW
         found[name] = np.array([_largest(vector, matrix_XW, column_of) for vector in of_texts], dtype=np.float64)
     return found
+
+
+def tfidf_points(texts: Sequence[Sequence[str]], dimensions: int = 256) -> Float[np.ndarray, "N {dimensions}"]:
+    """TF-IDF vectors of N texts with words hashed into a few dimensions, each with a sign (Weinberger et al. 2009).
+
+    Inner products are the cosines on average over hashes.
+    """
+    points_ND = np.zeros((len(texts), dimensions), dtype=np.float32)
+    for row, vector in enumerate(_vectors(texts)):
+        for word, value in vector.items():
+            hashed = zlib.crc32(word.encode())
+            points_ND[row, (hashed >> 1) % dimensions] += value if hashed % 2 else -value
+    return points_ND
+
+
+def _vectors(texts: Sequence[Sequence[str]]) -> list[dict[str, float]]:
+    """Vectors of length 1 by word."""
+    everything = [Counter(text) for text in texts]
+    holding = Counter(word for counts in everything for word in counts)
+    weight_of = {word: 1 + np.log((1 + len(everything)) / (1 + count)) for word, count in holding.items()}
+    return [_unit(counts, weight_of) for counts in everything]
 
 
 def _unit(counts: Mapping[str, int], weight_of: Mapping[str, float]) -> dict[str, float]:

@@ -12,7 +12,8 @@ output head counts, looked-up embeddings do not; attention scores are left out).
                  (representations): 1 each.
     training     generation + 3 per token and pass over a batch (forward and backward; `trainer.num_iterations` passes),
                  + 1 for the reference policy where `trainer.beta` is not 0. With dynamic sampling, all that is sampled
-                 is generated, and the share that one batch is of it by rows is trained on.
+                 is generated, and the share that one batch is of it by rows is trained on. With a gate: the share
+                 that the strategy keeps.
 
 A pass over padding, and the optimiser's own arithmetic, are not counted. Evaluation is not charged.
 """
@@ -85,7 +86,7 @@ def flops(
 def _trained_tokens(config: Config, batches: Sequence[Mapping[str, Any]]) -> float:
     """Prompt and completion tokens of what is trained on, in one pass."""
     if not config.train.dynamic_sampling:
-        return sum(map(_all_tokens, batches))
+        return sum(_all_tokens(batch) * _trained_share(config, batch) for batch in batches)
     micro_steps = int(config.trainer.get("gradient_accumulation_steps", 1))
     a_step = max(1, micro_steps // int(config.trainer.get("steps_per_generation") or micro_steps))  # generation batches
     by_step: dict[int, list[Mapping[str, Any]]] = {}
@@ -96,6 +97,12 @@ def _trained_tokens(config: Config, batches: Sequence[Mapping[str, Any]]) -> flo
         rows = sum(len(batch["prompt_ids"]) for batch in own)
         total += sum(map(_all_tokens, own)) * min(1.0, a_step * len(own[0]["prompt_ids"]) / rows)
     return total
+
+
+def _trained_share(config: Config, batch: Mapping[str, Any]) -> float:
+    """Share of a generation batch's groups that is trained on."""
+    groups = max(1, len(batch.get("prompt_ids", ())) // int(config.trainer.get("num_generations", 8)))
+    return config.select.strategy.trained_groups(groups) / groups
 
 
 def _all_tokens(entry: Mapping[str, Any]) -> int:

@@ -1,4 +1,4 @@
-"""Representations of prompts: the mean of the policy's last hidden states over the prompt."""
+"""Representations of prompts: the mean of the policy's hidden states over the prompt, the last layer's if unsaid."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def represent(
     ranks = process_group()
     batches = ranks.share(_batches(encoded, config.collect.batch_tokens))
     with progress(ranks.titled("represent"), sum(map(len, batches)), "prompts") as bar:
-        own = _mean_hidden_states(policy, encoded, batches, bar.advance)
+        own = _mean_hidden_states(policy, encoded, batches, bar.advance, config.select.strategy.represented_depth)
     of_row = {row: values for part in ranks.gather(own) for row, values in part.items()}
     if ranks.is_main:
         write_batches(folder / "representations.parquet", _record_batches(rows, of_row), REPRESENTATIONS)
@@ -92,9 +92,12 @@ def _batches(prompts: Sequence[Sequence[int]], batch_tokens: int) -> list[list[i
 
 @torch.no_grad()
 def _mean_hidden_states(
-    policy: Policy, prompts: Sequence[Sequence[int]], batches: Sequence[Sequence[int]], advance: Any
+    policy: Policy, prompts: Sequence[Sequence[int]], batches: Sequence[Sequence[int]], advance: Any, depth: float = 1.0
 ) -> dict[int, Float[np.ndarray, " E"]]:
-    """Mean hidden states by row. Padding follows the prompt, so under a causal mask it changes nothing."""
+    """Mean hidden states by row, of the layer at a depth from 0, the embeddings, to 1, the last.
+
+    Padding follows the prompt, so under a causal mask it changes nothing.
+    """
     found: dict[int, Any] = {}
     device, training = policy.device, policy.model.training
     policy.model.eval()
@@ -102,7 +105,8 @@ def _mean_hidden_states(
         for rows in batches:
             width = max(len(prompts[row]) for row in rows)
             ids = torch.tensor([[*prompts[r], *[0] * (width - len(prompts[r]))] for r in rows], device=device)
-            hidden = policy.model(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states[-1]
+            layers = policy.model(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states
+            hidden = layers[min(round(depth * len(layers)), len(layers) - 1)]
             for row, states_TE in zip(rows, hidden, strict=True):
                 found[row] = states_TE[: len(prompts[row])].float().mean(dim=0).cpu().numpy()
             advance(len(rows))

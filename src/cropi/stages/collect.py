@@ -110,6 +110,8 @@ def make_representations(run: Run, phase: str, stage: int | None = None) -> None
 
     inputs: dict[str, Any] = {"prompts": make_prompt_table(run).identity, "policy": run.setup.identity}
     inputs |= {"settings": run.folder.settings("policy", "prompts")}
+    depth = run.config.select.strategy.represented_depth
+    inputs |= {} if depth == 1 else {"depth": depth}
     folder = run.folder.representations
     build(folder, REPRESENTED, make, inputs=inputs, made_by=f"cropi {phase}", shared=True)
 

@@ -1,4 +1,4 @@
-"""The online curriculum of a run: its parts from the run's config and prompts, with every cost charged."""
+"""The chooser of a run's batches: its parts from the run's config and prompts, with every cost charged."""
 
 from __future__ import annotations
 
@@ -8,19 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from trl import GRPOConfig
 
 from cropi.artifacts import open_artifact
+from cropi.curriculum.chooser import ChoosesBatches, GroupGate, Pool
 from cropi.curriculum.curriculum import Curriculum
 from cropi.curriculum.strategies.online import OnlineStrategy
-from cropi.functional.pooling import principal_points
+from cropi.errors import ConfigError
 from cropi.parallel import process_group
 from cropi.prompt_encoding import encode_prompts, trainer_prompt, uses_chat
+from cropi.prompt_text import prompt_text
 from cropi.rollouts.generation import Sampling, TransformersGenerator
 from cropi.rollouts.representations import KIND as REPRESENTED
 from cropi.rollouts.representations import read_representations
 from cropi.seeds import derived_seed
 from cropi.stages.collect import make_representations
-from cropi.stages.online_loop import OnlineLoop
+from cropi.stages.online_loop import ChooserLoop, OnlineLoop
 from cropi.stages.run import Run
 from cropi.stages.validation_pass import Due, SampledGroup, ValidationPass, ValidationPrompt
 from cropi.streams import append_jsonl, cut_jsonl
@@ -33,76 +36,101 @@ from cropi.training.stage_sampler import BatchShape
 
 
 class OnlineRun:
-    """Makes the `OnlineLoop` of a run, and charges what it samples, differentiates, reads and chooses."""
+    """Makes the loop of a run's chooser, and charges what it samples, differentiates, reads and chooses."""
 
     def __init__(self, run: Run, rows: Sequence[Mapping[str, Any]], reward: RecordedReward) -> None:
-        """`rows` are the trainer's: the pool, in the order of the curriculum's places."""
+        """`rows` are the trainer's: the pool, in the order of the chooser's places."""
         self._run, self._rows, self._reward = run, rows, reward
         strategy = run.config.select.strategy
-        assert isinstance(strategy, OnlineStrategy)
-        self._observe_only = strategy.observe_only
+        self._only_observes = isinstance(strategy, OnlineStrategy) and strategy.observe_only
+        assert isinstance(strategy, ChoosesBatches)
+        self._make_chooser = strategy.chooser
         self._trainer: OnlineTrainer
 
-    def loop(self, trainer: OnlineTrainer, checkpoint: Path | None) -> OnlineLoop:
+    def loop(self, trainer: OnlineTrainer, checkpoint: Path | None) -> ChooserLoop:
         """The loop of a trainer, at the start of training or where a checkpoint left it."""
-        run, settings, self._trainer = self._run, trainer.args, trainer
-        make_representations(run, "score")
-        self._validation = self._validation_pass()
-        self._curriculum = self._made_curriculum()
-        micro_steps = run.config.train.steps_per_stage * settings.gradient_accumulation_steps
+        run, self._trainer = self._run, trainer
+        if run.config.select.strategy.reads_representations:
+            make_representations(run, "score")
+        with run.ledger.charge("select"):
+            self._chooser = self._make_chooser(self._pool())
+        loop = self._loop = self._made_loop(self._sampler())
+        if checkpoint is not None:
+            loop.load(checkpoint)
+        if process_group().is_main:
+            kept = len(loop.sampler.choices)
+            cut_jsonl(run.paths.choices, lambda row: row["batch"] < kept)
+        return loop
+
+    def _sampler(self) -> OnlineSampler:
+        settings, trainer = self._trainer.args, self._trainer
+        micro_steps = self._run.config.train.steps_per_stage * settings.gradient_accumulation_steps
         repeats = settings.steps_per_generation * trainer.num_iterations
         shape = BatchShape(
             settings.generation_batch_size // settings.num_generations, settings.num_generations, repeats
         )
         self._batches_per_step = settings.gradient_accumulation_steps / repeats
-        choose = None if self._observe_only else self._choose
-        sampler = OnlineSampler(shape, micro_steps // repeats, settings.seed, choose)
-        encoded = encode_prompts(run.setup.policy.tokenizer, [row["prompt"] for row in self._rows])
-        ids = [row["prompt_id"] for row in self._rows]
-        loop = self._loop = OnlineLoop(
-            curriculum=self._curriculum,
-            sampler=sampler,
-            reward=self._reward,
-            evidence=GroupEvidence(
-                {i: tuple(tokens) for i, tokens in zip(ids, encoded, strict=True)},
-                settings.num_generations,
-                run.setup.policy.tokenizer.pad_token_id,
-                batch_scaled=settings.scale_rewards == "batch",
-            ),
+        choose = None if self._only_observes else self._choose
+        draws = self._run.config.train.dynamic_sampling > 0
+        return OnlineSampler(shape, micro_steps // repeats, settings.seed, choose, draws=draws)
+
+    def _made_loop(self, sampler: OnlineSampler) -> ChooserLoop:
+        settings, chooser, reads = self._trainer.args, self._chooser, isinstance(self._chooser, Curriculum)
+        if isinstance(chooser, GroupGate):
+            _check_gate(settings)
+        parts: dict[str, Any] = {
+            "sampler": sampler,
+            "reward": self._reward,
+            "evidence": self._evidence(self._encoded() if reads else {}),
+            "place_of": {row["prompt_id"]: place for place, row in enumerate(self._rows)},
+            "draws": self._run.config.train.dynamic_sampling > 0,
+        }
+        if not isinstance(chooser, Curriculum):
+            return ChooserLoop(chooser=chooser, **parts)
+        self._validation = self._validation_pass()
+        return OnlineLoop(
+            chooser=chooser,
             normalizer=LossNormalizer.of(settings, process_group().size),
             validation=self._validation,
-            place_of={prompt_id: place for place, prompt_id in enumerate(ids)},
-            model=trainer.accelerator.unwrap_model(trainer.model),
+            model=self._trainer.accelerator.unwrap_model(self._trainer.model),
             sample=self._sample,
             differentiate=self._differentiate,
+            **parts,
         )
-        if checkpoint is not None:
-            loop.load(checkpoint)
-        if process_group().is_main:
-            kept = len(sampler.choices)
-            cut_jsonl(run.paths.choices, lambda row: row["batch"] < kept)
-        return loop
 
-    def _made_curriculum(self) -> Curriculum:
-        run, settings = self._run, self._trainer.args
-        folder = run.folder.representations
-        open_artifact(folder, REPRESENTED, made_by="cropi score")
-        known = read_representations(folder)
-        validation = {
-            name: np.stack([known[f"validation/{name}", prompt.row["prompt_id"]] for prompt in prompts])
-            for name, prompts in self._validation.sets.items()
-        }
-        ids = [row["prompt_id"] for row in self._rows]
-        pool_NE = np.stack([known["train", prompt_id] for prompt_id in ids])
-        every = principal_points(pool_NE, *validation.values())
-        ends = np.cumsum([len(pool_NE), *map(len, validation.values())])
-        points = dict(zip(validation, np.split(every[ends[0] :], ends[1:-1] - ends[0]), strict=True))
-        return Curriculum(
-            every[: len(pool_NE)],
-            points,
-            seed=derived_seed(run.config.seed, "curriculum"),
+    def _encoded(self) -> dict[str, tuple[int, ...]]:
+        encoded = encode_prompts(self._run.setup.policy.tokenizer, [row["prompt"] for row in self._rows])
+        return {row["prompt_id"]: tuple(tokens) for row, tokens in zip(self._rows, encoded, strict=True)}
+
+    def _evidence(self, prompt_tokens: Mapping[str, tuple[int, ...]]) -> GroupEvidence:
+        settings, pad_id = self._trainer.args, self._run.setup.policy.tokenizer.pad_token_id
+        batch_scaled = settings.scale_rewards == "batch"
+        return GroupEvidence(prompt_tokens, settings.num_generations, pad_id, batch_scaled=batch_scaled)
+
+    def _pool(self) -> Pool:
+        run, settings, strategy = self._run, self._trainer.args, self._run.config.select.strategy
+        ids, names = [row["prompt_id"] for row in self._rows], sorted(run.config.prompts.validation)
+        held_out = run.folder.held_out("validation")
+        members = {name: [row for row in held_out if row["set"] == f"validation/{name}"] for name in names}
+        read = dict[str, Any]()
+        if strategy.reads_texts:
+            read["texts"] = [prompt_text(row["prompt_json"]) for row in self._rows]
+            read["validation_texts"] = {n: [prompt_text(row["messages"]) for row in members[n]] for n in names}
+        if strategy.reads_representations:
+            open_artifact(run.folder.representations, REPRESENTED, made_by="cropi score")
+            known = read_representations(run.folder.representations)
+            read["states_NE"] = np.stack([known["train", prompt_id] for prompt_id in ids])
+            read["validation_states"] = {
+                n: np.stack([known[row["set"], row["prompt_id"]] for row in members[n]]) for n in names
+            }
+        return Pool(
+            ids,
+            derived_seed(run.config.seed, "curriculum"),
+            generations=settings.num_generations,
+            batch=settings.generation_batch_size // settings.num_generations,
             scaling="group" if settings.scale_rewards in {"group", True} else "none",
-            observe_only=self._observe_only,
+            sources=[row["source"] for row in self._rows],
+            **read,
         )
 
     def _validation_pass(self) -> ValidationPass:
@@ -124,9 +152,10 @@ class OnlineRun:
 
     def _choose(self, batch: int, prompts: int) -> list[int]:
         """Ask the curriculum for a generation batch, and write its answer down."""
-        with self._run.ledger.charge("select", stage=self._stage(self._trainer.state.global_step)):
-            step = int(batch // self._batches_per_step)
-            asked = self._curriculum.next(prompts, step)  # by every process, whose states stay the same
+        now = self._trainer.state.global_step
+        with self._run.ledger.charge("select", stage=self._stage(now)):
+            step = now if self._run.config.train.dynamic_sampling else int(batch // self._batches_per_step)
+            asked = self._chooser.next(prompts, step)  # by every process, whose states stay the same
             choices = process_group().from_main(lambda: asked)
         places = [choice.place for choice in choices]
         places = (places * prompts)[:prompts]  # a pool smaller than a batch is repeated
@@ -135,7 +164,7 @@ class OnlineRun:
             line = {
                 "batch": batch,
                 "step": step,
-                "asked_at": self._trainer.state.global_step,
+                "asked_at": now,
                 "prompt_ids": [self._rows[place]["prompt_id"] for place in places],
                 "why": [" ".join((choice.source, choice.validation_set)).strip() for choice in choices],
             }
@@ -170,3 +199,19 @@ class OnlineRun:
 
     def _stage(self, step: int) -> int:
         return min(step // self._run.config.train.steps_per_stage, self._run.config.train.stages - 1)
+
+
+def _check_gate(settings: GRPOConfig) -> None:
+    """ConfigError where some groups of a generation batch cannot be trained on alone."""
+    if process_group().size > 1:
+        raise ConfigError(
+            "groups of a generation batch are left out in one process alone",
+            where="select.strategy",
+            fix="start it without `accelerate launch`, or choose another strategy.",
+        )
+    if settings.num_generations % settings.steps_per_generation:
+        raise ConfigError(
+            f"some groups of a generation batch do not divide into {settings.steps_per_generation} micro-steps",
+            where="trainer.per_device_train_batch_size",
+            fix=f"set it so that the micro-steps of a generation batch divide {settings.num_generations}.",
+        )

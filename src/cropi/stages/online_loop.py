@@ -1,4 +1,4 @@
-"""The loop of an online curriculum: choose, read, observe, and renew directions, with one state for a checkpoint."""
+"""The loops of a training whose batches are chosen: with and without influence. A checkpoint holds their state."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cropi.console import warn
-from cropi.curriculum.curriculum import Choice, Curriculum
+from cropi.curriculum.chooser import GroupGate, PromptChooser
+from cropi.curriculum.curriculum import Choice, Curriculum, Halves
 from cropi.gradients.reading import Reader
 from cropi.stages.validation_pass import Due, SampledGroup, ValidationPass
 from cropi.training.curriculum_state import load_state, save_state
-from cropi.training.group_evidence import GroupEvidence
+from cropi.training.group_evidence import GroupEvidence, GroupOutcome
 from cropi.training.loss_normalizer import LossNormalizer
 from cropi.training.online_sampler import OnlineSampler
-from cropi.training.reward_log import RecordedReward
+from cropi.training.reward_log import Judged, RecordedReward
 from cropi.training.row_matching import LossRow, loss_rows
 
 # Samples the validation prompts that are due at a step, with the policy in training.
@@ -31,44 +32,160 @@ Differentiate = Callable[[Mapping[str, Sequence[SampledGroup]], int], Mapping[st
 ENOUGH_READ = 0.5  # share of the squared gradient below which influence does not stand for a prompt
 
 
-@dataclass
-class OnlineLoop:
-    """Everything of a training that learns which prompts help. All processes hold the same state."""
+@dataclass(kw_only=True)
+class ChooserLoop:
+    """A training whose batches a chooser names: it is told of every group's rewards, and nothing else is read.
 
-    curriculum: Curriculum
+    All processes hold the same state.
+    """
+
+    chooser: PromptChooser
     sampler: OnlineSampler
     reward: RecordedReward
     evidence: GroupEvidence
+    place_of: Mapping[str, int]  # of a prompt id in the pool
+    draws: bool = False  # whether the trainer draws, as often as it has to for a generation batch
+    batches: int = 0  # generation batches that were observed
+    explained: list[list[Choice]] = field(default_factory=list)  # by choice; empty while only observing
+    _observed: int = 0  # choices whose groups were observed
+    _dropped: list[tuple[str, list[float]]] = field(default_factory=list)  # groups that are not trained on
+
+    @property
+    def reads(self) -> bool:
+        """Whether the first pass over a generation batch has to be read."""
+        return False
+
+    def micro_batch(self, inputs: Mapping[str, Tensor], accumulated: int, scale: float) -> AbstractContextManager[Any]:
+        """Nothing: no pass is read."""
+        return nullcontext()
+
+    def end_micro_batch(self) -> None:
+        """Nothing: no pass is read."""
+
+    def renew_directions(self, step: int) -> None:
+        """Nothing: there are none."""
+
+    def kept_groups(self) -> list[int] | None:
+        """Groups of the batch that was just sampled that are trained on; None for all."""
+        if not isinstance(self.chooser, GroupGate):
+            return None
+        judged, size = self.reward.latest, self.evidence.generations
+        assert judged is not None, "a generation batch is judged as it is sampled"
+        groups = [(self.place_of[prompt_id], rewards) for prompt_id, rewards in _groups(judged, size)]
+        return self.chooser.kept(groups, self.batches)
+
+    def drop_groups(self, judged: Judged) -> None:
+        """Remember the groups that were sampled for a generation batch and are not in it."""
+        self._dropped += _groups(judged, self.evidence.generations)
+
+    def end_generation_batch(self, step: int) -> None:
+        """Tell the chooser of every group, once all its completions have been differentiated."""
+        judged = self.reward.latest
+        assert judged is not None, "a generation batch is judged before it is trained on"
+        choice_of = self._choices()
+        for outcome in self.evidence.finish(judged):
+            if outcome.rewards:
+                self.chooser.observe(
+                    choice_of(outcome.prompt_id),
+                    outcome.rewards,
+                    step=step,
+                    group=f"{self.batches}-{outcome.number}",
+                    influence=self._influence(outcome),
+                )
+        for number, (prompt_id, rewards) in enumerate(self._dropped):
+            if rewards:
+                name = f"{self.batches}-dropped-{number}"
+                self.chooser.observe(choice_of(prompt_id), rewards, step=step, group=name)
+        self._dropped = []
+        self.batches += 1
+
+    def _influence(self, outcome: GroupOutcome) -> Mapping[str, Halves] | None:
+        return None
+
+    def _choices(self) -> Callable[[str], Choice]:
+        """Return why a prompt is in the generation batch that ends; the loader has chosen later ones already."""
+        end = len(self.explained) if self.draws else self._observed + 1
+        of_place = {choice.place: choice for batch in self.explained[self._observed : end] for choice in batch}
+        self._observed = end
+
+        def choice_of(prompt_id: str) -> Choice:
+            place = self.place_of[prompt_id]
+            return of_place.get(place, Choice(place, "uniform", ""))
+
+        return choice_of
+
+    def metrics(self) -> dict[str, float]:
+        """Numbers for a logger."""
+        return {name: value for name, value in self.chooser.metrics().items() if abs(value) < float("inf")}
+
+    def save(self, folder: Path) -> None:
+        """Write the state into a checkpoint."""
+        save_state(folder, self._state())
+
+    def load(self, folder: Path) -> None:
+        """Go on from a checkpoint. ArtifactError where its state is missing or damaged."""
+        self._restore(load_state(folder))
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "curriculum": self.chooser.state_dict(),
+            "choices": self.sampler.choices,
+            "batches": self.batches,
+            "observed": self._observed,
+            "explained": [[asdict(choice) for choice in batch] for batch in self.explained],
+        }
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        self.chooser.load_state_dict(state["curriculum"])
+        self.explained = [[Choice(**choice) for choice in batch] for batch in state["explained"]]
+        self.sampler.choices = state["choices"]
+        self.batches, self._observed = state["batches"], state["observed"]
+
+
+def _groups(judged: Judged, size: int) -> list[tuple[str, list[float]]]:
+    """Prompt ids of whole groups, with the rewards of the completions that could be judged."""
+    return [
+        (judged.prompt_ids[start], [value for value in judged.rewards[start : start + size] if value is not None])
+        for start in range(0, len(judged.prompt_ids), size)
+    ]
+
+
+@dataclass(kw_only=True)
+class OnlineLoop(ChooserLoop):
+    """A training that reads which prompts help."""
+
+    chooser: Curriculum
     normalizer: LossNormalizer
     validation: ValidationPass
-    place_of: Mapping[str, int]  # of a prompt id in the pool
     model: PreTrainedModel  # unwrapped
     sample: SampleDue
     differentiate: Differentiate
     reader: Reader | None = None  # once there are directions
     checked: bool = False  # what is read against a whole gradient
     share_read: float = float("nan")  # of the squared gradient
-    batches: int = 0  # generation batches that were observed
-    explained: list[list[Choice]] = field(default_factory=list)  # by generation batch; empty while only observing
     _rows: list[LossRow] = field(default_factory=list)
     _factor: float = 1.0
 
     # -- reading -------------------------------------------------------------------------------------------------------
 
+    @property
+    def reads(self) -> bool:
+        """Whether the first pass over a generation batch has to be read."""
+        return self.reader is not None
+
     def micro_batch(self, inputs: Mapping[str, Tensor], accumulated: int, scale: float) -> AbstractContextManager[Any]:
         """The reader's context for forward and backward of a micro-batch; `scale` is that of mixed precision."""
         self._rows = loss_rows(inputs, self.evidence.pad_id)
         self._factor = self.normalizer.factor(inputs, accumulated) / scale
-        if self.reader is None:
-            return nullcontext()
+        assert self.reader is not None, "no pass is read before there are directions"
         return self.reader.reading(torch.arange(len(self._rows)), None if self.checked else self.model)
 
     def end_micro_batch(self) -> None:
         """Take what was read."""
-        if self.reader is not None:
-            places, values = self.reader.take()
-            values_BD = torch.zeros(len(self._rows), values.shape[1]).index_add(0, places, values)
-            self.evidence.add(self._rows, self._factor * values_BD.unflatten(1, (-1, 2)))
+        assert self.reader is not None, "no pass is read before there are directions"
+        places, values = self.reader.take()
+        values_BD = torch.zeros(len(self._rows), values.shape[1]).index_add(0, places, values)
+        self.evidence.add(self._rows, self._factor * values_BD.unflatten(1, (-1, 2)))
 
     def _check(self, reader: Reader) -> None:
         """Leave out what is read wrongly; go on with rewards alone where too little is left."""
@@ -91,42 +208,27 @@ class OnlineLoop:
             self.evidence.forget()
 
     def _choose_by_rewards(self) -> None:
-        self.curriculum.rewards_only = True
+        self.chooser.rewards_only = True
         self.reader = None
         self.evidence.forget()
 
     def end_generation_batch(self, step: int) -> None:
-        """Tell the curriculum of every group, once all its completions have been differentiated. Collective."""
+        """Check what was read, and tell the curriculum of every group. Collective."""
         if self.reader is not None and not self.checked:
             self._check(self.reader)
-        judged = self.reward.latest
-        assert judged is not None, "a generation batch is judged before it is trained on"
-        outcomes = self.evidence.finish(judged)
-        for outcome in outcomes:
-            influence = None
-            if outcome.influence_VCH is not None and self.checked:
-                pairs = zip(self.validation.directions.items(), outcome.influence_VCH, strict=True)
-                influence = {name: (halves_CH / known.norm).tolist() for (name, known), halves_CH in pairs}
-            if outcome.rewards:
-                self.curriculum.observe(
-                    self._choice(outcome.prompt_id),
-                    outcome.rewards,
-                    step=step,
-                    group=f"{self.batches}-{outcome.number}",
-                    influence=influence,
-                )
-        self.batches += 1
+        super().end_generation_batch(step)
 
-    def _choice(self, prompt_id: str) -> Choice:
-        place = self.place_of[prompt_id]
-        batch = self.explained[self.batches] if self.explained else []
-        return next((choice for choice in batch if choice.place == place), Choice(place, "uniform", ""))
+    def _influence(self, outcome: GroupOutcome) -> Mapping[str, Halves] | None:
+        if outcome.influence_VCH is None or not self.checked:
+            return None
+        pairs = zip(self.validation.directions.items(), outcome.influence_VCH, strict=True)
+        return {name: (halves_CH / known.norm).tolist() for (name, known), halves_CH in pairs}
 
     # -- directions ----------------------------------------------------------------------------------------------------
 
     def renew_directions(self, step: int) -> None:
         """Sample and differentiate the validation prompts that are due before a step; not within a generation batch."""
-        count = self.curriculum.validation_due(step)
+        count = self.chooser.validation_due(step)
         if not count or self.evidence.is_begun:
             return
         due = {name: [count] * len(prompts) for name, prompts in self.validation.sets.items()}
@@ -137,7 +239,7 @@ class OnlineLoop:
             for group in own:
                 halves = given[name].get(group.member)
                 influence = None if halves is None else [[half, half] for half in halves]
-                self.curriculum.observe_validation(name, group.member, group.rewards, step=step, influence=influence)
+                self.chooser.observe_validation(name, group.member, group.rewards, step=step, influence=influence)
 
     def _turn(self) -> None:
         known = [half for direction in self.validation.directions.values() for half in direction.halves]
@@ -147,36 +249,26 @@ class OnlineLoop:
 
     def metrics(self) -> dict[str, float]:
         """Numbers for a logger."""
-        known = {name: value for name, value in self.curriculum.metrics().items() if abs(value) < float("inf")}
         own = {"rows_dropped": float(self.evidence.dropped), "share_read": self.share_read}
-        return known | {f"curriculum/{name}": value for name, value in own.items()}
+        return super().metrics() | {f"curriculum/{name}": value for name, value in own.items()}
 
-    def save(self, folder: Path) -> None:
-        """Write the state into a checkpoint."""
-        state = {
-            "curriculum": self.curriculum.state_dict(),
+    def _state(self) -> dict[str, Any]:
+        own = {
             "sketches": self.validation.state_dict(),
             "readable": None if self.validation.readable is None else sorted(self.validation.readable),
             "checked": self.checked,
             "share_read": self.share_read,
-            "rewards_only": self.curriculum.rewards_only,
-            "choices": self.sampler.choices,
-            "batches": self.batches,
-            "explained": [[asdict(choice) for choice in batch] for batch in self.explained],
+            "rewards_only": self.chooser.rewards_only,
             "dropped": self.evidence.dropped,
         }
-        save_state(folder, state)
+        return super()._state() | own
 
-    def load(self, folder: Path) -> None:
-        """Go on from a checkpoint. ArtifactError where its state is missing or damaged."""
-        state = load_state(folder)
-        self.curriculum.load_state_dict(state["curriculum"])
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        super()._restore(state)
         self.validation.readable = None if state["readable"] is None else set(state["readable"])
         self.validation.load_state_dict(self.model, state["sketches"])
         self.checked, self.share_read = state["checked"], state["share_read"]
-        self.explained = [[Choice(**choice) for choice in batch] for batch in state["explained"]]
-        self.sampler.choices = state["choices"]
-        self.batches, self.evidence.dropped = state["batches"], state["dropped"]
+        self.evidence.dropped = state["dropped"]
         self._turn()
         if state["rewards_only"]:
             self._choose_by_rewards()

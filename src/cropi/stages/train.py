@@ -25,7 +25,7 @@ from cropi.run_folder import checkpoints
 from cropi.run_tables import evaluation_files, forget_evaluations
 from cropi.stages.evaluate import evaluate, evaluate_base, is_evaluated
 from cropi.stages.online import OnlineRun
-from cropi.stages.online_loop import OnlineLoop
+from cropi.stages.online_loop import ChooserLoop
 from cropi.stages.run import Run
 from cropi.streams import append_jsonl, cut_jsonl
 from cropi.training.dynamic_sampling import DynamicSampling
@@ -244,7 +244,7 @@ class TrainTask:
     select_stage: SelectStage
     evaluate: Evaluate
     folder: Path
-    online: Callable[[OnlineTrainer, Path | None], OnlineLoop] | None = None  # of a trainer at a checkpoint
+    online: Callable[[OnlineTrainer, Path | None], ChooserLoop] | None = None  # of a trainer at a checkpoint
     record_to: Path | None = None  # where rollouts are kept as trajectories, if they are
     dynamic_sampling: int = 0  # refills of a generation batch at the most
     evaluated: Callable[[int], bool] = lambda step: False  # whether that step has been evaluated before

@@ -134,6 +134,14 @@ def _rows_of(batch: Sampled, rows: Sequence[int]) -> Sampled:
     )
 
 
+def only_groups(
+    tensors: Mapping[str, Tensor], groups: Sequence[int], generations: int, multiple: int | None
+) -> dict[str, Tensor]:
+    """Return the rows of some groups of a generation batch."""
+    rows = [group * generations + k for group in groups for k in range(generations)]
+    return _trimmed({name: tensor[rows] for name, tensor in tensors.items() if tensor.ndim}, multiple)
+
+
 def _trimmed(tensors: Mapping[str, Tensor], multiple: int | None) -> dict[str, Tensor]:
     """Drop columns that are padding in every row, and count the tokens of the loss as `num_items_in_batch`."""
     completion_width = tensors["completion_mask"].shape[1]

@@ -30,7 +30,7 @@ class GroupOutcome:
 class GroupEvidence:
     """Collects what the micro-batches of a generation batch give, and divides it among the groups at the end."""
 
-    prompt_tokens: Mapping[str, Tokens]  # by prompt id
+    prompt_tokens: Mapping[str, Tokens]  # by prompt id; only for what is read
     generations: int  # K
     pad_id: int
     batch_scaled: bool = False  # advantages were divided by the deviation of the whole batch's rewards
@@ -60,20 +60,21 @@ class GroupEvidence:
         """
         count, ranks = len(judged.prompt_ids), process_group()
         first = ranks.rank * count
-        numbers = [(first + row) // self.generations for row in range(count)]
-        prompts = [self.prompt_tokens[prompt_id] for prompt_id in judged.prompt_ids]
-        sampled = [
-            SampledRow(prompt, tuple(ids), number)
-            for prompt, ids, number in zip(prompts, judged.completion_ids, numbers, strict=True)
-        ]
+        matched = match_rows(self._sampled(judged, first), self._rows, self.pad_id) if self._rows else []
         read = [
             (None if place is None else first + place, values)
-            for place, values in zip(match_rows(sampled, self._rows, self.pad_id), self._values, strict=True)
+            for place, values in zip(matched, self._values, strict=True)
         ]
         self._rows, self._values = [], []
         judgements = list(zip(range(first, first + count), judged.prompt_ids, judged.rewards, strict=True))
         parts = ranks.gather((judgements, read))
         return self._outcomes([row for part in parts for row in part[0]], [row for part in parts for row in part[1]])
+
+    def _sampled(self, judged: Judged, first: int) -> list[SampledRow]:
+        return [
+            SampledRow(self.prompt_tokens[prompt_id], tuple(ids), (first + row) // self.generations)
+            for row, (prompt_id, ids) in enumerate(zip(judged.prompt_ids, judged.completion_ids, strict=True))
+        ]
 
     def _outcomes(
         self,

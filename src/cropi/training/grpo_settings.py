@@ -67,7 +67,7 @@ def grpo_config(config: Config, output_dir: Path, device: torch.device, processe
         raise ConfigError(" ".join(str(error).split()), where="trainer", fix="correct the value it names.") from None
     _check(settings, config)
     if config.select.strategy.chooses_online:
-        _check_online(settings, processes)
+        _check_online(settings, config, processes)
     if processes == 1 and not launched():
         try_one_step(options, device)
     if processes > 1 and config.refresh.reuse_rollouts:
@@ -75,15 +75,15 @@ def grpo_config(config: Config, output_dir: Path, device: torch.device, processe
     return settings
 
 
-def _check_online(settings: GRPOConfig, processes: int) -> None:
-    """ConfigError where only one process would choose; a warning where what is read is not of rewards alone."""
+def _check_online(settings: GRPOConfig, config: Config, processes: int) -> None:
+    """ConfigError where only one process would choose; a warning where influence is not that of rewards alone."""
     if processes > 1 and settings.accelerator_config.dispatch_batches:
         raise ConfigError(
             "every process chooses the prompts of a batch, and one of them would fetch it for all",
             where="trainer.accelerator_config",
             fix="leave dispatch_batches out.",
         )
-    if settings.beta:
+    if settings.beta and config.select.strategy.reads_influence:
         warn_once("trainer.beta is above 0, so the influence that is read contains the KL term")
 
 

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler
 from trl import GRPOTrainer
 
+from cropi.training.dynamic_sampling import only_groups
 from cropi.training.online_sampler import OnlineSampler
+from cropi.training.reward_log import Judged
 from cropi.training.stage_trainer import StageTrainer
 
 
@@ -20,6 +22,16 @@ class Loop(Protocol):
     """The curriculum's side of a training: it reads micro-batches and chooses generation batches."""
 
     sampler: OnlineSampler
+
+    @property
+    def reads(self) -> bool:
+        """Whether it wants the first pass over a generation batch."""
+
+    def kept_groups(self) -> list[int] | None:
+        """Groups of the batch that was just sampled that are trained on; None for all."""
+
+    def drop_groups(self, judged: Judged) -> None:
+        """Groups were sampled for a generation batch and are not in it."""
 
     def micro_batch(self, inputs: Mapping[str, Tensor], accumulated: int, scale: float) -> AbstractContextManager[Any]:
         """A context for forward and backward of a micro-batch, one of `accumulated` in its optimiser step.
@@ -58,18 +70,19 @@ class ReadsInfluence(GRPOTrainer):
         return super()._get_train_sampler(dataset) if self.online is None else self.online.sampler
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """TRL's, inside the reader during the first pass over a generation batch."""
+        """TRL's, inside the reader for the passes that the loop wants to read."""
         if self.online is None:
             return super().training_step(model, inputs, num_items_in_batch)
         micro_step = self._micro_steps % (self.args.steps_per_generation * self.num_iterations)
         self._micro_steps += 1
         first_pass = micro_step < self.args.steps_per_generation  # in a further iteration the policy has moved
-        if not first_pass:
-            return super().training_step(model, inputs, num_items_in_batch)
-        with ExitStack() as self._reading:
+        if first_pass and self.online.reads:
+            with ExitStack() as self._reading:
+                loss = super().training_step(model, inputs, num_items_in_batch)
+            self._reading = None
+            self.online.end_micro_batch()
+        else:
             loss = super().training_step(model, inputs, num_items_in_batch)
-        self._reading = None
-        self.online.end_micro_batch()
         if micro_step == self.args.steps_per_generation - 1:
             self.online.end_generation_batch(self.state.global_step)
         return loss
@@ -100,3 +113,12 @@ class OnlineTrainer(ReadsInfluence, StageTrainer):
             return StageTrainer._get_train_sampler(self, dataset)
         self.stage_sampler = self.online.sampler
         return self.online.sampler
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        output = super()._generate_and_score_completions(inputs)
+        kept = None if self.online is None else self.online.kept_groups()
+        return output if kept is None else only_groups(output, kept, self.num_generations, self.args.pad_to_multiple_of)
+
+    def _drop(self, judged: Judged) -> None:
+        if self.online is not None:
+            self.online.drop_groups(judged)

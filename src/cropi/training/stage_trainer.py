@@ -21,6 +21,7 @@ from cropi.errors import ArtifactError
 from cropi.fsdp import in_lockstep, is_sharded
 from cropi.policy import shared_prefixes
 from cropi.training.dynamic_sampling import DynamicSampling, Sampled
+from cropi.training.reward_log import Judged
 from cropi.training.rollout_recorder import RolloutRecorder
 from cropi.training.sharding import gathered, out_of_step
 from cropi.training.stage_sampler import BatchShape, StageSampler
@@ -152,8 +153,10 @@ class StageTrainer(Staged):
 
     def _filled(self, dynamic: DynamicSampling, prompts: int) -> dict[str, Any]:
         refilled = dynamic.fill(self._sample, prompts)
-        if self.recorder is not None and refilled.dropped is not None:
-            self._record_dropped(self.recorder, dynamic, refilled.dropped)
+        if refilled.dropped is not None:
+            self._drop(refilled.dropped.judged)
+            if self.recorder is not None:
+                self._record_dropped(self.recorder, dynamic, refilled.dropped)
         dynamic.reward.latest = refilled.trained.judged
         measured = {
             "equal_before": refilled.equal_before,
@@ -169,6 +172,9 @@ class StageTrainer(Staged):
                 "they stay in it and teach nothing (metrics.jsonl: dynamic_sampling/equal_after)"
             )
         return dict(refilled.trained.tensors)
+
+    def _drop(self, judged: Judged) -> None:
+        """Called with the groups that were sampled and are not trained on."""
 
     def _sample(self, prompts: int) -> dict[str, Any]:
         """The groups of the stage's next prompts."""

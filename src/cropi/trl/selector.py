@@ -192,6 +192,12 @@ def make_config(
 
 
 def _refuse_unsupported(config: Config, chat: bool) -> None:
+    if config.select.strategy.chooses_online:
+        raise ConfigError(
+            f"{config.select.label} chooses every generation batch, and a Selector the prompts of a stage",
+            where="Selector.strategy",
+            fix="choose another strategy, or train with `cropi run`.",
+        )
     if config.train.dynamic_sampling or config.refresh.reuse_rollouts:
         raise ConfigError(
             "only cropi's own trainer supports dynamic sampling and reused rollouts",

@@ -1,51 +1,62 @@
-"""MoPPS: a Beta posterior for each prompt, and Thompson sampling."""
+"""MoPPS: a Beta posterior for each prompt, and Thompson sampling among random candidates."""
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 from jaxtyping import Float
+from pydantic import Field
 
-from cropi.curriculum.strategy import Candidates, FusionConfig, Need, Ranking, StrategyTable
-from cropi.seeds import derived_seed
+from cropi.curriculum.chooser import ChoosesBatches, Pool, RewardChooser
+from cropi.curriculum.curriculum import Choice
+from cropi.curriculum.strategy import Need, StrategyTable
 
 TARGET = 0.5  # mu*, the target pass rate (released code)
 
 
-class MoppsStrategy(StrategyTable):
-    """Prompts whose pass rate, drawn from a posterior given the training rewards, is nearest to 1/2 (MoPPS)."""
+class MoppsStrategy(ChoosesBatches, StrategyTable):
+    """Of random candidates, the prompts whose pass rate, drawn from a posterior, is nearest to 1/2 (MoPPS)."""
 
     needs: ClassVar[frozenset[Need]] = frozenset({"rewards"})
 
     type: Literal["mopps"]
     """Selects this strategy."""
+    candidates: Annotated[int, Field(ge=1)] = 8
+    """Candidates for each place of a batch (released script: 8)."""
+    kept: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """lambda: share of its earlier evidence that a prompt keeps when it is trained on again (released script: 0.5)."""
 
-    def rank(self, candidates: Candidates, size: int, fusion: FusionConfig) -> Ranking:
-        """s_i = -(q_i - mu*)^2 with q_i ~ Beta(a_i, b_i) (MoPPS, arXiv 2507.04632).
-
-        Published: each step draws for the prompts of a larger random batch and trains on the nearest ones. Here a stage
-        draws once for the whole pool, from the visits of all earlier stages; stage 0 is a random choice. It reads no
-        stored trajectories.
-        """
-        a_N, b_N = posterior(candidates)
-        drawn_N = np.empty(len(candidates))
-        for row, prompt_id in enumerate(candidates.prompt_ids):
-            # one generator per prompt: visits of one prompt do not change the draw of another
-            generator = np.random.default_rng(derived_seed(candidates.seed, "mopps", candidates.stage, prompt_id))
-            drawn_N[row] = generator.beta(a_N[row], b_N[row])
-        scores_N = -((drawn_N - TARGET) ** 2)
-        return Ranking(scores_N, candidates.usable_N, f"pass rate drawn near {TARGET:g}")
+    def chooser(self, pool: Pool) -> "Mopps":
+        """The chooser."""
+        return Mopps(pool, self.candidates, self.kept)
 
 
-def posterior(candidates: Candidates) -> tuple[Float[np.ndarray, " N"], Float[np.ndarray, " N"]]:
-    """(a, b) of each prompt after its visits, from Beta(1, 1): n rewards of mean r add n r and n (1 - r).
+class Mopps(RewardChooser):
+    """Choose the smallest (q_i - mu*)^2 with q_i ~ Beta(a_i, b_i), from Beta(1, 1) (MoPPS, arXiv 2507.04632).
 
-    The released code can also discount old visits; its configuration does not. (It sets a to 8 for n = 1, by precedence
-    of its operators; here n = 1 is no exception.)
+    n rewards with the sum r: a <- lambda a + 1 - lambda + r, b <- lambda b + 1 - lambda + n - r, of the prompts that
+    were trained on alone. (The released code sets a to 8 for n = 1, by precedence of its operators; here n = 1 is no
+    exception.)
     """
-    row_of = {prompt_id: row for row, prompt_id in enumerate(candidates.prompt_ids)}
-    a_N, b_N = np.ones(len(candidates)), np.ones(len(candidates))
-    for visit in candidates.visits:
-        row, right = row_of[visit.prompt_id], visit.tries * visit.mean_reward
-        a_N[row] += right
-        b_N[row] = b_N[row] + visit.tries - right
-    return a_N, b_N
+
+    def __init__(self, pool: Pool, candidates: int, kept: float) -> None:
+        super().__init__(pool)
+        self._candidates, self._kept = candidates, kept
+        self.a_N, self.b_N = np.ones(len(pool)), np.ones(len(pool))
+
+    def choose(self, count: int, step: int, generator: np.random.Generator) -> list[Choice]:
+        asked = min(self._candidates * count, len(self.pool))
+        places = generator.choice(len(self.pool), size=asked, replace=False)
+        drawn = generator.beta(self.a_N[places], self.b_N[places])
+        nearest = np.argsort((drawn - TARGET) ** 2, kind="stable")[:count]
+        return [Choice(int(place), "draw", "") for place in places[nearest]]
+
+    def learn(self, place: int, rewards: Float[np.ndarray, " K"], step: int) -> None:
+        right, kept = float(rewards.sum()), self._kept
+        self.a_N[place] = kept * self.a_N[place] + (1 - kept) + right
+        self.b_N[place] = kept * self.b_N[place] + (1 - kept) + len(rewards) - right
+
+    def beliefs(self) -> dict[str, np.ndarray]:
+        return {"a": self.a_N, "b": self.b_N}
+
+    def columns(self) -> dict[str, np.ndarray]:
+        return {"pass_rate": self.a_N / (self.a_N + self.b_N)}

@@ -4,25 +4,35 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from cropi.curriculum.strategy import Candidates, FusionConfig, Need, Ranking, StrategyTable
+from cropi.curriculum.chooser import ChoosesBatches, Pool
+from cropi.curriculum.curriculum import Curriculum
+from cropi.curriculum.strategy import Need, StrategyTable
+from cropi.functional.pooling import principal_points
 
 
-class OnlineStrategy(StrategyTable):
+class OnlineStrategy(ChoosesBatches, StrategyTable):
     """Prompts chosen for each generation batch by influence that is read from training's own backward passes.
 
     Nothing of the pool is collected, scored or screened. Only the validation prompts are sampled, to find directions.
     """
 
-    needs: ClassVar[frozenset[Need]] = frozenset({"validation", "rewards"})
-    takes_all: ClassVar[bool] = True
-    collects: ClassVar[bool] = False
-    chooses_online: ClassVar[bool] = True
+    needs: ClassVar[frozenset[Need]] = frozenset({"validation", "rewards", "representations"})
+    reads_influence: ClassVar[bool] = True
 
     type: Literal["online"]
     """Selects this strategy."""
     observe_only: bool = False
     """Read influence and report it, but train on the whole pool as `full` does."""
 
-    def rank(self, candidates: Candidates, size: int, fusion: FusionConfig) -> Ranking:
-        """s_i = 1 for every usable prompt: a stage may train on any, and each generation batch is chosen on its own."""
-        return Ranking(np.ones(len(candidates)), candidates.usable_N, "chosen batch by batch")
+    def chooser(self, pool: Pool) -> Curriculum:
+        """The `Curriculum`, on the principal directions of the representations."""
+        sets = pool.validation_states
+        points = principal_points(pool.states_NE, *sets.values())
+        pool_NE, *validation = np.split(points, np.cumsum([len(pool), *map(len, sets.values())])[:-1])
+        return Curriculum(
+            pool_NE,
+            dict(zip(sets, validation, strict=True)),
+            seed=pool.seed,
+            scaling=pool.scaling,
+            observe_only=self.observe_only,
+        )

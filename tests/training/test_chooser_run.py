@@ -1,0 +1,134 @@
+"""Runs of choosers that learn from rewards alone: what they are charged for, and that they resume bit for bit."""
+
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.runs import SMALL, cropi, json_lines
+
+from cropi.curriculum.strategies.lze import Lze
+from cropi.gradients.reading import Reader
+from cropi.loading import load_config
+from cropi.report.flops import flops
+from cropi.stages.validation_pass import ValidationPass
+from cropi.training.curriculum_state import load_state
+from cropi.training.loss_normalizer import LossNormalizer
+from cropi.training.online_trainer import ReadsInfluence
+
+SETTINGS = [
+    *(text for text in SMALL if not text.startswith(("select.", "trainer.per_device"))),
+    "trainer.per_device_train_batch_size=16",
+    "trainer.gradient_accumulation_steps=2",
+    "trainer.save_total_limit=9",
+    "name=run",
+]
+
+
+def run(place: Path, strategy: str) -> Path:
+    place.mkdir(parents=True, exist_ok=True)
+    done = cropi("run", "quickstart", *SETTINGS, f"select.strategy={strategy}", cwd=place)
+    assert done.returncode == 0, done.stderr
+    return place / "runs" / "run"
+
+
+def refuse(*_: object, **__: object) -> None:
+    raise AssertionError("rewards alone were to be read")
+
+
+@pytest.fixture(scope="module")
+def mopps(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        for reads in (Reader, ValidationPass, LossNormalizer):
+            patch.setattr(reads, "__init__", refuse)
+        patch.setattr("cropi.stages.online.make_representations", refuse)
+        return run(tmp_path_factory.mktemp("mopps"), "{type: mopps, candidates: 2}")
+
+
+def test_of_rewards_nothing_is_charged_but_training_and_evaluation(mopps: Path) -> None:
+    lines = json_lines(mopps / "ledger.jsonl")
+    assert {line["phase"] for line in lines if line["phase"] not in {"select", "evaluate"}} <= {"collect"}
+    assert not any(line.get("tokens") or line.get("prompt_tokens") for line in lines if line["phase"] == "collect")
+    assert not (mopps / "representations").exists()
+    assert not list((mopps / "trajectories").glob("part-*"))
+
+
+def test_every_choice_is_written_trained_on_and_one_batch_ahead(mopps: Path) -> None:
+    choices = json_lines(mopps / "choices.jsonl")
+    trained = [row["prompt_ids"] for row in json_lines(mopps / "rewards.jsonl")]
+    assert [list(dict.fromkeys(ids)) for ids in trained] == [row["prompt_ids"] for row in choices]
+    assert [row["asked_at"] for row in choices] == [0, 0, 1, 3, 3, 4]
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(mopps: Path, tmp_path: Path) -> None:
+    equals_after_resume(mopps, tmp_path, "{type: mopps, candidates: 2}")
+
+
+def equals_after_resume(whole: Path, place: Path, strategy: str) -> None:
+    shutil.copytree(whole.parents[1], place / "again")
+    folder = place / "again" / "runs" / "run"
+    shutil.rmtree(folder / "checkpoints" / "checkpoint-6")
+    run(place / "again", strategy)
+    last = [each / "checkpoints" / "checkpoint-6" for each in (folder, whole)]
+    weights = [load_file(each / "model.safetensors") for each in last]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert (last[0] / "curriculum.json").read_text() == (last[1] / "curriculum.json").read_text()
+
+
+def test_a_gate_trains_on_some_groups_and_learns_of_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, learned = list[int](), list[int]()
+    compute, learn = ReadsInfluence.compute_loss, Lze.learn
+
+    def computed(self: ReadsInfluence, model: object, inputs: dict[str, torch.Tensor], *rest: Any, **named: Any) -> Any:
+        rows.append(len(inputs["completion_ids"]))
+        return compute(self, model, inputs, *rest, **named)  # type: ignore[arg-type]
+
+    def learnt(self: Lze, place: int, rewards: np.ndarray, step: int) -> None:
+        learned.append(place)
+        learn(self, place, rewards, step)
+
+    monkeypatch.setattr(ReadsInfluence, "compute_loss", computed)
+    monkeypatch.setattr(Lze, "learn", learnt)
+    folder = run(tmp_path, "lze")
+    assert rows == [4] * 12  # of four groups one, in two micro-steps
+    assert len(learned) == 24
+    config = load_config("quickstart", [*SETTINGS, "select.strategy=lze", "trainer.beta=0.0"])
+    batches = json_lines(folder / "rewards.jsonl")
+    tokens = sum(row["tokens"] + row["prompt_tokens"] for row in batches)
+    assert flops(config, 1, [], [], batches).train == 2 * tokens * (1 + 3 / 4)
+
+
+@pytest.fixture(scope="module")
+def refilled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run(tmp_path_factory.mktemp("refilled"), "thompson-dapo")
+
+
+def test_refills_are_chosen_and_dropped_groups_are_learned_of(refilled: Path) -> None:
+    choices, sampled = (json_lines(refilled / name) for name in ("choices.jsonl", "rewards.jsonl"))
+    assert len(choices) > 6  # some batches were refilled
+    assert [list(dict.fromkeys(row["prompt_ids"])) for row in sampled] == [row["prompt_ids"] for row in choices]
+    assert [row["asked_at"] for row in choices] == [row["step"] for row in sampled]
+    state = load_state(refilled / "checkpoints" / "checkpoint-6")["curriculum"]
+    groups = json.loads(state["facts"].tobytes().decode())["seen"]
+    assert len(groups) == sum(len(row["prompt_ids"]) for row in choices)  # every group that was sampled
+    in_step = Counter((row["step"], prompt_id) for row in choices for prompt_id in row["prompt_ids"])
+    assert set(in_step.values()) == {1}
+
+
+def test_a_refilled_run_resumes_bit_for_bit(refilled: Path, tmp_path: Path) -> None:
+    equals_after_resume(refilled, tmp_path, "thompson-dapo")
+
+
+@pytest.mark.parametrize("strategy", ["{type: similarity_learnability, by: hidden}", "bmc-t"])
+def test_hidden_states_are_charged(strategy: str, tmp_path: Path) -> None:
+    folder = run(tmp_path, strategy)
+    lines = json_lines(folder / "ledger.jsonl")
+    (read,) = [line for line in lines if line["phase"] == "score"]
+    assert read["forward_tokens"] > 0
+    assert not any(line.get("tokens") for line in lines if line["phase"] == "collect")
+    assert len(json_lines(folder / "choices.jsonl")) == 6
