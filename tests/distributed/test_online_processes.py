@@ -95,7 +95,7 @@ def test_choices_are_those_of_one_process_and_written_once(recorded: Path, repla
     assert two == one
     states = [load_state(folder / "checkpoints/checkpoint-6") for folder in folders]
     assert states[0]["choices"] == states[1]["choices"]
-    assert states[0]["share_read"] == pytest.approx(states[1]["share_read"])  # of the same micro-batches
+    assert states[0]["share_read"] == pytest.approx(states[1]["share_read"], abs=0.1)  # of other micro-batches
 
 
 def test_what_is_charged_is_charged_once(recorded: Path, replayed: Path) -> None:

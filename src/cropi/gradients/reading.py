@@ -108,8 +108,8 @@ class Reader:
     def exclude_unfaithful(self, tolerance: float = 0.05) -> tuple[list[str], float]:
         """Stop reading parameters for which the sum over rows is not <gradient, direction>, by the checked passes.
 
-        Returns their names, and the share of the squared gradient norm that lies in parameters which are read: NaN
-        without a gradient or where it overflowed; below one half, influence does not stand for a prompt. An error
+        Returns their names, and the share of the passes' squared gradient norms that lies in parameters which are read:
+        NaN without a gradient or where it overflowed; below one half, influence does not stand for a prompt. An error
         counts beyond `tolerance` times |<g, D>| + |g| |D| / sqrt(n), its size for an unrelated direction. A weight that
         a fused loss or a kernel uses without calling its layer is found by this. Collective: the sums are those of all
         processes.
