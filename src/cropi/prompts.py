@@ -167,7 +167,7 @@ def _builtin(source: BuiltinSource, set_name: str, key: str, seed: int) -> Itera
     from cropi.builtin import difficulty, generate
 
     lengths = source.model_dump(include={"min_length", "max_length"})
-    options = source.model_dump(include={"count", "label_noise", "label_rule", "hint"})
+    options = source.model_dump(include={"count", "label_noise", "label_rule", "hint", "distractors"})
     options["seed"] = seed if source.seed is None else source.seed
     for family in source.families:
         try:

@@ -2,11 +2,14 @@ import subprocess
 import sys
 from collections import Counter
 
+import numpy as np
 import pytest
 
 from cropi.builtin import difficulty
 from cropi.builtin.dataset import SPLITS, generate
 from cropi.builtin.families import FAMILIES
+from cropi.functional.tfidf import tfidf_similarity
+from cropi.prompt_text import words as words_of
 
 FIRST_ROW = {
     "prompt_id": "1a6f6ca4d241fe57",
@@ -160,3 +163,26 @@ def test_hinted_and_plain_problems_share_their_split():
         row["prompt"].partition("=")[0] + "=" for row in generate("parity", split="train", count=600, seed=1, hint=1)
     }
     assert not held_out & hinted
+
+
+def test_distractors_hide_the_family_from_texts_and_nothing_else():
+    named, told = (generate("sum", split="train", count=60, seed=0, distractors=count) for count in (0, 40))
+    for one, other in zip(named, told, strict=True):
+        family, names, rest = other["prompt"].split(" ", 2)
+        assert f"{family} {rest}" == one["prompt"]
+        assert len(names.split("-")) == 40
+        assert set(names.split("-")) <= set(FAMILIES) - {"sum"}
+        assert (other["answer"], other["prompt_id"] == one["prompt_id"]) == (one["answer"], False)
+    assert told == generate("sum", split="train", count=60, seed=0, distractors=40)
+
+
+@pytest.mark.parametrize(("distractors", "low", "high"), [(0, 0.97, 1.0), (40, 0.4, 0.68)])
+def test_distractors_take_from_text_similarity_what_it_knows(distractors, low, high):
+    def texts(family: str, split: str, count: int) -> list[list[str]]:
+        rows = generate(family, split=split, count=count, seed=1, distractors=distractors)
+        return [words_of(row["prompt"]) for row in rows]
+
+    own, others = texts("compass", "train", 60), [t for f in FAMILIES if f != "compass" for t in texts(f, "train", 20)]
+    of_sets = {"wanted": texts("compass", "validation", 24)}
+    similar = tfidf_similarity([*own, *others], of_sets)["wanted"]
+    assert low <= np.mean(similar[:60, None] > similar[None, 60:]) <= high  # area under the ROC curve

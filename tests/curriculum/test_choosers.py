@@ -218,7 +218,7 @@ def test_thompson_leaves_a_source_that_gives_nothing_and_comes_back() -> None:
     for step in range(80):
         for place in range(60):
             tell(chooser, place, NONE if place % 3 == 2 else HALF, step)
-    drawn = Counter(choice.place % 3 for step in range(200) for choice in chooser.next(4, 80))
+    drawn = Counter(choice.place % 3 for step in range(80, 280) for choice in chooser.next(4, step))
     assert 0 < drawn[2] < 0.15 * sum(drawn.values())
     for step in range(80, 200):  # starved: pseudo-groups alone
         tell(chooser, 0, HALF, step)

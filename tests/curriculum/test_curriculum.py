@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from cropi.curriculum.curriculum import COOLDOWN, Choice, Curriculum, _ratio
+from cropi.curriculum.curriculum import COOLDOWN, Choice, Curriculum, _ratio, even_counts, without_harm
 from cropi.errors import ArtifactError
 
 
@@ -187,18 +187,36 @@ def test_several_sets_share_the_places_by_what_is_left_to_learn() -> None:
         curriculum.observe_validation("open", member, [0.0, 1.0] * 4, step=0, influence=[[1, 1.1], [1, 1]])
     for n in range(20):
         rewards, halves = world.group(Choice(n, "uniform", ""))
-        influence = {"solved": halves["v"], "open": -halves["v"]}
+        influence = {"solved": halves["v"], "open": halves["v"][::-1]}
         curriculum.observe(Choice(n, "uniform", ""), rewards, step=0, group=str(n), influence=influence)
     places = [c for step in range(1, 9) for c in curriculum.next(8, step)]
     counts = {name: sum(c.validation_set == name for c in places) for name in ("solved", "open")}
     assert counts["open"] > 1.5 * counts["solved"]
 
 
-def test_directions_are_due_at_first_and_then_every_few_steps() -> None:
-    curriculum = made(World())
-    assert curriculum.validation_due(0) == 4
-    curriculum.observe_validation("v", 0, [0.0, 1.0], step=0)
-    assert next(step for step in range(1, 40) if curriculum.validation_due(step)) == 16
+def test_rounds_cost_the_same_and_come_at_doubling_distances() -> None:
+    world = World()
+    curriculum, rounds = made(world, completions=64), list[int]()
+    for step in range(130):
+        due = curriculum.validation_due(step)
+        if due:
+            rounds.append(step)
+            assert sum(due["v"]) == 192
+            curriculum.observe_validation("v", 0, [0.0, 1.0], step=step)
+    assert rounds == [0, 8, 24, 56, 120]
+
+
+def test_a_round_goes_where_rewards_vary_and_leaves_some_out_if_there_are_too_many() -> None:
+    generator = np.random.default_rng(0)
+    assert even_counts(np.array([1.0, 1.0, 2.0]), 11, generator) == [6, 6, 10]
+    assert even_counts(np.zeros(2), 4, generator) == [4, 4]
+    few = even_counts(np.ones(10), 3, generator)
+    assert sorted(few) == [0] * 7 + [2] * 3
+
+
+def test_what_a_prompt_does_to_other_sets_counts_only_as_harm() -> None:
+    slopes_VN = np.array([[3.0, 3.0, -1.0], [2.0, -1.0, -2.0], [0.0, -0.5, 4.0]])
+    assert without_harm(slopes_VN).tolist() == [[3.0, 1.5, -3.0], [2.0, -1.5, -3.0], [0.0, -1.5, 1.0]]
 
 
 def test_by_rewards_alone_prompts_that_are_always_solved_are_rarely_drawn() -> None:
@@ -209,5 +227,5 @@ def test_by_rewards_alone_prompts_that_are_always_solved_are_rarely_drawn() -> N
         curriculum.observe(Choice(place, "uniform", ""), rewards, step=0, group=str(place))
     curriculum.rewards_only = True
     choices = [choice for step in range(1, 30, 10) for choice in curriculum.next(8, step)]
-    assert curriculum.validation_due(30) == 0
+    assert curriculum.validation_due(30) == {}
     assert np.mean([choice.place % 2 for choice in choices if choice.source != "uniform"]) < 0.4

@@ -8,12 +8,13 @@ import random
 from dataclasses import replace
 from typing import Any
 
-from cropi.builtin.families import Difficulty, Problem, difficulty, draw, early_answer, guess
+from cropi.builtin.families import FAMILIES, Difficulty, Problem, difficulty, draw, early_answer, guess
 
 SPLITS = ("train", "validation", "test")
 LABEL_RULES = ("right", "stop_early")
 # So many draws in a row without a new problem, and the space counts as used up.
 PATIENCE = 5_000
+DISTRACTING_FAMILIES = 3  # in one prompt
 
 
 def generate(
@@ -26,6 +27,7 @@ def generate(
     label_noise: float = 0.0,
     label_rule: str = "right",
     hint: float = 0.0,
+    distractors: int = 0,
 ) -> list[dict[str, Any]]:
     """`count` distinct problems of one family as rows; the same arguments give the same rows in any process.
 
@@ -34,7 +36,8 @@ def generate(
     splits are disjoint whatever the seeds. Exactly ``round(label_noise * count)`` rows, chosen by the seed, carry a
     wrong but plausible answer. With the label rule ``stop_early`` every row carries the answer of one who stops one
     item early, right or wrong. A `hint` puts the first ``ceil(hint * words)`` words of the worked steps at the end of
-    the prompt, style first; at 1 only ``answer X`` is left to say. The split is that of the problem without the hint.
+    the prompt, style first; at 1 only ``answer X`` is left to say. `distractors` are so many words behind the family's
+    name that say nothing (see `distracted`). The split is that of the problem without hint and distractors.
 
     Returns rows with the keys `prompt_id` (16 hex digits from family and prompt), `prompt`, `answer`, `source` (the
     family) and `mislabelled` (whether the answer is wrong).
@@ -42,13 +45,16 @@ def generate(
     states, or when there are fewer distinct problems than `count`.
     """
     _check(split, count, label_noise, label_rule, hint)
+    if distractors < 0:
+        raise ValueError(f"distractors is {distractors}; it must be at least 0")
     level = level or difficulty(family)
     rng = random.Random(f"{family}/{split}/{seed}")
     problems = _distinct(family, split, count, rng, level)
     noisy = set(rng.sample(range(count), round(label_noise * count)))
+    words = random.Random(f"{family}/{split}/{seed}/distractors")
     rows = []
     for i, problem in enumerate(problems):
-        shown = hinted(problem, hint)
+        shown = distracted(hinted(problem, hint), distractors, words)
         answer = early_answer(problem) if label_rule == "stop_early" else problem.answer
         if i in noisy:
             answer = wrong_answer(problem, rng, level)
@@ -78,6 +84,19 @@ def hinted(problem: Problem, hint: float) -> Problem:
     """The problem with a share of its worked steps, rounded up to a word, at the end of the prompt."""
     words = problem.steps.partition(" answer ")[0].split()
     return replace(problem, prompt=" ".join([problem.prompt, *words[: math.ceil(hint * len(words))]]))
+
+
+def distracted(problem: Problem, count: int, rng: random.Random) -> Problem:
+    """The problem with `count` words behind its family's name: names of three other families, joined by hyphens.
+
+    The built-in policy reads them as one unknown word and works on nearly as before. For similarity of texts they
+    outweigh all other words, so that it no longer tells families apart.
+    """
+    if not count:
+        return problem
+    family, _, rest = problem.prompt.partition(" ")
+    names = rng.sample([name for name in FAMILIES if name != family], DISTRACTING_FAMILIES)
+    return replace(problem, prompt=f"{family} {'-'.join(rng.choices(names, k=count))} {rest}")
 
 
 def wrong_answer(problem: Problem, rng: random.Random, level: Difficulty) -> str:

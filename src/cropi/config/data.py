@@ -79,6 +79,9 @@ class BuiltinSource(Table):
     """The recorded answer: the right one, or the result of always stopping one item early."""
     hint: Fraction = 0.0
     """Share of the worked steps that the prompt shows, rounded up to a word. With 1 only the answer is left."""
+    distractors: Annotated[int, Field(ge=0, le=1_000)] = 0
+    """Words behind the family's name that say nothing: names of other families. With 40, similarity of texts no longer
+    tells families apart, and the built-in policy solves nearly as many."""
 
 
 class _RowSource(Table):

@@ -14,8 +14,9 @@ from jaxtyping import Bool, Float, Int
 HALF_LIFE = 16.0  # steps after which what was seen of influence counts half: the policy has moved
 REWARD_HALF_LIFE = 8.0  # the same for rewards, which training changes faster
 SPREADS = (0.25, 1.0, 4.0)  # tried: prior variance of the common part, relative to the observed slopes
-OWN_SHARES = (0.1, 0.5, 2.0)  # tried: variance of a prompt's own part, relative to the common part
+OWN_SHARES = (0.02, 0.1, 0.5)  # tried: variance of a prompt's own part, relative to the common part
 CORRELATIONS = (1.0, 0.9, 0.6, 0.3)  # tried: between what a validation prompt and a pool prompt like it give
+BANDWIDTH = 4.0  # median distances to the nearest other point
 BLOCK = 8192  # points at a time
 FORGOTTEN = 10  # half-lives after which an observation is dropped
 OWN_ERROR = 0.25  # of an observation's squared error; the rest is the mean of all, since one difference is a bad guess
@@ -285,16 +286,16 @@ def kernel_features(
 ) -> Float[np.ndarray, "P F"]:
     """Features whose inner products approximate exp(-|x - y|^2 / 2 h^2) (Nystroem; Williams and Seeger 2001).
 
-    h is twice the median distance of a point to its nearest other, over up to 2,000 of them. Landmarks are all points,
-    if there are no more than `dimensions`; else a random sample of the pool and of the validation prompts, half each
-    where there are as many.
+    h is `BANDWIDTH` times the median distance of a point to its nearest other, over up to 2,000 of them. Landmarks are
+    all points, if there are no more than `dimensions`; else a random sample of the pool and of the validation prompts,
+    half each where there are as many.
     """
     generator = np.random.default_rng(seed)
     sample = points_PE[np.sort(generator.permutation(len(points_PE))[:2000])].astype(np.float64)
     squares = _squares(sample, sample) + np.diag(np.full(len(sample), np.inf))
     nearest = np.sqrt(squares.min(axis=1)) if len(sample) > 1 else np.ones(1)
     positive = nearest[nearest > 0]
-    width = 2 * (2 * float(np.median(positive))) ** 2 if len(positive) else 1.0
+    width = 2 * (BANDWIDTH * float(np.median(positive))) ** 2 if len(positive) else 1.0
     landmarks = points_PE[_landmarks(len(points_PE), pool, dimensions, generator)].astype(np.float64)
     values, vectors = np.linalg.eigh(np.exp(-_squares(landmarks, landmarks) / width))
     kept = values > 1e-8 * values.max()

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from cropi.curriculum.belief import (
     FORGOTTEN,
@@ -23,10 +23,10 @@ from cropi.curriculum.belief import (
 from cropi.errors import ArtifactError
 
 UNIFORM = 0.1  # share of the places that are drawn uniformly, so that it is known what choosing gains
-GREEDY = 0.5  # of the other places: by the posterior mean; the rest by a joint draw
-COOLDOWN = 8  # steps before a prompt may be chosen again
-DIRECTION_EVERY = 16  # steps between fresh completions of the validation prompts
-DIRECTION_COMPLETIONS = 4  # of each of them
+GREEDY = 0.8  # of the other places: by the posterior mean; the rest by a joint draw
+COOLDOWN = 3  # steps before a prompt may be chosen again: until its group has been observed
+FIRST_ROUND = 8  # steps from the first fresh completions of validation prompts to the next; doubled every time
+ROUND_STEPS = 3.0  # completions of a round, in those of a training step
 REFIT_EVERY = 4  # steps between two choices of hyper-parameters
 ENOUGH = 8  # groups of either kind before the gain of choosing is judged
 GAIN_HALF_LIFE = 32.0  # steps
@@ -45,6 +45,13 @@ class Choice:
     validation_set: str  # empty if drawn uniformly
 
 
+@dataclass(frozen=True)
+class _Plan:
+    names: list[str]  # of the sets
+    shares_V: Float[np.ndarray, " V"]  # of the places
+    gains: dict[str, Float[np.ndarray, "V N"]]  # by source
+
+
 class Curriculum:
     """Chooses prompts by drawn gain = learnability x influence per unit of learnability.
 
@@ -59,13 +66,14 @@ class Curriculum:
         validation: Mapping[str, Float[np.ndarray, "M E"]],
         *,
         seed: int,
+        completions: int = 64,
         scaling: Literal["group", "none"] = "group",
         observe_only: bool = False,
     ) -> None:
         """`points_NE` represents the pool's prompts, `validation` those of each set, in the same coordinates.
 
-        `scaling` is that of the trainer's advantages: divided by the group's standard deviation, or not. With
-        `observe_only` all prompts are drawn uniformly.
+        `completions` are those of a training step. `scaling` is that of the trainer's advantages: divided by the
+        group's standard deviation, or not. With `observe_only` all prompts are drawn uniformly.
         """
         self._pool, self._names = len(points_NE), sorted(validation)
         self._first = dict[str, int]()
@@ -79,13 +87,14 @@ class Curriculum:
         self._influence = {name: self._belief(features_PF, name) for name in self._names}
         self._fingerprint = hashlib.sha256(features_PF).hexdigest()  # type: ignore[arg-type] # contiguous
         self._seed, self._scaling, self._observe_only = seed, scaling, observe_only
+        self._per_round = round(ROUND_STEPS * completions)
         self.rewards_only = False  # where too little of the gradient can be read
         self._asked = 0  # calls of `next`
         self._last_N = np.full(self._pool, -COOLDOWN - 1)  # step of the last draw
         self._times_N = np.zeros(self._pool, dtype=np.int64)
         self._seen = set[str]()
         self._fitted: dict[str, tuple[int, Hyperparameters]] = {}  # step and choice by set
-        self._directed: int | None = None
+        self._rounds: list[int] = []  # steps at which validation prompts were sampled
         self._dropped = 0  # observations that were not finite
         self._gains: list[tuple[int, bool, float]] = []  # step, uniform, gain
 
@@ -104,36 +113,37 @@ class Curriculum:
         if free_N.sum() < count:
             free_N = np.argsort(np.argsort(self._last_N, kind="stable")) < count
         chosen = list[Choice]()
-        plans = self._plans(step, generator)
+        plan = self._plan(step, generator)
         for _ in range(min(count, self._pool)):
-            choice = self._one(free_N, plans, generator)
+            choice = self._one(free_N, plan, generator)
             chosen.append(choice)
             free_N[choice.place] = False
             self._last_N[choice.place] = step
             self._times_N[choice.place] += 1
         return chosen
 
-    def _plans(self, step: int, generator: np.random.Generator) -> list[tuple[str, float, dict[Source, Any]]]:
-        """(set, share of the places, gains by way of choosing) for every set with a posterior; none if uniform."""
-        if self._observe_only:
-            return []
+    def _plan(self, step: int, generator: np.random.Generator) -> _Plan | None:
+        """Gains by way of choosing and set, and the sets' shares of the places; None if choice is uniform.
+
+        A place is for one set, drawn by what is left to learn there: its prompts' mean learnability. The gain on it is
+        learnability x slope, less the harm, likewise, that is done to other sets. The sum over all sets would leave
+        those to themselves on which all gains are small.
+        """
+        if self._observe_only or self._is_no_better():
+            return None
         if self.rewards_only:
-            return [("", 1.0, dict.fromkeys(("mean", "draw"), np.zeros(self._pool)))]
-        if self._is_no_better():
-            return []
+            return _Plan([""], np.ones(1), {"mean": np.zeros((1, self._pool))})
         learnability_P = self._learnability()
-        found = []
-        for name in self._names:
-            posterior = self._posterior(name, step)
-            if posterior is not None:
-                weight_N = learnability_P[: self._pool]
-                gains: dict[Source, Any] = {
-                    "mean": weight_N * posterior.means(),
-                    "draw": weight_N * posterior.draw(generator),
-                }
-                left = float(learnability_P[self._members(name)].mean())
-                found.append((name, left, gains))
-        return found
+        known = [(name, found) for name in self._names if (found := self._posterior(name, step)) is not None]
+        if not known:
+            return None
+        left_V = np.array([learnability_P[self._members(name)].mean() for name, _ in known])
+        slopes = {
+            "mean": np.stack([posterior.means() for _, posterior in known]),
+            "draw": np.stack([posterior.draw(generator) for _, posterior in known]),
+        }
+        gains = {source: learnability_P[: self._pool] * without_harm(slopes_VN) for source, slopes_VN in slopes.items()}
+        return _Plan([name for name, _ in known], left_V / left_V.sum(), gains)
 
     def _posterior(self, name: str, step: int) -> Posterior | None:
         """Belief about a set, with hyper-parameters that are chosen anew every few steps."""
@@ -145,20 +155,19 @@ class Curriculum:
             self._fitted[name] = step, found.chosen
         return found
 
-    def _one(self, free_N: Any, plans: Any, generator: np.random.Generator) -> Choice:
-        """One place: uniform, or the largest gain on a set drawn by what is left to learn there."""
+    def _one(self, free_N: Bool[np.ndarray, " N"], plan: _Plan | None, generator: np.random.Generator) -> Choice:
+        """One place: uniform, or the prompt of the largest gain on a set."""
         uniform = generator.random() < UNIFORM
-        if uniform or not plans:
+        if uniform or plan is None:
             return Choice(int(generator.choice(np.flatnonzero(free_N))), "uniform", "")
-        shares = np.array([left for _, left, _ in plans])
-        name, _, gains = plans[int(generator.choice(len(plans), p=shares / shares.sum()))]
-        source: Source = "mean" if generator.random() < GREEDY else "draw"
-        gains_N = np.where(free_N, gains[source], -np.inf)
+        row = int(generator.choice(len(plan.names), p=plan.shares_V))
+        source: Source = "draw" if "draw" in plan.gains and generator.random() >= GREEDY else "mean"
+        gains_N = np.where(free_N, plan.gains[source][row], -np.inf)
         if gains_N.max() > 0:
-            return Choice(int(np.argmax(gains_N)), source, name)
+            return Choice(int(np.argmax(gains_N)), source, plan.names[row])
         # none is believed to help: of negative gains the largest would be that of a prompt which teaches nothing
         weights_N = np.where(free_N, self._rewards.variances()[: self._pool], 0.0)
-        return Choice(int(generator.choice(self._pool, p=weights_N / weights_N.sum())), "learnability", name)
+        return Choice(int(generator.choice(self._pool, p=weights_N / weights_N.sum())), "learnability", plan.names[row])
 
     def _learnability(self) -> Float[np.ndarray, " P"]:
         """Expected size of the advantages: the rewards' standard deviation, or variance if they are not divided."""
@@ -207,7 +216,8 @@ class Curriculum:
         self._rewards.observe(self._first[name] + member, known, step)
         if influence is not None:
             self._told(self._influence[name], self._pool + member, known, influence, step)
-        self._directed = step
+        if not self._rounds or self._rounds[-1] != step:
+            self._rounds.append(step)
 
     def _told(
         self, belief: InfluenceBelief, point: int, rewards: Float[np.ndarray, " K"], halves: Halves, step: int
@@ -224,10 +234,20 @@ class Curriculum:
             self._dropped += not belief.observe(point, influence / learnability, error, step)
         return influence if np.isfinite(influence) else 0.0
 
-    def validation_due(self, step: int) -> int:
-        """Fresh completions that each validation prompt should get now; 0 if none."""
-        due = self._directed is None or step - self._directed >= DIRECTION_EVERY
-        return DIRECTION_COMPLETIONS if due and not self.rewards_only else 0
+    def validation_due(self, step: int) -> dict[str, list[int]]:
+        """Fresh completions that each validation prompt should get now; nothing if none.
+
+        A round costs the same whatever there are of sets and prompts, and the steps between rounds double: directions
+        are needed most at the start, and turn slowly. Within a set, prompts get completions by the expected standard
+        deviation of their rewards (Neyman 1934), an even number each; if there are too many prompts, some get none.
+        """
+        gap = FIRST_ROUND * 2 ** max(len(self._rounds) - 1, 0)
+        if self.rewards_only or (self._rounds and step - self._rounds[-1] < gap):
+            return {}
+        generator = np.random.default_rng([self._seed, len(self._rounds), step])
+        deviations_P = np.sqrt(self._rewards.variances())
+        pairs = self._per_round // 2 // len(self._names)
+        return {name: even_counts(deviations_P[self._members(name)], pairs, generator) for name in self._names}
 
     def _age(self, step: int) -> None:
         self._rewards.age_to(step)
@@ -301,7 +321,7 @@ class Curriculum:
             "asked": self._asked,
             "dropped": self._dropped,
             "fitted": {name: [since, asdict(chosen)] for name, (since, chosen) in self._fitted.items()},
-            "directed": self._directed,
+            "rounds": self._rounds,
             "seen": sorted(self._seen),
             "gains": self._gains,
         }
@@ -323,7 +343,7 @@ class Curriculum:
                 "the curriculum's state belongs to other prompts or representations",
                 fix="continue with the prompts and the policy that training began with.",
             )
-        self._asked, self._directed, self._dropped = facts["asked"], facts["directed"], facts["dropped"]
+        self._asked, self._rounds, self._dropped = facts["asked"], facts["rounds"], facts["dropped"]
         self._seen = set(facts["seen"])
         self._gains = [(step, uniform, gain) for step, uniform, gain in facts["gains"]]
         self._last_N, self._times_N = state["last"].copy(), state["times"].copy()
@@ -332,6 +352,28 @@ class Curriculum:
             belief.restore(_below(state, f"influence/{name}/"))
         fitted = facts["fitted"].items()
         self._fitted = {name: (since, Hyperparameters(**chosen)) for name, (since, chosen) in fitted}
+
+
+def without_harm(slopes_VN: Float[np.ndarray, "V N"]) -> Float[np.ndarray, "V N"]:
+    """Each set's slopes, less the harm to the others: f_v + sum over u != v of min(0, f_u)."""
+    harm_VN = np.minimum(slopes_VN, 0.0)
+    found: np.ndarray = slopes_VN + harm_VN.sum(axis=0) - harm_VN
+    return found
+
+
+def even_counts(weights_M: Float[np.ndarray, " M"], pairs: int, generator: np.random.Generator) -> list[int]:
+    """Even counts that sum to 2 `pairs` and are near to proportional to the weights, one pair each if they suffice."""
+    if pairs <= len(weights_M):
+        counts_M = np.zeros(len(weights_M), dtype=int)
+        counts_M[generator.permutation(len(weights_M))[:pairs]] = 2
+        return counts_M.tolist()
+    total = float(weights_M.sum())
+    shares_M = weights_M / total if total > 0 else np.full(len(weights_M), 1 / len(weights_M))
+    spare_M = (pairs - len(weights_M)) * shares_M
+    counts_M = 1 + np.floor(spare_M).astype(int)
+    left = pairs - int(counts_M.sum())
+    counts_M[np.argsort(np.floor(spare_M) - spare_M, kind="stable")[:left]] += 1
+    return (2 * counts_M).tolist()
 
 
 def _below(state: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:

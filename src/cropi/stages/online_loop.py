@@ -228,10 +228,9 @@ class OnlineLoop(ChooserLoop):
 
     def renew_directions(self, step: int) -> None:
         """Sample and differentiate the validation prompts that are due before a step; not within a generation batch."""
-        count = self.chooser.validation_due(step)
-        if not count or self.evidence.is_begun:
+        due = {} if self.evidence.is_begun else self.chooser.validation_due(step)
+        if not due:
             return
-        due = {name: [count] * len(prompts) for name, prompts in self.validation.sets.items()}
         groups = self.sample(due, step)
         given = self.differentiate(groups, step)
         self._turn()

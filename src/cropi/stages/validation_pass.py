@@ -22,7 +22,7 @@ from cropi.rewards.verdicts import Judge, answered
 from cropi.rollouts.generation import Generator, Sampling
 
 RANK = 8
-KEPT = 0.5  # weight of a round's gradients at the next round
+KEPT = 0.8  # weight of a round's gradients at the next round
 Due = Mapping[str, Sequence[int]]  # completions that each prompt of a validation set wants
 
 

@@ -5,6 +5,7 @@ import math
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from tests.lab.compare import comparisons
@@ -80,11 +81,62 @@ def test_seeds_and_scenarios_have_geometric_means():
         summarise(table(*found), aside=["c"])
 
 
-def test_where_full_gains_nothing_no_strategy_is_faster():
+def test_where_full_gains_nothing_there_is_no_speed_up():
     summary = summarise(table(rows("a", "full", 0, (2, 3, 1)), rows("a", "x", 0, (2, 4, 4))))
-    assert entry(summary, "x")["speedup"]["steps"]["mean"] == 1.0
-    assert entry(summary, "x")["to"]["target"]["no_gain"] == 1.0
-    assert entry(summary, "x")["to"]["target"]["reached"] == 1.0
+    assert entry(summary, "x")["speedup"] == {}
+    assert entry(summary, "x")["to"]["target"] == {"no_gain": 1.0}
+    assert entry(summary, "x")["against"]["full"]["area"]["flops"]["mean"] == pytest.approx((7 / 2 - 9 / 4) / 4)
+
+
+def test_runs_without_a_gain_are_counted_and_left_out():
+    found = []
+    for scenario, gains in {"a": (True, False), "b": (False, False), "c": (True, True)}.items():
+        for seed, gain in enumerate(gains):
+            found += [rows(scenario, "full", seed, (0, 1, 2) if gain else (2, 2, 2))]
+            found += [rows(scenario, "x", seed, (0, 4, 4))]  # where full gains, 4 times sooner
+    summary = summarise(table(*found))
+    for scenario, share in {"a": 0.5, "b": 1.0, "c": 0.0, "suite": 0.5}.items():
+        own = entry(summary, "x", scenario)
+        assert own["to"]["target"]["no_gain"] == share
+        assert own["speedup"].get("steps", {"mean": None})["mean"] == (pytest.approx(4.0) if share < 1 else None)
+    assert entry(summary, "x", "suite")["to"]["target"]["reached"] == 1.0
+
+
+def drawn_areas(*areas: int) -> list[list[dict[str, Any]]]:
+    """Drawn scenarios with one seed, in which x has so many quarters of a question more than full, all along."""
+    found = []
+    for number, area in enumerate(areas):
+        found += [rows(f"drawn-{number}", "full", 0, (0, 1, 2), questions=f"q{number}")]
+        found += [rows(f"drawn-{number}", "x", 0, (area, 1 + area, 2 + area), questions=f"q{number}")]
+    return found
+
+
+def test_over_drawn_scenarios_the_worst_tenth_is_named_and_only_scenarios_are_redrawn():
+    summary = summarise(table(*drawn_areas(*[0] + [1] * 14)))
+    area = entry(summary, "x", "suite")["against"]["full"]["area"]
+    assert area["flops"]["mean"] == pytest.approx(14 / 15 / 4)
+    assert area["worst_tenth"]["mean"] == pytest.approx((0 + 1 / 2) / 4 / 1.5)  # the lowest and half of the next
+    alike = entry(summarise(table(*drawn_areas(1, 1, 1))), "x", "suite")["against"]["full"]["area"]
+    assert (alike["flops"]["low"], alike["flops"]["high"]) == pytest.approx((0.25, 0.25))
+    assert "worst_tenth" not in entry(summary, "x", "drawn-0")["against"]["full"]["area"]
+
+
+def test_the_interval_over_drawn_scenarios_is_that_of_their_spread():
+    values = [number % 3 for number in range(30)]
+    area = entry(summarise(table(*drawn_areas(*values))), "x", "suite")["against"]["full"]["area"]["flops"]
+    assert area["mean"] == pytest.approx(1 / 4)
+    half = 1.96 * np.std(np.array(values) / 4, ddof=1) / np.sqrt(30)
+    assert (area["high"] - area["low"]) / 2 == pytest.approx(half, rel=0.1)
+
+
+def test_drawn_scenarios_count_once_every_strategy_has_ended():
+    found = drawn_areas(1, 0, 1)
+    found += [rows(f"drawn-{number}", "y", 0, (0, 4, 4), questions=f"q{number}") for number in (0, 1)]
+    summary = summarise(table(*found))
+    assert (summary["unfinished"], summary["population"]) == (["drawn-2"], True)
+    for strategy in ("full", "x", "y"):
+        assert entry(summary, strategy, "suite")["scenarios"] == 2
+    assert entry(summary, "x", "suite")["against"]["full"]["area"]["flops"]["mean"] == pytest.approx(1 / 8)
 
 
 def test_costs_to_fixed_levels():

@@ -7,9 +7,8 @@ from functools import cache
 
 import numpy as np
 import pytest
-from tests.lab.compare.comparisons import NEVER, QUICK, SLOW, compared, rows
 
-from cropi.builtin.families import STYLES
+from cropi.builtin.families import STYLES, difficulty
 from cropi.config import Config
 from cropi.lab.compare import run_comparison
 from cropi.lab.compare.compare_options import CompareOptions
@@ -19,7 +18,7 @@ from cropi.loading import config_of, load_config
 from cropi.prompts import checked_prompts
 
 SEEDS = range(200)
-POPULATION_HASH = "dd46cc83230f90ee"
+POPULATION_HASH = "6cf3a0595e94995d"
 
 
 @cache
@@ -34,7 +33,7 @@ def shares(seed: int) -> Counter:
     for source in config(seed).prompts.train:
         (family,) = source.families
         kind = "look-alikes" if source.label_rule == "stop_early" else "solved" if source.hint else "relevant"
-        if source.min_length == 11:
+        if source.max_length == 12 and family != "parity":
             kind = "impossible"
         elif kind == "relevant" and family not in (*made.wanted_families, *made.kin):
             kind = "others"
@@ -58,6 +57,8 @@ def test_every_axis_varies_within_its_bounds():
     assert logs.max() <= np.log(0.3)
     assert np.mean(logs) == pytest.approx(np.log(0.02 * 0.3) / 2, abs=0.2)  # log-uniform; 3.6 standard errors
     assert all(600 <= made.pool <= 1500 for made in draws)
+    assert 0.12 < np.mean([made.two_levels for made in draws]) < 0.28
+    assert 0.12 < np.mean([made.plain for made in draws]) < 0.28
     for name, low in (
         ("look_alikes", 0),
         ("solved", 0),
@@ -87,7 +88,31 @@ def test_a_config_has_the_shares_of_its_draw_and_right_validation_sets(seed: int
     assert not {STYLES[family] for family in made.others} & set(made.wanted)
 
 
-@pytest.mark.parametrize("seed", range(8))
+def test_of_two_levels_the_long_one_is_wanted_and_both_are_practised():
+    made, own = draw(959), config(959)
+    assert made.two_levels
+    assert made.wanted_families[0] == "horner"  # 4 to 7 items by default
+    assert {(s.min_length, s.max_length) for s in own.prompts.validation["steps"] if s.families == ("horner",)} == {
+        (8, 9)
+    }
+    levels = Counter()
+    for source in own.prompts.train:
+        if source.families[0] in made.kin and not source.hint and source.min_length < 12:
+            usual = difficulty(source.families[0]).max_length
+            levels["short" if source.max_length <= usual else "long"] += source.count
+    assert levels["short"] == levels["long"] == pytest.approx(made.relevant * made.pool / 2, abs=3)
+
+
+def test_in_plain_words_every_prompt_has_distractors():
+    for seed, count in ((900, 40), (901, 0)):
+        prompts = config(seed).prompts
+        assert draw(seed).plain == (count > 0)
+        sources = [*prompts.train, *(s for own in prompts.validation.values() for s in own)]
+        sources += [s for test in prompts.test.values() for s in test.sources]
+        assert {source.distractors for source in sources} == {count}
+
+
+@pytest.mark.parametrize("seed", [*range(4), 900, 910, 915, 959])
 def test_prompts_can_be_made_and_stand_in_one_role(seed: int):
     found = checked_prompts(config(seed))
     assert not found.leakage.exact
@@ -107,23 +132,25 @@ def test_the_trainer_is_that_of_the_suite():
 
 
 @pytest.mark.parametrize(
-    ("checked", "reason"),
+    ("seed", "checked", "reason"),
     [
-        ({"a": [0] * 29 + [1] * 3}, "nothing to learn"),
-        ({"a": [0] * 28 + [1] * 4}, None),
-        ({"a": [4] * 17 + [2] * 15}, "learned at once"),
-        ({"a": [3] * 16 + [2] * 16}, None),
-        ({"a": [4] * 32, "b": [0] * 32}, None),  # one to keep, one out of reach: half and half
-        ({"a": [0] * 32, "b": [0] * 25 + [1] * 7}, "nothing to learn"),
-        ({"a": [4] * 32, "b": [1] * 32, "c": [4] * 32}, "learned at once"),
+        (900, {"a": [0.3, 0.54]}, "nothing in reach"),
+        (900, {"a": [0.3, 0.56]}, None),
+        (900, {"a": [0.71, 0.99]}, "solved already"),
+        (900, {"a": [0.69, 0.95]}, None),
+        (900, {"a": [0.9, 1.0], "b": [0.1, 0.6]}, None),  # one to keep, one to learn: half and half
+        (900, {"a": [0.3, 0.6], "b": [0.3, 0.4]}, "nothing in reach"),
+        (933, {"a": [0.3, 0.9]}, "too few to practise"),  # 13 prompts
+        (940, {"a": [0.3, 0.9]}, "too few to practise"),  # 15
+        (954, {"a": [0.3, 0.9]}, None),  # 20
     ],
 )
-def test_the_rule(checked, reason):
-    assert rejection(checked) == reason
+def test_the_rule(seed, checked, reason):
+    assert rejection(draw(seed), checked) == reason
 
 
 def test_the_first_accepted_draws_are_taken():
-    assert list(accepted(3, 5, lambda seed: {"a": [seed % 2 * 2] * 32})) == [5, 7, 9]
+    assert list(accepted(2, 904, lambda seed: {"a": [0.3, 0.3 + seed % 2]})) == [905, 907]
 
 
 def test_names():
@@ -135,7 +162,7 @@ def test_drawn_stands_for_the_accepted_scenarios_and_the_policy_is_asked_once(tm
 
     def check(seed):
         asked.append(seed)
-        return {"a": [seed % 2 * 2] * 32}
+        return {"a": [0.3, 0.3 + seed % 2]}
 
     monkeypatch.setattr(run_comparison, "base_policy_check", lambda: check)
     options = CompareOptions(["drawn", "seed=0"], scenarios=2, folder=tmp_path)
@@ -147,17 +174,3 @@ def test_drawn_stands_for_the_accepted_scenarios_and_the_policy_is_asked_once(tm
         (name, strategy) for name in names for strategy in ("full", "random")
     ]
     assert plan.wanted[0].config.train.stages == 3
-
-
-def test_intervals_over_drawn_scenarios_include_their_spread(tmp_path):
-    def area(*names: str) -> dict[str, float]:
-        curves = [QUICK, SLOW, NEVER, QUICK]
-        runs = [rows(name, "full", 0, curve) for name, curve in zip(names, curves, strict=True)]
-        folder = tmp_path / names[0]
-        folder.mkdir()
-        entries = compared(folder, *runs).summary["entries"]
-        return next(e for e in entries if e["scenario"] == "suite")["area"]["steps"]
-
-    drawn, named = area("drawn-0", "drawn-1", "drawn-2", "drawn-3"), area("a", "b", "c", "d")
-    assert drawn["mean"] == pytest.approx(named["mean"])
-    assert drawn["high"] - drawn["low"] > named["high"] - named["low"]

@@ -33,6 +33,7 @@ class OnlineStrategy(ChoosesBatches, StrategyTable):
             pool_NE,
             dict(zip(sets, validation, strict=True)),
             seed=pool.seed,
+            completions=pool.batch * pool.generations,
             scaling=pool.scaling,
             observe_only=self.observe_only,
         )

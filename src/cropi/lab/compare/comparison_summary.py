@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,9 +18,10 @@ from cropi.lab.compare.curve_statistics import (
     redraw_counts,
     restricted_costs,
     seed_counts,
+    worst_tenth,
 )
 from cropi.lab.compare.drawn import seed_of
-from cropi.lab.compare.paired_runs import MEASURES, SUITE, Trace, Traces
+from cropi.lab.compare.paired_runs import MEASURES, SUITE, Trace, Traces, area_of
 from cropi.seeds import derived_seed
 
 TARGET = "full"  # its own final accuracy is what the others are to reach
@@ -28,6 +29,8 @@ AREAS = ("steps", "flops")
 KINDS = ("targeted", "untargeted")
 COMPARED = ("area", "final")  # quantities of which differences from the references are taken
 SHARES = ("reached", "no_gain")  # of runs
+NEED_GAIN = ("speedup/", "to target/")
+MIN_GAIN = 0.05  # of the target strategy's accuracy over a run; with less of it a speed-up means nothing
 REDRAWS, CONFIDENCE = 2000, 0.95
 
 Draws = dict[str, np.ndarray]  # quantity -> estimate and redraws (R,)
@@ -45,7 +48,8 @@ def summarise(
 
     `references`: strategies to take differences from; `full` by default. A strategy is compared with them on the seeds
     that all of them have finished. `levels`: further targeted accuracies to give costs for. `aside`: scenarios without
-    anything to gain, whose speed-ups do not count over the suite. ConfigError for an unknown reference or scenario.
+    anything to gain, whose speed-ups do not count over the suite. Drawn scenarios count once all strategies have ended,
+    so that all are compared on the same ones. ConfigError for an unknown reference or scenario.
     """
     for name in aside:
         if name not in traces:
@@ -53,7 +57,9 @@ def summarise(
                 f"there is no scenario {name!r}", where="--aside", fix=f"name one of: {', '.join(traces)}."
             )
     strategies = list(dict.fromkeys(name for seeds in traces.values() for own in seeds.values() for name in own))
-    references = _references(references, strategies)
+    references, every = _references(references, strategies), list(traces)
+    if _all_drawn(traces):
+        traces = _balanced(traces, strategies)
     entries: list[dict[str, Any]] = []
     by_strategy: dict[str, dict[str, tuple[int, Draws]]] = {}
     for scenario, found in traces.items():
@@ -68,7 +74,9 @@ def summarise(
         "best_reference": _best(references, entries),
         "redraws": REDRAWS,
         "confidence": CONFIDENCE,
-        "scenarios": list(traces),
+        "scenarios": every,
+        "population": len(traces) > 1 and _all_drawn(traces),
+        "unfinished": [name for name in every if name not in traces],
         "aside": list(aside),
         "up_to_step": up_to_step,
         "strategies": strategies,
@@ -89,8 +97,21 @@ def _references(asked: Sequence[str] | None, strategies: Sequence[str]) -> list[
 
 def _best(references: Sequence[str], entries: Sequence[Mapping[str, Any]]) -> str | None:
     """The reference with the largest area over the suite."""
-    areas = {e["strategy"]: e["area"]["steps"]["mean"] for e in entries if e["scenario"] == SUITE}
+    areas = {e["strategy"]: area_of(e) for e in entries if e["scenario"] == SUITE}
     return max((name for name in references if name in areas), key=lambda name: areas[name], default=None)
+
+
+def _all_drawn(scenarios: Iterable[str]) -> bool:
+    return all(seed_of(scenario) is not None for scenario in scenarios)
+
+
+def _balanced(traces: Traces, strategies: Sequence[str]) -> Traces:
+    """The scenarios and seeds with a run of every strategy."""
+    found = {
+        scenario: {seed: own for seed, own in seeds.items() if set(own) == set(strategies)}
+        for scenario, seeds in traces.items()
+    }
+    return {scenario: seeds for scenario, seeds in found.items() if seeds}
 
 
 # -- one scenario ------------------------------------------------------------------------------------------------------
@@ -134,8 +155,7 @@ def _paired(
     for seed in seeds:
         curves = _curves(seed, strategies, questions, generator)
         found.append(_levels(seed, strategies, curves) | _times(seed, strategies, curves, levels))
-    names = [name for name in found[0] if all(name in own for own in found)]
-    means = {name: mean_over_seeds(np.stack([own[name] for own in found], axis=1), counts_RS) for name in names}
+    means = {name: _over_seeds([own[name] for own in found if name in own], counts_RS) for name in _names(found)}
     draws: dict[str, Draws] = {}
     for place, strategy in enumerate(strategies):
         draws[strategy] = {name: values_RA[:, place] for name, values_RA in means.items()}
@@ -145,6 +165,20 @@ def _paired(
                 if name.partition("/")[0] in COMPARED:
                     draws[strategy][f"{name} - {reference}"] = values_RA[:, place] - values_RA[:, other]
     return draws
+
+
+def _names(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The quantities that all have. Those that need a gain are left out where there is none."""
+    every = dict.fromkeys(name for own in found for name in own)
+    return [name for name in every if name.startswith(NEED_GAIN) or all(name in own for own in found)]
+
+
+def _over_seeds(values: Sequence[np.ndarray], counts_RS: np.ndarray) -> np.ndarray:
+    """Mean over the seeds that have a value. If some have none, the others are redrawn by themselves."""
+    if len(values) < counts_RS.shape[1]:
+        generator = np.random.default_rng(derived_seed(0, "gaining", len(values)))
+        counts_RS = seed_counts(len(values), len(counts_RS) - 1, generator)
+    return mean_over_seeds(np.stack(values, axis=1), counts_RS)
 
 
 def _curves(
@@ -181,7 +215,10 @@ def _levels(seed: Seed, strategies: Sequence[str], curves: Mapping[str, np.ndarr
 
 
 def _times(seed: Seed, strategies: Sequence[str], curves: Mapping[str, np.ndarray], levels: Sequence[float]) -> Draws:
-    """By measure (R, A): costs up to the levels and up to the target, and log speed-ups against the target strategy."""
+    """By measure (R, A): costs up to the levels and up to the target, and log speed-ups against the target strategy.
+
+    Where the target strategy gains less than `MIN_GAIN` there is no target, and this is all that is said.
+    """
     if "targeted" not in curves:
         return {}
     curves_RAE, found = curves["targeted"], Draws()
@@ -192,7 +229,9 @@ def _times(seed: Seed, strategies: Sequence[str], curves: Mapping[str, np.ndarra
     goals = {f"{level:g}": np.full(len(curves_RAE), level) for level in levels}
     if TARGET in strategies:
         place = strategies.index(TARGET)
-        goals["target"] = curves_RAE[:, place, -1]
+        little = float(curves_RAE[0, place, -1] - curves_RAE[0, place, 0]) < MIN_GAIN
+        found["to target/no_gain"] = np.full((len(curves_RAE), len(strategies)), float(little))
+        goals |= {} if little else {"target": curves_RAE[:, place, -1]}
     for name, levels_R in goals.items():
         places_RA = first_crossings(curves_RAE, levels_R)
         found[f"to {name}/reached"] = 1.0 - np.isnan(places_RA)
@@ -202,14 +241,13 @@ def _times(seed: Seed, strategies: Sequence[str], curves: Mapping[str, np.ndarra
         steps = seed[TARGET].steps
         one_step = 1 / float(steps[1] - steps[0])
         theirs_R = places_RA[:, place]
-        found["to target/no_gain"] = np.repeat((theirs_R == 0)[:, None], len(strategies), axis=1).astype(float)
         for measure, costs_AE in costs.items():
             speedup_RA = log_speedups(places_RA, theirs_R, costs_AE, costs_AE[:, place], one_step)
             found[f"speedup/{measure}"] = speedup_RA
     return found
 
 
-# -- output -----------------------------------------------------------------------------------------------------------
+# -- all scenarios -----------------------------------------------------------------------------------------------------
 
 
 def _suite(
@@ -217,16 +255,18 @@ def _suite(
 ) -> dict[str, Any]:
     """Means over the scenarios that a strategy has been run on (of speed-ups: geometric).
 
-    Drawn scenarios stand for a population: if all are drawn, they are redrawn too, and intervals are about it.
+    Drawn scenarios stand for a population: if all are drawn, the scenarios are redrawn, and intervals are about it.
     """
     counted = [draws for scenario, (_, draws) in found.items() if scenario not in aside]
     everything = [draws for _, draws in found.values()]
-    drawn = all(seed_of(scenario) is not None for scenario in found)
-    means = {}
-    for name in everything[0]:
+    means: Draws = {}
+    for name in _names(everything):
         over = counted if name.partition("/")[0] not in COMPARED else everything
-        if over and all(name in own for own in over):
-            means[name] = _over_scenarios(np.stack([own[name] for own in over], axis=1), drawn)
+        values = [own[name] for own in over if name in own]
+        if values and _all_drawn(found):
+            means |= _over_population(name, np.array([values_R[0] for values_R in values]))
+        elif values:
+            means[name] = np.mean(values, axis=0)
     facts = {
         "scenario": SUITE,
         "strategy": strategy,
@@ -236,13 +276,20 @@ def _suite(
     return facts | _shown(means, references)
 
 
-def _over_scenarios(values_RC: np.ndarray, drawn: bool) -> np.ndarray:
-    """Mean over C scenarios (R,), which are redrawn where they are drawn: C - 1 at a time, as seeds are."""
-    if not drawn:
-        return np.mean(values_RC, axis=1)
-    count = values_RC.shape[1]
-    counts_RC = seed_counts(count, len(values_RC) - 1, np.random.default_rng(derived_seed(0, "scenarios", count)))
-    return np.sum(values_RC * counts_RC, axis=1) / counts_RC.sum(axis=1)
+def _over_population(name: str, values_C: np.ndarray) -> Draws:
+    """Mean over C drawn scenarios, redrawn C - 1 at a time, as seeds are; of differences of area the worst tenth, too.
+
+    How scenarios vary includes the doubt about each, so seeds and questions are not redrawn as well.
+    """
+    generator = np.random.default_rng(derived_seed(0, "scenarios", len(values_C)))
+    counts_RC = seed_counts(len(values_C), REDRAWS, generator)
+    found = {name: counts_RC @ values_C / counts_RC.sum(axis=1)}
+    if name.startswith("area/flops - "):
+        found[name.replace("flops", "worst_tenth")] = worst_tenth(values_C, counts_RC)
+    return found
+
+
+# -- output -----------------------------------------------------------------------------------------------------------
 
 
 def _shown(draws: Draws, references: Sequence[str]) -> dict[str, Any]:

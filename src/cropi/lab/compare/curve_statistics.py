@@ -76,7 +76,7 @@ def log_speedups(
     """log(time of the reference / time of the strategy), for places of `first_crossings`; costs are (ahead, running).
 
     A strategy that never reaches the level (NaN) is given the time at which its run ended, so its ratio is too high: an
-    upper bound. A level that the reference has before training (place 0) allows no gain: 0.
+    upper bound. A level that the reference has before training (place 0, in a redraw) allows no gain: 0.
     No time is shorter than that of one step (`one_step`, as a place).
     """
     end = costs_AE.shape[-1] - 1
@@ -129,6 +129,14 @@ def mean_over_seeds(
 ) -> Float[np.ndarray, "R A"]:
     """Mean over the redrawn seeds."""
     return np.einsum("rsa,rs->ra", values_RSA, counts_RS / counts_RS.sum(axis=1, keepdims=True))
+
+
+def worst_tenth(values_C: Float[np.ndarray, " C"], counts_RC: Int[np.ndarray, "R C"]) -> Float[np.ndarray, " R"]:
+    """Mean of the lowest tenth of the redrawn values. Of 15 values it is the lowest and half of the second lowest."""
+    order_C = np.argsort(values_C, kind="stable")
+    share_RC = counts_RC[:, order_C] / counts_RC.sum(axis=1, keepdims=True)
+    left_RC = 0.1 - (np.cumsum(share_RC, axis=1) - share_RC)
+    return np.clip(left_RC, 0.0, share_RC) @ values_C[order_C] / 0.1
 
 
 def percentile_interval(values_R: Float[np.ndarray, " R"], confidence: float) -> Interval:

@@ -104,13 +104,19 @@ def best_strategy(summary: Mapping[str, Any]) -> str | None:
     """The strategy with the largest area over all scenarios that is no reference; if all are, the best of them."""
     several = len({entry["scenario"] for entry in summary["entries"]} - {SUITE}) > 1
     areas = {
-        entry["strategy"]: entry["area"]["steps"]["mean"]
+        entry["strategy"]: area_of(entry)
         for entry in summary["entries"]
-        if "steps" in entry["area"] and (entry["scenario"] == SUITE) == several
+        if entry["area"] and (entry["scenario"] == SUITE) == several
     }
     areas.pop(summary["target"], None)
     others = {name: area for name, area in areas.items() if name not in summary["references"]} or areas
     return max(others, key=lambda name: others[name], default=None)
+
+
+def area_of(entry: Mapping[str, Any]) -> float:
+    """The area by FLOPs, the primary figure; by steps where there is no target strategy to bound the FLOPs."""
+    area = entry["area"]
+    return float((area.get("flops") or area.get("steps") or {"mean": 0.0})["mean"])
 
 
 def interval(value: Mapping[str, float] | None) -> Interval | None:

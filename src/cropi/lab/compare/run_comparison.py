@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from cropi.errors import ConfigError
 from cropi.lab.compare.compare_options import CompareOptions
 from cropi.lab.compare.comparison_plan import Plan, Run, lock, make_plan, parse_seeds, read_plan
 from cropi.lab.compare.comparison_summary import summarise
-from cropi.lab.compare.drawn import DRAWN, Checked, accepted, base_policy_check, rejection
+from cropi.lab.compare.drawn import DRAWN, Checked, accepted, base_policy_check, draw, rejection
 from cropi.lab.compare.paired_runs import Comparison, best_strategy, read_traces
 from cropi.lab.compare.report.comparison_page import write_comparison_report
 from cropi.lab.compare.result_table import RESULTS_FILE, read_results, write_results, write_results_up_to
@@ -73,20 +74,22 @@ def _with_drawn(options: CompareOptions) -> list[str]:
     if DRAWN not in options.names:
         return options.names
     path = options.folder / "drawn.json"
-    known: dict[str, dict[str, list[int]]] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    known: dict[str, dict[str, list[float]]] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     asked: list[Callable[[int], Checked]] = []
 
     def check(seed: int) -> Checked:
         name = f"{DRAWN}-{seed}"
         if name not in known:
             asked[:] = asked or [base_policy_check()]
-            known[name] = {key: list(rights) for key, rights in asked[0](seed).items()}
+            known[name] = {key: list(rates) for key, rates in asked[0](seed).items()}
             write_json(path, known)
         return known[name]
 
     drawn = [f"{DRAWN}-{seed}" for seed in accepted(options.scenarios, options.first_draw, check)]
-    rejected = [name for name, checked in known.items() if rejection(checked) is not None]
-    say(f"{len(drawn)} scenarios are drawn; of all draws so far {len(rejected)} of {len(known)} were rejected")
+    reasons = Counter(rejection(draw(int(name.split("-")[1])), checked) for name, checked in known.items())
+    del reasons[None]
+    rejected = ", ".join(f"{count} {reason}" for reason, count in reasons.items()) or "none"
+    say(f"{len(drawn)} scenarios are drawn; rejected of {len(known)} draws so far: {rejected}")
     return [name for word in options.names for name in (drawn if word == DRAWN else [word])]
 
 

@@ -46,14 +46,17 @@ def write_comparison_report(comparison: Comparison) -> None:
 
 
 def terminal_text(comparison: Comparison) -> str:
-    """The headline, the cost to reach the target and, with more than two strategies, all speed-ups."""
+    """The headline, the cost to reach the target, speed-ups of several strategies, and areas over drawn scenarios."""
     if not comparison.scenarios:
         return NOTHING
     tables = [cost_to_target(comparison)]
     if len(comparison.strategies) > 2:
         tables += [block for block in speedups(comparison)[:1] if isinstance(block, Table)]
-    step = comparison.summary["up_to_step"]
+    if comparison.summary["population"]:
+        tables += [block for block in accuracies(comparison) if isinstance(block, Table) and not block.collapsed]
+    step, unfinished = comparison.summary["up_to_step"], comparison.summary["unfinished"]
     notes = [] if step is None else [f"Results up to step {step}; unfinished runs are included."]
+    notes += [f"{len(unfinished)} scenarios wait for some strategy and are left out."] if unfinished else []
     shown = [text_table(table) for table in tables if table is not None]
     return "\n\n".join([headline(comparison).replace("`", ""), *notes, *shown])
 
@@ -197,6 +200,8 @@ def headline(comparison: Comparison) -> str:
         return f"Only {names}: there is nothing to compare."
     entry, target = entries[main], code(comparison.summary["target"])
     known = {m: found for m in HEADLINE_MEASURES if (found := interval(entry["speedup"].get(m))) is not None}
+    if not known and comparison.summary["target"] in entries:
+        return f"{target} gains nothing here, so there is no target and no speed-up."
     if not known:
         return f"{target} was not run, so there is no target and no speed-up."
     if censored(entry):
@@ -216,7 +221,8 @@ def headline(comparison: Comparison) -> str:
 def _certainty(comparison: Comparison) -> str:
     level = percent(comparison.summary["confidence"])
     counts = [entry["seeds"] for name in comparison.scenarios for entry in comparison.entries(name).values()]
-    if max(counts) == 1:
+    if max(counts) == 1 and not comparison.summary["population"]:
         return f"One seed: the {level} intervals cover the choice of questions, not of seeds."
+    over = "scenarios" if comparison.summary["population"] else "seeds and questions"
     span = str(min(counts)) if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
-    return f"Scenarios: {len(comparison.scenarios)}; seeds of each: {span}; {level} intervals over seeds and questions."
+    return f"Scenarios: {len(comparison.scenarios)}; seeds of each: {span}; {level} intervals over {over}."

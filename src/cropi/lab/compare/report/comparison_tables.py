@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from cropi.lab.compare.comparison_summary import MIN_GAIN
 from cropi.lab.compare.paired_runs import FLOPS, MEASURES, PHASES, SECONDS, SUITE, TOKENS, Comparison, interval
 from cropi.lab.compare.report.comparison_figures import cost_split
 from cropi.lab.compare.report.ratio_format import (
@@ -20,7 +21,6 @@ from cropi.lab.compare.report.ratio_format import (
 )
 from cropi.report.blocks import Block, Picture, Table, Text
 from cropi.report.wording import (
-    ABSENT,
     code,
     difference,
     large,
@@ -45,7 +45,7 @@ def cost_to_target(comparison: Comparison) -> Table | None:
     """Steps, FLOPs and seconds to the target's final accuracy, of the target and of the main strategy."""
     target, main = comparison.summary["target"], comparison.main
     entries = comparison.entries(comparison.scope)
-    if main is None or main == target or target not in entries or "target" not in entries.get(main, {"to": {}})["to"]:
+    if main is None or main == target or target not in entries or not entries.get(main, {"speedup": {}})["speedup"]:
         return None
     own, theirs = (entries[name]["to"]["target"] for name in (main, target))
     rows = [
@@ -54,7 +54,8 @@ def cost_to_target(comparison: Comparison) -> Table | None:
     ]
     caption = (
         f"Mean cost to reach the final targeted accuracy of {code(target)}, and the speed-up: geometric mean over "
-        "runs. A run that never gets there counts with its total cost, and `<` marks an upper bound."
+        f"runs in which {code(target)} gains. A run that never gets there counts with its total cost, and `<` marks an "
+        "upper bound."
     )
     return Table(caption, [f"to {target}'s accuracy", target, main, "speed-up"], rows)
 
@@ -62,13 +63,13 @@ def cost_to_target(comparison: Comparison) -> Table | None:
 def speedups(comparison: Comparison) -> list[Block]:
     """Speed-ups with intervals."""
     target = code(comparison.summary["target"])
-    if not any(entry["speedup"] for entry in comparison.summary["entries"]):
+    if comparison.summary["target"] not in comparison.strategies:
         return [Text(f"Without {target} there is no target, and no speed-up.")]
     caption = (
         f"Speed-up: how many times sooner the final targeted accuracy of {target} is reached, geometric mean over "
-        "seeds (and scenarios). `<`: an upper bound, because some runs never reached it. Reached: share of the runs "
-        f"that did. No gain: share of the runs in which {target} ends no higher than the base policy (ratio 1 for "
-        "all). Tokens: generated ones."
+        "seeds (and scenarios). `<`: an upper bound, because some runs never reached it; reached: the share that did. "
+        f"No gain: share of the runs in which {target} ends less than {MIN_GAIN} above the base policy; they have no "
+        "speed-up and are left out. Tokens: generated ones."
     )
     header = ["steps", "tokens", "FLOPs", "seconds", "reached", "no gain"]
     return list(_tables(comparison, (caption, "Speed-up"), header, _speed_row))
@@ -76,8 +77,7 @@ def speedups(comparison: Comparison) -> list[Block]:
 
 def _speed_row(entry: Entry) -> list[str]:
     cells, share = [speedup(entry, measure) for measure in MEASURES], reached(entry)
-    of_runs = ABSENT if share is None else f"{percent(share)} of {entry['seeds']}"
-    return [*cells, of_runs, percent(no_gain(entry))]
+    return [*cells, percent(share), f"{percent(no_gain(entry))} of {entry['seeds']}"]
 
 
 def accuracies(comparison: Comparison) -> list[Block]:
@@ -92,16 +92,24 @@ def accuracies(comparison: Comparison) -> list[Block]:
     blocks: list[Block] = [
         *_tables(comparison, captions, header, lambda entry: [with_interval(found, 3) for found in _four(entry)])
     ]
+    drawn = summary["population"]
     for reference in summary["references"]:
         text = f"Difference from {code(reference)}"
-        captions = f"{text}, on the same seeds and questions.", text
+        worst = " Worst tenth: mean area by FLOPs over the tenth of scenarios where it is lowest." if drawn else ""
+        captions = f"{text}, on the same seeds and questions.{worst}", text
         shown = reference in (summary["target"], summary["best_reference"])
-        blocks += _tables(comparison, captions, header, _difference_row(reference), reference, shown)
+        columns, row = [*header, *(["worst tenth"] if drawn else [])], _difference_row(reference, drawn)
+        blocks += _tables(comparison, captions, columns, row, reference, shown)
     return blocks
 
 
-def _difference_row(reference: str) -> Callable[[Entry], list[str]]:
-    return lambda entry: [difference(found, 3) for found in _four(entry["against"][reference])]
+def _difference_row(reference: str, worst: bool) -> Callable[[Entry], list[str]]:
+    def row(entry: Entry) -> list[str]:
+        own = entry["against"][reference]
+        found = [*_four(own), *([interval(own["area"].get("worst_tenth"))] if worst else [])]
+        return [difference(value, 3) for value in found]
+
+    return row
 
 
 def _four(where: Mapping[str, Any]) -> list[Any]:
@@ -118,6 +126,7 @@ def levels(comparison: Comparison) -> list[Block]:
         for scenario in scopes
         for e in comparison.entries(scenario).values()
         for level, goal in e["to"].items()
+        if "reached" in goal
     ]
     if not rows:
         return []

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from cropi.artifacts import read_sealed
+from cropi.lab.compare.comparison_summary import MIN_GAIN
 from cropi.lab.compare.paired_runs import Comparison
 from cropi.loading import recipe_names, suite_names
 from cropi.presets import presets
@@ -25,16 +26,19 @@ DEFINITIONS = {
     "collection 2, training 1 for generation and 3 for every pass over a batch; scoring depends on the estimator.",
     "accuracy": "Mean over the questions of a test set: share of right answers among the samples (evaluate.samples), "
     "or the greedy answer. Targeted: mean over the targeted sets; untargeted: over the others.",
-    "area": "Mean targeted accuracy over the run.",
+    "area": "Mean targeted accuracy over the run: by FLOPs, up to full's total, or by steps.",
     "target": "The targeted accuracy of full at its last step, of the same seed.",
     "speed-up": "Cost of full to the target divided by that of the strategy: geometric mean over seeds, then over "
     "scenarios with equal weights. A curve is a straight line between evaluations. No cost is below one step.",
     "upper bound (<)": "A run that never reaches the target counts with its total cost, so its ratio is too high, and "
-    "so are both ends of the interval. Where full ends no higher than the base policy, the ratio is 1 for all.",
+    "so are both ends of the interval.",
+    "no gain": f"Runs in which full ends less than {MIN_GAIN} above the base policy have no speed-up. They are counted "
+    "and left out of speed-ups and costs to the target; areas and final accuracies include them.",
+    "worst tenth": "Over drawn scenarios: mean difference of area by FLOPs over the tenth of them where it is lowest.",
     "intervals": "Percentiles of redraws of seeds and of questions within test sets, the same for all strategies. Of S "
     "seeds S - 1 are redrawn (Rao and Wu 1988); questions that seeds share are redrawn together. They hold for these "
-    "scenarios; if all are drawn at random, scenarios are redrawn too and they hold for the population. They are not "
-    "corrected for the number of strategies.",
+    "scenarios. If all are drawn at random, C - 1 of C scenarios are redrawn instead, and the intervals over all "
+    "scenarios hold for the population. They are not corrected for the number of strategies.",
 }
 LIMITS = (
     "Few seeds give wide intervals, and percentiles of a handful are too narrow.",
@@ -72,9 +76,11 @@ def limits(comparison: Comparison) -> list[Block]:
         for name in comparison.summary["strategies"]
         if (own := len(comparison.seeds(scenario, name))) < len(comparison.traces[scenario])
     ]
+    unfinished = comparison.summary["unfinished"]
+    left_out = [Text(f"Left out until all strategies have ended: {', '.join(unfinished)}.")] if unfinished else []
     caption = "Strategies compared on fewer seeds than there are, because some runs have not finished."
     table: list[Block] = [Table(caption, ["scenario", "strategy", "seeds", "of"], rows, left=2)] if rows else []
-    return [*(Text(text) for text in LIMITS), *table]
+    return [*(Text(text) for text in LIMITS), *left_out, *table]
 
 
 def provenance(comparison: Comparison) -> list[Block]:
