@@ -26,7 +26,7 @@ test-ray: $(STAMP)
 test-deepspeed: $(STAMP)
 	$(BIN)/python -m pip install --quiet -c constraints.txt setuptools wheel
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation deepspeed
-	$(BIN)/pytest -m slow tests/distributed/test_deepspeed.py
+	$(BIN)/pytest -m slow tests/distributed/test_deepspeed.py tests/distributed/test_online_processes.py
 
 # vLLM's build for CPUs wants a transformers of its own, and brings torchvision and torchaudio built for CUDA
 test-vllm:

@@ -14,6 +14,21 @@ from typing import Any
 import psutil
 
 LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+DEEPSPEED_CPU = {"DS_ACCELERATOR": "cpu"}
+DEEPSPEED = DEEPSPEED_CPU | {  # what `accelerate launch --use_deepspeed` hands on
+    "ACCELERATE_USE_DEEPSPEED": "true",
+    "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "none",
+    "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "none",
+    "ACCELERATE_DEEPSPEED_ZERO3_INIT": "true",
+    "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true",
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "auto",
+    "ACCELERATE_GRADIENT_CLIPPING": "auto",
+}
+
+
+def zero(stage: int) -> dict[str, str]:
+    """The environment of a launch under DeepSpeed's ZeRO."""
+    return DEEPSPEED | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage)}
 
 
 def command(processes: int, *arguments: str, restarts: int = 0) -> list[str]:

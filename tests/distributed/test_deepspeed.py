@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.distributed.launching import finished, launch, launch_ok
+from tests.distributed.launching import DEEPSPEED_CPU, finished, launch, launch_ok, zero
 from tests.runs import SMALL, evaluations, json_lines, selections
 from tests.trl.test_trainer import trained_by_two
 
@@ -27,21 +27,6 @@ RUN = Path("runs/quickstart")
 LAST = RUN / "checkpoints/checkpoint-6"
 ARGUMENTS = [*SMALL]
 
-CPU = {"DS_ACCELERATOR": "cpu"}
-DEEPSPEED = CPU | {  # what `accelerate launch --use_deepspeed` hands on
-    "ACCELERATE_USE_DEEPSPEED": "true",
-    "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "none",
-    "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "none",
-    "ACCELERATE_DEEPSPEED_ZERO3_INIT": "true",
-    "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true",
-    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "auto",
-    "ACCELERATE_GRADIENT_CLIPPING": "auto",
-}
-
-
-def environment(stage: int) -> dict[str, str]:
-    return DEEPSPEED | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage)}
-
 
 @dataclass(frozen=True)
 class Run:
@@ -49,7 +34,7 @@ class Run:
     stage: int
 
     def again(self, *arguments: str, processes: int = 2) -> subprocess.CompletedProcess[str]:
-        return launch(processes, *arguments, cwd=self.cwd, **environment(self.stage))
+        return launch(processes, *arguments, cwd=self.cwd, **zero(self.stage))
 
     def weights(self) -> dict[str, torch.Tensor]:
         return load_file(self.cwd / LAST / "model.safetensors")
@@ -80,7 +65,7 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
         options += ["--zero3_save_16bit_model", "true"]
     launcher = [sys.executable, "-m", "accelerate.commands.launch", *options, "--dynamo_backend", "no"]
     call = [*launcher, "--mixed_precision", "no", "-m", "cropi", "run", "quickstart", *ARGUMENTS]
-    done = finished(call, cwd=cwd, **CPU)
+    done = finished(call, cwd=cwd, **DEEPSPEED_CPU)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("report: runs/quickstart/report.html") == 1
     assert (cwd / LAST / "latest").read_text() == "global_step6"
@@ -162,12 +147,12 @@ def test_code_in_a_checkpoint_is_not_run(shortened: Run) -> None:
 def test_what_cannot_be_gathered_is_refused(
     arguments: list[str], changed: dict[str, str], told: str, tmp_path: Path
 ) -> None:
-    done = launch(2, "run", "quickstart", *ARGUMENTS, *arguments, cwd=tmp_path, **(environment(3) | changed))
+    done = launch(2, "run", "quickstart", *ARGUMENTS, *arguments, cwd=tmp_path, **(zero(3) | changed))
     assert done.returncode != 0
     assert told in done.stderr
 
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_a_trl_script_trains_on_one_selection_under_it(stage: int, tmp_path: Path) -> None:
-    trained_by_two(tmp_path, **environment(stage))
+    trained_by_two(tmp_path, **zero(stage))
     assert (tmp_path / "sum-1").read_text().endswith(f" {stage}")

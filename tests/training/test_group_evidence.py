@@ -2,8 +2,10 @@
 
 import numpy as np
 import torch
+from tests.distributed.threads import together
 
-from cropi.training.group_evidence import GroupEvidence
+from cropi.parallel import ProcessGroup
+from cropi.training.group_evidence import GroupEvidence, GroupOutcome
 from cropi.training.reward_log import Judged
 from cropi.training.row_matching import LossRow
 
@@ -50,3 +52,26 @@ def test_scaling_by_the_batch_is_undone() -> None:
     first, _ = evidence.finish(judged([1.0, 0.0, 0.0, 1.0], [[5], [6], [5], [6]]))
     assert first.influence_VCH is not None
     assert np.allclose(first.influence_VCH.sum(1), (np.std([1, 0, 0, 1], ddof=1) + 1e-4) * np.array([[3.0, 30.0]]))
+
+
+def test_groups_that_lie_on_two_processes_are_put_together_alike() -> None:
+    """Three groups of two; each process has three rows."""
+    completions, rewards = [[5], [6], [7], [8], [5], [6]], [1.0, 0.0, 0.5, 0.0, 0.0, 1.0]
+    prompts, order = ["a", "a", "c", "c", "b", "b"], [2, 0, 1]
+
+    def finished(ranks: ProcessGroup) -> list[GroupOutcome]:
+        evidence = GroupEvidence(TOKENS | {"c": (3,)}, 2, 0)
+        rows = [3 * ranks.rank + place for place in order] if ranks.size > 1 else [5, 3, 1, 0, 2, 4]
+        values = torch.tensor([[[row + 1.0, 10 * (row + 1.0)]] for row in rows])
+        tokens = evidence.prompt_tokens
+        evidence.add([LossRow(tokens[prompts[row]], tuple(completions[row]), False) for row in rows], values)
+        own = slice(3 * ranks.rank, 3 * ranks.rank + 3) if ranks.size > 1 else slice(6)
+        part = prompts[own], [""] * len(prompts[own]), completions[own], rewards[own], ["correct"] * len(prompts[own])
+        return evidence.finish(Judged(*part))
+
+    def plain(outcomes: list[GroupOutcome]) -> list[object]:
+        assert all(outcome.influence_VCH is not None for outcome in outcomes)
+        return [(o.number, o.prompt_id, o.rewards, np.array(o.influence_VCH).tolist()) for o in outcomes]
+
+    first, second = together(finished)
+    assert plain(first) == plain(second) == plain(finished(ProcessGroup()))

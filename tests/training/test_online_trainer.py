@@ -116,10 +116,10 @@ def test_dynamic_sampling_is_refused(tmp_path: Path) -> None:
     assert "train.dynamic_sampling" in done.stderr
 
 
-def test_several_processes_are_refused(tmp_path: Path) -> None:
-    config = load_config("quickstart", [*SETTINGS, "select.strategy={type: cropi}"])
-    with pytest.raises(ConfigError, match="in one process"):
-        grpo_config(config, tmp_path, torch.device("cpu"), processes=2)
+def test_batches_that_one_process_fetches_for_all_are_refused(tmp_path: Path) -> None:
+    settings = [*SETTINGS, "select.strategy={type: cropi}", "trainer.accelerator_config={dispatch_batches: true}"]
+    with pytest.raises(ConfigError, match="one of them would fetch it for all"):
+        grpo_config(load_config("quickstart", settings), tmp_path, torch.device("cpu"), processes=2)
 
 
 @pytest.mark.parametrize(

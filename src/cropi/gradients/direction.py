@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from cropi.errors import PolicyError
-from cropi.gradients.layer_taps import Layer, normalised, readable_layers, tapped
+from cropi.gradients.layer_taps import Layer, normalised, readable_layers, tapped, whole_shape
 from cropi.gradients.reading import Direction, LowRank
 
 
@@ -55,11 +55,11 @@ class DirectionSketch:
         self._part_of: Tensor | None = None
 
     def _prepare(self, name: str, parameter: Tensor, seed: int) -> None:
-        device = parameter.device
-        if parameter.dim() == 1:
-            self._vectors[name] = torch.zeros(self._parts, *parameter.shape, device=device)
+        device, shape = parameter.device, whole_shape(parameter)
+        if len(shape) == 1:
+            self._vectors[name] = torch.zeros(self._parts, *shape, device=device)
             return
-        n_out, n_in = parameter.shape
+        n_out, n_in = shape
         k = min(2 * self._rank + 1, n_in, n_out)
         rows = min(2 * k + 1, n_out)
         generator = torch.Generator().manual_seed(seed + zlib.crc32(name.encode()))  # the same in every process

@@ -4,7 +4,7 @@ The gradient of a linear layer's weight is G = sum_t g_t a_t^T over tokens t: a_
 gradient at its output. A tap is an identity function on the layer's output. It saves what it needs of the input through
 autograd, so that either kind of gradient checkpointing drops and recomputes it, and meets g in the backward pass. It
 makes no second pass and touches no weight, gradient buffer or random state, so it works on the local rows of DDP, FSDP2
-and ZeRO.
+and ZeRO, and on layers whose weights are sharded again when it meets g.
 """
 
 from __future__ import annotations
@@ -12,10 +12,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from cropi.errors import PolicyError
 
@@ -113,13 +116,54 @@ def _hook(layer: Layer, tap: Tap) -> Callable[[nn.Module, tuple[Any, ...], Any],
     return hook
 
 
+@contextmanager
+def gradients_tapped(model: nn.Module, meet: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Show `meet` the gradient of every trainable parameter, by name, in the passes inside the block.
+
+    It is that of this process's rows, whole: it is met before DDP, FSDP2 or ZeRO reduce, shard or drop it. FSDP2 has
+    whole parameters only from when they are gathered in the forward pass.
+    """
+    found, hooks = set[str](), list[Any]()
+
+    def find(*_: Any) -> None:
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and name not in found and not isinstance(parameter, DTensor):
+                found.add(name)
+                hooks.append(parameter.register_hook(partial(meet, name)))
+
+    find()
+    hooks += [each.register_forward_pre_hook(find) for each in model.modules() if isinstance(each, FSDPModule)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def whole_shape(parameter: Tensor) -> torch.Size:
+    """The shape of a parameter, of which ZeRO-3 may have left this process a part alone."""
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+
+
+class _Bare(nn.Module):
+    """A module without its hooks, which would gather its sharded weights."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, read: Tensor) -> Any:
+        return self.module.forward(read)
+
+
 def normalised(layer: Layer, read: Tensor) -> Tensor:
     """x, where a norm of weight w computes w * x (or (1 + w) * x) from `read`: its change with the weight."""
-    own = {name: torch.zeros_like(p) for name, p in layer.module.named_parameters(recurse=False)}
+    named = layer.module.named_parameters(recurse=False)
+    own = {f"module.{name}": torch.zeros(whole_shape(p), device=read.device) for name, p in named}
 
     def at(weight: Tensor) -> Tensor:
-        output: Tensor = torch.func.functional_call(layer.module, own | {"weight": weight}, (read,))
-        return output.float()
+        weights = own | {"module.weight": weight}
+        return torch.func.functional_call(_Bare(layer.module), weights, (read.float(),))
 
-    zero = own["weight"]
+    zero = own["module.weight"]
     return at(torch.ones_like(zero)) - at(zero)

@@ -11,14 +11,15 @@ token's unit vector, so that L^T a_t is a row of L; a vector's gradient meets a 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from cropi.gradients.layer_taps import Layer, normalised, readable_layers, tapped
+from cropi.gradients.layer_taps import Layer, gradients_tapped, normalised, readable_layers, tapped
+from cropi.parallel import process_group
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,14 @@ class Reader:
         self._rows: Tensor | None = None
         self._found: list[Tensor] = []  # by layer, rows x directions
         self._taken: list[tuple[Tensor, Tensor]] = []
-        self._totals: dict[str, Tensor] = {}  # what was read of each parameter, over all rows
+        # of each parameter over the rows of checked passes: what was read, what its gradient gives, its squared norm
+        self._checked = False
+        self._totals: dict[str, Tensor] = {}
+        self._expected: dict[str, Tensor] = {}
+        self._squares: dict[str, Tensor] = {}
+        self._numbers: dict[str, int] = {}
         self._missed: set[str] = set()
+        self.read_parameters: set[str] = set()  # names of those that are read whole, once that was checked
 
     def _stack(self, name: str, own: Sequence[LowRank | Tensor | None]) -> None:
         """Put the factors of all directions side by side, with the direction that each rank belongs to."""
@@ -74,11 +81,17 @@ class Reader:
             self._vectors[name] = torch.stack([vectors.get(n, zero) for n in range(self._count)]).float()
 
     @contextmanager
-    def reading(self, rows: Int[Tensor, " B"]) -> Iterator[None]:
-        """Read one micro-batch, whose sequences are these rows. Encloses its forward and its backward pass."""
-        self._rows = rows
+    def reading(self, rows: Int[Tensor, " B"], checked_in: nn.Module | None = None) -> Iterator[None]:
+        """Read one micro-batch, whose sequences are these rows. Encloses its forward and its backward pass.
+
+        `checked_in`: the model, for `exclude_unfaithful` to compare this pass with the gradients of its parameters.
+        """
+        self._rows, self._checked = rows, checked_in is not None
         try:
-            with tapped([layer for layer in self._layers if self._has_direction(layer)], self):
+            with ExitStack() as stack:
+                if checked_in is not None:
+                    stack.enter_context(gradients_tapped(checked_in, self._compare))
+                stack.enter_context(tapped([layer for layer in self._layers if self._has_direction(layer)], self))
                 yield
             if self._found:
                 self._taken.append((rows.cpu(), torch.stack(self._found).sum(0).cpu()))
@@ -92,43 +105,41 @@ class Reader:
             return torch.zeros(0, dtype=torch.int64), torch.zeros(0, self._count)
         return torch.cat([rows for rows, _ in taken]), torch.cat([values for _, values in taken])
 
-    def exclude_unfaithful(self, model: nn.Module, tolerance: float = 0.05) -> list[str]:
-        """Stop reading parameters for which the sum over rows is not <`.grad`, direction>; returns their names.
+    def exclude_unfaithful(self, tolerance: float = 0.05) -> tuple[list[str], float]:
+        """Stop reading parameters for which the sum over rows is not <gradient, direction>, by the checked passes.
 
-        An error counts beyond `tolerance` times |<g, D>| + |g| |D| / sqrt(n), its size for an unrelated direction.
-        `.grad` has to be the sum of the passes that this reader has read so far, in one process. A weight that a fused
-        loss or a kernel uses without calling its layer is found by this.
+        Returns their names, and the share of the passes' squared gradient norms that lies in parameters which are read:
+        NaN without a gradient or where it overflowed; below one half, influence does not stand for a prompt. An error
+        counts beyond `tolerance` times |<g, D>| + |g| |D| / sqrt(n), its size for an unrelated direction. A weight that
+        a fused loss or a kernel uses without calling its layer is found by this. Collective: the sums are those of all
+        processes.
         """
+        own = [{k: v.double().cpu() for k, v in part.items()} for part in (self._totals, self._expected, self._squares)]
+        parts = process_group().gather((own, self._missed))
+        totals, expected, squares = (_summed([sums[n] for sums, _ in parts]) for n in range(3))
+        whole = float(sum(squares.values()))
+        if not 0 < whole < float("inf"):
+            self._totals, self._expected, self._squares = {}, {}, {}
+            return [], float("nan")
+        self._missed = set().union(*(missed for _, missed in parts))
         found = []
-        for name, parameter in model.named_parameters():
-            if name not in self._totals or parameter.grad is None:
-                continue
-            expected = self._against(name, parameter.grad.float())
-            by_chance = parameter.grad.float().norm() * self._lengths(name) / parameter.numel() ** 0.5
-            if bool(((self._totals[name] - expected).abs() > tolerance * (by_chance + expected.abs())).any()):
+        for name in sorted(totals.keys() & squares.keys()):
+            by_chance = (squares[name] / self._numbers[name]).sqrt() * self._lengths(name).double().cpu()
+            if bool(((totals[name] - expected[name]).abs() > tolerance * (by_chance + expected[name].abs())).any()):
                 found.append(name)
         self._missed.update(found)
         self._layers = [layer for layer in self._layers if not self._missed.intersection(layer.parameters)]
-        return found
+        self.read_parameters = totals.keys() - self._missed
+        read = float(sum(value for name, value in squares.items() if name in self.read_parameters))
+        return found, read / whole
 
-    @property
-    def read_parameters(self) -> set[str]:
-        """Names of the parameters that have been read whole so far."""
-        return set(self._totals) - self._missed
-
-    def share_read(self, model: nn.Module) -> float:
-        """Share of the squared norm of the model's `.grad` that lies in parameters which were read. NaN without any.
-
-        Below one half, evidence of influence does not stand for the prompt.
-        """
-        squares = {
-            name: float(parameter.grad.float().square().sum())
-            for name, parameter in model.named_parameters()
-            if parameter.requires_grad and parameter.grad is not None
-        }
-        total = sum(squares.values())
-        read = sum(value for name, value in squares.items() if name in self.read_parameters)
-        return read / total if total else float("nan")
+    def _compare(self, name: str, gradient: Tensor) -> None:
+        """Take a parameter's gradient of the rows of a checked pass."""
+        whole = gradient.float()
+        self._numbers[name] = whole.numel()
+        _add_to(self._squares, name, whole.square().sum())
+        if name in self._vectors or name in self._matrices:
+            _add_to(self._expected, name, self._against(name, whole))
 
     def _against(self, name: str, gradient: Tensor) -> Tensor:
         """Inner products of a parameter's gradient with the directions."""
@@ -190,5 +201,19 @@ class Reader:
         return self._cast[name, dtype]
 
     def _add(self, name: str, values: Tensor) -> None:
-        self._totals[name] = self._totals[name] + values.sum(0) if name in self._totals else values.sum(0)
+        if self._checked:
+            _add_to(self._totals, name, values.sum(0))
         self._found.append(values)
+
+
+def _add_to(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
+    sums[name] = sums[name] + value if name in sums else value
+
+
+def _summed(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Sums by name, in the order of the parts."""
+    found: dict[str, Tensor] = {}
+    for part in parts:
+        for name, value in part.items():
+            _add_to(found, name, value)
+    return found

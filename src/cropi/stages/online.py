@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from trl import GRPOConfig
 
 from cropi.artifacts import open_artifact
 from cropi.curriculum.chooser import ChoosesBatches, GroupGate, Pool
@@ -75,12 +76,8 @@ class OnlineRun:
 
     def _made_loop(self, sampler: OnlineSampler) -> ChooserLoop:
         settings, chooser, reads = self._trainer.args, self._chooser, isinstance(self._chooser, Curriculum)
-        if isinstance(chooser, GroupGate) and settings.num_generations % settings.steps_per_generation:
-            raise ConfigError(
-                f"some groups of a generation batch do not divide into {settings.steps_per_generation} micro-steps",
-                where="trainer.per_device_train_batch_size",
-                fix=f"set it so that the micro-steps of a generation batch divide {settings.num_generations}.",
-            )
+        if isinstance(chooser, GroupGate):
+            _check_gate(settings)
         parts: dict[str, Any] = {
             "sampler": sampler,
             "reward": self._reward,
@@ -158,7 +155,8 @@ class OnlineRun:
         now = self._trainer.state.global_step
         with self._run.ledger.charge("select", stage=self._stage(now)):
             step = now if self._run.config.train.dynamic_sampling else int(batch // self._batches_per_step)
-            choices = self._chooser.next(prompts, step)
+            asked = self._chooser.next(prompts, step)  # by every process, whose states stay the same
+            choices = process_group().from_main(lambda: asked)
         places = [choice.place for choice in choices]
         places = (places * prompts)[:prompts]  # a pool smaller than a batch is repeated
         self._loop.explained.append(choices)
@@ -202,3 +200,19 @@ class OnlineRun:
 
     def _stage(self, step: int) -> int:
         return min(step // self._run.config.train.steps_per_stage, self._run.config.train.stages - 1)
+
+
+def _check_gate(settings: GRPOConfig) -> None:
+    """ConfigError where some groups of a generation batch cannot be trained on alone."""
+    if process_group().size > 1:
+        raise ConfigError(
+            "groups of a generation batch are left out in one process alone",
+            where="select.strategy",
+            fix="start it without `accelerate launch`, or choose another strategy.",
+        )
+    if settings.num_generations % settings.steps_per_generation:
+        raise ConfigError(
+            f"some groups of a generation batch do not divide into {settings.steps_per_generation} micro-steps",
+            where="trainer.per_device_train_batch_size",
+            fix=f"set it so that the micro-steps of a generation batch divide {settings.num_generations}.",
+        )

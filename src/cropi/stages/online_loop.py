@@ -50,15 +50,16 @@ class ChooserLoop:
     _observed: int = 0  # choices whose groups were observed
     _dropped: list[tuple[str, list[float]]] = field(default_factory=list)  # groups that are not trained on
 
-    def reads(self, *, first_pass: bool) -> bool:
-        """Whether a pass over a generation batch has to be read."""
+    @property
+    def reads(self) -> bool:
+        """Whether the first pass over a generation batch has to be read."""
         return False
 
     def micro_batch(self, inputs: Mapping[str, Tensor], accumulated: int, scale: float) -> AbstractContextManager[Any]:
         """Nothing: no pass is read."""
         return nullcontext()
 
-    def end_micro_batch(self, *, first_pass: bool, whole_gradient: bool) -> None:
+    def end_micro_batch(self) -> None:
         """Nothing: no pass is read."""
 
     def renew_directions(self, step: int) -> None:
@@ -167,31 +168,28 @@ class OnlineLoop(ChooserLoop):
 
     # -- reading -------------------------------------------------------------------------------------------------------
 
-    def reads(self, *, first_pass: bool) -> bool:
-        """Whether a pass has to be read: the first, and all until what is read has been checked."""
-        return self.reader is not None and (first_pass or not self.checked)
+    @property
+    def reads(self) -> bool:
+        """Whether the first pass over a generation batch has to be read."""
+        return self.reader is not None
 
     def micro_batch(self, inputs: Mapping[str, Tensor], accumulated: int, scale: float) -> AbstractContextManager[Any]:
         """The reader's context for forward and backward of a micro-batch; `scale` is that of mixed precision."""
         self._rows = loss_rows(inputs, self.evidence.pad_id)
         self._factor = self.normalizer.factor(inputs, accumulated) / scale
         assert self.reader is not None, "no pass is read before there are directions"
-        return self.reader.reading(torch.arange(len(self._rows)))
+        return self.reader.reading(torch.arange(len(self._rows)), None if self.checked else self.model)
 
-    def end_micro_batch(self, *, first_pass: bool, whole_gradient: bool) -> None:
-        """Take what was read. `whole_gradient`: `.grad` holds all passes since the last optimiser step."""
-        if self.reader is None:
-            return
+    def end_micro_batch(self) -> None:
+        """Take what was read."""
+        assert self.reader is not None, "no pass is read before there are directions"
         places, values = self.reader.take()
-        if first_pass:
-            values_BD = torch.zeros(len(self._rows), values.shape[1]).index_add(0, places, values)
-            self.evidence.add(self._rows, self._factor * values_BD.unflatten(1, (-1, 2)))
-        if whole_gradient and not self.checked:
-            self._check(self.reader)
+        values_BD = torch.zeros(len(self._rows), values.shape[1]).index_add(0, places, values)
+        self.evidence.add(self._rows, self._factor * values_BD.unflatten(1, (-1, 2)))
 
     def _check(self, reader: Reader) -> None:
         """Leave out what is read wrongly; go on with rewards alone where too little is left."""
-        wrong, share = reader.exclude_unfaithful(self.model), reader.share_read(self.model)
+        wrong, share = reader.exclude_unfaithful()
         if math.isnan(share):  # no gradient yet
             return
         self.checked, self.share_read = True, share
@@ -213,6 +211,12 @@ class OnlineLoop(ChooserLoop):
         self.chooser.rewards_only = True
         self.reader = None
         self.evidence.forget()
+
+    def end_generation_batch(self, step: int) -> None:
+        """Check what was read, and tell the curriculum of every group. Collective."""
+        if self.reader is not None and not self.checked:
+            self._check(self.reader)
+        super().end_generation_batch(step)
 
     def _influence(self, outcome: GroupOutcome) -> Mapping[str, Halves] | None:
         if outcome.influence_VCH is None or not self.checked:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,8 @@ from cropi.functional.surrogate import group_advantages
 from cropi.gradients.direction import DirectionSketch, backward_to_embeddings, deterministic, inner
 from cropi.gradients.reading import Direction, Reader
 from cropi.gradients.surrogate_weights import SurrogateSettings
-from cropi.policy import Policy, completion_logprobs
+from cropi.parallel import process_group
+from cropi.policy import Policy, completion_logprobs, longest_alike
 from cropi.rewards.verdicts import Judge, answered
 from cropi.rollouts.generation import Generator, Sampling
 
@@ -69,28 +70,34 @@ class ValidationPass:
     sampling: Sampling
     surrogate: SurrogateSettings  # normaliser and scaling of the trainer's loss
     batch_tokens: int
-    seed: Callable[[int], int]  # of the samples at an optimiser step
+    seed: Callable[..., int]  # of the samples at an optimiser step and, but for the first, of a process
     sketches: dict[str, DirectionSketch] = field(default_factory=dict)
     directions: dict[str, SetDirection] = field(default_factory=dict)
     readable: Set[str] | None = None  # parameters that training's passes read; None before that is known
 
     def sample(self, policy: Policy, generate: Generator, due: Due, step: int) -> dict[str, list[SampledGroup]]:
-        """Sample and judge as many completions as each prompt wants. The global random state is left alone."""
-        wanted = [
-            (name, member, prompt)
+        """Sample and judge as many completions as each prompt wants. The global random state is left alone.
+
+        The ranks divide the prompts, and all return all groups.
+        """
+        ranks = process_group()
+        prompts = [
+            (name, member, prompt, count)
             for name in sorted(due)
             for member, (prompt, count) in enumerate(zip(self.sets[name], due[name], strict=True))
-            for _ in range(count)
         ]
-        completions = generate([prompt.tokens for *_, prompt in wanted], self.sampling, seed=self.seed(step))
+        wanted = [each[:3] for each in ranks.share(prompts) for _ in range(each[3])]
+        seed = self.seed(step, ranks.rank) if ranks.rank else self.seed(step)
+        completions = generate([prompt.tokens for *_, prompt in wanted], self.sampling, seed=seed)
         texts = policy.tokenizer.batch_decode(completions, skip_special_tokens=True)
         rows = [answered(text, prompt.row) for text, (*_, prompt) in zip(texts, wanted, strict=True)]
         found: dict[tuple[str, int], list[tuple[list[int], float]]] = {}
         for (name, member, _), ids, judgement in zip(wanted, completions, self.judge(rows), strict=True):
             if judgement.reward is not None:
                 found.setdefault((name, member), []).append((ids, judgement.reward))
+        every = {key: pairs for part in ranks.gather(found) for key, pairs in part.items()}
         groups: dict[str, list[SampledGroup]] = {name: [] for name in sorted(due)}
-        for (name, member), pairs in found.items():
+        for (name, member), pairs in sorted(every.items()):
             own, rewards = [ids for ids, _ in pairs], [reward for _, reward in pairs]
             groups[name].append(SampledGroup(member, self.sets[name][member].tokens, own, rewards))
         return groups
@@ -102,15 +109,17 @@ class ValidationPass:
 
         A member gives two numbers, one for each half of its completions, against the half of the direction that it had
         no part in: the direction before this round, or the new one where there is none. Groups of equal rewards have no
-        gradient and give nothing. No gradient buffer, optimiser state or random state is touched.
+        gradient and give nothing. No gradient buffer, optimiser state or random state is touched. The ranks divide the
+        micro-batches, and all get the same directions and influence.
         """
-        old, tokens = dict(self.directions), 0
+        old, tokens, ranks = dict(self.directions), 0, process_group()
         given: dict[str, dict[int, list[float]]] = {}
         with deterministic(model):
             for name, own in groups.items():
                 sketch = self.sketches.setdefault(name, DirectionSketch(model, RANK))
-                sketch.scale(KEPT)
+                sketch.scale(KEPT if ranks.is_main else 0.0)
                 given[name], computed = self._pass(model, own, old.get(name), sketch)
+                ranks.add(sketch.sums())
                 tokens += computed
             self.renew()
             for name in [name for name in groups if name not in old and name in self.directions]:
@@ -125,10 +134,15 @@ class ValidationPass:
         direction: SetDirection | None,
         sketch: DirectionSketch | None,
     ) -> tuple[dict[int, list[float]], int]:
-        """Differentiate groups of one set, reading against a direction and adding to a sketch."""
+        """Differentiate groups of one set, reading against a direction and adding this rank's part to a sketch."""
         reader = None if direction is None else Reader(model, direction.halves)
-        found, tokens = dict[int, list[float]](), 0
-        for rows in self._micro_batches(groups):
+        ranks, batches = process_group(), list(self._micro_batches(model, groups))
+        tokens = sum(row.length for rows in batches for row in rows)
+        while len(batches) % ranks.size:  # sharded weights are gathered for the passes of all ranks together
+            batches.append([replace(row, weight=0.0) for row in batches[-1]])
+        read = dict[int, list[list[float]]]()
+        for number in ranks.share(range(len(batches))):
+            rows = batches[number]
             with ExitStack() as stack:
                 backward = stack.enter_context(backward_to_embeddings(model))
                 if sketch is not None:
@@ -136,12 +150,13 @@ class ValidationPass:
                 if reader is not None:
                     stack.enter_context(reader.reading(torch.arange(len(rows))))
                 backward(self._loss(model, rows))
-            tokens += sum(row.length for row in rows)
-            if reader is not None and direction is not None:
-                places, values = reader.take()
-                for place, value in zip(places.tolist(), values.tolist(), strict=True):
-                    row = rows[place]
-                    found.setdefault(row.member, [0.0, 0.0])[row.half] += value[1 - row.member % 2] / direction.norm
+            if reader is not None:
+                read[number] = reader.take()[1].tolist()
+        found = dict[int, list[float]]()
+        for number, values in sorted({key: own for part in ranks.gather(read) for key, own in part.items()}.items()):
+            assert direction is not None
+            for row, value in zip(batches[number], values, strict=False):
+                found.setdefault(row.member, [0.0, 0.0])[row.half] += value[1 - row.member % 2] / direction.norm
         return found, tokens
 
     def renew(self) -> None:
@@ -168,11 +183,12 @@ class ValidationPass:
                 sums.copy_(known[key])
         self.renew()
 
-    def _micro_batches(self, groups: Sequence[SampledGroup]) -> Iterator[list[_Row]]:
-        """Rows with a non-zero advantage, longest first, at most `batch_tokens` padded tokens together."""
+    def _micro_batches(self, model: PreTrainedModel, groups: Sequence[SampledGroup]) -> Iterator[list[_Row]]:
+        """Rows with a non-zero advantage, longest first, of at most `batch_tokens` padded tokens, for one pass each."""
+        limit = longest_alike(model)
         rows = sorted((row for group in groups for row in self._rows(group)), key=lambda row: -row.length)
         while rows:
-            count = max(1, self.batch_tokens // rows[0].length)
+            count = max(1, self.batch_tokens // rows[0].length) if rows[0].length <= limit else 1
             yield rows[:count]
             rows = rows[count:]
 

@@ -73,12 +73,12 @@ def grpo_config(config: Config, output_dir: Path, device: torch.device, processe
 
 
 def _check_online(settings: GRPOConfig, config: Config, processes: int) -> None:
-    """ConfigError where batches cannot be chosen; a warning where influence is not that of rewards alone."""
-    if processes > 1:
+    """ConfigError where only one process would choose; a warning where influence is not that of rewards alone."""
+    if processes > 1 and settings.accelerator_config.dispatch_batches:
         raise ConfigError(
-            f"{config.select.label} chooses batches in one process, and this run has {processes}",
-            where="select.strategy",
-            fix="start it without `accelerate launch`, or choose another strategy.",
+            "every process chooses the prompts of a batch, and one of them would fetch it for all",
+            where="trainer.accelerator_config",
+            fix="leave dispatch_batches out.",
         )
     if settings.beta and config.select.strategy.reads_influence:
         warn_once("trainer.beta is above 0, so the influence that is read contains the KL term")

@@ -23,8 +23,9 @@ class Loop(Protocol):
 
     sampler: OnlineSampler
 
-    def reads(self, *, first_pass: bool) -> bool:
-        """Whether it wants a pass over a generation batch: the first, or a further one."""
+    @property
+    def reads(self) -> bool:
+        """Whether it wants the first pass over a generation batch."""
 
     def kept_groups(self) -> list[int] | None:
         """Groups of the batch that was just sampled that are trained on; None for all."""
@@ -33,10 +34,13 @@ class Loop(Protocol):
         """Groups were sampled for a generation batch and are not in it."""
 
     def micro_batch(self, inputs: Mapping[str, Tensor], accumulated: int, scale: float) -> AbstractContextManager[Any]:
-        """A context for forward and backward of a micro-batch, one of `accumulated` in its optimiser step."""
+        """A context for forward and backward of a micro-batch, one of `accumulated` in its optimiser step.
 
-    def end_micro_batch(self, *, first_pass: bool, whole_gradient: bool) -> None:
-        """`whole_gradient`: `.grad` holds all passes since the last optimiser step."""
+        Mixed precision multiplies the loss by `scale`.
+        """
+
+    def end_micro_batch(self) -> None:
+        """That micro-batch has been differentiated."""
 
     def end_generation_batch(self, step: int) -> None:
         """Every completion of a generation batch has been differentiated."""
@@ -72,11 +76,11 @@ class ReadsInfluence(GRPOTrainer):
         micro_step = self._micro_steps % (self.args.steps_per_generation * self.num_iterations)
         self._micro_steps += 1
         first_pass = micro_step < self.args.steps_per_generation  # in a further iteration the policy has moved
-        if self.online.reads(first_pass=first_pass):
+        if first_pass and self.online.reads:
             with ExitStack() as self._reading:
                 loss = super().training_step(model, inputs, num_items_in_batch)
             self._reading = None
-            self.online.end_micro_batch(first_pass=first_pass, whole_gradient=self.accelerator.sync_gradients)
+            self.online.end_micro_batch()
         else:
             loss = super().training_step(model, inputs, num_items_in_batch)
         if micro_step == self.args.steps_per_generation - 1:
@@ -88,11 +92,17 @@ class ReadsInfluence(GRPOTrainer):
     ) -> Any:
         """TRL's; the loop sees which rows it is of."""
         if self.online is not None and self._reading is not None:
-            scaler = getattr(self.accelerator, "scaler", None)
-            scale = float(scaler.get_scale()) if scaler is not None else 1.0
             accumulated = self.current_gradient_accumulation_steps
-            self._reading.enter_context(self.online.micro_batch(inputs, accumulated, scale))
+            self._reading.enter_context(self.online.micro_batch(inputs, accumulated, loss_scale(self)))
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+
+def loss_scale(trainer: GRPOTrainer) -> float:
+    """The factor of mixed precision on the loss that is differentiated."""
+    if trainer.is_deepspeed_enabled:
+        return float(getattr(trainer.model_wrapped.optimizer, "loss_scale", None) or 1.0)
+    scaler = getattr(trainer.accelerator, "scaler", None)
+    return 1.0 if scaler is None else float(scaler.get_scale())
 
 
 class OnlineTrainer(ReadsInfluence, StageTrainer):

@@ -1,0 +1,54 @@
+"""Validation prompts are sampled by all processes together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+from tests.distributed.threads import together
+
+from cropi.gradients.surrogate_weights import SurrogateSettings
+from cropi.parallel import ProcessGroup
+from cropi.rollouts.generation import Sampling
+from cropi.stages.validation_pass import SampledGroup, ValidationPass, ValidationPrompt
+
+NAMES = ("one", "two")
+DUE = {"one": [2, 2, 0], "two": [2, 3]}
+
+
+def test_processes_divide_the_prompts_and_all_get_all_groups() -> None:
+    asked: dict[int, list[Any]] = {}
+
+    def sampled(ranks: ProcessGroup) -> dict[str, list[SampledGroup]]:
+        seeds = []
+
+        def generate(prompts: Sequence[Sequence[int]], sampling: Sampling, *, seed: int) -> list[list[int]]:
+            seeds.append(seed)
+            asked[ranks.rank] = [tuple(prompt) for prompt in prompts]
+            return [[*prompt, n] for n, prompt in enumerate(prompts)]
+
+        def judge(rows: Sequence[Any]) -> list[Any]:
+            return [SimpleNamespace(reward=float(len(row.completion) % 2)) for row in rows]
+
+        tokenizer = SimpleNamespace(batch_decode=lambda rows, **_: ["x" * row[-1] for row in rows])
+        policy: Any = SimpleNamespace(tokenizer=tokenizer)
+        row = {"answer": "", "source": "", "messages": "", "extra": ""}
+        sets = {
+            name: [ValidationPrompt(row, (n, place)) for place in range(len(DUE[name]))] for n, name in enumerate(NAMES)
+        }
+        sampling, own = Sampling(4, 1.0), SurrogateSettings()
+        validation: Any = ValidationPass(sets, judge, sampling, own, 10, lambda *at: hash(at))
+        groups = validation.sample(policy, generate, DUE, 7)
+        assert seeds == [hash((7, 1)) if ranks.rank else hash((7,))]
+        return groups
+
+    first, second = together(sampled)
+    assert first == second
+    assert {name: [(g.member, len(g.rewards)) for g in groups] for name, groups in first.items()} == {
+        "one": [(0, 2), (1, 2)],
+        "two": [(0, 2), (1, 3)],
+    }
+    assert sorted(asked[0] + asked[1]) == sorted([(0, 0)] * 2 + [(0, 1)] * 2 + [(1, 0)] * 2 + [(1, 1)] * 3)
+    assert asked[0]
+    assert asked[1]
