@@ -12,10 +12,10 @@ from cropi.curriculum.belief import (
     OWN_SHARES,
     SPREADS,
     InfluenceBelief,
-    RewardBelief,
     kernel_features,
     likeness,
 )
+from cropi.curriculum.reward_belief import RewardBelief
 
 
 def drawn_points(pool: int = 12, validation: int = 5, seed: int = 0) -> np.ndarray:
@@ -199,6 +199,31 @@ def test_graded_rewards_have_the_variance_that_groups_show() -> None:
     verdicts = RewardBelief(np.eye(1))
     verdicts.observe(0, np.array([0.0, 1.0]), step=0)
     assert graded.variances()[0] == pytest.approx(0.04 * verdicts.variances()[0])
+
+
+def test_verdicts_of_any_two_values_are_verdicts() -> None:
+    plain, scaled = RewardBelief(np.eye(2)), RewardBelief(np.eye(2))
+    for point, rewards in ((0, [0.0, 1.0, 1.0]), (1, [0.0, 0.0, 1.0])):
+        plain.observe(point, np.array(rewards), step=0)
+        scaled.observe(point, 4 * np.array(rewards) - 2, step=0)
+    assert scaled.pass_rates() == pytest.approx(4 * plain.pass_rates() - 2)
+    assert scaled.variances() == pytest.approx(16 * plain.variances())
+
+
+def test_rewards_of_many_values_by_hand() -> None:
+    belief = RewardBelief(np.eye(2))
+    belief.observe(0, np.array([-1.0, 1.0, 3.0]), step=0)  # squares within the group: 4 + 0 + 4, of K - 1 = 2
+    belief.observe(0, np.array([2.0, 2.0]), step=0)  # 0, of 1
+    # mean 7 / 5, on the range from -1 to 3: 3 of 5 tries; Beta(3 + 2 x 0.6, 2 + 2 x 0.4)
+    assert belief.pass_rates() == pytest.approx([-1 + 4 * 0.6, 1.0], abs=1e-3)
+    assert belief.variances()[0] == pytest.approx((8 + 2 * 8 / 3) / (3 + 2), abs=1e-3)
+    assert belief.variances()[1] == pytest.approx(8 / 3)  # unlike anything seen: as usual
+    other = RewardBelief(np.eye(2))
+    other.restore(belief.state())
+    for each in (belief, other):
+        each.observe(1, np.array([0.5, -4.0]), step=3)
+    assert (other.variances() == belief.variances()).all()
+    assert (other.pass_rates() == belief.pass_rates()).all()
 
 
 def test_neighbours_share_rewards() -> None:

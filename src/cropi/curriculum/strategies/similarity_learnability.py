@@ -6,9 +6,10 @@ from typing import ClassVar, Literal
 import numpy as np
 from jaxtyping import Float
 
-from cropi.curriculum.belief import RewardBelief, kernel_features
+from cropi.curriculum.belief import kernel_features
 from cropi.curriculum.chooser import ChoosesBatches, Pool, RewardChooser, State, rested
 from cropi.curriculum.curriculum import Choice
+from cropi.curriculum.reward_belief import RewardBelief
 from cropi.curriculum.strategy import Need, StrategyTable
 from cropi.functional.principal_points import principal_points
 from cropi.functional.tfidf import tfidf_points, tfidf_similarity
