@@ -12,8 +12,10 @@ from cropi.curriculum.belief import (
     OWN_SHARES,
     SPREADS,
     InfluenceBelief,
+    Posterior,
     RewardBelief,
     kernel_features,
+    likeness,
 )
 
 
@@ -22,23 +24,77 @@ def drawn_points(pool: int = 12, validation: int = 5, seed: int = 0) -> np.ndarr
 
 
 def believing(features: np.ndarray, pool: int) -> InfluenceBelief:
-    return InfluenceBelief(features[:pool], features[pool:])
+    return InfluenceBelief(features[:pool], features[pool:], np.zeros(len(features)))
 
 
 def test_one_observation_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cropi.curriculum.belief.SPREADS", (1.0,))
     monkeypatch.setattr("cropi.curriculum.belief.OWN_SHARES", (0.5,))
-    belief = InfluenceBelief(np.array([[1.0], [2.0]]), np.empty((0, 1)))
+    belief = InfluenceBelief(np.array([[1.0], [2.0]]), np.empty((0, 1)), np.zeros(2))
     belief.observe(0, slope=2.0, squared_error=1.0, step=0)
     found = belief.posterior()
     # spread: 2^2 - 1 = 3; tau = 1.5. y = 1 w + u + e: w given y is N(2 x 3 / (3 + 1.5 + 1), 3 - 9 / 5.5)
     assert found.chosen.spread == 3
-    assert found.mean_F == pytest.approx([6 / 5.5])
-    assert found.root_FF.item() ** 2 == pytest.approx(3 - 9 / 5.5)
+    assert found.mean_F[0] == pytest.approx(6 / 5.5)
+    assert found.root_FF[0, 0] ** 2 == pytest.approx(3 - 9 / 5.5)
     # u given y is 2 x 1.5 / 5.5, so that f_0 = 6 / 5.5 + 3 / 5.5; the other prompt has no own part
     assert found.means() == pytest.approx([9 / 5.5, 12 / 5.5])
     # var f_0 = 4.5 - 4.5^2 / 5.5; var f_1 = 4 var w + tau
     assert found.variances() == pytest.approx([4.5 - 4.5**2 / 5.5, 4 * (3 - 9 / 5.5) + 1.5])
+
+
+def test_likeness_is_expected_to_help_and_learned_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cropi.curriculum.belief.SPREADS", (1.0,))
+    monkeypatch.setattr("cropi.curriculum.belief.OWN_SHARES", (0.5,))
+    belief = InfluenceBelief(np.zeros((2, 1)), np.empty((0, 1)), np.array([1.0, 2.0]))
+    belief.observe(0, slope=2.0, squared_error=1.0, step=0)
+    found = belief.posterior()
+    # scale: 2^2 - 1 = 3. Weight of likeness before: N(sqrt(3) / 2, 3 / 4). Own variance: 3 (1/2 + 1), as x = 0
+    gain = 0.75 / (0.75 + 4.5 + 1)
+    assert found.mean_F[1] == pytest.approx(3**0.5 / 2 + gain * (2 - 3**0.5 / 2))
+    assert found.root_FF[1, 1] ** 2 == pytest.approx(0.75 * (1 - gain))
+    assert found.means()[1] == pytest.approx(2 * found.mean_F[1])
+
+
+def test_evidence_counts_as_far_as_both_halves_of_the_direction_agree() -> None:
+    """Both halves say the same of points 0 and 1; of 2 and 3 they disagree, however often they are seen."""
+    features, halves = np.eye(4), np.array([[2.0, 2.0], [2.0, 2.0], [2.0, -2.0], [2.0, -2.0]])
+    found = {}
+    for name, points in (("same", [0, 1]), ("opposite", [2, 3]), ("both", [0, 1, 2, 3])):
+        belief = believing(features, 4)
+        for n in range(200):
+            first, second = halves[points[n % len(points)]]
+            mean, half_difference = (first + second) / 2, (first - second) / 2
+            noise = 0.1 * (-1) ** (n // 4)
+            belief.observe(points[n % len(points)], mean + noise, 0.01 + half_difference**2, 0, half_difference)
+        posterior = belief.posterior()
+        assert posterior is not None
+        found[name] = posterior
+    assert found["same"].reliability == 1
+    assert found["opposite"].reliability == 0
+    assert found["opposite"].means() == pytest.approx(np.zeros(4))
+    evidence, difference = found["both"], found["both"].difference_F[:4]
+    raw = evidence.means() / evidence.reliability
+    assert evidence.reliability == pytest.approx(1 - (found_squares(evidence) / (raw @ raw)))
+    assert abs(difference[2]) > 10 * abs(difference[0])
+    draws = np.stack([evidence.draw(np.random.default_rng(seed)) for seed in range(4000)])
+    assert draws.std(axis=0) ** 2 == pytest.approx(evidence.variances(), rel=0.1)
+    assert np.corrcoef(draws[:, 2], draws[:, 3])[0, 1] > 0.5  # the direction's error is one for all
+
+
+def found_squares(posterior: Posterior) -> float:
+    """|m'|^2 from the parts of a posterior."""
+    common = posterior.features_NF @ posterior.difference_F
+    differences = (1 - posterior.trust_N) * common + posterior.trust_N * posterior.seen_N2[:, 1]
+    return float(differences @ differences)
+
+
+def test_likeness_by_hand() -> None:
+    pool = np.array([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, -1.0]])
+    validation = np.array([[2.0, 0.0], [0.0, 3.0]])
+    # cosines with the nearest: 1, 1, 0, 0; mean and deviation 1/2. The validation prompts are at right angles
+    assert likeness(pool, validation).tolist() == [1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
+    assert likeness(np.ones((3, 2)), validation).tolist() == [0.0] * 5
 
 
 def exact(
@@ -99,13 +155,13 @@ def test_observations_of_one_point_combine_and_age(monkeypatch: pytest.MonkeyPat
     belief = believing(np.eye(2), 2)
     belief.observe(0, 3.0, 0.5, step=0)
     belief.observe(0, 1.0, 1.0, step=int(HALF_LIFE))  # by then the first counts half: precision 1 and 1
-    assert [values.tolist() for values in belief.summary()] == [[0], [2.0], [0.5]]
+    assert [values.tolist() for values in belief.summary()] == [[0], [[2.0, 0.0]], [0.5]]
     late = believing(np.eye(2), 2)
     late.observe(0, 1.0, 1.0, step=int(HALF_LIFE))
     late.observe(0, 3.0, 0.5, step=0)  # arrives late
-    assert [values.tolist() for values in late.summary()] == [[0], [2.0], [0.5]]
+    assert [values.tolist() for values in late.summary()] == [[0], [[2.0, 0.0]], [0.5]]
     belief.age_to(int(10.5 * HALF_LIFE))
-    assert belief.summary()[1].tolist() == [1.0]
+    assert belief.summary()[1].tolist() == [[1.0, 0.0]]
 
 
 def test_errors_are_mostly_the_mean_of_all() -> None:

@@ -19,6 +19,7 @@ from cropi.curriculum.belief import (
     Posterior,
     RewardBelief,
     kernel_features,
+    likeness,
 )
 from cropi.errors import ArtifactError
 
@@ -27,7 +28,7 @@ GREEDY = 0.8  # of the other places: by the posterior mean; the rest by a joint 
 COOLDOWN = 3  # steps before a prompt may be chosen again: until its group has been observed
 FIRST_ROUND = 8  # steps from the first fresh completions of validation prompts to the next; doubled every time
 ROUND_STEPS = 3.0  # completions of a round, in those of a training step
-REFIT_EVERY = 4  # steps between two choices of hyper-parameters
+REFIT = 4  # least steps between two choices of hyper-parameters; later a quarter of all steps so far
 ENOUGH = 8  # groups of either kind before the gain of choosing is judged
 GAIN_HALF_LIFE = 32.0  # steps
 
@@ -84,6 +85,7 @@ class Curriculum:
         self._sizes = {name: len(validation[name]) for name in self._names}
         features_PF = kernel_features(np.concatenate(every), self._pool)
         self._rewards = RewardBelief(features_PF)
+        self._likeness = {name: likeness(points_NE, validation[name]) for name in self._names}
         self._influence = {name: self._belief(features_PF, name) for name in self._names}
         self._fingerprint = hashlib.sha256(features_PF).hexdigest()  # type: ignore[arg-type] # contiguous
         self._seed, self._scaling, self._observe_only = seed, scaling, observe_only
@@ -94,13 +96,15 @@ class Curriculum:
         self._times_N = np.zeros(self._pool, dtype=np.int64)
         self._seen = set[str]()
         self._fitted: dict[str, tuple[int, Hyperparameters]] = {}  # step and choice by set
+        self._reliability: dict[str, float] = {}  # of each set's evidence, when that was chosen
         self._rounds: list[int] = []  # steps at which validation prompts were sampled
         self._dropped = 0  # observations that were not finite
         self._gains: list[tuple[int, bool, float]] = []  # step, uniform, gain
 
     def _belief(self, features_PF: Float[np.ndarray, "P F"], name: str) -> InfluenceBelief:
         start = self._first[name]
-        return InfluenceBelief(features_PF[: self._pool], features_PF[start : start + self._sizes[name]])
+        own_MF = features_PF[start : start + self._sizes[name]]
+        return InfluenceBelief(features_PF[: self._pool], own_MF, self._likeness[name])
 
     # Choosing
 
@@ -131,28 +135,28 @@ class Curriculum:
         """
         if self._observe_only or self._is_no_better():
             return None
-        if self.rewards_only:
-            return _Plan([""], np.ones(1), {"mean": np.zeros((1, self._pool))})
         learnability_P = self._learnability()
-        known = [(name, found) for name in self._names if (found := self._posterior(name, step)) is not None]
-        if not known:
-            return None
-        left_V = np.array([learnability_P[self._members(name)].mean() for name, _ in known])
+        known = [(name, None if self.rewards_only else self._posterior(name, step)) for name in self._names]
+        left_V = np.array([learnability_P[self._members(name)].mean() for name in self._names])
         slopes = {
-            "mean": np.stack([posterior.means() for _, posterior in known]),
-            "draw": np.stack([posterior.draw(generator) for _, posterior in known]),
+            "mean": np.stack([self._likely(name) if found is None else found.means() for name, found in known]),
+            "draw": np.stack([self._likely(name) if found is None else found.draw(generator) for name, found in known]),
         }
         gains = {source: learnability_P[: self._pool] * without_harm(slopes_VN) for source, slopes_VN in slopes.items()}
-        return _Plan([name for name, _ in known], left_V / left_V.sum(), gains)
+        return _Plan(self._names, left_V / left_V.sum(), gains)
+
+    def _likely(self, name: str) -> Float[np.ndarray, " N"]:
+        """Slopes where no influence is known: likeness to the set."""
+        return self._likeness[name][: self._pool]
 
     def _posterior(self, name: str, step: int) -> Posterior | None:
         """Belief about a set, with hyper-parameters that are chosen anew every few steps."""
         belief, (since, chosen) = self._influence[name], self._fitted.get(name, (0, None))
-        if chosen is not None and step - since < REFIT_EVERY:
+        if chosen is not None and step - since < max(REFIT, since // 4):
             return belief.posterior(chosen)
         found = belief.posterior()
         if found is not None:
-            self._fitted[name] = step, found.chosen
+            self._fitted[name], self._reliability[name] = (step, found.chosen), found.reliability
         return found
 
     def _one(self, free_N: Bool[np.ndarray, " N"], plan: _Plan | None, generator: np.random.Generator) -> Choice:
@@ -229,9 +233,10 @@ class Curriculum:
         learnability = variance**0.5 if self._scaling == "group" else variance
         if learnability > 0:
             of_completions = (parts[0].mean() - parts[1].mean()) ** 2
-            of_direction = ((parts[:, 0].sum() - parts[:, 1].sum()) / 2) ** 2
-            error = float(of_completions + of_direction) / learnability**2
-            self._dropped += not belief.observe(point, influence / learnability, error, step)
+            half_difference = float(parts[:, 0].sum() - parts[:, 1].sum()) / 2
+            error = float(of_completions + half_difference**2) / learnability**2
+            told = belief.observe(point, influence / learnability, error, step, half_difference / learnability)
+            self._dropped += not told
         return influence if np.isfinite(influence) else 0.0
 
     def validation_due(self, step: int) -> dict[str, list[int]]:
@@ -295,6 +300,7 @@ class Curriculum:
         for name, (_, chosen) in self._fitted.items():
             found[f"curriculum/{name}/correlation"] = chosen.correlation
             found[f"curriculum/{name}/own_share"] = chosen.own_share
+            found[f"curriculum/{name}/reliability"] = self._reliability[name]
         return found
 
     def table(self, prompt_ids: Sequence[str]) -> pa.Table:
@@ -321,6 +327,7 @@ class Curriculum:
             "asked": self._asked,
             "dropped": self._dropped,
             "fitted": {name: [since, asdict(chosen)] for name, (since, chosen) in self._fitted.items()},
+            "reliability": self._reliability,
             "rounds": self._rounds,
             "seen": sorted(self._seen),
             "gains": self._gains,
@@ -344,7 +351,7 @@ class Curriculum:
                 fix="continue with the prompts and the policy that training began with.",
             )
         self._asked, self._rounds, self._dropped = facts["asked"], facts["rounds"], facts["dropped"]
-        self._seen = set(facts["seen"])
+        self._seen, self._reliability = set(facts["seen"]), facts["reliability"]
         self._gains = [(step, uniform, gain) for step, uniform, gain in facts["gains"]]
         self._last_N, self._times_N = state["last"].copy(), state["times"].copy()
         self._rewards.restore(_below(state, "rewards/"))
