@@ -39,16 +39,12 @@ def choosing(config: Config, run: RunFolder) -> list[Block]:
     """Belief, choice and cost, as far as the run has come."""
     steps, choices = config.train.steps_per_stage, read_jsonl(run.stages.choices)
     tables = {(stage + 1) * steps: table for stage, table in read_beliefs(config, run.stages).items()}
-    kind_of = _kinds(run)
+    if not is_finished(run.prompts):
+        return [Text("There are no prompts yet.")]
+    kind_of = dict(zip(run.train_prompts, run.train_prompts.column("source"), strict=True))
     metrics = {row["step"]: row for row in read_jsonl(run.stages.metrics)}
     blocks = [*_gain(metrics), *_belief(beliefs_by_kind(tables, kind_of), kind_of), *_places(choices, kind_of)]
     return [*blocks, *_measures(metrics), *_cost(charges(config, run.stages))]
-
-
-def _kinds(run: RunFolder) -> dict[str, str]:
-    """Source by prompt id, in the pool."""
-    prompts = run.train_prompts if is_finished(run.prompts) else {}
-    return dict(zip(prompts, prompts.column("source"), strict=True)) if prompts else {}  # type: ignore[union-attr]
 
 
 # -- belief --------------------------------------------------------------------------------------------------------
