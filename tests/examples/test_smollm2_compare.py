@@ -246,9 +246,10 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(
             raise KeyboardInterrupt
         step(own, number)
 
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(compare.Comparison, "step", killed)
-        run(patched, folder, data, tmp_path / "parts", way)
+    monkeypatch.setattr(compare.Comparison, "step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(monkeypatch, folder, data, tmp_path / "parts", way)
+    monkeypatch.setattr(compare.Comparison, "step", step)
     run(monkeypatch, folder, data, tmp_path / "parts", way)
     whole = log_of(tmp_path / "whole", way)
     assert log_of(tmp_path / "parts", way) == whole
