@@ -14,6 +14,7 @@ from cropi.curriculum.belief import (
     InfluenceBelief,
     RewardBelief,
     kernel_features,
+    likeness,
 )
 
 
@@ -22,23 +23,44 @@ def drawn_points(pool: int = 12, validation: int = 5, seed: int = 0) -> np.ndarr
 
 
 def believing(features: np.ndarray, pool: int) -> InfluenceBelief:
-    return InfluenceBelief(features[:pool], features[pool:])
+    return InfluenceBelief(features[:pool], features[pool:], np.zeros(len(features)))
 
 
 def test_one_observation_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("cropi.curriculum.belief.SPREADS", (1.0,))
     monkeypatch.setattr("cropi.curriculum.belief.OWN_SHARES", (0.5,))
-    belief = InfluenceBelief(np.array([[1.0], [2.0]]), np.empty((0, 1)))
+    belief = InfluenceBelief(np.array([[1.0], [2.0]]), np.empty((0, 1)), np.zeros(2))
     belief.observe(0, slope=2.0, squared_error=1.0, step=0)
     found = belief.posterior()
     # spread: 2^2 - 1 = 3; tau = 1.5. y = 1 w + u + e: w given y is N(2 x 3 / (3 + 1.5 + 1), 3 - 9 / 5.5)
     assert found.chosen.spread == 3
-    assert found.mean_F == pytest.approx([6 / 5.5])
-    assert found.root_FF.item() ** 2 == pytest.approx(3 - 9 / 5.5)
+    assert found.mean_F[0] == pytest.approx(6 / 5.5)
+    assert found.root_FF[0, 0] ** 2 == pytest.approx(3 - 9 / 5.5)
     # u given y is 2 x 1.5 / 5.5, so that f_0 = 6 / 5.5 + 3 / 5.5; the other prompt has no own part
     assert found.means() == pytest.approx([9 / 5.5, 12 / 5.5])
     # var f_0 = 4.5 - 4.5^2 / 5.5; var f_1 = 4 var w + tau
     assert found.variances() == pytest.approx([4.5 - 4.5**2 / 5.5, 4 * (3 - 9 / 5.5) + 1.5])
+
+
+def test_likeness_is_expected_to_help_and_learned_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cropi.curriculum.belief.SPREADS", (1.0,))
+    monkeypatch.setattr("cropi.curriculum.belief.OWN_SHARES", (0.5,))
+    belief = InfluenceBelief(np.zeros((2, 1)), np.empty((0, 1)), np.array([1.0, 2.0]))
+    belief.observe(0, slope=2.0, squared_error=1.0, step=0)
+    found = belief.posterior()
+    # scale: 2^2 - 1 = 3. Weight of likeness before: N(sqrt(3) / 2, 3 / 4). Own variance: 3 (1/2 + 1), as x = 0
+    gain = 0.75 / (0.75 + 4.5 + 1)
+    assert found.mean_F[1] == pytest.approx(3**0.5 / 2 + gain * (2 - 3**0.5 / 2))
+    assert found.root_FF[1, 1] ** 2 == pytest.approx(0.75 * (1 - gain))
+    assert found.means()[1] == pytest.approx(2 * found.mean_F[1])
+
+
+def test_likeness_by_hand() -> None:
+    pool = np.array([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, -1.0]])
+    validation = np.array([[2.0, 0.0], [0.0, 3.0]])
+    # cosines with the nearest: 1, 1, 0, 0; mean and deviation 1/2. The validation prompts are at right angles
+    assert likeness(pool, validation).tolist() == [1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
+    assert likeness(np.ones((3, 2)), validation).tolist() == [0.0] * 5
 
 
 def exact(

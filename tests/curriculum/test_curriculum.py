@@ -17,7 +17,7 @@ class World:
     def __init__(self, pool: int = 80, seed: int = 0, look_alike: bool = False, other: float = -1.0) -> None:
         generator = np.random.default_rng(seed)
         self.kinds = np.arange(pool) % 2
-        centres = np.array([[0.0, 0.0], [4.0, 0.0]])
+        centres = np.array([[-2.0, 0.0], [2.0, 0.0]])
         self.points = centres[self.kinds] + 0.3 * generator.standard_normal((pool, 2))
         target = centres[1 if look_alike else 0]
         self.validation = {"v": target + 0.3 * generator.standard_normal((10, 2))}
@@ -59,13 +59,14 @@ def test_it_learns_what_helps_whatever_the_prompts_look_like(lag: int, look_alik
     assert 0.04 < np.mean([c.source == "uniform" for c in choices]) < 0.2
 
 
-def test_before_a_direction_is_known_all_places_are_uniform() -> None:
+def test_before_a_direction_is_known_likeness_and_learnability_choose() -> None:
     world = World()
     curriculum = made(world)
-    first = curriculum.next(8, 0)
-    assert {c.source for c in first} == {"uniform"}
-    curriculum.observe(first[0], [0.0, 1.0], step=0, group="a")  # rewards alone
-    assert {c.source for c in curriculum.next(8, 1)} == {"uniform"}
+    solved = [int(place) for place in np.flatnonzero(world.kinds == 0)[:20]]
+    for place in solved:
+        curriculum.observe(Choice(place, "uniform", ""), [1.0] * 8, step=0, group=str(place))  # rewards alone
+    chosen = [c for c in curriculum.next(8, 1) if c.source != "uniform"]
+    assert all(world.kinds[c.place] == 0 and c.place not in solved for c in chosen)
 
 
 def test_drawn_prompts_rest_though_nothing_was_observed() -> None:

@@ -20,6 +20,10 @@ BANDWIDTH = 4.0  # median distances to the nearest other point
 BLOCK = 8192  # points at a time
 FORGOTTEN = 10  # half-lives after which an observation is dropped
 OWN_ERROR = 0.25  # of an observation's squared error; the rest is the mean of all, since one difference is a bad guess
+LIKENESS = (
+    0.5  # expected slope of a prompt one deviation more alike than the pool, in those observed; its own deviation
+)
+MOST_ALIKE = 3.0  # deviations
 PRIOR_TRIES = 2.0  # completions that the rewards of similar prompts count for
 
 
@@ -72,18 +76,27 @@ class Posterior:
 class InfluenceBelief:
     """Belief about the influence of every prompt on one validation set, per unit of learnability.
 
-    Slopes are linear in features, with an effect of the prompt's own: f_i = x_i . w + u_i. A validation prompt's slope
-    is that of a second task with correlation rho: x_j . (rho w + sqrt(1 - rho^2) w') + u_j. The own effect's variance
-    is s (own share + 1 - |x_i|^2), so that a prompt far from all landmarks is as uncertain as under the kernel itself
-    (FITC; Snelson and Ghahramani 2006). An observation is y = f + error, its variance known and doubled every
-    `HALF_LIFE` steps.
+    Slopes are linear in features, with an effect of the prompt's own: f_i = x_i . w + u_i. The last feature is the
+    prompt's likeness to the set. Its weight is expected to be positive; all others have a mean of 0. A validation
+    prompt's slope is that of a second task with correlation rho: x_j . (rho w + sqrt(1 - rho^2) w') + u_j. The own
+    effect's variance is s (own share + 1 - |x_i|^2), so that a prompt far from all landmarks is as uncertain as under
+    the kernel itself (FITC; Snelson and Ghahramani 2006). An observation is y = f + error, its variance known and
+    doubled every `HALF_LIFE` steps.
     """
 
-    def __init__(self, pool_NF: Float[np.ndarray, "N F"], validation_MF: Float[np.ndarray, "M F"]) -> None:
+    def __init__(
+        self,
+        pool_NF: Float[np.ndarray, "N F"],
+        validation_MF: Float[np.ndarray, "M F"],
+        likeness_P: Float[np.ndarray, " P"],
+    ) -> None:
         """Points are numbered from the pool's first to the last validation prompt."""
-        self._pool_NF, self._validation_MF, self._pool = pool_NF, validation_MF, len(pool_NF)
+        self._pool = len(pool_NF)
         squares = (np.einsum("pf,pf->p", each, each) for each in (pool_NF, validation_MF))
         self._beyond_P = np.maximum(1 - np.concatenate([*squares]), 0.0)
+        likeness_P1 = likeness_P[:, None].astype(pool_NF.dtype)
+        self._pool_NF = np.concatenate([pool_NF, likeness_P1[: self._pool]], axis=1)
+        self._validation_MF = np.concatenate([validation_MF, likeness_P1[self._pool :]], axis=1)
         self._seen_O4 = np.empty((0, 4))  # point, slope, squared error, step
         self._step = 0
 
@@ -131,7 +144,8 @@ class InfluenceBelief:
             [self._pool_NF[seen[~validation_S]], self._validation_MF[seen[validation_S] - self._pool]]
         )
         data = features_SF.astype(np.float64), self._beyond_P[seen], validation_S, means_S, noise_S
-        best = max((_Solved(*data, each) for each in grid), key=lambda solved: solved.log_likelihood)
+        scale = _scale(means_S, noise_S)
+        best = max((_Solved(*data, each, scale) for each in grid), key=lambda solved: solved.log_likelihood)
         return self._of_pool(best, seen, means_S, noise_S)
 
     def _of_pool(
@@ -165,10 +179,15 @@ def _grid(
     means_S: Float[np.ndarray, " S"], noise_S: Float[np.ndarray, " S"], *, two_tasks: bool
 ) -> list[Hyperparameters]:
     """Hyper-parameters to try, in the scale of the slopes that were seen."""
-    excess = float((means_S**2 - noise_S).mean())
-    scale = max(excess, 0.1 * float((means_S**2).mean()), float(np.finfo(float).tiny))
+    scale = _scale(means_S, noise_S)
     correlations = CORRELATIONS if two_tasks else (1.0,)
     return [Hyperparameters(scale * spread, *rest) for spread, *rest in product(SPREADS, OWN_SHARES, correlations)]
+
+
+def _scale(means_S: Float[np.ndarray, " S"], noise_S: Float[np.ndarray, " S"]) -> float:
+    """Mean square of the slopes, without that of their errors."""
+    excess = float((means_S**2 - noise_S).mean())
+    return max(excess, 0.1 * float((means_S**2).mean()), float(np.finfo(float).tiny))
 
 
 class _Solved:
@@ -185,6 +204,7 @@ class _Solved:
         means_S: Float[np.ndarray, " S"],
         noise_S: Float[np.ndarray, " S"],
         chosen: Hyperparameters,
+        scale: float,
     ) -> None:
         self.chosen = chosen
         rho, two_tasks = chosen.correlation, chosen.correlation < 1
@@ -194,19 +214,24 @@ class _Solved:
             parts.append(features_SF * np.where(validation_S, np.sqrt(1 - rho**2), 0.0)[:, None])
         z_SD = np.concatenate(parts, axis=1)
         weight_S = 1 / (chosen.spread * (chosen.own_share + beyond_S) + noise_S)
-        precision = np.eye(z_SD.shape[1]) / chosen.spread + z_SD.T @ (weight_S[:, None] * z_SD)
+        variance_D, self._prior_D = np.full(z_SD.shape[1], chosen.spread), np.zeros(z_SD.shape[1])
+        likeness = features_SF.shape[1] - 1
+        variance_D[likeness :: likeness + 1] = LIKENESS**2 * scale
+        self._prior_D[likeness] = LIKENESS * scale**0.5
+        rest_S = means_S - z_SD @ self._prior_D
+        precision = np.diag(1 / variance_D) + z_SD.T @ (weight_S[:, None] * z_SD)
         self._root = np.linalg.cholesky(precision)
-        target = z_SD.T @ (weight_S * means_S)
+        target = z_SD.T @ (weight_S * rest_S)
         half = np.linalg.solve(self._root, target)
         self._half = half
-        log_determinant = 2 * np.log(np.diag(self._root)).sum() + z_SD.shape[1] * np.log(chosen.spread)
-        quadratic = float((weight_S * means_S**2).sum() - half @ half)
+        log_determinant = 2 * np.log(np.diag(self._root)).sum() + np.log(variance_D).sum()
+        quadratic = float((weight_S * rest_S**2).sum() - half @ half)
         self.log_likelihood = -0.5 * float(
             log_determinant - np.log(weight_S).sum() + quadratic + len(means_S) * np.log(2 * np.pi)
         )
 
     def mean(self) -> Float[np.ndarray, " D"]:
-        found: np.ndarray = np.linalg.solve(self._root.T, self._half)
+        found: np.ndarray = self._prior_D + np.linalg.solve(self._root.T, self._half)
         return found
 
     def covariance(self) -> Float[np.ndarray, "D D"]:
@@ -304,6 +329,26 @@ def kernel_features(
     for start in range(0, len(points_PE), BLOCK):
         part = slice(start, start + BLOCK)
         found[part] = np.exp(-_squares(points_PE[part].astype(np.float64), landmarks) / width) @ root
+    return found
+
+
+def likeness(points_NE: Float[np.ndarray, "N E"], validation_ME: Float[np.ndarray, "M E"]) -> Float[np.ndarray, " P"]:
+    """How much more a point is like a validation set than the pool on average, in standard deviations of the pool.
+
+    l_i = max(0, c_i - mean c) / sd c, at most 3, with c_i the cosine with the nearest validation prompt: for the pool's
+    prompts, and then for the validation prompts, of which each has the nearest other one.
+    """
+    unit_ME = _unit(validation_ME)
+    blocks = (points_NE[start : start + BLOCK] for start in range(0, len(points_NE), BLOCK))
+    cosines_N = np.concatenate([(_unit(block) @ unit_ME.T).max(axis=1) for block in blocks])
+    own_MM = unit_ME @ unit_ME.T - 2 * np.eye(len(unit_ME))
+    deviation = float(cosines_N.std())
+    centred_P = np.concatenate([cosines_N, own_MM.max(axis=1)]) - cosines_N.mean()
+    return np.clip(centred_P / deviation, 0.0, MOST_ALIKE) if deviation > 0 else np.zeros(len(centred_P))
+
+
+def _unit(rows_RE: Float[np.ndarray, "R E"]) -> Float[np.ndarray, "R E"]:
+    found: np.ndarray = rows_RE / np.maximum(np.linalg.norm(rows_RE, axis=1, keepdims=True), 1e-12)
     return found
 
 

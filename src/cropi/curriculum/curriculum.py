@@ -19,6 +19,7 @@ from cropi.curriculum.belief import (
     Posterior,
     RewardBelief,
     kernel_features,
+    likeness,
 )
 from cropi.errors import ArtifactError
 
@@ -27,7 +28,7 @@ GREEDY = 0.8  # of the other places: by the posterior mean; the rest by a joint 
 COOLDOWN = 3  # steps before a prompt may be chosen again: until its group has been observed
 FIRST_ROUND = 8  # steps from the first fresh completions of validation prompts to the next; doubled every time
 ROUND_STEPS = 3.0  # completions of a round, in those of a training step
-REFIT_EVERY = 4  # steps between two choices of hyper-parameters
+REFIT = 4  # least steps between two choices of hyper-parameters; later a quarter of all steps so far
 ENOUGH = 8  # groups of either kind before the gain of choosing is judged
 GAIN_HALF_LIFE = 32.0  # steps
 
@@ -84,6 +85,7 @@ class Curriculum:
         self._sizes = {name: len(validation[name]) for name in self._names}
         features_PF = kernel_features(np.concatenate(every), self._pool)
         self._rewards = RewardBelief(features_PF)
+        self._likeness = {name: likeness(points_NE, validation[name]) for name in self._names}
         self._influence = {name: self._belief(features_PF, name) for name in self._names}
         self._fingerprint = hashlib.sha256(features_PF).hexdigest()  # type: ignore[arg-type] # contiguous
         self._seed, self._scaling, self._observe_only = seed, scaling, observe_only
@@ -100,7 +102,8 @@ class Curriculum:
 
     def _belief(self, features_PF: Float[np.ndarray, "P F"], name: str) -> InfluenceBelief:
         start = self._first[name]
-        return InfluenceBelief(features_PF[: self._pool], features_PF[start : start + self._sizes[name]])
+        own_MF = features_PF[start : start + self._sizes[name]]
+        return InfluenceBelief(features_PF[: self._pool], own_MF, self._likeness[name])
 
     # Choosing
 
@@ -131,24 +134,24 @@ class Curriculum:
         """
         if self._observe_only or self._is_no_better():
             return None
-        if self.rewards_only:
-            return _Plan([""], np.ones(1), {"mean": np.zeros((1, self._pool))})
         learnability_P = self._learnability()
-        known = [(name, found) for name in self._names if (found := self._posterior(name, step)) is not None]
-        if not known:
-            return None
-        left_V = np.array([learnability_P[self._members(name)].mean() for name, _ in known])
+        known = [(name, None if self.rewards_only else self._posterior(name, step)) for name in self._names]
+        left_V = np.array([learnability_P[self._members(name)].mean() for name in self._names])
         slopes = {
-            "mean": np.stack([posterior.means() for _, posterior in known]),
-            "draw": np.stack([posterior.draw(generator) for _, posterior in known]),
+            "mean": np.stack([self._likely(name) if found is None else found.means() for name, found in known]),
+            "draw": np.stack([self._likely(name) if found is None else found.draw(generator) for name, found in known]),
         }
         gains = {source: learnability_P[: self._pool] * without_harm(slopes_VN) for source, slopes_VN in slopes.items()}
-        return _Plan([name for name, _ in known], left_V / left_V.sum(), gains)
+        return _Plan(self._names, left_V / left_V.sum(), gains)
+
+    def _likely(self, name: str) -> Float[np.ndarray, " N"]:
+        """Slopes where no influence is known: likeness to the set."""
+        return self._likeness[name][: self._pool]
 
     def _posterior(self, name: str, step: int) -> Posterior | None:
         """Belief about a set, with hyper-parameters that are chosen anew every few steps."""
         belief, (since, chosen) = self._influence[name], self._fitted.get(name, (0, None))
-        if chosen is not None and step - since < REFIT_EVERY:
+        if chosen is not None and step - since < max(REFIT, since // 4):
             return belief.posterior(chosen)
         found = belief.posterior()
         if found is not None:
