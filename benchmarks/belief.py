@@ -3,8 +3,10 @@
     python benchmarks/belief.py runs/quickstart ...
 
 Every step's slopes are predicted from those of earlier steps, as the belief would have had it then. The error of an
-observation that is still to come is taken as the mean of those before. The constant model is a normal distribution with
-the mean and variance of all earlier slopes. It needs the checkpoint of the run's end.
+observation that is still to come is taken as the mean of those before. The constant model is a normal distribution
+the with the mean and variance of all earlier slopes. `factor` multiplies all errors; the three columns after it are with
+the one that predicts best. The last two are the areas under the curve of wrong answers: of prompts trained on, and of
+all. It needs the checkpoint of the run's end.
 """
 
 from __future__ import annotations
@@ -16,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
 import pyarrow.parquet as pq
+
 from cropi.builtin import difficulty, generate
 from cropi.curriculum.belief import InfluenceBelief
 from cropi.curriculum.curriculum import Curriculum
@@ -27,6 +29,21 @@ from cropi.training.curriculum_state import load_state
 
 FIRST_STEP = 16
 QUANTILES = (0.6745, 1.6449)  # of 50 and 90 %
+FACTORS = tuple(2.0**power for power in range(-6, 4))
+COLUMNS = (
+    "run",
+    "n",
+    "50 %",
+    "90 %",
+    "log density",
+    "constant's",
+    "factor",
+    "50 %",
+    "90 %",
+    "log density",
+    "AUC",
+    "all",
+)
 
 
 def finished(run: Path) -> tuple[Curriculum, dict[str, Any], list[str]]:
@@ -44,28 +61,40 @@ def finished(run: Path) -> tuple[Curriculum, dict[str, Any], list[str]]:
     return Curriculum(pool_NE, validation, seed=0), load_state(last)["curriculum"], members["train"]
 
 
-def foretold(belief: InfluenceBelief, seen_O4: np.ndarray, pool: int) -> list[tuple[float, float, float]]:
-    """By observation: its slope less the predicted mean over the deviation, and both models' log densities."""
-    found = list[tuple[float, float, float]]()
-    for step in np.unique(seen_O4[:, 3]):
-        now = seen_O4[(seen_O4[:, 3] == step) & (seen_O4[:, 0] < pool)]
-        before = seen_O4[seen_O4[:, 3] < step]
-        posterior = belief.posterior() if step >= FIRST_STEP and len(now) else None
+def foretold(belief: InfluenceBelief, seen_O5: np.ndarray, pool: int) -> list[tuple[float, ...]]:
+    """By observation: the slope less its predicted mean, the predicted variances of slope and error, and what the
+    constant model says: the slope less its mean, and the variance.
+    """
+    found = list[tuple[float, ...]]()
+    for step in np.unique(seen_O5[:, 4]):
+        at_once = seen_O5[seen_O5[:, 4] == step]
+        now, before = at_once[at_once[:, 0] < pool], seen_O5[seen_O5[:, 4] < step]
+        constant = before[before[:, 0] < pool][:, 1]
+        posterior = belief.posterior() if step >= FIRST_STEP and len(now) and len(constant) > 1 else None
         if posterior is not None:
-            places, slopes = now[:, 0].astype(int), now[:, 1]
-            variances = posterior.variances()[places] + before[:, 2].mean()
-            gaps = slopes - posterior.means()[places]
-            constant = before[before[:, 0] < pool][:, 1]
-            logs = [_log(gaps, variances), _log(slopes - constant.mean(), np.full(len(now), constant.var()))]
-            found += zip(gaps / np.sqrt(variances), *logs, strict=True)
-        for point, slope, error, at in seen_O4[seen_O4[:, 3] == step]:
-            belief.observe(int(point), slope, error, int(at))
+            places, slopes, many = now[:, 0].astype(int), now[:, 1], np.ones(len(now))
+            variances = posterior.variances()[places]
+            gaps, errors = slopes - posterior.means()[places], before[:, 3].mean() * many
+            found += zip(gaps, variances, errors, slopes - constant.mean(), constant.var() * many, strict=True)
+        for point, slope, half_difference, error, at in at_once:
+            belief.observe(int(point), slope, error, int(at), half_difference)
     return found
 
 
-def _log(gaps: np.ndarray, variances: np.ndarray) -> np.ndarray:
-    found: np.ndarray = -0.5 * (gaps**2 / variances + np.log(2 * np.pi * variances))
-    return found
+def _log(gaps: np.ndarray, variances: np.ndarray) -> float:
+    return float(-0.5 * (gaps**2 / variances + np.log(2 * np.pi * variances)).mean())
+
+
+def predictive(rows: list[tuple[float, ...]]) -> str:
+    """Coverage, mean log densities, and the factor of all errors that would have predicted best."""
+    gaps, variances, errors, constant_gaps, constant_variances = np.array(rows).T
+    inside = [float((abs(gaps) < quantile * np.sqrt(variances + errors)).mean()) for quantile in QUANTILES]
+    factor = max(FACTORS, key=lambda factor: _log(gaps, variances + factor * errors))
+    logs = [_log(gaps, variances + errors), _log(constant_gaps, constant_variances)]
+    logs.append(_log(gaps, variances + factor * errors))
+    scaled = [float((abs(gaps) < q * np.sqrt(variances + factor * errors)).mean()) for q in QUANTILES]
+    cells = [str(len(gaps)), *(f"{value:.3f}" for value in (*inside, *logs[:2])), f"{factor:.2f}"]
+    return " | ".join([*cells, *(f"{value:.3f}" for value in (*scaled, logs[2]))])
 
 
 def wrong_answers(config: dict[str, Any]) -> dict[str, bool]:
@@ -94,16 +123,12 @@ def area(scores: np.ndarray, wrong: np.ndarray) -> float:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+")
-    print("| run | observations | within 50 % | within 90 % | log density | constant's | wrong: AUC trained on | all |")
-    print("|---|---|---|---|---|---|---|---|")
+    print(f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|")
     for run in parser.parse_args(arguments).runs:
         curriculum, state, ids = finished(run)
-        rows = list[tuple[float, float, float]]()
+        rows = list[tuple[float, ...]]()
         for name, belief in curriculum._influence.items():
             rows += foretold(belief, state[f"influence/{name}/seen"], len(ids))
-        z, log, constant = np.array(rows).T
-        inside = [float((abs(z) < quantile).mean()) for quantile in QUANTILES]
-        line = f"| {run.name} | {len(z)} | {inside[0]:.3f} | {inside[1]:.3f} | {log.mean():.3f} | {constant.mean():.3f} "
         known = wrong_answers(json.loads((run / "config.json").read_text(encoding="utf-8")))
         for group in _rewards(run):
             curriculum._rewards.observe(ids.index(group[0]), np.array(group[2], dtype=float), group[1])
@@ -111,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         wrong = np.array([known.get(prompt_id, False) for prompt_id in ids])
         scores, seen = curriculum._rewards.wrong_labels(len(ids)), state["times"] > 0
         parts = [area(scores[which], wrong[which]) for which in (labelled & seen, labelled)]
-        print(line + f"| {parts[0]:.3f} | {parts[1]:.3f} |", flush=True)
+        print(f"| {run.name} | {predictive(rows)} | {parts[0]:.3f} | {parts[1]:.3f} |", flush=True)
 
 
 def _rewards(run: Path) -> list[tuple[str, int, list[float]]]:

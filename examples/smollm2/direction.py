@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from grpo import Group, Packed, Policy, Question, log_probs, pack
+from grpo import Group, Packed, Policy, Question, Row, log_probs, pack
 from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
 
@@ -102,7 +102,7 @@ def measure(
         whole = torch.zeros(2, size)
         for start in parts:
             part = slice(start, start + TOGETHER)
-            packed = pack([(group.question.prompt, group.completions[part], weights[part])])
+            packed = pack([Row(group.question.prompt, group.completions[part], weights[part])])
             with sketcher.reading(packed) as found, torch.autocast("cpu", torch.bfloat16):
                 logs = log_probs(policy.model, packed)
                 own = logs.detach()

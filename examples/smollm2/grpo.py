@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from decode import sample
@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 EPSILON = 1e-4  # added to a group's standard deviation, as TRL does
+IGNORED = -100  # a token without a loss
+R = TypeVar("R", bound="Row")
 
 
 @dataclass(frozen=True)
@@ -43,10 +45,34 @@ class Group:
     def pass_rate(self) -> float:
         return sum(self.rewards) / len(self.rewards)
 
+    @property
+    def is_mixed(self) -> bool:
+        """Whether its rewards differ, without which there is no gradient."""
+        return len(set(self.rewards)) > 1
+
+    @property
+    def row(self) -> "Row":
+        """All its completions, with their advantages as weights."""
+        return Row(self.question.prompt, self.completions, self.advantages().tolist())
+
     def advantages(self) -> Tensor:
         """(r - mean) / (s + EPSILON), with Bessel's correction in s."""
         rewards = torch.tensor(self.rewards)
         return (rewards - rewards.mean()) / (rewards.std() + EPSILON)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A prompt and completions that share its pass, with the weight of each in the loss."""
+
+    prompt: Sequence[int]
+    completions: Sequence[Sequence[int]]
+    weights: Sequence[float]
+
+    @property
+    def size(self) -> int:
+        """Tokens that the row takes."""
+        return len(self.prompt) - 1 + sum(1 + len(completion) for completion in self.completions)
 
 
 @dataclass(frozen=True)
@@ -62,19 +88,19 @@ class Packed:
     weights_T: Tensor
 
 
-def pack(groups: Sequence[tuple[Sequence[int], Sequence[Sequence[int]], Sequence[float]]]) -> Packed:
-    """Pack (prompt, completions, weight of each completion)."""
-    length = max(len(prompt) - 1 + sum(1 + len(c) for c in completions) for prompt, completions, _ in groups)
-    ids = torch.zeros(len(groups), length, dtype=torch.long)
+def pack(rows: Sequence[Row]) -> Packed:
+    """Pack rows, padded to the longest."""
+    length = max(row.size for row in rows)
+    ids = torch.zeros(len(rows), length, dtype=torch.long)
     positions, branch = torch.zeros_like(ids), torch.full_like(ids, -1)
     before: list[int] = []
     tokens: list[int] = []
     weights: list[float] = []
-    for row, (prompt, completions, own) in enumerate(groups):
-        start = len(prompt) - 1
+    for row, each in enumerate(rows):
+        prompt, start = each.prompt, len(each.prompt) - 1
         ids[row, :start] = torch.tensor(prompt[:-1])
         positions[row, :start], branch[row, :start] = torch.arange(start), 0
-        for number, (completion, weight) in enumerate(zip(completions, own, strict=True), start=1):
+        for number, (completion, weight) in enumerate(zip(each.completions, each.weights, strict=True), start=1):
             end = start + 1 + len(completion)
             ids[row, start:end] = torch.tensor([prompt[-1], *completion])
             positions[row, start:end] = torch.arange(len(prompt) - 1, len(prompt) + len(completion))
@@ -92,30 +118,38 @@ def pack(groups: Sequence[tuple[Sequence[int], Sequence[Sequence[int]], Sequence
     )
 
 
-def log_probs(model: PreTrainedModel, packed: Packed) -> Tensor:
-    """Log-probability of every completion token, float32."""
+def log_probs(model: PreTrainedModel, packed: Packed, *, by_row: bool = False) -> Tensor:
+    """Log-probability of every completion token, float32.
+
+    The head's output is tokens x vocabulary, without padding. `by_row`: rows x tokens x vocabulary, as a `Reader` of
+    its gradient needs.
+    """
     hidden = model.model(
         input_ids=packed.ids_UL,
         attention_mask=packed.mask_U1LL,
         position_ids=packed.positions_UL,
         use_cache=False,
     ).last_hidden_state
-    logits = model.lm_head(hidden.flatten(0, 1)[packed.before_T])
-    return -nn.functional.cross_entropy(logits.float(), packed.tokens_T, reduction="none")
+    if not by_row:
+        logits = model.lm_head(hidden.flatten(0, 1)[packed.before_T])
+        return -nn.functional.cross_entropy(logits.float(), packed.tokens_T, reduction="none")
+    counts = torch.bincount(packed.before_T // hidden.shape[1], minlength=len(hidden))
+    taken = torch.arange(int(counts.max())) < counts[:, None]
+    before, tokens = torch.zeros_like(taken, dtype=torch.long), torch.full_like(taken, IGNORED, dtype=torch.long)
+    before[taken], tokens[taken] = packed.before_T % hidden.shape[1], packed.tokens_T
+    logits = model.lm_head(hidden[torch.arange(len(hidden))[:, None], before]).flatten(0, 1)
+    losses = nn.functional.cross_entropy(logits.float(), tokens.flatten(), reduction="none", ignore_index=IGNORED)
+    return -losses.view_as(tokens)[taken]
 
 
-def chunks(groups: Sequence[Group], tokens: int) -> Iterator[list[Group]]:
-    """Groups by length, in chunks whose padded rows hold at most `tokens` tokens, or one group."""
-
-    def size(group: Group) -> int:
-        return len(group.question.prompt) + sum(map(len, group.completions)) + len(group.completions)
-
-    chunk: list[Group] = []
-    for group in sorted(groups, key=size):
-        if chunk and size(group) * (len(chunk) + 1) > tokens:
+def chunks(rows: Sequence[R], tokens: int) -> Iterator[list[R]]:
+    """Rows by size, in chunks that hold at most `tokens` tokens with their padding, or one row."""
+    chunk: list[R] = []
+    for row in sorted(rows, key=lambda row: row.size):
+        if chunk and row.size * (len(chunk) + 1) > tokens:
             yield chunk
             chunk = []
-        chunk.append(group)
+        chunk.append(row)
     if chunk:
         yield chunk
 
@@ -174,19 +208,25 @@ class Policy:
     def accumulate(self, groups: Sequence[Group], *, tokens: int = 1024) -> float:
         """Add the gradient of the loss to `.grad`; returns the loss. Z = completions x `longest`, as in dr_grpo."""
         normaliser = sum(len(group.completions) for group in groups) * self.longest
-        loss = 0.0
-        for chunk in chunks([group for group in groups if len(set(group.rewards)) > 1], tokens):
-            packed = pack([(g.question.prompt, g.completions, g.advantages().tolist()) for g in chunk])
-            with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
-                found = log_probs(self.model, packed)
-            part = -(packed.weights_T * (found - found.detach()).exp()).sum() / normaliser
-            part.backward()
-            loss += float(part.detach())
-        return loss
+        rows = [group.row for group in groups if group.is_mixed]
+        return sum(self.backward(chunk, normaliser) for chunk in chunks(rows, tokens))
+
+    def backward(self, rows: Sequence[Row], normaliser: float, *, by_row: bool = False) -> float:
+        """Add the gradient of some rows' part of the loss to `.grad`; returns that part."""
+        packed = pack(rows)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+            found = log_probs(self.model, packed, by_row=by_row)
+        loss = -(packed.weights_T * (found - found.detach()).exp()).sum() / normaliser
+        loss.backward()
+        return float(loss.detach())
 
     def step(self, groups: Sequence[Group]) -> float:
         """One GRPO step; returns the norm of its gradient before clipping to 1."""
         self.accumulate(groups)
+        return self.update()
+
+    def update(self) -> float:
+        """Step along the gradients that were added up; returns their norm before clipping to 1."""
         norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), 1.0))
         self.optimizer.step()
         self.optimizer.zero_grad()

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from direction import centred
-from grpo import Group, Policy, Question, log_probs, pack
+from grpo import Group, Policy, Question, Row, log_probs, pack
 from torch import Tensor
 
 from cropi.functional.agreement import spearman
@@ -36,7 +36,7 @@ def direction(policy: Policy, groups: Sequence[Group]) -> list[Tensor]:
     """The mean gradient of the expected reward, by parameter."""
     policy.optimizer.zero_grad()
     for group in groups:
-        packed = pack([(group.question.prompt, group.completions, centred(group.rewards))])
+        packed = pack([Row(group.question.prompt, group.completions, centred(group.rewards))])
         with torch.autocast("cpu", torch.bfloat16):
             logs = log_probs(policy.model, packed)
         ((packed.weights_T * logs).sum() / len(group.completions) / len(groups)).backward()
@@ -50,7 +50,7 @@ def sums(policy: Policy, groups: Sequence[Group]) -> Any:
     """Log-probability of every completion, prompts x completions."""
     found = []
     for group in groups:
-        packed = pack([(group.question.prompt, group.completions, [0.0] * len(group.completions))])
+        packed = pack([Row(group.question.prompt, group.completions, [0.0] * len(group.completions))])
         with torch.autocast("cpu", torch.bfloat16):
             logs = log_probs(policy.model, packed)
         found.append([float(part.sum()) for part in logs.split([len(c) for c in group.completions])])

@@ -22,6 +22,7 @@ from cropi.functional.principal_points import principal_points
 
 HALF_LIFE = 16  # steps after which a group's rewards count half
 COOL = 4  # steps before a prompt may come again
+HIDDEN = ("by_question", "groups", "influence")  # of a line of the log, when it is printed
 
 
 class Choice(Protocol):
@@ -86,8 +87,8 @@ def distances(first: Any, second: Any) -> Any:
 
 
 @torch.inference_mode()
-def representations(policy: Policy, questions: Sequence[Question], batch: int = 64) -> Any:
-    """Mean last hidden state of each prompt's tokens, questions x width."""
+def representations(policy: Policy, questions: Sequence[Question], batch: int = 64, depth: float = 1.0) -> Any:
+    """Mean hidden state of each prompt's tokens at a depth from 0 to 1, the last layer; questions x width."""
     order = sorted(range(len(questions)), key=lambda n: len(questions[n].prompt))
     found: list[Any] = [None] * len(questions)
     for start in range(0, len(order), batch):
@@ -95,7 +96,10 @@ def representations(policy: Policy, questions: Sequence[Question], batch: int = 
         width = len(questions[part[-1]].prompt)
         ids = torch.tensor([[*questions[n].prompt, *[0] * (width - len(questions[n].prompt))] for n in part])
         mask = torch.tensor([[1] * len(questions[n].prompt) + [0] * (width - len(questions[n].prompt)) for n in part])
-        hidden = policy.sampler.model(input_ids=ids, attention_mask=mask).last_hidden_state.float()
+        layers = policy.sampler.model(
+            input_ids=ids, attention_mask=mask, use_cache=False, output_hidden_states=True
+        ).hidden_states
+        hidden = layers[min(round(depth * len(layers)), len(layers) - 1)].float()
         means = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
         for n, mean in zip(part, means.numpy(), strict=True):
             found[n] = mean
@@ -162,23 +166,24 @@ class Run:
     def __init__(self, folder: Path, policy: Policy) -> None:
         self.folder, self.policy = folder, policy
         folder.mkdir(parents=True, exist_ok=True)
-        self.step, self.lines = 0, []
+        self.step, self.lines = 0, list[dict[str, Any]]()
+        self.more: dict[str, Any] = {}  # `more`: what else the state has
         if (folder / "state.pt").exists():
             state = torch.load(folder / "state.pt", weights_only=True)
             policy.load(state)
             self.step = int(state["step"])
-            self.lines = [json.loads(line) for line in state["log"]]
+            self.lines, self.more = [json.loads(line) for line in state["log"]], state.get("more", {})
 
     def save(self) -> None:
         log = [json.dumps(line) for line in self.lines]
         (self.folder / "log.jsonl").write_text("".join(line + "\n" for line in log), encoding="utf-8")
-        torch.save(self.policy.state() | {"step": self.step, "log": log}, self.folder / "state.tmp")
+        torch.save(self.policy.state() | {"step": self.step, "log": log, "more": self.more}, self.folder / "state.tmp")
         (self.folder / "state.tmp").replace(self.folder / "state.pt")
 
     def write(self, line: dict[str, Any]) -> None:
         self.lines.append(line)
         print(
-            json.dumps({name: value for name, value in line.items() if name not in ("by_question", "groups")}),
+            json.dumps({name: value for name, value in line.items() if name not in HIDDEN}),
             flush=True,
         )
 

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from cropi.curriculum.curriculum import COOLDOWN, Choice, Curriculum, _ratio, even_counts, without_harm
+from cropi.curriculum.curriculum import COOLDOWN, Choice, Curriculum, even_counts, without_harm
 from cropi.errors import ArtifactError
+from cropi.functional.ratio import ratio_interval
 
 
 class World:
@@ -141,8 +142,8 @@ def test_what_choosing_gains_is_known_and_choosing_stops_where_it_harms() -> Non
 
 def test_the_interval_of_a_ratio_by_hand() -> None:
     # Fieller: 4 / 2 with variances 0.25 and 0: the bounds of 4 +- 1.96 x 0.5, over 2
-    assert _ratio(4, 0.25, 2, 0.0) == pytest.approx((2, 1.51, 2.49))
-    assert _ratio(1, 0.1, 0.1, 1.0) == (pytest.approx(10), float("-inf"), float("inf"))
+    assert ratio_interval(4, 0.25, 2, 0.0) == pytest.approx((2, 1.51, 2.49))
+    assert ratio_interval(1, 0.1, 0.1, 1.0) == (pytest.approx(10), float("-inf"), float("inf"))
 
 
 def test_where_nothing_helps_prompts_that_teach_something_are_drawn() -> None:

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "smoll
 
 import pilot
 from direction import Measured, Products, Sketcher, agreement, by_spread, centred, equal, gradients
-from grpo import Group, Policy, Question, log_probs, pack
+from grpo import Group, Policy, Question, Row, log_probs, pack
 from improvement import change, table
 from pilot import Likeness, Shuffled
 
@@ -30,7 +30,7 @@ def test_the_branches_of_a_sketch_add_up_to_the_weight_gradient_between_its_proj
     row = generate("sum", split="train", count=1, seed=0)[0]
     question = Question(row["prompt"], row["answer"], "", tuple(policy.tokenizer(row["prompt"])["input_ids"]))
     completions = policy.sample([question], 6)[0].completions
-    packed = pack([(question.prompt, completions, [1.0, -1.0, 0.5, 2.0, -0.5, 1.0])])
+    packed = pack([Row(question.prompt, completions, [1.0, -1.0, 0.5, 2.0, -0.5, 1.0])])
     sketcher = Sketcher(policy.model)
     policy.optimizer.zero_grad()
     with sketcher.reading(packed) as found:
@@ -49,7 +49,7 @@ def test_completions_do_not_see_each_other_in_a_sketch(policy: Policy) -> None:
     first, second, third = [5, 6, 7], [8, 9], [6, 6, 6, 6]
     sketches = []
     for other in (second, third):
-        packed = pack([(prompt, [first, other], [1.0, 1.0])])
+        packed = pack([Row(prompt, [first, other], [1.0, 1.0])])
         sketcher = Sketcher(policy.model)
         with sketcher.reading(packed) as found:
             (packed.weights_T * log_probs(policy.model, packed)).sum().backward()

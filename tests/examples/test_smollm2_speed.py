@@ -17,7 +17,7 @@ from cropi.builtin import POLICY_DIR, generate
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "smollm2"))
 
 from decode import sample
-from grpo import Group, Policy, Question, log_probs, pack
+from grpo import Group, Policy, Question, Row, log_probs, pack
 from speed import trl_inputs
 
 
@@ -129,7 +129,7 @@ def test_the_step_has_the_gradient_of_trl(tmp_path: Path, own: Policy) -> None:
 
 def test_a_prompt_s_own_gradient_is_the_sum_over_its_row(own: Policy) -> None:
     """Read at one layer in the pass of three prompts; the oracle is the gradient of each prompt's loss alone."""
-    groups = [(g.question.prompt, g.completions, [1.0, -1.0] * 4) for g in groups_of(own, 1)]
+    groups = [Row(g.question.prompt, g.completions, [1.0, -1.0] * 4) for g in groups_of(own, 1)]
     layer = own.model.model.layers[0].mlp.down_proj
     kept: dict[str, torch.Tensor] = {}
 
