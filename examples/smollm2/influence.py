@@ -121,6 +121,7 @@ class Influence:
         self.validation.bf16 = policy.bf16
         self.reader: Reader | None = None
         self.checked, self.share_read = False, float("nan")
+        self.unread: list[str] = []  # parameters that the check left out
         self.width = read_width(policy.model)
 
     def renew(self, step: int) -> dict[str, Any] | None:
@@ -183,7 +184,7 @@ class Influence:
         wrong, share = reader.exclude_unfaithful()
         if np.isnan(share):  # no gradient yet
             return False
-        self.checked, self.share_read = True, share
+        self.checked, self.share_read, self.unread = True, share, wrong
         if share < ENOUGH_READ:
             self.curriculum.rewards_only = True
         self.validation.readable = reader.read_parameters
