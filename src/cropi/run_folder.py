@@ -3,6 +3,7 @@
 config.json  environment.json  ledger.jsonl  summary.json  report.html  report.md
 prompts/  representations/  trajectories/                   before training
 scores/stage-NNN/  selections/stage-NNN/                    made at the start of a stage
+beliefs/stage-NNN/                                          made at its end, where prompts are chosen by influence
 imported/                                                   from another trainer, by `cropi import`
 checkpoints/  evaluations/  steps.jsonl  metrics.jsonl  rewards.jsonl  choices.jsonl
 other-checkpoints/NAME-HASH/  (scores, selections and evaluations of checkpoints from outside)
@@ -57,6 +58,10 @@ class StagePaths:
 
     def selection(self, stage: int) -> Path:
         return self._of("selections", stage)
+
+    def beliefs(self, stage: int) -> Path:
+        """What was believed of the pool at the end of a stage, where influence is read while training."""
+        return self._of("beliefs", stage)
 
     @property
     def imported(self) -> Path:
@@ -260,7 +265,7 @@ class RunFolder:
 
 
 BEFORE_TRAINING = ("prompts", "representations", "trajectories")
-BY_STAGE = ("scores", "selections")
+BY_STAGE = ("scores", "selections", "beliefs")
 OUTSIDE = "other-checkpoints"
 CONFIG = "config.json"
 ENVIRONMENT = "environment.json"

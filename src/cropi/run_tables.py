@@ -39,6 +39,13 @@ def scores_schema(validation_sets: Iterable[str]) -> pa.Schema:
     )
 
 
+def beliefs_schema(validation_sets: Iterable[str]) -> pa.Schema:
+    """Columns of what is believed of the pool at the end of a stage; influence is null before anything is known."""
+    influence = [f"{kind}/{name}" for name in sorted(validation_sets) for kind in ("influence", "standard_error")]
+    known = [("prompt_id", pa.string()), ("times_drawn", pa.int64()), ("pass_rate", pa.float64())]
+    return pa.schema([*known, *((name, pa.float64()) for name in influence)])
+
+
 def evaluation_files(folder: Path, *, all_there: bool = False) -> dict[int, Path]:
     """Tables of finished evaluations by optimiser step, in ascending order; step 0 is the base policy.
 

@@ -12,6 +12,7 @@ from cropi.curriculum.belief import (
     OWN_SHARES,
     SPREADS,
     InfluenceBelief,
+    Posterior,
     RewardBelief,
     kernel_features,
     likeness,
@@ -53,6 +54,39 @@ def test_likeness_is_expected_to_help_and_learned_by_hand(monkeypatch: pytest.Mo
     assert found.mean_F[1] == pytest.approx(3**0.5 / 2 + gain * (2 - 3**0.5 / 2))
     assert found.root_FF[1, 1] ** 2 == pytest.approx(0.75 * (1 - gain))
     assert found.means()[1] == pytest.approx(2 * found.mean_F[1])
+
+
+def test_evidence_counts_as_far_as_both_halves_of_the_direction_agree() -> None:
+    """Both halves say the same of points 0 and 1; of 2 and 3 they disagree, however often they are seen."""
+    features, halves = np.eye(4), np.array([[2.0, 2.0], [2.0, 2.0], [2.0, -2.0], [2.0, -2.0]])
+    found = {}
+    for name, points in (("same", [0, 1]), ("opposite", [2, 3]), ("both", [0, 1, 2, 3])):
+        belief = believing(features, 4)
+        for n in range(200):
+            first, second = halves[points[n % len(points)]]
+            mean, half_difference = (first + second) / 2, (first - second) / 2
+            noise = 0.1 * (-1) ** (n // 4)
+            belief.observe(points[n % len(points)], mean + noise, 0.01 + half_difference**2, 0, half_difference)
+        posterior = belief.posterior()
+        assert posterior is not None
+        found[name] = posterior
+    assert found["same"].reliability == 1
+    assert found["opposite"].reliability == 0
+    assert found["opposite"].means() == pytest.approx(np.zeros(4))
+    evidence, difference = found["both"], found["both"].difference_F[:4]
+    raw = evidence.means() / evidence.reliability
+    assert evidence.reliability == pytest.approx(1 - (found_squares(evidence) / (raw @ raw)))
+    assert abs(difference[2]) > 10 * abs(difference[0])
+    draws = np.stack([evidence.draw(np.random.default_rng(seed)) for seed in range(4000)])
+    assert draws.std(axis=0) ** 2 == pytest.approx(evidence.variances(), rel=0.1)
+    assert np.corrcoef(draws[:, 2], draws[:, 3])[0, 1] > 0.5  # the direction's error is one for all
+
+
+def found_squares(posterior: Posterior) -> float:
+    """|m'|^2 from the parts of a posterior."""
+    common = posterior.features_NF @ posterior.difference_F
+    differences = (1 - posterior.trust_N) * common + posterior.trust_N * posterior.seen_N2[:, 1]
+    return float(differences @ differences)
 
 
 def test_likeness_by_hand() -> None:
@@ -121,13 +155,13 @@ def test_observations_of_one_point_combine_and_age(monkeypatch: pytest.MonkeyPat
     belief = believing(np.eye(2), 2)
     belief.observe(0, 3.0, 0.5, step=0)
     belief.observe(0, 1.0, 1.0, step=int(HALF_LIFE))  # by then the first counts half: precision 1 and 1
-    assert [values.tolist() for values in belief.summary()] == [[0], [2.0], [0.5]]
+    assert [values.tolist() for values in belief.summary()] == [[0], [[2.0, 0.0]], [0.5]]
     late = believing(np.eye(2), 2)
     late.observe(0, 1.0, 1.0, step=int(HALF_LIFE))
     late.observe(0, 3.0, 0.5, step=0)  # arrives late
-    assert [values.tolist() for values in late.summary()] == [[0], [2.0], [0.5]]
+    assert [values.tolist() for values in late.summary()] == [[0], [[2.0, 0.0]], [0.5]]
     belief.age_to(int(10.5 * HALF_LIFE))
-    assert belief.summary()[1].tolist() == [1.0]
+    assert belief.summary()[1].tolist() == [[1.0, 0.0]]
 
 
 def test_errors_are_mostly_the_mean_of_all() -> None:

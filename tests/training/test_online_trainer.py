@@ -40,6 +40,10 @@ def same(first: Weights, second: Weights) -> bool:
     return all(torch.equal(first[name], second[name]) for name in first)
 
 
+def beliefs(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.glob("beliefs/stage-*/*")}
+
+
 @pytest.fixture(scope="module")
 def online(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run(tmp_path_factory.mktemp("cropi"), "{type: cropi}")
@@ -74,6 +78,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(online: Path, tmp_path: Path)
     assert same(weights(folder), weights(online))
     choices = [[row["prompt_ids"] for row in json_lines(place / "choices.jsonl")] for place in (folder, online)]
     assert choices[0] == choices[1]
+    assert beliefs(folder) == beliefs(online)
+    assert len(beliefs(online)) == 4  # two stages, each with a manifest
     states = [place / "checkpoints" / "checkpoint-6" / "curriculum.json" for place in (folder, online)]
     assert json.loads(states[0].read_text())["values"] == json.loads(states[1].read_text())["values"]
 

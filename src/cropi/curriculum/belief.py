@@ -38,39 +38,66 @@ class Hyperparameters:
 
 @dataclass(frozen=True)
 class Posterior:
-    """Of the slopes f_i = x_i . w + u_i of the pool's prompts: influence per unit of learnability."""
+    """Of the slopes f_i = x_i . w + u_i of the pool's prompts: influence per unit of learnability.
+
+    The direction's error is the same for all prompts, so that no number of observations makes it smaller. Two halves
+    of the direction show it: m' is what is believed of half their difference. `reliability` is the share of the
+    evidence that is not such error, r = 1 - |m'|^2 / |m - m_0|^2 over the pool, with m the mean and m_0 the prior mean.
+    """
 
     features_NF: Float[np.ndarray, "N F"]
-    mean_F: Float[np.ndarray, " F"]
+    prior_F: Float[np.ndarray, " F"]  # mean of w before
+    mean_F: Float[np.ndarray, " F"]  # and after
+    difference_F: Float[np.ndarray, " F"]  # of half the difference between the halves of the direction
     root_FF: Float[np.ndarray, "F F"]  # R with R R^T the covariance of w
     trust_N: Float[np.ndarray, " N"]  # of a prompt's own observations: tau / (tau + 1 / precision); 0 if unseen
-    seen_N: Float[np.ndarray, " N"]  # their mean; 0 if unseen
+    seen_N2: Float[np.ndarray, "N 2"]  # their mean, and that of the half differences; 0 if unseen
     own_N: Float[np.ndarray, " N"]  # tau, prior variances of the own effects
     chosen: Hyperparameters
     log_likelihood: float
 
     def means(self) -> Float[np.ndarray, " N"]:
-        """Expected slopes."""
-        return self._given(self._common(self.mean_F))
+        """Expected slopes: m_0 + r (m - m_0)."""
+        prior_N = self._common(self.prior_F)
+        evidence_N = self._given(self._common(self.mean_F), self.seen_N2[:, 0]) - prior_N
+        found: np.ndarray = prior_N + self._reliability(evidence_N) * evidence_N
+        return found
+
+    @property
+    def reliability(self) -> float:
+        """Share of the evidence that is not the direction's error; 0 without evidence."""
+        evidence_N = self._given(self._common(self.mean_F), self.seen_N2[:, 0]) - self._common(self.prior_F)
+        return self._reliability(evidence_N)
 
     def variances(self) -> Float[np.ndarray, " N"]:
         """Variances of the slopes."""
         blocks = (self.features_NF[start : start + BLOCK] for start in range(0, len(self.features_NF), BLOCK))
         common_N = np.concatenate([((block @ self.root_FF) ** 2).sum(axis=1) for block in blocks])
-        return (1 - self.trust_N) ** 2 * common_N + (1 - self.trust_N) * self.own_N
+        own_N = (1 - self.trust_N) ** 2 * common_N + (1 - self.trust_N) * self.own_N
+        found: np.ndarray = own_N + self._differences() ** 2
+        return found
 
     def draw(self, generator: np.random.Generator) -> Float[np.ndarray, " N"]:
-        """One joint draw of all slopes."""
-        weights_F = self.mean_F + self.root_FF @ generator.standard_normal(len(self.mean_F))
+        """One joint draw of all slopes. The direction's error has one sign and size for all."""
+        common_N = self._common(self.root_FF @ generator.standard_normal(len(self.mean_F)))
         own_N = generator.standard_normal(len(self.trust_N)) * np.sqrt((1 - self.trust_N) * self.own_N)
-        return self._given(self._common(weights_F)) + own_N
+        found: np.ndarray = self.means() + (1 - self.trust_N) * common_N + own_N
+        return found + generator.standard_normal() * self._differences()
+
+    def _differences(self) -> Float[np.ndarray, " N"]:
+        return self._given(self._common(self.difference_F), self.seen_N2[:, 1])
+
+    def _reliability(self, evidence_N: Float[np.ndarray, " N"]) -> float:
+        squares = float(evidence_N @ evidence_N)
+        differences_N = self._differences()
+        return max(0.0, 1 - float(differences_N @ differences_N) / squares) if squares > 0 else 0.0
 
     def _common(self, weights_F: Float[np.ndarray, " F"]) -> Float[np.ndarray, " N"]:
         found: np.ndarray = self.features_NF @ weights_F.astype(self.features_NF.dtype)
         return found.astype(np.float64)
 
-    def _given(self, common_N: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
-        return (1 - self.trust_N) * common_N + self.trust_N * self.seen_N
+    def _given(self, common_N: Float[np.ndarray, " N"], seen_N: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
+        return (1 - self.trust_N) * common_N + self.trust_N * seen_N
 
 
 class InfluenceBelief:
@@ -97,14 +124,18 @@ class InfluenceBelief:
         likeness_P1 = likeness_P[:, None].astype(pool_NF.dtype)
         self._pool_NF = np.concatenate([pool_NF, likeness_P1[: self._pool]], axis=1)
         self._validation_MF = np.concatenate([validation_MF, likeness_P1[self._pool :]], axis=1)
-        self._seen_O4 = np.empty((0, 4))  # point, slope, squared error, step
+        self._seen_O5 = np.empty((0, 5))  # point, slope, half difference, squared error, step
         self._step = 0
 
-    def observe(self, point: int, slope: float, squared_error: float, step: int) -> bool:
-        """Add an observation of a point's slope; returns False for one that is not finite, which is left out."""
-        if not np.isfinite([slope, squared_error]).all():
+    def observe(self, point: int, slope: float, squared_error: float, step: int, half_difference: float = 0.0) -> bool:
+        """Add an observation of a point's slope, with half the difference between the direction's two halves.
+
+        Returns False for one that is not finite, which is left out.
+        """
+        seen = [point, slope, half_difference, squared_error, step]
+        if not np.isfinite(seen).all():
             return False
-        self._seen_O4 = np.concatenate([self._seen_O4, [[point, slope, squared_error, step]]])
+        self._seen_O5 = np.concatenate([self._seen_O5, [seen]])
         self.age_to(step)
         return True
 
@@ -112,32 +143,33 @@ class InfluenceBelief:
         """Let time pass. Observations that count less than a thousandth are forgotten."""
         if step > self._step:
             self._step = step
-            self._seen_O4 = self._seen_O4[step - self._seen_O4[:, 3] < FORGOTTEN * HALF_LIFE]
+            self._seen_O5 = self._seen_O5[step - self._seen_O5[:, 4] < FORGOTTEN * HALF_LIFE]
 
-    def summary(self) -> tuple[Int[np.ndarray, " S"], Float[np.ndarray, " S"], Float[np.ndarray, " S"]]:
-        """The points that were seen, the mean of each one's slopes, and its variance.
+    def summary(self) -> tuple[Int[np.ndarray, " S"], Float[np.ndarray, "S 2"], Float[np.ndarray, " S"]]:
+        """The points that were seen, the means of each one's slopes and half differences, and the slopes' variance.
 
         An observation's error is mostly the mean of all, and so does not hang on the order in which they came.
         """
-        points_O = self._seen_O4[:, 0].astype(int)
-        slopes_O, errors_O = self._seen_O4[:, 1], self._seen_O4[:, 2]
-        weights_O = 2.0 ** (-np.maximum(self._step - self._seen_O4[:, 3], 0) / HALF_LIFE)
+        points_O, errors_O = self._seen_O5[:, 0].astype(int), self._seen_O5[:, 3]
+        weights_O = 2.0 ** (-np.maximum(self._step - self._seen_O5[:, 4], 0) / HALF_LIFE)
         mean_error = float(weights_O @ errors_O / weights_O.sum()) if len(points_O) else 0.0
         if mean_error <= 0:  # nothing is known of the errors
-            return np.empty(0, dtype=int), np.empty(0), np.empty(0)
+            return np.empty(0, dtype=int), np.empty((0, 2)), np.empty(0)
         precision_O = weights_O / (OWN_ERROR * errors_O + (1 - OWN_ERROR) * mean_error)
         seen, place_O = np.unique(points_O, return_inverse=True)
         precision_S = np.bincount(place_O, precision_O)
-        return seen, np.bincount(place_O, precision_O * slopes_O) / precision_S, 1 / precision_S
+        sums = [np.bincount(place_O, precision_O * values_O) for values_O in self._seen_O5[:, 1:3].T]
+        return seen, np.stack(sums, axis=1) / precision_S[:, None], 1 / precision_S
 
     def posterior(self, chosen: Hyperparameters | None = None) -> Posterior | None:
         """Belief at these hyper-parameters, by default those of the largest marginal likelihood on a grid.
 
         None before any observation.
         """
-        seen, means_S, noise_S = self.summary()
+        seen, seen_S2, noise_S = self.summary()
         if not len(seen):
             return None
+        means_S = seen_S2[:, 0]
         validation_S = seen >= self._pool
         grid = [chosen] if chosen is not None else _grid(means_S, noise_S, two_tasks=bool(validation_S.any()))
         features_SF = np.concatenate(
@@ -146,33 +178,43 @@ class InfluenceBelief:
         data = features_SF.astype(np.float64), self._beyond_P[seen], validation_S, means_S, noise_S
         scale = _scale(means_S, noise_S)
         best = max((_Solved(*data, each, scale) for each in grid), key=lambda solved: solved.log_likelihood)
-        return self._of_pool(best, seen, means_S, noise_S)
+        return self._of_pool(best, seen, seen_S2, noise_S)
 
     def _of_pool(
         self,
         best: _Solved,
         seen: Int[np.ndarray, " S"],
-        means_S: Float[np.ndarray, " S"],
+        seen_S2: Float[np.ndarray, "S 2"],
         noise_S: Float[np.ndarray, " S"],
     ) -> Posterior:
         own_N = best.chosen.spread * (best.chosen.own_share + self._beyond_P[: self._pool])
-        trust_N, seen_N = np.zeros(self._pool), np.zeros(self._pool)
+        trust_N, seen_N2 = np.zeros(self._pool), np.zeros((self._pool, 2))
         mine = seen[seen < self._pool]
         trust_N[mine] = own_N[mine] / (own_N[mine] + noise_S[: len(mine)])
-        seen_N[mine] = means_S[: len(mine)]
+        seen_N2[mine] = seen_S2[: len(mine)]
         width = self._pool_NF.shape[1]
         covariance = best.covariance()[:width, :width]
         root = np.linalg.cholesky(covariance + 1e-12 * np.trace(covariance) / width * np.eye(width))
-        mean = best.mean()[:width]
-        return Posterior(self._pool_NF, mean, root, trust_N, seen_N, own_N, best.chosen, best.log_likelihood)
+        return Posterior(
+            features_NF=self._pool_NF,
+            prior_F=best.prior_D[:width],
+            mean_F=best.mean()[:width],
+            difference_F=best.weights_of(seen_S2[:, 1])[:width],
+            root_FF=root,
+            trust_N=trust_N,
+            seen_N2=seen_N2,
+            own_N=own_N,
+            chosen=best.chosen,
+            log_likelihood=best.log_likelihood,
+        )
 
     def state(self) -> dict[str, np.ndarray]:
         """Arrays from which `restore` continues bit for bit."""
-        return {"seen": self._seen_O4.copy(), "step": np.array([self._step])}
+        return {"seen": self._seen_O5.copy(), "step": np.array([self._step])}
 
     def restore(self, state: dict[str, np.ndarray]) -> None:
         """Take over such a state."""
-        self._seen_O4, self._step = state["seen"].copy(), int(state["step"][0])
+        self._seen_O5, self._step = state["seen"].copy(), int(state["step"][0])
 
 
 def _grid(
@@ -187,7 +229,7 @@ def _grid(
 def _scale(means_S: Float[np.ndarray, " S"], noise_S: Float[np.ndarray, " S"]) -> float:
     """Mean square of the slopes, without that of their errors."""
     excess = float((means_S**2 - noise_S).mean())
-    return max(excess, 0.1 * float((means_S**2).mean()), float(np.finfo(float).tiny))
+    return max(excess, 0.1 * float((means_S**2).mean()), 1e-100)
 
 
 class _Solved:
@@ -214,24 +256,29 @@ class _Solved:
             parts.append(features_SF * np.where(validation_S, np.sqrt(1 - rho**2), 0.0)[:, None])
         z_SD = np.concatenate(parts, axis=1)
         weight_S = 1 / (chosen.spread * (chosen.own_share + beyond_S) + noise_S)
-        variance_D, self._prior_D = np.full(z_SD.shape[1], chosen.spread), np.zeros(z_SD.shape[1])
+        variance_D, self.prior_D = np.full(z_SD.shape[1], chosen.spread), np.zeros(z_SD.shape[1])
         likeness = features_SF.shape[1] - 1
         variance_D[likeness :: likeness + 1] = LIKENESS**2 * scale
-        self._prior_D[likeness] = LIKENESS * scale**0.5
-        rest_S = means_S - z_SD @ self._prior_D
+        self.prior_D[likeness] = LIKENESS * scale**0.5
+        rest_S = means_S - z_SD @ self.prior_D
         precision = np.diag(1 / variance_D) + z_SD.T @ (weight_S[:, None] * z_SD)
         self._root = np.linalg.cholesky(precision)
-        target = z_SD.T @ (weight_S * rest_S)
-        half = np.linalg.solve(self._root, target)
-        self._half = half
+        self._gain_DS = z_SD.T * weight_S
+        self._shift_D = self.weights_of(rest_S)
         log_determinant = 2 * np.log(np.diag(self._root)).sum() + np.log(variance_D).sum()
-        quadratic = float((weight_S * rest_S**2).sum() - half @ half)
+        quadratic = float((weight_S * rest_S**2).sum() - self._shift_D @ (self._gain_DS @ rest_S))
         self.log_likelihood = -0.5 * float(
             log_determinant - np.log(weight_S).sum() + quadratic + len(means_S) * np.log(2 * np.pi)
         )
 
+    def weights_of(self, values_S: Float[np.ndarray, " S"]) -> Float[np.ndarray, " D"]:
+        """Expected weights, from a prior mean of 0, if these values were seen."""
+        half_D = np.linalg.solve(self._root, self._gain_DS @ values_S)
+        found: np.ndarray = np.linalg.solve(self._root.T, half_D)
+        return found
+
     def mean(self) -> Float[np.ndarray, " D"]:
-        found: np.ndarray = self._prior_D + np.linalg.solve(self._root.T, self._half)
+        found: np.ndarray = self.prior_D + self._shift_D
         return found
 
     def covariance(self) -> Float[np.ndarray, "D D"]:

@@ -96,6 +96,7 @@ class Curriculum:
         self._times_N = np.zeros(self._pool, dtype=np.int64)
         self._seen = set[str]()
         self._fitted: dict[str, tuple[int, Hyperparameters]] = {}  # step and choice by set
+        self._reliability: dict[str, float] = {}  # of each set's evidence, when that was chosen
         self._rounds: list[int] = []  # steps at which validation prompts were sampled
         self._dropped = 0  # observations that were not finite
         self._gains: list[tuple[int, bool, float]] = []  # step, uniform, gain
@@ -155,7 +156,7 @@ class Curriculum:
             return belief.posterior(chosen)
         found = belief.posterior()
         if found is not None:
-            self._fitted[name] = step, found.chosen
+            self._fitted[name], self._reliability[name] = (step, found.chosen), found.reliability
         return found
 
     def _one(self, free_N: Bool[np.ndarray, " N"], plan: _Plan | None, generator: np.random.Generator) -> Choice:
@@ -232,9 +233,10 @@ class Curriculum:
         learnability = variance**0.5 if self._scaling == "group" else variance
         if learnability > 0:
             of_completions = (parts[0].mean() - parts[1].mean()) ** 2
-            of_direction = ((parts[:, 0].sum() - parts[:, 1].sum()) / 2) ** 2
-            error = float(of_completions + of_direction) / learnability**2
-            self._dropped += not belief.observe(point, influence / learnability, error, step)
+            half_difference = float(parts[:, 0].sum() - parts[:, 1].sum()) / 2
+            error = float(of_completions + half_difference**2) / learnability**2
+            told = belief.observe(point, influence / learnability, error, step, half_difference / learnability)
+            self._dropped += not told
         return influence if np.isfinite(influence) else 0.0
 
     def validation_due(self, step: int) -> dict[str, list[int]]:
@@ -298,6 +300,7 @@ class Curriculum:
         for name, (_, chosen) in self._fitted.items():
             found[f"curriculum/{name}/correlation"] = chosen.correlation
             found[f"curriculum/{name}/own_share"] = chosen.own_share
+            found[f"curriculum/{name}/reliability"] = self._reliability[name]
         return found
 
     def table(self, prompt_ids: Sequence[str]) -> pa.Table:
@@ -324,6 +327,7 @@ class Curriculum:
             "asked": self._asked,
             "dropped": self._dropped,
             "fitted": {name: [since, asdict(chosen)] for name, (since, chosen) in self._fitted.items()},
+            "reliability": self._reliability,
             "rounds": self._rounds,
             "seen": sorted(self._seen),
             "gains": self._gains,
@@ -347,7 +351,7 @@ class Curriculum:
                 fix="continue with the prompts and the policy that training began with.",
             )
         self._asked, self._rounds, self._dropped = facts["asked"], facts["rounds"], facts["dropped"]
-        self._seen = set(facts["seen"])
+        self._seen, self._reliability = set(facts["seen"]), facts["reliability"]
         self._gains = [(step, uniform, gain) for step, uniform, gain in facts["gains"]]
         self._last_N, self._times_N = state["last"].copy(), state["times"].copy()
         self._rewards.restore(_below(state, "rewards/"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -15,7 +16,7 @@ from cropi.config import Config, Strategy
 from cropi.curriculum.strategies import PassRateStrategy
 from cropi.errors import ArtifactError, UserError
 from cropi.functional.ranking import ranks
-from cropi.report.reading import directions, prompt_text, read_scores, rows_of, selection_table
+from cropi.report.reading import directions, prompt_text, read_beliefs, read_scores, rows_of, selection_table, way
 from cropi.report.wording import (
     ABSENT,
     NOT_MEASURED,
@@ -74,6 +75,7 @@ class StageFacts:
     clip_share: float | None
     kl: float | None
     trained: Trained
+    drawn: Mapping[str, int] | None = None  # times by reason, where batches are chosen one by one
 
 
 @dataclass(frozen=True)
@@ -98,8 +100,9 @@ class _Stage:
     """The tables of one stage, whichever are there."""
 
     number: int
-    scores: pa.Table | None
+    scores: pa.Table | None  # or beliefs
     selection: pa.Table | None
+    drawn: Mapping[str, Counter[str]] | None = None  # by prompt: its places in batches, by reason
 
 
 def explanations(
@@ -133,14 +136,16 @@ def _read_stages(config: Config, paths: StagePaths, stage: int | None) -> list[_
     if stage is not None and stage >= config.train.stages:
         raise UserError(f"the run has no stage {stage}", where="--stage", fix=f"give 0 to {config.train.stages - 1}.")
     wanted = range(config.train.stages) if stage is None else [stage]
-    tables = read_scores(config, paths)
+    strategy = config.select.strategy
+    tables = read_beliefs(config, paths) if strategy.reads_influence else read_scores(config, paths)
+    drawn = _drawn(read_jsonl(paths.choices)) if strategy.chooses_online else None
     found = []
     for number in wanted:
         selection = selection_table(paths, number)
-        scores = tables.get(config.select.strategy.scored_stage(number))
+        scores = tables.get(strategy.scored_stage(number))
         if selection is not None:
-            found.append(_Stage(number, scores, selection))
-        elif number in tables:
+            found.append(_Stage(number, scores, selection, None if drawn is None else drawn.get(number, {})))
+        elif drawn is None and number in tables:
             found.append(_Stage(number, scores, None))
     if not found:
         what = f"stage {stage}" if stage is not None else "the run"
@@ -150,7 +155,20 @@ def _read_stages(config: Config, paths: StagePaths, stage: int | None) -> list[_
     return found
 
 
+def _drawn(choices: Iterable[Row]) -> dict[int, dict[str, Counter[str]]]:
+    """By stage and prompt: how often it was drawn, by reason."""
+    found: dict[int, dict[str, Counter[str]]] = {}
+    for batch in choices:
+        for prompt_id, why in zip(batch["prompt_ids"], batch["why"], strict=True):
+            found.setdefault(batch["stage"], {}).setdefault(prompt_id, Counter())[way(why)] += 1
+    return found
+
+
 def _best(stages: Sequence[_Stage], top: int) -> list[str]:
+    """The best ranked of the last selection, or the prompts that were drawn most often in the last stage."""
+    drawn = next((part.drawn for part in reversed(stages) if part.drawn), None)
+    if drawn:
+        return sorted(drawn, key=lambda prompt_id: (-drawn[prompt_id].total(), prompt_id))[:top]
     table = next((part.selection for part in reversed(stages) if part.selection is not None), None)
     if table is None:
         raise UserError("nothing has been selected yet", where="--top", fix="run `cropi select`, or name prompts.")
@@ -197,24 +215,26 @@ def _facts_of_stage(config: Config, stage: _Stage, rewards: Mapping[str, Rewards
     scored = rows_of(stage.scores, rewards) if stage.scores is not None else {}
     set_ranks = _set_ranks(stage.scores, names)
     selected = rows_of(stage.selection, rewards) if stage.selection is not None else {}
-    cut = _cut(stage)
+    cut, online = _cut(stage), stage.drawn is not None
     facts = {}
     for prompt_id, by_stage in rewards.items():
         row, choice = scored.get(prompt_id, {}), selected.get(prompt_id)
+        drawn = None if stage.drawn is None else stage.drawn.get(prompt_id, Counter())
         facts[prompt_id] = StageFacts(
             stage=stage.number,
             status=row.get("status") or selected[prompt_id]["status"],
-            pass_rate=(choice or row)["pass_rate"],
-            selected=None if choice is None else choice["selected"],
-            outcome="scored, nothing selected yet" if choice is None else outcome(choice, cut, config.select.strategy),
-            rank=None if choice is None else choice["rank"],
-            ranked=cut.ranked if stage.selection is not None else None,
+            pass_rate=row.get("pass_rate") if online else (choice or row)["pass_rate"],
+            selected=bool(drawn) if online else None if choice is None else choice["selected"],
+            outcome=_outcome(choice, cut, config.select.strategy, drawn),
+            rank=None if choice is None or online else choice["rank"],
+            ranked=cut.ranked if stage.selection is not None and not online else None,
             top_probability=row.get("top_probability"),
-            influence=_influence(row, set_ranks) if row.get("status") == OK else {},
+            influence=_influence(row, set_ranks) if online or row.get("status") == OK else {},
             ratio_ess=row.get("ratio_ess"),
             clip_share=row.get("clip_share"),
             kl=row.get("kl"),
             trained=_trained(by_stage.get(stage.number, [])),
+            drawn=drawn,
         )
     return facts
 
@@ -224,14 +244,20 @@ def _set_ranks(scores: pa.Table | None, names: Iterable[str]) -> dict[str, dict[
     if scores is None:
         return {}
     ids = scores.column("prompt_id").to_pylist()
-    columns = {name: scores.column(f"influence/{name}").to_numpy() for name in names}
+    columns = {name: scores.column(f"influence/{name}").to_numpy() for name in names if not _unknown(scores, name)}
     return {name: dict(zip(ids, ranks(values_N, ids).tolist(), strict=True)) for name, values_N in columns.items()}
+
+
+def _unknown(scores: pa.Table, name: str) -> bool:
+    """Whether nothing was believed of influence on a set yet."""
+    return scores.column(f"influence/{name}").null_count > 0
 
 
 def _influence(row: Row, set_ranks: Mapping[str, Mapping[str, int]]) -> dict[str, SetInfluence]:
     return {
         name: SetInfluence(row[f"influence/{name}"], row[f"standard_error/{name}"], by_prompt[row["prompt_id"]])
         for name, by_prompt in set_ranks.items()
+        if row
     }
 
 
@@ -251,6 +277,17 @@ def _cut(stage: _Stage) -> Cut:
     taken = [rank for rank, selected in rows if selected]
     ranked = sum(rank is not None for rank, _ in rows)
     return Cut(max(taken, default=0), ranked)
+
+
+def _outcome(row: Row | None, cut: Cut, strategy: Strategy, drawn: Mapping[str, int] | None) -> str:
+    """Why a prompt was selected or drawn, or why not."""
+    if row is None:
+        return "scored, nothing selected yet"
+    if drawn is None or row["rank"] is None:  # no rank: it cannot be trained on
+        return outcome(row, cut, strategy)
+    if not drawn:
+        return "not drawn"
+    return f"drawn {sum(drawn.values())} × ({', '.join(f'{times} {why}' for why, times in drawn.items())})"
 
 
 def outcome(row: Row, cut: Cut, strategy: Strategy) -> str:
@@ -286,7 +323,8 @@ MAX_PROMPT, MAX_WORD = 300, 80  # characters shown of a prompt, and of an answer
 LEGEND = (
     "±: one standard error; #: rank on that validation set; P(best): probability of being truly among the best; ESS: "
     "effective sample size of the token ratios, as a share; clip: share of them outside the clip range; KL: nats per "
-    "token from the policy that sampled; trained: generation batches × mean reward."
+    "token from the policy that sampled; trained: generation batches × mean reward; drawn: places in the "
+    "stage's batches, and why."
 )
 
 
@@ -344,7 +382,7 @@ def _cells(facts: StageFacts, names: Sequence[str]) -> list[str]:
 
 
 def _chance(facts: StageFacts) -> str:
-    if not facts.influence:
+    if not facts.influence or facts.drawn is not None:
         return ABSENT
     return NOT_MEASURED if facts.top_probability is None else decimal(facts.top_probability)
 

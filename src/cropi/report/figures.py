@@ -16,10 +16,13 @@ from cropi.report.drawing import (
     GREY,
     MUTED,
     ORANGE,
+    OTHER_MARKS,
+    PINK,
     SKY,
     grid,
     in_style,
     new_figure,
+    panel_grid,
     shortened,
     strategy_style,
     svg,
@@ -34,6 +37,7 @@ MAX_PANELS = 4  # histograms beside or below each other
 MAX_CELLS = 12  # stages with a number in every cell
 CLIP = (0.5, 99.5)  # percentiles of influence shown; what lies beyond is counted in the outermost bars
 BARS = 40
+KIND_COLOURS = (BLUE, ORANGE, GREEN, PINK, SKY, GREY)
 PHASES = {"collect": SKY, "score": BLUE, "select": GREEN, "train": ORANGE}
 
 
@@ -67,14 +71,14 @@ def _curve(axes: Axes, strategy: str, series: Sequence[tuple[int, Interval]]) ->
 
 
 @in_style
-def selection_shares(shares: Shares) -> str:
+def selection_shares(shares: Shares, name: str = "shares") -> str:
     """Draw each source's share of the pool and of every stage's selection."""
     figure = new_figure(1.0 + 0.27 * len(shares.sources))
     axes = figure.subplots()
     _heat_map(axes, shares, max(max(column) for column in (shares.pool, *shares.by_stage.values())))
     places = [row - 0.03 for row in range(len(shares.sources))]
     axes.set_yticks(places, [shortened(source) for source in shares.sources])
-    return svg(figure, "shares")
+    return svg(figure, name)
 
 
 def _heat_map(axes: Axes, table: Shares, peak: float) -> None:
@@ -153,6 +157,47 @@ def _histogram(axes: Axes, values_N: np.ndarray, selected_N: np.ndarray) -> None
             axes.stairs(counts / len(part), edges, fill=True, label=label, color=colour, alpha=alpha, linewidth=0)
     axes.axvline(0, color=MUTED, linewidth=0.8)
     axes.ticklabel_format(axis="x", style="sci", scilimits=(-3, 4))
+
+
+@in_style
+def influence_by_kind(
+    found: Mapping[str, Mapping[str, Mapping[int, tuple[float, float]]]], kinds: Sequence[str]
+) -> str:
+    """Draw mean influence with its error by step: a panel for each validation set, a line for each kind of prompt."""
+    names = list(found)[:MAX_PANELS]
+    figure, panels = panel_grid(len(names), 2.4)
+    for axes, name in zip(panels, names, strict=True):
+        for number, kind in enumerate(kinds):
+            by_step = found[name].get(kind, {})
+            steps, colour, mark = list(by_step), KIND_COLOURS[number % 6], OTHER_MARKS[number % 7]
+            means_S, errors_S = np.array(list(by_step.values())).reshape(-1, 2).T
+            axes.fill_between(steps, means_S - errors_S, means_S + errors_S, color=colour, alpha=0.13, linewidth=0)
+            axes.plot(steps, means_S, color=colour, marker=mark, label=shortened(kind))
+        axes.axhline(0, color=MUTED, linewidth=0.8)
+        axes.set(xlabel="optimiser steps")
+        axes.set_title(f"influence on {shortened(name)}")
+        grid(axes, "y")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper left", ncols=3)
+    return svg(figure, "beliefs")
+
+
+@in_style
+def gain_of_choosing(gains: Mapping[int, tuple[float, float, float]]) -> str | None:
+    """Draw by step how many times more a chosen prompt helps than a random one, with its interval."""
+    if not gains:
+        return None
+    figure = new_figure(2.6)
+    axes = figure.subplots()
+    middle, low, high = zip(*gains.values(), strict=True)
+    axes.fill_between(list(gains), low, high, color=BLUE, alpha=0.13, linewidth=0)
+    axes.plot(list(gains), middle, color=BLUE, marker="o")
+    axes.axhline(1, color=MUTED, linewidth=1, linestyle=(0, (2, 2)))
+    least, most = float(np.min(middle)), float(np.max(middle))
+    axes.set(xlabel="optimiser steps", ylim=(min(0.0, 2 * least), max(2.0, 2 * most)))  # wide intervals are cut
+    axes.set_title("help of a chosen prompt ÷ help of a random one")
+    grid(axes, "y")
+    return svg(figure, "gain")
 
 
 @in_style

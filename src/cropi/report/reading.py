@@ -30,7 +30,7 @@ from cropi.functional.ranking import selection_size
 from cropi.prompt_text import turn_text
 from cropi.report.results import Drift, Reliability, StageQuality
 from cropi.run_folder import RunFolder, StagePaths
-from cropi.run_tables import evaluation_files, scores_schema
+from cropi.run_tables import beliefs_schema, evaluation_files, scores_schema
 from cropi.streams import read_jsonl
 
 MIXED = "mixed"  # a group with better and worse completions: status `ok`, in words
@@ -120,6 +120,24 @@ def read_scores(config: Config, paths: StagePaths) -> dict[int, pa.Table]:
             open_artifact(folder, "scores", made_by="cropi score")
             tables[stage] = read_table(folder / "scores.parquet", schema)
     return tables
+
+
+def read_beliefs(config: Config, paths: StagePaths) -> dict[int, pa.Table]:
+    """What was believed of the pool at the end of each stage, where influence is read while training."""
+    schema, tables = beliefs_schema(config.prompts.validation), {}
+    for stage in range(config.train.stages):
+        folder = paths.beliefs(stage)
+        if is_finished(folder):
+            open_artifact(folder, "beliefs", made_by="cropi train")
+            tables[stage] = read_table(folder / "beliefs.parquet", schema)
+    return tables
+
+
+def way(why: str) -> str:
+    """Why a prompt got its place, from a line of `choices.jsonl`: a way of choosing and a validation set."""
+    chosen_by, _, name = why.partition(" ")
+    words = {"mean": "largest expected gain", "draw": "drawn from the belief", "uniform": "random"}
+    return words.get(chosen_by, chosen_by) + (f" on {name}" if name else "")
 
 
 def read_quality(config: Config, paths: StagePaths) -> tuple[StageQuality, ...]:

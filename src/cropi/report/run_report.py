@@ -17,6 +17,7 @@ from cropi.config import Config
 from cropi.functional.bootstrap import CONFIDENCE
 from cropi.report import figures
 from cropi.report.blocks import Block, Code, Picture, Section, Table, Text
+from cropi.report.choosing import choosing
 from cropi.report.closeups import closeups
 from cropi.report.headline import headline
 from cropi.report.reading import (
@@ -31,7 +32,7 @@ from cropi.report.reading import (
 )
 from cropi.report.reliability import reliability
 from cropi.report.rendering import write_report
-from cropi.report.shares import Shares, jaccard, source_shares
+from cropi.report.shares import jaccard, share_table, source_shares
 from cropi.report.summary import Summary, summarise
 from cropi.report.wording import ABSENT, count, decimal, percent, share, significant, tenths, with_interval
 from cropi.run_folder import ENVIRONMENT, RunFolder
@@ -76,6 +77,7 @@ def read_contents(config: Config, run: RunFolder, summary: Summary) -> Contents:
 
 def sections(found: Contents) -> list[Section]:
     """The report, in order."""
+    online = found.config.select.strategy.reads_influence
     return [
         Section("Result", _result(found.summary)),
         Section("Learning curves", _curves(found.summary)),
@@ -85,6 +87,7 @@ def sections(found: Contents) -> list[Section]:
         Section("Can the ranking be trusted?", _reliability(found)),
         Section("What became of every prompt", funnel(found.run, found.selections, found.scores)),
         Section("Cost", _cost(found.summary)),
+        *([Section("Belief, choice and their cost", choosing(found.config, found.run))] if online else []),
         Section("Prompts, close up", closeups(found.config, found.run, found.scores)),
         Section("Settings", settings(found.config, found.run)),
         Section("How to reproduce it", reproduction(found.config)),
@@ -153,23 +156,7 @@ def _selected(found: Contents) -> list[Block]:
         return [Text("Nothing has been selected yet.")]
     shares = source_shares(found.selections)
     caption = "Share of each source in %, in the pool and in the selection of every stage."
-    return [Picture(figures.selection_shares(shares), caption), _share_table(shares)]
-
-
-def _share_table(shares: Shares) -> Table:
-    stages = zip(shares.stage_counts.values(), shares.by_stage.values(), strict=True)
-    columns = [(shares.pool_counts, shares.pool), *stages]
-    rows = [
-        [source, *(_counted(counts[row], part[row]) for counts, part in columns)]
-        for row, source in enumerate(shares.sources)
-    ]
-    rows.append(["all", *(count(sum(counts)) for counts, _ in columns)])
-    header = ["source", "pool", *(f"stage {stage}" for stage in shares.stage_counts)]
-    return Table("Prompts selected, by source.", header, rows, strong=len(rows) - 1)
-
-
-def _counted(number: int, part: float) -> str:
-    return f"{number:,} ({100 * part:.0f} %)" if number else "0"
+    return [Picture(figures.selection_shares(shares), caption), share_table(shares, "Prompts selected, by source.")]
 
 
 def _turnover(found: Contents) -> list[Block]:

@@ -6,7 +6,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from cropi.report.blocks import Table
 from cropi.report.reading import Selection
+from cropi.report.wording import count
 
 MAX_SOURCES = 20  # rows of a table or figure by source
 
@@ -33,7 +35,11 @@ class Shares:
 def source_shares(stages: Mapping[int, Selection]) -> Shares:
     """Shares by source, the largest first; the small ones of a long list together. There is at least one stage."""
     pool = Counter(next(iter(stages.values())).sources)
-    by_stage = {stage: _chosen_sources(selection) for stage, selection in stages.items()}
+    return shares_of(pool, {stage: _chosen_sources(selection) for stage, selection in stages.items()})
+
+
+def shares_of(pool: Counter[str], by_stage: Mapping[int, Counter[str]]) -> Shares:
+    """Shares from counts by source, in the pool and by stage."""
     names = _shown(pool, list(by_stage.values()))
     rest = len(names) < len(pool)
     counts = {stage: _column(names, column, rest) for stage, column in by_stage.items()}
@@ -69,6 +75,23 @@ def _column(names: Sequence[str], counts: Counter[str], with_rest: bool) -> list
 def _normalised(counts: Sequence[int]) -> list[float]:
     total = max(sum(counts), 1)
     return [count / total for count in counts]
+
+
+def share_table(shares: Shares, caption: str) -> Table:
+    """Counts and shares as a table."""
+    stages = zip(shares.stage_counts.values(), shares.by_stage.values(), strict=True)
+    columns = [(shares.pool_counts, shares.pool), *stages]
+    rows = [
+        [source, *(_counted(counts[row], part[row]) for counts, part in columns)]
+        for row, source in enumerate(shares.sources)
+    ]
+    rows.append(["all", *(count(sum(counts)) for counts, _ in columns)])
+    header = ["source", "pool", *(f"stage {stage}" for stage in shares.stage_counts)]
+    return Table(caption, header, rows, strong=len(rows) - 1)
+
+
+def _counted(number: int, part: float) -> str:
+    return f"{number:,} ({100 * part:.0f} %)" if number else "0"
 
 
 def jaccard(stages: Mapping[int, Selection]) -> dict[int, float]:

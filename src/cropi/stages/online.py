@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from trl import GRPOConfig
 
-from cropi.artifacts import open_artifact
+from cropi.artifacts import build, open_artifact, remove, write_batches
 from cropi.curriculum.chooser import ChoosesBatches, GroupGate, Pool
 from cropi.curriculum.curriculum import Curriculum
 from cropi.curriculum.strategies.cropi import CropiStrategy
@@ -21,6 +22,8 @@ from cropi.prompt_text import prompt_text
 from cropi.rollouts.generation import Sampling, TransformersGenerator
 from cropi.rollouts.representations import KIND as REPRESENTED
 from cropi.rollouts.representations import read_representations
+from cropi.run_folder import checkpoint_step
+from cropi.run_tables import beliefs_schema
 from cropi.seeds import derived_seed
 from cropi.stages.collect import make_representations
 from cropi.stages.online_loop import ChooserLoop, OnlineLoop
@@ -60,6 +63,7 @@ class OnlineRun:
         if process_group().is_main:
             kept = len(loop.sampler.choices)
             cut_jsonl(run.paths.choices, lambda row: row["batch"] < kept)
+            self._forget_beliefs(0 if checkpoint is None else checkpoint_step(checkpoint) or 0)
         return loop
 
     def _sampler(self) -> OnlineSampler:
@@ -95,6 +99,7 @@ class OnlineRun:
             model=self._trainer.accelerator.unwrap_model(self._trainer.model),
             sample=self._sample,
             differentiate=self._differentiate,
+            keep_beliefs=self._keep_beliefs,
             **parts,
         )
 
@@ -197,6 +202,29 @@ class OnlineRun:
             given, tokens = self._validation.differentiate(model, groups)
             entry |= {"step": step, "computed_tokens": 0, "validation_tokens": tokens}
         return given
+
+    def _keep_beliefs(self, stage: int) -> None:
+        """Write what is believed of every prompt at the end of a stage. It costs training nothing that it needs."""
+
+        def make(folder: Path) -> tuple[dict[str, int], dict[str, Any]]:
+            table = self._chooser.table([row["prompt_id"] for row in self._rows])
+            schema = beliefs_schema(self._run.config.prompts.validation)
+            known, none = set(table.column_names), pa.nulls(len(table))
+            columns = [table.column(name) if name in known else none for name in schema.names]
+            batches = pa.table(columns, names=schema.names).cast(schema).to_batches()
+            write_batches(folder / "beliefs.parquet", batches, schema)
+            return {"prompts": len(table)}, {}
+
+        with self._run.ledger.charge("evaluate", stage=stage):
+            inputs = {"settings": self._run.folder.settings()}
+            build(self._run.paths.beliefs(stage), "beliefs", make, inputs=inputs, made_by="cropi train")
+
+    def _forget_beliefs(self, step: int) -> None:
+        """Delete those of stages that end beyond the step that training goes on from."""
+        train = self._run.config.train
+        for stage in range(step // train.steps_per_stage, train.stages):
+            if self._run.paths.beliefs(stage).exists():
+                remove(self._run.paths.beliefs(stage))
 
     def _stage(self, step: int) -> int:
         return min(step // self._run.config.train.steps_per_stage, self._run.config.train.stages - 1)

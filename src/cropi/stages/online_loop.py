@@ -65,6 +65,9 @@ class ChooserLoop:
     def renew_directions(self, step: int) -> None:
         """Nothing: there are none."""
 
+    def end_stage(self, stage: int) -> None:
+        """Nothing: what is believed of influence is kept, and here is none."""
+
     def kept_groups(self) -> list[int] | None:
         """Groups of the batch that was just sampled that are trained on; None for all."""
         if not isinstance(self.chooser, GroupGate):
@@ -160,6 +163,7 @@ class OnlineLoop(ChooserLoop):
     model: PreTrainedModel  # unwrapped
     sample: SampleDue
     differentiate: Differentiate
+    keep_beliefs: Callable[[int], None]  # of the stage that ends
     reader: Reader | None = None  # once there are directions
     checked: bool = False  # what is read against a whole gradient
     share_read: float = float("nan")  # of the squared gradient
@@ -239,6 +243,10 @@ class OnlineLoop(ChooserLoop):
                 halves = given[name].get(group.member)
                 influence = None if halves is None else [[half, half] for half in halves]
                 self.chooser.observe_validation(name, group.member, group.rewards, step=step, influence=influence)
+
+    def end_stage(self, stage: int) -> None:
+        """Keep what is believed. Collective."""
+        self.keep_beliefs(stage)
 
     def _turn(self) -> None:
         known = [half for direction in self.validation.directions.values() for half in direction.halves]

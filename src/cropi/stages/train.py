@@ -177,6 +177,8 @@ class StageCallback(TrainerCallback):
             append_jsonl(self.task.folder / "steps.jsonl", line | ranks.facts())
         if self.trainer.online is not None and state.global_step < state.max_steps:
             self.trainer.online.renew_directions(state.global_step)
+        if self.trainer.online is not None and state.global_step % self.trainer.steps_per_stage == 0:
+            self.trainer.online.end_stage(state.global_step // self.trainer.steps_per_stage - 1)
         self.bar.advance()
         self._due = self._is_scheduled(state)
         if state.global_step % self.trainer.steps_per_stage:

@@ -107,10 +107,10 @@ class ValidationPass:
     ) -> tuple[dict[str, dict[int, list[float]]], int]:
         """Renew the directions, and return what the members give to their own set, with the tokens computed.
 
-        A member gives two numbers, one for each half of its completions, against the half of the direction that it had
-        no part in: the direction before this round, or the new one where there is none. Groups of equal rewards have no
-        gradient and give nothing. No gradient buffer, optimiser state or random state is touched. The ranks divide the
-        micro-batches, and all get the same directions and influence.
+        A member gives two numbers, one for each half of its completions, against the half of the direction before this
+        round that it had no part in. In a set's first round members give nothing: it would cost a second pass. Nor do
+        groups of equal rewards, which have no gradient. No gradient buffer, optimiser state or random state is touched.
+        The ranks divide the micro-batches, and all get the same directions and influence.
         """
         old, tokens, ranks = dict(self.directions), 0, process_group()
         given: dict[str, dict[int, list[float]]] = {}
@@ -122,9 +122,6 @@ class ValidationPass:
                 ranks.add(sketch.sums())
                 tokens += computed
             self.renew()
-            for name in [name for name in groups if name not in old and name in self.directions]:
-                given[name], computed = self._pass(model, groups[name], self.directions[name], None)
-                tokens += computed
         return given, tokens
 
     def _pass(
@@ -132,7 +129,7 @@ class ValidationPass:
         model: PreTrainedModel,
         groups: Sequence[SampledGroup],
         direction: SetDirection | None,
-        sketch: DirectionSketch | None,
+        sketch: DirectionSketch,
     ) -> tuple[dict[int, list[float]], int]:
         """Differentiate groups of one set, reading against a direction and adding this rank's part to a sketch."""
         reader = None if direction is None else Reader(model, direction.halves)
@@ -145,8 +142,7 @@ class ValidationPass:
             rows = batches[number]
             with ExitStack() as stack:
                 backward = stack.enter_context(backward_to_embeddings(model))
-                if sketch is not None:
-                    stack.enter_context(sketch.sketching(torch.tensor([row.member % 2 for row in rows])))
+                stack.enter_context(sketch.sketching(torch.tensor([row.member % 2 for row in rows])))
                 if reader is not None:
                     stack.enter_context(reader.reading(torch.arange(len(rows))))
                 backward(self._loss(model, rows))

@@ -48,6 +48,9 @@ class Loop(Protocol):
     def renew_directions(self, step: int) -> None:
         """Called before every step."""
 
+    def end_stage(self, stage: int) -> None:
+        """The last step of a stage has been taken."""
+
     def metrics(self) -> dict[str, float]:
         """Numbers for a logger."""
 

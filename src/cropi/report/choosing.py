@@ -1,0 +1,187 @@
+"""A run whose batches are chosen by influence: what it believed, what it chose, and what that cost."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from cropi.artifacts import is_finished
+from cropi.config import Config
+from cropi.report import figures
+from cropi.report.blocks import Block, Picture, Table, Text
+from cropi.report.costs import Charges, charges
+from cropi.report.drawing import thinned
+from cropi.report.reading import read_beliefs, way
+from cropi.report.shares import Shares, share_table, shares_of
+from cropi.report.wording import ABSENT, count, decimal, share, significant, tenths, with_error
+from cropi.run_folder import RunFolder
+from cropi.streams import read_jsonl
+
+KINDS = 6  # kinds of prompt that are drawn
+MEASURES = {
+    "curriculum/seen": "share of the pool that was drawn at least once",
+    "curriculum/share_read": "share of the squared gradient that is read",
+    "curriculum/rows_dropped": "completions that were not found again in the backward pass",
+    "curriculum/dropped": "measurements that were not finite",
+}
+
+
+# By validation set, kind of prompt and step: mean influence of the kind's prompts, and their mean standard error.
+Beliefs = dict[str, dict[str, dict[int, tuple[float, float]]]]
+
+
+def choosing(config: Config, run: RunFolder) -> list[Block]:
+    """Belief, choice and cost, as far as the run has come."""
+    steps, choices = config.train.steps_per_stage, read_jsonl(run.stages.choices)
+    tables = {(stage + 1) * steps: table for stage, table in read_beliefs(config, run.stages).items()}
+    if not is_finished(run.prompts):
+        return [Text("There are no prompts yet.")]
+    kind_of = dict(zip(run.train_prompts, run.train_prompts.column("source"), strict=True))
+    metrics = {row["step"]: row for row in read_jsonl(run.stages.metrics)}
+    blocks = [*_gain(metrics), *_belief(beliefs_by_kind(tables, kind_of), kind_of), *_places(choices, kind_of)]
+    return [*blocks, *_measures(metrics), *_cost(charges(config, run.stages))]
+
+
+# -- belief --------------------------------------------------------------------------------------------------------
+
+
+def beliefs_by_kind(tables: Mapping[int, pa.Table], kind_of: Mapping[str, str]) -> Beliefs:
+    """Mean influence of the prompts of each kind. Their mean standard error is at least the error of that mean."""
+    found: Beliefs = {}
+    for step, table in tables.items():
+        kinds_N = np.array([kind_of[prompt_id] for prompt_id in table.column("prompt_id").to_pylist()])
+        for column in table.column_names:
+            name = column.removeprefix("influence/")
+            if name == column or table.column(column).null_count:
+                continue
+            values_N, errors_N = (table.column(f"{part}/{name}").to_numpy() for part in ("influence", "standard_error"))
+            for kind in np.unique(kinds_N).tolist():
+                own_N = kinds_N == kind
+                belief = float(values_N[own_N].mean()), float(errors_N[own_N].mean())
+                found.setdefault(name, {}).setdefault(kind, {})[step] = belief
+    return found
+
+
+def _belief(found: Beliefs, kind_of: Mapping[str, str]) -> list[Block]:
+    if not found:
+        return [Text("No stage has ended with a belief about influence yet.")]
+    sizes = Counter(kind_of.values())
+    kinds = sorted({kind for own in found.values() for kind in own}, key=lambda kind: (-sizes[kind], kind))
+    drawn = figures.influence_by_kind(found, kinds[:KINDS])
+    caption = (
+        "Believed influence on each validation set, by kind of prompt: the mean over all prompts of the pool. "
+        "Bands: ± their mean standard error, which is at least the error of the mean."
+    )
+    if len(kinds) > KINDS:
+        caption += f" Only the {KINDS} most frequent kinds are drawn."
+    steps = thinned(sorted({step for own in found.values() for by_step in own.values() for step in by_step}))
+    rows = [
+        [kind, name, *(with_error(*own[kind][step]) if step in own.get(kind, {}) else ABSENT for step in steps)]
+        for name, own in found.items()
+        for kind in kinds
+    ]
+    header = ["kind of prompt", "validation set", *(f"step {step}" for step in steps)]
+    return [Picture(drawn, caption), Table("Believed influence ± standard error.", header, rows, left=2)]
+
+
+# -- choice --------------------------------------------------------------------------------------------------------
+
+
+def places_by_kind(choices: Sequence[Mapping[str, Any]], kind_of: Mapping[str, str]) -> Shares:
+    """Places in generation batches by kind of prompt and stage; a prompt that is drawn twice counts twice."""
+    by_stage: dict[int, Counter[str]] = {}
+    for batch in choices:
+        by_stage.setdefault(batch["stage"], Counter()).update(kind_of[prompt_id] for prompt_id in batch["prompt_ids"])
+    return shares_of(Counter(kind_of.values()), by_stage)
+
+
+def _places(choices: Sequence[Mapping[str, Any]], kind_of: Mapping[str, str]) -> list[Block]:
+    if not choices:
+        return [Text("No batch has been chosen by influence.")]
+    shares = places_by_kind(choices, kind_of)
+    caption = "Share of each kind of prompt in %, in the pool and in the places of every stage's batches."
+    reasons = Counter(reason for batch in choices for reason in batch["why"])
+    rows = [[way(why), count(number), share(number / reasons.total())] for why, number in reasons.most_common()]
+    return [
+        Picture(figures.selection_shares(shares, "places"), caption),
+        share_table(shares, "Places in the batches, by kind of prompt."),
+        Table("Why a prompt got its place.", ["reason", "places", "share"], rows),
+    ]
+
+
+def _gain(metrics: Mapping[int, Mapping[str, float]]) -> list[Block]:
+    """How many times more a chosen group helps than a uniformly drawn one."""
+    names = [f"curriculum/gain{end}" for end in ("", "_low", "_high")]
+    known = {step: [row.get(name) for name in names] for step, row in metrics.items() if names[0] in row}
+    if not known:
+        return [Text("Too few groups have been observed to say how much more chosen prompts help than random ones.")]
+    step = max(known)
+    gain, low, high = known[step]
+    if low is None or high is None:
+        text = (
+            f"At step {step} the help of random prompts cannot be told from zero. "
+            "How many times more chosen prompts help is therefore unknown."
+        )
+    else:
+        text = (
+            f"At step {step} a chosen prompt helps {decimal(gain)} times as much as a random one "
+            f"(95 % interval: {decimal(low)} to {decimal(high)})."
+        )
+    bounded = {step: (gain, low, high) for step, (gain, low, high) in known.items() if None not in (gain, low, high)}
+    drawn = figures.gain_of_choosing(bounded)  # type: ignore[arg-type]
+    caption = (
+        "Help of a chosen prompt ÷ that of a random one, and its 95 % interval. Steps without bounds are left out."
+    )
+    return [Text(text), *([Picture(drawn, caption)] if drawn else [])]
+
+
+def _measures(metrics: Mapping[int, Mapping[str, float]]) -> list[Block]:
+    last = metrics[max(metrics)] if metrics else {}
+    rows = [
+        [MEASURES.get(name, name), significant(value)]
+        for name, value in last.items()
+        if name.startswith("curriculum/") and not name.startswith("curriculum/gain")
+    ]
+    return [Table("Other measures at the last step.", ["measure", "value"], rows, collapsed=True)] if rows else []
+
+
+# -- cost ----------------------------------------------------------------------------------------------------------
+
+
+def cost_rows(charged: Charges) -> list[list[str]]:
+    """Seconds, and share of training's seconds and FLOPs, of everything beside training."""
+    none = replace(charged, collected=(), entries=(), batches=())
+    train_s, train = charged.cost().train, replace(none, batches=charged.batches).flops(1).train
+    scored = [entry for entry in charged.entries if entry["phase"] == "score"]
+    own: dict[str, Charges] = {
+        "validation completions": replace(none, collected=charged.collected),
+        "validation gradients": replace(none, entries=[entry for entry in scored if "validation_tokens" in entry]),
+        "representations": replace(none, entries=[entry for entry in scored if "forward_tokens" in entry]),
+        "choosing": replace(none, entries=[entry for entry in charged.entries if entry["phase"] == "select"]),
+    }
+    spent = {
+        what: (sum(entry["seconds"] for entry in (*part.collected, *part.entries)), part.flops(1).total)
+        for what, part in own.items()
+    }
+    spent["all"] = sum(seconds for seconds, _ in spent.values()), sum(flops for _, flops in spent.values())
+    return [
+        [what, tenths(seconds), share(seconds / train_s if train_s else None), share(flops / train if train else None)]
+        for what, (seconds, flops) in spent.items()
+    ]
+
+
+def _cost(charged: Charges) -> list[Block]:
+    if not charged.entries:
+        return []
+    header = ["beside training", "seconds", "of training's seconds", "of training's FLOPs"]
+    rows = cost_rows(charged)
+    note = (
+        f"Choosing costs {rows[-1][2]} of the seconds of training. Influence is read inside the training steps, so the "
+        "seconds of reading are part of training."
+    )
+    return [Table("Cost of choosing, beside training.", header, rows, strong=len(rows) - 1), Text(note)]
