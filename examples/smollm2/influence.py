@@ -225,7 +225,7 @@ def read_width(model: nn.Module) -> float:
 
 
 def agreement(influences: Sequence[float], direction: SetDirection | None) -> dict[str, float]:
-    """Cosine of the direction's two halves, and the standard errors by which fresh members agree with the one before."""
+    """Cosine of the direction's two halves; standard errors by which fresh members agree with the one before."""
     if direction is None:
         return {}
     found, (first, second) = dict[str, float](), direction.halves
