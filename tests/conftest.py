@@ -8,6 +8,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # also of the commands that tests start
 
+import hypothesis
 import jaxtyping
 import pytest
 import torch
@@ -15,6 +16,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from cropi.training import grpo_settings
 from cropi.training.trial_step import try_one_step
+
+hypothesis.settings.register_profile("any-machine", deadline=None)  # a busy one is slow, not wrong
+hypothesis.settings.load_profile("any-machine")
 
 VOCABULARY = 13
 

@@ -15,9 +15,10 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 
 from cropi.artifacts import OK, TRUNCATED
 from cropi.loading import load_config
-from cropi.pipeline import score_stage, train_all
+from cropi.pipeline import train_all
 from cropi.stages.collect import collect
 from cropi.stages.run import Run
+from cropi.stages.score import score
 from tests.runs import selections
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]  # padding and an end, start, end
@@ -151,7 +152,7 @@ def test_asked_in_bfloat16_and_trained_in_float32(folder: Path, tmp_path: Path) 
     shutil.rmtree(made.paths.scores(1))
     policy, origin = made.policy_at(1, None)
     assert policy.model.dtype == made.base.model.dtype == torch.bfloat16
-    score_stage(made, 1, policy.model, origin)
+    score(made, 1, policy.model, origin)
     made.folder.unlock()
     assert parquet.read_table(made.paths.scores(1) / "scores.parquet").to_pylist() == within
 

@@ -24,10 +24,10 @@ from cropi.errors import ConfigError, DataError, PolicyError, UserError
 from cropi.ledger import Ledger
 from cropi.loading import load_config
 from cropi.parallel import Job, Perform, RayPool, Task, Worker, packed, unpacked, use_ray
-from cropi.pipeline import score_stage
 from cropi.policy import PolicyCopy, load_policy, weights_identity
 from cropi.stages.collect import collect
 from cropi.stages.run import Run
+from cropi.stages.score import score
 from cropi.stages.select import select
 from tests.runs import SMALL, cropi_error
 
@@ -183,7 +183,7 @@ def scored(collected: Path, folder: Path, overrides: list[str]) -> dict[str, byt
         write_json(config.folder / "config.json", config.resolved())
     run = opened(folder, *POOL, *overrides)
     collect(run)
-    score_stage(run, 0, run.base.model, "base")
+    score(run, 0, run.base.model, "base")
     select(run, 0)
     run.folder.unlock()
     return files(run.paths.scores(0)) | files(run.paths.selection(0))

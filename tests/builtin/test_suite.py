@@ -46,7 +46,7 @@ def test_the_suite_is_complete():
 def test_protocol(name):
     config = settings(name)
     assert config.name == name
-    assert config.select.strategy.type == "full"
+    assert config.select.strategy.type == "cropi"
     trainer, steps = config.trainer, config.train.stages * config.train.steps_per_stage
     assert (trainer["per_device_train_batch_size"], trainer["num_generations"], trainer["beta"]) == (64, 8, 0.0)
     assert (trainer["loss_type"], steps, config.evaluate.every, config.policy.cpu_threads) == ("dr_grpo", 96, 8, 1)

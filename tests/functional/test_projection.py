@@ -130,7 +130,7 @@ def test_pinned_bits_of_version_2() -> None:
     assert projection.signed_buckets(name, counters_P[:4]).tolist() == [31760, 39039, 55553, 51636]
     assert projection.signed_buckets(name, counters_P[:4] + 2**33).tolist() == [42767, 64965, 23102, 37621]
     assert projection.subset(name, "columns", 60, 0.1).tolist() == [3, 6, 12, 32, 33, 55]
-    assert projection.identity == "count-sketch-v2-d32768-structured-q0.1-r8-rows1.0-s0"
+    assert projection.identity == "count-sketch-v2-d32768-structured-q0.1-r8-s0"
 
 
 def spectrum(generator: torch.Generator, values: list[float], rows: int, size: int) -> torch.Tensor:
