@@ -131,7 +131,7 @@ def _gain(metrics: Mapping[int, Mapping[str, float]]) -> list[Block]:
         text = (
             f"At step {step} a chosen prompt helps {decimal(gain)} times as much as a random one "
             f"(95 % interval: {decimal(low)} to {decimal(high)})."
-        )
+        ) + (" A negative number means that one of the two hurts." if gain is not None and gain < 0 else "")
     bounded = {step: (gain, low, high) for step, (gain, low, high) in known.items() if None not in (gain, low, high)}
     drawn = figures.gain_of_choosing(bounded)  # type: ignore[arg-type]
     caption = (

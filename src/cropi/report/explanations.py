@@ -225,7 +225,7 @@ def _facts_of_stage(config: Config, stage: _Stage, rewards: Mapping[str, Rewards
             status=row.get("status") or selected[prompt_id]["status"],
             pass_rate=row.get("pass_rate") if online else (choice or row)["pass_rate"],
             selected=bool(drawn) if online else None if choice is None else choice["selected"],
-            outcome=_outcome(choice, cut, config.select.strategy, drawn),
+            outcome=outcome(choice, cut, config.select.strategy, drawn),
             rank=None if choice is None or online else choice["rank"],
             ranked=cut.ranked if stage.selection is not None and not online else None,
             top_probability=row.get("top_probability"),
@@ -244,13 +244,12 @@ def _set_ranks(scores: pa.Table | None, names: Iterable[str]) -> dict[str, dict[
     if scores is None:
         return {}
     ids = scores.column("prompt_id").to_pylist()
-    columns = {name: scores.column(f"influence/{name}").to_numpy() for name in names if not _unknown(scores, name)}
-    return {name: dict(zip(ids, ranks(values_N, ids).tolist(), strict=True)) for name, values_N in columns.items()}
-
-
-def _unknown(scores: pa.Table, name: str) -> bool:
-    """Whether nothing was believed of influence on a set yet."""
-    return scores.column(f"influence/{name}").null_count > 0
+    columns = {name: scores.column(f"influence/{name}") for name in names}
+    return {
+        name: dict(zip(ids, ranks(column.to_numpy(), ids).tolist(), strict=True))
+        for name, column in columns.items()
+        if not column.null_count  # nothing is believed yet
+    }
 
 
 def _influence(row: Row, set_ranks: Mapping[str, Mapping[str, int]]) -> dict[str, SetInfluence]:
@@ -279,19 +278,14 @@ def _cut(stage: _Stage) -> Cut:
     return Cut(max(taken, default=0), ranked)
 
 
-def _outcome(row: Row | None, cut: Cut, strategy: Strategy, drawn: Mapping[str, int] | None) -> str:
-    """Why a prompt was selected or drawn, or why not."""
+def outcome(row: Row | None, cut: Cut, strategy: Strategy, drawn: Mapping[str, int] | None = None) -> str:
+    """Why a prompt was selected or drawn, or why not, from its row of the selection table."""
     if row is None:
         return "scored, nothing selected yet"
-    if drawn is None or row["rank"] is None:  # no rank: it cannot be trained on
-        return outcome(row, cut, strategy)
-    if not drawn:
+    if drawn:
+        return f"drawn {sum(drawn.values())} × ({', '.join(f'{times} {why}' for why, times in drawn.items())})"
+    if drawn is not None and row["rank"] is not None:  # no rank: it cannot be trained on
         return "not drawn"
-    return f"drawn {sum(drawn.values())} × ({', '.join(f'{times} {why}' for why, times in drawn.items())})"
-
-
-def outcome(row: Row, cut: Cut, strategy: Strategy) -> str:
-    """Why a prompt was selected, or why not, from its row of the selection table."""
     if row["selected"]:
         return f"selected ({row['reason']})"
     if row["rank"] is None:
