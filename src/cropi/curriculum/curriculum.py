@@ -33,7 +33,7 @@ REFIT = 4  # least steps between two choices of hyper-parameters; later a quarte
 ENOUGH = 8  # groups of either kind before the gain of choosing is judged
 GAIN_HALF_LIFE = 32.0  # steps
 
-Source = Literal["mean", "draw", "learnability", "uniform"]
+Source = Literal["mean", "draw", "likeness", "learnability", "uniform"]
 Halves = Sequence[Sequence[float]]
 """Inner products of a group's gradient: two halves of its completions x two halves of the direction."""
 
@@ -51,7 +51,13 @@ class Choice:
 class _Plan:
     names: list[str]  # of the sets
     shares_V: Float[np.ndarray, " V"]  # of the places
-    gains: dict[str, Float[np.ndarray, "V N"]]  # by source
+    gains: dict[Source, Float[np.ndarray, "V N"]]
+
+    def source(self, generator: np.random.Generator) -> Source:
+        """How a place is chosen: by likeness where no influence is known, else by the mean or by a draw."""
+        if "likeness" in self.gains:
+            return "likeness"
+        return "mean" if generator.random() < GREEDY else "draw"
 
 
 class Curriculum:
@@ -139,16 +145,18 @@ class Curriculum:
         learnability_P = self._learnability()
         known = [(name, None if self.rewards_only else self._posterior(name, step)) for name in self._names]
         left_V = np.array([learnability_P[self._members(name)].mean() for name in self._names])
-        slopes = {
-            "mean": np.stack([self._likely(name) if found is None else found.means() for name, found in known]),
-            "draw": np.stack([self._likely(name) if found is None else found.draw(generator) for name, found in known]),
-        }
+        ways: tuple[Source, ...] = ("mean", "draw") if any(found for _, found in known) else ("likeness",)
+        slopes = {way: np.stack([self._slopes(*each, way, generator) for each in known]) for way in ways}
         gains = {source: learnability_P[: self._pool] * without_harm(slopes_VN) for source, slopes_VN in slopes.items()}
         return _Plan(self._names, left_V / left_V.sum(), gains)
 
-    def _likely(self, name: str) -> Float[np.ndarray, " N"]:
-        """Slopes where no influence is known: likeness to the set."""
-        return self._likeness[name][: self._pool]
+    def _slopes(
+        self, name: str, found: Posterior | None, way: Source, generator: np.random.Generator
+    ) -> Float[np.ndarray, " N"]:
+        """Slopes on a set; where no influence is known, likeness to it."""
+        if found is None:
+            return self._likeness[name][: self._pool]
+        return found.means() if way == "mean" else found.draw(generator)
 
     def _posterior(self, name: str, step: int) -> Posterior | None:
         """Belief about a set, with hyper-parameters that are chosen anew every few steps."""
@@ -166,7 +174,7 @@ class Curriculum:
         if uniform or plan is None:
             return Choice(int(generator.choice(np.flatnonzero(free_N))), "uniform", "")
         row = int(generator.choice(len(plan.names), p=plan.shares_V))
-        source: Source = "draw" if "draw" in plan.gains and generator.random() >= GREEDY else "mean"
+        source = plan.source(generator)
         gains_N = np.where(free_N, plan.gains[source][row], -np.inf)
         if gains_N.max() > 0:
             return Choice(int(np.argmax(gains_N)), source, plan.names[row])
@@ -287,8 +295,8 @@ class Curriculum:
     def _is_no_better(self) -> bool:
         """Whether chosen groups help less than uniform ones, by more than chance. A ratio would fail below zero.
 
-        Choice does not stop wherever the interval of `gain` includes 1: in 70 recorded runs it did in 58 % of steps, since
-        too few groups are uniform. In all others uniform groups hurt, and the ratio was negative.
+        Choice does not stop wherever the interval of `gain` includes 1: in 70 recorded runs it did in 58 % of steps,
+        since too few groups are uniform. In all others uniform groups hurt, and the ratio was negative.
         """
         found = self._chosen_and_uniform()
         if found is None:

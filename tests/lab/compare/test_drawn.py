@@ -18,7 +18,7 @@ from cropi.loading import config_of, load_config
 from cropi.prompts import checked_prompts
 
 SEEDS = range(200)
-POPULATION_HASH = "6cf3a0595e94995d"
+POPULATION_HASH = "9fcf234391a799cb"
 
 
 @cache
