@@ -4,7 +4,7 @@
 
 Every step's slopes are predicted from those of earlier steps, as the belief would have had it then. The error of an
 observation that is still to come is taken as the mean of those before. The constant model is a normal distribution
-the with the mean and variance of all earlier slopes. `factor` multiplies all errors; the three columns after it are with
+with the mean and variance of all earlier slopes. `factor` multiplies all errors; the three columns after it are with
 the one that predicts best. The last two are the areas under the curve of wrong answers: of prompts trained on, and of
 all. It needs the checkpoint of the run's end.
 """
