@@ -218,7 +218,7 @@ class Comparison:
         if isinstance(self.chooser, Curriculum):
             line["metrics"] = {k: round(v, 4) for k, v in self.chooser.metrics().items() if abs(v) < float("inf")}
             if self.influence.checked:
-                line["share_read"] = round(self.influence.share_read, 4)
+                line |= {"share_read": round(self.influence.share_read, 4), "unread": self.influence.unread}
         self.run.write(line)
 
 

@@ -98,12 +98,15 @@ def summary(pool: str, way: str, logs: Logs) -> Line:
     """What cropi's report does not have."""
     own = {seed: lines for (p, w, seed), lines in logs.items() if (p, w) == (pool, way)}
     sources, passes = Counter[str](), Counter[str]()
-    agreements, seconds = defaultdict[int, list[Any]](list), list[float]()
+    agreements, cosines = defaultdict[int, list[float]](list), defaultdict[int, list[float]](list)
+    seconds = list[float]()
     for line in (line for lines in own.values() for line in lines):
         sources.update(line.get("sources", {}))
         passes.update(line.get("passes", {}))
+        if "cosine_of_halves" in line:
+            cosines[line["validation"]].append(line["cosine_of_halves"])
         if "agreement" in line:
-            agreements[line["validation"]].append((line["agreement"], line["cosine_of_halves"]))
+            agreements[line["validation"]].append(line["agreement"])
         seconds += [sum(line["seconds"].values())] if "step" in line else []
     found: Line = {
         "pool": pool,
@@ -114,10 +117,9 @@ def summary(pool: str, way: str, logs: Logs) -> Line:
         "passes_relative_to_training": {p: round(passes[p] / passes["train"], 3) for p in passes if p != "train"},
         "seconds_a_step": round(float(np.mean(seconds)), 1),
     }
-    if agreements:
-        found["agreement_and_cosine_by_step"] = {
-            step: np.round(np.mean(each, axis=0), 3).tolist() for step, each in sorted(agreements.items())
-        }
+    for name, by_step in (("agreement", agreements), ("cosine_of_halves", cosines)):
+        if by_step:
+            found[name] = {step: round(float(np.mean(values)), 3) for step, values in sorted(by_step.items())}
     paired = [(logs[pool, "full", s], own[s]) for s in sorted(own) if (pool, "full", s) in logs]
     if way != "full" and paired:
         pairs = [(crossing(full, full), crossing(lines, full)) for full, lines in paired]

@@ -121,6 +121,7 @@ class Influence:
         self.validation.bf16 = policy.bf16
         self.reader: Reader | None = None
         self.checked, self.share_read = False, float("nan")
+        self.unread: list[str] = []  # parameters that the check left out
         self.width = read_width(policy.model)
 
     def renew(self, step: int) -> dict[str, Any] | None:
@@ -183,7 +184,7 @@ class Influence:
         wrong, share = reader.exclude_unfaithful()
         if np.isnan(share):  # no gradient yet
             return False
-        self.checked, self.share_read = True, share
+        self.checked, self.share_read, self.unread = True, share, wrong
         if share < ENOUGH_READ:
             self.curriculum.rewards_only = True
         self.validation.readable = reader.read_parameters
@@ -224,13 +225,13 @@ def read_width(model: nn.Module) -> float:
 
 
 def agreement(influences: Sequence[float], direction: SetDirection | None) -> dict[str, float]:
-    """Standard errors by which members agree with the direction of others, and the cosine of its two halves."""
-    if direction is None or len(influences) < 2:
+    """Cosine of the direction's two halves; standard errors by which fresh members agree with the one before."""
+    if direction is None:
         return {}
-    first, second = direction.halves
-    error = float(np.std(influences, ddof=1)) / len(influences) ** 0.5
-    return {
-        "agreement": round(float(np.mean(influences)) / error, 2) if error else 0.0,
+    found, (first, second) = dict[str, float](), direction.halves
+    if len(influences) > 1 and (error := float(np.std(influences, ddof=1)) / len(influences) ** 0.5):
+        found["agreement"] = round(float(np.mean(influences)) / error, 2)
+    return found | {
         "cosine_of_halves": round(inner(first, second) / (inner(first, first) * inner(second, second)) ** 0.5, 3),
         "norm": direction.norm,
     }

@@ -231,7 +231,7 @@ def test_the_command_samples_where_nothing_is_collected_and_writes_nothing(tmp_p
     done = cropi("audit-rewards", "quickstart", "--prompts", "6", "--against", "numeric", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
-    assert result["completions"] == 24
+    assert result["completions"] == 48
     assert result["origin"] == "sampled now"
     assert set(result["gold"]) == {"correct"}
     assert result["cheap"] == []

@@ -181,7 +181,7 @@ def drawn_scenario(seed: int) -> dict[str, Any]:
             "max_completion_length": max(16, *longest),
             "batch_size": 512,
         },
-        "select": {"strategy": {"type": "full"}, "fraction": 0.1},
+        "select": {"strategy": {"type": "cropi"}, "fraction": 0.1},
         "train": {"stages": 6, "steps_per_stage": 16},
         "trainer": {
             "num_generations": 8,
