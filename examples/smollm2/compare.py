@@ -25,9 +25,10 @@ from grpo import Policy, Question
 from influence import SET, Influence
 from pilot import Run, Shuffled, representations
 
-from cropi.curriculum.belief import RewardBelief, kernel_features
+from cropi.curriculum.belief import kernel_features
 from cropi.curriculum.chooser import Pool, PromptChooser, RewardChooser, rested
 from cropi.curriculum.curriculum import Choice, Curriculum
+from cropi.curriculum.reward_belief import RewardBelief
 from cropi.curriculum.strategies.bmc import BmcStrategy
 from cropi.curriculum.strategies.cropi import CropiStrategy
 from cropi.curriculum.strategies.similarity_learnability import COOLDOWN, SimilarityLearnabilityStrategy

@@ -295,8 +295,8 @@ class Curriculum:
     def _is_no_better(self) -> bool:
         """Whether chosen groups help less than uniform ones, by more than chance. A ratio would fail below zero.
 
-        Choice does not stop wherever the interval of `gain` includes 1: in 70 recorded runs it did in 58 % of steps,
-        since too few groups are uniform. In all others uniform groups hurt, and the ratio was negative.
+        Choice does not stop wherever the interval of `gain` includes 1: so it did in 58 % of the steps of 70 recorded
+        runs, since too few groups are uniform. In the other steps the ratio was negative.
         """
         found = self._chosen_and_uniform()
         if found is None:
