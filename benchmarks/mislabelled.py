@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 
 from cropi.artifacts import SELECTION, read_table
-from cropi.builtin import generate
+from cropi.builtin import difficulty, generate
 from cropi.config import BuiltinSource, Config
 from cropi.loading import validate_config
 
@@ -22,11 +22,12 @@ def wrong_answers(config: Config) -> dict[str, bool]:
     known = {}
     for source in config.prompts.train:
         if isinstance(source, BuiltinSource):
-            options = source.model_dump(exclude={"type", "families"})
-            if source.seed is None:
-                options["seed"] = config.seed
+            lengths = source.model_dump(include={"min_length", "max_length"})
+            options = source.model_dump(include={"count", "label_noise", "label_rule", "hint", "distractors"})
+            options["seed"] = config.seed if source.seed is None else source.seed
             for family in source.families:
-                known |= {r["prompt_id"]: r["mislabelled"] for r in generate(family, split="train", **options)}
+                rows = generate(family, split="train", level=difficulty(family, **lengths), **options)
+                known |= {row["prompt_id"]: row["mislabelled"] for row in rows}
     return known
 
 
