@@ -45,7 +45,7 @@ def test_a_failure_has_its_log_and_stops_no_other(tmp_path: Path, monkeypatch: p
         Failure("quickstart · seed 0 · full", "", True),
         Failure("quickstart · seed 0 · random", "its process was killed by signal 9\nthe last words", False),
     ]
-    assert (tmp_path / "quickstart/seed-0/done").read_text().count("\n") == 3  # the collection, full, learnability
+    assert (tmp_path / "quickstart/seed-0/done").read_text().count("\n") == 4  # two shared folders, full, learnability
 
 
 def test_runs_of_a_collection_that_failed_do_not_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
