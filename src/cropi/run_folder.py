@@ -60,7 +60,7 @@ class StagePaths:
         return self._of("selections", stage)
 
     def beliefs(self, stage: int) -> Path:
-        """What was believed of the pool at the end of a stage, where influence is read while training."""
+        """Beliefs about the pool at the end of a stage, where influence is read while training."""
         return self._of("beliefs", stage)
 
     @property

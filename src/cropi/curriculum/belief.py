@@ -168,13 +168,13 @@ class InfluenceBelief:
         if not len(seen):
             return None
         means_S = seen_S2[:, 0]
+        scale = _scale(means_S, noise_S)
         validation_S = seen >= self._pool
-        grid = [chosen] if chosen is not None else _grid(means_S, noise_S, two_tasks=bool(validation_S.any()))
+        grid = [chosen] if chosen is not None else _grid(scale, two_tasks=bool(validation_S.any()))
         features_SF = np.concatenate(
             [self._pool_NF[seen[~validation_S]], self._validation_MF[seen[validation_S] - self._pool]]
         )
         data = features_SF.astype(np.float64), self._beyond_P[seen], validation_S, means_S, noise_S
-        scale = _scale(means_S, noise_S)
         best = max((_Solved(*data, each, scale) for each in grid), key=lambda solved: solved.log_likelihood)
         return self._of_pool(best, seen, seen_S2, noise_S)
 
@@ -215,11 +215,8 @@ class InfluenceBelief:
         self._seen_O5, self._step = state["seen"].copy(), int(state["step"][0])
 
 
-def _grid(
-    means_S: Float[np.ndarray, " S"], noise_S: Float[np.ndarray, " S"], *, two_tasks: bool
-) -> list[Hyperparameters]:
+def _grid(scale: float, *, two_tasks: bool) -> list[Hyperparameters]:
     """Hyper-parameters to try, in the scale of the slopes that were seen."""
-    scale = _scale(means_S, noise_S)
     correlations = CORRELATIONS if two_tasks else (1.0,)
     return [Hyperparameters(scale * spread, *rest) for spread, *rest in product(SPREADS, OWN_SHARES, correlations)]
 
@@ -312,7 +309,7 @@ def kernel_features(
 
 
 def likeness(points_NE: Float[np.ndarray, "N E"], validation_ME: Float[np.ndarray, "M E"]) -> Float[np.ndarray, " P"]:
-    """How much more a point is like a validation set than the pool on average, in standard deviations of the pool.
+    """Likeness of each point to a validation set beyond the pool's average, in standard deviations of the pool.
 
     l_i = max(0, c_i - mean c) / sd c, at most 3, with c_i the cosine with the nearest validation prompt: for the pool's
     prompts, and then for the validation prompts, of which each has the nearest other one.

@@ -54,7 +54,7 @@ class _Plan:
     gains: dict[Source, Float[np.ndarray, "V N"]]
 
     def source(self, generator: np.random.Generator) -> Source:
-        """How a place is chosen: by likeness where no influence is known, else by the mean or by a draw."""
+        """Choose by likeness where no influence is known, else by the mean or by a draw."""
         if "likeness" in self.gains:
             return "likeness"
         return "mean" if generator.random() < GREEDY else "draw"
@@ -126,8 +126,7 @@ class Curriculum:
         chosen = list[Choice]()
         plan = self._plan(step, generator)
         for _ in range(min(count, self._pool)):
-            choice = self._one(free_N, plan, generator)
-            chosen.append(choice)
+            chosen.append(choice := self._one(free_N, plan, generator))
             free_N[choice.place] = False
             self._last_N[choice.place] = step
             self._times_N[choice.place] += 1

@@ -115,7 +115,7 @@ def _places(choices: Sequence[Mapping[str, Any]], kind_of: Mapping[str, str]) ->
 
 
 def _gain(metrics: Mapping[int, Mapping[str, float]]) -> list[Block]:
-    """How many times more a chosen group helps than a uniformly drawn one."""
+    """Help of a chosen group divided by that of a uniformly drawn one."""
     names = [f"curriculum/gain{end}" for end in ("", "_low", "_high")]
     known = {step: [row.get(name) for name in names] for step, row in metrics.items() if names[0] in row}
     if not known:

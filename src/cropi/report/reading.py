@@ -123,7 +123,7 @@ def read_scores(config: Config, paths: StagePaths) -> dict[int, pa.Table]:
 
 
 def read_beliefs(config: Config, paths: StagePaths) -> dict[int, pa.Table]:
-    """What was believed of the pool at the end of each stage, where influence is read while training."""
+    """Beliefs about the pool at the end of each stage, where influence is read while training."""
     schema, tables = beliefs_schema(config.prompts.validation), {}
     for stage in range(config.train.stages):
         folder = paths.beliefs(stage)
