@@ -5,8 +5,10 @@ Letters: P points, which are the N prompts of the pool and then the validation p
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -18,7 +20,8 @@ CORRELATIONS = (1.0, 0.9, 0.6, 0.3)  # tried: between what a validation prompt a
 BANDWIDTH = 4.0  # median distances to the nearest other point
 BLOCK = 8192  # points at a time
 FORGOTTEN = 10  # half-lives after which an observation is dropped
-OWN_ERROR = 0.25  # of an observation's squared error; the rest is the mean of all, since one difference is a bad guess
+NOISES = (0.25, 0.5, 1.0)  # tried: variance of an observation's error, relative to its estimate
+OWN_ERROR = 0.9  # of an observation's squared error; the rest is the mean of all, since one difference is a bad guess
 LIKENESS = (
     0.5  # expected slope of a prompt one deviation more alike than the pool, in those observed; its own deviation
 )
@@ -32,6 +35,7 @@ class Hyperparameters:
     spread: float  # s: weights w ~ N(0, s I)
     own_share: float  # own effects u ~ N(0, own_share s)
     correlation: float  # rho
+    noise: float  # variance of errors, relative to their estimates
 
 
 @dataclass(frozen=True)
@@ -168,15 +172,13 @@ class InfluenceBelief:
         if not len(seen):
             return None
         means_S = seen_S2[:, 0]
-        scale = _scale(means_S, noise_S)
         validation_S = seen >= self._pool
-        grid = [chosen] if chosen is not None else _grid(scale, two_tasks=bool(validation_S.any()))
         features_SF = np.concatenate(
             [self._pool_NF[seen[~validation_S]], self._validation_MF[seen[validation_S] - self._pool]]
         )
-        data = features_SF.astype(np.float64), self._beyond_P[seen], validation_S, means_S, noise_S
-        best = max((_Solved(*data, each, scale) for each in grid), key=lambda solved: solved.log_likelihood)
-        return self._of_pool(best, seen, seen_S2, noise_S)
+        data = features_SF.astype(np.float64), self._beyond_P[seen], validation_S, means_S
+        best = _most_likely(data, noise_S) if chosen is None else _Solved(*data, chosen.noise * noise_S, chosen)
+        return self._of_pool(best, seen, seen_S2, best.chosen.noise * noise_S)
 
     def _of_pool(
         self,
@@ -215,12 +217,6 @@ class InfluenceBelief:
         self._seen_O5, self._step = state["seen"].copy(), int(state["step"][0])
 
 
-def _grid(scale: float, *, two_tasks: bool) -> list[Hyperparameters]:
-    """Hyper-parameters to try, in the scale of the slopes that were seen."""
-    correlations = CORRELATIONS if two_tasks else (1.0,)
-    return [Hyperparameters(scale * spread, *rest) for spread, *rest in product(SPREADS, OWN_SHARES, correlations)]
-
-
 def _scale(means_S: Float[np.ndarray, " S"], noise_S: Float[np.ndarray, " S"]) -> float:
     """Mean square of the slopes, without that of their errors."""
     excess = float((means_S**2 - noise_S).mean())
@@ -241,9 +237,8 @@ class _Solved:
         means_S: Float[np.ndarray, " S"],
         noise_S: Float[np.ndarray, " S"],
         chosen: Hyperparameters,
-        scale: float,
     ) -> None:
-        self.chosen = chosen
+        self.chosen, scale = chosen, _scale(means_S, noise_S)
         rho, two_tasks = chosen.correlation, chosen.correlation < 1
         first_SF = features_SF * np.where(validation_S, rho, 1.0)[:, None]
         parts = [first_SF]
@@ -280,6 +275,24 @@ class _Solved:
         inverse = np.linalg.inv(self._root)
         found: np.ndarray = inverse.T @ inverse
         return found
+
+
+def _most_likely(data: tuple[Any, Any, Any, Any], noise_S: Float[np.ndarray, " S"]) -> _Solved:
+    """The posterior of the largest marginal likelihood: over the noise at middling other ones, then over those."""
+
+    def best(noises: Sequence[float], *others: Sequence[float]) -> _Solved:
+        scales = {noise: _scale(data[3], noise * noise_S) for noise in noises}
+        grid = [Hyperparameters(s * scales[noise], own, rho, noise) for noise, s, own, rho in product(noises, *others)]
+        solved = (_Solved(*data, each.noise * noise_S, each) for each in grid)
+        return max(solved, key=lambda each: each.log_likelihood)
+
+    correlations = CORRELATIONS if data[2].any() else (1.0,)
+    noise = best(NOISES, _middle(SPREADS), _middle(OWN_SHARES), correlations[:1]).chosen.noise
+    return best((noise,), SPREADS, OWN_SHARES, correlations)
+
+
+def _middle(values: tuple[float, ...]) -> tuple[float]:
+    return (values[len(values) // 2],)
 
 
 def kernel_features(
