@@ -29,7 +29,7 @@ def test_overrides_reach_lists_tables_and_the_trainer() -> None:
         ("select.fracton=0.2", "unknown key select.fracton - did you mean 'fraction'"),
         ("prompts.train.0.cout=5", "unknown key prompts.train.0.cout - did you mean 'count'"),
         ("prompts.test.sum.targetd=true", "did you mean 'targeted'"),
-        ("score.projection.dims=5", "unknown key score.projection.dims - did you mean 'dim'"),
+        ("policy.lora.alpa=5", "unknown key policy.lora.alpa - did you mean 'alpha'"),
         ("select.strategy.type=influnce", "did you mean 'influence'"),
         ("select.strategy.lo=1", "known keys here: observe_only, type"),
         ("select.fraction=1.5", "select.fraction is 1.5: input should be less than or equal to 1"),
@@ -64,9 +64,9 @@ def test_mistakes_are_named_with_a_way_out(override: str, message: str) -> None:
         "trainer.generation_kwargs.trust_remote_code=true",
         """trainer.generation_kwargs='{"trust_remote_code" : true}'""",
         "trainer.accelerator_config={a: [{b: {code_revision: main}}]}",
-        "collect.vllm={options: {trust_remote_code: true}}",
-        "collect.vllm={options: {speculative_config: {trust_remote_code: true}}}",
-        "collect.vllm={options: {hf_overrides: {auto_map: {AutoModel: evil.Evil}}}}",
+        "collect.vllm={trust_remote_code: true}",
+        "collect.vllm={speculative_config: {trust_remote_code: true}}",
+        "collect.vllm={hf_overrides: {auto_map: {AutoModel: evil.Evil}}}",
     ],
 )
 def test_no_setting_lets_a_models_code_run(override: str) -> None:
@@ -79,7 +79,6 @@ def test_no_setting_lets_a_models_code_run(override: str) -> None:
     [
         *[f"{key}={value}" for key in ("seed", "prompts.train.0.seed") for value in (-1, 2**32)],
         *[f"collect.temperature={value}" for value in (0, "1e-300", "1e300")],
-        "score.projection.dim=99999999999999",
         "train.stages=99999999999",
         "train.steps_per_stage=99999999999",
         "collect.num_generations=99999999999",

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 from cropi.artifacts import TRAJECTORIES
 from cropi.builtin import FAMILIES, difficulty, generate
-from cropi.config import ScoreConfig
 from cropi.gradients.groups import Group
 from cropi.gradients.validation_groups import one_sided, validation_groups
 from cropi.leakage import Leakage, Match, common_limit, find_leakage
@@ -356,7 +355,7 @@ def test_a_one_sided_validation_set_is_warned_of_by_name(capsys: pytest.CaptureF
         return pa.Table.from_pylist(rows, schema=TRAJECTORIES)
 
     trajectories = {"validation/easy": table(9, 91), "validation/fine": table(10, 90)}
-    groups = validation_groups(trajectories, ScoreConfig(max_validation_prompts=100))
+    groups = validation_groups(trajectories)
     assert [len(found) for found in groups.values()] == [9, 10]
     lines = [line for line in capsys.readouterr().err.splitlines() if "solved by" in line]
     assert len(lines) == 1

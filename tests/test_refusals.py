@@ -56,7 +56,6 @@ def refused(cwd: Path, *overrides: str, verbs: tuple[str, ...] = ("check", "run"
         "trainer.ddp_timeout=soon",
         "collect.temperature=1e-300",
         "collect.vllm={}",
-        "score.projection.dim=99999999999999",
         "prompts.test={}",
         "prompts.validation={sum: []}",
         "name=" + "x" * 300,

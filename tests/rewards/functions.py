@@ -185,9 +185,9 @@ async def hangs_later(completions: list[str], answer: list[str], **_: Any) -> li
     return equal(completions, answer)
 
 
-async def verl_score_later(**given: Any) -> Any:
+async def verl_score_later(data_source: str, solution_str: str, **given: Any) -> Any:
     await asyncio.sleep(0.001)
-    return verl_score(**given)
+    return verl_score(data_source, solution_str, **given)
 
 
 def generous(completions: list[str], answer: list[str], **_: Any) -> list[float]:

@@ -85,7 +85,7 @@ def test_grades_are_shown(tmp_path: Path) -> None:
         ("", ["--verifier", "exact", "--option", "mark=x"], "unknown key verifier.mark"),
         (
             "",
-            ["--verifier", "verl", "--option", "graded=true", "--option", "threshold=1.5"],
+            ["--verifier", "function", "--option", "path=a.b", "--option", "graded=true", "--option", "threshold=1.5"],
             "threshold must be above 0 and at most 1 where graded",
         ),
         ("", ["--verifier", "exact", "--option", "marker"], "key.path=value"),

@@ -228,7 +228,7 @@ def test_adding_a_verifier_takes_one_file_and_one_line(tmp_path: Path) -> None:
     (folder / "long_enough.py").write_text(ADDED, encoding="utf-8")
     text = (folder / "__init__.py").read_text(encoding="utf-8")
     line = "from cropi.rewards.verifiers.long_enough import LongEnoughVerifier as LongEnoughVerifier\n"
-    last = "from cropi.rewards.verifiers.verl"
+    last = "from cropi.rewards.verifiers.reasoning_gym"
     (folder / "__init__.py").write_text(text.replace(last, line + last), encoding="utf-8")
     rows = "".join(json.dumps({"completion": text, "answer": ""}) + "\n" for text in ("four", "seven letters"))
     command = [sys.executable, "-m", "cropi", "verify", "--verifier", "long_enough", "--seconds", "60"]

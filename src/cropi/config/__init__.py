@@ -23,7 +23,7 @@ from cropi.config.run_config import (
     config_hash,
     deciding,
 )
-from cropi.config.score_config import CollectConfig, ProjectionConfig, ScoreConfig, ServerConfig, VllmConfig
+from cropi.config.score_config import CollectConfig, ScoreConfig, ServerConfig
 from cropi.curriculum.strategies import Strategy, StrategyTable
 from cropi.curriculum.strategy import FusionConfig
 from cropi.rewards.verifier import VerificationConfig
@@ -46,7 +46,6 @@ __all__ = [
     "NonNegative",
     "PolicyConfig",
     "Positive",
-    "ProjectionConfig",
     "PromptsConfig",
     "ReasoningGymSource",
     "ScoreConfig",
@@ -60,7 +59,6 @@ __all__ = [
     "TrainConfig",
     "VerificationConfig",
     "Verifier",
-    "VllmConfig",
     "config_difference",
     "config_hash",
     "deciding",

@@ -123,19 +123,13 @@ class Run:
         path = start_of_stage(self.config, self.paths, stage)
         return load_policy(self.config.policy, str(path)), self.origin(stage)
 
-    def require_trajectories(self, origin: str) -> None:
-        """Refuse to score a policy without trajectories, or one other than the base policy without log-probs."""
+    def require_trajectories(self) -> None:
+        """Refuse to score a policy without trajectories."""
         if not self.config.select.strategy.collects:
             raise ConfigError(
                 f"{self.config.select.label} reads no trajectories, so there are none to score by",
                 where="select.strategy",
                 fix="start a run with a strategy that reads them, such as influence.",
-            )
-        if origin != "base" and not self.config.collect.logprobs:
-            raise ConfigError(
-                "the trajectories have no behaviour log-probs, so only the base policy can be scored by them",
-                where="collect.logprobs",
-                fix="start a run with collect.logprobs=true.",
             )
 
 
