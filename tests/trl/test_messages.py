@@ -50,7 +50,7 @@ ELSEWHERE = {"orders.py", "server.py", "vllm.py"}
         ("prompts.leakage=warn", 'Selector.settings["prompts"]["leakage"]="warn"'),
         ("policy.path", "model"),
         ("select.strategy", "Selector.strategy"),
-        ("policy.lora.r: too large", 'Selector.settings["policy"]["lora"]["r"]: too large'),
+        ("collect.server.url: no address", 'Selector.settings["collect"]["server"]["url"]: no address'),
         ("/a/prompts/prompts.parquet", "/a/prompts/prompts.parquet"),
         ("my-train.stages.jsonl", "my-train.stages.jsonl"),
         ("raise verification.memory_mb", 'raise verification["memory_mb"]'),

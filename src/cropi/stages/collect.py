@@ -60,7 +60,13 @@ def collect(run: Run) -> Manifest:
     inputs: dict[str, Any] = {"prompts": prompts.identity, "policy": run.setup.identity}
     inputs |= {"settings": run.folder.settings(*SAMPLED_BY)}
     manifest = build(
-        folder, "trajectories", partial(_collect, run), inputs=inputs, made_by="cropi collect", **run.in_parts
+        folder,
+        "trajectories",
+        partial(_collect, run),
+        inputs=inputs,
+        made_by="cropi collect",
+        keep_parts=True,
+        shared=True,
     )
     _tell(run, manifest)
     if strategy.aims_at_validation:

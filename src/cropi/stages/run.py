@@ -6,7 +6,6 @@ from copy import copy
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 from trl import GRPOConfig
@@ -98,11 +97,6 @@ class Run:
     def is_finished(self, folder: Path) -> bool:
         """Whether the first process sees a finished artifact."""
         return process_group().from_main(lambda: is_finished(folder))
-
-    @property
-    def in_parts(self) -> dict[str, Any]:
-        """Arguments of `build` for an artifact whose parts are divided among processes and outlive an interruption."""
-        return {"keep_parts": True, "shared": True}
 
     @property
     def last_step(self) -> int:

@@ -65,7 +65,9 @@ def score(run: Run, stage: int, model: nn.Module, origin: str) -> Manifest:
         return counts, details
 
     made_from = run.trajectories.inputs | {"policy": origin, "settings": run.folder.settings()}
-    manifest = build(run.paths.scores(stage), "scores", make, inputs=made_from, made_by="cropi score", **run.in_parts)
+    manifest = build(
+        run.paths.scores(stage), "scores", make, inputs=made_from, made_by="cropi score", keep_parts=True, shared=True
+    )
     say(f"scores of stage {stage}: {counts_text(manifest.counts)}")
     text = drift_warning(manifest.details["drift"], stage)
     if text is not None:

@@ -66,7 +66,7 @@ def test_the_exact_scores_agree_with_autograd(finished: tuple[dict[str, Any], st
         (["engine", "--workload", "builtin", "--shape", "tiny"], "--shape: the workload builtin has its own policy"),
         (["engine", "--out", "nowhere/bench.json"], "there is no such folder"),
     ],
-)
+)  # fmt: skip
 def test_an_option_that_cannot_be_used_exits_2(arguments: list[str], message: str) -> None:
     done = CliRunner().invoke(app, ["bench", *arguments])
     assert done.exit_code == 2, done.output

@@ -2,8 +2,6 @@
 
 import itertools
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -254,11 +252,3 @@ def test_eight_strategies_have_eight_colours_and_more_are_still_told_apart() -> 
     assert len({looks[name]["color"] for name in names[:8]}) == 8
     assert len({(look["color"], str(look["linestyle"])) for look in looks.values()}) == 16
     assert styles(names[:5])["s1"] == looks["s1"]
-
-
-def test_the_report_needs_no_torch() -> None:
-    code = "import sys, cropi.lab.compare.report.comparison_page as page; print({'torch', 'trl'} & set(sys.modules))"
-    result = subprocess.run(
-        [sys.executable, "-c", code], env={"PYTHONPATH": ":".join(sys.path)}, capture_output=True, text=True, check=True
-    )
-    assert result.stdout.strip() == "set()"

@@ -18,7 +18,7 @@ from cropi.lab.bench.benchmark_options import EngineOptions
 from cropi.lab.bench.contender_list import FLOORS
 from cropi.lab.bench.machine import describe, matmul_rate
 from cropi.lab.bench.policy_shapes import forward_flops, make_policy, parameter_count, policy_config
-from cropi.lab.bench.timing import per_token, plain, quality, rates, ratios, seconds
+from cropi.lab.bench.timing import per_token, quality, rates, ratios, seconds
 from cropi.lab.bench.worker_rounds import Record, Worker, WorkerError, take_rounds
 from cropi.lab.bench.workload import Workload, builtin_workload, random_workload, tokens_given, write_groups
 
@@ -150,8 +150,8 @@ def _row(name: str, scene: Scene, records: dict[str, Record], forward_ceiling: f
         "covers": ["train", "validation"] if scores else ["train"],
         "startup_s": record.startup_s,
         **rates(record, given),
-        "ratio_to_floor": plain(ratios(per_token(record), per_token(floor))),
-        "seconds_to_sketch": plain(ratios(seconds(record), seconds(sketch))) if scores else None,
+        "ratio_to_floor": ratios(per_token(record), per_token(floor)),
+        "seconds_to_sketch": ratios(seconds(record), seconds(sketch)) if scores else None,
         "share_of_2f_ceiling": float(np.median(timed)) if timed else None,
         **quality(record.scores_N, exact.scores_N, signal_N),
         "rounds": record.rounds,
