@@ -11,7 +11,7 @@ from cropi.__main__ import app
 
 CONTENDERS = "floor,exact,reference"
 KEYS = {
-    "name", "error", "warnings", "covers", "startup_s",
+    "name", "error", "covers", "startup_s",
     "seconds", "parts", "tokens_given", "tokens_computed", "given_per_s", "computed_per_s", "peak_rss_mb",
     "peak_gpu_mb", "ratio_to_floor", "seconds_to_sketch", "share_of_2f_ceiling", "spearman", "precision_at_10",
     "rounds",

@@ -75,5 +75,4 @@ def _notes(result: dict[str, Any]) -> list[str]:
     for row in result["contenders"]:
         if row["error"] is not None:
             notes.append(f"{row['name']} failed: {row['error']}")
-        notes += [f"{row['name']} warned: {warning}" for warning in row["warnings"]]
     return notes
