@@ -20,8 +20,8 @@ from cropi.lab.bench.benchmark_options import EngineOptions
 from cropi.lab.bench.contender_list import FLOORS
 from cropi.lab.bench.contender_task import Task
 from cropi.lab.bench.contenders import prepare, run, scores
-from cropi.lab.bench.machine import describe, matmul_rate
-from cropi.lab.bench.policy_shapes import forward_flops, make_policy, parameter_count, policy_config
+from cropi.lab.bench.machine import describe
+from cropi.lab.bench.policy_shapes import make_policy, parameter_count, policy_config
 from cropi.lab.bench.timing import per_token, quality, rates, ratios, seconds
 from cropi.lab.bench.worker_rounds import Record, take_rounds
 from cropi.lab.bench.workload import Workload, builtin_workload, random_workload, tokens_given
@@ -37,8 +37,10 @@ class Scene:
 
     def task(self, contender: str) -> Task:
         plan, work = self.plan, self.workload
-        policy, sizes = str(self.policy), (plan.batch_tokens, plan.threads)
-        return Task(policy, work.train, work.validation, plan.dtype, plan.device, *sizes, contender)
+        assert plan.dtype
+        assert plan.batch_tokens
+        sizes = plan.batch_tokens, plan.threads
+        return Task(str(self.policy), work.train, work.validation, plan.dtype, plan.device, *sizes, contender)
 
 
 def bench_engine(plan: EngineOptions) -> dict[str, Any]:
@@ -52,6 +54,9 @@ def bench_engine(plan: EngineOptions) -> dict[str, Any]:
 def _make_scene(plan: EngineOptions, folder: Path) -> Scene:
     """Make the policy and the workload."""
     say(f"bench  {plan.shape or 'built-in policy'}, workload {plan.workload}, {plan.prompts} prompts")
+    assert plan.prompts
+    assert plan.validation
+    assert plan.dtype
     policy = folder / "policy" if plan.shape else POLICY_DIR
     if plan.shape:
         make_policy(plan.shape, policy, dtype=plan.dtype, device=plan.device, seed=plan.seed)
@@ -87,25 +92,18 @@ def _measure(scene: Scene) -> dict[str, Record]:
 
 
 def _result(scene: Scene, records: dict[str, Record]) -> dict[str, Any]:
-    plan, config = scene.plan, policy_config(scene.policy)
-    flops, rate = forward_flops(config, scene.workload.train), matmul_rate(plan.device, plan.dtype, plan.threads)
+    plan = scene.plan
     return {
         "kind": "engine",
         "settings": plan.recorded(),
         "environment": describe(plan.device, plan.threads),
-        "policy": {
-            "shape": plan.shape or "builtin",
-            "parameters": parameter_count(config),
-            "forward_flops_per_token": flops,
-            "matmul_flops_per_s": rate,
-            "ceiling_2f_tokens_per_s": rate / (2 * flops),
-        },
+        "policy": {"shape": plan.shape or "builtin", "parameters": parameter_count(policy_config(scene.policy))},
         "workload": {"name": plan.workload, **scene.workload.facts()},
-        "contenders": [_row(name, scene, records, rate / flops) for name in records],
+        "contenders": [_row(name, scene, records) for name in records],
     }
 
 
-def _row(name: str, scene: Scene, records: dict[str, Record], forward_ceiling: float) -> dict[str, Any]:
+def _row(name: str, scene: Scene, records: dict[str, Record]) -> dict[str, Any]:
     """All results of one contender."""
     record, workload = records[name], scene.workload
     given = tokens_given(workload.train)
@@ -113,8 +111,6 @@ def _row(name: str, scene: Scene, records: dict[str, Record], forward_ceiling: f
         given += tokens_given(workload.validation)
     floor, sketch = records.get("floor", Record()), records.get("sketch", Record())
     exact, signal_N = records.get("exact", Record()), np.array([group.has_signal for group in workload.train])
-    passes = 1 if name == "forward" else 2
-    timed = [1 / (cost * forward_ceiling / passes) for cost in per_token(record)]
     return {
         "name": name,
         "error": record.error,
@@ -123,7 +119,6 @@ def _row(name: str, scene: Scene, records: dict[str, Record], forward_ceiling: f
         **rates(record, given),
         "ratio_to_floor": ratios(per_token(record), per_token(floor)),
         "seconds_to_sketch": None if name in FLOORS else ratios(seconds(record), seconds(sketch)),
-        "share_of_2f_ceiling": float(np.median(timed)) if timed else None,
         **quality(record.scores_N, exact.scores_N, signal_N),
         "rounds": record.rounds,
     }
