@@ -12,7 +12,7 @@ from tests.gradients.test_every_causal_lm import build
 from torch import Tensor, nn
 
 from cropi.errors import PolicyError
-from cropi.gradients.reading import Direction, LowRank, Reader
+from cropi.gradients.training_influence import Direction, LowRank, Reader
 
 Loss = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
 SIDES = ("left", "right")

@@ -23,7 +23,7 @@ from cropi.artifacts import (
 )
 from cropi.config import Config
 from cropi.errors import ArtifactError, DataError
-from cropi.exchange.formats import TASKSET, Format, Item, named
+from cropi.exchange.formats import Format, Item, named
 from cropi.exchange.rewards import facts_of
 from cropi.policy import load_tokenizer, policy_location
 from cropi.prompt_encoding import encode_prompts, trainer_prompt, uses_chat
@@ -145,8 +145,8 @@ class _Export:
         why = "".join(json.dumps({key: row[key] for key in WHY}) + "\n" for row in selected)
         write_text(self._folder / "why.jsonl", why)
         write_text(self._folder / "reward.py", self._reward())
-        if self._name == "prime-rl":
-            write_text(self._folder / "cropi_stage.py", TASKSET)
+        for name, text in self._form.files.items():
+            write_text(self._folder / name, text)
         return {split: len(prompts) for split, prompts in splits.items()}
 
     def _item(self, row: Mapping[str, Any], split: str, place: int) -> Item:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from cropi.console import warn
 from cropi.curriculum.chooser import GroupGate, PromptChooser
 from cropi.curriculum.curriculum import Choice, Curriculum, Halves
-from cropi.gradients.reading import Reader
+from cropi.gradients.training_influence import Reader
 from cropi.stages.validation_pass import Due, SampledGroup, ValidationPass
 from cropi.training.curriculum_state import load_state, save_state
 from cropi.training.group_evidence import GroupEvidence, GroupOutcome
