@@ -16,6 +16,7 @@ from cropi.curriculum.chooser import ChoosesBatches, GroupGate, Pool
 from cropi.curriculum.curriculum import Curriculum
 from cropi.curriculum.strategies.cropi import CropiStrategy
 from cropi.errors import ConfigError
+from cropi.gradients.layer_taps import matrix_parameters
 from cropi.parallel import process_group
 from cropi.prompt_encoding import encode_prompts, trainer_prompt, uses_chat
 from cropi.prompt_text import prompt_text
@@ -199,8 +200,9 @@ class OnlineRun:
     ) -> Mapping[str, Mapping[int, Sequence[float]]]:
         charge = self._run.ledger.charge("score", stage=self._stage(step))
         with charge as entry, self._trainer.plain_model() as model:
-            given, tokens = self._validation.differentiate(model, groups)
+            given, tokens, products = self._validation.differentiate(model, groups)
             entry |= {"step": step, "computed_tokens": 0, "validation_tokens": tokens}
+            entry |= {"read_passes": products / matrix_parameters(model)}
         return given
 
     def _keep_beliefs(self, stage: int) -> None:

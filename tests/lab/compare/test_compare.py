@@ -14,7 +14,8 @@ import torch
 from tests.conftest import tiny_llama
 from tests.runs import SMALL, cropi, cropi_error, cropi_ok, evaluations, selections
 
-from cropi.lab.compare.compared_run import link_shared, matrix_parameters
+from cropi.gradients.layer_taps import matrix_parameters
+from cropi.lab.compare.compared_run import link_shared
 from cropi.lab.compare.result_table import read_results
 from cropi.lab.compare.run_processes import default_jobs
 from cropi.ledger import Ledger
