@@ -1,7 +1,8 @@
-"""What choosing costs as the pool grows: time and memory of fusion and selection, and of the feature store.
+"""What choosing costs as the pool grows: time and memory of selection, of the feature store, and of `cropi`'s belief.
 
     python benchmarks/scale.py select --sizes 10000,100000,1000000,10000000 --rounds 3 --json scale.json
     python benchmarks/scale.py store --sizes 10000,30000,100000,300000 --rounds 3 --json research/figures/scale.json
+    python benchmarks/scale.py curriculum --sizes 100000,1000000 --rounds 1
     python benchmarks/scale.py figure research/figures/scale.json research/figures/scale.svg
     python benchmarks/scale.py table research/figures/scale.json
 
@@ -10,6 +11,8 @@ their fusion, the choice of a tenth, and the selection's files.
 `store`: features are simulated; measured is writing bfloat16 features shard by shard, and
 scoring them against four validation directions as it is read back. A pool of more than
 `--largest` prompts is written, scored and deleted as several stores, one on the disk at a time.
+`curriculum`: points and influence on one validation set are simulated; measured is building `Curriculum`, and steps of
+`next(128)` with the observation of 128 groups: their mean, and the slowest, which chooses hyper-parameters.
 
 Every measurement is a process of its own, alone, after a small pool that loads what is loaded late. Memory is the most
 that it ever held, the imports' own included. Sizes go round in turn; each command adds its rounds to the file. Shown
@@ -37,8 +40,11 @@ BLOCK = 256  # features that are simulated; a pool repeats them
 KINDS = {
     "select": {"seconds": "fuse, select, write"},
     "store": {"write_s": "store: write", "score_s": "store: score"},
+    "curriculum": {"build_s": "build", "step_s": "step", "slowest_s": "slowest step"},
 }
-ABOUT = {"select": f"fuse and select, {SETS} sets", "store": "feature store"}
+ABOUT = {"select": f"fuse and select, {SETS} sets", "store": "feature store", "curriculum": "belief and choice"}
+FIGURE = ("select", "store")
+PROMPTS, GENERATIONS, STEPS = 128, 8, 8  # of a batch, of a group, of a measurement
 
 
 def select(size: int, folder: Path) -> dict[str, float]:
@@ -114,6 +120,28 @@ def one_store(folder: Path, first: int, count: int, features_BD: Any, directions
     return seconds | {"stored_bytes": stored(folder), "stores": 1.0}
 
 
+def curriculum(size: int) -> dict[str, float]:
+    """Build a curriculum, and let it choose batches and learn of their groups."""
+    import numpy as np
+
+    from cropi.curriculum.curriculum import Curriculum
+
+    generator = np.random.default_rng(0)
+    points_NE, held_out_ME = (generator.standard_normal((count, 32)) / 32**0.5 for count in (size, 64))
+    started, used, seconds = time.perf_counter(), time.process_time(), []
+    chooser = Curriculum(points_NE, {"set": held_out_ME}, seed=0, completions=PROMPTS * GENERATIONS)
+    built = time.perf_counter()
+    for step in range(STEPS):
+        began = time.process_time()
+        for number, choice in enumerate(chooser.next(PROMPTS, step)):
+            rewards = generator.integers(0, 2, GENERATIONS).astype(float)
+            influence = {"set": points_NE[choice.place, 0] + generator.standard_normal((2, 2))}
+            chooser.observe(choice, rewards, step=step, group=f"{step}-{number}", influence=influence)
+        seconds.append(time.process_time() - began)
+    found = {"build_s": built - started, "step_s": statistics.fmean(seconds), "slowest_s": max(seconds)}
+    return found | {"cpu_s": time.process_time() - used, "stored_bytes": 0.0}
+
+
 def stored(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
@@ -131,7 +159,10 @@ def one_here(kind: str, size: int, dim: int, largest: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         for count, name in ((BLOCK, "small"), (size, "made")):
             place = Path(folder) / name
-            found = store(count, place, dim, largest) if kind == "store" else select(count, place)
+            if kind == "curriculum":
+                found = curriculum(count)
+            else:
+                found = store(count, place, dim, largest) if kind == "store" else select(count, place)
     return found | {"peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
 
 
@@ -200,7 +231,7 @@ def _drawn(results: dict[str, Any]) -> Any:
     colours = {"select": (BLUE, "o"), "store": (ORANGE, "s")}
     drawn = Figure(figsize=(11.5, 4.2), layout="constrained", facecolor="white")
     axes = drawn.subplots(1, 3)
-    for kind, about in ABOUT.items():
+    for kind, about in ((kind, ABOUT[kind]) for kind in FIGURE):
         colour, mark = colours[kind]
         look = {"color": colour, "marker": mark, "markersize": 4}
         _line(axes[0], grouped(results, kind, "cpu_s"), f"{about}: {_exponent(results, kind, 'cpu_s')}", look)
@@ -209,7 +240,7 @@ def _drawn(results: dict[str, Any]) -> Any:
             apart = {"color": GREEN, "linestyle": "--"} if name == "score_s" else {}
             _line(axes[1], grouped(results, kind, name), f"{label}: {_exponent(results, kind, name)}", look | apart)
     sizes = [row["size"] for row in results["rounds"]]
-    least = min(min(grouped(results, kind, "cpu_s").values())[0] for kind in KINDS)
+    least = min(min(grouped(results, kind, "cpu_s").values())[0] for kind in FIGURE)
     for axis in axes[:2]:
         ends = (min(sizes), max(sizes))
         axis.plot(ends, [least * end / ends[0] for end in ends], color="#999999", linewidth=0.8, label="linear growth")
@@ -271,7 +302,8 @@ def main() -> None:
         figure(Path(arguments.rest[0]), Path(arguments.rest[1]))
     elif arguments.what == "table":
         results = json.loads(Path(arguments.rest[0]).read_text(encoding="utf-8"))
-        print("\n\n".join(f"{ABOUT[kind]}\n\n{table(results, kind)}" for kind in KINDS))
+        found = [kind for kind in KINDS if any(row["kind"] == kind for row in results["rounds"])]
+        print("\n\n".join(f"{ABOUT[kind]}\n\n{table(results, kind)}" for kind in found))
     elif arguments.what == "one":
         print(json.dumps(one_here(arguments.rest[0], sizes[0], arguments.dim, arguments.largest)))
     else:
