@@ -104,9 +104,10 @@ def wrong_answers(config: dict[str, Any]) -> dict[str, bool]:
         if source["type"] != "builtin" or source.get("label_rule") == "stop_early":
             continue
         options = {"seed": config["seed"]} if source.get("seed") is None else {"seed": source["seed"]}
-        options |= {name: source.get(name) or 0 for name in ("count", "label_noise", "hint", "distractors")}
+        options |= {name: source.get(name) or 0 for name in ("count", "label_noise", "distractors")}
         for family in source["families"]:
-            level = difficulty(family, min_length=source.get("min_length"), max_length=source.get("max_length"))
+            lengths = {name: source.get(name) for name in ("min_length", "max_length")}
+            level = difficulty(family, **lengths, hint=source.get("hint") or 0.0)
             rows = generate(family, split="train", level=level, **options)
             known |= {row["prompt_id"]: row["mislabelled"] for row in rows}
     return known

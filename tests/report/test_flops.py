@@ -36,7 +36,7 @@ def test_passes_over_a_batch(overrides: list[str], passes: int):
         ([], 2),
         (["score.estimator=exact"], 4),  # the quickstart has two validation sets
         (["score.estimator=reference"], 3),
-        (["score.projection={mask: uniform, keep_fraction: 0.1}"], 3),
+        (["score.mask=uniform"], 3),
     ],
 )
 def test_what_a_token_of_the_pool_costs(overrides: list[str], multiple: int):

@@ -49,7 +49,7 @@ class Flops:
 def score_multiple(settings: ScoreConfig, validation_sets: int) -> int:
     """Forward passes per token of the pool."""
     by_estimator = {
-        "sketch": 3 if settings.projection.mask == "uniform" else 2,
+        "sketch": 3 if settings.mask == "uniform" else 2,
         "exact": 2 + validation_sets,
         "reference": GRADIENT,
     }

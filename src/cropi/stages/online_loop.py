@@ -24,7 +24,7 @@ from cropi.training.curriculum_state import load_state, save_state
 from cropi.training.group_evidence import GroupEvidence, GroupOutcome
 from cropi.training.loss_normalizer import LossNormalizer
 from cropi.training.online_sampler import OnlineSampler
-from cropi.training.reward_log import Judged, RecordedReward
+from cropi.training.reward_log import Judged, RewardLog
 from cropi.training.row_matching import LossRow, loss_rows
 
 # Samples the validation prompts that are due at a step, with the policy in training.
@@ -43,7 +43,7 @@ class ChooserLoop:
 
     chooser: PromptChooser
     sampler: OnlineSampler
-    reward: RecordedReward
+    reward: RewardLog
     evidence: GroupEvidence
     place_of: Mapping[str, int]  # of a prompt id in the pool
     draws: bool = False  # whether the trainer draws, as often as it has to for a generation batch
@@ -215,7 +215,7 @@ class OnlineLoop(ChooserLoop):
                 f"only {share:.0%} of the squared gradient can be read while training, so prompts are chosen by their "
                 "rewards and not by influence"
             )
-            self._choose_by_rewards()
+            self.choose_by_rewards()
             return
         before = list(self.validation.directions)
         self.validation.readable = reader.read_parameters
@@ -224,7 +224,8 @@ class OnlineLoop(ChooserLoop):
         if wrong or before != list(self.validation.directions):
             self.evidence.forget()
 
-    def _choose_by_rewards(self) -> None:
+    def choose_by_rewards(self) -> None:
+        """Read no influence any more."""
         self.chooser.rewards_only = True
         self.reader = None
         self.evidence.forget()
@@ -291,4 +292,4 @@ class OnlineLoop(ChooserLoop):
         self.evidence.dropped = state["dropped"]
         self._turn()
         if state["rewards_only"]:
-            self._choose_by_rewards()
+            self.choose_by_rewards()

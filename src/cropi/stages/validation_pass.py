@@ -42,6 +42,7 @@ class SampledGroup:
     tokens: Sequence[int]
     completions: Sequence[Sequence[int]]
     rewards: Sequence[float]
+    masks: Sequence[Sequence[int]] = ()  # of each completion: 1 for the policy's tokens, 0 for a tool's; empty: all 1
 
 
 @dataclass(frozen=True)
@@ -199,11 +200,12 @@ class ValidationPass:
         order = sorted(range(count), key=lambda k: (rewards[k], k))
         for place, k in enumerate(order):
             completion = group.completions[k]
+            mask = group.masks[k] if group.masks else [1] * len(completion)
             by_length = self.surrogate.normalizer == "sequence"
-            unit = len(completion) if by_length else self.sampling.max_completion_length
-            if completion and advantages_K[k]:
+            unit = sum(mask) if by_length else self.sampling.max_completion_length
+            if any(mask) and advantages_K[k]:
                 weight = float(advantages_K[k]) / (count * max(1, unit))
-                yield _Row(group.member, place % 2, group.tokens, completion, weight)
+                yield _Row(group.member, place % 2, group.tokens, completion, mask, weight)
 
     def _loss(self, model: PreTrainedModel, rows: Sequence[_Row]) -> Tensor:
         logprobs_BT, _ = completion_logprobs(
@@ -212,8 +214,10 @@ class ValidationPass:
             [row.completion for row in rows],
             temperature=self.sampling.temperature or 1.0,
         )
-        weights_B = logprobs_BT.new_tensor([row.weight for row in rows])
-        return -(weights_B[:, None] * logprobs_BT).sum()
+        weights_BT = logprobs_BT.new_zeros(logprobs_BT.shape)
+        for weights_T, row in zip(weights_BT, rows, strict=True):
+            weights_T[: len(row.mask)] = row.weight * weights_T.new_tensor(row.mask)
+        return -(weights_BT * logprobs_BT).sum()
 
 
 @dataclass(frozen=True)
@@ -224,6 +228,7 @@ class _Row:
     half: int
     prompt: Sequence[int]
     completion: Sequence[int]
+    mask: Sequence[int]
     weight: float  # advantage by the normaliser of its group
 
     @property

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from cropi.lab.bench.peers.worker_protocol import read_groups
+from cropi.lab.bench.worker_protocol import read_groups
 from cropi.lab.bench.workload import builtin_workload, random_workload, tokens_given, write_groups
 
 

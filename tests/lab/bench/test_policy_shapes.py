@@ -3,8 +3,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig
 
-from cropi.lab.bench.peers.worker_protocol import WeightedGroup
 from cropi.lab.bench.policy_shapes import SHAPES, forward_flops, make_policy, parameter_count, policy_config
+from cropi.lab.bench.worker_protocol import WeightedGroup
 
 PUBLISHED = {
     "135m": 134_515_008,

@@ -33,11 +33,11 @@ def test_a_seed_given_twice_is_refused():
 
 def test_patches_merge_key_by_key_and_tables_of_a_type_replace():
     values = {"select": {"strategy": {"type": "influence", "static": True}, "fraction": 0.2}, "score": {"score": "dot"}}
-    patch = {"select": {"strategy": {"type": "random"}}, "collect": {"logprobs": False}}
+    patch = {"select": {"strategy": {"type": "random"}}, "collect": {"temperature": 0.5}}
     assert merged(values, patch) == {
         "select": {"strategy": {"type": "random"}, "fraction": 0.2},
         "score": {"score": "dot"},
-        "collect": {"logprobs": False},
+        "collect": {"temperature": 0.5},
     }
     assert values["select"]["strategy"]["type"] == "influence"
 
@@ -86,7 +86,7 @@ def test_a_patch_without_a_strategy_keeps_that_of_the_config(tmp_path: Path):
     influence, slower = (run.config for run in make_plan(["quickstart"], [], names, [0], tmp_path / "out").wanted)
     own = load_config("quickstart")
     assert (slower.select, slower.collect) == (own.select, own.collect)
-    assert influence.collect.logprobs  # nothing of the config's preset reaches it
+    assert influence.collect == own.collect  # nothing of the config's preset reaches it
 
 
 def test_all_strategies_are_evaluated_at_the_same_steps(tmp_path: Path):

@@ -20,9 +20,6 @@ PROMPTS = {"realistic": (32, 8), "plain": (256, 64), "builtin": (1000, 64)}
 BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}
 """The engine's own batch size where memory allows."""
 
-RECIPE_DIM = {"cpu": 512, "cuda": 32768}
-"""The recipe's dense projection costs 2 * dim * kept coordinates operations a prompt, so a CPU gets a small one."""
-
 
 @dataclass(frozen=True)
 class EngineOptions:
@@ -40,12 +37,7 @@ class EngineOptions:
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto"
     threads: Annotated[int, typer.Option(help="CPU threads of each contender.")] = 1
     batch_tokens: Annotated[int, typer.Option(help="Tokens in one pass.", show_default="by device")] = 0
-    bergson_python: Annotated[
-        Path | None, typer.Option(help="Python of an environment that has bergson.", show_default=False)
-    ] = None
-    recipe_dim: Annotated[int, typer.Option(help="Dimension of the recipe's projection.", show_default="by device")] = 0
     seed: Annotated[int, typer.Option(help="Seed of weights and rows.")] = 0
-    grow: Annotated[bool, typer.Option("--grow", help="Also measure memory with ten times as many prompts.")] = False
     out: Annotated[Path | None, typer.Option("--out", help="Write the JSON to this file.", show_default=False)] = None
     as_json: AsJson = False
 
@@ -57,8 +49,7 @@ class EngineOptions:
 
     def recorded(self) -> dict[str, Any]:
         """Options of the measurement as plain JSON."""
-        python = None if self.bergson_python is None else str(self.bergson_python)
-        values = asdict(self) | {"contenders": self.names, "bergson_python": python}
+        values = asdict(self) | {"contenders": self.names}
         return {name: value for name, value in values.items() if name not in ("out", "as_json")}
 
 
@@ -74,8 +65,6 @@ def resolve(options: EngineOptions) -> EngineOptions:
     builtin = options.workload == "builtin"
     if builtin and options.shape:
         raise UserError("the workload builtin has its own policy", where="--shape", fix="leave it out.")
-    if builtin and options.grow:
-        raise UserError("needs ten times the prompts, which builtin lacks", where="--grow", fix="use another workload.")
     prompts, validation = PROMPTS[options.workload]
     device = _device(options.device)
     resolved = replace(
@@ -86,32 +75,21 @@ def resolve(options: EngineOptions) -> EngineOptions:
         dtype=options.dtype or ("bfloat16" if device == "cuda" else "float32"),
         device=device,
         batch_tokens=options.batch_tokens or BATCH_TOKENS[device],
-        recipe_dim=options.recipe_dim or RECIPE_DIM[device],
     )
     _check_sizes(resolved)
-    _check_paths(resolved)
+    if options.out is not None and not options.out.absolute().parent.is_dir():
+        folder = str(options.out.absolute().parent)
+        raise UserError("there is no such folder", where=folder, fix="create it, or name another.")
     return resolved
 
 
 def _check_sizes(options: EngineOptions) -> None:
-    least = {"prompts": 4, "validation": 2, "rounds": 1, "threads": 1, "batch_tokens": 512, "recipe_dim": 1}
+    least = {"prompts": 4, "validation": 2, "rounds": 1, "threads": 1, "batch_tokens": 512}
     for name, smallest in least.items():
         value = getattr(options, name)
         if value < smallest:
             where = f"--{name.replace('_', '-')}"
             raise UserError(f"{value} is too few", where=where, fix=f"give at least {smallest}.")
-
-
-def _check_paths(options: EngineOptions) -> None:
-    if options.bergson_python is not None and not options.bergson_python.is_file():
-        raise UserError(
-            f"there is no file {options.bergson_python}",
-            where="--bergson-python",
-            fix="give the Python interpreter of the environment that bergson is installed in.",
-        )
-    if options.out is not None and not options.out.absolute().parent.is_dir():
-        folder = str(options.out.absolute().parent)
-        raise UserError("there is no such folder", where=folder, fix="create it, or name another.")
 
 
 def _device(name: str) -> str:

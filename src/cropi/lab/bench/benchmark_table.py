@@ -36,8 +36,8 @@ def _table(result: dict[str, Any]) -> str:
     header += ["start s", "Spearman", "P@10 %", "of 2F"]
     rows = []
     for row in result["contenders"]:
-        if row["status"] != "ok":
-            rows.append([row["name"], row["status"], *[ABSENT] * (len(header) - 2)])
+        if row["error"] is not None:
+            rows.append([row["name"], "failed", *[ABSENT] * (len(header) - 2)])
             continue
         cells = [row["name"], _spread(row["seconds"], 2), _median(row["given_per_s"]), _median(row["computed_per_s"])]
         cells += [_spread(row["ratio_to_floor"], 2), _spread(row["seconds_to_sketch"], 2), _number(row["peak_rss_mb"])]
@@ -63,7 +63,7 @@ def _spread(value: dict[str, float] | None, digits: int) -> str:
 
 
 def _notes(result: dict[str, Any]) -> list[str]:
-    names = [row["name"] for row in result["contenders"] if row["status"] == "ok"]
+    names = [row["name"] for row in result["contenders"] if row["error"] is None]
     notes = [
         "Medians of the rounds (lowest–highest). Engines: train and validation prompts; floors: train prompts' tokens "
         "alone.\n× floor: seconds per computed token, of the train pass where it is timed apart; × sketch: seconds in "
@@ -71,29 +71,9 @@ def _notes(result: dict[str, Any]) -> list[str]:
         f"measured matrix-product rate\n({result['policy']['matmul_flops_per_s']:.3g} FLOP/s) if a token took two "
         "forward passes (`forward`: one)."
     ]
-    notes.append("\n".join(f"{name}: {CONTENDERS[name].summary}{_dim(result, name)}" for name in names))
+    notes.append("\n".join(f"{name}: {CONTENDERS[name]}" for name in names))
     for row in result["contenders"]:
-        if row["status"] == "absent":
-            notes.append(f"{row['name']} is not installed: {row['install']}{_how(row['name'])}")
-        elif row["status"] == "failed":
+        if row["error"] is not None:
             notes.append(f"{row['name']} failed: {row['error']}")
         notes += [f"{row['name']} warned: {warning}" for warning in row["warnings"]]
-    grow = result["grow"]
-    if grow is not None and grow["error"] is None:
-        small, large = grow["prompts"]
-        notes.append(
-            f"memory of sketch: {grow['peak_rss_mb'][0]:,.0f} MB with {small} prompts, "
-            f"{grow['peak_rss_mb'][1]:,.0f} MB with {large}: {grow['ratio']:.2f} times as much"
-        )
-    elif grow is not None:
-        notes.append(f"memory of sketch could not be measured: {grow['error']}")
     return notes
-
-
-def _dim(result: dict[str, Any], name: str) -> str:
-    options = next(row["options"] for row in result["contenders"] if row["name"] == name)
-    return f" (dim {options['dim']})" if "dim" in options else ""
-
-
-def _how(name: str) -> str:
-    return "\nthen give --bergson-python bergson-env/bin/python" if name == "bergson" else ""

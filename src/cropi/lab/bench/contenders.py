@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cropi import __version__
 from cropi.functional.projection import SparseProjection
 from cropi.gradients.capture import NullReader
 from cropi.gradients.engine import Engine, segment_of
@@ -20,8 +19,8 @@ from cropi.gradients.groups import Group
 from cropi.gradients.influence_scorer import BLOCK, Scorer, ScorerOptions
 from cropi.gradients.packing import Segment
 from cropi.gradients.surrogate_weights import SurrogateSettings
-from cropi.lab.bench.peers.worker_protocol import Engine as Contending
-from cropi.lab.bench.peers.worker_protocol import Measurement, Part, Task, WeightedGroup, serve
+from cropi.lab.bench.worker_protocol import Engine as Contending
+from cropi.lab.bench.worker_protocol import Measurement, Part, Task, WeightedGroup, serve
 
 SETS = 2
 """Validation sets: validation prompts take turns."""
@@ -32,7 +31,7 @@ BY_WEIGHT = SurrogateSettings(normalizer="constant", max_completion_length=1, ad
 LOGITS_AT_ONCE = 1 << 31
 """Of a batch, whatever its tokens: 8 GiB in float32."""
 
-SCORERS: dict[str, dict[str, Any]] = {
+OPTIONS: dict[str, dict[str, Any]] = {
     "exact": {"estimator": "exact"},
     "exact-cosine": {"estimator": "exact", "score": "cosine"},
     "sketch": {"estimator": "sketch"},
@@ -44,7 +43,7 @@ SCORERS: dict[str, dict[str, Any]] = {
 def contender(task: Task) -> Contending:
     """Load the contender that the task's options name."""
     torch.set_num_threads(task.threads)
-    match task.options["contender"]:
+    match task.contender:
         case "forward":
             return Floor(task, backward=False)
         case "floor":
@@ -52,7 +51,7 @@ def contender(task: Task) -> Contending:
         case "stock":
             return Stock(task)
         case name:
-            return Influence(task, SCORERS[name])
+            return Influence(task, OPTIONS[name])
 
 
 def load_model(task: Task, **settings: Any) -> Any:
@@ -119,8 +118,6 @@ class Meter:
 
 class Unscored:
     """A contender that scores nothing."""
-
-    version = f"cropi {__version__}"
 
     def scores_N(self) -> np.ndarray:
         raise ValueError("a floor scores nothing")
@@ -189,8 +186,6 @@ def equal_rows(task: Task) -> Tensor:
 
 class Influence:
     """A `Scorer` aimed at the validation sets that scores the train prompts block by block, as `score` does."""
-
-    version = f"cropi {__version__}"
 
     def __init__(self, task: Task, settings: dict[str, Any]) -> None:
         self._model, self._settings, self._task = load_model(task), settings, task

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cropi.lab.bench.peers.worker_protocol import WeightedGroup
+from cropi.lab.bench.worker_protocol import WeightedGroup
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel

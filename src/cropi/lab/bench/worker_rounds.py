@@ -20,14 +20,14 @@ class WorkerError(Exception):
 
 
 class Worker:
-    """A process that answers questions in JSON (`peers/worker_protocol.py`); its other output goes to a log."""
+    """A process that answers questions in JSON (`worker_protocol.py`); its other output goes to a log."""
 
     def __init__(self, command: Sequence[str], log: Path, *, threads: int) -> None:
         self._log = log
         # Before the process starts: libraries read it when they are loaded.
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
         with log.open("w") as stderr:
-            self._process = subprocess.Popen(  # noqa: S603 - the interpreter that runs cropi, or one the user named
+            self._process = subprocess.Popen(  # noqa: S603 - this project's own module
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True, env=environment
             )
 
@@ -82,14 +82,11 @@ class Record:
     """Measurements of one contender."""
 
     startup_s: float | None = None
-    version: str | None = None
     rounds: list[dict[str, Any]] = field(default_factory=list)
     """A worker's answers to `run`, in order."""
     scores_N: np.ndarray | None = None
     error: str | None = None
     warnings: list[str] = field(default_factory=list)
-    absent: bool = False
-    """Whether the error is that it is not installed."""
 
 
 def take_rounds(

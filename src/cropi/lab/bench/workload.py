@@ -18,7 +18,7 @@ import torch
 from cropi.errors import DataError
 from cropi.gradients.groups import Group
 from cropi.gradients.surrogate_weights import SurrogateSettings, trajectory_scales
-from cropi.lab.bench.peers.worker_protocol import WeightedGroup
+from cropi.lab.bench.worker_protocol import WeightedGroup
 from cropi.seeds import derived_seed
 
 ZERO_SHARE = 0.45

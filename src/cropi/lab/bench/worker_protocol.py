@@ -1,8 +1,7 @@
 """The protocol of the benchmark and its workers: one JSON object a line on standard input and output.
 
 The benchmark asks a worker to `prepare` once (imports and model load), then to `run` several times, for the `scores` of
-the last run, and to `quit`. The answer to a question that fails is {"ok": false, "error": one line}. This file uses the
-standard library alone: a worker may live in an environment without cropi.
+the last run, and to `quit`. The answer to a question that fails is {"ok": false, "error": one line}.
 """
 
 from __future__ import annotations
@@ -14,10 +13,10 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TextIO
+from typing import Any, Protocol, TextIO
 
-if TYPE_CHECKING:
-    import numpy as np
+import numpy as np
+import torch
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class Task:
     device: str = "cpu"
     batch_tokens: int = 1024
     threads: int = 1
-    options: dict[str, Any] = field(default_factory=dict)
+    contender: str = ""
 
 
 @dataclass(frozen=True)
@@ -70,8 +69,6 @@ class Measurement:
 class Engine(Protocol):
     """A contender with its model loaded."""
 
-    version: str
-
     def run(self) -> Measurement:
         """Compute the features of all train and validation prompts, and keep them."""
 
@@ -93,7 +90,7 @@ def serve(load: Callable[[Task], Engine]) -> None:
             else:
                 assert engine is not None, "not prepared"
                 answer = _answer(engine, question)
-        except Exception as error:  # a peer's libraries may raise anything, and the benchmark reports it
+        except Exception as error:  # the benchmark reports it
             answer = {"ok": False, "error": " ".join(f"{type(error).__name__}: {error}".split())}
         print(json.dumps(answer), file=answers, flush=True)
 
@@ -111,12 +108,7 @@ def _prepare(load: Callable[[Task], Engine], question: Mapping[str, Any]) -> tup
         groups=read_groups(Path(question["groups"])),
         validation=read_groups(Path(question["validation"])),
     )
-    os.environ["OMP_NUM_THREADS"] = str(task.threads)  # read when torch is imported, which is later
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    if task.device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    engine = load(task)
-    return engine, {"ok": True, "version": engine.version}
+    return load(task), {"ok": True}
 
 
 def _answer(engine: Engine, question: Mapping[str, Any]) -> dict[str, Any]:
@@ -132,8 +124,6 @@ def _answer(engine: Engine, question: Mapping[str, Any]) -> dict[str, Any]:
                 "parts": {name: asdict(part) for name, part in measured.parts.items()},
             }
         case "scores":
-            import numpy as np
-
             with Path(question["path"]).open("wb") as file:
                 np.save(file, engine.scores_N().astype(np.float64))
             return {"ok": True}
@@ -143,8 +133,7 @@ def _answer(engine: Engine, question: Mapping[str, Any]) -> dict[str, Any]:
 
 def _release_gpu() -> None:
     """Free PyTorch's cached GPU memory: other workers share the GPU."""
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
 
 
