@@ -1,11 +1,15 @@
-"""What choosing costs as the pool grows: time and memory of fusion and selection.
+"""What choosing costs as the pool grows: time and memory of fusion and selection, and of `cropi`'s belief.
 
     python benchmarks/scale.py select --sizes 10000,100000,1000000,10000000 --rounds 3 --json scale.json
+    python benchmarks/scale.py curriculum --sizes 100000,1000000 --rounds 1
     python benchmarks/scale.py figure research/figures/scale.json research/figures/scale.svg
     python benchmarks/scale.py table research/figures/scale.json
 
 `select`: influence on four validation sets is simulated; measured is what `cropi select` then does: four rankings,
 their fusion, the choice of a tenth, and the selection's files.
+`curriculum`: points and influence on one validation set are simulated; measured is building `Curriculum`, and the
+processor's seconds of `next(128)` with the observation of 128 groups: their mean, and the slowest, which chooses
+hyper-parameters.
 
 Every measurement is a process of its own, alone, after a small pool that loads what is loaded late. Memory is the most
 that it ever held, the imports' own included. Sizes go round in turn; each command adds its rounds to the file. Shown
@@ -30,8 +34,13 @@ from typing import Any
 
 SETS = 4
 WARM_UP = 256  # prompts
-KINDS = {"select": {"seconds": "fuse, select, write"}}
-ABOUT = {"select": f"fuse and select, {SETS} sets"}
+KINDS = {
+    "select": {"seconds": "fuse, select, write"},
+    "curriculum": {"build_s": "build", "step_s": "step", "slowest_s": "slowest step"},
+}
+ABOUT = {"select": f"fuse and select, {SETS} sets", "curriculum": "belief and choice"}
+FIGURE = ("select",)
+PROMPTS, GENERATIONS, STEPS = 128, 8, 8  # of a batch, of a group, of a measurement
 
 
 def select(size: int, folder: Path) -> dict[str, float]:
@@ -70,6 +79,28 @@ def select(size: int, folder: Path) -> dict[str, float]:
     return {"seconds": seconds, "cpu_s": cpu_s, "stored_bytes": stored(folder)}
 
 
+def curriculum(size: int, folder: Path) -> dict[str, float]:
+    """Build a curriculum, and let it choose batches and learn of their groups."""
+    import numpy as np
+
+    from cropi.curriculum.curriculum import Curriculum
+
+    generator = np.random.default_rng(0)
+    points_NE, held_out_ME = (generator.standard_normal((count, 32)) / 32**0.5 for count in (size, 64))
+    started, used, seconds = time.perf_counter(), time.process_time(), []
+    chooser = Curriculum(points_NE, {"set": held_out_ME}, seed=0, completions=PROMPTS * GENERATIONS)
+    built = time.perf_counter()
+    for step in range(STEPS):
+        began = time.process_time()
+        for number, choice in enumerate(chooser.next(PROMPTS, step)):
+            rewards = generator.integers(0, 2, GENERATIONS).astype(float)
+            influence = {"set": points_NE[choice.place, 0] + generator.standard_normal((2, 2))}
+            chooser.observe(choice, rewards, step=step, group=f"{step}-{number}", influence=influence)
+        seconds.append(time.process_time() - began)
+    found = {"build_s": built - started, "step_s": statistics.fmean(seconds), "slowest_s": max(seconds)}
+    return found | {"cpu_s": time.process_time() - used, "stored_bytes": stored(folder)}
+
+
 def stored(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
@@ -82,12 +113,12 @@ def one(kind: str, size: int) -> dict[str, float]:
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
-def one_here(size: int) -> dict[str, float]:
+def one_here(kind: str, size: int) -> dict[str, float]:
     """Measure in this process, after a pool so small that only the imports take time."""
     with tempfile.TemporaryDirectory() as folder:
         for count, name in ((WARM_UP, "small"), (size, "made")):
             place = Path(folder) / name
-            found = select(count, place)
+            found = select(count, place) if kind == "select" else curriculum(count, place)
     return found | {"peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
 
 
@@ -155,14 +186,15 @@ def _drawn(results: dict[str, Any]) -> Any:
 
     drawn = Figure(figsize=(11.5, 4.2), layout="constrained", facecolor="white")
     axes = drawn.subplots(1, 3)
-    for kind, about in ABOUT.items():
+    for kind in FIGURE:
+        about = ABOUT[kind]
         look = {"color": BLUE, "marker": "o", "markersize": 4}
         _line(axes[0], grouped(results, kind, "cpu_s"), f"{about}: {_exponent(results, kind, 'cpu_s')}", look)
         _line(axes[2], grouped(results, kind, "peak_gib"), about, look)
         for name, label in KINDS[kind].items():
             _line(axes[1], grouped(results, kind, name), f"{label}: {_exponent(results, kind, name)}", look)
     sizes = [row["size"] for row in results["rounds"]]
-    least = min(min(grouped(results, kind, "cpu_s").values())[0] for kind in KINDS)
+    least = min(min(grouped(results, kind, "cpu_s").values())[0] for kind in FIGURE)
     for axis in axes[:2]:
         ends = (min(sizes), max(sizes))
         axis.plot(ends, [least * end / ends[0] for end in ends], color="#999999", linewidth=0.8, label="linear growth")
@@ -222,9 +254,10 @@ def main() -> None:
         figure(Path(arguments.rest[0]), Path(arguments.rest[1]))
     elif arguments.what == "table":
         results = json.loads(Path(arguments.rest[0]).read_text(encoding="utf-8"))
-        print("\n\n".join(f"{ABOUT[kind]}\n\n{table(results, kind)}" for kind in KINDS))
+        found = [kind for kind in KINDS if any(row["kind"] == kind for row in results["rounds"])]
+        print("\n\n".join(f"{ABOUT[kind]}\n\n{table(results, kind)}" for kind in found))
     elif arguments.what == "one":
-        print(json.dumps(one_here(sizes[0])))
+        print(json.dumps(one_here(arguments.rest[0], sizes[0])))
     else:
         print(table(measure(arguments.what, sizes, arguments.rounds, arguments.json), arguments.what))
 

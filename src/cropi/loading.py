@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeAlias, get_args
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
@@ -41,12 +42,19 @@ def recipe_text(name: str) -> str:
 NAMES_STRATEGY = {"select", "select.strategy", "select.strategy.type"}  # overrides that may name a preset
 
 
-def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> Config:
+ConfigLike: TypeAlias = str | Path | Mapping[str, Any]
+"""A recipe's name, a YAML file, the folder of a run, or the settings themselves."""
+
+
+def load_config(given: ConfigLike, overrides: Sequence[str] = ()) -> Config:
     """Read a recipe by name, or a YAML file or a run's folder by path; apply `key.path=value` overrides; validate.
 
     A file takes precedence over a recipe of the same name, a recipe over a folder. ConfigError names the faulty key and
     the closest valid one.
     """
+    if isinstance(given, Mapping):
+        return config_of(copy.deepcopy(dict(given)), "the settings", overrides)
+    name_or_path = str(given)
     path = Path(os.path.expanduser(name_or_path))  # noqa: PTH111 - an unknown user is no error here
     if path.suffix in {".yaml", ".yml"} or path.is_file():
         values, where = _read_settings(path), str(path)

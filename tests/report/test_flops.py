@@ -62,6 +62,11 @@ def test_tokens_that_are_only_read_cost_a_forward_pass():
     assert flops(load_config("quickstart"), 10, [], [{"forward_tokens": 8}], []).score == 20 * 8
 
 
+def test_low_rank_products_are_charged_where_they_are_made():
+    found = flops(load_config("quickstart"), 10, [], [{"read_passes": 1.5}], [], [{"read_passes": 2.0}, {"step": 1}])
+    assert (found.score, found.train) == (20 * 1.5, 20 * 2.0)
+
+
 def test_of_refilled_batches_all_is_generated_and_a_batch_trained():
     config = load_config("quickstart", [*QUICKSTART, "select.strategy=full", "train.dynamic_sampling=2"])
     batches = [

@@ -104,7 +104,7 @@ def make_representations(run: Run) -> None:
 
     def make(folder: Path) -> tuple[Mapping[str, int], Mapping[str, Any]]:
         with run.ledger.charge("score") as entry:
-            result = represent(run.config, run.base, run.folder.prompt_rows, folder)
+            result = represent(run.config, run.base, run.folder.prompt_rows, folder, run.encode)
             entry |= {"forward_tokens": result[1]["prompt_tokens"]}
         return result
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from copy import copy
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from cropi.gradients.surrogate_weights import surrogate_settings
 from cropi.ledger import Ledger
 from cropi.parallel import process_group
 from cropi.policy import Policy, Replica, fingerprint, load_policy
+from cropi.prompt_encoding import Encode, encode_rows
 from cropi.rewards.pool import strict_judge
 from cropi.rewards.verdicts import Judge
 from cropi.run_folder import RunFolder, StagePaths, require_writable
@@ -33,6 +35,7 @@ class Setup:
     identity: str  # hash of everything in the policy that results depend on
     judge: Judge
     settings: GRPOConfig
+    encode: Encode | None = None  # of a trainer of the user's; unset: by the config
 
     @classmethod
     def of(cls, config: Config, processes: int = 1) -> Setup:
@@ -59,6 +62,7 @@ class Run:
         self.config = config
         self.setup = setup or Setup.of(config, process_group().size)
         self.judge = self.setup.judge
+        self.encode = self.setup.encode or partial(encode_rows, self.setup.policy.tokenizer, config.prompts)
         trainer = self.setup.settings
         self.surrogate = surrogate_settings(config, trainer.loss_type, trainer.scale_rewards)
         self._replica = Replica(self.setup.policy, config.policy)
