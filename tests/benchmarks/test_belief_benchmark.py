@@ -46,7 +46,9 @@ def run(tmp_path: Path) -> Path:
         line = {"step": step, "prompt_ids": [ids[place] for place in places for _ in range(GENERATIONS)]}
         append_jsonl(tmp_path / "rewards.jsonl", line | {"rewards": rewards_BK.astype(float).ravel().tolist()})
         for choice, rewards in zip(choices, rewards_BK.astype(float), strict=True):
-            halves = rewards.std(ddof=1) * (points_NE[choice.place, 0] + generator.standard_normal((2, 1))) / 2
+            error = generator.lognormal()  # that of the sum of the halves, and their difference
+            slope = points_NE[choice.place, 0] + error * generator.standard_normal()
+            halves = rewards.std(ddof=1) * (slope + np.array([[error], [-error]])) / 2
             told = {"one": np.repeat(halves, 2, axis=1).tolist()}  # both halves of the direction agree
             curriculum.observe(choice, rewards.tolist(), step=step, group=f"{step}-{choice.place}", influence=told)
     last = tmp_path / "checkpoints" / f"checkpoint-{STEPS}"
