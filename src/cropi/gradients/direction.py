@@ -26,6 +26,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from cropi.errors import PolicyError
 from cropi.gradients.layer_taps import Layer, normalised, readable_layers, tapped, whole_shape
 from cropi.gradients.reading import Direction, LowRank
+from cropi.policy import evaluating
 
 
 @dataclass
@@ -163,14 +164,11 @@ def inner(first: Direction, second: Direction) -> float:
 @contextmanager
 def deterministic(model: nn.Module) -> Iterator[None]:
     """Without dropout, while gradient checkpointing stays on."""
-    modes = [(module, module.training) for module in model.modules()]
-    for module, training in modes:
-        module.training = training and isinstance(module, GradientCheckpointingLayer)
-    try:
+    checkpointing = [m for m in model.modules() if m.training and isinstance(m, GradientCheckpointingLayer)]
+    with evaluating(model):
+        for layer in checkpointing:
+            layer.training = True
         yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from cropi.artifacts import OK
 from cropi.errors import PolicyError
 from cropi.functional import influence_formulas
 from cropi.functional.projection import SparseProjection, principal_directions
-from cropi.gradients.engine import Engine, by_group, segment_of
+from cropi.gradients.engine import Engine, by_group, segments_of
 from cropi.gradients.exact import ExactReader, inner, norm, widened
 from cropi.gradients.groups import Group
 from cropi.gradients.model_checks import require_independent_rows
@@ -221,12 +221,8 @@ class Scorer:
             if self._engine is None:
                 scored = self._by_reference(groups, advance)
             else:
-                segments = [
-                    segment_of(index, group, self.settings, None if factors is None else factors[index])
-                    for index, group in enumerate(groups)
-                ]
-                present = [segment for segment in segments if segment is not None]
-                scored = self.score_segments(present, len(groups), advance, norms=self._lengths)
+                segments = segments_of(groups, self.settings, factors)
+                scored = self.score_segments(segments, len(groups), advance, norms=self._lengths)
         return replace(scored, variances_N=np.array([group.variance for group in groups], dtype=np.float64))
 
     def direction_cosines(self) -> Float[np.ndarray, "V V"]:
