@@ -29,11 +29,11 @@ def wrong_answers(config: Config, *, rules: bool = True) -> dict[str, bool]:
     known = {}
     for source in config.prompts.train:
         if isinstance(source, BuiltinSource) and (rules or source.label_rule == "right"):
-            lengths = source.model_dump(include={"min_length", "max_length"})
-            options = source.model_dump(include={"count", "label_noise", "label_rule", "hint", "distractors"})
+            level = source.model_dump(include={"min_length", "max_length", "hint"})
+            options = source.model_dump(include={"count", "label_noise", "label_rule", "distractors"})
             options["seed"] = config.seed if source.seed is None else source.seed
             for family in source.families:
-                rows = generate(family, split="train", level=difficulty(family, **lengths), **options)
+                rows = generate(family, split="train", level=difficulty(family, **level), **options)
                 known |= {row["prompt_id"]: row["mislabelled"] for row in rows}
     return known
 

@@ -53,7 +53,6 @@ def test_what_a_user_can_fix_is_said_once_and_ends_all(tmp_path: Path) -> None:
 # Three parts of scores, and two pieces of every half of the validation set.
 POOL = [
     *SMALL[3:],
-    "score.max_validation_prompts=40",
     "prompts.train=[{type: builtin, families: [sum, parity, count, machine], count: 48, seed: 1, label_noise: 0.25}]",
     "prompts.validation={sum: [{type: builtin, families: [sum], count: 40, seed: 2}]}",
     SMALL[2],
@@ -64,7 +63,6 @@ WAYS = {
     "learnalign": ["select.strategy={type: learnalign}"],
     "exact": ["score.estimator=exact"],
     "autograd": ["score.estimator=reference"],
-    "by features": ["score.store=float32"],
 }
 
 
@@ -79,7 +77,7 @@ def collected(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_two_processes_score_as_one(way: str, collected: Path, tmp_path: Path) -> None:
-    """Scores, features and the selection, byte by byte."""
+    """Scores and the selection, byte by byte."""
     settings, made = [*POOL, *WAYS[way]], []
     for count in (1, 2):
         cwd = tmp_path / str(count)

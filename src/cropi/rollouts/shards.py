@@ -65,21 +65,19 @@ class Sampler:
     generate: Generator
     judge: Judge
     purpose: tuple[str | int, ...]
-    logprobs: bool = True
 
     def sample(self, shard: Shard) -> tuple[Rows, dict[str, int]]:
         """Sample and judge a shard. Returns its rows and their cost."""
         settings, rows = self.config.collect, self._judged(shard)
-        if self.logprobs:
-            prompts, completions = ([row[name] for row in rows] for name in ("prompt_ids", "completion_ids"))
-            found = behaviour_logprobs(self.policy, prompts, completions, settings.temperature, settings.batch_tokens)
-            for row, logprobs in zip(rows, found, strict=True):
-                row["behaviour_logprobs"] = logprobs
+        prompts, completions = ([row[name] for row in rows] for name in ("prompt_ids", "completion_ids"))
+        found = behaviour_logprobs(self.policy, prompts, completions, settings.temperature, settings.batch_tokens)
+        for row, logprobs in zip(rows, found, strict=True):
+            row["behaviour_logprobs"] = logprobs
         tokens = {
             name: sum(len(row[column]) for row in rows)
             for name, column in (("tokens", "completion_ids"), ("prompt_tokens", "prompt_ids"))
         }
-        return rows, {"passes": 1 + self.logprobs, **tokens}
+        return rows, {"passes": 2, **tokens}  # generation, and log-probs
 
     def _judged(self, shard: Shard) -> Rows:
         """Rows of a shard without behaviour log-probs."""
@@ -132,7 +130,7 @@ class SampleJob:
         """Load the policy and start the verifier."""
         policy, config = self.policy.load(), self.config
         generate, judge = plain_generator(config, policy), strict_judge(config.verifier, config.verification)
-        sampler = Sampler(config, policy, generate, judge, ("collect",), config.collect.logprobs)
+        sampler = Sampler(config, policy, generate, judge, ("collect",))
 
         def perform(task: Task) -> Task:
             rows, cost = sampler.sample(Shard(**task.facts))
@@ -194,7 +192,7 @@ def plain_generator(config: Config, policy: Policy) -> Generator:
 
 def _longest(config: Config, policy: Policy) -> tuple[float, str]:
     """Longest sequence that the policy, what generates for it, and what scores it have room for; and what that is."""
-    engine = config.collect.vllm.max_model_len if config.collect.vllm is not None else None
+    engine = (config.collect.vllm or {}).get("max_model_len")
     scored = config.score.estimator != "reference" and config.select.strategy.reads_scores
     context = min((limit for limit in (policy.context_length, engine) if limit is not None), default=math.inf)
     alike = longest_alike(policy.model) if scored else math.inf
