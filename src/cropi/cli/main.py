@@ -30,6 +30,7 @@ from cropi.cli.shell import (
 )
 from cropi.cli.verify import audit_rewards, verify
 from cropi.errors import ArtifactError, UserError
+from cropi.exchange.formats import FORMATS
 from cropi.parallel import is_first_rank, launched, leave_launcher
 
 if TYPE_CHECKING:
@@ -210,7 +211,7 @@ def _made(name: str, overrides: list[str] | None) -> Config:
 def export(
     config: ConfigArgument,
     overrides: Overrides = None,
-    format_name: Annotated[str, typer.Option("--format", help="trl, verl, slime, openrlhf or prime-rl.")] = "trl",
+    format_name: Annotated[str, typer.Option("--format", help=f"One of {', '.join(FORMATS)}.")] = "trl",
     stage: StageOption = 0,
     checkpoint: CheckpointOption = None,
     output: Annotated[

@@ -17,7 +17,7 @@ from cropi.console import warn
 from cropi.curriculum.chooser import GroupGate, PromptChooser
 from cropi.curriculum.curriculum import Choice, Curriculum, Halves
 from cropi.gradients.layer_taps import matrix_parameters
-from cropi.gradients.reading import Reader
+from cropi.gradients.training_influence import Reader
 from cropi.parallel import process_group
 from cropi.stages.validation_pass import Due, SampledGroup, ValidationPass
 from cropi.training.curriculum_state import load_state, save_state
