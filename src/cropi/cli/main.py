@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cropi import __version__
+from cropi.cli.runs import list_runs
 from cropi.cli.shell import (
     TOGETHER,
     AsJson,
@@ -49,6 +50,7 @@ recipes = typer.Typer(help="Complete configs that come with the package.", invok
 app.add_typer(recipes, name="recipes")
 app.command()(verify)
 app.command("audit-rewards")(audit_rewards)
+app.command("ls")(list_runs)
 
 
 @app.command()

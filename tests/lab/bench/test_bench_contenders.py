@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from cropi.gradients.engine import segment_of
+from cropi.lab.bench.contender_task import Task, WeightedGroup
 from cropi.lab.bench.contenders import BY_WEIGHT, as_group, contender, equal_rows
 from cropi.lab.bench.policy_shapes import make_policy
-from cropi.lab.bench.worker_protocol import Task, WeightedGroup
 from cropi.lab.bench.workload import Workload, random_workload
 
 

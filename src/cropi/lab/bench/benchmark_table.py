@@ -7,7 +7,7 @@ from typing import Any
 from cropi.lab.bench.contender_list import CONTENDERS
 from cropi.report.blocks import Table
 from cropi.report.markdown import text_table
-from cropi.report.wording import ABSENT, percent
+from cropi.report.wording import ABSENT
 
 
 def engine_text(result: dict[str, Any]) -> str:
@@ -33,7 +33,7 @@ def _table(result: dict[str, Any]) -> str:
     on_gpu = result["settings"]["device"] == "cuda"
     header = ["contender", "seconds", "given tok/s", "computed tok/s", "× floor", "× sketch", "RSS MB"]
     header += ["GPU MB"] if on_gpu else []
-    header += ["start s", "Spearman", "P@10 %", "of 2F"]
+    header += ["start s", "Spearman", "P@10 %"]
     rows = []
     for row in result["contenders"]:
         if row["error"] is not None:
@@ -43,7 +43,7 @@ def _table(result: dict[str, Any]) -> str:
         cells += [_spread(row["ratio_to_floor"], 2), _spread(row["seconds_to_sketch"], 2), _number(row["peak_rss_mb"])]
         cells += [_number(row["peak_gpu_mb"])] if on_gpu else []
         cells += [_number(row["startup_s"], 1), _number(row["spearman"], 3), _number(row["precision_at_10"], 2)]
-        rows.append([*cells, percent(row["share_of_2f_ceiling"])])
+        rows.append(cells)
     return text_table(Table("", header, rows))
 
 
@@ -67,13 +67,10 @@ def _notes(result: dict[str, Any]) -> list[str]:
     notes = [
         "Medians of the rounds (lowest–highest). Engines: train and validation prompts; floors: train prompts' tokens "
         "alone.\n× floor: seconds per computed token, of the train pass where it is timed apart; × sketch: seconds in "
-        "all;\nboth round by round. Spearman, P@10 %: against `exact`, over prompts with signal. of 2F: share of the "
-        f"measured matrix-product rate\n({result['policy']['matmul_flops_per_s']:.3g} FLOP/s) if a token took two "
-        "forward passes (`forward`: one)."
+        "all;\nboth round by round. Spearman, P@10 %: against `exact`, over prompts with signal."
     ]
     notes.append("\n".join(f"{name}: {CONTENDERS[name]}" for name in names))
     for row in result["contenders"]:
         if row["error"] is not None:
             notes.append(f"{row['name']} failed: {row['error']}")
-        notes += [f"{row['name']} warned: {warning}" for warning in row["warnings"]]
     return notes

@@ -1,10 +1,14 @@
-"""Our own contenders and their worker process: the influence engine as `score` uses it, and floors."""
+"""The contenders, each in a process of its own: the influence engine as `score` uses it, and floors."""
 
 from __future__ import annotations
 
+import resource
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,8 +23,8 @@ from cropi.gradients.groups import Group
 from cropi.gradients.influence_scorer import BLOCK, Scorer, ScorerOptions
 from cropi.gradients.packing import Segment
 from cropi.gradients.surrogate_weights import SurrogateSettings
-from cropi.lab.bench.worker_protocol import Engine as Contending
-from cropi.lab.bench.worker_protocol import Measurement, Part, Task, WeightedGroup, serve
+from cropi.lab.bench.contender_task import Engine as Contending
+from cropi.lab.bench.contender_task import Measurement, Part, Task, WeightedGroup
 
 SETS = 2
 """Validation sets: validation prompts take turns."""
@@ -38,6 +42,41 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "sketch-uniform": {"estimator": "sketch", "projection": SparseProjection(mask="uniform", keep_fraction=0.1)},
     "reference": {"estimator": "reference"},
 }
+
+
+_loaded: list[Contending] = []  # in this process
+
+
+def prepare(task: Task) -> None:
+    """Load the contender of this process."""
+    _loaded[:] = [contender(task)]
+
+
+def run() -> dict[str, Any]:
+    """Measure the contender of this process, and the peak memory of the process."""
+    measured = _loaded[0].run()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()  # other contenders share the GPU
+    return asdict(measured) | {"peak_rss_mb": _peak_rss_mb()}
+
+
+def scores() -> np.ndarray:
+    """The scores of the last run."""
+    return _loaded[0].scores_N()
+
+
+def _peak_rss_mb() -> float:
+    """Peak resident memory of this process.
+
+    On Linux `ru_maxrss` also remembers the process that started this one, so the kernel's own mark of this program's
+    memory goes first.
+    """
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    if marks := [line.split()[1] for line in lines if line.startswith("VmHWM:")]:
+        return int(marks[0]) / 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1 << 20 if sys.platform == "darwin" else 1024)
 
 
 def contender(task: Task) -> Contending:
@@ -217,7 +256,3 @@ class Influence:
         """From <g_i, mean of set v>, the product with the mean over the prompts of all sets."""
         sizes_V = np.array([len(groups) for groups in self._validation.values()])
         return self._products_NV @ (sizes_V / sizes_V.sum())
-
-
-if __name__ == "__main__":
-    serve(contender)

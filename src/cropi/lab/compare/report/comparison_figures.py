@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from cropi.lab.compare.paired_runs import Comparison, interval
 from cropi.lab.compare.report.accuracy_bands import Band
@@ -28,6 +29,7 @@ from cropi.report.drawing import (
     panel_grid,
     shortened,
     svg,
+    thinned,
 )
 from cropi.report.figures import PHASES
 from cropi.report.wording import share, si_prefix
@@ -39,6 +41,7 @@ DASHES = ("-", (0, (5, 1)), "-.", (0, (1, 1)))
 LABEL = 24  # letters of a name in a figure
 RATIOS = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20)
 FINE_RATIOS = (0.25, 0.35, 0.5, 0.7, 1, 1.4, 2, 2.8, 4)
+UPRIGHT = 4  # so many names fit beside each other
 
 Styles = Mapping[str, Mapping[str, Any]]
 
@@ -180,3 +183,63 @@ def cost_split(costs: Mapping[str, Mapping[str, Sequence[float]]], kinds: Mappin
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper left", ncols=len(PHASES))
     return svg(figure, "comparison-cost")
+
+
+@in_style
+def selection_shares(
+    sources: Sequence[str], pool: Sequence[float], by_strategy: Mapping[str, np.ndarray], name: str
+) -> str | None:
+    """Share of every source by stage, strategies beside each other, after the pool. Columns of an array: stages."""
+    if not by_strategy:
+        return None
+    stages = [values.shape[1] for values in by_strategy.values()]
+    slanted = len(stages) > UPRIGHT
+    figure = new_figure((1.25 if slanted else 0.8) + 0.17 * len(sources))
+    panels = figure.subplots(1, 1 + len(stages), squeeze=False, sharey=True, width_ratios=[1.6, *stages])[0]
+    peak = max(max(pool), *(float(values.max()) for values in by_strategy.values()))
+    _cells(panels[0], np.array(pool)[:, None], peak)
+    turned: dict[str, Any] = {"rotation": 25, "ha": "left"} if slanted else {}
+    panels[0].set_title("pool", fontsize=8.5, **turned)
+    for axes, (strategy, values) in zip(panels[1:], by_strategy.items(), strict=True):
+        _cells(axes, values, peak)
+        axes.set_title(shortened(strategy, LABEL), fontsize=8.5, **turned)
+        ticks = thinned(range(values.shape[1]), 3)
+        axes.set_xticks([tick + 0.5 for tick in ticks], [str(tick) for tick in ticks], fontsize=7.5)
+    panels[0].set_yticks([row + 0.5 for row in range(len(sources))], [shortened(s) for s in sources], fontsize=8)
+    figure.supxlabel("stage", fontsize=9)
+    return svg(figure, f"selected-{name}")
+
+
+def _cells(axes: Axes, values: np.ndarray, peak: float) -> None:
+    rows, columns = values.shape
+    for row in range(rows):
+        for column in range(columns):
+            shade = float(values[row, column]) / peak
+            axes.add_patch(Rectangle((column, row), 0.96, 0.94, color=BLUE, alpha=0.85 * shade, linewidth=0))
+    axes.set(xlim=(0, columns), ylim=(rows, 0))
+    axes.set_xticks([])
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+
+
+@in_style
+def similarities(panels: Sequence[Mapping[str, Any]], looks: Styles, main: str | None) -> str | None:
+    """Similarity of the selected prompts by stage; a panel has `title`, `pool` and `strategies` (seeds, stages)."""
+    if not panels:
+        return None
+    figure, all_axes = panel_grid(len(panels), 2.0)
+    for axes, panel in zip(all_axes, panels, strict=True):
+        axes.axhline(panel["pool"], color=MUTED, linewidth=1.2, linestyle=(0, (2, 2)))
+        for name in sorted(panel["strategies"], key=lambda name: name == main):
+            values_ST, look = panel["strategies"][name], looks[name]
+            at, width = range(values_ST.shape[1]), 2.2 if name == main else 1.3
+            axes.fill_between(
+                at, values_ST.min(axis=0), values_ST.max(axis=0), color=look["color"], alpha=0.1, linewidth=0
+            )
+            axes.plot(at, values_ST.mean(axis=0), linewidth=width, **look)
+        axes.set_title(panel["title"])
+        axes.set_xticks(thinned(range(max(v.shape[1] for v in panel["strategies"].values())), 6))
+        grid(axes, "y")
+    figure.supxlabel("stage (dotted: the whole pool)", fontsize=9)
+    legend(figure, looks, [name for name in looks if any(name in panel["strategies"] for panel in panels)])
+    return svg(figure, "similarity")
