@@ -54,9 +54,9 @@ def run(tmp_path: Path) -> Path:
 
 def _write(folder: Path, states: dict[tuple[str, str], np.ndarray]) -> None:
     rows = [{"set": name, "prompt_id": each, "representation": values} for (name, each), values in states.items()]
-    for name in ("prompts", "representations"):
-        (folder / name).mkdir()
-        pq.write_table(pa.Table.from_pylist(rows, schema=REPRESENTATIONS), folder / name / f"{name}.parquet")
+    (folder / "representations").mkdir()
+    table = pa.Table.from_pylist(rows, schema=REPRESENTATIONS)
+    pq.write_table(table, folder / "representations" / "representations.parquet")
 
 
 def test_a_belief_that_is_right_covers_what_it_should(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
