@@ -129,7 +129,9 @@ class CurriculumTrainer(ReadsInfluence):
         found = self._generate_and_score_completions([dict(row) for row in rows])
         prompts = zip(found["prompt_ids"].tolist(), found["prompt_mask"].tolist(), strict=True)
         tokens = [[t for t, kept in zip(ids, mask, strict=True) if kept] for ids, mask in prompts]
-        written = found["tool_mask"].tolist() if "tool_mask" in found else [[1] * len(ids) for ids in found["completion_ids"]]
+        written = (
+            found["tool_mask"].tolist() if "tool_mask" in found else [[1] * len(ids) for ids in found["completion_ids"]]
+        )
         return [
             Answer(prompt, completion, mask[: len(completion)], reward, "pixel_values" in found)
             for prompt, completion, mask, reward in zip(
