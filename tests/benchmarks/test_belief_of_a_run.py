@@ -59,9 +59,9 @@ def run(tmp_path: Path) -> Path:
 
 def _write(folder: Path, states: dict[tuple[str, str], np.ndarray]) -> None:
     rows = [{"set": name, "prompt_id": each, "representation": values} for (name, each), values in states.items()]
-    for name in ("prompts", "representations"):
-        (folder / name).mkdir()
-        pq.write_table(pa.Table.from_pylist(rows, schema=REPRESENTATIONS), folder / name / f"{name}.parquet")
+    (folder / "representations").mkdir()
+    table = pa.Table.from_pylist(rows, schema=REPRESENTATIONS)
+    pq.write_table(table, folder / "representations" / "representations.parquet")
 
 
 def test_prompts_are_foretold_better_than_by_a_constant_and_wrong_answers_found(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
