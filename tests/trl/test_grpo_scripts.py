@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from datasets import IterableDataset
 from peft import LoraConfig
+
 from tests.runs import json_lines
 from tests.trl.scripts import problems, right, right_later, select, short, tokenizer, trainer
 
@@ -18,7 +18,10 @@ LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM
 
 def named(prompts: list[Any], completions: list[Any], **_: Any) -> list[float]:
     """Prompts are messages."""
-    return [float(len(prompt[0]["role"]) == 4) + len(c[0]["content"]) for prompt, c in zip(prompts, completions, strict=True)]
+    return [
+        float(len(prompt[0]["role"]) == 4) + len(c[0]["content"])
+        for prompt, c in zip(prompts, completions, strict=True)
+    ]
 
 
 def sometimes(completions: list[str], answer: list[str], **_: Any) -> list[float | None]:
@@ -38,7 +41,12 @@ SCRIPTS: dict[str, dict[str, Any]] = {
     "normalised each": {"reward_funcs": [short, right], "multi_objective_aggregation": "normalize_then_sum"},
     "asynchronous reward": {"reward_funcs": [right_later, short]},
     "some rows unrewarded": {"reward_funcs": sometimes},
-    "chat and lora": {"train_dataset": PAIRS, "processing_class": "chat", "peft_config": LORA, "reward_funcs": [named, right]},
+    "chat and lora": {
+        "train_dataset": PAIRS,
+        "processing_class": "chat",
+        "peft_config": LORA,
+        "reward_funcs": [named, right],
+    },
     "template arguments": {
         "train_dataset": PAIRS,
         "processing_class": "{% if loud %}! {% endif %}{% for m in messages %}{{ m['content'] }} {% endfor %}",
