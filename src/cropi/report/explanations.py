@@ -234,7 +234,7 @@ def _facts_of_stage(config: Config, stage: _Stage, rewards: Mapping[str, Rewards
             clip_share=row.get("clip_share"),
             kl=row.get("kl"),
             trained=_trained(by_stage.get(stage.number, [])),
-            drawn=drawn,
+            drawn=None if drawn is None else dict(drawn),
         )
     return facts
 
