@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from cropi import __version__
+from cropi.cli.first_config import init, schema, write_config
 from cropi.cli.runs import list_runs
 from cropi.cli.shell import (
     TOGETHER,
@@ -45,6 +46,8 @@ app = typer.Typer(
 )
 recipes = typer.Typer(help="Complete configs that come with the package.", invoke_without_command=True)
 app.add_typer(recipes, name="recipes")
+app.command()(init)
+app.command()(schema)
 app.command()(verify)
 app.command("audit-rewards")(audit_rewards)
 app.command("ls")(list_runs)
@@ -303,14 +306,7 @@ def copy_recipe(
     """Write a recipe to a file that you can edit."""
     text = _recipe(name)
     path = target / f"{name.rpartition('/')[2]}.yaml" if target.is_dir() else target
-    if path.exists():
-        raise UserError("exists already", where=str(path), fix="choose another name; nothing is overwritten.")
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(
-            f"cannot be written ({error.strerror})", where=str(path), fix="choose another folder."
-        ) from None
+    write_config(path, text)
     print(path)
 
 
