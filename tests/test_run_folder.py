@@ -86,7 +86,7 @@ STAGE_SETTINGS = [
     "policy.cpu_threads=2",
     "verification.seconds=9",
     "evaluate.samples=2",
-    "score.projection.dim=512",
+    "score.mask=uniform",
 ]
 FREE_SETTINGS = [
     "verification.processes=1",

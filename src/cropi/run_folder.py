@@ -206,7 +206,7 @@ class RunFolder:
             changed.append(f"train.stages: {_stages(before)} -> {stages}")
         if changed and self._holds_anything():
             raise ConfigError(
-                f"this run was started with another config: {_shown(changed)}",
+                f"this run was started with another config: {first_changes(changed)}",
                 where=str(self.folder),
                 fix=f"name its own config ({path}) instead of a recipe, or give the new run another name (name=...).",
             )
@@ -220,7 +220,7 @@ class RunFolder:
                 changed = config_difference(before, {key: now.get(key) for key in before})
                 if changed:
                     raise ConfigError(
-                        f"was made with other settings: {_shown(changed)}",
+                        f"was made with other settings: {first_changes(changed)}",
                         where=str(folder),
                         fix=f"change them back in {self.folder / CONFIG}, or give the new run another name (name=...).",
                     )
@@ -319,7 +319,7 @@ def _stages(resolved: dict[str, Any]) -> int:
     return stages if isinstance(stages, int) else 0
 
 
-def _shown(changed: list[str]) -> str:
-    """The first of many changes."""
+def first_changes(changed: list[str]) -> str:
+    """The first of many changes, and the number of the others."""
     more = f"; and {len(changed) - SHOWN_CHANGES} more" if len(changed) > SHOWN_CHANGES else ""
     return "; ".join(changed[:SHOWN_CHANGES]) + more
