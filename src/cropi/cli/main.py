@@ -30,6 +30,7 @@ from cropi.cli.shell import (
     read_own_config,
 )
 from cropi.cli.verify import audit_rewards, verify
+from cropi.console import say
 from cropi.errors import ArtifactError, UserError
 from cropi.parallel import is_first_rank, launched, leave_launcher
 
@@ -263,6 +264,7 @@ def import_rollouts(
 def check(config: ConfigArgument, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Look at config, data, policy and cost; write nothing."""
     loaded = read_own_config(config, overrides)
+    say(f"loading the policy {loaded.policy.path} …")
     quiet_libraries()
     from cropi.inspection import check_run
 
