@@ -2,11 +2,13 @@
 
 import pyarrow as pa
 import pytest
+from tests.report.sentences import too_long
 from tests.report.test_figures import parsed
 from tests.report.test_report import cells, section_text, written
 
 from cropi.artifacts import finish, write_table
-from cropi.report.choosing import beliefs_by_kind, cost_rows, places_by_kind
+from cropi.report.blocks import Section
+from cropi.report.choosing import beliefs_by_kind, choosing, cost_rows, places_by_kind
 from cropi.report.costs import charges
 from cropi.report.explanations import as_text, explanations
 from cropi.run_tables import beliefs_schema
@@ -71,11 +73,8 @@ def test_places_count_a_prompt_as_often_as_it_was_drawn():
 
 
 def test_the_section(space):
-    files = written(space)
-    text, rows = (
-        section_text(files["report.md"], "Belief, choice and their cost"),
-        cells(files["report.md"], section="Belief, choice and their cost"),
-    )
+    files, title = written(space), "Belief, choice and their cost"
+    text, rows = section_text(files["report.md"], title), cells(files["report.md"], section=title)
     assert "At step 8 a chosen prompt helps 1.50 times as much as a random one (95 % interval: 1.25 to 2.00)." in text
     # of the first source n = 0, 3, 6, 9: mean 4.5, plus 1, and in stage 1 another 1
     assert ["<b>x</b>", "alpha", "5.5 ± 0.5", "6.5 ± 0.5"] in rows
@@ -87,6 +86,10 @@ def test_the_section(space):
         assert f'id="{name}-' in files["report.html"]
     for svg in files["report.html"].split("<svg")[1:]:
         parsed("<svg" + svg.split("</svg>")[0] + "</svg>")
+
+
+def test_no_composed_sentence_is_long(space):
+    assert too_long([Section("", choosing(space.config, space))]) == []
 
 
 def test_cost_beside_training(space):

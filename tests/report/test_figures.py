@@ -108,7 +108,7 @@ def test_shares_by_hand():
     table = share_table(selected_sources({0: stage}), "")
     assert table.header == ["source", "pool", "stage 0"]
     assert table.rows == [["a", "3 (75 %)", "1 (50 %)"], ["b", "1 (25 %)", "1 (50 %)"], ["all", "4", "2"]]
-    assert table.shades == [[None, 0.75, 0.5], [None, 0.25, 0.5]]
+    assert table.shades == [[None, 1.0, 2 / 3], [None, 1 / 3, 2 / 3]]  # of the largest share
 
 
 def test_a_long_list_of_sources_keeps_those_that_matter_and_loses_no_prompt():

@@ -9,15 +9,18 @@ from html.parser import HTMLParser
 
 import pytest
 from markdown_it import MarkdownIt
+from tests.report.sentences import too_long
 
 from cropi.artifacts import PROMPTS, finish, write_table
 from cropi.errors import ArtifactError, printable
 from cropi.loading import load_config
+from cropi.report.blocks import Section, Text
 from cropi.report.closeups import before_and_after, closeups, pick, shortened, telling
 from cropi.report.headline import headline
 from cropi.report.markdown import escaped, fenced
 from cropi.report.rendering import prose
-from cropi.report.run_report import make_report
+from cropi.report.run_report import make_report, read_contents, sections
+from cropi.report.summary import summarise
 from cropi.run_folder import RunFolder
 from cropi.streams import append_jsonl
 
@@ -385,3 +388,18 @@ def test_reporting_does_not_import_torch():
         [sys.executable, "-c", code], env={"PYTHONPATH": ":".join(sys.path)}, capture_output=True, text=True, check=True
     )
     assert result.stdout.strip() == "set()"
+
+
+# -- words -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("parts", [{}, {"trained": False, "stages_selected": 1}, PARTS[0], {"strategy": "full"}])
+def test_no_composed_sentence_is_long(fabricate, parts):
+    space = fabricate(**({"evaluations": {}} if "strategy" in parts else {}) | parts)
+    assert too_long(sections(read_contents(space.config, space, summarise(space.config, space)))) == []
+
+
+def test_a_long_sentence_is_found():
+    short = Text(" ".join(["word"] * 25) + ". 1.5 [0.2, 0.3] " + "word " * 25)
+    assert too_long([Section("", [short])]) == []
+    assert len(too_long([Section("", [short, Text("word " * 26)])])) == 1

@@ -70,14 +70,17 @@ def beliefs_by_kind(tables: Mapping[int, pa.Table], kind_of: Mapping[str, str]) 
 def _belief(found: Beliefs, kind_of: Mapping[str, str]) -> list[Block]:
     if not found:
         return []
-    sizes = Counter(kind_of.values())
-    kinds = sorted({kind for own in found.values() for kind in own}, key=lambda kind: (-sizes[kind], kind))
+    peak = dict.fromkeys(kind_of.values(), 0.0)
+    for own in found.values():
+        for kind, by_step in own.items():
+            peak[kind] = max(peak[kind], *(abs(mean) for mean, _ in by_step.values()))
+    kinds = sorted({kind for own in found.values() for kind in own}, key=lambda kind: (-peak[kind], kind))
     caption = (
         "Believed influence on each validation set, by kind of prompt: the mean over all prompts of the pool. "
         "Bands: ± their mean standard error, which is at least the error of the mean."
     )
     if len(kinds) > KINDS:
-        caption += f" Only the {KINDS} most frequent kinds are drawn."
+        caption += f" Only the {KINDS} kinds with the largest influence are drawn."
     drawn = figures.influence_by_kind(found, kinds[:KINDS], caption)
     steps = thinned(sorted({step for own in found.values() for by_step in own.values() for step in by_step}))
     rows = [

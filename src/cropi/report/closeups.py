@@ -43,8 +43,9 @@ def before_and_after(config: Config, run: RunFolder) -> list[Block]:
         for kind, keys in by_kind.items()
         for key in _some([key for key in keys if key in asked], config.seed)
     ]
+    header = ["test set", *KINDS]
     return [
-        Table(f"Test questions by their greedy answer at step 0 and at step {max(files)}.", ["", *KINDS], rows),
+        Table(f"Test questions by their greedy answers, before training and at step {max(files)}.", header, rows),
         *cards,
     ]
 

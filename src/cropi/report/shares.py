@@ -43,7 +43,8 @@ def share_table(columns: Columns, caption: str, first: str = "source") -> Table:
     shares = {title: {name: own[name] / max(own.total(), 1) for name in own} for title, own in columns.items()}
     sources = list(columns["pool"])
     rows = [[name, *(_counted(own[name], shares[title][name]) for title, own in columns.items())] for name in sources]
-    shades = [[None, *(own[name] for own in shares.values())] for name in sources]
+    peak = max(part for own in shares.values() for part in own.values()) or 1.0
+    shades = [[None, *(own[name] / peak for own in shares.values())] for name in sources]
     rows.append(["all", *(count(own.total()) for own in columns.values())])
     return Table(caption, [first, *columns], rows, strong=len(rows) - 1, shades=shades)
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from markdown_it import MarkdownIt
 from tests.lab.compare.comparisons import NEVER, QUICK, SLOW, compared, one_seed_in, rows, tables, text_of
+from tests.report.sentences import too_long
 from tests.report.test_report import Outline, the_only_script
 
 from cropi.artifacts import write_json
@@ -57,7 +58,7 @@ def test_the_headline_and_the_three_numbers_by_hand(one_seed: Comparison) -> Non
     assert re.findall(r"(\d+\.\d+) \[\S+ \S+\]× fewer (\w+)", said) == [
         *(("4.00", "steps"), ("1.60", "FLOPs"), ("1.60", "seconds"))
     ]
-    assert len(re.findall(r"[.] |[.]$", said)) == 2
+    assert len(re.findall(r"[.] |[.]$", said)) == 3
     assert "One seed" in said
     table = cost_to_target(quick)
     assert table is not None
@@ -236,6 +237,25 @@ def test_strategies_are_named_with_what_they_change(one_seed: Comparison) -> Non
     rows_of = {row[0]: row[1:] for row in tables(provenance(one_seed))[0].rows}
     assert rows_of["full"][0] == "every prompt, every stage"
     assert rows_of["quick"] == ["–", '{"select": {"fraction": 0.5}}']
+
+
+def test_no_composed_sentence_is_long(one_seed: Comparison, two_scenarios: Comparison) -> None:
+    for comparison in (one_seed, main(one_seed, "never"), two_scenarios):
+        assert too_long(sections(comparison)) == []
+
+
+def test_the_page_begins_with_three_ratios_and_the_curve(one_seed: Comparison) -> None:
+    """8 / 2 steps and 8 / 5 of what is paid, as in the headline; a run that never arrives has bounds."""
+    numbers, curve, *_ = sections(main(one_seed, "quick"))[0].blocks
+    assert [(label, value) for label, value, _ in numbers.numbers] == [
+        *(("fewer steps", "4.00×"), ("fewer FLOPs", "1.60×"), ("fewer seconds", "1.60×"))
+    ]
+    assert numbers.numbers[0][2].endswith("2 against 8")
+    (chart,) = curve.charts
+    assert {line.name: line.y for line in chart.lines}["quick"] == [0.0, 1.0, 1.0]
+    assert chart.rules == [0.5]
+    bounds = sections(main(one_seed, "never"))[0].blocks[0].numbers
+    assert all(value.startswith("at most 1.00×") for _, value, _ in bounds)
 
 
 # -- looks -------------------------------------------------------------------------------------------------------------

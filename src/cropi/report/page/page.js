@@ -66,7 +66,7 @@ function draw(chart, place) {
   const plot = new uPlot({
     title: chart.title, width: place.clientWidth, height: 240, series, bands,
     scales: { x: { time: false }, y: chart.limits ? { range: () => chart.limits } : {} },
-    axes: [{ ...axis, grid: { show: false } }, { ...axis, size: 56 }],
+    axes: [{ ...axis, grid: { show: false }, size: 28 }, { ...axis, size: 52 }],
     cursor: { points: { size: 7 }, drag: { x: true, y: false } },
     hooks: {
       draw: [own => drawRules(own, chart.rules)],
@@ -131,7 +131,9 @@ function sortable(table) {
       head.setAttribute("aria-sort", sign > 0 ? "ascending" : "descending");
       const body = table.tBodies[0];
       const text = row => row.cells[column].textContent;
-      body.append(...[...body.rows].sort((a, b) => sign * compare(text(a), text(b))));
+      const last = row => row.cells[0].textContent === "all"; // a sum stays below what it sums
+      const rows = [...body.rows].sort((a, b) => last(a) - last(b) || sign * compare(text(a), text(b)));
+      body.append(...rows);
     });
   });
 }
@@ -150,8 +152,9 @@ function filterable(table) {
 document.querySelectorAll("figure[data-charts]").forEach(drawFigure);
 for (const table of document.querySelectorAll(".scroll > table")) {
   const rows = table.tBodies[0].rows.length;
-  if (rows > 2) sortable(table);
-  if (rows > 9) filterable(table);
+  const numbers = table.querySelector("th.number"); // words alone stand in an order that means something
+  if (numbers && rows > 2) sortable(table);
+  if (numbers && rows > 9) filterable(table);
 }
 const redraw = () => drawn.forEach(each => each());
 window.addEventListener("resize", redraw);

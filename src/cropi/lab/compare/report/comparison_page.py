@@ -129,7 +129,7 @@ def headline(comparison: Comparison) -> str:
         )
     ratios = listed([f"{ratio_interval(found)}× fewer {UNITS[measure]}" for measure, found in known.items()])
     return (
-        f"{code(main)} reaches the final accuracy of {target} with {ratios}, including rollouts and scoring. "
+        f"{code(main)} reaches the final accuracy of {target} with {ratios}. Rollouts and scoring are included. "
         f"{_certainty(comparison)}"
     )
 

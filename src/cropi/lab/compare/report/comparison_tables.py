@@ -79,9 +79,8 @@ def cost_to_target(comparison: Comparison) -> Table | None:
         for m in HEADLINE_MEASURES
     ]
     caption = (
-        f"Mean cost to reach the final targeted accuracy of {code(target)}, and the speed-up: geometric mean over "
-        f"runs in which {code(target)} gains. A run that never gets there counts with its total cost, and `<` marks an "
-        "upper bound."
+        f"Mean cost to reach the final targeted accuracy of {code(target)}. Speed-up: geometric mean over runs in "
+        f"which {code(target)} gains. A run that never gets there counts with its total cost; `<` marks a bound."
     )
     return Table(caption, [f"to {target}'s accuracy", target, main, "speed-up"], rows)
 
@@ -93,9 +92,9 @@ def speedups(comparison: Comparison) -> list[Block]:
         return [Text(f"Without {target} there is no target, and no speed-up.")]
     caption = (
         f"Speed-up: how many times sooner the final targeted accuracy of {target} is reached, geometric mean over "
-        "seeds (and scenarios). `<`: an upper bound, because some runs never reached it; reached: the share that did. "
-        f"No gain: share of the runs in which {target} ends less than {MIN_GAIN} above the base policy; they have no "
-        "speed-up and are left out. Tokens: generated ones."
+        "seeds and scenarios. Reached: the share of runs that reached it. `<`: an upper bound, because some did not. "
+        f"No gain: share of the runs in which {target} ends less than {MIN_GAIN} above the base policy. They have no "
+        "speed-up. Tokens: generated ones."
     )
     header = ["steps", "tokens", "FLOPs", "seconds", "reached", "no gain"]
     return list(_tables(comparison, (caption, "Speed-up"), header, _speed_row))
@@ -111,7 +110,7 @@ def accuracies(comparison: Comparison) -> list[Block]:
     header = ["targeted", "untargeted", "area (steps)", "area (FLOPs)"]
     summary = comparison.summary
     caption = (
-        "Targeted and untargeted accuracy at the end of the run. Area: mean targeted accuracy over the run, by steps, "
+        "Accuracy at the end of the run, targeted and untargeted. Area: mean targeted accuracy over the run, by steps, "
         f"and by FLOPs up to the total of {code(summary['target'])}."
     )
     captions = caption, "Accuracy and area"
