@@ -38,8 +38,3 @@ def test_the_paper_s_recipes_choose_as_the_preset_of_its_name(name: str) -> None
     patched = merged(config.resolved(), presets()["cropi-paper"]["config"])
     assert validate_config(patched, "test") == config
     assert config.trainer["per_device_train_batch_size"] * config.trainer["gradient_accumulation_steps"] == 128 * 8
-
-
-@pytest.mark.parametrize("name", recipe_names())
-def test_every_recipe_can_be_read(name: str) -> None:
-    assert load_config(name).name == name.rpartition("/")[2]

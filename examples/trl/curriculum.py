@@ -41,7 +41,7 @@ def main():
             save_strategy="no",
         ),
         train_dataset=dataset,
-        selector=Selector(validation=held_out, stages=3),
+        selector=Selector(validation=held_out),
     )
     trainer.train()
 

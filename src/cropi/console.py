@@ -75,7 +75,7 @@ _wording: Callable[[str], str] = str
 
 @contextmanager
 def worded(wording: Callable[[str], str]) -> Iterator[None]:
-    """Pass every message printed inside the block through `wording`."""
+    """Pass every message printed inside the block through `wording`; what becomes empty is not printed."""
     global _wording
     before, _wording = _wording, wording
     try:
@@ -88,10 +88,15 @@ def _print(text: str) -> None:
     if not is_first_rank():
         return
     terminal, text = _terminal(), printable(_wording(text))
+    if not text:
+        return
     if terminal is None:
         print(text, file=sys.stderr, flush=True)
     else:
         terminal.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+WARNING = "warning: "
 
 
 def say(text: str) -> None:
@@ -101,7 +106,7 @@ def say(text: str) -> None:
 
 def warn(text: str) -> None:
     """A likely mistake that does not stop the run."""
-    _print(f"warning: {text}")
+    _print(f"{WARNING}{text}")
 
 
 @cache

@@ -16,6 +16,7 @@ import torch
 from cropi.artifacts import is_finished
 from cropi.config import Config
 from cropi.console import duration
+from cropi.curriculum.curriculum import FIRST_ROUND, ROUND_STEPS
 from cropi.errors import DataError
 from cropi.gradients.groups import Group
 from cropi.gradients.reference import trainable_parameters
@@ -238,17 +239,40 @@ def _estimate(
     steps = config.train.stages * config.train.steps_per_stage
     scored = config.select.strategy.reads_scores
     evaluations = steps // (config.evaluate.every or config.train.steps_per_stage)
-    return {
+    before = {
         "trajectories": trajectories,
         "collect_tokens": trajectories * mean_completion,
         "collect_s": trajectories * sample.generate_s,
         "score_per_stage_s": trajectories / count * sample.gradient_s if scored else 0.0,
+    }
+    if config.select.strategy.chooses_online:
+        completions = _validation_completions(steps, settings) if config.select.strategy.reads_influence else 0
+        before = {
+            "representation_tokens": _represented_tokens(config, shards),
+            "validation_completions": completions,
+            "validation_tokens": completions * mean_completion,
+            "validation_s": completions * (sample.generate_s + sample.gradient_s / count),
+        }
+    return {
+        **before,
         "train_tokens": steps * per_step * mean_completion,
         "train_s": steps * per_step * (sample.generate_s + sample.gradient_s / count),
         "evaluate_s": evaluations * tests * (1 + config.evaluate.samples) * sample.generate_s,
         "model_and_optimiser_bytes": _bytes_to_train(config, policy),
         "free_disk_bytes": shutil.disk_usage(_existing(config.folder)).free,
     }
+
+
+def _represented_tokens(config: Config, shards: Sequence[Shard]) -> int:
+    """Tokens of the prompts of the pool and the validation sets, if the strategy reads their hidden states."""
+    read = [shard for shard in shards if config.select.strategy.reads_representations]
+    return sum(len(ids) for shard in read for ids in shard.prompt_ids)
+
+
+def _validation_completions(steps: int, settings: Any) -> int:
+    """Completions of the validation prompts: the steps between two rounds double."""
+    rounds = ((steps - 1) // FIRST_ROUND + 1).bit_length()
+    return rounds * round(ROUND_STEPS * settings.generation_batch_size)
 
 
 def _bytes_to_train(config: Config, policy: Policy) -> int:

@@ -1,7 +1,7 @@
 """Divide work: keep it in this process, share it among ranks of torch.distributed, or send it to Ray workers.
 
 `process_group()` and `ray_pool()` are looked up where work is divided. Both stay empty until the command line calls
-`start_ranks` or `use_ray`. A TRL script calls neither: there the first rank chooses prompts by itself.
+`start_ranks` or `use_ray`. In a TRL script the trainer's ranks work together while it trains: `joined_ranks`.
 """
 
 from __future__ import annotations
@@ -180,6 +180,21 @@ def start_ranks(*, cpu: bool, timeout_s: float) -> None:
     distributed.init_process_group("cuda:nccl,cpu:gloo" if on_gpu else "gloo", timeout=timeout)
     PartialState(cpu=not on_gpu)  # TRL's trainer asks it; it takes the group that exists
     _group = Ranks()
+
+
+@contextmanager
+def joined_ranks() -> Iterator[None]:
+    """Work with the ranks that the trainer of a script has joined, until the end of the block."""
+    global _group
+    from torch import distributed
+
+    before = _group
+    if distributed.is_initialized() and distributed.get_world_size() > 1:
+        _group = Ranks()
+    try:
+        yield
+    finally:
+        _group = before
 
 
 def end_ranks() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from cropi.errors import DataError, PolicyError
@@ -11,6 +11,11 @@ from cropi.prompt_text import turn_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from cropi.config import PromptsConfig
+
+Encode = Callable[[Sequence[Mapping[str, Any]]], list[list[int]]]
+"""Token ids of rows of the prompt table."""
 
 
 def uses_chat(tokenizer: PreTrainedTokenizerBase, chat: bool | None, system_prompt: str | None = None) -> bool:
@@ -59,21 +64,31 @@ def trainer_prompt(messages: str, *, chat: bool, system_prompt: str | None) -> s
     return "\n".join(map(turn_text, value))
 
 
-def encode_prompts(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str | list[dict[str, Any]]]
+def encode_rows(
+    tokenizer: PreTrainedTokenizerBase, settings: PromptsConfig, rows: Sequence[Mapping[str, Any]]
 ) -> list[list[int]]:
-    """Token ids of prompts, the same that TRL's GRPOTrainer gives the model."""
+    """Token ids of rows of the prompt table, by a run's settings."""
+    chat, system = uses_chat(tokenizer, settings.chat, settings.system_prompt), settings.system_prompt
+    return encode_prompts(tokenizer, [trainer_prompt(row["messages"], chat=chat, system_prompt=system) for row in rows])
+
+
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str | list[dict[str, Any]]], **template: Any
+) -> list[list[int]]:
+    """Token ids of prompts, the same that TRL's GRPOTrainer gives the model. `template` has further arguments of the
+    chat template.
+    """
     if not prompts:
         return []
     if isinstance(prompts[0], str):
         return tokenizer(text=list(prompts))["input_ids"]
-    settings = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
+    settings = template | {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
     try:
         return tokenizer.apply_chat_template(conversation=list(prompts), **settings)["input_ids"]
     except Exception as error:  # a template is a program of the model's: it may fail in any way
         if len(prompts) > 1:  # which of them is it?
             for prompt in prompts:
-                encode_prompts(tokenizer, [prompt])
+                encode_prompts(tokenizer, [prompt], **template)
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise PolicyError(
             f"the tokenizer's chat template refuses the prompt {str(prompts[0])[:120]}: {first_line}",

@@ -161,6 +161,7 @@ def test_difficulty_replaces_only_what_is_given():
         ({"family": "sum", "min_length": 6, "max_length": 5}, r"min_length \(6\) is above max_length \(5\)"),
         ({"family": "sum", "modulus": 2}, "modulus is 2; allowed: 3 to 10"),
         ({"family": "sum", "modulus": 11}, "modulus is 11; allowed: 3 to 10"),
+        ({"family": "sum", "hint": 1.5}, "hint is 1.5; it is a share, from 0 to 1"),
         ({"family": "parity", "modulus": 3}, "family 'parity' has no modulus; families with one: sum,"),
     ],
 )

@@ -17,7 +17,6 @@ RUN = Path("runs/quickstart")
 # Three parts of scores, and two pieces of every half of the validation set.
 POOL = [
     *SMALL[3:],
-    "score.max_validation_prompts=40",
     "prompts.train=[{type: builtin, families: [sum, parity, count, machine], count: 48, seed: 1, label_noise: 0.25}]",
     "prompts.validation={sum: [{type: builtin, families: [sum], count: 40, seed: 2}]}",
     SMALL[2],
@@ -28,7 +27,6 @@ WAYS = {
     "learnalign": ["select.strategy={type: learnalign}"],
     "exact": ["score.estimator=exact"],
     "autograd": ["score.estimator=reference", "select.strategy={type: influence}"],
-    "by features": ["score.store=float32"],
 }
 
 

@@ -27,7 +27,6 @@ WAYS = {
     "parts": [],
     "errors": ["score.standard_errors=true"],
     "exact": ["score.estimator=exact"],
-    "store": ["score.store=float32"],
 }
 
 

@@ -46,8 +46,10 @@ def space(fabricate):
 
 
 def spend(space):
-    """Training: 10 s and 100 tokens. Beside it: 1 s + 2 s + 0.5 s, and 2 x 0.5 s of the selections."""
-    append_jsonl(space.stages.steps, {"step": 1, "seconds": 10.0})
+    """Training: 10 s, 100 tokens, and 40 passes of a token of reading. Beside it: 1 s + 2 s + 0.5 s of the ledger, and
+    2 x 0.5 s of the selections.
+    """
+    append_jsonl(space.stages.steps, {"step": 1, "seconds": 10.0, "read_passes": 40.0})
     batch = {"step": 0, "prompt_ids": ["p000"], "rewards": [1.0], "verdicts": {}, "tokens": 60, "prompt_tokens": 40}
     append_jsonl(space.stages.rewards, batch)
     own = {"phase": "collect", "stage": 0, "step": 0, "passes": 1, "tokens": 30, "prompt_tokens": 10, "seconds": 1.0}
@@ -99,8 +101,9 @@ def test_cost_beside_training(space):
         ["validation completions", "1.0", "10.0 %", "10.0 %"],
         ["validation gradients", "2.0", "20.0 %", "15.0 %"],
         ["representations", "0.50", "5.0 %", "2.0 %"],
+        ["reading", "0.00", "0.0 %", "10.0 %"],
         ["choosing", "1.0", "10.0 %", "0.0 %"],
-        ["all", "4.5", "45.0 %", "27.0 %"],
+        ["all", "4.5", "45.0 %", "37.0 %"],
     ]
 
 

@@ -23,7 +23,6 @@ SMALL = [
     "collect.validation_num_generations=8",
     "select.strategy={type: influence}",
     "select.fraction=0.25",
-    "score.max_validation_prompts=6",
 ]
 
 

@@ -91,7 +91,7 @@ def select(**changes: Any) -> Selector:
         "strategy": "influence",
         "fraction": 0.25,
         "stages": 2,
-        "settings": {"collect": {"validation_num_generations": 8}, "score": {"max_validation_prompts": 8}},
+        "settings": {"collect": {"validation_num_generations": 8}},
     }
     return Selector(**(given | changes))
 

@@ -59,11 +59,13 @@ class Problem:
 
 @dataclass(frozen=True)
 class Difficulty:
-    """Range of a problem's length, in items to work through, and the modulus where the family has one (else None)."""
+    """Range of a problem's length, in items to work through, the modulus where the family has one (else None), and the
+    share of the worked steps that the prompt shows."""
 
     min_length: int
     max_length: int
     modulus: int | None = None
+    hint: float = 0.0
 
     def __post_init__(self) -> None:
         for name, length in (("min_length", self.min_length), ("max_length", self.max_length)):
@@ -73,6 +75,8 @@ class Difficulty:
             raise ValueError(f"min_length ({self.min_length}) is above max_length ({self.max_length})")
         if self.modulus is not None and not MIN_MODULUS <= self.modulus <= MAX_MODULUS:
             raise ValueError(f"modulus is {self.modulus}; allowed: {MIN_MODULUS} to {MAX_MODULUS}")
+        if not 0.0 <= self.hint <= 1.0:
+            raise ValueError(f"hint is {self.hint}; it is a share, from 0 to 1")
 
 
 def _problem(question: str, items: Iterable[object], steps: Iterable[object], answer: object) -> Problem:
@@ -287,7 +291,12 @@ VOCABULARY: tuple[str, ...] = (
 
 
 def difficulty(
-    family: str, *, min_length: int | None = None, max_length: int | None = None, modulus: int | None = None
+    family: str,
+    *,
+    min_length: int | None = None,
+    max_length: int | None = None,
+    modulus: int | None = None,
+    hint: float = 0.0,
 ) -> Difficulty:
     """The family's default difficulty with the given parts replaced.
 
@@ -303,6 +312,7 @@ def difficulty(
         default.min_length if min_length is None else min_length,
         default.max_length if max_length is None else max_length,
         default.modulus if modulus is None else modulus,
+        hint,
     )
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cropi import __version__
+from cropi.cli.runs import list_runs
 from cropi.cli.shell import (
     TOGETHER,
     AsJson,
@@ -31,6 +32,9 @@ from cropi.cli.verify import audit_rewards, verify
 from cropi.errors import ArtifactError, UserError
 from cropi.parallel import is_first_rank, launched, leave_launcher
 
+if TYPE_CHECKING:
+    from cropi.config import Config
+
 EXPLAINED = 10  # prompts, if none is named
 
 app = typer.Typer(
@@ -46,6 +50,7 @@ recipes = typer.Typer(help="Complete configs that come with the package.", invok
 app.add_typer(recipes, name="recipes")
 app.command()(verify)
 app.command("audit-rewards")(audit_rewards)
+app.command("ls")(list_runs)
 
 
 @app.command()
@@ -151,9 +156,7 @@ def report(config: ConfigArgument, overrides: Overrides = None, as_json: AsJson 
     from cropi.report.summary import headline
     from cropi.run_folder import RunFolder
 
-    loaded = read_config(config, overrides)
-    if not loaded.folder.is_dir():
-        raise ArtifactError("there is no such run", where=str(loaded.folder), fix=f"run `cropi run {config}` first.")
+    loaded = _made(config, overrides)
     summary = make_report(RunFolder(loaded))
     print_result(summary.as_json(), as_json, f"{headline(summary)}\n\nreport: {loaded.folder / 'report.html'}")
 
@@ -180,13 +183,7 @@ def explain(
     """Why prompts were or were not selected."""
     if prompt_ids and top is not None:
         raise UserError("both prompts and --top are given", where="--top", fix="leave one of them out.")
-    loaded = read_config(config, None)
-    if not (loaded.folder / "config.json").is_file():
-        raise ArtifactError(
-            "there is no such run",
-            where=str(loaded.folder),
-            fix=f"run `cropi run {config}` first, or name the folder of a run.",
-        )
+    loaded = _made(config, None)
     from cropi.report.explanations import as_text, explanations
     from cropi.run_folder import RunFolder
 
@@ -198,6 +195,15 @@ def explain(
         top=None if prompt_ids else top or EXPLAINED,
     )
     print_result({"prompts": [each.as_json() for each in found]}, as_json, as_text(found))
+
+
+def _made(name: str, overrides: list[str] | None) -> Config:
+    """The config of a run that has begun. ArtifactError if there is none."""
+    loaded = read_config(name, overrides)
+    if not (loaded.folder / "config.json").is_file():
+        fix = f"run `cropi run {name}` first, or name the folder of a run."
+        raise ArtifactError("there is no such run", where=str(loaded.folder), fix=fix)
+    return loaded
 
 
 @app.command()

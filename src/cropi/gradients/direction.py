@@ -78,6 +78,13 @@ class DirectionSketch:
         finally:
             self._part_of = None
 
+    @property
+    def products(self) -> int:
+        """Multiply-adds a token: (k + l) (n_in + n_out) for every matrix that is multiplied by."""
+        linear = {layer.weight for layer in self._layers if layer.kind == "linear"}
+        summed = [part for name, part in self._matrices.items() if name in linear]
+        return sum((s.right.shape[1] + len(s.left)) * (s.right.shape[0] + s.left.shape[1]) for s in summed)
+
     def scale(self, factor: float) -> None:
         """Multiply all that was summed so far, to forget some of it."""
         for sums in self.sums().values():

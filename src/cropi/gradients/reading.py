@@ -80,6 +80,13 @@ class Reader:
             zero = torch.zeros_like(next(iter(vectors.values())))
             self._vectors[name] = torch.stack([vectors.get(n, zero) for n in range(self._count)]).float()
 
+    @property
+    def products(self) -> int:
+        """Multiply-adds a token: r (n_in + n_out) for every matrix that is read and direction of rank r."""
+        linear = {layer.weight for layer in self._layers if layer.kind == "linear"}
+        read = [factors for name, factors in self._matrices.items() if name in linear]
+        return sum(left.shape[1] * (left.shape[0] + right.shape[1]) for left, right, _ in read)
+
     @contextmanager
     def reading(self, rows: Int[Tensor, " B"], checked_in: nn.Module | None = None) -> Iterator[None]:
         """Read one micro-batch, whose sequences are these rows. Encloses its forward and its backward pass.

@@ -166,12 +166,12 @@ def _builtin(source: BuiltinSource, set_name: str, key: str, seed: int) -> Itera
     """The problems of a source; `seed` is used if the source has none."""
     from cropi.builtin import difficulty, generate
 
-    lengths = source.model_dump(include={"min_length", "max_length"})
-    options = source.model_dump(include={"count", "label_noise", "label_rule", "hint", "distractors"})
+    level = source.model_dump(include={"min_length", "max_length", "hint"})
+    options = source.model_dump(include={"count", "label_noise", "label_rule", "distractors"})
     options["seed"] = seed if source.seed is None else source.seed
     for family in source.families:
         try:
-            rows = generate(family, split=set_name.split("/")[0], level=difficulty(family, **lengths), **options)
+            rows = generate(family, split=set_name.split("/")[0], level=difficulty(family, **level), **options)
         except ValueError as error:
             raise DataError(str(error), where=key, fix="change the setting it names.") from None
         for number, row in enumerate(rows):

@@ -157,13 +157,14 @@ def _measures(metrics: Mapping[int, Mapping[str, float]]) -> list[Block]:
 
 def cost_rows(charged: Charges) -> list[list[str]]:
     """Seconds, and share of training's seconds and FLOPs, of everything beside training."""
-    none = replace(charged, collected=(), entries=(), batches=())
+    none = replace(charged, collected=(), entries=(), batches=(), steps=())
     train_s, train = charged.cost().train, replace(none, batches=charged.batches).flops(1).train
     scored = [entry for entry in charged.entries if entry["phase"] == "score"]
     own: dict[str, Charges] = {
         "validation completions": replace(none, collected=charged.collected),
         "validation gradients": replace(none, entries=[entry for entry in scored if "validation_tokens" in entry]),
         "representations": replace(none, entries=[entry for entry in scored if "forward_tokens" in entry]),
+        "reading": replace(none, steps=charged.steps),
         "choosing": replace(none, entries=[entry for entry in charged.entries if entry["phase"] == "select"]),
     }
     spent = {

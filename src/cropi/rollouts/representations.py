@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from cropi.console import progress
 from cropi.errors import ArtifactError
 from cropi.parallel import process_group
 from cropi.policy import Policy
-from cropi.prompt_encoding import encode_prompts, trainer_prompt, uses_chat
+from cropi.prompt_encoding import Encode, encode_rows
 
 KIND = "representations"
 ROWS = 4096  # rows of the file per write
@@ -26,18 +27,16 @@ Representations = Mapping[tuple[str, str], Float[np.ndarray, " E"]]  # by (set, 
 
 
 def represent(
-    config: Config, policy: Policy, prompts: Sequence[Mapping[str, Any]], folder: Path
+    config: Config, policy: Policy, prompts: Sequence[Mapping[str, Any]], folder: Path, encode: Encode | None = None
 ) -> tuple[dict[str, int], dict[str, Any]]:
     """Write `representations.parquet` of all training and validation prompts; returns (rows by set, details).
 
     One forward pass over each prompt, in batches that the ranks share. Prompts longer than the context lose their
-    beginning.
+    beginning. `encode` unset: prompts are encoded by the config.
     """
     rows = [row for row in prompts if not row["set"].startswith("test/")]
-    chat = uses_chat(policy.tokenizer, config.prompts.chat, config.prompts.system_prompt)
-    system = config.prompts.system_prompt
-    texts = [trainer_prompt(row["messages"], chat=chat, system_prompt=system) for row in rows]
-    encoded = [ids[-(policy.context_length or len(ids)) :] for ids in encode_prompts(policy.tokenizer, texts)]
+    encode = encode or partial(encode_rows, policy.tokenizer, config.prompts)
+    encoded = [ids[-(policy.context_length or len(ids)) :] for ids in encode(rows)]
     ranks = process_group()
     batches = ranks.share(_batches(encoded, config.collect.batch_tokens))
     with progress(ranks.titled("represent"), sum(map(len, batches)), "prompts") as bar:

@@ -66,19 +66,17 @@ class Sampler:
     generate: Generator
     judge: Judge
     purpose: tuple[str | int, ...]
-    logprobs: bool = True
 
     def sample(self, shard: Shard) -> tuple[Rows, dict[str, int]]:
         """Sample and judge a shard. Returns its rows and their cost."""
         seed = derived_seed(self.config.seed, *self.purpose, shard.name)
         rows = _sample(self.config, self.policy, self.judge, self.generate, shard, seed)
-        if self.logprobs:
-            _add_logprobs(self.config, self.policy, rows)
+        _add_logprobs(self.config, self.policy, rows)
         tokens = {
             name: sum(len(row[column]) for row in rows)
             for name, column in (("tokens", "completion_ids"), ("prompt_tokens", "prompt_ids"))
         }
-        return rows, {"passes": 1 + self.logprobs, **tokens}
+        return rows, {"passes": 2, **tokens}  # generation, and log-probs
 
     def make(self, shards: Sequence[Shard], folder: Path, charge: Charge) -> Iterator[tuple[Shard, Rows]]:
         """Sample, judge, charge and write each shard in turn."""
@@ -102,7 +100,7 @@ class SampleJob:
         """Load the policy and start the verifier."""
         policy, config = self.policy.load(), self.config
         generate, judge = plain_generator(config, policy), strict_judge(config.verifier, config.verification)
-        sampler = Sampler(config, policy, generate, judge, ("collect",), config.collect.logprobs)
+        sampler = Sampler(config, policy, generate, judge, ("collect",))
 
         def perform(task: Task) -> Task:
             rows, cost = sampler.sample(Shard(**task.facts))
@@ -164,7 +162,7 @@ def plain_generator(config: Config, policy: Policy) -> Generator:
 
 def _longest(config: Config, policy: Policy) -> tuple[float, str]:
     """Longest sequence that the policy, what generates for it, and what scores it have room for; and what that is."""
-    engine = config.collect.vllm.max_model_len if config.collect.vllm is not None else None
+    engine = (config.collect.vllm or {}).get("max_model_len")
     scored = config.score.estimator != "reference" and config.select.strategy.reads_scores
     context = min((limit for limit in (policy.context_length, engine) if limit is not None), default=math.inf)
     alike = longest_alike(policy.model) if scored else math.inf

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cropi.config import PolicyConfig, VllmConfig
+from cropi.config import PolicyConfig
 from cropi.errors import PolicyError
 from cropi.policy import Policy, policy_location
 from cropi.rollouts.generation import Sampling
@@ -24,8 +24,8 @@ class VllmGenerator:
     Raises PolicyError if vLLM is not installed or refuses the model or its options.
     """
 
-    def __init__(self, policy: Policy, weights: PolicyConfig, config: VllmConfig) -> None:
-        self._policy, self._weights, self._config = policy, weights, config
+    def __init__(self, policy: Policy, weights: PolicyConfig, options: Mapping[str, Any]) -> None:
+        self._policy, self._weights, self._options = policy, weights, options
         self._engine: Any = None
 
     def __call__(self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, seed: int) -> list[list[int]]:
@@ -77,7 +77,7 @@ class VllmGenerator:
             "trust_remote_code": False,
         }
         try:
-            return LLM(**settings | self._config.options)
+            return LLM(**settings | dict(self._options))
         except Exception as error:  # the engine raises many kinds
             raise _refused("vLLM did not start", error) from None
 

@@ -16,8 +16,9 @@ from cropi.curriculum.chooser import ChoosesBatches, GroupGate, Pool
 from cropi.curriculum.curriculum import Curriculum
 from cropi.curriculum.strategies.cropi import CropiStrategy
 from cropi.errors import ConfigError
+from cropi.gradients.layer_taps import matrix_parameters
 from cropi.parallel import process_group
-from cropi.prompt_encoding import encode_prompts, trainer_prompt, uses_chat
+from cropi.prompt_encoding import encode_prompts
 from cropi.prompt_text import prompt_text
 from cropi.rollouts.generation import Sampling, TransformersGenerator
 from cropi.rollouts.representations import KIND as REPRESENTED
@@ -27,36 +28,39 @@ from cropi.run_tables import beliefs_schema
 from cropi.seeds import derived_seed
 from cropi.stages.collect import make_representations
 from cropi.stages.online_loop import ChooserLoop, OnlineLoop
+from cropi.stages.prior import take_prior
 from cropi.stages.run import Run
 from cropi.stages.validation_pass import Due, SampledGroup, ValidationPass, ValidationPrompt
 from cropi.streams import append_jsonl, cut_jsonl
 from cropi.training.group_evidence import GroupEvidence
 from cropi.training.loss_normalizer import LossNormalizer
 from cropi.training.online_sampler import OnlineSampler
-from cropi.training.online_trainer import OnlineTrainer
-from cropi.training.reward_log import RecordedReward
+from cropi.training.online_trainer import ReadsInfluence
+from cropi.training.reward_log import RewardLog
 from cropi.training.stage_sampler import BatchShape
 
 
 class OnlineRun:
     """Makes the loop of a run's chooser, and charges what it samples, differentiates, reads and chooses."""
 
-    def __init__(self, run: Run, rows: Sequence[Mapping[str, Any]], reward: RecordedReward) -> None:
+    def __init__(self, run: Run, rows: Sequence[Mapping[str, Any]], reward: RewardLog) -> None:
         """`rows` are the trainer's: the pool, in the order of the chooser's places."""
         self._run, self._rows, self._reward = run, rows, reward
         strategy = run.config.select.strategy
         self._only_observes = isinstance(strategy, CropiStrategy) and strategy.observe_only
         assert isinstance(strategy, ChoosesBatches)
         self._make_chooser = strategy.chooser
-        self._trainer: OnlineTrainer
+        self._trainer: ReadsInfluence
 
-    def loop(self, trainer: OnlineTrainer, checkpoint: Path | None) -> ChooserLoop:
+    def loop(self, trainer: ReadsInfluence, checkpoint: Path | None) -> ChooserLoop:
         """The loop of a trainer, at the start of training or where a checkpoint left it."""
         run, self._trainer = self._run, trainer
         if run.config.select.strategy.reads_representations:
             make_representations(run)
         with run.ledger.charge("select"):
             self._chooser = self._make_chooser(self._pool())
+            if checkpoint is None:
+                self._take_prior()
         loop = self._loop = self._made_loop(self._sampler())
         if checkpoint is not None:
             loop.load(checkpoint)
@@ -65,6 +69,12 @@ class OnlineRun:
             cut_jsonl(run.paths.choices, lambda row: row["batch"] < kept)
             self._forget_beliefs(0 if checkpoint is None else checkpoint_step(checkpoint) or 0)
         return loop
+
+    def _take_prior(self) -> None:
+        strategy = self._run.config.select.strategy
+        if isinstance(strategy, CropiStrategy) and strategy.prior is not None:
+            assert isinstance(self._chooser, Curriculum)
+            take_prior(self._run, self._chooser, [row["prompt_id"] for row in self._rows], strategy.prior)
 
     def _sampler(self) -> OnlineSampler:
         settings, trainer = self._trainer.args, self._trainer
@@ -139,12 +149,9 @@ class OnlineRun:
         )
 
     def _validation_pass(self) -> ValidationPass:
-        run, collect, prompts = self._run, self._run.config.collect, self._run.config.prompts
-        tokenizer = run.setup.policy.tokenizer
-        chat, rows = uses_chat(tokenizer, prompts.chat, prompts.system_prompt), run.folder.held_out("validation")
-        texts = [trainer_prompt(row["messages"], chat=chat, system_prompt=prompts.system_prompt) for row in rows]
-        sets: dict[str, list[ValidationPrompt]] = {name: [] for name in sorted(prompts.validation)}
-        for row, tokens in zip(rows, encode_prompts(tokenizer, texts), strict=True):
+        run, collect, rows = self._run, self._run.config.collect, self._run.folder.held_out("validation")
+        sets: dict[str, list[ValidationPrompt]] = {name: [] for name in sorted(run.config.prompts.validation)}
+        for row, tokens in zip(rows, run.encode(rows), strict=True):
             sets[row["set"].removeprefix("validation/")].append(ValidationPrompt(row, tokens))
         return ValidationPass(
             sets,
@@ -178,12 +185,8 @@ class OnlineRun:
         return places
 
     def _sample(self, due: Due, step: int) -> dict[str, list[SampledGroup]]:
-        run = self._run
-        charge = run.ledger.charge("collect", stage=self._stage(step))
-        with charge as entry, self._trainer.plain_model() as model:
-            policy = run.asked(model)
-            generate = TransformersGenerator(policy, run.config.collect.batch_size)
-            groups = self._validation.sample(policy, generate, due, step)
+        with self._run.ledger.charge("collect", stage=self._stage(step)) as entry:
+            groups = self._generated(due, step)
             asked = [
                 (count, len(prompt.tokens))
                 for name, counts in due.items()
@@ -194,13 +197,20 @@ class OnlineRun:
             entry |= {"prompt_tokens": sum(count * length for count, length in asked)}
         return groups
 
+    def _generated(self, due: Due, step: int) -> dict[str, list[SampledGroup]]:
+        with self._trainer.plain_model() as model:
+            policy = self._run.asked(model)
+            generate = TransformersGenerator(policy, self._run.config.collect.batch_size)
+            return self._validation.sample(policy, generate, due, step)
+
     def _differentiate(
         self, groups: Mapping[str, Sequence[SampledGroup]], step: int
     ) -> Mapping[str, Mapping[int, Sequence[float]]]:
         charge = self._run.ledger.charge("score", stage=self._stage(step))
         with charge as entry, self._trainer.plain_model() as model:
-            given, tokens = self._validation.differentiate(model, groups)
+            given, tokens, products = self._validation.differentiate(model, groups)
             entry |= {"step": step, "computed_tokens": 0, "validation_tokens": tokens}
+            entry |= {"read_passes": products / matrix_parameters(model)}
         return given
 
     def _keep_beliefs(self, stage: int) -> None:

@@ -16,13 +16,15 @@ from transformers import PreTrainedModel
 from cropi.console import warn
 from cropi.curriculum.chooser import GroupGate, PromptChooser
 from cropi.curriculum.curriculum import Choice, Curriculum, Halves
+from cropi.gradients.layer_taps import matrix_parameters
 from cropi.gradients.reading import Reader
+from cropi.parallel import process_group
 from cropi.stages.validation_pass import Due, SampledGroup, ValidationPass
 from cropi.training.curriculum_state import load_state, save_state
 from cropi.training.group_evidence import GroupEvidence, GroupOutcome
 from cropi.training.loss_normalizer import LossNormalizer
 from cropi.training.online_sampler import OnlineSampler
-from cropi.training.reward_log import Judged, RecordedReward
+from cropi.training.reward_log import Judged, RewardLog
 from cropi.training.row_matching import LossRow, loss_rows
 
 # Samples the validation prompts that are due at a step, with the policy in training.
@@ -41,7 +43,7 @@ class ChooserLoop:
 
     chooser: PromptChooser
     sampler: OnlineSampler
-    reward: RecordedReward
+    reward: RewardLog
     evidence: GroupEvidence
     place_of: Mapping[str, int]  # of a prompt id in the pool
     draws: bool = False  # whether the trainer draws, as often as it has to for a generation batch
@@ -61,6 +63,10 @@ class ChooserLoop:
 
     def end_micro_batch(self) -> None:
         """Nothing: no pass is read."""
+
+    def read_passes(self) -> float:
+        """Nothing: no pass is read."""
+        return 0.0
 
     def renew_directions(self, step: int) -> None:
         """Nothing: there are none."""
@@ -169,6 +175,7 @@ class OnlineLoop(ChooserLoop):
     share_read: float = float("nan")  # of the squared gradient
     _rows: list[LossRow] = field(default_factory=list)
     _factor: float = 1.0
+    _products: int = 0  # multiply-adds of this process that have not been charged
 
     # -- reading -------------------------------------------------------------------------------------------------------
 
@@ -187,9 +194,15 @@ class OnlineLoop(ChooserLoop):
     def end_micro_batch(self) -> None:
         """Take what was read."""
         assert self.reader is not None, "no pass is read before there are directions"
+        self._products += self.reader.products * sum(len(row.prompt) + len(row.completion) for row in self._rows)
         places, values = self.reader.take()
         values_BD = torch.zeros(len(self._rows), values.shape[1]).index_add(0, places, values)
         self.evidence.add(self._rows, self._factor * values_BD.unflatten(1, (-1, 2)))
+
+    def read_passes(self) -> float:
+        """What reading has cost all processes since the last call, in forward passes of a token. Collective."""
+        products, self._products = sum(process_group().gather(self._products)), 0
+        return products / matrix_parameters(self.model)
 
     def _check(self, reader: Reader) -> None:
         """Leave out what is read wrongly; go on with rewards alone where too little is left."""
@@ -202,7 +215,7 @@ class OnlineLoop(ChooserLoop):
                 f"only {share:.0%} of the squared gradient can be read while training, so prompts are chosen by their "
                 "rewards and not by influence"
             )
-            self._choose_by_rewards()
+            self.choose_by_rewards()
             return
         before = list(self.validation.directions)
         self.validation.readable = reader.read_parameters
@@ -211,7 +224,8 @@ class OnlineLoop(ChooserLoop):
         if wrong or before != list(self.validation.directions):
             self.evidence.forget()
 
-    def _choose_by_rewards(self) -> None:
+    def choose_by_rewards(self) -> None:
+        """Read no influence any more."""
         self.chooser.rewards_only = True
         self.reader = None
         self.evidence.forget()
@@ -278,4 +292,4 @@ class OnlineLoop(ChooserLoop):
         self.evidence.dropped = state["dropped"]
         self._turn()
         if state["rewards_only"]:
-            self._choose_by_rewards()
+            self.choose_by_rewards()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from copy import copy
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 from trl import GRPOConfig
@@ -19,6 +19,7 @@ from cropi.gradients.surrogate_weights import surrogate_settings
 from cropi.ledger import Ledger
 from cropi.parallel import process_group
 from cropi.policy import Policy, Replica, fingerprint, load_policy
+from cropi.prompt_encoding import Encode, encode_rows
 from cropi.rewards.pool import strict_judge
 from cropi.rewards.verdicts import Judge
 from cropi.run_folder import RunFolder, StagePaths, require_writable
@@ -34,6 +35,7 @@ class Setup:
     identity: str  # hash of everything in the policy that results depend on
     judge: Judge
     settings: GRPOConfig
+    encode: Encode | None = None  # of a trainer of the user's; unset: by the config
 
     @classmethod
     def of(cls, config: Config, processes: int = 1) -> Setup:
@@ -60,6 +62,7 @@ class Run:
         self.config = config
         self.setup = setup or Setup.of(config, process_group().size)
         self.judge = self.setup.judge
+        self.encode = self.setup.encode or partial(encode_rows, self.setup.policy.tokenizer, config.prompts)
         trainer = self.setup.settings
         self.surrogate = surrogate_settings(config, trainer.loss_type, trainer.scale_rewards)
         self._replica = Replica(self.setup.policy, config.policy)
@@ -100,11 +103,6 @@ class Run:
         return process_group().from_main(lambda: is_finished(folder))
 
     @property
-    def in_parts(self) -> dict[str, Any]:
-        """Arguments of `build` for an artifact whose parts are divided among processes and outlive an interruption."""
-        return {"keep_parts": True, "shared": True}
-
-    @property
     def last_step(self) -> int:
         """Optimiser steps of all stages."""
         return self.config.train.stages * self.config.train.steps_per_stage
@@ -123,19 +121,13 @@ class Run:
         path = start_of_stage(self.config, self.paths, stage)
         return load_policy(self.config.policy, str(path)), self.origin(stage)
 
-    def require_trajectories(self, origin: str) -> None:
-        """Refuse to score a policy without trajectories, or one other than the base policy without log-probs."""
+    def require_trajectories(self) -> None:
+        """Refuse to score a policy without trajectories."""
         if not self.config.select.strategy.collects:
             raise ConfigError(
                 f"{self.config.select.label} reads no trajectories, so there are none to score by",
                 where="select.strategy",
                 fix="start a run with a strategy that reads them, such as influence.",
-            )
-        if origin != "base" and not self.config.collect.logprobs:
-            raise ConfigError(
-                "the trajectories have no behaviour log-probs, so only the base policy can be scored by them",
-                where="collect.logprobs",
-                fix="start a run with collect.logprobs=true.",
             )
 
 

@@ -171,9 +171,11 @@ class StageCallback(TrainerCallback):
         self._step_began = time.perf_counter()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        ranks = process_group()
+        ranks, online = process_group(), self.trainer.online
+        read = 0.0 if online is None else online.read_passes()
         if ranks.is_main:
             line = {"step": state.global_step, "seconds": (time.perf_counter() - self._step_began) * ranks.size}
+            line |= {"read_passes": read} if read else {}
             append_jsonl(self.task.folder / "steps.jsonl", line | ranks.facts())
         if self.trainer.online is not None and state.global_step < state.max_steps:
             self.trainer.online.renew_directions(state.global_step)

@@ -42,6 +42,7 @@ class SampledGroup:
     tokens: Sequence[int]
     completions: Sequence[Sequence[int]]
     rewards: Sequence[float]
+    masks: Sequence[Sequence[int]] = ()  # of each completion: 1 for the policy's tokens, 0 for a tool's; empty: all 1
 
 
 @dataclass(frozen=True)
@@ -104,25 +105,27 @@ class ValidationPass:
 
     def differentiate(
         self, model: PreTrainedModel, groups: Mapping[str, Sequence[SampledGroup]]
-    ) -> tuple[dict[str, dict[int, list[float]]], int]:
-        """Renew the directions, and return what the members give to their own set, with the tokens computed.
+    ) -> tuple[dict[str, dict[int, list[float]]], int, int]:
+        """Renew the directions, and return what the members give to their own set, with the tokens computed and the
+        multiply-adds of sketching and reading.
 
         A member gives two numbers, one for each half of its completions, against the half of the direction before this
         round that it had no part in. In a set's first round members give nothing: it would cost a second pass. Nor do
         groups of equal rewards, which have no gradient. No gradient buffer, optimiser state or random state is touched.
         The ranks divide the micro-batches, and all get the same directions and influence.
         """
-        old, tokens, ranks = dict(self.directions), 0, process_group()
+        old, tokens, products, ranks = dict(self.directions), 0, 0, process_group()
         given: dict[str, dict[int, list[float]]] = {}
         with deterministic(model):
             for name, own in groups.items():
                 sketch = self.sketches.setdefault(name, DirectionSketch(model, RANK))
                 sketch.scale(KEPT if ranks.is_main else 0.0)
-                given[name], computed = self._pass(model, own, old.get(name), sketch)
+                given[name], computed, multiplied = self._pass(model, own, old.get(name), sketch)
                 ranks.add(sketch.sums())
                 tokens += computed
+                products += multiplied
             self.renew()
-        return given, tokens
+        return given, tokens, products
 
     def _pass(
         self,
@@ -130,7 +133,7 @@ class ValidationPass:
         groups: Sequence[SampledGroup],
         direction: SetDirection | None,
         sketch: DirectionSketch,
-    ) -> tuple[dict[int, list[float]], int]:
+    ) -> tuple[dict[int, list[float]], int, int]:
         """Differentiate groups of one set, reading against a direction and adding this rank's part to a sketch."""
         reader = None if direction is None else Reader(model, direction.halves)
         ranks, batches = process_group(), list(self._micro_batches(model, groups))
@@ -153,7 +156,7 @@ class ValidationPass:
             assert direction is not None
             for row, value in zip(batches[number], values, strict=False):
                 found.setdefault(row.member, [0.0, 0.0])[row.half] += value[1 - row.member % 2] / direction.norm
-        return found, tokens
+        return found, tokens, tokens * (sketch.products + (0 if reader is None else reader.products))
 
     def renew(self) -> None:
         """Make the directions from the sketches, of the readable parameters."""
@@ -197,11 +200,12 @@ class ValidationPass:
         order = sorted(range(count), key=lambda k: (rewards[k], k))
         for place, k in enumerate(order):
             completion = group.completions[k]
+            mask = group.masks[k] if group.masks else [1] * len(completion)
             by_length = self.surrogate.normalizer == "sequence"
-            unit = len(completion) if by_length else self.sampling.max_completion_length
-            if completion and advantages_K[k]:
+            unit = sum(mask) if by_length else self.sampling.max_completion_length
+            if any(mask) and advantages_K[k]:
                 weight = float(advantages_K[k]) / (count * max(1, unit))
-                yield _Row(group.member, place % 2, group.tokens, completion, weight)
+                yield _Row(group.member, place % 2, group.tokens, completion, mask, weight)
 
     def _loss(self, model: PreTrainedModel, rows: Sequence[_Row]) -> Tensor:
         logprobs_BT, _ = completion_logprobs(
@@ -210,8 +214,10 @@ class ValidationPass:
             [row.completion for row in rows],
             temperature=self.sampling.temperature or 1.0,
         )
-        weights_B = logprobs_BT.new_tensor([row.weight for row in rows])
-        return -(weights_B[:, None] * logprobs_BT).sum()
+        weights_BT = logprobs_BT.new_zeros(logprobs_BT.shape)
+        for weights_T, row in zip(weights_BT, rows, strict=True):
+            weights_T[: len(row.mask)] = row.weight * weights_T.new_tensor(row.mask)
+        return -(weights_BT * logprobs_BT).sum()
 
 
 @dataclass(frozen=True)
@@ -222,6 +228,7 @@ class _Row:
     half: int
     prompt: Sequence[int]
     completion: Sequence[int]
+    mask: Sequence[int]
     weight: float  # advantage by the normaliser of its group
 
     @property

@@ -25,20 +25,49 @@ class Judged:
     verdicts: Sequence[str]
 
 
-class RecordedReward:
-    """Judges completions and writes one line per generation batch: step, prompt ids, rewards, verdicts, tokens.
+class RewardLog:
+    """Writes one line per generation batch: step, prompt ids, rewards, verdicts, tokens.
 
-    `tokens` counts the completions' tokens; the prompts' tokens are logged too if the rows have a column
-    `prompt_tokens`. Strategies and the cost ledger read the log. `latest` is the batch judged last.
+    `tokens` counts the completions' tokens. Strategies and the cost ledger read the log. `latest` is the newest batch:
+    of every process its own part; the first process writes the line for all.
+    """
 
-    Every process judges its own part of a batch, which becomes its `latest`; the first process writes the line for all.
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.latest: Judged | None = None
+
+    def record(self, judged: Judged, step: int, prompt_tokens: int | None = None) -> None:
+        """Take this process's part of a generation batch. Collective."""
+        line: dict[str, Any] = {
+            "step": step,
+            "prompt_ids": judged.prompt_ids,
+            "rewards": judged.rewards,
+            "verdicts": dict(sorted(Counter(judged.verdicts).items())),
+            "tokens": sum(len(ids) for ids in judged.completion_ids),
+        }
+        if prompt_tokens is not None:
+            line["prompt_tokens"] = prompt_tokens
+        lines = process_group().gather(line)
+        if process_group().is_main:
+            append_jsonl(self._path, _joined(lines))
+        self.latest = judged
+
+    def forget_from(self, step: int) -> None:
+        """Drop the lines at or after an optimiser step, which an interrupted attempt wrote after its checkpoint."""
+        cut_jsonl(self._path, lambda row: row["step"] < step)
+
+
+class RecordedReward(RewardLog):
+    """Judges completions as a reward function, and keeps what it finds.
+
+    The prompts' tokens are logged too if the rows have a column `prompt_tokens`.
     """
 
     __name__ = "verdict"
 
     def __init__(self, judge: Judge, path: Path) -> None:
-        self._judge, self._path = judge, path
-        self.latest: Judged | None = None
+        super().__init__(path)
+        self._judge = judge
 
     def __call__(
         self, completions: list[Any], answer: list[str], prompt_id: list[str], completion_ids: list[Any], **columns: Any
@@ -50,24 +79,10 @@ class RecordedReward:
         judgements = self._judge(rows)
         verdicts = [judgement.verdict for judgement in judgements]
         rewards = [judgement.reward for judgement in judgements]
-        line: dict[str, Any] = {
-            "step": columns["trainer_state"].global_step,
-            "prompt_ids": prompt_id,
-            "rewards": rewards,
-            "verdicts": dict(sorted(Counter(verdicts).items())),
-            "tokens": sum(len(ids) for ids in completion_ids),
-        }
-        if "prompt_tokens" in columns:
-            line["prompt_tokens"] = sum(columns["prompt_tokens"])
-        lines = process_group().gather(line)
-        if process_group().is_main:
-            append_jsonl(self._path, _joined(lines))
-        self.latest = Judged(prompt_id, texts, completion_ids, rewards, verdicts)
+        prompt_tokens = sum(columns["prompt_tokens"]) if "prompt_tokens" in columns else None
+        judged = Judged(prompt_id, texts, completion_ids, rewards, verdicts)
+        self.record(judged, columns["trainer_state"].global_step, prompt_tokens)
         return rewards
-
-    def forget_from(self, step: int) -> None:
-        """Drop the lines at or after an optimiser step, which an interrupted attempt wrote after its checkpoint."""
-        cut_jsonl(self._path, lambda row: row["step"] < step)
 
 
 def _joined(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

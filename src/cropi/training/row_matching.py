@@ -48,17 +48,21 @@ def loss_rows(inputs: Mapping[str, Tensor], pad_id: int) -> list[LossRow]:
 def match_rows(sampled: Sequence[SampledRow], rows: Sequence[LossRow], pad_id: int) -> list[int | None]:
     """Return the place in `sampled` of each row of the loss; None where none or several groups hold the same tokens.
 
-    Rows of one group with equal tokens are interchangeable, for influence is summed over the group.
+    Rows of one group with equal tokens are interchangeable, for influence is summed over the group. An environment or a
+    rollout function may write prompts of its own: these rows are found by their completions alone.
     """
-    whole: dict[tuple[Tokens, Tokens], list[int]] = {}
-    stripped: dict[tuple[Tokens, Tokens], list[int]] = {}
+    prompts = {row.prompt for row in sampled}
+    whole: dict[tuple[Tokens | None, Tokens], list[int]] = {}
+    stripped: dict[tuple[Tokens | None, Tokens], list[int]] = {}
     for place, row in enumerate(sampled):
-        whole.setdefault((row.prompt, row.completion), []).append(place)
-        stripped.setdefault((row.prompt, _stripped(row.completion, pad_id)), []).append(place)
+        for prompt in (row.prompt, None):
+            whole.setdefault((prompt, row.completion), []).append(place)
+            stripped.setdefault((prompt, _stripped(row.completion, pad_id)), []).append(place)
     found: list[int | None] = []
     taken: set[int] = set()
     for read in rows:
-        places = (stripped if read.masked else whole).get((read.prompt, read.completion), [])
+        prompt = read.prompt if read.prompt in prompts else None
+        places = (stripped if read.masked else whole).get((prompt, read.completion), [])
         free = [place for place in places if place not in taken]
         alone = bool(free) and len({sampled[place].group for place in places}) == 1
         found.append(free[0] if alone else None)

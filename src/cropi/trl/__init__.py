@@ -4,10 +4,11 @@ from cropi.trl import CurriculumTrainer, Selector
 
 trainer = CurriculumTrainer(..., selector=Selector(validation=held_out))
 trainer.train()
+trainer.curriculum.table()
 """
 
-from cropi.trl.reward_function import Verified
 from cropi.trl.selector import Selector
 from cropi.trl.trainer import CurriculumTrainer
+from cropi.trl.verified import Verified
 
 __all__ = ["CurriculumTrainer", "Selector", "Verified"]

@@ -70,6 +70,13 @@ def worded() -> Iterator[None]:
             raise reworded(error) from None
 
 
+@contextmanager
+def warnings_only() -> Iterator[None]:
+    """Print of the block's messages the warnings alone."""
+    with console.worded(lambda text: in_script(text) if text.startswith(console.WARNING) else ""):
+        yield
+
+
 def _argument(match: re.Match[str]) -> str:
     table, rest, given = match[1], match[2], match[3] or ""
     keys = rest[1:].split(".")

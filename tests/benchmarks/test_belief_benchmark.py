@@ -1,0 +1,72 @@
+"""The benchmark of the belief, on a run made by hand whose errors and wrong answers are known."""
+
+from pathlib import Path
+
+import belief
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from mislabelled import wrong_answers
+
+from cropi.artifacts import REPRESENTATIONS, write_json
+from cropi.curriculum.curriculum import Curriculum
+from cropi.loading import load_config
+from cropi.streams import append_jsonl
+from cropi.training.curriculum_state import save_state
+
+SETTINGS = [
+    "prompts.train=[{type: builtin, families: [sum, parity, count], count: 40, seed: 1, label_noise: 0.3}]",
+    "prompts.validation={one: [{type: builtin, families: [sum], count: 8, seed: 2}]}",
+    "prompts.test={one: {sources: [{type: builtin, families: [sum], count: 8, seed: 3}]}}",
+]
+STEPS, BATCH, GENERATIONS = 24, 12, 8
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """24 steps of 12 random prompts: slopes are linear in the representations, wrong answers earn nothing."""
+    config, generator = load_config("quickstart", SETTINGS), np.random.default_rng(0)
+    wrong = wrong_answers(config)
+    ids = sorted(wrong)
+    states = {("train", each): generator.standard_normal(8) for each in ids}
+    states |= {("validation/one", f"v{n}"): generator.standard_normal(8) for n in range(8)}
+    _write(tmp_path, states)
+    write_json(tmp_path / "config.json", config.resolved())
+    points_NE = np.stack([states["train", each] for each in ids])
+    held_out_ME = np.stack([states["validation/one", f"v{n}"] for n in range(8)])
+    curriculum = Curriculum(points_NE, {"one": held_out_ME}, seed=0, observe_only=True)
+    for step in range(STEPS):
+        choices = curriculum.next(BATCH, step)
+        places = [choice.place for choice in choices]
+        rewards_BK = (generator.random((BATCH, GENERATIONS)) < 0.6) * np.array([[not wrong[ids[p]]] for p in places])
+        line = {"step": step, "prompt_ids": [ids[place] for place in places for _ in range(GENERATIONS)]}
+        append_jsonl(tmp_path / "rewards.jsonl", line | {"rewards": rewards_BK.astype(float).ravel().tolist()})
+        for choice, rewards in zip(choices, rewards_BK.astype(float), strict=True):
+            halves = rewards.std(ddof=1) * (points_NE[choice.place, 0] + generator.standard_normal((2, 1))) / 2
+            told = {"one": np.repeat(halves, 2, axis=1).tolist()}  # both halves of the direction agree
+            curriculum.observe(choice, rewards.tolist(), step=step, group=f"{step}-{choice.place}", influence=told)
+    last = tmp_path / "checkpoints" / f"checkpoint-{STEPS}"
+    last.mkdir(parents=True)
+    save_state(last, {"curriculum": curriculum.state_dict()})
+    return tmp_path
+
+
+def _write(folder: Path, states: dict[tuple[str, str], np.ndarray]) -> None:
+    rows = [{"set": name, "prompt_id": each, "representation": values} for (name, each), values in states.items()]
+    for name in ("prompts", "representations"):
+        (folder / name).mkdir()
+        pq.write_table(pa.Table.from_pylist(rows, schema=REPRESENTATIONS), folder / name / f"{name}.parquet")
+
+
+def test_a_belief_that_is_right_covers_what_it_should(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    belief.main([str(run)])
+    row = capsys.readouterr().out.splitlines()[-1]
+    count, half, most, log, constant, *_, of_trained, of_all = (float(cell) for cell in row.split("|")[2:-1])
+    seen = belief.load_state(next(run.glob("checkpoints/*")))["curriculum"]["influence/one/seen"]
+    assert count == sum(observed[4] >= belief.FIRST_STEP for observed in seen) > 40
+    assert half == pytest.approx(0.5, abs=0.15)
+    assert most == pytest.approx(0.9, abs=0.1)
+    assert log > constant  # a normal distribution of all slopes knows nothing of the prompts
+    assert of_trained > 0.9
+    assert of_all > 0.8
