@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from cropi.errors import DataError, PolicyError
+from cropi.errors import DataError, PolicyError, first_line
 from cropi.prompt_text import turn_text
 
 if TYPE_CHECKING:
@@ -96,9 +96,8 @@ def encode_prompts(
         if len(prompts) > 1:  # which of them is it?
             for prompt in prompts:
                 encode_prompts(tokenizer, [prompt], **template)
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise PolicyError(
-            f"the tokenizer's chat template refuses the prompt {str(prompts[0])[:120]}: {first_line}",
+            f"the tokenizer's chat template refuses the prompt {str(prompts[0])[:120]}: {first_line(error)}",
             where="prompts",
             fix="change prompts.system_prompt or the messages, or set prompts.chat=false.",
         ) from None

@@ -40,7 +40,7 @@ CROPI: dict[str, tuple[str, str, str, str]] = {
     "at the last step": ("after", f"{ONLINE}:OnlineRun", "_keep_beliefs", "2"),
 }
 INFLUENCE: dict[str, tuple[str, str, str, str]] = {
-    "in the middle of collecting": ("after", "cropi.stages.collect", "_stored", "2"),
+    "in the middle of collecting": ("after", "cropi.stages.collect", "_found", "2"),
     "in the scores of the first stage": ("after", "cropi.stages.score", "score_pool", "1"),
     "in the middle of a stage": ("after", "cropi.training.reward_log:RecordedReward", "__call__", "4"),
     "in the scores of the second stage": ("before", "cropi.stages.score", "score_pool", "2"),

@@ -22,7 +22,7 @@ from cropi.console import warn_once
 from cropi.errors import ArtifactError, ConfigError
 from cropi.loading import load_config
 from cropi.policy import Policy, load_policy
-from cropi.policy import loaded_policy as policy_module
+from cropi.policy import passes as policy_module
 from cropi.prompt_encoding import encode_prompts
 from cropi.stages.train import TrainTask, newest_checkpoint, train_stages
 from cropi.training.grpo_settings import grpo_config

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -202,7 +202,8 @@ def _groups(answers: Sequence[tuple[int, Answer]]) -> list[SampledGroup]:
     for member in sorted({member for member, _ in answers}):
         own = [answer for each, answer in answers if each == member and answer.reward is not None]
         if own:
-            common = os.path.commonprefix([list(answer.prompt) for answer in own])
+            beginnings = zip(*(answer.prompt for answer in own), strict=False)
+            common = [each[0] for each in takewhile(lambda each: len(set(each)) == 1, beginnings)]
             rests = [list(answer.prompt[len(common) :]) for answer in own]
             groups.append(
                 SampledGroup(

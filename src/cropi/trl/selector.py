@@ -156,7 +156,7 @@ def make_config(selector: Selector, folder: Path, train: Dataset, args: GRPOConf
 def _written(folder: Path, name: str, rows: Iterable[Mapping[str, Any]]) -> Path:
     """Write the prompts of a dataset to a file; `extra_info` is the row's place in the dataset."""
     path = folder / f"{name.replace('/', '-')}.jsonl"
-    ids = prompt_ids(rows, name)  # type: ignore[arg-type]
+    ids = prompt_ids(rows, name)
     lines = [
         json.dumps(
             {

@@ -39,6 +39,9 @@ class CurriculumTrainer(ReadsInfluence):
     """
 
     curriculum: ScriptRun
+    reward_log: RewardLog
+    train_dataset: Any
+    num_generations_eval: int
     _judged: Judged  # the rows judged last
 
     def __init__(self, *args: Any, selector: Selector, **kwargs: Any) -> None:

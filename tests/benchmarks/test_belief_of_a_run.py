@@ -46,7 +46,9 @@ def run(tmp_path: Path) -> Path:
         line = {"step": step, "prompt_ids": [ids[place] for place in places for _ in range(GENERATIONS)]}
         append_jsonl(tmp_path / "rewards.jsonl", line | {"rewards": rewards_BK.astype(float).ravel().tolist()})
         for choice, rewards in zip(choices, rewards_BK.astype(float), strict=True):
-            halves = rewards.std(ddof=1) * (points_NE[choice.place, 0] + generator.standard_normal((2, 1))) / 2
+            error = generator.lognormal()  # that of the sum of the halves, and their difference
+            slope = points_NE[choice.place, 0] + error * generator.standard_normal()
+            halves = rewards.std(ddof=1) * (slope + np.array([[error], [-error]])) / 2
             told = {"one": np.repeat(halves, 2, axis=1).tolist()}  # both halves of the direction agree
             curriculum.observe(choice, rewards.tolist(), step=step, group=f"{step}-{choice.place}", influence=told)
     last = tmp_path / "checkpoints" / f"checkpoint-{STEPS}"
@@ -57,9 +59,9 @@ def run(tmp_path: Path) -> Path:
 
 def _write(folder: Path, states: dict[tuple[str, str], np.ndarray]) -> None:
     rows = [{"set": name, "prompt_id": each, "representation": values} for (name, each), values in states.items()]
-    for name in ("prompts", "representations"):
-        (folder / name).mkdir()
-        pq.write_table(pa.Table.from_pylist(rows, schema=REPRESENTATIONS), folder / name / f"{name}.parquet")
+    (folder / "representations").mkdir()
+    table = pa.Table.from_pylist(rows, schema=REPRESENTATIONS)
+    pq.write_table(table, folder / "representations" / "representations.parquet")
 
 
 def test_prompts_are_foretold_better_than_by_a_constant_and_wrong_answers_found(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
