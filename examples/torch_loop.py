@@ -7,7 +7,7 @@ from cropi.config import PolicyConfig
 from cropi.curriculum.curriculum import Curriculum
 from cropi.functional.principal_points import principal_points
 from cropi.gradients.direction import DirectionSketch, inner
-from cropi.gradients.reading import Reader
+from cropi.gradients.training_influence import Reader
 from cropi.policy import completion_logprobs, load_policy
 from cropi.rollouts.generation import Sampling, TransformersGenerator
 
