@@ -64,12 +64,19 @@ def trainer_prompt(messages: str, *, chat: bool, system_prompt: str | None) -> s
     return "\n".join(map(turn_text, value))
 
 
+def trainer_prompts(
+    tokenizer: PreTrainedTokenizerBase, settings: PromptsConfig, rows: Iterable[Mapping[str, Any]]
+) -> list[str | list[dict[str, Any]]]:
+    """Prompts of rows of the prompt table in the form TRL takes, by a run's settings."""
+    chat, system = uses_chat(tokenizer, settings.chat, settings.system_prompt), settings.system_prompt
+    return [trainer_prompt(row["messages"], chat=chat, system_prompt=system) for row in rows]
+
+
 def encode_rows(
     tokenizer: PreTrainedTokenizerBase, settings: PromptsConfig, rows: Sequence[Mapping[str, Any]]
 ) -> list[list[int]]:
     """Token ids of rows of the prompt table, by a run's settings."""
-    chat, system = uses_chat(tokenizer, settings.chat, settings.system_prompt), settings.system_prompt
-    return encode_prompts(tokenizer, [trainer_prompt(row["messages"], chat=chat, system_prompt=system) for row in rows])
+    return encode_prompts(tokenizer, trainer_prompts(tokenizer, settings, rows))
 
 
 def encode_prompts(

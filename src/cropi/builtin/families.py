@@ -235,7 +235,7 @@ def reverse(rng: random.Random, length: int, _modulus: None) -> Problem:
 
 
 class Family(NamedTuple):
-    """How problems are drawn, and the difficulty they have by default."""
+    """The draw of a family's problems, and their difficulty by default."""
 
     generate: Callable[[random.Random, int, Any], Problem]  # the modulus is an int where the family has one, else None
     default: Difficulty

@@ -25,7 +25,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from cropi.errors import PolicyError
 from cropi.gradients.layer_taps import Layer, normalised, readable_layers, tapped, whole_shape
-from cropi.gradients.reading import Direction, LowRank
+from cropi.gradients.training_influence import Direction, LowRank
 from cropi.policy import evaluating
 
 

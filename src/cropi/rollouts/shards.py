@@ -21,7 +21,7 @@ from cropi.fsdp import in_lockstep
 from cropi.ledger import Ledger
 from cropi.parallel import Perform, RayPool, Task, process_group
 from cropi.policy import Policy, PolicyCopy, completion_logprobs, evaluating, longest_alike
-from cropi.prompt_encoding import encode_prompts, trainer_prompt, uses_chat
+from cropi.prompt_encoding import encode_rows
 from cropi.rewards.pool import strict_judge
 from cropi.rewards.verdicts import Judge, answered
 from cropi.rollouts.generation import Generator, Sampling, TransformersGenerator, longest_first
@@ -203,18 +203,13 @@ def _longest(config: Config, policy: Policy) -> tuple[float, str]:
 
 def plan(config: Config, policy: Policy, prompts: Sequence[Mapping[str, Any]]) -> tuple[list[Shard], list[str]]:
     """The shards of a collection, longest prompts first, and the ids of prompts that do not fit into the context."""
-    chat = uses_chat(policy.tokenizer, config.prompts.chat, config.prompts.system_prompt)
     limit, room = _longest(config, policy)
     shards: list[Shard] = []
     too_long: list[str] = []
     sets = dict.fromkeys(row["set"] for row in prompts if not row["set"].startswith("test/"))
     for name in sets:
         rows = [row for row in prompts if row["set"] == name]
-        encoded = encode_prompts(
-            policy.tokenizer,
-            [trainer_prompt(r["messages"], chat=chat, system_prompt=config.prompts.system_prompt) for r in rows],
-        )
-        pairs = [(row, ids) for row, ids in zip(rows, encoded, strict=True)]
+        pairs = list(zip(rows, encode_rows(policy.tokenizer, config.prompts, rows), strict=True))
         fitting = [p for p in pairs if len(p[1]) + config.collect.max_completion_length <= limit]
         fits = {row["prompt_id"] for row, _ in fitting}
         too_long += [row["prompt_id"] for row in rows if row["prompt_id"] not in fits]
