@@ -13,7 +13,8 @@ import typer
 import typer.core
 
 from cropi.errors import ConfigError, UserError, printable
-from cropi.parallel import end_ranks, is_first_rank, is_lost_rank, launched, process_group, start_ranks, use_ray
+from cropi.parallel import end_ranks, is_first_rank, is_lost_rank, launched, process_group, start_ranks
+from cropi.ray_workers import use_ray
 
 if TYPE_CHECKING:
     from cropi.config import Config
