@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-fuzz test-slow test-ray test-deepspeed test-vllm lint house docs policy clean
+.PHONY: demo test test-fuzz test-slow test-ray test-deepspeed test-vllm lint house docs site policy clean
 
 demo: $(STAMP)
 	$(BIN)/cropi compare quickstart --strategies full,cropi --seeds 0 --folder runs/demo
@@ -48,6 +48,9 @@ house: $(STAMP)
 
 docs: $(STAMP)
 	$(BIN)/python scripts/config_reference.py
+
+site: $(STAMP)
+	$(BIN)/mkdocs build --strict
 
 policy: $(STAMP)
 	$(BIN)/python scripts/pretrain_builtin.py

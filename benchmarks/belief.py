@@ -2,69 +2,55 @@
 
     python benchmarks/belief.py runs/quickstart ...
 
-Every step's slopes are predicted from those of earlier steps, as the belief would have had it then. The error of an
-observation that is still to come is taken as the mean of those before. The constant model is a normal distribution
-with the mean and variance of all earlier slopes. `factor` multiplies all errors; the three columns after it are with
-the one that predicts best. The last two are the areas under the curve of wrong answers: of prompts trained on, and of
-all. It needs the checkpoint of the run's end.
+Every step's slopes are predicted from those of earlier steps, as the belief would have had it then, and with the errors
+that it would then have given them. The constant model is a normal distribution with the mean and variance of all
+earlier slopes. The last two columns are the areas under the curve of wrong answers: of prompts trained on, and of all.
+It needs the checkpoint of the run's end.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
+from mislabelled import read_config, wrong_answers
 
-from cropi.builtin import difficulty, generate
-from cropi.curriculum.belief import InfluenceBelief
-from cropi.curriculum.curriculum import Curriculum
+from cropi.curriculum.belief import OWN_ERROR, InfluenceBelief, kernel_features, likeness
+from cropi.curriculum.reward_belief import RewardBelief
 from cropi.functional.principal_points import principal_points
 from cropi.rollouts.representations import read_representations
+from cropi.streams import read_jsonl
 from cropi.training.curriculum_state import load_state
 
 FIRST_STEP = 16
 QUANTILES = (0.6745, 1.6449)  # of 50 and 90 %
-FACTORS = tuple(2.0**power for power in range(-6, 4))
-COLUMNS = (
-    "run",
-    "n",
-    "50 %",
-    "90 %",
-    "log density",
-    "constant's",
-    "factor",
-    "50 %",
-    "90 %",
-    "log density",
-    "AUC",
-    "all",
-)
+COLUMNS = ("run", "n", "50 %", "90 %", "log density", "constant's", "AUC", "all")
 
 
-def finished(run: Path) -> tuple[Curriculum, dict[str, Any], list[str]]:
-    """The curriculum of a run as it was built, its state at the end, and the prompt ids of the pool."""
-    last = max((run / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+def start_of(run: Path) -> tuple[dict[str, InfluenceBelief], RewardBelief, list[str]]:
+    """The beliefs that a run began with, of influence by validation set and of rewards; and the pool's prompt ids."""
     known = read_representations(run / "representations")
-    rows = pq.read_table(run / "prompts" / "prompts.parquet").to_pylist()
-    sets = sorted({row["set"] for row in rows if row["set"].startswith("validation/")})
-    members = {name: [row["prompt_id"] for row in rows if row["set"] == name] for name in ("train", *sets)}
-    members["train"].sort()
-    states = {name: np.stack([known[name, each] for each in ids]) for name, ids in members.items()}
-    points = principal_points(states.pop("train"), *states.values())
-    pool_NE, *others = np.split(points, np.cumsum([len(members["train"]), *map(len, states.values())])[:-1])
-    validation = {name.removeprefix("validation/"): own for name, own in zip(sets, others, strict=True)}
-    return Curriculum(pool_NE, validation, seed=0), load_state(last)["curriculum"], members["train"]
+    ids: dict[str, list[str]] = {}
+    for name, prompt_id in known:
+        ids.setdefault(name, []).append(prompt_id)
+    ids["train"].sort()
+    sets = sorted(set(ids) - {"train"})
+    states = [np.stack([known[name, each] for each in ids[name]]) for name in ("train", *sets)]
+    points = principal_points(*states)
+    features, pool = kernel_features(points, len(states[0])), len(states[0])
+    beliefs = {}
+    for name, (start, stop) in zip(sets, pairwise(np.cumsum([len(part) for part in states])), strict=True):
+        alike = likeness(points[:pool], points[start:stop])
+        beliefs[name.removeprefix("validation/")] = InfluenceBelief(features[:pool], features[start:stop], alike)
+    return beliefs, RewardBelief(features), ids["train"]
 
 
 def foretold(belief: InfluenceBelief, seen_O5: np.ndarray, pool: int) -> list[tuple[float, ...]]:
-    """By observation: the slope less its predicted mean, the predicted variances of slope and error, and what the
-    constant model says: the slope less its mean, and the variance.
-    """
+    """By observation: the slope less its predicted mean, its predicted variance, and the same of the constant model."""
     found = list[tuple[float, ...]]()
     for step in np.unique(seen_O5[:, 4]):
         at_once = seen_O5[seen_O5[:, 4] == step]
@@ -74,8 +60,9 @@ def foretold(belief: InfluenceBelief, seen_O5: np.ndarray, pool: int) -> list[tu
         if posterior is not None:
             places, slopes, many = now[:, 0].astype(int), now[:, 1], np.ones(len(now))
             variances = posterior.variances()[places]
-            gaps, errors = slopes - posterior.means()[places], before[:, 3].mean() * many
-            found += zip(gaps, variances, errors, slopes - constant.mean(), constant.var() * many, strict=True)
+            errors = posterior.chosen.noise * (OWN_ERROR * now[:, 3] + (1 - OWN_ERROR) * before[:, 3].mean())
+            gaps = slopes - posterior.means()[places]
+            found += zip(gaps, variances + errors, slopes - constant.mean(), constant.var() * many, strict=True)
         for point, slope, half_difference, error, at in at_once:
             belief.observe(int(point), slope, error, int(at), half_difference)
     return found
@@ -86,30 +73,11 @@ def _log(gaps: np.ndarray, variances: np.ndarray) -> float:
 
 
 def predictive(rows: list[tuple[float, ...]]) -> str:
-    """Coverage, mean log densities, and the factor of all errors that would have predicted best."""
-    gaps, variances, errors, constant_gaps, constant_variances = np.array(rows).T
-    inside = [float((abs(gaps) < quantile * np.sqrt(variances + errors)).mean()) for quantile in QUANTILES]
-    factor = max(FACTORS, key=lambda factor: _log(gaps, variances + factor * errors))
-    logs = [_log(gaps, variances + errors), _log(constant_gaps, constant_variances)]
-    logs.append(_log(gaps, variances + factor * errors))
-    scaled = [float((abs(gaps) < q * np.sqrt(variances + factor * errors)).mean()) for q in QUANTILES]
-    cells = [str(len(gaps)), *(f"{value:.3f}" for value in (*inside, *logs[:2])), f"{factor:.2f}"]
-    return " | ".join([*cells, *(f"{value:.3f}" for value in (*scaled, logs[2]))])
-
-
-def wrong_answers(config: dict[str, Any]) -> dict[str, bool]:
-    """Whether the recorded answer is wrong, by prompt id of the built-in part of the pool; rule-like ones left out."""
-    known = dict[str, bool]()
-    for source in config["prompts"]["train"]:
-        if source["type"] != "builtin" or source.get("label_rule") == "stop_early":
-            continue
-        options = {"seed": config["seed"]} if source.get("seed") is None else {"seed": source["seed"]}
-        options |= {name: source.get(name) or 0 for name in ("count", "label_noise", "hint", "distractors")}
-        for family in source["families"]:
-            level = difficulty(family, min_length=source.get("min_length"), max_length=source.get("max_length"))
-            rows = generate(family, split="train", level=level, **options)
-            known |= {row["prompt_id"]: row["mislabelled"] for row in rows}
-    return known
+    """Coverage, and mean log densities."""
+    gaps, variances, constant_gaps, constant_variances = np.array(rows).T
+    inside = [float((abs(gaps) < quantile * np.sqrt(variances)).mean()) for quantile in QUANTILES]
+    logs = _log(gaps, variances), _log(constant_gaps, constant_variances)
+    return " | ".join([str(len(gaps)), *(f"{value:.3f}" for value in (*inside, *logs))])
 
 
 def area(scores: np.ndarray, wrong: np.ndarray) -> float:
@@ -120,34 +88,45 @@ def area(scores: np.ndarray, wrong: np.ndarray) -> float:
     return float((gaps > 0).mean() + (gaps == 0).mean() / 2)
 
 
+def last_state(run: Path) -> dict[str, Any]:
+    """The curriculum's state at the run's last checkpoint."""
+    last = max((run / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    state: dict[str, Any] = load_state(last)["curriculum"]
+    return state
+
+
+def trained_on(run: Path) -> list[tuple[str, int, list[float]]]:
+    """Prompt id, step and rewards of every group that was trained on."""
+    found: dict[tuple[int, str], list[float]] = {}
+    for row in read_jsonl(run / "rewards.jsonl"):
+        for prompt_id, reward in zip(row["prompt_ids"], row["rewards"], strict=True):
+            if reward is not None:
+                found.setdefault((row["step"], prompt_id), []).append(reward)
+    return [(prompt_id, step, rewards) for (step, prompt_id), rewards in found.items()]
+
+
+def table_row(run: Path) -> str:
+    influence, rewards, ids = start_of(run)
+    state = last_state(run)
+    rows = list[tuple[float, ...]]()
+    for name, belief in influence.items():
+        rows += foretold(belief, state[f"influence/{name}/seen"], len(ids))
+    for prompt_id, step, seen in trained_on(run):
+        rewards.observe(ids.index(prompt_id), np.array(seen, dtype=float), step)
+    known = wrong_answers(read_config(run), rules=False)
+    labelled = np.array([prompt_id in known for prompt_id in ids])
+    wrong = np.array([known.get(prompt_id, False) for prompt_id in ids])
+    scores = rewards.wrong_labels(len(ids))
+    parts = [area(scores[which], wrong[which]) for which in (labelled & (state["times"] > 0), labelled)]
+    return f"| {run.name} | {predictive(rows)} | {parts[0]:.3f} | {parts[1]:.3f} |"
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+")
     print(f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|")
     for run in parser.parse_args(arguments).runs:
-        curriculum, state, ids = finished(run)
-        rows = list[tuple[float, ...]]()
-        for name, belief in curriculum._influence.items():
-            rows += foretold(belief, state[f"influence/{name}/seen"], len(ids))
-        known = wrong_answers(json.loads((run / "config.json").read_text(encoding="utf-8")))
-        for group in _rewards(run):
-            curriculum._rewards.observe(ids.index(group[0]), np.array(group[2], dtype=float), group[1])
-        labelled = np.array([prompt_id in known for prompt_id in ids])
-        wrong = np.array([known.get(prompt_id, False) for prompt_id in ids])
-        scores, seen = curriculum._rewards.wrong_labels(len(ids)), state["times"] > 0
-        parts = [area(scores[which], wrong[which]) for which in (labelled & seen, labelled)]
-        print(f"| {run.name} | {predictive(rows)} | {parts[0]:.3f} | {parts[1]:.3f} |", flush=True)
-
-
-def _rewards(run: Path) -> list[tuple[str, int, list[float]]]:
-    """Prompt id, step and rewards of every group that was trained on."""
-    found: dict[tuple[int, str], list[float]] = {}
-    for line in (run / "rewards.jsonl").read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        for prompt_id, reward in zip(row["prompt_ids"], row["rewards"], strict=True):
-            if reward is not None:
-                found.setdefault((row["step"], prompt_id), []).append(reward)
-    return [(prompt_id, step, rewards) for (step, prompt_id), rewards in found.items()]
+        print(table_row(run), flush=True)
 
 
 if __name__ == "__main__":

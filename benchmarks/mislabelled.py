@@ -17,16 +17,23 @@ from cropi.config import BuiltinSource, Config
 from cropi.loading import validate_config
 
 
-def wrong_answers(config: Config) -> dict[str, bool]:
-    """Whether the recorded answer is wrong, by prompt id, for the built-in part of the training pool."""
+def read_config(run: Path) -> Config:
+    return validate_config(json.loads((run / "config.json").read_text(encoding="utf-8")), str(run))
+
+
+def wrong_answers(config: Config, *, rules: bool = True) -> dict[str, bool]:
+    """Whether the recorded answer is wrong, by prompt id, for the built-in part of the training pool.
+
+    `rules`: sources that follow a rule other than the right answer's count too.
+    """
     known = {}
     for source in config.prompts.train:
-        if isinstance(source, BuiltinSource):
-            lengths = source.model_dump(include={"min_length", "max_length"})
-            options = source.model_dump(include={"count", "label_noise", "label_rule", "hint", "distractors"})
+        if isinstance(source, BuiltinSource) and (rules or source.label_rule == "right"):
+            level = source.model_dump(include={"min_length", "max_length", "hint"})
+            options = source.model_dump(include={"count", "label_noise", "label_rule", "distractors"})
             options["seed"] = config.seed if source.seed is None else source.seed
             for family in source.families:
-                rows = generate(family, split="train", level=difficulty(family, **lengths), **options)
+                rows = generate(family, split="train", level=difficulty(family, **level), **options)
                 known |= {row["prompt_id"]: row["mislabelled"] for row in rows}
     return known
 
@@ -35,8 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     run = parser.parse_args().run
-    config = validate_config(json.loads((run / "config.json").read_text(encoding="utf-8")), str(run))
-    wrong = wrong_answers(config)
+    wrong = wrong_answers(read_config(run))
     print(f"pool: {sum(wrong.values())} of {len(wrong)} answers wrong\n")
     print("| stage | selected | wrong |\n|---|---|---|")
     for path in sorted(run.glob("selections/stage-*/selection.parquet")):

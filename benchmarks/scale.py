@@ -1,15 +1,15 @@
-"""What choosing costs as the pool grows: time and memory of fusion and selection, and of the feature store.
+"""What choosing costs as the pool grows: time and memory of fusion and selection, and of `cropi`'s belief.
 
     python benchmarks/scale.py select --sizes 10000,100000,1000000,10000000 --rounds 3 --json scale.json
-    python benchmarks/scale.py store --sizes 10000,30000,100000,300000 --rounds 3 --json research/figures/scale.json
+    python benchmarks/scale.py curriculum --sizes 100000,1000000 --rounds 1
     python benchmarks/scale.py figure research/figures/scale.json research/figures/scale.svg
     python benchmarks/scale.py table research/figures/scale.json
 
 `select`: influence on four validation sets is simulated; measured is what `cropi select` then does: four rankings,
 their fusion, the choice of a tenth, and the selection's files.
-`store`: features are simulated; measured is writing bfloat16 features shard by shard, and
-scoring them against four validation directions as it is read back. A pool of more than
-`--largest` prompts is written, scored and deleted as several stores, one on the disk at a time.
+`curriculum`: points and influence on one validation set are simulated; measured is building `Curriculum`, and the
+processor's seconds of `next(128)` with the observation of 128 groups: their mean, and the slowest, which chooses
+hyper-parameters.
 
 Every measurement is a process of its own, alone, after a small pool that loads what is loaded late. Memory is the most
 that it ever held, the imports' own included. Sizes go round in turn; each command adds its rounds to the file. Shown
@@ -33,12 +33,14 @@ from pathlib import Path
 from typing import Any
 
 SETS = 4
-BLOCK = 256  # features that are simulated; a pool repeats them
+WARM_UP = 256  # prompts
 KINDS = {
     "select": {"seconds": "fuse, select, write"},
-    "store": {"write_s": "store: write", "score_s": "store: score"},
+    "curriculum": {"build_s": "build", "step_s": "step", "slowest_s": "slowest step"},
 }
-ABOUT = {"select": f"fuse and select, {SETS} sets", "store": "feature store"}
+ABOUT = {"select": f"fuse and select, {SETS} sets", "curriculum": "belief and choice"}
+FIGURE = ("select",)
+PROMPTS, GENERATIONS, STEPS = 128, 8, 8  # of a batch, of a group, of a measurement
 
 
 def select(size: int, folder: Path) -> dict[str, float]:
@@ -77,61 +79,46 @@ def select(size: int, folder: Path) -> dict[str, float]:
     return {"seconds": seconds, "cpu_s": cpu_s, "stored_bytes": stored(folder)}
 
 
-def store(size: int, folder: Path, dim: int, largest: int) -> dict[str, float]:
-    """Write and score `size` features, at most `largest` on the disk at a time."""
-    import torch
+def curriculum(size: int, folder: Path) -> dict[str, float]:
+    """Build a curriculum, and let it choose batches and learn of their groups."""
+    import numpy as np
 
-    torch.set_num_threads(1)
-    generator = torch.Generator().manual_seed(0)
-    features_BD = torch.randn(BLOCK, dim, generator=generator)
-    directions_VD = torch.randn(SETS, dim, generator=generator)
-    totals = {"write_s": 0.0, "score_s": 0.0, "cpu_s": 0.0, "stored_bytes": 0.0, "stores": 0.0}
-    for start in range(0, size, largest):
-        with tempfile.TemporaryDirectory(dir=folder.parent) as place:
-            part = one_store(Path(place) / "features", start, min(largest, size - start), features_BD, directions_VD)
-        totals = {name: totals[name] + part[name] for name in totals}
-    return totals
+    from cropi.curriculum.curriculum import Curriculum
 
-
-def one_store(folder: Path, first: int, count: int, features_BD: Any, directions_VD: Any) -> dict[str, float]:
-    import torch
-
-    from cropi.gradients.score_shards import read_features, write_features
-
-    ids = [f"{number:016x}" for number in range(first, first + count)]
-    folder.mkdir()
-    started, used = time.perf_counter(), time.process_time()
-    for index, start in enumerate(range(0, count, BLOCK)):
-        shard = ids[start : start + BLOCK]
-        write_features(folder / f"features-{index:05}.safetensors", shard, features_BD[: len(shard)], "bfloat16")
-    written = time.perf_counter()
-    found = [features_ND.double() @ directions_VD.double().T for _, features_ND in read_features(folder)]
-    done, cpu_s = time.perf_counter(), time.process_time() - used
-    expected_BV = features_BD.bfloat16().double() @ directions_VD.double().T
-    for part_BV in found:
-        torch.testing.assert_close(part_BV, expected_BV[: len(part_BV)], rtol=1e-9, atol=1e-9)
-    seconds = {"write_s": written - started, "score_s": done - written, "cpu_s": cpu_s}
-    return seconds | {"stored_bytes": stored(folder), "stores": 1.0}
+    generator = np.random.default_rng(0)
+    points_NE, held_out_ME = (generator.standard_normal((count, 32)) / 32**0.5 for count in (size, 64))
+    started, used, seconds = time.perf_counter(), time.process_time(), []
+    chooser = Curriculum(points_NE, {"set": held_out_ME}, seed=0, completions=PROMPTS * GENERATIONS)
+    built = time.perf_counter()
+    for step in range(STEPS):
+        began = time.process_time()
+        for number, choice in enumerate(chooser.next(PROMPTS, step)):
+            rewards = generator.integers(0, 2, GENERATIONS).astype(float)
+            influence = {"set": points_NE[choice.place, 0] + generator.standard_normal((2, 2))}
+            chooser.observe(choice, rewards, step=step, group=f"{step}-{number}", influence=influence)
+        seconds.append(time.process_time() - began)
+    found = {"build_s": built - started, "step_s": statistics.fmean(seconds), "slowest_s": max(seconds)}
+    return found | {"cpu_s": time.process_time() - used, "stored_bytes": stored(folder)}
 
 
 def stored(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def one(kind: str, size: int, options: list[str]) -> dict[str, float]:
+def one(kind: str, size: int) -> dict[str, float]:
     """Measure in a process of its own."""
-    command = [sys.executable, __file__, "one", kind, "--sizes", str(size), *options]
+    command = [sys.executable, __file__, "one", kind, "--sizes", str(size)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)  # noqa: S603 - this file
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
-def one_here(kind: str, size: int, dim: int, largest: int) -> dict[str, float]:
+def one_here(kind: str, size: int) -> dict[str, float]:
     """Measure in this process, after a pool so small that only the imports take time."""
     with tempfile.TemporaryDirectory() as folder:
-        for count, name in ((BLOCK, "small"), (size, "made")):
+        for count, name in ((WARM_UP, "small"), (size, "made")):
             place = Path(folder) / name
-            found = store(count, place, dim, largest) if kind == "store" else select(count, place)
+            found = select(count, place) if kind == "select" else curriculum(count, place)
     return found | {"peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
 
 
@@ -195,21 +182,19 @@ def figure(source: Path, target: Path) -> None:
 def _drawn(results: dict[str, Any]) -> Any:
     from matplotlib.figure import Figure
 
-    from cropi.report.drawing import BLUE, GREEN, ORANGE
+    from cropi.report.drawing import BLUE
 
-    colours = {"select": (BLUE, "o"), "store": (ORANGE, "s")}
     drawn = Figure(figsize=(11.5, 4.2), layout="constrained", facecolor="white")
     axes = drawn.subplots(1, 3)
-    for kind, about in ABOUT.items():
-        colour, mark = colours[kind]
-        look = {"color": colour, "marker": mark, "markersize": 4}
+    for kind in FIGURE:
+        about = ABOUT[kind]
+        look = {"color": BLUE, "marker": "o", "markersize": 4}
         _line(axes[0], grouped(results, kind, "cpu_s"), f"{about}: {_exponent(results, kind, 'cpu_s')}", look)
         _line(axes[2], grouped(results, kind, "peak_gib"), about, look)
         for name, label in KINDS[kind].items():
-            apart = {"color": GREEN, "linestyle": "--"} if name == "score_s" else {}
-            _line(axes[1], grouped(results, kind, name), f"{label}: {_exponent(results, kind, name)}", look | apart)
+            _line(axes[1], grouped(results, kind, name), f"{label}: {_exponent(results, kind, name)}", look)
     sizes = [row["size"] for row in results["rounds"]]
-    least = min(min(grouped(results, kind, "cpu_s").values())[0] for kind in KINDS)
+    least = min(min(grouped(results, kind, "cpu_s").values())[0] for kind in FIGURE)
     for axis in axes[:2]:
         ends = (min(sizes), max(sizes))
         axis.plot(ends, [least * end / ends[0] for end in ends], color="#999999", linewidth=0.8, label="linear growth")
@@ -239,7 +224,7 @@ def _line(axis: Any, by_size: dict[int, list[float]], label: str, look: dict[str
     axis.errorbar(list(by_size), middles, yerr=[below, above], label=label, linewidth=1.2, capsize=2, **look)
 
 
-def measure(kind: str, sizes: list[int], rounds: int, options: list[str], file: Path | None) -> dict[str, Any]:
+def measure(kind: str, sizes: list[int], rounds: int, file: Path | None) -> dict[str, Any]:
     """Every size once a round; each measurement is kept as soon as it is there."""
     from cropi.lab.bench.machine import describe
 
@@ -250,7 +235,7 @@ def measure(kind: str, sizes: list[int], rounds: int, options: list[str], file: 
     for number in range(rounds):
         for size in sizes:
             print(f"round {number + 1}/{rounds}, {size:,}", file=sys.stderr, flush=True)
-            results["rounds"].append({"kind": kind, "size": size, **one(kind, size, options)})
+            results["rounds"].append({"kind": kind, "size": size, **one(kind, size)})
             if file is not None:
                 file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     return results
@@ -261,8 +246,6 @@ def main() -> None:
     parser.add_argument("what", choices=[*KINDS, "figure", "table", "one"])
     parser.add_argument("rest", nargs="*")
     parser.add_argument("--sizes", default="10000,100000,1000000", help="prompts, by commas")
-    parser.add_argument("--dim", type=int, default=32768, help="numbers of a feature")
-    parser.add_argument("--largest", type=int, default=500_000, help="features on the disk at a time")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path, help="add the rounds to this file")
     arguments = parser.parse_args()
@@ -271,12 +254,12 @@ def main() -> None:
         figure(Path(arguments.rest[0]), Path(arguments.rest[1]))
     elif arguments.what == "table":
         results = json.loads(Path(arguments.rest[0]).read_text(encoding="utf-8"))
-        print("\n\n".join(f"{ABOUT[kind]}\n\n{table(results, kind)}" for kind in KINDS))
+        found = [kind for kind in KINDS if any(row["kind"] == kind for row in results["rounds"])]
+        print("\n\n".join(f"{ABOUT[kind]}\n\n{table(results, kind)}" for kind in found))
     elif arguments.what == "one":
-        print(json.dumps(one_here(arguments.rest[0], sizes[0], arguments.dim, arguments.largest)))
+        print(json.dumps(one_here(arguments.rest[0], sizes[0])))
     else:
-        options = ["--dim", str(arguments.dim), "--largest", str(arguments.largest)]
-        print(table(measure(arguments.what, sizes, arguments.rounds, options, arguments.json), arguments.what))
+        print(table(measure(arguments.what, sizes, arguments.rounds, arguments.json), arguments.what))
 
 
 if __name__ == "__main__":

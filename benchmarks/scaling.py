@@ -43,7 +43,6 @@ def settings(prompts: int, validation: int) -> list[str]:
         "name=scaling",
         f"prompts.train=[{{type: builtin, families: [{', '.join(FAMILIES)}], count: {count}, seed: 1}}]",
         f"prompts.validation={{{sources}}}",
-        f"score.max_validation_prompts={validation}",
         "select.strategy=influence",
         "collect.shard_prompts=32",
     ]

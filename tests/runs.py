@@ -26,7 +26,6 @@ SMALL = [
     "train.steps_per_stage=3",
     "trainer.per_device_train_batch_size=32",
     "evaluate.every=2",
-    "score.max_validation_prompts=6",
 ]
 
 

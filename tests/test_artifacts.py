@@ -49,22 +49,22 @@ def test_an_unfinished_folder_is_made_anew(tmp_path: Path) -> None:
     assert set(built(tmp_path / "t").files) == {"t.parquet"}
 
 
-@pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "manifest", "garbage manifest"])
+DAMAGES = {
+    "truncate": ("t.parquet", lambda data: data[:-10]),
+    "flip": ("t.parquet", lambda data: bytes([data[0] ^ 1]) + data[1:]),
+    "remove": ("t.parquet", lambda data: None),
+    "manifest": ("manifest.json", lambda data: data[:40]),
+    "garbage manifest": ("manifest.json", lambda data: b"[]"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_damage_is_found(tmp_path: Path, damage: str) -> None:
     built(tmp_path / "t")
-    path, manifest = tmp_path / "t" / "t.parquet", tmp_path / "t" / "manifest.json"
-    data = path.read_bytes()
-    match damage:
-        case "truncate":
-            path.write_bytes(data[:-10])
-        case "flip":
-            path.write_bytes(bytes([data[0] ^ 1]) + data[1:])
-        case "remove":
-            path.unlink()
-        case "manifest":
-            manifest.write_text(manifest.read_text()[:40])
-        case "garbage manifest":
-            manifest.write_text("[]")
+    name, change = DAMAGES[damage]
+    path = tmp_path / "t" / name
+    changed = change(path.read_bytes())
+    path.unlink() if changed is None else path.write_bytes(changed)
     with pytest.raises(ArtifactError, match=r"Fix: delete .* go on with `cropi run`"):
         open_artifact(tmp_path / "t", "thing", made_by="cropi run")
 
@@ -128,23 +128,24 @@ def test_no_byte_of_a_stream_can_change_unnoticed(tmp_path: Path) -> None:
             read_jsonl(path)
 
 
-@pytest.mark.parametrize("damage", ["swapped lines", "lost line", "twice", "another's", "deleted", "length"])
+STREAM_DAMAGES = {
+    "swapped lines": lambda lines: [*lines[1:], lines[0]],
+    "lost line": lambda lines: [lines[0], *lines[2:]],
+    "twice": lambda lines: [lines[0], *lines],
+    "deleted": lambda lines: None,
+}
+
+
+@pytest.mark.parametrize("damage", [*STREAM_DAMAGES, "another's", "length"])
 def test_a_stream_that_is_not_what_was_appended_is_refused(tmp_path: Path, damage: str) -> None:
     path = stream(tmp_path)
-    first, *rest = path.read_bytes().splitlines(keepends=True)
-    match damage:
-        case "swapped lines":
-            path.write_bytes(b"".join([*rest, first]))
-        case "lost line":
-            path.write_bytes(b"".join([first, *rest[1:]]))
-        case "twice":
-            path.write_bytes(b"".join([first, first, *rest]))
-        case "another's":
-            path.write_bytes(stream(tmp_path / "other").read_bytes())
-        case "deleted":
-            path.unlink()
-        case "length":
-            (tmp_path / ".s.jsonl.length").write_text("1x")
+    if damage == "length":
+        (tmp_path / ".s.jsonl.length").write_text("1x")
+    elif damage == "another's":
+        path.write_bytes(stream(tmp_path / "other").read_bytes())
+    else:
+        changed = STREAM_DAMAGES[damage](path.read_bytes().splitlines(keepends=True))
+        path.unlink() if changed is None else path.write_bytes(b"".join(changed))
     with pytest.raises(ArtifactError, match=r"s\.jsonl"):
         read_jsonl(path)
 

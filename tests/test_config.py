@@ -29,23 +29,19 @@ def test_overrides_reach_lists_tables_and_the_trainer() -> None:
         ("select.fracton=0.2", "unknown key select.fracton - did you mean 'fraction'"),
         ("prompts.train.0.cout=5", "unknown key prompts.train.0.cout - did you mean 'count'"),
         ("prompts.test.sum.targetd=true", "did you mean 'targeted'"),
-        ("score.projection.dims=5", "unknown key score.projection.dims - did you mean 'dim'"),
+        ("policy.lora.alpa=5", "unknown key policy.lora.alpa - did you mean 'alpha'"),
         ("select.strategy.type=influnce", "did you mean 'influence'"),
-        ("select.strategy.lo=1", "known keys here: observe_only, type"),
+        ("select.strategy.lo=1", "known keys here: observe_only, prior, type"),
         ("select.fraction=1.5", "select.fraction is 1.5: input should be less than or equal to 1"),
         ("seed=abc", "seed is 'abc': input should be a valid integer"),
         ("collect={}", "collect.max_completion_length is missing"),
-        ("verifier={marker: x}", "verifier.type is missing"),
-        ("collect.temperature=.nan", "collect.temperature"),
-        ("prompts.train.7.count=1", "no position in a list of 1"),
-        ("seed.x=1", "single value"),
-        ("seed", "key.path=value"),
-        ("prompts.validation={a/b: [{type: file, path: x.jsonl}]}", "the set name 'a/b'"),
+        ("verifier={marker: x}", "verifier.type is missing"), ("collect.temperature=.nan", "collect.temperature"),
+        ("prompts.train.7.count=1", "no position in a list of 1"), ("seed.x=1", "single value"),
+        ("seed", "key.path=value"), ("prompts.validation={a/b: [{type: file, path: x.jsonl}]}", "the set name 'a/b'"),
         ("select.strategy={type: pass_rate, low: 0.9, high: 0.1}", "must not exceed"),
-        ("name=../evil", "name is '../evil'"),
-        ("x=[1", "not valid YAML"),
+        ("name=../evil", "name is '../evil'"), ("x=[1", "not valid YAML"),
     ],
-)
+)  # fmt: skip
 def test_mistakes_are_named_with_a_way_out(override: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config("quickstart", [override])
@@ -56,19 +52,16 @@ def test_mistakes_are_named_with_a_way_out(override: str, message: str) -> None:
 @pytest.mark.parametrize(
     "override",
     [
-        "trainer.trust_remote_code=true",
-        "trainer.model_init_kwargs={trust_remote_code: true}",
-        "trainer.model_init_kwargs.trust_remote_code=true",
-        "trainer.model_init_kwargs={use_kernels: true}",
+        "trainer.trust_remote_code=true", "trainer.model_init_kwargs={trust_remote_code: true}",
+        "trainer.model_init_kwargs.trust_remote_code=true", "trainer.model_init_kwargs={use_kernels: true}",
         "trainer.generation_kwargs={custom_generate: someone/model}",
         "trainer.generation_kwargs.trust_remote_code=true",
         """trainer.generation_kwargs='{"trust_remote_code" : true}'""",
-        "trainer.accelerator_config={a: [{b: {code_revision: main}}]}",
-        "collect.vllm={options: {trust_remote_code: true}}",
-        "collect.vllm={options: {speculative_config: {trust_remote_code: true}}}",
-        "collect.vllm={options: {hf_overrides: {auto_map: {AutoModel: evil.Evil}}}}",
+        "trainer.accelerator_config={a: [{b: {code_revision: main}}]}", "collect.vllm={trust_remote_code: true}",
+        "collect.vllm={speculative_config: {trust_remote_code: true}}",
+        "collect.vllm={hf_overrides: {auto_map: {AutoModel: evil.Evil}}}",
     ],
-)
+)  # fmt: skip
 def test_no_setting_lets_a_models_code_run(override: str) -> None:
     with pytest.raises(ConfigError, match=r"trust_remote_code|code that comes with a model is never run"):
         load_config("quickstart", [override])
@@ -78,25 +71,15 @@ def test_no_setting_lets_a_models_code_run(override: str) -> None:
     "override",
     [
         *[f"{key}={value}" for key in ("seed", "prompts.train.0.seed") for value in (-1, 2**32)],
-        *[f"collect.temperature={value}" for value in (0, "1e-300", "1e300")],
-        "score.projection.dim=99999999999999",
-        "train.stages=99999999999",
-        "train.steps_per_stage=99999999999",
-        "collect.num_generations=99999999999",
-        "collect.batch_size=" + "9" * 400,
-        "policy.cpu_threads=99999999",
-        "verification.processes=99999999",
-        "verification.seconds=1e300",
-        "name=" + "x" * 300,
-        "select.name=" + "x" * 300,
-        "prompts.test={" + "x" * 300 + ": {sources: [{type: file, path: x.jsonl}]}}",
-        "trainer.learning_rate=.inf",
-        "trainer.lr_scheduler_kwargs={a: .nan}",
-        "collect.server={url: 'http://a', model: b, body: {top_k: .inf}}",
-        "run_dir=~nosuchuser/runs",
-        r'run_dir="a\0b"',
+        *[f"collect.temperature={value}" for value in (0, "1e-300", "1e300")], "train.stages=99999999999",
+        "train.steps_per_stage=99999999999", "collect.num_generations=99999999999", "collect.batch_size=" + "9" * 400,
+        "policy.cpu_threads=99999999", "verification.processes=99999999", "verification.seconds=1e300",
+        "name=" + "x" * 300, "select.name=" + "x" * 300,
+        "prompts.test={" + "x" * 300 + ": {sources: [{type: file, path: x.jsonl}]}}", "trainer.learning_rate=.inf",
+        "trainer.lr_scheduler_kwargs={a: .nan}", "collect.server={url: 'http://a', model: b, body: {top_k: .inf}}",
+        "run_dir=~nosuchuser/runs", r'run_dir="a\0b"',
     ],
-)
+)  # fmt: skip
 def test_values_that_no_run_could_use_are_refused(override: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config("quickstart", [override])
@@ -127,15 +110,10 @@ def test_no_such_config_lists_the_recipes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "value"),
     [
-        ("1e-4", 1e-4),
-        ("on", "on"),
-        ("true", True),
-        ("012", 12),
-        ("1_000", "1_000"),
-        (".5", 0.5),
+        ("1e-4", 1e-4), ("on", "on"), ("true", True), ("012", 12), ("1_000", "1_000"), (".5", 0.5),
         ("2001-01-01", "2001-01-01"),
     ],
-)
+)  # fmt: skip
 def test_numbers_and_booleans_are_those_of_yaml_1_2(text: str, value: object) -> None:
     parsed = parse_yaml(text, "test")
     assert parsed == value
@@ -259,9 +237,10 @@ def test_difference_names_each_changed_key() -> None:
     ) == ["select.fraction: 0.1 -> 0.2", "seed: 0 -> 1"]
 
 
-@pytest.mark.parametrize(
-    "module", ["cropi.config", "cropi.cli", "cropi.curriculum.choose", "cropi.report.run_report", "cropi.prompts"]
-)
+FREE_OF_TORCH = ["config", "cli", "curriculum.choose", "report.run_report", "prompts", "report.explanations"]
+
+
+@pytest.mark.parametrize("module", [*FREE_OF_TORCH, "lab.commands", "lab.compare.report.comparison_page"])
 def test_import_leaves_torch_out(module: str) -> None:
-    code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    code = f"import sys, cropi.{module}; sys.exit(bool({{'torch', 'trl', 'transformers'}} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

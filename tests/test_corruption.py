@@ -121,6 +121,7 @@ def ends_wrongly(runs: tuple[Path, Path], name: str, kind: str, cwd: Path) -> st
         (RUN / "checkpoints/checkpoint-3/optimizer.pt", "swap"),
         (RUN / "checkpoints/checkpoint-3/rng_state.pth", "swap"),
         (RUN / "selections/stage-000/selection.parquet", "swap"),
+        (RUN / "trajectories/part-train-00000.parquet", "cut"),
         (RUN / "environment.json", "flip"),
     ],
 )

@@ -90,18 +90,12 @@ def test_no_run_is_made_by_asking(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_explaining_leaves_torch_out(finished: Path) -> None:
-    code = """
-import sys
-import cropi.__main__
-sys.argv = ["cropi", "explain", sys.argv[1]]
-try:
-    cropi.__main__.main()
-except SystemExit:
-    pass
-print({"torch", "matplotlib", "transformers"} & set(sys.modules))
-"""
-    done = subprocess.run([sys.executable, "-c", code, finished], capture_output=True, text=True, check=True)
+@pytest.mark.parametrize("command", ["--help", "explain"])
+def test_commands_that_read_leave_torch_out(command: str, finished: Path) -> None:
+    code = "import sys, atexit, cropi.__main__; atexit.register(lambda: print(heavy & set(sys.modules)))"
+    code += "; heavy = {'torch', 'matplotlib', 'transformers'}; cropi.__main__.main()"
+    arguments = [command, str(finished)] if command == "explain" else [command]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
     assert done.stdout.endswith("set()\n")
 
 

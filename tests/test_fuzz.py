@@ -45,24 +45,8 @@ TINY: dict[str, Any] = {
 }
 
 NUMBERS = [0, 1, 2, 3, 7, -1, 0.5, 1.0, -0.5, 1e-300, 1e300, -0.0, 2**31, 2**32, 2**63, 10**30, int("9" * 400)]
-TEXTS = [
-    "",
-    " ",
-    "~",
-    "####",
-    "&x",
-    "*x",
-    "!x",
-    "false",
-    "1_000",
-    "5e-5",
-    "x" * 300,
-    "\u202e",
-    "\ud800",
-    "\0",
-    "é",
-    "../x",
-]
+TEXTS = ["", " ", "~", "####", "&x", "*x", "!x", "false", "1_000", "5e-5", "x" * 300, "\u202e", "\ud800", "\0", "é"]
+TEXTS += ["../x"]
 TEXTS += ["/proc/x", "/dev/null", "none", "auto", "a: b", "{{ x }}", "$HOME", "-1", "\x1b[31m", "\u2028", "a\nb"]
 OTHERS: list[Any] = [None, True, False, float("nan"), float("inf"), [], {}, [None], [[]], {"a": {}}, {"": 1}, [1, "a"]]
 OTHERS += [{"type": "cropi"}, {"type": "full"}, {1: 2}, {"type": ["x"]}, [{"type": "random"}] * 3]

@@ -118,13 +118,3 @@ def test_a_verifier_that_fails_often_is_named(tmp_path: Path) -> None:
         "check", "quickstart", *GRADED, flaky.replace("at_times_raises", "bare"), "name=other", cwd=tmp_path
     )
     assert "the verifier fails on the recorded answers themselves: TypeError" in done.stderr
-
-
-def test_more_groups_have_signal_than_by_verdicts(run: Path) -> None:
-    stored = read_trajectories(run / "trajectories")["train"].to_pylist()
-    verdicts: dict[str, set[str]] = {}
-    for row in stored:
-        verdicts.setdefault(row["prompt_id"], set()).add(row["verdict"])
-    by_verdict = {i for i, seen in verdicts.items() if len(seen) > 1}
-    by_grade = {i for i, group in groups(run, "train").items() if group.status == OK}
-    assert by_verdict < by_grade

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 from cropi.artifacts import TRAJECTORIES
 from cropi.builtin import FAMILIES, difficulty, generate
-from cropi.config import ScoreConfig
 from cropi.gradients.groups import Group
 from cropi.gradients.validation_groups import one_sided, validation_groups
 from cropi.leakage import Leakage, Match, common_limit, find_leakage
@@ -69,19 +68,15 @@ def test_planted_leaks_are_told_apart(change: Any, expected: str) -> None:
     ("train", "held_out", "expected"),
     [
         ("What is 3 + 4?", "what is 3 + 4", "near"),  # no word differs
-        ("What is 3 + 4?", "What is 3 - 4?", "none"),
-        ("What is 3 + 4?", "What is 4 + 3?", "none"),
-        ("What is 3 + 4?", "What is 3 + 4 + 5?", "none"),
-        (f"{PROBLEM} What is 3 + 4?", "What is 3 + 4?", "none"),
-        ("Tom has $1,000.50.", "Tom has 1000.50", "near"),
-        ("Tom has 1.5 l.", "Tom has 15 l.", "none"),
+        ("What is 3 + 4?", "What is 3 - 4?", "none"), ("What is 3 + 4?", "What is 4 + 3?", "none"),
+        ("What is 3 + 4?", "What is 3 + 4 + 5?", "none"), (f"{PROBLEM} What is 3 + 4?", "What is 3 + 4?", "none"),
+        ("Tom has $1,000.50.", "Tom has 1000.50", "near"), ("Tom has 1.5 l.", "Tom has 15 l.", "none"),
         ("ẞ", "SS", "exact"),  # case folding
         ("½ of Σ", "1⁄2 of σ", "exact"),  # NFKC
-        ("", "", "none"),
-        ("...", "?!", "none"),
+        ("", "", "none"), ("...", "?!", "none"),
         ("...", "?", "none"),  # neither has words
     ],
-)
+)  # fmt: skip
 def test_short_prompts_are_compared_as_a_whole(train: str, held_out: str, expected: str) -> None:
     assert kind(train, held_out) == expected
 
@@ -139,19 +134,6 @@ def test_no_built_in_family_is_reported() -> None:
     assert find_leakage(rows) == Leakage((), ())
 
 
-def test_templates_with_other_numbers_are_not_reported() -> None:
-    rng = random.Random(0)
-    drawn = rng.sample([(a, b, c) for a in range(10, 90) for b in range(2, 30) for c in range(2, 30)], 3000)
-    template = PROBLEM.replace("12", "{}").replace("7", "{}").replace("15", "{}")
-    texts = [template.format(*numbers) for numbers in drawn]
-    rows = [row(text, "test/t" if n % 3 == 0 else "train") for n, text in enumerate(texts)]
-    found = find_leakage(rows)
-    # The same numbers in other places are the only thing that these texts cannot be told apart by.
-    assert not found.exact
-    by_id = {r["prompt_id"]: Counter(w for w in words(prompt_text(r["messages"])) if w.isdigit()) for r in rows}
-    assert all(by_id[m.prompt_id] == by_id[m.other_id] for m in found.near)
-
-
 @pytest.mark.parametrize("held_out", [5, 20])  # boilerplate of the training prompts, of all prompts
 def test_boilerplate_around_every_prompt_counts_for_nothing(held_out: int) -> None:
     rng = random.Random(1)
@@ -162,12 +144,6 @@ def test_boilerplate_around_every_prompt_counts_for_nothing(held_out: int) -> No
     assert find_leakage(rows) == Leakage((), ())
     leak = row(f"{before}{own[-1]} indeed", "test/t", "leak")
     assert [m.prompt_id for m in find_leakage([*rows, leak]).near] == ["leak"]
-
-
-def test_copies_within_train_do_not_make_a_leak_look_common() -> None:
-    copies = [row(PROBLEM.replace("neighbour", "friend"), "train", f"copy {n}") for n in range(30)]
-    (match,) = find_leakage([*copies, row(PROBLEM, "test/t")]).near
-    assert match.other_id == "copy 0"
 
 
 # -- against the definition --------------------------------------------------------------------------------------------
@@ -356,7 +332,7 @@ def test_a_one_sided_validation_set_is_warned_of_by_name(capsys: pytest.CaptureF
         return pa.Table.from_pylist(rows, schema=TRAJECTORIES)
 
     trajectories = {"validation/easy": table(9, 91), "validation/fine": table(10, 90)}
-    groups = validation_groups(trajectories, ScoreConfig(max_validation_prompts=100))
+    groups = validation_groups(trajectories)
     assert [len(found) for found in groups.values()] == [9, 10]
     lines = [line for line in capsys.readouterr().err.splitlines() if "solved by" in line]
     assert len(lines) == 1

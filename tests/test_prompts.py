@@ -133,25 +133,12 @@ def test_bad_data_is_refused_with_the_place(tmp_path: Path, rows: list[dict[str,
     assert "Fix: " in str(caught.value)
 
 
-def test_an_unreadable_line_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "pool.jsonl"
-    path.write_text(json.dumps(question(1)) + '\n{"question": "a", \n')
-    with pytest.raises(DataError, match="line 2 is not JSON"):
-        load_prompts(config(str(path)))
-    path.write_text(json.dumps(question(1)) + "\n[1]\n")
-    with pytest.raises(DataError, match="line 2 is not a JSON object"):
-        load_prompts(config(str(path)))
-    path.write_bytes(json.dumps(question(1)).encode() + b"\n\xff\xfe\n")
-    with pytest.raises(DataError, match="line 2 is not JSON"):
-        load_prompts(config(str(path)))
-
-
 def test_missing_and_damaged_files(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="there is no file"):
         load_prompts(config(str(tmp_path / "none.jsonl")))
-    (tmp_path / "pool.parquet").write_bytes(b"PAR1 not really")
-    with pytest.raises(DataError, match="cannot be read as parquet"):
-        load_prompts(config(str(tmp_path / "pool.parquet")))
+    (tmp_path / "pool.jsonl").write_bytes(json.dumps(question(1)).encode() + b"\n\xff\xfe\n")
+    with pytest.raises(DataError, match="line 2 is not JSON"):
+        load_prompts(config(str(tmp_path / "pool.jsonl")))
 
 
 def test_a_hub_dataset_out_of_reach_is_an_error() -> None:
@@ -237,6 +224,9 @@ def test_every_format_is_read_and_texts_stay_as_they_are(tmp_path: Path, name: s
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
+        ("pool.parquet", "PAR1 not really", "cannot be read as parquet"),
+        ("pool.jsonl", '{"question": "a", "answer": "1"}\n{"question": "a", \n', "line 2 is not JSON"),
+        ("pool.jsonl", '{"question": "a", "answer": "1"}\n[1]\n', "line 2 is not a JSON object"),
         ("pool.json", '{"data": 1,\n "b": 2}', "line 1 is not JSON"),
         ("pool.json", "[1]", "row 1 is not a JSON object"),
         ("pool.json", '[{"question": "a"', "the file is not JSON"),
@@ -246,11 +236,10 @@ def test_every_format_is_read_and_texts_stay_as_they_are(tmp_path: Path, name: s
         ("pool.csv", "question,answer\na\n", "line 2 has more or fewer values"),
         ("pool.csv", "question,answer\na,1,2\n", "line 2 has more or fewer values"),
         ("pool.csv", "answer,answer\na,1\n", "two columns have one name"),
-        ("pool.csv", 'question,answer\n"a,1\n', "cannot be read as csv"),
-        ("pool.csv", "", "holds no rows"),
+        ("pool.csv", 'question,answer\n"a,1\n', "cannot be read as csv"), ("pool.csv", "", "holds no rows"),
         ("pool.xlsx", "", "none of .jsonl, .json, .csv, .parquet"),
     ],
-)
+)  # fmt: skip
 def test_a_damaged_file_is_refused_with_the_place(tmp_path: Path, name: str, content: str, message: str) -> None:
     (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=message):
@@ -399,7 +388,7 @@ def turn(content: Any, **more: Any) -> dict[str, Any]:
         ({"prompt": [turn("a")], "chat_template_kwargs": {"thinking": False}}, "the column `chat_template_kwargs`"),
         ({"messages": [turn("a"), {"role": "assistant", "content": "1"}]}, "the prompt holds its answer"),
     ],
-)
+)  # fmt: skip
 def test_what_a_prompt_cannot_show_is_refused_by_its_key(tmp_path: Path, row: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message) as caught:
         load_prompts(config(write_rows(tmp_path / "pool.jsonl", [row | {"answer": "1"}])))

@@ -20,7 +20,8 @@ def test_a_recipe_of_a_folder_is_shown_and_copied(tmp_path: Path, capsys: pytest
     show_recipe("suite/targeted")
     assert capsys.readouterr().out == recipe_text("suite/targeted")
     copy_recipe("suite/targeted", tmp_path)
-    assert (tmp_path / "targeted.yaml").read_text(encoding="utf-8") == recipe_text("suite/targeted")
+    written = (tmp_path / "targeted.yaml").read_text(encoding="utf-8")
+    assert written.partition("\n")[2] == recipe_text("suite/targeted")  # below the line for editors
     assert load_config(str(tmp_path / "targeted.yaml")) == load_config("suite/targeted")
 
 
@@ -38,8 +39,3 @@ def test_the_paper_s_recipes_choose_as_the_preset_of_its_name(name: str) -> None
     patched = merged(config.resolved(), presets()["cropi-paper"]["config"])
     assert validate_config(patched, "test") == config
     assert config.trainer["per_device_train_batch_size"] * config.trainer["gradient_accumulation_steps"] == 128 * 8
-
-
-@pytest.mark.parametrize("name", recipe_names())
-def test_every_recipe_can_be_read(name: str) -> None:
-    assert load_config(name).name == name.rpartition("/")[2]

@@ -82,11 +82,11 @@ STAGE_SETTINGS = [
     "seed=7",
     "select.fraction=0.5",
     "select.strategy={type: influence, static: true}",
-    "train.stages=3",
+    "train.steps_per_stage=4",
     "policy.cpu_threads=2",
     "verification.seconds=9",
     "evaluate.samples=2",
-    "score.projection.dim=512",
+    "score.mask=uniform",
 ]
 FREE_SETTINGS = [
     "verification.processes=1",

@@ -33,7 +33,7 @@ from cropi.curriculum.strategies.bmc import BmcStrategy
 from cropi.curriculum.strategies.cropi import CropiStrategy
 from cropi.curriculum.strategies.similarity_learnability import COOLDOWN, SimilarityLearnabilityStrategy
 from cropi.functional.principal_points import principal_points
-from cropi.lab.compare.compared_run import matrix_parameters
+from cropi.gradients.layer_taps import matrix_parameters
 from cropi.seeds import derived_seed
 
 GENERATIONS = 8

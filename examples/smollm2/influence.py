@@ -17,18 +17,17 @@ from torch import Tensor, nn
 from cropi.curriculum.curriculum import Curriculum
 from cropi.functional.surrogate import group_advantages
 from cropi.gradients.direction import inner
-from cropi.gradients.layer_taps import readable_layers
-from cropi.gradients.reading import Reader
+from cropi.gradients.layer_taps import matrix_parameters
 from cropi.gradients.surrogate_weights import SurrogateSettings
+from cropi.gradients.training_influence import Reader
 from cropi.rollouts.generation import Sampling
 from cropi.seeds import derived_seed
 from cropi.stages.online_loop import ENOUGH_READ
-from cropi.stages.validation_pass import RANK, SampledGroup, SetDirection, ValidationPass, ValidationPrompt
+from cropi.stages.validation_pass import SampledGroup, SetDirection, ValidationPass, ValidationPrompt
 
 SET = "two-step"  # the targeted validation set
 TOKENS = 1024  # of a micro-batch, with padding
 DIRECTIONS = 2  # halves of the validation set
-SKETCHED = 2 * RANK + 1 + 2 * (2 * RANK + 1) + 1  # columns of a sketch's two products, k + l
 
 
 @dataclass(frozen=True)
@@ -122,7 +121,7 @@ class Influence:
         self.reader: Reader | None = None
         self.checked, self.share_read = False, float("nan")
         self.unread: list[str] = []  # parameters that the check left out
-        self.width = read_width(policy.model)
+        self.parameters = matrix_parameters(policy.model)
 
     def renew(self, step: int) -> dict[str, Any] | None:
         """Sample and differentiate the validation prompts that are due before a step; a line for the log, or None."""
@@ -130,7 +129,7 @@ class Influence:
         if not due:
             return None
         groups = self._sample(due[SET], step)
-        given, tokens = self.validation.differentiate(self.policy.model, {SET: groups})
+        given, tokens, products = self.validation.differentiate(self.policy.model, {SET: groups})
         self._turn()
         for group in groups:
             own = given[SET].get(group.member)
@@ -144,7 +143,7 @@ class Influence:
             "reward": round(float(np.mean([np.mean(group.rewards) for group in groups])), 4),
             "collect_tokens": generated,
             "score_tokens": tokens,
-            "passes": {"collect": generated + prompts, "score": tokens * (3 + SKETCHED * self.width)},
+            "passes": {"collect": generated + prompts, "score": 3 * tokens + products / self.parameters},
         }
         return line | agreement([sum(own) for own in given[SET].values()], self.validation.directions.get(SET))
 
@@ -171,13 +170,14 @@ class Influence:
             self.policy.accumulate(groups)
             return {}, 0.0
         found = read(self.policy, groups, reader, None if self.checked else self.policy.model)
+        products = reader.products
         tokens = sum(len(g.question.prompt) + len(c) for g in groups for c in g.completions)
         if not self.checked and self._is_wrong(reader):
             found = {}
         known = self.validation.directions.get(SET)
         if not self.checked or known is None:
             found = {}
-        return {n: values / known.norm for n, values in found.items()}, tokens * DIRECTIONS * RANK * self.width
+        return {n: values / known.norm for n, values in found.items()}, tokens * products / self.parameters
 
     def _is_wrong(self, reader: Reader) -> bool:
         """Compare what was read with whole gradients, once; whether what was read has to be forgotten."""
@@ -213,15 +213,6 @@ def no_judge(*_: Any) -> Any:
 
 def no_seed(*_: Any) -> int:
     raise AssertionError("completions are sampled and graded by the policy")
-
-
-def read_width(model: nn.Module) -> float:
-    """Multiplications a token for one column of two low-rank products of every matrix, in forward passes of a token."""
-    parameters = dict(model.named_parameters())
-    shapes = [
-        parameters[layer.weight].shape for layer in readable_layers(model) if layer.kind == "linear" and layer.weight
-    ]
-    return sum(map(sum, shapes)) / sum(n_out * n_in for n_out, n_in in shapes)
 
 
 def agreement(influences: Sequence[float], direction: SetDirection | None) -> dict[str, float]:

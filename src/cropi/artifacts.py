@@ -136,7 +136,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
         yield temporary
         temporary.replace(path)
     except OSError as error:
-        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+        if error.errno in {errno.ENOSPC, errno.EDQUOT} or "No space left" in str(error):  # Arrow's own has no number
             raise no_space(path) from None
         raise
     finally:
@@ -187,7 +187,7 @@ def _json_sha256(value: Any) -> str:
 def write_table(path: Path, rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> None:
     """Write a Parquet file in one step, with a checksum on every page."""
     table = pa.Table.from_pylist(list(rows), schema=schema)
-    with atomic_file(path) as temporary, _space_for(path):
+    with atomic_file(path) as temporary:
         pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
 
 
@@ -195,22 +195,10 @@ def write_batches(path: Path, batches: Iterable[pa.RecordBatch], schema: pa.Sche
     """Write a Parquet file in one step, with one batch in memory at a time."""
     with (
         atomic_file(path) as temporary,
-        _space_for(path),
         pq.ParquetWriter(temporary, schema, compression="zstd", write_page_checksum=True) as file,
     ):
         for batch in batches:
             file.write_batch(batch)
-
-
-@contextmanager
-def _space_for(path: Path) -> Iterator[None]:
-    """Turn Arrow's error for a full disk into ours."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in {errno.ENOSPC, errno.EDQUOT} or "No space left" in str(error):
-            raise no_space(path) from None
-        raise
 
 
 def read_table(path: Path, schema: pa.Schema) -> pa.Table:

@@ -19,7 +19,8 @@ class Ledger:
     """Adds lines {phase, stage, seconds, tokens, ...} to `ledger.jsonl`, of further processes `ledger-RANK.jsonl`.
 
     Collection writes `tokens` (of completions), `prompt_tokens` and `passes` over both, scoring `computed_tokens` (of
-    the pool, shared prompts once), `validation_tokens` and `forward_tokens` (only read). `report.flops` counts these.
+    the pool, shared prompts once), `validation_tokens`, `forward_tokens` (only read) and `read_passes`
+    (low-rank products with a gradient, in forward passes of a token). `report.flops` counts these.
     """
 
     def __init__(self, path: Path) -> None:
@@ -42,9 +43,9 @@ class Ledger:
                 append_jsonl(self._path, entry | {"seconds": seconds} | ranks.facts())
 
     @contextmanager
-    def charge_share(self, phase: str, *, stage: int | None = None) -> Iterator[dict[str, Any]]:
+    def charge_share(self, phase: str) -> Iterator[dict[str, Any]]:
         """Time a block that belongs to this rank alone. Each rank writes its own file."""
-        entry: dict[str, Any] = {"phase": phase, "stage": stage}
+        entry: dict[str, Any] = {"phase": phase, "stage": None}
         start = time.perf_counter()
         try:
             yield entry

@@ -2,32 +2,31 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 import reprlib
-from collections.abc import Iterator, Mapping, Sequence
-from importlib import resources
-from importlib.resources.abc import Traversable
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeAlias, get_args
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from cropi.config import Config, VerificationConfig, Verifier
 from cropi.errors import ConfigError, hint
-from cropi.presets import presets, with_presets
+from cropi.presets import PRESETS, TYPES, presets, with_presets
 from cropi.yaml_text import parse_argument, parse_yaml
 
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 120
 
-# A file beside the recipes that is none: strategies by name.
-NOT_RECIPES = ("presets.yaml",)
+RECIPES = Path(__file__).parent / "recipes"
 
 
 def recipe_names() -> list[str]:
     """Names of the recipes in the package; one in a sub-folder is named `folder/recipe`."""
-    return sorted(_yaml_names(resources.files("cropi.recipes")))
+    found = RECIPES.rglob("*.yaml")
+    return sorted(path.relative_to(RECIPES).with_suffix("").as_posix() for path in found if path != PRESETS)
 
 
 def suite_names() -> list[str]:
@@ -37,26 +36,25 @@ def suite_names() -> list[str]:
 
 def recipe_text(name: str) -> str:
     """The text of a recipe."""
-    return resources.files("cropi.recipes").joinpath(*f"{name}.yaml".split("/")).read_text(encoding="utf-8")
-
-
-def _yaml_names(folder: Traversable, prefix: str = "") -> Iterator[str]:
-    for entry in folder.iterdir():
-        if entry.is_dir():
-            yield from _yaml_names(entry, f"{prefix}{entry.name}/")
-        elif entry.name.endswith(".yaml") and entry.name not in NOT_RECIPES:
-            yield prefix + entry.name.removesuffix(".yaml")
+    return (RECIPES / f"{name}.yaml").read_text(encoding="utf-8")
 
 
 NAMES_STRATEGY = {"select", "select.strategy", "select.strategy.type"}  # overrides that may name a preset
 
 
-def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> Config:
+ConfigLike: TypeAlias = str | Path | Mapping[str, Any]
+"""A recipe's name, a YAML file, the folder of a run, or the settings themselves."""
+
+
+def load_config(given: ConfigLike, overrides: Sequence[str] = ()) -> Config:
     """Read a recipe by name, or a YAML file or a run's folder by path; apply `key.path=value` overrides; validate.
 
     A file takes precedence over a recipe of the same name, a recipe over a folder. ConfigError names the faulty key and
     the closest valid one.
     """
+    if isinstance(given, Mapping):
+        return config_of(copy.deepcopy(dict(given)), "the settings", overrides)
+    name_or_path = str(given)
     path = Path(os.path.expanduser(name_or_path))  # noqa: PTH111 - an unknown user is no error here
     if path.suffix in {".yaml", ".yml"} or path.is_file():
         values, where = _read_settings(path), str(path)
@@ -158,6 +156,16 @@ def validate_config(values: Mapping[str, Any], where: str) -> Config:
         return Config.model_validate(with_presets(values))
     except ValidationError as error:
         raise _refused(error.errors(include_url=False), where) from None
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema of a config as it is written: strategies and presets may also be named alone."""
+    schema = Config.model_json_schema()
+    strategy = schema["$defs"]["SelectConfig"]["properties"]["strategy"]
+    tables = {key: strategy.pop(key) for key in ("oneOf", "discriminator") if key in strategy}
+    named = {"type": "object", "required": ["type"], "properties": {"type": {"enum": sorted({*presets()} - TYPES)}}}
+    strategy["anyOf"] = [{"enum": sorted({*presets(), *TYPES})}, tables, named]
+    return schema
 
 
 def parse_verifier(kind: str, options: Sequence[str]) -> Verifier:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any, get_args
 
@@ -13,6 +12,7 @@ from cropi.curriculum.strategies import STRATEGIES
 from cropi.errors import ConfigError, hint
 from cropi.yaml_text import parse_yaml
 
+PRESETS = Path(__file__).parent / "recipes" / "presets.yaml"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 Patch = Mapping[str, Any]
@@ -23,8 +23,7 @@ COMMON = ("name", "run_dir", "seed", "policy", "prompts", "verifier", "verificat
 
 def presets() -> dict[str, dict[str, Any]]:
     """Read the package's presets by name: `about`, and `config`, the patch."""
-    text = (resources.files("cropi.recipes") / "presets.yaml").read_text(encoding="utf-8")
-    return dict(parse_yaml(text, "presets.yaml"))
+    return dict(parse_yaml(PRESETS.read_text(encoding="utf-8"), PRESETS.name))
 
 
 TYPES = frozenset(get_args(table.model_fields["type"].annotation)[0] for table in STRATEGIES)

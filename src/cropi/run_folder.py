@@ -41,6 +41,7 @@ from cropi.artifacts import (
     write_sealed,
 )
 from cropi.config import Config, config_difference, deciding
+from cropi.console import say
 from cropi.errors import ArtifactError, ConfigError
 from cropi.parallel import process_group
 from cropi.run_tables import TrainPrompts
@@ -126,6 +127,7 @@ class RunFolder:
     def __init__(self, config: Config) -> None:
         self.config, self.folder = config, config.folder
         self.stages = StagePaths(config.folder)
+        self._grown_from: int | None = None  # stages that the run had, where it gets more
         process_group().from_main(self._check_claim)
 
     def lock(self) -> None:
@@ -153,8 +155,11 @@ class RunFolder:
         remove_parts(self.folder)
         self._check_claim()  # another process may have claimed it in the meantime
         check_streams(self.folder, *self.folder.glob(f"{OUTSIDE}/*"))
-        if not (self.folder / CONFIG).is_file() or not self._holds_anything():
+        if not (self.folder / CONFIG).is_file() or self._grown_from or not self._holds_anything():
             write_json(self.folder / CONFIG, self.config.resolved())
+        if self._grown_from:
+            stages = self.config.train.stages
+            say(f"{self.folder} grows from {self._grown_from} to {stages} stages, with the learning rates of {stages}")
         if not (self.folder / ENVIRONMENT).is_file():
             write_sealed(self.folder / ENVIRONMENT, environment())
         read_sealed(self.folder / ENVIRONMENT)
@@ -169,7 +174,7 @@ class RunFolder:
 
     def settings(self, *tables: str) -> dict[str, Any]:
         """The settings behind an artifact, for its manifest: some tables of the config, or all."""
-        found = deciding(self.config.resolved())
+        found = _lasting(self.config.resolved())
         return {name: found[name] for name in tables or found}
 
     def _check_claim(self) -> None:
@@ -193,10 +198,15 @@ class RunFolder:
             raise ArtifactError(
                 "exists and is not a run", where=str(self.folder), fix="choose another name= or run_dir=."
             )
-        changed = [] if not known else config_difference(deciding(before), deciding(self.config.resolved()))
+        changed = [] if not known else config_difference(_lasting(before), _lasting(self.config.resolved()))
+        stages = self.config.train.stages
+        grows = known and 0 < _stages(before) < stages and self._holds_anything()
+        self._grown_from = _stages(before) if grows else None
+        if known and _stages(before) > stages:
+            changed.append(f"train.stages: {_stages(before)} -> {stages}")
         if changed and self._holds_anything():
             raise ConfigError(
-                f"this run was started with another config: {_shown(changed)}",
+                f"this run was started with another config: {first_changes(changed)}",
                 where=str(self.folder),
                 fix=f"name its own config ({path}) instead of a recipe, or give the new run another name (name=...).",
             )
@@ -206,11 +216,11 @@ class RunFolder:
         """Refuse settings that differ from those of a finished artifact: the config may have been edited."""
         for folder, inputs in self._made():
             if "settings" in inputs:
-                before, now = inputs["settings"], self.settings()
+                before, now = _lasting(inputs["settings"]), self.settings()
                 changed = config_difference(before, {key: now.get(key) for key in before})
                 if changed:
                     raise ConfigError(
-                        f"was made with other settings: {_shown(changed)}",
+                        f"was made with other settings: {first_changes(changed)}",
                         where=str(folder),
                         fix=f"change them back in {self.folder / CONFIG}, or give the new run another name (name=...).",
                     )
@@ -296,7 +306,20 @@ def _unusable(folder: Path, problem: object) -> ArtifactError:
     return ArtifactError(f"cannot be used ({problem})", where=str(folder), fix="choose another run_dir=.")
 
 
-def _shown(changed: list[str]) -> str:
-    """The first of many changes."""
+def _lasting(resolved: dict[str, Any]) -> dict[str, Any]:
+    """The settings that cannot change during a run: those that decide, but for the number of stages, which may grow."""
+    found = deciding(resolved)
+    train = found.get("train")
+    return found | ({"train": {k: v for k, v in train.items() if k != "stages"}} if isinstance(train, dict) else {})
+
+
+def _stages(resolved: dict[str, Any]) -> int:
+    train = resolved.get("train")
+    stages = train.get("stages") if isinstance(train, dict) else None
+    return stages if isinstance(stages, int) else 0
+
+
+def first_changes(changed: list[str]) -> str:
+    """The first of many changes, and the number of the others."""
     more = f"; and {len(changed) - SHOWN_CHANGES} more" if len(changed) > SHOWN_CHANGES else ""
     return "; ".join(changed[:SHOWN_CHANGES]) + more

@@ -24,7 +24,6 @@ def _as_json(value: Any) -> Any:
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1, le=1_000_000_000)]
-NonNegative = Annotated[int, Field(ge=0, le=1_000_000_000)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # the range that NumPy takes
 PositiveNumber = Annotated[float, Field(gt=0, ge=1e-9, le=1e6)]
 Temperature = Annotated[float, Field(ge=0.01, le=100)]

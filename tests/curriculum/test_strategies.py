@@ -19,6 +19,7 @@ from cropi.curriculum.strategies import (
     SimilarityStrategy,
     StrategyTable,
 )
+from cropi.functional.projection import SparseProjection, projection_of
 from cropi.loading import load_config
 from cropi.presets import merged, presets
 
@@ -63,6 +64,7 @@ class ShortestStrategy(StrategyTable):
 '''
 USED = """
 from cropi.curriculum.strategy import Candidates, FusionConfig
+from cropi.functional.projection import SparseProjection, projection_of
 from cropi.loading import load_config
 import numpy as np
 
@@ -122,6 +124,6 @@ def test_who_trains_on_all_that_it_keeps() -> None:
 def test_the_paper_is_set_in_full() -> None:
     score = with_preset("cropi-paper").score
     assert (score.score, score.normalizer, score.advantage_std) == ("cosine", "sequence", True)
-    assert (score.projection.mask, score.projection.keep_fraction, score.projection.dim) == ("uniform", 0.1, 32768)
+    assert projection_of(score.mask) == SparseProjection(32768, 0.1, mask="uniform")
     select = with_preset("cropi-paper").select
     assert (select.fraction, select.fusion.kappa, select.fusion.truncate) == (0.1, 0, True)

@@ -22,8 +22,8 @@ from influence import SET, PackedPass, halves, read
 
 from cropi.functional.surrogate import group_advantages
 from cropi.gradients.direction import DirectionSketch
-from cropi.gradients.reading import Direction, LowRank, Reader
 from cropi.gradients.surrogate_weights import SurrogateSettings
+from cropi.gradients.training_influence import Direction, LowRank, Reader
 from cropi.lab.compare.comparison_summary import summarise
 from cropi.lab.compare.paired_runs import read_traces
 from cropi.lab.compare.result_table import read_results
@@ -158,7 +158,7 @@ def test_the_packed_pass_is_cropi_s(policy: Policy) -> None:
         if isinstance(one, PackedPass):
             one.bf16 = False
         one.differentiate(policy.model, {SET: members})  # members of the first round give nothing
-        given, tokens = one.differentiate(policy.model, {SET: members})
+        given, tokens, _ = one.differentiate(policy.model, {SET: members})
         found.append((given[SET], tokens, one.directions[SET].norm, one.sketches[SET].sums()))
     (own, tokens, norm, sums), (packed, packed_tokens, packed_norm, packed_sums) = found
     assert own.keys() == packed.keys() == {n for n, member in enumerate(members) if n % 3}

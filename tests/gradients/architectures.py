@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,11 +12,15 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from cropi.gradients.engine import Engine, segments_of
+from cropi.gradients.exact import DenseReader
 from cropi.gradients.groups import Group
+from cropi.gradients.packing import Segment
 from cropi.gradients.surrogate_weights import SurrogateSettings
 
 VOCABULARY = 41
 NORMALIZERS = ["sequence", "token", "constant"]
+Gradients = dict[str, Tensor]
 SETTINGS = SurrogateSettings("sequence", max_completion_length=16, temperature=0.8)
 
 COMMON = {
@@ -50,6 +54,29 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("Mistral", {"sliding_window": 4, "tie_word_embeddings": False}),
 }
 """Class prefix and settings by name: grouped keys except in GPT-NeoX; windows shorter than the sequences."""
+
+
+TEXT = COMMON | {"hidden_size": 32, "initializer_range": 0.3}
+
+
+def drawn(model: Any) -> Any:
+    """The model in float64, with no weight where symmetries hide mistakes."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1 and not parameter.any():
+                parameter.normal_(std=0.3)
+    return perturbed(model.double().eval())
+
+
+def text(prefix: str, model: str | None = None, **settings: Any) -> Callable[[], Any]:
+    """Builds a causal LM of a family; `model` where its class has another prefix than its configuration."""
+
+    def build() -> Any:
+        torch.manual_seed(0)
+        config = getattr(transformers, f"{prefix}Config")(**TEXT | settings)
+        return drawn(getattr(transformers, f"{model or prefix}ForCausalLM")(config))
+
+    return build
 
 
 def tiny(name: str, *, seed: int = 0, **changes: Any) -> transformers.PreTrainedModel:
@@ -114,8 +141,66 @@ GROUPS = [
 
 
 def settings_of(normalizer: str) -> SurrogateSettings:
-    """The settings of these tests with another normaliser."""
-    return dataclasses.replace(SETTINGS, normalizer=normalizer)
+    """The settings of these tests with another normaliser; with `token`, advantages are not divided either."""
+    return dataclasses.replace(SETTINGS, normalizer=normalizer, advantage_std=normalizer != "token")
+
+
+def segments(groups: Sequence[Group] = GROUPS, settings: SurrogateSettings = SETTINGS) -> list[Segment]:
+    """What the engine has to compute of these groups."""
+    return segments_of(groups, settings)
+
+
+def dense_gradients(
+    model: Any,
+    groups: Sequence[Group] = GROUPS,
+    settings: SurrogateSettings = SETTINGS,
+    budget: int = 1000,
+) -> Gradients:
+    """The sum of the groups' gradients, by the engine."""
+    engine = Engine(model, settings, budget)
+    reader = DenseReader(engine.parameters, engine.vocabulary)
+    engine.run(segments(groups, settings), reader)
+    return reader.gradients
+
+
+def autograd(model: Any, group: Group) -> Gradients:
+    """The gradient of sum_k 1 / (K |tau_k|) sum_t rho_{k,t} A_k: one row of the model's own forward pass at a time."""
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    total = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in named.items()}
+    rewards = torch.tensor(group.rewards, dtype=torch.float64)
+    advantages = ((rewards - rewards.mean()) / (rewards.std() + 1e-4)).tolist()
+    for k, completion in enumerate(group.completions):
+        ids = torch.tensor([group.prompt_ids + completion])
+        logits = model(input_ids=ids, use_cache=False).logits[0, len(group.prompt_ids) - 1 : -1]
+        table = torch.log_softmax(logits.double() / SETTINGS.temperature, dim=-1)
+        logprobs = table.gather(1, torch.tensor(completion)[:, None])[:, 0]
+        behaviour = logprobs.detach()
+        if group.behaviour_logprobs is not None:
+            behaviour = torch.tensor(group.behaviour_logprobs[k], dtype=torch.float64)
+        loss = (logprobs - behaviour).exp().sum() * advantages[k] / (len(group.completions) * len(completion))
+        found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+        for name, gradient in zip(named, found, strict=True):
+            if gradient is not None:
+                total[name] += gradient
+    return total
+
+
+def check_gradients(model: Any, tolerance: float = 1e-5) -> list[Gradients]:
+    """The engine's gradient is that of `autograd`, parameter by parameter; returns those of each group."""
+    expected = [autograd(model, group) for group in GROUPS]
+    found = dense_gradients(model)
+    for name in expected[0]:
+        total = sum(gradients[name] for gradients in expected)
+        if name in found:
+            assert relative_gap(found[name], total, 1e-6) < tolerance, name
+        else:
+            assert not total.any(), name
+    return expected
+
+
+def random_gradients(parameters: Mapping[str, Tensor], seed: int) -> Gradients:
+    generator = torch.Generator().manual_seed(seed)
+    return {n: torch.randn(p.shape, dtype=p.dtype, generator=generator) for n, p in parameters.items()}
 
 
 @contextmanager

@@ -26,8 +26,11 @@ from tests.gradients.architectures import (
     NORMALIZERS,
     SETTINGS,
     VOCABULARY,
+    Gradients,
+    dense_gradients,
     own_attention,
     relative_gap,
+    segments,
     settings_of,
     tiny,
     without_casts,
@@ -36,15 +39,13 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from cropi.gradients import head
-from cropi.gradients.engine import Engine, segment_of
+from cropi.gradients.engine import Engine
 from cropi.gradients.exact import DenseReader
 from cropi.gradients.groups import Group
 from cropi.gradients.reference import prompt_gradient, trainable_parameters
 
 FLOAT64_THROUGHOUT = {"gpt_neox"}
 STEPS = {"float64": 1e-4, "float32": 2e-3}
-
-Gradients = dict[str, Tensor]
 
 
 @pytest.fixture(params=BUILDERS)
@@ -54,14 +55,7 @@ def name(request: pytest.FixtureRequest) -> str:
 
 def engine_gradients(model: Any) -> dict[str, Gradients]:
     """By normaliser, the sum over all groups, in one pack."""
-    found = {}
-    for normalizer in NORMALIZERS:
-        settings = settings_of(normalizer)
-        engine = Engine(model, settings, 1000)
-        reader = DenseReader(engine.parameters, engine.vocabulary)
-        engine.run([segment_of(row, group, settings) for row, group in enumerate(GROUPS)], reader)
-        found[normalizer] = reader.gradients
-    return found
+    return {normalizer: dense_gradients(model, settings=settings_of(normalizer)) for normalizer in NORMALIZERS}
 
 
 def autograd_gradients(model: Any, normalizer: str) -> Gradients:
@@ -88,14 +82,15 @@ def surrogate(sums: list[list[Tensor]], normalizer: str) -> Any:
     total: Any = 0.0
     for group, sums_K in zip(GROUPS, sums, strict=True):
         count, mean = len(group.rewards), sum(group.rewards) / len(group.rewards)
-        deviation = (sum((reward - mean) ** 2 for reward in group.rewards) / (count - 1)) ** 0.5
+        deviation = (sum((reward - mean) ** 2 for reward in group.rewards) / (count - 1)) ** 0.5 + 1e-4
+        divisor = deviation if settings_of(normalizer).advantage_std else 1.0
         for k, completion in enumerate(group.completions):
             z = {
                 "sequence": count * len(completion),
                 "token": sum(map(len, group.completions)),
                 "constant": count * SETTINGS.max_completion_length,
             }[normalizer]
-            total = total + (group.rewards[k] - mean) / (deviation + 1e-4) / z * sums_K[k]
+            total = total + (group.rewards[k] - mean) / divisor / z * sums_K[k]
     return total
 
 
@@ -222,10 +217,7 @@ def test_sdpa_and_the_packed_attention_agree_in_float64() -> None:
 
 def test_ratios_and_their_effective_share_are_those_of_autograd() -> None:
     model = tiny("gpt_neox")
-    work = Engine(model, SETTINGS, 1000).run(
-        [segment_of(row, group, SETTINGS) for row, group in enumerate(GROUPS)],
-        DenseReader(trainable_parameters(model), set()),
-    )
+    work = Engine(model, SETTINGS, 1000).run(segments(), DenseReader(trainable_parameters(model), set()))
     shares = [prompt_gradient(model, group, SETTINGS).ratio_ess for group in GROUPS]
     assert [work.of(row).effective_share for row in range(len(GROUPS))] == pytest.approx(shares, rel=1e-12)
     assert shares[0] < 0.9
@@ -239,14 +231,10 @@ def test_a_prompt_token_without_gradient_by_padding_idx() -> None:
         embedding = model.get_input_embeddings()
         embedding.padding_idx = 5
         group = Group("p", [7, 5, 5, 9], [[5, 8], [6, 5, 4]], [1.0, 0.0], None)
-        engine = Engine(model, SETTINGS, 1000)
-        reader = DenseReader(engine.parameters, engine.vocabulary)
-        engine.run([segment_of(0, group, SETTINGS)], reader)
-        oracle = prompt_gradient(model, group, SETTINGS).gradients
-        for name, gradient in reader.gradients.items():
+        found, oracle = dense_gradients(model, [group]), prompt_gradient(model, group, SETTINGS).gradients
+        for name, gradient in found.items():
             assert relative_gap(gradient, oracle[name]) < 1e-10, name
-        row = reader.gradients["gpt_neox.embed_in.weight"][5]
-        assert bool(row.any()) == tied
+        assert bool(found["gpt_neox.embed_in.weight"][5].any()) == tied
 
 
 def test_vocabulary_head_in_many_chunks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import astuple
 from typing import Any
 
@@ -14,8 +14,10 @@ import torch
 from tests.gradients.architectures import (
     GROUPS,
     SETTINGS,
+    dense_gradients,
     draw_group,
     relative_gap,
+    segments,
     settings_of,
     tiny,
     tiny_lora,
@@ -31,17 +33,11 @@ from cropi.gradients.engine import Engine, segment_of
 from cropi.gradients.exact import DenseReader, ExactReader
 from cropi.gradients.groups import Group
 from cropi.gradients.influence_scorer import Scorer, ScorerOptions
-from cropi.gradients.packing import Segment
 from cropi.gradients.reference import trainable_parameters
 from cropi.gradients.sketch import SketchReader, UniformMap
 
 MANY = [draw_group(5, [8, 6, 7], seed=40 + number) for number in range(4)]
 """Each 23 tokens."""
-
-
-def segments(groups: Sequence[Group]) -> list[Segment]:
-    found = [segment_of(row, group, SETTINGS) for row, group in enumerate(groups)]
-    return [segment for segment in found if segment is not None]
 
 
 def half_frozen() -> nn.Module:
@@ -60,6 +56,32 @@ def in_training() -> nn.Module:
     return model
 
 
+def partly_in_training() -> nn.Module:
+    """A part may be in evaluation mode, so that its dropout is off."""
+    model = tiny("gemma3").train()
+    model.model.layers[0].mlp.eval()
+    return model
+
+
+class ScaleAndShift(nn.Module):
+    """A norm of one's own, of which only the scale is trained."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.rand(size, dtype=torch.float64) + 0.5)
+        self.shift = nn.Parameter(torch.rand(size, dtype=torch.float64), requires_grad=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.scale * hidden / hidden.norm(dim=-1, keepdim=True) + self.shift
+
+
+def norm_trained_in_part() -> nn.Module:
+    """Its parameters keep their order while one of them is replaced."""
+    model = tiny("llama")
+    model.model.norm = ScaleAndShift(16)
+    return model
+
+
 def checkpointed() -> nn.Module:
     """As a trainer leaves it that saves memory."""
     model = tiny("llama").train()
@@ -73,7 +95,9 @@ GUESTS: dict[str, Callable[[], Any]] = {
     "eager": lambda: tiny("gemma2"),
     "half frozen": half_frozen,
     "in training": in_training,
+    "partly in training": partly_in_training,
     "adapters": tiny_lora,
+    "a norm trained in part": norm_trained_in_part,
     "checkpointed": checkpointed,
 }
 
@@ -103,16 +127,6 @@ def test_the_model_is_left_as_it_was_found(model: Any) -> None:
     engine.run(segments(GROUPS), DenseReader(engine.parameters, engine.vocabulary))
     check_unchanged(model, before)
     engine.forward_only(segments(GROUPS))
-    check_unchanged(model, before)
-
-
-def test_modules_keep_a_mode_of_their_own() -> None:
-    """A part of a model in training may be in evaluation mode, so that its dropout is off."""
-    model = tiny("gemma3").train()
-    model.model.layers[0].mlp.eval()
-    before = state(model)
-    engine = Engine(model, SETTINGS, 40)
-    engine.run(segments(GROUPS), DenseReader(engine.parameters, engine.vocabulary))
     check_unchanged(model, before)
 
 
@@ -169,48 +183,16 @@ def test_so_it_is_after_a_refusal() -> None:
     check_unchanged(model, before)
 
 
-class ScaleAndShift(nn.Module):
-    """A norm of one's own, of which only the scale is trained."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.rand(size, dtype=torch.float64) + 0.5)
-        self.shift = nn.Parameter(torch.rand(size, dtype=torch.float64), requires_grad=False)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return self.scale * hidden / hidden.norm(dim=-1, keepdim=True) + self.shift
-
-
-def test_parameters_keep_their_order_where_a_module_is_trained_in_part() -> None:
-    model = tiny("llama")
-    model.model.norm = ScaleAndShift(16)
-    before = state(model)
-    engine = Engine(model, SETTINGS, 1000)
-    check_unchanged(model, before)
-    engine.run(segments(GROUPS), DenseReader(engine.parameters, engine.vocabulary))
-    check_unchanged(model, before)
-
-
 def test_results_repeat_to_the_bit() -> None:
     model = tiny("llama").float()
-    found = []
-    for _ in range(2):
-        engine = Engine(model, SETTINGS, 40)
-        reader = DenseReader(engine.parameters, engine.vocabulary)
-        engine.run(segments(GROUPS), reader)
-        found.append(reader.gradients)
-    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    first, second = (dense_gradients(model, budget=40) for _ in range(2))
+    assert all(torch.equal(gradient, second[name]) for name, gradient in first.items())
 
 
 def test_dropout_is_off() -> None:
     model = tiny("gpt_neox", attention_dropout=0.5, hidden_dropout=0.5).train()
-    quiet = copy.deepcopy(model).eval()
-    results = []
-    for one in (model, quiet):
-        reader = DenseReader(trainable_parameters(one), set())
-        Engine(one, SETTINGS, 40).run(segments(GROUPS), reader)
-        results.append(reader.gradients)
-    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+    quiet = dense_gradients(copy.deepcopy(model).eval())
+    assert all(torch.equal(gradient, quiet[name]) for name, gradient in dense_gradients(model).items())
 
 
 # Running out of memory.
@@ -437,9 +419,9 @@ def test_factors_weigh_trajectories_and_leave_out_those_of_zero() -> None:
     assert part.scales == [2 * whole.scales[0], -whole.scales[2]]
     assert part.completions == [whole.completions[0], whole.completions[2]]
     gradients = []
-    for pieces in ([part], [whole.alone()[0]], [whole.alone()[2]]):
+    for piece in (part, whole.alone()[0], whole.alone()[2]):
         reader = DenseReader(engine.parameters, engine.vocabulary)
-        engine.run(pieces, reader)
+        engine.run([piece], reader)
         gradients.append(reader.gradients)
     for name, gradient in gradients[0].items():
         assert relative_gap(gradient, 2 * gradients[1][name] - gradients[2][name]) < 1e-12

@@ -9,19 +9,16 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tests.gradients.architectures import draw_group, perturbed
+from tests.gradients.architectures import GROUPS as TRAIN
+from tests.gradients.architectures import SETTINGS, Gradients, autograd, draw_group, perturbed
 from torch import Tensor
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from cropi.errors import PolicyError
-from cropi.gradients.groups import Group
 from cropi.gradients.influence_scorer import Scorer, ScorerOptions
-from cropi.gradients.surrogate_weights import SurrogateSettings, trajectory_scales
 
-TRAIN = [draw_group(6, [9, 1, 5], seed=1), draw_group(3, [3, 8], seed=2), draw_group(4, [7, 2], seed=3, on_policy=True)]
 VALIDATION = [draw_group(5, [6, 4, 7], seed=4), draw_group(2, [5, 3], seed=5)]
-SETTINGS = SurrogateSettings("sequence", max_completion_length=16, temperature=1.0)
 MOST_PARAMETERS = 3_000_000
 TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 2.5e-2}
 
@@ -136,21 +133,8 @@ def adapted(model: Any) -> Any:
     return found.eval()
 
 
-def autograd(model: Any, group: Group) -> Tensor:
-    """The surrogate's gradient, trajectory by trajectory."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    total = [torch.zeros_like(parameter, dtype=torch.float64) for parameter in parameters]
-    for k, scale in enumerate(trajectory_scales(group, SETTINGS)):
-        prompt, completion = group.prompt_ids, group.completions[k]
-        logits = model(input_ids=torch.tensor([prompt + completion]), use_cache=False).logits[0, len(prompt) - 1 : -1]
-        logprobs = logits.float().log_softmax(dim=-1)[torch.arange(len(completion)), torch.tensor(completion)]
-        ratios = torch.ones(len(completion), dtype=torch.float64)
-        if group.behaviour_logprobs is not None:
-            ratios = (logprobs.detach().double() - torch.tensor(group.behaviour_logprobs[k])).exp()
-        gradients = torch.autograd.grad((scale * ratios * logprobs).sum(), parameters, allow_unused=True)
-        for sum_, gradient in zip(total, gradients, strict=True):
-            sum_ += 0.0 if gradient is None else gradient
-    return torch.cat([gradient.flatten() for gradient in total])
+def flat(gradients: Gradients) -> Tensor:
+    return torch.cat([gradient.flatten() for gradient in gradients.values()])
 
 
 def check(model: Any, estimator: Any) -> str:
@@ -163,8 +147,8 @@ def check(model: Any, estimator: Any) -> str:
         return "refused"
     alone = torch.tensor([scorer([group]).products_NV[0, 0] for group in TRAIN])
     dots, cosines = torch.tensor(scored.products_NV[:, 0]), torch.tensor(scorer.values(scored)[:, 0])
-    direction = sum(autograd(model, group) for group in VALIDATION) / len(VALIDATION)
-    gradients = [autograd(model, group) for group in TRAIN]
+    direction = sum(flat(autograd(model, group)) for group in VALIDATION) / len(VALIDATION)
+    gradients = [flat(autograd(model, group)) for group in TRAIN]
     lengths = torch.stack([gradient.norm() * direction.norm() for gradient in gradients])
     expected = torch.stack([gradient @ direction for gradient in gradients]) / lengths
     close = partial(torch.testing.assert_close, atol=TOLERANCE[model.dtype], rtol=0)

@@ -7,11 +7,22 @@ from typing import Any
 
 import pytest
 import torch
-from tests.gradients.architectures import GROUPS, SETTINGS, VOCABULARY, draw_group, tiny, tiny_lora, without_casts
+from tests.gradients.architectures import (
+    GROUPS,
+    SETTINGS,
+    VOCABULARY,
+    Gradients,
+    draw_group,
+    random_gradients,
+    segments,
+    tiny,
+    tiny_lora,
+    without_casts,
+)
 from torch import Tensor
 
 from cropi.gradients import head
-from cropi.gradients.engine import Engine, segment_of
+from cropi.gradients.engine import Engine
 from cropi.gradients.exact import ExactReader
 from cropi.gradients.groups import Group
 from cropi.gradients.reference import prompt_gradient, trainable_parameters
@@ -37,18 +48,11 @@ def model(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> An
         return model
 
 
-def random_directions(model: Any, count: int) -> list[dict[str, Tensor]]:
-    generator = torch.Generator().manual_seed(count)
-    parameters = trainable_parameters(model)
-    return [
-        {name: torch.randn(p.shape, dtype=p.dtype, generator=generator) for name, p in parameters.items()}
-        for _ in range(count)
-    ]
+def random_directions(model: Any, count: int) -> list[Gradients]:
+    return [random_gradients(trainable_parameters(model), seed) for seed in range(count)]
 
 
-def by_autograd(
-    model: Any, groups: list[Group], directions: list[dict[str, Tensor]]
-) -> tuple[list[list[float]], list[float]]:
+def by_autograd(model: Any, groups: list[Group], directions: list[Gradients]) -> tuple[list[list[float]], list[float]]:
     products, squares = [], []
     for group in groups:
         gradients = prompt_gradient(model, group, SETTINGS, batch_tokens=1).gradients
@@ -79,12 +83,11 @@ def routes(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 def check(model: Any, groups: list[Group], count: int, norms: bool) -> None:
     directions = random_directions(model, count)
     engine = Engine(model, SETTINGS, 1000)
-    segments = [segment_of(row, group, SETTINGS) for row, group in enumerate(groups)]
     products, squares = by_autograd(model, groups, directions)
     # which parameters come in several parts is either told, or all are taken to
     for repeated in (engine.repeated, None) if norms else (engine.repeated,):
         reader = ExactReader(directions, len(groups), norms=norms, repeated=repeated)
-        engine.run(segments, reader, divisible=not norms)
+        engine.run(segments(groups), reader, divisible=not norms)
         for row in range(len(groups)):
             assert reader.products_NV[row].tolist() == pytest.approx(products[row], rel=1e-9, abs=1e-9)
             assert float(reader.squares_N[row]) == pytest.approx(squares[row] if norms else 0.0, rel=1e-9)
@@ -166,7 +169,7 @@ def test_norm_of_a_weight_that_two_layers_share(groups: list[Group]) -> None:
 
 def test_a_norm_of_trajectories_that_stand_apart_is_refused() -> None:
     model = tiny("gpt_neox")
-    parts = segment_of(0, GROUPS[0], SETTINGS).alone()
+    parts = segments(GROUPS[:1])[0].alone()
     reader = ExactReader(random_directions(model, 1), 1, norms=True)
     with pytest.raises(ValueError, match="one segment"):
         Engine(model, SETTINGS, 1000).run(parts, reader, divisible=False)
@@ -179,5 +182,5 @@ def test_an_embedding_row_that_never_occurs_gets_nothing() -> None:
     direction = {name: torch.zeros_like(p) for name, p in trainable_parameters(model).items()}
     direction["gpt_neox.embed_in.weight"][absent] = 1.0
     reader = ExactReader([direction], 1)
-    Engine(model, SETTINGS, 1000).run([segment_of(0, GROUPS[0], SETTINGS)], reader)
+    Engine(model, SETTINGS, 1000).run(segments(GROUPS[:1]), reader)
     assert reader.products_NV.tolist() == [[0.0]]

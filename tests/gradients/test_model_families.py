@@ -11,13 +11,19 @@ import pytest
 import torch
 import transformers
 from tests.gradients.architectures import (
-    COMMON,
     GROUPS,
     SETTINGS,
+    TEXT,
     VOCABULARY,
+    Gradients,
+    autograd,
+    check_gradients,
+    dense_gradients,
     draw_group,
-    perturbed,
+    drawn,
     relative_gap,
+    segments,
+    text,
     with_lora,
 )
 from tests.gradients.footprint import check_unchanged, state
@@ -25,14 +31,13 @@ from torch import Tensor, nn
 
 import cropi
 from cropi.errors import PolicyError
-from cropi.gradients.engine import Engine, segment_of
-from cropi.gradients.exact import DenseReader
+from cropi.gradients.capture import NullReader
+from cropi.gradients.engine import Engine
 from cropi.gradients.groups import Group
 from cropi.gradients.influence_scorer import ScorerOptions
 from cropi.gradients.reference import prompt_gradient
 from cropi.policy import Policy, weights_identity
 
-TEXT = COMMON | {"hidden_size": 32, "initializer_range": 0.3}
 VISION = {
     "hidden_size": 16,
     "intermediate_size": 24,
@@ -46,26 +51,6 @@ ALL_FULL = {"layer_types": ["full_attention"] * 2, "sliding_window": 4}
 MIXED = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4}
 EXPERTS = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 8}
 LATENT = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 8}
-
-
-def drawn(model: Any) -> Any:
-    """The model in float64, with no weight where symmetries hide mistakes."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1 and not parameter.any():
-                parameter.normal_(std=0.3)
-    return perturbed(model.double().eval())
-
-
-def text(prefix: str, model: str | None = None, **settings: Any) -> Callable[[], Any]:
-    """Builds a causal LM of a family; `model` where its class has another prefix than its configuration."""
-
-    def build() -> Any:
-        torch.manual_seed(0)
-        config = getattr(transformers, f"{prefix}Config")(**TEXT | settings)
-        return drawn(getattr(transformers, f"{model or prefix}ForCausalLM")(config))
-
-    return build
 
 
 def vlm(
@@ -180,29 +165,22 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "Aya Vision": vlm("AyaVision", "cohere2", SIGLIP, MIXED | {"logit_scale": 0.25}, image_token_index=40),
 }
 
-Gradients = dict[str, Tensor]
 
-
-def oracle(model: Any, group: Group) -> Gradients:
-    """The gradient of sum_k 1 / (K |tau_k|) sum_t rho_{k,t} A_k: one row of the model's own forward pass at a time."""
-    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    total = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in named.items()}
-    rewards = torch.tensor(group.rewards, dtype=torch.float64)
-    advantages = ((rewards - rewards.mean()) / (rewards.std() + 1e-4)).tolist()
-    for k, completion in enumerate(group.completions):
-        ids = torch.tensor([group.prompt_ids + completion])
-        logits = model(input_ids=ids, use_cache=False).logits[0, len(group.prompt_ids) - 1 : -1]
-        table = torch.log_softmax(logits.double() / SETTINGS.temperature, dim=-1)
-        logprobs = table.gather(1, torch.tensor(completion)[:, None])[:, 0]
-        behaviour = logprobs.detach()
-        if group.behaviour_logprobs is not None:
-            behaviour = torch.tensor(group.behaviour_logprobs[k], dtype=torch.float64)
-        loss = (logprobs - behaviour).exp().sum() * advantages[k] / (len(group.completions) * len(completion))
-        found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
-        for name, gradient in zip(named, found, strict=True):
-            if gradient is not None:
-                total[name] += gradient
-    return total
+LAYOUTS = {
+    "Llama, linear": text("Llama", **rope("linear", factor=4.0)),
+    "Llama, YaRN": text("Llama", **rope("yarn", factor=4.0, original_max_position_embeddings=16)),
+    "Gemma": text("Gemma", num_key_value_heads=1),
+    "GPTBigCode, positions in a table": text("GPTBigCode", activation_function="gelu"),
+    "OLMo 2, norms across heads": text("Olmo2"),
+    "Phi, partial rotation": text("Phi", qk_layernorm=True, tie_word_embeddings=False),
+    "Phi-3, fused projections": text("Phi3"),
+    "StableLM, norms of heads": text("StableLm", num_key_value_heads=1, use_qkv_bias=True),
+    "Starcoder 2, biases": text("Starcoder2", num_key_value_heads=1),
+    "SmolLM 3, layers without rotation": text("SmolLM3", no_rope_layers=[0, 1]),
+    "GLM 4, norms after": text("Glm4", num_key_value_heads=1),
+    "Qwen3-MoE without experts": text("Qwen3Moe", num_experts=2, mlp_only_layers=[0, 1]),
+    "Qwen2 with some windows": text("Qwen2", use_sliding_window=True, sliding_window=3, max_window_layers=1),
+}
 
 
 def inner(first: Gradients, second: Gradients) -> float:
@@ -211,17 +189,7 @@ def inner(first: Gradients, second: Gradients) -> float:
 
 def check_family(model: Any, tolerance: float = 1e-5) -> None:
     """Gradients by parameter, and dot and cosine of two groups on the third."""
-    expected = [oracle(model, group) for group in GROUPS]
-    engine = Engine(model, SETTINGS, 1000)
-    reader = DenseReader(engine.parameters, engine.vocabulary)
-    engine.run([segment_of(row, group, SETTINGS) for row, group in enumerate(GROUPS)], reader)
-    for name in expected[0]:
-        total = sum(gradients[name] for gradients in expected)
-        if name in reader.gradients:
-            assert relative_gap(reader.gradients[name], total, 1e-6) < tolerance, name
-        else:
-            assert not total.any(), name
-    *train, aim = expected
+    *train, aim = check_gradients(model, tolerance)
     dots = [inner(gradient, aim) for gradient in train]
     lengths = [math.sqrt(inner(gradient, gradient) * inner(aim, aim)) for gradient in train]
     for score, right in (("dot", dots), ("cosine", [dot / both for dot, both in zip(dots, lengths, strict=True)])):
@@ -239,10 +207,15 @@ def check_family(model: Any, tolerance: float = 1e-5) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_all_weights_of_a_family(name: str) -> None:
     model = FAMILIES[name]()
-    oracle(model, GROUPS[0])  # some models keep what a first pass has found
+    autograd(model, GROUPS[0])  # some models keep what a first pass has found
     before = state(model)
     check_family(model)
     check_unchanged(model, before)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_gradients_of_other_layouts(name: str) -> None:
+    check_gradients(LAYOUTS[name]())
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -333,7 +306,7 @@ def test_the_identity_of_quantised_weights_tells_them_apart() -> None:
 def test_by_reference_every_row_is_rotated_by_its_own_length() -> None:
     group = draw_group(6, [30, 5, 8, 9, 20], seed=5)  # on both sides of the length, 15
     model = FAMILIES["Phi-3, longrope"]()
-    found, expected = prompt_gradient(model, group, SETTINGS).gradients, oracle(model, group)
+    found, expected = prompt_gradient(model, group, SETTINGS).gradients, autograd(model, group)
     for parameter in expected:
         assert relative_gap(found[parameter], expected[parameter], 1e-6) < 1e-5, parameter
 
@@ -341,9 +314,8 @@ def test_by_reference_every_row_is_rotated_by_its_own_length() -> None:
 @pytest.mark.parametrize("name", ["Phi-3, longrope", "Llama, dynamic"])
 def test_a_row_beyond_the_length_where_rotation_changes_is_refused(name: str) -> None:
     longer = Group("long", [5] * 6, [[3] * 10, [4] * 2], [1.0, 0.0], None)  # 16 tokens; the length is 15
-    engine = Engine(FAMILIES[name](), SETTINGS, 1000)
     with pytest.raises(PolicyError, match=r"above 15 tokens.* has 16"):
-        engine.run([segment_of(0, longer, SETTINGS)], DenseReader(engine.parameters, engine.vocabulary))
+        dense_gradients(FAMILIES[name](), [longer])
 
 
 class Sometimes(nn.Module):
@@ -380,6 +352,6 @@ def test_a_layer_that_only_some_texts_reach_is_refused_when_one_does() -> None:
     model = text("Llama")()
     model.model.layers[0].mlp = Sometimes(model.model.layers[0].mlp)
     engine = Engine(model.eval(), SETTINGS, 1000)
-    segment = segment_of(0, Group("p", [5, 6, 7], [[3, 4, 5], [6, 7, 8]], [1.0, 0.0], None), SETTINGS)
+    reached = Group("p", [5, 6, 7], [[3, 4, 5], [6, 7, 8]], [1.0, 0.0], None)
     with pytest.raises(PolicyError, match="Linear for some texts only"):
-        engine.run([segment], DenseReader(engine.parameters, engine.vocabulary))
+        engine.run(segments([reached]), NullReader())

@@ -9,11 +9,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.gradients.architectures import GROUPS, SETTINGS, draw_group, relative_gap, tiny, without_casts
+from tests.gradients.architectures import (
+    GROUPS,
+    SETTINGS,
+    draw_group,
+    random_gradients,
+    relative_gap,
+    segments,
+    tiny,
+    without_casts,
+)
 from torch import Tensor
 
 from cropi.functional.projection import SparseProjection, principal_directions
-from cropi.gradients.engine import Engine, segment_of
+from cropi.gradients.engine import Engine
 from cropi.gradients.exact import DenseReader, ExactReader
 from cropi.gradients.group_influence import influence
 from cropi.gradients.groups import Group
@@ -41,18 +50,6 @@ def case(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tup
     return model, MODELS[request.param]
 
 
-def segments() -> list[Segment]:
-    found = [segment_of(row, group, SETTINGS) for row, group in enumerate(TRAIN)]
-    assert None not in found
-    return found
-
-
-def random_gradients(model: Any, seed: int) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    parameters = trainable_parameters(model)
-    return {n: torch.randn(p.shape, dtype=p.dtype, generator=generator) for n, p in parameters.items()}
-
-
 def dense(engine: Engine, parts: Sequence[Segment], divisible: bool) -> Tensor:
     reader = DenseReader(engine.parameters, engine.vocabulary)
     engine.run(parts, reader, divisible=divisible)
@@ -60,13 +57,13 @@ def dense(engine: Engine, parts: Sequence[Segment], divisible: bool) -> Tensor:
 
 
 def products(engine: Engine, parts: Sequence[Segment], divisible: bool) -> Tensor:
-    reader = ExactReader([random_gradients(engine.model, seed) for seed in (1, 2)], len(TRAIN))
+    reader = ExactReader([random_gradients(trainable_parameters(engine.model), seed) for seed in (1, 2)], len(TRAIN))
     engine.run(parts, reader, divisible=divisible)
     return reader.products_NV
 
 
 def squares(engine: Engine, parts: Sequence[Segment], divisible: bool) -> Tensor:
-    reader = ExactReader([random_gradients(engine.model, 1)], len(TRAIN), norms=True)
+    reader = ExactReader([random_gradients(trainable_parameters(engine.model), 1)], len(TRAIN), norms=True)
     engine.run(parts, reader, divisible=False)
     return reader.squares_N[:, None]
 
@@ -78,7 +75,7 @@ def uniform(engine: Engine, parts: Sequence[Segment], divisible: bool) -> Tensor
 
 
 def structured(engine: Engine, parts: Sequence[Segment], divisible: bool) -> Tensor:
-    gradients = random_gradients(engine.model, 3)
+    gradients = random_gradients(trainable_parameters(engine.model), 3)
     directions = {name: principal_directions(gradients[name], gradients[name][0], 3) for name in engine.matrices}
     projection = SparseProjection(64, 0.3, 5)
     gradient_map = StructuredMap(projection, engine.parameters, directions)
@@ -96,7 +93,7 @@ def gap(found: Tensor, expected: Tensor) -> float:
 def test_any_company_order_and_budget_give_the_same(case: tuple[Any, float], run: Run) -> None:
     model, tolerance = case
     engine = Engine(model, SETTINGS, 10_000)
-    parts = segments()
+    parts = segments(TRAIN)
     together = run(engine, parts, True)
     assert bool((together != 0).any(dim=1).all())
     apart = sum(run(engine, [part], True) for part in parts)
@@ -111,7 +108,7 @@ def test_any_company_order_and_budget_give_the_same(case: tuple[Any, float], run
 def test_a_group_is_the_sum_of_its_trajectories(case: tuple[Any, float], run: Run) -> None:
     model, tolerance = case
     engine = Engine(model, SETTINGS, 10_000)
-    parts = segments()
+    parts = segments(TRAIN)
     together = run(engine, parts, True)
     single = [one for part in parts for one in part.alone()]
     assert len(single) == sum(len(group.completions) for group in TRAIN)
@@ -187,8 +184,7 @@ def test_influence_by_engine_is_that_of_the_reference() -> None:
 
 
 def one_pack(groups: list[Group]) -> Pack:
-    found = [segment_of(row, group, SETTINGS) for row, group in enumerate(groups)]
-    return make_pack([segment for segment in found if segment is not None], torch.device("cpu"))
+    return make_pack(segments(groups), torch.device("cpu"))
 
 
 def test_layout_of_a_pack_by_hand() -> None:
@@ -217,8 +213,8 @@ def test_rows_of_attention_hold_prompt_and_one_completion_each() -> None:
     assert torch.equal(torch.tensor(ids)[pack.rows.scatter_S], pack.input_ids_S)
 
 
-def test_plan_keeps_to_the_budget_and_to_the_number_of_segments() -> None:
-    parts = segments()
+def test_plan_keeps_to_the_budget_and_to_the_number_of_segments(TRAIN) -> None:
+    parts = segments(TRAIN)
     for budget in (1, 14, 25, 40, 1000):
         for most in (None, 1, 2):
             packs = plan(parts, budget, most)

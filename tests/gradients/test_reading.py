@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -10,9 +11,12 @@ import torch
 from tests.gradients.architectures import BUILDERS, VOCABULARY, tiny
 from tests.gradients.test_every_causal_lm import build
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from cropi.errors import PolicyError
-from cropi.gradients.reading import Direction, LowRank, Reader
+from cropi.gradients.direction import DirectionSketch
+from cropi.gradients.layer_taps import matrix_parameters
+from cropi.gradients.training_influence import Direction, LowRank, Reader
 
 Loss = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
 SIDES = ("left", "right")
@@ -276,3 +280,25 @@ def test_of_other_architectures_it_is_right_in_what_it_reads_and_knows_the_rest(
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in whole)
     assert gap(passed(), expected(model, directions, ids, mask, WEIGHTS)) < 1e-5
+
+
+def counted(model: nn.Module, around: Any) -> int:
+    """Operations of matrix products in a forward and backward pass over 4 rows of 50 tokens."""
+    inputs = torch.randn(4, 50, 12, requires_grad=True)
+    with FlopCounterMode(display=False) as counter, around:
+        model(inputs).square().sum().backward()
+    return counter.get_total_flops()
+
+
+def test_what_reading_costs_is_what_torch_counts() -> None:
+    model = nn.Sequential(nn.Linear(12, 20, bias=False), nn.Linear(20, 16, bias=False))
+    alone, tokens, own = counted(model, nullcontext()), 4 * 50, matrix_parameters(model)
+    assert alone == 3 * 2 * tokens * own
+    reader = Reader(model, directions_for(model, count=3, rank=2))
+    read = counted(model, reader.reading(torch.arange(4))) - alone
+    assert reader.products == 3 * 2 * (32 + 36)
+    assert read == 2 * (tokens * reader.products + 4 * 2 * 6 * 3)  # and sums over the ranks of a direction
+    sketch = DirectionSketch(model, rank=2, parts=1)
+    sketched = counted(model, sketch.sketching(torch.zeros(4, dtype=torch.int64))) - alone
+    assert sketched == 2 * tokens * sketch.products
+    assert sketch.products == (5 + 11) * (32 + 36)

@@ -3,16 +3,26 @@ inner products have the expectation and the variance that `SparseProjection` sta
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
 import pytest
 import torch
-from tests.gradients.architectures import GROUPS, SETTINGS, relative_gap, tiny, tiny_lora, without_casts
+from tests.gradients.architectures import (
+    GROUPS,
+    SETTINGS,
+    Gradients,
+    relative_gap,
+    segments,
+    tiny,
+    tiny_lora,
+    without_casts,
+)
 from torch import Tensor, nn
 
 from cropi.functional.projection import SparseProjection, principal_directions
-from cropi.gradients.engine import Engine, segment_of
+from cropi.gradients.engine import Engine
 from cropi.gradients.reference import prompt_gradient
 from cropi.gradients.sketch import GradientMap, SketchReader, StructuredMap, UniformMap, project
 
@@ -24,8 +34,6 @@ PROJECTIONS = {
     "rank 3": SparseProjection(dim=1 << 15, keep_fraction=0.3, seed=5, rank=3),
     "rank 8": SparseProjection(dim=512, keep_fraction=0.1, seed=6, rank=8),
 }
-
-Gradients = dict[str, Tensor]
 
 
 def random_gradients(shapes: dict[str, tuple[int, ...]], seed: int) -> Gradients:
@@ -87,7 +95,7 @@ def test_features_are_projections_of_whole_gradients(model: Any, kind: str) -> N
     directions = random_directions(shapes, engine.matrices, projection.rank)
     gradient_map = make_map(projection, shapes, directions)
     reader = SketchReader(gradient_map, len(GROUPS), torch.float64)
-    engine.run([segment_of(row, group, SETTINGS) for row, group in enumerate(GROUPS)], reader)
+    engine.run(segments(), reader)
     for row, group in enumerate(GROUPS):
         gradients = prompt_gradient(model, group, SETTINGS, batch_tokens=1).gradients
         expected = written_out(projection, gradients, directions)
@@ -120,10 +128,6 @@ MASKS = {
 }
 
 
-def reseeded(projection: SparseProjection, seed: int) -> SparseProjection:
-    return SparseProjection(**{**projection.__dict__, "seed": seed})
-
-
 def pair(shapes: dict[str, tuple[int, ...]]) -> tuple[Gradients, Gradients]:
     """Two gradients whose inner product is not near 0."""
     u, noise = random_gradients(shapes, 1), random_gradients(shapes, 2)
@@ -141,7 +145,7 @@ def products_over_seeds(
     directions = random_directions(shapes, MATRICES & set(shapes), projection.rank)
     found = []
     for seed in range(seeds):
-        gradient_map = make_map(reseeded(projection, seed), shapes, directions)
+        gradient_map = make_map(dataclasses.replace(projection, seed=seed), shapes, directions)
         found.append(float(project(gradient_map, u) @ project(gradient_map, v)))
     return torch.tensor(found, dtype=torch.float64), directions
 
@@ -244,7 +248,7 @@ def test_a_policy_of_which_the_embedding_alone_is_trained() -> None:
     for projection in (PROJECTIONS["uniform"], PROJECTIONS["rank 3"]):
         shapes = {name: tuple(parameter.shape) for name, parameter in engine.parameters.items()}
         reader = SketchReader(make_map(projection, shapes, {}), 1, torch.float64)
-        engine.run([segment_of(0, GROUPS[0], SETTINGS)], reader)
+        engine.run(segments(GROUPS[:1]), reader)
         gradients = prompt_gradient(model, GROUPS[0], SETTINGS).gradients
         assert relative_gap(reader.features_ND[0], written_out(projection, gradients, {})) < 1e-9
 
@@ -259,7 +263,7 @@ def test_float32_features_are_those_of_float64_rounded() -> None:
         parameters, directions = engine.parameters, random_directions(shapes, engine.matrices, 3)
         gradient_map = StructuredMap(PROJECTIONS["rank 3"], parameters, directions)
         reader = SketchReader(gradient_map, len(GROUPS), dtype)
-        engine.run([segment_of(row, group, SETTINGS) for row, group in enumerate(GROUPS)], reader)
+        engine.run(segments(), reader)
         features.append(reader.features_ND)
     assert features[0].dtype == torch.float32
     assert relative_gap(features[0].double(), features[1]) < 1e-5

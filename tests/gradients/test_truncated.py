@@ -8,14 +8,13 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from tests.gradients.architectures import Gradients, dense_gradients
 from tests.runs import SMALL, cropi_ok
 from trl import GRPOConfig, GRPOTrainer
 
 from cropi.artifacts import OK, TRAJECTORIES, TRUNCATED, read_table, write_table
 from cropi.config import PolicyConfig
 from cropi.functional.surrogate import NORMALIZER_OF_LOSS
-from cropi.gradients.engine import Engine, segment_of
-from cropi.gradients.exact import DenseReader
 from cropi.gradients.groups import Group, group_facts, iterate_groups
 from cropi.gradients.reference import prompt_gradient
 from cropi.gradients.surrogate_weights import SurrogateSettings
@@ -24,7 +23,6 @@ from cropi.rollouts.shards import read_trajectories
 from cropi.run_tables import scores_schema
 
 LENGTH, COUNT, TEMPERATURE = 6, 8, 1.3
-Gradients = dict[str, torch.Tensor]
 
 
 class Watching(GRPOTrainer):
@@ -37,6 +35,13 @@ class Watching(GRPOTrainer):
         self.gradient: Gradients = {name: g.double() for name, g in zip(named, found, strict=True)}
         self.prompt_ids = inputs["prompt_ids"][0][inputs["prompt_mask"][0].bool()].tolist()
         return loss
+
+
+def row(k: int, prompt: list[int], completion: list[int], logprobs: list[float] | None, status: str) -> dict[str, Any]:
+    """A trajectory as it is stored; its reward is k modulo 3."""
+    ids = {"prompt_ids": prompt, "completion_ids": completion, "behaviour_logprobs": logprobs}
+    told = {"completion": "", "reward": float(k % 3), "verdict": "", "status": status}
+    return {"prompt_id": "p", "set": "train", "sample": k, **ids, **told}
 
 
 def trained(loss_type: str, folder: Path) -> tuple[Watching, Any, list[dict[str, Any]]]:
@@ -69,18 +74,7 @@ def trained(loss_type: str, folder: Path) -> tuple[Watching, Any, list[dict[str,
     trainer = Watching(policy.model, reward, args=arguments, train_dataset=data, processing_class=policy.tokenizer)
     trainer.train()
     rows = [
-        {
-            "prompt_id": "p",
-            "set": "train",
-            "sample": k,
-            "prompt_ids": trainer.prompt_ids,
-            "completion_ids": ids,
-            "behaviour_logprobs": None,
-            "completion": "",
-            "reward": float(k % 3),
-            "verdict": "",
-            "status": OK if ids[-1] in policy.eos_ids else TRUNCATED,
-        }
+        row(k, trainer.prompt_ids, ids, None, OK if ids[-1] in policy.eos_ids else TRUNCATED)
         for k, ids in enumerate(seen[0])
     ]
     return trainer, load_policy(PolicyConfig(path="builtin", cpu_threads=1)).model, rows
@@ -95,10 +89,7 @@ def stored(rows: list[dict[str, Any]], folder: Path, *, mask: bool) -> Group:
 
 
 def by_engine(model: Any, group: Group, settings: SurrogateSettings) -> Gradients:
-    engine = Engine(model, settings)
-    reader = DenseReader(engine.parameters, engine.vocabulary)
-    engine.run([segment_of(0, group, settings)], reader)
-    return {name: gradient.double() for name, gradient in reader.gradients.items()}
+    return {name: gradient.double() for name, gradient in dense_gradients(model, [group], settings).items()}
 
 
 def by_reference(model: Any, group: Group, settings: SurrogateSettings) -> Gradients:
@@ -126,21 +117,7 @@ def test_the_gradient_is_that_of_trl(loss_type: str, tmp_path: Path) -> None:
 
 
 def test_a_group_of_truncated_completions_alone_has_no_signal(tmp_path: Path) -> None:
-    rows = [
-        {
-            "prompt_id": "p",
-            "set": "train",
-            "sample": k,
-            "prompt_ids": [3],
-            "completion_ids": [4, 5],
-            "behaviour_logprobs": [-1.0, -2.0],
-            "completion": "",
-            "reward": float(k),
-            "verdict": "",
-            "status": TRUNCATED,
-        }
-        for k in range(2)
-    ]
+    rows = [row(k, [3], [4, 5], [-1.0, -2.0], TRUNCATED) for k in range(2)]
     group = stored(rows, tmp_path / "part", mask=True)
     assert (group.completions, group.behaviour_logprobs) == ([[], []], [[], []])
     [facts] = group_facts(read_trajectories(tmp_path / "part", mask_truncated=True)["train"]).values()

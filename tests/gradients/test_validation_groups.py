@@ -13,7 +13,7 @@ from cropi.config import ScoreConfig
 from cropi.curriculum.strategies.learnalign import LearnAlignStrategy
 from cropi.curriculum.strategy import CANDIDATES
 from cropi.errors import SignalError
-from cropi.functional.alignment import halves
+from cropi.functional.influence_formulas import halves
 from cropi.gradients.group_influence import influence
 from cropi.gradients.groups import Group
 from cropi.gradients.influence_scorer import ScorerOptions
@@ -33,7 +33,7 @@ UNEVEN = [group(f"u{n}", [1.0] * (1 + n) + [0.0] * (3 - n)) for n in range(3)]  
 
 
 def scored(folder: Path, strategy: str, *overrides: str) -> tuple[list[dict[str, Any]], Any]:
-    chosen = config("score.projection.keep_fraction=1", f"select.strategy={{type: {strategy}}}", *overrides)
+    chosen = config(f"select.strategy={{type: {strategy}}}", *overrides)
     settings = surrogate_settings(chosen, "dr_grpo", "none")
     (folder / "scores").mkdir(parents=True)
     model, target = tiny_llama(tied=True), folder / "scores"

@@ -36,7 +36,7 @@ def test_passes_over_a_batch(overrides: list[str], passes: int):
         ([], 2),
         (["score.estimator=exact"], 4),  # the quickstart has two validation sets
         (["score.estimator=reference"], 3),
-        (["score.projection={mask: uniform, keep_fraction: 0.1}"], 3),
+        (["score.mask=uniform"], 3),
     ],
 )
 def test_what_a_token_of_the_pool_costs(overrides: list[str], multiple: int):
@@ -60,6 +60,11 @@ def test_work_that_was_interrupted_counts_for_nothing_and_old_lines_are_refused(
 
 def test_tokens_that_are_only_read_cost_a_forward_pass():
     assert flops(load_config("quickstart"), 10, [], [{"forward_tokens": 8}], []).score == 20 * 8
+
+
+def test_low_rank_products_are_charged_where_they_are_made():
+    found = flops(load_config("quickstart"), 10, [], [{"read_passes": 1.5}], [], [{"read_passes": 2.0}, {"step": 1}])
+    assert (found.score, found.train) == (20 * 1.5, 20 * 2.0)
 
 
 def test_of_refilled_batches_all_is_generated_and_a_batch_trained():

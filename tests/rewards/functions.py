@@ -70,30 +70,6 @@ def dies_once(completions: list[str], answer: list[str], **_: Any) -> list[float
     return equal(completions, answer)
 
 
-def prints(completions: list[str], answer: list[str], **_: Any) -> list[float]:
-    print('{"done": [["correct", 0, ""]]}', flush=True)
-    return equal(completions, answer)
-
-
-def starts_another(completions: list[str], answer: list[str], **_: Any) -> list[float]:
-    subprocess.run(["sleep", "300.123"], check=False)
-    return equal(completions, answer)
-
-
-def reads(completions: list[str], answer: list[str], **_: Any) -> list[float]:
-    subprocess.run(["cat"], check=False)
-    assert sys.stdin.read() == ""
-    return equal(completions, answer)
-
-
-def forks(completions: list[str], answer: list[str], **_: Any) -> list[float]:
-    child = os.fork()
-    if child == 0:
-        sys.exit()
-    os.waitpid(child, 0)
-    return equal(completions, answer)
-
-
 def none(completions: list[str], answer: list[str], **_: Any) -> list[float | None]:
     return [None]
 
@@ -185,9 +161,9 @@ async def hangs_later(completions: list[str], answer: list[str], **_: Any) -> li
     return equal(completions, answer)
 
 
-async def verl_score_later(**given: Any) -> Any:
+async def verl_score_later(data_source: str, solution_str: str, **given: Any) -> Any:
     await asyncio.sleep(0.001)
-    return verl_score(**given)
+    return verl_score(data_source, solution_str, **given)
 
 
 def generous(completions: list[str], answer: list[str], **_: Any) -> list[float]:
@@ -248,6 +224,17 @@ def _read() -> None:
 def _close_and_sleep() -> None:
     os.closerange(0, 256)
     time.sleep(1000)
+
+
+def _read_input() -> None:
+    subprocess.run(["cat"], check=False)
+    assert sys.stdin.read() == ""
+
+
+def _child_that_exits() -> None:
+    if (child := os.fork()) == 0:
+        sys.exit()
+    os.waitpid(child, 0)
 
 
 def _exhaust_descriptors() -> None:
@@ -327,7 +314,11 @@ DEEDS: dict[str, tuple[Callable[[], object], str]] = {  # and the verdict on a r
     "read": (_read, TIMEOUT),
     "stop all": (lambda: os.killpg(0, signal.SIGSTOP), TIMEOUT),
     "daemon, hang": (_daemon_and_hang, TIMEOUT),
+    "child, hang": (lambda: subprocess.run(["sleep", os.environ["CROPI_TEST_SLEEP"]], check=False), TIMEOUT),
     "truncate": (_truncate, CORRECT),
+    "read input": (_read_input, CORRECT),
+    "child that exits": (_child_that_exits, CORRECT),
+    "print": (lambda: print('{"done": [["correct", 0, ""]]}', flush=True), CORRECT),
     "descriptors": (_exhaust_descriptors, CORRECT),
     "folder": (lambda: os.chdir("/"), CORRECT),
     "stop parent": (lambda: os.kill(os.getppid(), signal.SIGSTOP), CORRECT),

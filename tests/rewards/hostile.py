@@ -35,130 +35,34 @@ BYTES = [
     "\x7f", "\r\n" * 50, "\t" * 50, "\u2028" * 9, "8\xad9",
 ]  # fmt: skip
 
-# Not a number, another one, or more than one; one a line.
-ODD = r"""nan
-NaN
-inf
--inf
-Infinity
-\infty
--\infty
-\infty - \infty
-\infty/\infty
-0/0
-1/0
-\frac{1}{0}
-\frac{0}{0}
-zoo
-oo
-0^0
-0^{-1}
-\ln 0
-\tan(\pi/2)
-i
-\sqrt{-1}
-8,0
-8.000,5
-7 000
-8'000
-0x8
-0b111
-0o8
-7e0e0
-8_0
-+-7
---8
-8-
-8..0
-.
--
-+
-6 7
-6, 7
-6 or 7
-6 and 7
-7 or 8
-{6,7}
-[6,7]
-(6,7)
-x=6
-y=x
-8=8
-0=0
-x=x
-7<8
-6\frac{1}{2}
-6 1/2
-1 6/7
-7 1/7
-\frac{7}{2}
-7/2
-8\%
-800\%
-0.07
-7\pm 1
-\pm 7
-\approx 8
-\neq 7
-\not 7
-> 7
-\le 7
-\text{not } 7
-not 7
-never
-True
-None
-VIII
-7cm^2x
-7x
-x7
-7\text{ or }8
-7\text{ is wrong; it is }8
-7\text{ (wrong), 8}
-7\text{ or so}
-7 or so
-7_{\text{wrong}}
-**8**
-__8__
-`8`
-*8*
-~~7~~8
-# 8
-- 8
-| 8 |
-\begin{pmatrix} 8 \\ 9 \end{pmatrix}
-\begin{cases} 8 \\ 9 \end{cases}
-\begin{align} 8 \\ 9 \end{align}
-\begin{array} 8 \\ 9 \end{array}
-\begin{tikzpicture} 8 \end{tikzpicture}
-\def\x{\x\x}\x
-\loop\iftrue\repeat
-\newcommand{\a}{\a\a}\a
-\csname x
-\relax"""
+# Not a number, another one, or more than one.
+ODD = r"""
+nan ¦ NaN ¦ inf ¦ -inf ¦ Infinity ¦ \infty ¦ -\infty ¦ \infty - \infty ¦ \infty/\infty ¦ 0/0 ¦ 1/0 ¦ \frac{1}{0}
+\frac{0}{0} ¦ zoo ¦ oo ¦ 0^0 ¦ 0^{-1} ¦ \ln 0 ¦ \tan(\pi/2) ¦ i ¦ \sqrt{-1} ¦ 8,0 ¦ 8.000,5 ¦ 7 000 ¦ 8'000
+0x8 ¦ 0b111 ¦ 0o8 ¦ 7e0e0 ¦ 8_0 ¦ +-7 ¦ --8 ¦ 8- ¦ 8..0 ¦ . ¦ - ¦ + ¦ 6 7 ¦ 6, 7 ¦ 6 or 7 ¦ 6 and 7 ¦ 7 or 8
+{6,7} ¦ [6,7] ¦ (6,7) ¦ x=6 ¦ y=x ¦ 8=8 ¦ 0=0 ¦ x=x ¦ 7<8 ¦ 6\frac{1}{2} ¦ 6 1/2 ¦ 1 6/7 ¦ 7 1/7 ¦ \frac{7}{2}
+7/2 ¦ 8\% ¦ 800\% ¦ 0.07 ¦ 7\pm 1 ¦ \pm 7 ¦ \approx 8 ¦ \neq 7 ¦ \not 7 ¦ > 7 ¦ \le 7 ¦ \text{not } 7 ¦ not 7
+never ¦ True ¦ None ¦ VIII ¦ 7cm^2x ¦ 7x ¦ x7 ¦ 7\text{ or }8 ¦ 7\text{ is wrong; it is }8 ¦ 7\text{ (wrong), 8}
+7\text{ or so} ¦ 7 or so ¦ 7_{\text{wrong}} ¦ **8** ¦ __8__ ¦ `8` ¦ *8* ¦ ~~7~~8 ¦ # 8 ¦ - 8 ¦ | 8 |
+\begin{pmatrix} 8 \\ 9 \end{pmatrix} ¦ \begin{cases} 8 \\ 9 \end{cases} ¦ \begin{align} 8 \\ 9 \end{align}
+\begin{array} 8 \\ 9 \end{array} ¦ \begin{tikzpicture} 8 \end{tikzpicture} ¦ \def\x{\x\x}\x
+\loop\iftrue\repeat ¦ \newcommand{\a}{\a\a}\a ¦ \csname x ¦ \relax
+"""
 
 
 # Numbers that nobody can write down, and work without end.
-ENDLESS = r"""9^{9^{9}}
-9^{9^{9^{9}}}
-9**9**9**9**9
-9^9^9^9
-(10^{10})!
-\frac{1}{9^{9^9}}
-0.5^{10^{9}}
-\Gamma(10^{9})
-(x+y+z)^{200}
-\sum_{k=1}^{9999} k!
-\{9^{9^9}\}
-x=9^{9^9}
-99!!
-99999999!
-\binom{10000000}{5000000}
-\binom{100000000000000}{50000000000000}
-\sum_{k=1}^{100000000} k^{k}
-\prod_{k=1}^{100000000} k
-\int_0^{1} x^x e^{x^x} dx
-\sin \sin \sin \sin \sin \sin \sin \sin \sin \sin \sin \sin \sin \sin \sin \sin \sin \sin \sin \sin 2"""
+ENDLESS = r"""
+9^{9^{9}} ¦ 9^{9^{9^{9}}} ¦ 9**9**9**9**9 ¦ 9^9^9^9 ¦ (10^{10})! ¦ \frac{1}{9^{9^9}} ¦ 0.5^{10^{9}}
+\Gamma(10^{9}) ¦ (x+y+z)^{200} ¦ \sum_{k=1}^{9999} k! ¦ \{9^{9^9}\} ¦ x=9^{9^9} ¦ 99!! ¦ 99999999!
+\binom{10000000}{5000000} ¦ \binom{100000000000000}{50000000000000} ¦ \sum_{k=1}^{100000000} k^{k}
+\prod_{k=1}^{100000000} k ¦ \int_0^{1} x^x e^{x^x} dx
+\sin \sin \sin \sin \sin \sin \sin \sin \sin \sin \sin \sin \sin \sin \sin \sin \sin \sin \sin \sin 2
+"""
+
+
+def listed(text: str) -> list[str]:
+    """What a bar or the end of a line ends."""
+    return [piece.strip() for line in text.strip().split("\n") for piece in line.split("¦")]
 
 
 def nested(opening: str, inner: str, closing: str, depth: int) -> str:
@@ -201,7 +105,7 @@ def expressions(marker: str) -> list[str]:
             "a=" * size + "8",
             "\\cdot ".join(["2"] * size) + "\\cdot x",
         ]
-    found += BYTES + ODD.split("\n") + [""]
+    found += BYTES + listed(ODD) + [""]
     found += [str(n) for n in range(8, 28)]
     return found
 
@@ -211,7 +115,7 @@ def rows(marker: str, gold: str = "7") -> list[tuple[str, str]]:
     found = []
     for expression in dict.fromkeys(expressions(marker)):
         found += [(f"so \\boxed{{{expression}}}", gold), (f"The answer is {expression}", gold)]
-    found += [(f"\\boxed{{{expression}}}", gold) for expression in ENDLESS.split("\n")]
+    found += [(f"\\boxed{{{expression}}}", gold) for expression in listed(ENDLESS)]
     found += [
         ("\\boxed{7} no: \\boxed{8}", gold),
         ("\\boxed{7}\\boxed{8}", gold),

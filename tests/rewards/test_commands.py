@@ -14,10 +14,9 @@ from typing import Any
 import pytest
 
 from cropi.errors import ConfigError
-from cropi.loading import load_config, parse_verifier
+from cropi.loading import load_config
 from cropi.rewards.reward_audit import audit_of
 from cropi.rewards.verifiers.exact_text import ExactVerifier
-from cropi.rewards.verifiers.numeric import NumericVerifier
 from tests.runs import cropi
 
 
@@ -85,7 +84,7 @@ def test_grades_are_shown(tmp_path: Path) -> None:
         ("", ["--verifier", "exact", "--option", "mark=x"], "unknown key verifier.mark"),
         (
             "",
-            ["--verifier", "verl", "--option", "graded=true", "--option", "threshold=1.5"],
+            ["--verifier", "function", "--option", "path=a.b", "--option", "graded=true", "--option", "threshold=1.5"],
             "threshold must be above 0 and at most 1 where graded",
         ),
         ("", ["--verifier", "exact", "--option", "marker"], "key.path=value"),
@@ -127,11 +126,6 @@ def test_an_interrupt_ends_it_at_once(tmp_path: Path) -> None:
         assert running.wait(timeout=10) == 130
 
 
-def test_parse_verifier() -> None:
-    assert parse_verifier("exact", ["marker=answer"]) == ExactVerifier(type="exact", marker="answer")
-    assert parse_verifier("numeric", []) == NumericVerifier(type="numeric")
-
-
 PROMPTS = [
     {"prompt_id": name, "source": source, "messages": '"?"', "answer": answer, "extra": None}
     for name, source, answer in (("a", "easy", "1"), ("b", "easy", "2"), ("c", "hard", "3"), ("d", "hard", "none"))
@@ -167,6 +161,7 @@ def test_an_audit_of_grades_tells_their_mean() -> None:
         "hard": {"completions": 1, "in_format": 1, "right": 0, "reward": 0.2},
     }
     assert audit.fixes == []  # not hopeless: it earns something
+    assert "nothing to fix" in audit.as_text()
     assert "0.611" in audit.as_text()
 
 
@@ -218,13 +213,6 @@ def test_an_audit_tells_of_answers_that_need_no_thought() -> None:
     assert audit.as_json()["cheap"] == audit.cheap
     assert "cheap in measures: 'nan' earns 100% on 20 rows (chance 5%)" in audit.as_text()
     assert any("earn more than chance in measures" in text for text in audit.fixes)
-
-
-def test_nothing_to_fix() -> None:
-    config = load_config("quickstart", ["verifier={type: numeric}"])
-    audit = audit_of(config, PROMPTS[:3], PROMPTS[:3], ["1", "2", "3"], "by hand", None)
-    assert audit.fixes == []
-    assert "nothing to fix" in audit.as_text()
 
 
 def test_the_command_samples_where_nothing_is_collected_and_writes_nothing(tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ import pytest
 from cropi.rewards.verdicts import CORRECT, UNPARSEABLE_ANSWER, UNPARSEABLE_GOLD, WRONG, Answered, Graded, reward
 from cropi.rewards.verifiers.python_function import FunctionVerifier
 from cropi.rewards.verifiers.reasoning_gym import ReasoningGymVerifier, is_formula
-from cropi.rewards.verifiers.verl import VerlVerifier
 
 HERE = "tests.rewards.functions"
 LEVEL = json.dumps({"level": 3})
@@ -44,8 +43,7 @@ def test_a_grade_is_the_reward_and_the_threshold_still_says_what_is_right() -> N
     assert graded(Answered("0.25", "7")) == Graded(WRONG, 0.25)  # type: ignore[operator]
     assert graded(Answered("0.6", "7")) == Graded(CORRECT, 0.6)  # type: ignore[operator]
     assert function("none", graded=True)(Answered("7", "7")) == UNPARSEABLE_GOLD  # type: ignore[operator]
-    verl = VerlVerifier(type="verl", path=f"{HERE}.verl_score", graded=True).load()
-    assert verl(Answered("7", "7", "sums")) == Graded(CORRECT, 1.0)
+    assert function("verl_score", graded=True)(Answered("7", "7", "sums")) == Graded(CORRECT, 1.0)  # type: ignore[operator]
     assert graded(Answered(repr(0.2 + 0.4 + 0.3 + 0.1), "7")) == Graded(CORRECT, 1.0)  # type: ignore[operator]
     assert graded(Answered("-1e-9", "7")) == Graded(WRONG, 0.0)  # type: ignore[operator]
     for outside in ("1.5", "-0.5", "inf", "1.00001"):
@@ -104,7 +102,8 @@ def test_trl_s_own_accuracy_reward() -> None:
 
 @pytest.mark.parametrize("name", ["verl_score", "verl_score_later"])
 def test_verl(name: str) -> None:
-    verify = VerlVerifier(type="verl", path=f"{HERE}.{name}").load()
+    """A function in verl's form is known by its signature."""
+    verify: Any = function(name)
     assert verify(Answered("7", "7", "sums")) == CORRECT
     assert verify(Answered("8", "7", "sums")) == WRONG
     assert verify(Answered("8", "7", "other", "", LEVEL)) == CORRECT
@@ -150,23 +149,12 @@ def test_a_task_that_does_not_exist_is_an_unreadable_gold_answer() -> None:
 @pytest.mark.parametrize(
     ("answer", "expected"),
     [
-        ("3*x**2 + 2*x - sin(x)", True),
-        ("(7 + 5) * 2 - 1", True),
-        ("4! / 2", True),
-        ("-cos(2*x)/4 + C", True),
-        ("3*Integral(x**3*cos(3*x), x) + C", True),
-        ("__import__('os').system('x')", False),
-        ("sympify('a'+'b')", False),
-        ("S(a)", False),
-        ("N(x)", False),
-        ("x.y", False),
-        ("eval(a)", False),
-        ("lambda: 1", False),
-        ("0x77 # 67 50 20 82", False),
-        ("0x18", False),
-        ("[1, 2]", False),
+        ("3*x**2 + 2*x - sin(x)", True), ("(7 + 5) * 2 - 1", True), ("4! / 2", True), ("-cos(2*x)/4 + C", True),
+        ("3*Integral(x**3*cos(3*x), x) + C", True), ("__import__('os').system('x')", False),
+        ("sympify('a'+'b')", False), ("S(a)", False), ("N(x)", False), ("x.y", False), ("eval(a)", False),
+        ("lambda: 1", False), ("0x77 # 67 50 20 82", False), ("0x18", False), ("[1, 2]", False),
     ],
-)
+)  # fmt: skip
 def test_what_may_be_given_to_sympy(answer: str, expected: bool) -> None:
     assert is_formula(answer) is expected
 

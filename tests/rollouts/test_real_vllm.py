@@ -16,7 +16,7 @@ from tests.runs import SMALL
 from tests.stages.killed import collected_through
 
 from cropi.builtin import POLICY_DIR
-from cropi.config import PolicyConfig, VllmConfig
+from cropi.config import PolicyConfig
 from cropi.loading import load_config
 from cropi.policy import Policy, load_policy
 from cropi.rollouts.generation import Sampling, TransformersGenerator
@@ -29,7 +29,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
 
 WEIGHTS = PolicyConfig(path="builtin", cpu_threads=1)
 # On CPUs vLLM cannot put back the seed of a prompt that it has computed in two pieces (seen with 0.32).
-ENGINE = VllmConfig(options={"max_model_len": 128, "enforce_eager": True, "enable_chunked_prefill": False})
+ENGINE = {"max_model_len": 128, "enforce_eager": True, "enable_chunked_prefill": False}
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -14,7 +14,7 @@ import pytest
 from tests.runs import SMALL
 
 from cropi.builtin import POLICY_DIR
-from cropi.config import PolicyConfig, VllmConfig
+from cropi.config import PolicyConfig
 from cropi.errors import ConfigError, PolicyError
 from cropi.loading import load_config
 from cropi.policy import Policy, load_policy
@@ -92,7 +92,7 @@ def prompts(policy: Policy, count: int) -> list[list[int]]:
 
 @pytest.mark.usefixtures("vllm")
 def test_completions_are_plain_samples_in_order_each_with_its_seed(policy: Policy) -> None:
-    engine = VllmGenerator(policy, WEIGHTS, VllmConfig(options={"max_num_seqs": 4}))
+    engine = VllmGenerator(policy, WEIGHTS, {"max_num_seqs": 4})
     asked = prompts(policy, 3) * 2
     drawn = engine(asked, SAMPLING, seed=1)
     assert [request["prompt_token_ids"] for request, _ in Engine.requests] == asked
@@ -116,7 +116,7 @@ def test_completions_are_plain_samples_in_order_each_with_its_seed(policy: Polic
 @pytest.mark.usefixtures("vllm")
 def test_a_run_collects_through_it_and_gives_its_memory_back(tmp_path: Path) -> None:
     few = ["prompts.train.0.count=3", "collect.num_generations=4", "collect.validation_num_generations=4"]
-    config = load_config("quickstart", [*SMALL, *few, f"run_dir={tmp_path}", "collect.vllm.options.max_model_len=128"])
+    config = load_config("quickstart", [*SMALL, *few, f"run_dir={tmp_path}", "collect.vllm.max_model_len=128"])
     Engine.policy = load_policy(config.policy)
     pipeline = Run(config)
     collect(pipeline)
@@ -129,7 +129,7 @@ def test_a_run_collects_through_it_and_gives_its_memory_back(tmp_path: Path) -> 
 
 @pytest.mark.usefixtures("vllm")
 def test_what_it_refuses_is_said(policy: Policy) -> None:
-    engine = VllmGenerator(policy, WEIGHTS, VllmConfig(options={"gpu_memory_utilization": 0.99}))
+    engine = VllmGenerator(policy, WEIGHTS, {"gpu_memory_utilization": 0.99})
     with pytest.raises(PolicyError, match="Free memory on device is less than desired"):
         engine(prompts(policy, 1), SAMPLING, seed=1)
 
@@ -137,7 +137,7 @@ def test_what_it_refuses_is_said(policy: Policy) -> None:
 def test_without_vllm_the_message_says_what_to_install(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(PolicyError, match="vLLM is not installed"):
-        VllmGenerator(policy, WEIGHTS, VllmConfig())(prompts(policy, 1), SAMPLING, seed=1)
+        VllmGenerator(policy, WEIGHTS, {})(prompts(policy, 1), SAMPLING, seed=1)
 
 
 def test_one_backend() -> None:

@@ -1,4 +1,4 @@
-"""The `score` stage on hand-made trajectories: rows, statuses, the feature store, and what an interruption costs."""
+"""The `score` stage on hand-made trajectories: rows, statuses, and what an interruption costs."""
 
 import random
 from collections.abc import Callable
@@ -8,18 +8,17 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-import torch
 from tests.conftest import tiny_llama
 from tests.runs import SMALL
 
 from cropi.artifacts import TRAJECTORIES, read_table
 from cropi.config import Config
 from cropi.errors import ConfigError, SignalError
+from cropi.functional.projection import KEPT
 from cropi.gradients import score_shards
 from cropi.gradients.group_influence import influence
 from cropi.gradients.groups import Group, iterate_groups
 from cropi.gradients.influence_scorer import Scorer, ScorerOptions
-from cropi.gradients.score_shards import read_directions, read_features
 from cropi.gradients.surrogate_weights import surrogate_settings
 from cropi.loading import load_config
 from cropi.run_tables import scores_schema
@@ -65,8 +64,7 @@ TABLES = {
 
 
 def config(*overrides: str) -> Config:
-    plain = ["score.projection.dim=4096"]
-    return load_config("quickstart", [*SMALL, *plain, *overrides])
+    return load_config("quickstart", [*SMALL, *overrides])
 
 
 def run(folder: Path, *overrides: str, tables: dict[str, pa.Table] = TABLES) -> tuple[list[dict[str, Any]], Any]:
@@ -83,8 +81,9 @@ def values(rows: list[dict[str, Any]]) -> np.ndarray:
 
 
 @pytest.mark.parametrize("estimator", ["sketch", "exact", "reference"])
-def test_rows_and_statuses(tmp_path: Path, estimator: str) -> None:
-    rows, details = run(tmp_path, f"score.estimator={estimator}", "score.projection.keep_fraction=1")
+def test_rows_and_statuses(tmp_path: Path, estimator: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(KEPT, "structured", 1.0)
+    rows, details = run(tmp_path, f"score.estimator={estimator}")
     assert [row["prompt_id"] for row in rows] == list(SOURCES)
     assert {row["prompt_id"]: row["status"] for row in rows if row["status"] != "ok"} == {
         "solved": "no_signal",
@@ -208,29 +207,6 @@ def run_twice(
     return run(folder, *overrides)
 
 
-@pytest.mark.parametrize("override", ["score.store=float32", "score.standard_errors=true"])
-def test_features_and_errors_need_the_sketch(override: str) -> None:
+def test_errors_need_the_sketch() -> None:
     with pytest.raises(ConfigError, match="needs estimator=sketch"):
-        config(override, "score.estimator=exact")
-
-
-@pytest.mark.parametrize("errors", ["false", "true"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_kept_features_give_the_scores_and_outlive_an_interruption(
-    dtype: str, errors: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(score_shards, "SHARD_PROMPTS", 4)
-    errors = f"score.standard_errors={errors}"
-    plain, _ = run(tmp_path / "a", errors)
-    rows, _ = run_twice(tmp_path / "b", monkeypatch, errors, f"score.store={dtype}")
-    assert rows == plain
-    folder, settings = tmp_path / "b" / "scores", surrogate_settings(config(), "dr_grpo", "none")
-    scorer = score_shards.make_scorer(config(), tiny_llama(tied=True), settings)
-    scorer.aim({"sum": VALIDATION, "other": OTHER}, layer_directions=read_directions(folder))
-    kept = list(read_features(folder))
-    assert [len(ids) for ids, _ in kept] == [4, 4, 2]  # nine and the broken one
-    of_prompt = dict(zip([i for ids, _ in kept for i in ids], torch.cat([found for _, found in kept]), strict=True))
-    products = torch.stack([of_prompt[g.prompt_id] for g in MIXED]) @ scorer.features_VD.float().T
-    bound = {"float32": 1e-5, "bfloat16": 5e-3}[dtype] * np.abs(values(plain)).max()
-    np.testing.assert_allclose(products[:, 0], values(plain)[: len(MIXED)], atol=bound)
-    np.testing.assert_allclose(products[:, 1], scorer(MIXED).products_NV[:, 1], atol=bound)
+        config("score.standard_errors=true", "score.estimator=exact")

@@ -5,13 +5,19 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from tests.runs import SMALL, cropi, json_lines
+from trl import GRPOConfig
 
+from cropi.config import PolicyConfig
+from cropi.curriculum.curriculum import Curriculum
 from cropi.errors import ConfigError
+from cropi.inspection import _validation_completions
 from cropi.loading import load_config
+from cropi.policy import load_policy
 from cropi.training.curriculum_state import load_state
 from cropi.training.grpo_settings import grpo_config
 
@@ -63,6 +69,36 @@ def test_validation_completions_directions_representations_and_choices_are_charg
     assert any(line["phase"] == "score" and line.get("forward_tokens", 0) > 0 for line in lines)
     assert sum(line["phase"] == "select" and line["stage"] is not None for line in lines) >= 6
     assert not any(line["phase"] == "collect" and line["stage"] is None for line in lines)
+    batches, steps = (json_lines(online / name) for name in ("rewards.jsonl", "steps.jsonl"))
+    policy = load_policy(PolicyConfig(path="builtin")).model
+    shapes = [m.weight.shape for m in policy.modules() if isinstance(m, torch.nn.Linear)]
+    for number, (batch, step) in enumerate(zip(batches, steps, strict=True)):
+        sides = sum(map(sum, shapes if number == 0 else shapes[:-1]))  # then it is known that TRL's head is not read
+        tokens, both = batch["tokens"] + batch["prompt_tokens"], 2 * 8  # halves of a direction, of rank 8
+        expected = both * tokens * sides / sum(n_out * n_in for n_out, n_in in shapes)
+        assert step["read_passes"] == pytest.approx(expected)
+
+
+def test_check_estimates_what_the_run_then_spends(online: Path, tmp_path: Path) -> None:
+    done = cropi("check", "quickstart", *SETTINGS, "select.strategy={type: cropi}", "--json", cwd=tmp_path)
+    estimates = json.loads(done.stdout)["estimates"]
+    (represented,) = [line for line in json_lines(online / "ledger.jsonl") if "forward_tokens" in line]
+    assert estimates["representation_tokens"] == represented["forward_tokens"]
+    spent = load_state(online / "checkpoints" / "checkpoint-6")["curriculum"]
+    rounds = json.loads(spent["facts"].tobytes().decode())["rounds"]
+    assert estimates["validation_completions"] == len(rounds) * 3 * 32  # three generation batches of 32
+    assert "trajectories" not in estimates
+
+
+@pytest.mark.parametrize(("steps", "rounds"), [(1, 1), (8, 1), (9, 2), (24, 2), (25, 3), (57, 4)])
+def test_check_knows_the_rounds_of_the_curriculum(steps: int, rounds: int) -> None:
+    curriculum, taken = Curriculum(np.eye(4), {"one": np.eye(4)}, seed=0, completions=16), 0
+    for step in range(steps):
+        if counts := curriculum.validation_due(step).get("one"):
+            taken += sum(counts)
+            curriculum.observe_validation("one", 0, [0.0, 1.0], step=step)
+    settings = GRPOConfig(per_device_train_batch_size=16, num_generations=8, use_cpu=True, bf16=False)
+    assert taken == _validation_completions(steps, settings) == rounds * 48
 
 
 def test_the_loader_asks_one_batch_ahead_within_a_stage(online: Path) -> None:

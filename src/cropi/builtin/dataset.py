@@ -26,7 +26,6 @@ def generate(
     level: Difficulty | None = None,
     label_noise: float = 0.0,
     label_rule: str = "right",
-    hint: float = 0.0,
     distractors: int = 0,
 ) -> list[dict[str, Any]]:
     """`count` distinct problems of one family as rows; the same arguments give the same rows in any process.
@@ -35,16 +34,16 @@ def generate(
     A problem belongs to the split that the hash of its prompt says (80 % train, 10 % validation, 10 % test), so
     splits are disjoint whatever the seeds. Exactly ``round(label_noise * count)`` rows, chosen by the seed, carry a
     wrong but plausible answer. With the label rule ``stop_early`` every row carries the answer of one who stops one
-    item early, right or wrong. A `hint` puts the first ``ceil(hint * words)`` words of the worked steps at the end of
-    the prompt, style first; at 1 only ``answer X`` is left to say. `distractors` are so many words behind the family's
-    name that say nothing (see `distracted`). The split is that of the problem without hint and distractors.
+    item early, right or wrong. The level's `hint` puts the first ``ceil(hint * words)`` words of the worked steps at
+    the end of the prompt, style first; at 1 only ``answer X`` is left to say. `distractors` are so many words behind
+    the family's name that say nothing (see `distracted`). The split is that of the problem without either.
 
     Returns rows with the keys `prompt_id` (16 hex digits from family and prompt), `prompt`, `answer`, `source` (the
     family) and `mislabelled` (whether the answer is wrong).
     Raises ValueError for an argument out of range, for ``stop_early`` with label noise or a family without running
     states, or when there are fewer distinct problems than `count`.
     """
-    _check(split, count, label_noise, label_rule, hint)
+    _check(split, count, label_noise, label_rule)
     if distractors < 0:
         raise ValueError(f"distractors is {distractors}; it must be at least 0")
     level = level or difficulty(family)
@@ -54,7 +53,7 @@ def generate(
     words = random.Random(f"{family}/{split}/{seed}/distractors")
     rows = []
     for i, problem in enumerate(problems):
-        shown = distracted(hinted(problem, hint), distractors, words)
+        shown = distracted(hinted(problem, level.hint), distractors, words)
         answer = early_answer(problem) if label_rule == "stop_early" else problem.answer
         if i in noisy:
             answer = wrong_answer(problem, rng, level)
@@ -106,14 +105,13 @@ def wrong_answer(problem: Problem, rng: random.Random, level: Difficulty) -> str
     return answer
 
 
-def _check(split: str, count: int, label_noise: float, label_rule: str, hint: float) -> None:
+def _check(split: str, count: int, label_noise: float, label_rule: str) -> None:
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
     if count < 1:
         raise ValueError(f"count is {count}; it must be at least 1")
-    for name, share in (("label_noise", label_noise), ("hint", hint)):
-        if not 0.0 <= share <= 1.0:
-            raise ValueError(f"{name} is {share}; it is a share, from 0 to 1")
+    if not 0.0 <= label_noise <= 1.0:
+        raise ValueError(f"label_noise is {label_noise}; it is a share, from 0 to 1")
     if label_rule not in LABEL_RULES:
         raise ValueError(f"unknown label_rule {label_rule!r}; known: {', '.join(LABEL_RULES)}")
     if label_rule != "right" and label_noise:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cropi import __version__
+from cropi.cli.first_config import init, schema, write_config
+from cropi.cli.runs import list_runs
 from cropi.cli.shell import (
     TOGETHER,
     AsJson,
@@ -28,8 +30,13 @@ from cropi.cli.shell import (
     read_own_config,
 )
 from cropi.cli.verify import audit_rewards, verify
+from cropi.console import say
 from cropi.errors import ArtifactError, UserError
+from cropi.exchange.formats import FORMATS
 from cropi.parallel import is_first_rank, launched, leave_launcher
+
+if TYPE_CHECKING:
+    from cropi.config import Config
 
 EXPLAINED = 10  # prompts, if none is named
 
@@ -44,8 +51,11 @@ app = typer.Typer(
 )
 recipes = typer.Typer(help="Complete configs that come with the package.", invoke_without_command=True)
 app.add_typer(recipes, name="recipes")
+app.command()(init)
+app.command()(schema)
 app.command()(verify)
 app.command("audit-rewards")(audit_rewards)
+app.command("ls")(list_runs)
 
 
 @app.command()
@@ -151,9 +161,7 @@ def report(config: ConfigArgument, overrides: Overrides = None, as_json: AsJson 
     from cropi.report.summary import headline
     from cropi.run_folder import RunFolder
 
-    loaded = read_config(config, overrides)
-    if not loaded.folder.is_dir():
-        raise ArtifactError("there is no such run", where=str(loaded.folder), fix=f"run `cropi run {config}` first.")
+    loaded = _made(config, overrides)
     summary = make_report(RunFolder(loaded))
     print_result(summary.as_json(), as_json, f"{headline(summary)}\n\nreport: {loaded.folder / 'report.html'}")
 
@@ -180,13 +188,7 @@ def explain(
     """Why prompts were or were not selected."""
     if prompt_ids and top is not None:
         raise UserError("both prompts and --top are given", where="--top", fix="leave one of them out.")
-    loaded = read_config(config, None)
-    if not (loaded.folder / "config.json").is_file():
-        raise ArtifactError(
-            "there is no such run",
-            where=str(loaded.folder),
-            fix=f"run `cropi run {config}` first, or name the folder of a run.",
-        )
+    loaded = _made(config, None)
     from cropi.report.explanations import as_text, explanations
     from cropi.run_folder import RunFolder
 
@@ -200,11 +202,20 @@ def explain(
     print_result({"prompts": [each.as_json() for each in found]}, as_json, as_text(found))
 
 
+def _made(name: str, overrides: list[str] | None) -> Config:
+    """The config of a run that has begun. ArtifactError if there is none."""
+    loaded = read_config(name, overrides)
+    if not (loaded.folder / "config.json").is_file():
+        fix = f"run `cropi run {name}` first, or name the folder of a run."
+        raise ArtifactError("there is no such run", where=str(loaded.folder), fix=fix)
+    return loaded
+
+
 @app.command()
 def export(
     config: ConfigArgument,
     overrides: Overrides = None,
-    format_name: Annotated[str, typer.Option("--format", help="trl, verl, slime, openrlhf or prime-rl.")] = "trl",
+    format_name: Annotated[str, typer.Option("--format", help=f"One of {', '.join(FORMATS)}.")] = "trl",
     stage: StageOption = 0,
     checkpoint: CheckpointOption = None,
     output: Annotated[
@@ -254,6 +265,7 @@ def import_rollouts(
 def check(config: ConfigArgument, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Look at config, data, policy and cost; write nothing."""
     loaded = read_own_config(config, overrides)
+    say(f"loading the policy {loaded.policy.path} …")
     quiet_libraries()
     from cropi.inspection import check_run
 
@@ -301,14 +313,7 @@ def copy_recipe(
     """Write a recipe to a file that you can edit."""
     text = _recipe(name)
     path = target / f"{name.rpartition('/')[2]}.yaml" if target.is_dir() else target
-    if path.exists():
-        raise UserError("exists already", where=str(path), fix="choose another name; nothing is overwritten.")
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(
-            f"cannot be written ({error.strerror})", where=str(path), fix="choose another folder."
-        ) from None
+    write_config(path, text)
     print(path)
 
 

@@ -17,6 +17,7 @@ from cropi.parallel import end_ranks, is_first_rank, is_lost_rank, launched, pro
 
 if TYPE_CHECKING:
     from cropi.config import Config
+    from cropi.loading import ConfigLike
     from cropi.stages.run import Run
 
 TOGETHER = frozenset({"run", "collect", "score", "train", "evaluate"})
@@ -79,14 +80,14 @@ WorkersOption = Annotated[
 ]
 
 
-def read_config(config: str, overrides: list[str] | None) -> Config:
+def read_config(config: ConfigLike, overrides: list[str] | None) -> Config:
     """Load the config that a command names, with the overrides of its command line."""
     from cropi.loading import load_config
 
     return load_config(config, overrides or [])
 
 
-def read_own_config(config: str, overrides: list[str] | None) -> Config:
+def read_own_config(config: ConfigLike, overrides: list[str] | None) -> Config:
     """Load the config that a command names. ConfigError for the curriculum of a TRL script: only that can go on."""
     from cropi.rewards.verifiers.python_function import SCRIPT_REWARDS
 
@@ -94,13 +95,15 @@ def read_own_config(config: str, overrides: list[str] | None) -> Config:
     if getattr(loaded.verifier, "path", None) == SCRIPT_REWARDS:
         raise ConfigError(
             "this is the curriculum of a TRL script, and only that script has its model and its reward functions",
-            where=config,
+            where=str(config),
             fix="run the script to go on; `cropi report`, `cropi explain` and `cropi export` read this folder.",
         )
     return loaded
 
 
-def open_run(config: str, overrides: list[str] | None, *, ray: str | None = None, workers: int | None = None) -> Run:
+def open_run(
+    config: ConfigLike, overrides: list[str] | None, *, ray: str | None = None, workers: int | None = None
+) -> Run:
     """Open the run of a config, on all ranks of a launcher; `ray` and `workers` are the options of that name."""
     loaded = read_own_config(config, overrides)
     policy = loaded.policy

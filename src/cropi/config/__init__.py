@@ -1,67 +1,25 @@
 """All settings of a run: typed, frozen, unknown keys refused. Free of torch; `make docs` writes docs/config.md."""
 
-from cropi.config.data import (
-    BUILTIN_POLICY,
-    BuiltinSource,
-    FileSource,
-    HubSource,
-    LoraConfig,
-    PolicyConfig,
-    PromptsConfig,
-    ReasoningGymSource,
-    Source,
-    TestSetConfig,
-)
-from cropi.config.run_config import (
-    OWNED_TRAINER_KEYS,
-    SAMPLED_BY,
-    Config,
-    EvaluateConfig,
-    SelectConfig,
-    TrainConfig,
-    config_difference,
-    config_hash,
-    deciding,
-)
-from cropi.config.score_config import CollectConfig, ProjectionConfig, ScoreConfig, ServerConfig, VllmConfig
-from cropi.curriculum.strategies import Strategy, StrategyTable
-from cropi.curriculum.strategy import FusionConfig
-from cropi.rewards.verifier import VerificationConfig
-from cropi.rewards.verifiers import Verifier
-from cropi.setting_types import Fraction, NonNegative, Positive, Table
-
-__all__ = [
-    "BUILTIN_POLICY",
-    "OWNED_TRAINER_KEYS",
-    "SAMPLED_BY",
-    "BuiltinSource",
-    "CollectConfig",
-    "Config",
-    "EvaluateConfig",
-    "FileSource",
-    "Fraction",
-    "FusionConfig",
-    "HubSource",
-    "LoraConfig",
-    "NonNegative",
-    "PolicyConfig",
-    "Positive",
-    "ProjectionConfig",
-    "PromptsConfig",
-    "ReasoningGymSource",
-    "ScoreConfig",
-    "SelectConfig",
-    "ServerConfig",
-    "Source",
-    "Strategy",
-    "StrategyTable",
-    "Table",
-    "TestSetConfig",
-    "TrainConfig",
-    "VerificationConfig",
-    "Verifier",
-    "VllmConfig",
-    "config_difference",
-    "config_hash",
-    "deciding",
-]
+from cropi.config.data import BUILTIN_POLICY as BUILTIN_POLICY
+from cropi.config.data import BuiltinSource as BuiltinSource
+from cropi.config.data import FileSource as FileSource
+from cropi.config.data import HubSource as HubSource
+from cropi.config.data import LoraConfig as LoraConfig
+from cropi.config.data import PolicyConfig as PolicyConfig
+from cropi.config.data import PromptsConfig as PromptsConfig
+from cropi.config.data import ReasoningGymSource as ReasoningGymSource
+from cropi.config.data import Source as Source
+from cropi.config.run_config import OWNED_TRAINER_KEYS as OWNED_TRAINER_KEYS
+from cropi.config.run_config import SAMPLED_BY as SAMPLED_BY
+from cropi.config.run_config import Config as Config
+from cropi.config.run_config import EvaluateConfig as EvaluateConfig
+from cropi.config.run_config import config_difference as config_difference
+from cropi.config.run_config import config_hash as config_hash
+from cropi.config.run_config import deciding as deciding
+from cropi.config.score_config import ScoreConfig as ScoreConfig
+from cropi.config.score_config import ServerConfig as ServerConfig
+from cropi.curriculum.strategies import Strategy as Strategy
+from cropi.curriculum.strategies import StrategyTable as StrategyTable
+from cropi.curriculum.strategy import FusionConfig as FusionConfig
+from cropi.rewards.verifier import VerificationConfig as VerificationConfig
+from cropi.rewards.verifiers import Verifier as Verifier

@@ -31,11 +31,8 @@ class PolicyConfig(Table):
     revision: str | None = None
     """Commit or tag of a Hub id. Pin it: an unpinned model cannot be reproduced."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Number format of the weights while collecting, scoring and evaluating."""
-    train_dtype: Literal["float32", "bfloat16"] | None = None
-    """Number format of the weights that training updates. Unset: float32, because bfloat16 rounds updates of usual
-    learning rates away; matrix products follow `dtype` (`trainer.bf16`). With `lora`: frozen weights have `dtype`,
-    adapters float32."""
+    """Number format of the weights while collecting, scoring and evaluating, and of frozen ones. Trained weights are
+    float32; matrix products of training follow this setting (`trainer.bf16`)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto`: CUDA if available."""
     cpu_threads: Annotated[int, Field(ge=1, le=1024)] | None = None
@@ -44,18 +41,13 @@ class PolicyConfig(Table):
     """Train low-rank adapters with PEFT instead of all weights. Influence then comes from the adapters' gradients, and
     checkpoints hold only the adapters."""
 
-    @model_validator(mode="after")
-    def _generates_with_the_trained_precision(self) -> PolicyConfig:
-        if self.dtype == "float32" and self.train_dtype == "bfloat16":
-            raise ValueError(
-                "train_dtype bfloat16 needs dtype bfloat16: the policy must generate with the weights that are trained"
-            )
-        return self
-
     @property
     def trained_in(self) -> Literal["float32", "bfloat16"]:
-        """Number format of the trained weights."""
-        return self.train_dtype or (self.dtype if self.lora is not None else "float32")
+        """Number format of the weights while they are trained: bfloat16 rounds updates of usual learning rates away.
+
+        With `lora`, that of the frozen weights; adapters are float32.
+        """
+        return self.dtype if self.lora is not None else "float32"
 
 
 class BuiltinSource(Table):
@@ -136,9 +128,7 @@ class ReasoningGymSource(Table):
     tasks: tuple[str, ...] = Field(min_length=1)
     """Names of its datasets. Each gives `count` problems."""
     count: Positive
-    """Problems of each task."""
-    seed: Seed | None = None
-    """Seed of the problems; the run's `seed` when unset. Train, validation and test draw differently from one seed."""
+    """Problems of each task. The run's `seed` draws them; train, validation and test draw differently."""
     options: FreeTable = Field(default={})
     """Settings of the tasks, under reasoning-gym's names."""
 

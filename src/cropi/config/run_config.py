@@ -106,22 +106,10 @@ class Config(Table):
 
     @model_validator(mode="after")
     def _no_code_of_a_model(self) -> Config:
-        vllm = {} if self.collect.vllm is None else self.collect.vllm.options
-        for place, table in (("trainer", self.trainer), ("collect.vllm.options", vllm)):
+        for place, table in (("trainer", self.trainer), ("collect.vllm", self.collect.vllm)):
             found = _CODE.search(json.dumps(table, default=str))  # also in nested tables, and in JSON as text
             if found:
                 raise ValueError(f"{place} has {found[1]}: code that comes with a model is never run; remove it")
-        return self
-
-    @model_validator(mode="after")
-    def _ratios_can_be_had(self) -> Config:
-        if self.collect.logprobs:
-            return self
-        strategy = self.select.strategy
-        if strategy.reads_scores and any(map(strategy.scored_stage, range(self.train.stages))):
-            raise ValueError(
-                f"{self.select.label} scores policies after the base policy, which needs collect.logprobs=true"
-            )
         return self
 
     @model_validator(mode="after")

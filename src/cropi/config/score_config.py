@@ -39,29 +39,6 @@ class ServerConfig(Table):
         return self
 
 
-class VllmConfig(Table):
-    """vLLM in this process, with the base policy's weights beside those that are trained."""
-
-    options: FreeTable = Field(default={})
-    """Arguments of `vllm.LLM`, e.g. `{"tensor_parallel_size": 2, "max_model_len": 4096}`. Unset, vLLM uses 0.7 of the
-    GPU's memory (`gpu_memory_utilization`). The table `policy` decides model, tokenizer, revision and dtype."""
-
-    @property
-    def max_model_len(self) -> int | None:
-        """Longest sequence; None: the model's context."""
-        return self.options.get("max_model_len")
-
-    @model_validator(mode="after")
-    def _nothing_that_the_run_decides(self) -> VllmConfig:
-        taken = {"model", "tokenizer", "revision", "dtype", "generation_config", "trust_remote_code"}
-        if taken & set(self.options):
-            raise ValueError(f"{', '.join(sorted(taken & set(self.options)))} cannot be set by options")
-        longest = self.max_model_len
-        if longest is not None and (type(longest) is not int or longest < 1):
-            raise ValueError(f"options.max_model_len is {longest!r}: must be a whole number of at least 1")
-        return self
-
-
 class CollectConfig(Table):
     """Trajectories, sampled once from the base policy if the strategy reads them."""
 
@@ -82,11 +59,10 @@ class CollectConfig(Table):
     server: ServerConfig | None = None
     """Take the completions from a server instead of generating them in this process. Completions of later policies
     (validation, evaluation, training) are still generated here or by the trainer."""
-    vllm: VllmConfig | None = None
-    """Take the completions from vLLM in this process; those of later policies as with `server`."""
-    logprobs: bool = True
-    """Compute the behaviour log-probs, one forward pass. `false` saves it if only the base policy is scored, whose
-    importance ratios are all 1."""
+    vllm: FreeTable | None = None
+    """Take the completions from vLLM in this process, with the base policy's weights beside those that are trained;
+    those of later policies as with `server`. It holds arguments of `vllm.LLM`, e.g. `{"max_model_len": 4096}`; if
+    unset, `gpu_memory_utilization` is 0.7. The table `policy` decides model, tokenizer, revision and dtype."""
 
     @model_validator(mode="after")
     def _one_backend(self) -> CollectConfig:
@@ -94,17 +70,16 @@ class CollectConfig(Table):
             raise ValueError("collect.server and collect.vllm exclude each other: remove one")
         return self
 
-
-class ProjectionConfig(Table):
-    """The sparse random projection of a gradient."""
-
-    mask: Literal["structured", "uniform"] = "structured"
-    """The coordinates kept. `structured`: of each layer eight directions and random columns, at a third of the extra
-    cost; `uniform`: each coordinate by chance, as the paper has it. See research/decisions/projection.md."""
-    keep_fraction: Annotated[float, Field(gt=0, le=1)] = 0.03
-    """Share of the coordinates kept. The paper keeps 0.1 by its uniform mask, which needs them: give both."""
-    dim: Annotated[int, Field(ge=1, le=2**24)] = 32768
-    """D, length of a gradient feature (paper: 32,768)."""
+    @model_validator(mode="after")
+    def _nothing_that_the_run_decides(self) -> CollectConfig:
+        options = self.vllm or {}
+        taken = {"model", "tokenizer", "revision", "dtype", "generation_config", "trust_remote_code"} & set(options)
+        if taken:
+            raise ValueError(f"{', '.join(sorted(taken))} cannot be set by collect.vllm")
+        longest = options.get("max_model_len")
+        if longest is not None and (type(longest) is not int or longest < 1):
+            raise ValueError(f"collect.vllm.max_model_len is {longest!r}: must be a whole number of at least 1")
+        return self
 
 
 class ScoreConfig(Table):
@@ -117,26 +92,19 @@ class ScoreConfig(Table):
     `gain` is cosine x standard deviation of the rewards."""
     advantage_std: bool | Literal["auto"] = "auto"
     """Divide advantages by the group's standard deviation (GRPO). `auto` follows `trainer.scale_rewards`."""
-    max_validation_prompts: Positive = 100
-    """Validation prompts used per set, a fixed random choice (paper's code: 100)."""
     estimator: Literal["sketch", "exact", "reference"] = "sketch"
     """Gradients are compared projected, without projection, or by autograd one prompt at a time."""
     batch_tokens: Positive | None = None
     """Tokens of a forward pass; a larger group is split and its gradients are added. Unset: what memory allows."""
-    store: Literal["none", "bfloat16", "float32"] = "none"
-    """Keep the gradient features beside the scores, in this type. Needs the sketch estimator."""
     standard_errors: bool = False
     """Also estimate the error of every influence, from two halves of the prompt's trajectories. Prompts are computed
     twice. Needs the sketch estimator."""
-    projection: ProjectionConfig = ProjectionConfig()
-    """The projection of a gradient to a feature."""
+    mask: Literal["structured", "uniform"] = "structured"
+    """The coordinates of a gradient that the sketch keeps. `structured`: of each layer eight directions and 3 % of the
+    columns, at a third of the extra cost; `uniform`: each coordinate with a chance of 10 %, as the paper has it."""
 
     @model_validator(mode="after")
     def _needs_features(self) -> ScoreConfig:
-        if self.estimator == "sketch":
-            return self
-        if self.store != "none":
-            raise ValueError(f"store={self.store} needs estimator=sketch: {self.estimator} makes no features")
-        if self.standard_errors:
+        if self.estimator != "sketch" and self.standard_errors:
             raise ValueError("standard_errors=true needs estimator=sketch; set score.standard_errors=false")
         return self

@@ -15,6 +15,8 @@ from torch import Tensor
 
 PROJECTION_VERSION = 2
 
+Mask = Literal["structured", "uniform"]
+
 _WORD = 1 << 64
 _DOUBLES = 1 << 27  # numbers copied in float64 at once: 1 GiB
 
@@ -64,7 +66,7 @@ class SparseProjection:
     dim: int = 32768
     keep_fraction: float = 0.03
     seed: int = 0
-    mask: Literal["structured", "uniform"] = "structured"
+    mask: Mask = "structured"
     rank: int = 8
 
     @property
@@ -140,3 +142,11 @@ def principal_directions(
     usable = values > 1e-9 * values.max().clamp(min=1e-300)
     directions_IR = torch.cat([mean_I1, (strongest_IR * usable)], dim=1)[:, :rank]
     return directions_IR
+
+
+KEPT = {"structured": 0.03, "uniform": 0.1}  # share of the coordinates that is kept; the paper's mask needs its 0.1
+
+
+def projection_of(mask: Mask) -> SparseProjection:
+    """The projection of scoring, by its mask."""
+    return SparseProjection(keep_fraction=KEPT[mask], mask=mask)

@@ -145,6 +145,19 @@ def whole_shape(parameter: Tensor) -> torch.Size:
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
+def matrix_parameters(model: nn.Module) -> int:
+    """Count the parameters in matrix products: all with two or more axes, except embeddings that are looked up.
+
+    An output head tied to the embeddings counts, through its own module. All experts of a mixture count.
+    """
+    found: dict[int, int] = {}
+    for module in model.modules():
+        if not isinstance(module, nn.Embedding):
+            shapes = {id(p): whole_shape(p) for p in module.parameters(recurse=False)}
+            found |= {key: shape.numel() for key, shape in shapes.items() if len(shape) > 1}
+    return sum(found.values())
+
+
 class _Bare(nn.Module):
     """A module without its hooks, which would gather its sharded weights."""
 

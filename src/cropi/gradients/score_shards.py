@@ -1,4 +1,4 @@
-"""Shard files of a stage's scores, and of its gradient features if they are kept.
+"""Shard files of a stage's scores.
 
 One process scores and writes a shard, so an interruption costs at most one shard per process. A shard depends on the
 policy and the validation sets, not on the process that makes it.
@@ -7,26 +7,22 @@ policy and the validation sets, not on the process that makes it.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import Tensor, nn
+from torch import nn
 
-from cropi import artifacts
-from cropi.artifacts import OK, atomic_file, read_table, wait_for_files, write_json, write_table
+from cropi.artifacts import OK, read_table, wait_for_files, write_json, write_table
 from cropi.config import Config, StrategyTable
 from cropi.errors import ArtifactError
-from cropi.functional.projection import SparseProjection
+from cropi.functional.projection import projection_of
 from cropi.gradients.group_influence import statuses
 from cropi.gradients.groups import Group, iterate_groups
 from cropi.gradients.influence_scorer import Aim, Scored, Scorer, ScorerOptions
@@ -36,10 +32,8 @@ from cropi.parallel import Perform, RayPool, Task, process_group
 from cropi.policy import PolicyCopy
 
 SHARD_PROMPTS = 64  # few enough to divide among many processes, enough to fill packs
-DIRECTIONS = "directions.safetensors"
 
 Row = dict[str, Any]
-Dtype = Literal["bfloat16", "float32"]
 
 
 def shard_schema(names: Sequence[str]) -> pa.Schema:
@@ -93,7 +87,7 @@ def make_scorer(
         estimator=config.score.estimator,
         score="dot" if aims_at_candidates else config.score.score,
         validation_mean="normalized" if aims_at_candidates else "plain",
-        projection=SparseProjection(**config.score.projection.model_dump()),
+        projection=projection_of(config.score.mask),
         batch_tokens=config.score.batch_tokens,
         lengths=strategy is not None and strategy.reads_lengths,
     )
@@ -108,27 +102,23 @@ class BlockScorer:
     names: Sequence[str]  # of the validation sets
     standard_errors: bool
 
-    def __call__(
-        self, block: Sequence[Group], advance: Callable[[int], None] | None = None
-    ) -> tuple[list[Row], Tensor | None]:
-        """Return rows of `shard_schema` of groups with signal, and their gradient features if known."""
+    def __call__(self, block: Sequence[Group], advance: Callable[[int], None] | None = None) -> list[Row]:
+        """Return rows of `shard_schema` of groups with signal."""
         scored = (
             score_by_halves(self.scorer, block, advance)
             if self.standard_errors
             else self.scorer(block, advance=advance)
         )
-        return shard_rows(block, self.names, self.scorer.values(scored), scored), scored.features_ND
+        return shard_rows(block, self.names, self.scorer.values(scored), scored)
 
 
 @dataclass(frozen=True)
 class ScoreShards:
-    """The shards of a stage's scores: `part-NNNNN.parquet` until the scores are complete, and, with `features` set to
-    a dtype, `features-NNNNN.safetensors`, which stay."""
+    """The shards of a stage's scores, `part-NNNNN.parquet` until the scores are complete."""
 
     folder: Path
     names: Sequence[str]  # of the validation sets
     prompt_ids: Sequence[str]  # of all groups with signal, ascending
-    features: Dtype | None = None
 
     def begin(self, policy: str) -> None:
         """Keep the shards of an earlier attempt with the same policy, `policy` being an identity of its weights."""
@@ -139,9 +129,6 @@ class ScoreShards:
             same = False
         if not same:
             self.remove()
-            for path in self.folder.glob("features-*.safetensors"):
-                path.unlink()
-            (self.folder / DIRECTIONS).unlink(missing_ok=True)
             write_json(mark, {"policy": policy})
 
     def ids(self, index: int) -> Sequence[str]:
@@ -152,15 +139,10 @@ class ScoreShards:
         """Return the shards still to be made."""
         return [index for index in range(self._count) if not self._path(index).is_file()]
 
-    def write(self, index: int, rows: Sequence[Row], features_ND: Tensor | None = None) -> None:
-        """Write the features of a shard, if they are kept, and then its rows."""
+    def write(self, index: int, rows: Sequence[Row]) -> None:
+        """Write the rows of a shard."""
         if [row["prompt_id"] for row in rows] != list(self.ids(index)):
             raise ValueError(f"shard {index} needs the rows of its own prompts")
-        if self.features is not None:
-            assert features_ND is not None
-            write_features(
-                self.folder / f"features-{index:05}.safetensors", self.ids(index), features_ND, self.features
-            )
         write_table(self._path(index), rows, shard_schema(self.names))
 
     def rows(self) -> Iterator[list[Row]]:
@@ -174,11 +156,8 @@ class ScoreShards:
             yield rows
 
     def remove(self) -> None:
-        """Remove the files that only an unfinished scoring needs. Directions stay with kept features."""
-        unneeded = [*self.folder.glob("part-*.parquet"), self.folder / "shards.json"]
-        if self.features is None:
-            unneeded.append(self.folder / DIRECTIONS)
-        for path in unneeded:
+        """Remove the files that only an unfinished scoring needs."""
+        for path in (*self.folder.glob("part-*.parquet"), self.folder / "shards.json"):
             path.unlink(missing_ok=True)
 
     @property
@@ -192,7 +171,7 @@ class ScoreShards:
 def score_missing_shards(
     shards: ScoreShards,
     table: pa.Table,
-    score: Callable[[Sequence[Group]], tuple[list[Row], Tensor | None]],
+    score: Callable[[Sequence[Group]], list[Row]],
     missing: Sequence[int],
     lockstep: AbstractContextManager[None],
 ) -> None:
@@ -202,7 +181,7 @@ def score_missing_shards(
     groups = groups_of(table, [prompt_id for index in own for prompt_id in shards.ids(index)])
     with lockstep:
         for index in own:
-            shards.write(index, *score(list(islice(groups, len(shards.ids(index))))))
+            shards.write(index, score(list(islice(groups, len(shards.ids(index))))))
     ranks.barrier()
 
 
@@ -226,7 +205,7 @@ class ScoreJob:
 
         def perform(task: Task) -> Task:
             groups = [group for _, group in iterate_groups(task.rows) if group is not None]
-            return Task(task.index, pa.Table.from_pylist(score(groups)[0], schema=shard_schema(self.names)), {})
+            return Task(task.index, pa.Table.from_pylist(score(groups), schema=shard_schema(self.names)), {})
 
         return perform
 
@@ -267,44 +246,3 @@ def groups_of(table: pa.Table, prompt_ids: Sequence[str]) -> Iterator[Group]:
     """Read the groups of some prompts of a table, in ascending order of their ids."""
     wanted = table.filter(pc.is_in(table.column("prompt_id"), value_set=pa.array(list(prompt_ids), pa.string())))
     return (group for _, group in iterate_groups(wanted) if group is not None)
-
-
-def write_features(path: Path, prompt_ids: Sequence[str], features_ND: Tensor, dtype: Dtype) -> None:
-    """Write gradient features as the safetensors tensor `features`, with the prompt ids as metadata."""
-    tensors = {"features": features_ND.detach().cpu().to(getattr(torch, dtype)).contiguous()}
-    _write_tensors(path, tensors, {"prompt_ids": json.dumps(list(prompt_ids))})
-
-
-def read_features(folder: Path) -> Iterator[tuple[list[str], Tensor]]:
-    """Read the kept gradient features of a stage's scores, shard by shard: prompt ids and float32 features (N, D)."""
-    for path in sorted(folder.glob("features-*.safetensors")):
-        tensors, metadata = _read_tensors(path)
-        yield json.loads(metadata["prompt_ids"]), tensors["features"].float()
-
-
-def write_directions(folder: Path, directions: Mapping[str, Tensor]) -> None:
-    """Write U of a structured mask by parameter name; no file if there are none."""
-    if directions:
-        _write_tensors(folder / DIRECTIONS, {name: U.detach().cpu().contiguous() for name, U in directions.items()})
-    else:
-        (folder / DIRECTIONS).unlink(missing_ok=True)
-
-
-def read_directions(folder: Path) -> dict[str, Tensor]:
-    """Read U by parameter name. New gradients can be compared with kept features only through the same U."""
-    path = folder / DIRECTIONS
-    return _read_tensors(path)[0] if path.is_file() else {}
-
-
-def _write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    with atomic_file(path) as temporary:
-        temporary.write_bytes(save(tensors, metadata=metadata))
-
-
-def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
-            return tensors, file.metadata() or {}
-    except (OSError, SafetensorError) as error:
-        raise artifacts.corrupt(path, f"cannot be read ({error})", f"delete {path.parent}.") from None

@@ -7,35 +7,35 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import pyarrow as pa
 
 from cropi.artifacts import OK
-from cropi.config import ScoreConfig
 from cropi.console import warn_once
 from cropi.curriculum.strategy import CANDIDATES
 from cropi.errors import SignalError
-from cropi.functional.alignment import halves
+from cropi.functional.influence_formulas import halves
 from cropi.gradients.groups import Group, iterate_groups
 from cropi.seeds import unit_interval
 
+MOST_PROMPTS = 100  # of a validation set, as in the code of the paper
 NOISY = 0.2  # below this reliability of a validation direction a warning is given
 FEW_GROUPS = 8  # below this many mixed validation groups a warning is given
 ONE_SIDED = 0.9  # above this share of validation prompts that are always solved, or never, a warning is given
 
 
-def validation_groups(trajectories: Mapping[str, pa.Table], config: ScoreConfig) -> dict[str, list[Group]]:
+def validation_groups(trajectories: Mapping[str, pa.Table]) -> dict[str, list[Group]]:
     """Return the mixed groups of every validation set; others have a zero gradient. Raises SignalError without any."""
     names = sorted(name.removeprefix("validation/") for name in trajectories if name != "train")
-    return {name: _mixed_groups(trajectories[f"validation/{name}"], name, config) for name in names}
+    return {name: _mixed_groups(trajectories[f"validation/{name}"], name) for name in names}
 
 
-def chosen_for_validation(prompt_ids: Iterable[str], config: ScoreConfig) -> list[str]:
+def chosen_for_validation(prompt_ids: Iterable[str]) -> list[str]:
     """Choose the prompts of a validation set that make its direction, in ascending order."""
     # By hash, not by id: ids may start with the name of a source, and one source would be picked.
     by_hash = sorted(prompt_ids, key=lambda i: unit_interval(0, "validation", i))
-    return sorted(by_hash[: config.max_validation_prompts])
+    return sorted(by_hash[:MOST_PROMPTS])
 
 
-def _mixed_groups(table: pa.Table, name: str, config: ScoreConfig) -> list[Group]:
+def _mixed_groups(table: pa.Table, name: str) -> list[Group]:
     groups = dict(iterate_groups(table))
-    chosen = chosen_for_validation(groups, config)
+    chosen = chosen_for_validation(groups)
     mixed = [group for i in chosen if (group := groups[i]) is not None and group.status == OK]
     if not mixed:
         raise SignalError(

@@ -107,7 +107,7 @@ bench = typer.Typer(help="Measure the influence engine.", no_args_is_help=True)
 
 
 def bench_engine(options: EngineOptions) -> None:
-    """Measure speed, memory and accuracy against floors and other engines."""
+    """Measure speed, memory and accuracy against floors."""
     quiet_libraries()
     resolved = resolve(options)
     from cropi.artifacts import write_json

@@ -54,7 +54,7 @@ class Charges:
 
     def flops(self, parameters: int) -> Flops:
         """Operations, for a policy with so many parameters in matrix products."""
-        return flops(self.config, parameters, self.collected, self._phase("score"), self.batches)
+        return flops(self.config, parameters, self.collected, self._phase("score"), self.batches, self.steps)
 
     def computed_tokens(self) -> int:
         """Tokens that scoring computed, those of the validation prompts and those that were only read included."""

@@ -9,11 +9,12 @@ output head counts, looked-up embeddings do not; attention scores are left out).
                  forward, and a backward pass of twice that; twice over for `learnalign`, which scales them).
                  m: 2 for `sketch` (forward, backward through activations), 3 with the uniform mask, which needs the
                  dense gradient; 2 + V for `exact` with V validation sets; 3 for `reference`. Tokens that are only read
-                 (representations): 1 each.
+                 (representations): 1 each. Sketching a direction: `read_passes`.
     training     generation + 3 per token and pass over a batch (forward and backward; `trainer.num_iterations` passes),
-                 + 1 for the reference policy where `trainer.beta` is not 0. With dynamic sampling, all that is sampled
-                 is generated, and the share that one batch is of it by rows is trained on. With a gate: the share
-                 that the strategy keeps.
+                 + 1 for the reference policy where `trainer.beta` is not 0. Reading influence: `read_passes`, which are
+                 r (n_in + n_out) / P a token for every matrix and half of a direction, of rank r. With dynamic
+                 sampling, all that is sampled is generated, and the share that one batch is of it by rows is trained
+                 on. With a gate: the share that the strategy keeps.
 
 A pass over padding, and the optimiser's own arithmetic, are not counted. Evaluation is not charged.
 """
@@ -48,7 +49,7 @@ class Flops:
 def score_multiple(settings: ScoreConfig, validation_sets: int) -> int:
     """Forward passes per token of the pool."""
     by_estimator = {
-        "sketch": 3 if settings.projection.mask == "uniform" else 2,
+        "sketch": 3 if settings.mask == "uniform" else 2,
         "exact": 2 + validation_sets,
         "reference": GRADIENT,
     }
@@ -61,8 +62,9 @@ def flops(
     collected: Iterable[Mapping[str, Any]],
     scored: Iterable[Mapping[str, Any]],
     batches: Iterable[Mapping[str, Any]],
+    steps: Iterable[Mapping[str, Any]] = (),
 ) -> Flops:
-    """Operations of ledger lines of collection and scoring, and of generation batches of training.
+    """Operations of ledger lines of collection and scoring, and of generation batches and steps of training.
 
     Raises ArtifactError for a line without prompt tokens: it was written before they were recorded.
     """
@@ -70,16 +72,22 @@ def flops(
     multiple = score_multiple(config.score, len(config.prompts.validation))
     validation = GRADIENT * (2 if config.select.strategy.candidates_aimed_at > 0 else 1)  # scaled to length 1 first
     passes = GRADIENT * int(config.trainer.get("num_iterations", 1)) + bool(float(config.trainer.get("beta", 0.0)))
-    batches = list(batches)
+    batches, scored = list(batches), list(scored)
     return Flops(
         collect=forward * sum(_of(e, "passes") * _all_tokens(e) for e in collected),
         score=forward
         * sum(
             multiple * _of(e, "computed_tokens") + validation * _of(e, "validation_tokens") + e.get("forward_tokens", 0)
             for e in scored
-        ),
-        train=forward * (sum(map(_all_tokens, batches)) + passes * _trained_tokens(config, batches)),
+        )
+        + forward * _read(scored),
+        train=forward * (sum(map(_all_tokens, batches)) + passes * _trained_tokens(config, batches) + _read(steps)),
     )
+
+
+def _read(lines: Iterable[Mapping[str, Any]]) -> float:
+    """Forward passes of a token that low-rank products with the gradient are worth."""
+    return sum(line.get("read_passes", 0.0) for line in lines)
 
 
 def _trained_tokens(config: Config, batches: Sequence[Mapping[str, Any]]) -> float:

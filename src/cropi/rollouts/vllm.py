@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cropi.config import PolicyConfig, VllmConfig
+from cropi.config import PolicyConfig
 from cropi.errors import PolicyError
 from cropi.policy import Policy, policy_location
-from cropi.rollouts.generation import Sampling
+from cropi.rollouts.generation import Sampling, until_end
 from cropi.seeds import derived_seed
 
 SEEDS = 2**31
@@ -24,8 +24,8 @@ class VllmGenerator:
     Raises PolicyError if vLLM is not installed or refuses the model or its options.
     """
 
-    def __init__(self, policy: Policy, weights: PolicyConfig, config: VllmConfig) -> None:
-        self._policy, self._weights, self._config = policy, weights, config
+    def __init__(self, policy: Policy, weights: PolicyConfig, options: Mapping[str, Any]) -> None:
+        self._policy, self._weights, self._options = policy, weights, options
         self._engine: Any = None
 
     def __call__(self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, seed: int) -> list[list[int]]:
@@ -52,7 +52,7 @@ class VllmGenerator:
             outputs = self._engine.generate(inputs, parameters, use_tqdm=False)
         except Exception as error:  # the engine raises many kinds
             raise _refused("vLLM failed while it generated", error) from None
-        return [self._cut(output.outputs[0].token_ids, eos) for output in outputs]
+        return [until_end(output.outputs[0].token_ids, eos) for output in outputs]
 
     def close(self) -> None:
         """Free the engine's memory for scoring and training."""
@@ -77,14 +77,9 @@ class VllmGenerator:
             "trust_remote_code": False,
         }
         try:
-            return LLM(**settings | self._config.options)
+            return LLM(**settings | dict(self._options))
         except Exception as error:  # the engine raises many kinds
             raise _refused("vLLM did not start", error) from None
-
-    @staticmethod
-    def _cut(tokens: Sequence[int], eos: Sequence[int]) -> list[int]:
-        first = next((place for place, token in enumerate(tokens) if token in eos), len(tokens))
-        return list(tokens[: first + 1])
 
 
 def _refused(what: str, error: Exception) -> PolicyError:

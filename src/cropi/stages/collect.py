@@ -60,11 +60,17 @@ def collect(run: Run) -> Manifest:
     inputs: dict[str, Any] = {"prompts": prompts.identity, "policy": run.setup.identity}
     inputs |= {"settings": run.folder.settings(*SAMPLED_BY)}
     manifest = build(
-        folder, "trajectories", partial(_collect, run), inputs=inputs, made_by="cropi collect", **run.in_parts
+        folder,
+        "trajectories",
+        partial(_collect, run),
+        inputs=inputs,
+        made_by="cropi collect",
+        keep_parts=True,
+        shared=True,
     )
     _tell(run, manifest)
     if strategy.aims_at_validation:
-        validation_groups(run.trajectories.tables, run.config.score)
+        validation_groups(run.trajectories.tables)
     return manifest
 
 
@@ -126,7 +132,7 @@ class Collector:
         """Sample the pool and the validation sets from the base policy. Returns (rows by status, details).
 
         The ranks divide the missing shards, or Ray workers make them; their content does not depend on that.
-        With `collect.logprobs`, the model itself computes the behaviour log-probs at the sampling temperature.
+        The model itself computes the behaviour log-probs at the sampling temperature.
         A prompt that does not fit into the policy's context counts as one row `prompt_too_long`.
         """
         config = self.config
@@ -139,7 +145,7 @@ class Collector:
             statuses, details = _sample_all(folder, shards, make)
         else:
             with pool_generator(config, self.policy) as generate:
-                sampler = Sampler(config, self.policy, generate, self.judge, ("collect",), config.collect.logprobs)
+                sampler = Sampler(config, self.policy, generate, self.judge, ("collect",))
                 make = partial(sampler.make, folder=folder, charge=partial(self.ledger.charge_share, "collect"))
                 statuses, details = _sample_all(folder, shards, make)
         return count_status([PROMPT_TOO_LONG] * len(too_long) + statuses), details | {"too_long": too_long}

@@ -16,6 +16,7 @@ from cropi.curriculum.chooser import ChoosesBatches, GroupGate, Pool
 from cropi.curriculum.curriculum import Curriculum
 from cropi.curriculum.strategies.cropi import CropiStrategy
 from cropi.errors import ConfigError
+from cropi.gradients.layer_taps import matrix_parameters
 from cropi.parallel import process_group
 from cropi.prompt_encoding import encode_prompts
 from cropi.prompt_text import prompt_text
@@ -27,6 +28,7 @@ from cropi.run_tables import beliefs_schema
 from cropi.seeds import derived_seed
 from cropi.stages.collect import make_representations
 from cropi.stages.online_loop import ChooserLoop, OnlineLoop
+from cropi.stages.prior import take_prior
 from cropi.stages.run import Run
 from cropi.stages.validation_pass import Due, SampledGroup, ValidationPass, ValidationPrompt
 from cropi.streams import append_jsonl, cut_jsonl
@@ -57,6 +59,8 @@ class OnlineRun:
             make_representations(run)
         with run.ledger.charge("select"):
             self._chooser = self._make_chooser(self._pool())
+            if checkpoint is None:
+                self._take_prior()
         loop = self._loop = self._made_loop(self._sampler())
         if checkpoint is not None:
             loop.load(checkpoint)
@@ -65,6 +69,12 @@ class OnlineRun:
             cut_jsonl(run.paths.choices, lambda row: row["batch"] < kept)
             self._forget_beliefs(0 if checkpoint is None else checkpoint_step(checkpoint) or 0)
         return loop
+
+    def _take_prior(self) -> None:
+        strategy = self._run.config.select.strategy
+        if isinstance(strategy, CropiStrategy) and strategy.prior is not None:
+            assert isinstance(self._chooser, Curriculum)
+            take_prior(self._run, self._chooser, [row["prompt_id"] for row in self._rows], strategy.prior)
 
     def _sampler(self) -> OnlineSampler:
         settings, trainer = self._trainer.args, self._trainer
@@ -198,8 +208,9 @@ class OnlineRun:
     ) -> Mapping[str, Mapping[int, Sequence[float]]]:
         charge = self._run.ledger.charge("score", stage=self._stage(step))
         with charge as entry, self._trainer.plain_model() as model:
-            given, tokens = self._validation.differentiate(model, groups)
+            given, tokens, products = self._validation.differentiate(model, groups)
             entry |= {"step": step, "computed_tokens": 0, "validation_tokens": tokens}
+            entry |= {"read_passes": products / matrix_parameters(model)}
         return given
 
     def _keep_beliefs(self, stage: int) -> None:

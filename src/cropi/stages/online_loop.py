@@ -16,7 +16,9 @@ from transformers import PreTrainedModel
 from cropi.console import warn
 from cropi.curriculum.chooser import GroupGate, PromptChooser
 from cropi.curriculum.curriculum import Choice, Curriculum, Halves
-from cropi.gradients.reading import Reader
+from cropi.gradients.layer_taps import matrix_parameters
+from cropi.gradients.training_influence import Reader
+from cropi.parallel import process_group
 from cropi.stages.validation_pass import Due, SampledGroup, ValidationPass
 from cropi.training.curriculum_state import load_state, save_state
 from cropi.training.group_evidence import GroupEvidence, GroupOutcome
@@ -61,6 +63,10 @@ class ChooserLoop:
 
     def end_micro_batch(self) -> None:
         """Nothing: no pass is read."""
+
+    def read_passes(self) -> float:
+        """Nothing: no pass is read."""
+        return 0.0
 
     def renew_directions(self, step: int) -> None:
         """Nothing: there are none."""
@@ -169,6 +175,7 @@ class OnlineLoop(ChooserLoop):
     share_read: float = float("nan")  # of the squared gradient
     _rows: list[LossRow] = field(default_factory=list)
     _factor: float = 1.0
+    _products: int = 0  # multiply-adds of this process that have not been charged
 
     # -- reading -------------------------------------------------------------------------------------------------------
 
@@ -187,9 +194,15 @@ class OnlineLoop(ChooserLoop):
     def end_micro_batch(self) -> None:
         """Take what was read."""
         assert self.reader is not None, "no pass is read before there are directions"
+        self._products += self.reader.products * sum(len(row.prompt) + len(row.completion) for row in self._rows)
         places, values = self.reader.take()
         values_BD = torch.zeros(len(self._rows), values.shape[1]).index_add(0, places, values)
         self.evidence.add(self._rows, self._factor * values_BD.unflatten(1, (-1, 2)))
+
+    def read_passes(self) -> float:
+        """What reading has cost all processes since the last call, in forward passes of a token. Collective."""
+        products, self._products = sum(process_group().gather(self._products)), 0
+        return products / matrix_parameters(self.model)
 
     def _check(self, reader: Reader) -> None:
         """Leave out what is read wrongly; go on with rewards alone where too little is left."""

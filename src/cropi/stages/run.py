@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 from trl import GRPOConfig
@@ -104,11 +103,6 @@ class Run:
         return process_group().from_main(lambda: is_finished(folder))
 
     @property
-    def in_parts(self) -> dict[str, Any]:
-        """Arguments of `build` for an artifact whose parts are divided among processes and outlive an interruption."""
-        return {"keep_parts": True, "shared": True}
-
-    @property
     def last_step(self) -> int:
         """Optimiser steps of all stages."""
         return self.config.train.stages * self.config.train.steps_per_stage
@@ -127,19 +121,13 @@ class Run:
         path = start_of_stage(self.config, self.paths, stage)
         return load_policy(self.config.policy, str(path)), self.origin(stage)
 
-    def require_trajectories(self, origin: str) -> None:
-        """Refuse to score a policy without trajectories, or one other than the base policy without log-probs."""
+    def require_trajectories(self) -> None:
+        """Refuse to score a policy without trajectories."""
         if not self.config.select.strategy.collects:
             raise ConfigError(
                 f"{self.config.select.label} reads no trajectories, so there are none to score by",
                 where="select.strategy",
                 fix="start a run with a strategy that reads them, such as influence.",
-            )
-        if origin != "base" and not self.config.collect.logprobs:
-            raise ConfigError(
-                "the trajectories have no behaviour log-probs, so only the base policy can be scored by them",
-                where="collect.logprobs",
-                fix="start a run with collect.logprobs=true.",
             )
 
 

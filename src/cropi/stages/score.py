@@ -25,7 +25,7 @@ from cropi.artifacts import (
 )
 from cropi.config import Config, StrategyTable
 from cropi.console import Progress, counts_text, progress, say, warn
-from cropi.errors import ArtifactError, ConfigError, SignalError
+from cropi.errors import ArtifactError, SignalError
 from cropi.gradients.groups import Group, iterate_groups
 from cropi.gradients.influence_scorer import Scorer
 from cropi.gradients.score_reliability import add_reliability, drift_warning, policy_drift
@@ -35,10 +35,8 @@ from cropi.gradients.score_shards import (
     ScoreShards,
     finite_or_none,
     make_scorer,
-    read_directions,
     score_missing_shards,
     score_shards_by_ray,
-    write_directions,
 )
 from cropi.gradients.surrogate_weights import RATIO_COLUMNS, SurrogateSettings
 from cropi.gradients.validation_directions import pieces
@@ -51,7 +49,7 @@ from cropi.stages.run import Run
 
 def score(run: Run, stage: int, model: nn.Module, origin: str) -> Manifest:
     """Score all training prompts at a policy; `origin` names the policy, for the manifest."""
-    run.require_trajectories(origin)
+    run.require_trajectories()
     prompts = run.folder.train_prompts
 
     def make(folder: Path) -> tuple[Mapping[str, int], Mapping[str, Any]]:
@@ -65,7 +63,9 @@ def score(run: Run, stage: int, model: nn.Module, origin: str) -> Manifest:
         return counts, details
 
     made_from = run.trajectories.inputs | {"policy": origin, "settings": run.folder.settings()}
-    manifest = build(run.paths.scores(stage), "scores", make, inputs=made_from, made_by="cropi score", **run.in_parts)
+    manifest = build(
+        run.paths.scores(stage), "scores", make, inputs=made_from, made_by="cropi score", keep_parts=True, shared=True
+    )
     say(f"scores of stage {stage}: {counts_text(manifest.counts)}")
     text = drift_warning(manifest.details["drift"], stage)
     if text is not None:
@@ -101,15 +101,13 @@ def score_pool(
 ) -> tuple[dict[str, int], dict[str, Any]]:
     """Write `scores.parquet` to `folder`: one row per training prompt, those without signal included (influence 0).
 
-    With `score.store`, the gradient features of each shard stay beside the scores. For a strategy that aims at
-    candidates, halves of a sample of the pool replace the validation sets, with normalised means and `dot`. The ranks
-    divide the prompts, or Ray workers score them. An interrupted scoring in `folder` is continued.
+    For a strategy that aims at candidates, halves of a sample of the pool replace the validation sets, with normalised
+    means and `dot`. The ranks divide the prompts, or Ray workers score them. An interrupted scoring in `folder` is
+    continued.
 
     Returns (rows by status, details) in the first process. Raises SignalError if a validation set has no mixed group or
     no score is finite.
     """
-    if ray_pool() is not None:
-        _require_shared_folder(config)
     strategy = config.select.strategy
     validation = _aims(config, pool.tables)
     names = list(validation)
@@ -119,7 +117,7 @@ def score_pool(
     scorer = make_scorer(config, model, settings, strategy)
     work = _Work(scorer, pool.tables["train"], mixed, validation)
     block_scorer = BlockScorer(scorer, names, standard_errors)
-    shards = ScoreShards(folder, names, mixed, None if config.score.store == "none" else config.score.store)
+    shards = ScoreShards(folder, names, mixed)
     found = work.in_shards(shards, block_scorer, config, strategy)
     if not strategy.candidates_aimed_at:
         warn_of_noise(scorer.direction_reliability)
@@ -153,7 +151,7 @@ def _aims(config: Config, trajectories: Mapping[str, pa.Table]) -> dict[str, lis
     aimed_at = config.select.strategy.candidates_aimed_at
     if aimed_at:
         return candidate_groups(trajectories["train"], aimed_at, config.seed)
-    return validation_groups(trajectories, config.score)
+    return validation_groups(trajectories)
 
 
 def _of_scorer(scorer: Scorer) -> dict[str, Any]:
@@ -182,16 +180,6 @@ def _blank_rows(sources: Mapping[str, str], names: list[str]) -> dict[str, dict[
     return {i: {**none, "prompt_id": i, "source": source} for i, source in sources.items()}
 
 
-def _require_shared_folder(config: Config) -> None:
-    """Refuse a feature store under Ray: its workers share no folder."""
-    if config.score.store != "none":
-        raise ConfigError(
-            "the feature store needs a folder that all processes share, and Ray workers share none",
-            where="score.store",
-            fix="score without --ray, or with score.store=none.",
-        )
-
-
 class _Work:
     """Scoring of the groups with signal, shard by shard."""
 
@@ -216,9 +204,7 @@ class _Work:
         missing = self._ranks.from_main(shards.missing)
         own = sum(len(shards.ids(index)) for index in self._ranks.share(missing))
         with self._progress(own) as bar:
-            self._scorer.aim(self._validation, bar.advance, read_directions(shards.folder))
-            if self._ranks.is_main:
-                write_directions(shards.folder, self._scorer.layer_directions)
+            self._scorer.aim(self._validation, bar.advance)
             pool = ray_pool()
             if pool is not None:
                 score_shards_by_ray(pool, config, strategy, score, shards, self._table, missing, bar.advance)

@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 
 from cropi.functional.surrogate import group_advantages
 from cropi.gradients.direction import DirectionSketch, backward_to_embeddings, deterministic, inner
-from cropi.gradients.reading import Direction, Reader
 from cropi.gradients.surrogate_weights import SurrogateSettings
+from cropi.gradients.training_influence import Direction, Reader
 from cropi.parallel import process_group
 from cropi.policy import Policy, completion_logprobs, longest_alike
 from cropi.rewards.verdicts import Judge, answered
@@ -105,25 +105,27 @@ class ValidationPass:
 
     def differentiate(
         self, model: PreTrainedModel, groups: Mapping[str, Sequence[SampledGroup]]
-    ) -> tuple[dict[str, dict[int, list[float]]], int]:
-        """Renew the directions, and return what the members give to their own set, with the tokens computed.
+    ) -> tuple[dict[str, dict[int, list[float]]], int, int]:
+        """Renew the directions, and return what the members give to their own set, with the tokens computed and the
+        multiply-adds of sketching and reading.
 
         A member gives two numbers, one for each half of its completions, against the half of the direction before this
         round that it had no part in. In a set's first round members give nothing: it would cost a second pass. Nor do
         groups of equal rewards, which have no gradient. No gradient buffer, optimiser state or random state is touched.
         The ranks divide the micro-batches, and all get the same directions and influence.
         """
-        old, tokens, ranks = dict(self.directions), 0, process_group()
+        old, tokens, products, ranks = dict(self.directions), 0, 0, process_group()
         given: dict[str, dict[int, list[float]]] = {}
         with deterministic(model):
             for name, own in groups.items():
                 sketch = self.sketches.setdefault(name, DirectionSketch(model, RANK))
                 sketch.scale(KEPT if ranks.is_main else 0.0)
-                given[name], computed = self._pass(model, own, old.get(name), sketch)
+                given[name], computed, multiplied = self._pass(model, own, old.get(name), sketch)
                 ranks.add(sketch.sums())
                 tokens += computed
+                products += multiplied
             self.renew()
-        return given, tokens
+        return given, tokens, products
 
     def _pass(
         self,
@@ -131,7 +133,7 @@ class ValidationPass:
         groups: Sequence[SampledGroup],
         direction: SetDirection | None,
         sketch: DirectionSketch,
-    ) -> tuple[dict[int, list[float]], int]:
+    ) -> tuple[dict[int, list[float]], int, int]:
         """Differentiate groups of one set, reading against a direction and adding this rank's part to a sketch."""
         reader = None if direction is None else Reader(model, direction.halves)
         ranks, batches = process_group(), list(self._micro_batches(model, groups))
@@ -154,7 +156,7 @@ class ValidationPass:
             assert direction is not None
             for row, value in zip(batches[number], values, strict=False):
                 found.setdefault(row.member, [0.0, 0.0])[row.half] += value[1 - row.member % 2] / direction.norm
-        return found, tokens
+        return found, tokens, tokens * (sketch.products + (0 if reader is None else reader.products))
 
     def renew(self) -> None:
         """Make the directions from the sketches, of the readable parameters."""

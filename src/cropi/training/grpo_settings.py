@@ -184,24 +184,36 @@ def _check(settings: GRPOConfig, config: Config) -> None:
 
 
 def _check_generation_batches(settings: GRPOConfig, config: Config) -> None:
-    """Require that generation batches, which serve several micro-steps, end with each stage and each checkpoint.
+    """Let generation batches, which serve several micro-steps, end with each stage and each checkpoint.
 
     On resume TRL counts micro-steps from 0 and generates anew. After a checkpoint inside a generation batch, a resumed
     run would therefore sample different completions.
     """
     serves = settings.steps_per_generation * settings.num_iterations
-    spans = {"train.steps_per_stage": config.train.steps_per_stage}
-    if settings.save_strategy == "steps":
-        spans["trainer.save_steps"] = settings.save_steps
-    for key, steps in spans.items():
-        micro_steps = steps * settings.gradient_accumulation_steps
-        if micro_steps % serves:
-            raise ConfigError(
-                f"{steps:g} steps are {micro_steps:g} micro-steps, which is no multiple of the {serves} that one "
-                "generation batch serves",
-                where=key,
-                fix="make its micro-steps a multiple of steps_per_generation x num_iterations.",
-            )
+    micro_steps = config.train.steps_per_stage * settings.gradient_accumulation_steps
+    if micro_steps % serves:
+        raise ConfigError(
+            f"{config.train.steps_per_stage} steps are {micro_steps} micro-steps, which is no multiple of the {serves} "
+            "that one generation batch serves",
+            where="train.steps_per_stage",
+            fix="make its micro-steps a multiple of steps_per_generation x num_iterations.",
+        )
+    save_between_batches(settings, config.train.stages * config.train.steps_per_stage)
+
+
+def save_between_batches(settings: GRPOConfig, steps: int) -> None:
+    """Round `save_steps`, of a training of so many steps, up to where a generation batch ends, and say so."""
+    if settings.save_strategy != "steps":
+        return
+    serves = settings.steps_per_generation * settings.num_iterations
+    unit = serves // math.gcd(serves, settings.gradient_accumulation_steps)
+    asked = settings.save_steps if settings.save_steps >= 1 else math.ceil(settings.save_steps * steps)  # a share
+    settings.save_steps = math.ceil(asked / unit) * unit
+    if settings.save_steps != asked:
+        warn_once(
+            f"checkpoints are saved every {settings.save_steps} steps instead of every {asked:g}: a generation batch "
+            f"ends every {unit} steps"
+        )
 
 
 def _check_saving(settings: GRPOConfig) -> None:

@@ -42,6 +42,9 @@ class Loop(Protocol):
     def end_micro_batch(self) -> None:
         """That micro-batch has been differentiated."""
 
+    def read_passes(self) -> float:
+        """What reading has cost since the last call, in forward passes of a token. Collective."""
+
     def end_generation_batch(self, step: int) -> None:
         """Every completion of a generation batch has been differentiated."""
 

@@ -22,6 +22,7 @@ from cropi.policy import Policy
 from cropi.rewards.verdicts import Answered, Judgement
 from cropi.stages.run import Run, Setup
 from cropi.streams import append_jsonl, cut_jsonl
+from cropi.training.grpo_settings import save_between_batches
 from cropi.training.online_trainer import ReadsInfluence
 from cropi.training.reward_log import Judged, RewardLog
 from cropi.training.sharding import gathered
@@ -60,6 +61,7 @@ class CurriculumTrainer(ReadsInfluence):
         run: Run | None = None
         with joined_ranks(), worded():
             try:
+                save_between_batches(self.args, self._total_steps())
                 run = self._opened()
                 self.curriculum = ScriptRun(run, self.train_dataset, self._selector.validation_sets, self)
                 self.online = self.curriculum.begin(self, Path(found) if found else None)
@@ -177,8 +179,10 @@ class _Curriculum(TrainerCallback):
             self._trainer.online.renew_directions(step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        ranks = process_group()
+        ranks, online = process_group(), self._trainer.online
+        read = 0.0 if online is None else online.read_passes()
         line = {"step": state.global_step, "seconds": (time.perf_counter() - self._began) * ranks.size}
+        line |= {"read_passes": read} if read else {}
         self._note("steps.jsonl", line | ranks.facts())
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

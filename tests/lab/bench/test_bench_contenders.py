@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from cropi.gradients.engine import segment_of
+from cropi.lab.bench.contender_task import Task, WeightedGroup
 from cropi.lab.bench.contenders import BY_WEIGHT, as_group, contender, equal_rows
-from cropi.lab.bench.peers.worker_protocol import Task, WeightedGroup
 from cropi.lab.bench.policy_shapes import make_policy
 from cropi.lab.bench.workload import Workload, random_workload
 
@@ -31,7 +31,7 @@ def _shorter(group: WeightedGroup) -> WeightedGroup:
 
 
 def task(policy: Path, work: Workload, name: str) -> Task:
-    return Task(str(policy), work.train, work.validation, batch_tokens=512, options={"contender": name})
+    return Task(str(policy), work.train, work.validation, batch_tokens=512, contender=name)
 
 
 def test_a_group_can_be_given_any_weights(work: Workload) -> None:

@@ -1,10 +1,6 @@
-import json
-from pathlib import Path
-
 import pytest
 
-from cropi.lab.bench.peers.worker_protocol import read_groups
-from cropi.lab.bench.workload import builtin_workload, random_workload, tokens_given, write_groups
+from cropi.lab.bench.workload import builtin_workload, random_workload, tokens_given
 
 
 def test_realistic_rows_are_what_they_are_said_to_be() -> None:
@@ -39,14 +35,6 @@ def test_the_seed_decides_the_rows(name: str) -> None:
         random_workload(name, prompts=5, validation=2, vocabulary=100, seed=seed) for seed in (0, 0, 1)
     )
     assert first == again != other
-
-
-def test_groups_survive_the_file(tmp_path: Path) -> None:
-    work = random_workload("realistic", prompts=4, validation=2, vocabulary=100, seed=0)
-    write_groups(work.train, tmp_path / "rows.jsonl")
-    assert read_groups(tmp_path / "rows.jsonl") == work.train
-    keys = set(json.loads((tmp_path / "rows.jsonl").read_text().splitlines()[0]))
-    assert keys == {"prompt_id", "prompt_ids", "completions", "weights"}
 
 
 def test_builtin_rows_are_real_and_mixed() -> None:

@@ -3,8 +3,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig
 
-from cropi.lab.bench.peers.worker_protocol import WeightedGroup
-from cropi.lab.bench.policy_shapes import SHAPES, forward_flops, make_policy, parameter_count, policy_config
+from cropi.lab.bench.policy_shapes import SHAPES, make_policy, parameter_count, policy_config
 
 PUBLISHED = {
     "135m": 134_515_008,
@@ -30,25 +29,3 @@ def test_a_policy_is_written_and_the_same_seed_writes_the_same(tmp_path: Path) -
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in "abc"]
     assert weights[0] == weights[1] != weights[2]
     assert policy_config(tmp_path / "a").vocab_size == 256
-
-
-def test_flops_of_a_forward_pass_by_hand() -> None:
-    config = AutoConfig.for_model(
-        "llama",
-        hidden_size=4,
-        intermediate_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        vocab_size=10,
-    )
-    # 2 prompt tokens and 3 + 1 - 2 completion tokens go through the model; 4 predict.
-    groups = [
-        WeightedGroup("a", [1, 2], [[3, 4, 5], [6]], [1.0, -1.0]),
-        WeightedGroup("no signal", [1, 2], [[3]], [0.0]),
-    ]
-    attention = 4 * 2 * (2 + 2 * 1) + 4 * 4
-    layer = attention + 3 * 4 * 8
-    seen = (1 + 2) + (3 + 4)  # each token sees itself and those before it
-    expected = 2 * layer + 2 * 4 * 10 * 4 / 4 + 4 * 4 * seen / 4
-    assert forward_flops(config, groups) == pytest.approx(expected)

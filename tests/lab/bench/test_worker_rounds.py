@@ -1,53 +1,39 @@
-import sys
-from pathlib import Path
+import os
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import Any
 
-import pytest
+from cropi.lab.bench.worker_rounds import Record, take_rounds
 
-from cropi.lab.bench.worker_rounds import Record, Worker, WorkerError, take_rounds
-
-ECHO = """
-import json, sys
-runs = 0
-for line in sys.stdin:
-    question = json.loads(line)
-    if question["op"] == "quit":
-        break
-    runs += 1
-    if runs == FAIL:
-        print(json.dumps({"ok": False, "error": "ValueError: no"}), flush=True)
-    elif runs == DIE:
-        sys.exit("out of luck")
-    else:
-        print(json.dumps({"seconds": runs}), flush=True)
-"""
+RUNS: list[int] = []
+FAULTS: dict[str, int] = {}  # of this process: the run at which it does so
 
 
-def worker(tmp_path: Path, name: str, fail: int = 0, die: int = 0) -> Worker:
-    code = ECHO.replace("FAIL", str(fail)).replace("DIE", str(die))
-    return Worker([sys.executable, "-c", code], tmp_path / f"{name}.log", threads=1)
+def prepare(**faults: int) -> None:
+    FAULTS.update(faults)
 
 
-def test_rounds_take_turns_and_leave_out_who_failed(tmp_path: Path) -> None:
-    records = {name: Record() for name in ("good", "fails", "dies")}
-    with (
-        worker(tmp_path, "good") as good,
-        worker(tmp_path, "fails", fail=2) as fails,
-        worker(tmp_path, "dies", die=1) as dies,
-    ):
-        done: list[int] = []
-        take_rounds({"good": good, "fails": fails, "dies": dies}, records, 3, lambda: done.append(1))
+def run() -> dict[str, Any]:
+    RUNS.append(len(RUNS) + 1)
+    if len(RUNS) == FAULTS.get("fails"):
+        raise ValueError("no\nmore")
+    if len(RUNS) == FAULTS.get("dies"):
+        os._exit(3)
+    return {"seconds": len(RUNS)}
+
+
+def test_rounds_take_turns_and_leave_out_who_failed() -> None:
+    faults = {"good": {}, "fails": {"fails": 2}, "dies": {"dies": 1}}
+    records, done = {name: Record() for name in faults}, list[int]()
+    workers = {name: ProcessPoolExecutor(1, mp_context=get_context("spawn")) for name in faults}
+    for name, own in faults.items():
+        workers[name].submit(prepare, **own).result()
+    take_rounds(workers, records, 3, run, lambda: done.append(1))
+    for worker in workers.values():
+        worker.shutdown()
     assert len(done) == 9
-    assert records["good"].rounds == [{"seconds": 1}, {"seconds": 2}, {"seconds": 3}]
-    assert records["good"].error is None
-    assert records["fails"].rounds == [{"seconds": 1}]
-    assert records["fails"].error == "ValueError: no"
+    assert records["good"] == Record(rounds=[{"seconds": 1}, {"seconds": 2}, {"seconds": 3}])
+    assert records["fails"] == Record(rounds=[{"seconds": 1}], error="ValueError: no more")
     assert records["dies"].rounds == []
-    assert records["dies"].error == "its process ended with code 1: out of luck"
-
-
-def test_a_worker_is_ended_when_something_else_fails(tmp_path: Path) -> None:
-    held = worker(tmp_path, "held")
-    with pytest.raises(KeyboardInterrupt), held:
-        raise KeyboardInterrupt
-    with pytest.raises(WorkerError):
-        held.ask("run")
+    assert records["dies"].error is not None
+    assert records["dies"].error.startswith("BrokenProcessPool")

@@ -14,7 +14,9 @@ import torch
 from tests.conftest import tiny_llama
 from tests.runs import SMALL, cropi, cropi_error, cropi_ok, evaluations, selections
 
-from cropi.lab.compare.compared_run import link_shared, matrix_parameters
+import cropi as cropi_python
+from cropi.gradients.layer_taps import matrix_parameters
+from cropi.lab.compare.compared_run import link_shared
 from cropi.lab.compare.result_table import read_results
 from cropi.lab.compare.run_processes import default_jobs
 from cropi.ledger import Ledger
@@ -185,6 +187,7 @@ def test_what_runs_had_reached_can_be_compared_before_they_are_finished(compared
         (["--folder", "out", "--up-to-step", "3"], "no run was evaluated after 3 steps"),
         (["--folder", "elsewhere", "--up-to-step", "2"], "there is no comparison here"),
         (["quickstart", "--up-to-step", "2"], "both configs and --up-to-step are given"),
+        (["seed=1"], "no config is named"),
     ],
 )
 def test_what_cannot_be_compared_is_said(compared: Path, asked: list[str], said: str) -> None:
@@ -207,11 +210,6 @@ def test_more_can_be_asked_for_and_a_failing_run_stops_no_other(compared: Path, 
     assert not (damaged / "huge" / "finished.json").exists()
     strategies = set(read_results(tmp_path / OUT / "results.parquet").column("strategy").to_pylist())
     assert strategies == {"full", "influence", "short"}
-
-
-def test_a_config_is_asked_for(tmp_path: Path) -> None:
-    done = cropi_error("compare", "seed=1", cwd=tmp_path)
-    assert "no config is named" in done.stderr
 
 
 def test_linking_twice_changes_nothing_and_mends_what_was_cut_short(tmp_path: Path) -> None:
@@ -258,3 +256,17 @@ def test_so_many_runs_at_once_as_have_their_cores(monkeypatch: pytest.MonkeyPatc
     assert default_jobs([load_config("quickstart", on_cpu)]) == 2
     free.available = 0
     assert default_jobs([load_config("quickstart", on_cpu)]) == 1
+
+
+def test_a_comparison_is_loaded_from_python_and_a_second_call_makes_no_run(
+    compared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(compared)
+    before = {path: path.stat().st_mtime_ns for path in runs(compared)}
+    result = cropi_python.compare("quickstart", *TINY, strategies=["full", "influence"], seeds=[3], folder=OUT)
+    assert {path: path.stat().st_mtime_ns for path in runs(compared)} == before
+    table = read_results(OUT / "results.parquet").to_pylist()
+    assert result.evaluations.accuracy.tolist() == [sum(row["correct"]) / len(row["correct"]) for row in table]
+    assert set(result.statistics.strategy) == {"full", "influence"}
+    assert "compare.html" in result._repr_html_()
+    assert result.run("influence", seed=3).summary.finished

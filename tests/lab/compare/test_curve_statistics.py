@@ -50,28 +50,23 @@ COSTS = np.array(
 )  # (ahead, running) of a reference and a strategy
 
 
-def speedups(places: list[float], one_step: float = 0.1) -> list[float]:
+@pytest.mark.parametrize(
+    ("places", "one_step", "expected"),
+    [
+        ([1.5, 0.5], 0.1, 6 / 8),  # the reference at place 1.5: 6; the strategy at 0.5: 6 paid ahead + 2
+        ([1.0, math.nan], 0.1, 4 / 14),  # never there: the time of its end
+        ([0.0, 0.0], 0.1, 1.0),  # there before training
+        ([0.0, math.nan], 0.1, 1.0),
+        ([1.0, 0.001], 0.25, 4 / 7),  # no time is shorter than a step, 0.25 of an interval: 6 ahead + 1
+    ],
+)
+def test_a_speed_up_is_the_cost_of_the_reference_over_that_of_the_strategy(places, one_step, expected):
+    assert speedups(places, one_step) == pytest.approx([1.0, expected])
+
+
+def speedups(places: list[float], one_step: float) -> list[float]:
     found = log_speedups(np.array([places]), np.array([places[0]]), COSTS, COSTS[:, 0], one_step)
     return np.exp(found[0]).tolist()
-
-
-def test_a_speed_up_is_the_reference_s_cost_over_the_arm_s():
-    # reference at place 1.5: 6; strategy at 0.5: 6 paid ahead + 2
-    assert speedups([1.5, 0.5]) == pytest.approx([1.0, 6 / 8])
-
-
-def test_an_arm_that_never_arrives_has_the_time_of_its_end():
-    assert speedups([1.0, math.nan]) == pytest.approx([1.0, 4 / 14])
-
-
-def test_a_level_that_is_there_before_training_makes_no_difference():
-    assert speedups([0.0, 0.0]) == [1.0, 1.0]
-    assert speedups([0.0, math.nan]) == [1.0, 1.0]
-
-
-def test_no_time_is_shorter_than_a_step():
-    # The strategy is there at place 0.001; a step is 0.25 of an interval: 6 ahead + 1.
-    assert speedups([1.0, 0.001], one_step=0.25) == pytest.approx([1.0, 4 / 7])
 
 
 def test_areas_by_hand():

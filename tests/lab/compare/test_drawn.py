@@ -5,7 +5,6 @@ import json
 from collections import Counter
 from functools import cache
 
-import numpy as np
 import pytest
 
 from cropi.builtin.families import STYLES, difficulty
@@ -18,7 +17,7 @@ from cropi.loading import config_of, load_config
 from cropi.prompts import checked_prompts
 
 SEEDS = range(200)
-POPULATION_HASH = "9fcf234391a799cb"
+POPULATION_HASH = "483b27e1846a090a"  # of a thousand scenarios, as they were when the population was fixed
 
 
 @cache
@@ -42,34 +41,8 @@ def shares(seed: int) -> Counter:
 
 
 def test_the_same_seed_gives_the_same_scenario_in_any_process():
-    text = json.dumps([drawn_scenario(seed) for seed in range(5)])
+    text = json.dumps([drawn_scenario(seed) for seed in range(1000)])
     assert hashlib.sha256(text.encode()).hexdigest()[:16] == POPULATION_HASH
-
-
-def test_every_axis_varies_within_its_bounds():
-    draws = [draw(seed) for seed in SEEDS]
-    assert set(Counter(len(made.wanted) for made in draws)) == {1, 2, 3}
-    assert {family for made in draws for family in made.wanted_families} == set(STYLES)
-    assert {made.practice for made in draws} == {"own", "kin", "both"}
-    assert {made.wanted_shift for made in draws} == {made.other_shift for made in draws} == {-1, 0, 1}
-    logs = np.log([made.relevant for made in draws])
-    assert np.log(0.02) <= logs.min()
-    assert logs.max() <= np.log(0.3)
-    assert np.mean(logs) == pytest.approx(np.log(0.02 * 0.3) / 2, abs=0.2)  # log-uniform; 3.6 standard errors
-    assert all(600 <= made.pool <= 1500 for made in draws)
-    assert 0.12 < np.mean([made.two_levels for made in draws]) < 0.28
-    assert 0.12 < np.mean([made.plain for made in draws]) < 0.28
-    for name, low in (
-        ("look_alikes", 0),
-        ("solved", 0),
-        ("impossible", 0),
-        ("relevant_noise", 0.1),
-        ("other_noise", 0.1),
-    ):
-        values = np.array([getattr(made, name) for made in draws])
-        assert 0.35 < np.mean(values == 0) < 0.65
-        assert low <= values[values > 0].min()
-        assert values.max() <= (0.5 if "noise" in name else 0.3)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -101,15 +74,6 @@ def test_of_two_levels_the_long_one_is_wanted_and_both_are_practised():
             usual = difficulty(source.families[0]).max_length
             levels["short" if source.max_length <= usual else "long"] += source.count
     assert levels["short"] == levels["long"] == pytest.approx(made.relevant * made.pool / 2, abs=3)
-
-
-def test_in_plain_words_every_prompt_has_distractors():
-    for seed, count in ((900, 40), (901, 0)):
-        prompts = config(seed).prompts
-        assert draw(seed).plain == (count > 0)
-        sources = [*prompts.train, *(s for own in prompts.validation.values() for s in own)]
-        sources += [s for test in prompts.test.values() for s in test.sources]
-        assert {source.distractors for source in sources} == {count}
 
 
 @pytest.mark.parametrize("seed", [*range(4), 900, 910, 915, 959])

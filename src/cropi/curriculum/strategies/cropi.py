@@ -23,6 +23,8 @@ class CropiStrategy(ChoosesBatches, StrategyTable):
     """Selects this strategy."""
     observe_only: bool = False
     """Read influence and report it, but train on the whole pool as `full` does."""
+    prior: str | None = None
+    """Folder of a finished run of `cropi` on the same policy, whose observations of influence this one begins with."""
 
     def chooser(self, pool: Pool) -> Curriculum:
         """The `Curriculum`, on the principal directions of the representations."""

@@ -116,7 +116,6 @@ class Comparison:
             "reference_trajectories": reference,
             "off_policy": self._agreements(off),
             "ceiling": self._agreements(on),
-            "chance_top_overlap": self._share,
         }
 
     def _agreements(self, draw: Draw) -> dict[str, dict[str, float]]:
@@ -168,13 +167,11 @@ class Comparison:
         """From all trajectories: agreement, reliabilities, and the correlation corrected for noise."""
         whole = self._whole
         scores = whole.stored_N, whole.fresh_N
-        raw, reliabilities = pearson(*scores), whole.reliabilities
+        raw = pearson(*scores)
         return {
             **{name: asdict(interval([scores], measure, self._seed)) for name, measure in self._measures().items()},
             "pearson": raw,
-            "reliability_stored": reliabilities[0],
-            "reliability_fresh": reliabilities[1],
-            "pearson_without_noise": disattenuated(raw, *reliabilities),
+            "pearson_without_noise": disattenuated(raw, *whole.reliabilities),
         }
 
     def error_parts(self) -> dict[str, dict[str, float]]:
@@ -243,8 +240,8 @@ def _shuffled(generator: np.random.Generator, side: _Side) -> Int[np.ndarray, "N
 def gradient_cosines(
     pairs: Sequence[tuple[TrajectoryProducts, int]], settings: SurrogateSettings, seed: int
 ) -> dict[str, dict[str, float]] | None:
-    """Quartiles over prompts of the cosine between the stored and the fresh gradient of the same prompt, from as many
-    trajectories each; and between two fresh ones, its ceiling.
+    """Median over prompts, and share above 0.6, of the cosine of a prompt's stored with its fresh gradient, from
+    as many trajectories each; and between two fresh ones, its ceiling.
 
     Each pair is the products of stored and fresh trajectories together, with their inner products, and the number of
     stored ones, which come first.
@@ -263,7 +260,7 @@ def gradient_cosines(
                 found[name].append(value)
     if not found["off_policy"] or not found["ceiling"]:
         return None
-    return {name: _quartiles(values) for name, values in found.items()}
+    return {name: _spread(values) for name, values in found.items()}
 
 
 def _cosine(
@@ -280,15 +277,8 @@ def _cosine(
     return product / math.sqrt(squares) if squares > 0 else math.nan
 
 
-def _quartiles(values: Sequence[float]) -> dict[str, float]:
-    low, median, high = np.quantile(values, [0.25, 0.5, 0.75]).tolist()
-    return {
-        "low": low,
-        "median": median,
-        "high": high,
-        "above_0.6": float((np.array(values) > 0.6).mean()),
-        "prompts": len(values),
-    }
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    return {"median": float(np.median(values)), "above_0.6": float((np.array(values) > 0.6).mean())}
 
 
 def interval(

@@ -12,7 +12,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cropi.artifacts import OK
 from cropi.functional.agreement import spearman, top_overlap
 from cropi.functional.projection import SparseProjection
 from cropi.gradients.groups import Group
@@ -118,11 +117,6 @@ def _facts(material: Material, stored: Sequence[TrajectoryProducts]) -> dict[str
     moved = sum((products.total() for products in stored), RatioStatistics())
     return {
         "prompts": len(material.stored),
-        "with_signal": {
-            "stored": sum(group.status == OK for group in material.stored),
-            "fresh": sum(group.status == OK for group in material.fresh),
-            "both": sum(a.status == b.status == OK for a, b in zip(material.stored, material.fresh, strict=True)),
-        },
         "trajectories": {"stored": _count(material.stored), "fresh": _count(material.fresh)},
         "drift": {"ratio_ess": moved.effective_share, "clip_share": moved.clip_share, "kl": moved.kl},
     }

@@ -15,7 +15,7 @@ from cropi.artifacts import OK, build, is_finished, read_sealed, write_sealed
 from cropi.config import config_hash
 from cropi.console import progress, say
 from cropi.errors import ArtifactError, SignalError
-from cropi.functional.projection import SparseProjection
+from cropi.functional.projection import projection_of
 from cropi.gradients.groups import Group, iterate_groups
 from cropi.gradients.validation_groups import validation_groups
 from cropi.lab.audit.policy_audit import Material, audit_stage, passes
@@ -99,11 +99,11 @@ class _Auditor:
 
     def _make(self, stage: int, folder: Path) -> tuple[Mapping[str, int], Mapping[str, Any]]:
         run = self._run
-        policy, origin = run.policy_at(stage, None)
-        run.require_trajectories(origin)
+        policy, _ = run.policy_at(stage, None)
+        run.require_trajectories()
         tables = run.trajectories.tables
         stored = self._chosen(tables["train"])
-        validation = validation_groups(tables, run.config.score)
+        validation = validation_groups(tables)
         with run.ledger.charge("audit", stage=stage) as entry:
             material = self._material(policy, stored, validation, stage)
             entry["tokens"] = sum(
@@ -116,7 +116,7 @@ class _Auditor:
                 found = audit_stage(
                     policy.model,
                     run.surrogate,
-                    SparseProjection(**score.projection.model_dump()),
+                    projection_of(score.mask),
                     material,
                     share=run.config.select.fraction,
                     batch_tokens=score.batch_tokens,

@@ -1,1 +1,1 @@
-"""Speed, memory and accuracy of the influence engine, against floors and other engines (`cropi bench`)."""
+"""Speed, memory and accuracy of the influence engine, against floors (`cropi bench`)."""

@@ -2,50 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
 from cropi.cli.shell import AsJson
 from cropi.errors import UserError, hint
 from cropi.lab.bench.contender_list import CONTENDERS
-from cropi.lab.bench.policy_shapes import SHAPES
 
+Shape = Literal["tiny", "10m", "135m", "qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-7b"]
+Dtype = Literal["float32", "bfloat16"]
 PROMPTS = {"realistic": (32, 8), "plain": (256, 64), "builtin": (1000, 64)}
 """Default numbers of train and validation prompts, by workload."""
 
 BATCH_TOKENS = {"cpu": 2048, "cuda": 32768}
 """The engine's own batch size where memory allows."""
 
-RECIPE_DIM = {"cpu": 512, "cuda": 32768}
-"""The recipe's dense projection costs 2 * dim * kept coordinates operations a prompt, so a CPU gets a small one."""
-
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """One measurement. Empty or zero: the default of the workload or device."""
+    """One measurement. Unset: the default of the workload or device."""
 
-    shape: Annotated[str, typer.Option(help="tiny, 10m, 135m, qwen2.5-0.5b, -1.5b or -7b.", show_default="10m")] = (
-        ""  # stays empty for the built-in policy
+    shape: Annotated[Shape | None, typer.Option(help="A published shape.", show_default="10m")] = None
+    workload: Literal["realistic", "plain", "builtin"] = "realistic"
+    prompts: Annotated[int | None, typer.Option(min=4, help="Train prompts.", show_default="by workload")] = None
+    validation: Annotated[int | None, typer.Option(min=2, help="Validation prompts.", show_default="by workload")] = (
+        None
     )
-    workload: Annotated[str, typer.Option(help="realistic, plain or builtin.")] = "realistic"
-    prompts: Annotated[int, typer.Option(help="Train prompts.", show_default="by workload")] = 0
-    validation: Annotated[int, typer.Option(help="Validation prompts.", show_default="by workload")] = 0
-    rounds: Annotated[int, typer.Option(help="Runs of each contender, in turns.")] = 3
+    rounds: Annotated[int, typer.Option(min=1, help="Runs of each contender, in turns.")] = 3
     contenders: Annotated[str, typer.Option(help="Names, separated by commas.", show_default="all")] = ""
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.", show_default="by device")] = ""
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto"
-    threads: Annotated[int, typer.Option(help="CPU threads of each contender.")] = 1
-    batch_tokens: Annotated[int, typer.Option(help="Tokens in one pass.", show_default="by device")] = 0
-    bergson_python: Annotated[
-        Path | None, typer.Option(help="Python of an environment that has bergson.", show_default=False)
-    ] = None
-    recipe_dim: Annotated[int, typer.Option(help="Dimension of the recipe's projection.", show_default="by device")] = 0
+    dtype: Annotated[Dtype | None, typer.Option(help="Number format.", show_default="by device")] = None
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads of each contender.")] = 1
+    batch_tokens: Annotated[int | None, typer.Option(min=512, help="Tokens in one pass.", show_default="by device")] = (
+        None
+    )
     seed: Annotated[int, typer.Option(help="Seed of weights and rows.")] = 0
-    grow: Annotated[bool, typer.Option("--grow", help="Also measure memory with ten times as many prompts.")] = False
     out: Annotated[Path | None, typer.Option("--out", help="Write the JSON to this file.", show_default=False)] = None
     as_json: AsJson = False
 
@@ -57,77 +51,34 @@ class EngineOptions:
 
     def recorded(self) -> dict[str, Any]:
         """Options of the measurement as plain JSON."""
-        python = None if self.bergson_python is None else str(self.bergson_python)
-        values = asdict(self) | {"contenders": self.names, "bergson_python": python}
+        values = asdict(self) | {"contenders": self.names}
         return {name: value for name, value in values.items() if name not in ("out", "as_json")}
 
 
 def resolve(options: EngineOptions) -> EngineOptions:
     """Fill in the defaults. UserError for an option that cannot be used."""
-    _known("--workload", options.workload, PROMPTS)
-    if options.shape:
-        _known("--shape", options.shape, SHAPES)
+    import torch
+
     for name in options.names:
-        _known("--contenders", name, CONTENDERS)
-    if options.dtype:
-        _known("--dtype", options.dtype, ("float32", "bfloat16"))
-    builtin = options.workload == "builtin"
+        if name not in CONTENDERS:
+            fix = hint(name, CONTENDERS, f"choose from: {', '.join(CONTENDERS)}.")
+            raise UserError(f"{name!r} is unknown", where="--contenders", fix=fix)
+    builtin, cuda = options.workload == "builtin", torch.cuda.is_available()
     if builtin and options.shape:
         raise UserError("the workload builtin has its own policy", where="--shape", fix="leave it out.")
-    if builtin and options.grow:
-        raise UserError("needs ten times the prompts, which builtin lacks", where="--grow", fix="use another workload.")
+    if options.device == "cuda" and not cuda:
+        raise UserError("no CUDA device is available", where="--device", fix="leave it out, or set it to cpu.")
+    if options.out is not None and not options.out.absolute().parent.is_dir():
+        folder = str(options.out.absolute().parent)
+        raise UserError("there is no such folder", where=folder, fix="create it, or name another.")
     prompts, validation = PROMPTS[options.workload]
-    device = _device(options.device)
-    resolved = replace(
+    device = ("cuda" if cuda else "cpu") if options.device == "auto" else options.device
+    return replace(
         options,
-        shape="" if builtin else options.shape or "10m",
+        shape=None if builtin else options.shape or "10m",
         prompts=options.prompts or prompts,
         validation=options.validation or validation,
         dtype=options.dtype or ("bfloat16" if device == "cuda" else "float32"),
         device=device,
         batch_tokens=options.batch_tokens or BATCH_TOKENS[device],
-        recipe_dim=options.recipe_dim or RECIPE_DIM[device],
     )
-    _check_sizes(resolved)
-    _check_paths(resolved)
-    return resolved
-
-
-def _check_sizes(options: EngineOptions) -> None:
-    least = {"prompts": 4, "validation": 2, "rounds": 1, "threads": 1, "batch_tokens": 512, "recipe_dim": 1}
-    for name, smallest in least.items():
-        value = getattr(options, name)
-        if value < smallest:
-            where = f"--{name.replace('_', '-')}"
-            raise UserError(f"{value} is too few", where=where, fix=f"give at least {smallest}.")
-
-
-def _check_paths(options: EngineOptions) -> None:
-    if options.bergson_python is not None and not options.bergson_python.is_file():
-        raise UserError(
-            f"there is no file {options.bergson_python}",
-            where="--bergson-python",
-            fix="give the Python interpreter of the environment that bergson is installed in.",
-        )
-    if options.out is not None and not options.out.absolute().parent.is_dir():
-        folder = str(options.out.absolute().parent)
-        raise UserError("there is no such folder", where=folder, fix="create it, or name another.")
-
-
-def _device(name: str) -> str:
-    import torch
-
-    _known("--device", name, ("auto", "cpu", "cuda"))
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("no CUDA device is available", where="--device", fix="leave it out, or set it to cpu.")
-    return name
-
-
-def _known(option: str, word: str, known: Iterable[str]) -> None:
-    names = list(known)
-    if word not in names:
-        raise UserError(
-            f"{word!r} is unknown", where=option, fix=hint(word, names, f"choose from: {', '.join(names)}.")
-        )

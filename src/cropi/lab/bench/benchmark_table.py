@@ -7,7 +7,7 @@ from typing import Any
 from cropi.lab.bench.contender_list import CONTENDERS
 from cropi.report.blocks import Table
 from cropi.report.markdown import text_table
-from cropi.report.wording import ABSENT, percent
+from cropi.report.wording import ABSENT
 
 
 def engine_text(result: dict[str, Any]) -> str:
@@ -33,17 +33,17 @@ def _table(result: dict[str, Any]) -> str:
     on_gpu = result["settings"]["device"] == "cuda"
     header = ["contender", "seconds", "given tok/s", "computed tok/s", "× floor", "× sketch", "RSS MB"]
     header += ["GPU MB"] if on_gpu else []
-    header += ["start s", "Spearman", "P@10 %", "of 2F"]
+    header += ["start s", "Spearman", "P@10 %"]
     rows = []
     for row in result["contenders"]:
-        if row["status"] != "ok":
-            rows.append([row["name"], row["status"], *[ABSENT] * (len(header) - 2)])
+        if row["error"] is not None:
+            rows.append([row["name"], "failed", *[ABSENT] * (len(header) - 2)])
             continue
         cells = [row["name"], _spread(row["seconds"], 2), _median(row["given_per_s"]), _median(row["computed_per_s"])]
         cells += [_spread(row["ratio_to_floor"], 2), _spread(row["seconds_to_sketch"], 2), _number(row["peak_rss_mb"])]
         cells += [_number(row["peak_gpu_mb"])] if on_gpu else []
         cells += [_number(row["startup_s"], 1), _number(row["spearman"], 3), _number(row["precision_at_10"], 2)]
-        rows.append([*cells, percent(row["share_of_2f_ceiling"])])
+        rows.append(cells)
     return text_table(Table("", header, rows))
 
 
@@ -63,37 +63,14 @@ def _spread(value: dict[str, float] | None, digits: int) -> str:
 
 
 def _notes(result: dict[str, Any]) -> list[str]:
-    names = [row["name"] for row in result["contenders"] if row["status"] == "ok"]
+    names = [row["name"] for row in result["contenders"] if row["error"] is None]
     notes = [
         "Medians of the rounds (lowest–highest). Engines: train and validation prompts; floors: train prompts' tokens "
         "alone.\n× floor: seconds per computed token, of the train pass where it is timed apart; × sketch: seconds in "
-        "all;\nboth round by round. Spearman, P@10 %: against `exact`, over prompts with signal. of 2F: share of the "
-        f"measured matrix-product rate\n({result['policy']['matmul_flops_per_s']:.3g} FLOP/s) if a token took two "
-        "forward passes (`forward`: one)."
+        "all;\nboth round by round. Spearman, P@10 %: against `exact`, over prompts with signal."
     ]
-    notes.append("\n".join(f"{name}: {CONTENDERS[name].summary}{_dim(result, name)}" for name in names))
+    notes.append("\n".join(f"{name}: {CONTENDERS[name]}" for name in names))
     for row in result["contenders"]:
-        if row["status"] == "absent":
-            notes.append(f"{row['name']} is not installed: {row['install']}{_how(row['name'])}")
-        elif row["status"] == "failed":
+        if row["error"] is not None:
             notes.append(f"{row['name']} failed: {row['error']}")
-        notes += [f"{row['name']} warned: {warning}" for warning in row["warnings"]]
-    grow = result["grow"]
-    if grow is not None and grow["error"] is None:
-        small, large = grow["prompts"]
-        notes.append(
-            f"memory of sketch: {grow['peak_rss_mb'][0]:,.0f} MB with {small} prompts, "
-            f"{grow['peak_rss_mb'][1]:,.0f} MB with {large}: {grow['ratio']:.2f} times as much"
-        )
-    elif grow is not None:
-        notes.append(f"memory of sketch could not be measured: {grow['error']}")
     return notes
-
-
-def _dim(result: dict[str, Any], name: str) -> str:
-    options = next(row["options"] for row in result["contenders"] if row["name"] == name)
-    return f" (dim {options['dim']})" if "dim" in options else ""
-
-
-def _how(name: str) -> str:
-    return "\nthen give --bergson-python bergson-env/bin/python" if name == "bergson" else ""

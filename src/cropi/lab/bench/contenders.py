@@ -1,10 +1,14 @@
-"""Our own contenders and their worker process: the influence engine as `score` uses it, and floors."""
+"""The contenders, each in a process of its own: the influence engine as `score` uses it, and floors."""
 
 from __future__ import annotations
 
+import resource
+import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,16 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cropi import __version__
 from cropi.functional.projection import SparseProjection
 from cropi.gradients.capture import NullReader
-from cropi.gradients.engine import Engine, segment_of
+from cropi.gradients.engine import Engine, segments_of
 from cropi.gradients.groups import Group
 from cropi.gradients.influence_scorer import BLOCK, Scorer, ScorerOptions
-from cropi.gradients.packing import Segment
 from cropi.gradients.surrogate_weights import SurrogateSettings
-from cropi.lab.bench.peers.worker_protocol import Engine as Contending
-from cropi.lab.bench.peers.worker_protocol import Measurement, Part, Task, WeightedGroup, serve
+from cropi.lab.bench.contender_task import Engine as Contending
+from cropi.lab.bench.contender_task import Measurement, Part, Task, WeightedGroup
 
 SETS = 2
 """Validation sets: validation prompts take turns."""
@@ -32,7 +34,7 @@ BY_WEIGHT = SurrogateSettings(normalizer="constant", max_completion_length=1, ad
 LOGITS_AT_ONCE = 1 << 31
 """Of a batch, whatever its tokens: 8 GiB in float32."""
 
-SCORERS: dict[str, dict[str, Any]] = {
+OPTIONS: dict[str, dict[str, Any]] = {
     "exact": {"estimator": "exact"},
     "exact-cosine": {"estimator": "exact", "score": "cosine"},
     "sketch": {"estimator": "sketch"},
@@ -41,10 +43,45 @@ SCORERS: dict[str, dict[str, Any]] = {
 }
 
 
+_loaded: list[Contending] = []  # in this process
+
+
+def prepare(task: Task) -> None:
+    """Load the contender of this process."""
+    _loaded[:] = [contender(task)]
+
+
+def run() -> dict[str, Any]:
+    """Measure the contender of this process, and the peak memory of the process."""
+    measured = _loaded[0].run()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()  # other contenders share the GPU
+    return asdict(measured) | {"peak_rss_mb": _peak_rss_mb()}
+
+
+def scores() -> np.ndarray:
+    """The scores of the last run."""
+    return _loaded[0].scores_N()
+
+
+def _peak_rss_mb() -> float:
+    """Peak resident memory of this process.
+
+    On Linux `ru_maxrss` also remembers the process that started this one, so the kernel's own mark of this program's
+    memory goes first.
+    """
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    if marks := [line.split()[1] for line in lines if line.startswith("VmHWM:")]:
+        return int(marks[0]) / 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1 << 20 if sys.platform == "darwin" else 1024)
+
+
 def contender(task: Task) -> Contending:
     """Load the contender that the task's options name."""
     torch.set_num_threads(task.threads)
-    match task.options["contender"]:
+    match task.contender:
         case "forward":
             return Floor(task, backward=False)
         case "floor":
@@ -52,7 +89,7 @@ def contender(task: Task) -> Contending:
         case "stock":
             return Stock(task)
         case name:
-            return Influence(task, SCORERS[name])
+            return Influence(task, OPTIONS[name])
 
 
 def load_model(task: Task, **settings: Any) -> Any:
@@ -71,12 +108,6 @@ def as_group(group: WeightedGroup) -> Group:
     which adds nothing, makes their mean zero."""
     rewards = [weight * (len(group.weights) + 1) for weight in group.weights]
     return Group(group.prompt_id, group.prompt_ids, [*group.completions, []], [*rewards, -sum(rewards)], None)
-
-
-def segments_of(groups: Sequence[Group]) -> list[Segment]:
-    """Segments of the groups that have a signal."""
-    found = [segment_of(index, group, BY_WEIGHT) for index, group in enumerate(groups)]
-    return [segment for segment in found if segment is not None]
 
 
 class Meter:
@@ -120,8 +151,6 @@ class Meter:
 class Unscored:
     """A contender that scores nothing."""
 
-    version = f"cropi {__version__}"
-
     def scores_N(self) -> np.ndarray:
         raise ValueError("a floor scores nothing")
 
@@ -144,7 +173,7 @@ class Floor(Unscored):
 
     def _pass(self) -> None:
         for start in range(0, len(self._groups), BLOCK):
-            segments = segments_of(self._groups[start : start + BLOCK])
+            segments = segments_of(self._groups[start : start + BLOCK], BY_WEIGHT)
             if self._backward:
                 self._engine.run(segments, NullReader())
             else:
@@ -179,7 +208,7 @@ class Stock(Unscored):
 def equal_rows(task: Task) -> Tensor:
     """(rows, length) token ids: as many tokens as the packed train prompts have, in rows of their trajectories' mean
     length. The tokens are the trajectories', one after another."""
-    segments = segments_of([as_group(group) for group in task.groups])
+    segments = segments_of([as_group(group) for group in task.groups], BY_WEIGHT)
     sequences = [segment.prompt_ids + ids for segment in segments for ids in segment.completions]
     length = round(sum(map(len, sequences)) / len(sequences))
     rows = max(1, round(sum(segment.tokens for segment in segments) / length))
@@ -189,8 +218,6 @@ def equal_rows(task: Task) -> Tensor:
 
 class Influence:
     """A `Scorer` aimed at the validation sets that scores the train prompts block by block, as `score` does."""
-
-    version = f"cropi {__version__}"
 
     def __init__(self, task: Task, settings: dict[str, Any]) -> None:
         self._model, self._settings, self._task = load_model(task), settings, task
@@ -222,7 +249,3 @@ class Influence:
         """From <g_i, mean of set v>, the product with the mean over the prompts of all sets."""
         sizes_V = np.array([len(groups) for groups in self._validation.values()])
         return self._products_NV @ (sizes_V / sizes_V.sum())
-
-
-if __name__ == "__main__":
-    serve(contender)

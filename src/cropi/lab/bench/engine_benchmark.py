@@ -1,11 +1,14 @@
-"""Measure the influence engine against floors and other engines, round by round."""
+"""Measure the influence engine against floors, round by round."""
 
 from __future__ import annotations
 
+import os
 import tempfile
 import time
+from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -14,37 +17,30 @@ import numpy as np
 from cropi.builtin import POLICY_DIR
 from cropi.console import progress, say
 from cropi.lab.bench.benchmark_options import EngineOptions
-from cropi.lab.bench.contender_list import CONTENDERS, Contender
-from cropi.lab.bench.machine import describe, matmul_rate
-from cropi.lab.bench.policy_shapes import forward_flops, make_policy, parameter_count, policy_config
-from cropi.lab.bench.timing import per_token, plain, quality, rates, ratios, seconds
-from cropi.lab.bench.worker_rounds import Record, Worker, WorkerError, take_rounds
-from cropi.lab.bench.workload import Workload, builtin_workload, random_workload, tokens_given, write_groups
-
-GROWTH = 10
+from cropi.lab.bench.contender_list import FLOORS
+from cropi.lab.bench.contender_task import Task
+from cropi.lab.bench.contenders import prepare, run, scores
+from cropi.lab.bench.machine import describe
+from cropi.lab.bench.policy_shapes import make_policy, parameter_count, policy_config
+from cropi.lab.bench.timing import per_token, quality, rates, ratios, seconds
+from cropi.lab.bench.worker_rounds import Record, take_rounds
+from cropi.lab.bench.workload import Workload, builtin_workload, random_workload, tokens_given
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A policy and a workload on disk, for workers to read."""
+    """A policy on disk, and a workload."""
 
     plan: EngineOptions
-    folder: Path
     policy: Path
     workload: Workload
 
-    def question(self, contender: Contender) -> dict[str, Any]:
-        """The content of a contender's `prepare` question."""
-        return {
-            "model": str(self.policy),
-            "groups": str(self.folder / "train.jsonl"),
-            "validation": str(self.folder / "validation.jsonl"),
-            "dtype": self.plan.dtype,
-            "device": self.plan.device,
-            "batch_tokens": self.plan.batch_tokens,
-            "threads": self.plan.threads,
-            "options": contender.worker_options(self.plan.recipe_dim),
-        }
+    def task(self, contender: str) -> Task:
+        plan, work = self.plan, self.workload
+        assert plan.dtype
+        assert plan.batch_tokens
+        sizes = plan.batch_tokens, plan.threads
+        return Task(str(self.policy), work.train, work.validation, plan.dtype, plan.device, *sizes, contender)
 
 
 def bench_engine(plan: EngineOptions) -> dict[str, Any]:
@@ -52,146 +48,77 @@ def bench_engine(plan: EngineOptions) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="cropi-bench-") as folder:
         scene = _make_scene(plan, Path(folder))
         records = _measure(scene)
-        growth = _growth(scene) if plan.grow else None
-        return _result(scene, records, growth)
+        return _result(scene, records)
 
 
-def _make_scene(plan: EngineOptions, folder: Path, policy: Path | None = None) -> Scene:
-    """Write the files that workers read; the policy only if there is none yet."""
-    folder.mkdir(exist_ok=True)
+def _make_scene(plan: EngineOptions, folder: Path) -> Scene:
+    """Make the policy and the workload."""
     say(f"bench  {plan.shape or 'built-in policy'}, workload {plan.workload}, {plan.prompts} prompts")
-    if policy is None and not plan.shape:
-        policy = POLICY_DIR
-    elif policy is None:
-        policy = folder / "policy"
+    assert plan.prompts
+    assert plan.validation
+    assert plan.dtype
+    policy = folder / "policy" if plan.shape else POLICY_DIR
+    if plan.shape:
         make_policy(plan.shape, policy, dtype=plan.dtype, device=plan.device, seed=plan.seed)
     counts = {"prompts": plan.prompts, "validation": plan.validation, "seed": plan.seed}
     if plan.workload == "builtin":
         workload = builtin_workload(**counts, threads=plan.threads)
     else:
         workload = random_workload(plan.workload, **counts, vocabulary=policy_config(policy).vocab_size)
-    write_groups(workload.train, folder / "train.jsonl")
-    write_groups(workload.validation, folder / "validation.jsonl")
-    return Scene(plan, folder, policy, workload)
+    return Scene(plan, policy, workload)
 
 
 def _measure(scene: Scene) -> dict[str, Record]:
     """Start all workers, one after the other, take the rounds, and ask for scores."""
     plan = scene.plan
     records = {name: Record() for name in plan.names}
+    workers: dict[str, Executor] = {}
+    os.environ["OMP_NUM_THREADS"] = str(plan.threads)  # of the workers, whose libraries read it when they are loaded
     with ExitStack() as stack:
-        workers: dict[str, Worker] = {}
         with progress("start", len(records), "workers") as bar:
             for name, record in records.items():
-                worker = _start(scene, CONTENDERS[name], record, stack)
-                if worker is not None:
-                    workers[name] = worker
+                started = time.perf_counter()
+                worker = stack.enter_context(ProcessPoolExecutor(1, mp_context=get_context("spawn")))
+                record.ask(worker, prepare, scene.task(name))
+                if record.error is None:
+                    workers[name], record.startup_s = worker, time.perf_counter() - started
                 bar.advance()
         with progress("measure", plan.rounds * len(workers), "runs") as bar:
-            take_rounds(workers, records, plan.rounds, bar.advance)
-        for name, worker in workers.items():
-            records[name].warnings = worker.warnings()
-            if CONTENDERS[name].scores and records[name].error is None:
-                _ask_scores(worker, records[name], scene.folder / f"{name}.npy")
+            take_rounds(workers, records, plan.rounds, run, bar.advance)
+        for name in workers.keys() - FLOORS.keys():
+            if records[name].error is None:
+                records[name].scores_N = records[name].ask(workers[name], scores)
     return records
 
 
-def _start(scene: Scene, contender: Contender, record: Record, stack: ExitStack) -> Worker | None:
-    """Start a worker and load its model; on failure note the reason in its record and return None."""
-    try:
-        command = contender.command(scene.plan.bergson_python)
-    except ValueError as error:
-        record.absent, record.error = True, str(error)
-        return None
-    started = time.perf_counter()
-    log = scene.folder / f"{contender.name}-{scene.plan.prompts}.log"
-    worker = stack.enter_context(Worker(command, log, threads=scene.plan.threads))
-    try:
-        answer = worker.ask("prepare", **scene.question(contender))
-    except WorkerError as error:
-        record.error = str(error)
-        record.absent = contender.kind == "peer" and record.error.startswith("ModuleNotFoundError")
-        return None
-    record.startup_s, record.version = time.perf_counter() - started, answer["version"]
-    return worker
-
-
-def _ask_scores(worker: Worker, record: Record, path: Path) -> None:
-    try:
-        worker.ask("scores", path=str(path))
-        record.scores_N = np.load(path)
-    except WorkerError as error:
-        record.error = str(error)
-
-
-def _growth(scene: Scene) -> dict[str, Any]:
-    """Measure peak memory of `sketch` with the plan's prompts and with ten times as many, each in a new worker."""
-    larger = _make_scene(
-        replace(scene.plan, prompts=scene.plan.prompts * GROWTH), scene.folder / "larger", scene.policy
-    )
-    peaks: list[float] = []
-    with progress("grow", 2, "runs") as bar:
-        for one in (scene, larger):
-            record = Record()
-            with ExitStack() as stack:
-                worker = _start(one, CONTENDERS["sketch"], record, stack)
-                if worker is None:
-                    return {"error": record.error}
-                try:
-                    peaks.append(worker.ask("run")["peak_rss_mb"])
-                except WorkerError as error:
-                    return {"error": str(error)}
-            bar.advance()
-    prompts = [scene.plan.prompts, larger.plan.prompts]
-    return {"prompts": prompts, "peak_rss_mb": peaks, "ratio": peaks[1] / peaks[0], "error": None}
-
-
-def _result(scene: Scene, records: dict[str, Record], growth: dict[str, Any] | None) -> dict[str, Any]:
-    plan, config = scene.plan, policy_config(scene.policy)
-    flops, rate = forward_flops(config, scene.workload.train), matmul_rate(plan.device, plan.dtype, plan.threads)
+def _result(scene: Scene, records: dict[str, Record]) -> dict[str, Any]:
+    plan = scene.plan
     return {
         "kind": "engine",
         "settings": plan.recorded(),
         "environment": describe(plan.device, plan.threads),
-        "policy": {
-            "shape": plan.shape or "builtin",
-            "parameters": parameter_count(config),
-            "forward_flops_per_token": flops,
-            "matmul_flops_per_s": rate,
-            "ceiling_2f_tokens_per_s": rate / (2 * flops),
-        },
+        "policy": {"shape": plan.shape or "builtin", "parameters": parameter_count(policy_config(scene.policy))},
         "workload": {"name": plan.workload, **scene.workload.facts()},
-        "contenders": [_row(name, scene, records, rate / flops) for name in records],
-        "grow": growth,
+        "contenders": [_row(name, scene, records) for name in records],
     }
 
 
-def _row(name: str, scene: Scene, records: dict[str, Record], forward_ceiling: float) -> dict[str, Any]:
+def _row(name: str, scene: Scene, records: dict[str, Record]) -> dict[str, Any]:
     """All results of one contender."""
-    contender, record, workload = CONTENDERS[name], records[name], scene.workload
+    record, workload = records[name], scene.workload
     given = tokens_given(workload.train)
-    if contender.scores:
+    if name not in FLOORS:
         given += tokens_given(workload.validation)
     floor, sketch = records.get("floor", Record()), records.get("sketch", Record())
     exact, signal_N = records.get("exact", Record()), np.array([group.has_signal for group in workload.train])
-    passes = 1 if name == "forward" else 2
-    timed = [1 / (cost * forward_ceiling / passes) for cost in per_token(record)]
     return {
         "name": name,
-        "kind": contender.kind,
-        "summary": contender.summary,
-        "status": "absent" if record.absent else "failed" if record.error else "ok",
         "error": record.error,
-        "warnings": record.warnings,
-        "install": contender.install if record.absent else None,
-        "version": record.version,
-        "options": contender.worker_options(scene.plan.recipe_dim),
-        "covers": ["train", "validation"] if contender.scores else ["train"],
+        "covers": ["train"] if name in FLOORS else ["train", "validation"],
         "startup_s": record.startup_s,
         **rates(record, given),
-        "ratio_to_floor": plain(ratios(per_token(record), per_token(floor))),
-        "seconds_to_sketch": plain(ratios(seconds(record), seconds(sketch))) if contender.scores else None,
-        "share_of_2f_ceiling": float(np.median(timed)) if timed else None,
+        "ratio_to_floor": ratios(per_token(record), per_token(floor)),
+        "seconds_to_sketch": None if name in FLOORS else ratios(seconds(record), seconds(sketch)),
         **quality(record.scores_N, exact.scores_N, signal_N),
         "rounds": record.rounds,
     }

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import platform
 import shutil
-import statistics
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
@@ -46,18 +44,3 @@ def _commit() -> str | None:
     if not ask("ls-files", "__init__.py"):  # the checkout of something else
         return None
     return ask("rev-parse", "HEAD") + ("+" if ask("status", "--porcelain", "--", str(folder)) else "")
-
-
-def matmul_rate(device: str, dtype: str, threads: int) -> float:
-    """Measured FLOP/s of a large square matrix product: the median of several."""
-    torch.set_num_threads(threads)
-    size = 8192 if device == "cuda" else 1024
-    square = torch.randn(size, size, device=device).to(getattr(torch, dtype))
-    times: list[float] = []
-    for _ in range(13):
-        started = time.perf_counter()
-        square @ square
-        if device == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
-    return 2 * size**3 / statistics.median(times[3:])  # the first ones warm up

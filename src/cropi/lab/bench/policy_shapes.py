@@ -1,13 +1,10 @@
-"""Policies to measure: published shapes with random weights, and the FLOPs of a forward pass."""
+"""Policies to measure: published shapes with random weights."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from cropi.lab.bench.peers.worker_protocol import WeightedGroup
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -102,27 +99,3 @@ def parameter_count(config: PretrainedConfig) -> int:
 
     with torch.device("meta"):
         return sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
-
-
-def forward_flops(config: PretrainedConfig, groups: Sequence[WeightedGroup]) -> float:
-    """FLOPs of one forward pass over the packed groups with signal, per token computed.
-
-    F = 2 N_layers + (predictions / tokens) 2 H W + layers 4 H_attention (mean number of tokens seen), N_layers being
-    the weights of all linear layers but the head (H, W), which acts on positions that predict a completion token.
-    """
-    tokens = predictions = seen = 0
-    for group in (group for group in groups if group.has_signal):
-        prompt = len(group.prompt_ids)
-        tokens += prompt
-        seen += prompt * (prompt + 1) // 2
-        for completion in group.completions:
-            computed = len(completion) - 1
-            tokens += computed
-            predictions += len(completion)
-            seen += computed * prompt + computed * (computed + 1) // 2
-    hidden, heads = config.hidden_size, config.num_attention_heads
-    head_size = getattr(config, "head_dim", None) or hidden // heads
-    attention = hidden * head_size * (heads + 2 * config.num_key_value_heads) + heads * head_size * hidden
-    layers = config.num_hidden_layers * (attention + 3 * hidden * config.intermediate_size)
-    head = hidden * config.vocab_size * predictions / tokens
-    return 2 * layers + 2 * head + config.num_hidden_layers * 4 * heads * head_size * seen / tokens

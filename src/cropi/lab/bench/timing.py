@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -15,21 +14,12 @@ from cropi.lab.bench.worker_rounds import Record
 PRECISION_SHARE = 0.1
 
 
-@dataclass(frozen=True)
-class Spread:
-    """A number measured several times."""
-
-    median: float
-    low: float
-    high: float
-
-
-def spread(values: Sequence[float]) -> Spread | None:
+def spread(values: Sequence[float]) -> dict[str, float] | None:
     """Median and range; None where nothing was measured."""
-    return Spread(float(np.median(values)), min(values), max(values)) if values else None
+    return {"median": float(np.median(values)), "low": min(values), "high": max(values)} if values else None
 
 
-def ratios(ours: Sequence[float], theirs: Sequence[float]) -> Spread | None:
+def ratios(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float] | None:
     """Spread of ours_r / theirs_r over the rounds r of both, so that a machine that is slow for a while slows both."""
     return spread([a / b for a, b in zip(ours, theirs, strict=False)])
 
@@ -63,23 +53,18 @@ def rates(record: Record, tokens_given: int) -> dict[str, Any]:
     computed = [answer["tokens_computed"] / answer["seconds"] for answer in record.rounds]
     parts = sorted({name for answer in record.rounds for name in answer["parts"]})
     return {
-        "seconds": plain(spread(seconds(record))),
+        "seconds": spread(seconds(record)),
         "parts": {
             name: {
-                "seconds": plain(spread([answer["parts"][name]["seconds"] for answer in record.rounds])),
+                "seconds": spread([answer["parts"][name]["seconds"] for answer in record.rounds]),
                 "tokens_computed": record.rounds[-1]["parts"][name]["tokens_computed"],
             }
             for name in parts
         },
         "tokens_given": tokens_given,
         "tokens_computed": record.rounds[-1]["tokens_computed"] if record.rounds else None,
-        "given_per_s": plain(spread(given)),
-        "computed_per_s": plain(spread(computed)),
+        "given_per_s": spread(given),
+        "computed_per_s": spread(computed),
         "peak_rss_mb": max((answer["peak_rss_mb"] for answer in record.rounds), default=None),
         "peak_gpu_mb": max((answer["peak_gpu_mb"] or 0.0 for answer in record.rounds), default=0.0) or None,
     }
-
-
-def plain(value: Spread | None) -> dict[str, float] | None:
-    """Convert to plain JSON."""
-    return None if value is None else asdict(value)

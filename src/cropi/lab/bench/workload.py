@@ -1,15 +1,13 @@
-"""The workload of a benchmark: the same train and validation prompts for every contender, as JSONL.
+"""The workload of a benchmark: the same train and validation prompts for every contender.
 
-A row is {prompt_id, prompt_ids, completions, weights}; a prompt's gradient is the sum over its trajectories
+A prompt's gradient is the sum over its trajectories
 of weight_k = A_k / Z_k times grad log pi(completion_k), at the very policy that is measured (all ratios are 1).
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,7 +16,7 @@ import torch
 from cropi.errors import DataError
 from cropi.gradients.groups import Group
 from cropi.gradients.surrogate_weights import SurrogateSettings, trajectory_scales
-from cropi.lab.bench.peers.worker_protocol import WeightedGroup
+from cropi.lab.bench.contender_task import WeightedGroup
 from cropi.seeds import derived_seed
 
 ZERO_SHARE = 0.45
@@ -50,11 +48,6 @@ class Workload:
             "tokens_given_train": tokens_given(self.train),
             "tokens_given_validation": tokens_given(self.validation),
         }
-
-
-def write_groups(groups: Sequence[WeightedGroup], path: Path) -> None:
-    """One row a line, in order."""
-    path.write_text("".join(json.dumps(asdict(group)) + "\n" for group in groups), encoding="utf-8")
 
 
 def tokens_given(groups: Sequence[WeightedGroup]) -> int:

@@ -15,7 +15,7 @@ import threading
 import time
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cropi.artifacts import is_finished, write_json, write_sealed
 from cropi.config import Config
@@ -25,9 +25,6 @@ from cropi.ledger import Ledger
 from cropi.loading import validate_config
 from cropi.run_folder import RunFolder, StagePaths, checkpoints
 from cropi.streams import append_jsonl
-
-if TYPE_CHECKING:
-    from torch import nn
 
 
 def main() -> int:
@@ -67,6 +64,7 @@ def collect_shared(config: Config) -> None:
 
 def train_run(config: Config, shared: Path) -> None:
     """Link what is shared, train, and evaluate; `finished.json` marks the end."""
+    from cropi.gradients.layer_taps import matrix_parameters
     from cropi.pipeline import train_all
     from cropi.stages.collect import collect
     from cropi.stages.run import Run
@@ -117,20 +115,6 @@ def _link(source: Path, target: Path) -> None:
         target.hardlink_to(source)
     except OSError:
         shutil.copy2(source, target)
-
-
-def matrix_parameters(model: nn.Module) -> int:
-    """Count the parameters in matrix products: all with two or more axes, except embeddings that are looked up.
-
-    An output head tied to the embeddings counts, through its own module. All experts of a mixture count.
-    """
-    from torch import nn
-
-    found: dict[int, int] = {}
-    for module in model.modules():
-        if not isinstance(module, nn.Embedding):
-            found |= {id(p): p.numel() for p in module.parameters(recurse=False) if p.ndim > 1}
-    return sum(found.values())
 
 
 if __name__ == "__main__":

@@ -25,12 +25,12 @@ from cropi.errors import ArtifactError, ConfigError
 from cropi.lab.compare.drawn import drawn_scenario, seed_of
 from cropi.loading import config_of, load_config, suite_names, validate_config
 from cropi.presets import Patch, patched, read_patches
+from cropi.run_folder import first_changes
 
 PLAN = "plan.json"
 BEGUN = "begun.json"
 FINISHED = "finished.json"
 BEFORE_PLAN = ("lock", "drawn.json")  # files that a folder may hold before it is claimed
-SHOWN_CHANGES = 5
 MOST_SEEDS = 10_000  # in a range
 
 SUITE = "suite"  # names all recipes of the scenario suite
@@ -177,12 +177,6 @@ def run_folder(folder: Path, scenario: str, seed: int, strategy: str) -> Path:
     return folder / scenario / f"seed-{seed}" / strategy
 
 
-def shortened(changes: Sequence[str]) -> str:
-    """The first of many changes, and the number of the others."""
-    more = f"; and {len(changes) - SHOWN_CHANGES} more" if len(changes) > SHOWN_CHANGES else ""
-    return "; ".join(changes[:SHOWN_CHANGES]) + more
-
-
 def _config(claim: Mapping[str, Any], scenario: str, seed: int, strategy: str, folder: Path) -> Config:
     """The config of a run. A patch without a strategy keeps the config's own, with the preset that it names."""
     patch: Patch = claim["strategies"][strategy]
@@ -247,7 +241,7 @@ def _added(before: Mapping[str, Any], asked: Mapping[str, Any], folder: Path) ->
             ]
             if changed and begun:
                 raise ConfigError(
-                    f"{name} was begun here with other settings: {shortened(changed)}",
+                    f"{name} was begun here with other settings: {first_changes(changed)}",
                     where=str(begun[0]),
                     fix="use the same settings again, choose another --folder, or delete its runs.",
                 )

@@ -15,7 +15,6 @@ from cropi.rewards.verifiers.math_answer import MathVerifier as MathVerifier
 from cropi.rewards.verifiers.numeric import NumericVerifier as NumericVerifier
 from cropi.rewards.verifiers.python_function import FunctionVerifier as FunctionVerifier
 from cropi.rewards.verifiers.reasoning_gym import ReasoningGymVerifier as ReasoningGymVerifier
-from cropi.rewards.verifiers.verl import VerlVerifier as VerlVerifier
 
 VERIFIERS: tuple[type[VerifierTable], ...] = tuple(
     table

@@ -1,4 +1,4 @@
-"""The verifier `function`: a Python reward function in TRL's form."""
+"""The verifier `function`: a Python reward function in TRL's or verl's form."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ DottedPath = Annotated[str, AfterValidator(_dotted)]
 
 
 class FunctionVerifier(ScoringVerifier):
-    """A reward function of your own, with TRL's signature; it gets one completion at a time."""
+    """A reward function of your own; it gets one completion at a time. Its signature is TRL's, or that of verl's
+    `compute_score(data_source, solution_str, ground_truth, extra_info)`."""
 
     pure: ClassVar[bool] = False
 
@@ -54,11 +55,14 @@ class FunctionVerifier(ScoringVerifier):
         row's extra columns, each as a list of one. A function without `**kwargs` gets those in its signature.
         """
         function = imported(self.path)
-        accepted = _parameters(function)
+        parameters = inspect.signature(function).parameters
+        if "solution_str" in parameters:
+            return lambda row: self.verdict(_verl_score(function, row))
+        takes_any = any(one.kind is one.VAR_KEYWORD for one in parameters.values())
 
         def verify(row: Answered) -> str | Graded:
             columns = self._columns(row)
-            rewards = awaited(function(**{k: v for k, v in columns.items() if accepted is None or k in accepted}))
+            rewards = awaited(function(**{k: v for k, v in columns.items() if takes_any or k in parameters}))
             if not hasattr(rewards, "__len__"):
                 kind = type(rewards).__name__
                 raise TypeError(f"{self.path} returned one {kind}, not a list with a reward for each completion")
@@ -77,6 +81,12 @@ class FunctionVerifier(ScoringVerifier):
 
     def completion_with(self, answer: str) -> str:
         return self.written.replace("{answer}", answer)
+
+
+def _verl_score(function: Callable[..., Any], row: Answered) -> float | None:
+    given = {"data_source": row.source, "solution_str": row.completion, "ground_truth": row.answer}
+    result = awaited(function(**given, extra_info=extra_columns(row) or None))
+    return result["score"] if isinstance(result, dict) else result
 
 
 def extra_columns(row: Answered) -> dict[str, Any]:
@@ -100,11 +110,3 @@ def imported(path: str) -> Callable[..., Any]:
     if not callable(function):
         raise TypeError(f"{path} is not a function")
     return function
-
-
-def _parameters(function: Callable[..., Any]) -> set[str] | None:
-    """Names of the parameters that a function takes; None if it takes any."""
-    parameters = inspect.signature(function).parameters.values()
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        return None
-    return {parameter.name for parameter in parameters}

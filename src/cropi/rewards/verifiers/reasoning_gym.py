@@ -24,15 +24,15 @@ NONSENSE = "\N{REPLACEMENT CHARACTER}"  # the right answer of no task
 
 
 class ReasoningGymVerifier(ScoringVerifier):
-    """Right when a task of reasoning-gym scores the answer high enough. Many of its tasks give partial credit."""
+    """Right when a task of reasoning-gym scores the answer high enough. Many of its tasks give partial credit.
+
+    The answer is in the last `<answer>...</answer>`, else it is the whole completion.
+    """
 
     type: Literal["reasoning_gym"]
     """Picks this verifier."""
     threshold: Annotated[float, Field(gt=0, le=1)] = 0.99
     """Score from which an answer is right."""
-    marker: Annotated[str, Field(min_length=1)] | None = None
-    """Text before the answer; its last occurrence counts. Unset: the answer is in the last `<answer>...</answer>`, else
-    it is the whole completion."""
 
     def load(self) -> Verify:
         """Import reasoning-gym. A row's task is its extra column `source_dataset`, else its source."""
@@ -47,12 +47,6 @@ class ReasoningGymVerifier(ScoringVerifier):
 
         tasks: dict[str, tuple[Score, bool]] = {}
 
-        def answer_in(text: str) -> str:
-            if self.marker is None:
-                return extract_answer(text) if "<answer>" in text else text.strip()
-            _, found, answer = text.rpartition(self.marker)
-            return answer.strip() if found else ""
-
         def verify(row: Answered) -> str | Graded:
             metadata = extra_columns(row)
             task = metadata.get("source_dataset") or row.source
@@ -61,7 +55,8 @@ class ReasoningGymVerifier(ScoringVerifier):
                     tasks[task] = get_score_answer_fn(task), _disarm(task, DATASETS)
             except ValueError:  # no such task
                 return UNPARSEABLE_GOLD
-            answer = answer_in(row.completion)
+            text = row.completion
+            answer = extract_answer(text) if "<answer>" in text else text.strip()
             if answer and answer == row.answer.strip() != str(None):  # some tasks have no gold answer
                 return self.verdict(1.0)
             score, uses_sympy = tasks[task]
@@ -72,9 +67,6 @@ class ReasoningGymVerifier(ScoringVerifier):
             return self.verdict(_guarded_score(task, answer, entry, score))
 
         return verify
-
-    def completion_with(self, answer: str) -> str:
-        return answer if self.marker is None else f"{self.marker} {answer}"
 
 
 def _guarded_score(task: str, answer: str, entry: Entry, score: Score) -> float:

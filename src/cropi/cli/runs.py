@@ -1,0 +1,81 @@
+"""`cropi ls`: the runs in a folder."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from textwrap import shorten
+from typing import Annotated, Any
+
+import typer
+
+from cropi.cli.shell import AsJson, print_result
+from cropi.errors import UserError
+
+HEADER = ("run", "state", "strategy", "steps", "accuracy", "seconds", "tokens")
+PROBLEM = 200  # characters shown
+
+
+def list_runs(
+    folder: Annotated[Path, typer.Argument(help="Folder of runs; those of comparisons inside are listed too.")] = Path(
+        "runs"
+    ),
+    as_json: AsJson = False,
+) -> None:
+    """List the runs in a folder: state, strategy, targeted accuracy and cost."""
+    if not folder.is_dir():
+        raise UserError("there is no such folder", where=str(folder), fix="name the folder of runs.")
+    from cropi.report.blocks import Table
+    from cropi.report.markdown import text_table
+    from cropi.report.wording import count
+
+    rows = [_row(path) for path in _runs(folder)]
+    cells = [[count(row[name]) if isinstance(row[name], int) else row[name] or "" for name in HEADER] for row in rows]
+    notes = [f"{row['run']}: {shorten(row['problem'], PROBLEM)}" for row in rows if row["problem"]]
+    lines = [text_table(Table("", HEADER, cells, left=3)), *notes] if rows else [f"no runs in {folder}"]
+    print_result({"runs": rows}, as_json, "\n".join(lines))
+
+
+def _runs(folder: Path) -> Iterator[Path]:
+    """Folders of runs, without what is inside them and what runs of a comparison share."""
+    for place, inside, files in os.walk(folder):
+        inside[:] = sorted(name for name in inside if not name.startswith("shared-"))
+        if {"config.json", "environment.json"} <= set(files):
+            inside.clear()
+            yield Path(place)
+
+
+def _row(folder: Path) -> dict[str, Any]:
+    """One run by the names of the header, and what is wrong with it."""
+    from cropi.loading import load_config
+    from cropi.report.summary import summarise
+    from cropi.report.wording import with_interval
+    from cropi.run_folder import RunFolder
+
+    row: dict[str, Any] = dict.fromkeys((*HEADER, "problem")) | {"run": str(folder)}
+    try:
+        config = load_config(str(folder.absolute()))
+        found = summarise(config, RunFolder(config))
+    except UserError as error:
+        return row | {"state": "unreadable", "problem": str(error)}
+    state = "running" if _is_locked(folder) else "finished" if found.finished else "stopped"
+    return row | {
+        "state": state,
+        "strategy": found.strategy,
+        "steps": f"{found.steps}/{found.total_steps}",
+        "accuracy": with_interval(found.last.targeted) if found.last and found.last.targeted else None,
+        "seconds": None if found.cost.total is None else round(found.cost.total),
+        "tokens": found.cost.tokens,
+    }
+
+
+def _is_locked(folder: Path) -> bool:
+    """Whether a process works on the run."""
+    with (folder / "lock").open("rb") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return True
+    return False
