@@ -22,7 +22,8 @@ def line_of(space, stage):
 def test_the_line_of_a_stage_by_hand(finished):
     """Stages of 4 steps of 2 s. Stage 0: near 3 of 4, far 1 of 2; one prompt of each source; 10 + 3 + 0.5 s beside."""
     assert line_of(finished, 0) == (
-        "stage 0 (1 of 2) · accuracy 0.62, was 0.12 · chose sum 33 %, swaps 33 %, sort 33 % · 21.5 s, 63 % beside training"
+        "stage 0 (1 of 2) · accuracy 0.62, was 0.12 · chose sum 33 %, swaps 33 %, sort 33 %"
+        " · 21.5 s, 63 % beside training"
     )
     assert line_of(finished, 1).startswith("stage 1 (2 of 2) · accuracy 1.00, was 0.62 · chose ")
     assert line_of(finished, 1).endswith(" · 11.5 s, 30 % beside training")
