@@ -32,7 +32,7 @@ from cropi.cli.shell import (
 )
 from cropi.cli.verify import audit_rewards, verify
 from cropi.console import say
-from cropi.errors import ArtifactError, UserError
+from cropi.errors import UserError
 from cropi.exchange.formats import FORMATS
 from cropi.parallel import is_first_rank, launched, leave_launcher
 
