@@ -64,7 +64,7 @@ def _write(folder: Path, states: dict[tuple[str, str], np.ndarray]) -> None:
     pq.write_table(table, folder / "representations" / "representations.parquet")
 
 
-def test_prompts_are_foretold_better_than_by_a_constant_and_wrong_answers_found(
+def test_foretells_better_than_a_constant_and_finds_wrong_answers(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     belief.main([str(run)])
