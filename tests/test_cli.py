@@ -8,10 +8,16 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
+import pyarrow.parquet as pq
 import pytest
+from transformers import AutoTokenizer
 
+from cropi.builtin import POLICY_DIR
+from cropi.inspection import _token_warnings
 from tests.runs import SMALL, cropi, cropi_error, cropi_ok, cropi_process, evaluations, json_lines, selections
 
 
@@ -215,8 +221,29 @@ def test_check_judges_real_rows_and_writes_nothing(tmp_path: Path) -> None:
     result = json.loads(done.stdout)
     assert result["gold_against_itself"] == {"correct": 48 + 6 + 16}
     assert result["prompts"]["train"] == 48
-    assert len(result["samples"]) == 8
+    assert result["groups"] == 8
+    assert Counter(sample["verdict"] for sample in result["samples"]) == {"correct": 2, "wrong": 2}
+    assert {sample["reward"] for sample in result["samples"] if sample["verdict"] == "correct"} == {1}
     assert list(tmp_path.iterdir()) == []
+
+
+def test_check_shows_the_prompt_as_the_model_gets_it_and_the_whole_run_beside_plain_grpo(finished: Path) -> None:
+    done = cropi_ok("check", "quickstart", *SMALL, "--json", cwd=finished)
+    assert "loading the policy builtin" in done.stderr
+    result, parts = json.loads(done.stdout), json.loads(done.stdout)["estimates"]
+    prompts = pq.read_table(finished / "runs/quickstart/prompts/prompts.parquet").column("messages").to_pylist()
+    tokenizer = AutoTokenizer.from_pretrained(POLICY_DIR)
+    encoded = tokenizer([json.loads(prompt) for prompt in prompts])["input_ids"]
+    assert result["model_input"] in {tokenizer.decode(ids) for ids in encoded}
+    assert result["tokens"]["prompt longest"] <= max(map(len, encoded))
+    assert result["tokens"]["completion longest"] <= 32
+    assert 0 <= result["tokens"]["share cut off"] <= 1
+    scored = 2 * parts["score_per_stage_s"] + parts["collect_s"]
+    assert parts["plain_grpo_s"] == pytest.approx(parts["train_s"] + parts["evaluate_s"])
+    assert parts["whole_run_s"] == pytest.approx(parts["plain_grpo_s"] + scored)
+    assert parts["whole_run_tokens"] == pytest.approx(parts["train_tokens"] + parts["collect_tokens"])
+    assert (parts["selected_prompts_per_stage"], parts["drawn_prompts_per_stage"]) == (12, 3 * 32 / 8)
+    assert parts["free_memory_bytes"] > parts["model_and_optimiser_bytes"] > 0
 
 
 def test_doctor_and_recipes_answer_in_json(tmp_path: Path) -> None:
@@ -225,3 +252,12 @@ def test_doctor_and_recipes_answer_in_json(tmp_path: Path) -> None:
     cropi_ok("recipes", "copy", "quickstart", cwd=tmp_path)
     cropi_error("recipes", "copy", "quickstart", cwd=tmp_path)
     cropi_ok("check", "quickstart.yaml", *SMALL, cwd=tmp_path)
+
+
+def test_two_tokens_of_the_beginning_are_warned_of() -> None:
+    policy = SimpleNamespace(tokenizer=SimpleNamespace(bos_token_id=1, bos_token="<s>"))
+    shards = [SimpleNamespace(prompt_ids=[[1, 1, 5], [1, 5], [1]]), SimpleNamespace(prompt_ids=[[1, 1]])]
+    assert _token_warnings(policy, shards) == ["2 prompts begin with two <s>: remove it from their text"]  # type: ignore[arg-type]
+    assert _token_warnings(policy, shards[2:]) == []  # type: ignore[arg-type]
+    none = SimpleNamespace(tokenizer=SimpleNamespace(bos_token_id=None, bos_token=None))
+    assert _token_warnings(none, shards) == []  # type: ignore[arg-type]

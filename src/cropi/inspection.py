@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from cropi.artifacts import is_finished
@@ -18,6 +19,7 @@ from cropi.config import Config
 from cropi.console import duration
 from cropi.curriculum.curriculum import FIRST_ROUND, ROUND_STEPS
 from cropi.errors import DataError
+from cropi.functional.ranking import selection_size
 from cropi.gradients.groups import Group
 from cropi.gradients.reference import trainable_parameters
 from cropi.gradients.score_shards import make_scorer
@@ -34,6 +36,8 @@ from cropi.stages.evaluate import questions, unreadable
 from cropi.stages.run import Setup
 
 SAMPLE_PROMPTS = 8
+SHOWN_INPUT = 1000  # characters
+OF_EACH_VERDICT = 2
 
 
 @dataclass(frozen=True)
@@ -45,8 +49,11 @@ class CheckResult:
     parameters: int
     gold_against_itself: dict[str, int]  # verdicts; anything but `correct` points at the verifier or the data
     verdicts: dict[str, int]  # of the sampled completions
-    mixed_groups: int  # of the sampled groups
-    samples: list[dict[str, str]]  # one completion of each sampled prompt
+    groups: int  # that were sampled
+    mixed_groups: int  # of them
+    model_input: str  # a prompt as the policy gets it, special tokens included
+    tokens: dict[str, float]  # lengths, and the share of completions that was cut off
+    samples: list[dict[str, Any]]  # two completions of each verdict
     estimates: dict[str, float]
     warnings: list[str]
 
@@ -59,9 +66,11 @@ class CheckResult:
         lines.append(f"parameters         {self.parameters:,}")
         lines.append("gold vs itself     " + _listed(self.gold_against_itself))
         lines.append("completions        " + _listed(self.verdicts))
-        lines.append(f"groups             {self.mixed_groups} of {len(self.samples)} mixed")
+        lines.append(f"groups             {self.mixed_groups} of {self.groups} mixed")
+        lines.append("tokens             " + ", ".join(f"{name} {value:g}" for name, value in self.tokens.items()))
+        lines.append(f"the model gets     {self.model_input[:SHOWN_INPUT]!r}")
         lines += [
-            f"  {s['verdict']:<18} {s['prompt'][-48:]!r} -> {s['completion'][:48]!r}, recorded: {s['answer'][:24]!r}"
+            f"  {s['verdict']:<18} {s['prompt'][-48:]!r} -> {s['completion'][-48:]!r}, recorded: {s['answer'][-24:]!r}"
             for s in self.samples
         ]
         lines.append("estimates, extrapolated from this sample on this machine (a factor of two either way):")
@@ -116,10 +125,13 @@ def check_run(config: Config) -> CheckResult:
         parameters=sum(p.numel() for p in trainable_parameters(policy.model).values()),
         gold_against_itself=dict(gold),
         verdicts=dict(verdicts),
+        groups=len(rewards),
         mixed_groups=sum(len(group) > 1 for group in rewards),
+        model_input=policy.tokenizer.decode(sample.prompt_ids),
+        tokens=_lengths(shards, sample),
         samples=sample.shown(),
         estimates=_estimate(config, settings, policy, shards, sample, len(tests)),
-        warnings=[*warnings, *_warnings(gold, verdicts, any(map(any, rewards)))],
+        warnings=[*warnings, *_token_warnings(policy, shards), *_warnings(gold, verdicts, any(map(any, rewards)))],
     )
 
 
@@ -143,25 +155,51 @@ def _warnings(gold: Counter[str], verdicts: Counter[str], rewarded: bool) -> lis
     return found
 
 
+def _token_warnings(policy: Policy, shards: Sequence[Shard]) -> list[str]:
+    """Warn of a text that brings the token of its beginning along, when the tokenizer writes one as well."""
+    bos = policy.tokenizer.bos_token_id
+    double = sum(ids[:2] == [bos, bos] for shard in shards for ids in shard.prompt_ids)
+    return (
+        [f"{double} prompts begin with two {policy.tokenizer.bos_token}: remove it from their text"] if double else []
+    )
+
+
+def _lengths(shards: Sequence[Shard], sample: _Sample) -> dict[str, float]:
+    prompts = sorted(len(ids) for shard in shards for ids in shard.prompt_ids)
+    completions = sorted(sample.lengths)
+    return {
+        "prompt median": prompts[len(prompts) // 2],
+        "prompt longest": prompts[-1],
+        "completion median": completions[len(completions) // 2],
+        "completion longest": completions[-1],
+        "share cut off": round(sample.cut_off, 3),
+    }
+
+
 @dataclass(frozen=True)
 class _Sample:
     rows: Sequence[Any]
+    prompt_ids: list[int]  # of the first
     texts: list[list[str]]  # by prompt
     judged: list[list[Judgement]]
-    tokens: int
+    lengths: list[int]  # of completions, in tokens
+    cut_off: float  # share of completions without an end
     generate_s: float  # of a completion, in a batch of this sample's size
     gradient_s: float  # of a group
 
-    def shown(self) -> list[dict[str, str]]:
-        return [
-            {
-                "prompt": last_turn(row["messages"]),
-                "answer": row["answer"],
-                "completion": texts[0],
-                "verdict": judged[0].verdict,
-            }
-            for row, texts, judged in zip(self.rows, self.texts, self.judged, strict=True)
-        ]
+    @property
+    def tokens(self) -> int:
+        return sum(self.lengths)
+
+    def shown(self) -> list[dict[str, Any]]:
+        """The first completions of each verdict."""
+        found: dict[str, list[dict[str, Any]]] = {}
+        for row, texts, judged in zip(self.rows, self.texts, self.judged, strict=True):
+            for text, judgement in zip(texts, judged, strict=True):
+                shown = {"prompt": last_turn(row["messages"]), "answer": row["answer"], "completion": text}
+                known = found.setdefault(judgement.verdict, [])
+                known.append(shown | {"verdict": judgement.verdict, "reward": judgement.reward})
+        return [sample for known in found.values() for sample in known[:OF_EACH_VERDICT]]
 
 
 def completions_of(
@@ -224,7 +262,9 @@ def _sample(config: Config, policy: Policy, shards: Sequence[Shard], judge: Judg
     by_prompt = [texts[n : n + count] for n in range(0, len(texts), count)]
     found = judge([answered(text, row) for text, row in zip(texts, rows, strict=True)])
     judged = [found[n : n + count] for n in range(0, len(found), count)]
-    return _Sample([row for row, _ in pairs], by_prompt, judged, sum(map(len, completions)), generate_s, gradient_s)
+    ended = sum(bool(completion) and completion[-1] in policy.eos_ids for completion in completions)
+    cut_off, lengths = 1 - ended / len(completions), list(map(len, completions))
+    return _Sample([row for row, _ in pairs], ids[0], by_prompt, judged, lengths, cut_off, generate_s, gradient_s)
 
 
 def _estimate(
@@ -253,13 +293,43 @@ def _estimate(
             "validation_tokens": completions * mean_completion,
             "validation_s": completions * (sample.generate_s + sample.gradient_s / count),
         }
-    return {
-        **before,
+    strategy, selected = config.select.strategy, {}
+    if not (strategy.chooses_online or strategy.takes_all):
+        pool = sum(len(shard.prompts) for shard in shards if shard.set == "train")
+        used = config.train.steps_per_stage * per_step / settings.num_generations
+        selected = {
+            "selected_prompts_per_stage": selection_size(config.select.fraction, pool),
+            "drawn_prompts_per_stage": used,
+        }
+    during = {
         "train_tokens": steps * per_step * mean_completion,
         "train_s": steps * per_step * (sample.generate_s + sample.gradient_s / count),
         "evaluate_s": evaluations * tests * (1 + config.evaluate.samples) * sample.generate_s,
+    }
+    return {
+        **before,
+        **selected,
+        **during,
+        **_whole(config, before, during),
         "model_and_optimiser_bytes": _bytes_to_train(config, policy),
+        "free_memory_bytes": _free_memory(policy),
         "free_disk_bytes": shutil.disk_usage(_existing(config.folder)).free,
+    }
+
+
+def _whole(config: Config, before: Mapping[str, float], during: Mapping[str, float]) -> dict[str, float]:
+    """The whole run beside plain GRPO, which only trains and evaluates."""
+    strategy = config.select.strategy
+    scorings = sum(strategy.scored_stage(stage) == stage for stage in range(config.train.stages))
+    extra = before.get("collect_s", 0.0) + before.get("validation_s", 0.0)
+    extra += scorings * before.get("score_per_stage_s", 0.0)
+    tokens = before.get("collect_tokens", 0.0) + before.get("validation_tokens", 0.0)
+    plain_s = during["train_s"] + during["evaluate_s"]
+    return {
+        "whole_run_tokens": during["train_tokens"] + tokens,
+        "plain_grpo_tokens": during["train_tokens"],
+        "whole_run_s": plain_s + extra,
+        "plain_grpo_s": plain_s,
     }
 
 
@@ -287,6 +357,11 @@ def _bytes_to_train(config: Config, policy: Policy) -> int:
     each += 4 if config.policy.dtype == "float32" else 2
     each += 2 if config.policy.dtype == "bfloat16" and config.policy.trained_in == "float32" else 0
     return trained * each
+
+
+def _free_memory(policy: Policy) -> int:
+    """Bytes that the policy's device has left now."""
+    return torch.cuda.mem_get_info()[0] if policy.device.type == "cuda" else psutil.virtual_memory().available
 
 
 def _existing(path: Path) -> Path:

@@ -14,7 +14,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from cropi.config import Config, VerificationConfig, Verifier
 from cropi.errors import ConfigError, hint
-from cropi.presets import PRESETS, presets, with_presets
+from cropi.presets import PRESETS, TYPES, presets, with_presets
 from cropi.yaml_text import parse_argument, parse_yaml
 
 _short = reprlib.Repr()
@@ -156,6 +156,16 @@ def validate_config(values: Mapping[str, Any], where: str) -> Config:
         return Config.model_validate(with_presets(values))
     except ValidationError as error:
         raise _refused(error.errors(include_url=False), where) from None
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema of a config as it is written: strategies and presets may also be named alone."""
+    schema = Config.model_json_schema()
+    strategy = schema["$defs"]["SelectConfig"]["properties"]["strategy"]
+    tables = {key: strategy.pop(key) for key in ("oneOf", "discriminator") if key in strategy}
+    named = {"type": "object", "required": ["type"], "properties": {"type": {"enum": sorted({*presets()} - TYPES)}}}
+    strategy["anyOf"] = [{"enum": sorted({*presets(), *TYPES})}, tables, named]
+    return schema
 
 
 def parse_verifier(kind: str, options: Sequence[str]) -> Verifier:

@@ -23,7 +23,7 @@ from cropi.console import warn_once
 from cropi.errors import ArtifactError, ConfigError
 from cropi.loading import load_config
 from cropi.policy import Policy, load_policy
-from cropi.policy import loaded_policy as policy_module
+from cropi.policy import passes as policy_module
 from cropi.prompt_encoding import encode_prompts
 from cropi.stages.train import TrainTask, newest_checkpoint, train_stages
 from cropi.training.grpo_settings import grpo_config
@@ -345,10 +345,8 @@ def test_checkpoints_fall_between_generation_batches(
         ("trainer.loss_type=nosuch", "no per-prompt normaliser"),
         ("trainer.num_iterations=3", "train.steps_per_stage: .*no multiple of the 3"),
         ("trainer.num_generations=5", "must be divisible by"),
-        ("trainer.lr_scheduler_type=fast", "fast is not a valid"),
-        ("trainer.save_total_limit=1", "loses both"),
-        ("trainer.save_only_model=true", "optimiser's state"),
-        ("trainer.temperature=0.5", "collect.temperature"),
+        ("trainer.lr_scheduler_type=fast", "fast is not a valid"), ("trainer.save_total_limit=1", "loses both"),
+        ("trainer.save_only_model=true", "optimiser's state"), ("trainer.temperature=0.5", "collect.temperature"),
         ("trainer.report_to=[wandb]", "wandb is not installed"),
         ("trainer.learning_rate=fast", "trainer.learning_rate is 'fast': input should be a valid number"),
         ("trainer.save_strategy=no", "cannot be resumed"),
@@ -360,36 +358,27 @@ def test_checkpoints_fall_between_generation_batches(
         ("trainer.per_device_train_batch_size=99999999999", "must be at most 1000000"),
         ("trainer.gradient_accumulation_steps=0", "must be at least 1"),
         ("trainer.gradient_accumulation_steps=1.5", "valid integer"),
-        ("trainer.num_iterations=0", "must be at least 1"),
-        ("trainer.num_iterations=-1", "must be at least 1"),
+        ("trainer.num_iterations=0", "must be at least 1"), ("trainer.num_iterations=-1", "must be at least 1"),
         ("trainer.num_generations=0", "must be at least 1"),
         ("trainer.num_generations=null", "trainer.num_generations"),
         ("trainer.steps_per_generation=0", "must be at least 1"),
         ("trainer.generation_batch_size=0", "must be at least 1"),
-        ("trainer.mask_truncated_completions=maybe", "valid boolean"),
-        ("trainer.bf16=2", "valid boolean"),
+        ("trainer.mask_truncated_completions=maybe", "valid boolean"), ("trainer.bf16=2", "valid boolean"),
         ("trainer.scale_rewards=best", "scale_rewards is 'best'"),
         ("trainer.importance_sampling_level=word", "Unknown importance sampling level: word"),
-        ("trainer.lr_scheduler_kwargs={a: 1}", "unexpected keyword argument 'a'"),
-        ("trainer.optim=lomo", "lomo"),
-        ("trainer.optim_args=foo", "trainer: "),
-        ("trainer.reward_weights=[1, 2]", "Number of reward weights"),
-        ("trainer.sync_ref_model=true", "sync_ref_model"),
-        ("trainer.deepspeed={a: 1}", "deepspeed"),
-        ("trainer.deepspeed=nowhere.json", "trainer: "),
-        ("trainer.fsdp=full_shard", "fsdp"),
+        ("trainer.lr_scheduler_kwargs={a: 1}", "unexpected keyword argument 'a'"), ("trainer.optim=lomo", "lomo"),
+        ("trainer.optim_args=foo", "trainer: "), ("trainer.reward_weights=[1, 2]", "Number of reward weights"),
+        ("trainer.sync_ref_model=true", "sync_ref_model"), ("trainer.deepspeed={a: 1}", "deepspeed"),
+        ("trainer.deepspeed=nowhere.json", "trainer: "), ("trainer.fsdp=full_shard", "fsdp"),
         ("trainer.accelerator_config={a: 1}", "unexpected keyword argument 'a'"),
         ("trainer.cache_implementation=foo", "cache_implementation"),
-        ("trainer.neftune_noise_alpha=-1", "must be at least 0"),
-        ("trainer.adam_beta1=2", "beta"),
-        ("trainer.min_p=7", "min_p"),
-        ("trainer.log_level=loud", "loud"),
+        ("trainer.neftune_noise_alpha=-1", "must be at least 0"), ("trainer.adam_beta1=2", "beta"),
+        ("trainer.min_p=7", "min_p"), ("trainer.log_level=loud", "loud"),
         ("trainer.model_init_kwargs={torch_dtype: float32}", "decided by the run"),
-        ("trainer.parallelism_config={tp_size: 2}", "decided by the run"),
-        ("trainer.eval_on_start=true", "eval"),
+        ("trainer.parallelism_config={tp_size: 2}", "decided by the run"), ("trainer.eval_on_start=true", "eval"),
         ("trainer.use_liger_kernel=true", "liger"),
     ],
-)
+)  # fmt: skip
 def test_trainer_settings_that_cannot_work_are_refused(
     override: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -402,26 +391,15 @@ def test_trainer_settings_that_cannot_work_are_refused(
 @pytest.mark.parametrize(
     ("override", "value"),
     [
-        ("trainer.mask_truncated_completions=False", False),
-        ("trainer.bf16=False", False),
-        ("trainer.fp16=no", False),
-        ("trainer.log_completions=True", True),
-        ("trainer.log_completions='1'", True),
-        ("trainer.disable_dropout=on", True),
-        ("trainer.learning_rate='5e-5'", 5e-5),
-        ("trainer.learning_rate=1", 1.0),
-        ("trainer.num_iterations='1'", 1),
-        ("trainer.save_total_limit=1_000", 1000),
-        ("trainer.beta='0'", 0.0),
-        ("trainer.scale_rewards=False", "none"),
-        ("trainer.scale_rewards=true", "group"),
-        ("trainer.scale_rewards=batch", "batch"),
-        ("trainer.report_to=null", []),
-        ("trainer.report_to=none", []),
-        ("trainer.lr_scheduler_kwargs={}", {}),
-        ("trainer.run_name='7'", "7"),
+        ("trainer.mask_truncated_completions=False", False), ("trainer.bf16=False", False),
+        ("trainer.fp16=no", False), ("trainer.log_completions=True", True), ("trainer.log_completions='1'", True),
+        ("trainer.disable_dropout=on", True), ("trainer.learning_rate='5e-5'", 5e-5),
+        ("trainer.learning_rate=1", 1.0), ("trainer.num_iterations='1'", 1), ("trainer.save_total_limit=1_000", 1000),
+        ("trainer.beta='0'", 0.0), ("trainer.scale_rewards=False", "none"), ("trainer.scale_rewards=true", "group"),
+        ("trainer.scale_rewards=batch", "batch"), ("trainer.report_to=null", []), ("trainer.report_to=none", []),
+        ("trainer.lr_scheduler_kwargs={}", {}), ("trainer.run_name='7'", "7"),
     ],
-)
+)  # fmt: skip
 def test_trainer_settings_have_the_types_of_trl(override: str, value: object, tmp_path: Path) -> None:
     settings = grpo_config(config(override), tmp_path, torch.device("cpu"))
     found = getattr(settings, override.partition("=")[0].removeprefix("trainer."))

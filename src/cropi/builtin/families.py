@@ -8,8 +8,8 @@ A family is worked in one of four styles, named by the completion's first word (
 counting in a ``tally``, moves in a ``trace``, ordering in a ``list``. Which style suits a problem is what a policy
 has to learn family by family, so practice on one family helps those of its style and not the others.
 
-To add a family, write one generator `(rng, length, modulus) -> Problem` and add one line to `FAMILIES`, `STYLES` and
-`DEFAULTS`. Generators whose problems have no modulus are handed ``None`` and ignore it.
+To add a family, write one generator `(rng, length, modulus) -> Problem` and add one line to `FAMILIES` and `STYLES`.
+Generators whose problems have no modulus are handed ``None`` and ignore it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 STYLES = {
     **dict.fromkeys(("sum", "alternate", "product", "horner"), "steps"),
@@ -234,43 +234,30 @@ def reverse(rng: random.Random, length: int, _modulus: None) -> Problem:
     return _problem("reverse", items, items[::-1], " ".join(items[::-1]))
 
 
-# The modulus is an int for families that have one and None for the others.
-Generator = Callable[[random.Random, int, Any], Problem]
-FAMILIES: dict[str, Generator] = {
-    "sum": sum_mod,
-    "alternate": alternate,
-    "product": product,
-    "horner": horner,
-    "parity": parity,
-    "maximum": maximum,
-    "count": count,
-    "machine": machine,
-    "shell": shell,
-    "depth": depth,
-    "compass": compass,
-    "elevator": elevator,
-    "runs": runs,
-    "hop": hop,
-    "median": median,
-    "reverse": reverse,
-}
-DEFAULTS: dict[str, Difficulty] = {
-    "sum": Difficulty(4, 8, modulus=7),
-    "alternate": Difficulty(4, 8, modulus=7),
-    "product": Difficulty(4, 8, modulus=7),
-    "horner": Difficulty(4, 7, modulus=5),
-    "parity": Difficulty(6, 10),
-    "maximum": Difficulty(4, 8),
-    "count": Difficulty(5, 9),
-    "machine": Difficulty(4, 8),
-    "shell": Difficulty(4, 8),
-    "depth": Difficulty(4, 9),
-    "compass": Difficulty(4, 8),
-    "elevator": Difficulty(5, 9, modulus=7),
-    "runs": Difficulty(5, 9),
-    "hop": Difficulty(2, 5),
-    "median": Difficulty(4, 7),
-    "reverse": Difficulty(4, 7),
+class Family(NamedTuple):
+    """The draw of a family's problems, and their difficulty by default."""
+
+    generate: Callable[[random.Random, int, Any], Problem]  # the modulus is an int where the family has one, else None
+    default: Difficulty
+
+
+FAMILIES: dict[str, Family] = {
+    "sum": Family(sum_mod, Difficulty(4, 8, modulus=7)),
+    "alternate": Family(alternate, Difficulty(4, 8, modulus=7)),
+    "product": Family(product, Difficulty(4, 8, modulus=7)),
+    "horner": Family(horner, Difficulty(4, 7, modulus=5)),
+    "parity": Family(parity, Difficulty(6, 10)),
+    "maximum": Family(maximum, Difficulty(4, 8)),
+    "count": Family(count, Difficulty(5, 9)),
+    "machine": Family(machine, Difficulty(4, 8)),
+    "shell": Family(shell, Difficulty(4, 8)),
+    "depth": Family(depth, Difficulty(4, 9)),
+    "compass": Family(compass, Difficulty(4, 8)),
+    "elevator": Family(elevator, Difficulty(5, 9, modulus=7)),
+    "runs": Family(runs, Difficulty(5, 9)),
+    "hop": Family(hop, Difficulty(2, 5)),
+    "median": Family(median, Difficulty(4, 7)),
+    "reverse": Family(reverse, Difficulty(4, 7)),
 }
 QUESTION_WORDS = ("mod", "of", "from", ":", ">", "=", "answer", "even", "odd", "x", "y", "z", "up", "down")
 VOCABULARY: tuple[str, ...] = (
@@ -304,9 +291,9 @@ def difficulty(
     """
     if family not in FAMILIES:
         raise ValueError(f"unknown family {family!r}; known: {', '.join(FAMILIES)}")
-    default = DEFAULTS[family]
+    default = FAMILIES[family].default
     if modulus is not None and default.modulus is None:
-        with_modulus = ", ".join(name for name, level in DEFAULTS.items() if level.modulus is not None)
+        with_modulus = ", ".join(name for name, each in FAMILIES.items() if each.default.modulus is not None)
         raise ValueError(f"family {family!r} has no modulus; families with one: {with_modulus}")
     return Difficulty(
         default.min_length if min_length is None else min_length,
@@ -318,7 +305,7 @@ def difficulty(
 
 def draw(family: str, rng: random.Random, level: Difficulty) -> Problem:
     """A random problem, its length uniform over the level's range."""
-    return FAMILIES[family](rng, rng.randint(level.min_length, level.max_length), level.modulus)
+    return FAMILIES[family].generate(rng, rng.randint(level.min_length, level.max_length), level.modulus)
 
 
 def guess(problem: Problem, rng: random.Random, level: Difficulty) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cropi import __version__
+from cropi.cli.first_config import init, schema, write_config
 from cropi.cli.runs import list_runs, watch
 from cropi.cli.shell import (
     TOGETHER,
@@ -30,7 +31,9 @@ from cropi.cli.shell import (
     read_own_config,
 )
 from cropi.cli.verify import audit_rewards, verify
+from cropi.console import say
 from cropi.errors import UserError
+from cropi.exchange.formats import FORMATS
 from cropi.parallel import is_first_rank, launched, leave_launcher
 
 if TYPE_CHECKING:
@@ -49,6 +52,8 @@ app = typer.Typer(
 )
 recipes = typer.Typer(help="Complete configs that come with the package.", invoke_without_command=True)
 app.add_typer(recipes, name="recipes")
+app.command()(init)
+app.command()(schema)
 app.command()(verify)
 app.command("audit-rewards")(audit_rewards)
 app.command("ls")(list_runs)
@@ -203,7 +208,7 @@ def explain(
 def export(
     config: ConfigArgument,
     overrides: Overrides = None,
-    format_name: Annotated[str, typer.Option("--format", help="trl, verl, slime, openrlhf or prime-rl.")] = "trl",
+    format_name: Annotated[str, typer.Option("--format", help=f"One of {', '.join(FORMATS)}.")] = "trl",
     stage: StageOption = 0,
     checkpoint: CheckpointOption = None,
     output: Annotated[
@@ -253,6 +258,7 @@ def import_rollouts(
 def check(config: ConfigArgument, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Look at config, data, policy and cost; write nothing."""
     loaded = read_own_config(config, overrides)
+    say(f"loading the policy {loaded.policy.path} …")
     quiet_libraries()
     from cropi.inspection import check_run
 
@@ -300,14 +306,7 @@ def copy_recipe(
     """Write a recipe to a file that you can edit."""
     text = _recipe(name)
     path = target / f"{name.rpartition('/')[2]}.yaml" if target.is_dir() else target
-    if path.exists():
-        raise UserError("exists already", where=str(path), fix="choose another name; nothing is overwritten.")
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(
-            f"cannot be written ({error.strerror})", where=str(path), fix="choose another folder."
-        ) from None
+    write_config(path, text)
     print(path)
 
 

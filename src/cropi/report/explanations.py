@@ -240,7 +240,7 @@ def _facts_of_stage(config: Config, stage: _Stage, rewards: Mapping[str, Rewards
             clip_share=row.get("clip_share"),
             kl=row.get("kl"),
             trained=_trained(by_stage.get(stage.number, [])),
-            drawn=drawn,
+            drawn=None if drawn is None else dict(drawn),
         )
     return facts
 
@@ -347,7 +347,7 @@ def _word(text: str) -> str:
 
 
 def training_of(trained: Trained) -> str:
-    """How often a prompt was trained on, over all stages."""
+    """Count how often a prompt was trained on, over all stages."""
     if not trained.times:
         return "not trained on so far"
     mean = f", mean reward {decimal(trained.mean_reward)}" if trained.mean_reward is not None else ""

@@ -1,0 +1,124 @@
+"""`cropi init` on files of several kinds, and the schema that its files name."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cropi.loading import load_config, recipe_names, recipe_text
+from cropi.prompts import load_prompts
+from cropi.rewards.verdicts import CORRECT, Answered
+from cropi.run_folder import RunFolder
+from cropi.yaml_text import parse_yaml
+from tests.runs import cropi_error, cropi_ok
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def questions(count: int, answer: str = "{}", **more: Any) -> list[dict[str, Any]]:
+    return [{"question": f"What is {n} + {n + 1}?", "answer": answer.format(2 * n + 1), **more} for n in range(count)]
+
+
+def test_a_file_becomes_a_config_that_holds_every_row_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "my sums.jsonl", questions(60))
+    done = cropi_ok("init", "my sums.jsonl", "policy.path=./model", "train.stages=2", cwd=tmp_path)
+    monkeypatch.chdir(tmp_path)
+    text = Path("my-sums.yaml").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 13
+    config = load_config("my-sums.yaml")
+    assert (config.name, config.policy.path, config.train.stages) == ("my-sums", "./model", 2)
+    assert (config.select.strategy.type, config.verifier.type) == ("cropi", "numeric")
+    rows = load_prompts(config)
+    assert sorted(json.loads(row["messages"]) for row in rows) == sorted(row["question"] for row in questions(60))
+    for kind in ("train", "validation", "test"):
+        count = sum(row["set"].startswith(kind) for row in rows)
+        assert count >= 8
+        assert f"{kind:<11} {count} rows" in done.stdout
+    assert done.stdout.count("held out") == 2
+    RunFolder(config)  # nothing is claimed
+    assert "exists already" in cropi_error("init", "my sums.jsonl", cwd=tmp_path).stderr
+
+
+@pytest.mark.parametrize(
+    ("answer", "verifier", "asked"),
+    [
+        ("{}", "numeric", None),
+        ("{}.5", "numeric", None),
+        ("we add. #### {}", "gsm8k", "####"),
+        (r"\frac{{{}}}{{3}}", "math", r"\boxed"),
+        ("blue {}", "exact", "Answer:"),
+    ],
+)
+def test_the_verifier_follows_the_form_of_the_answers(
+    tmp_path: Path, answer: str, verifier: str, asked: str | None
+) -> None:
+    write(tmp_path / "x.jsonl", questions(40, answer))
+    cropi_ok("init", "x.jsonl", cwd=tmp_path)
+    config = load_config(str(tmp_path / "x.yaml"))
+    assert config.verifier.type == verifier
+    assert (asked or "") in (config.prompts.system_prompt or "")
+    assert (config.prompts.system_prompt is None) == (asked is None)
+    recorded = questions(1, answer)[0]["answer"]
+    row = Answered(config.verifier.completion_with(recorded), recorded, "", "", "")
+    assert config.verifier.load()(row) == CORRECT
+
+
+def test_columns_of_other_names_and_chat_are_found(tmp_path: Path) -> None:
+    chat = [
+        {"turns": [{"role": "user", "content": f"Please add {n} and 2."}], "target": n + 2, "id": f"a{n}"}
+        for n in range(40)
+    ]
+    write(tmp_path / "chat.jsonl", chat)
+    done = cropi_ok("init", "chat.jsonl", cwd=tmp_path)
+    assert "'turns' (chat)" in done.stdout
+    (source,) = load_config(str(tmp_path / "chat.yaml")).prompts.train
+    assert (source.prompt_column, source.answer_column) == ("turns", "target")
+
+
+def test_files_for_the_held_out_sets_leave_the_whole_file_for_training(tmp_path: Path) -> None:
+    write(tmp_path / "x.jsonl", questions(30))
+    write(tmp_path / "v.jsonl", [{"question": f"{n} - 1", "answer": n - 1} for n in range(9)])
+    write(tmp_path / "t.jsonl", [{"question": f"{n} * 3", "answer": n * 3} for n in range(7)])
+    done = cropi_ok("init", "x.jsonl", "--validation", "v.jsonl", "--test", "t.jsonl", cwd=tmp_path)
+    assert [line.split()[1] for line in done.stdout.splitlines()[1:4]] == ["30", "9", "7"]
+    assert "held out" not in done.stdout
+
+
+def test_a_repeated_row_is_refused_with_the_words_that_drop_it(tmp_path: Path) -> None:
+    write(tmp_path / "x.jsonl", [*questions(40), questions(1)[0]])
+    assert "prompts.duplicates=drop" in cropi_error("init", "x.jsonl", cwd=tmp_path).stderr
+    assert not (tmp_path / "x.yaml").exists()
+    cropi_ok("init", "x.jsonl", "prompts.duplicates=drop", cwd=tmp_path)
+    write(tmp_path / "y.jsonl", [{"question": "2 + 2"}])
+    assert "no two columns" in cropi_error("init", "y.jsonl", cwd=tmp_path).stderr
+
+
+@pytest.fixture(scope="module")
+def schema(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return json.loads(cropi_ok("schema", cwd=tmp_path_factory.mktemp("schema")).stdout)
+
+
+def test_the_schema_accepts_every_recipe_and_names_what_is_wrong(schema: dict[str, Any]) -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    check = jsonschema.Draft202012Validator(schema)
+    for name in recipe_names():
+        assert list(check.iter_errors(parse_yaml(recipe_text(name), name))) == [], name
+    values = parse_yaml(recipe_text("quickstart"), "")
+    assert not check.is_valid(values | {"sed": 1})
+    for strategy in ("cropi-paper", {"type": "cropi-paper"}, {"type": "influence", "static": True}):
+        assert check.is_valid(values | {"select": {"strategy": strategy}})
+    for strategy in ("nosuch", {"type": "nosuch"}, {"type": "influence", "statics": True}):
+        assert not check.is_valid(values | {"select": {"strategy": strategy}})
+
+
+def test_files_that_are_written_name_the_schema_beside_them(tmp_path: Path, schema: dict[str, Any]) -> None:
+    cropi_ok("recipes", "copy", "quickstart", cwd=tmp_path)
+    first, _, rest = (tmp_path / "quickstart.yaml").read_text(encoding="utf-8").partition("\n")
+    name = first.partition("$schema=")[2]
+    assert first.startswith("# yaml-language-server: ")
+    assert json.loads((tmp_path / name).read_text(encoding="utf-8")) == schema
+    assert rest == recipe_text("quickstart")
+    assert schema["$defs"]["TrainConfig"]["properties"]["stages"]["description"].startswith("Number of stages")
