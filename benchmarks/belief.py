@@ -2,11 +2,10 @@
 
     python benchmarks/belief.py runs/quickstart ...
 
-Every step's slopes are predicted from those of earlier steps, as the belief would have had it then. The error of an
-observation that is still to come is taken as the mean of those before. The constant model is a normal distribution
-with the mean and variance of all earlier slopes. `factor` multiplies all errors; the three columns after it are with
-the one that predicts best. The last two are the areas under the curve of wrong answers: of prompts trained on, and of
-all. It needs the checkpoint of the run's end.
+Every step's slopes are predicted from those of earlier steps, as the belief would have had it then, and with the errors
+that it would then have given them. The constant model is a normal distribution with the mean and variance of all
+earlier slopes. The last two columns are the areas under the curve of wrong answers: of prompts trained on, and of all.
+It needs the checkpoint of the run's end.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from typing import Any
 import numpy as np
 from mislabelled import read_config, wrong_answers
 
-from cropi.curriculum.belief import InfluenceBelief, kernel_features, likeness
+from cropi.curriculum.belief import OWN_ERROR, InfluenceBelief, kernel_features, likeness
 from cropi.curriculum.reward_belief import RewardBelief
 from cropi.functional.principal_points import principal_points
 from cropi.rollouts.representations import read_representations
@@ -29,9 +28,7 @@ from cropi.training.curriculum_state import load_state
 
 FIRST_STEP = 16
 QUANTILES = (0.6745, 1.6449)  # of 50 and 90 %
-FACTORS = tuple(2.0**power for power in range(-6, 4))
-MEASURES = ("50 %", "90 %", "log density")
-COLUMNS = ("run", "n", *MEASURES, "constant's", "factor", *MEASURES, "AUC", "all")
+COLUMNS = ("run", "n", "50 %", "90 %", "log density", "constant's", "AUC", "all")
 
 
 def start_of(run: Path) -> tuple[dict[str, InfluenceBelief], RewardBelief, list[str]]:
@@ -53,9 +50,7 @@ def start_of(run: Path) -> tuple[dict[str, InfluenceBelief], RewardBelief, list[
 
 
 def foretold(belief: InfluenceBelief, seen_O5: np.ndarray, pool: int) -> list[tuple[float, ...]]:
-    """By observation: the slope less its predicted mean, the predicted variances of slope and error, and what the
-    constant model says: the slope less its mean, and the variance.
-    """
+    """By observation: the slope less its predicted mean, its predicted variance, and the same of the constant model."""
     found = list[tuple[float, ...]]()
     for step in np.unique(seen_O5[:, 4]):
         at_once = seen_O5[seen_O5[:, 4] == step]
@@ -65,8 +60,9 @@ def foretold(belief: InfluenceBelief, seen_O5: np.ndarray, pool: int) -> list[tu
         if posterior is not None:
             places, slopes, many = now[:, 0].astype(int), now[:, 1], np.ones(len(now))
             variances = posterior.variances()[places]
-            gaps, errors = slopes - posterior.means()[places], before[:, 3].mean() * many
-            found += zip(gaps, variances, errors, slopes - constant.mean(), constant.var() * many, strict=True)
+            errors = posterior.chosen.noise * (OWN_ERROR * now[:, 3] + (1 - OWN_ERROR) * before[:, 3].mean())
+            gaps = slopes - posterior.means()[places]
+            found += zip(gaps, variances + errors, slopes - constant.mean(), constant.var() * many, strict=True)
         for point, slope, half_difference, error, at in at_once:
             belief.observe(int(point), slope, error, int(at), half_difference)
     return found
@@ -77,15 +73,11 @@ def _log(gaps: np.ndarray, variances: np.ndarray) -> float:
 
 
 def predictive(rows: list[tuple[float, ...]]) -> str:
-    """Coverage, mean log densities, and the factor of all errors that would have predicted best."""
-    gaps, variances, errors, constant_gaps, constant_variances = np.array(rows).T
-    inside = [float((abs(gaps) < quantile * np.sqrt(variances + errors)).mean()) for quantile in QUANTILES]
-    factor = max(FACTORS, key=lambda factor: _log(gaps, variances + factor * errors))
-    logs = [_log(gaps, variances + errors), _log(constant_gaps, constant_variances)]
-    logs.append(_log(gaps, variances + factor * errors))
-    scaled = [float((abs(gaps) < q * np.sqrt(variances + factor * errors)).mean()) for q in QUANTILES]
-    cells = [str(len(gaps)), *(f"{value:.3f}" for value in (*inside, *logs[:2])), f"{factor:.2f}"]
-    return " | ".join([*cells, *(f"{value:.3f}" for value in (*scaled, logs[2]))])
+    """Coverage, and mean log densities."""
+    gaps, variances, constant_gaps, constant_variances = np.array(rows).T
+    inside = [float((abs(gaps) < quantile * np.sqrt(variances)).mean()) for quantile in QUANTILES]
+    logs = _log(gaps, variances), _log(constant_gaps, constant_variances)
+    return " | ".join([str(len(gaps)), *(f"{value:.3f}" for value in (*inside, *logs))])
 
 
 def area(scores: np.ndarray, wrong: np.ndarray) -> float:

@@ -30,7 +30,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from cropi.builtin import FAMILIES, POLICY_DIR, generate
 from cropi.builtin.dataset import split_of
 from cropi.builtin.families import (
-    DEFAULTS,
     MAX_LENGTH,
     MIN_LENGTH,
     MIN_MODULUS,
@@ -112,7 +111,7 @@ def build_policy(tokenizer: PreTrainedTokenizerFast, hidden_size: int, layers: i
 
 def pretraining_level(family: str, rng: random.Random) -> Difficulty:
     """The default difficulty and its surroundings: one longer, down to short ones, sometimes another modulus."""
-    default = DEFAULTS[family]
+    default = FAMILIES[family].default
     modulus = default.modulus
     if modulus is not None and rng.random() < OTHER_MODULUS_SHARE:
         modulus = rng.randint(MIN_MODULUS, 9)

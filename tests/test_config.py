@@ -31,7 +31,7 @@ def test_overrides_reach_lists_tables_and_the_trainer() -> None:
         ("prompts.test.sum.targetd=true", "did you mean 'targeted'"),
         ("policy.lora.alpa=5", "unknown key policy.lora.alpa - did you mean 'alpha'"),
         ("select.strategy.type=influnce", "did you mean 'influence'"),
-        ("select.strategy.lo=1", "known keys here: observe_only, type"),
+        ("select.strategy.lo=1", "known keys here: observe_only, prior, type"),
         ("select.fraction=1.5", "select.fraction is 1.5: input should be less than or equal to 1"),
         ("seed=abc", "seed is 'abc': input should be a valid integer"),
         ("collect={}", "collect.max_completion_length is missing"),

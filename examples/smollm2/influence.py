@@ -18,8 +18,8 @@ from cropi.curriculum.curriculum import Curriculum
 from cropi.functional.surrogate import group_advantages
 from cropi.gradients.direction import inner
 from cropi.gradients.layer_taps import matrix_parameters
-from cropi.gradients.reading import Reader
 from cropi.gradients.surrogate_weights import SurrogateSettings
+from cropi.gradients.training_influence import Reader
 from cropi.rollouts.generation import Sampling
 from cropi.seeds import derived_seed
 from cropi.stages.online_loop import ENOUGH_READ

@@ -9,14 +9,14 @@ from functools import cache
 from typing import Any
 
 
-def awaited(value: Any, loop: asyncio.AbstractEventLoop | None = None) -> Any:
-    """The value, or its result if it is awaitable, computed in the given running loop or else in this process's own.
+def awaited(value: Any) -> Any:
+    """The value, or its result if it is awaitable, computed in a loop of this process's own.
 
     The process has one loop, because clients and locks belong to a loop. An interrupt cancels the work.
     """
     if not inspect.isawaitable(value):
         return value
-    future = asyncio.run_coroutine_threadsafe(_result(value), loop or _loop())
+    future = asyncio.run_coroutine_threadsafe(_result(value), _loop())
     try:
         return future.result()
     finally:

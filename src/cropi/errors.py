@@ -47,6 +47,11 @@ class SignalError(UserError):
     """The data carry no learning signal, or a selection came out empty."""
 
 
+def first_line(error: BaseException) -> str:
+    """First line of an error that a library raised, or the name of its type."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def hint(word: str, known: Iterable[str], otherwise: str) -> str:
     """`did you mean ...?` where one of the known words is close to a wrong one, else what to say instead."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)

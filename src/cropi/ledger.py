@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cropi.parallel import extra_seconds, process_group
+from cropi.parallel import process_group
+from cropi.ray_workers import extra_seconds
 from cropi.streams import append_jsonl, read_jsonl
 
 
@@ -43,9 +44,9 @@ class Ledger:
                 append_jsonl(self._path, entry | {"seconds": seconds} | ranks.facts())
 
     @contextmanager
-    def charge_share(self, phase: str, *, stage: int | None = None) -> Iterator[dict[str, Any]]:
+    def charge_share(self, phase: str) -> Iterator[dict[str, Any]]:
         """Time a block that belongs to this rank alone. Each rank writes its own file."""
-        entry: dict[str, Any] = {"phase": phase, "stage": stage}
+        entry: dict[str, Any] = {"phase": phase, "stage": None}
         start = time.perf_counter()
         try:
             yield entry

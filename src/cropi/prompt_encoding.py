@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from cropi.errors import DataError, PolicyError
+from cropi.errors import DataError, PolicyError, first_line
 from cropi.prompt_text import turn_text
 
 if TYPE_CHECKING:
@@ -64,12 +64,19 @@ def trainer_prompt(messages: str, *, chat: bool, system_prompt: str | None) -> s
     return "\n".join(map(turn_text, value))
 
 
+def trainer_prompts(
+    tokenizer: PreTrainedTokenizerBase, settings: PromptsConfig, rows: Iterable[Mapping[str, Any]]
+) -> list[str | list[dict[str, Any]]]:
+    """Prompts of rows of the prompt table in the form TRL takes, by a run's settings."""
+    chat, system = uses_chat(tokenizer, settings.chat, settings.system_prompt), settings.system_prompt
+    return [trainer_prompt(row["messages"], chat=chat, system_prompt=system) for row in rows]
+
+
 def encode_rows(
     tokenizer: PreTrainedTokenizerBase, settings: PromptsConfig, rows: Sequence[Mapping[str, Any]]
 ) -> list[list[int]]:
     """Token ids of rows of the prompt table, by a run's settings."""
-    chat, system = uses_chat(tokenizer, settings.chat, settings.system_prompt), settings.system_prompt
-    return encode_prompts(tokenizer, [trainer_prompt(row["messages"], chat=chat, system_prompt=system) for row in rows])
+    return encode_prompts(tokenizer, trainer_prompts(tokenizer, settings, rows))
 
 
 def encode_prompts(
@@ -89,9 +96,8 @@ def encode_prompts(
         if len(prompts) > 1:  # which of them is it?
             for prompt in prompts:
                 encode_prompts(tokenizer, [prompt], **template)
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise PolicyError(
-            f"the tokenizer's chat template refuses the prompt {str(prompts[0])[:120]}: {first_line}",
+            f"the tokenizer's chat template refuses the prompt {str(prompts[0])[:120]}: {first_line(error)}",
             where="prompts",
             fix="change prompts.system_prompt or the messages, or set prompts.chat=false.",
         ) from None

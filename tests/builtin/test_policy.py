@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cropi.builtin import FAMILIES, POLICY_DIR
-from cropi.builtin.families import DEFAULTS, VOCABULARY, draw
+from cropi.builtin.families import VOCABULARY, draw
 from cropi.config import PolicyConfig
 from cropi.errors import PolicyError
 from cropi.policy import load_policy
@@ -76,7 +76,7 @@ def test_the_policy_is_a_small_fp32_llama(policy, tokenizer):
 def test_texts_encode_to_bare_ids_and_decode_to_themselves(family, tokenizer):
     rng = random.Random(0)
     for _ in range(50):
-        problem = draw(family, rng, DEFAULTS[family])
+        problem = draw(family, rng, FAMILIES[family].default)
         for text in (problem.prompt, problem.steps, f"answer {problem.answer}"):
             ids = tokenizer(text)["input_ids"]
             assert len(ids) == len(text.split())

@@ -14,7 +14,7 @@ from cropi.curriculum.strategies import (
     SimilarityStrategy,
 )
 from cropi.curriculum.strategy import CANDIDATES, FusionConfig
-from cropi.functional.alignment import halves
+from cropi.functional.influence_formulas import halves
 from cropi.seeds import unit_interval
 
 TOP = InfluenceStrategy(type="influence")

@@ -155,4 +155,4 @@ def test_what_cannot_be_gathered_is_refused(
 @pytest.mark.parametrize("stage", [2, 3])
 def test_a_trl_script_trains_on_one_selection_under_it(stage: int, tmp_path: Path) -> None:
     trained_by_two(tmp_path, **zero(stage))
-    assert (tmp_path / "sum-1").read_text().endswith(f" {stage}")
+    assert (tmp_path / "told-1").read_text().endswith(f" {stage}")

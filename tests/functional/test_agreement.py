@@ -46,7 +46,6 @@ def test_signs_of_zeros_do_not_count() -> None:
 
 def test_a_test_twice_as_long() -> None:
     assert spearman_brown(0.5) == pytest.approx(2 / 3)
-    assert spearman_brown(0.25, 4.0) == pytest.approx(1.0 / 1.75)
 
 
 def test_noise_taken_out_of_a_correlation() -> None:

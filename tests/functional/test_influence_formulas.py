@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cropi.functional.influence_formulas import influence, mean_weights, reward_variance
+from cropi.functional.influence_formulas import halves, influence, mean_cosines, mean_weights, reward_variance
 
 G_ND = np.array([[3.0, 4.0], [-1.0, 0.0], [0.0, 0.0]])
 D_VD = np.array([[1.0, 0.0], [0.0, 2.0]])
@@ -92,3 +92,21 @@ def test_cosine_with_the_mean_is_not_the_mean_of_cosines() -> None:
     assert of_mean == pytest.approx(1 / 101**0.5)
     balanced_D = mean_weights(norms_M, "normalized") @ g_MD
     assert own_D @ balanced_D == pytest.approx(each.mean())  # the mean of cosines is linear in scaled gradients
+
+
+def test_halves_are_dealt_by_key() -> None:
+    keys = {"a": 0.9, "b": 0.1, "c": 0.5, "d": 0.3, "e": 0.5}
+    assert halves(keys, 4) == (["b", "c"], ["d", "e"])  # b, d, c, e in turn; c before e at equal keys
+    assert halves(keys, 100) == (["a", "b", "c"], ["d", "e"])
+    with pytest.raises(ValueError, match="1 ids"):
+        halves({"a": 0.0}, 5)
+
+
+def test_mean_cosines_by_hand() -> None:
+    # |g| = 2, 5 and 0; halves of one prompt and of three
+    products_N2 = np.array([[1.0, -1.0], [2.0, 3.0], [0.0, 0.0], [4.0, 1.0], [4.0, 1.0], [4.0, 1.0]])
+    lengths_N = np.array([2.0, 5.0, 0.0, 4.0, 4.0, 4.0])
+    in_half_N2 = np.array([[0, 0], [1, 0], [0, 0], [0, 1], [0, 1], [0, 1]], dtype=bool)
+    found_N = mean_cosines(products_N2, lengths_N, in_half_N2)
+    # outside both: (1 x 0.5 + 3 x -0.5) / 4; in the first half: the second alone; in the second: the first alone
+    assert found_N.tolist() == pytest.approx([-0.25, 0.6, 0, 1, 1, 1])

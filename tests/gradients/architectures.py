@@ -12,7 +12,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from cropi.gradients.engine import Engine, segment_of
+from cropi.gradients.engine import Engine, segments_of
 from cropi.gradients.exact import DenseReader
 from cropi.gradients.groups import Group
 from cropi.gradients.packing import Segment
@@ -141,14 +141,13 @@ GROUPS = [
 
 
 def settings_of(normalizer: str) -> SurrogateSettings:
-    """The settings of these tests with another normaliser."""
-    return dataclasses.replace(SETTINGS, normalizer=normalizer)
+    """The settings of these tests with another normaliser; with `token`, advantages are not divided either."""
+    return dataclasses.replace(SETTINGS, normalizer=normalizer, advantage_std=normalizer != "token")
 
 
 def segments(groups: Sequence[Group] = GROUPS, settings: SurrogateSettings = SETTINGS) -> list[Segment]:
     """What the engine has to compute of these groups."""
-    found = [segment_of(row, group, settings) for row, group in enumerate(groups)]
-    return [segment for segment in found if segment is not None]
+    return segments_of(groups, settings)
 
 
 def dense_gradients(

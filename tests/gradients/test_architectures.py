@@ -82,14 +82,15 @@ def surrogate(sums: list[list[Tensor]], normalizer: str) -> Any:
     total: Any = 0.0
     for group, sums_K in zip(GROUPS, sums, strict=True):
         count, mean = len(group.rewards), sum(group.rewards) / len(group.rewards)
-        deviation = (sum((reward - mean) ** 2 for reward in group.rewards) / (count - 1)) ** 0.5
+        deviation = (sum((reward - mean) ** 2 for reward in group.rewards) / (count - 1)) ** 0.5 + 1e-4
+        divisor = deviation if settings_of(normalizer).advantage_std else 1.0
         for k, completion in enumerate(group.completions):
             z = {
                 "sequence": count * len(completion),
                 "token": sum(map(len, group.completions)),
                 "constant": count * SETTINGS.max_completion_length,
             }[normalizer]
-            total = total + (group.rewards[k] - mean) / (deviation + 1e-4) / z * sums_K[k]
+            total = total + (group.rewards[k] - mean) / divisor / z * sums_K[k]
     return total
 
 

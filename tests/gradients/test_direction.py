@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cropi.errors import PolicyError
 from cropi.gradients.direction import DirectionSketch, backward_to_embeddings, deterministic, inner
-from cropi.gradients.reading import Direction, LowRank, Reader
+from cropi.gradients.training_influence import Direction, LowRank, Reader
 
 PARTS = torch.tensor([0, 1, 1, 0])
 

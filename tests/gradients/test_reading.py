@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from cropi.errors import PolicyError
 from cropi.gradients.direction import DirectionSketch
 from cropi.gradients.layer_taps import matrix_parameters
-from cropi.gradients.reading import Direction, LowRank, Reader
+from cropi.gradients.training_influence import Direction, LowRank, Reader
 
 Loss = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
 SIDES = ("left", "right")

@@ -14,6 +14,9 @@ VALIDATION = {
     "two": [draw_group(4, [3, 8], seed=60 + n) for n in range(2)],
 }
 
+ROOMS = (1 << 40, 300 * (4 * len(VALIDATION) + 20))
+"""Bytes: for all parameters at once, and for a few."""
+
 
 @pytest.mark.parametrize("mask", ["structured", "uniform"])
 @pytest.mark.parametrize("mean", ["plain", "normalized"])
@@ -23,12 +26,8 @@ def test_parts_of_the_parameters_make_the_same_directions(
 ) -> None:
     projection = SparseProjection(dim=128, keep_fraction=0.2, mask=mask)  # type: ignore[arg-type]
     found = []
-    for room in (1 << 40, 300 * (4 * len(VALIDATION) + 20)):
-        monkeypatch.setattr(
-            directions,
-            "free_bytes",
-            lambda device, room=room: room / directions.MEMORY_SHARE["cpu"],
-        )
+    for room in ROOMS:
+        monkeypatch.setattr(directions, "free_bytes", lambda _, room=room: room / directions.MEMORY_SHARE["cpu"])
         scorer = Scorer(
             BUILDERS[name](), SETTINGS, ScorerOptions(score="cosine", validation_mean=mean, projection=projection)
         )  # type: ignore[arg-type]
@@ -52,12 +51,8 @@ def test_parts_of_the_parameters_make_the_same_directions(
 
 def test_exact_directions_are_made_in_parts_too(monkeypatch: pytest.MonkeyPatch) -> None:
     groups, found = [draw_group(6, [9, 1, 5], seed=70)], []
-    for room in (1 << 40, 300 * (4 * len(VALIDATION) + 20)):
-        monkeypatch.setattr(
-            directions,
-            "free_bytes",
-            lambda device, room=room: room / directions.MEMORY_SHARE["cpu"],
-        )
+    for room in ROOMS:
+        monkeypatch.setattr(directions, "free_bytes", lambda _, room=room: room / directions.MEMORY_SHARE["cpu"])
         scorer = Scorer(BUILDERS["llama_tied"](), SETTINGS, ScorerOptions(estimator="exact", score="cosine"))
         scorer.aim(VALIDATION)
         found.append((scorer.direction_passes, scorer.values(scorer(groups))))

@@ -13,7 +13,7 @@ from cropi.config import ScoreConfig
 from cropi.curriculum.strategies.learnalign import LearnAlignStrategy
 from cropi.curriculum.strategy import CANDIDATES
 from cropi.errors import SignalError
-from cropi.functional.alignment import halves
+from cropi.functional.influence_formulas import halves
 from cropi.gradients.group_influence import influence
 from cropi.gradients.groups import Group
 from cropi.gradients.influence_scorer import ScorerOptions

@@ -2,11 +2,13 @@
 
 import pyarrow as pa
 import pytest
+from tests.report.sentences import too_long
 from tests.report.test_figures import parsed
 from tests.report.test_report import cells, section_text, written
 
 from cropi.artifacts import finish, write_table
-from cropi.report.choosing import beliefs_by_kind, cost_rows, places_by_kind
+from cropi.report.blocks import Section
+from cropi.report.choosing import beliefs_by_kind, choosing, cost_rows, places_by_kind
 from cropi.report.costs import charges
 from cropi.report.explanations import as_text, explanations
 from cropi.run_tables import beliefs_schema
@@ -68,14 +70,13 @@ def test_beliefs_are_means_over_the_prompts_of_a_kind():
 
 def test_places_count_a_prompt_as_often_as_it_was_drawn():
     choices = [{"stage": 0, "prompt_ids": ["a", "a", "c"]}, {"stage": 1, "prompt_ids": ["b"]}]
-    shares = places_by_kind(choices, KIND_OF)
-    assert (list(shares.sources), shares.pool_counts) == (["sum", "<b>&"], [2, 1])
-    assert shares.stage_counts == {0: [2, 1], 1: [1, 0]}
+    pool, first, second = places_by_kind(choices, KIND_OF).values()
+    assert (pool, first, second) == ({"sum": 2, "<b>&": 1}, {"sum": 2, "<b>&": 1}, {"sum": 1})
 
 
 def test_the_section(space):
-    files = written(space)
-    text, rows = section_text(files["report.md"], 9), cells(files["report.md"], section=9)
+    files, title = written(space), "Belief, choice and their cost"
+    text, rows = section_text(files["report.md"], title), cells(files["report.md"], section=title)
     assert "At step 8 a chosen prompt helps 1.50 times as much as a random one (95 % interval: 1.25 to 2.00)." in text
     # of the first source n = 0, 3, 6, 9: mean 4.5, plus 1, and in stage 1 another 1
     assert ["<b>x</b>", "alpha", "5.5 ± 0.5", "6.5 ± 0.5"] in rows
@@ -83,10 +84,14 @@ def test_the_section(space):
     assert ["largest expected gain on alpha", "2", "33.3 %"] in rows
     assert ["share of the squared gradient that is read", "0.875"] in rows
     assert "<b>" not in files["report.html"]
-    for name in ("beliefs", "places", "gain"):
+    for name in ("beliefs", "gain"):
         assert f'id="{name}-' in files["report.html"]
     for svg in files["report.html"].split("<svg")[1:]:
         parsed("<svg" + svg.split("</svg>")[0] + "</svg>")
+
+
+def test_no_composed_sentence_is_long(space):
+    assert too_long([Section("", choosing(space.config, space))]) == []
 
 
 def test_cost_beside_training(space):
@@ -103,14 +108,13 @@ def test_cost_beside_training(space):
 
 
 def test_a_run_that_has_only_begun_is_reported(fabricate):
-    text = section_text(written(fabricate(strategy="cropi", evaluations={}, trained=False))["report.md"], 9)
-    for sentence in ("Too few groups", "No stage has ended", "No batch has been chosen"):
-        assert sentence in text
+    text = written(fabricate(strategy="cropi", evaluations={}, trained=False, collected=False))["report.md"]
+    assert "Belief, choice and their cost" in section_text(text, "Not there yet")
 
 
 def test_a_gain_without_bounds_is_unknown(space):
     append_jsonl(space.stages.metrics, {"curriculum/gain": -3.0, "step": 9})
-    text = section_text(written(space)["report.md"], 9)
+    text = section_text(written(space)["report.md"], "Belief, choice and their cost")
     assert "At step 9 the help of random prompts cannot be told from zero." in text
     assert "3.00" not in text
 

@@ -1,17 +1,19 @@
+import json
 import re
 from xml.etree import ElementTree
 
 import matplotlib as mpl
 import pytest
 
-from cropi.report import figures, reliability_figures
-from cropi.report.drawing import STRATEGY_STYLES
-from cropi.report.reading import Selection, read_scores, read_selections
-from cropi.report.reliability_figures import MAX_BARS, shown_rows
-from cropi.report.shares import MAX_SOURCES, jaccard, random_jaccard, source_shares
+from cropi.report import figures
+from cropi.report.blocks import Chart, Line
+from cropi.report.charts import chart_data, chart_picture
+from cropi.report.drawing import INK, STRATEGY_STYLES
+from cropi.report.reading import Selection
+from cropi.report.shares import MAX_SOURCES, jaccard, random_jaccard, selected_sources, share_table
 from cropi.report.summary import summarise
 
-NAMES = ["alpha", "beta"]
+HOSTILE = Chart("<b>bold</b>", "x", [Line("$x^2$", [1, 2], [0, 1]), Line("東京\x07", [1, 2], [1, 0])])
 
 
 def parsed(svg):
@@ -19,28 +21,15 @@ def parsed(svg):
     return ElementTree.fromstring(svg.replace("xlink:href", "href"))
 
 
-def selections_of(space):
-    return read_selections(space.stages, 2)
-
-
 def all_figures(space):
-    summary, selections = summarise(space.config, space), selections_of(space)
-    scores = read_scores(space.config, space.stages)
-    return {
-        "curves": figures.learning_curves(summary),
-        "shares": figures.selection_shares(source_shares(selections)) if selections else None,
-        "turnover": figures.turnover(jaccard(selections), 0.25) if selections else None,
-        "scores": figures.score_distributions(scores, selections, NAMES),
-        "cost": figures.cost_split(summary.cost),
-        "errors": errors_drawn(scores, selections),
-        "worth": reliability_figures.quality_by_stage(summary.stages, NAMES),
-    }
-
-
-def errors_drawn(scores, selections):
-    if not scores or not selections:
-        return None
-    return reliability_figures.influence_errors(scores[1], selections[1], NAMES, 0.375)
+    """By the name that keeps their ids apart."""
+    summary = summarise(space.config, space)
+    curves = figures.learning_curves(summary, "")
+    spent = {phase: getattr(summary.cost, phase) or 0.0 for phase in figures.PHASES}
+    gain = figures.gain_of_choosing({4: (1.0, 0.5, 2.0), 8: (1.5, 1.0, 9.0)}, "")
+    beliefs = figures.influence_by_kind({"alpha": {"sum": {4: (1.0, 0.5), 8: (2.0, 0.25)}}}, ["sum", "sort"], "")
+    cost = figures.cost_split({"seconds": {"cropi": spent}}, "cost")
+    return {"curves": curves.svg, "cost": cost, "gain": gain.svg, "beliefs": beliefs.svg}
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +56,7 @@ def test_figures_are_the_same_every_time(drawn, finished):
 def test_figures_do_not_depend_on_the_users_settings_and_leave_them_alone(drawn, finished):
     summary = summarise(finished.config, finished)
     with mpl.rc_context({"lines.linewidth": 9.0, "svg.hashsalt": "other"}):
-        assert figures.learning_curves(summary) == drawn["curves"]
+        assert figures.learning_curves(summary, "").svg == drawn["curves"]
         assert mpl.rcParams["lines.linewidth"] == 9.0
 
 
@@ -76,80 +65,35 @@ def test_every_style_is_its_own():
     assert all(len(set(column)) == len(STRATEGY_STYLES) for column in zip(*looks, strict=True))
 
 
-def test_names_are_shown_as_they_are(fabricate):
-    space = fabricate(source_names=("<b>bold</b>", "$x^2$", "東京\x07"))
-    svg = figures.selection_shares(source_shares(selections_of(space)))
+def test_names_are_shown_as_they_are():
+    svg = chart_picture([HOSTILE], "names", "").svg
     texts = [element.text for element in parsed(svg).iter("text")]
     assert {"<b>bold</b>", "$x^2$", "東京\N{REPLACEMENT CHARACTER}"} <= set(texts)
     assert "<b>" not in svg
 
 
+def test_the_script_gets_the_numbers_of_the_drawing(finished):
+    """The targeted curve by hand: near 1/4 and far 0, up to 1 and 1."""
+    picture = figures.learning_curves(summarise(finished.config, finished), "")
+    targeted, others = json.loads(chart_data(picture.charts))
+    (line,) = targeted["lines"]
+    assert (line["x"], line["y"]) == ([0, 2, 4, 6, 8], [0.125, 0.5, 0.625, 0.75, 1.0])
+    assert all(low <= y <= high for low, y, high in zip(line["low"], line["y"], line["high"], strict=True))
+    assert others["lines"][0]["y"] == [0.5] * 5
+    assert picture.alt.startswith("targeted test sets: accuracy: influence from 0.125 at 0 to 1 at 8; untargeted")
+
+
+def test_what_a_script_cannot_read_is_a_gap_and_own_colours_are_named():
+    chart = Chart("a", "x", [Line("b", [1.0, 2.0], [float("nan"), 0.123456], look={"color": INK, "linestyle": "--"})])
+    (line,) = json.loads(chart_data([chart]))[0]["lines"]
+    assert (line["y"], line["color"], line["dash"]) == ([None, 0.1235], "--ink", [7, 3])
+
+
 def test_nothing_to_draw_is_nothing_drawn(fabricate):
     space = fabricate(collected=False, base=None, stages_scored=0, stages_selected=0, trained=False)
-    assert set(all_figures(space).values()) == {None}
-
-
-def test_scores_without_a_selection_are_drawn(fabricate):
-    space = fabricate(stages_selected=0, trained=False)
-    svg = figures.score_distributions(read_scores(space.config, space.stages), {}, NAMES)
-    assert "selected" not in svg
-
-
-def test_without_errors_no_error_bars_are_drawn(fabricate):
-    space = fabricate(errors=False, trained=False)
-    scores = read_scores(space.config, space.stages)
-    assert errors_drawn(scores, selections_of(space)) is None
-
-
-def test_drift_is_drawn_from_two_stages_on_and_reliability_where_it_was_measured(fabricate):
-    one = summarise_stages(fabricate(stages_scored=1, stages_selected=1, trained=False))
-    assert reliability_figures.quality_by_stage(one, NAMES) is None
-    drawn = reliability_figures.quality_by_stage(summarise_stages(fabricate(errors=False, trained=False)), NAMES)
-    texts = {element.text for element in parsed(drawn).iter("text")}
-    assert "clip share" in texts
-    assert "reliability" not in texts
-
-
-def summarise_stages(space):
-    return summarise(space.config, space).stages
-
-
-def test_the_prompts_shown_are_the_selected_and_as_many_that_follow_with_signal(fabricate):
-    space = fabricate(trained=False)
-    scores = read_scores(space.config, space.stages)
-    selection = selections_of(space)[0]
-    # p000, p001 and p002 are selected; p002, p005 and p008 have no signal.
-    assert selection.chosen == {"p000", "p001", "p002"}
-    assert [row["prompt_id"] for row in shown_rows(scores[0], selection)] == ["p000", "p001", "p003", "p004", "p006"]
-
-
-def test_error_bars_are_one_standard_error_to_either_side(monkeypatch, fabricate):
-    space = fabricate(trained=False)
-    bars = {}
-
-    def noted(axes, at, low, high, **style):
-        bars.setdefault(axes.get_subplotspec().num1, []).extend(zip(at, low, high, strict=True))
-
-    monkeypatch.setattr("matplotlib.axes.Axes.vlines", noted)
-    scores = read_scores(space.config, space.stages)
-    reliability_figures.influence_errors(scores[0], selections_of(space)[0], NAMES, 0.375)
-    assert len(bars[0]) == len(bars[1]) == 5
-    assert all((high - low) / 2 == pytest.approx(0.25) for _, low, high in bars[0])
-    assert all((high - low) / 2 == pytest.approx(0.5) for _, low, high in bars[1])
-    middles = [(low + high) / 2 for _, low, high in sorted(bars[0])]
-    rows = {row["prompt_id"]: row["influence/alpha"] for row in scores[0].to_pylist()}
-    shown = ["p000", "p001", "p003", "p004", "p006"]
-    assert middles == pytest.approx(sorted((rows[i] for i in shown), reverse=True))
-
-
-def test_a_large_selection_is_thinned_and_stays_small(fabricate):
-    space = fabricate(prompts=6000, trained=False, stages_scored=1, stages_selected=1)
-    scores = read_scores(space.config, space.stages)
-    selection = read_selections(space.stages, 1)[0]
-    assert len(selection.chosen) == 1500
-    svg = reliability_figures.influence_errors(scores[0], selection, NAMES, 0.375)
-    assert svg.count("<use") < 3 * MAX_BARS + 100  # a mark for each prompt of three panels, and ticks
-    assert len(svg) < 300_000
+    assert figures.learning_curves(summarise(space.config, space), "") is None
+    assert figures.gain_of_choosing({}, "") is None
+    assert figures.cost_split({"seconds": {}}, "cost") is None
 
 
 # -- shares and overlaps -----------------------------------------------------------------------------------------------
@@ -161,20 +105,19 @@ def a_selection(sources, taken):
 
 def test_shares_by_hand():
     stage = a_selection(["a", "a", "a", "b"], [True, False, False, True])
-    shares = source_shares({0: stage})
-    assert shares.sources == ["a", "b"]
-    assert shares.pool == [0.75, 0.25]
-    assert shares.by_stage == {0: [0.5, 0.5]}
+    table = share_table(selected_sources({0: stage}), "")
+    assert table.header == ["source", "pool", "stage 0"]
+    assert table.rows == [["a", "3 (75 %)", "1 (50 %)"], ["b", "1 (25 %)", "1 (50 %)"], ["all", "4", "2"]]
+    assert table.shades == [[None, 1.0, 2 / 3], [None, 1 / 3, 2 / 3]]  # of the largest share
 
 
 def test_a_long_list_of_sources_keeps_those_that_matter_and_loses_no_prompt():
     sources = [f"s{number:02}" for number in range(50) for _ in range(2 if number < 30 else 1)]
     last = a_selection(sources, [source == "s49" for source in sources])  # small in the pool, all of the selection
-    shares = source_shares({0: last})
-    assert len(shares.sources) == MAX_SOURCES
-    assert shares.sources[-2:] == ["s49", f"{51 - MAX_SOURCES} other sources"]
-    assert sum(shares.pool_counts) == len(sources)
-    assert shares.stage_counts[0][-2:] == [1, 0]
+    rows = share_table(selected_sources({0: last}), "").rows
+    assert [row[0] for row in rows[-3:]] == ["s49", f"{51 - MAX_SOURCES} other sources", "all"]
+    assert sum(int(row[1].split()[0]) for row in rows[:-1]) == len(sources) == int(rows[-1][1])
+    assert [row[2] for row in rows[-3:]] == ["1 (100 %)", "0", "1"]
 
 
 def test_overlaps_by_hand():

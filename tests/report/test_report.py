@@ -1,3 +1,5 @@
+import base64
+import hashlib
 import itertools
 import json
 import re
@@ -7,15 +9,18 @@ from html.parser import HTMLParser
 
 import pytest
 from markdown_it import MarkdownIt
+from tests.report.sentences import too_long
 
+from cropi.artifacts import PROMPTS, finish, write_table
 from cropi.errors import ArtifactError, printable
 from cropi.loading import load_config
-from cropi.report.closeups import closeups, pick, shortened, telling
+from cropi.report.blocks import Section, Text
+from cropi.report.closeups import before_and_after, closeups, pick, shortened, telling
 from cropi.report.headline import headline
 from cropi.report.markdown import escaped, fenced
-from cropi.report.reading import read_scores
 from cropi.report.rendering import prose
-from cropi.report.run_report import make_report
+from cropi.report.run_report import make_report, read_contents, sections
+from cropi.report.summary import summarise
 from cropi.run_folder import RunFolder
 from cropi.streams import append_jsonl
 
@@ -30,7 +35,7 @@ class Outline(HTMLParser):
 
     def __init__(self, page):
         super().__init__()
-        self.tags, self.attributes, self.text, self._open = [], [], "", []
+        self.tags, self.attributes, self.text, self._open, self.scripts = [], [], "", [], []
         self.feed(page)
         assert self._open == []
 
@@ -48,7 +53,22 @@ class Outline(HTMLParser):
         assert self._open.pop() == tag
 
     def handle_data(self, data):
-        self.text += data
+        if self._open[-1:] == ["script"]:
+            self.scripts.append(data)
+        elif self._open[-1:] != ["style"]:
+            self.text += data
+
+
+def the_only_script(page):
+    """The page's script; fails unless it is the only one and the page's policy lets no other run."""
+    outline = Outline(page)
+    (script,) = outline.scripts
+    (policy,) = [value for name, value in outline.attributes if name == "content" and "script-src" in value]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"default-src 'none'; script-src 'sha256-{digest}'; style-src" in policy
+    assert outline.tags.count("script") == 1
+    assert not [name for name, _ in outline.attributes if name.startswith("on")]
+    return script
 
 
 def written(space):
@@ -65,21 +85,23 @@ def test_the_three_files_and_what_is_returned(finished):
     assert headline(summary).replace("`", "") in page.text
     stored = json.loads((space.folder / "summary.json").read_text(encoding="utf-8"))
     assert stored == json.loads(json.dumps(summary.as_json()))
-    assert page.tags.count("section") == len(re.findall("^## ", text, flags=re.MULTILINE)) == 11
-    assert page.tags.count("svg") == 7
+    assert page.tags.count("section") == len(re.findall("^## ", text, flags=re.MULTILINE)) == 8
+    assert page.tags.count("svg") == 2
+    assert "Not there yet" not in text
     assert [path.name for path in space.folder.glob(".*.part")] == []  # no temporary file is left
 
 
 def test_the_page_is_one_file_that_loads_nothing(files):
     page = files["report.html"]
     outline = Outline(page)
-    assert not {"script", "img", "link", "iframe", "object", "image"} & set(outline.tags)
+    assert not {"img", "link", "iframe", "object", "image"} & set(outline.tags)
+    assert not re.search(r"fetch\(|XMLHttpRequest|WebSocket|import\(|\beval\b", the_only_script(page))
     links = [value for name, value in outline.attributes if name in {"src", "href", "xlink:href", "action", "srcset"}]
     assert links
     assert all(link.startswith("#") for link in links)
     assert "@import" not in page
     assert set(re.findall(r"url\(([^)]*)\)", page)) <= set(re.findall(r"url\((#[^)]*)\)", page))
-    assert not [name for name, _ in outline.attributes if name.startswith("on")]
+    assert len(page) < 2_000_000
     ids = [value for name, value in outline.attributes if name == "id"]
     assert len(ids) == len(set(ids))
 
@@ -92,7 +114,8 @@ def test_data_cannot_become_markup(fabricate):
     space = fabricate(source_names=("<b>x</b>", "a|b", "`tick`"), prompt_text=HOSTILE, completion_text=HOSTILE[:-2])
     files = written(space)
     outline = Outline(files["report.html"])
-    assert not {"script", "b"} & set(outline.tags)
+    assert "alert(1)" not in the_only_script(files["report.html"])
+    assert "b" not in outline.tags
     assert "<script>alert(1)</script>" in outline.text
     assert "<b>x</b>" in outline.text
     tokens = MarkdownIt("commonmark").enable("table").parse(files["report.md"])
@@ -122,7 +145,7 @@ def test_markdown_tables_keep_their_shape(fabricate):
             width += 1
         elif token.type == "tr_close":
             widths[-1].append(width)
-    assert len(widths) >= 8
+    assert len(widths) >= 7
     assert all(len(set(rows)) == 1 for rows in widths)
 
 
@@ -167,15 +190,25 @@ PARTS = [
 @pytest.mark.parametrize("parts", PARTS)
 def test_a_run_can_be_reported_at_any_time(fabricate, parts):
     page = Outline(written(fabricate(**parts))["report.html"])
-    assert page.tags.count("section") == 11
+    assert page.tags.count("section") >= 2
     assert "nan" not in re.findall(r"\w+", page.text.lower())
     assert "None" not in page.text
 
 
 def test_what_is_not_there_is_said(fabricate):
     text = written(fabricate(**PARTS[0]))["report.md"]
-    for sentence in ("Nothing has been evaluated yet.", "Nothing has been selected yet.", "There are no prompts yet."):
-        assert sentence in text
+    assert "Nothing has been evaluated yet." in section_text(text, "Result")
+    missing = section_text(text, "Not there yet")
+    for title in ("Answers before and after", "What was selected", "Cost", "What became of every prompt"):
+        assert title in missing
+        assert f" {title}\n" not in text
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_the_page_of_a_run_that_goes_on_reloads_itself(fabricate, live):
+    space = fabricate()
+    make_report(RunFolder(space.config), live=live)
+    assert ('http-equiv="refresh"' in (space.folder / "report.html").read_text(encoding="utf-8")) is live
 
 
 def test_a_file_that_was_changed_is_refused(fabricate):
@@ -189,21 +222,35 @@ def test_a_file_that_was_changed_is_refused(fabricate):
 # -- sections ----------------------------------------------------------------------------------------------------------
 
 
+def section_text(text, title):
+    return re.split(rf"^## \d+ {re.escape(title)}$", text, flags=re.MULTILINE)[1].split("\n## ")[0]
+
+
 def cells(text, *, section):
     """Rows of the tables of a Markdown section, as lists of cells."""
-    part = text.split(f"## {section} ")[1].split("\n## ")[0]
-    lines = [line for line in part.splitlines() if line.startswith("| ")]
+    lines = [line for line in section_text(text, section).splitlines() if line.startswith("| ")]
     return [[cell.strip().strip("*").replace("\\", "") for cell in line.strip("|").split("|")] for line in lines]
 
 
-def test_the_result_table(files):
-    rows = {row[0].strip("`"): row for row in cells(files["report.md"], section=1)}
-    assert rows["influence"][1:3] == ["8", "1.00 [1.00, 1.00]"]
-    assert rows["base policy"][1] == "0"
+def test_the_page_begins_with_numbers_and_the_curve(files):
+    """17 s of 33 s were not training."""
+    result = files["report.html"].split('<section id="s1">')[1].split("</section>")[0]
+    assert re.findall(r'"value">([^<]*)', result) == ["1.00", "0.50", "8", "33.0 s"]
+    places = [result.index(part) for part in ('class="numbers"', "<svg", 'class="lead"', "<table")]
+    assert places == sorted(places)
+    text = section_text(files["report.md"], "Result")
+    assert "- **1.00** targeted accuracy (0.12 before; " in text
+    assert "51.5 % of it beside training" in text
+
+
+def test_accuracy_by_set_and_step(files):
+    rows = cells(files["report.md"], section="Result")
+    assert [row[3].split()[0] for row in rows if row[:2] == ["far", "greedy"]] == ["1.00"]
+    assert ["8", "1.00 [1.00, 1.00]"] in [row[:2] for row in rows]
 
 
 def test_the_funnel_counts_every_row(files):
-    rows = cells(files["report.md"], section=7)
+    rows = cells(files["report.md"], section="What became of every prompt")
     assert ["trajectories", "train", "ok", "47", "97.9 %"] in rows
     assert ["trajectories", "train", "truncated", "1", "2.1 %"] in rows
     assert ["prompts", "all sets but test", "prompt_too_long", "1", ""] in rows
@@ -216,53 +263,32 @@ def test_the_funnel_counts_every_row(files):
 
 def test_the_cost_table(files):
     assert ["10.0", "6.0", "1.0", "16.0", "33.0", "10.0", "43.8 %", "144", "240"] in cells(
-        files["report.md"], section=8
+        files["report.md"], section="Cost"
     )
 
 
 def test_the_turnover_table(files):
-    rows = cells(files["report.md"], section=4)
-    assert ["0 → 1", "2", "1", "1", "0.50"] in rows
-
-
-def section_text(text, number):
-    return text.split(f"## {number} ")[1].split("\n## ")[0]
+    rows = cells(files["report.md"], section="What was selected")
+    assert ["0 → 1", "2", "1", "1", "0.50", "0.14"] in rows  # 0.25 ÷ 1.75 of two random quarters
 
 
 def test_the_ranking_is_judged_by_stage(files):
-    text = section_text(files["report.md"], 6)
-    assert text.startswith("Can the ranking be trusted?")
     # 3 selected of 8 with signal: 3 x 0.6 = 1.8 expected, 3 x 3/8 = 1.1 by chance
-    rows = cells(files["report.md"], section=6)
+    rows = cells(files["report.md"], section="Can the ranking be trusted?")
     assert ["0", "0.50", "0.25", "0.90", "not measured", "3", "1.8", "1.1"] in rows
     assert ["1", "0.75", "12.5 %", "0.020"] in rows
 
 
 def test_errors_that_were_not_measured_are_said_to_be(fabricate):
-    text = section_text(written(fabricate(errors=False))["report.md"], 6)
+    text = section_text(written(fabricate(errors=False))["report.md"], "Can the ranking be trusted?")
     assert "`score.standard_errors=true`" in text
     row = next(line for line in text.splitlines() if line.startswith("| 0 |"))
     assert row.split(" | ")[1:3] == ["not measured", "not measured"]
 
 
-@pytest.mark.parametrize("strategy", ["influence", "gradient_norm"])
-def test_the_scores_of_any_strategy_are_shown(fabricate, strategy):
-    text = written(fabricate(strategy=strategy, evaluations={}))["report.md"]
-    assert ["alpha", "0", "8"] in [row[:3] for row in cells(text, section=5)]
-    assert "two scorings from other trajectories" in section_text(text, 6)
-
-
-@pytest.mark.parametrize(
-    ("strategy", "said"),
-    [
-        ("random", "This run computes no influence: `random` chooses without it."),
-        ("influence", "Influence has not been computed yet."),
-    ],
-)
-def test_without_scores_it_says_whether_there_will_be_any(fabricate, strategy, said):
-    text = written(fabricate(strategy=strategy, stages_scored=0, evaluations={}))["report.md"]
-    assert said in section_text(text, 5)
-    assert said in section_text(text, 6)
+def test_a_strategy_without_scores_has_no_ranking_to_trust(fabricate):
+    text = written(fabricate(strategy="random", stages_scored=0, evaluations={}))["report.md"]
+    assert "Can the ranking be trusted?" in section_text(text, "Not there yet")
 
 
 def test_a_run_without_test_sets_shows_the_rewards_of_training(fabricate):
@@ -274,44 +300,58 @@ def test_a_run_without_test_sets_shows_the_rewards_of_training(fabricate):
         row = {"step": step, "prompt_ids": ["p000"] * len(rewards), "rewards": rewards, "verdicts": {}, "tokens": 3}
         append_jsonl(space.stages.rewards, row)
     text = written(space)["report.md"]
-    assert "has no test set, so its accuracy is not measured" in section_text(text, 1)
-    assert "went from 0.50 in the first stage to 1.00 in stage 1" in section_text(text, 1)
-    assert ["0", "0.50"] in cells(text, section=2)
-    assert ["1", "1.00"] in cells(text, section=2)
+    assert "has no test set, so its accuracy is not measured" in section_text(text, "Result")
+    assert "was 0.50 in the first stage and is 1.00 in the last" in section_text(text, "Result")
+    assert ["0", "0.50"] in cells(text, section="Result")
+    assert ["1", "1.00"] in cells(text, section="Result")
 
 
-def test_close_ups_show_errors(fabricate):
+def test_close_ups_tell_what_is_known_of_a_prompt_by_stage(fabricate):
     space = fabricate(trained=False)
-    scores = read_scores(space.config, space.stages)
-    cards = {dict(card.facts)["prompt id"]: dict(card.facts) for card in closeups(space.config, space, scores)[1:]}
-    assert cards["p001"]["influence on alpha"].endswith(" ± 0.025")  # 0.25 x 10^-1
-    assert cards["p001"]["influence on beta"].endswith(" ± 0.05")
-    assert cards["p001"]["probability of being truly best"] == "0.50"
-    assert cards["p002"]["influence on alpha"] == "–"  # no signal
-
-
-def test_close_ups_without_errors_say_so(fabricate):
-    space = fabricate(errors=False, trained=False)
-    scores = read_scores(space.config, space.stages)
-    facts = dict(closeups(space.config, space, scores)[1].facts)
-    assert facts["influence on alpha"].endswith(" ± not measured")
-    assert facts["probability of being truly best"] == "not measured"
+    cards = {dict(card.facts)["prompt id"]: card for card in closeups(space.config, space)[1:]}
+    header, first = cards["p001"].table.header, cards["p001"].table.rows[0]
+    row = dict(zip(header, first, strict=True))
+    assert row["alpha"].split(" #")[0].endswith(" ± 0.25")
+    assert (row["P(best)"], row["outcome"]) == ("0.50", "selected (influence: #2)")
+    assert dict(cards["p001"].facts)["training"] == "not trained on so far"
+    assert [label for label, _ in cards["p001"].texts[2:]] == [
+        "sample 0: correct",
+        "sample 2: wrong",
+        "sample 1: correct",
+    ]
 
 
 def test_close_ups_are_the_top_the_bottom_and_others():
-    rows = [{"prompt_id": f"p{n:02}", "rank": None if n >= 18 else n + 1} for n in range(20)]
-    chosen = pick(list(reversed(rows)), seed=0)
-    assert [row["prompt_id"] for row in chosen["highest ranked"]] == ["p00", "p01", "p02"]
-    assert [row["prompt_id"] for row in chosen["lowest ranked"]] == ["p15", "p16", "p17"]
-    assert chosen == pick(rows, seed=0)
-    assert chosen["at random"] != pick(rows, seed=1)["at random"]
-    ids = [row["prompt_id"] for part in chosen.values() for row in part]
+    everything = [f"p{n:02}" for n in range(20)]
+    chosen = pick(everything[:18], everything, seed=0)
+    assert chosen["chosen first"] == ["p00", "p01", "p02"]
+    assert chosen["chosen last"] == ["p15", "p16", "p17"]
+    assert chosen["at random"] != pick(everything[:18], everything, seed=1)["at random"]
+    ids = [prompt_id for part in chosen.values() for prompt_id in part]
     assert len(ids) == len(set(ids)) == 9
 
 
 def test_close_ups_of_a_tiny_pool_repeat_nothing():
-    chosen = pick([{"prompt_id": f"p{n}", "rank": n + 1} for n in range(4)], seed=0)
-    assert [len(part) for part in chosen.values()] == [3, 1, 0]
+    ids = [f"p{n}" for n in range(4)]
+    assert [len(part) for part in pick(ids, ids, seed=0).values()] == [3, 1, 0]
+
+
+def test_answers_before_and_after_by_hand(fabricate):
+    """near 1000 -> 1111, far 00 -> 11, other 10 -> 10; the prompt table gets the text of one question."""
+    space = fabricate()
+    question = {"prompt_id": "near-1", "set": "test/near", "source": "sum", "messages": '"1 + 2 ?"', "answer": "3"}
+    rows = [{**row} for row in space.prompt_rows]
+    write_table(space.prompts / "prompts.parquet", [*rows, question], PROMPTS)
+    finish(space.prompts, "prompts", inputs={}, counts={"train": 12})
+    table, card = before_and_after(space.config, RunFolder(space.config))
+    assert table.rows == [["near", "3", "0", "1", "0"], ["far", "2", "0", "0", "0"], ["other", "0", "0", "1", "1"]]
+    assert card.title == "learned"
+    assert card.texts == [
+        ("question", "1 + 2 ?"),
+        ("gold answer", "3"),
+        ("before: wrong", "2"),
+        ("step 8: correct", "2"),
+    ]
 
 
 def test_completions_shown_are_right_and_wrong():
@@ -327,7 +367,7 @@ def test_a_long_text_is_cut_and_says_so():
 def test_chat_prompts_show_their_turns(fabricate):
     messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "1 + 1 ?"}]
     space = fabricate(prompt_text=messages, trained=False)
-    card = closeups(space.config, space, {})[1]
+    card = closeups(space.config, space)[1]
     assert dict(card.texts)["prompt"] == "[system] be brief\n[user] 1 + 1 ?"
 
 
@@ -348,3 +388,18 @@ def test_reporting_does_not_import_torch():
         [sys.executable, "-c", code], env={"PYTHONPATH": ":".join(sys.path)}, capture_output=True, text=True, check=True
     )
     assert result.stdout.strip() == "set()"
+
+
+# -- words -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("parts", [{}, {"trained": False, "stages_selected": 1}, PARTS[0], {"strategy": "full"}])
+def test_no_composed_sentence_is_long(fabricate, parts):
+    space = fabricate(**({"evaluations": {}} if "strategy" in parts else {}) | parts)
+    assert too_long(sections(read_contents(space.config, space, summarise(space.config, space)))) == []
+
+
+def test_a_long_sentence_is_found():
+    short = Text(" ".join(["word"] * 25) + ". 1.5 [0.2, 0.3] " + "word " * 25)
+    assert too_long([Section("", [short])]) == []
+    assert len(too_long([Section("", [short, Text("word " * 26)])])) == 1

@@ -101,7 +101,8 @@ def test_before_training_there_is_the_base_policy(fabricate):
     summary = summary_of(fabricate(stages_scored=0, stages_selected=0, trained=False))
     assert summary.pool == 12
     assert summary.base.targeted.mean == 0.125
-    assert headline(summary).startswith("Training has not been evaluated yet; the base policy solves 0.12 [")
+    assert headline(summary).startswith("The base policy solves 0.12 [")
+    assert "Training has not been evaluated yet." in headline(summary)
     assert (summary.last, summary.final, summary.cost.train) == (None, {}, None)
 
 
@@ -118,7 +119,8 @@ def test_json_is_plain_and_complete(fabricate):
 
 def test_the_paragraph_of_a_finished_run(fabricate):
     text = headline(summary_of(fabricate()))
-    assert text.startswith("After 8 steps, `influence` (25 % of 12 prompts per stage) solves 1.00 [")
+    assert text.startswith("After 8 steps, `influence` solves 1.00 [")
+    assert "It trained on 25 % of 12 prompts per stage." in text
     assert "the base policy solved 0.12 [" in text
     assert "Collecting, scoring and selecting took 51.5 % of the run's time." in text  # 17 s of 33 s
     assert "One seed (3): the 95 % intervals cover the choice of questions, not of seeds." in text
@@ -126,13 +128,14 @@ def test_the_paragraph_of_a_finished_run(fabricate):
 
 def test_the_paragraph_of_an_interrupted_run(fabricate):
     text = headline(summary_of(fabricate(evaluations={2: STEADY[2], 4: STEADY[4]})))
-    assert text.startswith("After 4 of 8 steps, `influence` (25 % of 12 prompts per stage) solves 0.25")
+    assert text.startswith("After 4 of 8 steps, `influence` solves 0.25")
     assert "of the run's time" not in text
 
 
 def test_the_paragraph_of_full(fabricate):
     text = headline(summary_of(fabricate(strategy="full", evaluations=STEADY)))
-    assert text.startswith("After 8 steps, `full` (pool of 12 prompts) solves 0.62")
+    assert text.startswith("After 8 steps, `full` solves 0.62")
+    assert "It trained on a pool of 12 prompts." in text
 
 
 def test_a_run_without_targeted_sets_says_so(fabricate):

@@ -168,6 +168,11 @@ def test_what_the_server_refuses_ends_at_once(answer: Any, message: str, policy:
 # -- answers that are not a completion -------------------------------------------------------------------------------
 
 
+def silence(handler: BaseHTTPRequestHandler) -> None:
+    """Accepts a request and says nothing."""
+    time.sleep(2)
+
+
 def drip(handler: BaseHTTPRequestHandler) -> None:
     """A byte now and then, for ever."""
     handler.send_response(200)
@@ -217,31 +222,17 @@ MALFORMED: dict[str, Any] = {
     "HTML": (200, b"<html><body>502 Bad Gateway</body></html>"),
     "event stream": plain(200, b'data: {"choices": []}\n\ndata: [DONE]\n', Content_Type="text/event-stream"),
     "nothing": (200, b""),
-    "list": (200, [GOOD]),
-    "null": (200, None),
-    "a string": (200, "answer 3"),
-    "a number": (200, 3),
     "error object": (200, {"error": {"message": "engine is dead", "code": 500}}),
-    "another object": (200, {"nothing": 1}),
     "a chat completion": (200, {"choices": [{"message": {"content": "answer 3"}, "finish_reason": "stop"}]}),
     "choices null": (200, {"choices": None}),
-    "choices an object": (200, {"choices": {"0": CHOICE}}),
     "no choice": (200, {"choices": []}),
     "two choices": (200, {"choices": [CHOICE, CHOICE]}),
-    "a choice that is null": (200, {"choices": [None]}),
-    "usage a list": (200, GOOD | {"usage": [1]}),
     "usage that counts nonsense": (200, GOOD | {"usage": {"completion_tokens": "many"}}),
     "usage that contradicts the ids": (200, body_of("answer 3", **IDS) | {"usage": {"completion_tokens": 7}}),
     "negative id": said("answer 3", token_ids=[-1]),
     "id beyond the vocabulary": said("answer 3", token_ids=[81]),
-    "huge id": said("answer 3", token_ids=[10**30]),
-    "id a fraction": said("answer 3", token_ids=[7.5]),
     "id a round float": said("answer 3", token_ids=[7.0]),
-    "id a string": said("answer 3", token_ids=["7"]),
     "id a boolean": said("answer 3", token_ids=[True]),
-    "id null": said("answer 3", token_ids=[None]),
-    "id NaN": said("answer 3", token_ids=[float("nan")]),
-    "ids in lists": said("answer 3", token_ids=[[7]]),
     "ids a number": said("answer 3", token_ids=7),
     "no id": said("answer 3", token_ids=[]),
     "ids of another text": said("even 3", **IDS),
@@ -250,7 +241,6 @@ MALFORMED: dict[str, Any] = {
     "prompt ids nonsense": said("answer 3", prompt_token_ids="5 6 7"),
     "NaN among the log-probs": said("answer 3", logprobs={"token_logprobs": [float("nan")]}),
     "stop_reason a fraction": said("answer 3", stop_reason=2.5),
-    "stop_reason a list": said("answer 3", stop_reason=["x"]),
     "half a surrogate": (200, json.dumps(body_of("answer X")).replace("X", "\\ud800").encode()),
     "not UTF-8": (200, json.dumps(GOOD).encode("utf-16")),
     "nested deeply": (200, b'{"choices": ' + b"[" * 100_000),
@@ -262,6 +252,7 @@ MALFORMED: dict[str, Any] = {
     "gzip of no completion": plain(200, gzip.compress(b"<html>"), Content_Encoding="gzip"),
     "endless": plain(200, b" " * (2**24 + 1)),
     "gzip of something endless": plain(200, gzip.compress(b" " * (2**24 + 1)), Content_Encoding="gzip"),
+    "silence": silence,
     "drip": drip,
     "drip of headers": drip_of_headers,
     "busy": plain(429, b"", Retry_After="3600"),
@@ -272,8 +263,27 @@ BAD = NOT_SAMPLED | MALFORMED
 # An answer for each way to fail: not sampled, malformed in body, ids or encoding, cut off, without end, too slow.
 GIVEN_UP = [
     *NOT_SAMPLED,
-    *("text null", "HTML", "negative id", "not UTF-8", "nested deeply", "shorter than it says", "a chunk cut short"),
-    *("hung up", "gzip of something endless", "drip", "drip of headers", "busy", "a huge error", "500"),
+    *(
+        "text null",
+        "HTML",
+        "error object",
+        "negative id",
+        "not UTF-8",
+        "nested deeply",
+        "shorter than it says",
+        "a chunk cut short",
+    ),
+    *(
+        "a chunk cut short",
+        "hung up",
+        "gzip of something endless",
+        "silence",
+        "drip",
+        "drip of headers",
+        "busy",
+        "a huge error",
+        "500",
+    ),
 ]
 
 
@@ -316,18 +326,13 @@ def test_a_server_that_answers_badly_is_given_up_within_patience(
         ask(policy, serving(lambda *_: bad), patience=0.1, concurrency=2)
     assert time.monotonic() - began < 3
     assert len(str(caught.value)) < 1000
-    if name in NOT_SAMPLED:
-        assert "finish_reason" in str(caught.value)
-
-
-def test_the_server_s_own_words_are_told(policy: Policy, serving: Any) -> None:
-    for name, words in (
-        ("error object", "engine is dead"),
-        ("HTML", "502 Bad Gateway"),
-        ("text null", "choices.0.text"),
-    ):
-        with pytest.raises(PolicyError, match=words):
-            ask(policy, serving(lambda *_, name=name: MALFORMED[name]), patience=0.1)
+    told = {
+        "HTML": "502 Bad Gateway",
+        "text null": "choices.0.text",
+        "error object": "engine is dead",
+        "silence": "TimeoutError",
+    }
+    assert told.get(name, "finish_reason" if name in NOT_SAMPLED else "") in str(caught.value)
 
 
 def test_patience_begins_with_the_first_failure(policy: Policy, serving: Any) -> None:
@@ -338,18 +343,6 @@ def test_patience_begins_with_the_first_failure(policy: Policy, serving: Any) ->
         return (500, "no") if number == 0 else said("answer 1")
 
     assert len(ask(policy, serving(answer), patience=0.3, concurrency=1)) == len(PROMPTS)
-
-
-def test_a_server_that_accepts_and_says_nothing_is_given_up(
-    policy: Policy, serving: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("cropi.rollouts.server.TIMEOUT_S", 0.5)
-    began, ended = time.monotonic(), threading.Event()
-    fake = serving(lambda *_: ended.wait(30) and said("answer 1"))
-    with pytest.raises(PolicyError, match="TimeoutError"):
-        ask(policy, fake, patience=0.5)
-    ended.set()
-    assert time.monotonic() - began < 3
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ CROPI: dict[str, tuple[str, str, str, str]] = {
     "at the end of the first validation round": ("after", PASS, "differentiate", "1"),
     "after the first step, before any checkpoint": ("after", f"{ONLINE}:OnlineRun", "_choose", "3"),
     "with a batch judged and not trained on": ("after", "cropi.training.reward_log:RecordedReward", "__call__", "4"),
-    "in the middle of a generation batch": ("after", "cropi.gradients.reading:Reader", "take", "9"),
+    "in the middle of a generation batch": ("after", "cropi.gradients.training_influence:Reader", "take", "9"),
     "in a checkpoint, after its weights": ("before", "transformers:Trainer", "_save_optimizer_and_scheduler", "2"),
     "in a checkpoint, with half the state": ("before", "cropi.training.curriculum_state", "write_text", "2"),
     "in a checkpoint, before its manifest": ("before", TRAIN, "finish", "2"),
@@ -40,7 +40,7 @@ CROPI: dict[str, tuple[str, str, str, str]] = {
     "at the last step": ("after", f"{ONLINE}:OnlineRun", "_keep_beliefs", "2"),
 }
 INFLUENCE: dict[str, tuple[str, str, str, str]] = {
-    "in the middle of collecting": ("after", "cropi.stages.collect", "_stored", "2"),
+    "in the middle of collecting": ("after", "cropi.stages.collect", "_found", "2"),
     "in the scores of the first stage": ("after", "cropi.stages.score", "score_pool", "1"),
     "in the middle of a stage": ("after", "cropi.training.reward_log:RecordedReward", "__call__", "4"),
     "in the scores of the second stage": ("before", "cropi.stages.score", "score_pool", "2"),

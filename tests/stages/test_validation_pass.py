@@ -6,10 +6,13 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 from tests.distributed.threads import together
 
+from cropi.config import PolicyConfig
 from cropi.gradients.surrogate_weights import SurrogateSettings
 from cropi.parallel import ProcessGroup
+from cropi.policy import completion_logprobs, load_policy
 from cropi.rollouts.generation import Sampling
 from cropi.stages.validation_pass import SampledGroup, ValidationPass, ValidationPrompt
 
@@ -52,3 +55,16 @@ def test_processes_divide_the_prompts_and_all_get_all_groups() -> None:
     assert sorted(asked[0] + asked[1]) == sorted([(0, 0)] * 2 + [(0, 1)] * 2 + [(1, 0)] * 2 + [(1, 1)] * 3)
     assert asked[0]
     assert asked[1]
+
+
+def test_what_a_tool_wrote_has_no_weight_in_the_direction() -> None:
+    policy = load_policy(PolicyConfig(path="builtin", cpu_threads=1))
+    prompt, completions = [5, 6], [[7, 8, 9], [7, 10]]
+    group = SampledGroup(0, prompt, completions, [1.0, 0.0], masks=[[1, 0, 1], [1, 1]])
+    settings = SurrogateSettings(normalizer="sequence")
+    made = ValidationPass({}, lambda _: [], Sampling(8, 1.0), settings, 100, lambda *_: 0)
+    loss = made._loss(policy.model, list(made._rows(group)))
+    logprobs, _ = completion_logprobs(policy.model, [prompt] * 2, completions, temperature=1.0)
+    advantage = 0.5 / (0.5**0.5 + 1e-4)
+    expected = -advantage / 2 * ((logprobs[0, 0] + logprobs[0, 2]) / 2 - (logprobs[1, 0] + logprobs[1, 1]) / 2)
+    assert float(loss) == pytest.approx(float(expected), rel=1e-5)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tests.runs import SMALL, cropi, json_lines
 
 from cropi.curriculum.strategies.lze import Lze
-from cropi.gradients.reading import Reader
+from cropi.gradients.training_influence import Reader
 from cropi.loading import load_config
 from cropi.report.flops import flops
 from cropi.stages.validation_pass import ValidationPass

@@ -10,7 +10,7 @@ import torch
 from tests.runs import SMALL, cropi
 from torch import Tensor
 
-from cropi.gradients.reading import Direction, LowRank
+from cropi.gradients.training_influence import Direction, LowRank
 from cropi.policy import completion_logprobs
 from cropi.stages.online_loop import OnlineLoop
 from cropi.training.group_evidence import GroupEvidence, GroupOutcome

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
+import re
+from types import ModuleType
 
 import pytest
 from transformers import Trainer
 from trl import GRPOConfig, GRPOTrainer
 
+from cropi.training.online_trainer import ReadsInfluence
+from cropi.trl import CurriculumTrainer, script_run
+from cropi.trl import trainer as trl_trainer
+
 METHODS = {
-    # method of GRPOTrainer: (parameters that are used, what for)
+    # method of GRPOTrainer that is overridden or called: (parameters that are used, what for)
     "_get_train_sampler": (["self", "dataset"], "the sampler of a stage replaces TRL's (training.train.Staged)"),
     "_calculate_rewards": (
         ["self", "inputs", "prompts", "completions", "completion_ids_list"],
-        "the rewards of training are recorded for the next selection (trl.trainer)",
+        "a CurriculumTrainer sees the rewards of a batch (trl.trainer)",
     ),
-    "_generate_and_score_completions": (["self", "inputs"], "rollouts are recorded and refilled (training.train)"),
+    "_generate_and_score_completions": (
+        ["self", "inputs"],
+        "rollouts are recorded and refilled (training.stage_trainer); a CurriculumTrainer calls it to sample and judge "
+        "validation prompts (trl.trainer)",
+    ),
     "_compute_loss": (["self", "model", "inputs"], "the rows of a loss are found again (training.train)"),
     "_get_per_token_logps_and_entropies": (["self", "model"], "log-probs of rollouts (training.train)"),
 }
@@ -73,9 +84,45 @@ def test_an_epoch_begins_before_its_batches_are_made() -> None:
     begins, runs = loop.find("on_epoch_begin("), loop.find("self._run_epoch(")
     assert 0 < begins < runs, "transformers no longer says that an epoch begins before it runs it: stages start there"
     assert "iter(train_dataloader)" in inspect.getsource(Trainer._run_epoch), "it makes an epoch's batches elsewhere"
+    told = "underlying_sampler.set_epoch(epoch)" in inspect.getsource(Trainer._run_epoch)
+    assert told, "transformers tells the sampler no epochs any more: trl.script_run.EpochSampler counts by them"
 
 
-def test_the_names_by_which_rewards_are_found_again() -> None:
-    source = inspect.getsource(GRPOTrainer.__init__)
-    for name in ("self.reward_funcs", "self.reward_func_names"):
-        assert name in source, f"TRL's trainer has no {name} any more: Selector.success names one"
+def private_names(*modules: ModuleType) -> set[str]:
+    """Private attributes of TRL's trainer that modules call, read or set: not those that they define themselves."""
+    found, own = set(), set()
+    for tree in (ast.parse(inspect.getsource(module)) for module in modules):
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef):
+                own.add(node.name)
+            elif isinstance(node, ast.Attribute) and re.match("_[a-z]", node.attr):
+                found.add(node.attr)
+            elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                own.add(node.target.id)
+    return {name for name in found - own if re.search(rf"\bself\.{name}\b", inspect.getsource(GRPOTrainer))}
+
+
+CALLED = {
+    "_generate_and_score_completions": "samples and judges validation prompts as an evaluation does",
+    "_metrics": "is kept free of these: they are no evaluation of the user's",
+    "_step": "counts micro-steps; a resumed trainer starts it at 0, which shifts its generation batches",
+}
+
+
+def test_a_script_s_trainer_calls_three_private_names_and_overrides_two() -> None:
+    assert private_names(script_run, trl_trainer) == set(CALLED)
+    source = inspect.getsource(GRPOTrainer)
+    for name, use in CALLED.items():
+        assert f"self.{name}" in source, f"TRL's trainer has no {name} any more: it {use}"
+    overridden = {name for name in vars(CurriculumTrainer) | vars(ReadsInfluence) if hasattr(GRPOTrainer, name)}
+    private = {name for name in overridden if not name.startswith("__") and name.startswith("_")}
+    assert private == {"_get_train_sampler", "_calculate_rewards"}
+
+
+def test_an_evaluation_samples_by_these_names() -> None:
+    source = inspect.getsource(GRPOTrainer)
+    for name in ("self.num_generations_eval", "self.reward_weights", "self.tools", "self.chat_template_kwargs"):
+        assert name in source, f"TRL's trainer has no {name} any more: trl.trainer and trl.script_run read it"
+    assert '"train" if self.model.training else "eval"' in source, "TRL tells evaluation from training in another way"
+    for name in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "tool_mask"):
+        assert f'"{name}"' in source, f"TRL gives a loss no {name} any more"

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from datasets import IterableDataset
 from peft import LoraConfig
+
 from tests.runs import json_lines
 from tests.trl.scripts import problems, right, right_later, select, short, tokenizer, trainer
 

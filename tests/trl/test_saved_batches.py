@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
-from tests.runs import json_lines
-from tests.trl.scripts import trainer
 
 from cropi.console import warn_once
+from tests.runs import json_lines
+from tests.trl.scripts import trainer
 
 
 def test_save_steps_are_rounded_up_and_every_step_says_what_it_read(

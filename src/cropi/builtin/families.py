@@ -8,8 +8,8 @@ A family is worked in one of four styles, named by the completion's first word (
 counting in a ``tally``, moves in a ``trace``, ordering in a ``list``. Which style suits a problem is what a policy
 has to learn family by family, so practice on one family helps those of its style and not the others.
 
-To add a family, write one generator `(rng, length, modulus) -> Problem` and add one line to `FAMILIES`, `STYLES` and
-`DEFAULTS`. Generators whose problems have no modulus are handed ``None`` and ignore it.
+To add a family, write one generator `(rng, length, modulus) -> Problem` and add one line to `FAMILIES` and `STYLES`.
+Generators whose problems have no modulus are handed ``None`` and ignore it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 STYLES = {
     **dict.fromkeys(("sum", "alternate", "product", "horner"), "steps"),
@@ -92,6 +93,11 @@ def _scan(question: str, items: Sequence[object], states: Sequence[object]) -> P
     return _problem(question, items, states, states[-1])
 
 
+def _walk(start: Any, items: Iterable[Any], step: Callable[[Any, Any], Any]) -> list[Any]:
+    """The states after each item, from a start that is none of them."""
+    return [*accumulate(items, step, initial=start)][1:]
+
+
 def sum_mod(rng: random.Random, length: int, modulus: int) -> Problem:
     """Running sum of digits modulo `modulus`."""
     items = [rng.randrange(modulus) for _ in range(length)]
@@ -109,9 +115,7 @@ def alternate(rng: random.Random, length: int, modulus: int) -> Problem:
 def product(rng: random.Random, length: int, modulus: int) -> Problem:
     """Running product of non-zero digits modulo `modulus`."""
     items = [rng.randrange(1, modulus) for _ in range(length)]
-    states = [items[0]]
-    for item in items[1:]:
-        states.append(states[-1] * item % modulus)
+    states = [*accumulate(items, lambda total, item: total * item % modulus)]
     return _scan(f"product mod {modulus}", items, states)
 
 
@@ -119,9 +123,7 @@ def horner(rng: random.Random, length: int, modulus: int) -> Problem:
     """Value of the polynomial with the given coefficients at a point, by Horner's rule, modulo `modulus`."""
     point = rng.randrange(1, modulus)
     items = [rng.randrange(modulus) for _ in range(length)]
-    states = [items[0]]
-    for item in items[1:]:
-        states.append((states[-1] * point + item) % modulus)
+    states = [*accumulate(items, lambda total, item: (total * point + item) % modulus)]
     return _scan(f"horner {point} mod {modulus}", items, states)
 
 
@@ -149,21 +151,15 @@ def count(rng: random.Random, length: int, _modulus: None) -> Problem:
 def machine(rng: random.Random, length: int, _modulus: None) -> Problem:
     """State of the fixed finite automaton `MACHINE`, started in a."""
     items = rng.choices("xyz", k=length)
-    states = [MACHINE["a"][items[0]]]
-    for item in items[1:]:
-        states.append(MACHINE[states[-1]][item])
-    return _scan("machine", items, states)
+    return _scan("machine", items, _walk("a", items, lambda state, item: MACHINE[state][item]))
 
 
 def shell(rng: random.Random, length: int, _modulus: None) -> Problem:
     """Shell game: the cup the ball is under, after each swap of two of the cups a, b, c and d."""
     ball = rng.choice("abcd")
     swaps = rng.choices(CUP_SWAPS, k=length)
-    states, question = [], f"shell {ball}"
-    for swap in swaps:
-        ball = swap.replace(ball, "") if ball in swap else ball
-        states.append(ball)
-    return _scan(question, swaps, states)
+    states = _walk(ball, swaps, lambda cup, swap: swap.replace(cup, "") if cup in swap else cup)
+    return _scan(f"shell {ball}", swaps, states)
 
 
 def depth(rng: random.Random, length: int, _modulus: None) -> Problem:
@@ -185,22 +181,16 @@ def compass(rng: random.Random, length: int, _modulus: None) -> Problem:
     """The heading after each turn."""
     heading = rng.randrange(4)
     turns = rng.choices(list(TURNS), k=length)
-    states, question = [], f"compass {HEADINGS[heading]}"
-    for turn in turns:
-        heading = (heading + TURNS[turn]) % 4
-        states.append(HEADINGS[heading])
-    return _scan(question, turns, states)
+    states = _walk(heading, turns, lambda at, turn: (at + TURNS[turn]) % 4)
+    return _scan(f"compass {HEADINGS[heading]}", turns, [HEADINGS[at] for at in states])
 
 
 def elevator(rng: random.Random, length: int, modulus: int) -> Problem:
     """The floor of a lift in a house of `modulus` floors, counted from 0; it stays put at the top and bottom."""
     floor = rng.randrange(modulus)
     moves = rng.choices(["up", "down"], k=length)
-    states, question = [], f"elevator {floor} of {modulus}"
-    for move in moves:
-        floor = min(floor + 1, modulus - 1) if move == "up" else max(floor - 1, 0)
-        states.append(floor)
-    return _scan(question, moves, states)
+    states = _walk(floor, moves, lambda at, move: min(at + 1, modulus - 1) if move == "up" else max(at - 1, 0))
+    return _scan(f"elevator {floor} of {modulus}", moves, states)
 
 
 def runs(rng: random.Random, length: int, _modulus: None) -> Problem:
@@ -213,12 +203,9 @@ def runs(rng: random.Random, length: int, _modulus: None) -> Problem:
 def hop(rng: random.Random, length: int, _modulus: None) -> Problem:
     """Follow the arrows `length` times; the arrows come in any order."""
     arrows = {letter: rng.choice(HOP_LETTERS) for letter in rng.sample(HOP_LETTERS, len(HOP_LETTERS))}
-    at = rng.choice(HOP_LETTERS)
-    states, question = [], f"hop {length} from {at}"
-    for _ in range(length):
-        at = arrows[at]
-        states.append(at)
-    return _scan(question, [f"{start} > {end}" for start, end in arrows.items()], states)
+    start = rng.choice(HOP_LETTERS)
+    states = _walk(start, range(length), lambda at, _: arrows[at])
+    return _scan(f"hop {length} from {start}", [f"{tail} > {head}" for tail, head in arrows.items()], states)
 
 
 def median(rng: random.Random, length: int, _modulus: None) -> Problem:
@@ -234,43 +221,30 @@ def reverse(rng: random.Random, length: int, _modulus: None) -> Problem:
     return _problem("reverse", items, items[::-1], " ".join(items[::-1]))
 
 
-# The modulus is an int for families that have one and None for the others.
-Generator = Callable[[random.Random, int, Any], Problem]
-FAMILIES: dict[str, Generator] = {
-    "sum": sum_mod,
-    "alternate": alternate,
-    "product": product,
-    "horner": horner,
-    "parity": parity,
-    "maximum": maximum,
-    "count": count,
-    "machine": machine,
-    "shell": shell,
-    "depth": depth,
-    "compass": compass,
-    "elevator": elevator,
-    "runs": runs,
-    "hop": hop,
-    "median": median,
-    "reverse": reverse,
-}
-DEFAULTS: dict[str, Difficulty] = {
-    "sum": Difficulty(4, 8, modulus=7),
-    "alternate": Difficulty(4, 8, modulus=7),
-    "product": Difficulty(4, 8, modulus=7),
-    "horner": Difficulty(4, 7, modulus=5),
-    "parity": Difficulty(6, 10),
-    "maximum": Difficulty(4, 8),
-    "count": Difficulty(5, 9),
-    "machine": Difficulty(4, 8),
-    "shell": Difficulty(4, 8),
-    "depth": Difficulty(4, 9),
-    "compass": Difficulty(4, 8),
-    "elevator": Difficulty(5, 9, modulus=7),
-    "runs": Difficulty(5, 9),
-    "hop": Difficulty(2, 5),
-    "median": Difficulty(4, 7),
-    "reverse": Difficulty(4, 7),
+class Family(NamedTuple):
+    """The draw of a family's problems, and their difficulty by default."""
+
+    generate: Callable[[random.Random, int, Any], Problem]  # the modulus is an int where the family has one, else None
+    default: Difficulty
+
+
+FAMILIES: dict[str, Family] = {
+    "sum": Family(sum_mod, Difficulty(4, 8, modulus=7)),
+    "alternate": Family(alternate, Difficulty(4, 8, modulus=7)),
+    "product": Family(product, Difficulty(4, 8, modulus=7)),
+    "horner": Family(horner, Difficulty(4, 7, modulus=5)),
+    "parity": Family(parity, Difficulty(6, 10)),
+    "maximum": Family(maximum, Difficulty(4, 8)),
+    "count": Family(count, Difficulty(5, 9)),
+    "machine": Family(machine, Difficulty(4, 8)),
+    "shell": Family(shell, Difficulty(4, 8)),
+    "depth": Family(depth, Difficulty(4, 9)),
+    "compass": Family(compass, Difficulty(4, 8)),
+    "elevator": Family(elevator, Difficulty(5, 9, modulus=7)),
+    "runs": Family(runs, Difficulty(5, 9)),
+    "hop": Family(hop, Difficulty(2, 5)),
+    "median": Family(median, Difficulty(4, 7)),
+    "reverse": Family(reverse, Difficulty(4, 7)),
 }
 QUESTION_WORDS = ("mod", "of", "from", ":", ">", "=", "answer", "even", "odd", "x", "y", "z", "up", "down")
 VOCABULARY: tuple[str, ...] = (
@@ -304,9 +278,9 @@ def difficulty(
     """
     if family not in FAMILIES:
         raise ValueError(f"unknown family {family!r}; known: {', '.join(FAMILIES)}")
-    default = DEFAULTS[family]
+    default = FAMILIES[family].default
     if modulus is not None and default.modulus is None:
-        with_modulus = ", ".join(name for name, level in DEFAULTS.items() if level.modulus is not None)
+        with_modulus = ", ".join(name for name, each in FAMILIES.items() if each.default.modulus is not None)
         raise ValueError(f"family {family!r} has no modulus; families with one: {with_modulus}")
     return Difficulty(
         default.min_length if min_length is None else min_length,
@@ -318,7 +292,7 @@ def difficulty(
 
 def draw(family: str, rng: random.Random, level: Difficulty) -> Problem:
     """A random problem, its length uniform over the level's range."""
-    return FAMILIES[family](rng, rng.randint(level.min_length, level.max_length), level.modulus)
+    return FAMILIES[family].generate(rng, rng.randint(level.min_length, level.max_length), level.modulus)
 
 
 def guess(problem: Problem, rng: random.Random, level: Difficulty) -> str:

@@ -128,9 +128,7 @@ class ReasoningGymSource(Table):
     tasks: tuple[str, ...] = Field(min_length=1)
     """Names of its datasets. Each gives `count` problems."""
     count: Positive
-    """Problems of each task."""
-    seed: Seed | None = None
-    """Seed of the problems; the run's `seed` when unset. Train, validation and test draw differently from one seed."""
+    """Problems of each task. The run's `seed` draws them; train, validation and test draw differently."""
     options: FreeTable = Field(default={})
     """Settings of the tasks, under reasoning-gym's names."""
 

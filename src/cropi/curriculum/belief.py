@@ -150,7 +150,7 @@ class InfluenceBelief:
     def summary(self) -> tuple[Int[np.ndarray, " S"], Float[np.ndarray, "S 2"], Float[np.ndarray, " S"]]:
         """The points that were seen, the means of each one's slopes and half differences, and the slopes' variance.
 
-        An observation's error is mostly the mean of all, and so does not hang on the order in which they came.
+        A tenth of an observation's error is the mean of all, so that no lucky one is certain.
         """
         points_O, errors_O = self._seen_O5[:, 0].astype(int), self._seen_O5[:, 3]
         weights_O = 2.0 ** (-np.maximum(self._step - self._seen_O5[:, 4], 0) / HALF_LIFE)

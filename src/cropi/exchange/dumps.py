@@ -28,7 +28,7 @@ from cropi.config import SAMPLED_BY
 from cropi.console import progress, say
 from cropi.errors import ArtifactError, DataError
 from cropi.policy import Policy
-from cropi.prompt_encoding import encode_prompts, trainer_prompt, uses_chat
+from cropi.prompt_encoding import encode_prompts, trainer_prompts
 from cropi.rewards.verdicts import answered
 from cropi.rollouts.shards import behaviour_logprobs
 from cropi.stages.collect import make_prompt_table
@@ -157,16 +157,12 @@ def _rows(
 
 def _known(run: Run, policy: Policy) -> tuple[dict[str, str], dict[str, list[int]]]:
     """(training prompt ids by each form in which dumps write prompts; token ids by prompt id)."""
-    settings = run.config.prompts
-    chat = uses_chat(policy.tokenizer, settings.chat, settings.system_prompt)
-    prompts = {
-        row["prompt_id"]: trainer_prompt(row["messages"], chat=chat, system_prompt=settings.system_prompt)
-        for row in run.folder.train_prompts.rows()
-    }
-    encoded = dict(zip(prompts, encode_prompts(policy.tokenizer, list(prompts.values())), strict=True))
-    decoded = policy.tokenizer.batch_decode(list(encoded.values()), skip_special_tokens=True)
+    known, tokenizer = run.folder.train_prompts, policy.tokenizer
+    prompts = trainer_prompts(tokenizer, run.config.prompts, known.rows())
+    encoded = dict(zip(known, encode_prompts(tokenizer, prompts), strict=True))
+    decoded = tokenizer.batch_decode(list(encoded.values()), skip_special_tokens=True)
     by_text: dict[str, set[str]] = defaultdict(set)
-    for (prompt_id, prompt), text in zip(prompts.items(), decoded, strict=True):
+    for prompt_id, prompt, text in zip(known, prompts, decoded, strict=True):
         by_text[text.strip()].add(prompt_id)
         by_text[_written(prompt)].add(prompt_id)
     return {text: next(iter(ids)) for text, ids in by_text.items() if len(ids) == 1}, encoded

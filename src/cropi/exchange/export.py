@@ -23,10 +23,10 @@ from cropi.artifacts import (
 )
 from cropi.config import Config
 from cropi.errors import ArtifactError, DataError
-from cropi.exchange.formats import TASKSET, Format, Item, named
+from cropi.exchange.formats import Format, Item, named
 from cropi.exchange.rewards import facts_of
 from cropi.policy import load_tokenizer, policy_location
-from cropi.prompt_encoding import encode_prompts, trainer_prompt, uses_chat
+from cropi.prompt_encoding import encode_prompts, trainer_prompts, uses_chat
 from cropi.run_folder import RunFolder, StagePaths
 from cropi.stages.run import start_of_stage
 from cropi.training.grpo_settings import grpo_config
@@ -119,8 +119,7 @@ class _Export:
         config = run.config
         self._run, self._config, self._form, self._name, self._folder = run, config, form, name, folder
         self._tokenizer: PreTrainedTokenizerBase = load_tokenizer(config.policy)
-        self._chat = uses_chat(self._tokenizer, config.prompts.chat, config.prompts.system_prompt)
-        if form.chat_only and not self._chat:
+        if form.chat_only and not uses_chat(self._tokenizer, config.prompts.chat, config.prompts.system_prompt):
             raise DataError(
                 f"{name} applies the chat template to every prompt, and this run's prompts are plain text",
                 where="prompts.chat",
@@ -138,21 +137,27 @@ class _Export:
             "test": self._run.held_out("test"),
         }
         for split, prompts in splits.items():
-            items = [self._item(row, split, place) for place, row in enumerate(prompts)]
-            encoded = encode_prompts(self._tokenizer, [item.prompt for item in items])
-            self._longest = max([self._longest, *map(len, encoded)])
+            shown = trainer_prompts(self._tokenizer, self._config.prompts, prompts)
+            self._longest = max([self._longest, *map(len, encode_prompts(self._tokenizer, shown))])
+            items = [
+                Item(
+                    row["prompt_id"],
+                    prompt,
+                    row["answer"],
+                    row["source"],
+                    facts_of(row["messages"], row["source"], row["extra"] or ""),
+                    split,
+                    place,
+                )
+                for place, (row, prompt) in enumerate(zip(prompts, shown, strict=True))
+            ]
             self._write(split, map(self._form.row, items))
         why = "".join(json.dumps({key: row[key] for key in WHY}) + "\n" for row in selected)
         write_text(self._folder / "why.jsonl", why)
         write_text(self._folder / "reward.py", self._reward())
-        if self._name == "prime-rl":
-            write_text(self._folder / "cropi_stage.py", TASKSET)
+        for name, text in self._form.files.items():
+            write_text(self._folder / name, text)
         return {split: len(prompts) for split, prompts in splits.items()}
-
-    def _item(self, row: Mapping[str, Any], split: str, place: int) -> Item:
-        prompt = trainer_prompt(row["messages"], chat=self._chat, system_prompt=self._config.prompts.system_prompt)
-        facts = facts_of(row["messages"], row["source"], row["extra"] or "")
-        return Item(row["prompt_id"], prompt, row["answer"], row["source"], facts, split, place)
 
     def _write(self, split: str, rows: Iterable[dict[str, Any]]) -> None:
         path = self._folder / f"{split}.{self._form.suffix}"

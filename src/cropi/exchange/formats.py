@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from cropi.errors import DataError
@@ -33,6 +33,7 @@ class Format:
     row: Callable[[Item], dict[str, Any]]
     reward: str  # the line of reward.py that names a method of `Rewards`
     chat_only: bool = False  # it applies the chat template to every prompt
+    files: Mapping[str, str] = field(default_factory=dict)  # what else it needs: texts by file name
 
 
 def _trl(item: Item) -> dict[str, Any]:
@@ -65,15 +66,6 @@ def _prime_rl(item: Item) -> dict[str, Any]:
     known = {"answer": item.answer, "source": item.source, "facts": item.facts}
     return {"id": item.prompt_id, "prompt": item.prompt, **known}
 
-
-FORMATS = {
-    "trl": Format("parquet", _trl, "reward = rewards.trl"),
-    "verl": Format("parquet", _verl, "compute_score = rewards.verl", chat_only=True),
-    "slime": Format("jsonl", _slime, "custom_rm = rewards.slime"),
-    "openrlhf": Format("jsonl", _openrlhf, "reward_func = rewards.openrlhf"),
-    "prime-rl": Format("jsonl", _prime_rl, "", chat_only=True),
-}
-"""By the name that `cropi export --format` takes."""
 
 TASKSET = '''\
 """The stage as a taskset of verifiers': its reward is the run's verifier."""
@@ -110,7 +102,15 @@ class StageTaskset(vf.Taskset[StageTask, StageConfig]):
             for line in file:
                 yield StageTask(StageData(**json.loads(line)), self.config.task)
 '''
-"""`cropi_stage.py`, beside the files for prime-rl."""
+
+FORMATS = {
+    "trl": Format("parquet", _trl, "reward = rewards.trl"),
+    "verl": Format("parquet", _verl, "compute_score = rewards.verl", chat_only=True),
+    "slime": Format("jsonl", _slime, "custom_rm = rewards.slime"),
+    "openrlhf": Format("jsonl", _openrlhf, "reward_func = rewards.openrlhf"),
+    "prime-rl": Format("jsonl", _prime_rl, "", chat_only=True, files={"cropi_stage.py": TASKSET}),
+}
+"""By the name that `cropi export --format` takes."""
 
 
 def named(name: str) -> Format:

@@ -158,14 +158,13 @@ def _attend(
 ) -> Tensor:
     """Compute causal attention over rows (B, heads, T, head size) that start at position 0."""
     width = query.shape[2]
-    limited = window is not None and window < width
+    window = width if window is None else min(window, width)
     if softcap is None:
-        mask = _visible(width, window, query.device) if limited and window is not None else None
+        mask = _visible(width, window, query.device) if window < width else None
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     logits = torch.tanh(query @ key.transpose(2, 3) * scale / softcap) * softcap
-    visible = _visible(width, window if limited and window is not None else width, query.device)
-    logits = logits.masked_fill(~visible, torch.finfo(logits.dtype).min)
+    logits = logits.masked_fill(~_visible(width, window, query.device), torch.finfo(logits.dtype).min)
     dtype = torch.promote_types(logits.dtype, torch.float32)
     return torch.softmax(logits, dim=-1, dtype=dtype).to(value.dtype) @ value
 

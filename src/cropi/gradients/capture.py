@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,10 @@ from cropi.gradients.sharded_parameters import ShardedParameters, outline
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+Kind = Literal["linear", "embedding", "norm", "vectors"]
+Hook = Callable[[nn.Module, Any, Tensor], None]
 
 
 class Reader(Protocol):
@@ -69,6 +73,7 @@ class NullReader:
 class _Owner:
     """A module with trainable parameters of its own, and their names."""
 
+    kind: Kind
     module: nn.Module
     path: str
     names: dict[str, str]
@@ -120,48 +125,41 @@ class Capture:
         self.trainable: dict[str, Tensor] = {
             name: outline(p, shards.device) for name, p in self._trained.items() if name not in idle.parameters
         }
-        self._linears: list[_Owner] = []
-        self._embeddings: list[_Owner] = []
-        self._norms: list[_Owner] = []
-        self._vectors: list[_Owner] = []
+        self._owners: list[_Owner] = []
         for path, module in model.named_modules():
             own = {attribute: names[id(p)] for attribute, p in module._parameters.items() if p is not None}
             own = {attribute: name for attribute, name in own.items() if name in self.trainable}
             if own and module is not head:
                 with shards.gathered(model, path):
-                    room = self._room(module, own)
-                room.append(_Owner(module, path, own))
+                    self._owners.append(_Owner(self._kind(module, own), module, path, own))
         self.head_names = {
             attribute: names[id(p)]
             for attribute, p in head._parameters.items()
             if p is not None and names[id(p)] in self.trainable
         }
-        self.matrices = {o.names["weight"] for o in self._linears if "weight" in o.names} | {
-            name for attribute, name in self.head_names.items() if attribute == "weight"
-        }
-        self._scales = {owner.path: embedding_scale(owner.module) for owner in self._embeddings}
+        products = [self.head_names, *(owner.names for owner in self._owners if owner.kind == "linear")]
+        self.matrices = {own["weight"] for own in products if "weight" in own}
         self._token_dims: dict[str, int] = {}
         self._calls: Counter[str] = Counter()
 
     def repeated(self) -> set[str]:
         """Return the names that one pass reports in several parts: the head's, which comes in chunks, those shared by
         modules, and those of a module called twice in the last pass."""
-        owners = [*self._linears, *self._embeddings, *self._norms, *self._vectors]
         parts = Counter(
-            name for owner in owners for name in owner.names.values() for _ in range(self._calls[owner.path])
+            name for owner in self._owners for name in owner.names.values() for _ in range(self._calls[owner.path])
         )
         return {name for name, count in parts.items() if count > 1} | set(self.head_names.values())
 
-    def _room(self, module: nn.Module, own: dict[str, str]) -> list[_Owner]:
+    def _kind(self, module: nn.Module, own: dict[str, str]) -> Kind:
         forward = type(module).forward
         if forward is nn.Linear.forward:
-            return self._linears
+            return "linear"
         if isinstance(module, nn.Embedding) and set(own) == {"weight"} and self._plain_rows(module):
-            return self._embeddings
+            return "embedding"
         if forward in (nn.LayerNorm.forward, nn.RMSNorm.forward) and len(module.normalized_shape) == 1:  # type: ignore[arg-type]
-            return self._norms
+            return "norm"
         if all(getattr(module, attribute).dim() == 1 for attribute in own) and self._acts_by_token(module, own):
-            return self._vectors
+            return "vectors"
         raise unsupported(
             self._model,
             f"it does not cover the weights of module type {type(module).__name__} ({next(iter(own.values()))})",
@@ -227,29 +225,26 @@ class Capture:
         self._calls.clear()
         with ExitStack() as stack:
             stack.enter_context(self.frozen())
-            for owner in self._linears:
-                stack.callback(owner.module.register_forward_hook(self._on_linear(owner, reader, spans, tokens)).remove)
-            for owner in self._embeddings:
-                stack.callback(owner.module.register_forward_hook(self._on_embedding(owner, reader, spans)).remove)
-            for owner in self._norms:
-                stack.callback(owner.module.register_forward_hook(self._on_norm(owner, reader, spans, tokens)).remove)
-            for owner in self._vectors:
-                stack.enter_context(self._per_token(owner, reader, spans, tokens))
+            hooks = {"linear": self._on_linear, "embedding": self._on_embedding, "norm": self._on_norm}
+            for owner in self._owners:
+                if owner.kind == "vectors":
+                    stack.enter_context(self._per_token(owner, reader, spans, tokens))
+                else:
+                    hook = hooks[owner.kind](owner, reader, spans, tokens)
+                    stack.callback(owner.module.register_forward_hook(hook).remove)
             for module in self._uncalled:
                 stack.callback(module.register_forward_pre_hook(self._refuse).remove)
             first = self._model.get_input_embeddings()
             stack.callback(first.register_forward_hook(_require_grad).remove)
             yield
-        for owner in [*self._linears, *self._embeddings, *self._norms, *self._vectors]:
+        for owner in self._owners:
             if not self._calls[owner.path]:
                 raise unsupported(self._model, f"its module {owner.path} holds trainable weights but was never called")
 
     def _refuse(self, module: nn.Module, args: Any) -> None:
         raise unsupported(self._model, f"it calls its {type(module).__name__} for some texts only")
 
-    def _on_linear(
-        self, owner: _Owner, reader: Reader, spans: Sequence[Span], tokens: int
-    ) -> Callable[[nn.Module, Any, Tensor], None]:
+    def _on_linear(self, owner: _Owner, reader: Reader, spans: Sequence[Span], tokens: int) -> Hook:
         weight, bias = owner.names.get("weight"), owner.names.get("bias")
 
         def after_forward(module: nn.Module, args: Any, output: Tensor) -> None:
@@ -269,13 +264,11 @@ class Capture:
 
         return after_forward
 
-    def _on_embedding(
-        self, owner: _Owner, reader: Reader, spans: Sequence[Span]
-    ) -> Callable[[nn.Module, Any, Tensor], None]:
+    def _on_embedding(self, owner: _Owner, reader: Reader, spans: Sequence[Span], _: int) -> Hook:
         def after_forward(module: nn.Module, args: Any, output: Tensor) -> None:
             self._calls[owner.path] += 1
             ids_T = args[0].reshape(-1)
-            scale, padding = self._scales[owner.path], module.padding_idx
+            scale, padding = embedding_scale(module), module.padding_idx
 
             def after_backward(grad: Tensor) -> None:
                 grads_TI = grad.reshape(len(ids_T), -1)
@@ -285,15 +278,12 @@ class Capture:
                     grads_TI = grads_TI.masked_fill((ids_T == padding)[:, None], 0.0)
                 reader.rows(owner.names["weight"], ids_T, grads_TI, spans)
 
-            if not output.requires_grad:
-                output.requires_grad_()
+            _require_grad(module, args, output)
             output.register_hook(after_backward)
 
         return after_forward
 
-    def _on_norm(
-        self, owner: _Owner, reader: Reader, spans: Sequence[Span], tokens: int
-    ) -> Callable[[nn.Module, Any, Tensor], None]:
+    def _on_norm(self, owner: _Owner, reader: Reader, spans: Sequence[Span], tokens: int) -> Hook:
         """Recompute the normalised input: torch's own norms refuse weights that differ by token."""
 
         def after_forward(module: nn.Module, args: Any, output: Tensor) -> None:
@@ -356,13 +346,11 @@ class Capture:
                     held[attribute] = original
             originals.clear()
 
-        handles = [module.register_forward_pre_hook(before_forward), module.register_forward_hook(put_back)]
-        try:
+        with ExitStack() as stack:
+            stack.callback(put_back)
+            stack.callback(module.register_forward_pre_hook(before_forward).remove)
+            stack.callback(module.register_forward_hook(put_back).remove)
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            put_back()
 
 
 def _require_grad(module: nn.Module, args: Any, output: Tensor) -> None:
@@ -373,5 +361,4 @@ def _require_grad(module: nn.Module, args: Any, output: Tensor) -> None:
 
 def embedding_scale(module: nn.Module) -> float:
     """Return the factor of an embedding's rows: 1, or `embed_scale` (Gemma)."""
-    scale = getattr(module, "embed_scale", 1.0)
-    return float(scale)
+    return float(getattr(module, "embed_scale", 1.0))

@@ -25,7 +25,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from cropi.errors import PolicyError
 from cropi.gradients.layer_taps import Layer, normalised, readable_layers, tapped, whole_shape
-from cropi.gradients.reading import Direction, LowRank
+from cropi.gradients.training_influence import Direction, LowRank
+from cropi.policy import evaluating
 
 
 @dataclass
@@ -44,17 +45,17 @@ class DirectionSketch:
     Two parts, of different validation prompts, give two estimates of the direction with independent errors.
     """
 
-    def __init__(self, model: nn.Module, rank: int = 8, parts: int = 2, seed: int = 0) -> None:
+    def __init__(self, model: nn.Module, rank: int = 8, parts: int = 2) -> None:
         """PolicyError for a compiled model."""
         self._layers, self._rank, self._parts = readable_layers(model), rank, parts
         parameters = dict(model.named_parameters())
         self._matrices: dict[str, _Sums] = {}
         self._vectors: dict[str, Tensor] = {}
         for name in sorted({name for layer in self._layers for name in layer.parameters}):
-            self._prepare(name, parameters[name], seed)
+            self._prepare(name, parameters[name])
         self._part_of: Tensor | None = None
 
-    def _prepare(self, name: str, parameter: Tensor, seed: int) -> None:
+    def _prepare(self, name: str, parameter: Tensor) -> None:
         device, shape = parameter.device, whole_shape(parameter)
         if len(shape) == 1:
             self._vectors[name] = torch.zeros(self._parts, *shape, device=device)
@@ -62,7 +63,7 @@ class DirectionSketch:
         n_out, n_in = shape
         k = min(2 * self._rank + 1, n_in, n_out)
         rows = min(2 * k + 1, n_out)
-        generator = torch.Generator().manual_seed(seed + zlib.crc32(name.encode()))  # the same in every process
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))  # the same in every process
         right = torch.randn(n_in, k, generator=generator) / k**0.5
         left = torch.randn(rows, n_out, generator=generator) / rows**0.5
         empty = torch.zeros(self._parts, n_out, k), torch.zeros(self._parts, rows, n_in)
@@ -170,14 +171,11 @@ def inner(first: Direction, second: Direction) -> float:
 @contextmanager
 def deterministic(model: nn.Module) -> Iterator[None]:
     """Without dropout, while gradient checkpointing stays on."""
-    modes = [(module, module.training) for module in model.modules()]
-    for module, training in modes:
-        module.training = training and isinstance(module, GradientCheckpointingLayer)
-    try:
+    checkpointing = [m for m in model.modules() if m.training and isinstance(m, GradientCheckpointingLayer)]
+    with evaluating(model):
+        for layer in checkpointing:
+            layer.training = True
         yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 @contextmanager

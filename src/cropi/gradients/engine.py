@@ -31,7 +31,7 @@ from cropi.gradients.model_checks import (
 from cropi.gradients.packing import Pack, Segment, make_pack, plan
 from cropi.gradients.sharded_parameters import ShardedParameters, Turn, forward_replaced
 from cropi.gradients.surrogate_weights import RatioStatistics, SurrogateSettings, ratio_statistics, trajectory_scales
-from cropi.policy import longest_alike
+from cropi.policy import evaluating, longest_alike
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -85,6 +85,17 @@ def segment_of(
         [scales[k] for k in kept],
         None if logprobs is None else [logprobs[k] for k in kept],
     )
+
+
+def segments_of(
+    groups: Sequence[Group], settings: SurrogateSettings, factors: Sequence[Sequence[float]] | None = None
+) -> list[Segment]:
+    """Make the segments of groups that have any; a group's place is its result row. For `factors` see `segment_of`."""
+    found = [
+        segment_of(index, group, settings, None if factors is None else factors[index])
+        for index, group in enumerate(groups)
+    ]
+    return [segment for segment in found if segment is not None]
 
 
 class Engine:
@@ -192,7 +203,7 @@ class Engine:
         with self.lockstep(), self._evaluating():
             for members in self._plan(segments, divisible=True):
                 self._await_turn(Turn.FORWARD)
-                work.add(*self._forward_pass(members))
+                work.add(*self._pass(members, None))
         return work
 
     @contextmanager
@@ -223,10 +234,7 @@ class Engine:
         """Join the passes of the other processes until all agree on `turn`."""
         while (agreed := self.shards.agree(turn)) != turn:
             members = [Segment(0, [0], [[0, 0]], [0.0], None)]
-            if agreed == Turn.BACKWARD:
-                self._pass(members, NullReader())
-            else:
-                self._forward_pass(members)
+            self._pass(members, NullReader() if agreed == Turn.BACKWARD else None)
 
     def _plan(self, segments: Sequence[Segment], divisible: bool, most: int | None = None) -> list[list[Segment]]:
         parts = list(segments)
@@ -241,7 +249,8 @@ class Engine:
     def _divides(members: Sequence[Segment], divisible: bool) -> bool:
         return len(members) > 1 or (divisible and len(members[0].completions) > 1)
 
-    def _pass(self, members: Sequence[Segment], reader: Reader) -> tuple[int, Statistics]:
+    def _pass(self, members: Sequence[Segment], reader: Reader | None) -> tuple[int, Statistics]:
+        """Run a pack forward and backward; without a reader forward alone."""
         pack = make_pack(members, self.device)
         found: list[Tensor] = []
 
@@ -250,24 +259,16 @@ class Engine:
             found.append(log_ratios_E)
             return grad_SH
 
-        with self.capture.hooks(reader, pack.spans, pack.tokens), pack_rows(self.causal_lm, pack.rows):
-            self.forward(pack, at_head).backward()
-        return pack.tokens, _statistics(pack, found[0])
-
-    @torch.no_grad()
-    def _forward_pass(self, members: Sequence[Segment]) -> tuple[int, Statistics]:
-        pack = make_pack(members, self.device)
-        found: list[Tensor] = []
-
-        def at_head(hidden_SH: Tensor) -> Tensor:
-            log_ratios_E, grad_SH = self.head(hidden_SH, pack, self.settings, None, {})
-            found.append(log_ratios_E)
-            return grad_SH
-
         with pack_rows(self.causal_lm, pack.rows):
-            self.forward(pack, at_head)
-        self.shards.release()
-        return pack.tokens, _statistics(pack, found[0])
+            if reader is None:
+                with torch.no_grad():
+                    self.forward(pack, at_head)
+                self.shards.release()
+            else:
+                with self.capture.hooks(reader, pack.spans, pack.tokens):
+                    self.forward(pack, at_head).backward()
+        sums = ratio_statistics(found[0], pack.predictions)
+        return pack.tokens, [(span.index, one) for span, one in zip(pack.predictions, sums, strict=True)]
 
     def forward(self, pack: Pack, at_head: Callable[[Tensor], Tensor]) -> Tensor:
         """Run a pack up to the head. `at_head` maps its hidden states to their gradient, with which the backward pass
@@ -291,14 +292,9 @@ class Engine:
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
-        modes = [(module, module.training) for module in self.model.modules()]
-        self.model.eval()
-        try:
-            with packed(self.causal_lm), torch.autocast(self.device.type, enabled=False), torch.enable_grad():
-                yield
-        finally:
-            for module, training in modes:
-                module.training = training
+        plain = torch.autocast(self.device.type, enabled=False)
+        with evaluating(self.model), packed(self.causal_lm), plain, torch.enable_grad():
+            yield
 
     @contextmanager
     def _refusing(self) -> Iterator[None]:
@@ -378,11 +374,6 @@ def _divided(segment: Segment, budget: int) -> list[Segment]:
     if segment.tokens <= budget or len(segment.completions) == 1:
         return [segment]
     return [part for half in segment.halves() for part in _divided(half, budget)]
-
-
-def _statistics(pack: Pack, log_ratios_E: Tensor) -> Statistics:
-    """Compute ratio statistics by result row."""
-    return list(zip([s.index for s in pack.predictions], ratio_statistics(log_ratios_E, pack.predictions), strict=True))
 
 
 def _out_of_memory(error: BaseException) -> bool:

@@ -16,7 +16,7 @@ from cropi.artifacts import OK
 from cropi.errors import PolicyError
 from cropi.functional import influence_formulas
 from cropi.functional.projection import SparseProjection, principal_directions
-from cropi.gradients.engine import Engine, by_group, segment_of
+from cropi.gradients.engine import Engine, by_group, segments_of
 from cropi.gradients.exact import ExactReader, inner, norm, widened
 from cropi.gradients.groups import Group
 from cropi.gradients.model_checks import require_independent_rows
@@ -123,19 +123,11 @@ class Scorer:
         self._engine = None if estimator == "reference" else Engine(model, settings, options.batch_tokens)
         self._ranks = process_group() if self._engine is None else self._engine.shards.ranks()
 
-    def aim(
-        self,
-        validation: Mapping[str, Sequence[Group]],
-        advance: Callable[[int], None] | None = None,
-        layer_directions: Mapping[str, Tensor] | None = None,
-    ) -> None:
+    def aim(self, validation: Mapping[str, Sequence[Group]], advance: Callable[[int], None] | None = None) -> None:
         """Compute the directions of validation sets. Raises SignalError if one is empty or not finite.
 
         Also sets `direction_reliability`: by set, the expected correlation of this direction with one from as many
         other prompts; see `Directions.reliability_V`.
-
-        `layer_directions` are the U of a structured mask by parameter name, to compare with features made earlier; by
-        default they are computed from the validation sets.
         """
         self._known = Directions(list(validation))
         if self._engine is None:
@@ -148,7 +140,7 @@ class Scorer:
             if self.estimator == "exact":
                 self._aim_exact(gradients, chunks)
             else:
-                self._aim_sketch(gradients, chunks, layer_directions)
+                self._aim_sketch(gradients, chunks)
         self.direction_reliability = dict(zip(validation, self._known.reliability_V.tolist(), strict=True))
         if self.estimator == "sketch":
             self.norms_V = self.features_VD.double().norm(dim=1).numpy()
@@ -161,19 +153,12 @@ class Scorer:
             for direction, found in zip(self._directions, self._known.add(gradients.of(names)), strict=True):
                 direction |= found
 
-    def _aim_sketch(
-        self, gradients: MeanGradients, chunks: Sequence[Sequence[str]], layer_directions: Mapping[str, Tensor] | None
-    ) -> None:
-        """Keep only the projected features of each direction."""
-        assert self._engine is not None
-        structured, device = self.projection.mask == "structured", self._engine.device
-        given = layer_directions if structured and layer_directions else {}
-        self.layer_directions = {name: columns.to(device) for name, columns in given.items()}
-        self._ranks.copy_main(self.layer_directions)
-        features = []
+    def _aim_sketch(self, gradients: MeanGradients, chunks: Sequence[Sequence[str]]) -> None:
+        """Keep only the projected features of each direction, and U of a structured mask by parameter name."""
+        self.layer_directions, features = {}, []
         for names in chunks:
             directions = self._known.add(gradients.of(names))
-            if structured and not given:
+            if self.projection.mask == "structured":
                 found = self._layer_directions(directions, gradients.mean_inputs)
                 self._ranks.copy_main(found)
                 self.layer_directions |= found
@@ -221,12 +206,8 @@ class Scorer:
             if self._engine is None:
                 scored = self._by_reference(groups, advance)
             else:
-                segments = [
-                    segment_of(index, group, self.settings, None if factors is None else factors[index])
-                    for index, group in enumerate(groups)
-                ]
-                present = [segment for segment in segments if segment is not None]
-                scored = self.score_segments(present, len(groups), advance, norms=self._lengths)
+                segments = segments_of(groups, self.settings, factors)
+                scored = self.score_segments(segments, len(groups), advance, norms=self._lengths)
         return replace(scored, variances_N=np.array([group.variance for group in groups], dtype=np.float64))
 
     def direction_cosines(self) -> Float[np.ndarray, "V V"]:

@@ -15,6 +15,7 @@ from cropi.gradients.attention import own_attention, pack_rows, unsupported
 from cropi.gradients.capture import NullReader
 from cropi.gradients.packing import Pack, Segment, make_pack
 from cropi.gradients.sharded_parameters import forward_replaced
+from cropi.policy import evaluating
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -70,11 +71,8 @@ def require_independent_rows(model: nn.Module) -> None:
     """
     inner = causal_lm_of(model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     try:
-        # A trainer's mixed precision wraps the forward pass of the object, not of the class.
-        with forward_replaced(model, partial(type(model).forward, model)):
+        with evaluating(model), _own_forward(model):
             _probe(model, inner, trained)
     except PolicyError:
         raise
@@ -82,9 +80,6 @@ def require_independent_rows(model: nn.Module) -> None:
         if isinstance(error, torch.OutOfMemoryError | MemoryError):
             raise
         raise _refused(inner, f"its forward pass fails ({first_line(error)})", _LOAD) from error
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _probe(model: nn.Module, inner: PreTrainedModel, trained: Sequence[nn.Parameter]) -> None:
@@ -133,12 +128,10 @@ def embedded(model: PreTrainedModel) -> Iterator[dict[nn.Module, Tensor]]:
         return leaf.clone()  # the model may change it in place
 
     modules = {model.get_input_embeddings(), *(m for m in model.modules() if isinstance(m, nn.Embedding))}
-    handles = [module.register_forward_hook(keep) for module in modules]
-    try:
+    with ExitStack() as stack:
+        for module in modules:
+            stack.callback(module.register_forward_hook(keep).remove)
         yield found
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def leaks(gradients: Sequence[Tensor | None], hidden: Tensor) -> bool:
@@ -212,7 +205,7 @@ def _own_forward(model: nn.Module) -> AbstractContextManager[None]:
 
 def check_logits(engine: Engine, segment: Segment, theirs_EW: Tensor) -> float:
     """Compare the logits of a small pack with the model's own. Returns bytes of activations kept per token."""
-    pack, kept = make_pack([segment], engine.device), _KeptActivations(engine.model)
+    pack = make_pack([segment], engine.device)
     ours: list[tuple[Tensor, torch.dtype]] = []
 
     def at_head(hidden_SH: Tensor) -> Tensor:
@@ -220,7 +213,7 @@ def check_logits(engine: Engine, segment: Segment, theirs_EW: Tensor) -> float:
         return torch.zeros_like(hidden_SH)
 
     with (
-        kept,
+        _kept_activations(engine.model) as kept,
         engine.capture.hooks(NullReader(), pack.spans, pack.tokens),
         pack_rows(engine.causal_lm, pack.rows),
     ):
@@ -234,7 +227,7 @@ def check_logits(engine: Engine, segment: Segment, theirs_EW: Tensor) -> float:
             engine.causal_lm,
             f"its own logits differ from the engine's by {gap:.2g} of their size on a test sequence",
         )
-    return kept.bytes / pack.tokens
+    return sum(kept.values()) / pack.tokens
 
 
 def check_neighbours(engine: Engine) -> None:
@@ -337,35 +330,26 @@ def _plain(tensor: Tensor | None) -> TypeGuard[Tensor]:
     return type(tensor) in {Tensor, nn.Parameter}
 
 
-class _KeptActivations:
-    """Count the bytes of activations that a forward pass keeps for its backward pass, without weights.
+@contextmanager
+def _kept_activations(model: nn.Module) -> Iterator[dict[int, int]]:
+    """Collect the bytes of activations that a forward pass keeps for its backward pass, by address, without weights.
 
     Activations are plain tensors. A tensor of another class is a quantised weight, whose storage cannot be queried.
     """
+    weights, found = set[int](), dict[int, int]()
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model, self._weights = model, set[int]()
-        self._found: dict[int, int] = {}
+    def note_weights(module: nn.Module, args: Any) -> None:
+        weights.clear()
+        weights.update(p.untyped_storage().data_ptr() for p in module._parameters.values() if _plain(p))
 
-    def __enter__(self) -> None:
-        self._stack = ExitStack()
-        for module in self._model.modules():
-            if module._parameters:
-                # Full parameters of a sharded module exist only during its call.
-                self._stack.callback(module.register_forward_pre_hook(self._note_weights).remove)
-        self._stack.enter_context(torch.autograd.graph.saved_tensors_hooks(self._note, lambda tensor: tensor))
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
-
-    def _note_weights(self, module: nn.Module, args: Any) -> None:
-        self._weights = {p.untyped_storage().data_ptr() for p in module._parameters.values() if _plain(p)}
-
-    def _note(self, tensor: Tensor) -> Tensor:
-        if _plain(tensor) and tensor.untyped_storage().data_ptr() not in self._weights:
-            self._found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    def note(tensor: Tensor) -> Tensor:
+        if _plain(tensor) and tensor.untyped_storage().data_ptr() not in weights:
+            found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    @property
-    def bytes(self) -> int:
-        return sum(self._found.values())
+    with ExitStack() as stack:
+        for module in model.modules():
+            if module._parameters:  # full parameters of a sharded module exist only during its call
+                stack.callback(module.register_forward_pre_hook(note_weights).remove)
+        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor))
+        yield found

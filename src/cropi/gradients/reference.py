@@ -10,7 +10,7 @@ from cropi.artifacts import CLIP_RANGE
 from cropi.functional.surrogate import effective_sample_share, importance_ratios, token_weights
 from cropi.gradients.groups import Group
 from cropi.gradients.surrogate_weights import SurrogateSettings, trajectory_scales
-from cropi.policy import completion_logprobs
+from cropi.policy import completion_logprobs, evaluating
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,8 @@ def prompt_gradient(
         name: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for name, p in parameters.items()
     }
     ratios: list[Tensor] = []
-    was_training = model.training
-    model.eval()
-    try:
-        scales_K = torch.tensor(trajectory_scales(group, settings), dtype=torch.float64)
+    scales_K = torch.tensor(trajectory_scales(group, settings), dtype=torch.float64)
+    with evaluating(model):
         for rows in _micro_batches(group, scales_K, batch_tokens):
             loss, ratios_T = _weighted_logprob(model, group, rows, scales_K, settings)
             gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
@@ -55,8 +53,6 @@ def prompt_gradient(
                 if gradient is not None:
                     total[name] += gradient
             ratios.append(ratios_T)
-    finally:
-        model.train(was_training)
     ratios_T = torch.cat(ratios).double() if ratios else torch.ones(1)
     return PromptGradient(
         total,

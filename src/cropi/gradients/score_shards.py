@@ -7,7 +7,7 @@ policy and the validation sets, not on the process that makes it.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from itertools import islice
@@ -17,11 +17,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
-from torch import Tensor, nn
+from torch import nn
 
-from cropi.artifacts import OK, atomic_file, corrupt, read_table, wait_for_files, write_json, write_table
+from cropi.artifacts import OK, read_table, wait_for_files, write_json, write_table
 from cropi.config import Config, StrategyTable
 from cropi.errors import ArtifactError
 from cropi.functional.projection import projection_of
@@ -30,11 +28,11 @@ from cropi.gradients.groups import Group, iterate_groups
 from cropi.gradients.influence_scorer import Aim, Scored, Scorer, ScorerOptions
 from cropi.gradients.score_reliability import score_by_halves
 from cropi.gradients.surrogate_weights import RATIO_COLUMNS, SurrogateSettings
-from cropi.parallel import Perform, RayPool, Task, process_group
+from cropi.parallel import process_group
 from cropi.policy import PolicyCopy
+from cropi.ray_workers import Perform, RayPool, Task
 
 SHARD_PROMPTS = 64  # few enough to divide among many processes, enough to fill packs
-DIRECTIONS = "directions.safetensors"
 
 Row = dict[str, Any]
 
@@ -160,7 +158,7 @@ class ScoreShards:
 
     def remove(self) -> None:
         """Remove the files that only an unfinished scoring needs."""
-        for path in (*self.folder.glob("part-*.parquet"), self.folder / "shards.json", self.folder / DIRECTIONS):
+        for path in (*self.folder.glob("part-*.parquet"), self.folder / "shards.json"):
             path.unlink(missing_ok=True)
 
     @property
@@ -249,22 +247,3 @@ def groups_of(table: pa.Table, prompt_ids: Sequence[str]) -> Iterator[Group]:
     """Read the groups of some prompts of a table, in ascending order of their ids."""
     wanted = table.filter(pc.is_in(table.column("prompt_id"), value_set=pa.array(list(prompt_ids), pa.string())))
     return (group for _, group in iterate_groups(wanted) if group is not None)
-
-
-def write_directions(folder: Path, directions: Mapping[str, Tensor]) -> None:
-    """Write U of a structured mask by parameter name; no file if there are none."""
-    if directions:
-        tensors = {name: columns.detach().cpu().contiguous() for name, columns in directions.items()}
-        with atomic_file(folder / DIRECTIONS) as temporary:
-            temporary.write_bytes(save(tensors))
-
-
-def read_directions(folder: Path) -> dict[str, Tensor]:
-    """Read U by parameter name: a scoring that goes on compares through the same U."""
-    path = folder / DIRECTIONS
-    if not path.is_file():
-        return {}
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise corrupt(path, f"cannot be read ({error})", f"delete {path.parent}.") from None

@@ -54,18 +54,17 @@ class ShardedParameters:
 
     def agree(self, turn: Turn) -> Turn:
         """Return the greatest turn that any process wants next."""
-        if self.count == 1:
-            return turn
-        wanted = torch.tensor([turn], device=self.device)
-        distributed.all_reduce(wanted, distributed.ReduceOp.MAX, group=self._group)
-        return Turn(int(wanted))
+        return Turn(self._agreed(turn, distributed.ReduceOp.MAX))
 
     def least(self, number: int) -> int:
         """Return the smallest number of all processes."""
+        return self._agreed(number, distributed.ReduceOp.MIN)
+
+    def _agreed(self, own: int, operation: Any) -> int:
         if self.count == 1:
-            return number
-        found = torch.tensor([number], device=self.device)
-        distributed.all_reduce(found, distributed.ReduceOp.MIN, group=self._group)
+            return own
+        found = torch.tensor([own], device=self.device)
+        distributed.all_reduce(found, operation, group=self._group)
         return int(found)
 
     def ranks(self) -> ProcessGroup:

@@ -5,7 +5,7 @@ Of each linear layer, only the kept part is computed. See `SparseProjection` for
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -78,13 +78,10 @@ class UniformMap:
         self.add_vector(name, outer_sum(grads_TO, narrowed_TW).reshape(-1), staged_K)
 
     def add_rows(self, name: str, ids_U: Tensor, narrowed_UW: Tensor, staged_K: Tensor, sums_B: Tensor) -> None:
-        width = narrowed_UW.shape[1]
-        step = max(1, _CHUNK // width)
-        for start in range(0, len(ids_U), step):
-            counters = ids_U[start : start + step, None] * width + torch.arange(width, device=ids_U.device)
-            kept = self.projection.mask_of(name, counters.reshape(-1))
-            buckets = self.projection.signed_buckets(name, counters.reshape(-1)[kept])
-            sums_B.index_add_(0, buckets, narrowed_UW[start : start + step].reshape(-1)[kept].to(sums_B.dtype))
+        for counters, values in _by_coordinate(ids_U, narrowed_UW):
+            kept = self.projection.mask_of(name, counters)
+            buckets = self.projection.signed_buckets(name, counters[kept])
+            sums_B.index_add_(0, buckets, values[kept].to(sums_B.dtype))
 
     def add_vector(self, name: str, gradient_P: Tensor, staged_K: Tensor) -> None:
         area, positions = self._areas[name]
@@ -178,15 +175,20 @@ class StructuredMap:
         if name in self._layers:
             self._kept(self._layers[name], narrowed_UW.shape[1], staged_K).index_add_(1, ids_U, narrowed_UW.T)
             return
-        width = narrowed_UW.shape[1]
-        step = max(1, _CHUNK // width)
-        for start in range(0, len(ids_U), step):
-            counters = ids_U[start : start + step, None] * width + torch.arange(width, device=ids_U.device)
-            values = narrowed_UW[start : start + step].reshape(-1).to(sums_B.dtype)
-            sums_B.index_add_(0, self._hash(name, counters).reshape(-1), values)
+        for counters, values in _by_coordinate(ids_U, narrowed_UW):
+            sums_B.index_add_(0, self._hash(name, counters), values.to(sums_B.dtype))
 
     def add_vector(self, name: str, gradient_P: Tensor, staged_K: Tensor) -> None:
         staged_K[self._vectors[name]] += gradient_P
+
+
+def _by_coordinate(ids_U: Tensor, rows_UW: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Flat positions in a matrix of some of its rows, and their values, a few rows at a time."""
+    width = rows_UW.shape[1]
+    step = max(1, _CHUNK // width)
+    for start in range(0, len(ids_U), step):
+        counters = ids_U[start : start + step, None] * width + torch.arange(width, device=ids_U.device)
+        yield counters.reshape(-1), rows_UW[start : start + step].reshape(-1)
 
 
 def _no_buckets(parameters: Mapping[str, Tensor]) -> Tensor:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from operator import add
 
 import numpy as np
 import torch
@@ -80,13 +81,7 @@ class RatioStatistics:
     """sum rho log rho - rho + 1."""
 
     def __add__(self, other: RatioStatistics) -> RatioStatistics:
-        return RatioStatistics(
-            self.tokens + other.tokens,
-            self.ratios + other.ratios,
-            self.squares + other.squares,
-            self.outside + other.outside,
-            self.divergence + other.divergence,
-        )
+        return RatioStatistics(*map(add, astuple(self), astuple(other)))
 
     @property
     def effective_share(self) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 import torch
@@ -20,10 +20,9 @@ from cropi.artifacts import OK
 from cropi.errors import SignalError
 from cropi.functional import influence_formulas
 from cropi.functional.agreement import spearman_brown
-from cropi.gradients.engine import Engine, by_group, free_bytes, segment_of
+from cropi.gradients.engine import Engine, by_group, free_bytes, segments_of
 from cropi.gradients.exact import DenseReader, ExactReader, inner, norm
 from cropi.gradients.groups import Group
-from cropi.gradients.packing import Segment
 from cropi.gradients.reference import prompt_gradient, trainable_parameters
 from cropi.gradients.surrogate_weights import SurrogateSettings
 from cropi.parallel import ProcessGroup, process_group
@@ -97,12 +96,9 @@ class Directions:
         return np.array(found)
 
 
-class Piece(Protocol):
-    """Some groups of a validation set, each with its weight in the set's mean."""
-
-    def sums(self, names: Sequence[str], advance: Advance) -> tuple[Gradients, dict[str, Tensor]]:
-        """Sum the gradients of some parameters, in float32 or wider; for linear layers, also return the number of input
-        tokens and their sum, (1 + I,) float64."""
+Piece = Callable[[Sequence[str], Advance], tuple[Gradients, dict[str, Tensor]]]
+"""Sums the gradients of some groups of a validation set, each with its weight in the set's mean, for some parameters,
+in float32 or wider. For linear layers it also gives the number of input tokens and their sum, (1 + I,) float64."""
 
 
 class MeanGradients:
@@ -177,7 +173,7 @@ class MeanGradients:
         }
         with self._together():
             for half, piece in own:
-                found, inputs_of = piece.sums(names, self._advance)
+                found, inputs_of = piece(names, self._advance)
                 for name, gradient in found.items():
                     wide[half][name] += gradient
                 for name, sums_I in inputs_of.items():
@@ -203,7 +199,17 @@ def by_engine(engine: Engine, validation: Mapping[str, Sequence[Group]], mean: M
         raise ValueError("directions cannot be made inside lockstep()")
 
     def make_piece(groups: Sequence[Group], count: int) -> Piece:
-        return _EnginePiece(engine, groups, count, mean)
+        norms_M = _norms(engine, groups) if mean == "normalized" else np.ones(len(groups))
+        weights = influence_formulas.mean_weights(norms_M, mean, count).tolist()
+        factors = [[weight] * len(group.completions) for group, weight in zip(groups, weights, strict=True)]
+        segments = segments_of(groups, engine.settings, factors)
+
+        def sums(names: Sequence[str], advance: Advance) -> tuple[Gradients, dict[str, Tensor]]:
+            reader = DenseReader({name: engine.parameters[name] for name in names}, engine.vocabulary)
+            engine.run(segments, reader, after=by_group(advance))
+            return reader.gradients, reader.inputs
+
+        return sums
 
     return MeanGradients(
         engine.parameters,
@@ -216,29 +222,13 @@ def by_engine(engine: Engine, validation: Mapping[str, Sequence[Group]], mean: M
     )
 
 
-class _EnginePiece:
-    def __init__(self, engine: Engine, groups: Sequence[Group], count: int, mean: Mean) -> None:
-        self._engine = engine
-        settings, norms_M = engine.settings, np.ones(len(groups))
-        if mean == "normalized":
-            zero = torch.zeros((), device=engine.device)
-            nothing = {name: zero.to(_wide(p)).expand(p.shape) for name, p in engine.parameters.items()}
-            reader = ExactReader([nothing], len(groups), norms=True, repeated=engine.repeated)
-            found = [segment_of(index, group, settings) for index, group in enumerate(groups)]
-            engine.run([segment for segment in found if segment is not None], reader, divisible=False)
-            norms_M = reader.squares_N.clamp(min=0).sqrt().numpy()
-        weights = influence_formulas.mean_weights(norms_M, mean, count).tolist()
-        found = [
-            segment_of(index, group, settings, [weight] * len(group.completions))
-            for index, (group, weight) in enumerate(zip(groups, weights, strict=True))
-        ]
-        self._segments: list[Segment] = [segment for segment in found if segment is not None]
-
-    def sums(self, names: Sequence[str], advance: Advance) -> tuple[Gradients, dict[str, Tensor]]:
-        parameters = self._engine.parameters
-        reader = DenseReader({name: parameters[name] for name in names}, self._engine.vocabulary)
-        self._engine.run(self._segments, reader, after=by_group(advance))
-        return reader.gradients, reader.inputs
+def _norms(engine: Engine, groups: Sequence[Group]) -> Float[np.ndarray, " M"]:
+    """Norm of each group's gradient."""
+    zero = torch.zeros((), device=engine.device)
+    nothing = {name: zero.to(_wide(p)).expand(p.shape) for name, p in engine.parameters.items()}
+    reader = ExactReader([nothing], len(groups), norms=True, repeated=engine.repeated)
+    engine.run(segments_of(groups, engine.settings), reader, divisible=False)
+    return reader.squares_N.clamp(min=0).sqrt().numpy()
 
 
 def by_autograd(
@@ -250,43 +240,28 @@ def by_autograd(
     advance: Advance,
 ) -> MeanGradients:
     """Compute mean gradients by the reference estimator."""
+    parameters = trainable_parameters(model)
 
     def make_piece(groups: Sequence[Group], count: int) -> Piece:
-        return _AutogradPiece(model, settings, batch_tokens, groups, count, mean)
+        def sums(names: Sequence[str], advance: Advance) -> tuple[Gradients, dict[str, Tensor]]:
+            total = {name: torch.zeros_like(parameters[name], dtype=torch.float64) for name in names}
+            for group in groups:
+                if group.status != OK:
+                    continue
+                found = prompt_gradient(model, group, settings, batch_tokens=batch_tokens).gradients
+                weight = influence_formulas.mean_weights(np.array([norm(found)]), mean, count)[0]
+                for name in names:
+                    total[name] += found[name] * weight
+                if advance is not None:
+                    advance(1)
+            return total, {}
+
+        return sums
 
     wide = {
-        name: torch.zeros((), dtype=torch.float64, device=p.device).expand(p.shape)
-        for name, p in trainable_parameters(model).items()
+        name: torch.zeros((), dtype=torch.float64, device=p.device).expand(p.shape) for name, p in parameters.items()
     }
     return MeanGradients(wide, make_piece, validation, process_group(), advance=advance)
-
-
-class _AutogradPiece:
-    def __init__(
-        self,
-        model: nn.Module,
-        settings: SurrogateSettings,
-        batch_tokens: int,
-        groups: Sequence[Group],
-        count: int,
-        mean: Mean,
-    ) -> None:
-        self._model, self._settings, self._batch_tokens = model, settings, batch_tokens
-        self._groups, self._count, self._mean = groups, count, mean
-
-    def sums(self, names: Sequence[str], advance: Advance) -> tuple[Gradients, dict[str, Tensor]]:
-        parameters = trainable_parameters(self._model)
-        total = {name: torch.zeros_like(parameters[name], dtype=torch.float64) for name in names}
-        for group in self._groups:
-            if group.status != OK:
-                continue
-            found = prompt_gradient(self._model, group, self._settings, batch_tokens=self._batch_tokens).gradients
-            weight = influence_formulas.mean_weights(np.array([norm(found)]), self._mean, self._count)[0]
-            for name in names:
-                total[name] += found[name] * weight
-            if advance is not None:
-                advance(1)
-        return total, {}
 
 
 def room_for_directions(engine: Engine) -> int:

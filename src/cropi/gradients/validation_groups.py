@@ -10,7 +10,7 @@ from cropi.artifacts import OK
 from cropi.console import warn_once
 from cropi.curriculum.strategy import CANDIDATES
 from cropi.errors import SignalError
-from cropi.functional.alignment import halves
+from cropi.functional.influence_formulas import halves
 from cropi.gradients.groups import Group, iterate_groups
 from cropi.seeds import unit_interval
 

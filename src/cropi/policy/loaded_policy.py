@@ -1,15 +1,14 @@
-"""Load a policy, and compute its log-probs of completions."""
+"""Load a policy, identify its weights, and copy it to Ray workers."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
 import json
-import math
 import os
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,15 +17,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.nn.utils.rnn import pad_sequence
 
+from cropi import __version__
 from cropi.config import BUILTIN_POLICY, LoraConfig, PolicyConfig
-from cropi.errors import PolicyError
+from cropi.errors import ConfigError, PolicyError, first_line
 from cropi.fsdp import is_sharded
-from cropi.functional.surrogate import token_logprobs
 
 if TYPE_CHECKING:
-    from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 READ_BY_ONE = "FSDP_CPU_RAM_EFFICIENT_LOADING"  # what transformers asks
@@ -249,9 +247,8 @@ def _with_adapters(model: PreTrainedModel, settings: LoraConfig, location: str |
             torch.manual_seed(0)
             return peft.get_peft_model(model, adapter)
     except Exception as error:  # PEFT raises many kinds, for names that no layer has and for damaged files
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise PolicyError(
-            f"the adapters cannot be made or loaded: {first_line}",
+            f"the adapters cannot be made or loaded: {first_line(error)}",
             where="policy.lora" if location is None else location,
             fix="check target_modules, or the checkpoint's files.",
         ) from None
@@ -309,92 +306,47 @@ def _plain_parts(weight: torch.Tensor) -> Iterator[torch.Tensor]:
 
 
 def _cannot_load(what: str, location: str, error: Exception) -> PolicyError:
-    first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return PolicyError(
-        f"the {what} at {location} cannot be loaded: {first_line}",
+        f"the {what} at {location} cannot be loaded: {first_line(error)}",
         where="policy.path",
         fix="check the path or Hub id and its files (config.json, *.safetensors, tokenizer.json).",
     )
 
 
-def shared_prefixes(model: PreTrainedModel, ids_BT: Tensor, mask_BT: Tensor) -> dict[str, Cache]:
-    """Compute the keys and values of left-padded prompts once for each distinct prompt, as arguments of `generate`.
+@dataclass(frozen=True)
+class PolicyCopy:
+    """Everything a worker needs to load the policy that this process has."""
 
-    They cover all tokens but the last. Empty if no prompt is repeated, or if the model's cache holds more than that.
-    """
-    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+    config: PolicyConfig
+    identity: str  # of its weights
+    weights: Mapping[str, Tensor]  # those that training may have changed
+    folder: str  # relative paths start here
+    version: str = __version__
 
-    # padding is told apart by the mask: its token may also be part of a prompt
-    rows_UT, place_B = torch.where(mask_BT > 0, ids_BT, -1).unique(dim=0, return_inverse=True)
-    if len(rows_UT) == len(ids_BT) or ids_BT.shape[1] == 1 or not model._supports_default_dynamic_cache():
-        return {}
-    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-    if not all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers):
-        return {}  # subclasses keep the states of convolutions and recurrences as well
-    mask_UT = (rows_UT >= 0).long()
-    model(
-        input_ids=rows_UT.clamp(min=0)[:, :-1],
-        attention_mask=mask_UT[:, :-1],
-        position_ids=(mask_UT.cumsum(-1) - 1).clamp(min=0)[:, :-1],
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    )
-    cache.batch_select_indices(place_B)
-    return {"past_key_values": cache}
+    @classmethod
+    def of(cls, config: PolicyConfig, model: nn.Module, *, trained: bool) -> PolicyCopy:
+        """Describe a model that `config` has loaded; if it may be `trained`, with its trainable weights."""
+        trainable = ((name, weight) for name, weight in model.named_parameters() if weight.requires_grad and trained)
+        weights = {name: weight.detach().cpu() for name, weight in trainable}
+        return cls(config, weights_identity(model), weights, str(Path.cwd()))
 
-
-def longest_alike(model: nn.Module) -> float:
-    """Return the length up to which rotary positions do not depend on the length of the sequence.
-
-    Those of the types `dynamic` and `longrope` do so beyond the length of the original model.
-    """
-    bounds = [math.inf]
-    for module in model.modules():
-        rotary: Any = module
-        kinds = getattr(rotary, "rope_type", None)
-        for layer, kind in kinds.items() if isinstance(kinds, dict) else [(None, kinds)]:
-            if kind == "longrope":
-                parameters = rotary.config.rope_parameters
-                parameters = parameters if layer is None else parameters[layer]
-                bounds.append(parameters["original_max_position_embeddings"])
-            elif kind is not None and "dynamic" in kind:
-                bounds.append(rotary.original_max_seq_len)
-    return min(bounds)
-
-
-def completion_logprobs(
-    model: torch.nn.Module,
-    prompts: Sequence[Sequence[int]],
-    completions: Sequence[Sequence[int]],
-    *,
-    temperature: float,
-) -> tuple[Tensor, Tensor]:
-    """Log-probs that a model gives to completion tokens, by one teacher-forced forward pass.
-
-    Returns (logprobs_KT float32 or wider, mask_KT bool), padded on the right to the longest completion; entries outside
-    the mask are 0. Padding follows prompt and completion, so that under a causal mask no row depends on it. No
-    attention mask is needed.
-    """
-    device = next(model.parameters()).device
-    rows = [[*prompt, *completion] for prompt, completion in zip(prompts, completions, strict=True)]
-    width = max(len(row) for row in rows)
-    if len(rows) > 1 and width > longest_alike(model):
-        pairs = zip(prompts, completions, strict=True)
-        alone = [completion_logprobs(model, [p], [c], temperature=temperature) for p, c in pairs]
-        logprobs_KT, mask_KT = (
-            pad_sequence([part[0] for part in parts], batch_first=True) for parts in zip(*alone, strict=True)
-        )
-        return logprobs_KT, mask_KT
-    longest = max(1, max(len(completion) for completion in completions))
-    input_ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
-    lengths = torch.tensor([len(row) for row in rows], device=device)
-    logits = model(input_ids=input_ids, use_cache=False).logits
-    starts = torch.tensor([len(prompt) for prompt in prompts], device=device)[:, None]
-    offsets = torch.arange(longest, device=device)[None]
-    mask_KT = offsets < (lengths[:, None] - starts)
-    positions = (starts + offsets).clamp(max=width - 1)  # of the tokens themselves; their logits stand one before
-    rows_index = torch.arange(len(rows), device=device)[:, None]
-    picked = logits[rows_index, positions - 1]
-    logprobs_KT = token_logprobs(picked, input_ids[rows_index, positions], temperature=temperature)
-    return torch.where(mask_KT, logprobs_KT, torch.zeros_like(logprobs_KT)), mask_KT
+    def load(self) -> Policy:
+        """Load the policy in a worker. ConfigError for another version of this package, PolicyError where the policy
+        cannot be loaded or has other weights."""
+        if self.version != __version__:
+            raise ConfigError(
+                f"a worker has cropi {__version__}, and the command was given to cropi {self.version}",
+                where="--ray",
+                fix="install the same version on all nodes.",
+            )
+        if Path(self.folder).is_dir():
+            os.chdir(self.folder)
+        policy = load_policy(self.config)
+        policy.model.load_state_dict(self.weights, strict=False)
+        if weights_identity(policy.model) != self.identity:
+            raise PolicyError(
+                "a worker has loaded other weights than this process",
+                where=f"policy.path {self.config.path}",
+                fix="put the same files at this path on all nodes, or pin policy.revision.",
+            )
+        return policy

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cropi.config import FileSource, HubSource
-from cropi.errors import DataError
+from cropi.errors import DataError, first_line
 
 
 class Row(NamedTuple):
@@ -114,9 +114,8 @@ def _hub(source: HubSource, key: str) -> Iterator[Row]:
     try:
         rows = datasets.load_dataset(source.dataset, source.name, split=source.split, revision=source.revision)
     except Exception as error:  # datasets raises many kinds
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DataError(
-            f"the dataset {source.dataset!r} cannot be loaded: {first}",
+            f"the dataset {source.dataset!r} cannot be loaded: {first_line(error)}",
             where=f"{key}.dataset",
             fix="check its id, name, split and revision; offline, download it and use type: file.",
         ) from None

@@ -126,7 +126,7 @@ def data_identity(config: Config) -> dict[str, str]:
     sources = [*config.prompts.train, *(s for sources in config.prompts.validation.values() for s in sources)]
     sources += [s for test in config.prompts.test.values() for s in test.sources]
     identity = {}
-    if any(isinstance(source, BuiltinSource | ReasoningGymSource) and source.seed is None for source in sources):
+    if any(s.type == "reasoning_gym" or (s.type == "builtin" and s.seed is None) for s in sources):
         identity["seed"] = str(config.seed)
     for path in sorted({Path(s.path).expanduser() for s in sources if isinstance(s, FileSource)}):
         if path.is_file():  # a missing one is reported where it is read
@@ -189,9 +189,9 @@ def _reasoning_gym(
         raise DataError(
             "the package reasoning-gym is not installed", where=key, fix="pip install 'cropi[reasoning-gym]'."
         ) from None
-    role, given = set_name.split("/")[0], seed if source.seed is None else source.seed
+    role = set_name.split("/")[0]
     for task in source.tasks:
-        drawn = derived_seed(given, "reasoning-gym", role, task) % 2**31
+        drawn = derived_seed(seed, "reasoning-gym", role, task) % 2**31
         try:
             problems = reasoning_gym.create_dataset(task, size=source.count, seed=drawn, **source.options)
             entries = [problems[number] for number in range(source.count)]

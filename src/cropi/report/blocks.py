@@ -6,9 +6,9 @@ from data, model output or config goes into cells, facts and code, which both re
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,14 @@ class Text:
     kind: ClassVar[str] = "text"
     text: str
     lead: bool = False  # the paragraph that a hurried reader reads
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """The few numbers that a page begins with, shown large: each with a label and what it is measured by."""
+
+    kind: ClassVar[str] = "numbers"
+    numbers: Sequence[tuple[str, str, str]]  # label, value, detail
 
 
 @dataclass(frozen=True)
@@ -31,15 +39,51 @@ class Table:
     left: int = 1
     strong: int | None = None  # the row to stress
     collapsed: bool = False
+    shades: Sequence[Sequence[float | None]] = ()  # by row and column, 0 to 1: how dark a cell is
+
+
+@dataclass(frozen=True)
+class Line:
+    """A curve of a chart, with a band where `low` and `high` are given."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+    low: Sequence[float] = ()
+    high: Sequence[float] = ()
+    look: Mapping[str, Any] = field(default_factory=dict)  # Matplotlib's color, marker, linestyle and linewidth
+
+    @property
+    def described(self) -> str:
+        """The curve in words."""
+        return f"{self.name} from {self.y[0]:.3g} at {self.x[0]:.3g} to {self.y[-1]:.3g} at {self.x[-1]:.3g}"
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Curves over one axis."""
+
+    title: str
+    x_label: str
+    lines: Sequence[Line]
+    rules: Sequence[float] = ()  # values that are marked by a dotted line across
+    limits: tuple[float, float] | None = None  # of the vertical axis
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A drawn SVG element. Markdown leaves it out."""
+    """A drawn SVG element, and the charts that scripts draw in its place. Markdown leaves it out."""
 
     kind: ClassVar[str] = "picture"
     svg: str
     caption: str
+    charts: Sequence[Chart] = ()
+
+    @property
+    def alt(self) -> str:
+        """The picture in words: where each curve begins and ends, or else the caption."""
+        curves = [f"{chart.title}: {line.described}" for chart in self.charts for line in chart.lines]
+        return "; ".join(curves) or self.caption.replace("`", "")
 
 
 @dataclass(frozen=True)
@@ -54,15 +98,16 @@ class Code:
 
 @dataclass(frozen=True)
 class Card:
-    """One thing looked at closely: short facts, then longer texts, each with a label."""
+    """One thing looked at closely: short facts, then longer texts, each with a label, and a table."""
 
     kind: ClassVar[str] = "card"
     title: str
     facts: Sequence[tuple[str, str]]
     texts: Sequence[tuple[str, str]]
+    table: Table | None = None
 
 
-Block = Text | Table | Picture | Code | Card
+Block = Text | Numbers | Table | Picture | Code | Card
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ import pyarrow as pa
 from cropi.artifacts import is_finished
 from cropi.config import Config
 from cropi.report import figures
-from cropi.report.blocks import Block, Picture, Table, Text
+from cropi.report.blocks import Block, Table, Text
 from cropi.report.costs import Charges, charges
 from cropi.report.drawing import thinned
 from cropi.report.reading import read_beliefs, way
-from cropi.report.shares import Shares, share_table, shares_of
+from cropi.report.shares import Columns, share_table
 from cropi.report.wording import ABSENT, count, decimal, share, significant, tenths, with_error
 from cropi.run_folder import RunFolder
 from cropi.streams import read_jsonl
@@ -40,7 +40,7 @@ def choosing(config: Config, run: RunFolder) -> list[Block]:
     steps, choices = config.train.steps_per_stage, read_jsonl(run.stages.choices)
     tables = {(stage + 1) * steps: table for stage, table in read_beliefs(config, run.stages).items()}
     if not is_finished(run.prompts):
-        return [Text("There are no prompts yet.")]
+        return []
     kind_of = dict(zip(run.train_prompts, run.train_prompts.column("source"), strict=True))
     metrics = {row["step"]: row for row in read_jsonl(run.stages.metrics)}
     blocks = [*_gain(metrics), *_belief(beliefs_by_kind(tables, kind_of), kind_of), *_places(choices, kind_of)]
@@ -69,16 +69,19 @@ def beliefs_by_kind(tables: Mapping[int, pa.Table], kind_of: Mapping[str, str]) 
 
 def _belief(found: Beliefs, kind_of: Mapping[str, str]) -> list[Block]:
     if not found:
-        return [Text("No stage has ended with a belief about influence yet.")]
-    sizes = Counter(kind_of.values())
-    kinds = sorted({kind for own in found.values() for kind in own}, key=lambda kind: (-sizes[kind], kind))
-    drawn = figures.influence_by_kind(found, kinds[:KINDS])
+        return []
+    peak = dict.fromkeys(kind_of.values(), 0.0)
+    for own in found.values():
+        for kind, by_step in own.items():
+            peak[kind] = max(peak[kind], *(abs(mean) for mean, _ in by_step.values()))
+    kinds = sorted({kind for own in found.values() for kind in own}, key=lambda kind: (-peak[kind], kind))
     caption = (
         "Believed influence on each validation set, by kind of prompt: the mean over all prompts of the pool. "
         "Bands: ± their mean standard error, which is at least the error of the mean."
     )
     if len(kinds) > KINDS:
-        caption += f" Only the {KINDS} most frequent kinds are drawn."
+        caption += f" Only the {KINDS} kinds with the largest influence are drawn."
+    drawn = figures.influence_by_kind(found, kinds[:KINDS], caption)
     steps = thinned(sorted({step for own in found.values() for by_step in own.values() for step in by_step}))
     rows = [
         [kind, name, *(with_error(*own[kind][step]) if step in own.get(kind, {}) else ABSENT for step in steps)]
@@ -86,30 +89,29 @@ def _belief(found: Beliefs, kind_of: Mapping[str, str]) -> list[Block]:
         for kind in kinds
     ]
     header = ["kind of prompt", "validation set", *(f"step {step}" for step in steps)]
-    return [Picture(drawn, caption), Table("Believed influence ± standard error.", header, rows, left=2)]
+    return [drawn, Table("Believed influence ± standard error.", header, rows, left=2, collapsed=True)]
 
 
 # -- choice --------------------------------------------------------------------------------------------------------
 
 
-def places_by_kind(choices: Sequence[Mapping[str, Any]], kind_of: Mapping[str, str]) -> Shares:
+def places_by_kind(choices: Sequence[Mapping[str, Any]], kind_of: Mapping[str, str]) -> Columns:
     """Places in generation batches by kind of prompt and stage; a prompt that is drawn twice counts twice."""
-    by_stage: dict[int, Counter[str]] = {}
+    columns: Columns = {"pool": Counter(kind_of.values())}
     for batch in choices:
-        by_stage.setdefault(batch["stage"], Counter()).update(kind_of[prompt_id] for prompt_id in batch["prompt_ids"])
-    return shares_of(Counter(kind_of.values()), by_stage)
+        places = columns.setdefault(f"stage {batch['stage']}", Counter())
+        places.update(kind_of[prompt_id] for prompt_id in batch["prompt_ids"])
+    return columns
 
 
 def _places(choices: Sequence[Mapping[str, Any]], kind_of: Mapping[str, str]) -> list[Block]:
     if not choices:
-        return [Text("No batch has been chosen by influence.")]
-    shares = places_by_kind(choices, kind_of)
-    caption = "Share of each kind of prompt in %, in the pool and in the places of every stage's batches."
+        return []
     reasons = Counter(reason for batch in choices for reason in batch["why"])
     rows = [[way(why), count(number), share(number / reasons.total())] for why, number in reasons.most_common()]
+    caption = "Places in the batches of every stage, by kind of prompt."
     return [
-        Picture(figures.selection_shares(shares, "places"), caption),
-        share_table(shares, "Places in the batches, by kind of prompt."),
+        share_table(places_by_kind(choices, kind_of), caption, "kind of prompt"),
         Table("Why a prompt got its place.", ["reason", "places", "share"], rows),
     ]
 
@@ -119,7 +121,7 @@ def _gain(metrics: Mapping[int, Mapping[str, float]]) -> list[Block]:
     names = [f"curriculum/gain{end}" for end in ("", "_low", "_high")]
     known = {step: [row.get(name) for name in names] for step, row in metrics.items() if names[0] in row}
     if not known:
-        return [Text("Too few groups have been observed to say how much more chosen prompts help than random ones.")]
+        return []
     step = max(known)
     gain, low, high = known[step]
     if low is None or high is None:
@@ -133,11 +135,11 @@ def _gain(metrics: Mapping[int, Mapping[str, float]]) -> list[Block]:
             f"(95 % interval: {decimal(low)} to {decimal(high)})."
         ) + (" A negative number means that one of the two hurts." if gain is not None and gain < 0 else "")
     bounded = {step: (gain, low, high) for step, (gain, low, high) in known.items() if None not in (gain, low, high)}
-    drawn = figures.gain_of_choosing(bounded)  # type: ignore[arg-type]
     caption = (
         "Help of a chosen prompt ÷ that of a random one, and its 95 % interval. Steps without bounds are left out."
     )
-    return [Text(text), *([Picture(drawn, caption)] if drawn else [])]
+    drawn = figures.gain_of_choosing(bounded, caption)  # type: ignore[arg-type]
+    return [Text(text), *([drawn] if drawn else [])]
 
 
 def _measures(metrics: Mapping[int, Mapping[str, float]]) -> list[Block]:
@@ -182,7 +184,7 @@ def _cost(charged: Charges) -> list[Block]:
     header = ["beside training", "seconds", "of training's seconds", "of training's FLOPs"]
     rows = cost_rows(charged)
     note = (
-        f"Choosing costs {rows[-1][2]} of the seconds of training. Influence is read inside the training steps, so the "
-        "seconds of reading are part of training."
+        f"Choosing costs {rows[-1][2]} of the seconds of training. Influence is read inside the training steps, and "
+        "its seconds are part of training."
     )
     return [Table("Cost of choosing, beside training.", header, rows, strong=len(rows) - 1), Text(note)]

@@ -1,62 +1,103 @@
-"""A few prompts of the last selection, with all that the run knows of them."""
+"""A few prompts close up: test questions with their answers before and after training, and training prompts."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import pyarrow as pa
-
-from cropi.artifacts import OK, is_finished
+from cropi.artifacts import EVALUATION, OK, is_finished, read_table
 from cropi.config import Config
-from cropi.report.blocks import Block, Card, Text
-from cropi.report.reading import prompt_text, read_completions, rows_of, selection_table
-from cropi.report.wording import ABSENT, NOT_MEASURED, decimal, with_error
+from cropi.report.blocks import Block, Card, Table, Text
+from cropi.report.explanations import LEGEND, Explanation, best_first, explanations, stage_rows, training_of
+from cropi.report.reading import prompt_text, read_completions
+from cropi.report.wording import count
 from cropi.rewards.verdicts import CORRECT
 from cropi.run_folder import RunFolder
+from cropi.run_tables import evaluation_files
 from cropi.seeds import unit_interval
 
-EACH = 3  # prompts from the top, from the bottom and at random; completions of a prompt
+EACH = 3  # prompts from the top, from the bottom and at random; completions of a prompt; questions of a kind
 MAX_CHARACTERS = 2000  # of a prompt or completion
 
-Row = Mapping[str, Any]  # of the selection table
+Row = Mapping[str, Any]  # of an evaluation: set, prompt_id, greedy, completion, verdict
+KINDS = ("learned", "lost", "right before and after", "wrong before and after")
 
 
-def closeups(config: Config, run: RunFolder, scores: Mapping[int, pa.Table]) -> list[Block]:
-    """Cards of the highest and lowest ranked prompts and of some drawn at random; `scores`: influence by stage."""
-    found = ((stage, selection_table(run.stages, stage)) for stage in reversed(range(config.train.stages)))
-    stage, table = next(((stage, table) for stage, table in found if table is not None), (0, None))
-    if table is None or not is_finished(run.prompts):
-        return [Text("Nothing has been selected yet.")]
-    chosen = pick(table.to_pylist(), config.seed)
-    ids = [row["prompt_id"] for rows in chosen.values() for row in rows]
-    completions, scored = read_completions(run, ids), scores.get(config.select.strategy.scored_stage(stage))
-    facts = rows_of(scored, ids) if scored is not None else {}
-    note = f"From the last selection, that of stage {stage}. Completions and pass rates: the stored trajectories." + (
-        " Influence stands with its standard error." if facts else ""
-    )
-    prompts, ranked = run.train_prompts, len(table) - table.column("rank").null_count
+# -- test questions ----------------------------------------------------------------------------------------------------
+
+
+def before_and_after(config: Config, run: RunFolder) -> list[Block]:
+    """Greedy answers of the base policy and of the last evaluated one, question by question."""
+    files = evaluation_files(run.stages.evaluations, all_there=True)
+    if len(files) < 2 or 0 not in files or not is_finished(run.prompts):
+        return []
+    first, last = (_by_question(read_table(files[step], EVALUATION).to_pylist()) for step in (0, max(files)))
+    by_kind: dict[str, list[tuple[str, str]]] = {kind: [] for kind in KINDS}
+    for key in sorted(first.keys() & last.keys()):
+        by_kind[_kind(first[key]["greedy"], last[key]["greedy"])].append(key)
+    names = list(dict.fromkeys(name for name, _ in first))
+    rows = [[name, *(count(sum(key[0] == name for key in by_kind[kind])) for kind in KINDS)] for name in names]
+    asked = {(row["set"].removeprefix("test/"), row["prompt_id"]): row for row in run.held_out("test")}
     cards = [
-        Card(
-            kind,
-            _facts(row, ranked, facts.get(row["prompt_id"], {})),
-            _texts(prompts.get(row["prompt_id"], {}), completions.get(row["prompt_id"], [])),
-        )
-        for kind, rows in chosen.items()
-        for row in rows
+        _question(kind, asked[key], first[key], last[key], max(files))
+        for kind, keys in by_kind.items()
+        for key in _some([key for key in keys if key in asked], config.seed)
     ]
-    return [Text(note), *cards]
+    header = ["test set", *KINDS]
+    return [
+        Table(f"Test questions by their greedy answers, before training and at step {max(files)}.", header, rows),
+        *cards,
+    ]
 
 
-def pick(rows: Sequence[Row], seed: int) -> dict[str, list[Row]]:
-    """The top, the bottom and random ones, none twice. What the strategy could not rank may be drawn at random."""
-    ranked = sorted((row for row in rows if row["rank"] is not None), key=lambda row: (row["rank"], row["prompt_id"]))
-    top = ranked[:EACH]
-    bottom = ranked[EACH:][-EACH:]
-    shown = {row["prompt_id"] for row in (*top, *bottom)}
-    rest = [row for row in rows if row["prompt_id"] not in shown]
-    rest.sort(key=lambda row: (unit_interval(seed, "report", row["prompt_id"]), row["prompt_id"]))
-    return {"highest ranked": top, "lowest ranked": bottom, "at random": rest[:EACH]}
+def _by_question(rows: Sequence[Row]) -> dict[tuple[str, str], Row]:
+    return {(row["set"], row["prompt_id"]): row for row in rows}
+
+
+def _kind(before: float, after: float) -> str:
+    if after != before:
+        return KINDS[0] if after > before else KINDS[1]
+    return KINDS[2] if after >= 1 else KINDS[3]
+
+
+def _some(keys: Sequence[tuple[str, str]], seed: int) -> list[tuple[str, str]]:
+    return sorted(keys, key=lambda key: (unit_interval(seed, "answers", *key), key))[:EACH]
+
+
+def _question(kind: str, asked: Row, before: Row, after: Row, step: int) -> Card:
+    facts = [("test set", before["set"]), ("prompt id", before["prompt_id"])]
+    texts = [("question", shortened(prompt_text(asked["messages"]))), ("gold answer", shortened(asked["answer"]))]
+    for when, row in (("before", before), (f"step {step}", after)):
+        texts.append((f"{when}: {row['verdict']}", shortened(row["completion"])))
+    return Card(kind, facts, texts)
+
+
+# -- training prompts --------------------------------------------------------------------------------------------------
+
+
+def closeups(config: Config, run: RunFolder) -> list[Block]:
+    """The prompts that were ranked or drawn first and last, and others at random, and why; there is a selection."""
+    chosen = pick(best_first(config, run), list(run.train_prompts), config.seed)
+    ids = [prompt_id for part in chosen.values() for prompt_id in part]
+    completions = read_completions(run, ids)
+    told = {found.prompt_id: found for found in explanations(config, run, ids)}
+    cards = [_prompt(kind, told[i], completions.get(i, [])) for kind, part in chosen.items() for i in part]
+    return [Text(LEGEND), *cards]
+
+
+def pick(best_first: Sequence[str], everything: Sequence[str], seed: int) -> dict[str, list[str]]:
+    """The first, the last and random ones, none twice. What could not be ranked may be drawn at random."""
+    top, bottom = best_first[:EACH], best_first[EACH:][-EACH:]
+    rest = sorted(set(everything) - {*top, *bottom}, key=lambda one: (unit_interval(seed, "report", one), one))
+    return {"chosen first": list(top), "chosen last": list(bottom), "at random": rest[:EACH]}
+
+
+def _prompt(kind: str, told: Explanation, completions: Sequence[Row]) -> Card:
+    facts = [("prompt id", told.prompt_id), ("source", told.source), ("training", training_of(told.trained))]
+    texts = [("prompt", shortened(prompt_text(told.messages))), ("gold answer", shortened(told.answer))]
+    texts += [(_label(shown), shortened(shown["completion"])) for shown in telling(completions)]
+    header, *rows = stage_rows(told.stages)
+    return Card(kind, facts, texts, Table("", header, rows, left=len(header)))
 
 
 def telling(completions: Sequence[Row]) -> list[Row]:
@@ -65,36 +106,6 @@ def telling(completions: Sequence[Row]) -> list[Row]:
     wrong = [row for row in completions if row["verdict"] != CORRECT][:1]
     others = [row for row in completions if row not in (*right, *wrong)]
     return [*right, *wrong, *others][:EACH]
-
-
-def _facts(row: Row, ranked: int, scored: Row) -> list[tuple[str, str]]:
-    signal = scored.get("status", row["status"]) == OK
-    influence = [
-        (f"influence on {name}", with_error(value, scored.get(f"standard_error/{name}")) if signal else ABSENT)
-        for name, value in row["scores"]
-    ]
-    return [
-        ("rank", ABSENT if row["rank"] is None else f"{row['rank']} of {ranked:,} ranked"),
-        ("selected", "yes" if row["selected"] else "no"),
-        ("status", row["status"]),
-        ("pass rate", decimal(row["pass_rate"])),
-        *influence,
-        *([("probability of being truly best", _chance(scored))] if influence else []),
-        ("source", row["source"]),
-        ("prompt id", row["prompt_id"]),
-        *([("reason", row["reason"])] if row["reason"] else []),
-    ]
-
-
-def _chance(scored: Row) -> str:
-    chance = scored.get("top_probability")
-    return NOT_MEASURED if chance is None else decimal(chance)
-
-
-def _texts(prompt: Row, completions: Sequence[Row]) -> list[tuple[str, str]]:
-    text = shortened(prompt_text(prompt["messages"])) if prompt else ABSENT
-    texts = [("prompt", text), ("gold answer", shortened(prompt.get("answer", "")))]
-    return texts + [(_label(shown), shortened(shown["completion"])) for shown in telling(completions)]
 
 
 def _label(completion: Row) -> str:

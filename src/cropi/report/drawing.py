@@ -11,7 +11,6 @@ import re
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar
-from zlib import crc32
 
 import matplotlib as mpl
 import numpy as np
@@ -38,18 +37,6 @@ STRATEGY_STYLES: dict[str, dict[str, Any]] = {
     "learnability": {"color": GREEN, "marker": "D", "linestyle": "-."},
     "pass_rate": {"color": PINK, "marker": "v", "linestyle": (0, (5, 1))},
 }
-OTHER_COLOURS = (SKY, ORANGE, GREEN, PINK, BLUE)
-OTHER_MARKS = ("P", "X", "*", "<", ">", "h", "p")
-
-
-def strategy_style(name: str) -> dict[str, Any]:
-    """Colour, mark and dash of a strategy, the same in every report; those without a fixed look get one by name."""
-    if name in STRATEGY_STYLES:
-        return STRATEGY_STYLES[name]
-    number = crc32(name.encode())
-    look = {"color": OTHER_COLOURS[number % 5], "marker": OTHER_MARKS[number // 5 % 7]}
-    return look | {"linestyle": ("-", "--", ":", "-.")[number // 35 % 4]}
-
 
 SETTINGS: Any = {
     "svg.hashsalt": "cropi",

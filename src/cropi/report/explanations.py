@@ -164,7 +164,13 @@ def _drawn(choices: Iterable[Row]) -> dict[int, dict[str, Counter[str]]]:
     return found
 
 
-def _best(stages: Sequence[_Stage], top: int) -> list[str]:
+def best_first(config: Config, run: RunFolder) -> list[str]:
+    """The prompts of the last selection that could be ranked, the best ranked or most often drawn first."""
+    stages = _read_stages(config, run.stages, None)
+    return _best(stages, max(_cut(stage).ranked for stage in stages) or None)
+
+
+def _best(stages: Sequence[_Stage], top: int | None = None) -> list[str]:
     """The best ranked of the last selection, or the prompts that were drawn most often in the last stage."""
     drawn = next((part.drawn for part in reversed(stages) if part.drawn), None)
     if drawn:
@@ -234,7 +240,7 @@ def _facts_of_stage(config: Config, stage: _Stage, rewards: Mapping[str, Rewards
             clip_share=row.get("clip_share"),
             kl=row.get("kl"),
             trained=_trained(by_stage.get(stage.number, [])),
-            drawn=drawn,
+            drawn=None if drawn is None else dict(drawn),
         )
     return facts
 
@@ -315,9 +321,9 @@ def _explanation(prompt: Row, rewards: Rewards, stages: Sequence[StageFacts]) ->
 
 MAX_PROMPT, MAX_WORD = 300, 80  # characters shown of a prompt, and of an answer, id or name
 LEGEND = (
-    "±: one standard error; #: rank on that validation set; P(best): probability of being truly among the best; ESS: "
-    "effective sample size of the token ratios, as a share; clip: share of them outside the clip range; KL: nats per "
-    "token from the policy that sampled; trained: generation batches × mean reward; drawn: places in the "
+    "±: one standard error. #: rank on that validation set. P(best): probability of being truly among the best. ESS: "
+    "effective sample size of the token ratios, as a share. Clip: share of them outside the clip range. KL: nats per "
+    "token from the policy that sampled. Trained: generation batches × mean reward. Drawn: places in the "
     "stage's batches, and why."
 )
 
@@ -329,7 +335,7 @@ def as_text(explanations: Sequence[Explanation]) -> str:
 
 def _one(found: Explanation) -> str:
     lines = [
-        f"{_word(found.prompt_id)}  source {_word(found.source)}, {_ever(found.trained)}",
+        f"{_word(found.prompt_id)}  source {_word(found.source)}, {training_of(found.trained)}",
         f"  prompt  {on_one_line(prompt_text(found.messages), MAX_PROMPT)}",
         f"  answer  {_word(found.answer)}",
     ]
@@ -340,7 +346,8 @@ def _word(text: str) -> str:
     return on_one_line(text, MAX_WORD)
 
 
-def _ever(trained: Trained) -> str:
+def training_of(trained: Trained) -> str:
+    """Count how often a prompt was trained on, over all stages."""
     if not trained.times:
         return "not trained on so far"
     mean = f", mean reward {decimal(trained.mean_reward)}" if trained.mean_reward is not None else ""
@@ -348,14 +355,19 @@ def _ever(trained: Trained) -> str:
     return f"trained on in {batches} ({trained.completions:,} completions{mean})"
 
 
-def _table(stages: Sequence[StageFacts]) -> list[str]:
-    """Aligned columns; those that say nothing at any stage are left out."""
+def stage_rows(stages: Sequence[StageFacts]) -> list[list[str]]:
+    """A header, and a row for every stage; columns that say nothing at any stage are left out."""
     names = list(dict.fromkeys(name for facts in stages for name in facts.influence))
     header = ["stage", "status", "pass rate", "rank", "P(best)", *names, "ESS", "clip", "KL", "trained", "outcome"]
     rows = [_cells(facts, names) for facts in stages]
     kept = [place for place in range(len(header)) if any(row[place] != ABSENT for row in rows)]
-    shown = [[row[place] for place in kept] for row in [header, *rows]]
-    widths = [max(len(row[place]) for row in shown) for place in range(len(kept))]
+    return [[row[place] for place in kept] for row in [header, *rows]]
+
+
+def _table(stages: Sequence[StageFacts]) -> list[str]:
+    """Aligned columns."""
+    shown = stage_rows(stages)
+    widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
     return ["  " + "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in shown]
 
 

@@ -1,10 +1,36 @@
-"""The headline: one paragraph with the result of a run. Text between backticks is a name."""
+"""The result of a run: three numbers, and one short paragraph. Text between backticks is a name."""
 
 from __future__ import annotations
 
-from cropi.functional.bootstrap import CONFIDENCE
+from cropi.functional.bootstrap import CONFIDENCE, Interval
 from cropi.report.results import Summary
-from cropi.report.wording import count, decimal, percent, share, with_interval
+from cropi.report.wording import ABSENT, count, decimal, percent, seconds, share, with_interval
+
+
+def large_numbers(summary: Summary) -> list[tuple[str, str, str]]:
+    """Label, value and detail: accuracy now and before, on both kinds of test sets, and the cost."""
+    cost = summary.cost
+    found = [
+        _accuracy_now(kind, getattr(summary.base, kind, None), getattr(summary.last, kind, None))
+        for kind in ("targeted", "untargeted")
+    ]
+    rewards = [reward for reward in summary.rewards if reward is not None]
+    if not summary.tested and rewards:
+        found = [("mean reward of training", decimal(rewards[-1]), f"{decimal(rewards[0])} in the first stage")]
+    found.append(("steps", str(summary.steps or ABSENT), f"of {summary.total_steps}; seed {summary.seed}"))
+    if cost.total and cost.train:
+        detail = f"{share(1 - cost.train / cost.total)} of it beside training"
+        found.append(("time", seconds(cost.total), detail))
+    return [number for number in found if number is not None]
+
+
+def _accuracy_now(kind: str, before: Interval | None, now: Interval | None) -> tuple[str, str, str] | None:
+    shown = now or before
+    if shown is None:
+        return None
+    level = f"[{decimal(shown.low)}, {decimal(shown.high)}]"
+    was = f"{decimal(before.mean)} before; " if now and before else "" if now else "before training; "
+    return f"{kind} accuracy", decimal(shown.mean), f"{was}{level}"
 
 
 def headline(summary: Summary) -> str:
@@ -15,38 +41,29 @@ def headline(summary: Summary) -> str:
 
 def _accuracy(summary: Summary) -> str:
     base = with_interval(summary.base.targeted) if summary.base and summary.base.targeted else ""
+    if not summary.tested:
+        return f"This run has no test set, so its accuracy is not measured. {_rewards(summary)}"
     if summary.last is None:
-        if not summary.tested:
-            return f"This run has no test set, so its accuracy is not measured. {_rewards(summary)}"
-        if not base:
-            return "Nothing has been evaluated yet."
-        return f"Training has not been evaluated yet; the base policy solves {base} of the targeted test questions."
+        said = f"The base policy solves {base} of the targeted test questions." if base else ""
+        return f"{said} Training has not been evaluated yet." if said else "Nothing has been evaluated yet."
     if summary.last.targeted is None:
         return "No test set is marked as targeted, so there is no targeted accuracy."
+    of = "" if summary.finished else f" of {summary.total_steps}"
     solved = with_interval(summary.last.targeted)
-    start = f"After {_progress(summary)}, `{summary.strategy}` ({_share(summary)}) solves {solved}"
-    return f"{start} of the targeted test questions" + (f"; the base policy solved {base}." if base else ".")
+    start = f"After {summary.steps}{of} steps, `{summary.strategy}` solves {solved} of the targeted test questions"
+    return start + (f"; the base policy solved {base}." if base else ".") + f" It trained on {_share(summary)}."
 
 
 def _rewards(summary: Summary) -> str:
-    rewards = [reward for reward in summary.rewards if reward is not None]
+    rewards = [decimal(reward) for reward in summary.rewards if reward is not None]
     if not rewards:
         return "No training reward has been recorded yet."
-    if len(rewards) == 1:
-        return f"The mean reward of training is {decimal(rewards[0])} in its first stage."
-    return (
-        f"The mean reward of training went from {decimal(rewards[0])} in the first stage to {decimal(rewards[-1])} in "
-        f"stage {len(summary.rewards) - 1}, on the prompts that each stage chose."
-    )
+    return f"The mean reward of training was {rewards[0]} in the first stage and is {rewards[-1]} in the last."
 
 
 def _share(summary: Summary) -> str:
     prompts = f"{count(summary.pool)} prompts" if summary.pool is not None else "the prompts"
-    return f"pool of {prompts}" if summary.fraction is None else f"{percent(summary.fraction)} of {prompts} per stage"
-
-
-def _progress(summary: Summary) -> str:
-    return f"{summary.steps} steps" if summary.finished else f"{summary.steps} of {summary.total_steps} steps"
+    return f"a pool of {prompts}" if summary.fraction is None else f"{percent(summary.fraction)} of {prompts} per stage"
 
 
 def _untargeted(summary: Summary) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from cropi.report.blocks import Block, Card, Code, Picture, Section, Table, Text
+from cropi.report.blocks import Block, Card, Code, Numbers, Picture, Section, Table, Text
 
 # Code, emphasis, HTML, entities, cells, formulas, the middle of a link, and the colon that makes an address a link.
 _SPECIAL = re.compile(r"([\\`*_<>|~&$]|(?<=\])[(\[]|:(?=//))")
@@ -49,6 +49,10 @@ def _block(block: Block) -> str:
     match block:
         case Text(text=text):
             return text
+        case Numbers(numbers=numbers):
+            return "\n".join(
+                f"- **{escaped(value)}** {escaped(label)} ({escaped(detail)})" for label, value, detail in numbers
+            )
         case Table():
             return _table(block)
         case Picture():
@@ -65,7 +69,7 @@ def _table(table: Table) -> str:
     for number, row in enumerate(table.rows):
         cells = [escaped(cell) for cell in row]
         lines.append(_line([f"**{c}**" if c and number == table.strong else c for c in cells]))
-    return f"{table.caption}\n\n" + "\n".join(lines)
+    return "\n".join([*([f"{table.caption}\n"] if table.caption else []), *lines])
 
 
 def _line(cells: Sequence[str]) -> str:
@@ -75,4 +79,5 @@ def _line(cells: Sequence[str]) -> str:
 def _card(card: Card) -> str:
     facts = "\n".join(f"- {escaped(label)}: {escaped(value)}" for label, value in card.facts)
     texts = "\n\n".join(f"{escaped(label)}:\n\n{fenced(text)}" for label, text in card.texts)
-    return f"### {escaped(card.title)}\n\n{facts}\n\n{texts}"
+    table = f"\n\n{_table(card.table)}" if card.table else ""
+    return f"### {escaped(card.title)}\n\n{facts}\n\n{texts}{table}"

@@ -2,71 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-
-import pyarrow as pa
+from collections.abc import Sequence
 
 from cropi.artifacts import CLIP_RANGE
 from cropi.config import Config
-from cropi.report import reliability_figures as figures
-from cropi.report.blocks import Block, Picture, Table
-from cropi.report.reading import Selection, directions
+from cropi.report.blocks import Block, Table
+from cropi.report.reading import directions
 from cropi.report.results import Drift, Reliability, StageQuality
 from cropi.report.wording import ABSENT, NOT_MEASURED, about, count, decimal, share, significant
 
 RELIABILITY_CAPTION = (
-    "Reliability: the share of the differences in influence that is not noise, or how two scorings from other "
-    "trajectories of the same prompts would correlate (0: noise alone, 1: none). Direction: how the validation set's "
-    "own direction would correlate with one from as many other prompts. Expected: of the best ranked, how many belong "
-    "among the truly best; beside it, what a random draw would give. Errors "
-    "are measured with `score.standard_errors=true`."
+    "Reliability: the share of the differences in influence that is not noise. Two scorings from other trajectories of "
+    "the same prompts would correlate as much. Direction: how the validation set's own direction would correlate with "
+    "one from as many other prompts. Expected: of the best ranked, how many belong among the truly best. By chance: of "
+    "as many drawn at random. Errors are measured with `score.standard_errors=true`."
 )
 DRIFT_CAPTION = (
     "Drift of the policy from the one that sampled the stored trajectories, over the prompts with signal. Effective "
-    "sample size: the median over prompts, as a share of a prompt's tokens; clip share and KL: means."
+    "sample size: the median over prompts, as a share of a prompt's tokens. Clip share and KL: means."
 )
 
 
-def reliability(
-    config: Config,
-    stages: Sequence[StageQuality],
-    scores: Mapping[int, pa.Table],
-    selections: Mapping[int, Selection],
-) -> list[Block]:
-    """Figures and tables over the scored stages."""
-    names = directions(config)
-    drawn = figures.quality_by_stage(stages, names)
-    caption = f"By stage. At most {figures.MAX_SETS} validation sets are drawn."
-    return [
-        *_error_bars(config, stages, scores, selections),
-        _reliability_table(stages, names),
-        *([Picture(drawn, caption)] if drawn else []),
-        _drift_table(stages),
-    ]
-
-
-def _error_bars(
-    config: Config,
-    stages: Sequence[StageQuality],
-    scores: Mapping[int, pa.Table],
-    selections: Mapping[int, Selection],
-) -> list[Block]:
-    """The figure of the last stage that is both scored and selected."""
-    by_stage = {quality.stage: quality for quality in stages}
-    for stage in sorted(selections, reverse=True):
-        scored = config.select.strategy.scored_stage(stage)
-        found = by_stage[scored].reliability if scored in by_stage else None
-        if found is None:
-            continue
-        names = directions(config)
-        drawn = figures.influence_errors(scores[scored], selections[stage], names, found.chance)
-        caption = (
-            f"Selected prompts of stage {stage} and as many that follow them in rank. Bars: one standard error to "
-            "either side, from two halves of the prompt's trajectories. Last panel: dotted, a random draw. "
-            f"At most {figures.MAX_BARS} prompts a panel, evenly spread, and {figures.MAX_SETS} sets are drawn."
-        )
-        return [Picture(drawn, caption)] if drawn else []
-    return []
+def reliability(config: Config, stages: Sequence[StageQuality]) -> list[Block]:
+    """Tables over the scored stages."""
+    return [_reliability_table(stages, directions(config)), _drift_table(stages)]
 
 
 def _reliability_table(stages: Sequence[StageQuality], names: Sequence[str]) -> Table:

@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -16,44 +15,41 @@ from cropi.artifacts import PROMPT_TOO_LONG, count_status, is_finished, read_sea
 from cropi.config import Config
 from cropi.functional.bootstrap import CONFIDENCE
 from cropi.report import figures
-from cropi.report.blocks import Block, Code, Picture, Section, Table, Text
+from cropi.report.blocks import Block, Code, Numbers, Picture, Section, Table, Text
 from cropi.report.choosing import choosing
-from cropi.report.closeups import closeups
-from cropi.report.headline import headline
+from cropi.report.closeups import before_and_after, closeups
+from cropi.report.headline import headline, large_numbers
 from cropi.report.reading import (
     Selection,
-    directions,
     group_statuses,
     prompts_left_out,
     read_scores,
     read_selections,
     read_verdicts,
-    rows_with,
 )
 from cropi.report.reliability import reliability
 from cropi.report.rendering import write_report
-from cropi.report.shares import jaccard, share_table, source_shares
+from cropi.report.shares import jaccard, random_jaccard, selected_sources, share_table
 from cropi.report.summary import Summary, summarise
-from cropi.report.wording import ABSENT, count, decimal, percent, share, significant, tenths, with_interval
+from cropi.report.wording import count, decimal, percent, share, tenths, with_interval
 from cropi.run_folder import ENVIRONMENT, RunFolder
 
 COST_NOTE = (
     "The total is collect + score + select + train. Collection before training counts only where the strategy reads "
-    "the stored trajectories. Evaluation stands beside the total, not in it. Training seconds are those of the "
-    "optimiser steps, rollouts included, that led to the final weights. Work lost to an interruption counts for "
-    "collection, scoring and selection, and not for training."
+    "the stored trajectories. Evaluation is not part of the total. Training seconds are those of the optimiser steps "
+    "that led to the final weights, rollouts included. Work lost to an interruption counts, except that of training."
 )
 
 
-def make_report(run: RunFolder) -> Summary:
+def make_report(run: RunFolder, *, live: bool = False) -> Summary:
     """Write `report.html`, `report.md` and `summary.json` to a run's folder, from what the folder holds.
 
     A run may be reported at any time: what is not there yet is left out and said to be. The same folder gives the same
-    bytes. Raises ArtifactError where a file of the run is corrupt.
+    bytes. `live`: the run goes on, and the page reloads itself. Raises ArtifactError where a file is corrupt.
     """
     config, folder = run.config, run.folder
     summary = summarise(config, run)
-    write_report(folder, "report", f"cropi run {config.name}", sections(read_contents(config, run, summary)))
+    write_report(folder, "report", f"cropi run {config.name}", sections(read_contents(config, run, summary)), live=live)
     write_json(folder / "summary.json", summary.as_json())
     return summary
 
@@ -76,152 +72,77 @@ def read_contents(config: Config, run: RunFolder, summary: Summary) -> Contents:
 
 
 def sections(found: Contents) -> list[Section]:
-    """The report, in order."""
-    online = found.config.select.strategy.reads_influence
-    return [
+    """The report, in order; a section that has nothing to show is only named."""
+    config, run = found.config, found.run
+    choice = (
+        Section("Belief, choice and their cost", choosing(config, run))
+        if config.select.strategy.reads_influence
+        else Section("What was selected", _selected(found))
+    )
+    ranking = reliability(config, found.summary.stages) if found.scores else []
+    prompts = closeups(config, run) if found.selections and is_finished(run.prompts) else []
+    every = [
         Section("Result", _result(found.summary)),
-        Section("Learning curves", _curves(found.summary)),
-        Section("What was selected", _selected(found)),
-        Section("Turnover between stages", _turnover(found)),
-        Section("Distribution of the scores", _distributions(found)),
-        Section("Can the ranking be trusted?", _reliability(found)),
-        Section("What became of every prompt", funnel(found.run, found.selections, found.scores)),
+        Section("Answers before and after", before_and_after(config, run)),
+        choice,
+        Section("Can the ranking be trusted?", ranking),
+        Section("Training prompts, close up", prompts),
         Section("Cost", _cost(found.summary)),
-        *([Section("Belief, choice and their cost", choosing(found.config, found.run))] if online else []),
-        Section("Prompts, close up", closeups(found.config, found.run, found.scores)),
-        Section("Settings", settings(found.config, found.run)),
-        Section("How to reproduce it", reproduction(found.config)),
+        Section("What became of every prompt", funnel(run, found.selections, found.scores)),
+        Section("Settings, and how to reproduce it", [*settings(config, run), *reproduction(config)]),
     ]
+    empty = [section.title for section in every if not section.blocks]
+    shown = [section for section in every if section.blocks]
+    return [*shown, Section("Not there yet", [Text(f"{'; '.join(empty)}.")])] if empty else shown
 
 
-# -- result and curves ---------------------------------------------------------------------------------------------
+# -- result ------------------------------------------------------------------------------------------------------------
 
 
 def _result(summary: Summary) -> list[Block]:
-    blocks: list[Block] = [Text(headline(summary), lead=True)]
-    points = [("base policy", summary.base), (f"`{summary.strategy}`", summary.last)]
-    rows = [
-        [name, str(point.step), with_interval(point.targeted), with_interval(point.untargeted)]
-        for name, point in points
-        if point is not None
-    ]
-    if not rows:
-        return blocks
-    caption = (
-        "Greedy accuracy at the last evaluated step: the mean over test sets, with its interval over questions. "
-        f"Evaluated every {summary.evaluate_every} steps."
-    )
-    header = ["policy", "steps", "targeted", "untargeted"]
-    return [*blocks, Table(caption, header, rows, strong=len(rows) - 1), *_by_set(summary)]
+    """The numbers and the curve first, then prose and tables."""
+    level = percent(CONFIDENCE)
+    caption = f"Greedy accuracy, mean over test sets. Bands: {level} bootstrap intervals over questions, one seed."
+    drawn = figures.learning_curves(summary, caption)
+    blocks: list[Block] = [Numbers(large_numbers(summary)), *([drawn] if drawn else [])]
+    blocks.append(Text(headline(summary), lead=True))
+    points = [[str(p.step), with_interval(p.targeted), with_interval(p.untargeted)] for p in summary.curve]
+    if summary.steps:
+        header = ["step", "targeted", "untargeted"]
+        blocks += [*_by_set(summary), Table("Accuracy by step.", header, points, left=0, collapsed=True)]
+    if summary.rewards:
+        rows = [[str(stage), decimal(reward)] for stage, reward in enumerate(summary.rewards)]
+        caption = "Mean reward in training, on the prompts of each stage."
+        blocks.append(Table(caption, ["stage", "mean reward"], rows, left=0, collapsed=summary.tested))
+    return blocks
 
 
 def _by_set(summary: Summary) -> list[Block]:
     """Accuracy by test set; no table where there is one set only."""
-    columns = {"base policy": summary.base_by_set} | ({summary.strategy: summary.final} if summary.final else {})
-    names = list(dict.fromkeys(name for by_set in columns.values() for name in by_set))
-    keys = [(name, kind) for name in names for kind in ("greedy", "sampled")]
+    columns = {"base policy": summary.base_by_set, summary.strategy: summary.final}
     rows = [
         [name, kind, *(with_interval(by_set.get(name, {}).get(kind)) for by_set in columns.values())]
-        for name, kind in keys
-        if any(kind in by_set.get(name, {}) for by_set in columns.values())
+        for name, kinds in summary.final.items()
+        for kind in kinds
     ]
     return [Table("Accuracy by test set.", ["test set", "answers", *columns], rows, left=2)] if len(rows) > 1 else []
 
 
-def _curves(summary: Summary) -> list[Block]:
-    drawn = figures.learning_curves(summary)
-    if drawn is None:
-        text = "Training has not been evaluated yet." if summary.tested else "There is no test set to evaluate on."
-        return [Text(text), *_rewards(summary)]
-    level = percent(CONFIDENCE)
-    caption = f"Greedy accuracy, mean over test sets. Bands: {level} bootstrap intervals over questions, one seed."
-    rows = [[str(p.step), with_interval(p.targeted), with_interval(p.untargeted)] for p in summary.curve]
-    curves = Table("Accuracy by step.", ["step", "targeted", "untargeted"], rows, left=0, collapsed=True)
-    return [Picture(drawn, caption), curves, *_rewards(summary)]
-
-
-def _rewards(summary: Summary) -> list[Block]:
-    if not summary.rewards:
-        return []
-    caption = "Mean reward of the completions that training sampled, by stage: each on the prompts of its own stage."
-    rows = [[str(stage), decimal(reward)] for stage, reward in enumerate(summary.rewards)]
-    return [Table(caption, ["stage", "mean reward"], rows, left=0)]
-
-
-# -- selections ----------------------------------------------------------------------------------------------------
+# -- selections --------------------------------------------------------------------------------------------------------
 
 
 def _selected(found: Contents) -> list[Block]:
     if not found.selections:
-        return [Text("Nothing has been selected yet.")]
-    shares = source_shares(found.selections)
-    caption = "Share of each source in %, in the pool and in the selection of every stage."
-    return [Picture(figures.selection_shares(shares), caption), share_table(shares, "Prompts selected, by source.")]
-
-
-def _turnover(found: Contents) -> list[Block]:
-    rows, overlaps = [], jaccard(found.selections)
-    for stage, overlap in overlaps.items():
+        return []
+    rows = []
+    for stage, overlap in jaccard(found.selections).items():
         before, now = found.selections[stage - 1].chosen, found.selections[stage].chosen
         numbers = (count(len(part)) for part in (before & now, now - before, before - now))
-        rows.append([f"{stage - 1} → {stage}", *numbers, decimal(overlap)])
-    if not rows:
-        return [Text("There are no two consecutive selections.")]
-    shares = [len(selection.chosen) / len(selection.selected) for selection in found.selections.values()]
-    drawn = figures.turnover(overlaps, float(np.mean(shares)))
-    caption = "1: the same prompts again; 0: none of them. Dotted: what two independent random draws would share."
-    header = ["stages", "kept", "new", "dropped", "overlap"]
-    table = Table("Prompts kept, new and dropped. Overlap: kept ÷ (kept + new + dropped).", header, rows, left=1)
-    return [Picture(drawn, caption), table]
-
-
-def _distributions(found: Contents) -> list[Block]:
-    if not found.scores:
-        return [Text(_unscored(found.config))]
-    names, chosen = directions(found.config), found.selections
-    drawn = figures.score_distributions(found.scores, chosen, names)
-    caption = (
-        f"Influence of the training prompts on each validation set (`{found.config.score.score}`): all prompts with a "
-        "signal, and those selected. Prompts without one are left out; the outermost bars hold what lies beyond. At "
-        f"most {figures.MAX_PANELS} sets and stages are drawn."
-    )
-    rows = [
-        [name, str(stage), *_quantiles(table, name, chosen.get(stage))]
-        for name in names
-        for stage, table in found.scores.items()
-    ]
-    header = ["validation set", "stage", "prompts", "5 %", "median", "95 %", "selected", "their median"]
-    title = "Influence: quantiles over all prompts with a signal, and over those selected."
-    table = Table(title, header, rows, left=1)
-    return [*([Picture(drawn, caption)] if drawn else []), table]
-
-
-def _quantiles(table: pa.Table, name: str, selection: Selection | None) -> list[str]:
-    with_signal = rows_with(table)
-    values_N = with_signal.column(f"influence/{name}").to_numpy()
-    if not len(values_N):
-        return ["0", *([ABSENT] * 5)]
-    cells = [count(len(values_N)), *(significant(float(value)) for value in np.percentile(values_N, (5, 50, 95)))]
-    if selection is None:
-        return [*cells, ABSENT, ABSENT]
-    taken_N = np.isin(with_signal.column("prompt_id").to_pylist(), list(selection.chosen))
-    median = significant(float(np.median(values_N[taken_N]))) if taken_N.any() else ABSENT
-    return [*cells, count(int(taken_N.sum())), median]
-
-
-def _reliability(found: Contents) -> list[Block]:
-    if not found.scores:
-        return [Text(_unscored(found.config))]
-    return reliability(found.config, found.summary.stages, found.scores, found.selections)
-
-
-def _unscored(config: Config) -> str:
-    """Say whether influence is still to come or never will."""
-    if config.select.strategy.reads_scores:
-        return "Influence has not been computed yet."
-    if config.select.strategy.chooses_online:
-        return f"`{config.select.label}` reads influence while it trains and scores no prompts beforehand."
-    return f"This run computes no influence: `{config.select.label}` chooses without it."
+        expected = random_jaccard(len(now) / len(found.selections[stage].selected))
+        rows.append([f"{stage - 1} → {stage}", *numbers, decimal(overlap), decimal(expected)])
+    shares = share_table(selected_sources(found.selections), "Prompts selected, by source.")
+    header = ["stages", "kept", "new", "dropped", "overlap", "of random draws"]
+    return [shares, *([Table("Turnover. Overlap: kept ÷ (kept + new + dropped).", header, rows)] if rows else [])]
 
 
 # -- statuses ----------------------------------------------------------------------------------------------------------
@@ -242,9 +163,9 @@ def funnel(run: RunFolder, selections: Mapping[int, Selection], scores: Mapping[
         taken, pool = sum(selection.selected), len(selection.selected)
         rows.append(["selection", f"stage {stage}", "selected", count(taken), share(taken / max(pool, 1))])
     if not rows:
-        return [Text("There are no prompts yet.")]
+        return []
     caption = (
-        "Rows by status. A group is mixed when its completions are rewarded unlike; a group without signal has a "
+        "Rows by status. A group is mixed when its completions are rewarded unlike. A group without signal has a "
         "gradient of zero."
     )
     table = Table(caption, ["step", "of", "status", "rows", "share"], rows, left=3)
@@ -286,14 +207,14 @@ def _status_rows(step: str, of: str, statuses: Iterable[str]) -> Rows:
     return [[step, of, status, count(number), share(number / total)] for status, number in counts.items()]
 
 
-# -- cost ----------------------------------------------------------------------------------------------------------
+# -- cost --------------------------------------------------------------------------------------------------------------
 
 
 def _cost(summary: Summary) -> list[Block]:
     cost = summary.cost
-    phases = ("collect", "score", "select", "train", "total", "evaluate")
+    phases = (*figures.PHASES, "total", "evaluate")
     if all(getattr(cost, phase) is None for phase in phases):
-        return [Text("Nothing has been spent yet.")]
+        return []
     row = [
         *(tenths(getattr(cost, phase)) for phase in phases),
         share(cost.selection_share),
@@ -301,9 +222,12 @@ def _cost(summary: Summary) -> list[Block]:
         count(cost.train_tokens),
     ]
     header = [*phases, "(score + select) ÷ train", "tokens collected", "tokens in training"]
-    drawn = figures.cost_split(cost)
-    blocks: list[Block] = [Picture(drawn, "Seconds, evaluation left out.")] if drawn else []
-    return [*blocks, Table("Seconds by phase, and generated tokens.", header, [row], left=0), Text(COST_NOTE)]
+    table = Table("Seconds by phase, and generated tokens.", header, [row], left=0)
+    if cost.total is None:
+        return [table, Text(COST_NOTE)]
+    spent = {phase: getattr(cost, phase) or 0.0 for phase in figures.PHASES}
+    drawn = figures.cost_split({"seconds": {summary.strategy: spent}}, "cost")
+    return [*([Picture(drawn, "Time by phase, evaluation left out.")] if drawn else []), table, Text(COST_NOTE)]
 
 
 # -- provenance -----------------------------------------------------------------------------------------------------
@@ -325,15 +249,11 @@ def reproduction(config: Config) -> list[Block]:
     again = f"cropi run {path} run_dir=again"
     other = f"cropi run {path} name={config.name}-seed{config.seed + 1} seed={config.seed + 1}"
     return [
-        Text(
-            f"The seed of this run is {config.seed}. `config.json` in the run's folder is a complete config: the one "
-            "under Settings. From the folder where the run was started:"
-        ),
         Code("the same run, into another folder", again),
         Code("another seed", other),
         Text(
-            "The same machine and versions give the same selections; other hardware rounds differently. To compare "
-            "strategies over several seeds: `cropi compare`."
+            "Start them from the folder where this run was started. The same machine and versions give the same "
+            "selections; other hardware rounds differently. `cropi compare` compares strategies over several seeds."
         ),
     ]
 

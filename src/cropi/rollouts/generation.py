@@ -11,7 +11,7 @@ import torch
 from cropi.console import warn
 from cropi.errors import PolicyError
 from cropi.fsdp import in_lockstep, is_sharded
-from cropi.policy import Policy, shared_prefixes
+from cropi.policy import Policy, evaluating, shared_prefixes
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,6 @@ class TransformersGenerator:
 
     def __init__(self, policy: Policy, batch_size: int) -> None:
         self._policy, self._batch_size = policy, batch_size
-        self._eos = torch.tensor(policy.eos_ids)
 
     def __call__(self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, seed: int) -> list[list[int]]:
         """Return one completion per prompt, in order: token ids up to and including the first end-of-sequence token.
@@ -84,7 +83,7 @@ class TransformersGenerator:
     def _generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[int]]:
         from transformers import GenerationConfig
 
-        model, tokenizer = self._policy.model, self._policy.tokenizer
+        model, tokenizer, eos_ids = self._policy.model, self._policy.tokenizer, self._policy.eos_ids
         width = max(len(prompt) for prompt in prompts)
         ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(p)) + list(p) for p in prompts])
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
@@ -96,32 +95,42 @@ class TransformersGenerator:
         generation_config = GenerationConfig(
             max_new_tokens=sampling.max_completion_length,
             pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=self._eos.tolist(),
+            eos_token_id=eos_ids,
             bos_token_id=tokenizer.bos_token_id,
             disable_compile=True,
             **chosen,
         )
-        was_training = model.training
         # The model's own generation config may hold sampling settings (such as a repetition penalty) under which the
         # stored log-probs would not be the sampler's, so it is replaced for the call.
         shipped, model.generation_config = model.generation_config, generation_config
-        model.eval()
         try:
-            output = model.generate(
-                input_ids=ids.to(model.device),
-                attention_mask=mask.to(model.device),
-                generation_config=generation_config,
-                synced_gpus=False,  # see `in_lockstep`
-                **shared_prefixes(model, ids.to(model.device), mask.to(model.device)),
-            )
+            with evaluating(model):
+                output = model.generate(
+                    input_ids=ids.to(model.device),
+                    attention_mask=mask.to(model.device),
+                    generation_config=generation_config,
+                    synced_gpus=False,  # see `in_lockstep`
+                    **shared_prefixes(model, ids.to(model.device), mask.to(model.device)),
+                )
         finally:
-            model.train(was_training)
             model.generation_config = shipped
-        return [self._cut(row) for row in output[:, width:].cpu()]
+        return [until_end(row, eos_ids) for row in output[:, width:].tolist()]
 
-    def _cut(self, completion: torch.Tensor) -> list[int]:
-        ended = torch.isin(completion, self._eos).nonzero()
-        return completion[: int(ended[0]) + 1].tolist() if len(ended) else completion.tolist()
+
+def until_end(tokens: Sequence[int], eos_ids: Sequence[int]) -> list[int]:
+    """Cut tokens after the first end-of-sequence token."""
+    first = next((place for place, token in enumerate(tokens) if token in eos_ids), len(tokens))
+    return list(tokens[: first + 1])
+
+
+def longest_first(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+    """Divide rows into batches of at most `batch_tokens` padded tokens, the longest rows first."""
+    order, batches = sorted(range(len(lengths)), key=lambda row: -lengths[row]), []
+    while order:
+        size = max(1, batch_tokens // lengths[order[0]])
+        batches.append(order[:size])
+        order = order[size:]
+    return batches
 
 
 def _out_of_memory(error: Exception) -> bool:

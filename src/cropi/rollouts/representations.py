@@ -18,8 +18,9 @@ from cropi.config import Config
 from cropi.console import progress
 from cropi.errors import ArtifactError
 from cropi.parallel import process_group
-from cropi.policy import Policy
+from cropi.policy import Policy, evaluating
 from cropi.prompt_encoding import Encode, encode_rows
+from cropi.rollouts.generation import longest_first
 
 KIND = "representations"
 ROWS = 4096  # rows of the file per write
@@ -38,7 +39,7 @@ def represent(
     encode = encode or partial(encode_rows, policy.tokenizer, config.prompts)
     encoded = [ids[-(policy.context_length or len(ids)) :] for ids in encode(rows)]
     ranks = process_group()
-    batches = ranks.share(_batches(encoded, config.collect.batch_tokens))
+    batches = ranks.share(longest_first([*map(len, encoded)], config.collect.batch_tokens))
     with progress(ranks.titled("represent"), sum(map(len, batches)), "prompts") as bar:
         own = _mean_hidden_states(policy, encoded, batches, bar.advance, config.select.strategy.represented_depth)
     of_row = {row: values for part in ranks.gather(own) for row, values in part.items()}
@@ -78,17 +79,6 @@ def _record_batches(
         yield pa.RecordBatch.from_arrays(columns, schema=REPRESENTATIONS)
 
 
-def _batches(prompts: Sequence[Sequence[int]], batch_tokens: int) -> list[list[int]]:
-    """Batches of rows with at most `batch_tokens` padded tokens, the longest prompts first."""
-    order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
-    batches = []
-    while order:
-        size = max(1, batch_tokens // len(prompts[order[0]]))
-        batches.append(order[:size])
-        order = order[size:]
-    return batches
-
-
 @torch.no_grad()
 def _mean_hidden_states(
     policy: Policy, prompts: Sequence[Sequence[int]], batches: Sequence[Sequence[int]], advance: Any, depth: float = 1.0
@@ -98,17 +88,13 @@ def _mean_hidden_states(
     Padding follows the prompt, so under a causal mask it changes nothing.
     """
     found: dict[int, Any] = {}
-    device, training = policy.device, policy.model.training
-    policy.model.eval()
-    try:
+    with evaluating(policy.model):
         for rows in batches:
             width = max(len(prompts[row]) for row in rows)
-            ids = torch.tensor([[*prompts[r], *[0] * (width - len(prompts[r]))] for r in rows], device=device)
+            ids = torch.tensor([[*prompts[r], *[0] * (width - len(prompts[r]))] for r in rows], device=policy.device)
             layers = policy.model(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states
             hidden = layers[min(round(depth * len(layers)), len(layers) - 1)]
             for row, states_TE in zip(rows, hidden, strict=True):
                 found[row] = states_TE[: len(prompts[row])].float().mean(dim=0).cpu().numpy()
             advance(len(rows))
-    finally:
-        policy.model.train(training)
     return found

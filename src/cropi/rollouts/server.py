@@ -19,7 +19,7 @@ from cropi.config import ServerConfig
 from cropi.console import warn, warn_once
 from cropi.errors import PolicyError
 from cropi.policy import Policy
-from cropi.rollouts.generation import Sampling
+from cropi.rollouts.generation import Sampling, until_end
 from cropi.seeds import derived_seed
 
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 30.0  # between tries, doubling
@@ -184,7 +184,11 @@ class ServerGenerator:
         if status in (408, 429) or status >= 500:
             raise _UnusableError(what)
         if status != 200:
-            raise self._refused(what)
+            raise PolicyError(
+                f"the server refuses a request: {what}",
+                where=f"collect.server.url {self._config.url}",
+                fix="check the URL (it ends in /v1), the model's name there, and collect.server.body.",
+            )
         if len(data) > LARGEST:
             raise _UnusableError(f"its response is longer than {LARGEST} bytes: {_excerpt(data)}")
         return bytes(data)
@@ -202,9 +206,7 @@ class ServerGenerator:
         else:
             found = choice.token_ids
             self._check_ids(found, choice.text, count)
-        eos = self._policy.eos_ids
-        first = next((place for place, token in enumerate(found) if token in eos), len(found))
-        return found[: first + 1]
+        return until_end(found, self._policy.eos_ids)
 
     def _check_ids(self, ids: list[int], text: str, count: int | None) -> None:
         """Check ids against the text, which may be shorter if the server cut it at a stop string."""
@@ -233,13 +235,6 @@ class ServerGenerator:
         if count not in (None, len(found), len(found) - 1):
             self.retokenized += 1
         return found
-
-    def _refused(self, what: str) -> PolicyError:
-        return PolicyError(
-            f"the server refuses a request: {what}",
-            where=f"collect.server.url {self._config.url}",
-            fix="check the URL (it ends in /v1), the model's name there, and collect.server.body.",
-        )
 
 
 def _parsed(data: bytes) -> _Answer:

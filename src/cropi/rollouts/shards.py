@@ -12,7 +12,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from torch import nn
 
 from cropi.artifacts import GOLD_UNPARSEABLE, OK, TRAJECTORIES, TRUNCATED, read_table, write_table
 from cropi.config import Config
@@ -20,12 +19,13 @@ from cropi.console import warn
 from cropi.errors import ConfigError, DataError
 from cropi.fsdp import in_lockstep
 from cropi.ledger import Ledger
-from cropi.parallel import Perform, RayPool, Task, process_group
-from cropi.policy import Policy, PolicyCopy, completion_logprobs, longest_alike
-from cropi.prompt_encoding import encode_prompts, trainer_prompt, uses_chat
+from cropi.parallel import process_group
+from cropi.policy import Policy, PolicyCopy, completion_logprobs, evaluating, longest_alike
+from cropi.prompt_encoding import encode_rows
+from cropi.ray_workers import Perform, RayPool, Task
 from cropi.rewards.pool import strict_judge
 from cropi.rewards.verdicts import Judge, answered
-from cropi.rollouts.generation import Generator, Sampling, TransformersGenerator
+from cropi.rollouts.generation import Generator, Sampling, TransformersGenerator, longest_first
 from cropi.rollouts.server import ServerGenerator
 from cropi.rollouts.vllm import VllmGenerator
 from cropi.seeds import derived_seed
@@ -69,14 +69,45 @@ class Sampler:
 
     def sample(self, shard: Shard) -> tuple[Rows, dict[str, int]]:
         """Sample and judge a shard. Returns its rows and their cost."""
-        seed = derived_seed(self.config.seed, *self.purpose, shard.name)
-        rows = _sample(self.config, self.policy, self.judge, self.generate, shard, seed)
-        _add_logprobs(self.config, self.policy, rows)
+        settings, rows = self.config.collect, self._judged(shard)
+        prompts, completions = ([row[name] for row in rows] for name in ("prompt_ids", "completion_ids"))
+        found = behaviour_logprobs(self.policy, prompts, completions, settings.temperature, settings.batch_tokens)
+        for row, logprobs in zip(rows, found, strict=True):
+            row["behaviour_logprobs"] = logprobs
         tokens = {
             name: sum(len(row[column]) for row in rows)
             for name, column in (("tokens", "completion_ids"), ("prompt_tokens", "prompt_ids"))
         }
         return rows, {"passes": 2, **tokens}  # generation, and log-probs
+
+    def _judged(self, shard: Shard) -> Rows:
+        """Rows of a shard without behaviour log-probs."""
+        settings, tokenizer = self.config.collect, self.policy.tokenizer
+        repeated = [ids for ids in shard.prompt_ids for _ in range(shard.samples)]
+        prompts = [prompt for prompt in shard.prompts for _ in range(shard.samples)]
+        seed = derived_seed(self.config.seed, *self.purpose, shard.name)
+        sampling = Sampling(settings.max_completion_length, settings.temperature)
+        completions = self.generate(repeated, sampling, seed=seed)
+        texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
+        judged = self.judge([answered(text, prompt) for text, prompt in zip(texts, prompts, strict=True)])
+        eos, rows = set(self.policy.eos_ids), []
+        for index, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+            ended, reward = bool(completion) and completion[-1] in eos, judged[index].reward
+            rows.append(
+                {
+                    "prompt_id": prompt["prompt_id"],
+                    "set": shard.set,
+                    "sample": index % shard.samples,
+                    "prompt_ids": repeated[index],
+                    "completion_ids": completion,
+                    "behaviour_logprobs": None,
+                    "completion": texts[index],
+                    "reward": reward,
+                    "verdict": judged[index].verdict,
+                    "status": GOLD_UNPARSEABLE if reward is None else OK if ended else TRUNCATED,
+                }
+            )
+        return rows
 
     def make(self, shards: Sequence[Shard], folder: Path, charge: Charge) -> Iterator[tuple[Shard, Rows]]:
         """Sample, judge, charge and write each shard in turn."""
@@ -173,18 +204,13 @@ def _longest(config: Config, policy: Policy) -> tuple[float, str]:
 
 def plan(config: Config, policy: Policy, prompts: Sequence[Mapping[str, Any]]) -> tuple[list[Shard], list[str]]:
     """The shards of a collection, longest prompts first, and the ids of prompts that do not fit into the context."""
-    chat = uses_chat(policy.tokenizer, config.prompts.chat, config.prompts.system_prompt)
     limit, room = _longest(config, policy)
     shards: list[Shard] = []
     too_long: list[str] = []
     sets = dict.fromkeys(row["set"] for row in prompts if not row["set"].startswith("test/"))
     for name in sets:
         rows = [row for row in prompts if row["set"] == name]
-        encoded = encode_prompts(
-            policy.tokenizer,
-            [trainer_prompt(r["messages"], chat=chat, system_prompt=config.prompts.system_prompt) for r in rows],
-        )
-        pairs = [(row, ids) for row, ids in zip(rows, encoded, strict=True)]
+        pairs = list(zip(rows, encode_rows(policy.tokenizer, config.prompts, rows), strict=True))
         fitting = [p for p in pairs if len(p[1]) + config.collect.max_completion_length <= limit]
         fits = {row["prompt_id"] for row, _ in fitting}
         too_long += [row["prompt_id"] for row in rows if row["prompt_id"] not in fits]
@@ -212,46 +238,6 @@ def holds(shard: Shard, rows: Sequence[Mapping[str, Any]]) -> bool:
     return [(row["prompt_id"], row["sample"]) for row in rows] == expected
 
 
-def _sample(
-    config: Config, policy: Policy, judge: Judge, generate: Generator, shard: Shard, seed: int
-) -> list[dict[str, Any]]:
-    settings = config.collect
-    repeated = [ids for ids in shard.prompt_ids for _ in range(shard.samples)]
-    sampling = Sampling(settings.max_completion_length, settings.temperature)
-    completions = generate(repeated, sampling, seed=seed)
-    texts = policy.tokenizer.batch_decode(completions, skip_special_tokens=True)
-    prompts = [prompt for prompt in shard.prompts for _ in range(shard.samples)]
-    eos = set(policy.eos_ids)
-    judged = judge([answered(text, prompt) for text, prompt in zip(texts, prompts, strict=True)])
-    rows = []
-    for index, (ids, completion) in enumerate(zip(repeated, completions, strict=True)):
-        verdict, value = judged[index].verdict, judged[index].reward
-        ended = bool(completion) and completion[-1] in eos
-        rows.append(
-            {
-                "prompt_id": prompts[index]["prompt_id"],
-                "set": shard.set,
-                "sample": index % shard.samples,
-                "prompt_ids": ids,
-                "completion_ids": completion,
-                "behaviour_logprobs": None,
-                "completion": texts[index],
-                "reward": value,
-                "verdict": verdict,
-                "status": GOLD_UNPARSEABLE if value is None else OK if ended else TRUNCATED,
-            }
-        )
-    return rows
-
-
-def _add_logprobs(config: Config, policy: Policy, rows: Sequence[dict[str, Any]]) -> None:
-    prompts, completions = ([row[name] for row in rows] for name in ("prompt_ids", "completion_ids"))
-    settings = config.collect
-    found = behaviour_logprobs(policy, prompts, completions, settings.temperature, settings.batch_tokens)
-    for row, logprobs in zip(rows, found, strict=True):
-        row["behaviour_logprobs"] = logprobs
-
-
 @torch.no_grad()
 def behaviour_logprobs(
     policy: Policy,
@@ -261,28 +247,16 @@ def behaviour_logprobs(
     batch_tokens: int,
 ) -> list[list[float]]:
     """log beta of every completion token, float32, in batches of at most `batch_tokens` padded tokens; no dropout."""
-    order = sorted(range(len(prompts)), key=lambda row: -(len(prompts[row]) + len(completions[row])))
+    lengths = [len(prompt) + len(completion) for prompt, completion in zip(prompts, completions, strict=True)]
     result: list[list[float]] = [[] for _ in prompts]
-    with _evaluating(policy.model):
-        while order:
-            width = len(prompts[order[0]]) + len(completions[order[0]])
-            rows, order = order[: max(1, batch_tokens // width)], order[max(1, batch_tokens // width) :]
+    with evaluating(policy.model):
+        for rows in longest_first(lengths, batch_tokens):
             logprobs_KT, _ = completion_logprobs(
                 policy.model, [prompts[r] for r in rows], [completions[r] for r in rows], temperature=temperature
             )
             for row, values in zip(rows, logprobs_KT.float().cpu().tolist(), strict=True):
                 result[row] = values[: len(completions[row])]
     return result
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 def read_trajectories(folder: Path, *, mask_truncated: bool = False) -> dict[str, pa.Table]:

@@ -9,7 +9,7 @@ from typing import Any
 from cropi.config import PolicyConfig
 from cropi.errors import PolicyError
 from cropi.policy import Policy, policy_location
-from cropi.rollouts.generation import Sampling
+from cropi.rollouts.generation import Sampling, until_end
 from cropi.seeds import derived_seed
 
 SEEDS = 2**31
@@ -52,7 +52,7 @@ class VllmGenerator:
             outputs = self._engine.generate(inputs, parameters, use_tqdm=False)
         except Exception as error:  # the engine raises many kinds
             raise _refused("vLLM failed while it generated", error) from None
-        return [self._cut(output.outputs[0].token_ids, eos) for output in outputs]
+        return [until_end(output.outputs[0].token_ids, eos) for output in outputs]
 
     def close(self) -> None:
         """Free the engine's memory for scoring and training."""
@@ -80,11 +80,6 @@ class VllmGenerator:
             return LLM(**settings | dict(self._options))
         except Exception as error:  # the engine raises many kinds
             raise _refused("vLLM did not start", error) from None
-
-    @staticmethod
-    def _cut(tokens: Sequence[int], eos: Sequence[int]) -> list[int]:
-        first = next((place for place, token in enumerate(tokens) if token in eos), len(tokens))
-        return list(tokens[: first + 1])
 
 
 def _refused(what: str, error: Exception) -> PolicyError:

@@ -20,7 +20,7 @@ from cropi.fsdp import in_lockstep
 from cropi.functional.bootstrap import Interval, bootstrap_mean
 from cropi.parallel import process_group
 from cropi.policy import Policy, load_policy
-from cropi.prompt_encoding import encode_prompts, trainer_prompt, uses_chat
+from cropi.prompt_encoding import encode_rows
 from cropi.rewards.verdicts import Answered, Judge, answered, reward
 from cropi.rollouts.generation import Sampling, TransformersGenerator
 from cropi.run_tables import evaluation_files, keep_evaluation
@@ -96,10 +96,7 @@ def read_questions(run: Run) -> list[Question]:
 
 def questions(config: Config, policy: Policy, rows: Sequence[Mapping[str, Any]]) -> list[Question]:
     """Test questions from rows of the prompt table. DataError where one does not fit into the policy's context."""
-    settings = config.prompts
-    chat = uses_chat(policy.tokenizer, settings.chat, settings.system_prompt)
-    prompts = [trainer_prompt(row["messages"], chat=chat, system_prompt=settings.system_prompt) for row in rows]
-    encoded = encode_prompts(policy.tokenizer, prompts)
+    encoded = encode_rows(policy.tokenizer, config.prompts, rows)
     limit, longest = policy.context_length, max(map(len, encoded), default=0)
     if limit is not None and longest + config.collect.max_completion_length > limit:
         raise DataError(

@@ -17,7 +17,7 @@ from cropi.console import warn
 from cropi.curriculum.chooser import GroupGate, PromptChooser
 from cropi.curriculum.curriculum import Choice, Curriculum, Halves
 from cropi.gradients.layer_taps import matrix_parameters
-from cropi.gradients.reading import Reader
+from cropi.gradients.training_influence import Reader
 from cropi.parallel import process_group
 from cropi.stages.validation_pass import Due, SampledGroup, ValidationPass
 from cropi.training.curriculum_state import load_state, save_state
@@ -200,7 +200,7 @@ class OnlineLoop(ChooserLoop):
         self.evidence.add(self._rows, self._factor * values_BD.unflatten(1, (-1, 2)))
 
     def read_passes(self) -> float:
-        """What reading has cost all processes since the last call, in forward passes of a token. Collective."""
+        """Return what reading has cost all processes since the last call, in forward passes of a token. Collective."""
         products, self._products = sum(process_group().gather(self._products)), 0
         return products / matrix_parameters(self.model)
 

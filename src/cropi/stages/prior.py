@@ -43,7 +43,7 @@ def take_prior(run: Run, curriculum: Curriculum, prompt_ids: Sequence[str], fold
     for name in sorted(run.config.prompts.validation):
         pairs = (earlier, their_ids), (run.folder, prompt_ids)
         before, now = ([*ids, *_members(place, name)] for place, ids in pairs)
-        known = carried(theirs[f"influence/{name}/seen"], before, now) if name in names else ()
+        known = carried(theirs[f"influence/{name}/seen"], before, now) if name in names else np.empty((0, 5))
         if not len(known):
             raise _unfit(f"has observed no prompt of this run for the validation set {name!r}", folder)
         state[f"influence/{name}/seen"] = known

@@ -35,16 +35,15 @@ from cropi.gradients.score_shards import (
     ScoreShards,
     finite_or_none,
     make_scorer,
-    read_directions,
     score_missing_shards,
     score_shards_by_ray,
-    write_directions,
 )
 from cropi.gradients.surrogate_weights import RATIO_COLUMNS, SurrogateSettings
 from cropi.gradients.validation_directions import pieces
 from cropi.gradients.validation_groups import candidate_groups, validation_groups, warn_of_noise
-from cropi.parallel import process_group, ray_pool
+from cropi.parallel import process_group
 from cropi.policy import weights_identity
+from cropi.ray_workers import ray_pool
 from cropi.run_tables import scores_schema
 from cropi.stages.run import Run
 
@@ -206,9 +205,7 @@ class _Work:
         missing = self._ranks.from_main(shards.missing)
         own = sum(len(shards.ids(index)) for index in self._ranks.share(missing))
         with self._progress(own) as bar:
-            self._scorer.aim(self._validation, bar.advance, read_directions(shards.folder))
-            if self._ranks.is_main:
-                write_directions(shards.folder, self._scorer.layer_directions)
+            self._scorer.aim(self._validation, bar.advance)
             pool = ray_pool()
             if pool is not None:
                 score_shards_by_ray(pool, config, strategy, score, shards, self._table, missing, bar.advance)

@@ -20,7 +20,7 @@ from cropi.console import Progress, progress, warn
 from cropi.errors import ArtifactError, ConfigError, SignalError
 from cropi.parallel import process_group
 from cropi.policy import Policy, load_policy
-from cropi.prompt_encoding import encode_prompts, trainer_prompt, uses_chat
+from cropi.prompt_encoding import encode_prompts, trainer_prompts
 from cropi.run_folder import checkpoints
 from cropi.run_tables import evaluation_files, forget_evaluations
 from cropi.stages.evaluate import evaluate, evaluate_base, is_evaluated
@@ -89,21 +89,14 @@ def _newest_step(run: Run) -> int:
 
 def _training_rows(run: Run) -> list[dict[str, Any]]:
     """Rows for TRL of the prompts that can be trained on."""
-    tokenizer, settings = run.setup.policy.tokenizer, run.config.prompts
-    chat, prompts = uses_chat(tokenizer, settings.chat, settings.system_prompt), run.folder.train_prompts
-    statuses = dict(zip(prompts, run.trajectories.statuses, strict=True))
-    rows = [
-        {
-            "prompt": trainer_prompt(row["messages"], chat=chat, system_prompt=settings.system_prompt),
-            "prompt_json": row["messages"],
-            "extra": row["extra"] or "",
-        }
+    tokenizer, prompts = run.setup.policy.tokenizer, run.folder.train_prompts
+    usable = [row for row, status in zip(prompts.rows(), run.trajectories.statuses, strict=True) if status in USABLE]
+    shown = trainer_prompts(tokenizer, run.config.prompts, usable)
+    return [
+        {"prompt": prompt, "prompt_json": row["messages"], "extra": row["extra"] or "", "prompt_tokens": len(ids)}
         | {name: row[name] for name in ("prompt_id", "answer", "source")}
-        for row in prompts.rows()
-        if statuses[row["prompt_id"]] in USABLE
+        for row, prompt, ids in zip(usable, shown, encode_prompts(tokenizer, shown), strict=True)
     ]
-    encoded = encode_prompts(tokenizer, [row["prompt"] for row in rows])
-    return [row | {"prompt_tokens": len(ids)} for row, ids in zip(rows, encoded, strict=True)]
 
 
 def _evaluate_every(run: Run) -> int:
@@ -269,7 +262,7 @@ def train_stages(task: TrainTask, policy: Policy) -> Path:
     if done == total and resume_from is not None:
         return resume_from
     process_group().from_main(lambda: _begin_from(task, resume_from, done))
-    with progress(f"train {task.label}", total, "steps", done=done) as bar:
+    with progress(f"train {task.label}", total, "steps", done=done, stages=task.stages) as bar:
         trainer = _made_trainer(task, policy)
         check_sharding(trainer, task.asked_in, resume_from)
         position_of = {row["prompt_id"]: position for position, row in enumerate(task.rows)}

@@ -22,11 +22,7 @@ ARGUMENTS = {
     "policy.lora": "peft_config",
     "prompts.train": "train_dataset",
     "prompts.validation": "Selector.validation",
-    "verifier.threshold": "Selector.threshold",
-    "verifier.graded": "Selector.graded",
     "select.strategy": "Selector.strategy",
-    "select.fraction": "Selector.fraction",
-    "train.stages": "Selector.stages",
     "train.steps_per_stage": "args.max_steps",
 } | {f"collect.{name}": f"args.{name}" for name in ("num_generations", "max_completion_length", "temperature")}
 PHRASES = {  # regular expressions of command-line advice, and the script's equivalent

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +58,7 @@ class EpochSampler(OnlineSampler):
 
 
 class ScriptRun(OnlineRun):
-    """What a trainer of the user's trains on next, and what is known of every prompt."""
+    """The choice of a user's trainer, and what is known of every prompt."""
 
     _trainer: CurriculumTrainer
     _loop: ChooserLoop
@@ -172,7 +172,7 @@ class ScriptRun(OnlineRun):
         return known.assign(why=[why.get(place, "not chosen yet") for place in range(len(self._rows))])
 
     def closing_line(self, place: Path) -> str:
-        """What was chosen, and where to look."""
+        """Say what was chosen, and where to look."""
         chosen = {choice.place for batch in self._loop.explained for choice in batch}
         found = self._loop.metrics()
         gain, low, high = (found.get(f"curriculum/gain{end}", 0.0) for end in ("", "_low", "_high"))
@@ -202,7 +202,8 @@ def _groups(answers: Sequence[tuple[int, Answer]]) -> list[SampledGroup]:
     for member in sorted({member for member, _ in answers}):
         own = [answer for each, answer in answers if each == member and answer.reward is not None]
         if own:
-            common = os.path.commonprefix([list(answer.prompt) for answer in own])
+            beginnings = zip(*(answer.prompt for answer in own), strict=False)
+            common = [each[0] for each in takewhile(lambda each: len(set(each)) == 1, beginnings)]
             rests = [list(answer.prompt[len(common) :]) for answer in own]
             groups.append(
                 SampledGroup(

@@ -32,7 +32,7 @@ ANSWERS = ("answer", "solution", "ground_truth")
 
 @dataclass(frozen=True)
 class Selector:
-    """How a `CurriculumTrainer` chooses the prompts of each generation batch."""
+    """Settings by which a `CurriculumTrainer` chooses the prompts of each generation batch."""
 
     validation: Dataset | Mapping[str, Dataset]
     """Target of training: rows like those of the training set, but not in it."""
@@ -156,7 +156,7 @@ def make_config(selector: Selector, folder: Path, train: Dataset, args: GRPOConf
 def _written(folder: Path, name: str, rows: Iterable[Mapping[str, Any]]) -> Path:
     """Write the prompts of a dataset to a file; `extra_info` is the row's place in the dataset."""
     path = folder / f"{name.replace('/', '-')}.jsonl"
-    ids = prompt_ids(rows, name)  # type: ignore[arg-type]
+    ids = prompt_ids(rows, name)
     lines = [
         json.dumps(
             {

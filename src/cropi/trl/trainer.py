@@ -39,6 +39,9 @@ class CurriculumTrainer(ReadsInfluence):
     """
 
     curriculum: ScriptRun
+    reward_log: RewardLog
+    train_dataset: Any
+    num_generations_eval: int
     _judged: Judged  # the rows judged last
 
     def __init__(self, *args: Any, selector: Selector, **kwargs: Any) -> None:
@@ -129,7 +132,9 @@ class CurriculumTrainer(ReadsInfluence):
         found = self._generate_and_score_completions([dict(row) for row in rows])
         prompts = zip(found["prompt_ids"].tolist(), found["prompt_mask"].tolist(), strict=True)
         tokens = [[t for t, kept in zip(ids, mask, strict=True) if kept] for ids, mask in prompts]
-        written = found["tool_mask"].tolist() if "tool_mask" in found else [[1] * len(ids) for ids in found["completion_ids"]]
+        written = (
+            found["tool_mask"].tolist() if "tool_mask" in found else [[1] * len(ids) for ids in found["completion_ids"]]
+        )
         return [
             Answer(prompt, completion, mask[: len(completion)], reward, "pixel_values" in found)
             for prompt, completion, mask, reward in zip(

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from markdown_it import MarkdownIt
 from tests.lab.compare.comparisons import NEVER, QUICK, SLOW, compared, one_seed_in, rows, tables, text_of
-from tests.report.test_report import Outline
+from tests.report.sentences import too_long
+from tests.report.test_report import Outline, the_only_script
 
 from cropi.artifacts import write_json
 from cropi.lab.compare.paired_runs import Comparison
@@ -57,7 +58,7 @@ def test_the_headline_and_the_three_numbers_by_hand(one_seed: Comparison) -> Non
     assert re.findall(r"(\d+\.\d+) \[\S+ \S+\]× fewer (\w+)", said) == [
         *(("4.00", "steps"), ("1.60", "FLOPs"), ("1.60", "seconds"))
     ]
-    assert len(re.findall(r"[.] |[.]$", said)) == 2
+    assert len(re.findall(r"[.] |[.]$", said)) == 3
     assert "One seed" in said
     table = cost_to_target(quick)
     assert table is not None
@@ -172,7 +173,7 @@ def test_without_full_there_is_no_speed_up(tmp_path: Path) -> None:
     found = compared(tmp_path, rows("a", "x", 0, QUICK), rows("a", "y", 0, NEVER))
     assert "no speed-up" in headline(found)
     assert tables(speedups(found)) == []
-    assert len(sections(found)) == 10
+    assert len(sections(found)) == 9
 
 
 def test_references_alone_and_full_alone(tmp_path: Path) -> None:
@@ -191,8 +192,10 @@ def test_names_cannot_become_markup(tmp_path: Path) -> None:
         tmp_path, rows(HOSTILE, "full", 0, SLOW), rows(HOSTILE, f"{INSIDE}\n# x", 0, QUICK), rows("b", "full", 0, SLOW)
     )
     markdown = text_of(found)
-    outline = Outline((tmp_path / "compare.html").read_text(encoding="utf-8"))
-    assert not {"script", "b", "img", "link", "iframe", "object", "image"} & set(outline.tags)
+    page = (tmp_path / "compare.html").read_text(encoding="utf-8")
+    outline = Outline(page)
+    assert "alert(1)" not in the_only_script(page)
+    assert not {"b", "img", "link", "iframe", "object", "image"} & set(outline.tags)
     assert "<script>alert(1)</script>" in outline.text
     links = [value for name, value in outline.attributes if name in {"src", "href", "xlink:href"}]
     assert all(link.startswith("#") for link in links)
@@ -202,13 +205,13 @@ def test_names_cannot_become_markup(tmp_path: Path) -> None:
     inline = [child for token in tokens for child in token.children or []]
     assert not [t for t in [*tokens, *inline] if t.type in {"html_block", "html_inline", "link_open", "image"}]
     headings = [after.content for t, after in itertools.pairwise(tokens) if t.type == "heading_open"]
-    assert len(headings) == 11
+    assert len(headings) == 10
     assert HOSTILE in {token.content for token in inline if token.type == "text"}
 
 
 def test_raw_results_are_enough(one_seed: Comparison) -> None:
     text, page = text_of(one_seed), one_seed.folder / "compare.html"
-    assert text.count("The folders of the runs are not here, so this part is left out.") == 2
+    assert text.count("The folders of the runs are not here, so this part is left out.") == 1
     assert "cropi compare a --strategies full,quick,never --seeds 0 --folder DIR" in text
     before = page.read_bytes()
     write_comparison_report(one_seed)
@@ -234,6 +237,25 @@ def test_strategies_are_named_with_what_they_change(one_seed: Comparison) -> Non
     rows_of = {row[0]: row[1:] for row in tables(provenance(one_seed))[0].rows}
     assert rows_of["full"][0] == "every prompt, every stage"
     assert rows_of["quick"] == ["–", '{"select": {"fraction": 0.5}}']
+
+
+def test_no_composed_sentence_is_long(one_seed: Comparison, two_scenarios: Comparison) -> None:
+    for comparison in (one_seed, main(one_seed, "never"), two_scenarios):
+        assert too_long(sections(comparison)) == []
+
+
+def test_the_page_begins_with_three_ratios_and_the_curve(one_seed: Comparison) -> None:
+    """8 / 2 steps and 8 / 5 of what is paid, as in the headline; a run that never arrives has bounds."""
+    numbers, curve, *_ = sections(main(one_seed, "quick"))[0].blocks
+    assert [(label, value) for label, value, _ in numbers.numbers] == [
+        *(("fewer steps", "4.00×"), ("fewer FLOPs", "1.60×"), ("fewer seconds", "1.60×"))
+    ]
+    assert numbers.numbers[0][2].endswith("2 against 8")
+    (chart,) = curve.charts
+    assert {line.name: line.y for line in chart.lines}["quick"] == [0.0, 1.0, 1.0]
+    assert chart.rules == [0.5]
+    bounds = sections(main(one_seed, "never"))[0].blocks[0].numbers
+    assert all(value.startswith("at most 1.00×") for _, value, _ in bounds)
 
 
 # -- looks -------------------------------------------------------------------------------------------------------------

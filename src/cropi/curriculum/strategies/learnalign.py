@@ -6,7 +6,7 @@ import numpy as np
 
 from cropi.artifacts import OK
 from cropi.curriculum.strategy import CANDIDATES, Candidates, FusionConfig, Need, Ranking, StrategyTable
-from cropi.functional.alignment import halves, mean_cosines
+from cropi.functional.influence_formulas import halves, mean_cosines
 from cropi.seeds import unit_interval
 
 

@@ -240,8 +240,8 @@ def _shuffled(generator: np.random.Generator, side: _Side) -> Int[np.ndarray, "N
 def gradient_cosines(
     pairs: Sequence[tuple[TrajectoryProducts, int]], settings: SurrogateSettings, seed: int
 ) -> dict[str, dict[str, float]] | None:
-    """Median over prompts, and share above 0.6, of the cosine of a prompt's stored with its fresh gradient, from as many
-    trajectories each; and between two fresh ones, its ceiling.
+    """Median over prompts, and share above 0.6, of the cosine of a prompt's stored with its fresh gradient, from
+    as many trajectories each; and between two fresh ones, its ceiling.
 
     Each pair is the products of stored and fresh trajectories together, with their inner products, and the number of
     stored ones, which come first.

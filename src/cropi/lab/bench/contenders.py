@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -18,10 +18,9 @@ from torch.nn import functional as F
 
 from cropi.functional.projection import SparseProjection
 from cropi.gradients.capture import NullReader
-from cropi.gradients.engine import Engine, segment_of
+from cropi.gradients.engine import Engine, segments_of
 from cropi.gradients.groups import Group
 from cropi.gradients.influence_scorer import BLOCK, Scorer, ScorerOptions
-from cropi.gradients.packing import Segment
 from cropi.gradients.surrogate_weights import SurrogateSettings
 from cropi.lab.bench.contender_task import Engine as Contending
 from cropi.lab.bench.contender_task import Measurement, Part, Task, WeightedGroup
@@ -111,12 +110,6 @@ def as_group(group: WeightedGroup) -> Group:
     return Group(group.prompt_id, group.prompt_ids, [*group.completions, []], [*rewards, -sum(rewards)], None)
 
 
-def segments_of(groups: Sequence[Group]) -> list[Segment]:
-    """Segments of the groups that have a signal."""
-    found = [segment_of(index, group, BY_WEIGHT) for index, group in enumerate(groups)]
-    return [segment for segment in found if segment is not None]
-
-
 class Meter:
     """Meter for the parts of a run: seconds, and tokens through the model, padding included."""
 
@@ -180,7 +173,7 @@ class Floor(Unscored):
 
     def _pass(self) -> None:
         for start in range(0, len(self._groups), BLOCK):
-            segments = segments_of(self._groups[start : start + BLOCK])
+            segments = segments_of(self._groups[start : start + BLOCK], BY_WEIGHT)
             if self._backward:
                 self._engine.run(segments, NullReader())
             else:
@@ -215,7 +208,7 @@ class Stock(Unscored):
 def equal_rows(task: Task) -> Tensor:
     """(rows, length) token ids: as many tokens as the packed train prompts have, in rows of their trajectories' mean
     length. The tokens are the trajectories', one after another."""
-    segments = segments_of([as_group(group) for group in task.groups])
+    segments = segments_of([as_group(group) for group in task.groups], BY_WEIGHT)
     sequences = [segment.prompt_ids + ids for segment in segments for ids in segment.completions]
     length = round(sum(map(len, sequences)) / len(sequences))
     rows = max(1, round(sum(segment.tokens for segment in segments) / length))
@@ -245,12 +238,10 @@ class Influence:
         with self._meter.part("validation"):
             scorer.aim(self._validation)
         with self._meter.part("train"):
-            self._products_NV = self._score(scorer)
+            starts = range(0, len(self._groups), BLOCK)
+            blocks = [scorer(self._groups[start : start + BLOCK]).products_NV for start in starts]
+            self._products_NV = np.concatenate(blocks)
         return self._meter.measurement()
-
-    def _score(self, scorer: Scorer) -> np.ndarray:
-        starts = range(0, len(self._groups), BLOCK)
-        return np.concatenate([scorer(self._groups[start : start + BLOCK]).products_NV for start in starts])
 
     def scores_N(self) -> np.ndarray:
         """From <g_i, mean of set v>, the product with the mean over the prompts of all sets."""

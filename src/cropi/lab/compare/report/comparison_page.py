@@ -2,40 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-
-import numpy as np
-
 from cropi.lab.compare.paired_runs import Comparison, interval
 from cropi.lab.compare.report.accuracy_bands import bands
-from cropi.lab.compare.report.compared_selections import (
-    Chosen,
-    Similarity,
-    SourceShares,
-    read_chosen,
-    similarities,
-    source_shares,
+from cropi.lab.compare.report.compared_selections import compared_sources, selected_by_strategy
+from cropi.lab.compare.report.comparison_figures import Styles, accuracy_curves, speedup_intervals, styles
+from cropi.lab.compare.report.comparison_tables import (
+    accuracies,
+    cost_to_target,
+    costs,
+    large_numbers,
+    levels,
+    speedups,
 )
-from cropi.lab.compare.report.comparison_figures import (
-    LABEL,
-    Styles,
-    accuracy_curves,
-    selection_shares,
-    speedup_intervals,
-    styles,
-)
-from cropi.lab.compare.report.comparison_figures import similarities as draw_similarities
-from cropi.lab.compare.report.comparison_tables import accuracies, cost_to_target, costs, levels, speedups
 from cropi.lab.compare.report.method_notes import limits, method, provenance
 from cropi.lab.compare.report.ratio_format import HEADLINE_MEASURES, UNITS, censored, ratio_interval, reached
-from cropi.report.blocks import Block, Picture, Section, Table, Text
-from cropi.report.drawing import shortened, thinned
+from cropi.report.blocks import Block, Numbers, Picture, Section, Table, Text
 from cropi.report.markdown import text_table
 from cropi.report.rendering import write_report
-from cropi.report.wording import ABSENT, code, decimal, listed, percent, signed
+from cropi.report.shares import share_table
+from cropi.report.wording import code, listed, percent
 
 CURVES = {"steps": "optimiser steps", "flops": "FLOPs", "seconds": "seconds"}
-MAX_STAGES = 8  # columns of a table by stage
 NO_RUNS = "The folders of the runs are not here, so this part is left out."
 NOTHING = "No run is finished yet."
 
@@ -66,17 +53,15 @@ def sections(comparison: Comparison) -> list[Section]:
     if not comparison.scenarios:
         return [Section("Result", [Text(NOTHING, lead=True)])]
     looks = styles(comparison.strategies)
-    chosen = {name: read_chosen(comparison, name) for name in comparison.scenarios}
-    target = cost_to_target(comparison)
-    result: list[Block] = [Text(headline(comparison), lead=True), *([target] if target else [])]
+    target, (first, *curves) = cost_to_target(comparison), _curves(comparison, looks)
+    result: list[Block] = [Numbers(large_numbers(comparison)), first, Text(headline(comparison), lead=True)]
     return [
-        Section("Result", result),
+        Section("Result", [*result, *([target] if target else [])]),
         Section("Speed-up", [*_speedup_figure(comparison, looks), *speedups(comparison)]),
         Section("Accuracy", accuracies(comparison)),
-        Section("Learning curves", [*_curves(comparison, looks), *levels(comparison)]),
+        Section("Learning curves by cost", [*curves, *levels(comparison)]),
         Section("Cost", costs(comparison)),
-        Section("What was selected", _selected(chosen)),
-        Section("Similarity to the validation sets", _similar(comparison, chosen, looks)),
+        Section("What was selected", _selected(comparison)),
         Section("Method", method(comparison)),
         Section("Limits", limits(comparison)),
         Section("Where the numbers come from", provenance(comparison)),
@@ -88,7 +73,7 @@ def _speedup_figure(comparison: Comparison, looks: Styles) -> list[Block]:
     level = percent(comparison.summary["confidence"])
     ticks = " Ticks: single scenarios." if len(comparison.scenarios) > 1 else ""
     caption = (
-        f"Speed-up with its {level} interval; right of 1 is sooner than {code(comparison.summary['target'])}. Hollow: "
+        f"Speed-up with its {level} interval. Right of 1 is sooner than {code(comparison.summary['target'])}. Hollow: "
         f"an upper bound, some runs never reached the target.{ticks}"
     )
     return [Picture(drawn, caption)] if drawn else []
@@ -100,96 +85,27 @@ def _curves(comparison: Comparison, looks: Styles) -> list[Block]:
     found = {name: bands(comparison, name, CURVES) for name in comparison.scenarios}
     for measure, words in CURVES.items():
         shown = {name: of_measures[measure] for name, of_measures in found.items() if of_measures}
-        if drawn := accuracy_curves(shown, measure, looks, comparison.main, target):
-            ends = "" if measure == "steps" else " A curve ends where the cheapest of its runs does."
-            caption = (
-                f"Targeted accuracy against {words}, mean over seeds. Bands: {level} intervals over seeds and "
-                f"questions. Dotted: where {code(target)} ends, if it was run."
-            )
-            blocks.append(Picture(drawn, caption + ends))
+        ends = "" if measure == "steps" else " A curve ends where the cheapest of its runs does."
+        caption = (
+            f"Targeted accuracy against {words}, mean over seeds. Bands: {level} intervals over seeds and "
+            f"questions. Dotted: where {code(target)} ends, if it was run.{ends}"
+        )
+        if shown:
+            blocks.append(accuracy_curves(shown, measure, looks, comparison.main, target, caption))
     return blocks or [Text("No test set is targeted.")]
 
 
 # -- selections --------------------------------------------------------------------------------------------------------
 
 
-def _selected(chosen: Mapping[str, Chosen]) -> list[Block]:
-    blocks: list[Block] = []
-    rows: list[list[str]] = []
-    for number, (scenario, found) in enumerate(chosen.items()):
-        if not found.choosing:
-            continue
-        shares = source_shares(found)
-        drawn = selection_shares(shares.sources, shares.pool.tolist(), shares.strategies, str(number))
-        caption = (
-            f"{code(scenario)}: share of each source in the pool and in every stage's selection; darker is larger. "
-            "Strategies that take the whole pool are left out."
-        )
-        blocks += [Picture(drawn, caption)] if drawn else []
-        rows += _share_rows(scenario, shares)
-    if not rows:
-        return [Text(_why_nothing(chosen))]
-    header = ["scenario", "source", "strategy", "pool", "first stage", "last stage", "mean of stages"]
-    return [*blocks, Table("Shares in %, mean over seeds.", header, rows, left=3, collapsed=True)]
-
-
-def _why_nothing(chosen: Mapping[str, Chosen]) -> str:
-    return "Every strategy takes the whole pool." if any(found.pools for found in chosen.values()) else NO_RUNS
-
-
-def _share_rows(scenario: str, shares: SourceShares) -> list[list[str]]:
-    return [
-        [scenario, source, strategy, *(f"{100 * value:.1f}" for value in (shares.pool[place], *_ends(values[place])))]
-        for place, source in enumerate(shares.sources)
-        for strategy, values in shares.strategies.items()
+def _selected(comparison: Comparison) -> list[Block]:
+    read = {name: selected_by_strategy(comparison, name) for name in comparison.scenarios}
+    tables: list[Block] = [
+        share_table(columns, f"{code(name)}: prompts by source, of the pool and of all stages, summed over seeds.")
+        for name, by_strategy in read.items()
+        if (columns := compared_sources(by_strategy))
     ]
-
-
-def _ends(by_stage: np.ndarray) -> tuple[float, float, float]:
-    return by_stage[0], by_stage[-1], float(by_stage.mean())
-
-
-# -- similarity --------------------------------------------------------------------------------------------------------
-
-
-def _similar(comparison: Comparison, chosen: Mapping[str, Chosen], looks: Styles) -> list[Block]:
-    found = {
-        scenario: [one for one in similarities(own) if one.strategies]
-        for scenario, own in chosen.items()
-        if own.choosing
-    }
-    if not any(found.values()):
-        return [Text(_why_nothing(chosen))]
-    panels = [
-        {
-            "title": f"{shortened(scenario, LABEL)}: {shortened(one.validation_set, LABEL)}",
-            "pool": float(one.pool.mean()),
-            "strategies": one.strategies,
-        }
-        for scenario, several in found.items()
-        for one in several
-    ]
-    drawn = draw_similarities(panels, looks, comparison.main)
-    caption = (
-        "Mean TF-IDF cosine of the selected prompts with those of a validation set, by stage; mean over seeds, bands "
-        "from the lowest to the highest seed. Dotted: the whole pool. It shows how alike the texts are, not how useful."
-    )
-    return [*([Picture(drawn, caption)] if drawn else []), _similarity_table(found)]
-
-
-def _similarity_table(found: Mapping[str, Sequence[Similarity]]) -> Table:
-    everything = [(scenario, one) for scenario, several in found.items() for one in several]
-    stages = thinned(range(max(v.shape[1] for _, one in everything for v in one.strategies.values())), MAX_STAGES)
-    rows = []
-    for scenario, one in everything:
-        pool = float(one.pool.mean())
-        for strategy, values_SG in one.strategies.items():
-            means_G = values_SG.mean(axis=0)
-            cells = [decimal(means_G[g], 3) if g < len(means_G) else ABSENT for g in stages]
-            row = [scenario, one.validation_set, strategy, decimal(pool, 3), *cells]
-            rows.append([*row, signed(float(means_G.mean()) - pool, 3)])
-    header = ["scenario", "validation set", "strategy", "pool", *(f"stage {g}" for g in stages), "mean − pool"]
-    return Table("Mean TF-IDF cosine, mean over seeds.", header, rows, left=3, collapsed=len(rows) > 12)
+    return tables or [Text("Every strategy takes the whole pool." if any(read.values()) else NO_RUNS)]
 
 
 def headline(comparison: Comparison) -> str:
@@ -213,7 +129,7 @@ def headline(comparison: Comparison) -> str:
         )
     ratios = listed([f"{ratio_interval(found)}× fewer {UNITS[measure]}" for measure, found in known.items()])
     return (
-        f"{code(main)} reaches the final accuracy of {target} with {ratios}, including rollouts and scoring. "
+        f"{code(main)} reaches the final accuracy of {target} with {ratios}. Rollouts and scoring are included. "
         f"{_certainty(comparison)}"
     )
 

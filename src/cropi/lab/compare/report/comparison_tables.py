@@ -9,19 +9,23 @@ import numpy as np
 
 from cropi.lab.compare.comparison_summary import MIN_GAIN
 from cropi.lab.compare.paired_runs import FLOPS, MEASURES, PHASES, SECONDS, SUITE, TOKENS, Comparison, interval
-from cropi.lab.compare.report.comparison_figures import cost_split
 from cropi.lab.compare.report.ratio_format import (
     HEADLINE_MEASURES,
     UNITS,
     Entry,
+    censored,
     no_gain,
+    ratio,
     reached,
     scenario_label,
     speedup,
 )
 from cropi.report.blocks import Block, Picture, Table, Text
+from cropi.report.figures import cost_split
 from cropi.report.wording import (
+    ABSENT,
     code,
+    decimal,
     difference,
     large,
     percent,
@@ -41,6 +45,28 @@ COSTS: Mapping[str, Callable[[float], str]] = {
 }
 
 
+def large_numbers(comparison: Comparison) -> list[tuple[str, str, str]]:
+    """Steps, FLOPs and seconds to the target's accuracy, as ratios; final accuracies where there is no speed-up."""
+    target, main = comparison.summary["target"], comparison.main
+    entries = comparison.entries(comparison.scope)
+    if main in entries and entries[main]["speedup"] and target in entries:
+        own, theirs = (entries[name]["to"]["target"] for name in (main, target))
+        found = []
+        for measure in HEADLINE_MEASURES:
+            known, form = interval(entries[main]["speedup"][measure]), COSTS[measure]
+            spent = f"{form(own[measure]['mean'])} against {form(theirs[measure]['mean'])}"
+            bound = "at most " if censored(entries[main]) else ""
+            detail = f"[{ratio(known.low)}, {ratio(known.high)}]; {spent}" if known else ABSENT
+            found.append((f"fewer {UNITS[measure]}", f"{bound}{ratio(known.mean)}×" if known else ABSENT, detail))
+        return found
+    finals = {name: interval(entry["final"].get("targeted")) for name, entry in entries.items()}
+    return [
+        (f"targeted accuracy of {name}", decimal(found.mean), f"[{decimal(found.low)}, {decimal(found.high)}]")
+        for name, found in list(finals.items())[:3]
+        if found is not None
+    ]
+
+
 def cost_to_target(comparison: Comparison) -> Table | None:
     """Steps, FLOPs and seconds to the target's final accuracy, of the target and of the main strategy."""
     target, main = comparison.summary["target"], comparison.main
@@ -53,9 +79,8 @@ def cost_to_target(comparison: Comparison) -> Table | None:
         for m in HEADLINE_MEASURES
     ]
     caption = (
-        f"Mean cost to reach the final targeted accuracy of {code(target)}, and the speed-up: geometric mean over "
-        f"runs in which {code(target)} gains. A run that never gets there counts with its total cost, and `<` marks an "
-        "upper bound."
+        f"Mean cost to reach the final targeted accuracy of {code(target)}. Speed-up: geometric mean over runs in "
+        f"which {code(target)} gains. A run that never gets there counts with its total cost; `<` marks a bound."
     )
     return Table(caption, [f"to {target}'s accuracy", target, main, "speed-up"], rows)
 
@@ -67,9 +92,9 @@ def speedups(comparison: Comparison) -> list[Block]:
         return [Text(f"Without {target} there is no target, and no speed-up.")]
     caption = (
         f"Speed-up: how many times sooner the final targeted accuracy of {target} is reached, geometric mean over "
-        "seeds (and scenarios). `<`: an upper bound, because some runs never reached it; reached: the share that did. "
-        f"No gain: share of the runs in which {target} ends less than {MIN_GAIN} above the base policy; they have no "
-        "speed-up and are left out. Tokens: generated ones."
+        "seeds and scenarios. Reached: the share of runs that reached it. `<`: an upper bound, because some did not. "
+        f"No gain: share of the runs in which {target} ends less than {MIN_GAIN} above the base policy. They have no "
+        "speed-up. Tokens: generated ones."
     )
     header = ["steps", "tokens", "FLOPs", "seconds", "reached", "no gain"]
     return list(_tables(comparison, (caption, "Speed-up"), header, _speed_row))
@@ -85,7 +110,7 @@ def accuracies(comparison: Comparison) -> list[Block]:
     header = ["targeted", "untargeted", "area (steps)", "area (FLOPs)"]
     summary = comparison.summary
     caption = (
-        "Targeted and untargeted accuracy at the end of the run. Area: mean targeted accuracy over the run, by steps, "
+        "Accuracy at the end of the run, targeted and untargeted. Area: mean targeted accuracy over the run, by steps, "
         f"and by FLOPs up to the total of {code(summary['target'])}."
     )
     captions = caption, "Accuracy and area"
@@ -184,10 +209,10 @@ def costs(comparison: Comparison) -> list[Block]:
     if not names:
         return [Text("There is no run whose cost is known.")]
     bars = {
-        kind: {name: _known(comparison, scope, name, columns) for name in names}
+        kind: {name: dict(zip(KINDS[kind], _known(comparison, scope, name, columns), strict=True)) for name in names}
         for kind, columns in (("seconds", SECONDS), ("flops", FLOPS))
     }
-    drawn = cost_split(bars, KINDS)
+    drawn = cost_split(bars, "comparison-cost")
     where = "scenarios and seeds" if scope == SUITE else "seeds"
     caption = f"Cost of a whole run by phase, mean over {where}. Evaluation is left out."
     header = ["strategy", *PHASES, "total", "rest ÷ train", "generated tokens", "FLOPs"]

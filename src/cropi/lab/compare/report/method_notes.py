@@ -17,33 +17,34 @@ from cropi.report.blocks import Block, Code, Table, Text
 from cropi.report.wording import ABSENT, count, percent
 
 DEFINITIONS = {
-    "pairing": "All strategies of a scenario and seed start from the same policy, pool, stored trajectories and test "
-    "questions, train for the same number of steps and are evaluated at the same ones.",
-    "cost": "Stored trajectories count in full, before the first step, for every strategy that reads them; "
-    "scores and selection count when they are made, and so do the validation completions of a strategy that chooses "
-    "while training. Training counts with its rollouts, dropped ones too. Evaluation does not count.",
-    "FLOPs": "2 P a token and forward pass; P: parameters in matrix products. Generation takes 1 forward pass a token, "
-    "collection 2, training 1 for generation and 3 for every pass over a batch; scoring depends on the estimator.",
-    "accuracy": "Mean over the questions of a test set: share of right answers among the samples (evaluate.samples), "
-    "or the greedy answer. Targeted: mean over the targeted sets; untargeted: over the others.",
+    "pairing": "All strategies of a scenario and seed share the first policy, the pool, the stored trajectories and "
+    "the test questions. They train for as many steps and are evaluated at the same ones.",
+    "cost": "Stored trajectories count in full before the first step, for every strategy that reads them. Scores, "
+    "selections and validation completions count when they are made. Training counts with its rollouts, dropped ones "
+    "too. Evaluation does not count.",
+    "FLOPs": "2 P a token and forward pass, with P the parameters in matrix products. Generation takes 1 forward pass "
+    "a token, collection 2. Training takes 1 for generation and 3 for every pass over a batch. Scoring depends on the "
+    "estimator.",
+    "accuracy": "Share of right answers: among the samples (evaluate.samples), or of the greedy ones. Targeted: mean "
+    "over the targeted test sets. Untargeted: over the others.",
     "area": "Mean targeted accuracy over the run: by FLOPs, up to full's total, or by steps.",
     "target": "The targeted accuracy of full at its last step, of the same seed.",
-    "speed-up": "Cost of full to the target divided by that of the strategy: geometric mean over seeds, then over "
+    "speed-up": "Cost of full to the target divided by that of the strategy. Geometric mean over seeds, then over "
     "scenarios with equal weights. A curve is a straight line between evaluations. No cost is below one step.",
-    "upper bound (<)": "A run that never reaches the target counts with its total cost, so its ratio is too high, and "
-    "so are both ends of the interval.",
-    "no gain": f"Runs in which full ends less than {MIN_GAIN} above the base policy have no speed-up. They are counted "
-    "and left out of speed-ups and costs to the target; areas and final accuracies include them.",
+    "upper bound (<)": "A run that never reaches the target counts with its total cost. Its ratio is then too high, "
+    "and so are both ends of the interval.",
+    "no gain": f"Runs in which full ends less than {MIN_GAIN} above the base policy have no speed-up. They are "
+    "counted, and left out of speed-ups and costs to the target. Areas and final accuracies include them.",
     "worst tenth": "Over drawn scenarios: mean difference of area by FLOPs over the tenth of them where it is lowest.",
     "intervals": "Percentiles of redraws of seeds and of questions within test sets, the same for all strategies. Of S "
-    "seeds S - 1 are redrawn (Rao and Wu 1988); questions that seeds share are redrawn together. They hold for these "
-    "scenarios. If all are drawn at random, C - 1 of C scenarios are redrawn instead, and the intervals over all "
-    "scenarios hold for the population. They are not corrected for the number of strategies.",
+    "seeds, S - 1 are redrawn (Rao and Wu 1988). Questions that seeds share are redrawn together. The intervals hold "
+    "for these scenarios. If all scenarios are drawn at random, C - 1 of C are redrawn instead. Intervals over all "
+    "scenarios then hold for the population. They are not corrected for the number of strategies.",
 }
 LIMITS = (
     "Few seeds give wide intervals, and percentiles of a handful are too narrow.",
     "Numbers on seeds on which something was chosen are too good. Without --main, the headline is about the strategy "
-    "with the largest area on these runs: confirm it on fresh seeds. The best reference is chosen in the same way.",
+    "with the largest area on these runs. Confirm it on fresh seeds. The best reference is chosen in the same way.",
     "The interval between evaluations is the resolution of all costs.",
     "Seconds depend on the machine and on how many runs share it. FLOPs leave out padding, attention scores and the "
     "optimiser.",
@@ -90,7 +91,7 @@ def provenance(comparison: Comparison) -> list[Block]:
     plan = _plan(comparison)
     blocks: list[Block] = [
         Text(
-            "Raw results, with verdicts and costs by scenario, strategy, seed, step and test set: `results.parquet` "
+            "Raw results, with verdicts and costs of every evaluation: `results.parquet` "
             f"beside this page (SHA-256 `{digest[:16]}…`). Statistics: `compare.json`. Settings: `plan.json`."
         ),
         Code("the runs again, without key=value settings and YAML files", _command(comparison)),

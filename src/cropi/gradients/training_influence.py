@@ -30,6 +30,7 @@ class LowRank:
     right: Float[Tensor, "r n_in"]
 
 
+TOLERANCE = 0.05  # of what is read, against a gradient that is known
 Direction = Mapping[str, LowRank | Tensor]
 """A direction in weight space by parameter name: a matrix as its factors, a vector as it is. A parameter that is
 missing has direction 0."""
@@ -112,12 +113,12 @@ class Reader:
             return torch.zeros(0, dtype=torch.int64), torch.zeros(0, self._count)
         return torch.cat([rows for rows, _ in taken]), torch.cat([values for _, values in taken])
 
-    def exclude_unfaithful(self, tolerance: float = 0.05) -> tuple[list[str], float]:
+    def exclude_unfaithful(self) -> tuple[list[str], float]:
         """Stop reading parameters for which the sum over rows is not <gradient, direction>, by the checked passes.
 
         Returns their names, and the share of the passes' squared gradient norms that lies in parameters which are read:
         NaN without a gradient or where it overflowed; below one half, influence does not stand for a prompt. An error
-        counts beyond `tolerance` times |<g, D>| + |g| |D| / sqrt(n), its size for an unrelated direction. A weight that
+        counts beyond `TOLERANCE` times |<g, D>| + |g| |D| / sqrt(n), its size for an unrelated direction. A weight that
         a fused loss or a kernel uses without calling its layer is found by this. Collective: the sums are those of all
         processes.
         """
@@ -132,7 +133,7 @@ class Reader:
         found = []
         for name in sorted(totals.keys() & squares.keys()):
             by_chance = (squares[name] / self._numbers[name]).sqrt() * self._lengths(name).double().cpu()
-            if bool(((totals[name] - expected[name]).abs() > tolerance * (by_chance + expected[name].abs())).any()):
+            if bool(((totals[name] - expected[name]).abs() > TOLERANCE * (by_chance + expected[name].abs())).any()):
                 found.append(name)
         self._missed.update(found)
         self._layers = [layer for layer in self._layers if not self._missed.intersection(layer.parameters)]
