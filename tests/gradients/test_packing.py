@@ -213,7 +213,7 @@ def test_rows_of_attention_hold_prompt_and_one_completion_each() -> None:
     assert torch.equal(torch.tensor(ids)[pack.rows.scatter_S], pack.input_ids_S)
 
 
-def test_plan_keeps_to_the_budget_and_to_the_number_of_segments(TRAIN) -> None:
+def test_plan_keeps_to_the_budget_and_to_the_number_of_segments() -> None:
     parts = segments(TRAIN)
     for budget in (1, 14, 25, 40, 1000):
         for most in (None, 1, 2):
