@@ -84,8 +84,8 @@ def test_two_processes_find_what_one_does(policy: str, style: str, two: dict[tup
         for name, gradient in one["gradients"].items():  # mean over processes, not the sum
             torch.testing.assert_close(part["gradients"][name] * 2, gradient, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(part["sums"], one["sums"], rtol=1e-4, atol=1e-5)
-        for (given, tokens), (expected, counted) in zip(part["given"], one["given"], strict=True):
-            assert tokens == counted
+        for (given, *spent), (expected, *counted) in zip(part["given"], one["given"], strict=True):
+            assert spent == counted  # tokens and multiply-adds
             assert given["one"].keys() == expected["one"].keys()
             for member, halves in expected["one"].items():
                 assert given["one"][member] == pytest.approx(halves, rel=1e-4, abs=1e-6)
