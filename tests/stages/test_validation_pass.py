@@ -67,4 +67,4 @@ def test_what_a_tool_wrote_has_no_weight_in_the_direction() -> None:
     logprobs, _ = completion_logprobs(policy.model, [prompt] * 2, completions, temperature=1.0)
     advantage = 0.5 / (0.5**0.5 + 1e-4)
     expected = -advantage / 2 * ((logprobs[0, 0] + logprobs[0, 2]) / 2 - (logprobs[1, 0] + logprobs[1, 1]) / 2)
-    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+    assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
