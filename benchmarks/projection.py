@@ -88,8 +88,8 @@ def _quality(found: list[np.ndarray], exact_NV: np.ndarray) -> dict[str, Any]:
 
 def _print(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
     print(f"\n{options.prompts} groups, {len(TARGETS)} validation sets, {options.seeds} seeds\n")
-    print("| mask | kept | rank | rows kept | D | precision@10 %, mean (worst) | Spearman, mean (worst) |")
-    print("|---|---|---|---|---|---|---|")
+    print("| mask | kept | rank | D | precision@10 %, mean (worst) | Spearman, mean (worst) |")
+    print("|---|---|---|---|---|---|")
     for row in rows:
         full = SparseProjection(**{key: row[key] for key in row if not key.startswith(("precision", "spearman"))})
         structured = full.mask == "structured"

@@ -223,6 +223,7 @@ def test_check_judges_real_rows_and_writes_nothing(tmp_path: Path) -> None:
     assert result["prompts"]["train"] == 48
     assert result["groups"] == 8
     assert Counter(sample["verdict"] for sample in result["samples"]) == {"correct": 2, "wrong": 2}
+    assert len({sample["prompt"] for sample in result["samples"] if sample["verdict"] == "wrong"}) == 2
     assert {sample["reward"] for sample in result["samples"] if sample["verdict"] == "correct"} == {1}
     assert list(tmp_path.iterdir()) == []
 

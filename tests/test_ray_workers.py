@@ -17,14 +17,14 @@ import pyarrow as pa
 import pytest
 import torch
 
-from cropi import parallel
+from cropi import ray_workers
 from cropi.artifacts import write_json
 from cropi.config import PolicyConfig
 from cropi.errors import ConfigError, DataError, PolicyError, UserError
 from cropi.ledger import Ledger
 from cropi.loading import load_config
-from cropi.parallel import Job, Perform, RayPool, Task, Worker, packed, unpacked, use_ray
 from cropi.policy import PolicyCopy, load_policy, weights_identity
+from cropi.ray_workers import Job, Perform, RayPool, Task, Worker, packed, unpacked, use_ray
 from cropi.stages.collect import collect
 from cropi.stages.run import Run
 from cropi.stages.score import score
@@ -104,7 +104,7 @@ def test_a_user_error_comes_back_with_the_name_of_its_node() -> None:
 
 def test_seconds_of_workers_are_charged_in_place_of_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pool, ledger = LocalPool(), Ledger(tmp_path / "ledger.jsonl")
-    monkeypatch.setattr(parallel, "_pool", pool)
+    monkeypatch.setattr(ray_workers, "_pool", pool)
     with ledger.charge("score"):
         found = {
             task.index: task.rows.column("value").to_pylist() for task in pool.map(Doubling(seconds=0.05), tasks(4))
@@ -150,14 +150,14 @@ def test_shards_of_workers_are_those_of_one_process_and_outlive_an_interruption(
     alone = opened(tmp_path / "alone", *RUN)
     collect(alone)
     run = opened(tmp_path / "run", *RUN)
-    monkeypatch.setattr(parallel, "_pool", LocalPool(stop=3))
+    monkeypatch.setattr(ray_workers, "_pool", LocalPool(stop=3))
     with pytest.raises(KeyboardInterrupt):
         collect(run)
     run.folder.unlock()
     parts = {path: path.stat().st_mtime_ns for path in run.folder.trajectories.glob("part-*")}
     assert len(parts) == 3
     pool = LocalPool()
-    monkeypatch.setattr(parallel, "_pool", pool)
+    monkeypatch.setattr(ray_workers, "_pool", pool)
     again = opened(tmp_path / "run", *RUN)
     collect(again)
     assert len(pool.made) == 4
@@ -195,12 +195,12 @@ def test_scores_of_workers_are_those_of_one_process(
 ) -> None:
     """By a killed command as well, which keeps the part that was done."""
     alone = scored(collected, tmp_path / "alone", WAYS[way])
-    monkeypatch.setattr(parallel, "_pool", LocalPool(stop=1))
+    monkeypatch.setattr(ray_workers, "_pool", LocalPool(stop=1))
     if way != "adapters":
         with pytest.raises(KeyboardInterrupt):
             scored(collected, tmp_path / "workers", WAYS[way])
     pool = LocalPool()
-    monkeypatch.setattr(parallel, "_pool", pool)
+    monkeypatch.setattr(ray_workers, "_pool", pool)
     assert scored(collected, tmp_path / "workers", WAYS[way]) == alone
     assert pool.made[-1:] == [0]
 
@@ -218,7 +218,7 @@ def test_settings_that_workers_cannot_follow_are_refused(
     installed = ModuleType("vllm")
     installed.__spec__ = ModuleSpec("vllm", None)
     monkeypatch.setitem(sys.modules, "vllm", installed)
-    monkeypatch.setattr(parallel, "_pool", LocalPool())
+    monkeypatch.setattr(ray_workers, "_pool", LocalPool())
     with pytest.raises(UserError, match=said):
         collect(opened(tmp_path, *RUN, setting))
 

@@ -35,7 +35,7 @@ def refused(cwd: Path, *overrides: str, verbs: tuple[str, ...] = ("check", "run"
         assert "Traceback" not in done.stderr
         assert "\nFix: " in done.stderr
         assert time.process_time() - began < 10
-        messages.add(done.stderr[:80])
+        messages.add(done.stderr[done.stderr.index("error: ") :][:80])  # after lines of progress
     assert len(messages) == 1
     return done.stderr
 

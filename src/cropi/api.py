@@ -100,7 +100,7 @@ class RunResult:
 
     @cached_property
     def curriculum(self) -> pd.DataFrame:
-        """What training trained on: one row per group, with its step, mean reward and why it was chosen, if known."""
+        """Groups that were trained on: one row each, with its step, mean reward and why it was chosen, if known."""
         batches, per_stage = read_jsonl(self._run.stages.rewards), self.config.train.steps_per_stage
         rows = [
             {"stage": batch["step"] // per_stage, "step": batch["step"], "prompt_id": prompt_id, "reward": reward}

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Protocol
 
@@ -17,28 +18,46 @@ from cropi.parallel import is_first_rank
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import Progress as RichProgress
 
 PLAIN_EVERY_S = 10.0  # at the most; a long stage says less often that it is still there
 LINES_A_STAGE = 20
+AVERAGED_S = 3600.0  # of the rate behind a bar's time left: pauses for evaluation and scoring belong to it
 
 
 class Progress(Protocol):
-    """Counts what is done of a stage."""
+    """Counts what is done."""
 
     def advance(self, amount: int = 1) -> None: ...
 
 
+@dataclass
+class _Label:
+    """What is counted, and in which of so many equal stages the count stands."""
+
+    text: str
+    total: int
+    stages: int
+
+    def at(self, done: int) -> str:
+        if self.stages == 1:
+            return self.text
+        return f"{self.text}  stage {min(done * self.stages // max(self.total, 1) + 1, self.stages)}/{self.stages}"
+
+
 class _Bar:
-    def __init__(self, bar: object, task: object) -> None:
-        self._bar, self._task = bar, task
+    def __init__(self, bar: RichProgress, label: _Label, done: int) -> None:
+        self._bar, self._label, self._done = bar, label, done
+        self._task = bar.add_task(label.at(done), total=label.total, completed=done)
 
     def advance(self, amount: int = 1) -> None:
-        self._bar.advance(self._task, amount)  # type: ignore[attr-defined]
+        self._done += amount
+        self._bar.update(self._task, advance=amount, description=self._label.at(self._done))
 
 
 class _Lines:
-    def __init__(self, label: str, total: int, unit: str, done: int) -> None:
-        self._label, self._total, self._unit, self._done = label, total, unit, done
+    def __init__(self, label: _Label, unit: str, done: int) -> None:
+        self._label, self._total, self._unit, self._done = label, label.total, unit, done
         self._start = self._said = time.monotonic()
         self._first: tuple[float, int] | None = None
 
@@ -50,7 +69,8 @@ class _Lines:
         quiet = max(PLAIN_EVERY_S, (now - self._start) / LINES_A_STAGE)
         if now - self._said >= quiet and self._done < self._total:
             self._said = now
-            _print(f"{self._label}  {self._done}/{self._total} {self._unit}{self._left(now)}")
+            at = self._label.at(self._done)
+            _print(f"{at}  {self._done}/{self._total} {self._unit}{self._left(now)}")
 
     def _left(self, now: float) -> str:
         """The time left, once a second piece has been timed."""
@@ -84,7 +104,7 @@ def worded(wording: Callable[[str], str]) -> Iterator[None]:
         _wording = before
 
 
-def _print(text: str) -> None:
+def _print(text: str, style: str | None = None) -> None:
     if not is_first_rank():
         return
     terminal, text = _terminal(), printable(_wording(text))
@@ -93,7 +113,7 @@ def _print(text: str) -> None:
     if terminal is None:
         print(text, file=sys.stderr, flush=True)
     else:
-        terminal.print(text, markup=False, highlight=False, soft_wrap=True)
+        terminal.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 WARNING = "warning: "
@@ -106,7 +126,7 @@ def say(text: str) -> None:
 
 def warn(text: str) -> None:
     """A likely mistake that does not stop the run."""
-    _print(f"{WARNING}{text}")
+    _print(f"{WARNING}{text}", "yellow")
 
 
 @cache
@@ -116,12 +136,13 @@ def warn_once(text: str) -> None:
 
 
 @contextmanager
-def progress(label: str, total: int, unit: str, *, done: int = 0) -> Iterator[Progress]:
+def progress(label: str, total: int, unit: str, *, done: int = 0, stages: int = 1) -> Iterator[Progress]:
     """Show a bar with the time left on a terminal; elsewhere print a line now and then and one at the end.
 
-    `done` pieces were finished by an earlier call and say nothing about the speed of this one.
+    `done` pieces were finished by an earlier call and say nothing about the speed of this one. `stages`: so many equal
+    stages make up the whole, and the present one is named.
     """
-    start = time.monotonic()
+    start, named = time.monotonic(), _Label(label, total, stages)
     terminal = _terminal()
     if terminal is not None and is_first_rank():
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -135,10 +156,10 @@ def progress(label: str, total: int, unit: str, *, done: int = 0) -> Iterator[Pr
             TimeElapsedColumn(),
             TimeRemainingColumn(),
         )
-        with RichProgress(*columns, console=terminal, transient=True) as bar:
-            yield _Bar(bar, bar.add_task(label, total=total, completed=done))
+        with RichProgress(*columns, console=terminal, transient=True, speed_estimate_period=AVERAGED_S) as bar:
+            yield _Bar(bar, named, done)
     else:
-        yield _Lines(label, total, unit, done)
+        yield _Lines(named, unit, done)
     _print(f"{label}  {total} {unit}  {duration(time.monotonic() - start)}")
 
 

@@ -192,14 +192,14 @@ class _Sample:
         return sum(self.lengths)
 
     def shown(self) -> list[dict[str, Any]]:
-        """The first completions of each verdict."""
-        found: dict[str, list[dict[str, Any]]] = {}
+        """Completions of each verdict, the first ones of different prompts."""
+        found: dict[str, dict[str, dict[str, Any]]] = {}
         for row, texts, judged in zip(self.rows, self.texts, self.judged, strict=True):
             for text, judgement in zip(texts, judged, strict=True):
                 shown = {"prompt": last_turn(row["messages"]), "answer": row["answer"], "completion": text}
-                known = found.setdefault(judgement.verdict, [])
-                known.append(shown | {"verdict": judgement.verdict, "reward": judgement.reward})
-        return [sample for known in found.values() for sample in known[:OF_EACH_VERDICT]]
+                shown |= {"verdict": judgement.verdict, "reward": judgement.reward}
+                found.setdefault(judgement.verdict, {}).setdefault(row["prompt_id"], shown)
+        return [sample for known in found.values() for sample in list(known.values())[:OF_EACH_VERDICT]]
 
 
 def completions_of(

@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cropi.parallel import extra_seconds, process_group
+from cropi.parallel import process_group
+from cropi.ray_workers import extra_seconds
 from cropi.streams import append_jsonl, read_jsonl
 
 

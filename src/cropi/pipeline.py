@@ -9,9 +9,11 @@ from pathlib import Path
 from torch import nn
 
 from cropi.artifacts import Manifest
+from cropi.console import say
 from cropi.errors import ArtifactError
 from cropi.parallel import process_group
 from cropi.report.run_report import make_report
+from cropi.report.stage_line import stage_line
 from cropi.report.summary import Summary
 from cropi.stages.collect import collect, make_prompt_table
 from cropi.stages.evaluate import read_questions
@@ -29,8 +31,24 @@ def run_all(run: Run) -> Summary | None:
     make_prompt_table(run)
     read_questions(run)  # refuses test prompts before anything is sampled
     collect(run)
-    train_all(run)
-    return make_report(run.folder) if process_group().is_main else None
+    train(run, partial(_tell_and_select, run))
+    if not process_group().is_main:
+        return None
+    summary = make_report(run.folder)
+    say(stage_line(run.folder, summary, run.config.train.stages - 1))
+    return summary
+
+
+def _tell_and_select(run: Run, stage: int, model: nn.Module, in_progress: bool) -> Sequence[str]:
+    """Select the prompts of a stage; before, rewrite the report and say in one line what the stage before brought."""
+
+    def tell() -> None:
+        summary = make_report(run.folder, live=True)
+        if stage and not in_progress:
+            say(stage_line(run.folder, summary, stage - 1))
+
+    process_group().from_main(tell)
+    return select_stage(run, stage, model, in_progress)
 
 
 def train_all(run: Run) -> Path:

@@ -23,7 +23,7 @@ from tests.distributed import verifiers
 from tests.runs import SMALL, cropi, cropi_error, cropi_ok
 
 from cropi.ledger import Ledger
-from cropi.parallel import Perform, RayPool, Task
+from cropi.ray_workers import Perform, RayPool, Task
 
 ray = pytest.importorskip("ray")
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tests.gradients.architectures import GROUPS, SETTINGS, tiny, tiny_lora
+from tests.gradients.architectures import GROUPS, SETTINGS, TEXT, VOCABULARY, tiny, tiny_lora
 from tests.gradients.footprint import check_unchanged, state
 from tests.runs import SMALL, cropi
 from torch import Tensor, nn
@@ -18,24 +18,11 @@ from cropi.builtin import POLICY_DIR
 from cropi.errors import PolicyError
 from cropi.gradients.influence_scorer import Scorer, ScorerOptions
 
-ENCODER = {
-    "vocab_size": 41,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 24,
-    "max_position_embeddings": 64,
-}
-BART = {
-    "vocab_size": 41,
-    "d_model": 16,
-    "encoder_layers": 1,
-    "decoder_layers": 1,
-    "encoder_attention_heads": 2,
-    "decoder_attention_heads": 2,
-    "encoder_ffn_dim": 24,
-    "decoder_ffn_dim": 24,
-    "max_position_embeddings": 64,
+ENCODER = TEXT | {"max_position_embeddings": 128}
+BART = {"vocab_size": VOCABULARY, "d_model": 16, "max_position_embeddings": 64} | {
+    f"{side}_{name}": size
+    for side in ("encoder", "decoder")
+    for name, size in {"layers": 1, "attention_heads": 2, "ffn_dim": 24}.items()
 }
 
 
@@ -215,7 +202,7 @@ def test_a_faint_look_ahead_shows_in_any_precision() -> None:
     ("model", "settings", "message"),
     [
         ("GPT2LMHeadModel", {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 128}, "Conv1D"),
-        ("BertLMHeadModel", ENCODER | {"max_position_embeddings": 128}, "not causal"),
+        ("BertLMHeadModel", ENCODER, "not causal"),
     ],
 )
 def test_a_run_refuses_a_policy_before_anything_is_collected(

@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 from tests.runs import judge
 from torch import nn
 
-from cropi.artifacts import finish
 from cropi.builtin import POLICY_DIR
 from cropi.config import Config, PolicyConfig
 from cropi.console import warn_once
@@ -132,14 +131,18 @@ def test_resume_from_inside_a_stage_changes_no_bit(
     ]
     assert seen(tmp_path / "run") == seen(folder)
     assert weights.keys() == resumed.keys()
-    for name, weight in weights.items():
-        assert torch.equal(weight, resumed[name]), name
+    assert all(torch.equal(weight, resumed[name]) for name, weight in weights.items())
 
 
-def test_resume_inside_a_stage_with_two_updates_per_generation_changes_no_bit(tmp_path: Path) -> None:
-    twice = ("trainer.num_iterations=2", "trainer.save_steps=2")
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_resume_inside_a_stage_with_two_updates_per_generation_changes_no_bit(accumulated: int, tmp_path: Path) -> None:
+    """A generation batch of 8 or 16 completions serves two optimiser steps, and stages keep their length."""
+    twice = ("trainer.num_iterations=2", "trainer.save_steps=2", f"trainer.gradient_accumulation_steps={accumulated}")
     whole, cut = tmp_path / "whole" / "run", tmp_path / "cut" / "run"
     _, weights = run(whole, *twice)
+    assert newest_checkpoint(whole / "checkpoints", STAGES * STEPS)[1] == STAGES * STEPS
+    assert [step for step, _ in seen(whole)] == [0, 2, 4, 6]
+    assert all(prompts <= set(SELECTIONS[step // STEPS]) for step, prompts in seen(whole))
     shutil.copytree(whole, cut)
     for step in (4, 6, 8):
         shutil.rmtree(cut / "checkpoints" / f"checkpoint-{step}")
@@ -194,6 +197,7 @@ def test_training_does_not_go_on_from_a_damaged_checkpoint(
             shutil.copy(tmp_path / "run/checkpoints/checkpoint-3" / name, path)
     if (name, damage) == ("manifest.json", "remove"):  # as an interruption leaves it
         assert newest_checkpoint(tmp_path / "run/checkpoints", 8) == (tmp_path / "run/checkpoints/checkpoint-3", 3)
+        assert not path.parent.exists()
     elif path.read_bytes() != data if path.exists() else True:
         with pytest.raises(ArtifactError, match=f"checkpoint-6(/{name})?: "):
             run(tmp_path / "run")
@@ -234,15 +238,12 @@ def test_a_checkpoint_is_not_written_through_a_link(kind: str, tmp_path: Path) -
     assert not list((tmp_path / "theirs").iterdir())
 
 
-@pytest.mark.parametrize("device", ["/dev/full"])
-def test_a_disk_that_fills_up_while_torch_writes_is_named(
-    device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_disk_that_fills_up_while_torch_writes_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch says nothing of the disk: `unexpected pos`."""
     save = torch.save
 
     def full(value: object, path: str) -> None:
-        save(value, device if Path(path).name == "optimizer.pt" else path)
+        save(value, "/dev/full" if Path(path).name == "optimizer.pt" else path)
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(ArtifactError, match=r"checkpoint-3: no space left on the disk"):
@@ -286,31 +287,6 @@ def test_completions_of_a_prompt_share_its_forward_pass(tmp_path: Path, monkeypa
     assert seen(tmp_path / "shared") == seen(tmp_path / "apart")
     for name, tensor in weights.items():
         torch.testing.assert_close(tensor, others[name])
-
-
-def test_an_unfinished_checkpoint_is_not_resumed_from(tmp_path: Path) -> None:
-    for step, complete in ((4, True), (8, False)):
-        path = tmp_path / f"checkpoint-{step}"
-        path.mkdir()
-        if complete:
-            finish(path, "checkpoint", inputs={"step": step}, counts={})
-    assert newest_checkpoint(tmp_path, 8) == (tmp_path / "checkpoint-4", 4)
-    assert not (tmp_path / "checkpoint-8").exists()
-
-
-def test_gradient_accumulation_and_iterations_keep_the_stage_length(tmp_path: Path) -> None:
-    _, weights = run(
-        tmp_path,
-        "trainer.gradient_accumulation_steps=2",
-        "trainer.num_iterations=2",
-        "trainer.save_steps=2",
-    )
-    steps = seen(tmp_path)
-    assert newest_checkpoint(tmp_path / "checkpoints", STAGES * STEPS)[1] == 8
-    # one generation batch of 2 x 8 completions serves two optimiser steps
-    assert [step for step, _ in steps] == [0, 2, 4, 6]
-    assert all(prompts <= set(SELECTIONS[step // STEPS]) for step, prompts in steps)
-    assert weights
 
 
 @pytest.mark.parametrize(

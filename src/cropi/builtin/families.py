@@ -17,6 +17,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 STYLES = {
@@ -92,6 +93,11 @@ def _scan(question: str, items: Sequence[object], states: Sequence[object]) -> P
     return _problem(question, items, states, states[-1])
 
 
+def _walk(start: Any, items: Iterable[Any], step: Callable[[Any, Any], Any]) -> list[Any]:
+    """The states after each item, from a start that is none of them."""
+    return [*accumulate(items, step, initial=start)][1:]
+
+
 def sum_mod(rng: random.Random, length: int, modulus: int) -> Problem:
     """Running sum of digits modulo `modulus`."""
     items = [rng.randrange(modulus) for _ in range(length)]
@@ -109,9 +115,7 @@ def alternate(rng: random.Random, length: int, modulus: int) -> Problem:
 def product(rng: random.Random, length: int, modulus: int) -> Problem:
     """Running product of non-zero digits modulo `modulus`."""
     items = [rng.randrange(1, modulus) for _ in range(length)]
-    states = [items[0]]
-    for item in items[1:]:
-        states.append(states[-1] * item % modulus)
+    states = [*accumulate(items, lambda total, item: total * item % modulus)]
     return _scan(f"product mod {modulus}", items, states)
 
 
@@ -119,9 +123,7 @@ def horner(rng: random.Random, length: int, modulus: int) -> Problem:
     """Value of the polynomial with the given coefficients at a point, by Horner's rule, modulo `modulus`."""
     point = rng.randrange(1, modulus)
     items = [rng.randrange(modulus) for _ in range(length)]
-    states = [items[0]]
-    for item in items[1:]:
-        states.append((states[-1] * point + item) % modulus)
+    states = [*accumulate(items, lambda total, item: (total * point + item) % modulus)]
     return _scan(f"horner {point} mod {modulus}", items, states)
 
 
@@ -149,21 +151,15 @@ def count(rng: random.Random, length: int, _modulus: None) -> Problem:
 def machine(rng: random.Random, length: int, _modulus: None) -> Problem:
     """State of the fixed finite automaton `MACHINE`, started in a."""
     items = rng.choices("xyz", k=length)
-    states = [MACHINE["a"][items[0]]]
-    for item in items[1:]:
-        states.append(MACHINE[states[-1]][item])
-    return _scan("machine", items, states)
+    return _scan("machine", items, _walk("a", items, lambda state, item: MACHINE[state][item]))
 
 
 def shell(rng: random.Random, length: int, _modulus: None) -> Problem:
     """Shell game: the cup the ball is under, after each swap of two of the cups a, b, c and d."""
     ball = rng.choice("abcd")
     swaps = rng.choices(CUP_SWAPS, k=length)
-    states, question = [], f"shell {ball}"
-    for swap in swaps:
-        ball = swap.replace(ball, "") if ball in swap else ball
-        states.append(ball)
-    return _scan(question, swaps, states)
+    states = _walk(ball, swaps, lambda cup, swap: swap.replace(cup, "") if cup in swap else cup)
+    return _scan(f"shell {ball}", swaps, states)
 
 
 def depth(rng: random.Random, length: int, _modulus: None) -> Problem:
@@ -185,22 +181,16 @@ def compass(rng: random.Random, length: int, _modulus: None) -> Problem:
     """The heading after each turn."""
     heading = rng.randrange(4)
     turns = rng.choices(list(TURNS), k=length)
-    states, question = [], f"compass {HEADINGS[heading]}"
-    for turn in turns:
-        heading = (heading + TURNS[turn]) % 4
-        states.append(HEADINGS[heading])
-    return _scan(question, turns, states)
+    states = _walk(heading, turns, lambda at, turn: (at + TURNS[turn]) % 4)
+    return _scan(f"compass {HEADINGS[heading]}", turns, [HEADINGS[at] for at in states])
 
 
 def elevator(rng: random.Random, length: int, modulus: int) -> Problem:
     """The floor of a lift in a house of `modulus` floors, counted from 0; it stays put at the top and bottom."""
     floor = rng.randrange(modulus)
     moves = rng.choices(["up", "down"], k=length)
-    states, question = [], f"elevator {floor} of {modulus}"
-    for move in moves:
-        floor = min(floor + 1, modulus - 1) if move == "up" else max(floor - 1, 0)
-        states.append(floor)
-    return _scan(question, moves, states)
+    states = _walk(floor, moves, lambda at, move: min(at + 1, modulus - 1) if move == "up" else max(at - 1, 0))
+    return _scan(f"elevator {floor} of {modulus}", moves, states)
 
 
 def runs(rng: random.Random, length: int, _modulus: None) -> Problem:
@@ -213,12 +203,9 @@ def runs(rng: random.Random, length: int, _modulus: None) -> Problem:
 def hop(rng: random.Random, length: int, _modulus: None) -> Problem:
     """Follow the arrows `length` times; the arrows come in any order."""
     arrows = {letter: rng.choice(HOP_LETTERS) for letter in rng.sample(HOP_LETTERS, len(HOP_LETTERS))}
-    at = rng.choice(HOP_LETTERS)
-    states, question = [], f"hop {length} from {at}"
-    for _ in range(length):
-        at = arrows[at]
-        states.append(at)
-    return _scan(question, [f"{start} > {end}" for start, end in arrows.items()], states)
+    start = rng.choice(HOP_LETTERS)
+    states = _walk(start, range(length), lambda at, _: arrows[at])
+    return _scan(f"hop {length} from {start}", [f"{tail} > {head}" for tail, head in arrows.items()], states)
 
 
 def median(rng: random.Random, length: int, _modulus: None) -> Problem:
@@ -235,7 +222,7 @@ def reverse(rng: random.Random, length: int, _modulus: None) -> Problem:
 
 
 class Family(NamedTuple):
-    """How problems are drawn, and the difficulty they have by default."""
+    """The draw of a family's problems, and their difficulty by default."""
 
     generate: Callable[[random.Random, int, Any], Problem]  # the modulus is an int where the family has one, else None
     default: Difficulty

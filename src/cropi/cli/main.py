@@ -11,7 +11,7 @@ import typer
 
 from cropi import __version__
 from cropi.cli.first_config import init, schema, write_config
-from cropi.cli.runs import list_runs
+from cropi.cli.runs import list_runs, watch
 from cropi.cli.shell import (
     TOGETHER,
     AsJson,
@@ -22,6 +22,7 @@ from cropi.cli.shell import (
     RayOption,
     StageOption,
     WorkersOption,
+    begun_config,
     leave,
     open_run,
     print_result,
@@ -31,12 +32,12 @@ from cropi.cli.shell import (
 )
 from cropi.cli.verify import audit_rewards, verify
 from cropi.console import say
-from cropi.errors import ArtifactError, UserError
+from cropi.errors import UserError
 from cropi.exchange.formats import FORMATS
 from cropi.parallel import is_first_rank, launched, leave_launcher
 
 if TYPE_CHECKING:
-    from cropi.config import Config
+    pass
 
 EXPLAINED = 10  # prompts, if none is named
 
@@ -56,6 +57,7 @@ app.command()(schema)
 app.command()(verify)
 app.command("audit-rewards")(audit_rewards)
 app.command("ls")(list_runs)
+app.command()(watch)
 
 
 @app.command()
@@ -161,7 +163,7 @@ def report(config: ConfigArgument, overrides: Overrides = None, as_json: AsJson 
     from cropi.report.summary import headline
     from cropi.run_folder import RunFolder
 
-    loaded = _made(config, overrides)
+    loaded = begun_config(config, overrides)
     summary = make_report(RunFolder(loaded))
     print_result(summary.as_json(), as_json, f"{headline(summary)}\n\nreport: {loaded.folder / 'report.html'}")
 
@@ -188,7 +190,7 @@ def explain(
     """Why prompts were or were not selected."""
     if prompt_ids and top is not None:
         raise UserError("both prompts and --top are given", where="--top", fix="leave one of them out.")
-    loaded = _made(config, None)
+    loaded = begun_config(config, None)
     from cropi.report.explanations import as_text, explanations
     from cropi.run_folder import RunFolder
 
@@ -200,15 +202,6 @@ def explain(
         top=None if prompt_ids else top or EXPLAINED,
     )
     print_result({"prompts": [each.as_json() for each in found]}, as_json, as_text(found))
-
-
-def _made(name: str, overrides: list[str] | None) -> Config:
-    """The config of a run that has begun. ArtifactError if there is none."""
-    loaded = read_config(name, overrides)
-    if not (loaded.folder / "config.json").is_file():
-        fix = f"run `cropi run {name}` first, or name the folder of a run."
-        raise ArtifactError("there is no such run", where=str(loaded.folder), fix=fix)
-    return loaded
 
 
 @app.command()

@@ -1,21 +1,27 @@
-"""`cropi ls`: the runs in a folder."""
+"""`cropi ls` and `cropi watch`: the runs in a folder, and one that goes on."""
 
 from __future__ import annotations
 
 import fcntl
 import os
+import time
+import webbrowser
 from collections.abc import Iterator
 from pathlib import Path
 from textwrap import shorten
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cropi.cli.shell import AsJson, print_result
+from cropi.cli.shell import AsJson, ConfigArgument, begun_config, print_result
 from cropi.errors import UserError
+
+if TYPE_CHECKING:
+    from cropi.run_folder import RunFolder
 
 HEADER = ("run", "state", "strategy", "steps", "accuracy", "seconds", "tokens")
 PROBLEM = 200  # characters shown
+POLL_S = 5.0
 
 
 def list_runs(
@@ -79,3 +85,54 @@ def _is_locked(folder: Path) -> bool:
         except OSError:
             return True
     return False
+
+
+def watch(
+    config: ConfigArgument,
+    open_page: Annotated[bool, typer.Option("--open", help="Open the report in a browser.")] = False,
+) -> None:
+    """Follow a run that another process works on, until it ends: its report, its steps, a line for every stage."""
+    from cropi.run_folder import RunFolder
+
+    loaded = begun_config(config, None)
+    report = loaded.folder / "report.html"
+    print(f"report: {report}", flush=True)
+    if open_page and report.is_file():
+        webbrowser.open(report.resolve().as_uri())
+    _follow(RunFolder(loaded))
+
+
+def _follow(run: RunFolder) -> None:
+    """Return when the run has ended, finished or not."""
+    from cropi.console import progress, say
+    from cropi.report.stage_line import stage_line
+    from cropi.report.summary import summarise
+
+    settings, told, alive = run.config.train, 0, True
+    total, done = settings.stages * settings.steps_per_stage, _steps(run)
+    with progress(f"run {run.config.name}", total, "steps", done=done, stages=settings.stages) as bar:
+        while alive:
+            alive = _is_locked(run.folder)
+            done, before = _steps(run), done
+            bar.advance(done - before)
+            if _is_settled(run) and (summary := summarise(run.config, run)).steps:
+                for stage in range(told, summary.steps // settings.steps_per_stage):
+                    say(stage_line(run, summary, stage))
+                    told = stage + 1
+            time.sleep(POLL_S if alive else 0)
+    if told < settings.stages:
+        say(f"nobody works on the run any more, after {done} of {total} steps; `cropi run` goes on from there")
+
+
+def _steps(run: RunFolder) -> int:
+    from cropi.streams import read_jsonl
+
+    return max((row["step"] for row in read_jsonl(run.stages.steps)), default=0)
+
+
+def _is_settled(run: RunFolder) -> bool:
+    """Whether no evaluation is being written at the moment."""
+    from cropi.run_tables import evaluation_files
+
+    folder = run.stages.evaluations
+    return len(list(folder.glob("step-*.parquet"))) == len(evaluation_files(folder))

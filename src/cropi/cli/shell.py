@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 import typer.core
 
-from cropi.errors import ConfigError, UserError, printable
-from cropi.parallel import end_ranks, is_first_rank, is_lost_rank, launched, process_group, start_ranks, use_ray
+from cropi.errors import ArtifactError, ConfigError, UserError, printable
+from cropi.parallel import end_ranks, is_first_rank, is_lost_rank, launched, process_group, start_ranks
+from cropi.ray_workers import use_ray
 
 if TYPE_CHECKING:
     from cropi.config import Config
@@ -85,6 +86,15 @@ def read_config(config: ConfigLike, overrides: list[str] | None) -> Config:
     from cropi.loading import load_config
 
     return load_config(config, overrides or [])
+
+
+def begun_config(name: str, overrides: list[str] | None) -> Config:
+    """The config of a run that has begun. ArtifactError if there is none."""
+    loaded = read_config(name, overrides)
+    if not (loaded.folder / "config.json").is_file():
+        fix = f"run `cropi run {name}` first, or name the folder of a run."
+        raise ArtifactError("there is no such run", where=str(loaded.folder), fix=fix)
+    return loaded
 
 
 def read_own_config(config: ConfigLike, overrides: list[str] | None) -> Config:

@@ -346,13 +346,11 @@ class Capture:
                     held[attribute] = original
             originals.clear()
 
-        handles = [module.register_forward_pre_hook(before_forward), module.register_forward_hook(put_back)]
-        try:
+        with ExitStack() as stack:
+            stack.callback(put_back)
+            stack.callback(module.register_forward_pre_hook(before_forward).remove)
+            stack.callback(module.register_forward_hook(put_back).remove)
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            put_back()
 
 
 def _require_grad(module: nn.Module, args: Any, output: Tensor) -> None:

@@ -7,7 +7,7 @@ g_logits = w (onehot(x) - softmax(logits / T)) / T, with w = rho A_k / Z_k from 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -50,15 +50,11 @@ class Head:
         def after_head(_: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
             seen.append((hidden.pop() if hidden else args[0], args[0], output))
 
-        handles = [
-            self._model.base_model.register_forward_hook(lambda _, args, output: hidden.append(output[0])),
-            self.module.register_forward_hook(after_head),
-        ]
-        try:
+        base = self._model.base_model
+        with ExitStack() as stack:
+            stack.callback(base.register_forward_hook(lambda _, args, output: hidden.append(output[0])).remove)
+            stack.callback(self.module.register_forward_hook(after_head).remove)
             yield seen
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def fit(self, seen: Sequence[tuple[Tensor, ...]], logits: Sequence[Tensor]) -> None:
         """Find the scaling constants (Granite's `logits_scaling`, Cohere's `logit_scale` and the like) from the model's

@@ -10,7 +10,7 @@ and ZeRO, and on layers whose weights are sharded again when it meets g.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, Protocol
@@ -95,12 +95,10 @@ def _kind(module: nn.Module, own: dict[str, str | None]) -> Kind | None:
 @contextmanager
 def tapped(layers: Sequence[Layer], tap: Tap) -> Iterator[None]:
     """Put a tap on every layer, for the forward and backward passes inside the block."""
-    hooks = [layer.module.register_forward_hook(_hook(layer, tap)) for layer in layers]
-    try:
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.callback(layer.module.register_forward_hook(_hook(layer, tap)).remove)
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _hook(layer: Layer, tap: Tap) -> Callable[[nn.Module, tuple[Any, ...], Any], Tensor | None]:
@@ -123,21 +121,20 @@ def gradients_tapped(model: nn.Module, meet: Callable[[str, Tensor], None]) -> I
     It is that of this process's rows, whole: it is met before DDP, FSDP2 or ZeRO reduce, shard or drop it. FSDP2 has
     whole parameters only from when they are gathered in the forward pass.
     """
-    found, hooks = set[str](), list[Any]()
+    found = set[str]()
+    with ExitStack() as stack:
 
-    def find(*_: Any) -> None:
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad and name not in found and not isinstance(parameter, DTensor):
-                found.add(name)
-                hooks.append(parameter.register_hook(partial(meet, name)))
+        def find(*_: Any) -> None:
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad and name not in found and not isinstance(parameter, DTensor):
+                    found.add(name)
+                    stack.callback(parameter.register_hook(partial(meet, name)).remove)
 
-    find()
-    hooks += [each.register_forward_pre_hook(find) for each in model.modules() if isinstance(each, FSDPModule)]
-    try:
+        find()
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                stack.callback(module.register_forward_pre_hook(find).remove)
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def whole_shape(parameter: Tensor) -> torch.Size:

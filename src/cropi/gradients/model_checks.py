@@ -128,12 +128,10 @@ def embedded(model: PreTrainedModel) -> Iterator[dict[nn.Module, Tensor]]:
         return leaf.clone()  # the model may change it in place
 
     modules = {model.get_input_embeddings(), *(m for m in model.modules() if isinstance(m, nn.Embedding))}
-    handles = [module.register_forward_hook(keep) for module in modules]
-    try:
+    with ExitStack() as stack:
+        for module in modules:
+            stack.callback(module.register_forward_hook(keep).remove)
         yield found
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def leaks(gradients: Sequence[Tensor | None], hidden: Tensor) -> bool:

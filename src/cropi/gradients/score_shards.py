@@ -28,8 +28,9 @@ from cropi.gradients.groups import Group, iterate_groups
 from cropi.gradients.influence_scorer import Aim, Scored, Scorer, ScorerOptions
 from cropi.gradients.score_reliability import score_by_halves
 from cropi.gradients.surrogate_weights import RATIO_COLUMNS, SurrogateSettings
-from cropi.parallel import Perform, RayPool, Task, process_group
+from cropi.parallel import process_group
 from cropi.policy import PolicyCopy
+from cropi.ray_workers import Perform, RayPool, Task
 
 SHARD_PROMPTS = 64  # few enough to divide among many processes, enough to fill packs
 

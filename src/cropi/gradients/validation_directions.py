@@ -240,7 +240,6 @@ def by_autograd(
     advance: Advance,
 ) -> MeanGradients:
     """Compute mean gradients by the reference estimator."""
-
     parameters = trainable_parameters(model)
 
     def make_piece(groups: Sequence[Group], count: int) -> Piece:

@@ -347,7 +347,7 @@ def _word(text: str) -> str:
 
 
 def training_of(trained: Trained) -> str:
-    """How often a prompt was trained on, over all stages."""
+    """Count how often a prompt was trained on, over all stages."""
     if not trained.times:
         return "not trained on so far"
     mean = f", mean reward {decimal(trained.mean_reward)}" if trained.mean_reward is not None else ""

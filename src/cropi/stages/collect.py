@@ -19,10 +19,11 @@ from cropi.errors import ArtifactError
 from cropi.gradients.score_shards import make_scorer
 from cropi.gradients.validation_groups import validation_groups
 from cropi.ledger import Ledger
-from cropi.parallel import process_group, ray_pool
+from cropi.parallel import process_group
 from cropi.policy import Policy
 from cropi.prompt_encoding import chat_warnings
 from cropi.prompts import data_identity, make_prompts
+from cropi.ray_workers import ray_pool
 from cropi.rewards.verdicts import ERROR, TIMEOUT, Judge
 from cropi.rollouts.representations import KIND as REPRESENTED
 from cropi.rollouts.representations import represent

@@ -200,7 +200,7 @@ class OnlineLoop(ChooserLoop):
         self.evidence.add(self._rows, self._factor * values_BD.unflatten(1, (-1, 2)))
 
     def read_passes(self) -> float:
-        """What reading has cost all processes since the last call, in forward passes of a token. Collective."""
+        """Return what reading has cost all processes since the last call, in forward passes of a token. Collective."""
         products, self._products = sum(process_group().gather(self._products)), 0
         return products / matrix_parameters(self.model)
 

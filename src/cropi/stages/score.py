@@ -41,8 +41,9 @@ from cropi.gradients.score_shards import (
 from cropi.gradients.surrogate_weights import RATIO_COLUMNS, SurrogateSettings
 from cropi.gradients.validation_directions import pieces
 from cropi.gradients.validation_groups import candidate_groups, validation_groups, warn_of_noise
-from cropi.parallel import process_group, ray_pool
+from cropi.parallel import process_group
 from cropi.policy import weights_identity
+from cropi.ray_workers import ray_pool
 from cropi.run_tables import scores_schema
 from cropi.stages.run import Run
 

@@ -262,7 +262,7 @@ def train_stages(task: TrainTask, policy: Policy) -> Path:
     if done == total and resume_from is not None:
         return resume_from
     process_group().from_main(lambda: _begin_from(task, resume_from, done))
-    with progress(f"train {task.label}", total, "steps", done=done) as bar:
+    with progress(f"train {task.label}", total, "steps", done=done, stages=task.stages) as bar:
         trainer = _made_trainer(task, policy)
         check_sharding(trainer, task.asked_in, resume_from)
         position_of = {row["prompt_id"]: position for position, row in enumerate(task.rows)}

@@ -43,7 +43,7 @@ class Loop(Protocol):
         """That micro-batch has been differentiated."""
 
     def read_passes(self) -> float:
-        """What reading has cost since the last call, in forward passes of a token. Collective."""
+        """Return what reading has cost since the last call, in forward passes of a token. Collective."""
 
     def end_generation_batch(self, step: int) -> None:
         """Every completion of a generation batch has been differentiated."""

@@ -58,7 +58,7 @@ class EpochSampler(OnlineSampler):
 
 
 class ScriptRun(OnlineRun):
-    """What a trainer of the user's trains on next, and what is known of every prompt."""
+    """The choice of a user's trainer, and what is known of every prompt."""
 
     _trainer: CurriculumTrainer
     _loop: ChooserLoop
@@ -172,7 +172,7 @@ class ScriptRun(OnlineRun):
         return known.assign(why=[why.get(place, "not chosen yet") for place in range(len(self._rows))])
 
     def closing_line(self, place: Path) -> str:
-        """What was chosen, and where to look."""
+        """Say what was chosen, and where to look."""
         chosen = {choice.place for batch in self._loop.explained for choice in batch}
         found = self._loop.metrics()
         gain, low, high = (found.get(f"curriculum/gain{end}", 0.0) for end in ("", "_low", "_high"))

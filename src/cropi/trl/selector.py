@@ -32,7 +32,7 @@ ANSWERS = ("answer", "solution", "ground_truth")
 
 @dataclass(frozen=True)
 class Selector:
-    """How a `CurriculumTrainer` chooses the prompts of each generation batch."""
+    """Settings by which a `CurriculumTrainer` chooses the prompts of each generation batch."""
 
     validation: Dataset | Mapping[str, Dataset]
     """Target of training: rows like those of the training set, but not in it."""

@@ -105,8 +105,8 @@ def test_intervals_are_over_prompts() -> None:
     first_N = generator.standard_normal(2000)
     second_N = 0.5 * first_N + np.sqrt(0.75) * generator.standard_normal(2000)
     found = interval([(first_N, second_N)], lambda a, b: float(np.corrcoef(a, b)[0, 1]), 0)
-    assert found.low < 0.5 < found.high
-    assert found.high - found.low == pytest.approx(2 * 1.96 * 0.75 / np.sqrt(2000), rel=0.25)
+    assert found["low"] < 0.5 < found["high"]
+    assert found["high"] - found["low"] == pytest.approx(2 * 1.96 * 0.75 / np.sqrt(2000), rel=0.25)
 
 
 def test_a_larger_group_is_no_bias() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -79,7 +80,10 @@ def runs(cwd: Path) -> list[Path]:
 def test_an_interruption_leaves_the_finished_runs_and_the_rest_is_done_later(compared: Path) -> None:
     partial = read_results(compared / "interrupted.parquet")
     assert set(zip(*(partial.column(name).to_pylist() for name in ("seed", "strategy")), strict=True)) == {(3, "full")}
-    assert "1 of 2 runs to do" in (compared / "stderr").read_text()
+    said = (compared / "stderr").read_text()
+    assert "1 of 2 runs to do" in said
+    assert re.search(r"^quickstart · seed \d · \S+  accuracy 0\.\d\d, was 0\.\d\d  ", said, flags=re.MULTILINE)
+    assert re.findall(r"^\| (\S+) +\| +1 \| +0\.\d\d \|", said, flags=re.MULTILINE) == ["full", "influence"]
     assert [(run.parent.name, run.name) for run in runs(compared)] == [("seed-3", "full"), ("seed-3", "influence")]
 
 

@@ -40,7 +40,10 @@ def test_a_failure_has_its_log_and_stops_no_other(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(_Job, "start", scripted(script))
     monkeypatch.setattr(run_processes, "POLL_S", 0.01)
-    failures = execute(plan(tmp_path, "full", "random", "learnability"), 2, keep_checkpoints=True)
+    told: list[str] = []
+    wanted = plan(tmp_path, "full", "random", "learnability")
+    failures = execute(wanted, 2, keep_checkpoints=True, tell=lambda config: told.append(config.folder.name))
+    assert told == ["learnability"]
     assert failures == [
         Failure("quickstart · seed 0 · full", "", True),
         Failure("quickstart · seed 0 · random", "its process was killed by signal 9\nthe last words", False),
@@ -51,7 +54,7 @@ def test_a_failure_has_its_log_and_stops_no_other(tmp_path: Path, monkeypatch: p
 def test_runs_of_a_collection_that_failed_do_not_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_Job, "start", scripted(lambda job: f"exit {job.shared is None:d}"))
     monkeypatch.setattr(run_processes, "POLL_S", 0.01)
-    first, *others = execute(plan(tmp_path, "full", "random"), 1, keep_checkpoints=True)
+    first, *others = execute(plan(tmp_path, "full", "random"), 1, keep_checkpoints=True, tell=lambda config: None)
     assert "shared-" in first.label
     assert [failure.text for failure in others] == [f"{first.label} failed"] * 2
 
@@ -69,7 +72,7 @@ def test_leaving_ends_what_is_running(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(_Job, "start", scripted(script))
     monkeypatch.setattr("time.sleep", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        execute(plan(tmp_path, "full"), 1, keep_checkpoints=True)
+        execute(plan(tmp_path, "full"), 1, keep_checkpoints=True, tell=lambda config: None)
     assert started[0].process is not None
     assert started[0].process.returncode == -9
 

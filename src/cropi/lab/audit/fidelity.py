@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -25,15 +25,7 @@ SPLITS = 10
 """Random divisions of the trajectories that every agreement is a mean over."""
 
 
-@dataclass(frozen=True)
-class Measured:
-    """A number with a bootstrap interval over prompts."""
-
-    value: float
-    low: float
-    high: float
-
-
+Interval = dict[str, float]  # a number (`value`) with the ends of its bootstrap interval over prompts (`low`, `high`)
 Measure = Callable[[np.ndarray, np.ndarray], float]
 Draw = Callable[[np.random.Generator], tuple[Float[np.ndarray, " N"], Float[np.ndarray, " N"]]]
 
@@ -118,11 +110,11 @@ class Comparison:
             "ceiling": self._agreements(on),
         }
 
-    def _agreements(self, draw: Draw) -> dict[str, dict[str, float]]:
+    def _agreements(self, draw: Draw) -> dict[str, Interval]:
         """Means over splits, and their bootstrap intervals over prompts."""
         generator = np.random.default_rng(self._seed)
         draws = [draw(generator) for _ in range(SPLITS)]
-        return {name: asdict(interval(draws, measure, self._seed)) for name, measure in self._measures().items()}
+        return {name: interval(draws, measure, self._seed) for name, measure in self._measures().items()}
 
     def _measures(self) -> dict[str, Measure]:
         return {
@@ -169,12 +161,12 @@ class Comparison:
         scores = whole.stored_N, whole.fresh_N
         raw = pearson(*scores)
         return {
-            **{name: asdict(interval([scores], measure, self._seed)) for name, measure in self._measures().items()},
+            **{name: interval([scores], measure, self._seed) for name, measure in self._measures().items()},
             "pearson": raw,
             "pearson_without_noise": disattenuated(raw, *whole.reliabilities),
         }
 
-    def error_parts(self) -> dict[str, dict[str, float]]:
+    def error_parts(self) -> dict[str, Interval]:
         """Mean square of stored - fresh, taken apart: noise of either side's trajectories and of their validation
         directions, and what is left, bias. Each with its 95 % bootstrap interval over prompts.
 
@@ -185,10 +177,7 @@ class Comparison:
         generator, count = np.random.default_rng(self._seed), len(self._whole.stored_N)
         rows = [np.arange(count), *(generator.integers(count, size=count) for _ in range(REDRAWS))]
         found = [self._whole.parts(part) for part in rows]
-        return {
-            name: asdict(_percentiles(found[0][name], np.array([parts[name] for parts in found[1:]])))
-            for name in found[0]
-        }
+        return {name: _percentiles(found[0][name], np.array([parts[name] for parts in found[1:]])) for name in found[0]}
 
 
 @dataclass(frozen=True)
@@ -283,7 +272,7 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 
 def interval(
     draws: Sequence[tuple[Float[np.ndarray, " N"], Float[np.ndarray, " N"]]], measure: Measure, seed: int
-) -> Measured:
+) -> Interval:
     """Mean of a measure over draws, with the 95 % percentile bootstrap interval over prompts (Efron 1979)."""
     generator = np.random.default_rng(seed)
     count = len(draws[0][0])
@@ -296,11 +285,11 @@ def interval(
     return _percentiles(mean(np.arange(count)), found)
 
 
-def _percentiles(value: float, redrawn: Float[np.ndarray, " R"]) -> Measured:
+def _percentiles(value: float, redrawn: Float[np.ndarray, " R"]) -> Interval:
     if not np.isfinite(redrawn).any():
-        return Measured(value, math.nan, math.nan)
+        return {"value": value, "low": math.nan, "high": math.nan}
     low, high = np.nanquantile(redrawn, [0.025, 0.975]).tolist()
-    return Measured(value, low, high)
+    return {"value": value, "low": low, "high": high}
 
 
 def _known(value: float) -> float | None:

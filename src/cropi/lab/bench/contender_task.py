@@ -24,7 +24,7 @@ class WeightedGroup:
 
 @dataclass(frozen=True)
 class Task:
-    """What a contender loads and computes."""
+    """The policy and the groups of a contender."""
 
     model: str
     groups: list[WeightedGroup]

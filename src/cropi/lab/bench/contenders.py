@@ -238,12 +238,10 @@ class Influence:
         with self._meter.part("validation"):
             scorer.aim(self._validation)
         with self._meter.part("train"):
-            self._products_NV = self._score(scorer)
+            starts = range(0, len(self._groups), BLOCK)
+            blocks = [scorer(self._groups[start : start + BLOCK]).products_NV for start in starts]
+            self._products_NV = np.concatenate(blocks)
         return self._meter.measurement()
-
-    def _score(self, scorer: Scorer) -> np.ndarray:
-        starts = range(0, len(self._groups), BLOCK)
-        return np.concatenate([scorer(self._groups[start : start + BLOCK]).products_NV for start in starts])
 
     def scores_N(self) -> np.ndarray:
         """From <g_i, mean of set v>, the product with the mean over the prompts of all sets."""

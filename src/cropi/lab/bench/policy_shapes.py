@@ -19,45 +19,28 @@ class Shape:
     settings: dict[str, Any]
 
 
-def _qwen2(
-    summary: str, hidden: int, inner: int, layers: int, heads: int, kv: int, vocabulary: int, tied: bool = True
-) -> Shape:
-    return Shape(
-        "qwen2",
-        summary,
-        {
-            "hidden_size": hidden,
-            "intermediate_size": inner,
-            "num_hidden_layers": layers,
-            "num_attention_heads": heads,
-            "num_key_value_heads": kv,
-            "vocab_size": vocabulary,
-            "tie_word_embeddings": tied,
-            "max_position_embeddings": 32768 if vocabulary > 100_000 else 1024,
-        },
-    )
+_SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+    "max_position_embeddings",
+)
+
+
+def _shape(model_type: str, summary: str, *sizes: int, tied: bool = True) -> Shape:
+    return Shape(model_type, summary, dict(zip(_SIZES, sizes, strict=True)) | {"tie_word_embeddings": tied})
 
 
 SHAPES: dict[str, Shape] = {
-    "tiny": _qwen2("24 thousand parameters, for trying the command out", 32, 64, 2, 4, 2, 256),
-    "10m": _qwen2("10 million parameters", 320, 864, 8, 5, 5, 2048),
-    "135m": Shape(
-        "llama",
-        "SmolLM2-135M",
-        {
-            "hidden_size": 576,
-            "intermediate_size": 1536,
-            "num_hidden_layers": 30,
-            "num_attention_heads": 9,
-            "num_key_value_heads": 3,
-            "vocab_size": 49152,
-            "tie_word_embeddings": True,
-            "max_position_embeddings": 8192,
-        },
-    ),
-    "qwen2.5-0.5b": _qwen2("Qwen2.5-0.5B", 896, 4864, 24, 14, 2, 151936),
-    "qwen2.5-1.5b": _qwen2("Qwen2.5-1.5B", 1536, 8960, 28, 12, 2, 151936),
-    "qwen2.5-7b": _qwen2("Qwen2.5-7B", 3584, 18944, 28, 28, 4, 152064, tied=False),
+    "tiny": _shape("qwen2", "24 thousand parameters, for trying the command out", 32, 64, 2, 4, 2, 256, 1024),
+    "10m": _shape("qwen2", "10 million parameters", 320, 864, 8, 5, 5, 2048, 1024),
+    "135m": _shape("llama", "SmolLM2-135M", 576, 1536, 30, 9, 3, 49152, 8192),
+    "qwen2.5-0.5b": _shape("qwen2", "Qwen2.5-0.5B", 896, 4864, 24, 14, 2, 151936, 32768),
+    "qwen2.5-1.5b": _shape("qwen2", "Qwen2.5-1.5B", 1536, 8960, 28, 12, 2, 151936, 32768),
+    "qwen2.5-7b": _shape("qwen2", "Qwen2.5-7B", 3584, 18944, 28, 28, 4, 152064, 32768, tied=False),
 }
 
 

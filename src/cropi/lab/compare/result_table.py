@@ -92,9 +92,8 @@ def run_rows(run: Run) -> Iterator[dict[str, Any]]:
     parameters = int(read_sealed(folder / BEGUN)["matrix_parameters"])
     paths = StagePaths(folder)
     charged = charges(config, paths)
-    answers = read_answers(paths.evaluations)
-    for step, found in answers.items():
-        costs = _nothing() if step == 0 else _costs(charged.up_to(step), parameters)
+    for step, found in read_answers(paths.evaluations).items():
+        costs = dict.fromkeys((*COSTS, *TOKENS, *FLOPS), 0) if step == 0 else _costs(charged.up_to(step), parameters)
         for test, values in _by_set(found, config.prompts.test):
             own = {"scenario": run.scenario, "strategy": run.strategy, "seed": run.seed, "step": step, "set": test}
             yield own | {
@@ -103,10 +102,6 @@ def run_rows(run: Run) -> Iterator[dict[str, Any]]:
                 "correct": list(values.values()),
                 **costs,
             }
-
-
-def _nothing() -> dict[str, float]:
-    return dict.fromkeys((*COSTS, *TOKENS, *FLOPS), 0)
 
 
 def _costs(charged: Charges, parameters: int) -> dict[str, float]:

@@ -18,6 +18,7 @@ from cropi.lab.compare.paired_runs import Comparison, best_strategy, read_traces
 from cropi.lab.compare.report.comparison_page import write_comparison_report
 from cropi.lab.compare.result_table import RESULTS_FILE, read_results, write_results, write_results_up_to
 from cropi.lab.compare.run_processes import Failure, default_jobs, execute
+from cropi.lab.compare.so_far import SoFar
 
 
 def compare_runs(options: CompareOptions) -> tuple[Comparison, list[Failure]]:
@@ -35,7 +36,7 @@ def compare_runs(options: CompareOptions) -> tuple[Comparison, list[Failure]]:
         jobs = options.jobs or (default_jobs([run.config for run in missing]) if missing else 1)
         say(f"{len(missing)} of {len(plan.wanted)} runs to do" + (f", {jobs} at a time" if missing else ""))
         try:
-            failures = execute(plan, jobs, keep_checkpoints=options.keep_checkpoints)
+            failures = execute(plan, jobs, keep_checkpoints=options.keep_checkpoints, tell=SoFar(plan).tell)
         finally:
             write_results(plan)
         comparison = analyse(plan.folder, options)

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,8 +107,10 @@ class _Job:
             self.counted = done
 
 
-def execute(plan: Plan, jobs: int, *, keep_checkpoints: bool) -> list[Failure]:
+def execute(plan: Plan, jobs: int, *, keep_checkpoints: bool, tell: Callable[[Config], None]) -> list[Failure]:
     """Do the runs that are wanted and not finished, `jobs` at a time. Returns the failures in the plan's order.
+
+    `tell` is called for every run that finishes.
 
     An interrupt ends the processes at once and is raised again; the same call then goes on from what they have written.
     """
@@ -125,7 +127,7 @@ def execute(plan: Plan, jobs: int, *, keep_checkpoints: bool) -> list[Failure]:
                 _start_ready(queue, jobs, threads)
                 time.sleep(POLL_S)
                 for job in queue:
-                    _follow(job, bar, keep_checkpoints)
+                    _follow(job, bar, keep_checkpoints, tell)
     finally:
         for job in queue:
             job.stop()
@@ -155,8 +157,8 @@ def _start_ready(queue: Sequence[_Job], jobs: int, threads: int) -> None:
             running += 1
 
 
-def _follow(job: _Job, bar: Progress, keep_checkpoints: bool) -> None:
-    """Update a job and the bar, and report a failure."""
+def _follow(job: _Job, bar: Progress, keep_checkpoints: bool, tell: Callable[[Config], None]) -> None:
+    """Update a job and the bar, and report its end."""
     before = job.ended
     job.poll()
     needed = job.needs.failure if job.needs is not None else None
@@ -165,8 +167,10 @@ def _follow(job: _Job, bar: Progress, keep_checkpoints: bool) -> None:
     job.count_steps(bar)
     if job.failure is not None and not before:
         warn(f"{job.label} failed: {job.failure.text}\n  log: {job.log}")
-    if job.finished and not before and job.steps and not keep_checkpoints:
-        remove_checkpoints(job.config)
+    if job.finished and not before and job.steps:
+        tell(job.config)
+        if not keep_checkpoints:
+            remove_checkpoints(job.config)
 
 
 def default_jobs(configs: Sequence[Config]) -> int:
