@@ -225,6 +225,15 @@ def test_the_page_and_its_twin_have_the_same_tables(two_scenarios: Comparison) -
     assert Outline(page).tags.count("svg") == 5
 
 
+def test_the_page_of_many_scenarios_and_strategies_stays_below_two_megabytes(tmp_path: Path) -> None:
+    names = ["full", *(f"strategy-{number}" for number in range(7))]
+    runs = [rows(f"scenario-{n}", name, 0, QUICK if n % 2 else SLOW) for n in range(20) for name in names]
+    text_of(compared(tmp_path, *runs))
+    page = (tmp_path / "compare.html").read_text(encoding="utf-8")
+    assert len(page.encode()) < 2_000_000
+    assert "The other 8 scenarios are only in the tables." in page
+
+
 def test_nothing_finished_is_no_error(tmp_path: Path) -> None:
     assert "No run is finished yet." in text_of(compared(tmp_path))
 
@@ -255,7 +264,7 @@ def test_the_page_begins_with_three_ratios_and_the_curve(one_seed: Comparison) -
     assert {line.name: line.y for line in chart.lines}["quick"] == [0.0, 1.0, 1.0]
     assert chart.rules == [0.5]
     bounds = sections(main(one_seed, "never"))[0].blocks[0].numbers
-    assert all(value.startswith("at most 1.00×") for _, value, _ in bounds)
+    assert all(value == "≤ 1.00×" for _, value, _ in bounds)
 
 
 # -- looks -------------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from cropi.lab.compare.curve_statistics import accuracy_curves, redraw_counts, s
 from cropi.lab.compare.paired_runs import Comparison
 from cropi.seeds import derived_seed
 
-POINTS = 64  # of a curve over costs, which differ by seed
+POINTS = 32  # of a curve over costs, which differ by seed
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from cropi.report.shares import share_table
 from cropi.report.wording import code, listed, percent
 
 CURVES = {"steps": "optimiser steps", "flops": "FLOPs", "seconds": "seconds"}
+MAX_CURVES = 12  # scenarios whose curves are drawn: more would make the page too large to be sent around
 NO_RUNS = "The folders of the runs are not here, so this part is left out."
 NOTHING = "No run is finished yet."
 
@@ -82,13 +83,15 @@ def _speedup_figure(comparison: Comparison, looks: Styles) -> list[Block]:
 def _curves(comparison: Comparison, looks: Styles) -> list[Block]:
     blocks: list[Block] = []
     level, target = percent(comparison.summary["confidence"]), comparison.summary["target"]
-    found = {name: bands(comparison, name, CURVES) for name in comparison.scenarios}
+    found = {name: bands(comparison, name, CURVES) for name in comparison.scenarios[:MAX_CURVES]}
+    left_out = len(comparison.scenarios) - len(found)
+    rest = f" The other {left_out} scenarios are only in the tables." if left_out else ""
     for measure, words in CURVES.items():
         shown = {name: of_measures[measure] for name, of_measures in found.items() if of_measures}
         ends = "" if measure == "steps" else " A curve ends where the cheapest of its runs does."
         caption = (
             f"Targeted accuracy against {words}, mean over seeds. Bands: {level} intervals over seeds and "
-            f"questions. Dotted: where {code(target)} ends, if it was run.{ends}"
+            f"questions. Dotted: where {code(target)} ends, if it was run.{ends}{rest}"
         )
         if shown:
             blocks.append(accuracy_curves(shown, measure, looks, comparison.main, target, caption))

@@ -55,7 +55,7 @@ def large_numbers(comparison: Comparison) -> list[tuple[str, str, str]]:
         for measure in HEADLINE_MEASURES:
             known, form = interval(entries[main]["speedup"][measure]), COSTS[measure]
             spent = f"{form(own[measure]['mean'])} against {form(theirs[measure]['mean'])}"
-            bound = "at most " if censored(entries[main]) else ""
+            bound = "≤ " if censored(entries[main]) else ""
             detail = f"[{ratio(known.low)}, {ratio(known.high)}]; {spent}" if known else ABSENT
             found.append((f"fewer {UNITS[measure]}", f"{bound}{ratio(known.mean)}×" if known else ABSENT, detail))
         return found
