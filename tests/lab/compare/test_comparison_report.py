@@ -16,7 +16,7 @@ from tests.report.test_report import Outline, the_only_script
 
 from cropi.artifacts import write_json
 from cropi.lab.compare.paired_runs import Comparison
-from cropi.lab.compare.report.accuracy_bands import bands, spread
+from cropi.lab.compare.report.accuracy_bands import bands, population_bands, spread
 from cropi.lab.compare.report.comparison_figures import styles
 from cropi.lab.compare.report.comparison_page import headline, sections, terminal_text, write_comparison_report
 from cropi.lab.compare.report.comparison_tables import accuracies, cost_to_target, costs, speedups
@@ -285,3 +285,17 @@ def test_the_report_needs_no_torch() -> None:
         [sys.executable, "-c", code], env={"PYTHONPATH": ":".join(sys.path)}, capture_output=True, text=True, check=True
     )
     assert result.stdout.strip() == "set()"
+
+
+def test_the_curve_over_drawn_scenarios_is_their_mean_and_only_they_are_redrawn(tmp_path: Path) -> None:
+    curves = (0, 4, 4), (0, 0, 4), (0, 2, 2)
+    runs = [rows(f"drawn-{n}", name, 0, own) for n, own in enumerate(curves) for name in ("full", "x")]
+    comparison = compared(tmp_path, *runs)
+    band = population_bands(comparison, ["steps"])["steps"]["x"]
+    assert band.at.tolist() == [0, 4, 8]
+    assert band.mean.tolist() == pytest.approx([0, 0.5, 2.5 / 3])
+    assert band.low.tolist() == pytest.approx([0, 0, 0.5])  # of pairs of three scenarios: the worst one twice
+    assert band.high.tolist() == pytest.approx([0, 1, 1])
+    curves_by_flops = population_bands(comparison, ["flops"])["flops"]["full"]
+    assert curves_by_flops.at[-1] == 8
+    assert curves_by_flops.mean[-1] == pytest.approx(2.5 / 3)

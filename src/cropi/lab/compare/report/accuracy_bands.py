@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -74,15 +74,43 @@ def _band(
     measure: str,
 ) -> Band:
     seeds, traces = comparison.seeds(scenario, strategy), comparison.own_traces(scenario, strategy)
-    values = [curves[seed, strategy] for seed in seeds]
-    at_G = traces[0].steps.astype(float)
-    if measure != "steps":
-        paid = [trace.paid(measure) for trace in traces]
-        at_G = np.linspace(0.0, min(float(ahead_E[-1] + along_E[-1]) for ahead_E, along_E in paid), POINTS)
-        values = [own_RE @ spread(at_G, *costs).T for own_RE, costs in zip(values, paid, strict=True)]
-    generator = np.random.default_rng(derived_seed(0, "curves", scenario, *seeds))
-    counts_RS = seed_counts(len(seeds), comparison.summary["redraws"], generator)
-    mean_RG = np.einsum("srg,rs->rg", np.stack(values), counts_RS / counts_RS.sum(axis=1, keepdims=True))
+    at_G, weights = _grid([trace.paid(measure) for trace in traces], traces[0].steps, measure)
+    values = [curves[seed, strategy] @ weights_GE.T for seed, weights_GE in zip(seeds, weights, strict=True)]
+    return _redrawn(comparison, at_G, np.stack(values), derived_seed(0, "curves", scenario, *seeds))
+
+
+def population_bands(comparison: Comparison, measures: Iterable[str]) -> dict[str, dict[str, Band]]:
+    """Bands by measure and strategy over the first seeds of all scenarios, which alone are redrawn: C - 1 of C."""
+    scenarios = comparison.scenarios
+    curves = {name: _accuracies(comparison, name) for name in scenarios}
+    found: dict[str, dict[str, Band]] = {measure: {} for measure in measures}
+    for strategy in comparison.strategies:
+        traces = [comparison.own_traces(name, strategy)[0] for name in scenarios]
+        means = [curves[name][comparison.seeds(name, strategy)[0], strategy][:1] for name in scenarios]
+        for measure, own in found.items():
+            at_G, weights = _grid([trace.paid(measure) for trace in traces], traces[0].steps, measure)
+            values = np.stack([mean_E @ weights_GE.T for mean_E, weights_GE in zip(means, weights, strict=True)])
+            repeated = np.repeat(values, comparison.summary["redraws"] + 1, axis=1)
+            own[strategy] = _redrawn(comparison, at_G, repeated, derived_seed(0, "curves", "population"))
+    return found
+
+
+def _grid(
+    paid: Sequence[tuple[np.ndarray, np.ndarray]], steps_E: np.ndarray, measure: str
+) -> tuple[Float[np.ndarray, " G"], list[Float[np.ndarray, "G E"]]]:
+    """Steps or costs up to the cheapest run's, and by run the weights of its evaluations there."""
+    if measure == "steps":
+        return steps_E.astype(float), [np.eye(len(steps_E)) for _ in paid]
+    at_G = np.linspace(0.0, min(float(ahead_E[-1] + along_E[-1]) for ahead_E, along_E in paid), POINTS)
+    return at_G, [spread(at_G, *costs) for costs in paid]
+
+
+def _redrawn(
+    comparison: Comparison, at_G: Float[np.ndarray, " G"], values_SRG: Float[np.ndarray, "S R G"], seed: int
+) -> Band:
+    """The mean over runs with its interval; redraw 0 is of all as they are."""
+    counts_RS = seed_counts(len(values_SRG), comparison.summary["redraws"], np.random.default_rng(seed))
+    mean_RG = np.einsum("srg,rs->rg", values_SRG, counts_RS / counts_RS.sum(axis=1, keepdims=True))
     tail = (1 - comparison.summary["confidence"]) / 2
     low_G, high_G = np.quantile(mean_RG[1:], [tail, 1 - tail], axis=0)
     return Band(at_G, mean_RG[0], low_G, high_G)

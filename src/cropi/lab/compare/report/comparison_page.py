@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cropi.lab.compare.paired_runs import Comparison, interval
-from cropi.lab.compare.report.accuracy_bands import bands
+from cropi.lab.compare.report.accuracy_bands import bands, population_bands
 from cropi.lab.compare.report.compared_selections import compared_sources, selected_by_strategy
 from cropi.lab.compare.report.comparison_figures import Styles, accuracy_curves, speedup_intervals, styles
 from cropi.lab.compare.report.comparison_tables import (
@@ -22,8 +22,8 @@ from cropi.report.rendering import write_report
 from cropi.report.shares import share_table
 from cropi.report.wording import code, listed, percent
 
+MAX_CURVES = 12  # scenarios of one's own whose curves are drawn: more would make the page too large to be sent around
 CURVES = {"steps": "optimiser steps", "flops": "FLOPs", "seconds": "seconds"}
-MAX_CURVES = 12  # scenarios whose curves are drawn: more would make the page too large to be sent around
 NO_RUNS = "The folders of the runs are not here, so this part is left out."
 NOTHING = "No run is finished yet."
 
@@ -83,15 +83,20 @@ def _speedup_figure(comparison: Comparison, looks: Styles) -> list[Block]:
 def _curves(comparison: Comparison, looks: Styles) -> list[Block]:
     blocks: list[Block] = []
     level, target = percent(comparison.summary["confidence"]), comparison.summary["target"]
-    found = {name: bands(comparison, name, CURVES) for name in comparison.scenarios[:MAX_CURVES]}
-    left_out = len(comparison.scenarios) - len(found)
-    rest = f" The other {left_out} scenarios are only in the tables." if left_out else ""
+    if comparison.summary["population"]:
+        found = {f"{len(comparison.scenarios)} drawn scenarios": population_bands(comparison, CURVES)}
+        over, rest = "scenarios", " Single scenarios are in the tables."
+    else:
+        found = {name: bands(comparison, name, CURVES) for name in comparison.scenarios[:MAX_CURVES]}
+        left_out = len(comparison.scenarios) - len(found)
+        rest = f" The other {left_out} scenarios are only in the tables." if left_out else ""
+        over = "seeds and questions"
     for measure, words in CURVES.items():
         shown = {name: of_measures[measure] for name, of_measures in found.items() if of_measures}
         ends = "" if measure == "steps" else " A curve ends where the cheapest of its runs does."
         caption = (
-            f"Targeted accuracy against {words}, mean over seeds. Bands: {level} intervals over seeds and "
-            f"questions. Dotted: where {code(target)} ends, if it was run.{ends}{rest}"
+            f"Targeted accuracy against {words}, mean over {over.split()[0]}. Bands: {level} intervals over {over}. "
+            f"Dotted: where {code(target)} ends, if it was run.{ends}{rest}"
         )
         if shown:
             blocks.append(accuracy_curves(shown, measure, looks, comparison.main, target, caption))
