@@ -1,6 +1,7 @@
 """A headless Chromium, driven through the DevTools protocol over a pipe: no library, no port."""
 
 import base64
+import fcntl
 import json
 import os
 import shutil
@@ -14,6 +15,12 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here")
 
 
+def _moved_up(descriptor: int) -> int:
+    moved = fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, 10)
+    os.close(descriptor)
+    return moved
+
+
 class Browser:
     """One page. `events` keeps all that the browser has told of it, in order."""
 
@@ -23,7 +30,9 @@ class Browser:
         from_us, self._writing = os.pipe()
         flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
         arguments = [CHROMIUM, *flags, f"--user-data-dir={profile}", "--remote-debugging-pipe", "about:blank"]
-        # The browser reads commands from descriptor 3 and writes to 4, each message ended by a zero byte.
+        # The browser reads commands from descriptor 3 and writes to 4, each message ended by a zero byte. Our ends may
+        # have these numbers themselves, so they are moved away first.
+        from_us, to_us = (_moved_up(descriptor) for descriptor in (from_us, to_us))
         places = [(os.POSIX_SPAWN_DUP2, to_us, 4), (os.POSIX_SPAWN_DUP2, from_us, 3)]
         silent = (os.POSIX_SPAWN_OPEN, 2, os.devnull, os.O_WRONLY, 0)
         self._process = os.posix_spawn(CHROMIUM, arguments, os.environ, file_actions=[*places, silent])

@@ -471,14 +471,22 @@ def test_what_the_environment_says_that_no_request_can_be_made_of(
 
 
 def test_an_interrupt_does_not_wait_for_the_server(policy: Policy, serving: Any) -> None:
-    ended = threading.Event()
-    fake = serving(lambda *_: ended.wait(60) and said("answer 1"))
-    began, main = time.monotonic(), threading.main_thread().ident
-    threading.Timer(0.5, signal.pthread_kill, [main, signal.SIGINT]).start()
+    asked, ended = threading.Event(), threading.Event()
+
+    def answer(*_: Any) -> Any:
+        asked.set()
+        return ended.wait(60) and said("answer 1")
+
+    def interrupt() -> None:
+        asked.wait(60)
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+    fake, began = serving(answer), time.monotonic()
+    threading.Thread(target=interrupt).start()
     with pytest.raises(KeyboardInterrupt):
         ask(policy, fake)
     ended.set()
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30
 
 
 def test_a_prompt_that_does_not_survive_as_text_is_refused(policy: Policy) -> None:
