@@ -1,12 +1,16 @@
 """Shared fixtures: tiny random models, and the environment every test runs in."""
 
 import os
+import signal
 from collections.abc import Iterator
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # also of the commands that tests start
+signal.signal(
+    signal.SIGINT, signal.default_int_handler
+)  # a shell ignores it for commands that it puts in the background
 
 import hypothesis
 import jaxtyping
