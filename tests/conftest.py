@@ -8,9 +8,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # also of the commands that tests start
-signal.signal(
-    signal.SIGINT, signal.default_int_handler
-)  # a shell ignores it for commands that it puts in the background
 
 import hypothesis
 import jaxtyping
@@ -23,6 +20,8 @@ from cropi.training.trial_step import try_one_step
 
 hypothesis.settings.register_profile("any-machine", deadline=None)  # a busy one is slow, not wrong
 hypothesis.settings.load_profile("any-machine")
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it for commands in the background
 
 VOCABULARY = 13
 
