@@ -70,7 +70,7 @@ def mutated(rng: random.Random) -> dict[str, Any]:
     values = load(TINY) if rng.random() < 0.5 else copy.deepcopy(TINY)
     for _ in range(rng.choice([1, 1, 1, 2, 3])):
         *path, last = rng.choice(places(values))
-        if rng.random() < 0.15:
+        if rng.random() < 0.15 and "trainer" in values:  # an earlier change may have removed it
             path, last = ["trainer"], rng.choice(TRAINER_KEYS.split())
         table = values
         for key in path:
