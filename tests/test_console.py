@@ -7,12 +7,16 @@ from cropi import console
 from cropi.errors import UserError, printable
 
 
-def test_plain_lines_carry_the_time_left_and_thin_out(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    clock = [0.0]
-    monkeypatch.setattr(console.time, "monotonic", lambda: clock[0])
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time in seconds, which stands until it is advanced; no terminal."""
+    seconds = [0.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: seconds[0])
     monkeypatch.setattr(console, "_terminal", lambda: None)
+    return seconds
+
+
+def test_plain_lines_carry_the_time_left_and_thin_out(capsys: pytest.CaptureFixture[str], clock: list[float]) -> None:
     with console.progress("score", 1000, "prompts") as bar:
         for _ in range(1000):
             clock[0] += 1.0
@@ -31,12 +35,9 @@ def test_durations(seconds: float, text: str) -> None:
 
 
 def test_the_time_left_leaves_out_what_was_done_before_and_the_first_piece(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str], clock: list[float]
 ) -> None:
     """A training resumed at step 100 of 200 that scores for 60 s before its first step, then takes 2 s a step."""
-    clock = [0.0]
-    monkeypatch.setattr(console.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(console, "_terminal", lambda: None)
     with console.progress("train", 200, "steps", done=100) as bar:
         clock[0] += 60.0
         bar.advance()
@@ -48,12 +49,7 @@ def test_the_time_left_leaves_out_what_was_done_before_and_the_first_piece(
     assert second == "train  106/200 steps  3:08 left"
 
 
-def test_one_bar_over_all_stages_names_the_present_one(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    clock = [0.0]
-    monkeypatch.setattr(console.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(console, "_terminal", lambda: None)
+def test_one_bar_over_all_stages_names_the_present_one(capsys: pytest.CaptureFixture[str], clock: list[float]) -> None:
     with console.progress("train", 8, "steps", stages=2) as bar:
         for _ in range(8):
             clock[0] += 20.0

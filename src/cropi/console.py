@@ -33,7 +33,7 @@ class Progress(Protocol):
 
 @dataclass
 class _Label:
-    """What is counted, and in which of so many equal stages the count stands."""
+    """Text beside a count, with the stage of several equal ones in which it stands."""
 
     text: str
     total: int

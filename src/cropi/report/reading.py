@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,23 +113,24 @@ def directions(config: Config) -> list[str]:
 
 def read_scores(config: Config, paths: StagePaths) -> dict[int, pa.Table]:
     """Finished influence tables by stage."""
-    schema, tables = scores_schema(directions(config)), {}
-    for stage in range(config.train.stages):
-        folder = paths.scores(stage)
-        if is_finished(folder):
-            open_artifact(folder, "scores", made_by="cropi score")
-            tables[stage] = read_table(folder / "scores.parquet", schema)
-    return tables
+    return _finished(config, paths.scores, "scores", "cropi score", scores_schema(directions(config)))
 
 
 def read_beliefs(config: Config, paths: StagePaths) -> dict[int, pa.Table]:
     """Beliefs about the pool at the end of each stage, where influence is read while training."""
-    schema, tables = beliefs_schema(config.prompts.validation), {}
+    return _finished(config, paths.beliefs, "beliefs", "cropi train", beliefs_schema(config.prompts.validation))
+
+
+def _finished(
+    config: Config, folder_of: Callable[[int], Path], kind: str, made_by: str, schema: pa.Schema
+) -> dict[int, pa.Table]:
+    """The tables `KIND.parquet` of the stages that have one."""
+    tables = {}
     for stage in range(config.train.stages):
-        folder = paths.beliefs(stage)
+        folder = folder_of(stage)
         if is_finished(folder):
-            open_artifact(folder, "beliefs", made_by="cropi train")
-            tables[stage] = read_table(folder / "beliefs.parquet", schema)
+            open_artifact(folder, kind, made_by=made_by)
+            tables[stage] = read_table(folder / f"{kind}.parquet", schema)
     return tables
 
 

@@ -1,4 +1,4 @@
-"""What a comparison that goes on has brought: a line for every finished run, and the means by strategy."""
+"""Interim results of a comparison: a line for every finished run, and the means by strategy."""
 
 from __future__ import annotations
 
