@@ -74,13 +74,14 @@ class Curriculum:
         validation: Mapping[str, Float[np.ndarray, "M E"]],
         *,
         seed: int,
-        completions: int = 64,
+        batch: int = 8,
+        generations: int = 8,
         scaling: Literal["group", "none"] = "group",
         observe_only: bool = False,
     ) -> None:
         """`points_NE` represents the pool's prompts, `validation` those of each set, in the same coordinates.
 
-        `completions` are those of a training step. `scaling` is that of the trainer's advantages: divided by the
+        A training step has `batch` prompts with `generations` completions each. `scaling` is that of the trainer's advantages: divided by the
         group's standard deviation, or not. With `observe_only` all prompts are drawn uniformly.
         """
         self._pool, self._names = len(points_NE), sorted(validation)
@@ -96,7 +97,7 @@ class Curriculum:
         self._influence = {name: self._belief(features_PF, name) for name in self._names}
         self._fingerprint = hashlib.sha256(features_PF).hexdigest()  # type: ignore[arg-type] # contiguous
         self._seed, self._scaling, self._observe_only = seed, scaling, observe_only
-        self._per_round = round(ROUND_STEPS * completions)
+        self._generations, self._per_round = generations, round(ROUND_STEPS * batch * generations)
         self.rewards_only = False  # where too little of the gradient can be read
         self._asked = 0  # calls of `next`
         self._last_N = np.full(self._pool, -COOLDOWN - 1)  # step of the last draw
@@ -183,8 +184,7 @@ class Curriculum:
 
     def _learnability(self) -> Float[np.ndarray, " P"]:
         """Expected size of the advantages: the rewards' standard deviation, or variance if they are not divided."""
-        variances_P = self._rewards.variances()
-        return np.sqrt(variances_P) if self._scaling == "group" else variances_P
+        return self._rewards.deviations(self._generations) if self._scaling == "group" else self._rewards.variances()
 
     def _members(self, name: str) -> Int[np.ndarray, " M"]:
         return np.arange(self._first[name], self._first[name] + self._sizes[name])

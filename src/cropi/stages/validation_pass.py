@@ -21,7 +21,7 @@ from cropi.policy import Policy, completion_logprobs, longest_alike
 from cropi.rewards.verdicts import Judge, answered
 from cropi.rollouts.generation import Generator, Sampling
 
-RANK = 8
+RANK = 4
 KEPT = 0.8  # weight of a round's gradients at the next round
 Due = Mapping[str, Sequence[int]]  # completions that each prompt of a validation set wants
 
