@@ -6,7 +6,7 @@ are cropi's. As in its trainer, the batch of a step is chosen before the rewards
 and due validation prompts are sampled before that. A run writes `log.jsonl` with a line for each evaluation, validation
 round and step. The same command goes on after the newest evaluation.
 
-Costs are `passes`: forward passes of one token through all matrices, by the formula of `cropi.report.flops`, for which
+Costs are `passes`: forward passes of one token through all matrices, by the formula of `cropi.report.costs`, for which
 every completion has a copy of its prompt, plus the products of sketching and reading.
 """
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from cropi.functional.bootstrap import bootstrap_mean
+from cropi.functional.intervals import bootstrap_mean
 
 STUDENT = {3: (4.303, 1.061), 5: (2.776, 0.941), 8: (2.365, 0.896)}  # t(0.975) and t(0.8) with n - 1 degrees of freedom
 

@@ -9,7 +9,7 @@ import pytest
 
 from cropi.curriculum.curriculum import COOLDOWN, Choice, Curriculum, even_counts, without_harm
 from cropi.errors import ArtifactError
-from cropi.functional.ratio import ratio_interval
+from cropi.functional.intervals import ratio_interval
 
 
 class World:

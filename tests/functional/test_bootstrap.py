@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from cropi.functional.bootstrap import bootstrap_mean
+from cropi.functional.intervals import bootstrap_mean
 
 
 def test_interval_of_a_coin_meets_the_normal_one() -> None:

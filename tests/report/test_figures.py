@@ -7,8 +7,7 @@ import pytest
 
 from cropi.report import figures
 from cropi.report.blocks import Chart, Line
-from cropi.report.charts import chart_data, chart_picture
-from cropi.report.drawing import INK, STRATEGY_STYLES
+from cropi.report.drawing import INK, STRATEGY_STYLES, chart_data, chart_picture
 from cropi.report.reading import Selection
 from cropi.report.shares import MAX_SOURCES, jaccard, random_jaccard, selected_sources, share_table
 from cropi.report.summary import summarise

@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from cropi.functional.bootstrap import bootstrap_mean
+from cropi.functional.intervals import bootstrap_mean
 from cropi.report.headline import headline
 from cropi.report.summary import stratified_mean, summarise
 from cropi.streams import append_jsonl

@@ -25,9 +25,8 @@ from cropi.policy import Policy, load_policy
 from cropi.policy import passes as policy_module
 from cropi.prompt_encoding import encode_prompts
 from cropi.stages.train import TrainTask, newest_checkpoint, train_stages
-from cropi.training.grpo_settings import grpo_config
+from cropi.training.grpo_settings import _problem, grpo_config
 from cropi.training.reward_log import RecordedReward, training_history
-from cropi.training.trial_step import _problem
 
 STAGES, STEPS = 2, 4
 SELECTIONS = [["p0", "p1", "p2"], ["p7", "p8"]]

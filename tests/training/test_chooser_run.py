@@ -15,7 +15,7 @@ from tests.runs import SMALL, cropi, json_lines
 from cropi.curriculum.strategies.lze import Lze
 from cropi.gradients.training_influence import Reader
 from cropi.loading import load_config
-from cropi.report.flops import flops
+from cropi.report.costs import flops
 from cropi.stages.validation_pass import ValidationPass
 from cropi.training.curriculum_state import load_state
 from cropi.training.loss_normalizer import LossNormalizer

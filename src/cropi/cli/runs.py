@@ -105,7 +105,7 @@ def watch(
 def _follow(run: RunFolder) -> None:
     """Return when the run has ended, finished or not."""
     from cropi.console import progress, say
-    from cropi.report.stage_line import stage_line
+    from cropi.report.headline import stage_line
     from cropi.report.summary import summarise
 
     settings, told, alive = run.config.train, 0, True

@@ -22,7 +22,7 @@ from cropi.curriculum.belief import (
 )
 from cropi.curriculum.reward_belief import RewardBelief
 from cropi.errors import ArtifactError
-from cropi.functional.ratio import ratio_interval
+from cropi.functional.intervals import ratio_interval
 
 UNIFORM = 0.1  # share of the places that are drawn uniformly, so that it is known what choosing gains
 GREEDY = 0.8  # of the other places: by the posterior mean; the rest by a joint draw

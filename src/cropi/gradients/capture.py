@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cropi.fsdp import ShardedParameters, outline
 from cropi.gradients.attention import unsupported
 from cropi.gradients.packing import Segment, Span
-from cropi.gradients.sharded_parameters import ShardedParameters, outline
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

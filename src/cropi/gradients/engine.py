@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from cropi.artifacts import OK
 from cropi.console import warn
 from cropi.errors import PolicyError
+from cropi.fsdp import ShardedParameters, Turn, forward_replaced
 from cropi.gradients.attention import pack_rows, packed, unsupported
 from cropi.gradients.capture import Capture, Idle, NullReader, Reader, find_idle, watch_calls
 from cropi.gradients.groups import Group
@@ -29,7 +30,6 @@ from cropi.gradients.model_checks import (
     without_effect,
 )
 from cropi.gradients.packing import Pack, Segment, make_pack, plan
-from cropi.gradients.sharded_parameters import ShardedParameters, Turn, forward_replaced
 from cropi.gradients.surrogate_weights import RatioStatistics, SurrogateSettings, ratio_statistics, trajectory_scales
 from cropi.policy import evaluating, longest_alike
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from cropi.artifacts import OK
 from cropi.errors import PolicyError
+from cropi.fsdp import ShardedParameters
 from cropi.functional import influence_formulas
 from cropi.functional.projection import SparseProjection, principal_directions
 from cropi.gradients.engine import Engine, by_group, segments_of
@@ -22,7 +23,6 @@ from cropi.gradients.groups import Group
 from cropi.gradients.model_checks import require_independent_rows
 from cropi.gradients.packing import Segment
 from cropi.gradients.reference import prompt_gradient
-from cropi.gradients.sharded_parameters import ShardedParameters
 from cropi.gradients.sketch import GradientMap, SketchReader, StructuredMap, UniformMap, project
 from cropi.gradients.surrogate_weights import RATIO_COLUMNS, RatioStatistics, SurrogateSettings
 from cropi.gradients.validation_directions import (

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from cropi.errors import PolicyError
+from cropi.fsdp import forward_replaced
 from cropi.gradients.attention import own_attention, pack_rows, unsupported
 from cropi.gradients.capture import NullReader
 from cropi.gradients.packing import Pack, Segment, make_pack
-from cropi.gradients.sharded_parameters import forward_replaced
 from cropi.policy import evaluating
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from cropi.functional.bootstrap import Interval
+from cropi.functional.intervals import Interval
 
 
 @dataclass(frozen=True)

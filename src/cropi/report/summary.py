@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from cropi.config import Config
-from cropi.functional.bootstrap import CONFIDENCE, REDRAWS, Interval
+from cropi.functional.intervals import CONFIDENCE, REDRAWS, Interval
 from cropi.report.costs import charges
 from cropi.report.headline import headline
 from cropi.report.reading import (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cropi.console import duration
-from cropi.functional.bootstrap import Interval
+from cropi.functional.intervals import Interval
 
 ABSENT = "–"
 NOT_MEASURED = "not measured"

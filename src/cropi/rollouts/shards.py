@@ -25,9 +25,8 @@ from cropi.prompt_encoding import encode_rows
 from cropi.ray_workers import Perform, RayPool, Task
 from cropi.rewards.pool import strict_judge
 from cropi.rewards.verdicts import Judge, answered
-from cropi.rollouts.generation import Generator, Sampling, TransformersGenerator, longest_first
+from cropi.rollouts.generation import Generator, Sampling, TransformersGenerator, VllmGenerator, longest_first
 from cropi.rollouts.server import ServerGenerator
-from cropi.rollouts.vllm import VllmGenerator
 from cropi.seeds import derived_seed
 
 

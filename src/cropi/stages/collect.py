@@ -17,7 +17,7 @@ from cropi.config import SAMPLED_BY, Config
 from cropi.console import counts_text, progress, say, warn
 from cropi.errors import ArtifactError
 from cropi.gradients.score_shards import make_scorer
-from cropi.gradients.validation_groups import validation_groups
+from cropi.gradients.validation_directions import validation_groups
 from cropi.ledger import Ledger
 from cropi.parallel import process_group
 from cropi.policy import Policy

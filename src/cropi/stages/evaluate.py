@@ -17,7 +17,7 @@ from cropi.config import SAMPLED_BY, Config, EvaluateConfig
 from cropi.console import warn
 from cropi.errors import DataError
 from cropi.fsdp import in_lockstep
-from cropi.functional.bootstrap import Interval, bootstrap_mean
+from cropi.functional.intervals import Interval, bootstrap_mean
 from cropi.parallel import process_group
 from cropi.policy import Policy, load_policy
 from cropi.prompt_encoding import encode_rows

@@ -21,11 +21,10 @@ from cropi.gradients.training_influence import Reader
 from cropi.parallel import process_group
 from cropi.stages.validation_pass import Due, SampledGroup, ValidationPass
 from cropi.training.curriculum_state import load_state, save_state
-from cropi.training.group_evidence import GroupEvidence, GroupOutcome
+from cropi.training.group_evidence import GroupEvidence, GroupOutcome, LossRow, loss_rows
 from cropi.training.loss_normalizer import LossNormalizer
 from cropi.training.online_sampler import OnlineSampler
 from cropi.training.reward_log import Judged, RewardLog
-from cropi.training.row_matching import LossRow, loss_rows
 
 # Samples the validation prompts that are due at a step, with the policy in training.
 SampleDue = Callable[[Due, int], dict[str, list[SampledGroup]]]

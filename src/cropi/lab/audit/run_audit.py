@@ -17,7 +17,7 @@ from cropi.console import progress, say
 from cropi.errors import ArtifactError, SignalError
 from cropi.functional.projection import projection_of
 from cropi.gradients.groups import Group, iterate_groups
-from cropi.gradients.validation_groups import validation_groups
+from cropi.gradients.validation_directions import validation_groups
 from cropi.lab.audit.policy_audit import Material, audit_stage, passes
 from cropi.policy import Policy
 from cropi.rewards.verdicts import Judge, answered

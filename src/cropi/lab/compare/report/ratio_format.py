@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from cropi.functional.bootstrap import Interval
+from cropi.functional.intervals import Interval
 from cropi.lab.compare.paired_runs import SUITE, interval
 from cropi.report.wording import ABSENT
 
