@@ -237,7 +237,7 @@ def test_difference_names_each_changed_key() -> None:
     ) == ["select.fraction: 0.1 -> 0.2", "seed: 0 -> 1"]
 
 
-FREE_OF_TORCH = ["config", "cli", "curriculum.choose", "report.run_report", "prompts", "report.explanations"]
+FREE_OF_TORCH = ["config", "cli", "curriculum.strategies", "report.run_report", "prompts", "report.explanations"]
 
 
 @pytest.mark.parametrize("module", [*FREE_OF_TORCH, "lab.commands", "lab.compare.report.comparison_page"])

@@ -268,6 +268,13 @@ class RunFolder:
         """Rows of the prompt table of a role: `validation` or `test`."""
         return self._prompt_table.filter(pc.starts_with(self._prompt_table.column("set"), f"{role}/")).to_pylist()
 
+    @property
+    def validation_prompts(self) -> dict[str, list[dict[str, Any]]]:
+        """Rows of the prompt table by validation set, in order of its name."""
+        rows = self.held_out("validation")
+        names = sorted(self.config.prompts.validation)
+        return {name: [row for row in rows if row["set"] == f"validation/{name}"] for name in names}
+
     @cached_property
     def train_prompts(self) -> TrainPrompts:
         """Training prompts by id, in ascending order of id."""

@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +14,6 @@ import pyarrow.compute as pc
 
 from cropi.artifacts import GOLD_UNPARSEABLE, NO_SIGNAL, OK
 from cropi.functional.influence_formulas import reward_variance
-from cropi.reward_statistics import GroupFacts
 
 
 @dataclass(frozen=True)
@@ -76,11 +75,22 @@ class Group:
         return sum(len(completion) for completion in self.completions)
 
 
+class GroupFacts(NamedTuple):
+    """Reward statistics of a prompt's stored trajectories; NaN without rewards."""
+
+    status: str
+    pass_rate: float  # mean reward
+    variance: float  # of the rewards
+    size: int = 0  # trajectories with a reward
+
+
 def group_facts(table: pa.Table) -> dict[str, GroupFacts]:
     """Return status, pass rate and variance of every group of one set's trajectories, by prompt id."""
     unreadable = GroupFacts(GOLD_UNPARSEABLE, math.nan, math.nan)
     return {
-        prompt_id: unreadable if group is None else GroupFacts(group.status, group.pass_rate, group.variance)
+        prompt_id: unreadable
+        if group is None
+        else GroupFacts(group.status, group.pass_rate, group.variance, len(group.rewards))
         for prompt_id, group in iterate_groups(table)
     }
 

@@ -124,19 +124,19 @@ class OnlineRun:
 
     def _pool(self) -> Pool:
         run, settings, strategy = self._run, self._trainer.args, self._run.config.select.strategy
-        ids, names = [row["prompt_id"] for row in self._rows], sorted(run.config.prompts.validation)
-        held_out = run.folder.held_out("validation")
-        members = {name: [row for row in held_out if row["set"] == f"validation/{name}"] for name in names}
+        ids, members = [row["prompt_id"] for row in self._rows], run.folder.validation_prompts
         read = dict[str, Any]()
         if strategy.reads_texts:
             read["texts"] = [prompt_text(row["prompt_json"]) for row in self._rows]
-            read["validation_texts"] = {n: [prompt_text(row["messages"]) for row in members[n]] for n in names}
+            read["validation_texts"] = {
+                n: [prompt_text(row["messages"]) for row in rows] for n, rows in members.items()
+            }
         if strategy.reads_representations:
             open_artifact(run.folder.representations, REPRESENTED, made_by="cropi train")
             known = read_representations(run.folder.representations)
             read["states_NE"] = np.stack([known["train", prompt_id] for prompt_id in ids])
             read["validation_states"] = {
-                n: np.stack([known[row["set"], row["prompt_id"]] for row in members[n]]) for n in names
+                n: np.stack([known[row["set"], row["prompt_id"]] for row in rows]) for n, rows in members.items()
             }
         return Pool(
             ids,
@@ -149,10 +149,11 @@ class OnlineRun:
         )
 
     def _validation_pass(self) -> ValidationPass:
-        run, collect, rows = self._run, self._run.config.collect, self._run.folder.held_out("validation")
-        sets: dict[str, list[ValidationPrompt]] = {name: [] for name in sorted(run.config.prompts.validation)}
-        for row, tokens in zip(rows, run.encode(rows), strict=True):
-            sets[row["set"].removeprefix("validation/")].append(ValidationPrompt(row, tokens))
+        run, collect = self._run, self._run.config.collect
+        sets = {
+            name: [ValidationPrompt(row, tokens) for row, tokens in zip(rows, run.encode(rows), strict=True)]
+            for name, rows in run.folder.validation_prompts.items()
+        }
         return ValidationPass(
             sets,
             run.judge,

@@ -51,9 +51,7 @@ def take_prior(run: Run, curriculum: Curriculum, prompt_ids: Sequence[str], fold
 
 
 def _members(folder: RunFolder, name: str) -> list[Any]:
-    return [
-        ("held out", row["prompt_id"]) for row in folder.held_out("validation") if row["set"] == f"validation/{name}"
-    ]
+    return [("held out", row["prompt_id"]) for row in folder.validation_prompts.get(name, [])]
 
 
 def carried(seen_O5: np.ndarray, before: Sequence[Any], now: Sequence[Any]) -> np.ndarray:

@@ -14,7 +14,6 @@ from trl import GRPOConfig
 from cropi.artifacts import is_finished
 from cropi.config import Config
 from cropi.errors import ArtifactError, ConfigError, PolicyError
-from cropi.gradients.groups import group_facts
 from cropi.gradients.surrogate_weights import surrogate_settings
 from cropi.ledger import Ledger
 from cropi.parallel import process_group
@@ -75,7 +74,7 @@ class Run:
         """Work on the run's own stages, or on those of a checkpoint from outside."""
         self.paths = paths
         self.ledger = Ledger(paths.ledger)
-        self.trajectories = Trajectories(self.folder, paths, group_facts, mask_truncated=self._mask_truncated)
+        self.trajectories = Trajectories(self.folder, paths, mask_truncated=self._mask_truncated)
 
     def at_checkpoint(self, stage: int, checkpoint: Path | None) -> Run:
         """This run at a stage, or at a checkpoint from outside with a folder of its own for what is made there.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 
 import pyarrow as pa
@@ -20,7 +20,7 @@ from cropi.artifacts import (
 )
 from cropi.console import counts_text
 from cropi.errors import SignalError
-from cropi.reward_statistics import GroupFacts
+from cropi.gradients.groups import GroupFacts, group_facts
 from cropi.rollouts.shards import read_trajectories
 from cropi.run_folder import RunFolder, StagePaths
 
@@ -30,16 +30,9 @@ IMPORTED = "imported trajectories"  # kind of artifact
 class Trajectories:
     """A run's trajectories, read when they are first asked for and then kept in memory."""
 
-    def __init__(
-        self,
-        folder: RunFolder,
-        paths: StagePaths,
-        facts: Callable[[pa.Table], dict[str, GroupFacts]],
-        *,
-        mask_truncated: bool = False,
-    ) -> None:
+    def __init__(self, folder: RunFolder, paths: StagePaths, *, mask_truncated: bool = False) -> None:
         """`mask_truncated`: as the trainer's loss has it; see `read_trajectories`."""
-        self._folder, self._paths, self._facts, self.mask_truncated = folder, paths, facts, mask_truncated
+        self._folder, self._paths, self.mask_truncated = folder, paths, mask_truncated
 
     @cached_property
     def tables(self) -> dict[str, pa.Table]:
@@ -55,7 +48,7 @@ class Trajectories:
     @cached_property
     def groups(self) -> dict[str, GroupFacts]:
         """Facts of the training prompts' groups. The groups themselves need not fit into memory."""
-        return self._facts(self.tables["train"])
+        return group_facts(self.tables["train"])
 
     @cached_property
     def statuses(self) -> list[str]:
