@@ -26,8 +26,8 @@ from influence import SET, Influence
 from pilot import Run, Shuffled, representations
 
 from cropi.curriculum.belief import kernel_features
-from cropi.curriculum.chooser import Pool, PromptChooser, RewardChooser, rested
-from cropi.curriculum.curriculum import Choice, Curriculum
+from cropi.curriculum.chooser import Choice, Pool, PromptChooser, RewardChooser, rested
+from cropi.curriculum.curriculum import Curriculum
 from cropi.curriculum.reward_belief import RewardBelief
 from cropi.curriculum.strategies.bmc import BmcStrategy
 from cropi.curriculum.strategies.cropi import CropiStrategy

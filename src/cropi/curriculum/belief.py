@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
 from typing import Any
 
@@ -60,23 +61,23 @@ class Posterior:
 
     def means(self) -> Float[np.ndarray, " N"]:
         """Expected slopes: m_0 + r (m - m_0)."""
-        prior_N = self._common(self.prior_F)
-        evidence_N = self._given(self._common(self.mean_F), self.seen_N2[:, 0]) - prior_N
-        found: np.ndarray = prior_N + self._reliability(evidence_N) * evidence_N
+        prior_N, evidence_N = self._prior_and_evidence
+        found: np.ndarray = prior_N + self.reliability * evidence_N
         return found
 
-    @property
+    @cached_property
     def reliability(self) -> float:
         """Share of the evidence that is not the direction's error; 0 without evidence."""
-        evidence_N = self._given(self._common(self.mean_F), self.seen_N2[:, 0]) - self._common(self.prior_F)
-        return self._reliability(evidence_N)
+        _, evidence_N = self._prior_and_evidence
+        squares = float(evidence_N @ evidence_N)
+        return max(0.0, 1 - float(self._differences_N @ self._differences_N) / squares) if squares > 0 else 0.0
 
     def variances(self) -> Float[np.ndarray, " N"]:
         """Variances of the slopes."""
         blocks = (self.features_NF[start : start + BLOCK] for start in range(0, len(self.features_NF), BLOCK))
         common_N = np.concatenate([((block @ self.root_FF) ** 2).sum(axis=1) for block in blocks])
         own_N = (1 - self.trust_N) ** 2 * common_N + (1 - self.trust_N) * self.own_N
-        found: np.ndarray = own_N + self._differences() ** 2
+        found: np.ndarray = own_N + self._differences_N**2
         return found
 
     def draw(self, generator: np.random.Generator) -> Float[np.ndarray, " N"]:
@@ -84,15 +85,16 @@ class Posterior:
         common_N = self._common(self.root_FF @ generator.standard_normal(len(self.mean_F)))
         own_N = generator.standard_normal(len(self.trust_N)) * np.sqrt((1 - self.trust_N) * self.own_N)
         found: np.ndarray = self.means() + (1 - self.trust_N) * common_N + own_N
-        return found + generator.standard_normal() * self._differences()
+        return found + generator.standard_normal() * self._differences_N
 
-    def _differences(self) -> Float[np.ndarray, " N"]:
+    @cached_property
+    def _prior_and_evidence(self) -> tuple[Float[np.ndarray, " N"], Float[np.ndarray, " N"]]:
+        prior_N = self._common(self.prior_F)
+        return prior_N, self._given(self._common(self.mean_F), self.seen_N2[:, 0]) - prior_N
+
+    @cached_property
+    def _differences_N(self) -> Float[np.ndarray, " N"]:
         return self._given(self._common(self.difference_F), self.seen_N2[:, 1])
-
-    def _reliability(self, evidence_N: Float[np.ndarray, " N"]) -> float:
-        squares = float(evidence_N @ evidence_N)
-        differences_N = self._differences()
-        return max(0.0, 1 - float(differences_N @ differences_N) / squares) if squares > 0 else 0.0
 
     def _common(self, weights_F: Float[np.ndarray, " F"]) -> Float[np.ndarray, " N"]:
         found: np.ndarray = self.features_NF @ weights_F.astype(self.features_NF.dtype)

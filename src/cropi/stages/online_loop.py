@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cropi.console import warn
-from cropi.curriculum.chooser import GroupGate, PromptChooser
-from cropi.curriculum.curriculum import Choice, Curriculum, Halves
+from cropi.curriculum.chooser import Choice, GroupGate, Halves, PromptChooser
+from cropi.curriculum.curriculum import Curriculum
 from cropi.gradients.layer_taps import matrix_parameters
 from cropi.gradients.training_influence import Reader
 from cropi.parallel import process_group

@@ -10,8 +10,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from pydantic import Field
 
-from cropi.curriculum.chooser import ChoosesBatches, Pool, RewardChooser
-from cropi.curriculum.curriculum import Choice
+from cropi.curriculum.chooser import Choice, ChoosesBatches, Pool, RewardChooser
 from cropi.curriculum.strategy import Need, StrategyTable
 
 LEAST_COUNT, MOST_COUNT = 0.2, 10.0  # limits of lambda

@@ -6,8 +6,7 @@ import numpy as np
 from jaxtyping import Float
 from pydantic import Field
 
-from cropi.curriculum.chooser import ChoosesBatches, Pool, RewardChooser
-from cropi.curriculum.curriculum import Choice
+from cropi.curriculum.chooser import Choice, ChoosesBatches, Pool, RewardChooser
 from cropi.curriculum.strategy import Need, StrategyTable
 
 TARGET = 0.5  # p* (released example)

@@ -1,14 +1,13 @@
 """Similarity to the validation prompts times learnability from training rewards, batch by batch."""
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from jaxtyping import Float
 
 from cropi.curriculum.belief import kernel_features
-from cropi.curriculum.chooser import ChoosesBatches, Pool, RewardChooser, State, rested
-from cropi.curriculum.curriculum import Choice
+from cropi.curriculum.chooser import Choice, ChoosesBatches, Pool, RewardChooser, State, below, rested
 from cropi.curriculum.reward_belief import RewardBelief
 from cropi.curriculum.strategy import Need, StrategyTable
 from cropi.functional.principal_points import principal_points
@@ -104,13 +103,13 @@ class SimilarityLearnability(RewardChooser):
         likeness = {f"similarity/{name}": values_N for name, values_N in self._likeness.items()}
         return {"pass_rate": self._rewards.pass_rates()[: len(self.pool)]} | likeness
 
-    def state_dict(self) -> dict[str, np.ndarray]:
-        return super().state_dict() | {f"rewards/{key}": values for key, values in self._rewards.state().items()}
+    def state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        facts, _ = super().state()
+        return facts, {f"rewards/{key}": values for key, values in self._rewards.state().items()}
 
-    def load_state_dict(self, state: State) -> None:
-        super().load_state_dict(state)
-        mine = {key: values for key, values in state.items() if key.startswith("rewards/")}
-        self._rewards.restore({key.removeprefix("rewards/"): values for key, values in mine.items()})
+    def restore(self, facts: Mapping[str, Any], arrays: State) -> None:
+        super().restore(facts, arrays)
+        self._rewards.restore(below(arrays, "rewards/"))
 
 
 def _nearest(states_NE: Float[np.ndarray, "N E"], own_ME: Float[np.ndarray, "M E"]) -> Float[np.ndarray, " N"]:
