@@ -32,7 +32,7 @@ from cropi.curriculum.reward_belief import RewardBelief
 from cropi.curriculum.strategies.bmc import BmcStrategy
 from cropi.curriculum.strategies.cropi import CropiStrategy
 from cropi.curriculum.strategies.similarity_learnability import COOLDOWN, SimilarityLearnabilityStrategy
-from cropi.functional.principal_points import principal_points
+from cropi.functional.points import principal_points
 from cropi.gradients.layer_taps import matrix_parameters
 from cropi.seeds import derived_seed
 

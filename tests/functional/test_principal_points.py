@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from cropi.functional import principal_points as module
-from cropi.functional.principal_points import principal_points
+from cropi.functional.points import principal_points
 
 
 def test_principal_points_keep_distances_up_to_one_scale() -> None:

@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from cropi.functional.points import BLOCK, nearest_cosines, squared_distances, unit_rows
+
 HALF_LIFE = 16.0  # steps after which what was seen of influence counts half: the policy has moved
 SPREADS = (0.25, 1.0, 4.0)  # tried: prior variance of the common part, relative to the observed slopes
 OWN_SHARES = (0.02, 0.1, 0.5)  # tried: variance of a prompt's own part, relative to the common part
 CORRELATIONS = (1.0, 0.9, 0.6, 0.3)  # tried: between what a validation prompt and a pool prompt like it give
 BANDWIDTH = 4.0  # median distances to the nearest other point
-BLOCK = 8192  # points at a time
 FORGOTTEN = 10  # half-lives after which an observation is dropped
 NOISES = (0.25, 0.5, 1.0)  # tried: variance of an observation's error, relative to its estimate
 OWN_ERROR = 0.9  # of an observation's squared error; the rest is the mean of all, since one difference is a bad guess
@@ -308,18 +309,18 @@ def kernel_features(
     """
     generator = np.random.default_rng(seed)
     sample = points_PE[np.sort(generator.permutation(len(points_PE))[:2000])].astype(np.float64)
-    squares = _squares(sample, sample) + np.diag(np.full(len(sample), np.inf))
+    squares = squared_distances(sample, sample) + np.diag(np.full(len(sample), np.inf))
     nearest = np.sqrt(squares.min(axis=1)) if len(sample) > 1 else np.ones(1)
     positive = nearest[nearest > 0]
     width = 2 * (BANDWIDTH * float(np.median(positive))) ** 2 if len(positive) else 1.0
     landmarks = points_PE[_landmarks(len(points_PE), pool, dimensions, generator)].astype(np.float64)
-    values, vectors = np.linalg.eigh(np.exp(-_squares(landmarks, landmarks) / width))
+    values, vectors = np.linalg.eigh(np.exp(-squared_distances(landmarks, landmarks) / width))
     kept = values > 1e-8 * values.max()
     root = vectors[:, kept] / np.sqrt(values[kept])
     found = np.empty((len(points_PE), root.shape[1]), dtype=np.float32)
     for start in range(0, len(points_PE), BLOCK):
         part = slice(start, start + BLOCK)
-        found[part] = np.exp(-_squares(points_PE[part].astype(np.float64), landmarks) / width) @ root
+        found[part] = np.exp(-squared_distances(points_PE[part].astype(np.float64), landmarks) / width) @ root
     return found
 
 
@@ -329,18 +330,11 @@ def likeness(points_NE: Float[np.ndarray, "N E"], validation_ME: Float[np.ndarra
     l_i = max(0, c_i - mean c) / sd c, at most 3, with c_i the cosine with the nearest validation prompt: for the pool's
     prompts, and then for the validation prompts, of which each has the nearest other one.
     """
-    unit_ME = _unit(validation_ME)
-    blocks = (points_NE[start : start + BLOCK] for start in range(0, len(points_NE), BLOCK))
-    cosines_N = np.concatenate([(_unit(block) @ unit_ME.T).max(axis=1) for block in blocks])
+    unit_ME, cosines_N = unit_rows(validation_ME), nearest_cosines(points_NE, validation_ME)
     own_MM = unit_ME @ unit_ME.T - 2 * np.eye(len(unit_ME))
     deviation = float(cosines_N.std())
     centred_P = np.concatenate([cosines_N, own_MM.max(axis=1)]) - cosines_N.mean()
     return np.clip(centred_P / deviation, 0.0, MOST_ALIKE) if deviation > 0 else np.zeros(len(centred_P))
-
-
-def _unit(rows_RE: Float[np.ndarray, "R E"]) -> Float[np.ndarray, "R E"]:
-    found: np.ndarray = rows_RE / np.maximum(np.linalg.norm(rows_RE, axis=1, keepdims=True), 1e-12)
-    return found
 
 
 def _landmarks(points: int, pool: int, dimensions: int, generator: np.random.Generator) -> Int[np.ndarray, " L"]:
@@ -349,10 +343,3 @@ def _landmarks(points: int, pool: int, dimensions: int, generator: np.random.Gen
     held_out = min(points - pool, dimensions // 2)
     of_pool = generator.permutation(pool)[: dimensions - held_out]
     return np.sort(np.concatenate([of_pool, pool + generator.permutation(points - pool)[:held_out]]))
-
-
-def _squares(first: Float[np.ndarray, "A E"], second: Float[np.ndarray, "B E"]) -> Float[np.ndarray, "A B"]:
-    """Squared distances."""
-    products = (first**2).sum(axis=1)[:, None] + (second**2).sum(axis=1) - 2 * first @ second.T
-    found: np.ndarray = np.maximum(products, 0.0)
-    return found

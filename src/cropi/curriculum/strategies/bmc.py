@@ -12,6 +12,7 @@ from pydantic import Field
 
 from cropi.curriculum.chooser import Choice, ChoosesBatches, Pool, RewardChooser
 from cropi.curriculum.strategy import Need, StrategyTable
+from cropi.functional.points import squared_distances
 
 LEAST_COUNT, MOST_COUNT = 0.2, 10.0  # limits of lambda
 LEAST_VARIANCE = 0.05
@@ -236,17 +237,17 @@ def _k_means(
     """Labels, and squared distances to the centres, which begin far from each other (Arthur and Vassilvitskii 2007)."""
     centres = points_nD[[int(generator.integers(len(points_nD)))]]
     while len(centres) < count:
-        nearest = _squares(points_nD, centres).min(axis=1)
+        nearest = squared_distances(points_nD, centres).min(axis=1)
         total = nearest.sum()
         chosen = generator.choice(len(points_nD), p=nearest / total if total > 0 else None)
         centres = np.concatenate([centres, points_nD[[int(chosen)]]])
     for _ in range(ROUNDS):
-        labels = _squares(points_nD, centres).argmin(axis=1)
+        labels = squared_distances(points_nD, centres).argmin(axis=1)
         moved = [points_nD[labels == c].mean(axis=0) if (labels == c).any() else centres[c] for c in range(count)]
         if np.allclose(moved, centres):
             break
         centres = np.array(moved)
-    squares = _squares(points_nD, centres)
+    squares = squared_distances(points_nD, centres)
     return squares.argmin(axis=1), squares
 
 
@@ -256,9 +257,3 @@ def _silhouette(labels: Int[np.ndarray, " n"], squares_nC: Float[np.ndarray, "n 
     own, others = squares_nC[rows, labels], squares_nC.copy()
     others[rows, labels] = np.inf
     return float((1 - np.sqrt(own / np.maximum(others.min(axis=1), 1e-30))).mean())
-
-
-def _squares(points_nD: Float[np.ndarray, "n D"], centres_CD: Float[np.ndarray, "C D"]) -> Float[np.ndarray, "n C"]:
-    products = (points_nD**2).sum(axis=1)[:, None] + (centres_CD**2).sum(axis=1) - 2 * points_nD @ centres_CD.T
-    found: np.ndarray = np.maximum(products, 0.0)
-    return found

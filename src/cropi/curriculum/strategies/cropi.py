@@ -7,7 +7,7 @@ import numpy as np
 from cropi.curriculum.chooser import ChoosesBatches, Pool
 from cropi.curriculum.curriculum import Curriculum
 from cropi.curriculum.strategy import Need, StrategyTable
-from cropi.functional.principal_points import principal_points
+from cropi.functional.points import principal_points
 
 
 class CropiStrategy(ChoosesBatches, StrategyTable):

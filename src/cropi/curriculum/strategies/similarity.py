@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from cropi.curriculum.strategy import Candidates, FusionConfig, Need, Ranking, StrategyTable, fused_ranking
-from cropi.functional.tfidf import tfidf_similarity
+from cropi.functional.points import tfidf_similarity
 from cropi.prompt_text import words
 
 

@@ -10,12 +10,10 @@ from cropi.curriculum.belief import kernel_features
 from cropi.curriculum.chooser import Choice, ChoosesBatches, Pool, RewardChooser, State, below, rested
 from cropi.curriculum.reward_belief import RewardBelief
 from cropi.curriculum.strategy import Need, StrategyTable
-from cropi.functional.principal_points import principal_points
-from cropi.functional.tfidf import tfidf_points, tfidf_similarity
+from cropi.functional.points import nearest_cosines, principal_points, tfidf_points, tfidf_similarity
 from cropi.prompt_text import words
 
 COOLDOWN = 8  # steps before a prompt may be chosen again
-BLOCK = 8192  # prompts at a time
 
 
 class SimilarityLearnabilityStrategy(ChoosesBatches, StrategyTable):
@@ -41,7 +39,10 @@ class SimilarityLearnabilityStrategy(ChoosesBatches, StrategyTable):
         if self.by == "hidden":
             points = principal_points(pool.states_NE, *pool.validation_states.values())
             sizes = {name: len(own) for name, own in pool.validation_states.items()}
-            nearest = {name: _nearest(pool.states_NE, own) for name, own in pool.validation_states.items()}
+            nearest = {
+                name: nearest_cosines(pool.states_NE, own).astype(np.float64)
+                for name, own in pool.validation_states.items()
+            }
         else:
             texts = [words(text) for text in pool.texts]
             of_sets = {name: [words(text) for text in own] for name, own in pool.validation_texts.items()}
@@ -110,15 +111,3 @@ class SimilarityLearnability(RewardChooser):
     def restore(self, facts: Mapping[str, Any], arrays: State) -> None:
         super().restore(facts, arrays)
         self._rewards.restore(below(arrays, "rewards/"))
-
-
-def _nearest(states_NE: Float[np.ndarray, "N E"], own_ME: Float[np.ndarray, "M E"]) -> Float[np.ndarray, " N"]:
-    """Cosine of each row with the nearest of a set."""
-    own_ME = _unit(own_ME)
-    blocks = (states_NE[start : start + BLOCK] for start in range(0, len(states_NE), BLOCK))
-    return np.concatenate([(_unit(block) @ own_ME.T).max(axis=1) for block in blocks]).astype(np.float64)
-
-
-def _unit(rows: Float[np.ndarray, "N E"]) -> Float[np.ndarray, "N E"]:
-    found: np.ndarray = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
-    return found

@@ -1,4 +1,4 @@
-"""Similarity of texts by their words: cosines of TF-IDF vectors. NumPy only."""
+"""Prompts as points: TF-IDF vectors of words, principal directions of representations, cosines and distances."""
 
 import zlib
 from collections import Counter
@@ -7,6 +7,8 @@ from typing import Literal
 
 import numpy as np
 from jaxtyping import Float
+
+BLOCK = 8192  # rows at a time
 
 
 def tfidf_similarity(
@@ -73,3 +75,42 @@ def _largest(vector: Mapping[str, float], matrix_XW: Float[np.ndarray, "X W"], c
         return 0.0
     columns, values = zip(*known, strict=True)
     return float((matrix_XW[:, list(columns)] @ np.array(values)).max())
+
+
+def principal_points(*parts: Float[np.ndarray, "_ E"], dimensions: int = 32) -> Float[np.ndarray, "N dimensions"]:
+    """Coordinates of the rows of all parts along their first principal directions, scaled to a mean square length of 1.
+
+    Returns fewer directions if there are fewer, and zeros if all rows are equal. Rows are widened to float64 and
+    centred in blocks, since all of them may fill most of the memory.
+    """
+    rows = [part[start : start + BLOCK] for part in parts for start in range(0, len(part), BLOCK)]
+    count = sum(map(len, rows))
+    mean_E = sum(block.sum(axis=0, dtype=np.float64) for block in rows) / count
+    covariance_EE = sum((centred := block - mean_E).T @ centred for block in rows) / count
+    values_E, directions_EE = np.linalg.eigh(covariance_EE)
+    kept = np.argsort(-values_E)[:dimensions]
+    points = np.concatenate([(block - mean_E) @ directions_EE[:, kept] for block in rows])
+    scale = float(np.sqrt((points**2).sum(axis=1).mean()))
+    return points / scale if scale > 0 else points
+
+
+def unit_rows(rows_RE: Float[np.ndarray, "R E"]) -> Float[np.ndarray, "R E"]:
+    """Rows scaled to length 1; rows of zeros stay."""
+    found: np.ndarray = rows_RE / np.maximum(np.linalg.norm(rows_RE, axis=1, keepdims=True), 1e-12)
+    return found
+
+
+def nearest_cosines(
+    points_NE: Float[np.ndarray, "N E"], others_ME: Float[np.ndarray, "M E"]
+) -> Float[np.ndarray, " N"]:
+    """Cosine of each point with the nearest of others."""
+    unit_ME = unit_rows(others_ME)
+    blocks = (points_NE[start : start + BLOCK] for start in range(0, len(points_NE), BLOCK))
+    return np.concatenate([(unit_rows(block) @ unit_ME.T).max(axis=1) for block in blocks])
+
+
+def squared_distances(first: Float[np.ndarray, "A E"], second: Float[np.ndarray, "B E"]) -> Float[np.ndarray, "A B"]:
+    """Squared distances of each point to each of others."""
+    products = (first**2).sum(axis=1)[:, None] + (second**2).sum(axis=1) - 2 * first @ second.T
+    found: np.ndarray = np.maximum(products, 0.0)
+    return found

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cropi.functional.tfidf import tfidf_similarity
+from cropi.functional.points import tfidf_similarity
 
 
 def test_by_hand() -> None:
