@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -13,12 +12,8 @@ from cropi.errors import ConfigError, hint
 from cropi.yaml_text import parse_yaml
 
 PRESETS = Path(__file__).parent / "recipes" / "presets.yaml"
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 Patch = Mapping[str, Any]
-
-# What pairs the runs: the same for every strategy.
-COMMON = ("name", "run_dir", "seed", "policy", "prompts", "verifier", "verification", "evaluate")
 
 
 def presets() -> dict[str, dict[str, Any]]:
@@ -27,18 +22,6 @@ def presets() -> dict[str, dict[str, Any]]:
 
 
 TYPES = frozenset(get_args(table.model_fields["type"].annotation)[0] for table in STRATEGIES)
-
-
-def read_patches(names: Sequence[str]) -> dict[str, Patch]:
-    """Read patches of presets by name, and of YAML files by path (named by their stem)."""
-    patches = dict[str, Patch]()
-    for given in names:
-        in_file = given.endswith((".yaml", ".yml"))
-        name, patch = _from_file(Path(given)) if in_file else (given, preset(given, "--strategies"))
-        if name in patches:
-            raise ConfigError(f"{name} is named twice", where="--strategies", fix="name it once.")
-        patches[name] = patch
-    return patches
 
 
 def preset(name: str, where: str) -> Patch:
@@ -86,34 +69,6 @@ def _patch_of(name: str, table: Any) -> dict[str, Any]:
     own = {key: value for key, value in table.items() if key != "type"}
     patch["select"]["strategy"] = patch["select"]["strategy"] | own
     return patch
-
-
-def _from_file(path: Path) -> tuple[str, Patch]:
-    try:
-        patch = parse_yaml(path.read_text(encoding="utf-8"), str(path))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot be read ({error})", where=str(path), fix="check the path.") from None
-    if not isinstance(patch, dict):
-        raise ConfigError("a strategy is a mapping of settings", where=str(path), fix="see docs/compare.md.")
-    if not NAME.fullmatch(path.stem) or path.stem.startswith("shared-"):
-        raise ConfigError(
-            "the file's name cannot name a strategy",
-            where=str(path),
-            fix="use letters, digits, '.', '_' and '-', and do not begin with shared-.",
-        )
-    return path.stem, patch
-
-
-def patched(values: Mapping[str, Any], patch: Patch, name: str) -> dict[str, Any]:
-    """Patch a config with a strategy. Raises ConfigError for a setting that must be the same in all runs."""
-    for key in COMMON:
-        if key in patch:
-            raise ConfigError(
-                f"a strategy cannot set {key}: it is the same for all that are compared",
-                where=f"strategy {name}",
-                fix="leave it out, or give it as key=value for all.",
-            )
-    return merged(values, patch)
 
 
 def merged(values: Mapping[str, Any], patch: Patch) -> dict[str, Any]:

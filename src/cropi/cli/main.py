@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -35,9 +35,6 @@ from cropi.console import say
 from cropi.errors import UserError
 from cropi.exchange.formats import FORMATS
 from cropi.parallel import is_first_rank, launched, leave_launcher
-
-if TYPE_CHECKING:
-    pass
 
 EXPLAINED = 10  # prompts, if none is named
 
@@ -144,10 +141,12 @@ def evaluate(
 ) -> None:
     """Accuracy of the base policy or any checkpoint."""
     opened = open_run(config, overrides)
-    from cropi.stages.evaluate import accuracy, as_plain, evaluate_at
+    from cropi.report.reading import answers_of
+    from cropi.report.summary import accuracy_by_set
+    from cropi.stages.evaluate import evaluate_at
 
-    settings = opened.config
-    result = as_plain(accuracy(evaluate_at(opened, checkpoint), settings.evaluate, seed=settings.seed))
+    found = accuracy_by_set(opened.config, answers_of(evaluate_at(opened, checkpoint)))
+    result = {name: {kind: vars(interval) for kind, interval in kinds.items()} for name, kinds in found.items()}
     lines = [
         f"{name}  {kind}  {value['mean']:.3f}  [{value['low']:.3f}, {value['high']:.3f}]"
         for name, kinds in result.items()

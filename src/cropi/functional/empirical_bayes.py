@@ -79,3 +79,8 @@ def top_probabilities(
         fused_N = reciprocal_rank_fusion(ranks_NV, kappa=kappa, depth=depth)
         hits_N[np.argsort(-fused_N, kind="stable")[:size]] += 1
     return hits_N / draws
+
+
+def spearman_brown(correlation: float) -> float:
+    """Reliability of a measurement twice as long: 2 r / (1 + r) (Spearman, Brown 1910)."""
+    return 2 * correlation / (1 + correlation)

@@ -3,7 +3,6 @@
 import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Literal
 
 import numpy as np
 from jaxtyping import Float
@@ -12,16 +11,13 @@ BLOCK = 8192  # rows at a time
 
 
 def tfidf_similarity(
-    texts: Sequence[Sequence[str]],
-    sets: Mapping[str, Sequence[Sequence[str]]],
-    over: Literal["max", "mean"] = "max",
+    texts: Sequence[Sequence[str]], sets: Mapping[str, Sequence[Sequence[str]]]
 ) -> dict[str, Float[np.ndarray, " N"]]:
     """Similarity in [0, 1] of N texts to each set of texts; a text is a sequence of words.
 
     x_w = n_w (1 + ln((1 + D) / (1 + D_w))): w occurs n_w times in the text, and in D_w of all D texts, sets
     included (Salton & Buckley 1988, with the smoothing that scikit-learn has by default). Of the cosines of x with the
-    texts of a set the largest (`max`: the nearest neighbour, for sets of several kinds) or the mean (`mean`: the cosine
-    with the set's centroid, but for a factor). A text without a word has similarity 0.
+    texts of a set the largest counts. A text without a word has similarity 0.
 
     Memory: one float64 for each text of a set and each word of the sets. Raises ValueError for an empty set.
     """
@@ -37,8 +33,7 @@ def tfidf_similarity(
         matrix_MW = np.zeros((len(own), len(column_of)))
         for row, vector in enumerate(own):
             matrix_MW[row, [column_of[word] for word in vector]] = list(vector.values())
-        matrix_XW = matrix_MW.mean(axis=0, keepdims=True) if over == "mean" else matrix_MW
-        found[name] = np.array([_largest(vector, matrix_XW, column_of) for vector in of_texts], dtype=np.float64)
+        found[name] = np.array([_largest(vector, matrix_MW, column_of) for vector in of_texts], dtype=np.float64)
     return found
 
 
@@ -69,12 +64,12 @@ def _unit(counts: Mapping[str, int], weight_of: Mapping[str, float]) -> dict[str
     return {word: value / length for word, value in vector.items()}
 
 
-def _largest(vector: Mapping[str, float], matrix_XW: Float[np.ndarray, "X W"], column_of: Mapping[str, int]) -> float:
+def _largest(vector: Mapping[str, float], matrix_MW: Float[np.ndarray, "M W"], column_of: Mapping[str, int]) -> float:
     known = [(column_of[word], value) for word, value in vector.items() if word in column_of]
     if not known:
         return 0.0
     columns, values = zip(*known, strict=True)
-    return float((matrix_XW[:, list(columns)] @ np.array(values)).max())
+    return float((matrix_MW[:, list(columns)] @ np.array(values)).max())
 
 
 def principal_points(*parts: Float[np.ndarray, "_ E"], dimensions: int = 32) -> Float[np.ndarray, "N dimensions"]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -47,18 +47,6 @@ class Group:
         """`ok` if the rewards differ and a completion has a token; `no_signal` if the gradient is zero."""
         mixed = any(reward != self.rewards[0] for reward in self.rewards) and any(self.completions)
         return OK if mixed else NO_SIGNAL
-
-    def without_truncated(self, eos_ids: Collection[int]) -> Group:
-        """Return the group with completions emptied that do not end with an end-of-sequence token."""
-        kept = [bool(completion) and completion[-1] in eos_ids for completion in self.completions]
-        logprobs = self.behaviour_logprobs
-        return replace(
-            self,
-            completions=[ids if keep else [] for ids, keep in zip(self.completions, kept, strict=True)],
-            behaviour_logprobs=None
-            if logprobs is None
-            else [row if keep else [] for row, keep in zip(logprobs, kept, strict=True)],
-        )
 
     @property
     def pass_rate(self) -> float:

@@ -63,10 +63,11 @@ class Selection:
 def read_answers(folder: Path) -> dict[int, Answers]:
     """Evaluations by optimiser step, in ascending order."""
     files = evaluation_files(folder, all_there=True)
-    return {step: _answers(read_table(path, EVALUATION)) for step, path in files.items()}
+    return {step: answers_of(read_table(path, EVALUATION)) for step, path in files.items()}
 
 
-def _answers(table: pa.Table) -> Answers:
+def answers_of(table: pa.Table) -> Answers:
+    """The answers in the table of an evaluation."""
     columns = (table.column(name).to_pylist() for name in ("set", "prompt_id", "greedy", "sampled"))
     greedy: dict[str, dict[str, float]] = {}
     sampled: dict[str, dict[str, float]] = {}
@@ -225,11 +226,6 @@ def group_statuses(verdicts: pa.Table) -> dict[str, str]:
 
 def _signal(rewards: set[float], tokens: int) -> str:
     return MIXED if len(rewards) > 1 and tokens else NO_SIGNAL
-
-
-def rows_with(table: pa.Table, status: str = OK) -> pa.Table:
-    """Rows of a table that have a status."""
-    return table.filter(pc.equal(table.column("status"), status))
 
 
 def _parts(run: RunFolder) -> list[Path]:

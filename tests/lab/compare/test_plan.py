@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from cropi.errors import ArtifactError, ConfigError, UserError
-from cropi.lab.compare.comparison_plan import FINISHED, lock, make_plan, parse_seeds, read_plan
+from cropi.lab.compare.comparison_plan import FINISHED, lock, make_plan, parse_seeds, read_patches, read_plan
 from cropi.loading import load_config
-from cropi.presets import merged, read_patches
+from cropi.presets import merged
 
 
 @pytest.mark.parametrize(

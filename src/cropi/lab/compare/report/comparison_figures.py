@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 
 from cropi.lab.compare.paired_runs import Comparison, interval
 from cropi.lab.compare.report.accuracy_bands import Band
-from cropi.lab.compare.report.ratio_format import UNITS, censored
+from cropi.lab.number_format import UNITS, censored
 from cropi.report.blocks import Chart, Line, Picture
 from cropi.report.drawing import (
     BLUE,
