@@ -38,6 +38,7 @@ def config(*overrides: str) -> Config:
     settings = [
         f"train.stages={STAGES}",
         f"train.steps_per_stage={STEPS}",
+        "evaluate.every=2",
         "collect.max_completion_length=6",
         "collect.num_generations=4",
         "trainer={num_generations: 4, per_device_train_batch_size: 8, learning_rate: 1e-3}",
@@ -75,12 +76,9 @@ def verdict(completion: str, gold: str) -> str:
 def run(folder: Path, *overrides: str, recorder: Recorder | None = None) -> tuple[Recorder, dict[str, torch.Tensor]]:
     recorder, settings = recorder or Recorder(), config(*overrides)
     task = TrainTask(
-        label="test",
+        config=settings,
         rows=ROWS,
         settings=grpo_config(settings, folder / "checkpoints", torch.device("cpu")),
-        stages=STAGES,
-        steps_per_stage=STEPS,
-        evaluate_every=2,
         reward=RecordedReward(judge(verdict), folder / "rewards.jsonl"),
         select_stage=recorder.select,
         evaluate=recorder.evaluate,

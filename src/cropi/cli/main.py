@@ -67,7 +67,7 @@ def run(config: ConfigArgument, overrides: Overrides = None, as_json: AsJson = F
     summary = run_all(opened)
     if summary is None:
         return
-    policy = opened.paths.checkpoints / f"checkpoint-{opened.last_step}"
+    policy = opened.paths.checkpoints / f"checkpoint-{opened.config.train.steps}"
     text = f"\n{headline(summary)}\n\npolicy: {policy}\nreport: {opened.folder.folder / 'report.html'}"
     print_result(summary.as_json(), as_json, text)
 

@@ -109,7 +109,7 @@ def _follow(run: RunFolder) -> None:
     from cropi.report.summary import summarise
 
     settings, told, alive = run.config.train, 0, True
-    total, done = settings.stages * settings.steps_per_stage, _steps(run)
+    total, done = settings.steps, _steps(run)
     with progress(f"run {run.config.name}", total, "steps", done=done, stages=settings.stages) as bar:
         while alive:
             alive = _is_locked(run.folder)

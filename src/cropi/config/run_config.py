@@ -149,6 +149,11 @@ class TrainConfig(Table):
     """DAPO's dynamic sampling: largest number of times that groups with equal rewards in a generation batch are
     replaced by groups of the stage's next prompts. All samples are charged. 0: off."""
 
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of all stages."""
+        return self.stages * self.steps_per_stage
+
 
 class EvaluateConfig(Table):
     """Evaluation during and after training."""
@@ -220,6 +225,11 @@ class Config(Table):
                 "replaces groups: set it to 0"
             )
         return self
+
+    @property
+    def evaluate_every(self) -> int:
+        """Optimiser steps between evaluations."""
+        return self.evaluate.every or self.train.steps_per_stage
 
     @property
     def folder(self) -> Path:

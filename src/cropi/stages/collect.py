@@ -79,7 +79,7 @@ def _collect(run: Run, folder: Path) -> tuple[Mapping[str, int], Mapping[str, An
     rows, chat = run.folder.prompt_rows, run.config.prompts.chat
     for text in chat_warnings(run.base.tokenizer, chat, (row["messages"] for row in rows)):
         warn(text)
-    return Collector(run.config, run.base, run.judge, run.ledger).collect(rows, folder)
+    return sample_prompts(run.config, run.base, run.judge, run.ledger, rows, folder)
 
 
 def _tell(run: Run, manifest: Manifest) -> None:
@@ -120,36 +120,33 @@ def make_representations(run: Run) -> None:
 # -- sampling ------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Collector:
-    """Samples prompts with one policy, in shards of a folder. Shards that are there already are kept."""
+def sample_prompts(
+    config: Config,
+    policy: Policy,
+    judge: Judge,
+    ledger: Ledger,
+    prompts: Sequence[Mapping[str, Any]],
+    folder: Path,
+) -> tuple[dict[str, int], dict[str, Any]]:
+    """Sample the pool and the validation sets from the base policy. Returns (rows by status, details).
 
-    config: Config
-    policy: Policy
-    judge: Judge
-    ledger: Ledger
-
-    def collect(self, prompts: Sequence[Mapping[str, Any]], folder: Path) -> tuple[dict[str, int], dict[str, Any]]:
-        """Sample the pool and the validation sets from the base policy. Returns (rows by status, details).
-
-        The ranks divide the missing shards, or Ray workers make them; their content does not depend on that.
-        The model itself computes the behaviour log-probs at the sampling temperature.
-        A prompt that does not fit into the policy's context counts as one row `prompt_too_long`.
-        """
-        config = self.config
-        shards, too_long = plan(config, self.policy, prompts)
-        workers = ray_pool()
-        if not config.select.strategy.collects:
-            statuses, details = _summed([])
-        elif workers is not None:
-            make = partial(make_shards_by_ray, workers, config, self.policy, folder, self.ledger)
+    Shards that are in the folder already are kept. The ranks divide the missing ones, or Ray workers make them; their
+    content does not depend on that. The model itself computes the behaviour log-probs at the sampling temperature. A
+    prompt that does not fit into the policy's context counts as one row `prompt_too_long`.
+    """
+    shards, too_long = plan(config, policy, prompts)
+    workers = ray_pool()
+    if not config.select.strategy.collects:
+        statuses, details = _summed([])
+    elif workers is not None:
+        make = partial(make_shards_by_ray, workers, config, policy, folder, ledger)
+        statuses, details = _sample_all(folder, shards, make)
+    else:
+        with pool_generator(config, policy) as generate:
+            sampler = Sampler(config, policy, generate, judge)
+            make = partial(sampler.make, folder=folder, charge=partial(ledger.charge_share, "collect"))
             statuses, details = _sample_all(folder, shards, make)
-        else:
-            with pool_generator(config, self.policy) as generate:
-                sampler = Sampler(config, self.policy, generate, self.judge, ("collect",))
-                make = partial(sampler.make, folder=folder, charge=partial(self.ledger.charge_share, "collect"))
-                statuses, details = _sample_all(folder, shards, make)
-        return count_status([PROMPT_TOO_LONG] * len(too_long) + statuses), details | {"too_long": too_long}
+    return count_status([PROMPT_TOO_LONG] * len(too_long) + statuses), details | {"too_long": too_long}
 
 
 def _sample_all(folder: Path, shards: Sequence[Shard], make: MakeShards) -> tuple[list[str], dict[str, Any]]:

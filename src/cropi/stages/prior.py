@@ -28,7 +28,7 @@ def take_prior(run: Run, curriculum: Curriculum, prompt_ids: Sequence[str], fold
     """
     earlier = RunFolder(load_config(folder))
     train, names = earlier.config.train, earlier.config.prompts.validation
-    last = earlier.stages.checkpoints / f"checkpoint-{train.stages * train.steps_per_stage}"
+    last = earlier.stages.checkpoints / f"checkpoint-{train.steps}"
     if not (is_finished(last) and is_finished(earlier.stages.beliefs(train.stages - 1))):
         raise _unfit("is not a finished run of cropi with its last checkpoint", folder)
     made_from = read_manifest(earlier.representations, REPRESENTED, made_by="cropi train").inputs

@@ -101,11 +101,6 @@ class Run:
         """Whether the first process sees a finished artifact."""
         return process_group().from_main(lambda: is_finished(folder))
 
-    @property
-    def last_step(self) -> int:
-        """Optimiser steps of all stages."""
-        return self.config.train.stages * self.config.train.steps_per_stage
-
     def origin(self, stage: int) -> str:
         """The name of the policy at the start of a stage, for manifests."""
         step = stage * self.config.train.steps_per_stage

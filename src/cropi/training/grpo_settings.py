@@ -206,7 +206,7 @@ def _check_generation_batches(settings: GRPOConfig, config: Config) -> None:
             where="train.steps_per_stage",
             fix="make its micro-steps a multiple of steps_per_generation x num_iterations.",
         )
-    save_between_batches(settings, config.train.stages * config.train.steps_per_stage)
+    save_between_batches(settings, config.train.steps)
 
 
 def save_between_batches(settings: GRPOConfig, steps: int) -> None:

@@ -84,7 +84,7 @@ def train_run(config: Config, shared: Path) -> None:
 def remove_checkpoints(config: Config) -> None:
     """Delete the checkpoints of a run, and nothing beside them."""
     folder = StagePaths(config.folder).checkpoints
-    for path in checkpoints(folder, config.train.stages * config.train.steps_per_stage).values():
+    for path in checkpoints(folder, config.train.steps).values():
         shutil.rmtree(path)
     with contextlib.suppress(OSError):
         folder.rmdir()

@@ -172,7 +172,7 @@ def _scenario(name: str, overrides: Sequence[str]) -> Config:
 def _common(base: Config) -> dict[str, Any]:
     """The settings that all runs of a scenario share, with the same evaluation steps for all."""
     values = {key: value for key, value in base.resolved().items() if key not in PER_RUN}
-    return values | {"evaluate": values["evaluate"] | {"every": base.evaluate.every or base.train.steps_per_stage}}
+    return values | {"evaluate": values["evaluate"] | {"every": base.evaluate_every}}
 
 
 def run_folder(folder: Path, scenario: str, seed: int, strategy: str) -> Path:
