@@ -27,7 +27,6 @@ class BmcStrategy(ChoosesBatches, StrategyTable):
     represented_depth: ClassVar[float] = 0.75
 
     type: Literal["bmc"]
-    """Selects this strategy."""
     utility: Annotated[float, Field(ge=0)] = 0.0
     """gamma: weight of being in a cluster with many validation prompts. BMC has 0, BMC-T 0.25 (released script)."""
     visit_all_first: bool = True

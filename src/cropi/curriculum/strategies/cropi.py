@@ -20,7 +20,6 @@ class CropiStrategy(ChoosesBatches, StrategyTable):
     reads_influence: ClassVar[bool] = True
 
     type: Literal["cropi"]
-    """Selects this strategy."""
     observe_only: bool = False
     """Read influence and report it, but train on the whole pool as `full` does."""
     prior: str | None = None

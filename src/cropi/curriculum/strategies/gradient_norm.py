@@ -15,7 +15,6 @@ class GradientNormStrategy(StrategyTable):
     reads_lengths: ClassVar[bool] = True
 
     type: Literal["gradient_norm"]
-    """Selects this strategy."""
 
     def rank(self, candidates: Candidates, size: int, fusion: FusionConfig) -> Ranking:
         """s_i = |g_i|, the length of the prompt's off-policy gradient at this stage, or of its feature under `sketch`.

@@ -15,7 +15,6 @@ class InfluenceStrategy(StrategyTable):
     needs: ClassVar[frozenset[Need]] = frozenset({"trajectories", "gradients", "validation"})
 
     type: Literal["influence"]
-    """Selects this strategy."""
     static: bool = False
     """Score once, at the base policy, instead of at every stage."""
     order: Literal["top", "bottom", "shuffled"] = "top"

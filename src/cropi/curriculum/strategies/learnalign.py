@@ -18,7 +18,6 @@ class LearnAlignStrategy(StrategyTable):
     candidates_aimed_at: ClassVar[int] = 200
 
     type: Literal["learnalign"]
-    """Selects this strategy."""
 
     def rank(self, candidates: Candidates, size: int, fusion: FusionConfig) -> Ranking:
         """s_i = p_i (1 - p_i) x mean_j cos(g_i, g_j) over sampled prompts j of the pool: no validation set.

@@ -24,7 +24,6 @@ class LzeStrategy(ChoosesBatches, StrategyTable):
     needs: ClassVar[frozenset[Need]] = frozenset({"rewards"})
 
     type: Literal["lze"]
-    """Selects this strategy."""
     share: Annotated[float, Field(gt=0, le=1)] = 0.4
     """Groups of a generation batch that are trained on (released scripts: 0.4); 0.3 at least."""
 
@@ -32,7 +31,6 @@ class LzeStrategy(ChoosesBatches, StrategyTable):
         return max(1, int(groups * LEAST_SHARE), int(groups * self.share))
 
     def chooser(self, pool: Pool) -> "Lze":
-        """The chooser."""
         return Lze(pool, self)
 
 

@@ -18,7 +18,6 @@ class PassRateStrategy(StrategyTable):
     needs: ClassVar[frozenset[Need]] = frozenset({"trajectories"})
 
     type: Literal["pass_rate"]
-    """Selects this strategy."""
     low: Fraction = 0.2
     """Lowest pass rate kept."""
     high: Fraction = 0.8

@@ -12,7 +12,6 @@ class RandomStrategy(StrategyTable):
     """A uniformly random subset: the control that the paper lacks."""
 
     type: Literal["random"]
-    """Selects this strategy."""
     redraw: bool = False
     """Draw a new subset at every stage instead of one for the whole run."""
 

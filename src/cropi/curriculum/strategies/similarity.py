@@ -16,7 +16,6 @@ class SimilarityStrategy(StrategyTable):
     needs: ClassVar[frozenset[Need]] = frozenset({"validation"})
 
     type: Literal["similarity"]
-    """Selects this strategy."""
     learnability: bool = False
     """Multiply by p (1 - p) of the stored trajectories."""
 

@@ -26,7 +26,6 @@ class SimilarityLearnabilityStrategy(ChoosesBatches, StrategyTable):
     reads_texts: ClassVar[bool] = True
 
     type: Literal["similarity_learnability"]
-    """Selects this strategy."""
     by: Literal["words", "hidden"] = "hidden"
     """Compare words (TF-IDF), or the base policy's mean last hidden states."""
 

@@ -22,10 +22,8 @@ class ThompsonStrategy(ChoosesBatches, StrategyTable):
     needs: ClassVar[frozenset[Need]] = frozenset({"rewards"})
 
     type: Literal["thompson"]
-    """Selects this strategy."""
 
     def chooser(self, pool: Pool) -> "Thompson":
-        """The chooser."""
         return Thompson(pool)
 
 

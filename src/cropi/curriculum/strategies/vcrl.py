@@ -17,7 +17,6 @@ class VcrlStrategy(StrategyTable):
     needs: ClassVar[frozenset[Need]] = frozenset({"trajectories"})
 
     type: Literal["vcrl"]
-    """Selects this strategy."""
 
     def rank(self, candidates: Candidates, size: int, fusion: FusionConfig) -> Ranking:
         """Var_i / Var_max >= kappa, in random order (VCRL, arXiv 2509.19803); Var_i of the rewards of the stored group.
