@@ -18,7 +18,7 @@ from cropi.loading import load_config
 from cropi.report.costs import flops
 from cropi.stages.validation_pass import ValidationPass
 from cropi.training.curriculum_state import load_state
-from cropi.training.loss_normalizer import LossNormalizer
+from cropi.training.group_evidence import LossNormalizer
 from cropi.training.online_trainer import ReadsInfluence
 
 SETTINGS = [

@@ -96,7 +96,6 @@ class Curriculum(PromptChooser):
     # Choosing
 
     def choose(self, count: int, step: int, generator: np.random.Generator) -> list[Choice]:
-        """Choose `count` prompts, all different."""
         self._age(step)
         free_N, chosen = rested(self.last_N, step, COOLDOWN, count), list[Choice]()
         plan = self._plan(step, generator)
@@ -263,7 +262,6 @@ class Curriculum(PromptChooser):
         return chosen - uniform + 1.96 * (chosen_var + uniform_var) ** 0.5 < 0
 
     def metrics(self) -> dict[str, float]:
-        """Numbers for a logger."""
         found = super().metrics() | {"curriculum/dropped": float(self._dropped)}
         ratio = self.gain()
         if ratio is not None:
@@ -291,7 +289,6 @@ class Curriculum(PromptChooser):
     # State
 
     def state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        """JSON values and copies of arrays from which `restore` continues."""
         facts = {
             "dropped": self._dropped,
             "fitted": {name: [since, asdict(chosen)] for name, (since, chosen) in self._fitted.items()},
@@ -305,7 +302,6 @@ class Curriculum(PromptChooser):
         return facts, arrays
 
     def restore(self, facts: Mapping[str, Any], arrays: State) -> None:
-        """Take over such a state."""
         self._rounds, self._dropped, self._reliability = facts["rounds"], facts["dropped"], facts["reliability"]
         self._gains = [(step, uniform, gain) for step, uniform, gain in facts["gains"]]
         self._rewards.restore(below(arrays, "rewards/"))

@@ -3,17 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from cropi.config import Config, ScoreConfig
 from cropi.errors import ArtifactError
 from cropi.ledger import Ledger
-from cropi.report.results import Cost
 from cropi.run_folder import StagePaths
 from cropi.streams import read_jsonl
 
 Entry = Mapping[str, Any]  # a line of the ledger
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The cost of a run. None: not charged, or not there yet."""
+
+    collect: float | None = None  # seconds
+    score: float | None = None
+    select: float | None = None
+    train: float | None = None
+    evaluate: float | None = None  # shown, but not part of the total
+    collect_tokens: int | None = None  # generated tokens
+    train_tokens: int | None = None
+
+    @property
+    def total(self) -> float | None:
+        """Seconds of collect, score, select and train; None before there is any training."""
+        if self.train is None:
+            return None
+        return sum(seconds or 0.0 for seconds in (self.collect, self.score, self.select, self.train))
+
+    @property
+    def tokens(self) -> int | None:
+        """Generated tokens, stored trajectories and training together; None before there is any training."""
+        return None if self.train_tokens is None else self.train_tokens + (self.collect_tokens or 0)
+
+    @property
+    def selection_share(self) -> float | None:
+        """(score + select) / train."""
+        return ((self.score or 0.0) + (self.select or 0.0)) / self.train if self.train else None
+
+    def as_json(self) -> dict[str, Any]:
+        """The costs with what follows from them."""
+        return asdict(self) | {"total": self.total, "tokens": self.tokens, "selection_share": self.selection_share}
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from cropi.report.drawing import (
     shortened,
     svg,
 )
-from cropi.report.results import Summary
+from cropi.report.summary import Summary
 from cropi.report.wording import share, si_prefix
 
 MAX_PANELS = 4

@@ -8,7 +8,7 @@ from itertools import compress
 from cropi.functional.intervals import CONFIDENCE, Interval
 from cropi.report.costs import charges
 from cropi.report.reading import read_selection
-from cropi.report.results import Summary
+from cropi.report.summary import Summary
 from cropi.report.wording import ABSENT, count, decimal, on_one_line, percent, seconds, share, with_interval
 from cropi.run_folder import RunFolder
 from cropi.streams import read_jsonl

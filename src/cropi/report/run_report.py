@@ -16,11 +16,14 @@ from cropi.config import Config
 from cropi.functional.intervals import CONFIDENCE
 from cropi.report import figures
 from cropi.report.blocks import Block, Code, Numbers, Picture, Section, Table, Text
-from cropi.report.choosing import choosing
+from cropi.report.choosing import choosing, jaccard, random_jaccard, selected_sources, share_table
 from cropi.report.closeups import before_and_after, closeups
 from cropi.report.headline import headline, large_numbers
 from cropi.report.reading import (
+    Drift,
+    Reliability,
     Selection,
+    StageQuality,
     directions,
     group_statuses,
     prompts_left_out,
@@ -29,8 +32,6 @@ from cropi.report.reading import (
     read_verdicts,
 )
 from cropi.report.rendering import write_report
-from cropi.report.results import Drift, Reliability, StageQuality
-from cropi.report.shares import jaccard, random_jaccard, selected_sources, share_table
 from cropi.report.summary import Summary, summarise
 from cropi.report.wording import (
     ABSENT,

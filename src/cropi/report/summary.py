@@ -3,29 +3,72 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
 from cropi.config import Config
 from cropi.functional.intervals import Interval, stratified_mean
-from cropi.report.costs import charges
-from cropi.report.headline import headline
+from cropi.report.costs import Cost, charges
 from cropi.report.reading import (
     Answers,
     Results,
+    StageQuality,
     group_statuses,
     read_answers,
     read_quality,
     read_verdicts,
     selection_table,
 )
-from cropi.report.results import Point, Summary
 from cropi.run_folder import RunFolder
 from cropi.seeds import derived_seed
 from cropi.streams import read_jsonl
 
-__all__ = ["Summary", "headline", "summarise"]
+
+@dataclass(frozen=True)
+class Point:
+    """Greedy accuracy at one step: the mean over the targeted test sets and over the others. None: no such set."""
+
+    step: int
+    targeted: Interval | None
+    untargeted: Interval | None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A run in numbers."""
+
+    name: str
+    strategy: str
+    seed: int
+    total_steps: int
+    evaluate_every: int
+    fraction: float | None  # share of the pool that a stage selects; None: the strategy may take all
+    pool: int | None  # training prompts to select from
+    tested: bool  # whether the run has test sets
+    base: Point | None
+    base_by_set: Mapping[str, Mapping[str, Interval]]
+    steps: int  # the last evaluated step; 0 before there is any
+    curve: tuple[Point, ...]  # step 0 is the base policy
+    final: Mapping[str, Mapping[str, Interval]]  # at `steps`: test set -> greedy, sampled; empty while `steps` is 0
+    cost: Cost
+    stages: tuple[StageQuality, ...]  # where the strategy scores by influence
+    rewards: tuple[float | None, ...]  # mean reward of training by stage, as far as it has come
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last evaluated step is the last one."""
+        return self.steps == self.total_steps
+
+    @property
+    def last(self) -> Point | None:
+        """The point at the last evaluated step, None while there is none beyond the base policy."""
+        return self.curve[-1] if self.steps else None
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain JSON values. Unknown numbers are null or absent, never NaN."""
+        return asdict(self) | {"cost": self.cost.as_json()}
 
 
 def summarise(config: Config, run: RunFolder) -> Summary:

@@ -141,7 +141,7 @@ def _out_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text
 
 
-SEEDS = 2**31
+SEEDS = 2**31  # that vLLM and servers take
 
 
 class VllmGenerator:
@@ -158,7 +158,6 @@ class VllmGenerator:
         self._engine: Any = None
 
     def __call__(self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, seed: int) -> list[list[int]]:
-        """Return one completion per prompt, in order: token ids up to and including the first end-of-sequence token."""
         if self._engine is None:
             self._engine = self._started()
         from vllm import SamplingParams

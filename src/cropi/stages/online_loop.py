@@ -21,8 +21,7 @@ from cropi.gradients.training_influence import Reader
 from cropi.parallel import process_group
 from cropi.stages.validation_pass import Due, SampledGroup, ValidationPass
 from cropi.training.curriculum_state import load_state, save_state
-from cropi.training.group_evidence import GroupEvidence, GroupOutcome, LossRow, loss_rows
-from cropi.training.loss_normalizer import LossNormalizer
+from cropi.training.group_evidence import GroupEvidence, GroupOutcome, LossNormalizer, LossRow, loss_rows
 from cropi.training.online_sampler import OnlineSampler
 from cropi.training.reward_log import Judged, RewardLog
 
@@ -180,7 +179,6 @@ class OnlineLoop(ChooserLoop):
 
     @property
     def reads(self) -> bool:
-        """Whether the first pass over a generation batch has to be read."""
         return self.reader is not None
 
     def micro_batch(self, inputs: Mapping[str, Tensor], accumulated: int, scale: float) -> AbstractContextManager[Any]:
@@ -268,7 +266,6 @@ class OnlineLoop(ChooserLoop):
     # -- state ---------------------------------------------------------------------------------------------------------
 
     def metrics(self) -> dict[str, float]:
-        """Numbers for a logger."""
         own = {"rows_dropped": float(self.evidence.dropped), "share_read": self.share_read}
         return super().metrics() | {f"curriculum/{name}": value for name, value in own.items()}
 
