@@ -25,7 +25,7 @@ from cropi.pipeline import train_all
 from cropi.prompt_encoding import encode_prompts
 from cropi.stages.collect import collect
 from cropi.stages.run import Run
-from cropi.training.stage_trainer import Staged
+from cropi.training.stage_trainer import StageTrainer
 from cropi.trl import CurriculumTrainer, Selector
 
 PLAIN = (
@@ -120,7 +120,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> set[tuple[int, ...]]:
 
     def noting(self: GRPOTrainer, prompts: list[Any]) -> Any:
         result = original(self, prompts)
-        if isinstance(self, Staged | CurriculumTrainer):  # and not the trial step
+        if isinstance(self, StageTrainer | CurriculumTrainer):  # and not the trial step
             found.update(map(tuple, result[0]))
         return result
 

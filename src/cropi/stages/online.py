@@ -79,14 +79,11 @@ class OnlineRun:
     def _sampler(self) -> OnlineSampler:
         settings, trainer = self._trainer.args, self._trainer
         micro_steps = self._run.config.train.steps_per_stage * settings.gradient_accumulation_steps
-        repeats = settings.steps_per_generation * trainer.num_iterations
-        shape = BatchShape(
-            settings.generation_batch_size // settings.num_generations, settings.num_generations, repeats
-        )
-        self._batches_per_step = settings.gradient_accumulation_steps / repeats
+        shape = BatchShape.of(settings, trainer.num_iterations)
+        self._batches_per_step = settings.gradient_accumulation_steps / shape.repeats
         choose = None if self._only_observes else self._choose
         draws = self._run.config.train.dynamic_sampling > 0
-        return OnlineSampler(shape, micro_steps // repeats, settings.seed, choose, draws=draws)
+        return OnlineSampler(shape, micro_steps // shape.repeats, settings.seed, choose, draws=draws)
 
     def _made_loop(self, sampler: OnlineSampler) -> ChooserLoop:
         settings, chooser, reads = self._trainer.args, self._chooser, isinstance(self._chooser, Curriculum)
