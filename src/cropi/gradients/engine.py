@@ -16,7 +16,7 @@ from cropi.console import warn
 from cropi.errors import PolicyError
 from cropi.fsdp import ShardedParameters, Turn, forward_replaced
 from cropi.gradients.attention import pack_rows, packed, unsupported
-from cropi.gradients.capture import Capture, Idle, NullReader, Reader, find_idle, watch_calls
+from cropi.gradients.capture import Capture, FactorReader, Idle, find_idle, watch_calls
 from cropi.gradients.groups import Group
 from cropi.gradients.head import Head
 from cropi.gradients.model_checks import (
@@ -153,7 +153,7 @@ class Engine:
     def run(
         self,
         segments: Sequence[Segment],
-        reader: Reader,
+        reader: FactorReader,
         *,
         after: Callable[[Sequence[Segment]], None] | None = None,
         divisible: bool = True,
@@ -234,7 +234,7 @@ class Engine:
         """Join the passes of the other processes until all agree on `turn`."""
         while (agreed := self.shards.agree(turn)) != turn:
             members = [Segment(0, [0], [[0, 0]], [0.0], None)]
-            self._pass(members, NullReader() if agreed == Turn.BACKWARD else None)
+            self._pass(members, FactorReader() if agreed == Turn.BACKWARD else None)
 
     def _plan(self, segments: Sequence[Segment], divisible: bool, most: int | None = None) -> list[list[Segment]]:
         parts = list(segments)
@@ -249,7 +249,7 @@ class Engine:
     def _divides(members: Sequence[Segment], divisible: bool) -> bool:
         return len(members) > 1 or (divisible and len(members[0].completions) > 1)
 
-    def _pass(self, members: Sequence[Segment], reader: Reader | None) -> tuple[int, Statistics]:
+    def _pass(self, members: Sequence[Segment], reader: FactorReader | None) -> tuple[int, Statistics]:
         """Run a pack forward and backward; without a reader forward alone."""
         pack = make_pack(members, self.device)
         found: list[Tensor] = []

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from cropi.gradients.attention import unsupported
-from cropi.gradients.capture import Reader
+from cropi.gradients.capture import FactorReader
 from cropi.gradients.packing import Pack, Span
 from cropi.gradients.surrogate_weights import SurrogateSettings
 
@@ -97,7 +97,12 @@ class Head:
 
     @torch.no_grad()
     def __call__(
-        self, hidden_SH: Tensor, pack: Pack, settings: SurrogateSettings, reader: Reader | None, names: dict[str, str]
+        self,
+        hidden_SH: Tensor,
+        pack: Pack,
+        settings: SurrogateSettings,
+        reader: FactorReader | None,
+        names: dict[str, str],
     ) -> tuple[Tensor, Tensor]:
         """Return log importance ratios (float64) of a pack's predictions and the gradient of its hidden states; without
         a reader, the gradient is 0."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cropi.functional.projection import SparseProjection, fold
+from cropi.gradients.capture import FactorReader
 from cropi.gradients.exact import add_outer_sum, outer_sum, row_sums, widened
 from cropi.gradients.packing import Segment, Span
 
@@ -196,7 +197,7 @@ def _no_buckets(parameters: Mapping[str, Tensor]) -> Tensor:
     return torch.zeros(0, dtype=torch.int32, device=next(iter(parameters.values())).device)
 
 
-class SketchReader:
+class SketchReader(FactorReader):
     """Compute the feature of each row's gradient, (N, dim) float32 or wider, in main memory."""
 
     def __init__(self, gradient_map: GradientMap, count: int, dtype: torch.dtype = torch.float32) -> None:

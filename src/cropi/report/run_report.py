@@ -6,7 +6,6 @@ import json
 import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -62,46 +61,29 @@ def make_report(run: RunFolder, *, live: bool = False) -> Summary:
     """
     config, folder = run.config, run.folder
     summary = summarise(config, run)
-    write_report(folder, "report", f"cropi run {config.name}", sections(read_contents(config, run, summary)), live=live)
+    write_report(folder, "report", f"cropi run {config.name}", sections(config, run, summary), live=live)
     write_json(folder / "summary.json", summary.as_json())
     return summary
 
 
-@dataclass(frozen=True)
-class Contents:
-    """Everything that the sections are made from, read once."""
-
-    config: Config
-    run: RunFolder
-    summary: Summary
-    selections: Mapping[int, Selection]  # by stage
-    scores: Mapping[int, pa.Table]  # influence, by stage
-
-
-def read_contents(config: Config, run: RunFolder, summary: Summary) -> Contents:
-    """Read selections and scores, as far as they are there."""
-    selections = read_selections(run.stages, config.train.stages)
-    return Contents(config, run, summary, selections, read_scores(config, run.stages))
-
-
-def sections(found: Contents) -> list[Section]:
+def sections(config: Config, run: RunFolder, summary: Summary) -> list[Section]:
     """The report, in order; a section that has nothing to show is only named."""
-    config, run = found.config, found.run
+    selections, scores = read_selections(run.stages, config.train.stages), read_scores(config, run.stages)
     choice = (
         Section("Belief, choice and their cost", choosing(config, run))
         if config.select.strategy.reads_influence
-        else Section("What was selected", _selected(found))
+        else Section("What was selected", _selected(selections))
     )
-    ranking = reliability(config, found.summary.stages) if found.scores else []
-    prompts = closeups(config, run) if found.selections and is_finished(run.prompts) else []
+    ranking = reliability(config, summary.stages) if scores else []
+    prompts = closeups(config, run) if selections and is_finished(run.prompts) else []
     every = [
-        Section("Result", _result(found.summary)),
+        Section("Result", _result(summary)),
         Section("Answers before and after", before_and_after(config, run)),
         choice,
         Section("Can the ranking be trusted?", ranking),
         Section("Training prompts, close up", prompts),
-        Section("Cost", _cost(found.summary)),
-        Section("What became of every prompt", funnel(run, found.selections, found.scores)),
+        Section("Cost", _cost(summary)),
+        Section("What became of every prompt", funnel(run, selections, scores)),
         Section("Settings, and how to reproduce it", [*settings(config, run), *reproduction(config)]),
     ]
     empty = [section.title for section in every if not section.blocks]
@@ -144,16 +126,16 @@ def _by_set(summary: Summary) -> list[Block]:
 # -- selections --------------------------------------------------------------------------------------------------------
 
 
-def _selected(found: Contents) -> list[Block]:
-    if not found.selections:
+def _selected(selections: Mapping[int, Selection]) -> list[Block]:
+    if not selections:
         return []
     rows = []
-    for stage, overlap in jaccard(found.selections).items():
-        before, now = found.selections[stage - 1].chosen, found.selections[stage].chosen
+    for stage, overlap in jaccard(selections).items():
+        before, now = selections[stage - 1].chosen, selections[stage].chosen
         numbers = (count(len(part)) for part in (before & now, now - before, before - now))
-        expected = random_jaccard(len(now) / len(found.selections[stage].selected))
+        expected = random_jaccard(len(now) / len(selections[stage].selected))
         rows.append([f"{stage - 1} → {stage}", *numbers, decimal(overlap), decimal(expected)])
-    shares = share_table(selected_sources(found.selections), "Prompts selected, by source.")
+    shares = share_table(selected_sources(selections), "Prompts selected, by source.")
     header = ["stages", "kept", "new", "dropped", "overlap", "of random draws"]
     return [shares, *([Table("Turnover. Overlap: kept ÷ (kept + new + dropped).", header, rows)] if rows else [])]
 

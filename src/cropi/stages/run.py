@@ -82,7 +82,7 @@ class Run:
         Errors: ArtifactError for a stage that the run does not have, PolicyError for a checkpoint that is not there.
         """
         paths = paths_at(self.folder, stage, checkpoint)
-        if paths == self.paths:
+        if paths.folder == self.paths.folder:
             return self
         run = copy(self)
         run._open(paths)
