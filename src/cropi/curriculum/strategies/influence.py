@@ -4,7 +4,6 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from cropi.artifacts import OK
 from cropi.curriculum.strategy import Candidates, FusionConfig, Need, Ranking, StrategyTable, fused_ranking
 from cropi.seeds import unit_intervals
 
@@ -32,7 +31,7 @@ class InfluenceStrategy(StrategyTable):
         `negsim`); `shuffled` permutes influence among the prompts with signal, in the same way for all sets and anew at
         each stage.
         """
-        eligible_N = np.array([status == OK for status in candidates.statuses])
+        eligible_N = candidates.mixed_N
         values = dict(candidates.influence)
         if self.order == "bottom":
             values = {name: -values_N for name, values_N in values.items()}
