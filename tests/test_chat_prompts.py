@@ -18,11 +18,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import GRPOConfig, GRPOTrainer
 
 from cropi.config import Config
+from cropi.config.loading import validate_config
 from cropi.errors import DataError, PolicyError
 from cropi.inspection import check_run
-from cropi.loading import validate_config
 from cropi.pipeline import train_all
-from cropi.prompt_encoding import encode_prompts
+from cropi.prompts.encoding import encode_prompts
 from cropi.stages.collect import collect
 from cropi.stages.run import Run
 from cropi.training.stage_trainer import StageTrainer

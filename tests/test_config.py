@@ -5,11 +5,10 @@ from pathlib import Path
 import pytest
 
 from cropi.config import config_difference
+from cropi.config.loading import TYPES, load_config, merged, parse_verifier, presets, recipe_names, validate_config
+from cropi.config.yaml_text import parse_yaml
 from cropi.curriculum.strategies import CropiStrategy, FullStrategy
 from cropi.errors import ConfigError
-from cropi.loading import load_config, parse_verifier, recipe_names, validate_config
-from cropi.presets import TYPES, merged, presets
-from cropi.yaml_text import parse_yaml
 
 
 @pytest.mark.parametrize("name", recipe_names())

@@ -25,9 +25,9 @@ from cropi.gradients.reference import trainable_parameters
 from cropi.gradients.score_shards import make_scorer
 from cropi.gradients.surrogate_weights import surrogate_settings
 from cropi.policy import Policy, load_policy
-from cropi.prompt_encoding import chat_warnings
 from cropi.prompt_text import last_turn
 from cropi.prompts import checked_prompts
+from cropi.prompts.encoding import chat_warnings
 from cropi.rewards.verdicts import CORRECT, UNPARSEABLE_ANSWER, Judge, Judgement, answered, reward
 from cropi.rollouts.generation import Sampling, TransformersGenerator
 from cropi.rollouts.shards import Shard, behaviour_logprobs, plan, read_trajectories

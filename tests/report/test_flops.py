@@ -2,8 +2,8 @@
 
 import pytest
 
+from cropi.config.loading import load_config
 from cropi.errors import ArtifactError
-from cropi.loading import load_config
 from cropi.report.costs import flops, score_multiple
 
 COLLECTED = {"tokens": 30, "prompt_tokens": 10, "passes": 2}

@@ -12,8 +12,8 @@ from markdown_it import MarkdownIt
 from tests.report.sentences import too_long
 
 from cropi.artifacts import PROMPTS, finish, write_table
+from cropi.config.loading import load_config
 from cropi.errors import ArtifactError, printable
-from cropi.loading import load_config
 from cropi.report.blocks import Section, Text
 from cropi.report.closeups import before_and_after, closeups, pick, shortened, telling
 from cropi.report.headline import headline

@@ -10,9 +10,9 @@ from tests.runs import SMALL
 
 from cropi.artifacts import TRAJECTORIES, read_table
 from cropi.config import Config, PolicyConfig
+from cropi.config.loading import load_config
 from cropi.errors import ArtifactError, DataError
 from cropi.ledger import Ledger
-from cropi.loading import load_config
 from cropi.policy import Policy, completion_logprobs, load_policy
 from cropi.prompts import load_prompts
 from cropi.rewards.pool import judge_of

@@ -6,8 +6,8 @@ from tests.distributed.threads import together
 from tests.runs import judge
 
 from cropi.config import EvaluateConfig
+from cropi.config.loading import load_config
 from cropi.errors import DataError
-from cropi.loading import load_config
 from cropi.parallel import ProcessGroup, process_group
 from cropi.report.reading import read_answers
 from cropi.report.summary import accuracy_by_set

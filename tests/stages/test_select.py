@@ -7,6 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from cropi.config import Config, FusionConfig, Strategy
+from cropi.config.loading import load_config
 from cropi.curriculum.strategies import (
     FullStrategy,
     InfluenceStrategy,
@@ -17,7 +18,6 @@ from cropi.curriculum.strategies import (
 from cropi.curriculum.strategy import Candidates
 from cropi.errors import SignalError
 from cropi.functional.ranking import selection_size
-from cropi.loading import load_config
 from cropi.stages.select import choose, choose_prompts, selection_batches
 
 POOL = Candidates(

@@ -18,12 +18,12 @@ from torch import nn
 
 from cropi.builtin import POLICY_DIR
 from cropi.config import Config, PolicyConfig
+from cropi.config.loading import load_config
 from cropi.console import warn_once
 from cropi.errors import ArtifactError, ConfigError
-from cropi.loading import load_config
 from cropi.policy import Policy, load_policy
 from cropi.policy import passes as policy_module
-from cropi.prompt_encoding import encode_prompts
+from cropi.prompts.encoding import encode_prompts
 from cropi.stages.train import TrainTask, newest_checkpoint, train_stages
 from cropi.streams import read_jsonl
 from cropi.training.grpo_settings import _problem, grpo_config

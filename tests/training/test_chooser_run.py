@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 from tests.runs import SMALL, cropi, json_lines
 
+from cropi.config.loading import load_config
 from cropi.curriculum.strategies.lze import Lze
 from cropi.gradients.training_influence import Reader
-from cropi.loading import load_config
 from cropi.report.costs import flops
 from cropi.stages.validation_pass import ValidationPass
 from cropi.training.curriculum_state import load_state

@@ -16,8 +16,8 @@ from tests.runs import judge
 from tests.stages.test_train import policy
 from torch import Tensor
 
+from cropi.config.loading import load_config
 from cropi.errors import ConfigError
-from cropi.loading import load_config
 from cropi.stages.train import StageCallback, TrainTask, train_stages
 from cropi.streams import read_jsonl
 from cropi.training.dynamic_sampling import DynamicSampling, check_dynamic_sampling

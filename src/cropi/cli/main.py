@@ -285,7 +285,7 @@ def list_recipes(context: typer.Context, as_json: AsJson = False) -> None:
     """List the recipes."""
     if context.invoked_subcommand is not None:
         return
-    from cropi.loading import recipe_names, recipe_text
+    from cropi.config.loading import recipe_names, recipe_text
 
     first_line = {name: recipe_text(name).splitlines()[0].lstrip("# ") for name in recipe_names()}
     print_result(first_line, as_json, "\n".join(f"{name:<18} {line}" for name, line in first_line.items()))
@@ -310,7 +310,7 @@ def copy_recipe(
 
 
 def _recipe(name: str) -> str:
-    from cropi.loading import recipe_names, recipe_text
+    from cropi.config.loading import recipe_names, recipe_text
 
     if name not in recipe_names():
         raise UserError(f"there is no recipe {name!r}", fix=f"choose one of: {', '.join(recipe_names())}.")

@@ -55,7 +55,7 @@ def _runs(folder: Path) -> Iterator[Path]:
 
 def _row(folder: Path) -> dict[str, Any]:
     """One run by the names of the header, and what is wrong with it."""
-    from cropi.loading import load_config
+    from cropi.config.loading import load_config
     from cropi.report.summary import summarise
     from cropi.report.wording import with_interval
     from cropi.run_folder import RunFolder

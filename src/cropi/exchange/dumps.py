@@ -28,7 +28,7 @@ from cropi.config import SAMPLED_BY, config_hash
 from cropi.console import progress, say
 from cropi.errors import ArtifactError, DataError
 from cropi.policy import Policy
-from cropi.prompt_encoding import encode_prompts, trainer_prompts
+from cropi.prompts.encoding import encode_prompts, trainer_prompts
 from cropi.rewards.verdicts import answered
 from cropi.rollouts.shards import behaviour_logprobs
 from cropi.stages.collect import make_prompt_table

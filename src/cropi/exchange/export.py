@@ -26,7 +26,7 @@ from cropi.errors import ArtifactError, DataError
 from cropi.exchange.formats import Format, Item, named
 from cropi.exchange.rewards import facts_of
 from cropi.policy import load_tokenizer, policy_location
-from cropi.prompt_encoding import encode_prompts, trainer_prompts, uses_chat
+from cropi.prompts.encoding import encode_prompts, trainer_prompts, uses_chat
 from cropi.run_folder import RunFolder, StagePaths
 from cropi.stages.run import start_of_stage
 from cropi.training.grpo_settings import grpo_config

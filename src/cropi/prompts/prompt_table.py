@@ -16,9 +16,9 @@ from cropi.artifacts import PROMPTS, file_sha256, write_table
 from cropi.config import BuiltinSource, Config, FileSource, HubSource, PromptsConfig, ReasoningGymSource, Source
 from cropi.console import warn
 from cropi.errors import DataError
-from cropi.leakage import Leakage, described, find_leakage
 from cropi.prompt_text import turn_text
 from cropi.prompts.data_files import Row, raw_rows
+from cropi.prompts.leakage import Leakage, described, find_leakage
 from cropi.seeds import derived_seed
 
 PROMPT_COLUMNS = ("prompt", "question", "problem", "messages")

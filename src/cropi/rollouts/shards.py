@@ -21,7 +21,7 @@ from cropi.fsdp import in_lockstep
 from cropi.ledger import Ledger
 from cropi.parallel import process_group
 from cropi.policy import Policy, PolicyCopy, completion_logprobs, evaluating, longest_alike
-from cropi.prompt_encoding import encode_rows
+from cropi.prompts.encoding import encode_rows
 from cropi.ray_workers import Perform, RayPool, Task
 from cropi.rewards.pool import strict_judge
 from cropi.rewards.verdicts import Judge, answered

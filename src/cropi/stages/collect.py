@@ -21,8 +21,8 @@ from cropi.gradients.validation_directions import validation_groups
 from cropi.ledger import Ledger
 from cropi.parallel import process_group
 from cropi.policy import Policy
-from cropi.prompt_encoding import chat_warnings
 from cropi.prompts import data_identity, make_prompts
+from cropi.prompts.encoding import chat_warnings
 from cropi.ray_workers import ray_pool
 from cropi.rewards.verdicts import ERROR, TIMEOUT, Judge
 from cropi.rollouts.representations import KIND as REPRESENTED

@@ -19,7 +19,7 @@ from cropi.errors import DataError
 from cropi.fsdp import in_lockstep
 from cropi.parallel import process_group
 from cropi.policy import Policy, load_policy
-from cropi.prompt_encoding import encode_rows
+from cropi.prompts.encoding import encode_rows
 from cropi.rewards.verdicts import Answered, Judge, answered, reward
 from cropi.rollouts.generation import Sampling, TransformersGenerator
 from cropi.run_tables import evaluation_files, keep_evaluation

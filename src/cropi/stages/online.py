@@ -12,15 +12,15 @@ import pyarrow as pa
 from trl import GRPOConfig
 
 from cropi.artifacts import build, is_finished, open_artifact, read_manifest, read_table, remove, write_batches
+from cropi.config.loading import load_config
 from cropi.curriculum.chooser import ChoosesBatches, GroupGate, Pool
 from cropi.curriculum.curriculum import Curriculum
 from cropi.curriculum.strategies.cropi import CropiStrategy
 from cropi.errors import ConfigError
 from cropi.gradients.layer_taps import matrix_parameters
-from cropi.loading import load_config
 from cropi.parallel import process_group
-from cropi.prompt_encoding import encode_prompts
 from cropi.prompt_text import prompt_text
+from cropi.prompts.encoding import encode_prompts
 from cropi.rollouts.generation import Sampling, TransformersGenerator
 from cropi.rollouts.representations import KIND as REPRESENTED
 from cropi.rollouts.representations import read_representations

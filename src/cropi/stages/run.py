@@ -18,7 +18,7 @@ from cropi.gradients.surrogate_weights import surrogate_settings
 from cropi.ledger import Ledger
 from cropi.parallel import process_group
 from cropi.policy import Policy, Replica, fingerprint, load_policy
-from cropi.prompt_encoding import Encode, encode_rows
+from cropi.prompts.encoding import Encode, encode_rows
 from cropi.rewards.pool import strict_judge
 from cropi.rewards.verdicts import Judge
 from cropi.run_folder import RunFolder, StagePaths, require_writable

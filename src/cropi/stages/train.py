@@ -21,7 +21,7 @@ from cropi.console import Progress, progress, warn
 from cropi.errors import ArtifactError, ConfigError, SignalError
 from cropi.parallel import process_group
 from cropi.policy import Policy, load_policy
-from cropi.prompt_encoding import encode_prompts, trainer_prompts
+from cropi.prompts.encoding import encode_prompts, trainer_prompts
 from cropi.run_folder import checkpoints
 from cropi.run_tables import evaluation_files, forget_evaluations
 from cropi.stages.evaluate import evaluate, evaluate_base, is_evaluated

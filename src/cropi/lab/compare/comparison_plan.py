@@ -21,12 +21,11 @@ from typing import Any
 
 from cropi.artifacts import is_finished, remove_parts, write_json
 from cropi.config import SAMPLED_BY, Config, config_difference, config_hash
+from cropi.config.loading import Patch, config_of, load_config, merged, preset, suite_names, validate_config
+from cropi.config.yaml_text import parse_yaml
 from cropi.errors import ArtifactError, ConfigError
 from cropi.lab.compare.drawn import drawn_scenario, seed_of
-from cropi.loading import config_of, load_config, suite_names, validate_config
-from cropi.presets import Patch, merged, preset
 from cropi.run_folder import first_changes
-from cropi.yaml_text import parse_yaml
 
 PLAN = "plan.json"
 BEGUN = "begun.json"
