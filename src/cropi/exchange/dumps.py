@@ -32,8 +32,7 @@ from cropi.prompts.encoding import encode_prompts, trainer_prompts
 from cropi.rewards.verdicts import answered
 from cropi.rollouts.shards import behaviour_logprobs
 from cropi.stages.collect import make_prompt_table
-from cropi.stages.run import Run
-from cropi.stages.trajectories import IMPORTED
+from cropi.stages.run import IMPORTED, Run
 
 SHARD_PROMPTS = 256
 

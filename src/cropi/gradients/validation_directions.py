@@ -22,8 +22,8 @@ from cropi.console import warn_once
 from cropi.curriculum.strategy import CANDIDATES
 from cropi.errors import SignalError
 from cropi.functional import influence_formulas
-from cropi.functional.empirical_bayes import spearman_brown
 from cropi.functional.influence_formulas import halves
+from cropi.functional.ranking import spearman_brown
 from cropi.gradients.engine import Engine, by_group, free_bytes, segments_of
 from cropi.gradients.exact import DenseReader, ExactReader, inner, norm
 from cropi.gradients.groups import Group, iterate_groups

@@ -36,8 +36,7 @@ from cropi.rollouts.shards import (
     plan,
     pool_generator,
 )
-from cropi.stages.run import Run
-from cropi.stages.trajectories import require_signal
+from cropi.stages.run import Run, require_signal
 
 MANY_FAILURES = 0.02  # share of the completions on which a verifier may fail without a warning
 

@@ -30,9 +30,8 @@ from cropi.functional.influence_formulas import reward_variance
 from cropi.functional.ranking import ranks, selection_size
 from cropi.gradients.groups import GroupFacts
 from cropi.prompt_text import prompt_text
-from cropi.stages.run import Run
+from cropi.stages.run import Run, require_signal
 from cropi.stages.score import read_scores
-from cropi.stages.trajectories import require_signal
 from cropi.training.reward_log import newest_rewards
 
 BLOCK = 1 << 18  # rows of the table that are built at a time

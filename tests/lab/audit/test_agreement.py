@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cropi.functional.empirical_bayes import spearman_brown
+from cropi.functional.ranking import spearman_brown
 from cropi.lab.audit.agreement import (
     disattenuated,
     pearson,
