@@ -99,8 +99,7 @@ class Turn(IntEnum):
 
     NOTHING = 0
     FORWARD = 1
-    BACKWARD = 2
-    """Forward and backward."""
+    BACKWARD = 2  # forward and backward
 
 
 class ShardedParameters:

@@ -39,8 +39,7 @@ class FactorReader:
     unfinished pack, or all results and returns False.
     """
 
-    row_bytes = 0
-    """Memory per result row of a pack."""
+    row_bytes = 0  # memory per result row of a pack
 
     def begin(self, segments: Sequence[Segment]) -> None: ...
 
@@ -74,8 +73,7 @@ class Idle:
     """Trainable weights that text input does not use, such as a vision tower: their gradient is zero."""
 
     parameters: Collection[str] = ()
-    modules: Sequence[nn.Module] = ()
-    """Modules with such parameters that were not called."""
+    modules: Sequence[nn.Module] = ()  # modules with such parameters that were not called
 
 
 @contextmanager

@@ -39,8 +39,7 @@ if TYPE_CHECKING:
 FAST_ENOUGH = {"cpu": 2048, "cuda": 32768}
 """Tokens of a pack beyond which larger packs are no faster. Memory decides only below that."""
 
-STAGED_BYTES = {"cpu": 1 << 29, "cuda": 1 << 33}
-"""Memory that readers may use for the rows of a pack."""
+STAGED_BYTES = {"cpu": 1 << 29, "cuda": 1 << 33}  # memory that readers may use for the rows of a pack
 
 Statistics = list[tuple[int, RatioStatistics]]
 

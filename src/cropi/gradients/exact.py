@@ -10,8 +10,7 @@ from torch import Tensor
 from cropi.gradients.capture import FactorReader
 from cropi.gradients.packing import Segment, Span
 
-AT_ONCE = 1 << 27
-"""Numbers copied to float64 at once: 1 GiB."""
+AT_ONCE = 1 << 27  # numbers copied to float64 at once: 1 GiB
 
 
 class DenseReader(FactorReader):

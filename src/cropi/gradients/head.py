@@ -21,8 +21,7 @@ from cropi.gradients.surrogate_weights import SurrogateSettings
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-LOGITS_AT_ONCE = {"cpu": 1 << 24, "cuda": 1 << 28}
-"""Logits of one chunk, in float32: 64 MiB and 1 GiB."""
+LOGITS_AT_ONCE = {"cpu": 1 << 24, "cuda": 1 << 28}  # logits of one chunk, in float32: 64 MiB and 1 GiB
 
 
 class Head:

@@ -29,8 +29,7 @@ class GradientMap(Protocol):
 
     projection: SparseProjection
     buckets_K: Tensor
-    scale: float
-    """Factor of the final sums."""
+    scale: float  # factor of the final sums
 
     def narrow(self, name: str, inputs_TI: Tensor) -> Tensor:
         """Reduce a linear layer's inputs (or an embedding's gradients) to what the map needs."""
@@ -94,11 +93,9 @@ class _Layer:
     """The kept part of one linear layer (O, I)."""
 
     directions_IR: Tensor
-    directions_CR: Tensor
-    """The directions at the kept columns."""
+    directions_CR: Tensor  # the directions at the kept columns
     columns_C: Tensor
-    scale: float
-    """1 / sqrt(share of the rest that is kept)."""
+    scale: float  # 1 / sqrt(share of the rest that is kept)
     outs: int
     start: int
     """Offset in the staged numbers of [G U | kept columns of the rest]^T, (r + C, O): few long rows make a faster

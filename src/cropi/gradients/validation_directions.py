@@ -32,11 +32,9 @@ from cropi.gradients.surrogate_weights import SurrogateSettings
 from cropi.parallel import ProcessGroup, process_group
 from cropi.seeds import unit_interval
 
-PIECE = 16
-"""Groups whose gradients one process sums together."""
+PIECE = 16  # groups whose gradients one process sums together
 
-REFERENCE_TOKENS = 8192
-"""Default number of padded tokens in a forward pass of the reference estimator."""
+REFERENCE_TOKENS = 8192  # default number of padded tokens in a forward pass of the reference estimator
 
 MEMORY_SHARE = {"cpu": 0.5, "cuda": 0.25}
 """Share of the free memory for dense gradients. On CUDA, packs already use half of the memory."""
@@ -59,8 +57,7 @@ class Directions:
 
     def __init__(self, names: Sequence[str]) -> None:
         self._names, count = names, len(names)
-        self.products_VV = np.zeros((count, count))
-        """Inner products of the directions."""
+        self.products_VV = np.zeros((count, count))  # inner products of the directions
         self._within_V3 = np.zeros((count, 3))
 
     def add(self, halves_V: Iterable[Halves]) -> list[Gradients]:
