@@ -194,11 +194,7 @@ def explain(
     from cropi.run_folder import RunFolder
 
     found = explanations(
-        loaded,
-        RunFolder(loaded),
-        prompt_ids or [],
-        stage=stage,
-        top=None if prompt_ids else top or EXPLAINED,
+        loaded, RunFolder(loaded), prompt_ids or [], stage=stage, top=None if prompt_ids else top or EXPLAINED
     )
     print_result({"prompts": [each.as_json() for each in found]}, as_json, as_text(found))
 
@@ -299,8 +295,7 @@ def show_recipe(name: RecipeName) -> None:
 
 @recipes.command("copy")
 def copy_recipe(
-    name: RecipeName,
-    target: Annotated[Path, typer.Argument(help="Folder or file to write.")] = Path(),
+    name: RecipeName, target: Annotated[Path, typer.Argument(help="Folder or file to write.")] = Path()
 ) -> None:
     """Write a recipe to a file that you can edit."""
     text = _recipe(name)

@@ -118,11 +118,7 @@ def _read_run(folder: Path) -> dict[str, Any]:
         raise ConfigError("holds no config of a run", where=str(folder), fix="name the folder of a run.")
     place = folder if folder.name == name else folder.resolve()
     if place.name != name:
-        raise ConfigError(
-            f"the folder of the run {name!r} has another name",
-            where=str(folder),
-            fix="rename it back.",
-        )
+        raise ConfigError(f"the folder of the run {name!r} has another name", where=str(folder), fix="rename it back.")
     return values | {"run_dir": str(place.parent)}
 
 

@@ -10,14 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from cropi.curriculum.belief import (
-    FORGOTTEN,
-    Hyperparameters,
-    InfluenceBelief,
-    Posterior,
-    kernel_features,
-    likeness,
-)
+from cropi.curriculum.belief import FORGOTTEN, Hyperparameters, InfluenceBelief, Posterior, kernel_features, likeness
 from cropi.curriculum.chooser import Choice, Halves, PromptChooser, Source, State, below, rested
 from cropi.curriculum.reward_belief import RewardBelief
 from cropi.functional.intervals import ratio_interval

@@ -11,16 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import torch
 
-from cropi.artifacts import (
-    SELECTION,
-    Manifest,
-    atomic_file,
-    finish,
-    is_finished,
-    open_artifact,
-    read_table,
-    write_text,
-)
+from cropi.artifacts import SELECTION, Manifest, atomic_file, finish, is_finished, open_artifact, read_table, write_text
 from cropi.config import Config
 from cropi.errors import ArtifactError, DataError
 from cropi.exchange.formats import Format, Item, named

@@ -112,10 +112,7 @@ class StructuredMap:
     scale = 1.0
 
     def __init__(
-        self,
-        projection: SparseProjection,
-        parameters: Mapping[str, Tensor],
-        directions: Mapping[str, Tensor],
+        self, projection: SparseProjection, parameters: Mapping[str, Tensor], directions: Mapping[str, Tensor]
     ) -> None:
         """`directions` holds U (I, r) by the name of each linear layer's weight."""
         self.projection = projection

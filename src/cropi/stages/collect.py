@@ -27,15 +27,7 @@ from cropi.ray_workers import ray_pool
 from cropi.rewards.verdicts import ERROR, TIMEOUT, Judge
 from cropi.rollouts.representations import KIND as REPRESENTED
 from cropi.rollouts.representations import represent
-from cropi.rollouts.shards import (
-    MakeShards,
-    Sampler,
-    Shard,
-    holds,
-    make_shards_by_ray,
-    plan,
-    pool_generator,
-)
+from cropi.rollouts.shards import MakeShards, Sampler, Shard, holds, make_shards_by_ray, plan, pool_generator
 from cropi.stages.run import Run, require_signal
 
 MANY_FAILURES = 0.02  # share of the completions on which a verifier may fail without a warning
@@ -120,12 +112,7 @@ def make_representations(run: Run) -> None:
 
 
 def sample_prompts(
-    config: Config,
-    policy: Policy,
-    judge: Judge,
-    ledger: Ledger,
-    prompts: Sequence[Mapping[str, Any]],
-    folder: Path,
+    config: Config, policy: Policy, judge: Judge, ledger: Ledger, prompts: Sequence[Mapping[str, Any]], folder: Path
 ) -> tuple[dict[str, int], dict[str, Any]]:
     """Sample the pool and the validation sets from the base policy. Returns (rows by status, details).
 
