@@ -14,7 +14,7 @@ from pydantic import Field
 
 from cropi.artifacts import OK, USABLE
 from cropi.functional.ranking import ranks, reciprocal_rank_fusion
-from cropi.seeds import unit_interval
+from cropi.seeds import unit_intervals
 from cropi.setting_types import Table
 
 CANDIDATES = ("candidates-a", "candidates-b")
@@ -63,7 +63,7 @@ class Candidates:
 
     def uniform_N(self, *purpose: str | int) -> Float[np.ndarray, " N"]:
         """Independent uniform numbers u(seed, purpose, prompt id) in [0, 1)."""
-        return np.array([unit_interval(self.seed, *purpose, i) for i in self.prompt_ids])
+        return np.fromiter(unit_intervals(self.prompt_ids, self.seed, *purpose), dtype=np.float64, count=len(self))
 
     @property
     def rated_N(self) -> Bool[np.ndarray, " N"]:

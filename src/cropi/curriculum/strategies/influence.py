@@ -5,7 +5,6 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from cropi.curriculum.strategy import Candidates, FusionConfig, Need, Ranking, StrategyTable, fused_ranking
-from cropi.seeds import unit_intervals
 
 
 class InfluenceStrategy(StrategyTable):
@@ -42,9 +41,7 @@ class InfluenceStrategy(StrategyTable):
 
 
 def _shuffled(candidates: Candidates, values_N: np.ndarray, eligible_N: np.ndarray) -> np.ndarray:
-    rows = np.flatnonzero(eligible_N).tolist()
-    names = (candidates.prompt_ids[row] for row in rows)
-    draws = unit_intervals(names, candidates.seed, "shuffle", candidates.stage)
-    shuffled_N = values_N.copy()
-    shuffled_N[rows] = values_N[rows][np.argsort(list(draws), kind="stable")]
+    rows, shuffled_N = np.flatnonzero(eligible_N), values_N.copy()
+    draws = candidates.uniform_N("shuffle", candidates.stage)[rows]
+    shuffled_N[rows] = values_N[rows][np.argsort(draws, kind="stable")]
     return shuffled_N
