@@ -221,7 +221,7 @@ def test_several_sets_share_the_places_by_what_is_left_to_learn() -> None:
 
 def test_rounds_cost_the_same_and_come_at_doubling_distances() -> None:
     world = World()
-    curriculum, rounds = made(world, completions=64), list[int]()
+    curriculum, rounds = made(world, batch=8), list[int]()
     for step in range(130):
         due = curriculum.validation_due(step)
         if due:

@@ -11,7 +11,6 @@ from jaxtyping import Float
 REWARD_HALF_LIFE = 8.0  # steps after which rewards count half: training changes them fast
 SUCCESS_HALF_LIFE = 16.0  # the same of a prompt's successes, by which it is known: what was learned stays
 PRIOR_TRIES = 0.8  # completions that the rewards of similar prompts count for: most are solved always or never
-USUAL_TRIES = 4.0  # completions that the mean over all prompts counts for in those of similar ones
 WRONG_RATE = (
     0.1  # share of a success that a prompt with a wrong answer gets: by luck, or since the policy errs likewise
 )
@@ -117,9 +116,8 @@ class RewardBelief:
             np.maximum(sum_P - low * tries_P, 0.0) / (high - low)
             for sum_P, tries_P in ((self._won_P, self._tries_P), self._slow_2P)
         )
-        usual = (float(won_P.sum()) + 0.5) / (float(self._tries_P.sum()) + 1.0)
         near_P, near_won_P = self._near(self._tries_P, won_P)
-        rate_P = (np.minimum(near_won_P, near_P) + USUAL_TRIES * usual) / (near_P + USUAL_TRIES)
+        rate_P = (np.minimum(near_won_P, near_P) + 0.5e-3) / (near_P + 1e-3)
         lost_P = np.maximum(self._tries_P - won_P, 0.0)
         return slow_P + PRIOR_TRIES * rate_P, lost_P + PRIOR_TRIES * (1 - rate_P)
 
