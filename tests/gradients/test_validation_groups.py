@@ -9,7 +9,6 @@ from tests.conftest import tiny_llama
 from tests.stages.test_score import MIXED, SOLVED, UNREADABLE, VALIDATION, config, group, table
 
 from cropi.artifacts import read_table
-from cropi.config import ScoreConfig
 from cropi.curriculum.strategies.learnalign import LearnAlignStrategy
 from cropi.curriculum.strategy import CANDIDATES
 from cropi.errors import SignalError
@@ -108,8 +107,3 @@ def test_errors_of_gain_are_scaled_as_its_values() -> None:
     relative = [one.standard_errors / one.values for one in found if one.standard_errors is not None]
     np.testing.assert_allclose(relative[1], relative[0], rtol=1e-6)
     assert (np.abs(relative[0]) > 0).all()
-
-
-def test_errors_need_features() -> None:
-    with pytest.raises(ValueError, match="needs estimator=sketch"):
-        ScoreConfig(score="gain", estimator="exact", standard_errors=True)

@@ -61,6 +61,7 @@ def score(run: Run, stage: int, model: nn.Module, origin: str) -> Manifest:
                 entry["tokens"] = details["tokens"]
                 entry["computed_tokens"] = details["tokens_computed"]
                 entry["validation_tokens"] = details["validation_tokens"]
+                entry["estimator"] = details["estimator"]
         return counts, details
 
     made_from = run.trajectories.inputs | {"policy": origin, "settings": run.folder.settings()}
