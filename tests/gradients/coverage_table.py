@@ -1,14 +1,14 @@
 """The table of docs/architectures.md: how a tiny random model of each family is scored and read, against autograd.
 
-    python -m tests.gradients.coverage_table
+python -m tests.gradients.coverage_table
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from tests.gradients.architectures import GROUPS, SETTINGS, Builder, autograd
@@ -84,60 +84,58 @@ KINDS = {
     "Seed-OSS": "seed_oss",
     "BLOOM": "bloom",
 }
-WITH_IMAGES = ["Gemma 3", "Gemma 4", "Qwen2.5-VL", "Qwen3-VL", "Mistral 3", "LLaVA", "SmolVLM", "Aya Vision"]
-
-
-def _class_with_images(name: str) -> Builder:
-    known = CLASSES.get(f"{name} with images") or CLASSES[name]
-    return lambda: known().float()
-
-
-MODELS: dict[str, Builder] = {name: (lambda kind=kind: build(kind)) for name, kind in KINDS.items()} | {
-    f"{name}, images left out": _class_with_images(name) for name in WITH_IMAGES
+WITH_IMAGES = [
+    "Gemma 3 with images",
+    "Gemma 4 with images",
+    "Qwen2.5-VL",
+    "Qwen3-VL",
+    "Mistral 3",
+    "LLaVA",
+    "SmolVLM",
+    "Aya Vision",
+]
+MODELS: dict[str, Builder] = {name: partial(build, kind) for name, kind in KINDS.items()} | {
+    name: lambda name=name: CLASSES[name]().float() for name in WITH_IMAGES
 }
 
 INTRODUCTION = """\
 # Architectures
 
-What cropi does with each family, on a tiny random model of its class in transformers. Everything here was compared with
-autograd through the model itself, one row at a time.
+Each family was tried with a tiny random model of its class in transformers, and compared with autograd through that
+model, one row at a time. Classes with images were given text.
 
-- **Scoring** (`cropi score`, `cropi.influence`): `packed` is [the engine](engine.md). `autograd` means that the engine
-  refuses the model, which a warning says once, and autograd scores it one prompt at a time: as right, but slower. With
-  LoRA the adapters are on the attention's layers. Error: |found − right| / |right| of the influence of a few prompts,
-  the larger of both ways.
-- **Reading while training** (the curriculum): the share of the squared gradient, over all weights, that lies in layers
-  which are read, and the error of what is read. Experts, short convolutions and the states of recurrent layers are not
-  read. The share of a real model is another one; training measures it. With LoRA it is {lora} for every family.
+- **Scoring** (`cropi score`, `cropi.influence`), of all weights and of LoRA on attention. `packed` is the
+  [engine](engine.md). `autograd`: the engine refuses the model; autograd scores it one prompt at a time, which is
+  slower. LoRA has – where PEFT, or this test, finds no layer for it.
+- **Read**: the share of the squared gradient of all weights that the curriculum reads while it trains. Experts, short
+  convolutions, GPT-2's `Conv1D` and the states of recurrent layers are not read. Of LoRA on attention, {lora} is read,
+  in every family; LoRA on experts (`target_parameters`) is not read, and is scored by autograd. A real model's share
+  differs. Training measures it, and below half it chooses by rewards alone.
+- **Errors**: |found − right| / |right| of the influence of a few prompts or rows; the larger of all weights and LoRA.
 
 `python -m tests.gradients.coverage_table` writes this page (float32, CPU, one draw of the weights).
 
-| family | scoring | with LoRA | error | share read | error |
+| family | scoring | scoring LoRA | error | read | error |
 |---|---|---|---|---|---|
 """
 
 
 @dataclass(frozen=True)
-class Coverage:
-    """What was found for one family."""
+class Found:
+    """What was found for one model."""
 
-    ways: tuple[str, str]  # of scoring: all weights, and LoRA
+    scoring: str
     score_error: float
-    shares: tuple[float, float]  # of the squared gradient that is read: all weights, and LoRA
+    share: float  # of the squared gradient that is read
     read_error: float
 
 
-def coverage(name: str) -> Coverage:
-    """Score and read a family's model, whole and with adapters where PEFT can make them."""
+def coverage(name: str) -> list[Found]:
+    """Score and read a family's model, whole and with adapters; without the second where PEFT cannot make them."""
     model = MODELS[name]()
-    ways, errors, shares, read_errors = zip(*_whole_and_adapted(model), strict=True)
-    return Coverage((ways[0], ways[-1] if len(ways) > 1 else "–"), max(errors), (shares[0], shares[-1]), max(read_errors))
-
-
-def _whole_and_adapted(model: Any) -> list[tuple[str, float, float, float]]:
-    found = [(*_scored(model), *_read(model))]
+    found = [Found(*_scored(model), *_read(model))]
     with_adapters = adapted(model)
-    return found if with_adapters is None else [*found, (*_scored(with_adapters), *_read(with_adapters))]
+    return found if with_adapters is None else [*found, Found(*_scored(with_adapters), *_read(with_adapters))]
 
 
 def _scored(model: nn.Module) -> tuple[str, float]:
@@ -172,22 +170,28 @@ def _read(model: nn.Module) -> tuple[float, float]:
     return share, error
 
 
-def line(name: str, found: Coverage) -> str:
-    cells = [name, *found.ways, f"{found.score_error:.0e}", f"{found.shares[0]:.0%}", f"{found.read_error:.0e}"]
-    return f"| {' | '.join(cells)} |"
+def percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
 
 
-def lines_by_family() -> dict[str, list[str]]:
+def cells(found: Sequence[Found]) -> list[str]:
+    """A family's line of the table: scoring whole and with LoRA, its error, share read, its error."""
+    ways = [each.scoring for each in found] + ["–"] * (2 - len(found))
+    errors = [max(each.score_error for each in found), max(each.read_error for each in found)]
+    return [*ways, f"{errors[0]:.0e}", percent(found[0].share), f"{errors[1]:.0e}"]
+
+
+def cells_by_family() -> dict[str, list[str]]:
     """The cells of the page, by family."""
-    rows = [row.strip("| \n").split(" | ") for row in PAGE.read_text(encoding="utf-8").splitlines() if row[:2] == "| "]
-    return {name: cells for name, *cells in rows[1:]}
+    lines = [line for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
+    return {name: row for name, *row in (line.strip("| ").split(" | ") for line in lines[1:])}
 
 
 def main() -> None:
     found = {name: coverage(name) for name in MODELS}
-    lora = min(each.shares[1] for each in found.values() if each.ways[1] != "–")
-    text = INTRODUCTION.format(lora=f"{lora:.0%}") + "".join(f"{line(*each)}\n" for each in found.items())
-    PAGE.write_text(text, encoding="utf-8")
+    with_lora = min(each.share for _, *rest in found.values() for each in rest)
+    lines = [f"| {' | '.join([name, *cells(each)])} |\n" for name, each in found.items()]
+    PAGE.write_text(INTRODUCTION.format(lora=percent(with_lora)) + "".join(lines), encoding="utf-8")
 
 
 if __name__ == "__main__":

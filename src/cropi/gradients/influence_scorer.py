@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from cropi.artifacts import OK
 from cropi.console import warn_once
 from cropi.errors import PolicyError, UncoveredError
-from cropi.functional import influence_formulas
 from cropi.fsdp import is_sharded
+from cropi.functional import influence_formulas
 from cropi.functional.projection import SparseProjection, principal_directions
 from cropi.gradients.engine import Engine, by_group, segments_of
 from cropi.gradients.exact import ExactReader, inner, norm, widened
