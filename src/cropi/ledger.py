@@ -21,7 +21,7 @@ class Ledger:
 
     Collection writes `tokens` (of completions), `prompt_tokens` and `passes` over both, scoring `computed_tokens` (of
     the pool, shared prompts once), `estimator`, `validation_tokens`, `forward_tokens` (only read) and `read_passes`
-    (low-rank products with a gradient, in forward passes of a token). `report.flops` counts these.
+    (low-rank products with a gradient, in forward passes of a token). `report.costs` counts these.
     """
 
     def __init__(self, path: Path) -> None:
