@@ -272,6 +272,8 @@ def room_for_directions(engine: Engine) -> int:
     return min(engine.shards.ranks().gather(room))
 
 
+# -- the groups that make a direction ------------------------------------------------------------------------------
+
 MOST_PROMPTS = 100  # of a validation set, as in the code of the paper
 NOISY = 0.2  # below this reliability of a validation direction a warning is given
 FEW_GROUPS = 8  # below this many mixed validation groups a warning is given

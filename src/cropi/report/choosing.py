@@ -190,6 +190,8 @@ def _cost(charged: Charges) -> list[Block]:
     return [Table("Cost of choosing, beside training.", header, rows, strong=len(rows) - 1), Text(note)]
 
 
+# -- shares by source, and overlap between stages ------------------------------------------------------------------
+
 MAX_SOURCES = 20  # rows of a table by source
 
 Columns = dict[str, Counter[str]]  # counts by source: of the pool, and of what was taken from it

@@ -254,6 +254,8 @@ def _check_gate(settings: GRPOConfig) -> None:
         )
 
 
+# -- a prior from an earlier run -----------------------------------------------------------------------------------
+
 ANOTHER_RUN = 2.0  # times as large is the squared error of an observation that another run made
 
 

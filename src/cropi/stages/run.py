@@ -166,6 +166,8 @@ def paths_at(folder: RunFolder, stage: int, checkpoint: Path | None) -> StagePat
     return folder.outside(checkpoint, fingerprint(config.policy, str(checkpoint)))
 
 
+# -- trajectories --------------------------------------------------------------------------------------------------
+
 IMPORTED = "imported trajectories"  # kind of artifact
 
 

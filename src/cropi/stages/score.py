@@ -115,7 +115,7 @@ def score_pool(
     rows = _blank_rows(pool.sources, names)
     mixed = sorted(_note_facts(pool.tables["train"], rows))
     scorer = make_scorer(config, model, settings, strategy)
-    work = _Work(scorer, pool.tables["train"], mixed, validation)
+    work = _Work(scorer, pool.tables["train"], validation)
     block_scorer = BlockScorer(scorer, names, standard_errors)
     shards = ScoreShards(folder, names, mixed)
     found = work.in_shards(shards, block_scorer, config, strategy)
@@ -183,15 +183,9 @@ def _blank_rows(sources: Mapping[str, str], names: list[str]) -> dict[str, dict[
 class _Work:
     """Scoring of the groups with signal, shard by shard."""
 
-    def __init__(
-        self,
-        scorer: Scorer,
-        table: pa.Table,
-        prompt_ids: Sequence[str],
-        validation: Mapping[str, Sequence[Group]],
-    ) -> None:
+    def __init__(self, scorer: Scorer, table: pa.Table, validation: Mapping[str, Sequence[Group]]) -> None:
         self._scorer, self._table, self._ranks = scorer, table, process_group()
-        self._prompt_ids, self._validation = prompt_ids, validation
+        self._validation = validation
         own = [piece for groups in validation.values() for _, piece in self._ranks.share(pieces(groups))]
         self._aimed_at = sum(map(len, own))
 

@@ -99,6 +99,8 @@ class GroupEvidence:
         return outcomes
 
 
+# -- rows of a loss ------------------------------------------------------------------------------------------------
+
 Tokens = tuple[int, ...]
 
 
@@ -168,6 +170,8 @@ def _stripped(tokens: Sequence[int], pad_id: int) -> Tokens:
         end -= 1
     return tuple(tokens[:end])
 
+
+# -- the normaliser of a loss --------------------------------------------------------------------------------------
 
 BY_SEQUENCE = ("grpo", "sapo")  # each completion is divided by its own length, as part of the estimator
 BY_ROWS = (*BY_SEQUENCE, "dr_grpo", "luspo")
