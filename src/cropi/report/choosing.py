@@ -1,4 +1,4 @@
-"""What a run chose: shares by source, overlap between stages; of choice by influence also beliefs and cost."""
+"""Choices of a run: shares by source, overlap between stages; where influence chooses also beliefs and their cost."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ from cropi.artifacts import (
 from cropi.config import Config, StrategyTable
 from cropi.console import Progress, counts_text, progress, say, warn
 from cropi.errors import ArtifactError, SignalError
-from cropi.gradients.groups import Group, iterate_groups
+from cropi.gradients.groups import RATIO_COLUMNS, Group, SurrogateSettings, iterate_groups
 from cropi.gradients.influence_scorer import Scorer
 from cropi.gradients.score_reliability import add_reliability, drift_warning, policy_drift
 from cropi.gradients.score_shards import (
@@ -38,7 +38,6 @@ from cropi.gradients.score_shards import (
     score_missing_shards,
     score_shards_by_ray,
 )
-from cropi.gradients.surrogate_weights import RATIO_COLUMNS, SurrogateSettings
 from cropi.gradients.validation_directions import candidate_groups, pieces, validation_groups, warn_of_noise
 from cropi.parallel import process_group
 from cropi.policy import weights_identity
