@@ -101,7 +101,7 @@ class OnlineRun:
         self._validation = self._validation_pass()
         return OnlineLoop(
             chooser=chooser,
-            normalizer=LossNormalizer.of(settings, process_group().size),
+            normalizer=LossNormalizer(settings, process_group().size),
             validation=self._validation,
             model=self._trainer.accelerator.unwrap_model(self._trainer.model),
             sample=self._sample,
