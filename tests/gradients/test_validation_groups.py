@@ -14,10 +14,9 @@ from cropi.curriculum.strategy import CANDIDATES
 from cropi.errors import SignalError
 from cropi.functional.influence_formulas import halves
 from cropi.gradients.group_influence import influence
-from cropi.gradients.groups import Group
+from cropi.gradients.groups import Group, surrogate_settings
 from cropi.gradients.influence_scorer import ScorerOptions
 from cropi.gradients.reference import prompt_gradient
-from cropi.gradients.surrogate_weights import surrogate_settings
 from cropi.gradients.validation_directions import candidate_groups
 from cropi.run_tables import scores_schema
 from cropi.seeds import unit_interval

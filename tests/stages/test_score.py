@@ -20,10 +20,9 @@ from cropi.errors import SignalError
 from cropi.functional.projection import KEPT
 from cropi.gradients import score_shards
 from cropi.gradients.group_influence import influence
-from cropi.gradients.groups import Group, iterate_groups
+from cropi.gradients.groups import Group, iterate_groups, surrogate_settings
 from cropi.gradients.influence_scorer import Scorer, ScorerOptions
 from cropi.gradients.reference import prompt_gradient
-from cropi.gradients.surrogate_weights import surrogate_settings
 from cropi.run_tables import scores_schema
 from cropi.stages import score as scoring
 from cropi.stages.score import ScoredPool, score_pool

@@ -11,10 +11,9 @@ from torch import nn
 
 from cropi.artifacts import NO_SIGNAL, NON_FINITE, OK
 from cropi.errors import SignalError
-from cropi.gradients.groups import Group
+from cropi.gradients.groups import Group, SurrogateSettings
 from cropi.gradients.influence_scorer import BLOCK, Scorer, ScorerOptions, scorer_of
 from cropi.gradients.score_reliability import score_by_halves
-from cropi.gradients.surrogate_weights import SurrogateSettings
 
 
 @dataclass(frozen=True)

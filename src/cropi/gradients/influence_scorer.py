@@ -20,12 +20,11 @@ from cropi.functional import influence_formulas
 from cropi.functional.projection import SparseProjection, principal_directions
 from cropi.gradients.engine import Engine, by_group, segments_of
 from cropi.gradients.exact import ExactReader, inner, norm, widened
-from cropi.gradients.groups import Group
+from cropi.gradients.groups import RATIO_COLUMNS, Group, RatioStatistics, SurrogateSettings
 from cropi.gradients.model_checks import require_independent_rows
 from cropi.gradients.packing import Segment
 from cropi.gradients.reference import prompt_gradient
 from cropi.gradients.sketch import GradientMap, SketchReader, StructuredMap, UniformMap, project
-from cropi.gradients.surrogate_weights import RATIO_COLUMNS, RatioStatistics, SurrogateSettings
 from cropi.gradients.validation_directions import (
     REFERENCE_TOKENS,
     Directions,

@@ -8,8 +8,7 @@ from torch import Tensor, nn
 
 from cropi.artifacts import CLIP_RANGE
 from cropi.functional.surrogate import effective_sample_share, importance_ratios, token_weights
-from cropi.gradients.groups import Group
-from cropi.gradients.surrogate_weights import SurrogateSettings, trajectory_scales
+from cropi.gradients.groups import Group, SurrogateSettings, trajectory_scales
 from cropi.policy import completion_logprobs, evaluating
 
 

@@ -19,9 +19,8 @@ from cropi.functional.ranking import (
     shrunk,
     top_probabilities,
 )
-from cropi.gradients.groups import Group
+from cropi.gradients.groups import RATIO_COLUMNS, Group
 from cropi.gradients.influence_scorer import Scored, Scorer
-from cropi.gradients.surrogate_weights import RATIO_COLUMNS
 from cropi.seeds import derived_seed
 
 # Beyond any of these, a stage's scores depend more on old trajectories than on the policy.

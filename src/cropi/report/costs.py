@@ -126,6 +126,8 @@ def _whole(value: float | None) -> int | None:
     return None if value is None else int(value)
 
 
+# -- FLOPs ---------------------------------------------------------------------------------------------------------
+
 FORWARD = 2  # operations per parameter and token
 GRADIENT = 3  # forward passes of a dense gradient
 
