@@ -57,8 +57,9 @@ class Curriculum(PromptChooser):
     ) -> None:
         """`points_NE` represents the pool's prompts, `validation` those of each set, in the same coordinates.
 
-        A training step has `batch` prompts with `generations` completions each. `scaling` is that of the trainer's advantages: divided by the
-        group's standard deviation, or not. With `observe_only` all prompts are drawn uniformly.
+        A training step has `batch` prompts with `generations` completions each. `scaling` is that of the trainer's
+        advantages: divided by the group's standard deviation, or not. With `observe_only` all prompts are drawn
+        uniformly.
         """
         self._pool, self._names = len(points_NE), sorted(validation)
         self._first = dict[str, int]()
@@ -102,8 +103,7 @@ class Curriculum(PromptChooser):
         """Gains by way of choosing and set, and the sets' shares of the places; None if choice is uniform.
 
         A place is for one set, drawn by what is left to learn there: its prompts' mean learnability. The gain on it is
-        learnability x slope, less the harm, likewise, that is done to other sets. The sum over all sets would leave
-        those to themselves on which all gains are small.
+        learnability x slope. Their sum over all sets would leave those to themselves on which all gains are small.
         """
         if self._observe_only or self._is_no_better():
             return None
@@ -112,7 +112,7 @@ class Curriculum(PromptChooser):
         left_V = np.array([learnability_P[self._members(name)].mean() for name in self._names])
         ways: tuple[Source, ...] = ("mean", "draw") if any(found for _, found in known) else ("likeness",)
         slopes = {way: np.stack([self._slopes(*each, way, generator) for each in known]) for way in ways}
-        gains = {source: learnability_P[: self._pool] * without_harm(slopes_VN) for source, slopes_VN in slopes.items()}
+        gains = {source: learnability_P[: self._pool] * slopes_VN for source, slopes_VN in slopes.items()}
         return _Plan(self._names, left_V / left_V.sum(), gains)
 
     def _slopes(
@@ -302,13 +302,6 @@ class Curriculum(PromptChooser):
             belief.restore(below(arrays, f"influence/{name}/"))
         fitted = facts["fitted"].items()
         self._fitted = {name: (since, Hyperparameters(**chosen)) for name, (since, chosen) in fitted}
-
-
-def without_harm(slopes_VN: Float[np.ndarray, "V N"]) -> Float[np.ndarray, "V N"]:
-    """Each set's slopes, less the harm to the others: f_v + sum over u != v of min(0, f_u)."""
-    harm_VN = np.minimum(slopes_VN, 0.0)
-    found: np.ndarray = slopes_VN + harm_VN.sum(axis=0) - harm_VN
-    return found
 
 
 def even_counts(weights_M: Float[np.ndarray, " M"], pairs: int, generator: np.random.Generator) -> list[int]:
