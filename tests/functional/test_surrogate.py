@@ -17,8 +17,7 @@ MASK_KT = torch.tensor([[True, True, True], [True, False, False]])
 
 
 @pytest.mark.parametrize(
-    ("normalizer", "expected"),
-    [("sequence", [2 * 3, 2 * 1]), ("token", [4, 4]), ("constant", [2 * 10, 2 * 10])],
+    ("normalizer", "expected"), [("sequence", [2 * 3, 2 * 1]), ("token", [4, 4]), ("constant", [2 * 10, 2 * 10])]
 )
 def test_normalizers_by_hand(normalizer: str, expected: list[int]) -> None:
     assert normalizers(np.array([3, 1]), normalizer, 10).tolist() == expected

@@ -122,10 +122,6 @@ def gap(found: np.ndarray, expected_P: np.ndarray) -> float:
     return float(np.linalg.norm(found - expected_P) / np.linalg.norm(expected_P))
 
 
-def token_surrogate(theta: Tensor) -> Tensor:
-    return decomposed(theta, BETA, BETA, REWARDS_C)
-
-
 CORRECTIONS = {"token": (BETA, BETA), "prefix": (AWAY, BETA)}
 """What a correction visits and what it lets go on, of the behaviour policy's and of the current policy's."""
 
