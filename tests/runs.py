@@ -83,6 +83,20 @@ def judge(verdict: Callable[[str, str], str]) -> Judge:
     return lambda rows: [Judgement(verdict(row.completion, row.answer), 0.0) for row in rows]
 
 
+def grpo_args(folder: Path, **changed: Any) -> Any:
+    """TRL's settings for a few steps on a CPU."""
+    from trl import GRPOConfig
+
+    quiet = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": [], "disable_tqdm": True}
+    return GRPOConfig(output_dir=str(folder), **(quiet | {"save_strategy": "no"} | changed))
+
+
+def refused_settings(kind: str) -> list[list[str]]:
+    """Overrides of a kind, each with the message that refuses it."""
+    rows = Path(__file__).with_name("refused_settings.tsv").read_text(encoding="utf-8").splitlines()
+    return [row.split("\t")[1:] for row in rows if row.startswith(f"{kind}\t")]
+
+
 def selections(folder: Path) -> dict[str, bytes]:
     """Selection files of all stages, by path."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.glob("selections/stage-*/sel*"))}

@@ -13,13 +13,7 @@ from cropi.errors import ConfigError
 from cropi.loading import load_config
 from tests.runs import SMALL, cropi_error, cropi_ok
 
-ONE_STAGE = [
-    *SMALL,
-    "score.standard_errors=true",
-    "train.stages=1",
-    "train.steps_per_stage=2",
-    "evaluate.every=2",
-]
+ONE_STAGE = [*SMALL, "score.standard_errors=true", "train.stages=1", "train.steps_per_stage=2", "evaluate.every=2"]
 
 
 @pytest.fixture(scope="module")

@@ -44,9 +44,7 @@ def kind(train: str, held_out: str) -> str:
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (lambda text: text, "exact"),
-        (str.upper, "exact"),
-        (lambda text: text.replace(" ", "  \n\t"), "exact"),
+        (lambda text: text, "exact"), (str.upper, "exact"), (lambda text: text.replace(" ", "  \n\t"), "exact"),
         (lambda text: text.replace("a", "ａ").replace("fi", "ﬁ"), "exact"),
         (lambda text: text.replace(" ", "\N{NO-BREAK SPACE}"), "exact"),
         (lambda text: text.replace("tomato", "tom\N{SOFT HYPHEN}ato"), "exact"),
@@ -59,7 +57,7 @@ def kind(train: str, held_out: str) -> str:
         (lambda text: text[: len(text) // 2], "none"),
         (lambda text: "How many tomato plants does Maria still water?", "none"),
     ],
-)
+)  # fmt: skip
 def test_planted_leaks_are_told_apart(change: Any, expected: str) -> None:
     assert kind(change(PROBLEM), PROBLEM) == expected
 
@@ -201,11 +199,6 @@ def test_the_order_of_the_rows_does_not_matter(rows: list[dict[str, Any]], rng: 
     assert find_leakage(shuffled) == find_leakage(rows)
 
 
-@given(st.text())
-def test_normalising_twice_changes_nothing(text: str) -> None:
-    assert normalised(normalised(text)) == normalised(text)
-
-
 @settings(deadline=None)
 @given(st.text(min_size=1), st.text())
 def test_any_text_is_an_exact_duplicate_of_itself(text: str, other: str) -> None:
@@ -312,12 +305,6 @@ def test_one_sided_validation_sets_by_hand() -> None:
     assert "only 2 " in text
     assert one_sided(rewarded((failed, 10), (solved, 10))) is None
     assert one_sided([]) is None
-
-
-def test_groups_graded_alike_are_one_side_too() -> None:
-    text = one_sided(rewarded(([0.2, 0.2], 19), ([0.2, 0.3], 1)))
-    assert text is not None
-    assert text.startswith("19 of 20 prompts are solved by no completion")
 
 
 def test_a_one_sided_validation_set_is_warned_of_by_name(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,4 @@
 import json
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -184,20 +183,6 @@ def test_the_seed_of_a_run_counts_where_a_source_takes_it() -> None:
     assert identity("seed=5", unset) == identity("seed=5", unset)
 
 
-def test_label_rule_and_hint_reach_the_rows() -> None:
-    pool = "prompts.train=[{type: builtin, families: [compass], count: 20, seed: 1, %s}]"
-    right, early, hinted = (
-        train_rows(load_config("quickstart", [pool % more]))
-        for more in ("hint: 0", "label_rule: stop_early", "hint: 1")
-    )
-    assert [r["prompt_id"] for r in right] == [r["prompt_id"] for r in early]
-    assert all(a["answer"] != b["answer"] for a, b in zip(right, early, strict=True))  # every turn changes the heading
-    assert [r["answer"] for r in hinted] == [r["answer"] for r in right]
-    assert all(json.loads(r["messages"]).endswith(f" {r['answer']}") for r in hinted)
-    with pytest.raises(DataError, match=r"prompts\.train\.0: label_noise is 0.5 beside label_rule"):
-        load_prompts(load_config("quickstart", [pool % "label_rule: stop_early, label_noise: 0.5"]))
-
-
 def text_of(rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
     return [(json.loads(row["messages"]), row["answer"]) for row in rows]
 
@@ -328,14 +313,6 @@ def test_one_id_for_two_prompts_is_never_dropped(tmp_path: Path) -> None:
         load_prompts(validate_config(values, "test"))
 
 
-def test_a_file_split_into_roles_reports_a_row_once(tmp_path: Path) -> None:
-    path = write_rows(tmp_path / "pool.jsonl", [*(question(n) for n in range(40)), {"question": "a", "answer": ""}])
-    values = config(path, hash_range=[0, 0.5]).resolved()
-    values["prompts"]["validation"] = {"v": [{"type": "file", "path": path, "hash_range": [0.5, 1]}]}
-    with pytest.raises(DataError, match=r"without answer \(column answer\): 1 \("):
-        load_prompts(validate_config(values, "test"))
-
-
 def test_ids_and_sources_that_are_missing_in_pandas(tmp_path: Path) -> None:
     nan = float("nan")
     rows = [question(1, key=7.0, source="s"), question(2, key=8.0, source=nan)]
@@ -399,13 +376,6 @@ def test_columns_without_a_value_change_no_prompt(tmp_path: Path) -> None:
     nothing: list[Any] = [[], None, "", float("nan")]
     rows = [question(n, tools=tools, images=None) for n, tools in enumerate(nothing)]
     assert len(train_rows(config(write_rows(tmp_path / "pool.jsonl", rows)))) == 4
-
-
-def test_messages_that_are_not_json_are_refused(tmp_path: Path) -> None:
-    rows = [{"prompt": [turn("a", at=datetime(2026, 1, 1, tzinfo=UTC))], "answer": "1"}]
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "pool.parquet")
-    with pytest.raises(DataError, match="the messages are not JSON"):
-        load_prompts(config(str(tmp_path / "pool.parquet")))
 
 
 def test_what_tool_calls_say_tells_prompts_apart(tmp_path: Path) -> None:

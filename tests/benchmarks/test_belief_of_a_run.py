@@ -77,26 +77,10 @@ def test_foretells_better_than_a_constant_and_finds_wrong_answers(
     assert of_all > 0.8
 
 
-def test_planted_answers_are_made_again() -> None:
-    config = load_config("quickstart", [POOL])
-    assert sum(wrong_answers(config, rules=False).values()) == 5
-    assert len(wrong_answers(config)) == 40
-    assert sum(wrong_answers(config).values()) > 5
-
-
 def test_the_area_counts_pairs_in_order() -> None:
     scores = np.array([0.9, 0.5, 0.5, 0.1])
     assert belief.area(scores, np.array([True, True, False, False])) == (1 + 1 + 0.5 + 1) / 4
     assert np.isnan(belief.area(scores, np.ones(4, dtype=bool)))
-
-
-def test_a_right_prediction_is_covered() -> None:
-    generator = np.random.default_rng(0)
-    variances = generator.uniform(0.5, 2, 20_000)
-    gaps = generator.standard_normal(20_000) * np.sqrt(variances)
-    cells = belief.predictive(list(zip(gaps, variances, gaps, np.full(20_000, 9.0), strict=True))).split(" | ")
-    assert [float(cells[n]) for n in (1, 2)] == pytest.approx([0.5, 0.9], abs=0.01)
-    assert float(cells[3]) > float(cells[4])  # of the constant model, whose variance is wrong
 
 
 def test_each_step_is_predicted_from_those_before_it() -> None:

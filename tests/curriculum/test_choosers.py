@@ -155,15 +155,6 @@ def test_bots_forgets_once_a_step_and_everywhere() -> None:
     np.testing.assert_allclose([chooser.a_N[4], chooser.b_N[4]], [9, 0.9 * 3 + 0.1])
 
 
-def test_bots_has_the_mass_of_its_equilibrium() -> None:
-    chooser = MAKE["bots"](pool())
-    assert isinstance(chooser, Bots)
-    for step in range(400):
-        tell(chooser, 0, HALF, step)
-    assert chooser.a_N[0] + chooser.b_N[0] == pytest.approx((2 * 0.1 + 8) / 0.1)
-    assert chooser.a_N[1] + chooser.b_N[1] == pytest.approx(2)
-
-
 # -- LZE -----------------------------------------------------------------------------------------------------------
 
 
@@ -309,23 +300,6 @@ def test_bmc_joins_beliefs_by_precision() -> None:
     chooser.aggregate(leaf)
     assert (leaf.mean, leaf.spread) == (2, 0.5)  # variance of the means 1, of which 0.5 is their own
     assert leaf.variance == pytest.approx(0.5)  # two of 0.5 + 0.5
-
-
-def test_bmc_finds_the_kind_that_is_half_solved() -> None:
-    chooser = bmc(visit_all_first=False)
-    for step in range(12):
-        for place in range(60):
-            tell(chooser, place, HALF if place % 3 == 1 else ALL, step)
-    drawn = Counter(choice.place % 3 for step in range(40) for choice in chooser.next(4, step))
-    assert drawn[1] > 0.9 * sum(drawn.values())
-
-
-def test_bmc_t_is_drawn_to_the_validation_prompts() -> None:
-    counts = []
-    for utility in (0.0, 0.25):
-        chooser = bmc(visit_all_first=False, utility=utility)
-        counts.append(Counter(choice.place % 3 for step in range(60) for choice in chooser.next(4, step))[0])
-    assert counts[1] > 1.3 * counts[0]
 
 
 def test_bmc_t_s_utilities_by_hand() -> None:

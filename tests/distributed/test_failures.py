@@ -67,8 +67,7 @@ def same(ours: Path, theirs: Path, *, made_again: int = 0) -> None:
 
 
 @pytest.mark.parametrize(
-    ("moment", "rank"),
-    [("collecting", 0), ("collecting", 1), ("scoring", 1), ("training", 0), ("scoring again", 0)],
+    ("moment", "rank"), [("collecting", 0), ("collecting", 1), ("scoring", 1), ("training", 0), ("scoring again", 0)]
 )
 def test_a_killed_process_ends_the_job_and_the_same_command_goes_on(
     moment: str, rank: int, undisturbed: Path, tmp_path: Path

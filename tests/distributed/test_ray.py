@@ -10,7 +10,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,25 +103,6 @@ def test_a_killed_worker_costs_its_shard_and_nothing_else(address: str, place: P
     assert shards(place) == shards(one)
     assert len(shards(place)) == SHARDS
     assert len(Ledger(place / RUN / "ledger.jsonl").entries()) == SHARDS
-
-
-def test_a_worker_killed_while_it_scores_changes_no_score(address: str, place: Path) -> None:
-    cropi_ok(*command("collect", None), cwd=place)
-    killer = ThreadPoolExecutor(1).submit(kill_a_working_actor)
-    cropi_ok(*command("score", address), cwd=place)
-    assert killer.result() not in psutil.pids()
-    one = alone(place, commands=("collect", "score"))
-    assert files(place / RUN / "scores") == files(one / RUN / "scores")
-
-
-def kill_a_working_actor() -> int:
-    """The process of the first one that is seen with a task in hand: Ray names processes by what they do."""
-    while True:
-        for process in psutil.process_iter(["cmdline"]):
-            if "MapWorker(MapBatches(Worker)).submit" in " ".join(process.info["cmdline"] or ()):
-                process.kill()
-                return process.pid
-        time.sleep(0.005)
 
 
 def shards(cwd: Path) -> dict[str, bytes]:

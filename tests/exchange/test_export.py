@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerFast
 from cropi.builtin import POLICY_DIR
 from cropi.errors import ArtifactError, ConfigError, DataError, PolicyError
 from cropi.exchange.export import export, parquet_table
-from cropi.exchange.formats import FORMATS, Item
+from cropi.exchange.formats import FORMATS
 from cropi.exchange.rewards import Rewards, facts_of
 from cropi.loading import load_config
 from cropi.stages.collect import collect
@@ -183,23 +183,6 @@ def test_trl_trains_on_it_as_datasets_load_it(selected: Run, tmp_path: Path) -> 
     assert ran.stdout.strip() == "[1.0, 0.0]"
 
 
-def test_rows_by_hand() -> None:
-    chat = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "2 + 2?"}]
-    item = Item("a1", chat, "4", "sums", "{}", "train", 7)
-    assert FORMATS["verl"].row(item) == {
-        "data_source": "sums",
-        "prompt": chat,
-        "ability": "sums",
-        "reward_model": {"style": "rule", "ground_truth": "4"},
-        "extra_info": {"split": "train", "index": 7, "prompt_id": "a1", "facts": "{}"},
-    }
-    assert FORMATS["slime"].row(item) == {
-        "prompt": chat,
-        "label": "4",
-        "metadata": {"prompt_id": "a1", "source": "sums", "facts": "{}"},
-    }
-
-
 @pytest.mark.parametrize(
     ("more", "fits"),
     [
@@ -224,15 +207,6 @@ def strip(message: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in message.items() if value is not None}
 
 
-def test_slime_reads_labels_as_text(selected: Run, tmp_path: Path) -> None:
-    """By the call that slime's reader makes: pandas, lines of JSON, the label as text."""
-    pandas = pytest.importorskip("pandas")
-    folder = exported(selected, "slime", tmp_path / "out")
-    frame = pandas.read_json(folder / "train.jsonl", lines=True, dtype={"label": str})
-    assert frame["label"].map(type).eq(str).all()
-    assert list(frame["label"]) == [row["label"] for row in read(folder / "train.jsonl")]
-
-
 def test_verl_s_own_loader_reads_it(selected: Run, tmp_path: Path) -> None:
     rl_dataset = pytest.importorskip("verl.utils.dataset.rl_dataset")
     folder = exported(selected, "verl", tmp_path / "out")
@@ -246,22 +220,6 @@ def test_verl_s_own_loader_reads_it(selected: Run, tmp_path: Path) -> None:
     rows = read(folder / "train.parquet")
     assert [loaded[n]["extra_info"]["prompt_id"] for n in range(COUNT)] == [r["extra_info"]["prompt_id"] for r in rows]
     assert [loaded[n]["index"] for n in range(COUNT)] == list(range(COUNT))
-
-
-def test_verifiers_own_loader_reads_it(selected: Run, tmp_path: Path) -> None:
-    pytest.importorskip("verifiers.v1")
-    folder = exported(selected, "prime-rl", tmp_path / "out")
-    program = (
-        "import asyncio, sys, types\n"
-        "from verifiers.v1.utils import loaders\n"
-        "config = loaders.taskset_config_type('cropi_stage')(id='cropi_stage', path=sys.argv[1])\n"
-        "tasks = list(loaders.load_taskset(config))\n"
-        "reply = types.SimpleNamespace(last_reply='so answer ' + tasks[0].data.answer)\n"
-        "print(len(tasks), tasks[0].data.id, asyncio.run(tasks[0].right(reply)))\n"
-    )
-    command = [sys.executable, "-c", program, str(folder / "train.jsonl")]
-    ran = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    assert ran.stdout.split() == [str(COUNT), read(folder / "train.jsonl")[0]["id"], "1.0"], ran.stderr
 
 
 def rewards_of(kind: str, **settings: Any) -> Rewards:

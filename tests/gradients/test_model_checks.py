@@ -38,11 +38,6 @@ def bart(kind: str) -> Any:
     return getattr(transformers, f"Bart{kind}")(transformers.BartConfig(**BART))
 
 
-def t5() -> Any:
-    config = transformers.T5Config(vocab_size=41, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2)
-    return transformers.T5ForConditionalGeneration(config)
-
-
 def changed(build: Callable[[], Any], change: Callable[[Any], Any]) -> Any:
     model = build()
     change(model)
@@ -81,19 +76,11 @@ class Wrapper(nn.Module):
 
 NO_POLICY: dict[str, tuple[Callable[[], Any], str]] = {
     "Bart": (lambda: bart("ForConditionalGeneration"), "encoder-decoder"),
-    "T5": (t5, "encoder-decoder"),
-    "Bart without a head": (lambda: bart("Model"), "encoder-decoder"),
     "Llama without a head": (lambda: llama("Model"), "no vocabulary head"),
     "of sequences": (lambda: llama("ForSequenceClassification"), "no vocabulary head"),
-    "of tokens": (lambda: llama("ForTokenClassification"), "no vocabulary head"),
-    "of answers": (lambda: llama("ForQuestionAnswering"), "no vocabulary head"),
     "of sequences, by an encoder": (lambda: bert("ForSequenceClassification"), "no vocabulary head"),
     "frozen": (lambda: changed(lambda: tiny("llama"), frozen), "no trainable parameters"),
     "merged adapters": (lambda: changed(tiny_lora, lambda m: m.merge_adapter()), "merged"),
-    "merged adapters of one layer": (
-        lambda: changed(tiny_lora, lambda m: m.base_model.model.model.layers[1].self_attn.v_proj.merge()),
-        "merged",
-    ),
     "adapters merged for good": (lambda: tiny_lora().merge_and_unload(), "no trainable parameters"),
     "adapters off": (lambda: changed(tiny_lora, lambda m: m.base_model.disable_adapter_layers()), "switched off"),
     "adapters of transformers, off": (
@@ -104,7 +91,7 @@ NO_POLICY: dict[str, tuple[Callable[[], Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("estimator", ["exact", "sketch", "reference"])
+@pytest.mark.parametrize("estimator", ["sketch", "reference"])
 @pytest.mark.parametrize("name", NO_POLICY)
 def test_what_is_no_policy_is_refused_with_the_reason(name: str, estimator: Any) -> None:
     build, message = NO_POLICY[name]

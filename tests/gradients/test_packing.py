@@ -165,24 +165,6 @@ def test_influence_of_a_prompt_does_not_depend_on_order_or_budget(
         np.testing.assert_allclose(values(TRAIN, budget), together, rtol=1e-9, err_msg=f"{budget} tokens")
 
 
-def test_influence_by_engine_is_that_of_the_reference() -> None:
-    model = tiny("gpt_neox")
-    for score in ("dot", "cosine"):
-        for validation_mean in ("plain", "normalized"):
-            found = [
-                influence(
-                    model,
-                    TRAIN,
-                    VALIDATION,
-                    surrogate=SurrogateSettings(temperature=0.8),
-                    options=ScorerOptions(e, score, validation_mean),
-                )
-                for e in ("exact", "reference")
-            ]
-            np.testing.assert_allclose(found[0].values, found[1].values, rtol=1e-9)
-            np.testing.assert_allclose(found[0].ratio_ess, found[1].ratio_ess, rtol=1e-9)
-
-
 def one_pack(groups: list[Group]) -> Pack:
     return make_pack(segments(groups), torch.device("cpu"))
 
@@ -195,22 +177,6 @@ def test_layout_of_a_pack_by_hand() -> None:
     assert pack.sources_E[:6].tolist() == [1, 2, 3, 1, 1, 4]
     assert [(span.index, span.start, span.stop) for span in pack.spans] == [(0, 0, 5), (1, 5, 15)]
     assert [(span.index, span.start, span.stop) for span in pack.predictions] == [(0, 0, 6), (1, 6, 17)]
-
-
-def test_rows_of_attention_hold_prompt_and_one_completion_each() -> None:
-    pack = one_pack(TRAIN)
-    ids, positions = pack.input_ids_S[pack.rows.gather_R].tolist(), pack.position_ids_S[pack.rows.gather_R].tolist()
-    found, start = [], 0
-    for count, width in pack.rows.blocks:
-        for _ in range(count):
-            row, places = ids[start : start + width], positions[start : start + width]
-            length = next((t for t in range(1, width) if places[t] != t), width)
-            assert places[:length] == list(range(length))
-            assert row[length:] == [row[0]] * (width - length)
-            found.append(row[:length])
-            start += width
-    assert sorted(found) == sorted(g.prompt_ids + c[:-1] for g in TRAIN for c in g.completions)
-    assert torch.equal(torch.tensor(ids)[pack.rows.scatter_S], pack.input_ids_S)
 
 
 def test_plan_keeps_to_the_budget_and_to_the_number_of_segments() -> None:

@@ -23,11 +23,7 @@ from cropi.stages.score import ScoredPool, score_pool
 
 pytestmark = pytest.mark.slow  # processes of its own for every worker of the tests
 
-WAYS = {
-    "parts": [],
-    "errors": ["score.standard_errors=true"],
-    "exact": ["score.estimator=exact"],
-}
+WAYS = {"parts": [], "errors": ["score.standard_errors=true"], "exact": ["score.estimator=exact"]}
 
 
 def stage(overrides: Sequence[str], model: Any, folder: Path) -> None:

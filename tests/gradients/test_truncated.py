@@ -9,8 +9,8 @@ import pytest
 import torch
 from datasets import Dataset
 from tests.gradients.architectures import Gradients, dense_gradients
-from tests.runs import SMALL, cropi_ok
-from trl import GRPOConfig, GRPOTrainer
+from tests.runs import SMALL, cropi_ok, grpo_args
+from trl import GRPOTrainer
 
 from cropi.artifacts import OK, TRAJECTORIES, TRUNCATED, read_table, write_table
 from cropi.config import PolicyConfig
@@ -53,23 +53,9 @@ def trained(loss_type: str, folder: Path) -> tuple[Watching, Any, list[dict[str,
         seen.append(completion_ids)
         return [float(k % 3) for k in range(len(completion_ids))]
 
-    arguments = GRPOConfig(
-        output_dir=str(folder),
-        use_cpu=True,
-        max_steps=1,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        per_device_train_batch_size=COUNT,
-        num_generations=COUNT,
-        max_completion_length=LENGTH,
-        temperature=TEMPERATURE,
-        loss_type=loss_type,
-        mask_truncated_completions=True,
-        beta=0.0,
-        bf16=False,
-        gradient_checkpointing=False,
-    )
+    sizes = {"max_steps": 1, "per_device_train_batch_size": COUNT, "num_generations": COUNT}
+    loss = {"max_completion_length": LENGTH, "temperature": TEMPERATURE, "loss_type": loss_type, "beta": 0.0}
+    arguments = grpo_args(folder, **sizes, **loss, mask_truncated_completions=True)
     data = Dataset.from_list([{"prompt": "3+4="}] * COUNT)
     trainer = Watching(policy.model, reward, args=arguments, train_dataset=data, processing_class=policy.tokenizer)
     trainer.train()
@@ -122,13 +108,6 @@ def test_a_group_of_truncated_completions_alone_has_no_signal(tmp_path: Path) ->
     assert (group.completions, group.behaviour_logprobs) == ([[], []], [[], []])
     [facts] = group_facts(read_trajectories(tmp_path / "part", mask_truncated=True)["train"]).values()
     assert (facts.status, facts.pass_rate) == ("no_signal", 0.5)
-
-
-def test_fresh_completions_are_masked_alike() -> None:
-    group = Group("p", [3], [[4, 1], [], [5, 6]], [1.0, 0.0, 0.5], [[-1.0, -2.0], [], [-3.0, -4.0]])
-    masked = group.without_truncated([1])
-    assert (masked.completions, masked.behaviour_logprobs) == ([[4, 1], [], []], [[-1.0, -2.0], [], []])
-    assert masked.rewards == group.rewards
 
 
 def test_a_run_scores_by_what_its_trainer_learns_from(tmp_path: Path) -> None:

@@ -25,10 +25,7 @@ from cropi.seeds import unit_interval
 from cropi.stages.score import ScoredPool, score_pool
 
 SOURCES = {one.prompt_id: "here" for one in [*MIXED, SOLVED, UNREADABLE]}
-TABLES = {
-    "train": table([*MIXED, SOLVED, UNREADABLE], "train"),
-    "validation/sum": table(VALIDATION, "validation/sum"),
-}
+TABLES = {"train": table([*MIXED, SOLVED, UNREADABLE], "train"), "validation/sum": table(VALIDATION, "validation/sum")}
 UNEVEN = [group(f"u{n}", [1.0] * (1 + n) + [0.0] * (3 - n)) for n in range(3)]  # pass rates 1/4, 1/2, 3/4
 
 

@@ -68,11 +68,7 @@ def test_grades_are_shown(tmp_path: Path) -> None:
     rows = [{"completion": text, "answer": "7"} for text in ("7", "777", "77777")]
     options = ["--option", "path=mine.f", "--option", "graded=true"]
     found, _, code = verify(lines(*rows), "--verifier", "function", *options, cwd=tmp_path)
-    assert [(row["verdict"], row.get("reward")) for row in found] == [
-        ("wrong", 0.25),
-        ("correct", 0.75),
-        ("error", 0),
-    ]
+    assert [(row["verdict"], row.get("reward")) for row in found] == [("wrong", 0.25), ("correct", 0.75), ("error", 0)]
     assert "outside 0 to 1" in found[2]["note"]
     assert code == 0
 
@@ -104,13 +100,6 @@ def test_what_a_user_can_fix(text: str, arguments: list[str], message: str) -> N
     assert (code, found) == (2, [])
     assert message in errors
     assert "Traceback" not in errors
-
-
-def test_rows_before_one_that_cannot_be_read_are_judged() -> None:
-    found, errors, code = verify(lines({"completion": "7", "answer": "7"}) + "oops\n", "--verifier", "exact")
-    assert [row["verdict"] for row in found] == ["correct"]
-    assert "line 2" in errors
-    assert code == 2
 
 
 def test_an_interrupt_ends_it_at_once(tmp_path: Path) -> None:
@@ -179,30 +168,6 @@ def test_a_verifier_that_fails_on_every_row_is_told_by_its_one_cause(name: str, 
     with pytest.raises(ConfigError, match=f"(?s)^verifier: it fails on all 6 .*{cause}.*Fix: ") as caught:
         audit_of(config, PROMPTS[:3], PROMPTS[:3], texts, "by hand", None)
     assert "gold" not in str(caught.value)
-
-
-def test_a_second_verifier_that_fails_on_every_row() -> None:
-    second = by_function("always_raises").verifier
-    with pytest.raises(ConfigError, match="--against: it fails on all 3 "):
-        audit_of(load_config("quickstart", ["verifier={type: numeric}"]), PROMPTS, PROMPTS[:3], ["1"] * 3, "", second)
-
-
-def test_gold_answers_that_the_verifier_fails_on_are_not_called_wrong() -> None:
-    audit = audit_of(by_function("raises_on_gold"), PROMPTS[:3], PROMPTS[:3], ["so 1", "so 2", "so 3"], "by hand", None)
-    assert audit.gold == {"error": 3}
-    assert audit.verdicts == {"correct": 3}
-    assert len(audit.fixes) == 1
-    assert audit.fixes[0].startswith("3 gold answers or completions ended as error (ValueError: no reasoning)")
-
-
-def test_the_command_ends_over_a_verifier_that_fails_on_every_row(tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text("def f(completions, **_):\n    raise RuntimeError('not set up')\n")
-    done = cropi(
-        "audit-rewards", "quickstart", "verifier={type: function, path: mine.f}", "--prompts", "2", cwd=tmp_path
-    )
-    assert (done.returncode, done.stdout) == (2, "")
-    assert "RuntimeError: not set up" in done.stderr
-    assert "Traceback" not in done.stderr
 
 
 def test_an_audit_tells_of_answers_that_need_no_thought() -> None:

@@ -183,29 +183,6 @@ def test_no_code_is_run(task: str, tmp_path: Path) -> None:
         assert not marker.exists(), code
 
 
-def test_an_answer_that_would_patch_the_task_changes_no_other_verdict() -> None:
-    verify = ReasoningGymVerifier(type="reasoning_gym").load()
-    entry = entries("spiral_matrix")[0]
-    row = Answered("", str(entry["answer"]), "spiral_matrix", "", json.dumps(entry["metadata"]))
-    patch = (
-        "list(map(exec, ['import reasoning_gym.algorithmic.spiral_matrix as m; "
-        "m.Spi'+'ralMatrixDataset.score_answer=lam'+'bda self,answer,entry: 1.0']))"
-    )
-    for answer in (patch, "nonsense", "0 0 1"):
-        with suppress(ValueError, SyntaxError):
-            assert verify(row._replace(completion=answer)) != CORRECT
-
-
-def test_numbers_in_a_comment_do_not_count_as_used() -> None:
-    """countdown looks for its numbers in the raw text."""
-    verify = ReasoningGymVerifier(type="reasoning_gym").load()
-    entry = entries("countdown")[0]
-    numbers = " ".join(str(n) for n in entry["metadata"]["numbers"])  # type: ignore[index]
-    cheat = f"{entry['metadata']['target']} # {numbers}"  # type: ignore[index]
-    row = Answered(cheat, str(entry["answer"]), "countdown", "", json.dumps(entry["metadata"]))
-    assert verify(row) == UNPARSEABLE_ANSWER
-
-
 def judged_by(task: str, answers: dict[int, list[str]] | list[str], **settings: Any) -> list[tuple[str, str, object]]:
     """What is not judged 0 of these answers to a task's entries."""
     verify = ReasoningGymVerifier(type="reasoning_gym", **settings).load()
@@ -235,20 +212,6 @@ def judged_by(task: str, answers: dict[int, list[str]] | list[str], **settings: 
 )
 def test_no_answer_is_right_for_every_question(task: str, answers: list[str], graded: bool) -> None:
     assert judged_by(task, answers, graded=graded) == []
-
-
-def test_what_only_starts_like_the_gold_answer_or_opposes_it_is_wrong() -> None:
-    starts = {n: [text[:end] for end in range(1, 5)] for n, text in enumerate(golds("coin_flip"))}
-    for answer, gold, _ in judged_by("coin_flip", starts):
-        assert abs(float(answer) - float(gold)) <= 1e-4
-    opposed = {n: [{"True": "False", "False": "true"}[text]] for n, text in enumerate(golds("game_of_life_halting"))}
-    assert judged_by("game_of_life_halting", opposed) == []
-    longer = {n: [text + "x", text + " " + text] for n, text in enumerate(golds("spell_backward"))}
-    assert judged_by("spell_backward", longer) == []
-
-
-def golds(task: str) -> list[str]:
-    return [str(entry["answer"]) for entry in entries(task, 20)]
 
 
 @pytest.mark.parametrize(

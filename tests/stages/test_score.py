@@ -40,7 +40,6 @@ SOLVED = group("solved", [1.0] * 4)
 BROKEN = group("broken", [1.0, 0.0, 0.0, 1.0], logprob=float("nan"))
 UNREADABLE = group("unreadable", [0.0] * 4)
 VALIDATION = [group(f"v{n}", [1.0, 0.0, 1.0, 0.0]) for n in range(3)]
-OTHER = [group(f"w{n}", [1.0, 0.0, 1.0, 0.0]) for n in range(3)]
 SOURCES = {g.prompt_id: "here" for g in [*MIXED, SOLVED, BROKEN, UNREADABLE]} | {"long": "here"}
 
 
@@ -95,11 +94,7 @@ def test_rows_and_statuses(tmp_path: Path, estimator: str, monkeypatch: pytest.M
     assert all(row["influence/sum"] != 0 and row["ratio_ess"] < 1 for row in rows if row["status"] == "ok")
     settings = surrogate_settings(config(), "dr_grpo", "none")
     direct = influence(
-        tiny_llama(tied=True),
-        MIXED,
-        {"sum": VALIDATION},
-        surrogate=settings,
-        options=ScorerOptions("exact"),
+        tiny_llama(tied=True), MIXED, {"sum": VALIDATION}, surrogate=settings, options=ScorerOptions("exact")
     )
     bound = 0.2 if estimator == "sketch" else 1e-6
     np.testing.assert_allclose(values(rows[:9]), direct.values[:, 0], atol=bound * np.abs(direct.values).max())

@@ -168,8 +168,7 @@ def test_batches_that_one_process_fetches_for_all_are_refused(tmp_path: Path) ->
     "settings",
     [
         ["trainer.gradient_checkpointing=true", "trainer.gradient_checkpointing_kwargs={use_reentrant: false}"],
-        ["trainer.num_iterations=2"],
-        ["trainer.steps_per_generation=1"],  # two generation batches in an optimiser step
+        ["trainer.steps_per_generation=1", "trainer.num_iterations=2"],  # two generation batches in an optimiser step
         ["trainer.steps_per_generation=4"],  # a generation batch over two optimiser steps
     ],
 )

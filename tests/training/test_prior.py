@@ -79,14 +79,12 @@ def damaged(place: Path, what: str) -> list[str]:
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("unfinished", "is not a finished run of cropi"),
-        ("no run", "holds no config of a run"),
-        ("another policy", "is a run of another policy"),
-        ("another unit", "another loss_type or scale_rewards"),
+        ("unfinished", "is not a finished run of cropi"), ("no run", "holds no config of a run"),
+        ("another policy", "is a run of another policy"), ("another unit", "another loss_type or scale_rewards"),
         ("no such set", "has observed no prompt of this run for the validation set 'parity'"),
         ("no such prompt", "has observed no prompt of this run for the validation set 'sum'"),
     ],
-)
+)  # fmt: skip
 def test_a_run_that_is_unfit_is_refused(what: str, message: str, earlier: Path, tmp_path: Path) -> None:
     shutil.copytree(earlier, tmp_path / "it")
     done = cropi("run", *damaged(tmp_path / "it", what), cwd=tmp_path / "it")

@@ -59,7 +59,12 @@ def scaled(made: Callable[..., None]) -> Callable[..., None]:
 
 @pytest.mark.parametrize(
     ("loss", "precision"),
-    [*((loss, "float32") for loss in ("grpo", "dr_grpo", "bnpo", "dapo")), ("dapo", "scaled"), ("grpo", "bfloat16")],
+    [
+        ("grpo", "float32"),
+        ("dapo", "scaled"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("dr_grpo", "float32"), ("bnpo", "float32"))),
+        pytest.param("grpo", "bfloat16", marks=pytest.mark.slow),
+    ],
 )
 def test_it_equals_autograd(loss: str, precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     finish, end = GroupEvidence.finish, OnlineLoop.end_generation_batch

@@ -28,13 +28,6 @@ def test_equal_completions_of_one_group_belong_to_it() -> None:
     assert match_rows(known, [LossRow((1,), (5,), False)] * 2, PAD) == [0, 1]
 
 
-def test_unknown_tokens_match_nothing() -> None:
-    assert match_rows(sampled(((1,), (5,), 0)), [LossRow((1,), (9,), False), LossRow((2,), (9,), False)], PAD) == [
-        None,
-        None,
-    ]
-
-
 def test_a_prompt_that_an_environment_changed_is_found_by_its_completion_alone() -> None:
     known = sampled(((1,), (5,), 0), ((1,), (6,), 0), ((2,), (6,), 1), ((2,), (7,), 1))
     rows = [LossRow((1, 8), (5,), False), LossRow((1, 9), (6,), False), LossRow((2, 8), (7,), False)]

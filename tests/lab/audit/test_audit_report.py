@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from cropi.lab.audit.audit_report import agreement_by_count, audit_sections
+from cropi.lab.audit.audit_report import audit_sections
 from cropi.report.blocks import Table, Text
 
 
@@ -65,13 +65,3 @@ def test_tables_hold_the_numbers() -> None:
     assert gradients == ["3", "160", "0.25", "12.5 %", "0.25", "12.5 %", "0.50", "0.75", "0.94"]
     for table in tables:
         assert all(len(row) == len(table.header) for row in table.rows)
-
-
-def test_without_enough_trajectories_nothing_is_drawn() -> None:
-    found = made_up(0.3)
-    assert agreement_by_count(found["stages"]) is not None
-    found["stages"][0]["sets"]["sum"]["by_trajectories"] = []
-    assert agreement_by_count(found["stages"]) is None
-    lead = audit_sections(found)[0].blocks[0]
-    assert isinstance(lead, Text)
-    assert "Too few trajectories" in lead.text

@@ -1,6 +1,5 @@
 """Statistics of a table of results, by hand."""
 
-import json
 import math
 from functools import partial
 from typing import Any
@@ -192,7 +191,3 @@ def test_without_full_there_are_no_speed_ups():
     assert (summary["references"], summary["best_reference"]) == ([], None)
     assert entry(summary, "x")["speedup"] == {}
     assert list(entry(summary, "x")["area"]) == ["steps"]
-
-
-def test_nothing_finished_is_no_error():
-    assert json.loads(json.dumps(summarise(table()), allow_nan=False))["entries"] == []
