@@ -153,9 +153,7 @@ def pipeline(folder: Path, run: Path, train: list[Any], validation: list[Any], *
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_a_run_stores_and_trains_on_the_whole_row(
-    folder: Path, tmp_path: Path, name: str, seen: set[tuple[int, ...]]
-) -> None:
+def test_a_run_stores_and_trains_on_the_whole_row(folder, tmp_path, name, seen):
     tokenizer = tokenizer_of(folder, TEMPLATES[name])
     train, validation = rows(range(10)), rows(range(50, 55))
     made = pipeline(folder, tmp_path, train, validation)
@@ -189,9 +187,7 @@ def script(folder: Path, out: Path, template: str | None, train: Dataset, valida
 
 
 @pytest.mark.parametrize("name", ["rich"])
-def test_a_script_chooses_by_the_ids_that_trl_trains_on(
-    folder: Path, tmp_path: Path, name: str, seen: set[tuple[int, ...]]
-) -> None:
+def test_a_script_chooses_by_the_ids_that_trl_trains_on(folder, tmp_path, name, seen):
     """Rows as a dataset gives them: it fills the keys of other rows with None."""
     train, validation = (
         Dataset.from_list([row for row in rows(range(first, first + 10)) if (row["answer"][-1] not in "38")])
@@ -243,9 +239,7 @@ def test_text_beside_chat_messages_is_the_user_s_turn(folder: Path, tmp_path: Pa
     assert seen == {tuple(row["prompt_ids"]) for row in made.trajectories.tables["train"].to_pylist()}
 
 
-def test_check_warns_where_chat_messages_become_plain_text(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_check_warns_where_chat_messages_become_plain_text(folder, tmp_path, capsys):
     tokenizer_of(folder, None)
     given = config(folder, tmp_path, [*TEXTS, CHATS[0]], CHATS, TEXTS[:1])
     (told,) = [text for text in check_run(given).warnings if "no chat template" in text]

@@ -120,9 +120,7 @@ def test_a_damaged_file_is_named(runs: tuple[Path, Path], name: str, kind: str, 
 
 
 @pytest.mark.parametrize("key", ["trainer.learning_rate", "seed"])
-def test_a_config_that_was_edited_is_refused_and_the_difference_shown(
-    runs: tuple[Path, Path], key: str, tmp_path: Path
-) -> None:
+def test_a_config_that_was_edited_is_refused_and_the_difference_shown(runs, key, tmp_path):
     shutil.copytree(runs[1], tmp_path / "run")
     path = tmp_path / "run" / RUN / "config.json"
     config = json.loads(path.read_text())

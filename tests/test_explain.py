@@ -124,9 +124,7 @@ def test_folders_that_are_no_run_or_another_are_refused(finished: Path, tmp_path
         load_config(str(tmp_path / "renamed"))
 
 
-def test_a_recipe_goes_before_a_folder_of_its_name(
-    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_recipe_goes_before_a_folder_of_its_name(finished, tmp_path, monkeypatch):
     shutil.copytree(finished, tmp_path / "quickstart")
     monkeypatch.chdir(tmp_path)
     assert load_config("quickstart").train.stages == 3

@@ -113,9 +113,7 @@ def test_artifacts_of_stages_know_the_settings_that_made_them(tmp_path: Path, pl
     ],
 )
 @pytest.mark.parametrize("mark", ["manifest.json", "inputs.json"])
-def test_artifacts_before_training_depend_on_fewer_settings(
-    tmp_path: Path, kind: str, tables: tuple[str, ...], refused: str, free: str, mark: str
-) -> None:
+def test_artifacts_before_training_depend_on_fewer_settings(tmp_path, kind, tables, refused, free, mark):
     space = claimed(tmp_path, 0)
     write_sealed(space.folder / kind / mark, {"inputs": {"settings": space.settings(*tables)}})
     for setting in (free, refused):

@@ -64,9 +64,7 @@ def _write(folder: Path, states: dict[tuple[str, str], np.ndarray]) -> None:
     pq.write_table(table, folder / "representations" / "representations.parquet")
 
 
-def test_foretells_better_than_a_constant_and_finds_wrong_answers(
-    run: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_foretells_better_than_a_constant_and_finds_wrong_answers(run, capsys):
     belief.main([str(run)])
     row = capsys.readouterr().out.splitlines()[-1]
     count, _, _, log, constant, of_trained, of_all = (float(cell) for cell in row.split("|")[2:-1])

@@ -236,9 +236,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: Any, **changed: Any) -> Non
         "cropi",
     ],
 )
-def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(
-    way: str, folder: Path, data: Path, tmp_path: Path, easy: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(way, folder, data, tmp_path, easy, monkeypatch):
     """Killed in step 3, after a save at 2 with a batch that was chosen ahead."""
     run(monkeypatch, folder, data, tmp_path / "whole", way)
     step = compare.Comparison.step
@@ -266,14 +264,7 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(
         assert steps[0]["passes"]["train"] > 4 * steps[0]["train_tokens"]
 
 
-def test_the_table_is_one_of_cropi_compare(
-    folder: Path,
-    data: Path,
-    tmp_path: Path,
-    easy: None,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_the_table_is_one_of_cropi_compare(folder, data, tmp_path, easy, monkeypatch, capsys):
     for way in ("full", "relevant", "cropi"):
         run(monkeypatch, folder, data, tmp_path, way)
     run(monkeypatch, folder, data, tmp_path, "full")  # finished: nothing is done

@@ -70,9 +70,7 @@ def test_the_change_of_the_reward_is_weighted_by_likelihood() -> None:
     assert change(np.repeat(before, 2, 0), np.repeat(after, 2, 0), np.repeat(weights, 2, 0))[0] == pytest.approx(0.5)
 
 
-def test_a_pilot_that_was_stopped_goes_on_as_if_it_had_not_been(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_pilot_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):
     tokenizer = AutoTokenizer.from_pretrained(POLICY_DIR)
     tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
     tokenizer.save_pretrained(tmp_path / "policy")

@@ -88,9 +88,7 @@ KEYS = {
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_every_format_holds_the_selection_best_first_and_the_held_out_prompts(
-    selected: Run, name: str, tmp_path: Path
-) -> None:
+def test_every_format_holds_the_selection_best_first_and_the_held_out_prompts(selected, name, tmp_path):
     run = selected
     folder = exported(selected, name, tmp_path / "out")
     suffix = FORMATS[name].suffix
@@ -112,9 +110,7 @@ def test_every_format_holds_the_selection_best_first_and_the_held_out_prompts(
     assert f"{COUNT} prompts" in text
 
 
-def test_a_second_export_of_the_same_is_the_first_and_nothing_else_is_touched(
-    selected: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_second_export_of_the_same_is_the_first_and_nothing_else_is_touched(selected, tmp_path, monkeypatch):
     run = selected
     folder = exported(selected, "trl", tmp_path / "out")
     before = (folder / "train.parquet").stat().st_mtime_ns

@@ -66,9 +66,7 @@ def write_trl(path: Path, rows: list[dict[str, Any]], step: int) -> Path:
 
 
 @pytest.mark.parametrize("write", [write_verl, write_trl])
-def test_a_dump_of_a_run_s_own_trajectories_is_these(
-    sampled: list[dict[str, Any]], other: Run, write: Any, tmp_path: Path
-) -> None:
+def test_a_dump_of_a_run_s_own_trajectories_is_these(sampled, other, write, tmp_path):
     """Tokens, verdicts, rewards, ends and log-probs, in the order sampled: all but the numbering is equal."""
     path = tmp_path / ("1.jsonl" if write is write_verl else "completions_00001.parquet")
     manifest = imported(other, write(path, sampled, 1))
@@ -97,9 +95,7 @@ def test_selections_know_of_them(sampled: list[dict[str, Any]], other: Run, tmp_
     )
 
 
-def test_the_newest_step_with_a_group_counts_and_strangers_are_counted(
-    sampled: list[dict[str, Any]], other: Run, tmp_path: Path
-) -> None:
+def test_the_newest_step_with_a_group_counts_and_strangers_are_counted(sampled, other, tmp_path):
     mine = [row for row in sampled if row["prompt_id"] == sampled[0]["prompt_id"]]
     stranger = mine[0] | {"text": "what is love"}
     folder = tmp_path / "dumps"
@@ -113,9 +109,7 @@ def test_the_newest_step_with_a_group_counts_and_strangers_are_counted(
     assert manifest.details["left_out"] == len(mine) + 2
 
 
-def test_what_was_scored_by_other_trajectories_is_in_the_way(
-    sampled: list[dict[str, Any]], other: Run, tmp_path: Path
-) -> None:
+def test_what_was_scored_by_other_trajectories_is_in_the_way(sampled, other, tmp_path):
     path = write_verl(tmp_path / "1.jsonl", sampled, 1)
     select(other, 0)
     with pytest.raises(ArtifactError, match="made from earlier trajectories"):

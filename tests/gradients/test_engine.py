@@ -264,9 +264,7 @@ def run_limited(reader: Limited, which: str, budget: int, **options: Any) -> tup
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("which", ["dense", "exact", "norms", "sketch"])
-def test_running_out_of_memory_halves_the_packs_and_changes_no_result(
-    which: str, kind: str, error: type[Exception], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_running_out_of_memory_halves_the_packs_and_changes_no_result(which, kind, error, capsys):
     reader, told = Limited(readers(tiny("gpt_neox"))[which](), larger_than(30), kind, error), list[int]()
     engine, _ = run_limited(reader, which, 92, after=lambda members: told.append(len(members)))
     assert reader.packs[:3] == [92, 46, 23]

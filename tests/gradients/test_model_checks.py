@@ -192,9 +192,7 @@ def test_a_faint_look_ahead_shows_in_any_precision() -> None:
         ("BertLMHeadModel", ENCODER, "not causal"),
     ],
 )
-def test_a_run_refuses_a_policy_before_anything_is_collected(
-    model: str, settings: dict[str, Any], message: str, tmp_path: Path
-) -> None:
+def test_a_run_refuses_a_policy_before_anything_is_collected(model, settings, message, tmp_path):
     policy = tmp_path / "policy"
     tokenizer = transformers.AutoTokenizer.from_pretrained(POLICY_DIR)
     tokenizer.save_pretrained(policy)

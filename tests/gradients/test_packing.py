@@ -137,9 +137,7 @@ VALIDATION = {
 
 @pytest.mark.parametrize(("score", "validation_mean"), [("dot", "plain"), ("cosine", "normalized")])
 @pytest.mark.parametrize("estimator", ["exact", "uniform", "structured"])
-def test_influence_of_a_prompt_does_not_depend_on_order_or_budget(
-    estimator: str, score: str, validation_mean: str
-) -> None:
+def test_influence_of_a_prompt_does_not_depend_on_order_or_budget(estimator, score, validation_mean):
     model = tiny("gpt_neox")
     options: dict[str, Any] = {"estimator": "exact"}
     if estimator != "exact":

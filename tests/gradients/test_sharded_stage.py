@@ -59,9 +59,7 @@ def of_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_two_processes_score_as_one_that_has_the_whole_policy(
-    way: str, of_two: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_processes_score_as_one_that_has_the_whole_policy(way, of_two, tmp_path, monkeypatch):
     pieces_of_three(monkeypatch)
     stage(WAYS[way], tiny_llama(tied=True), tmp_path)
     one, two = scored(tmp_path), scored(of_two / way)

@@ -49,9 +49,7 @@ def vector(groups: list[Group]) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("estimator", ["exact", "sketch", "reference"])
-def test_candidates_take_the_place_of_validation_sets(
-    tmp_path: Path, estimator: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_candidates_take_the_place_of_validation_sets(tmp_path, estimator, monkeypatch):
     monkeypatch.setattr(LearnAlignStrategy, "candidates_aimed_at", 4)
     rows, details = scored(tmp_path, "learnalign", f"score.estimator={estimator}", "score.score=cosine")
     gradients = vector(MIXED)

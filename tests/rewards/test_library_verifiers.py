@@ -239,9 +239,7 @@ def test_no_answer_is_right_for_every_question(task: str, answers: list[str], gr
         ("family_relationships", {"answer": "nan"}, "Nan", CORRECT),  # a grandmother
     ],
 )
-def test_what_a_task_lets_pass_and_what_it_must_not_lose(
-    task: str, entry: dict[str, Any], answer: str, expected: str
-) -> None:
+def test_what_a_task_lets_pass_and_what_it_must_not_lose(task, entry, answer, expected):
     row = Answered(answer, entry["answer"], task, "", json.dumps(entry.get("metadata", {})))
     assert ReasoningGymVerifier(type="reasoning_gym").load()(row) in (
         {expected} if expected == CORRECT else {WRONG, UNPARSEABLE_ANSWER}

@@ -77,9 +77,7 @@ def test_a_thread_that_asked_first_may_end() -> None:
         assert pool([Answered("8", "8")])[0].verdict == CORRECT
 
 
-def test_an_answer_that_ended_two_processes_is_remembered_unless_the_verifier_is_yours(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_an_answer_that_ended_two_processes_is_remembered_unless_the_verifier_is_yours(monkeypatch):
     limits = LIMITS.model_copy(update={"seconds": 0.3, "processes": 1})
     bad = Answered("bad", "7")
     with Pool(function("hangs"), limits) as pool:

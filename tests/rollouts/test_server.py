@@ -276,9 +276,7 @@ def undisturbed(policy: Policy) -> Iterator[list[list[int]]]:
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_one_bad_answer_among_good_ones_changes_nothing(
-    name: str, undisturbed: list[list[int]], policy: Policy, serving: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_bad_answer_among_good_ones_changes_nothing(name, undisturbed, policy, serving, monkeypatch):
     monkeypatch.setattr("cropi.rollouts.server.TIMEOUT_S", 0.5)
     bad = filled(BAD[name], policy)
     fake = serving(lambda number, body: bad if number == 2 else by_seed(policy, body))
@@ -287,9 +285,7 @@ def test_one_bad_answer_among_good_ones_changes_nothing(
 
 
 @pytest.mark.parametrize("name", GIVEN_UP)
-def test_a_server_that_answers_badly_is_given_up_within_patience(
-    name: str, policy: Policy, serving: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_server_that_answers_badly_is_given_up_within_patience(name, policy, serving, monkeypatch):
     monkeypatch.setattr("cropi.rollouts.server.TIMEOUT_S", 0.3)
     bad = filled(BAD[name], policy)
     began = time.monotonic()
@@ -326,9 +322,7 @@ def test_patience_begins_with_the_first_failure(policy: Policy, serving: Any) ->
         ({"matched_stop": "\n"}, "stop", None), ({"stop_reason": 7}, "stop", None), ({}, "length", None),
     ],
 )  # fmt: skip
-def test_an_end_is_appended_only_where_it_was_sampled(
-    more: dict[str, Any], reason: str, ends: str | None, policy: Policy, serving: Any
-) -> None:
+def test_an_end_is_appended_only_where_it_was_sampled(more, reason, ends, policy, serving):
     eos = policy.tokenizer.eos_token_id
     more = {key: eos if value == "eos" else value for key, value in more.items()}
     found = ask(policy, serving(lambda *_: said("answer 3", reason, **more)), prompts="text")
@@ -349,9 +343,7 @@ def test_ids_may_hold_more_than_a_text_that_was_cut_at_a_stop_string(policy: Pol
 
 
 @pytest.mark.slow
-def test_a_collection_that_ends_over_bad_answers_goes_on_with_the_same_bytes(
-    policy: Policy, serving: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_collection_that_ends_over_bad_answers_goes_on_with_the_same_bytes(policy, serving, tmp_path, monkeypatch):
     bad = [filled(reply, policy) for reply in BAD.values() if not callable(reply)]
     failing = threading.Event()
 

@@ -159,9 +159,7 @@ def test_a_broken_validation_set_is_an_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("errors", ["false", "true"])
-def test_an_interrupted_scoring_goes_on_with_the_next_part(
-    errors: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_scoring_goes_on_with_the_next_part(errors, tmp_path, monkeypatch):
     monkeypatch.setattr(score_shards, "SHARD_PROMPTS", 4)
     settings = f"score.standard_errors={errors}"
     whole, details = run(tmp_path / "a", settings)

@@ -100,9 +100,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Recorder, dic
     return (folder, *run(folder))
 
 
-def test_each_stage_trains_its_selection_for_exactly_its_steps(
-    whole: tuple[Path, Recorder, dict[str, torch.Tensor]],
-) -> None:
+def test_each_stage_trains_its_selection_for_exactly_its_steps(whole):
     folder, recorder, _ = whole
     assert recorder.asked == [(0, False), (1, False)]
     assert recorder.evaluated == [2, 4, 6, 8]
@@ -115,9 +113,7 @@ def test_each_stage_trains_its_selection_for_exactly_its_steps(
 
 
 @pytest.mark.parametrize("step", [3, 6])
-def test_resume_from_inside_a_stage_changes_no_bit(
-    whole: tuple[Path, Recorder, dict[str, torch.Tensor]], step: int, tmp_path: Path
-) -> None:
+def test_resume_from_inside_a_stage_changes_no_bit(whole, step, tmp_path):
     folder, _, weights = whole
     shutil.copytree(folder, tmp_path / "run")
     for path in (tmp_path / "run" / "checkpoints").glob("checkpoint-*"):
@@ -177,9 +173,7 @@ FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove", "swap"])
-def test_training_does_not_go_on_from_a_damaged_checkpoint(
-    whole: tuple[Path, Recorder, dict[str, torch.Tensor]], name: str, damage: str, tmp_path: Path
-) -> None:
+def test_training_does_not_go_on_from_a_damaged_checkpoint(whole, name, damage, tmp_path):
     shutil.copytree(whole[0], tmp_path / "run")
     shutil.rmtree(tmp_path / "run/checkpoints/checkpoint-8")
     path = tmp_path / "run/checkpoints/checkpoint-6" / name
@@ -201,9 +195,7 @@ def test_training_does_not_go_on_from_a_damaged_checkpoint(
             run(tmp_path / "run")
 
 
-def test_a_checkpoint_under_another_name_is_refused(
-    whole: tuple[Path, Recorder, dict[str, torch.Tensor]], tmp_path: Path
-) -> None:
+def test_a_checkpoint_under_another_name_is_refused(whole, tmp_path):
     shutil.copytree(whole[0] / "checkpoints/checkpoint-3", tmp_path / "checkpoint-5")
     with pytest.raises(ArtifactError, match=r"checkpoint-5: is a checkpoint of step 3"):
         newest_checkpoint(tmp_path, 8)
@@ -298,9 +290,7 @@ def test_completions_of_a_prompt_share_its_forward_pass(tmp_path: Path, monkeypa
         (("num_iterations=2",), "4", 4),
     ],
 )
-def test_checkpoints_fall_between_generation_batches(
-    settings: tuple[str, ...], asked: str, saved: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_checkpoints_fall_between_generation_batches(settings, asked, saved, tmp_path, capsys):
     warn_once.cache_clear()
     given = [f"trainer.{text}" for text in settings]
     given += [f"trainer.save_steps={asked}", "train.stages=2", "train.steps_per_stage=6"]
@@ -312,9 +302,7 @@ def test_checkpoints_fall_between_generation_batches(
 
 @pytest.mark.usefixtures("trial_step")
 @pytest.mark.parametrize(("override", "message"), refused_settings("trainer"))
-def test_trainer_settings_that_cannot_work_are_refused(
-    override: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_trainer_settings_that_cannot_work_are_refused(override, message, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "environ", os.environ.copy())  # accelerate takes settings of FSDP from there
     with pytest.raises(ConfigError, match=message):
         grpo_config(config(override), tmp_path, torch.device("cpu"))

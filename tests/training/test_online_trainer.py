@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -127,9 +126,7 @@ def test_observing_leaves_the_weights_of_plain_training(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_text("{}")])
-def test_training_does_not_resume_without_the_curriculum_s_state(
-    online: Path, tmp_path: Path, damage: Callable[[Path], object]
-) -> None:
+def test_training_does_not_resume_without_the_curriculum_s_state(online, tmp_path, damage):
     shutil.copytree(online.parents[1], tmp_path / "again")
     folder = tmp_path / "again" / "runs" / "run" / "checkpoints"
     shutil.rmtree(folder / "checkpoint-6")
@@ -139,9 +136,7 @@ def test_training_does_not_resume_without_the_curriculum_s_state(
     assert "curriculum" in done.stderr
 
 
-def test_where_too_little_is_read_prompts_are_chosen_by_rewards(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_where_too_little_is_read_prompts_are_chosen_by_rewards(tmp_path, monkeypatch):
     monkeypatch.setattr("cropi.stages.online_loop.ENOUGH_READ", 1.1)
     done = cropi("run", "quickstart", *SETTINGS, "select.strategy={type: cropi}", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

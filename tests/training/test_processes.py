@@ -38,9 +38,7 @@ def settings(processes: int, *overrides: str) -> Any:
         (2, 32, 1, (16, 1)),
     ],
 )  # fmt: skip
-def test_processes_share_the_batch_of_one(
-    processes: int, rows: int, steps: int, expected: tuple[int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_processes_share_the_batch_of_one(processes, rows, steps, expected, monkeypatch):
     """Micro-steps first: what lies in memory at once stays as it was asked for."""
     monkeypatch.setattr("trl.GRPOConfig.world_size", processes)
     overrides = [f"trainer.per_device_train_batch_size={rows}", f"trainer.gradient_accumulation_steps={steps}"]
@@ -67,9 +65,7 @@ def test_generation_batches_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) ->
         (2, ["train.dynamic_sampling=2"], "dynamic sampling supports one process"),
     ],
 )
-def test_what_cannot_be_shared_is_refused(
-    processes: int, overrides: list[str], message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_cannot_be_shared_is_refused(processes, overrides, message, monkeypatch):
     monkeypatch.setattr("trl.GRPOConfig.world_size", processes)
     with pytest.raises(ConfigError, match=message):
         settings(processes, *overrides)

@@ -244,9 +244,7 @@ def test_so_many_runs_at_once_as_have_their_cores(monkeypatch: pytest.MonkeyPatc
     assert default_jobs([load_config("quickstart", on_cpu)]) == 1
 
 
-def test_a_comparison_is_loaded_from_python_and_a_second_call_makes_no_run(
-    compared: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_comparison_is_loaded_from_python_and_a_second_call_makes_no_run(compared, monkeypatch):
     monkeypatch.chdir(compared)
     before = {path: path.stat().st_mtime_ns for path in runs(compared)}
     result = cropi_python.compare("quickstart", *TINY, strategies=["full", "influence"], seeds=[3], folder=OUT)
