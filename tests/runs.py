@@ -83,6 +83,12 @@ def judge(verdict: Callable[[str, str], str]) -> Judge:
     return lambda rows: [Judgement(verdict(row.completion, row.answer), 0.0) for row in rows]
 
 
+def trajectory(prompt_id: str, name: str = "train", sample: int = 0, **changed: Any) -> dict[str, Any]:
+    """A row of a trajectories' table, of a wrong answer unless it is changed."""
+    plain = {"prompt_ids": [2], "completion_ids": [3], "behaviour_logprobs": [-1.0], "completion": "", "verdict": ""}
+    return {"prompt_id": prompt_id, "set": name, "sample": sample, "reward": 0.0, "status": "ok"} | plain | changed
+
+
 def grpo_args(folder: Path, **changed: Any) -> Any:
     """TRL's settings for a few steps on a CPU."""
     from trl import GRPOConfig

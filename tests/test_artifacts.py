@@ -43,12 +43,6 @@ def test_built_once_then_opened(tmp_path: Path) -> None:
     assert (tmp_path / "t" / "t.parquet").stat().st_mtime_ns == stamp
 
 
-def test_an_unfinished_folder_is_made_anew(tmp_path: Path) -> None:
-    (tmp_path / "t").mkdir()
-    (tmp_path / "t" / "junk.parquet").write_text("half")
-    assert set(built(tmp_path / "t").files) == {"t.parquet"}
-
-
 DAMAGES = {
     "truncate": ("t.parquet", lambda data: data[:-10]),
     "flip": ("t.parquet", lambda data: bytes([data[0] ^ 1]) + data[1:]),
@@ -92,11 +86,6 @@ def test_a_failed_write_leaves_the_old_file_and_no_rest(tmp_path: Path) -> None:
         fail()
     assert json.loads(path.read_text()) == {"a": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["f.json"]
-
-
-def test_nan_never_gets_into_json(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        write_json(tmp_path / "f.json", {"a": float("nan")})
 
 
 def stream(folder: Path, count: int = 4) -> Path:

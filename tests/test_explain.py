@@ -107,12 +107,6 @@ def test_a_folder_names_its_run_wherever_it_is(finished: Path, tmp_path: Path, m
     assert load_config(".", ["name=again"]).folder == moved.resolve().parent / "again"
 
 
-def test_every_command_takes_a_folder(finished: Path, tmp_path: Path) -> None:
-    shutil.copytree(finished, tmp_path / "quickstart")
-    done = cropi_ok("report", "./quickstart", cwd=tmp_path)
-    assert "report: quickstart/report.html" in done.stdout
-
-
 def test_folders_that_are_no_run_or_another_are_refused(finished: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds no config of a run"):
         load_config(str(tmp_path))

@@ -20,7 +20,7 @@ from cropi.gradients.validation_groups import one_sided, validation_groups
 from cropi.leakage import Leakage, Match, common_limit, find_leakage
 from cropi.prompt_text import normalised, prompt_text, words
 from cropi.prompts import leakage_warnings
-from tests.runs import SMALL, cropi, cropi_error, cropi_ok
+from tests.runs import SMALL, cropi, cropi_error, cropi_ok, trajectory
 from tests.test_prompts import config, question, write_rows
 
 PROBLEM = (
@@ -311,8 +311,7 @@ def test_a_one_sided_validation_set_is_warned_of_by_name(capsys: pytest.CaptureF
     def table(mixed: int, solved: int) -> pa.Table:
         rewards = [(1.0, 0.0)] * mixed + [(1.0, 1.0)] * solved
         rows = [
-            {"prompt_id": f"p{n}", "set": "validation/x", "sample": k, "prompt_ids": [2], "completion_ids": [3]}
-            | {"behaviour_logprobs": [-1.0], "completion": "", "reward": value, "verdict": "", "status": "ok"}
+            trajectory(f"p{n}", "validation/x", k, reward=value)
             for n, group in enumerate(rewards)
             for k, value in enumerate(group)
         ]

@@ -372,12 +372,6 @@ def test_what_a_prompt_cannot_show_is_refused_by_its_key(tmp_path: Path, row: di
     assert "Fix: " in str(caught.value)
 
 
-def test_columns_without_a_value_change_no_prompt(tmp_path: Path) -> None:
-    nothing: list[Any] = [[], None, "", float("nan")]
-    rows = [question(n, tools=tools, images=None) for n, tools in enumerate(nothing)]
-    assert len(train_rows(config(write_rows(tmp_path / "pool.jsonl", rows)))) == 4
-
-
 def test_what_tool_calls_say_tells_prompts_apart(tmp_path: Path) -> None:
     """In the guard against leakage."""
     other = json.loads(json.dumps(CONVERSATION))

@@ -166,35 +166,11 @@ def test_observations_of_one_point_combine_and_age(monkeypatch: pytest.MonkeyPat
     assert belief.summary()[1].tolist() == [[1.0, 0.0]]
 
 
-def test_errors_are_partly_the_mean_of_all() -> None:
-    """A lucky observation is not certain."""
-    belief = believing(np.eye(3), 3)
-    for point, error in enumerate((1e-6, 1.0, 3.0)):
-        belief.observe(point, 1.0, error, step=0)
-    mean = (1e-6 + 4) / 3
-    assert belief.summary()[2] == pytest.approx([0.9 * error + 0.1 * mean for error in (1e-6, 1.0, 3.0)])
-
-
 def test_numbers_that_are_not_finite_are_left_out() -> None:
     belief = believing(np.eye(2), 2)
     assert not belief.observe(0, float("nan"), 1.0, step=0)
     assert not belief.observe(0, 1.0, float("inf"), step=0)
     assert belief.posterior() is None
-
-
-def test_few_features_are_as_uncertain_as_the_kernel() -> None:
-    """Points far from all landmarks have the prior's variance, not almost none."""
-    points = np.random.default_rng(0).standard_normal((400, 2))
-    features = kernel_features(points, 400, 16)
-    belief = believing(features, 400)
-    for n in range(40):
-        belief.observe(n, float(n % 5) - 2, 0.1, step=0)
-    found = belief.posterior()
-    assert found is not None
-    unseen_N = found.variances()[40:]
-    prior = found.chosen.spread * (1 + found.chosen.own_share)
-    assert np.median(unseen_N) == pytest.approx(prior, rel=0.1)
-    assert unseen_N.max() <= prior * 1.001
 
 
 def test_a_correlation_is_found_where_validation_prompts_mislead() -> None:
@@ -211,10 +187,6 @@ def test_a_correlation_is_found_where_validation_prompts_mislead() -> None:
         found = belief.posterior()
         assert found is not None
         assert low <= found.chosen.correlation <= high
-
-
-def test_without_observations_there_is_no_belief() -> None:
-    assert believing(np.eye(3), 2).posterior() is None
 
 
 def test_rewards_by_hand() -> None:

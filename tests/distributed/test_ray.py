@@ -10,19 +10,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
-import pyarrow as pa
 import pytest
 from tests.distributed import verifiers
 from tests.runs import SMALL, cropi, cropi_error, cropi_ok
 
 from cropi.ledger import Ledger
-from cropi.ray_workers import Perform, RayPool, Task
 
 ray = pytest.importorskip("ray")
 
@@ -136,28 +132,6 @@ def test_what_a_user_can_fix_is_said_as_anywhere(address: str, place: Path) -> N
     assert done.stderr.count("error: verifier: the verifier cannot be set up") == 1
     done = cropi_error(*command("collect", "127.0.0.1:1"), cwd=place)
     assert "error: --ray 127.0.0.1:1: cannot join the cluster" in done.stderr
-
-
-@dataclass(frozen=True)
-class Echo:
-    """A job that sends tasks back as they came."""
-
-    def start(self) -> Perform:
-        return lambda task: Task(task.index, task.rows, {})
-
-
-def test_more_goes_through_than_the_cluster_holds(address: str) -> None:
-    """In both directions, and past a process that keeps none of it."""
-    size, count = 4 * 2**20, 150
-    noise = np.random.default_rng(0)
-    tasks = (Task(n, pa.table({"byte": noise.integers(0, 255, size, dtype=np.uint8)}), {}) for n in range(count))
-    process, most = psutil.Process(), 0
-    before = process.memory_full_info().uss
-    for task in RayPool(address, 2, cpus=1, on_gpu=False).map(Echo(), tasks):
-        assert task.rows.nbytes == size
-        most = max(most, process.memory_full_info().uss - before)
-    assert count * size > 2 * STORE
-    assert most < STORE
 
 
 def test_a_cluster_of_this_machine_ends_with_the_command(place: Path) -> None:

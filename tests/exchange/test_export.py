@@ -17,8 +17,6 @@ import datasets
 import pytest
 from pyarrow import parquet
 from tests.runs import SMALL, json_lines
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from cropi.builtin import POLICY_DIR
 from cropi.errors import ArtifactError, ConfigError, DataError, PolicyError
@@ -201,21 +199,6 @@ def test_parquet_holds_messages_as_they_are_or_refuses_them(more: dict[str, Any]
 
 def strip(message: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in message.items() if value is not None}
-
-
-def test_verl_s_own_loader_reads_it(selected: Run, tmp_path: Path) -> None:
-    rl_dataset = pytest.importorskip("verl.utils.dataset.rl_dataset")
-    folder = exported(selected, "verl", tmp_path / "out")
-    words = Tokenizer(models.WordLevel({"<eos>": 0, "?": 1}, unk_token="?"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>")
-    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
-    settings = {"cache_dir": str(tmp_path / "cache"), "filter_overlong_prompts_workers": 1}
-    loaded = rl_dataset.RLHFDataset(str(folder / "train.parquet"), tokenizer, settings)
-    assert len(loaded) == COUNT
-    rows = read(folder / "train.parquet")
-    assert [loaded[n]["extra_info"]["prompt_id"] for n in range(COUNT)] == [r["extra_info"]["prompt_id"] for r in rows]
-    assert [loaded[n]["index"] for n in range(COUNT)] == list(range(COUNT))
 
 
 def rewards_of(kind: str, **settings: Any) -> Rewards:

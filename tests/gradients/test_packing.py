@@ -27,7 +27,7 @@ from cropi.gradients.exact import DenseReader, ExactReader
 from cropi.gradients.group_influence import influence
 from cropi.gradients.groups import Group
 from cropi.gradients.influence_scorer import ScorerOptions
-from cropi.gradients.packing import Pack, Segment, make_pack, plan
+from cropi.gradients.packing import Segment, plan
 from cropi.gradients.reference import trainable_parameters
 from cropi.gradients.sketch import SketchReader, StructuredMap, UniformMap
 from cropi.gradients.surrogate_weights import SurrogateSettings
@@ -161,20 +161,6 @@ def test_influence_of_a_prompt_does_not_depend_on_order_or_budget(estimator, sco
     np.testing.assert_allclose(values(TRAIN, None), together, rtol=1e-9)
     for budget in (1, 14):
         np.testing.assert_allclose(values(TRAIN, budget), together, rtol=1e-9, err_msg=f"{budget} tokens")
-
-
-def one_pack(groups: list[Group]) -> Pack:
-    return make_pack(segments(groups), torch.device("cpu"))
-
-
-def test_layout_of_a_pack_by_hand() -> None:
-    pack = one_pack([Group("p", [2, 3], [[4, 5, 6], [7], [8, 9]], [1.0, 0.0, 3.0], None), GROUPS[1]])
-    assert pack.input_ids_S[:5].tolist() == [2, 3, 4, 5, 8]  # the prompt once; last tokens predict nothing
-    assert pack.position_ids_S[:5].tolist() == [0, 1, 2, 3, 2]
-    assert pack.targets_E[:6].tolist() == [4, 5, 6, 7, 8, 9]
-    assert pack.sources_E[:6].tolist() == [1, 2, 3, 1, 1, 4]
-    assert [(span.index, span.start, span.stop) for span in pack.spans] == [(0, 0, 5), (1, 5, 15)]
-    assert [(span.index, span.start, span.stop) for span in pack.predictions] == [(0, 0, 6), (1, 6, 17)]
 
 
 def test_plan_keeps_to_the_budget_and_to_the_number_of_segments() -> None:

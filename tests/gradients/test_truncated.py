@@ -9,7 +9,7 @@ import pytest
 import torch
 from datasets import Dataset
 from tests.gradients.architectures import Gradients, dense_gradients
-from tests.runs import SMALL, cropi_ok, grpo_args
+from tests.runs import SMALL, cropi_ok, grpo_args, trajectory
 from trl import GRPOTrainer
 
 from cropi.artifacts import OK, TRAJECTORIES, TRUNCATED, read_table, write_table
@@ -40,8 +40,7 @@ class Watching(GRPOTrainer):
 def row(k: int, prompt: list[int], completion: list[int], logprobs: list[float] | None, status: str) -> dict[str, Any]:
     """A trajectory as it is stored; its reward is k modulo 3."""
     ids = {"prompt_ids": prompt, "completion_ids": completion, "behaviour_logprobs": logprobs}
-    told = {"completion": "", "reward": float(k % 3), "verdict": "", "status": status}
-    return {"prompt_id": "p", "set": "train", "sample": k, **ids, **told}
+    return trajectory("p", sample=k, reward=float(k % 3), status=status, **ids)
 
 
 def trained(loss_type: str, folder: Path) -> tuple[Watching, Any, list[dict[str, Any]]]:

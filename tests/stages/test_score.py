@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from tests.conftest import tiny_llama
-from tests.runs import SMALL
+from tests.runs import SMALL, trajectory
 
 from cropi.artifacts import TRAJECTORIES, read_table
 from cropi.config import Config
@@ -49,9 +49,9 @@ def table(groups: list[Group], name: str) -> pa.Table:
         assert g.behaviour_logprobs is not None
         status = "gold_unparseable" if g is UNREADABLE else "ok"
         for k, completion in enumerate(g.completions):
-            row = {"prompt_id": g.prompt_id, "set": name, "sample": k, "prompt_ids": g.prompt_ids}
-            row |= {"completion_ids": completion, "behaviour_logprobs": g.behaviour_logprobs[k], "completion": ""}
-            rows.append(row | {"reward": g.rewards[k], "verdict": "", "status": status})
+            ids = {"prompt_ids": g.prompt_ids, "completion_ids": completion, "reward": g.rewards[k]}
+            logprobs = g.behaviour_logprobs[k]
+            rows.append(trajectory(g.prompt_id, name, k, status=status, behaviour_logprobs=logprobs, **ids))
     RNG.shuffle(rows)
     return pa.Table.from_pylist(rows, schema=TRAJECTORIES)
 

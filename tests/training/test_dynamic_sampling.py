@@ -1,10 +1,9 @@
 """Dynamic sampling against real TRL: what is trained on, what is charged, and a resume that changes no bit."""
 
-import json
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from itertools import cycle, pairwise
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -228,24 +227,6 @@ def test_at_the_cap_groups_without_variance_stay_and_move_nothing(tmp_path, monk
     for line in metrics(tmp_path):
         assert (line["dynamic_sampling/extra"], line["dynamic_sampling/equal_after"]) == (2, 1)
     assert "after 2 refills" in capsys.readouterr().err
-
-
-def test_with_nothing_to_replace_it_is_off_to_the_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def alternating() -> Callable[[str, str], str]:
-        verdicts = cycle(["correct", "wrong"])
-        return lambda *_: next(verdicts)
-
-    on = run(tmp_path / "on", 3, steps=2, verify=alternating())
-
-    def never(*_: Any) -> None:
-        raise AssertionError("refilled although it is off")
-
-    monkeypatch.setattr(StageTrainer, "_filled", never)
-    off = run(tmp_path / "off", 0, steps=2, verify=alternating())
-    assert all(torch.equal(weight, off[name]) for name, weight in on.items())
-    assert read_jsonl(tmp_path / "on" / "rewards.jsonl") == read_jsonl(tmp_path / "off" / "rewards.jsonl")
-    assert not any("dynamic" in key for line in metrics(tmp_path / "off") for key in line)
-    assert not json.loads((tmp_path / "off/checkpoints/checkpoint-2/manifest.json").read_text())["details"]
 
 
 def test_several_batches_of_a_step_and_several_steps_of_a_batch(tmp_path, monkeypatch):

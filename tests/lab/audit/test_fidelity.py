@@ -91,20 +91,3 @@ def test_gradient_cosines_of_equal_and_of_unrelated_gradients() -> None:
     assert found is not None
     assert found["ceiling"]["median"] == pytest.approx(1.0, abs=1e-3)
     assert found["off_policy"]["above_0.6"] == pytest.approx(0.5, abs=0.1)
-
-
-def test_a_larger_group_is_no_bias() -> None:
-    """Rewards drawn at random: a baseline of 8 takes 7/8 of the gradient, one of 32 takes 31/32. Groups of as many
-    trajectories are compared, so that this does not count."""
-    generator = np.random.default_rng(6)
-
-    def drawn(influence: float, count: int) -> TrajectoryProducts:
-        rewards_K = (generator.random(count) < 0.5) * 1.0
-        products_K = 2 * influence * rewards_K + 0.3 * generator.standard_normal(count)
-        return TrajectoryProducts(
-            rewards_K, np.ones(count, int), products_K[:, None], None, [RatioStatistics()] * count
-        )
-
-    truth_N = generator.standard_normal(1500)
-    old, new = [drawn(x, 8) for x in truth_N], [drawn(x, 32) for x in truth_N]
-    assert values(Comparison(old, new, (0, 0, 0), SETTINGS, 0.1, 0))["slope"] == pytest.approx(1.0, abs=0.03)
