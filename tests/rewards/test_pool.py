@@ -196,21 +196,20 @@ def test_one_pool_serves_all_who_ask() -> None:
     assert judge_of(EXACT, LIMITS) is not judge_of(NumericVerifier(type="numeric"), LIMITS)
 
 
+VERIFIERS = (
+    *(MathVerifier(type="math"), NumericVerifier(type="numeric"), ExactVerifier(type="exact", marker="is")),
+    *(BoxedVerifier(type="boxed"), Gsm8kVerifier(type="gsm8k")),
+)
+
+
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(
-    "config",
-    [
-        MathVerifier(type="math"), NumericVerifier(type="numeric"), ExactVerifier(type="exact", marker="is"),
-        pytest.param(BoxedVerifier(type="boxed"), marks=pytest.mark.slow),
-        pytest.param(Gsm8kVerifier(type="gsm8k"), marks=pytest.mark.slow),
-    ],
-    ids=lambda config: config.type,
-)  # fmt: skip
-def test_hostile_answers(config: object, tmp_path: Path) -> None:
+@pytest.mark.parametrize("every", [7, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("config", VERIFIERS, ids=lambda config: config.type)
+def test_hostile_answers(config: object, every: int, tmp_path: Path) -> None:
     """No hang, no crash, nothing run, no wrong `correct`, bounded memory, and the pool serves on after every one."""
     marker = tmp_path / "ran"
-    rows = [Answered(*row) for row in hostile.rows(str(marker))]
-    assert len(set(rows)) >= 500
+    rows = [Answered(*row) for row in hostile.rows(str(marker))][::every]
+    assert len(set(rows)) >= 500 / every
     plain = Answered("so #### 7, the answer is \\boxed{7}" if config.type != "exact" else "is 7", "7")  # type: ignore[attr-defined]
     with Pool(config, LIMITS.model_copy(update={"seconds": 0.5})) as pool:  # type: ignore[arg-type]
         judged = pool(rows)
