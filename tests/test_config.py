@@ -4,11 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from cropi.config.loading import TYPES, load_config, merged, parse_verifier, presets, recipe_names, validate_config
+from cropi.config.yaml_text import parse_yaml
 from cropi.curriculum.strategies import FullStrategy
 from cropi.errors import ConfigError
-from cropi.loading import load_config, parse_verifier, recipe_names, validate_config
-from cropi.presets import TYPES, merged, presets
-from cropi.yaml_text import parse_yaml
 from tests.runs import refused_settings
 
 
@@ -170,7 +169,7 @@ def test_resolved_config_reads_back_the_same() -> None:
 
 
 FREE_OF_TORCH = [
-    *("config", "cli", "curriculum.choose", "report.run_report", "prompts", "report.explanations", "lab.commands"),
+    *("config", "cli", "curriculum.strategies", "report.run_report", "prompts", "report.explanations", "lab.commands"),
     "lab.compare.report.comparison_page",
 ]
 

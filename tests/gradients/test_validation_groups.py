@@ -19,7 +19,7 @@ from cropi.gradients.groups import Group
 from cropi.gradients.influence_scorer import ScorerOptions
 from cropi.gradients.reference import prompt_gradient
 from cropi.gradients.surrogate_weights import surrogate_settings
-from cropi.gradients.validation_groups import candidate_groups
+from cropi.gradients.validation_directions import candidate_groups
 from cropi.run_tables import scores_schema
 from cropi.seeds import unit_interval
 from cropi.stages.score import ScoredPool, score_pool

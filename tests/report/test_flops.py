@@ -2,9 +2,9 @@
 
 import pytest
 
+from cropi.config.loading import load_config
 from cropi.errors import ArtifactError
-from cropi.loading import load_config
-from cropi.report.flops import flops, score_multiple
+from cropi.report.costs import flops, score_multiple
 
 COLLECTED = {"tokens": 30, "prompt_tokens": 10, "passes": 2}
 GENERATED = COLLECTED | {"passes": 1}

@@ -13,6 +13,7 @@ from tests.runs import SMALL, trajectory
 
 from cropi.artifacts import TRAJECTORIES, read_table
 from cropi.config import Config
+from cropi.config.loading import load_config
 from cropi.errors import ConfigError, SignalError
 from cropi.functional.projection import KEPT
 from cropi.gradients import score_shards
@@ -20,7 +21,6 @@ from cropi.gradients.group_influence import influence
 from cropi.gradients.groups import Group, iterate_groups
 from cropi.gradients.influence_scorer import Scorer, ScorerOptions
 from cropi.gradients.surrogate_weights import surrogate_settings
-from cropi.loading import load_config
 from cropi.run_tables import scores_schema
 from cropi.stages import score as scoring
 from cropi.stages.score import ScoredPool, score_pool

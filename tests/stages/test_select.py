@@ -8,6 +8,7 @@ import pytest
 from tests.curriculum import pool
 
 from cropi.config import Config, FusionConfig, Strategy
+from cropi.config.loading import load_config
 from cropi.curriculum.strategies import (
     FullStrategy,
     InfluenceStrategy,
@@ -17,7 +18,6 @@ from cropi.curriculum.strategies import (
 )
 from cropi.curriculum.strategy import Candidates
 from cropi.errors import SignalError
-from cropi.loading import load_config
 from cropi.stages.select import choose_prompts
 
 POOL = Candidates(

@@ -4,7 +4,7 @@ import pyarrow as pa
 from tests.runs import trajectory
 
 from cropi.artifacts import TRAJECTORIES
-from cropi.stages.trajectories import replaced
+from cropi.stages.run import replaced
 
 
 def table(marks: dict[str, float], generations: int) -> pa.Table:

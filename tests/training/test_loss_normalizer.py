@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cropi.training.loss_normalizer import LossNormalizer
+from cropi.training.group_evidence import LossNormalizer
 
 LONGEST, GENERATIONS, ACCUMULATED, PER_GENERATION = 10, 4, 3, 6
 LOSSES = ["grpo", "sapo", "dr_grpo", "bnpo", "dapo", "cispo", "vespo", "luspo"]

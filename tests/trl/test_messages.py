@@ -11,9 +11,9 @@ import pytest
 from trl import GRPOConfig
 
 import cropi
+from cropi.config.loading import load_config
 from cropi.console import say
 from cropi.errors import ConfigError, DataError
-from cropi.loading import load_config
 from cropi.trl import Selector, Verified
 from cropi.trl.messages import in_script, reworded, worded
 

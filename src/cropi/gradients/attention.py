@@ -33,8 +33,7 @@ class _State:
     calls: int = 0
     masks: list[tuple[Tensor, int | None]] = field(default_factory=list)
     """Masks requested by transformers, each with its window; layers may use some of them only, or views of them."""
-    differs: bool = False
-    """Whether a layer got another mask than the packed attention applies."""
+    differs: bool = False  # whether a layer got another mask than the packed attention applies
 
     def note(self, mask: Tensor | None, window: int | None) -> None:
         """Count a layer's call, and compare its mask with its window."""

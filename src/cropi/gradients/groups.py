@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +14,6 @@ import pyarrow.compute as pc
 
 from cropi.artifacts import GOLD_UNPARSEABLE, NO_SIGNAL, OK
 from cropi.functional.influence_formulas import reward_variance
-from cropi.reward_statistics import GroupFacts
 
 
 @dataclass(frozen=True)
@@ -49,18 +48,6 @@ class Group:
         mixed = any(reward != self.rewards[0] for reward in self.rewards) and any(self.completions)
         return OK if mixed else NO_SIGNAL
 
-    def without_truncated(self, eos_ids: Collection[int]) -> Group:
-        """Return the group with completions emptied that do not end with an end-of-sequence token."""
-        kept = [bool(completion) and completion[-1] in eos_ids for completion in self.completions]
-        logprobs = self.behaviour_logprobs
-        return replace(
-            self,
-            completions=[ids if keep else [] for ids, keep in zip(self.completions, kept, strict=True)],
-            behaviour_logprobs=None
-            if logprobs is None
-            else [row if keep else [] for row, keep in zip(logprobs, kept, strict=True)],
-        )
-
     @property
     def pass_rate(self) -> float:
         """Mean reward."""
@@ -76,11 +63,22 @@ class Group:
         return sum(len(completion) for completion in self.completions)
 
 
+class GroupFacts(NamedTuple):
+    """Reward statistics of a prompt's stored trajectories; NaN without rewards."""
+
+    status: str
+    pass_rate: float  # mean reward
+    variance: float  # of the rewards
+    size: int = 0  # trajectories with a reward
+
+
 def group_facts(table: pa.Table) -> dict[str, GroupFacts]:
     """Return status, pass rate and variance of every group of one set's trajectories, by prompt id."""
     unreadable = GroupFacts(GOLD_UNPARSEABLE, math.nan, math.nan)
     return {
-        prompt_id: unreadable if group is None else GroupFacts(group.status, group.pass_rate, group.variance)
+        prompt_id: unreadable
+        if group is None
+        else GroupFacts(group.status, group.pass_rate, group.variance, len(group.rewards))
         for prompt_id, group in iterate_groups(table)
     }
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from cropi.artifacts import OK
 from cropi.errors import PolicyError
+from cropi.fsdp import ShardedParameters
 from cropi.functional import influence_formulas
 from cropi.functional.projection import SparseProjection, principal_directions
 from cropi.gradients.engine import Engine, by_group, segments_of
@@ -22,7 +23,6 @@ from cropi.gradients.groups import Group
 from cropi.gradients.model_checks import require_independent_rows
 from cropi.gradients.packing import Segment
 from cropi.gradients.reference import prompt_gradient
-from cropi.gradients.sharded_parameters import ShardedParameters
 from cropi.gradients.sketch import GradientMap, SketchReader, StructuredMap, UniformMap, project
 from cropi.gradients.surrogate_weights import RATIO_COLUMNS, RatioStatistics, SurrogateSettings
 from cropi.gradients.validation_directions import (
@@ -40,8 +40,7 @@ from cropi.parallel import process_group
 Estimator = Literal["exact", "sketch", "reference"]
 Score = influence_formulas.Score
 
-BLOCK = 256
-"""Groups whose features are in memory at once; packs are filled from one block."""
+BLOCK = 256  # groups whose features are in memory at once; packs are filled from one block
 
 
 @dataclass(frozen=True)
@@ -68,29 +67,23 @@ class ScorerOptions:
 class Scored:
     """Scores of some groups, in their order; zeros for groups without signal."""
 
-    products_NV: Float[np.ndarray, "N V"]
-    """<g_i, d_v>."""
+    products_NV: Float[np.ndarray, "N V"]  # <g_i, d_v>
     norms_N: Float[np.ndarray, " N"]
     """|g_i|; of the feature for `sketch`; NaN if not requested (`exact` with `dot`, without `lengths`)."""
-    ratio_columns_NR: Float[np.ndarray, "N R"]
-    """`RATIO_COLUMNS` of each group; (1, 0, 0) if nothing was computed."""
-    features_ND: Tensor | None
-    """Gradient features, for `sketch` only."""
+    ratio_columns_NR: Float[np.ndarray, "N R"]  # `RATIO_COLUMNS` of each group; (1, 0, 0) if nothing was computed
+    features_ND: Tensor | None  # gradient features, for `sketch` only
     tokens_computed: int
     errors_NV: Float[np.ndarray, "N V"] | None = None
     """Standard errors of the influence, if requested: 0 without signal. See `score_by_halves`."""
-    variances_N: Float[np.ndarray, " N"] | None = None
-    """Variances of the rewards."""
-    ratios: Sequence[RatioStatistics] = ()
-    """Ratio statistics of each group, if an engine ran."""
+    variances_N: Float[np.ndarray, " N"] | None = None  # variances of the rewards
+    ratios: Sequence[RatioStatistics] = ()  # ratio statistics of each group, if an engine ran
 
 
 @dataclass(frozen=True)
 class Aim:
     """Directions of a scorer, for another scorer of the same policy and settings."""
 
-    directions: Sequence[Mapping[str, Tensor]]
-    """Dense directions; none for `sketch`, which keeps their features only."""
+    directions: Sequence[Mapping[str, Tensor]]  # dense directions; none for `sketch`, which keeps their features only
     layer_directions: Mapping[str, Tensor]
     features_VD: Float[Tensor, "V D"] | None
     norms_V: Float[np.ndarray, " V"]

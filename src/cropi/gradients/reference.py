@@ -63,11 +63,7 @@ def prompt_gradient(
 
 
 def _weighted_logprob(
-    model: nn.Module,
-    group: Group,
-    rows: list[int],
-    scales_K: Tensor,
-    settings: SurrogateSettings,
+    model: nn.Module, group: Group, rows: list[int], scales_K: Tensor, settings: SurrogateSettings
 ) -> tuple[Tensor, Tensor]:
     """sum_{k,t} w_{k,t} log pi(x_{k,t}) over some trajectories, and the ratios of their tokens."""
     completions = [group.completions[k] for k in rows]

@@ -10,9 +10,15 @@ import numpy as np
 
 from cropi.artifacts import OK
 from cropi.config import Config
-from cropi.functional.empirical_bayes import reliability, shrunk, top_probabilities
 from cropi.functional.influence_formulas import influence
-from cropi.functional.ranking import ranks, reciprocal_rank_fusion, selection_size
+from cropi.functional.ranking import (
+    ranks,
+    reciprocal_rank_fusion,
+    reliability,
+    selection_size,
+    shrunk,
+    top_probabilities,
+)
 from cropi.gradients.groups import Group
 from cropi.gradients.influence_scorer import Scored, Scorer
 from cropi.gradients.surrogate_weights import RATIO_COLUMNS

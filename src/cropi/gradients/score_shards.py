@@ -77,10 +77,7 @@ def finite_or_none(value: float) -> float | None:
 
 
 def make_scorer(
-    config: Config,
-    model: nn.Module,
-    settings: SurrogateSettings,
-    strategy: StrategyTable | None = None,
+    config: Config, model: nn.Module, settings: SurrogateSettings, strategy: StrategyTable | None = None
 ) -> Scorer:
     """Make the scorer for a config; a strategy that compares with candidates needs normalised means and `dot`."""
     aims_at_candidates = strategy is not None and strategy.candidates_aimed_at > 0

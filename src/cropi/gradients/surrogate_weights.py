@@ -17,8 +17,7 @@ from cropi.functional.surrogate import NORMALIZER_OF_LOSS, Normalizer, group_adv
 from cropi.gradients.groups import Group
 from cropi.gradients.packing import Span
 
-RATIO_COLUMNS = ("ratio_ess", "clip_share", "kl")
-"""Columns of score tables."""
+RATIO_COLUMNS = ("ratio_ess", "clip_share", "kl")  # columns of score tables
 
 
 @dataclass(frozen=True)
@@ -75,10 +74,8 @@ class RatioStatistics:
     tokens: int = 0
     ratios: float = 0.0
     squares: float = 0.0
-    outside: float = 0.0
-    """Tokens whose ratio is outside 1 +- `CLIP_RANGE`."""
-    divergence: float = 0.0
-    """sum rho log rho - rho + 1."""
+    outside: float = 0.0  # tokens whose ratio is outside 1 +- `CLIP_RANGE`
+    divergence: float = 0.0  # sum rho log rho - rho + 1
 
     def __add__(self, other: RatioStatistics) -> RatioStatistics:
         return RatioStatistics(*map(add, astuple(self), astuple(other)))

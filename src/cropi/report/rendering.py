@@ -14,7 +14,7 @@ from markupsafe import Markup, escape
 from cropi.artifacts import write_text
 from cropi.errors import printable
 from cropi.report.blocks import Section
-from cropi.report.charts import chart_data
+from cropi.report.drawing import chart_data
 from cropi.report.markdown import markdown
 
 LIBRARY = "uplot-1.6.32.min"

@@ -19,7 +19,7 @@ from cropi.console import progress
 from cropi.errors import ArtifactError
 from cropi.parallel import process_group
 from cropi.policy import Policy, evaluating
-from cropi.prompt_encoding import Encode, encode_rows
+from cropi.prompts.encoding import Encode, encode_rows
 from cropi.rollouts.generation import longest_first
 
 KIND = "representations"

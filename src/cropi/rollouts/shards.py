@@ -21,13 +21,12 @@ from cropi.fsdp import in_lockstep
 from cropi.ledger import Ledger
 from cropi.parallel import process_group
 from cropi.policy import Policy, PolicyCopy, completion_logprobs, evaluating, longest_alike
-from cropi.prompt_encoding import encode_rows
+from cropi.prompts.encoding import encode_rows
 from cropi.ray_workers import Perform, RayPool, Task
 from cropi.rewards.pool import strict_judge
 from cropi.rewards.verdicts import Judge, answered
-from cropi.rollouts.generation import Generator, Sampling, TransformersGenerator, longest_first
+from cropi.rollouts.generation import Generator, Sampling, TransformersGenerator, VllmGenerator, longest_first
 from cropi.rollouts.server import ServerGenerator
-from cropi.rollouts.vllm import VllmGenerator
 from cropi.seeds import derived_seed
 
 
@@ -59,13 +58,12 @@ MakeShards = Callable[[Sequence[Shard]], Iterator[tuple[Shard, Rows]]]
 
 @dataclass(frozen=True)
 class Sampler:
-    """Samples shards. A shard's content depends on the run's seed, the purpose and the shard's name alone."""
+    """Samples shards. A shard's content depends on the run's seed and the shard's name alone."""
 
     config: Config
     policy: Policy
     generate: Generator
     judge: Judge
-    purpose: tuple[str | int, ...]
 
     def sample(self, shard: Shard) -> tuple[Rows, dict[str, int]]:
         """Sample and judge a shard. Returns its rows and their cost."""
@@ -85,7 +83,7 @@ class Sampler:
         settings, tokenizer = self.config.collect, self.policy.tokenizer
         repeated = [ids for ids in shard.prompt_ids for _ in range(shard.samples)]
         prompts = [prompt for prompt in shard.prompts for _ in range(shard.samples)]
-        seed = derived_seed(self.config.seed, *self.purpose, shard.name)
+        seed = derived_seed(self.config.seed, "collect", shard.name)
         sampling = Sampling(settings.max_completion_length, settings.temperature)
         completions = self.generate(repeated, sampling, seed=seed)
         texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
@@ -131,7 +129,7 @@ class SampleJob:
         """Load the policy and start the verifier."""
         policy, config = self.policy.load(), self.config
         generate, judge = plain_generator(config, policy), strict_judge(config.verifier, config.verification)
-        sampler = Sampler(config, policy, generate, judge, ("collect",))
+        sampler = Sampler(config, policy, generate, judge)
 
         def perform(task: Task) -> Task:
             rows, cost = sampler.sample(Shard(**task.facts))

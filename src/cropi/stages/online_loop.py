@@ -14,18 +14,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cropi.console import warn
-from cropi.curriculum.chooser import GroupGate, PromptChooser
-from cropi.curriculum.curriculum import Choice, Curriculum, Halves
+from cropi.curriculum.chooser import Choice, GroupGate, Halves, PromptChooser
+from cropi.curriculum.curriculum import Curriculum
 from cropi.gradients.layer_taps import matrix_parameters
 from cropi.gradients.training_influence import Reader
 from cropi.parallel import process_group
 from cropi.stages.validation_pass import Due, SampledGroup, ValidationPass
 from cropi.training.curriculum_state import load_state, save_state
-from cropi.training.group_evidence import GroupEvidence, GroupOutcome
-from cropi.training.loss_normalizer import LossNormalizer
+from cropi.training.group_evidence import GroupEvidence, GroupOutcome, LossNormalizer, LossRow, loss_rows
 from cropi.training.online_sampler import OnlineSampler
 from cropi.training.reward_log import Judged, RewardLog
-from cropi.training.row_matching import LossRow, loss_rows
 
 # Samples the validation prompts that are due at a step, with the policy in training.
 SampleDue = Callable[[Due, int], dict[str, list[SampledGroup]]]
@@ -181,7 +179,6 @@ class OnlineLoop(ChooserLoop):
 
     @property
     def reads(self) -> bool:
-        """Whether the first pass over a generation batch has to be read."""
         return self.reader is not None
 
     def micro_batch(self, inputs: Mapping[str, Tensor], accumulated: int, scale: float) -> AbstractContextManager[Any]:
@@ -269,7 +266,6 @@ class OnlineLoop(ChooserLoop):
     # -- state ---------------------------------------------------------------------------------------------------------
 
     def metrics(self) -> dict[str, float]:
-        """Numbers for a logger."""
         own = {"rows_dropped": float(self.evidence.dropped), "share_read": self.share_read}
         return super().metrics() | {f"curriculum/{name}": value for name, value in own.items()}
 

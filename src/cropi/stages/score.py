@@ -39,8 +39,7 @@ from cropi.gradients.score_shards import (
     score_shards_by_ray,
 )
 from cropi.gradients.surrogate_weights import RATIO_COLUMNS, SurrogateSettings
-from cropi.gradients.validation_directions import pieces
-from cropi.gradients.validation_groups import candidate_groups, validation_groups, warn_of_noise
+from cropi.gradients.validation_directions import candidate_groups, pieces, validation_groups, warn_of_noise
 from cropi.parallel import process_group
 from cropi.policy import weights_identity
 from cropi.ray_workers import ray_pool

@@ -107,31 +107,13 @@ def _joined(batches: Sequence[Sampled], pad_id: int) -> Sampled:
             parts = [functional.pad(part, side, value=value) for part, side in zip(parts, sides, strict=True)]
         if first.ndim:  # num_items_in_batch is counted anew
             tensors[name] = torch.cat(parts)
-    judged = [batch.judged for batch in batches]
-    return Sampled(
-        tensors,
-        Judged(
-            [prompt_id for part in judged for prompt_id in part.prompt_ids],
-            [text for part in judged for text in part.texts],
-            [ids for part in judged for ids in part.completion_ids],
-            [reward for part in judged for reward in part.rewards],
-            [verdict for part in judged for verdict in part.verdicts],
-        ),
-    )
+    columns = zip(*(vars(batch.judged).values() for batch in batches), strict=True)
+    return Sampled(tensors, Judged(*([value for part in column for value in part] for column in columns)))
 
 
 def _rows_of(batch: Sampled, rows: Sequence[int]) -> Sampled:
-    judged = batch.judged
-    return Sampled(
-        {name: tensor[list(rows)] for name, tensor in batch.tensors.items()},
-        Judged(
-            [judged.prompt_ids[row] for row in rows],
-            [judged.texts[row] for row in rows],
-            [judged.completion_ids[row] for row in rows],
-            [judged.rewards[row] for row in rows],
-            [judged.verdicts[row] for row in rows],
-        ),
-    )
+    tensors = {name: tensor[list(rows)] for name, tensor in batch.tensors.items()}
+    return Sampled(tensors, Judged(*([column[row] for row in rows] for column in vars(batch.judged).values())))
 
 
 def only_groups(

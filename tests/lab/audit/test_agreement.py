@@ -5,7 +5,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cropi.functional.agreement import disattenuated, pearson, sign_agreement, spearman, spearman_brown, top_overlap
+from cropi.functional.ranking import spearman_brown
+from cropi.lab.audit.agreement import (
+    disattenuated,
+    pearson,
+    sign_agreement,
+    spearman,
+    top_overlap,
+)
 
 
 def slow_ranks(values: list[float]) -> list[float]:
