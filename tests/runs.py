@@ -60,8 +60,7 @@ def cropi(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 def cropi_ok(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     """Run the command in this process; it must succeed."""
-    done = cropi(*arguments, cwd=cwd)
-    assert done.returncode == 0, done.stderr
+    done = cropi_ok(*arguments, cwd=cwd)
     return done
 
 
@@ -73,7 +72,7 @@ def cropi_error(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return done
 
 
-def json_lines(path: Path) -> list[dict[str, Any]]:
+def json_lines(path: Path) -> list[Any]:
     """Rows of a JSONL file that is no stream of ours."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 

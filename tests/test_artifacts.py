@@ -88,6 +88,11 @@ def test_a_failed_write_leaves_the_old_file_and_no_rest(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["f.json"]
 
 
+def test_nan_never_gets_into_json(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(tmp_path / "f.json", {"a": float("nan")})
+
+
 def stream(folder: Path, count: int = 4) -> Path:
     path = folder / "s.jsonl"
     for number in range(count):

@@ -50,6 +50,12 @@ def test_a_run_folder_may_lie_under_home(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert load_config("quickstart", ["run_dir=a~b"]).folder == Path("a~b/quickstart")
 
 
+def test_a_faulty_entry_is_reported_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config("quickstart", ["prompts.train.0.cout=5"])
+    assert "at least 1" not in str(caught.value)
+
+
 def test_no_such_config_lists_the_recipes(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="quickstart"):
         load_config("quikstart")
@@ -161,6 +167,11 @@ def test_what_a_command_line_says_goes_before_what_its_preset_says() -> None:
     assert config.train.dynamic_sampling == 2
     assert config.select.strategy == FullStrategy(type="full")
     assert config.select.label == "dapo"
+
+
+def test_an_unknown_strategy_is_told_the_nearest_preset_too() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'cropi-paper'"):
+        load_config("quickstart", ["select.strategy.type=cropi_paper"])
 
 
 def test_resolved_config_reads_back_the_same() -> None:

@@ -47,6 +47,17 @@ def test_the_time_left_leaves_out_what_was_done_before_and_the_first_piece(capsy
     assert second == "train  106/200 steps  3:08 left"
 
 
+def test_one_bar_over_all_stages_names_the_present_one(capsys: pytest.CaptureFixture[str], clock: list[float]) -> None:
+    with console.progress("train", 8, "steps", stages=2) as bar:
+        for _ in range(8):
+            clock[0] += 20.0
+            bar.advance()
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[2] == "train  stage 1/2  3/8 steps  1:40 left"
+    assert lines[3] == "train  stage 2/2  4/8 steps  1:20 left"
+    assert lines[-1] == "train  8 steps  2:40"
+
+
 def test_a_terminal_shows_the_stage_and_warnings_in_colour(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = io.StringIO()
     terminal = Console(file=shown, force_terminal=True, color_system="standard", width=100)

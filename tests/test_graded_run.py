@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM
 import cropi as library
 from cropi.artifacts import OK, read_table
 from cropi.builtin import POLICY_DIR
+from cropi.config.loading import load_config
 from cropi.gradients.groups import Group, iterate_groups
 from cropi.rollouts.shards import read_trajectories
 from cropi.run_tables import scores_schema
@@ -73,6 +75,19 @@ def test_training_is_rewarded_by_grades_and_evaluation_counts_what_is_right(run:
     assert any(0 < value < 1 for value in rewards)
     right = {row["greedy"] for path in run.glob("**/step-*.parquet") for row in pq.read_table(path).to_pylist()}
     assert right == {0, 1}
+
+
+def test_learnability_is_the_variance_of_the_grades(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run / "trajectories", tmp_path / "runs/quickstart/trajectories")
+    shutil.copytree(run / "prompts", tmp_path / "runs/quickstart/prompts")
+    strategy = "select.strategy={type: learnability}"
+    config = load_config("quickstart", [*GRADED, strategy, f"run_dir={tmp_path / 'runs'}"])
+    (tmp_path / "runs/quickstart/config.json").write_text(json.dumps(config.resolved()))
+    cropi_ok("select", "quickstart", *GRADED, strategy, cwd=tmp_path)
+    rows = pq.read_table(tmp_path / "runs/quickstart/selections/stage-000/selection.parquet").to_pylist()
+    stored = groups(run, "train")
+    for row in rows:
+        assert row["score"] == pytest.approx(np.var(stored[row["prompt_id"]].rewards), abs=1e-12)
 
 
 def test_check_goes_by_rewards_where_nothing_is_right(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from cropi.gradients.validation_directions import one_sided, validation_groups
 from cropi.prompt_text import normalised, prompt_text, words
 from cropi.prompts import leakage_warnings
 from cropi.prompts.leakage import Leakage, Match, common_limit, find_leakage
-from tests.runs import SMALL, cropi, cropi_error, cropi_ok, trajectory
+from tests.runs import SMALL, cropi_error, cropi_ok, trajectory
 from tests.test_prompts import config, question, write_rows
 
 PROBLEM = (
@@ -273,8 +273,7 @@ def test_a_run_with_a_planted_leak_stops_and_says_how_to_go_on(tmp_path: Path) -
 def test_a_leak_let_through_is_told_and_recorded(tmp_path: Path) -> None:
     overrides = [*planted(tmp_path), "prompts.leakage=warn"]
     expected = {"exact": {"test/leaky in train": 1}, "near": {"test/leaky in train": 1}}
-    checked = cropi("check", "quickstart", *overrides, cwd=tmp_path)
-    assert checked.returncode == 0, checked.stderr
+    checked = cropi_ok("check", "quickstart", *overrides, cwd=tmp_path)
     assert "leakage            exact 1, near 1" in checked.stdout
     assert checked.stdout.count("warning: held-out prompts stand in another role") == 2
     done = cropi_ok("collect", "quickstart", *overrides, "name=other", cwd=tmp_path)
@@ -296,15 +295,18 @@ def test_one_sided_validation_sets_by_hand() -> None:
     assert one_sided(rewarded((solved, 9), (mixed, 1))) is None  # 90 % is not over 90 %
     assert one_sided(rewarded((solved, 63), (mixed, 7))) is None
     text = one_sided(rewarded((solved, 19), (mixed, 1)))
-    assert text is not None
     assert text.startswith("19 of 20 prompts are solved by every completion")
     assert "only 1 " in text
     text = one_sided(rewarded((failed, 37), (solved, 1), (mixed, 2)))
-    assert text is not None
     assert text.startswith("37 of 40 prompts are solved by no completion")
     assert "only 2 " in text
     assert one_sided(rewarded((failed, 10), (solved, 10))) is None
     assert one_sided([]) is None
+
+
+def test_groups_graded_alike_are_one_side_too() -> None:
+    text = one_sided(rewarded(([0.2, 0.2], 19), ([0.2, 0.3], 1)))
+    assert text.startswith("19 of 20 prompts are solved by no completion")
 
 
 def test_a_one_sided_validation_set_is_warned_of_by_name(capsys: pytest.CaptureFixture[str]) -> None:

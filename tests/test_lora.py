@@ -35,6 +35,15 @@ def test_new_adapters_change_nothing_and_are_all_that_is_trained() -> None:
     assert all("lora_" in name for name in trained)
 
 
+def test_the_same_seed_gives_the_same_adapters_and_leaves_random_numbers_alone() -> None:
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    one, two = load_policy(LORA).model.state_dict(), load_policy(LORA).model.state_dict()
+    assert torch.equal(torch.rand(3), expected)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
 def test_settings_of_the_adapters_are_part_of_the_policy_s_identity() -> None:
     other = LORA.model_copy(update={"lora": LoraConfig(r=8, alpha=8)})
     assert len({fingerprint(PLAIN), fingerprint(LORA), fingerprint(other)}) == 3

@@ -1,4 +1,5 @@
 import json
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from cropi.config import Config
 from cropi.config.loading import load_config, validate_config
 from cropi.errors import DataError
 from cropi.prompts import checked_prompts, data_identity, load_prompts
+from tests.runs import json_lines
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
@@ -183,6 +185,16 @@ def test_the_seed_of_a_run_counts_where_a_source_takes_it() -> None:
     assert identity("seed=5", unset) == identity("seed=5", unset)
 
 
+def test_label_rule_and_hint_reach_the_rows() -> None:
+    pool = "prompts.train=[{type: builtin, families: [compass], count: 20, seed: 1, %s}]"
+    right, early, hinted = (
+        train_rows(load_config("quickstart", [pool % more]))
+        for more in ("hint: 0", "label_rule: stop_early", "hint: 1")
+    )
+    assert all(a["answer"] != b["answer"] for a, b in zip(right, early, strict=True))  # every turn changes the heading
+    assert all(json.loads(r["messages"]).endswith(f" {r['answer']}") for r in hinted)
+
+
 def text_of(rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
     return [(json.loads(row["messages"]), row["answer"]) for row in rows]
 
@@ -313,6 +325,14 @@ def test_one_id_for_two_prompts_is_never_dropped(tmp_path: Path) -> None:
         load_prompts(validate_config(values, "test"))
 
 
+def test_a_file_split_into_roles_reports_a_row_once(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "pool.jsonl", [*(question(n) for n in range(40)), {"question": "a", "answer": ""}])
+    values = config(path, hash_range=[0, 0.5]).resolved()
+    values["prompts"]["validation"] = {"v": [{"type": "file", "path": path, "hash_range": [0.5, 1]}]}
+    with pytest.raises(DataError, match=r"without answer \(column answer\): 1 \("):
+        load_prompts(validate_config(values, "test"))
+
+
 def test_ids_and_sources_that_are_missing_in_pandas(tmp_path: Path) -> None:
     nan = float("nan")
     rows = [question(1, key=7.0, source="s"), question(2, key=8.0, source=nan)]
@@ -344,32 +364,24 @@ def turn(content: Any, **more: Any) -> dict[str, Any]:
     return {"role": "user", "content": content, **more}
 
 
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ({"prompt": [turn(None)]}, "message 1 has no `content`"),
-        ({"prompt": [turn(None, tool_calls=[])]}, "message 1 has no `content`"),
-        ({"prompt": [turn("a"), {"content": "b"}]}, "message 2 has no `role`"),
-        ({"prompt": [turn("a") | {"role": ""}]}, "message 1 has no `role`"),
-        ({"prompt": [{"from": "human", "value": "a"}]}, "message 1 has no `role`"),
-        ({"prompt": [turn(5)]}, "`content` of message 1 is neither text nor a list"),
-        ({"prompt": [turn([{"type": "image"}])]}, "`content` of message 1 has a part of type 'image'"),
-        ({"prompt": [turn([{"type": "text", "text": "a"}, {"type": "image_url"}])]}, "part of type 'image_url'"),
-        ({"prompt": [turn(["a"])]}, "part of type 'str'"),
-        ({"prompt": [turn([{"type": "text", "text": " "}])]}, "the prompt is empty"),
-        ({"prompt": turn("a")}, "neither text nor a list of chat messages"),
-        ({"prompt": ["a"]}, "neither text nor a list of chat messages"),
-        ({"prompt": "a", "tools": [{"name": "add"}]}, "the column `tools` would change"),
-        ({"prompt": [turn("a")], "tools": '[{"name": "add"}]'}, "the column `tools` would change"),
-        ({"prompt": "a", "images": ["a.png"]}, "the column `images` would change"),
-        ({"prompt": [turn("a")], "chat_template_kwargs": {"thinking": False}}, "the column `chat_template_kwargs`"),
-        ({"messages": [turn("a"), {"role": "assistant", "content": "1"}]}, "the prompt holds its answer"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("row", "message"), json_lines(Path(__file__).with_name("refused_prompts.jsonl")))
 def test_what_a_prompt_cannot_show_is_refused_by_its_key(tmp_path: Path, row: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message) as caught:
         load_prompts(config(write_rows(tmp_path / "pool.jsonl", [row | {"answer": "1"}])))
     assert "Fix: " in str(caught.value)
+
+
+def test_columns_without_a_value_change_no_prompt(tmp_path: Path) -> None:
+    nothing: list[Any] = [[], None, "", float("nan")]
+    rows = [question(n, tools=tools, images=None) for n, tools in enumerate(nothing)]
+    assert len(train_rows(config(write_rows(tmp_path / "pool.jsonl", rows)))) == 4
+
+
+def test_messages_that_are_not_json_are_refused(tmp_path: Path) -> None:
+    rows = [{"prompt": [turn("a", at=datetime(2026, 1, 1, tzinfo=UTC))], "answer": "1"}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "pool.parquet")
+    with pytest.raises(DataError, match="the messages are not JSON"):
+        load_prompts(config(str(tmp_path / "pool.parquet")))
 
 
 def test_what_tool_calls_say_tells_prompts_apart(tmp_path: Path) -> None:

@@ -91,7 +91,6 @@ def test_each_step_is_predicted_from_those_before_it() -> None:
     for point, slope, half_difference, error, step in seen_O5[:2]:
         known.observe(int(point), slope, error, int(step), half_difference)
     posterior = known.posterior()
-    assert posterior is not None
     error = posterior.chosen.noise * 0.3  # that of the others is the same on average
     expected = (2.0 - posterior.means()[0], posterior.variances()[0] + error, 2.0, 1.0)
     assert belief.foretold(fresh(), seen_O5, 3) == [pytest.approx(expected)]

@@ -69,7 +69,6 @@ def test_evidence_counts_as_far_as_both_halves_of_the_direction_agree() -> None:
             noise = 0.1 * (-1) ** (n // 4)
             belief.observe(points[n % len(points)], mean + noise, 0.01 + half_difference**2, 0, half_difference)
         posterior = belief.posterior()
-        assert posterior is not None
         found[name] = posterior
     assert found["same"].reliability == 1
     assert found["opposite"].reliability == 0
@@ -132,7 +131,6 @@ def test_it_is_the_gaussian_process_of_its_kernel() -> None:
         belief.observe(point, slope, error, step=0)
     noise = (OWN_ERROR * errors + (1 - OWN_ERROR) * errors.mean()).tolist()
     found = belief.posterior()
-    assert found is not None
 
     def at(s: float, own: float, rho: float, factor: float) -> tuple[np.ndarray, np.ndarray, float]:
         errors = [factor * each for each in noise]
@@ -185,7 +183,6 @@ def test_a_correlation_is_found_where_validation_prompts_mislead() -> None:
             belief.observe(n, truth[n] + 0.05 * generator.standard_normal(), 0.0025, step=0)
             belief.observe(40 + n, sign * truth[n] + 0.05 * generator.standard_normal(), 0.0025, step=0)
         found = belief.posterior()
-        assert found is not None
         assert low <= found.chosen.correlation <= high
 
 

@@ -115,6 +115,14 @@ def test_a_group_counts_once_and_its_order_does_not_matter() -> None:
         np.testing.assert_allclose(other[name], plain[name], rtol=1e-6)
 
 
+def test_equal_rewards_and_single_completions_are_no_evidence_of_influence() -> None:
+    world = World()
+    curriculum = made(world)
+    for n, rewards in enumerate(([1.0] * 8, [0.0] * 4, [1.0])):
+        curriculum.observe(Choice(n, "uniform", ""), rewards, step=0, group=str(n), influence={"v": [[9, 9], [9, 9]]})
+    assert "influence/v" not in curriculum.table([str(n) for n in range(80)]).column_names
+
+
 def test_what_choosing_gains_is_known_and_choosing_stops_where_it_harms() -> None:
     world = World(pool=400, other=0.2)
     curriculum = made(world)

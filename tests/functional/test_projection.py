@@ -24,6 +24,11 @@ def test_hash_equals_plain_integer_arithmetic() -> None:
     assert [value % WORD for value in hashed] == [splitmix64(key, counter) for counter in counters]
 
 
+def test_splitmix_reference_value() -> None:
+    # the first output of SplitMix64 with seed 0 in the published generators is 0xe220a8397b1dcdaf
+    assert hash_counters(0, torch.tensor([1])).tolist()[0] % WORD == 0xE220A8397B1DCDAF
+
+
 def test_bits_of_a_coordinate_in_plain_integer_arithmetic() -> None:
     """Kept where the upper 53 bits are below q 2^53; bucket by the upper 31 bits, sign by the lowest."""
     projection = SparseProjection(dim=1000, keep_fraction=0.3, seed=11)

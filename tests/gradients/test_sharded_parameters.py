@@ -149,7 +149,6 @@ def memory(style: Callable[..., Any], mesh: DeviceMesh) -> dict[str, Any]:
     layer = sum(p.numel() for p in model.base_model.layers[0].parameters())
     model = style(model, mesh)
     segment = segment_of(0, TRAIN[0], SETTINGS)
-    assert segment is not None
     watch, forward = Watch(model), list[int]()
     engine = Engine(model, SETTINGS, batch_tokens=40)
     after_init = whole_numbers(model)

@@ -69,7 +69,6 @@ def stored(rows: list[dict[str, Any]], folder: Path, *, mask: bool) -> Group:
     folder.mkdir()
     write_table(folder / "part-00000.parquet", rows, TRAJECTORIES)
     [(_, group)] = iterate_groups(read_trajectories(folder, mask_truncated=mask)["train"])
-    assert group is not None
     return group
 
 

@@ -122,6 +122,12 @@ def never_ends(completions: list[str], **_: Any) -> list[float]:
 LOCK = asyncio.Semaphore(1)  # belongs to the loop in which it is first waited for
 
 
+def raises_on_gold(completions: list[str], answer: list[str], **_: Any) -> list[float]:
+    if completions[0] == answer[0]:
+        raise ValueError("no reasoning")
+    return [float(completions[0].endswith(answer[0]))]
+
+
 async def later(completions: list[str], answer: list[str], **_: Any) -> list[float]:
     async def one() -> None:
         async with LOCK:

@@ -17,7 +17,7 @@ from cropi.config.loading import load_config
 from cropi.errors import ConfigError
 from cropi.rewards.reward_audit import audit_of
 from cropi.rewards.verifiers.exact_text import ExactVerifier
-from tests.runs import cropi, cropi_error
+from tests.runs import cropi_error, cropi_ok
 
 
 def verify(text: str, *arguments: str, cwd: Path | None = None) -> tuple[list[dict[str, Any]], str, int]:
@@ -99,7 +99,6 @@ def test_an_interrupt_ends_it_at_once(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "cropi", "verify", "--verifier", "function", "--option", "path=slow.f"]
     pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     with subprocess.Popen([*command, "--seconds", "600"], cwd=tmp_path, **pipes) as running:
-        assert running.stdin is not None
         running.stdin.write(lines({"completion": "7", "answer": "7"}).encode())
         running.stdin.close()
         time.sleep(4)
@@ -125,7 +124,6 @@ def test_an_audit_by_hand() -> None:
         "hard": {"completions": 4, "in_format": 0.0, "right": 0.0},
     }
     assert audit.verdicts == {"correct": 2, "wrong": 1, "unparseable_answer": 3, "unparseable_gold": 2}
-    assert audit.disagreement is not None
     assert (audit.disagreement["count"], audit.disagreement["first_only"], audit.disagreement["of"]) == (1, 1, 8)
     assert [row["completion"] for row in audit.disagreement["examples"]] == ["so 1"]
     assert any("1 gold answers cannot be read" in text for text in audit.fixes)
@@ -162,6 +160,20 @@ def test_a_verifier_that_fails_on_every_row_is_told_by_its_one_cause(name: str, 
     assert "gold" not in str(caught.value)
 
 
+def test_a_second_verifier_that_fails_on_every_row() -> None:
+    second = by_function("always_raises").verifier
+    with pytest.raises(ConfigError, match="--against: it fails on all 3 "):
+        audit_of(load_config("quickstart", ["verifier={type: numeric}"]), PROMPTS, PROMPTS[:3], ["1"] * 3, "", second)
+
+
+def test_gold_answers_that_the_verifier_fails_on_are_not_called_wrong() -> None:
+    audit = audit_of(by_function("raises_on_gold"), PROMPTS[:3], PROMPTS[:3], ["so 1", "so 2", "so 3"], "by hand", None)
+    assert audit.gold == {"error": 3}
+    assert audit.verdicts == {"correct": 3}
+    assert len(audit.fixes) == 1
+    assert audit.fixes[0].startswith("3 gold answers or completions ended as error (ValueError: no reasoning)")
+
+
 def test_an_audit_tells_of_answers_that_need_no_thought() -> None:
     config = load_config("quickstart", ["verifier={type: function, path: tests.rewards.functions.lenient}"])
     prompts = [PROMPTS[0] | {"source": "measures", "answer": str(n), "messages": '"?"'} for n in range(20)]
@@ -173,8 +185,7 @@ def test_an_audit_tells_of_answers_that_need_no_thought() -> None:
 
 
 def test_the_command_samples_where_nothing_is_collected_and_writes_nothing(tmp_path: Path) -> None:
-    done = cropi("audit-rewards", "quickstart", "--prompts", "6", "--against", "numeric", "--json", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    done = cropi_ok("audit-rewards", "quickstart", "--prompts", "6", "--against", "numeric", "--json", cwd=tmp_path)
     result = json.loads(done.stdout)
     assert result["completions"] == 48
     assert result["origin"] == "sampled now"

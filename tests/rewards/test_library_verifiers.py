@@ -12,6 +12,7 @@ import pytest
 from cropi.rewards.verdicts import CORRECT, UNPARSEABLE_ANSWER, UNPARSEABLE_GOLD, WRONG, Answered, Graded, reward
 from cropi.rewards.verifiers.python_function import FunctionVerifier
 from cropi.rewards.verifiers.reasoning_gym import ReasoningGymVerifier, is_formula
+from tests.runs import json_lines
 
 HERE = "tests.rewards.functions"
 LEVEL = json.dumps({"level": 3})
@@ -136,7 +137,6 @@ def test_reasoning_gym_s_partial_credit_and_threshold() -> None:
     assert ReasoningGymVerifier(type="reasoning_gym").load()(row) == WRONG
     assert ReasoningGymVerifier(type="reasoning_gym", threshold=1e-9).load()(row) == CORRECT
     found = ReasoningGymVerifier(type="reasoning_gym", graded=True).load()(row)
-    assert isinstance(found, Graded)
     assert found.verdict == WRONG
     assert 0 < found.grade < 1
 
@@ -214,31 +214,10 @@ def test_no_answer_is_right_for_every_question(task: str, answers: list[str], gr
     assert judged_by(task, answers, graded=graded) == []
 
 
-@pytest.mark.parametrize(
-    ("task", "entry", "answer", "expected"),
-    [
-        ("coin_flip", {"answer": "0.234375"}, "15/64", CORRECT),
-        ("coin_flip", {"answer": "0.234375"}, "0.2344", CORRECT),
-        ("coin_flip", {"answer": "0.234375"}, "0", WRONG),
-        ("coin_flip", {"answer": "0.234375"}, "0.23", WRONG),
-        ("game_of_life_halting", {"answer": "False"}, "false", CORRECT),
-        ("game_of_life_halting", {"answer": "False"}, "True", WRONG),
-        ("puzzle24", {"answer": "1*(7*4 - 4)", "metadata": {"numbers": [1, 7, 4, 4]}}, "7*4-4*1", CORRECT),
-        ("puzzle24", {"answer": "1*(7*4 - 4)", "metadata": {"numbers": [7, 7, 1, 2]}}, "7*7/2/1", WRONG),  # 24.5
-        ("puzzle24", {"answer": "6*4*1*1", "metadata": {"numbers": [6, 4, 1, 1]}}, "6*4+1-1", CORRECT),
-        ("countdown", {"answer": "2*3", "metadata": {"numbers": [2, 3], "target": 6}}, "3*2", CORRECT),
-        (
-            "countdown",
-            {"answer": "2*3", "metadata": {"numbers": [2, 3], "target": 6}},
-            "(2+3)*(pi-pi)+x/x+x/x+x/x+x/x+x/x+x/x",
-            WRONG,
-        ),
-        ("polynomial_equations", {"answer": "none"}, "a word", WRONG),
-        ("self_reference", {"answer": "None"}, "None", CORRECT),
-        ("boxnet", {"answer": "None", "metadata": {"initial_state": {}}}, "None", WRONG),  # it has no gold answer
-        ("family_relationships", {"answer": "nan"}, "Nan", CORRECT),  # a grandmother
-    ],
-)
+GYM_VERDICTS = json_lines(Path(__file__).with_name("reasoning_gym_verdicts.jsonl"))
+
+
+@pytest.mark.parametrize(("task", "entry", "answer", "expected"), GYM_VERDICTS)
 def test_what_a_task_lets_pass_and_what_it_must_not_lose(task, entry, answer, expected):
     row = Answered(answer, entry["answer"], task, "", json.dumps(entry.get("metadata", {})))
     assert ReasoningGymVerifier(type="reasoning_gym").load()(row) in (

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.runs import SMALL, cropi, cropi_ok, json_lines
+from tests.runs import SMALL, cropi_error, cropi_ok, json_lines
 
 from cropi.stages.online import carried
 from cropi.training.curriculum_state import load_state
@@ -87,7 +87,6 @@ def damaged(place: Path, what: str) -> list[str]:
 )  # fmt: skip
 def test_a_run_that_is_unfit_is_refused(what: str, message: str, earlier: Path, tmp_path: Path) -> None:
     shutil.copytree(earlier, tmp_path / "it")
-    done = cropi("run", *damaged(tmp_path / "it", what), cwd=tmp_path / "it")
-    assert done.returncode == 2
+    done = cropi_error("run", *damaged(tmp_path / "it", what), cwd=tmp_path / "it")
     assert message in " ".join(done.stderr.split())
     assert json.loads((earlier / "runs" / "first" / "config.json").read_text())["name"] == "first"

@@ -88,6 +88,5 @@ def test_gradient_cosines_of_equal_and_of_unrelated_gradients() -> None:
         )
         together.append((products, 8))
     found = gradient_cosines(together, SETTINGS, 0)
-    assert found is not None
     assert found["ceiling"]["median"] == pytest.approx(1.0, abs=1e-3)
     assert found["off_policy"]["above_0.6"] == pytest.approx(0.5, abs=0.1)

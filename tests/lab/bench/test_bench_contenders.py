@@ -7,7 +7,7 @@ import pytest
 
 from cropi.gradients.engine import segment_of
 from cropi.lab.bench.contender_task import Task, WeightedGroup
-from cropi.lab.bench.contenders import BY_WEIGHT, as_group, contender
+from cropi.lab.bench.contenders import BY_WEIGHT, as_group, contender, equal_rows
 from cropi.lab.bench.policy_shapes import make_policy
 from cropi.lab.bench.workload import Workload, random_workload
 
@@ -38,7 +38,6 @@ def test_a_group_can_be_given_any_weights(work: Workload) -> None:
     for group in [*work.train, WeightedGroup("alone", [1], [[2, 3]], [0.7])]:
         segment = segment_of(0, as_group(group), BY_WEIGHT)
         if group.has_signal:
-            assert segment is not None
             assert segment.scales == pytest.approx(group.weights)
             assert segment.completions == group.completions
         else:
@@ -58,3 +57,15 @@ def test_scores_of_all_estimators_against_the_reference(policy: Path, work: Work
         np.testing.assert_allclose(scores[name], scores["reference"], rtol=1e-3, atol=1e-9)
     for name in ("sketch", "sketch-uniform"):
         assert np.all(scores[name][scores["reference"] == 0] == 0)
+
+
+def test_floors_compute_the_tokens_of_prompts_with_signal_once(policy: Path, work: Workload) -> None:
+    tokens = sum(
+        len(group.prompt_ids) + sum(len(ids) - 1 for ids in group.completions)
+        for group in work.train
+        if group.has_signal
+    )
+    for name in ("forward", "floor"):
+        assert contender(task(policy, work, name)).run().tokens_computed == tokens
+    length = equal_rows(task(policy, work, "stock")).shape[1]
+    assert abs(contender(task(policy, work, "stock")).run().tokens_computed - tokens) <= length

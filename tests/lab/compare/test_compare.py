@@ -135,11 +135,17 @@ def test_the_table_has_verdicts_and_growing_costs(compared: Path) -> None:
     assert len({row["questions"] for row in table if row["set"] == "sum"}) == 1
 
 
+def test_finished_runs_keep_no_checkpoints_and_their_output(compared: Path) -> None:
+    for run in runs(compared):
+        assert not list(run.glob("checkpoints/*"))
+        assert "train" in run.with_name(f"{run.name}.log").read_text()
+    assert "selection of" not in (compared / "stderr").read_text()
+
+
 def test_the_result_is_printed_written_and_read_back(compared: Path) -> None:
     printed = (compared / "stdout").read_text()
     assert "influence" in printed
-    again = cropi("compare", "--results", str(OUT / "results.parquet"), "--json", cwd=compared)
-    assert again.returncode == 0, again.stderr
+    again = cropi_ok("compare", "--results", str(OUT / "results.parquet"), "--json", cwd=compared)
     assert json.loads(again.stdout) == json.loads((compared / OUT / "compare.json").read_text())
 
 

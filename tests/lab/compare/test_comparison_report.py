@@ -14,6 +14,7 @@ from tests.report.test_report import Outline, the_only_script
 from cropi.artifacts import write_json
 from cropi.lab.compare.paired_runs import Comparison
 from cropi.lab.compare.report.accuracy_bands import bands, population_bands, spread
+from cropi.lab.compare.report.comparison_figures import styles
 from cropi.lab.compare.report.comparison_page import headline, sections, terminal_text, write_comparison_report
 from cropi.lab.compare.report.comparison_tables import accuracies, cost_to_target, costs, speedups
 from cropi.lab.compare.report.method_notes import limits, provenance
@@ -57,7 +58,6 @@ def test_the_headline_and_the_three_numbers_by_hand(one_seed: Comparison) -> Non
     assert len(re.findall(r"[.] |[.]$", said)) == 3
     assert "One seed" in said
     table = cost_to_target(quick)
-    assert table is not None
     assert [row[:3] for row in table.rows] == [["steps", "8", "2"], ["FLOPs", "8", "5"], ["seconds", "8.0 s", "5.0 s"]]
     assert [row[3].split()[0] for row in table.rows] == ["4.00", "1.60", "1.60"]
     assert "| steps " in terminal_text(quick)
@@ -209,6 +209,15 @@ def test_the_page_begins_with_three_ratios_and_the_curve(one_seed: Comparison) -
 
 
 # -- looks -------------------------------------------------------------------------------------------------------------
+
+
+def test_eight_strategies_have_eight_colours_and_more_are_still_told_apart() -> None:
+    names = ["full", "random", "influence", *(f"s{n}" for n in range(13))]
+    looks = styles(names)
+    assert list(looks) == names
+    assert len({looks[name]["color"] for name in names[:8]}) == 8
+    assert len({(look["color"], str(look["linestyle"])) for look in looks.values()}) == 16
+    assert styles(names[:5])["s1"] == looks["s1"]
 
 
 def test_the_curve_over_drawn_scenarios_is_their_mean_and_only_they_are_redrawn(tmp_path: Path) -> None:

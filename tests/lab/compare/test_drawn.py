@@ -13,7 +13,7 @@ from cropi.config.loading import config_of
 from cropi.lab.compare import run_comparison
 from cropi.lab.compare.compare_options import CompareOptions
 from cropi.lab.compare.comparison_plan import make_plan
-from cropi.lab.compare.drawn import accepted, draw, drawn_scenario, rejection
+from cropi.lab.compare.drawn import accepted, draw, drawn_scenario, rejection, seed_of
 from cropi.prompts import checked_prompts
 
 SEEDS = range(0, 200, 8)
@@ -101,6 +101,10 @@ def test_the_rule(seed, checked, reason):
 
 def test_the_first_accepted_draws_are_taken():
     assert list(accepted(2, 904, lambda seed: {"a": [0.3, 0.3 + seed % 2]})) == [905, 907]
+
+
+def test_names():
+    assert (seed_of("drawn-12"), seed_of("drawn-"), seed_of("drawn"), seed_of("drawn-x")) == (12, None, None, None)
 
 
 def test_drawn_stands_for_the_accepted_scenarios_and_the_policy_is_asked_once(tmp_path, monkeypatch):
