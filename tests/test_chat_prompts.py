@@ -128,17 +128,12 @@ def config(folder: Path, run: Path, train: list[Any], validation: list[Any], tes
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(json.dumps(row) + "\n" for row in held))
         sources[name] = [{"type": "file", "path": str(path)}]
+    held = {"validation": {"mine": sources["validation"]}, "test": {"mine": {"sources": sources["test"]}}}
     values = {
         "name": "chat",
         "run_dir": str(run),
         "policy": {"path": str(folder), "cpu_threads": 1},
-        "prompts": {
-            "train": sources["train"],
-            "validation": {"mine": sources["validation"]},
-            "test": {"mine": {"sources": sources["test"]}},
-            "leakage": "allow",
-            **prompts,
-        },
+        "prompts": {"train": sources["train"], **held, "leakage": "allow", **prompts},
         "verifier": {"type": "function", "path": "tests.rewards.functions.mixed"},
         "collect": {"num_generations": 2, "validation_num_generations": 2, "max_completion_length": 6},
         **EVERY,

