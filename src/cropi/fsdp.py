@@ -94,6 +94,9 @@ def computed_on(part: DTensor) -> torch.device:
     return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
 
 
+# -- scoring -------------------------------------------------------------------------------------------------------
+
+
 class Turn(IntEnum):
     """The next pass of a process. If processes differ, all do the greatest."""
 

@@ -20,10 +20,9 @@ from cropi.console import duration
 from cropi.curriculum.curriculum import FIRST_ROUND, ROUND_STEPS
 from cropi.errors import DataError
 from cropi.functional.ranking import selection_size
-from cropi.gradients.groups import Group
+from cropi.gradients.groups import Group, surrogate_settings
 from cropi.gradients.reference import trainable_parameters
 from cropi.gradients.score_shards import make_scorer
-from cropi.gradients.surrogate_weights import surrogate_settings
 from cropi.policy import Policy, load_policy
 from cropi.prompt_text import last_turn
 from cropi.prompts import checked_prompts

@@ -6,9 +6,8 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from cropi.gradients.groups import Group
+from cropi.gradients.groups import Group, SurrogateSettings
 from cropi.gradients.reference import prompt_gradient
-from cropi.gradients.surrogate_weights import SurrogateSettings
 
 GROUP = Group(
     "p",

@@ -15,9 +15,8 @@ from trl import GRPOTrainer
 from cropi.artifacts import OK, TRAJECTORIES, TRUNCATED, read_table, write_table
 from cropi.config import PolicyConfig
 from cropi.functional.surrogate import NORMALIZER_OF_LOSS
-from cropi.gradients.groups import Group, group_facts, iterate_groups
+from cropi.gradients.groups import Group, SurrogateSettings, group_facts, iterate_groups
 from cropi.gradients.reference import prompt_gradient
-from cropi.gradients.surrogate_weights import SurrogateSettings
 from cropi.policy import load_policy
 from cropi.rollouts.shards import read_trajectories
 from cropi.run_tables import scores_schema

@@ -44,6 +44,11 @@ def test_what_a_token_of_the_pool_costs(overrides: list[str], multiple: int):
     assert score_multiple(config.score, len(config.prompts.validation)) == multiple
 
 
+def test_a_scoring_by_autograd_costs_what_autograd_costs():
+    config = load_config("quickstart", ["select.strategy=influence"])
+    assert flops(config, 1, [], [SCORED | {"estimator": "reference"}], []).score == 2 * (3 * 50 + 3 * 7)
+
+
 def test_validation_gradients_that_are_scaled_are_made_twice():
     config = load_config("quickstart", ["select.strategy=learnalign"])
     assert flops(config, 1, [], [SCORED], []).score == 2 * (2 * 50 + 6 * 7)

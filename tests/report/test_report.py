@@ -17,8 +17,7 @@ from cropi.errors import ArtifactError, printable
 from cropi.report.blocks import Section, Text
 from cropi.report.closeups import before_and_after, closeups, pick, shortened, telling
 from cropi.report.headline import headline
-from cropi.report.markdown import escaped, fenced
-from cropi.report.rendering import prose
+from cropi.report.rendering import escaped, fenced, prose
 from cropi.report.run_report import make_report, sections
 from cropi.report.summary import summarise
 from cropi.run_folder import RunFolder

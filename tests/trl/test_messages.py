@@ -27,11 +27,11 @@ REACHED = [
     "stages",
     "trl",
 ]  # rooms that a CurriculumTrainer calls
-MODULES = ["artifacts", "leakage", "pipeline", "run_folder"]
+MODULES = ["artifacts", "pipeline", "run_folder"]
 # Words of a config or of the command line that a script has no use for.
 FOREIGN = r"`cropi (?!explain|doctor|select`|run`\.)|\brun_dir\b|\bname=|disjoint hash_range|graded: true"
 # Messages of a run that is not a script's: another process or machine collects, or a command was given.
-ELSEWHERE = {"orders.py", "server.py", "vllm.py"}
+ELSEWHERE = {"server.py"}
 
 
 @pytest.mark.parametrize(

@@ -33,8 +33,7 @@ def list_runs(
     """List the runs in a folder: state, strategy, targeted accuracy and cost."""
     if not folder.is_dir():
         raise UserError("there is no such folder", where=str(folder), fix="name the folder of runs.")
-    from cropi.report.blocks import Table
-    from cropi.report.markdown import text_table
+    from cropi.report.blocks import Table, text_table
     from cropi.report.wording import count
 
     rows = [_row(path) for path in _runs(folder)]

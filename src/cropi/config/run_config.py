@@ -103,21 +103,16 @@ class ScoreConfig(Table):
     advantage_std: bool | Literal["auto"] = "auto"
     """Divide advantages by the group's standard deviation (GRPO). `auto` follows `trainer.scale_rewards`."""
     estimator: Literal["sketch", "exact", "reference"] = "sketch"
-    """Gradients are compared projected, without projection, or by autograd one prompt at a time."""
+    """Gradients are compared projected, without projection, or by autograd one prompt at a time, which is also what
+    architectures get that the first two do not cover."""
     batch_tokens: Positive | None = None
     """Tokens of a forward pass; a larger group is split and its gradients are added. Unset: what memory allows."""
     standard_errors: bool = False
     """Also estimate the error of every influence, from two halves of the prompt's trajectories. Prompts are computed
-    twice. Needs the sketch estimator."""
+    twice."""
     mask: Literal["structured", "uniform"] = "structured"
     """The coordinates of a gradient that the sketch keeps. `structured`: of each layer eight directions and 3 % of the
     columns, at a third of the extra cost; `uniform`: each coordinate with a chance of 10 %, as the paper has it."""
-
-    @model_validator(mode="after")
-    def _needs_features(self) -> ScoreConfig:
-        if self.estimator != "sketch" and self.standard_errors:
-            raise ValueError("standard_errors=true needs estimator=sketch; set score.standard_errors=false")
-        return self
 
 
 class SelectConfig(Table):

@@ -136,7 +136,7 @@ class PromptChooser(ABC):
         ArtifactError if it is of other prompts, or of the same in another order.
         """
         facts = json.loads(state["facts"].tobytes().decode())
-        if facts["prompts"] != self._fingerprint:
+        if facts.get("prompts") != self._fingerprint:
             raise ArtifactError(
                 "the curriculum's state belongs to other prompts or representations",
                 fix="continue with the prompts and the policy that training began with.",

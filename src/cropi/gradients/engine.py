@@ -17,7 +17,7 @@ from cropi.errors import PolicyError
 from cropi.fsdp import ShardedParameters, Turn, forward_replaced
 from cropi.gradients.attention import pack_rows, packed, unsupported
 from cropi.gradients.capture import Capture, FactorReader, Idle, find_idle, watch_calls
-from cropi.gradients.groups import Group
+from cropi.gradients.groups import Group, RatioStatistics, SurrogateSettings, ratio_statistics, trajectory_scales
 from cropi.gradients.head import Head
 from cropi.gradients.model_checks import (
     causal_lm_of,
@@ -30,7 +30,6 @@ from cropi.gradients.model_checks import (
     without_effect,
 )
 from cropi.gradients.packing import Pack, Segment, make_pack, plan
-from cropi.gradients.surrogate_weights import RatioStatistics, SurrogateSettings, ratio_statistics, trajectory_scales
 from cropi.policy import evaluating, longest_alike
 
 if TYPE_CHECKING:

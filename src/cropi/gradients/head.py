@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from cropi.gradients.attention import unsupported
 from cropi.gradients.capture import FactorReader
+from cropi.gradients.groups import SurrogateSettings
 from cropi.gradients.packing import Pack, Span
-from cropi.gradients.surrogate_weights import SurrogateSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

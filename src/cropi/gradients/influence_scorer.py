@@ -13,18 +13,18 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cropi.artifacts import OK
-from cropi.errors import PolicyError
-from cropi.fsdp import ShardedParameters
+from cropi.console import warn_once
+from cropi.errors import PolicyError, UncoveredError
+from cropi.fsdp import ShardedParameters, is_sharded
 from cropi.functional import influence_formulas
 from cropi.functional.projection import SparseProjection, principal_directions
 from cropi.gradients.engine import Engine, by_group, segments_of
 from cropi.gradients.exact import ExactReader, inner, norm, widened
-from cropi.gradients.groups import Group
+from cropi.gradients.groups import RATIO_COLUMNS, Group, RatioStatistics, SurrogateSettings
 from cropi.gradients.model_checks import require_independent_rows
 from cropi.gradients.packing import Segment
 from cropi.gradients.reference import prompt_gradient
 from cropi.gradients.sketch import GradientMap, SketchReader, StructuredMap, UniformMap, project
-from cropi.gradients.surrogate_weights import RATIO_COLUMNS, RatioStatistics, SurrogateSettings
 from cropi.gradients.validation_directions import (
     REFERENCE_TOKENS,
     Directions,
@@ -193,11 +193,10 @@ class Scorer:
         factors: Sequence[Sequence[float]] | None = None,
         advance: Callable[[int], None] | None = None,
     ) -> Scored:
-        """Score a block of groups. `factors` multiply the weights of each group's trajectories; the reference estimator
-        ignores them."""
+        """Score a block of groups. `factors` multiply the weights of each group's trajectories."""
         with self.lockstep():
             if self._engine is None:
-                scored = self._by_reference(groups, advance)
+                scored = self._by_reference(groups, factors, advance)
             else:
                 segments = segments_of(groups, self.settings, factors)
                 scored = self.score_segments(segments, len(groups), advance, norms=self._lengths)
@@ -241,14 +240,20 @@ class Scorer:
         columns_NR = np.array([one.columns for one in ratios]).reshape(count, len(RATIO_COLUMNS))
         return Scored(products_NV, norms_N, columns_NR, features_ND, work.tokens, ratios=ratios)
 
-    def _by_reference(self, groups: Sequence[Group], advance: Callable[[int], None] | None) -> Scored:
+    def _by_reference(
+        self,
+        groups: Sequence[Group],
+        factors: Sequence[Sequence[float]] | None,
+        advance: Callable[[int], None] | None,
+    ) -> Scored:
         products_NV = np.zeros((len(groups), len(self._directions)))
         norms_N, columns_NR = np.zeros(len(groups)), np.tile(RatioStatistics().columns, (len(groups), 1))
         tokens = 0
         for index, group in enumerate(groups):
             if group.status != OK:
                 continue
-            found = prompt_gradient(self.model, group, self.settings, batch_tokens=self._batch_tokens)
+            own = None if factors is None else factors[index]
+            found = prompt_gradient(self.model, group, self.settings, batch_tokens=self._batch_tokens, factors=own)
             products_NV[index] = [inner(found.gradients, direction) for direction in self._directions]
             norms_N[index] = norm(found.gradients)
             columns_NR[index] = found.ratio_ess, found.clip_share, found.kl
@@ -274,6 +279,19 @@ class Scorer:
             stacked = torch.cat([direction[name] for direction in directions])
             found[name] = widened(principal_directions(stacked, means[name], self.projection.rank).to(stacked.dtype))
         return found
+
+
+def scorer_of(model: nn.Module, settings: SurrogateSettings, options: ScorerOptions) -> Scorer:
+    """Make a scorer. Where the engine does not cover the model, it uses `reference` instead, and a warning says so."""
+    try:
+        return Scorer(model, settings, options)
+    except UncoveredError as error:
+        if is_sharded(model):
+            raise
+        why = error.what
+    scorer = Scorer(model, settings, replace(options, estimator="reference"))
+    warn_once(f"{why}; they come from autograd instead, one prompt at a time, which is slower")
+    return scorer
 
 
 def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

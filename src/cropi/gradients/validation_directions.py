@@ -26,9 +26,8 @@ from cropi.functional.influence_formulas import halves
 from cropi.functional.ranking import spearman_brown
 from cropi.gradients.engine import Engine, by_group, free_bytes, segments_of
 from cropi.gradients.exact import DenseReader, ExactReader, inner, norm
-from cropi.gradients.groups import Group, iterate_groups
+from cropi.gradients.groups import Group, SurrogateSettings, iterate_groups
 from cropi.gradients.reference import prompt_gradient, trainable_parameters
-from cropi.gradients.surrogate_weights import SurrogateSettings
 from cropi.parallel import ProcessGroup, process_group
 from cropi.seeds import unit_interval
 
@@ -271,6 +270,8 @@ def room_for_directions(engine: Engine) -> int:
     room = int(free_bytes(engine.device) * MEMORY_SHARE.get(engine.device.type, 0.25))
     return min(engine.shards.ranks().gather(room))
 
+
+# -- the groups that make a direction ------------------------------------------------------------------------------
 
 MOST_PROMPTS = 100  # of a validation set, as in the code of the paper
 NOISY = 0.2  # below this reliability of a validation direction a warning is given

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -115,10 +116,7 @@ def make_prompts(config: Config, folder: Path) -> tuple[dict[str, int], dict[str
     for text in warnings:
         warn(text)
     write_table(folder / "prompts.parquet", rows, PROMPTS)
-    counts: dict[str, int] = {}
-    for row in rows:
-        counts[row["set"]] = counts.get(row["set"], 0) + 1
-    return counts, {"leakage": leakage.as_json()}
+    return dict(Counter(row["set"] for row in rows)), {"leakage": leakage.as_json()}
 
 
 def data_identity(config: Config) -> dict[str, str]:

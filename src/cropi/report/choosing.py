@@ -1,4 +1,4 @@
-"""What a run chose: shares by source, overlap between stages; of choice by influence also beliefs and cost."""
+"""Choices of a run: shares by source, overlap between stages; where influence chooses also beliefs and their cost."""
 
 from __future__ import annotations
 
@@ -189,6 +189,8 @@ def _cost(charged: Charges) -> list[Block]:
     )
     return [Table("Cost of choosing, beside training.", header, rows, strong=len(rows) - 1), Text(note)]
 
+
+# -- shares by source, and overlap between stages ------------------------------------------------------------------
 
 MAX_SOURCES = 20  # rows of a table by source
 

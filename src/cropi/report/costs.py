@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from cropi.config import Config, ScoreConfig
@@ -125,6 +126,8 @@ def _whole(value: float | None) -> int | None:
     return None if value is None else int(value)
 
 
+# -- FLOPs ---------------------------------------------------------------------------------------------------------
+
 FORWARD = 2  # operations per parameter and token
 GRADIENT = 3  # forward passes of a dense gradient
 
@@ -162,14 +165,14 @@ class Flops:
         return self.collect + self.score + self.train
 
 
-def score_multiple(settings: ScoreConfig, validation_sets: int) -> int:
-    """Forward passes per token of the pool."""
+def score_multiple(settings: ScoreConfig, validation_sets: int, estimator: str | None = None) -> int:
+    """Forward passes per token of the pool; `estimator` is the one that was used, if it is not that of the settings."""
     by_estimator = {
         "sketch": 3 if settings.mask == "uniform" else 2,
         "exact": 2 + validation_sets,
         "reference": GRADIENT,
     }
-    return by_estimator[settings.estimator]
+    return by_estimator[estimator or settings.estimator]
 
 
 def flops(
@@ -185,7 +188,7 @@ def flops(
     Raises ArtifactError for a line without prompt tokens: it was written before they were recorded.
     """
     forward = FORWARD * parameters
-    multiple = score_multiple(config.score, len(config.prompts.validation))
+    multiple = partial(score_multiple, config.score, len(config.prompts.validation))
     validation = GRADIENT * (2 if config.select.strategy.candidates_aimed_at > 0 else 1)  # scaled to length 1 first
     passes = GRADIENT * int(config.trainer.get("num_iterations", 1)) + bool(float(config.trainer.get("beta", 0.0)))
     batches, scored = list(batches), list(scored)
@@ -193,7 +196,9 @@ def flops(
         collect=forward * sum(_of(e, "passes") * _all_tokens(e) for e in collected),
         score=forward
         * sum(
-            multiple * _of(e, "computed_tokens") + validation * _of(e, "validation_tokens") + e.get("forward_tokens", 0)
+            multiple(e.get("estimator")) * _of(e, "computed_tokens")
+            + validation * _of(e, "validation_tokens")
+            + e.get("forward_tokens", 0)
             for e in scored
         )
         + forward * _read(scored),

@@ -145,6 +145,8 @@ def in_style(draw: Callable[P, T]) -> Callable[P, T]:
     return styled
 
 
+# -- charts --------------------------------------------------------------------------------------------------------
+
 LABEL = 24  # letters of a name in a figure
 MARKS = 6  # of a curve, so that they do not cover it
 PAGE_NAMES = {INK: "--ink", MUTED: "--muted"}  # the page's own colours, by the stand-in they are drawn in

@@ -96,6 +96,8 @@ def _caveat(summary: Summary) -> str:
     return f"One seed ({summary.seed}): the {level} intervals cover the choice of questions, not of seeds."
 
 
+# -- a line for every stage ----------------------------------------------------------------------------------------
+
 SOURCES = 3  # that are named, of those with most prompts
 NAME = 24  # characters of one
 

@@ -141,6 +141,8 @@ def _out_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text
 
 
+# -- vLLM ----------------------------------------------------------------------------------------------------------
+
 SEEDS = 2**31  # that vLLM and servers take
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,6 @@ class Shard:
 
 
 Rows = list[dict[str, Any]]
-Charge = Callable[[], AbstractContextManager[dict[str, Any]]]
 MakeShards = Callable[[Sequence[Shard]], Iterator[tuple[Shard, Rows]]]
 """Makes, writes and charges shards; gives each with its rows when it is done, in any order."""
 
@@ -107,11 +106,11 @@ class Sampler:
             )
         return rows
 
-    def make(self, shards: Sequence[Shard], folder: Path, charge: Charge) -> Iterator[tuple[Shard, Rows]]:
+    def make(self, shards: Sequence[Shard], folder: Path, ledger: Ledger) -> Iterator[tuple[Shard, Rows]]:
         """Sample, judge, charge and write each shard in turn."""
         with in_lockstep(self.policy.model):
             for shard in shards:
-                with charge() as entry:
+                with ledger.charge_share("collect") as entry:
                     rows, cost = self.sample(shard)
                     entry |= cost
                 write_table(folder / shard.file, rows, TRAJECTORIES)

@@ -130,7 +130,7 @@ def sample_prompts(
     else:
         with pool_generator(config, policy) as generate:
             sampler = Sampler(config, policy, generate, judge)
-            make = partial(sampler.make, folder=folder, charge=partial(ledger.charge_share, "collect"))
+            make = partial(sampler.make, folder=folder, ledger=ledger)
             statuses, details = _sample_all(folder, shards, make)
     return count_status([PROMPT_TOO_LONG] * len(too_long) + statuses), details | {"too_long": too_long}
 

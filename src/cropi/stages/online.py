@@ -101,7 +101,7 @@ class OnlineRun:
         self._validation = self._validation_pass()
         return OnlineLoop(
             chooser=chooser,
-            normalizer=LossNormalizer.of(settings, process_group().size),
+            normalizer=LossNormalizer(settings, process_group().size),
             validation=self._validation,
             model=self._trainer.accelerator.unwrap_model(self._trainer.model),
             sample=self._sample,
@@ -253,6 +253,8 @@ def _check_gate(settings: GRPOConfig) -> None:
             fix=f"set it so that the micro-steps of a generation batch divide {settings.num_generations}.",
         )
 
+
+# -- a prior from an earlier run -----------------------------------------------------------------------------------
 
 ANOTHER_RUN = 2.0  # times as large is the squared error of an observation that another run made
 

@@ -78,12 +78,12 @@ class ChooserLoop:
             return None
         judged, size = self.reward.latest, self.evidence.generations
         assert judged is not None, "a generation batch is judged as it is sampled"
-        groups = [(self.place_of[prompt_id], rewards) for prompt_id, rewards in _groups(judged, size)]
+        groups = [(self.place_of[prompt_id], rewards) for prompt_id, rewards in judged.groups(size)]
         return self.chooser.kept(groups, self.batches)
 
     def drop_groups(self, judged: Judged) -> None:
         """Remember the groups that were sampled for a generation batch and are not in it."""
-        self._dropped += _groups(judged, self.evidence.generations)
+        self._dropped += judged.groups(self.evidence.generations)
 
     def end_generation_batch(self, step: int) -> None:
         """Tell the chooser of every group, once all its completions have been differentiated."""
@@ -147,14 +147,6 @@ class ChooserLoop:
         self.explained = [[Choice(**choice) for choice in batch] for batch in state["explained"]]
         self.sampler.choices = state["choices"]
         self.batches, self._observed = state["batches"], state["observed"]
-
-
-def _groups(judged: Judged, size: int) -> list[tuple[str, list[float]]]:
-    """Prompt ids of whole groups, with the rewards of the completions that could be judged."""
-    return [
-        (judged.prompt_ids[start], [value for value in judged.rewards[start : start + size] if value is not None])
-        for start in range(0, len(judged.prompt_ids), size)
-    ]
 
 
 @dataclass(kw_only=True)

@@ -27,8 +27,7 @@ from cropi.artifacts import (
 from cropi.config import Config
 from cropi.console import counts_text
 from cropi.errors import ArtifactError, ConfigError, PolicyError, SignalError
-from cropi.gradients.groups import GroupFacts, group_facts
-from cropi.gradients.surrogate_weights import surrogate_settings
+from cropi.gradients.groups import GroupFacts, group_facts, surrogate_settings
 from cropi.ledger import Ledger
 from cropi.parallel import process_group
 from cropi.policy import Policy, Replica, fingerprint, load_policy
@@ -165,6 +164,8 @@ def paths_at(folder: RunFolder, stage: int, checkpoint: Path | None) -> StagePat
         raise PolicyError(f"there is no folder {checkpoint}", where="--checkpoint", fix="check the path.")
     return folder.outside(checkpoint, fingerprint(config.policy, str(checkpoint)))
 
+
+# -- trajectories --------------------------------------------------------------------------------------------------
 
 IMPORTED = "imported trajectories"  # kind of artifact
 

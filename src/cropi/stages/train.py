@@ -140,17 +140,10 @@ class StageCallback(TrainerCallback):
         self._due = self._is_scheduled(state) and not self.task.evaluated(state.global_step)
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        dynamic = self.trainer.dynamic
-
-        def drawn(new: bool) -> int:
-            assert dynamic is not None
-            dynamic.drawn = 0 if new else dynamic.drawn
-            return dynamic.drawn
-
         self._evaluate_if_due(state)
         if self.trainer.online is not None and state.global_step == 0:
             self.trainer.online.renew_directions(0)
-        self.stages.begin(state.global_step, None if dynamic is None else drawn)
+        self.stages.begin(state.global_step)
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._step_began = time.perf_counter()

@@ -55,13 +55,13 @@ class DynamicSampling:
     def fill(self, sample: Callable[[int], Mapping[str, Tensor]], prompts: int) -> Refilled:
         """Build a generation batch of `prompts` groups; `sample` draws the next prompts and returns TRL's tensors."""
         batches = [self._judged(sample, prompts)]
-        mixed = self.mixed_groups(batches[0].judged.rewards)
+        mixed = self._mixed(batches[0].judged)
         equal_before = mixed.count(False) / prompts
         chosen = list(range(prompts))  # the group at each place, counted over all that were sampled
         while not all(mixed) and len(batches) <= self.refills:
             sampled = sum(len(batch.judged.rewards) for batch in batches) // self.generations
             batches.append(self._judged(sample, mixed.count(False)))
-            new = self.mixed_groups(batches[-1].judged.rewards)
+            new = self._mixed(batches[-1].judged)
             found = [sampled + group for group, differs in enumerate(new) if differs]
             empty = [place for place, differs in enumerate(mixed) if not differs]
             for place, group in zip(empty, found, strict=False):  # more places than groups, or as many
@@ -71,13 +71,10 @@ class DynamicSampling:
         trained, dropped = self._divided(batches, chosen)
         return Refilled(trained, dropped, equal_before, mixed.count(False) / prompts, len(batches) - 1)
 
-    def mixed_groups(self, rewards: Sequence[float | None]) -> list[bool]:
+    def _mixed(self, judged: Judged) -> list[bool]:
         """Whether the rewards of each group differ; completions that could not be judged do not count."""
-        mixed = []
-        for start in range(0, len(rewards), self.generations):
-            known = [value for value in rewards[start : start + self.generations] if value is not None]
-            mixed.append(bool(known) and max(known) - min(known) > EPSILON)
-        return mixed
+        groups = judged.groups(self.generations)
+        return [bool(known) and max(known) - min(known) > EPSILON for _, known in groups]
 
     def _judged(self, sample: Callable[[int], Mapping[str, Tensor]], prompts: int) -> Sampled:
         tensors = sample(prompts)

@@ -99,6 +99,8 @@ class GroupEvidence:
         return outcomes
 
 
+# -- rows of a loss ------------------------------------------------------------------------------------------------
+
 Tokens = tuple[int, ...]
 
 
@@ -169,6 +171,8 @@ def _stripped(tokens: Sequence[int], pad_id: int) -> Tokens:
     return tuple(tokens[:end])
 
 
+# -- the normaliser of a loss --------------------------------------------------------------------------------------
+
 BY_SEQUENCE = ("grpo", "sapo")  # each completion is divided by its own length, as part of the estimator
 BY_ROWS = (*BY_SEQUENCE, "dr_grpo", "luspo")
 BY_BATCH = ("dapo", "cispo", "vespo")
@@ -188,35 +192,24 @@ class LossNormalizer:
         dapo, cispo, vespo       a tokens of the generation batch / (processes x steps per generation)
     """
 
-    loss_type: str
-    generations: int
-    max_completion_length: int
-    steps_per_generation: int
+    settings: GRPOConfig
     processes: int
 
-    @classmethod
-    def of(cls, settings: GRPOConfig, processes: int) -> LossNormalizer:
-        """The normaliser of a trainer's settings. ValueError for a loss that is not known."""
-        if settings.loss_type not in (*BY_ROWS, *BY_BATCH, "bnpo"):
-            raise ValueError(f"the normaliser of the loss {settings.loss_type!r} is not known")
-        return cls(
-            settings.loss_type,
-            settings.num_generations,
-            settings.max_completion_length,
-            settings.steps_per_generation,
-            processes,
-        )
+    def __post_init__(self) -> None:
+        """ValueError for a loss that is not known."""
+        if self.settings.loss_type not in (*BY_ROWS, *BY_BATCH, "bnpo"):
+            raise ValueError(f"the normaliser of the loss {self.settings.loss_type!r} is not known")
 
     def factor(self, inputs: Mapping[str, Tensor], accumulated: int) -> float:
         """The factor of a micro-batch, one of `accumulated` in its optimiser step."""
-        rows = len(inputs["completion_ids"])
-        longest = self.max_completion_length
-        if self.loss_type in BY_ROWS:
-            unit = 1 if self.loss_type in (*BY_SEQUENCE, "dr_grpo") else longest
-            return rows * accumulated / (self.generations * unit)
-        if self.loss_type == "bnpo":
+        loss, longest = self.settings.loss_type, self.settings.max_completion_length
+        generations = self.settings.num_generations
+        if loss in BY_ROWS:
+            unit = 1 if loss in (*BY_SEQUENCE, "dr_grpo") else longest
+            return len(inputs["completion_ids"]) * accumulated / (generations * unit)
+        if loss == "bnpo":
             mask = inputs["completion_mask"]
             counted = float((mask * inputs["tool_mask"] if "tool_mask" in inputs else mask).sum())
-            return max(counted, 1.0) * accumulated / (self.generations * longest)
+            return max(counted, 1.0) * accumulated / (generations * longest)
         items = max(float(inputs["num_items_in_batch"]), 1.0) / self.processes
-        return items * accumulated / self.steps_per_generation / (self.generations * longest)
+        return items * accumulated / self.settings.steps_per_generation / (generations * longest)

@@ -239,6 +239,8 @@ def _check_saving(settings: GRPOConfig) -> None:
         )
 
 
+# -- a trial step --------------------------------------------------------------------------------------------------
+
 # Settings with effects outside this process, slow ones, and those that depend on the policy.
 LEFT_OUT = {
     "deepspeed",

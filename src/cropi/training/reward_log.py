@@ -23,6 +23,12 @@ class Judged:
     rewards: Sequence[float | None]
     verdicts: Sequence[str]
 
+    def groups(self, size: int) -> list[tuple[str, list[float]]]:
+        """Prompt ids of whole groups, with the rewards of the completions that could be judged."""
+        starts = range(0, len(self.prompt_ids), size)
+        parts = ((self.prompt_ids[start], self.rewards[start : start + size]) for start in starts)
+        return [(prompt_id, [value for value in part if value is not None]) for prompt_id, part in parts]
+
 
 class RewardLog:
     """Writes one line per generation batch: step, prompt ids, rewards, verdicts, tokens.

@@ -154,10 +154,10 @@ class Stages:
     trainer: StageTrainer
     _selections: list[tuple[int, ...]] = field(default_factory=list)
 
-    def begin(self, step: int, drawn: Callable[[bool], int] | None = None) -> None:
+    def begin(self, step: int) -> None:
         """Start the stage that an optimiser step lies in; after a resume, with the selections of those before it.
 
-        `drawn`, of whether its selection is new, says how many prompts of it are taken, where the sampler cannot know.
+        With dynamic sampling only the trainer knows how many prompts of a selection are taken.
         """
         stage, inside = divmod(step, self.trainer.steps_per_stage)
         while len(self._selections) < stage:
@@ -168,8 +168,10 @@ class Stages:
             first -= 1
         sampler = self.trainer.stage_sampler
         assert sampler is not None, "the data loader is made before the first epoch begins"
-        consumed = None if drawn is None else drawn(step == first * self.trainer.steps_per_stage)
-        sampler.start_stage(stage, self._selections[stage], first, consumed=consumed)
+        dynamic = self.trainer.dynamic
+        if dynamic is not None and step == first * self.trainer.steps_per_stage:  # a new selection
+            dynamic.drawn = 0
+        sampler.start_stage(stage, self._selections[stage], first, consumed=None if dynamic is None else dynamic.drawn)
 
     def _remember(self, stage: int, *, in_progress: bool) -> None:
         with self.trainer.plain_model() as model:

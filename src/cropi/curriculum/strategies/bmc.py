@@ -164,6 +164,8 @@ def _utilities(cluster: Cluster, pool: int, weights: Float[np.ndarray, " P"]) ->
     return found
 
 
+# -- the tree of prompts -------------------------------------------------------------------------------------------
+
 SMALLEST = 0.01  # share of all points that a cluster has at least
 EXPLAINED = 0.95  # share of the variance that the principal directions keep
 MOST_CHILDREN = 8

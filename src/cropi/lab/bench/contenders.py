@@ -19,9 +19,8 @@ from torch.nn import functional as F
 from cropi.functional.projection import SparseProjection
 from cropi.gradients.capture import FactorReader
 from cropi.gradients.engine import Engine, segments_of
-from cropi.gradients.groups import Group
+from cropi.gradients.groups import Group, SurrogateSettings
 from cropi.gradients.influence_scorer import BLOCK, Scorer, ScorerOptions
-from cropi.gradients.surrogate_weights import SurrogateSettings
 from cropi.lab.bench.contender_task import Engine as Contending
 from cropi.lab.bench.contender_task import Measurement, Part, Task, WeightedGroup
 

@@ -14,8 +14,7 @@ import numpy as np
 import torch
 
 from cropi.errors import DataError
-from cropi.gradients.groups import Group
-from cropi.gradients.surrogate_weights import SurrogateSettings, trajectory_scales
+from cropi.gradients.groups import Group, SurrogateSettings, trajectory_scales
 from cropi.lab.bench.contender_task import WeightedGroup
 from cropi.seeds import derived_seed
 

@@ -16,9 +16,8 @@ from cropi.lab.compare.report.comparison_tables import (
 )
 from cropi.lab.compare.report.method_notes import limits, method, provenance
 from cropi.lab.number_format import HEADLINE_MEASURES, UNITS, censored, code, listed, ratio_interval, reached
-from cropi.report.blocks import Block, Numbers, Picture, Section, Table, Text
+from cropi.report.blocks import Block, Numbers, Picture, Section, Table, Text, text_table
 from cropi.report.choosing import share_table
-from cropi.report.markdown import text_table
 from cropi.report.rendering import write_report
 from cropi.report.wording import percent
 
