@@ -60,7 +60,8 @@ def cropi(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 def cropi_ok(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     """Run the command in this process; it must succeed."""
-    done = cropi_ok(*arguments, cwd=cwd)
+    done = cropi(*arguments, cwd=cwd)
+    assert done.returncode == 0, done.stderr
     return done
 
 
