@@ -90,15 +90,10 @@ def checkpointed() -> nn.Module:
 
 
 GUESTS: dict[str, Callable[[], Any]] = {
-    "llama": lambda: tiny("llama"),
-    "eager": lambda: tiny("gemma2"),
-    "half frozen": half_frozen,
-    "in training": in_training,
-    "partly in training": partly_in_training,
-    "adapters": tiny_lora,
-    "a norm trained in part": norm_trained_in_part,
-    "checkpointed": checkpointed,
-}
+    "llama": lambda: tiny("llama"), "eager": lambda: tiny("gemma2"), "half frozen": half_frozen,
+    "in training": in_training, "partly in training": partly_in_training, "adapters": tiny_lora,
+    "a norm trained in part": norm_trained_in_part, "checkpointed": checkpointed,
+}  # fmt: skip
 
 
 @pytest.fixture(params=GUESTS)

@@ -83,12 +83,10 @@ NO_POLICY: dict[str, tuple[Callable[[], Any], str]] = {
     "merged adapters": (lambda: changed(tiny_lora, lambda m: m.merge_adapter()), "merged"),
     "adapters merged for good": (lambda: tiny_lora().merge_and_unload(), "no trainable parameters"),
     "adapters off": (lambda: changed(tiny_lora, lambda m: m.base_model.disable_adapter_layers()), "switched off"),
-    "adapters of transformers, off": (
-        lambda: changed(with_transformers_own_adapter, lambda m: m.disable_adapters()),
-        "switched off",
-    ),
+    "adapters of transformers, off": (lambda: changed(with_transformers_own_adapter, lambda m: m.disable_adapters()),
+        "switched off"),
     "frozen adapters": (lambda: changed(tiny_lora, frozen), "no trainable parameters"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("estimator", ["sketch", "reference"])
