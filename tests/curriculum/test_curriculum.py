@@ -51,7 +51,7 @@ def trained(curriculum: Curriculum, world: World, steps: range, lag: int = 0) ->
                 curriculum.observe(choice, rewards, step=at, group=f"{at}/{n}", influence=influence)
 
 
-@pytest.mark.parametrize("lag", [0, 1, 2])
+@pytest.mark.parametrize("lag", [0, 2])
 @pytest.mark.parametrize("look_alike", [False, True])
 def test_it_learns_what_helps_whatever_the_prompts_look_like(lag: int, look_alike: bool) -> None:
     world = World(pool=400, look_alike=look_alike)
@@ -195,12 +195,6 @@ def test_infinite_influence_is_dropped_and_counted() -> None:
     bad = {"v": [[float("inf"), 0.0], [0.0, 0.0]]}
     curriculum.observe(Choice(0, "uniform", ""), [0.0, 1.0], step=0, group="a", influence=bad)
     assert curriculum.metrics()["curriculum/dropped"] == 1
-
-
-def test_observing_alone_never_chooses() -> None:
-    world = World()
-    batches = list(trained(made(world, observe_only=True), world, range(20)))
-    assert {c.source for batch in batches for c in batch} == {"uniform"}
 
 
 def test_several_sets_share_the_places_by_what_is_left_to_learn() -> None:

@@ -31,21 +31,11 @@ def space(fabricate):
     """Six prompts, of which stage 0 has scores and a selection; the prompt table is the fabricated one."""
     space = fabricate(prompts=6, stages_scored=0, stages_selected=0, trained=False)
     folder = space.stages.scores(0)
+    drift = {"ratio_ess": 0.75, "clip_share": 0.125, "kl": 0.02}
     rows = [
-        {
-            "prompt_id": prompt_id,
-            "source": "sum",
-            "status": status,
-            "pass_rate": 0.5,
-            "ratio_ess": 0.75 if status == "ok" else None,
-            "clip_share": 0.125 if status == "ok" else None,
-            "kl": 0.02 if status == "ok" else None,
-            "top_probability": 0.625 if status == "ok" else 0.0,
-            "influence/alpha": alpha,
-            "influence/beta": beta,
-            "standard_error/alpha": error,
-            "standard_error/beta": None,
-        }
+        {"prompt_id": prompt_id, "source": "sum", "status": status, "pass_rate": 0.5, "influence/alpha": alpha}
+        | {"influence/beta": beta, "standard_error/alpha": error, "standard_error/beta": None}
+        | (drift | {"top_probability": 0.625} if status == "ok" else dict.fromkeys(drift) | {"top_probability": 0.0})
         for prompt_id, (status, alpha, error, beta) in SCORES.items()
     ]
     write_table(folder / "scores.parquet", rows, scores_schema(NAMES))
@@ -58,17 +48,10 @@ def space(fabricate):
 def write_selection(space):
     folder = space.stages.selection(0)
     rows = [
-        {
-            "prompt_id": prompt_id,
-            "source": "sum",
-            "selected": place < 2,
-            "rank": place + 1 if prompt_id in RANKED else None,
-            "score": 1.0,
-            "scores": [],
-            "pass_rate": None if SCORES[prompt_id][0] == "gold_unparseable" else 0.5,
-            "status": SCORES[prompt_id][0],
-            "reason": f"influence: #{place + 1}" if place < 2 else None,
-        }
+        {"prompt_id": prompt_id, "source": "sum", "selected": place < 2, "score": 1.0, "scores": []}
+        | {"rank": place + 1 if prompt_id in RANKED else None, "status": SCORES[prompt_id][0]}
+        | {"pass_rate": None if SCORES[prompt_id][0] == "gold_unparseable" else 0.5}
+        | {"reason": f"influence: #{place + 1}" if place < 2 else None}
         for place, prompt_id in enumerate([*RANKED, "p002", "p004"])
     ]
     write_table(folder / "selection.parquet", rows, SELECTION)

@@ -3,8 +3,6 @@ import hashlib
 import itertools
 import json
 import re
-import subprocess
-import sys
 from html.parser import HTMLParser
 
 import pytest
@@ -378,15 +376,6 @@ def test_the_command_that_is_named_loads_the_same_config(files, finished):
 
 
 # -- imports -----------------------------------------------------------------------------------------------------------
-
-
-def test_reporting_does_not_import_torch():
-    heavy = {"torch", "trl", "transformers", "matplotlib.pyplot"}
-    code = f"import sys, cropi.report.run_report; print({heavy} & set(sys.modules))"
-    result = subprocess.run(
-        [sys.executable, "-c", code], env={"PYTHONPATH": ":".join(sys.path)}, capture_output=True, text=True, check=True
-    )
-    assert result.stdout.strip() == "set()"
 
 
 # -- words -------------------------------------------------------------------------------------------------------------
