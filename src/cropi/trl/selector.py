@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -47,17 +48,12 @@ class Selector:
         if isinstance(self.strategy, str):
             with worded():
                 preset(self.strategy, "Selector.strategy")
-        for place, rows in zip(self.places.values(), self.validation_sets.values(), strict=True):
+        for name, rows in self.validation_sets.items():
+            place = "Selector.validation" + (f"[{name!r}]" if isinstance(self.validation, Mapping) else "")
             if not isinstance(rows, Dataset):
                 raise ConfigError(f"it is a {type(rows).__name__}", where=place, fix="give a datasets.Dataset.")
             if not len(rows):
                 raise DataError("it holds no rows", where=place, fix="give it prompts.")
-
-    @property
-    def places(self) -> dict[str, str]:
-        """The script's argument for each validation set, by its name."""
-        several = isinstance(self.validation, Mapping)
-        return {n: f"Selector.validation[{n!r}]" if several else "Selector.validation" for n in self.validation_sets}
 
     @property
     def validation_sets(self) -> dict[str, Dataset]:
@@ -69,12 +65,12 @@ def pool_of(dataset: Dataset | IterableDataset) -> Dataset:
     """The prompts that are chosen among, each with an id: of a stream its beginning."""
     if isinstance(dataset, IterableDataset):
         dataset = Dataset.from_list(list(islice(dataset, LOOK_AHEAD)))
-    ids = prompt_ids(dataset, "train_dataset")
+    ids = _ids(dataset, "train_dataset")
     columns = dataset.remove_columns(PROMPT_ID) if PROMPT_ID in dataset.column_names else dataset
     return columns.add_column(PROMPT_ID, ids)
 
 
-def prompt_ids(dataset: Dataset, where: str) -> list[str]:
+def _ids(dataset: Dataset, where: str) -> list[str]:
     """Ids of the rows: `prompt_id`, else a hash of prompt and answer, numbered if it repeats."""
     if PROMPT_ID in dataset.column_names:
         ids = [str(value) for value in dataset[PROMPT_ID]]
@@ -83,17 +79,20 @@ def prompt_ids(dataset: Dataset, where: str) -> list[str]:
                 "two rows have the same prompt_id", where=where, fix="make them differ, or drop the column."
             )
         return ids
-    seen: dict[str, int] = {}
+    seen = Counter[str]()
     ids = []
-    for row in dataset:
-        known = content_id(json.dumps(shown_prompt(row)), answer_of(row))
-        seen[known] = seen.get(known, 0) + 1
+    for known in map(row_id, dataset):
+        seen[known] += 1
         ids.append(known if seen[known] == 1 else f"{known}-{seen[known]}")
     return ids
 
 
-def answer_of(row: Mapping[str, Any]) -> str:
-    """Return the gold answer of a row from one of the usual columns, else an empty text."""
+def row_id(row: Mapping[str, Any]) -> str:
+    """A hash of a row's prompt and answer."""
+    return content_id(json.dumps(shown_prompt(row)), _answer(row))
+
+
+def _answer(row: Mapping[str, Any]) -> str:
     return next((str(row[name]) for name in ANSWERS if row.get(name) is not None), "")
 
 
@@ -118,9 +117,8 @@ def make_config(selector: Selector, folder: Path, train: Dataset, args: GRPOConf
 
     Raises ConfigError for unknown strategies or settings, and for strategies that choose by stage.
     """
-    sets = {"train": train} | {f"validation/{name}": rows for name, rows in selector.validation_sets.items()}
-    paths = {name: _written(folder / "data", name, rows) for name, rows in sets.items()}
-    sources = {name: [{"type": "file", "path": str(path)}] for name, path in paths.items()}
+    sets = {f"validation-{name}": rows for name, rows in selector.validation_sets.items()}
+    files = {name: _written(folder / "data", name, rows) for name, rows in (sets | {"train": train}).items()}
     values: dict[str, Any] = {
         "name": "run",
         "run_dir": str(folder),
@@ -130,8 +128,8 @@ def make_config(selector: Selector, folder: Path, train: Dataset, args: GRPOConf
             "dtype": "bfloat16" if str(model.dtype) == "torch.bfloat16" else "float32",
         },
         "prompts": {
-            "train": sources["train"],
-            "validation": {name: sources[f"validation/{name}"] for name in selector.validation_sets},
+            "train": files["train"],
+            "validation": {name: files[f"validation-{name}"] for name in selector.validation_sets},
         },
         "verifier": {"type": "function", "path": SCRIPT_REWARDS},
         "collect": {
@@ -141,37 +139,36 @@ def make_config(selector: Selector, folder: Path, train: Dataset, args: GRPOConf
         },
         "train": {"stages": 1, "steps_per_stage": steps},
     }
-    strategy = selector.strategy
-    chosen = preset(strategy, "Selector.strategy") if isinstance(strategy, str) else strategy
-    config = validate_config(merged(with_presets(merged(values, chosen)), selector.settings), "Selector")
-    if not config.select.strategy.chooses_online or config.train.dynamic_sampling:
+    named = selector.strategy
+    patch = preset(named, "Selector.strategy") if isinstance(named, str) else named
+    config = validate_config(merged(with_presets(merged(values, patch)), selector.settings), "Selector")
+    strategy, groups = config.select.strategy, args.generation_batch_size // args.num_generations
+    drops = config.train.dynamic_sampling or strategy.trained_groups(groups) < groups
+    if drops or not strategy.chooses_online:
         raise ConfigError(
-            f"{config.select.label} chooses the prompts of a stage, or samples groups that it drops",
+            f"{config.select.label} chooses the prompts of a stage, or leaves out groups that were sampled",
             where="Selector.strategy",
             fix="leave it out, choose a strategy that chooses batch by batch, or train with `cropi run`.",
         )
     return config
 
 
-def _written(folder: Path, name: str, rows: Iterable[Mapping[str, Any]]) -> Path:
+def _written(folder: Path, name: str, rows: Dataset) -> list[dict[str, str]]:
     """Write the prompts of a dataset to a file; `extra_info` is the row's place in the dataset."""
-    path = folder / f"{name.replace('/', '-')}.jsonl"
-    ids = prompt_ids(rows, name)
+    path = folder / f"{name}.jsonl"
     lines = [
         json.dumps(
             {
                 "prompt": shown_prompt(row),
-                "answer": answer_of(row).strip() or NO_ANSWER,
+                "answer": _answer(row).strip() or NO_ANSWER,
                 PROMPT_ID: prompt_id,
                 "source": str(row.get("source") or row.get("data_source") or "train"),
-                "extra_info": {"set": name, "row": number},
+                "extra_info": {"row": number},
             },
             ensure_ascii=False,
         )
-        for number, (row, prompt_id) in enumerate(zip(rows, ids, strict=True))
+        for number, (row, prompt_id) in enumerate(zip(rows, _ids(rows, name), strict=True))
     ]
-    text = "\n".join(lines) + "\n"
-    if not path.is_file() or path.read_text(encoding="utf-8") != text:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(path, text)
-    return path
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(path, "\n".join(lines) + "\n")
+    return [{"type": "file", "path": str(path)}]
