@@ -154,10 +154,19 @@ def encoded_by(trainer: CurriculumTrainer, rows: Sequence[Mapping[str, Any]]) ->
     found = [sets[row["set"]][json.loads(row["extra"])["row"]] for row in rows]
     processor = trainer.processing_class
     tokenizer = getattr(processor, "tokenizer", processor)
-    as_text = tokenizer is not processor  # a template with images writes what only a pass over them needs
-    prompts = [shown_prompt(row) if as_text or not row.get("prompt") else row["prompt"] for row in found]
+    if tokenizer is not processor:  # of images their kind alone: the template would write what a pass over them needs
+        prompts = [_in_parts(shown_prompt(row)) for row in found]
+    else:
+        prompts = [row.get("prompt") or shown_prompt(row) for row in found]
     settings = {"tools": trainer.tools or None, "chat_template": trainer.chat_template, **trainer.chat_template_kwargs}
     return [encode_prompts(tokenizer, [prompt], **settings)[0] for prompt in prompts]
+
+
+def _in_parts(prompt: str | list[dict[str, str]]) -> Any:
+    """Messages as a processor's template takes them."""
+    if isinstance(prompt, str):
+        return prompt
+    return [turn | {"content": [{"type": "text", "text": turn["content"]}]} for turn in prompt]
 
 
 def _forget(run: Run) -> None:
