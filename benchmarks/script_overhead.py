@@ -3,8 +3,8 @@
     python benchmarks/script_overhead.py --steps 96 --rounds 2
     python benchmarks/script_overhead.py --steps 96 --rounds 2 --sample
 
-Trains alternately with TRL's `GRPOTrainer` and with `CurriculumTrainer` in one process, and prints for each pair the CPU
-seconds of both, their ratio, and that ratio per token trained on: which prompts are chosen changes the tokens.
+Trains alternately with TRL's `GRPOTrainer` and with `CurriculumTrainer` in one process, and prints for each pair the
+CPU seconds of both, their ratio, and that ratio per token trained on: which prompts are chosen changes the tokens.
 Completions are replayed: the policy answers every prompt beforehand, and sampling costs next to nothing on either side.
 With `--sample` both sample, as a user's script does.
 """

@@ -26,7 +26,6 @@ from cropi.stages.evaluate import evaluate, evaluate_base, is_evaluated
 from cropi.stages.online import OnlineRun
 from cropi.stages.online_loop import ChooserLoop
 from cropi.stages.run import Run
-from cropi.streams import cut_jsonl
 from cropi.training.dynamic_sampling import DynamicSampling
 from cropi.training.grpo_settings import grpo_config
 from cropi.training.online_trainer import OnlineTrainer, StepRecord
@@ -347,9 +346,7 @@ def _is_finished(checkpoint: Path, step: int) -> bool:
 
 
 def _begin_from(task: TrainTask, checkpoint: Path | None, step: int) -> None:
-    """Check the checkpoint that training goes on from, and drop what an interrupted attempt recorded beyond it."""
+    """Check the checkpoint that training goes on from, and drop the rewards of an interrupted attempt beyond it."""
     if checkpoint is not None:
         open_checkpoint(checkpoint)
     task.reward.forget_from(step)
-    for name in ("steps.jsonl", "metrics.jsonl"):
-        cut_jsonl(task.folder / name, lambda row: row["step"] <= step)

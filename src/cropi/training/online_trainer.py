@@ -15,7 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from trl import GRPOTrainer
 
 from cropi.parallel import process_group
-from cropi.streams import append_jsonl
+from cropi.streams import append_jsonl, cut_jsonl
 from cropi.training.dynamic_sampling import only_groups
 from cropi.training.online_sampler import OnlineSampler
 from cropi.training.reward_log import Judged
@@ -114,6 +114,11 @@ class StepRecord(TrainerCallback):
 
     def __init__(self, trainer: ReadsInfluence, folder: Path) -> None:
         self._trainer, self._folder = trainer, folder
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if process_group().is_main:  # what an interrupted attempt recorded beyond its checkpoint
+            for name in ("steps.jsonl", "metrics.jsonl"):
+                cut_jsonl(self._folder / name, lambda row: row["step"] <= state.global_step)
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._began = time.perf_counter()

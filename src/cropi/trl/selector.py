@@ -25,10 +25,7 @@ if TYPE_CHECKING:
     from trl import GRPOConfig
 
 PROMPT_ID = "prompt_id"  # the column that identifies a row
-VALIDATION = "validation"  # the name of an unnamed set
-NO_ANSWER = "(none)"  # for rows without an answer: the reward functions read their columns themselves
 LOOK_AHEAD = 10_000  # prompts of a stream that are chosen among
-ANSWERS = ("answer", "solution", "ground_truth")
 
 
 @dataclass(frozen=True)
@@ -58,29 +55,26 @@ class Selector:
     @property
     def validation_sets(self) -> dict[str, Dataset]:
         """The validation sets by name."""
-        return dict(self.validation) if isinstance(self.validation, Mapping) else {VALIDATION: self.validation}
+        return dict(self.validation) if isinstance(self.validation, Mapping) else {"validation": self.validation}
 
 
 def pool_of(dataset: Dataset | IterableDataset) -> Dataset:
     """The prompts that are chosen among, each with an id: of a stream its beginning."""
     if isinstance(dataset, IterableDataset):
         dataset = Dataset.from_list(list(islice(dataset, LOOK_AHEAD)))
-    ids = _ids(dataset, "train_dataset")
+    ids = _ids(dataset)
+    if len(set(ids)) < len(ids):
+        fix = "make them differ, or drop the column."
+        raise DataError("two rows have the same prompt_id", where="train_dataset", fix=fix)
     columns = dataset.remove_columns(PROMPT_ID) if PROMPT_ID in dataset.column_names else dataset
     return columns.add_column(PROMPT_ID, ids)
 
 
-def _ids(dataset: Dataset, where: str) -> list[str]:
+def _ids(dataset: Dataset) -> list[str]:
     """Ids of the rows: `prompt_id`, else a hash of prompt and answer, numbered if it repeats."""
     if PROMPT_ID in dataset.column_names:
-        ids = [str(value) for value in dataset[PROMPT_ID]]
-        if len(set(ids)) < len(ids):
-            raise DataError(
-                "two rows have the same prompt_id", where=where, fix="make them differ, or drop the column."
-            )
-        return ids
-    seen = Counter[str]()
-    ids = []
+        return [str(value) for value in dataset[PROMPT_ID]]
+    seen, ids = Counter[str](), list[str]()
     for known in map(row_id, dataset):
         seen[known] += 1
         ids.append(known if seen[known] == 1 else f"{known}-{seen[known]}")
@@ -92,10 +86,6 @@ def row_id(row: Mapping[str, Any]) -> str:
     return content_id(json.dumps(shown_prompt(row)), _answer(row))
 
 
-def _answer(row: Mapping[str, Any]) -> str:
-    return next((str(row[name]) for name in ANSWERS if row.get(name) is not None), "")
-
-
 def shown_prompt(row: Mapping[str, Any]) -> str | list[dict[str, str]]:
     """The prompt of a row as a person reads it: of an image its kind alone; an environment's row is its columns."""
     prompt = row.get("prompt")
@@ -103,13 +93,18 @@ def shown_prompt(row: Mapping[str, Any]) -> str | list[dict[str, str]]:
         return json.dumps({key: value for key, value in row.items() if key != PROMPT_ID}, default=str)
     if isinstance(prompt, str):
         return prompt
-    return [{"role": turn["role"], "content": _shown(turn.get("content"))} for turn in prompt]
+    return [{"role": turn["role"], "content": _shown(turn.get("content") or "")} for turn in prompt]
 
 
-def _shown(content: Any) -> str:
-    if not isinstance(content, list):
-        return str(content or "")
-    return "\n".join(str(part.get("text") or f"[{part.get('type', 'part')}]") for part in content)
+def _shown(content: str | list[dict[str, str]]) -> str:
+    if isinstance(content, str):
+        return content
+    return "\n".join(part.get("text") or f"[{part.get('type', 'part')}]" for part in content)
+
+
+def _answer(row: Mapping[str, Any]) -> str:
+    known = (row.get(name) for name in ("answer", "solution", "ground_truth"))
+    return next((str(answer) for answer in known if answer is not None), "")
 
 
 def make_config(selector: Selector, folder: Path, train: Dataset, args: GRPOConfig, model: Any, steps: int) -> Config:
@@ -154,21 +149,17 @@ def make_config(selector: Selector, folder: Path, train: Dataset, args: GRPOConf
 
 
 def _written(folder: Path, name: str, rows: Dataset) -> list[dict[str, str]]:
-    """Write the prompts of a dataset to a file; `extra_info` is the row's place in the dataset."""
-    path = folder / f"{name}.jsonl"
+    """Write the prompts of a dataset to a file, and return it as a source of prompts."""
     lines = [
-        json.dumps(
-            {
-                "prompt": shown_prompt(row),
-                "answer": _answer(row).strip() or NO_ANSWER,
-                PROMPT_ID: prompt_id,
-                "source": str(row.get("source") or row.get("data_source") or "train"),
-                "extra_info": {"row": number},
-            },
-            ensure_ascii=False,
-        )
-        for number, (row, prompt_id) in enumerate(zip(rows, _ids(rows, name), strict=True))
+        {
+            "prompt": shown_prompt(row),
+            "answer": _answer(row).strip() or "(none)",  # the reward functions read their columns themselves
+            PROMPT_ID: prompt_id,
+            "source": str(row.get("source") or row.get("data_source") or "train"),
+            "extra_info": {"row": number},
+        }
+        for number, (row, prompt_id) in enumerate(zip(rows, _ids(rows), strict=True))
     ]
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(path, "\n".join(lines) + "\n")
-    return [{"type": "file", "path": str(path)}]
+    write_text(folder / f"{name}.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    return [{"type": "file", "path": str(folder / f"{name}.jsonl")}]

@@ -11,15 +11,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from cropi.console import say
 from cropi.parallel import joined_ranks, process_group
 from cropi.policy import Policy
+from cropi.stages.online_loop import ChooserLoop
 from cropi.stages.run import Run, Setup
 from cropi.stages.validation_pass import Answer
-from cropi.streams import cut_jsonl
 from cropi.training.grpo_settings import save_between_batches
 from cropi.training.online_trainer import ReadsInfluence, StepRecord
 from cropi.training.reward_log import Judged, RewardLog
@@ -39,6 +39,7 @@ class CurriculumTrainer(ReadsInfluence):
     """
 
     curriculum: ScriptRun
+    loop: ChooserLoop
     num_generations_eval: int
     train_dataset: Any
     _judged: tuple[Sequence[Mapping[str, Any]], Judged]  # the rows judged last
@@ -55,8 +56,7 @@ class CurriculumTrainer(ReadsInfluence):
         # transformers uploads the output folder, except names that begin with an underscore
         self.folder = Path(selector.folder or Path(self.args.output_dir) / "_curriculum")
         self.reward_log = RewardLog(self.folder / "run" / "rewards.jsonl")
-        self.add_callback(_Curriculum(self))
-        self.add_callback(StepRecord(self, self.folder / "run"))
+        self.add_callback(_Curriculum(self, self.folder / "run"))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train as in TRL; the curriculum's folder stays locked meanwhile."""
@@ -73,8 +73,8 @@ class CurriculumTrainer(ReadsInfluence):
             if process_group().is_main:
                 stack.callback(run.folder.unlock)
             self.curriculum = ScriptRun(run, self, checkpoint)
-            self.online = self.curriculum.loop(self, checkpoint)
-            self.train_dataset = ChosenRows(self.pool, self.online.sampler, prompts)
+            self.online = self.loop = self.curriculum.loop(self, checkpoint)
+            self.train_dataset = ChosenRows(self.pool, self.loop.sampler, prompts)
             return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _total_steps(self, prompts: int) -> int:
@@ -145,46 +145,34 @@ class CurriculumTrainer(ReadsInfluence):
         super().log(logs | own, start_time)
 
 
-class _Curriculum(TrainerCallback):
-    """Renews directions and keeps the state in checkpoints."""
+class _Curriculum(StepRecord):
+    """Renews directions, keeps the state in checkpoints, and records steps."""
 
-    def __init__(self, trainer: CurriculumTrainer) -> None:
-        self._trainer = trainer
+    _trainer: CurriculumTrainer
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        trainer = self._trainer
-        trainer.reward_log.forget_from(state.global_step)
-        if process_group().is_main:
-            for name in ("steps.jsonl", "metrics.jsonl"):
-                cut_jsonl(trainer.folder / "run" / name, lambda row: row["step"] <= state.global_step)
-            say(f"curriculum: each batch is chosen from {len(trainer.pool):,} prompts, in {trainer.folder}")
+        super().on_train_begin(args, state, control)
+        self._trainer.reward_log.forget_from(state.global_step)
+        pool, folder = len(self._trainer.pool), self._trainer.folder
+        say(f"curriculum: each batch is chosen from {pool:,} prompts, in {folder}")
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if state.global_step == 0 and self._trainer.online is not None:  # before the loader asks for the first batch
-            self._trainer.online.renew_directions(0)
+        if state.global_step == 0:  # before the loader asks for the first batch
+            self._trainer.loop.renew_directions(0)
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        trainer = self._trainer
-        if state.global_step and trainer.online is not None and trainer.is_between_batches:
-            trainer.online.renew_directions(state.global_step)
+        if state.global_step and self._trainer.is_between_batches:
+            self._trainer.loop.renew_directions(state.global_step)
+        super().on_step_begin(args, state, control)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        loop = self._trainer.online
-        if loop is not None:
-            if process_group().is_main:
-                loop.save(Path(args.output_dir) / f"checkpoint-{state.global_step}")
-            loop.end_stage(0)
+        if process_group().is_main:
+            self._trainer.loop.save(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        self._trainer.loop.end_stage(0)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        trainer = self._trainer
-        if trainer.online is not None:
-            trainer.online.end_stage(0)
-            if process_group().is_main:
-                say(
-                    trainer.curriculum.closing_line(
-                        trainer.folder if trainer.selector.folder else Path(args.output_dir)
-                    )
-                )
+        self._trainer.loop.end_stage(0)
+        say(self._trainer.curriculum.closing_line(Path(self._trainer.selector.folder or args.output_dir)))
 
 
 def _by_the_trainer(rows: Sequence[Any]) -> list[Any]:
