@@ -23,6 +23,7 @@ from tests.trl.scripts import problems, right, select, short, trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 4
+POOL = problems("sum", "parity", count=4)  # two generation batches
 
 
 def run_of(folder: Path) -> Path:
@@ -36,7 +37,7 @@ def choices(folder: Path) -> list[list[str]]:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, CurriculumTrainer]:
     folder = tmp_path_factory.mktemp("whole")
-    trained = trainer(folder, save_strategy="steps", save_steps=1)
+    trained = trainer(folder, train_dataset=POOL, save_strategy="steps", save_steps=1)
     trained.train()
     return folder, trained
 
@@ -55,7 +56,7 @@ def test_a_script_gains_the_curriculum_with_two_lines() -> None:
 def test_every_prompt_has_a_line(whole: tuple[Path, CurriculumTrainer]) -> None:
     folder, trained = whole
     table = trained.curriculum.table()
-    assert list(table["prompt"]) == list(problems("sum", "parity")["prompt"])
+    assert list(table["prompt"]) == list(POOL["prompt"])
     drawn = [prompt_id for batch in choices(folder) for prompt_id in batch]
     assert list(table["times_drawn"]) == [drawn.count(prompt_id) for prompt_id in table["prompt_id"]]
     assert all(
@@ -178,12 +179,13 @@ def test_a_pool_smaller_than_a_batch_is_repeated(tmp_path: Path) -> None:
 
 class Stop(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        control.should_training_stop = state.global_step == 2
+        control.should_training_stop = state.global_step == 3  # in the middle of the second epoch
 
 
 def test_a_resumed_training_ends_as_an_uninterrupted_one(whole: tuple[Path, CurriculumTrainer], tmp_path: Path) -> None:
-    trainer(tmp_path, callbacks=[Stop()], save_strategy="steps", save_steps=1).train()
-    resumed = trainer(tmp_path, save_strategy="steps", save_steps=1)
+    settings: dict[str, Any] = {"train_dataset": POOL, "save_strategy": "steps", "save_steps": 1}
+    trainer(tmp_path, callbacks=[Stop()], **settings).train()
+    resumed = trainer(tmp_path, **settings)
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == STEPS
     assert choices(tmp_path) == choices(whole[0])

@@ -31,6 +31,9 @@ ARGUMENTS = {  # of a script, by setting or table of the config
 } | {name: f'Selector.settings["{name}"]' for name in SETTINGS}
 PHRASES = {  # regular expressions of command-line advice, and the script's equivalent
     "go on with `cropi run`|run the same command again|run `cropi [a-z]+` first": "run the script again",
+    "(name its own config|change them back in) .*?, or give the new run another name": (
+        "delete the folder, or give another Selector.folder"
+    ),
     "start the run under another name|give the run another name|(choose )?another (name= or )?run_dir=": (
         "give another Selector.folder"
     ),
