@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from cropi.loading import load_config, recipe_names, recipe_text
+from cropi.config.loading import load_config, recipe_names, recipe_text
+from cropi.config.yaml_text import parse_yaml
 from cropi.prompts import load_prompts
 from cropi.rewards.verdicts import CORRECT, Answered
 from cropi.run_folder import RunFolder
-from cropi.yaml_text import parse_yaml
 from tests.runs import cropi_error, cropi_ok
 
 

@@ -20,14 +20,13 @@ from cropi.console import duration
 from cropi.curriculum.curriculum import FIRST_ROUND, ROUND_STEPS
 from cropi.errors import DataError
 from cropi.functional.ranking import selection_size
-from cropi.gradients.groups import Group
+from cropi.gradients.groups import Group, surrogate_settings
 from cropi.gradients.reference import trainable_parameters
 from cropi.gradients.score_shards import make_scorer
-from cropi.gradients.surrogate_weights import surrogate_settings
 from cropi.policy import Policy, load_policy
-from cropi.prompt_encoding import chat_warnings
 from cropi.prompt_text import last_turn
 from cropi.prompts import checked_prompts
+from cropi.prompts.encoding import chat_warnings
 from cropi.rewards.verdicts import CORRECT, UNPARSEABLE_ANSWER, Judge, Judgement, answered, reward
 from cropi.rollouts.generation import Sampling, TransformersGenerator
 from cropi.rollouts.shards import Shard, behaviour_logprobs, plan, read_trajectories
@@ -276,9 +275,9 @@ def _estimate(
     trajectories = sum(len(shard.prompts) * shard.samples for shard in shards) if collects else 0
     mean_completion = sample.tokens / (len(sample.rows) * count)
     per_step = settings.generation_batch_size / settings.steps_per_generation * settings.gradient_accumulation_steps
-    steps = config.train.stages * config.train.steps_per_stage
+    steps = config.train.steps
     scored = config.select.strategy.reads_scores
-    evaluations = steps // (config.evaluate.every or config.train.steps_per_stage)
+    evaluations = steps // config.evaluate_every
     before = {
         "trajectories": trajectories,
         "collect_tokens": trajectories * mean_completion,

@@ -13,10 +13,10 @@ from tests.runs import SMALL, cropi, json_lines
 from trl import GRPOConfig
 
 from cropi.config import PolicyConfig
+from cropi.config.loading import load_config
 from cropi.curriculum.curriculum import Curriculum
 from cropi.errors import ConfigError
 from cropi.inspection import _validation_completions
-from cropi.loading import load_config
 from cropi.policy import load_policy
 from cropi.training.curriculum_state import load_state
 from cropi.training.grpo_settings import grpo_config

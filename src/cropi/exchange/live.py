@@ -14,8 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from cropi.curriculum.chooser import GroupGate, Pool, PromptChooser
-from cropi.curriculum.curriculum import Choice
+from cropi.curriculum.chooser import Choice, GroupGate, Pool, PromptChooser
 from cropi.errors import ConfigError
 
 MakeChooser = Callable[[Pool], PromptChooser]

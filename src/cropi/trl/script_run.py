@@ -16,8 +16,8 @@ from torch.utils import data
 from cropi.artifacts import remove
 from cropi.console import warn
 from cropi.parallel import process_group
-from cropi.prompt_encoding import encode_prompts
 from cropi.prompt_text import last_turn
+from cropi.prompts.encoding import encode_prompts
 from cropi.report.reading import way
 from cropi.stages.collect import collect
 from cropi.stages.online import OnlineRun
