@@ -21,7 +21,7 @@ from cropi.parallel import process_group
 from cropi.policy import completion_logprobs, longest_alike
 from cropi.rollouts.generation import Sampling
 
-RANK = 8
+RANK = 4
 KEPT = 0.8  # weight of a round's gradients at the next round
 Due = Mapping[str, Sequence[int]]  # completions that each prompt of a validation set wants
 Member = tuple[str, int]  # a set and a place in it
