@@ -95,22 +95,23 @@ class Summary:
     tested: bool  # whether the run has test sets
     base: Point | None
     base_by_set: Mapping[str, Mapping[str, Interval]]
-    steps: int  # the last evaluated step; 0 before there is any
+    steps: int  # the last evaluated one, or of a run without test sets the last trained one; 0 before there is any
     curve: tuple[Point, ...]  # step 0 is the base policy
     final: Mapping[str, Mapping[str, Interval]]  # at `steps`: test set -> greedy, sampled; empty while `steps` is 0
     cost: Cost
     stages: tuple[StageQuality, ...]  # where the strategy scores by influence
     rewards: tuple[float | None, ...]  # mean reward of training by stage, as far as it has come
+    reward_curve: tuple[tuple[float, float], ...]  # (step, mean reward of training) over neighbouring steps
 
     @property
     def finished(self) -> bool:
-        """Whether the last evaluated step is the last one."""
+        """Whether `steps` are all."""
         return self.steps == self.total_steps
 
     @property
     def last(self) -> Point | None:
         """The point at the last evaluated step, None while there is none beyond the base policy."""
-        return self.curve[-1] if self.steps else None
+        return self.curve[-1] if self.curve and self.steps else None
 
     def as_json(self) -> dict[str, Any]:
         """Plain JSON values. Unknown numbers are null or absent, never NaN."""

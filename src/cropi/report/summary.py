@@ -25,13 +25,16 @@ from cropi.run_folder import RunFolder
 from cropi.seeds import derived_seed
 from cropi.streams import read_jsonl
 
+POINTS = 50  # of a reward curve
+
 __all__ = ["Summary", "headline", "summarise"]
 
 
 def summarise(config: Config, run: RunFolder) -> Summary:
     """Compute the numbers of a run from its folder. What is not there yet is None or absent."""
     answers = read_answers(run.stages.evaluations)
-    base, steps = answers.get(0), max(answers, default=0)
+    base, trained = answers.get(0), max((row["step"] for row in read_jsonl(run.stages.steps)), default=0)
+    steps = max(answers, default=0) if config.prompts.test else trained
     return Summary(
         name=config.name,
         strategy=config.select.label,
@@ -45,10 +48,11 @@ def summarise(config: Config, run: RunFolder) -> Summary:
         base_by_set=_by_set(config, base) if base else {},
         steps=steps,
         curve=tuple(_point(config, step, found) for step, found in answers.items()),
-        final=_by_set(config, answers[steps]) if steps else {},
+        final=_by_set(config, answers[steps]) if steps and steps in answers else {},
         cost=charges(config, run.stages).cost(),
         stages=read_quality(config, run.stages),
         rewards=_rewards(read_jsonl(run.stages.rewards), config.train.steps_per_stage),
+        reward_curve=_reward_curve(read_jsonl(run.stages.rewards)),
     )
 
 
@@ -60,6 +64,14 @@ def _rewards(batches: Iterable[Mapping[str, Any]], steps_per_stage: int) -> tupl
         by_stage.setdefault(batch["step"] // steps_per_stage, []).extend(known)
     stages = range(max(by_stage, default=-1) + 1)
     return tuple(float(np.mean(by_stage[stage])) if by_stage.get(stage) else None for stage in stages)
+
+
+def _reward_curve(batches: Iterable[Mapping[str, Any]]) -> tuple[tuple[float, float], ...]:
+    """Mean step and mean reward of at most `POINTS` equal parts of the generation batches."""
+    known = [(batch["step"], [one for one in batch["rewards"] if one is not None]) for batch in batches]
+    means = np.array([(step, np.mean(rewards)) for step, rewards in known if rewards])
+    parts = np.array_split(means, min(POINTS, len(means))) if len(means) else []
+    return tuple((float(step), float(reward)) for step, reward in (part.mean(0) for part in parts))
 
 
 def _point(config: Config, step: int, answers: Answers) -> Point:
