@@ -15,6 +15,7 @@ from cropi.artifacts import write_text
 from cropi.errors import printable
 from cropi.report.blocks import Section
 from cropi.report.charts import chart_data
+from cropi.report.formulas import with_formulas
 from cropi.report.markdown import markdown
 
 LIBRARY = "uplot-1.6.32.min"
@@ -30,7 +31,7 @@ def write_report(folder: Path, name: str, title: str, sections: Sequence[Section
 def html(title: str, sections: Sequence[Section], *, live: bool = False) -> str:
     """Render the page. Everything but the package's own SVG, style and script is escaped; no other script may run."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"prose": prose, "plain": plain, "chart_data": chart_data}
+    environment.filters |= {"prose": prose, "plain": plain, "chart_data": chart_data, "formulas": with_formulas}
     script = f"/* uPlot: {_part('uplot-LICENSE')}*/\n{_part(f'{LIBRARY}.js')}{_part('page.js')}"
     return environment.from_string(_part("report.html.jinja")).render(
         title=title,
