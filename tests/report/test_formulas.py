@@ -16,6 +16,7 @@ def bare(text: str) -> str:
     ("text", "element"),
     [
         (r"so \(\frac{3}{4}\) is left", "<mfrac><mrow><mn>3</mn></mrow><mrow><mn>4</mn></mrow></mfrac>"),
+        (r"it is $14$.", "<mn>14</mn>"),
         (r"$x^2$", "<msup><mi>x</mi><mn>2</mn></msup>"),
         (r"\[\sqrt{2}\]", "<msqrt>"),
         (r"$$\pi$$", "<mi>π</mi>"),
@@ -36,6 +37,7 @@ def test_a_formula_is_drawn_with_its_source_on_hover(text: str, element: str) ->
     "text",
     [
         "it costs $5 and then $6 more",
+        "paid $5 $6 and $7",
         "no formula & <b>",
         r"\frac of nothing, in words",
         r"\(\nosuchcommand{x}\)",

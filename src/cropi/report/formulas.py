@@ -11,8 +11,10 @@ from latex2mathml.converter import convert_to_element
 from markupsafe import Markup, escape
 
 LONGEST = 600  # characters of a formula that is drawn
-DELIMITED = re.compile(r"\$\$(.+?)\$\$|\$([^$\n]+?)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]|(?=(\\boxed\{))", re.DOTALL)
-MATHEMATICAL = re.compile(r"\\[a-zA-Z]|[\^_=<>+]|^\s*-?[a-zA-Z0-9]\s*$")  # unlike the text between two prices
+DELIMITED = re.compile(
+    r"\$\$(.+?)\$\$|\$(?!\s)([^$\n]+?)(?<!\s)\$(?!\d)|\\\((.+?)\\\)|\\\[(.+?)\\\]|(?=(\\boxed\{))", re.DOTALL
+)
+MATHEMATICAL = re.compile(r"\\[a-zA-Z]|[\^_=<>+]|^-?([a-zA-Z]|[\d.,]+)$")  # unlike the text between two prices
 BARE = re.compile(r"(?!.*(?<![\\a-zA-Z])[a-zA-Z]{2})[^\n]*\\[a-zA-Z][^\n]*")  # a command, and no words
 TAGS = {"math", "mrow", "mi", "mn", "mo", "ms", "mtext", "mspace", "msqrt", "mroot", "mfrac", "msub", "msup", "msubsup"}
 TAGS |= {"munder", "mover", "munderover", "mtable", "mtr", "mtd", "mstyle", "mpadded", "mphantom", "menclose"}
