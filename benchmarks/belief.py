@@ -21,7 +21,7 @@ from mislabelled import read_config, wrong_answers
 
 from cropi.curriculum.belief import OWN_ERROR, InfluenceBelief, kernel_features, likeness
 from cropi.curriculum.reward_belief import RewardBelief
-from cropi.functional.principal_points import principal_points
+from cropi.functional.points import principal_points
 from cropi.rollouts.representations import read_representations
 from cropi.streams import read_jsonl
 from cropi.training.curriculum_state import load_state

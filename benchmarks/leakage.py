@@ -15,10 +15,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from cropi import leakage
 from cropi.builtin import FAMILIES, generate
-from cropi.leakage import find_leakage
 from cropi.prompt_text import numbers, prompt_text, words
+from cropi.prompts import leakage
+from cropi.prompts.leakage import find_leakage
 
 Rows = list[dict[str, Any]]
 SAME_WORDS = 0.85  # difflib's ratio above which two problems with the same numbers count as two editions of one

@@ -14,7 +14,7 @@ from pathlib import Path
 from cropi.artifacts import SELECTION, read_table
 from cropi.builtin import difficulty, generate
 from cropi.config import BuiltinSource, Config
-from cropi.loading import validate_config
+from cropi.config.loading import validate_config
 
 
 def read_config(run: Path) -> Config:

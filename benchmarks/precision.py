@@ -25,10 +25,10 @@ import torch
 
 from cropi.artifacts import OK, read_table
 from cropi.config import Config
-from cropi.functional.agreement import pearson, sign_agreement, spearman, top_overlap
-from cropi.gradients.surrogate_weights import surrogate_settings
+from cropi.config.loading import load_config
+from cropi.gradients.groups import surrogate_settings
+from cropi.lab.audit.agreement import pearson, sign_agreement, spearman, top_overlap
 from cropi.lab.bench.machine import describe
-from cropi.loading import load_config
 from cropi.policy import Policy, load_policy
 from cropi.rollouts.shards import read_trajectories
 from cropi.run_folder import RunFolder

@@ -21,10 +21,10 @@ import torch
 from cropi.builtin import FAMILIES
 from cropi.config import PolicyConfig
 from cropi.console import progress
-from cropi.functional.agreement import spearman, top_overlap
 from cropi.functional.projection import SparseProjection
+from cropi.gradients.groups import SurrogateSettings
 from cropi.gradients.influence_scorer import Scorer, ScorerOptions
-from cropi.gradients.surrogate_weights import SurrogateSettings
+from cropi.lab.audit.agreement import spearman, top_overlap
 from cropi.lab.bench.machine import describe
 from cropi.lab.bench.workload import mixed_groups
 from cropi.policy import load_policy

@@ -29,9 +29,9 @@ import torch
 from torch import Tensor, nn
 
 from cropi.config import PolicyConfig
-from cropi.functional.agreement import pearson, spearman
 from cropi.gradients.direction import DirectionSketch, backward_to_embeddings
 from cropi.gradients.training_influence import Direction, LowRank, Reader
+from cropi.lab.audit.agreement import pearson, spearman
 from cropi.policy import load_policy
 
 RANKS = (4, 8, 16, 32, 64)

@@ -30,14 +30,13 @@ from released_figure import PUBLISHED, draw, print_tables
 from cropi.builtin import FAMILIES
 from cropi.config import PolicyConfig
 from cropi.console import progress
-from cropi.functional.agreement import spearman, top_overlap
 from cropi.functional.projection import SparseProjection
 from cropi.functional.ranking import selection_size
-from cropi.gradients.groups import Group
+from cropi.gradients.groups import Group, SurrogateSettings
 from cropi.gradients.influence_scorer import Scorer, ScorerOptions
 from cropi.gradients.reference import prompt_gradient, trainable_parameters
 from cropi.gradients.sketch import GradientMap, StructuredMap, UniformMap, project
-from cropi.gradients.surrogate_weights import SurrogateSettings
+from cropi.lab.audit.agreement import spearman, top_overlap
 from cropi.lab.bench.machine import describe
 from cropi.lab.bench.workload import mixed_groups
 from cropi.policy import load_policy

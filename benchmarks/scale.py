@@ -48,8 +48,8 @@ def select(size: int, folder: Path) -> dict[str, float]:
     import numpy as np
 
     from cropi.config import Config
+    from cropi.config.loading import load_config
     from cropi.curriculum.strategy import Candidates
-    from cropi.loading import load_config
     from cropi.stages.select import choose_prompts
 
     generator = np.random.default_rng(0)

@@ -32,9 +32,9 @@ from torch import distributed, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from cropi.functional.agreement import spearman, top_overlap
 from cropi.gradients.groups import Group
 from cropi.gradients.influence_scorer import BLOCK, Scorer
+from cropi.lab.audit.agreement import spearman, top_overlap
 from cropi.lab.bench.contenders import BY_WEIGHT, SETS, as_group
 from cropi.lab.bench.machine import describe
 from cropi.lab.bench.policy_shapes import SHAPES, random_policy

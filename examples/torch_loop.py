@@ -5,7 +5,7 @@ import torch
 from cropi.builtin import generate
 from cropi.config import PolicyConfig
 from cropi.curriculum.curriculum import Curriculum
-from cropi.functional.principal_points import principal_points
+from cropi.functional.points import principal_points
 from cropi.gradients.direction import DirectionSketch, inner
 from cropi.gradients.training_influence import Reader
 from cropi.policy import completion_logprobs, load_policy

@@ -31,8 +31,8 @@ ROOT = Path(__file__).resolve().parents[1]
 LAB = ("lab",)
 ENTRIES = ("stages.score", "stages.select", "stages.train")
 PIPELINE = ("pipeline",)
-GROUND = ("artifacts", "builtin", "config", "console", "errors", "leakage", "ledger", "policy", "rewards", "seeds",
-          "run_folder", "parallel")
+GROUND = ("artifacts", "builtin", "config", "console", "errors", "ledger", "policy", "rewards", "seeds",
+          "run_folder", "parallel", "prompts.leakage")
 OTHER_STRATEGIES = tuple(f"curriculum.strategies.{name}" for name in (
     "bmc", "bots", "dots", "full", "gaussian", "gradient_norm", "learnability", "learnalign", "lze", "mid", "mopps",
     "pass_rate", "random", "similarity", "similarity_learnability", "thompson", "vcrl"))

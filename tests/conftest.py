@@ -16,7 +16,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from cropi.training import grpo_settings
-from cropi.training.trial_step import try_one_step
+from cropi.training.grpo_settings import try_one_step
 
 hypothesis.settings.register_profile("any-machine", deadline=None)  # a busy one is slow, not wrong
 hypothesis.settings.load_profile("any-machine")

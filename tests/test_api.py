@@ -6,8 +6,8 @@ import pytest
 import yaml
 
 import cropi
+from cropi.config.loading import recipe_text
 from cropi.errors import ConfigError
-from cropi.loading import recipe_text
 from tests.runs import json_lines
 
 TINY = (

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from cropi.artifacts import OK, TRUNCATED
-from cropi.loading import load_config
+from cropi.config.loading import load_config
 from cropi.pipeline import train_all
 from cropi.stages.collect import collect
 from cropi.stages.run import Run

@@ -18,14 +18,14 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import GRPOConfig, GRPOTrainer
 
 from cropi.config import Config
+from cropi.config.loading import validate_config
 from cropi.errors import DataError, PolicyError
 from cropi.inspection import check_run
-from cropi.loading import validate_config
 from cropi.pipeline import train_all
-from cropi.prompt_encoding import encode_prompts
+from cropi.prompts.encoding import encode_prompts
 from cropi.stages.collect import collect
 from cropi.stages.run import Run
-from cropi.training.stage_trainer import Staged
+from cropi.training.stage_trainer import StageTrainer
 from cropi.trl import CurriculumTrainer, Selector
 
 PLAIN = (
@@ -120,7 +120,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> set[tuple[int, ...]]:
 
     def noting(self: GRPOTrainer, prompts: list[Any]) -> Any:
         result = original(self, prompts)
-        if isinstance(self, Staged | CurriculumTrainer):  # and not the trial step
+        if isinstance(self, StageTrainer | CurriculumTrainer):  # and not the trial step
             found.update(map(tuple, result[0]))
         return result
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from cropi.config.loading import load_config
 from cropi.errors import ConfigError
-from cropi.loading import load_config
 from tests.runs import SMALL, cropi_error, cropi_ok
 
 ONE_STAGE = [

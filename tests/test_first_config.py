@@ -10,11 +10,11 @@ import pytest
 
 from cropi.builtin import POLICY_DIR
 from cropi.cli.first_config import init
-from cropi.loading import load_config, recipe_names, recipe_text
+from cropi.config.loading import load_config, recipe_names, recipe_text
+from cropi.config.yaml_text import parse_yaml
 from cropi.prompts import load_prompts
 from cropi.rewards.verdicts import CORRECT, Answered
 from cropi.run_folder import RunFolder
-from cropi.yaml_text import parse_yaml
 from tests.runs import cropi_error, cropi_ok
 
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 import yaml
 
+from cropi.config.loading import load_config
 from cropi.errors import UserError
-from cropi.loading import load_config
 from cropi.prompts import checked_prompts
 from cropi.rollouts.shards import plan
 from cropi.stages.evaluate import questions
@@ -98,7 +98,7 @@ def change(table: Any, last: Any, rng: random.Random, values: dict[str, Any]) ->
 
 def load(values: dict[str, Any]) -> dict[str, Any]:
     """All settings of a config, defaults included."""
-    from cropi.loading import validate_config
+    from cropi.config.loading import validate_config
 
     return validate_config(values, "test").resolved()
 

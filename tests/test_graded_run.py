@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 import cropi as library
 from cropi.artifacts import OK, read_table
 from cropi.builtin import POLICY_DIR
+from cropi.config.loading import load_config
 from cropi.gradients.groups import Group, iterate_groups
-from cropi.loading import load_config
 from cropi.rollouts.shards import read_trajectories
 from cropi.run_tables import scores_schema
 from cropi.streams import read_jsonl

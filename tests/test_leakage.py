@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from cropi.artifacts import TRAJECTORIES
 from cropi.builtin import FAMILIES, difficulty, generate
 from cropi.gradients.groups import Group
-from cropi.gradients.validation_groups import one_sided, validation_groups
-from cropi.leakage import Leakage, Match, common_limit, find_leakage
+from cropi.gradients.validation_directions import one_sided, validation_groups
 from cropi.prompt_text import normalised, prompt_text, words
 from cropi.prompts import leakage_warnings
+from cropi.prompts.leakage import Leakage, Match, common_limit, find_leakage
 from tests.runs import SMALL, cropi, cropi_error, cropi_ok
 from tests.test_prompts import config, question, write_rows
 

@@ -7,10 +7,10 @@ import torch
 from safetensors.torch import load_file
 
 from cropi.config import LoraConfig, PolicyConfig
+from cropi.config.loading import load_config
 from cropi.errors import PolicyError
 from cropi.gradients.reference import trainable_parameters
 from cropi.inspection import check_run
-from cropi.loading import load_config
 from cropi.pipeline import train_all
 from cropi.policy import fingerprint, load_policy
 from cropi.stages.collect import collect

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cropi.loading import load_config
+from cropi.config.loading import load_config
 from cropi.run_folder import RunFolder
 from tests.report.conftest import Fabrication, fabricate_in
 from tests.runs import SMALL, cropi_error, cropi_ok, evaluations, json_lines, selections

@@ -8,8 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from cropi.config import Config
+from cropi.config.loading import load_config, validate_config
 from cropi.errors import DataError
-from cropi.loading import load_config, validate_config
 from cropi.prompts import checked_prompts, data_identity, load_prompts
 
 

@@ -20,9 +20,9 @@ import torch
 from cropi import ray_workers
 from cropi.artifacts import write_json
 from cropi.config import PolicyConfig
+from cropi.config.loading import load_config
 from cropi.errors import ConfigError, DataError, PolicyError, UserError
 from cropi.ledger import Ledger
-from cropi.loading import load_config
 from cropi.policy import PolicyCopy, load_policy, weights_identity
 from cropi.ray_workers import Job, Perform, RayPool, Task, Worker, packed, unpacked, use_ray
 from cropi.stages.collect import collect

@@ -3,9 +3,8 @@ from pathlib import Path
 import pytest
 
 from cropi.cli.main import copy_recipe, show_recipe
+from cropi.config.loading import load_config, merged, presets, recipe_names, recipe_text, suite_names, validate_config
 from cropi.errors import UserError
-from cropi.loading import load_config, recipe_names, recipe_text, suite_names, validate_config
-from cropi.presets import merged, presets
 
 
 def test_recipes_in_folders_are_named_by_their_path() -> None:

@@ -5,8 +5,8 @@ import pytest
 
 from cropi.artifacts import finish, write_json, write_sealed
 from cropi.config import SAMPLED_BY, Config
+from cropi.config.loading import load_config
 from cropi.errors import ArtifactError, ConfigError
-from cropi.loading import load_config
 from cropi.report.run_report import make_report
 from cropi.run_folder import RunFolder, checkpoints
 from tests.runs import SMALL

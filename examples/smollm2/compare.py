@@ -6,7 +6,7 @@ are cropi's. As in its trainer, the batch of a step is chosen before the rewards
 and due validation prompts are sampled before that. A run writes `log.jsonl` with a line for each evaluation, validation
 round and step. The same command goes on after the newest evaluation.
 
-Costs are `passes`: forward passes of one token through all matrices, by the formula of `cropi.report.flops`, for which
+Costs are `passes`: forward passes of one token through all matrices, by the formula of `cropi.report.costs`, for which
 every completion has a copy of its prompt, plus the products of sketching and reading.
 """
 
@@ -26,13 +26,13 @@ from influence import SET, Influence
 from pilot import Run, Shuffled, representations
 
 from cropi.curriculum.belief import kernel_features
-from cropi.curriculum.chooser import Pool, PromptChooser, RewardChooser, rested
-from cropi.curriculum.curriculum import Choice, Curriculum
+from cropi.curriculum.chooser import Choice, Pool, PromptChooser, RewardChooser, rested
+from cropi.curriculum.curriculum import Curriculum
 from cropi.curriculum.reward_belief import RewardBelief
 from cropi.curriculum.strategies.bmc import BmcStrategy
 from cropi.curriculum.strategies.cropi import CropiStrategy
 from cropi.curriculum.strategies.similarity_learnability import COOLDOWN, SimilarityLearnabilityStrategy
-from cropi.functional.principal_points import principal_points
+from cropi.functional.points import principal_points
 from cropi.gradients.layer_taps import matrix_parameters
 from cropi.seeds import derived_seed
 

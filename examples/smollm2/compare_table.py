@@ -20,7 +20,7 @@ import numpy as np
 from cropi.artifacts import write_table
 from cropi.lab.compare.curve_statistics import first_crossings
 from cropi.lab.compare.result_table import RESULTS, RESULTS_FILE
-from cropi.report.flops import FORWARD
+from cropi.report.costs import FORWARD
 
 SET = "two-step"
 STUDENT = {1: np.inf, 2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 8: 2.365, 10: 2.262}  # t(0.975) by seeds

@@ -24,7 +24,8 @@ from grpo import Group, Packed, Policy, Question, Row, log_probs, pack
 from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
 
-from cropi.functional.agreement import spearman, spearman_brown
+from cropi.functional.ranking import spearman_brown
+from cropi.lab.audit.agreement import spearman
 
 SKETCH = 16  # columns of P and Q
 TOGETHER = 16  # completions that share one pass

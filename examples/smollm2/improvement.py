@@ -25,7 +25,7 @@ from direction import centred
 from grpo import Group, Policy, Question, Row, log_probs, pack
 from torch import Tensor
 
-from cropi.functional.agreement import spearman
+from cropi.lab.audit.agreement import spearman
 
 KINDS = ("two-step", "two-step", "one-step", "all", "gsm8k", "divisors")  # of batch n: KINDS[n % 6]
 PROMPTS, COMPLETIONS = 16, 8

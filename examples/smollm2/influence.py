@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from cropi.curriculum.curriculum import Curriculum
 from cropi.functional.surrogate import group_advantages
 from cropi.gradients.direction import inner
+from cropi.gradients.groups import SurrogateSettings
 from cropi.gradients.layer_taps import matrix_parameters
-from cropi.gradients.surrogate_weights import SurrogateSettings
 from cropi.gradients.training_influence import Reader
 from cropi.rollouts.generation import Sampling
 from cropi.seeds import derived_seed

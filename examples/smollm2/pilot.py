@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from grpo import Group, Policy, Question
 
-from cropi.functional.principal_points import principal_points
+from cropi.functional.points import principal_points
 
 HALF_LIFE = 16  # steps after which a group's rewards count half
 COOL = 4  # steps before a prompt may come again

@@ -13,8 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from cropi.functional.bootstrap import bootstrap_mean
-
 STUDENT = {3: (4.303, 1.061), 5: (2.776, 0.941), 8: (2.365, 0.896)}  # t(0.975) and t(0.8) with n - 1 degrees of freedom
 
 
@@ -23,8 +21,11 @@ def read(folder: Path) -> list[dict[str, Any]]:
 
 
 def interval(differences: Any) -> tuple[float, float]:
-    found = bootstrap_mean(differences, seed=0)
-    return round(found.low, 3), round(found.high, 3)
+    """Percentile bootstrap."""
+    count = len(differences)
+    drawn = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=2000) @ differences / count
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    return round(float(low), 3), round(float(high), 3)
 
 
 def area(evaluations: list[dict[str, Any]]) -> float:

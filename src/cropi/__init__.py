@@ -8,9 +8,8 @@ if TYPE_CHECKING:
     from cropi.api import RunResult, load, run
     from cropi.functional.projection import SparseProjection
     from cropi.gradients.group_influence import InfluenceScores, influence
-    from cropi.gradients.groups import Group
+    from cropi.gradients.groups import Group, SurrogateSettings
     from cropi.gradients.influence_scorer import ScorerOptions
-    from cropi.gradients.surrogate_weights import SurrogateSettings
     from cropi.lab.compare.comparison_result import ComparisonResult, compare, load_comparison
 
 __version__ = "0.1.0"
@@ -40,7 +39,7 @@ _HOMES = {
     "InfluenceScores": "cropi.gradients.group_influence",
     "ScorerOptions": "cropi.gradients.influence_scorer",
     "SparseProjection": "cropi.functional.projection",
-    "SurrogateSettings": "cropi.gradients.surrogate_weights",
+    "SurrogateSettings": "cropi.gradients.groups",
     "influence": "cropi.gradients.group_influence",
 }
 

@@ -14,11 +14,12 @@ import pyarrow as pa
 from cropi.artifacts import EVALUATION, PROMPTS, open_artifact, read_table
 from cropi.cli.shell import open_run
 from cropi.config import Config
+from cropi.config.loading import ConfigLike, load_config
 from cropi.errors import ArtifactError
-from cropi.loading import ConfigLike, load_config
 from cropi.report.costs import charges
+from cropi.report.headline import headline
 from cropi.report.reading import prompt_text, read_beliefs, read_scores, read_selection, selection_table, way
-from cropi.report.summary import Summary, headline, summarise
+from cropi.report.summary import Summary, summarise
 from cropi.run_folder import RunFolder
 from cropi.run_tables import evaluation_files
 from cropi.streams import read_jsonl

@@ -43,6 +43,10 @@ class PolicyError(UserError):
     """The model or its tokenizer cannot be used."""
 
 
+class UncoveredError(PolicyError):
+    """The engine does not cover the model; autograd may."""
+
+
 class SignalError(UserError):
     """The data carry no learning signal, or a selection came out empty."""
 

@@ -16,14 +16,13 @@ from cropi.artifacts import is_finished
 from cropi.config import Config
 from cropi.console import duration
 from cropi.errors import DataError
-from cropi.gradients.groups import Group
+from cropi.gradients.groups import Group, surrogate_settings
 from cropi.gradients.reference import trainable_parameters
 from cropi.gradients.score_shards import make_scorer
-from cropi.gradients.surrogate_weights import surrogate_settings
 from cropi.policy import Policy, load_policy
-from cropi.prompt_encoding import chat_warnings
 from cropi.prompt_text import last_turn
 from cropi.prompts import checked_prompts
+from cropi.prompts.encoding import chat_warnings
 from cropi.rewards.pool import judge_of
 from cropi.rewards.verdicts import CORRECT, UNPARSEABLE_ANSWER, GradeError, Judge, Judgement, answered, reward
 from cropi.rewards.verifier import ScoringVerifier

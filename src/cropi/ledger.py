@@ -20,8 +20,8 @@ class Ledger:
     """Adds lines {phase, stage, seconds, tokens, ...} to `ledger.jsonl`, of further processes `ledger-RANK.jsonl`.
 
     Collection writes `tokens` (of completions), `prompt_tokens` and `passes` over both, scoring `computed_tokens` (of
-    the pool, shared prompts once), `validation_tokens`, `forward_tokens` (only read) and `read_passes`
-    (low-rank products with a gradient, in forward passes of a token). `report.flops` counts these.
+    the pool, shared prompts once), `estimator`, `validation_tokens`, `forward_tokens` (only read) and `read_passes`
+    (low-rank products with a gradient, in forward passes of a token). `report.costs` counts these.
     """
 
     def __init__(self, path: Path) -> None:

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 
-from cropi.errors import ConfigError, UserError
+from cropi.errors import ConfigError, UserError, first_line
 from cropi.parallel import launched
 
 RESTARTS = 3  # of a Ray worker that dies, and attempts at the task that it had
@@ -137,7 +137,7 @@ class RayPool:
                 yield from dataset.iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=0)
             except ray.exceptions.RayActorError as error:
                 raise UserError(
-                    f"a worker died {RESTARTS + 1} times: {_first_line(error)}",
+                    f"a worker died {RESTARTS + 1} times: {first_line(error)}",
                     where="--ray",
                     fix="look for the reason in Ray's logs (often memory: lower collect.batch_size or "
                     "score.batch_tokens), and run the same command again: it goes on where it stopped.",
@@ -161,7 +161,7 @@ class RayPool:
             ray.init(address=self._address, log_to_driver=False, logging_level=logging.ERROR, **own)
         except (OSError, ValueError, RuntimeError) as error:
             raise ConfigError(
-                f"cannot join the cluster: {_first_line(error)}",
+                f"cannot join the cluster: {first_line(error)}",
                 where=f"--ray {self._address}",
                 fix="start one with `ray start --head`, check the address, or give --ray local.",
             ) from None
@@ -180,10 +180,6 @@ def _import_ray() -> Any:
     except ImportError:
         raise ConfigError("Ray is not installed", where="--ray", fix="pip install 'cropi[ray]'.") from None
     return ray
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
 
 
 _pool: RayPool | None = None

@@ -39,9 +39,9 @@ def estimate(
     trajectories = sum(len(shard.prompts) * shard.samples for shard in shards) if collects else 0
     mean_completion = pace.completion_tokens
     per_step = settings.generation_batch_size / settings.steps_per_generation * settings.gradient_accumulation_steps
-    steps = config.train.stages * config.train.steps_per_stage
+    steps = config.train.steps
     scored = config.select.strategy.reads_scores
-    evaluations = steps // (config.evaluate.every or config.train.steps_per_stage)
+    evaluations = steps // config.evaluate_every
     before = {
         "trajectories": trajectories,
         "collect_tokens": trajectories * mean_completion,

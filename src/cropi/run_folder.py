@@ -19,7 +19,6 @@ import re
 import shutil
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
@@ -48,11 +47,16 @@ from cropi.run_tables import TrainPrompts
 from cropi.streams import check_streams, cut_jsonl
 
 
-@dataclass(frozen=True)
 class StagePaths:
     """Paths of what the stages make, in a run's folder or in that of a checkpoint from outside."""
 
-    folder: Path
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.imported = folder / "imported"  # trajectories from another trainer's rollouts
+        self.checkpoints, self.evaluations = folder / "checkpoints", folder / "evaluations"
+        self.choices = folder / "choices.jsonl"  # of every generation batch, where a strategy chooses them one by one
+        self.rewards, self.steps = folder / "rewards.jsonl", folder / "steps.jsonl"
+        self.metrics, self.ledger = folder / "metrics.jsonl", folder / "ledger.jsonl"
 
     def scores(self, stage: int) -> Path:
         return self._of("scores", stage)
@@ -63,40 +67,6 @@ class StagePaths:
     def beliefs(self, stage: int) -> Path:
         """Beliefs about the pool at the end of a stage, where influence is read while training."""
         return self._of("beliefs", stage)
-
-    @property
-    def imported(self) -> Path:
-        """Trajectories from another trainer's rollouts."""
-        return self.folder / "imported"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.folder / "checkpoints"
-
-    @property
-    def evaluations(self) -> Path:
-        return self.folder / "evaluations"
-
-    @property
-    def rewards(self) -> Path:
-        return self.folder / "rewards.jsonl"
-
-    @property
-    def choices(self) -> Path:
-        """The prompts of every generation batch, where a strategy chooses them one by one."""
-        return self.folder / "choices.jsonl"
-
-    @property
-    def steps(self) -> Path:
-        return self.folder / "steps.jsonl"
-
-    @property
-    def metrics(self) -> Path:
-        return self.folder / "metrics.jsonl"
-
-    @property
-    def ledger(self) -> Path:
-        return self.folder / "ledger.jsonl"
 
     def _of(self, name: str, stage: int) -> Path:
         return self.folder / name / f"stage-{stage:03}"
@@ -127,6 +97,8 @@ class RunFolder:
     def __init__(self, config: Config) -> None:
         self.config, self.folder = config, config.folder
         self.stages = StagePaths(config.folder)
+        self.prompts, self.trajectories = self.folder / "prompts", self.folder / "trajectories"
+        self.representations = self.folder / "representations"  # hidden states of the base policy for every prompt
         self._grown_from: int | None = None  # stages that the run had, where it gets more
         process_group().from_main(self._check_claim)
 
@@ -241,19 +213,6 @@ class RunFolder:
         names = (path.name for path in self.folder.rglob("*"))
         return any(name == MANIFEST or name.startswith("part-") for name in names)
 
-    @property
-    def prompts(self) -> Path:
-        return self.folder / "prompts"
-
-    @property
-    def trajectories(self) -> Path:
-        return self.folder / "trajectories"
-
-    @property
-    def representations(self) -> Path:
-        """Hidden states of the base policy for every prompt."""
-        return self.folder / "representations"
-
     @cached_property
     def _prompt_table(self) -> pa.Table:
         open_artifact(self.prompts, "prompts", made_by="cropi collect")
@@ -267,6 +226,13 @@ class RunFolder:
     def held_out(self, role: str) -> list[dict[str, Any]]:
         """Rows of the prompt table of a role: `validation` or `test`."""
         return self._prompt_table.filter(pc.starts_with(self._prompt_table.column("set"), f"{role}/")).to_pylist()
+
+    @property
+    def validation_prompts(self) -> dict[str, list[dict[str, Any]]]:
+        """Rows of the prompt table by validation set, in order of its name."""
+        rows = self.held_out("validation")
+        names = sorted(self.config.prompts.validation)
+        return {name: [row for row in rows if row["set"] == f"validation/{name}"] for name in names}
 
     @cached_property
     def train_prompts(self) -> TrainPrompts:

@@ -10,9 +10,9 @@ import pytest
 from mislabelled import wrong_answers
 
 from cropi.artifacts import REPRESENTATIONS, write_json
+from cropi.config.loading import load_config
 from cropi.curriculum.belief import InfluenceBelief
 from cropi.curriculum.curriculum import Curriculum
-from cropi.loading import load_config
 from cropi.streams import append_jsonl
 from cropi.training.curriculum_state import save_state
 

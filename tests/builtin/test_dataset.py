@@ -8,7 +8,7 @@ import pytest
 from cropi.builtin import difficulty
 from cropi.builtin.dataset import SPLITS, generate
 from cropi.builtin.families import FAMILIES
-from cropi.functional.tfidf import tfidf_similarity
+from cropi.functional.points import tfidf_similarity
 from cropi.prompt_text import words as words_of
 
 FIRST_ROW = {

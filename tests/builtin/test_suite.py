@@ -9,9 +9,9 @@ import pytest
 from cropi.builtin import FAMILIES
 from cropi.builtin.families import STYLES
 from cropi.config import BuiltinSource, Config
-from cropi.leakage import Leakage
-from cropi.loading import load_config, suite_names
+from cropi.config.loading import load_config, suite_names
 from cropi.prompts import checked_prompts
+from cropi.prompts.leakage import Leakage
 
 NAMES = ["conflict", "homogeneous", "look-alikes", "no-signal", "noisy-labels", "rare-skill", "targeted", "two-sets"]
 scenarios = pytest.mark.parametrize("name", NAMES)

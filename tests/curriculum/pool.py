@@ -4,9 +4,9 @@ import dataclasses
 
 import numpy as np
 
-from cropi.curriculum.choose import choose, selection_table
 from cropi.curriculum.strategies import Strategy
 from cropi.curriculum.strategy import Candidates, FusionConfig
+from cropi.stages.select import choose, selection_batches
 
 FUSION = FusionConfig()
 
@@ -24,7 +24,8 @@ def pool(pass_rates: list[float], size: int = 8, **facts: object) -> Candidates:
 def chosen(strategy: Strategy, size: int, candidates: Candidates, fusion: FusionConfig = FUSION) -> list[str]:
     """Ids of the selection, best first."""
     ranking = strategy.rank(candidates, size, fusion)
-    rows = selection_table(candidates, ranking, choose(candidates, ranking, size)).to_pylist()
+    batches = selection_batches(candidates, ranking, choose(candidates, ranking, size))
+    rows = [row for batch in batches for row in batch.to_pylist()]
     assert sorted(row["prompt_id"] for row in rows) == sorted(candidates.prompt_ids)  # nothing vanishes
     return [row["prompt_id"] for row in rows if row["selected"]]
 

@@ -6,10 +6,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from cropi.curriculum.chooser import Pool, RewardChooser
-from cropi.curriculum.curriculum import Choice
-from cropi.curriculum.prompt_tree import Cluster, prompt_tree
-from cropi.curriculum.strategies.bmc import Bmc, BmcStrategy, _Node
+from cropi.curriculum.chooser import Choice, Pool, RewardChooser
+from cropi.curriculum.strategies.bmc import Bmc, BmcStrategy, Cluster, _Node, prompt_tree
 from cropi.curriculum.strategies.bots import Bots, BotsStrategy
 from cropi.curriculum.strategies.lze import Lze, LzeStrategy
 from cropi.curriculum.strategies.mopps import Mopps, MoppsStrategy

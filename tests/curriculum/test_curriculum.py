@@ -7,9 +7,10 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from cropi.curriculum.curriculum import COOLDOWN, Choice, Curriculum, even_counts, without_harm
+from cropi.curriculum.chooser import Choice
+from cropi.curriculum.curriculum import COOLDOWN, Curriculum, even_counts, without_harm
 from cropi.errors import ArtifactError
-from cropi.functional.ratio import ratio_interval
+from cropi.functional.intervals import ratio_interval
 
 
 class World:

@@ -12,6 +12,7 @@ import pytest
 
 import cropi
 from cropi.config import Config
+from cropi.config.loading import load_config, merged, presets
 from cropi.curriculum.strategies import (
     STRATEGIES,
     BmcStrategy,
@@ -20,8 +21,6 @@ from cropi.curriculum.strategies import (
     StrategyTable,
 )
 from cropi.functional.projection import SparseProjection, projection_of
-from cropi.loading import load_config
-from cropi.presets import merged, presets
 
 PAGE = (Path(__file__).parents[2] / "docs" / "strategies.md").read_text(encoding="utf-8")
 LETTERS = {"trajectories": "T", "gradients": "G", "validation": "V", "rewards": "R", "representations": "H"}
@@ -65,7 +64,7 @@ class ShortestStrategy(StrategyTable):
 USED = """
 from cropi.curriculum.strategy import Candidates, FusionConfig
 from cropi.functional.projection import SparseProjection, projection_of
-from cropi.loading import load_config
+from cropi.config.loading import load_config
 import numpy as np
 
 strategy = load_config("quickstart", ["select.strategy={type: shortest, longest: 3}"]).select.strategy

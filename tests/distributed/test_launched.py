@@ -11,8 +11,8 @@ from tests.distributed.launching import launch, launch_ok
 from tests.runs import SMALL, cropi, cropi_ok, evaluations, json_lines
 
 from cropi.artifacts import write_json
+from cropi.config.loading import load_config
 from cropi.ledger import Ledger
-from cropi.loading import load_config
 from cropi.streams import read_jsonl
 
 RUN = Path("runs/quickstart")

@@ -22,7 +22,7 @@ from influence import SET, PackedPass, halves, read
 
 from cropi.functional.surrogate import group_advantages
 from cropi.gradients.direction import DirectionSketch
-from cropi.gradients.surrogate_weights import SurrogateSettings
+from cropi.gradients.groups import SurrogateSettings
 from cropi.gradients.training_influence import Direction, LowRank, Reader
 from cropi.lab.compare.comparison_summary import summarise
 from cropi.lab.compare.paired_runs import read_traces

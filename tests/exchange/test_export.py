@@ -21,11 +21,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from cropi.builtin import POLICY_DIR
+from cropi.config.loading import load_config
 from cropi.errors import ArtifactError, ConfigError, DataError, PolicyError
 from cropi.exchange.export import export, parquet_table
 from cropi.exchange.formats import FORMATS, Item
 from cropi.exchange.rewards import Rewards, facts_of
-from cropi.loading import load_config
 from cropi.stages.collect import collect
 from cropi.stages.run import Run
 from cropi.stages.select import select

@@ -16,11 +16,11 @@ from trl import GRPOConfig, GRPOTrainer
 
 from cropi.artifacts import SELECTION, read_table
 from cropi.builtin import POLICY_DIR
+from cropi.config.loading import load_config
 from cropi.errors import ArtifactError, DataError
 from cropi.exchange.dumps import import_rollouts
 from cropi.exchange.export import export
 from cropi.exchange.rewards import Rewards
-from cropi.loading import load_config
 from cropi.rollouts.shards import read_trajectories
 from cropi.stages.collect import collect
 from cropi.stages.run import Run

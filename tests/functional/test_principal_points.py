@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from cropi.functional import principal_points as module
-from cropi.functional.principal_points import principal_points
+from cropi.functional import points as module
+from cropi.functional.points import principal_points
 
 
 def test_principal_points_keep_distances_up_to_one_scale() -> None:
@@ -22,7 +22,7 @@ def test_principal_points_keep_distances_up_to_one_scale() -> None:
 def test_principal_points_by_blocks_and_parts_are_those_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = np.random.default_rng(1).normal(size=(40, 5)).astype(np.float32)
     whole = principal_points(rows.astype(np.float64), dimensions=3)
-    monkeypatch.setattr(module, "ROWS", 7)
+    monkeypatch.setattr(module, "BLOCK", 7)
     parts = principal_points(rows[:25], rows[25:], dimensions=3)
     np.testing.assert_allclose(parts @ parts.T, whole @ whole.T, atol=1e-12)
 

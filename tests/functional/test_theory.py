@@ -17,12 +17,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from cropi.functional.agreement import top_overlap
 from cropi.functional.influence_formulas import influence, mean_weights
 from cropi.functional.ranking import reciprocal_rank_fusion
 from cropi.functional.surrogate import EPSILON, effective_sample_share
+from cropi.gradients.groups import RatioStatistics, SurrogateSettings, ratio_statistics, scales_of
 from cropi.gradients.packing import Span
-from cropi.gradients.surrogate_weights import RatioStatistics, SurrogateSettings, ratio_statistics, scales_of
+from cropi.lab.audit.agreement import top_overlap
 from cropi.lab.audit.policy_audit import log_prefix_ratios
 from cropi.lab.audit.trajectory_products import TrajectoryProducts
 

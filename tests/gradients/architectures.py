@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from cropi.gradients.engine import Engine, segments_of
 from cropi.gradients.exact import DenseReader
-from cropi.gradients.groups import Group
+from cropi.gradients.groups import Group, SurrogateSettings
 from cropi.gradients.packing import Segment
-from cropi.gradients.surrogate_weights import SurrogateSettings
 
 VOCABULARY = 41
 NORMALIZERS = ["sequence", "token", "constant"]

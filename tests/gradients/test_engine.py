@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from cropi.errors import PolicyError
 from cropi.functional.projection import SparseProjection
 from cropi.gradients import engine as engine_module
-from cropi.gradients.capture import NullReader
+from cropi.gradients.capture import FactorReader
 from cropi.gradients.engine import Engine, Work, segment_of
 from cropi.gradients.exact import DenseReader, ExactReader
 from cropi.gradients.groups import Group
@@ -135,11 +135,11 @@ def test_what_was_frozen_since_stays_frozen() -> None:
     engine = Engine(model, SETTINGS, 40)
     model.model.embed_tokens.weight.requires_grad_(False)
     before = state(model)
-    engine.run(segments(GROUPS), NullReader())
+    engine.run(segments(GROUPS), FactorReader())
     check_unchanged(model, before)
 
 
-class Failing(NullReader):
+class Failing(FactorReader):
     """Raises when told of the n-th thing of a kind."""
 
     def __init__(self, kind: str) -> None:
@@ -319,7 +319,9 @@ def test_what_cannot_be_divided_is_an_error(divisible: bool, what: str) -> None:
     engine = Engine(model, SETTINGS, 1000)
     before = state(model)
     with pytest.raises(PolicyError, match=f"(?s)device cpu: out of memory while scoring {what}.*Fix: free memory"):
-        engine.run([part.alone()[0] if divisible else part], Limited(NullReader(), larger_than(0)), divisible=divisible)
+        engine.run(
+            [part.alone()[0] if divisible else part], Limited(FactorReader(), larger_than(0)), divisible=divisible
+        )
     assert engine.budget == 1000
     check_unchanged(model, before)
 
@@ -327,7 +329,7 @@ def test_what_cannot_be_divided_is_an_error(divisible: bool, what: str) -> None:
 def test_other_errors_are_not_taken_for_a_lack_of_memory() -> None:
     model = tiny("gpt_neox")
 
-    class Broken(NullReader):
+    class Broken(FactorReader):
         def linear(self, *_: Any) -> None:
             raise RuntimeError("shapes differ")
 
@@ -382,7 +384,7 @@ def test_nothing_without_an_advantage_reaches_the_model() -> None:
     assert {row: moments.tokens for row, moments in work.ratios.items()} == {1: 3, 3: 3, 4: 5}
     assert work.of(0).effective_share == 1.0
     seen.clear()
-    assert engine.run(segments(MIXED[:1]), NullReader()).tokens == 0
+    assert engine.run(segments(MIXED[:1]), FactorReader()).tokens == 0
     assert not seen
 
 
@@ -391,7 +393,7 @@ def test_a_prompt_is_computed_once_for_all_its_trajectories_unless_it_is_divided
     for budget, expected in ((1000, 23), (1, 15 + 3 * 5 + 3)):
         engine = Engine(model, SETTINGS, budget)
         seen = tokens_seen(model)
-        work = engine.run(segments(MANY[:1]), NullReader())
+        work = engine.run(segments(MANY[:1]), FactorReader())
         assert work.tokens == sum(seen) == expected, budget
 
 
@@ -426,7 +428,7 @@ def test_scorer_leaves_groups_without_signal_out() -> None:
 
 def test_a_forward_pass_alone_gives_the_same_ratios() -> None:
     engine = Engine(tiny("gpt_neox"), SETTINGS, 25)
-    full, alone = engine.run(segments(GROUPS), NullReader()), engine.forward_only(segments(GROUPS))
+    full, alone = engine.run(segments(GROUPS), FactorReader()), engine.forward_only(segments(GROUPS))
     assert full.tokens == alone.tokens
     assert full.ratios.keys() == alone.ratios.keys()
     for row, moments in full.ratios.items():

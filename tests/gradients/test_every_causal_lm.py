@@ -30,14 +30,14 @@ SIZES = {
     8: "moe_intermediate_size shared_expert_intermediate_size expert_ffn_hidden_size shared_intermediate_size "
     "moe_shared_expert_intermediate_size head_dim kv_channels q_lora_rank kv_lora_rank qk_nope_head_dim v_head_dim "
     "attention_chunk_size mamba_d_head mamba_d_state mamba_head_dim ssm_state_size state_size mamba_chunk_size "
-    "chunk_size linear_key_head_dim linear_value_head_dim index_head_dim hidden_size_per_layer_input",
+    "chunk_size linear_key_head_dim linear_value_head_dim index_head_dim hidden_size_per_layer_input o_lora_rank",
     4: "num_hidden_layers num_layers num_experts num_local_experts n_routed_experts moe_num_experts qk_rope_head_dim "
     "rotary_dim sliding_window attention_window window_size mamba_n_heads mamba_num_heads mamba_dt_rank "
     "time_step_rank index_topk",
     2: "n_layer n_layers decoder_layers encoder_layers num_decoder_layers num_encoder_layers num_attention_heads "
     "n_head n_heads decoder_attention_heads encoder_attention_heads num_heads num_decoder_attention_heads "
     "num_encoder_attention_heads num_experts_per_tok moe_k moe_topk top_k_experts num_experts_per_token n_mamba_heads "
-    "linear_num_key_heads linear_num_value_heads index_n_heads",
+    "linear_num_key_heads linear_num_value_heads index_n_heads o_groups",
     1: "num_key_value_heads n_shared_experts n_group topk_group first_k_dense_replace moe_layer_start_index "
     "num_dense_layers mamba_n_groups n_groups",
     12: "qk_head_dim",
@@ -56,14 +56,18 @@ OTHERWISE: dict[str, dict[str, Any]] = {
     "deepseek_v2": _LATENT | {"num_experts_per_tok": 2, "n_routed_experts": 4},
     "bailing_hybrid": {"num_key_value_heads": 2, "num_expert_group": 1},
     "kimi_linear": {"num_key_value_heads": 2},
+    "bamba": {"attn_layer_indices": [1, 3]},
     "codegen": {"n_head": 4},
+    "deepseek_v4": {"hc_mult": 2, "hc_sinkhorn_iters": 2},
     "diffllama": {"num_key_value_heads": 2},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "num_key_value_heads": 2},
     "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]]},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
     "hunyuan_v1_dense": {"head_dim": 8},
     "hunyuan_v1_moe": {"head_dim": 8},
     "ministral": {"head_dim": 8},
     "nemotron": {"num_key_value_heads": 1},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
     "mamba2": {"num_heads": 4, "head_dim": 8, "expand": 2},

@@ -198,25 +198,17 @@ def test_a_faint_look_ahead_shows_in_any_precision() -> None:
         Scorer(model, SETTINGS, ScorerOptions(estimator="reference"))
 
 
-@pytest.mark.parametrize(
-    ("model", "settings", "message"),
-    [
-        ("GPT2LMHeadModel", {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 128}, "Conv1D"),
-        ("BertLMHeadModel", ENCODER, "not causal"),
-    ],
-)
-def test_a_run_refuses_a_policy_before_anything_is_collected(
-    model: str, settings: dict[str, Any], message: str, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("estimator", ["sketch", "reference"])
+def test_a_run_refuses_a_policy_before_anything_is_collected(estimator: str, tmp_path: Path) -> None:
     policy = tmp_path / "policy"
     tokenizer = transformers.AutoTokenizer.from_pretrained(POLICY_DIR)
     tokenizer.save_pretrained(policy)
-    kind = getattr(transformers, model)
-    kind(kind.config_class(**settings | {"vocab_size": len(tokenizer)})).save_pretrained(policy)
-    estimator = "reference" if model.startswith("Bert") else "sketch"
+    bert_of = transformers.BertConfig(**ENCODER | {"vocab_size": len(tokenizer)})
+    transformers.BertLMHeadModel(bert_of).save_pretrained(policy)
     overrides = [f"policy.path={policy}", f"score.estimator={estimator}", "name=refused"]
     ended = cropi("run", "quickstart", *SMALL, *overrides, cwd=tmp_path)
     assert ended.returncode == 2
-    assert message in ended.stderr
+    assert "not causal" in ended.stderr
+    assert "autograd instead" not in ended.stderr
     assert "Traceback" not in ended.stderr
     assert not list(tmp_path.rglob("trajectories"))

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 import cropi
 from cropi.errors import PolicyError
-from cropi.gradients.capture import NullReader
+from cropi.gradients.capture import FactorReader
 from cropi.gradients.engine import Engine
 from cropi.gradients.groups import Group
 from cropi.gradients.influence_scorer import ScorerOptions
@@ -354,4 +354,4 @@ def test_a_layer_that_only_some_texts_reach_is_refused_when_one_does() -> None:
     engine = Engine(model.eval(), SETTINGS, 1000)
     reached = Group("p", [5, 6, 7], [[3, 4, 5], [6, 7, 8]], [1.0, 0.0], None)
     with pytest.raises(PolicyError, match="Linear for some texts only"):
-        engine.run(segments([reached]), NullReader())
+        engine.run(segments([reached]), FactorReader())

@@ -181,5 +181,3 @@ def test_tokens_given_and_computed() -> None:
 def test_options_that_do_not_go_together() -> None:
     with pytest.raises(ValueError, match="max_completion_length"):
         cropi.SurrogateSettings(normalizer="constant")
-    with pytest.raises(ValueError, match="standard_errors"):
-        scores(tiny("gpt_neox"), GROUPS, "reference", standard_errors=True)

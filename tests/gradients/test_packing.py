@@ -25,12 +25,11 @@ from cropi.functional.projection import SparseProjection, principal_directions
 from cropi.gradients.engine import Engine
 from cropi.gradients.exact import DenseReader, ExactReader
 from cropi.gradients.group_influence import influence
-from cropi.gradients.groups import Group
+from cropi.gradients.groups import Group, SurrogateSettings
 from cropi.gradients.influence_scorer import ScorerOptions
 from cropi.gradients.packing import Pack, Segment, make_pack, plan
 from cropi.gradients.reference import trainable_parameters
 from cropi.gradients.sketch import SketchReader, StructuredMap, UniformMap
-from cropi.gradients.surrogate_weights import SurrogateSettings
 
 pytestmark = pytest.mark.usefixtures("unchecked_shapes")
 

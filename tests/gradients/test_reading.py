@@ -256,6 +256,7 @@ SHARES = {
     "lfm2": 0.8,  # short convolutions
     "qwen3_moe": 0.9,
     "falcon_h1": 0.9,
+    "deepseek_v4": 0.6,  # a linear layer that multiplies each group by its own part of the weight
 }
 """Least share of the squared gradient that is read, by architecture of a tiny model."""
 

@@ -7,9 +7,8 @@ import torch
 from tests.gradients.architectures import draw_group, tiny
 from transformers import LlamaForCausalLM
 
-from cropi.gradients.groups import Group
+from cropi.gradients.groups import Group, SurrogateSettings
 from cropi.gradients.reference import prompt_gradient
-from cropi.gradients.surrogate_weights import SurrogateSettings
 from cropi.policy import completion_logprobs
 
 GROUP = Group(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,8 +22,8 @@ VALIDATION = {"a": GROUPS[:2], "b": [GROUPS[1], GROUPS[2], draw_group(4, [3, 6, 
 NEARLY_EXACT = SparseProjection(dim=1 << 18, keep_fraction=1.0, mask="uniform", seed=3)
 
 
-def aimed(projection: SparseProjection = NEARLY_EXACT) -> Scorer:
-    scorer = Scorer(tiny("gpt_neox"), SETTINGS, ScorerOptions(projection=projection))
+def aimed(projection: SparseProjection = NEARLY_EXACT, estimator: Any = "sketch", score: Any = "dot") -> Scorer:
+    scorer = Scorer(tiny("gpt_neox"), SETTINGS, ScorerOptions(estimator, score, projection=projection))
     scorer.aim(VALIDATION)
     return scorer
 
@@ -32,8 +33,9 @@ def test_halves_share_the_rewards_evenly() -> None:
     assert half_factors([0.0, 0.0, 1.0]) == ([0.0, 1.0, 1.0], [1.0, 0.0, 0.0])
 
 
-def test_two_halves_are_the_whole_and_their_difference_the_error() -> None:
-    scorer, groups = aimed(), [*TRAIN, EQUAL]
+@pytest.mark.parametrize("estimator", ["sketch", "exact", "reference"])
+def test_two_halves_are_the_whole_and_their_difference_the_error(estimator: str) -> None:
+    scorer, groups = aimed(estimator=estimator), [*TRAIN, EQUAL]
     plain, found = scorer(groups), score_by_halves(scorer, groups)
     np.testing.assert_allclose(found.products_NV, plain.products_NV, rtol=1e-4, atol=1e-7)
     np.testing.assert_allclose(found.norms_N, plain.norms_N, rtol=1e-4, atol=1e-7)
@@ -45,6 +47,14 @@ def test_two_halves_are_the_whole_and_their_difference_the_error() -> None:
         np.testing.assert_allclose(found.errors_NV[n], np.abs(parts[0] - parts[1]), rtol=1e-4, atol=1e-7)
     assert (found.errors_NV[:3] > 0).all()
     assert (found.errors_NV[3] == 0).all()
+
+
+@pytest.mark.parametrize("estimator", ["exact", "reference"])
+def test_errors_without_projection_are_those_of_features_that_keep_everything(estimator: str) -> None:
+    sketched, found = (score_by_halves(aimed(estimator=kind, score="cosine"), TRAIN) for kind in ("sketch", estimator))
+    assert sketched.errors_NV is not None
+    assert found.errors_NV is not None
+    np.testing.assert_allclose(found.errors_NV, sketched.errors_NV, atol=0.02 * sketched.errors_NV.max())
 
 
 def test_squared_error_is_the_variance_over_draws() -> None:

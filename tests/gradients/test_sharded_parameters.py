@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from cropi.errors import PolicyError
 from cropi.functional.projection import SparseProjection
-from cropi.gradients.capture import NullReader
+from cropi.gradients.capture import FactorReader
 from cropi.gradients.engine import Engine, segment_of
 from cropi.gradients.groups import Group
 from cropi.gradients.influence_scorer import Scorer, ScorerOptions
@@ -139,7 +139,7 @@ def aim_in_lockstep(mesh: DeviceMesh) -> str:
     return str(caught.value)
 
 
-class Watch(NullReader):
+class Watch(FactorReader):
     """Notes how many numbers of the parameters are in memory while gradients come in."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -340,7 +340,7 @@ def test_running_out_of_memory_is_an_error(alone: DeviceMesh, monkeypatch: pytes
     """Other processes would wait for ever for the pass that was broken off."""
     engine = Engine(by_blocks(BUILDERS["llama"](), alone), SETTINGS, batch_tokens=40)
 
-    class Greedy(NullReader):
+    class Greedy(FactorReader):
         def linear(self, *_: Any) -> None:
             raise torch.OutOfMemoryError
 

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
 from cropi import parallel
-from cropi.gradients.surrogate_weights import SurrogateSettings
+from cropi.gradients.groups import SurrogateSettings
 from cropi.gradients.training_influence import Reader
 from cropi.parallel import ProcessGroup, Ranks
 from cropi.rollouts.generation import Sampling

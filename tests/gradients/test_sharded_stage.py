@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from cropi import parallel
 from cropi.artifacts import read_table
 from cropi.gradients import score_shards
-from cropi.gradients.surrogate_weights import surrogate_settings
+from cropi.gradients.groups import surrogate_settings
 from cropi.run_tables import scores_schema
 from cropi.stages.score import ScoredPool, score_pool
 

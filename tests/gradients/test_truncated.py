@@ -15,9 +15,9 @@ from trl import GRPOConfig, GRPOTrainer
 from cropi.artifacts import OK, TRAJECTORIES, TRUNCATED, read_table, write_table
 from cropi.config import PolicyConfig
 from cropi.functional.surrogate import NORMALIZER_OF_LOSS
-from cropi.gradients.groups import Group, group_facts, iterate_groups
+from cropi.gradients.groups import Group, SurrogateSettings, group_facts, iterate_groups
 from cropi.gradients.reference import prompt_gradient
-from cropi.gradients.surrogate_weights import SurrogateSettings
+from cropi.lab.audit.run_audit import without_truncated
 from cropi.policy import load_policy
 from cropi.rollouts.shards import read_trajectories
 from cropi.run_tables import scores_schema
@@ -126,7 +126,7 @@ def test_a_group_of_truncated_completions_alone_has_no_signal(tmp_path: Path) ->
 
 def test_fresh_completions_are_masked_alike() -> None:
     group = Group("p", [3], [[4, 1], [], [5, 6]], [1.0, 0.0, 0.5], [[-1.0, -2.0], [], [-3.0, -4.0]])
-    masked = group.without_truncated([1])
+    masked = without_truncated(group, [1])
     assert (masked.completions, masked.behaviour_logprobs) == ([[4, 1], [], []], [[-1.0, -2.0], [], []])
     assert masked.rewards == group.rewards
 

@@ -9,17 +9,15 @@ from tests.conftest import tiny_llama
 from tests.stages.test_score import MIXED, SOLVED, UNREADABLE, VALIDATION, config, group, table
 
 from cropi.artifacts import read_table
-from cropi.config import ScoreConfig
 from cropi.curriculum.strategies.learnalign import LearnAlignStrategy
 from cropi.curriculum.strategy import CANDIDATES
 from cropi.errors import SignalError
 from cropi.functional.influence_formulas import halves
 from cropi.gradients.group_influence import influence
-from cropi.gradients.groups import Group
+from cropi.gradients.groups import Group, surrogate_settings
 from cropi.gradients.influence_scorer import ScorerOptions
 from cropi.gradients.reference import prompt_gradient
-from cropi.gradients.surrogate_weights import surrogate_settings
-from cropi.gradients.validation_groups import candidate_groups
+from cropi.gradients.validation_directions import candidate_groups
 from cropi.run_tables import scores_schema
 from cropi.seeds import unit_interval
 from cropi.stages.score import ScoredPool, score_pool
@@ -108,8 +106,3 @@ def test_errors_of_gain_are_scaled_as_its_values() -> None:
     relative = [one.standard_errors / one.values for one in found if one.standard_errors is not None]
     np.testing.assert_allclose(relative[1], relative[0], rtol=1e-6)
     assert (np.abs(relative[0]) > 0).all()
-
-
-def test_errors_need_features() -> None:
-    with pytest.raises(ValueError, match="needs estimator=sketch"):
-        ScoreConfig(score="gain", estimator="exact", standard_errors=True)

@@ -21,7 +21,7 @@ from cropi.artifacts import (
     write_table,
 )
 from cropi.config import Config
-from cropi.loading import validate_config
+from cropi.config.loading import validate_config
 from cropi.run_folder import RunFolder
 from cropi.run_tables import keep_evaluation, scores_schema
 from cropi.streams import append_jsonl

@@ -7,10 +7,9 @@ import pytest
 
 from cropi.report import figures
 from cropi.report.blocks import Chart, Line
-from cropi.report.charts import chart_data, chart_picture
-from cropi.report.drawing import INK, STRATEGY_STYLES
+from cropi.report.choosing import MAX_SOURCES, jaccard, random_jaccard, selected_sources, share_table
+from cropi.report.drawing import INK, STRATEGY_STYLES, chart_data, chart_picture
 from cropi.report.reading import Selection
-from cropi.report.shares import MAX_SOURCES, jaccard, random_jaccard, selected_sources, share_table
 from cropi.report.summary import summarise
 
 HOSTILE = Chart("<b>bold</b>", "x", [Line("$x^2$", [1, 2], [0, 1]), Line("東京\x07", [1, 2], [1, 0])])

@@ -2,9 +2,9 @@
 
 import pytest
 
+from cropi.config.loading import load_config
 from cropi.errors import ArtifactError
-from cropi.loading import load_config
-from cropi.report.flops import flops, score_multiple
+from cropi.report.costs import flops, score_multiple
 
 COLLECTED = {"tokens": 30, "prompt_tokens": 10, "passes": 2}
 GENERATED = COLLECTED | {"passes": 1}
@@ -42,6 +42,11 @@ def test_passes_over_a_batch(overrides: list[str], passes: int):
 def test_what_a_token_of_the_pool_costs(overrides: list[str], multiple: int):
     config = load_config("quickstart", ["select.strategy=influence", *overrides])
     assert score_multiple(config.score, len(config.prompts.validation)) == multiple
+
+
+def test_a_scoring_by_autograd_costs_what_autograd_costs():
+    config = load_config("quickstart", ["select.strategy=influence"])
+    assert flops(config, 1, [], [SCORED | {"estimator": "reference"}], []).score == 2 * (3 * 50 + 3 * 7)
 
 
 def test_validation_gradients_that_are_scaled_are_made_twice():

@@ -9,7 +9,7 @@ from tests.runs import SMALL, cropi_ok
 
 from cropi import pipeline
 from cropi.cli import runs
-from cropi.report.stage_line import stage_line
+from cropi.report.headline import stage_line
 from cropi.report.summary import summarise
 from cropi.run_folder import RunFolder
 from cropi.streams import append_jsonl

@@ -12,14 +12,13 @@ from markdown_it import MarkdownIt
 from tests.report.sentences import too_long
 
 from cropi.artifacts import PROMPTS, finish, write_table
+from cropi.config.loading import load_config
 from cropi.errors import ArtifactError, printable
-from cropi.loading import load_config
 from cropi.report.blocks import Section, Text
 from cropi.report.closeups import before_and_after, closeups, pick, shortened, telling
 from cropi.report.headline import headline
-from cropi.report.markdown import escaped, fenced
-from cropi.report.rendering import prose
-from cropi.report.run_report import make_report, read_contents, sections
+from cropi.report.rendering import escaped, fenced, prose
+from cropi.report.run_report import make_report, sections
 from cropi.report.summary import summarise
 from cropi.run_folder import RunFolder
 from cropi.streams import append_jsonl
@@ -396,7 +395,7 @@ def test_reporting_does_not_import_torch():
 @pytest.mark.parametrize("parts", [{}, {"trained": False, "stages_selected": 1}, PARTS[0], {"strategy": "full"}])
 def test_no_composed_sentence_is_long(fabricate, parts):
     space = fabricate(**({"evaluations": {}} if "strategy" in parts else {}) | parts)
-    assert too_long(sections(read_contents(space.config, space, summarise(space.config, space)))) == []
+    assert too_long(sections(space.config, space, summarise(space.config, space))) == []
 
 
 def test_a_long_sentence_is_found():

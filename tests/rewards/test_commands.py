@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
+from cropi.config.loading import load_config
 from cropi.errors import ConfigError
-from cropi.loading import load_config
 from cropi.rewards.reward_audit import audit_of
 from cropi.rewards.verifiers.exact_text import ExactVerifier
 from tests.runs import cropi

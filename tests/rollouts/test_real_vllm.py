@@ -17,10 +17,9 @@ from tests.stages.killed import collected_through
 
 from cropi.builtin import POLICY_DIR
 from cropi.config import PolicyConfig
-from cropi.loading import load_config
+from cropi.config.loading import load_config
 from cropi.policy import Policy, load_policy
-from cropi.rollouts.generation import Sampling, TransformersGenerator
-from cropi.rollouts.vllm import VllmGenerator
+from cropi.rollouts.generation import Sampling, TransformersGenerator, VllmGenerator
 from cropi.stages.collect import collect
 from cropi.stages.run import Run
 

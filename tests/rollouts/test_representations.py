@@ -10,8 +10,8 @@ from tests.runs import SMALL
 
 from cropi.artifacts import REPRESENTATIONS, write_table
 from cropi.config import PolicyConfig
+from cropi.config.loading import load_config
 from cropi.errors import ArtifactError
-from cropi.loading import load_config
 from cropi.policy import load_policy
 from cropi.prompts import load_prompts
 from cropi.rollouts import representations

@@ -24,7 +24,7 @@ from cropi.builtin import POLICY_DIR
 from cropi.config import PolicyConfig, ServerConfig
 from cropi.errors import PolicyError
 from cropi.policy import Policy, load_policy
-from cropi.prompt_encoding import encode_prompts
+from cropi.prompts.encoding import encode_prompts
 from cropi.rollouts import server
 from cropi.rollouts.generation import Sampling
 from cropi.rollouts.server import ServerGenerator

@@ -15,11 +15,10 @@ from tests.runs import SMALL
 
 from cropi.builtin import POLICY_DIR
 from cropi.config import PolicyConfig
+from cropi.config.loading import load_config
 from cropi.errors import ConfigError, PolicyError
-from cropi.loading import load_config
 from cropi.policy import Policy, load_policy
-from cropi.rollouts.generation import Sampling, TransformersGenerator
-from cropi.rollouts.vllm import VllmGenerator
+from cropi.rollouts.generation import Sampling, TransformersGenerator, VllmGenerator
 from cropi.stages.collect import collect
 from cropi.stages.run import Run
 

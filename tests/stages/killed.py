@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from tests.runs import SMALL
 
-from cropi.loading import load_config
+from cropi.config.loading import load_config
 from cropi.stages.collect import collect
 from cropi.stages.run import Run
 

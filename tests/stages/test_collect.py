@@ -10,16 +10,16 @@ from tests.runs import SMALL
 
 from cropi.artifacts import TRAJECTORIES, read_table
 from cropi.config import Config, PolicyConfig
+from cropi.config.loading import load_config
 from cropi.errors import ArtifactError, DataError
 from cropi.ledger import Ledger
-from cropi.loading import load_config
 from cropi.policy import Policy, completion_logprobs, load_policy
 from cropi.prompts import load_prompts
 from cropi.rewards.pool import judge_of
 from cropi.rollouts import generation
 from cropi.rollouts.generation import Sampling, TransformersGenerator
 from cropi.rollouts.shards import behaviour_logprobs, plan, read_trajectories
-from cropi.stages.collect import Collector
+from cropi.stages.collect import sample_prompts
 
 JUDGE = judge_of(load_config("quickstart").verifier, load_config("quickstart").verification)
 
@@ -103,7 +103,7 @@ def small() -> Config:
 
 def test_collection_stores_what_it_says_and_resumes_at_any_shard(policy: Policy, tmp_path: Path) -> None:
     prompts = load_prompts(small())
-    counts, details = Collector(small(), policy, JUDGE, Ledger(tmp_path / "ledger.jsonl")).collect(prompts, tmp_path)
+    counts, details = sample_prompts(small(), policy, JUDGE, Ledger(tmp_path / "ledger.jsonl"), prompts, tmp_path)
     table = read_trajectories(tmp_path)
     rows = table["train"].to_pylist()
     assert sorted(table) == ["train", "validation/sum"]
@@ -122,17 +122,17 @@ def test_collection_stores_what_it_says_and_resumes_at_any_shard(policy: Policy,
     parts = sorted(tmp_path.glob("part-*.parquet"))
     before = {part.name: part.read_bytes() for part in parts}
     parts[1].unlink()
-    Collector(small(), policy, JUDGE, Ledger(tmp_path / "ledger.jsonl")).collect(prompts, tmp_path)
+    sample_prompts(small(), policy, JUDGE, Ledger(tmp_path / "ledger.jsonl"), prompts, tmp_path)
     assert {part.name: part.read_bytes() for part in sorted(tmp_path.glob("part-*.parquet"))} == before
 
 
 def test_a_shard_of_other_prompts_is_refused(policy: Policy, tmp_path: Path) -> None:
     prompts = load_prompts(small())
-    Collector(small(), policy, JUDGE, Ledger(tmp_path / "ledger.jsonl")).collect(prompts, tmp_path)
+    sample_prompts(small(), policy, JUDGE, Ledger(tmp_path / "ledger.jsonl"), prompts, tmp_path)
     part = sorted(tmp_path.glob("part-train-*.parquet"))[0]
     (tmp_path / sorted(tmp_path.glob("part-train-*.parquet"))[1].name).write_bytes(part.read_bytes())
     with pytest.raises(ArtifactError, match="other prompts"):
-        Collector(small(), policy, JUDGE, Ledger(tmp_path / "ledger.jsonl")).collect(prompts, tmp_path)
+        sample_prompts(small(), policy, JUDGE, Ledger(tmp_path / "ledger.jsonl"), prompts, tmp_path)
     assert read_table(part, TRAJECTORIES).num_rows == 16 * 8
 
 
@@ -159,7 +159,7 @@ def test_a_strategy_that_reads_no_trajectories_collects_none(policy: Policy, tmp
     prompts = load_prompts(config)
     endless = prompts[0] | {"messages": json.dumps("sum mod 7 : " + "3 " * 4000 + "=")}
     ledger = Ledger(tmp_path / "ledger.jsonl")
-    counts, details = Collector(config, policy, JUDGE, ledger).collect([endless, *prompts[1:]], tmp_path)
+    counts, details = sample_prompts(config, policy, JUDGE, ledger, [endless, *prompts[1:]], tmp_path)
     assert counts == {"prompt_too_long": 1}
     assert details["too_long"] == [prompts[0]["prompt_id"]]
     assert not list(tmp_path.glob("part-*"))

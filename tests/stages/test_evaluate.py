@@ -6,10 +6,13 @@ from tests.distributed.threads import together
 from tests.runs import judge
 
 from cropi.config import EvaluateConfig
+from cropi.config.loading import load_config
 from cropi.errors import DataError
 from cropi.parallel import ProcessGroup, process_group
+from cropi.report.reading import read_answers
+from cropi.report.summary import accuracy_by_set
 from cropi.run_tables import forget_evaluations, keep_evaluation
-from cropi.stages.evaluate import Exam, Question, accuracy, read_evaluations
+from cropi.stages.evaluate import Exam, Question
 
 PROMPTS = [
     Question(name, {"prompt_id": prompt_id, "source": "s", "messages": '""', "answer": answer, "extra": None}, [token])
@@ -45,7 +48,7 @@ def test_per_prompt_results_and_accuracy_by_hand(tmp_path: Path) -> None:
         ("c", 1.0, 0.5, 4),
     ]
     keep_evaluation(tmp_path, 7, rows, {})
-    result = accuracy(read_evaluations(tmp_path)[7], config, seed=0)
+    result = accuracy_by_set(load_config("quickstart"), read_answers(tmp_path)[7])
     assert result["easy"]["greedy"].mean == 0.5
     assert result["easy"]["greedy"].low == 0.0
     assert result["easy"]["greedy"].high == 1.0
@@ -73,10 +76,10 @@ def test_files_are_found_by_step_and_forgotten_after_a_resume(tmp_path: Path) ->
     config = EvaluateConfig()
     for step in (10, 2, 30):
         keep_evaluation(tmp_path, step, Exam(generate, verify, config, seed=0, block=2).answers(PROMPTS, step), {})
-    assert list(read_evaluations(tmp_path)) == [2, 10, 30]
-    assert read_evaluations(tmp_path)[2].column("sampled").to_pylist() == [None] * 3
+    assert list(read_answers(tmp_path)) == [2, 10, 30]
+    assert read_answers(tmp_path)[2].sampled == {}
     forget_evaluations(tmp_path, 10)
-    assert list(read_evaluations(tmp_path)) == [2, 10]
+    assert list(read_answers(tmp_path)) == [2, 10]
 
 
 def test_a_test_set_without_readable_answers_is_an_error() -> None:

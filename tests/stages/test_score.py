@@ -8,19 +8,21 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
+import transformers
 from tests.conftest import tiny_llama
 from tests.runs import SMALL
 
 from cropi.artifacts import TRAJECTORIES, read_table
 from cropi.config import Config
-from cropi.errors import ConfigError, SignalError
+from cropi.config.loading import load_config
+from cropi.errors import SignalError
 from cropi.functional.projection import KEPT
 from cropi.gradients import score_shards
 from cropi.gradients.group_influence import influence
-from cropi.gradients.groups import Group, iterate_groups
+from cropi.gradients.groups import Group, iterate_groups, surrogate_settings
 from cropi.gradients.influence_scorer import Scorer, ScorerOptions
-from cropi.gradients.surrogate_weights import surrogate_settings
-from cropi.loading import load_config
+from cropi.gradients.reference import prompt_gradient
 from cropi.run_tables import scores_schema
 from cropi.stages import score as scoring
 from cropi.stages.score import ScoredPool, score_pool
@@ -67,12 +69,14 @@ def config(*overrides: str) -> Config:
     return load_config("quickstart", [*SMALL, *overrides])
 
 
-def run(folder: Path, *overrides: str, tables: dict[str, pa.Table] = TABLES) -> tuple[list[dict[str, Any]], Any]:
+def run(
+    folder: Path, *overrides: str, tables: dict[str, pa.Table] = TABLES, model: Any = None
+) -> tuple[list[dict[str, Any]], Any]:
     chosen = config(*overrides)
     settings = surrogate_settings(chosen, "dr_grpo", "none")
     pool = ScoredPool(tables, SOURCES)
     (folder / "scores").mkdir(parents=True, exist_ok=True)
-    _, details = score_pool(chosen, settings, tiny_llama(tied=True), pool, folder / "scores")
+    _, details = score_pool(chosen, settings, model or tiny_llama(tied=True), pool, folder / "scores")
     return read_table(folder / "scores" / "scores.parquet", scores_schema(NAMES)).to_pylist(), details
 
 
@@ -104,6 +108,22 @@ def test_rows_and_statuses(tmp_path: Path, estimator: str, monkeypatch: pytest.M
     bound = 0.2 if estimator == "sketch" else 1e-6
     np.testing.assert_allclose(values(rows[:9]), direct.values[:, 0], atol=bound * np.abs(direct.values).max())
     assert (details["projection"] is None) == (estimator != "sketch")
+
+
+def test_a_policy_that_the_engine_does_not_cover_is_scored_all_the_same(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    settings = {"vocab_size": 13, "n_embd": 16, "n_layer": 1, "n_head": 2, "bos_token_id": None, "eos_token_id": 1}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**settings)).double().eval()
+    rows, details = run(tmp_path, "score.standard_errors=true", model=model)
+    surrogate = surrogate_settings(config(), "dr_grpo", "none")
+    gradients = [
+        torch.cat([g.flatten() for g in prompt_gradient(model, group, surrogate).gradients.values()])
+        for group in [*VALIDATION, *MIXED]
+    ]
+    aim = torch.stack(gradients[:3]).mean(0)
+    np.testing.assert_allclose(values(rows[:9]), [float(gradient @ aim) for gradient in gradients[3:]], rtol=1e-6)
+    assert all(row["standard_error/sum"] > 0 for row in rows[:9])
+    assert (details["estimator"], details["projection"]) == ("reference", None)
 
 
 def test_standard_errors_stand_beside_the_same_influence(tmp_path: Path) -> None:
@@ -205,8 +225,3 @@ def run_twice(
     if after is not None:
         after()
     return run(folder, *overrides)
-
-
-def test_errors_need_the_sketch() -> None:
-    with pytest.raises(ConfigError, match="needs estimator=sketch"):
-        config("score.standard_errors=true", "score.estimator=exact")

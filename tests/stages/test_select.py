@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from cropi.config import Config, FusionConfig, Strategy
-from cropi.curriculum.choose import choose, selection_table
+from cropi.config.loading import load_config
 from cropi.curriculum.strategies import (
     FullStrategy,
     InfluenceStrategy,
@@ -18,8 +18,7 @@ from cropi.curriculum.strategies import (
 from cropi.curriculum.strategy import Candidates
 from cropi.errors import SignalError
 from cropi.functional.ranking import selection_size
-from cropi.loading import load_config
-from cropi.stages.select import choose_prompts
+from cropi.stages.select import choose, choose_prompts, selection_batches
 
 POOL = Candidates(
     prompt_ids=["a", "b", "c", "d", "e", "f"],
@@ -38,7 +37,8 @@ def chosen(
     strategy: Strategy, size: int, candidates: Candidates = POOL, fusion: FusionConfig | None = None
 ) -> list[str]:
     ranking = strategy.rank(candidates, size, fusion or FusionConfig())
-    rows = selection_table(candidates, ranking, choose(candidates, ranking, size)).to_pylist()
+    batches = selection_batches(candidates, ranking, choose(candidates, ranking, size))
+    rows = [row for batch in batches for row in batch.to_pylist()]
     assert sorted(row["prompt_id"] for row in rows) == sorted(candidates.prompt_ids)  # nothing vanishes
     return [row["prompt_id"] for row in rows if row["selected"]]
 

@@ -18,16 +18,16 @@ from torch import nn
 
 from cropi.builtin import POLICY_DIR
 from cropi.config import Config, PolicyConfig
+from cropi.config.loading import load_config
 from cropi.console import warn_once
 from cropi.errors import ArtifactError, ConfigError
-from cropi.loading import load_config
 from cropi.policy import Policy, load_policy
 from cropi.policy import passes as policy_module
-from cropi.prompt_encoding import encode_prompts
+from cropi.prompts.encoding import encode_prompts
 from cropi.stages.train import TrainTask, newest_checkpoint, train_stages
-from cropi.training.grpo_settings import grpo_config
-from cropi.training.reward_log import RecordedReward, training_history
-from cropi.training.trial_step import _problem
+from cropi.streams import read_jsonl
+from cropi.training.grpo_settings import _problem, grpo_config
+from cropi.training.reward_log import RecordedReward
 
 STAGES, STEPS = 2, 4
 SELECTIONS = [["p0", "p1", "p2"], ["p7", "p8"]]
@@ -38,6 +38,7 @@ def config(*overrides: str) -> Config:
     settings = [
         f"train.stages={STAGES}",
         f"train.steps_per_stage={STEPS}",
+        "evaluate.every=2",
         "collect.max_completion_length=6",
         "collect.num_generations=4",
         "trainer={num_generations: 4, per_device_train_batch_size: 8, learning_rate: 1e-3}",
@@ -75,12 +76,9 @@ def verdict(completion: str, gold: str) -> str:
 def run(folder: Path, *overrides: str, recorder: Recorder | None = None) -> tuple[Recorder, dict[str, torch.Tensor]]:
     recorder, settings = recorder or Recorder(), config(*overrides)
     task = TrainTask(
-        label="test",
+        config=settings,
         rows=ROWS,
         settings=grpo_config(settings, folder / "checkpoints", torch.device("cpu")),
-        stages=STAGES,
-        steps_per_stage=STEPS,
-        evaluate_every=2,
         reward=RecordedReward(judge(verdict), folder / "rewards.jsonl"),
         select_stage=recorder.select,
         evaluate=recorder.evaluate,
@@ -419,13 +417,9 @@ def test_rewards_are_recorded_and_forgotten_by_step(tmp_path: Path) -> None:
     for step, completions in ((0, ["1", "2"]), (1, ["1", "1"]), (2, ["2", "2"])):
         state = type("State", (), {"global_step": step})()
         reward(completions, ["1", "1"], ["p", "p"], [[1], [1]], trainer_state=state)
-    assert training_history(tmp_path / "r.jsonl", 3) == [
-        (0, "p", 0.5, 2, 0.25),
-        (1, "p", 1.0, 2, 0),
-        (2, "p", 0.0, 2, 0),
-    ]
+    assert [row["rewards"] for row in read_jsonl(tmp_path / "r.jsonl")] == [[1, 0], [1, 1], [0, 0]]
     reward.forget_from(1)
-    assert training_history(tmp_path / "r.jsonl", 3) == [(0, "p", 0.5, 2, 0.25)]
+    assert [row["rewards"] for row in read_jsonl(tmp_path / "r.jsonl")] == [[1, 0]]
 
 
 def test_the_kl_reference_runs_no_code_of_a_model_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

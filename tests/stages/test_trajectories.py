@@ -5,7 +5,7 @@ from typing import Any
 import pyarrow as pa
 
 from cropi.artifacts import TRAJECTORIES
-from cropi.stages.trajectories import replaced
+from cropi.stages.run import replaced
 
 
 def table(marks: dict[str, float], generations: int) -> pa.Table:

@@ -10,7 +10,7 @@ import pytest
 from tests.distributed.threads import together
 
 from cropi.config import PolicyConfig
-from cropi.gradients.surrogate_weights import SurrogateSettings
+from cropi.gradients.groups import SurrogateSettings
 from cropi.parallel import ProcessGroup
 from cropi.policy import completion_logprobs, load_policy
 from cropi.rollouts.generation import Sampling

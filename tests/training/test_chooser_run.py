@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import load_file
 from tests.runs import SMALL, cropi, json_lines
 
+from cropi.config.loading import load_config
 from cropi.curriculum.strategies.lze import Lze
 from cropi.gradients.training_influence import Reader
-from cropi.loading import load_config
-from cropi.report.flops import flops
+from cropi.report.costs import flops
 from cropi.stages.validation_pass import ValidationPass
 from cropi.training.curriculum_state import load_state
-from cropi.training.loss_normalizer import LossNormalizer
+from cropi.training.group_evidence import LossNormalizer
 from cropi.training.online_trainer import ReadsInfluence
 
 SETTINGS = [

@@ -16,8 +16,8 @@ from tests.runs import judge
 from tests.stages.test_train import policy
 from torch import Tensor
 
+from cropi.config.loading import load_config
 from cropi.errors import ConfigError
-from cropi.loading import load_config
 from cropi.stages.train import StageCallback, TrainTask, train_stages
 from cropi.streams import read_jsonl
 from cropi.training.dynamic_sampling import DynamicSampling, check_dynamic_sampling
@@ -59,20 +59,16 @@ def run(
     steps: int = 1,
     verify: Callable[[str, str], str] = verdict,
 ) -> dict[str, Tensor]:
-    stages = [f"train.stages={len(selections)}", f"train.steps_per_stage={steps}"]
+    stages = [f"train.stages={len(selections)}", f"train.steps_per_stage={steps}", f"evaluate.every={steps}"]
     settings = load_config("quickstart", [*SETTINGS, *stages, *overrides, f"train.dynamic_sampling={refills}"])
     task = TrainTask(
-        label="test",
+        config=settings,
         rows=ROWS,
         settings=grpo_config(settings, folder / "checkpoints", torch.device("cpu")),
-        stages=len(selections),
-        steps_per_stage=steps,
-        evaluate_every=steps,
         reward=RecordedReward(judge(verify), folder / "rewards.jsonl"),
         select_stage=lambda stage, *_: selections[stage],
         evaluate=lambda *_: None,
         folder=folder,
-        dynamic_sampling=settings.train.dynamic_sampling,
     )
     return load_file(train_stages(task, policy()) / "model.safetensors")
 

@@ -5,9 +5,8 @@ import torch
 from tests.distributed.threads import together
 
 from cropi.parallel import ProcessGroup
-from cropi.training.group_evidence import GroupEvidence, GroupOutcome
+from cropi.training.group_evidence import GroupEvidence, GroupOutcome, LossRow
 from cropi.training.reward_log import Judged
-from cropi.training.row_matching import LossRow
 
 TOKENS = {"a": (1,), "b": (2,)}
 

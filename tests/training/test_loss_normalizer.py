@@ -3,11 +3,13 @@
 Oracle: each loss written out as TRL 1.16 divides it, differentiated with respect to its per-token terms.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor
 
-from cropi.training.loss_normalizer import LossNormalizer
+from cropi.training.group_evidence import LossNormalizer
 
 LONGEST, GENERATIONS, ACCUMULATED, PER_GENERATION = 10, 4, 3, 6
 LOSSES = ["grpo", "sapo", "dr_grpo", "bnpo", "dapo", "cispo", "vespo", "luspo"]
@@ -34,7 +36,13 @@ def test_a_row_weighs_the_same_beside_any_neighbours(loss: str, neighbours: list
     terms_BT = torch.zeros(mask_BT.shape, requires_grad=True)
     items = float(mask_BT.sum()) * 5
     (weights_BT,) = torch.autograd.grad(divided(loss, terms_BT, mask_BT, items), terms_BT)
-    normalizer = LossNormalizer(loss, GENERATIONS, LONGEST, PER_GENERATION, processes=1)
+    settings = SimpleNamespace(
+        loss_type=loss,
+        num_generations=GENERATIONS,
+        max_completion_length=LONGEST,
+        steps_per_generation=PER_GENERATION,
+    )
+    normalizer = LossNormalizer(settings, processes=1)
     inputs = {"completion_ids": mask_BT, "completion_mask": mask_BT, "num_items_in_batch": torch.tensor(items)}
     weight = float(normalizer.factor(inputs, ACCUMULATED) * weights_BT[0, 0])
     assert weight == pytest.approx(1 / (GENERATIONS * (own if loss in {"grpo", "sapo"} else LONGEST)))

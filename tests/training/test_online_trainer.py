@@ -13,9 +13,9 @@ from tests.runs import SMALL, cropi, json_lines
 from trl import GRPOConfig
 
 from cropi.config import PolicyConfig
+from cropi.config.loading import load_config
 from cropi.curriculum.curriculum import Curriculum
 from cropi.errors import ConfigError
-from cropi.loading import load_config
 from cropi.policy import load_policy
 from cropi.run_estimate import _validation_completions
 from cropi.training.curriculum_state import load_state

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tests.runs import SMALL, cropi, cropi_ok, json_lines
 
-from cropi.stages.prior import carried
+from cropi.stages.online import carried
 from cropi.training.curriculum_state import load_state
 
 SHORT = [text for text in SMALL if not text.startswith(("select.", "train.", "trainer.per_device", "evaluate."))]

@@ -9,8 +9,8 @@ import torch
 from tests.runs import SMALL, judge
 
 from cropi import parallel
+from cropi.config.loading import load_config
 from cropi.errors import ConfigError
-from cropi.loading import load_config
 from cropi.parallel import ProcessGroup
 from cropi.streams import read_jsonl
 from cropi.training.grpo_settings import grpo_config

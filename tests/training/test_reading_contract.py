@@ -16,8 +16,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from cropi.config import PolicyConfig
 from cropi.policy import load_policy
-from cropi.training.loss_normalizer import BY_BATCH, BY_SEQUENCE
-from cropi.training.row_matching import loss_rows
+from cropi.training.group_evidence import BY_BATCH, BY_SEQUENCE, loss_rows
 
 METHODS = {
     "training_step": ["self", "model", "inputs", "num_items_in_batch"],

@@ -2,7 +2,7 @@
 
 import torch
 
-from cropi.training.row_matching import LossRow, SampledRow, loss_rows, match_rows
+from cropi.training.group_evidence import LossRow, SampledRow, loss_rows, match_rows
 
 PAD = 0
 

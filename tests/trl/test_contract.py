@@ -17,7 +17,10 @@ from cropi.trl import trainer as trl_trainer
 
 METHODS = {
     # method of GRPOTrainer that is overridden or called: (parameters that are used, what for)
-    "_get_train_sampler": (["self", "dataset"], "the sampler of a stage replaces TRL's (training.train.Staged)"),
+    "_get_train_sampler": (
+        ["self", "dataset"],
+        "the sampler of a stage replaces TRL's (training.stage_trainer.StageTrainer)",
+    ),
     "_calculate_rewards": (
         ["self", "inputs", "prompts", "completions", "completion_ids_list"],
         "a CurriculumTrainer sees the rewards of a batch (trl.trainer)",

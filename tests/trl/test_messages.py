@@ -11,9 +11,9 @@ import pytest
 from trl import GRPOConfig
 
 import cropi
+from cropi.config.loading import load_config
 from cropi.console import say
 from cropi.errors import ConfigError, DataError
-from cropi.loading import load_config
 from cropi.trl import Selector, Verified
 from cropi.trl.messages import in_script, reworded, worded
 
@@ -27,11 +27,11 @@ REACHED = [
     "stages",
     "trl",
 ]  # rooms that a CurriculumTrainer calls
-MODULES = ["artifacts", "leakage", "pipeline", "run_folder"]
+MODULES = ["artifacts", "pipeline", "run_folder"]
 # Words of a config or of the command line that a script has no use for.
 FOREIGN = r"`cropi (?!explain|doctor|select`|run`\.)|\brun_dir\b|\bname=|disjoint hash_range|graded: true"
 # Messages of a run that is not a script's: another process or machine collects, or a command was given.
-ELSEWHERE = {"orders.py", "server.py", "vllm.py"}
+ELSEWHERE = {"server.py"}
 
 
 @pytest.mark.parametrize(

@@ -41,9 +41,9 @@ def init(
     ] = None,
 ) -> None:
     """Look at a data file and write a config for it, to edit. In a terminal, ask what the file does not tell."""
-    from cropi.loading import config_of
+    from cropi.config.loading import config_of
+    from cropi.config.yaml_text import parse_yaml
     from cropi.prompts import checked_prompts
-    from cropi.yaml_text import parse_yaml
 
     look = _look(data, verifier or _named("verifier.type", overrides), _named("policy.path", overrides))
     values = _proposed(look, {"validation": validation, "test": test})
@@ -64,14 +64,14 @@ def init(
 
 def schema() -> None:
     """Print the JSON Schema of configs, for editors."""
-    from cropi.loading import json_schema
+    from cropi.config.loading import json_schema
 
     print(json.dumps(json_schema(), indent=2))
 
 
 def write_config(path: Path, text: str) -> None:
     """Write a config with the schema that editors complete and check it by; nothing is overwritten."""
-    from cropi.loading import json_schema
+    from cropi.config.loading import json_schema
 
     if path.exists():
         raise UserError("exists already", where=str(path), fix="choose another name; nothing is overwritten.")

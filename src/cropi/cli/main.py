@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -36,9 +36,6 @@ from cropi.errors import UserError
 from cropi.exchange.formats import FORMATS
 from cropi.parallel import is_first_rank, launched, leave_launcher
 
-if TYPE_CHECKING:
-    pass
-
 EXPLAINED = 10  # prompts, if none is named
 
 app = typer.Typer(
@@ -65,12 +62,12 @@ def run(config: ConfigArgument, overrides: Overrides = None, as_json: AsJson = F
     """Do everything, from the prompts to the report. Run it again to go on."""
     opened = open_run(config, overrides)
     from cropi.pipeline import run_all
-    from cropi.report.summary import headline
+    from cropi.report.headline import headline
 
     summary = run_all(opened)
     if summary is None:
         return
-    policy = opened.paths.checkpoints / f"checkpoint-{opened.last_step}"
+    policy = opened.paths.checkpoints / f"checkpoint-{opened.config.train.steps}"
     text = f"\n{headline(summary)}\n\npolicy: {policy}\nreport: {opened.folder.folder / 'report.html'}"
     print_result(summary.as_json(), as_json, text)
 
@@ -144,10 +141,12 @@ def evaluate(
 ) -> None:
     """Accuracy of the base policy or any checkpoint."""
     opened = open_run(config, overrides)
-    from cropi.stages.evaluate import accuracy, as_plain, evaluate_at
+    from cropi.report.reading import answers_of
+    from cropi.report.summary import accuracy_by_set
+    from cropi.stages.evaluate import evaluate_at
 
-    settings = opened.config
-    result = as_plain(accuracy(evaluate_at(opened, checkpoint), settings.evaluate, seed=settings.seed))
+    found = accuracy_by_set(opened.config, answers_of(evaluate_at(opened, checkpoint)))
+    result = {name: {kind: vars(interval) for kind, interval in kinds.items()} for name, kinds in found.items()}
     lines = [
         f"{name}  {kind}  {value['mean']:.3f}  [{value['low']:.3f}, {value['high']:.3f}]"
         for name, kinds in result.items()
@@ -159,8 +158,8 @@ def evaluate(
 @app.command()
 def report(config: ConfigArgument, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Write the report of what a run's folder holds."""
+    from cropi.report.headline import headline
     from cropi.report.run_report import make_report
-    from cropi.report.summary import headline
     from cropi.run_folder import RunFolder
 
     loaded = begun_config(config, overrides)
@@ -195,11 +194,7 @@ def explain(
     from cropi.run_folder import RunFolder
 
     found = explanations(
-        loaded,
-        RunFolder(loaded),
-        prompt_ids or [],
-        stage=stage,
-        top=None if prompt_ids else top or EXPLAINED,
+        loaded, RunFolder(loaded), prompt_ids or [], stage=stage, top=None if prompt_ids else top or EXPLAINED
     )
     print_result({"prompts": [each.as_json() for each in found]}, as_json, as_text(found))
 
@@ -293,7 +288,7 @@ def list_recipes(context: typer.Context, as_json: AsJson = False) -> None:
     """List the recipes."""
     if context.invoked_subcommand is not None:
         return
-    from cropi.loading import recipe_names, recipe_text
+    from cropi.config.loading import recipe_names, recipe_text
 
     first_line = {name: recipe_text(name).splitlines()[0].lstrip("# ") for name in recipe_names()}
     print_result(first_line, as_json, "\n".join(f"{name:<18} {line}" for name, line in first_line.items()))
@@ -307,8 +302,7 @@ def show_recipe(name: RecipeName) -> None:
 
 @recipes.command("copy")
 def copy_recipe(
-    name: RecipeName,
-    target: Annotated[Path, typer.Argument(help="Folder or file to write.")] = Path(),
+    name: RecipeName, target: Annotated[Path, typer.Argument(help="Folder or file to write.")] = Path()
 ) -> None:
     """Write a recipe to a file that you can edit."""
     text = _recipe(name)
@@ -318,7 +312,7 @@ def copy_recipe(
 
 
 def _recipe(name: str) -> str:
-    from cropi.loading import recipe_names, recipe_text
+    from cropi.config.loading import recipe_names, recipe_text
 
     if name not in recipe_names():
         raise UserError(f"there is no recipe {name!r}", fix=f"choose one of: {', '.join(recipe_names())}.")

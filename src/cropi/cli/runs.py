@@ -33,8 +33,7 @@ def list_runs(
     """List the runs in a folder: state, strategy, targeted accuracy and cost."""
     if not folder.is_dir():
         raise UserError("there is no such folder", where=str(folder), fix="name the folder of runs.")
-    from cropi.report.blocks import Table
-    from cropi.report.markdown import text_table
+    from cropi.report.blocks import Table, text_table
     from cropi.report.wording import count
 
     rows = [_row(path) for path in _runs(folder)]
@@ -55,7 +54,7 @@ def _runs(folder: Path) -> Iterator[Path]:
 
 def _row(folder: Path) -> dict[str, Any]:
     """One run by the names of the header, and what is wrong with it."""
-    from cropi.loading import load_config
+    from cropi.config.loading import load_config
     from cropi.report.summary import summarise
     from cropi.report.wording import with_interval
     from cropi.run_folder import RunFolder
@@ -105,11 +104,11 @@ def watch(
 def _follow(run: RunFolder) -> None:
     """Return when the run has ended, finished or not."""
     from cropi.console import progress, say
-    from cropi.report.stage_line import stage_line
+    from cropi.report.headline import stage_line
     from cropi.report.summary import summarise
 
     settings, told, alive = run.config.train, 0, True
-    total, done = settings.stages * settings.steps_per_stage, _steps(run)
+    total, done = settings.steps, _steps(run)
     with progress(f"run {run.config.name}", total, "steps", done=done, stages=settings.stages) as bar:
         while alive:
             alive = _is_locked(run.folder)

@@ -18,7 +18,7 @@ from cropi.ray_workers import use_ray
 
 if TYPE_CHECKING:
     from cropi.config import Config
-    from cropi.loading import ConfigLike
+    from cropi.config.loading import ConfigLike
     from cropi.stages.run import Run
 
 TOGETHER = frozenset({"run", "collect", "score", "train", "evaluate"})
@@ -83,7 +83,7 @@ WorkersOption = Annotated[
 
 def read_config(config: ConfigLike, overrides: list[str] | None) -> Config:
     """Load the config that a command names, with the overrides of its command line."""
-    from cropi.loading import load_config
+    from cropi.config.loading import load_config
 
     return load_config(config, overrides or [])
 

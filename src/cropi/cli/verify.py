@@ -33,7 +33,7 @@ def verify(
     Rows may have `source`, `prompt` (text or chat messages) and `extra` (an object), for verifiers that need them.
     """
     from cropi.config import VerificationConfig
-    from cropi.loading import parse_verifier
+    from cropi.config.loading import parse_verifier
     from cropi.rewards.pool import Pool
     from cropi.rewards.verdicts import Answered
 
@@ -105,8 +105,8 @@ def audit_rewards(
     """
     loaded = read_own_config(config, overrides)
     quiet_libraries()
+    from cropi.config.loading import parse_verifier
     from cropi.inspection import completions_of
-    from cropi.loading import parse_verifier
     from cropi.prompts import load_prompts
     from cropi.rewards.reward_audit import audit_of
 

@@ -13,11 +13,11 @@ from cropi.config.run_config import OWNED_TRAINER_KEYS as OWNED_TRAINER_KEYS
 from cropi.config.run_config import SAMPLED_BY as SAMPLED_BY
 from cropi.config.run_config import Config as Config
 from cropi.config.run_config import EvaluateConfig as EvaluateConfig
+from cropi.config.run_config import ScoreConfig as ScoreConfig
+from cropi.config.run_config import ServerConfig as ServerConfig
 from cropi.config.run_config import config_difference as config_difference
 from cropi.config.run_config import config_hash as config_hash
 from cropi.config.run_config import deciding as deciding
-from cropi.config.score_config import ScoreConfig as ScoreConfig
-from cropi.config.score_config import ServerConfig as ServerConfig
 from cropi.curriculum.strategies import Strategy as Strategy
 from cropi.curriculum.strategies import StrategyTable as StrategyTable
 from cropi.curriculum.strategy import FusionConfig as FusionConfig

@@ -54,7 +54,6 @@ class BuiltinSource(Table):
     """Procedurally generated problems of the built-in families (see `cropi.builtin`)."""
 
     type: Literal["builtin"]
-    """Picks this kind of source."""
     families: tuple[str, ...] = Field(min_length=1)
     """Families to draw from; each becomes the `source` of its prompts."""
     count: Positive
@@ -99,7 +98,6 @@ class FileSource(_RowSource):
     """A local JSONL, JSON, CSV or Parquet file."""
 
     type: Literal["file"]
-    """Picks this kind of source."""
     path: str
     """The file. Its suffix sets the format: .jsonl, .json (a list of objects, or one a line), .csv (all text)
     or .parquet."""
@@ -109,7 +107,6 @@ class HubSource(_RowSource):
     """A dataset of the Hugging Face Hub."""
 
     type: Literal["hub"]
-    """Picks this kind of source."""
     dataset: str
     """The dataset's Hub id."""
     revision: str | None = None
@@ -124,7 +121,6 @@ class ReasoningGymSource(Table):
     """Problems that reasoning-gym generates."""
 
     type: Literal["reasoning_gym"]
-    """Picks this kind of source."""
     tasks: tuple[str, ...] = Field(min_length=1)
     """Names of its datasets. Each gives `count` problems."""
     count: Positive

@@ -7,18 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from cropi.functional.points import BLOCK, nearest_cosines, squared_distances, unit_rows
+
 HALF_LIFE = 16.0  # steps after which what was seen of influence counts half: the policy has moved
 SPREADS = (0.25, 1.0, 4.0)  # tried: prior variance of the common part, relative to the observed slopes
 OWN_SHARES = (0.02, 0.1, 0.5)  # tried: variance of a prompt's own part, relative to the common part
 CORRELATIONS = (1.0, 0.9, 0.6, 0.3)  # tried: between what a validation prompt and a pool prompt like it give
 BANDWIDTH = 4.0  # median distances to the nearest other point
-BLOCK = 8192  # points at a time
 FORGOTTEN = 10  # half-lives after which an observation is dropped
 NOISES = (0.25, 0.5, 1.0)  # tried: variance of an observation's error, relative to its estimate
 OWN_ERROR = 0.9  # of an observation's squared error; the rest is the mean of all, since one difference is a bad guess
@@ -60,23 +62,23 @@ class Posterior:
 
     def means(self) -> Float[np.ndarray, " N"]:
         """Expected slopes: m_0 + r (m - m_0)."""
-        prior_N = self._common(self.prior_F)
-        evidence_N = self._given(self._common(self.mean_F), self.seen_N2[:, 0]) - prior_N
-        found: np.ndarray = prior_N + self._reliability(evidence_N) * evidence_N
+        prior_N, evidence_N = self._prior_and_evidence
+        found: np.ndarray = prior_N + self.reliability * evidence_N
         return found
 
-    @property
+    @cached_property
     def reliability(self) -> float:
         """Share of the evidence that is not the direction's error; 0 without evidence."""
-        evidence_N = self._given(self._common(self.mean_F), self.seen_N2[:, 0]) - self._common(self.prior_F)
-        return self._reliability(evidence_N)
+        _, evidence_N = self._prior_and_evidence
+        squares = float(evidence_N @ evidence_N)
+        return max(0.0, 1 - float(self._differences_N @ self._differences_N) / squares) if squares > 0 else 0.0
 
     def variances(self) -> Float[np.ndarray, " N"]:
         """Variances of the slopes."""
         blocks = (self.features_NF[start : start + BLOCK] for start in range(0, len(self.features_NF), BLOCK))
         common_N = np.concatenate([((block @ self.root_FF) ** 2).sum(axis=1) for block in blocks])
         own_N = (1 - self.trust_N) ** 2 * common_N + (1 - self.trust_N) * self.own_N
-        found: np.ndarray = own_N + self._differences() ** 2
+        found: np.ndarray = own_N + self._differences_N**2
         return found
 
     def draw(self, generator: np.random.Generator) -> Float[np.ndarray, " N"]:
@@ -84,15 +86,16 @@ class Posterior:
         common_N = self._common(self.root_FF @ generator.standard_normal(len(self.mean_F)))
         own_N = generator.standard_normal(len(self.trust_N)) * np.sqrt((1 - self.trust_N) * self.own_N)
         found: np.ndarray = self.means() + (1 - self.trust_N) * common_N + own_N
-        return found + generator.standard_normal() * self._differences()
+        return found + generator.standard_normal() * self._differences_N
 
-    def _differences(self) -> Float[np.ndarray, " N"]:
+    @cached_property
+    def _prior_and_evidence(self) -> tuple[Float[np.ndarray, " N"], Float[np.ndarray, " N"]]:
+        prior_N = self._common(self.prior_F)
+        return prior_N, self._given(self._common(self.mean_F), self.seen_N2[:, 0]) - prior_N
+
+    @cached_property
+    def _differences_N(self) -> Float[np.ndarray, " N"]:
         return self._given(self._common(self.difference_F), self.seen_N2[:, 1])
-
-    def _reliability(self, evidence_N: Float[np.ndarray, " N"]) -> float:
-        squares = float(evidence_N @ evidence_N)
-        differences_N = self._differences()
-        return max(0.0, 1 - float(differences_N @ differences_N) / squares) if squares > 0 else 0.0
 
     def _common(self, weights_F: Float[np.ndarray, " F"]) -> Float[np.ndarray, " N"]:
         found: np.ndarray = self.features_NF @ weights_F.astype(self.features_NF.dtype)
@@ -306,18 +309,18 @@ def kernel_features(
     """
     generator = np.random.default_rng(seed)
     sample = points_PE[np.sort(generator.permutation(len(points_PE))[:2000])].astype(np.float64)
-    squares = _squares(sample, sample) + np.diag(np.full(len(sample), np.inf))
+    squares = squared_distances(sample, sample) + np.diag(np.full(len(sample), np.inf))
     nearest = np.sqrt(squares.min(axis=1)) if len(sample) > 1 else np.ones(1)
     positive = nearest[nearest > 0]
     width = 2 * (BANDWIDTH * float(np.median(positive))) ** 2 if len(positive) else 1.0
     landmarks = points_PE[_landmarks(len(points_PE), pool, dimensions, generator)].astype(np.float64)
-    values, vectors = np.linalg.eigh(np.exp(-_squares(landmarks, landmarks) / width))
+    values, vectors = np.linalg.eigh(np.exp(-squared_distances(landmarks, landmarks) / width))
     kept = values > 1e-8 * values.max()
     root = vectors[:, kept] / np.sqrt(values[kept])
     found = np.empty((len(points_PE), root.shape[1]), dtype=np.float32)
     for start in range(0, len(points_PE), BLOCK):
         part = slice(start, start + BLOCK)
-        found[part] = np.exp(-_squares(points_PE[part].astype(np.float64), landmarks) / width) @ root
+        found[part] = np.exp(-squared_distances(points_PE[part].astype(np.float64), landmarks) / width) @ root
     return found
 
 
@@ -327,18 +330,11 @@ def likeness(points_NE: Float[np.ndarray, "N E"], validation_ME: Float[np.ndarra
     l_i = max(0, c_i - mean c) / sd c, at most 3, with c_i the cosine with the nearest validation prompt: for the pool's
     prompts, and then for the validation prompts, of which each has the nearest other one.
     """
-    unit_ME = _unit(validation_ME)
-    blocks = (points_NE[start : start + BLOCK] for start in range(0, len(points_NE), BLOCK))
-    cosines_N = np.concatenate([(_unit(block) @ unit_ME.T).max(axis=1) for block in blocks])
+    unit_ME, cosines_N = unit_rows(validation_ME), nearest_cosines(points_NE, validation_ME)
     own_MM = unit_ME @ unit_ME.T - 2 * np.eye(len(unit_ME))
     deviation = float(cosines_N.std())
     centred_P = np.concatenate([cosines_N, own_MM.max(axis=1)]) - cosines_N.mean()
     return np.clip(centred_P / deviation, 0.0, MOST_ALIKE) if deviation > 0 else np.zeros(len(centred_P))
-
-
-def _unit(rows_RE: Float[np.ndarray, "R E"]) -> Float[np.ndarray, "R E"]:
-    found: np.ndarray = rows_RE / np.maximum(np.linalg.norm(rows_RE, axis=1, keepdims=True), 1e-12)
-    return found
 
 
 def _landmarks(points: int, pool: int, dimensions: int, generator: np.random.Generator) -> Int[np.ndarray, " L"]:
@@ -347,10 +343,3 @@ def _landmarks(points: int, pool: int, dimensions: int, generator: np.random.Gen
     held_out = min(points - pool, dimensions // 2)
     of_pool = generator.permutation(pool)[: dimensions - held_out]
     return np.sort(np.concatenate([of_pool, pool + generator.permutation(points - pool)[:held_out]]))
-
-
-def _squares(first: Float[np.ndarray, "A E"], second: Float[np.ndarray, "B E"]) -> Float[np.ndarray, "A B"]:
-    """Squared distances."""
-    products = (first**2).sum(axis=1)[:, None] + (second**2).sum(axis=1) - 2 * first @ second.T
-    found: np.ndarray = np.maximum(products, 0.0)
-    return found

@@ -13,12 +13,23 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Bool, Float, Int
 
-from cropi.curriculum.curriculum import Choice, Halves
 from cropi.curriculum.strategy import Candidates, FusionConfig, Ranking
 from cropi.errors import ArtifactError
 
 NEVER = -(1 << 40)  # the step of the last draw of a prompt that was not drawn
 State = Mapping[str, np.ndarray]
+Source = Literal["mean", "draw", "likeness", "learnability", "uniform"]
+Halves = Sequence[Sequence[float]]
+"""Inner products of a group's gradient: two halves of its completions x two halves of the direction."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A prompt that was chosen, and why."""
+
+    place: int
+    source: Source
+    validation_set: str  # empty if drawn uniformly
 
 
 @dataclass(frozen=True)
@@ -40,80 +51,47 @@ class Pool:
         return len(self.prompt_ids)
 
 
-class PromptChooser(Protocol):
-    """Chooses prompts batch by batch, and learns from what training does with them."""
+class PromptChooser(ABC):
+    """Chooses prompts batch by batch, and learns from what training does with them.
 
-    def next(self, count: int, step: int) -> list[Choice]:
-        """Choose the prompts of a batch that `step` will train on; fewer than `count` only if the pool is smaller."""
+    Free of any trainer. `next` may be asked again before anything is observed, as loaders that fetch ahead do.
+    """
 
-    def observe(
-        self,
-        choice: Choice,
-        rewards: Sequence[float],
-        *,
-        step: int,
-        group: str,
-        influence: Mapping[str, Halves] | None = None,
-    ) -> None:
-        """Take a finished group of a prompt. A `group` that was taken already is ignored."""
-
-    def metrics(self) -> dict[str, float]:
-        """Numbers for a logger."""
-
-    def table(self, prompt_ids: Sequence[str]) -> pa.Table:
-        """Return what is known of every prompt of the pool."""
-
-    def state_dict(self) -> dict[str, np.ndarray]:
-        """Arrays from which `load_state_dict` continues bit for bit."""
-
-    def load_state_dict(self, state: State) -> None:
-        """Take over such a state."""
-
-
-@runtime_checkable
-class GroupGate(Protocol):
-    """A chooser that trains on some of a generation batch's groups."""
-
-    def kept(self, groups: Sequence[tuple[int, Sequence[float]]], batch: int) -> list[int]:
-        """Return numbers of the groups, each a place and its rewards, that are trained on: one at least."""
-
-
-class RewardChooser(ABC):
-    """A `PromptChooser` that learns from rewards alone. A subclass has the belief and the rule."""
-
-    def __init__(self, pool: Pool) -> None:
-        self.pool = pool
-        self.last_N = np.full(len(pool), NEVER)  # step of the last draw
-        self.times_N = np.zeros(len(pool), dtype=np.int64)
+    def __init__(self, count: int, seed: int, fingerprint: str) -> None:
+        """`count` prompts, which `fingerprint` identifies with all that is known of them beforehand."""
+        self.last_N = np.full(count, NEVER)  # step of the last draw
+        self.times_N = np.zeros(count, dtype=np.int64)
+        self._seed, self._fingerprint = seed, fingerprint
         self._asked = 0  # calls of `next`
-        self._step = -1  # the newest step of an observed group
         self._seen = set[str]()
-        self._fingerprint = hashlib.sha256("\n".join(pool.prompt_ids).encode()).hexdigest()
 
     @abstractmethod
     def choose(self, count: int, step: int, generator: np.random.Generator) -> list[Choice]:
         """Choose `count` prompts, all different."""
 
     @abstractmethod
-    def learn(self, place: int, rewards: Float[np.ndarray, " K"], step: int) -> None:
-        """Take the rewards of a group."""
+    def take(
+        self, choice: Choice, rewards: Float[np.ndarray, " K"], step: int, influence: Mapping[str, Halves] | None
+    ) -> None:
+        """Learn from a group that was not taken before."""
 
     @abstractmethod
-    def beliefs(self) -> dict[str, np.ndarray]:
-        """Return the arrays that `learn` changes, themselves and not copies."""
-
-    def begin_step(self) -> None:  # noqa: B027 - most have nothing to do
-        """Let a step pass: called before the first group of every step that is newer than all before."""
-
     def columns(self) -> dict[str, Any]:
         """Columns of the table by name."""
-        return {}
+
+    @abstractmethod
+    def state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """JSON values and copies of arrays from which `restore` continues."""
+
+    @abstractmethod
+    def restore(self, facts: Mapping[str, Any], arrays: State) -> None:
+        """Take over such a state."""
 
     def next(self, count: int, step: int) -> list[Choice]:
         """Choose the prompts of a batch that `step` will train on; fewer than `count` only if the pool is smaller."""
-        generator = np.random.default_rng([self.pool.seed, self._asked])
+        generator = np.random.default_rng([self._seed, self._asked])
         self._asked += 1
-        chosen = self.choose(min(count, len(self.pool)), step, generator)
+        chosen = self.choose(min(count, len(self.last_N)), step, generator)
         places = [choice.place for choice in chosen]
         self.last_N[places] = step
         self.times_N[places] += 1
@@ -128,14 +106,14 @@ class RewardChooser(ABC):
         group: str,
         influence: Mapping[str, Halves] | None = None,
     ) -> None:
-        """Take a finished group of a prompt. A `group` that was taken already is ignored."""
-        if group in self._seen:
-            return
-        self._seen.add(group)
-        if step > self._step:
-            self._step = step
-            self.begin_step()
-        self.learn(choice.place, np.asarray(rewards, dtype=float), step)
+        """Take a finished group of a prompt: its rewards, and its influence on each set if a direction was known.
+
+        A `group` that was taken already is ignored. `influence` has the inner products of the two halves of the group's
+        gradient with the two halves of the direction, in any unit that stays the same.
+        """
+        if group not in self._seen:
+            self._seen.add(group)
+            self.take(choice, np.asarray(rewards, dtype=float), step, influence)
 
     def metrics(self) -> dict[str, float]:
         """Numbers for a logger."""
@@ -147,29 +125,72 @@ class RewardChooser(ABC):
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """Arrays from which `load_state_dict` continues bit for bit."""
-        facts = {
-            "prompts": self._fingerprint,
-            "asked": self._asked,
-            "step": self._step,
-            "seen": sorted(self._seen),
-        }
+        own, arrays = self.state()
+        facts = {"prompts": self._fingerprint, "asked": self._asked, "seen": sorted(self._seen), **own}
         found = {"facts": np.frombuffer(json.dumps(facts).encode(), dtype=np.uint8)}
-        return found | {name: values.copy() for name, values in self._arrays().items()}
+        return found | {"last": self.last_N.copy(), "times": self.times_N.copy()} | arrays
 
     def load_state_dict(self, state: State) -> None:
-        """Take over such a state. ArtifactError if it is of other prompts, or of the same in another order."""
-        facts = json.loads(state["facts"].tobytes().decode())
-        if facts["prompts"] != self._fingerprint:
-            raise ArtifactError(
-                "the curriculum's state belongs to other prompts",
-                fix="continue with the prompts that training began with.",
-            )
-        self._asked, self._step, self._seen = facts["asked"], facts["step"], set(facts["seen"])
-        for name, values in self._arrays().items():
-            values[...] = state[name]
+        """Take over such a state; choices after it are those that would have followed.
 
-    def _arrays(self) -> dict[str, np.ndarray]:
-        return {"last": self.last_N, "times": self.times_N} | self.beliefs()
+        ArtifactError if it is of other prompts, or of the same in another order.
+        """
+        facts = json.loads(state["facts"].tobytes().decode())
+        if facts.get("prompts") != self._fingerprint:
+            raise ArtifactError(
+                "the curriculum's state belongs to other prompts or representations",
+                fix="continue with the prompts and the policy that training began with.",
+            )
+        self._asked, self._seen = facts["asked"], set(facts["seen"])
+        self.last_N, self.times_N = state["last"].copy(), state["times"].copy()
+        self.restore(facts, state)
+
+
+@runtime_checkable
+class GroupGate(Protocol):
+    """A chooser that trains on some of a generation batch's groups."""
+
+    def kept(self, groups: Sequence[tuple[int, Sequence[float]]], batch: int) -> list[int]:
+        """Return numbers of the groups, each a place and its rewards, that are trained on: one at least."""
+
+
+class RewardChooser(PromptChooser):
+    """A chooser that learns from rewards alone. A subclass has the belief and the rule."""
+
+    def __init__(self, pool: Pool) -> None:
+        super().__init__(len(pool), pool.seed, hashlib.sha256("\n".join(pool.prompt_ids).encode()).hexdigest())
+        self.pool = pool
+        self._step = -1  # the newest step of an observed group
+
+    @abstractmethod
+    def learn(self, place: int, rewards: Float[np.ndarray, " K"], step: int) -> None:
+        """Take the rewards of a group."""
+
+    @abstractmethod
+    def beliefs(self) -> dict[str, np.ndarray]:
+        """Return the arrays that `learn` changes, themselves and not copies."""
+
+    def begin_step(self) -> None:
+        """Let a step pass: called before the first group of every step that is newer than all before."""
+
+    def take(
+        self, choice: Choice, rewards: Float[np.ndarray, " K"], step: int, influence: Mapping[str, Halves] | None
+    ) -> None:
+        if step > self._step:
+            self._step = step
+            self.begin_step()
+        self.learn(choice.place, rewards, step)
+
+    def columns(self) -> dict[str, Any]:
+        return {}
+
+    def state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        return {"step": self._step}, {name: values.copy() for name, values in self.beliefs().items()}
+
+    def restore(self, facts: Mapping[str, Any], arrays: State) -> None:
+        self._step = facts["step"]
+        for name, values in self.beliefs().items():
+            values[...] = arrays[name]
 
 
 class ChoosesBatches(ABC):
@@ -191,3 +212,8 @@ def rested(last_N: Int[np.ndarray, " N"], step: int, cooldown: int, count: int) 
     """Prompts that were not drawn in the last `cooldown` steps; the `count` longest undrawn where these are too few."""
     free_N: np.ndarray = last_N < step - cooldown
     return free_N if free_N.sum() >= count else np.argsort(np.argsort(last_N, kind="stable")) < count
+
+
+def below(state: State, prefix: str) -> dict[str, np.ndarray]:
+    """The part of a state whose names begin with a prefix, without it."""
+    return {key.removeprefix(prefix): values for key, values in state.items() if key.startswith(prefix)}

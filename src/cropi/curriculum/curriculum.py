@@ -3,26 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
-import pyarrow as pa
 from jaxtyping import Bool, Float, Int
 
-from cropi.curriculum.belief import (
-    FORGOTTEN,
-    Hyperparameters,
-    InfluenceBelief,
-    Posterior,
-    kernel_features,
-    likeness,
-)
+from cropi.curriculum.belief import FORGOTTEN, Hyperparameters, InfluenceBelief, Posterior, kernel_features, likeness
+from cropi.curriculum.chooser import Choice, Halves, PromptChooser, Source, State, below, rested
 from cropi.curriculum.reward_belief import RewardBelief
-from cropi.errors import ArtifactError
-from cropi.functional.ratio import ratio_interval
+from cropi.functional.intervals import ratio_interval
 
 UNIFORM = 0.1  # share of the places that are drawn uniformly, so that it is known what choosing gains
 GREEDY = 0.8  # of the other places: by the posterior mean; the rest by a joint draw
@@ -32,19 +23,6 @@ ROUND_STEPS = 3.0  # completions of a round, in those of a training step
 REFIT = 4  # least steps between two choices of hyper-parameters; later a quarter of all steps so far
 ENOUGH = 8  # groups of either kind before the gain of choosing is judged
 GAIN_HALF_LIFE = 32.0  # steps
-
-Source = Literal["mean", "draw", "likeness", "learnability", "uniform"]
-Halves = Sequence[Sequence[float]]
-"""Inner products of a group's gradient: two halves of its completions x two halves of the direction."""
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A prompt that was chosen, and why."""
-
-    place: int
-    source: Source
-    validation_set: str  # empty if drawn uniformly
 
 
 @dataclass(frozen=True)
@@ -60,12 +38,10 @@ class _Plan:
         return "mean" if generator.random() < GREEDY else "draw"
 
 
-class Curriculum:
+class Curriculum(PromptChooser):
     """Chooses prompts by drawn gain = learnability x influence per unit of learnability.
 
-    Free of any trainer. `next` may be asked again before anything is observed, as loaders that fetch ahead do: prompts
-    that were drawn are not drawn again at once. A group that was observed already is ignored. Before a direction is
-    known, prompts are drawn uniformly.
+    Prompts that were drawn are not drawn again at once. Before a direction is known, prompts are drawn uniformly.
     """
 
     def __init__(
@@ -94,14 +70,11 @@ class Curriculum:
         self._rewards = RewardBelief(features_PF)
         self._likeness = {name: likeness(points_NE, validation[name]) for name in self._names}
         self._influence = {name: self._belief(features_PF, name) for name in self._names}
-        self._fingerprint = hashlib.sha256(features_PF).hexdigest()  # type: ignore[arg-type] # contiguous
-        self._seed, self._scaling, self._observe_only = seed, scaling, observe_only
+        self._scaling, self._observe_only = scaling, observe_only
+        fingerprint = hashlib.sha256(features_PF).hexdigest()  # type: ignore[arg-type] # contiguous
+        super().__init__(self._pool, seed, fingerprint)
         self._per_round = round(ROUND_STEPS * completions)
         self.rewards_only = False  # where too little of the gradient can be read
-        self._asked = 0  # calls of `next`
-        self._last_N = np.full(self._pool, -COOLDOWN - 1)  # step of the last draw
-        self._times_N = np.zeros(self._pool, dtype=np.int64)
-        self._seen = set[str]()
         self._fitted: dict[str, tuple[int, Hyperparameters]] = {}  # step and choice by set
         self._reliability: dict[str, float] = {}  # of each set's evidence, when that was chosen
         self._rounds: list[int] = []  # steps at which validation prompts were sampled
@@ -115,21 +88,13 @@ class Curriculum:
 
     # Choosing
 
-    def next(self, count: int, step: int) -> list[Choice]:
-        """Choose the prompts of a batch that `step` will train on; fewer than `count` only if the pool is smaller."""
-        generator = np.random.default_rng([self._seed, self._asked])
-        self._asked += 1
+    def choose(self, count: int, step: int, generator: np.random.Generator) -> list[Choice]:
         self._age(step)
-        free_N = self._last_N < step - COOLDOWN
-        if free_N.sum() < count:
-            free_N = np.argsort(np.argsort(self._last_N, kind="stable")) < count
-        chosen = list[Choice]()
+        free_N, chosen = rested(self.last_N, step, COOLDOWN, count), list[Choice]()
         plan = self._plan(step, generator)
-        for _ in range(min(count, self._pool)):
+        for _ in range(count):
             chosen.append(choice := self._one(free_N, plan, generator))
             free_N[choice.place] = False
-            self._last_N[choice.place] = step
-            self._times_N[choice.place] += 1
         return chosen
 
     def _plan(self, step: int, generator: np.random.Generator) -> _Plan | None:
@@ -191,31 +156,17 @@ class Curriculum:
 
     # Learning
 
-    def observe(
-        self,
-        choice: Choice,
-        rewards: Sequence[float],
-        *,
-        step: int,
-        group: str,
-        influence: Mapping[str, Halves] | None = None,
+    def take(
+        self, choice: Choice, rewards: Float[np.ndarray, " K"], step: int, influence: Mapping[str, Halves] | None
     ) -> None:
-        """Take a finished group of a prompt: its rewards, and its influence on each set if a direction was known.
-
-        `influence` has the inner products of the two halves of the group's gradient with the two halves of the
-        direction, in any unit that stays the same. Groups of equal rewards tell of rewards only.
-        """
-        if group in self._seen:
-            return
-        self._seen.add(group)
+        """Learn from a group that was not taken before. Groups of equal rewards tell of rewards only."""
         self._age(step)
-        known = np.asarray(rewards, dtype=float)
-        self._rewards.observe(choice.place, known, step)
+        self._rewards.observe(choice.place, rewards, step)
         if influence is None:
             return
         gain = 0.0
         for name, halves in influence.items():
-            gain += self._told(self._influence[name], choice.place, known, halves, step)
+            gain += self._told(self._influence[name], choice.place, rewards, halves, step)
         self._gains.append((step, choice.source == "uniform", gain))
         self._gains = [each for each in self._gains if step - each[0] < FORGOTTEN * GAIN_HALF_LIFE]
 
@@ -304,8 +255,7 @@ class Curriculum:
         return chosen - uniform + 1.96 * (chosen_var + uniform_var) ** 0.5 < 0
 
     def metrics(self) -> dict[str, float]:
-        """Numbers for a logger."""
-        found = {"curriculum/seen": float((self._times_N > 0).mean()), "curriculum/dropped": float(self._dropped)}
+        found = super().metrics() | {"curriculum/dropped": float(self._dropped)}
         ratio = self.gain()
         if ratio is not None:
             found |= {f"curriculum/gain{end}": value for end, value in zip(("", "_low", "_high"), ratio, strict=True)}
@@ -315,11 +265,9 @@ class Curriculum:
             found[f"curriculum/{name}/reliability"] = self._reliability[name]
         return found
 
-    def table(self, prompt_ids: Sequence[str]) -> pa.Table:
-        """Every prompt: times drawn, expected reward, P(its answer is wrong), influence with its standard error."""
-        columns: dict[str, Any] = {
-            "prompt_id": list(prompt_ids),
-            "times_drawn": self._times_N,
+    def columns(self) -> dict[str, Any]:
+        """Of every prompt: expected reward, P(its answer is wrong), influence with its standard error."""
+        found = {
             "pass_rate": self._rewards.pass_rates()[: self._pool],
             "wrong_label": self._rewards.wrong_labels(self._pool),
         }
@@ -327,49 +275,31 @@ class Curriculum:
         for name, belief in self._influence.items():
             posterior = belief.posterior()
             if posterior is not None:
-                columns[f"influence/{name}"] = learnability_N * posterior.means()
-                columns[f"standard_error/{name}"] = learnability_N * np.sqrt(posterior.variances())
-        return pa.table(columns)
+                found[f"influence/{name}"] = learnability_N * posterior.means()
+                found[f"standard_error/{name}"] = learnability_N * np.sqrt(posterior.variances())
+        return found
 
     # State
 
-    def state_dict(self) -> dict[str, np.ndarray]:
-        """Arrays from which `load_state_dict` continues bit for bit."""
+    def state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         facts = {
-            "points": self._fingerprint,
-            "asked": self._asked,
             "dropped": self._dropped,
             "fitted": {name: [since, asdict(chosen)] for name, (since, chosen) in self._fitted.items()},
             "reliability": self._reliability,
             "rounds": self._rounds,
-            "seen": sorted(self._seen),
             "gains": self._gains,
         }
-        found: dict[str, np.ndarray] = {"facts": np.frombuffer(json.dumps(facts).encode(), dtype=np.uint8)}
-        found |= {"last": self._last_N.copy(), "times": self._times_N.copy()}
-        found |= {f"rewards/{key}": values for key, values in self._rewards.state().items()}
+        arrays = {f"rewards/{key}": values for key, values in self._rewards.state().items()}
         for name, belief in self._influence.items():
-            found |= {f"influence/{name}/{key}": values for key, values in belief.state().items()}
-        return found
+            arrays |= {f"influence/{name}/{key}": values for key, values in belief.state().items()}
+        return facts, arrays
 
-    def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
-        """Take over such a state; choices after it are those that would have followed.
-
-        ArtifactError if it is of other prompts, or of the same in another order.
-        """
-        facts = json.loads(state["facts"].tobytes().decode())
-        if facts["points"] != self._fingerprint:
-            raise ArtifactError(
-                "the curriculum's state belongs to other prompts or representations",
-                fix="continue with the prompts and the policy that training began with.",
-            )
-        self._asked, self._rounds, self._dropped = facts["asked"], facts["rounds"], facts["dropped"]
-        self._seen, self._reliability = set(facts["seen"]), facts["reliability"]
+    def restore(self, facts: Mapping[str, Any], arrays: State) -> None:
+        self._rounds, self._dropped, self._reliability = facts["rounds"], facts["dropped"], facts["reliability"]
         self._gains = [(step, uniform, gain) for step, uniform, gain in facts["gains"]]
-        self._last_N, self._times_N = state["last"].copy(), state["times"].copy()
-        self._rewards.restore(_below(state, "rewards/"))
+        self._rewards.restore(below(arrays, "rewards/"))
         for name, belief in self._influence.items():
-            belief.restore(_below(state, f"influence/{name}/"))
+            belief.restore(below(arrays, f"influence/{name}/"))
         fitted = facts["fitted"].items()
         self._fitted = {name: (since, Hyperparameters(**chosen)) for name, (since, chosen) in fitted}
 
@@ -394,7 +324,3 @@ def even_counts(weights_M: Float[np.ndarray, " M"], pairs: int, generator: np.ra
     left = pairs - int(counts_M.sum())
     counts_M[np.argsort(np.floor(spare_M) - spare_M, kind="stable")[:left]] += 1
     return (2 * counts_M).tolist()
-
-
-def _below(state: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
-    return {key.removeprefix(prefix): values for key, values in state.items() if key.startswith(prefix)}

@@ -12,9 +12,9 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from pydantic import Field
 
-from cropi.artifacts import USABLE
+from cropi.artifacts import OK, USABLE
 from cropi.functional.ranking import ranks, reciprocal_rank_fusion
-from cropi.seeds import unit_interval
+from cropi.seeds import unit_intervals
 from cropi.setting_types import Table
 
 CANDIDATES = ("candidates-a", "candidates-b")
@@ -55,6 +55,15 @@ class Candidates:
     def usable_N(self) -> Bool[np.ndarray, " N"]:
         """Prompts that can be trained on: their gold answer is readable and they have trajectories."""
         return np.array([status in USABLE for status in self.statuses])
+
+    @property
+    def mixed_N(self) -> Bool[np.ndarray, " N"]:
+        """Prompts with signal: their completions were not all rewarded alike."""
+        return np.array([status == OK for status in self.statuses])
+
+    def uniform_N(self, *purpose: str | int) -> Float[np.ndarray, " N"]:
+        """Independent uniform numbers u(seed, purpose, prompt id) in [0, 1)."""
+        return np.fromiter(unit_intervals(self.prompt_ids, self.seed, *purpose), dtype=np.float64, count=len(self))
 
     @property
     def rated_N(self) -> Bool[np.ndarray, " N"]:
@@ -151,7 +160,7 @@ def gumbel_keys(
     The k largest keys are a draw of k prompts, one after the other, each with probability proportional to w among those
     left (Gumbel top-k: Vieira 2014; Kool et al., arXiv 1903.06059). Weights need not sum to 1; none may be zero.
     """
-    uniform_N = np.array([unit_interval(candidates.seed, purpose, candidates.stage, i) for i in candidates.prompt_ids])
+    uniform_N = candidates.uniform_N(purpose, candidates.stage)
     return log_weights_N - np.log(-np.log(np.maximum(uniform_N, 2.0**-64)))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,19 +20,19 @@ from cropi.artifacts import (
     Manifest,
     build,
     count_status,
+    file_sha256,
     is_finished,
     write_table,
 )
-from cropi.config import SAMPLED_BY
+from cropi.config import SAMPLED_BY, config_hash
 from cropi.console import progress, say
 from cropi.errors import ArtifactError, DataError
 from cropi.policy import Policy
-from cropi.prompt_encoding import encode_prompts, trainer_prompts
+from cropi.prompts.encoding import encode_prompts, trainer_prompts
 from cropi.rewards.verdicts import answered
 from cropi.rollouts.shards import behaviour_logprobs
 from cropi.stages.collect import make_prompt_table
-from cropi.stages.run import Run
-from cropi.stages.trajectories import IMPORTED
+from cropi.stages.run import IMPORTED, Run
 
 SHARD_PROMPTS = 256
 
@@ -65,7 +64,11 @@ def import_rollouts(run: Run, policy: Policy, origin: str, paths: Sequence[Path]
             fix="import before you score and select, or delete it and everything made from it.",
         )
     files = _files(paths)
-    inputs: dict[str, Any] = {"prompts": make_prompt_table(run).identity, "policy": origin, "files": _digest(files)}
+    inputs: dict[str, Any] = {
+        "prompts": make_prompt_table(run).identity,
+        "policy": origin,
+        "files": config_hash([file_sha256(path) for path in files]),
+    }
     inputs |= {"settings": run.folder.settings(*SAMPLED_BY)}
     make = partial(_make, run, policy, files)
     manifest = build(run.paths.imported, IMPORTED, make, inputs=inputs, made_by="cropi import")
@@ -185,14 +188,6 @@ def _files(paths: Sequence[Path]) -> list[Path]:
             )
         files += found
     return files
-
-
-def _digest(files: Sequence[Path]) -> str:
-    digests = []
-    for path in files:
-        with path.open("rb") as file:
-            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
-    return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
 
 
 def _read(path: Path) -> Iterator[Rollout]:

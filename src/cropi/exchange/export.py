@@ -11,22 +11,13 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import torch
 
-from cropi.artifacts import (
-    SELECTION,
-    Manifest,
-    atomic_file,
-    finish,
-    is_finished,
-    open_artifact,
-    read_table,
-    write_text,
-)
+from cropi.artifacts import SELECTION, Manifest, atomic_file, finish, is_finished, open_artifact, read_table, write_text
 from cropi.config import Config
 from cropi.errors import ArtifactError, DataError
 from cropi.exchange.formats import Format, Item, named
 from cropi.exchange.rewards import facts_of
 from cropi.policy import load_tokenizer, policy_location
-from cropi.prompt_encoding import encode_prompts, trainer_prompts, uses_chat
+from cropi.prompts.encoding import encode_prompts, trainer_prompts, uses_chat
 from cropi.run_folder import RunFolder, StagePaths
 from cropi.stages.run import start_of_stage
 from cropi.training.grpo_settings import grpo_config

@@ -12,8 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from cropi.curriculum.chooser import Pool, PromptChooser
-from cropi.curriculum.curriculum import Choice
+from cropi.curriculum.chooser import Choice, Pool, PromptChooser
 
 MakeChooser = Callable[[Pool], PromptChooser]
 

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
+from cropi.config.loading import verification_of, verifier_of
 from cropi.errors import DataError
-from cropi.loading import verification_of, verifier_of
 from cropi.rewards.pool import judge_of
 from cropi.rewards.verdicts import CORRECT, Answered
 

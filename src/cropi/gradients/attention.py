@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cropi.errors import PolicyError
+from cropi.errors import UncoveredError
 from cropi.gradients.packing import Rows
 
 if TYPE_CHECKING:
@@ -33,8 +33,7 @@ class _State:
     calls: int = 0
     masks: list[tuple[Tensor, int | None]] = field(default_factory=list)
     """Masks requested by transformers, each with its window; layers may use some of them only, or views of them."""
-    differs: bool = False
-    """Whether a layer got another mask than the packed attention applies."""
+    differs: bool = False  # whether a layer got another mask than the packed attention applies
 
     def note(self, mask: Tensor | None, window: int | None) -> None:
         """Count a layer's call, and compare its mask with its window."""
@@ -99,9 +98,9 @@ def pack_rows(model: PreTrainedModel, rows: Rows) -> Iterator[None]:
         raise unsupported(model, "its attention mask is neither causal nor a sliding window")
 
 
-def unsupported(model: PreTrainedModel, why: str) -> PolicyError:
+def unsupported(model: PreTrainedModel, why: str) -> UncoveredError:
     """Make the error for an architecture that the engine cannot reproduce."""
-    return PolicyError(
+    return UncoveredError(
         f"gradients of {type(model).__name__} cannot be computed by the engine: {why}",
         where="policy",
         fix="use score.estimator=reference, which needs only autograd, and report the architecture.",

@@ -1,7 +1,7 @@
 """Hooks that capture the input and output gradient of every module with trainable weights, without weight gradients.
 
 The weights are frozen for the pass, so the backward pass runs through activations only: 2 forward passes of work in all
-instead of 3. The factors of each weight's gradient go to a `Reader` during the backward pass:
+instead of 3. The factors of each weight's gradient go to a `FactorReader` during the backward pass:
 
 - linear layer: G = sum_t g_t a_t^T from inputs a and output gradients g;
 - embedding: row x_t of G grows by g_t;
@@ -14,15 +14,15 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cropi.fsdp import ShardedParameters, outline
 from cropi.gradients.attention import unsupported
 from cropi.gradients.packing import Segment, Span
-from cropi.gradients.sharded_parameters import ShardedParameters, outline
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,18 +32,21 @@ Kind = Literal["linear", "embedding", "norm", "vectors"]
 Hook = Callable[[nn.Module, Any, Tensor], None]
 
 
-class Reader(Protocol):
-    """Consumer of the factors of a gradient. Names are parameter names; tied parameters share one.
+class FactorReader:
+    """Consumer of the factors of a gradient; this one ignores them, which is the lowest cost of the engine.
 
-    `begin` opens a pack and `commit` closes it. `undo` drops an unfinished pack, or all results and returns False.
+    Names are parameter names; tied parameters share one. `begin` opens a pack and `commit` closes it. `undo` drops an
+    unfinished pack, or all results and returns False.
     """
 
-    row_bytes: int
-    """Memory per result row of a pack."""
+    row_bytes = 0  # memory per result row of a pack
 
     def begin(self, segments: Sequence[Segment]) -> None: ...
+
     def commit(self) -> None: ...
-    def undo(self) -> bool: ...
+
+    def undo(self) -> bool:
+        return True
 
     def linear(self, name: str, inputs_TI: Tensor, grads_TO: Tensor, spans: Sequence[Span]) -> None:
         """A weight (O, I) whose gradient over a span is grads^T inputs."""
@@ -53,20 +56,6 @@ class Reader(Protocol):
 
     def vector(self, name: str, grads_TP: Tensor, spans: Sequence[Span]) -> None:
         """A parameter whose gradient over a span is the sum of the rows of grads."""
-
-
-class NullReader:
-    """A reader that ignores everything: it gives the lowest cost of the engine."""
-
-    row_bytes = 0
-
-    def begin(self, segments: Sequence[Segment]) -> None: ...
-    def linear(self, name: str, inputs_TI: Tensor, grads_TO: Tensor, spans: Sequence[Span]) -> None: ...
-    def rows(self, name: str, ids_T: Tensor, grads_TI: Tensor, spans: Sequence[Span]) -> None: ...
-    def vector(self, name: str, grads_TP: Tensor, spans: Sequence[Span]) -> None: ...
-    def commit(self) -> None: ...
-    def undo(self) -> bool:
-        return True
 
 
 @dataclass(frozen=True)
@@ -84,8 +73,7 @@ class Idle:
     """Trainable weights that text input does not use, such as a vision tower: their gradient is zero."""
 
     parameters: Collection[str] = ()
-    modules: Sequence[nn.Module] = ()
-    """Modules with such parameters that were not called."""
+    modules: Sequence[nn.Module] = ()  # modules with such parameters that were not called
 
 
 @contextmanager
@@ -219,7 +207,7 @@ class Capture:
                 parameter.requires_grad_(trained)
 
     @contextmanager
-    def hooks(self, reader: Reader, spans: Sequence[Span], tokens: int) -> Iterator[None]:
+    def hooks(self, reader: FactorReader, spans: Sequence[Span], tokens: int) -> Iterator[None]:
         """Report a forward and backward pass inside the block to the reader. Raises PolicyError if a module with
         trainable weights is never called, because its weights then act where no hook sees them."""
         self._calls.clear()
@@ -244,7 +232,7 @@ class Capture:
     def _refuse(self, module: nn.Module, args: Any) -> None:
         raise unsupported(self._model, f"it calls its {type(module).__name__} for some texts only")
 
-    def _on_linear(self, owner: _Owner, reader: Reader, spans: Sequence[Span], tokens: int) -> Hook:
+    def _on_linear(self, owner: _Owner, reader: FactorReader, spans: Sequence[Span], tokens: int) -> Hook:
         weight, bias = owner.names.get("weight"), owner.names.get("bias")
 
         def after_forward(module: nn.Module, args: Any, output: Tensor) -> None:
@@ -264,7 +252,7 @@ class Capture:
 
         return after_forward
 
-    def _on_embedding(self, owner: _Owner, reader: Reader, spans: Sequence[Span], _: int) -> Hook:
+    def _on_embedding(self, owner: _Owner, reader: FactorReader, spans: Sequence[Span], _: int) -> Hook:
         def after_forward(module: nn.Module, args: Any, output: Tensor) -> None:
             self._calls[owner.path] += 1
             ids_T = args[0].reshape(-1)
@@ -283,7 +271,7 @@ class Capture:
 
         return after_forward
 
-    def _on_norm(self, owner: _Owner, reader: Reader, spans: Sequence[Span], tokens: int) -> Hook:
+    def _on_norm(self, owner: _Owner, reader: FactorReader, spans: Sequence[Span], tokens: int) -> Hook:
         """Recompute the normalised input: torch's own norms refuse weights that differ by token."""
 
         def after_forward(module: nn.Module, args: Any, output: Tensor) -> None:
@@ -319,7 +307,7 @@ class Capture:
         return self._token_dims[owner.path]
 
     @contextmanager
-    def _per_token(self, owner: _Owner, reader: Reader, spans: Sequence[Span], tokens: int) -> Iterator[None]:
+    def _per_token(self, owner: _Owner, reader: FactorReader, spans: Sequence[Span], tokens: int) -> Iterator[None]:
         """Give a module weights with one entry per token, call by call, and read their gradients."""
         module, originals = owner.module, dict[str, Any]()
         held: dict[str, Any] = module._parameters  # written directly: torch accepts parameters only

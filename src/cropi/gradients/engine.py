@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from cropi.artifacts import OK
 from cropi.console import warn
 from cropi.errors import PolicyError
+from cropi.fsdp import ShardedParameters, Turn, forward_replaced
 from cropi.gradients.attention import pack_rows, packed, unsupported
-from cropi.gradients.capture import Capture, Idle, NullReader, Reader, find_idle, watch_calls
-from cropi.gradients.groups import Group
+from cropi.gradients.capture import Capture, FactorReader, Idle, find_idle, watch_calls
+from cropi.gradients.groups import Group, RatioStatistics, SurrogateSettings, ratio_statistics, trajectory_scales
 from cropi.gradients.head import Head
 from cropi.gradients.model_checks import (
     causal_lm_of,
@@ -29,8 +30,6 @@ from cropi.gradients.model_checks import (
     without_effect,
 )
 from cropi.gradients.packing import Pack, Segment, make_pack, plan
-from cropi.gradients.sharded_parameters import ShardedParameters, Turn, forward_replaced
-from cropi.gradients.surrogate_weights import RatioStatistics, SurrogateSettings, ratio_statistics, trajectory_scales
 from cropi.policy import evaluating, longest_alike
 
 if TYPE_CHECKING:
@@ -39,8 +38,7 @@ if TYPE_CHECKING:
 FAST_ENOUGH = {"cpu": 2048, "cuda": 32768}
 """Tokens of a pack beyond which larger packs are no faster. Memory decides only below that."""
 
-STAGED_BYTES = {"cpu": 1 << 29, "cuda": 1 << 33}
-"""Memory that readers may use for the rows of a pack."""
+STAGED_BYTES = {"cpu": 1 << 29, "cuda": 1 << 33}  # memory that readers may use for the rows of a pack
 
 Statistics = list[tuple[int, RatioStatistics]]
 
@@ -153,7 +151,7 @@ class Engine:
     def run(
         self,
         segments: Sequence[Segment],
-        reader: Reader,
+        reader: FactorReader,
         *,
         after: Callable[[Sequence[Segment]], None] | None = None,
         divisible: bool = True,
@@ -234,7 +232,7 @@ class Engine:
         """Join the passes of the other processes until all agree on `turn`."""
         while (agreed := self.shards.agree(turn)) != turn:
             members = [Segment(0, [0], [[0, 0]], [0.0], None)]
-            self._pass(members, NullReader() if agreed == Turn.BACKWARD else None)
+            self._pass(members, FactorReader() if agreed == Turn.BACKWARD else None)
 
     def _plan(self, segments: Sequence[Segment], divisible: bool, most: int | None = None) -> list[list[Segment]]:
         parts = list(segments)
@@ -249,7 +247,7 @@ class Engine:
     def _divides(members: Sequence[Segment], divisible: bool) -> bool:
         return len(members) > 1 or (divisible and len(members[0].completions) > 1)
 
-    def _pass(self, members: Sequence[Segment], reader: Reader | None) -> tuple[int, Statistics]:
+    def _pass(self, members: Sequence[Segment], reader: FactorReader | None) -> tuple[int, Statistics]:
         """Run a pack forward and backward; without a reader forward alone."""
         pack = make_pack(members, self.device)
         found: list[Tensor] = []

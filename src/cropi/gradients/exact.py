@@ -7,21 +7,19 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from cropi.gradients.capture import FactorReader
 from cropi.gradients.packing import Segment, Span
 
-AT_ONCE = 1 << 27
-"""Numbers copied to float64 at once: 1 GiB."""
+AT_ONCE = 1 << 27  # numbers copied to float64 at once: 1 GiB
 
 
-class DenseReader:
+class DenseReader(FactorReader):
     """Sum the gradients of all segments, by parameter name, and the inputs of each linear layer.
 
     One matrix product per layer and pack: as much work as a third forward pass. Shapes are those of the parameters;
     float32, or wider if the parameters are. Other parameters are skipped. Inputs count a prompt once, however its group
     is divided; `vocabulary` names the head's weight, which sees predictions instead of tokens.
     """
-
-    row_bytes = 0
 
     def __init__(self, parameters: Mapping[str, Tensor], vocabulary: Collection[str]) -> None:
         self._vocabulary = vocabulary
@@ -49,8 +47,6 @@ class DenseReader:
             ]
             self._fresh = torch.tensor([fresh for part in parts for fresh in part])
 
-    def commit(self) -> None: ...
-
     def linear(self, name: str, inputs_TI: Tensor, grads_TO: Tensor, spans: Sequence[Span]) -> None:
         if name not in self.gradients:
             return
@@ -74,7 +70,7 @@ class DenseReader:
         total += grads_TP.to(total.dtype).sum(dim=0)
 
 
-class ExactReader:
+class ExactReader(FactorReader):
     """Compute inner products of every row's gradient with dense directions, and its squared norm if asked for.
 
     Per linear layer (O, I), T tokens and V directions, sum_t g_t^T (D_v a_t) takes V 2 T O I operations. Forming the

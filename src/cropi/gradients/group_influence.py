@@ -11,10 +11,9 @@ from torch import nn
 
 from cropi.artifacts import NO_SIGNAL, NON_FINITE, OK
 from cropi.errors import SignalError
-from cropi.gradients.groups import Group
-from cropi.gradients.influence_scorer import BLOCK, Scorer, ScorerOptions
+from cropi.gradients.groups import Group, SurrogateSettings
+from cropi.gradients.influence_scorer import BLOCK, Scorer, ScorerOptions, scorer_of
 from cropi.gradients.score_reliability import score_by_halves
-from cropi.gradients.surrogate_weights import SurrogateSettings
 
 
 @dataclass(frozen=True)
@@ -58,15 +57,14 @@ def influence(
     train, validation: groups of trajectories; the validation sets' order is the mapping's.
     surrogate: normaliser and scaling of the advantages, and the temperature that the trajectories were sampled with.
     options: estimator, score, and details of the computation.
-    standard_errors: also estimate the error of each value; computes each prompt twice. For `sketch` only.
+    standard_errors: also estimate the error of each value; computes each prompt twice.
 
     A group without signal, or with numbers that are not finite, gets 0 and a status, and does not affect others.
+    Where the engine does not cover an architecture, a warning says so, and autograd computes the same more slowly.
     Raises SignalError if a validation set has no group with signal or a direction that is not finite, and PolicyError
-    for an architecture that the engine does not cover.
+    for what is no causal language model.
     """
-    if standard_errors and options.estimator != "sketch":
-        raise ValueError("standard_errors needs estimator='sketch'")
-    scorer = Scorer(policy, surrogate, options)
+    scorer = scorer_of(policy, surrogate, options)
     _require_signal(validation)
     scorer.aim(validation)
     return _scored(scorer, train, list(validation), standard_errors)

@@ -1,20 +1,25 @@
-"""A group: the K trajectories of one prompt."""
+"""A group: the K trajectories of one prompt, and its off-policy surrogate, A_k / Z_k with the importance ratios."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass
 from itertools import groupby
-from typing import Any
+from operator import add
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import torch
+from torch import Tensor
 
-from cropi.artifacts import GOLD_UNPARSEABLE, NO_SIGNAL, OK
+from cropi.artifacts import CLIP_RANGE, GOLD_UNPARSEABLE, NO_SIGNAL, OK
+from cropi.config import Config
 from cropi.functional.influence_formulas import reward_variance
-from cropi.reward_statistics import GroupFacts
+from cropi.functional.surrogate import NORMALIZER_OF_LOSS, Normalizer, group_advantages, normalizers
+from cropi.gradients.packing import Span
 
 
 @dataclass(frozen=True)
@@ -49,18 +54,6 @@ class Group:
         mixed = any(reward != self.rewards[0] for reward in self.rewards) and any(self.completions)
         return OK if mixed else NO_SIGNAL
 
-    def without_truncated(self, eos_ids: Collection[int]) -> Group:
-        """Return the group with completions emptied that do not end with an end-of-sequence token."""
-        kept = [bool(completion) and completion[-1] in eos_ids for completion in self.completions]
-        logprobs = self.behaviour_logprobs
-        return replace(
-            self,
-            completions=[ids if keep else [] for ids, keep in zip(self.completions, kept, strict=True)],
-            behaviour_logprobs=None
-            if logprobs is None
-            else [row if keep else [] for row, keep in zip(logprobs, kept, strict=True)],
-        )
-
     @property
     def pass_rate(self) -> float:
         """Mean reward."""
@@ -76,11 +69,22 @@ class Group:
         return sum(len(completion) for completion in self.completions)
 
 
+class GroupFacts(NamedTuple):
+    """Reward statistics of a prompt's stored trajectories; NaN without rewards."""
+
+    status: str
+    pass_rate: float  # mean reward
+    variance: float  # of the rewards
+    size: int = 0  # trajectories with a reward
+
+
 def group_facts(table: pa.Table) -> dict[str, GroupFacts]:
     """Return status, pass rate and variance of every group of one set's trajectories, by prompt id."""
     unreadable = GroupFacts(GOLD_UNPARSEABLE, math.nan, math.nan)
     return {
-        prompt_id: unreadable if group is None else GroupFacts(group.status, group.pass_rate, group.variance)
+        prompt_id: unreadable
+        if group is None
+        else GroupFacts(group.status, group.pass_rate, group.variance, len(group.rewards))
         for prompt_id, group in iterate_groups(table)
     }
 
@@ -117,3 +121,108 @@ def _group(prompt_id: str, rows: list[Mapping[str, Any]]) -> Group | None:
         [row["reward"] for row in rows],
         None if logprobs[0] is None else logprobs,  # collected for the policy that sampled them: ratio 1
     )
+
+
+RATIO_COLUMNS = ("ratio_ess", "clip_share", "kl")  # columns of score tables
+
+
+@dataclass(frozen=True)
+class SurrogateSettings:
+    """Settings of the off-policy surrogate of a prompt. Raises ValueError for `constant` without a length."""
+
+    normalizer: Normalizer = "sequence"
+    """Z_k, see `cropi.functional.surrogate.normalizers`."""
+    max_completion_length: int = 0
+    """Longest completion in tokens; only `constant` needs it."""
+    temperature: float = 1.0
+    """The one that the trajectories were sampled with."""
+    advantage_std: bool = True
+    """Divide advantages by the group's standard deviation (GRPO) or not (Dr. GRPO)."""
+
+    def __post_init__(self) -> None:
+        if self.normalizer == "constant" and self.max_completion_length < 1:
+            raise ValueError("normalizer='constant' needs max_completion_length, in tokens")
+
+
+def surrogate_settings(config: Config, loss_type: str, scale_rewards: str | bool) -> SurrogateSettings:
+    """Make the settings of the surrogate from a run's config and its trainer's loss.
+
+    Rewards scaled by the deviation of the whole batch share that divisor, which ranks like no scaling.
+    """
+    normalizer, std = config.score.normalizer, config.score.advantage_std
+    return SurrogateSettings(
+        normalizer=NORMALIZER_OF_LOSS[loss_type] if normalizer == "auto" else normalizer,
+        max_completion_length=config.collect.max_completion_length,
+        temperature=config.collect.temperature,
+        advantage_std=scale_rewards in {"group", True} if std == "auto" else std,
+    )
+
+
+def trajectory_scales(group: Group, settings: SurrogateSettings) -> list[float]:
+    """A_k / Z_k of each trajectory, the weight of the gradient of sum_t rho_{k,t} in the group's (paper eq. 4).
+
+    A trajectory with a scale of 0, or without a token, adds nothing and need not be computed.
+    """
+    lengths_K = np.array([len(completion) for completion in group.completions])
+    return scales_of(np.array(group.rewards, dtype=np.float64), lengths_K, settings).tolist()
+
+
+def scales_of(rewards_XK: np.ndarray, lengths_XK: np.ndarray, settings: SurrogateSettings) -> np.ndarray:
+    """A_k / Z_k (X, K) from rewards and lengths; leading dimensions are groups."""
+    advantages_XK = group_advantages(rewards_XK, std=settings.advantage_std)
+    return advantages_XK / normalizers(lengths_XK, settings.normalizer, settings.max_completion_length)
+
+
+@dataclass(frozen=True)
+class RatioStatistics:
+    """Sums over the tokens of some trajectories. They tell how far the policy has moved from the one that sampled."""
+
+    tokens: int = 0
+    ratios: float = 0.0
+    squares: float = 0.0
+    outside: float = 0.0  # tokens whose ratio is outside 1 +- `CLIP_RANGE`
+    divergence: float = 0.0  # sum rho log rho - rho + 1
+
+    def __add__(self, other: RatioStatistics) -> RatioStatistics:
+        return RatioStatistics(*map(add, astuple(self), astuple(other)))
+
+    @property
+    def effective_share(self) -> float:
+        """(sum rho)^2 / (T sum rho^2) (Kish 1965).
+
+        1 if nothing was computed, 0 if all ratios vanish, NaN if their squares overflow float64.
+        """
+        if not self.tokens:
+            return 1.0
+        if math.isinf(self.squares):
+            return math.nan
+        return (self.ratios / self.squares) * (self.ratios / self.tokens) if self.squares else 0.0
+
+    @property
+    def clip_share(self) -> float:
+        """Share of the tokens whose ratio is outside 1 +- `CLIP_RANGE`; 0 if nothing was computed."""
+        return self.outside / self.tokens if self.tokens else 0.0
+
+    @property
+    def kl(self) -> float:
+        """KL(pi || beta) per token in nats, at prefixes sampled from beta; 0 if nothing was computed.
+
+        The mean of rho log rho - rho + 1: each term is at least 0, and its expectation under beta is the divergence
+        (Schulman 2020).
+        """
+        return self.divergence / self.tokens if self.tokens else 0.0
+
+    @property
+    def columns(self) -> tuple[float, float, float]:
+        """Values in the order of `RATIO_COLUMNS`."""
+        return self.effective_share, self.clip_share, self.kl
+
+
+def ratio_statistics(log_ratios_E: Tensor, spans: Sequence[Span]) -> list[RatioStatistics]:
+    """Statistics of each span of a tensor of log ratios, float64."""
+    ratios_E = log_ratios_E.exp()
+    outside_E = (ratios_E - 1).abs() > CLIP_RANGE
+    divergence_E = torch.where(ratios_E == 0, 1.0, ratios_E * log_ratios_E - ratios_E + 1)
+    all_4E = torch.stack([ratios_E, ratios_E * ratios_E, outside_E.double(), divergence_E])
+    sums = torch.stack([all_4E[:, span.start : span.stop].sum(dim=1) for span in spans]).tolist()
+    return [RatioStatistics(span.stop - span.start, *row) for span, row in zip(spans, sums, strict=True)]

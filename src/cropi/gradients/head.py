@@ -14,15 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from cropi.gradients.attention import unsupported
-from cropi.gradients.capture import Reader
+from cropi.gradients.capture import FactorReader
+from cropi.gradients.groups import SurrogateSettings
 from cropi.gradients.packing import Pack, Span
-from cropi.gradients.surrogate_weights import SurrogateSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-LOGITS_AT_ONCE = {"cpu": 1 << 24, "cuda": 1 << 28}
-"""Logits of one chunk, in float32: 64 MiB and 1 GiB."""
+LOGITS_AT_ONCE = {"cpu": 1 << 24, "cuda": 1 << 28}  # logits of one chunk, in float32: 64 MiB and 1 GiB
 
 
 class Head:
@@ -97,7 +96,12 @@ class Head:
 
     @torch.no_grad()
     def __call__(
-        self, hidden_SH: Tensor, pack: Pack, settings: SurrogateSettings, reader: Reader | None, names: dict[str, str]
+        self,
+        hidden_SH: Tensor,
+        pack: Pack,
+        settings: SurrogateSettings,
+        reader: FactorReader | None,
+        names: dict[str, str],
     ) -> tuple[Tensor, Tensor]:
         """Return log importance ratios (float64) of a pack's predictions and the gradient of its hidden states; without
         a reader, the gradient is 0."""

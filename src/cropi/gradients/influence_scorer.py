@@ -13,18 +13,18 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cropi.artifacts import OK
-from cropi.errors import PolicyError
+from cropi.console import warn_once
+from cropi.errors import PolicyError, UncoveredError
+from cropi.fsdp import ShardedParameters, is_sharded
 from cropi.functional import influence_formulas
 from cropi.functional.projection import SparseProjection, principal_directions
 from cropi.gradients.engine import Engine, by_group, segments_of
 from cropi.gradients.exact import ExactReader, inner, norm, widened
-from cropi.gradients.groups import Group
+from cropi.gradients.groups import RATIO_COLUMNS, Group, RatioStatistics, SurrogateSettings
 from cropi.gradients.model_checks import require_independent_rows
 from cropi.gradients.packing import Segment
 from cropi.gradients.reference import prompt_gradient
-from cropi.gradients.sharded_parameters import ShardedParameters
 from cropi.gradients.sketch import GradientMap, SketchReader, StructuredMap, UniformMap, project
-from cropi.gradients.surrogate_weights import RATIO_COLUMNS, RatioStatistics, SurrogateSettings
 from cropi.gradients.validation_directions import (
     REFERENCE_TOKENS,
     Directions,
@@ -40,8 +40,7 @@ from cropi.parallel import process_group
 Estimator = Literal["exact", "sketch", "reference"]
 Score = influence_formulas.Score
 
-BLOCK = 256
-"""Groups whose features are in memory at once; packs are filled from one block."""
+BLOCK = 256  # groups whose features are in memory at once; packs are filled from one block
 
 
 @dataclass(frozen=True)
@@ -68,29 +67,23 @@ class ScorerOptions:
 class Scored:
     """Scores of some groups, in their order; zeros for groups without signal."""
 
-    products_NV: Float[np.ndarray, "N V"]
-    """<g_i, d_v>."""
+    products_NV: Float[np.ndarray, "N V"]  # <g_i, d_v>
     norms_N: Float[np.ndarray, " N"]
     """|g_i|; of the feature for `sketch`; NaN if not requested (`exact` with `dot`, without `lengths`)."""
-    ratio_columns_NR: Float[np.ndarray, "N R"]
-    """`RATIO_COLUMNS` of each group; (1, 0, 0) if nothing was computed."""
-    features_ND: Tensor | None
-    """Gradient features, for `sketch` only."""
+    ratio_columns_NR: Float[np.ndarray, "N R"]  # `RATIO_COLUMNS` of each group; (1, 0, 0) if nothing was computed
+    features_ND: Tensor | None  # gradient features, for `sketch` only
     tokens_computed: int
     errors_NV: Float[np.ndarray, "N V"] | None = None
     """Standard errors of the influence, if requested: 0 without signal. See `score_by_halves`."""
-    variances_N: Float[np.ndarray, " N"] | None = None
-    """Variances of the rewards."""
-    ratios: Sequence[RatioStatistics] = ()
-    """Ratio statistics of each group, if an engine ran."""
+    variances_N: Float[np.ndarray, " N"] | None = None  # variances of the rewards
+    ratios: Sequence[RatioStatistics] = ()  # ratio statistics of each group, if an engine ran
 
 
 @dataclass(frozen=True)
 class Aim:
     """Directions of a scorer, for another scorer of the same policy and settings."""
 
-    directions: Sequence[Mapping[str, Tensor]]
-    """Dense directions; none for `sketch`, which keeps their features only."""
+    directions: Sequence[Mapping[str, Tensor]]  # dense directions; none for `sketch`, which keeps their features only
     layer_directions: Mapping[str, Tensor]
     features_VD: Float[Tensor, "V D"] | None
     norms_V: Float[np.ndarray, " V"]
@@ -200,11 +193,10 @@ class Scorer:
         factors: Sequence[Sequence[float]] | None = None,
         advance: Callable[[int], None] | None = None,
     ) -> Scored:
-        """Score a block of groups. `factors` multiply the weights of each group's trajectories; the reference estimator
-        ignores them."""
+        """Score a block of groups. `factors` multiply the weights of each group's trajectories."""
         with self.lockstep():
             if self._engine is None:
-                scored = self._by_reference(groups, advance)
+                scored = self._by_reference(groups, factors, advance)
             else:
                 segments = segments_of(groups, self.settings, factors)
                 scored = self.score_segments(segments, len(groups), advance, norms=self._lengths)
@@ -248,14 +240,20 @@ class Scorer:
         columns_NR = np.array([one.columns for one in ratios]).reshape(count, len(RATIO_COLUMNS))
         return Scored(products_NV, norms_N, columns_NR, features_ND, work.tokens, ratios=ratios)
 
-    def _by_reference(self, groups: Sequence[Group], advance: Callable[[int], None] | None) -> Scored:
+    def _by_reference(
+        self,
+        groups: Sequence[Group],
+        factors: Sequence[Sequence[float]] | None,
+        advance: Callable[[int], None] | None,
+    ) -> Scored:
         products_NV = np.zeros((len(groups), len(self._directions)))
         norms_N, columns_NR = np.zeros(len(groups)), np.tile(RatioStatistics().columns, (len(groups), 1))
         tokens = 0
         for index, group in enumerate(groups):
             if group.status != OK:
                 continue
-            found = prompt_gradient(self.model, group, self.settings, batch_tokens=self._batch_tokens)
+            own = None if factors is None else factors[index]
+            found = prompt_gradient(self.model, group, self.settings, batch_tokens=self._batch_tokens, factors=own)
             products_NV[index] = [inner(found.gradients, direction) for direction in self._directions]
             norms_N[index] = norm(found.gradients)
             columns_NR[index] = found.ratio_ess, found.clip_share, found.kl
@@ -281,6 +279,19 @@ class Scorer:
             stacked = torch.cat([direction[name] for direction in directions])
             found[name] = widened(principal_directions(stacked, means[name], self.projection.rank).to(stacked.dtype))
         return found
+
+
+def scorer_of(model: nn.Module, settings: SurrogateSettings, options: ScorerOptions) -> Scorer:
+    """Make a scorer. Where the engine does not cover the model, it uses `reference` instead, and a warning says so."""
+    try:
+        return Scorer(model, settings, options)
+    except UncoveredError as error:
+        if is_sharded(model):
+            raise
+        why = error.what
+    scorer = Scorer(model, settings, replace(options, estimator="reference"))
+    warn_once(f"{why}; they come from autograd instead, one prompt at a time, which is slower")
+    return scorer
 
 
 def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from cropi.errors import PolicyError
+from cropi.fsdp import forward_replaced
 from cropi.gradients.attention import own_attention, pack_rows, unsupported
-from cropi.gradients.capture import NullReader
+from cropi.gradients.capture import FactorReader
 from cropi.gradients.packing import Pack, Segment, make_pack
-from cropi.gradients.sharded_parameters import forward_replaced
 from cropi.policy import evaluating
 
 if TYPE_CHECKING:
@@ -214,7 +214,7 @@ def check_logits(engine: Engine, segment: Segment, theirs_EW: Tensor) -> float:
 
     with (
         _kept_activations(engine.model) as kept,
-        engine.capture.hooks(NullReader(), pack.spans, pack.tokens),
+        engine.capture.hooks(FactorReader(), pack.spans, pack.tokens),
         pack_rows(engine.causal_lm, pack.rows),
     ):
         engine.forward(pack, at_head).backward()
@@ -264,7 +264,7 @@ def check_gradients(engine: Engine) -> None:
     members, first = _test_segments(engine), engine.causal_lm.get_input_embeddings()
     pack = make_pack(members, engine.device)
     ours = _embedding_outputs(
-        engine, pack, lambda hidden_SH: engine.head(hidden_SH, pack, engine.settings, NullReader(), {})[1]
+        engine, pack, lambda hidden_SH: engine.head(hidden_SH, pack, engine.settings, FactorReader(), {})[1]
     )[first].grad
     assert ours is not None
     theirs, start = torch.zeros_like(ours), 0
@@ -300,7 +300,7 @@ def _test_segments(engine: Engine) -> list[Segment]:
 def _embedding_outputs(engine: Engine, pack: Pack, at_head: Callable[[Tensor], Tensor]) -> dict[nn.Module, Tensor]:
     """Run a pack and return the outputs of its embeddings, with their gradients."""
     with (
-        engine.capture.hooks(NullReader(), pack.spans, pack.tokens),
+        engine.capture.hooks(FactorReader(), pack.spans, pack.tokens),
         pack_rows(engine.causal_lm, pack.rows),
         embedded(engine.causal_lm) as found,
     ):

@@ -31,8 +31,7 @@ class Segment:
     completions: list[list[int]]
     scales: list[float]
     behaviour_logprobs: list[list[float]] | None
-    repeats_prompt: bool = False
-    """True for all but one segment of a divided group, so that its prompt is counted once."""
+    repeats_prompt: bool = False  # true for all but one segment of a divided group, so that its prompt is counted once
 
     @property
     def tokens(self) -> int:
@@ -82,14 +81,10 @@ class Rows:
     mask no other token sees it. R counts the tokens of all rows, with padding.
     """
 
-    blocks: list[tuple[int, int]]
-    """(rows, width) of each block, in the order of their tokens."""
-    gather_R: Tensor
-    """Pack position of each token of each row."""
-    scatter_S: Tensor
-    """Row position of each packed token's result; that of a prompt token is in its first row."""
-    prompt_tokens_Q: Tensor
-    """Pack positions of prompt tokens shared by several rows, those with most rows first."""
+    blocks: list[tuple[int, int]]  # (rows, width) of each block, in the order of their tokens
+    gather_R: Tensor  # pack position of each token of each row
+    scatter_S: Tensor  # row position of each packed token's result; that of a prompt token is in its first row
+    prompt_tokens_Q: Tensor  # pack positions of prompt tokens shared by several rows, those with most rows first
     copies: list[Tensor]
     """Row positions of the second, third, ... copies of those tokens; each list covers a prefix of the one before."""
 
@@ -102,17 +97,12 @@ class Pack:
     position_ids_S: Tensor
     spans: list[Span]
     rows: Rows
-    sources_E: Tensor
-    """Pack position of the hidden state that predicts each completion token."""
+    sources_E: Tensor  # pack position of the hidden state that predicts each completion token
     targets_E: Tensor
-    scales_E: Tensor
-    """A_k / Z_k of the trajectory of each prediction, float64."""
-    behaviour_E: Tensor | None
-    """log beta of each target; None if all are on-policy."""
-    on_policy_E: Tensor
-    """True if the segment has no behaviour log-probs, so that the ratio is 1."""
-    predictions: list[Span]
-    """Stretches of the E predictions, with the result row of each."""
+    scales_E: Tensor  # A_k / Z_k of the trajectory of each prediction, float64
+    behaviour_E: Tensor | None  # log beta of each target; None if all are on-policy
+    on_policy_E: Tensor  # true if the segment has no behaviour log-probs, so that the ratio is 1
+    predictions: list[Span]  # stretches of the E predictions, with the result row of each
 
     @cached_property
     def tokens(self) -> int:

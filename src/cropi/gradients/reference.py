@@ -1,6 +1,6 @@
 """The reference estimator: autograd, one prompt at a time. Slow and simple; the oracle for the fast estimators."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,8 +8,7 @@ from torch import Tensor, nn
 
 from cropi.artifacts import CLIP_RANGE
 from cropi.functional.surrogate import effective_sample_share, importance_ratios, token_weights
-from cropi.gradients.groups import Group
-from cropi.gradients.surrogate_weights import SurrogateSettings, trajectory_scales
+from cropi.gradients.groups import Group, SurrogateSettings, trajectory_scales
 from cropi.policy import completion_logprobs, evaluating
 
 
@@ -29,14 +28,19 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def prompt_gradient(
-    model: nn.Module, group: Group, settings: SurrogateSettings, *, batch_tokens: int = 8192
+    model: nn.Module,
+    group: Group,
+    settings: SurrogateSettings,
+    *,
+    batch_tokens: int = 8192,
+    factors: Sequence[float] | None = None,
 ) -> PromptGradient:
     """Compute the off-policy policy gradient of one prompt at the model's current weights.
 
     g = sum_k (1/Z_k) sum_t A_k grad rho_{k,t}, rho_{k,t} = pi_theta / beta per token (paper eq. 4): the direction in
     which the prompt's surrogate grows, without KL or entropy terms. Trajectories with zero advantage are skipped. Rows
-    of one length go together, at most `batch_tokens` tokens. The model's mode, `requires_grad` and `.grad` stay as
-    they are.
+    of one length go together, at most `batch_tokens` tokens. `factors` multiply the trajectories' weights. The model's
+    mode, `requires_grad` and `.grad` stay as they are.
     """
     parameters = trainable_parameters(model)
     # A sum over micro-batches in bfloat16 would lose the small terms.
@@ -45,6 +49,8 @@ def prompt_gradient(
     }
     ratios: list[Tensor] = []
     scales_K = torch.tensor(trajectory_scales(group, settings), dtype=torch.float64)
+    if factors is not None:
+        scales_K = scales_K * torch.tensor(factors, dtype=torch.float64)
     with evaluating(model):
         for rows in _micro_batches(group, scales_K, batch_tokens):
             loss, ratios_T = _weighted_logprob(model, group, rows, scales_K, settings)
@@ -63,11 +69,7 @@ def prompt_gradient(
 
 
 def _weighted_logprob(
-    model: nn.Module,
-    group: Group,
-    rows: list[int],
-    scales_K: Tensor,
-    settings: SurrogateSettings,
+    model: nn.Module, group: Group, rows: list[int], scales_K: Tensor, settings: SurrogateSettings
 ) -> tuple[Tensor, Tensor]:
     """sum_{k,t} w_{k,t} log pi(x_{k,t}) over some trajectories, and the ratios of their tokens."""
     completions = [group.completions[k] for k in rows]

@@ -10,12 +10,17 @@ import numpy as np
 
 from cropi.artifacts import OK
 from cropi.config import Config
-from cropi.functional.empirical_bayes import reliability, shrunk, top_probabilities
 from cropi.functional.influence_formulas import influence
-from cropi.functional.ranking import ranks, reciprocal_rank_fusion, selection_size
-from cropi.gradients.groups import Group
+from cropi.functional.ranking import (
+    ranks,
+    reciprocal_rank_fusion,
+    reliability,
+    selection_size,
+    shrunk,
+    top_probabilities,
+)
+from cropi.gradients.groups import RATIO_COLUMNS, Group
 from cropi.gradients.influence_scorer import Scored, Scorer
-from cropi.gradients.surrogate_weights import RATIO_COLUMNS
 from cropi.seeds import derived_seed
 
 # Beyond any of these, a stage's scores depend more on old trajectories than on the policy.
@@ -43,11 +48,10 @@ def score_by_halves(scorer: Scorer, groups: Sequence[Group], advance: Callable[[
     exchangeable given the rewards, the expectation of its square is the variance of s. An error has one degree of
     freedom, so average squares over prompts. For `cosine` and `gain`, the error of the gradient's length is left out.
 
-    A prompt is computed once per half, so its tokens count twice. Needs estimator `sketch`, whose features give the
-    norm of the sum.
+    A prompt is computed once per half, so its tokens count twice.
     """
     if scorer.estimator != "sketch":
-        raise ValueError("standard errors need estimator='sketch'")
+        return _by_first_half(scorer, groups, advance)
     doubled = [group for group in groups for _ in range(2)]
     factors = [half for group in groups for half in half_factors(group.rewards)]
     scored = scorer(doubled, factors=factors)
@@ -71,6 +75,20 @@ def score_by_halves(scorer: Scorer, groups: Sequence[Group], advance: Callable[[
         ratios=(),
         variances_N=variances_N,
         errors_NV=influence(differences_NV, norms_N, scorer.norms_V, scorer.score, variances_N),
+    )
+
+
+def _by_first_half(scorer: Scorer, groups: Sequence[Group], advance: Callable[[int], None] | None) -> Scored:
+    """`score_by_halves` without features that would give the norm of a sum: the groups whole, then their first halves,
+    and s_1 - s_2 = 2 s_1 - s."""
+    whole = scorer(groups, advance=advance)
+    first = scorer(groups, factors=[half_factors(group.rewards)[0] for group in groups])
+    with np.errstate(invalid="ignore"):
+        differences_NV = np.abs(2 * first.products_NV - whole.products_NV)
+    return replace(
+        whole,
+        tokens_computed=whole.tokens_computed + first.tokens_computed,
+        errors_NV=influence(differences_NV, whole.norms_N, scorer.norms_V, scorer.score, whole.variances_N),
     )
 
 

@@ -24,10 +24,9 @@ from cropi.config import Config, StrategyTable
 from cropi.errors import ArtifactError
 from cropi.functional.projection import projection_of
 from cropi.gradients.group_influence import statuses
-from cropi.gradients.groups import Group, iterate_groups
-from cropi.gradients.influence_scorer import Aim, Scored, Scorer, ScorerOptions
+from cropi.gradients.groups import RATIO_COLUMNS, Group, SurrogateSettings, iterate_groups
+from cropi.gradients.influence_scorer import Aim, Scored, Scorer, ScorerOptions, scorer_of
 from cropi.gradients.score_reliability import score_by_halves
-from cropi.gradients.surrogate_weights import RATIO_COLUMNS, SurrogateSettings
 from cropi.parallel import process_group
 from cropi.policy import PolicyCopy
 from cropi.ray_workers import Perform, RayPool, Task
@@ -77,10 +76,7 @@ def finite_or_none(value: float) -> float | None:
 
 
 def make_scorer(
-    config: Config,
-    model: nn.Module,
-    settings: SurrogateSettings,
-    strategy: StrategyTable | None = None,
+    config: Config, model: nn.Module, settings: SurrogateSettings, strategy: StrategyTable | None = None
 ) -> Scorer:
     """Make the scorer for a config; a strategy that compares with candidates needs normalised means and `dot`."""
     aims_at_candidates = strategy is not None and strategy.candidates_aimed_at > 0
@@ -92,7 +88,7 @@ def make_scorer(
         batch_tokens=config.score.batch_tokens,
         lengths=strategy is not None and strategy.reads_lengths,
     )
-    return Scorer(model, settings, options)
+    return scorer_of(model, settings, options)
 
 
 @dataclass(frozen=True)

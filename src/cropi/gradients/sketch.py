@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cropi.functional.projection import SparseProjection, fold
+from cropi.gradients.capture import FactorReader
 from cropi.gradients.exact import add_outer_sum, outer_sum, row_sums, widened
 from cropi.gradients.packing import Segment, Span
 
@@ -28,8 +29,7 @@ class GradientMap(Protocol):
 
     projection: SparseProjection
     buckets_K: Tensor
-    scale: float
-    """Factor of the final sums."""
+    scale: float  # factor of the final sums
 
     def narrow(self, name: str, inputs_TI: Tensor) -> Tensor:
         """Reduce a linear layer's inputs (or an embedding's gradients) to what the map needs."""
@@ -93,11 +93,9 @@ class _Layer:
     """The kept part of one linear layer (O, I)."""
 
     directions_IR: Tensor
-    directions_CR: Tensor
-    """The directions at the kept columns."""
+    directions_CR: Tensor  # the directions at the kept columns
     columns_C: Tensor
-    scale: float
-    """1 / sqrt(share of the rest that is kept)."""
+    scale: float  # 1 / sqrt(share of the rest that is kept)
     outs: int
     start: int
     """Offset in the staged numbers of [G U | kept columns of the rest]^T, (r + C, O): few long rows make a faster
@@ -114,10 +112,7 @@ class StructuredMap:
     scale = 1.0
 
     def __init__(
-        self,
-        projection: SparseProjection,
-        parameters: Mapping[str, Tensor],
-        directions: Mapping[str, Tensor],
+        self, projection: SparseProjection, parameters: Mapping[str, Tensor], directions: Mapping[str, Tensor]
     ) -> None:
         """`directions` holds U (I, r) by the name of each linear layer's weight."""
         self.projection = projection
@@ -196,7 +191,7 @@ def _no_buckets(parameters: Mapping[str, Tensor]) -> Tensor:
     return torch.zeros(0, dtype=torch.int32, device=next(iter(parameters.values())).device)
 
 
-class SketchReader:
+class SketchReader(FactorReader):
     """Compute the feature of each row's gradient, (N, dim) float32 or wider, in main memory."""
 
     def __init__(self, gradient_map: GradientMap, count: int, dtype: torch.dtype = torch.float32) -> None:

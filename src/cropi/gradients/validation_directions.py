@@ -1,4 +1,4 @@
-"""Validation directions: the mean gradients of validation sets.
+"""Validation directions: the mean gradients of validation sets, or of halves of a sample of the pool.
 
 They do not depend on the number of processes. They are dense, and for a large policy larger than the policy itself, so
 they can be computed for a part of the parameters at a time, with passes over the validation sets for each part.
@@ -12,26 +12,28 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import numpy as np
+import pyarrow as pa
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from cropi.artifacts import OK
+from cropi.console import warn_once
+from cropi.curriculum.strategy import CANDIDATES
 from cropi.errors import SignalError
 from cropi.functional import influence_formulas
-from cropi.functional.agreement import spearman_brown
+from cropi.functional.influence_formulas import halves
+from cropi.functional.ranking import spearman_brown
 from cropi.gradients.engine import Engine, by_group, free_bytes, segments_of
 from cropi.gradients.exact import DenseReader, ExactReader, inner, norm
-from cropi.gradients.groups import Group
+from cropi.gradients.groups import Group, SurrogateSettings, iterate_groups
 from cropi.gradients.reference import prompt_gradient, trainable_parameters
-from cropi.gradients.surrogate_weights import SurrogateSettings
 from cropi.parallel import ProcessGroup, process_group
+from cropi.seeds import unit_interval
 
-PIECE = 16
-"""Groups whose gradients one process sums together."""
+PIECE = 16  # groups whose gradients one process sums together
 
-REFERENCE_TOKENS = 8192
-"""Default number of padded tokens in a forward pass of the reference estimator."""
+REFERENCE_TOKENS = 8192  # default number of padded tokens in a forward pass of the reference estimator
 
 MEMORY_SHARE = {"cpu": 0.5, "cuda": 0.25}
 """Share of the free memory for dense gradients. On CUDA, packs already use half of the memory."""
@@ -54,8 +56,7 @@ class Directions:
 
     def __init__(self, names: Sequence[str]) -> None:
         self._names, count = names, len(names)
-        self.products_VV = np.zeros((count, count))
-        """Inner products of the directions."""
+        self.products_VV = np.zeros((count, count))  # inner products of the directions
         self._within_V3 = np.zeros((count, 3))
 
     def add(self, halves_V: Iterable[Halves]) -> list[Gradients]:
@@ -268,3 +269,98 @@ def room_for_directions(engine: Engine) -> int:
     """Return the bytes available to dense gradients, the same in all processes."""
     room = int(free_bytes(engine.device) * MEMORY_SHARE.get(engine.device.type, 0.25))
     return min(engine.shards.ranks().gather(room))
+
+
+# -- the groups that make a direction ------------------------------------------------------------------------------
+
+MOST_PROMPTS = 100  # of a validation set, as in the code of the paper
+NOISY = 0.2  # below this reliability of a validation direction a warning is given
+FEW_GROUPS = 8  # below this many mixed validation groups a warning is given
+ONE_SIDED = 0.9  # above this share of validation prompts that are always solved, or never, a warning is given
+
+
+def validation_groups(trajectories: Mapping[str, pa.Table]) -> dict[str, list[Group]]:
+    """Return the mixed groups of every validation set; others have a zero gradient. Raises SignalError without any."""
+    names = sorted(name.removeprefix("validation/") for name in trajectories if name != "train")
+    return {name: _mixed_groups(trajectories[f"validation/{name}"], name) for name in names}
+
+
+def chosen_for_validation(prompt_ids: Iterable[str]) -> list[str]:
+    """Choose the prompts of a validation set that make its direction, in ascending order."""
+    # By hash, not by id: ids may start with the name of a source, and one source would be picked.
+    by_hash = sorted(prompt_ids, key=lambda i: unit_interval(0, "validation", i))
+    return sorted(by_hash[:MOST_PROMPTS])
+
+
+def _mixed_groups(table: pa.Table, name: str) -> list[Group]:
+    groups = dict(iterate_groups(table))
+    chosen = chosen_for_validation(groups)
+    mixed = [group for i in chosen if (group := groups[i]) is not None and group.status == OK]
+    if not mixed:
+        raise SignalError(
+            f"none of the {len(chosen)} prompts of this validation set has both better and worse completions, so it "
+            "has no direction",
+            where=f"prompts.validation.{name}",
+            fix="use problems that the policy solves sometimes, or raise collect.validation_num_generations.",
+        )
+    if len(mixed) < FEW_GROUPS:
+        warn_once(
+            f"validation set {name}: only {len(mixed)} of {len(chosen)} prompts carry signal; influence will be noisy"
+        )
+    judged = one_sided([group for i in chosen if (group := groups[i]) is not None])
+    if judged is not None:
+        warn_once(f"validation set {name}: {judged}")
+    return mixed
+
+
+def one_sided(groups: Sequence[Group]) -> str | None:
+    """Describe a validation set of which over 90 % are solved by every completion, or by none; else None.
+
+    With graded rewards, a group of equal grades counts as solved at 1/2 and above.
+    """
+    alike = [group.pass_rate >= 0.5 for group in groups if group.variance == 0]
+    always, never, total = alike.count(True), alike.count(False), len(groups)
+    rest = f"only {total - always - never} give its direction"
+    if always > 0 and always / total > ONE_SIDED:
+        return (
+            f"{always} of {total} prompts are solved by every completion: there is little left to gain, and {rest}; "
+            "use harder problems"
+        )
+    if never > 0 and never / total > ONE_SIDED:
+        return (
+            f"{never} of {total} prompts are solved by no completion: {rest}; "
+            "use easier problems, or raise collect.validation_num_generations"
+        )
+    return None
+
+
+def warn_of_noise(reliability: Mapping[str, float]) -> None:
+    """Warn of validation directions that are mostly noise."""
+    for name, value in reliability.items():
+        if value < NOISY:
+            warn_once(
+                f"validation set {name}: its direction is mostly noise (reliability {max(value, 0.0):.2f}, from two "
+                "halves of its prompts), so its ranking is little better than chance. "
+                "Use more prompts that the policy solves sometimes, or more completions for each"
+            )
+
+
+def candidate_groups(table: pa.Table, count: int, seed: int) -> dict[str, list[Group]]:
+    """Draw `count` mixed groups of the training pool at random, in two halves. Raises SignalError below two."""
+    mixed = {group.prompt_id: unit_interval(seed, "candidates", group.prompt_id) for group in _mixed(table)}
+    if len(mixed) < 2:
+        raise SignalError(
+            f"{len(mixed)} training prompts have both better and worse completions, and at least two are needed",
+            where="prompts.train",
+            fix="use problems that the policy solves sometimes, or raise collect.num_generations.",
+        )
+    half_of = {i: name for name, half in zip(CANDIDATES, halves(mixed, count), strict=True) for i in half}
+    found: dict[str, list[Group]] = {name: [] for name in CANDIDATES}
+    for group in _mixed(table):
+        if group.prompt_id in half_of:
+            found[half_of[group.prompt_id]].append(group)
+    return found
+
+
+def _mixed(table: pa.Table) -> Iterator[Group]:
+    return (group for _, group in iterate_groups(table) if group is not None and group.status == OK)

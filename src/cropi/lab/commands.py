@@ -83,8 +83,7 @@ def audit(
     run = open_run(config, overrides)
     from cropi.lab.audit.audit_report import audit_sections
     from cropi.lab.audit.run_audit import AuditSettings, audit_run
-    from cropi.report.markdown import markdown
-    from cropi.report.rendering import write_report
+    from cropi.report.rendering import markdown, write_report
 
     result = audit_run(run, AuditSettings(prompts, trajectories, seed), wanted)
     folder, title, sections = run.folder.folder, f"cropi audit {run.config.name}", audit_sections(result)

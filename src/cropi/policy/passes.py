@@ -76,11 +76,7 @@ def longest_alike(model: nn.Module) -> float:
 
 
 def completion_logprobs(
-    model: nn.Module,
-    prompts: Sequence[Sequence[int]],
-    completions: Sequence[Sequence[int]],
-    *,
-    temperature: float,
+    model: nn.Module, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], *, temperature: float
 ) -> tuple[Tensor, Tensor]:
     """Log-probs that a model gives to completion tokens, by one teacher-forced forward pass.
 

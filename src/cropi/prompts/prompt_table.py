@@ -8,17 +8,18 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cropi.artifacts import PROMPTS, write_table
+from cropi.artifacts import PROMPTS, file_sha256, write_table
 from cropi.config import BuiltinSource, Config, FileSource, HubSource, ReasoningGymSource, Source
 from cropi.console import warn
 from cropi.errors import DataError
-from cropi.leakage import Leakage, described, find_leakage
 from cropi.prompt_text import turn_text
 from cropi.prompts.data_files import Row, raw_rows
+from cropi.prompts.leakage import Leakage, described, find_leakage
 from cropi.seeds import derived_seed
 
 PROMPT_COLUMNS = ("prompt", "question", "problem", "messages")
@@ -117,10 +118,7 @@ def make_prompts(config: Config, folder: Path) -> tuple[dict[str, int], dict[str
     for text in warnings:
         warn(text)
     write_table(folder / "prompts.parquet", rows, PROMPTS)
-    counts: dict[str, int] = {}
-    for row in rows:
-        counts[row["set"]] = counts.get(row["set"], 0) + 1
-    return counts, {"leakage": leakage.as_json()}
+    return dict(Counter(row["set"] for row in rows)), {"leakage": leakage.as_json()}
 
 
 def data_identity(config: Config) -> dict[str, str]:
@@ -134,8 +132,7 @@ def data_identity(config: Config) -> dict[str, str]:
         identity["columns"] = "all"
     for path in sorted({Path(s.path).expanduser() for s in sources if isinstance(s, FileSource)}):
         if path.is_file():  # a missing one is reported where it is read
-            with path.open("rb") as file:
-                identity[str(path)] = hashlib.file_digest(file, "sha256").hexdigest()
+            identity[str(path)] = file_sha256(path)
     return identity
 
 

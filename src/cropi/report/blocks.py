@@ -116,3 +116,21 @@ class Section:
 
     title: str
     blocks: Sequence[Block] = field(default_factory=tuple)
+
+
+def table_row(cells: Sequence[str]) -> str:
+    """A row of a table in Markdown."""
+    return f"| {' | '.join(cells)} |"
+
+
+def text_table(table: Table) -> str:
+    """Render a table for a terminal: Markdown whose columns are as wide as their widest cell, without the caption."""
+    rows = [list(table.header), *map(list, table.rows)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(table.header))]
+
+    def line(row: Sequence[str]) -> str:
+        pairs = enumerate(zip(row, widths, strict=True))
+        return table_row([cell.ljust(width) if n < table.left else cell.rjust(width) for n, (cell, width) in pairs])
+
+    marks = ["-" * width if n < table.left else "-" * (width - 1) + ":" for n, width in enumerate(widths)]
+    return "\n".join([line(rows[0]), table_row(marks), *map(line, rows[1:])])

@@ -1,10 +1,11 @@
-"""A run whose batches are chosen by influence: what it believed, what it chose, and what that cost."""
+"""Choices of a run: shares by source, overlap between stages; where influence chooses also beliefs and their cost."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,7 @@ from cropi.report import figures
 from cropi.report.blocks import Block, Table, Text
 from cropi.report.costs import Charges, charges
 from cropi.report.drawing import thinned
-from cropi.report.reading import read_beliefs, way
-from cropi.report.shares import Columns, share_table
+from cropi.report.reading import Selection, read_beliefs, way
 from cropi.report.wording import ABSENT, count, decimal, share, significant, tenths, with_error
 from cropi.run_folder import RunFolder
 from cropi.streams import read_jsonl
@@ -188,3 +188,63 @@ def _cost(charged: Charges) -> list[Block]:
         "its seconds are part of training."
     )
     return [Table("Cost of choosing, beside training.", header, rows, strong=len(rows) - 1), Text(note)]
+
+
+# -- shares by source, and overlap between stages ------------------------------------------------------------------
+
+MAX_SOURCES = 20  # rows of a table by source
+
+Columns = dict[str, Counter[str]]  # counts by source: of the pool, and of what was taken from it
+
+
+def selected_sources(stages: Mapping[int, Selection]) -> Columns:
+    """Prompts by source, in the pool and in every stage's selection. There is at least one stage."""
+    pool = Counter(next(iter(stages.values())).sources)
+    return {"pool": pool} | {f"stage {n}": Counter(compress(one.sources, one.selected)) for n, one in stages.items()}
+
+
+def gathered(columns: Columns) -> Columns:
+    """The sources with the largest shares anywhere, largest in the pool first, then all others together."""
+    pool = columns["pool"]
+    names = sorted(pool, key=lambda source: (-pool[source], source))
+    if len(names) <= MAX_SOURCES:
+        return {title: Counter({name: own[name] for name in names}) for title, own in columns.items()}
+    peak = {name: max(own[name] / max(own.total(), 1) for own in columns.values()) for name in names}
+    kept = {*sorted(names, key=lambda source: (-peak[source], source))[: MAX_SOURCES - 1]}
+    rest = f"{len(names) - len(kept)} other sources"
+    shown = [name for name in names if name in kept]
+    return {
+        title: Counter({name: own[name] for name in shown} | {rest: own.total() - sum(own[name] for name in shown)})
+        for title, own in columns.items()
+    }
+
+
+def share_table(columns: Columns, caption: str, first: str = "source") -> Table:
+    """Counts and shares as a table, darker where the share is larger."""
+    columns = gathered(columns)
+    shares = {title: {name: own[name] / max(own.total(), 1) for name in own} for title, own in columns.items()}
+    sources = list(columns["pool"])
+    rows = [[name, *(_counted(own[name], shares[title][name]) for title, own in columns.items())] for name in sources]
+    peak = max(part for own in shares.values() for part in own.values()) or 1.0
+    shades = [[None, *(own[name] / peak for own in shares.values())] for name in sources]
+    rows.append(["all", *(count(own.total()) for own in columns.values())])
+    return Table(caption, [first, *columns], rows, strong=len(rows) - 1, shades=shades)
+
+
+def _counted(number: int, part: float) -> str:
+    return f"{number:,} ({100 * part:.0f} %)" if number else "0"
+
+
+def jaccard(stages: Mapping[int, Selection]) -> dict[int, float]:
+    """|A ∩ B| / |A ∪ B| of each stage's selection with that of the stage before, by the later stage."""
+    overlaps = {}
+    for stage in sorted(stages):
+        if stage - 1 in stages:
+            before, now = stages[stage - 1].chosen, stages[stage].chosen
+            overlaps[stage] = len(before & now) / len(before | now) if before | now else 1.0
+    return overlaps
+
+
+def random_jaccard(fraction: float) -> float:
+    """The overlap to expect of two independent random draws of the same share α of a large pool: α / (2 − α)."""
+    return fraction / (2 - fraction)

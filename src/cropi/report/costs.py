@@ -1,19 +1,53 @@
-"""The cost of a run, from the ledger and the streams of its training."""
+"""The cost of a run: seconds and tokens from its ledger and streams, and FLOPs by one formula for all strategies."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
-from cropi.config import Config
+from cropi.config import Config, ScoreConfig
+from cropi.errors import ArtifactError
 from cropi.ledger import Ledger
-from cropi.report.flops import Flops, flops
-from cropi.report.results import Cost
 from cropi.run_folder import StagePaths
 from cropi.streams import read_jsonl
 
 Entry = Mapping[str, Any]  # a line of the ledger
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The cost of a run. None: not charged, or not there yet."""
+
+    collect: float | None = None  # seconds
+    score: float | None = None
+    select: float | None = None
+    train: float | None = None
+    evaluate: float | None = None  # shown, but not part of the total
+    collect_tokens: int | None = None  # generated tokens
+    train_tokens: int | None = None
+
+    @property
+    def total(self) -> float | None:
+        """Seconds of collect, score, select and train; None before there is any training."""
+        if self.train is None:
+            return None
+        return sum(seconds or 0.0 for seconds in (self.collect, self.score, self.select, self.train))
+
+    @property
+    def tokens(self) -> int | None:
+        """Generated tokens, stored trajectories and training together; None before there is any training."""
+        return None if self.train_tokens is None else self.train_tokens + (self.collect_tokens or 0)
+
+    @property
+    def selection_share(self) -> float | None:
+        """(score + select) / train."""
+        return ((self.score or 0.0) + (self.select or 0.0)) / self.train if self.train else None
+
+    def as_json(self) -> dict[str, Any]:
+        """The costs with what follows from them."""
+        return asdict(self) | {"total": self.total, "tokens": self.tokens, "selection_share": self.selection_share}
 
 
 @dataclass(frozen=True)
@@ -90,3 +124,121 @@ def _sum(values: Iterable[float]) -> float | None:
 
 def _whole(value: float | None) -> int | None:
     return None if value is None else int(value)
+
+
+# -- FLOPs ---------------------------------------------------------------------------------------------------------
+
+FORWARD = 2  # operations per parameter and token
+GRADIENT = 3  # forward passes of a dense gradient
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Operations by phase, by one formula for all strategies.
+
+    The unit is the forward pass of a token: 2 P operations, with P the parameters that take part in matrix products
+    (the output head counts, looked-up embeddings do not; attention scores are left out). In forward passes:
+
+    generation   every prompt and completion token once (with a cache nothing is computed twice)
+    collection   generation, and once more for the behaviour log-probs where they are taken
+    score        m per token of the pool that is computed + 3 per token of the validation prompts (their dense gradient:
+                 forward, and a backward pass of twice that; twice over for `learnalign`, which scales them).
+                 m: 2 for `sketch` (forward, backward through activations), 3 with the uniform mask, which needs the
+                 dense gradient; 2 + V for `exact` with V validation sets; 3 for `reference`. Tokens that are only read
+                 (representations): 1 each. Sketching a direction: `read_passes`.
+    training     generation + 3 per token and pass over a batch (forward and backward; `trainer.num_iterations` passes),
+                 + 1 for the reference policy where `trainer.beta` is not 0. Reading influence: `read_passes`, which are
+                 r (n_in + n_out) / P a token for every matrix and half of a direction, of rank r. With dynamic
+                 sampling, all that is sampled is generated, and the share that one batch is of it by rows is trained
+                 on. With a gate: the share that the strategy keeps.
+
+    A pass over padding, and the optimiser's own arithmetic, are not counted. Evaluation is not charged.
+    """
+
+    collect: float
+    score: float
+    train: float
+
+    @property
+    def total(self) -> float:
+        """All of them."""
+        return self.collect + self.score + self.train
+
+
+def score_multiple(settings: ScoreConfig, validation_sets: int, estimator: str | None = None) -> int:
+    """Forward passes per token of the pool; `estimator` is the one that was used, if it is not that of the settings."""
+    by_estimator = {
+        "sketch": 3 if settings.mask == "uniform" else 2,
+        "exact": 2 + validation_sets,
+        "reference": GRADIENT,
+    }
+    return by_estimator[estimator or settings.estimator]
+
+
+def flops(
+    config: Config,
+    parameters: int,
+    collected: Iterable[Mapping[str, Any]],
+    scored: Iterable[Mapping[str, Any]],
+    batches: Iterable[Mapping[str, Any]],
+    steps: Iterable[Mapping[str, Any]] = (),
+) -> Flops:
+    """Operations of ledger lines of collection and scoring, and of generation batches and steps of training.
+
+    Raises ArtifactError for a line without prompt tokens: it was written before they were recorded.
+    """
+    forward = FORWARD * parameters
+    multiple = partial(score_multiple, config.score, len(config.prompts.validation))
+    validation = GRADIENT * (2 if config.select.strategy.candidates_aimed_at > 0 else 1)  # scaled to length 1 first
+    passes = GRADIENT * int(config.trainer.get("num_iterations", 1)) + bool(float(config.trainer.get("beta", 0.0)))
+    batches, scored = list(batches), list(scored)
+    return Flops(
+        collect=forward * sum(_of(e, "passes") * _all_tokens(e) for e in collected),
+        score=forward
+        * sum(
+            multiple(e.get("estimator")) * _of(e, "computed_tokens")
+            + validation * _of(e, "validation_tokens")
+            + e.get("forward_tokens", 0)
+            for e in scored
+        )
+        + forward * _read(scored),
+        train=forward * (sum(map(_all_tokens, batches)) + passes * _trained_tokens(config, batches) + _read(steps)),
+    )
+
+
+def _read(lines: Iterable[Mapping[str, Any]]) -> float:
+    """Forward passes of a token that low-rank products with the gradient are worth."""
+    return sum(line.get("read_passes", 0.0) for line in lines)
+
+
+def _trained_tokens(config: Config, batches: Sequence[Mapping[str, Any]]) -> float:
+    """Prompt and completion tokens of what is trained on, in one pass."""
+    if not config.train.dynamic_sampling:
+        return sum(_all_tokens(batch) * _trained_share(config, batch) for batch in batches)
+    micro_steps = int(config.trainer.get("gradient_accumulation_steps", 1))
+    a_step = max(1, micro_steps // int(config.trainer.get("steps_per_generation") or micro_steps))  # generation batches
+    by_step: dict[int, list[Mapping[str, Any]]] = {}
+    for batch in batches:
+        by_step.setdefault(batch["step"], []).append(batch)
+    total = 0.0
+    for own in by_step.values():
+        rows = sum(len(batch["prompt_ids"]) for batch in own)
+        total += sum(map(_all_tokens, own)) * min(1.0, a_step * len(own[0]["prompt_ids"]) / rows)
+    return total
+
+
+def _trained_share(config: Config, batch: Mapping[str, Any]) -> float:
+    """Share of a generation batch's groups that is trained on."""
+    groups = max(1, len(batch.get("prompt_ids", ())) // int(config.trainer.get("num_generations", 8)))
+    return config.select.strategy.trained_groups(groups) / groups
+
+
+def _all_tokens(entry: Mapping[str, Any]) -> int:
+    """Prompt and completion tokens; none of work that was interrupted before it knew them."""
+    return _of(entry, "prompt_tokens") + int(entry["tokens"]) if "tokens" in entry else 0
+
+
+def _of(entry: Mapping[str, Any], name: str) -> int:
+    if name not in entry and "tokens" in entry:
+        raise ArtifactError(f"a line lacks {name}", where="ledger.jsonl or rewards.jsonl", fix="make the run anew.")
+    return int(entry.get(name, 0))

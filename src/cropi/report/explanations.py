@@ -17,15 +17,7 @@ from cropi.curriculum.strategies import PassRateStrategy
 from cropi.errors import ArtifactError, UserError
 from cropi.functional.ranking import ranks
 from cropi.report.reading import directions, prompt_text, read_beliefs, read_scores, rows_of, selection_table, way
-from cropi.report.wording import (
-    ABSENT,
-    NOT_MEASURED,
-    count,
-    decimal,
-    on_one_line,
-    percent,
-    with_error,
-)
+from cropi.report.wording import ABSENT, NOT_MEASURED, count, decimal, on_one_line, percent, with_error
 from cropi.run_folder import RunFolder, StagePaths
 from cropi.streams import read_jsonl
 
@@ -106,12 +98,7 @@ class _Stage:
 
 
 def explanations(
-    config: Config,
-    run: RunFolder,
-    prompt_ids: Sequence[str],
-    *,
-    stage: int | None = None,
-    top: int | None = None,
+    config: Config, run: RunFolder, prompt_ids: Sequence[str], *, stage: int | None = None, top: int | None = None
 ) -> list[Explanation]:
     """Explain some training prompts, or the `top` best of a stage (by default the last one selected).
 

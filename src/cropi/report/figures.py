@@ -7,22 +7,23 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from cropi.report.blocks import Chart, Line, Picture
-from cropi.report.charts import LABEL, chart_picture
 from cropi.report.drawing import (
     BLUE,
     GREEN,
     GREY,
+    LABEL,
     MUTED,
     ORANGE,
     PINK,
     SKY,
+    chart_picture,
     grid,
     in_style,
     new_figure,
     shortened,
     svg,
 )
-from cropi.report.results import Summary
+from cropi.report.summary import Summary
 from cropi.report.wording import share, si_prefix
 
 MAX_PANELS = 4

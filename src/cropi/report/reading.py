@@ -28,7 +28,6 @@ from cropi.artifacts import (
 from cropi.config import Config
 from cropi.functional.ranking import selection_size
 from cropi.prompt_text import turn_text
-from cropi.report.results import Drift, Reliability, StageQuality
 from cropi.run_folder import RunFolder, StagePaths
 from cropi.run_tables import beliefs_schema, evaluation_files, scores_schema
 from cropi.streams import read_jsonl
@@ -36,6 +35,35 @@ from cropi.streams import read_jsonl
 MIXED = "mixed"  # a group with better and worse completions: status `ok`, in words
 
 Results = Mapping[str, Mapping[str, float]]  # test set -> prompt id -> 1 right, 0 wrong, or a mean of samples
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """Reliability of a stage's ranking, from the errors of its influence."""
+
+    by_set: Mapping[str, float]  # share of the influence's variance that is not noise, by validation set
+    best: int  # how many of the best ranked a plain selection takes
+    expected_overlap: float  # share of those that is expected to belong there
+    chance: float  # share of as many drawn at random among the prompts with signal
+
+
+@dataclass(frozen=True)
+class Drift:
+    """Distance of a stage's policy from the behaviour policy, over the prompts with signal."""
+
+    ratio_ess: float  # median effective sample size of a prompt's token ratios, as a share of its tokens
+    clip_share: float  # mean share of the token ratios outside 1 - clip to 1 + clip
+    kl: float  # mean KL(policy || behaviour policy) per token, in nats
+
+
+@dataclass(frozen=True)
+class StageQuality:
+    """Quality of a stage's scores. None: not measured."""
+
+    stage: int
+    direction_reliability: Mapping[str, float | None]  # by validation set: would other prompts give its direction again
+    reliability: Reliability | None
+    drift: Drift | None
 
 
 @dataclass(frozen=True)
@@ -63,10 +91,11 @@ class Selection:
 def read_answers(folder: Path) -> dict[int, Answers]:
     """Evaluations by optimiser step, in ascending order."""
     files = evaluation_files(folder, all_there=True)
-    return {step: _answers(read_table(path, EVALUATION)) for step, path in files.items()}
+    return {step: answers_of(read_table(path, EVALUATION)) for step, path in files.items()}
 
 
-def _answers(table: pa.Table) -> Answers:
+def answers_of(table: pa.Table) -> Answers:
+    """The answers in the table of an evaluation."""
     columns = (table.column(name).to_pylist() for name in ("set", "prompt_id", "greedy", "sampled"))
     greedy: dict[str, dict[str, float]] = {}
     sampled: dict[str, dict[str, float]] = {}
@@ -225,11 +254,6 @@ def group_statuses(verdicts: pa.Table) -> dict[str, str]:
 
 def _signal(rewards: set[float], tokens: int) -> str:
     return MIXED if len(rewards) > 1 and tokens else NO_SIGNAL
-
-
-def rows_with(table: pa.Table, status: str = OK) -> pa.Table:
-    """Rows of a table that have a status."""
-    return table.filter(pc.equal(table.column("status"), status))
 
 
 def _parts(run: RunFolder) -> list[Path]:

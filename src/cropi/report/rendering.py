@@ -1,9 +1,10 @@
-"""Write a report: blocks become one self-contained HTML page and the same in Markdown."""
+"""Write a report: blocks become one self-contained HTML page and the same in Markdown, without the figures."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
+import re
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -13,10 +14,9 @@ from markupsafe import Markup, escape
 
 from cropi.artifacts import write_text
 from cropi.errors import printable
-from cropi.report.blocks import Section
-from cropi.report.charts import chart_data
+from cropi.report.blocks import Block, Card, Code, Numbers, Picture, Section, Table, Text, table_row
+from cropi.report.drawing import chart_data
 from cropi.report.formulas import with_formulas
-from cropi.report.markdown import markdown
 
 LIBRARY = "uplot-1.6.32.min"
 RELOAD_S = 20  # of the page of a run that goes on
@@ -58,3 +58,62 @@ def prose(text: str) -> Markup:
     return Markup("").join(
         Markup("<code>{}</code>").format(piece) if place % 2 else escape(piece) for place, piece in enumerate(pieces)
     )
+
+
+# Code, emphasis, HTML, entities, cells, formulas, the middle of a link, and the colon that makes an address a link.
+_SPECIAL = re.compile(r"([\\`*_<>|~&$]|(?<=\])[(\[]|:(?=//))")
+
+
+def markdown(title: str, sections: Sequence[Section]) -> str:
+    """The whole document."""
+    parts = [f"# {escaped(title)}"]
+    for number, section in enumerate(sections, start=1):
+        parts.append(f"## {number} {section.title}")
+        parts += [text for block in section.blocks if (text := _block(block))]
+    return "\n\n".join(parts) + "\n"
+
+
+def escaped(text: str) -> str:
+    """Text on one line that Markdown shows as it is: no markup, no table cell ended early, no HTML, no link."""
+    return _SPECIAL.sub(r"\\\1", " ".join(text.split()))
+
+
+def fenced(text: str) -> str:
+    """A code block whose fence is longer than any run of backticks in the text."""
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}text\n{text}\n{fence}"
+
+
+def _block(block: Block) -> str:
+    match block:
+        case Text(text=text):
+            return text
+        case Numbers(numbers=numbers):
+            return "\n".join(
+                f"- **{escaped(value)}** {escaped(label)} ({escaped(detail)})" for label, value, detail in numbers
+            )
+        case Table():
+            return _table(block)
+        case Picture():
+            return ""
+        case Code(title=title, text=text):
+            return f"{escaped(title)}:\n\n{fenced(text)}"
+        case Card():
+            return _card(block)
+
+
+def _table(table: Table) -> str:
+    marks = [":--" if column < table.left else "--:" for column in range(len(table.header))]
+    lines = [table_row([escaped(cell) for cell in table.header]), table_row(marks)]
+    for number, row in enumerate(table.rows):
+        cells = [escaped(cell) for cell in row]
+        lines.append(table_row([f"**{c}**" if c and number == table.strong else c for c in cells]))
+    return "\n".join([*([f"{table.caption}\n"] if table.caption else []), *lines])
+
+
+def _card(card: Card) -> str:
+    facts = "\n".join(f"- {escaped(label)}: {escaped(value)}" for label, value in card.facts)
+    texts = "\n\n".join(f"{escaped(label)}:\n\n{fenced(text)}" for label, text in card.texts)
+    table = f"\n\n{_table(card.table)}" if card.table else ""
+    return f"### {escaped(card.title)}\n\n{facts}\n\n{texts}{table}"

@@ -5,33 +5,45 @@ from __future__ import annotations
 import json
 import shlex
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cropi.artifacts import PROMPT_TOO_LONG, count_status, is_finished, read_sealed, write_json
+from cropi.artifacts import CLIP_RANGE, PROMPT_TOO_LONG, count_status, is_finished, read_sealed, write_json
 from cropi.config import Config
-from cropi.functional.bootstrap import CONFIDENCE
+from cropi.functional.intervals import CONFIDENCE
 from cropi.report import figures
 from cropi.report.blocks import Block, Code, Numbers, Picture, Section, Table, Text
-from cropi.report.choosing import choosing
+from cropi.report.choosing import choosing, jaccard, random_jaccard, selected_sources, share_table
 from cropi.report.closeups import before_and_after, closeups
 from cropi.report.headline import headline, large_numbers
 from cropi.report.reading import (
+    Drift,
+    Reliability,
     Selection,
+    StageQuality,
+    directions,
     group_statuses,
     prompts_left_out,
     read_scores,
     read_selections,
     read_verdicts,
 )
-from cropi.report.reliability import reliability
 from cropi.report.rendering import write_report
-from cropi.report.shares import jaccard, random_jaccard, selected_sources, share_table
 from cropi.report.summary import Summary, summarise
-from cropi.report.wording import count, decimal, percent, share, tenths, with_interval
+from cropi.report.wording import (
+    ABSENT,
+    NOT_MEASURED,
+    about,
+    count,
+    decimal,
+    percent,
+    share,
+    significant,
+    tenths,
+    with_interval,
+)
 from cropi.run_folder import ENVIRONMENT, RunFolder
 
 COST_NOTE = (
@@ -49,7 +61,7 @@ def make_report(run: RunFolder, *, live: bool = False) -> Summary:
     """
     config, folder = run.config, run.folder
     summary = summarise(config, run)
-    write_report(folder, "report", _title(config), sections(read_contents(config, run, summary)), live=live)
+    write_report(folder, "report", _title(config), sections(config, run, summary), live=live)
     write_json(folder / "summary.json", summary.as_json())
     return summary
 
@@ -61,41 +73,24 @@ def _title(config: Config) -> str:
     return f"curriculum of {place.name}" if config.is_of_script else f"cropi run {config.name}"
 
 
-@dataclass(frozen=True)
-class Contents:
-    """Everything that the sections are made from, read once."""
-
-    config: Config
-    run: RunFolder
-    summary: Summary
-    selections: Mapping[int, Selection]  # by stage
-    scores: Mapping[int, pa.Table]  # influence, by stage
-
-
-def read_contents(config: Config, run: RunFolder, summary: Summary) -> Contents:
-    """Read selections and scores, as far as they are there."""
-    selections = read_selections(run.stages, config.train.stages)
-    return Contents(config, run, summary, selections, read_scores(config, run.stages))
-
-
-def sections(found: Contents) -> list[Section]:
+def sections(config: Config, run: RunFolder, summary: Summary) -> list[Section]:
     """The report, in order; a section that has nothing to show is only named."""
-    config, run = found.config, found.run
+    selections, scores = read_selections(run.stages, config.train.stages), read_scores(config, run.stages)
     choice = (
         Section("Belief, choice and their cost", choosing(config, run))
         if config.select.strategy.reads_influence
-        else Section("What was selected", _selected(found))
+        else Section("What was selected", _selected(selections))
     )
-    ranking = reliability(config, found.summary.stages) if found.scores else []
-    prompts = closeups(config, run) if found.selections and is_finished(run.prompts) else []
+    ranking = reliability(config, summary.stages) if scores else []
+    prompts = closeups(config, run) if selections and is_finished(run.prompts) else []
     every = [
-        Section("Result", _result(found.summary)),
+        Section("Result", _result(summary)),
         Section("Answers before and after", before_and_after(config, run)),
         choice,
         Section("Can the ranking be trusted?", ranking),
         Section("Training prompts, close up", prompts),
-        Section("Cost", _cost(found.summary)),
-        Section("What became of every prompt", funnel(run, found.selections, found.scores)),
+        Section("Cost", _cost(summary)),
+        Section("What became of every prompt", funnel(run, selections, scores)),
         Section("Settings, and how to reproduce it", [*settings(config, run), *reproduction(config)]),
     ]
     empty = [section.title for section in every if not section.blocks]
@@ -140,16 +135,16 @@ def _by_set(summary: Summary) -> list[Block]:
 # -- selections --------------------------------------------------------------------------------------------------------
 
 
-def _selected(found: Contents) -> list[Block]:
-    if not found.selections:
+def _selected(selections: Mapping[int, Selection]) -> list[Block]:
+    if not selections:
         return []
     rows = []
-    for stage, overlap in jaccard(found.selections).items():
-        before, now = found.selections[stage - 1].chosen, found.selections[stage].chosen
+    for stage, overlap in jaccard(selections).items():
+        before, now = selections[stage - 1].chosen, selections[stage].chosen
         numbers = (count(len(part)) for part in (before & now, now - before, before - now))
-        expected = random_jaccard(len(now) / len(found.selections[stage].selected))
+        expected = random_jaccard(len(now) / len(selections[stage].selected))
         rows.append([f"{stage - 1} → {stage}", *numbers, decimal(overlap), decimal(expected)])
-    shares = share_table(selected_sources(found.selections), "Prompts selected, by source.")
+    shares = share_table(selected_sources(selections), "Prompts selected, by source.")
     header = ["stages", "kept", "new", "dropped", "overlap", "of random draws"]
     return [shares, *([Table("Turnover. Overlap: kept ÷ (kept + new + dropped).", header, rows)] if rows else [])]
 
@@ -273,3 +268,61 @@ def _environment(run: RunFolder) -> dict[str, str]:
     """The machine and package versions that the run recorded at its start."""
     path = run.folder / ENVIRONMENT
     return read_sealed(path) if path.is_file() else {}
+
+
+RELIABILITY_CAPTION = (
+    "Reliability: the share of the differences in influence that is not noise. Two scorings from other trajectories of "
+    "the same prompts would correlate as much. Direction: how the validation set's own direction would correlate with "
+    "one from as many other prompts. Expected: of the best ranked, how many belong among the truly best. By chance: of "
+    "as many drawn at random. Errors are measured with `score.standard_errors=true`."
+)
+DRIFT_CAPTION = (
+    "Drift of the policy from the one that sampled the stored trajectories, over the prompts with signal. Effective "
+    "sample size: the median over prompts, as a share of a prompt's tokens. Clip share and KL: means."
+)
+
+
+def reliability(config: Config, stages: Sequence[StageQuality]) -> list[Block]:
+    """Tables over the scored stages."""
+    return [_reliability_table(stages, directions(config)), _drift_table(stages)]
+
+
+def _reliability_table(stages: Sequence[StageQuality], names: Sequence[str]) -> Table:
+    header = ["stage", *(f"reliability, {name}" for name in names), *(f"direction, {name}" for name in names)]
+    rows = [
+        [
+            str(quality.stage),
+            *_reliabilities(quality.reliability, names),
+            *(_measured(quality.direction_reliability[name]) for name in names),
+            *_overlap(quality.reliability),
+        ]
+        for quality in stages
+    ]
+    return Table(RELIABILITY_CAPTION, [*header, "best ranked", "expected", "by chance"], rows, left=0)
+
+
+def _reliabilities(found: Reliability | None, names: Sequence[str]) -> list[str]:
+    return [_measured(None if found is None else found.by_set[name]) for name in names]
+
+
+def _measured(value: float | None) -> str:
+    return NOT_MEASURED if value is None else decimal(value)
+
+
+def _overlap(found: Reliability | None) -> list[str]:
+    if found is None:
+        return [ABSENT, NOT_MEASURED, ABSENT]
+    return [count(found.best), about(found.best * found.expected_overlap), about(found.best * found.chance)]
+
+
+def _drift_table(stages: Sequence[StageQuality]) -> Table:
+    low, high = (significant(1 + sign * CLIP_RANGE) for sign in (-1, 1))
+    header = ["stage", "effective sample size", f"outside {low} to {high}", "KL per token, nats"]
+    rows = [[str(quality.stage), *_drift_cells(quality.drift)] for quality in stages]
+    return Table(DRIFT_CAPTION, header, rows, left=0)
+
+
+def _drift_cells(drift: Drift | None) -> list[str]:
+    if drift is None:
+        return [NOT_MEASURED] * 3
+    return [decimal(drift.ratio_ess), share(drift.clip_share), decimal(drift.kl, 3)]

@@ -2,32 +2,76 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
 from cropi.config import Config
-from cropi.functional.bootstrap import CONFIDENCE, REDRAWS, Interval
-from cropi.report.costs import charges
-from cropi.report.headline import headline
+from cropi.functional.intervals import Interval, stratified_mean
+from cropi.report.costs import Cost, charges
 from cropi.report.reading import (
     Answers,
     Results,
+    StageQuality,
     group_statuses,
     read_answers,
     read_quality,
     read_verdicts,
     selection_table,
 )
-from cropi.report.results import Point, Summary
 from cropi.run_folder import RunFolder
 from cropi.seeds import derived_seed
 from cropi.streams import read_jsonl
 
 POINTS = 50  # of a reward curve
 
-__all__ = ["Summary", "headline", "summarise"]
+
+@dataclass(frozen=True)
+class Point:
+    """Greedy accuracy at one step: the mean over the targeted test sets and over the others. None: no such set."""
+
+    step: int
+    targeted: Interval | None
+    untargeted: Interval | None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A run in numbers."""
+
+    name: str
+    strategy: str
+    seed: int
+    total_steps: int
+    evaluate_every: int
+    fraction: float | None  # share of the pool that a stage selects; None: the strategy may take all
+    pool: int | None  # training prompts to select from
+    tested: bool  # whether the run has test sets
+    base: Point | None
+    base_by_set: Mapping[str, Mapping[str, Interval]]
+    steps: int  # the last evaluated one, or of a run without test sets the last trained one; 0 before there is any
+    curve: tuple[Point, ...]  # step 0 is the base policy
+    final: Mapping[str, Mapping[str, Interval]]  # at `steps`: test set -> greedy, sampled; empty while `steps` is 0
+    cost: Cost
+    stages: tuple[StageQuality, ...]  # where the strategy scores by influence
+    rewards: tuple[float | None, ...]  # mean reward of training by stage, as far as it has come
+    reward_curve: tuple[tuple[float, float], ...]  # (step, mean reward of training) over neighbouring steps
+
+    @property
+    def finished(self) -> bool:
+        """Whether `steps` are all."""
+        return self.steps == self.total_steps
+
+    @property
+    def last(self) -> Point | None:
+        """The point at the last evaluated step, None while there is none beyond the base policy."""
+        return self.curve[-1] if self.curve and self.steps else None
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain JSON values. Unknown numbers are null or absent, never NaN."""
+        return asdict(self) | {"cost": self.cost.as_json()}
 
 
 def summarise(config: Config, run: RunFolder) -> Summary:
@@ -39,16 +83,16 @@ def summarise(config: Config, run: RunFolder) -> Summary:
         name=config.name,
         strategy=config.select.label,
         seed=config.seed,
-        total_steps=config.train.stages * config.train.steps_per_stage,
-        evaluate_every=config.evaluate.every or config.train.steps_per_stage,
+        total_steps=config.train.steps,
+        evaluate_every=config.evaluate_every,
         fraction=None if config.select.strategy.takes_all else config.select.fraction,
         pool=_pool(run),
         tested=bool(config.prompts.test),
         base=_point(config, 0, base) if base else None,
-        base_by_set=_by_set(config, base) if base else {},
+        base_by_set=accuracy_by_set(config, base) if base else {},
         steps=steps,
         curve=tuple(_point(config, step, found) for step, found in answers.items()),
-        final=_by_set(config, answers[steps]) if steps and steps in answers else {},
+        final=accuracy_by_set(config, answers[steps]) if steps and steps in answers else {},
         cost=charges(config, run.stages).cost(),
         stages=read_quality(config, run.stages),
         rewards=_rewards(read_jsonl(run.stages.rewards), config.train.steps_per_stage),
@@ -84,8 +128,8 @@ def _mean(config: Config, results: Results, *, targeted: bool) -> Interval | Non
     return stratified_mean(values, seed=_seed(config)) if values else None
 
 
-def _by_set(config: Config, answers: Answers) -> dict[str, dict[str, Interval]]:
-    """Accuracy by test set, in the config's order."""
+def accuracy_by_set(config: Config, answers: Answers) -> dict[str, dict[str, Interval]]:
+    """Accuracy by test set: `greedy`, and `sampled` (avg@n) where there are samples."""
     kinds = {"greedy": answers.greedy, "sampled": answers.sampled}
     return {
         name: {
@@ -93,8 +137,7 @@ def _by_set(config: Config, answers: Answers) -> dict[str, dict[str, Interval]]:
             for kind, r in kinds.items()
             if name in r
         }
-        for name in config.prompts.test
-        if name in answers.greedy
+        for name in answers.greedy
     }
 
 
@@ -113,24 +156,3 @@ def _pool(run: RunFolder) -> int | None:
         return len(table)
     verdicts = read_verdicts(run)
     return None if verdicts is None else len(group_statuses(verdicts))
-
-
-def stratified_mean(sets: Sequence[np.ndarray], *, seed: int, redraws: int = REDRAWS) -> Interval:
-    """Mean of the sets' means, with its percentile bootstrap interval over questions.
-
-    Every set keeps its size and its weight: questions are redrawn with replacement within each set. Redrawing N
-    questions is drawing how often each distinct value occurs, so one multinomial draw over the distinct values does it,
-    exactly. Raises ValueError for no sets or an empty one.
-    """
-    if not sets or not all(len(values_N) for values_N in sets):
-        raise ValueError("cannot take the mean of no questions")
-    generator = np.random.default_rng(seed)
-    means_RS = []
-    for values_N in sets:
-        distinct_U, counts_U = np.unique(values_N, return_counts=True)
-        draws_RU = generator.multinomial(len(values_N), counts_U / len(values_N), size=redraws)
-        means_RS.append(draws_RU @ distinct_U / len(values_N))
-    tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(np.mean(means_RS, axis=0), [tail, 1 - tail])
-    mean = float(np.mean([values_N.mean() for values_N in sets]))
-    return Interval(mean, float(low), float(high))

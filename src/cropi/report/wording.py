@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from cropi.console import duration
-from cropi.functional.bootstrap import Interval
+from cropi.functional.intervals import Interval
 
 ABSENT = "–"
 NOT_MEASURED = "not measured"
-NAME_LENGTH = 60  # characters of a name in prose
 
 
 def decimal(value: float | None, digits: int = 2) -> str:
@@ -18,12 +17,6 @@ def decimal(value: float | None, digits: int = 2) -> str:
     return text.lstrip("-") if float(text) == 0 else text.replace("-", "−")
 
 
-def signed(value: float, digits: int = 2) -> str:
-    """`+0.22`, `−0.03`, `0.00`."""
-    text = decimal(value, digits)
-    return text if text.startswith("−") or not float(text) else f"+{text}"
-
-
 def with_interval(interval: Interval | None, digits: int = 2) -> str:
     """`0.93 [0.89, 0.96]`."""
     if interval is None:
@@ -31,24 +24,9 @@ def with_interval(interval: Interval | None, digits: int = 2) -> str:
     return f"{decimal(interval.mean, digits)} [{decimal(interval.low, digits)}, {decimal(interval.high, digits)}]"
 
 
-def difference(interval: Interval | None, digits: int = 2) -> str:
-    """`+0.22 [+0.15, +0.29]`."""
-    if interval is None:
-        return ABSENT
-    return f"{signed(interval.mean, digits)} [{signed(interval.low, digits)}, {signed(interval.high, digits)}]"
-
-
 def count(value: float | None) -> str:
     """`1,200`."""
     return ABSENT if value is None else f"{value:,.0f}"
-
-
-def large(value: float | None) -> str:
-    """`12.3 T`: a count with an SI prefix."""
-    if value is None:
-        return ABSENT
-    scale, prefix = si_prefix(value)
-    return f"{value / scale:.3g} {prefix}".rstrip()
 
 
 def si_prefix(value: float) -> tuple[float, str]:
@@ -100,18 +78,3 @@ def on_one_line(text: str, length: int) -> str:
     """Text from the data for one line: runs of white space as one space, what cannot be printed as U+FFFD, cut."""
     clean = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(text.split()))
     return clean if len(clean) <= length else clean[: length - 1] + "…"
-
-
-def code(name: str) -> str:
-    """Show a name from the data inside prose: between backticks, and with none inside."""
-    return f"`{on_one_line(name, NAME_LENGTH).replace('`', chr(39))}`"
-
-
-def times(ratio: float) -> str:
-    """`2.0×`, `0.35×`: two digits that mean something."""
-    return f"{ratio:.0f}×" if ratio >= 10 else f"{ratio:.1f}×" if ratio >= 1 else f"{ratio:.2f}×"
-
-
-def listed(parts: list[str]) -> str:
-    """`a, b and c`."""
-    return " and ".join([", ".join(parts[:-1]), parts[-1]]) if len(parts) > 1 else "".join(parts)

@@ -56,7 +56,6 @@ class ScoringVerifier(VerifierTable):
 
     @property
     def gives_grades(self) -> bool:
-        """Whether rewards may lie between 0 and 1."""
         return self.graded
 
     @model_validator(mode="after")

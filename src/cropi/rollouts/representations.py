@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from cropi.console import progress
 from cropi.errors import ArtifactError
 from cropi.parallel import process_group
 from cropi.policy import Policy, evaluating
-from cropi.prompt_encoding import Encode, encode_rows
+from cropi.prompts.encoding import Encode, encode_rows
 from cropi.rollouts.generation import longest_first
 
 KIND = "representations"
@@ -45,8 +46,7 @@ def represent(
     of_row = {row: values for part in ranks.gather(own) for row, values in part.items()}
     if ranks.is_main:
         write_batches(folder / "representations.parquet", _record_batches(rows, of_row), REPRESENTATIONS)
-    counts = {name: sum(row["set"] == name for row in rows) for name in dict.fromkeys(row["set"] for row in rows)}
-    return counts, {"prompt_tokens": sum(map(len, encoded))}
+    return dict(Counter(row["set"] for row in rows)), {"prompt_tokens": sum(map(len, encoded))}
 
 
 def read_representations(folder: Path) -> Representations:

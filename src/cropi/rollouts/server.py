@@ -19,13 +19,12 @@ from cropi.config import ServerConfig
 from cropi.console import warn, warn_once
 from cropi.errors import PolicyError
 from cropi.policy import Policy
-from cropi.rollouts.generation import Sampling, until_end
+from cropi.rollouts.generation import SEEDS, Sampling, until_end
 from cropi.seeds import derived_seed
 
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 30.0  # between tries, doubling
 TIMEOUT_S = 600.0  # of one request
 PATIENCE_S = 600.0  # without a usable response, while requests are tried again
-SEEDS = 2**31
 LARGEST = 2**24  # bytes of a response
 
 
@@ -78,7 +77,6 @@ class ServerGenerator:
         self.retokenized = 0
 
     def __call__(self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, seed: int) -> list[list[int]]:
-        """Return one completion per prompt, in order: token ids up to and including the first end-of-sequence token."""
         listed = [list(prompt) for prompt in prompts]
         bodies = [
             {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,12 @@ from cropi.fsdp import in_lockstep
 from cropi.ledger import Ledger
 from cropi.parallel import process_group
 from cropi.policy import Policy, PolicyCopy, completion_logprobs, evaluating, longest_alike
-from cropi.prompt_encoding import encode_rows
+from cropi.prompts.encoding import encode_rows
 from cropi.ray_workers import Perform, RayPool, Task
 from cropi.rewards.pool import strict_judge
 from cropi.rewards.verdicts import Judge, answered
-from cropi.rollouts.generation import Generator, Sampling, TransformersGenerator, longest_first
+from cropi.rollouts.generation import Generator, Sampling, TransformersGenerator, VllmGenerator, longest_first
 from cropi.rollouts.server import ServerGenerator
-from cropi.rollouts.vllm import VllmGenerator
 from cropi.seeds import derived_seed
 
 
@@ -52,20 +51,18 @@ class Shard:
 
 
 Rows = list[dict[str, Any]]
-Charge = Callable[[], AbstractContextManager[dict[str, Any]]]
 MakeShards = Callable[[Sequence[Shard]], Iterator[tuple[Shard, Rows]]]
 """Makes, writes and charges shards; gives each with its rows when it is done, in any order."""
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """Samples shards. A shard's content depends on the run's seed, the purpose and the shard's name alone."""
+    """Samples shards. A shard's content depends on the run's seed and the shard's name alone."""
 
     config: Config
     policy: Policy
     generate: Generator
     judge: Judge
-    purpose: tuple[str | int, ...]
 
     def sample(self, shard: Shard) -> tuple[Rows, dict[str, int]]:
         """Sample and judge a shard. Returns its rows and their cost."""
@@ -85,7 +82,7 @@ class Sampler:
         settings, tokenizer = self.config.collect, self.policy.tokenizer
         repeated = [ids for ids in shard.prompt_ids for _ in range(shard.samples)]
         prompts = [prompt for prompt in shard.prompts for _ in range(shard.samples)]
-        seed = derived_seed(self.config.seed, *self.purpose, shard.name)
+        seed = derived_seed(self.config.seed, "collect", shard.name)
         sampling = Sampling(settings.max_completion_length, settings.temperature)
         completions = self.generate(repeated, sampling, seed=seed)
         texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
@@ -109,11 +106,11 @@ class Sampler:
             )
         return rows
 
-    def make(self, shards: Sequence[Shard], folder: Path, charge: Charge) -> Iterator[tuple[Shard, Rows]]:
+    def make(self, shards: Sequence[Shard], folder: Path, ledger: Ledger) -> Iterator[tuple[Shard, Rows]]:
         """Sample, judge, charge and write each shard in turn."""
         with in_lockstep(self.policy.model):
             for shard in shards:
-                with charge() as entry:
+                with ledger.charge_share("collect") as entry:
                     rows, cost = self.sample(shard)
                     entry |= cost
                 write_table(folder / shard.file, rows, TRAJECTORIES)
@@ -131,7 +128,7 @@ class SampleJob:
         """Load the policy and start the verifier."""
         policy, config = self.policy.load(), self.config
         generate, judge = plain_generator(config, policy), strict_judge(config.verifier, config.verification)
-        sampler = Sampler(config, policy, generate, judge, ("collect",))
+        sampler = Sampler(config, policy, generate, judge)
 
         def perform(task: Task) -> Task:
             rows, cost = sampler.sample(Shard(**task.facts))

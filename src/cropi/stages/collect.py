@@ -17,27 +17,18 @@ from cropi.config import SAMPLED_BY, Config
 from cropi.console import counts_text, progress, say, warn
 from cropi.errors import ArtifactError
 from cropi.gradients.score_shards import make_scorer
-from cropi.gradients.validation_groups import validation_groups
+from cropi.gradients.validation_directions import validation_groups
 from cropi.ledger import Ledger
 from cropi.parallel import process_group
 from cropi.policy import Policy
-from cropi.prompt_encoding import chat_warnings
 from cropi.prompts import data_identity, make_prompts
+from cropi.prompts.encoding import chat_warnings
 from cropi.ray_workers import ray_pool
 from cropi.rewards.verdicts import ERROR, TIMEOUT, Judge
 from cropi.rollouts.representations import KIND as REPRESENTED
 from cropi.rollouts.representations import represent
-from cropi.rollouts.shards import (
-    MakeShards,
-    Sampler,
-    Shard,
-    holds,
-    make_shards_by_ray,
-    plan,
-    pool_generator,
-)
-from cropi.stages.run import Run
-from cropi.stages.trajectories import require_signal
+from cropi.rollouts.shards import MakeShards, Sampler, Shard, holds, make_shards_by_ray, plan, pool_generator
+from cropi.stages.run import Run, require_signal
 
 MANY_FAILURES = 0.02  # share of the completions on which a verifier may fail without a warning
 
@@ -79,7 +70,7 @@ def _collect(run: Run, folder: Path) -> tuple[Mapping[str, int], Mapping[str, An
     rows, chat = run.folder.prompt_rows, run.config.prompts.chat
     for text in chat_warnings(run.base.tokenizer, chat, (row["messages"] for row in rows)):
         warn(text)
-    return Collector(run.config, run.base, run.judge, run.ledger).collect(rows, folder)
+    return sample_prompts(run.config, run.base, run.judge, run.ledger, rows, folder)
 
 
 def _tell(run: Run, manifest: Manifest) -> None:
@@ -120,36 +111,28 @@ def make_representations(run: Run) -> None:
 # -- sampling ------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Collector:
-    """Samples prompts with one policy, in shards of a folder. Shards that are there already are kept."""
+def sample_prompts(
+    config: Config, policy: Policy, judge: Judge, ledger: Ledger, prompts: Sequence[Mapping[str, Any]], folder: Path
+) -> tuple[dict[str, int], dict[str, Any]]:
+    """Sample the pool and the validation sets from the base policy. Returns (rows by status, details).
 
-    config: Config
-    policy: Policy
-    judge: Judge
-    ledger: Ledger
-
-    def collect(self, prompts: Sequence[Mapping[str, Any]], folder: Path) -> tuple[dict[str, int], dict[str, Any]]:
-        """Sample the pool and the validation sets from the base policy. Returns (rows by status, details).
-
-        The ranks divide the missing shards, or Ray workers make them; their content does not depend on that.
-        The model itself computes the behaviour log-probs at the sampling temperature.
-        A prompt that does not fit into the policy's context counts as one row `prompt_too_long`.
-        """
-        config = self.config
-        shards, too_long = plan(config, self.policy, prompts)
-        workers = ray_pool()
-        if not config.select.strategy.collects:
-            statuses, details = _summed([])
-        elif workers is not None:
-            make = partial(make_shards_by_ray, workers, config, self.policy, folder, self.ledger)
+    Shards that are in the folder already are kept. The ranks divide the missing ones, or Ray workers make them; their
+    content does not depend on that. The model itself computes the behaviour log-probs at the sampling temperature. A
+    prompt that does not fit into the policy's context counts as one row `prompt_too_long`.
+    """
+    shards, too_long = plan(config, policy, prompts)
+    workers = ray_pool()
+    if not config.select.strategy.collects:
+        statuses, details = _summed([])
+    elif workers is not None:
+        make = partial(make_shards_by_ray, workers, config, policy, folder, ledger)
+        statuses, details = _sample_all(folder, shards, make)
+    else:
+        with pool_generator(config, policy) as generate:
+            sampler = Sampler(config, policy, generate, judge)
+            make = partial(sampler.make, folder=folder, ledger=ledger)
             statuses, details = _sample_all(folder, shards, make)
-        else:
-            with pool_generator(config, self.policy) as generate:
-                sampler = Sampler(config, self.policy, generate, self.judge, ("collect",))
-                make = partial(sampler.make, folder=folder, charge=partial(self.ledger.charge_share, "collect"))
-                statuses, details = _sample_all(folder, shards, make)
-        return count_status([PROMPT_TOO_LONG] * len(too_long) + statuses), details | {"too_long": too_long}
+    return count_status([PROMPT_TOO_LONG] * len(too_long) + statuses), details | {"too_long": too_long}
 
 
 def _sample_all(folder: Path, shards: Sequence[Shard], make: MakeShards) -> tuple[list[str], dict[str, Any]]:

@@ -17,10 +17,9 @@ from cropi.config import SAMPLED_BY, Config, EvaluateConfig
 from cropi.console import warn
 from cropi.errors import DataError
 from cropi.fsdp import in_lockstep
-from cropi.functional.bootstrap import Interval, bootstrap_mean
 from cropi.parallel import process_group
 from cropi.policy import Policy, load_policy
-from cropi.prompt_encoding import encode_rows
+from cropi.prompts.encoding import encode_rows
 from cropi.rewards.verdicts import Answered, Judge, answered, reward
 from cropi.rollouts.generation import Sampling, TransformersGenerator
 from cropi.run_tables import evaluation_files, keep_evaluation
@@ -54,7 +53,7 @@ def evaluate_at(run: Run, checkpoint: Path | None) -> pa.Table:
     make_prompt_table(run)
     run = run.at_checkpoint(0, checkpoint)
     if is_evaluated(run, 0):
-        return read_evaluations(run.paths.evaluations)[0]
+        return read_table(evaluation_files(run.paths.evaluations)[0], EVALUATION)
     policy = run.base if checkpoint is None else load_policy(run.config.policy, str(checkpoint))
     return evaluate(run, policy.model, 0)
 
@@ -185,25 +184,3 @@ def unreadable(name: str) -> DataError:
         where=f"prompts.test.{name}",
         fix="choose another verifier, or mend the answers.",
     )
-
-
-def accuracy(table: pa.Table, config: EvaluateConfig, *, seed: int) -> dict[str, dict[str, Interval]]:
-    """Accuracy by test set: `greedy`, and `sampled` (avg@n) where there are samples, each with a bootstrap interval."""
-    result: dict[str, dict[str, Interval]] = {}
-    for name in dict.fromkeys(table.column("set").to_pylist()):
-        rows = [row for row in table.to_pylist() if row["set"] == name]
-        columns = {"greedy": [row["greedy"] for row in rows]}
-        if all(row["sampled"] is not None for row in rows):
-            columns["sampled"] = [row["sampled"] for row in rows]
-        result[name] = {column: bootstrap_mean(np.array(values), seed=seed) for column, values in columns.items()}
-    return result
-
-
-def read_evaluations(folder: Path) -> dict[int, pa.Table]:
-    """Tables by optimiser step, in ascending order."""
-    return {step: read_table(path, EVALUATION) for step, path in evaluation_files(folder).items()}
-
-
-def as_plain(accuracies: Mapping[str, Mapping[str, Interval]]) -> dict[str, Any]:
-    """Accuracies as JSON values."""
-    return {name: {kind: vars(interval) for kind, interval in kinds.items()} for name, kinds in accuracies.items()}

@@ -11,29 +11,29 @@ import numpy as np
 import pyarrow as pa
 from trl import GRPOConfig
 
-from cropi.artifacts import build, open_artifact, remove, write_batches
+from cropi.artifacts import build, is_finished, open_artifact, read_manifest, read_table, remove, write_batches
+from cropi.config.loading import load_config
 from cropi.curriculum.chooser import ChoosesBatches, GroupGate, Pool
 from cropi.curriculum.curriculum import Curriculum
 from cropi.curriculum.strategies.cropi import CropiStrategy
 from cropi.errors import ConfigError
 from cropi.gradients.layer_taps import matrix_parameters
 from cropi.parallel import process_group
-from cropi.prompt_encoding import encode_prompts
 from cropi.prompt_text import prompt_text
+from cropi.prompts.encoding import encode_prompts
 from cropi.rollouts.generation import Sampling, TransformersGenerator
 from cropi.rollouts.representations import KIND as REPRESENTED
 from cropi.rollouts.representations import read_representations
-from cropi.run_folder import checkpoint_step
+from cropi.run_folder import RunFolder, checkpoint_step
 from cropi.run_tables import beliefs_schema
 from cropi.seeds import derived_seed
 from cropi.stages.collect import make_representations
 from cropi.stages.online_loop import ChooserLoop, OnlineLoop
-from cropi.stages.prior import take_prior
 from cropi.stages.run import Run
 from cropi.stages.validation_pass import Due, SampledGroup, ValidationPass, ValidationPrompt
 from cropi.streams import append_jsonl, cut_jsonl
-from cropi.training.group_evidence import GroupEvidence
-from cropi.training.loss_normalizer import LossNormalizer
+from cropi.training.curriculum_state import load_state
+from cropi.training.group_evidence import GroupEvidence, LossNormalizer
 from cropi.training.online_sampler import OnlineSampler
 from cropi.training.online_trainer import ReadsInfluence
 from cropi.training.reward_log import RewardLog
@@ -79,14 +79,11 @@ class OnlineRun:
     def _sampler(self) -> OnlineSampler:
         settings, trainer = self._trainer.args, self._trainer
         micro_steps = self._run.config.train.steps_per_stage * settings.gradient_accumulation_steps
-        repeats = settings.steps_per_generation * trainer.num_iterations
-        shape = BatchShape(
-            settings.generation_batch_size // settings.num_generations, settings.num_generations, repeats
-        )
-        self._batches_per_step = settings.gradient_accumulation_steps / repeats
+        shape = BatchShape.of(settings, trainer.num_iterations)
+        self._batches_per_step = settings.gradient_accumulation_steps / shape.repeats
         choose = None if self._only_observes else self._choose
         draws = self._run.config.train.dynamic_sampling > 0
-        return OnlineSampler(shape, micro_steps // repeats, settings.seed, choose, draws=draws)
+        return OnlineSampler(shape, micro_steps // shape.repeats, settings.seed, choose, draws=draws)
 
     def _made_loop(self, sampler: OnlineSampler) -> ChooserLoop:
         settings, chooser, reads = self._trainer.args, self._chooser, isinstance(self._chooser, Curriculum)
@@ -104,7 +101,7 @@ class OnlineRun:
         self._validation = self._validation_pass()
         return OnlineLoop(
             chooser=chooser,
-            normalizer=LossNormalizer.of(settings, process_group().size),
+            normalizer=LossNormalizer(settings, process_group().size),
             validation=self._validation,
             model=self._trainer.accelerator.unwrap_model(self._trainer.model),
             sample=self._sample,
@@ -124,19 +121,19 @@ class OnlineRun:
 
     def _pool(self) -> Pool:
         run, settings, strategy = self._run, self._trainer.args, self._run.config.select.strategy
-        ids, names = [row["prompt_id"] for row in self._rows], sorted(run.config.prompts.validation)
-        held_out = run.folder.held_out("validation")
-        members = {name: [row for row in held_out if row["set"] == f"validation/{name}"] for name in names}
+        ids, members = [row["prompt_id"] for row in self._rows], run.folder.validation_prompts
         read = dict[str, Any]()
         if strategy.reads_texts:
             read["texts"] = [prompt_text(row["prompt_json"]) for row in self._rows]
-            read["validation_texts"] = {n: [prompt_text(row["messages"]) for row in members[n]] for n in names}
+            read["validation_texts"] = {
+                n: [prompt_text(row["messages"]) for row in rows] for n, rows in members.items()
+            }
         if strategy.reads_representations:
             open_artifact(run.folder.representations, REPRESENTED, made_by="cropi train")
             known = read_representations(run.folder.representations)
             read["states_NE"] = np.stack([known["train", prompt_id] for prompt_id in ids])
             read["validation_states"] = {
-                n: np.stack([known[row["set"], row["prompt_id"]] for row in members[n]]) for n in names
+                n: np.stack([known[row["set"], row["prompt_id"]] for row in rows]) for n, rows in members.items()
             }
         return Pool(
             ids,
@@ -149,10 +146,11 @@ class OnlineRun:
         )
 
     def _validation_pass(self) -> ValidationPass:
-        run, collect, rows = self._run, self._run.config.collect, self._run.folder.held_out("validation")
-        sets: dict[str, list[ValidationPrompt]] = {name: [] for name in sorted(run.config.prompts.validation)}
-        for row, tokens in zip(rows, run.encode(rows), strict=True):
-            sets[row["set"].removeprefix("validation/")].append(ValidationPrompt(row, tokens))
+        run, collect = self._run, self._run.config.collect
+        sets = {
+            name: [ValidationPrompt(row, tokens) for row, tokens in zip(rows, run.encode(rows), strict=True)]
+            for name, rows in run.folder.validation_prompts.items()
+        }
         return ValidationPass(
             sets,
             run.judge,
@@ -254,3 +252,56 @@ def _check_gate(settings: GRPOConfig) -> None:
             where="trainer.per_device_train_batch_size",
             fix=f"set it so that the micro-steps of a generation batch divide {settings.num_generations}.",
         )
+
+
+# -- a prior from an earlier run -----------------------------------------------------------------------------------
+
+ANOTHER_RUN = 2.0  # times as large is the squared error of an observation that another run made
+
+
+def take_prior(run: Run, curriculum: Curriculum, prompt_ids: Sequence[str], folder: str) -> None:
+    """Give a new curriculum what a finished run of `cropi` observed of the prompts and validation prompts of both.
+
+    Observations keep their step: both policies begin as the same one and are trained for as long. Rewards are left:
+    they change fast. Raises ConfigError for a run whose influence is another policy's or in another unit.
+    """
+    earlier = RunFolder(load_config(folder))
+    train, names = earlier.config.train, earlier.config.prompts.validation
+    last = earlier.stages.checkpoints / f"checkpoint-{train.steps}"
+    if not (is_finished(last) and is_finished(earlier.stages.beliefs(train.stages - 1))):
+        raise _unfit("is not a finished run of cropi with its last checkpoint", folder)
+    made_from = read_manifest(earlier.representations, REPRESENTED, made_by="cropi train").inputs
+    if made_from["policy"] != run.setup.identity:
+        raise _unfit("is a run of another policy", folder)
+    if any(run.config.trainer.get(key) != earlier.config.trainer.get(key) for key in ("loss_type", "scale_rewards")):
+        raise _unfit("has another loss_type or scale_rewards, so that its influence is in another unit", folder)
+    open_artifact(last, "checkpoint", made_by="cropi train")
+    beliefs = earlier.stages.beliefs(train.stages - 1) / "beliefs.parquet"
+    their_ids = read_table(beliefs, beliefs_schema(names)).column("prompt_id").to_pylist()
+    theirs, state = load_state(last)["curriculum"], curriculum.state_dict()
+    for name in sorted(run.config.prompts.validation):
+        pairs = (earlier, their_ids), (run.folder, prompt_ids)
+        before, now = ([*ids, *_members(place, name)] for place, ids in pairs)
+        known = carried(theirs[f"influence/{name}/seen"], before, now) if name in names else np.empty((0, 5))
+        if not len(known):
+            raise _unfit(f"has observed no prompt of this run for the validation set {name!r}", folder)
+        state[f"influence/{name}/seen"] = known
+    curriculum.load_state_dict(state)
+
+
+def _members(folder: RunFolder, name: str) -> list[Any]:
+    return [("held out", row["prompt_id"]) for row in folder.validation_prompts.get(name, [])]
+
+
+def carried(seen_O5: np.ndarray, before: Sequence[Any], now: Sequence[Any]) -> np.ndarray:
+    """Observations of points that both have, by the places of the new run."""
+    place_of = {key: place for place, key in enumerate(now)}
+    places_O = np.array([place_of.get(before[int(point)], -1) for point in seen_O5[:, 0]], dtype=float)
+    found = seen_O5[places_O >= 0] * [1.0, 1.0, 1.0, ANOTHER_RUN, 1.0]
+    found[:, 0] = places_O[places_O >= 0]
+    return found
+
+
+def _unfit(problem: str, folder: str) -> ConfigError:
+    fix = "name a finished run of cropi on the same policy, or leave it out."
+    return ConfigError(f"{folder} {problem}", where="select.strategy.prior", fix=fix)

@@ -14,18 +14,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cropi.console import warn
-from cropi.curriculum.chooser import GroupGate, PromptChooser
-from cropi.curriculum.curriculum import Choice, Curriculum, Halves
+from cropi.curriculum.chooser import Choice, GroupGate, Halves, PromptChooser
+from cropi.curriculum.curriculum import Curriculum
 from cropi.gradients.layer_taps import matrix_parameters
 from cropi.gradients.training_influence import Reader
 from cropi.parallel import process_group
 from cropi.stages.validation_pass import Due, SampledGroup, ValidationPass
 from cropi.training.curriculum_state import load_state, save_state
-from cropi.training.group_evidence import GroupEvidence, GroupOutcome
-from cropi.training.loss_normalizer import LossNormalizer
+from cropi.training.group_evidence import GroupEvidence, GroupOutcome, LossNormalizer, LossRow, loss_rows
 from cropi.training.online_sampler import OnlineSampler
 from cropi.training.reward_log import Judged, RewardLog
-from cropi.training.row_matching import LossRow, loss_rows
 
 # Samples the validation prompts that are due at a step, with the policy in training.
 SampleDue = Callable[[Due, int], dict[str, list[SampledGroup]]]
@@ -80,12 +78,12 @@ class ChooserLoop:
             return None
         judged, size = self.reward.latest, self.evidence.generations
         assert judged is not None, "a generation batch is judged as it is sampled"
-        groups = [(self.place_of[prompt_id], rewards) for prompt_id, rewards in _groups(judged, size)]
+        groups = [(self.place_of[prompt_id], rewards) for prompt_id, rewards in judged.groups(size)]
         return self.chooser.kept(groups, self.batches)
 
     def drop_groups(self, judged: Judged) -> None:
         """Remember the groups that were sampled for a generation batch and are not in it."""
-        self._dropped += _groups(judged, self.evidence.generations)
+        self._dropped += judged.groups(self.evidence.generations)
 
     def end_generation_batch(self, step: int) -> None:
         """Tell the chooser of every group, once all its completions have been differentiated."""
@@ -151,14 +149,6 @@ class ChooserLoop:
         self.batches, self._observed = state["batches"], state["observed"]
 
 
-def _groups(judged: Judged, size: int) -> list[tuple[str, list[float]]]:
-    """Prompt ids of whole groups, with the rewards of the completions that could be judged."""
-    return [
-        (judged.prompt_ids[start], [value for value in judged.rewards[start : start + size] if value is not None])
-        for start in range(0, len(judged.prompt_ids), size)
-    ]
-
-
 @dataclass(kw_only=True)
 class OnlineLoop(ChooserLoop):
     """A training that reads which prompts help."""
@@ -181,7 +171,6 @@ class OnlineLoop(ChooserLoop):
 
     @property
     def reads(self) -> bool:
-        """Whether the first pass over a generation batch has to be read."""
         return self.reader is not None
 
     def micro_batch(self, inputs: Mapping[str, Tensor], accumulated: int, scale: float) -> AbstractContextManager[Any]:
@@ -269,7 +258,6 @@ class OnlineLoop(ChooserLoop):
     # -- state ---------------------------------------------------------------------------------------------------------
 
     def metrics(self) -> dict[str, float]:
-        """Numbers for a logger."""
         own = {"rows_dropped": float(self.evidence.dropped), "share_read": self.share_read}
         return super().metrics() | {f"curriculum/{name}": value for name, value in own.items()}
 

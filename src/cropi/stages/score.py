@@ -26,7 +26,7 @@ from cropi.artifacts import (
 from cropi.config import Config, StrategyTable
 from cropi.console import Progress, counts_text, progress, say, warn
 from cropi.errors import ArtifactError, SignalError
-from cropi.gradients.groups import Group, iterate_groups
+from cropi.gradients.groups import RATIO_COLUMNS, Group, SurrogateSettings, iterate_groups
 from cropi.gradients.influence_scorer import Scorer
 from cropi.gradients.score_reliability import add_reliability, drift_warning, policy_drift
 from cropi.gradients.score_shards import (
@@ -38,9 +38,7 @@ from cropi.gradients.score_shards import (
     score_missing_shards,
     score_shards_by_ray,
 )
-from cropi.gradients.surrogate_weights import RATIO_COLUMNS, SurrogateSettings
-from cropi.gradients.validation_directions import pieces
-from cropi.gradients.validation_groups import candidate_groups, validation_groups, warn_of_noise
+from cropi.gradients.validation_directions import candidate_groups, pieces, validation_groups, warn_of_noise
 from cropi.parallel import process_group
 from cropi.policy import weights_identity
 from cropi.ray_workers import ray_pool
@@ -61,6 +59,7 @@ def score(run: Run, stage: int, model: nn.Module, origin: str) -> Manifest:
                 entry["tokens"] = details["tokens"]
                 entry["computed_tokens"] = details["tokens_computed"]
                 entry["validation_tokens"] = details["validation_tokens"]
+                entry["estimator"] = details["estimator"]
         return counts, details
 
     made_from = run.trajectories.inputs | {"policy": origin, "settings": run.folder.settings()}
@@ -116,7 +115,7 @@ def score_pool(
     rows = _blank_rows(pool.sources, names)
     mixed = sorted(_note_facts(pool.tables["train"], rows))
     scorer = make_scorer(config, model, settings, strategy)
-    work = _Work(scorer, pool.tables["train"], mixed, validation)
+    work = _Work(scorer, pool.tables["train"], validation)
     block_scorer = BlockScorer(scorer, names, standard_errors)
     shards = ScoreShards(folder, names, mixed)
     found = work.in_shards(shards, block_scorer, config, strategy)
@@ -184,15 +183,9 @@ def _blank_rows(sources: Mapping[str, str], names: list[str]) -> dict[str, dict[
 class _Work:
     """Scoring of the groups with signal, shard by shard."""
 
-    def __init__(
-        self,
-        scorer: Scorer,
-        table: pa.Table,
-        prompt_ids: Sequence[str],
-        validation: Mapping[str, Sequence[Group]],
-    ) -> None:
+    def __init__(self, scorer: Scorer, table: pa.Table, validation: Mapping[str, Sequence[Group]]) -> None:
         self._scorer, self._table, self._ranks = scorer, table, process_group()
-        self._prompt_ids, self._validation = prompt_ids, validation
+        self._validation = validation
         own = [piece for groups in validation.values() for _, piece in self._ranks.share(pieces(groups))]
         self._aimed_at = sum(map(len, own))
 

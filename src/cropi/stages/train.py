@@ -16,11 +16,12 @@ from transformers import PrinterCallback, TrainerCallback, TrainerControl, Train
 from trl import GRPOConfig
 
 from cropi.artifacts import USABLE, corrupt, finish, is_finished, open_artifact, read_manifest
+from cropi.config import Config
 from cropi.console import Progress, progress, warn
 from cropi.errors import ArtifactError, ConfigError, SignalError
 from cropi.parallel import process_group
 from cropi.policy import Policy, load_policy
-from cropi.prompt_encoding import encode_prompts, trainer_prompts
+from cropi.prompts.encoding import encode_prompts, trainer_prompts
 from cropi.run_folder import checkpoints
 from cropi.run_tables import evaluation_files, forget_evaluations
 from cropi.stages.evaluate import evaluate, evaluate_base, is_evaluated
@@ -49,26 +50,21 @@ def train(run: Run, select_stage: SelectStage) -> Path:
     rows, reward = _training_rows(run), RecordedReward(run.judge, run.paths.rewards)
     online = OnlineRun(run, rows, reward).loop if run.config.select.strategy.chooses_online else None
     task = TrainTask(
-        label=run.config.select.label,
+        config=run.config,
         rows=rows,
         settings=settings,
-        stages=run.config.train.stages,
-        steps_per_stage=run.config.train.steps_per_stage,
-        evaluate_every=_evaluate_every(run),
         reward=reward,
         online=online,
         select_stage=select_stage,
         evaluate=lambda step, model: evaluate(run, model, step),
         evaluated=lambda step: is_evaluated(run, step),
         folder=run.paths.folder,
-        dynamic_sampling=run.config.train.dynamic_sampling,
-        asked_in=run.config.policy.dtype,
         made_by=run.folder.settings(),
     )
     done = process_group().from_main(lambda: _newest_step(run))
     _evaluate_missing(run, done - 1)  # while their checkpoints are there
     final = train_stages(task, policy)
-    _evaluate_missing(run, run.last_step)
+    _evaluate_missing(run, run.config.train.steps)
     return final
 
 
@@ -84,7 +80,7 @@ def require_reached(run: Run, stage: int) -> None:
 
 
 def _newest_step(run: Run) -> int:
-    return newest_checkpoint(run.paths.checkpoints, run.last_step)[1]
+    return newest_checkpoint(run.paths.checkpoints, run.config.train.steps)[1]
 
 
 def _training_rows(run: Run) -> list[dict[str, Any]]:
@@ -99,10 +95,6 @@ def _training_rows(run: Run) -> list[dict[str, Any]]:
     ]
 
 
-def _evaluate_every(run: Run) -> int:
-    return run.config.evaluate.every or run.config.train.steps_per_stage
-
-
 def _evaluate_missing(run: Run, step: int) -> None:
     """Evaluate again up to a step, for tables that were damaged and deleted."""
     for at in process_group().from_main(lambda: _unevaluated(run, step)):
@@ -112,8 +104,8 @@ def _evaluate_missing(run: Run, step: int) -> None:
 
 def _unevaluated(run: Run, step: int) -> list[int]:
     """List the steps up to one that should have an evaluation and have none."""
-    known, every = evaluation_files(run.paths.evaluations), _evaluate_every(run)
-    wanted = sorted({*range(every, run.last_step, every), run.last_step})
+    known, last = evaluation_files(run.paths.evaluations), run.config.train.steps
+    wanted = [*range(run.config.evaluate_every, last, run.config.evaluate_every), last]
     return [at for at in wanted if at <= step and at not in known]
 
 
@@ -148,17 +140,10 @@ class StageCallback(TrainerCallback):
         self._due = self._is_scheduled(state) and not self.task.evaluated(state.global_step)
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        dynamic = self.trainer.dynamic
-
-        def drawn(new: bool) -> int:
-            assert dynamic is not None
-            dynamic.drawn = 0 if new else dynamic.drawn
-            return dynamic.drawn
-
         self._evaluate_if_due(state)
         if self.trainer.online is not None and state.global_step == 0:
             self.trainer.online.renew_directions(0)
-        self.stages.begin(state.global_step, None if dynamic is None else drawn)
+        self.stages.begin(state.global_step)
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._step_began = time.perf_counter()
@@ -184,7 +169,7 @@ class StageCallback(TrainerCallback):
 
     def _is_scheduled(self, state: TrainerState) -> bool:
         step = state.global_step
-        return step > 0 and (step % self.task.evaluate_every == 0 or step == state.max_steps)
+        return step > 0 and (step % self.task.config.evaluate_every == 0 or step == state.max_steps)
 
     def _evaluate_if_due(self, state: TrainerState) -> None:
         if self._due:
@@ -229,26 +214,16 @@ class StageCallback(TrainerCallback):
 class TrainTask:
     """The rows, settings and callbacks of a training."""
 
-    label: str
+    config: Config
     rows: Sequence[Mapping[str, Any]]  # prompt_id, prompt (as TRL takes it), answer
     settings: GRPOConfig
-    stages: int
-    steps_per_stage: int
-    evaluate_every: int
     reward: RecordedReward
     select_stage: SelectStage
     evaluate: Evaluate
     folder: Path
     online: Callable[[OnlineTrainer, Path | None], ChooserLoop] | None = None  # of a trainer at a checkpoint
-    dynamic_sampling: int = 0  # refills of a generation batch at the most
     evaluated: Callable[[int], bool] = lambda step: False  # whether that step has been evaluated before
-    asked_in: str = "float32"  # the dtype that the policy is asked in: `policy.dtype`
     made_by: Mapping[str, Any] = field(default_factory=dict)  # settings, for the manifests of checkpoints
-
-    @property
-    def total(self) -> int:
-        """Steps of all stages."""
-        return self.stages * self.steps_per_stage
 
 
 def train_stages(task: TrainTask, policy: Policy) -> Path:
@@ -257,14 +232,14 @@ def train_stages(task: TrainTask, policy: Policy) -> Path:
     One `train()` call keeps the optimiser state, the learning-rate schedule, the step count and the KL reference (the
     initial policy) over all stages.
     """
-    total = task.total
+    total, label = task.config.train.steps, task.config.select.label
     resume_from, done = _newest(task)
     if done == total and resume_from is not None:
         return resume_from
     process_group().from_main(lambda: _begin_from(task, resume_from, done))
-    with progress(f"train {task.label}", total, "steps", done=done, stages=task.stages) as bar:
+    with progress(f"train {label}", total, "steps", done=done, stages=task.config.train.stages) as bar:
         trainer = _made_trainer(task, policy)
-        check_sharding(trainer, task.asked_in, resume_from)
+        check_sharding(trainer, task.config.policy.dtype, resume_from)
         position_of = {row["prompt_id"]: position for position, row in enumerate(task.rows)}
         stages = Stages(task.select_stage, position_of, trainer)
         trainer.add_callback(StageCallback(stages, task, bar, trainer))
@@ -280,7 +255,7 @@ def train_stages(task: TrainTask, policy: Policy) -> Path:
                 raise
             raise SignalError(
                 "the policy has diverged: it gives no finite probabilities any more",
-                where=f"run {task.label}",
+                where=f"run {label}",
                 fix="lower trainer.learning_rate or set trainer.max_grad_norm, and start the run under another name.",
             ) from None
     finished, done = _newest(task)
@@ -311,7 +286,7 @@ def _made_trainer(task: TrainTask, policy: Policy) -> OnlineTrainer:
             args=task.settings,
             train_dataset=_dataset(task.rows),
             processing_class=policy.tokenizer,
-            steps_per_stage=task.steps_per_stage,
+            steps_per_stage=task.config.train.steps_per_stage,
         )
     except Exception as error:  # many kinds, for settings that do not fit this policy or a Hub that is not to be had
         raise ConfigError(
@@ -325,7 +300,7 @@ def _newest(task: TrainTask) -> tuple[Path | None, int]:
     """Find the newest checkpoint, as rank 0 sees it. Rank 0 removes incomplete ones."""
 
     def find() -> tuple[str | None, int]:
-        path, step = newest_checkpoint(Path(task.settings.output_dir), task.total)
+        path, step = newest_checkpoint(Path(task.settings.output_dir), task.config.train.steps)
         return None if path is None else str(path), step
 
     found, done = process_group().from_main(find)
@@ -334,13 +309,12 @@ def _newest(task: TrainTask) -> tuple[Path | None, int]:
 
 def _dynamic_sampling(task: TrainTask, policy: Policy, checkpoint: Path | None) -> DynamicSampling | None:
     """Return the object that refills generation batches, if the config asks for it, at the position of a checkpoint."""
-    if not task.dynamic_sampling:
+    refills = task.config.train.dynamic_sampling
+    if not refills:
         return None
     drawn = 0 if checkpoint is None else read_manifest(checkpoint, CHECKPOINT, made_by=MADE_BY).details["drawn"]
     settings, pad_id = task.settings, policy.tokenizer.pad_token_id
-    return DynamicSampling(
-        task.reward, settings.num_generations, task.dynamic_sampling, pad_id, settings.pad_to_multiple_of, drawn
-    )
+    return DynamicSampling(task.reward, settings.num_generations, refills, pad_id, settings.pad_to_multiple_of, drawn)
 
 
 def newest_checkpoint(folder: Path, last: int) -> tuple[Path | None, int]:

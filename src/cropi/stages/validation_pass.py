@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from cropi.functional.surrogate import group_advantages
 from cropi.gradients.direction import DirectionSketch, backward_to_embeddings, deterministic, inner
-from cropi.gradients.surrogate_weights import SurrogateSettings
+from cropi.gradients.groups import SurrogateSettings
 from cropi.gradients.training_influence import Direction, Reader
 from cropi.parallel import process_group
 from cropi.policy import Policy, completion_logprobs, longest_alike

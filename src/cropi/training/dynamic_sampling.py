@@ -55,13 +55,13 @@ class DynamicSampling:
     def fill(self, sample: Callable[[int], Mapping[str, Tensor]], prompts: int) -> Refilled:
         """Build a generation batch of `prompts` groups; `sample` draws the next prompts and returns TRL's tensors."""
         batches = [self._judged(sample, prompts)]
-        mixed = self.mixed_groups(batches[0].judged.rewards)
+        mixed = self._mixed(batches[0].judged)
         equal_before = mixed.count(False) / prompts
         chosen = list(range(prompts))  # the group at each place, counted over all that were sampled
         while not all(mixed) and len(batches) <= self.refills:
             sampled = sum(len(batch.judged.rewards) for batch in batches) // self.generations
             batches.append(self._judged(sample, mixed.count(False)))
-            new = self.mixed_groups(batches[-1].judged.rewards)
+            new = self._mixed(batches[-1].judged)
             found = [sampled + group for group, differs in enumerate(new) if differs]
             empty = [place for place, differs in enumerate(mixed) if not differs]
             for place, group in zip(empty, found, strict=False):  # more places than groups, or as many
@@ -71,13 +71,10 @@ class DynamicSampling:
         trained, dropped = self._divided(batches, chosen)
         return Refilled(trained, dropped, equal_before, mixed.count(False) / prompts, len(batches) - 1)
 
-    def mixed_groups(self, rewards: Sequence[float | None]) -> list[bool]:
+    def _mixed(self, judged: Judged) -> list[bool]:
         """Whether the rewards of each group differ; completions that could not be judged do not count."""
-        mixed = []
-        for start in range(0, len(rewards), self.generations):
-            known = [value for value in rewards[start : start + self.generations] if value is not None]
-            mixed.append(bool(known) and max(known) - min(known) > EPSILON)
-        return mixed
+        groups = judged.groups(self.generations)
+        return [bool(known) and max(known) - min(known) > EPSILON for _, known in groups]
 
     def _judged(self, sample: Callable[[int], Mapping[str, Tensor]], prompts: int) -> Sampled:
         tensors = sample(prompts)
@@ -107,31 +104,13 @@ def _joined(batches: Sequence[Sampled], pad_id: int) -> Sampled:
             parts = [functional.pad(part, side, value=value) for part, side in zip(parts, sides, strict=True)]
         if first.ndim:  # num_items_in_batch is counted anew
             tensors[name] = torch.cat(parts)
-    judged = [batch.judged for batch in batches]
-    return Sampled(
-        tensors,
-        Judged(
-            [prompt_id for part in judged for prompt_id in part.prompt_ids],
-            [text for part in judged for text in part.texts],
-            [ids for part in judged for ids in part.completion_ids],
-            [reward for part in judged for reward in part.rewards],
-            [verdict for part in judged for verdict in part.verdicts],
-        ),
-    )
+    columns = zip(*(vars(batch.judged).values() for batch in batches), strict=True)
+    return Sampled(tensors, Judged(*([value for part in column for value in part] for column in columns)))
 
 
 def _rows_of(batch: Sampled, rows: Sequence[int]) -> Sampled:
-    judged = batch.judged
-    return Sampled(
-        {name: tensor[list(rows)] for name, tensor in batch.tensors.items()},
-        Judged(
-            [judged.prompt_ids[row] for row in rows],
-            [judged.texts[row] for row in rows],
-            [judged.completion_ids[row] for row in rows],
-            [judged.rewards[row] for row in rows],
-            [judged.verdicts[row] for row in rows],
-        ),
-    )
+    tensors = {name: tensor[list(rows)] for name, tensor in batch.tensors.items()}
+    return Sampled(tensors, Judged(*([column[row] for row in rows] for column in vars(batch.judged).values())))
 
 
 def only_groups(

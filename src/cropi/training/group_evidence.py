@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 import numpy as np
 from jaxtyping import Float
 from torch import Tensor
+from trl import GRPOConfig
 
 from cropi.functional.surrogate import EPSILON
 from cropi.parallel import process_group
 from cropi.training.reward_log import Judged
-from cropi.training.row_matching import LossRow, SampledRow, Tokens, match_rows
 
 
 @dataclass(frozen=True)
@@ -97,3 +97,119 @@ class GroupEvidence:
                 halves = scale * np.stack(parts, axis=1)
             outcomes.append(GroupOutcome(number, rows[0][1], rewards, halves))
         return outcomes
+
+
+# -- rows of a loss ------------------------------------------------------------------------------------------------
+
+Tokens = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class SampledRow:
+    """A completion as it was sampled, with the number of its group in the generation batch."""
+
+    prompt: Tokens
+    completion: Tokens
+    group: int
+
+
+@dataclass(frozen=True)
+class LossRow:
+    """A row as the loss sees it. `masked`: no token of the completion counts, so its gradient is zero."""
+
+    prompt: Tokens
+    completion: Tokens
+    masked: bool
+
+
+def loss_rows(inputs: Mapping[str, Tensor], pad_id: int) -> list[LossRow]:
+    """Rows of a micro-batch in TRL's layout: prompts padded on the left, completions on the right.
+
+    The mask tells which tokens are padding. Of a masked completion (truncated, with `mask_truncated_completions`) it
+    tells nothing, so that trailing padding is removed by its id.
+    """
+    names = "prompt_ids", "prompt_mask", "completion_ids", "completion_mask"
+    prompts, prompt_masks, completions, completion_masks = (inputs[name].tolist() for name in names)
+    rows = []
+    for prompt, prompt_mask, completion, mask in zip(prompts, prompt_masks, completions, completion_masks, strict=True):
+        own = tuple(token for token, kept in zip(prompt, prompt_mask, strict=True) if kept)
+        masked = not any(mask)
+        kept = completion if masked else [token for token, counts in zip(completion, mask, strict=True) if counts]
+        rows.append(LossRow(own, _stripped(kept, pad_id) if masked else tuple(kept), masked))
+    return rows
+
+
+def match_rows(sampled: Sequence[SampledRow], rows: Sequence[LossRow], pad_id: int) -> list[int | None]:
+    """Return the place in `sampled` of each row of the loss; None where none or several groups hold the same tokens.
+
+    Rows of one group with equal tokens are interchangeable, for influence is summed over the group. An environment or a
+    rollout function may write prompts of its own: these rows are found by their completions alone.
+    """
+    prompts = {row.prompt for row in sampled}
+    whole: dict[tuple[Tokens | None, Tokens], list[int]] = {}
+    stripped: dict[tuple[Tokens | None, Tokens], list[int]] = {}
+    for place, row in enumerate(sampled):
+        for prompt in (row.prompt, None):
+            whole.setdefault((prompt, row.completion), []).append(place)
+            stripped.setdefault((prompt, _stripped(row.completion, pad_id)), []).append(place)
+    found: list[int | None] = []
+    taken: set[int] = set()
+    for read in rows:
+        prompt = read.prompt if read.prompt in prompts else None
+        places = (stripped if read.masked else whole).get((prompt, read.completion), [])
+        free = [place for place in places if place not in taken]
+        alone = bool(free) and len({sampled[place].group for place in places}) == 1
+        found.append(free[0] if alone else None)
+        taken.update(free[:1] if alone else ())
+    return found
+
+
+def _stripped(tokens: Sequence[int], pad_id: int) -> Tokens:
+    end = len(tokens)
+    while end and tokens[end - 1] == pad_id:
+        end -= 1
+    return tuple(tokens[:end])
+
+
+# -- the normaliser of a loss --------------------------------------------------------------------------------------
+
+BY_SEQUENCE = ("grpo", "sapo")  # each completion is divided by its own length, as part of the estimator
+BY_ROWS = (*BY_SEQUENCE, "dr_grpo", "luspo")
+BY_BATCH = ("dapo", "cispo", "vespo")
+
+
+@dataclass(frozen=True)
+class LossNormalizer:
+    """The factor from a row's part of TRL's loss to its part of the group's surrogate.
+
+    The surrogate of a group of K completions is sum_k A_k sum_t rho_kt / (K Z), with Z the length of completion k for
+    `grpo` and `sapo`, else the largest completion length. Where TRL divides the loss:
+
+        grpo, sapo   B a |o_k|   B rows of the micro-batch, a micro-steps in an optimiser step
+        dr_grpo      B a L       L the largest completion length
+        luspo        B a
+        bnpo         a M         M tokens that count in the micro-batch
+        dapo, cispo, vespo       a tokens of the generation batch / (processes x steps per generation)
+    """
+
+    settings: GRPOConfig
+    processes: int
+
+    def __post_init__(self) -> None:
+        """ValueError for a loss that is not known."""
+        if self.settings.loss_type not in (*BY_ROWS, *BY_BATCH, "bnpo"):
+            raise ValueError(f"the normaliser of the loss {self.settings.loss_type!r} is not known")
+
+    def factor(self, inputs: Mapping[str, Tensor], accumulated: int) -> float:
+        """The factor of a micro-batch, one of `accumulated` in its optimiser step."""
+        loss, longest = self.settings.loss_type, self.settings.max_completion_length
+        generations = self.settings.num_generations
+        if loss in BY_ROWS:
+            unit = 1 if loss in (*BY_SEQUENCE, "dr_grpo") else longest
+            return len(inputs["completion_ids"]) * accumulated / (generations * unit)
+        if loss == "bnpo":
+            mask = inputs["completion_mask"]
+            counted = float((mask * inputs["tool_mask"] if "tool_mask" in inputs else mask).sum())
+            return max(counted, 1.0) * accumulated / (generations * longest)
+        items = max(float(inputs["num_items_in_batch"]), 1.0) / self.processes
+        return items * accumulated / self.settings.steps_per_generation / (generations * longest)

@@ -1,26 +1,34 @@
-"""Build TRL's GRPOConfig from the `trainer` table of a config, and check it."""
+"""Build TRL's GRPOConfig from the `trainer` table of a config, check it, and try it by one step of training."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+import random
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
+import datasets
+import numpy as np
 import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
+from transformers import PrinterCallback
 from transformers.integrations import get_available_reporting_integrations
-from trl import GRPOConfig
+from trl import GRPOConfig, GRPOTrainer
 
-from cropi.config import OWNED_TRAINER_KEYS, Config
+from cropi.config import BUILTIN_POLICY, OWNED_TRAINER_KEYS, Config, PolicyConfig
 from cropi.console import warn_once
 from cropi.errors import ConfigError, hint
 from cropi.functional.surrogate import NORMALIZER_OF_LOSS
 from cropi.parallel import launched
+from cropi.policy import load_policy
 from cropi.training.dynamic_sampling import check_dynamic_sampling
-from cropi.training.trial_step import try_one_step
 
 
 def grpo_config(config: Config, output_dir: Path, device: torch.device, processes: int = 1) -> GRPOConfig:
@@ -198,7 +206,7 @@ def _check_generation_batches(settings: GRPOConfig, config: Config) -> None:
             where="train.steps_per_stage",
             fix="make its micro-steps a multiple of steps_per_generation x num_iterations.",
         )
-    save_between_batches(settings, config.train.stages * config.train.steps_per_stage)
+    save_between_batches(settings, config.train.steps)
 
 
 def save_between_batches(settings: GRPOConfig, steps: int) -> None:
@@ -229,3 +237,92 @@ def _check_saving(settings: GRPOConfig) -> None:
             where="trainer.save_total_limit",
             fix="set it to 2 or more.",
         )
+
+
+# -- a trial step --------------------------------------------------------------------------------------------------
+
+# Settings with effects outside this process, slow ones, and those that depend on the policy.
+LEFT_OUT = {
+    "deepspeed",
+    "generation_batch_size",
+    "log_completions",
+    "log_completions_hub_repo",
+    "optim_target_modules",
+    "push_to_hub",
+    "router_aux_loss_coef",
+    "save_steps",
+    "steps_per_generation",
+    "torch_compile",
+    "torch_compile_backend",
+    "torch_compile_mode",
+    "transformers_continuous_batching_config",
+    "use_transformers_continuous_batching",
+    "use_transformers_paged",
+    "use_vllm",
+}
+
+
+def try_one_step(options: Mapping[str, Any], device: torch.device) -> None:
+    """Raise ConfigError if a training step with these GRPOConfig settings fails or its weights are not finite."""
+    kept = {name: value for name, value in options.items() if name not in LEFT_OUT}
+    generations = options["num_generations"]
+    small = {
+        "seed": 0,
+        "data_seed": 0,
+        "max_steps": 1,
+        "max_completion_length": 2,
+        "per_device_train_batch_size": generations,
+        "gradient_accumulation_steps": 1,
+        "steps_per_generation": 1,
+        "report_to": [],
+        "save_strategy": "no",
+    }
+    problem = _problem(_Options(kept | small), device.type)
+    if problem:
+        raise ConfigError(
+            f"a step of training fails with these settings: {problem}", where="trainer", fix="correct what it names."
+        )
+
+
+class _Options(dict[str, Any]):
+    """Settings that can be a cache key."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(repr(self))
+
+
+@cache
+def _problem(options: _Options, device: str) -> str:
+    """Return the error of one training step, or an empty text. A process tries the same settings once."""
+    policy = load_policy(PolicyConfig(path=BUILTIN_POLICY, device=device))  # type: ignore[arg-type]
+    with _without_side_effects(), tempfile.TemporaryDirectory() as folder:
+        try:
+            trainer = GRPOTrainer(
+                model=policy.model,
+                reward_funcs=_alternating,
+                args=GRPOConfig(**options | {"output_dir": folder}),
+                train_dataset=datasets.Dataset.from_list([{"prompt": "1 2"}] * 2),
+                processing_class=policy.tokenizer,
+            )
+            trainer.remove_callback(PrinterCallback)
+            trainer.train()
+        except Exception as error:  # TRL, transformers and torch raise many kinds, each for a setting
+            return f"{type(error).__name__}: " + " ".join(str(error).split())[:400]
+    finite = all(bool(weight.isfinite().all()) for weight in policy.model.parameters())
+    return "" if finite and trainer.state.global_step == 1 else "it leaves weights that are not finite"
+
+
+def _alternating(completions: Sequence[Any], **_: Any) -> list[float]:
+    """Rewards that differ within every group."""
+    return [float(number % 2) for number in range(len(completions))]
+
+
+@contextmanager
+def _without_side_effects() -> Iterator[None]:
+    """Restore random states, and ignore warnings: training itself shows them."""
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+    random.setstate(states[0])
+    np.random.set_state(states[1])

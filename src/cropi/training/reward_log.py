@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cropi.parallel import process_group
-from cropi.reward_statistics import Visit, visit
 from cropi.rewards.verdicts import Answered, Judge
 from cropi.streams import append_jsonl, cut_jsonl, read_jsonl
 
@@ -23,6 +22,12 @@ class Judged:
     completion_ids: Sequence[Sequence[int]]  # without padding
     rewards: Sequence[float | None]
     verdicts: Sequence[str]
+
+    def groups(self, size: int) -> list[tuple[str, list[float]]]:
+        """Prompt ids of whole groups, with the rewards of the completions that could be judged."""
+        starts = range(0, len(self.prompt_ids), size)
+        parts = ((self.prompt_ids[start], self.rewards[start : start + size]) for start in starts)
+        return [(prompt_id, [value for value in part if value is not None]) for prompt_id, part in parts]
 
 
 class RewardLog:
@@ -95,30 +100,19 @@ def _joined(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return line
 
 
-def training_history(path: Path, before_step: int) -> list[Visit]:
-    """Read one visit per prompt and generation batch before a step, in the order of the batches and then by id.
+def newest_rewards(path: Path, before_step: int) -> dict[str, list[float]]:
+    """Rewards of the newest group of every prompt that was trained on before a step.
 
-    Completions that could not be judged do not count; prompts without a judged completion are left out.
+    Completions that could not be judged do not count. A prompt whose completions never could has no rewards: its gold
+    answer cannot be read.
     """
-    found = []
+    found: dict[str, list[float]] = {}
     for row in read_jsonl(path):
         if row["step"] >= before_step:
             break
-        values: dict[str, list[float]] = {}
+        group: dict[str, list[float]] = {prompt_id: [] for prompt_id in row["prompt_ids"]}
         for prompt_id, value in zip(row["prompt_ids"], row["rewards"], strict=True):
             if value is not None:
-                values.setdefault(prompt_id, []).append(value)
-        found += [visit(row["step"], prompt_id, rewards) for prompt_id, rewards in sorted(values.items())]
+                group[prompt_id].append(value)
+        found |= {prompt_id: rewards for prompt_id, rewards in group.items() if rewards or prompt_id not in found}
     return found
-
-
-def never_judged(path: Path, before_step: int) -> set[str]:
-    """Return prompts trained on before a step that never had a reward: their gold answer cannot be read."""
-    rows = [row for row in read_jsonl(path) if row["step"] < before_step]
-    pairs = [pair for row in rows for pair in zip(row["prompt_ids"], row["rewards"], strict=True)]
-    return {i for i, _ in pairs} - {i for i, value in pairs if value is not None}
-
-
-def newest_variances(history: Iterable[Visit]) -> dict[str, float]:
-    """Variance of each prompt's newest training rewards."""
-    return {one.prompt_id: one.variance for one in history}

@@ -79,15 +79,10 @@ def _refused(trainer: GRPOTrainer, asked_in: str) -> list[tuple[bool, str, str, 
     rounded = getattr(getattr(plugin, "mixed_precision_policy", None), "param_dtype", None)
     by = "FSDP rounds the weights when it gathers them"
     if trainer.is_deepspeed_enabled:
-        rounded, by = rounded_to(trainer), "DeepSpeed trains with rounded weights"
+        halves = (dtype for key, dtype in HALF.items() if _settings(trainer).is_true(key))
+        rounded, by = next(halves, None), "DeepSpeed trains with rounded weights"
     return [
-        *refused_of_zero3(trainer),
-        (
-            is_zero3(trainer) and not saves_whole_weights(trainer),
-            "checkpoints without whole weights cannot be loaded as a policy",
-            "accelerate's zero3_save_16bit_model",
-            "set it to true; despite its name, weights are saved in their training precision.",
-        ),
+        *_refused_of_zero3(trainer),
         (
             plugin is not None and plugin.fsdp_version != 2,
             "scoring cannot gather weights that FSDP1 shards",
@@ -117,6 +112,32 @@ def _refused(trainer: GRPOTrainer, asked_in: str) -> list[tuple[bool, str, str, 
             f"{by}, to {rounded}, but the policy is scored in {asked_in}",
             "policy.dtype",
             f"set it to match trainer.bf16 (policy.dtype=bfloat16, or trainer.bf16=false), {plain}",
+        ),
+    ]
+
+
+def _refused_of_zero3(trainer: GRPOTrainer) -> list[tuple[bool, str, str, str]]:
+    if not is_zero3(trainer):
+        return []
+    settings = _settings(trainer)
+    return [
+        (
+            not trainer.args.ds3_gather_for_generation,
+            "generation with sharded weights, layer by layer, is not supported",
+            "ds3_gather_for_generation",
+            "leave it at true, or use ZeRO-2.",
+        ),
+        (
+            settings.get_value("zero_optimization.offload_param.device", "none") != "none",
+            "offloaded weights are untested under ZeRO-3",
+            "accelerate's offload_param_device",
+            "set it to none, or use ZeRO-2.",
+        ),
+        (
+            not settings.is_true("zero_optimization.stage3_gather_16bit_weights_on_model_save"),
+            "checkpoints without whole weights cannot be loaded as a policy",
+            "accelerate's zero3_save_16bit_model",
+            "set it to true; despite its name, weights are saved in their training precision.",
         ),
     ]
 
@@ -180,37 +201,6 @@ def resuming(trainer: GRPOTrainer) -> Iterator[None]:
             del os.environ[WEIGHTS_ONLY]
         else:
             os.environ[WEIGHTS_ONLY] = before
-
-
-def rounded_to(trainer: GRPOTrainer) -> torch.dtype | None:
-    """Half precision of the weights in DeepSpeed's forward passes, if any."""
-    settings = _settings(trainer)
-    return next((dtype for key, dtype in HALF.items() if settings.is_true(key)), None)
-
-
-def saves_whole_weights(trainer: GRPOTrainer) -> bool:
-    """Whether ZeRO-3 saves whole weights, so that a policy can be loaded from a checkpoint."""
-    return bool(_settings(trainer).is_true("zero_optimization.stage3_gather_16bit_weights_on_model_save"))
-
-
-def refused_of_zero3(trainer: GRPOTrainer) -> list[tuple[bool, str, str, str]]:
-    """List what is unsupported under ZeRO-3 as (present, problem, where, fix)."""
-    if not is_zero3(trainer):
-        return []
-    return [
-        (
-            not trainer.args.ds3_gather_for_generation,
-            "generation with sharded weights, layer by layer, is not supported",
-            "ds3_gather_for_generation",
-            "leave it at true, or use ZeRO-2.",
-        ),
-        (
-            _settings(trainer).get_value("zero_optimization.offload_param.device", "none") != "none",
-            "offloaded weights are untested under ZeRO-3",
-            "accelerate's offload_param_device",
-            "set it to none, or use ZeRO-2.",
-        ),
-    ]
 
 
 def _settings(trainer: GRPOTrainer) -> Any:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch.utils.data import Sampler
+from trl import GRPOConfig
 
 from cropi.seeds import derived_seed
 
@@ -22,6 +23,12 @@ class BatchShape:
     prompts: int
     generations: int
     repeats: int
+
+    @classmethod
+    def of(cls, settings: GRPOConfig, iterations: int) -> BatchShape:
+        """The layout under a trainer's settings, with so many passes over a generation batch."""
+        prompts = settings.generation_batch_size // settings.num_generations
+        return cls(prompts, settings.num_generations, settings.steps_per_generation * iterations)
 
 
 class StageSampler(Sampler[int]):

@@ -30,21 +30,27 @@ TORCH_CANNOT_WRITE = ("unexpected pos", "PytorchStreamWriter failed writing")  #
 SelectStage = Callable[[int, nn.Module, bool], Sequence[str]]
 
 
-class Staged(GRPOTrainer):
-    """TRL's GRPOTrainer with the batches of a StageSampler. `steps_per_stage` is set before it trains."""
+class StageTrainer(GRPOTrainer):
+    """TRL's GRPOTrainer with the batches of a StageSampler, and without a model card.
 
-    steps_per_stage: int
-    stage_sampler: StageSampler | None = None
+    With dynamic sampling it draws the prompts of a generation batch itself, from the same sampler: how many a batch
+    takes is not known when the loader fetches the next.
+    """
+
+    def __init__(self, *args: Any, steps_per_stage: int, **kwargs: Any) -> None:
+        self.steps_per_stage = steps_per_stage
+        self.stage_sampler: StageSampler | None = None
+        self.dynamic: DynamicSampling | None = None
+        super().__init__(*args, **kwargs)
 
     def _get_train_sampler(self, dataset: datasets.Dataset | None = None) -> Sampler[int]:
-        repeats = self.args.steps_per_generation * self.num_iterations
-        shape = BatchShape(self.args.generation_batch_size // self.num_generations, self.num_generations, repeats)
+        shape = BatchShape.of(self.args, self.num_iterations)
         micro_steps = self.steps_per_stage * self.args.gradient_accumulation_steps
-        self.stage_sampler = StageSampler(shape, micro_steps // repeats, self.args.seed)
+        self.stage_sampler = StageSampler(shape, micro_steps // shape.repeats, self.args.seed)
         return self.stage_sampler
 
-    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        """TRL's, but that the completions of a prompt share its forward pass where transformers generates."""
+    def _sampled(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """TRL's generation batch, in which completions of a prompt share its forward pass if transformers generates."""
         model = self.accelerator.unwrap_model(self.model)
         replaced = model.__dict__.get("generate")
         # for sharded parameters transformers puts another in its place: see `in_lockstep`
@@ -83,54 +89,9 @@ class Staged(GRPOTrainer):
             finally:
                 model.forward = wrapped
 
-
-@dataclass
-class Stages:
-    """The selections of a training, and the start of a stage in its sampler."""
-
-    select: SelectStage
-    position_of: Mapping[str, int]
-    trainer: Staged
-    _selections: list[tuple[int, ...]] = field(default_factory=list)
-
-    def begin(self, step: int, drawn: Callable[[bool], int] | None = None) -> None:
-        """Start the stage that an optimiser step lies in; after a resume, with the selections of those before it.
-
-        `drawn`, of whether its selection is new, says how many prompts of it are taken, where the sampler cannot know.
-        """
-        stage, inside = divmod(step, self.trainer.steps_per_stage)
-        while len(self._selections) < stage:
-            self._remember(len(self._selections), in_progress=True)
-        self._remember(stage, in_progress=inside > 0)
-        first = stage
-        while first > 0 and self._selections[first - 1] == self._selections[stage]:
-            first -= 1
-        sampler = self.trainer.stage_sampler
-        assert sampler is not None, "the data loader is made before the first epoch begins"
-        consumed = None if drawn is None else drawn(step == first * self.trainer.steps_per_stage)
-        sampler.start_stage(stage, self._selections[stage], first, consumed=consumed)
-
-    def _remember(self, stage: int, *, in_progress: bool) -> None:
-        with self.trainer.plain_model() as model:
-            ids = self.select(stage, model, in_progress)
-        self._selections.append(tuple(sorted(self.position_of[prompt_id] for prompt_id in ids)))
-
-
-class StageTrainer(Staged):
-    """A `Staged` trainer without TRL's model card.
-
-    With dynamic sampling it draws the prompts of a generation batch itself, from the same sampler: how many a batch
-    takes is not known when the loader fetches the next.
-    """
-
-    def __init__(self, *args: Any, steps_per_stage: int, **kwargs: Any) -> None:
-        self.steps_per_stage = steps_per_stage
-        self.dynamic: DynamicSampling | None = None
-        super().__init__(*args, **kwargs)
-
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         if self.dynamic is None:
-            return super()._generate_and_score_completions(inputs)
+            return self._sampled(inputs)
         return self._filled(self.dynamic, len(inputs) // self.num_generations)
 
     def _filled(self, dynamic: DynamicSampling, prompts: int) -> dict[str, Any]:
@@ -163,7 +124,7 @@ class StageTrainer(Staged):
         positions = self.stage_sampler.draw(prompts)
         self.dynamic.drawn += prompts
         rows = [self.train_dataset[position] for position in positions for _ in range(self.num_generations)]
-        return super()._generate_and_score_completions(rows)
+        return self._sampled(rows)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """As in transformers, but that old checkpoints stay until the new one is finished: see `StageCallback`."""
@@ -182,3 +143,37 @@ class StageTrainer(Staged):
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """No card: TRL's would say that the policy was fine-tuned from a model of no name, and link to it."""
+
+
+@dataclass
+class Stages:
+    """The selections of a training, and the start of a stage in its sampler."""
+
+    select: SelectStage
+    position_of: Mapping[str, int]
+    trainer: StageTrainer
+    _selections: list[tuple[int, ...]] = field(default_factory=list)
+
+    def begin(self, step: int) -> None:
+        """Start the stage that an optimiser step lies in; after a resume, with the selections of those before it.
+
+        With dynamic sampling only the trainer knows how many prompts of a selection are taken.
+        """
+        stage, inside = divmod(step, self.trainer.steps_per_stage)
+        while len(self._selections) < stage:
+            self._remember(len(self._selections), in_progress=True)
+        self._remember(stage, in_progress=inside > 0)
+        first = stage
+        while first > 0 and self._selections[first - 1] == self._selections[stage]:
+            first -= 1
+        sampler = self.trainer.stage_sampler
+        assert sampler is not None, "the data loader is made before the first epoch begins"
+        dynamic = self.trainer.dynamic
+        if dynamic is not None and step == first * self.trainer.steps_per_stage:  # a new selection
+            dynamic.drawn = 0
+        sampler.start_stage(stage, self._selections[stage], first, consumed=None if dynamic is None else dynamic.drawn)
+
+    def _remember(self, stage: int, *, in_progress: bool) -> None:
+        with self.trainer.plain_model() as model:
+            ids = self.select(stage, model, in_progress)
+        self._selections.append(tuple(sorted(self.position_of[prompt_id] for prompt_id in ids)))

@@ -19,7 +19,7 @@ from cropi.console import warn
 from cropi.curriculum.chooser import GroupGate
 from cropi.errors import ConfigError
 from cropi.parallel import process_group
-from cropi.prompt_encoding import encode_prompts
+from cropi.prompts.encoding import encode_prompts
 from cropi.report.reading import way
 from cropi.stages.collect import collect
 from cropi.stages.online import OnlineRun

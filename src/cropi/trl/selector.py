@@ -13,9 +13,8 @@ from datasets import Dataset, IterableDataset
 
 from cropi.artifacts import write_text
 from cropi.config import Config
+from cropi.config.loading import merged, preset, validate_config, with_presets
 from cropi.errors import ConfigError, DataError
-from cropi.loading import validate_config
-from cropi.presets import merged, preset, with_presets
 from cropi.prompts import content_id
 from cropi.rewards.verifiers.python_function import SCRIPT_REWARDS
 from cropi.trl.messages import worded

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cropi.gradients.surrogate_weights import RatioStatistics, SurrogateSettings
+from cropi.gradients.groups import RatioStatistics, SurrogateSettings
 from cropi.lab.audit.fidelity import Comparison, gradient_cosines, interval
 from cropi.lab.audit.trajectory_products import TrajectoryProducts
 

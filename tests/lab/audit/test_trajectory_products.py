@@ -11,10 +11,9 @@ import torch
 from tests.gradients.architectures import GROUPS, SETTINGS, draw_group, tiny
 
 from cropi.functional.projection import SparseProjection
-from cropi.gradients.groups import Group
+from cropi.gradients.groups import Group, SurrogateSettings
 from cropi.gradients.influence_scorer import Scorer, ScorerOptions
 from cropi.gradients.reference import prompt_gradient
-from cropi.gradients.surrogate_weights import SurrogateSettings
 from cropi.lab.audit.policy_audit import log_prefix_ratios, prefix_corrected
 from cropi.lab.audit.trajectory_products import (
     TrajectoryProducts,

@@ -16,12 +16,12 @@ from tests.conftest import tiny_llama
 from tests.runs import SMALL, cropi, cropi_error, cropi_ok, evaluations, selections
 
 import cropi as cropi_python
+from cropi.config.loading import load_config
 from cropi.gradients.layer_taps import matrix_parameters
 from cropi.lab.compare.compared_run import link_shared
 from cropi.lab.compare.result_table import read_results
 from cropi.lab.compare.run_processes import default_jobs
 from cropi.ledger import Ledger
-from cropi.loading import load_config
 from cropi.pipeline import train_all
 from cropi.run_tables import forget_evaluations
 from cropi.stages.collect import collect

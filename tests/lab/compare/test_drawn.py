@@ -9,11 +9,11 @@ import pytest
 
 from cropi.builtin.families import STYLES, difficulty
 from cropi.config import Config
+from cropi.config.loading import config_of, load_config
 from cropi.lab.compare import run_comparison
 from cropi.lab.compare.compare_options import CompareOptions
 from cropi.lab.compare.comparison_plan import make_plan
 from cropi.lab.compare.drawn import accepted, draw, drawn_scenario, rejection, seed_of
-from cropi.loading import config_of, load_config
 from cropi.prompts import checked_prompts
 
 SEEDS = range(200)

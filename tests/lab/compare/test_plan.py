@@ -5,10 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from cropi.config.loading import load_config, merged
 from cropi.errors import ArtifactError, ConfigError, UserError
-from cropi.lab.compare.comparison_plan import FINISHED, lock, make_plan, parse_seeds, read_plan
-from cropi.loading import load_config
-from cropi.presets import merged, read_patches
+from cropi.lab.compare.comparison_plan import FINISHED, lock, make_plan, parse_seeds, read_patches, read_plan
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from cropi.config.loading import load_config
 from cropi.console import progress
 from cropi.lab.compare import run_processes
 from cropi.lab.compare.comparison_plan import Plan, make_plan
 from cropi.lab.compare.run_processes import Failure, _Job, execute
-from cropi.loading import load_config
 
 
 def scripted(script: Callable[[_Job], str]) -> Callable[[_Job, int], None]:

@@ -6,8 +6,7 @@ import numpy as np
 from jaxtyping import Float
 from pydantic import Field
 
-from cropi.curriculum.chooser import ChoosesBatches, Pool, RewardChooser
-from cropi.curriculum.curriculum import Choice
+from cropi.curriculum.chooser import Choice, ChoosesBatches, Pool, RewardChooser
 from cropi.curriculum.strategy import Need, StrategyTable
 
 TARGET = 0.5  # p* (released example)
@@ -23,12 +22,10 @@ class BotsStrategy(ChoosesBatches, StrategyTable):
     needs: ClassVar[frozenset[Need]] = frozenset({"rewards"})
 
     type: Literal["bots"]
-    """Selects this strategy."""
     forgotten: Annotated[float, Field(ge=0, le=1)] = 0.1
     """lambda: share of the evidence of every prompt that a step forgets (released example: 0.1)."""
 
     def chooser(self, pool: Pool) -> "Bots":
-        """The chooser."""
         return Bots(pool, self.forgotten)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from cropi.curriculum.chooser import ChoosesBatches, Pool
 from cropi.curriculum.curriculum import Curriculum
 from cropi.curriculum.strategy import Need, StrategyTable
-from cropi.functional.principal_points import principal_points
+from cropi.functional.points import principal_points
 
 
 class CropiStrategy(ChoosesBatches, StrategyTable):
@@ -20,7 +20,6 @@ class CropiStrategy(ChoosesBatches, StrategyTable):
     reads_influence: ClassVar[bool] = True
 
     type: Literal["cropi"]
-    """Selects this strategy."""
     observe_only: bool = False
     """Read influence and report it, but train on the whole pool as `full` does."""
     prior: str | None = None

@@ -16,7 +16,6 @@ class DotsStrategy(StrategyTable):
     needs: ClassVar[frozenset[Need]] = frozenset({"trajectories"})
 
     type: Literal["dots"]
-    """Selects this strategy."""
 
     def rank(self, candidates: Candidates, size: int, fusion: FusionConfig) -> Ranking:
         """Draw without replacement by w_i = exp(-|p_i - alpha| / tau) (DOTS, arXiv 2506.05316).

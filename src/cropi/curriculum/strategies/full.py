@@ -16,7 +16,6 @@ class FullStrategy(StrategyTable):
     takes_all: ClassVar[bool] = True
 
     type: Literal["full"]
-    """Selects this strategy."""
 
     def rank(self, candidates: Candidates, size: int, fusion: FusionConfig) -> Ranking:
         """s_i = 1 for every usable prompt: plain GRPO on the whole pool."""

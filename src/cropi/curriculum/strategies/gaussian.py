@@ -16,7 +16,6 @@ class GaussianStrategy(StrategyTable):
     needs: ClassVar[frozenset[Need]] = frozenset({"trajectories"})
 
     type: Literal["gaussian"]
-    """Selects this strategy."""
 
     def rank(self, candidates: Candidates, size: int, fusion: FusionConfig) -> Ranking:
         """Draw without replacement by w_i = exp(-(p_i - mu_t)^2 / (2 sigma^2)), p_i of the stored trajectories.

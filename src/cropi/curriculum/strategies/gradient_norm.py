@@ -4,7 +4,6 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from cropi.artifacts import OK
 from cropi.curriculum.strategy import Candidates, FusionConfig, Need, Ranking, StrategyTable
 
 
@@ -15,7 +14,6 @@ class GradientNormStrategy(StrategyTable):
     reads_lengths: ClassVar[bool] = True
 
     type: Literal["gradient_norm"]
-    """Selects this strategy."""
 
     def rank(self, candidates: Candidates, size: int, fusion: FusionConfig) -> Ranking:
         """s_i = |g_i|, the length of the prompt's off-policy gradient at this stage, or of its feature under `sketch`.
@@ -24,6 +22,5 @@ class GradientNormStrategy(StrategyTable):
         validation set, but its pass also computes influence, so it is charged like `influence`.
         """
         assert candidates.lengths_N is not None
-        with_signal_N = np.array([status == OK for status in candidates.statuses])
         lengths_N = np.nan_to_num(candidates.lengths_N)  # a prompt whose own numbers are not finite
-        return Ranking(lengths_N, with_signal_N & (lengths_N > 0), "its gradient is long")
+        return Ranking(lengths_N, candidates.mixed_N & (lengths_N > 0), "its gradient is long")

@@ -4,9 +4,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from cropi.artifacts import OK
 from cropi.curriculum.strategy import Candidates, FusionConfig, Need, Ranking, StrategyTable, fused_ranking
-from cropi.seeds import unit_intervals
 
 
 class InfluenceStrategy(StrategyTable):
@@ -15,7 +13,6 @@ class InfluenceStrategy(StrategyTable):
     needs: ClassVar[frozenset[Need]] = frozenset({"trajectories", "gradients", "validation"})
 
     type: Literal["influence"]
-    """Selects this strategy."""
     static: bool = False
     """Score once, at the base policy, instead of at every stage."""
     order: Literal["top", "bottom", "shuffled"] = "top"
@@ -33,7 +30,7 @@ class InfluenceStrategy(StrategyTable):
         `negsim`); `shuffled` permutes influence among the prompts with signal, in the same way for all sets and anew at
         each stage.
         """
-        eligible_N = np.array([status == OK for status in candidates.statuses])
+        eligible_N = candidates.mixed_N
         values = dict(candidates.influence)
         if self.order == "bottom":
             values = {name: -values_N for name, values_N in values.items()}
@@ -44,9 +41,7 @@ class InfluenceStrategy(StrategyTable):
 
 
 def _shuffled(candidates: Candidates, values_N: np.ndarray, eligible_N: np.ndarray) -> np.ndarray:
-    rows = np.flatnonzero(eligible_N).tolist()
-    names = (candidates.prompt_ids[row] for row in rows)
-    draws = unit_intervals(names, candidates.seed, "shuffle", candidates.stage)
-    shuffled_N = values_N.copy()
-    shuffled_N[rows] = values_N[rows][np.argsort(list(draws), kind="stable")]
+    rows, shuffled_N = np.flatnonzero(eligible_N), values_N.copy()
+    draws = candidates.uniform_N("shuffle", candidates.stage)[rows]
+    shuffled_N[rows] = values_N[rows][np.argsort(draws, kind="stable")]
     return shuffled_N

@@ -13,7 +13,6 @@ class LearnabilityStrategy(StrategyTable):
     needs: ClassVar[frozenset[Need]] = frozenset({"trajectories", "rewards"})
 
     type: Literal["learnability"]
-    """Selects this strategy."""
     rescore: bool = False
     """Take p from the newest training rewards of a prompt once it has been trained on."""
 

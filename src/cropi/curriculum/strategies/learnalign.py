@@ -4,7 +4,6 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from cropi.artifacts import OK
 from cropi.curriculum.strategy import CANDIDATES, Candidates, FusionConfig, Need, Ranking, StrategyTable
 from cropi.functional.influence_formulas import halves, mean_cosines
 from cropi.seeds import unit_interval
@@ -18,7 +17,6 @@ class LearnAlignStrategy(StrategyTable):
     candidates_aimed_at: ClassVar[int] = 200
 
     type: Literal["learnalign"]
-    """Selects this strategy."""
 
     def rank(self, candidates: Candidates, size: int, fusion: FusionConfig) -> Ranking:
         """s_i = p_i (1 - p_i) x mean_j cos(g_i, g_j) over sampled prompts j of the pool: no validation set.
@@ -29,7 +27,7 @@ class LearnAlignStrategy(StrategyTable):
         sample has two halves; its own prompts are compared with the other half.
         """
         assert candidates.lengths_N is not None
-        with_signal_N = np.array([status == OK for status in candidates.statuses])
+        with_signal_N = candidates.mixed_N
         mixed = [i for i, signal in zip(candidates.prompt_ids, with_signal_N, strict=True) if signal]
         keys = {i: unit_interval(candidates.seed, "candidates", i) for i in mixed}
         members = [set(half) for half in halves(keys, self.candidates_aimed_at)]

@@ -7,8 +7,7 @@ import numpy as np
 from jaxtyping import Float
 from pydantic import Field
 
-from cropi.curriculum.chooser import ChoosesBatches, Pool, RewardChooser
-from cropi.curriculum.curriculum import Choice
+from cropi.curriculum.chooser import Choice, ChoosesBatches, Pool, RewardChooser
 from cropi.curriculum.strategy import Need, StrategyTable
 from cropi.seeds import derived_seed
 
@@ -25,7 +24,6 @@ class LzeStrategy(ChoosesBatches, StrategyTable):
     needs: ClassVar[frozenset[Need]] = frozenset({"rewards"})
 
     type: Literal["lze"]
-    """Selects this strategy."""
     share: Annotated[float, Field(gt=0, le=1)] = 0.4
     """Groups of a generation batch that are trained on (released scripts: 0.4); 0.3 at least."""
 
@@ -33,7 +31,6 @@ class LzeStrategy(ChoosesBatches, StrategyTable):
         return max(1, int(groups * LEAST_SHARE), int(groups * self.share))
 
     def chooser(self, pool: Pool) -> "Lze":
-        """The chooser."""
         return Lze(pool, self)
 
 

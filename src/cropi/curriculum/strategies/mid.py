@@ -13,7 +13,6 @@ class MidStrategy(StrategyTable):
     needs: ClassVar[frozenset[Need]] = frozenset({"trajectories"})
 
     type: Literal["mid"]
-    """Selects this strategy."""
 
     def rank(self, candidates: Candidates, size: int, fusion: FusionConfig) -> Ranking:
         """s_i = 1/2 - |p_i - 1/2| on the stored trajectories (GradAlign's baseline AccGreedy, arXiv 2602.21492).

@@ -6,8 +6,7 @@ import numpy as np
 from jaxtyping import Float
 from pydantic import Field
 
-from cropi.curriculum.chooser import ChoosesBatches, Pool, RewardChooser
-from cropi.curriculum.curriculum import Choice
+from cropi.curriculum.chooser import Choice, ChoosesBatches, Pool, RewardChooser
 from cropi.curriculum.strategy import Need, StrategyTable
 
 TARGET = 0.5  # mu*, the target pass rate (released code)
@@ -19,14 +18,12 @@ class MoppsStrategy(ChoosesBatches, StrategyTable):
     needs: ClassVar[frozenset[Need]] = frozenset({"rewards"})
 
     type: Literal["mopps"]
-    """Selects this strategy."""
     candidates: Annotated[int, Field(ge=1)] = 8
     """Candidates for each place of a batch (released script: 8)."""
     kept: Annotated[float, Field(ge=0, le=1)] = 0.5
     """lambda: share of its earlier evidence that a prompt keeps when it is trained on again (released script: 0.5)."""
 
     def chooser(self, pool: Pool) -> "Mopps":
-        """The chooser."""
         return Mopps(pool, self.candidates, self.kept)
 
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-import numpy as np
 from pydantic import model_validator
 
 from cropi.curriculum.strategy import Candidates, FusionConfig, Need, Ranking, StrategyTable
-from cropi.seeds import unit_interval
 from cropi.setting_types import Fraction
 
 
@@ -18,7 +16,6 @@ class PassRateStrategy(StrategyTable):
     needs: ClassVar[frozenset[Need]] = frozenset({"trajectories"})
 
     type: Literal["pass_rate"]
-    """Selects this strategy."""
     low: Fraction = 0.2
     """Lowest pass rate kept."""
     high: Fraction = 0.8
@@ -33,6 +30,5 @@ class PassRateStrategy(StrategyTable):
     def rank(self, candidates: Candidates, size: int, fusion: FusionConfig) -> Ranking:
         """low <= p_i <= high on the stored trajectories, in random order (PRIME, arXiv 2502.01456: 0.2 and 0.8)."""
         p_N = candidates.pass_rates_N
-        scores_N = np.array([unit_interval(candidates.seed, "pass_rate", i) for i in candidates.prompt_ids])
         eligible_N = (p_N >= self.low) & (p_N <= self.high) & candidates.rated_N
-        return Ranking(scores_N, eligible_N, f"pass rate in [{self.low:g}, {self.high:g}]")
+        return Ranking(candidates.uniform_N("pass_rate"), eligible_N, f"pass rate in [{self.low:g}, {self.high:g}]")

@@ -2,17 +2,13 @@
 
 from typing import Literal
 
-import numpy as np
-
 from cropi.curriculum.strategy import Candidates, FusionConfig, Ranking, StrategyTable
-from cropi.seeds import unit_interval
 
 
 class RandomStrategy(StrategyTable):
     """A uniformly random subset: the control that the paper lacks."""
 
     type: Literal["random"]
-    """Selects this strategy."""
     redraw: bool = False
     """Draw a new subset at every stage instead of one for the whole run."""
 
@@ -22,5 +18,4 @@ class RandomStrategy(StrategyTable):
         Prompts without signal take part: they may have gained one since they were sampled.
         """
         purpose = ("random", candidates.stage) if self.redraw else ("random",)
-        scores_N = np.array([unit_interval(candidates.seed, *purpose, i) for i in candidates.prompt_ids])
-        return Ranking(scores_N, candidates.usable_N, "drawn at random")
+        return Ranking(candidates.uniform_N(*purpose), candidates.usable_N, "drawn at random")

@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from cropi.curriculum.strategy import Candidates, FusionConfig, Need, Ranking, StrategyTable, fused_ranking
-from cropi.functional.tfidf import tfidf_similarity
+from cropi.functional.points import tfidf_similarity
 from cropi.prompt_text import words
 
 
@@ -16,7 +16,6 @@ class SimilarityStrategy(StrategyTable):
     needs: ClassVar[frozenset[Need]] = frozenset({"validation"})
 
     type: Literal["similarity"]
-    """Selects this strategy."""
     learnability: bool = False
     """Multiply by p (1 - p) of the stored trajectories."""
 

@@ -1,22 +1,19 @@
 """Similarity to the validation prompts times learnability from training rewards, batch by batch."""
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from jaxtyping import Float
 
 from cropi.curriculum.belief import kernel_features
-from cropi.curriculum.chooser import ChoosesBatches, Pool, RewardChooser, State, rested
-from cropi.curriculum.curriculum import Choice
+from cropi.curriculum.chooser import Choice, ChoosesBatches, Pool, RewardChooser, State, below, rested
 from cropi.curriculum.reward_belief import RewardBelief
 from cropi.curriculum.strategy import Need, StrategyTable
-from cropi.functional.principal_points import principal_points
-from cropi.functional.tfidf import tfidf_points, tfidf_similarity
+from cropi.functional.points import nearest_cosines, principal_points, tfidf_points, tfidf_similarity
 from cropi.prompt_text import words
 
 COOLDOWN = 8  # steps before a prompt may be chosen again
-BLOCK = 8192  # prompts at a time
 
 
 class SimilarityLearnabilityStrategy(ChoosesBatches, StrategyTable):
@@ -29,7 +26,6 @@ class SimilarityLearnabilityStrategy(ChoosesBatches, StrategyTable):
     reads_texts: ClassVar[bool] = True
 
     type: Literal["similarity_learnability"]
-    """Selects this strategy."""
     by: Literal["words", "hidden"] = "hidden"
     """Compare words (TF-IDF), or the base policy's mean last hidden states."""
 
@@ -42,7 +38,10 @@ class SimilarityLearnabilityStrategy(ChoosesBatches, StrategyTable):
         if self.by == "hidden":
             points = principal_points(pool.states_NE, *pool.validation_states.values())
             sizes = {name: len(own) for name, own in pool.validation_states.items()}
-            nearest = {name: _nearest(pool.states_NE, own) for name, own in pool.validation_states.items()}
+            nearest = {
+                name: nearest_cosines(pool.states_NE, own).astype(np.float64)
+                for name, own in pool.validation_states.items()
+            }
         else:
             texts = [words(text) for text in pool.texts]
             of_sets = {name: [words(text) for text in own] for name, own in pool.validation_texts.items()}
@@ -104,22 +103,10 @@ class SimilarityLearnability(RewardChooser):
         likeness = {f"similarity/{name}": values_N for name, values_N in self._likeness.items()}
         return {"pass_rate": self._rewards.pass_rates()[: len(self.pool)]} | likeness
 
-    def state_dict(self) -> dict[str, np.ndarray]:
-        return super().state_dict() | {f"rewards/{key}": values for key, values in self._rewards.state().items()}
+    def state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        facts, _ = super().state()
+        return facts, {f"rewards/{key}": values for key, values in self._rewards.state().items()}
 
-    def load_state_dict(self, state: State) -> None:
-        super().load_state_dict(state)
-        mine = {key: values for key, values in state.items() if key.startswith("rewards/")}
-        self._rewards.restore({key.removeprefix("rewards/"): values for key, values in mine.items()})
-
-
-def _nearest(states_NE: Float[np.ndarray, "N E"], own_ME: Float[np.ndarray, "M E"]) -> Float[np.ndarray, " N"]:
-    """Cosine of each row with the nearest of a set."""
-    own_ME = _unit(own_ME)
-    blocks = (states_NE[start : start + BLOCK] for start in range(0, len(states_NE), BLOCK))
-    return np.concatenate([(_unit(block) @ own_ME.T).max(axis=1) for block in blocks]).astype(np.float64)
-
-
-def _unit(rows: Float[np.ndarray, "N E"]) -> Float[np.ndarray, "N E"]:
-    found: np.ndarray = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
-    return found
+    def restore(self, facts: Mapping[str, Any], arrays: State) -> None:
+        super().restore(facts, arrays)
+        self._rewards.restore(below(arrays, "rewards/"))

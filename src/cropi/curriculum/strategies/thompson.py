@@ -5,8 +5,7 @@ from typing import ClassVar, Literal
 import numpy as np
 from jaxtyping import Float
 
-from cropi.curriculum.chooser import ChoosesBatches, Pool, RewardChooser, rested
-from cropi.curriculum.curriculum import Choice
+from cropi.curriculum.chooser import Choice, ChoosesBatches, Pool, RewardChooser, rested
 from cropi.curriculum.strategy import Need, StrategyTable
 
 KEPT = 0.95  # d: of the counts, every step
@@ -23,10 +22,8 @@ class ThompsonStrategy(ChoosesBatches, StrategyTable):
     needs: ClassVar[frozenset[Need]] = frozenset({"rewards"})
 
     type: Literal["thompson"]
-    """Selects this strategy."""
 
     def chooser(self, pool: Pool) -> "Thompson":
-        """The chooser."""
         return Thompson(pool)
 
 

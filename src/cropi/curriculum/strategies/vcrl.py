@@ -6,7 +6,6 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from cropi.curriculum.strategy import Candidates, FusionConfig, Need, Ranking, StrategyTable
-from cropi.seeds import unit_interval
 
 KAPPA = 0.8  # least variance of a group's rewards, as a share of the largest possible variance (paper)
 
@@ -17,7 +16,6 @@ class VcrlStrategy(StrategyTable):
     needs: ClassVar[frozenset[Need]] = frozenset({"trajectories"})
 
     type: Literal["vcrl"]
-    """Selects this strategy."""
 
     def rank(self, candidates: Candidates, size: int, fusion: FusionConfig) -> Ranking:
         """Var_i / Var_max >= kappa, in random order (VCRL, arXiv 2509.19803); Var_i of the rewards of the stored group.
@@ -27,10 +25,9 @@ class VcrlStrategy(StrategyTable):
         """
         assert candidates.group_sizes_N is not None
         variance_N = normalised_variance(candidates.variances_N, candidates.group_sizes_N)
-        keys = [unit_interval(candidates.seed, "vcrl", candidates.stage, i) for i in candidates.prompt_ids]
         eligible_N = variance_N >= KAPPA - 1e-12  # rounding must not exclude a group at exactly kappa
         reason = f"variance at least {KAPPA:g} of the most"
-        return Ranking(np.array(keys), eligible_N & (variance_N > 0), reason)
+        return Ranking(candidates.uniform_N("vcrl", candidates.stage), eligible_N & (variance_N > 0), reason)
 
 
 def normalised_variance(

@@ -7,10 +7,11 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from cropi.functional.bootstrap import Interval
+from cropi.functional.intervals import Interval
+from cropi.lab.number_format import code, listed
 from cropi.report.blocks import Block, Picture, Section, Table, Text
 from cropi.report.drawing import BLUE, GREY, grid, in_style, panel_grid, shortened, svg
-from cropi.report.wording import ABSENT, code, decimal, listed, percent, with_interval
+from cropi.report.wording import ABSENT, decimal, percent, with_interval
 
 MAX_PANELS = 6
 

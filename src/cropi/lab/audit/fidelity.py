@@ -16,8 +16,8 @@ from functools import cached_property
 import numpy as np
 from jaxtyping import Float, Int
 
-from cropi.functional.agreement import disattenuated, pearson, sign_agreement, spearman, top_overlap
-from cropi.gradients.surrogate_weights import SurrogateSettings, scales_of
+from cropi.gradients.groups import SurrogateSettings, scales_of
+from cropi.lab.audit.agreement import disattenuated, pearson, sign_agreement, spearman, top_overlap
 from cropi.lab.audit.trajectory_products import TrajectoryProducts
 
 REDRAWS = 200

@@ -12,11 +12,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cropi.functional.agreement import spearman, top_overlap
 from cropi.functional.projection import SparseProjection
-from cropi.gradients.groups import Group
+from cropi.gradients.groups import Group, RatioStatistics, SurrogateSettings
 from cropi.gradients.influence_scorer import Scorer, ScorerOptions
-from cropi.gradients.surrogate_weights import RatioStatistics, SurrogateSettings
+from cropi.lab.audit.agreement import spearman, top_overlap
 from cropi.lab.audit.fidelity import Comparison, gradient_cosines, plain
 from cropi.lab.audit.trajectory_products import TrajectoryProducts, trajectory_products
 from cropi.policy import completion_logprobs

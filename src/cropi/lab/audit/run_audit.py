@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from cropi.console import progress, say
 from cropi.errors import ArtifactError, SignalError
 from cropi.functional.projection import projection_of
 from cropi.gradients.groups import Group, iterate_groups
-from cropi.gradients.validation_groups import validation_groups
+from cropi.gradients.validation_directions import validation_groups
 from cropi.lab.audit.policy_audit import Material, audit_stage, passes
 from cropi.policy import Policy
 from cropi.rewards.verdicts import Judge, answered
@@ -177,7 +177,7 @@ class _Auditor:
             label=label,
         )
         masked = self._run.trajectories.mask_truncated
-        return [group.without_truncated(policy.eos_ids) for group in groups] if masked else groups
+        return [without_truncated(group, policy.eos_ids) for group in groups] if masked else groups
 
 
 @dataclass(frozen=True)
@@ -223,3 +223,16 @@ def sample_groups(
 def as_prompts(groups: Sequence[Group], rows: Mapping[str, Mapping[str, Any]]) -> list[Prompt]:
     """The prompts of stored groups, with their rows of the prompt table."""
     return [Prompt(group.prompt_id, group.prompt_ids, rows[group.prompt_id]) for group in groups]
+
+
+def without_truncated(group: Group, eos_ids: Collection[int]) -> Group:
+    """Return the group with completions emptied that do not end with an end-of-sequence token."""
+    kept = [bool(completion) and completion[-1] in eos_ids for completion in group.completions]
+    logprobs = group.behaviour_logprobs
+    return replace(
+        group,
+        completions=[ids if keep else [] for ids, keep in zip(group.completions, kept, strict=True)],
+        behaviour_logprobs=None
+        if logprobs is None
+        else [row if keep else [] for row, keep in zip(logprobs, kept, strict=True)],
+    )

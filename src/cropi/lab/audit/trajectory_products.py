@@ -14,10 +14,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from cropi.artifacts import OK
-from cropi.gradients.groups import Group
+from cropi.gradients.groups import Group, RatioStatistics, SurrogateSettings, scales_of
 from cropi.gradients.influence_scorer import Scorer
 from cropi.gradients.packing import Segment
-from cropi.gradients.surrogate_weights import RatioStatistics, SurrogateSettings, scales_of
 
 TRAJECTORIES = 512
 """Trajectories whose features are in memory at once."""

@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from cropi.lab.bench.contender_list import CONTENDERS
-from cropi.report.blocks import Table
-from cropi.report.markdown import text_table
+from cropi.report.blocks import Table, text_table
 from cropi.report.wording import ABSENT
 
 

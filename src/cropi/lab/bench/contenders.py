@@ -17,11 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cropi.functional.projection import SparseProjection
-from cropi.gradients.capture import NullReader
+from cropi.gradients.capture import FactorReader
 from cropi.gradients.engine import Engine, segments_of
-from cropi.gradients.groups import Group
+from cropi.gradients.groups import Group, SurrogateSettings
 from cropi.gradients.influence_scorer import BLOCK, Scorer, ScorerOptions
-from cropi.gradients.surrogate_weights import SurrogateSettings
 from cropi.lab.bench.contender_task import Engine as Contending
 from cropi.lab.bench.contender_task import Measurement, Part, Task, WeightedGroup
 
@@ -175,7 +174,7 @@ class Floor(Unscored):
         for start in range(0, len(self._groups), BLOCK):
             segments = segments_of(self._groups[start : start + BLOCK], BY_WEIGHT)
             if self._backward:
-                self._engine.run(segments, NullReader())
+                self._engine.run(segments, FactorReader())
             else:
                 self._engine.forward_only(segments)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from cropi.functional.agreement import spearman, top_overlap
+from cropi.lab.audit.agreement import spearman, top_overlap
 from cropi.lab.bench.worker_rounds import Record
 
 PRECISION_SHARE = 0.1

@@ -14,8 +14,7 @@ import numpy as np
 import torch
 
 from cropi.errors import DataError
-from cropi.gradients.groups import Group
-from cropi.gradients.surrogate_weights import SurrogateSettings, trajectory_scales
+from cropi.gradients.groups import Group, SurrogateSettings, trajectory_scales
 from cropi.lab.bench.contender_task import WeightedGroup
 from cropi.seeds import derived_seed
 
@@ -113,7 +112,7 @@ def mixed_groups(families: Sequence[str], split: str, count: int, seed: int) -> 
     from cropi.builtin import generate
     from cropi.config import PolicyConfig
     from cropi.policy import load_policy
-    from cropi.prompt_encoding import encode_prompts
+    from cropi.prompts.encoding import encode_prompts
     from cropi.rewards.verdicts import Answered, reward
     from cropi.rewards.verifiers.exact_text import ExactVerifier
     from cropi.rollouts.generation import Sampling, TransformersGenerator

@@ -19,10 +19,10 @@ from typing import Any
 
 from cropi.artifacts import is_finished, write_json, write_sealed
 from cropi.config import Config
+from cropi.config.loading import validate_config
 from cropi.errors import UserError
 from cropi.lab.compare.comparison_plan import BEGUN, FINISHED
 from cropi.ledger import Ledger
-from cropi.loading import validate_config
 from cropi.run_folder import RunFolder, StagePaths, checkpoints
 from cropi.streams import append_jsonl
 
@@ -84,7 +84,7 @@ def train_run(config: Config, shared: Path) -> None:
 def remove_checkpoints(config: Config) -> None:
     """Delete the checkpoints of a run, and nothing beside them."""
     folder = StagePaths(config.folder).checkpoints
-    for path in checkpoints(folder, config.train.stages * config.train.steps_per_stage).values():
+    for path in checkpoints(folder, config.train.steps).values():
         shutil.rmtree(path)
     with contextlib.suppress(OSError):
         folder.rmdir()

@@ -21,10 +21,10 @@ from typing import Any
 
 from cropi.artifacts import is_finished, remove_parts, write_json
 from cropi.config import SAMPLED_BY, Config, config_difference, config_hash
+from cropi.config.loading import Patch, config_of, load_config, merged, preset, suite_names, validate_config
+from cropi.config.yaml_text import parse_yaml
 from cropi.errors import ArtifactError, ConfigError
 from cropi.lab.compare.drawn import drawn_scenario, seed_of
-from cropi.loading import config_of, load_config, suite_names, validate_config
-from cropi.presets import Patch, patched, read_patches
 from cropi.run_folder import first_changes
 
 PLAN = "plan.json"
@@ -35,6 +35,8 @@ MOST_SEEDS = 10_000  # in a range
 
 SUITE = "suite"  # names all recipes of the scenario suite
 SHARED_TABLES = (*SAMPLED_BY, "evaluate")
+COMMON = ("name", "run_dir", "seed", "policy", "prompts", "verifier", "verification", "evaluate")  # of all strategies
+PATCH_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 PER_RUN = ("name", "run_dir", "seed")  # what a comparison sets itself
 
 
@@ -169,7 +171,7 @@ def _scenario(name: str, overrides: Sequence[str]) -> Config:
 def _common(base: Config) -> dict[str, Any]:
     """The settings that all runs of a scenario share, with the same evaluation steps for all."""
     values = {key: value for key, value in base.resolved().items() if key not in PER_RUN}
-    return values | {"evaluate": values["evaluate"] | {"every": base.evaluate.every or base.train.steps_per_stage}}
+    return values | {"evaluate": values["evaluate"] | {"every": base.evaluate_every}}
 
 
 def run_folder(folder: Path, scenario: str, seed: int, strategy: str) -> Path:
@@ -255,3 +257,43 @@ def _plan(folder: Path, claim: Mapping[str, Any], wanted: Iterable[tuple[str, in
         config = _config(claim, scenario, seed, strategy, folder)
         runs[scenario, seed, strategy] = Run(scenario, seed, strategy, config, _shared(config))
     return Plan(folder, tuple(runs[key] for key in wanted), tuple(runs.values()))
+
+
+def read_patches(names: Sequence[str]) -> dict[str, Patch]:
+    """Read patches of presets by name, and of YAML files by path (named by their stem)."""
+    patches = dict[str, Patch]()
+    for given in names:
+        in_file = given.endswith((".yaml", ".yml"))
+        name, patch = _from_file(Path(given)) if in_file else (given, preset(given, "--strategies"))
+        if name in patches:
+            raise ConfigError(f"{name} is named twice", where="--strategies", fix="name it once.")
+        patches[name] = patch
+    return patches
+
+
+def _from_file(path: Path) -> tuple[str, Patch]:
+    try:
+        patch = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot be read ({error})", where=str(path), fix="check the path.") from None
+    if not isinstance(patch, dict):
+        raise ConfigError("a strategy is a mapping of settings", where=str(path), fix="see docs/compare.md.")
+    if not PATCH_NAME.fullmatch(path.stem) or path.stem.startswith("shared-"):
+        raise ConfigError(
+            "the file's name cannot name a strategy",
+            where=str(path),
+            fix="use letters, digits, '.', '_' and '-', and do not begin with shared-.",
+        )
+    return path.stem, patch
+
+
+def patched(values: Mapping[str, Any], patch: Patch, name: str) -> dict[str, Any]:
+    """Patch a config with a strategy. Raises ConfigError for a setting that must be the same in all runs."""
+    for key in COMMON:
+        if key in patch:
+            raise ConfigError(
+                f"a strategy cannot set {key}: it is the same for all that are compared",
+                where=f"strategy {name}",
+                fix="leave it out, or give it as key=value for all.",
+            )
+    return merged(values, patch)

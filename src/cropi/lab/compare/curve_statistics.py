@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Float, Int
 
-from cropi.functional.bootstrap import Interval
+from cropi.functional.intervals import Interval
 
 ROUNDING = 1e-12  # two means of means that are equal on paper may differ by this much
 

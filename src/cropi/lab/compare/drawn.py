@@ -301,7 +301,7 @@ def base_policy_check() -> Callable[[int], Checked]:
     from cropi.builtin import generate
     from cropi.config import PolicyConfig
     from cropi.policy import load_policy
-    from cropi.prompt_encoding import encode_prompts
+    from cropi.prompts.encoding import encode_prompts
     from cropi.rollouts.generation import Sampling, TransformersGenerator
 
     policy = load_policy(PolicyConfig(path="builtin"))

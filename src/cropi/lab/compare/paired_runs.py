@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from cropi.errors import ArtifactError
-from cropi.functional.bootstrap import Interval
+from cropi.functional.intervals import Interval
 
 SUITE = "suite"  # all scenarios together
 MEASURES = ("steps", "tokens", "flops", "seconds")

@@ -143,7 +143,7 @@ def _jobs(runs: Sequence[Run]) -> list[_Job]:
         if folder not in shared and not collected(run.shared):
             shared[folder] = _Job(f"{run.scenario} · seed {run.seed} · {run.shared.name}", run.shared)
             found.append(shared[folder])
-        steps = run.config.train.stages * run.config.train.steps_per_stage
+        steps = run.config.train.steps
         found.append(_Job(run.label, run.config, folder, shared.get(folder), steps))
     return found
 

@@ -9,10 +9,8 @@ import numpy as np
 from cropi.config import Config
 from cropi.console import say
 from cropi.lab.compare.comparison_plan import Plan, Run
-from cropi.report.blocks import Table
-from cropi.report.markdown import text_table
-from cropi.report.results import Point, Summary
-from cropi.report.summary import summarise
+from cropi.report.blocks import Table, text_table
+from cropi.report.summary import Point, Summary, summarise
 from cropi.report.wording import ABSENT, decimal, seconds
 from cropi.run_folder import RunFolder
 

@@ -19,7 +19,6 @@ class BoxedVerifier(VerifierTable):
     r"""Right when the last `\boxed{...}` holds the same LaTeX as the recorded answer, spacing aside."""
 
     type: Literal["boxed"]
-    """Picks this verifier."""
 
     def load(self) -> Verify:
         return _judge

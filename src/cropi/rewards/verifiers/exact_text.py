@@ -14,7 +14,6 @@ class ExactVerifier(VerifierTable):
     """Right when the text after the last marker equals the recorded answer, white space aside."""
 
     type: Literal["exact"]
-    """Picks this verifier."""
     marker: Annotated[str, Field(min_length=1)] | None = None
     """Text before the answer; its last occurrence counts. Unset: the whole completion is the answer."""
 

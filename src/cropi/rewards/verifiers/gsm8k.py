@@ -13,7 +13,6 @@ class Gsm8kVerifier(VerifierTable):
     """Right when the number after the last `####` equals the one after the last `####` of the recorded answer."""
 
     type: Literal["gsm8k"]
-    """Picks this verifier."""
 
     def load(self) -> Verify:
         return _judge

@@ -37,7 +37,6 @@ class MathVerifier(VerifierTable):
     r"""Right when the last `\boxed{...}`, or the announced answer, means the recorded answer, by math-verify."""
 
     type: Literal["math"]
-    """Picks this verifier."""
     boxed_only: bool = False
     r"""Accept only a `\boxed{...}` as an answer, not what follows the last `####`, `answer is` or `answer:`."""
 

@@ -47,7 +47,6 @@ class NumericVerifier(VerifierTable):
     """Right when the last number of the completion equals the recorded answer."""
 
     type: Literal["numeric"]
-    """Picks this verifier."""
     tolerance: Annotated[float, Field(ge=0)] = USUAL_TOLERANCE
     """Largest difference that still counts as equal, relative to max(1, |gold|). Up to the default, whole numbers must
     be equal exactly."""

@@ -35,7 +35,6 @@ class FunctionVerifier(ScoringVerifier):
     pure: ClassVar[bool] = False
 
     type: Literal["function"]
-    """Picks this verifier."""
     path: DottedPath
     """The function, as `module.function`, importable from the folder where the run is started. Its code is run: name
     only code that you trust."""

@@ -30,7 +30,6 @@ class ReasoningGymVerifier(ScoringVerifier):
     """
 
     type: Literal["reasoning_gym"]
-    """Picks this verifier."""
     threshold: Annotated[float, Field(gt=0, le=1)] = 0.99
     """Score from which an answer is right."""
 

@@ -7,8 +7,8 @@ from itertools import count, takewhile
 from pathlib import Path
 
 from cropi.lab.compare.paired_runs import Comparison
+from cropi.report.choosing import Columns, selected_sources
 from cropi.report.reading import Selection, read_selection
-from cropi.report.shares import Columns, selected_sources
 from cropi.run_folder import StagePaths
 
 

@@ -9,19 +9,20 @@ from matplotlib.axes import Axes
 
 from cropi.lab.compare.paired_runs import Comparison, interval
 from cropi.lab.compare.report.accuracy_bands import Band
-from cropi.lab.compare.report.ratio_format import UNITS, censored
+from cropi.lab.number_format import UNITS, censored
 from cropi.report.blocks import Chart, Line, Picture
-from cropi.report.charts import LABEL, chart_picture
 from cropi.report.drawing import (
     BLUE,
     GREEN,
     GREY,
     INK,
+    LABEL,
     MUTED,
     ORANGE,
     PINK,
     SKY,
     STRATEGY_STYLES,
+    chart_picture,
     grid,
     in_style,
     new_figure,

@@ -15,12 +15,11 @@ from cropi.lab.compare.report.comparison_tables import (
     speedups,
 )
 from cropi.lab.compare.report.method_notes import limits, method, provenance
-from cropi.lab.compare.report.ratio_format import HEADLINE_MEASURES, UNITS, censored, ratio_interval, reached
-from cropi.report.blocks import Block, Numbers, Picture, Section, Table, Text
-from cropi.report.markdown import text_table
+from cropi.lab.number_format import HEADLINE_MEASURES, UNITS, censored, code, listed, ratio_interval, reached
+from cropi.report.blocks import Block, Numbers, Picture, Section, Table, Text, text_table
+from cropi.report.choosing import share_table
 from cropi.report.rendering import write_report
-from cropi.report.shares import share_table
-from cropi.report.wording import code, listed, percent
+from cropi.report.wording import percent
 
 MAX_CURVES = 12  # scenarios of one's own whose curves are drawn: more would make the page too large to be sent around
 CURVES = {"steps": "optimiser steps", "flops": "FLOPs", "seconds": "seconds"}

@@ -9,11 +9,14 @@ import numpy as np
 
 from cropi.lab.compare.comparison_summary import MIN_GAIN
 from cropi.lab.compare.paired_runs import FLOPS, MEASURES, PHASES, SECONDS, SUITE, TOKENS, Comparison, interval
-from cropi.lab.compare.report.ratio_format import (
+from cropi.lab.number_format import (
     HEADLINE_MEASURES,
     UNITS,
     Entry,
     censored,
+    code,
+    difference,
+    large,
     no_gain,
     ratio,
     reached,
@@ -22,19 +25,7 @@ from cropi.lab.compare.report.ratio_format import (
 )
 from cropi.report.blocks import Block, Picture, Table, Text
 from cropi.report.figures import cost_split
-from cropi.report.wording import (
-    ABSENT,
-    code,
-    decimal,
-    difference,
-    large,
-    percent,
-    seconds,
-    share,
-    significant,
-    tenths,
-    with_interval,
-)
+from cropi.report.wording import ABSENT, decimal, percent, seconds, share, significant, tenths, with_interval
 
 OPEN_SCENARIOS = 2  # with more of them, the tables by scenario are folded
 COSTS: Mapping[str, Callable[[float], str]] = {

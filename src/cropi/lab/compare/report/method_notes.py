@@ -9,10 +9,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from cropi.artifacts import read_sealed
+from cropi.config.loading import presets, recipe_names, suite_names
 from cropi.lab.compare.comparison_summary import MIN_GAIN
 from cropi.lab.compare.paired_runs import Comparison
-from cropi.loading import recipe_names, suite_names
-from cropi.presets import presets
 from cropi.report.blocks import Block, Code, Table, Text
 from cropi.report.wording import ABSENT, count, percent
 

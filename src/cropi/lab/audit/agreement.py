@@ -43,11 +43,6 @@ def sign_agreement(first_N: Float[np.ndarray, " N"], second_N: Float[np.ndarray,
     return float((np.sign(first_N) == np.sign(second_N))[both_N].mean()) if both_N.any() else math.nan
 
 
-def spearman_brown(correlation: float) -> float:
-    """Reliability of a measurement twice as long: 2 r / (1 + r) (Spearman, Brown 1910)."""
-    return 2 * correlation / (1 + correlation)
-
-
 def disattenuated(correlation: float, first_reliability: float, second_reliability: float) -> float:
     """Correlation that two noisy scorings would have without noise: r / sqrt(r_1 r_2) (Spearman 1904).
 

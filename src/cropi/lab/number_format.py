@@ -1,15 +1,16 @@
-"""Speed-ups and shares of runs as the report of a comparison shows them."""
+"""Numbers and names as the reports of comparisons and audits show them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from cropi.functional.bootstrap import Interval
+from cropi.functional.intervals import Interval
 from cropi.lab.compare.paired_runs import SUITE, interval
-from cropi.report.wording import ABSENT
+from cropi.report.wording import ABSENT, decimal, on_one_line, si_prefix
 
 UNITS = {"steps": "steps", "tokens": "generated tokens", "flops": "FLOPs", "seconds": "seconds"}
+NAME_LENGTH = 60  # characters of a name in prose
 HEADLINE_MEASURES = ("steps", "flops", "seconds")
 Entry = Mapping[str, Any]
 
@@ -52,3 +53,34 @@ def censored(entry: Entry) -> bool:
     """Whether some run never reached the target, so that ratios are upper bounds."""
     share = reached(entry)
     return share is not None and share < 1
+
+
+def signed(value: float, digits: int = 2) -> str:
+    """`+0.22`, `−0.03`, `0.00`."""
+    text = decimal(value, digits)
+    return text if text.startswith("−") or not float(text) else f"+{text}"
+
+
+def difference(interval: Interval | None, digits: int = 2) -> str:
+    """`+0.22 [+0.15, +0.29]`."""
+    if interval is None:
+        return ABSENT
+    return f"{signed(interval.mean, digits)} [{signed(interval.low, digits)}, {signed(interval.high, digits)}]"
+
+
+def large(value: float | None) -> str:
+    """`12.3 T`: a count with an SI prefix."""
+    if value is None:
+        return ABSENT
+    scale, prefix = si_prefix(value)
+    return f"{value / scale:.3g} {prefix}".rstrip()
+
+
+def code(name: str) -> str:
+    """Show a name from the data inside prose: between backticks, and with none inside."""
+    return f"`{on_one_line(name, NAME_LENGTH).replace('`', chr(39))}`"
+
+
+def listed(parts: list[str]) -> str:
+    """`a, b and c`."""
+    return " and ".join([", ".join(parts[:-1]), parts[-1]]) if len(parts) > 1 else "".join(parts)

@@ -3,7 +3,7 @@ from statistics import NormalDist
 import numpy as np
 import pytest
 
-from cropi.functional.empirical_bayes import Posterior, reliability, shrunk, top_probabilities
+from cropi.functional.ranking import Posterior, reliability, shrunk, top_probabilities
 
 
 def simulated(count: int, spread: float, errors_N: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

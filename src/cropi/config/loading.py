@@ -13,14 +13,15 @@ from typing import Any, TypeAlias, get_args
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from cropi.config import Config, VerificationConfig, Verifier
+from cropi.config.yaml_text import parse_argument, parse_yaml
+from cropi.curriculum.strategies import STRATEGIES
 from cropi.errors import ConfigError, hint
-from cropi.presets import PRESETS, TYPES, presets, with_presets
-from cropi.yaml_text import parse_argument, parse_yaml
 
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 120
 
-RECIPES = Path(__file__).parent / "recipes"
+RECIPES = Path(__file__).parents[1] / "recipes"
+PRESETS = RECIPES / "presets.yaml"
 
 
 def recipe_names() -> list[str]:
@@ -39,9 +40,9 @@ def recipe_text(name: str) -> str:
     return (RECIPES / f"{name}.yaml").read_text(encoding="utf-8")
 
 
+TYPES = frozenset(get_args(table.model_fields["type"].annotation)[0] for table in STRATEGIES)
 NAMES_STRATEGY = {"select", "select.strategy", "select.strategy.type"}  # overrides that may name a preset
-
-
+Patch = Mapping[str, Any]
 ConfigLike: TypeAlias = str | Path | Mapping[str, Any]
 """A recipe's name, a YAML file, the folder of a run, or the settings themselves."""
 
@@ -117,11 +118,7 @@ def _read_run(folder: Path) -> dict[str, Any]:
         raise ConfigError("holds no config of a run", where=str(folder), fix="name the folder of a run.")
     place = folder if folder.name == name else folder.resolve()
     if place.name != name:
-        raise ConfigError(
-            f"the folder of the run {name!r} has another name",
-            where=str(folder),
-            fix="rename it back.",
-        )
+        raise ConfigError(f"the folder of the run {name!r} has another name", where=str(folder), fix="rename it back.")
     return values | {"run_dir": str(place.parent)}
 
 
@@ -253,3 +250,51 @@ def _tables_in(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [table for argument in get_args(annotation) for table in _tables_in(argument)]
+
+
+def presets() -> dict[str, dict[str, Any]]:
+    """Read the package's presets by name: `about`, and `config`, the patch."""
+    return dict(parse_yaml(PRESETS.read_text(encoding="utf-8"), PRESETS.name))
+
+
+def preset(name: str, where: str) -> Patch:
+    """Return the patch of a preset. `where` is the place of its name, for the ConfigError of an unknown name."""
+    known = presets()
+    if name not in known:
+        listed = f"known: {', '.join(known)}"
+        raise ConfigError(
+            f"there is no strategy {name!r} - {hint(name, known, listed)}",
+            where=where,
+            fix="name presets, or YAML files that patch a config.",
+        )
+    return dict(known[name]["config"])
+
+
+def with_presets(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a config, with the preset that `select.strategy` names laid over them."""
+    result = copy.deepcopy(dict(values))
+    select: Any = result.get("select")
+    strategy = select.get("strategy") if isinstance(select, dict) else None
+    if isinstance(strategy, str):  # a name alone
+        select["strategy"] = strategy = {"type": strategy}
+    kind = strategy.get("type") if isinstance(strategy, dict) else None
+    if not isinstance(strategy, dict) or not isinstance(kind, str) or kind in TYPES or kind not in presets():
+        return result
+    select["name"] = kind if select.get("name") is None else select["name"]
+    patch = presets()[kind]["config"]
+    own = {key: value for key, value in strategy.items() if key != "type"}
+    patch["select"]["strategy"] = patch["select"]["strategy"] | own
+    return merged(result, patch)
+
+
+def merged(values: Mapping[str, Any], patch: Patch) -> dict[str, Any]:
+    """Merge a patch into a mapping, key by key.
+
+    A table with a `type` replaces the earlier table, whose settings may belong to another type.
+    """
+    result = dict(values)
+    for key, value in patch.items():
+        before = result.get(key)
+        whole = not isinstance(value, Mapping) or not isinstance(before, Mapping) or "type" in value
+        result[key] = value if whole else merged(before, value)  # type: ignore[arg-type]
+    return result

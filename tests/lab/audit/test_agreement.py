@@ -5,12 +5,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cropi.functional.agreement import (
+from cropi.functional.ranking import spearman_brown
+from cropi.lab.audit.agreement import (
     disattenuated,
     pearson,
     sign_agreement,
     spearman,
-    spearman_brown,
     top_overlap,
 )
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cropi.functional.tfidf import tfidf_similarity
+from cropi.functional.points import tfidf_similarity
 
 
 def test_by_hand() -> None:
@@ -17,11 +17,10 @@ def test_by_hand() -> None:
     assert found.tolist() == pytest.approx([a / length, (a * a + 2 * b * b) / math.hypot(a, b) / length, 0])
 
 
-def test_nearest_or_mean() -> None:
+def test_the_nearest_counts() -> None:
     sets = {"v": [["a"], ["b"]]}
     texts, half = [["a"], ["b"], ["a", "b"]], math.sqrt(0.5)
     assert tfidf_similarity(texts, sets)["v"].tolist() == pytest.approx([1, 1, half])
-    assert tfidf_similarity(texts, sets, "mean")["v"].tolist() == pytest.approx([0.5, 0.5, half])
 
 
 def test_an_empty_set_is_refused() -> None:
@@ -42,8 +41,7 @@ def test_against_dense_vectors(texts: list[list[str]], first: list[list[str]], s
         vector_W = np.array([Counter(text)[word] for word in "abcde"]) * weights_W
         return vector_W / (np.linalg.norm(vector_W) or 1.0)
 
-    for over, reduce in (("max", np.max), ("mean", np.mean)):
-        found = tfidf_similarity(texts, {"first": first, "second": second}, over)
-        for name, members in (("first", first), ("second", second)):
-            expected = [reduce([unit(text) @ unit(member) for member in members]) for text in texts]
-            np.testing.assert_allclose(found[name], expected, atol=1e-12)
+    found = tfidf_similarity(texts, {"first": first, "second": second})
+    for name, members in (("first", first), ("second", second)):
+        expected = [max(unit(text) @ unit(member) for member in members) for text in texts]
+        np.testing.assert_allclose(found[name], expected, atol=1e-12)

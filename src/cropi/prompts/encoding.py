@@ -14,8 +14,7 @@ if TYPE_CHECKING:
 
     from cropi.config import PromptsConfig
 
-Encode = Callable[[Sequence[Mapping[str, Any]]], list[list[int]]]
-"""Token ids of rows of the prompt table."""
+Encode = Callable[[Sequence[Mapping[str, Any]]], list[list[int]]]  # token ids of rows of the prompt table
 
 
 def uses_chat(tokenizer: PreTrainedTokenizerBase, chat: bool | None, system_prompt: str | None = None) -> bool:
