@@ -15,8 +15,8 @@ from cropi.config import PolicyConfig
 from cropi.config.loading import load_config
 from cropi.curriculum.curriculum import Curriculum
 from cropi.errors import ConfigError
-from cropi.inspection import _validation_completions
 from cropi.policy import load_policy
+from cropi.run_estimate import _validation_completions
 from cropi.stages.validation_pass import RANK
 from cropi.training.curriculum_state import load_state
 from cropi.training.grpo_settings import grpo_config

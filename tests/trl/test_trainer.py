@@ -90,6 +90,11 @@ def test_the_output_folder_is_explained_and_reported(whole: tuple[Path, Curricul
     cropi_ok("report", str(folder), cwd=folder)
     text = (run_of(folder) / "report.md").read_text()
     assert "no test set" in text
+    assert f"# curriculum of {folder.name}\n" in text
+    assert "cropi run" not in text
+    assert f"**{STEPS}** steps" in text
+    (listed,) = json.loads(cropi_ok("ls", str(folder), "--json", cwd=folder).stdout)["runs"]
+    assert (listed["state"], listed["steps"]) == ("finished", f"{STEPS}/{STEPS}")
 
 
 @pytest.mark.parametrize("command", ["run", "audit"])
