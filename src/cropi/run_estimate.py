@@ -1,4 +1,4 @@
-"""What a run will cost: tokens, seconds, money and memory, extrapolated from a sample that `check` has taken."""
+"""The cost of a run in tokens, seconds, money and memory, extrapolated from a sample that `check` has taken."""
 
 from __future__ import annotations
 

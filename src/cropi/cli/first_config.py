@@ -89,7 +89,7 @@ def write_config(path: Path, text: str) -> None:
 
 @dataclass(frozen=True)
 class _Look:
-    """What was seen in a data file, or asked for."""
+    """A data file as it was seen, or as answers at the terminal say."""
 
     data: Path
     rows: Sequence[dict[str, Any]]
@@ -108,7 +108,7 @@ class _Look:
 
     @property
     def request(self) -> str | None:
-        """What tells the policy the form of an answer that the verifier reads; None where every prompt says it."""
+        """The instruction on the form of an answer that the verifier reads; None where every prompt has one."""
         asked = ASKED_FOR.get(self.verifier["type"])
         if asked is None or all(asked in str(prompt) for prompt in self._filled(self.prompt)):
             return None
