@@ -107,7 +107,7 @@ def test_the_paragraph_of_a_finished_run(fabricate):
     assert text.startswith("After 8 steps, `influence` solves 1.00 [")
     assert "It trained on 25 % of 12 prompts per stage." in text
     assert "the base policy solved 0.12 [" in text
-    assert "Collecting, scoring and selecting took 51.5 % of the run's time." in text  # 17 s of 33 s
+    assert "took 51.5 % of the run's time." in text  # 17 s of 33 s
     assert "One seed (3): the 95 % intervals cover the choice of questions, not of seeds." in text
 
 

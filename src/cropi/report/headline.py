@@ -94,7 +94,7 @@ def _cost(summary: Summary) -> str:
     cost = summary.cost
     if not summary.finished or not cost.total or cost.train is None:
         return ""
-    return f"What is beside training took {share(1 - cost.train / cost.total)} of the run's time."
+    return f"All beside training took {share(1 - cost.train / cost.total)} of the run's time."
 
 
 def _caveat(summary: Summary) -> str:
