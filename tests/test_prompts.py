@@ -83,6 +83,22 @@ def test_what_verifiers_may_ask_for_is_kept(tmp_path: Path) -> None:
     assert [row["source"] for row in train_rows(config(path))] == ["pool", "chain_sum", "pool", "pool"]
 
 
+def test_a_reward_function_gets_every_column_as_in_trl(tmp_path: Path) -> None:
+    """Under the columns' own names, the answer's too."""
+    rows = [
+        {"task": "1 + 1", "expected": "2", "tests": ["a"], "level": 3, "metadata": {"level": 4}},
+        {"task": "1 + 2", "expected": "3", "tests": None, "level": 1, "metadata": "text"},
+    ]
+    path = write_rows(tmp_path / "pool.jsonl", rows)
+    values = config(path).resolved() | {"verifier": {"type": "function", "path": "mine.right"}}
+    values["prompts"]["train"] = [{"type": "file", "path": path, "prompt_column": "task", "answer_column": "expected"}]
+    loaded = [json.loads(row["extra"]) for row in train_rows(validate_config(values, "test"))]
+    assert loaded == [
+        {"expected": "2", "tests": ["a"], "level": 4},
+        {"expected": "3", "tests": None, "level": 1, "metadata": "text"},
+    ]
+
+
 def test_reasoning_gym_problems_differ_by_role_and_seed() -> None:
     values = load_config("quickstart").resolved()
     source = {"type": "reasoning_gym", "tasks": ["chain_sum", "leg_counting"], "count": 6}

@@ -189,13 +189,27 @@ def test_a_correlation_is_found_where_validation_prompts_mislead() -> None:
 def test_rewards_by_hand() -> None:
     belief = RewardBelief(np.eye(3))
     belief.observe(0, np.array([1.0, 1.0, 1.0, 0.0]), step=0)
-    # a point's own neighbourhood is itself: rate (3 + 0.0005) / (4 + 0.001); Beta(3 + 1.5, 1 + 0.5)
-    assert belief.pass_rates()[0] == pytest.approx(4.5 / 6, abs=1e-3)
-    assert belief.variances()[0] == pytest.approx(4.5 * 1.5 / (6 * 7), abs=1e-3)
-    assert belief.pass_rates()[1] == pytest.approx(0.5)  # unlike anything seen: Beta(1, 1)
-    assert belief.variances()[1] == pytest.approx(1 / 6)
-    belief.age_to(8)
-    assert belief.pass_rates()[0] == pytest.approx((1.5 + 1.5) / (2 + 2), abs=1e-3)
+    # a point's own neighbourhood is itself: rate (3 + 0.0005) / (4 + 0.001); Beta(3 + 0.6, 1 + 0.2)
+    assert belief.pass_rates()[0] == pytest.approx(3.6 / 4.8, abs=1e-3)
+    assert belief.variances()[0] == pytest.approx(3.6 * 1.2 / (4.8 * 5.8), abs=1e-3)
+    assert belief.pass_rates()[1] == pytest.approx(0.5)  # unlike anything seen: Beta(0.4, 0.4)
+    assert belief.variances()[1] == pytest.approx(0.16 / (0.8 * 1.8))
+    belief.age_to(16)  # two half-lives of a failure, one of a success
+    assert belief.pass_rates()[0] == pytest.approx((1.5 + 0.6) / (1.5 + 0.6 + 0.25 + 0.2), abs=1e-3)
+
+
+def test_expected_deviations_are_those_of_drawn_groups() -> None:
+    belief, generator = RewardBelief(np.eye(4)), np.random.default_rng(0)
+    for point, right in enumerate((0, 4, 7)):
+        belief.observe(point, np.repeat([1.0, 0.0], [right, 8 - right]), step=0)
+    for completions in (2, 8):
+        a_P, b_P = belief._beta()
+        right_DP = generator.binomial(completions, generator.beta(a_P, b_P, (200_000, 4)))
+        variances_DP = right_DP * (completions - right_DP) / (completions * (completions - 1))
+        assert belief.deviations(completions) == pytest.approx(np.sqrt(variances_DP).mean(0), rel=0.02, abs=1e-3)
+    many = RewardBelief(np.eye(1))
+    many.observe(0, np.array([0.0, 0.3, 1.0]), step=0)
+    assert many.deviations(8) == pytest.approx(np.sqrt(many.variances()))
 
 
 def test_graded_rewards_have_the_variance_that_groups_show() -> None:
@@ -219,9 +233,9 @@ def test_rewards_of_many_values_by_hand() -> None:
     belief = RewardBelief(np.eye(2))
     belief.observe(0, np.array([-1.0, 1.0, 3.0]), step=0)  # squares within the group: 4 + 0 + 4, of K - 1 = 2
     belief.observe(0, np.array([2.0, 2.0]), step=0)  # 0, of 1
-    # mean 7 / 5, on the range from -1 to 3: 3 of 5 tries; Beta(3 + 2 x 0.6, 2 + 2 x 0.4)
+    # mean 7 / 5, on the range from -1 to 3: 3 of 5 tries; Beta(3 + 0.8 x 0.6, 2 + 0.8 x 0.4)
     assert belief.pass_rates() == pytest.approx([-1 + 4 * 0.6, 1.0], abs=1e-3)
-    assert belief.variances()[0] == pytest.approx((8 + 2 * 8 / 3) / (3 + 2), abs=1e-3)
+    assert belief.variances()[0] == pytest.approx((8 + 0.8 * 8 / 3) / (3 + 0.8), abs=1e-3)
     assert belief.variances()[1] == pytest.approx(8 / 3)  # unlike anything seen: as usual
     other = RewardBelief(np.eye(2))
     other.restore(belief.state())

@@ -143,7 +143,6 @@ def test_the_packed_pass_is_cropi_s(policy: Policy) -> None:
     for kind in (ValidationPass, PackedPass):
         one = kind(
             {SET: [ValidationPrompt({}, member.tokens) for member in members]},
-            judge=None,  # type: ignore[arg-type] # the completions are there
             sampling=Sampling(LONGEST, 1.0),
             surrogate=SurrogateSettings("constant", LONGEST),
             batch_tokens=300,

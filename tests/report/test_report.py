@@ -298,7 +298,7 @@ def test_a_run_without_test_sets_shows_the_rewards_of_training(fabricate):
         append_jsonl(space.stages.rewards, row)
     text = written(space)["report.md"]
     assert "has no test set, so its accuracy is not measured" in section_text(text, "Result")
-    assert "was 0.50 in the first stage and is 1.00 in the last" in section_text(text, "Result")
+    assert "was 0.50 in the first quarter of its steps so far, and 1.00 in the last" in section_text(text, "Result")
     assert ["0", "0.50"] in cells(text, section="Result")
     assert ["1", "1.00"] in cells(text, section="Result")
 

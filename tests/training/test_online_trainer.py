@@ -15,8 +15,9 @@ from cropi.config import PolicyConfig
 from cropi.config.loading import load_config
 from cropi.curriculum.curriculum import Curriculum
 from cropi.errors import ConfigError
-from cropi.inspection import _validation_completions
 from cropi.policy import load_policy
+from cropi.run_estimate import _validation_completions
+from cropi.stages.validation_pass import RANK
 from cropi.training.curriculum_state import load_state
 from cropi.training.grpo_settings import grpo_config
 
@@ -72,7 +73,7 @@ def test_validation_completions_directions_representations_and_choices_are_charg
     shapes = [m.weight.shape for m in policy.modules() if isinstance(m, torch.nn.Linear)]
     for number, (batch, step) in enumerate(zip(batches, steps, strict=True)):
         sides = sum(map(sum, shapes if number == 0 else shapes[:-1]))  # then it is known that TRL's head is not read
-        tokens, both = batch["tokens"] + batch["prompt_tokens"], 2 * 8  # halves of a direction, of rank 8
+        tokens, both = batch["tokens"] + batch["prompt_tokens"], 2 * RANK  # halves of a direction
         expected = both * tokens * sides / sum(n_out * n_in for n_out, n_in in shapes)
         assert step["read_passes"] == pytest.approx(expected)
 
@@ -90,7 +91,7 @@ def test_check_estimates_what_the_run_then_spends(online: Path, tmp_path: Path) 
 
 @pytest.mark.parametrize(("steps", "rounds"), [(1, 1), (8, 1), (9, 2), (24, 2), (25, 3), (57, 4)])
 def test_check_knows_the_rounds_of_the_curriculum(steps: int, rounds: int) -> None:
-    curriculum, taken = Curriculum(np.eye(4), {"one": np.eye(4)}, seed=0, completions=16), 0
+    curriculum, taken = Curriculum(np.eye(4), {"one": np.eye(4)}, seed=0, batch=2), 0
     for step in range(steps):
         if counts := curriculum.validation_due(step).get("one"):
             taken += sum(counts)
