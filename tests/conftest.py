@@ -26,15 +26,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it for
 
 VOCABULARY = 13
 
-LONG = {
-    "test_compare",
-    "test_cli",
-    "test_pool",
-    "test_trainer",
-    "test_sharded_parameters",
-    "test_train",
-    "test_refusals",
-}
+LONG = {"test_compare", "test_cli", "test_pool", "test_trainer", "test_sharded_parameters", "test_train"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
