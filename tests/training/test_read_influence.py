@@ -33,8 +33,8 @@ def along(gradient: dict[str, Tensor], direction: Direction) -> float:
 
 def by_autograd(loop: OnlineLoop, rewards: list[float], prompt: tuple[int, ...], own: list[list[int]]) -> np.ndarray:
     """Sets x halves of the direction: the whole group's descent gradient, with Z of the loss."""
-    by_length = loop.normalizer.loss_type == "grpo"
-    known, longest = np.array(rewards), loop.normalizer.max_completion_length
+    by_length = loop.normalizer.settings.loss_type == "grpo"
+    known, longest = np.array(rewards), loop.normalizer.settings.max_completion_length
     advantages = (known - known.mean()) / (known.std(ddof=1) + 1e-4)
     lengths = [len(ids) if by_length else longest for ids in own]
     weights = torch.tensor(advantages / (len(own) * np.array(lengths)))
