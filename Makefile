@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-fuzz test-slow test-ray test-deepspeed test-vllm lint house docs site policy clean
+.PHONY: demo test test-fuzz test-slow test-ray test-deepspeed test-vllm test-trl lint house docs site policy clean
 
 demo: $(STAMP)
 	$(BIN)/cropi compare quickstart --strategies full,cropi --seeds 0 --folder runs/demo
@@ -36,6 +36,11 @@ test-vllm:
 	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	.venv-vllm/bin/python -m pytest -m slow tests/rollouts/test_real_vllm.py
 
+# Another release of TRL: make test-trl TRL=1.15.0
+test-trl: $(STAMP)
+	$(BIN)/python -m pip install --quiet --no-deps --target .trl-$(TRL) trl==$(TRL)
+	PYTHONPATH=.trl-$(TRL) $(BIN)/pytest tests/trl
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -62,4 +67,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-vllm runs build dist
+	rm -rf $(VENV) .venv-vllm .trl-* runs build dist

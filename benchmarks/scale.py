@@ -88,7 +88,7 @@ def curriculum(size: int, folder: Path) -> dict[str, float]:
     generator = np.random.default_rng(0)
     points_NE, held_out_ME = (generator.standard_normal((count, 32)) / 32**0.5 for count in (size, 64))
     started, used, seconds = time.perf_counter(), time.process_time(), []
-    chooser = Curriculum(points_NE, {"set": held_out_ME}, seed=0, completions=PROMPTS * GENERATIONS)
+    chooser = Curriculum(points_NE, {"set": held_out_ME}, seed=0, batch=PROMPTS, generations=GENERATIONS)
     built = time.perf_counter()
     for step in range(STEPS):
         began = time.process_time()

@@ -37,7 +37,7 @@ def rollout(rows, counts, seed):
 
 
 points = principal_points(mean_states(train), mean_states(held_out))
-curriculum = Curriculum(points[: len(train)], {"sum": points[len(train) :]}, seed=0, completions=PROMPTS * K)
+curriculum = Curriculum(points[: len(train)], {"sum": points[len(train) :]}, seed=0, batch=PROMPTS, generations=K)
 sketch, optimizer = DirectionSketch(model), torch.optim.AdamW(model.parameters(), lr=1e-4)
 for step in range(STEPS):
     for counts in curriculum.validation_due(step).values():

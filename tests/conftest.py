@@ -3,6 +3,7 @@
 import os
 import signal
 from collections.abc import Iterator
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -25,7 +26,15 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it for
 
 VOCABULARY = 13
 
-LONG = {"test_compare", "test_cli", "test_pool", "test_trainer", "test_sharded", "test_train", "test_refusals"}
+LONG = {
+    "test_compare",
+    "test_cli",
+    "test_pool",
+    "test_trainer",
+    "test_sharded_parameters",
+    "test_train",
+    "test_refusals",
+}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -33,24 +42,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.stem not in LONG)
 
 
-def tiny_llama(*, tied: bool = True, dtype: torch.dtype = torch.float64, seed: int = 0) -> LlamaForCausalLM:
+SIZES = {"vocab_size": VOCABULARY, "hidden_size": 8, "intermediate_size": 12, "max_position_embeddings": 64}
+SIZES |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+TOKENS = {"bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0}
+
+
+def tiny_llama(*, tied: bool = True, dtype: torch.dtype = torch.float64, **changed: Any) -> LlamaForCausalLM:
     """A random Llama of a few hundred parameters per layer, without dropout."""
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=8,
-        intermediate_size=12,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=64,
-        tie_word_embeddings=tied,
-        bos_token_id=None,
-        eos_token_id=1,
-        pad_token_id=0,
-        initializer_range=0.4,
-    )
-    return LlamaForCausalLM(config).to(dtype).eval()
+    torch.manual_seed(0)
+    settings = SIZES | TOKENS | {"initializer_range": 0.4, "tie_word_embeddings": tied} | changed
+    return LlamaForCausalLM(LlamaConfig(**settings)).to(dtype).eval()
 
 
 @pytest.fixture(params=[True, False], ids=["tied", "untied"])

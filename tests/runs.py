@@ -73,7 +73,7 @@ def cropi_error(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return done
 
 
-def json_lines(path: Path) -> list[dict[str, Any]]:
+def json_lines(path: Path) -> list[Any]:
     """Rows of a JSONL file that is no stream of ours."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
@@ -81,6 +81,26 @@ def json_lines(path: Path) -> list[dict[str, Any]]:
 def judge(verdict: Callable[[str, str], str]) -> Judge:
     """Judges rows by a function (completion, answer) -> verdict."""
     return lambda rows: [Judgement(verdict(row.completion, row.answer), 0.0) for row in rows]
+
+
+def trajectory(prompt_id: str, name: str = "train", sample: int = 0, **changed: Any) -> dict[str, Any]:
+    """A row of a trajectories' table, of a wrong answer unless it is changed."""
+    plain = {"prompt_ids": [2], "completion_ids": [3], "behaviour_logprobs": [-1.0], "completion": "", "verdict": ""}
+    return {"prompt_id": prompt_id, "set": name, "sample": sample, "reward": 0.0, "status": "ok"} | plain | changed
+
+
+def grpo_args(folder: Path, **changed: Any) -> Any:
+    """TRL's settings for a few steps on a CPU."""
+    from trl import GRPOConfig
+
+    quiet = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": [], "disable_tqdm": True}
+    return GRPOConfig(output_dir=str(folder), **(quiet | {"save_strategy": "no"} | changed))
+
+
+def refused_settings(kind: str) -> list[list[str]]:
+    """Overrides of a kind, each with the message that refuses it."""
+    rows = Path(__file__).with_name("refused_settings.tsv").read_text(encoding="utf-8").splitlines()
+    return [row.split("\t")[1:] for row in rows if row.startswith(f"{kind}\t")]
 
 
 def selections(folder: Path) -> dict[str, bytes]:

@@ -43,12 +43,6 @@ def test_built_once_then_opened(tmp_path: Path) -> None:
     assert (tmp_path / "t" / "t.parquet").stat().st_mtime_ns == stamp
 
 
-def test_an_unfinished_folder_is_made_anew(tmp_path: Path) -> None:
-    (tmp_path / "t").mkdir()
-    (tmp_path / "t" / "junk.parquet").write_text("half")
-    assert set(built(tmp_path / "t").files) == {"t.parquet"}
-
-
 DAMAGES = {
     "truncate": ("t.parquet", lambda data: data[:-10]),
     "flip": ("t.parquet", lambda data: bytes([data[0] ^ 1]) + data[1:]),

@@ -14,8 +14,8 @@ import pytest
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from trl import GRPOConfig, GRPOTrainer
+from transformers import PreTrainedTokenizerFast
+from trl import GRPOTrainer
 
 from cropi.config import Config
 from cropi.config.loading import validate_config
@@ -27,6 +27,8 @@ from cropi.stages.collect import collect
 from cropi.stages.run import Run
 from cropi.training.stage_trainer import StageTrainer
 from cropi.trl import CurriculumTrainer, Selector
+from tests.conftest import tiny_llama
+from tests.runs import grpo_args
 
 PLAIN = (
     "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>{% endfor %}"
@@ -81,21 +83,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>")
     fast.add_special_tokens({"additional_special_tokens": special})
     fast.save_pretrained(place)
-    torch.manual_seed(0)
-    shape = LlamaConfig(
-        vocab_size=len(letters) + len(special),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        eos_token_id=2,
-        pad_token_id=0,
-        bos_token_id=None,
-        initializer_range=0.3,
-    )
-    LlamaForCausalLM(shape).save_pretrained(place)
+    sizes = {"vocab_size": len(letters) + len(special), "hidden_size": 16, "intermediate_size": 32}
+    sizes |= {"max_position_embeddings": 512, "eos_token_id": 2}
+    tiny_llama(tied=False, dtype=torch.float32, **sizes).save_pretrained(place)
     return place
 
 
@@ -138,17 +128,12 @@ def config(folder: Path, run: Path, train: list[Any], validation: list[Any], tes
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(json.dumps(row) + "\n" for row in held))
         sources[name] = [{"type": "file", "path": str(path)}]
+    held = {"validation": {"mine": sources["validation"]}, "test": {"mine": {"sources": sources["test"]}}}
     values = {
         "name": "chat",
         "run_dir": str(run),
         "policy": {"path": str(folder), "cpu_threads": 1},
-        "prompts": {
-            "train": sources["train"],
-            "validation": {"mine": sources["validation"]},
-            "test": {"mine": {"sources": sources["test"]}},
-            "leakage": "allow",
-            **prompts,
-        },
+        "prompts": {"train": sources["train"], **held, "leakage": "allow", **prompts},
         "verifier": {"type": "function", "path": "tests.rewards.functions.mixed"},
         "collect": {"num_generations": 2, "validation_num_generations": 2, "max_completion_length": 6},
         **EVERY,
@@ -163,9 +148,7 @@ def pipeline(folder: Path, run: Path, train: list[Any], validation: list[Any], *
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_a_run_stores_and_trains_on_the_whole_row(
-    folder: Path, tmp_path: Path, name: str, seen: set[tuple[int, ...]]
-) -> None:
+def test_a_run_stores_and_trains_on_the_whole_row(folder, tmp_path, name, seen):
     tokenizer = tokenizer_of(folder, TEMPLATES[name])
     train, validation = rows(range(10)), rows(range(50, 55))
     made = pipeline(folder, tmp_path, train, validation)
@@ -182,19 +165,8 @@ def test_a_run_stores_and_trains_on_the_whole_row(
 
 def script(folder: Path, out: Path, template: str | None, train: Dataset, validation: Dataset) -> CurriculumTrainer:
     tokenizer = tokenizer_of(folder, template)
-    args = GRPOConfig(
-        output_dir=str(out),
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        per_device_train_batch_size=len(train) * 2,
-        num_generations=2,
-        max_completion_length=6,
-        max_steps=1,
-        report_to=[],
-        save_strategy="no",
-        disable_tqdm=True,
-    )
+    sizes = {"per_device_train_batch_size": len(train) * 2, "num_generations": 2, "max_completion_length": 6}
+    args = grpo_args(out, **sizes, max_steps=1)
 
     def mixed(completion_ids: Sequence[Any], **_: Any) -> list[float]:
         return [float(sum(ids) % 2 == 0) for ids in completion_ids]
@@ -209,10 +181,8 @@ def script(folder: Path, out: Path, template: str | None, train: Dataset, valida
     )
 
 
-@pytest.mark.parametrize("name", TEMPLATES)
-def test_a_script_chooses_by_the_ids_that_trl_trains_on(
-    folder: Path, tmp_path: Path, name: str, seen: set[tuple[int, ...]]
-) -> None:
+@pytest.mark.parametrize("name", ["rich"])
+def test_a_script_chooses_by_the_ids_that_trl_trains_on(folder, tmp_path, name, seen):
     """Rows as a dataset gives them: it fills the keys of other rows with None."""
     train, validation = (
         Dataset.from_list([row for row in rows(range(first, first + 10)) if (row["answer"][-1] not in "38")])
@@ -242,27 +212,13 @@ def test_a_template_that_fails_is_an_error_that_shows_the_prompt(folder: Path, t
         encode_prompts(tokenizer, [conversation(n) for n in (0, 2, 3)])
 
 
-@pytest.mark.parametrize("number", [1, 3, 4])
-def test_plain_text_that_would_lose_a_key_is_refused(folder: Path, tmp_path: Path, number: int) -> None:
-    tokenizer_of(folder, RICH)
-    made = pipeline(folder, tmp_path, rows([number]), rows([50]), chat=False)
-    with pytest.raises(DataError, match=r"no place for the messages' (name|reasoning|tool_calls)"):
-        collect(made)
-    made.folder.unlock()
-    assert not (tmp_path / "chat" / "trajectories" / "manifest.json").exists()
-
-
 TEXTS = [{"prompt": f"What is {number} + 1?", "answer": str(number + 1)} for number in range(20, 26)]
 CHATS = [{"prompt": [{"role": "user", "content": row["prompt"] + " ok"}], "answer": row["answer"]} for row in TEXTS]
 
 
-@pytest.mark.parametrize(
-    ("train", "validation"), [(TEXTS, CHATS), (CHATS, TEXTS), ([*TEXTS[:3], *CHATS[3:]], [*CHATS[:2], *TEXTS[4:]])]
-)
-def test_text_beside_chat_messages_is_the_user_s_turn(
-    folder: Path, tmp_path: Path, train: list[Any], validation: list[Any], seen: set[tuple[int, ...]]
-) -> None:
+def test_text_beside_chat_messages_is_the_user_s_turn(folder: Path, tmp_path: Path, seen: set[tuple[int, ...]]) -> None:
     """In a run with a chat template, wherever it stands."""
+    train, validation = [*TEXTS[:3], *CHATS[3:]], [*CHATS[:2], *TEXTS[4:]]
     tokenizer = tokenizer_of(folder, RICH)
     made = pipeline(folder, tmp_path, train, validation)
     collect(made)
@@ -278,9 +234,7 @@ def test_text_beside_chat_messages_is_the_user_s_turn(
     assert seen == {tuple(row["prompt_ids"]) for row in made.trajectories.tables["train"].to_pylist()}
 
 
-def test_check_warns_where_chat_messages_become_plain_text(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_check_warns_where_chat_messages_become_plain_text(folder, tmp_path, capsys):
     tokenizer_of(folder, None)
     given = config(folder, tmp_path, [*TEXTS, CHATS[0]], CHATS, TEXTS[:1])
     (told,) = [text for text in check_run(given).warnings if "no chat template" in text]

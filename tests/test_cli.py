@@ -229,7 +229,7 @@ def test_check_judges_real_rows_and_writes_nothing(tmp_path: Path) -> None:
 
 
 def test_check_shows_the_prompt_as_the_model_gets_it_and_the_whole_run_beside_plain_grpo(finished: Path) -> None:
-    done = cropi_ok("check", "quickstart", *SMALL, "--json", cwd=finished)
+    done = cropi_ok("check", "quickstart", *SMALL, "--dollars-per-hour", "36", "--json", cwd=finished)
     assert "loading the policy builtin" in done.stderr
     result, parts = json.loads(done.stdout), json.loads(done.stdout)["estimates"]
     prompts = pq.read_table(finished / "runs/quickstart/prompts/prompts.parquet").column("messages").to_pylist()
@@ -244,7 +244,9 @@ def test_check_shows_the_prompt_as_the_model_gets_it_and_the_whole_run_beside_pl
     assert parts["whole_run_s"] == pytest.approx(parts["plain_grpo_s"] + scored)
     assert parts["whole_run_tokens"] == pytest.approx(parts["train_tokens"] + parts["collect_tokens"])
     assert (parts["selected_prompts_per_stage"], parts["drawn_prompts_per_stage"]) == (12, 3 * 32 / 8)
-    assert parts["free_memory_bytes"] > parts["model_and_optimiser_bytes"] > 0
+    assert parts["whole_run_dollars"] == pytest.approx(parts["whole_run_s"] / 100)
+    assert parts["plain_grpo_dollars"] == pytest.approx(parts["plain_grpo_s"] / 100)
+    assert parts["free_memory_bytes"] > parts["most_at_once_bytes"] > parts["model_and_optimiser_bytes"] > 0
 
 
 def test_doctor_and_recipes_answer_in_json(tmp_path: Path) -> None:

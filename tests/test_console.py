@@ -34,9 +34,7 @@ def test_durations(seconds: float, text: str) -> None:
     assert console.duration(seconds) == text
 
 
-def test_the_time_left_leaves_out_what_was_done_before_and_the_first_piece(
-    capsys: pytest.CaptureFixture[str], clock: list[float]
-) -> None:
+def test_the_time_left_leaves_out_what_was_done_before_and_the_first_piece(capsys, clock):
     """A training resumed at step 100 of 200 that scores for 60 s before its first step, then takes 2 s a step."""
     with console.progress("train", 200, "steps", done=100) as bar:
         clock[0] += 60.0

@@ -110,30 +110,17 @@ def ends_wrongly(runs: tuple[Path, Path], name: str, kind: str, cwd: Path) -> st
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
-        (RUN / "rewards.jsonl", "flip"),
-        (RUN / "rewards.jsonl", "cut"),
-        (RUN / "steps.jsonl", "remove"),
-        (RUN / "ledger.jsonl", "flip"),
-        (RUN / "evaluations/step-000002.parquet", "flip"),
-        (RUN / "evaluations/step-000002.parquet", "swap"),
-        (RUN / "evaluations/step-000000.parquet", "flip"),
-        (RUN / "checkpoints/checkpoint-3/model.safetensors", "flip"),
-        (RUN / "checkpoints/checkpoint-3/optimizer.pt", "swap"),
-        (RUN / "checkpoints/checkpoint-3/rng_state.pth", "swap"),
-        (RUN / "selections/stage-000/selection.parquet", "swap"),
-        (RUN / "trajectories/part-train-00000.parquet", "cut"),
-        (RUN / "environment.json", "flip"),
+        ("rewards.jsonl", "flip"), ("steps.jsonl", "remove"), ("evaluations/step-000002.parquet", "swap"),
+        ("checkpoints/checkpoint-3/optimizer.pt", "swap"), ("trajectories/part-train-00000.parquet", "cut"),
     ],
-)
-def test_a_damaged_file_is_named(runs: tuple[Path, Path], name: Path, kind: str, tmp_path: Path) -> None:
-    assert (runs[1] / name).is_file()
-    assert ends_wrongly(runs, str(name), kind, tmp_path / "run") == ""
+)  # fmt: skip
+def test_a_damaged_file_is_named(runs: tuple[Path, Path], name: str, kind: str, tmp_path: Path) -> None:
+    assert (runs[1] / RUN / name).is_file()
+    assert ends_wrongly(runs, str(RUN / name), kind, tmp_path / "run") == ""
 
 
-@pytest.mark.parametrize("key", ["trainer.learning_rate", "collect.temperature", "select.fraction", "seed"])
-def test_a_config_that_was_edited_is_refused_and_the_difference_shown(
-    runs: tuple[Path, Path], key: str, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("key", ["trainer.learning_rate", "seed"])
+def test_a_config_that_was_edited_is_refused_and_the_difference_shown(runs, key, tmp_path):
     shutil.copytree(runs[1], tmp_path / "run")
     path = tmp_path / "run" / RUN / "config.json"
     config = json.loads(path.read_text())

@@ -13,13 +13,7 @@ from cropi.config.loading import load_config
 from cropi.errors import ConfigError
 from tests.runs import SMALL, cropi_error, cropi_ok
 
-ONE_STAGE = [
-    *SMALL,
-    "score.standard_errors=true",
-    "train.stages=1",
-    "train.steps_per_stage=2",
-    "evaluate.every=2",
-]
+ONE_STAGE = [*SMALL, "score.standard_errors=true", "train.stages=1", "train.steps_per_stage=2", "evaluate.every=2"]
 
 
 @pytest.fixture(scope="module")
@@ -113,12 +107,6 @@ def test_a_folder_names_its_run_wherever_it_is(finished: Path, tmp_path: Path, m
     assert load_config(".", ["name=again"]).folder == moved.resolve().parent / "again"
 
 
-def test_every_command_takes_a_folder(finished: Path, tmp_path: Path) -> None:
-    shutil.copytree(finished, tmp_path / "quickstart")
-    done = cropi_ok("report", "./quickstart", cwd=tmp_path)
-    assert "report: quickstart/report.html" in done.stdout
-
-
 def test_folders_that_are_no_run_or_another_are_refused(finished: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds no config of a run"):
         load_config(str(tmp_path))
@@ -130,9 +118,7 @@ def test_folders_that_are_no_run_or_another_are_refused(finished: Path, tmp_path
         load_config(str(tmp_path / "renamed"))
 
 
-def test_a_recipe_goes_before_a_folder_of_its_name(
-    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_recipe_goes_before_a_folder_of_its_name(finished, tmp_path, monkeypatch):
     shutil.copytree(finished, tmp_path / "quickstart")
     monkeypatch.chdir(tmp_path)
     assert load_config("quickstart").train.stages == 3

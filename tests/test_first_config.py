@@ -1,11 +1,15 @@
 """`cropi init` on files of several kinds, and the schema that its files name."""
 
+import io
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from cropi.builtin import POLICY_DIR
+from cropi.cli.first_config import init
 from cropi.config.loading import load_config, recipe_names, recipe_text
 from cropi.config.yaml_text import parse_yaml
 from cropi.prompts import load_prompts
@@ -76,6 +80,81 @@ def test_columns_of_other_names_and_chat_are_found(tmp_path: Path) -> None:
     assert "'turns' (chat)" in done.stdout
     (source,) = load_config(str(tmp_path / "chat.yaml")).prompts.train
     assert (source.prompt_column, source.answer_column) == ("turns", "target")
+
+
+class Terminal(io.StringIO):
+    """A standard input at which somebody types."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def typed(monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
+    monkeypatch.setattr("sys.stdin", Terminal("".join(f"{line}\n" for line in lines)))
+
+
+def test_without_a_file_a_terminal_is_asked_for_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A column that is not there is asked for again; an empty line takes the proposal."""
+    rows = [{"question": f"old {n}", "problem": f"new {n}", "answer": str(n), "k": "z"} for n in range(40)]
+    write(tmp_path / "sums.jsonl", rows)
+    monkeypatch.chdir(tmp_path)
+    typed(monkeypatch, "sums.jsonl", "nosuch", "problem", "", "mine.score", "./model", "first")
+    init()
+    config = load_config("first.yaml")
+    (source,) = config.prompts.train
+    assert (source.prompt_column, source.answer_column) == ("problem", None)
+    assert all(json.loads(row["messages"]).startswith("new") for row in load_prompts(config))
+    assert config.verifier.model_dump(include={"type", "path", "graded"}) == {
+        "type": "function",
+        "path": "mine.score",
+        "graded": True,
+    }
+    assert (config.name, config.policy.path, config.prompts.system_prompt) == ("first", "./model", None)
+
+
+def test_a_terminal_is_asked_for_what_is_unclear_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "clear.jsonl", questions(40))
+    write(tmp_path / "words.jsonl", questions(40, "word {}"))
+    write(tmp_path / "names.jsonl", [{"task": f"Say {n}", "said": n} for n in range(40)])
+    monkeypatch.chdir(tmp_path)
+    for name, lines in {"clear": [], "words": ["boxed"], "names": ["", "said"]}.items():
+        typed(monkeypatch, *lines)
+        init(Path(f"{name}.jsonl"))
+        assert sys.stdin.read() == ""
+    assert load_config("words.yaml").verifier.type == "boxed"
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    assert "no data file is named" in cropi_error("init", cwd=tmp_path).stderr
+
+
+def test_a_verifier_is_taken_from_the_command_line(tmp_path: Path) -> None:
+    write(tmp_path / "x.jsonl", questions(40, "word {}"))
+    cropi_ok("init", "x.jsonl", "--verifier", "boxed", "--output", "a.yaml", cwd=tmp_path)
+    cropi_ok("init", "x.jsonl", "verifier.type=function", "verifier.path=m.f", "--output", "b.yaml", cwd=tmp_path)
+    assert load_config(str(tmp_path / "a.yaml")).verifier.type == "boxed"
+    assert load_config(str(tmp_path / "b.yaml")).verifier.path == "m.f"
+
+
+def test_a_policy_in_a_folder_sets_template_and_length(tmp_path: Path) -> None:
+    """The built-in one has no chat template and room for 128 tokens."""
+    write(tmp_path / "x.jsonl", questions(40, "word {}"))
+    done = cropi_ok("init", "x.jsonl", f"policy.path={POLICY_DIR}", cwd=tmp_path)
+    config = load_config(str(tmp_path / "x.yaml"))
+    assert config.prompts.system_prompt is None
+    assert "no chat template" in done.stdout
+    assert config.collect.max_completion_length == 64
+
+
+def test_the_files_of_verl_are_understood(tmp_path: Path) -> None:
+    more = {"data_source": "s", "ability": "a"}
+    rows = [
+        {"prompt": [{"role": "user", "content": f"{n} + 0?"}], "reward_model": {"ground_truth": str(n)}, **more}
+        for n in range(40)
+    ]
+    write(tmp_path / "verl.jsonl", rows)
+    assert "'reward_model.ground_truth'" in cropi_ok("init", "verl.jsonl", cwd=tmp_path).stdout
+    config = load_config(str(tmp_path / "verl.yaml"))
+    assert config.prompts.train[0].answer_column is None
+    assert config.verifier.type == "numeric"
 
 
 def test_files_for_the_held_out_sets_leave_the_whole_file_for_training(tmp_path: Path) -> None:

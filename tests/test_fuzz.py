@@ -31,18 +31,16 @@ RUNS = 3  # of the accepted configs of a chunk, carried out to their end
 TINY: dict[str, Any] = {
     "name": "tiny",
     "policy": {"path": "builtin", "cpu_threads": 1},
-    "prompts": {
-        "train": [{"type": "builtin", "families": ["sum", "parity"], "count": 6, "seed": 1}],
+    "prompts": {"train": [{"type": "builtin", "families": ["sum", "parity"], "count": 6, "seed": 1}],
         "validation": {"sum": [{"type": "builtin", "families": ["sum"], "count": 6, "seed": 2}]},
-        "test": {"sum": {"sources": [{"type": "builtin", "families": ["sum"], "count": 4, "seed": 3}]}},
-    },
+        "test": {"sum": {"sources": [{"type": "builtin", "families": ["sum"], "count": 4, "seed": 3}]}}},
     "verifier": {"type": "exact", "marker": "answer"},
     "verification": {"processes": 1},
     "collect": {"num_generations": 8, "validation_num_generations": 8, "max_completion_length": 24},
     "select": {"strategy": {"type": "influence"}, "fraction": 0.5},
     "train": {"stages": 2, "steps_per_stage": 1},
     "trainer": {"num_generations": 4, "per_device_train_batch_size": 8, "learning_rate": 1e-4, "beta": 0.0},
-}
+}  # fmt: skip
 
 NUMBERS = [0, 1, 2, 3, 7, -1, 0.5, 1.0, -0.5, 1e-300, 1e300, -0.0, 2**31, 2**32, 2**63, 10**30, int("9" * 400)]
 TEXTS = ["", " ", "~", "####", "&x", "*x", "!x", "false", "1_000", "5e-5", "x" * 300, "\u202e", "\ud800", "\0", "é"]

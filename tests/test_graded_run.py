@@ -109,6 +109,15 @@ def test_grades_above_1_end_the_run_before_anything_is_learned_from_them(tmp_pat
     assert not list(tmp_path.glob("runs/**/part-train-*.parquet"))
 
 
+@pytest.mark.parametrize(("name", "said"), [("grudging", "rewards lie between 0"), ("generous", "the score 1.2")])
+def test_check_names_rewards_that_training_would_not_get(tmp_path: Path, name: str, said: str) -> None:
+    """Of a function without `graded: true` only the threshold counts."""
+    function = f"verifier={{type: function, path: tests.rewards.functions.{name}}}"
+    done = cropi_ok("check", "quickstart", *GRADED, function, "--json", cwd=tmp_path)
+    (told,) = [text for text in json.loads(done.stdout)["warnings"] if "training gets 1 from 0.5 on, else 0" in text]
+    assert told.startswith(said)
+
+
 def test_a_verifier_that_fails_often_is_named(tmp_path: Path) -> None:
     flaky = "verifier={type: function, path: tests.rewards.functions.at_times_raises, graded: true}"
     done = cropi_ok("collect", "quickstart", *GRADED, flaky, cwd=tmp_path)

@@ -20,7 +20,7 @@ from cropi.gradients.validation_directions import one_sided, validation_groups
 from cropi.prompt_text import normalised, prompt_text, words
 from cropi.prompts import leakage_warnings
 from cropi.prompts.leakage import Leakage, Match, common_limit, find_leakage
-from tests.runs import SMALL, cropi, cropi_error, cropi_ok
+from tests.runs import SMALL, cropi_error, cropi_ok, trajectory
 from tests.test_prompts import config, question, write_rows
 
 PROBLEM = (
@@ -44,9 +44,7 @@ def kind(train: str, held_out: str) -> str:
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (lambda text: text, "exact"),
-        (str.upper, "exact"),
-        (lambda text: text.replace(" ", "  \n\t"), "exact"),
+        (lambda text: text, "exact"), (str.upper, "exact"), (lambda text: text.replace(" ", "  \n\t"), "exact"),
         (lambda text: text.replace("a", "ａ").replace("fi", "ﬁ"), "exact"),
         (lambda text: text.replace(" ", "\N{NO-BREAK SPACE}"), "exact"),
         (lambda text: text.replace("tomato", "tom\N{SOFT HYPHEN}ato"), "exact"),
@@ -59,7 +57,7 @@ def kind(train: str, held_out: str) -> str:
         (lambda text: text[: len(text) // 2], "none"),
         (lambda text: "How many tomato plants does Maria still water?", "none"),
     ],
-)
+)  # fmt: skip
 def test_planted_leaks_are_told_apart(change: Any, expected: str) -> None:
     assert kind(change(PROBLEM), PROBLEM) == expected
 
@@ -201,11 +199,6 @@ def test_the_order_of_the_rows_does_not_matter(rows: list[dict[str, Any]], rng: 
     assert find_leakage(shuffled) == find_leakage(rows)
 
 
-@given(st.text())
-def test_normalising_twice_changes_nothing(text: str) -> None:
-    assert normalised(normalised(text)) == normalised(text)
-
-
 @settings(deadline=None)
 @given(st.text(min_size=1), st.text())
 def test_any_text_is_an_exact_duplicate_of_itself(text: str, other: str) -> None:
@@ -226,6 +219,7 @@ def test_a_prompt_of_a_megabyte_takes_seconds_and_finds_what_it_hides(hostile: s
     assert ("b", "a") in {(m.prompt_id, m.other_id) for m in found.near}
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_training_prompts() -> None:
     rng = random.Random(2)
     vocabulary = [f"{a}{b}" for a in "bcdfghklmnprst" for b in "aeiou"]
@@ -280,8 +274,7 @@ def test_a_run_with_a_planted_leak_stops_and_says_how_to_go_on(tmp_path: Path) -
 def test_a_leak_let_through_is_told_and_recorded(tmp_path: Path) -> None:
     overrides = [*planted(tmp_path), "prompts.leakage=warn"]
     expected = {"exact": {"test/leaky in train": 1}, "near": {"test/leaky in train": 1}}
-    checked = cropi("check", "quickstart", *overrides, cwd=tmp_path)
-    assert checked.returncode == 0, checked.stderr
+    checked = cropi_ok("check", "quickstart", *overrides, cwd=tmp_path)
     assert "leakage            exact 1, near 1" in checked.stdout
     assert checked.stdout.count("warning: held-out prompts stand in another role") == 2
     done = cropi_ok("collect", "quickstart", *overrides, "name=other", cwd=tmp_path)
@@ -303,11 +296,9 @@ def test_one_sided_validation_sets_by_hand() -> None:
     assert one_sided(rewarded((solved, 9), (mixed, 1))) is None  # 90 % is not over 90 %
     assert one_sided(rewarded((solved, 63), (mixed, 7))) is None
     text = one_sided(rewarded((solved, 19), (mixed, 1)))
-    assert text is not None
     assert text.startswith("19 of 20 prompts are solved by every completion")
     assert "only 1 " in text
     text = one_sided(rewarded((failed, 37), (solved, 1), (mixed, 2)))
-    assert text is not None
     assert text.startswith("37 of 40 prompts are solved by no completion")
     assert "only 2 " in text
     assert one_sided(rewarded((failed, 10), (solved, 10))) is None
@@ -316,7 +307,6 @@ def test_one_sided_validation_sets_by_hand() -> None:
 
 def test_groups_graded_alike_are_one_side_too() -> None:
     text = one_sided(rewarded(([0.2, 0.2], 19), ([0.2, 0.3], 1)))
-    assert text is not None
     assert text.startswith("19 of 20 prompts are solved by no completion")
 
 
@@ -324,8 +314,7 @@ def test_a_one_sided_validation_set_is_warned_of_by_name(capsys: pytest.CaptureF
     def table(mixed: int, solved: int) -> pa.Table:
         rewards = [(1.0, 0.0)] * mixed + [(1.0, 1.0)] * solved
         rows = [
-            {"prompt_id": f"p{n}", "set": "validation/x", "sample": k, "prompt_ids": [2], "completion_ids": [3]}
-            | {"behaviour_logprobs": [-1.0], "completion": "", "reward": value, "verdict": "", "status": "ok"}
+            trajectory(f"p{n}", "validation/x", k, reward=value)
             for n, group in enumerate(rewards)
             for k, value in enumerate(group)
         ]

@@ -144,9 +144,7 @@ def costs(run: Run) -> list[Any]:
     return sorted([entry[name] for name in names] for entry in run.ledger.entries())
 
 
-def test_shards_of_workers_are_those_of_one_process_and_outlive_an_interruption(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_shards_of_workers_are_those_of_one_process_and_outlive_an_interruption(tmp_path, monkeypatch):
     alone = opened(tmp_path / "alone", *RUN)
     collect(alone)
     run = opened(tmp_path / "run", *RUN)
@@ -190,9 +188,7 @@ def scored(collected: Path, folder: Path, overrides: list[str]) -> dict[str, byt
 
 
 @pytest.mark.parametrize("way", [pytest.param(w, marks=pytest.mark.slow) if w in SLOW else w for w in WAYS])
-def test_scores_of_workers_are_those_of_one_process(
-    way: str, collected: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_scores_of_workers_are_those_of_one_process(way, collected, tmp_path, monkeypatch):
     """By a killed command as well, which keeps the part that was done."""
     alone = scored(collected, tmp_path / "alone", WAYS[way])
     monkeypatch.setattr(ray_workers, "_pool", LocalPool(stop=1))
@@ -212,9 +208,7 @@ def test_scores_of_workers_are_those_of_one_process(
         ("verifier={type: function, path: nowhere.at_all}", r"verifier: the verifier cannot be set up: .* \(on .+\)"),
     ],
 )
-def test_settings_that_workers_cannot_follow_are_refused(
-    setting: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_settings_that_workers_cannot_follow_are_refused(setting, said, tmp_path, monkeypatch):
     installed = ModuleType("vllm")
     installed.__spec__ = ModuleSpec("vllm", None)
     monkeypatch.setitem(sys.modules, "vllm", installed)
@@ -238,9 +232,7 @@ def test_without_ray_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.Monk
         ("ray://head:10001", None, None, "Ray Client"),
     ],
 )
-def test_options_that_do_not_go_together_are_refused(
-    address: str | None, workers: int | None, rank: str | None, said: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_options_that_do_not_go_together_are_refused(address, workers, rank, said, monkeypatch):
     if rank is not None:
         for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}.items():
             monkeypatch.setenv(name, value)

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import json
 import os
 import shutil
 import time
@@ -43,12 +42,8 @@ def refused(cwd: Path, *overrides: str, verbs: tuple[str, ...] = ("check", "run"
 @pytest.mark.parametrize(
     "override",
     [
-        "seed=-1", "trainer.per_device_train_batch_size=0", "trainer.learning_rate=-1",
-        "trainer.mask_truncated_completions=perhaps", "trainer.fsdp=full_shard", "trainer.deepspeed={a: 1}",
-        "trainer.num_iterations=0", "trainer.num_generations=0", "trainer.gradient_accumulation_steps=0",
-        "trainer.ddp_timeout=soon", "collect.vllm={}", "prompts.test={}",
-        "prompts.validation={sum: []}",
-        "seed=!!int abc", "verifier={type: exact, marker: ####}",
+        "seed=-1", "trainer.learning_rate=-1", "trainer.fsdp=full_shard", "collect.vllm={}", "prompts.test={}",
+        "verifier={type: exact, marker: ####}",
     ],
     ids=lambda override: override[:40],
 )  # fmt: skip
@@ -74,12 +69,8 @@ def with_template(text: str) -> Callable[[Path], None]:
 POLICIES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "nan": (with_nan, "not all finite numbers"),
     "raises": (with_template("{{ raise_exception('not so') }}"), ": not so"),
-    "division": (with_template("{{ 1 / 0 }}"), ": division by zero"),
-    "type": (with_template("{{ 1 + 'a' }}"), "template refuses the prompt"),
     "syntax": (with_template("{% if %}"), "template refuses the prompt"),
-    "recursion": (with_template("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"), "template refuses the prompt"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "the model at"),
-    "cut weights": (lambda folder: os.truncate(folder / "model.safetensors", 1000), "the model at"),
     "config": (lambda folder: (folder / "config.json").write_text("[" * 100_000), "cannot be loaded"),
     "no tokenizer": (lambda folder: [path.unlink() for path in folder.glob("token*")], "tokenizer"),
     "tokenizer": (lambda folder: (folder / "tokenizer.json").write_text("{}"), "the tokenizer at"),
@@ -158,17 +149,3 @@ def test_a_damaged_table_of_a_comparison_is_named(tmp_path: Path) -> None:
             read_results(path)
     path.write_bytes(whole[: len(whole) // 2])
     cropi_error("compare", "--results", str(path), cwd=tmp_path)
-
-
-def test_a_report_names_the_damaged_file(tmp_path: Path) -> None:
-    folder = tmp_path / "runs" / "quickstart"
-    cropi("collect", "quickstart", *SMALL, cwd=tmp_path)
-    for name in ("environment.json", "ledger.jsonl", "trajectories/manifest.json"):
-        path = folder / name
-        whole = path.read_bytes()
-        for content in (b"{\n{}\n", b"[]\n", b"\xff\xfe\n{}\n", json.dumps({"a": 1}).encode() + b"\n"):
-            path.write_bytes(content)
-            done = cropi("report", str(folder), cwd=tmp_path)
-            assert done.returncode in ((0, 2) if name == "environment.json" else (2,)), done.stderr
-            assert done.returncode == 0 or path.name in done.stderr
-        path.write_bytes(whole)

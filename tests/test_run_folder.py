@@ -8,7 +8,7 @@ from cropi.config import SAMPLED_BY, Config
 from cropi.config.loading import load_config
 from cropi.errors import ArtifactError, ConfigError
 from cropi.report.run_report import make_report
-from cropi.run_folder import RunFolder, checkpoints
+from cropi.run_folder import RunFolder
 from tests.runs import SMALL
 
 
@@ -53,26 +53,12 @@ def test_a_process_that_is_refused_or_only_reads_writes_nothing(tmp_path: Path) 
     assert files(tmp_path).items() >= before.items()
 
 
-def test_a_reader_makes_no_folder(tmp_path: Path) -> None:
-    RunFolder(config(tmp_path / "runs", 0))
-    assert not (tmp_path / "runs").exists()
-
-
 def test_a_folder_of_something_else_is_left_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "quickstart").mkdir()
     (tmp_path / "quickstart" / "thesis.tex").write_text("dear")
     with pytest.raises(ArtifactError, match="exists and is not a run"):
         claimed(tmp_path, 0)
     assert [path.name for path in (tmp_path / "quickstart").iterdir()] == ["thesis.tex"]
-
-
-def test_only_checkpoints_of_ours_count(tmp_path: Path) -> None:
-    names = ["checkpoint-mybackup", "checkpoint-2-old", "checkpoint-02", "checkpoint-20261129", "checkpoint-2", "model"]
-    for name in names:
-        (tmp_path / name).mkdir()
-    (tmp_path / "checkpoint-4").symlink_to("checkpoint-2")
-    (tmp_path / "checkpoint-6").write_text("a file")
-    assert checkpoints(tmp_path, 8) == {2: tmp_path / "checkpoint-2"}
 
 
 STAGE_SETTINGS = [
@@ -88,11 +74,7 @@ STAGE_SETTINGS = [
     "evaluate.samples=2",
     "score.mask=uniform",
 ]
-FREE_SETTINGS = [
-    "verification.processes=1",
-    "trainer.logging_steps=3",
-    "trainer.save_total_limit=5",
-]
+FREE_SETTINGS = ["verification.processes=1", "trainer.logging_steps=3", "trainer.save_total_limit=5"]
 
 
 CHECKPOINT = "checkpoints/checkpoint-2"
@@ -131,9 +113,7 @@ def test_artifacts_of_stages_know_the_settings_that_made_them(tmp_path: Path, pl
     ],
 )
 @pytest.mark.parametrize("mark", ["manifest.json", "inputs.json"])
-def test_artifacts_before_training_depend_on_fewer_settings(
-    tmp_path: Path, kind: str, tables: tuple[str, ...], refused: str, free: str, mark: str
-) -> None:
+def test_artifacts_before_training_depend_on_fewer_settings(tmp_path, kind, tables, refused, free, mark):
     space = claimed(tmp_path, 0)
     write_sealed(space.folder / kind / mark, {"inputs": {"settings": space.settings(*tables)}})
     for setting in (free, refused):

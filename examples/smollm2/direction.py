@@ -30,7 +30,7 @@ from cropi.lab.audit.agreement import spearman
 SKETCH = 16  # columns of P and Q
 TOGETHER = 16  # completions that share one pass
 FOLDS = 8
-RANKS = (8, 16, 32, 64)
+RANKS = (1, 2, 4, 8, 16, 64)
 DRAWS = 200  # subsets of each size
 Draw = Callable[[int, Any], Any]
 AUDITED = {"two-step": 32, "one-step": 24, "divisors": 8}  # pool prompts whose influence is compared between sources

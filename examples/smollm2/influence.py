@@ -111,7 +111,6 @@ class Influence:
         self.questions = list(validation)
         self.validation = PackedPass(
             {SET: [ValidationPrompt({}, question.prompt) for question in validation]},
-            judge=no_judge,
             sampling=Sampling(policy.longest, 1.0),
             surrogate=SurrogateSettings("constant", policy.longest),
             batch_tokens=TOKENS,
@@ -205,10 +204,6 @@ class Influence:
         self.checked, self.share_read = state["checked"], state["share_read"]
         self.curriculum.rewards_only = state["rewards_only"]
         self._turn()
-
-
-def no_judge(*_: Any) -> Any:
-    raise AssertionError("completions are sampled and graded by the policy")
 
 
 def no_seed(*_: Any) -> int:

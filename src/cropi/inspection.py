@@ -8,18 +8,14 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from cropi.artifacts import is_finished
 from cropi.config import Config
 from cropi.console import duration
-from cropi.curriculum.curriculum import FIRST_ROUND, ROUND_STEPS
 from cropi.errors import DataError
-from cropi.functional.ranking import selection_size
 from cropi.gradients.groups import Group, surrogate_settings
 from cropi.gradients.reference import trainable_parameters
 from cropi.gradients.score_shards import make_scorer
@@ -27,9 +23,12 @@ from cropi.policy import Policy, load_policy
 from cropi.prompt_text import last_turn
 from cropi.prompts import checked_prompts
 from cropi.prompts.encoding import chat_warnings
-from cropi.rewards.verdicts import CORRECT, UNPARSEABLE_ANSWER, Judge, Judgement, answered, reward
+from cropi.rewards.pool import judge_of
+from cropi.rewards.verdicts import CORRECT, UNPARSEABLE_ANSWER, GradeError, Judge, Judgement, answered, reward
+from cropi.rewards.verifier import ScoringVerifier
 from cropi.rollouts.generation import Sampling, TransformersGenerator
 from cropi.rollouts.shards import Shard, behaviour_logprobs, plan, read_trajectories
+from cropi.run_estimate import Pace, estimate
 from cropi.run_folder import environment
 from cropi.stages.evaluate import questions, unreadable
 from cropi.stages.run import Setup
@@ -85,10 +84,12 @@ def _listed(counts: Mapping[str, int]) -> str:
 def _shown(name: str, value: float) -> str:
     if name.endswith("_s"):
         return duration(value)
-    return f"{value / 2**30:.1f} GiB" if name.endswith("_bytes") else f"{value:,.0f}"
+    if name.endswith("_bytes"):
+        return f"{value / 2**30:.1f} GiB" if value >= 2**30 else f"{value / 2**20:.1f} MiB"
+    return f"{value:,.2f}" if name.endswith("_dollars") else f"{value:,.0f}"
 
 
-def check_run(config: Config) -> CheckResult:
+def check_run(config: Config, dollars_per_hour: float | None = None) -> CheckResult:
     """Load the data and the policy, judge sampled completions of real rows, and estimate tokens, time and memory.
 
     Raises the errors that a run would raise over its config, data and policy.
@@ -118,6 +119,10 @@ def check_run(config: Config) -> CheckResult:
     sample = _sample(config, policy, [shard for shard in shards if shard.set == "train"], judge)
     verdicts = Counter(judgement.verdict for group in sample.judged for judgement in group)
     rewards = [{judgement.reward for judgement in group} for group in sample.judged]
+    estimates = estimate(config, settings, policy, shards, sample.pace, len(tests))
+    if dollars_per_hour is not None:
+        spent = {name: estimates[f"{name}_s"] / 3600 * dollars_per_hour for name in ("whole_run", "plain_grpo")}
+        estimates |= {f"{name}_dollars": dollars for name, dollars in spent.items()}
     return CheckResult(
         prompts=dict(Counter(row["set"] for row in prompts)),
         leakage=leakage.as_json(),
@@ -129,8 +134,14 @@ def check_run(config: Config) -> CheckResult:
         model_input=policy.tokenizer.decode(sample.prompt_ids),
         tokens=_lengths(shards, sample),
         samples=sample.shown(),
-        estimates=_estimate(config, settings, policy, shards, sample, len(tests)),
-        warnings=[*warnings, *_token_warnings(policy, shards), *_warnings(gold, verdicts, any(map(any, rewards)))],
+        estimates=estimates,
+        warnings=[
+            *warnings,
+            *_token_warnings(policy, shards),
+            *_warnings(gold, verdicts, any(map(any, rewards))),
+            *_unused_grades(config, sample),
+            *_unaffordable(estimates),
+        ],
     )
 
 
@@ -151,6 +162,38 @@ def _warnings(gold: Counter[str], verdicts: Counter[str], rewarded: bool) -> lis
         found.append("no sampled completion is rewarded: the problems are too hard, or verifier and format do not fit")
     if verdicts[UNPARSEABLE_ANSWER] > verdicts.total() / 2:
         found.append("most completions hold no answer in the form that the verifier looks for")
+    return found
+
+
+def _unused_grades(config: Config, sample: _Sample) -> list[str]:
+    """Name the values of a reward function that training does not get, since only its verdicts count."""
+    verifier = config.verifier
+    if not isinstance(verifier, ScoringVerifier) or verifier.graded:
+        return []
+    graded = judge_of(verifier.model_copy(update={"graded": True}), config.verification)
+    rows = [answered(text, row) for row, texts in zip(sample.rows, sample.texts, strict=True) for text in texts]
+    judged = graded(rows)
+    outside = next((j.note for j in judged if j.note.startswith(GradeError.__name__)), None)
+    between = sorted({j.grade for j in judged if j.grade is not None and 0 < j.grade < 1})
+    gets = f"training gets 1 from {verifier.threshold:g} on, else 0"
+    if outside is not None:
+        return [f"{outside.removeprefix(f'{GradeError.__name__}: ')}: {gets}. To use it, scale it and set graded: true"]
+    return (
+        [f"rewards lie between 0 and 1, as {between[0]:.3g}, but {gets}: set verifier.graded: true"] if between else []
+    )
+
+
+def _unaffordable(estimates: Mapping[str, float]) -> list[str]:
+    """Say what does not fit: memory, or a stage's steps and its selection."""
+    found = []
+    needed, free = estimates["most_at_once_bytes"], estimates["free_memory_bytes"]
+    if needed > free:
+        smaller = "trainer.per_device_train_batch_size or collect.max_completion_length"
+        found.append(f"about {needed / 2**30:.0f} GiB may be needed, and {free / 2**30:.0f} are free: lower {smaller}")
+    selected, used = (estimates.get(f"{what}_prompts_per_stage", 0) for what in ("selected", "drawn"))
+    if used < selected:
+        wants = "raise train.steps_per_stage or lower select.fraction"
+        found.append(f"of {selected:,.0f} prompts that a stage selects, its steps can use {used:,.0f}: {wants}")
     return found
 
 
@@ -183,12 +226,7 @@ class _Sample:
     judged: list[list[Judgement]]
     lengths: list[int]  # of completions, in tokens
     cut_off: float  # share of completions without an end
-    generate_s: float  # of a completion, in a batch of this sample's size
-    gradient_s: float  # of a group
-
-    @property
-    def tokens(self) -> int:
-        return sum(self.lengths)
+    pace: Pace
 
     def shown(self) -> list[dict[str, Any]]:
         """Completions of each verdict, the first ones of different prompts."""
@@ -263,111 +301,8 @@ def _sample(config: Config, policy: Policy, shards: Sequence[Shard], judge: Judg
     judged = [found[n : n + count] for n in range(0, len(found), count)]
     ended = sum(bool(completion) and completion[-1] in policy.eos_ids for completion in completions)
     cut_off, lengths = 1 - ended / len(completions), list(map(len, completions))
-    return _Sample([row for row, _ in pairs], ids[0], by_prompt, judged, lengths, cut_off, generate_s, gradient_s)
-
-
-def _estimate(
-    config: Config, settings: Any, policy: Policy, shards: Sequence[Shard], sample: _Sample, tests: int
-) -> dict[str, float]:
-    """Extrapolate the cost of the run. Names end in their unit (`_s`: seconds)."""
-    count = config.collect.num_generations
-    collects = config.select.strategy.collects
-    trajectories = sum(len(shard.prompts) * shard.samples for shard in shards) if collects else 0
-    mean_completion = sample.tokens / (len(sample.rows) * count)
-    per_step = settings.generation_batch_size / settings.steps_per_generation * settings.gradient_accumulation_steps
-    steps = config.train.steps
-    scored = config.select.strategy.reads_scores
-    evaluations = steps // config.evaluate_every
-    before = {
-        "trajectories": trajectories,
-        "collect_tokens": trajectories * mean_completion,
-        "collect_s": trajectories * sample.generate_s,
-        "score_per_stage_s": trajectories / count * sample.gradient_s if scored else 0.0,
-    }
-    if config.select.strategy.chooses_online:
-        completions = _validation_completions(steps, settings) if config.select.strategy.reads_influence else 0
-        before = {
-            "representation_tokens": _represented_tokens(config, shards),
-            "validation_completions": completions,
-            "validation_tokens": completions * mean_completion,
-            "validation_s": completions * (sample.generate_s + sample.gradient_s / count),
-        }
-    strategy, selected = config.select.strategy, {}
-    if not (strategy.chooses_online or strategy.takes_all):
-        pool = sum(len(shard.prompts) for shard in shards if shard.set == "train")
-        used = config.train.steps_per_stage * per_step / settings.num_generations
-        selected = {
-            "selected_prompts_per_stage": selection_size(config.select.fraction, pool),
-            "drawn_prompts_per_stage": used,
-        }
-    during = {
-        "train_tokens": steps * per_step * mean_completion,
-        "train_s": steps * per_step * (sample.generate_s + sample.gradient_s / count),
-        "evaluate_s": evaluations * tests * (1 + config.evaluate.samples) * sample.generate_s,
-    }
-    return {
-        **before,
-        **selected,
-        **during,
-        **_whole(config, before, during),
-        "model_and_optimiser_bytes": _bytes_to_train(config, policy),
-        "free_memory_bytes": _free_memory(policy),
-        "free_disk_bytes": shutil.disk_usage(_existing(config.folder)).free,
-    }
-
-
-def _whole(config: Config, before: Mapping[str, float], during: Mapping[str, float]) -> dict[str, float]:
-    """The whole run beside plain GRPO, which only trains and evaluates."""
-    strategy = config.select.strategy
-    scorings = sum(strategy.scored_stage(stage) == stage for stage in range(config.train.stages))
-    extra = before.get("collect_s", 0.0) + before.get("validation_s", 0.0)
-    extra += scorings * before.get("score_per_stage_s", 0.0)
-    tokens = before.get("collect_tokens", 0.0) + before.get("validation_tokens", 0.0)
-    plain_s = during["train_s"] + during["evaluate_s"]
-    return {
-        "whole_run_tokens": during["train_tokens"] + tokens,
-        "plain_grpo_tokens": during["train_tokens"],
-        "whole_run_s": plain_s + extra,
-        "plain_grpo_s": plain_s,
-    }
-
-
-def _represented_tokens(config: Config, shards: Sequence[Shard]) -> int:
-    """Tokens of the prompts of the pool and the validation sets, if the strategy reads their hidden states."""
-    read = [shard for shard in shards if config.select.strategy.reads_representations]
-    return sum(len(ids) for shard in read for ids in shard.prompt_ids)
-
-
-def _validation_completions(steps: int, settings: Any) -> int:
-    """Completions of the validation prompts: the steps between two rounds double."""
-    rounds = ((steps - 1) // FIRST_ROUND + 1).bit_length()
-    return rounds * round(ROUND_STEPS * settings.generation_batch_size)
-
-
-def _bytes_to_train(config: Config, policy: Policy) -> int:
-    """Bytes of trained weights, their gradient and two moments, the base policy, and in bfloat16 a copy for sampling.
-
-    With LoRA: the same of the adapters, in float32, and the frozen weights.
-    """
-    trained = sum(p.numel() for p in trainable_parameters(policy.model).values())
-    if config.policy.lora is not None:
-        return 16 * trained + sum(p.nbytes for p in policy.model.parameters() if not p.requires_grad)
-    each = 4 * (4 if config.policy.trained_in == "float32" else 2)
-    each += 4 if config.policy.dtype == "float32" else 2
-    each += 2 if config.policy.dtype == "bfloat16" and config.policy.trained_in == "float32" else 0
-    return trained * each
-
-
-def _free_memory(policy: Policy) -> int:
-    """Bytes that the policy's device has left now."""
-    return torch.cuda.mem_get_info()[0] if policy.device.type == "cuda" else psutil.virtual_memory().available
-
-
-def _existing(path: Path) -> Path:
-    path = path.absolute()
-    while not path.exists():
-        path = path.parent
-    return path
+    pace = Pace(sum(lengths) / len(lengths), generate_s, gradient_s)
+    return _Sample([row for row, _ in pairs], ids[0], by_prompt, judged, lengths, cut_off, pace)
 
 
 def hardware() -> dict[str, str]:

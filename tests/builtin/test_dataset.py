@@ -1,15 +1,11 @@
 import subprocess
 import sys
-from collections import Counter
 
-import numpy as np
 import pytest
 
 from cropi.builtin import difficulty
 from cropi.builtin.dataset import SPLITS, generate
 from cropi.builtin.families import FAMILIES
-from cropi.functional.points import tfidf_similarity
-from cropi.prompt_text import words as words_of
 
 FIRST_ROW = {
     "prompt_id": "1a6f6ca4d241fe57",
@@ -38,11 +34,6 @@ def test_the_rows_are_pinned_and_the_same_in_another_process():
     rows = generate("sum", split="train", count=3, seed=0, label_noise=0.5)
     assert printed == {str(rows)}
     assert rows[0] == FIRST_ROW
-
-
-def test_another_seed_gives_other_rows():
-    first, second = (generate("sum", split="train", count=50, seed=seed) for seed in (0, 1))
-    assert first != second
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -93,13 +84,6 @@ def test_label_noise_is_exact_and_always_wrong(family, label_noise):
     assert sum(row["mislabelled"] for row in noisy) == round(label_noise * 50)
     for right, row in zip(clean, noisy, strict=True):
         assert (row["answer"] != right["answer"]) == row["mislabelled"]
-
-
-def test_mislabelled_answers_are_plausible():
-    rows = generate("compass", split="train", count=200, seed=0, label_noise=1.0)
-    answers = Counter(row["answer"] for row in rows)
-    assert set(answers) == {"north", "east", "south", "west"}
-    assert min(answers.values()) > 20
 
 
 @pytest.mark.parametrize(
@@ -164,15 +148,3 @@ def test_distractors_hide_the_family_from_texts_and_nothing_else():
         assert set(names.split("-")) <= set(FAMILIES) - {"sum"}
         assert (other["answer"], other["prompt_id"] == one["prompt_id"]) == (one["answer"], False)
     assert told == generate("sum", split="train", count=60, seed=0, distractors=40)
-
-
-@pytest.mark.parametrize(("distractors", "low", "high"), [(0, 0.97, 1.0), (40, 0.4, 0.68)])
-def test_distractors_take_from_text_similarity_what_it_knows(distractors, low, high):
-    def texts(family: str, split: str, count: int) -> list[list[str]]:
-        rows = generate(family, split=split, count=count, seed=1, distractors=distractors)
-        return [words_of(row["prompt"]) for row in rows]
-
-    own, others = texts("compass", "train", 60), [t for f in FAMILIES if f != "compass" for t in texts(f, "train", 20)]
-    of_sets = {"wanted": texts("compass", "validation", 24)}
-    similar = tfidf_similarity([*own, *others], of_sets)["wanted"]
-    assert low <= np.mean(similar[:60, None] > similar[None, 60:]) <= high  # area under the ROC curve

@@ -8,11 +8,11 @@ import pytest
 
 from cropi.curriculum.chooser import Choice, Pool, RewardChooser
 from cropi.curriculum.strategies.bmc import Bmc, BmcStrategy, Cluster, _Node, prompt_tree
-from cropi.curriculum.strategies.bots import Bots, BotsStrategy
-from cropi.curriculum.strategies.lze import Lze, LzeStrategy
-from cropi.curriculum.strategies.mopps import Mopps, MoppsStrategy
-from cropi.curriculum.strategies.similarity_learnability import SimilarityLearnability, SimilarityLearnabilityStrategy
-from cropi.curriculum.strategies.thompson import Thompson, ThompsonStrategy
+from cropi.curriculum.strategies.bots import BotsStrategy
+from cropi.curriculum.strategies.lze import LzeStrategy
+from cropi.curriculum.strategies.mopps import MoppsStrategy
+from cropi.curriculum.strategies.similarity_learnability import SimilarityLearnabilityStrategy
+from cropi.curriculum.strategies.thompson import ThompsonStrategy
 from cropi.errors import ArtifactError
 
 HALF = [1.0, 0.0] * 4
@@ -118,7 +118,6 @@ def test_the_table_has_a_row_for_every_prompt(name: str) -> None:
 
 def test_mopps_by_hand() -> None:
     chooser = MAKE["mopps"](pool())
-    assert isinstance(chooser, Mopps)
     tell(chooser, 3, [1, 1, 1, 1, 1, 1, 0, 0], 0)
     tell(chooser, 3, [1, 0, 0, 0], 1)
     tell(chooser, 4, ALL, 1)
@@ -144,22 +143,12 @@ def test_mopps_takes_what_is_half_solved_of_its_candidates() -> None:
 
 def test_bots_forgets_once_a_step_and_everywhere() -> None:
     chooser = MAKE["bots"](pool())
-    assert isinstance(chooser, Bots)
     tell(chooser, 3, [1, 1, 1, 0], 0)
     tell(chooser, 4, [0, 0], 0)  # the same step: nothing more is forgotten
     assert (chooser.a_N[3], chooser.b_N[3], chooser.a_N[4], chooser.b_N[4]) == (4, 2, 1, 3)
     tell(chooser, 4, ALL, 1)
     np.testing.assert_allclose([chooser.a_N[3], chooser.b_N[3]], [0.9 * 4 + 0.1, 0.9 * 2 + 0.1])
     np.testing.assert_allclose([chooser.a_N[4], chooser.b_N[4]], [9, 0.9 * 3 + 0.1])
-
-
-def test_bots_has_the_mass_of_its_equilibrium() -> None:
-    chooser = MAKE["bots"](pool())
-    assert isinstance(chooser, Bots)
-    for step in range(400):
-        tell(chooser, 0, HALF, step)
-    assert chooser.a_N[0] + chooser.b_N[0] == pytest.approx((2 * 0.1 + 8) / 0.1)
-    assert chooser.a_N[1] + chooser.b_N[1] == pytest.approx(2)
 
 
 # -- LZE -----------------------------------------------------------------------------------------------------------
@@ -170,13 +159,11 @@ def test_bots_has_the_mass_of_its_equilibrium() -> None:
 )
 def test_lze_s_energy_at_the_first_visit(right: int, energy: float) -> None:
     chooser = MAKE["lze"](pool())
-    assert isinstance(chooser, Lze)
     assert chooser.energy(0, [1.0] * right + [0.0] * (8 - right)) == pytest.approx(energy, abs=6e-4)
 
 
 def test_lze_s_energy_later_by_hand() -> None:
     chooser = MAKE["lze"](pool())
-    assert isinstance(chooser, Lze)
     tell(chooser, 0, [1.0] * 6 + [0.0] * 2, 0)
     tell(chooser, 0, HALF, 1)
     assert chooser.mean_N[0] == pytest.approx(0.9 * 0.75 + 0.1 * 0.5)
@@ -187,7 +174,6 @@ def test_lze_s_energy_later_by_hand() -> None:
 
 def test_lze_keeps_the_best_groups_and_one_where_all_are_dead() -> None:
     chooser = MAKE["lze"](pool())
-    assert isinstance(chooser, Lze)
     good, poor = [1.0] * 3 + [0.0] * 5, [1.0] * 7 + [0.0]  # 0.586 and 0.055
     groups = [(0, poor), (1, good), (2, NONE), (3, good), (4, ALL), (5, poor), (6, good), (7, NONE)]
     assert chooser.kept(groups, 0) == [1, 3, 6]  # 0.4 of 8
@@ -202,7 +188,6 @@ def test_lze_keeps_the_best_groups_and_one_where_all_are_dead() -> None:
 
 def test_thompson_counts_by_hand() -> None:
     chooser = MAKE["thompson"](pool())
-    assert isinstance(chooser, Thompson)
     tell(chooser, 0, HALF, 0)
     tell(chooser, 3, ALL, 0)  # kind 0 too, and not informative
     tell(chooser, 1, HALF, 1)
@@ -212,7 +197,6 @@ def test_thompson_counts_by_hand() -> None:
 
 def test_thompson_leaves_a_source_that_gives_nothing_and_comes_back() -> None:
     chooser = MAKE["thompson"](pool())
-    assert isinstance(chooser, Thompson)
     for step in range(80):
         for place in range(60):
             tell(chooser, place, NONE if place % 3 == 2 else HALF, step)
@@ -256,7 +240,6 @@ def test_the_score_by_hand() -> None:
     wanted = {"wanted": np.array([[2.0, 0.0]], dtype=np.float32)}
     small = Pool(["a", "b", "c", "d"], 0, states_NE=states, validation_states=wanted)
     chooser = SimilarityLearnabilityStrategy(type="similarity_learnability").chooser(small)
-    assert isinstance(chooser, SimilarityLearnability)
     likeness = chooser.columns()["similarity/wanted"]
     np.testing.assert_allclose(likeness, [0.8, 0.6, 0, 0], atol=1e-6)  # cosines 1, 0.8, 0, -1 have the mean 0.2
     assert [choice.place for choice in chooser.next(2, 0)] == [0, 1]
@@ -307,23 +290,6 @@ def test_bmc_joins_beliefs_by_precision() -> None:
     chooser.aggregate(leaf)
     assert (leaf.mean, leaf.spread) == (2, 0.5)  # variance of the means 1, of which 0.5 is their own
     assert leaf.variance == pytest.approx(0.5)  # two of 0.5 + 0.5
-
-
-def test_bmc_finds_the_kind_that_is_half_solved() -> None:
-    chooser = bmc(visit_all_first=False)
-    for step in range(12):
-        for place in range(60):
-            tell(chooser, place, HALF if place % 3 == 1 else ALL, step)
-    drawn = Counter(choice.place % 3 for step in range(40) for choice in chooser.next(4, step))
-    assert drawn[1] > 0.9 * sum(drawn.values())
-
-
-def test_bmc_t_is_drawn_to_the_validation_prompts() -> None:
-    counts = []
-    for utility in (0.0, 0.25):
-        chooser = bmc(visit_all_first=False, utility=utility)
-        counts.append(Counter(choice.place % 3 for step in range(60) for choice in chooser.next(4, step))[0])
-    assert counts[1] > 1.3 * counts[0]
 
 
 def test_bmc_t_s_utilities_by_hand() -> None:

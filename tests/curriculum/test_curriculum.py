@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cropi.curriculum.chooser import Choice
-from cropi.curriculum.curriculum import COOLDOWN, Curriculum, even_counts, without_harm
+from cropi.curriculum.curriculum import COOLDOWN, Curriculum, even_counts
 from cropi.errors import ArtifactError
 from cropi.functional.intervals import ratio_interval
 
@@ -51,7 +51,7 @@ def trained(curriculum: Curriculum, world: World, steps: range, lag: int = 0) ->
                 curriculum.observe(choice, rewards, step=at, group=f"{at}/{n}", influence=influence)
 
 
-@pytest.mark.parametrize("lag", [0, 1, 2])
+@pytest.mark.parametrize("lag", [0, 2])
 @pytest.mark.parametrize("look_alike", [False, True])
 def test_it_learns_what_helps_whatever_the_prompts_look_like(lag: int, look_alike: bool) -> None:
     world = World(pool=400, look_alike=look_alike)
@@ -197,12 +197,6 @@ def test_infinite_influence_is_dropped_and_counted() -> None:
     assert curriculum.metrics()["curriculum/dropped"] == 1
 
 
-def test_observing_alone_never_chooses() -> None:
-    world = World()
-    batches = list(trained(made(world, observe_only=True), world, range(20)))
-    assert {c.source for batch in batches for c in batch} == {"uniform"}
-
-
 def test_several_sets_share_the_places_by_what_is_left_to_learn() -> None:
     world = World()
     world.validation = {"solved": world.validation["v"], "open": world.validation["v"] + [4.0, 0.0]}
@@ -221,7 +215,7 @@ def test_several_sets_share_the_places_by_what_is_left_to_learn() -> None:
 
 def test_rounds_cost_the_same_and_come_at_doubling_distances() -> None:
     world = World()
-    curriculum, rounds = made(world, completions=64), list[int]()
+    curriculum, rounds = made(world, batch=8), list[int]()
     for step in range(130):
         due = curriculum.validation_due(step)
         if due:
@@ -237,11 +231,6 @@ def test_a_round_goes_where_rewards_vary_and_leaves_some_out_if_there_are_too_ma
     assert even_counts(np.zeros(2), 4, generator) == [4, 4]
     few = even_counts(np.ones(10), 3, generator)
     assert sorted(few) == [0] * 7 + [2] * 3
-
-
-def test_what_a_prompt_does_to_other_sets_counts_only_as_harm() -> None:
-    slopes_VN = np.array([[3.0, 3.0, -1.0], [2.0, -1.0, -2.0], [0.0, -0.5, 4.0]])
-    assert without_harm(slopes_VN).tolist() == [[3.0, 1.5, -3.0], [2.0, -1.5, -3.0], [0.0, -1.5, 1.0]]
 
 
 def test_by_rewards_alone_prompts_that_are_always_solved_are_rarely_drawn() -> None:

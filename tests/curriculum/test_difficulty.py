@@ -5,8 +5,6 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from tests.curriculum.pool import chosen, pool, scores
 
 from cropi.curriculum.strategies import (
@@ -29,14 +27,6 @@ def test_mid_by_hand() -> None:
     candidates = pool([1 / 8, 5 / 8, 1.0, 3 / 4, math.nan])
     assert scores(MID, candidates)[:4].tolist() == [1 / 8, 3 / 8, 0, 1 / 4]
     assert chosen(MID, 5, candidates) == ["b", "d", "a", "c"]  # those of equal rewards last, e never
-
-
-@given(st.lists(st.integers(1, 7), min_size=2, max_size=20))
-def test_mid_has_the_order_of_learnability(right: list[int]) -> None:
-    candidates = pool([c / 8 for c in right])
-    assert chosen(MID, len(right), candidates) == chosen(
-        LearnabilityStrategy(type="learnability"), len(right), candidates
-    )
 
 
 @pytest.mark.parametrize("size", [2, 3, 7, 8])
@@ -78,13 +68,6 @@ def test_prompts_graded_all_alike_are_not_taken_for_signal(monkeypatch: pytest.M
     ):
         assert set(chosen(strategy, 3, candidates)) == {"d", "e", "f"}, strategy.type
     assert chosen(MID, 6, candidates)[3:] == ["a", "b", "c"]  # fills up, as with verdicts
-
-
-def test_vcrl_draws_anew_at_each_stage() -> None:
-    candidates = pool([0.5] * 20)
-    drawn = [chosen(VCRL, 5, dataclasses.replace(candidates, stage=stage)) for stage in range(4)]
-    assert drawn[0] == chosen(VCRL, 5, candidates)
-    assert len({tuple(ids) for ids in drawn}) == 4
 
 
 def test_a_group_of_its_own_size_has_its_own_largest_variance(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,12 +7,7 @@ import numpy as np
 import pytest
 from tests.curriculum.pool import chosen, pool, scores
 
-from cropi.curriculum.strategies import (
-    GradientNormStrategy,
-    InfluenceStrategy,
-    LearnAlignStrategy,
-    SimilarityStrategy,
-)
+from cropi.curriculum.strategies import GradientNormStrategy, InfluenceStrategy, LearnAlignStrategy, SimilarityStrategy
 from cropi.curriculum.strategy import CANDIDATES, FusionConfig
 from cropi.functional.influence_formulas import halves
 from cropi.seeds import unit_interval
@@ -62,8 +57,7 @@ def test_learnalign_against_all_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
     directions = [np.mean([gradients_NP[row_of[i]] / lengths_N[row_of[i]] for i in half], axis=0) for half in sampled]
     products = {name: gradients_NP @ direction for name, direction in zip(CANDIDATES, directions, strict=True)}
     found_N = scores(
-        LearnAlignStrategy(type="learnalign"),
-        dataclasses.replace(candidates, influence=products, lengths_N=lengths_N),
+        LearnAlignStrategy(type="learnalign"), dataclasses.replace(candidates, influence=products, lengths_N=lengths_N)
     )
 
     def cosine(one: str, two: str) -> float:
@@ -74,14 +68,6 @@ def test_learnalign_against_all_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
         others = [half for half in sampled if i not in half] if any(i in half for half in sampled) else sampled
         mean = np.mean([cosine(i, j) for half in others for j in half])
         assert found_N[row] == pytest.approx(rates[row] * (1 - rates[row]) * mean)
-
-
-def test_learnalign_needs_no_validation_set() -> None:
-    strategy = LearnAlignStrategy(type="learnalign")
-    assert strategy.directions(["sum", "machine"]) == list(CANDIDATES)
-    assert strategy.reads_scores
-    assert not strategy.aims_at_validation
-    assert TOP.directions(["sum", "machine"]) == ["machine", "sum"]
 
 
 TEXTS = [
@@ -110,9 +96,3 @@ def test_similarity_and_learnability() -> None:
     assert chosen(both, 2, ALIKE) == ["a", "c"]  # e has no signal; c has little, but the others are not like them
     even = dataclasses.replace(ALIKE, variances_N=np.array([1 / 64, 0.25, 0.25, 0.25, 0.0, 0.25, 0.25]))
     assert chosen(both, 2, even) == ["c", "a"]
-
-
-def test_two_validation_sets_are_fused() -> None:
-    sets = {"sums": ["add one and two"], "roads": ["the road"]}
-    candidates = dataclasses.replace(ALIKE, validation_texts=sets)
-    assert set(chosen(SimilarityStrategy(type="similarity"), 2, candidates, fusion=FusionConfig(kappa=0))) == {"a", "b"}

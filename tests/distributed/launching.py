@@ -60,11 +60,7 @@ def finished(call: Sequence[str], *, cwd: Path, **environment: str) -> subproces
 
 
 def kill_a_rank(
-    moment: Callable[[], bool],
-    *arguments: str,
-    cwd: Path,
-    rank: int = 1,
-    restarts: int = 0,
+    moment: Callable[[], bool], *arguments: str, cwd: Path, rank: int = 1, restarts: int = 0
 ) -> tuple[int, str]:
     """Start two processes and kill -9 one of them once the moment has come; the launcher's (exit code, stderr)."""
     errors = cwd / "stderr.txt"

@@ -56,11 +56,11 @@ def generate(self: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, *
     return torch.cat([input_ids, padded], 1)
 
 
-def sample(self: Any, policy: Any, generator: Any, due: Any, step: int) -> Any:
+def sample(self: Any, ask: Any, due: Any, step: int) -> Any:
     global _at
     _at = f"validation {step}"
     try:
-        return _sample(self, policy, generator, due, step)
+        return _sample(self, ask, due, step)
     finally:
         _at = ""
 

@@ -144,9 +144,7 @@ def test_code_in_a_checkpoint_is_not_run(shortened: Run) -> None:
         ([], {"ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "false"}, "checkpoints without whole weights"),
     ],
 )
-def test_what_cannot_be_gathered_is_refused(
-    arguments: list[str], changed: dict[str, str], told: str, tmp_path: Path
-) -> None:
+def test_what_cannot_be_gathered_is_refused(arguments, changed, told, tmp_path):
     done = launch(2, "run", "quickstart", *ARGUMENTS, *arguments, cwd=tmp_path, **(zero(3) | changed))
     assert done.returncode != 0
     assert told in done.stderr

@@ -67,12 +67,9 @@ def same(ours: Path, theirs: Path, *, made_again: int = 0) -> None:
 
 
 @pytest.mark.parametrize(
-    ("moment", "rank"),
-    [("collecting", 0), ("collecting", 1), ("scoring", 1), ("training", 0), ("scoring again", 0)],
+    ("moment", "rank"), [("collecting", 0), ("collecting", 1), ("scoring", 1), ("training", 0), ("scoring again", 0)]
 )
-def test_a_killed_process_ends_the_job_and_the_same_command_goes_on(
-    moment: str, rank: int, undisturbed: Path, tmp_path: Path
-) -> None:
+def test_a_killed_process_ends_the_job_and_the_same_command_goes_on(moment, rank, undisturbed, tmp_path):
     code, errors = kill_a_rank(lambda: MOMENTS[moment](tmp_path), *ARGUMENTS, cwd=tmp_path, rank=rank)
     assert code != 0
     assert errors.count("Traceback") == 1, errors  # the launcher's own
@@ -110,9 +107,7 @@ if os.environ.get("RANK") == "{rank}":
 @pytest.mark.parametrize(
     ("rank", "tables", "made_again"), [(0, 3, 1), (1, 3, 1), (1, 12, 0)], ids=["first", "second", "second, scoring"]
 )
-def test_a_full_disk_of_one_node_is_named_and_nothing_is_lost(
-    rank: int, tables: int, made_again: int, undisturbed: Path, tmp_path: Path
-) -> None:
+def test_a_full_disk_of_one_node_is_named_and_nothing_is_lost(rank, tables, made_again, undisturbed, tmp_path):
     """A shard that could be made but not written is made and paid for again."""
     (tmp_path / "injected").mkdir()
     (tmp_path / "injected" / "sitecustomize.py").write_text(FULL_DISK.format(rank=rank, tables=tables))

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from tests.distributed.launching import launch, launch_ok
-from tests.runs import SMALL, cropi, cropi_ok, evaluations, json_lines
+from tests.runs import SMALL, cropi_ok, evaluations, json_lines
 
 from cropi.artifacts import write_json
 from cropi.config.loading import load_config
@@ -20,8 +20,7 @@ RUN = Path("runs/quickstart")
 
 def by_processes(count: int, *arguments: str, cwd: Path) -> str:
     """Run the command by one process or by several; it must succeed. Returns its output."""
-    done = cropi(*arguments, cwd=cwd) if count == 1 else launch(count, *arguments, cwd=cwd)
-    assert done.returncode == 0, done.stderr
+    done = cropi_ok(*arguments, cwd=cwd) if count == 1 else launch_ok(count, *arguments, cwd=cwd)
     return done.stdout
 
 

@@ -69,9 +69,7 @@ def alive(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
 
 
 @pytest.mark.parametrize("gone", [0, 1], ids=["node with the store", "node"])
-def test_a_node_that_is_gone_ends_the_other_and_the_same_command_goes_on(
-    gone: int, undisturbed: dict[str, bytes], tmp_path: Path
-) -> None:
+def test_a_node_that_is_gone_ends_the_other_and_the_same_command_goes_on(gone, undisturbed, tmp_path):
     """By torch's own means: closed connections, and at the latest the timeout."""
     port = free_port()
     nodes = [node(rank, port, *COLLECT, cwd=tmp_path) for rank in (0, 1)]

@@ -10,20 +10,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
-import pyarrow as pa
 import pytest
 from tests.distributed import verifiers
 from tests.runs import SMALL, cropi, cropi_error, cropi_ok
 
 from cropi.ledger import Ledger
-from cropi.ray_workers import Perform, RayPool, Task
 
 ray = pytest.importorskip("ray")
 
@@ -106,25 +101,6 @@ def test_a_killed_worker_costs_its_shard_and_nothing_else(address: str, place: P
     assert len(Ledger(place / RUN / "ledger.jsonl").entries()) == SHARDS
 
 
-def test_a_worker_killed_while_it_scores_changes_no_score(address: str, place: Path) -> None:
-    cropi_ok(*command("collect", None), cwd=place)
-    killer = ThreadPoolExecutor(1).submit(kill_a_working_actor)
-    cropi_ok(*command("score", address), cwd=place)
-    assert killer.result() not in psutil.pids()
-    one = alone(place, commands=("collect", "score"))
-    assert files(place / RUN / "scores") == files(one / RUN / "scores")
-
-
-def kill_a_working_actor() -> int:
-    """The process of the first one that is seen with a task in hand: Ray names processes by what they do."""
-    while True:
-        for process in psutil.process_iter(["cmdline"]):
-            if "MapWorker(MapBatches(Worker)).submit" in " ".join(process.info["cmdline"] or ()):
-                process.kill()
-                return process.pid
-        time.sleep(0.005)
-
-
 def shards(cwd: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (cwd / TRAJECTORIES).glob("part-*")}
 
@@ -156,28 +132,6 @@ def test_what_a_user_can_fix_is_said_as_anywhere(address: str, place: Path) -> N
     assert done.stderr.count("error: verifier: the verifier cannot be set up") == 1
     done = cropi_error(*command("collect", "127.0.0.1:1"), cwd=place)
     assert "error: --ray 127.0.0.1:1: cannot join the cluster" in done.stderr
-
-
-@dataclass(frozen=True)
-class Echo:
-    """A job that sends tasks back as they came."""
-
-    def start(self) -> Perform:
-        return lambda task: Task(task.index, task.rows, {})
-
-
-def test_more_goes_through_than_the_cluster_holds(address: str) -> None:
-    """In both directions, and past a process that keeps none of it."""
-    size, count = 4 * 2**20, 150
-    noise = np.random.default_rng(0)
-    tasks = (Task(n, pa.table({"byte": noise.integers(0, 255, size, dtype=np.uint8)}), {}) for n in range(count))
-    process, most = psutil.Process(), 0
-    before = process.memory_full_info().uss
-    for task in RayPool(address, 2, cpus=1, on_gpu=False).map(Echo(), tasks):
-        assert task.rows.nbytes == size
-        most = max(most, process.memory_full_info().uss - before)
-    assert count * size > 2 * STORE
-    assert most < STORE
 
 
 def test_a_cluster_of_this_machine_ends_with_the_command(place: Path) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from tests.conftest import tiny_llama
+from transformers import AutoTokenizer
 
 from cropi.builtin import POLICY_DIR, generate
 
@@ -41,19 +42,12 @@ def rows(count: int) -> list[dict[str, str]]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random policy with tied embeddings."""
-    torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(POLICY_DIR)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-    )
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 48, "max_position_embeddings": 2048}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.02}
+    model = tiny_llama(dtype=torch.float32, **sizes, bos_token_id=1, eos_token_id=2, pad_token_id=None)
     folder = tmp_path_factory.mktemp("policy")
-    LlamaForCausalLM(config).save_pretrained(folder)
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -149,7 +143,6 @@ def test_the_packed_pass_is_cropi_s(policy: Policy) -> None:
     for kind in (ValidationPass, PackedPass):
         one = kind(
             {SET: [ValidationPrompt({}, member.tokens) for member in members]},
-            judge=None,  # type: ignore[arg-type] # the completions are there
             sampling=Sampling(LONGEST, 1.0),
             surrogate=SurrogateSettings("constant", LONGEST),
             batch_tokens=300,
@@ -234,10 +227,15 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: Any, **changed: Any) -> Non
     compare.main()
 
 
-@pytest.mark.parametrize("way", ["learnability", "similarity-learnability", "bmc-t", "cropi"])
-def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(
-    way: str, folder: Path, data: Path, tmp_path: Path, easy: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize(
+    "way",
+    [
+        *(pytest.param(way, marks=pytest.mark.slow) for way in ("learnability", "bmc-t")),
+        "similarity-learnability",
+        "cropi",
+    ],
+)
+def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(way, folder, data, tmp_path, easy, monkeypatch):
     """Killed in step 3, after a save at 2 with a batch that was chosen ahead."""
     run(monkeypatch, folder, data, tmp_path / "whole", way)
     step = compare.Comparison.step
@@ -265,14 +263,7 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(
         assert steps[0]["passes"]["train"] > 4 * steps[0]["train_tokens"]
 
 
-def test_the_table_is_one_of_cropi_compare(
-    folder: Path,
-    data: Path,
-    tmp_path: Path,
-    easy: None,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_the_table_is_one_of_cropi_compare(folder, data, tmp_path, easy, monkeypatch, capsys):
     for way in ("full", "relevant", "cropi"):
         run(monkeypatch, folder, data, tmp_path, way)
     run(monkeypatch, folder, data, tmp_path, "full")  # finished: nothing is done

@@ -9,15 +9,16 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from tests.runs import grpo_args
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOTrainer
 
 from cropi.builtin import POLICY_DIR, generate
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "smollm2"))
 
 from decode import sample
-from grpo import Group, Policy, Question, Row, log_probs, pack
+from grpo import Group, Policy, Question
 from speed import trl_inputs
 
 
@@ -100,21 +101,12 @@ def flat(model: Any) -> torch.Tensor:
 def test_the_step_has_the_gradient_of_trl(tmp_path: Path, own: Policy) -> None:
     """Loss and gradient of one generation batch: TRL's own, a row for each completion, against packed prompts."""
     groups = groups_of(own, 4)
+    sizes = {"per_device_train_batch_size": 8 * len(groups), "max_completion_length": 16}
     made = GRPOTrainer(
         model=str(POLICY_DIR),
         reward_funcs=lambda completions, **_: [0.0] * len(completions),
         train_dataset=Dataset.from_list(problems(8)),
-        args=GRPOConfig(
-            output_dir=str(tmp_path),
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
-            per_device_train_batch_size=8 * len(groups),
-            max_completion_length=16,
-            loss_type="dr_grpo",
-            beta=0.0,
-            report_to=[],
-        ),
+        args=grpo_args(tmp_path, **sizes, loss_type="dr_grpo", beta=0.0),
     )
     made.current_gradient_accumulation_steps = 1
     made.model.train()
@@ -125,25 +117,3 @@ def test_the_step_has_the_gradient_of_trl(tmp_path: Path, own: Policy) -> None:
     expected = flat(made.model)
     assert expected.norm() > 0.001
     assert float((flat(own.model) - expected).norm() / expected.norm()) < 1e-5
-
-
-def test_a_prompt_s_own_gradient_is_the_sum_over_its_row(own: Policy) -> None:
-    """Read at one layer in the pass of three prompts; the oracle is the gradient of each prompt's loss alone."""
-    groups = [Row(g.question.prompt, g.completions, [1.0, -1.0] * 4) for g in groups_of(own, 1)]
-    layer = own.model.model.layers[0].mlp.down_proj
-    kept: dict[str, torch.Tensor] = {}
-
-    def hook(module: Any, given: Any, output: torch.Tensor) -> None:
-        kept["input"] = given[0].detach()
-        output.register_hook(lambda gradient: kept.update(gradient=gradient))
-
-    handle = layer.register_forward_hook(hook)
-    together = pack(groups)
-    (together.weights_T * log_probs(own.model, together)).sum().backward()
-    read = torch.einsum("ulo,uli->uoi", kept["gradient"], kept["input"])
-    handle.remove()
-    for n, group in enumerate(groups):
-        alone = pack([group])
-        own.optimizer.zero_grad()
-        (alone.weights_T * log_probs(own.model, alone)).sum().backward()
-        assert float((read[n] - layer.weight.grad).norm() / layer.weight.grad.norm()) < 1e-5

@@ -17,14 +17,12 @@ import datasets
 import pytest
 from pyarrow import parquet
 from tests.runs import SMALL, json_lines
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from cropi.builtin import POLICY_DIR
 from cropi.config.loading import load_config
 from cropi.errors import ArtifactError, ConfigError, DataError, PolicyError
 from cropi.exchange.export import export, parquet_table
-from cropi.exchange.formats import FORMATS, Item
+from cropi.exchange.formats import FORMATS
 from cropi.exchange.rewards import Rewards, facts_of
 from cropi.stages.collect import collect
 from cropi.stages.run import Run
@@ -88,9 +86,7 @@ KEYS = {
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_every_format_holds_the_selection_best_first_and_the_held_out_prompts(
-    selected: Run, name: str, tmp_path: Path
-) -> None:
+def test_every_format_holds_the_selection_best_first_and_the_held_out_prompts(selected, name, tmp_path):
     run = selected
     folder = exported(selected, name, tmp_path / "out")
     suffix = FORMATS[name].suffix
@@ -112,9 +108,7 @@ def test_every_format_holds_the_selection_best_first_and_the_held_out_prompts(
     assert f"{COUNT} prompts" in text
 
 
-def test_a_second_export_of_the_same_is_the_first_and_nothing_else_is_touched(
-    selected: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_second_export_of_the_same_is_the_first_and_nothing_else_is_touched(selected, tmp_path, monkeypatch):
     run = selected
     folder = exported(selected, "trl", tmp_path / "out")
     before = (folder / "train.parquet").stat().st_mtime_ns
@@ -183,23 +177,6 @@ def test_trl_trains_on_it_as_datasets_load_it(selected: Run, tmp_path: Path) -> 
     assert ran.stdout.strip() == "[1.0, 0.0]"
 
 
-def test_rows_by_hand() -> None:
-    chat = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "2 + 2?"}]
-    item = Item("a1", chat, "4", "sums", "{}", "train", 7)
-    assert FORMATS["verl"].row(item) == {
-        "data_source": "sums",
-        "prompt": chat,
-        "ability": "sums",
-        "reward_model": {"style": "rule", "ground_truth": "4"},
-        "extra_info": {"split": "train", "index": 7, "prompt_id": "a1", "facts": "{}"},
-    }
-    assert FORMATS["slime"].row(item) == {
-        "prompt": chat,
-        "label": "4",
-        "metadata": {"prompt_id": "a1", "source": "sums", "facts": "{}"},
-    }
-
-
 @pytest.mark.parametrize(
     ("more", "fits"),
     [
@@ -222,46 +199,6 @@ def test_parquet_holds_messages_as_they_are_or_refuses_them(more: dict[str, Any]
 
 def strip(message: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in message.items() if value is not None}
-
-
-def test_slime_reads_labels_as_text(selected: Run, tmp_path: Path) -> None:
-    """By the call that slime's reader makes: pandas, lines of JSON, the label as text."""
-    pandas = pytest.importorskip("pandas")
-    folder = exported(selected, "slime", tmp_path / "out")
-    frame = pandas.read_json(folder / "train.jsonl", lines=True, dtype={"label": str})
-    assert frame["label"].map(type).eq(str).all()
-    assert list(frame["label"]) == [row["label"] for row in read(folder / "train.jsonl")]
-
-
-def test_verl_s_own_loader_reads_it(selected: Run, tmp_path: Path) -> None:
-    rl_dataset = pytest.importorskip("verl.utils.dataset.rl_dataset")
-    folder = exported(selected, "verl", tmp_path / "out")
-    words = Tokenizer(models.WordLevel({"<eos>": 0, "?": 1}, unk_token="?"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>")
-    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
-    settings = {"cache_dir": str(tmp_path / "cache"), "filter_overlong_prompts_workers": 1}
-    loaded = rl_dataset.RLHFDataset(str(folder / "train.parquet"), tokenizer, settings)
-    assert len(loaded) == COUNT
-    rows = read(folder / "train.parquet")
-    assert [loaded[n]["extra_info"]["prompt_id"] for n in range(COUNT)] == [r["extra_info"]["prompt_id"] for r in rows]
-    assert [loaded[n]["index"] for n in range(COUNT)] == list(range(COUNT))
-
-
-def test_verifiers_own_loader_reads_it(selected: Run, tmp_path: Path) -> None:
-    pytest.importorskip("verifiers.v1")
-    folder = exported(selected, "prime-rl", tmp_path / "out")
-    program = (
-        "import asyncio, sys, types\n"
-        "from verifiers.v1.utils import loaders\n"
-        "config = loaders.taskset_config_type('cropi_stage')(id='cropi_stage', path=sys.argv[1])\n"
-        "tasks = list(loaders.load_taskset(config))\n"
-        "reply = types.SimpleNamespace(last_reply='so answer ' + tasks[0].data.answer)\n"
-        "print(len(tasks), tasks[0].data.id, asyncio.run(tasks[0].right(reply)))\n"
-    )
-    command = [sys.executable, "-c", program, str(folder / "train.jsonl")]
-    ran = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    assert ran.stdout.split() == [str(COUNT), read(folder / "train.jsonl")[0]["id"], "1.0"], ran.stderr
 
 
 def rewards_of(kind: str, **settings: Any) -> Rewards:

@@ -11,8 +11,8 @@ import datasets
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
-from tests.runs import SMALL
-from trl import GRPOConfig, GRPOTrainer
+from tests.runs import SMALL, grpo_args
+from trl import GRPOTrainer
 
 from cropi.artifacts import SELECTION, read_table
 from cropi.builtin import POLICY_DIR
@@ -66,9 +66,7 @@ def write_trl(path: Path, rows: list[dict[str, Any]], step: int) -> Path:
 
 
 @pytest.mark.parametrize("write", [write_verl, write_trl])
-def test_a_dump_of_a_run_s_own_trajectories_is_these(
-    sampled: list[dict[str, Any]], other: Run, write: Any, tmp_path: Path
-) -> None:
+def test_a_dump_of_a_run_s_own_trajectories_is_these(sampled, other, write, tmp_path):
     """Tokens, verdicts, rewards, ends and log-probs, in the order sampled: all but the numbering is equal."""
     path = tmp_path / ("1.jsonl" if write is write_verl else "completions_00001.parquet")
     manifest = imported(other, write(path, sampled, 1))
@@ -97,9 +95,7 @@ def test_selections_know_of_them(sampled: list[dict[str, Any]], other: Run, tmp_
     )
 
 
-def test_the_newest_step_with_a_group_counts_and_strangers_are_counted(
-    sampled: list[dict[str, Any]], other: Run, tmp_path: Path
-) -> None:
+def test_the_newest_step_with_a_group_counts_and_strangers_are_counted(sampled, other, tmp_path):
     mine = [row for row in sampled if row["prompt_id"] == sampled[0]["prompt_id"]]
     stranger = mine[0] | {"text": "what is love"}
     folder = tmp_path / "dumps"
@@ -113,29 +109,26 @@ def test_the_newest_step_with_a_group_counts_and_strangers_are_counted(
     assert manifest.details["left_out"] == len(mine) + 2
 
 
-def test_what_was_scored_by_other_trajectories_is_in_the_way(
-    sampled: list[dict[str, Any]], other: Run, tmp_path: Path
-) -> None:
+def test_what_was_scored_by_other_trajectories_is_in_the_way(sampled, other, tmp_path):
     path = write_verl(tmp_path / "1.jsonl", sampled, 1)
     select(other, 0)
     with pytest.raises(ArtifactError, match="made from earlier trajectories"):
         imported(other, path)
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.jsonl", '{"prompt": "x"}\n', "not a dump of rollouts"),
-        ("a.jsonl", "not json\n", "not a dump of rollouts"),
-        ("a.parquet", "PAR1", "not a dump of rollouts"),
-        ("a.jsonl", '{"input": "x", "output": "y", "step": 1}\n', "no two rollouts belong to one training prompt"),
-    ],
-)
-def test_what_cannot_be_read_is_refused(other: Run, name: str, content: str, message: str, tmp_path: Path) -> None:
-    path = tmp_path / name
-    path.write_text(content)
-    with pytest.raises(DataError, match=message):
-        imported(other, path)
+UNREADABLE = [
+    ("a.jsonl", '{"prompt": "x"}\n', "not a dump of rollouts"),
+    ("a.jsonl", "not json\n", "not a dump of rollouts"),
+    ("a.parquet", "PAR1", "not a dump of rollouts"),
+    ("a.jsonl", '{"input": "x", "output": "y", "step": 1}\n', "no two rollouts belong to one training prompt"),
+]
+
+
+def test_what_cannot_be_read_is_refused(other: Run, tmp_path: Path) -> None:
+    for name, content, message in UNREADABLE:
+        (tmp_path / name).write_text(content)
+        with pytest.raises(DataError, match=message):
+            imported(other, tmp_path / name)
     with pytest.raises(DataError, match="holds no rollouts"):
         imported(other, tmp_path / "nowhere.jsonl")
 
@@ -145,24 +138,12 @@ def test_what_trl_writes_while_it_trains_on_an_export_comes_back(other: Run, tmp
     select(other, 0)
     export(other.folder, other.paths, 0, "trl", None, tmp_path / "stage")
     rows = datasets.load_dataset("parquet", data_files=str(tmp_path / "stage" / "train.parquet"), split="train")
+    sizes = {"per_device_train_batch_size": 16, "num_generations": 4, "max_steps": 2, "logging_steps": 1}
+    sizes |= {"max_completion_length": other.config.collect.max_completion_length, "num_completions_to_print": 0}
     trained = GRPOTrainer(
         model=str(POLICY_DIR),
         reward_funcs=Rewards({"type": "exact", "marker": "answer"}, {"processes": 1}).trl,
-        args=GRPOConfig(
-            output_dir=str(tmp_path / "trained"),
-            use_cpu=True,
-            bf16=False,
-            per_device_train_batch_size=16,
-            num_generations=4,
-            max_completion_length=other.config.collect.max_completion_length,
-            max_steps=2,
-            logging_steps=1,
-            log_completions=True,
-            num_completions_to_print=0,
-            report_to=[],
-            disable_tqdm=True,
-            save_strategy="no",
-        ),
+        args=grpo_args(tmp_path / "trained", **sizes, log_completions=True),
         train_dataset=rows,
     )
     trained.train()

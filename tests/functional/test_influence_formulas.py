@@ -24,17 +24,6 @@ def test_gain_by_hand() -> None:
         influence(PRODUCTS_NV, NORMS_N, NORMS_V, "gain")
 
 
-def test_gain_is_dot_where_right_and_wrong_are_equally_far_apart() -> None:
-    """g = p (1 - p) (mean score right - mean score wrong) / sqrt(p (1 - p)) with differences of one length."""
-    rng = np.random.default_rng(0)
-    apart_ND, p_N = rng.normal(size=(6, 4)), rng.uniform(0.1, 0.9, size=6)
-    apart_ND *= 3 / np.linalg.norm(apart_ND, axis=1, keepdims=True)
-    g_ND, d_VD = np.sqrt(p_N * (1 - p_N))[:, None] * apart_ND, rng.normal(size=(1, 4))
-    lengths = np.linalg.norm(g_ND, axis=1), np.linalg.norm(d_VD, axis=1)
-    gain_NV = influence(g_ND @ d_VD.T, *lengths, "gain", p_N * (1 - p_N))
-    np.testing.assert_allclose(g_ND @ d_VD.T, gain_NV * 3 * lengths[1])
-
-
 @given(st.integers(1, 9), st.integers(0, 9))
 def test_the_variance_of_verdicts_is_learnability_to_the_bit(size: int, right: int) -> None:
     right = min(right, size)

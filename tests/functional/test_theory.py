@@ -122,10 +122,6 @@ def gap(found: np.ndarray, expected_P: np.ndarray) -> float:
     return float(np.linalg.norm(found - expected_P) / np.linalg.norm(expected_P))
 
 
-def token_surrogate(theta: Tensor) -> Tensor:
-    return decomposed(theta, BETA, BETA, REWARDS_C)
-
-
 CORRECTIONS = {"token": (BETA, BETA), "prefix": (AWAY, BETA)}
 """What a correction visits and what it lets go on, of the behaviour policy's and of the current policy's."""
 
@@ -225,9 +221,7 @@ def test_a_baseline_with_the_own_sample_shrinks_by_one_kth(theta: Tensor, correc
 @pytest.mark.parametrize("count", [2, 3])
 @pytest.mark.parametrize("normalizer", ["constant", "sequence"])
 @pytest.mark.parametrize("theta", [BETA, AWAY], ids=["on-policy", "off-policy"])
-def test_the_own_deviation_changes_the_length_alone_where_rewards_are_right_or_wrong(
-    theta: Tensor, normalizer: str, count: int
-) -> None:
+def test_the_own_deviation_changes_the_length_alone_where_rewards_are_right_or_wrong(theta, normalizer, count):
     pass_rate = float(expected(BETA, REWARDS_C))
     wins = np.arange(count + 1)
     chances = np.array([math.comb(count, m) * pass_rate**m * (1 - pass_rate) ** (count - m) for m in wins])

@@ -23,20 +23,11 @@ Gradients = dict[str, Tensor]
 SETTINGS = SurrogateSettings("sequence", max_completion_length=16, temperature=0.8)
 
 COMMON = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-    "bos_token_id": None,
-    "eos_token_id": 1,
-    "pad_token_id": None,
-    "initializer_range": 0.35,
+    "vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64,
+    "bos_token_id": None, "eos_token_id": 1, "pad_token_id": None, "initializer_range": 0.35,
     "tie_word_embeddings": True,
-}
+}  # fmt: skip
 _GEMMA = {"query_pre_attn_scalar": 24, "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
 
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -46,12 +37,10 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3", {}),
     "gemma2": ("Gemma2", _GEMMA | {"attn_logit_softcapping": 3.0, "final_logit_softcapping": 4.0}),
     "gemma3": ("Gemma3", _GEMMA),
-    "gpt_neox": (
-        "GPTNeoX",
-        {"num_attention_heads": 2, "tie_word_embeddings": False, "attention_bias": True, "use_parallel_residual": True},
-    ),
+    "gpt_neox": ("GPTNeoX", {"num_attention_heads": 2, "tie_word_embeddings": False, "attention_bias": True,
+        "use_parallel_residual": True}),
     "mistral": ("Mistral", {"sliding_window": 4, "tie_word_embeddings": False}),
-}
+}  # fmt: skip
 """Class prefix and settings by name: grouped keys except in GPT-NeoX; windows shorter than the sequences."""
 
 
@@ -150,10 +139,7 @@ def segments(groups: Sequence[Group] = GROUPS, settings: SurrogateSettings = SET
 
 
 def dense_gradients(
-    model: Any,
-    groups: Sequence[Group] = GROUPS,
-    settings: SurrogateSettings = SETTINGS,
-    budget: int = 1000,
+    model: Any, groups: Sequence[Group] = GROUPS, settings: SurrogateSettings = SETTINGS, budget: int = 1000
 ) -> Gradients:
     """The sum of the groups' gradients, by the engine."""
     engine = Engine(model, settings, budget)

@@ -3,7 +3,9 @@ trajectory at a time, or refused: the whole model and adapters, in float32 and b
 
 from __future__ import annotations
 
+import json
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,74 +24,10 @@ VALIDATION = [draw_group(5, [6, 4, 7], seed=4), draw_group(2, [5, 3], seed=5)]
 MOST_PARAMETERS = 3_000_000
 TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 2.5e-2}
 
-SIZES = {
-    41: "vocab_size vocab_size_per_layer_input",
-    16: "hidden_size d_model n_embd embed_dim dim word_embed_proj_dim embedding_size lru_width attention_hidden_size",
-    24: "intermediate_size ffn_dim n_inner decoder_ffn_dim encoder_ffn_dim d_ff d_inner ffn_hidden_size dff",
-    64: "max_position_embeddings n_positions n_ctx max_seq_len max_sequence_length",
-    8: "moe_intermediate_size shared_expert_intermediate_size expert_ffn_hidden_size shared_intermediate_size "
-    "moe_shared_expert_intermediate_size head_dim kv_channels q_lora_rank kv_lora_rank qk_nope_head_dim v_head_dim "
-    "attention_chunk_size mamba_d_head mamba_d_state mamba_head_dim ssm_state_size state_size mamba_chunk_size "
-    "chunk_size linear_key_head_dim linear_value_head_dim index_head_dim hidden_size_per_layer_input o_lora_rank",
-    4: "num_hidden_layers num_layers num_experts num_local_experts n_routed_experts moe_num_experts qk_rope_head_dim "
-    "rotary_dim sliding_window attention_window window_size mamba_n_heads mamba_num_heads mamba_dt_rank "
-    "time_step_rank index_topk",
-    2: "n_layer n_layers decoder_layers encoder_layers num_decoder_layers num_encoder_layers num_attention_heads "
-    "n_head n_heads decoder_attention_heads encoder_attention_heads num_heads num_decoder_attention_heads "
-    "num_encoder_attention_heads num_experts_per_tok moe_k moe_topk top_k_experts num_experts_per_token n_mamba_heads "
-    "linear_num_key_heads linear_num_value_heads index_n_heads o_groups",
-    1: "num_key_value_heads n_shared_experts n_group topk_group first_k_dense_replace moe_layer_start_index "
-    "num_dense_layers mamba_n_groups n_groups",
-    12: "qk_head_dim",
-    32: "mamba_d_ssm",
-}
-BY_NAME = {name: size for size, names in SIZES.items() for name in names.split()}
-
-_LATENT = {"head_dim": 4, "num_key_value_heads": 2}  # attention through a latent: the rotated part alone has this size
-_ZAMBA = {"attention_head_dim": 16, "attention_hidden_size": 32, "num_key_value_heads": 2}
-OTHERWISE: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(
-        ["axk1", "axk2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "longcat_flash", "minicpm3"],
-        _LATENT,
-    ),
-    "youtu": _LATENT,
-    "deepseek_v2": _LATENT | {"num_experts_per_tok": 2, "n_routed_experts": 4},
-    "bailing_hybrid": {"num_key_value_heads": 2, "num_expert_group": 1},
-    "kimi_linear": {"num_key_value_heads": 2},
-    "bamba": {"attn_layer_indices": [1, 3]},
-    "codegen": {"n_head": 4},
-    "deepseek_v4": {"hc_mult": 2, "hc_sinkhorn_iters": 2},
-    "diffllama": {"num_key_value_heads": 2},
-    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "num_key_value_heads": 2},
-    "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]]},
-    "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
-    "hunyuan_v1_dense": {"head_dim": 8},
-    "hunyuan_v1_moe": {"head_dim": 8},
-    "ministral": {"head_dim": 8},
-    "nemotron": {"num_key_value_heads": 1},
-    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
-    "lfm2": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
-    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
-    "mamba2": {"num_heads": 4, "head_dim": 8, "expand": 2},
-    "zaya": {"num_experts_per_tok": 1},
-    "zamba": _ZAMBA,
-    "zamba2": _ZAMBA,
-    "reformer": {
-        "is_decoder": True,
-        "axial_pos_shape": [8, 8],
-        "axial_pos_embds_dim": [8, 8],
-        "attn_layers": ["local"] * 4,
-        "feed_forward_size": 24,
-    },
-    "xmod": {"default_language": "en_XX", "languages": ["en_XX"]},
-    "roc_bert": {"pronunciation_vocab_size": 41, "shape_vocab_size": 41},
-    "gemma3n_text": {
-        "num_kv_shared_layers": 0,
-        "laurel_rank": 4,
-        "activation_sparsity_pattern": [0.0] * 4,
-        "altup_num_inputs": 2,
-    },
-}
+# Sizes of a small model by their names in configs, and what else a kind needs.
+_TABLES = json.loads(Path(__file__).with_name("every_causal_lm.json").read_text(encoding="utf-8"))
+BY_NAME = {name: int(size) for size, names in _TABLES["sizes"].items() for name in names.split()}
+OTHERWISE: dict[str, dict[str, Any]] = _TABLES["otherwise"]
 
 
 def build(kind: str) -> Any:

@@ -39,13 +39,9 @@ from cropi.gradients.reference import prompt_gradient
 from cropi.policy import Policy, weights_identity
 
 VISION = {
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "image_size": 16,
+    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16,
     "patch_size": 8,
-}
+}  # fmt: skip
 QWEN_VISION = {"intermediate_size": 24, "depth": 1, "num_heads": 2, "out_hidden_size": 32, "patch_size": 4}
 ALL_FULL = {"layer_types": ["full_attention"] * 2, "sliding_window": 4}
 MIXED = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4}
@@ -89,16 +85,8 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "Ministral, no window": text("Ministral", **ALL_FULL),
     "Cohere 2, no window": text("Cohere2", **ALL_FULL),
     "OLMo 3": text("Olmo3", **MIXED),
-    "Gemma 4, layers that share keys": text(
-        "Gemma4Text",
-        "Gemma4",
-        **GEMMA4,
-        num_hidden_layers=4,
-        num_kv_shared_layers=2,
-        layer_types=MIXED["layer_types"] * 2,
-        sliding_window=4,
-        use_double_wide_mlp=False,
-    ),
+    "Gemma 4, layers that share keys": text("Gemma4Text", "Gemma4", **GEMMA4, num_hidden_layers=4,
+        num_kv_shared_layers=2, layer_types=MIXED["layer_types"] * 2, sliding_window=4, use_double_wide_mlp=False),
     # constants and caps at the head
     "Granite": text("Granite", logits_scaling=8.0, embedding_multiplier=3.0, attention_multiplier=0.3),
     "Granite, untied": text("Granite", logits_scaling=1.1, tie_word_embeddings=False),
@@ -106,64 +94,30 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "Cohere 2": text("Cohere2", **MIXED, logit_scale=0.25),
     "HyperCLOVA X": text("HyperCLOVAX", logits_scaling=0.2),
     "MiniCPM 3, hidden states scaled": text("MiniCPM3", **LATENT, dim_model_base=4, num_key_value_heads=4, head_dim=4),
-    "Gemma 2, caps": text(
-        "Gemma2", **MIXED, query_pre_attn_scalar=24, attn_logit_softcapping=3.0, final_logit_softcapping=4.0
-    ),
+    "Gemma 2, caps": text("Gemma2", **MIXED, query_pre_attn_scalar=24, attn_logit_softcapping=3.0,
+        final_logit_softcapping=4.0),
     "VaultGemma, cap": text("VaultGemma", **MIXED, query_pre_attn_scalar=24, final_logit_softcapping=4.0),
     # rotary positions that change with the length of the sequence
     "Phi-3, longrope": text("Phi3", **LONGROPE, original_max_position_embeddings=15),
-    "MiniCPM 3, longrope": text(
-        "MiniCPM3",
-        **LATENT,
-        **rope("longrope", original_max_position_embeddings=15, short_factor=[1.0, 1.1], long_factor=[2.0, 4.0]),
-        num_key_value_heads=4,
-        head_dim=4,
-    ),
+    "MiniCPM 3, longrope": text("MiniCPM3", **LATENT, **rope("longrope", original_max_position_embeddings=15,
+        short_factor=[1.0, 1.1], long_factor=[2.0, 4.0]), num_key_value_heads=4, head_dim=4),
     "Llama, dynamic": text("Llama", **rope("dynamic", factor=4.0), max_position_embeddings=15),
     # vision towers, on text
-    "Gemma 3 with images": vlm(
-        "Gemma3",
-        None,
-        VISION,
-        MIXED,
-        mm_tokens_per_image=4,
-        image_token_index=40,
-        boi_token_index=39,
-        eoi_token_index=38,
-    ),
-    "Gemma 4 with images": vlm(
-        "Gemma4",
-        None,
-        GEMMA4_VISION,
-        MIXED | GEMMA4 | {"num_kv_shared_layers": 0, "pad_token_id": 0},
-        audio_config=None,
-        **IMAGE,
-        boi_token_id=39,
-        eoi_token_id=38,
-        video_token_id=37,
-    ),
-    "Qwen2.5-VL": vlm(
-        "Qwen2_5_VL",
-        None,
-        QWEN_VISION | {"hidden_size": 16, "window_size": 16, "fullatt_block_indexes": [0]},
-        rope("default", mrope_section=[1, 1, 2]),
-        **QWEN_TOKENS,
-    ),
-    "Qwen3-VL": vlm(
-        "Qwen3VL",
-        None,
-        QWEN_VISION | {"hidden_size": 16, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
-        rope("default", mrope_section=[2, 1, 1]),
-        **QWEN_TOKENS,
-    ),
-    "Mistral 3": vlm(
-        "Mistral3", "mistral", VISION | {"model_type": "pixtral", "head_dim": 8}, {}, image_token_index=40
-    ),
+    "Gemma 3 with images": vlm("Gemma3", None, VISION, MIXED, mm_tokens_per_image=4, image_token_index=40,
+        boi_token_index=39, eoi_token_index=38),
+    "Gemma 4 with images": vlm("Gemma4", None, GEMMA4_VISION, MIXED | GEMMA4 | {"num_kv_shared_layers": 0,
+        "pad_token_id": 0}, audio_config=None, **IMAGE, boi_token_id=39, eoi_token_id=38, video_token_id=37),
+    "Qwen2.5-VL": vlm("Qwen2_5_VL", None, QWEN_VISION | {"hidden_size": 16, "window_size": 16,
+        "fullatt_block_indexes": [0]}, rope("default", mrope_section=[1, 1, 2]), **QWEN_TOKENS),
+    "Qwen3-VL": vlm("Qwen3VL", None, QWEN_VISION | {"hidden_size": 16, "num_position_embeddings": 16,
+        "deepstack_visual_indexes": [0]}, rope("default", mrope_section=[2, 1, 1]), **QWEN_TOKENS),
+    "Mistral 3": vlm("Mistral3", "mistral", VISION | {"model_type": "pixtral", "head_dim": 8}, {},
+        image_token_index=40),
     "LLaVA": vlm("Llava", "llama", CLIP, {}, image_token_index=40),
     "LLaVA-NeXT, untied": vlm("LlavaNext", "llama", CLIP, {"tie_word_embeddings": False}, image_token_index=40),
     "SmolVLM": vlm("SmolVLM", "llama", VISION, {}, **IMAGE, scale_factor=2),
     "Aya Vision": vlm("AyaVision", "cohere2", SIGLIP, MIXED | {"logit_scale": 0.25}, image_token_index=40),
-}
+}  # fmt: skip
 
 
 LAYOUTS = {
@@ -194,11 +148,7 @@ def check_family(model: Any, tolerance: float = 1e-5) -> None:
     lengths = [math.sqrt(inner(gradient, gradient) * inner(aim, aim)) for gradient in train]
     for score, right in (("dot", dots), ("cosine", [dot / both for dot, both in zip(dots, lengths, strict=True)])):
         found = cropi.influence(
-            model,
-            GROUPS[:-1],
-            {"aim": GROUPS[-1:]},
-            surrogate=SETTINGS,
-            options=ScorerOptions("exact", score),
+            model, GROUPS[:-1], {"aim": GROUPS[-1:]}, surrogate=SETTINGS, options=ScorerOptions("exact", score)
         )
         scale = max(lengths) if score == "dot" else 1.0
         assert found.values[:, 0].tolist() == pytest.approx(right, abs=tolerance * scale), score
@@ -218,7 +168,12 @@ def test_gradients_of_other_layouts(name: str) -> None:
     check_gradients(LAYOUTS[name]())
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+USUAL = {"Gemma 4, no window", "Granite", "Phi-3, longrope", "Gemma 3 with images", "Qwen2.5-VL"}
+
+
+@pytest.mark.parametrize(
+    "name", [each if each in USUAL else pytest.param(each, marks=pytest.mark.slow) for each in FAMILIES]
+)
 def test_adapters_of_a_family(name: str) -> None:
     check_family(with_lora(FAMILIES[name]()))
 

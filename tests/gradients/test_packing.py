@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from tests.gradients.architectures import (
@@ -24,10 +23,7 @@ from torch import Tensor
 from cropi.functional.projection import SparseProjection, principal_directions
 from cropi.gradients.engine import Engine
 from cropi.gradients.exact import DenseReader, ExactReader
-from cropi.gradients.group_influence import influence
-from cropi.gradients.groups import Group, SurrogateSettings
-from cropi.gradients.influence_scorer import ScorerOptions
-from cropi.gradients.packing import Pack, Segment, make_pack, plan
+from cropi.gradients.packing import Segment, plan
 from cropi.gradients.reference import trainable_parameters
 from cropi.gradients.sketch import SketchReader, StructuredMap, UniformMap
 
@@ -126,90 +122,6 @@ def _turned(part: Segment) -> dict[str, Any]:
         "scales": part.scales[::-1],
         "behaviour_logprobs": None if logprobs is None else logprobs[::-1],
     }
-
-
-VALIDATION = {
-    "a": [draw_group(5, [4, 6, 2], seed=11), draw_group(2, [7, 3], seed=12)],
-    "b": [draw_group(3, [5, 9], seed=13)],
-}
-
-
-@pytest.mark.parametrize(("score", "validation_mean"), [("dot", "plain"), ("cosine", "normalized")])
-@pytest.mark.parametrize("estimator", ["exact", "uniform", "structured"])
-def test_influence_of_a_prompt_does_not_depend_on_order_or_budget(
-    estimator: str, score: str, validation_mean: str
-) -> None:
-    model = tiny("gpt_neox")
-    options: dict[str, Any] = {"estimator": "exact"}
-    if estimator != "exact":
-        options = {"estimator": "sketch", "projection": SparseProjection(256, 0.3, 1, estimator, rank=3)}
-
-    def values(train: list[Group], budget: int | None) -> np.ndarray:
-        found = influence(
-            model,
-            train,
-            VALIDATION,
-            surrogate=SurrogateSettings(temperature=0.8),
-            options=ScorerOptions(score=score, validation_mean=validation_mean, batch_tokens=budget, **options),
-        )
-        assert set(found.status) == {"ok"}
-        return found.values
-
-    together = values(TRAIN, 10_000)
-    assert np.abs(together).min() > 1e-4
-    np.testing.assert_allclose(values(TRAIN[::-1], 10_000)[::-1], together, rtol=1e-9)
-    np.testing.assert_allclose(np.concatenate([values([group], 10_000) for group in TRAIN]), together, rtol=1e-9)
-    np.testing.assert_allclose(values(TRAIN, None), together, rtol=1e-9)
-    for budget in (1, 14):
-        np.testing.assert_allclose(values(TRAIN, budget), together, rtol=1e-9, err_msg=f"{budget} tokens")
-
-
-def test_influence_by_engine_is_that_of_the_reference() -> None:
-    model = tiny("gpt_neox")
-    for score in ("dot", "cosine"):
-        for validation_mean in ("plain", "normalized"):
-            found = [
-                influence(
-                    model,
-                    TRAIN,
-                    VALIDATION,
-                    surrogate=SurrogateSettings(temperature=0.8),
-                    options=ScorerOptions(e, score, validation_mean),
-                )
-                for e in ("exact", "reference")
-            ]
-            np.testing.assert_allclose(found[0].values, found[1].values, rtol=1e-9)
-            np.testing.assert_allclose(found[0].ratio_ess, found[1].ratio_ess, rtol=1e-9)
-
-
-def one_pack(groups: list[Group]) -> Pack:
-    return make_pack(segments(groups), torch.device("cpu"))
-
-
-def test_layout_of_a_pack_by_hand() -> None:
-    pack = one_pack([Group("p", [2, 3], [[4, 5, 6], [7], [8, 9]], [1.0, 0.0, 3.0], None), GROUPS[1]])
-    assert pack.input_ids_S[:5].tolist() == [2, 3, 4, 5, 8]  # the prompt once; last tokens predict nothing
-    assert pack.position_ids_S[:5].tolist() == [0, 1, 2, 3, 2]
-    assert pack.targets_E[:6].tolist() == [4, 5, 6, 7, 8, 9]
-    assert pack.sources_E[:6].tolist() == [1, 2, 3, 1, 1, 4]
-    assert [(span.index, span.start, span.stop) for span in pack.spans] == [(0, 0, 5), (1, 5, 15)]
-    assert [(span.index, span.start, span.stop) for span in pack.predictions] == [(0, 0, 6), (1, 6, 17)]
-
-
-def test_rows_of_attention_hold_prompt_and_one_completion_each() -> None:
-    pack = one_pack(TRAIN)
-    ids, positions = pack.input_ids_S[pack.rows.gather_R].tolist(), pack.position_ids_S[pack.rows.gather_R].tolist()
-    found, start = [], 0
-    for count, width in pack.rows.blocks:
-        for _ in range(count):
-            row, places = ids[start : start + width], positions[start : start + width]
-            length = next((t for t in range(1, width) if places[t] != t), width)
-            assert places[:length] == list(range(length))
-            assert row[length:] == [row[0]] * (width - length)
-            found.append(row[:length])
-            start += width
-    assert sorted(found) == sorted(g.prompt_ids + c[:-1] for g in TRAIN for c in g.completions)
-    assert torch.equal(torch.tensor(ids)[pack.rows.scatter_S], pack.input_ids_S)
 
 
 def test_plan_keeps_to_the_budget_and_to_the_number_of_segments() -> None:

@@ -237,15 +237,6 @@ def test_a_compiled_model_is_refused() -> None:
         Reader(torch.compile(nn.Linear(2, 2)), [{}])
 
 
-def test_frozen_weights_are_left_alone() -> None:
-    model: Any = tiny("llama").float()
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_("layers.1" in name)
-    directions = directions_for(model)
-    ids, mask = rows_of_tokens()
-    assert gap(read(model, directions, ids, mask), expected(model, directions, ids, mask, WEIGHTS)) < 1e-5
-
-
 SHARES = {
     "llama": 1.0,
     "qwen2": 1.0,

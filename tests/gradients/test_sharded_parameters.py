@@ -56,18 +56,12 @@ class Question:
 
 
 QUESTIONS = {
-    "llama": Question("llama"),
     "llama_accelerate": Question("llama", as_accelerate_does, score="cosine", errors=True),
     "llama_modules": Question("llama", by_modules, score="cosine", first=2),
-    "llama_exact": Question("llama", estimator="exact", score="cosine", first=0),
-    "tied": Question("llama_tied", score="cosine", first=5),
     "tied_accelerate": Question("llama_tied", as_accelerate_does, estimator="exact", first=5),
     "qwen2": Question("qwen2", as_accelerate_does, scorer={"validation_mean": "normalized"}),
-    "qwen2_exact": Question("qwen2", estimator="exact"),
-    "qwen3": Question("qwen3", as_accelerate_does, score="cosine", settings={"advantage_std": False}, first=1),
     "gpt_neox": Question("gpt_neox", as_accelerate_does, score="gain", batch_tokens=1000),
     "lora": Question("llama_lora", score="cosine", errors=True, first=0),
-    "lora_accelerate": Question("llama_lora", as_accelerate_does, estimator="exact", score="cosine"),
     "uniform": Question("qwen2", scorer={"projection": SparseProjection(dim=128, keep_fraction=0.3, mask="uniform")}),
 }
 
@@ -123,7 +117,7 @@ def blocks_of_any_number(mesh: DeviceMesh) -> np.ndarray:
 
 def copied_and_sharded(mesh: DeviceMesh) -> dict[str, Any]:
     """Hybrid sharding: every process has all of the parameters, in parts of one, and need not wait for another."""
-    question = QUESTIONS["llama"]
+    question = QUESTIONS["llama_modules"]
     mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("copies", "parts"))
     return answer(question, by_blocks(BUILDERS["llama"](), mesh), TRAIN[:4] if mesh.get_coordinate()[0] else TRAIN[4:])
 
@@ -133,7 +127,7 @@ def identity(style: Callable[..., Any], mesh: DeviceMesh) -> str:
 
 
 def aim_in_lockstep(mesh: DeviceMesh) -> str:
-    scorer = scorer_of(QUESTIONS["llama"], by_blocks(BUILDERS["llama"](), mesh))
+    scorer = scorer_of(QUESTIONS["llama_modules"], by_blocks(BUILDERS["llama"](), mesh))
     with pytest.raises(ValueError, match="inside lockstep") as caught, scorer.lockstep():
         scorer.aim(VALIDATION)
     return str(caught.value)
@@ -155,7 +149,6 @@ def memory(style: Callable[..., Any], mesh: DeviceMesh) -> dict[str, Any]:
     layer = sum(p.numel() for p in model.base_model.layers[0].parameters())
     model = style(model, mesh)
     segment = segment_of(0, TRAIN[0], SETTINGS)
-    assert segment is not None
     watch, forward = Watch(model), list[int]()
     engine = Engine(model, SETTINGS, batch_tokens=40)
     after_init = whole_numbers(model)
@@ -181,7 +174,7 @@ def training_after_scoring(
     """Gradients of a training step, whole."""
     model = BUILDERS[policy]()
     model = style(model if precision is None else model.float(), mesh, precision).train()
-    scorer = scorer_of(QUESTIONS["llama"], model)
+    scorer = scorer_of(QUESTIONS["llama_modules"], model)
     scorer.aim(VALIDATION)
     scorer(TRAIN if mesh.get_rank() else [])
     assert model.training
@@ -200,6 +193,7 @@ def in_bfloat16(style: Callable[..., Any], mesh: DeviceMesh) -> dict[str, Any]:
 
 
 STYLES = {"blocks": by_blocks, "accelerate": as_accelerate_does, "modules": by_modules}
+TRAINED = [("llama", "modules", by_modules), ("qwen2", "accelerate", as_accelerate_does)]
 OTHERS = {
     "calls": blocks_of_any_number,
     "aim": aim_in_lockstep,
@@ -209,8 +203,7 @@ OTHERS = {
     **{f"bfloat16/{name}": partial(in_bfloat16, style) for name, style in STYLES.items()},
     **{
         f"training/{policy}/{name}/{kind}": partial(training_after_scoring, style, policy, precision)
-        for policy in ("llama", "qwen2")
-        for name, style in STYLES.items()
+        for policy, name, style in TRAINED
         for kind, precision in (("float64", None), ("mixed", BFLOAT16))
     },
 }
@@ -256,7 +249,7 @@ def test_processes_may_ask_any_number_of_times(found: dict[str, list[Any]]) -> N
 
 
 def test_copies_of_sharded_parameters_go_their_own_way(found: dict[str, list[Any]]) -> None:
-    expected = answer(QUESTIONS["llama"], BUILDERS["llama"](), TRAIN)["values"]
+    expected = answer(QUESTIONS["llama_modules"], BUILDERS["llama"](), TRAIN)["values"]
     first, second = of(found, "hybrid")
     np.testing.assert_allclose(np.concatenate([second["values"], first["values"]]), expected, rtol=1e-7)
 
@@ -299,8 +292,7 @@ def test_mixed_precision_is_close_to_a_policy_in_bfloat16(style: str, found: dic
     assert float((features - expected["features"]).norm() / expected["features"].norm()) < 0.05
 
 
-@pytest.mark.parametrize("style", STYLES)
-@pytest.mark.parametrize("policy", ["llama", "qwen2"])
+@pytest.mark.parametrize(("policy", "style"), [case[:2] for case in TRAINED])
 def test_scoring_leaves_a_policy_that_trains_as_before(policy: str, style: str, found: dict[str, list[Any]]) -> None:
     model = BUILDERS[policy]().train()
     loss_of(model).backward()

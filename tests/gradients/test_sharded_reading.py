@@ -37,7 +37,7 @@ def directed(model: Any) -> dict[str, Any]:
     """Three rounds of validation groups: five members of uneven lengths, in micro-batches that two ranks share."""
     settings = SurrogateSettings(normalizer="constant", max_completion_length=12)
     sampling = Sampling(12, 1.0)
-    made: Any = ValidationPass({}, lambda rows: [], sampling, settings, 25, lambda *_: 0)
+    made: Any = ValidationPass({}, sampling, settings, 25, lambda *_: 0)
     given = []
     for seed in range(3):
         drawn = [draw_group(3 + n, [2 + n, 5, 9 - n], seed=10 * seed + n) for n in range(5)]

@@ -23,11 +23,7 @@ from cropi.stages.score import ScoredPool, score_pool
 
 pytestmark = pytest.mark.slow  # processes of its own for every worker of the tests
 
-WAYS = {
-    "parts": [],
-    "errors": ["score.standard_errors=true"],
-    "exact": ["score.estimator=exact"],
-}
+WAYS = {"parts": [], "errors": ["score.standard_errors=true"], "exact": ["score.estimator=exact"]}
 
 
 def stage(overrides: Sequence[str], model: Any, folder: Path) -> None:
@@ -63,9 +59,7 @@ def of_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_two_processes_score_as_one_that_has_the_whole_policy(
-    way: str, of_two: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_processes_score_as_one_that_has_the_whole_policy(way, of_two, tmp_path, monkeypatch):
     pieces_of_three(monkeypatch)
     stage(WAYS[way], tiny_llama(tied=True), tmp_path)
     one, two = scored(tmp_path), scored(of_two / way)

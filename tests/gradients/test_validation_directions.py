@@ -21,9 +21,7 @@ ROOMS = (1 << 40, 300 * (4 * len(VALIDATION) + 20))
 @pytest.mark.parametrize("mask", ["structured", "uniform"])
 @pytest.mark.parametrize("mean", ["plain", "normalized"])
 @pytest.mark.parametrize("name", ["qwen2", "llama", "llama_lora"])
-def test_parts_of_the_parameters_make_the_same_directions(
-    name: str, mean: str, mask: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_parts_of_the_parameters_make_the_same_directions(name, mean, mask, monkeypatch):
     projection = SparseProjection(dim=128, keep_fraction=0.2, mask=mask)  # type: ignore[arg-type]
     found = []
     for room in ROOMS:

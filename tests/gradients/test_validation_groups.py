@@ -23,10 +23,7 @@ from cropi.seeds import unit_interval
 from cropi.stages.score import ScoredPool, score_pool
 
 SOURCES = {one.prompt_id: "here" for one in [*MIXED, SOLVED, UNREADABLE]}
-TABLES = {
-    "train": table([*MIXED, SOLVED, UNREADABLE], "train"),
-    "validation/sum": table(VALIDATION, "validation/sum"),
-}
+TABLES = {"train": table([*MIXED, SOLVED, UNREADABLE], "train"), "validation/sum": table(VALIDATION, "validation/sum")}
 UNEVEN = [group(f"u{n}", [1.0] * (1 + n) + [0.0] * (3 - n)) for n in range(3)]  # pass rates 1/4, 1/2, 3/4
 
 
@@ -50,9 +47,7 @@ def vector(groups: list[Group]) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("estimator", ["exact", "sketch", "reference"])
-def test_candidates_take_the_place_of_validation_sets(
-    tmp_path: Path, estimator: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_candidates_take_the_place_of_validation_sets(tmp_path, estimator, monkeypatch):
     monkeypatch.setattr(LearnAlignStrategy, "candidates_aimed_at", 4)
     rows, details = scored(tmp_path, "learnalign", f"score.estimator={estimator}", "score.score=cosine")
     gradients = vector(MIXED)

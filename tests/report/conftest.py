@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.runs import trajectory
 
 from cropi.artifacts import (
     NO_SIGNAL,
@@ -56,20 +57,14 @@ class Fabrication:
 
 
 def make_config(folder: Path, made: Fabrication) -> Config:
+    sources = {"sources": [BUILTIN]}
+    test = {"near": sources, "far": sources, "other": {"targeted": False, **sources}}
     values: dict[str, Any] = {
         "name": "small",
         "run_dir": str(folder),
         "seed": 3,
         "policy": {"path": "builtin"},
-        "prompts": {
-            "train": [BUILTIN],
-            "validation": {name: [BUILTIN] for name in VALIDATION},
-            "test": {
-                "near": {"sources": [BUILTIN]},
-                "far": {"sources": [BUILTIN]},
-                "other": {"targeted": False, "sources": [BUILTIN]},
-            },
-        },
+        "prompts": {"train": [BUILTIN], "validation": {name: [BUILTIN] for name in VALIDATION}, "test": test},
         "verifier": {"type": "exact"},
         "collect": {"num_generations": 4, "max_completion_length": 8},
         "select": {"strategy": {"type": made.strategy}, "fraction": 0.25},
@@ -81,17 +76,8 @@ def make_config(folder: Path, made: Fabrication) -> Config:
 
 def write_evaluation(folder: Path, step: int, answers: Mapping[str, str], completion: str = "2") -> None:
     rows = [
-        {
-            "set": name,
-            "prompt_id": f"{name}-{number}",
-            "source": "sum",
-            "step": step,
-            "greedy": float(right),
-            "sampled": None,
-            "samples": 0,
-            "completion": completion,
-            "verdict": "correct" if right == "1" else "wrong",
-        }
+        {"set": name, "prompt_id": f"{name}-{number}", "source": "sum", "step": step, "greedy": float(right)}
+        | {"sampled": None, "samples": 0, "completion": completion, "verdict": "correct" if right == "1" else "wrong"}
         for name, marks in answers.items()
         for number, right in enumerate(marks)
     ]
@@ -99,15 +85,10 @@ def write_evaluation(folder: Path, step: int, answers: Mapping[str, str], comple
 
 
 def train_rows(made: Fabrication) -> list[dict[str, Any]]:
+    names, text = made.source_names, json.dumps(made.prompt_text)
     return [
-        {
-            "prompt_id": f"p{number:03}",
-            "set": "train",
-            "source": made.source_names[number % len(made.source_names)],
-            "messages": json.dumps(made.prompt_text),
-            "answer": "2",
-        }
-        for number in range(made.prompts)
+        {"prompt_id": f"p{n:03}", "set": "train", "source": names[n % len(names)], "messages": text, "answer": "2"}
+        for n in range(made.prompts)
     ]
 
 
@@ -124,20 +105,10 @@ def write_trajectories(space: RunFolder, made: Fabrication) -> None:
     for number, prompt in enumerate(train_rows(made)):
         for sample in range(4):
             right = number % 3 == 2 or sample < 2
-            rows.append(
-                {
-                    "prompt_id": prompt["prompt_id"],
-                    "set": "train",
-                    "sample": sample,
-                    "prompt_ids": [1, 2],
-                    "completion_ids": [3, 4, 5],
-                    "behaviour_logprobs": [-0.5] * 3,
-                    "completion": made.completion_text,
-                    "reward": float(right),
-                    "verdict": "correct" if right else "wrong",
-                    "status": TRUNCATED if (number, sample) == (0, 3) else OK,
-                }
-            )
+            told = {"completion": made.completion_text, "verdict": "correct" if right else "wrong"}
+            told |= {"completion_ids": [3, 4, 5], "behaviour_logprobs": [-0.5] * 3, "reward": float(right)}
+            status = TRUNCATED if (number, sample) == (0, 3) else OK
+            rows.append(trajectory(prompt["prompt_id"], sample=sample, prompt_ids=[1, 2], status=status, **told))
     write_table(space.trajectories / "part-train-00000.parquet", rows, TRAJECTORIES)
     counts = {"ok": len(rows) - 1, "prompt_too_long": 1, "truncated": 1}
     finish(space.trajectories, "trajectories", inputs={}, counts=counts)
@@ -163,33 +134,27 @@ def reliability_of(made: Fabrication) -> dict[str, Any] | None:
     return {"reliability": {"alpha": 0.5, "beta": 0.25}, "expected_overlap": 0.6, "chance": 0.375}
 
 
+def drift_of(stage: int) -> dict[str, float]:
+    return {"ratio_ess": 1 - 0.25 * stage, "clip_share": 0.125 * stage, "kl": 0.02 * stage}
+
+
 def write_scores(space: RunFolder, made: Fabrication, stage: int) -> None:
     rows = []
     for number, prompt in enumerate(train_rows(made)):
         signal = number % 3 != 2
-        row = {
-            "prompt_id": prompt["prompt_id"],
-            "source": prompt["source"],
-            "status": OK if signal else NO_SIGNAL,
-            "pass_rate": 0.5 if signal else 1.0,
-            "completion_tokens": 12,
-            "feature_norm": 1.0,
-            "ratio_ess": 1 - 0.25 * stage if signal else None,
-            "clip_share": 0.125 * stage if signal else None,
-            "kl": 0.02 * stage if signal else None,
-            "top_probability": (1 / (number + 1) if signal else 0.0) if made.errors else None,
-        }
+        chance = (1 / (number + 1) if signal else 0.0) if made.errors else None
+        row = {"prompt_id": prompt["prompt_id"], "source": prompt["source"], "status": OK if signal else NO_SIGNAL}
+        row |= {"pass_rate": 0.5 if signal else 1.0, "completion_tokens": 12, "feature_norm": 1.0}
+        row |= drift_of(stage) if signal else dict.fromkeys(drift_of(stage))
+        row |= {"top_probability": chance}
         for name in VALIDATION:
             row[f"influence/{name}"] = influence_of(number, stage, name) if signal else 0.0
             row[f"standard_error/{name}"] = standard_error(stage, name) if signal and made.errors else None
         rows.append(row)
     folder = space.stages.scores(stage)
     write_table(folder / "scores.parquet", rows, scores_schema(VALIDATION))
-    details = {
-        "reliability": reliability_of(made),
-        "direction_reliability": {"alpha": 0.9, "beta": None},
-        "drift": {"ratio_ess": 1 - 0.25 * stage, "clip_share": 0.125 * stage, "kl": 0.02 * stage},
-    }
+    details = {"reliability": reliability_of(made), "direction_reliability": {"alpha": 0.9, "beta": None}}
+    details |= {"drift": drift_of(stage)}
     finish(folder, "scores", inputs={}, counts=count_status(row["status"] for row in rows), details=details)
     append_jsonl(space.folder / "ledger.jsonl", charge("score", stage, 3.0, tokens=100))
 
@@ -202,17 +167,9 @@ def write_selection(space: RunFolder, made: Fabrication, stage: int) -> None:
     first = stage * (size // 3) if strategy == "influence" else 0
     order = [*prompts[first:], *prompts[:first]]
     rows = [
-        {
-            "prompt_id": prompt["prompt_id"],
-            "source": prompt["source"],
-            "selected": place < size,
-            "rank": place + 1,
-            "score": 1 / (place + 1),
-            "scores": [(name, influence_of(place, stage, name)) for name in scored],
-            "pass_rate": 0.5,
-            "status": OK,
-            "reason": f"{strategy}: #{place + 1}" if place < size else None,
-        }
+        {"prompt_id": prompt["prompt_id"], "source": prompt["source"], "selected": place < size, "rank": place + 1}
+        | {"score": 1 / (place + 1), "scores": [(name, influence_of(place, stage, name)) for name in scored]}
+        | {"pass_rate": 0.5, "status": OK, "reason": f"{strategy}: #{place + 1}" if place < size else None}
         for place, prompt in enumerate(order)
     ]
     details = {"asked_for": size, "strategy": strategy, "stage": stage}

@@ -132,7 +132,3 @@ def test_a_prompt_is_explained(space):
     assert "2 ± 0.5 #12" in text
     assert "drawn 2 × (1 largest expected gain on alpha, 1 drawn from the belief on alpha)" in text
     assert "P(best)  " not in text
-
-
-def test_the_best_are_those_drawn_most_often(space):
-    assert [found.prompt_id for found in explanations(space.config, space, [], top=1)] == ["p000"]

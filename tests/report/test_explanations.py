@@ -6,7 +6,7 @@ import pytest
 from cropi.artifacts import SELECTION, finish, write_table
 from cropi.curriculum.strategies import InfluenceStrategy, LearnabilityStrategy, PassRateStrategy
 from cropi.errors import ArtifactError, UserError
-from cropi.report.explanations import LEGEND, WHY_NOT, Cut, SetInfluence, Trained, as_text, explanations, outcome
+from cropi.report.explanations import WHY_NOT, Cut, SetInfluence, Trained, as_text, explanations, outcome
 from cropi.run_tables import scores_schema
 from cropi.streams import append_jsonl
 
@@ -31,21 +31,11 @@ def space(fabricate):
     """Six prompts, of which stage 0 has scores and a selection; the prompt table is the fabricated one."""
     space = fabricate(prompts=6, stages_scored=0, stages_selected=0, trained=False)
     folder = space.stages.scores(0)
+    drift = {"ratio_ess": 0.75, "clip_share": 0.125, "kl": 0.02}
     rows = [
-        {
-            "prompt_id": prompt_id,
-            "source": "sum",
-            "status": status,
-            "pass_rate": 0.5,
-            "ratio_ess": 0.75 if status == "ok" else None,
-            "clip_share": 0.125 if status == "ok" else None,
-            "kl": 0.02 if status == "ok" else None,
-            "top_probability": 0.625 if status == "ok" else 0.0,
-            "influence/alpha": alpha,
-            "influence/beta": beta,
-            "standard_error/alpha": error,
-            "standard_error/beta": None,
-        }
+        {"prompt_id": prompt_id, "source": "sum", "status": status, "pass_rate": 0.5, "influence/alpha": alpha}
+        | {"influence/beta": beta, "standard_error/alpha": error, "standard_error/beta": None}
+        | (drift | {"top_probability": 0.625} if status == "ok" else dict.fromkeys(drift) | {"top_probability": 0.0})
         for prompt_id, (status, alpha, error, beta) in SCORES.items()
     ]
     write_table(folder / "scores.parquet", rows, scores_schema(NAMES))
@@ -58,17 +48,10 @@ def space(fabricate):
 def write_selection(space):
     folder = space.stages.selection(0)
     rows = [
-        {
-            "prompt_id": prompt_id,
-            "source": "sum",
-            "selected": place < 2,
-            "rank": place + 1 if prompt_id in RANKED else None,
-            "score": 1.0,
-            "scores": [],
-            "pass_rate": None if SCORES[prompt_id][0] == "gold_unparseable" else 0.5,
-            "status": SCORES[prompt_id][0],
-            "reason": f"influence: #{place + 1}" if place < 2 else None,
-        }
+        {"prompt_id": prompt_id, "source": "sum", "selected": place < 2, "score": 1.0, "scores": []}
+        | {"rank": place + 1 if prompt_id in RANKED else None, "status": SCORES[prompt_id][0]}
+        | {"pass_rate": None if SCORES[prompt_id][0] == "gold_unparseable" else 0.5}
+        | {"reason": f"influence: #{place + 1}" if place < 2 else None}
         for place, prompt_id in enumerate([*RANKED, "p002", "p004"])
     ]
     write_table(folder / "selection.parquet", rows, SELECTION)
@@ -236,7 +219,10 @@ def test_the_text_of_a_prompt(space):
         "  0      ok      0.50       1 of 4  0.62     1 ± 1.5 #3  2 ± not measured #1  0.75  12.5 %  0.020  "
         "selected (influence: #1)"
     )
-    assert lines[-1] == LEGEND
+    told = lines[-1]
+    assert all(f"{name}: " in told for name in ("P(best)", "ESS", "Clip", "KL"))
+    assert "Trained:" not in told  # no such column
+    assert "Drawn:" not in told
 
 
 HOSTILE = "\x1b[31mred\x1b[0m\n  0      selected\r\x00<script>\u202e\ud800 " + "long " * 200

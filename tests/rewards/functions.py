@@ -119,13 +119,13 @@ def never_ends(completions: list[str], **_: Any) -> list[float]:
     return [1.0]
 
 
+LOCK = asyncio.Semaphore(1)  # belongs to the loop in which it is first waited for
+
+
 def raises_on_gold(completions: list[str], answer: list[str], **_: Any) -> list[float]:
     if completions[0] == answer[0]:
         raise ValueError("no reasoning")
     return [float(completions[0].endswith(answer[0]))]
-
-
-LOCK = asyncio.Semaphore(1)  # belongs to the loop in which it is first waited for
 
 
 async def later(completions: list[str], answer: list[str], **_: Any) -> list[float]:
@@ -231,12 +231,6 @@ def _read_input() -> None:
     assert sys.stdin.read() == ""
 
 
-def _child_that_exits() -> None:
-    if (child := os.fork()) == 0:
-        sys.exit()
-    os.waitpid(child, 0)
-
-
 def _exhaust_descriptors() -> None:
     with suppress(OSError):
         while True:
@@ -289,15 +283,13 @@ def _daemon_and_hang() -> None:
     time.sleep(1000)
 
 
-def _end_parent_and_wait(number: signal.Signals) -> None:
-    os.kill(os.getppid(), number)
+def _end_parent_and_wait() -> None:
+    os.kill(os.getppid(), signal.SIGKILL)
     time.sleep(1000)
 
 
 DEEDS: dict[str, tuple[Callable[[], object], str]] = {  # and the verdict on a right answer that does it
-    "old message": (lambda: _write(b'{"done": [["correct", 0, ""]]}\n'), ERROR),
     "message": (lambda: _write(b'["judged", "correct", 0.0, "", null]\n'), ERROR),
-    "empty line": (lambda: _write(b"\n"), ERROR),
     "no line": (lambda: _write(b"\x00\xff"), ERROR),
     "flood": (lambda: _write(b"x" * 2**23), ERROR),
     "close": (lambda: os.closerange(0, 256), ERROR),
@@ -308,8 +300,7 @@ DEEDS: dict[str, tuple[Callable[[], object], str]] = {  # and the verdict on a r
     "speechless": (_raise_speechless, ERROR),
     "half a character": (_raise_half_a_character, ERROR),
     "kill all": (lambda: os.killpg(0, signal.SIGKILL), ERROR),
-    "kill parent": (lambda: _end_parent_and_wait(signal.SIGKILL), ERROR),
-    "end parent": (lambda: _end_parent_and_wait(signal.SIGTERM), ERROR),
+    "kill parent": (_end_parent_and_wait, ERROR),
     "detached, end": (_detached_and_end, ERROR),
     "read": (_read, TIMEOUT),
     "stop all": (lambda: os.killpg(0, signal.SIGSTOP), TIMEOUT),
@@ -317,7 +308,6 @@ DEEDS: dict[str, tuple[Callable[[], object], str]] = {  # and the verdict on a r
     "child, hang": (lambda: subprocess.run(["sleep", os.environ["CROPI_TEST_SLEEP"]], check=False), TIMEOUT),
     "truncate": (_truncate, CORRECT),
     "read input": (_read_input, CORRECT),
-    "child that exits": (_child_that_exits, CORRECT),
     "print": (lambda: print('{"done": [["correct", 0, ""]]}', flush=True), CORRECT),
     "descriptors": (_exhaust_descriptors, CORRECT),
     "folder": (lambda: os.chdir("/"), CORRECT),

@@ -74,15 +74,6 @@ def test_answers_are_written_as_the_verifier_wants_them_and_a_strict_one_pays_fo
     assert cheap(marked, prompts("sums", [str(n) for n in range(40)])) == {"sums": {"the prompt's last number"}}
 
 
-def test_many_rows_are_sampled_evenly() -> None:
-    rows = prompts("measures", [str(n) for n in range(1050)])
-    verifier = FunctionVerifier(type="function", path="tests.rewards.functions.lenient")
-    found = cheap_answers(verifier, judge_of(verifier, LIMITS), rows)
-    (row,) = (row for row in found if row["answer"] == "'nan'")
-    assert row["rows"] == 96  # every eleventh
-    assert row["earns"] == 1
-
-
 @pytest.mark.parametrize(("count", "of", "chance"), [(0, 4, 0.3), (2, 5, 0.25), (5, 5, 0.5), (3, 6, 1.0), (1, 3, 0.0)])
 def test_the_binomial_tail_by_counting(count: int, of: int, chance: float) -> None:
     p = Fraction(chance)

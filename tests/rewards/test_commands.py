@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import io
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -17,20 +17,12 @@ from cropi.config.loading import load_config
 from cropi.errors import ConfigError
 from cropi.rewards.reward_audit import audit_of
 from cropi.rewards.verifiers.exact_text import ExactVerifier
-from tests.runs import cropi
+from tests.runs import cropi_error, cropi_ok
 
 
 def verify(text: str, *arguments: str, cwd: Path | None = None) -> tuple[list[dict[str, Any]], str, int]:
-    done = subprocess.run(
-        [sys.executable, "-m", "cropi", "verify", *arguments],
-        input=text,
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        timeout=120,
-        env=os.environ | {"PYTHONUNBUFFERED": "1"},
-        check=False,
-    )
+    command = [sys.executable, "-m", "cropi", "verify", *arguments]
+    done = subprocess.run(command, input=text, capture_output=True, text=True, cwd=cwd, timeout=120, check=False)
     return [json.loads(line) for line in done.stdout.splitlines()], done.stderr, done.returncode
 
 
@@ -43,7 +35,11 @@ def test_one_verdict_a_row_in_order() -> None:
     found, errors, code = verify(lines(*rows), "--verifier", "numeric")
     assert [row["verdict"] for row in found] == ["wrong"] * 3 + ["correct", "wrong", "unparseable_answer"]
     assert all(set(row) == {"verdict", "seconds"} and row["seconds"] >= 0 for row in found)
-    assert "4 wrong, 1 correct, 1 unparseable_answer; 0 processes ended" in errors
+    counts, _, ended = errors.splitlines()[-1].partition("; ")  # in the order in which processes answered
+    assert (sorted(counts.split(", ")), ended) == (
+        ["1 correct", "1 unparseable_answer", "4 wrong"],
+        "0 processes ended",
+    )
     assert code == 0
 
 
@@ -68,11 +64,7 @@ def test_grades_are_shown(tmp_path: Path) -> None:
     rows = [{"completion": text, "answer": "7"} for text in ("7", "777", "77777")]
     options = ["--option", "path=mine.f", "--option", "graded=true"]
     found, _, code = verify(lines(*rows), "--verifier", "function", *options, cwd=tmp_path)
-    assert [(row["verdict"], row.get("reward")) for row in found] == [
-        ("wrong", 0.25),
-        ("correct", 0.75),
-        ("error", 0),
-    ]
+    assert [(row["verdict"], row.get("reward")) for row in found] == [("wrong", 0.25), ("correct", 0.75), ("error", 0)]
     assert "outside 0 to 1" in found[2]["note"]
     assert code == 0
 
@@ -99,18 +91,11 @@ def test_grades_are_shown(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_a_user_can_fix(text: str, arguments: list[str], message: str) -> None:
-    found, errors, code = verify(text, *arguments)
-    assert (code, found) == (2, [])
-    assert message in errors
-    assert "Traceback" not in errors
-
-
-def test_rows_before_one_that_cannot_be_read_are_judged() -> None:
-    found, errors, code = verify(lines({"completion": "7", "answer": "7"}) + "oops\n", "--verifier", "exact")
-    assert [row["verdict"] for row in found] == ["correct"]
-    assert "line 2" in errors
-    assert code == 2
+def test_what_a_user_can_fix(text, arguments, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+    done = cropi_error("verify", *arguments, cwd=tmp_path)
+    assert message in done.stderr
+    assert done.stdout == ""
 
 
 def test_an_interrupt_ends_it_at_once(tmp_path: Path) -> None:
@@ -118,7 +103,6 @@ def test_an_interrupt_ends_it_at_once(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "cropi", "verify", "--verifier", "function", "--option", "path=slow.f"]
     pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     with subprocess.Popen([*command, "--seconds", "600"], cwd=tmp_path, **pipes) as running:
-        assert running.stdin is not None
         running.stdin.write(lines({"completion": "7", "answer": "7"}).encode())
         running.stdin.close()
         time.sleep(4)
@@ -144,7 +128,6 @@ def test_an_audit_by_hand() -> None:
         "hard": {"completions": 4, "in_format": 0.0, "right": 0.0},
     }
     assert audit.verdicts == {"correct": 2, "wrong": 1, "unparseable_answer": 3, "unparseable_gold": 2}
-    assert audit.disagreement is not None
     assert (audit.disagreement["count"], audit.disagreement["first_only"], audit.disagreement["of"]) == (1, 1, 8)
     assert [row["completion"] for row in audit.disagreement["examples"]] == ["so 1"]
     assert any("1 gold answers cannot be read" in text for text in audit.fixes)
@@ -195,16 +178,6 @@ def test_gold_answers_that_the_verifier_fails_on_are_not_called_wrong() -> None:
     assert audit.fixes[0].startswith("3 gold answers or completions ended as error (ValueError: no reasoning)")
 
 
-def test_the_command_ends_over_a_verifier_that_fails_on_every_row(tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text("def f(completions, **_):\n    raise RuntimeError('not set up')\n")
-    done = cropi(
-        "audit-rewards", "quickstart", "verifier={type: function, path: mine.f}", "--prompts", "2", cwd=tmp_path
-    )
-    assert (done.returncode, done.stdout) == (2, "")
-    assert "RuntimeError: not set up" in done.stderr
-    assert "Traceback" not in done.stderr
-
-
 def test_an_audit_tells_of_answers_that_need_no_thought() -> None:
     config = load_config("quickstart", ["verifier={type: function, path: tests.rewards.functions.lenient}"])
     prompts = [PROMPTS[0] | {"source": "measures", "answer": str(n), "messages": '"?"'} for n in range(20)]
@@ -216,8 +189,7 @@ def test_an_audit_tells_of_answers_that_need_no_thought() -> None:
 
 
 def test_the_command_samples_where_nothing_is_collected_and_writes_nothing(tmp_path: Path) -> None:
-    done = cropi("audit-rewards", "quickstart", "--prompts", "6", "--against", "numeric", "--json", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    done = cropi_ok("audit-rewards", "quickstart", "--prompts", "6", "--against", "numeric", "--json", cwd=tmp_path)
     result = json.loads(done.stdout)
     assert result["completions"] == 48
     assert result["origin"] == "sampled now"

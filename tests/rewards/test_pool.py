@@ -26,7 +26,6 @@ from cropi.rewards.verifiers.gsm8k import Gsm8kVerifier
 from cropi.rewards.verifiers.math_answer import MathVerifier
 from cropi.rewards.verifiers.numeric import NumericVerifier
 from cropi.rewards.verifiers.python_function import FunctionVerifier
-from cropi.rewards.verifiers.reasoning_gym import ReasoningGymVerifier
 from tests.rewards import functions, hostile
 
 LIMITS = VerificationConfig(seconds=1.0, memory_mb=256)
@@ -45,9 +44,7 @@ def test_verdicts_come_in_the_order_of_the_rows() -> None:
     assert pool.counts == {CORRECT: 333, WRONG: 167}
 
 
-def test_grades_come_out_of_the_processes_and_what_is_outside_is_an_error(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_grades_come_out_of_the_processes_and_what_is_outside_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     graded = function("grades").model_copy(update={"graded": True})
     with Pool(graded, LIMITS) as pool:
         found = pool([Answered(text, "7") for text in ("0.25", "1", "0", "3", "no number")])
@@ -57,25 +54,6 @@ def test_grades_come_out_of_the_processes_and_what_is_outside_is_an_error(
     told = capsys.readouterr().err
     assert told.count("the verifier failed on a completion") == 1
     assert "the score 3.0 is outside 0 to 1" in told
-
-
-def test_a_grade_is_remembered() -> None:
-    verifier = ReasoningGymVerifier(type="reasoning_gym", graded=True)
-    row = Answered("17", "7", "chain_sum", "", "{}")
-    with Pool(verifier, LIMITS.model_copy(update={"memory_mb": 1024})) as pool:
-        first, twin = pool([row, row])
-        (again,) = pool([row])
-    assert first == twin == again
-    assert first.verdict == WRONG
-    assert 0 < first.grade < 1  # type: ignore[operator]
-
-
-def test_no_more_processes_than_rows() -> None:
-    with Pool(EXACT, LIMITS.model_copy(update={"processes": 6})) as pool:
-        assert pool([]) == []
-        assert not pool._workers
-        pool([Answered("7", "7")])
-        assert len(pool._workers) == 1
 
 
 def test_a_process_that_died_while_idle_is_replaced_and_no_row_is_blamed() -> None:
@@ -99,9 +77,7 @@ def test_a_thread_that_asked_first_may_end() -> None:
         assert pool([Answered("8", "8")])[0].verdict == CORRECT
 
 
-def test_an_answer_that_ended_two_processes_is_remembered_unless_the_verifier_is_yours(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_an_answer_that_ended_two_processes_is_remembered_unless_the_verifier_is_yours(monkeypatch):
     limits = LIMITS.model_copy(update={"seconds": 0.3, "processes": 1})
     bad = Answered("bad", "7")
     with Pool(function("hangs"), limits) as pool:
@@ -113,13 +89,6 @@ def test_an_answer_that_ended_two_processes_is_remembered_unless_the_verifier_is
             first, twin = pool([bad, bad])
             assert first == twin == pool([bad])[0]  # the very same seconds
             assert (first.verdict, pool.kills) == (verdict, 2)
-
-
-def test_what_raises_is_not_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(FunctionVerifier, "pure", True)
-    with Pool(function("raises"), LIMITS) as pool:
-        assert pool([Answered("bad", "7")])[0].verdict == ERROR
-        assert not pool._cache
 
 
 def test_a_function_that_misbehaves_costs_its_own_row_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,23 +196,20 @@ def test_one_pool_serves_all_who_ask() -> None:
     assert judge_of(EXACT, LIMITS) is not judge_of(NumericVerifier(type="numeric"), LIMITS)
 
 
-@pytest.mark.timeout(300)
-@pytest.mark.parametrize(
-    "config",
-    [
-        MathVerifier(type="math"),
-        BoxedVerifier(type="boxed"),
-        NumericVerifier(type="numeric"),
-        Gsm8kVerifier(type="gsm8k"),
-        ExactVerifier(type="exact", marker="is"),
-    ],
-    ids=lambda config: config.type,
+VERIFIERS = (
+    *(MathVerifier(type="math"), NumericVerifier(type="numeric"), ExactVerifier(type="exact", marker="is")),
+    *(BoxedVerifier(type="boxed"), Gsm8kVerifier(type="gsm8k")),
 )
-def test_hostile_answers(config: object, tmp_path: Path) -> None:
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("every", [7, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("config", VERIFIERS, ids=lambda config: config.type)
+def test_hostile_answers(config: object, every: int, tmp_path: Path) -> None:
     """No hang, no crash, nothing run, no wrong `correct`, bounded memory, and the pool serves on after every one."""
     marker = tmp_path / "ran"
-    rows = [Answered(*row) for row in hostile.rows(str(marker))]
-    assert len(set(rows)) >= 500
+    rows = [Answered(*row) for row in hostile.rows(str(marker))][::every]
+    assert len(set(rows)) >= 500 / every
     plain = Answered("so #### 7, the answer is \\boxed{7}" if config.type != "exact" else "is 7", "7")  # type: ignore[attr-defined]
     with Pool(config, LIMITS.model_copy(update={"seconds": 0.5})) as pool:  # type: ignore[arg-type]
         judged = pool(rows)

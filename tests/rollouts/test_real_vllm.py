@@ -7,7 +7,6 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 
 import psutil
 import pytest
@@ -97,9 +96,7 @@ def vllm_serve(port: int) -> list[str]:
 
 
 @pytest.mark.timeout(900)
-def test_its_server_killed_in_mid_collection_and_started_again_loses_and_doubles_nothing(
-    policy: Policy, tmp_path: Path
-) -> None:
+def test_its_server_killed_in_mid_collection_and_started_again_loses_and_doubles_nothing(policy, tmp_path):
     """And what it says comes as its tokens: each completion has its end, where it was not cut."""
     environment = {"VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
     settings = {"model": str(POLICY_DIR), "body": {"top_k": -1, "return_token_ids": True}}
@@ -110,9 +107,7 @@ def test_its_server_killed_in_mid_collection_and_started_again_loses_and_doubles
         assert len(row["completion_ids"]) == 16 or row["status"] == "ok"
 
 
-def test_a_run_collects_through_it_and_its_processes_are_gone(
-    policy: Policy, engine: VllmGenerator, tmp_path: Path
-) -> None:
+def test_a_run_collects_through_it_and_its_processes_are_gone(policy, engine, tmp_path):
     engine(prompts(policy, 1), Sampling(1, None), seed=1)
     before = engine_processes()
     assert before, "those of an engine that is in use are seen"

@@ -209,47 +209,34 @@ IDS = {"token_ids": "of the text"}  # replaced by the token ids of `answer 3`
 
 NOT_SAMPLED: dict[str, Any] = {
     reason: said("answer 3", reason) for reason in ("abort", "error", "content_filter", "tool_calls", "", "Stop")
-} | {
-    "abort with ids": said("answer 3", "abort", **IDS),
-    "abort without text": said("", "abort", token_ids=[]),
-}
+} | {"abort with ids": said("answer 3", "abort", **IDS), "abort without text": said("", "abort", token_ids=[])}
 MALFORMED: dict[str, Any] = {
     "text null": said(None),
-    "text a number": said(3),
     "finish_reason null": said("answer 3", None),
-    "finish_reason missing": (200, {"choices": [{"text": "answer 3"}]}),
     "text missing": (200, {"choices": [{"finish_reason": "stop"}]}),
     "HTML": (200, b"<html><body>502 Bad Gateway</body></html>"),
     "event stream": plain(200, b'data: {"choices": []}\n\ndata: [DONE]\n', Content_Type="text/event-stream"),
     "nothing": (200, b""),
     "error object": (200, {"error": {"message": "engine is dead", "code": 500}}),
     "a chat completion": (200, {"choices": [{"message": {"content": "answer 3"}, "finish_reason": "stop"}]}),
-    "choices null": (200, {"choices": None}),
-    "no choice": (200, {"choices": []}),
     "two choices": (200, {"choices": [CHOICE, CHOICE]}),
     "usage that counts nonsense": (200, GOOD | {"usage": {"completion_tokens": "many"}}),
     "usage that contradicts the ids": (200, body_of("answer 3", **IDS) | {"usage": {"completion_tokens": 7}}),
     "negative id": said("answer 3", token_ids=[-1]),
     "id beyond the vocabulary": said("answer 3", token_ids=[81]),
     "id a round float": said("answer 3", token_ids=[7.0]),
-    "id a boolean": said("answer 3", token_ids=[True]),
-    "ids a number": said("answer 3", token_ids=7),
     "no id": said("answer 3", token_ids=[]),
     "ids of another text": said("even 3", **IDS),
-    "ids of less text": said("answer 3 3", **IDS),
     "another prompt": said("answer 3", prompt_token_ids=[5, 6, 7]),
-    "prompt ids nonsense": said("answer 3", prompt_token_ids="5 6 7"),
     "NaN among the log-probs": said("answer 3", logprobs={"token_logprobs": [float("nan")]}),
     "stop_reason a fraction": said("answer 3", stop_reason=2.5),
     "half a surrogate": (200, json.dumps(body_of("answer X")).replace("X", "\\ud800").encode()),
     "not UTF-8": (200, json.dumps(GOOD).encode("utf-16")),
     "nested deeply": (200, b'{"choices": ' + b"[" * 100_000),
-    "cut": (200, b'{"choices": [{"te'),
     "shorter than it says": plain(200, json.dumps(GOOD).encode(), Content_Length="5000"),
     "a chunk cut short": cut_chunk,
     "hung up": hangs_up,
     "gzip that is none": plain(200, json.dumps(GOOD).encode(), Content_Encoding="gzip"),
-    "gzip of no completion": plain(200, gzip.compress(b"<html>"), Content_Encoding="gzip"),
     "endless": plain(200, b" " * (2**24 + 1)),
     "gzip of something endless": plain(200, gzip.compress(b" " * (2**24 + 1)), Content_Encoding="gzip"),
     "silence": silence,
@@ -261,30 +248,8 @@ MALFORMED: dict[str, Any] = {
 }
 BAD = NOT_SAMPLED | MALFORMED
 # An answer for each way to fail: not sampled, malformed in body, ids or encoding, cut off, without end, too slow.
-GIVEN_UP = [
-    *NOT_SAMPLED,
-    *(
-        "text null",
-        "HTML",
-        "error object",
-        "negative id",
-        "not UTF-8",
-        "nested deeply",
-        "shorter than it says",
-        "a chunk cut short",
-    ),
-    *(
-        "a chunk cut short",
-        "hung up",
-        "gzip of something endless",
-        "silence",
-        "drip",
-        "drip of headers",
-        "busy",
-        "a huge error",
-        "500",
-    ),
-]
+GIVEN_UP = ["abort", "Stop", "text null", "HTML", "error object", "negative id", "nested deeply", "a chunk cut short"]
+GIVEN_UP += ["gzip of something endless", "silence", "drip", "drip of headers", "busy", "a huge error", "500"]
 
 
 def filled(reply: Any, policy: Policy) -> Any:
@@ -303,22 +268,24 @@ def by_seed(policy: Policy, body: Mapping[str, Any]) -> tuple[int, Any]:
     return 200, body_of(text, **more) | {"usage": {"completion_tokens": len(tokens)}}
 
 
+@pytest.fixture(scope="module")
+def undisturbed(policy: Policy) -> Iterator[list[list[int]]]:
+    fake = Fake(lambda _, body: by_seed(policy, body))
+    yield ask(policy, fake, concurrency=2)
+    fake.close()
+
+
 @pytest.mark.parametrize("name", BAD)
-def test_one_bad_answer_among_good_ones_changes_nothing(
-    name: str, policy: Policy, serving: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_bad_answer_among_good_ones_changes_nothing(name, undisturbed, policy, serving, monkeypatch):
     monkeypatch.setattr("cropi.rollouts.server.TIMEOUT_S", 0.5)
     bad = filled(BAD[name], policy)
-    without = ask(policy, serving(lambda _, body: by_seed(policy, body)), concurrency=2)
     fake = serving(lambda number, body: bad if number == 2 else by_seed(policy, body))
-    assert ask(policy, fake, concurrency=2) == without
+    assert ask(policy, fake, concurrency=2) == undisturbed
     assert len(fake.bodies) == len(PROMPTS) + 1
 
 
 @pytest.mark.parametrize("name", GIVEN_UP)
-def test_a_server_that_answers_badly_is_given_up_within_patience(
-    name: str, policy: Policy, serving: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_server_that_answers_badly_is_given_up_within_patience(name, policy, serving, monkeypatch):
     monkeypatch.setattr("cropi.rollouts.server.TIMEOUT_S", 0.3)
     bad = filled(BAD[name], policy)
     began = time.monotonic()
@@ -348,20 +315,14 @@ def test_patience_begins_with_the_first_failure(policy: Policy, serving: Any) ->
 @pytest.mark.parametrize(
     ("more", "reason", "ends"),
     [
-        ({}, "stop", "eos"),
-        ({"stop_reason": None}, "stop", "eos"),
+        ({}, "stop", "eos"), ({"stop_reason": None}, "stop", "eos"),
         ({"stop_reason": "eos"}, "stop", "eos"),  # replaced by the id
         ({"matched_stop": "eos"}, "stop", "eos"),  # as SGLang has it
-        ({"stop_reason": "\n"}, "stop", None),
-        ({"stop_reason": ""}, "stop", None),
-        ({"matched_stop": "\n"}, "stop", None),
-        ({"stop_reason": 7}, "stop", None),
-        ({}, "length", None),
+        ({"stop_reason": "\n"}, "stop", None), ({"stop_reason": ""}, "stop", None),
+        ({"matched_stop": "\n"}, "stop", None), ({"stop_reason": 7}, "stop", None), ({}, "length", None),
     ],
-)
-def test_an_end_is_appended_only_where_it_was_sampled(
-    more: dict[str, Any], reason: str, ends: str | None, policy: Policy, serving: Any
-) -> None:
+)  # fmt: skip
+def test_an_end_is_appended_only_where_it_was_sampled(more, reason, ends, policy, serving):
     eos = policy.tokenizer.eos_token_id
     more = {key: eos if value == "eos" else value for key, value in more.items()}
     found = ask(policy, serving(lambda *_: said("answer 3", reason, **more)), prompts="text")
@@ -381,9 +342,8 @@ def test_ids_may_hold_more_than_a_text_that_was_cut_at_a_stop_string(policy: Pol
     assert ask(policy, serving(lambda *_: said("answer 3", stop_reason="4", token_ids=ids))) == [ids] * len(PROMPTS)
 
 
-def test_a_collection_that_ends_over_bad_answers_goes_on_with_the_same_bytes(
-    policy: Policy, serving: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.slow
+def test_a_collection_that_ends_over_bad_answers_goes_on_with_the_same_bytes(policy, serving, tmp_path, monkeypatch):
     bad = [filled(reply, policy) for reply in BAD.values() if not callable(reply)]
     failing = threading.Event()
 
@@ -419,17 +379,13 @@ def test_a_collection_that_ends_over_bad_answers_goes_on_with_the_same_bytes(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"url": "http://"}, "url"),
-        ({"url": "http://:8000/v1"}, "url"),
-        ({"url": "http://localhost:99999/v1"}, "url"),
-        ({"url": "http://exa mple/v1"}, "url"),
-        ({"url": "http://localhost:8000/v1?key=1"}, "url"),
+        ({"url": "http://"}, "url"), ({"url": "http://:8000/v1"}, "url"), ({"url": "http://localhost:99999/v1"}, "url"),
+        ({"url": "http://exa mple/v1"}, "url"), ({"url": "http://localhost:8000/v1?key=1"}, "url"),
         ({"body": {"stream": True}}, "stream cannot be set by body"),
         ({"body": {"echo": True, "n": 2}}, "echo, n cannot be set by body"),
-        ({"body": {"top_k": float("nan")}}, "body"),
-        ({"body": {"since": date(2026, 1, 1)}}, "body"),
+        ({"body": {"top_k": float("nan")}}, "body"), ({"body": {"since": date(2026, 1, 1)}}, "body"),
     ],
-)
+)  # fmt: skip
 def test_settings_that_no_request_can_be_made_of(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ServerConfig.model_validate({"url": "http://localhost:8000/v1", "model": "m"} | changes)

@@ -75,9 +75,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str,
 
 
 @pytest.mark.parametrize(("strategy", "moment", "call"), MOMENTS, ids=[f"{one}: {at}" for one, at, _ in MOMENTS])
-def test_a_killed_run_ends_like_an_undisturbed_one(
-    strategy: str, moment: str, call: tuple[str, ...], undisturbed: dict[str, dict[str, Any]], tmp_path: Path
-) -> None:
+def test_a_killed_run_ends_like_an_undisturbed_one(strategy, moment, call, undisturbed, tmp_path):
     dying = [sys.executable, str(Path(__file__).with_name("dying.py")), *call, *arguments(strategy)]
     killed = subprocess.run(dying, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert killed.returncode == -signal.SIGKILL, f"it was not killed {moment}: {killed.stderr}"

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from tests.conftest import tiny_llama
-from tests.runs import SMALL
+from tests.runs import SMALL, trajectory
 
 from cropi.artifacts import TRAJECTORIES, read_table
 from cropi.config import Config
@@ -42,19 +42,17 @@ SOLVED = group("solved", [1.0] * 4)
 BROKEN = group("broken", [1.0, 0.0, 0.0, 1.0], logprob=float("nan"))
 UNREADABLE = group("unreadable", [0.0] * 4)
 VALIDATION = [group(f"v{n}", [1.0, 0.0, 1.0, 0.0]) for n in range(3)]
-OTHER = [group(f"w{n}", [1.0, 0.0, 1.0, 0.0]) for n in range(3)]
 SOURCES = {g.prompt_id: "here" for g in [*MIXED, SOLVED, BROKEN, UNREADABLE]} | {"long": "here"}
 
 
 def table(groups: list[Group], name: str) -> pa.Table:
     rows: list[dict[str, Any]] = []
     for g in groups:
-        assert g.behaviour_logprobs is not None
         status = "gold_unparseable" if g is UNREADABLE else "ok"
         for k, completion in enumerate(g.completions):
-            row = {"prompt_id": g.prompt_id, "set": name, "sample": k, "prompt_ids": g.prompt_ids}
-            row |= {"completion_ids": completion, "behaviour_logprobs": g.behaviour_logprobs[k], "completion": ""}
-            rows.append(row | {"reward": g.rewards[k], "verdict": "", "status": status})
+            ids = {"prompt_ids": g.prompt_ids, "completion_ids": completion, "reward": g.rewards[k]}
+            logprobs = g.behaviour_logprobs[k]
+            rows.append(trajectory(g.prompt_id, name, k, status=status, behaviour_logprobs=logprobs, **ids))
     RNG.shuffle(rows)
     return pa.Table.from_pylist(rows, schema=TRAJECTORIES)
 
@@ -99,11 +97,7 @@ def test_rows_and_statuses(tmp_path: Path, estimator: str, monkeypatch: pytest.M
     assert all(row["influence/sum"] != 0 and row["ratio_ess"] < 1 for row in rows if row["status"] == "ok")
     settings = surrogate_settings(config(), "dr_grpo", "none")
     direct = influence(
-        tiny_llama(tied=True),
-        MIXED,
-        {"sum": VALIDATION},
-        surrogate=settings,
-        options=ScorerOptions("exact"),
+        tiny_llama(tied=True), MIXED, {"sum": VALIDATION}, surrogate=settings, options=ScorerOptions("exact")
     )
     bound = 0.2 if estimator == "sketch" else 1e-6
     np.testing.assert_allclose(values(rows[:9]), direct.values[:, 0], atol=bound * np.abs(direct.values).max())
@@ -168,7 +162,6 @@ def test_groups_come_in_order_and_in_full_however_few_rows_are_read_at_once(monk
     assert found["unreadable"] is None
     for expected in MIXED:
         again = found[expected.prompt_id]
-        assert again is not None
         assert (again.completions, again.rewards) == (expected.completions, expected.rewards)
 
 
@@ -184,9 +177,7 @@ def test_a_broken_validation_set_is_an_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("errors", ["false", "true"])
-def test_an_interrupted_scoring_goes_on_with_the_next_part(
-    errors: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_scoring_goes_on_with_the_next_part(errors, tmp_path, monkeypatch):
     monkeypatch.setattr(score_shards, "SHARD_PROMPTS", 4)
     settings = f"score.standard_errors={errors}"
     whole, details = run(tmp_path / "a", settings)

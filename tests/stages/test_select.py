@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from tests.curriculum import pool
 
 from cropi.config import Config, FusionConfig, Strategy
 from cropi.config.loading import load_config
@@ -17,8 +18,7 @@ from cropi.curriculum.strategies import (
 )
 from cropi.curriculum.strategy import Candidates
 from cropi.errors import SignalError
-from cropi.functional.ranking import selection_size
-from cropi.stages.select import choose, choose_prompts, selection_batches
+from cropi.stages.select import choose_prompts
 
 POOL = Candidates(
     prompt_ids=["a", "b", "c", "d", "e", "f"],
@@ -33,14 +33,8 @@ POOL = Candidates(
 )
 
 
-def chosen(
-    strategy: Strategy, size: int, candidates: Candidates = POOL, fusion: FusionConfig | None = None
-) -> list[str]:
-    ranking = strategy.rank(candidates, size, fusion or FusionConfig())
-    batches = selection_batches(candidates, ranking, choose(candidates, ranking, size))
-    rows = [row for batch in batches for row in batch.to_pylist()]
-    assert sorted(row["prompt_id"] for row in rows) == sorted(candidates.prompt_ids)  # nothing vanishes
-    return [row["prompt_id"] for row in rows if row["selected"]]
+def chosen(strategy: Strategy, size: int, candidates: Candidates = POOL, **options: FusionConfig) -> list[str]:
+    return pool.chosen(strategy, size, candidates, **options)
 
 
 def test_full_takes_everything_with_a_readable_answer() -> None:
@@ -88,16 +82,6 @@ def test_random_is_fixed_or_redrawn() -> None:
         for prompt_id in chosen(fixed, 1, dataclasses.replace(POOL, seed=seed)):
             counts[prompt_id] += 1
     assert all(abs(count - 80) < 4 * (400 * 0.2 * 0.8) ** 0.5 for count in counts.values())
-
-
-def test_a_fraction_means_what_is_written() -> None:
-    assert [selection_size(f, n) for f, n in ((0.07, 100), (0.14, 50), (0.55, 100), (0.1, 101), (1.0, 7))] == [
-        7,
-        7,
-        55,
-        11,
-        7,
-    ]
 
 
 def test_an_empty_selection_is_an_error() -> None:

@@ -1,8 +1,7 @@
 """Imported trajectories in place of the base policy's, by hand."""
 
-from typing import Any
-
 import pyarrow as pa
+from tests.runs import trajectory
 
 from cropi.artifacts import TRAJECTORIES
 from cropi.stages.run import replaced
@@ -10,19 +9,8 @@ from cropi.stages.run import replaced
 
 def table(marks: dict[str, float], generations: int) -> pa.Table:
     """Groups whose log-probs say where they come from."""
-    rows: list[dict[str, Any]] = [
-        {
-            "prompt_id": prompt_id,
-            "set": "train",
-            "sample": sample,
-            "prompt_ids": [1],
-            "completion_ids": [2, 3],
-            "behaviour_logprobs": [mark, float(sample)],
-            "completion": "x",
-            "reward": float(sample),
-            "verdict": "correct",
-            "status": "ok",
-        }
+    rows = [
+        trajectory(prompt_id, sample=sample, completion_ids=[2, 3], behaviour_logprobs=[mark, float(sample)])
         for prompt_id, mark in marks.items()
         for sample in range(generations)
     ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,9 +13,8 @@ from cropi.gradients.groups import SurrogateSettings
 from cropi.parallel import ProcessGroup
 from cropi.policy import completion_logprobs, load_policy
 from cropi.rollouts.generation import Sampling
-from cropi.stages.validation_pass import SampledGroup, ValidationPass, ValidationPrompt
+from cropi.stages.validation_pass import Answer, Member, SampledGroup, ValidationPass, grouped
 
-NAMES = ("one", "two")
 DUE = {"one": [2, 2, 0], "two": [2, 3]}
 
 
@@ -26,23 +24,13 @@ def test_processes_divide_the_prompts_and_all_get_all_groups() -> None:
     def sampled(ranks: ProcessGroup) -> dict[str, list[SampledGroup]]:
         seeds = []
 
-        def generate(prompts: Sequence[Sequence[int]], sampling: Sampling, *, seed: int) -> list[list[int]]:
+        def ask(members: Sequence[Member], seed: int) -> list[Answer]:
             seeds.append(seed)
-            asked[ranks.rank] = [tuple(prompt) for prompt in prompts]
-            return [[*prompt, n] for n, prompt in enumerate(prompts)]
+            asked[ranks.rank] = list(members)
+            return [Answer((len(name), n), [k], [1], float(k % 2)) for k, (name, n) in enumerate(members)]
 
-        def judge(rows: Sequence[Any]) -> list[Any]:
-            return [SimpleNamespace(reward=float(len(row.completion) % 2)) for row in rows]
-
-        tokenizer = SimpleNamespace(batch_decode=lambda rows, **_: ["x" * row[-1] for row in rows])
-        policy: Any = SimpleNamespace(tokenizer=tokenizer)
-        row = {"answer": "", "source": "", "messages": "", "extra": ""}
-        sets = {
-            name: [ValidationPrompt(row, (n, place)) for place in range(len(DUE[name]))] for n, name in enumerate(NAMES)
-        }
-        sampling, own = Sampling(4, 1.0), SurrogateSettings()
-        validation: Any = ValidationPass(sets, judge, sampling, own, 10, lambda *at: hash(at))
-        groups = validation.sample(policy, generate, DUE, 7)
+        validation = ValidationPass({}, Sampling(4, 1.0), SurrogateSettings(), 10, lambda *at: hash(at))
+        groups = validation.sample(ask, DUE, 7)
         assert seeds == [hash((7, 1)) if ranks.rank else hash((7,))]
         return groups
 
@@ -52,9 +40,24 @@ def test_processes_divide_the_prompts_and_all_get_all_groups() -> None:
         "one": [(0, 2), (1, 2)],
         "two": [(0, 2), (1, 3)],
     }
-    assert sorted(asked[0] + asked[1]) == sorted([(0, 0)] * 2 + [(0, 1)] * 2 + [(1, 0)] * 2 + [(1, 1)] * 3)
+    wanted = [("one", 0)] * 2 + [("one", 1)] * 2 + [("two", 0)] * 2 + [("two", 1)] * 3
+    assert sorted(asked[0] + asked[1]) == wanted
     assert asked[0]
     assert asked[1]
+
+
+def test_what_only_some_prompts_begin_with_counts_as_written_by_a_tool() -> None:
+    answers = [Answer([1, 2, 3], [8, 9], [1, 0], 1.0), Answer([1, 2, 4, 5], [8], [1], 0.0)]
+    group = SampledGroup.of(4, answers)
+    assert (group.member, group.tokens, group.rewards) == (4, [1, 2], [1.0, 0.0])
+    assert group.completions == [[3, 8, 9], [4, 5, 8]]
+    assert group.masks == [[0, 1, 0], [0, 0, 1]]
+
+
+def test_answers_without_a_reward_are_left_out() -> None:
+    answers = [Answer([1], [2], [1], reward) for reward in (None, 1.0, None)]
+    found = grouped([("two", 0), ("one", 3), ("one", 3)], answers)
+    assert found == {("one", 3): [answers[1]]}
 
 
 def test_what_a_tool_wrote_has_no_weight_in_the_direction() -> None:
@@ -62,7 +65,7 @@ def test_what_a_tool_wrote_has_no_weight_in_the_direction() -> None:
     prompt, completions = [5, 6], [[7, 8, 9], [7, 10]]
     group = SampledGroup(0, prompt, completions, [1.0, 0.0], masks=[[1, 0, 1], [1, 1]])
     settings = SurrogateSettings(normalizer="sequence")
-    made = ValidationPass({}, lambda _: [], Sampling(8, 1.0), settings, 100, lambda *_: 0)
+    made = ValidationPass({}, Sampling(8, 1.0), settings, 100, lambda *_: 0)
     loss = made._loss(policy.model, list(made._rows(group)))
     logprobs, _ = completion_logprobs(policy.model, [prompt] * 2, completions, temperature=1.0)
     advantage = 0.5 / (0.5**0.5 + 1e-4)

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
-from tests.runs import SMALL, cropi, json_lines
+from tests.runs import json_lines
+from tests.training.test_online_trainer import SETTINGS, run, same, weights
 
 from cropi.config.loading import load_config
 from cropi.curriculum.strategies.lze import Lze
@@ -20,21 +20,6 @@ from cropi.stages.validation_pass import ValidationPass
 from cropi.training.curriculum_state import load_state
 from cropi.training.group_evidence import LossNormalizer
 from cropi.training.online_trainer import ReadsInfluence
-
-SETTINGS = [
-    *(text for text in SMALL if not text.startswith(("select.", "trainer.per_device"))),
-    "trainer.per_device_train_batch_size=16",
-    "trainer.gradient_accumulation_steps=2",
-    "trainer.save_total_limit=9",
-    "name=run",
-]
-
-
-def run(place: Path, strategy: str) -> Path:
-    place.mkdir(parents=True, exist_ok=True)
-    done = cropi("run", "quickstart", *SETTINGS, f"select.strategy={strategy}", cwd=place)
-    assert done.returncode == 0, done.stderr
-    return place / "runs" / "run"
 
 
 def refuse(*_: object, **__: object) -> None:
@@ -56,28 +41,6 @@ def test_of_rewards_nothing_is_charged_but_training_and_evaluation(mopps: Path) 
     assert not any(line.get("tokens") or line.get("prompt_tokens") for line in lines if line["phase"] == "collect")
     assert not (mopps / "representations").exists()
     assert not list((mopps / "trajectories").glob("part-*"))
-
-
-def test_every_choice_is_written_trained_on_and_one_batch_ahead(mopps: Path) -> None:
-    choices = json_lines(mopps / "choices.jsonl")
-    trained = [row["prompt_ids"] for row in json_lines(mopps / "rewards.jsonl")]
-    assert [list(dict.fromkeys(ids)) for ids in trained] == [row["prompt_ids"] for row in choices]
-    assert [row["asked_at"] for row in choices] == [0, 0, 1, 3, 3, 4]
-
-
-def test_a_resumed_run_equals_an_uninterrupted_one(mopps: Path, tmp_path: Path) -> None:
-    equals_after_resume(mopps, tmp_path, "{type: mopps, candidates: 2}")
-
-
-def equals_after_resume(whole: Path, place: Path, strategy: str) -> None:
-    shutil.copytree(whole.parents[1], place / "again")
-    folder = place / "again" / "runs" / "run"
-    shutil.rmtree(folder / "checkpoints" / "checkpoint-6")
-    run(place / "again", strategy)
-    last = [each / "checkpoints" / "checkpoint-6" for each in (folder, whole)]
-    weights = [load_file(each / "model.safetensors") for each in last]
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-    assert (last[0] / "curriculum.json").read_text() == (last[1] / "curriculum.json").read_text()
 
 
 def test_a_gate_trains_on_some_groups_and_learns_of_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,10 +84,18 @@ def test_refills_are_chosen_and_dropped_groups_are_learned_of(refilled: Path) ->
 
 
 def test_a_refilled_run_resumes_bit_for_bit(refilled: Path, tmp_path: Path) -> None:
-    equals_after_resume(refilled, tmp_path, "thompson-dapo")
+    shutil.copytree(refilled.parents[1], tmp_path / "again")
+    folder = tmp_path / "again" / "runs" / "run"
+    shutil.rmtree(folder / "checkpoints" / "checkpoint-6")
+    run(tmp_path / "again", "thompson-dapo")
+    assert same(weights(folder), weights(refilled))
+    states = [each / "checkpoints" / "checkpoint-6" / "curriculum.json" for each in (folder, refilled)]
+    assert states[0].read_text() == states[1].read_text()
 
 
-@pytest.mark.parametrize("strategy", ["{type: similarity_learnability, by: hidden}", "bmc-t"])
+@pytest.mark.parametrize(
+    "strategy", [pytest.param("{type: similarity_learnability, by: hidden}", marks=pytest.mark.slow), "bmc-t"]
+)
 def test_hidden_states_are_charged(strategy: str, tmp_path: Path) -> None:
     folder = run(tmp_path, strategy)
     lines = json_lines(folder / "ledger.jsonl")

@@ -1,10 +1,9 @@
 """Dynamic sampling against real TRL: what is trained on, what is charged, and a resume that changes no bit."""
 
-import json
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from itertools import cycle, pairwise
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -120,9 +119,7 @@ def drawn(folder: Path) -> list[tuple[int, list[str]]]:
 
 
 @pytest.mark.parametrize("loss", ["grpo", "dr_grpo", "dapo"])
-def test_a_refilled_step_is_the_plain_step_on_the_groups_it_ends_with(
-    loss: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_refilled_step_is_the_plain_step_on_the_groups_it_ends_with(loss, tmp_path, monkeypatch):
     """Gradient of the step against autograd over the surrogate written out, one completion at a time."""
     gradients: dict[str, Tensor] = {}
 
@@ -169,9 +166,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Spy, dict[str
         return folder, spy, run(folder, 9, selections=SELECTIONS, steps=STEPS)
 
 
-def test_every_trained_group_is_mixed_and_everything_sampled_is_charged(
-    whole: tuple[Path, Spy, dict[str, Tensor]],
-) -> None:
+def test_every_trained_group_is_mixed_and_everything_sampled_is_charged(whole):
     folder, spy, _ = whole
     by_step: dict[int, list[list[str]]] = defaultdict(list)
     for step, prompts in drawn(folder):
@@ -218,9 +213,7 @@ def test_a_resumed_run_changes_no_bit(whole: tuple[Path, Spy, dict[str, Tensor]]
     assert metrics(cut) == metrics(folder)
 
 
-def test_at_the_cap_groups_without_variance_stay_and_move_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_at_the_cap_groups_without_variance_stay_and_move_nothing(tmp_path, monkeypatch, capsys):
     spy = Spy(monkeypatch)
     weights = run(tmp_path, 2, steps=2, verify=lambda *_: "wrong")
     assert [(step, len(prompts)) for step, prompts in drawn(tmp_path)] == [(s, 2) for s in (0, 0, 0, 1, 1, 1)]
@@ -232,27 +225,7 @@ def test_at_the_cap_groups_without_variance_stay_and_move_nothing(
     assert "after 2 refills" in capsys.readouterr().err
 
 
-def test_with_nothing_to_replace_it_is_off_to_the_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def alternating() -> Callable[[str, str], str]:
-        verdicts = cycle(["correct", "wrong"])
-        return lambda *_: next(verdicts)
-
-    on = run(tmp_path / "on", 3, steps=2, verify=alternating())
-
-    def never(*_: Any) -> None:
-        raise AssertionError("refilled although it is off")
-
-    monkeypatch.setattr(StageTrainer, "_filled", never)
-    off = run(tmp_path / "off", 0, steps=2, verify=alternating())
-    assert all(torch.equal(weight, off[name]) for name, weight in on.items())
-    assert read_jsonl(tmp_path / "on" / "rewards.jsonl") == read_jsonl(tmp_path / "off" / "rewards.jsonl")
-    assert not any("dynamic" in key for line in metrics(tmp_path / "off") for key in line)
-    assert not json.loads((tmp_path / "off/checkpoints/checkpoint-2/manifest.json").read_text())["details"]
-
-
-def test_several_batches_of_a_step_and_several_steps_of_a_batch(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_several_batches_of_a_step_and_several_steps_of_a_batch(tmp_path, monkeypatch):
     accumulated = ("trainer.gradient_accumulation_steps=2", "trainer.steps_per_generation=1")
     spy = Spy(monkeypatch)
     run(tmp_path / "accumulated", 9, *accumulated)

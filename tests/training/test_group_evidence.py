@@ -21,16 +21,6 @@ def read(evidence: GroupEvidence, rows: list[tuple[str, tuple[int, ...]]]) -> No
     evidence.add([LossRow(TOKENS[prompt], completion, False) for prompt, completion in rows], values)
 
 
-def test_shuffled_rows_are_summed_by_group() -> None:
-    evidence = GroupEvidence(TOKENS, 2, 0)
-    read(evidence, [("b", (6,)), ("a", (5,)), ("b", (5,)), ("a", (6,))])
-    first, second = evidence.finish(judged([1.0, 0.0, 0.0, 1.0], [[5], [6], [5], [6]]))
-    assert first.influence_VCH is not None
-    assert second.influence_VCH is not None
-    assert first.influence_VCH.tolist() == [[[4.0, 40.0], [2.0, 20.0]]]
-    assert second.influence_VCH.tolist() == [[[3.0, 30.0], [1.0, 10.0]]]
-
-
 def test_missing_rewards_and_lost_rows_give_no_influence() -> None:
     evidence = GroupEvidence(TOKENS, 2, 0)
     read(evidence, [("b", (6,)), ("a", (5,)), ("b", (9,)), ("a", (6,))])
@@ -49,7 +39,6 @@ def test_scaling_by_the_batch_is_undone() -> None:
     evidence = GroupEvidence(TOKENS, 2, 0, batch_scaled=True)
     read(evidence, [("a", (5,)), ("a", (6,)), ("b", (5,)), ("b", (6,))])
     first, _ = evidence.finish(judged([1.0, 0.0, 0.0, 1.0], [[5], [6], [5], [6]]))
-    assert first.influence_VCH is not None
     assert np.allclose(first.influence_VCH.sum(1), (np.std([1, 0, 0, 1], ddof=1) + 1e-4) * np.array([[3.0, 30.0]]))
 
 

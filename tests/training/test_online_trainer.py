@@ -2,22 +2,22 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.runs import SMALL, cropi, json_lines
+from tests.runs import SMALL, cropi, cropi_error, cropi_ok, json_lines
 from trl import GRPOConfig
 
 from cropi.config import PolicyConfig
 from cropi.config.loading import load_config
 from cropi.curriculum.curriculum import Curriculum
 from cropi.errors import ConfigError
-from cropi.inspection import _validation_completions
 from cropi.policy import load_policy
+from cropi.run_estimate import _validation_completions
+from cropi.stages.validation_pass import RANK
 from cropi.training.curriculum_state import load_state
 from cropi.training.grpo_settings import grpo_config
 
@@ -33,8 +33,7 @@ Weights = dict[str, torch.Tensor]
 
 def run(place: Path, strategy: str, *overrides: str) -> Path:
     place.mkdir(parents=True, exist_ok=True)
-    done = cropi("run", "quickstart", *SETTINGS, f"select.strategy={strategy}", *overrides, cwd=place)
-    assert done.returncode == 0, done.stderr
+    cropi_ok("run", "quickstart", *SETTINGS, f"select.strategy={strategy}", *overrides, cwd=place)
     return place / "runs" / "run"
 
 
@@ -74,7 +73,7 @@ def test_validation_completions_directions_representations_and_choices_are_charg
     shapes = [m.weight.shape for m in policy.modules() if isinstance(m, torch.nn.Linear)]
     for number, (batch, step) in enumerate(zip(batches, steps, strict=True)):
         sides = sum(map(sum, shapes if number == 0 else shapes[:-1]))  # then it is known that TRL's head is not read
-        tokens, both = batch["tokens"] + batch["prompt_tokens"], 2 * 8  # halves of a direction, of rank 8
+        tokens, both = batch["tokens"] + batch["prompt_tokens"], 2 * RANK  # halves of a direction
         expected = both * tokens * sides / sum(n_out * n_in for n_out, n_in in shapes)
         assert step["read_passes"] == pytest.approx(expected)
 
@@ -92,7 +91,7 @@ def test_check_estimates_what_the_run_then_spends(online: Path, tmp_path: Path) 
 
 @pytest.mark.parametrize(("steps", "rounds"), [(1, 1), (8, 1), (9, 2), (24, 2), (25, 3), (57, 4)])
 def test_check_knows_the_rounds_of_the_curriculum(steps: int, rounds: int) -> None:
-    curriculum, taken = Curriculum(np.eye(4), {"one": np.eye(4)}, seed=0, completions=16), 0
+    curriculum, taken = Curriculum(np.eye(4), {"one": np.eye(4)}, seed=0, batch=2), 0
     for step in range(steps):
         if counts := curriculum.validation_due(step).get("one"):
             taken += sum(counts)
@@ -127,24 +126,18 @@ def test_observing_leaves_the_weights_of_plain_training(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_text("{}")])
-def test_training_does_not_resume_without_the_curriculum_s_state(
-    online: Path, tmp_path: Path, damage: Callable[[Path], object]
-) -> None:
+def test_training_does_not_resume_without_the_curriculum_s_state(online, tmp_path, damage):
     shutil.copytree(online.parents[1], tmp_path / "again")
     folder = tmp_path / "again" / "runs" / "run" / "checkpoints"
     shutil.rmtree(folder / "checkpoint-6")
     damage(folder / "checkpoint-3" / "curriculum.json")
-    done = cropi("run", "quickstart", *SETTINGS, "select.strategy={type: cropi}", cwd=tmp_path / "again")
-    assert done.returncode == 2
+    done = cropi_error("run", "quickstart", *SETTINGS, "select.strategy={type: cropi}", cwd=tmp_path / "again")
     assert "curriculum" in done.stderr
 
 
-def test_where_too_little_is_read_prompts_are_chosen_by_rewards(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_where_too_little_is_read_prompts_are_chosen_by_rewards(tmp_path, monkeypatch):
     monkeypatch.setattr("cropi.stages.online_loop.ENOUGH_READ", 1.1)
-    done = cropi("run", "quickstart", *SETTINGS, "select.strategy={type: cropi}", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    done = cropi_ok("run", "quickstart", *SETTINGS, "select.strategy={type: cropi}", cwd=tmp_path)
     assert "of the squared gradient can be read" in done.stderr
     why = [row["why"] for row in json_lines(tmp_path / "runs" / "run" / "choices.jsonl")]
     assert {source.split()[0] for sources in why[2:] for source in sources} <= {"likeness", "uniform", "learnability"}
@@ -153,8 +146,7 @@ def test_where_too_little_is_read_prompts_are_chosen_by_rewards(
 
 def test_dynamic_sampling_is_refused(tmp_path: Path) -> None:
     settings = [*SETTINGS, "select.strategy={type: cropi}", "train.dynamic_sampling=2"]
-    done = cropi("run", "quickstart", *settings, cwd=tmp_path)
-    assert done.returncode == 2
+    done = cropi_error("run", "quickstart", *settings, cwd=tmp_path)
     assert "train.dynamic_sampling" in done.stderr
 
 
@@ -168,8 +160,7 @@ def test_batches_that_one_process_fetches_for_all_are_refused(tmp_path: Path) ->
     "settings",
     [
         ["trainer.gradient_checkpointing=true", "trainer.gradient_checkpointing_kwargs={use_reentrant: false}"],
-        ["trainer.num_iterations=2"],
-        ["trainer.steps_per_generation=1"],  # two generation batches in an optimiser step
+        ["trainer.steps_per_generation=1", "trainer.num_iterations=2"],  # two generation batches in an optimiser step
         ["trainer.steps_per_generation=4"],  # a generation batch over two optimiser steps
     ],
 )

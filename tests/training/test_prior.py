@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.runs import SMALL, cropi, cropi_ok, json_lines
+from tests.runs import SMALL, cropi_error, cropi_ok, json_lines
 
 from cropi.stages.online import carried
 from cropi.training.curriculum_state import load_state
@@ -79,17 +79,14 @@ def damaged(place: Path, what: str) -> list[str]:
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("unfinished", "is not a finished run of cropi"),
-        ("no run", "holds no config of a run"),
-        ("another policy", "is a run of another policy"),
-        ("another unit", "another loss_type or scale_rewards"),
+        ("unfinished", "is not a finished run of cropi"), ("no run", "holds no config of a run"),
+        ("another policy", "is a run of another policy"), ("another unit", "another loss_type or scale_rewards"),
         ("no such set", "has observed no prompt of this run for the validation set 'parity'"),
         ("no such prompt", "has observed no prompt of this run for the validation set 'sum'"),
     ],
-)
+)  # fmt: skip
 def test_a_run_that_is_unfit_is_refused(what: str, message: str, earlier: Path, tmp_path: Path) -> None:
     shutil.copytree(earlier, tmp_path / "it")
-    done = cropi("run", *damaged(tmp_path / "it", what), cwd=tmp_path / "it")
-    assert done.returncode == 2
+    done = cropi_error("run", *damaged(tmp_path / "it", what), cwd=tmp_path / "it")
     assert message in " ".join(done.stderr.split())
     assert json.loads((earlier / "runs" / "first" / "config.json").read_text())["name"] == "first"

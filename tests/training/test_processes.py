@@ -34,17 +34,11 @@ def settings(processes: int, *overrides: str) -> Any:
 @pytest.mark.parametrize(
     ("processes", "rows", "steps", "expected"),
     [
-        (1, 32, 4, (32, 4)),
-        (2, 32, 4, (32, 2)),
-        (4, 32, 4, (32, 1)),
-        (8, 32, 4, (16, 1)),
-        (6, 33, 4, (11, 2)),
+        (1, 32, 4, (32, 4)), (2, 32, 4, (32, 2)), (4, 32, 4, (32, 1)), (8, 32, 4, (16, 1)), (6, 33, 4, (11, 2)),
         (2, 32, 1, (16, 1)),
     ],
-)
-def test_processes_share_the_batch_of_one(
-    processes: int, rows: int, steps: int, expected: tuple[int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+)  # fmt: skip
+def test_processes_share_the_batch_of_one(processes, rows, steps, expected, monkeypatch):
     """Micro-steps first: what lies in memory at once stays as it was asked for."""
     monkeypatch.setattr("trl.GRPOConfig.world_size", processes)
     overrides = [f"trainer.per_device_train_batch_size={rows}", f"trainer.gradient_accumulation_steps={steps}"]
@@ -59,11 +53,7 @@ def test_generation_batches_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr("trl.GRPOConfig.world_size", 2)
         overrides = [f"trainer.gradient_accumulation_steps={steps}", f"trainer.steps_per_generation={served}"]
         found = settings(2, *overrides, "train.steps_per_stage=4")
-        shape = (
-            found.per_device_train_batch_size,
-            found.gradient_accumulation_steps,
-            found.steps_per_generation,
-        )
+        shape = (found.per_device_train_batch_size, found.gradient_accumulation_steps, found.steps_per_generation)
         assert shape == expected
         assert found.generation_batch_size == 32 * served
 
@@ -75,9 +65,7 @@ def test_generation_batches_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) ->
         (2, ["train.dynamic_sampling=2"], "dynamic sampling supports one process"),
     ],
 )
-def test_what_cannot_be_shared_is_refused(
-    processes: int, overrides: list[str], message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_cannot_be_shared_is_refused(processes, overrides, message, monkeypatch):
     monkeypatch.setattr("trl.GRPOConfig.world_size", processes)
     with pytest.raises(ConfigError, match=message):
         settings(processes, *overrides)

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from tests.runs import grpo_args
 from torch import Tensor
 from transformers import TrainerCallback
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOTrainer
 
 from cropi.config import PolicyConfig
 from cropi.policy import load_policy
@@ -101,21 +102,9 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Watched, Seen]:
         def on_step_end(self, *_: Any, **__: Any) -> None:
             seen.events.append("step")
 
-    settings = GRPOConfig(
-        output_dir=str(tmp_path_factory.mktemp("watched")),
-        max_steps=STEPS,
-        per_device_train_batch_size=ROWS,
-        gradient_accumulation_steps=ACCUMULATION,
-        steps_per_generation=SERVED,
-        num_generations=GENERATIONS,
-        max_completion_length=8,
-        gradient_checkpointing=False,
-        bf16=False,
-        use_cpu=True,
-        report_to=[],
-        save_strategy="no",
-        disable_tqdm=True,
-    )
+    sizes = {"max_steps": STEPS, "per_device_train_batch_size": ROWS, "gradient_accumulation_steps": ACCUMULATION}
+    sizes |= {"steps_per_generation": SERVED, "num_generations": GENERATIONS, "max_completion_length": 8}
+    settings = grpo_args(tmp_path_factory.mktemp("watched"), **sizes)
     dataset = Dataset.from_dict({"prompt": PROMPTS})
     trainer = Watched(policy.model, reward, settings, train_dataset=dataset, processing_class=policy.tokenizer)
     trainer.seen = seen

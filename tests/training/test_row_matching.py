@@ -1,5 +1,6 @@
 """Rows of a loss are found again by their tokens, and what is ambiguous is not guessed."""
 
+import pytest
 import torch
 
 from cropi.training.group_evidence import LossRow, SampledRow, loss_rows, match_rows
@@ -11,28 +12,21 @@ def sampled(*rows: tuple[tuple[int, ...], tuple[int, ...], int]) -> list[Sampled
     return [SampledRow(*row) for row in rows]
 
 
-def test_equal_completions_of_two_prompts_are_told_apart() -> None:
-    known = sampled(((1, 2), (7, 8), 0), ((3,), (7, 8), 1))
-    rows = [LossRow((3,), (7, 8), False), LossRow((1, 2), (7, 8), False)]
-    assert match_rows(known, rows, PAD) == [1, 0]
-
-
-def test_duplicate_prompts_share_what_differs_and_lose_what_does_not() -> None:
-    known = sampled(((1,), (5,), 0), ((1,), (6,), 0), ((1,), (5,), 1), ((1,), (7,), 1))
-    rows = [LossRow((1,), (completion,), False) for completion in (5, 6, 5, 7)]
-    assert match_rows(known, rows, PAD) == [None, 1, None, 3]
-
-
-def test_equal_completions_of_one_group_belong_to_it() -> None:
-    known = sampled(((1,), (5,), 4), ((1,), (5,), 4))
-    assert match_rows(known, [LossRow((1,), (5,), False)] * 2, PAD) == [0, 1]
-
-
-def test_unknown_tokens_match_nothing() -> None:
-    assert match_rows(sampled(((1,), (5,), 0)), [LossRow((1,), (9,), False), LossRow((2,), (9,), False)], PAD) == [
-        None,
-        None,
-    ]
+@pytest.mark.parametrize(
+    ("known", "rows", "expected"),
+    [
+        ([((1, 2), (7, 8), 0), ((3,), (7, 8), 1)], [((3,), (7, 8)), ((1, 2), (7, 8))], [1, 0]),
+        (  # duplicate prompts share what differs and lose what does not
+            [((1,), (5,), 0), ((1,), (6,), 0), ((1,), (5,), 1), ((1,), (7,), 1)],
+            [((1,), (completion,)) for completion in (5, 6, 5, 7)],
+            [None, 1, None, 3],
+        ),
+        ([((1,), (5,), 4), ((1,), (5,), 4)], [((1,), (5,))] * 2, [0, 1]),  # equal completions of one group
+        ([((1,), (5,), 0)], [((1,), (9,)), ((2,), (9,))], [None, None]),
+    ],
+)
+def test_rows_are_found_by_prompt_and_completion_and_nothing_is_guessed(known, rows, expected):
+    assert match_rows(sampled(*known), [LossRow(*row, False) for row in rows], PAD) == expected
 
 
 def test_a_prompt_that_an_environment_changed_is_found_by_its_completion_alone() -> None:

@@ -58,22 +58,16 @@ def test_fsdp2_zero_and_plain_data_parallelism_are_taken() -> None:
     [
         (trainer(None, zero=3, gathers=False), "ds3_gather_for_generation"),
         (trainer(None, zero=3, changed={"offload_param": {"device": "cpu"}}), "offload_param_device"),
-        (
-            trainer(None, zero=3, changed={"stage3_gather_16bit_weights_on_model_save": False}),
-            "zero3_save_16bit_model",
-        ),
+        (trainer(None, zero=3, changed={"stage3_gather_16bit_weights_on_model_save": False}), "zero3_save_16bit_model"),
         (trainer(None, zero=2, half="bf16"), "DeepSpeed trains with rounded weights, to torch.bfloat16"),
         (trainer(None, zero=2, half="fp16"), "to torch.float16, but the policy is scored in float32"),
         (trainer(FSDP2 | {"fsdp_version": 1}), "FSDP1"),
         (trainer(FSDP2 | {"state_dict_type": "StateDictType.SHARDED_STATE_DICT"}), "set it to FULL_STATE_DICT"),
         (trainer(FSDP2 | {"cpu_offload": CPUOffloadPolicy()}), "offloaded to the CPU"),
         (trainer(FSDP2, model=SimpleNamespace(get_base_model=None)), "policy.lora"),
-        (
-            trainer(FSDP2 | {"mixed_precision_policy": BFLOAT16}),
-            "FSDP rounds the weights .*, to torch.bfloat16",
-        ),
+        (trainer(FSDP2 | {"mixed_precision_policy": BFLOAT16}), "FSDP rounds the weights .*, to torch.bfloat16"),
     ],
-)
+)  # fmt: skip
 def test_what_is_refused(refused: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         check_sharding(refused, "float32", None)

@@ -53,17 +53,6 @@ def test_the_full_pool_is_walked_through_before_any_repeat() -> None:
     assert len(set(order)) == 18
 
 
-def test_same_seed_same_order_and_stages_differ() -> None:
-    def draw(seed: int, stage: int) -> list[int]:
-        sampler = StageSampler(SHAPE, chunks_per_stage=4, seed=seed)
-        sampler.start_stage(stage, range(12), stage)
-        return list(sampler)
-
-    assert draw(0, 0) == draw(0, 0)
-    assert draw(0, 0) != draw(1, 0)
-    assert draw(0, 0) != draw(0, 1)
-
-
 def test_an_empty_or_missing_stage_is_refused() -> None:
     sampler = StageSampler(SHAPE, chunks_per_stage=1, seed=0)
     with pytest.raises(ValueError, match="no prompts"):

@@ -87,8 +87,8 @@ def test_an_epoch_begins_before_its_batches_are_made() -> None:
     begins, runs = loop.find("on_epoch_begin("), loop.find("self._run_epoch(")
     assert 0 < begins < runs, "transformers no longer says that an epoch begins before it runs it: stages start there"
     assert "iter(train_dataloader)" in inspect.getsource(Trainer._run_epoch), "it makes an epoch's batches elsewhere"
-    told = "underlying_sampler.set_epoch(epoch)" in inspect.getsource(Trainer._run_epoch)
-    assert told, "transformers tells the sampler no epochs any more: trl.script_run.EpochSampler counts by them"
+    told = "train_dataloader.set_epoch(epoch)" in inspect.getsource(Trainer._run_epoch)
+    assert told, "transformers tells a loader no epochs any more: trl.script_run.ChosenRows counts by them"
 
 
 def private_names(*modules: ModuleType) -> set[str]:
@@ -108,18 +108,17 @@ def private_names(*modules: ModuleType) -> set[str]:
 CALLED = {
     "_generate_and_score_completions": "samples and judges validation prompts as an evaluation does",
     "_metrics": "is kept free of these: they are no evaluation of the user's",
-    "_step": "counts micro-steps; a resumed trainer starts it at 0, which shifts its generation batches",
 }
 
 
-def test_a_script_s_trainer_calls_three_private_names_and_overrides_two() -> None:
+def test_a_script_s_trainer_calls_two_private_names_and_overrides_one() -> None:
     assert private_names(script_run, trl_trainer) == set(CALLED)
     source = inspect.getsource(GRPOTrainer)
     for name, use in CALLED.items():
         assert f"self.{name}" in source, f"TRL's trainer has no {name} any more: it {use}"
     overridden = {name for name in vars(CurriculumTrainer) | vars(ReadsInfluence) if hasattr(GRPOTrainer, name)}
     private = {name for name in overridden if not name.startswith("__") and name.startswith("_")}
-    assert private == {"_get_train_sampler", "_calculate_rewards"}
+    assert private == {"_calculate_rewards"}
 
 
 def test_an_evaluation_samples_by_these_names() -> None:

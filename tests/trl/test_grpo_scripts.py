@@ -56,6 +56,8 @@ SCRIPTS: dict[str, dict[str, Any]] = {
     "batches over steps": {"steps_per_generation": 4, "max_steps": 6},
     "stream": {"train_dataset": IterableDataset.from_generator(lambda: iter(SUM)), "max_steps": 4},
     "epochs": {"max_steps": -1, "num_train_epochs": 2},
+    "loader's workers": {"dataloader_num_workers": 2, "dataloader_persistent_workers": True},
+    "shuffled by TRL": {"shuffle_dataset": True},
     "kl": {"beta": 0.1},
     "dr grpo": {"loss_type": "dr_grpo", "scale_rewards": "none"},
     "batch scaled": {"scale_rewards": "batch", "loss_type": "grpo"},

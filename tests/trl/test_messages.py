@@ -55,6 +55,10 @@ ELSEWHERE = {"server.py"}
         ("my-train.stages.jsonl", "my-train.stages.jsonl"),
         ("raise verification.memory_mb", 'raise verification["memory_mb"]'),
         ("give the run another name (name=...).", "give another Selector.folder."),
+        (
+            "name its own config (/a/b.json) instead of a recipe, or give the new run another name (name=...).",
+            "delete the folder, or give another Selector.folder.",
+        ),
     ],
 )
 def test_keys_become_arguments(text: str, expected: str) -> None:

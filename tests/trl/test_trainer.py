@@ -16,12 +16,14 @@ from datasets import Dataset
 from transformers import TrainerCallback
 
 from cropi.errors import ArtifactError, ConfigError, DataError, UserError
+from cropi.stages.validation_pass import SampledGroup, ValidationPass
 from cropi.trl import CurriculumTrainer, Selector, Verified
 from tests.runs import cropi_error, cropi_ok, json_lines
 from tests.trl.scripts import problems, right, select, short, trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 4
+POOL = problems("sum", "parity", count=4)  # two generation batches
 
 
 def run_of(folder: Path) -> Path:
@@ -35,7 +37,7 @@ def choices(folder: Path) -> list[list[str]]:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, CurriculumTrainer]:
     folder = tmp_path_factory.mktemp("whole")
-    trained = trainer(folder, save_strategy="steps", save_steps=1)
+    trained = trainer(folder, train_dataset=POOL, save_strategy="steps", save_steps=1)
     trained.train()
     return folder, trained
 
@@ -54,7 +56,7 @@ def test_a_script_gains_the_curriculum_with_two_lines() -> None:
 def test_every_prompt_has_a_line(whole: tuple[Path, CurriculumTrainer]) -> None:
     folder, trained = whole
     table = trained.curriculum.table()
-    assert list(table["prompt"]) == list(problems("sum", "parity")["prompt"])
+    assert list(table["prompt"]) == list(POOL["prompt"])
     drawn = [prompt_id for batch in choices(folder) for prompt_id in batch]
     assert list(table["times_drawn"]) == [drawn.count(prompt_id) for prompt_id in table["prompt_id"]]
     assert all(
@@ -88,6 +90,11 @@ def test_the_output_folder_is_explained_and_reported(whole: tuple[Path, Curricul
     cropi_ok("report", str(folder), cwd=folder)
     text = (run_of(folder) / "report.md").read_text()
     assert "no test set" in text
+    assert f"# curriculum of {folder.name}\n" in text
+    assert "cropi run" not in text
+    assert f"**{STEPS}** steps" in text
+    (listed,) = json.loads(cropi_ok("ls", str(folder), "--json", cwd=folder).stdout)["runs"]
+    assert (listed["state"], listed["steps"]) == ("finished", f"{STEPS}/{STEPS}")
 
 
 @pytest.mark.parametrize("command", ["run", "audit"])
@@ -133,14 +140,57 @@ def test_training_notices_nothing_of_the_validation_completions(tmp_path: Path) 
     assert [list(one.prompt) for one in first] == [made.processing_class(row["prompt"])["input_ids"] for row in rows]
 
 
+@pytest.mark.parametrize("family", ["sum", "parity"])
+def test_an_evaluation_on_the_validation_prompts_serves_as_their_round(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not one on other prompts. Its completions are differentiated, and nothing is sampled besides."""
+    held_out, judged, groups = problems("sum", split="validation"), list[tuple[str, float]](), list[SampledGroup]()
+    differentiate = ValidationPass.differentiate
+
+    def noting(self: ValidationPass, model: Any, given: Any) -> Any:
+        groups.extend(group for own in given.values() for group in own)
+        return differentiate(self, model, given)
+
+    def noted(completions: list[str], answer: list[str], **columns: Any) -> list[float]:
+        rewards = right(completions, answer) if columns["trainer_state"].global_step else short(completions)
+        judged.extend((text, round(reward, 6)) for text, reward in zip(completions, rewards, strict=True))
+        return rewards
+
+    monkeypatch.setattr(ValidationPass, "differentiate", noting)
+    made = trainer(
+        tmp_path,
+        select(validation=held_out),
+        reward_funcs=noted,
+        eval_dataset=problems(family, split="validation").shuffle(seed=1),
+        eval_on_start=True,
+        max_steps=2,
+    )
+    made.train()
+    assert groups
+    texts = made.processing_class.batch_decode([c for g in groups for c in g.completions], skip_special_tokens=True)
+    sampled = [(text, round(r, 6)) for text, r in zip(texts, [r for g in groups for r in g.rewards], strict=True)]
+    evaluated = judged[: 6 * made.num_generations_eval]
+    assert (set(sampled) <= set(evaluated)) == (family == "sum")
+    assert (made.curriculum.metrics()["curriculum/overhead_tokens"] == 0) == (family == "sum")
+    assert made.curriculum.table()["influence/validation"].notna().all()
+
+
+def test_a_pool_smaller_than_a_batch_is_repeated(tmp_path: Path) -> None:
+    trainer(tmp_path, train_dataset=problems("sum", count=3), max_steps=2).train()
+    for row in json_lines(run_of(tmp_path) / "rewards.jsonl"):
+        assert (len(row["prompt_ids"]), len(set(row["prompt_ids"]))) == (16, 3)
+
+
 class Stop(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        control.should_training_stop = state.global_step == 2
+        control.should_training_stop = state.global_step == 3  # in the middle of the second epoch
 
 
 def test_a_resumed_training_ends_as_an_uninterrupted_one(whole: tuple[Path, CurriculumTrainer], tmp_path: Path) -> None:
-    trainer(tmp_path, callbacks=[Stop()], save_strategy="steps", save_steps=1).train()
-    resumed = trainer(tmp_path, save_strategy="steps", save_steps=1)
+    settings: dict[str, Any] = {"train_dataset": POOL, "save_strategy": "steps", "save_steps": 1}
+    trainer(tmp_path, callbacks=[Stop()], **settings).train()
+    resumed = trainer(tmp_path, **settings)
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == STEPS
     assert choices(tmp_path) == choices(whole[0])
@@ -196,8 +246,8 @@ def bad(**changes: Any) -> Selector:
         (lambda: bad(validation=problems("sum")), "stand in another role"),
         (lambda: bad(settings={"collect": {"no_such": 1}}), "unknown key collect.no_such"),
         (lambda: bad(strategy="influence"), "chooses the prompts of a stage"),
-        (lambda: bad(strategy="dapo"), "samples groups that it drops"),
-        (lambda: bad(strategy="lze"), "leaves out groups"),
+        (lambda: bad(strategy="dapo"), "leaves out groups that were sampled"),
+        (lambda: bad(strategy="lze"), "leaves out groups that were sampled"),
     ],
 )
 def test_what_cannot_be_is_refused_before_the_first_step(make: Any, message: str, tmp_path: Path) -> None:

@@ -250,14 +250,21 @@ def import_rollouts(
 
 
 @app.command()
-def check(config: ConfigArgument, overrides: Overrides = None, as_json: AsJson = False) -> None:
+def check(
+    config: ConfigArgument,
+    overrides: Overrides = None,
+    dollars_per_hour: Annotated[
+        float | None, typer.Option(min=0, help="Price of this machine; adds the money that the run costs.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
     """Look at config, data, policy and cost; write nothing."""
     loaded = read_own_config(config, overrides)
     say(f"loading the policy {loaded.policy.path} …")
     quiet_libraries()
     from cropi.inspection import check_run
 
-    result = check_run(loaded)
+    result = check_run(loaded, dollars_per_hour)
     print_result(result.as_json(), as_json, result.as_text())
 
 

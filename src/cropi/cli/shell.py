@@ -99,10 +99,8 @@ def begun_config(name: str, overrides: list[str] | None) -> Config:
 
 def read_own_config(config: ConfigLike, overrides: list[str] | None) -> Config:
     """Load the config that a command names. ConfigError for the curriculum of a TRL script: only that can go on."""
-    from cropi.rewards.verifiers.python_function import SCRIPT_REWARDS
-
     loaded = read_config(config, overrides)
-    if getattr(loaded.verifier, "path", None) == SCRIPT_REWARDS:
+    if loaded.is_of_script:
         raise ConfigError(
             "this is the curriculum of a TRL script, and only that script has its model and its reward functions",
             where=str(config),

@@ -16,6 +16,7 @@ from cropi.curriculum.strategies import Strategy
 from cropi.curriculum.strategy import FusionConfig
 from cropi.rewards.verifier import VerificationConfig
 from cropi.rewards.verifiers import Verifier
+from cropi.rewards.verifiers.python_function import SCRIPT_REWARDS
 from cropi.setting_types import FreeTable, Name, Positive, Seed, Table, Temperature
 
 
@@ -230,6 +231,11 @@ class Config(Table):
     def folder(self) -> Path:
         """The run's folder."""
         return Path(self.run_dir) / self.name
+
+    @property
+    def is_of_script(self) -> bool:
+        """Whether it is the curriculum of a TRL script, which alone has the model and the reward functions."""
+        return getattr(self.verifier, "path", None) == SCRIPT_REWARDS
 
     def resolved(self) -> dict[str, Any]:
         """All settings, defaults included, as plain JSON values."""

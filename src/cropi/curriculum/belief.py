@@ -18,7 +18,7 @@ from cropi.functional.points import BLOCK, nearest_cosines, squared_distances, u
 
 HALF_LIFE = 16.0  # steps after which what was seen of influence counts half: the policy has moved
 SPREADS = (0.25, 1.0, 4.0)  # tried: prior variance of the common part, relative to the observed slopes
-OWN_SHARES = (0.02, 0.1, 0.5)  # tried: variance of a prompt's own part, relative to the common part
+OWN_SHARES = (0.1, 0.5, 2.0)  # tried: variance of a prompt's own part, relative to the common part
 CORRELATIONS = (1.0, 0.9, 0.6, 0.3)  # tried: between what a validation prompt and a pool prompt like it give
 BANDWIDTH = 4.0  # median distances to the nearest other point
 FORGOTTEN = 10  # half-lives after which an observation is dropped

@@ -50,14 +50,16 @@ class Curriculum(PromptChooser):
         validation: Mapping[str, Float[np.ndarray, "M E"]],
         *,
         seed: int,
-        completions: int = 64,
+        batch: int = 8,
+        generations: int = 8,
         scaling: Literal["group", "none"] = "group",
         observe_only: bool = False,
     ) -> None:
         """`points_NE` represents the pool's prompts, `validation` those of each set, in the same coordinates.
 
-        `completions` are those of a training step. `scaling` is that of the trainer's advantages: divided by the
-        group's standard deviation, or not. With `observe_only` all prompts are drawn uniformly.
+        A training step has `batch` prompts with `generations` completions each. `scaling` is that of the trainer's
+        advantages: divided by the group's standard deviation, or not. With `observe_only` all prompts are drawn
+        uniformly.
         """
         self._pool, self._names = len(points_NE), sorted(validation)
         self._first = dict[str, int]()
@@ -73,7 +75,7 @@ class Curriculum(PromptChooser):
         self._scaling, self._observe_only = scaling, observe_only
         fingerprint = hashlib.sha256(features_PF).hexdigest()  # type: ignore[arg-type] # contiguous
         super().__init__(self._pool, seed, fingerprint)
-        self._per_round = round(ROUND_STEPS * completions)
+        self._generations, self._per_round = generations, round(ROUND_STEPS * batch * generations)
         self.rewards_only = False  # where too little of the gradient can be read
         self._fitted: dict[str, tuple[int, Hyperparameters]] = {}  # step and choice by set
         self._reliability: dict[str, float] = {}  # of each set's evidence, when that was chosen
@@ -101,8 +103,7 @@ class Curriculum(PromptChooser):
         """Gains by way of choosing and set, and the sets' shares of the places; None if choice is uniform.
 
         A place is for one set, drawn by what is left to learn there: its prompts' mean learnability. The gain on it is
-        learnability x slope, less the harm, likewise, that is done to other sets. The sum over all sets would leave
-        those to themselves on which all gains are small.
+        learnability x slope. Their sum over all sets would leave those to themselves on which all gains are small.
         """
         if self._observe_only or self._is_no_better():
             return None
@@ -111,7 +112,7 @@ class Curriculum(PromptChooser):
         left_V = np.array([learnability_P[self._members(name)].mean() for name in self._names])
         ways: tuple[Source, ...] = ("mean", "draw") if any(found for _, found in known) else ("likeness",)
         slopes = {way: np.stack([self._slopes(*each, way, generator) for each in known]) for way in ways}
-        gains = {source: learnability_P[: self._pool] * without_harm(slopes_VN) for source, slopes_VN in slopes.items()}
+        gains = {source: learnability_P[: self._pool] * slopes_VN for source, slopes_VN in slopes.items()}
         return _Plan(self._names, left_V / left_V.sum(), gains)
 
     def _slopes(
@@ -148,8 +149,7 @@ class Curriculum(PromptChooser):
 
     def _learnability(self) -> Float[np.ndarray, " P"]:
         """Expected size of the advantages: the rewards' standard deviation, or variance if they are not divided."""
-        variances_P = self._rewards.variances()
-        return np.sqrt(variances_P) if self._scaling == "group" else variances_P
+        return self._rewards.deviations(self._generations) if self._scaling == "group" else self._rewards.variances()
 
     def _members(self, name: str) -> Int[np.ndarray, " M"]:
         return np.arange(self._first[name], self._first[name] + self._sizes[name])
@@ -302,13 +302,6 @@ class Curriculum(PromptChooser):
             belief.restore(below(arrays, f"influence/{name}/"))
         fitted = facts["fitted"].items()
         self._fitted = {name: (since, Hyperparameters(**chosen)) for name, (since, chosen) in fitted}
-
-
-def without_harm(slopes_VN: Float[np.ndarray, "V N"]) -> Float[np.ndarray, "V N"]:
-    """Each set's slopes, less the harm to the others: f_v + sum over u != v of min(0, f_u)."""
-    harm_VN = np.minimum(slopes_VN, 0.0)
-    found: np.ndarray = slopes_VN + harm_VN.sum(axis=0) - harm_VN
-    return found
 
 
 def even_counts(weights_M: Float[np.ndarray, " M"], pairs: int, generator: np.random.Generator) -> list[int]:

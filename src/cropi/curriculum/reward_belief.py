@@ -9,7 +9,8 @@ import numpy as np
 from jaxtyping import Float
 
 REWARD_HALF_LIFE = 8.0  # steps after which rewards count half: training changes them fast
-PRIOR_TRIES = 2.0  # completions that the rewards of similar prompts count for
+SUCCESS_HALF_LIFE = 16.0  # the same of a prompt's successes, by which it is known: what was learned stays
+PRIOR_TRIES = 0.8  # completions that the rewards of similar prompts count for: most are solved always or never
 WRONG_RATE = (
     0.1  # share of a success that a prompt with a wrong answer gets: by luck, or since the policy errs likewise
 )
@@ -30,6 +31,7 @@ class RewardBelief:
         self._features_PF = features_PF
         points = len(features_PF)
         self._won_P, self._tries_P = np.zeros(points), np.zeros(points)
+        self._slow_2P = np.zeros((2, points))  # the same two sums, of which success is forgotten more slowly
         self._squares_P, self._freedom_P = np.zeros(points), np.zeros(points)  # within groups; of these, K - 1 each
         self._ever_2P = np.zeros((2, points))  # sums of rewards, and tries, of all times
         self._values = np.empty(0)  # at most three that differ: the smallest, the largest, and one between
@@ -41,6 +43,8 @@ class RewardBelief:
         weight = 2.0 ** (-max(self._step - step, 0) / REWARD_HALF_LIFE)
         self._won_P[point] += weight * float(rewards.sum())
         self._tries_P[point] += weight * len(rewards)
+        slow = 2.0 ** (-max(self._step - step, 0) / SUCCESS_HALF_LIFE)
+        self._slow_2P[:, point] += slow * float(rewards.sum()), slow * len(rewards)
         self._ever_2P[:, point] += float(rewards.sum()), len(rewards)
         self._squares_P[point] += weight * float(((rewards - rewards.mean()) ** 2).sum())
         self._freedom_P[point] += weight * (len(rewards) - 1)
@@ -53,6 +57,7 @@ class RewardBelief:
             factor = 2.0 ** (-(step - self._step) / REWARD_HALF_LIFE)
             for sums in (self._won_P, self._tries_P, self._squares_P, self._freedom_P):
                 sums *= factor
+            self._slow_2P *= 2.0 ** (-(step - self._step) / SUCCESS_HALF_LIFE)
             self._step = step
 
     def pass_rates(self) -> Float[np.ndarray, " P"]:
@@ -75,6 +80,24 @@ class RewardBelief:
         found: np.ndarray = (self._squares_P + PRIOR_TRIES * prior_P) / (self._freedom_P + PRIOR_TRIES)
         return found
 
+    def deviations(self, completions: int) -> Float[np.ndarray, " N"]:
+        """Expected standard deviation of a group's rewards, with Bessel's correction.
+
+        Of K verdicts, k right: sum over k of P(k) sqrt(k (K - k) / (K (K - 1))), with k beta-binomial. It is smaller
+        than the root of the variance where all verdicts of a group may be the same.
+        """
+        if len(self._values) > 2 or completions < 2:
+            return np.sqrt(self.variances())
+        low, high = self._range()
+        a_P, b_P = self._beta()
+        chance_P, found_P = np.ones(len(a_P)), np.zeros(len(a_P))
+        for k in range(completions):
+            chance_P *= (b_P + k) / (a_P + b_P + k)  # at the end that of no right one
+        for k in range(1, completions):
+            chance_P *= (completions - k + 1) / k * (a_P + k - 1) / (b_P + completions - k)
+            found_P += chance_P * (k * (completions - k) / (completions * (completions - 1))) ** 0.5
+        return (high - low) * found_P
+
     def wrong_labels(self, pool: int) -> Float[np.ndarray, " N"]:
         """Probability that the recorded answer of each of the first `pool` points is wrong."""
         low, high = self._range()
@@ -89,13 +112,14 @@ class RewardBelief:
 
     def _beta(self) -> tuple[Float[np.ndarray, " P"], Float[np.ndarray, " P"]]:
         low, high = self._range()
-        own_P = (self._won_P - low * self._tries_P) / (high - low)
-        near_P, won_P = self._near(self._tries_P, own_P)
-        rate_P = (np.minimum(won_P, near_P) + 0.5e-3) / (near_P + 1e-3)
-        return (
-            np.maximum(own_P, 0.0) + PRIOR_TRIES * rate_P,
-            np.maximum(self._tries_P - own_P, 0.0) + PRIOR_TRIES * (1 - rate_P),
+        won_P, slow_P = (
+            np.maximum(sum_P - low * tries_P, 0.0) / (high - low)
+            for sum_P, tries_P in ((self._won_P, self._tries_P), self._slow_2P)
         )
+        near_P, near_won_P = self._near(self._tries_P, won_P)
+        rate_P = (np.minimum(near_won_P, near_P) + 0.5e-3) / (near_P + 1e-3)
+        lost_P = np.maximum(self._tries_P - won_P, 0.0)
+        return slow_P + PRIOR_TRIES * rate_P, lost_P + PRIOR_TRIES * (1 - rate_P)
 
     def _near(self, *sums: Float[np.ndarray, " P"]) -> list[Float[np.ndarray, " P"]]:
         """Sums over points, weighted by how alike they are."""
@@ -106,7 +130,7 @@ class RewardBelief:
 
     def _arrays(self) -> dict[str, np.ndarray]:
         sums = {"won": self._won_P, "tries": self._tries_P, "squares": self._squares_P, "freedom": self._freedom_P}
-        return sums | {"ever": self._ever_2P, "values": self._values}
+        return sums | {"slow": self._slow_2P, "ever": self._ever_2P, "values": self._values}
 
     def state(self) -> dict[str, np.ndarray]:
         """Arrays from which `restore` continues bit for bit."""
@@ -116,6 +140,7 @@ class RewardBelief:
         """Take over such a state."""
         self._won_P, self._tries_P = state["won"].copy(), state["tries"].copy()
         self._squares_P, self._freedom_P = state["squares"].copy(), state["freedom"].copy()
+        self._slow_2P = state["slow"].copy()
         self._ever_2P, self._values = state["ever"].copy(), state["values"].copy()
         self._step = int(state["step"][0])
 

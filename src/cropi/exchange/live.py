@@ -1,20 +1,24 @@
-"""Choosers inside other trainers while they train: prime-rl's task sampler and Trinity-RFT's selector. Free of both.
+"""Choosers inside other trainers while they train: prime-rl, Trinity-RFT and TRL's AsyncGRPO. Free of all three.
 
-They learn from rewards alone: neither trainer shows its backward passes to what chooses. A chooser is made by a
+They learn from rewards alone: none of these shows its backward passes to what chooses. A chooser is made by a
 strategy, such as `MoppsStrategy(type="mopps").chooser`.
 """
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from cropi.curriculum.chooser import Choice, Pool, PromptChooser
+from cropi.curriculum.chooser import Choice, GroupGate, Pool, PromptChooser
+from cropi.errors import ConfigError
 
 MakeChooser = Callable[[Pool], PromptChooser]
+PLACE = "curriculum_place"  # a column of the rows of a stream
 
 
 class LiveChooser:
@@ -26,6 +30,7 @@ class LiveChooser:
         self._chooser = make(Pool(list(prompt_ids), seed, generations=generations, batch=batch))
         self._ids, self._batch = list(prompt_ids), batch
         self._told = 0
+        self._newest = deque[tuple[int, Sequence[float]]](maxlen=batch)  # groups, as places and rewards
         self._waiting = deque[Choice]()  # chosen and not asked for yet
         self._open: dict[int, Choice] = {}  # by place: asked for and not told of
 
@@ -42,8 +47,19 @@ class LiveChooser:
         if not rewards:
             return
         choice = self._open.pop(place, Choice(place, "uniform", ""))
+        self._newest.append((place, list(rewards)))
         self._chooser.observe(choice, rewards, step=self._told // self._batch, group=str(self._told))
         self._told += 1
+
+    @property
+    def leaves_out_groups(self) -> bool:
+        """Whether the chooser trains on some of the groups alone."""
+        return isinstance(self._chooser, GroupGate)
+
+    def keeps_newest(self) -> bool:
+        """Whether a chooser that trains on some groups would keep the newest, in a batch with those told before it."""
+        assert isinstance(self._chooser, GroupGate), "a gate is made for such choosers alone"
+        return len(self._newest) - 1 in self._chooser.kept(list(self._newest), self._told)
 
     def metrics(self) -> dict[str, float]:
         """Numbers for a logger."""
@@ -53,7 +69,8 @@ class LiveChooser:
         """Plain values, which JSON can hold."""
         arrays = self._chooser.state_dict()
         state = {name: [str(a.dtype), list(a.shape), a.ravel().tolist()] for name, a in arrays.items()}
-        return {"chooser": state, "told": self._told, "waiting": [[c.place, c.source] for c in self._waiting]}
+        waiting = [[choice.place, choice.source] for choice in self._waiting]
+        return {"chooser": state, "told": self._told, "waiting": waiting, "newest": [list(g) for g in self._newest]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from such a state."""
@@ -61,6 +78,7 @@ class LiveChooser:
         self._chooser.load_state_dict(arrays)
         self._told, self._open = state["told"], {}
         self._waiting = deque(Choice(place, source, "") for place, source in state["waiting"])
+        self._newest = deque(((place, rewards) for place, rewards in state["newest"]), self._batch)
 
 
 class PrimeSampler(Iterator[Any]):
@@ -70,28 +88,60 @@ class PrimeSampler(Iterator[Any]):
         self, tasks: Sequence[Any], make: MakeChooser, *, batch: int = 64, generations: int = 8, seed: int = 0
     ) -> None:
         self._tasks, self._places = list(tasks), {task.key: place for place, task in enumerate(tasks)}
-        self._live = LiveChooser(list(self._places), make, batch=batch, generations=generations, seed=seed)
+        self.live = LiveChooser(list(self._places), make, batch=batch, generations=generations, seed=seed)
 
     def __next__(self) -> Any:
-        return self._tasks[self._live.next()]
+        return self._tasks[self.live.next()]
 
     def observe(self, group: Sequence[Any]) -> None:
-        """Take a finalised group: the rewards of its trainable traces without an error."""
-        traces = [trace for episode in group if episode.ok for trace in episode.traces]
-        judged = [t.reward for t in traces if not t.has_error and t.agent.trainable and t.num_turns > 0]
-        self._live.tell(self._places[group[0].task.key], judged)
+        """Take a finalised group of episode runs: the rewards of its trainable traces without an error."""
+        self.live.tell(self._places[group[0].context.task.key], _judged(group))
 
     def state_dict(self) -> dict[str, Any]:
         """State for prime-rl's checkpoint."""
-        return self._live.state_dict()
+        return self.live.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
-        self._live.load_state_dict(state_dict)
+        self.live.load_state_dict(state_dict)
 
     def metrics(self) -> dict[str, float]:
         """Numbers for prime-rl's logger."""
-        return self._live.metrics()
+        return self.live.metrics()
+
+
+class PrimeGate:
+    """An `AdmissionGate` of prime-rl's, for a strategy that trains on some of the groups (`lze`).
+
+    prime-rl decides group by group, after its sampler has observed it: a group with different rewards is admitted if it
+    is kept in a batch with those before it. Set `curriculum.gates["cropi"]`. The sampler keeps the state.
+    """
+
+    def __init__(self, sampler: PrimeSampler) -> None:
+        if not sampler.live.leaves_out_groups:
+            raise ConfigError("this strategy trains on all groups", where="PrimeGate", fix="use lze, or no gate.")
+        self._live = sampler.live
+
+    def admit(self, group: Sequence[Any]) -> bool:
+        """Whether a group that was just observed enters the training batch."""
+        return len(set(_judged(group))) > 1 and self._live.keeps_newest()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing of its own."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing of its own."""
+
+    def metrics(self) -> dict[str, float]:
+        """Nothing of its own."""
+        return {}
+
+
+def _judged(group: Sequence[Any]) -> list[float]:
+    """Rewards of the trainable traces of a group of prime-rl's that have no error."""
+    traces = [trace for run in group for trace in run.traces]
+    return [trace.reward for trace in traces if not trace.has_error and trace.agent.trainable]
 
 
 class TrinitySelector:
@@ -127,3 +177,54 @@ class TrinitySelector:
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from a checkpoint."""
         self._live.load_state_dict(state_dict)
+
+
+class PromptStream:
+    """Prompts for TRL's AsyncGRPO: a `train_dataset` that its rollout worker iterates, and a reward function.
+
+        stream = PromptStream(rows, MoppsStrategy(type="mopps").chooser)
+        AsyncGRPOTrainer(..., train_dataset=stream, reward_funcs=StreamReward(stream, accuracy))
+
+    The worker takes both into a process of its own. There they share what they know; a checkpoint does not hold it.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        make: MakeChooser,
+        *,
+        batch: int = 64,
+        generations: int = 8,
+        seed: int = 0,
+    ) -> None:
+        self._rows, ids = rows, [str(place) for place in range(len(rows))]
+        self.live = LiveChooser(ids, make, batch=batch, generations=generations, seed=seed)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        while True:
+            place = self.live.next()
+            yield dict(self._rows[place]) | {PLACE: place}
+
+
+class StreamReward:
+    """The sum of reward functions, as TRL adds them; tells a stream of every group. None where all give None."""
+
+    def __init__(self, stream: PromptStream, *functions: Callable[..., Any]) -> None:
+        self._stream, self._functions = stream, functions
+        self.__name__ = "reward"
+
+    async def __call__(self, **columns: Any) -> list[float | None]:
+        """Rewards of a group."""
+        found = await asyncio.gather(*(_called(function, columns) for function in self._functions))
+        known = [[value for value in own if value is not None] for own in zip(*found, strict=True)]
+        self._stream.live.tell(columns[PLACE][0], [sum(own) for own in known if own])
+        return [sum(own) if own else None for own in known]
+
+
+async def _called(function: Callable[..., Any], columns: Mapping[str, Any]) -> Sequence[float | None]:
+    if inspect.iscoroutinefunction(function):
+        return await function(**columns)
+    return await asyncio.to_thread(function, **columns)

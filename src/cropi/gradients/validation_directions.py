@@ -340,8 +340,8 @@ def warn_of_noise(reliability: Mapping[str, float]) -> None:
         if value < NOISY:
             warn_once(
                 f"validation set {name}: its direction is mostly noise (reliability {max(value, 0.0):.2f}, from two "
-                "halves of its prompts), so its ranking is little better than chance; "
-                "use more prompts that the policy solves sometimes, or more completions for each"
+                "halves of its prompts), so its ranking is little better than chance. "
+                "Use more prompts that the policy solves sometimes, or more completions for each"
             )
 
 

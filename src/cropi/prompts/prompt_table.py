@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cropi.artifacts import PROMPTS, file_sha256, write_table
-from cropi.config import BuiltinSource, Config, FileSource, HubSource, PromptsConfig, ReasoningGymSource, Source
+from cropi.config import BuiltinSource, Config, FileSource, HubSource, ReasoningGymSource, Source
 from cropi.console import warn
 from cropi.errors import DataError
 from cropi.prompt_text import turn_text
@@ -37,10 +37,12 @@ class Checked(NamedTuple):
     warnings: list[str]
 
 
-class _Unusable:
-    """Rows of all sets that are incomplete or repeated: refused in one message, or dropped with a warning."""
+class _Reading:
+    """Settings by which the sets are read. Rows that are incomplete or repeated are refused in one message, or dropped."""
 
-    def __init__(self, settings: PromptsConfig) -> None:
+    def __init__(self, config: Config) -> None:
+        settings = config.prompts
+        self.keeps_columns = config.verifier.type == "function"  # as TRL, which passes every column
         self._drop = {"empty": settings.empty == "drop", "duplicates": settings.duplicates == "drop"}
         self._found: dict[tuple[str, str], dict[str, None]] = {}  # places by setting and kind
 
@@ -79,9 +81,9 @@ def checked_prompts(config: Config) -> Checked:
     sets = {"train": config.prompts.train}
     sets |= {f"validation/{name}": sources for name, sources in config.prompts.validation.items()}
     sets |= {f"test/{name}": test.sources for name, test in config.prompts.test.items()}
-    unusable = _Unusable(config.prompts)
-    loaded = {name: _load_set(name, sources, config.seed, unusable) for name, sources in sets.items()}
-    left_out = unusable.warnings()
+    reading = _Reading(config)
+    loaded = {name: _load_set(name, sources, config.seed, reading) for name, sources in sets.items()}
+    left_out = reading.warnings()
     for name, rows in loaded.items():
         if not rows:
             key = f"prompts.{name.replace('/', '.')}"
@@ -120,19 +122,21 @@ def make_prompts(config: Config, folder: Path) -> tuple[dict[str, int], dict[str
 
 
 def data_identity(config: Config) -> dict[str, str]:
-    """The inputs of the prompt table besides settings: the run's seed if a source uses it, hashes of local files."""
+    """The inputs of the prompt table besides settings: the run's seed if used, which columns, hashes of local files."""
     sources = [*config.prompts.train, *(s for sources in config.prompts.validation.values() for s in sources)]
     sources += [s for test in config.prompts.test.values() for s in test.sources]
     identity = {}
     if any(s.type == "reasoning_gym" or (s.type == "builtin" and s.seed is None) for s in sources):
         identity["seed"] = str(config.seed)
+    if _Reading(config).keeps_columns:
+        identity["columns"] = "all"
     for path in sorted({Path(s.path).expanduser() for s in sources if isinstance(s, FileSource)}):
         if path.is_file():  # a missing one is reported where it is read
             identity[str(path)] = file_sha256(path)
     return identity
 
 
-def _load_set(name: str, sources: Sequence[Source], seed: int, unusable: _Unusable) -> list[dict[str, Any]]:
+def _load_set(name: str, sources: Sequence[Source], seed: int, reading: _Reading) -> list[dict[str, Any]]:
     kept: dict[str, tuple[dict[str, Any], str]] = {}  # (row, place) by id
     for number, source in enumerate(sources):
         key = f"prompts.{name.replace('/', '.')}.{number}"
@@ -141,7 +145,7 @@ def _load_set(name: str, sources: Sequence[Source], seed: int, unusable: _Unusab
         elif isinstance(source, ReasoningGymSource):
             loaded = list(_reasoning_gym(source, name, key, seed))
         else:
-            loaded = _from_rows(source, key, unusable)
+            loaded = _from_rows(source, key, reading)
         new: dict[str, tuple[dict[str, Any], str]] = {}
         for row, place in loaded:
             identity = row["prompt_id"]
@@ -154,7 +158,7 @@ def _load_set(name: str, sources: Sequence[Source], seed: int, unusable: _Unusab
                 raise DataError(
                     f"{twice}, for two prompts", where=key, fix="name a column of unique ids with id_column."
                 )
-            unusable.note("duplicates", f"of {name} that come again", twice)
+            reading.note("duplicates", f"of {name} that come again", twice)
         kept |= new
     return [row | {"set": name} for row, _ in kept.values()]
 
@@ -209,7 +213,7 @@ def _reasoning_gym(
             )
 
 
-def _from_rows(source: FileSource | HubSource, key: str, unusable: _Unusable) -> list[tuple[dict[str, Any], str]]:
+def _from_rows(source: FileSource | HubSource, key: str, reading: _Reading) -> list[tuple[dict[str, Any], str]]:
     """(prompt, place) of the rows in the source's hash range. The columns are chosen once for all rows."""
     raw = raw_rows(source, key)
     if not raw:
@@ -223,9 +227,9 @@ def _from_rows(source: FileSource | HubSource, key: str, unusable: _Unusable) ->
     for row in raw:
         lacking = next((what for what, column in columns.items() if _value(row, column) is None), None)
         if lacking is not None:
-            unusable.note("empty", f"without {lacking} (column {columns[lacking]})", row.where)
+            reading.note("empty", f"without {lacking} (column {columns[lacking]})", row.where)
             continue
-        prompt = _prompt(source, row, columns, key)
+        prompt = _prompt(source, row, columns, key, whole=reading.keeps_columns)
         if low <= _unit_hash(prompt["prompt_id"]) < high:
             found.append((prompt, row.where))
         else:
@@ -279,15 +283,21 @@ def _written(value: Any) -> str:
     return str(int(value) if whole else value)
 
 
-def _prompt(source: FileSource | HubSource, row: Row, columns: dict[str, str], key: str) -> dict[str, Any]:
-    """Convert a raw row to the project's columns."""
+def _prompt(
+    source: FileSource | HubSource, row: Row, columns: dict[str, str], key: str, *, whole: bool
+) -> dict[str, Any]:
+    """Convert a raw row to the project's columns. `whole`: `extra` holds every column but the prompt."""
     answer = _answer(row, columns["answer"], key)
     name = Path(source.path).stem if isinstance(source, FileSource) else source.dataset
     identity = _value(row, columns.get("id", "prompt_id"))
-    extra = next((row.values[name] for name in EXTRA_COLUMNS if isinstance(row.values.get(name), dict)), None)
+    nested = next((name for name in EXTRA_COLUMNS if isinstance(row.values.get(name), dict)), None)
+    extra = row.values[nested] if nested else None
     origin = _value(row, "source") or _value(row, "data_source")
     origin = origin or (extra or {}).get("source_dataset") or name
     refuse_unseen(row.values, row.where, key)
+    if whole:
+        others = {name: value for name, value in row.values.items() if name not in (columns["prompt"], nested)}
+        extra = others | (extra or {})
     fix = "correct the row, or name another column with prompt_column."
     messages = checked_messages(_value(row, columns["prompt"]), row.where, key, fix)
     if columns["prompt"] != "prompt" and not isinstance(messages, str) and messages[-1]["role"] == "assistant":

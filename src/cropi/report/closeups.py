@@ -8,7 +8,7 @@ from typing import Any
 from cropi.artifacts import EVALUATION, OK, is_finished, read_table
 from cropi.config import Config
 from cropi.report.blocks import Block, Card, Table, Text
-from cropi.report.explanations import LEGEND, Explanation, best_first, explanations, stage_rows, training_of
+from cropi.report.explanations import Explanation, best_first, explanations, legend, stage_rows, training_of
 from cropi.report.reading import prompt_text, read_completions
 from cropi.report.wording import count
 from cropi.rewards.verdicts import CORRECT
@@ -82,7 +82,7 @@ def closeups(config: Config, run: RunFolder) -> list[Block]:
     completions = read_completions(run, ids)
     told = {found.prompt_id: found for found in explanations(config, run, ids)}
     cards = [_prompt(kind, told[i], completions.get(i, [])) for kind, part in chosen.items() for i in part]
-    return [Text(LEGEND), *cards]
+    return [Text(legend(list(told.values()))), *cards]
 
 
 def pick(best_first: Sequence[str], everything: Sequence[str], seed: int) -> dict[str, list[str]]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from cropi.artifacts import GOLD_UNPARSEABLE, NO_SIGNAL, OK, PROMPT_TOO_LONG
+from cropi.artifacts import GOLD_UNPARSEABLE, NO_SIGNAL, NOT_SAMPLED, OK, PROMPT_TOO_LONG
 from cropi.config import Config, Strategy
 from cropi.curriculum.strategies import PassRateStrategy
 from cropi.errors import ArtifactError, UserError
@@ -307,17 +307,28 @@ def _explanation(prompt: Row, rewards: Rewards, stages: Sequence[StageFacts]) ->
 # -- text --------------------------------------------------------------------------------------------------------------
 
 MAX_PROMPT, MAX_WORD = 300, 80  # characters shown of a prompt, and of an answer, id or name
-LEGEND = (
-    "±: one standard error. #: rank on that validation set. P(best): probability of being truly among the best. ESS: "
-    "effective sample size of the token ratios, as a share. Clip: share of them outside the clip range. KL: nats per "
-    "token from the policy that sampled. Trained: generation batches × mean reward. Drawn: places in the "
-    "stage's batches, and why."
-)
+LEGEND = {
+    "P(best)": "P(best): probability of being truly among the best.",
+    "ESS": "ESS: effective sample size of the token ratios, as a share.",
+    "clip": "Clip: share of them outside the clip range.",
+    "KL": "KL: nats per token from the policy that sampled.",
+    "mean reward": "Mean reward: as training's own rewards predict it.",
+    "trained": "Trained: generation batches × mean reward.",
+}
+
+
+def legend(explanations: Sequence[Explanation]) -> str:
+    """The signs and columns that are shown."""
+    columns = {name for found in explanations for name in stage_rows(found.stages)[0]}
+    drawn = any(facts.drawn for found in explanations for facts in found.stages)
+    shown = [text for name, text in LEGEND.items() if name in columns]
+    shown += ["Drawn: places in the stage's batches, and why."] if drawn else []
+    return " ".join(["±: one standard error. #: rank on that validation set.", *shown])
 
 
 def as_text(explanations: Sequence[Explanation]) -> str:
     """All of them, one line per stage, and a legend."""
-    return "\n\n".join([*(_one(explanation) for explanation in explanations), LEGEND])
+    return "\n\n".join([*(_one(explanation) for explanation in explanations), legend(explanations)])
 
 
 def _one(found: Explanation) -> str:
@@ -345,7 +356,9 @@ def training_of(trained: Trained) -> str:
 def stage_rows(stages: Sequence[StageFacts]) -> list[list[str]]:
     """A header, and a row for every stage; columns that say nothing at any stage are left out."""
     names = list(dict.fromkeys(name for facts in stages for name in facts.influence))
-    header = ["stage", "status", "pass rate", "rank", "P(best)", *names, "ESS", "clip", "KL", "trained", "outcome"]
+    chosen_online = any(facts.drawn is not None for facts in stages)
+    reward = "mean reward" if chosen_online else "pass rate"
+    header = ["stage", "status", reward, "rank", "P(best)", *names, "ESS", "clip", "KL", "trained", "outcome"]
     rows = [_cells(facts, names) for facts in stages]
     kept = [place for place in range(len(header)) if any(row[place] != ABSENT for row in rows)]
     return [[row[place] for place in kept] for row in [header, *rows]]
@@ -361,7 +374,7 @@ def _table(stages: Sequence[StageFacts]) -> list[str]:
 def _cells(facts: StageFacts, names: Sequence[str]) -> list[str]:
     return [
         str(facts.stage),
-        facts.status,
+        ABSENT if facts.status == NOT_SAMPLED else facts.status,
         decimal(facts.pass_rate),
         f"{count(facts.rank)} of {count(facts.ranked)}" if facts.rank is not None else ABSENT,
         _chance(facts),

@@ -45,6 +45,15 @@ def learning_curves(summary: Summary, caption: str) -> Picture | None:
     return chart_picture(charts, "curves", caption) if charts else None
 
 
+def reward_curve(summary: Summary, caption: str) -> Picture | None:
+    """Mean reward of training by optimiser step."""
+    if len(summary.reward_curve) < 2:
+        return None
+    steps, rewards = zip(*summary.reward_curve, strict=True)
+    line = Line(summary.strategy, steps, rewards)
+    return chart_picture([Chart("mean reward of training", "optimiser steps", [line])], "rewards", caption)
+
+
 def influence_by_kind(
     found: Mapping[str, Mapping[str, Mapping[int, tuple[float, float]]]], kinds: Sequence[str], caption: str
 ) -> Picture:

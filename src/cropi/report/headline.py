@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from itertools import compress
+from statistics import fmean
 
 from cropi.functional.intervals import CONFIDENCE, Interval
 from cropi.report.costs import charges
@@ -21,9 +22,9 @@ def large_numbers(summary: Summary) -> list[tuple[str, str, str]]:
         _accuracy_now(kind, getattr(summary.base, kind, None), getattr(summary.last, kind, None))
         for kind in ("targeted", "untargeted")
     ]
-    rewards = [reward for reward in summary.rewards if reward is not None]
-    if not summary.tested and rewards:
-        found = [("mean reward of training", decimal(rewards[-1]), f"{decimal(rewards[0])} in the first stage")]
+    if not summary.tested and summary.reward_curve:
+        first, last = _quarters(summary)
+        found = [("mean reward of training", decimal(last), f"last quarter; {decimal(first)} in the first")]
     found.append(("steps", str(summary.steps or ABSENT), f"of {summary.total_steps}; seed {summary.seed}"))
     if cost.total and cost.train:
         detail = f"{share(1 - cost.train / cost.total)} of it beside training"
@@ -62,10 +63,17 @@ def _accuracy(summary: Summary) -> str:
 
 
 def _rewards(summary: Summary) -> str:
-    rewards = [decimal(reward) for reward in summary.rewards if reward is not None]
-    if not rewards:
+    if not summary.reward_curve:
         return "No training reward has been recorded yet."
-    return f"The mean reward of training was {rewards[0]} in the first stage and is {rewards[-1]} in the last."
+    first, last = map(decimal, _quarters(summary))
+    return f"The mean reward of training was {first} in the first quarter of its steps so far, and {last} in the last."
+
+
+def _quarters(summary: Summary) -> tuple[float, float]:
+    """Mean reward in the first and in the last quarter of training so far."""
+    rewards = [reward for _, reward in summary.reward_curve]
+    part = -(-len(rewards) // 4)
+    return fmean(rewards[:part]), fmean(rewards[-part:])
 
 
 def _share(summary: Summary) -> str:
@@ -90,7 +98,7 @@ def _cost(summary: Summary) -> str:
 
 
 def _caveat(summary: Summary) -> str:
-    if summary.base is None and not summary.steps:
+    if not summary.tested or (summary.base is None and not summary.steps):
         return ""
     level = percent(CONFIDENCE)
     return f"One seed ({summary.seed}): the {level} intervals cover the choice of questions, not of seeds."

@@ -16,6 +16,7 @@ from cropi.artifacts import write_text
 from cropi.errors import printable
 from cropi.report.blocks import Block, Card, Code, Numbers, Picture, Section, Table, Text, table_row
 from cropi.report.drawing import chart_data
+from cropi.report.formulas import with_formulas
 
 LIBRARY = "uplot-1.6.32.min"
 RELOAD_S = 20  # of the page of a run that goes on
@@ -30,7 +31,7 @@ def write_report(folder: Path, name: str, title: str, sections: Sequence[Section
 def html(title: str, sections: Sequence[Section], *, live: bool = False) -> str:
     """Render the page. Everything but the package's own SVG, style and script is escaped; no other script may run."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"prose": prose, "plain": plain, "chart_data": chart_data}
+    environment.filters |= {"prose": prose, "plain": plain, "chart_data": chart_data, "formulas": with_formulas}
     script = f"/* uPlot: {_part('uplot-LICENSE')}*/\n{_part(f'{LIBRARY}.js')}{_part('page.js')}"
     return environment.from_string(_part("report.html.jinja")).render(
         title=title,

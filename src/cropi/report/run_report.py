@@ -61,9 +61,16 @@ def make_report(run: RunFolder, *, live: bool = False) -> Summary:
     """
     config, folder = run.config, run.folder
     summary = summarise(config, run)
-    write_report(folder, "report", f"cropi run {config.name}", sections(config, run, summary), live=live)
+    write_report(folder, "report", _title(config), sections(config, run, summary), live=live)
     write_json(folder / "summary.json", summary.as_json())
     return summary
+
+
+def _title(config: Config) -> str:
+    """The run's name; for the curriculum of a TRL script the folder that the script writes to."""
+    parent = config.folder.absolute().parent
+    place = parent.parent if parent.name.startswith("_") else parent
+    return f"curriculum of {place.name}" if config.is_of_script else f"cropi run {config.name}"
 
 
 def sections(config: Config, run: RunFolder, summary: Summary) -> list[Section]:
@@ -99,16 +106,18 @@ def _result(summary: Summary) -> list[Block]:
     level = percent(CONFIDENCE)
     caption = f"Greedy accuracy, mean over test sets. Bands: {level} bootstrap intervals over questions, one seed."
     drawn = figures.learning_curves(summary, caption)
+    if not summary.tested:
+        drawn = figures.reward_curve(summary, "On the prompts that were chosen: no measure beside other strategies.")
     blocks: list[Block] = [Numbers(large_numbers(summary)), *([drawn] if drawn else [])]
     blocks.append(Text(headline(summary), lead=True))
     points = [[str(p.step), with_interval(p.targeted), with_interval(p.untargeted)] for p in summary.curve]
-    if summary.steps:
+    if summary.last:
         header = ["step", "targeted", "untargeted"]
         blocks += [*_by_set(summary), Table("Accuracy by step.", header, points, left=0, collapsed=True)]
     if summary.rewards:
         rows = [[str(stage), decimal(reward)] for stage, reward in enumerate(summary.rewards)]
         caption = "Mean reward in training, on the prompts of each stage."
-        blocks.append(Table(caption, ["stage", "mean reward"], rows, left=0, collapsed=summary.tested))
+        blocks.append(Table(caption, ["stage", "mean reward"], rows, left=0, collapsed=True))
     return blocks
 
 
@@ -240,6 +249,8 @@ def settings(config: Config, run: RunFolder) -> list[Block]:
 
 def reproduction(config: Config) -> list[Block]:
     """The command that makes the run again, and the one for another seed."""
+    if config.is_of_script:
+        return [Text("Start the script again. The same seed, machine and versions give the same choices.")]
     path = shlex.quote((config.folder / "config.json").as_posix())
     again = f"cropi run {path} run_dir=again"
     other = f"cropi run {path} name={config.name}-seed{config.seed + 1} seed={config.seed + 1}"

@@ -25,6 +25,8 @@ from cropi.run_folder import RunFolder
 from cropi.seeds import derived_seed
 from cropi.streams import read_jsonl
 
+POINTS = 50  # of a reward curve
+
 
 @dataclass(frozen=True)
 class Point:
@@ -49,22 +51,23 @@ class Summary:
     tested: bool  # whether the run has test sets
     base: Point | None
     base_by_set: Mapping[str, Mapping[str, Interval]]
-    steps: int  # the last evaluated step; 0 before there is any
+    steps: int  # the last evaluated one, or of a run without test sets the last trained one; 0 before there is any
     curve: tuple[Point, ...]  # step 0 is the base policy
     final: Mapping[str, Mapping[str, Interval]]  # at `steps`: test set -> greedy, sampled; empty while `steps` is 0
     cost: Cost
     stages: tuple[StageQuality, ...]  # where the strategy scores by influence
     rewards: tuple[float | None, ...]  # mean reward of training by stage, as far as it has come
+    reward_curve: tuple[tuple[float, float], ...]  # (step, mean reward of training) over neighbouring steps
 
     @property
     def finished(self) -> bool:
-        """Whether the last evaluated step is the last one."""
+        """Whether `steps` are all."""
         return self.steps == self.total_steps
 
     @property
     def last(self) -> Point | None:
         """The point at the last evaluated step, None while there is none beyond the base policy."""
-        return self.curve[-1] if self.steps else None
+        return self.curve[-1] if self.curve and self.steps else None
 
     def as_json(self) -> dict[str, Any]:
         """Plain JSON values. Unknown numbers are null or absent, never NaN."""
@@ -74,7 +77,8 @@ class Summary:
 def summarise(config: Config, run: RunFolder) -> Summary:
     """Compute the numbers of a run from its folder. What is not there yet is None or absent."""
     answers = read_answers(run.stages.evaluations)
-    base, steps = answers.get(0), max(answers, default=0)
+    base, trained = answers.get(0), max((row["step"] for row in read_jsonl(run.stages.steps)), default=0)
+    steps = max(answers, default=0) if config.prompts.test else trained
     return Summary(
         name=config.name,
         strategy=config.select.label,
@@ -88,10 +92,11 @@ def summarise(config: Config, run: RunFolder) -> Summary:
         base_by_set=accuracy_by_set(config, base) if base else {},
         steps=steps,
         curve=tuple(_point(config, step, found) for step, found in answers.items()),
-        final=accuracy_by_set(config, answers[steps]) if steps else {},
+        final=accuracy_by_set(config, answers[steps]) if steps and steps in answers else {},
         cost=charges(config, run.stages).cost(),
         stages=read_quality(config, run.stages),
         rewards=_rewards(read_jsonl(run.stages.rewards), config.train.steps_per_stage),
+        reward_curve=_reward_curve(read_jsonl(run.stages.rewards)),
     )
 
 
@@ -103,6 +108,14 @@ def _rewards(batches: Iterable[Mapping[str, Any]], steps_per_stage: int) -> tupl
         by_stage.setdefault(batch["step"] // steps_per_stage, []).extend(known)
     stages = range(max(by_stage, default=-1) + 1)
     return tuple(float(np.mean(by_stage[stage])) if by_stage.get(stage) else None for stage in stages)
+
+
+def _reward_curve(batches: Iterable[Mapping[str, Any]]) -> tuple[tuple[float, float], ...]:
+    """Mean step and mean reward of at most `POINTS` equal parts of the generation batches."""
+    known = [(batch["step"], [one for one in batch["rewards"] if one is not None]) for batch in batches]
+    means = np.array([(step, np.mean(rewards)) for step, rewards in known if rewards])
+    parts = np.array_split(means, min(POINTS, len(means))) if len(means) else []
+    return tuple((float(step), float(reward)) for step, reward in (part.mean(0) for part in parts))
 
 
 def _point(config: Config, step: int, answers: Answers) -> Point:

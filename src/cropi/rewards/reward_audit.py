@@ -217,7 +217,7 @@ def _fixes(
     loose = [name for name, row in sources.items() if row["in_format"] < LITTLE]
     if loose:
         found.append(
-            f"few completions of {', '.join(loose)} hold an answer in the verifier's form: say in the prompt what form "
+            f"few completions of {', '.join(loose)} hold an answer in the verifier's form. Say in the prompt what form "
             "it must have, raise collect.max_completion_length if they are cut short, or warm the policy up."
         )
     hopeless = [

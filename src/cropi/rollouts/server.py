@@ -161,7 +161,7 @@ class ServerGenerator:
                     f"the server has not answered for {PATIENCE_S:g} s with a usable completion ({trouble})",
                     where=f"collect.server.url {self._config.url}",
                     fix="check that it runs, the URL (it ends in /v1), the model's name there and "
-                    "collect.server.body; then run the same command again: finished shards are kept.",
+                    "collect.server.body. Then run the same command again: finished shards are kept.",
                 )
             if not self._warned:
                 warn(f"{self._config.url}: {trouble}; trying again")

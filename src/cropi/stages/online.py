@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +20,17 @@ from cropi.errors import ConfigError
 from cropi.gradients.layer_taps import matrix_parameters
 from cropi.parallel import process_group
 from cropi.prompt_text import prompt_text
-from cropi.prompts.encoding import encode_prompts
+from cropi.rewards.verdicts import answered
 from cropi.rollouts.generation import Sampling, TransformersGenerator
 from cropi.rollouts.representations import KIND as REPRESENTED
 from cropi.rollouts.representations import read_representations
-from cropi.run_folder import RunFolder, checkpoint_step
+from cropi.run_folder import RunFolder
 from cropi.run_tables import beliefs_schema
 from cropi.seeds import derived_seed
 from cropi.stages.collect import make_representations
 from cropi.stages.online_loop import ChooserLoop, OnlineLoop
 from cropi.stages.run import Run
-from cropi.stages.validation_pass import Due, SampledGroup, ValidationPass, ValidationPrompt
+from cropi.stages.validation_pass import Answer, Due, Member, SampledGroup, ValidationPass, ValidationPrompt
 from cropi.streams import append_jsonl, cut_jsonl
 from cropi.training.curriculum_state import load_state
 from cropi.training.group_evidence import GroupEvidence, LossNormalizer
@@ -51,6 +51,7 @@ class OnlineRun:
         assert isinstance(strategy, ChoosesBatches)
         self._make_chooser = strategy.chooser
         self._trainer: ReadsInfluence
+        self._loop: ChooserLoop
 
     def loop(self, trainer: ReadsInfluence, checkpoint: Path | None) -> ChooserLoop:
         """The loop of a trainer, at the start of training or where a checkpoint left it."""
@@ -67,7 +68,6 @@ class OnlineRun:
         if process_group().is_main:
             kept = len(loop.sampler.choices)
             cut_jsonl(run.paths.choices, lambda row: row["batch"] < kept)
-            self._forget_beliefs(0 if checkpoint is None else checkpoint_step(checkpoint) or 0)
         return loop
 
     def _take_prior(self) -> None:
@@ -92,7 +92,7 @@ class OnlineRun:
         parts: dict[str, Any] = {
             "sampler": sampler,
             "reward": self._reward,
-            "evidence": self._evidence(self._encoded() if reads else {}),
+            "evidence": self._evidence(self.prompt_tokens if reads else {}),
             "place_of": {row["prompt_id"]: place for place, row in enumerate(self._rows)},
             "draws": self._run.config.train.dynamic_sampling > 0,
         }
@@ -110,9 +110,11 @@ class OnlineRun:
             **parts,
         )
 
-    def _encoded(self) -> dict[str, tuple[int, ...]]:
-        encoded = encode_prompts(self._run.setup.policy.tokenizer, [row["prompt"] for row in self._rows])
-        return {row["prompt_id"]: tuple(tokens) for row, tokens in zip(self._rows, encoded, strict=True)}
+    @cached_property
+    def prompt_tokens(self) -> dict[str, tuple[int, ...]]:
+        """Tokens of the training prompts by id."""
+        prompts = self._run.folder.train_prompts
+        return dict(zip(prompts, map(tuple, self._run.encode(list(prompts.rows()))), strict=True))
 
     def _evidence(self, prompt_tokens: Mapping[str, tuple[int, ...]]) -> GroupEvidence:
         settings, pad_id = self._trainer.args, self._run.setup.policy.tokenizer.pad_token_id
@@ -153,7 +155,6 @@ class OnlineRun:
         }
         return ValidationPass(
             sets,
-            run.judge,
             Sampling(collect.max_completion_length, collect.temperature),
             run.surrogate,
             collect.batch_tokens,
@@ -184,7 +185,7 @@ class OnlineRun:
 
     def _sample(self, due: Due, step: int) -> dict[str, list[SampledGroup]]:
         with self._run.ledger.charge("collect", stage=self._stage(step)) as entry:
-            groups = self._generated(due, step)
+            groups = self._validation.sample(self._ask, due, step)
             asked = [
                 (count, len(prompt.tokens))
                 for name, counts in due.items()
@@ -195,11 +196,19 @@ class OnlineRun:
             entry |= {"prompt_tokens": sum(count * length for count, length in asked)}
         return groups
 
-    def _generated(self, due: Due, step: int) -> dict[str, list[SampledGroup]]:
+    def _ask(self, members: Sequence[Member], seed: int) -> list[Answer]:
+        """Sample and judge validation prompts. The global random state is left alone."""
+        prompts = [self._validation.sets[name][place] for name, place in members]
         with self._trainer.plain_model() as model:
             policy = self._run.asked(model)
             generate = TransformersGenerator(policy, self._run.config.collect.batch_size)
-            return self._validation.sample(policy, generate, due, step)
+            completions = generate([prompt.tokens for prompt in prompts], self._validation.sampling, seed=seed)
+        texts = policy.tokenizer.batch_decode(completions, skip_special_tokens=True)
+        judged = self._run.judge([answered(text, prompt.row) for text, prompt in zip(texts, prompts, strict=True)])
+        return [
+            Answer(prompt.tokens, ids, [1] * len(ids), judgement.reward)
+            for prompt, ids, judgement in zip(prompts, completions, judged, strict=True)
+        ]
 
     def _differentiate(
         self, groups: Mapping[str, Sequence[SampledGroup]], step: int
@@ -223,16 +232,12 @@ class OnlineRun:
             write_batches(folder / "beliefs.parquet", batches, schema)
             return {"prompts": len(table)}, {}
 
+        path = self._run.paths.beliefs(stage)
+        if process_group().is_main and path.exists():  # of an attempt that was interrupted, or of an earlier step
+            remove(path)
         with self._run.ledger.charge("evaluate", stage=stage):
             inputs = {"settings": self._run.folder.settings()}
-            build(self._run.paths.beliefs(stage), "beliefs", make, inputs=inputs, made_by="cropi train")
-
-    def _forget_beliefs(self, step: int) -> None:
-        """Delete those of stages that end beyond the step that training goes on from."""
-        train = self._run.config.train
-        for stage in range(step // train.steps_per_stage, train.stages):
-            if self._run.paths.beliefs(stage).exists():
-                remove(self._run.paths.beliefs(stage))
+            build(path, "beliefs", make, inputs=inputs, made_by="cropi train")
 
     def _stage(self, step: int) -> int:
         return min(step // self._run.config.train.steps_per_stage, self._run.config.train.stages - 1)

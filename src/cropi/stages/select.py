@@ -53,7 +53,7 @@ def select(run: Run, stage: int) -> list[str]:
         inputs["scores"] = open_artifact(scores, "scores", made_by="cropi score").identity
     new = not run.is_finished(folder)
     manifest = build(folder, "selection", make, inputs=inputs, made_by="cropi select")
-    if new:
+    if new and not strategy.chooses_online:
         chosen, pool = manifest.counts["selected"], len(run.folder.train_prompts)
         say(f"selection of {run.config.select.label}, stage {stage}: {chosen} of {pool} prompts")
     rows = read_table(folder / "selection.parquet", SELECTION).to_pylist()

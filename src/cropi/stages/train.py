@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,10 +27,9 @@ from cropi.stages.evaluate import evaluate, evaluate_base, is_evaluated
 from cropi.stages.online import OnlineRun
 from cropi.stages.online_loop import ChooserLoop
 from cropi.stages.run import Run
-from cropi.streams import append_jsonl, cut_jsonl
 from cropi.training.dynamic_sampling import DynamicSampling
 from cropi.training.grpo_settings import grpo_config
-from cropi.training.online_trainer import OnlineTrainer
+from cropi.training.online_trainer import OnlineTrainer, StepRecord
 from cropi.training.reward_log import RecordedReward
 from cropi.training.sharding import check_sharding, resuming
 from cropi.training.stage_trainer import SelectStage, Stages
@@ -145,16 +143,7 @@ class StageCallback(TrainerCallback):
             self.trainer.online.renew_directions(0)
         self.stages.begin(state.global_step)
 
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._step_began = time.perf_counter()
-
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        ranks, online = process_group(), self.trainer.online
-        read = 0.0 if online is None else online.read_passes()
-        if ranks.is_main:
-            line = {"step": state.global_step, "seconds": (time.perf_counter() - self._step_began) * ranks.size}
-            line |= {"read_passes": read} if read else {}
-            append_jsonl(self.task.folder / "steps.jsonl", line | ranks.facts())
         if self.trainer.online is not None and state.global_step < state.max_steps:
             self.trainer.online.renew_directions(state.global_step)
         if self.trainer.online is not None and state.global_step % self.trainer.steps_per_stage == 0:
@@ -176,21 +165,6 @@ class StageCallback(TrainerCallback):
             self._due = False
             with self.trainer.plain_model() as model:
                 self.task.evaluate(state.global_step, model)
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **_: Any,
-    ) -> None:
-        if not process_group().is_main:
-            return
-        online = self.trainer.online
-        logs = (logs or {}) | ({} if online is None else online.metrics())
-        finite = {k: v for k, v in logs.items() if isinstance(v, int | float) and abs(v) < float("inf")}
-        append_jsonl(self.task.folder / "metrics.jsonl", finite | {"step": state.global_step})
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         process_group().barrier()  # each process writes its random state
@@ -242,6 +216,7 @@ def train_stages(task: TrainTask, policy: Policy) -> Path:
         check_sharding(trainer, task.config.policy.dtype, resume_from)
         position_of = {row["prompt_id"]: position for position, row in enumerate(task.rows)}
         stages = Stages(task.select_stage, position_of, trainer)
+        trainer.add_callback(StepRecord(trainer, task.folder))  # before what comes between steps
         trainer.add_callback(StageCallback(stages, task, bar, trainer))
         trainer.dynamic = _dynamic_sampling(task, policy, resume_from)
         if task.online is not None:
@@ -345,9 +320,7 @@ def _is_finished(checkpoint: Path, step: int) -> bool:
 
 
 def _begin_from(task: TrainTask, checkpoint: Path | None, step: int) -> None:
-    """Check the checkpoint that training goes on from, and drop what an interrupted attempt recorded beyond it."""
+    """Check the checkpoint that training goes on from, and drop the rewards of an interrupted attempt beyond it."""
     if checkpoint is not None:
         open_checkpoint(checkpoint)
     task.reward.forget_from(step)
-    for name in ("steps.jsonl", "metrics.jsonl"):
-        cut_jsonl(task.folder / name, lambda row: row["step"] <= step)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -17,13 +18,13 @@ from cropi.gradients.direction import DirectionSketch, backward_to_embeddings, d
 from cropi.gradients.groups import SurrogateSettings
 from cropi.gradients.training_influence import Direction, Reader
 from cropi.parallel import process_group
-from cropi.policy import Policy, completion_logprobs, longest_alike
-from cropi.rewards.verdicts import Judge, answered
-from cropi.rollouts.generation import Generator, Sampling
+from cropi.policy import completion_logprobs, longest_alike
+from cropi.rollouts.generation import Sampling
 
-RANK = 8
+RANK = 4
 KEPT = 0.8  # weight of a round's gradients at the next round
 Due = Mapping[str, Sequence[int]]  # completions that each prompt of a validation set wants
+Member = tuple[str, int]  # a set and a place in it
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,20 @@ class ValidationPrompt:
 
 
 @dataclass(frozen=True)
+class Answer:
+    """A judged completion of a validation prompt; `mask` is 0 for tokens that a tool wrote."""
+
+    prompt: Sequence[int]
+    completion: Sequence[int]
+    mask: Sequence[int]
+    reward: float | None
+
+
+# Samples and judges one completion of each member, with a seed. Collective.
+Ask = Callable[[Sequence[Member], int], Sequence[Answer]]
+
+
+@dataclass(frozen=True)
 class SampledGroup:
     """Completions of a validation prompt and their rewards; those without a reward are left out."""
 
@@ -43,6 +58,20 @@ class SampledGroup:
     completions: Sequence[Sequence[int]]
     rewards: Sequence[float]
     masks: Sequence[Sequence[int]] = ()  # of each completion: 1 for the policy's tokens, 0 for a tool's; empty: all 1
+
+    @classmethod
+    def of(cls, member: int, answers: Sequence[Answer]) -> SampledGroup:
+        """The group of answers with rewards. What an environment wrote into only some prompts counts as a tool's."""
+        beginnings = zip(*(answer.prompt for answer in answers), strict=False)
+        common = [tokens[0] for tokens in takewhile(lambda tokens: len(set(tokens)) == 1, beginnings)]
+        rests = [answer.prompt[len(common) :] for answer in answers]
+        return cls(
+            member,
+            common,
+            [[*rest, *answer.completion] for rest, answer in zip(rests, answers, strict=True)],
+            [answer.reward for answer in answers if answer.reward is not None],
+            [[0] * len(rest) + list(answer.mask) for rest, answer in zip(rests, answers, strict=True)],
+        )
 
 
 @dataclass(frozen=True)
@@ -67,7 +96,6 @@ class ValidationPass:
     """Samples validation prompts and keeps a sketch of each set's mean gradient, averaged over rounds."""
 
     sets: Mapping[str, Sequence[ValidationPrompt]]
-    judge: Judge
     sampling: Sampling
     surrogate: SurrogateSettings  # normaliser and scaling of the trainer's loss
     batch_tokens: int
@@ -76,31 +104,15 @@ class ValidationPass:
     directions: dict[str, SetDirection] = field(default_factory=dict)
     readable: Set[str] | None = None  # parameters that training's passes read; None before that is known
 
-    def sample(self, policy: Policy, generate: Generator, due: Due, step: int) -> dict[str, list[SampledGroup]]:
-        """Sample and judge as many completions as each prompt wants. The global random state is left alone.
-
-        The ranks divide the prompts, and all return all groups.
-        """
+    def sample(self, ask: Ask, due: Due, step: int) -> dict[str, list[SampledGroup]]:
+        """Ask for as many completions as each prompt wants. The ranks divide the prompts, and all return all groups."""
         ranks = process_group()
-        prompts = [
-            (name, member, prompt, count)
-            for name in sorted(due)
-            for member, (prompt, count) in enumerate(zip(self.sets[name], due[name], strict=True))
-        ]
-        wanted = [each[:3] for each in ranks.share(prompts) for _ in range(each[3])]
-        seed = self.seed(step, ranks.rank) if ranks.rank else self.seed(step)
-        completions = generate([prompt.tokens for *_, prompt in wanted], self.sampling, seed=seed)
-        texts = policy.tokenizer.batch_decode(completions, skip_special_tokens=True)
-        rows = [answered(text, prompt.row) for text, (*_, prompt) in zip(texts, wanted, strict=True)]
-        found: dict[tuple[str, int], list[tuple[list[int], float]]] = {}
-        for (name, member, _), ids, judgement in zip(wanted, completions, self.judge(rows), strict=True):
-            if judgement.reward is not None:
-                found.setdefault((name, member), []).append((ids, judgement.reward))
-        every = {key: pairs for part in ranks.gather(found) for key, pairs in part.items()}
+        members = [((name, member), count) for name in sorted(due) for member, count in enumerate(due[name])]
+        wanted = [member for member, count in ranks.share(members) for _ in range(count)]
+        answers = ask(wanted, self.seed(step, ranks.rank) if ranks.rank else self.seed(step))
         groups: dict[str, list[SampledGroup]] = {name: [] for name in sorted(due)}
-        for (name, member), pairs in sorted(every.items()):
-            own, rewards = [ids for ids, _ in pairs], [reward for _, reward in pairs]
-            groups[name].append(SampledGroup(member, self.sets[name][member].tokens, own, rewards))
+        for (name, member), own in grouped(wanted, answers).items():
+            groups[name].append(SampledGroup.of(member, own))
         return groups
 
     def differentiate(
@@ -218,6 +230,16 @@ class ValidationPass:
         for weights_T, row in zip(weights_BT, rows, strict=True):
             weights_T[: len(row.mask)] = row.weight * weights_T.new_tensor(row.mask)
         return -(weights_BT * logprobs_BT).sum()
+
+
+def grouped(members: Sequence[Member], answers: Sequence[Answer]) -> dict[Member, list[Answer]]:
+    """The answers of all ranks that have a reward, by member and in their order. Collective."""
+    pairs = [pair for part in process_group().gather(list(zip(members, answers, strict=True))) for pair in part]
+    found: dict[Member, list[Answer]] = {member: [] for member, _ in sorted(pairs, key=lambda pair: pair[0])}
+    for member, answer in pairs:
+        if answer.reward is not None:
+            found[member].append(answer)
+    return {member: own for member, own in found.items() if own}
 
 
 @dataclass(frozen=True)

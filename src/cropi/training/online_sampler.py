@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import islice
 
 from cropi.training.stage_sampler import BatchShape, StageSampler
 
@@ -25,31 +26,27 @@ class OnlineSampler(StageSampler):
     ) -> None:
         """`choose` None: the order of a `StageSampler`, remembered in the same way. `draws`: the trainer draws."""
         super().__init__(shape, chunks_per_stage, seed)
-        self._choose, self._draws = choose, draws
+        self._choose, self._draws = choose or self._in_order, draws
         self.choices: list[list[int]] = []
-        self._stage = 0
-
-    def start_stage(self, stage: int, positions: object, first_stage: int, *, consumed: int | None = None) -> None:
-        """Go on with the batches of a stage."""
-        super().start_stage(stage, positions, first_stage, consumed=consumed)  # type: ignore[arg-type]
-        self._stage = stage
 
     def draw(self, prompts: int) -> list[int]:
         """Ask for the next prompts, for a trainer that takes as many as it needs."""
-        chosen = super().draw(prompts) if self._choose is None else self._choose(len(self.choices), prompts)
-        self.choices.append(chosen)
-        return chosen
+        self.choices.append(self._choose(len(self.choices), prompts))
+        return self.choices[-1]
+
+    def batch(self, number: int) -> list[int]:
+        """Positions of a generation batch, which is chosen when it is first asked for."""
+        return self.draw(self._shape.prompts) if number == len(self.choices) else self.choices[number]
 
     def __iter__(self) -> Iterator[int]:
         return super().__iter__() if self._draws else self._chosen()
 
     def _chosen(self) -> Iterator[int]:
-        walk = self._walk()
         for number in range(self._stage * self._chunks, (self._stage + 1) * self._chunks):
-            in_order = [next(walk) for _ in range(self._shape.prompts)]
-            if number == len(self.choices):
-                chosen = in_order if self._choose is None else self._choose(number, self._shape.prompts)
-                self.choices.append(chosen)
             for _ in range(self._shape.repeats):
-                for position in self.choices[number]:
+                for position in self.batch(number):
                     yield from [position] * self._shape.generations
+
+    def _in_order(self, number: int, prompts: int) -> list[int]:
+        before = (number - self._first_stage * self._chunks) * prompts
+        return list(islice(self._walk(before), prompts))

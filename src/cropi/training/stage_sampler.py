@@ -43,7 +43,7 @@ class StageSampler(Sampler[int]):
     def __init__(self, shape: BatchShape, chunks_per_stage: int, seed: int) -> None:
         self._shape, self._chunks, self._seed = shape, chunks_per_stage, seed
         self._positions: tuple[int, ...] = ()
-        self._first_stage = self._consumed = 0
+        self._stage = self._first_stage = self._consumed = 0
         self._drawing: Iterator[int] = iter(())
 
     def start_stage(
@@ -55,9 +55,9 @@ class StageSampler(Sampler[int]):
         """
         if not positions:
             raise ValueError(f"stage {stage} has no prompts")
-        self._positions, self._first_stage = tuple(sorted(positions)), first_stage
+        self._positions, self._stage, self._first_stage = tuple(sorted(positions)), stage, first_stage
         self._consumed = (stage - first_stage) * self._chunks * self._shape.prompts if consumed is None else consumed
-        self._drawing = self._walk()
+        self._drawing = self._walk(self._consumed)
 
     def draw(self, prompts: int) -> list[int]:
         """Draw the next prompts of the stage, for a trainer that takes as many as it needs.
@@ -69,16 +69,16 @@ class StageSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         if not self._positions:
             raise RuntimeError("the sampler was asked for batches before its first stage was started")
-        walk = self._walk()
+        walk = self._walk(self._consumed)
         for _ in range(self._chunks):
             chunk = [next(walk) for _ in range(self._shape.prompts)]
             for _ in range(self._shape.repeats):
                 for position in chunk:
                     yield from [position] * self._shape.generations
 
-    def _walk(self) -> Iterator[int]:
-        """Yield prompts without end, starting at the first prompt of this stage."""
-        passes, skip = divmod(self._consumed, len(self._positions))
+    def _walk(self, consumed: int) -> Iterator[int]:
+        """Yield prompts without end, after so many of this selection."""
+        passes, skip = divmod(consumed, len(self._positions))
         while True:
             generator = torch.Generator().manual_seed(derived_seed(self._seed, "order", self._first_stage, passes))
             order = torch.randperm(len(self._positions), generator=generator).tolist()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -23,10 +24,7 @@ if TYPE_CHECKING:
     from trl import GRPOConfig
 
 PROMPT_ID = "prompt_id"  # the column that identifies a row
-VALIDATION = "validation"  # the name of an unnamed set
-NO_ANSWER = "(none)"  # for rows without an answer: the reward functions read their columns themselves
 LOOK_AHEAD = 10_000  # prompts of a stream that are chosen among
-ANSWERS = ("answer", "solution", "ground_truth")
 
 
 @dataclass(frozen=True)
@@ -46,54 +44,45 @@ class Selector:
         if isinstance(self.strategy, str):
             with worded():
                 preset(self.strategy, "Selector.strategy")
-        for place, rows in zip(self.places.values(), self.validation_sets.values(), strict=True):
+        for name, rows in self.validation_sets.items():
+            place = "Selector.validation" + (f"[{name!r}]" if isinstance(self.validation, Mapping) else "")
             if not isinstance(rows, Dataset):
                 raise ConfigError(f"it is a {type(rows).__name__}", where=place, fix="give a datasets.Dataset.")
             if not len(rows):
                 raise DataError("it holds no rows", where=place, fix="give it prompts.")
 
     @property
-    def places(self) -> dict[str, str]:
-        """The script's argument for each validation set, by its name."""
-        several = isinstance(self.validation, Mapping)
-        return {n: f"Selector.validation[{n!r}]" if several else "Selector.validation" for n in self.validation_sets}
-
-    @property
     def validation_sets(self) -> dict[str, Dataset]:
         """The validation sets by name."""
-        return dict(self.validation) if isinstance(self.validation, Mapping) else {VALIDATION: self.validation}
+        return dict(self.validation) if isinstance(self.validation, Mapping) else {"validation": self.validation}
 
 
 def pool_of(dataset: Dataset | IterableDataset) -> Dataset:
     """The prompts that are chosen among, each with an id: of a stream its beginning."""
     if isinstance(dataset, IterableDataset):
         dataset = Dataset.from_list(list(islice(dataset, LOOK_AHEAD)))
-    ids = prompt_ids(dataset, "train_dataset")
+    ids = _ids(dataset)
+    if len(set(ids)) < len(ids):
+        fix = "make them differ, or drop the column."
+        raise DataError("two rows have the same prompt_id", where="train_dataset", fix=fix)
     columns = dataset.remove_columns(PROMPT_ID) if PROMPT_ID in dataset.column_names else dataset
     return columns.add_column(PROMPT_ID, ids)
 
 
-def prompt_ids(dataset: Dataset, where: str) -> list[str]:
+def _ids(dataset: Dataset) -> list[str]:
     """Ids of the rows: `prompt_id`, else a hash of prompt and answer, numbered if it repeats."""
     if PROMPT_ID in dataset.column_names:
-        ids = [str(value) for value in dataset[PROMPT_ID]]
-        if len(set(ids)) < len(ids):
-            raise DataError(
-                "two rows have the same prompt_id", where=where, fix="make them differ, or drop the column."
-            )
-        return ids
-    seen: dict[str, int] = {}
-    ids = []
-    for row in dataset:
-        known = content_id(json.dumps(shown_prompt(row)), answer_of(row))
-        seen[known] = seen.get(known, 0) + 1
+        return [str(value) for value in dataset[PROMPT_ID]]
+    seen, ids = Counter[str](), list[str]()
+    for known in map(row_id, dataset):
+        seen[known] += 1
         ids.append(known if seen[known] == 1 else f"{known}-{seen[known]}")
     return ids
 
 
-def answer_of(row: Mapping[str, Any]) -> str:
-    """Return the gold answer of a row from one of the usual columns, else an empty text."""
-    return next((str(row[name]) for name in ANSWERS if row.get(name) is not None), "")
+def row_id(row: Mapping[str, Any]) -> str:
+    """A hash of a row's prompt and answer."""
+    return content_id(json.dumps(shown_prompt(row)), _answer(row))
 
 
 def shown_prompt(row: Mapping[str, Any]) -> str | list[dict[str, str]]:
@@ -103,13 +92,18 @@ def shown_prompt(row: Mapping[str, Any]) -> str | list[dict[str, str]]:
         return json.dumps({key: value for key, value in row.items() if key != PROMPT_ID}, default=str)
     if isinstance(prompt, str):
         return prompt
-    return [{"role": turn["role"], "content": _shown(turn.get("content"))} for turn in prompt]
+    return [{"role": turn["role"], "content": _shown(turn.get("content") or "")} for turn in prompt]
 
 
-def _shown(content: Any) -> str:
-    if not isinstance(content, list):
-        return str(content or "")
-    return "\n".join(str(part.get("text") or f"[{part.get('type', 'part')}]") for part in content)
+def _shown(content: str | list[dict[str, str]]) -> str:
+    if isinstance(content, str):
+        return content
+    return "\n".join(part.get("text") or f"[{part.get('type', 'part')}]" for part in content)
+
+
+def _answer(row: Mapping[str, Any]) -> str:
+    known = (row.get(name) for name in ("answer", "solution", "ground_truth"))
+    return next((str(answer) for answer in known if answer is not None), "")
 
 
 def make_config(selector: Selector, folder: Path, train: Dataset, args: GRPOConfig, model: Any, steps: int) -> Config:
@@ -117,9 +111,8 @@ def make_config(selector: Selector, folder: Path, train: Dataset, args: GRPOConf
 
     Raises ConfigError for unknown strategies or settings, and for strategies that choose by stage.
     """
-    sets = {"train": train} | {f"validation/{name}": rows for name, rows in selector.validation_sets.items()}
-    paths = {name: _written(folder / "data", name, rows) for name, rows in sets.items()}
-    sources = {name: [{"type": "file", "path": str(path)}] for name, path in paths.items()}
+    sets = {f"validation-{name}": rows for name, rows in selector.validation_sets.items()}
+    files = {name: _written(folder / "data", name, rows) for name, rows in (sets | {"train": train}).items()}
     values: dict[str, Any] = {
         "name": "run",
         "run_dir": str(folder),
@@ -129,8 +122,8 @@ def make_config(selector: Selector, folder: Path, train: Dataset, args: GRPOConf
             "dtype": "bfloat16" if str(model.dtype) == "torch.bfloat16" else "float32",
         },
         "prompts": {
-            "train": sources["train"],
-            "validation": {name: sources[f"validation/{name}"] for name in selector.validation_sets},
+            "train": files["train"],
+            "validation": {name: files[f"validation-{name}"] for name in selector.validation_sets},
         },
         "verifier": {"type": "function", "path": SCRIPT_REWARDS},
         "collect": {
@@ -140,37 +133,32 @@ def make_config(selector: Selector, folder: Path, train: Dataset, args: GRPOConf
         },
         "train": {"stages": 1, "steps_per_stage": steps},
     }
-    strategy = selector.strategy
-    chosen = preset(strategy, "Selector.strategy") if isinstance(strategy, str) else strategy
-    config = validate_config(merged(with_presets(merged(values, chosen)), selector.settings), "Selector")
-    if not config.select.strategy.chooses_online or config.train.dynamic_sampling:
+    named = selector.strategy
+    patch = preset(named, "Selector.strategy") if isinstance(named, str) else named
+    config = validate_config(merged(with_presets(merged(values, patch)), selector.settings), "Selector")
+    strategy, groups = config.select.strategy, args.generation_batch_size // args.num_generations
+    drops = config.train.dynamic_sampling or strategy.trained_groups(groups) < groups
+    if drops or not strategy.chooses_online:
         raise ConfigError(
-            f"{config.select.label} chooses the prompts of a stage, or samples groups that it drops",
+            f"{config.select.label} chooses the prompts of a stage, or leaves out groups that were sampled",
             where="Selector.strategy",
             fix="leave it out, choose a strategy that chooses batch by batch, or train with `cropi run`.",
         )
     return config
 
 
-def _written(folder: Path, name: str, rows: Iterable[Mapping[str, Any]]) -> Path:
-    """Write the prompts of a dataset to a file; `extra_info` is the row's place in the dataset."""
-    path = folder / f"{name.replace('/', '-')}.jsonl"
-    ids = prompt_ids(rows, name)
+def _written(folder: Path, name: str, rows: Dataset) -> list[dict[str, str]]:
+    """Write the prompts of a dataset to a file, and return it as a source of prompts."""
     lines = [
-        json.dumps(
-            {
-                "prompt": shown_prompt(row),
-                "answer": answer_of(row).strip() or NO_ANSWER,
-                PROMPT_ID: prompt_id,
-                "source": str(row.get("source") or row.get("data_source") or "train"),
-                "extra_info": {"set": name, "row": number},
-            },
-            ensure_ascii=False,
-        )
-        for number, (row, prompt_id) in enumerate(zip(rows, ids, strict=True))
+        {
+            "prompt": shown_prompt(row),
+            "answer": _answer(row).strip() or "(none)",  # the reward functions read their columns themselves
+            PROMPT_ID: prompt_id,
+            "source": str(row.get("source") or row.get("data_source") or "train"),
+            "extra_info": {"row": number},
+        }
+        for number, (row, prompt_id) in enumerate(zip(rows, _ids(rows), strict=True))
     ]
-    text = "\n".join(lines) + "\n"
-    if not path.is_file() or path.read_text(encoding="utf-8") != text:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(path, text)
-    return path
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / f"{name}.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    return [{"type": "file", "path": str(folder / f"{name}.jsonl")}]

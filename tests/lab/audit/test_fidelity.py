@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cropi.gradients.groups import RatioStatistics, SurrogateSettings
-from cropi.lab.audit.fidelity import Comparison, gradient_cosines, interval
+from cropi.lab.audit.fidelity import Comparison, gradient_cosines
 from cropi.lab.audit.trajectory_products import TrajectoryProducts
 
 pytestmark = pytest.mark.usefixtures("unchecked_shapes")
@@ -74,13 +74,6 @@ def test_noise_alone_raises_the_variance_and_lowers_the_ceiling() -> None:
     assert values(loud)["bias"] == pytest.approx(0.0, abs=0.3)
 
 
-def test_more_trajectories_agree_better() -> None:
-    rows = compared(120, stored=16, fresh=64, noise=3.0, seed=3).by_count()
-    assert [row["trajectories"] for row in rows] == [2, 4, 8, 16]
-    ceilings = [row["ceiling"]["spearman"]["value"] for row in rows]  # type: ignore[index]
-    assert ceilings == sorted(ceilings)
-
-
 def test_gradient_cosines_of_equal_and_of_unrelated_gradients() -> None:
     """Right trajectories of every prompt share a direction; stored ones point along another in half of the prompts."""
     generator, together = np.random.default_rng(4), []
@@ -95,32 +88,5 @@ def test_gradient_cosines_of_equal_and_of_unrelated_gradients() -> None:
         )
         together.append((products, 8))
     found = gradient_cosines(together, SETTINGS, 0)
-    assert found is not None
     assert found["ceiling"]["median"] == pytest.approx(1.0, abs=1e-3)
     assert found["off_policy"]["above_0.6"] == pytest.approx(0.5, abs=0.1)
-
-
-def test_intervals_are_over_prompts() -> None:
-    generator = np.random.default_rng(5)
-    first_N = generator.standard_normal(2000)
-    second_N = 0.5 * first_N + np.sqrt(0.75) * generator.standard_normal(2000)
-    found = interval([(first_N, second_N)], lambda a, b: float(np.corrcoef(a, b)[0, 1]), 0)
-    assert found["low"] < 0.5 < found["high"]
-    assert found["high"] - found["low"] == pytest.approx(2 * 1.96 * 0.75 / np.sqrt(2000), rel=0.25)
-
-
-def test_a_larger_group_is_no_bias() -> None:
-    """Rewards drawn at random: a baseline of 8 takes 7/8 of the gradient, one of 32 takes 31/32. Groups of as many
-    trajectories are compared, so that this does not count."""
-    generator = np.random.default_rng(6)
-
-    def drawn(influence: float, count: int) -> TrajectoryProducts:
-        rewards_K = (generator.random(count) < 0.5) * 1.0
-        products_K = 2 * influence * rewards_K + 0.3 * generator.standard_normal(count)
-        return TrajectoryProducts(
-            rewards_K, np.ones(count, int), products_K[:, None], None, [RatioStatistics()] * count
-        )
-
-    truth_N = generator.standard_normal(1500)
-    old, new = [drawn(x, 8) for x in truth_N], [drawn(x, 32) for x in truth_N]
-    assert values(Comparison(old, new, (0, 0, 0), SETTINGS, 0.1, 0))["slope"] == pytest.approx(1.0, abs=0.03)

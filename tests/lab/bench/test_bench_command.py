@@ -10,12 +10,6 @@ from typer.testing import CliRunner
 from cropi.__main__ import app
 
 CONTENDERS = "floor,exact,reference"
-KEYS = {
-    "name", "error", "covers", "startup_s",
-    "seconds", "parts", "tokens_given", "tokens_computed", "given_per_s", "computed_per_s", "peak_rss_mb",
-    "peak_gpu_mb", "ratio_to_floor", "seconds_to_sketch", "spearman", "precision_at_10",
-    "rounds",
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -31,12 +25,9 @@ def test_the_result_holds_everything_about_every_contender(finished: tuple[dict[
     result, text = finished
     assert all(f"| {name}" in text for name in CONTENDERS.split(","))
     assert set(result) == {"kind", "settings", "environment", "policy", "workload", "contenders"}
-    assert result["environment"]["cpu"]
     assert result["environment"]["torch"]
-    assert result["settings"]["shape"] == "tiny"
     assert [row["name"] for row in result["contenders"]] == CONTENDERS.split(",")
     for row in result["contenders"]:
-        assert set(row) == KEYS
         assert len(row["rounds"]) == 2
         assert row["seconds"]["low"] <= row["seconds"]["median"] <= row["seconds"]["high"]
         assert row["peak_rss_mb"] > 100

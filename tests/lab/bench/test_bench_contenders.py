@@ -38,7 +38,6 @@ def test_a_group_can_be_given_any_weights(work: Workload) -> None:
     for group in [*work.train, WeightedGroup("alone", [1], [[2, 3]], [0.7])]:
         segment = segment_of(0, as_group(group), BY_WEIGHT)
         if group.has_signal:
-            assert segment is not None
             assert segment.scales == pytest.approx(group.weights)
             assert segment.completions == group.completions
         else:

@@ -21,14 +21,6 @@ def test_realistic_rows_are_what_they_are_said_to_be() -> None:
     assert facts["mean_completion_tokens"] == pytest.approx(175, abs=10)
 
 
-def test_plain_rows_have_one_trajectory_and_signal() -> None:
-    work = random_workload("plain", prompts=20, validation=4, vocabulary=500, seed=0)
-    for group in work.train + work.validation:
-        assert len(group.completions) == 1
-        assert abs(group.weights[0]) * len(group.completions[0]) == pytest.approx(1)
-    assert {group.weights[0] > 0 for group in work.train} == {True, False}
-
-
 @pytest.mark.parametrize("name", ["realistic", "plain"])
 def test_the_seed_decides_the_rows(name: str) -> None:
     first, again, other = (

@@ -135,17 +135,6 @@ def test_the_table_has_verdicts_and_growing_costs(compared: Path) -> None:
     assert len({row["questions"] for row in table if row["set"] == "sum"}) == 1
 
 
-def test_training_is_counted_with_its_prompts(compared: Path) -> None:
-    run = compared / OUT / "quickstart" / "seed-3" / "full"
-    batches = [json.loads(line) for line in (run / "rewards.jsonl").read_text().splitlines()]
-    parameters = json.loads((run / "begun.json").read_text())["matrix_parameters"]
-    tokens = sum(batch["tokens"] + batch["prompt_tokens"] for batch in batches)
-    assert all(batch["prompt_tokens"] > 0 for batch in batches)
-    row = read_results(compared / OUT / "results.parquet").to_pylist()[4]
-    assert (row["strategy"], row["seed"], row["step"]) == ("full", 3, 4)
-    assert row["train_flops"] == 2 * parameters * 4 * tokens
-
-
 def test_finished_runs_keep_no_checkpoints_and_their_output(compared: Path) -> None:
     for run in runs(compared):
         assert not list(run.glob("checkpoints/*"))
@@ -156,8 +145,7 @@ def test_finished_runs_keep_no_checkpoints_and_their_output(compared: Path) -> N
 def test_the_result_is_printed_written_and_read_back(compared: Path) -> None:
     printed = (compared / "stdout").read_text()
     assert "influence" in printed
-    again = cropi("compare", "--results", str(OUT / "results.parquet"), "--json", cwd=compared)
-    assert again.returncode == 0, again.stderr
+    again = cropi_ok("compare", "--results", str(OUT / "results.parquet"), "--json", cwd=compared)
     assert json.loads(again.stdout) == json.loads((compared / OUT / "compare.json").read_text())
 
 
@@ -262,9 +250,7 @@ def test_so_many_runs_at_once_as_have_their_cores(monkeypatch: pytest.MonkeyPatc
     assert default_jobs([load_config("quickstart", on_cpu)]) == 1
 
 
-def test_a_comparison_is_loaded_from_python_and_a_second_call_makes_no_run(
-    compared: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_comparison_is_loaded_from_python_and_a_second_call_makes_no_run(compared, monkeypatch):
     monkeypatch.chdir(compared)
     before = {path: path.stat().st_mtime_ns for path in runs(compared)}
     result = cropi_python.compare("quickstart", *TINY, strategies=["full", "influence"], seeds=[3], folder=OUT)

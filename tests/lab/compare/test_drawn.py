@@ -9,14 +9,14 @@ import pytest
 
 from cropi.builtin.families import STYLES, difficulty
 from cropi.config import Config
-from cropi.config.loading import config_of, load_config
+from cropi.config.loading import config_of
 from cropi.lab.compare import run_comparison
 from cropi.lab.compare.compare_options import CompareOptions
 from cropi.lab.compare.comparison_plan import make_plan
 from cropi.lab.compare.drawn import accepted, draw, drawn_scenario, rejection, seed_of
 from cropi.prompts import checked_prompts
 
-SEEDS = range(200)
+SEEDS = range(0, 200, 8)
 POPULATION_HASH = "483b27e1846a090a"  # of a thousand scenarios, as they were when the population was fixed
 
 
@@ -76,39 +76,25 @@ def test_of_two_levels_the_long_one_is_wanted_and_both_are_practised():
     assert levels["short"] == levels["long"] == pytest.approx(made.relevant * made.pool / 2, abs=3)
 
 
-@pytest.mark.parametrize("seed", [*range(4), 900, 910, 915, 959])
+@pytest.mark.parametrize("seed", [0, 900, 959])
 def test_prompts_can_be_made_and_stand_in_one_role(seed: int):
     found = checked_prompts(config(seed))
     assert not found.leakage.exact
     assert sum(row["set"] == "train" for row in found.rows) == pytest.approx(draw(seed).pool, abs=20)
 
 
-def test_a_drawn_config_is_what_a_file_would_say(tmp_path):
-    path = tmp_path / "drawn-3.yaml"
-    path.write_text(json.dumps(drawn_scenario(3)), encoding="utf-8")
-    assert load_config(str(path)) == config(3)
-
-
-def test_the_trainer_is_that_of_the_suite():
-    suite = load_config("suite/targeted").resolved()
-    for table in ("policy", "verifier", "select", "train", "trainer", "evaluate"):
-        assert config(0).resolved()[table] == suite[table]
-
-
 @pytest.mark.parametrize(
     ("seed", "checked", "reason"),
     [
-        (900, {"a": [0.3, 0.54]}, "nothing in reach"),
-        (900, {"a": [0.3, 0.56]}, None),
-        (900, {"a": [0.71, 0.99]}, "solved already"),
-        (900, {"a": [0.69, 0.95]}, None),
+        (900, {"a": [0.3, 0.54]}, "nothing in reach"), (900, {"a": [0.3, 0.56]}, None),
+        (900, {"a": [0.71, 0.99]}, "solved already"), (900, {"a": [0.69, 0.95]}, None),
         (900, {"a": [0.9, 1.0], "b": [0.1, 0.6]}, None),  # one to keep, one to learn: half and half
         (900, {"a": [0.3, 0.6], "b": [0.3, 0.4]}, "nothing in reach"),
         (933, {"a": [0.3, 0.9]}, "too few to practise"),  # 13 prompts
         (940, {"a": [0.3, 0.9]}, "too few to practise"),  # 15
         (954, {"a": [0.3, 0.9]}, None),  # 20
     ],
-)
+)  # fmt: skip
 def test_the_rule(seed, checked, reason):
     assert rejection(draw(seed), checked) == reason
 

@@ -7,7 +7,7 @@ import pytest
 
 from cropi.config.loading import load_config, merged
 from cropi.errors import ArtifactError, ConfigError, UserError
-from cropi.lab.compare.comparison_plan import FINISHED, lock, make_plan, parse_seeds, read_patches, read_plan
+from cropi.lab.compare.comparison_plan import lock, make_plan, parse_seeds, read_patches, read_plan
 
 
 @pytest.mark.parametrize(
@@ -167,14 +167,6 @@ def test_settings_that_came_up_later_do_not_spoil_a_folder(tmp_path: Path):
     del claim["scenarios"]["quickstart"]["collect"]["temperature"]  # as if it had not been a setting then
     (tmp_path / "plan.json").write_text(json.dumps(claim))
     assert make_plan(["quickstart"], [], ["full"], [0], tmp_path).wanted == (run,)
-
-
-def test_a_run_is_finished_when_it_says_so(tmp_path: Path):
-    run = make_plan(["quickstart"], [], ["full"], [0], tmp_path).wanted[0]
-    assert not run.finished
-    run.config.folder.mkdir(parents=True)
-    (run.config.folder / FINISHED).write_text("{}")
-    assert run.finished
 
 
 def test_one_comparison_works_in_a_folder_at_a_time(tmp_path: Path):

@@ -34,7 +34,8 @@ class CropiStrategy(ChoosesBatches, StrategyTable):
             pool_NE,
             dict(zip(sets, validation, strict=True)),
             seed=pool.seed,
-            completions=pool.batch * pool.generations,
+            batch=pool.batch,
+            generations=pool.generations,
             scaling=pool.scaling,
             observe_only=self.observe_only,
         )
