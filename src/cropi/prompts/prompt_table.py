@@ -38,7 +38,7 @@ class Checked(NamedTuple):
 
 
 class _Reading:
-    """Settings by which sets are read. Rows that are incomplete or repeated are refused in one message, or dropped."""
+    """Reads the sets. Rows that are incomplete or repeated are refused in one message, or dropped."""
 
     def __init__(self, config: Config) -> None:
         settings = config.prompts
