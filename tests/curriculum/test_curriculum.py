@@ -123,7 +123,7 @@ def test_equal_rewards_and_single_completions_are_no_evidence_of_influence() -> 
     assert "influence/v" not in curriculum.table([str(n) for n in range(80)]).column_names
 
 
-def test_what_choosing_gains_is_known_and_choosing_stops_where_it_harms() -> None:
+def test_what_choosing_gains_is_known_and_choosing_is_halved_until_it_helps_again() -> None:
     world = World(pool=400, other=0.2)
     curriculum = made(world)
     assert curriculum.gain() is None
@@ -138,7 +138,12 @@ def test_what_choosing_gains_is_known_and_choosing_stops_where_it_harms() -> Non
         gain = (1.0 if choice.source == "uniform" else -0.5) + 0.1 * generator.standard_normal((2, 2)) / 4
         harmful.observe(choice, [0.0, 1.0], step=0, group=str(n), influence={"v": np.broadcast_to(gain, (2, 2)) / 2})
     assert harmful.gain()[2] < 1
-    assert {c.source for c in harmful.next(8, 1)} == {"uniform"}
+    counts = [sum(c.source == "uniform" for c in harmful.next(80, 4 * n)) for n in range(1, 6)]
+    assert 0.4 < np.mean(counts) / 80 < 0.6
+    for n in range(200):  # prompts that are chosen help now
+        influence = {"v": np.full((2, 2), 2.0) + 0.1 * generator.standard_normal((2, 2))}
+        harmful.observe(Choice(n % 80, "mean", "v"), [0.0, 1.0], step=21, group=f"later {n}", influence=influence)
+    assert sum(c.source == "uniform" for c in harmful.next(80, 25)) / 80 < 0.25
 
 
 def test_the_interval_of_a_ratio_by_hand() -> None:

@@ -16,6 +16,7 @@ from cropi.curriculum.reward_belief import RewardBelief
 from cropi.functional.intervals import ratio_interval
 
 UNIFORM = 0.1  # share of the places that are drawn uniformly, so that it is known what choosing gains
+DOUBTED = 0.5  # that share where chosen prompts help less; the others show when choosing helps again
 GREEDY = 0.8  # of the other places: by the posterior mean; the rest by a joint draw
 COOLDOWN = 3  # steps before a prompt may be chosen again: until its group has been observed
 FIRST_ROUND = 8  # steps from the first fresh completions of validation prompts to the next; doubled every time
@@ -30,6 +31,7 @@ class _Plan:
     names: list[str]  # of the sets
     shares_V: Float[np.ndarray, " V"]  # of the places
     gains: dict[Source, Float[np.ndarray, "V N"]]
+    doubted: bool  # whether chosen prompts have helped less than uniform ones
 
     def source(self, generator: np.random.Generator) -> Source:
         """Choose by likeness where no influence is known, else by the mean or by a draw."""
@@ -100,12 +102,12 @@ class Curriculum(PromptChooser):
         return chosen
 
     def _plan(self, step: int, generator: np.random.Generator) -> _Plan | None:
-        """Gains by way of choosing and set, and the sets' shares of the places; None if choice is uniform.
+        """Gains by way of choosing and set, and the sets' shares of the places; None with `observe_only`.
 
         A place is for one set, drawn by what is left to learn there: its prompts' mean learnability. The gain on it is
         learnability x slope. Their sum over all sets would leave those to themselves on which all gains are small.
         """
-        if self._observe_only or self._is_no_better():
+        if self._observe_only:
             return None
         learnability_P = self._learnability()
         known = [(name, None if self.rewards_only else self._posterior(name, step)) for name in self._names]
@@ -113,7 +115,7 @@ class Curriculum(PromptChooser):
         ways: tuple[Source, ...] = ("mean", "draw") if any(found for _, found in known) else ("likeness",)
         slopes = {way: np.stack([self._slopes(*each, way, generator) for each in known]) for way in ways}
         gains = {source: learnability_P[: self._pool] * slopes_VN for source, slopes_VN in slopes.items()}
-        return _Plan(self._names, left_V / left_V.sum(), gains)
+        return _Plan(self._names, left_V / left_V.sum(), gains, self._is_no_better())
 
     def _slopes(
         self, name: str, found: Posterior | None, way: Source, generator: np.random.Generator
@@ -135,7 +137,7 @@ class Curriculum(PromptChooser):
 
     def _one(self, free_N: Bool[np.ndarray, " N"], plan: _Plan | None, generator: np.random.Generator) -> Choice:
         """One place: uniform, or the prompt of the largest gain on a set."""
-        uniform = generator.random() < UNIFORM
+        uniform = generator.random() < (DOUBTED if plan is not None and plan.doubted else UNIFORM)
         if uniform or plan is None:
             return Choice(int(generator.choice(np.flatnonzero(free_N))), "uniform", "")
         row = int(generator.choice(len(plan.names), p=plan.shares_V))
@@ -245,7 +247,7 @@ class Curriculum(PromptChooser):
     def _is_no_better(self) -> bool:
         """Whether chosen groups help less than uniform ones, by more than chance. A ratio would fail below zero.
 
-        Choice does not stop wherever the interval of `gain` includes 1: so it did in 58 % of the steps of 70 recorded
+        Choice is not doubted wherever the interval of `gain` includes 1: so it did in 58 % of the steps of 70 recorded
         runs, since too few groups are uniform. In the other steps the ratio was negative.
         """
         found = self._chosen_and_uniform()
