@@ -29,7 +29,6 @@ def test_the_script_runs_and_says_what_it_needs(tmp_path: Path) -> None:
     assert re.search(r"^sum +\d+ +8$", done.stdout, re.MULTILINE)
 
 
-@pytest.mark.slow
 def test_the_notebook_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a kernel of its own, as Jupyter runs it; a first cell makes it small."""
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
