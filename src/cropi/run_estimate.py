@@ -148,9 +148,10 @@ def _bytes_per_token(policy: Policy, ids: Sequence[int]) -> tuple[float, float]:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         alive = policy.model(input_ids=tokens, logits_to_keep=1, use_cache=False)  # its storages stay apart
     with torch.no_grad():
-        cache = policy.model(input_ids=tokens, logits_to_keep=1, use_cache=True).past_key_values
+        cache = policy.model(input_ids=tokens, logits_to_keep=1, use_cache=True)
     del alive
-    states = (value for layer in cache.layers for value in vars(layer).values() if isinstance(value, torch.Tensor))
+    layers = getattr(getattr(cache, "past_key_values", None), "layers", ())  # state space models have no such cache
+    states = (value for layer in layers for value in vars(layer).values() if isinstance(value, torch.Tensor))
     return sum(kept.values()) / len(ids), sum(state.nbytes for state in states) / len(ids)
 
 
@@ -169,8 +170,10 @@ def _bytes_to_train(config: Config, policy: Policy) -> int:
 
 
 def _free_memory(policy: Policy) -> int:
-    """Bytes that the policy's device has left now."""
-    return torch.cuda.mem_get_info()[0] if policy.device.type == "cuda" else psutil.virtual_memory().available
+    """Bytes that this process could hold on the device, with those it holds: the policy that `check` has loaded."""
+    if policy.device.type == "cuda":
+        return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
+    return psutil.virtual_memory().available + sum(p.nbytes for p in policy.model.parameters())
 
 
 def _existing(path: Path) -> Path:

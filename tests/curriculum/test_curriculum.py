@@ -270,3 +270,11 @@ def test_learnability_of_weighted_rewards_is_what_gradients_scale_with(scaling: 
         advantages /= rewards.std(axis=1, ddof=1, keepdims=True) if scaling == "group" else 1.0
         scores = 3.0 * rewards + generator.standard_normal(rewards.shape)  # an influence of 3 per unit of reward
         assert curriculum._learnability()[place] == pytest.approx((advantages * scores).mean() / 3, rel=0.1)
+
+
+@pytest.mark.parametrize("scaling", ["group", "none"])
+def test_graded_rewards_that_never_differ_within_a_group_still_give_a_batch(scaling: str) -> None:
+    curriculum = made(World(), scaling=scaling)
+    for n, reward in enumerate((0.0, 0.3, 1.0)):
+        curriculum.observe(Choice(n, "uniform", ""), [reward] * 8, step=0, group=str(n))
+    assert len(curriculum.next(8, 4)) == 8

@@ -121,6 +121,8 @@ def test_a_gate_admits_about_its_share_of_mixed_groups_and_no_equal_ones() -> No
             assert not gate.admit(group)
     assert 0.3 < np.mean(admitted) < 0.9  # half of eight groups, of which five or six are mixed
     assert not gate.admit(finished(next(sampler), [1.0], has_error=True))
+    with pytest.raises(ConfigError, match="same key"):
+        PrimeSampler([*tasks(), *tasks()], MAKE)
     with pytest.raises(ConfigError, match="trains on all groups"):
         PrimeGate(PrimeSampler(tasks(), MAKE))
 

@@ -73,3 +73,8 @@ def test_nothing_of_a_formula_becomes_markup_of_the_page(text: str) -> None:
 
 def test_text_around_formulas_is_kept_in_order() -> None:
     assert bare("a < b, so $x=1$ & $y=2$.") == "a &lt; b, so x=1 &amp; y=2."
+
+
+def test_a_completion_of_opening_delimiters_alone_is_shown_at_once() -> None:
+    text = "\\(" * 20_000
+    assert str(with_formulas(text)) == text

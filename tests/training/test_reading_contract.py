@@ -50,7 +50,9 @@ def test_a_method_that_is_overridden_has_the_parameters_it_had(name: str) -> Non
 @pytest.mark.parametrize("losses", NORMALISERS)
 def test_losses_are_divided_as_they_were(losses: str) -> None:
     source = inspect.getsource(GRPOTrainer._compute_loss)
-    assert NORMALISERS[losses] in source, f"TRL divides {losses} by something else: training.loss_normalizer undoes it"
+    assert NORMALISERS[losses] in source, (
+        f"TRL divides {losses} by something else: group_evidence.LossNormalizer undoes it"
+    )
 
 
 def test_losses_are_grouped_as_they_were() -> None:
@@ -58,7 +60,7 @@ def test_losses_are_grouped_as_they_were() -> None:
     for losses in (BY_SEQUENCE, sorted(BY_BATCH)):
         quoted = ", ".join(f'"{loss}"' for loss in losses)
         found = f"self.loss_type in [{quoted}]" in source
-        assert found, f"TRL treats {quoted} apart: training.loss_normalizer takes them together"
+        assert found, f"TRL treats {quoted} apart: group_evidence.LossNormalizer takes them together"
 
 
 @dataclass

@@ -151,7 +151,7 @@ def _look(data: Path | None, verifier: str | None, policy: str | None) -> _Look:
     if terminal and (everything or not clear):
         names = list(dict.fromkeys(name for row in rows for name in row))
         columns = {what: _ask(f"column of the {what}s", column, names) for what, column in columns.items()}
-    answers = [str(row[columns["answer"]]) for row in rows if row.get(columns["answer"])]
+    answers = [str(row[columns["answer"]]) for row in rows if row.get(columns["answer"]) not in (None, "")]
     guess = _form(answers)
     if verifier is None and terminal and (everything or guess == "exact"):
         verifier = _ask(f"verifier ({', '.join(FORMS)}, or MODULE.FUNCTION of your own)", guess)
@@ -221,6 +221,8 @@ def _form(answers: Sequence[str]) -> str:
     """The verifier that fits the form of the recorded answers."""
     from cropi.rewards.verifiers.numeric import value_of
 
+    if not answers:
+        return "exact"
     if all("####" in answer for answer in answers):
         return "gsm8k"
     if all(value_of(answer.strip()) is not None for answer in answers):

@@ -214,6 +214,12 @@ def rested(last_N: Int[np.ndarray, " N"], step: int, cooldown: int, count: int) 
     return free_N if free_N.sum() >= count else np.argsort(np.argsort(last_N, kind="stable")) < count
 
 
+def in_proportion(weights_N: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
+    """Probabilities in proportion to weights; equal ones where all weights are 0, as while no two rewards differ."""
+    total = float(weights_N.sum())
+    return weights_N / total if total > 0 else np.full(len(weights_N), 1 / len(weights_N))
+
+
 def below(state: State, prefix: str) -> dict[str, np.ndarray]:
     """The part of a state whose names begin with a prefix, without it."""
     return {key.removeprefix(prefix): values for key, values in state.items() if key.startswith(prefix)}

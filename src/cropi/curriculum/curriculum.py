@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from cropi.curriculum.belief import FORGOTTEN, Hyperparameters, InfluenceBelief, Posterior, kernel_features, likeness
-from cropi.curriculum.chooser import Choice, Halves, PromptChooser, Source, State, below, rested
+from cropi.curriculum.chooser import Choice, Halves, PromptChooser, Source, State, below, in_proportion, rested
 from cropi.curriculum.reward_belief import RewardBelief
 from cropi.functional.intervals import ratio_interval
 
@@ -43,7 +43,8 @@ class _Plan:
 class Curriculum(PromptChooser):
     """Chooses prompts by drawn gain = learnability x influence per unit of learnability.
 
-    Prompts that were drawn are not drawn again at once. Before a direction is known, prompts are drawn uniformly.
+    Prompts that were drawn are not drawn again at once. Before influence is known, likeness to the validation prompts
+    stands for it.
     """
 
     def __init__(
@@ -115,7 +116,7 @@ class Curriculum(PromptChooser):
         ways: tuple[Source, ...] = ("mean", "draw") if any(found for _, found in known) else ("likeness",)
         slopes = {way: np.stack([self._slopes(*each, way, generator) for each in known]) for way in ways}
         gains = {source: learnability_P[: self._pool] * slopes_VN for source, slopes_VN in slopes.items()}
-        return _Plan(self._names, left_V / left_V.sum(), gains, self._is_no_better())
+        return _Plan(self._names, in_proportion(left_V), gains, self._is_worse())
 
     def _slopes(
         self, name: str, found: Posterior | None, way: Source, generator: np.random.Generator
@@ -147,7 +148,8 @@ class Curriculum(PromptChooser):
             return Choice(int(np.argmax(gains_N)), source, plan.names[row])
         # none is believed to help: of negative gains the largest would be that of a prompt which teaches nothing
         weights_N = np.where(free_N, self._rewards.variances()[: self._pool], 0.0)
-        return Choice(int(generator.choice(self._pool, p=weights_N / weights_N.sum())), "learnability", plan.names[row])
+        place = generator.choice(np.flatnonzero(free_N), p=in_proportion(weights_N[free_N]))
+        return Choice(int(place), "learnability", plan.names[row])
 
     def _learnability(self) -> Float[np.ndarray, " P"]:
         """Expected size of the advantages: the rewards' standard deviation, or variance if they are not divided."""
@@ -244,11 +246,10 @@ class Curriculum(PromptChooser):
             found += [mean, float(weights**2 @ (gains - mean) ** 2) * len(gains) / (len(gains) - 1)]
         return found[0], found[1], found[2], found[3]
 
-    def _is_no_better(self) -> bool:
+    def _is_worse(self) -> bool:
         """Whether chosen groups help less than uniform ones, by more than chance. A ratio would fail below zero.
 
-        Choice is not doubted wherever the interval of `gain` includes 1: so it did in 58 % of the steps of 70 recorded
-        runs, since too few groups are uniform. In the other steps the ratio was negative.
+        Not wherever the interval of `gain` includes 1, as it often does: few groups are uniform.
         """
         found = self._chosen_and_uniform()
         if found is None:
@@ -312,9 +313,7 @@ def even_counts(weights_M: Float[np.ndarray, " M"], pairs: int, generator: np.ra
         counts_M = np.zeros(len(weights_M), dtype=int)
         counts_M[generator.permutation(len(weights_M))[:pairs]] = 2
         return counts_M.tolist()
-    total = float(weights_M.sum())
-    shares_M = weights_M / total if total > 0 else np.full(len(weights_M), 1 / len(weights_M))
-    spare_M = (pairs - len(weights_M)) * shares_M
+    spare_M = (pairs - len(weights_M)) * in_proportion(weights_M)
     counts_M = 1 + np.floor(spare_M).astype(int)
     left = pairs - int(counts_M.sum())
     counts_M[np.argsort(np.floor(spare_M) - spare_M, kind="stable")[:left]] += 1

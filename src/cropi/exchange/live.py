@@ -29,7 +29,7 @@ class LiveChooser:
     ) -> None:
         self._chooser = make(Pool(list(prompt_ids), seed, generations=generations, batch=batch))
         self._ids, self._batch = list(prompt_ids), batch
-        self._told = 0
+        self._told, self._keeps_newest = 0, False
         self._newest = deque[tuple[int, Sequence[float]]](maxlen=batch)  # groups, as places and rewards
         self._waiting = deque[Choice]()  # chosen and not asked for yet
         self._open: dict[int, Choice] = {}  # by place: asked for and not told of
@@ -48,6 +48,8 @@ class LiveChooser:
             return
         choice = self._open.pop(place, Choice(place, "uniform", ""))
         self._newest.append((place, list(rewards)))
+        if isinstance(self._chooser, GroupGate):  # before it is observed
+            self._keeps_newest = len(self._newest) - 1 in self._chooser.kept(list(self._newest), self._told)
         self._chooser.observe(choice, rewards, step=self._told // self._batch, group=str(self._told))
         self._told += 1
 
@@ -57,9 +59,8 @@ class LiveChooser:
         return isinstance(self._chooser, GroupGate)
 
     def keeps_newest(self) -> bool:
-        """Whether a chooser that trains on some groups would keep the newest, in a batch with those told before it."""
-        assert isinstance(self._chooser, GroupGate), "a gate is made for such choosers alone"
-        return len(self._newest) - 1 in self._chooser.kept(list(self._newest), self._told)
+        """Whether a chooser that trains on some groups keeps the newest, in a batch with those told before it."""
+        return self._keeps_newest
 
     def metrics(self) -> dict[str, float]:
         """Numbers for a logger."""
@@ -70,13 +71,19 @@ class LiveChooser:
         arrays = self._chooser.state_dict()
         state = {name: [str(a.dtype), list(a.shape), a.ravel().tolist()] for name, a in arrays.items()}
         waiting = [[choice.place, choice.source] for choice in self._waiting]
-        return {"chooser": state, "told": self._told, "waiting": waiting, "newest": [list(g) for g in self._newest]}
+        return {
+            "chooser": state,
+            "told": self._told,
+            "waiting": waiting,
+            "newest": [list(g) for g in self._newest],
+            "keeps_newest": self._keeps_newest,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from such a state."""
         arrays = {name: np.array(a, dtype=kind).reshape(shape) for name, (kind, shape, a) in state["chooser"].items()}
         self._chooser.load_state_dict(arrays)
-        self._told, self._open = state["told"], {}
+        self._told, self._keeps_newest, self._open = state["told"], state["keeps_newest"], {}
         self._waiting = deque(Choice(place, source, "") for place, source in state["waiting"])
         self._newest = deque(((place, rewards) for place, rewards in state["newest"]), self._batch)
 
@@ -88,6 +95,10 @@ class PrimeSampler(Iterator[Any]):
         self, tasks: Sequence[Any], make: MakeChooser, *, batch: int = 64, generations: int = 8, seed: int = 0
     ) -> None:
         self._tasks, self._places = list(tasks), {task.key: place for place, task in enumerate(tasks)}
+        if len(self._places) < len(self._tasks):
+            raise ConfigError(
+                "several tasks have the same key", where="PrimeSampler", fix="give each a key of its own."
+            )
         self.live = LiveChooser(list(self._places), make, batch=batch, generations=generations, seed=seed)
 
     def __next__(self) -> Any:

@@ -12,7 +12,9 @@ from markupsafe import Markup, escape
 
 LONGEST = 600  # characters of a formula that is drawn
 DELIMITED = re.compile(
-    r"\$\$(.+?)\$\$|\$(?!\s)([^$\n]+?)(?<!\s)\$(?!\d)|\\\((.+?)\\\)|\\\[(.+?)\\\]|(?=(\\boxed\{))", re.DOTALL
+    rf"\$\$(.{{1,{LONGEST}}}?)\$\$|\$(?!\s)([^$\n]{{1,{LONGEST}}}?)(?<!\s)\$(?!\d)"
+    rf"|\\\((.{{1,{LONGEST}}}?)\\\)|\\\[(.{{1,{LONGEST}}}?)\\\]|(?=(\\boxed\{{))",
+    re.DOTALL,
 )
 MATHEMATICAL = re.compile(r"\\[a-zA-Z]|[\^_=<>+]|^-?([a-zA-Z]|[\d.,]+)$")  # unlike the text between two prices
 BARE = re.compile(r"(?!.*(?<![\\a-zA-Z])[a-zA-Z]{2})[^\n]*\\[a-zA-Z][^\n]*")  # a command, and no words

@@ -101,7 +101,11 @@ class ScriptRun(OnlineRun):
             return super()._sample(due, step)
         groups = {name: list[SampledGroup]() for name in sorted(due)}
         for name, member in members:
-            groups[name].append(SampledGroup.of(member, known[name, member][: due[name][member]]))
+            groups[name].append(
+                SampledGroup.of(
+                    member, known[name, member][: min(due[name][member], len(known[name, member])) // 2 * 2]
+                )
+            )
         return groups
 
     def _ask(self, members: Sequence[Member], seed: int) -> list[Answer]:

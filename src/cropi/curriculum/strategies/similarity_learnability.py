@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float
 
 from cropi.curriculum.belief import kernel_features
-from cropi.curriculum.chooser import Choice, ChoosesBatches, Pool, RewardChooser, State, below, rested
+from cropi.curriculum.chooser import Choice, ChoosesBatches, Pool, RewardChooser, State, below, in_proportion, rested
 from cropi.curriculum.reward_belief import RewardBelief
 from cropi.curriculum.strategy import Need, StrategyTable
 from cropi.functional.points import nearest_cosines, principal_points, tfidf_points, tfidf_similarity
@@ -82,13 +82,13 @@ class SimilarityLearnability(RewardChooser):
         free_N = rested(self.last_N, step, COOLDOWN, count)
         names, chosen = list(self._likeness), list[Choice]()
         for _ in range(count):
-            name = names[int(generator.choice(len(names), p=left / left.sum()))]
+            name = names[int(generator.choice(len(names), p=in_proportion(left)))]
             scores_N = np.where(free_N, self._likeness[name] * variances_N, -1.0)
             if scores_N.max() > 0:
                 chosen.append(Choice(int(np.argmax(scores_N)), "mean", name))
             else:  # nothing that is left is like the set
                 weights_N = np.where(free_N, variances_N, 0.0)
-                place = int(generator.choice(len(weights_N), p=weights_N / weights_N.sum()))
+                place = int(generator.choice(np.flatnonzero(free_N), p=in_proportion(weights_N[free_N])))
                 chosen.append(Choice(place, "learnability", name))
             free_N[chosen[-1].place] = False
         return chosen
