@@ -46,11 +46,27 @@ def test_a_file_becomes_a_config_that_holds_every_row_once(tmp_path: Path, monke
     assert "exists already" in cropi_error("init", "my sums.jsonl", cwd=tmp_path).stderr
 
 
+def test_a_constant_column_is_no_prompt_and_the_built_in_policy_gets_room_and_a_step_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"stem": f"{n} and {n}", "key": str(2 * n), "note": "written for a course, " * 9} for n in range(40)]
+    write(tmp_path / "x.jsonl", rows)
+    cropi_ok("init", "x.jsonl", "policy.path=builtin", cwd=tmp_path)
+    monkeypatch.chdir(tmp_path)
+    config = load_config("x.yaml")
+    assert {(row["messages"], row["answer"]) for row in load_prompts(config)} == {
+        (json.dumps(row["stem"]), row["key"]) for row in rows
+    }
+    assert config.collect.max_completion_length == 64
+    assert config.trainer["learning_rate"] == 4e-5
+
+
 @pytest.mark.parametrize(
     ("answer", "verifier", "asked"),
     [
         ("{}", "numeric", None),
         ("{}.5", "numeric", None),
+        ("0", "numeric", None),
         ("we add. #### {}", "gsm8k", "####"),
         (r"\frac{{{}}}{{3}}", "math", r"\boxed"),
         ("blue {}", "exact", "Answer:"),

@@ -242,6 +242,10 @@ def bad(**changes: Any) -> Selector:
         (lambda: bad(validation=None), "Selector.validation: it is a NoneType"),
         (lambda: bad(validation={"a": [{"prompt": "a"}]}), r"Selector.validation\['a'\]: it is a list"),
         (lambda: bad(validation=problems("sum").select([])), "Selector.validation: it holds no rows"),
+        (
+            lambda: bad(validation=problems("sum").rename_column("prompt", "question")),
+            "Selector.validation: it has no column prompt",
+        ),
         (lambda: bad(strategy="inflence"), "did you mean 'influence'"),
         (lambda: bad(validation=problems("sum")), "stand in another role"),
         (lambda: bad(settings={"collect": {"no_such": 1}}), "unknown key collect.no_such"),

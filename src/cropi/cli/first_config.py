@@ -18,7 +18,7 @@ from cropi.errors import DataError, UserError
 
 SCHEMA_FILE = ".cropi-schema.json"
 HELD_OUT = {"validation": (32, 0.2), "test": (128, 0.3)}  # rows that are enough, and the largest share of the file
-POLICY = "Qwen/Qwen2.5-0.5B-Instruct"
+POLICY, BUILTIN = "Qwen/Qwen2.5-0.5B-Instruct", "builtin"
 FORMS = ("exact", "numeric", "gsm8k", "boxed", "math")
 ASKED_FOR = {"math": r"\boxed", "gsm8k": "####", "exact": "Answer:"}  # what a prompt must ask for
 
@@ -116,14 +116,21 @@ class _Look:
         return f"Think step by step. Write the final answer {form[self.verifier['type']]}."
 
     @property
+    def folder(self) -> Path:
+        """Where the policy's files are, if it is here."""
+        from cropi.builtin import POLICY_DIR
+
+        return Path(POLICY_DIR if self.policy == BUILTIN else self.policy)
+
+    @property
     def takes_system_prompt(self) -> bool:
         """False for a policy in a folder here that has no chat template."""
-        settings = _json(Path(self.policy) / "tokenizer_config.json")
-        return not settings or "chat_template" in settings or (Path(self.policy) / "chat_template.jinja").is_file()
+        settings = _json(self.folder / "tokenizer_config.json")
+        return not settings or "chat_template" in settings or (self.folder / "chat_template.jinja").is_file()
 
     def completion_length(self) -> int:
         """Room for an answer, at most half the context of a policy in a folder here."""
-        context = _json(Path(self.policy) / "config.json").get("max_position_embeddings", math.inf)
+        context = _json(self.folder / "config.json").get("max_position_embeddings", math.inf)
         return int(min(1024 if self.verifier["type"] == "math" else 256, context // 2))
 
     def warnings(self) -> list[str]:
@@ -207,7 +214,9 @@ def _columns(rows: Sequence[dict[str, Any]], data: Path) -> tuple[dict[str, str]
         for name, value in row.items():
             if isinstance(value, str | int | float | list) and value not in ("", []):
                 filled.setdefault(name, []).append(len(str(value)))
-    by_length = sorted(filled, key=lambda name: sum(filled[name]) / len(filled[name]))
+    texts = {name: {str(row.get(name)) for row in rows} for name in filled}
+    varied = [name for name in filled if len(texts[name]) > 1]  # a constant is neither prompt nor answer
+    by_length = sorted(varied if len(varied) > 1 else filled, key=lambda name: sum(filled[name]) / len(filled[name]))
     if len(by_length) < 2:
         raise DataError("has no two columns for prompts and answers", where=str(data), fix="write one of each a row.")
     prompts = [name for name in PROMPT_COLUMNS if name in filled]
@@ -263,7 +272,12 @@ def _proposed(look: _Look, files: dict[str, Path | None]) -> dict[str, Any]:
         "collect": {"max_completion_length": look.completion_length()},
         "select": {"strategy": "cropi"},
         "train": {"stages": 4, "steps_per_stage": 16},
-        "trainer": {"per_device_train_batch_size": 64, "learning_rate": 1e-6, "loss_type": "dr_grpo", "beta": 0.0},
+        "trainer": {
+            "per_device_train_batch_size": 64,
+            "learning_rate": 4e-5 if look.policy == BUILTIN else 1e-6,
+            "loss_type": "dr_grpo",
+            "beta": 0.0,
+        },
     }
 
 

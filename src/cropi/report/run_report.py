@@ -95,7 +95,7 @@ def sections(config: Config, run: RunFolder, summary: Summary) -> list[Section]:
     ]
     empty = [section.title for section in every if not section.blocks]
     shown = [section for section in every if section.blocks]
-    return [*shown, Section("Not there yet", [Text(f"{'; '.join(empty)}.")])] if empty else shown
+    return [*shown, Section("Not there yet", [Text("; ".join(empty))])] if empty else shown
 
 
 # -- result ------------------------------------------------------------------------------------------------------------

@@ -82,6 +82,11 @@ def _argument(match: re.Match[str]) -> str:
     if known is None:
         place = "verification" if table == "verification" else f'Selector.settings["{table}"]'
         known = place + "".join(f'["{key}"]' for key in keys)
+    if value is None:
+        return known
     python = {"true": "True", "false": "False", "null": "None"}.get(value, value)
-    plain = python != value or re.fullmatch(r"[\d.e-]+", value or "")
-    return known if value is None else f"{known}={python}" if plain else f'{known}="{value}"'
+    given = python if python != value or re.fullmatch(r"[\d.e-]+", value) else f'"{value}"'
+    if not known.startswith("Selector.settings"):
+        return f"{known}={given}"
+    path = "".join(f'{{"{key}": ' for key in (table, *keys))  # as an argument, which can be pasted
+    return f"Selector(settings={path}{given}{'}' * (len(keys) + 1)})"

@@ -50,6 +50,8 @@ class Selector:
                 raise ConfigError(f"it is a {type(rows).__name__}", where=place, fix="give a datasets.Dataset.")
             if not len(rows):
                 raise DataError("it holds no rows", where=place, fix="give it prompts.")
+            if "prompt" not in rows.column_names:
+                raise DataError("it has no column prompt", where=place, fix="rename the column, as TRL asks for it.")
 
     @property
     def validation_sets(self) -> dict[str, Dataset]:
