@@ -117,7 +117,7 @@ class _Look:
 
     @property
     def folder(self) -> Path:
-        """Where the policy's files are, if it is here."""
+        """The folder of the policy's files, if it is here."""
         from cropi.builtin import POLICY_DIR
 
         return Path(POLICY_DIR if self.policy == BUILTIN else self.policy)
