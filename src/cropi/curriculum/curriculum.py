@@ -147,8 +147,8 @@ class Curriculum(PromptChooser):
         if gains_N.max() > 0:
             return Choice(int(np.argmax(gains_N)), source, plan.names[row])
         # none is believed to help: of negative gains the largest would be that of a prompt which teaches nothing
-        weights_N = np.where(free_N, self._rewards.variances()[: self._pool], 0.0)
-        place = generator.choice(np.flatnonzero(free_N), p=in_proportion(weights_N[free_N]))
+        variances_N = self._rewards.variances()[: self._pool]
+        place = generator.choice(np.flatnonzero(free_N), p=in_proportion(variances_N[free_N]))
         return Choice(int(place), "learnability", plan.names[row])
 
     def _learnability(self) -> Float[np.ndarray, " P"]:

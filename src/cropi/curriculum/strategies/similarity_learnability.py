@@ -87,8 +87,7 @@ class SimilarityLearnability(RewardChooser):
             if scores_N.max() > 0:
                 chosen.append(Choice(int(np.argmax(scores_N)), "mean", name))
             else:  # nothing that is left is like the set
-                weights_N = np.where(free_N, variances_N, 0.0)
-                place = int(generator.choice(np.flatnonzero(free_N), p=in_proportion(weights_N[free_N])))
+                place = int(generator.choice(np.flatnonzero(free_N), p=in_proportion(variances_N[free_N])))
                 chosen.append(Choice(place, "learnability", name))
             free_N[chosen[-1].place] = False
         return chosen
