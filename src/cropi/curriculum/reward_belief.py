@@ -84,7 +84,7 @@ class RewardBelief:
         """Expected standard deviation of a group's rewards, with Bessel's correction.
 
         Of K verdicts, k right: sum over k of P(k) sqrt(k (K - k) / (K (K - 1))), with k beta-binomial. It is smaller
-        than the root of the variance where all verdicts of a group may be the same.
+        than the root of the variance where all verdicts of a group may be the same. Rewards of more values: that root.
         """
         if len(self._values) > 2 or completions < 2:
             return np.sqrt(self.variances())
