@@ -13,6 +13,7 @@ from pydantic import BaseModel, JsonValue
 from pydantic_core import PydanticUndefined
 
 from cropi import config
+from cropi.builtin.families import FAMILIES, STYLES
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "config.md"
 INTRODUCTION = """# Config reference
@@ -116,6 +117,17 @@ def table_text(path: str, table: type[BaseModel], known: dict[str, str]) -> str:
     return "\n".join([f"## {f'`{path}`' if path else 'Top level'}\n\n{(table.__doc__ or '').strip()}\n", *lines, ""])
 
 
+def families_text() -> str:
+    """A table of the built-in problems."""
+    rows = [
+        f"| `{name}` | `{STYLES[name]}` | {family.default.min_length}–{family.default.max_length} | "
+        f"{family.default.modulus or ''} | {(family.generate.__doc__ or '').strip()} |"
+        for name, family in FAMILIES.items()
+    ]
+    head = "| family | style | length | modulus | problem |\n|---|---|---|---|---|"
+    return "\n".join(["## Families of built-in problems\n", head, *rows, ""])
+
+
 def page() -> str:
     seen: dict[str, type[BaseModel]] = {}
     sections(config.Config, "", seen)
@@ -125,7 +137,8 @@ def page() -> str:
         owned.setdefault(where, []).append(f"`{key}`")
     refused = "\n".join(f"- {', '.join(keys)}: {where}" for where, keys in owned.items())
     tables = [table_text(path, table, known) for path, table in seen.items()]
-    return "\n".join([INTRODUCTION, *tables, f"## Keys that `trainer` refuses, and what to set instead\n\n{refused}\n"])
+    keys = f"## Keys that `trainer` refuses, and what to set instead\n\n{refused}\n"
+    return "\n".join([INTRODUCTION, *tables, keys, families_text()])
 
 
 def main() -> int:

@@ -229,12 +229,14 @@ def test_check_judges_real_rows_and_writes_nothing(tmp_path: Path) -> None:
 
 
 def test_check_shows_the_prompt_as_the_model_gets_it_and_the_whole_run_beside_plain_grpo(finished: Path) -> None:
-    done = cropi_ok("check", "quickstart", *SMALL, "--dollars-per-hour", "36", "--json", cwd=finished)
+    changed = "trainer.learning_rate=1e-5"
+    done = cropi_ok("check", "quickstart", *SMALL, changed, "--dollars-per-hour", "36", "--json", cwd=finished)
     assert "loading the policy builtin" in done.stderr
     result, parts = json.loads(done.stdout), json.loads(done.stdout)["estimates"]
     prompts = pq.read_table(finished / "runs/quickstart/prompts/prompts.parquet").column("messages").to_pylist()
     tokenizer = AutoTokenizer.from_pretrained(POLICY_DIR)
     encoded = tokenizer([json.loads(prompt) for prompt in prompts])["input_ids"]
+    assert any("started with another config: trainer.learning_rate" in line for line in result["warnings"])
     assert result["model_input"] in {tokenizer.decode(ids) for ids in encoded}
     assert result["tokens"]["prompt longest"] <= max(map(len, encoded))
     assert result["tokens"]["completion longest"] <= 32

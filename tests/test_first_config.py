@@ -150,6 +150,20 @@ def test_a_verifier_is_taken_from_the_command_line(tmp_path: Path) -> None:
     assert load_config(str(tmp_path / "b.yaml")).verifier.path == "m.f"
 
 
+def test_a_reward_function_is_tried_on_the_first_row(tmp_path: Path) -> None:
+    write(tmp_path / "x.jsonl", [row | {"level": 3} for row in questions(40)])
+    functions = {"good": "level, **kwargs", "bad": "depth, level"}
+    code = (f"def {name}(completions, {given}):\n    return [1.0]\n" for name, given in functions.items())
+    (tmp_path / "mine.py").write_text("".join(code))
+    said = {
+        name: cropi_ok("init", "x.jsonl", "--verifier", f"mine.{name}", "--output", f"{name}.yaml", cwd=tmp_path).stdout
+        for name in ("good", "bad", "absent")
+    }
+    assert "the verifier fails" not in said["good"]
+    assert "mine.bad needs depth, and the row has answer, completions, level, prompts, source" in said["bad"]
+    assert "mine has no absent" in said["absent"]
+
+
 def test_a_policy_in_a_folder_sets_template_and_length(tmp_path: Path) -> None:
     """The built-in one has no chat template and room for 128 tokens."""
     write(tmp_path / "x.jsonl", questions(40, "word {}"))

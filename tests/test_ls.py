@@ -44,6 +44,12 @@ def test_runs_are_listed_with_state_accuracy_and_cost(runs: Path) -> None:
     assert max(map(len, text.splitlines())) < 300
 
 
+def test_output_folders_of_scripts_are_found(runs: Path) -> None:
+    (runs / "out").mkdir()
+    shutil.move(runs / "a", runs / "out/_curriculum")
+    assert "out/_curriculum" in cropi_ok("ls", cwd=runs).stdout
+
+
 def test_a_run_at_work_is_running(runs: Path) -> None:
     folder = next((runs / "b").rglob("config.json")).parent
     config = RunFolder(load_config(str(folder)))

@@ -15,7 +15,7 @@ import torch
 from cropi.artifacts import is_finished
 from cropi.config import Config
 from cropi.console import duration
-from cropi.errors import DataError
+from cropi.errors import ConfigError, DataError
 from cropi.gradients.groups import Group, surrogate_settings
 from cropi.gradients.reference import trainable_parameters
 from cropi.gradients.score_shards import make_scorer
@@ -29,7 +29,7 @@ from cropi.rewards.verifier import ScoringVerifier
 from cropi.rollouts.generation import Sampling, TransformersGenerator
 from cropi.rollouts.shards import Shard, behaviour_logprobs, plan, read_trajectories
 from cropi.run_estimate import Pace, estimate
-from cropi.run_folder import environment
+from cropi.run_folder import RunFolder, environment
 from cropi.stages.evaluate import questions, unreadable
 from cropi.stages.run import Setup
 
@@ -97,6 +97,7 @@ def check_run(config: Config, dollars_per_hour: float | None = None) -> CheckRes
     setup = Setup.of(config)
     policy, settings, judge = setup.policy, setup.settings, setup.judge
     prompts, leakage, warnings = checked_prompts(config)
+    warnings += _claim_warnings(config)
     warnings += chat_warnings(policy.tokenizer, config.prompts.chat, (row["messages"] for row in prompts))
     shards, _ = plan(config, policy, prompts)
     tests = questions(config, policy, [row for row in prompts if row["set"].startswith("test/")])
@@ -181,6 +182,15 @@ def _unused_grades(config: Config, sample: _Sample) -> list[str]:
     return (
         [f"rewards lie between 0 and 1, as {between[0]:.3g}, but {gets}: set verifier.graded: true"] if between else []
     )
+
+
+def _claim_warnings(config: Config) -> list[str]:
+    """Say that the name is that of a run with other settings, which `run` refuses."""
+    try:
+        RunFolder(config)
+    except ConfigError as error:
+        return [f"{error.where}: {error.what}. Give the new run another name (name=...)"]
+    return []
 
 
 def _unaffordable(estimates: Mapping[str, float]) -> list[str]:

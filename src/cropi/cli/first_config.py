@@ -6,15 +6,18 @@ import json
 import math
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cropi.cli.shell import Overrides
 from cropi.errors import DataError, UserError
+
+if TYPE_CHECKING:
+    from cropi.config import Config
 
 SCHEMA_FILE = ".cropi-schema.json"
 HELD_OUT = {"validation": (32, 0.2), "test": (128, 0.3)}  # rows that are enough, and the largest share of the file
@@ -50,7 +53,9 @@ def init(
     config_of(values, str(look.data), overrides or [])
     path = output or Path(f"{values['name']}.yaml")
     text = _yaml(values)
-    found = checked_prompts(config_of(parse_yaml(text, str(path)), str(path)))
+    config = config_of(parse_yaml(text, str(path)), str(path))
+    found = checked_prompts(config)
+    failure = _failure(config, found.rows[0])
     write_config(path, text)
     sets = [row["set"].partition("/")[0] for row in found.rows]
     print(f"{look.data}: {look}")
@@ -58,8 +63,21 @@ def init(
         held_out = " of the same file, held out by hash" if file is None else ""
         print(f"  {name:<11} {sets.count(name)} rows{held_out}")
     print(f"  verifier    {_flow(values['verifier'])}\n  policy      {values['policy']['path']}")
-    warnings = [f"warning: {line}" for line in [*found.warnings, *look.warnings()]]
+    warnings = [f"warning: {line}" for line in [*found.warnings, *look.warnings(), *failure]]
     print("\n".join([*warnings, str(path), f"next: cropi check {path}"]))
+
+
+def _failure(config: Config, row: Mapping[str, Any]) -> list[str]:
+    """Say how the verifier fails on a recorded answer, or that it cannot be loaded."""
+    from cropi.rewards.pool import judge_of
+    from cropi.rewards.verdicts import answered
+
+    completion = config.verifier.completion_with(row["answer"])
+    try:
+        note = judge_of(config.verifier, config.verification)([answered(completion, row)])[0].note
+    except UserError as error:
+        note = str(error)
+    return [f"the verifier fails on the first row: {note}"] if note else []
 
 
 def schema() -> None:

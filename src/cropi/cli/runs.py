@@ -20,26 +20,32 @@ if TYPE_CHECKING:
     from cropi.run_folder import RunFolder
 
 HEADER = ("run", "state", "strategy", "steps", "accuracy", "seconds", "tokens")
+SCRIPTS = "*/_curriculum"  # in the output folder of a TRL script
 PROBLEM = 200  # characters shown
 POLL_S = 5.0
 
 
 def list_runs(
-    folder: Annotated[Path, typer.Argument(help="Folder of runs; those of comparisons inside are listed too.")] = Path(
-        "runs"
-    ),
+    folder: Annotated[
+        Path | None,
+        typer.Argument(
+            help="Folder of runs; those of comparisons inside are listed too.",
+            show_default="runs, and output folders of TRL scripts",
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """List the runs in a folder: state, strategy, targeted accuracy and cost."""
-    if not folder.is_dir():
-        raise UserError("there is no such folder", where=str(folder), fix="name the folder of runs.")
+    folders = [folder] if folder else [path for path in (Path("runs"), *Path().glob(SCRIPTS)) if path.is_dir()]
+    if not folders or not folders[0].is_dir():
+        raise UserError("there is no such folder", where=str(folder or "runs"), fix="name the folder of runs.")
     from cropi.report.blocks import Table, text_table
     from cropi.report.wording import count
 
-    rows = [_row(path) for path in _runs(folder)]
+    rows = [_row(path) for place in folders for path in _runs(place)]
     cells = [[count(row[name]) if isinstance(row[name], int) else row[name] or "" for name in HEADER] for row in rows]
     notes = [f"{row['run']}: {shorten(row['problem'], PROBLEM)}" for row in rows if row["problem"]]
-    lines = [text_table(Table("", HEADER, cells, left=3)), *notes] if rows else [f"no runs in {folder}"]
+    lines = [text_table(Table("", HEADER, cells, left=3)), *notes] if rows else [f"no runs in {folders[0]}"]
     print_result({"runs": rows}, as_json, "\n".join(lines))
 
 

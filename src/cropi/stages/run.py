@@ -59,7 +59,6 @@ class Setup:
             raise ConfigError("there is no test set", where="prompts.test", fix="name one: a run is judged by it.")
         if config.collect.vllm is not None and find_spec("vllm") is None:
             raise PolicyError("vLLM is not installed", where="collect.vllm", fix="pip install 'cropi[vllm]'.")
-        RunFolder(config)  # refuses a folder that is another run's
         require_writable(config.folder)
         policy = load_policy(config.policy)
         settings = grpo_config(config, config.folder, policy.device, processes)
@@ -72,13 +71,13 @@ class Run:
     def __init__(self, config: Config, setup: Setup | None = None) -> None:
         """`setup` is given by a trainer of the user's; unset, the config names it. Each rank has its own `Run`."""
         self.config = config
+        self.folder = RunFolder(config)  # refuses a folder that is another run's, before a policy is loaded
         self.setup = setup or Setup.of(config, process_group().size)
         self.judge = self.setup.judge
         self.encode = self.setup.encode or partial(encode_rows, self.setup.policy.tokenizer, config.prompts)
         trainer = self.setup.settings
         self.surrogate = surrogate_settings(config, trainer.loss_type, trainer.scale_rewards)
         self._replica = Replica(self.setup.policy, config.policy)
-        self.folder = RunFolder(config)
         self.folder.lock()
         self._mask_truncated = trainer.mask_truncated_completions
         self._open(self.folder.stages)

@@ -132,12 +132,16 @@ class ScriptRun(OnlineRun):
         return found
 
     def table(self) -> pd.DataFrame:
-        """Every prompt: text, source, times trained, expected reward now, influence ± error, and why it was chosen."""
+        """Every prompt: text, source, times trained, expected reward now, influence ± error, and why it was chosen.
+
+        Those that were trained on most come first.
+        """
         known = self._chooser.table([row["prompt_id"] for row in self._rows]).to_pandas()
         known.insert(1, "prompt", [last_turn(row["messages"]) for row in self._rows])
         known.insert(2, "source", [row["source"] for row in self._rows])
         why = {c.place: way(f"{c.source} {c.validation_set}".strip()) for batch in self._loop.explained for c in batch}
-        return known.assign(why=[why.get(place, "not chosen yet") for place in range(len(self._rows))])
+        known = known.assign(why=[why.get(place, "not chosen yet") for place in range(len(self._rows))])
+        return known.sort_values("times_drawn", ascending=False, kind="stable", ignore_index=True)
 
     def closing_line(self, place: Path) -> str:
         """Say what was chosen, and where to look."""

@@ -58,9 +58,13 @@ class FunctionVerifier(ScoringVerifier):
         if "solution_str" in parameters:
             return lambda row: self.verdict(_verl_score(function, row))
         takes_any = any(one.kind is one.VAR_KEYWORD for one in parameters.values())
+        by_name = [one for one in parameters.values() if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)]
+        needed = {one.name for one in by_name if one.default is one.empty}
 
         def verify(row: Answered) -> str | Graded:
             columns = self._columns(row)
+            if missing := ", ".join(sorted(needed - columns.keys())):
+                raise TypeError(f"{self.path} needs {missing}, and the row has {', '.join(sorted(columns))}")
             rewards = awaited(function(**{k: v for k, v in columns.items() if takes_any or k in parameters}))
             if not hasattr(rewards, "__len__"):
                 kind = type(rewards).__name__
