@@ -43,8 +43,9 @@ from cropi.config import Config, config_difference, deciding
 from cropi.console import say
 from cropi.errors import ArtifactError, ConfigError
 from cropi.parallel import process_group
+from cropi.rewards.verifiers.python_function import SCRIPT_REWARDS
 from cropi.run_tables import TrainPrompts
-from cropi.streams import check_streams, cut_jsonl
+from cropi.streams import check_streams
 
 
 class StagePaths:
@@ -70,13 +71,6 @@ class StagePaths:
 
     def _of(self, name: str, stage: int) -> Path:
         return self.folder / name / f"stage-{stage:03}"
-
-    def forget_training(self) -> None:
-        """Delete what the stages have made of an earlier training."""
-        for name in (*BY_STAGE, "imported", "checkpoints", "evaluations"):
-            shutil.rmtree(self.folder / name, ignore_errors=True)
-        for stream in (self.rewards, self.steps, self.metrics, self.choices):
-            cut_jsonl(stream, lambda _: False)
 
 
 def checkpoint_step(path: Path) -> int | None:
@@ -112,22 +106,12 @@ class RunFolder:
             wait_for_files([self.folder / CONFIG])
 
     def _lock(self) -> None:
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            handle = os.open(self.folder / LOCK, os.O_CREAT | os.O_WRONLY, 0o644)
-        except OSError as error:
-            raise _unusable(self.folder, error) from None
-        self._unlock = weakref.finalize(self, os.close, handle)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ArtifactError(
-                "another process is working on this run", where=str(self.folder), fix="wait for it, or stop it."
-            ) from None
+        self._unlock = weakref.finalize(self, os.close, _locked(self.folder))
         remove_parts(self.folder)
         self._check_claim()  # another process may have claimed it in the meantime
         check_streams(self.folder, *self.folder.glob(f"{OUTSIDE}/*"))
-        if not (self.folder / CONFIG).is_file() or self._grown_from or not self._holds_anything():
+        known = (self.folder / CONFIG).is_file() and self._holds_anything()
+        if not known or self._grown_from or self.config.is_of_script:  # a script may train for longer
             write_json(self.folder / CONFIG, self.config.resolved())
         if self._grown_from:
             stages = self.config.train.stages
@@ -261,6 +245,30 @@ def environment() -> dict[str, str]:
     }
 
 
+def _locked(folder: Path) -> int:
+    """Lock a folder; returns the open file that holds the lock. ArtifactError where another process has it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder / LOCK, os.O_CREAT | os.O_WRONLY, 0o644)
+    except OSError as error:
+        raise _unusable(folder, error) from None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        raise ArtifactError(
+            "another process is working on this run", where=str(folder), fix="wait for it, or stop it."
+        ) from None
+    return handle
+
+
+def discard(folder: Path) -> None:
+    """Delete a run, unless another process works on it."""
+    handle = _locked(folder)
+    shutil.rmtree(folder)
+    os.close(handle)
+
+
 def require_writable(folder: Path) -> None:
     """ArtifactError where nothing can be written to a folder, or to the one that it is to be made in."""
     there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
@@ -273,10 +281,15 @@ def _unusable(folder: Path, problem: object) -> ArtifactError:
 
 
 def _lasting(resolved: dict[str, Any]) -> dict[str, Any]:
-    """The settings that cannot change during a run: those that decide, but for the number of stages, which may grow."""
+    """The settings that cannot change during a run: those that decide, but for its length, which may grow.
+
+    A run grows by stages, and a TRL script by steps.
+    """
     found = deciding(resolved)
-    train = found.get("train")
-    return found | ({"train": {k: v for k, v in train.items() if k != "stages"}} if isinstance(train, dict) else {})
+    train, verifier = found.get("train"), found.get("verifier")
+    scripted = isinstance(verifier, dict) and verifier.get("path") == SCRIPT_REWARDS
+    length = {"stages", "steps_per_stage"} if scripted else {"stages"}
+    return found | ({"train": {k: v for k, v in train.items() if k not in length}} if isinstance(train, dict) else {})
 
 
 def _stages(resolved: dict[str, Any]) -> int:

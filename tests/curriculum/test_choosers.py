@@ -6,7 +6,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from cropi.curriculum.chooser import Choice, Pool, RewardChooser
+from cropi.curriculum.chooser import NEVER, Choice, Pool, RewardChooser, rested
 from cropi.curriculum.strategies.bmc import Bmc, BmcStrategy, Cluster, _Node, prompt_tree
 from cropi.curriculum.strategies.bots import BotsStrategy
 from cropi.curriculum.strategies.lze import LzeStrategy
@@ -96,6 +96,34 @@ def test_a_group_counts_once_and_late_ones_count(name: str) -> None:
     assert state_of(chooser) == before
     tell(chooser, 1, [1.0, 0.0, 0.0], 2, "late")  # of another size
     assert any(before[key] != after for key, after in state_of(chooser).items() if key != "facts")
+
+
+@pytest.mark.parametrize("name", sorted(MAKE))
+def test_rewards_of_any_size_are_learned_from(name: str) -> None:
+    """As those from 0 to 1 that they are mapped to."""
+    plain, wide = MAKE[name](pool()), MAKE[name](pool())
+    for step in range(4):
+        for chooser, low, width in ((plain, 0.0, 1.0), (wide, -3.0, 8.0)):
+            generator = np.random.default_rng(step)
+            for place in [choice.place for choice in chooser.next(8, step)]:
+                rewards = low + width * np.array([0.0, 1.0, *generator.random(6)])
+                tell(chooser, place, rewards.tolist(), step)
+    np.testing.assert_array_equal(plain.times_N, wide.times_N)
+    again = MAKE[name](pool())
+    again.load_state_dict(wide.state_dict())
+    assert state_of(again) == state_of(wide)
+
+
+def test_prompts_rest_until_they_were_observed_where_a_batch_serves_many_steps() -> None:
+    last_N = np.full(6, NEVER)
+    assert rested(last_N, 0, 3, 2).all()
+    last_N[:2] = 0
+    assert rested(last_N, 4, 3, 2).tolist() == [False] * 2 + [True] * 4
+    last_N[2:4] = 4
+    assert rested(last_N, 8, 3, 2).tolist() == [False] * 4 + [True] * 2
+    last_N[4:] = 8
+    assert rested(last_N, 12, 3, 2).tolist() == [True] * 2 + [False] * 4
+    assert rested(np.array([7, 8, 9, 5]), 9, 3, 1).tolist() == [False] * 3 + [True]
 
 
 def test_a_state_of_other_prompts_is_refused() -> None:

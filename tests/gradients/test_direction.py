@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from tests.gradients.architectures import BUILDERS, tiny
 from tests.gradients.test_reading import WEIGHTS, loss_of_rows, rows_of_tokens
 from torch import Tensor, nn
@@ -53,6 +55,26 @@ def test_a_sketch_of_full_rank_is_the_gradient(name: str) -> None:
         scale = sum(float(g.square().sum()) for g in wanted.values()) ** 0.5
         gap = sum(float((whole[name] - g).square().sum()) for name, g in wanted.items()) ** 0.5
         assert gap < 1e-4 * scale
+
+
+def test_embeddings_beside_those_of_the_tokens_are_part_of_the_direction() -> None:
+    """Such as those of layers in Gemma 3n: a backward pass to the tokens' own would leave them out."""
+    model = tiny("llama").float()
+    model.beside = nn.Embedding(model.config.vocab_size, model.config.hidden_size)
+    model.model.embed_tokens.register_forward_hook(lambda module, ids, output: output + model.beside(ids[0]))
+    for found, wanted in zip(sketch_of(model, 64).directions(), true_gradients(model), strict=True):
+        torch.testing.assert_close(dense(found)["beside.weight"], wanted["beside.weight"], rtol=1e-3, atol=1e-4)
+
+
+def test_a_pass_stays_on_the_device_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On one that has no values, and may not be mixed with the CPU. It has no autocast."""
+    monkeypatch.setattr("torch.autocast", lambda *_, **__: nullcontext())
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(tiny("llama").config)
+    sketch = DirectionSketch(model, 2)
+    with backward_to_embeddings(model) as backward, sketch.sketching(PARTS):
+        backward(model(input_ids=torch.ones(4, 6, dtype=torch.long, device="meta")).logits.square().sum())
+    assert {sums.device.type for sums in sketch.sums().values()} == {"meta"}
 
 
 def test_micro_batches_add_up_and_scaling_forgets() -> None:

@@ -204,6 +204,8 @@ class Limited:
         def call(*args: Any) -> Any:
             if kind == "begin":
                 self.packs.append(sum(segment.tokens for segment in args[0]))
+            if f"before {kind}" == self.kind and self.fails(self.packs):
+                raise self.error("DefaultCPUAllocator: not enough memory")
             result = getattr(self.reader, kind)(*args)
             if kind == self.kind and self.fails(self.packs):
                 raise self.error("DefaultCPUAllocator: not enough memory")
@@ -254,7 +256,7 @@ def run_limited(reader: Limited, which: str, budget: int, **options: Any) -> tup
 @pytest.mark.parametrize(
     ("kind", "error"),
     [
-        ("begin", torch.OutOfMemoryError), ("linear", torch.OutOfMemoryError), ("rows", MemoryError),
+        ("before begin", torch.OutOfMemoryError), ("begin", torch.OutOfMemoryError), ("linear", torch.OutOfMemoryError), ("rows", MemoryError),
         ("vector", RuntimeError),
     ],
 )  # fmt: skip

@@ -117,6 +117,12 @@ def test_adapters_loaded_for_inference_are_refused(tmp_path: Path, estimator: An
     Scorer(trainable, SETTINGS, ScorerOptions(estimator=estimator)).aim({"v": GROUPS})
 
 
+@pytest.mark.parametrize("estimator", ["exact", "reference", "sketch"])
+def test_a_model_in_float16_is_refused(estimator: Any) -> None:
+    with pytest.raises(PolicyError, match="small gradients become 0"):
+        Scorer(tiny("llama").half(), SETTINGS, ScorerOptions(estimator=estimator)).aim({"v": GROUPS})
+
+
 NOT_CAUSAL: dict[str, Callable[[], Any]] = {
     "BERT": lambda: bert("ForMaskedLM"),
     "BERT as it is loaded by AutoModelForCausalLM": lambda: bert("LMHeadModel"),

@@ -71,3 +71,18 @@ def test_what_a_tool_wrote_has_no_weight_in_the_direction() -> None:
     advantage = 0.5 / (0.5**0.5 + 1e-4)
     expected = -advantage / 2 * ((logprobs[0, 0] + logprobs[0, 2]) / 2 - (logprobs[1, 0] + logprobs[1, 1]) / 2)
     assert float(loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
+
+
+def test_a_pass_takes_no_more_than_a_quarter_of_the_free_memory_for_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = load_policy(PolicyConfig(path="builtin"))
+    group = SampledGroup(0, [5, 6], [[7, 8]] * 8, [1.0, 0.0] * 4)
+    made = ValidationPass({}, Sampling(8, 1.0), SurrogateSettings(), 8192, lambda *_: 0)
+
+    def rows_at_once(tokens: int) -> list[int]:
+        of_a_token = 4 * 4 * policy.model.config.vocab_size
+        monkeypatch.setattr("cropi.stages.validation_pass.free_bytes", lambda _: 4 * tokens * of_a_token)
+        return [len(rows) for rows in made._micro_batches(policy.model, [group])]
+
+    assert rows_at_once(8192) == [8]
+    assert rows_at_once(12) == [3, 3, 2]
+    assert rows_at_once(1) == [1] * 8

@@ -12,6 +12,7 @@ from torch import Tensor
 from cropi.training.group_evidence import LossNormalizer
 
 LONGEST, GENERATIONS, ACCUMULATED, PER_GENERATION = 10, 4, 3, 6
+CISPO_HIGH = 0.2
 LOSSES = ["grpo", "sapo", "dr_grpo", "bnpo", "dapo", "cispo", "vespo", "luspo"]
 
 
@@ -24,6 +25,8 @@ def divided(loss: str, terms_BT: Tensor, mask_BT: Tensor, items: float) -> Tenso
         return (terms_BT * mask_BT).sum() / (len(terms_BT) * LONGEST) / ACCUMULATED
     if loss == "luspo":
         return (terms_BT * mask_BT).sum(-1).mean() / ACCUMULATED
+    if loss == "cispo":
+        terms_BT = CISPO_HIGH * terms_BT  # a ratio of 1, cut there
     return (terms_BT * mask_BT).sum() / (items * ACCUMULATED / PER_GENERATION)
 
 
@@ -41,6 +44,8 @@ def test_a_row_weighs_the_same_beside_any_neighbours(loss: str, neighbours: list
         num_generations=GENERATIONS,
         max_completion_length=LONGEST,
         steps_per_generation=PER_GENERATION,
+        epsilon=CISPO_HIGH,
+        epsilon_high=None,
     )
     normalizer = LossNormalizer(settings, processes=1)
     inputs = {"completion_ids": mask_BT, "completion_mask": mask_BT, "num_items_in_batch": torch.tensor(items)}

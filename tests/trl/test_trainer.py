@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import fcntl
 import json
 import os
 import subprocess
@@ -210,11 +211,48 @@ def test_a_checkpoint_without_the_curriculum_s_state_is_refused(
 
 
 def test_a_training_that_begins_anew_forgets_the_one_before(tmp_path: Path) -> None:
+    """Whatever is changed, and unless another process works on it."""
     trainer(tmp_path).train()
     first = choices(tmp_path)
     trainer(tmp_path, learning_rate=1e-9).train()
     assert choices(tmp_path)[:2] == first[:2]
     assert [row["step"] for row in json_lines(run_of(tmp_path) / "rewards.jsonl")] == [0, 1, 2, 3]
+    trainer(tmp_path, train_dataset=problems("parity", count=4), seed=3, max_steps=1).train()
+    assert [row["step"] for row in json_lines(run_of(tmp_path) / "rewards.jsonl")] == [0]
+    with (run_of(tmp_path) / "lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(ArtifactError, match="another process is working"):
+            trainer(tmp_path).train()
+    assert choices(tmp_path)
+
+
+def test_a_resumed_training_may_be_longer(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1}
+    trainer(tmp_path, max_steps=2, **settings).train()
+    longer = trainer(tmp_path, max_steps=3, **settings)
+    longer.train(resume_from_checkpoint=True)
+    assert [row["step"] for row in json_lines(run_of(tmp_path) / "rewards.jsonl")] == [0, 1, 2]
+    (listed,) = json.loads(cropi_ok("ls", str(tmp_path), "--json", cwd=tmp_path).stdout)["runs"]
+    assert (listed["state"], listed["steps"]) == ("finished", "3/3")
+
+
+def test_validation_sets_may_have_columns_of_their_own(tmp_path: Path) -> None:
+    """TRL reads the columns of a batch's first row from all."""
+    first, second = problems("sum", split="validation", count=2), problems("parity", split="validation", count=2)
+    sets = {"a": first.add_column("year", [1, 2]), "b": second}
+    seen: list[bool] = []
+
+    def noted(completions: list[str], answer: list[str], **columns: Any) -> list[float]:
+        seen.append("year" in columns)
+        return right(completions, answer)
+
+    made = trainer(tmp_path, select(validation=sets), reward_funcs=noted, max_steps=2)
+    made.train()
+    assert set(seen) == {True, False}
+    asked = [("b", 1), ("a", 0), ("b", 0)]
+    answers = made.curriculum._ask([each for each in asked for _ in range(2)], 0)[::2]
+    encoded = [made.processing_class(sets[name][n]["prompt"])["input_ids"] for name, n in asked]
+    assert [list(answer.prompt) for answer in answers] == encoded
 
 
 def test_a_strategy_that_reads_rewards_alone_samples_no_validation_prompts(tmp_path: Path) -> None:
@@ -250,6 +288,8 @@ def bad(**changes: Any) -> Selector:
         (lambda: bad(strategy="inflence"), "did you mean 'influence'"),
         (lambda: bad(validation=problems("sum")), "stand in another role"),
         (lambda: bad(settings={"collect": {"no_such": 1}}), "unknown key collect.no_such"),
+        (lambda: bad(settings={"prompts": {"empty": "drop"}}), "none can be dropped"),
+        (lambda: bad(validation=problems("sum", split="validation").select([0])), "one prompt, .*, has no direction"),
         (lambda: bad(strategy="influence"), "chooses the prompts of a stage"),
         (lambda: bad(strategy="dapo"), "leaves out groups that were sampled"),
         (lambda: bad(strategy="lze"), "leaves out groups that were sampled"),
@@ -259,6 +299,18 @@ def test_what_cannot_be_is_refused_before_the_first_step(make: Any, message: str
     with pytest.raises(UserError, match=message) as caught:
         trainer(tmp_path, make()).train()
     assert "trainer." not in str(caught.value)
+
+
+def test_a_generator_that_leaves_training_mode_on_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be told from training"):
+        trainer(tmp_path, use_transformers_continuous_batching=True)
+
+
+def test_terms_of_the_loss_beside_the_rewards_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trainer(tmp_path, beta=0.1, entropy_coef=0.1, max_steps=1).train()
+    said = capsys.readouterr().err
+    assert "args.beta is set, so the influence that is read contains the term of KL" in said
+    assert "args.entropy_coef is set" in said
 
 
 def test_two_rows_with_one_id_are_refused(tmp_path: Path) -> None:

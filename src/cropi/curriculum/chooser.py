@@ -39,7 +39,7 @@ class Pool:
     prompt_ids: Sequence[str]
     seed: int
     generations: int = 8  # K, completions of a group
-    batch: int = 8  # prompts of a batch
+    batch: int = 8  # prompts that are sampled a training step
     scaling: Literal["group", "none"] = "group"  # of the trainer's advantages
     sources: Sequence[str] = ()
     texts: Sequence[str] = ()
@@ -161,10 +161,11 @@ class RewardChooser(PromptChooser):
         super().__init__(len(pool), pool.seed, hashlib.sha256("\n".join(pool.prompt_ids).encode()).hexdigest())
         self.pool = pool
         self._step = -1  # the newest step of an observed group
+        self._extremes = [0.0, 1.0]  # of all rewards so far, at least that of verdicts
 
     @abstractmethod
     def learn(self, place: int, rewards: Float[np.ndarray, " K"], step: int) -> None:
-        """Take the rewards of a group."""
+        """Take the rewards of a group, from 0 to 1."""
 
     @abstractmethod
     def beliefs(self) -> dict[str, np.ndarray]:
@@ -179,16 +180,24 @@ class RewardChooser(PromptChooser):
         if step > self._step:
             self._step = step
             self.begin_step()
-        self.learn(choice.place, rewards, step)
+        self.learn(choice.place, self.scaled(rewards), step)
+
+    def scaled(self, rewards: Float[np.ndarray, " K"]) -> Float[np.ndarray, " K"]:
+        """Map rewards to [0, 1], by the range of all so far: these rules are made for verdicts."""
+        low, high = self._extremes
+        low, high = self._extremes = [float(rewards.min(initial=low)), float(rewards.max(initial=high))]
+        return (rewards - low) / (high - low)
 
     def columns(self) -> dict[str, Any]:
         return {}
 
     def state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        return {"step": self._step}, {name: values.copy() for name, values in self.beliefs().items()}
+        return {"step": self._step, "range": self._extremes}, {
+            name: values.copy() for name, values in self.beliefs().items()
+        }
 
     def restore(self, facts: Mapping[str, Any], arrays: State) -> None:
-        self._step = facts["step"]
+        self._step, self._extremes = facts["step"], facts["range"]
         for name, values in self.beliefs().items():
             values[...] = arrays[name]
 
@@ -209,8 +218,17 @@ class ChoosesBatches(ABC):
 
 
 def rested(last_N: Int[np.ndarray, " N"], step: int, cooldown: int, count: int) -> Bool[np.ndarray, " N"]:
-    """Prompts that were not drawn in the last `cooldown` steps; the `count` longest undrawn where these are too few."""
-    free_N: np.ndarray = last_N < step - cooldown
+    """Prompts that were not drawn in the last `cooldown` steps nor, with one, in the last two batches.
+
+    The groups of the last two may not have been observed, and a batch may serve several steps. Where these prompts are
+    too few, the `count` longest undrawn.
+    """
+    end = step - cooldown
+    if cooldown:
+        newest = int(last_N.max(initial=NEVER))
+        before = int(last_N[last_N < newest].max(initial=NEVER))
+        end = min([end, *(drawn for drawn in (before, newest) if drawn > NEVER)])
+    free_N: np.ndarray = last_N < end
     return free_N if free_N.sum() >= count else np.argsort(np.argsort(last_N, kind="stable")) < count
 
 

@@ -24,6 +24,7 @@ ROUND_STEPS = 3.0  # completions of a round, in those of a training step
 REFIT = 4  # least steps between two choices of hyper-parameters; later a quarter of all steps so far
 ENOUGH = 8  # groups of either kind before the gain of choosing is judged
 GAIN_HALF_LIFE = 32.0  # steps
+NEARLY_EQUAL = 0.05  # of the usual deviation of rewards in a group: divided by less, its noise would drown the others
 
 
 @dataclass(frozen=True)
@@ -57,12 +58,14 @@ class Curriculum(PromptChooser):
         generations: int = 8,
         scaling: Literal["group", "none"] = "group",
         observe_only: bool = False,
+        prompt_ids: Sequence[str] = (),
     ) -> None:
         """`points_NE` represents the pool's prompts, `validation` those of each set, in the same coordinates.
 
-        A training step has `batch` prompts with `generations` completions each. `scaling` is that of the trainer's
+        A training step samples `batch` prompts, `generations` completions of each. `scaling` is that of the trainer's
         advantages: divided by the group's standard deviation, or not. With `observe_only` all prompts are drawn
-        uniformly.
+        uniformly. A state is that of the same `prompt_ids`; unset, of exactly these points, which another machine may
+        not compute to the bit.
         """
         self._pool, self._names = len(points_NE), sorted(validation)
         self._first = dict[str, int]()
@@ -76,8 +79,8 @@ class Curriculum(PromptChooser):
         self._likeness = {name: likeness(points_NE, validation[name]) for name in self._names}
         self._influence = {name: self._belief(features_PF, name) for name in self._names}
         self._scaling, self._observe_only = scaling, observe_only
-        fingerprint = hashlib.sha256(features_PF).hexdigest()  # type: ignore[arg-type] # contiguous
-        super().__init__(self._pool, seed, fingerprint)
+        identity = "\n".join([*prompt_ids, repr(self._sizes)]).encode() if prompt_ids else features_PF.tobytes()
+        super().__init__(self._pool, seed, hashlib.sha256(identity).hexdigest())
         self._generations, self._per_round = generations, round(ROUND_STEPS * batch * generations)
         self.rewards_only = False  # where too little of the gradient can be read
         self._fitted: dict[str, tuple[int, Hyperparameters]] = {}  # step and choice by set
@@ -183,8 +186,6 @@ class Curriculum(PromptChooser):
         self._rewards.observe(self._first[name] + member, known, step)
         if influence is not None:
             self._told(self._influence[name], self._pool + member, known, influence, step)
-        if not self._rounds or self._rounds[-1] != step:
-            self._rounds.append(step)
 
     def _told(
         self, belief: InfluenceBelief, point: int, rewards: Float[np.ndarray, " K"], halves: Halves, step: int
@@ -194,7 +195,7 @@ class Curriculum(PromptChooser):
         influence = float(parts.sum(axis=0).mean())
         variance = float(rewards.var(ddof=1)) if len(rewards) > 1 else 0.0
         learnability = variance**0.5 if self._scaling == "group" else variance
-        if learnability > 0:
+        if variance**0.5 > NEARLY_EQUAL * self._rewards.usual_deviation():
             of_completions = (parts[0].mean() - parts[1].mean()) ** 2
             half_difference = float(parts[:, 0].sum() - parts[:, 1].sum()) / 2
             error = float(of_completions + half_difference**2) / learnability**2
@@ -203,7 +204,7 @@ class Curriculum(PromptChooser):
         return influence if np.isfinite(influence) else 0.0
 
     def validation_due(self, step: int) -> dict[str, list[int]]:
-        """Fresh completions that each validation prompt should get now; nothing if none.
+        """Fresh completions that each validation prompt should get now; nothing if none. A round is named once.
 
         A round costs the same whatever there are of sets and prompts, and the steps between rounds double: directions
         are needed most at the start, and turn slowly. Within a set, prompts get completions by the expected standard
@@ -215,6 +216,7 @@ class Curriculum(PromptChooser):
         generator = np.random.default_rng([self._seed, len(self._rounds), step])
         deviations_P = np.sqrt(self._rewards.variances())
         pairs = self._per_round // 2 // len(self._names)
+        self._rounds.append(step)
         return {name: even_counts(deviations_P[self._members(name)], pairs, generator) for name in self._names}
 
     def _age(self, step: int) -> None:

@@ -74,11 +74,14 @@ class RewardBelief:
         if len(self._values) <= 2:
             return (high - low) ** 2 * (a_P * b_P / (total_P * (total_P + 1)))
         near_P, squares_P = self._near(self._freedom_P, self._squares_P)
-        freedom = float(self._freedom_P.sum())
-        usual = float(self._squares_P.sum()) / freedom if freedom > 0 else 0.0
-        prior_P = (squares_P + usual * 1e-3) / (near_P + 1e-3)
+        prior_P = (squares_P + self.usual_deviation() ** 2 * 1e-3) / (near_P + 1e-3)
         found: np.ndarray = (self._squares_P + PRIOR_TRIES * prior_P) / (self._freedom_P + PRIOR_TRIES)
         return found
+
+    def usual_deviation(self) -> float:
+        """Standard deviation of rewards within the groups that were observed; 0 before any."""
+        freedom = float(self._freedom_P.sum())
+        return float(self._squares_P.sum() / freedom) ** 0.5 if freedom > 0 else 0.0
 
     def deviations(self, completions: int) -> Float[np.ndarray, " N"]:
         """Expected standard deviation of a group's rewards, with Bessel's correction.

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,7 +72,7 @@ class DirectionSketch:
     @contextmanager
     def sketching(self, part_of: Int[Tensor, " B"]) -> Iterator[None]:
         """Add the gradients of one micro-batch, whose sequences belong to these parts."""
-        self._part_of = torch.nn.functional.one_hot(part_of, self._parts).float()
+        self._part_of = (part_of[:, None] == torch.arange(self._parts)).float()
         try:
             with tapped(self._layers, self):
                 yield
@@ -120,18 +120,18 @@ class DirectionSketch:
         assert self._part_of is not None, "a backward pass belongs inside the block of its forward pass"
         if gradient.dim() < 3 or len(gradient) != len(self._part_of):
             return  # as the reader has it
-        tokens_BTO, parts = gradient.float().flatten(1, -2), self._part_of
+        tokens_BTO, parts = gradient.float().flatten(1, -2), self._part_of.to(gradient.device)
         if layer.kind == "norm" and layer.weight is not None:
             unit = normalised(layer, kept[0]).reshape(tokens_BTO.shape)
             self._vectors[layer.weight] += torch.einsum("bp,bto,bto->po", parts, tokens_BTO, unit)
         elif layer.weight is not None:
-            self._meet_matrix(layer, self._matrices[layer.weight], tokens_BTO, kept)
+            self._meet_matrix(layer, self._matrices[layer.weight], tokens_BTO, parts, kept)
         if layer.bias is not None:
             self._vectors[layer.bias] += torch.einsum("bp,bto->po", parts, tokens_BTO)
 
-    def _meet_matrix(self, layer: Layer, sums: _Sums, tokens_BTO: Tensor, kept: Sequence[Tensor]) -> None:
-        parts = self._part_of
-        assert parts is not None
+    def _meet_matrix(
+        self, layer: Layer, sums: _Sums, tokens_BTO: Tensor, parts: Tensor, kept: Sequence[Tensor]
+    ) -> None:
         if layer.kind == "linear":
             read, projected = (each.float().flatten(1, -2) for each in kept)
             sums.after += torch.einsum("bp,bto,btk->pok", parts, tokens_BTO, projected)
@@ -148,10 +148,13 @@ class DirectionSketch:
 
 
 def _recovered(sums: _Sums, part: int, rank: int) -> LowRank:
-    basis, _ = torch.linalg.qr(sums.after[part].double())
-    core = torch.linalg.lstsq(sums.left.double() @ basis, sums.before[part].double(), driver="gelsd").solution
+    """Cut one part of a matrix to the rank, on the CPU: CUDA has no least squares of deficient rank."""
+    device = sums.after.device
+    left, after, before = (each.cpu().double() for each in (sums.left, sums.after[part], sums.before[part]))
+    basis, _ = torch.linalg.qr(after)
+    core = torch.linalg.lstsq(left @ basis, before, driver="gelsd").solution
     u, s, v = torch.linalg.svd(core, full_matrices=False)
-    return LowRank((basis @ u[:, :rank] * s[:rank]).float(), v[:rank].float())
+    return LowRank((basis @ u[:, :rank] * s[:rank]).float().to(device), v[:rank].float().to(device))
 
 
 def inner(first: Direction, second: Direction) -> float:
@@ -182,7 +185,7 @@ def deterministic(model: nn.Module) -> Iterator[None]:
 def backward_to_embeddings(model: PreTrainedModel) -> Iterator[Any]:
     """Yields `backward(loss)`, which runs a backward pass but fills no `.grad` and starts no hook of a parameter.
 
-    The pass ends at the output of the input embeddings. PolicyError where gradient checkpointing is reentrant, which
+    The pass ends at the outputs of the embeddings. PolicyError where gradient checkpointing is reentrant, which
     allows no such pass.
     """
     if any(_is_reentrant(module) for module in model.modules()):
@@ -201,12 +204,11 @@ def backward_to_embeddings(model: PreTrainedModel) -> Iterator[Any]:
         torch.autograd.grad(loss, outputs, allow_unused=True)
         outputs.clear()
 
-    embeddings = model.get_input_embeddings()
-    hook = embeddings.register_forward_hook(note, prepend=True)
-    try:
+    embeddings = {model.get_input_embeddings()} | {m for m in model.modules() if isinstance(m, nn.Embedding)}
+    with ExitStack() as stack:
+        for module in embeddings:  # of positions as well: a pass to the tokens' alone leaves these out
+            stack.callback(module.register_forward_hook(note, prepend=True).remove)
         yield backward
-    finally:
-        hook.remove()
 
 
 def _is_reentrant(module: nn.Module) -> bool:

@@ -98,6 +98,7 @@ class ExactReader(FactorReader):
         self._norms = norms
         self._repeated = (set(self._directions) if repeated is None else set(repeated)) if norms else set()
         self.row_bytes = sum(4 * self._directions[name][0].numel() for name in self._repeated)
+        self._whole: dict[str, Tensor] = {}
         self.products_NV = torch.zeros(count, len(directions), dtype=torch.float64)
         self.squares_N = torch.zeros(count, dtype=torch.float64)
 

@@ -44,6 +44,10 @@ def causal_lm_of(model: nn.Module) -> PreTrainedModel:
         raise _refused(inner, "it is an encoder-decoder model", "use a decoder-only model.")
     if inner.get_output_embeddings() is None:
         raise _refused(inner, "it has no vocabulary head", _LOAD)
+    if inner.dtype == torch.float16:
+        raise _refused(
+            inner, "its weights are float16, in which small gradients become 0", "load it in bfloat16 or float32."
+        )
     _require_adapters_in_use(model, inner)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise _refused(

@@ -210,7 +210,7 @@ class SketchReader(FactorReader):
         self._sums_NB = self._staged_NK.new_zeros(len(self._rows), 2 * self._map.projection.dim)
 
     def undo(self) -> bool:
-        del self._sums_NB
+        self._sums_NB = self._staged_NK[:0]  # memory may have run out before there were any
         self._staged_NK = self._staged_NK[:0].clone()
         return True
 

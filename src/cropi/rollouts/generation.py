@@ -45,7 +45,7 @@ class TransformersGenerator:
         """Return one completion per prompt, in order: token ids up to and including the first end-of-sequence token.
 
         Batches take prompts in order of length to reduce padding. The caller's random state is unchanged, so the same
-        seed and prompts give the same completions anywhere.
+        seed and prompts give the same completions anywhere, unless memory ran out.
         """
         order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
         completions: list[list[int]] = [[] for _ in prompts]

@@ -56,13 +56,14 @@ class OnlineRun:
     def loop(self, trainer: ReadsInfluence, checkpoint: Path | None) -> ChooserLoop:
         """The loop of a trainer, at the start of training or where a checkpoint left it."""
         run, self._trainer = self._run, trainer
+        sampler = self._sampler()
         if run.config.select.strategy.reads_representations:
             make_representations(run)
         with run.ledger.charge("select"):
             self._chooser = self._make_chooser(self._pool())
             if checkpoint is None:
                 self._take_prior()
-        loop = self._loop = self._made_loop(self._sampler())
+        loop = self._loop = self._made_loop(sampler)
         if checkpoint is not None:
             loop.load(checkpoint)
         if process_group().is_main:
@@ -141,7 +142,7 @@ class OnlineRun:
             ids,
             derived_seed(run.config.seed, "curriculum"),
             generations=settings.num_generations,
-            batch=settings.generation_batch_size // settings.num_generations,
+            batch=max(1, round(settings.generation_batch_size // settings.num_generations * self._batches_per_step)),
             scaling="group" if settings.scale_rewards in {"group", True} else "none",
             sources=[row["source"] for row in self._rows],
             **read,
@@ -153,6 +154,15 @@ class OnlineRun:
             name: [ValidationPrompt(row, tokens) for row, tokens in zip(rows, run.encode(rows), strict=True)]
             for name, rows in run.folder.validation_prompts.items()
         }
+        for name, prompts in sets.items():
+            if len(prompts) < 2:
+                raise ConfigError(
+                    f"one prompt, {prompts[0].row['prompt_id']}, has no direction with an error"
+                    if prompts
+                    else "empty",
+                    where=f"prompts.validation.{name}",
+                    fix="give it two prompts at least.",
+                )
         return ValidationPass(
             sets,
             Sampling(collect.max_completion_length, collect.temperature),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from cropi.console import warn
+from cropi.console import warn, warn_once
 from cropi.curriculum.chooser import Choice, GroupGate, Halves, PromptChooser
 from cropi.curriculum.curriculum import Curriculum
 from cropi.gradients.layer_taps import matrix_parameters
@@ -239,6 +239,8 @@ class OnlineLoop(ChooserLoop):
         if not due:
             return
         groups = self.sample(due, step)
+        if not any(groups.values()):
+            warn_once("no completion of a validation prompt got a reward, so that influence is not known")
         given = self.differentiate(groups, step)
         self._turn()
         for name, own in groups.items():
@@ -258,7 +260,8 @@ class OnlineLoop(ChooserLoop):
     # -- state ---------------------------------------------------------------------------------------------------------
 
     def metrics(self) -> dict[str, float]:
-        own = {"rows_dropped": float(self.evidence.dropped), "share_read": self.share_read}
+        own = {"rows_dropped": float(self.evidence.dropped)}
+        own |= {"share_read": self.share_read} if self.checked else {}
         return super().metrics() | {f"curriculum/{name}": value for name, value in own.items()}
 
     def _state(self) -> dict[str, Any]:

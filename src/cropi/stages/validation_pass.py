@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from cropi.functional.surrogate import group_advantages
 from cropi.gradients.direction import DirectionSketch, backward_to_embeddings, deterministic, inner
+from cropi.gradients.engine import free_bytes
 from cropi.gradients.groups import SurrogateSettings
 from cropi.gradients.training_influence import Direction, Reader
 from cropi.parallel import process_group
@@ -22,6 +23,7 @@ from cropi.policy import completion_logprobs, longest_alike
 from cropi.rollouts.generation import Sampling
 
 RANK = 4
+LOGITS_COPIES = 4  # of all logits that a pass holds at once
 KEPT = 0.8  # weight of a round's gradients at the next round
 Due = Mapping[str, Sequence[int]]  # completions that each prompt of a validation set wants
 Member = tuple[str, int]  # a set and a place in it
@@ -195,11 +197,17 @@ class ValidationPass:
         self.renew()
 
     def _micro_batches(self, model: PreTrainedModel, groups: Sequence[SampledGroup]) -> Iterator[list[_Row]]:
-        """Rows with a non-zero advantage, longest first, of at most `batch_tokens` padded tokens, for one pass each."""
-        limit = longest_alike(model)
+        """Rows with a non-zero advantage, longest first, of at most `batch_tokens` padded tokens, for one pass each.
+
+        Fewer where their logits in float32, with what softmax and its gradient make of them, would take more than a
+        quarter of the free memory. Collective.
+        """
+        limit, vocabulary = longest_alike(model), model.config.get_text_config(decoder=True).vocab_size
+        free = min(process_group().gather(free_bytes(model.device)))
+        most = min(self.batch_tokens, free // 4 // (LOGITS_COPIES * 4 * vocabulary))
         rows = sorted((row for group in groups for row in self._rows(group)), key=lambda row: -row.length)
         while rows:
-            count = max(1, self.batch_tokens // rows[0].length) if rows[0].length <= limit else 1
+            count = max(1, most // rows[0].length) if rows[0].length <= limit else 1
             yield rows[:count]
             rows = rows[count:]
 

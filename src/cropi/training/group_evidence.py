@@ -190,6 +190,8 @@ class LossNormalizer:
         luspo        B a
         bnpo         a M         M tokens that count in the micro-batch
         dapo, cispo, vespo       a tokens of the generation batch / (processes x steps per generation)
+
+    `cispo` weighs tokens by ratios that are cut at `epsilon_high`, even where that is below 1, as by default.
     """
 
     settings: GRPOConfig
@@ -212,4 +214,7 @@ class LossNormalizer:
             counted = float((mask * inputs["tool_mask"] if "tool_mask" in inputs else mask).sum())
             return max(counted, 1.0) * accumulated / (generations * longest)
         items = max(float(inputs["num_items_in_batch"]), 1.0) / self.processes
+        if loss == "cispo":
+            high = self.settings.epsilon_high
+            items /= min(1.0, self.settings.epsilon if high is None else high)
         return items * accumulated / self.settings.steps_per_generation / (generations * longest)

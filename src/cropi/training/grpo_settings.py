@@ -81,15 +81,28 @@ def grpo_config(config: Config, output_dir: Path, device: torch.device, processe
 
 
 def _check_online(settings: GRPOConfig, config: Config, processes: int) -> None:
-    """ConfigError where only one process would choose; a warning where influence is not that of rewards alone."""
+    """ConfigError where only one process would choose."""
     if processes > 1 and settings.accelerator_config.dispatch_batches:
         raise ConfigError(
             "every process chooses the prompts of a batch, and one of them would fetch it for all",
             where="trainer.accelerator_config",
             fix="leave dispatch_batches out.",
         )
-    if settings.beta and config.select.strategy.reads_influence:
-        warn_once("trainer.beta is above 0, so the influence that is read contains the KL term")
+    if config.select.strategy.reads_influence:
+        warn_of_other_terms(settings)
+
+
+def warn_of_other_terms(settings: GRPOConfig) -> None:
+    """Say which terms of the loss are read as influence beside that of the rewards."""
+    terms = {
+        "beta": "KL divergence",
+        "entropy_coef": "entropy",
+        "use_adaptive_entropy": "entropy",
+        "router_aux_loss_coef": "router losses",
+    }
+    for name, term in terms.items():
+        if getattr(settings, name, None):
+            warn_once(f"trainer.{name} is set, so the influence that is read contains the term of {term}")
 
 
 def _divided(options: dict[str, Any], processes: int) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,6 @@ import pandas as pd
 from datasets import Dataset
 from torch.utils import data
 
-from cropi.artifacts import remove
 from cropi.console import warn
 from cropi.parallel import process_group
 from cropi.prompt_text import last_turn
@@ -63,10 +62,8 @@ class ScriptRun(OnlineRun):
 
     _trainer: CurriculumTrainer
 
-    def __init__(self, run: Run, trainer: CurriculumTrainer, checkpoint: Path | None) -> None:
-        """Go on from a checkpoint of the trainer's, or begin anew without what an earlier training has left."""
-        if checkpoint is None:
-            process_group().from_main(lambda: _forget(run))
+    def __init__(self, run: Run, trainer: CurriculumTrainer) -> None:
+        """`run` is that of the trainer, which goes on from a checkpoint or is empty."""
         with worded(warnings_only=True):
             collect(run)
             select(run, 0)
@@ -110,8 +107,14 @@ class ScriptRun(OnlineRun):
 
     def _ask(self, members: Sequence[Member], seed: int) -> list[Answer]:
         everyone = process_group().gather(list(members))  # ranks sample together, and so as often
-        asked = [*members, *chain(*everyone)][: max(map(len, everyone))]
-        return self._trainer.answered([self._sets[name][n] for name, n in asked], seed)[: len(members)]
+        found = dict[str, Iterator[Answer]]()
+        for place, (name, rows) in enumerate(sorted(self._sets.items())):  # one by one: TRL wants rows of one kind
+            by_rank = [[n for other, n in part if other == name] for part in everyone]
+            own = [n for other, n in members if other == name]
+            asked = [*own, *chain(*by_rank)][: max(map(len, by_rank))]
+            answers = self._trainer.answered([rows[n] for n in asked], seed + place) if asked else []
+            found[name] = iter(answers[: len(own)])
+        return [next(found[name]) for name, _ in members]
 
     # -- what a person sees --------------------------------------------------------------------------------------------
 
@@ -175,10 +178,3 @@ def _in_parts(prompt: str | list[dict[str, str]]) -> Any:
     if isinstance(prompt, str):
         return prompt
     return [turn | {"content": [{"type": "text", "text": turn["content"]}]} for turn in prompt]
-
-
-def _forget(run: Run) -> None:
-    """Delete what an earlier training has left."""
-    run.paths.forget_training()
-    if run.folder.representations.exists():
-        remove(run.folder.representations)

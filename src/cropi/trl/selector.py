@@ -138,6 +138,12 @@ def make_config(selector: Selector, folder: Path, train: Dataset, args: GRPOConf
     named = selector.strategy
     patch = preset(named, "Selector.strategy") if isinstance(named, str) else named
     config = validate_config(merged(with_presets(merged(values, patch)), selector.settings), "Selector")
+    if "drop" in (config.prompts.empty, config.prompts.duplicates):
+        raise ConfigError(
+            "rows of a dataset are known by their place, so none can be dropped",
+            where='Selector.settings["prompts"]',
+            fix="leave `drop` out, and filter the datasets.",
+        )
     strategy, groups = config.select.strategy, args.generation_batch_size // args.num_generations
     drops = config.train.dynamic_sampling or strategy.trained_groups(groups) < groups
     if drops or not strategy.chooses_online:

@@ -15,12 +15,14 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from cropi.console import say
+from cropi.errors import ConfigError
 from cropi.parallel import joined_ranks, process_group
 from cropi.policy import Policy
+from cropi.run_folder import discard
 from cropi.stages.online_loop import ChooserLoop
 from cropi.stages.run import Run, Setup
 from cropi.stages.validation_pass import Answer
-from cropi.training.grpo_settings import save_between_batches
+from cropi.training.grpo_settings import save_between_batches, warn_of_other_terms
 from cropi.training.online_trainer import ReadsInfluence, StepRecord
 from cropi.training.reward_log import Judged, RewardLog
 from cropi.training.sharding import gathered
@@ -46,6 +48,12 @@ class CurriculumTrainer(ReadsInfluence):
 
     def __init__(self, *args: Any, selector: Selector, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if getattr(self.args, "use_transformers_continuous_batching", False):
+            raise ConfigError(
+                "TRL ends it in training mode, so that an evaluation cannot be told from training",
+                where="args.use_transformers_continuous_batching",
+                fix="leave it out, or set use_vllm.",
+            )
         self.selector, self.pool = selector, pool_of(self.train_dataset)
         if self.args.remove_unused_columns:  # TRL would drop the ids
             kept = {"prompt", "image", "images", PROMPT_ID} & set(self.pool.column_names)
@@ -69,10 +77,14 @@ class CurriculumTrainer(ReadsInfluence):
             config = make_config(self.selector, self.folder, self.pool, self.args, model, steps)
             tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
             encode = partial(encoded_by, self)
+            if checkpoint is None:
+                process_group().from_main(partial(discard, config.folder))
             run = Run(config, Setup(Policy(model, tokenizer), config.policy.path, _by_the_trainer, self.args, encode))
             if process_group().is_main:
                 stack.callback(run.folder.unlock)
-            self.curriculum = ScriptRun(run, self, checkpoint)
+            if config.select.strategy.reads_influence:
+                warn_of_other_terms(self.args)
+            self.curriculum = ScriptRun(run, self)
             self.online = self.loop = self.curriculum.loop(self, checkpoint)
             self.train_dataset = ChosenRows(self.pool, self.loop.sampler, prompts)
             return super().train(resume_from_checkpoint, *args, **kwargs)

@@ -38,4 +38,5 @@ class CropiStrategy(ChoosesBatches, StrategyTable):
             generations=pool.generations,
             scaling=pool.scaling,
             observe_only=self.observe_only,
+            prompt_ids=pool.prompt_ids,
         )

@@ -69,7 +69,8 @@ class Lze(RewardChooser):
 
     def kept(self, groups: Sequence[tuple[int, Sequence[float]]], batch: int) -> list[int]:
         """Numbers of the groups that are trained on. Where all are dead, one: a step has to be made of something."""
-        energies = np.array([self.energy(place, rewards) for place, rewards in groups])
+        scaled = [self.scaled(np.asarray(rewards, dtype=float)).tolist() for _, rewards in groups]
+        energies = np.array([self.energy(place, own) for (place, _), own in zip(groups, scaled, strict=True)])
         active = np.flatnonzero(energies > 0)
         if not len(active):
             return [0]

@@ -21,11 +21,11 @@ NUMBER = re.compile(rf"[-+]?{_AMOUNT}")
 _CURRENCY = r"\\?[$€£¥₹]"
 _UNIT = (  # letters that may touch a number; others multiply it
     r"°[CF]?|\\?%|[mgshlLKCF]|[kcm][mg]|m[lL]|ft|in|lbs?|oz|am|pm|st|nd|rd|th|[hy]rs?|"
-    r"-[A-Za-z]{2,}|/(?:[A-Za-z]{2,}|[hs])|(?!sin|cos|tan|log|exp|sqrt|mod)[A-Za-z]{3,}"
+    r"-[A-Za-z]{2,30}|/(?:[A-Za-z]{2,30}|[hs])|(?!sin|cos|tan|log|exp|sqrt|mod)[A-Za-z]{3,30}"
 )
 _ALONE = re.compile(  # a stretch without spaces that holds a number and nothing to compute with it
     rf"[(\[{{'\"“‘*_`|<>~≈#\\$:]*((?:[-+]?{_CURRENCY}|{_CURRENCY}[-+]|[-+])?)({_AMOUNT})"
-    rf"(?:{_CURRENCY}|(?:{_UNIT})[-/A-Za-z]*(?:\^?[23²³])?)?[)\]}}'\"”’*_`|<>\\$.,;:!?…]*"
+    rf"(?:{_CURRENCY}|(?:{_UNIT})[-/A-Za-z]{{0,30}}(?:\^?[23²³])?)?[)\]}}'\"”’*_`|<>\\$.,;:!?…]*"
 )
 _INNERMOST = re.compile(  # a group in braces that shows what it holds; or arguments of a command, powers, indices
     r"(?:\\(?:boxed|fbox|mbox|text[a-z]*|math(?:rm|bf|it|sf))\s*|(?<![\w\\^}\]])){([^{}]*)}"
@@ -65,7 +65,7 @@ def _last(text: str) -> Fraction | None:
 def numbers(text: str) -> list[Fraction | None]:
     """Words with a digit, in order: the value of a number that stands alone, None for a part of an expression."""
     text = _SPACE.sub(" ", plain_signs(text).replace("{,}", ",").replace("^\\circ", "°").replace("^{\\circ}", "°"))
-    text = re.sub(r"}\s+{", "}{", re.sub(r"\n\s*[-+*•]\s", "\n", text))  # dashes of a list are no signs
+    text = re.sub(r"}\s+{", "}{", re.sub(r"\n[ \t]*[-+*•]\s", "\n", text))  # dashes of a list are no signs
     for _ in range(5):  # from the inside out
         text = _INNERMOST.sub(lambda group: "\u00a4" if group[1] is None else f" {group[1]} ", text)
     text = re.sub(r"=|≈|\\approx(?![A-Za-z])", " = ", _BREAK.sub(" ; ", text))
