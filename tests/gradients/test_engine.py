@@ -256,8 +256,8 @@ def run_limited(reader: Limited, which: str, budget: int, **options: Any) -> tup
 @pytest.mark.parametrize(
     ("kind", "error"),
     [
-        ("before begin", torch.OutOfMemoryError), ("begin", torch.OutOfMemoryError), ("linear", torch.OutOfMemoryError), ("rows", MemoryError),
-        ("vector", RuntimeError),
+        ("before begin", torch.OutOfMemoryError), ("begin", torch.OutOfMemoryError),
+        ("linear", torch.OutOfMemoryError), ("rows", MemoryError), ("vector", RuntimeError),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("which", ["dense", "exact", "norms", "sketch"])
