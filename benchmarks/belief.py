@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from mislabelled import read_config, wrong_answers
 
-from cropi.curriculum.belief import OWN_ERROR, InfluenceBelief, kernel_features, likeness
+from cropi.curriculum.belief import InfluenceBelief, kernel_features, likeness
 from cropi.curriculum.reward_belief import RewardBelief
 from cropi.functional.points import principal_points
 from cropi.rollouts.representations import read_representations
@@ -60,9 +60,10 @@ def foretold(belief: InfluenceBelief, seen_O5: np.ndarray, pool: int) -> list[tu
         if posterior is not None:
             places, slopes, many = now[:, 0].astype(int), now[:, 1], np.ones(len(now))
             variances = posterior.variances()[places]
-            errors = posterior.chosen.noise * (OWN_ERROR * now[:, 3] + (1 - OWN_ERROR) * before[:, 3].mean())
             gaps = slopes - posterior.means()[places]
-            found += zip(gaps, variances + errors, slopes - constant.mean(), constant.var() * many, strict=True)
+            found += zip(
+                gaps, variances + before[:, 3].mean(), slopes - constant.mean(), constant.var() * many, strict=True
+            )
         for point, slope, half_difference, error, at in at_once:
             belief.observe(int(point), slope, error, int(at), half_difference)
     return found

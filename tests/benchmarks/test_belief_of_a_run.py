@@ -46,7 +46,7 @@ def run(tmp_path: Path) -> Path:
         line = {"step": step, "prompt_ids": [ids[place] for place in places for _ in range(GENERATIONS)]}
         append_jsonl(tmp_path / "rewards.jsonl", line | {"rewards": rewards_BK.astype(float).ravel().tolist()})
         for choice, rewards in zip(choices, rewards_BK.astype(float), strict=True):
-            error = generator.lognormal()  # that of the sum of the halves, and their difference
+            error = generator.lognormal(sigma=0.3)  # that of the sum of the halves, and their difference
             slope = points_NE[choice.place, 0] + error * generator.standard_normal()
             halves = rewards.std(ddof=1) * (slope + np.array([[error], [-error]])) / 2
             told = {"one": np.repeat(halves, 2, axis=1).tolist()}  # both halves of the direction agree
@@ -91,6 +91,5 @@ def test_each_step_is_predicted_from_those_before_it() -> None:
     for point, slope, half_difference, error, step in seen_O5[:2]:
         known.observe(int(point), slope, error, int(step), half_difference)
     posterior = known.posterior()
-    error = posterior.chosen.noise * 0.3  # that of the others is the same on average
-    expected = (2.0 - posterior.means()[0], posterior.variances()[0] + error, 2.0, 1.0)
+    expected = (2.0 - posterior.means()[0], posterior.variances()[0] + 0.3, 2.0, 1.0)  # the others' mean error
     assert belief.foretold(fresh(), seen_O5, 3) == [pytest.approx(expected)]

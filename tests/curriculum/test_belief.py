@@ -8,8 +8,6 @@ import pytest
 from cropi.curriculum.belief import (
     CORRELATIONS,
     HALF_LIFE,
-    NOISES,
-    OWN_ERROR,
     OWN_SHARES,
     SPREADS,
     InfluenceBelief,
@@ -59,7 +57,7 @@ def test_likeness_is_expected_to_help_and_learned_by_hand(monkeypatch: pytest.Mo
 
 def test_evidence_counts_as_far_as_both_halves_of_the_direction_agree() -> None:
     """Both halves say the same of points 0 and 1; of 2 and 3 they disagree, however often they are seen."""
-    features, halves = np.eye(4), np.array([[2.0, 2.0], [2.0, 2.0], [2.0, -2.0], [2.0, -2.0]])
+    features, halves = np.eye(4), np.array([[2.0, 2.0], [2.0, 2.0], [1.0, -1.0], [1.0, -1.0]])
     found = {}
     for name, points in (("same", [0, 1]), ("opposite", [2, 3]), ("both", [0, 1, 2, 3])):
         belief = believing(features, 4)
@@ -129,20 +127,17 @@ def test_it_is_the_gaussian_process_of_its_kernel() -> None:
     belief = believing(features, pool)
     for point, slope, error in zip(points, slopes, errors, strict=True):
         belief.observe(point, slope, error, step=0)
-    noise = (OWN_ERROR * errors + (1 - OWN_ERROR) * errors.mean()).tolist()
+    noise = [float(errors.mean())] * 6
     found = belief.posterior()
 
-    def at(s: float, own: float, rho: float, factor: float) -> tuple[np.ndarray, np.ndarray, float]:
-        errors = [factor * each for each in noise]
-        scale = max(np.square(slopes).mean() - np.mean(errors), 0.1 * np.square(slopes).mean())
-        return exact(kernel, pool, points, slopes, errors, s * scale, own, rho)
+    def at(s: float, own: float, rho: float) -> tuple[np.ndarray, np.ndarray, float]:
+        scale = max(np.square(slopes).mean() - noise[0], 0.1 * np.square(slopes).mean())
+        return exact(kernel, pool, points, slopes, noise, s * scale, own, rho)
 
-    factor = max(NOISES, key=lambda factor: at(SPREADS[1], OWN_SHARES[1], CORRELATIONS[0], factor)[2])
-    grid = [(s, own, rho, factor) for s in SPREADS for own in OWN_SHARES for rho in CORRELATIONS]
-    best = max(grid, key=lambda each: at(*each)[2])
+    best = max(((s, own, rho) for s in SPREADS for own in OWN_SHARES for rho in CORRELATIONS), key=lambda x: at(*x)[2])
     mean, covariance, log = at(*best)
     assert found.log_likelihood == pytest.approx(log)
-    assert (found.chosen.own_share, found.chosen.correlation, found.chosen.noise) == best[1:]
+    assert (found.chosen.own_share, found.chosen.correlation) == best[1:]
     np.testing.assert_allclose(found.means(), mean, atol=1e-6 * abs(mean).max())
     np.testing.assert_allclose(found.variances(), np.diag(covariance), rtol=1e-5)
     draws = np.stack([found.draw(np.random.default_rng(n)) for n in range(20_000)])
@@ -150,16 +145,15 @@ def test_it_is_the_gaussian_process_of_its_kernel() -> None:
     np.testing.assert_allclose(draws.mean(0), mean, atol=0.04 * covariance.max() ** 0.5)
 
 
-def test_observations_of_one_point_combine_and_age(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cropi.curriculum.belief.OWN_ERROR", 1.0)
+def test_observations_of_one_point_combine_and_age() -> None:
     belief = believing(np.eye(2), 2)
-    belief.observe(0, 3.0, 0.5, step=0)
-    belief.observe(0, 1.0, 1.0, step=int(HALF_LIFE))  # by then the first counts half: precision 1 and 1
-    assert [values.tolist() for values in belief.summary()] == [[0], [[2.0, 0.0]], [0.5]]
+    belief.observe(0, 4.0, 4.0, step=0)
+    belief.observe(0, 1.0, 1.0, step=int(HALF_LIFE))  # by then the first counts half: their mean error is 3 / 1.5
+    assert [values.tolist() for values in belief.summary()] == [[0], [[2.0, 0.0]], [2 / 1.5]]
     late = believing(np.eye(2), 2)
     late.observe(0, 1.0, 1.0, step=int(HALF_LIFE))
-    late.observe(0, 3.0, 0.5, step=0)  # arrives late
-    assert [values.tolist() for values in late.summary()] == [[0], [[2.0, 0.0]], [0.5]]
+    late.observe(0, 4.0, 4.0, step=0)  # arrives late
+    assert [values.tolist() for values in late.summary()] == [[0], [[2.0, 0.0]], [2 / 1.5]]
     belief.age_to(int(10.5 * HALF_LIFE))
     assert belief.summary()[1].tolist() == [[1.0, 0.0]]
 

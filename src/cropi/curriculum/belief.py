@@ -22,8 +22,6 @@ OWN_SHARES = (0.1, 0.5, 2.0)  # tried: variance of a prompt's own part, relative
 CORRELATIONS = (1.0, 0.9, 0.6, 0.3)  # tried: between what a validation prompt and a pool prompt like it give
 BANDWIDTH = 4.0  # median distances to the nearest other point
 FORGOTTEN = 10  # half-lives after which an observation is dropped
-NOISES = (0.25, 0.5, 1.0)  # tried: variance of an observation's error, relative to its estimate
-OWN_ERROR = 0.9  # of an observation's squared error; the rest is the mean of all, since one difference is a bad guess
 LIKENESS = (
     0.5  # expected slope of a prompt one deviation more alike than the pool, in those observed; its own deviation
 )
@@ -37,7 +35,6 @@ class Hyperparameters:
     spread: float  # s: weights w ~ N(0, s I)
     own_share: float  # own effects u ~ N(0, own_share s)
     correlation: float  # rho
-    noise: float  # variance of errors, relative to their estimates
 
 
 @dataclass(frozen=True)
@@ -112,8 +109,9 @@ class InfluenceBelief:
     prompt's likeness to the set. Its weight is expected to be positive; all others have a mean of 0. A validation
     prompt's slope is that of a second task with correlation rho: x_j . (rho w + sqrt(1 - rho^2) w') + u_j. The own
     effect's variance is s (own share + 1 - |x_i|^2), so that a prompt far from all landmarks is as uncertain as under
-    the kernel itself (FITC; Snelson and Ghahramani 2006). An observation is y = f + error, its variance known and
-    doubled every `HALF_LIFE` steps.
+    the kernel itself (FITC; Snelson and Ghahramani 2006). An observation is y = f + error. All errors have one variance,
+    doubled every `HALF_LIFE` steps: a single one's own estimate is large where its slope is, so that weights by it would
+    make the large slopes count for little.
     """
 
     def __init__(
@@ -151,20 +149,16 @@ class InfluenceBelief:
             self._seen_O5 = self._seen_O5[step - self._seen_O5[:, 4] < FORGOTTEN * HALF_LIFE]
 
     def summary(self) -> tuple[Int[np.ndarray, " S"], Float[np.ndarray, "S 2"], Float[np.ndarray, " S"]]:
-        """The points that were seen, the means of each one's slopes and half differences, and the slopes' variance.
-
-        A tenth of an observation's error is the mean of all, so that no lucky one is certain.
-        """
+        """The points that were seen, the means of each one's slopes and half differences, and the slopes' variance."""
         points_O, errors_O = self._seen_O5[:, 0].astype(int), self._seen_O5[:, 3]
         weights_O = 2.0 ** (-np.maximum(self._step - self._seen_O5[:, 4], 0) / HALF_LIFE)
         mean_error = float(weights_O @ errors_O / weights_O.sum()) if len(points_O) else 0.0
         if mean_error <= 0:  # nothing is known of the errors
             return np.empty(0, dtype=int), np.empty((0, 2)), np.empty(0)
-        precision_O = weights_O / (OWN_ERROR * errors_O + (1 - OWN_ERROR) * mean_error)
         seen, place_O = np.unique(points_O, return_inverse=True)
-        precision_S = np.bincount(place_O, precision_O)
-        sums = [np.bincount(place_O, precision_O * values_O) for values_O in self._seen_O5[:, 1:3].T]
-        return seen, np.stack(sums, axis=1) / precision_S[:, None], 1 / precision_S
+        weights_S = np.bincount(place_O, weights_O)
+        sums = [np.bincount(place_O, weights_O * values_O) for values_O in self._seen_O5[:, 1:3].T]
+        return seen, np.stack(sums, axis=1) / weights_S[:, None], mean_error / weights_S
 
     def posterior(self, chosen: Hyperparameters | None = None) -> Posterior | None:
         """Belief at these hyper-parameters, by default those of the largest marginal likelihood on a grid.
@@ -180,8 +174,8 @@ class InfluenceBelief:
             [self._pool_NF[seen[~validation_S]], self._validation_MF[seen[validation_S] - self._pool]]
         )
         data = features_SF.astype(np.float64), self._beyond_P[seen], validation_S, means_S
-        best = _most_likely(data, noise_S) if chosen is None else _Solved(*data, chosen.noise * noise_S, chosen)
-        return self._of_pool(best, seen, seen_S2, best.chosen.noise * noise_S)
+        best = _most_likely(data, noise_S) if chosen is None else _Solved(*data, noise_S, chosen)
+        return self._of_pool(best, seen, seen_S2, noise_S)
 
     def _of_pool(
         self,
@@ -281,21 +275,10 @@ class _Solved:
 
 
 def _most_likely(data: tuple[Any, Any, Any, Any], noise_S: Float[np.ndarray, " S"]) -> _Solved:
-    """The posterior of the largest marginal likelihood: over the noise at middling other ones, then over those."""
-
-    def best(noises: Sequence[float], *others: Sequence[float]) -> _Solved:
-        scales = {noise: _scale(data[3], noise * noise_S) for noise in noises}
-        grid = [Hyperparameters(s * scales[noise], own, rho, noise) for noise, s, own, rho in product(noises, *others)]
-        solved = (_Solved(*data, each.noise * noise_S, each) for each in grid)
-        return max(solved, key=lambda each: each.log_likelihood)
-
-    correlations = CORRELATIONS if data[2].any() else (1.0,)
-    noise = best(NOISES, _middle(SPREADS), _middle(OWN_SHARES), correlations[:1]).chosen.noise
-    return best((noise,), SPREADS, OWN_SHARES, correlations)
-
-
-def _middle(values: tuple[float, ...]) -> tuple[float]:
-    return (values[len(values) // 2],)
+    """The posterior of the largest marginal likelihood on a grid."""
+    scale, correlations = _scale(data[3], noise_S), CORRELATIONS if data[2].any() else (1.0,)
+    grid = (Hyperparameters(s * scale, own, rho) for s, own, rho in product(SPREADS, OWN_SHARES, correlations))
+    return max((_Solved(*data, noise_S, each) for each in grid), key=lambda each: each.log_likelihood)
 
 
 def kernel_features(
