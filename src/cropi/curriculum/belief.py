@@ -5,7 +5,6 @@ Letters: P points, which are the N prompts of the pool and then the validation p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
@@ -109,9 +108,9 @@ class InfluenceBelief:
     prompt's likeness to the set. Its weight is expected to be positive; all others have a mean of 0. A validation
     prompt's slope is that of a second task with correlation rho: x_j . (rho w + sqrt(1 - rho^2) w') + u_j. The own
     effect's variance is s (own share + 1 - |x_i|^2), so that a prompt far from all landmarks is as uncertain as under
-    the kernel itself (FITC; Snelson and Ghahramani 2006). An observation is y = f + error. All errors have one variance,
-    doubled every `HALF_LIFE` steps: a single one's own estimate is large where its slope is, so that weights by it would
-    make the large slopes count for little.
+    the kernel itself (FITC; Snelson and Ghahramani 2006). An observation is y = f + error. All errors have one
+    variance, doubled every `HALF_LIFE` steps: a single one's own estimate is large where its slope is, so that weights
+    by it would make the large slopes count for little.
     """
 
     def __init__(
