@@ -13,6 +13,7 @@ from trl import GRPOConfig
 
 from cropi.artifacts import build, is_finished, open_artifact, read_manifest, read_table, remove, write_batches
 from cropi.config.loading import load_config
+from cropi.curriculum.belief import HALF_LIFE
 from cropi.curriculum.chooser import ChoosesBatches, GroupGate, Pool
 from cropi.curriculum.curriculum import Curriculum
 from cropi.curriculum.strategies.cropi import CropiStrategy
@@ -271,13 +272,13 @@ def _check_gate(settings: GRPOConfig) -> None:
 
 # -- a prior from an earlier run -----------------------------------------------------------------------------------
 
-ANOTHER_RUN = 2.0  # times as large is the squared error of an observation that another run made
+ANOTHER_RUN = HALF_LIFE  # steps that an observation of another run counts as older, and so half
 
 
 def take_prior(run: Run, curriculum: Curriculum, prompt_ids: Sequence[str], folder: str) -> None:
     """Give a new curriculum what a finished run of `cropi` observed of the prompts and validation prompts of both.
 
-    Observations keep their step: both policies begin as the same one and are trained for as long. Rewards are left:
+    Observations keep their step, but for their age: both policies begin as the same one and are trained for as long. Rewards are left:
     they change fast. Raises ConfigError for a run whose influence is another policy's or in another unit.
     """
     earlier = RunFolder(load_config(folder))
@@ -312,7 +313,7 @@ def carried(seen_O5: np.ndarray, before: Sequence[Any], now: Sequence[Any]) -> n
     """Observations of points that both have, by the places of the new run."""
     place_of = {key: place for place, key in enumerate(now)}
     places_O = np.array([place_of.get(before[int(point)], -1) for point in seen_O5[:, 0]], dtype=float)
-    found = seen_O5[places_O >= 0] * [1.0, 1.0, 1.0, ANOTHER_RUN, 1.0]
+    found = seen_O5[places_O >= 0] - [0.0, 0.0, 0.0, 0.0, ANOTHER_RUN]
     found[:, 0] = places_O[places_O >= 0]
     return found
 
