@@ -278,8 +278,8 @@ ANOTHER_RUN = HALF_LIFE  # steps that an observation of another run counts as ol
 def take_prior(run: Run, curriculum: Curriculum, prompt_ids: Sequence[str], folder: str) -> None:
     """Give a new curriculum what a finished run of `cropi` observed of the prompts and validation prompts of both.
 
-    Observations keep their step, but for their age: both policies begin as the same one and are trained for as long. Rewards are left:
-    they change fast. Raises ConfigError for a run whose influence is another policy's or in another unit.
+    Observations keep their step, but for their age: both policies begin as the same one and are trained for as long.
+    Rewards are left: they change fast. Raises ConfigError for a run whose influence is another policy's or in another unit.
     """
     earlier = RunFolder(load_config(folder))
     train, names = earlier.config.train, earlier.config.prompts.validation
