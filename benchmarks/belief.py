@@ -4,8 +4,9 @@
 
 Every step's slopes are predicted from those of earlier steps, as the belief would have had it then, and with the errors
 that it would then have given them. The constant model is a normal distribution with the mean and variance of all
-earlier slopes. The last two columns are the areas under the curve of wrong answers: of prompts trained on, and of all.
-It needs the checkpoint of the run's end.
+earlier slopes. Then the areas under the curve of wrong answers: of prompts trained on, and of all. The last columns, for
+built-in problems, are the areas of relevant prompts by expected slope after some steps, mean over the validation sets:
+relevant are right answers of the styles that a set has. It needs the checkpoint of the run's end.
 """
 
 from __future__ import annotations
@@ -19,16 +20,19 @@ from typing import Any
 import numpy as np
 from mislabelled import read_config, wrong_answers
 
+from cropi.builtin.families import STYLES
 from cropi.curriculum.belief import InfluenceBelief, kernel_features, likeness
 from cropi.curriculum.reward_belief import RewardBelief
 from cropi.functional.points import principal_points
+from cropi.prompts import load_prompts
 from cropi.rollouts.representations import read_representations
 from cropi.streams import read_jsonl
 from cropi.training.curriculum_state import load_state
 
 FIRST_STEP = 16
 QUANTILES = (0.6745, 1.6449)  # of 50 and 90 %
-COLUMNS = ("run", "n", "50 %", "90 %", "log density", "constant's", "AUC", "all")
+TIMES = (12, 24, 48, 95)
+COLUMNS = ("run", "n", "50 %", "90 %", "log density", "constant's", "AUC", "all", *(f"relevant, {at}" for at in TIMES))
 
 
 def start_of(run: Path) -> tuple[dict[str, InfluenceBelief], RewardBelief, list[str]]:
@@ -89,6 +93,28 @@ def area(scores: np.ndarray, wrong: np.ndarray) -> float:
     return float((gaps > 0).mean() + (gaps == 0).mean() / 2)
 
 
+def relevant(run: Path, ids: Sequence[str], name: str) -> np.ndarray:
+    """Whether each prompt has a right answer and a style of a validation set's families."""
+    config = read_config(run)
+    families = [family for source in config.prompts.validation[name] for family in getattr(source, "families", ())]
+    styles = {STYLES[family] for family in families}
+    source = {row["prompt_id"]: row["source"] for row in load_prompts(config) if row["set"] == "train"}
+    wrong = wrong_answers(config, rules=False)
+    return np.array([STYLES.get(source[each]) in styles and not wrong.get(each, False) for each in ids])
+
+
+def standing_out(belief: InfluenceBelief, seen_O5: np.ndarray, relevant_N: np.ndarray) -> list[float]:
+    """Area under the curve of the relevant prompts by expected slope, at the end of some steps."""
+    found, since = list[float](), -1
+    for until in TIMES:
+        for point, slope, half_difference, error, at in seen_O5[(since < seen_O5[:, 4]) & (seen_O5[:, 4] <= until)]:
+            belief.observe(int(point), slope, error, int(at), half_difference)
+        belief.age_to(until)
+        posterior, since = belief.posterior(), until
+        found.append(float("nan") if posterior is None else area(posterior.means(), relevant_N))
+    return found
+
+
 def last_state(run: Path) -> dict[str, Any]:
     """The curriculum's state at the run's last checkpoint."""
     last = max((run / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
@@ -119,7 +145,10 @@ def table_row(run: Path) -> str:
     wrong = np.array([known.get(prompt_id, False) for prompt_id in ids])
     scores = rewards.wrong_labels(len(ids))
     parts = [area(scores[which], wrong[which]) for which in (labelled & (state["times"] > 0), labelled)]
-    return f"| {run.name} | {predictive(rows)} | {parts[0]:.3f} | {parts[1]:.3f} |"
+    seen = {name: state[f"influence/{name}/seen"] for name in influence}
+    out = [standing_out(belief, seen[name], relevant(run, ids, name)) for name, belief in start_of(run)[0].items()]
+    areas = " | ".join(f"{value:.3f}" for value in (*parts, *np.mean(out, axis=0)))
+    return f"| {run.name} | {predictive(rows)} | {areas} |"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

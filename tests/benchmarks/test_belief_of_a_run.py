@@ -67,12 +67,13 @@ def _write(folder: Path, states: dict[tuple[str, str], np.ndarray]) -> None:
 def test_foretells_better_than_a_constant_and_finds_wrong_answers(run, capsys):
     belief.main([str(run)])
     row = capsys.readouterr().out.splitlines()[-1]
-    count, _, _, log, constant, of_trained, of_all = (float(cell) for cell in row.split("|")[2:-1])
+    count, _, _, log, constant, of_trained, of_all, *out = (float(cell) for cell in row.split("|")[2:-1])
     seen = belief.load_state(next(run.glob("checkpoints/*")))["curriculum"]["influence/one/seen"]
     assert count == sum(observed[4] >= belief.FIRST_STEP for observed in seen) > 40
     assert log > constant  # a normal distribution of all slopes knows nothing of the prompts
     assert of_trained > 0.9
     assert of_all > 0.8
+    assert len(out) == len(belief.TIMES)
 
 
 def test_the_area_counts_pairs_in_order() -> None:
@@ -93,3 +94,12 @@ def test_each_step_is_predicted_from_those_before_it() -> None:
     posterior = known.posterior()
     expected = (2.0 - posterior.means()[0], posterior.variances()[0] + 0.3, 2.0, 1.0)  # the others' mean error
     assert belief.foretold(fresh(), seen_O5, 3) == [pytest.approx(expected)]
+
+
+def test_relevant_prompts_stand_out_once_they_were_seen() -> None:
+    made = InfluenceBelief(np.eye(4, dtype=np.float32), np.ones((1, 4), dtype=np.float32) / 2, np.zeros(5))
+    seen_O5 = np.array([[0, -1.0, 0.0, 0.1, 3], [1, 1.0, 0.0, 0.1, 3], [0, 4.0, 0.0, 0.1, 90]])
+    relevant = np.array([True, False, False, False])
+    first, *between, last = belief.standing_out(made, seen_O5, relevant)
+    assert (first, last) == (0.0, 1.0)
+    assert between == [0.0] * (len(belief.TIMES) - 2)

@@ -279,7 +279,8 @@ def take_prior(run: Run, curriculum: Curriculum, prompt_ids: Sequence[str], fold
     """Give a new curriculum what a finished run of `cropi` observed of the prompts and validation prompts of both.
 
     Observations keep their step, but for their age: both policies begin as the same one and are trained for as long.
-    Rewards are left: they change fast. Raises ConfigError for a run whose influence is another policy's or in another unit.
+    Rewards are left: they change fast. Raises ConfigError for a run whose influence is another policy's or in another
+    unit.
     """
     earlier = RunFolder(load_config(folder))
     train, names = earlier.config.train, earlier.config.prompts.validation
