@@ -4,9 +4,9 @@
 
 Every step's slopes are predicted from those of earlier steps, as the belief would have had it then, and with the errors
 that it would then have given them. The constant model is a normal distribution with the mean and variance of all
-earlier slopes. Then the areas under the curve of wrong answers: of prompts trained on, and of all. The last columns, for
-built-in problems, are the areas of relevant prompts by expected slope after some steps, mean over the validation sets:
-relevant are right answers of the styles that a set has. It needs the checkpoint of the run's end.
+earlier slopes. Then the areas under the curve of wrong answers: of prompts trained on, and of all. The last columns,
+for built-in problems, are the areas of relevant prompts by expected slope after some steps, mean over the validation
+sets: relevant are right answers of the styles that a set has. It needs the checkpoint of the run's end.
 """
 
 from __future__ import annotations
