@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from cropi.artifacts import write_json
 from cropi.config.loading import TYPES, load_config, merged, parse_verifier, presets, recipe_names, validate_config
 from cropi.config.yaml_text import parse_yaml
 from cropi.curriculum.strategies import FullStrategy
@@ -128,7 +129,9 @@ HOSTILE_YAML = {
     "&a [*a]": "aliases are not read",
     "a: &a 1\nb: *a": "aliases are not read",
     r'a: "\ud800"': "surrogate",
+    r'a: "\ude00\ud83d"': "surrogate",
     r'a: "\0"': "NUL",
+    r'a: "\x7f"': "DEL",
     "a: \x07": "not valid YAML",
     "a: 1\n---\nb: 2": "not valid YAML",
 }
@@ -139,6 +142,15 @@ def test_yaml_that_cannot_be_meant_is_refused_in_a_line(text: str, message: str)
     with pytest.raises(ConfigError, match=message) as caught:
         parse_yaml(text, "test")
     assert len(str(caught.value)) < 500
+
+
+def test_a_runs_config_is_read_back_whatever_its_texts_hold(tmp_path: Path) -> None:
+    text = '\U0001f916 é \u2028 \x85 / \\ud83d " \t\n\N{ZERO WIDTH JOINER}'
+    values = load_config("quickstart", [f"run_dir={tmp_path}"]).resolved()
+    config = load_config(values | {"prompts": values["prompts"] | {"system_prompt": text}})
+    write_json(config.folder / "config.json", config.resolved())
+    assert load_config(config.folder) == config
+    assert config.prompts.system_prompt == text
 
 
 @pytest.mark.parametrize("override", ["prompts.train.²={}", "prompts.train." + "9" * 5000 + "={}", "name=a\udcff"])
