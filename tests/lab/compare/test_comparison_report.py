@@ -10,6 +10,7 @@ import pytest
 from markdown_it import MarkdownIt
 from tests.lab.compare.comparisons import NEVER, QUICK, SLOW, compared, one_seed_in, rows, tables, text_of
 from tests.report.test_report import Outline, the_only_script
+from tests.runs import cropi_error
 
 from cropi.artifacts import write_json
 from cropi.lab.compare.comparison_summary import summarise
@@ -90,6 +91,22 @@ def test_strategies_that_share_no_scenario_are_told_by_scenario(tmp_path: Path) 
     assert "2 scenarios wait for some strategy" in terminal_text(comparison)
     assert [row[:2] for row in tables(speedups(comparison))[0].rows][1] == ["a", "x"]
     text_of(comparison)
+
+
+@pytest.mark.parametrize("option", ["--main", "--reference", "--aside"])
+def test_a_name_that_is_not_in_the_table_is_refused(one_seed: Comparison, option: str) -> None:
+    where = one_seed.folder
+    said = cropi_error("compare", "--results", "results.parquet", option, "quikc", cwd=where).stderr
+    assert f"{option}: 'quikc' is none of the" in said
+    assert "Fix: name one of: " in said
+    assert not (where / "compare.json").exists()
+
+
+def test_a_scenario_to_set_aside_is_looked_up_before_anything_runs(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("cropi.lab.compare.run_comparison.execute", lambda *_, **__: pytest.fail("it ran"))
+    asked = ["--strategies", "full", "--seeds", "0", "--folder", "out", "--aside", "homogenous"]
+    said = cropi_error("compare", "quickstart", *asked, cwd=tmp_path).stderr
+    assert "--aside: 'homogenous' is none of the scenarios" in said
 
 
 def test_differences_are_from_each_reference(two_scenarios: Comparison) -> None:

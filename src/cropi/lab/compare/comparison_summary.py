@@ -51,13 +51,8 @@ def summarise(
     that all of them have finished. `levels`: further targeted accuracies to give costs for. `aside`: scenarios without
     anything to gain, whose speed-ups do not count over the suite. The suite is the scenarios that all strategies share,
     so that all are compared on the same ones; there are no means over it if they share none. Drawn scenarios count once
-    all strategies have ended. ConfigError for an unknown reference or scenario.
+    all strategies have ended. ConfigError for an unknown reference.
     """
-    for name in aside:
-        if name not in traces:
-            raise ConfigError(
-                f"there is no scenario {name!r}", where="--aside", fix=f"name one of: {', '.join(traces)}."
-            )
     strategies = list(dict.fromkeys(name for seeds in traces.values() for own in seeds.values() for name in own))
     references, every = _references(references, strategies), list(traces)
     if _all_drawn(traces):
@@ -83,7 +78,7 @@ def summarise(
         "scenarios": every,
         "population": len(traces) > 1 and _all_drawn(traces),
         "unfinished": [name for name in every if name not in shared],
-        "aside": list(aside),
+        "aside": [name for name in aside if name in every],
         "up_to_step": up_to_step,
         "strategies": strategies,
         "entries": entries,
