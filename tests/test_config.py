@@ -6,7 +6,7 @@ import pytest
 
 from cropi.artifacts import write_json
 from cropi.config.loading import TYPES, load_config, merged, parse_verifier, presets, recipe_names, validate_config
-from cropi.config.yaml_text import parse_yaml
+from cropi.config.yaml_text import flow_yaml, parse_yaml
 from cropi.curriculum.strategies import FullStrategy
 from cropi.errors import ConfigError
 from tests.runs import refused_settings
@@ -135,6 +135,27 @@ HOSTILE_YAML = {
     "a: \x07": "not valid YAML",
     "a: 1\n---\nb: 2": "not valid YAML",
 }
+
+
+def test_what_is_written_as_yaml_is_read_back() -> None:
+    texts = [
+        "08",
+        "1e5",
+        "1_0",
+        "0x1f",
+        "1:30",
+        "on",
+        "null",
+        "~",
+        "",
+        "2020-01-01",
+        ".5",
+        "+.inf",
+        "a: b",
+        "# é \U0001f916",
+    ]
+    values = {"texts": texts, **dict.fromkeys(texts, 1), "numbers": [8, 1e-6, 1e5, True, None]}
+    assert parse_yaml(flow_yaml(values), "test") == values
 
 
 @pytest.mark.parametrize(("text", "message"), HOSTILE_YAML.items(), ids=range(len(HOSTILE_YAML)))
