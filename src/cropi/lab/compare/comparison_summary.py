@@ -65,10 +65,10 @@ def summarise(
             facts = {"scenario": scenario, "strategy": strategy, "seeds": count, "counted": count, "gaining": gaining}
             entries.append(facts | _shown(draws, references, alone=gaining == 1 < count))
             by_strategy.setdefault(strategy, {})[scenario] = count, draws
-    shared = [name for name in traces if all(name in found for found in by_strategy.values())]
+    shared = [name for name in traces if all(name in own for own in by_strategy.values())]
     for strategy in (name for name in strategies if shared and name in by_strategy):
-        found = {scenario: by_strategy[strategy][scenario] for scenario in shared}
-        entries.append(_suite(strategy, found, references, aside))
+        own = {scenario: by_strategy[strategy][scenario] for scenario in shared}
+        entries.append(_suite(strategy, own, references, aside))
     return {
         "target": TARGET,
         "references": references,
