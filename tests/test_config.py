@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from cropi.artifacts import write_json
 from cropi.config.loading import TYPES, load_config, merged, parse_verifier, presets, recipe_names, validate_config
-from cropi.config.yaml_text import parse_yaml
+from cropi.config.yaml_text import flow_yaml, parse_yaml
 from cropi.curriculum.strategies import FullStrategy
 from cropi.errors import ConfigError
 from tests.runs import refused_settings
@@ -128,10 +129,33 @@ HOSTILE_YAML = {
     "&a [*a]": "aliases are not read",
     "a: &a 1\nb: *a": "aliases are not read",
     r'a: "\ud800"': "surrogate",
+    r'a: "\ude00\ud83d"': "surrogate",
     r'a: "\0"': "NUL",
+    r'a: "\x7f"': "DEL",
     "a: \x07": "not valid YAML",
     "a: 1\n---\nb: 2": "not valid YAML",
 }
+
+
+def test_what_is_written_as_yaml_is_read_back() -> None:
+    texts = [
+        "08",
+        "1e5",
+        "1_0",
+        "0x1f",
+        "1:30",
+        "on",
+        "null",
+        "~",
+        "",
+        "2020-01-01",
+        ".5",
+        "+.inf",
+        "a: b",
+        "# é \U0001f916",
+    ]
+    values = {"texts": texts, **dict.fromkeys(texts, 1), "numbers": [8, 1e-6, 1e5, True, None]}
+    assert parse_yaml(flow_yaml(values), "test") == values
 
 
 @pytest.mark.parametrize(("text", "message"), HOSTILE_YAML.items(), ids=range(len(HOSTILE_YAML)))
@@ -139,6 +163,15 @@ def test_yaml_that_cannot_be_meant_is_refused_in_a_line(text: str, message: str)
     with pytest.raises(ConfigError, match=message) as caught:
         parse_yaml(text, "test")
     assert len(str(caught.value)) < 500
+
+
+def test_a_runs_config_is_read_back_whatever_its_texts_hold(tmp_path: Path) -> None:
+    text = '\U0001f916 é \u2028 \x85 / \\ud83d " \t\n\N{ZERO WIDTH JOINER}'
+    values = load_config("quickstart", [f"run_dir={tmp_path}"]).resolved()
+    config = load_config(values | {"prompts": values["prompts"] | {"system_prompt": text}})
+    write_json(config.folder / "config.json", config.resolved())
+    assert load_config(config.folder) == config
+    assert config.prompts.system_prompt == text
 
 
 @pytest.mark.parametrize("override", ["prompts.train.²={}", "prompts.train." + "9" * 5000 + "={}", "name=a\udcff"])

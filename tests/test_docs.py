@@ -4,6 +4,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from cropi.config.loading import TYPES
+from cropi.gradients.direction import DirectionSketch
+from cropi.stages.validation_pass import RANK
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -50,6 +55,19 @@ def test_settings_that_the_docs_name_exist() -> None:
     named = set(re.findall(rf"[`\s]((?:{places})\.[a-z_.]+[a-z_])[`=:]", text))
     assert len(named) > 20
     assert sorted(named - known) == []
+
+
+def test_the_formula_of_flops_names_the_rank_and_the_sketches_that_are_used() -> None:
+    words = " ".join((ROOT / "docs" / "compare.md").read_text(encoding="utf-8").split())
+    rank, first, second = map(int, re.findall(r"rank r = (\d+); sketches have k = (\d+) and l = (\d+)", words)[0])
+    sums = DirectionSketch(torch.nn.Linear(98, 99), rank).sums()
+    assert (rank, first, second) == (RANK, sums["after/weight"].shape[2], sums["before/weight"].shape[1])
+
+
+def test_the_changelog_names_every_strategy_and_no_other() -> None:
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    (item,) = re.findall(r"^- Strategies: ((?:.|\n)+?)^-", text, re.MULTILINE)
+    assert set(re.findall(r"`([a-z_]+)`", item)) - {"shuffled"} == TYPES
 
 
 def test_the_config_reference_is_up_to_date() -> None:

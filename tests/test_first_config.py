@@ -128,6 +128,27 @@ def test_without_a_file_a_terminal_is_asked_for_everything(tmp_path: Path, monke
     assert (config.name, config.policy.path, config.prompts.system_prompt) == ("first", "./model", None)
 
 
+def test_a_file_may_be_named_by_a_number(tmp_path: Path) -> None:
+    for name in ("08", "1e5"):
+        write(tmp_path / f"{name}.jsonl", questions(40))
+        cropi_ok("init", f"{name}.jsonl", cwd=tmp_path)
+        assert load_config(tmp_path / f"{name}.yaml").name == name
+
+
+def test_nothing_of_the_data_acts_on_the_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    task, said = "ta\x1b]0;x\x07sk", "sa\u202eid"
+    write(tmp_path / "a.jsonl", [{task: f"Say {n}", said: n} for n in range(40)])
+    (tmp_path / "mine.py").write_text("def f(completions, **_):\n    raise ValueError('\\x1b[2J')\n")
+    monkeypatch.chdir(tmp_path)
+    typed(monkeypatch, "nosuch", "", "")  # the second takes the proposal
+    init(Path("a.jsonl"), verifier="mine.f")
+    (source,) = load_config("a.yaml").prompts.train
+    assert (source.prompt_column, source.answer_column) == (task, said)
+    out, err = capsys.readouterr()
+    assert "the verifier fails" in out
+    assert not set("\x1b\x07\u202e") & set(out + err)
+
+
 def test_a_terminal_is_asked_for_what_is_unclear_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "clear.jsonl", questions(40))
     write(tmp_path / "words.jsonl", questions(40, "word {}"))

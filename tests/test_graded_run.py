@@ -118,6 +118,13 @@ def test_check_names_rewards_that_training_would_not_get(tmp_path: Path, name: s
     assert told.startswith(said)
 
 
+def test_check_names_rewards_whatever_the_threshold(tmp_path: Path) -> None:
+    """A threshold that graded rewards may not have."""
+    function = "verifier={type: function, path: tests.rewards.functions.generous, threshold: 0}"
+    done = cropi_ok("check", "quickstart", *GRADED, function, "--json", cwd=tmp_path)
+    assert any("training gets 1 from 0 on, else 0" in text for text in json.loads(done.stdout)["warnings"])
+
+
 def test_a_verifier_that_fails_often_is_named(tmp_path: Path) -> None:
     flaky = "verifier={type: function, path: tests.rewards.functions.at_times_raises, graded: true}"
     done = cropi_ok("collect", "quickstart", *GRADED, flaky, cwd=tmp_path)

@@ -171,7 +171,8 @@ def _unused_grades(config: Config, sample: _Sample) -> list[str]:
     verifier = config.verifier
     if not isinstance(verifier, ScoringVerifier) or verifier.graded:
         return []
-    graded = judge_of(verifier.model_copy(update={"graded": True}), config.verification)
+    # Graded rewards need a threshold of theirs; only the grades are read, so any will do.
+    graded = judge_of(verifier.model_copy(update={"graded": True, "threshold": 0.5}), config.verification)
     rows = [answered(text, row) for row, texts in zip(sample.rows, sample.texts, strict=True) for text in texts]
     judged = graded(rows)
     outside = next((j.note for j in judged if j.note.startswith(GradeError.__name__)), None)

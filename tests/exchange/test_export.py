@@ -16,7 +16,7 @@ from typing import Any
 import datasets
 import pytest
 from pyarrow import parquet
-from tests.runs import SMALL, json_lines
+from tests.runs import SMALL, cropi_error, json_lines
 
 from cropi.builtin import POLICY_DIR
 from cropi.config.loading import load_config
@@ -24,9 +24,11 @@ from cropi.errors import ArtifactError, ConfigError, DataError, PolicyError
 from cropi.exchange.export import export, parquet_table
 from cropi.exchange.formats import FORMATS
 from cropi.exchange.rewards import Rewards, facts_of
+from cropi.rewards.verifiers.python_function import SCRIPT_REWARDS
 from cropi.stages.collect import collect
 from cropi.stages.run import Run
 from cropi.stages.select import select
+from cropi.streams import append_jsonl
 
 COUNT = 12  # a quarter of 48 prompts
 
@@ -106,6 +108,34 @@ def test_every_format_holds_the_selection_best_first_and_the_held_out_prompts(se
     text = (folder / "README.md").read_text()
     assert f"{folder}/train.{suffix}" in text
     assert f"{COUNT} prompts" in text
+
+
+def test_of_a_strategy_that_chooses_batch_by_batch_what_it_drew_is_exported(tmp_path: Path) -> None:
+    run = made(tmp_path, "select.strategy=cropi")  # with a selection of every usable prompt
+    a, b, c, d = [row["prompt_id"] for row in run.folder.train_prompts.rows()][:4]
+    with pytest.raises(ArtifactError, match=r"stage 0 has no batch yet(.|\n)*Fix: "):
+        exported(run, "trl", tmp_path / "out")
+    draws = [(0, [d, b], ["mean sum", "uniform"]), (0, [d, a], ["uniform", "draw sum"]), (1, [c, a], ["mean sum"] * 2)]
+    for stage, ids, why in draws:
+        append_jsonl(run.paths.choices, {"batch": 0, "stage": stage, "prompt_ids": ids, "why": why})
+    folder = exported(run, "trl", tmp_path / "out")
+    order = [d, *sorted((a, b))]
+    assert [row["prompt_id"] for row in read(folder / "train.parquet")] == order
+    why = json_lines(folder / "why.jsonl")
+    assert [(row["prompt_id"], row["drawn"]) for row in why] == [(order[0], 2), (order[1], 1), (order[2], 1)]
+    assert why[0]["reasons"] == {"largest expected gain on sum": 1, "random": 1}
+    assert "most often drawn first" in (folder / "README.md").read_text()
+    append_jsonl(run.paths.choices, {"batch": 2, "stage": 0, "prompt_ids": [c], "why": ["uniform"]})
+    with pytest.raises(ArtifactError, match="export of another selection"):
+        exported(run, "trl", folder)
+
+
+def test_the_curriculum_of_a_script_is_not_exported(tmp_path: Path) -> None:
+    """Its reward functions are the script's, and no other program can import them."""
+    verifier = f"verifier={{type: function, path: {SCRIPT_REWARDS}}}"
+    done = cropi_error("export", "quickstart", *SMALL, verifier, f"run_dir={tmp_path}", cwd=tmp_path)
+    assert "the curriculum of a TRL script" in done.stderr
+    assert "cropi export" not in done.stderr
 
 
 def test_a_second_export_of_the_same_is_the_first_and_nothing_else_is_touched(selected, tmp_path, monkeypatch):

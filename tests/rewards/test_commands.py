@@ -84,6 +84,9 @@ def test_grades_are_shown(tmp_path: Path) -> None:
         ("{\n", ["--verifier", "exact"], "standard input, line 1: not JSON"),
         (lines({"completion": "7"}), ["--verifier", "exact"], "lacks completion or answer"),
         (lines({"completion": 7, "answer": "7"}), ["--verifier", "exact"], "not an object of texts"),
+        ("", ["--verifier", "exact", "--processes", "2000"], "verification.processes is 2000"),
+        ("", ["--verifier", "exact", "--seconds", "2000000"], "verification.seconds is 2000000"),
+        ("", ["--verifier", "exact", "--memory-mb", "2000000000"], "verification.memory_mb is 2000000000"),
         (
             lines({"completion": "7", "answer": "7"}),
             ["--verifier", "function", "--option", "path=a.b"],

@@ -12,6 +12,7 @@ import torch
 from tests.runs import json_lines
 from tests.training.test_online_trainer import SETTINGS, run, same, weights
 
+from cropi import load
 from cropi.config.loading import load_config
 from cropi.curriculum.strategies.lze import Lze
 from cropi.gradients.training_influence import Reader
@@ -64,6 +65,16 @@ def test_a_gate_trains_on_some_groups_and_learns_of_all(tmp_path: Path, monkeypa
     batches = json_lines(folder / "rewards.jsonl")
     tokens = sum(row["tokens"] + row["prompt_tokens"] for row in batches)
     assert flops(config, 1, [], [], batches).train == 2 * tokens * (1 + 3 / 4)
+
+
+def test_a_pool_smaller_than_a_batch_is_repeated(tmp_path: Path) -> None:
+    three = "prompts.train=[{type: builtin, families: [sum], count: 3, seed: 1}]"
+    folder = run(tmp_path, "mopps", three, "train.stages=1", "train.steps_per_stage=1")  # reports at its end
+    groups = load(folder).curriculum
+    assert len(groups) == 3
+    assert groups["why"].notna().all()
+    (choice,) = json_lines(folder / "choices.jsonl")
+    assert len(choice["prompt_ids"]) == len(choice["why"]) == 4
 
 
 @pytest.fixture(scope="module")

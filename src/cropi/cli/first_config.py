@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cropi.cli.shell import Overrides
-from cropi.errors import DataError, UserError
+from cropi.errors import DataError, UserError, printable
 
 if TYPE_CHECKING:
     from cropi.config import Config
@@ -45,7 +45,7 @@ def init(
 ) -> None:
     """Look at a data file and write a config for it, to edit. In a terminal, ask what the file does not tell."""
     from cropi.config.loading import config_of
-    from cropi.config.yaml_text import parse_yaml
+    from cropi.config.yaml_text import flow_yaml, parse_yaml
     from cropi.prompts import checked_prompts
 
     look = _look(data, verifier or _named("verifier.type", overrides), _named("policy.path", overrides))
@@ -58,13 +58,13 @@ def init(
     failure = _failure(config, found.rows[0])
     write_config(path, text)
     sets = [row["set"].partition("/")[0] for row in found.rows]
-    print(f"{look.data}: {look}")
+    print(printable(f"{look.data}: {look}"))
     for name, file in {"train": look.data, "validation": validation, "test": test}.items():
         held_out = " of the same file, held out by hash" if file is None else ""
         print(f"  {name:<11} {sets.count(name)} rows{held_out}")
-    print(f"  verifier    {_flow(values['verifier'])}\n  policy      {values['policy']['path']}")
+    print(printable(f"  verifier    {flow_yaml(values['verifier'])}\n  policy      {values['policy']['path']}"))
     warnings = [f"warning: {line}" for line in [*found.warnings, *look.warnings(), *failure]]
-    print("\n".join([*warnings, str(path), f"next: cropi check {path}"]))
+    print(printable("\n".join([*warnings, str(path), f"next: cropi check {path}"])))
 
 
 def _failure(config: Config, row: Mapping[str, Any]) -> list[str]:
@@ -195,8 +195,10 @@ def _flat(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _ask(question: str, default: str | None = None, known: Sequence[str] = ()) -> str:
-    while (given := typer.prompt(question, default=default)) not in known and known:
-        print(f"one of: {', '.join(known)}")
+    names = {printable(name): name for name in (*known, *([] if default is None else [default]))}
+    shown = None if default is None else printable(default)
+    while (given := names.get(said := typer.prompt(printable(question), default=shown), said)) not in known and known:
+        print(f"one of: {', '.join(map(printable, known))}")
     return str(given)
 
 
@@ -301,15 +303,10 @@ def _proposed(look: _Look, files: dict[str, Path | None]) -> dict[str, Any]:
 
 def _yaml(values: dict[str, Any]) -> str:
     """A line per table, and a line per set of prompts."""
+    from cropi.config.yaml_text import flow_yaml
+
     lines = []
     for key, value in values.items():
-        inner = [f"  {name}: {_flow(part)}" for name, part in value.items()] if key == "prompts" else []
-        lines += [f"{key}:", *inner] if inner else [f"{key}: {_flow(value)}"]
+        inner = [f"  {name}: {flow_yaml(part)}" for name, part in value.items()] if key == "prompts" else []
+        lines += [f"{key}:", *inner] if inner else [f"{key}: {flow_yaml(value)}"]
     return "\n".join(lines) + "\n"
-
-
-def _flow(value: Any) -> str:
-    import yaml
-
-    text = yaml.safe_dump(value, default_flow_style=True, width=math.inf, sort_keys=False, allow_unicode=True)
-    return text.removesuffix("...\n").strip()

@@ -27,7 +27,6 @@ from cropi.cli.shell import (
     open_run,
     print_result,
     quiet_libraries,
-    read_config,
     read_own_config,
 )
 from cropi.cli.verify import audit_rewards, verify
@@ -212,7 +211,7 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Write a stage's selection as another trainer's files, with the verifier and the run's settings."""
-    loaded = read_config(config, overrides)
+    loaded = read_own_config(config, overrides)
     quiet_libraries()
     from cropi.exchange.export import export as write
     from cropi.run_folder import RunFolder

@@ -104,7 +104,7 @@ def read_own_config(config: ConfigLike, overrides: list[str] | None) -> Config:
         raise ConfigError(
             "this is the curriculum of a TRL script, and only that script has its model and its reward functions",
             where=str(config),
-            fix="run the script to go on; `cropi report`, `cropi explain` and `cropi export` read this folder.",
+            fix="run the script to go on; `cropi report` and `cropi explain` read this folder.",
         )
     return loaded
 

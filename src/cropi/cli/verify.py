@@ -32,13 +32,12 @@ def verify(
 
     Rows may have `source`, `prompt` (text or chat messages) and `extra` (an object), for verifiers that need them.
     """
-    from cropi.config import VerificationConfig
-    from cropi.config.loading import parse_verifier
+    from cropi.config.loading import parse_verifier, verification_of
     from cropi.rewards.pool import Pool
     from cropi.rewards.verdicts import Answered
 
     config = parse_verifier(verifier, options or [])
-    limits = VerificationConfig(processes=processes, seconds=seconds, memory_mb=memory_mb)
+    limits = verification_of({"processes": processes, "seconds": seconds, "memory_mb": memory_mb}, "command line")
     with Pool(config, limits) as pool:
         batch: list[Answered] = []
 

@@ -6,6 +6,7 @@ PyYAML reads YAML 1.1; this loader reads its numbers and booleans as YAML 1.2 do
 from __future__ import annotations
 
 import json
+import math
 import re
 from typing import Any
 
@@ -44,8 +45,11 @@ class _YamlLoader(yaml.SafeLoader):
 
     def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
         text = super().construct_scalar(node)
-        if re.search("[\0\ud800-\udfff]", text):
-            raise ConstructorError(None, None, "a text cannot hold NUL or half a surrogate pair", node.start_mark)
+        text = text.encode("utf-16", "surrogatepass").decode(
+            "utf-16", "surrogatepass"
+        )  # JSON writes an emoji as a pair
+        if re.search("[\0\x7f\ud800-\udfff]", text):  # DEL: JSON writes it as it is, and YAML does not read that
+            raise ConstructorError(None, None, "a text cannot hold NUL, DEL or half a surrogate pair", node.start_mark)
         return text
 
     def construct_null(self, node: yaml.ScalarNode) -> None:
@@ -75,6 +79,23 @@ _YamlLoader.add_implicit_resolver(
 )
 _YamlLoader.add_constructor(_TAG + "null", _YamlLoader.construct_null)
 _YamlLoader.add_constructor(_TAG + "int", _YamlLoader.construct_int)
+
+
+class _YamlDumper(yaml.SafeDumper):
+    """Quotes a text that YAML 1.1 or 1.2 would take for something else: `on` in the one, `08` in the other."""
+
+
+_YamlDumper.yaml_implicit_resolvers = {
+    first: [*yaml.SafeDumper.yaml_implicit_resolvers.get(first, []), *pairs]
+    for first, pairs in _YamlLoader.yaml_implicit_resolvers.items()
+}
+
+
+def flow_yaml(value: Any) -> str:
+    """Write values on one line, which `parse_yaml` reads back."""
+    options: dict[str, Any] = {"default_flow_style": True, "width": math.inf}
+    text = yaml.dump(value, Dumper=_YamlDumper, sort_keys=False, allow_unicode=True, **options)
+    return str(text).removesuffix("...\n").strip()
 
 
 def parse_yaml(text: str, where: str) -> Any:

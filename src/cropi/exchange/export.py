@@ -1,7 +1,8 @@
-"""`cropi export`: the selection of a stage as the files of another trainer."""
+"""`cropi export`: the selection of a stage, or the prompts of its batches, as the files of another trainer."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,6 +19,7 @@ from cropi.exchange.formats import Format, Item, named
 from cropi.exchange.rewards import facts_of
 from cropi.policy import load_tokenizer, policy_location
 from cropi.prompts.encoding import encode_prompts, trainer_prompts, uses_chat
+from cropi.report.explanations import draws
 from cropi.run_folder import RunFolder, StagePaths
 from cropi.stages.run import start_of_stage
 from cropi.training.grpo_settings import grpo_config
@@ -35,15 +37,16 @@ def export(
     """Write train, validation and test files, the reward function, `why.jsonl` and a README with the settings.
 
     Prompts are as the policy sees them in a run: chat messages with the system prompt if the tokenizer has a chat
-    template, else text; the best come first. Existing files stay as they are: a finished export is opened.
+    template, else text; the best come first. Of a strategy that chooses batch by batch: the prompts that the stage has
+    drawn, the most often drawn first. Existing files stay as they are: a finished export is opened.
 
-    Errors: ArtifactError if the stage has not been selected or the folder holds something else; DataError for an
+    Errors: ArtifactError if the stage has chosen nothing or the folder holds something else; DataError for an
     unknown format or one that cannot hold these prompts; PolicyError if the policy of the stage is missing.
     """
     form, folder = named(format_name), folder.resolve()
     policy = _policy(run.config, paths, stage, checkpoint)
-    chosen = open_artifact(paths.selection(stage), "selection", made_by="cropi select")
-    inputs = {"selection": chosen.identity, "format": format_name, "policy": policy, "folder": str(folder)}
+    identity, chosen = _chosen(run.config, paths, stage)
+    inputs = {"selection": identity, "format": format_name, "policy": policy, "folder": str(folder)}
     if is_finished(folder):
         return _opened(folder, inputs)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -52,7 +55,7 @@ def export(
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     written = _Export(run, form, format_name, unfinished)
-    counts = written.prompts(paths.selection(stage))
+    counts = written.prompts(chosen)
     written.readme(stage, policy, folder, counts["train"])
     finish(unfinished, KIND, inputs=inputs, counts=counts, details={"format": format_name, "stage": stage})
     if folder.is_dir():
@@ -69,6 +72,25 @@ def _opened(folder: Path, inputs: Mapping[str, str]) -> Manifest:
             f"is an export of another {', '.join(other)}", where=str(folder), fix="name a new folder with --output."
         )
     return manifest
+
+
+def _chosen(config: Config, paths: StagePaths, stage: int) -> tuple[str, list[dict[str, Any]]]:
+    """What identifies the choice of a stage, and the rows of `why.jsonl`, the best first."""
+    if not config.select.strategy.chooses_online:
+        made = open_artifact(paths.selection(stage), "selection", made_by="cropi select")
+        rows = read_table(paths.selection(stage) / "selection.parquet", SELECTION).to_pylist()
+        return made.identity, [{key: row[key] for key in WHY} for row in rows if row["selected"]]
+    drawn = [
+        {"prompt_id": prompt_id, "drawn": times.total(), "reasons": dict(times)}
+        for prompt_id, times in draws(paths).get(stage, {}).items()
+    ]
+    if not drawn:
+        raise ArtifactError(
+            f"{config.select.label} chooses batch by batch, and stage {stage} has no batch yet",
+            where=str(paths.choices),
+            fix="run `cropi run` first, and name a stage that has begun.",
+        )
+    return hashlib.sha256(json.dumps(drawn).encode()).hexdigest(), drawn
 
 
 def _policy(config: Config, paths: StagePaths, stage: int, checkpoint: Path | None) -> str:
@@ -118,12 +140,10 @@ class _Export:
             )
         self._longest = 1
 
-    def prompts(self, selection: Path) -> dict[str, int]:
+    def prompts(self, chosen: Sequence[Mapping[str, Any]]) -> dict[str, int]:
         """Write data files, reasons and the reward function. Returns the number of prompts by file."""
-        rows = read_table(selection / "selection.parquet", SELECTION).to_pylist()
-        selected = [row for row in rows if row["selected"]]
         splits: dict[str, Sequence[Mapping[str, Any]]] = {
-            "train": [self._run.train_prompts[row["prompt_id"]] for row in selected],
+            "train": [self._run.train_prompts[row["prompt_id"]] for row in chosen],
             "validation": self._run.held_out("validation"),
             "test": self._run.held_out("test"),
         }
@@ -143,8 +163,7 @@ class _Export:
                 for place, (row, prompt) in enumerate(zip(prompts, shown, strict=True))
             ]
             self._write(split, map(self._form.row, items))
-        why = "".join(json.dumps({key: row[key] for key in WHY}) + "\n" for row in selected)
-        write_text(self._folder / "why.jsonl", why)
+        write_text(self._folder / "why.jsonl", "".join(json.dumps(row) + "\n" for row in chosen))
         write_text(self._folder / "reward.py", self._reward())
         for name, text in self._form.files.items():
             write_text(self._folder / name, text)
@@ -174,7 +193,11 @@ class _Export:
 
     def readme(self, stage: int, policy: str, folder: Path, count: int) -> None:
         """List the files and the run's settings; docs/trainers.md says how each trainer takes them."""
-        suffix, weights = self._form.suffix, self._config.policy
+        suffix, weights, select = self._form.suffix, self._config.policy, self._config.select
+        what, why = f"{count} prompts that `{select.label}` chose, the best first", "why each of them was chosen"
+        if select.strategy.chooses_online:
+            what = f"{count} prompts that `{select.label}` drew for the stage's batches, the most often drawn first"
+            why = "how often each of them was drawn, by reason"
         notes = ""
         if weights.revision is not None:
             notes += f"\nRevision of the policy: `{weights.revision}`.\n"
@@ -189,8 +212,8 @@ class _Export:
 
 | file | content |
 |---|---|
-| `train.{suffix}` | {count} prompts that `{self._config.select.label}` chose, the best first |
-| `why.jsonl` | why each of them was chosen |
+| `train.{suffix}` | {what} |
+| `why.jsonl` | {why} |
 | `validation.{suffix}`, `test.{suffix}` | the run's validation and test prompts |
 | `reward.py` | its verifier; needs cropi, and a function of your own, where rewards are computed |
 {notes}

@@ -7,7 +7,7 @@ from typing import Any
 
 from cropi.functional.intervals import Interval
 from cropi.lab.compare.paired_runs import SUITE, interval
-from cropi.report.wording import ABSENT, decimal, on_one_line, si_prefix
+from cropi.report.wording import ABSENT, bounds, decimal, on_one_line, si_prefix
 
 UNITS = {"steps": "steps", "tokens": "generated tokens", "flops": "FLOPs", "seconds": "seconds"}
 NAME_LENGTH = 60  # characters of a name in prose
@@ -27,9 +27,7 @@ def ratio(value: float) -> str:
 
 def ratio_interval(found: Interval | None) -> str:
     """`2.31 [1.80, 3.02]`."""
-    if found is None:
-        return ABSENT
-    return f"{ratio(found.mean)} [{ratio(found.low)}, {ratio(found.high)}]"
+    return ABSENT if found is None else f"{ratio(found.mean)} {bounds(found, ratio)}"
 
 
 def speedup(entry: Entry, measure: str) -> str:
@@ -63,9 +61,7 @@ def signed(value: float, digits: int = 2) -> str:
 
 def difference(interval: Interval | None, digits: int = 2) -> str:
     """`+0.22 [+0.15, +0.29]`."""
-    if interval is None:
-        return ABSENT
-    return f"{signed(interval.mean, digits)} [{signed(interval.low, digits)}, {signed(interval.high, digits)}]"
+    return ABSENT if interval is None else f"{signed(interval.mean, digits)} {bounds(interval, signed, digits)}"
 
 
 def large(value: float | None) -> str:

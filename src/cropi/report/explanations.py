@@ -125,7 +125,7 @@ def _read_stages(config: Config, paths: StagePaths, stage: int | None) -> list[_
     wanted = range(config.train.stages) if stage is None else [stage]
     strategy = config.select.strategy
     tables = read_beliefs(config, paths) if strategy.reads_influence else read_scores(config, paths)
-    drawn = _drawn(read_jsonl(paths.choices)) if strategy.chooses_online else None
+    drawn = draws(paths) if strategy.chooses_online else None
     found = []
     for number in wanted:
         selection = selection_table(paths, number)
@@ -142,13 +142,13 @@ def _read_stages(config: Config, paths: StagePaths, stage: int | None) -> list[_
     return found
 
 
-def _drawn(choices: Iterable[Row]) -> dict[int, dict[str, Counter[str]]]:
-    """By stage and prompt: how often it was drawn, by reason."""
+def draws(paths: StagePaths) -> dict[int, dict[str, Counter[str]]]:
+    """By stage and prompt: how often it was drawn, by reason; the most often drawn first."""
     found: dict[int, dict[str, Counter[str]]] = {}
-    for batch in choices:
+    for batch in read_jsonl(paths.choices):
         for prompt_id, why in zip(batch["prompt_ids"], batch["why"], strict=True):
             found.setdefault(batch["stage"], {}).setdefault(prompt_id, Counter())[way(why)] += 1
-    return found
+    return {stage: dict(sorted(own.items(), key=lambda row: (-row[1].total(), row[0]))) for stage, own in found.items()}
 
 
 def best_first(config: Config, run: RunFolder) -> list[str]:
@@ -161,7 +161,7 @@ def _best(stages: Sequence[_Stage], top: int | None = None) -> list[str]:
     """The best ranked of the last selection, or the prompts that were drawn most often in the last stage."""
     drawn = next((part.drawn for part in reversed(stages) if part.drawn), None)
     if drawn:
-        return sorted(drawn, key=lambda prompt_id: (-drawn[prompt_id].total(), prompt_id))[:top]
+        return list(drawn)[:top]
     table = next((part.selection for part in reversed(stages) if part.selection is not None), None)
     if table is None:
         raise UserError("nothing has been selected yet", where="--top", fix="run `cropi select`, or name prompts.")

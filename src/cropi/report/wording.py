@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 from cropi.console import duration
 from cropi.functional.intervals import Interval
 
@@ -19,9 +22,13 @@ def decimal(value: float | None, digits: int = 2) -> str:
 
 def with_interval(interval: Interval | None, digits: int = 2) -> str:
     """`0.93 [0.89, 0.96]`."""
-    if interval is None:
-        return ABSENT
-    return f"{decimal(interval.mean, digits)} [{decimal(interval.low, digits)}, {decimal(interval.high, digits)}]"
+    return ABSENT if interval is None else f"{decimal(interval.mean, digits)} {bounds(interval, decimal, digits)}"
+
+
+def bounds(interval: Interval, form: Callable[..., str], *options: int) -> str:
+    """`[0.89, 0.96]`, and `[–]` where they are not known."""
+    shown = [form(value, *options) for value in (interval.low, interval.high) if not math.isnan(value)]
+    return f"[{', '.join(shown) or ABSENT}]"
 
 
 def count(value: float | None) -> str:

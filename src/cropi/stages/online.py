@@ -189,7 +189,7 @@ class OnlineRun:
                 "stage": self._stage(step),
                 "asked_at": now,
                 "prompt_ids": [self._rows[place]["prompt_id"] for place in places],
-                "why": [" ".join((choice.source, choice.validation_set)).strip() for choice in choices],
+                "why": [f"{c.source} {c.validation_set}".strip() for c in (choices * prompts)[:prompts]],
             }
             append_jsonl(self._run.paths.choices, line)
         return places

@@ -10,8 +10,10 @@ import pytest
 from markdown_it import MarkdownIt
 from tests.lab.compare.comparisons import NEVER, QUICK, SLOW, compared, one_seed_in, rows, tables, text_of
 from tests.report.test_report import Outline, the_only_script
+from tests.runs import cropi_error
 
 from cropi.artifacts import write_json
+from cropi.lab.compare.comparison_summary import summarise
 from cropi.lab.compare.paired_runs import Comparison
 from cropi.lab.compare.report.accuracy_bands import bands, population_bands, spread
 from cropi.lab.compare.report.comparison_figures import styles
@@ -62,6 +64,49 @@ def test_the_headline_and_the_three_numbers_by_hand(one_seed: Comparison) -> Non
     assert [row[3].split()[0] for row in table.rows] == ["4.00", "1.60", "1.60"]
     assert "| steps " in terminal_text(quick)
     assert cost_to_target(main(one_seed, "full")) is None
+
+
+def test_a_ratio_of_one_drawn_scenario_has_no_interval_and_says_on_what_it_stands(tmp_path: Path) -> None:
+    curves = {"drawn-0": (SLOW, QUICK), "drawn-1": ((2, 2, 2), SLOW), "drawn-2": ((2, 2, 2), QUICK)}
+    found = [rows(s, name, 0, c) for s, both in curves.items() for name, c in zip(("full", "x"), both, strict=True)]
+    told = main(compared(tmp_path, *found), "x")
+    assert "4.00 [–]× fewer steps" in headline(told)
+    assert headline(told).endswith("A speed-up is known in 1 of 3 scenarios.")
+    assert "nan" not in text_of(told)
+    (suite, _) = tables(speedups(told))
+    assert suite.rows[1][1] == "4.00 [–]"
+
+
+def test_runs_that_are_set_aside_are_not_counted_among_those_without_a_gain(tmp_path: Path) -> None:
+    comparison = compared(tmp_path, *(rows(s, n, 0, SLOW) for s in "abc" for n in ("full", "x")))
+    summary = summarise(comparison.traces, aside=["c"])
+    (suite, _) = tables(speedups(replace(comparison, summary=summary)))
+    assert [row[-1] for row in suite.rows] == ["0 % of 2"] * 2
+
+
+def test_strategies_that_share_no_scenario_are_told_by_scenario(tmp_path: Path) -> None:
+    found = [rows(scenario, "full", 0, SLOW) for scenario in "ab"]
+    comparison = compared(tmp_path, *found, rows("a", "x", 0, QUICK), rows("b", "y", 0, QUICK))
+    assert headline(comparison).startswith("No scenario has runs of all strategies")
+    assert "2 scenarios wait for some strategy" in terminal_text(comparison)
+    assert [row[:2] for row in tables(speedups(comparison))[0].rows][1] == ["a", "x"]
+    text_of(comparison)
+
+
+@pytest.mark.parametrize("option", ["--main", "--reference", "--aside"])
+def test_a_name_that_is_not_in_the_table_is_refused(one_seed: Comparison, option: str) -> None:
+    where = one_seed.folder
+    said = cropi_error("compare", "--results", "results.parquet", option, "quikc", cwd=where).stderr
+    assert f"{option}: 'quikc' is none of the" in said
+    assert "Fix: name one of: " in said
+    assert not (where / "compare.json").exists()
+
+
+def test_a_scenario_to_set_aside_is_looked_up_before_anything_runs(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("cropi.lab.compare.run_comparison.execute", lambda *_, **__: pytest.fail("it ran"))
+    asked = ["--strategies", "full", "--seeds", "0", "--folder", "out", "--aside", "homogenous"]
+    said = cropi_error("compare", "quickstart", *asked, cwd=tmp_path).stderr
+    assert "--aside: 'homogenous' is none of the scenarios" in said
 
 
 def test_differences_are_from_each_reference(two_scenarios: Comparison) -> None:

@@ -11,7 +11,7 @@ from tests.lab.compare import comparisons
 
 from cropi.errors import ArtifactError, ConfigError
 from cropi.lab.compare.comparison_summary import summarise
-from cropi.lab.compare.paired_runs import Traces, read_traces
+from cropi.lab.compare.paired_runs import Traces, best_strategy, read_traces
 from cropi.lab.compare.result_table import RESULTS
 
 # Every seed has the same questions.
@@ -73,11 +73,11 @@ def test_seeds_and_scenarios_have_geometric_means():
     assert (suite["scenarios"], suite["seeds"]) == (2, 4)
     assert suite["area"]["steps"]["mean"] == pytest.approx((0.75 + 0.25 + 0.75 + 0.75) / 4)
     without = entry(summarise(table(*found), aside=["b"]), "x", "suite")
+    assert (suite["counted"], without["counted"], without["seeds"]) == (4, 2, 4)
     assert without["speedup"]["steps"]["mean"] == pytest.approx(2.0)
     assert without["to"]["target"] == entry(summary, "x", "a")["to"]["target"]
     assert without["area"] == suite["area"]  # accuracies count everywhere
-    with pytest.raises(ConfigError, match="no scenario 'c'"):
-        summarise(table(*found), aside=["c"])
+    assert summarise(table(*found), aside=["c"])["aside"] == []  # not finished yet
 
 
 def test_runs_without_a_gain_are_counted_and_left_out():
@@ -129,6 +129,39 @@ def test_drawn_scenarios_count_once_every_strategy_has_ended():
     for strategy in ("full", "x", "y"):
         assert entry(summary, strategy, "suite")["scenarios"] == 2
     assert entry(summary, "x", "suite")["against"]["full"]["area"]["flops"]["mean"] == pytest.approx(1 / 8)
+
+
+def test_over_a_suite_all_strategies_are_compared_on_the_scenarios_they_share():
+    """x is far ahead on a and level on b, which y has not run."""
+    found = [rows(scenario, "full", 0, (0, 1, 2)) for scenario in "ab"]
+    found += [rows("a", "x", 0, (0, 4, 4)), rows("b", "x", 0, (0, 1, 2)), rows("a", "y", 0, (0, 4, 4))]
+    summary = summarise(table(*found))
+    assert summary["unfinished"] == ["b"]
+    for strategy in ("x", "y"):
+        suite = entry(summary, strategy, "suite")
+        assert suite["scenarios"] == 1
+        assert suite["area"] == entry(summary, strategy, "a")["area"]
+    assert entry(summary, "x", "b")["final"]["targeted"]["mean"] == 0.5  # in the rows by scenario
+
+
+def test_strategies_that_share_no_scenario_are_not_compared():
+    found = [rows(scenario, "full", 0, (0, 1, 2)) for scenario in "ab"]
+    summary = summarise(table(*found, rows("a", "x", 0, (0, 4, 4)), rows("b", "y", 0, (0, 4, 4))), ["x", "y"])
+    assert not [each for each in summary["entries"] if each["scenario"] == "suite"]
+    assert (summary["best_reference"], best_strategy(summary)) == (None, None)
+
+
+def test_one_value_has_no_interval():
+    """Of three drawn scenarios, and of three seeds, `full` gains in one."""
+    gains = [(0, 1, 2), (2, 2, 2), (2, 2, 2)]
+    drawn = [rows(f"drawn-{n}", name, 0, gains[n]) for n in range(3) for name in ("full", "x")]
+    seeds = [rows("a", name, n, gains[n]) for n in range(3) for name in ("full", "x")]
+    for own in (entry(summarise(table(*drawn)), "x", "suite"), entry(summarise(table(*seeds)), "x", "a")):
+        assert own["speedup"]["steps"] == {"mean": pytest.approx(1.0), "low": None, "high": None}
+        assert own["to"]["target"]["steps"] == {"mean": pytest.approx(8.0), "low": None, "high": None}
+        assert own["gaining"] == 1
+        assert own["area"]["steps"]["low"] < own["area"]["steps"]["high"]  # of three
+    assert entry(summarise(table(*seeds[:2])), "x", "a")["speedup"]["steps"]["low"] is not None  # over questions
 
 
 def test_costs_to_fixed_levels():

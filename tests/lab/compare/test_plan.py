@@ -18,7 +18,21 @@ def test_seeds(text: str, seeds: list[int]):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "a", "4-2", "1,,2", "-1", "1.5", "0-99999999999", "9" * 5000, "0-9999999999", "²"]
+    "text",
+    [
+        "",
+        "a",
+        "4-2",
+        "1,,2",
+        "-1",
+        "1.5",
+        "0-99999999999",
+        "9" * 5000,
+        "0-9999999999",
+        "²",
+        str(2**32),
+        "4294967295-4294967296",
+    ],
 )
 def test_what_is_no_seed_is_refused(text: str):
     with pytest.raises(ConfigError, match="no seed and no range"):
@@ -118,6 +132,19 @@ def test_a_patch_that_does_not_validate_is_refused_before_anything_is_written(tm
 def test_requests_that_cannot_be_meant(tmp_path: Path, configs: list[str], override: str, strategy: str, message: str):
     with pytest.raises(ConfigError, match=message):
         make_plan(configs, [override], [strategy], [0], tmp_path / "out")
+
+
+def test_a_run_that_is_refused_leaves_the_folder_as_it_was(tmp_path: Path):
+    with pytest.raises(ConfigError, match="seed is 5000000000"):
+        make_plan(["quickstart"], [], ["full"], [5_000_000_000], tmp_path / "out")
+    assert not (tmp_path / "out" / "plan.json").exists()
+
+
+@pytest.mark.parametrize("select", ["null", "5", "[1]", "full"])
+def test_a_patch_whose_select_is_no_table_is_refused(tmp_path: Path, select: str):
+    (tmp_path / "odd.yaml").write_text(f"select: {select}\n")
+    with pytest.raises(ConfigError, match=r"strategy odd on quickstart: select is(.|\n)*Fix: "):
+        make_plan(["quickstart"], [], [str(tmp_path / "odd.yaml")], [0], tmp_path / "out")
 
 
 def test_a_second_call_adds_to_the_first(tmp_path: Path):

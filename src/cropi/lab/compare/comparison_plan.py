@@ -112,9 +112,10 @@ def make_plan(
             _check(_config(asked, scenario, 0, strategy, folder), values, f"strategy {strategy}")
     before = _read_claim(folder)
     claim = _added(before, asked, folder)
+    plan = _plan(folder, claim, wanted)  # before it is written: a plan with a run that is refused spoils the folder
     if claim != before:
         write_json(folder / PLAN, claim)
-    return _plan(folder, claim, wanted)
+    return plan
 
 
 def read_plan(folder: Path) -> Plan:
@@ -145,8 +146,9 @@ def parse_seeds(text: str) -> list[int]:
     for part in text.split(","):
         match = re.fullmatch(r"\s*([0-9]{1,10})(?:-([0-9]{1,10}))?\s*", part)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
-        if not first <= last < first + MOST_SEEDS:
-            raise ConfigError(f"{part!r} is no seed and no range of seeds", where="--seeds", fix="give 0-4 or 0,1,7.")
+        if not first <= last < min(first + MOST_SEEDS, 2**32):
+            fix = "give 0-4 or 0,1,7, all below 2**32."
+            raise ConfigError(f"{part!r} is no seed and no range of seeds", where="--seeds", fix=fix)
         seeds += range(first, last + 1)
     twice = sorted({seed for seed in seeds if seeds.count(seed) > 1})
     if twice:
@@ -182,7 +184,8 @@ def run_folder(folder: Path, scenario: str, seed: int, strategy: str) -> Path:
 def _config(claim: Mapping[str, Any], scenario: str, seed: int, strategy: str, folder: Path) -> Config:
     """The config of a run. A patch without a strategy keeps the config's own, with the preset that it names."""
     patch: Patch = claim["strategies"][strategy]
-    values = claim["scenarios" if "strategy" in patch.get("select", {}) else "own"][scenario]
+    select = patch.get("select")  # as it is in the file: validated below
+    values = claim["scenarios" if isinstance(select, Mapping) and "strategy" in select else "own"][scenario]
     run_dir = str(run_folder(folder, scenario, seed, strategy).parent)
     per_run = {"name": strategy, "run_dir": run_dir, "seed": seed}
     return validate_config(patched(values, patch, strategy) | per_run, f"strategy {strategy} on {scenario}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -48,14 +49,10 @@ def summarise(
 
     `references`: strategies to take differences from; `full` by default. A strategy is compared with them on the seeds
     that all of them have finished. `levels`: further targeted accuracies to give costs for. `aside`: scenarios without
-    anything to gain, whose speed-ups do not count over the suite. Drawn scenarios count once all strategies have ended,
-    so that all are compared on the same ones. ConfigError for an unknown reference or scenario.
+    anything to gain, whose speed-ups do not count over the suite. The suite is the scenarios that all strategies share,
+    so that all are compared on the same ones; there are no means over it if they share none. Drawn scenarios count once
+    all strategies have ended. ConfigError for an unknown reference.
     """
-    for name in aside:
-        if name not in traces:
-            raise ConfigError(
-                f"there is no scenario {name!r}", where="--aside", fix=f"name one of: {', '.join(traces)}."
-            )
     strategies = list(dict.fromkeys(name for seeds in traces.values() for own in seeds.values() for name in own))
     references, every = _references(references, strategies), list(traces)
     if _all_drawn(traces):
@@ -64,10 +61,14 @@ def summarise(
     by_strategy: dict[str, dict[str, tuple[int, Draws]]] = {}
     for scenario, found in traces.items():
         for strategy, (count, draws) in _scenario(scenario, found, strategies, references, levels).items():
-            facts = {"scenario": scenario, "strategy": strategy, "seeds": count}
-            entries.append(facts | _shown(draws, references))
+            gaining = round(count * (1 - draws["to target/no_gain"][0])) if "to target/no_gain" in draws else 0
+            facts = {"scenario": scenario, "strategy": strategy, "seeds": count, "counted": count, "gaining": gaining}
+            entries.append(facts | _shown(draws, references, alone=gaining == 1 < count))
             by_strategy.setdefault(strategy, {})[scenario] = count, draws
-    entries += [_suite(name, by_strategy[name], references, aside) for name in strategies if name in by_strategy]
+    shared = [name for name in traces if all(name in own for own in by_strategy.values())]
+    for strategy in (name for name in strategies if shared and name in by_strategy):
+        own = {scenario: by_strategy[strategy][scenario] for scenario in shared}
+        entries.append(_suite(strategy, own, references, aside))
     return {
         "target": TARGET,
         "references": references,
@@ -76,8 +77,8 @@ def summarise(
         "confidence": CONFIDENCE,
         "scenarios": every,
         "population": len(traces) > 1 and _all_drawn(traces),
-        "unfinished": [name for name in every if name not in traces],
-        "aside": list(aside),
+        "unfinished": [name for name in every if name not in shared],
+        "aside": [name for name in aside if name in every],
         "up_to_step": up_to_step,
         "strategies": strategies,
         "entries": entries,
@@ -253,11 +254,12 @@ def _times(seed: Seed, strategies: Sequence[str], curves: Mapping[str, np.ndarra
 def _suite(
     strategy: str, found: Mapping[str, tuple[int, Draws]], references: Sequence[str], aside: Sequence[str]
 ) -> dict[str, Any]:
-    """Means over the scenarios that a strategy has been run on (of speed-ups: geometric).
+    """Means over scenarios (of speed-ups: geometric).
 
     Drawn scenarios stand for a population: if all are drawn, the scenarios are redrawn, and intervals are about it.
     """
-    counted = [draws for scenario, (_, draws) in found.items() if scenario not in aside]
+    kept = [each for scenario, each in found.items() if scenario not in aside]
+    counted = [draws for _, draws in kept]
     everything = [draws for _, draws in found.values()]
     means: Draws = {}
     for name in _names(everything):
@@ -272,6 +274,8 @@ def _suite(
         "strategy": strategy,
         "scenarios": len(found),
         "seeds": sum(n for n, _ in found.values()),
+        "counted": sum(n for n, _ in kept),  # runs that speed-ups and `no_gain` are about
+        "gaining": sum("speedup/steps" in draws for draws in counted),  # scenarios that have a speed-up
     }
     return facts | _shown(means, references)
 
@@ -282,7 +286,9 @@ def _over_population(name: str, values_C: np.ndarray) -> Draws:
     How scenarios vary includes the doubt about each, so seeds and questions are not redrawn as well.
     """
     generator = np.random.default_rng(derived_seed(0, "scenarios", len(values_C)))
-    counts_RC = seed_counts(len(values_C), REDRAWS, generator)
+    counts_RC = seed_counts(len(values_C), REDRAWS, generator).astype(float)
+    if len(values_C) < 2:
+        counts_RC[1:] = math.nan  # one scenario does not say how they vary
     found = {name: counts_RC @ values_C / counts_RC.sum(axis=1)}
     if name.startswith("area/flops - "):
         found[name.replace("flops", "worst_tenth")] = worst_tenth(values_C, counts_RC)
@@ -292,15 +298,22 @@ def _over_population(name: str, values_C: np.ndarray) -> Draws:
 # -- output -----------------------------------------------------------------------------------------------------------
 
 
-def _shown(draws: Draws, references: Sequence[str]) -> dict[str, Any]:
-    """Intervals by quantity; shares as they are. Speed-ups leave their logarithms here."""
+def _shown(draws: Draws, references: Sequence[str], *, alone: bool = False) -> dict[str, Any]:
+    """Intervals by quantity; shares as they are. Speed-ups leave their logarithms here.
+
+    Bounds are None where there are not two values to redraw; `alone`: those of what needs a gain, that one seed has.
+    """
     result: dict[str, Any] = {"speedup": {}, "to": {}, "area": {}, "final": {}}
     result["against"] = {reference: {"area": {}, "final": {}} for reference in references}
     for name, values_R in draws.items():
         quantity, _, reference = name.partition(" - ")
         group, key = quantity.split("/")
         shown = np.exp(values_R) if group == "speedup" else values_R
-        value = float(shown[0]) if key in SHARES else vars(percentile_interval(shown, CONFIDENCE))
+        value: Any = float(shown[0])
+        if key not in SHARES:
+            value = vars(percentile_interval(shown, CONFIDENCE))
+            if (alone and name.startswith(NEED_GAIN)) or math.isnan(value["low"]):
+                value = value | {"low": None, "high": None}
         where = result["against"][reference] if reference else result
         if group.startswith("to "):
             where["to"].setdefault(group.removeprefix("to "), {})[key] = value

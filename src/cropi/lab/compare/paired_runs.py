@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,9 +120,10 @@ def area_of(entry: Mapping[str, Any]) -> float:
     return float((area.get("flops") or area.get("steps") or {"mean": 0.0})["mean"])
 
 
-def interval(value: Mapping[str, float] | None) -> Interval | None:
-    """An interval of the statistics."""
-    return None if value is None else Interval(value["mean"], value["low"], value["high"])
+def interval(value: Mapping[str, float | None] | None) -> Interval | None:
+    """An interval of the statistics; bounds that are not known are NaN."""
+    bounds = ("mean", "low", "high")
+    return None if value is None else Interval(*(math.nan if (v := value[name]) is None else v for name in bounds))
 
 
 def read_traces(table: pa.Table) -> Traces:

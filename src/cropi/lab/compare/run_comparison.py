@@ -47,8 +47,9 @@ def compare_runs(options: CompareOptions) -> tuple[Comparison, list[Failure]]:
 
 def compare_results(options: CompareOptions) -> Comparison:
     """Compare the results of existing runs, all of them or up to a step."""
+    source = options.results if options.results is not None else read_plan(options.folder)
+    _check_names(options, source)
     if options.up_to_step is not None:
-        source = options.results if options.results is not None else read_plan(options.folder)
         return analyse(write_results_up_to(options.up_to_step, source), options)
     assert options.results is not None
     return analyse(options.results.parent, options)
@@ -57,7 +58,7 @@ def compare_results(options: CompareOptions) -> Comparison:
 def analyse(folder: Path, options: CompareOptions) -> Comparison:
     """Write `compare.json` and the report from the results in a folder.
 
-    A reference or main strategy without a finished run is left out.
+    A reference, main strategy or scenario set aside without a finished run is left out.
     """
     table = read_results(folder / RESULTS_FILE)
     traces, known = read_traces(table), set(table.column("strategy").to_pylist())
@@ -94,12 +95,20 @@ def _with_drawn(options: CompareOptions) -> list[str]:
     return [name for word in options.names for name in (drawn if word == DRAWN else [word])]
 
 
-def _check_names(options: CompareOptions, plan: Plan) -> None:
-    named = [("--reference", name) for name in options.references or []]
-    named += [("--main", options.main)] if options.main is not None else []
-    for option, name in named:
-        if name not in plan.strategies:
-            raise ConfigError(f"{name!r} is none of the strategies", where=option, fix="add it to them.")
+def _check_names(options: CompareOptions, source: Plan | Path) -> None:
+    """ConfigError for a name that neither the plan nor the table of results has."""
+    if isinstance(source, Plan):
+        strategies, scenarios = source.strategies, list(dict.fromkeys(run.scenario for run in source.all))
+    else:
+        table = read_results(source)
+        strategies, scenarios = (table.column(name).unique().to_pylist() for name in ("strategy", "scenario"))
+    named = [("--reference", name, "strategies", strategies) for name in options.references or []]
+    named += [("--main", options.main, "strategies", strategies)] if options.main is not None else []
+    named += [("--aside", name, "scenarios", scenarios) for name in options.set_aside]
+    for option, name, what, known in named:
+        if name not in known:
+            fix = f"name one of: {', '.join(known)}."
+            raise ConfigError(f"{name!r} is none of the {what}", where=option, fix=fix)
 
 
 def _check_trainers(runs: Sequence[Run]) -> None:

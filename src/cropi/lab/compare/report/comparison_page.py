@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cropi.lab.compare.paired_runs import Comparison, interval
+from cropi.lab.compare.paired_runs import SUITE, Comparison, interval
 from cropi.lab.compare.report.accuracy_bands import bands, population_bands
 from cropi.lab.compare.report.compared_selections import compared_sources, selected_by_strategy
 from cropi.lab.compare.report.comparison_figures import Styles, accuracy_curves, speedup_intervals, styles
@@ -43,7 +43,9 @@ def terminal_text(comparison: Comparison) -> str:
         tables += [block for block in accuracies(comparison) if isinstance(block, Table) and not block.collapsed]
     step, unfinished = comparison.summary["up_to_step"], comparison.summary["unfinished"]
     notes = [] if step is None else [f"Results up to step {step}; unfinished runs are included."]
-    notes += [f"{len(unfinished)} scenarios wait for some strategy and are left out."] if unfinished else []
+    notes += (
+        [f"{len(unfinished)} scenarios wait for some strategy and are left out of the means."] if unfinished else []
+    )
     shown = [text_table(table) for table in tables if table is not None]
     return "\n\n".join([headline(comparison).replace("`", ""), *notes, *shown])
 
@@ -118,6 +120,8 @@ def _selected(comparison: Comparison) -> list[Block]:
 def headline(comparison: Comparison) -> str:
     """Say how much sooner the main strategy reaches the target's accuracy, and how sure that is."""
     main, entries = comparison.main, comparison.entries(comparison.scope)
+    if not entries:
+        return "No scenario has runs of all strategies, so there is nothing to compare."
     if main is None or main not in entries:
         names = listed([code(name) for name in comparison.strategies])
         return f"Only {names}: there is nothing to compare."
@@ -127,17 +131,19 @@ def headline(comparison: Comparison) -> str:
         return f"{target} gains nothing here, so there is no target and no speed-up."
     if not known:
         return f"{target} was not run, so there is no target and no speed-up."
+    every, what = (entry["scenarios"], "scenarios") if comparison.scope == SUITE else (entry["seeds"], "runs")
+    few = "" if entry["gaining"] == every else f" A speed-up is known in {entry['gaining']} of {every} {what}."
     if censored(entry):
         missed = percent(1 - (reached(entry) or 0.0))
         ratios = listed([f"{ratio_interval(found)}× in {UNITS[measure]}" for measure, found in known.items()])
         return (
             f"{code(main)} never reached the final accuracy of {target} in {missed} of its runs. Its speed-up is at "
-            f"most {ratios}."
+            f"most {ratios}.{few}"
         )
     ratios = listed([f"{ratio_interval(found)}× fewer {UNITS[measure]}" for measure, found in known.items()])
     return (
         f"{code(main)} reaches the final accuracy of {target} with {ratios}. Rollouts and scoring are included. "
-        f"{_certainty(comparison)}"
+        f"{_certainty(comparison)}{few}"
     )
 
 

@@ -25,7 +25,7 @@ from cropi.lab.number_format import (
 )
 from cropi.report.blocks import Block, Picture, Table, Text
 from cropi.report.figures import cost_split
-from cropi.report.wording import ABSENT, decimal, percent, seconds, share, significant, tenths, with_interval
+from cropi.report.wording import ABSENT, bounds, decimal, percent, seconds, share, significant, tenths, with_interval
 
 OPEN_SCENARIOS = 2  # with more of them, the tables by scenario are folded
 COSTS: Mapping[str, Callable[[float], str]] = {
@@ -47,12 +47,12 @@ def large_numbers(comparison: Comparison) -> list[tuple[str, str, str]]:
             known, form = interval(entries[main]["speedup"][measure]), COSTS[measure]
             spent = f"{form(own[measure]['mean'])} against {form(theirs[measure]['mean'])}"
             bound = "≤ " if censored(entries[main]) else ""
-            detail = f"[{ratio(known.low)}, {ratio(known.high)}]; {spent}" if known else ABSENT
+            detail = f"{bounds(known, ratio)}; {spent}" if known else ABSENT
             found.append((f"fewer {UNITS[measure]}", f"{bound}{ratio(known.mean)}×" if known else ABSENT, detail))
         return found
     finals = {name: interval(entry["final"].get("targeted")) for name, entry in entries.items()}
     return [
-        (f"targeted accuracy of {name}", decimal(found.mean), f"[{decimal(found.low)}, {decimal(found.high)}]")
+        (f"targeted accuracy of {name}", decimal(found.mean), bounds(found, decimal))
         for name, found in list(finals.items())[:3]
         if found is not None
     ]
@@ -93,7 +93,7 @@ def speedups(comparison: Comparison) -> list[Block]:
 
 def _speed_row(entry: Entry) -> list[str]:
     cells, share = [speedup(entry, measure) for measure in MEASURES], reached(entry)
-    return [*cells, percent(share), f"{percent(no_gain(entry))} of {entry['seeds']}"]
+    return [*cells, percent(share), f"{percent(no_gain(entry))} of {entry['counted']}"]
 
 
 def accuracies(comparison: Comparison) -> list[Block]:
@@ -156,8 +156,9 @@ def levels(comparison: Comparison) -> list[Block]:
 
 def _costs(goal: Mapping[str, Any]) -> Iterator[str]:
     for measure in MEASURES:
-        found, form = goal[measure], COSTS[measure]
-        yield f"{form(found['mean'])} [{form(found['low'])}, {form(found['high'])}]"
+        found, form = interval(goal[measure]), COSTS[measure]
+        assert found is not None, "all measures have a cost"
+        yield f"{form(found.mean)} {bounds(found, form)}"
 
 
 def _tables(
@@ -198,7 +199,7 @@ def costs(comparison: Comparison) -> list[Block]:
     scope = comparison.scope
     names = [name for name in comparison.strategies if _total(comparison, scope, name, SECONDS) is not None]
     if not names:
-        return [Text("There is no run whose cost is known.")]
+        return [Text("No scenario has runs of all strategies.")]
     bars = {
         kind: {name: dict(zip(KINDS[kind], _known(comparison, scope, name, columns), strict=True)) for name in names}
         for kind, columns in (("seconds", SECONDS), ("flops", FLOPS))
@@ -240,8 +241,9 @@ def _known(comparison: Comparison, scope: str, name: str, columns: Sequence[str]
 
 
 def _total(comparison: Comparison, scope: str, name: str, columns: Sequence[str]) -> list[float] | None:
-    """Costs of whole runs: the mean over seeds, and over the scenarios that the strategy has been run on."""
-    scenarios = comparison.scenarios if scope == SUITE else [scope]
+    """Costs of whole runs: the mean over seeds, and over the scenarios that all strategies share."""
+    left_out = comparison.summary["unfinished"]
+    scenarios = [s for s in comparison.scenarios if s not in left_out] if scope == SUITE else [scope]
     by_scenario = [
         np.mean([[trace.costs[column][-1] for column in columns] for trace in traces], axis=0)
         for scenario in scenarios

@@ -77,7 +77,9 @@ def limits(comparison: Comparison) -> list[Block]:
         if (own := len(comparison.seeds(scenario, name))) < len(comparison.traces[scenario])
     ]
     unfinished = comparison.summary["unfinished"]
-    left_out = [Text(f"Left out until all strategies have ended: {', '.join(unfinished)}.")] if unfinished else []
+    left_out = (
+        [Text(f"Left out of the means until all strategies have ended: {', '.join(unfinished)}.")] if unfinished else []
+    )
     caption = "Strategies compared on fewer seeds than there are, because some runs have not finished."
     table: list[Block] = [Table(caption, ["scenario", "strategy", "seeds", "of"], rows, left=2)] if rows else []
     return [*(Text(text) for text in LIMITS), *left_out, *table]
