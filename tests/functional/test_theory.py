@@ -5,10 +5,8 @@ Expectations are exact sums, gradients of objectives come from autograd: neither
 
 from __future__ import annotations
 
-import itertools
 import math
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +18,10 @@ from torch import Tensor
 from cropi.functional.influence_formulas import influence, mean_weights
 from cropi.functional.ranking import reciprocal_rank_fusion
 from cropi.functional.surrogate import EPSILON, effective_sample_share
-from cropi.gradients.groups import RatioStatistics, SurrogateSettings, ratio_statistics, scales_of
+from cropi.gradients.groups import SurrogateSettings, ratio_statistics, scales_of
 from cropi.gradients.packing import Span
 from cropi.lab.audit.agreement import top_overlap
 from cropi.lab.audit.policy_audit import log_prefix_ratios
-from cropi.lab.audit.trajectory_products import TrajectoryProducts
 
 TOKENS, HORIZON, END = 3, 3, 0
 PARAMETERS = TOKENS + TOKENS * TOKENS
@@ -283,53 +280,6 @@ def test_the_effective_share_of_whole_ratios_falls_by_a_power_of_the_length() ->
     facts = ratio_statistics(ratios_W.log(), [Span(0, 0, 4)])[0]
     assert facts.effective_share == pytest.approx(1 / (1 + divergence))
     assert facts.kl == pytest.approx(float((policy_W * ratios_W.log()).sum()))
-
-
-ATOMS = [(1.0, 2.0, 0.2), (0.0, -1.0, 0.3), (1.0, 0.5, 0.1), (0.0, 0.3, 0.4)]
-"""Reward, product with a direction, and probability of what a trajectory may be."""
-
-
-def part_variances(count: int, atoms: Sequence[tuple[float, float, float]] = ATOMS) -> tuple[float, float]:
-    """Of (1/K) sum (r - mean) u: variance of what is linear in single trajectories, and of what takes two."""
-    rewards, products, chances = np.array(atoms).T
-    kernel = np.subtract.outer(rewards, rewards) * np.subtract.outer(products, products) / 2
-    mean, both = chances @ kernel @ chances, np.outer(chances, chances)
-    single = float(chances @ (kernel @ chances - mean) ** 2)
-    double = float((both * (kernel - mean) ** 2).sum()) - 2 * single
-    return ((count - 1) / count) ** 2 * 4 * single / count, 2 * double * (count - 1) / count**3
-
-
-@pytest.mark.parametrize("count", [3, 4])
-def test_the_jackknife_counts_what_two_trajectories_do_together_twice(count: int) -> None:
-    settings = SurrogateSettings("constant", 1, advantage_std=False)
-    found: dict[str, list[float]] = {"chance": [], "value": [], "square": [], "shifted": [], "held": []}
-    for group in itertools.product(ATOMS, repeat=count):
-        rewards_K, products_K, chances_K = np.array(group).T
-        for name, shift in (("square", 0.0), ("shifted", 7.0)):
-            whole = TrajectoryProducts(
-                rewards_K, np.ones(count, np.int64), products_K[:, None] + shift, None, [RatioStatistics()] * count
-            )
-            found[name].append(float(whole.errors(settings)[0]) ** 2)
-        found["value"].append(float(whole.products(settings)[0, 0]))
-        found["chance"].append(float(chances_K.prod()))
-        found["held"].append(float(np.var((rewards_K - rewards_K.mean()) * (products_K + 7), ddof=1)) / count)
-    chances, values, squares, shifted, held = map(np.array, found.values())
-    once, twice = part_variances(count)
-    assert chances @ (values - chances @ values) ** 2 == pytest.approx(once + twice)
-    once, twice = part_variances(count - 1)
-    assert chances @ squares == pytest.approx((count - 1) / count * (once + 2 * twice))
-    np.testing.assert_allclose(
-        shifted, squares, atol=1e-12
-    )  # what all trajectories share has no weight in the estimate
-    assert chances @ held > 5 * (chances @ squares)  # nor would it, if advantages were held fixed
-
-
-def test_how_much_too_large_the_jackknifes_variance_is() -> None:
-    """Reward and product unrelated, K = 8: 12 %; the part that is linear alone is a little too small."""
-    unrelated = [(r, u, p * q) for r, p in ((1.0, 0.3), (0.0, 0.7)) for u, q in ((2.0, 0.6), (-1.0, 0.4))]
-    (once, twice), (once_7, twice_7) = part_variances(8, unrelated), part_variances(7, unrelated)
-    assert 7 / 8 * (once_7 + 2 * twice_7) / (once + twice) == pytest.approx(1.12, abs=0.005)
-    assert 7 / 8 * once_7 / once == pytest.approx((1 - 1 / 49) ** 2)
 
 
 def test_kappa_is_the_width_of_the_flat_head_and_of_a_large_one_is_borda() -> None:

@@ -251,7 +251,7 @@ class Script:
         rewards, width = next(self._rewards), len(self.asked)
         rows, name = len(rewards), f"b{width}"
         self.reward.latest = Judged(
-            [f"{name}g{row // 2}" for row in range(rows)], [name] * rows, [[9] * width] * rows, rewards, ["?"] * rows
+            [f"{name}g{row // 2}" for row in range(rows)], [[9] * width] * rows, rewards, ["?"] * rows
         )
         return {
             "prompt_ids": torch.full((rows, width), 7),

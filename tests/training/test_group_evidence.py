@@ -12,7 +12,7 @@ TOKENS = {"a": (1,), "b": (2,)}
 
 
 def judged(rewards: list[float | None], completions: list[list[int]]) -> Judged:
-    return Judged(["a", "a", "b", "b"], [""] * 4, completions, rewards, ["correct"] * 4)
+    return Judged(["a", "a", "b", "b"], completions, rewards, ["correct"] * 4)
 
 
 def read(evidence: GroupEvidence, rows: list[tuple[str, tuple[int, ...]]]) -> None:
@@ -54,7 +54,7 @@ def test_groups_that_lie_on_two_processes_are_put_together_alike() -> None:
         tokens = evidence.prompt_tokens
         evidence.add([LossRow(tokens[prompts[row]], tuple(completions[row]), False) for row in rows], values)
         own = slice(3 * ranks.rank, 3 * ranks.rank + 3) if ranks.size > 1 else slice(6)
-        part = prompts[own], [""] * len(prompts[own]), completions[own], rewards[own], ["correct"] * len(prompts[own])
+        part = prompts[own], completions[own], rewards[own], ["correct"] * len(prompts[own])
         return evidence.finish(Judged(*part))
 
     def plain(outcomes: list[GroupOutcome]) -> list[object]:

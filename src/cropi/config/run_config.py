@@ -7,7 +7,7 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, AnyHttpUrl, Field, model_validator
 
@@ -153,8 +153,6 @@ class TrainConfig(Table):
 
 class EvaluateConfig(Table):
     """Evaluation during and after training."""
-
-    confidence: ClassVar[float] = 0.95  # coverage of the intervals
 
     every: Positive | None = None
     """Steps between evaluations. Unset: at the end of every stage."""

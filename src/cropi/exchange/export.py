@@ -75,7 +75,7 @@ def _opened(folder: Path, inputs: Mapping[str, str]) -> Manifest:
 
 
 def _chosen(config: Config, paths: StagePaths, stage: int) -> tuple[str, list[dict[str, Any]]]:
-    """What identifies the choice of a stage, and the rows of `why.jsonl`, the best first."""
+    """Return an identity of the stage's choice, and the rows of `why.jsonl`, the best first."""
     if not config.select.strategy.chooses_online:
         made = open_artifact(paths.selection(stage), "selection", made_by="cropi select")
         rows = read_table(paths.selection(stage) / "selection.parquet", SELECTION).to_pylist()

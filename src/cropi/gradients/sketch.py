@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,30 +17,6 @@ from cropi.gradients.exact import add_outer_sum, outer_sum, row_sums, widened
 from cropi.gradients.packing import Segment, Span
 
 _CHUNK = 1 << 24  # coordinates hashed at once: 8 bytes each
-
-
-class GradientMap(Protocol):
-    """A linear map from gradients to features, applied to factors or dense tensors.
-
-    The kept part of a row's gradient is gathered in K staged numbers, each with a signed bucket, and scattered once
-    when the row is complete. Embedding rows, of which a prompt uses few, are added to the 2 * dim sums directly.
-    """
-
-    projection: SparseProjection
-    buckets_K: Tensor
-    scale: float  # factor of the final sums
-
-    def narrow(self, name: str, inputs_TI: Tensor) -> Tensor:
-        """Reduce a linear layer's inputs (or an embedding's gradients) to what the map needs."""
-
-    def add_product(self, name: str, narrowed_TW: Tensor, grads_TO: Tensor, staged_K: Tensor) -> None:
-        """Add the kept part of grads^T inputs."""
-
-    def add_rows(self, name: str, ids_U: Tensor, narrowed_UW: Tensor, staged_K: Tensor, sums_B: Tensor) -> None:
-        """Add the kept part of a gradient that is zero outside some rows."""
-
-    def add_vector(self, name: str, gradient_P: Tensor, staged_K: Tensor) -> None:
-        """Add the kept part of the gradient of a vector parameter."""
 
 
 class UniformMap:
@@ -175,6 +150,14 @@ class StructuredMap:
 
     def add_vector(self, name: str, gradient_P: Tensor, staged_K: Tensor) -> None:
         staged_K[self._vectors[name]] += gradient_P
+
+
+GradientMap = UniformMap | StructuredMap
+"""A linear map from gradients to features, applied to factors or dense tensors.
+
+The kept part of a row's gradient is gathered in K staged numbers, each with a signed bucket, and scattered once when
+the row is complete. Embedding rows, of which a prompt uses few, are added to the 2 * dim sums directly.
+"""
 
 
 def _by_coordinate(ids_U: Tensor, rows_UW: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

@@ -18,7 +18,6 @@ class Judged:
     """Judged completions of a generation batch, in TRL's order."""
 
     prompt_ids: Sequence[str]
-    texts: Sequence[str]
     completion_ids: Sequence[Sequence[int]]  # without padding
     rewards: Sequence[float | None]
     verdicts: Sequence[str]
@@ -85,7 +84,7 @@ class RecordedReward(RewardLog):
         verdicts = [judgement.verdict for judgement in judgements]
         rewards = [judgement.reward for judgement in judgements]
         prompt_tokens = sum(columns["prompt_tokens"]) if "prompt_tokens" in columns else None
-        judged = Judged(prompt_id, texts, completion_ids, rewards, verdicts)
+        judged = Judged(prompt_id, completion_ids, rewards, verdicts)
         self.record(judged, columns["trainer_state"].global_step, prompt_tokens)
         return rewards
 

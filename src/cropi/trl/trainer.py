@@ -109,7 +109,7 @@ class CurriculumTrainer(ReadsInfluence):
         known = [None if none else total for total, none in zip(totals, rewards.isnan().all(1).tolist(), strict=True)]
         start = self.accelerator.process_index * len(inputs)
         ids = [str(row.get(PROMPT_ID, "")) for row in inputs]
-        judged = Judged(ids, [], completion_ids_list, known[start : start + len(inputs)], [])
+        judged = Judged(ids, completion_ids_list, known[start : start + len(inputs)], [])
         self._judged = inputs, judged
         if self.model.training and self.online is not None:
             tokens = sum(len(self.curriculum.prompt_tokens[prompt_id]) for prompt_id in ids)
