@@ -45,9 +45,7 @@ class _YamlLoader(yaml.SafeLoader):
 
     def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
         text = super().construct_scalar(node)
-        text = text.encode("utf-16", "surrogatepass").decode(
-            "utf-16", "surrogatepass"
-        )  # JSON writes an emoji as a pair
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")  # an emoji is a pair in JSON
         if re.search("[\0\x7f\ud800-\udfff]", text):  # DEL: JSON writes it as it is, and YAML does not read that
             raise ConstructorError(None, None, "a text cannot hold NUL, DEL or half a surrogate pair", node.start_mark)
         return text

@@ -158,9 +158,7 @@ class OnlineRun:
         for name, prompts in sets.items():
             if len(prompts) < 2:
                 raise ConfigError(
-                    f"one prompt, {prompts[0].row['prompt_id']}, has no direction with an error"
-                    if prompts
-                    else "empty",
+                    "one prompt alone gives no direction with an error",
                     where=f"prompts.validation.{name}",
                     fix="give it two prompts at least.",
                 )
