@@ -14,7 +14,7 @@ from cropi.config.loading import load_config
 from cropi.curriculum.belief import InfluenceBelief
 from cropi.curriculum.curriculum import Curriculum
 from cropi.streams import append_jsonl
-from cropi.training.curriculum_state import save_state
+from cropi.stages.online_loop import save_state
 
 SOURCE = "{type: builtin, families: [%s], count: 20, seed: 1, %s}"
 POOL = f"prompts.train=[{SOURCE % ('sum', 'label_noise: 0.25')}, {SOURCE % ('parity', 'label_rule: stop_early')}]"

@@ -29,11 +29,10 @@ from cropi.run_folder import RunFolder
 from cropi.run_tables import beliefs_schema
 from cropi.seeds import derived_seed
 from cropi.stages.collect import make_representations
-from cropi.stages.online_loop import ChooserLoop, OnlineLoop
+from cropi.stages.online_loop import ChooserLoop, OnlineLoop, load_state
 from cropi.stages.run import Run
 from cropi.stages.validation_pass import Answer, Due, Member, SampledGroup, ValidationPass, ValidationPrompt
 from cropi.streams import append_jsonl, cut_jsonl
-from cropi.training.curriculum_state import load_state
 from cropi.training.group_evidence import GroupEvidence, LossNormalizer
 from cropi.training.online_sampler import OnlineSampler
 from cropi.training.online_trainer import ReadsInfluence
