@@ -20,7 +20,7 @@ from cropi.report.costs import flops
 from cropi.stages.validation_pass import ValidationPass
 from cropi.stages.online_loop import load_state
 from cropi.training.group_evidence import LossNormalizer
-from cropi.training.online_trainer import ReadsInfluence
+from cropi.stages.online_trainer import ReadsInfluence
 
 
 def refuse(*_: object, **__: object) -> None:

@@ -34,10 +34,9 @@ from cropi.stages.run import Run
 from cropi.stages.validation_pass import Answer, Due, Member, SampledGroup, ValidationPass, ValidationPrompt
 from cropi.streams import append_jsonl, cut_jsonl
 from cropi.training.group_evidence import GroupEvidence, LossNormalizer
-from cropi.training.online_sampler import OnlineSampler
-from cropi.training.online_trainer import ReadsInfluence
+from cropi.stages.online_trainer import ReadsInfluence
 from cropi.training.reward_log import RewardLog
-from cropi.training.stage_sampler import BatchShape
+from cropi.training.stage_sampler import BatchShape, OnlineSampler
 
 
 class OnlineRun:

@@ -24,7 +24,7 @@ from cropi.gradients.training_influence import Reader
 from cropi.parallel import process_group
 from cropi.stages.validation_pass import Due, SampledGroup, ValidationPass
 from cropi.training.group_evidence import GroupEvidence, GroupOutcome, LossNormalizer, LossRow, loss_rows
-from cropi.training.online_sampler import OnlineSampler
+from cropi.training.stage_sampler import OnlineSampler
 from cropi.training.reward_log import Judged, RewardLog
 
 # Samples the validation prompts that are due at a step, with the policy in training.
@@ -48,6 +48,7 @@ class ChooserLoop:
     place_of: Mapping[str, int]  # of a prompt id in the pool
     draws: bool = False  # whether the trainer draws, as often as it has to for a generation batch
     batches: int = 0  # generation batches that were observed
+    reader: Reader | None = None  # once there are directions of validation sets
     explained: list[list[Choice]] = field(default_factory=list)  # by choice; empty while only observing
     _observed: int = 0  # choices whose groups were observed
     _dropped: list[tuple[str, list[float]]] = field(default_factory=list)  # groups that are not trained on
@@ -55,7 +56,7 @@ class ChooserLoop:
     @property
     def reads(self) -> bool:
         """Whether the first pass over a generation batch has to be read."""
-        return False
+        return self.reader is not None
 
     def micro_batch(self, inputs: Mapping[str, Tensor], accumulated: int, scale: float) -> AbstractContextManager[Any]:
         """Nothing: no pass is read."""
@@ -162,7 +163,6 @@ class OnlineLoop(ChooserLoop):
     sample: SampleDue
     differentiate: Differentiate
     keep_beliefs: Callable[[int], None]  # of the stage that ends
-    reader: Reader | None = None  # once there are directions
     checked: bool = False  # what is read against a whole gradient
     share_read: float = float("nan")  # of the squared gradient
     _rows: list[LossRow] = field(default_factory=list)
@@ -170,10 +170,6 @@ class OnlineLoop(ChooserLoop):
     _products: int = 0  # multiply-adds of this process that have not been charged
 
     # -- reading -------------------------------------------------------------------------------------------------------
-
-    @property
-    def reads(self) -> bool:
-        return self.reader is not None
 
     def micro_batch(self, inputs: Mapping[str, Tensor], accumulated: int, scale: float) -> AbstractContextManager[Any]:
         """The reader's context for forward and backward of a micro-batch; `scale` is that of mixed precision."""
