@@ -13,8 +13,8 @@ from cropi.artifacts import REPRESENTATIONS, write_json
 from cropi.config.loading import load_config
 from cropi.curriculum.belief import InfluenceBelief
 from cropi.curriculum.curriculum import Curriculum
-from cropi.streams import append_jsonl
 from cropi.stages.online_loop import save_state
+from cropi.streams import append_jsonl
 
 SOURCE = "{type: builtin, families: [%s], count: 20, seed: 1, %s}"
 POOL = f"prompts.train=[{SOURCE % ('sum', 'label_noise: 0.25')}, {SOURCE % ('parity', 'label_rule: stop_early')}]"

@@ -14,10 +14,9 @@ from cropi.config.loading import load_config
 from cropi.errors import ArtifactError, printable
 from cropi.report.blocks import Section, Text
 from cropi.report.closeups import before_and_after, closeups, pick, shortened, telling
-from cropi.report.headline import headline
 from cropi.report.rendering import escaped, fenced, prose
 from cropi.report.run_report import make_report, sections
-from cropi.report.summary import summarise
+from cropi.report.summary import headline, summarise
 from cropi.run_folder import RunFolder
 from cropi.streams import append_jsonl
 

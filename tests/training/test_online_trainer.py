@@ -17,8 +17,8 @@ from cropi.curriculum.curriculum import Curriculum
 from cropi.errors import ConfigError
 from cropi.policy import load_policy
 from cropi.run_estimate import _validation_completions
-from cropi.stages.validation_pass import RANK
 from cropi.stages.online_loop import load_state
+from cropi.stages.validation_pass import RANK
 from cropi.training.grpo_settings import grpo_config
 
 SETTINGS = [

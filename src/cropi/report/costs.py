@@ -9,9 +9,8 @@ from typing import Any
 
 from cropi.config import Config, ScoreConfig
 from cropi.errors import ArtifactError
-from cropi.ledger import Ledger
 from cropi.run_folder import StagePaths
-from cropi.streams import read_jsonl
+from cropi.streams import Ledger, read_jsonl
 
 Entry = Mapping[str, Any]  # a line of the ledger
 

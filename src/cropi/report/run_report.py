@@ -17,7 +17,6 @@ from cropi.report import figures
 from cropi.report.blocks import Block, Code, Numbers, Picture, Section, Table, Text
 from cropi.report.choosing import choosing, jaccard, random_jaccard, selected_sources, share_table
 from cropi.report.closeups import before_and_after, closeups
-from cropi.report.headline import headline, large_numbers
 from cropi.report.reading import (
     Drift,
     Reliability,
@@ -31,7 +30,7 @@ from cropi.report.reading import (
     read_verdicts,
 )
 from cropi.report.rendering import write_report
-from cropi.report.summary import Summary, summarise
+from cropi.report.summary import Summary, headline, large_numbers, summarise
 from cropi.report.wording import (
     ABSENT,
     NOT_MEASURED,

@@ -18,7 +18,6 @@ from cropi.console import counts_text, progress, say, warn
 from cropi.errors import ArtifactError
 from cropi.gradients.score_shards import make_scorer
 from cropi.gradients.validation_directions import validation_groups
-from cropi.ledger import Ledger
 from cropi.parallel import process_group
 from cropi.policy import Policy
 from cropi.prompts import data_identity, make_prompts
@@ -29,6 +28,7 @@ from cropi.rollouts.representations import KIND as REPRESENTED
 from cropi.rollouts.representations import represent
 from cropi.rollouts.shards import MakeShards, Sampler, Shard, holds, make_shards_by_ray, plan, pool_generator
 from cropi.stages.run import Run, require_signal
+from cropi.streams import Ledger
 
 MANY_FAILURES = 0.02  # share of the completions on which a verifier may fail without a warning
 

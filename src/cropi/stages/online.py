@@ -30,11 +30,11 @@ from cropi.run_tables import beliefs_schema
 from cropi.seeds import derived_seed
 from cropi.stages.collect import make_representations
 from cropi.stages.online_loop import ChooserLoop, OnlineLoop, load_state
+from cropi.stages.online_trainer import ReadsInfluence
 from cropi.stages.run import Run
 from cropi.stages.validation_pass import Answer, Due, Member, SampledGroup, ValidationPass, ValidationPrompt
 from cropi.streams import append_jsonl, cut_jsonl
 from cropi.training.group_evidence import GroupEvidence, LossNormalizer
-from cropi.stages.online_trainer import ReadsInfluence
 from cropi.training.reward_log import RewardLog
 from cropi.training.stage_sampler import BatchShape, OnlineSampler
 

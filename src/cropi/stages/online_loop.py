@@ -24,8 +24,8 @@ from cropi.gradients.training_influence import Reader
 from cropi.parallel import process_group
 from cropi.stages.validation_pass import Due, SampledGroup, ValidationPass
 from cropi.training.group_evidence import GroupEvidence, GroupOutcome, LossNormalizer, LossRow, loss_rows
-from cropi.training.stage_sampler import OnlineSampler
 from cropi.training.reward_log import Judged, RewardLog
+from cropi.training.stage_sampler import OnlineSampler
 
 # Samples the validation prompts that are due at a step, with the policy in training.
 SampleDue = Callable[[Due, int], dict[str, list[SampledGroup]]]

@@ -21,10 +21,10 @@ from cropi.parallel import joined_ranks, process_group
 from cropi.policy import Policy
 from cropi.run_folder import discard
 from cropi.stages.online_loop import ChooserLoop
+from cropi.stages.online_trainer import ReadsInfluence, StepRecord
 from cropi.stages.run import Run, Setup
 from cropi.stages.validation_pass import Answer
 from cropi.training.grpo_settings import save_between_batches, warn_of_other_terms
-from cropi.stages.online_trainer import ReadsInfluence, StepRecord
 from cropi.training.reward_log import Judged, RewardLog
 from cropi.training.sharding import gathered
 from cropi.trl.messages import worded
