@@ -18,11 +18,10 @@ from cropi.report.reading import (
     Answers,
     Results,
     StageQuality,
-    group_statuses,
     read_answers,
+    read_collected,
     read_quality,
     read_selection,
-    read_verdicts,
     selection_table,
 )
 from cropi.report.wording import ABSENT, count, decimal, on_one_line, percent, seconds, share, with_interval
@@ -159,8 +158,9 @@ def _pool(run: RunFolder) -> int | None:
     table = selection_table(run.stages, 0)
     if table is not None:
         return len(table)
-    verdicts = read_verdicts(run)
-    return None if verdicts is None else len(group_statuses(verdicts))
+    collected = read_collected(run)
+    sets = {} if collected is None else collected.details.get("sets", {})
+    return sum(sets["train"]["signal"].values()) if "train" in sets else None
 
 
 # -- the result in numbers and sentences ---------------------------------------------------------------------------
