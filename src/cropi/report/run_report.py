@@ -218,7 +218,8 @@ def _cost(summary: Summary) -> list[Block]:
 
 def settings(config: Config, run: RunFolder) -> list[Block]:
     """The resolved config, and the versions of the packages that decide the numbers."""
-    rows = [[name, value] for name, value in _environment(run).items()]
+    path = run.folder / ENVIRONMENT
+    rows = [[name, value] for name, value in read_sealed(path).items()] if path.is_file() else []
     resolved = json.dumps(config.resolved(), indent=2, ensure_ascii=False)
     return [
         Code("Every setting, defaults included (config.json)", resolved, collapsed=True),
@@ -243,12 +244,6 @@ def reproduction(config: Config) -> list[Block]:
     ]
 
 
-def _environment(run: RunFolder) -> dict[str, str]:
-    """The machine and package versions that the run recorded at its start."""
-    path = run.folder / ENVIRONMENT
-    return read_sealed(path) if path.is_file() else {}
-
-
 RELIABILITY_CAPTION = (
     "Reliability: the share of the differences in influence that is not noise. Two scorings from other trajectories of "
     "the same prompts would correlate as much. Direction: how the validation set's own direction would correlate with "
@@ -271,17 +266,13 @@ def _reliability_table(stages: Sequence[StageQuality], names: Sequence[str]) -> 
     rows = [
         [
             str(quality.stage),
-            *_reliabilities(quality.reliability, names),
+            *(_measured(found.by_set[name] if (found := quality.reliability) else None) for name in names),
             *(_measured(quality.direction_reliability[name]) for name in names),
             *_overlap(quality.reliability),
         ]
         for quality in stages
     ]
     return Table(RELIABILITY_CAPTION, [*header, "best ranked", "expected", "by chance"], rows, left=0)
-
-
-def _reliabilities(found: Reliability | None, names: Sequence[str]) -> list[str]:
-    return [_measured(None if found is None else found.by_set[name]) for name in names]
 
 
 def _measured(value: float | None) -> str:

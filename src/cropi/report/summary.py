@@ -127,7 +127,7 @@ def _point(config: Config, step: int, answers: Answers) -> Point:
 
 
 def _mean(config: Config, results: Results, *, targeted: bool) -> Interval | None:
-    names = [name for name in _names(config, targeted=targeted) if name in results]
+    names = [name for name, test in config.prompts.test.items() if test.targeted == targeted and name in results]
     values = [np.array(list(results[name].values())) for name in names]
     return stratified_mean(values, seed=_seed(config)) if values else None
 
@@ -143,10 +143,6 @@ def accuracy_by_set(config: Config, answers: Answers) -> dict[str, dict[str, Int
         }
         for name in answers.greedy
     }
-
-
-def _names(config: Config, *, targeted: bool) -> list[str]:
-    return [name for name, test in config.prompts.test.items() if test.targeted == targeted]
 
 
 def _seed(config: Config) -> int:

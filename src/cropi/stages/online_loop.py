@@ -48,15 +48,10 @@ class ChooserLoop:
     place_of: Mapping[str, int]  # of a prompt id in the pool
     draws: bool = False  # whether the trainer draws, as often as it has to for a generation batch
     batches: int = 0  # generation batches that were observed
-    reader: Reader | None = None  # once there are directions of validation sets
+    reader: Reader | None = None  # of the first pass over a generation batch, once there are directions
     explained: list[list[Choice]] = field(default_factory=list)  # by choice; empty while only observing
     _observed: int = 0  # choices whose groups were observed
     _dropped: list[tuple[str, list[float]]] = field(default_factory=list)  # groups that are not trained on
-
-    @property
-    def reads(self) -> bool:
-        """Whether the first pass over a generation batch has to be read."""
-        return self.reader is not None
 
     def micro_batch(self, inputs: Mapping[str, Tensor], accumulated: int, scale: float) -> AbstractContextManager[Any]:
         """Nothing: no pass is read."""

@@ -45,7 +45,7 @@ class ReadsInfluence(GRPOTrainer):
         micro_step = self._micro_steps % (self.args.steps_per_generation * self.num_iterations)
         self._micro_steps += 1
         first_pass = micro_step < self.args.steps_per_generation  # in a further iteration the policy has moved
-        if first_pass and self.online.reads:
+        if first_pass and self.online.reader is not None:
             with ExitStack() as self._reading:
                 loss = super().training_step(model, inputs, num_items_in_batch)
             self._reading = None

@@ -95,7 +95,7 @@ class StageTrainer(GRPOTrainer):
     def _filled(self, dynamic: DynamicSampling, prompts: int) -> dict[str, Any]:
         refilled = dynamic.fill(self._sample, prompts)
         if refilled.dropped is not None:
-            self._drop(refilled.dropped.judged)
+            self._drop(refilled.dropped)
         dynamic.reward.latest = refilled.trained.judged
         measured = {
             "equal_before": refilled.equal_before,
