@@ -169,22 +169,14 @@ def read_quality(config: Config, paths: StagePaths) -> tuple[StageQuality, ...]:
     """Quality of the scores by stage, as `score` noted it; nothing for strategies without influence."""
     found = []
     for stage in range(config.train.stages):
-        folder = paths.scores(stage)
-        if is_finished(folder):
-            manifest = open_artifact(folder, "scores", made_by="cropi score")
-            found.append(_quality(config, stage, manifest))
+        if not is_finished(paths.scores(stage)):
+            continue
+        made = open_artifact(paths.scores(stage), "scores", made_by="cropi score")
+        noted, moved = made.details["reliability"], made.details["drift"]
+        best = min(selection_size(config.select.fraction, sum(made.counts.values())), made.counts.get(OK, 0))
+        reliability = noted and Reliability(noted["reliability"], best, noted["expected_overlap"], noted["chance"])
+        found.append(StageQuality(stage, made.details["direction_reliability"], reliability, moved and Drift(**moved)))
     return tuple(found)
-
-
-def _quality(config: Config, stage: int, manifest: Manifest) -> StageQuality:
-    noted, moved = manifest.details["reliability"], manifest.details["drift"]
-    best = min(selection_size(config.select.fraction, sum(manifest.counts.values())), manifest.counts.get(OK, 0))
-    return StageQuality(
-        stage,
-        manifest.details["direction_reliability"],
-        noted and Reliability(noted["reliability"], best, noted["expected_overlap"], noted["chance"]),
-        moved and Drift(**moved),
-    )
 
 
 def rows_of(table: pa.Table, prompt_ids: Iterable[str]) -> dict[str, dict[str, Any]]:
