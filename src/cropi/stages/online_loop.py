@@ -303,8 +303,9 @@ def load_state(folder: Path) -> dict[str, Any]:
         state = read_sealed(folder / VALUES)
         check_file(folder / ARRAYS, state.pop(ARRAYS))
     except ArtifactError as error:
+        problem = error.what if Path(error.where).exists() else "is missing"
         raise ArtifactError(
-            f"the curriculum's state {error.what}, and without it training cannot go on",
+            f"the curriculum's state {problem}, and without it training cannot go on",
             where=error.where,
             fix="put back a copy, or delete the checkpoint to go on from the one before it.",
         ) from None
