@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cropi.artifacts import OK
 from cropi.console import warn
-from cropi.errors import PolicyError
+from cropi.errors import PolicyError, first_line
 from cropi.fsdp import ShardedParameters, Turn, forward_replaced
 from cropi.gradients.attention import pack_rows, packed, unsupported
 from cropi.gradients.capture import Capture, FactorReader, Idle, find_idle, watch_calls
@@ -25,7 +25,6 @@ from cropi.gradients.model_checks import (
     check_logits,
     check_neighbours,
     example_segment,
-    first_line,
     models_own_logits,
     without_effect,
 )
@@ -304,7 +303,7 @@ class Engine:
         except Exception as error:
             if _out_of_memory(error):
                 raise
-            why = f"its forward pass does not take a pack of trajectories ({first_line(error)})"
+            why = f"its forward pass does not take a pack of trajectories ({type(error).__name__}: {first_line(error)})"
             raise unsupported(self.causal_lm, why) from error
 
 

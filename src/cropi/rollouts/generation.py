@@ -42,11 +42,8 @@ class TransformersGenerator:
         self._policy, self._batch_size = policy, batch_size
 
     def __call__(self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, seed: int) -> list[list[int]]:
-        """Return one completion per prompt, in order: token ids up to and including the first end-of-sequence token.
-
-        Batches take prompts in order of length to reduce padding. The caller's random state is unchanged, so the same
-        seed and prompts give the same completions anywhere, unless memory ran out.
-        """
+        """Batches take prompts in order of length to reduce padding. The caller's random state is unchanged, so the
+        same seed and prompts give the same completions anywhere, unless memory ran out."""
         order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
         completions: list[list[int]] = [[] for _ in prompts]
         devices = [self._policy.device] if self._policy.device.type == "cuda" else []
