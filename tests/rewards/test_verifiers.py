@@ -85,7 +85,7 @@ def test_the_last_box(text: str, inside: str | None) -> None:
 ADDED = '''
 from typing import Literal
 
-from cropi.rewards.verifier import VerifierTable, Verify
+from cropi.rewards.verifier import CORRECT, WRONG, VerifierTable, Verify
 
 
 class LongEnoughVerifier(VerifierTable):

@@ -319,19 +319,17 @@ def score_by_halves(scorer: Scorer, groups: Sequence[Group], advance: Callable[[
     features_ND = scored.features_ND.reshape(len(groups), 2, scored.features_ND.shape[1]).sum(dim=1)
     if advance is not None:
         advance(len(groups))
-    norms_N = features_ND.double().norm(dim=1).numpy()
-    variances_N = np.array([group.variance for group in groups], dtype=np.float64)
     with np.errstate(invalid="ignore"):  # infinite products give NaN, which the status reports
         sums_NV, differences_NV = products_NHV.sum(axis=1), np.abs(products_NHV[:, 0] - products_NHV[:, 1])
-    return replace(
+    whole = replace(
         scored,
         products_NV=sums_NV,
-        norms_N=norms_N,
+        norms_N=features_ND.double().norm(dim=1).numpy(),
         features_ND=features_ND,
         ratios=[first + second for first, second in zip(scored.ratios[::2], scored.ratios[1::2], strict=True)],
-        variances_N=variances_N,
-        errors_NV=influence_formulas.influence(differences_NV, norms_N, scorer.norms_V, scorer.score, variances_N),
+        variances_N=np.array([group.variance for group in groups], dtype=np.float64),
     )
+    return replace(whole, errors_NV=scorer.values(replace(whole, products_NV=differences_NV)))
 
 
 def _by_first_half(scorer: Scorer, groups: Sequence[Group], advance: Callable[[int], None] | None) -> Scored:
@@ -341,13 +339,8 @@ def _by_first_half(scorer: Scorer, groups: Sequence[Group], advance: Callable[[i
     first = scorer(groups, factors=[half_factors(group.rewards)[0] for group in groups])
     with np.errstate(invalid="ignore"):
         differences_NV = np.abs(2 * first.products_NV - whole.products_NV)
-    return replace(
-        whole,
-        tokens_computed=whole.tokens_computed + first.tokens_computed,
-        errors_NV=influence_formulas.influence(
-            differences_NV, whole.norms_N, scorer.norms_V, scorer.score, whole.variances_N
-        ),
-    )
+    errors_NV = scorer.values(replace(whole, products_NV=differences_NV))
+    return replace(whole, tokens_computed=whole.tokens_computed + first.tokens_computed, errors_NV=errors_NV)
 
 
 def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from cropi.fsdp import forward_replaced
 from cropi.gradients.attention import own_attention, pack_rows, unsupported
 from cropi.gradients.capture import FactorReader
 from cropi.gradients.packing import Pack, Segment, make_pack
-from cropi.policy import evaluating
+from cropi.policy import evaluating, is_out_of_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -81,7 +81,7 @@ def require_independent_rows(model: nn.Module) -> None:
     except PolicyError:
         raise
     except Exception as error:  # a model's own code may raise anything
-        if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        if is_out_of_memory(error):
             raise
         raise _refused(inner, f"its forward pass fails ({type(error).__name__}: {first_line(error)})", _LOAD) from error
 

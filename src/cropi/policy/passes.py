@@ -19,6 +19,11 @@ if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory has run out, on a GPU or for torch's allocator on the CPU, whose error has no class of its own."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode inside the block; afterwards every module is in the mode it was in."""

@@ -13,7 +13,7 @@ from cropi.config import PolicyConfig
 from cropi.console import warn
 from cropi.errors import PolicyError
 from cropi.fsdp import in_lockstep, is_sharded
-from cropi.policy import Policy, evaluating, policy_location, shared_prefixes
+from cropi.policy import Policy, evaluating, is_out_of_memory, policy_location, shared_prefixes
 from cropi.seeds import derived_seed
 
 
@@ -65,7 +65,7 @@ class TransformersGenerator:
         try:
             return self._generate(prompts, sampling)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if not _out_of_memory(error) or self._batch_size == 1:
+            if not is_out_of_memory(error) or self._batch_size == 1:
                 raise
             if is_sharded(self._policy.model):  # the other processes are inside a pass that cannot be repeated
                 raise PolicyError(
@@ -131,11 +131,6 @@ def longest_first(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
         batches.append(order[:size])
         order = order[size:]
     return batches
-
-
-def _out_of_memory(error: Exception) -> bool:
-    text = str(error)
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text
 
 
 # -- vLLM ----------------------------------------------------------------------------------------------------------
