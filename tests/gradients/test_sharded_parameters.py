@@ -81,7 +81,7 @@ def answer(question: Question, model: nn.Module, groups: Sequence[Group]) -> dic
         "errors": scored.errors_NV,
         "norms": scored.norms_N,
         "features": scored.features_ND,
-        "facts": np.array([one.columns for one in scored.ratios]),
+        "facts": np.array([one.columns for one in scored.ratios]).reshape(-1, 3),
         "cosines": scorer.direction_cosines(),
         "reliability": list(scorer.direction_reliability.values()),
     }
