@@ -23,11 +23,6 @@ def test_the_nearest_counts() -> None:
     assert tfidf_similarity(texts, sets)["v"].tolist() == pytest.approx([1, 1, half])
 
 
-def test_an_empty_set_is_refused() -> None:
-    with pytest.raises(ValueError, match="the empty set v"):
-        tfidf_similarity([["a"]], {"v": []})
-
-
 TEXT = st.lists(st.sampled_from("abcde"), max_size=6)
 
 
