@@ -1,4 +1,4 @@
-"""What a verifier is given, what it says of an answer, and the base classes of verifiers with their processes."""
+"""Verifiers: their input, their verdict, and the base classes with the processes that run them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What strategies read of the base policy: K trajectories per prompt (`collect`), and representations of the prompts.
+"""Facts of the base policy that strategies read: K trajectories per prompt (`collect`), and representations of the prompts.
 
 Trajectories come in shards that survive an interruption.
 """
