@@ -1,4 +1,4 @@
-"""Facts of the base policy that strategies read: K trajectories per prompt (`collect`), and representations of the prompts.
+"""Facts of the base policy that strategies read: K trajectories per prompt, and representations of the prompts.
 
 Trajectories come in shards that survive an interruption.
 """
