@@ -11,8 +11,8 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from tests.gradients.architectures import GROUPS, SETTINGS, Builder, autograd
-from tests.gradients.test_every_causal_lm import VALIDATION, adapted, build, flat
+from tests.gradients.architectures import GROUPS, SETTINGS, Builder, influence_by_autograd
+from tests.gradients.test_every_causal_lm import VALIDATION, adapted, build
 from tests.gradients.test_model_families import FAMILIES as CLASSES
 from tests.gradients.test_reading import WEIGHTS, directions_for, expected, gap, loss_of_rows, rows_of_tokens
 from torch import Tensor, nn
@@ -97,8 +97,7 @@ def _scored(model: nn.Module) -> tuple[str, float]:
     scorer = scorer_of(model, SETTINGS, ScorerOptions("exact"))
     scorer.aim({"v": VALIDATION})
     found = torch.tensor(scorer(GROUPS).products_NV[:, 0])
-    direction = sum(flat(autograd(model, group)) for group in VALIDATION) / len(VALIDATION)
-    right = torch.stack([flat(autograd(model, group)) @ direction for group in GROUPS])
+    right, _ = influence_by_autograd(model, GROUPS, VALIDATION)
     return "packed" if scorer.estimator == "exact" else "autograd", gap(found, right)
 
 

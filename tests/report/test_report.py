@@ -7,17 +7,14 @@ from html.parser import HTMLParser
 
 import pytest
 from markdown_it import MarkdownIt
-from tests.report.sentences import too_long
 
 from cropi.artifacts import PROMPTS, finish, write_table
 from cropi.config.loading import load_config
 from cropi.errors import ArtifactError, printable
-from cropi.report.blocks import Section, Text
 from cropi.report.closeups import before_and_after, closeups, pick, shortened, telling
 from cropi.report.headline import headline
 from cropi.report.rendering import escaped, fenced, prose
-from cropi.report.run_report import make_report, sections
-from cropi.report.summary import summarise
+from cropi.report.run_report import make_report
 from cropi.run_folder import RunFolder
 from cropi.streams import append_jsonl
 
@@ -201,13 +198,6 @@ def test_what_is_not_there_is_said(fabricate):
         assert not re.search(rf"^#.* {re.escape(title)}$", text, re.MULTILINE)
 
 
-@pytest.mark.parametrize("live", [False, True])
-def test_the_page_of_a_run_that_goes_on_reloads_itself(fabricate, live):
-    space = fabricate()
-    make_report(RunFolder(space.config), live=live)
-    assert ('http-equiv="refresh"' in (space.folder / "report.html").read_text(encoding="utf-8")) is live
-
-
 def test_a_file_that_was_changed_is_refused(fabricate):
     space = fabricate()
     with (space.stages.selection(1) / "selection.parquet").open("ab") as file:
@@ -373,21 +363,3 @@ def test_the_command_that_is_named_loads_the_same_config(files, finished):
     path, again = re.search(r"cropi run (\S*config\.json) (run_dir=again)", text).groups()
     assert load_config(path, [again]).model_copy(update={"run_dir": finished.config.run_dir}) == finished.config
     assert "name=small-seed4 seed=4" in text
-
-
-# -- imports -----------------------------------------------------------------------------------------------------------
-
-
-# -- words -------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("parts", [{}, {"trained": False, "stages_selected": 1}, PARTS[0], {"strategy": "full"}])
-def test_no_composed_sentence_is_long(fabricate, parts):
-    space = fabricate(**({"evaluations": {}} if "strategy" in parts else {}) | parts)
-    assert too_long(sections(space.config, space, summarise(space.config, space))) == []
-
-
-def test_a_long_sentence_is_found():
-    short = Text(" ".join(["word"] * 25) + ". 1.5 [0.2, 0.3] " + "word " * 25)
-    assert too_long([Section("", [short])]) == []
-    assert len(too_long([Section("", [short, Text("word " * 26)])])) == 1
