@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -17,7 +16,6 @@ from cropi.gradients.direction import DirectionSketch
 from cropi.gradients.layer_taps import matrix_parameters
 from cropi.gradients.training_influence import Direction, LowRank, Reader
 
-Loss = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
 SIDES = ("left", "right")
 
 

@@ -1,6 +1,7 @@
 """The real command: what is shared, what an interruption leaves, and that every run is that of `cropi run`."""
 
 import contextlib
+import io
 import json
 import os
 import re
@@ -17,7 +18,8 @@ from tests.runs import SMALL, cropi, cropi_error, cropi_ok, evaluations, selecti
 import cropi as cropi_python
 from cropi.config.loading import load_config
 from cropi.gradients.layer_taps import matrix_parameters
-from cropi.lab.compare.compared_run import collect_shared, link_shared, train_run
+from cropi.lab.compare import compared_run
+from cropi.lab.compare.compared_run import link_shared
 from cropi.lab.compare.result_table import read_results
 from cropi.lab.compare.run_processes import _Job, default_jobs
 from cropi.ledger import Ledger
@@ -45,10 +47,18 @@ OUT = Path("out")
 
 def start_here(job: _Job, threads: int) -> None:
     """Do a job at once, in this process: the imports of one of its own take longer than such a run."""
+    task = json.dumps({"config": job.config.resolved(), "shared": job.shared and str(job.shared)})
     job.log.parent.mkdir(parents=True, exist_ok=True)
-    with job.log.open("a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-        collect_shared(job.config) if job.shared is None else train_run(job.config, job.shared)
-    job.process = subprocess.Popen(["true"])
+    with (
+        job.log.open("a") as log,
+        contextlib.redirect_stdout(log),
+        contextlib.redirect_stderr(log),
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setattr("sys.stdin", io.StringIO(task))
+        patch.setattr(compared_run, "_end_with_parent", lambda: None)
+        code = compared_run.main()
+    job.process = subprocess.Popen(["sh", "-c", f"exit {code}"])
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +201,12 @@ def test_what_cannot_be_compared_is_said(compared: Path, asked: list[str], said:
         assert "name one of these: 2, 4" in done.stderr
 
 
-def test_more_can_be_asked_for_and_a_failing_run_stops_no_other(compared: Path, tmp_path: Path) -> None:
+def test_more_can_be_asked_for_and_a_failing_run_stops_no_other(compared, tmp_path, monkeypatch):
+    """The run that does not fail is in a process of its own."""
+    start = _Job.start
+    monkeypatch.setattr(
+        _Job, "start", lambda job, threads: (start if "short" in job.label else start_here)(job, threads)
+    )
     shutil.copytree(compared / OUT, tmp_path / OUT)
     damaged = tmp_path / OUT / "quickstart" / "seed-3"
     (tmp_path / "huge.yaml").write_text("{trainer: {learning_rate: 1.0e+30}, select: {strategy: {type: full}}}")
