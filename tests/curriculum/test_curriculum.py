@@ -230,18 +230,28 @@ def test_infinite_influence_is_dropped_and_counted() -> None:
 
 def test_several_sets_share_the_places_by_what_is_left_to_learn() -> None:
     world = World()
-    world.validation = {"solved": world.validation["v"], "open": world.validation["v"] + [4.0, 0.0]}
+    own = world.validation["v"]
+    world.validation = {"solved": own, "open": own + [4.0, 0.0], "failing": own + [2.0, 3.0]}
     curriculum = made(world)
     for member in range(10):
         curriculum.observe_validation("solved", member, [1.0] * 8, step=0, influence=[[1, 1], [1, 1]])
         curriculum.observe_validation("open", member, [0.0, 1.0] * 4, step=0, influence=[[1, 1.1], [1, 1]])
+        curriculum.observe_validation("failing", member, [0.0] * 8, step=0)
     for n in range(20):
         rewards, halves = world.group(Choice(n, "uniform", ""))
         influence = {"solved": halves["v"], "open": halves["v"][::-1]}
         curriculum.observe(Choice(n, "uniform", ""), rewards, step=0, group=str(n), influence=influence)
     places = [c for step in range(1, 9) for c in curriculum.next(8, step)]
-    counts = {name: sum(c.validation_set == name for c in places) for name in ("solved", "open")}
-    assert counts["open"] > 1.5 * counts["solved"]
+    counts = {name: sum(c.validation_set == name for c in places) for name in world.validation}
+    assert counts["failing"] > counts["open"] > 1.5 * counts["solved"]
+
+
+def test_prompts_that_were_just_trained_give_way_to_others_that_help() -> None:
+    world = World(pool=200)
+    batches = list(trained(made(world), world, range(60)))
+    chosen = [c.place for batch in batches[20:] for c in batch if c.source != "uniform"]
+    assert np.mean(world.kinds[chosen] == 0) > 0.9
+    assert np.bincount(chosen, minlength=200)[world.kinds == 0].min() > 0  # each of the 100 that help
 
 
 def test_rounds_cost_the_same_and_come_at_doubling_distances() -> None:

@@ -108,18 +108,21 @@ class Curriculum(PromptChooser):
     def _plan(self, step: int, generator: np.random.Generator) -> _Plan | None:
         """Gains by way of choosing and set, and the sets' shares of the places; None with `observe_only`.
 
-        A place is for one set, drawn by what is left to learn there: its prompts' mean learnability. The gain on it is
-        learnability x slope. Their sum over all sets would leave those to themselves on which all gains are small.
+        A place is for one set, drawn by the reward that its prompts miss. The gain on it is learnability x slope / (1 +
+        recent groups of the prompt), since what was just trained gives less. The sum of gains over all sets would leave
+        those to themselves on which all gains are small; so would places by learnability, which is least where all
+        completions fail.
         """
         if self._observe_only:
             return None
-        learnability_P = self._learnability()
+        fresh_N = (self._learnability() / (1 + self._rewards.groups(self._generations)))[: self._pool]
+        missing_P = self._rewards.missing()
         known = [(name, None if self.rewards_only else self._posterior(name, step)) for name in self._names]
-        left_V = np.array([learnability_P[self._members(name)].mean() for name in self._names])
+        missing_V = np.array([missing_P[self._members(name)].mean() for name in self._names])
         ways: tuple[Source, ...] = ("mean", "draw") if any(found for _, found in known) else ("likeness",)
         slopes = {way: np.stack([self._slopes(*each, way, generator) for each in known]) for way in ways}
-        gains = {source: learnability_P[: self._pool] * slopes_VN for source, slopes_VN in slopes.items()}
-        return _Plan(self._names, in_proportion(left_V), gains, self._is_worse())
+        gains = {source: fresh_N * slopes_VN for source, slopes_VN in slopes.items()}
+        return _Plan(self._names, in_proportion(missing_V), gains, self._is_worse())
 
     def _slopes(
         self, name: str, found: Posterior | None, way: Source, generator: np.random.Generator

@@ -66,6 +66,17 @@ class RewardBelief:
         a_P, b_P = self._beta()
         return low + (high - low) * (a_P / (a_P + b_P))
 
+    def missing(self) -> Float[np.ndarray, " P"]:
+        """Expected share of the reward that a completion does not get."""
+        a_P, b_P = self._beta()
+        found: np.ndarray = b_P / (a_P + b_P)
+        return found
+
+    def groups(self, completions: int) -> Float[np.ndarray, " P"]:
+        """Groups of so many completions that were seen of each point; one counts half after `SUCCESS_HALF_LIFE`."""
+        found: np.ndarray = self._slow_2P[1] / completions
+        return found
+
     def variances(self) -> Float[np.ndarray, " P"]:
         """Expected variance of a reward: E[p (1 - p)] for verdicts of 0 and 1."""
         low, high = self._range()
