@@ -24,8 +24,8 @@ from cropi.builtin.families import STYLES
 from cropi.curriculum.belief import InfluenceBelief, kernel_features, likeness
 from cropi.curriculum.reward_belief import RewardBelief
 from cropi.functional.points import principal_points
-from cropi.prompts import load_prompts
-from cropi.rollouts.representations import read_representations
+from cropi.prompts import checked_prompts
+from cropi.stages.collect import read_representations
 from cropi.streams import read_jsonl
 from cropi.training.curriculum_state import load_state
 
@@ -98,7 +98,7 @@ def relevant(run: Path, ids: Sequence[str], name: str) -> np.ndarray:
     config = read_config(run)
     families = [family for source in config.prompts.validation[name] for family in getattr(source, "families", ())]
     styles = {STYLES[family] for family in families}
-    source = {row["prompt_id"]: row["source"] for row in load_prompts(config) if row["set"] == "train"}
+    source = {row["prompt_id"]: row["source"] for row in checked_prompts(config).rows if row["set"] == "train"}
     wrong = wrong_answers(config, rules=False)
     return np.array([STYLES.get(source[each]) in styles and not wrong.get(each, False) for each in ids])
 

@@ -18,7 +18,7 @@ import time
 
 from cropi.config import VerificationConfig
 from cropi.rewards.pool import Pool
-from cropi.rewards.verdicts import CORRECT, Answered
+from cropi.rewards.verifier import CORRECT, Answered
 from cropi.rewards.verifiers.math_answer import MathVerifier
 
 KINDS = (

@@ -32,7 +32,6 @@ from cropi.builtin.dataset import split_of
 from cropi.builtin.families import (
     MAX_LENGTH,
     MIN_LENGTH,
-    MIN_MODULUS,
     STYLES,
     VOCABULARY,
     Difficulty,
@@ -114,7 +113,7 @@ def pretraining_level(family: str, rng: random.Random) -> Difficulty:
     default = FAMILIES[family].default
     modulus = default.modulus
     if modulus is not None and rng.random() < OTHER_MODULUS_SHARE:
-        modulus = rng.randint(MIN_MODULUS, 9)
+        modulus = rng.randint(3, 9)
     shortest = rng.choice([MIN_LENGTH, default.min_length])
     return Difficulty(shortest, min(default.max_length + 1, MAX_LENGTH), modulus)
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cropi.rewards.verdicts import Judge, Judgement
+from cropi.rewards.verifier import Judge, Judgement
 
 # Four families, one of them the target; two stages of three steps.
 SMALL = [

@@ -12,8 +12,8 @@ from cropi.builtin import POLICY_DIR
 from cropi.cli.first_config import init
 from cropi.config.loading import load_config, recipe_names, recipe_text
 from cropi.config.yaml_text import parse_yaml
-from cropi.prompts import load_prompts
-from cropi.rewards.verdicts import CORRECT, Answered
+from cropi.prompts import checked_prompts
+from cropi.rewards.verifier import CORRECT, Answered
 from cropi.run_folder import RunFolder
 from tests.runs import cropi_error, cropi_ok
 
@@ -35,7 +35,7 @@ def test_a_file_becomes_a_config_that_holds_every_row_once(tmp_path: Path, monke
     config = load_config("my-sums.yaml")
     assert (config.name, config.policy.path, config.train.stages) == ("my-sums", "./model", 2)
     assert (config.select.strategy.type, config.verifier.type) == ("cropi", "numeric")
-    rows = load_prompts(config)
+    rows = checked_prompts(config).rows
     assert sorted(json.loads(row["messages"]) for row in rows) == sorted(row["question"] for row in questions(60))
     for kind in ("train", "validation", "test"):
         count = sum(row["set"].startswith(kind) for row in rows)
@@ -54,7 +54,7 @@ def test_a_constant_column_is_no_prompt_and_the_built_in_policy_gets_room_and_a_
     cropi_ok("init", "x.jsonl", "policy.path=builtin", cwd=tmp_path)
     monkeypatch.chdir(tmp_path)
     config = load_config("x.yaml")
-    assert {(row["messages"], row["answer"]) for row in load_prompts(config)} == {
+    assert {(row["messages"], row["answer"]) for row in checked_prompts(config).rows} == {
         (json.dumps(row["stem"]), row["key"]) for row in rows
     }
     assert config.collect.max_completion_length == 64
@@ -119,7 +119,7 @@ def test_without_a_file_a_terminal_is_asked_for_everything(tmp_path: Path, monke
     config = load_config("first.yaml")
     (source,) = config.prompts.train
     assert (source.prompt_column, source.answer_column) == ("problem", None)
-    assert all(json.loads(row["messages"]).startswith("new") for row in load_prompts(config))
+    assert all(json.loads(row["messages"]).startswith("new") for row in checked_prompts(config).rows)
     assert config.verifier.model_dump(include={"type", "path", "graded"}) == {
         "type": "function",
         "path": "mine.score",

@@ -10,7 +10,7 @@ import pytest
 from cropi.config import Config
 from cropi.config.loading import load_config, validate_config
 from cropi.errors import DataError
-from cropi.prompts import checked_prompts, data_identity, load_prompts
+from cropi.prompts import checked_prompts, data_identity
 from tests.runs import json_lines
 
 
@@ -37,7 +37,7 @@ def config(train: str, **source: Any) -> Config:
 
 
 def train_rows(config: Config) -> list[dict[str, Any]]:
-    return [row for row in load_prompts(config) if row["set"] == "train"]
+    return [row for row in checked_prompts(config).rows if row["set"] == "train"]
 
 
 def test_jsonl_and_parquet_give_the_same_prompts(tmp_path: Path) -> None:
@@ -103,17 +103,17 @@ def test_reasoning_gym_problems_differ_by_role_and_seed() -> None:
     values = load_config("quickstart").resolved()
     source = {"type": "reasoning_gym", "tasks": ["chain_sum", "leg_counting"], "count": 6}
     values["prompts"] |= {"train": [source], "validation": {"v": [source]}, "test": {"t": {"sources": [source]}}}
-    rows = load_prompts(validate_config(values, "test"))
+    rows = checked_prompts(validate_config(values, "test")).rows
     assert len(rows) == 36
     assert len({row["messages"] for row in rows}) == 36
     assert {row["source"] for row in rows} == {"chain_sum", "leg_counting"}
     assert json.loads(rows[0]["extra"])["source_dataset"] == "chain_sum"
-    assert load_prompts(validate_config(values, "test")) == rows
-    other = load_prompts(validate_config(values | {"seed": 1}, "test"))
+    assert checked_prompts(validate_config(values, "test")).rows == rows
+    other = checked_prompts(validate_config(values | {"seed": 1}, "test")).rows
     assert not {row["messages"] for row in rows if row["source"] == "chain_sum"} & {row["messages"] for row in other}
     source["tasks"] = ["no_such_task"]
     with pytest.raises(DataError, match="'no_such_task' cannot be made"):
-        load_prompts(validate_config(values, "test"))
+        checked_prompts(validate_config(values, "test"))
 
 
 def test_hash_ranges_split_a_file_into_disjoint_parts(tmp_path: Path) -> None:
@@ -146,35 +146,35 @@ def test_hash_ranges_split_a_file_into_disjoint_parts(tmp_path: Path) -> None:
 def test_bad_data_is_refused_with_the_place(tmp_path: Path, rows: list[dict[str, Any]], message: str) -> None:
     settings = config(write_rows(tmp_path / "pool.jsonl", rows))
     with pytest.raises(DataError, match=message) as caught:
-        load_prompts(settings)
+        checked_prompts(settings)
     assert "Fix: " in str(caught.value)
 
 
 def test_missing_and_damaged_files(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="there is no file"):
-        load_prompts(config(str(tmp_path / "none.jsonl")))
+        checked_prompts(config(str(tmp_path / "none.jsonl")))
     (tmp_path / "pool.jsonl").write_bytes(json.dumps(question(1)).encode() + b"\n\xff\xfe\n")
     with pytest.raises(DataError, match="line 2 is not JSON"):
-        load_prompts(config(str(tmp_path / "pool.jsonl")))
+        checked_prompts(config(str(tmp_path / "pool.jsonl")))
 
 
 def test_a_hub_dataset_out_of_reach_is_an_error() -> None:
     values = load_config("quickstart").resolved()
     values["prompts"]["train"] = [{"type": "hub", "dataset": "nobody/nothing"}]
     with pytest.raises(DataError, match="cannot be loaded"):
-        load_prompts(validate_config(values, "test"))
+        checked_prompts(validate_config(values, "test"))
 
 
 def test_builtin_parameters_out_of_range_are_named() -> None:
     for override in ("prompts.train.0.families=[nosuch]", "prompts.train.0.max_length=99"):
         with pytest.raises(DataError, match=r"prompts\.train\.0"):
-            load_prompts(load_config("quickstart", [override]))
+            checked_prompts(load_config("quickstart", [override]))
 
 
 def problems(config: Config) -> dict[str, set[str]]:
     """Prompt ids by set."""
     found: dict[str, set[str]] = {}
-    for row in load_prompts(config):
+    for row in checked_prompts(config).rows:
         found.setdefault(row["set"], set()).add(row["prompt_id"])
     return found
 
@@ -256,7 +256,7 @@ def test_every_format_is_read_and_texts_stay_as_they_are(tmp_path: Path, name: s
 def test_a_damaged_file_is_refused_with_the_place(tmp_path: Path, name: str, content: str, message: str) -> None:
     (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=message):
-        load_prompts(config(str(tmp_path / name)))
+        checked_prompts(config(str(tmp_path / name)))
 
 
 @pytest.mark.parametrize("answer", ["NaN", "null", '""', '" \\n"'])
@@ -266,12 +266,12 @@ def test_a_missing_answer_is_no_gold_answer(tmp_path: Path, answer: str) -> None
     lines = [json.dumps(question(n, solution=f"long text {n}")) for n in range(3)]
     path.write_text("\n".join([*lines, f'{{"question": "a", "answer": {answer}, "solution": "long text"}}']))
     with pytest.raises(DataError, match=r"(?s)rows without answer \(column answer\): 1 \(.*line 4.*prompts.empty=drop"):
-        load_prompts(config(str(path)))
+        checked_prompts(config(str(path)))
     if answer in ("NaN", "null"):
         values = {"question": "a", "answer": float("nan") if answer == "NaN" else None}
         pq.write_table(pa.Table.from_pylist([{"question": "b", "answer": 1.0}, values]), tmp_path / "pool.parquet")
         with pytest.raises(DataError, match=r"rows without answer \(column answer\): 1 \(.*row 2"):
-            load_prompts(config(str(tmp_path / "pool.parquet")))
+            checked_prompts(config(str(tmp_path / "pool.parquet")))
 
 
 def test_columns_are_decided_once_for_a_file(tmp_path: Path) -> None:
@@ -284,7 +284,7 @@ def test_columns_are_decided_once_for_a_file(tmp_path: Path) -> None:
     ]
     for rows, what in cases:
         with pytest.raises(DataError, match=f"rows without {what}"):
-            load_prompts(config(write_rows(tmp_path / "pool.jsonl", rows)))
+            checked_prompts(config(write_rows(tmp_path / "pool.jsonl", rows)))
     path = write_rows(tmp_path / "pool.jsonl", [{"question": "b", "solution": "2", "answer": None}])
     assert text_of(train_rows(config(path, answer_column="solution"))) == [("b", "2")]
 
@@ -304,14 +304,14 @@ def test_an_answer_of_another_kind_is_refused(tmp_path: Path, answer: Any) -> No
     """verl's `ground_truth` as well."""
     for row in (question(1) | {"answer": answer}, question(1, reward_model={"ground_truth": answer})):
         with pytest.raises(DataError, match=r"line 1: the answer .* is neither text nor a finite number"):
-            load_prompts(config(write_rows(tmp_path / "pool.jsonl", [row])))
+            checked_prompts(config(write_rows(tmp_path / "pool.jsonl", [row])))
 
 
 def test_what_is_missing_or_repeated_is_counted_in_one_message_or_dropped(tmp_path: Path) -> None:
     rows = [question(1), question(2), question(1), question(1), question(3) | {"answer": None}, {"question": " "}]
     loaded = config(write_rows(tmp_path / "pool.jsonl", rows))
     with pytest.raises(DataError) as caught:
-        load_prompts(loaded)
+        checked_prompts(loaded)
     for part in (
         "rows without answer (column answer): 1 (",
         "rows without prompt (column question): 1 (",
@@ -329,7 +329,7 @@ def test_what_is_missing_or_repeated_is_counted_in_one_message_or_dropped(tmp_pa
     assert len(checked.warnings) == 3
     values["prompts"]["empty"] = "refuse"
     with pytest.raises(DataError, match="without answer") as caught:
-        load_prompts(validate_config(values, "test"))
+        checked_prompts(validate_config(values, "test"))
     assert "come again" not in str(caught.value)
 
 
@@ -338,7 +338,7 @@ def test_one_id_for_two_prompts_is_never_dropped(tmp_path: Path) -> None:
     values = config(write_rows(tmp_path / "pool.jsonl", rows), id_column="key").resolved()
     values["prompts"]["duplicates"] = "drop"
     with pytest.raises(DataError, match=r"'a' occurs twice in train.*for two prompts"):
-        load_prompts(validate_config(values, "test"))
+        checked_prompts(validate_config(values, "test"))
 
 
 def test_a_file_split_into_roles_reports_a_row_once(tmp_path: Path) -> None:
@@ -346,7 +346,7 @@ def test_a_file_split_into_roles_reports_a_row_once(tmp_path: Path) -> None:
     values = config(path, hash_range=[0, 0.5]).resolved()
     values["prompts"]["validation"] = {"v": [{"type": "file", "path": path, "hash_range": [0.5, 1]}]}
     with pytest.raises(DataError, match=r"without answer \(column answer\): 1 \("):
-        load_prompts(validate_config(values, "test"))
+        checked_prompts(validate_config(values, "test"))
 
 
 def test_ids_and_sources_that_are_missing_in_pandas(tmp_path: Path) -> None:
@@ -355,7 +355,7 @@ def test_ids_and_sources_that_are_missing_in_pandas(tmp_path: Path) -> None:
     loaded = train_rows(config(write_rows(tmp_path / "pool.jsonl", rows), id_column="key"))
     assert [(row["prompt_id"], row["source"]) for row in loaded] == [("7", "s"), ("8", "pool")]
     with pytest.raises(DataError, match=r"rows without id \(column key\): 1"):
-        load_prompts(config(write_rows(tmp_path / "pool.jsonl", [question(1, key=nan)]), id_column="key"))
+        checked_prompts(config(write_rows(tmp_path / "pool.jsonl", [question(1, key=nan)]), id_column="key"))
 
 
 TOOL_CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": None}}}
@@ -383,7 +383,7 @@ def turn(content: Any, **more: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(("row", "message"), json_lines(Path(__file__).with_name("refused_prompts.jsonl")))
 def test_what_a_prompt_cannot_show_is_refused_by_its_key(tmp_path: Path, row: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message) as caught:
-        load_prompts(config(write_rows(tmp_path / "pool.jsonl", [row | {"answer": "1"}])))
+        checked_prompts(config(write_rows(tmp_path / "pool.jsonl", [row | {"answer": "1"}])))
     assert "Fix: " in str(caught.value)
 
 
@@ -397,7 +397,7 @@ def test_messages_that_are_not_json_are_refused(tmp_path: Path) -> None:
     rows = [{"prompt": [turn("a", at=datetime(2026, 1, 1, tzinfo=UTC))], "answer": "1"}]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "pool.parquet")
     with pytest.raises(DataError, match="the messages are not JSON"):
-        load_prompts(config(str(tmp_path / "pool.parquet")))
+        checked_prompts(config(str(tmp_path / "pool.parquet")))
 
 
 def test_what_tool_calls_say_tells_prompts_apart(tmp_path: Path) -> None:
@@ -406,7 +406,7 @@ def test_what_tool_calls_say_tells_prompts_apart(tmp_path: Path) -> None:
     other[2]["tool_calls"][0]["function"]["arguments"]["a"] = 7
     values = config(write_rows(tmp_path / "pool.jsonl", [{"prompt": CONVERSATION, "answer": "2"}])).resolved()
     held_out = write_rows(tmp_path / "validation.jsonl", [{"prompt": other, "answer": "8"}])
-    assert len(load_prompts(validate_config(values, "test"))) == 12
+    assert len(checked_prompts(validate_config(values, "test")).rows) == 12
     write_rows(Path(held_out), [{"prompt": CONVERSATION, "answer": "8"}])
     with pytest.raises(DataError, match="held-out prompts"):
-        load_prompts(validate_config(values, "test"))
+        checked_prompts(validate_config(values, "test"))

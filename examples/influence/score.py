@@ -13,7 +13,7 @@ from cropi.builtin import generate
 from cropi.config import PolicyConfig
 from cropi.policy import completion_logprobs, load_policy
 from cropi.prompts.encoding import encode_prompts
-from cropi.rewards.verdicts import Answered, reward
+from cropi.rewards.verifier import Answered, reward
 from cropi.rewards.verifiers.exact_text import ExactVerifier
 from cropi.rollouts.generation import Sampling, TransformersGenerator
 

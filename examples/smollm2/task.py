@@ -1,6 +1,6 @@
 """The task's prompt and reward."""
 
-from cropi.rewards.verdicts import CORRECT, Answered
+from cropi.rewards.verifier import CORRECT, Answered
 from cropi.rewards.verifiers.gsm8k import Gsm8kVerifier
 
 judge = Gsm8kVerifier(type="gsm8k").load()

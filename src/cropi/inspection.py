@@ -24,8 +24,16 @@ from cropi.prompt_text import last_turn
 from cropi.prompts import checked_prompts
 from cropi.prompts.encoding import chat_warnings
 from cropi.rewards.pool import judge_of
-from cropi.rewards.verdicts import CORRECT, UNPARSEABLE_ANSWER, GradeError, Judge, Judgement, answered, reward
-from cropi.rewards.verifier import ScoringVerifier
+from cropi.rewards.verifier import (
+    CORRECT,
+    UNPARSEABLE_ANSWER,
+    GradeError,
+    Judge,
+    Judgement,
+    ScoringVerifier,
+    answered,
+    reward,
+)
 from cropi.rollouts.generation import Sampling, TransformersGenerator
 from cropi.rollouts.shards import Shard, behaviour_logprobs, plan, read_trajectories
 from cropi.run_estimate import Pace, estimate

@@ -5,7 +5,7 @@ import pytest
 
 from cropi.builtin import difficulty
 from cropi.builtin.dataset import SPLITS, generate
-from cropi.builtin.families import FAMILIES
+from cropi.builtin.families import FAMILIES, Difficulty
 
 FIRST_ROW = {
     "prompt_id": "1a6f6ca4d241fe57",
@@ -16,7 +16,7 @@ FIRST_ROW = {
 }
 
 TEN_LONG = difficulty("parity", min_length=10, max_length=10)
-SHORT = difficulty("sum", min_length=3, max_length=4, modulus=5)
+SHORT = Difficulty(3, 4, modulus=5)
 
 
 def test_the_rows_are_pinned_and_the_same_in_another_process():
@@ -61,10 +61,8 @@ def test_splits_hold_80_10_and_10_percent():
     assert abs(sizes["test"] - 102) < 39
 
 
-def test_a_small_space_names_the_knobs():
-    message = (
-        "asked for 99 distinct 'elevator' problems in split 'train' .* raise max_length .now 2. or modulus .now 7."
-    )
+def test_a_small_space_names_the_knob():
+    message = "asked for 99 distinct 'elevator' problems in split 'train' .* with length 2 to 2; .* raise max_length"
     with pytest.raises(ValueError, match=message):
         generate("elevator", split="train", count=99, seed=0, level=difficulty("elevator", min_length=2, max_length=2))
 

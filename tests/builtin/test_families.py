@@ -77,10 +77,7 @@ def test_a_guess_is_right_only_by_chance(family):
         ({"family": "sum", "min_length": 1}, "min_length is 1; allowed: 2 to 12"),
         ({"family": "sum", "max_length": 13}, "max_length is 13; allowed: 2 to 12"),
         ({"family": "sum", "min_length": 6, "max_length": 5}, r"min_length \(6\) is above max_length \(5\)"),
-        ({"family": "sum", "modulus": 2}, "modulus is 2; allowed: 3 to 10"),
-        ({"family": "sum", "modulus": 11}, "modulus is 11; allowed: 3 to 10"),
         ({"family": "sum", "hint": 1.5}, "hint is 1.5; it is a share, from 0 to 1"),
-        ({"family": "parity", "modulus": 3}, "family 'parity' has no modulus; families with one: sum,"),
     ],
 )
 def test_a_bad_difficulty_says_what_is_allowed(arguments, message):

@@ -20,8 +20,6 @@ def test_gain_by_hand() -> None:
     # deviations 1/2, 0.4 and 0: verdicts of pass rates 0.5, 0.2 and 1
     found_NV = influence(PRODUCTS_NV, NORMS_N, NORMS_V, "gain", np.array([0.25, 0.16, 0.0]))
     np.testing.assert_allclose(found_NV, [[0.3, 0.4], [-0.4, 0], [0, 0]])
-    with pytest.raises(ValueError, match="variances"):
-        influence(PRODUCTS_NV, NORMS_N, NORMS_V, "gain")
 
 
 @given(st.integers(1, 9), st.integers(0, 9))
@@ -57,29 +55,28 @@ def test_what_is_not_finite_is_not_hidden() -> None:
 
 
 def test_mean_weights_by_hand() -> None:
-    assert mean_weights(np.array([2.0, 0.0])).tolist() == [0.5, 0.5]
-    assert mean_weights(np.array([2.0, 0.0]), "normalized").tolist() == [0.25, 0.0]
-    with pytest.raises(ValueError, match="no gradients"):
-        mean_weights(np.zeros(0))
+    assert mean_weights(np.array([2.0, 0.0]), "plain", 2).tolist() == [0.5, 0.5]
+    assert mean_weights(np.array([2.0, 0.0]), "normalized", 2).tolist() == [0.25, 0.0]
+    assert mean_weights(np.array([2.0]), "normalized", 4).tolist() == [0.125]  # one of four
 
 
 @given(st.lists(st.lists(st.floats(-5, 5), min_size=3, max_size=3), min_size=1, max_size=5))
 def test_dot_with_the_mean_is_the_mean_of_dots_and_cosine_is_not(gradients: list[list[float]]) -> None:
     g_MD, own_D = np.array(gradients), np.array([1.0, -2.0, 0.5])
-    direction_D = mean_weights(np.linalg.norm(g_MD, axis=1)) @ g_MD
+    direction_D = mean_weights(np.linalg.norm(g_MD, axis=1), "plain", len(g_MD)) @ g_MD
     assert own_D @ direction_D == pytest.approx(np.mean(g_MD @ own_D), abs=1e-9)
 
 
 def test_cosine_with_the_mean_is_not_the_mean_of_cosines() -> None:
     g_MD, own_D = np.array([[10.0, 0.0], [0.0, 1.0]]), np.array([0.0, 1.0])
     norms_M = np.linalg.norm(g_MD, axis=1)
-    mean_D = mean_weights(norms_M) @ g_MD
+    mean_D = mean_weights(norms_M, "plain", 2) @ g_MD
     length = np.array([np.linalg.norm(mean_D)])
     of_mean = influence(np.array([[own_D @ mean_D]]), np.ones(1), length, "cosine")[0, 0]
     each = influence((g_MD @ own_D)[None], np.ones(1), norms_M, "cosine")
     assert each.mean() == 0.5
     assert of_mean == pytest.approx(1 / 101**0.5)
-    balanced_D = mean_weights(norms_M, "normalized") @ g_MD
+    balanced_D = mean_weights(norms_M, "normalized", 2) @ g_MD
     assert own_D @ balanced_D == pytest.approx(each.mean())  # the mean of cosines is linear in scaled gradients
 
 
@@ -87,8 +84,6 @@ def test_halves_are_dealt_by_key() -> None:
     keys = {"a": 0.9, "b": 0.1, "c": 0.5, "d": 0.3, "e": 0.5}
     assert halves(keys, 4) == (["b", "c"], ["d", "e"])  # b, d, c, e in turn; c before e at equal keys
     assert halves(keys, 100) == (["a", "b", "c"], ["d", "e"])
-    with pytest.raises(ValueError, match="1 ids"):
-        halves({"a": 0.0}, 5)
 
 
 def test_mean_cosines_by_hand() -> None:

@@ -17,11 +17,6 @@ def test_by_hand() -> None:
     assert found.tolist() == pytest.approx([a / length, (a * a + 2 * b * b) / math.hypot(a, b) / length, 0])
 
 
-def test_an_empty_set_is_refused() -> None:
-    with pytest.raises(ValueError, match="the empty set v"):
-        tfidf_similarity([["a"]], {"v": []})
-
-
 TEXT = st.lists(st.sampled_from("abcde"), max_size=6)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cropi.functional.influence_formulas import influence, mean_weights
 from cropi.functional.ranking import reciprocal_rank_fusion
-from cropi.functional.surrogate import EPSILON, effective_sample_share
+from cropi.functional.surrogate import EPSILON
 from cropi.gradients.groups import SurrogateSettings, ratio_statistics, scales_of
 from cropi.gradients.packing import Span
 from cropi.lab.audit.agreement import top_overlap
@@ -152,7 +152,7 @@ def test_cosine_with_the_mean_weighs_each_cosine_by_the_length_of_its_gradient()
     lengths_M = np.linalg.norm(others_MP, axis=1)
 
     def cosine(scaled_MP: np.ndarray, mean: Any = "plain") -> float:
-        direction_P = mean_weights(np.linalg.norm(scaled_MP, axis=1), mean) @ scaled_MP
+        direction_P = mean_weights(np.linalg.norm(scaled_MP, axis=1), mean, len(scaled_MP)) @ scaled_MP
         norms = np.array([np.linalg.norm(own_P)]), np.array([np.linalg.norm(direction_P)])
         return float(influence(np.array([[own_P @ direction_P]]), *norms, "cosine")[0, 0])
 
@@ -275,8 +275,8 @@ def test_the_effective_share_of_whole_ratios_falls_by_a_power_of_the_length() ->
     ratios_W = policy_W / 0.25
     divergence = float(((ratios_W - 1) ** 2).mean())
     whole_X = torch.cartesian_prod(*[ratios_W] * 5).prod(dim=1)
-    assert effective_sample_share(ratios_W) == pytest.approx(1 / (1 + divergence))
-    assert effective_sample_share(whole_X) == pytest.approx((1 + divergence) ** -5)
+    whole = ratio_statistics(whole_X.log(), [Span(0, 0, len(whole_X))])[0]
+    assert whole.effective_share == pytest.approx((1 + divergence) ** -5)
     facts = ratio_statistics(ratios_W.log(), [Span(0, 0, 4)])[0]
     assert facts.effective_share == pytest.approx(1 / (1 + divergence))
     assert facts.kl == pytest.approx(float((policy_W * ratios_W.log()).sum()))

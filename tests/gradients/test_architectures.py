@@ -210,7 +210,7 @@ def test_sdpa_and_the_packed_attention_agree_in_float64() -> None:
 def test_ratios_and_their_effective_share_are_those_of_autograd() -> None:
     model = tiny("gpt_neox")
     work = Engine(model, SETTINGS, 1000).run(segments(), DenseReader(trainable_parameters(model), set()))
-    shares = [prompt_gradient(model, group, SETTINGS).ratio_ess for group in GROUPS]
+    shares = [prompt_gradient(model, group, SETTINGS).ratios.effective_share for group in GROUPS]
     assert [work.of(row).effective_share for row in range(len(GROUPS))] == pytest.approx(shares, rel=1e-12)
     assert shares[0] < 0.9
     assert shares[2] == 1.0

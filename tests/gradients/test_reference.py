@@ -7,7 +7,8 @@ import torch
 from tests.conftest import tiny_llama
 from tests.gradients.footprint import check_unchanged, state
 
-from cropi.gradients.groups import Group, SurrogateSettings
+from cropi.gradients.groups import Group, SurrogateSettings, ratio_statistics
+from cropi.gradients.packing import Span
 from cropi.gradients.reference import prompt_gradient
 
 GROUP = Group(
@@ -18,6 +19,14 @@ GROUP = Group(
     [[-1.0, -2.0, -0.5], [-3.0, -0.1], [-2.0, -2.5, -1.0, -3.0, -2.0], [-0.7], [-1.5, -2.5, -0.5, -1.0]],
 )
 SETTINGS = SurrogateSettings("sequence", max_completion_length=8, temperature=0.8)
+
+
+@pytest.mark.parametrize(
+    ("ratios", "share"), [([1.0] * 7, 1), ([1.0, 0.0, 0.0, 0.0], 0.25), ([1.0, 3.0], 16 / (2 * 10))]
+)
+def test_effective_share_by_hand(ratios: list[float], share: float) -> None:
+    log_ratios_T = torch.tensor(ratios, dtype=torch.float64).log()
+    assert ratio_statistics(log_ratios_T, [Span(0, 0, len(ratios))])[0].effective_share == pytest.approx(share)
 
 
 def test_the_model_is_left_as_it_was() -> None:

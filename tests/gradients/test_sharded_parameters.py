@@ -23,9 +23,8 @@ from cropi.functional.projection import SparseProjection
 from cropi.gradients.capture import FactorReader
 from cropi.gradients.engine import Engine, segment_of
 from cropi.gradients.groups import Group
-from cropi.gradients.influence_scorer import Scorer, ScorerOptions
+from cropi.gradients.influence_scorer import Scorer, ScorerOptions, score_by_halves
 from cropi.gradients.packing import Span
-from cropi.gradients.score_reliability import score_by_halves
 from cropi.policy import weights_identity
 
 TRAIN = [draw_group(2 + n, [3 + n, 9 - n, 5], seed=80 + n, on_policy=n == 2) for n in range(5)]
@@ -79,7 +78,7 @@ def answer(question: Question, model: nn.Module, groups: Sequence[Group]) -> dic
         "errors": scored.errors_NV,
         "norms": scored.norms_N,
         "features": scored.features_ND,
-        "facts": scored.ratio_columns_NR,
+        "facts": np.array([one.columns for one in scored.ratios]).reshape(-1, 3),
         "cosines": scorer.direction_cosines(),
         "reliability": list(scorer.direction_reliability.values()),
     }

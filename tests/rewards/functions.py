@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from cropi.rewards.verdicts import CORRECT, ERROR, TIMEOUT
+from cropi.rewards.verifier import CORRECT, ERROR, TIMEOUT
 
 CALLS: list[str] = []
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from cropi.rewards.verdicts import CORRECT, UNPARSEABLE_ANSWER, UNPARSEABLE_GOLD, WRONG, Answered, Graded, reward
+from cropi.rewards.verifier import CORRECT, UNPARSEABLE_ANSWER, UNPARSEABLE_GOLD, WRONG, Answered, Graded, reward
 from cropi.rewards.verifiers.python_function import FunctionVerifier
 from cropi.rewards.verifiers.reasoning_gym import ReasoningGymVerifier, is_formula
 from tests.runs import json_lines

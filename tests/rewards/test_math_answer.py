@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from cropi.rewards.verdicts import CORRECT, UNPARSEABLE_ANSWER, UNPARSEABLE_GOLD, Answered
+from cropi.rewards.verifier import CORRECT, UNPARSEABLE_ANSWER, UNPARSEABLE_GOLD, Answered
 from cropi.rewards.verifiers import math_answer
 from cropi.rewards.verifiers.math_answer import MathVerifier
 from cropi.rewards.verifiers.math_reading import answer_text

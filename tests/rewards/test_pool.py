@@ -19,7 +19,7 @@ import pytest
 from cropi.config import VerificationConfig
 from cropi.errors import ConfigError
 from cropi.rewards.pool import Pool, judge_of
-from cropi.rewards.verdicts import CORRECT, ERROR, TIMEOUT, UNPARSEABLE_GOLD, VERDICTS, WRONG, Answered
+from cropi.rewards.verifier import CORRECT, ERROR, TIMEOUT, UNPARSEABLE_GOLD, VERDICTS, WRONG, Answered
 from cropi.rewards.verifiers.boxed import BoxedVerifier
 from cropi.rewards.verifiers.exact_text import ExactVerifier
 from cropi.rewards.verifiers.gsm8k import Gsm8kVerifier
@@ -177,7 +177,7 @@ def test_processes_end_with_their_owner() -> None:
     code = (
         "import os, psutil; from cropi.config import VerificationConfig; "
         "from cropi.rewards.verifiers.python_function import FunctionVerifier;"
-        "from cropi.rewards.pool import Pool; from cropi.rewards.verdicts import Answered;"
+        "from cropi.rewards.pool import Pool; from cropi.rewards.verifier import Answered;"
         "p = Pool(FunctionVerifier(type='function', path='tests.rewards.functions.does'), VerificationConfig());"
         "p([Answered('forked', '7')]); all = psutil.Process().children(recursive=True); assert len(all) == 3;"
         "print(*[one.pid for one in all], flush=True); os.kill(os.getpid(), 9)"

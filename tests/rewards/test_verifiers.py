@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import cropi
-from cropi.rewards.verdicts import (
+from cropi.rewards.verifier import (
     CORRECT,
     ERROR,
     TIMEOUT,
@@ -17,9 +17,9 @@ from cropi.rewards.verdicts import (
     UNPARSEABLE_GOLD,
     WRONG,
     Answered,
+    VerifierTable,
     reward,
 )
-from cropi.rewards.verifier import VerifierTable
 from cropi.rewards.verifiers.boxed import BoxedVerifier, last_boxed
 from cropi.rewards.verifiers.exact_text import ExactVerifier
 from cropi.rewards.verifiers.gsm8k import Gsm8kVerifier
@@ -85,8 +85,7 @@ def test_the_last_box(text: str, inside: str | None) -> None:
 ADDED = '''
 from typing import Literal
 
-from cropi.rewards.verdicts import CORRECT, WRONG
-from cropi.rewards.verifier import VerifierTable, Verify
+from cropi.rewards.verifier import CORRECT, WRONG, VerifierTable, Verify
 
 
 class LongEnoughVerifier(VerifierTable):

@@ -14,7 +14,7 @@ from cropi.config.loading import load_config
 from cropi.errors import ArtifactError, DataError
 from cropi.ledger import Ledger
 from cropi.policy import Policy, completion_logprobs, load_policy
-from cropi.prompts import load_prompts
+from cropi.prompts import checked_prompts
 from cropi.rewards.pool import judge_of
 from cropi.rollouts import generation
 from cropi.rollouts.generation import Sampling, TransformersGenerator
@@ -87,7 +87,7 @@ def small() -> Config:
 
 
 def test_collection_stores_what_it_says_and_resumes_at_any_shard(policy: Policy, tmp_path: Path) -> None:
-    prompts = load_prompts(small())
+    prompts = checked_prompts(small()).rows
     counts, details = sample_prompts(small(), policy, JUDGE, Ledger(tmp_path / "ledger.jsonl"), prompts, tmp_path)
     table = read_trajectories(tmp_path)
     rows = table["train"].to_pylist()
@@ -112,7 +112,7 @@ def test_collection_stores_what_it_says_and_resumes_at_any_shard(policy: Policy,
 
 
 def test_a_shard_of_other_prompts_is_refused(policy: Policy, tmp_path: Path) -> None:
-    prompts = load_prompts(small())
+    prompts = checked_prompts(small()).rows
     sample_prompts(small(), policy, JUDGE, Ledger(tmp_path / "ledger.jsonl"), prompts, tmp_path)
     part = sorted(tmp_path.glob("part-train-*.parquet"))[0]
     (tmp_path / sorted(tmp_path.glob("part-train-*.parquet"))[1].name).write_bytes(part.read_bytes())
@@ -124,7 +124,7 @@ def test_a_shard_of_other_prompts_is_refused(policy: Policy, tmp_path: Path) -> 
 def test_prompts_beyond_where_rotary_positions_change_are_left_out_of_a_run_that_scores() -> None:
     config = load_config("quickstart", SMALL)
     policy = load_policy(config.policy)
-    prompts = load_prompts(config)
+    prompts = checked_prompts(config).rows
     lengths = [len(ids) for shard in plan(config, policy, prompts)[0] for ids in shard.prompt_ids]
     rotary: Any = policy.model.get_submodule("model.rotary_emb")
     rotary.rope_type, bound = "dynamic", max(lengths) - 1 + config.collect.max_completion_length
@@ -141,7 +141,7 @@ def test_prompts_beyond_where_rotary_positions_change_are_left_out_of_a_run_that
 
 def test_a_strategy_that_reads_no_trajectories_collects_none(policy: Policy, tmp_path: Path) -> None:
     config = load_config("quickstart", [*SMALL, "select.strategy=similarity"])
-    prompts = load_prompts(config)
+    prompts = checked_prompts(config).rows
     endless = prompts[0] | {"messages": json.dumps("sum mod 7 : " + "3 " * 4000 + "=")}
     ledger = Ledger(tmp_path / "ledger.jsonl")
     counts, details = sample_prompts(config, policy, JUDGE, ledger, [endless, *prompts[1:]], tmp_path)

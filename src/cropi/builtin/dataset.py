@@ -56,7 +56,8 @@ def generate(
         shown = distracted(hinted(problem, level.hint), distractors, words)
         answer = early_answer(problem) if label_rule == "stop_early" else problem.answer
         if i in noisy:
-            answer = wrong_answer(problem, rng, level)
+            while (answer := guess(problem, rng, level)) == problem.answer:
+                pass
         rows.append(
             {
                 "prompt_id": prompt_id(shown),
@@ -98,13 +99,6 @@ def distracted(problem: Problem, count: int, rng: random.Random) -> Problem:
     return replace(problem, prompt=f"{family} {'-'.join(rng.choices(names, k=count))} {rest}")
 
 
-def wrong_answer(problem: Problem, rng: random.Random, level: Difficulty) -> str:
-    """A plausible answer that is not the right one."""
-    while (answer := guess(problem, rng, level)) == problem.answer:
-        pass
-    return answer
-
-
 def _check(split: str, count: int, label_noise: float, label_rule: str) -> None:
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
@@ -127,15 +121,8 @@ def _distinct(family: str, split: str, count: int, rng: random.Random, level: Di
             found[problem.prompt] = problem
             misses = 0
         elif (misses := misses + 1) == PATIENCE:
-            raise ValueError(_too_small(family, split, count, len(found), level))
+            raise ValueError(
+                f"asked for {count} distinct {family!r} problems in split {split!r} but found only {len(found)} "
+                f"with length {level.min_length} to {level.max_length}; ask for fewer, or raise max_length"
+            )
     return list(found.values())
-
-
-def _too_small(family: str, split: str, count: int, found: int, level: Difficulty) -> str:
-    knobs = f"max_length (now {level.max_length})"
-    if level.modulus is not None:
-        knobs += f" or modulus (now {level.modulus})"
-    return (
-        f"asked for {count} distinct {family!r} problems in split {split!r} but found only {found} "
-        f"with length {level.min_length} to {level.max_length}; ask for fewer, or raise {knobs}"
-    )

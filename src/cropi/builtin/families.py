@@ -29,7 +29,6 @@ STYLES = {
 # In the others every step is the answer so far, and the last one the answer.
 WITHOUT_RUNNING_ANSWER = ("median", "reverse")
 MIN_LENGTH, MAX_LENGTH = 2, 12
-MIN_MODULUS, MAX_MODULUS = 3, 10
 
 DIGITS = tuple(str(digit) for digit in range(10))
 LETTERS = tuple("abcdefghijkl")
@@ -74,8 +73,6 @@ class Difficulty:
                 raise ValueError(f"{name} is {length}; allowed: {MIN_LENGTH} to {MAX_LENGTH}")
         if self.min_length > self.max_length:
             raise ValueError(f"min_length ({self.min_length}) is above max_length ({self.max_length})")
-        if self.modulus is not None and not MIN_MODULUS <= self.modulus <= MAX_MODULUS:
-            raise ValueError(f"modulus is {self.modulus}; allowed: {MIN_MODULUS} to {MAX_MODULUS}")
         if not 0.0 <= self.hint <= 1.0:
             raise ValueError(f"hint is {self.hint}; it is a share, from 0 to 1")
 
@@ -265,27 +262,19 @@ VOCABULARY: tuple[str, ...] = (
 
 
 def difficulty(
-    family: str,
-    *,
-    min_length: int | None = None,
-    max_length: int | None = None,
-    modulus: int | None = None,
-    hint: float = 0.0,
+    family: str, *, min_length: int | None = None, max_length: int | None = None, hint: float = 0.0
 ) -> Difficulty:
     """The family's default difficulty with the given parts replaced.
 
-    Raises ValueError for an unknown family, a part out of range, or a modulus where the family has none.
+    Raises ValueError for an unknown family or a part out of range.
     """
     if family not in FAMILIES:
         raise ValueError(f"unknown family {family!r}; known: {', '.join(FAMILIES)}")
     default = FAMILIES[family].default
-    if modulus is not None and default.modulus is None:
-        with_modulus = ", ".join(name for name, each in FAMILIES.items() if each.default.modulus is not None)
-        raise ValueError(f"family {family!r} has no modulus; families with one: {with_modulus}")
     return Difficulty(
         default.min_length if min_length is None else min_length,
         default.max_length if max_length is None else max_length,
-        default.modulus if modulus is None else modulus,
+        default.modulus,
         hint,
     )
 

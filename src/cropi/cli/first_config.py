@@ -70,7 +70,7 @@ def init(
 def _failure(config: Config, row: Mapping[str, Any]) -> list[str]:
     """Say how the verifier fails on a recorded answer, or that it cannot be loaded."""
     from cropi.rewards.pool import judge_of
-    from cropi.rewards.verdicts import answered
+    from cropi.rewards.verifier import answered
 
     completion = config.verifier.completion_with(row["answer"])
     try:

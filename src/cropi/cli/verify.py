@@ -34,7 +34,7 @@ def verify(
     """
     from cropi.config.loading import parse_verifier, verification_of
     from cropi.rewards.pool import Pool
-    from cropi.rewards.verdicts import Answered
+    from cropi.rewards.verifier import Answered
 
     config = parse_verifier(verifier, options or [])
     limits = verification_of({"processes": processes, "seconds": seconds, "memory_mb": memory_mb}, "command line")
@@ -64,7 +64,7 @@ def verify(
 
 
 def _rows() -> Iterator[Any]:
-    from cropi.rewards.verdicts import Answered
+    from cropi.rewards.verifier import Answered
 
     for number, line in enumerate(sys.stdin.buffer, start=1):
         if not line.strip():
@@ -106,11 +106,11 @@ def audit_rewards(
     quiet_libraries()
     from cropi.config.loading import parse_verifier
     from cropi.inspection import completions_of
-    from cropi.prompts import load_prompts
+    from cropi.prompts import checked_prompts
     from cropi.rewards.reward_audit import audit_of
 
     other = None if against is None else parse_verifier(against, options or [])
-    table = load_prompts(loaded)
+    table = checked_prompts(loaded).rows
     rows, texts, origin = completions_of(loaded, table, prompts)
     result = audit_of(loaded, table, rows, texts, origin, other)
     print_result(result.as_json(), as_json, result.as_text())

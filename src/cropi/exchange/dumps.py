@@ -29,7 +29,7 @@ from cropi.console import progress, say
 from cropi.errors import ArtifactError, DataError
 from cropi.policy import Policy
 from cropi.prompts.encoding import encode_prompts, trainer_prompts
-from cropi.rewards.verdicts import answered
+from cropi.rewards.verifier import answered
 from cropi.rollouts.shards import behaviour_logprobs
 from cropi.stages.collect import make_prompt_table
 from cropi.stages.run import IMPORTED, Run

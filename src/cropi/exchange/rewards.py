@@ -13,7 +13,7 @@ from typing import Any
 from cropi.config.loading import verification_of, verifier_of
 from cropi.errors import DataError
 from cropi.rewards.pool import judge_of
-from cropi.rewards.verdicts import CORRECT, Answered
+from cropi.rewards.verifier import CORRECT, Answered
 
 FACTS = "facts"  # the key of an exported row that holds the result of `facts_of`
 

@@ -10,17 +10,13 @@ Score = Literal["dot", "cosine", "gain"]
 
 
 def mean_weights(
-    norms_M: Float[np.ndarray, " M"], mean: Literal["plain", "normalized"] = "plain", count: int | None = None
+    norms_M: Float[np.ndarray, " M"], mean: Literal["plain", "normalized"], count: int
 ) -> Float[np.ndarray, " M"]:
-    """Weights w_m of the direction of a validation set, sum_m w_m g_m. `count` is the set's size if `norms_M` covers
-    only some of its prompts.
+    """Weights w_m of the direction of a validation set, sum_m w_m g_m, for some of its `count` prompts.
 
     `plain`: 1/M, the gradient of the mean surrogate, so that <g_i, d> is the mean of <g_i, g_m>. `normalized`:
-    1/(M |g_m|), equal weight for every prompt; a zero gradient has weight 0. Raises ValueError for an empty set.
+    1/(M |g_m|), equal weight for every prompt; a zero gradient has weight 0.
     """
-    count = len(norms_M) if count is None else count
-    if not count:
-        raise ValueError("cannot take the mean of no gradients")
     if mean == "plain":
         return np.full(len(norms_M), 1 / count)
     return np.divide(1 / count, norms_M, out=np.zeros(len(norms_M)), where=norms_M != 0)
@@ -49,13 +45,7 @@ def influence(
         cosines_NV = np.divide(products_NV, norms_NV, out=np.zeros(products_NV.shape), where=norms_NV != 0)
     if score == "cosine":
         return cosines_NV
-    if variances_N is None:
-        raise ValueError("gain needs the variances of the rewards")
-    return gain(cosines_NV, variances_N)
-
-
-def gain(cosines_NV: Float[np.ndarray, "N V"], variances_N: Float[np.ndarray, " N"]) -> Float[np.ndarray, "N V"]:
-    """Cosine x standard deviation of the rewards; see `influence`."""
+    assert variances_N is not None, "gain needs the variances of the rewards"
     return cosines_NV * np.sqrt(variances_N)[:, None]
 
 
@@ -78,11 +68,9 @@ def reward_variance(rewards_XK: Float[np.ndarray, "*X K"]) -> Float[np.ndarray, 
 def halves(keys: Mapping[str, float], count: int) -> tuple[list[str], list[str]]:
     """Deal the `count` ids of the smallest keys (ties by id) in turn to two halves, each in ascending order.
 
-    Uses all ids if there are fewer. Raises ValueError if a half would be empty.
+    Uses all ids if there are fewer.
     """
     drawn = sorted(keys, key=lambda i: (keys[i], i))[:count]
-    if len(drawn) < 2:
-        raise ValueError(f"{len(drawn)} ids cannot fill two halves")
     return sorted(drawn[::2]), sorted(drawn[1::2])
 
 

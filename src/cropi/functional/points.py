@@ -19,11 +19,8 @@ def tfidf_similarity(
     included (Salton & Buckley 1988, with the smoothing that scikit-learn has by default). Of the cosines of x with the
     texts of a set the largest counts. A text without a word has similarity 0.
 
-    Memory: one float64 for each text of a set and each word of the sets. Raises ValueError for an empty set.
+    Memory: one float64 for each text of a set and each word of the sets.
     """
-    empty = [name for name, members in sets.items() if not members]
-    if empty:
-        raise ValueError(f"nothing can be similar to the empty set {empty[0]}")
     vectors = _vectors([*texts, *(text for members in sets.values() for text in members)])
     of_texts, rest = vectors[: len(texts)], vectors[len(texts) :]
     found = {}

@@ -44,8 +44,6 @@ def reciprocal_rank_fusion(
     With `depth`, only ranks up to it count; the others add 0. The paper's released code uses kappa = 0 and
     depth = floor(alpha N): there, first place in one list outweighs third place in two.
     """
-    if kappa < 0:
-        raise ValueError(f"kappa must be at least 0, got {kappa}")
     terms_NV = 1.0 / (kappa + ranks_NV)
     return np.where(ranks_NV <= depth, terms_NV, 0.0).sum(axis=1) if depth is not None else terms_NV.sum(axis=1)
 

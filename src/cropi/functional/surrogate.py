@@ -58,13 +58,6 @@ def token_logprobs(
     return torch.log_softmax(logits_KTW.to(dtype) / temperature, dim=-1).gather(-1, ids_KT.unsqueeze(-1)).squeeze(-1)
 
 
-def importance_ratios(
-    logprobs_KT: Float[Tensor, "K T"], behaviour_logprobs_KT: Float[Tensor, "K T"]
-) -> Float[Tensor, "K T"]:
-    """rho_{k,t} = pi_theta(x_t | s_t) / beta(x_t | s_t), per token and without clipping (paper eq. 4)."""
-    return (logprobs_KT - behaviour_logprobs_KT).exp()
-
-
 def normalizers(
     lengths_XK: Int[np.ndarray, "*X K"], normalizer: Normalizer, max_completion_length: int
 ) -> Float[np.ndarray, "*X K"]:
@@ -89,14 +82,9 @@ def token_weights(
 ) -> Float[Tensor, "K T"]:
     """w_{k,t} = rho_{k,t} A_k / Z_k on completion tokens, 0 elsewhere, without gradient; `scales_K` are A_k / Z_k.
 
+    rho_{k,t} = pi_theta(x_t | s_t) / beta(x_t | s_t), per token and without clipping.
     Since grad rho = rho grad log pi, the gradient of sum_{k,t} w_{k,t} log pi(x_{k,t}) equals that of the surrogate
     sum_k (1/Z_k) sum_t rho_{k,t} A_k: the off-policy estimate of paper eq. 4, from one backward pass.
     """
     weights_KT = ratios_KT.detach().double() * scales_K.double().unsqueeze(1)
     return torch.where(mask_KT, weights_KT, torch.zeros_like(weights_KT))
-
-
-def effective_sample_share(ratios_T: Float[Tensor, " T"]) -> float:
-    """(sum rho)^2 / (T sum rho^2) in (0, 1]: the effective sample size as a share of the tokens (Kish 1965)."""
-    ratios_T = ratios_T.double()
-    return float(ratios_T.sum() ** 2 / (ratios_T.numel() * (ratios_T**2).sum())) if ratios_T.numel() else 1.0

@@ -133,9 +133,10 @@ def packed_attention(
     state.note(attention_mask, sliding_window)
     rows = state.rows
     heads, size = query.shape[1], value.shape[3]
+    query, key, value = (packed_1HSE[0].transpose(0, 1) for packed_1HSE in (query, key, value))
     # Query gradients of shared prompt tokens come from one row; those of keys and values from every row.
-    query_R = _ToRows.apply(_by_token(query), rows, False)
-    key_R, value_R = (_ToRows.apply(_by_token(x), rows, True) for x in (key, value))
+    query_R = _ToRows.apply(query, rows, False)
+    key_R, value_R = (_ToRows.apply(x, rows, True) for x in (key, value))
     results, start = [], 0
     for count, width in rows.blocks:
         part = slice(start, start + count * width)
@@ -145,11 +146,6 @@ def packed_attention(
         results.append(out_BHTE.transpose(1, 2).reshape(count * width, heads * size))
         start = part.stop
     return _FromRows.apply(torch.cat(results), rows).view(1, -1, heads, size), None
-
-
-def _by_token(packed_1HSE: Tensor) -> Tensor:
-    """(S, heads, head size)."""
-    return packed_1HSE[0].transpose(0, 1)
 
 
 def _attend(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cropi.artifacts import OK
 from cropi.console import warn
-from cropi.errors import PolicyError
+from cropi.errors import PolicyError, first_line
 from cropi.fsdp import ShardedParameters, Turn, forward_replaced
 from cropi.gradients.attention import pack_rows, packed, unsupported
 from cropi.gradients.capture import Capture, FactorReader, Idle, find_idle, watch_calls
@@ -25,12 +25,11 @@ from cropi.gradients.model_checks import (
     check_logits,
     check_neighbours,
     example_segment,
-    first_line,
     models_own_logits,
     without_effect,
 )
 from cropi.gradients.packing import Pack, Segment, make_pack, plan
-from cropi.policy import evaluating, longest_alike
+from cropi.policy import evaluating, is_out_of_memory, longest_alike
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -172,7 +171,7 @@ class Engine:
                     reader.begin(members)
                     tokens, statistics = self._pass(members, reader)
                 except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-                    if not _out_of_memory(error):
+                    if not is_out_of_memory(error):
                         raise
                     if not self._divides(members, divisible):
                         raise _indivisible(members[0], self.device) from error
@@ -302,9 +301,9 @@ class Engine:
         except PolicyError:
             raise
         except Exception as error:
-            if _out_of_memory(error):
+            if is_out_of_memory(error):
                 raise
-            why = f"its forward pass does not take a pack of trajectories ({first_line(error)})"
+            why = f"its forward pass does not take a pack of trajectories ({type(error).__name__}: {first_line(error)})"
             raise unsupported(self.causal_lm, why) from error
 
 
@@ -372,8 +371,3 @@ def _divided(segment: Segment, budget: int) -> list[Segment]:
     if segment.tokens <= budget or len(segment.completions) == 1:
         return [segment]
     return [part for half in segment.halves() for part in _divided(half, budget)]
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    text = str(error)
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in text

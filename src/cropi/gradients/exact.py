@@ -58,16 +58,12 @@ class DenseReader(FactorReader):
         self.inputs[name] = self.inputs.get(name, 0.0) + found_1I
 
     def rows(self, name: str, ids_T: Tensor, grads_TI: Tensor, spans: Sequence[Span]) -> None:
-        if name not in self.gradients:
-            return
-        total = self.gradients[name]
-        total.index_add_(0, ids_T, grads_TI.to(total.dtype))
+        if name in self.gradients:
+            self.gradients[name].index_add_(0, ids_T, grads_TI.to(self.gradients[name].dtype))
 
     def vector(self, name: str, grads_TP: Tensor, spans: Sequence[Span]) -> None:
-        if name not in self.gradients:
-            return
-        total = self.gradients[name]
-        total += grads_TP.to(total.dtype).sum(dim=0)
+        if name in self.gradients:
+            self.gradients[name] += grads_TP.to(self.gradients[name].dtype).sum(dim=0)
 
 
 class ExactReader(FactorReader):
@@ -129,20 +125,15 @@ class ExactReader(FactorReader):
         self._whole.clear()
 
     def linear(self, name: str, inputs_TI: Tensor, grads_TO: Tensor, spans: Sequence[Span]) -> None:
-        if name in self._whole:
-            for span in spans:
-                part = slice(span.start, span.stop)
-                self._whole[name][self._slots[span.index]] += outer_sum(grads_TO[part], inputs_TI[part])
-            return
         sets, outs, ins = self._directions[name].shape
         formed = 2 * len(inputs_TI) * outs * ins + (sets + self._norms) * 2 * outs * ins * len(spans)
         by_token = sets * 2 * len(inputs_TI) * outs * ins
         if self._norms:
             by_token += sum(2 * (span.stop - span.start) ** 2 * (outs + ins) for span in spans)
-        if formed < by_token:
+        if name in self._whole or formed < by_token:
             for span in spans:
                 part = slice(span.start, span.stop)
-                self._meet(name, span.index, outer_sum(grads_TO[part], inputs_TI[part]))
+                self._take(name, span.index, outer_sum(grads_TO[part], inputs_TI[part]))
         else:
             self._meet_by_token(name, widened(inputs_TI), widened(grads_TO), spans)
 
@@ -163,11 +154,15 @@ class ExactReader(FactorReader):
 
     def vector(self, name: str, grads_TP: Tensor, spans: Sequence[Span]) -> None:
         for span in spans:
-            gradient_P = grads_TP[span.start : span.stop].to(self._directions[name].dtype).sum(dim=0)
-            if name in self._whole:
-                self._whole[name][self._slots[span.index]] += gradient_P
-            else:
-                self._meet(name, span.index, gradient_P)
+            own_TP = grads_TP[span.start : span.stop].to(self._directions[name].dtype)
+            self._take(name, span.index, own_TP.sum(dim=0))
+
+    def _take(self, name: str, index: int, gradient: Tensor) -> None:
+        """Keep a gradient of which further parts may come; compute with others at once."""
+        if name in self._whole:
+            self._whole[name][self._slots[index]] += gradient
+        else:
+            self._meet(name, index, gradient)
 
     def _meet(self, name: str, index: int, gradient: Tensor) -> None:
         slot, flat = self._slots[index], gradient.reshape(-1)

@@ -12,8 +12,7 @@ from torch import nn
 from cropi.artifacts import NO_SIGNAL, NON_FINITE, OK
 from cropi.errors import SignalError
 from cropi.gradients.groups import Group, SurrogateSettings
-from cropi.gradients.influence_scorer import BLOCK, Scorer, ScorerOptions, scorer_of
-from cropi.gradients.score_reliability import score_by_halves
+from cropi.gradients.influence_scorer import BLOCK, Scorer, ScorerOptions, score_by_halves, scorer_of
 
 
 @dataclass(frozen=True)
@@ -82,12 +81,13 @@ def _require_signal(validation: Mapping[str, Sequence[Group]]) -> None:
 
 def _scored(scorer: Scorer, train: Sequence[Group], validation: list[str], standard_errors: bool) -> InfluenceScores:
     """Score block by block, which limits the features in memory."""
-    values, shares, errors, tokens = [], [], [], 0
+    values, errors, tokens = [], [], 0
+    shares = list[float]()
     for start in range(0, len(train), BLOCK):
         block = train[start : start + BLOCK]
         scored = score_by_halves(scorer, block) if standard_errors else scorer(block)
         values.append(scorer.values(scored))
-        shares.append(scored.ratio_columns_NR[:, 0])
+        shares += [one.effective_share for one in scored.ratios]
         if scored.errors_NV is not None:
             errors.append(scored.errors_NV)
         tokens += scored.tokens_computed
@@ -99,7 +99,7 @@ def _scored(scorer: Scorer, train: Sequence[Group], validation: list[str], stand
         values=np.where(finite_N1, values_NV, 0.0),
         status=status,
         validation=validation,
-        ratio_ess=np.concatenate(shares) if shares else np.zeros(0),
+        ratio_ess=np.array(shares, dtype=np.float64),
         standard_errors=np.where(finite_N1, errors_NV, 0.0) if standard_errors else None,
         tokens_given=sum(len(g.prompt_ids) * len(g.completions) + g.completion_tokens for g in train),
         tokens_computed=tokens,

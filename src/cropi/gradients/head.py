@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from cropi.gradients.attention import unsupported
 from cropi.gradients.capture import FactorReader
+from cropi.gradients.exact import widened
 from cropi.gradients.groups import SurrogateSettings
 from cropi.gradients.packing import Pack, Span
 
@@ -67,13 +68,13 @@ class Head:
         self._hidden_scale = self._multiple(hidden, inputs)
         if self._softcap is not None:
             within = given.abs() < 0.7 * self._softcap  # the inverse is precise there
-            outputs, given = outputs[within], torch.atanh(_wide(given[within]) / self._softcap) * self._softcap
+            outputs, given = outputs[within], torch.atanh(widened(given[within]) / self._softcap) * self._softcap
         self._logit_scale = self._multiple(outputs, given)
 
     def _multiple(self, before: Tensor, after: Tensor) -> float:
         """Return the number by which `before` has been multiplied."""
         tolerance = max(8 * torch.finfo(before.dtype).eps, 1e-5)
-        before, after = _wide(before), _wide(after)
+        before, after = widened(before), widened(after)
         factor = float((before * after).sum() / (before * before).sum())
         if float((after - factor * before).abs().max()) > tolerance * float(after.abs().max()):
             raise unsupported(self._model, "its logits are not its last hidden states times a matrix and a constant")
@@ -82,7 +83,7 @@ class Head:
     def logits(self, hidden_EH: Tensor) -> Tensor:
         """Compute logits in at least float32, as the model itself does."""
         logits = type(self.module).forward(self.module, hidden_EH * self._hidden_scale)
-        logits = _wide(logits).mul_(self._logit_scale)
+        logits = widened(logits).mul_(self._logit_scale)
         return logits if self._softcap is None else torch.tanh(logits / self._softcap) * self._softcap
 
     def _back(self, grads_EW: Tensor) -> Tensor:
@@ -133,11 +134,6 @@ class Head:
             if "bias" in names:
                 reader.vector(names["bias"], grads_EW, spans)
         return torch.cat(log_ratios), grad_SH
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    """Convert to at least float32."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _log_ratios(logprobs_E: Tensor, pack: Pack, part: slice) -> Tensor:

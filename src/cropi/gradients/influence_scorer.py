@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ from cropi.functional import influence_formulas
 from cropi.functional.projection import SparseProjection, principal_directions
 from cropi.gradients.engine import Engine, by_group, segments_of
 from cropi.gradients.exact import ExactReader, inner, norm, widened
-from cropi.gradients.groups import RATIO_COLUMNS, Group, RatioStatistics, SurrogateSettings
+from cropi.gradients.groups import Group, RatioStatistics, SurrogateSettings
 from cropi.gradients.model_checks import require_independent_rows
 from cropi.gradients.packing import Segment
 from cropi.gradients.reference import prompt_gradient
@@ -70,13 +71,12 @@ class Scored:
     products_NV: Float[np.ndarray, "N V"]  # <g_i, d_v>
     norms_N: Float[np.ndarray, " N"]
     """|g_i|; of the feature for `sketch`; NaN if not requested (`exact` with `dot`, without `lengths`)."""
-    ratio_columns_NR: Float[np.ndarray, "N R"]  # `RATIO_COLUMNS` of each group; (1, 0, 0) if nothing was computed
+    ratios: Sequence[RatioStatistics]  # of each group; those of no tokens if nothing was computed
     features_ND: Tensor | None  # gradient features, for `sketch` only
     tokens_computed: int
     errors_NV: Float[np.ndarray, "N V"] | None = None
     """Standard errors of the influence, if requested: 0 without signal. See `score_by_halves`."""
     variances_N: Float[np.ndarray, " N"] | None = None  # variances of the rewards
-    ratios: Sequence[RatioStatistics] = ()  # ratio statistics of each group, if an engine ran
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class Scorer:
         self._ranks = process_group() if self._engine is None else self._engine.shards.ranks()
 
     def aim(self, validation: Mapping[str, Sequence[Group]], advance: Callable[[int], None] | None = None) -> None:
-        """Compute the directions of validation sets. Raises SignalError if one is empty or not finite.
+        """Compute the directions of validation sets. Raises SignalError if one is not finite.
 
         Also sets `direction_reliability`: by set, the expected correlation of this direction with one from as many
         other prompts; see `Directions.reliability_V`.
@@ -125,23 +125,21 @@ class Scorer:
         self._known = Directions(list(validation))
         if self._engine is None:
             gradients = by_autograd(self.model, self.settings, self._batch_tokens, validation, self._mean, advance)
-            self._directions = self._known.add(gradients.of(gradients.names))
+            chunks = gradients.parameter_chunks(math.inf)
         else:
             gradients = by_engine(self._engine, validation, self._mean, advance)
             chunks = gradients.parameter_chunks(room_for_directions(self._engine))
-            self.direction_passes = len(chunks)
-            if self.estimator == "exact":
-                self._aim_exact(gradients, chunks)
-            else:
-                self._aim_sketch(gradients, chunks)
-        self.direction_reliability = dict(zip(validation, self._known.reliability_V.tolist(), strict=True))
+        self.direction_passes = len(chunks)
         if self.estimator == "sketch":
+            self._aim_sketch(gradients, chunks)
             self.norms_V = self.features_VD.double().norm(dim=1).numpy()
         else:
+            self._aim_dense(gradients, chunks)
             self.norms_V = self._known.norms_V
+        self.direction_reliability = dict(zip(validation, self._known.reliability_V.tolist(), strict=True))
 
-    def _aim_exact(self, gradients: MeanGradients, chunks: Sequence[Sequence[str]]) -> None:
-        self._directions = [{} for _ in self._known.norms_V]
+    def _aim_dense(self, gradients: MeanGradients, chunks: Sequence[Sequence[str]]) -> None:
+        self._directions: list[Gradients] = [{} for _ in self._known.norms_V]
         for names in chunks:
             for direction, found in zip(self._directions, self._known.add(gradients.of(names)), strict=True):
                 direction |= found
@@ -222,8 +220,7 @@ class Scorer:
         norms: bool = False,
     ) -> Scored:
         """Pass segments through the engine into `count` result rows. `exact` computes norms only with `norms`."""
-        if self._engine is None:
-            raise ValueError("segments need estimator='exact' or 'sketch'")
+        assert self._engine is not None, "segments need estimator='exact' or 'sketch'"
         after = by_group(advance)
         if self.estimator == "exact":
             exact = ExactReader(self._directions, count, norms=norms, repeated=self._engine.repeated)
@@ -236,9 +233,7 @@ class Scorer:
             features_ND = sketch.features_ND
             products_NV = (features_ND.double() @ self.features_VD.double().T).numpy()
             norms_N = features_ND.double().norm(dim=1).numpy()
-        ratios = [work.of(index) for index in range(count)]
-        columns_NR = np.array([one.columns for one in ratios]).reshape(count, len(RATIO_COLUMNS))
-        return Scored(products_NV, norms_N, columns_NR, features_ND, work.tokens, ratios=ratios)
+        return Scored(products_NV, norms_N, [work.of(index) for index in range(count)], features_ND, work.tokens)
 
     def _by_reference(
         self,
@@ -247,8 +242,7 @@ class Scorer:
         advance: Callable[[int], None] | None,
     ) -> Scored:
         products_NV = np.zeros((len(groups), len(self._directions)))
-        norms_N, columns_NR = np.zeros(len(groups)), np.tile(RatioStatistics().columns, (len(groups), 1))
-        tokens = 0
+        norms_N, ratios, tokens = np.zeros(len(groups)), [RatioStatistics()] * len(groups), 0
         for index, group in enumerate(groups):
             if group.status != OK:
                 continue
@@ -256,11 +250,11 @@ class Scorer:
             found = prompt_gradient(self.model, group, self.settings, batch_tokens=self._batch_tokens, factors=own)
             products_NV[index] = [inner(found.gradients, direction) for direction in self._directions]
             norms_N[index] = norm(found.gradients)
-            columns_NR[index] = found.ratio_ess, found.clip_share, found.kl
+            ratios[index] = found.ratios
             tokens += len(group.prompt_ids) * len(group.completions) + group.completion_tokens
             if advance is not None:
                 advance(1)
-        return Scored(products_NV, norms_N, columns_NR, None, tokens)
+        return Scored(products_NV, norms_N, ratios, None, tokens)
 
     def _make_map(self, names: Sequence[str] | None = None) -> GradientMap:
         """Make the map of all parameters, or of some."""
@@ -292,6 +286,61 @@ def scorer_of(model: nn.Module, settings: SurrogateSettings, options: ScorerOpti
     scorer = Scorer(model, settings, replace(options, estimator="reference"))
     warn_once(f"{why}; they come from autograd instead, one prompt at a time, which is slower")
     return scorer
+
+
+def half_factors(rewards: Sequence[float]) -> tuple[list[float], list[float]]:
+    """Divide the trajectories of a group in two halves of similar rewards; return factors 0 and 1 of each half.
+
+    Every other trajectory, in descending order of reward, goes to the first half.
+    """
+    order = sorted(range(len(rewards)), key=lambda k: (-rewards[k], k))
+    first = [0.0] * len(rewards)
+    for k in order[::2]:
+        first[k] = 1.0
+    return first, [1 - factor for factor in first]
+
+
+def score_by_halves(scorer: Scorer, groups: Sequence[Group], advance: Callable[[int], None] | None = None) -> Scored:
+    """Score groups with standard errors from two halves of each group's trajectories.
+
+    The influence is s = s_1 + s_2, the contributions of the halves, and the error is |s_1 - s_2|. If the halves are
+    exchangeable given the rewards, the expectation of its square is the variance of s. An error has one degree of
+    freedom, so average squares over prompts. For `cosine` and `gain`, the error of the gradient's length is left out.
+
+    A prompt is computed once per half, so its tokens count twice.
+    """
+    if scorer.estimator != "sketch":
+        return _by_first_half(scorer, groups, advance)
+    doubled = [group for group in groups for _ in range(2)]
+    factors = [half for group in groups for half in half_factors(group.rewards)]
+    scored = scorer(doubled, factors=factors)
+    assert scored.features_ND is not None
+    products_NHV = scored.products_NV.reshape(len(groups), 2, scored.products_NV.shape[1])
+    features_ND = scored.features_ND.reshape(len(groups), 2, scored.features_ND.shape[1]).sum(dim=1)
+    if advance is not None:
+        advance(len(groups))
+    with np.errstate(invalid="ignore"):  # infinite products give NaN, which the status reports
+        sums_NV, differences_NV = products_NHV.sum(axis=1), np.abs(products_NHV[:, 0] - products_NHV[:, 1])
+    whole = replace(
+        scored,
+        products_NV=sums_NV,
+        norms_N=features_ND.double().norm(dim=1).numpy(),
+        features_ND=features_ND,
+        ratios=[first + second for first, second in zip(scored.ratios[::2], scored.ratios[1::2], strict=True)],
+        variances_N=np.array([group.variance for group in groups], dtype=np.float64),
+    )
+    return replace(whole, errors_NV=scorer.values(replace(whole, products_NV=differences_NV)))
+
+
+def _by_first_half(scorer: Scorer, groups: Sequence[Group], advance: Callable[[int], None] | None) -> Scored:
+    """`score_by_halves` without features that would give the norm of a sum: the groups whole, then their first halves,
+    and s_1 - s_2 = 2 s_1 - s."""
+    whole = scorer(groups, advance=advance)
+    first = scorer(groups, factors=[half_factors(group.rewards)[0] for group in groups])
+    with np.errstate(invalid="ignore"):
+        differences_NV = np.abs(2 * first.products_NV - whole.products_NV)
+    errors_NV = scorer.values(replace(whole, products_NV=differences_NV))
+    return replace(whole, tokens_computed=whole.tokens_computed + first.tokens_computed, errors_NV=errors_NV)
 
 
 def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -105,7 +105,9 @@ def _hook(layer: Layer, tap: Tap) -> Callable[[nn.Module, tuple[Any, ...], Any],
     def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Tensor | None:
         if not torch.is_grad_enabled() or not isinstance(output, Tensor) or not output.requires_grad:
             return None  # reentrant checkpointing passes here first; its second pass has a graph
-        if layer.kind == "linear" and (inputs[0].shape[-1], output.shape[-1]) != _widths(layer.module):
+        if isinstance(module, nn.Linear) and (
+            (inputs[0].shape[-1], output.shape[-1]) != (module.in_features, module.out_features)
+        ):
             return None  # DeepSeek-V4's linear layer of groups
         with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
             # under autocast a layer computes in its output's type, whatever its input has
@@ -114,11 +116,6 @@ def _hook(layer: Layer, tap: Tap) -> Callable[[nn.Module, tuple[Any, ...], Any],
         return _Meeting.apply(output, tap, layer, *kept)
 
     return hook
-
-
-def _widths(linear: nn.Module) -> tuple[int, int]:
-    assert isinstance(linear, nn.Linear)
-    return linear.in_features, linear.out_features
 
 
 @contextmanager

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from cropi.errors import PolicyError
+from cropi.errors import PolicyError, first_line
 from cropi.fsdp import forward_replaced
 from cropi.gradients.attention import own_attention, pack_rows, unsupported
 from cropi.gradients.capture import FactorReader
 from cropi.gradients.packing import Pack, Segment, make_pack
-from cropi.policy import evaluating
+from cropi.policy import evaluating, is_out_of_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -81,9 +81,9 @@ def require_independent_rows(model: nn.Module) -> None:
     except PolicyError:
         raise
     except Exception as error:  # a model's own code may raise anything
-        if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        if is_out_of_memory(error):
             raise
-        raise _refused(inner, f"its forward pass fails ({first_line(error)})", _LOAD) from error
+        raise _refused(inner, f"its forward pass fails ({type(error).__name__}: {first_line(error)})", _LOAD) from error
 
 
 def _probe(model: nn.Module, inner: PreTrainedModel, trained: Sequence[nn.Parameter]) -> None:
@@ -167,11 +167,6 @@ def require_finite(logits: Tensor) -> None:
 def without_effect(model: PreTrainedModel) -> PolicyError:
     """Make the error for a model whose trainable weights have no effect."""
     return _refused(model, "its logits depend on none of its trainable parameters", "train those that it uses.")
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an error that another library raised."""
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
 
 def _refused(model: nn.Module, why: str, fix: str) -> PolicyError:

@@ -6,20 +6,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from cropi.artifacts import CLIP_RANGE
-from cropi.functional.surrogate import effective_sample_share, importance_ratios, token_weights
-from cropi.gradients.groups import Group, SurrogateSettings, trajectory_scales
+from cropi.functional.surrogate import token_weights
+from cropi.gradients.groups import Group, RatioStatistics, SurrogateSettings, ratio_statistics, trajectory_scales
+from cropi.gradients.packing import Span
 from cropi.policy import completion_logprobs, evaluating
 
 
 @dataclass(frozen=True)
 class PromptGradient:
-    """Gradient of one prompt's surrogate by parameter name, and its ratio statistics (see `RATIO_COLUMNS`)."""
+    """Gradient of one prompt's surrogate by parameter name, and its ratio statistics."""
 
     gradients: dict[str, Tensor]
-    ratio_ess: float
-    clip_share: float
-    kl: float
+    ratios: RatioStatistics
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -47,31 +45,25 @@ def prompt_gradient(
     total = {
         name: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for name, p in parameters.items()
     }
-    ratios: list[Tensor] = []
+    ratios = RatioStatistics()
     scales_K = torch.tensor(trajectory_scales(group, settings), dtype=torch.float64)
     if factors is not None:
         scales_K = scales_K * torch.tensor(factors, dtype=torch.float64)
     with evaluating(model):
         for rows in _micro_batches(group, scales_K, batch_tokens):
-            loss, ratios_T = _weighted_logprob(model, group, rows, scales_K, settings)
+            loss, log_ratios_T = _weighted_logprob(model, group, rows, scales_K, settings)
             gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
             for name, gradient in zip(parameters, gradients, strict=True):
                 if gradient is not None:
                     total[name] += gradient
-            ratios.append(ratios_T)
-    ratios_T = torch.cat(ratios).double() if ratios else torch.ones(1)
-    return PromptGradient(
-        total,
-        effective_sample_share(ratios_T),
-        float(((ratios_T - 1).abs() > CLIP_RANGE).double().mean()),
-        float((torch.xlogy(ratios_T, ratios_T) - ratios_T + 1).mean()),
-    )
+            ratios += ratio_statistics(log_ratios_T, [Span(0, 0, len(log_ratios_T))])[0]
+    return PromptGradient(total, ratios)
 
 
 def _weighted_logprob(
     model: nn.Module, group: Group, rows: list[int], scales_K: Tensor, settings: SurrogateSettings
 ) -> tuple[Tensor, Tensor]:
-    """sum_{k,t} w_{k,t} log pi(x_{k,t}) over some trajectories, and the ratios of their tokens."""
+    """sum_{k,t} w_{k,t} log pi(x_{k,t}) over some trajectories, and the log importance ratios of their tokens."""
     completions = [group.completions[k] for k in rows]
     logprobs_KT, mask_KT = completion_logprobs(
         model, [group.prompt_ids] * len(rows), completions, temperature=settings.temperature
@@ -83,10 +75,9 @@ def _weighted_logprob(
         for row, k in enumerate(rows):
             stored = torch.tensor(group.behaviour_logprobs[k], dtype=logprobs_KT.dtype)
             behaviour_KT[row, : len(stored)] = stored.to(logprobs_KT.device)
-    ratios_KT = importance_ratios(logprobs_KT.detach(), behaviour_KT)
-    factors_KT = (logprobs_KT.detach() - behaviour_KT).double().exp()
-    weights_KT = token_weights(factors_KT, scales_K[rows].to(logprobs_KT.device), mask_KT)
-    return (weights_KT.to(logprobs_KT.dtype) * logprobs_KT).sum(), ratios_KT[mask_KT]
+    log_ratios_KT = (logprobs_KT.detach() - behaviour_KT).double()
+    weights_KT = token_weights(log_ratios_KT.exp(), scales_K[rows].to(logprobs_KT.device), mask_KT)
+    return (weights_KT.to(logprobs_KT.dtype) * logprobs_KT).sum(), log_ratios_KT[mask_KT]
 
 
 def _micro_batches(group: Group, scales_K: Tensor, batch_tokens: int) -> Iterator[list[int]]:

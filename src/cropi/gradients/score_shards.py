@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,7 @@ from cropi.errors import ArtifactError
 from cropi.functional.projection import projection_of
 from cropi.gradients.group_influence import statuses
 from cropi.gradients.groups import RATIO_COLUMNS, Group, SurrogateSettings, iterate_groups
-from cropi.gradients.influence_scorer import Aim, Scored, Scorer, ScorerOptions, scorer_of
-from cropi.gradients.score_reliability import score_by_halves
+from cropi.gradients.influence_scorer import Aim, Scorer, ScorerOptions, score_by_halves, scorer_of
 from cropi.parallel import process_group
 from cropi.policy import PolicyCopy
 from cropi.ray_workers import Perform, RayPool, Task
@@ -49,25 +49,6 @@ def shard_schema(names: Sequence[str]) -> pa.Schema:
             ("shard_tokens", pa.int64()),  # computed for the whole shard, the same in every row
         ]
     )
-
-
-def shard_rows(groups: Sequence[Group], names: Sequence[str], values_NV: np.ndarray, scored: Scored) -> list[Row]:
-    """Make rows of `shard_schema` for groups with signal; only those with finite influence have numbers."""
-    rows = []
-    blank: Row = dict.fromkeys(shard_schema(names).names)
-    for index, (group, status) in enumerate(zip(groups, statuses(groups, values_NV), strict=True)):
-        row = blank | {"prompt_id": group.prompt_id, "status": status}
-        row["tokens"] = len(group.prompt_ids) * len(group.completions) + group.completion_tokens
-        row["shard_tokens"] = scored.tokens_computed
-        if status == OK:
-            row |= {f"influence/{name}": float(values_NV[index, v]) for v, name in enumerate(names)}
-            row["feature_norm"] = finite_or_none(scored.norms_N[index])
-            row |= dict(zip(RATIO_COLUMNS, map(finite_or_none, scored.ratio_columns_NR[index]), strict=True))
-            if scored.errors_NV is not None:
-                errors_V = map(finite_or_none, scored.errors_NV[index])
-                row |= {f"standard_error/{name}": error for name, error in zip(names, errors_V, strict=True)}
-        rows.append(row)
-    return rows
 
 
 def finite_or_none(value: float) -> float | None:
@@ -100,13 +81,23 @@ class BlockScorer:
     standard_errors: bool
 
     def __call__(self, block: Sequence[Group], advance: Callable[[int], None] | None = None) -> list[Row]:
-        """Return rows of `shard_schema` of groups with signal."""
-        scored = (
-            score_by_halves(self.scorer, block, advance)
-            if self.standard_errors
-            else self.scorer(block, advance=advance)
-        )
-        return shard_rows(block, self.names, self.scorer.values(scored), scored)
+        """Return rows of `shard_schema` of groups with signal; only those with finite influence have numbers."""
+        score = partial(score_by_halves, self.scorer) if self.standard_errors else self.scorer
+        scored = score(block, advance=advance)
+        values_NV, rows = self.scorer.values(scored), []
+        blank: Row = dict.fromkeys(shard_schema(self.names).names)
+        for index, (group, status) in enumerate(zip(block, statuses(block, values_NV), strict=True)):
+            row = blank | {"prompt_id": group.prompt_id, "status": status, "shard_tokens": scored.tokens_computed}
+            row["tokens"] = len(group.prompt_ids) * len(group.completions) + group.completion_tokens
+            if status == OK:
+                row |= {f"influence/{name}": float(values_NV[index, v]) for v, name in enumerate(self.names)}
+                row["feature_norm"] = finite_or_none(scored.norms_N[index])
+                row |= dict(zip(RATIO_COLUMNS, map(finite_or_none, scored.ratios[index].columns), strict=True))
+                if scored.errors_NV is not None:
+                    errors_V = map(finite_or_none, scored.errors_NV[index])
+                    row |= {f"standard_error/{name}": error for name, error in zip(self.names, errors_V, strict=True)}
+            rows.append(row)
+        return rows
 
 
 @dataclass(frozen=True)
@@ -138,8 +129,6 @@ class ScoreShards:
 
     def write(self, index: int, rows: Sequence[Row]) -> None:
         """Write the rows of a shard."""
-        if [row["prompt_id"] for row in rows] != list(self.ids(index)):
-            raise ValueError(f"shard {index} needs the rows of its own prompts")
         write_table(self._path(index), rows, shard_schema(self.names))
 
     def rows(self) -> Iterator[list[Row]]:
@@ -175,7 +164,9 @@ def score_missing_shards(
     """Score this rank's share of the missing shards inside `lockstep`, then wait for the other ranks."""
     ranks = process_group()
     own = ranks.share(missing)
-    groups = groups_of(table, [prompt_id for index in own for prompt_id in shards.ids(index)])
+    prompt_ids = pa.array([prompt_id for index in own for prompt_id in shards.ids(index)], pa.string())
+    wanted = table.filter(pc.is_in(table.column("prompt_id"), value_set=prompt_ids))
+    groups = (group for _, group in iterate_groups(wanted) if group is not None)
     with lockstep:
         for index in own:
             shards.write(index, score(list(islice(groups, len(shards.ids(index))))))
@@ -237,9 +228,3 @@ def _tasks(shards: ScoreShards, table: pa.Table, missing: Sequence[int]) -> Iter
     for index in missing:
         first, last = np.searchsorted(shard_of_row, [index, index + 1], sorter=order)
         yield Task(index, table.take(pa.array(order[first:last])), {})
-
-
-def groups_of(table: pa.Table, prompt_ids: Sequence[str]) -> Iterator[Group]:
-    """Read the groups of some prompts of a table, in ascending order of their ids."""
-    wanted = table.filter(pc.is_in(table.column("prompt_id"), value_set=pa.array(list(prompt_ids), pa.string())))
-    return (group for _, group in iterate_groups(wanted) if group is not None)

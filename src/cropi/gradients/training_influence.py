@@ -99,7 +99,8 @@ class Reader:
             with ExitStack() as stack:
                 if checked_in is not None:
                     stack.enter_context(gradients_tapped(checked_in, self._compare))
-                stack.enter_context(tapped([layer for layer in self._layers if self._has_direction(layer)], self))
+                known = self._matrices.keys() | self._vectors.keys()
+                stack.enter_context(tapped([one for one in self._layers if known.intersection(one.parameters)], self))
                 yield
             if self._found:
                 self._taken.append((rows.cpu(), torch.stack(self._found).sum(0).cpu()))
@@ -124,7 +125,11 @@ class Reader:
         """
         own = [{k: v.double().cpu() for k, v in part.items()} for part in (self._totals, self._expected, self._squares)]
         parts = process_group().gather((own, self._missed))
-        totals, expected, squares = (_summed([sums[n] for sums, _ in parts]) for n in range(3))
+        totals, expected, squares = sums = dict[str, Tensor](), dict[str, Tensor](), dict[str, Tensor]()
+        for theirs, _ in parts:
+            for total, part in zip(sums, theirs, strict=True):
+                for name, value in part.items():
+                    _add_to(total, name, value)
         whole = float(sum(squares.values()))
         if not 0 < whole < float("inf"):
             self._totals, self._expected, self._squares = {}, {}, {}
@@ -163,9 +168,6 @@ class Reader:
         left, right, belongs = self._matrices[name]
         squares = (left.T @ left) * (right @ right.T)
         return torch.einsum("rd,rs,sd->d", belongs, squares, belongs).clamp(min=0).sqrt()
-
-    def _has_direction(self, layer: Layer) -> bool:
-        return any(name in self._matrices or name in self._vectors for name in layer.parameters)
 
     # What a tap does
 
@@ -216,12 +218,3 @@ class Reader:
 
 def _add_to(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
     sums[name] = sums[name] + value if name in sums else value
-
-
-def _summed(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Sums by name, in the order of the parts."""
-    found: dict[str, Tensor] = {}
-    for part in parts:
-        for name, value in part.items():
-            _add_to(found, name, value)
-    return found

@@ -122,26 +122,18 @@ class MeanGradients:
         advance: Advance = None,
     ) -> None:
         """`make_piece` takes groups and the size of their set. `matrices` are the linear layers' weights. All processes
-        enter `together` around their own passes. Raises SignalError for a set without a group."""
+        enter `together` around their own passes."""
         self._parameters, self._matrices, self._ranks = parameters, matrices, ranks
         self._together, self._advance = together, advance
         self.mean_inputs: dict[str, Tensor] = {}
         """Mean input of each linear layer over tokens, summed over the sets; by the name of its weight."""
-        for name, groups in validation.items():
-            if not groups:
-                raise SignalError("it has no group", where=f"validation set {name}", fix="give it prompts.")
         with together():
             self._own_V = [
                 [(half, make_piece(piece, len(groups))) for half, piece in ranks.share(pieces(groups))]
                 for groups in validation.values()
             ]
 
-    @property
-    def names(self) -> list[str]:
-        """Names of all parameters."""
-        return list(self._parameters)
-
-    def parameter_chunks(self, room: int) -> list[list[str]]:
+    def parameter_chunks(self, room: float) -> list[list[str]]:
         """Divide the parameters so that the dense gradients of each part fit into `room` bytes."""
         # The directions of all sets, both halves of one set in float64, and one piece.
         left = most = room // (4 * len(self._own_V) + 2 * 8 + 4)
@@ -285,16 +277,10 @@ def validation_groups(trajectories: Mapping[str, pa.Table]) -> dict[str, list[Gr
     return {name: _mixed_groups(trajectories[f"validation/{name}"], name) for name in names}
 
 
-def chosen_for_validation(prompt_ids: Iterable[str]) -> list[str]:
-    """Choose the prompts of a validation set that make its direction, in ascending order."""
-    # By hash, not by id: ids may start with the name of a source, and one source would be picked.
-    by_hash = sorted(prompt_ids, key=lambda i: unit_interval(0, "validation", i))
-    return sorted(by_hash[:MOST_PROMPTS])
-
-
 def _mixed_groups(table: pa.Table, name: str) -> list[Group]:
     groups = dict(iterate_groups(table))
-    chosen = chosen_for_validation(groups)
+    # By hash, not by id: ids may start with the name of a source, and one source would be picked.
+    chosen = sorted(sorted(groups, key=lambda i: unit_interval(0, "validation", i))[:MOST_PROMPTS])
     mixed = [group for i in chosen if (group := groups[i]) is not None and group.status == OK]
     if not mixed:
         raise SignalError(

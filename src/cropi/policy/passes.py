@@ -1,4 +1,4 @@
-"""Forward passes of a policy: prompts that are computed once, and log-probs of completions."""
+"""Forward passes of a policy: prompts that are computed once, their hidden states, and log-probs of completions."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
@@ -15,6 +17,11 @@ from cropi.functional.surrogate import token_logprobs
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory has run out, on a GPU or for torch's allocator on the CPU, whose error has no class of its own."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 @contextmanager
@@ -73,6 +80,22 @@ def longest_alike(model: nn.Module) -> float:
             elif kind is not None and "dynamic" in kind:
                 bounds.append(rotary.original_max_seq_len)
     return min(bounds)
+
+
+@torch.no_grad()
+def mean_hidden_states(
+    model: nn.Module, prompts: Sequence[Sequence[int]], depth: float = 1.0
+) -> list[Float[np.ndarray, " E"]]:
+    """Mean hidden state of each prompt, float32, of the layer at a depth from 0, the embeddings, to 1, the last.
+
+    Padding follows the prompt, so under a causal mask it changes nothing.
+    """
+    device, width = next(model.parameters()).device, max(map(len, prompts))
+    ids = torch.tensor([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts], device=device)
+    layers = model(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states
+    hidden = layers[min(round(depth * len(layers)), len(layers) - 1)]
+    rows = zip(prompts, hidden, strict=True)
+    return [states_TE[: len(prompt)].float().mean(dim=0).cpu().numpy() for prompt, states_TE in rows]
 
 
 def completion_logprobs(

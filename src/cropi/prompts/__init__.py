@@ -1,10 +1,7 @@
 """Prompts from their sources: read, checked, and written as the prompt table."""
 
-from cropi.prompts.prompt_table import checked_messages as checked_messages
 from cropi.prompts.prompt_table import checked_prompts as checked_prompts
 from cropi.prompts.prompt_table import content_id as content_id
 from cropi.prompts.prompt_table import data_identity as data_identity
 from cropi.prompts.prompt_table import leakage_warnings as leakage_warnings
-from cropi.prompts.prompt_table import load_prompts as load_prompts
 from cropi.prompts.prompt_table import make_prompts as make_prompts
-from cropi.prompts.prompt_table import refuse_unseen as refuse_unseen

@@ -67,17 +67,12 @@ class _Reading:
         return [f"left out: {line}" for setting in lines for line in lines[setting]]
 
 
-def load_prompts(config: Config) -> list[dict[str, Any]]:
+def checked_prompts(config: Config) -> Checked:
     """All prompts of a run: the training pool, the validation sets and the test sets, in that order.
 
     Raises DataError for a source that is missing, empty or unreadable (with the line), that lacks a column or repeats
     an id; and for leakage between roles, unless `prompts.leakage` allows it.
     """
-    return checked_prompts(config).rows
-
-
-def checked_prompts(config: Config) -> Checked:
-    """`load_prompts`, with the leakage between roles and the warnings."""
     sets = {"train": config.prompts.train}
     sets |= {f"validation/{name}": sources for name, sources in config.prompts.validation.items()}
     sets |= {f"test/{name}": test.sources for name, test in config.prompts.test.items()}

@@ -11,7 +11,7 @@ from cropi.report.blocks import Block, Card, Table, Text
 from cropi.report.explanations import Explanation, best_first, explanations, legend, stage_rows, training_of
 from cropi.report.reading import prompt_text, read_completions
 from cropi.report.wording import count
-from cropi.rewards.verdicts import CORRECT
+from cropi.rewards.verifier import CORRECT
 from cropi.run_folder import RunFolder
 from cropi.run_tables import evaluation_files
 from cropi.seeds import unit_interval

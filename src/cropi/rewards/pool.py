@@ -18,8 +18,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter, OrderedDict, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -32,8 +32,7 @@ from pydantic import ConfigDict, Field, TypeAdapter
 from cropi.console import warn
 from cropi.errors import ConfigError
 from cropi.rewards.pool_worker import END_S
-from cropi.rewards.verdicts import ERROR, TIMEOUT, VERDICTS, Answered, GradeError, Judge, Judgement
-from cropi.rewards.verifier import VerificationConfig
+from cropi.rewards.verifier import ERROR, TIMEOUT, VERDICTS, Answered, GradeError, Judge, Judgement, VerificationConfig
 from cropi.rewards.verifiers import Verifier
 
 CHUNK = 64  # rows sent to a worker at once, at most
@@ -59,7 +58,7 @@ _MESSAGE: TypeAdapter[tuple[Any, ...]] = TypeAdapter(
 class _Job:
     """A row that waits for its verdict."""
 
-    place: int  # in the caller's list
+    key: Hashable  # the same for rows that get one verdict
     row: Answered
     attempts: int = 0
     spared: int = 0  # times that a process ended before it had begun with this row
@@ -180,7 +179,7 @@ class Pool:
 
     def __init__(self, verifier: Verifier, settings: VerificationConfig) -> None:
         self._spec, self._settings = verifier.model_dump_json(), settings
-        self._cache: OrderedDict[bytes, Judgement] | None = OrderedDict() if verifier.pure else None
+        self._pure, self._known = verifier.pure, dict[Hashable, Judgement]()  # the oldest first
         self._workers: list[_Worker] = []
         self._failed_starts = 0  # in a row
         self._warned = False
@@ -205,48 +204,31 @@ class Pool:
     def __call__(self, rows: Sequence[Answered]) -> list[Judgement]:
         """Verdicts in the order of the rows."""
         with self._lock:
-            found: dict[int, Judgement] = {}
-            first: dict[bytes, int] = {}
-            twins: list[tuple[int, bytes]] = []
-            jobs: deque[_Job] = deque()
-            for place, row in enumerate(rows):
-                if self._cache is None:
-                    jobs.append(_Job(place, row))
-                    continue
-                key = _key(row)
-                known = self._cache.get(key)
-                if known is not None:
-                    self._cache.move_to_end(key)
-                    found[place] = known
-                elif key in first:
-                    twins.append((place, key))
-                else:
-                    first[key] = place
-                    jobs.append(_Job(place, row))
+            keys: Sequence[Hashable] = [_key(row) for row in rows] if self._pure else range(len(rows))
+            found: dict[Hashable, Judgement] = {key: self._known[key] for key in keys if key in self._known}
+            new = {key: row for key, row in zip(keys, rows, strict=True) if key not in found}
             try:
-                self._run(jobs, found)
+                self._run(deque(_Job(key, row) for key, row in new.items()), found)
             except BaseException:
                 self.close()
                 raise
-            found |= {place: found[first[key]] for place, key in twins}
-            if self._cache is not None:
-                for key, place in first.items():
-                    if found[place].verdict not in (ERROR, TIMEOUT):  # another try may succeed
-                        self._cache[key] = found[place]
-                while len(self._cache) > CACHED:
-                    self._cache.popitem(last=False)
-            self.counts.update(judgement.verdict for judgement in found.values())
-            self._warn_of_failure(found.values())
-            return [found[place] for place in range(len(rows))]
+            if self._pure:
+                self._known |= {key: found[key] for key in new if found[key].verdict != ERROR}  # may succeed next time
+                for key in list(self._known)[:-CACHED]:
+                    del self._known[key]
+            judged = [found[key] for key in keys]
+            self.counts.update(judgement.verdict for judgement in judged)
+            self._warn_of_failure(judged)
+            return judged
 
-    def _warn_of_failure(self, judged: Iterable[Judgement]) -> None:
+    def _warn_of_failure(self, judged: Sequence[Judgement]) -> None:
         """Warn once: a verifier that always fails would look like a policy that solves nothing."""
         failed = next((judgement for judgement in judged if judgement.verdict in (ERROR, TIMEOUT)), None)
         if failed is not None and not self._warned:
             self._warned = True
             warn(f"the verifier failed on a completion, which earns nothing: {failed.note} (reported once)")
 
-    def _run(self, jobs: deque[_Job], found: dict[int, Judgement]) -> None:
+    def _run(self, jobs: deque[_Job], found: dict[Hashable, Judgement]) -> None:
         wanted = len(found) + len(jobs)
         while len(found) < wanted:
             self._hand_out(jobs)
@@ -282,7 +264,7 @@ class Pool:
                 share = -(-len(jobs) // (2 * self._settings.processes))
                 worker.send(_chunk(jobs, max(1, min(CHUNK, share))))
 
-    def _listen(self, worker: _Worker, jobs: deque[_Job], found: dict[int, Judgement]) -> None:
+    def _listen(self, worker: _Worker, jobs: deque[_Job], found: dict[Hashable, Judgement]) -> None:
         try:
             for message in worker.read():
                 worker.since = time.monotonic()
@@ -292,7 +274,7 @@ class Pool:
         except ValueError:
             self._bury(worker, ERROR, "wrote into the pipe in which verdicts are sent", jobs, found)
 
-    def _take(self, worker: _Worker, message: tuple[Any, ...], found: dict[int, Judgement]) -> None:
+    def _take(self, worker: _Worker, message: tuple[Any, ...], found: dict[Hashable, Judgement]) -> None:
         """Act on a message. ValueError if it is out of turn."""
         match message:
             case ("failed", text, fix):
@@ -302,7 +284,7 @@ class Pool:
             case ("begun",) if worker.jobs and not worker.begun:
                 worker.begun = True
             case ("judged", *judged) if worker.begun:
-                found[worker.jobs.popleft().place] = Judgement(*judged)
+                found[worker.jobs.popleft().key] = Judgement(*judged)
                 worker.judged += 1
                 worker.begun = bool(worker.jobs)
             case _:
@@ -312,7 +294,7 @@ class Pool:
         worker.kill()
         self._workers.remove(worker)
 
-    def _watch(self, worker: _Worker, now: float, jobs: deque[_Job], found: dict[int, Judgement]) -> None:
+    def _watch(self, worker: _Worker, now: float, jobs: deque[_Job], found: dict[Hashable, Judgement]) -> None:
         """Kill a process that takes too long for one row."""
         waited = now - worker.since
         if not worker.ready:
@@ -325,7 +307,9 @@ class Pool:
         elif worker.jobs and waited > self._settings.seconds + (0 if worker.begun else GRACE_S):
             self._bury(worker, TIMEOUT, "took too long", jobs, found)
 
-    def _bury(self, worker: _Worker, verdict: str, note: str, jobs: deque[_Job], found: dict[int, Judgement]) -> None:
+    def _bury(
+        self, worker: _Worker, verdict: str, note: str, jobs: deque[_Job], found: dict[Hashable, Judgement]
+    ) -> None:
         """End a process. Its current row is to blame; the others of its chunk are sent again."""
         seconds = time.monotonic() - worker.since
         self._discard(worker)
@@ -347,22 +331,18 @@ class Pool:
         else:
             first.attempts += 1
             if first.attempts == ATTEMPTS:
-                found[worker.jobs.popleft().place] = Judgement(verdict, seconds, note)
-                if self._cache is not None:
-                    self._cache[_key(first.row)] = found[first.place]
+                found[worker.jobs.popleft().key] = Judgement(verdict, seconds, note)
+                if self._pure:
+                    self._known[first.key] = found[first.key]
         jobs.extendleft(reversed(worker.jobs))
-
-
-def _characters(job: _Job) -> int:
-    return sum(map(len, job.row))
 
 
 def _chunk(jobs: deque[_Job], size: int) -> list[_Job]:
     """Take the next rows, at most `size`. A row that has ended a worker goes alone."""
     taken = [jobs.popleft()]
-    characters = _characters(taken[0])
+    characters = sum(map(len, taken[0].row))
     while jobs and len(taken) < size and not taken[0].attempts and not jobs[0].attempts:
-        characters += _characters(jobs[0])
+        characters += sum(map(len, jobs[0].row))
         if characters > CHUNK_CHARACTERS:
             break
         taken.append(jobs.popleft())

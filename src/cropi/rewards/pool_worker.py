@@ -17,7 +17,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from cropi.rewards.verdicts import CORRECT, ERROR, Answered, Graded
+from pydantic import TypeAdapter
+
+from cropi.rewards.verifier import CORRECT, ERROR, Answered, Graded
+from cropi.rewards.verifiers import Verifier
 
 NEARLY = 2**25  # bytes left when memory counts as used up
 END_S = 5.0  # for all children of a verifier to end
@@ -99,7 +102,7 @@ def _serve() -> None:
 
     sys.path[:] = hello["path"]
     try:
-        verify = _set_up(hello["verifier"])
+        verify = TypeAdapter[Verifier](Verifier).validate_python(hello["verifier"]).load()
     except Exception as error:
         fix = "check the verifier's settings, and that its packages are installed here."
         tell("failed", _note(error), fix)
@@ -136,15 +139,6 @@ def _judge(verify: Any, row: list[str]) -> tuple[str, str, float | None]:
         os._exit(1)
     except BaseException as error:  # libraries raise their own timeouts and interrupts
         return ERROR, _note(error), None
-
-
-def _set_up(settings: dict[str, Any]) -> Any:
-    from pydantic import TypeAdapter
-
-    from cropi.rewards.verifiers import Verifier
-
-    verifier: Verifier = TypeAdapter(Verifier).validate_python(settings)
-    return verifier.load()
 
 
 STATM = Path("/proc/self/statm")

@@ -13,7 +13,7 @@ from cropi.config import Config, Verifier
 from cropi.errors import ConfigError
 from cropi.prompt_text import last_turn
 from cropi.rewards.pool import judge_of
-from cropi.rewards.verdicts import (
+from cropi.rewards.verifier import (
     CORRECT,
     ERROR,
     TIMEOUT,
@@ -127,7 +127,7 @@ def audit_of(
         verdicts=dict(Counter(verdicts)),
         disagreement=disagreement,
         cheap=cheap,
-        fixes=[*_fixes(of_gold, judged, sources, disagreement), *_against_cheap(cheap)],
+        fixes=_fixes(of_gold, judged, sources, disagreement, cheap),
     )
 
 
@@ -151,17 +151,6 @@ def _differing(
             for n in differing[:SHOWN]
         ],
     }
-
-
-def _against_cheap(cheap: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Advice about sources where an answer that ignores the question earns more than chance."""
-    if not cheap:
-        return []
-    names = ", ".join(sorted({row["source"] for row in cheap}))
-    return [
-        f"answers that ignore the question earn more than chance in {names}: a policy would learn to give them. "
-        "Make the verifier stricter, or remove these prompts."
-    ]
 
 
 def _require_verdicts(judged: Sequence[Judgement], where: str) -> None:
@@ -200,6 +189,7 @@ def _fixes(
     judged: Sequence[Judgement],
     sources: Mapping[str, Mapping[str, float]],
     disagreement: Mapping[str, Any] | None,
+    cheap: Sequence[Mapping[str, Any]],
 ) -> list[str]:
     found = []
     gold = [judgement.verdict for judgement in of_gold]
@@ -230,6 +220,12 @@ def _fixes(
             found.append(f"{len(notes)} gold answers or completions ended as {verdict} ({notes[0]}): {remedy}.")
     if disagreement is not None and disagreement["count"]:
         found.append("read the completions on which the two verifiers disagree: one of them is wrong.")
+    if cheap:
+        names = ", ".join(sorted({row["source"] for row in cheap}))
+        found.append(
+            f"answers that ignore the question earn more than chance in {names}: a policy would learn to give them. "
+            "Make the verifier stricter, or remove these prompts."
+        )
     return found
 
 

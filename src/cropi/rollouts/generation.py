@@ -13,7 +13,7 @@ from cropi.config import PolicyConfig
 from cropi.console import warn
 from cropi.errors import PolicyError
 from cropi.fsdp import in_lockstep, is_sharded
-from cropi.policy import Policy, evaluating, policy_location, shared_prefixes
+from cropi.policy import Policy, evaluating, is_out_of_memory, policy_location, shared_prefixes
 from cropi.seeds import derived_seed
 
 
@@ -42,11 +42,8 @@ class TransformersGenerator:
         self._policy, self._batch_size = policy, batch_size
 
     def __call__(self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, seed: int) -> list[list[int]]:
-        """Return one completion per prompt, in order: token ids up to and including the first end-of-sequence token.
-
-        Batches take prompts in order of length to reduce padding. The caller's random state is unchanged, so the same
-        seed and prompts give the same completions anywhere, unless memory ran out.
-        """
+        """Batches take prompts in order of length to reduce padding. The caller's random state is unchanged, so the
+        same seed and prompts give the same completions anywhere, unless memory ran out."""
         order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
         completions: list[list[int]] = [[] for _ in prompts]
         devices = [self._policy.device] if self._policy.device.type == "cuda" else []
@@ -68,7 +65,7 @@ class TransformersGenerator:
         try:
             return self._generate(prompts, sampling)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if not _out_of_memory(error) or self._batch_size == 1:
+            if not is_out_of_memory(error) or self._batch_size == 1:
                 raise
             if is_sharded(self._policy.model):  # the other processes are inside a pass that cannot be repeated
                 raise PolicyError(
@@ -134,11 +131,6 @@ def longest_first(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
         batches.append(order[:size])
         order = order[size:]
     return batches
-
-
-def _out_of_memory(error: Exception) -> bool:
-    text = str(error)
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text
 
 
 # -- vLLM ----------------------------------------------------------------------------------------------------------

@@ -1,18 +1,33 @@
-"""`collect`: K trajectories per prompt, in shards that survive an interruption.
+"""What strategies read of the base policy: K trajectories per prompt (`collect`), and representations of the prompts.
 
-All prompts once from the base policy, for the strategies that read trajectories.
+Trajectories come in shards that survive an interruption.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cropi.artifacts import PROMPT_TOO_LONG, TRAJECTORIES, Manifest, build, count_status, read_table, wait_for_files
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from jaxtyping import Float
+
+from cropi.artifacts import (
+    PROMPT_TOO_LONG,
+    REPRESENTATIONS,
+    TRAJECTORIES,
+    Manifest,
+    build,
+    count_status,
+    read_table,
+    wait_for_files,
+    write_batches,
+)
 from cropi.config import SAMPLED_BY, Config
 from cropi.console import counts_text, progress, say, warn
 from cropi.errors import ArtifactError
@@ -20,13 +35,12 @@ from cropi.gradients.score_shards import make_scorer
 from cropi.gradients.validation_directions import validation_groups
 from cropi.ledger import Ledger
 from cropi.parallel import process_group
-from cropi.policy import Policy
+from cropi.policy import Policy, evaluating, mean_hidden_states
 from cropi.prompts import data_identity, make_prompts
-from cropi.prompts.encoding import chat_warnings
+from cropi.prompts.encoding import Encode, chat_warnings
 from cropi.ray_workers import ray_pool
-from cropi.rewards.verdicts import ERROR, TIMEOUT, Judge
-from cropi.rollouts.representations import KIND as REPRESENTED
-from cropi.rollouts.representations import represent
+from cropi.rewards.verifier import ERROR, TIMEOUT, Judge
+from cropi.rollouts.generation import longest_first
 from cropi.rollouts.shards import MakeShards, Sampler, Shard, holds, make_shards_by_ray, plan, pool_generator
 from cropi.stages.run import Run, require_signal
 
@@ -89,23 +103,6 @@ def _tell(run: Run, manifest: Manifest) -> None:
         )
     mixed, sampled = require_signal(run.trajectories.statuses), len(run.trajectories.groups)
     say(f"groups: {mixed} of {sampled} mixed" + (", the others carry no signal now" if mixed < sampled else ""))
-
-
-def make_representations(run: Run) -> None:
-    """Store the base policy's representations of the prompts, charged to scoring."""
-
-    def make(folder: Path) -> tuple[Mapping[str, int], Mapping[str, Any]]:
-        with run.ledger.charge("score") as entry:
-            result = represent(run.config, run.base, run.folder.prompt_rows, folder, run.encode)
-            entry |= {"forward_tokens": result[1]["prompt_tokens"]}
-        return result
-
-    inputs: dict[str, Any] = {"prompts": make_prompt_table(run).identity, "policy": run.setup.identity}
-    inputs |= {"settings": run.folder.settings("policy", "prompts")}
-    depth = run.config.select.strategy.represented_depth
-    inputs |= {} if depth == 1 else {"depth": depth}
-    folder = run.folder.representations
-    build(folder, REPRESENTED, make, inputs=inputs, made_by="cropi train", shared=True)
 
 
 # -- sampling ------------------------------------------------------------------------------------------------------
@@ -189,3 +186,80 @@ def _stored(folder: Path, shard: Shard) -> list[dict[str, Any]]:
     if not holds(shard, rows):
         raise ArtifactError("holds other prompts than this run's", where=str(path), fix=f"delete {path} and run again.")
     return rows
+
+
+# -- representations -----------------------------------------------------------------------------------------------
+
+REPRESENTED = "representations"
+ROWS = 4096  # rows of the file per write
+
+
+def make_representations(run: Run) -> None:
+    """Store the base policy's representations of the prompts, charged to scoring."""
+
+    def make(folder: Path) -> tuple[Mapping[str, int], Mapping[str, Any]]:
+        with run.ledger.charge("score") as entry:
+            result = represent(run.config, run.base, run.folder.prompt_rows, folder, run.encode)
+            entry |= {"forward_tokens": result[1]["prompt_tokens"]}
+        return result
+
+    inputs: dict[str, Any] = {"prompts": make_prompt_table(run).identity, "policy": run.setup.identity}
+    inputs |= {"settings": run.folder.settings("policy", "prompts")}
+    depth = run.config.select.strategy.represented_depth
+    inputs |= {} if depth == 1 else {"depth": depth}
+    folder = run.folder.representations
+    build(folder, REPRESENTED, make, inputs=inputs, made_by="cropi train", shared=True)
+
+
+def represent(
+    config: Config, policy: Policy, prompts: Sequence[Mapping[str, Any]], folder: Path, encode: Encode
+) -> tuple[dict[str, int], dict[str, Any]]:
+    """Write `representations.parquet` of all training and validation prompts; returns (rows by set, details).
+
+    One forward pass over each prompt, in batches that the ranks share. Prompts longer than the context lose their
+    beginning.
+    """
+    rows = [row for row in prompts if not row["set"].startswith("test/")]
+    encoded = [ids[-(policy.context_length or len(ids)) :] for ids in encode(rows)]
+    ranks, depth = process_group(), config.select.strategy.represented_depth
+    batches = ranks.share(longest_first([*map(len, encoded)], config.collect.batch_tokens))
+    own: dict[int, Float[np.ndarray, " E"]] = {}
+    with progress(ranks.titled("represent"), sum(map(len, batches)), "prompts") as bar, evaluating(policy.model):
+        for batch in batches:
+            parts = mean_hidden_states(policy.model, [encoded[row] for row in batch], depth)
+            own |= zip(batch, parts, strict=True)
+            bar.advance(len(batch))
+    of_row = {row: values for part in ranks.gather(own) for row, values in part.items()}
+    if ranks.is_main:
+        write_batches(folder / "representations.parquet", _record_batches(rows, of_row), REPRESENTATIONS)
+    return dict(Counter(row["set"] for row in rows)), {"prompt_tokens": sum(map(len, encoded))}
+
+
+def read_representations(folder: Path) -> Mapping[tuple[str, str], Float[np.ndarray, " E"]]:
+    """Representations by (set, prompt id), float32."""
+    path = folder / "representations.parquet"
+    table = read_table(path, REPRESENTATIONS)
+    column = table.column("representation")
+    widths = pc.unique(pc.list_value_length(column))
+    if len(widths) > 1:
+        raise ArtifactError("representations differ in length", where=str(path), fix=f"delete {folder}.")
+    width = widths[0].as_py() if len(widths) else 0
+    vectors = [vector for chunk in column.chunks for vector in chunk.flatten().to_numpy().reshape(-1, width)]
+    keys = zip(table.column("set").to_pylist(), table.column("prompt_id").to_pylist(), strict=True)
+    return dict(zip(keys, vectors, strict=True))
+
+
+def _record_batches(
+    rows: Sequence[Mapping[str, Any]], values: Mapping[int, Float[np.ndarray, " E"]]
+) -> Iterator[pa.RecordBatch]:
+    """Yield the table in blocks, without converting its values to Python numbers."""
+    for start in range(0, len(rows), ROWS):
+        part = rows[start : start + ROWS]
+        matrix_BE = np.stack([values[start + row] for row in range(len(part))])
+        ends = np.arange(len(part) + 1, dtype=np.int32) * matrix_BE.shape[1]
+        columns = [
+            pa.array([row["set"] for row in part]),
+            pa.array([row["prompt_id"] for row in part]),
+            pa.ListArray.from_arrays(ends, matrix_BE.reshape(-1)),
+        ]
+        yield pa.RecordBatch.from_arrays(columns, schema=REPRESENTATIONS)

@@ -20,7 +20,7 @@ from cropi.fsdp import in_lockstep
 from cropi.parallel import process_group
 from cropi.policy import Policy, load_policy
 from cropi.prompts.encoding import encode_rows
-from cropi.rewards.verdicts import Answered, Judge, answered, reward
+from cropi.rewards.verifier import Answered, Judge, answered, reward
 from cropi.rollouts.generation import Sampling, TransformersGenerator
 from cropi.run_tables import evaluation_files, keep_evaluation
 from cropi.seeds import derived_seed

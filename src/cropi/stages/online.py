@@ -21,14 +21,12 @@ from cropi.errors import ConfigError
 from cropi.gradients.layer_taps import matrix_parameters
 from cropi.parallel import process_group
 from cropi.prompt_text import prompt_text
-from cropi.rewards.verdicts import answered
+from cropi.rewards.verifier import answered
 from cropi.rollouts.generation import Sampling, TransformersGenerator
-from cropi.rollouts.representations import KIND as REPRESENTED
-from cropi.rollouts.representations import read_representations
 from cropi.run_folder import RunFolder
 from cropi.run_tables import beliefs_schema
 from cropi.seeds import derived_seed
-from cropi.stages.collect import make_representations
+from cropi.stages.collect import REPRESENTED, make_representations, read_representations
 from cropi.stages.online_loop import ChooserLoop, OnlineLoop
 from cropi.stages.run import Run
 from cropi.stages.validation_pass import Answer, Due, Member, SampledGroup, ValidationPass, ValidationPrompt

@@ -33,7 +33,7 @@ from cropi.parallel import process_group
 from cropi.policy import Policy, Replica, fingerprint, load_policy
 from cropi.prompts.encoding import Encode, encode_rows
 from cropi.rewards.pool import strict_judge
-from cropi.rewards.verdicts import Judge
+from cropi.rewards.verifier import Judge
 from cropi.rollouts.shards import read_trajectories
 from cropi.run_folder import RunFolder, StagePaths, require_writable
 from cropi.training.grpo_settings import grpo_config

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 from torch import nn
 
@@ -26,9 +27,16 @@ from cropi.artifacts import (
 from cropi.config import Config, StrategyTable
 from cropi.console import Progress, counts_text, progress, say, warn
 from cropi.errors import ArtifactError, SignalError
+from cropi.functional.ranking import (
+    ranks,
+    reciprocal_rank_fusion,
+    reliability,
+    selection_size,
+    shrunk,
+    top_probabilities,
+)
 from cropi.gradients.groups import RATIO_COLUMNS, Group, SurrogateSettings, iterate_groups
 from cropi.gradients.influence_scorer import Scorer
-from cropi.gradients.score_reliability import add_reliability, drift_warning, policy_drift
 from cropi.gradients.score_shards import (
     BlockScorer,
     Row,
@@ -43,6 +51,7 @@ from cropi.parallel import process_group
 from cropi.policy import weights_identity
 from cropi.ray_workers import ray_pool
 from cropi.run_tables import scores_schema
+from cropi.seeds import derived_seed
 from cropi.stages.run import Run
 
 
@@ -248,3 +257,83 @@ def _check_finite(counts: Mapping[str, int]) -> None:
             fix="lower trainer.learning_rate or set trainer.max_grad_norm, and start the run under another name.",
         )
     warn(f"the influence of {bad} prompts is not a finite number; their status is {NON_FINITE} and they rank at 0")
+
+
+# -- reliability ------------------------------------------------------------------------------------------------------
+
+# Beyond any of these, a stage's scores depend more on old trajectories than on the policy.
+LOW_ESS = 0.5  # half of the sample lost: where sequential Monte Carlo resamples (Liu & Chen 1995)
+HIGH_CLIP_SHARE = 0.3  # PPO would take no step on so many tokens; training runs stay near 0.1 to 0.2
+HIGH_KL = 0.1  # nats a token: 10 nats over a hundred tokens, completions that the policy would hardly write
+
+
+def add_reliability(
+    config: Config, rows: Mapping[str, dict[str, Any]], names: list[str], stage: int
+) -> dict[str, Any] | None:
+    """Enter every prompt's probability of being among the best, and summarise how reliable the ranking is.
+
+    Per validation set: `reliability` of the influence. Over all sets: `expected_overlap`, the share of the top-ranked
+    prompts that is expected to belong there, and the share that `chance` would give.
+    """
+    ok = [row for row in rows.values() if row["status"] == OK]
+    if not ok:
+        return None
+    settings, size = config.select, selection_size(config.select.fraction, len(rows))
+    estimates = {name: np.array([row[f"influence/{name}"] for row in ok]) for name in names}
+    errors = {name: np.array([row[f"standard_error/{name}"] for row in ok], dtype=np.float64) for name in names}
+    # A single error has one degree of freedom, so all prompts share the mean square.
+    shared = {name: np.full(len(ok), np.sqrt(np.mean(errors[name] ** 2))) for name in names}
+    depth = size if settings.fusion.truncate else None
+    chances_N = top_probabilities(
+        [shrunk(estimates[name], shared[name]) for name in names],
+        size,
+        kappa=settings.fusion.kappa,
+        depth=depth,
+        seed=derived_seed(config.seed, "reliability", stage),
+    )
+    for row in rows.values():
+        row["top_probability"] = 0.0
+    for row, chance in zip(ok, chances_N.tolist(), strict=True):
+        row["top_probability"] = chance
+    ranks_NV = np.stack([ranks(estimates[name], [row["prompt_id"] for row in ok]) for name in names], axis=1)
+    best = np.argsort(-reciprocal_rank_fusion(ranks_NV, kappa=settings.fusion.kappa, depth=depth), kind="stable")[:size]
+    return {
+        "reliability": {name: reliability(estimates[name], errors[name]) for name in names},
+        "expected_overlap": float(chances_N[best].mean()),
+        "chance": min(1.0, size / len(ok)),
+    }
+
+
+def policy_drift(rows: Iterable[Mapping[str, Any]]) -> dict[str, float] | None:
+    """Summarise how far the policy is from the one that sampled; None if no prompt has ratio statistics.
+
+    The median over prompts with signal of the effective sample share, and the means of the clip share and of the
+    divergence per token.
+    """
+    known = [row for row in rows if None not in (row["ratio_ess"], row["clip_share"], row["kl"])]
+    if not known:
+        return None
+    return {
+        "ratio_ess": float(np.median([row["ratio_ess"] for row in known])),
+        "clip_share": float(np.mean([row["clip_share"] for row in known])),
+        "kl": float(np.mean([row["kl"] for row in known])),
+    }
+
+
+def drift_warning(drift: Mapping[str, float] | None, stage: int) -> str | None:
+    """Return a warning if the stored trajectories are too old for a stage, else None. `drift`: see `policy_drift`."""
+    if drift is None:
+        return None
+    found = []
+    if drift["ratio_ess"] < LOW_ESS:
+        found.append(f"the median prompt keeps {drift['ratio_ess']:.0%} of its effective sample size (ratio_ess)")
+    if drift["clip_share"] > HIGH_CLIP_SHARE:
+        found.append(f"{drift['clip_share']:.0%} of the importance ratios are outside the clip range")
+    if drift["kl"] > HIGH_KL:
+        found.append(f"the divergence is {drift['kl']:.2f} nats a token")
+    if not found:
+        return None
+    return (
+        f"stage {stage}: the policy has moved far from the one that sampled the trajectories, so influence is noisy or "
+        f"biased: {'; '.join(found)}. Train fewer steps, or begin anew from the present policy."
+    )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cropi.parallel import process_group
-from cropi.rewards.verdicts import Answered, Judge
+from cropi.rewards.verifier import Answered, Judge
 from cropi.streams import append_jsonl, cut_jsonl, read_jsonl
 
 

@@ -57,7 +57,8 @@ def test_products_give_the_influence_of_the_group_and_of_every_part(normalizer: 
     whole = scorer([*TRAIN, EQUAL])
     np.testing.assert_allclose([one.products(settings)[0] for one in found], whole.products_NV, rtol=1e-9, atol=1e-12)
     assert not whole.products_NV[-1].any()
-    np.testing.assert_allclose([one.total().columns for one in found], whole.ratio_columns_NR, rtol=1e-9, atol=1e-12)
+    ratios = [one.columns for one in whole.ratios]
+    np.testing.assert_allclose([one.total().columns for one in found], ratios, rtol=1e-9, atol=1e-12)
     for group, one in zip(TRAIN[:2], found, strict=False):
         smaller = [without(group, k) for k in range(len(group.completions))]
         expected = scorer(smaller).products_NV
@@ -114,7 +115,7 @@ def test_ratio_statistics_by_hand() -> None:
         (abs(ratios - 1) > 0.2).mean(),
         (ratios * np.log(ratios) - ratios + 1).mean(),
     )
-    np.testing.assert_allclose(scorer([group]).ratio_columns_NR[0], expected, rtol=1e-6)
+    np.testing.assert_allclose(scorer([group]).ratios[0].columns, expected, rtol=1e-6)
 
 
 def test_the_jackknifes_error_is_the_spread_over_many_redraws() -> None:

@@ -20,7 +20,7 @@ from cropi.gradients.groups import Group, iterate_groups
 from cropi.gradients.validation_directions import validation_groups
 from cropi.lab.audit.policy_audit import Material, audit_stage, passes
 from cropi.policy import Policy
-from cropi.rewards.verdicts import Judge, answered
+from cropi.rewards.verifier import Judge, answered
 from cropi.rollouts.generation import Sampling, TransformersGenerator
 from cropi.seeds import derived_seed, unit_interval
 from cropi.stages.run import Run

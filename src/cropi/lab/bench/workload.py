@@ -113,7 +113,7 @@ def mixed_groups(families: Sequence[str], split: str, count: int, seed: int) -> 
     from cropi.config import PolicyConfig
     from cropi.policy import load_policy
     from cropi.prompts.encoding import encode_prompts
-    from cropi.rewards.verdicts import Answered, reward
+    from cropi.rewards.verifier import Answered, reward
     from cropi.rewards.verifiers.exact_text import ExactVerifier
     from cropi.rollouts.generation import Sampling, TransformersGenerator
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from cropi.rewards.verdicts import Answered
-from cropi.rewards.verifier import VerifierTable, Verify
+from cropi.rewards.verifier import Answered, VerifierTable, Verify
 from cropi.rewards.verifiers.numeric import compare_numbers, numbers
 
 

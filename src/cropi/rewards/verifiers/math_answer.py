@@ -15,8 +15,7 @@ from functools import lru_cache
 from itertools import accumulate
 from typing import Any, Literal
 
-from cropi.rewards.verdicts import CORRECT, UNPARSEABLE_ANSWER, UNPARSEABLE_GOLD, WRONG, Answered
-from cropi.rewards.verifier import VerifierTable, Verify
+from cropi.rewards.verifier import CORRECT, UNPARSEABLE_ANSWER, UNPARSEABLE_GOLD, WRONG, Answered, VerifierTable, Verify
 from cropi.rewards.verifiers.boxed import in_box, plain_latex
 from cropi.rewards.verifiers.math_reading import PERCENT, Answer, answer_text, bare, read
 from cropi.rewards.verifiers.numeric import NUMBER, value_of

@@ -13,8 +13,7 @@ from pydantic import AfterValidator, Field
 
 from cropi.asynchronous import awaited
 from cropi.errors import hint
-from cropi.rewards.verdicts import Answered, Graded
-from cropi.rewards.verifier import ScoringVerifier, Template, Verify
+from cropi.rewards.verifier import Answered, Graded, ScoringVerifier, Template, Verify
 
 SCRIPT_REWARDS = "trainer.reward_funcs"  # a path for the reward functions of a TRL script, which only the script has
 

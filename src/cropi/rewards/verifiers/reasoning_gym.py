@@ -13,8 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from cropi.prompt_text import last_turn
-from cropi.rewards.verdicts import UNPARSEABLE_ANSWER, UNPARSEABLE_GOLD, Answered, Graded
-from cropi.rewards.verifier import ScoringVerifier, Verify
+from cropi.rewards.verifier import UNPARSEABLE_ANSWER, UNPARSEABLE_GOLD, Answered, Graded, ScoringVerifier, Verify
 from cropi.rewards.verifiers.python_function import extra_columns
 
 Score = Callable[..., float]

@@ -1,6 +1,7 @@
 """Where the policy sees prompts: against one forward pass each, written out."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,16 +14,18 @@ from cropi.config import PolicyConfig
 from cropi.config.loading import load_config
 from cropi.errors import ArtifactError
 from cropi.policy import load_policy
-from cropi.prompts import load_prompts
-from cropi.rollouts import representations
-from cropi.rollouts.representations import read_representations, represent
+from cropi.prompts import checked_prompts
+from cropi.prompts.encoding import encode_rows
+from cropi.stages import collect
+from cropi.stages.collect import read_representations, represent
 
 
 def test_representations_are_mean_hidden_states_of_each_prompt_alone(tmp_path: Path) -> None:
     policy = load_policy(PolicyConfig(path="builtin", cpu_threads=1))
     config = load_config("quickstart", [*SMALL, "collect.batch_tokens=64"])
-    prompts = load_prompts(config)
-    counts, details = represent(config, policy, prompts, tmp_path)
+    prompts = checked_prompts(config).rows
+    encode = partial(encode_rows, policy.tokenizer, config.prompts)
+    counts, details = represent(config, policy, prompts, tmp_path, encode)
     found = read_representations(tmp_path)
     wanted = [row for row in prompts if not row["set"].startswith("test/")]
     assert set(found) == {(row["set"], row["prompt_id"]) for row in wanted}
@@ -42,10 +45,11 @@ def test_representations_are_mean_hidden_states_of_each_prompt_alone(tmp_path: P
 def test_rows_are_written_in_batches_and_must_be_of_one_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     policy = load_policy(PolicyConfig(path="builtin", cpu_threads=1))
     config = load_config("quickstart", SMALL)
-    represent(config, policy, load_prompts(config), tmp_path)
+    encode = partial(encode_rows, policy.tokenizer, config.prompts)
+    represent(config, policy, checked_prompts(config).rows, tmp_path, encode)
     whole = read_representations(tmp_path)
-    monkeypatch.setattr(representations, "ROWS", 5)
-    represent(config, policy, load_prompts(config), tmp_path)
+    monkeypatch.setattr(collect, "ROWS", 5)
+    represent(config, policy, checked_prompts(config).rows, tmp_path, encode)
     found = read_representations(tmp_path)
     assert list(found) == list(whole)
     assert all(np.array_equal(found[key], whole[key]) for key in whole)
