@@ -26,8 +26,8 @@ from cropi.curriculum.reward_belief import RewardBelief
 from cropi.functional.points import principal_points
 from cropi.prompts import checked_prompts
 from cropi.stages.collect import read_representations
+from cropi.stages.online_loop import load_state
 from cropi.streams import read_jsonl
-from cropi.training.curriculum_state import load_state
 
 FIRST_STEP = 16
 QUANTILES = (0.6745, 1.6449)  # of 50 and 90 %

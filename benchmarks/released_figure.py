@@ -12,7 +12,7 @@ import released_faults as faults
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from cropi.report.drawing import BLUE, GREEN, GREY, ORANGE, PINK, SETTINGS, SKY, grid
+from cropi.report.figures import BLUE, GREEN, GREY, ORANGE, PINK, SETTINGS, SKY, grid
 
 # "Rank precision" in percent by kept share: read off the figures of the publication (arXiv 2510.26491), +-1.
 PUBLISHED: dict[str, dict[float, float]] = {

@@ -182,7 +182,7 @@ def figure(source: Path, target: Path) -> None:
 def _drawn(results: dict[str, Any]) -> Any:
     from matplotlib.figure import Figure
 
-    from cropi.report.drawing import BLUE
+    from cropi.report.figures import BLUE
 
     drawn = Figure(figsize=(11.5, 4.2), layout="constrained", facecolor="white")
     axes = drawn.subplots(1, 3)

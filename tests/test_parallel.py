@@ -15,9 +15,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from cropi.artifacts import build, is_finished
 from cropi.errors import ArtifactError
-from cropi.ledger import Ledger
 from cropi.parallel import ProcessGroup, Ranks, is_first_rank, launched, leave_launcher, process_group
-from cropi.streams import read_jsonl
+from cropi.streams import Ledger, read_jsonl
 from tests.distributed.threads import together
 
 

@@ -22,13 +22,13 @@ from cropi.artifacts import write_json
 from cropi.config import PolicyConfig
 from cropi.config.loading import load_config
 from cropi.errors import ConfigError, DataError, PolicyError, UserError
-from cropi.ledger import Ledger
 from cropi.policy import PolicyCopy, load_policy, weights_identity
 from cropi.ray_workers import Job, Perform, RayPool, Task, Worker, packed, unpacked, use_ray
 from cropi.stages.collect import collect
 from cropi.stages.run import Run
 from cropi.stages.score import score
 from cropi.stages.select import select
+from cropi.streams import Ledger
 from tests.runs import SMALL, cropi_error
 
 BUILTIN = PolicyConfig(path="builtin", cpu_threads=1)

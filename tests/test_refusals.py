@@ -18,7 +18,7 @@ from cropi.builtin import POLICY_DIR
 from cropi.cli import shell
 from cropi.errors import ArtifactError
 from cropi.lab.compare.result_table import RESULTS, read_results
-from cropi.ledger import Ledger
+from cropi.streams import Ledger
 from tests.runs import SMALL, cropi, cropi_error
 
 pytestmark = pytest.mark.usefixtures("trial_step")

@@ -14,6 +14,6 @@ def test_rows_by_id_in_ascending_order_whatever_chunks_they_came_in() -> None:
     assert dict(prompts.items()) == expected
     assert list(prompts.rows()) == list(expected.values())
     assert prompts.column("answer") == [row["answer"] for row in expected.values()]
-    assert ("b" in prompts, "bb" in prompts, 3 in prompts, len(prompts)) == (True, False, False, 5)
+    assert ("b" in prompts, "bb" in prompts, len(prompts)) == (True, False, 5)
     with pytest.raises(KeyError):
         prompts["d"]

@@ -17,9 +17,8 @@ from cropi.config import Config
 from cropi.config.loading import ConfigLike, load_config
 from cropi.errors import ArtifactError
 from cropi.report.costs import charges
-from cropi.report.headline import headline
 from cropi.report.reading import prompt_text, read_beliefs, read_scores, read_selection, selection_table, way
-from cropi.report.summary import Summary, summarise
+from cropi.report.summary import Summary, headline, summarise
 from cropi.run_folder import RunFolder
 from cropi.run_tables import evaluation_files
 from cropi.streams import read_jsonl

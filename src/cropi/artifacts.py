@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cropi import __version__
-from cropi.errors import ArtifactError, UserError
+from cropi.errors import ArtifactError
 from cropi.parallel import process_group
 
 FORMAT_VERSION = 2
@@ -133,23 +133,38 @@ def atomic_file(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        yield temporary
-        temporary.replace(path)
-    except OSError as error:
-        if error.errno in {errno.ENOSPC, errno.EDQUOT} or "No space left" in str(error):  # Arrow's own has no number
-            raise no_space(path) from None
-        raise
+        with full_disk_named(path):
+            yield temporary
+            temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def no_space(path: Path) -> UserError:
-    """The error for a full disk."""
-    return ArtifactError(
-        "no space left on the disk; everything finished so far is kept",
-        where=str(path),
-        fix="free some space and run the same command again: it goes on where it stopped.",
-    )
+@contextmanager
+def full_disk_named(path: Path) -> Iterator[None]:
+    """Raise ArtifactError, which names the file that the block writes, where the disk is full."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        if not is_full_disk(error):
+            raise
+        raise ArtifactError(
+            "no space left on the disk; everything finished so far is kept",
+            where=str(path),
+            fix="free some space and run the same command again: it goes on where it stopped.",
+        ) from None
+
+
+def is_full_disk(error: BaseException | None) -> bool:
+    """Whether a full disk caused an error: libraries wrap it in errors of their own, some without its number."""
+    while error is not None:
+        if getattr(error, "errno", None) in {errno.ENOSPC, errno.EDQUOT} or any(text in str(error) for text in _FULL):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+_FULL = ("No space left", "unexpected pos", "PytorchStreamWriter failed writing")  # the latter are all that torch says
 
 
 def write_text(path: Path, text: str) -> None:

@@ -12,9 +12,8 @@ from cropi.artifacts import Manifest
 from cropi.console import say
 from cropi.errors import ArtifactError
 from cropi.parallel import process_group
-from cropi.report.headline import stage_line
 from cropi.report.run_report import make_report
-from cropi.report.summary import Summary
+from cropi.report.summary import Summary, stage_line
 from cropi.stages.collect import collect, make_prompt_table
 from cropi.stages.evaluate import read_questions
 from cropi.stages.run import Run

@@ -5,18 +5,18 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from cropi.config import Config
 from cropi.curriculum.curriculum import FIRST_ROUND, ROUND_STEPS
 from cropi.functional.ranking import selection_size
+from cropi.gradients.engine import free_bytes
 from cropi.gradients.reference import trainable_parameters
 from cropi.policy import Policy
 from cropi.rollouts.shards import Shard
+from cropi.run_folder import nearest_existing
 
 LOGITS = 3  # copies of a completion's logits: as they are, divided by the temperature, and their gradient
 
@@ -75,7 +75,7 @@ def estimate(
         **during,
         **_whole(config, before, during),
         **_memory(config, settings, policy, shards),
-        "free_disk_bytes": shutil.disk_usage(_existing(config.folder)).free,
+        "free_disk_bytes": shutil.disk_usage(nearest_existing(config.folder)).free,
     }
 
 
@@ -120,12 +120,13 @@ def _memory(config: Config, settings: Any, policy: Policy, shards: Sequence[Shar
     activations = rows * (length * saved + LOGITS * answer * model.vocab_size * _size(policy))
     cache = settings.generation_batch_size * length * cached
     fixed = _bytes_to_train(config, policy)
+    held = sum(p.nbytes for p in policy.model.parameters())  # by the policy that `check` has loaded
     return {
         "model_and_optimiser_bytes": fixed,
         "activations_bytes": activations,
         "kv_cache_bytes": cache,
         "most_at_once_bytes": fixed + max(activations, cache),
-        "free_memory_bytes": _free_memory(policy),
+        "free_memory_bytes": free_bytes(policy.device) + held,
     }
 
 
@@ -167,17 +168,3 @@ def _bytes_to_train(config: Config, policy: Policy) -> int:
     each += 4 if config.policy.dtype == "float32" else 2
     each += 2 if config.policy.dtype == "bfloat16" and config.policy.trained_in == "float32" else 0
     return trained * each
-
-
-def _free_memory(policy: Policy) -> int:
-    """Bytes that this process could hold on the device, with those it holds: the policy that `check` has loaded."""
-    if policy.device.type == "cuda":
-        return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
-    return psutil.virtual_memory().available + sum(p.nbytes for p in policy.model.parameters())
-
-
-def _existing(path: Path) -> Path:
-    path = path.absolute()
-    while not path.exists():
-        path = path.parent
-    return path

@@ -269,9 +269,14 @@ def discard(folder: Path) -> None:
     os.close(handle)
 
 
+def nearest_existing(folder: Path) -> Path:
+    """A folder, or the one that it is to be made in."""
+    return next(place for place in (folder, *folder.absolute().parents) if place.exists())
+
+
 def require_writable(folder: Path) -> None:
     """ArtifactError where nothing can be written to a folder, or to the one that it is to be made in."""
-    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    there = nearest_existing(folder)
     if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
         raise _unusable(folder, f"{there} cannot be written to")
 

@@ -102,10 +102,6 @@ class TrainPrompts(Mapping[str, dict[str, Any]]):
             raise KeyError(prompt_id)
         return self._table.slice(place, 1).to_pylist()[0]
 
-    def __contains__(self, prompt_id: object) -> bool:
-        place = bisect_left(self._ids, prompt_id) if isinstance(prompt_id, str) else len(self._ids)
-        return place < len(self._ids) and self._ids[place] == prompt_id
-
     def __iter__(self) -> Iterator[str]:
         return iter(self._ids)
 

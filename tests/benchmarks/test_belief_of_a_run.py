@@ -13,8 +13,8 @@ from cropi.artifacts import REPRESENTATIONS, write_json
 from cropi.config.loading import load_config
 from cropi.curriculum.belief import InfluenceBelief
 from cropi.curriculum.curriculum import Curriculum
+from cropi.stages.online_loop import save_state
 from cropi.streams import append_jsonl
-from cropi.training.curriculum_state import save_state
 
 SETTINGS = [
     "prompts.train=[{type: builtin, families: [sum, parity, count], count: 40, seed: 1, label_noise: 0.3}]",

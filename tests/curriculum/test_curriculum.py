@@ -231,7 +231,7 @@ def test_infinite_influence_is_dropped_and_counted() -> None:
 def test_several_sets_share_the_places_by_what_is_left_to_learn() -> None:
     world = World()
     own = world.validation["v"]
-    world.validation = {"solved": own, "open": own + [4.0, 0.0], "failing": own + [2.0, 3.0]}
+    world.validation = {"solved": own, "open": own + np.array([4.0, 0.0]), "failing": own + np.array([2.0, 3.0])}
     curriculum = made(world)
     for member in range(10):
         curriculum.observe_validation("solved", member, [1.0] * 8, step=0, influence=[[1, 1], [1, 1]])

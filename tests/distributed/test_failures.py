@@ -13,8 +13,7 @@ import pytest
 from tests.distributed.launching import kill_a_rank, launch, launch_ok
 from tests.runs import SMALL, evaluations, selections
 
-from cropi.ledger import Ledger
-from cropi.streams import read_jsonl
+from cropi.streams import Ledger, read_jsonl
 
 pytestmark = pytest.mark.slow
 

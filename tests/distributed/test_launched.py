@@ -12,8 +12,7 @@ from tests.runs import SMALL, cropi_ok, evaluations, json_lines
 
 from cropi.artifacts import write_json
 from cropi.config.loading import load_config
-from cropi.ledger import Ledger
-from cropi.streams import read_jsonl
+from cropi.streams import Ledger, read_jsonl
 
 RUN = Path("runs/quickstart")
 

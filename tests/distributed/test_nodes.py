@@ -12,7 +12,7 @@ import psutil
 import pytest
 from tests.runs import SMALL, cropi_ok
 
-from cropi.ledger import Ledger
+from cropi.streams import Ledger
 
 pytestmark = pytest.mark.slow
 

@@ -14,7 +14,7 @@ from tests.distributed.launching import LAUNCHER, finished, zero
 from tests.distributed.test_fsdp import FSDP, sharded
 from tests.runs import SMALL, json_lines
 
-from cropi.training.curriculum_state import load_state
+from cropi.stages.online_loop import load_state
 
 pytestmark = pytest.mark.slow
 

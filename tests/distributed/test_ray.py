@@ -18,7 +18,7 @@ import pytest
 from tests.distributed import verifiers
 from tests.runs import SMALL, cropi, cropi_error, cropi_ok
 
-from cropi.ledger import Ledger
+from cropi.streams import Ledger
 
 ray = pytest.importorskip("ray")
 

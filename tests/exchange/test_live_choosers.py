@@ -132,7 +132,7 @@ def test_what_a_gate_goes_by_is_in_the_sampler_s_state() -> None:
     for _ in range(5):
         first.observe(finished(next(first), [1.0, 0.0]))
     again.load_state_dict(json.loads(json.dumps(first.state_dict())))
-    assert [again.live.keeps_newest()] * 3 == [first.live.keeps_newest() for _ in range(3)]
+    assert [again.keeps_newest()] * 3 == [first.keeps_newest() for _ in range(3)]
 
 
 def graded(completions: list[str], rate: list[float], **_: Any) -> list[float | None]:
@@ -188,7 +188,7 @@ def test_a_stream_learns_from_what_a_rollout_worker_of_trl_s_has_judged() -> Non
     worker.start()
     samples = list(worker.rollout_buffer.queue)
     assert len(samples) == 120 * 8
-    assert worker.loop.dataset.live.state_dict()["told"] == 120
+    assert worker.loop.dataset.state_dict()["told"] == 120
     seen = [RATES[int(sample.prompt[0]["content"])] for sample in samples[-400::8]]
     assert np.abs(np.array(seen) - 0.5).mean() < 0.8 * np.abs(RATES - 0.5).mean()
     assert len(stream) == len(RATES)
@@ -202,4 +202,4 @@ def test_rewards_of_a_stream_are_summed_as_trl_sums_them() -> None:
     assert columns == {"prompt": "a", "curriculum_place": 0}
     assert found == [2.0, None, 0.5]
     assert asyncio.run(reward(completions=["?"], rate=[0.0], curriculum_place=[0])) == [None]
-    assert stream.live.state_dict()["told"] == 1
+    assert stream.state_dict()["told"] == 1

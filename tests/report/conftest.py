@@ -25,6 +25,7 @@ from cropi.config import Config
 from cropi.config.loading import validate_config
 from cropi.run_folder import RunFolder
 from cropi.run_tables import keep_evaluation, scores_schema
+from cropi.stages.collect import _found, _summed
 from cropi.streams import append_jsonl
 
 BUILTIN = {"type": "builtin", "families": ["sum"], "count": 4}
@@ -111,7 +112,7 @@ def write_trajectories(space: RunFolder, made: Fabrication) -> None:
             rows.append(trajectory(prompt["prompt_id"], sample=sample, prompt_ids=[1, 2], status=status, **told))
     write_table(space.trajectories / "part-train-00000.parquet", rows, TRAJECTORIES)
     counts = {"ok": len(rows) - 1, "prompt_too_long": 1, "truncated": 1}
-    finish(space.trajectories, "trajectories", inputs={}, counts=counts)
+    finish(space.trajectories, "trajectories", inputs={}, counts=counts, details=_summed([_found(rows)])[1])
     append_jsonl(space.folder / "ledger.jsonl", charge("collect", None, 10.0, tokens=144))
 
 

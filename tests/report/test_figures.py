@@ -8,7 +8,7 @@ import pytest
 from cropi.report import figures
 from cropi.report.blocks import Chart, Line
 from cropi.report.choosing import MAX_SOURCES, jaccard, random_jaccard, selected_sources, share_table
-from cropi.report.drawing import INK, chart_data, chart_picture
+from cropi.report.figures import INK, chart_data, chart_picture
 from cropi.report.reading import Selection
 from cropi.report.summary import summarise
 

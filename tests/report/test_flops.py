@@ -3,7 +3,6 @@
 import pytest
 
 from cropi.config.loading import load_config
-from cropi.errors import ArtifactError
 from cropi.report.costs import flops, score_multiple
 
 COLLECTED = {"tokens": 30, "prompt_tokens": 10, "passes": 2}
@@ -54,13 +53,9 @@ def test_validation_gradients_that_are_scaled_are_made_twice():
     assert flops(config, 1, [], [SCORED], []).score == 2 * (2 * 50 + 6 * 7)
 
 
-def test_work_that_was_interrupted_counts_for_nothing_and_old_lines_are_refused():
+def test_work_that_was_interrupted_counts_for_nothing():
     config = load_config("quickstart")
     assert flops(config, 1, [{"seconds": 1.0}], [{"seconds": 2.0}], []).total == 0
-    with pytest.raises(ArtifactError, match="lacks passes"):
-        flops(config, 1, [{"tokens": 3}], [], [])
-    with pytest.raises(ArtifactError, match="lacks computed_tokens"):
-        flops(config, 1, [], [{"tokens": 3}], [])
 
 
 def test_tokens_that_are_only_read_cost_a_forward_pass():

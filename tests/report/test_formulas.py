@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from cropi.report.formulas import with_formulas
+from cropi.report.rendering import with_formulas
 
 
 def bare(text: str) -> str:

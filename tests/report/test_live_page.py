@@ -9,8 +9,7 @@ from tests.runs import SMALL, cropi_ok
 
 from cropi import pipeline
 from cropi.cli import runs
-from cropi.report.headline import stage_line
-from cropi.report.summary import summarise
+from cropi.report.summary import stage_line, summarise
 from cropi.run_folder import RunFolder
 from cropi.streams import append_jsonl
 

@@ -12,9 +12,9 @@ from cropi.artifacts import PROMPTS, finish, write_table
 from cropi.config.loading import load_config
 from cropi.errors import ArtifactError, printable
 from cropi.report.closeups import before_and_after, closeups, pick, shortened, telling
-from cropi.report.headline import headline
 from cropi.report.rendering import escaped, fenced, prose
 from cropi.report.run_report import make_report
+from cropi.report.summary import headline
 from cropi.run_folder import RunFolder
 from cropi.streams import append_jsonl
 

@@ -2,8 +2,7 @@ import json
 
 import pytest
 
-from cropi.report.headline import headline
-from cropi.report.summary import summarise
+from cropi.report.summary import headline, summarise
 from cropi.streams import append_jsonl
 
 STEADY = {2: ("1000", "00", "10"), 4: ("1100", "00", "10")}

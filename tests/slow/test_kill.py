@@ -31,7 +31,7 @@ CROPI: dict[str, tuple[str, str, str, str]] = {
     "with a batch judged and not trained on": ("after", "cropi.training.reward_log:RecordedReward", "__call__", "4"),
     "in the middle of a generation batch": ("after", "cropi.gradients.training_influence:Reader", "take", "9"),
     "in a checkpoint, after its weights": ("before", "transformers:Trainer", "_save_optimizer_and_scheduler", "2"),
-    "in a checkpoint, with half the state": ("before", "cropi.training.curriculum_state", "write_text", "2"),
+    "in a checkpoint, with half the state": ("before", "cropi.stages.online_loop", "write_sealed", "2"),
     "in a checkpoint, before its manifest": ("before", TRAIN, "finish", "2"),
     "with a checkpoint too many": ("before", "shutil", "rmtree", "1"),
     "between two stages, in the beliefs": ("after", ONLINE, "write_batches", "1"),

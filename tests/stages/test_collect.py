@@ -12,7 +12,6 @@ from cropi.artifacts import TRAJECTORIES, read_table
 from cropi.config import Config, PolicyConfig
 from cropi.config.loading import load_config
 from cropi.errors import ArtifactError, DataError
-from cropi.ledger import Ledger
 from cropi.policy import Policy, completion_logprobs, load_policy
 from cropi.prompts import checked_prompts
 from cropi.rewards.pool import judge_of
@@ -20,6 +19,7 @@ from cropi.rollouts import generation
 from cropi.rollouts.generation import Sampling, TransformersGenerator
 from cropi.rollouts.shards import behaviour_logprobs, plan, read_trajectories
 from cropi.stages.collect import sample_prompts
+from cropi.streams import Ledger
 
 JUDGE = judge_of(load_config("quickstart").verifier, load_config("quickstart").verification)
 

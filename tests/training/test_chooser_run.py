@@ -17,10 +17,10 @@ from cropi.config.loading import load_config
 from cropi.curriculum.strategies.lze import Lze
 from cropi.gradients.training_influence import Reader
 from cropi.report.costs import flops
+from cropi.stages.online_loop import load_state
+from cropi.stages.online_trainer import ReadsInfluence
 from cropi.stages.validation_pass import ValidationPass
-from cropi.training.curriculum_state import load_state
 from cropi.training.group_evidence import LossNormalizer
-from cropi.training.online_trainer import ReadsInfluence
 
 
 def refuse(*_: object, **__: object) -> None:

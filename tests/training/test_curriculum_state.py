@@ -7,24 +7,27 @@ import pytest
 import torch
 
 from cropi.errors import ArtifactError
-from cropi.training.curriculum_state import ARRAYS, VALUES, load_state, save_state
+from cropi.stages.online_loop import ARRAYS, VALUES, load_state, save_state
 
 STATE = {
-    "random": np.random.default_rng(3).bit_generator.state,
-    "numbers": np.arange(6.0).reshape(2, 3),
-    "sketch": {"layer": torch.ones(2, 2), "pairs": [(1, 2.5), ("a", None)]},
-    "by place": {3: [np.float64(0.1)], 1: []},
+    "curriculum": {"numbers": np.arange(6.0).reshape(2, 3), "facts": np.frombuffer(b"{}", dtype=np.uint8)},
+    "sketches": {"one/layer/weight": torch.ones(2, 2)},
+    "choices": [[3, 1], [2]],
+    "share_read": None,
 }
 
 
 def test_a_state_is_read_back_as_it_was(tmp_path: Path) -> None:
     save_state(tmp_path, STATE)
     state = load_state(tmp_path)
-    assert state["random"] == STATE["random"]
-    assert np.array_equal(state["numbers"], STATE["numbers"])
-    assert torch.equal(state["sketch"]["layer"], torch.ones(2, 2))
-    assert state["sketch"]["pairs"] == [(1, 2.5), ("a", None)]
-    assert state["by place"] == {3: [0.1], 1: []}
+    assert {part: [*own] for part, own in state.items() if isinstance(own, dict)} == {
+        "curriculum": ["numbers", "facts"],
+        "sketches": ["one/layer/weight"],
+    }
+    assert np.array_equal(state["curriculum"]["numbers"], np.arange(6.0).reshape(2, 3))
+    assert state["curriculum"]["facts"].tobytes() == b"{}"
+    assert state["sketches"]["one/layer/weight"].tolist() == [[1.0, 1.0], [1.0, 1.0]]
+    assert (state["choices"], state["share_read"]) == ([[3, 1], [2]], None)
 
 
 @pytest.mark.parametrize("name", [ARRAYS, VALUES])

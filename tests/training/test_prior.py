@@ -9,7 +9,7 @@ import pytest
 from tests.runs import SMALL, cropi_error, cropi_ok, json_lines
 
 from cropi.stages.online import carried
-from cropi.training.curriculum_state import load_state
+from cropi.stages.online_loop import load_state
 
 SHORT = [text for text in SMALL if not text.startswith(("select.", "train.", "trainer.per_device", "evaluate."))]
 SHORT += ["trainer.per_device_train_batch_size=16", "trainer.gradient_accumulation_steps=2", "train.stages=1"]

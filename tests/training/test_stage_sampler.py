@@ -1,6 +1,5 @@
 from collections import Counter
 
-import pytest
 from trl.trainer.utils import RepeatSampler
 
 from cropi.training.stage_sampler import BatchShape, StageSampler
@@ -51,11 +50,3 @@ def test_the_full_pool_is_walked_through_before_any_repeat() -> None:
         sampler.start_stage(stage, range(20), 0)
         order += prompts_of(list(sampler))
     assert len(set(order)) == 18
-
-
-def test_an_empty_or_missing_stage_is_refused() -> None:
-    sampler = StageSampler(SHAPE, chunks_per_stage=1, seed=0)
-    with pytest.raises(ValueError, match="no prompts"):
-        sampler.start_stage(0, [], 0)
-    with pytest.raises(RuntimeError, match="first stage"):
-        next(iter(sampler))

@@ -11,7 +11,7 @@ import pytest
 from transformers import Trainer
 from trl import GRPOConfig, GRPOTrainer
 
-from cropi.training.online_trainer import ReadsInfluence
+from cropi.stages.online_trainer import ReadsInfluence
 from cropi.trl import CurriculumTrainer, script_run
 from cropi.trl import trainer as trl_trainer
 

@@ -61,7 +61,7 @@ def run(config: ConfigArgument, overrides: Overrides = None, as_json: AsJson = F
     """Do everything, from the prompts to the report. Run it again to go on."""
     opened = open_run(config, overrides)
     from cropi.pipeline import run_all
-    from cropi.report.headline import headline
+    from cropi.report.summary import headline
 
     summary = run_all(opened)
     if summary is None:
@@ -157,8 +157,8 @@ def evaluate(
 @app.command()
 def report(config: ConfigArgument, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Write the report of what a run's folder holds."""
-    from cropi.report.headline import headline
     from cropi.report.run_report import make_report
+    from cropi.report.summary import headline
     from cropi.run_folder import RunFolder
 
     loaded = begun_config(config, overrides)

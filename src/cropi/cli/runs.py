@@ -110,8 +110,7 @@ def watch(
 def _follow(run: RunFolder) -> None:
     """Return when the run has ended, finished or not."""
     from cropi.console import progress, say
-    from cropi.report.headline import stage_line
-    from cropi.report.summary import summarise
+    from cropi.report.summary import stage_line, summarise
 
     settings, told, alive = run.config.train, 0, True
     total, done = settings.steps, _steps(run)

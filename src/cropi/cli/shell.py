@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import sys
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 import typer.core
 
+from cropi.artifacts import is_full_disk
 from cropi.errors import ArtifactError, ConfigError, UserError, printable
 from cropi.parallel import end_ranks, is_first_rank, is_lost_rank, launched, process_group, start_ranks
 from cropi.ray_workers import use_ray
@@ -158,7 +158,7 @@ def leave(text: str, code: int) -> NoReturn:
 
 def machine_error(error: Exception) -> str:
     """Explain an error that the machine causes, such as a full disk; an empty text for any other."""
-    if _disk_is_full(error):
+    if is_full_disk(error):
         return "no space left on the disk\nFix: free some space and run the same command again."
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}\nFix: check that it is there, and may be read and written."
@@ -166,12 +166,3 @@ def machine_error(error: Exception) -> str:
         smaller = "collect.batch_size, collect.batch_tokens, score.batch_tokens or trainer.per_device_train_batch_size"
         return f"out of memory ({' '.join(str(error).split())[:200]})\nFix: lower {smaller}, or use a smaller policy."
     return ""
-
-
-def _disk_is_full(error: BaseException | None) -> bool:
-    """Whether a full disk caused an error: libraries wrap it in errors of their own."""
-    while error is not None:
-        if getattr(error, "errno", None) in {errno.ENOSPC, errno.EDQUOT} or "No space left" in str(error):
-            return True
-        error = error.__cause__ or error.__context__
-    return False

@@ -28,7 +28,7 @@ class LiveChooser:
         self, prompt_ids: Sequence[str], make: MakeChooser, *, batch: int, generations: int, seed: int
     ) -> None:
         self._chooser = make(Pool(list(prompt_ids), seed, generations=generations, batch=batch))
-        self._ids, self._batch = list(prompt_ids), batch
+        self._batch = batch
         self._told, self._keeps_newest = 0, False
         self._newest = deque[tuple[int, Sequence[float]]](maxlen=batch)  # groups, as places and rewards
         self._waiting = deque[Choice]()  # chosen and not asked for yet
@@ -79,16 +79,18 @@ class LiveChooser:
             "keeps_newest": self._keeps_newest,
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from such a state."""
-        arrays = {name: np.array(a, dtype=kind).reshape(shape) for name, (kind, shape, a) in state["chooser"].items()}
-        self._chooser.load_state_dict(arrays)
-        self._told, self._keeps_newest, self._open = state["told"], state["keeps_newest"], {}
-        self._waiting = deque(Choice(place, source, "") for place, source in state["waiting"])
-        self._newest = deque(((place, rewards) for place, rewards in state["newest"]), self._batch)
+        arrays = state_dict["chooser"].items()
+        self._chooser.load_state_dict(
+            {name: np.array(a, dtype=kind).reshape(shape) for name, (kind, shape, a) in arrays}
+        )
+        self._told, self._keeps_newest, self._open = state_dict["told"], state_dict["keeps_newest"], {}
+        self._waiting = deque(Choice(place, source, "") for place, source in state_dict["waiting"])
+        self._newest = deque(((place, rewards) for place, rewards in state_dict["newest"]), self._batch)
 
 
-class PrimeSampler(Iterator[Any]):
+class PrimeSampler(LiveChooser, Iterator[Any]):
     """A `TaskSampler` of prime-rl's orchestrator. Its config knows its own samplers only: set `curriculum.sampler`."""
 
     def __init__(
@@ -99,26 +101,14 @@ class PrimeSampler(Iterator[Any]):
             raise ConfigError(
                 "several tasks have the same key", where="PrimeSampler", fix="give each a key of its own."
             )
-        self.live = LiveChooser(list(self._places), make, batch=batch, generations=generations, seed=seed)
+        super().__init__(list(self._places), make, batch=batch, generations=generations, seed=seed)
 
     def __next__(self) -> Any:
-        return self._tasks[self.live.next()]
+        return self._tasks[self.next()]
 
     def observe(self, group: Sequence[Any]) -> None:
         """Take a finalised group of episode runs: the rewards of its trainable traces without an error."""
-        self.live.tell(self._places[group[0].context.task.key], _judged(group))
-
-    def state_dict(self) -> dict[str, Any]:
-        """State for prime-rl's checkpoint."""
-        return self.live.state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
-        self.live.load_state_dict(state_dict)
-
-    def metrics(self) -> dict[str, float]:
-        """Numbers for prime-rl's logger."""
-        return self.live.metrics()
+        self.tell(self._places[group[0].context.task.key], _judged(group))
 
 
 class PrimeGate:
@@ -129,13 +119,13 @@ class PrimeGate:
     """
 
     def __init__(self, sampler: PrimeSampler) -> None:
-        if not sampler.live.leaves_out_groups:
+        if not sampler.leaves_out_groups:
             raise ConfigError("this strategy trains on all groups", where="PrimeGate", fix="use lze, or no gate.")
-        self._live = sampler.live
+        self._sampler = sampler
 
     def admit(self, group: Sequence[Any]) -> bool:
         """Whether a group that was just observed enters the training batch."""
-        return len(set(_judged(group))) > 1 and self._live.keeps_newest()
+        return len(set(_judged(group))) > 1 and self._sampler.keeps_newest()
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing of its own."""
@@ -155,7 +145,7 @@ def _judged(group: Sequence[Any]) -> list[float]:
     return [trace.reward for trace in traces if not trace.has_error and trace.agent.trainable]
 
 
-class TrinitySelector:
+class TrinitySelector(LiveChooser):
     """A `BaseSelector` of Trinity-RFT's. It sees pass rates, which stand for as many verdicts as a group has.
 
     A subclass registers it: `SELECTORS.register_module("mopps")(...)`, with `make` as a class attribute.
@@ -168,29 +158,21 @@ class TrinitySelector:
         count = len(data_source.dataset)
         batch, seed = int(getattr(config, "batch_size", 0) or 32), int(getattr(config, "seed", 0) or 0)
         ids = [str(place) for place in range(count)]
-        self._live = LiveChooser(ids, type(self).make, batch=batch, generations=self.generations, seed=seed)
+        super().__init__(ids, type(self).make, batch=batch, generations=self.generations, seed=seed)
 
     def get_indices(self, batch_size: int, return_extra_info: bool = False) -> Any:
         """Places of the next prompts."""
-        places = [self._live.next() for _ in range(batch_size)]
+        places = [self.next() for _ in range(batch_size)]
         return (places, {"indices": places}) if return_extra_info else places
 
     def update(self, indices: Sequence[int], values: Sequence[float]) -> None:
         """Take the pass rates of some prompts."""
         for place, rate in zip(indices, values, strict=True):
             right = round(float(rate) * self.generations)
-            self._live.tell(int(place), [1.0] * right + [0.0] * (self.generations - right))
-
-    def state_dict(self) -> dict[str, Any]:
-        """State for Trinity's checkpoint."""
-        return self._live.state_dict()
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint."""
-        self._live.load_state_dict(state_dict)
+            self.tell(int(place), [1.0] * right + [0.0] * (self.generations - right))
 
 
-class PromptStream:
+class PromptStream(LiveChooser):
     """Prompts for TRL's AsyncGRPO: a `train_dataset` that its rollout worker iterates, and a reward function.
 
         stream = PromptStream(rows, MoppsStrategy(type="mopps").chooser)
@@ -209,14 +191,14 @@ class PromptStream:
         seed: int = 0,
     ) -> None:
         self._rows, ids = rows, [str(place) for place in range(len(rows))]
-        self.live = LiveChooser(ids, make, batch=batch, generations=generations, seed=seed)
+        super().__init__(ids, make, batch=batch, generations=generations, seed=seed)
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         while True:
-            place = self.live.next()
+            place = self.next()
             yield dict(self._rows[place]) | {PLACE: place}
 
 
@@ -231,7 +213,7 @@ class StreamReward:
         """Rewards of a group."""
         found = await asyncio.gather(*(_called(function, columns) for function in self._functions))
         known = [[value for value in own if value is not None] for own in zip(*found, strict=True)]
-        self._stream.live.tell(columns[PLACE][0], [sum(own) for own in known if own])
+        self._stream.tell(columns[PLACE][0], [sum(own) for own in known if own])
         return [sum(own) if own else None for own in known]
 
 

@@ -63,14 +63,11 @@ class Rewards:
             raise DataError(
                 "the rows have no recorded answers", where="train_dataset", fix="add a column `answer` or `solution`."
             )
-        per_row = {name: values for name, values in columns.items() if _is_column(values, golds)}
-        rows = [{name: values[n] for name, values in per_row.items()} for n in range(len(golds))]
-        found: list[float | None] = [None] * len(golds)
+        lists = {k: v for k, v in columns.items() if isinstance(v, list | tuple) and len(v) == len(golds)}
         known = [n for n, gold in enumerate(golds) if gold is not None]
-        judged = self([_row(_text(completions[n]), golds[n], _facts(rows[n])) for n in known])
-        for n, value in zip(known, judged, strict=True):
-            found[n] = value
-        return found
+        facts = (_facts({name: values[n] for name, values in lists.items()}) for n in known)
+        judged = iter(self([_row(_text(completions[n]), golds[n], own) for n, own in zip(known, facts, strict=True)]))
+        return [None if gold is None else next(judged) for gold in golds]
 
     def verl(self, data_source: Any, solution_str: str, ground_truth: Any, extra_info: Any = None, **_: Any) -> float:
         """verl's `compute_score`, for `reward.custom_reward_function`."""
@@ -154,10 +151,6 @@ def _facts(known: Mapping[str, Any]) -> dict[str, str]:
 
 def _row(completion: str, gold: Any, facts: Mapping[str, str]) -> Answered:
     return Answered(completion, str(gold), facts["source"], facts["prompt"], facts["extra"])
-
-
-def _is_column(values: Any, golds: Sequence[Any]) -> bool:
-    return isinstance(values, list | tuple) and len(values) == len(golds)
 
 
 def _text(completion: Any) -> str:

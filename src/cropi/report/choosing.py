@@ -16,7 +16,6 @@ from cropi.config import Config
 from cropi.report import figures
 from cropi.report.blocks import Block, Table, Text
 from cropi.report.costs import Charges, charges
-from cropi.report.drawing import thinned
 from cropi.report.reading import Selection, read_beliefs, way
 from cropi.report.wording import ABSENT, count, decimal, share, significant, tenths, with_error
 from cropi.run_folder import RunFolder
@@ -82,7 +81,7 @@ def _belief(found: Beliefs, kind_of: Mapping[str, str]) -> list[Block]:
     if len(kinds) > KINDS:
         caption += f" Only the {KINDS} kinds with the largest influence are drawn."
     drawn = figures.influence_by_kind(found, kinds[:KINDS], caption)
-    steps = thinned(sorted({step for own in found.values() for by_step in own.values() for step in by_step}))
+    steps = figures.thinned(sorted({step for own in found.values() for by_step in own.values() for step in by_step}))
     rows = [
         [kind, name, *(with_error(*own[kind][step]) if step in own.get(kind, {}) else ABSENT for step in steps)]
         for name, own in found.items()

@@ -31,7 +31,8 @@ def before_and_after(config: Config, run: RunFolder) -> list[Block]:
     files = evaluation_files(run.stages.evaluations, all_there=True)
     if len(files) < 2 or 0 not in files or not is_finished(run.prompts):
         return []
-    first, last = (_by_question(read_table(files[step], EVALUATION).to_pylist()) for step in (0, max(files)))
+    tables = (read_table(files[step], EVALUATION).to_pylist() for step in (0, max(files)))
+    first, last = ({(row["set"], row["prompt_id"]): row for row in rows} for rows in tables)
     by_kind: dict[str, list[tuple[str, str]]] = {kind: [] for kind in KINDS}
     for key in sorted(first.keys() & last.keys()):
         by_kind[_kind(first[key]["greedy"], last[key]["greedy"])].append(key)
@@ -48,10 +49,6 @@ def before_and_after(config: Config, run: RunFolder) -> list[Block]:
         Table(f"Test questions by their greedy answers, before training and at step {max(files)}.", header, rows),
         *cards,
     ]
-
-
-def _by_question(rows: Sequence[Row]) -> dict[tuple[str, str], Row]:
-    return {(row["set"], row["prompt_id"]): row for row in rows}
 
 
 def _kind(before: float, after: float) -> str:

@@ -8,10 +8,8 @@ from functools import partial
 from typing import Any
 
 from cropi.config import Config, ScoreConfig
-from cropi.errors import ArtifactError
-from cropi.ledger import Ledger
 from cropi.run_folder import StagePaths
-from cropi.streams import read_jsonl
+from cropi.streams import Ledger, read_jsonl
 
 Entry = Mapping[str, Any]  # a line of the ledger
 
@@ -183,21 +181,18 @@ def flops(
     batches: Iterable[Mapping[str, Any]],
     steps: Iterable[Mapping[str, Any]] = (),
 ) -> Flops:
-    """Operations of ledger lines of collection and scoring, and of generation batches and steps of training.
-
-    Raises ArtifactError for a line without prompt tokens: it was written before they were recorded.
-    """
+    """Operations of ledger lines of collection and scoring, and of generation batches and steps of training."""
     forward = FORWARD * parameters
     multiple = partial(score_multiple, config.score, len(config.prompts.validation))
     validation = GRADIENT * (2 if config.select.strategy.candidates_aimed_at > 0 else 1)  # scaled to length 1 first
     passes = GRADIENT * int(config.trainer.get("num_iterations", 1)) + bool(float(config.trainer.get("beta", 0.0)))
     batches, scored = list(batches), list(scored)
     return Flops(
-        collect=forward * sum(_of(e, "passes") * _all_tokens(e) for e in collected),
+        collect=forward * sum(e.get("passes", 0) * _all_tokens(e) for e in collected),
         score=forward
         * sum(
-            multiple(e.get("estimator")) * _of(e, "computed_tokens")
-            + validation * _of(e, "validation_tokens")
+            multiple(e.get("estimator")) * e.get("computed_tokens", 0)
+            + validation * e.get("validation_tokens", 0)
             + e.get("forward_tokens", 0)
             for e in scored
         )
@@ -235,10 +230,4 @@ def _trained_share(config: Config, batch: Mapping[str, Any]) -> float:
 
 def _all_tokens(entry: Mapping[str, Any]) -> int:
     """Prompt and completion tokens; none of work that was interrupted before it knew them."""
-    return _of(entry, "prompt_tokens") + int(entry["tokens"]) if "tokens" in entry else 0
-
-
-def _of(entry: Mapping[str, Any], name: str) -> int:
-    if name not in entry and "tokens" in entry:
-        raise ArtifactError(f"a line lacks {name}", where="ledger.jsonl or rewards.jsonl", fix="make the run anew.")
-    return int(entry.get(name, 0))
+    return int(entry.get("prompt_tokens", 0)) + int(entry.get("tokens", 0))

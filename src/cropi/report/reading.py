@@ -14,10 +14,7 @@ import pyarrow.parquet as pq
 
 from cropi.artifacts import (
     EVALUATION,
-    GOLD_UNPARSEABLE,
-    NO_SIGNAL,
     OK,
-    PROMPT_TOO_LONG,
     SELECTION,
     Manifest,
     is_finished,
@@ -31,8 +28,6 @@ from cropi.prompt_text import turn_text
 from cropi.run_folder import RunFolder, StagePaths
 from cropi.run_tables import beliefs_schema, evaluation_files, scores_schema
 from cropi.streams import read_jsonl
-
-MIXED = "mixed"  # a group with better and worse completions: status `ok`, in words
 
 Results = Mapping[str, Mapping[str, float]]  # test set -> prompt id -> 1 right, 0 wrong, or a mean of samples
 
@@ -174,22 +169,14 @@ def read_quality(config: Config, paths: StagePaths) -> tuple[StageQuality, ...]:
     """Quality of the scores by stage, as `score` noted it; nothing for strategies without influence."""
     found = []
     for stage in range(config.train.stages):
-        folder = paths.scores(stage)
-        if is_finished(folder):
-            manifest = open_artifact(folder, "scores", made_by="cropi score")
-            found.append(_quality(config, stage, manifest))
+        if not is_finished(paths.scores(stage)):
+            continue
+        made = open_artifact(paths.scores(stage), "scores", made_by="cropi score")
+        noted, moved = made.details["reliability"], made.details["drift"]
+        best = min(selection_size(config.select.fraction, sum(made.counts.values())), made.counts.get(OK, 0))
+        reliability = noted and Reliability(noted["reliability"], best, noted["expected_overlap"], noted["chance"])
+        found.append(StageQuality(stage, made.details["direction_reliability"], reliability, moved and Drift(**moved)))
     return tuple(found)
-
-
-def _quality(config: Config, stage: int, manifest: Manifest) -> StageQuality:
-    noted, moved = manifest.details["reliability"], manifest.details["drift"]
-    best = min(selection_size(config.select.fraction, sum(manifest.counts.values())), manifest.counts.get(OK, 0))
-    return StageQuality(
-        stage,
-        manifest.details["direction_reliability"],
-        noted and Reliability(noted["reliability"], best, noted["expected_overlap"], noted["chance"]),
-        moved and Drift(**moved),
-    )
 
 
 def rows_of(table: pa.Table, prompt_ids: Iterable[str]) -> dict[str, dict[str, Any]]:
@@ -204,57 +191,20 @@ def prompt_text(messages: str) -> str:
     return turns if isinstance(turns, str) else "\n".join(f"[{turn['role']}] {turn_text(turn)}" for turn in turns)
 
 
-def prompts_left_out(run: RunFolder) -> int:
-    """Count the prompts that were too long to be collected."""
-    if not is_finished(run.trajectories):
-        return 0
-    manifest = read_manifest(run.trajectories, "trajectories", made_by="cropi collect")
-    return manifest.counts.get(PROMPT_TOO_LONG, 0)
-
-
-def read_verdicts(run: RunFolder) -> pa.Table | None:
-    """set, prompt_id, reward, verdict, status and `tokens` (how many) of every stored trajectory.
-
-    Verifies the checksums of all trajectories. None where collection has not finished or sampled nothing.
-    """
-    if not is_finished(run.trajectories) or not _parts(run):
-        return None
-    open_artifact(run.trajectories, "trajectories", made_by="cropi collect")
-    columns = ["set", "prompt_id", "reward", "verdict", "status", "completion_ids"]
-    table = pa.concat_tables([pq.read_table(path, columns=columns) for path in _parts(run)])
-    tokens = pc.list_value_length(table.column("completion_ids"))
-    return table.drop_columns(["completion_ids"]).append_column("tokens", tokens)
+def read_collected(run: RunFolder) -> Manifest | None:
+    """The manifest of the stored trajectories, with `collect`'s counts; None where collection has not finished."""
+    done = is_finished(run.trajectories)
+    return read_manifest(run.trajectories, "trajectories", made_by="cropi collect") if done else None
 
 
 def read_completions(run: RunFolder, prompt_ids: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
     """Stored completions of a few training prompts, by prompt id and in the order they were sampled."""
     if not is_finished(run.trajectories):
         return {}
+    open_artifact(run.trajectories, "trajectories", made_by="cropi collect")
     columns = ["set", "prompt_id", "sample", "completion", "verdict", "status"]
     wanted = [("prompt_id", "in", list(prompt_ids)), ("set", "=", "train")]
-    rows = [row for path in _parts(run) for row in pq.read_table(path, columns=columns, filters=wanted).to_pylist()]
+    parts = sorted(run.trajectories.glob("part-*.parquet"))
+    rows = [row for path in parts for row in pq.read_table(path, columns=columns, filters=wanted).to_pylist()]
     rows.sort(key=lambda row: row["sample"])
     return {prompt_id: [row for row in rows if row["prompt_id"] == prompt_id] for prompt_id in prompt_ids}
-
-
-def group_statuses(verdicts: pa.Table) -> dict[str, str]:
-    """`mixed`, `no_signal` or `gold_unparseable` for every training prompt."""
-    table = verdicts.filter(pc.equal(verdicts.column("set"), "train"))
-    rewards: dict[str, set[float]] = {}
-    tokens: dict[str, int] = {}
-    unreadable: set[str] = set()
-    columns = (table.column(name).to_pylist() for name in ("prompt_id", "reward", "status", "tokens"))
-    for prompt_id, reward, status, length in zip(*columns, strict=True):
-        rewards.setdefault(prompt_id, set()).add(reward)
-        tokens[prompt_id] = tokens.get(prompt_id, 0) + length
-        if status == GOLD_UNPARSEABLE:
-            unreadable.add(prompt_id)
-    return {i: GOLD_UNPARSEABLE if i in unreadable else _signal(rewards[i], tokens[i]) for i in rewards}
-
-
-def _signal(rewards: set[float], tokens: int) -> str:
-    return MIXED if len(rewards) > 1 and tokens else NO_SIGNAL
-
-
-def _parts(run: RunFolder) -> list[Path]:
-    return sorted(run.trajectories.glob("part-*.parquet"))

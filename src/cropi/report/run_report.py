@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import shlex
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from cropi.artifacts import CLIP_RANGE, PROMPT_TOO_LONG, count_status, is_finished, read_sealed, write_json
 from cropi.config import Config
@@ -17,21 +17,18 @@ from cropi.report import figures
 from cropi.report.blocks import Block, Code, Numbers, Picture, Section, Table, Text
 from cropi.report.choosing import choosing, jaccard, random_jaccard, selected_sources, share_table
 from cropi.report.closeups import before_and_after, closeups
-from cropi.report.headline import headline, large_numbers
 from cropi.report.reading import (
     Drift,
     Reliability,
     Selection,
     StageQuality,
     directions,
-    group_statuses,
-    prompts_left_out,
+    read_collected,
     read_scores,
     read_selections,
-    read_verdicts,
 )
 from cropi.report.rendering import write_report
-from cropi.report.summary import Summary, summarise
+from cropi.report.summary import Summary, headline, large_numbers, summarise
 from cropi.report.wording import (
     ABSENT,
     NOT_MEASURED,
@@ -156,13 +153,16 @@ Rows = list[list[str]]
 
 def funnel(run: RunFolder, selections: Mapping[int, Selection], scores: Mapping[int, pa.Table]) -> list[Block]:
     """Tables of statuses and verdicts, as far as the run has come."""
-    verdicts = read_verdicts(run)
-    rows = _prompt_rows(run)
-    if verdicts is not None:
-        rows += _trajectory_rows(run, verdicts)
-        rows += _status_rows("training groups", "", group_statuses(verdicts).values())
+    rows, collected = _prompt_rows(run), read_collected(run)
+    sets: Mapping[str, Any] = {} if collected is None else collected.details.get("sets", {})
+    if collected is not None and sets and (skipped := collected.counts.get(PROMPT_TOO_LONG, 0)):
+        rows.append(["prompts", "all sets but test", PROMPT_TOO_LONG, count(skipped), ""])
+    for name, own in sets.items():
+        rows += _count_rows("trajectories", name, own["status"])
+    if "train" in sets:
+        rows += _count_rows("training groups", "", sets["train"]["signal"])
     for stage, table in scores.items():
-        rows += _status_rows("scores", f"influence, stage {stage}", table.column("status").to_pylist())
+        rows += _count_rows("scores", f"influence, stage {stage}", count_status(table.column("status").to_pylist()))
     for stage, selection in selections.items():
         taken, pool = sum(selection.selected), len(selection.selected)
         rows.append(["selection", f"stage {stage}", "selected", count(taken), share(taken / max(pool, 1))])
@@ -173,7 +173,9 @@ def funnel(run: RunFolder, selections: Mapping[int, Selection], scores: Mapping[
         "gradient of zero."
     )
     table = Table(caption, ["step", "of", "status", "rows", "share"], rows, left=3)
-    return [table, *([_verdicts(verdicts)] if verdicts is not None else [])]
+    rows = [row[1:] for name, own in sets.items() for row in _count_rows("", name, own["verdict"])]
+    header = ["of", "verdict", "completions", "share"]
+    return [table, *([Table("Verdicts on the stored trajectories.", header, rows, left=2)] if rows else [])]
 
 
 def _prompt_rows(run: RunFolder) -> Rows:
@@ -183,30 +185,7 @@ def _prompt_rows(run: RunFolder) -> Rows:
     return [["prompts", name, "", count(number), ""] for name, number in by_set.items()]
 
 
-def _trajectory_rows(run: RunFolder, verdicts: pa.Table) -> Rows:
-    rows: Rows = []
-    if skipped := prompts_left_out(run):
-        rows.append(["prompts", "all sets but test", PROMPT_TOO_LONG, count(skipped), ""])
-    for name, table in _verdicts_by_set(verdicts).items():
-        rows += _status_rows("trajectories", name, table.column("status").to_pylist())
-    return rows
-
-
-def _verdicts(verdicts: pa.Table) -> Table:
-    rows: Rows = []
-    for name, table in _verdicts_by_set(verdicts).items():
-        rows += [row[1:] for row in _status_rows("", name, table.column("verdict").to_pylist())]
-    return Table("Verdicts on the stored trajectories.", ["of", "verdict", "completions", "share"], rows, left=2)
-
-
-def _verdicts_by_set(verdicts: pa.Table) -> dict[str, pa.Table]:
-    """Rows by set, the training set first."""
-    names = sorted(pc.unique(verdicts.column("set")).to_pylist(), key=lambda name: (name != "train", name))
-    return {name: verdicts.filter(pc.equal(verdicts.column("set"), name)) for name in names}
-
-
-def _status_rows(step: str, of: str, statuses: Iterable[str]) -> Rows:
-    counts = count_status(statuses)
+def _count_rows(step: str, of: str, counts: Mapping[str, int]) -> Rows:
     total = sum(counts.values())
     return [[step, of, status, count(number), share(number / total)] for status, number in counts.items()]
 
@@ -239,7 +218,8 @@ def _cost(summary: Summary) -> list[Block]:
 
 def settings(config: Config, run: RunFolder) -> list[Block]:
     """The resolved config, and the versions of the packages that decide the numbers."""
-    rows = [[name, value] for name, value in _environment(run).items()]
+    path = run.folder / ENVIRONMENT
+    rows = [[name, value] for name, value in read_sealed(path).items()] if path.is_file() else []
     resolved = json.dumps(config.resolved(), indent=2, ensure_ascii=False)
     return [
         Code("Every setting, defaults included (config.json)", resolved, collapsed=True),
@@ -264,12 +244,6 @@ def reproduction(config: Config) -> list[Block]:
     ]
 
 
-def _environment(run: RunFolder) -> dict[str, str]:
-    """The machine and package versions that the run recorded at its start."""
-    path = run.folder / ENVIRONMENT
-    return read_sealed(path) if path.is_file() else {}
-
-
 RELIABILITY_CAPTION = (
     "Reliability: the share of the differences in influence that is not noise. Two scorings from other trajectories of "
     "the same prompts would correlate as much. Direction: how the validation set's own direction would correlate with "
@@ -292,17 +266,13 @@ def _reliability_table(stages: Sequence[StageQuality], names: Sequence[str]) -> 
     rows = [
         [
             str(quality.stage),
-            *_reliabilities(quality.reliability, names),
+            *(_measured(found.by_set[name] if (found := quality.reliability) else None) for name in names),
             *(_measured(quality.direction_reliability[name]) for name in names),
             *_overlap(quality.reliability),
         ]
         for quality in stages
     ]
     return Table(RELIABILITY_CAPTION, [*header, "best ranked", "expected", "by chance"], rows, left=0)
-
-
-def _reliabilities(found: Reliability | None, names: Sequence[str]) -> list[str]:
-    return [_measured(None if found is None else found.by_set[name]) for name in names]
 
 
 def _measured(value: float | None) -> str:

@@ -18,7 +18,6 @@ from cropi.config import Config
 from cropi.console import warn
 from cropi.errors import ConfigError, DataError
 from cropi.fsdp import in_lockstep
-from cropi.ledger import Ledger
 from cropi.parallel import process_group
 from cropi.policy import Policy, PolicyCopy, completion_logprobs, evaluating, longest_alike
 from cropi.prompts.encoding import encode_rows
@@ -28,6 +27,7 @@ from cropi.rewards.verifier import Judge, answered
 from cropi.rollouts.generation import Generator, Sampling, TransformersGenerator, VllmGenerator, longest_first
 from cropi.rollouts.server import ServerGenerator
 from cropi.seeds import derived_seed
+from cropi.streams import Ledger
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,13 @@ import pyarrow.compute as pc
 from jaxtyping import Float
 
 from cropi.artifacts import (
+    GOLD_UNPARSEABLE,
+    NO_SIGNAL,
     PROMPT_TOO_LONG,
     REPRESENTATIONS,
     TRAJECTORIES,
     Manifest,
     build,
-    count_status,
     read_table,
     wait_for_files,
     write_batches,
@@ -33,7 +35,6 @@ from cropi.console import counts_text, progress, say, warn
 from cropi.errors import ArtifactError
 from cropi.gradients.score_shards import make_scorer
 from cropi.gradients.validation_directions import validation_groups
-from cropi.ledger import Ledger
 from cropi.parallel import process_group
 from cropi.policy import Policy, evaluating, mean_hidden_states
 from cropi.prompts import data_identity, make_prompts
@@ -43,6 +44,7 @@ from cropi.rewards.verifier import ERROR, TIMEOUT, Judge
 from cropi.rollouts.generation import longest_first
 from cropi.rollouts.shards import MakeShards, Sampler, Shard, holds, make_shards_by_ray, plan, pool_generator
 from cropi.stages.run import Run, require_signal
+from cropi.streams import Ledger
 
 MANY_FAILURES = 0.02  # share of the completions on which a verifier may fail without a warning
 
@@ -120,20 +122,21 @@ def sample_prompts(
     shards, too_long = plan(config, policy, prompts)
     workers = ray_pool()
     if not config.select.strategy.collects:
-        statuses, details = _summed([])
+        counts, details = _summed([])
     elif workers is not None:
         make = partial(make_shards_by_ray, workers, config, policy, folder, ledger)
-        statuses, details = _sample_all(folder, shards, make)
+        counts, details = _sample_all(folder, shards, make)
     else:
         with pool_generator(config, policy) as generate:
             sampler = Sampler(config, policy, generate, judge)
             make = partial(sampler.make, folder=folder, ledger=ledger)
-            statuses, details = _sample_all(folder, shards, make)
-    return count_status([PROMPT_TOO_LONG] * len(too_long) + statuses), details | {"too_long": too_long}
+            counts, details = _sample_all(folder, shards, make)
+    counts[PROMPT_TOO_LONG] += len(too_long)
+    return _by_name(+counts), details | {"too_long": too_long}
 
 
-def _sample_all(folder: Path, shards: Sequence[Shard], make: MakeShards) -> tuple[list[str], dict[str, Any]]:
-    """Make the missing shards; returns (status of every trajectory, details) on rank 0."""
+def _sample_all(folder: Path, shards: Sequence[Shard], make: MakeShards) -> tuple[Counter[str], dict[str, Any]]:
+    """Make the missing shards; returns (trajectories by status, details) on rank 0."""
     ranks = process_group()
     missing = ranks.from_main(lambda: [n for n, shard in enumerate(shards) if not (folder / shard.file).is_file()])
     still = set(missing)
@@ -149,7 +152,7 @@ def _sample_all(folder: Path, shards: Sequence[Shard], make: MakeShards) -> tupl
             bar.advance(len(shard))
     ranks.barrier()
     if not ranks.is_main:
-        return [], {}
+        return Counter(), {}
     wait_for_files(folder / shard.file for shard in shards)
     return _summed([found.get(shard.name) or _found(_stored(folder, shard)) for shard in shards])
 
@@ -158,25 +161,45 @@ def _sample_all(folder: Path, shards: Sequence[Shard], make: MakeShards) -> tupl
 class _Found:
     """Facts of one shard, to be summed over a collection."""
 
-    statuses: Sequence[str]
-    verdicts: Counter[str]
+    set: str
+    counts: Mapping[str, Counter[str]]  # trajectories by `status` and `verdict`, groups by `signal`
     tokens: int
 
 
 def _found(rows: Sequence[Mapping[str, Any]]) -> _Found:
+    groups = [list(own) for _, own in groupby(rows, key=lambda row: row["prompt_id"])]
+    counts = {name: Counter(row[name] for row in rows) for name in ("status", "verdict")}
     tokens = sum(len(row["completion_ids"]) for row in rows)
-    return _Found([row["status"] for row in rows], Counter(row["verdict"] for row in rows), tokens)
+    return _Found(rows[0]["set"], counts | {"signal": Counter(map(_signal, groups))}, tokens)
 
 
-def _summed(shards: Sequence[_Found]) -> tuple[list[str], dict[str, Any]]:
-    """Status of every trajectory, and details."""
-    verdicts = sum((shard.verdicts for shard in shards), Counter[str]())
+def _signal(group: Sequence[Mapping[str, Any]]) -> str:
+    """`mixed` for a group with better and worse completions, else why it has no gradient."""
+    if any(row["status"] == GOLD_UNPARSEABLE for row in group):
+        return GOLD_UNPARSEABLE
+    differ = len({row["reward"] for row in group}) > 1
+    return "mixed" if differ and any(row["completion_ids"] for row in group) else NO_SIGNAL
+
+
+def _summed(shards: Sequence[_Found]) -> tuple[Counter[str], dict[str, Any]]:
+    """Trajectories by status, and details, from which reports take the counts of every set."""
+    sets: dict[str, dict[str, Counter[str]]] = {}
+    for shard in shards:
+        own = sets.setdefault(shard.set, {name: Counter() for name in shard.counts})
+        for name, counts in shard.counts.items():
+            own[name] += counts
+    statuses, verdicts = (sum((own[name] for own in sets.values()), Counter[str]()) for name in ("status", "verdict"))
     details = {
         "generated_tokens": sum(shard.tokens for shard in shards),
         "shards": len(shards),
-        "verdicts": dict(sorted(verdicts.items())),
+        "verdicts": _by_name(verdicts),
+        "sets": {name: {kind: _by_name(counts) for kind, counts in own.items()} for name, own in sorted(sets.items())},
     }
-    return [status for shard in shards for status in shard.statuses], details
+    return statuses, details
+
+
+def _by_name(counts: Counter[str]) -> dict[str, int]:
+    return dict(sorted(counts.items()))
 
 
 def _stored(folder: Path, shard: Shard) -> list[dict[str, Any]]:

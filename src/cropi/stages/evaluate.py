@@ -20,7 +20,7 @@ from cropi.fsdp import in_lockstep
 from cropi.parallel import process_group
 from cropi.policy import Policy, load_policy
 from cropi.prompts.encoding import encode_rows
-from cropi.rewards.verifier import Answered, Judge, answered, reward
+from cropi.rewards.verifier import Judge, answered, reward
 from cropi.rollouts.generation import Sampling, TransformersGenerator
 from cropi.run_tables import evaluation_files, keep_evaluation
 from cropi.seeds import derived_seed
@@ -142,17 +142,14 @@ class Exam:
         """A row for every question; None where the gold answer cannot be read."""
         samples = self.config.samples
         texts = self.generate([prompt.prompt_ids for prompt in prompts], None, seed)
-        sampled: list[list[float]] = [[] for _ in prompts]
-        drawn: list[Answered] = []
+        asked = [*prompts, *(prompt for prompt in prompts for _ in range(samples))]
         if samples:
-            repeated = [prompt.prompt_ids for prompt in prompts for _ in range(samples)]
-            texts_sampled = self.generate(repeated, SAMPLING_TEMPERATURE, seed)
-            drawn = [answered(text, prompts[index // samples].row) for index, text in enumerate(texts_sampled)]
-        judged = self.judge([*(answered(t, prompt.row) for t, prompt in zip(texts, prompts, strict=True)), *drawn])
-        for index, judgement in enumerate(judged[len(prompts) :]):
-            sampled[index // samples].append(reward(judgement.verdict) or 0.0)
+            texts += self.generate([prompt.prompt_ids for prompt in asked[len(prompts) :]], SAMPLING_TEMPERATURE, seed)
+        judged = self.judge([answered(text, prompt.row) for text, prompt in zip(texts, asked, strict=True)])
+        sampled = [reward(judgement.verdict) or 0.0 for judgement in judged[len(prompts) :]]
         rows: list[dict[str, Any] | None] = []
-        for prompt, text, values, judgement in zip(prompts, texts, sampled, judged, strict=False):
+        for place, (prompt, text, judgement) in enumerate(zip(prompts, texts, judged, strict=False)):
+            values = sampled[place * samples : (place + 1) * samples]
             row = {
                 "set": prompt.set,
                 "prompt_id": prompt.row["prompt_id"],

@@ -27,16 +27,14 @@ from cropi.run_folder import RunFolder
 from cropi.run_tables import beliefs_schema
 from cropi.seeds import derived_seed
 from cropi.stages.collect import REPRESENTED, make_representations, read_representations
-from cropi.stages.online_loop import ChooserLoop, OnlineLoop
+from cropi.stages.online_loop import ChooserLoop, OnlineLoop, load_state
+from cropi.stages.online_trainer import ReadsInfluence
 from cropi.stages.run import Run
 from cropi.stages.validation_pass import Answer, Due, Member, SampledGroup, ValidationPass, ValidationPrompt
 from cropi.streams import append_jsonl, cut_jsonl
-from cropi.training.curriculum_state import load_state
 from cropi.training.group_evidence import GroupEvidence, LossNormalizer
-from cropi.training.online_sampler import OnlineSampler
-from cropi.training.online_trainer import ReadsInfluence
 from cropi.training.reward_log import RewardLog
-from cropi.training.stage_sampler import BatchShape
+from cropi.training.stage_sampler import BatchShape, OnlineSampler
 
 
 class OnlineRun:
@@ -86,13 +84,15 @@ class OnlineRun:
         return OnlineSampler(shape, micro_steps // shape.repeats, settings.seed, choose, draws=draws)
 
     def _made_loop(self, sampler: OnlineSampler) -> ChooserLoop:
-        settings, chooser, reads = self._trainer.args, self._chooser, isinstance(self._chooser, Curriculum)
+        settings, chooser, pad_id = self._trainer.args, self._chooser, self._run.setup.policy.tokenizer.pad_token_id
+        prompt_tokens = self.prompt_tokens if isinstance(chooser, Curriculum) else {}
+        batch_scaled = settings.scale_rewards == "batch"
         if isinstance(chooser, GroupGate):
             _check_gate(settings)
         parts: dict[str, Any] = {
             "sampler": sampler,
             "reward": self._reward,
-            "evidence": self._evidence(self.prompt_tokens if reads else {}),
+            "evidence": GroupEvidence(prompt_tokens, settings.num_generations, pad_id, batch_scaled=batch_scaled),
             "place_of": {row["prompt_id"]: place for place, row in enumerate(self._rows)},
             "draws": self._run.config.train.dynamic_sampling > 0,
         }
@@ -115,11 +115,6 @@ class OnlineRun:
         """Tokens of the training prompts by id."""
         prompts = self._run.folder.train_prompts
         return dict(zip(prompts, map(tuple, self._run.encode(list(prompts.rows()))), strict=True))
-
-    def _evidence(self, prompt_tokens: Mapping[str, tuple[int, ...]]) -> GroupEvidence:
-        settings, pad_id = self._trainer.args, self._run.setup.policy.tokenizer.pad_token_id
-        batch_scaled = settings.scale_rewards == "batch"
-        return GroupEvidence(prompt_tokens, settings.num_generations, pad_id, batch_scaled=batch_scaled)
 
     def _pool(self) -> Pool:
         run, settings, strategy = self._run, self._trainer.args, self._run.config.select.strategy

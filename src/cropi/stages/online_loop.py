@@ -9,21 +9,23 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from cropi.artifacts import atomic_file, check_file, file_sha256, read_sealed, write_sealed
 from cropi.console import warn, warn_once
 from cropi.curriculum.chooser import Choice, GroupGate, Halves, PromptChooser
 from cropi.curriculum.curriculum import Curriculum
+from cropi.errors import ArtifactError
 from cropi.gradients.layer_taps import matrix_parameters
 from cropi.gradients.training_influence import Reader
 from cropi.parallel import process_group
 from cropi.stages.validation_pass import Due, SampledGroup, ValidationPass
-from cropi.training.curriculum_state import load_state, save_state
 from cropi.training.group_evidence import GroupEvidence, GroupOutcome, LossNormalizer, LossRow, loss_rows
-from cropi.training.online_sampler import OnlineSampler
 from cropi.training.reward_log import Judged, RewardLog
+from cropi.training.stage_sampler import OnlineSampler
 
 # Samples the validation prompts that are due at a step, with the policy in training.
 SampleDue = Callable[[Due, int], dict[str, list[SampledGroup]]]
@@ -46,14 +48,10 @@ class ChooserLoop:
     place_of: Mapping[str, int]  # of a prompt id in the pool
     draws: bool = False  # whether the trainer draws, as often as it has to for a generation batch
     batches: int = 0  # generation batches that were observed
+    reader: Reader | None = None  # of the first pass over a generation batch, once there are directions
     explained: list[list[Choice]] = field(default_factory=list)  # by choice; empty while only observing
     _observed: int = 0  # choices whose groups were observed
     _dropped: list[tuple[str, list[float]]] = field(default_factory=list)  # groups that are not trained on
-
-    @property
-    def reads(self) -> bool:
-        """Whether the first pass over a generation batch has to be read."""
-        return False
 
     def micro_batch(self, inputs: Mapping[str, Tensor], accumulated: int, scale: float) -> AbstractContextManager[Any]:
         """Nothing: no pass is read."""
@@ -160,7 +158,6 @@ class OnlineLoop(ChooserLoop):
     sample: SampleDue
     differentiate: Differentiate
     keep_beliefs: Callable[[int], None]  # of the stage that ends
-    reader: Reader | None = None  # once there are directions
     checked: bool = False  # what is read against a whole gradient
     share_read: float = float("nan")  # of the squared gradient
     _rows: list[LossRow] = field(default_factory=list)
@@ -168,10 +165,6 @@ class OnlineLoop(ChooserLoop):
     _products: int = 0  # multiply-adds of this process that have not been charged
 
     # -- reading -------------------------------------------------------------------------------------------------------
-
-    @property
-    def reads(self) -> bool:
-        return self.reader is not None
 
     def micro_batch(self, inputs: Mapping[str, Tensor], accumulated: int, scale: float) -> AbstractContextManager[Any]:
         """The reader's context for forward and backward of a micro-batch; `scale` is that of mixed precision."""
@@ -268,8 +261,7 @@ class OnlineLoop(ChooserLoop):
         own = {
             "sketches": self.validation.state_dict(),
             "readable": None if self.validation.readable is None else sorted(self.validation.readable),
-            "checked": self.checked,
-            "share_read": self.share_read,
+            "share_read": self.share_read if self.checked else None,
             "rewards_only": self.chooser.rewards_only,
             "dropped": self.evidence.dropped,
         }
@@ -278,9 +270,47 @@ class OnlineLoop(ChooserLoop):
     def _restore(self, state: Mapping[str, Any]) -> None:
         super()._restore(state)
         self.validation.readable = None if state["readable"] is None else set(state["readable"])
-        self.validation.load_state_dict(self.model, state["sketches"])
-        self.checked, self.share_read = state["checked"], state["share_read"]
+        self.validation.load_state_dict(self.model, state.get("sketches", {}))
+        if state["share_read"] is not None:
+            self.checked, self.share_read = True, state["share_read"]
         self.evidence.dropped = state["dropped"]
         self._turn()
         if state["rewards_only"]:
             self.choose_by_rewards()
+
+
+# -- the state in a checkpoint -------------------------------------------------------------------------------------
+
+ARRAYS, VALUES = "curriculum.npz", "curriculum.json"
+
+
+def save_state(folder: Path, state: Mapping[str, Any]) -> None:
+    """Write the arrays of the state's tables and then, with their checksum, all other parts, which are JSON values."""
+    arrays, values = dict[str, np.ndarray](), dict[str, Any]()
+    for part, own in state.items():
+        if isinstance(own, Mapping):
+            arrays |= {f"{part}/{k}": v.cpu().numpy() if isinstance(v, Tensor) else v for k, v in own.items()}
+        else:
+            values[part] = own
+    with atomic_file(folder / ARRAYS) as path, path.open("wb") as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]
+    write_sealed(folder / VALUES, values | {ARRAYS: file_sha256(folder / ARRAYS)})
+
+
+def load_state(folder: Path) -> dict[str, Any]:
+    """Read a state back. ArtifactError where it is missing or was changed: training cannot go on without it."""
+    try:
+        state = read_sealed(folder / VALUES)
+        check_file(folder / ARRAYS, state.pop(ARRAYS))
+    except ArtifactError as error:
+        problem = error.what if Path(error.where).exists() else "is missing"
+        raise ArtifactError(
+            f"the curriculum's state {problem}, and without it training cannot go on",
+            where=error.where,
+            fix="put back a copy, or delete the checkpoint to go on from the one before it.",
+        ) from None
+    with np.load(folder / ARRAYS, allow_pickle=False) as arrays:
+        for name, array in arrays.items():
+            part, _, own = name.partition("/")
+            state.setdefault(part, {})[own] = array
+    return state

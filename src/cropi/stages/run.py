@@ -28,7 +28,6 @@ from cropi.config import Config
 from cropi.console import counts_text
 from cropi.errors import ArtifactError, ConfigError, PolicyError, SignalError
 from cropi.gradients.groups import GroupFacts, group_facts, surrogate_settings
-from cropi.ledger import Ledger
 from cropi.parallel import process_group
 from cropi.policy import Policy, Replica, fingerprint, load_policy
 from cropi.prompts.encoding import Encode, encode_rows
@@ -36,6 +35,7 @@ from cropi.rewards.pool import strict_judge
 from cropi.rewards.verifier import Judge
 from cropi.rollouts.shards import read_trajectories
 from cropi.run_folder import RunFolder, StagePaths, require_writable
+from cropi.streams import Ledger
 from cropi.training.grpo_settings import grpo_config
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,8 +23,8 @@ from cropi.artifacts import (
     read_table,
     write_table,
 )
-from cropi.config import Config, StrategyTable
-from cropi.console import Progress, counts_text, progress, say, warn
+from cropi.config import Config
+from cropi.console import counts_text, progress, say, warn
 from cropi.errors import ArtifactError, SignalError
 from cropi.functional.ranking import (
     ranks,
@@ -124,10 +123,8 @@ def score_pool(
     rows = _blank_rows(pool.sources, names)
     mixed = sorted(_note_facts(pool.tables["train"], rows))
     scorer = make_scorer(config, model, settings, strategy)
-    work = _Work(scorer, pool.tables["train"], validation)
-    block_scorer = BlockScorer(scorer, names, standard_errors)
-    shards = ScoreShards(folder, names, mixed)
-    found = work.in_shards(shards, block_scorer, config, strategy)
+    shards, score_block = ScoreShards(folder, names, mixed), BlockScorer(scorer, names, standard_errors)
+    found = _scored(scorer, score_block, shards, config, pool.tables["train"], validation)
     if not strategy.candidates_aimed_at:
         warn_of_noise(scorer.direction_reliability)
     if not process_group().is_main:
@@ -151,7 +148,13 @@ def _note_all(
     validated = sum(group.completion_tokens for groups in validation.values() for group in groups)
     tokens = {"tokens": validated, "tokens_computed": 0}
     for shard in shards:
-        _note_scores(rows, shard, tokens)
+        tokens["tokens_computed"] += shard[0]["shard_tokens"] if shard else 0
+        for row in shard:
+            tokens["tokens"] += row["tokens"]
+            entered = rows[row["prompt_id"]]
+            entered["status"] = row["status"]
+            if row["status"] == OK:
+                entered |= {name: value for name, value in row.items() if name not in {"tokens", "shard_tokens"}}
     return tokens
 
 
@@ -189,35 +192,28 @@ def _blank_rows(sources: Mapping[str, str], names: list[str]) -> dict[str, dict[
     return {i: {**none, "prompt_id": i, "source": source} for i, source in sources.items()}
 
 
-class _Work:
-    """Scoring of the groups with signal, shard by shard."""
-
-    def __init__(self, scorer: Scorer, table: pa.Table, validation: Mapping[str, Sequence[Group]]) -> None:
-        self._scorer, self._table, self._ranks = scorer, table, process_group()
-        self._validation = validation
-        own = [piece for groups in validation.values() for _, piece in self._ranks.share(pieces(groups))]
-        self._aimed_at = sum(map(len, own))
-
-    def in_shards(
-        self, shards: ScoreShards, score: BlockScorer, config: Config, strategy: StrategyTable | None
-    ) -> Iterable[list[Row]]:
-        """Score the missing shards, each by one rank or Ray worker; return the rows of all."""
-        policy = weights_identity(self._scorer.model)
-        self._ranks.from_main(lambda: shards.begin(policy))
-        missing = self._ranks.from_main(shards.missing)
-        own = sum(len(shards.ids(index)) for index in self._ranks.share(missing))
-        with self._progress(own) as bar:
-            self._scorer.aim(self._validation, bar.advance)
-            pool = ray_pool()
-            if pool is not None:
-                score_shards_by_ray(pool, config, strategy, score, shards, self._table, missing, bar.advance)
-            else:
-                advancing = partial(score, advance=bar.advance)
-                score_missing_shards(shards, self._table, advancing, missing, self._scorer.lockstep())
-        return shards.rows()
-
-    def _progress(self, groups: int) -> AbstractContextManager[Progress]:
-        return progress(self._ranks.titled("score"), groups + self._aimed_at, "prompts")
+def _scored(
+    scorer: Scorer,
+    score: BlockScorer,
+    shards: ScoreShards,
+    config: Config,
+    table: pa.Table,
+    validation: Mapping[str, Sequence[Group]],
+) -> Iterable[list[Row]]:
+    """Score the missing shards, each by one rank or Ray worker; return the rows of all."""
+    ranks, policy = process_group(), weights_identity(scorer.model)
+    ranks.from_main(lambda: shards.begin(policy))
+    missing = ranks.from_main(shards.missing)
+    aimed_at = sum(len(piece) for groups in validation.values() for _, piece in ranks.share(pieces(groups)))
+    own = sum(len(shards.ids(index)) for index in ranks.share(missing))
+    with progress(ranks.titled("score"), aimed_at + own, "prompts") as bar:
+        scorer.aim(validation, bar.advance)
+        pool = ray_pool()
+        if pool is not None:
+            score_shards_by_ray(pool, config, config.select.strategy, score, shards, table, missing, bar.advance)
+        else:
+            score_missing_shards(shards, table, partial(score, advance=bar.advance), missing, scorer.lockstep())
+    return shards.rows()
 
 
 def _note_facts(table: pa.Table, rows: Mapping[str, dict[str, Any]]) -> list[str]:
@@ -232,18 +228,6 @@ def _note_facts(table: pa.Table, rows: Mapping[str, dict[str, Any]]) -> list[str
             if group.status == OK:
                 mixed.append(prompt_id)
     return mixed
-
-
-def _note_scores(rows: Mapping[str, Row], shard: Sequence[Row], tokens: dict[str, int]) -> None:
-    """Enter the scores of a shard, and count its tokens."""
-    for row in shard:
-        entered = rows[row["prompt_id"]]
-        entered["status"] = row["status"]
-        if row["status"] == OK:
-            names = (name for name in row if name not in {"tokens", "shard_tokens"})
-            entered |= {name: row[name] for name in names}
-        tokens["tokens"] += row["tokens"]
-    tokens["tokens_computed"] += shard[0]["shard_tokens"] if shard else 0
 
 
 def _check_finite(counts: Mapping[str, int]) -> None:

@@ -26,10 +26,10 @@ from cropi.run_tables import evaluation_files, forget_evaluations
 from cropi.stages.evaluate import evaluate, evaluate_base, is_evaluated
 from cropi.stages.online import OnlineRun
 from cropi.stages.online_loop import ChooserLoop
+from cropi.stages.online_trainer import OnlineTrainer, StepRecord
 from cropi.stages.run import Run
 from cropi.training.dynamic_sampling import DynamicSampling
 from cropi.training.grpo_settings import grpo_config
-from cropi.training.online_trainer import OnlineTrainer, StepRecord
 from cropi.training.reward_log import RecordedReward
 from cropi.training.sharding import check_sharding, resuming
 from cropi.training.stage_trainer import SelectStage, Stages

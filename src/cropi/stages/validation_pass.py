@@ -185,15 +185,15 @@ class ValidationPass:
                 self.directions[name] = direction
 
     def state_dict(self) -> dict[str, Any]:
-        """The sums of the sketches."""
-        return {name: sketch.sums() for name, sketch in self.sketches.items()}
+        """The sums of the sketches, each after the name of its set."""
+        return {f"{name}/{key}": sums for name, sketch in self.sketches.items() for key, sums in sketch.sums().items()}
 
-    def load_state_dict(self, model: PreTrainedModel, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Go on from the sums of a checkpoint."""
-        for name, known in state.items():
+    def load_state_dict(self, model: PreTrainedModel, state: Mapping[str, Any]) -> None:
+        """Go on from the sums of a checkpoint, tensors or arrays."""
+        for name in dict.fromkeys(key.partition("/")[0] for key in state):
             self.sketches[name] = DirectionSketch(model, RANK)
             for key, sums in self.sketches[name].sums().items():
-                sums.copy_(known[key])
+                sums.copy_(torch.as_tensor(state[f"{name}/{key}"]))
         self.renew()
 
     def _micro_batches(self, model: PreTrainedModel, groups: Sequence[SampledGroup]) -> Iterator[list[_Row]]:

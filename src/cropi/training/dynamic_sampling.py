@@ -30,7 +30,7 @@ class Refilled:
     """A generation batch after its refills."""
 
     trained: Sampled
-    dropped: Sampled | None  # other groups that were sampled; None without a refill
+    dropped: Judged | None  # other groups that were sampled; None without a refill
     equal_before: float  # share of groups without variance in the first sample
     equal_after: float  # share in the batch that is trained on
     extra: int  # generation batches sampled beyond the first
@@ -81,15 +81,12 @@ class DynamicSampling:
         assert self.reward.latest is not None, "a generation batch is judged as it is sampled"
         return Sampled(tensors, self.reward.latest)
 
-    def _divided(self, batches: Sequence[Sampled], chosen: Sequence[int]) -> tuple[Sampled, Sampled]:
+    def _divided(self, batches: Sequence[Sampled], chosen: Sequence[int]) -> tuple[Sampled, Judged]:
         everything = _joined(batches, self.pad_id)
         groups = range(len(everything.judged.rewards) // self.generations)
         left = [group for group in groups if group not in set(chosen)]
-        trained, dropped = (
-            _rows_of(everything, [group * self.generations + k for group in part for k in range(self.generations)])
-            for part in (chosen, left)
-        )
-        return Sampled(_trimmed(trained.tensors, self.multiple), trained.judged), dropped
+        trained, dropped = (everything.judged.rows(_rows(part, self.generations)) for part in (chosen, left))
+        return Sampled(only_groups(everything.tensors, chosen, self.generations, self.multiple), trained), dropped
 
 
 def _joined(batches: Sequence[Sampled], pad_id: int) -> Sampled:
@@ -108,16 +105,15 @@ def _joined(batches: Sequence[Sampled], pad_id: int) -> Sampled:
     return Sampled(tensors, Judged(*([value for part in column for value in part] for column in columns)))
 
 
-def _rows_of(batch: Sampled, rows: Sequence[int]) -> Sampled:
-    tensors = {name: tensor[list(rows)] for name, tensor in batch.tensors.items()}
-    return Sampled(tensors, Judged(*([column[row] for row in rows] for column in vars(batch.judged).values())))
+def _rows(groups: Sequence[int], generations: int) -> list[int]:
+    return [group * generations + k for group in groups for k in range(generations)]
 
 
 def only_groups(
     tensors: Mapping[str, Tensor], groups: Sequence[int], generations: int, multiple: int | None
 ) -> dict[str, Tensor]:
     """Return the rows of some groups of a generation batch."""
-    rows = [group * generations + k for group in groups for k in range(generations)]
+    rows = _rows(groups, generations)
     return _trimmed({name: tensor[rows] for name, tensor in tensors.items() if tensor.ndim}, multiple)
 
 

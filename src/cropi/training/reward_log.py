@@ -22,6 +22,10 @@ class Judged:
     rewards: Sequence[float | None]
     verdicts: Sequence[str]
 
+    def rows(self, rows: Sequence[int]) -> Judged:
+        """Some of the completions."""
+        return Judged(*([column[row] for row in rows] for column in vars(self).values()))
+
     def groups(self, size: int) -> list[tuple[str, list[float]]]:
         """Prompt ids of whole groups, with the rewards of the completions that could be judged."""
         starts = range(0, len(self.prompt_ids), size)

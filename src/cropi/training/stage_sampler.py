@@ -1,9 +1,10 @@
-"""Dataset sampler of a stage: the selected prompts, in the stage's number of batches."""
+"""Dataset samplers of a stage: of its selection in random order, and of what a curriculum chooses batch by batch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch.utils.data import Sampler
@@ -53,8 +54,6 @@ class StageSampler(Sampler[int]):
 
         `consumed` counts the prompts that earlier ones of these stages drew. Unset: the number without refills.
         """
-        if not positions:
-            raise ValueError(f"stage {stage} has no prompts")
         self._positions, self._stage, self._first_stage = tuple(sorted(positions)), stage, first_stage
         self._consumed = (stage - first_stage) * self._chunks * self._shape.prompts if consumed is None else consumed
         self._drawing = self._walk(self._consumed)
@@ -64,16 +63,18 @@ class StageSampler(Sampler[int]):
 
         Iteration yields the same sequence, with a counter of its own.
         """
-        return [next(self._drawing) for _ in range(prompts)]
+        return list(islice(self._drawing, prompts))
+
+    def batch(self, number: int) -> list[int]:
+        """Positions of a generation batch, counted over all stages."""
+        before = self._consumed + (number - self._stage * self._chunks) * self._shape.prompts
+        return list(islice(self._walk(before), self._shape.prompts))
 
     def __iter__(self) -> Iterator[int]:
-        if not self._positions:
-            raise RuntimeError("the sampler was asked for batches before its first stage was started")
-        walk = self._walk(self._consumed)
-        for _ in range(self._chunks):
-            chunk = [next(walk) for _ in range(self._shape.prompts)]
+        for number in range(self._stage * self._chunks, (self._stage + 1) * self._chunks):
+            batch = self.batch(number)
             for _ in range(self._shape.repeats):
-                for position in chunk:
+                for position in batch:
                     yield from [position] * self._shape.generations
 
     def _walk(self, consumed: int) -> Iterator[int]:
@@ -87,3 +88,38 @@ class StageSampler(Sampler[int]):
 
     def __len__(self) -> int:
         return self._chunks * self._shape.prompts * self._shape.generations * self._shape.repeats
+
+
+# (number of the choice in the run, number of prompts) -> dataset positions
+ChooseBatch = Callable[[int, int], list[int]]
+
+
+class OnlineSampler(StageSampler):
+    """Yields prompts that `choose` names, generation batch by generation batch, in the same layout.
+
+    The loader fetches a batch before the one in front of it is trained on, so a choice knows the rewards of all batches
+    but the newest. After a resume TRL skips the batches it has trained on: these, and those that were drawn before the
+    checkpoint, come from `choices`. No batch is asked for twice.
+
+    With dynamic sampling the trainer draws as it samples, and what the loader fetches is not used.
+    """
+
+    def __init__(
+        self, shape: BatchShape, chunks_per_stage: int, seed: int, choose: ChooseBatch | None, *, draws: bool = False
+    ) -> None:
+        """`choose` None: the order of a `StageSampler`, remembered in the same way. `draws`: the trainer draws."""
+        super().__init__(shape, chunks_per_stage, seed)
+        self._choose, self._draws = choose, draws
+        self.choices: list[list[int]] = []
+
+    def draw(self, prompts: int) -> list[int]:
+        """Ask for the next prompts, for a trainer that takes as many as it needs."""
+        number = len(self.choices)
+        self.choices.append(super().batch(number) if self._choose is None else self._choose(number, prompts))
+        return self.choices[-1]
+
+    def batch(self, number: int) -> list[int]:
+        """Positions of a generation batch, which is chosen when it is first asked for."""
+        if self._draws:
+            return super().batch(number)
+        return self.draw(self._shape.prompts) if number == len(self.choices) else self.choices[number]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler
 from trl import GRPOTrainer
 
-from cropi.artifacts import no_space
+from cropi.artifacts import full_disk_named
 from cropi.console import warn_once
 from cropi.errors import ArtifactError
 from cropi.fsdp import in_lockstep, is_sharded
@@ -23,8 +23,6 @@ from cropi.training.dynamic_sampling import DynamicSampling
 from cropi.training.reward_log import Judged
 from cropi.training.sharding import gathered, out_of_step
 from cropi.training.stage_sampler import BatchShape, StageSampler
-
-TORCH_CANNOT_WRITE = ("unexpected pos", "PytorchStreamWriter failed writing")  # all that torch says of a full disk
 
 # (stage, model, whether training stands in the middle of the stage) -> selected prompt ids
 SelectStage = Callable[[int, nn.Module, bool], Sequence[str]]
@@ -97,7 +95,7 @@ class StageTrainer(GRPOTrainer):
     def _filled(self, dynamic: DynamicSampling, prompts: int) -> dict[str, Any]:
         refilled = dynamic.fill(self._sample, prompts)
         if refilled.dropped is not None:
-            self._drop(refilled.dropped.judged)
+            self._drop(refilled.dropped)
         dynamic.reward.latest = refilled.trained.judged
         measured = {
             "equal_before": refilled.equal_before,
@@ -133,11 +131,8 @@ class StageTrainer(GRPOTrainer):
             raise ArtifactError("is in the way of a checkpoint", where=str(folder), fix="move it and run again.")
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
-            super()._save_checkpoint(*args, **kwargs)
-        except RuntimeError as error:
-            if any(text in str(error) for text in TORCH_CANNOT_WRITE):
-                raise no_space(folder) from None
-            raise
+            with full_disk_named(folder):
+                super()._save_checkpoint(*args, **kwargs)
         finally:
             self.args.save_total_limit = limit
 

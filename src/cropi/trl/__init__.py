@@ -8,7 +8,6 @@ trainer.curriculum.table()
 """
 
 from cropi.trl.selector import Selector
-from cropi.trl.trainer import CurriculumTrainer
-from cropi.trl.verified import Verified
+from cropi.trl.trainer import CurriculumTrainer, Verified
 
 __all__ = ["CurriculumTrainer", "Selector", "Verified"]

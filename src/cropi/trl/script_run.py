@@ -21,11 +21,11 @@ from cropi.report.reading import way
 from cropi.stages.collect import collect
 from cropi.stages.online import OnlineRun
 from cropi.stages.online_loop import ChooserLoop, OnlineLoop
+from cropi.stages.online_trainer import ReadsInfluence
 from cropi.stages.run import Run
 from cropi.stages.select import select
 from cropi.stages.validation_pass import Answer, Due, Member, SampledGroup, grouped
-from cropi.training.online_sampler import OnlineSampler
-from cropi.training.online_trainer import ReadsInfluence
+from cropi.training.stage_sampler import OnlineSampler
 from cropi.trl.messages import worded
 from cropi.trl.selector import PROMPT_ID, row_id, shown_prompt
 

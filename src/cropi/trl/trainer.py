@@ -1,4 +1,4 @@
-"""TRL's GRPOTrainer, trained on prompts that a curriculum chooses batch by batch."""
+"""For a TRL script: GRPOTrainer on prompts that a curriculum chooses batch by batch, and verifiers as its rewards."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from cropi.console import say
 from cropi.errors import ConfigError
+from cropi.exchange.rewards import Rewards
 from cropi.parallel import joined_ranks, process_group
 from cropi.policy import Policy
 from cropi.run_folder import discard
 from cropi.stages.online_loop import ChooserLoop
+from cropi.stages.online_trainer import ReadsInfluence, StepRecord
 from cropi.stages.run import Run, Setup
 from cropi.stages.validation_pass import Answer
 from cropi.training.grpo_settings import save_between_batches, warn_of_other_terms
-from cropi.training.online_trainer import ReadsInfluence, StepRecord
 from cropi.training.reward_log import Judged, RewardLog
 from cropi.training.sharding import gathered
 from cropi.trl.messages import worded
@@ -189,3 +190,26 @@ class _Curriculum(StepRecord):
 
 def _by_the_trainer(rows: Sequence[Any]) -> list[Any]:
     raise AssertionError("the trainer's reward functions judge")
+
+
+class Verified:
+    """A verifier as a TRL reward function: 1 or 0, and None for an unreadable gold answer.
+
+    Verifiers run in processes that can be killed. With `graded=True`, a verifier that scores returns its scores.
+
+        GRPOTrainer(..., reward_funcs=Verified("math"))
+        Verified("exact", marker="answer", verification={"processes": 8})
+
+    Gold answers come from the column `answer`, else `solution`; `source`, `extra_info` and `metadata` are passed to
+    verifiers that need them. Raises ConfigError for an unknown verifier or setting, DataError for rows without an
+    answer.
+    """
+
+    def __init__(self, kind: str, *, verification: dict[str, Any] | None = None, **settings: Any) -> None:
+        with worded():
+            self._rewards = Rewards({"type": kind, **settings}, verification, where="Verified")
+        self.__name__ = kind
+
+    def __call__(self, completions: Sequence[Any], **columns: Any) -> list[float | None]:
+        with worded():
+            return self._rewards.trl(completions, **columns)

@@ -22,13 +22,12 @@ from cropi.lab.compare import compared_run
 from cropi.lab.compare.compared_run import link_shared
 from cropi.lab.compare.result_table import read_results
 from cropi.lab.compare.run_processes import _Job, default_jobs
-from cropi.ledger import Ledger
 from cropi.pipeline import train_all
 from cropi.run_tables import forget_evaluations
 from cropi.stages import train
 from cropi.stages.collect import collect
 from cropi.stages.run import Run
-from cropi.streams import append_jsonl, read_jsonl
+from cropi.streams import Ledger, append_jsonl, read_jsonl
 
 TINY = [
     *SMALL,

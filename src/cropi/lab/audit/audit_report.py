@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from cropi.functional.intervals import Interval
 from cropi.lab.number_format import code, listed
 from cropi.report.blocks import Block, Picture, Section, Table, Text
-from cropi.report.drawing import BLUE, GREY, grid, in_style, panel_grid, shortened, svg
+from cropi.report.figures import BLUE, GREY, grid, in_style, panel_grid, shortened, svg
 from cropi.report.wording import ABSENT, decimal, percent, with_interval
 
 MAX_PANELS = 6

@@ -22,9 +22,8 @@ from cropi.config import Config
 from cropi.config.loading import validate_config
 from cropi.errors import UserError
 from cropi.lab.compare.comparison_plan import BEGUN, FINISHED
-from cropi.ledger import Ledger
 from cropi.run_folder import RunFolder, StagePaths, checkpoints
-from cropi.streams import append_jsonl
+from cropi.streams import Ledger, append_jsonl
 
 
 def main() -> int:

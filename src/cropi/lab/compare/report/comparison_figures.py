@@ -11,7 +11,7 @@ from cropi.lab.compare.paired_runs import Comparison, interval
 from cropi.lab.compare.report.accuracy_bands import Band
 from cropi.lab.number_format import UNITS, censored
 from cropi.report.blocks import Chart, Line, Picture
-from cropi.report.drawing import (
+from cropi.report.figures import (
     BLUE,
     GREEN,
     GREY,
@@ -22,6 +22,7 @@ from cropi.report.drawing import (
     PINK,
     SKY,
     STRATEGY_STYLES,
+    axis_unit,
     chart_picture,
     grid,
     in_style,
@@ -29,7 +30,6 @@ from cropi.report.drawing import (
     shortened,
     svg,
 )
-from cropi.report.figures import axis_unit
 
 AMBER = "#e69f00"
 COLOURS = (BLUE, ORANGE, GREEN, PINK, SKY, AMBER, GREY, INK)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import datasets
 from torch import Tensor, nn
@@ -15,64 +15,21 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from trl import GRPOTrainer
 
 from cropi.parallel import process_group
+from cropi.stages.online_loop import ChooserLoop
 from cropi.streams import append_jsonl, cut_jsonl
 from cropi.training.dynamic_sampling import only_groups
-from cropi.training.online_sampler import OnlineSampler
 from cropi.training.reward_log import Judged
 from cropi.training.stage_trainer import StageTrainer
 
 
-class Loop(Protocol):
-    """The curriculum's side of a training: it reads micro-batches and chooses generation batches."""
-
-    sampler: OnlineSampler
-
-    @property
-    def reads(self) -> bool:
-        """Whether it wants the first pass over a generation batch."""
-
-    def kept_groups(self) -> list[int] | None:
-        """Groups of the batch that was just sampled that are trained on; None for all."""
-
-    def drop_groups(self, judged: Judged) -> None:
-        """Groups were sampled for a generation batch and are not in it."""
-
-    def micro_batch(self, inputs: Mapping[str, Tensor], accumulated: int, scale: float) -> AbstractContextManager[Any]:
-        """A context for forward and backward of a micro-batch, one of `accumulated` in its optimiser step.
-
-        Mixed precision multiplies the loss by `scale`.
-        """
-
-    def end_micro_batch(self) -> None:
-        """That micro-batch has been differentiated."""
-
-    def read_passes(self) -> float:
-        """Return what reading has cost since the last call, in forward passes of a token. Collective."""
-
-    def end_generation_batch(self, step: int) -> None:
-        """Every completion of a generation batch has been differentiated."""
-
-    def renew_directions(self, step: int) -> None:
-        """Called before every step."""
-
-    def end_stage(self, stage: int) -> None:
-        """The last step of a stage has been taken."""
-
-    def metrics(self) -> dict[str, float]:
-        """Numbers for a logger."""
-
-    def save(self, folder: Path) -> None:
-        """Write the state into a checkpoint."""
-
-
 class ReadsInfluence(GRPOTrainer):
-    """Gives every generation batch's rewards and influence to a `Loop`.
+    """Gives every generation batch's rewards and influence to a `ChooserLoop`.
 
     It wraps `training_step` and `compute_loss`: the reader has to enclose forward and backward of a micro-batch, and
     only the loss's inputs tell whose rows these are.
     """
 
-    online: Loop | None = None
+    online: ChooserLoop | None = None
     _micro_steps = 0
     _reading: ExitStack | None = None
 
@@ -88,7 +45,7 @@ class ReadsInfluence(GRPOTrainer):
         micro_step = self._micro_steps % (self.args.steps_per_generation * self.num_iterations)
         self._micro_steps += 1
         first_pass = micro_step < self.args.steps_per_generation  # in a further iteration the policy has moved
-        if first_pass and self.online.reads:
+        if first_pass and self.online.reader is not None:
             with ExitStack() as self._reading:
                 loss = super().training_step(model, inputs, num_items_in_batch)
             self._reading = None

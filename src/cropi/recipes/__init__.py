@@ -1,1 +1,0 @@
-"""Complete configs, by file name."""
