@@ -2,7 +2,8 @@
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -14,6 +15,7 @@ import hypothesis
 import jaxtyping
 import pytest
 import torch
+from filelock import FileLock
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from cropi.training import grpo_settings
@@ -46,11 +48,6 @@ def tiny_llama(*, tied: bool = True, dtype: torch.dtype = torch.float64, **chang
     return LlamaForCausalLM(LlamaConfig(**settings)).to(dtype).eval()
 
 
-@pytest.fixture(params=[True, False], ids=["tied", "untied"])
-def model(request: pytest.FixtureRequest) -> LlamaForCausalLM:
-    return tiny_llama(tied=request.param)
-
-
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     """Whatever the test before has set."""
@@ -77,3 +74,35 @@ def unchecked_shapes() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Iterator[Any]:
+    """This process as one that has the whole mesh."""
+    from tests.gradients.ranks import processes
+
+    with processes(0, 1, tmp_path) as mesh:
+        yield mesh
+
+
+@pytest.fixture(scope="session")
+def of_two(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[Any]]:
+    """What each of two processes found of a case. They start once, for all files and all workers of pytest."""
+    from tests.gradients import test_sharded_parameters, test_sharded_reading
+    from tests.gradients.ranks import run_on_processes
+    from tests.test_parallel import collectives
+
+    folder = tmp_path_factory.getbasetemp()
+    path = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "of-two"
+    with FileLock(path.with_suffix(".lock")):
+        if not path.is_file():
+            cases = test_sharded_parameters.CASES | test_sharded_reading.CASES | {"collectives": collectives}
+            torch.save(dict(zip(cases, run_on_processes(list(cases.values()), 2), strict=True)), path)
+        found = torch.load(path, weights_only=False)
+
+    def of(name: str) -> list[Any]:
+        failed = [part for part in found[name] if isinstance(part, str) and "Traceback" in part]
+        assert not failed, failed[0]
+        return found[name]
+
+    return of

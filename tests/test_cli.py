@@ -1,6 +1,7 @@
 """The real command, end to end, and its exit codes."""
 
 import fcntl
+import io
 import json
 import os
 import shutil
@@ -25,10 +26,7 @@ from tests.runs import SMALL, cropi, cropi_error, cropi_ok, cropi_process, evalu
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small finished run."""
     cwd = tmp_path_factory.mktemp("run")
-    done = cropi_process("run", "quickstart", *SMALL, cwd=cwd)
-    assert done.returncode == 0, done.stderr
-    (cwd / "stdout").write_text(done.stdout)
-    (cwd / "stderr").write_text(done.stderr)
+    (cwd / "stdout").write_text(cropi_ok("run", "quickstart", *SMALL, cwd=cwd).stdout)
     return cwd
 
 
@@ -48,11 +46,8 @@ def test_a_run_ends_with_headline_report_and_all_files(finished: Path) -> None:
 def test_training_saw_only_the_selection_of_its_stage(finished: Path) -> None:
     folder = finished / "runs" / "quickstart"
     for stage in range(2):
-        chosen = {
-            json.loads(line)["prompt_id"]
-            for line in (folder / "selections" / f"stage-{stage:03}" / "selected.jsonl").read_text().splitlines()
-        }
-        rows = [json.loads(line) for line in (folder / "rewards.jsonl").read_text().splitlines()]
+        chosen = {row["prompt_id"] for row in json_lines(folder / f"selections/stage-{stage:03}/selected.jsonl")}
+        rows = json_lines(folder / "rewards.jsonl")
         seen = {i for row in rows if stage * 3 <= row["step"] < stage * 3 + 3 for i in row["prompt_ids"]}
         assert len(chosen) == 12
         assert seen
@@ -68,24 +63,12 @@ def test_rewards_are_audited_on_what_the_run_collected(finished: Path) -> None:
 def test_the_same_command_again_changes_nothing(finished: Path) -> None:
     before = selections(finished), evaluations(finished)
     stamp = (finished / "runs/quickstart/trajectories/manifest.json").stat().st_mtime_ns
-    again = cropi("run", "quickstart", *SMALL, "--json", cwd=finished)
-    assert again.returncode == 0, again.stderr
-    assert json.loads(again.stdout)
+    assert json.loads(cropi_ok("run", "quickstart", *SMALL, "--json", cwd=finished).stdout)
     assert (selections(finished), evaluations(finished)) == before
     assert (finished / "runs/quickstart/trajectories/manifest.json").stat().st_mtime_ns == stamp
 
 
-@pytest.mark.slow
-def test_two_runs_with_one_seed_select_byte_identically(finished: Path, tmp_path: Path) -> None:
-    for verb in (["collect"], ["score"], ["select"]):
-        cropi_ok(*verb, "quickstart", *SMALL, cwd=tmp_path)
-    path = "runs/quickstart/selections/stage-000/selection.parquet"
-    assert (tmp_path / path).read_bytes() == (finished / path).read_bytes()
-
-
 def test_a_changed_policy_or_data_file_is_noticed(tmp_path: Path) -> None:
-    from cropi.builtin import POLICY_DIR
-
     shutil.copytree(POLICY_DIR, tmp_path / "policy")
     command = ["collect", "quickstart", *SMALL, "policy.path=./policy"]
     cropi_ok(*command, cwd=tmp_path)
@@ -97,13 +80,11 @@ def test_a_changed_policy_or_data_file_is_noticed(tmp_path: Path) -> None:
 
 def test_a_moved_run_goes_on_and_a_busy_one_is_refused(finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished / "runs", tmp_path / "elsewhere")
-    again = cropi("run", "quickstart", *SMALL, "run_dir=elsewhere", cwd=tmp_path)
-    assert again.returncode == 0, again.stderr
+    command = ["run", "quickstart", *SMALL, "run_dir=elsewhere"]
+    cropi_ok(*command, cwd=tmp_path)
     with (tmp_path / "elsewhere/quickstart/lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        busy = cropi("run", "quickstart", *SMALL, "run_dir=elsewhere", cwd=tmp_path)
-    assert busy.returncode == 2
-    assert "another process" in busy.stderr
+        assert "another process" in cropi_error(*command, cwd=tmp_path).stderr
 
 
 def test_a_lost_final_evaluation_is_made_again(finished: Path, tmp_path: Path) -> None:
@@ -126,8 +107,7 @@ def test_a_checkpoint_from_elsewhere_is_scored_and_selected_by_itself(finished: 
         cropi_ok(verb, "quickstart", *SMALL, *other, "--json", cwd=tmp_path)
     assert len(list((tmp_path / "runs/quickstart/other-checkpoints").iterdir())) == 1
     assert selections(tmp_path) == selections(finished)
-    early = cropi("select", "quickstart", *SMALL, "name=new", "--stage", "1", cwd=tmp_path)
-    assert early.returncode == 2
+    cropi_error("select", "quickstart", *SMALL, "name=new", "--stage", "1", cwd=tmp_path)
 
 
 def test_a_run_killed_while_it_claimed_its_folder_goes_on(tmp_path: Path) -> None:
@@ -137,17 +117,14 @@ def test_a_run_killed_while_it_claimed_its_folder_goes_on(tmp_path: Path) -> Non
     cropi_ok("collect", "quickstart", *SMALL, cwd=tmp_path)
 
 
-def test_remote_code_is_never_run(tmp_path: Path) -> None:
-    from cropi.builtin import POLICY_DIR
-
+def test_remote_code_is_never_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(POLICY_DIR, tmp_path / "policy")
     settings = json.loads((tmp_path / "policy/config.json").read_text())
     settings |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}}
     (tmp_path / "policy/config.json").write_text(json.dumps(settings))
     (tmp_path / "policy/evil.py").write_text("open('ran', 'w')")
-    command = [sys.executable, "-m", "cropi", "collect", "quickstart", *SMALL, "policy.path=./policy"]
-    done = subprocess.run(command, cwd=tmp_path, input="y\ny\n", capture_output=True, text=True, check=False)
-    assert done.returncode == 2, done.stderr
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\ny\n"))  # as if somebody said yes
+    cropi_error("collect", "quickstart", *SMALL, "policy.path=./policy", cwd=tmp_path)
     assert not (tmp_path / "ran").exists()
 
 
@@ -168,8 +145,7 @@ def test_remote_code_is_never_run(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_what_a_user_can_fix_exits_2(arguments: list[str], message: str, tmp_path: Path) -> None:
-    done = cropi_error(*arguments, cwd=tmp_path)
-    assert message in done.stderr
+    assert message in cropi_error(*arguments, cwd=tmp_path).stderr
 
 
 def test_it_does_so_without_traceback(tmp_path: Path) -> None:

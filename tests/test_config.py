@@ -207,11 +207,6 @@ def test_an_unknown_strategy_is_told_the_nearest_preset_too() -> None:
         load_config("quickstart", ["select.strategy.type=cropi_paper"])
 
 
-def test_resolved_config_reads_back_the_same() -> None:
-    config = load_config("quickstart")
-    assert validate_config(config.resolved(), "test") == config
-
-
 FREE_OF_TORCH = [
     *("config", "cli", "curriculum.strategies", "report.run_report", "prompts", "report.explanations", "lab.commands"),
     "lab.compare.report.comparison_page",

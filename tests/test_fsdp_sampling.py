@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,7 +18,7 @@ from cropi.rollouts import generation
 from cropi.rollouts.generation import Sampling, TransformersGenerator
 from cropi.rollouts.shards import behaviour_logprobs
 from tests.gradients.architectures import BUILDERS
-from tests.gradients.ranks import as_accelerate_does, by_blocks, by_modules, processes, run_on_processes, whole_numbers
+from tests.gradients.ranks import as_accelerate_does, by_blocks, by_modules, run_on_processes, whole_numbers
 
 pytestmark = pytest.mark.slow  # processes of its own for every worker of the tests
 
@@ -75,12 +74,6 @@ def test_a_process_without_prompts_takes_part(name: str, found: dict[str, list[A
     assert_same(sampled(BUILDERS[ONE[name][1]](), PROMPTS), second["found"])
     for part in (first, second):
         assert part["kept"] == pytest.approx(part["all"] / 2, rel=0.05)
-
-
-@pytest.fixture
-def alone(tmp_path: Path) -> Iterator[DeviceMesh]:
-    with processes(0, 1, tmp_path) as mesh:
-        yield mesh
 
 
 def test_running_out_of_memory_is_an_error(alone: DeviceMesh, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -109,20 +109,20 @@ def test_grades_above_1_end_the_run_before_anything_is_learned_from_them(tmp_pat
     assert not list(tmp_path.glob("runs/**/part-train-*.parquet"))
 
 
-@pytest.mark.parametrize(("name", "said"), [("grudging", "rewards lie between 0"), ("generous", "the score 1.2")])
-def test_check_names_rewards_that_training_would_not_get(tmp_path: Path, name: str, said: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "threshold", "said"),
+    [
+        ("grudging", 0.5, "rewards lie between 0"),
+        ("generous", 0, "the score 1.2"),  # a threshold that graded rewards may not have
+    ],
+)
+def test_check_names_rewards_that_training_would_not_get(tmp_path, name, threshold, said):
     """Of a function without `graded: true` only the threshold counts."""
-    function = f"verifier={{type: function, path: tests.rewards.functions.{name}}}"
+    function = f"verifier={{type: function, path: tests.rewards.functions.{name}, threshold: {threshold}}}"
     done = cropi_ok("check", "quickstart", *GRADED, function, "--json", cwd=tmp_path)
-    (told,) = [text for text in json.loads(done.stdout)["warnings"] if "training gets 1 from 0.5 on, else 0" in text]
+    rule = f"training gets 1 from {threshold} on, else 0"
+    (told,) = [text for text in json.loads(done.stdout)["warnings"] if rule in text]
     assert told.startswith(said)
-
-
-def test_check_names_rewards_whatever_the_threshold(tmp_path: Path) -> None:
-    """A threshold that graded rewards may not have."""
-    function = "verifier={type: function, path: tests.rewards.functions.generous, threshold: 0}"
-    done = cropi_ok("check", "quickstart", *GRADED, function, "--json", cwd=tmp_path)
-    assert any("training gets 1 from 0 on, else 0" in text for text in json.loads(done.stdout)["warnings"])
 
 
 def test_a_verifier_that_fails_often_is_named(tmp_path: Path) -> None:

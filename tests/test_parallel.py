@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,6 @@ from cropi.errors import ArtifactError
 from cropi.parallel import ProcessGroup, Ranks, is_first_rank, launched, leave_launcher, process_group
 from cropi.streams import Ledger, read_jsonl
 from tests.distributed.threads import together
-from tests.gradients.ranks import run_on_processes
 
 
 def test_every_piece_of_work_belongs_to_one_rank() -> None:
@@ -40,10 +39,9 @@ def collectives(mesh: DeviceMesh) -> list[Any]:
     return [*found, sums["a"].tolist(), copies["b"].tolist(), sorted(first), ranks.facts()]
 
 
-def test_ranks_of_torch_exchange_values_and_tensors() -> None:
-    (found,) = run_on_processes([collectives], 2)
+def test_ranks_of_torch_exchange_values_and_tensors(of_two: Callable[[str], list[Any]]) -> None:
     a_tenth = float(torch.tensor(0.2))
-    assert found == [[{"rank": 0}, [0, 1], [a_tenth, 1.0], [0], [False, True], {"processes": 2}]] * 2
+    assert of_two("collectives") == [[{"rank": 0}, [0, 1], [a_tenth, 1.0], [0], [False, True], {"processes": 2}]] * 2
 
 
 @pytest.mark.parametrize("shared", [False, True])

@@ -91,7 +91,7 @@ def test_a_claimed_folder_is_refused_by_check_too(tmp_path: Path) -> None:
     (folder / "prompts").mkdir(parents=True)
     (folder / "prompts" / "manifest.json").write_text("{}")
     assert "exists and is not a run" in refused(tmp_path)
-    for text in ("", "{", "[]", "null", "[" * 100_000):
+    for text in ("", "[]", "[" * 100_000):
         (folder / "config.json").write_text(text)
         assert "Fix: delete" in refused(tmp_path)
 

@@ -16,8 +16,6 @@ from cropi.curriculum.curriculum import Curriculum
 from cropi.stages.online_loop import save_state
 from cropi.streams import append_jsonl
 
-SOURCE = "{type: builtin, families: [%s], count: 20, seed: 1, %s}"
-POOL = f"prompts.train=[{SOURCE % ('sum', 'label_noise: 0.25')}, {SOURCE % ('parity', 'label_rule: stop_early')}]"
 SETTINGS = [
     "prompts.train=[{type: builtin, families: [sum, parity, count], count: 40, seed: 1, label_noise: 0.3}]",
     "prompts.validation={one: [{type: builtin, families: [sum], count: 8, seed: 2}]}",

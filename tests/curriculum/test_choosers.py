@@ -109,9 +109,6 @@ def test_rewards_of_any_size_are_learned_from(name: str) -> None:
                 rewards = low + width * np.array([0.0, 1.0, *generator.random(6)])
                 tell(chooser, place, rewards.tolist(), step)
     np.testing.assert_array_equal(plain.times_N, wide.times_N)
-    again = MAKE[name](pool())
-    again.load_state_dict(wide.state_dict())
-    assert state_of(again) == state_of(wide)
 
 
 def test_prompts_rest_until_they_were_observed_where_a_batch_serves_many_steps() -> None:

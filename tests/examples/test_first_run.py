@@ -1,7 +1,7 @@
 """The first run of a newcomer, as a script and as a notebook, with fewer prompts and steps."""
 
 import re
-import subprocess
+import runpy
 import sys
 import tomllib
 from pathlib import Path
@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "examples" / "first_run"
 
 
-def test_the_script_runs_and_says_what_it_needs(tmp_path: Path) -> None:
+def test_the_script_runs_and_says_what_it_needs(tmp_path, monkeypatch, capsys):
     script = FOLDER / "first_run.py"
     block = re.search(r"^# /// script\n(.*?)^# ///$", script.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
     assert block
@@ -22,11 +22,12 @@ def test_the_script_runs_and_says_what_it_needs(tmp_path: Path) -> None:
     assert (FOLDER / needs["tool"]["uv"]["sources"]["cropi"]["path"] / "pyproject.toml").samefile(
         ROOT / "pyproject.toml"
     )
-    command = [sys.executable, str(script), *TINY]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "runs/quickstart/report.html" in done.stdout
-    assert re.search(r"^sum +\d+ +8$", done.stdout, re.MULTILINE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(script), *TINY])
+    runpy.run_path(str(script), run_name="__main__")
+    said = capsys.readouterr().out
+    assert "runs/quickstart/report.html" in said
+    assert re.search(r"^sum +\d+ +8$", said, re.MULTILINE)
 
 
 def test_the_notebook_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

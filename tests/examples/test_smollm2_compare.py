@@ -2,29 +2,23 @@
 
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import compare
+import compare_table
 import numpy as np
 import pytest
 import torch
-from tests.conftest import tiny_llama
-from transformers import AutoTokenizer
-
-from cropi.builtin import POLICY_DIR, generate
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "smollm2"))
-
-import compare
-import compare_table
-from grpo import Group, Policy, Question
-from influence import SET, PackedPass, halves, read
+from grpo import Group, Policy
+from influence import SET, PackedPass, read
+from tests.examples.sampled_groups import groups_of
+from tests.gradients.test_reading import directions_for, inner
 
 from cropi.functional.surrogate import group_advantages
 from cropi.gradients.direction import DirectionSketch
 from cropi.gradients.groups import SurrogateSettings
-from cropi.gradients.training_influence import Direction, LowRank, Reader
+from cropi.gradients.training_influence import Reader
 from cropi.lab.compare.comparison_summary import summarise
 from cropi.lab.compare.paired_runs import read_traces
 from cropi.lab.compare.result_table import read_results
@@ -34,59 +28,9 @@ from cropi.stages.validation_pass import SampledGroup, ValidationPass, Validatio
 LONGEST = 12
 
 
-def rows(count: int) -> list[dict[str, str]]:
-    families = ("sum", "parity", "machine")
-    return [row for family in families for row in generate(family, split="train", count=count, seed=0)]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random policy with tied embeddings."""
-    tokenizer = AutoTokenizer.from_pretrained(POLICY_DIR)
-    sizes = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 48, "max_position_embeddings": 2048}
-    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.02}
-    model = tiny_llama(dtype=torch.float32, **sizes, bos_token_id=1, eos_token_id=2, pad_token_id=None)
-    folder = tmp_path_factory.mktemp("policy")
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
 def policy(folder: Path) -> Policy:
     return Policy(folder, learning_rate=1e-3, longest=LONGEST, seed=0, bf16=False)
-
-
-def groups_of(policy: Policy, count: int, completions: int = 8) -> list[Group]:
-    """Groups of several lengths; every third has equal rewards."""
-    prompts = [policy.tokenizer(row["prompt"])["input_ids"] for row in rows(count)]
-    sampled = policy.sample([Question("", "0", "", tuple(prompt)) for prompt in prompts], completions)
-    return [
-        replace(group, rewards=[float((n + k) % 3 == 0 and n % 3 > 0) for k in range(completions)])
-        for n, group in enumerate(sampled)
-    ]
-
-
-def directions_of(model: Any) -> list[Direction]:
-    generator = torch.Generator().manual_seed(1)
-
-    def of(parameter: torch.Tensor) -> Any:
-        if parameter.ndim == 1:
-            return torch.randn(parameter.shape, generator=generator)
-        left, right = ((parameter.shape[0], 3), (3, parameter.shape[1]))
-        return LowRank(torch.randn(left, generator=generator), torch.randn(right, generator=generator))
-
-    return [{name: of(p) for name, p in model.named_parameters()} for _ in range(2)]
-
-
-def against(model: Any, direction: Direction) -> float:
-    """<gradient of all parameters, direction>."""
-    total = 0.0
-    for name, parameter in model.named_parameters():
-        part = direction[name]
-        dense = part.left @ part.right if isinstance(part, LowRank) else part
-        total += float((parameter.grad * dense).sum())
-    return total
 
 
 def surrogate(model: Any, group: Group, places: list[int]) -> torch.Tensor:
@@ -102,7 +46,7 @@ def surrogate(model: Any, group: Group, places: list[int]) -> torch.Tensor:
 
 def test_halves_of_groups_are_read_as_autograd_has_them(policy: Policy) -> None:
     """Every parameter, the tied head included; and the gradient that is left is that of the step without reading."""
-    groups, directions = groups_of(policy, 3), directions_of(policy.model)
+    groups, directions = groups_of(policy, 3), directions_for(policy.model, rank=3)
     policy.accumulate(groups)
     expected_gradient = [p.grad.clone() for p in policy.model.parameters()]
     policy.optimizer.zero_grad()
@@ -118,19 +62,10 @@ def test_halves_of_groups_are_read_as_autograd_has_them(policy: Policy) -> None:
         for half in (0, 1):
             policy.optimizer.zero_grad(set_to_none=False)
             surrogate(policy.model, group, order[half::2]).backward()
-            expected_products = [against(policy.model, direction) for direction in directions]
+            gradients = {name: parameter.grad for name, parameter in policy.model.named_parameters()}
+            expected_products = [inner(direction, gradients) for direction in directions]
             assert found[n][half] == pytest.approx(expected_products, rel=1e-3, abs=1e-5)
     assert [bool(found[n].any()) for n in range(len(groups))] == [group.is_mixed for group in groups]
-
-
-def test_without_rows_the_tied_head_would_not_be_read(policy: Policy) -> None:
-    """Why `log_probs` has `by_row`."""
-    group = next(group for group in groups_of(policy, 3) if group.is_mixed)
-    reader = Reader(policy.model, directions_of(policy.model))
-    with reader.reading(torch.arange(1), policy.model):
-        policy.backward([group.row], 1.0)
-    reader.exclude_unfaithful()
-    assert "model.embed_tokens.weight" not in reader.read_parameters
 
 
 def test_the_packed_pass_is_cropi_s(policy: Policy) -> None:
@@ -164,38 +99,7 @@ def test_the_packed_pass_is_cropi_s(policy: Policy) -> None:
     assert isinstance(one.sketches[SET], DirectionSketch)
 
 
-def test_halves_have_better_and_worse_completions() -> None:
-    rewards = [1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0]
-    first, second = halves(3, (1, 2), [[k] for k in range(8)], rewards)
-    assert {len(first.completions), len(second.completions)} == {4}
-    assert sum(first.weights) + sum(second.weights) == pytest.approx(0, abs=1e-9)
-    assert min(max(first.weights), max(second.weights)) > 0 > max(min(first.weights), min(second.weights))
-    assert first.length == 12
-
-
 # Whole runs
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pools of four kinds, whose targeted one is 'sum'."""
-    folder = tmp_path_factory.mktemp("data")
-    families = {"sum": SET, "parity": "letters", "machine": "divisors"}
-
-    def write(name: str, split: str, count: int, kinds: list[str]) -> None:
-        lines = [
-            json.dumps({"question": row["prompt"], "answer": row["answer"], "source": families[family]})
-            for family in kinds
-            for row in generate(family, split=split, count=count, seed=0)
-        ]
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-    write("niche/train.jsonl", "train", 12, [*families])
-    write("validation.jsonl", "validation", 6, ["sum"])
-    write("test-targeted.jsonl", "test", 3, ["sum"])
-    write("test-untargeted.jsonl", "test", 3, ["parity", "machine"])
-    return folder
 
 
 def arguments_of(folder: Path, data: Path, output: Path, way: str, **changed: Any) -> list[str]:
@@ -207,19 +111,6 @@ def arguments_of(folder: Path, data: Path, output: Path, way: str, **changed: An
 def log_of(output: Path, way: str) -> list[dict[str, Any]]:
     lines = (output / "niche" / f"{way}-7" / "log.jsonl").read_text(encoding="utf-8").splitlines()
     return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
-
-
-@pytest.fixture
-def easy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rewards that a random policy gets, and prompts without a chat template."""
-    monkeypatch.setattr("grpo.is_correct", lambda text, answer: len(text) % 2 == 0)
-    monkeypatch.setattr(Policy, "questions", questions)
-
-
-def questions(policy: Policy, path: Path) -> list[Question]:
-    found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    prompts = [tuple(policy.tokenizer(row["question"])["input_ids"]) for row in found]
-    return [Question(r["question"], r["answer"], r["source"], p) for r, p in zip(found, prompts, strict=True)]
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: Any, **changed: Any) -> None:

@@ -2,22 +2,18 @@
 
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pilot
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from cropi.builtin import POLICY_DIR, generate
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "smollm2"))
-
-import pilot
 from direction import Measured, Products, Sketcher, centred, gradients
-from grpo import Policy, Question, Row, log_probs, pack
+from grpo import Policy, Row, log_probs, pack
 from improvement import change
+from tests.examples.sampled_groups import questions
+
+from cropi.builtin import POLICY_DIR
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +22,7 @@ def policy() -> Policy:
 
 
 def test_the_branches_of_a_sketch_add_up_to_the_weight_gradient_between_its_projections(policy: Policy) -> None:
-    row = generate("sum", split="train", count=1, seed=0)[0]
-    question = Question(row["prompt"], row["answer"], "", tuple(policy.tokenizer(row["prompt"])["input_ids"]))
+    question = questions(policy, 1)[0]
     completions = policy.sample([question], 6)[0].completions
     packed = pack([Row(question.prompt, completions, [1.0, -1.0, 0.5, 2.0, -0.5, 1.0])])
     sketcher = Sketcher(policy.model)
@@ -70,21 +65,10 @@ def test_the_change_of_the_reward_is_weighted_by_likelihood() -> None:
     assert change(np.repeat(before, 2, 0), np.repeat(after, 2, 0), np.repeat(weights, 2, 0))[0] == pytest.approx(0.5)
 
 
-def test_a_pilot_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):
-    tokenizer = AutoTokenizer.from_pretrained(POLICY_DIR)
-    tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
-    tokenizer.save_pretrained(tmp_path / "policy")
-    AutoModelForCausalLM.from_pretrained(POLICY_DIR).save_pretrained(tmp_path / "policy")
-    rows = [{"question": f"{n} + 1 =", "answer": str(n + 1), "source": "two-step"} for n in range(12)]
-    files = {"niche/train": rows, "validation": rows[:3], "test-targeted": rows[:4], "test-untargeted": rows[4:6]}
-    for name, own in files.items():
-        path = tmp_path / "pool" / f"{name}.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(row) + "\n" for row in own), encoding="utf-8")
-
+def test_a_pilot_that_was_stopped_goes_on_as_if_it_had_not_been(folder, data, tmp_path, easy, monkeypatch):
     def lines(run: str, *stops: int) -> list[dict[str, Any]]:
         for steps in stops:
-            command = f"pilot.py --model {tmp_path / 'policy'} --data {tmp_path / 'pool'} --output {tmp_path / run}"
+            command = f"pilot.py --model {folder} --data {data} --output {tmp_path / run}"
             command += f" --choose likeness --steps {steps} --prompts 2 --every 2 --save-every 1 --longest 6"
             monkeypatch.setattr(sys, "argv", command.split())
             pilot.main()

@@ -2,13 +2,9 @@
 
 import random
 import re
-import sys
 from fractions import Fraction
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "smollm2"))
 from pool import expression_of, versions
 
 PARTY = {"question": "Debby bought 37 sodas. 4 friends drank 5 each. How many are left?", "answer": "17"}

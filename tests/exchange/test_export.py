@@ -60,8 +60,7 @@ def selected(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return made(folder, f"policy.path={folder}/policy with a name")
 
 
-def exported(selected: Run, name: str, folder: Path) -> Path:
-    run = selected
+def exported(run: Run, name: str, folder: Path) -> Path:
     export(run.folder, run.paths, 0, name, None, folder)
     return folder
 
@@ -89,12 +88,11 @@ KEYS = {
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_format_holds_the_selection_best_first_and_the_held_out_prompts(selected, name, tmp_path):
-    run = selected
     folder = exported(selected, name, tmp_path / "out")
     suffix = FORMATS[name].suffix
-    chosen = [row["prompt_id"] for row in json_lines(run.paths.selection(0) / "selected.jsonl")]
+    chosen = [row["prompt_id"] for row in json_lines(selected.paths.selection(0) / "selected.jsonl")]
     assert len(chosen) == COUNT
-    prompts = {row["prompt_id"]: row for row in run.folder.prompt_rows}
+    prompts = {row["prompt_id"]: row for row in selected.folder.prompt_rows}
     for split, ids in (
         ("train", chosen),
         ("validation", [i for i, row in prompts.items() if row["set"].startswith("validation")]),
@@ -139,7 +137,6 @@ def test_the_curriculum_of_a_script_is_not_exported(tmp_path: Path) -> None:
 
 
 def test_a_second_export_of_the_same_is_the_first_and_nothing_else_is_touched(selected, tmp_path, monkeypatch):
-    run = selected
     folder = exported(selected, "trl", tmp_path / "out")
     before = (folder / "train.parquet").stat().st_mtime_ns
     exported(selected, "trl", folder)
@@ -151,17 +148,17 @@ def test_a_second_export_of_the_same_is_the_first_and_nothing_else_is_touched(se
     (tmp_path / "file").write_text("years of work")
     (tmp_path / "empty").mkdir()
     exported(selected, "trl", tmp_path / "empty")
-    kept = {path: path.read_bytes() for path in run.folder.folder.rglob("*") if path.is_file()}
+    kept = {path: path.read_bytes() for path in selected.folder.folder.rglob("*") if path.is_file()}
     for precious in (
-        run.folder.folder,
-        run.paths.folder,
-        run.paths.selection(0),
+        selected.folder.folder,
+        selected.paths.folder,
+        selected.paths.selection(0),
         tmp_path / "out" / "..",
         tmp_path / "file",
     ):
         with pytest.raises(ArtifactError):
             exported(selected, "trl", precious)
-    assert kept == {path: path.read_bytes() for path in run.folder.folder.rglob("*") if path.is_file()}
+    assert kept == {path: path.read_bytes() for path in selected.folder.folder.rglob("*") if path.is_file()}
     assert (tmp_path / "file").read_text() == "years of work"
 
     def full(*_: Any) -> str:
@@ -192,9 +189,8 @@ def test_plain_text_is_not_for_trainers_that_know_chats_only(plain: Run, tmp_pat
 
 
 def test_a_later_stage_begins_with_its_checkpoint(plain: Run, tmp_path: Path) -> None:
-    run = plain
     with pytest.raises(PolicyError, match="no checkpoint of the start of stage 1"):
-        export(run.folder, run.paths, 1, "trl", None, tmp_path / "out")
+        export(plain.folder, plain.paths, 1, "trl", None, tmp_path / "out")
 
 
 def test_trl_trains_on_it_as_datasets_load_it(selected: Run, tmp_path: Path) -> None:

@@ -37,11 +37,3 @@ def test_two_sets_vary_as_theory_says() -> None:
 def test_no_questions_have_no_mean(sets: list[np.ndarray]) -> None:
     with pytest.raises(ValueError, match="no questions"):
         stratified_mean(sets, redraws=MANY, seed=0)
-
-
-def test_interval_of_a_coin_meets_the_normal_one() -> None:
-    interval = stratified_mean([np.array([1.0] * 120 + [0.0] * 280)], redraws=MANY, seed=0)
-    half = 1.96 * (0.3 * 0.7 / 400) ** 0.5
-    assert interval.mean == pytest.approx(0.3)
-    assert interval.low == pytest.approx(0.3 - half, abs=0.004)
-    assert interval.high == pytest.approx(0.3 + half, abs=0.004)

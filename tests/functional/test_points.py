@@ -17,12 +17,6 @@ def test_by_hand() -> None:
     assert found.tolist() == pytest.approx([a / length, (a * a + 2 * b * b) / math.hypot(a, b) / length, 0])
 
 
-def test_the_nearest_counts() -> None:
-    sets = {"v": [["a"], ["b"]]}
-    texts, half = [["a"], ["b"], ["a", "b"]], math.sqrt(0.5)
-    assert tfidf_similarity(texts, sets)["v"].tolist() == pytest.approx([1, 1, half])
-
-
 TEXT = st.lists(st.sampled_from("abcde"), max_size=6)
 
 

@@ -170,6 +170,17 @@ def autograd(model: Any, group: Group) -> Gradients:
     return total
 
 
+def flat(gradients: Gradients) -> Tensor:
+    return torch.cat([gradient.flatten() for gradient in gradients.values()])
+
+
+def influence_by_autograd(model: Any, groups: Sequence[Group], aim: Sequence[Group]) -> tuple[Tensor, Tensor]:
+    """Inner products of each group's gradient with the mean of those aimed at, and products of their lengths."""
+    direction = sum(flat(autograd(model, group)) for group in aim) / len(aim)
+    gradients = torch.stack([flat(autograd(model, group)) for group in groups])
+    return gradients @ direction, gradients.norm(dim=1) * direction.norm()
+
+
 def check_gradients(model: Any, tolerance: float = 1e-5) -> list[Gradients]:
     """The engine's gradient is that of `autograd`, parameter by parameter; returns those of each group."""
     expected = [autograd(model, group) for group in GROUPS]

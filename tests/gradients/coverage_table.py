@@ -11,8 +11,8 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from tests.gradients.architectures import GROUPS, SETTINGS, Builder, autograd
-from tests.gradients.test_every_causal_lm import VALIDATION, adapted, build, flat
+from tests.gradients.architectures import GROUPS, SETTINGS, Builder, influence_by_autograd
+from tests.gradients.test_every_causal_lm import VALIDATION, adapted, build
 from tests.gradients.test_model_families import FAMILIES as CLASSES
 from tests.gradients.test_reading import WEIGHTS, directions_for, expected, gap, loss_of_rows, rows_of_tokens
 from torch import Tensor, nn
@@ -52,27 +52,6 @@ MODELS: dict[str, Builder] = {name: partial(build, kind) for name, kind in KINDS
     name: lambda name=name: CLASSES[name]().float() for name in WITH_IMAGES
 }
 
-INTRODUCTION = """\
-# Architectures
-
-Each family was tried with a tiny random model of its class in transformers, and compared with autograd through that
-model, one row at a time. Classes with images were given text.
-
-- **Scoring** (`cropi score`, `cropi.influence`), of all weights and of LoRA on attention. `packed` is the
-  [engine](engine.md). `autograd`: the engine refuses the model; autograd scores it one prompt at a time, which is
-  slower. LoRA has – where PEFT, or this test, finds no layer for it.
-- **Read**: the share of the squared gradient of all weights that the curriculum reads while it trains. Experts, short
-  convolutions, GPT-2's `Conv1D` and the states of recurrent layers are not read. Of LoRA on attention, {lora} is read,
-  in every family; LoRA on experts (`target_parameters`) is not read, and is scored by autograd. A real model's share
-  differs. Training measures it, and below half it chooses by rewards alone.
-- **Errors**: |found − right| / |right| of the influence of a few prompts or rows; the larger of all weights and LoRA.
-
-`python -m tests.gradients.coverage_table` writes this page (float32, CPU, one draw of the weights).
-
-| family | scoring | scoring LoRA | error | read | error |
-|---|---|---|---|---|---|
-"""
-
 
 @dataclass(frozen=True)
 class Found:
@@ -97,8 +76,7 @@ def _scored(model: nn.Module) -> tuple[str, float]:
     scorer = scorer_of(model, SETTINGS, ScorerOptions("exact"))
     scorer.aim({"v": VALIDATION})
     found = torch.tensor(scorer(GROUPS).products_NV[:, 0])
-    direction = sum(flat(autograd(model, group)) for group in VALIDATION) / len(VALIDATION)
-    right = torch.stack([flat(autograd(model, group)) @ direction for group in GROUPS])
+    right, _ = influence_by_autograd(model, GROUPS, VALIDATION)
     return "packed" if scorer.estimator == "exact" else "autograd", gap(found, right)
 
 
@@ -142,10 +120,9 @@ def cells_by_family() -> dict[str, list[str]]:
 
 
 def main() -> None:
-    found = {name: coverage(name) for name in MODELS}
-    with_lora = min(each.share for _, *rest in found.values() for each in rest)
-    lines = [f"| {' | '.join([name, *cells(each)])} |\n" for name, each in found.items()]
-    PAGE.write_text(INTRODUCTION.format(lora=percent(with_lora)) + "".join(lines), encoding="utf-8")
+    above, rule, _ = PAGE.read_text(encoding="utf-8").partition("|---|---|---|---|---|---|\n")
+    lines = [f"| {' | '.join([name, *cells(coverage(name))])} |\n" for name in MODELS]
+    PAGE.write_text(above + rule + "".join(lines), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from tests.gradients.architectures import SETTINGS, VOCABULARY, check_gradients, text, tiny, with_lora
 from tests.gradients.footprint import check_unchanged, state
+from tests.gradients.test_every_causal_lm import build
 from torch import Tensor, nn
 
 from cropi.errors import PolicyError
@@ -112,13 +112,6 @@ def with_embedding(**settings: Any) -> Any:
     return model
 
 
-def gpt2() -> Any:
-    config = transformers.GPT2Config(
-        vocab_size=VOCABULARY, n_embd=16, n_layer=2, n_head=2, n_positions=64, bos_token_id=1, eos_token_id=1
-    )
-    return transformers.GPT2LMHeadModel(config).double().eval()
-
-
 def falcon_h1() -> Any:
     """A state-space model beside the attention of every layer, under adapters and in bfloat16: it moves scores by a few
     percent, less than rounding may move a logit."""
@@ -161,7 +154,7 @@ def with_another_gradient(factor: float) -> Any:
 MIXED = "tokens see other trajectories outside attention"
 EXPERTS = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 8}
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
-    "GPT-2": (gpt2, "Conv1D"),
+    "GPT-2": (lambda: build("gpt2"), "Conv1D"),
     "Mixtral": (lambda: text("Mixtral", num_local_experts=2)().float(), "Mixtral(Experts|TopKRouter)"),
     "Qwen2-MoE": (lambda: text("Qwen2Moe", **EXPERTS)().float(), "Qwen2Moe(Experts|TopKRouter)"),
     "a matrix of one's own": (lambda: replaced("model.layers.0.mlp", lambda m: Extra(m, 16)), "Extra"),

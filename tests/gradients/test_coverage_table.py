@@ -3,7 +3,7 @@
 import pytest
 from tests.gradients.coverage_table import MODELS, cells, cells_by_family, coverage
 
-FEW = ["SmolLM3", "GPT-OSS", "DeepSeek-V3", "Qwen3-VL"]
+FEW = ["SmolLM3", "GPT-OSS", "DeepSeek-V3", "DeepSeek-V4", "Qwen3-VL", "Qwen3-Next", "LFM2", "Falcon-H1"]
 
 
 def check(name: str) -> None:

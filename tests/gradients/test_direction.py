@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from cropi.errors import PolicyError
 from cropi.gradients.direction import DirectionSketch, backward_to_embeddings, deterministic, inner
-from cropi.gradients.training_influence import Direction, LowRank, Reader
+from cropi.gradients.training_influence import Direction, LowRank
 
 PARTS = torch.tensor([0, 1, 1, 0])
 
@@ -148,17 +148,3 @@ def test_inner_products_of_directions_are_those_of_matrices() -> None:
     first, second = sketch_of(model, 3).directions()
     a, b = dense(first), dense(second)
     assert inner(first, second) == pytest.approx(sum(float((a[n] * b[n]).sum()) for n in a), rel=1e-4)
-
-
-def test_a_row_read_against_its_own_full_direction_gives_its_squared_norm() -> None:
-    """Reader and sketch agree on what a gradient is."""
-    model = tiny("gemma3").float()
-    ids, mask = rows_of_tokens()
-    sketch = DirectionSketch(model, 64)
-    with backward_to_embeddings(model) as backward, sketch.sketching(torch.tensor([0])):
-        backward(loss_of_rows(model, ids[:1], mask[:1], WEIGHTS[:1]))
-    reader = Reader(model, sketch.directions()[:1])
-    with reader.reading(torch.tensor([0])):
-        loss_of_rows(model, ids[:1], mask[:1], WEIGHTS[:1]).backward()
-    squared = sum(float(p.grad.square().sum()) for p in model.parameters())
-    assert float(reader.take()[1]) == pytest.approx(squared, rel=1e-4)

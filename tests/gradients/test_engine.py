@@ -168,15 +168,6 @@ def test_so_it_is_after_an_error_of_the_model_itself() -> None:
     check_unchanged(model, before)
 
 
-def test_so_it_is_after_a_refusal() -> None:
-    model = tiny("gemma3")
-    model.model.layers[0].self_attn.sliding_window = None
-    before = state(model)
-    with pytest.raises(PolicyError, match="sliding window"):
-        Engine(model, SETTINGS, 40)
-    check_unchanged(model, before)
-
-
 def test_dropout_is_off() -> None:
     model = tiny("gpt_neox", attention_dropout=0.5, hidden_dropout=0.5).train()
     quiet = dense_gradients(copy.deepcopy(model).eval())

@@ -12,8 +12,7 @@ import pytest
 import torch
 import transformers
 from tests.gradients.architectures import GROUPS as TRAIN
-from tests.gradients.architectures import SETTINGS, Gradients, autograd, draw_group, perturbed
-from torch import Tensor
+from tests.gradients.architectures import SETTINGS, draw_group, influence_by_autograd, perturbed
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -75,10 +74,6 @@ def adapted(model: Any) -> Any:
     return found.eval()
 
 
-def flat(gradients: Gradients) -> Tensor:
-    return torch.cat([gradient.flatten() for gradient in gradients.values()])
-
-
 def check(model: Any, estimator: Any) -> str:
     """`right` or `refused`; an AssertionError for wrong numbers."""
     try:
@@ -89,13 +84,10 @@ def check(model: Any, estimator: Any) -> str:
         return "refused"
     alone = torch.tensor([scorer([group]).products_NV[0, 0] for group in TRAIN])
     dots, cosines = torch.tensor(scored.products_NV[:, 0]), torch.tensor(scorer.values(scored)[:, 0])
-    direction = sum(flat(autograd(model, group)) for group in VALIDATION) / len(VALIDATION)
-    gradients = [flat(autograd(model, group)) for group in TRAIN]
-    lengths = torch.stack([gradient.norm() * direction.norm() for gradient in gradients])
-    expected = torch.stack([gradient @ direction for gradient in gradients]) / lengths
+    right, lengths = influence_by_autograd(model, TRAIN, VALIDATION)
     close = partial(torch.testing.assert_close, atol=TOLERANCE[model.dtype], rtol=0)
-    close(dots / lengths, expected)
-    close(cosines, expected)
+    close(dots / lengths, right / lengths)
+    close(cosines, right / lengths)
     close(alone / lengths, dots / lengths)
     return "right"
 
@@ -113,13 +105,6 @@ def outcomes(kind: str) -> dict[str, str]:
         model = model.bfloat16() if "bfloat16" in way else model
         found |= {f"{way}, {estimator}": check(model, estimator) for estimator in ("exact", "reference")}
     return found
-
-
-@pytest.mark.parametrize("kind", ["falcon_h1", "lfm2"])
-def test_what_carries_a_state_is_refused_by_the_engine_and_right_by_reference(kind: str) -> None:
-    found = outcomes(kind)
-    assert {outcome for way, outcome in found.items() if "exact" in way} == {"refused"}
-    assert {outcome for way, outcome in found.items() if "reference" in way} == {"right"}
 
 
 @pytest.mark.slow

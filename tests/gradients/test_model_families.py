@@ -27,6 +27,7 @@ from tests.gradients.architectures import (
     with_lora,
 )
 from tests.gradients.footprint import check_unchanged, state
+from tests.gradients.test_capture import EXPERTS
 from torch import Tensor, nn
 
 import cropi
@@ -45,7 +46,6 @@ VISION = {
 QWEN_VISION = {"intermediate_size": 24, "depth": 1, "num_heads": 2, "out_hidden_size": 32, "patch_size": 4}
 ALL_FULL = {"layer_types": ["full_attention"] * 2, "sliding_window": 4}
 MIXED = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4}
-EXPERTS = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 8}
 LATENT = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 8}
 
 

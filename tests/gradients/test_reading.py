@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from tests.gradients.architectures import BUILDERS, VOCABULARY, tiny
-from tests.gradients.test_every_causal_lm import build
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -18,7 +16,6 @@ from cropi.gradients.direction import DirectionSketch
 from cropi.gradients.layer_taps import matrix_parameters
 from cropi.gradients.training_influence import Direction, LowRank, Reader
 
-Loss = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
 SIDES = ("left", "right")
 
 
@@ -235,43 +232,6 @@ def test_what_cannot_be_read_is_found_and_told() -> None:
 def test_a_compiled_model_is_refused() -> None:
     with pytest.raises(PolicyError, match="compiled model ignores taps"):
         Reader(torch.compile(nn.Linear(2, 2)), [{}])
-
-
-SHARES = {
-    "llama": 1.0,
-    "qwen2": 1.0,
-    "gpt_oss": 0.7,  # experts are tensors of three dimensions
-    "qwen3_next": 0.5,
-    "qwen3_5_text": 0.7,
-    "granite": 1.0,
-    "lfm2": 0.8,  # short convolutions
-    "qwen3_moe": 0.9,
-    "falcon_h1": 0.9,
-    "deepseek_v4": 0.6,  # a linear layer that multiplies each group by its own part of the weight
-}
-"""Least share of the squared gradient that is read, by architecture of a tiny model."""
-
-
-@pytest.mark.parametrize("kind", SHARES)
-def test_of_other_architectures_it_is_right_in_what_it_reads_and_knows_the_rest(kind: str) -> None:
-    model = build(kind)
-    directions = directions_for(model)
-    ids, mask = rows_of_tokens()
-    reader = Reader(model, directions)
-
-    def passed() -> Tensor:
-        with reader.reading(torch.arange(4), model):
-            loss_of_rows(model, ids, mask, WEIGHTS).backward()
-        return reader.take()[1]
-
-    passed()
-    wrong, share = reader.exclude_unfaithful()
-    assert wrong == []
-    assert SHARES[kind] - 1e-6 <= share <= 1 + 1e-6
-    whole = reader.read_parameters
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in whole)
-    assert gap(passed(), expected(model, directions, ids, mask, WEIGHTS)) < 1e-5
 
 
 def counted(model: nn.Module, around: Any) -> int:

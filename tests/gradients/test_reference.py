@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from tests.conftest import tiny_llama
+from tests.gradients.footprint import check_unchanged, state
 
 from cropi.gradients.groups import Group, SurrogateSettings, ratio_statistics
 from cropi.gradients.packing import Span
@@ -28,37 +29,16 @@ def test_effective_share_by_hand(ratios: list[float], share: float) -> None:
     assert ratio_statistics(log_ratios_T, [Span(0, 0, len(ratios))])[0].effective_share == pytest.approx(share)
 
 
-def test_micro_batches_and_order_do_not_change_the_gradient(model: LlamaForCausalLM) -> None:
-    together = prompt_gradient(model, GROUP, SETTINGS).gradients
-    one_by_one = prompt_gradient(model, GROUP, SETTINGS, batch_tokens=1).gradients
-    order = [4, 2, 0, 3, 1]
-    turned = Group(
-        "p",
-        GROUP.prompt_ids,
-        [GROUP.completions[k] for k in order],
-        [GROUP.rewards[k] for k in order],
-        [GROUP.behaviour_logprobs[k] for k in order],
-    )
-    reordered = prompt_gradient(model, turned, SETTINGS).gradients
-    for name, gradient in together.items():
-        torch.testing.assert_close(one_by_one[name], gradient, rtol=1e-4, atol=1e-7)
-        torch.testing.assert_close(reordered[name], gradient, rtol=1e-4, atol=1e-7)
-
-
-def test_the_model_is_left_as_it_was(model: LlamaForCausalLM) -> None:
-    model.train()
-    before = torch.random.get_rng_state()
-    marker = torch.ones_like(model.model.norm.weight)
-    model.model.norm.weight.grad = marker.clone()
+def test_the_model_is_left_as_it_was() -> None:
+    model = tiny_llama().train()
+    model.model.norm.weight.grad = torch.ones_like(model.model.norm.weight)
+    before = state(model)
     prompt_gradient(model, GROUP, SETTINGS)
-    assert model.training
-    assert torch.equal(model.model.norm.weight.grad, marker)
-    assert model.model.layers[0].self_attn.q_proj.weight.grad is None
-    assert torch.equal(torch.random.get_rng_state(), before)
+    check_unchanged(model, before)
 
 
-def test_equal_rewards_cost_nothing_and_give_zero(model: LlamaForCausalLM) -> None:
-    group = dataclasses.replace(GROUP, rewards=[1.0] * 5)
+def test_equal_rewards_cost_nothing_and_give_zero() -> None:
+    model, group = tiny_llama(), dataclasses.replace(GROUP, rewards=[1.0] * 5)
     calls = []
     model.register_forward_hook(lambda *_: calls.append(1))
     gradient = prompt_gradient(model, group, SETTINGS).gradients

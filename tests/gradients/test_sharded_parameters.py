@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from filelock import FileLock
 from tests.gradients.architectures import BUILDERS, SETTINGS, draw_group
-from tests.gradients.ranks import as_accelerate_does, by_blocks, by_modules, processes, run_on_processes, whole_numbers
+from tests.gradients.ranks import as_accelerate_does, by_blocks, by_modules, whole_numbers
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -102,7 +99,7 @@ def joined(parts: Sequence[dict[str, Any]], key: str) -> Any:
     return torch.cat(found) if isinstance(found[0], Tensor) else np.concatenate(found)
 
 
-# What is asked of two processes, all in one start of them: they take seconds to come up.
+# What is asked of two processes.
 
 
 def blocks_of_any_number(mesh: DeviceMesh) -> np.ndarray:
@@ -193,7 +190,8 @@ def in_bfloat16(style: Callable[..., Any], mesh: DeviceMesh) -> dict[str, Any]:
 
 STYLES = {"blocks": by_blocks, "accelerate": as_accelerate_does, "modules": by_modules}
 TRAINED = [("llama", "modules", by_modules), ("qwen2", "accelerate", as_accelerate_does)]
-OTHERS = {
+CASES: dict[str, Callable[[DeviceMesh], Any]] = {
+    **{f"score/{name}": partial(ask, question) for name, question in QUESTIONS.items()},
     "calls": blocks_of_any_number,
     "aim": aim_in_lockstep,
     "hybrid": copied_and_sharded,
@@ -208,27 +206,12 @@ OTHERS = {
 }
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
-    """By case, what each of two processes found. Asked once, however many workers pytest has."""
-    folder = tmp_path_factory.getbasetemp()
-    path = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "sharded"
-    with FileLock(path.with_suffix(".lock")):
-        if not path.is_file():
-            cases = {f"score/{name}": partial(ask, question) for name, question in QUESTIONS.items()} | OTHERS
-            torch.save(dict(zip(cases, run_on_processes(list(cases.values()), 2), strict=True)), path)
-        return torch.load(path, weights_only=False)
-
-
-def of(found: dict[str, list[Any]], name: str) -> list[Any]:
-    failed = [part for part in found[name] if isinstance(part, str) and "Traceback" in part]
-    assert not failed, failed[0]
-    return found[name]
+Found = Callable[[str], list[Any]]
 
 
 @pytest.mark.parametrize("name", QUESTIONS)
-def test_two_processes_find_what_one_does(name: str, found: dict[str, list[Any]]) -> None:
-    question, parts = QUESTIONS[name], of(found, f"score/{name}")
+def test_two_processes_find_what_one_does(name: str, of_two: Found) -> None:
+    question, parts = QUESTIONS[name], of_two(f"score/{name}")
     expected = answer(question, BUILDERS[question.policy](), TRAIN)
     assert len(parts[0]["values"]) == question.first
     for key in ("values", "norms", "facts", "errors", "features"):
@@ -239,32 +222,32 @@ def test_two_processes_find_what_one_does(name: str, found: dict[str, list[Any]]
         np.testing.assert_allclose(part["reliability"], expected["reliability"], rtol=1e-7)
 
 
-def test_processes_may_ask_any_number_of_times(found: dict[str, list[Any]]) -> None:
+def test_processes_may_ask_any_number_of_times(of_two: Found) -> None:
     question = QUESTIONS["qwen2"]
     expected = answer(question, BUILDERS["qwen2"](), TRAIN)["values"]
-    first, second = of(found, "calls")
+    first, second = of_two("calls")
     np.testing.assert_allclose(first, expected, rtol=1e-7)
     assert second.shape == (0, 2)
 
 
-def test_copies_of_sharded_parameters_go_their_own_way(found: dict[str, list[Any]]) -> None:
+def test_copies_of_sharded_parameters_go_their_own_way(of_two: Found) -> None:
     expected = answer(QUESTIONS["llama_modules"], BUILDERS["llama"](), TRAIN)["values"]
-    first, second = of(found, "hybrid")
+    first, second = of_two("hybrid")
     np.testing.assert_allclose(np.concatenate([second["values"], first["values"]]), expected, rtol=1e-7)
 
 
-def test_directions_are_not_made_in_lockstep(found: dict[str, list[Any]]) -> None:
-    of(found, "aim")
+def test_directions_are_not_made_in_lockstep(of_two: Found) -> None:
+    of_two("aim")
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_a_sharded_policy_has_the_identity_of_the_whole(style: str, found: dict[str, list[Any]]) -> None:
-    assert set(of(found, f"identity/{style}")) == {weights_identity(BUILDERS["qwen2"]())}
+def test_a_sharded_policy_has_the_identity_of_the_whole(style: str, of_two: Found) -> None:
+    assert set(of_two(f"identity/{style}")) == {weights_identity(BUILDERS["qwen2"]())}
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_only_what_runs_is_whole(style: str, found: dict[str, list[Any]]) -> None:
-    for seen in of(found, f"memory/{style}"):
+def test_only_what_runs_is_whole(style: str, of_two: Found) -> None:
+    for seen in of_two(f"memory/{style}"):
         half = seen["parameters"] / 2
         assert seen["sharded"]
         assert max(seen["outside"]) == pytest.approx(half, rel=0.02)
@@ -277,13 +260,13 @@ def test_only_what_runs_is_whole(style: str, found: dict[str, list[Any]]) -> Non
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_mixed_precision_is_close_to_a_policy_in_bfloat16(style: str, found: dict[str, list[Any]]) -> None:
+def test_mixed_precision_is_close_to_a_policy_in_bfloat16(style: str, of_two: Found) -> None:
     model = BUILDERS["qwen2"]().float()
     for parameter in model.parameters():
         parameter.data = parameter.data.bfloat16()
     question = Question("qwen2", score="cosine")
     expected = answer(question, model, TRAIN)
-    parts = of(found, f"bfloat16/{style}")
+    parts = of_two(f"bfloat16/{style}")
     np.testing.assert_allclose(joined(parts, "values"), expected["values"], atol=0.02)
     exact = answer(question, BUILDERS["qwen2"](), TRAIN)
     assert np.abs(joined(parts, "values") - exact["values"]).max() > 1e-5  # it did compute in bfloat16
@@ -292,22 +275,16 @@ def test_mixed_precision_is_close_to_a_policy_in_bfloat16(style: str, found: dic
 
 
 @pytest.mark.parametrize(("policy", "style"), [case[:2] for case in TRAINED])
-def test_scoring_leaves_a_policy_that_trains_as_before(policy: str, style: str, found: dict[str, list[Any]]) -> None:
+def test_scoring_leaves_a_policy_that_trains_as_before(policy: str, style: str, of_two: Found) -> None:
     model = BUILDERS[policy]().train()
     loss_of(model).backward()
-    for gradients in of(found, f"training/{policy}/{style}/float64"):
+    for gradients in of_two(f"training/{policy}/{style}/float64"):
         assert gradients.keys() == {name for name, _ in model.named_parameters()}
         for name, parameter in model.named_parameters():
             torch.testing.assert_close(gradients[name], parameter.grad)
-    for gradients in of(found, f"training/{policy}/{style}/mixed"):
+    for gradients in of_two(f"training/{policy}/{style}/mixed"):
         for name, parameter in model.named_parameters():
             torch.testing.assert_close(gradients[name], parameter.grad.float(), rtol=0.1, atol=0.1)
-
-
-@pytest.fixture
-def alone(tmp_path: Path) -> Iterator[DeviceMesh]:
-    with processes(0, 1, tmp_path) as mesh:
-        yield mesh
 
 
 EVERY = [(policy, "blocks") for policy in BUILDERS]

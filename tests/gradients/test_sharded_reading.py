@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from tests.gradients.architectures import BUILDERS, draw_group
-from tests.gradients.ranks import as_accelerate_does, by_blocks, by_modules, run_on_processes
+from tests.gradients.ranks import as_accelerate_does, by_blocks, by_modules
 from tests.gradients.test_reading import WEIGHTS, directions_for, loss_of_rows, rows_of_tokens
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -63,19 +64,15 @@ def found(policy: str, style: Any, mesh: DeviceMesh | None) -> dict[str, Any]:
 
 
 STYLES = {"ddp": None, "blocks": by_blocks, "accelerate": as_accelerate_does, "modules": by_modules}
-CASES = [(policy, style) for policy in ("llama", "llama_tied", "gpt_neox") for style in STYLES]
+READ = [(policy, style) for policy in ("llama", "llama_tied", "gpt_neox") for style in STYLES]
+CASES: dict[str, Callable[[DeviceMesh], Any]] = {
+    f"read/{policy}/{style}": partial(found, policy, STYLES[style]) for policy, style in READ
+}
 
 
-@pytest.fixture(scope="module")
-def two() -> dict[tuple[str, str], list[Any]]:
-    cases = [partial(found, policy, STYLES[style]) for policy, style in CASES]
-    return dict(zip(CASES, run_on_processes(cases, 2), strict=True))
-
-
-@pytest.mark.parametrize(("policy", "style"), CASES)
-def test_two_processes_find_what_one_does(policy: str, style: str, two: dict[tuple[str, str], list[Any]]) -> None:
-    one, ranks = found(policy, None, None), two[policy, style]
-    assert not [part for part in ranks if isinstance(part, str)], ranks[0]
+@pytest.mark.parametrize(("policy", "style"), READ)
+def test_two_processes_find_what_one_does(policy: str, style: str, of_two: Callable[[str], list[Any]]) -> None:
+    one, ranks = found(policy, None, None), of_two(f"read/{policy}/{style}")
     torch.testing.assert_close(torch.cat([part["values"] for part in ranks]), one["values"], rtol=1e-5, atol=1e-5)
     for part in ranks:
         wrong, share = part["check"]

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from tests.gradients.architectures import GROUPS, SETTINGS, autograd, tiny, with_lora
-from tests.gradients.test_every_causal_lm import VALIDATION, build, flat
+from tests.gradients.architectures import GROUPS, SETTINGS, influence_by_autograd, tiny, with_lora
+from tests.gradients.test_every_causal_lm import VALIDATION, build
+from tests.gradients.test_model_checks import NOT_CAUSAL
 
 import cropi
 from cropi.console import warn_once
@@ -23,6 +23,7 @@ UNCOVERED: dict[str, Callable[[], Any]] = {
     "Conv1D": lambda: build("gpt2").double(),
     "experts": lambda: build("mixtral"),
     "a state": lambda: build("falcon_h1"),
+    "short convolutions": lambda: build("lfm2"),
     "sinks": lambda: build("gpt_oss"),
     "adapters on experts": lambda: with_lora(
         build("qwen3_moe"), ["q_proj"], target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
@@ -34,11 +35,8 @@ UNCOVERED: dict[str, Callable[[], Any]] = {
 def test_influence_is_that_of_autograd_and_said_once(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     warn_once.cache_clear()
     model = UNCOVERED[name]()
-    aim = sum(flat(autograd(model, group)) for group in VALIDATION) / len(VALIDATION)
-    gradients = [flat(autograd(model, group)) for group in GROUPS]
-    right = {"dot": torch.stack([gradient @ aim for gradient in gradients])}
-    right["cosine"] = right["dot"] / torch.stack([gradient.norm() * aim.norm() for gradient in gradients])
-    for score, expected in right.items():
+    dots, lengths = influence_by_autograd(model, GROUPS, VALIDATION)
+    for score, expected in (("dot", dots), ("cosine", dots / lengths)):
         options = ScorerOptions(score=score)
         found = cropi.influence(model, GROUPS, {"v": VALIDATION}, surrogate=SETTINGS, options=options)
         np.testing.assert_allclose(found.values[:, 0], expected, atol=1e-4 * float(expected.abs().max()))
@@ -58,9 +56,6 @@ def test_divided_weights_leave_no_other_way(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_what_autograd_cannot_score_either_is_refused_with_its_reason(capsys: pytest.CaptureFixture[str]) -> None:
-    model = tiny("llama")
-    for layer in model.model.layers:
-        layer.self_attn.is_causal = False
     with pytest.raises(PolicyError, match="depend on later tokens"):
-        scorer_of(model, SETTINGS, ScorerOptions())
+        scorer_of(NOT_CAUSAL["a causal model whose attention is not"](), SETTINGS, ScorerOptions())
     assert capsys.readouterr().err == ""

@@ -6,9 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 from tests.conftest import tiny_llama
-from tests.stages.test_score import MIXED, SOLVED, UNREADABLE, VALIDATION, config, group, table
+from tests.stages.test_score import MIXED, SOLVED, UNREADABLE, VALIDATION, config, group, run, table
 
-from cropi.artifacts import read_table
 from cropi.curriculum.strategies.learnalign import LearnAlignStrategy
 from cropi.curriculum.strategy import CANDIDATES
 from cropi.errors import SignalError
@@ -18,23 +17,14 @@ from cropi.gradients.groups import Group, surrogate_settings
 from cropi.gradients.influence_scorer import ScorerOptions
 from cropi.gradients.reference import prompt_gradient
 from cropi.gradients.validation_directions import candidate_groups
-from cropi.run_tables import scores_schema
 from cropi.seeds import unit_interval
-from cropi.stages.score import ScoredPool, score_pool
 
-SOURCES = {one.prompt_id: "here" for one in [*MIXED, SOLVED, UNREADABLE]}
 TABLES = {"train": table([*MIXED, SOLVED, UNREADABLE], "train"), "validation/sum": table(VALIDATION, "validation/sum")}
 UNEVEN = [group(f"u{n}", [1.0] * (1 + n) + [0.0] * (3 - n)) for n in range(3)]  # pass rates 1/4, 1/2, 3/4
 
 
 def scored(folder: Path, strategy: str, *overrides: str) -> tuple[list[dict[str, Any]], Any]:
-    chosen = config(f"select.strategy={{type: {strategy}}}", *overrides)
-    settings = surrogate_settings(chosen, "dr_grpo", "none")
-    (folder / "scores").mkdir(parents=True)
-    model, target = tiny_llama(tied=True), folder / "scores"
-    _, details = score_pool(chosen, settings, model, ScoredPool(TABLES, SOURCES), target)
-    schema = scores_schema(chosen.select.strategy.directions(["sum"]))
-    return read_table(target / "scores.parquet", schema).to_pylist(), details
+    return run(folder, f"select.strategy={{type: {strategy}}}", *overrides, tables=TABLES)
 
 
 def vector(groups: list[Group]) -> dict[str, np.ndarray]:

@@ -1,6 +1,5 @@
 """A headless Chromium, driven through the DevTools protocol over a pipe: no library, no port."""
 
-import base64
 import fcntl
 import json
 import os
@@ -84,10 +83,6 @@ class Browser:
     def mouse(self, kind: str, x: float, y: float) -> None:
         pressed = {"button": "left", "clickCount": 1} if kind != "mouseMoved" else {}
         self("Input.dispatchMouseEvent", type=kind, x=x, y=y, **pressed)
-
-    def screenshot(self, path: Path, *, whole: bool = True) -> None:
-        data = self("Page.captureScreenshot", captureBeyondViewport=whole)["data"]
-        path.write_bytes(base64.b64decode(data))
 
     def close(self) -> None:
         os.close(self._writing)

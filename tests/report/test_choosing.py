@@ -2,13 +2,11 @@
 
 import pyarrow as pa
 import pytest
-from tests.report.sentences import too_long
 from tests.report.test_figures import parsed
 from tests.report.test_report import cells, section_text, written
 
 from cropi.artifacts import finish, write_table
-from cropi.report.blocks import Section
-from cropi.report.choosing import beliefs_by_kind, choosing, cost_rows, places_by_kind
+from cropi.report.choosing import beliefs_by_kind, cost_rows, places_by_kind
 from cropi.report.costs import charges
 from cropi.report.explanations import as_text, explanations
 from cropi.run_tables import beliefs_schema
@@ -88,10 +86,6 @@ def test_the_section(space):
         assert f'id="{name}-' in files["report.html"]
     for svg in files["report.html"].split("<svg")[1:]:
         parsed("<svg" + svg.split("</svg>")[0] + "</svg>")
-
-
-def test_no_composed_sentence_is_long(space):
-    assert too_long([Section("", choosing(space.config, space))]) == []
 
 
 def test_cost_beside_training(space):

@@ -201,20 +201,6 @@ def test_the_text_of_a_prompt(space):
     assert lines[0] == "p005  source sort, not trained on so far"
     assert lines[1] == "  prompt  what is 1 + 1 ?"
     assert lines[2] == "  answer  2"
-    assert lines[3].split() == [
-        "stage",
-        "status",
-        "pass",
-        "rate",
-        "rank",
-        "P(best)",
-        "alpha",
-        "beta",
-        "ESS",
-        "clip",
-        "KL",
-        "outcome",
-    ]
     assert lines[4] == (
         "  0      ok      0.50       1 of 4  0.62     1 ± 1.5 #3  2 ± not measured #1  0.75  12.5 %  0.020  "
         "selected (influence: #1)"

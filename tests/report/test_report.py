@@ -7,16 +7,14 @@ from html.parser import HTMLParser
 
 import pytest
 from markdown_it import MarkdownIt
-from tests.report.sentences import too_long
 
 from cropi.artifacts import PROMPTS, finish, write_table
 from cropi.config.loading import load_config
 from cropi.errors import ArtifactError, printable
-from cropi.report.blocks import Section, Text
 from cropi.report.closeups import before_and_after, closeups, pick, shortened, telling
 from cropi.report.rendering import escaped, fenced, prose
-from cropi.report.run_report import make_report, sections
-from cropi.report.summary import headline, summarise
+from cropi.report.run_report import make_report
+from cropi.report.summary import headline
 from cropi.run_folder import RunFolder
 from cropi.streams import append_jsonl
 
@@ -55,16 +53,31 @@ class Outline(HTMLParser):
             self.text += data
 
 
-def the_only_script(page):
-    """The page's script; fails unless it is the only one and the page's policy lets no other run."""
+def checked(page):
+    """The outline of a page that loads nothing, and whose only script is the one that its policy lets run."""
     outline = Outline(page)
+    assert not {"img", "link", "iframe", "object", "image"} & set(outline.tags)
+    links = [value for name, value in outline.attributes if name in {"src", "href", "xlink:href", "action", "srcset"}]
+    assert links
+    assert all(link.startswith("#") for link in links)
+    ids = [value for name, value in outline.attributes if name == "id"]
+    assert len(ids) == len(set(ids))
     (script,) = outline.scripts
     (policy,) = [value for name, value in outline.attributes if name == "content" and "script-src" in value]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     assert f"default-src 'none'; script-src 'sha256-{digest}'; style-src" in policy
     assert outline.tags.count("script") == 1
     assert not [name for name, _ in outline.attributes if name.startswith("on")]
-    return script
+    assert not re.search(r"alert\(1\)|fetch\(|XMLHttpRequest|WebSocket|import\(|\beval\b", script)
+    return outline
+
+
+def plain_tokens(markdown):
+    """(block tokens, inline tokens) of Markdown that holds no HTML, link or image."""
+    tokens = MarkdownIt("commonmark").enable("table").parse(markdown)
+    inline = [child for token in tokens for child in token.children or []]
+    assert not [t for t in [*tokens, *inline] if t.type in {"html_block", "html_inline", "link_open", "image"}]
+    return tokens, inline
 
 
 def written(space):
@@ -89,17 +102,10 @@ def test_the_three_files_and_what_is_returned(finished):
 
 def test_the_page_is_one_file_that_loads_nothing(files):
     page = files["report.html"]
-    outline = Outline(page)
-    assert not {"img", "link", "iframe", "object", "image"} & set(outline.tags)
-    assert not re.search(r"fetch\(|XMLHttpRequest|WebSocket|import\(|\beval\b", the_only_script(page))
-    links = [value for name, value in outline.attributes if name in {"src", "href", "xlink:href", "action", "srcset"}]
-    assert links
-    assert all(link.startswith("#") for link in links)
+    checked(page)
     assert "@import" not in page
     assert set(re.findall(r"url\(([^)]*)\)", page)) <= set(re.findall(r"url\((#[^)]*)\)", page))
     assert len(page) < 2_000_000
-    ids = [value for name, value in outline.attributes if name == "id"]
-    assert len(ids) == len(set(ids))
 
 
 def test_two_reports_of_one_folder_are_equal_byte_by_byte(files, finished):
@@ -109,14 +115,11 @@ def test_two_reports_of_one_folder_are_equal_byte_by_byte(files, finished):
 def test_data_cannot_become_markup(fabricate):
     space = fabricate(source_names=("<b>x</b>", "a|b", "`tick`"), prompt_text=HOSTILE, completion_text=HOSTILE[:-2])
     files = written(space)
-    outline = Outline(files["report.html"])
-    assert "alert(1)" not in the_only_script(files["report.html"])
+    outline = checked(files["report.html"])
     assert "b" not in outline.tags
     assert "<script>alert(1)</script>" in outline.text
     assert "<b>x</b>" in outline.text
-    tokens = MarkdownIt("commonmark").enable("table").parse(files["report.md"])
-    inline = [child for token in tokens for child in token.children or []]
-    assert not [t for t in [*tokens, *inline] if t.type in {"html_block", "html_inline", "link_open", "image"}]
+    tokens, inline = plain_tokens(files["report.md"])
     headings = [after.content for token, after in itertools.pairwise(tokens) if token.type == "heading_open"]
     assert not [content for content in headings if "no heading" in content]
     cells = {token.content for token in inline if token.type == "text"}
@@ -126,11 +129,7 @@ def test_data_cannot_become_markup(fabricate):
 
 
 def test_markdown_tables_keep_their_shape(fabricate):
-    tokens = (
-        MarkdownIt("commonmark")
-        .enable("table")
-        .parse(written(fabricate(source_names=("a|b", "c\\|d", "e"), trained=False))["report.md"])
-    )
+    tokens, _ = plain_tokens(written(fabricate(source_names=("a|b", "c\\|d", "e"), trained=False))["report.md"])
     widths, width = [], 0
     for token in tokens:
         if token.type == "table_open":
@@ -198,13 +197,6 @@ def test_what_is_not_there_is_said(fabricate):
     for title in ("Answers before and after", "What was selected", "Cost", "What became of every prompt"):
         assert title in missing
         assert not re.search(rf"^#.* {re.escape(title)}$", text, re.MULTILINE)
-
-
-@pytest.mark.parametrize("live", [False, True])
-def test_the_page_of_a_run_that_goes_on_reloads_itself(fabricate, live):
-    space = fabricate()
-    make_report(RunFolder(space.config), live=live)
-    assert ('http-equiv="refresh"' in (space.folder / "report.html").read_text(encoding="utf-8")) is live
 
 
 def test_a_file_that_was_changed_is_refused(fabricate):
@@ -372,21 +364,3 @@ def test_the_command_that_is_named_loads_the_same_config(files, finished):
     path, again = re.search(r"cropi run (\S*config\.json) (run_dir=again)", text).groups()
     assert load_config(path, [again]).model_copy(update={"run_dir": finished.config.run_dir}) == finished.config
     assert "name=small-seed4 seed=4" in text
-
-
-# -- imports -----------------------------------------------------------------------------------------------------------
-
-
-# -- words -------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("parts", [{}, {"trained": False, "stages_selected": 1}, PARTS[0], {"strategy": "full"}])
-def test_no_composed_sentence_is_long(fabricate, parts):
-    space = fabricate(**({"evaluations": {}} if "strategy" in parts else {}) | parts)
-    assert too_long(sections(space.config, space, summarise(space.config, space))) == []
-
-
-def test_a_long_sentence_is_found():
-    short = Text(" ".join(["word"] * 25) + ". 1.5 [0.2, 0.3] " + "word " * 25)
-    assert too_long([Section("", [short])]) == []
-    assert len(too_long([Section("", [short, Text("word " * 26)])])) == 1

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.runs import SMALL, cropi
 from tests.stages.killed import collected_through
 
 from cropi.builtin import POLICY_DIR
@@ -340,40 +339,6 @@ def test_where_a_text_may_have_been_cut_at_a_stop_string_the_server_must_tell(po
 def test_ids_may_hold_more_than_a_text_that_was_cut_at_a_stop_string(policy: Policy, serving: Any) -> None:
     ids = policy.tokenizer(text="answer 3 4", add_special_tokens=False)["input_ids"]
     assert ask(policy, serving(lambda *_: said("answer 3", stop_reason="4", token_ids=ids))) == [ids] * len(PROMPTS)
-
-
-@pytest.mark.slow
-def test_a_collection_that_ends_over_bad_answers_goes_on_with_the_same_bytes(policy, serving, tmp_path, monkeypatch):
-    bad = [filled(reply, policy) for reply in BAD.values() if not callable(reply)]
-    failing = threading.Event()
-
-    def answer(number: int, body: Mapping[str, Any]) -> Any:
-        return bad[number % len(bad)] if failing.is_set() and number > 100 else by_seed(policy, body)
-
-    fake = serving(answer)
-
-    def collect(run_dir: str) -> Any:
-        monkeypatch.setattr(server, "PATIENCE_S", 0.5)
-        of_server = {"url": fake.url, "model": "m"}
-        more = ["collect.shard_prompts=8", "collect.batch_size=4", f"collect.server={json.dumps(of_server)}"]
-        return cropi("collect", "quickstart", *SMALL, *more, f"run_dir={run_dir}", cwd=tmp_path)
-
-    def parts(run_dir: str) -> dict[str, bytes]:
-        return {path.name: path.read_bytes() for path in (tmp_path / run_dir).glob("quickstart/trajectories/part-*")}
-
-    assert collect("whole").returncode == 0
-    fake.bodies.clear()
-    failing.set()
-    ended = collect("parts")
-    assert ended.returncode == 2
-    assert "has not answered for 0.5 s" in ended.stderr
-    assert "Traceback" not in ended.stderr
-    kept = parts("parts")
-    assert kept
-    failing.clear()
-    assert collect("parts").returncode == 0
-    assert parts("parts") == parts("whole")
-    assert kept.items() <= parts("parts").items()
 
 
 @pytest.mark.parametrize(

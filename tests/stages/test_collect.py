@@ -45,13 +45,6 @@ def test_same_seed_same_completions_and_the_callers_state_is_kept(policy: Policy
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-def test_greedy_does_not_depend_on_the_batch(policy: Policy) -> None:
-    greedy = Sampling(max_completion_length=12, temperature=None)
-    together = TransformersGenerator(policy, 8)(ids(policy), greedy, seed=0)
-    alone = [TransformersGenerator(policy, 1)([one], greedy, seed=0)[0] for one in ids(policy)]
-    assert together == alone
-
-
 def test_out_of_memory_halves_the_batch(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = []
     real = generation.TransformersGenerator._generate

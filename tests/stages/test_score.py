@@ -75,7 +75,8 @@ def run(
     pool = ScoredPool(tables, SOURCES)
     (folder / "scores").mkdir(parents=True, exist_ok=True)
     _, details = score_pool(chosen, settings, model or tiny_llama(tied=True), pool, folder / "scores")
-    return read_table(folder / "scores" / "scores.parquet", scores_schema(NAMES)).to_pylist(), details
+    schema = scores_schema(chosen.select.strategy.directions(NAMES))
+    return read_table(folder / "scores" / "scores.parquet", schema).to_pylist(), details
 
 
 def values(rows: list[dict[str, Any]]) -> np.ndarray:

@@ -19,7 +19,7 @@ from cropi.config.loading import load_config
 from cropi.errors import ConfigError
 from cropi.stages.train import StageCallback, TrainTask, train_stages
 from cropi.streams import read_jsonl
-from cropi.training.dynamic_sampling import DynamicSampling, check_dynamic_sampling
+from cropi.training.dynamic_sampling import DynamicSampling
 from cropi.training.grpo_settings import grpo_config
 from cropi.training.reward_log import Judged, RecordedReward
 from cropi.training.stage_trainer import StageTrainer
@@ -299,12 +299,3 @@ def test_advantages_that_cross_groups_are_refused(override: str, tmp_path: Path)
     config = load_config("quickstart", [*overrides, "train.dynamic_sampling=1"])
     with pytest.raises(ConfigError, match=override.split("=")[0]):
         grpo_config(config, tmp_path, torch.device("cpu"))
-
-
-def test_several_processes_are_refused() -> None:
-    settings: Any = SimpleNamespace(
-        scale_rewards="group", multi_objective_aggregation="sum_then_normalize", world_size=2
-    )
-    check_dynamic_sampling(settings, 0)
-    with pytest.raises(ConfigError, match="one process"):
-        check_dynamic_sampling(settings, 1)

@@ -22,7 +22,8 @@ from cropi.stages.validation_pass import RANK
 from cropi.training.grpo_settings import grpo_config
 
 SETTINGS = [
-    *(text for text in SMALL if not text.startswith(("select.", "trainer.per_device"))),
+    *(text for text in SMALL if not text.startswith(("select.", "trainer.per_device", "evaluate."))),
+    "evaluate.every=6",
     "trainer.per_device_train_batch_size=16",
     "trainer.gradient_accumulation_steps=2",
     "trainer.save_total_limit=9",

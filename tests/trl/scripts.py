@@ -13,6 +13,7 @@ from trl import GRPOConfig
 
 from cropi.builtin import POLICY_DIR, generate
 from cropi.trl import CurriculumTrainer, Selector
+from tests.runs import grpo_args
 
 TEMPLATE = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
 
@@ -48,27 +49,13 @@ def select(chat: bool = False, **changes: Any) -> Selector:
 
 def trainer(folder: Path, selector: Selector | None = None, **changes: Any) -> CurriculumTrainer:
     torch.set_num_threads(1)
-    settings: dict[str, Any] = {
-        "output_dir": str(folder),
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "per_device_train_batch_size": 8,
-        "gradient_accumulation_steps": 2,
-        "num_generations": 4,
-        "max_completion_length": 8,
-        "max_steps": 4,
-        "learning_rate": 1e-3,
-        "report_to": [],
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "disable_tqdm": True,
-    }
+    settings = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2, "num_generations": 4}
+    settings |= {"max_completion_length": 8, "max_steps": 4, "learning_rate": 1e-3, "logging_steps": 1}
     arguments = {name: changes.pop(name) for name in list(changes) if name in GRPOConfig.__dataclass_fields__}
     given: dict[str, Any] = {
         "model": str(POLICY_DIR),
         "reward_funcs": right,
-        "args": GRPOConfig(**(settings | arguments)),
+        "args": grpo_args(folder, **(settings | arguments)),
         "train_dataset": problems("sum", "parity"),
         "selector": selector or select(),
     }

@@ -18,15 +18,8 @@ from cropi.trl import Selector, Verified
 from cropi.trl.messages import in_script, reworded, worded
 
 PACKAGE = Path(cropi.__file__).parent
-REACHED = [
-    "curriculum",
-    "gradients",
-    "policy",
-    "prompts",
-    "rollouts",
-    "stages",
-    "trl",
-]  # rooms that a CurriculumTrainer calls
+# Rooms that a CurriculumTrainer calls.
+REACHED = ["curriculum", "gradients", "policy", "prompts", "rollouts", "stages", "trl"]
 MODULES = ["artifacts", "pipeline", "run_folder"]
 # Words of a config or of the command line that a script has no use for.
 FOREIGN = r"`cropi (?!explain|doctor|select`|run`\.)|\brun_dir\b|\bname=|disjoint hash_range|graded: true"
@@ -72,7 +65,7 @@ def keys(values: dict[str, object], before: str = "") -> Iterator[str]:
             yield from keys(value, f"{before}{name}.")
 
 
-OTHERS = ("train_dataset", "model", "peft_config")  # of the trainer's arguments
+OTHERS = ("train_dataset", "model", "peft_config", "processing_class.chat_template")  # of the trainer's arguments
 
 
 def test_every_setting_has_a_name_that_a_script_has() -> None:
@@ -86,12 +79,7 @@ def test_every_setting_has_a_name_that_a_script_has() -> None:
             kind = {"args": GRPOConfig, "Selector": Selector}[argument[1]]
             assert argument[2] in kind.__dataclass_fields__, named
         else:
-            assert named.partition(":")[0] in (
-                "train_dataset",
-                "model",
-                "peft_config",
-                "processing_class.chat_template",
-            )
+            assert named.partition(":")[0] in OTHERS
 
 
 def messages(path: Path) -> Iterator[str]:

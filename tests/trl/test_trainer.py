@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 
 from cropi.errors import ArtifactError, ConfigError, DataError, UserError
 from cropi.stages.validation_pass import SampledGroup, ValidationPass
-from cropi.trl import CurriculumTrainer, Selector, Verified
+from cropi.trl import CurriculumTrainer, Verified
 from tests.runs import cropi_error, cropi_ok, json_lines
 from tests.trl.scripts import problems, right, select, short, trainer
 
@@ -271,31 +271,27 @@ def test_a_curriculum_that_only_observes_passes_over_all_prompts(tmp_path: Path)
     assert "influence/validation" in made.curriculum.table()
 
 
-def bad(**changes: Any) -> Selector:
-    return select(**changes)
-
-
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: bad(validation=None), "Selector.validation: it is a NoneType"),
-        (lambda: bad(validation={"a": [{"prompt": "a"}]}), r"Selector.validation\['a'\]: it is a list"),
-        (lambda: bad(validation=problems("sum").select([])), "Selector.validation: it holds no rows"),
+        (lambda: select(validation=None), "Selector.validation: it is a NoneType"),
+        (lambda: select(validation={"a": [{"prompt": "a"}]}), r"Selector.validation\['a'\]: it is a list"),
+        (lambda: select(validation=problems("sum").select([])), "Selector.validation: it holds no rows"),
         (
-            lambda: bad(validation=problems("sum").rename_column("prompt", "question")),
+            lambda: select(validation=problems("sum").rename_column("prompt", "question")),
             "Selector.validation: it has no column prompt",
         ),
-        (lambda: bad(strategy="inflence"), "did you mean 'influence'"),
-        (lambda: bad(validation=problems("sum")), "stand in another role"),
-        (lambda: bad(settings={"collect": {"no_such": 1}}), "unknown key collect.no_such"),
-        (lambda: bad(settings={"prompts": {"empty": "drop"}}), "none can be dropped"),
+        (lambda: select(strategy="inflence"), "did you mean 'influence'"),
+        (lambda: select(validation=problems("sum")), "stand in another role"),
+        (lambda: select(settings={"collect": {"no_such": 1}}), "unknown key collect.no_such"),
+        (lambda: select(settings={"prompts": {"empty": "drop"}}), "none can be dropped"),
         (
-            lambda: bad(validation=problems("sum", split="validation").select([0])),
+            lambda: select(validation=problems("sum", split="validation").select([0])),
             "one prompt alone gives no direction",
         ),
-        (lambda: bad(strategy="influence"), "chooses the prompts of a stage"),
-        (lambda: bad(strategy="dapo"), "leaves out groups that were sampled"),
-        (lambda: bad(strategy="lze"), "leaves out groups that were sampled"),
+        (lambda: select(strategy="influence"), "chooses the prompts of a stage"),
+        (lambda: select(strategy="dapo"), "leaves out groups that were sampled"),
+        (lambda: select(strategy="lze"), "leaves out groups that were sampled"),
     ],
 )
 def test_what_cannot_be_is_refused_before_the_first_step(make: Any, message: str, tmp_path: Path) -> None:

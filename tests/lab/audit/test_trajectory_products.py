@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from tests.gradients.architectures import GROUPS, SETTINGS, draw_group, tiny
+from tests.gradients.test_score_reliability import EQUAL, TRAIN
 
 from cropi.functional.projection import SparseProjection
 from cropi.gradients.groups import Group, SurrogateSettings
@@ -24,8 +25,6 @@ from cropi.lab.audit.trajectory_products import (
 
 pytestmark = pytest.mark.usefixtures("unchecked_shapes")
 
-TRAIN = [draw_group(5, [7, 4, 1, 6], seed=11), draw_group(3, [2, 9, 5, 3, 8], seed=12), GROUPS[2]]
-EQUAL = dataclasses.replace(GROUPS[0], prompt_id="equal", rewards=[1.0, 1.0, 1.0])
 VALIDATION = {"a": GROUPS[:2], "b": [GROUPS[1], GROUPS[2]]}
 WIDE = SparseProjection(64, 0.5, seed=1, rank=2)
 

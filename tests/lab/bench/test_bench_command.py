@@ -1,13 +1,11 @@
 """The real command, at the smallest size."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.runs import cropi_process
-from typer.testing import CliRunner
-
-from cropi.__main__ import app
+from tests.runs import cropi_error, cropi_ok
 
 CONTENDERS = "floor,exact,reference"
 
@@ -16,8 +14,7 @@ CONTENDERS = "floor,exact,reference"
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
     cwd = tmp_path_factory.mktemp("bench")
     size = ["--shape", "tiny", "--prompts", "4", "--validation", "2", "--rounds", "2"]
-    done = cropi_process("bench", "engine", *size, "--contenders", CONTENDERS, "--out", "bench.json", cwd=cwd)
-    assert done.returncode == 0, done.stderr
+    done = cropi_ok("bench", "engine", *size, "--contenders", CONTENDERS, "--out", "bench.json", cwd=cwd)
     return json.loads((cwd / "bench.json").read_text()), done.stdout
 
 
@@ -58,7 +55,5 @@ def test_the_exact_scores_agree_with_autograd(finished: tuple[dict[str, Any], st
         (["engine", "--out", "nowhere/bench.json"], "there is no such folder"),
     ],
 )  # fmt: skip
-def test_an_option_that_cannot_be_used_exits_2(arguments: list[str], message: str) -> None:
-    done = CliRunner().invoke(app, ["bench", *arguments])
-    assert done.exit_code == 2, done.output
-    assert message in done.stderr
+def test_an_option_that_cannot_be_used_exits_2(arguments: list[str], message: str, tmp_path: Path) -> None:
+    assert message in cropi_error("bench", *arguments, cwd=tmp_path).stderr

@@ -25,7 +25,7 @@ def run() -> dict[str, Any]:
 def test_rounds_take_turns_and_leave_out_who_failed() -> None:
     faults = {"good": {}, "fails": {"fails": 2}, "dies": {"dies": 1}}
     records, done = {name: Record() for name in faults}, list[int]()
-    workers = {name: ProcessPoolExecutor(1, mp_context=get_context("spawn")) for name in faults}
+    workers = {name: ProcessPoolExecutor(1, mp_context=get_context("fork")) for name in faults}
     for name, own in faults.items():
         workers[name].submit(prepare, **own).result()
     take_rounds(workers, records, 3, run, lambda: done.append(1))

@@ -1,14 +1,14 @@
 """The real command: what is shared, what an interruption leaves, and that every run is that of `cropi run`."""
 
+import contextlib
+import io
 import json
 import os
 import re
 import shutil
-import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,11 +18,13 @@ from tests.runs import SMALL, cropi, cropi_error, cropi_ok, evaluations, selecti
 import cropi as cropi_python
 from cropi.config.loading import load_config
 from cropi.gradients.layer_taps import matrix_parameters
+from cropi.lab.compare import compared_run
 from cropi.lab.compare.compared_run import link_shared
 from cropi.lab.compare.result_table import read_results
-from cropi.lab.compare.run_processes import default_jobs
+from cropi.lab.compare.run_processes import _Job, default_jobs
 from cropi.pipeline import train_all
 from cropi.run_tables import forget_evaluations
+from cropi.stages import train
 from cropi.stages.collect import collect
 from cropi.stages.run import Run
 from cropi.streams import Ledger, append_jsonl, read_jsonl
@@ -42,31 +44,41 @@ COMMAND = ["compare", "quickstart", *TINY, "--strategies", "full,influence", "--
 OUT = Path("out")
 
 
-def steps(folder: Path) -> int:
-    files = folder.glob("quickstart/seed-*/*/steps.jsonl")
-    return sum(path.read_bytes().count(b"\n") for path in files)
+def start_here(job: _Job, threads: int) -> None:
+    """Do a job at once, in this process: the imports of one of its own take longer than such a run."""
+    task = json.dumps({"config": job.config.resolved(), "shared": job.shared and str(job.shared)})
+    job.log.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        job.log.open("a") as log,
+        contextlib.redirect_stdout(log),
+        contextlib.redirect_stderr(log),
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setattr("sys.stdin", io.StringIO(task))
+        patch.setattr(compared_run, "_end_with_parent", lambda: None)
+        code = compared_run.main()
+    job.process = subprocess.Popen(["sh", "-c", f"exit {code}"])
 
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A comparison that was interrupted in its second run, then ended by the same command."""
-    cwd = tmp_path_factory.mktemp("compare")
-    command = [sys.executable, "-m", "cropi", *COMMAND, "--folder", str(OUT)]
-    process = subprocess.Popen(command, cwd=cwd, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-    deadline = time.monotonic() + 600
-    try:
-        while steps(cwd / OUT) < 5:
-            assert process.poll() is None, process.stderr and process.stderr.read()
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=120)
-    finally:
-        process.kill()
-    assert process.returncode == 130
-    assert "the same command goes on from here" in said
-    (cwd / "interrupted.parquet").write_bytes((cwd / OUT / "results.parquet").read_bytes())
-    done = cropi_ok(*COMMAND, "--folder", str(OUT), cwd=cwd)
+    cwd, evaluate = tmp_path_factory.mktemp("compare"), train.evaluate
+
+    def interrupted(run: Run, model: Any, step: int) -> None:
+        if run.config.folder.name == "influence":
+            raise KeyboardInterrupt
+        evaluate(run, model, step)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_Job, "start", start_here)
+        patch.setattr(train, "evaluate", interrupted)
+        stopped = cropi(*COMMAND, "--folder", str(OUT), cwd=cwd)
+        patch.setattr(train, "evaluate", evaluate)
+        assert stopped.returncode == 130
+        assert "the same command goes on from here" in stopped.stderr
+        (cwd / "interrupted.parquet").write_bytes((cwd / OUT / "results.parquet").read_bytes())
+        done = cropi_ok(*COMMAND, "--folder", str(OUT), cwd=cwd)
     (cwd / "stdout").write_text(done.stdout)
     (cwd / "stderr").write_text(done.stderr)
     return cwd
@@ -188,7 +200,12 @@ def test_what_cannot_be_compared_is_said(compared: Path, asked: list[str], said:
         assert "name one of these: 2, 4" in done.stderr
 
 
-def test_more_can_be_asked_for_and_a_failing_run_stops_no_other(compared: Path, tmp_path: Path) -> None:
+def test_more_can_be_asked_for_and_a_failing_run_stops_no_other(compared, tmp_path, monkeypatch):
+    """The run that does not fail is in a process of its own."""
+    start = _Job.start
+    monkeypatch.setattr(
+        _Job, "start", lambda job, threads: (start if "short" in job.label else start_here)(job, threads)
+    )
     shutil.copytree(compared / OUT, tmp_path / OUT)
     damaged = tmp_path / OUT / "quickstart" / "seed-3"
     (tmp_path / "huge.yaml").write_text("{trainer: {learning_rate: 1.0e+30}, select: {strategy: {type: full}}}")
