@@ -63,8 +63,7 @@ class RewardBelief:
     def pass_rates(self) -> Float[np.ndarray, " P"]:
         """Expected mean reward."""
         low, high = self._range()
-        a_P, b_P = self._beta()
-        return low + (high - low) * (a_P / (a_P + b_P))
+        return high - (high - low) * self.missing()
 
     def missing(self) -> Float[np.ndarray, " P"]:
         """Expected share of the reward that a completion does not get."""

@@ -188,7 +188,7 @@ def _check(settings: GRPOConfig, config: Config) -> None:
         raise ConfigError(
             f"no per-prompt normaliser is known for the loss {settings.loss_type!r}",
             where="trainer.loss_type",
-            fix=f"use one of {', '.join(NORMALIZER_OF_LOSS)}, or set score.normalizer.",
+            fix=f"use one of {', '.join(NORMALIZER_OF_LOSS)}.",
         )
     _check_generation_batches(settings, config)
     _check_saving(settings)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from tests.runs import json_lines
-from tests.training.test_online_trainer import SETTINGS, run, same, weights
+from tests.stages.test_online_trainer import SETTINGS, run, same, weights
 
 from cropi import load
 from cropi.config.loading import load_config
