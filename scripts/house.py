@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAB = ("lab",)
 ENTRIES = ("stages.score", "stages.select", "stages.train")
 PIPELINE = ("pipeline",)
-GROUND = ("artifacts", "builtin", "config", "console", "errors", "ledger", "policy", "rewards", "seeds",
+GROUND = ("artifacts", "builtin", "config", "console", "errors", "policy", "rewards", "seeds", "streams",
           "run_folder", "parallel", "prompts.leakage")
 OTHER_STRATEGIES = tuple(f"curriculum.strategies.{name}" for name in (
     "bmc", "bots", "dots", "full", "gaussian", "gradient_norm", "learnability", "learnalign", "lze", "mid", "mopps",
