@@ -20,6 +20,7 @@ from cropi.gradients.direction import inner
 from cropi.gradients.groups import SurrogateSettings
 from cropi.gradients.layer_taps import matrix_parameters
 from cropi.gradients.training_influence import Reader
+from cropi.report.costs import DIRECTION
 from cropi.rollouts.generation import Sampling
 from cropi.seeds import derived_seed
 from cropi.stages.online_loop import ENOUGH_READ
@@ -142,7 +143,7 @@ class Influence:
             "reward": round(float(np.mean([np.mean(group.rewards) for group in groups])), 4),
             "collect_tokens": generated,
             "score_tokens": tokens,
-            "passes": {"collect": generated + prompts, "score": 3 * tokens + products / self.parameters},
+            "passes": {"collect": generated + prompts, "score": DIRECTION * tokens + products / self.parameters},
         }
         return line | agreement([sum(own) for own in given[SET].values()], self.validation.directions.get(SET))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -11,10 +12,12 @@ import transformers
 from tests.gradients.architectures import BUILDERS, tiny
 from tests.gradients.test_reading import WEIGHTS, loss_of_rows, rows_of_tokens
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from cropi.errors import PolicyError
 from cropi.gradients.direction import DirectionSketch, backward_to_embeddings, deterministic, inner
 from cropi.gradients.training_influence import Direction, LowRank
+from cropi.report.costs import DIRECTION, GRADIENT
 
 PARTS = torch.tensor([0, 1, 1, 0])
 
@@ -75,6 +78,22 @@ def test_a_pass_stays_on_the_device_of_the_model(monkeypatch: pytest.MonkeyPatch
     with backward_to_embeddings(model) as backward, sketch.sketching(PARTS):
         backward(model(input_ids=torch.ones(4, 6, dtype=torch.long, device="meta")).logits.square().sum())
     assert {sums.device.type for sums in sketch.sums().values()} == {"meta"}
+
+
+def test_a_pass_computes_no_weight_gradient() -> None:
+    """So that its products of linear layers are those of two forward passes; of training's passes, three."""
+    model = tiny("llama").float()
+    ids, mask = rows_of_tokens()
+
+    def products(differentiate: Callable[[Tensor], None]) -> float:
+        with FlopCounterMode(display=False) as counter:
+            differentiate(loss_of_rows(model, ids, mask, WEIGHTS))
+        return counter.get_flop_counts()["Global"][torch.ops.aten.mm]
+
+    forward = products(lambda loss: None)
+    with backward_to_embeddings(model) as backward:
+        assert products(backward) == DIRECTION * forward
+    assert products(lambda loss: loss.backward()) == GRADIENT * forward
 
 
 def test_micro_batches_add_up_and_scaling_forgets() -> None:

@@ -13,7 +13,8 @@ QUICKSTART = ["trainer.beta=0.0"]
 
 
 def test_operations_by_phase():
-    found = flops(load_config("quickstart", QUICKSTART), 1000, [COLLECTED, GENERATED], [SCORED], [BATCH])
+    config = load_config("quickstart", [*QUICKSTART, "select.strategy=influence"])
+    found = flops(config, 1000, [COLLECTED, GENERATED], [SCORED], [BATCH])
     # A forward pass of a token is 2 x 1000 operations.
     assert found.collect == 2000 * (2 * 40 + 40)
     assert found.score == 2000 * (2 * 50 + 3 * 7)
@@ -51,6 +52,12 @@ def test_a_scoring_by_autograd_costs_what_autograd_costs():
 def test_validation_gradients_that_are_scaled_are_made_twice():
     config = load_config("quickstart", ["select.strategy=learnalign"])
     assert flops(config, 1, [], [SCORED], []).score == 2 * (2 * 50 + 6 * 7)
+
+
+def test_sketched_directions_need_no_weight_gradients():
+    """And what the products of sketching are worth is counted by itself."""
+    own = [{"computed_tokens": 0, "validation_tokens": 7, "read_passes": 1.5}]
+    assert flops(load_config("quickstart"), 1, [], own, []).score == 2 * (2 * 7 + 1.5)
 
 
 def test_work_that_was_interrupted_counts_for_nothing():

@@ -128,6 +128,7 @@ def _whole(value: float | None) -> int | None:
 
 FORWARD = 2  # operations per parameter and token
 GRADIENT = 3  # forward passes of a dense gradient
+DIRECTION = 2  # of a sketched one: its backward pass goes through activations only
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,8 @@ class Flops:
     generation   every prompt and completion token once (with a cache nothing is computed twice)
     collection   generation, and once more for the behaviour log-probs where they are taken
     score        m per token of the pool that is computed + 3 per token of the validation prompts (their dense gradient:
-                 forward, and a backward pass of twice that; twice over for `learnalign`, which scales them).
+                 forward, and a backward pass of twice that; twice over for `learnalign`, which scales them; 2 for
+                 `cropi`, which sketches it: forward, and backward through activations).
                  m: 2 for `sketch` (forward, backward through activations), 3 with the uniform mask, which needs the
                  dense gradient; 2 + V for `exact` with V validation sets; 3 for `reference`. Tokens that are only read
                  (representations): 1 each. Sketching a direction: `read_passes`.
@@ -184,7 +186,9 @@ def flops(
     """Operations of ledger lines of collection and scoring, and of generation batches and steps of training."""
     forward = FORWARD * parameters
     multiple = partial(score_multiple, config.score, len(config.prompts.validation))
-    validation = GRADIENT * (2 if config.select.strategy.candidates_aimed_at > 0 else 1)  # scaled to length 1 first
+    strategy = config.select.strategy
+    validation = DIRECTION if strategy.reads_influence else GRADIENT
+    validation *= 2 if strategy.candidates_aimed_at > 0 else 1  # scaled to length 1 first
     passes = GRADIENT * int(config.trainer.get("num_iterations", 1)) + bool(float(config.trainer.get("beta", 0.0)))
     batches, scored = list(batches), list(scored)
     return Flops(
