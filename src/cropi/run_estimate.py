@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from cropi.config import Config
-from cropi.curriculum.curriculum import FIRST_ROUND, ROUND_STEPS
+from cropi.curriculum.curriculum import ROUND_STEPS, steps_to_next_round
 from cropi.functional.ranking import selection_size
 from cropi.gradients.engine import free_bytes
 from cropi.gradients.reference import trainable_parameters
@@ -102,8 +102,11 @@ def _represented_tokens(config: Config, shards: Sequence[Shard]) -> int:
 
 
 def _validation_completions(steps: int, settings: Any) -> int:
-    """Completions of the validation prompts: the steps between two rounds double."""
-    rounds = ((steps - 1) // FIRST_ROUND + 1).bit_length()
+    """Completions of the validation prompts in all rounds."""
+    rounds = step = 0
+    while step < steps:
+        rounds += 1
+        step += steps_to_next_round(rounds)
     return rounds * round(ROUND_STEPS * settings.generation_batch_size)
 
 

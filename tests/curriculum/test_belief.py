@@ -48,10 +48,10 @@ def test_likeness_is_expected_to_help_and_learned_by_hand(monkeypatch: pytest.Mo
     belief = InfluenceBelief(np.zeros((2, 1)), np.empty((0, 1)), np.array([1.0, 2.0]))
     belief.observe(0, slope=2.0, squared_error=1.0, step=0)
     found = belief.posterior()
-    # scale: 2^2 - 1 = 3. Weight of likeness before: N(sqrt(3) / 2, 3 / 4). Own variance: 3 (1/2 + 1), as x = 0
-    gain = 0.75 / (0.75 + 4.5 + 1)
-    assert found.mean_F[1] == pytest.approx(3**0.5 / 2 + gain * (2 - 3**0.5 / 2))
-    assert found.root_FF[1, 1] ** 2 == pytest.approx(0.75 * (1 - gain))
+    # scale: 2^2 - 1 = 3. Weight of likeness before: N(sqrt(3) / 8, 3 / 64). Own variance: 3 (1/2 + 1), as x = 0
+    gain = 3 / 64 / (3 / 64 + 4.5 + 1)
+    assert found.mean_F[1] == pytest.approx(3**0.5 / 8 + gain * (2 - 3**0.5 / 8))
+    assert found.root_FF[1, 1] ** 2 == pytest.approx(3 / 64 * (1 - gain))
     assert found.means()[1] == pytest.approx(2 * found.mean_F[1])
 
 
@@ -92,6 +92,8 @@ def test_likeness_by_hand() -> None:
     validation = np.array([[2.0, 0.0], [0.0, 3.0]])
     # cosines with the nearest: 1, 1, 0, 0; mean and deviation 1/2. The validation prompts are at right angles
     assert likeness(pool, validation).tolist() == [1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
+    # cosines 1, 0, 0, 0, 0: mean 0.2, deviation 0.4, so z = 2
+    assert likeness(np.eye(5), np.eye(5)[:1])[:5] == pytest.approx([8, 0, 0, 0, 0])
     assert likeness(np.ones((3, 2)), validation).tolist() == [0.0] * 5
 
 

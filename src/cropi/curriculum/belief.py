@@ -21,9 +21,7 @@ OWN_SHARES = (0.1, 0.5, 2.0)  # tried: variance of a prompt's own part, relative
 CORRELATIONS = (1.0, 0.9, 0.6, 0.3)  # tried: between what a validation prompt and a pool prompt like it give
 BANDWIDTH = 4.0  # median distances to the nearest other point
 FORGOTTEN = 10  # half-lives after which an observation is dropped
-LIKENESS = (
-    0.5  # expected slope of a prompt one deviation more alike than the pool, in those observed; its own deviation
-)
+LIKENESS = 0.125  # slope of a prompt one deviation more alike than the pool, in those observed: mean and deviation
 MOST_ALIKE = 3.0  # deviations
 
 
@@ -307,16 +305,17 @@ def kernel_features(
 
 
 def likeness(points_NE: Float[np.ndarray, "N E"], validation_ME: Float[np.ndarray, "M E"]) -> Float[np.ndarray, " P"]:
-    """Likeness of each point to a validation set beyond the pool's average, in standard deviations of the pool.
+    """Likeness of each point to a validation set beyond the pool's average.
 
-    l_i = max(0, c_i - mean c) / sd c, at most 3, with c_i the cosine with the nearest validation prompt: for the pool's
-    prompts, and then for the validation prompts, of which each has the nearest other one.
+    l_i = z_i^3 with z_i = max(0, c_i - mean c) / sd c, at most 3, and c_i the cosine with the nearest validation
+    prompt: for the pool's prompts, and then for the validation prompts, of which each has the nearest other one. Cubed,
+    since prompts of another kind teach far less than those of the same.
     """
     unit_ME, cosines_N = unit_rows(validation_ME), nearest_cosines(points_NE, validation_ME)
     own_MM = unit_ME @ unit_ME.T - 2 * np.eye(len(unit_ME))
     deviation = float(cosines_N.std())
     centred_P = np.concatenate([cosines_N, own_MM.max(axis=1)]) - cosines_N.mean()
-    return np.clip(centred_P / deviation, 0.0, MOST_ALIKE) if deviation > 0 else np.zeros(len(centred_P))
+    return np.clip(centred_P / deviation, 0.0, MOST_ALIKE) ** 3 if deviation > 0 else np.zeros(len(centred_P))
 
 
 def _landmarks(points: int, pool: int, dimensions: int, generator: np.random.Generator) -> Int[np.ndarray, " L"]:

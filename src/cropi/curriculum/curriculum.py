@@ -19,8 +19,9 @@ UNIFORM = 0.1  # share of the places that are drawn uniformly, so that it is kno
 DOUBTED = 0.5  # that share where chosen prompts help less; the others show when choosing helps again
 GREEDY = 0.8  # of the other places: by the posterior mean; the rest by a joint draw
 COOLDOWN = 3  # steps before a prompt may be chosen again: until its group has been observed
-FIRST_ROUND = 8  # steps from the first fresh completions of validation prompts to the next; doubled every time
-ROUND_STEPS = 3.0  # completions of a round, in those of a training step
+FIRST_ROUND = 8  # steps from the first fresh completions of validation prompts to the next
+LATER = 1.5  # times as many to every next round
+ROUND_STEPS = 2.0  # completions of a round, in those of a training step
 REFIT = 4  # least steps between two choices of hyper-parameters; later a quarter of all steps so far
 ENOUGH = 8  # groups of either kind before the gain of choosing is judged
 GAIN_HALF_LIFE = 32.0  # steps
@@ -209,12 +210,12 @@ class Curriculum(PromptChooser):
     def validation_due(self, step: int) -> dict[str, list[int]]:
         """Fresh completions that each validation prompt should get now; nothing if none. A round is named once.
 
-        A round costs the same whatever there are of sets and prompts, and the steps between rounds double: directions
-        are needed most at the start, and turn slowly. Within a set, prompts get completions by the expected standard
-        deviation of their rewards (Neyman 1934), an even number each; if there are too many prompts, some get none.
+        A round costs the same whatever there are of sets and prompts, and the steps between rounds become more:
+        directions are needed most at the start, and turn slowly. Within a set, prompts get completions by the expected
+        standard deviation of their rewards (Neyman 1934), an even number each; if there are too many prompts, some get
+        none.
         """
-        gap = FIRST_ROUND * 2 ** max(len(self._rounds) - 1, 0)
-        if self.rewards_only or (self._rounds and step - self._rounds[-1] < gap):
+        if self.rewards_only or (self._rounds and step - self._rounds[-1] < steps_to_next_round(len(self._rounds))):
             return {}
         generator = np.random.default_rng([self._seed, len(self._rounds), step])
         deviations_P = np.sqrt(self._rewards.variances())
@@ -310,6 +311,11 @@ class Curriculum(PromptChooser):
             belief.restore(below(arrays, f"influence/{name}/"))
         fitted = facts["fitted"].items()
         self._fitted = {name: (since, Hyperparameters(**chosen)) for name, (since, chosen) in fitted}
+
+
+def steps_to_next_round(rounds: int) -> int:
+    """Steps from the newest of so many rounds of validation completions to the next."""
+    return round(FIRST_ROUND * LATER ** (rounds - 1))
 
 
 def even_counts(weights_M: Float[np.ndarray, " M"], pairs: int, generator: np.random.Generator) -> list[int]:
