@@ -262,7 +262,7 @@ def test_rounds_cost_the_same_and_come_at_growing_distances() -> None:
         if due:
             rounds.append(step)
             assert sum(due["v"]) == 128
-    assert rounds == [0, 8, 20, 38, 65, 105]  # whether or not a completion gets a reward
+    assert rounds == [0, 8, 24, 40, 64, 104]  # whether or not a completion gets a reward
 
 
 def test_a_round_goes_where_rewards_vary_and_leaves_some_out_if_there_are_too_many() -> None:

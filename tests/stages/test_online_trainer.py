@@ -90,7 +90,7 @@ def test_check_estimates_what_the_run_then_spends(online: Path, tmp_path: Path) 
     assert "trajectories" not in estimates
 
 
-@pytest.mark.parametrize(("steps", "rounds"), [(1, 1), (8, 1), (9, 2), (20, 2), (21, 3), (39, 4)])
+@pytest.mark.parametrize(("steps", "rounds"), [(1, 1), (8, 1), (9, 2), (24, 2), (25, 3), (41, 4)])
 def test_check_knows_the_rounds_of_the_curriculum(steps: int, rounds: int) -> None:
     curriculum, taken = Curriculum(np.eye(4), {"one": np.eye(4)}, seed=0, batch=2), 0
     for step in range(steps):

@@ -20,7 +20,7 @@ DOUBTED = 0.5  # that share where chosen prompts help less; the others show when
 GREEDY = 0.8  # of the other places: by the posterior mean; the rest by a joint draw
 COOLDOWN = 3  # steps before a prompt may be chosen again: until its group has been observed
 FIRST_ROUND = 8  # steps from the first fresh completions of validation prompts to the next
-LATER = 1.5  # times as many to every next round
+LATER = 1.5  # times as many to every next round, in multiples of the first, on which evaluations may fall
 ROUND_STEPS = 2.0  # completions of a round, in those of a training step
 REFIT = 4  # least steps between two choices of hyper-parameters; later a quarter of all steps so far
 ENOUGH = 8  # groups of either kind before the gain of choosing is judged
@@ -314,8 +314,8 @@ class Curriculum(PromptChooser):
 
 
 def steps_to_next_round(rounds: int) -> int:
-    """Steps from the newest of so many rounds of validation completions to the next."""
-    return round(FIRST_ROUND * LATER ** (rounds - 1))
+    """Steps from the newest of so many rounds of validation completions to the next: 8, 16, 16, 24, 40, 64, ..."""
+    return FIRST_ROUND * round(LATER ** (rounds - 1))
 
 
 def even_counts(weights_M: Float[np.ndarray, " M"], pairs: int, generator: np.random.Generator) -> list[int]:
