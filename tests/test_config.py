@@ -22,6 +22,14 @@ def test_overrides_reach_lists_tables_and_the_trainer() -> None:
     assert (config.seed, config.trainer["learning_rate"], config.prompts.train[0].count) == (3, 1e-3, 5)
 
 
+def test_a_strategy_by_its_name_takes_settings() -> None:
+    config = load_config("quickstart", ["select.strategy=cropi", "select.strategy.observe_only=true"])
+    assert config.select.strategy.observe_only
+    assert (
+        load_config("quickstart", ["select.strategy=bmc", "select.strategy.type=thompson"]).select.label == "thompson"
+    )
+
+
 @pytest.mark.parametrize(("override", "message"), refused_settings("config"))
 def test_mistakes_are_named_with_a_way_out(override: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:

@@ -185,6 +185,25 @@ def test_a_reward_function_is_tried_on_the_first_row(tmp_path: Path) -> None:
     assert "mine has no absent" in said["absent"]
 
 
+def test_numbers_that_are_too_large_are_texts(tmp_path: Path) -> None:
+    write(
+        tmp_path / "x.jsonl",
+        [*questions(40), {"question": "?", "answer": "1e999999999"}, {"question": "!", "answer": 10**400}],
+    )
+    cropi_ok("init", "x.jsonl", cwd=tmp_path)
+    assert load_config(str(tmp_path / "x.yaml")).verifier.type == "exact"
+
+
+def test_guessed_columns_and_files_without_rows_are_named(tmp_path: Path) -> None:
+    write(tmp_path / "x.jsonl", [{"frage": f"Was ist {n} + 1?", "schwer": n % 3} for n in range(40)])
+    assert "the columns were guessed" in cropi_ok("init", "x.jsonl", cwd=tmp_path).stdout
+    write(tmp_path / "one.jsonl", [{"frage": "Was ist 50 + 1?", "schwer": 7}])
+    held_out = cropi_error("init", "x.jsonl", "--validation", "one.jsonl", "--output", "y.yaml", cwd=tmp_path)
+    assert "give it a second prompt" in held_out.stderr
+    (tmp_path / "empty.jsonl").write_text("")
+    assert "holds no rows" in cropi_error("init", "empty.jsonl", cwd=tmp_path).stderr
+
+
 def test_a_policy_in_a_folder_sets_template_and_length(tmp_path: Path) -> None:
     """The built-in one has no chat template and room for 128 tokens."""
     write(tmp_path / "x.jsonl", questions(40, "word {}"))

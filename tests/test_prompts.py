@@ -154,7 +154,7 @@ def test_missing_and_damaged_files(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="there is no file"):
         checked_prompts(config(str(tmp_path / "none.jsonl")))
     (tmp_path / "pool.jsonl").write_bytes(json.dumps(question(1)).encode() + b"\n\xff\xfe\n")
-    with pytest.raises(DataError, match="line 2 is not JSON"):
+    with pytest.raises(DataError, match="line 2 is not UTF-8"):
         checked_prompts(config(str(tmp_path / "pool.jsonl")))
 
 
@@ -251,10 +251,13 @@ def test_every_format_is_read_and_texts_stay_as_they_are(tmp_path: Path, name: s
         ("pool.csv", "answer,answer\na,1\n", "two columns have one name"),
         ("pool.csv", 'question,answer\n"a,1\n', "cannot be read as csv"), ("pool.csv", "", "holds no rows"),
         ("pool.xlsx", "", "none of .jsonl, .json, .csv, .parquet"),
+        ("latin.csv", "question,answer\n\xe9,1\n", "latin.csv is not UTF-8"),
+        ("latin.jsonl", '{"question": "\xe9"}', "line 1 is not UTF-8"),
+        ("latin.json", '[{"question": "\xe9"}]', "the file is not UTF-8"),
     ],
 )  # fmt: skip
 def test_a_damaged_file_is_refused_with_the_place(tmp_path: Path, name: str, content: str, message: str) -> None:
-    (tmp_path / name).write_text(content)
+    (tmp_path / name).write_text(content, encoding="latin-1")
     with pytest.raises(DataError, match=message):
         checked_prompts(config(str(tmp_path / name)))
 

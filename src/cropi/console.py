@@ -28,6 +28,8 @@ AVERAGED_S = 3600.0  # of the rate behind a bar's time left: pauses for evaluati
 class Progress(Protocol):
     """Counts what is done."""
 
+    done: int
+
     def advance(self, amount: int = 1) -> None: ...
 
 
@@ -47,37 +49,37 @@ class _Label:
 
 class _Bar:
     def __init__(self, bar: RichProgress, label: _Label, done: int) -> None:
-        self._bar, self._label, self._done = bar, label, done
+        self._bar, self._label, self.done = bar, label, done
         self._task = bar.add_task(label.at(done), total=label.total, completed=done)
 
     def advance(self, amount: int = 1) -> None:
-        self._done += amount
-        self._bar.update(self._task, advance=amount, description=self._label.at(self._done))
+        self.done += amount
+        self._bar.update(self._task, advance=amount, description=self._label.at(self.done))
 
 
 class _Lines:
     def __init__(self, label: _Label, unit: str, done: int) -> None:
-        self._label, self._total, self._unit, self._done = label, label.total, unit, done
+        self._label, self._total, self._unit, self.done = label, label.total, unit, done
         self._start = self._said = time.monotonic()
         self._first: tuple[float, int] | None = None
 
     def advance(self, amount: int = 1) -> None:
-        self._done += amount
+        self.done += amount
         now = time.monotonic()
         # The first piece is not timed: loading the policy and scoring a stage come before it.
-        self._first = self._first or (now, self._done)
+        self._first = self._first or (now, self.done)
         quiet = max(PLAIN_EVERY_S, (now - self._start) / LINES_A_STAGE)
-        if now - self._said >= quiet and self._done < self._total:
+        if now - self._said >= quiet and self.done < self._total:
             self._said = now
-            at = self._label.at(self._done)
-            _print(f"{at}  {self._done}/{self._total} {self._unit}{self._left(now)}")
+            at = self._label.at(self.done)
+            _print(f"{at}  {self.done}/{self._total} {self._unit}{self._left(now)}")
 
     def _left(self, now: float) -> str:
         """The time left, once a second piece has been timed."""
         assert self._first is not None
         since, done = self._first
-        timed = self._done - done
-        return f"  {duration((now - since) / timed * (self._total - self._done))} left" if timed else ""
+        timed = self.done - done
+        return f"  {duration((now - since) / timed * (self._total - self.done))} left" if timed else ""
 
 
 @cache
@@ -157,10 +159,11 @@ def progress(label: str, total: int, unit: str, *, done: int = 0, stages: int = 
             TimeRemainingColumn(),
         )
         with RichProgress(*columns, console=terminal, transient=True, speed_estimate_period=AVERAGED_S) as bar:
-            yield _Bar(bar, named, done)
+            shown: Progress = _Bar(bar, named, done)
+            yield shown
     else:
-        yield _Lines(named, unit, done)
-    _print(f"{label}  {total} {unit}  {duration(time.monotonic() - start)}")
+        yield (shown := _Lines(named, unit, done))
+    _print(f"{label}  {shown.done} {unit}  {duration(time.monotonic() - start)}")
 
 
 def counts_text(counts: Mapping[str, int]) -> str:

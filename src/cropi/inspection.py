@@ -21,7 +21,7 @@ from cropi.gradients.reference import trainable_parameters
 from cropi.gradients.score_shards import make_scorer
 from cropi.policy import Policy, load_policy
 from cropi.prompt_text import last_turn
-from cropi.prompts import checked_prompts
+from cropi.prompts import checked_prompts, require_pairs
 from cropi.prompts.encoding import chat_warnings
 from cropi.rewards.pool import judge_of
 from cropi.rewards.verifier import (
@@ -105,6 +105,7 @@ def check_run(config: Config, dollars_per_hour: float | None = None) -> CheckRes
     setup = Setup.of(config)
     policy, settings, judge = setup.policy, setup.settings, setup.judge
     prompts, leakage, warnings = checked_prompts(config)
+    require_pairs(config, prompts)
     warnings += _claim_warnings(config)
     warnings += chat_warnings(policy.tokenizer, config.prompts.chat, (row["messages"] for row in prompts))
     shards, _ = plan(config, policy, prompts)
@@ -217,12 +218,15 @@ def _unaffordable(estimates: Mapping[str, float]) -> list[str]:
 
 
 def _token_warnings(policy: Policy, shards: Sequence[Shard]) -> list[str]:
-    """Warn of a text that brings the token of its beginning along, when the tokenizer writes one as well."""
-    bos = policy.tokenizer.bos_token_id
-    double = sum(ids[:2] == [bos, bos] for shard in shards for ids in shard.prompt_ids)
-    return (
-        [f"{double} prompts begin with two {policy.tokenizer.bos_token}: remove it from their text"] if double else []
-    )
+    """Warn of a text that brings the token of its beginning along, when the tokenizer writes one as well, and of
+    texts in characters or words that the tokenizer does not know."""
+    bos, unknown = policy.tokenizer.bos_token_id, policy.tokenizer.unk_token_id
+    prompts = [ids for shard in shards for ids in shard.prompt_ids]
+    double = sum(ids[:2] == [bos, bos] for ids in prompts)
+    unread = sum(ids.count(unknown) > len(ids) / 2 for ids in prompts)
+    found = [f"{double} prompts begin with two {policy.tokenizer.bos_token}: remove it from their text"]
+    lost = [f"more than half of {unread} prompts is {policy.tokenizer.unk_token} to the policy, which cannot read them"]
+    return (found if double else []) + (lost if unread else [])
 
 
 def _lengths(shards: Sequence[Shard], sample: _Sample) -> dict[str, float]:

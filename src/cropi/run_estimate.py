@@ -107,7 +107,8 @@ def _validation_completions(steps: int, settings: Any) -> int:
     while step < steps:
         rounds += 1
         step += steps_to_next_round(rounds)
-    return rounds * round(ROUND_STEPS * settings.generation_batch_size)
+    used = settings.steps_per_generation * settings.num_iterations / settings.gradient_accumulation_steps
+    return rounds * round(ROUND_STEPS * settings.generation_batch_size / used)
 
 
 def _memory(config: Config, settings: Any, policy: Policy, shards: Sequence[Shard]) -> dict[str, float]:

@@ -97,8 +97,12 @@ def test_check_knows_the_rounds_of_the_curriculum(steps: int, rounds: int) -> No
         if counts := curriculum.validation_due(step).get("one"):
             taken += sum(counts)
             curriculum.observe_validation("one", 0, [0.0, 1.0], step=step)
-    settings = GRPOConfig(per_device_train_batch_size=16, num_generations=8, use_cpu=True, bf16=False)
-    assert taken == _validation_completions(steps, settings) == rounds * 32
+    for steps_per_generation in (1, 4):  # a generation batch of 16 completions, or of 64 for four steps
+        settings = GRPOConfig(
+            per_device_train_batch_size=16, num_generations=8, steps_per_generation=steps_per_generation, use_cpu=True,
+            bf16=False,
+        )  # fmt: skip
+        assert taken == _validation_completions(steps, settings) == rounds * 32
 
 
 def test_the_loader_asks_one_batch_ahead_within_a_stage(online: Path) -> None:

@@ -287,7 +287,7 @@ def test_a_curriculum_that_only_observes_passes_over_all_prompts(tmp_path: Path)
         (lambda: select(settings={"prompts": {"empty": "drop"}}), "none can be dropped"),
         (
             lambda: select(validation=problems("sum", split="validation").select([0])),
-            "one prompt alone gives no direction",
+            "unless it has two prompts",
         ),
         (lambda: select(strategy="influence"), "chooses the prompts of a stage"),
         (lambda: select(strategy="dapo"), "leaves out groups that were sampled"),

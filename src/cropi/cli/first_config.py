@@ -46,7 +46,7 @@ def init(
     """Look at a data file and write a config for it, to edit. In a terminal, ask what the file does not tell."""
     from cropi.config.loading import config_of
     from cropi.config.yaml_text import flow_yaml, parse_yaml
-    from cropi.prompts import checked_prompts
+    from cropi.prompts import checked_prompts, require_pairs
 
     look = _look(data, verifier or _named("verifier.type", overrides), _named("policy.path", overrides))
     values = _proposed(look, {"validation": validation, "test": test})
@@ -55,6 +55,7 @@ def init(
     text = _yaml(values)
     config = config_of(parse_yaml(text, str(path)), str(path))
     found = checked_prompts(config)
+    require_pairs(config, found.rows)
     failure = _failure(config, found.rows[0])
     write_config(path, text)
     sets = [row["set"].partition("/")[0] for row in found.rows]
@@ -92,7 +93,7 @@ def write_config(path: Path, text: str) -> None:
     from cropi.config.loading import json_schema
 
     if path.exists():
-        raise UserError("exists already", where=str(path), fix="choose another name; nothing is overwritten.")
+        raise UserError("exists already", where=str(path), fix="name another file; nothing is overwritten.")
     try:
         path.write_text(f"# yaml-language-server: $schema={SCHEMA_FILE}\n{text}", encoding="utf-8")
         path.with_name(SCHEMA_FILE).write_text(json.dumps(json_schema()) + "\n", encoding="utf-8")
@@ -116,6 +117,7 @@ class _Look:
     verifier: dict[str, Any]
     policy: str
     name: str
+    clear: bool  # whether the columns' names left no doubt, or a person has said them
 
     def __str__(self) -> str:
         form = "chat" if isinstance(self._filled(self.prompt)[0], list) else "text"
@@ -152,10 +154,12 @@ class _Look:
         return int(min(1024 if self.verifier["type"] == "math" else 256, context // 2))
 
     def warnings(self) -> list[str]:
-        """Say what the policy is not told."""
+        """Say what was guessed, and what the policy is not told."""
+        found = [] if self.clear else ["the columns were guessed: check prompt_column and answer_column"]
         if self.request is None or self.takes_system_prompt:
-            return []
-        return [f"{self.policy} has no chat template, so nothing asks for the answer's form. End the prompts with it"]
+            return found
+        untold = f"{self.policy} has no chat template, so nothing asks for the answer's form. End the prompts with it"
+        return [*found, untold]
 
 
 def _look(data: Path | None, verifier: str | None, policy: str | None) -> _Look:
@@ -172,6 +176,8 @@ def _look(data: Path | None, verifier: str | None, policy: str | None) -> _Look:
             raise UserError("no data file is named", where="DATA", fix="name one: cropi init DATA.jsonl")
         data = Path(_ask("data file (.jsonl, .json, .csv, .parquet)"))
     rows = [_flat(row.values) for row in raw_rows(FileSource(type="file", path=str(data)), "DATA")]
+    if not rows:
+        raise DataError("holds no rows", where=str(data), fix="write one problem a row.")
     columns, clear = _columns(rows, data)
     if terminal and (everything or not clear):
         names = list(dict.fromkeys(name for row in rows for name in row))
@@ -184,7 +190,8 @@ def _look(data: Path | None, verifier: str | None, policy: str | None) -> _Look:
     if terminal and everything:
         policy = policy or _ask("policy (a folder or a Hub id)", POLICY)
         name = _ask("name of the runs", name)
-    return _Look(data, rows, **columns, verifier=_settings(verifier or guess), policy=policy or POLICY, name=name)
+    settings = _settings(verifier or guess)
+    return _Look(data, rows, **columns, verifier=settings, policy=policy or POLICY, name=name, clear=clear or terminal)
 
 
 def _flat(row: dict[str, Any]) -> dict[str, Any]:

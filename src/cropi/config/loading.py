@@ -97,7 +97,9 @@ def _settings(text: str, where: str) -> dict[str, Any]:
 def _read_settings(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"is not UTF-8 ({error})", where=str(path), fix="save it as UTF-8.") from None
+    except OSError as error:
         raise ConfigError(f"cannot be read ({error})", where=str(path), fix="check the path.") from None
     return _settings(text, str(path))
 
@@ -130,6 +132,9 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     if not equals or not all(parts):
         raise ConfigError("an override is written key.path=value", where=where, fix="for example seed=1.")
     target: Any = values
+    select = values.get("select")
+    if path.startswith("select.strategy.") and isinstance(select, dict) and isinstance(select.get("strategy"), str):
+        select["strategy"] = {"type": select["strategy"]}  # a name alone stands for its table
     for part in parts[:-1]:
         target = target.setdefault(part, {}) if isinstance(target, dict) else target[_position(target, part, where)]
     if isinstance(target, dict):

@@ -199,7 +199,9 @@ class Config(Table):
     """Stages."""
     trainer: FreeTable = Field(default={})
     """Settings of TRL's GRPOConfig under TRL's names. Those that the run sets itself are refused (see below).
-    Batch sizes are those of a single process; several processes share them (docs/scaling.md)."""
+    Batch sizes are those of a single process; several processes share them (docs/scaling.md). Defaults that differ from
+    TRL's: `save_strategy: epoch` (every stage), `save_total_limit: 2`, `logging_steps: 1`, `report_to: []`,
+    `disable_tqdm: true`; on a CPU no gradient checkpointing, and `bf16` only if `policy.dtype` says so."""
     evaluate: EvaluateConfig = EvaluateConfig()
     """Evaluation."""
 

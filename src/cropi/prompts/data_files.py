@@ -29,7 +29,8 @@ def raw_rows(source: FileSource | HubSource, key: str) -> list[Row]:
         return list(_hub(source, key))
     path = Path(source.path).expanduser()
     if not path.is_file():
-        raise DataError(f"there is no file {path}", where=f"{key}.path", fix="check the path.")
+        what = f"{path} is a folder" if path.is_dir() else f"there is no file {path}"
+        raise DataError(what, where=f"{key}.path", fix="name a file.")
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
         raise DataError(
@@ -37,7 +38,9 @@ def raw_rows(source: FileSource | HubSource, key: str) -> list[Row]:
         )
     try:
         return list(reader(path))
-    except (OSError, csv.Error, UnicodeDecodeError, pa.ArrowException) as error:
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 ({error})", where=key, fix="save it as UTF-8.") from None
+    except (OSError, csv.Error, pa.ArrowException) as error:
         kind = path.suffix.lower().removeprefix(".")
         raise DataError(f"{path} cannot be read as {kind} ({error})", where=key, fix="write the file again.") from None
 
@@ -85,6 +88,8 @@ _READERS = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet
 def _parsed(text: bytes, path: Path, what: str) -> Any:
     try:
         return json.loads(text, object_pairs_hook=_unrepeated_keys)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{what} is not UTF-8 ({error})", where=str(path), fix="save it as UTF-8.") from None
     except (ValueError, RecursionError) as error:
         raise DataError(f"{what} is not JSON ({error})", where=str(path), fix=f"correct {what}.") from None
 

@@ -107,9 +107,21 @@ def leakage_warnings(config: Config, leakage: Leakage) -> list[str]:
     ]
 
 
+def require_pairs(config: Config, prompts: Sequence[Mapping[str, Any]]) -> None:
+    """DataError for a validation set of one prompt, where its direction needs two halves."""
+    counts = Counter(row["set"] for row in prompts if row["set"].startswith("validation/"))
+    if config.select.strategy.reads_influence and 1 in counts.values():
+        raise DataError(
+            "the direction of a validation set has no error unless it has two prompts or more",
+            where=next(f"prompts.{name.replace('/', '.')}" for name, count in counts.items() if count == 1),
+            fix="give it a second prompt.",
+        )
+
+
 def make_prompts(config: Config, folder: Path) -> tuple[dict[str, int], dict[str, Any]]:
     """Write `prompts.parquet` to `folder`; returns (rows by set, leakage by kind and sets)."""
     rows, leakage, warnings = checked_prompts(config)
+    require_pairs(config, rows)
     for text in warnings:
         warn(text)
     write_table(folder / "prompts.parquet", rows, PROMPTS)
@@ -230,7 +242,9 @@ def _from_rows(source: FileSource | HubSource, key: str, reading: _Reading) -> l
         else:
             outside += 1
     if outside and not found:
-        raise DataError(f"all {outside} rows hash outside its hash_range", where=key, fix="widen it.")
+        raise DataError(
+            f"all {outside} rows hash outside its hash_range", where=key, fix="widen it, or give more rows."
+        )
     return found
 
 

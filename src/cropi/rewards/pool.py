@@ -224,7 +224,8 @@ class Pool:
     def _warn_of_failure(self, judged: Sequence[Judgement]) -> None:
         """Warn once: a verifier that always fails would look like a policy that solves nothing."""
         failed = next((judgement for judgement in judged if judgement.verdict in (ERROR, TIMEOUT)), None)
-        if failed is not None and not self._warned:
+        refused = failed is not None and failed.note.startswith(GradeError.__name__)  # a run ends with it
+        if failed is not None and not refused and not self._warned:
             self._warned = True
             warn(f"the verifier failed on a completion, which earns nothing: {failed.note} (reported once)")
 

@@ -148,13 +148,6 @@ class OnlineRun:
             name: [ValidationPrompt(row, tokens) for row, tokens in zip(rows, run.encode(rows), strict=True)]
             for name, rows in run.folder.validation_prompts.items()
         }
-        for name, prompts in sets.items():
-            if len(prompts) < 2:
-                raise ConfigError(
-                    "one prompt alone gives no direction with an error",
-                    where=f"prompts.validation.{name}",
-                    fix="give it two prompts at least.",
-                )
         return ValidationPass(
             sets,
             Sampling(collect.max_completion_length, collect.temperature),

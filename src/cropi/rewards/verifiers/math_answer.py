@@ -18,7 +18,7 @@ from typing import Any, Literal
 from cropi.rewards.verifier import CORRECT, UNPARSEABLE_ANSWER, UNPARSEABLE_GOLD, WRONG, Answered, VerifierTable, Verify
 from cropi.rewards.verifiers.boxed import in_box, plain_latex
 from cropi.rewards.verifiers.math_reading import PERCENT, Answer, answer_text, bare, read
-from cropi.rewards.verifiers.numeric import NUMBER, value_of
+from cropi.rewards.verifiers.numeric import value_of
 
 MAX_LENGTH = 1000  # characters of an answer; a longer one is no answer
 MAX_DIGITS = 20_000  # of a value to work out
@@ -113,7 +113,7 @@ def _items(text: str) -> list[str]:
 
 def _number(text: str) -> Fraction | None:
     """The value of a text that is one number."""
-    return value_of(text) if NUMBER.fullmatch(text) else None
+    return value_of(text)
 
 
 def _close(a: Any, b: Any, tolerance: float) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from fractions import Fraction
 from typing import Annotated, Literal
@@ -111,9 +110,10 @@ def compare_numbers(given: Fraction | None, expected: Fraction | None, tolerance
 
 
 def value_of(text: str) -> Fraction | None:
-    """The value of a match of `NUMBER`; None if it is not finite."""
-    try:
-        value = Fraction(text.replace(",", "").lstrip("+"))
-    except (ValueError, ZeroDivisionError):
+    """The value of a text that is a number; None for any other, which includes a division by zero."""
+    if not NUMBER.fullmatch(text):
         return None
-    return value if math.isfinite(float(value)) else None
+    try:
+        return Fraction(text.replace(",", "").lstrip("+"))
+    except ZeroDivisionError:
+        return None

@@ -33,13 +33,14 @@ def write_comparison_report(comparison: Comparison) -> None:
 
 
 def terminal_text(comparison: Comparison) -> str:
-    """The headline, the cost to reach the target, speed-ups of several strategies, and areas over drawn scenarios."""
+    """The headline and the cost to reach the target; of several strategies, or drawn scenarios, speed-ups and areas."""
     if not comparison.scenarios:
         return NOTHING
     tables = [cost_to_target(comparison)]
-    if len(comparison.strategies) > 2:
+    several = len(comparison.strategies) > 2
+    if several:
         tables += [block for block in speedups(comparison)[:1] if isinstance(block, Table)]
-    if comparison.summary["population"]:
+    if several or comparison.summary["population"]:
         tables += [block for block in accuracies(comparison) if isinstance(block, Table) and not block.collapsed]
     step, unfinished = comparison.summary["up_to_step"], comparison.summary["unfinished"]
     notes = [] if step is None else [f"Results up to step {step}; unfinished runs are included."]

@@ -169,22 +169,23 @@ def _tables(
     but: str | None = None,
     shown: bool = True,
 ) -> Iterator[Table]:
-    """A table over the suite and one by scenario (`captions`: long and short), without the strategy `but`.
+    """A table over the suite and one by scenario (`captions`: long and short); with `but`, of differences from it.
 
     The row of the main strategy is stressed. Tables are folded if not `shown`; by scenario also if there are many.
     """
     caption, short = captions
+    first = "strategy" if but is None else f"less {but}"
     whole = "" if comparison.scope != SUITE else " All scenarios, each with the same weight."
     entries = [entry for name, entry in comparison.entries(comparison.scope).items() if name != but]
     rows = [[entry["strategy"], *row(entry)] for entry in entries]
     strong = next((n for n, entry in enumerate(entries) if entry["strategy"] == comparison.main), None)
     if rows:
-        yield Table(caption + whole, ["strategy", *header], rows, strong=strong, collapsed=not shown)
+        yield Table(caption + whole, [first, *header], rows, strong=strong, collapsed=not shown)
     if comparison.scope == SUITE:
         parts = [e for s in comparison.scenarios for name, e in comparison.entries(s).items() if name != but]
         rows = [[entry["scenario"], entry["strategy"], *row(entry)] for entry in parts]
         folded = not shown or len(comparison.scenarios) > OPEN_SCENARIOS
-        yield Table(f"{short}, by scenario.", ["scenario", "strategy", *header], rows, left=2, collapsed=folded)
+        yield Table(f"{short}, by scenario.", ["scenario", first, *header], rows, left=2, collapsed=folded)
 
 
 KINDS = {"seconds": PHASES, "flops": ("collect", "score", "train")}
