@@ -236,9 +236,17 @@ def test_doctor_and_recipes_answer_in_json(tmp_path: Path) -> None:
 
 
 def test_two_tokens_of_the_beginning_are_warned_of() -> None:
-    policy = SimpleNamespace(tokenizer=SimpleNamespace(bos_token_id=1, bos_token="<s>"))
+    policy = SimpleNamespace(
+        tokenizer=SimpleNamespace(bos_token_id=1, bos_token="<s>", unk_token_id=None, unk_token=None)
+    )
     shards = [SimpleNamespace(prompt_ids=[[1, 1, 5], [1, 5], [1]]), SimpleNamespace(prompt_ids=[[1, 1]])]
     assert _token_warnings(policy, shards) == ["2 prompts begin with two <s>: remove it from their text"]  # type: ignore[arg-type]
     assert _token_warnings(policy, shards[2:]) == []  # type: ignore[arg-type]
-    none = SimpleNamespace(tokenizer=SimpleNamespace(bos_token_id=None, bos_token=None))
+    none = SimpleNamespace(
+        tokenizer=SimpleNamespace(bos_token_id=None, bos_token=None, unk_token_id=5, unk_token="<unk>")
+    )
     assert _token_warnings(none, shards) == []  # type: ignore[arg-type]
+    unread = [SimpleNamespace(prompt_ids=[[5, 5, 1], [5, 1]])]
+    assert _token_warnings(none, unread) == [  # type: ignore[arg-type]
+        "more than half of 1 prompts is <unk> to the policy, which cannot read them"
+    ]

@@ -269,6 +269,17 @@ def discard(folder: Path) -> None:
     os.close(handle)
 
 
+def require_script_folder(folder: Path) -> None:
+    """ConfigError for a folder that holds anything but the curriculum of a TRL script, which would be deleted."""
+    try:
+        values = json.loads((folder / "run" / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        values = None
+    known = isinstance(values, dict) and _is_scripted(values)
+    if not known and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError("it holds files that are no curriculum's", where=str(folder), fix="name a new folder.")
+
+
 def nearest_existing(folder: Path) -> Path:
     """A folder, or the one that it is to be made in."""
     return next(place for place in (folder, *folder.absolute().parents) if place.exists())
@@ -291,10 +302,14 @@ def _lasting(resolved: dict[str, Any]) -> dict[str, Any]:
     A run grows by stages, and a TRL script by steps.
     """
     found = deciding(resolved)
-    train, verifier = found.get("train"), found.get("verifier")
-    scripted = isinstance(verifier, dict) and verifier.get("path") == SCRIPT_REWARDS
-    length = {"stages", "steps_per_stage"} if scripted else {"stages"}
+    train = found.get("train")
+    length = {"stages", "steps_per_stage"} if _is_scripted(found) else {"stages"}
     return found | ({"train": {k: v for k, v in train.items() if k not in length}} if isinstance(train, dict) else {})
+
+
+def _is_scripted(resolved: dict[str, Any]) -> bool:
+    verifier = resolved.get("verifier")
+    return isinstance(verifier, dict) and verifier.get("path") == SCRIPT_REWARDS
 
 
 def _stages(resolved: dict[str, Any]) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+import torch
 from tests.distributed.threads import together
 
 from cropi.config import PolicyConfig
@@ -13,7 +14,7 @@ from cropi.gradients.groups import SurrogateSettings
 from cropi.parallel import ProcessGroup
 from cropi.policy import completion_logprobs, load_policy
 from cropi.rollouts.generation import Sampling
-from cropi.stages.validation_pass import Answer, Member, SampledGroup, ValidationPass, grouped
+from cropi.stages.validation_pass import Answer, Member, SampledGroup, SetDirection, ValidationPass, grouped
 
 DUE = {"one": [2, 2, 0], "two": [2, 3]}
 
@@ -86,3 +87,11 @@ def test_a_pass_takes_no_more_than_a_quarter_of_the_free_memory_for_logits(monke
     assert rows_at_once(8192) == [8]
     assert rows_at_once(12) == [3, 3, 2]
     assert rows_at_once(1) == [1] * 8
+
+
+@pytest.mark.parametrize(("cosine", "norm"), [(0.81, 0.9), (0.01, 0.1**0.5), (-0.5, 0.1**0.5)])
+def test_slopes_stay_of_one_size_where_the_halves_of_a_direction_hardly_agree(cosine: float, norm: float) -> None:
+    halves = [{"v": torch.tensor([1.0, 0.0])}, {"v": torch.tensor([cosine, (1 - cosine**2) ** 0.5])}]
+    found = SetDirection.of(halves)
+    assert found is not None
+    assert found.norm == pytest.approx(norm)

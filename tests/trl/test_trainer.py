@@ -271,6 +271,22 @@ def test_a_curriculum_that_only_observes_passes_over_all_prompts(tmp_path: Path)
     assert "influence/validation" in made.curriculum.table()
 
 
+def test_a_folder_of_other_files_is_refused_and_left_alone(tmp_path: Path) -> None:
+    other = tmp_path / "mine" / "run" / "model.safetensors"
+    other.parent.mkdir(parents=True)
+    other.write_text("weights")
+    with pytest.raises(UserError, match="it holds files that are no curriculum's"):
+        trainer(tmp_path, select(folder=tmp_path / "mine")).train()
+    assert [path.name for path in (tmp_path / "mine").rglob("*")] == ["run", "model.safetensors"]
+
+
+def test_a_compiled_model_is_refused_where_influence_is_read(tmp_path: Path) -> None:
+    made = trainer(tmp_path, select())
+    made.args.torch_compile = True
+    with pytest.raises(UserError, match="influence cannot be read from a compiled model"):
+        made.train()
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

@@ -103,7 +103,8 @@ class Reader:
                 stack.enter_context(tapped([one for one in self._layers if known.intersection(one.parameters)], self))
                 yield
             if self._found:
-                self._taken.append((rows.cpu(), torch.stack(self._found).sum(0).cpu()))
+                device = self._found[0].device  # of a model on several, that of one of its layers
+                self._taken.append((rows.cpu(), torch.stack([part.to(device) for part in self._found]).sum(0).cpu()))
         finally:
             self._rows, self._found = None, []
 

@@ -110,7 +110,8 @@ class ChooserLoop:
     def _choices(self) -> Callable[[str], Choice]:
         """Return why a prompt is in the generation batch that ends; the loader has chosen later ones already."""
         end = len(self.explained) if self.draws else self._observed + 1
-        of_place = {choice.place: choice for batch in self.explained[self._observed : end] for choice in batch}
+        start = max(0, self._observed - 1)  # a batch that a checkpoint interrupted is sampled and observed again
+        of_place = {choice.place: choice for batch in self.explained[start:end] for choice in batch}
         self._observed = end
 
         def choice_of(prompt_id: str) -> Choice:

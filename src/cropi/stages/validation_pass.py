@@ -24,6 +24,7 @@ from cropi.rollouts.generation import Sampling
 
 RANK = 4
 LOGITS_COPIES = 4  # of all logits that a pass holds at once
+LEAST_COSINE = 0.1
 KEPT = 0.8  # weight of a round's gradients at the next round
 Due = Mapping[str, Sequence[int]]  # completions that each prompt of a validation set wants
 Member = tuple[str, int]  # a set and a place in it
@@ -85,12 +86,14 @@ class SetDirection:
 
     @classmethod
     def of(cls, halves: Sequence[Direction]) -> SetDirection | None:
-        """None where a half is zero. Noise makes |D| too large: sqrt <D_0, D_1> is free of it where it is defined."""
+        """None where a half is zero. Noise makes |D| too large: sqrt <D_0, D_1> is free of it.
+
+        Where the halves hardly agree it would be near 0, and slopes huge: their cosine counts as 0.1 at least.
+        """
         lengths = [inner(half, half) ** 0.5 for half in halves]
         if min(lengths) == 0:
             return None
-        common = inner(halves[0], halves[1])
-        return cls(halves, common**0.5 if common > 0 else (lengths[0] * lengths[1]) ** 0.5)
+        return cls(halves, max(inner(halves[0], halves[1]), LEAST_COSINE * lengths[0] * lengths[1]) ** 0.5)
 
 
 @dataclass

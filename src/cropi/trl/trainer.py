@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from math import isinf
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from cropi.errors import ConfigError
 from cropi.exchange.rewards import Rewards
 from cropi.parallel import joined_ranks, process_group
 from cropi.policy import Policy
-from cropi.run_folder import discard
+from cropi.run_folder import discard, require_script_folder
 from cropi.stages.online_loop import ChooserLoop
 from cropi.stages.online_trainer import ReadsInfluence, StepRecord
 from cropi.stages.run import Run, Setup
@@ -72,12 +73,20 @@ class CurriculumTrainer(ReadsInfluence):
         found = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
         checkpoint, prompts = Path(found) if found else None, self.args.generation_batch_size // self.num_generations
         with joined_ranks(), worded(), ExitStack() as stack:
+            if self.selector.folder is not None:
+                process_group().from_main(partial(require_script_folder, self.folder))
             steps = self._total_steps(prompts)
             save_between_batches(self.args, steps)
             model = self.accelerator.unwrap_model(self.model)
             config = make_config(self.selector, self.folder, self.pool, self.args, model, steps)
             tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
             encode = partial(encoded_by, self)
+            if config.select.strategy.reads_influence and self.args.torch_compile:
+                raise ConfigError(
+                    "influence cannot be read from a compiled model",
+                    where="args.torch_compile",
+                    fix="leave it out, or name a strategy that learns from rewards alone.",
+                )
             if checkpoint is None:
                 process_group().from_main(partial(discard, config.folder))
             run = Run(config, Setup(Policy(model, tokenizer), config.policy.path, _by_the_trainer, self.args, encode))
@@ -107,7 +116,8 @@ class CurriculumTrainer(ReadsInfluence):
     ) -> Tensor:
         rewards: Tensor = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         totals = (rewards * self.reward_weights.to(rewards.device)).nansum(1).tolist()
-        known = [None if none else total for total, none in zip(totals, rewards.isnan().all(1).tolist(), strict=True)]
+        missing = rewards.isnan().all(1).tolist()
+        known = [None if none or isinf(total) else total for total, none in zip(totals, missing, strict=True)]
         start = self.accelerator.process_index * len(inputs)
         ids = [str(row.get(PROMPT_ID, "")) for row in inputs]
         judged = Judged(ids, completion_ids_list, known[start : start + len(inputs)], [])
@@ -165,7 +175,8 @@ class _Curriculum(StepRecord):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         super().on_train_begin(args, state, control)
-        self._trainer.reward_log.forget_from(state.global_step)
+        if process_group().is_main:
+            self._trainer.reward_log.forget_from(state.global_step)
         pool, folder = len(self._trainer.pool), self._trainer.folder
         say(f"curriculum: each batch is chosen from {pool:,} prompts, in {folder}")
 
