@@ -148,7 +148,7 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(way, folder, data, 
     assert not (tmp_path / "whole" / "niche" / f"{way}-7" / "state.pt").exists()
     if way == "cropi":
         (validation,) = (line for line in whole if "validation" in line)
-        assert validation["completions"] == 3 * 4 * 8
+        assert validation["completions"] == 2 * 4 * 8
         assert steps[-1]["share_read"] == pytest.approx(1.0, abs=0.01)
         assert any(line["influence"] != [0.0] * 4 for line in steps)
         assert steps[0]["passes"]["train"] > 4 * steps[0]["train_tokens"]
