@@ -222,12 +222,15 @@ class Pool:
             return judged
 
     def _warn_of_failure(self, judged: Sequence[Judgement]) -> None:
-        """Warn once: a verifier that always fails would look like a policy that solves nothing."""
-        failed = next((judgement for judgement in judged if judgement.verdict in (ERROR, TIMEOUT)), None)
-        refused = failed is not None and failed.note.startswith(GradeError.__name__)  # a run ends with it
-        if failed is not None and not refused and not self._warned:
+        """Warn once: a verifier that always fails would look like a policy that solves nothing.
+
+        Not of grades out of range, with which a run ends.
+        """
+        notes = [judgement.note for judgement in judged if judgement.verdict in (ERROR, TIMEOUT)]
+        failed = next((note for note in notes if not note.startswith(GradeError.__name__)), None)
+        if failed is not None and not self._warned:
             self._warned = True
-            warn(f"the verifier failed on a completion, which earns nothing: {failed.note} (reported once)")
+            warn(f"the verifier failed on a completion, which earns nothing: {failed} (reported once)")
 
     def _run(self, jobs: deque[_Job], found: dict[Hashable, Judgement]) -> None:
         wanted = len(found) + len(jobs)
