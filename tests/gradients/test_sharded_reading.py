@@ -73,7 +73,7 @@ CASES: dict[str, Callable[[DeviceMesh], Any]] = {
 @pytest.mark.parametrize(("policy", "style"), READ)
 def test_two_processes_find_what_one_does(policy: str, style: str, of_two: Callable[[str], list[Any]]) -> None:
     one, ranks = found(policy, None, None), of_two(f"read/{policy}/{style}")
-    torch.testing.assert_close(torch.cat([part["values"] for part in ranks]), one["values"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(torch.cat([part["values"] for part in ranks]), one["values"], rtol=5e-5, atol=5e-5)
     for part in ranks:
         wrong, share = part["check"]
         assert wrong == []
