@@ -24,7 +24,7 @@ from cropi.rollouts.generation import Sampling
 
 RANK = 4
 LOGITS_COPIES = 4  # of all logits that a pass holds at once
-LEAST_COSINE = 0.1
+LEAST_COSINE = 0.1  # of a direction's halves
 KEPT = 0.8  # weight of a round's gradients at the next round
 Due = Mapping[str, Sequence[int]]  # completions that each prompt of a validation set wants
 Member = tuple[str, int]  # a set and a place in it
@@ -88,7 +88,7 @@ class SetDirection:
     def of(cls, halves: Sequence[Direction]) -> SetDirection | None:
         """None where a half is zero. Noise makes |D| too large: sqrt <D_0, D_1> is free of it.
 
-        Where the halves hardly agree it would be near 0, and slopes huge: their cosine counts as 0.1 at least.
+        Where the halves hardly agree it would be near 0, and slopes huge: their cosine counts as `LEAST_COSINE`.
         """
         lengths = [inner(half, half) ** 0.5 for half in halves]
         if min(lengths) == 0:

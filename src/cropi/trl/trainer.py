@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from math import isinf
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -81,19 +81,19 @@ class CurriculumTrainer(ReadsInfluence):
             config = make_config(self.selector, self.folder, self.pool, self.args, model, steps)
             tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
             encode = partial(encoded_by, self)
-            if config.select.strategy.reads_influence and self.args.torch_compile:
-                raise ConfigError(
-                    "influence cannot be read from a compiled model",
-                    where="args.torch_compile",
-                    fix="leave it out, or name a strategy that learns from rewards alone.",
-                )
+            if config.select.strategy.reads_influence:
+                if self.args.torch_compile:  # the wrapper is not the model that layers are read of
+                    raise ConfigError(
+                        "influence cannot be read from a compiled model",
+                        where="args.torch_compile",
+                        fix="leave it out, or name a strategy that learns from rewards alone.",
+                    )
+                warn_of_other_terms(self.args)
             if checkpoint is None:
                 process_group().from_main(partial(discard, config.folder))
             run = Run(config, Setup(Policy(model, tokenizer), config.policy.path, _by_the_trainer, self.args, encode))
             if process_group().is_main:
                 stack.callback(run.folder.unlock)
-            if config.select.strategy.reads_influence:
-                warn_of_other_terms(self.args)
             self.curriculum = ScriptRun(run, self)
             self.online = self.loop = self.curriculum.loop(self, checkpoint)
             self.train_dataset = ChosenRows(self.pool, self.loop.sampler, prompts)
@@ -117,7 +117,7 @@ class CurriculumTrainer(ReadsInfluence):
         rewards: Tensor = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         totals = (rewards * self.reward_weights.to(rewards.device)).nansum(1).tolist()
         missing = rewards.isnan().all(1).tolist()
-        known = [None if none or isinf(total) else total for total, none in zip(totals, missing, strict=True)]
+        known = [total if isfinite(total) and not none else None for total, none in zip(totals, missing, strict=True)]
         start = self.accelerator.process_index * len(inputs)
         ids = [str(row.get(PROMPT_ID, "")) for row in inputs]
         judged = Judged(ids, completion_ids_list, known[start : start + len(inputs)], [])

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import math
 import re
-from fractions import Fraction
 from functools import lru_cache
 from itertools import accumulate
 from typing import Any, Literal
@@ -86,12 +85,12 @@ def compare(gold: str, given: str) -> str:
 
 
 def _readable(answer: Answer) -> bool:
-    return answer.is_text or all(_number(value) is not None or _parsed(value) is not None for value in answer.values)
+    return answer.is_text or all(value_of(value) is not None or _parsed(value) is not None for value in answer.values)
 
 
 def _same(gold: str, given: str) -> bool:
     """Whether two expressions are equal, also in what the library ignores: bases, repetition, kinds of brackets."""
-    expected, number = _number(gold), _number(given)
+    expected, number = value_of(gold), value_of(given)
     if expected is not None and number is not None:
         exact = not re.search(r"[.eE]", gold + given)
         return expected == number or (not exact and bool(_close(expected, number, RELATIVE)))
@@ -109,11 +108,6 @@ def _same(gold: str, given: str) -> bool:
 def _items(text: str) -> list[str]:
     """The items of a list; the whole text if it has no commas."""
     return re.sub(r"^(?:\\\{|[(\[])|(?:\\\}|[)\]])$", "", plain_latex(text)).split(",")
-
-
-def _number(text: str) -> Fraction | None:
-    """The value of a text that is one number."""
-    return value_of(text)
 
 
 def _close(a: Any, b: Any, tolerance: float) -> Any:
