@@ -4,6 +4,7 @@ import json
 import shutil
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,11 @@ from tests.stages.test_online_trainer import SETTINGS, run, same, weights
 
 from cropi import load
 from cropi.config.loading import load_config
+from cropi.curriculum.chooser import Choice
 from cropi.curriculum.strategies.lze import Lze
 from cropi.gradients.training_influence import Reader
 from cropi.report.costs import flops
-from cropi.stages.online_loop import load_state
+from cropi.stages.online_loop import ChooserLoop, load_state
 from cropi.stages.online_trainer import ReadsInfluence
 from cropi.stages.validation_pass import ValidationPass
 from cropi.training.group_evidence import LossNormalizer
@@ -114,3 +116,12 @@ def test_hidden_states_are_charged(strategy: str, tmp_path: Path) -> None:
     assert read["forward_tokens"] > 0
     assert not any(line.get("tokens") for line in lines if line["phase"] == "collect")
     assert len(json_lines(folder / "choices.jsonl")) == 6
+
+
+def test_a_batch_that_is_sampled_again_after_a_checkpoint_keeps_its_reasons() -> None:
+    """The checkpoint counted it as observed already, and the ones after it too early by one."""
+    explained = [[Choice(n, "mean", "one")] for n in range(4)]
+    loop = SimpleNamespace(explained=explained, draws=False, _observed=2, place_of={str(n): n for n in range(9)})
+    for n in (1, 2, 3):
+        assert ChooserLoop._choices(loop)(str(n)).source == "mean"  # type: ignore[arg-type]
+    assert ChooserLoop._choices(loop)("7").source == "uniform"  # type: ignore[arg-type]

@@ -123,6 +123,17 @@ def test_the_rewards_of_training_are_recorded_as_trl_weighs_them(tmp_path: Path)
     assert [sum(row["rewards"]) / len(row["rewards"]) for row in recorded] == pytest.approx(logged)
 
 
+def test_an_infinite_reward_is_none_and_training_goes_on(tmp_path: Path) -> None:
+    def endless(completions: list[str], **_: Any) -> list[float]:
+        return [float("-inf"), *(float(len(text)) for text in completions[1:])]
+
+    made = trainer(tmp_path, reward_funcs=[endless])
+    made.train()
+    rewards = [reward for row in json_lines(run_of(tmp_path) / "rewards.jsonl") for reward in row["rewards"]]
+    assert None in rewards
+    assert made.state.global_step == STEPS
+
+
 def test_training_notices_nothing_of_the_validation_completions(tmp_path: Path) -> None:
     """Not the random state, the mode, the metrics of an evaluation, or the tokens counted."""
     made = trainer(tmp_path)
