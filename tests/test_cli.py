@@ -248,5 +248,5 @@ def test_two_tokens_of_the_beginning_are_warned_of() -> None:
     assert _token_warnings(none, shards) == []  # type: ignore[arg-type]
     unread = [SimpleNamespace(prompt_ids=[[5, 5, 1], [5, 1]])]
     assert _token_warnings(none, unread) == [  # type: ignore[arg-type]
-        "more than half of 1 prompts is <unk> to the policy, which cannot read them"
+        "1 prompts are mostly <unk> to the policy, which cannot read them"
     ]

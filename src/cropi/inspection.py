@@ -218,15 +218,15 @@ def _unaffordable(estimates: Mapping[str, float]) -> list[str]:
 
 
 def _token_warnings(policy: Policy, shards: Sequence[Shard]) -> list[str]:
-    """Warn of a text that brings the token of its beginning along, when the tokenizer writes one as well, and of
-    texts in characters or words that the tokenizer does not know."""
-    bos, unknown = policy.tokenizer.bos_token_id, policy.tokenizer.unk_token_id
-    prompts = [ids for shard in shards for ids in shard.prompt_ids]
-    double = sum(ids[:2] == [bos, bos] for ids in prompts)
-    unread = sum(ids.count(unknown) > len(ids) / 2 for ids in prompts)
-    found = [f"{double} prompts begin with two {policy.tokenizer.bos_token}: remove it from their text"]
-    lost = [f"more than half of {unread} prompts is {policy.tokenizer.unk_token} to the policy, which cannot read them"]
-    return (found if double else []) + (lost if unread else [])
+    """Warn of texts that bring the token of their beginning along, and of texts that the tokenizer does not know."""
+    tokenizer, prompts = policy.tokenizer, [ids for shard in shards for ids in shard.prompt_ids]
+    double = sum(ids[:2] == [tokenizer.bos_token_id] * 2 for ids in prompts)
+    unread = sum(ids.count(tokenizer.unk_token_id) > len(ids) / 2 for ids in prompts)
+    found = {
+        f"{double} prompts begin with two {tokenizer.bos_token}: remove it from their text": double,
+        f"{unread} prompts are mostly {tokenizer.unk_token} to the policy, which cannot read them": unread,
+    }
+    return [text for text, count in found.items() if count]
 
 
 def _lengths(shards: Sequence[Shard], sample: _Sample) -> dict[str, float]:
