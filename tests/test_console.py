@@ -47,6 +47,13 @@ def test_the_time_left_leaves_out_what_was_done_before_and_the_first_piece(capsy
     assert second == "train  106/200 steps  3:08 left"
 
 
+def test_the_last_line_counts_what_is_done(capsys: pytest.CaptureFixture[str], clock: list[float]) -> None:
+    """As where a run that is watched stops before its end."""
+    with console.progress("run", 8, "steps", done=2) as bar:
+        bar.advance()
+    assert capsys.readouterr().err == "run  3 steps  0.0 s\n"
+
+
 def test_one_bar_over_all_stages_names_the_present_one(capsys: pytest.CaptureFixture[str], clock: list[float]) -> None:
     with console.progress("train", 8, "steps", stages=2) as bar:
         for _ in range(8):

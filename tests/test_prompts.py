@@ -153,6 +153,9 @@ def test_bad_data_is_refused_with_the_place(tmp_path: Path, rows: list[dict[str,
 def test_missing_and_damaged_files(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="there is no file"):
         checked_prompts(config(str(tmp_path / "none.jsonl")))
+    (tmp_path / "folder.jsonl").mkdir()
+    with pytest.raises(DataError, match=r"folder.jsonl is a folder"):
+        checked_prompts(config(str(tmp_path / "folder.jsonl")))
     (tmp_path / "pool.jsonl").write_bytes(json.dumps(question(1)).encode() + b"\n\xff\xfe\n")
     with pytest.raises(DataError, match="line 2 is not UTF-8"):
         checked_prompts(config(str(tmp_path / "pool.jsonl")))

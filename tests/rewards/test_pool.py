@@ -54,6 +54,9 @@ def test_grades_come_out_of_the_processes_and_what_is_outside_is_an_error(capsys
     told = capsys.readouterr().err
     assert told.count("the verifier failed on a completion") == 1
     assert "could not convert string to float: 'no number'" in told  # with a score out of range the run ends
+    with Pool(graded, LIMITS) as pool:
+        pool([Answered("3", "7")])
+    assert capsys.readouterr().err == ""
 
 
 def test_a_process_that_died_while_idle_is_replaced_and_no_row_is_blamed() -> None:

@@ -63,6 +63,7 @@ def test_the_headline_and_the_three_numbers_by_hand(one_seed: Comparison) -> Non
     assert [row[3].split()[0] for row in table.rows] == ["4.00", "1.60", "1.60"]
     assert "| steps " in terminal_text(quick)
     assert cost_to_target(main(one_seed, "full")) is None
+    assert "| less full " in terminal_text(quick)  # of three strategies
 
 
 def test_a_ratio_of_one_drawn_scenario_has_no_interval_and_says_on_what_it_stands(tmp_path: Path) -> None:
